@@ -134,7 +134,9 @@ def rank(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(config.model)
         data, _, _, runtime = meet(config, tokenizer, request, where)
         engine, built, _ = build_engine(config, tokenizer, data, resolve_precision(config.precision, runtime), runtime)
-        writer = model_interface_for_run(config, data, built, tokenizer, engine, runtime, lambda: False).writer
+        writer = model_interface_for_run(
+            config, data, built, tokenizer, engine, runtime, lambda: False
+        ).answer_generator
         writer.generation_config.min_new_tokens = args.new  # every answer has the same length
         prompts = drawn(args.prompts, len(tokenizer))
         sides = sides_of(args, writer, engine, prompts, place, ranks)
@@ -184,7 +186,7 @@ def sides_of(
     from transformers import AutoModelForCausalLM
 
     from trainer.evaluation import generate
-    from trainer.evaluation.base import WritingConfig
+    from trainer.evaluation.base import DecodingConfig
     from trainer.evaluation.full_weights import GatherDecision
     from trainer.evaluation.likelihood import mask_of, padded
 
@@ -208,7 +210,10 @@ def sides_of(
         return found
 
     def ours() -> dict[int, list[int]]:
-        return {one.prompt: one.ids for one in writer.answers(engine, prompts, WritingConfig(max_new_tokens=args.new))}
+        return {
+            one.prompt_index: one.ids
+            for one in writer.generate_answers(engine, prompts, DecodingConfig(max_new_tokens=args.new))
+        }
 
     def by_blocks() -> dict[int, list[int]]:
         with patch.object(generate, "decide_gathering", lambda *_: GatherDecision(True, False, "block by block")):

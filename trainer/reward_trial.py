@@ -28,7 +28,7 @@ from trainer.reporting.status import write_text_atomic
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.rewards.scorer import open_scorer
 from trainer.rollout.trial_report import trial_report
-from trainer.rollout.types import Group, Scores
+from trainer.rollout.types import Group, GroupScores
 from trainer.run import meet
 from trainer.session.attempt import Attempt, rank_of_job
 from trainer.stopping.preempt import Agreement
@@ -81,12 +81,14 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
         tokenizer, precision, scorer, Progress(), lambda: agreement.for_loop().ask_and_wait, attempt.set_phase
     )
     loader, _ = build_round_loader(config, data, built, engine, runtime, inputs)
-    maker = loader.maker
+    round_builder = loader.round_builder
     wanted = prompts_per_round(config)
     count = min(config.evaluation.generate.samples or MOST_PROMPTS, wanted)
     try:
         began = time.perf_counter()
-        groups = maker.writer.write(engine, maker.prompts.read(0, count), settings.group_size)
+        groups = round_builder.group_generator.generate_groups(
+            engine, round_builder.prompts.read(0, count), settings.group_size
+        )
         written_at = time.perf_counter()
         scores = scorer.score(groups, step=0)
         scored_at = time.perf_counter()
@@ -112,15 +114,15 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     staged.remove()
 
 
-def _training_s(loader: RolloutLoader, engine: Engine, groups: list[Group], scores: list[Scores]) -> float:
+def _training_s(loader: RolloutLoader, engine: Engine, groups: list[Group], scores: list[GroupScores]) -> float:
     """Seconds in which the steps of a round would learn from these groups, by one step that is taken. All ranks must call."""
-    loader.maker.report_phase("training, to measure it")
+    loader.round_builder.report_phase("training, to measure it")
     began = time.perf_counter()
-    made = loader.maker.weighed_round(groups, scores)
+    made = loader.round_builder.build_round_from_scores(groups, scores)
     batch = loader.step_batch(made, 0)
     looked_back_at = time.perf_counter()
     minimal_trainer(engine).train_step(batch)
-    barrier(loader.maker.runtime)
-    rollout = loader.maker.settings.rollout
+    barrier(loader.round_builder.runtime)
+    rollout = loader.round_builder.settings.rollout
     # The step holds a part of the groups, and each part is learned from several times.
     return looked_back_at - began + (time.perf_counter() - looked_back_at) * rollout.steps * rollout.iterations

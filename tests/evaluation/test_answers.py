@@ -11,9 +11,9 @@ from strategies.runtime import Runtime
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from trainer.data.fields import Refusal
-from trainer.evaluation.base import TaskConfig, WritingConfig
+from trainer.evaluation.base import DecodingConfig, TaskConfig
 from trainer.evaluation.classifier import ClassifierLabels
-from trainer.evaluation.generate import WrittenAnswer
+from trainer.evaluation.generate import GeneratedAnswer
 from trainer.evaluation.tasks.base import Case
 from trainer.evaluation.tasks.model_interface import Question
 from trainer.evaluation.tasks.refusal import PHRASES
@@ -42,8 +42,10 @@ class Asking:
         self.asked = [document.prompt or document.text for document in documents]
         return [Question(document.location, [1], [2]) for document in documents]
 
-    def answers(self, questions, how, key):
-        return [WrittenAnswer(n, text, [], True, d) for n, some in enumerate(self.texts) for d, text in enumerate(some)]
+    def generate_answers(self, questions, how, key):
+        return [
+            GeneratedAnswer(n, text, [], True, d) for n, some in enumerate(self.texts) for d, text in enumerate(some)
+        ]
 
     def shown_prompt(self, ids):
         return ""
@@ -139,7 +141,7 @@ def test_the_worst_draw_of_each_prompt(site, pipelines, name):
         ["x", "the " * 40, "quick"],
     ]
     options = {"classifier": str(site / name), "label": label, "threshold": 0.4}
-    kind = task("toxicity", options=options, write=WritingConfig(temperature=1.0, draws=3))
+    kind = task("toxicity", options=options, write=DecodingConfig(temperature=1.0, draws=3))
     assert not list(kind.problems())
     rows = kind.run(cases(kind, [{"prompt": "a"}] * 3), Asking(texts, ALONE))
     likely = np.array([[each[label] for each in pipelines(name)(some)] for some in texts])

@@ -154,23 +154,23 @@ def test_counterfactual_gaps_of_shipped_templates_and_of_own_pairs(found):
 
 
 def test_personal_data_task_finds_and_masks_it_except_where_the_prompt_has_it():
-    class Writer:
+    class AnswerGenerator:
         class tokenizer:
             decode = staticmethod(lambda ids, **_: "".join(map(chr, ids)))
 
     class Asking:
-        writer = Writer()
+        answer_generator = AnswerGenerator()
 
         def encode_questions(self, documents):
             from trainer.evaluation.tasks.model_interface import Question
 
             return [Question(d.location, [*map(ord, d.prompt)], []) for d in documents]
 
-        def answers(self, questions, *_):
-            from trainer.evaluation.generate import WrittenAnswer
+        def generate_answers(self, questions, *_):
+            from trainer.evaluation.generate import GeneratedAnswer
 
             texts = ["write to jane.roe@corp.example.org", "it is jane.roe@corp.example.org", "nothing"]
-            return [WrittenAnswer(n, text, [], True) for n, text in enumerate(texts)]
+            return [GeneratedAnswer(n, text, [], True) for n, text in enumerate(texts)]
 
         def shown_prompt(self, ids):
             return ""

@@ -9,7 +9,7 @@ from strategies import runtime as processes
 from strategies.errors import DataError
 from tests.helpers import writing as make
 from tests.helpers.building import alone
-from trainer.evaluation.base import WritingConfig
+from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.decoding import draw_in_two_levels, gumbel
 from trainer.evaluation.generate import sharded_batches
 
@@ -33,26 +33,26 @@ def llama(tmp_path_factory, runtime):
 
 def test_generation_greedy_answers_are_those_of_transformers(llama):
     engine, writer, plain = llama
-    found = writer.answers(engine, PROMPTS, WritingConfig(max_new_tokens=12))
-    assert [one.prompt for one in found] == [*range(7)]
+    found = writer.generate_answers(engine, PROMPTS, DecodingConfig(max_new_tokens=12))
+    assert [one.prompt_index for one in found] == [*range(7)]
     for prompt, one in zip(PROMPTS, found, strict=True):
         ids = torch.tensor([prompt])
         own = plain.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(prompt) :].tolist()
         assert not make.differ(plain, prompt, own, one.ids)
         assert one.text == writer.tokenizer.decode(one.ids, skip_special_tokens=True)
-        assert one.ended == (one.ids[-1] == 2) and (one.ended or len(one.ids) == 12)
+        assert one.has_ended == (one.ids[-1] == 2) and (one.has_ended or len(one.ids) == 12)
     assert len({one.text for one in found}) == 7
 
 
 def test_generation_draws_depend_on_their_seed_and_number_alone(llama):
     engine, writer, _ = llama
-    drawn = WritingConfig(max_new_tokens=8, temperature=1.3, top_k=40, top_p=0.95, draws=2, seed=5)
-    found = writer.answers(engine, PROMPTS, drawn)
-    assert [(one.prompt, one.draw) for one in found] == [(n, d) for n in range(7) for d in (0, 1)]
+    drawn = DecodingConfig(max_new_tokens=8, temperature=1.3, top_k=40, top_p=0.95, draws=2, seed=5)
+    found = writer.generate_answers(engine, PROMPTS, drawn)
+    assert [(one.prompt_index, one.sample_index) for one in found] == [(n, d) for n in range(7) for d in (0, 1)]
     writer.batch = 1
-    one_by_one = writer.answers(engine, PROMPTS, drawn)
-    fewer = writer.answers(
-        engine, PROMPTS[:2], WritingConfig(max_new_tokens=8, temperature=1.3, top_k=40, top_p=0.95, seed=5)
+    one_by_one = writer.generate_answers(engine, PROMPTS, drawn)
+    fewer = writer.generate_answers(
+        engine, PROMPTS[:2], DecodingConfig(max_new_tokens=8, temperature=1.3, top_k=40, top_p=0.95, seed=5)
     )
     writer.batch = 3
     # Rounding could tip a draw only where two noisy scores nearly meet; that none does here is the same on every machine
@@ -86,10 +86,10 @@ def test_noise_is_splitmix64_and_draws_from_the_softmax():
 
 def test_generation_ends_at_a_stop_string(llama):
     engine, writer, _ = llama
-    long = writer.answers(engine, PROMPTS, WritingConfig(max_new_tokens=12))
+    long = writer.generate_answers(engine, PROMPTS, DecodingConfig(max_new_tokens=12))
     whole = long[0]
     stop = whole.text[3:6]
-    found = writer.answers(engine, PROMPTS, WritingConfig(max_new_tokens=12, stop=["never there", stop]))
+    found = writer.generate_answers(engine, PROMPTS, DecodingConfig(max_new_tokens=12, stop=["never there", stop]))
     assert found[0].text == whole.text[: whole.text.index(stop)] and found[0].ended
     assert found[0].ids == whole.ids[: len(found[0].ids)] and len(found[0].ids) < len(whole.ids)
     assert stop in writer.tokenizer.decode(found[0].ids) and stop not in writer.tokenizer.decode(found[0].ids[:-1])
@@ -104,7 +104,7 @@ PAIRS = [(prompt, more) for prompt, more in zip(PROMPTS, [*make.prompts(12)[6:],
 def test_generation_likelihoods_are_those_of_transformers(tmp_path, runtime, architecture):
     engine, writer = make.made(tmp_path, architecture, runtime, batch=3)
     plain = make.plain(tmp_path, architecture)
-    likeliest = [one.ids for one in writer.answers(engine, PROMPTS[:2], WritingConfig(max_new_tokens=4))]
+    likeliest = [one.ids for one in writer.generate_answers(engine, PROMPTS[:2], DecodingConfig(max_new_tokens=4))]
     pairs = [*PAIRS, *zip(PROMPTS[:2], likeliest, strict=True)]
     found = writer.likelihoods(engine, pairs)
     for (context, more), one in zip(pairs, found, strict=True):
@@ -122,10 +122,10 @@ def test_generation_likelihoods_are_those_of_transformers(tmp_path, runtime, arc
 def test_generation_refuses_a_prompt_or_answer_without_tokens(llama):
     engine, writer, _ = llama
     with pytest.raises(DataError, match="prompt 1 of 2 has no tokens"):
-        writer.answers(engine, [[5], []], WritingConfig())
+        writer.generate_answers(engine, [[5], []], DecodingConfig())
     with pytest.raises(DataError, match="context 0 of 1 has no tokens"):
         writer.likelihoods(engine, [([], [5])])
-    assert writer.answers(engine, [], WritingConfig()) == []
+    assert writer.generate_answers(engine, [], DecodingConfig()) == []
 
 
 def test_every_row_is_dealt_once_and_ranks_take_as_many_turns():
@@ -138,22 +138,22 @@ def test_every_row_is_dealt_once_and_ranks_take_as_many_turns():
 
 
 def test_settings_that_do_not_go_together():
-    assert list(WritingConfig(temperature=0.7, draws=3).problems("evaluation.generate")) == []
-    assert "beam search draws nothing" in "".join(WritingConfig(temperature=1, beams=2).problems("x"))
-    (idle,) = WritingConfig(top_p=0.9, draws=3).problems("x")
+    assert list(DecodingConfig(temperature=0.7, draws=3).problems("evaluation.generate")) == []
+    assert "beam search draws nothing" in "".join(DecodingConfig(temperature=1, beams=2).problems("x"))
+    (idle,) = DecodingConfig(top_p=0.9, draws=3).problems("x")
     assert idle.startswith("x.top_p=0.9, x.draws=3: nothing is drawn at x.temperature=0")
-    assert "empty text" in "".join(WritingConfig(stop=[""]).problems("x"))
+    assert "empty text" in "".join(DecodingConfig(stop=[""]).problems("x"))
 
 
 def test_generation_ends_at_the_last_position(tmp_path, runtime):
     """GPT-2 has a table of positions: a further token would be looked up beyond it."""
     engine, writer = make.made(tmp_path, "gpt2", runtime, batch=2)
     long, short = [5, 9] * 253, [5, 9, 7]
-    found = writer.answers(engine, [long, short], WritingConfig(max_new_tokens=12))
-    alone_too = writer.answers(engine, [short], WritingConfig(max_new_tokens=12))
+    found = writer.generate_answers(engine, [long, short], DecodingConfig(max_new_tokens=12))
+    alone_too = writer.generate_answers(engine, [short], DecodingConfig(max_new_tokens=12))
     assert len(found[0].ids) <= 6 and found[1].ids == alone_too[0].ids
     with pytest.raises(DataError, match=r"prompt 0 of 1 has 512 tokens, .*shorten it to 511"):
-        writer.answers(engine, [long + [5] * 6], WritingConfig(max_new_tokens=2))
+        writer.generate_answers(engine, [long + [5] * 6], DecodingConfig(max_new_tokens=2))
     with pytest.raises(DataError, match="pair 0 of 1 has 513 tokens"):
         writer.likelihoods(engine, [(long, [5] * 8)])
     assert len(writer.likelihoods(engine, [(long, [5] * 7)])) == 1
@@ -168,7 +168,7 @@ def test_generation_batches_are_bounded_by_tokens():
 
 def test_generation_measures_its_tokens_per_second(llama):
     engine, writer, _ = llama
-    found = writer.answers(engine, PROMPTS, WritingConfig(max_new_tokens=3, batch_tokens=64))
+    found = writer.generate_answers(engine, PROMPTS, DecodingConfig(max_new_tokens=3, batch_tokens=64))
     assert writer.throughput.tokens == sum(len(one.ids) for one in found) and writer.throughput.tokens_per_s > 0
     assert str(writer.throughput).startswith(f"{writer.throughput.tokens} tokens written in ")
     assert not writer.throughput.gathering.sharded

@@ -8,9 +8,9 @@ import torch
 from strategies import runtime as processes
 from tests.helpers import writing as make
 from tests.helpers.building import alone
-from trainer.evaluation.base import WritingConfig
-from trainer.evaluation.generate import Writer, model_of
-from trainer.evaluation.group_answers import GroupWriter, shares_prompts
+from trainer.evaluation.base import DecodingConfig
+from trainer.evaluation.generate import AnswerGenerator, model_of
+from trainer.evaluation.group_answers import SharedPromptGenerator, shares_prompts
 
 PROMPTS = make.prompts(6)
 SEEDS = [[100 * prompt + draw for draw in range(4)] for prompt in range(len(PROMPTS))]
@@ -33,15 +33,17 @@ def test_answers_are_those_of_generate_whatever_is_written_at_a_time(tmp_path, r
     generation = copy.deepcopy(writer.generation_config)
     generation.eos_token_id = list(range(0, 384, 3))
     for rows, stop in ((3, []), (64, ["e"])):
-        settings = WritingConfig(max_new_tokens=9, temperature=0.8, draws=4, stop=stop)
-        expected = Writer(writer.tokenizer, generation, runtime, batch=64).answers(
+        settings = DecodingConfig(max_new_tokens=9, temperature=0.8, draws=4, stop=stop)
+        expected = AnswerGenerator(writer.tokenizer, generation, runtime, batch=64).generate_answers(
             engine, PROMPTS, settings, seeds=SEEDS, averaged=False, keep_logprobs=True
         )
-        found = GroupWriter(writer.tokenizer, generation, runtime, batch=rows).group_answers(
+        found = SharedPromptGenerator(writer.tokenizer, generation, runtime, batch=rows).generate_samples(
             engine, PROMPTS, settings, SEEDS
         )
-        assert [(answer.prompt, answer.draw, answer.ids, answer.text, answer.ended) for answer in found] == [
-            (answer.prompt, answer.draw, answer.ids, answer.text, answer.ended) for answer in expected
+        assert [
+            (answer.prompt_index, answer.sample_index, answer.ids, answer.text, answer.has_ended) for answer in found
+        ] == [
+            (answer.prompt_index, answer.sample_index, answer.ids, answer.text, answer.has_ended) for answer in expected
         ]
         for answer, other in zip(found, expected, strict=True):
             assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-4)

@@ -8,10 +8,10 @@ from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.endpoint import as_vllm_says, serving
 from tests.helpers.launching import command_here
-from trainer.evaluation.base import WritingConfig
+from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.endpoint.client import Client
 from trainer.evaluation.endpoint.config import EndpointConfig
-from trainer.evaluation.served import ServedWriter, find_served_model
+from trainer.evaluation.served import ServedAnswerGenerator, find_served_model
 
 
 @pytest.fixture(scope="module", name="site")
@@ -79,7 +79,7 @@ def test_served_model_refuses_what_no_server_can_do(site, stub, words, told, cap
 
 
 def writer(stub, tokenizer=None):
-    return ServedWriter(
+    return ServedAnswerGenerator(
         Client(EndpointConfig(url=stub.url, parallel=1, retries=0), "evaluation.server"), "tuned", tokenizer
     )
 
@@ -93,19 +93,19 @@ def test_served_model_is_sent_the_tokens_and_the_sampling_settings(stub, monkeyp
 
     monkeypatch.setattr(stub, "complete", lambda body: {"text": f"{body['seed']}", "finish_reason": "length"})
     stub.requests.clear()
-    how = WritingConfig(max_new_tokens=3, temperature=0.7, top_p=0.9, top_k=5, draws=2, stop=["<end>", "\n"])
-    answers = writer(stub, Tokenizer()).answers(None, [[1, 2], [3]], how)
+    how = DecodingConfig(max_new_tokens=3, temperature=0.7, top_p=0.9, top_k=5, draws=2, stop=["<end>", "\n"])
+    answers = writer(stub, Tokenizer()).generate_answers(None, [[1, 2], [3]], how)
     first, *_, last = stub.sent("/v1/completions")
     assert first["prompt"] == [1, 2] and last["prompt"] == [3]
     said = {"max_tokens": 3, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "stop": ["\n"], "stop_token_ids": [9]}
     assert said.items() <= first.items()
-    assert len({one.text for one in answers}) == 4 and [(one.prompt, one.draw) for one in answers] == [
+    assert len({one.text for one in answers}) == 4 and [(one.prompt_index, one.sample_index) for one in answers] == [
         (0, 0),
         (0, 1),
         (1, 0),
         (1, 1),
     ]
-    assert not any(one.ended for one in answers)
+    assert not any(one.has_ended for one in answers)
 
 
 def test_served_model_without_log_probabilities_of_prompts_is_reported(stub, monkeypatch):
@@ -121,7 +121,7 @@ def test_a_server_that_answers_without_text_is_a_sentence(stub, choices):
     answer = {"id": "1", "created": 1, "model": "x", "object": "text_completion", "choices": choices, "usage": {}}
     stub.failures = [(200, answer)]
     with pytest.raises(ConfigError, match="answers /v1/completions without a text"):
-        writer(stub).answers(None, [[1, 2]], WritingConfig())
+        writer(stub).generate_answers(None, [[1, 2]], DecodingConfig())
     stub.failures = [(200, answer)]
     with pytest.raises(ConfigError, match="tells no log-probabilities of a prompt's tokens"):
         writer(stub).likelihoods(None, [([1, 2], [3])])
@@ -129,7 +129,7 @@ def test_a_server_that_answers_without_text_is_a_sentence(stub, choices):
 
 def test_beams_of_a_task_are_refused(stub):
     with pytest.raises(ConfigError, match="4 beams are asked for"):
-        writer(stub).answers(None, [[1, 2]], WritingConfig(beams=4))
+        writer(stub).generate_answers(None, [[1, 2]], DecodingConfig(beams=4))
 
 
 def test_which_model_a_server_has(stub):

@@ -81,7 +81,8 @@ def evaluator_of(run):
     ready = SimpleNamespace(task=SimpleNamespace(name="mine", key="evaluation.tasks.mine", run=run), cases=[])
     runtime = SimpleNamespace(is_main=True, world_size=1)
     return TaskEvaluator(
-        [ready], SimpleNamespace(cached_losses=set(), writer=SimpleNamespace(throughput=None), runtime=runtime)
+        [ready],
+        SimpleNamespace(cached_losses=set(), answer_generator=SimpleNamespace(throughput=None), runtime=runtime),
     )
 
 
@@ -99,7 +100,7 @@ def test_a_task_that_takes_long_gives_a_sign_of_life_every_half_minute():
 
     def run(cases, asking):
         for done in range(1, 7):
-            asking.writer.on_batch(done, 6)
+            asking.answer_generator.on_batch(done, 6)
         raise DataError("enough")
 
     evaluator = evaluator_of(run)
@@ -122,16 +123,16 @@ def test_tool_calls_in_a_template_that_is_not_understood_are_refused_and_never_s
     kind.parse_case(case)
     tokenizer = tool_templates.tokenizer(family)
 
-    class Writer:
+    class AnswerGenerator:
         generation_config = None
 
         def __init__(self):
             self.tokenizer = tokenizer
 
-        def answers(self, *_):
+        def generate_answers(self, *_):
             raise LookupError("would be asked now")
 
-    asking = ModelInterface(None, None, Writer(), Encoder(tokenizer), None, None, None, lambda: False, 1)
+    asking = ModelInterface(None, None, AnswerGenerator(), Encoder(tokenizer), None, None, None, lambda: False, 1)
     reads = family in READ
     with pytest.raises(LookupError if reads else DataError, match=None if reads else "which is not read here"):
         kind.run([case], asking)

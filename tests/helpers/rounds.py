@@ -27,7 +27,7 @@ from trainer.objectives.rollouts import RolloutConfig
 from trainer.reporting.console import Console
 from trainer.reporting.metrics import Meter
 from trainer.reporting.tracking import Trackers
-from trainer.rollout.types import Group, Scores
+from trainer.rollout.types import Group, GroupScores
 from trainer.run import loop_settings
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
@@ -48,12 +48,12 @@ class FunctionScorer:
         self.scored: list[list[Group]] = []
         """The groups of each call."""
 
-    def score(self, groups: Sequence[Group], *, step: int) -> list[Scores]:
+    def score(self, groups: Sequence[Group], *, step: int) -> list[GroupScores]:
         self.scored.append(list(groups))
         made = []
         for group in groups:
             rewards = np.array(self.reward(group), np.float64)
-            made.append(Scores(rewards, {"reward": rewards}))
+            made.append(GroupScores(rewards, {"reward": rewards}))
         return made
 
     def close(self) -> None:
@@ -115,5 +115,5 @@ def round_trainer(
 
 def texts_of(trainer: Trainer) -> list[list[list[int]]]:
     """Token ids of every answer that was scored so far, by group."""
-    scorer = trainer.loader.maker.scorer  # type: ignore[attr-defined]
+    scorer = trainer.loader.round_builder.scorer  # type: ignore[attr-defined]
     return [[answer.ids for answer in group.answers] for groups in scorer.scored for group in groups]

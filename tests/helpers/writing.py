@@ -12,7 +12,7 @@ from tests.helpers.building import model_dir, run_config, two_sided_set
 from tests.helpers.seq2seq import seq2seq_dir
 from trainer.build.parts import build_engine
 from trainer.data.config import DataConfig
-from trainer.evaluation.generate import Writer
+from trainer.evaluation.generate import AnswerGenerator
 from trainer.model.loading import generation_config, load_tokenizer
 from trainer.objectives.seq2seq import Seq2seqConfig
 
@@ -28,7 +28,7 @@ def directory(root: Path, architecture: str) -> Path:
 
 def made(
     root: Path, architecture: str, runtime: Runtime, strategy: Any = "single", **words: Any
-) -> tuple[Engine, Writer]:
+) -> tuple[Engine, AnswerGenerator]:
     """The engine of a model in `root / architecture`, and its writer. All ranks must call."""
     both = architecture in TWO_SIDED
     model = directory(root, architecture)
@@ -37,7 +37,7 @@ def made(
     tokenizer = load_tokenizer(config.model)
     engine, built, _ = build_engine(config, tokenizer, two_sided_set(root), config.precision, runtime)
     start = built.two_sides.decoder_start if built.two_sides else None
-    return engine, Writer(tokenizer, generation_config(config.model, built.config, start), runtime, **words)
+    return engine, AnswerGenerator(tokenizer, generation_config(config.model, built.config, start), runtime, **words)
 
 
 def plain(root: Path, architecture: str) -> Any:

@@ -13,11 +13,11 @@ from tests.models.tiny import tiny_config
 from trainer.data.batches.loader import EvalShare
 from trainer.data.store.sequences import Sample
 from trainer.evaluation import generation
-from trainer.evaluation.base import GenerateConfig, WritingConfig
+from trainer.evaluation.base import DecodingConfig, GenerateConfig
 from trainer.evaluation.decoding import GenerateAnswers, generation_settings, stock_attention
 from trainer.evaluation.full_weights import GatherDecision
-from trainer.evaluation.generate import GenerationThroughput, Writer
-from trainer.evaluation.generation import GeneratedAnswer, GenerationEvaluator, bleu_and_rouge, first_answer
+from trainer.evaluation.generate import AnswerGenerator, GenerationSpeed
+from trainer.evaluation.generation import AnswerWithReference, GenerationEvaluator, bleu_and_rouge, first_answer
 from trainer.model import attention, flex
 
 PAIRS = [
@@ -32,7 +32,7 @@ def test_generated_answers_have_the_bleu_and_rouge_of_the_libraries():
     from rouge_score import rouge_scorer
 
     found = bleu_and_rouge(
-        [GeneratedAnswer(number, answer, reference) for number, (answer, reference) in enumerate(PAIRS)]
+        [AnswerWithReference(number, answer, reference) for number, (answer, reference) in enumerate(PAIRS)]
     )
     expected = sacrebleu.BLEU().corpus_score([a for a, _ in PAIRS], [[r for _, r in PAIRS]]).score
     assert found["bleu"] == pytest.approx(expected) and 0 < expected < 100
@@ -44,7 +44,7 @@ def test_generated_answers_have_the_bleu_and_rouge_of_the_libraries():
 
 
 def test_right_answers_have_full_marks():
-    found = bleu_and_rouge([GeneratedAnswer(0, PAIRS[0][1], PAIRS[0][1])])
+    found = bleu_and_rouge([AnswerWithReference(0, PAIRS[0][1], PAIRS[0][1])])
     assert found == {"bleu": pytest.approx(100.0), "rougeL": pytest.approx(1.0)}
 
 
@@ -72,12 +72,12 @@ def test_named_sets_are_scored_each(monkeypatch):
     settings, runtime = GenerateConfig(samples=2), SimpleNamespace(is_main=True, world_size=1)
     monkeypatch.setattr(generation, "broadcast_object", lambda value, runtime: value)
     answers = [
-        GeneratedAnswer(number, answer, right)
+        AnswerWithReference(number, answer, right)
         for number, (answer, right) in zip((0, 1, 2, 3), [*PAIRS, PAIRS[2]], strict=True)
     ]
     monkeypatch.setattr(GenerationEvaluator, "answers", lambda self, engine: answers)
     monkeypatch.setattr(
-        Writer, "throughput", GenerationThroughput(60, 4.0, GatherDecision(True, False, "block by block"))
+        AnswerGenerator, "throughput", GenerationSpeed(60, 4.0, GatherDecision(True, False, "block by block"))
     )
     pace = {"eval/written_tokens_per_s": 15.0, "eval/weights_gathered": 0.0}
     expected = {
@@ -113,7 +113,7 @@ def test_generated_answers_are_those_of_plain_transformers_in_eager_attention(ki
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    asked = WritingConfig(max_new_tokens=12)
+    asked = DecodingConfig(max_new_tokens=12)
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2, all_special_tokens=[])
     settings = generation_settings(plain.generation_config, asked, tokenizer)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_generation_compiles_nothing_on_a_gpu(monkeypatch):
     model = transformers.AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation="sdpa").eval()
     traced = CompileCounter()
     model.model.norm.compile(backend=traced)  # in the place of its layers, which take longer to trace
-    asked = WritingConfig(max_new_tokens=3)
+    asked = DecodingConfig(max_new_tokens=3)
     base = transformers.GenerationConfig(cache_implementation="static", pad_token_id=0)
     settings = generation_settings(base, asked, SimpleNamespace(pad_token_id=0, eos_token_id=2, all_special_tokens=[]))
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}

@@ -35,8 +35,8 @@ from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.config import DataConfig
 from trainer.data.prepare import PreparedData
 from trainer.evaluation import full_weights
-from trainer.evaluation.base import WritingConfig
-from trainer.evaluation.generate import Writer
+from trainer.evaluation.base import DecodingConfig
+from trainer.evaluation.generate import AnswerGenerator
 from trainer.evaluation.loss import LossEvaluator
 from trainer.model import expert_exchange, experts
 from trainer.model.compat import grouped_experts
@@ -425,11 +425,11 @@ def evaluated(job: Job, ranks: int, how: str) -> dict[str, Any]:
 
     generation = generation_config(config.model, None, None)
     generation.eos_token_id = ENDS
-    writer = Writer(load_tokenizer(config.model), generation, job.runtime, batch=1)
+    writer = AnswerGenerator(load_tokenizer(config.model), generation, job.runtime, batch=1)
     prompts = writing.prompts(7)
     usable = full_weights.USABLE_SHARE if how == "gathered" else 0.0
     with mock.patch.object(full_weights, "USABLE_SHARE", usable):
-        answers = writer.answers(trainer.engine, prompts, WritingConfig(max_new_tokens=6))
+        answers = writer.generate_answers(trainer.engine, prompts, DecodingConfig(max_new_tokens=6))
         pairs = [(prompts[number], prompts[number - 1][:6]) for number in range(7)]
         scores = [one.logprob for one in writer.likelihoods(trainer.engine, pairs)]
     return {"metrics": metrics, "answers": [answer.ids for answer in answers], "scores": scores}

@@ -69,7 +69,7 @@ def _steps(config: RunConfig, data: PreparedData, runtime: Runtime) -> list[dict
     scorer.model_scorer = open_model_scorer(config, engine, runtime)
     inputs = RoundInputs(tokenizer, Precision.fp32, scorer, Progress(), lambda: lambda: False)
     loader, _ = build_round_loader(config, data, built, engine, runtime, inputs)
-    loader.maker.prompts = FixedPrompts(data.train, loader.maker.prompts.table, loader.order)
+    loader.round_builder.prompts = FixedPrompts(data.train, loader.round_builder.prompts.table, loader.order)
     trainer = minimal_trainer(engine)
     trainer.settings = replace(trainer.settings, seed=config.run.seed, total_steps=STEPS)
     steps = []

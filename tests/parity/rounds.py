@@ -35,7 +35,7 @@ from trainer.planner.minimal_step import minimal_trainer
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.prompts import PromptReader
 from trainer.rollout.round import rewards_of
-from trainer.rollout.types import Group, Prompt, Scores
+from trainer.rollout.types import Group, GroupScores, Prompt
 from trainer.verification.gradients import distances, kinds_of_parameters
 
 STEPS = 5
@@ -63,13 +63,13 @@ class FixedPrompts(PromptReader):
 class TokenScorer:
     """Rewards that tokens alone decide, in this process; one answer of some groups is unscored."""
 
-    def score(self, groups: list[Group], *, step: int) -> list[Scores]:
+    def score(self, groups: list[Group], *, step: int) -> list[GroupScores]:
         scores = []
         for group in groups:
             rewards = [np.mean(np.array(answer.ids) % 3 == 0) + len(answer.ids) / 100 for answer in group.answers]
-            if group.prompt.place % 5 == 3:
+            if group.prompt.prompt_number % 5 == 3:
                 rewards[1] = np.nan
-            scores.append(Scores(np.array(rewards, dtype=np.float64)))
+            scores.append(GroupScores(np.array(rewards, dtype=np.float64)))
         return scores
 
     def close(self) -> None: ...
@@ -158,7 +158,7 @@ def steps_of(
     progress = Progress()
     inputs = RoundInputs(tokenizer, Precision.fp32, TokenScorer(), progress, lambda: lambda: False)
     loader, _ = build_round_loader(config, data, built, engine, runtime, inputs)
-    loader.maker.prompts = FixedPrompts(data.train, loader.maker.prompts.table, loader.order)
+    loader.round_builder.prompts = FixedPrompts(data.train, loader.round_builder.prompts.table, loader.order)
     if fault and runtime.rank == 1:
         double_first_group(loader)
     trainer = minimal_trainer(engine)
@@ -206,22 +206,22 @@ def size_of_loss(loader: RolloutLoader, tokens: float) -> float:
 
 def double_first_group(loader: RolloutLoader) -> None:
     """Let every round of this rank have twice the advantages in its first group."""
-    make = loader.maker.make
+    build_round = loader.round_builder.build_round
 
     def faulty(first_sample: int, step: int):
-        made = make(first_sample, step)
+        made = build_round(first_sample, step)
         made.advantages[0] *= 2
         return made
 
-    loader.maker = FaultyMaker(loader.maker, faulty)
+    loader.round_builder = FaultyMaker(loader.round_builder, faulty)
 
 
 class FaultyMaker:
-    """A round maker with another `make`."""
+    """A round builder with another `build_round`."""
 
-    def __init__(self, maker: Any, make: Any) -> None:
-        self._maker = maker
-        self.make = make
+    def __init__(self, round_builder: Any, build_round: Any) -> None:
+        self._round_builder = round_builder
+        self.build_round = build_round
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._maker, name)
+        return getattr(self._round_builder, name)

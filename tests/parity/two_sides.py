@@ -17,8 +17,8 @@ from trainer.data.batches.loader import EvalShare
 from trainer.data.config import DataConfig
 from trainer.data.prepare import PreparedData
 from trainer.evaluation import full_weights
-from trainer.evaluation.base import GenerateConfig, WritingConfig
-from trainer.evaluation.generate import Writer
+from trainer.evaluation.base import DecodingConfig, GenerateConfig
+from trainer.evaluation.generate import AnswerGenerator
 from trainer.evaluation.generation import GenerationEvaluator
 from trainer.model.loading import generation_config, load_tokenizer
 from trainer.objectives.seq2seq import Seq2seqConfig
@@ -134,8 +134,8 @@ WRITING = [
     for strategy in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
     for how in ("gathered", "by block")
 ]
-GREEDY = WritingConfig(max_new_tokens=4)
-DRAWN = WritingConfig(max_new_tokens=3, temperature=1.0, top_k=50, draws=2, seed=3, batch_tokens=80)
+GREEDY = DecodingConfig(max_new_tokens=4)
+DRAWN = DecodingConfig(max_new_tokens=3, temperature=1.0, top_k=50, draws=2, seed=3, batch_tokens=80)
 
 
 def write(job: Job, case: str) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def write(job: Job, case: str) -> dict[str, Any]:
 
     def all_of(runtime: Any, strategy: Any) -> list[Any]:
         engine, writer = writing.made(job.root, architecture, runtime, strategy, batch=2)
-        said = [[asdict(one) for one in writer.answers(engine, prompts, asked)] for asked in (GREEDY, DRAWN)]
+        said = [[asdict(one) for one in writer.generate_answers(engine, prompts, asked)] for asked in (GREEDY, DRAWN)]
         assert writer.throughput is not None
         pairs = [(prompts[n], prompts[n - 1][:6]) for n in range(9)]
         scores = [one.logprob for one in writer.likelihoods(engine, pairs)]
@@ -174,10 +174,12 @@ def write_between_steps(job: Job, strategy: str) -> dict[str, Any]:
     model = job.first_here(lambda: model_dir(job.root, "llama"))
     config = run_config(model, STRATEGIES[strategy], "full", micro=4, steps=STEPS)
     trainer, curve = job.trainer(config), []
-    writer = Writer(load_tokenizer(config.model), generation_config(config.model, None, None), job.runtime, batch=2)
+    writer = AnswerGenerator(
+        load_tokenizer(config.model), generation_config(config.model, None, None), job.runtime, batch=2
+    )
     texts = []
     for _ in range(3):
-        texts.append([one.ids for one in writer.answers(trainer.engine, writing.prompts(5), GREEDY)])
+        texts.append([one.ids for one in writer.generate_answers(trainer.engine, writing.prompts(5), GREEDY)])
         assert (
             writer.throughput is not None
             and writer.throughput.gathering.gathered_once

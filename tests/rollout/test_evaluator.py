@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trainer.rollout.evaluator import expected_best, reward_metrics
-from trainer.rollout.types import Answer, Group, Prompt, Scores
+from trainer.rollout.types import Answer, Group, GroupScores, Prompt
 
 
 def group(place, lengths, source=""):
@@ -24,10 +24,10 @@ def test_the_expected_best_is_the_mean_over_all_choices(k):
 
 def test_metrics_leave_out_answers_without_a_score():
     groups = [group(0, [1, 2, 4, 4], "a"), group(1, [3, 3, 3, 3], "b")]
-    first = Scores(
+    first = GroupScores(
         np.array([0.0, 1.0, 1.0, 1.0]), {"right": np.array([0.0, 1.0, 1.0, 1.0]), "brief": np.full(4, np.nan)}
     )
-    second = Scores(
+    second = GroupScores(
         np.array([0.0, 0.0, 0.0, np.nan]), {"right": np.array([0.0, 0.0, 0.0, np.nan]), "brief": np.full(4, 2.0)}
     )
     metrics = reward_metrics(groups, [first, second], draws=4)

@@ -41,7 +41,7 @@ def site(tmp_path_factory):
 
 
 def group(texts, prompt, place=0):
-    answers = [Answer(n, [1, 2], np.zeros(2, np.float32), text, ended=True) for n, text in enumerate(texts)]
+    answers = [Answer(n, [1, 2], np.zeros(2, np.float32), text, has_ended=True) for n, text in enumerate(texts)]
     return Group(Prompt(place, [1], prompt, {}, f"data.jsonl:{place + 1}"), answers)
 
 

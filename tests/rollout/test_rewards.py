@@ -115,7 +115,7 @@ def reward_file(tmp_path_factory):
 def group(texts, columns=None, prompt="question", place=0):
     answers = []
     for draw, written in enumerate(texts):
-        answers.append(Answer(draw, [1, 2, 3], np.zeros(3, np.float32), written, ended=written != "cut"))
+        answers.append(Answer(draw, [1, 2, 3], np.zeros(3, np.float32), written, has_ended=written != "cut"))
     return Group(Prompt(place, [1], prompt, columns or {}, f"data.jsonl:{place + 1}"), answers)
 
 

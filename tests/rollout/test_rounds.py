@@ -105,9 +105,9 @@ def test_a_prompt_computed_once_for_its_answers_gives_the_same_steps(tmp_path, r
         trainer = round_trainer(
             config := round_config(tmp_path, model, "single", micro=micro), prompts_of(config), runtime
         )
-        dealer = trainer.loader.maker.dealer
+        dealer = trainer.loader.round_builder.dealer
         assert dealer.shares_prompts
-        trainer.loader.maker.dealer = replace(dealer, shares_prompts=shares)
+        trainer.loader.round_builder.dealer = replace(dealer, shares_prompts=shares)
         curves.append(take_steps(trainer, 3))
         batch = next(trainer.loader.steps(12, 1))
         tokens.append(sum(micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches))
@@ -135,8 +135,8 @@ def test_prompts_are_neither_skipped_nor_taken_twice(root, runtime):
     """14 prompts, 4 a round: the second epoch begins in the middle of the fourth round, in an order of its own."""
     trainer = made_trainer(root, runtime)
     take_steps(trainer, 7)
-    scorer = trainer.loader.maker.scorer
-    places = [group.prompt.place for groups in scorer.scored for group in groups]
+    scorer = trainer.loader.round_builder.scorer
+    places = [group.prompt.prompt_number for groups in scorer.scored for group in groups]
     assert places == list(range(28)) and trainer.progress.samples == 28
     prompts = [tuple(group.prompt.ids) for groups in scorer.scored for group in groups]
     assert sorted(prompts[:14]) == sorted(prompts[14:])
@@ -156,7 +156,7 @@ def test_the_counts_of_a_step_are_those_of_the_learned_answers(root, runtime):
     trainer = made_trainer(root, runtime, micro=3, reward=reward, **leave_out)
     batch = next(trainer.loader.steps(0, 1))
     made = trainer.loader.current
-    learned = [a for group in made.groups for a in group.answers[1:] if a.ended]
+    learned = [a for group in made.groups for a in group.answers[1:] if a.has_ended]
     assert 0 < len(learned) < 12
     tokens = sum(len(answer.ids) for answer in learned)
     assert batch.totals == {"loss": len(learned), "tokens": tokens, "answers": len(learned)}
@@ -170,7 +170,7 @@ def test_a_round_of_several_steps_goes_on_from_its_checkpoint(root, runtime, tmp
     rounds = {"steps": 2, "iterations": 2}
     whole = made_trainer(root, runtime, rollout=rounds)
     expected = take_steps(whole, 5)
-    assert len(whole.loader.maker.scorer.scored) == 2 and whole.progress.samples == 8
+    assert len(whole.loader.round_builder.scorer.scored) == 2 and whole.progress.samples == 8
     for stopped_after in (1, 3):
         first = made_trainer(root, runtime, rollout=rounds)
         take_steps(first, stopped_after)
@@ -189,7 +189,7 @@ def test_a_round_of_several_steps_goes_on_from_its_checkpoint(root, runtime, tmp
         second.loader.restore(state)
         assert second.loader.current.facts == first.loader.current.facts
         assert take_steps(second, 5 - stopped_after) == expected[stopped_after:]
-        assert len(second.loader.maker.scorer.scored) == 1
+        assert len(second.loader.round_builder.scorer.scored) == 1
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["its own round", "a later round"])
@@ -206,12 +206,12 @@ def test_a_rollback_into_a_round_leaves_out_the_round_that_stands_out(root, runt
     trainer.checkpoints = SimpleNamespace(pending=None, roll_back=lambda last_good_step: tmp_path)
     trainer._roll_back(outlier)
     assert (trainer.progress.step, trainer.progress.round_step) == (1, int(step == 3))
-    scorer = trainer.loader.maker.scorer
+    scorer = trainer.loader.round_builder.scorer
     scorer.scored.clear()
     take_steps(trainer, 2)
     # Of 14 prompts in epochs, the next round has those that follow what is left out.
     first_place = first_sample + 8
-    dataset = trainer.loader.maker.prompts.dataset
+    dataset = trainer.loader.round_builder.prompts.dataset
     units = GlobalOrder(14, trainer.settings.seed, shuffle=True).units(first_place, 8)
     prompts = [tuple(group.prompt.ids) for group in scorer.scored[0]]
     assert prompts == [tuple(dataset.sample(int(unit)).input_ids.tolist()) for unit in units]
@@ -258,7 +258,11 @@ def test_idle_groups_are_dropped_or_replaced(root, runtime):
     """Groups of prompts with an even place score alike."""
 
     def reward(group):
-        return [1.0] * 4 if group.prompt.place % 2 == 0 else [float(answer.draw) for answer in group.answers]
+        return (
+            [1.0] * 4
+            if group.prompt.prompt_number % 2 == 0
+            else [float(answer.sample_index) for answer in group.answers]
+        )
 
     dropped = made_trainer(root, runtime, reward=reward, idle_groups=IdleGroups.drop)
     batch = next(dropped.loader.steps(0, 1))
@@ -267,7 +271,7 @@ def test_idle_groups_are_dropped_or_replaced(root, runtime):
     replaced = made_trainer(root, runtime, reward=reward, idle_groups=IdleGroups.replace)
     batches = list(replaced.loader.steps(0, 1))
     made = replaced.loader.current
-    assert [group.prompt.place for group in made.groups] == [1, 3, 5, 7]
+    assert [group.prompt.prompt_number for group in made.groups] == [1, 3, 5, 7]
     assert batches[0].samples == 8 and batches[0].totals["answers"] == 16
     assert batches[0].facts["groups/replaced"] == 4 and batches[0].facts["groups/missing"] == 0
 
@@ -296,7 +300,7 @@ def test_a_stop_while_a_round_is_made_is_raised_before_the_next_part(root, runti
     trainer = made_trainer(root, runtime, stop_now=stop_now, rollout={"rows": 4})
     with pytest.raises(Interrupted):
         next(trainer.loader.steps(0, 1))
-    assert trainer.loader.maker.scorer.scored == []
+    assert trainer.loader.round_builder.scorer.scored == []
 
 
 def test_answers_of_other_weights_end_the_run(root, runtime):

@@ -12,7 +12,7 @@ from trainer.data.batches.loader import EvalShare
 from trainer.data.prepare import PreparedData
 from trainer.data.store.documents import DocumentTable
 from trainer.evaluation.base import Evaluator
-from trainer.evaluation.generate import Writer
+from trainer.evaluation.generate import AnswerGenerator
 from trainer.model.loading import generation_config
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.rollout.evaluator import RewardEvaluator, evaluation_writing
@@ -49,11 +49,11 @@ def build_reward_evaluators(
     prompts = []
     for number, sequence in enumerate(share.sequences(held_out).tolist()):
         prompts.append(read_prompt(held_out, table, sequence, number, names_source=names_source))
-    writer = Writer(
+    answer_generator = AnswerGenerator(
         tokenizer,
         generation_config(config.model, built.config, None),
         runtime,
         batch=config.evaluation.batch,
         stop_now=stop_now,
     )
-    return [RewardEvaluator(prompts, writer, scorer, evaluation_writing(settings.rollout, generate))]
+    return [RewardEvaluator(prompts, answer_generator, scorer, evaluation_writing(settings.rollout, generate))]

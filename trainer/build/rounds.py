@@ -33,11 +33,11 @@ from trainer.objectives.grpo_config import GrpoConfig
 from trainer.objectives.registry import family_of
 from trainer.rollout.dealing import Dealer
 from trainer.rollout.loader import RolloutLoader
-from trainer.rollout.maker import RoundMaker
+from trainer.rollout.maker import RoundBuilder
 from trainer.rollout.prompts import PromptReader
 from trainer.rollout.rewards.model_files import BATCH_TOKENS
 from trainer.rollout.types import RewardScorer
-from trainer.rollout.writer import OwnWriter, left_out
+from trainer.rollout.writer import EngineGroupGenerator, left_out
 from trainer.step import Built
 
 MOST_ROWS = {"cpu": 64, "cuda": 256}
@@ -141,7 +141,7 @@ def build_round_loader(
     # What writes answers, and what makes rounds of them.
     share = Share(num_prompts, config.batch["micro"], runtime.reader, runtime.readers, sequence_cut(runtime))
     longest_row = int(data.train.lengths.max(initial=0)) + settings.rollout.max_new_tokens
-    writer = OwnWriter(
+    group_generator = EngineGroupGenerator(
         inputs.tokenizer,
         generation,
         settings.rollout,
@@ -152,12 +152,12 @@ def build_round_loader(
     )
     collator: Any = built.collator
     objective: Any = built.step_module.objective
-    maker = RoundMaker(
+    round_builder = RoundBuilder(
         settings,
         num_prompts,
         engine,
         prompts=PromptReader(data.train, DocumentTable(data.directory), order),
-        writer=writer,
+        group_generator=group_generator,
         scorer=inputs.scorer,
         dealer=Dealer(
             share.micro_batch,
@@ -178,7 +178,7 @@ def build_round_loader(
     most_difference = settings.rollout.most_difference
     if most_difference is None:
         most_difference = MOST_DIFFERENCE[inputs.precision]
-    loader = RolloutLoader(maker, share, inputs.progress, most_difference)
+    loader = RolloutLoader(round_builder, share, inputs.progress, most_difference)
     steps = steps_of_run(config, order, loader.unit_tokens)
     if built.step_module.plan.optimizer_hooks is not None:
         built.step_module.plan.optimizer_hooks.begin(steps)

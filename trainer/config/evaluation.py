@@ -10,7 +10,7 @@ from strategies.errors import ShardtuneError
 from trainer.config.run import RunConfig
 from trainer.data.config import DataFormat
 from trainer.data.read.paths import expand_paths
-from trainer.evaluation.base import TaskConfig, WritingConfig
+from trainer.evaluation.base import DecodingConfig, TaskConfig
 from trainer.evaluation.interval import AUTO
 from trainer.evaluation.tasks import registry
 from trainer.export.config import ExportedCheckpoint
@@ -130,7 +130,7 @@ def asked_tasks(config: RunConfig) -> dict[str, TaskConfig]:
         tasks[GENERAL] = TaskConfig(kind="loss", path=watched.data, max_rows=watched.max_rows)
     if _asks_chat_questions(config):
         questions = TaskConfig(kind="loss", path=str(CHAT_QUESTIONS), format=DataFormat.messages)
-        writing = WritingConfig(max_new_tokens=ANSWER_TOKENS)
+        writing = DecodingConfig(max_new_tokens=ANSWER_TOKENS)
         tasks[CHAT] = questions
         tasks[CHAT_ANSWERS] = replace(questions, kind="f1", max_rows=ANSWERED_QUESTIONS, write=writing)
     return tasks

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from strategies.settings import DESCRIBES, group, number, setting
-from trainer.evaluation.base import WritingConfig
+from trainer.evaluation.base import DecodingConfig
 
 OVERALL = "overall"
 """The question that every item has."""
@@ -26,8 +26,8 @@ class ReviewConfig:
     """Seed of the drawn prompts, of their order, and of the side on which each answer stands."""
     repeats: float = number(0.1, least=0, most=1, advice="0.1 as a rule; 0 shows nothing twice")
     """Share of the items that are shown again with exchanged sides, to see whether a reviewer answers the same. 0: none."""
-    write: WritingConfig = group(
-        lambda: WritingConfig(max_new_tokens=256),
+    write: DecodingConfig = group(
+        lambda: DecodingConfig(max_new_tokens=256),
         advice={
             "max_new_tokens": "as much as people can be asked to read: 64 to 512",
             "beams": "1 is greedy",

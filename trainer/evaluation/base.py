@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True, slots=True)
-class WritingConfig:
+class DecodingConfig:
     """How a model writes answers."""
 
     max_new_tokens: int = number(128, least=1, advice="as long as the answers: 64 to 256 for summaries")
@@ -65,7 +65,7 @@ class WritingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class GenerateConfig(WritingConfig):
+class GenerateConfig(DecodingConfig):
     """Answers that the model writes to held-out prompts, for BLEU and ROUGE-L."""
 
     samples: int = number(0, least=0, advice="0 generates nothing; 50 to 500 as a rule")
@@ -88,8 +88,8 @@ class TaskConfig:
     """Other names of columns, as pairs of the name that is read and the name in the file."""
     max_rows: int | None = number(None, least=1, advice="null asks all rows")
     """Rows asked, the first ones; null for all."""
-    write: WritingConfig = group(
-        WritingConfig, advice={"max_new_tokens": "as long as the answers: 16 to 512 as a rule"}
+    write: DecodingConfig = group(
+        DecodingConfig, advice={"max_new_tokens": "as long as the answers: 16 to 512 as a rule"}
     )
     """How answers are written, by tasks that need some."""
     options: dict[str, Any] = setting(default_factory=dict, reach=Reach.file)

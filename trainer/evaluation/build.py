@@ -18,7 +18,7 @@ from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import EvaluationConfig, Evaluator
 from trainer.evaluation.by_position import metric_names, position_bounds, with_position_groups
 from trainer.evaluation.endpoint.judge import Judge
-from trainer.evaluation.generate import Writer
+from trainer.evaluation.generate import AnswerGenerator
 from trainer.evaluation.generation import GenerationEvaluator
 from trainer.evaluation.loss import EvaluationPart, LossEvaluator
 from trainer.evaluation.tasks.model_interface import ModelInterface
@@ -134,7 +134,7 @@ def build_model_interface(
 ) -> ModelInterface:
     """The model of an engine, as tasks see it. `labels` are those of a classification head, by their ids."""
     decoder_start = built.two_sides.decoder_start if built.two_sides else None
-    writer = Writer(
+    answer_generator = AnswerGenerator(
         encoder.tokenizer,
         generation_config(model, built.config, decoder_start),
         runtime,
@@ -147,7 +147,7 @@ def build_model_interface(
     return ModelInterface(
         engine=engine,
         built=built,
-        writer=writer,
+        answer_generator=answer_generator,
         encoder=encoder,
         runtime=runtime,
         max_positions=None if built.two_sides else positions,

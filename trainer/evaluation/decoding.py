@@ -24,7 +24,7 @@ from trainer.model.compat import attention_of, other_attention, writes_with_cach
 from trainer.objectives.causal import plain_model
 
 if TYPE_CHECKING:
-    from trainer.evaluation.base import WritingConfig
+    from trainer.evaluation.base import DecodingConfig
 
 DRAW_BLOCK = 256
 """Tokens of a block in `draw_in_two_levels`."""
@@ -32,7 +32,7 @@ _GOLDEN_RATIO_STEP = -7046029254386353131
 """The odd integer nearest to 2^64 over the golden ratio, 0x9E3779B97F4A7C15, as a signed one."""
 
 
-def generation_settings(base: Any, settings: WritingConfig, tokenizer: Any) -> Any:
+def generation_settings(base: Any, settings: DecodingConfig, tokenizer: Any) -> Any:
     """The model's own generation settings (`base`, transformers'), with our lengths and beams, and without its sampling.
 
     A stop string that is a special token (`<|im_end|>`) ends an answer as a token, since decoded text does not show it.
@@ -79,7 +79,7 @@ class GenerateAnswers:
     """
 
     def __init__(
-        self, config: Any, settings: WritingConfig, tokenizer: Any, *, synced: bool, keep_logprobs: bool = False
+        self, config: Any, settings: DecodingConfig, tokenizer: Any, *, synced: bool, keep_logprobs: bool = False
     ) -> None:
         assert settings.temperature or not keep_logprobs, "greedy answers have no law that they were drawn by"
         self.config = config

@@ -18,7 +18,7 @@ import numpy as np
 from strategies.errors import DataError, Interrupted
 from strategies.runtime import Runtime, derive_seed, gather_objects
 from trainer.data.batches.collate import to_device
-from trainer.evaluation.base import WritingConfig
+from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.decoding import GenerateAnswers, ending_ids, generation_settings
 from trainer.evaluation.full_weights import GatherDecision, cache_bytes, decide_gathering
 from trainer.evaluation.likelihood import Likelihood, Pair, ScoreContinuations, mask_of, padded, pair_rows
@@ -28,29 +28,29 @@ from trainer.objectives.causal import STOCK_PATH, plain_model
 if TYPE_CHECKING:
     from strategies.base import Engine
 
-__all__ = ["GenerationThroughput", "Likelihood", "Writer", "WritingConfig", "WrittenAnswer", "cut_answer"]
+__all__ = ["AnswerGenerator", "DecodingConfig", "GeneratedAnswer", "GenerationSpeed", "Likelihood", "cut_answer"]
 
 
 @dataclass(frozen=True, slots=True)
-class WrittenAnswer:
+class GeneratedAnswer:
     """One answer of the model."""
 
-    prompt: int
+    prompt_index: int
     """Number of its prompt in the sequence that was given."""
     text: str
     """Without special tokens, and without the stop string that ended it."""
     ids: list[int]
     """New tokens, up to the one that ended it."""
-    ended: bool
+    has_ended: bool
     """Whether it ended at an end token or a stop string, and not because it reached the longest length."""
-    draw: int = 0
+    sample_index: int = 0
     """Number of the draw, if a prompt is answered several times."""
     logprobs: np.ndarray | None = None
     """float32 [len(ids)]: log-probability of each token where it was drawn, after the temperature; None unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationThroughput:
+class GenerationSpeed:
     """How fast answers were written."""
 
     tokens: int
@@ -69,10 +69,10 @@ class GenerationThroughput:
         return f"{speed}; {self.gathering.description}"
 
 
-class Writer:
+class AnswerGenerator:
     """Writes answers and computes likelihoods with the model of an engine."""
 
-    throughput: GenerationThroughput | None = None
+    throughput: GenerationSpeed | None = None
     """The speed of the last call of `answers`."""
 
     def __init__(
@@ -93,16 +93,16 @@ class Writer:
         self.on_batch: Callable[[int, int], None] = lambda done, batches: None
         """Called after each batch with the number of finished batches of this rank, and of all its batches."""
 
-    def answers(
+    def generate_answers(
         self,
         engine: Engine,
         prompts: Sequence[Sequence[int]],
-        settings: WritingConfig,
+        settings: DecodingConfig,
         *,
         seeds: Sequence[Sequence[int]] | None = None,
         averaged: bool = True,
         keep_logprobs: bool = False,
-    ) -> list[WrittenAnswer]:
+    ) -> list[GeneratedAnswer]:
         """What the model writes to each prompt, in their order and draw by draw, the same list on every rank.
 
         All ranks must call with the same prompts (token ids; for an encoder, if the model has one). An answer ends at the
@@ -147,7 +147,7 @@ class Writer:
             }
 
         # Write this rank's answers, then exchange them.
-        own_answers: dict[int, WrittenAnswer] = {}  # by number of the row
+        own_answers: dict[int, GeneratedAnswer] = {}  # by number of the row
         end_ids = ending_ids(config)
         for row_numbers, terms in self.run_batches(
             engine, batches, objective, make_batch, gathering=gathering, averaged=averaged
@@ -158,9 +158,9 @@ class Writer:
                 if logprobs is not None:
                     answer = replace(answer, logprobs=logprobs[index, : len(answer.ids)].copy())
                 own_answers[row] = answer
-        answers: list[WrittenAnswer] = self.gather_by_number(own_answers)
+        answers: list[GeneratedAnswer] = self.gather_by_number(own_answers)
         seconds = max(gather_objects(time.perf_counter() - began, self.runtime))
-        self.throughput = GenerationThroughput(sum(len(answer.ids) for answer in answers), seconds, gathering)
+        self.throughput = GenerationSpeed(sum(len(answer.ids) for answer in answers), seconds, gathering)
         return answers
 
     def _decide_gathering(
@@ -264,7 +264,7 @@ class Writer:
 
 def cut_answer(
     prompt: int, draw: int, ids: list[int], stop: Sequence[str], end_ids: frozenset[int], tokenizer: Any
-) -> WrittenAnswer:
+) -> GeneratedAnswer:
     """An answer from new tokens, which may be padded after its end: cut at the first end token or stop string.
 
     `prompt` and `draw`: the numbers of its prompt and of the answer among those to it. The answer's tokens include the end token,
@@ -282,7 +282,7 @@ def cut_answer(
     # The first stop string.
     stop_positions = [text.index(stop_text) for stop_text in stop if stop_text in text]
     if not stop_positions:
-        return WrittenAnswer(prompt, text, ids, end is not None, draw)
+        return GeneratedAnswer(prompt, text, ids, end is not None, draw)
     # Bisect for the fewest tokens whose text has a stop string: once a text has one, longer texts have it too.
     low, high = 1, len(ids)
     while low < high:
@@ -292,7 +292,7 @@ def cut_answer(
             high = middle
         else:
             low = middle + 1
-    return WrittenAnswer(prompt, text[: min(stop_positions)], ids[:low], True, draw)
+    return GeneratedAnswer(prompt, text[: min(stop_positions)], ids[:low], True, draw)
 
 
 def model_of(engine: Engine) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from strategies.runtime import Runtime, broadcast_object
 from trainer.data.batches.loader import EvalShare, sources_in
 from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.evaluation.generate import Writer
+from trainer.evaluation.generate import AnswerGenerator
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class GeneratedAnswer:
+class AnswerWithReference:
     """An answer with its reference."""
 
     document: int
@@ -55,9 +55,11 @@ class GenerationEvaluator:
         self.tokenizer = tokenizer
         self.settings = settings
         self.runtime = runtime
-        self.writer = Writer(tokenizer, generation_config, runtime, batch=share.batch, stop_now=stop_now)
+        self.answer_generator = AnswerGenerator(
+            tokenizer, generation_config, runtime, batch=share.batch, stop_now=stop_now
+        )
         self._sets = sources_in(dataset) if share.by_source else {}
-        self.on_answers: Callable[[list[GeneratedAnswer]], None] = lambda answers: None
+        self.on_answers: Callable[[list[AnswerWithReference]], None] = lambda answers: None
         """Called with the answers to all documents after each evaluation."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
@@ -66,16 +68,16 @@ class GenerationEvaluator:
         `eval/written_tokens_per_s` is the speed of all ranks together. `eval/weights_gathered` is yielded for sharded weights:
         1 if they were gathered once for all answers, 0 if block by block in each pass.
         """
-        answers = self.answers(engine)
+        answers = self.generate_answers(engine)
         self.on_answers(answers)
         metrics = self._metrics(answers) if self.runtime.is_main else None
         yield from broadcast_object(metrics, self.runtime).items()
-        assert self.writer.throughput is not None
-        yield "eval/written_tokens_per_s", self.writer.throughput.tokens_per_s
-        if self.writer.throughput.gathering.sharded:
-            yield "eval/weights_gathered", float(self.writer.throughput.gathering.gathered_once)
+        assert self.answer_generator.throughput is not None
+        yield "eval/written_tokens_per_s", self.answer_generator.throughput.tokens_per_s
+        if self.answer_generator.throughput.gathering.sharded:
+            yield "eval/weights_gathered", float(self.answer_generator.throughput.gathering.gathered_once)
 
-    def _metrics(self, answers: list[GeneratedAnswer]) -> dict[str, float]:
+    def _metrics(self, answers: list[AnswerWithReference]) -> dict[str, float]:
         """BLEU and ROUGE-L of all answers (`eval/bleu`) and of those to each named set (`eval/SET/bleu`). On rank 0."""
         metrics = {f"eval/{name}": score for name, score in bleu_and_rouge(answers).items()}
         for number, set_name in self._sets.items():
@@ -84,7 +86,7 @@ class GenerationEvaluator:
                 metrics[f"eval/{set_name}/{name}"] = score
         return metrics
 
-    def answers(self, engine: Engine) -> list[GeneratedAnswer]:
+    def generate_answers(self, engine: Engine) -> list[AnswerWithReference]:
         """What the model answers to the evaluation documents, in their order, the same on every rank. All ranks must call."""
         documents = []  # numbers in the data set
         samples = []
@@ -95,10 +97,12 @@ class GenerationEvaluator:
             samples.append(sample)
             prompts.append(sample.input_ids[: sample.answer_begin()].tolist())
         answers = []
-        for written in self.writer.answers(engine, prompts, self.settings):
-            reference = self._reference(samples[written.prompt])
-            prompt = self.tokenizer.decode(prompts[written.prompt], skip_special_tokens=True).strip()
-            answers.append(GeneratedAnswer(documents[written.prompt], written.text.strip(), reference, prompt))
+        for written in self.answer_generator.generate_answers(engine, prompts, self.settings):
+            reference = self._reference(samples[written.prompt_index])
+            prompt = self.tokenizer.decode(prompts[written.prompt_index], skip_special_tokens=True).strip()
+            answers.append(
+                AnswerWithReference(documents[written.prompt_index], written.text.strip(), reference, prompt)
+            )
         return answers
 
     def _reference(self, sample: Sample) -> str:
@@ -117,7 +121,7 @@ def first_answer(sample: Sample) -> np.ndarray:
     return sample.input_ids[start : start + answer_length]
 
 
-def bleu_and_rouge(answers: list[GeneratedAnswer]) -> dict[str, float]:
+def bleu_and_rouge(answers: list[AnswerWithReference]) -> dict[str, float]:
     """Corpus BLEU (0 to 100) and mean ROUGE-L F-measure (0 to 1) of answers against their references."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import corpus_bleu

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainer.evaluation.base import WritingConfig
+from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.decoding import StopAtText, draw_in_two_levels, ending_ids, generation_settings, stock_attention
 from trainer.evaluation.full_weights import cache_bytes, decide_gathering
 from trainer.evaluation.generate import (
-    Writer,
-    WrittenAnswer,
+    AnswerGenerator,
+    GeneratedAnswer,
     check_rows,
     cut_answer,
     max_answer_tokens,
@@ -47,12 +47,12 @@ class _Part:
     draws: range
 
 
-class GroupWriter(Writer):
+class SharedPromptGenerator(AnswerGenerator):
     """Writes several draws to each prompt."""
 
-    def group_answers(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], settings: WritingConfig, seeds: Sequence[Sequence[int]]
-    ) -> list[WrittenAnswer]:
+    def generate_samples(
+        self, engine: Engine, prompts: Sequence[Sequence[int]], settings: DecodingConfig, seeds: Sequence[Sequence[int]]
+    ) -> list[GeneratedAnswer]:
         """`settings.draws` answers to each prompt by the trained weights, with the log-probabilities of the drawn tokens.
 
         A prompt is computed once for all its answers. If the model must be called by transformers' `generate`, or each pass is a
@@ -79,7 +79,7 @@ class GroupWriter(Writer):
                 engine, self.runtime, cache_bytes(model.config, rows, max(lengths, default=0), itemsize)
             )
         if gathering is None or gathering.in_step:
-            return self.answers(engine, prompts, settings, seeds=seeds, averaged=False, keep_logprobs=True)
+            return self.generate_answers(engine, prompts, settings, seeds=seeds, averaged=False, keep_logprobs=True)
 
         # Make batches of parts whose answers have the same longest length (`kinds`).
         check_rows("prompt", prompts, position_limit(model.config))
@@ -107,7 +107,7 @@ class GroupWriter(Writer):
             }
 
         # Write them. An answer's number is prompt * draws + draw.
-        own_answers: dict[int, WrittenAnswer] = {}
+        own_answers: dict[int, GeneratedAnswer] = {}
         for part_numbers, terms in self.run_batches(
             engine, batches, objective, make_batch, gathering=gathering, averaged=False
         ):
@@ -141,7 +141,7 @@ def shares_prompts(model: Any) -> bool:
 class GroupAnswers:
     """Takes the place of the objective in a step module: writes several answers to each prompt of a batch."""
 
-    def __init__(self, settings: WritingConfig, tokenizer: Any, end_ids: frozenset[int]) -> None:
+    def __init__(self, settings: DecodingConfig, tokenizer: Any, end_ids: frozenset[int]) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
         self.end_ids = end_ids

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, Interrupted
 from strategies.runtime import Runtime, derive_seed
-from trainer.evaluation.base import WritingConfig
+from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.endpoint.client import Client, first_choice, tokens_used
 from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.full_weights import GatherDecision
-from trainer.evaluation.generate import GenerationThroughput, WrittenAnswer
+from trainer.evaluation.generate import GeneratedAnswer, GenerationSpeed
 from trainer.evaluation.likelihood import Likelihood, Pair
 from trainer.evaluation.tasks.model_interface import ModelInterface
 
@@ -30,18 +30,20 @@ KEY = "evaluation.server"
 
 
 @dataclass(slots=True)
-class ServedWriter:
-    """Takes the place of `Writer`: a server writes the answers and computes the likelihoods."""
+class ServedAnswerGenerator:
+    """Takes the place of `AnswerGenerator`: a server writes the answers and computes the likelihoods."""
 
     client: Client
     model: str
     tokenizer: Any
     stop_now: Callable[[], bool] = lambda: False
-    throughput: GenerationThroughput | None = None
+    throughput: GenerationSpeed | None = None
     on_batch: Callable[[int, int], None] = lambda done, batches: None
     """Called after each batch of requests with the number of finished batches, and of all batches."""
 
-    def answers(self, engine: Any, prompts: Sequence[Sequence[int]], settings: WritingConfig) -> list[WrittenAnswer]:
+    def generate_answers(
+        self, engine: Any, prompts: Sequence[Sequence[int]], settings: DecodingConfig
+    ) -> list[GeneratedAnswer]:
         """What the server writes to each prompt, draw by draw, in their order; without the ids of its tokens."""
         if settings.beams > 1:  # which a task of lm-evaluation-harness may ask for in its YAML
             raise ConfigError(
@@ -61,7 +63,7 @@ class ServedWriter:
         if special_stops:
             extra["stop_token_ids"] = self.tokenizer.convert_tokens_to_ids(special_stops)
 
-        def request_answer(prompt_draw: tuple[int, int]) -> tuple[WrittenAnswer, int]:
+        def request_answer(prompt_draw: tuple[int, int]) -> tuple[GeneratedAnswer, int]:
             """(the answer to one prompt, its number of tokens; 0 if the server does not count them)."""
             prompt_number, draw = prompt_draw
             seed = None
@@ -88,14 +90,14 @@ class ServedWriter:
                 )
             tokens = tokens_used(response, "completion_tokens") or 0
             ended = getattr(choice, "finish_reason", None) == "stop"
-            return WrittenAnswer(prompt_number, text, [], ended, draw), tokens
+            return GeneratedAnswer(prompt_number, text, [], ended, draw), tokens
 
         results = self._send_all(request_answer, prompt_draws)
         # There are no local weights to gather; the description says who wrote.
         description = f"written by {self.model} at {self.client.config.url}"
         gathering = GatherDecision(sharded=False, gathered_once=True, description=description)
         total_tokens = sum(answer_tokens for _, answer_tokens in results)
-        self.throughput = GenerationThroughput(total_tokens, time.perf_counter() - began, gathering)
+        self.throughput = GenerationSpeed(total_tokens, time.perf_counter() - began, gathering)
         return [answer for answer, _ in results]
 
     def likelihoods(self, engine: Any, pairs: Sequence[Pair]) -> list[Likelihood]:
@@ -183,12 +185,12 @@ def connect_served_model(
     """
     client = Client(config.server, KEY)
     model = find_served_model(client, path)
-    writer: Any = ServedWriter(client, model, encoder.tokenizer, stop_now)
+    answer_generator: Any = ServedAnswerGenerator(client, model, encoder.tokenizer, stop_now)
     not_loaded: Any = None  # every request that would need the model is overridden in ServedModel
     return ServedModel(
         engine=not_loaded,
         built=not_loaded,
-        writer=writer,
+        answer_generator=answer_generator,
         encoder=encoder,
         runtime=runtime,
         max_positions=positions,

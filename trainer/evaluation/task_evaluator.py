@@ -17,7 +17,7 @@ from trainer.evaluation.tasks.model_interface import FirstRequest
 from trainer.evaluation.tasks.prepared import PreparedTask
 
 if TYPE_CHECKING:
-    from trainer.evaluation.generate import GenerationThroughput
+    from trainer.evaluation.generate import GenerationSpeed
     from trainer.evaluation.tasks.model_interface import ModelInterface
 
 
@@ -33,7 +33,7 @@ class FinishedTask:
     rows: list[TaskRow]
     metrics: dict[str, float]
     seconds: float
-    throughput: GenerationThroughput | None = None
+    throughput: GenerationSpeed | None = None
     """How fast its answers were written; None for tasks that write none."""
 
 
@@ -68,7 +68,7 @@ class TaskEvaluator:
                 elapsed_s = now - first_batch_at
                 print_line(f"{timed_task}: {done} of {batches} batches, {elapsed_s:.0f} s since the first")
 
-        self.model.writer.on_batch = on_batch
+        self.model.answer_generator.on_batch = on_batch
 
     def check_rows(self) -> None:
         """Encode and check the rows of every task, so that a bad row ends the run before the model or a judge is asked.
@@ -111,9 +111,9 @@ class TaskEvaluator:
             if names is not None and prepared.task.name not in names:
                 continue
             began = time.perf_counter()
-            writer = self.model.writer
+            answer_generator = self.model.answer_generator
             self.current_task = prepared.task.name
-            writer.throughput = None
+            answer_generator.throughput = None
             rows = self._run(prepared)
             _add_questions(prepared, rows)
             metrics: dict[str, float] = {}
@@ -121,7 +121,7 @@ class TaskEvaluator:
                 metrics = prepared.task.compute_metrics(rows)
             metrics = broadcast_object(metrics, self.model.runtime)
             seconds = time.perf_counter() - began
-            yield FinishedTask(prepared, rows, metrics, seconds, writer.throughput)
+            yield FinishedTask(prepared, rows, metrics, seconds, answer_generator.throughput)
 
 
 def _add_questions(prepared: PreparedTask, rows: list[TaskRow]) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from strategies.base import Engine, Progress
 from strategies.errors import LimitExceeded, StorageError
-from trainer.evaluation.generation import GeneratedAnswer
+from trainer.evaluation.generation import AnswerWithReference
 from trainer.evaluation.report.tables import row_tables
 from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
 from trainer.evaluation.tasks.base import TaskRow
-from trainer.evaluation.tasks.written import WrittenTask
+from trainer.evaluation.tasks.written import GenerationTask
 from trainer.monitors import degenerate_answers, divergence, forgetting, instability, overfitting, rewards
 from trainer.monitors.base import Evidence, Finding, ModelAnswer
 from trainer.monitors.base_model_rows import BaseRows
@@ -198,7 +198,7 @@ class Challenges:
     def add_task(self, done: FinishedTask) -> None:
         """Take a finished task: its written answers, and how its first metric changed from the base's, if the base was asked."""
         task = done.prepared.task
-        if isinstance(task, WrittenTask):
+        if isinstance(task, GenerationTask):
             self.add_answers(task.name, [KeptAnswer(row.prompt, row.answer, row.reference) for row in done.rows])
         if task.name == CHAT_ANSWERS:  # for people to read: two answers are no measurement
             self.chat_rows = done.rows
@@ -234,7 +234,7 @@ class Challenges:
             self._answers.append(ModelAnswer(answer.answer, answer.reference))
         self.kept_answers.add(task, answers)
 
-    def add_generated(self, answers: Sequence[GeneratedAnswer]) -> None:
+    def add_generated(self, answers: Sequence[AnswerWithReference]) -> None:
         """Take the answers to the run's own evaluation documents."""
         kept = [KeptAnswer(answer.prompt, answer.answer, answer.reference) for answer in answers]
         self.add_answers(GENERATED, kept)

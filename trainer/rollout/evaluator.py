@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer.evaluation.base import GenerateConfig, WritingConfig
+from trainer.evaluation.base import DecodingConfig, GenerateConfig
 from trainer.evaluation.tasks.pass_at_k import PASS_PREFIX, powers_up_to
-from trainer.rollout.types import Answer, Group, Prompt, RewardScorer, Scores
+from trainer.rollout.types import Answer, Group, GroupScores, Prompt, RewardScorer
 
 if TYPE_CHECKING:
     from strategies.base import Engine
-    from trainer.evaluation.generate import Writer, WrittenAnswer
+    from trainer.evaluation.generate import AnswerGenerator, GeneratedAnswer
     from trainer.objectives.rollouts import RolloutConfig
 
 REWARD = "eval/reward"
 """The metric that is watched if nothing else is asked for."""
 
 
-def evaluation_writing(rollout: RolloutConfig, generate: GenerateConfig) -> WritingConfig:
+def evaluation_writing(rollout: RolloutConfig, generate: GenerateConfig) -> DecodingConfig:
     """How answers to held-out prompts are written: as long as those of training, and drawn as `evaluation.generate` says.
 
     That is greedily, one answer a prompt, unless its temperature and draws are set.
     """
-    return WritingConfig(
+    return DecodingConfig(
         max_new_tokens=rollout.max_new_tokens,
         temperature=generate.temperature,
         top_p=generate.top_p,
@@ -44,37 +44,39 @@ class RewardEvaluator:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        writer: Writer,
+        answer_generator: AnswerGenerator,
         scorer: RewardScorer,
-        writing: WritingConfig,
+        writing: DecodingConfig,
     ) -> None:
         """`prompts`: all that are answered, the same on all ranks."""
         self.prompts = prompts
-        self.writer = writer
+        self.answer_generator = answer_generator
         self.scorer = scorer
         self.writing = writing
         self.groups: list[Group] = []
-        self.scores: list[Scores] = []
+        self.scores: list[GroupScores] = []
         """What the last evaluation wrote, and its scores."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call. Raises DataError and Interrupted on all or none."""
-        written = self.writer.answers(engine, [prompt.ids for prompt in self.prompts], self.writing)
+        written = self.answer_generator.generate_answers(engine, [prompt.ids for prompt in self.prompts], self.writing)
         self.groups = groups_of(self.prompts, written)
         self.scores = self.scorer.score(self.groups, step=0)
         yield from reward_metrics(self.groups, self.scores, self.writing.draws).items()
 
 
-def groups_of(prompts: Sequence[Prompt], written: Sequence[WrittenAnswer]) -> list[Group]:
+def groups_of(prompts: Sequence[Prompt], written: Sequence[GeneratedAnswer]) -> list[Group]:
     """The answers to each prompt, draw by draw. Their log-probabilities are not known, and are nan."""
     answers: list[list[Answer]] = [[] for _ in prompts]
     for answer in written:
         unknown = np.full(len(answer.ids), np.nan, np.float32)
-        answers[answer.prompt].append(Answer(answer.draw, answer.ids, unknown, answer.text, answer.ended))
+        answers[answer.prompt_index].append(
+            Answer(answer.sample_index, answer.ids, unknown, answer.text, answer.has_ended)
+        )
     return [Group(prompt, of_prompt) for prompt, of_prompt in zip(prompts, answers, strict=True)]
 
 
-def reward_metrics(groups: Sequence[Group], scores: Sequence[Scores], draws: int) -> dict[str, float]:
+def reward_metrics(groups: Sequence[Group], scores: Sequence[GroupScores], draws: int) -> dict[str, float]:
     """The metrics of an evaluation, by name. Answers without a score count nowhere; without any score a mean is nan.
 
     `eval/pass_at_K` is the expected best reward of K answers, of the prompts whose answers all have a score. For rewards of 0 and
@@ -89,7 +91,7 @@ def reward_metrics(groups: Sequence[Group], scores: Sequence[Scores], draws: int
     for group in groups:
         answers += group.answers
     metrics["eval/completions/mean_length"] = float(np.mean([len(answer.ids) for answer in answers]))
-    metrics["eval/completions/clipped_ratio"] = float(np.mean([not answer.ended for answer in answers]))
+    metrics["eval/completions/clipped_ratio"] = float(np.mean([not answer.has_ended for answer in answers]))
     metrics["eval/answers/unscored"] = float(np.isnan(totals).sum())
     metrics |= _means_by_source(groups, scores)
     # Of each prompt whose answers all have a score: these scores.
@@ -100,7 +102,7 @@ def reward_metrics(groups: Sequence[Group], scores: Sequence[Scores], draws: int
     return metrics
 
 
-def _means_by_source(groups: Sequence[Group], scores: Sequence[Scores]) -> Mapping[str, float]:
+def _means_by_source(groups: Sequence[Group], scores: Sequence[GroupScores]) -> Mapping[str, float]:
     """The mean reward of each source, as `eval/reward/NAME`; none where there is one source."""
     by_source: dict[str, list[np.ndarray]] = {}
     for group, group_scores in zip(groups, scores, strict=True):

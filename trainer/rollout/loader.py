@@ -18,7 +18,7 @@ from trainer.data.batches.collate import to_device
 from trainer.data.batches.loader import Share, StepBatch
 from trainer.data.batches.order import Order
 from trainer.objectives.policy import WRITER_DIFFERENCE
-from trainer.rollout.maker import RoundMaker
+from trainer.rollout.maker import RoundBuilder
 from trainer.rollout.round import Round
 from trainer.rollout.round_file import ROUND_FILE, round_bytes, round_of
 
@@ -34,7 +34,7 @@ class RolloutLoader:
     consumed with its last step.
     """
 
-    maker: RoundMaker
+    round_builder: RoundBuilder
     share: Share
     progress: Progress
     """Of the run: how many steps it has taken, and how many of the round it stands in."""
@@ -46,31 +46,31 @@ class RolloutLoader:
     @property
     def order(self) -> Order:
         """The order in which prompts are consumed."""
-        return self.maker.prompts.order
+        return self.round_builder.prompts.order
 
     @property
     def accumulation(self) -> int:
         """Micro-batches of each reader in a step in which every answer is learned."""
-        settings = self.maker.settings
-        answers = self.maker.prompts_per_round * settings.group_size // settings.rollout.steps
-        return self.maker.dealer.num_micro_batches(answers, settings.group_size)
+        settings = self.round_builder.settings
+        answers = self.round_builder.prompts_per_round * settings.group_size // settings.rollout.steps
+        return self.round_builder.dealer.num_micro_batches(answers, settings.group_size)
 
     @property
     def samples_per_step(self) -> float:
         """Prompts that a step consumes, on average over the steps of a round."""
-        rollout = self.maker.settings.rollout
+        rollout = self.round_builder.settings.rollout
         return self.share.global_batch / (rollout.steps * rollout.iterations)
 
     @property
     def unit_tokens(self) -> np.ndarray:
         """int64 [prompts]: tokens of each prompt with an answer of the longest length."""
-        lengths: np.ndarray = self.maker.prompts.dataset.lengths
-        return lengths + self.maker.settings.rollout.max_new_tokens
+        lengths: np.ndarray = self.round_builder.prompts.dataset.lengths
+        return lengths + self.round_builder.settings.rollout.max_new_tokens
 
     def documents(self, first_sample: int) -> list[int]:
         """Rows of `documents.arrow` of the prompts of the round that begins after `first_sample`, ascending."""
         units = self.order.units(first_sample, self.share.global_batch)
-        return [int(row) for row in np.unique(self.maker.prompts.dataset.documents[units])]
+        return [int(row) for row in np.unique(self.round_builder.prompts.dataset.documents[units])]
 
     def attachments(self) -> dict[str, bytes]:
         """The round that the run stands in, as a file of a checkpoint; nothing between two rounds, where it is written again."""
@@ -83,7 +83,7 @@ class RolloutLoader:
         self.current = None
         if self.progress.round_step:
             path = checkpoint / ROUND_FILE
-            content: bytes = call_on_main(path.read_bytes, self.maker.runtime)
+            content: bytes = call_on_main(path.read_bytes, self.round_builder.runtime)
             self.current = round_of(content, str(path))
 
     def check_rows(self, rows: list[dict[str, Any]]) -> None:
@@ -105,14 +105,14 @@ class RolloutLoader:
 
         A round gives `rollout.steps` batches, and is gone through `rollout.iterations` times: with 2 and 3, its 6 steps learn
         from parts 0, 1, 0, 1, 0, 1. It is written with the weights as they are then, so all ranks must take the batches in step.
-        `first_sample`: prompts consumed before. Errors: those of `RoundMaker.make`.
+        `first_sample`: prompts consumed before. Errors: those of `RoundBuilder.build_round`.
         """
-        rollout = self.maker.settings.rollout
+        rollout = self.round_builder.settings.rollout
         step_of_round = self.progress.round_step  # 0: the next step begins a round
         for _ in range(num_steps):
             began = time.perf_counter()
             if self.current is None or not step_of_round:
-                self.current = self.maker.make(first_sample, self.progress.step)
+                self.current = self.round_builder.build_round(first_sample, self.progress.step)
                 step_of_round = 0
             batch = self.step_batch(self.current, step_of_round % rollout.steps)
             batch.facts = dict(self.current.facts)
@@ -129,16 +129,16 @@ class RolloutLoader:
             batch.round_s = time.perf_counter() - began
             yield batch
 
-    def step_batch(self, made: Round, part: int) -> StepBatch:
+    def step_batch(self, rollout_round: Round, part: int) -> StepBatch:
         """The batch of one step of a round, on the device. `part`: which of the `rollout.steps` parts of its answers.
 
         It counts no prompts as consumed: `steps` does so with the last step of the round.
         """
-        settings = self.maker.settings
-        numbers = made.part(part, settings.rollout.steps)
-        samples, totals = made.samples(numbers, settings.normalise, settings.rollout.max_new_tokens)
-        filler = made.sequence(0)
-        dealer = self.maker.dealer
+        settings = self.round_builder.settings
+        numbers = rollout_round.part(part, settings.rollout.steps)
+        samples, totals = rollout_round.samples(numbers, settings.normalise, settings.rollout.max_new_tokens)
+        filler = rollout_round.sequence(0)
+        dealer = self.round_builder.dealer
         own_micro_batches, balance = dealer.deal(samples, filler)
         micro_batches = []
         for micro_batch in own_micro_batches:

@@ -23,7 +23,7 @@ from trainer.rollout.look_back import PolicyLogps, ReferenceLogps, RowScorer, an
 from trainer.rollout.metrics import round_metrics
 from trainer.rollout.prompts import PromptReader
 from trainer.rollout.round import Round, rewards_of
-from trainer.rollout.types import AnswerWriter, Group, RewardScorer, Scores, all_answers
+from trainer.rollout.types import Group, GroupGenerator, GroupScores, RewardScorer, all_answers
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -41,7 +41,7 @@ class _Written:
     """Groups that were written and scored for a round."""
 
     groups: list[Group] = field(default_factory=list)
-    scores: list[Scores] = field(default_factory=list)
+    scores: list[GroupScores] = field(default_factory=list)
 
     def select(self, numbers: Sequence[int]) -> _Written:
         """The groups of these numbers."""
@@ -53,14 +53,14 @@ class _Written:
 
 
 @dataclass(slots=True)
-class RoundMaker:
+class RoundBuilder:
     """Makes the rounds of a run. Everything about a round is decided on the whole round, so alike on all ranks."""
 
     settings: GrpoConfig
     prompts_per_round: int
     engine: Engine
     prompts: PromptReader
-    writer: AnswerWriter
+    group_generator: GroupGenerator
     scorer: RewardScorer
     dealer: Dealer
     runtime: Runtime
@@ -74,7 +74,7 @@ class RoundMaker:
     """Called on all ranks with each new round, and the optimizer steps taken before it."""
     _seconds: dict[str, float] = field(default_factory=lambda: {"write_s": 0.0, "reward_s": 0.0, "look_back_s": 0.0})
 
-    def make(self, first_sample: int, step: int) -> Round:
+    def build_round(self, first_sample: int, step: int) -> Round:
         """Write, score and weigh the answers of the round after `first_sample` consumed prompts and `step` optimizer steps.
 
         Every function in `on_round` is called with the round. All ranks must call. Raises, on all ranks alike, DataError if a
@@ -89,23 +89,23 @@ class RoundMaker:
             kept, num_prompts = self._replace_idle(written, first_sample, step)
             facts["groups/replaced"] = num_prompts - len(kept.groups)
             facts["groups/missing"] = self.prompts_per_round - len(kept.groups)
-        made = self.weighed_round(kept.groups, kept.scores, first_sample, num_prompts)
+        rollout_round = self.build_round_from_scores(kept.groups, kept.scores, first_sample, num_prompts)
         self.report_phase("training")
         is_idle = idle(self._rewards(written.scores))
-        made.facts = round_metrics(written.groups, written.scores, is_idle) | facts
-        made.costs = self._speeds(written.groups)
+        rollout_round.facts = round_metrics(written.groups, written.scores, is_idle) | facts
+        rollout_round.costs = self._speeds(written.groups)
         for listener in self.on_round:
-            listener(made, step)
-        return made
+            listener(rollout_round, step)
+        return rollout_round
 
-    def weighed_round(
-        self, groups: list[Group], scores: list[Scores], first_sample: int = 0, num_prompts: int = 0
+    def build_round_from_scores(
+        self, groups: list[Group], scores: list[GroupScores], first_sample: int = 0, num_prompts: int = 0
     ) -> Round:
         """A round of answers that were scored, with all that its loss reads. It consumes `num_prompts` after `first_sample`.
 
         All ranks must call. Raises Interrupted, on all ranks alike, if the run is asked to stop.
         """
-        made = Round(
+        rollout_round = Round(
             first_sample=first_sample,
             num_prompts=num_prompts,
             groups=groups,
@@ -113,14 +113,14 @@ class RoundMaker:
             advantages=np.zeros((len(groups), self.settings.group_size)),
             is_learned=~np.isnan(rewards_of(scores)),
         )
-        self._weigh(made)
-        return made
+        self._weigh(rollout_round)
+        return rollout_round
 
     def _write(self, first_sample: int, count: int, step: int) -> _Written:
         """Answers to `count` prompts, and their scores."""
         prompts = self.prompts.read(first_sample, count)
         with self._phase(f"writing answers (after step {step})", "write_s"):
-            groups = self.writer.write(self.engine, prompts, self.settings.group_size)
+            groups = self.group_generator.generate_groups(self.engine, prompts, self.settings.group_size)
         with self._phase(f"scoring answers (after step {step})", "reward_s"):
             scores = self.scorer.score(groups, step=step)
         return _Written(groups, scores)
@@ -168,7 +168,7 @@ class RoundMaker:
             "prompts, or a larger objective.group_size"
         )
 
-    def _weigh(self, made: Round) -> None:
+    def _weigh(self, rollout_round: Round) -> None:
         """Complete a round, in place: which answers count in the loss, their advantages, and log-probabilities for the loss.
 
         `old_logps` are those of the weights that wrote the answers, if several updates learn from one round; `reference_logps`
@@ -177,40 +177,40 @@ class RoundMaker:
         """
         # Which answers count in the loss.
         settings = self.settings
-        rewards = self._rewards(made.scores)
+        rewards = self._rewards(rollout_round.scores)
         if settings.idle_groups is IdleGroups.drop:
-            made.is_learned &= ~idle(rewards)[:, None]
+            rollout_round.is_learned &= ~idle(rewards)[:, None]
         if settings.mask_truncated:
-            has_ended = [answer.ended for answer in all_answers(made.groups)]
-            made.is_learned &= np.reshape(has_ended, made.is_learned.shape)
+            has_ended = [answer.has_ended for answer in all_answers(rollout_round.groups)]
+            rollout_round.is_learned &= np.reshape(has_ended, rollout_round.is_learned.shape)
 
         # Log-probabilities, each only if something needs it.
         num_answers = rewards.size
         several_updates = settings.rollout.steps * settings.rollout.iterations > 1
         kl_in_reward = settings.kl.weight > 0 and settings.kl.place is KlPlace.reward
         # The divergence in the reward is that of every scored answer, whether it counts in the loss or not.
-        needed = made.learned(range(num_answers))
+        needed = rollout_round.learned(range(num_answers))
         if kl_in_reward:
             needed = np.flatnonzero(~np.isnan(rewards).ravel()).tolist()
         old_logps: dict[int, np.ndarray] = {}
         if several_updates or kl_in_reward:
-            old_logps = self._look_back(made, needed, PolicyLogps(settings.rollout.temperature))
+            old_logps = self._look_back(rollout_round, needed, PolicyLogps(settings.rollout.temperature))
         if settings.kl.weight > 0:
             reference = ReferenceLogps(settings.rollout.temperature, self.references)
-            made.reference_logps = self._look_back(made, needed, reference)
+            rollout_round.reference_logps = self._look_back(rollout_round, needed, reference)
 
         # Advantages.
         if kl_in_reward:
-            rewards = self._with_divergence(rewards, old_logps, made.reference_logps)
+            rewards = self._with_divergence(rewards, old_logps, rollout_round.reference_logps)
         if several_updates:
-            made.old_logps = old_logps
+            rollout_round.old_logps = old_logps
         if settings.combine is Combine.normalised:
             # Each reward was already normalised within its group (`_rewards`); here their sum is, over the batch.
-            made.advantages = advantages(rewards, Baseline.batch, Scale.batch_std)
+            rollout_round.advantages = advantages(rewards, Baseline.batch, Scale.batch_std)
         else:
-            made.advantages = advantages(rewards, settings.baseline, settings.scale)
+            rollout_round.advantages = advantages(rewards, settings.baseline, settings.scale)
 
-    def _rewards(self, scores: Sequence[Scores]) -> np.ndarray:
+    def _rewards(self, scores: Sequence[GroupScores]) -> np.ndarray:
         """The reward of each answer that advantages are computed from, float64 [groups, answers], nan where unscored.
 
         With several reward functions it is their weighted sum, with `objective.combine=normalised` of normalised ones.
@@ -234,7 +234,7 @@ class RoundMaker:
             flat[number] -= self.settings.kl.weight * difference
         return flat.reshape(rewards.shape)
 
-    def _look_back(self, made: Round, numbers: list[int], row_scorer: RowScorer) -> dict[int, np.ndarray]:
+    def _look_back(self, rollout_round: Round, numbers: list[int], row_scorer: RowScorer) -> dict[int, np.ndarray]:
         """Compute a number for each token of the answers `numbers` in forward passes: float32 [tokens] by the answer's number.
 
         `row_scorer` says which: log-probabilities of the policy or of the reference model. All ranks must call.
@@ -242,7 +242,7 @@ class RoundMaker:
         if not numbers:
             return {}
         with self._phase("looking back at the answers", "look_back_s"):
-            samples = [made.sequence(number) for number in numbers]
+            samples = [rollout_round.sequence(number) for number in numbers]
             own_micro_batches, _ = self.dealer.deal(samples, samples[0])
             # Of each micro-batch, the numbers of its answers in the round; None for a sequence that only fills it up.
             answers: list[list[int | None]] = []

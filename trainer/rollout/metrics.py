@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from trainer.rollout.round import rewards_of
-from trainer.rollout.types import Group, Scores, all_answers
+from trainer.rollout.types import Group, GroupScores, all_answers
 
 
-def round_metrics(groups: Sequence[Group], scores: Sequence[Scores], is_idle: np.ndarray) -> dict[str, float]:
+def round_metrics(groups: Sequence[Group], scores: Sequence[GroupScores], is_idle: np.ndarray) -> dict[str, float]:
     """The metrics of a round: rewards, lengths and how many answers are unscored. A mean over nothing is left out.
 
     A group is all answers to one prompt; `scores` has one entry a group. `is_idle`, bool [groups]: groups whose answers all
@@ -38,7 +38,7 @@ def _lengths(groups: Sequence[Group]) -> dict[str, float]:
     """How long answers are, in tokens with their end token, and how many of them were cut off."""
     answers = all_answers(groups)
     lengths = np.array([len(answer.ids) for answer in answers], dtype=np.float64)
-    ended = np.array([answer.ended for answer in answers])
+    ended = np.array([answer.has_ended for answer in answers])
     metrics = {
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
@@ -60,7 +60,7 @@ def _by_source(groups: Sequence[Group], rewards: np.ndarray, is_idle: np.ndarray
     return metrics
 
 
-def _logged(scores: Sequence[Scores]) -> dict[str, float]:
+def _logged(scores: Sequence[GroupScores]) -> dict[str, float]:
     """Means of what reward functions logged: `logged/NAME` by `log_metric`, `extra/NAME` of numbers in columns of `log_extra`.
 
     The prefixes keep them apart from a run's own metrics, which may have the same names. `maths` logging `steps` as 2.0 and 4.0

@@ -26,9 +26,9 @@ class PromptReader:
         units = self.order.units(first_sample, count).tolist()
         return [self.prompt(unit, first_sample + number) for number, unit in enumerate(units)]
 
-    def prompt(self, sequence: int, place: int) -> Prompt:
-        """Sequence `sequence` of the data set as prompt number `place` of the run."""
-        return read_prompt(self.dataset, self.table, sequence, place, names_source=self._has_sources)
+    def prompt(self, sequence: int, prompt_number: int) -> Prompt:
+        """Sequence `sequence` of the data set as number `prompt_number` of the run."""
+        return read_prompt(self.dataset, self.table, sequence, prompt_number, names_source=self._has_sources)
 
 
 def has_sources(dataset: TokenDataset) -> bool:
@@ -37,16 +37,16 @@ def has_sources(dataset: TokenDataset) -> bool:
 
 
 def read_prompt(
-    dataset: TokenDataset, table: DocumentTable, sequence: int, place: int, *, names_source: bool
+    dataset: TokenDataset, table: DocumentTable, sequence: int, prompt_number: int, *, names_source: bool
 ) -> Prompt:
     """Sequence `sequence` of a data set as a prompt, with the columns that rewards read.
 
-    `table`: the documents that its sequences were made of. `place`: the prompt's number in the run's order. `names_source`:
-    whether the metrics tell sources apart.
+    `table`: the documents that its sequences were made of. `prompt_number`: the prompt's number in the run's order.
+    `names_source`: whether the prompt has the name of its source, because metrics are reported by source.
     """
     document = table.document(int(dataset.documents[sequence]))
     return Prompt(
-        place=place,
+        prompt_number=prompt_number,
         ids=dataset.sample(sequence).input_ids.tolist(),
         text=text_of(document),
         columns=document.columns or {},

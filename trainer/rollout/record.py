@@ -39,14 +39,14 @@ class RoundRecord:
                 except OSError as error:
                     raise StorageError(f"{file}: cannot be removed ({error.strerror})") from error
 
-    def write(self, made: Round, step: int) -> None:
+    def write(self, rollout_round: Round, step: int) -> None:
         """Write a round that begins after `step` steps. Errors: StorageError."""
         if self.most_groups == 0:
             return
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        rows = rows_of(made, self.most_groups)
+        rows = rows_of(rollout_round, self.most_groups)
         table = pa.Table.from_pylist(rows)
         file = self.directory / f"round-{step + 1:06d}.parquet"
         unfinished = file.with_suffix(".unfinished")
@@ -61,28 +61,28 @@ class RoundRecord:
             ) from error
 
 
-def rows_of(made: Round, most_groups: int | None = None) -> list[dict[str, Any]]:
+def rows_of(rollout_round: Round, most_groups: int | None = None) -> list[dict[str, Any]]:
     """The answers of a round as rows for a Parquet file or a table: prompt, answer, rewards, advantage.
 
     Only the first `most_groups` groups (all answers to one prompt); None: all.
     """
     rows = []
-    for number, (group, scores) in enumerate(zip(made.groups, made.scores, strict=True)):
+    for number, (group, scores) in enumerate(zip(rollout_round.groups, rollout_round.scores, strict=True)):
         if most_groups is not None and number >= most_groups:
             break
         for place, answer in enumerate(group.answers):
             row: dict[str, Any] = {
-                "place": group.prompt.place,
+                "place": group.prompt.prompt_number,
                 "where": group.prompt.origin,
                 "source": group.prompt.source,
-                "draw": answer.draw,
+                "draw": answer.sample_index,
                 "prompt": prompt_text(group.prompt.text),
                 "answer": answer.text,
                 "ids": [int(token) for token in answer.ids],
-                "ended": answer.ended,
+                "ended": answer.has_ended,
                 "reward": _number(scores.total[place]),
-                "advantage": _number(made.advantages[number, place]),
-                "learned": bool(made.is_learned[number, place]),
+                "advantage": _number(rollout_round.advantages[number, place]),
+                "learned": bool(rollout_round.is_learned[number, place]),
             }
             for name, reward_values in scores.by_reward.items():
                 row[f"rewards/{name}"] = _number(reward_values[place])

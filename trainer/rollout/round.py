@@ -17,7 +17,7 @@ from trainer.objectives.answers import (
 )
 from trainer.objectives.grpo_config import Normalise
 from trainer.rollout.groups import answer_weights
-from trainer.rollout.types import Answer, Group, Scores
+from trainer.rollout.types import Answer, Group, GroupScores
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class Round:
     num_prompts: int
     """Prompts that it consumed, replaced ones included."""
     groups: list[Group]
-    scores: list[Scores]
+    scores: list[GroupScores]
     advantages: np.ndarray
     """float64 [groups, answers]."""
     is_learned: np.ndarray
@@ -103,6 +103,6 @@ class Round:
         return samples, {"loss": loss_count, "tokens": int(lengths.sum()), "answers": len(learned)}
 
 
-def rewards_of(scores: Sequence[Scores]) -> np.ndarray:
+def rewards_of(scores: Sequence[GroupScores]) -> np.ndarray:
     """float64 [groups, answers]: the reward of each answer, nan where it is unscored."""
     return np.stack([score.total for score in scores])

@@ -9,12 +9,12 @@ import numpy as np
 
 from strategies.errors import StorageError
 from trainer.rollout.round import Round
-from trainer.rollout.types import Answer, Group, Prompt, Scores, all_answers
+from trainer.rollout.types import Answer, Group, GroupScores, Prompt, all_answers
 
 ROUND_FILE = "round.safetensors"
 
 
-def round_bytes(made: Round) -> bytes:
+def round_bytes(rollout_round: Round) -> bytes:
     """A round as the content of `ROUND_FILE`: tokens, rewards, advantages and log-probabilities, but no texts.
 
     Rows of unequal length are stored one after another with their lengths: prompts [5, 6] and [7] are `prompt_ids` [5, 6, 7] and
@@ -22,30 +22,32 @@ def round_bytes(made: Round) -> bytes:
     """
     from safetensors.numpy import save
 
-    answers = all_answers(made.groups)
-    prompts = [group.prompt for group in made.groups]
+    answers = all_answers(rollout_round.groups)
+    prompts = [group.prompt for group in rollout_round.groups]
     prompt_ids = [prompt.ids for prompt in prompts]
     answer_ids = [answer.ids for answer in answers]
     arrays = {
-        "numbers": np.array([made.first_sample, made.num_prompts, made.group_size], np.int64),
+        "numbers": np.array(
+            [rollout_round.first_sample, rollout_round.num_prompts, rollout_round.group_size], np.int64
+        ),
         "prompt_lengths": _lengths(prompt_ids),
         "prompt_ids": _joined(prompt_ids, np.int32),
         "answer_lengths": _lengths(answer_ids),
         "answer_ids": _joined(answer_ids, np.int32),
-        "rewards": np.stack([scores.total for scores in made.scores]),
-        "advantages": made.advantages,
-        "is_learned": made.is_learned.astype(np.uint8),
+        "rewards": np.stack([scores.total for scores in rollout_round.scores]),
+        "advantages": rollout_round.advantages,
+        "is_learned": rollout_round.is_learned.astype(np.uint8),
     }
     # Metrics of the answers, which `metrics.jsonl` gets at each remaining step. A file of arrays holds no texts: the names are
     # the bytes of a JSON list.
-    names = json.dumps(list(made.facts)).encode()
+    names = json.dumps(list(rollout_round.facts)).encode()
     arrays["fact_names"] = np.frombuffer(names, np.uint8)
-    arrays["facts"] = np.array([*made.facts.values()], np.float64)
-    arrays["places"] = np.array([prompt.place for prompt in prompts], np.int64)
-    arrays["ended"] = np.array([answer.ended for answer in answers], np.uint8)
+    arrays["facts"] = np.array([*rollout_round.facts.values()], np.float64)
+    arrays["places"] = np.array([prompt.prompt_number for prompt in prompts], np.int64)
+    arrays["ended"] = np.array([answer.has_ended for answer in answers], np.uint8)
     arrays["writer_logps"] = _joined([answer.logprobs for answer in answers], np.float32)
     # Log-probabilities of the answers that have any, in the order of the answers' numbers.
-    for name, logps_by_answer in (("old", made.old_logps), ("reference", made.reference_logps)):
+    for name, logps_by_answer in (("old", rollout_round.old_logps), ("reference", rollout_round.reference_logps)):
         numbers = sorted(logps_by_answer)
         arrays[f"{name}_answers"] = np.array(numbers, np.int64)
         arrays[f"{name}_logps"] = _joined([logps_by_answer[number] for number in numbers], np.float32)
@@ -68,7 +70,7 @@ def round_of(content: bytes, where: str) -> Round:
         answer_lengths = arrays["answer_lengths"]
         answer_ids = _split(arrays["answer_ids"], answer_lengths)
         writer_logps = _split(arrays["writer_logps"], answer_lengths)
-        ended = arrays["ended"].astype(bool).tolist()
+        has_ended = arrays["ended"].astype(bool).tolist()
         prompt_ids = _split(arrays["prompt_ids"], arrays["prompt_lengths"])
         groups = []
         for number, (place, ids) in enumerate(zip(arrays["places"].tolist(), prompt_ids, strict=True)):
@@ -76,7 +78,9 @@ def round_of(content: bytes, where: str) -> Round:
             for draw in range(group_size):
                 answer = number * group_size + draw  # its number in the round
                 answers.append(
-                    Answer(draw, answer_ids[answer].tolist(), writer_logps[answer], text="", ended=ended[answer])
+                    Answer(
+                        draw, answer_ids[answer].tolist(), writer_logps[answer], text="", has_ended=has_ended[answer]
+                    )
                 )
             prompt = Prompt(place, ids.tolist(), text="", columns={}, origin="")
             groups.append(Group(prompt, answers))
@@ -95,7 +99,7 @@ def round_of(content: bytes, where: str) -> Round:
             first_sample=first_sample,
             num_prompts=num_prompts,
             groups=groups,
-            scores=[Scores(total) for total in arrays["rewards"]],
+            scores=[GroupScores(total) for total in arrays["rewards"]],
             advantages=arrays["advantages"],
             is_learned=arrays["is_learned"].astype(bool),
             old_logps=logps["old"],

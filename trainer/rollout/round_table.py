@@ -21,12 +21,12 @@ REWARDS = "rewards/"
 """How the columns of single rewards begin in the rows of a round."""
 
 
-def round_table(made: Round, step: int) -> Table:
+def round_table(rollout_round: Round, step: int) -> Table:
     """A table for the trackers with the answers of a round's first groups, the best answer of each prompt first.
 
     `step`: the first step that learns from the round.
     """
-    rows = rows_of(made, MOST_GROUPS)
+    rows = rows_of(rollout_round, MOST_GROUPS)
     by_reward = [column for column in rows[0] if column.startswith((REWARDS, EXTRA))]
     columns = ["step", "prompt", "place", "reward", "answer", *by_reward, "advantage", "ended"]
     cells = []

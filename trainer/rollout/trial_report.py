@@ -10,13 +10,13 @@ import numpy as np
 from trainer.rollout.groups import idle
 from trainer.rollout.record import prompt_text
 from trainer.rollout.round import rewards_of
-from trainer.rollout.types import Group, Scores
+from trainer.rollout.types import Group, GroupScores
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 SHOWN_CHARACTERS = 300
 
 
-def trial_report(groups: Sequence[Group], scores: Sequence[Scores]) -> dict[str, Any]:
+def trial_report(groups: Sequence[Group], scores: Sequence[GroupScores]) -> dict[str, Any]:
     """What a trial of the rewards shows before training, as JSON values: rewards, idle groups, lengths, and some answers.
 
     A group is all answers to one prompt; it is idle if all score alike. `scores`: one entry a group. A number is None if nothing
@@ -32,7 +32,7 @@ def trial_report(groups: Sequence[Group], scores: Sequence[Scores]) -> dict[str,
     for name in scores[0].by_reward:
         reward_values = np.stack([score.by_reward[name] for score in scores])  # [groups, answers]
         by_reward[name] = _summary(reward_values)
-    truncated = [not answer.ended for answer in answers]
+    truncated = [not answer.has_ended for answer in answers]
     idle_shares = {str(size): idle_share(rewards, size) for size in GROUP_SIZES}
     shown_groups = [_shown_group(group, score) for group, score in zip(groups, scores, strict=True)]
     return {
@@ -83,7 +83,7 @@ def idle_share(rewards: np.ndarray, size: int) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
-def _shown_group(group: Group, scores: Scores) -> dict[str, Any]:
+def _shown_group(group: Group, scores: GroupScores) -> dict[str, Any]:
     """A group (all answers to one prompt) for the report, with its best and its worst answer; without these if unscored.
 
     {"where": "prompts.jsonl:3", "prompt": "2 + 2?", "mean": 0.5, "best": {"reward": 1.0, "rewards": {"maths": 1.0}, "ended":
@@ -102,7 +102,7 @@ def _shown_group(group: Group, scores: Scores) -> dict[str, Any]:
         shown[name] = {
             "reward": float(scores.total[number]),
             "rewards": answer_rewards,
-            "ended": answer.ended,
+            "ended": answer.has_ended,
             "answer": answer.text[:SHOWN_CHARACTERS],
         }
     return shown

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Prompt:
     """One prompt of a round."""
 
-    place: int
+    prompt_number: int
     """Number of the prompt among all that the run has consumed, from 0. The draws of its answers belong to this number."""
     ids: list[int]
     """Tokens, with the generation prefix of the chat template."""
@@ -34,7 +34,7 @@ class Prompt:
 class Answer:
     """One answer that was written to a prompt."""
 
-    draw: int
+    sample_index: int
     """Number of the answer in its group, from 0."""
     ids: list[int]
     """Tokens, with the end token that ended it. Never empty."""
@@ -42,7 +42,7 @@ class Answer:
     """float32 [len(ids)]: log-probability of each drawn token at the temperature of writing."""
     text: str
     """The answer as text, without special tokens and without the stop string that ended it."""
-    ended: bool
+    has_ended: bool
     """Whether it ended by itself, and not because it reached the longest length."""
 
 
@@ -63,7 +63,7 @@ def all_answers(groups: Sequence[Group]) -> list[Answer]:
 
 
 @dataclass(slots=True)
-class Scores:
+class GroupScores:
     """The rewards of one group."""
 
     total: np.ndarray
@@ -81,7 +81,7 @@ class Scores:
 class RewardScorer(Protocol):
     """Scores the answers of whole rounds."""
 
-    def score(self, groups: Sequence[Group], *, step: int) -> list[Scores]:
+    def score(self, groups: Sequence[Group], *, step: int) -> list[GroupScores]:
         """The scores of each group, in order, the same on all ranks.
 
         `step`: optimizer steps taken so far. All ranks must call with the whole round. Raises, on all ranks alike, DataError if
@@ -92,10 +92,10 @@ class RewardScorer(Protocol):
         """End the worker processes of this rank. Local; may be called twice."""
 
 
-class AnswerWriter(Protocol):
+class GroupGenerator(Protocol):
     """Writes the answers of a round with the weights that are being trained."""
 
-    def write(self, engine: Engine, prompts: Sequence[Prompt], draws: int) -> list[Group]:
+    def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], draws: int) -> list[Group]:
         """`draws` answers to each prompt, in the order of the prompts, the same on all ranks.
 
         All ranks must call with the same prompts. Raises Interrupted, on all ranks alike, if the run is asked to stop.

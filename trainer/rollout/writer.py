@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from strategies.runtime import Runtime, derive_seed
-from trainer.evaluation.base import WritingConfig
-from trainer.evaluation.group_answers import GroupWriter
+from trainer.evaluation.base import DecodingConfig
+from trainer.evaluation.group_answers import SharedPromptGenerator
 from trainer.objectives.rollouts import RolloutConfig
 from trainer.rollout.types import Answer, Group, Prompt
 
@@ -20,8 +20,8 @@ WITHOUT_EFFECT = ("do_sample", "temperature", "max_length", "max_new_tokens", "t
 """Settings of a generation_config that a run replaces, or that change no draw: nobody needs to be told of them."""
 
 
-class OwnWriter:
-    """An `AnswerWriter` on the run's own engine.
+class EngineGroupGenerator:
+    """A `GroupGenerator` on the run's own engine.
 
     The draws of an answer belong to (seed of the run, place of its prompt in the order, number of the answer): neither ranks,
     nor strategy, nor rows at a time change them, but by rounding.
@@ -41,13 +41,13 @@ class OwnWriter:
         """`rows`: most answers that this rank writes at a time. `stop_now`, asked on all ranks after each batch, ends it."""
         self.settings = settings
         self.seed = seed
-        self._writer = GroupWriter(
+        self._answer_generator = SharedPromptGenerator(
             tokenizer, end_tokens_only(generation_config), runtime, batch=rows, stop_now=stop_now
         )
 
-    def write(self, engine: Engine, prompts: Sequence[Prompt], draws: int) -> list[Group]:
-        """See `AnswerWriter.write`. Errors: DataError for a prompt that leaves no position for an answer, Interrupted."""
-        settings = WritingConfig(
+    def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], draws: int) -> list[Group]:
+        """See `GroupGenerator.generate_groups`. Also raises DataError for a prompt that leaves no position for an answer."""
+        settings = DecodingConfig(
             max_new_tokens=self.settings.max_new_tokens,
             temperature=self.settings.temperature,
             stop=list(self.settings.stop),
@@ -55,14 +55,14 @@ class OwnWriter:
         )
         seeds = []
         for prompt in prompts:
-            seeds.append([derive_seed(self.seed, "answer", prompt.place, draw) for draw in range(draws)])
+            seeds.append([derive_seed(self.seed, "answer", prompt.prompt_number, draw) for draw in range(draws)])
         # The weights that train, not their average: what is learned is how likely these weights made the answers.
-        written = self._writer.group_answers(engine, [prompt.ids for prompt in prompts], settings, seeds)
+        written = self._answer_generator.generate_samples(engine, [prompt.ids for prompt in prompts], settings, seeds)
         groups = [Group(prompt, []) for prompt in prompts]
         for answer in written:
             assert answer.logprobs is not None
-            drawn = Answer(answer.draw, answer.ids, answer.logprobs, answer.text, answer.ended)
-            groups[answer.prompt].answers.append(drawn)
+            drawn = Answer(answer.sample_index, answer.ids, answer.logprobs, answer.text, answer.has_ended)
+            groups[answer.prompt_index].answers.append(drawn)
         return groups
 
 

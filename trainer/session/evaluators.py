@@ -51,7 +51,7 @@ def build_run_evaluators(
         return model_interface_for_run(config, data, built, tokenizer, engine, context.runtime, watch_for_stop())
 
     if isinstance(loader, RolloutLoader):
-        scorer = loader.maker.scorer
+        scorer = loader.round_builder.scorer
         reward_evaluators = build_reward_evaluators(
             config, data, built, tokenizer, engine, context.runtime, scorer, watch_for_stop()
         )

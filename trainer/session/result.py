@@ -124,7 +124,7 @@ def measure_test_documents(run: TrainedRun, step: int) -> dict[str, Any] | None:
         return context.agreement.for_loop().ask_and_wait
 
     def make_evaluators() -> list[Evaluator]:
-        scorer = run.loader.maker.scorer if isinstance(run.loader, RolloutLoader) else None
+        scorer = run.loader.round_builder.scorer if isinstance(run.loader, RolloutLoader) else None
         tokenizer = run.inputs.tokenizer
         return build_test_evaluators(
             run.config, run.inputs.data, run.built, tokenizer, run.engine, context.runtime, scorer, watch_for_stop

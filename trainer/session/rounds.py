@@ -62,18 +62,18 @@ def open_rounds(
     # The record of rounds. A resumed run forgets the rounds after its checkpoint.
     record = RoundRecord(context.run_dir, config.objective.rollout.record)
     processes.call_on_main(lambda: record.take_back(progress.step), context.runtime)
-    loader.maker.on_round.append(
-        lambda made, step: processes.call_on_main(lambda: record.write(made, step), context.runtime)
+    loader.round_builder.on_round.append(
+        lambda rollout_round, step: processes.call_on_main(lambda: record.write(rollout_round, step), context.runtime)
     )
-    loader.maker.on_round.append(lambda made, step: _tell_timeouts(made, step, context))
+    loader.round_builder.on_round.append(lambda rollout_round, step: _tell_timeouts(rollout_round, step, context))
     if resumed_from is not None:
         loader.restore(resumed_from)
     return loader, steps
 
 
-def _tell_timeouts(made: Round, step: int, context: RunContext) -> None:
+def _tell_timeouts(rollout_round: Round, step: int, context: RunContext) -> None:
     """Print a warning if rewards had no time for some answers of a round: a resumed run might not leave out the same ones."""
-    timed_out = int(made.facts.get("answers/timed_out", 0))
+    timed_out = int(rollout_round.facts.get("answers/timed_out", 0))
     if timed_out and context.runtime.is_main:
         context.console.print_line(
             f"warning: the round of step {step + 1} is not reproducible: scores that a reward did not give within its "
@@ -87,6 +87,6 @@ def show_rounds(config: RunConfig, loader: StepLoader | RolloutLoader, trackers:
         return
     from trainer.rollout.round_table import NAME, round_table
 
-    loader.maker.on_round.append(
-        lambda made, step: trackers.show_with_row(NAME, round_table(made, step + 1), step=step + 1)
+    loader.round_builder.on_round.append(
+        lambda rollout_round, step: trackers.show_with_row(NAME, round_table(rollout_round, step + 1), step=step + 1)
     )

@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
-from trainer.evaluation.generate import Writer
+from trainer.evaluation.generate import AnswerGenerator
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_evaluate_out_of_memory_says_where_and_what_helps(words, capsys, monkeyp
     def answers(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr(Writer, "answers", answers)
+    monkeypatch.setattr(AnswerGenerator, "generate_answers", answers)
     assert command_here(["evaluate", *words]) == 69
     shown = capsys.readouterr().err
     assert "evaluation.tasks.facts: rank 0 on " in shown and "Tried to allocate 2 GiB" in shown

@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from strategies.errors import ConfigError, DataError
-from trainer.evaluation.base import WritingConfig
+from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.harness.compat import begins_with, generation_settings, longest_context
 from trainer.evaluation.likelihood import Likelihood, Pair
 
@@ -41,13 +41,13 @@ class EngineLM(TemplateLM):
 
     tokenizer: Any  # the harness declares it as None
 
-    def __init__(self, writer: Any, engine: Any, config: Any, writing: WritingConfig) -> None:
+    def __init__(self, answer_generator: Any, engine: Any, config: Any, writing: DecodingConfig) -> None:
         """`config`: the model's, of transformers. `writing`: its seed and batch size are used; all else is the task's."""
         super().__init__()
-        self.writer = writer
+        self.answer_generator = answer_generator
         self.engine = engine
         self.writing = writing
-        self.tokenizer = writer.tokenizer
+        self.tokenizer = answer_generator.tokenizer
         self.backend = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
         self.max_length = longest_context(config, self.tokenizer)
         self.shortened_texts: Counter[str] = Counter()
@@ -125,7 +125,7 @@ class EngineLM(TemplateLM):
 
     def _likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         """The likelihood of each continuation after its context. A collective."""
-        likelihoods: list[Likelihood] = self.writer.likelihoods(self.engine, pairs)
+        likelihoods: list[Likelihood] = self.answer_generator.likelihoods(self.engine, pairs)
         return likelihoods
 
     @_remember_error
@@ -180,15 +180,15 @@ class EngineLM(TemplateLM):
                 prompt_ids = self.tok_encode(requests[number].args[0])
                 self.shortened_texts["contexts"] += len(prompt_ids) > longest_prompt
                 prompts.append(prompt_ids[-longest_prompt:])
-            answers = self.writer.answers(self.engine, prompts, writing)
+            answers = self.answer_generator.generate_answers(self.engine, prompts, writing)
             for number, answer in zip(numbers, answers, strict=True):
                 texts[number] = answer.text
         return texts
 
-    def _writing_config(self, generation_kwargs: dict[str, Any]) -> WritingConfig:
+    def _writing_config(self, generation_kwargs: dict[str, Any]) -> DecodingConfig:
         """A task's `generation_kwargs` as our settings, with the defaults that lm-eval's `hf` model has."""
         settings = generation_settings(generation_kwargs)
-        writing = WritingConfig(
+        writing = DecodingConfig(
             max_new_tokens=int(settings["max_gen_toks"]),
             beams=int(settings.get("num_beams") or 1),
             stop=[text for text in settings["until"] if text],

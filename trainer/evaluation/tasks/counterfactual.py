@@ -204,7 +204,7 @@ class Counterfactual(Task):
             file, line = split_location(case.location)
             for variant in case.fields["variants"]:
                 documents.append(Document(file, line, prompt=variant.text, completion="-", separator="\n"))
-        answers = iter(model.answers(model.encode_questions(documents), self.config.write, self.key))
+        answers = iter(model.generate_answers(model.encode_questions(documents), self.config.write, self.key))
         rows = []
         for case in cases:
             answer_by_group: dict[str, str] = {}

@@ -15,7 +15,7 @@ import numpy as np
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.fields import show_value
-from trainer.evaluation.base import TaskConfig, WritingConfig
+from trainer.evaluation.base import DecodingConfig, TaskConfig
 from trainer.evaluation.harness.task_files import TaskFiles, find_tasks, missing_data
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
 from trainer.evaluation.tasks.harness_rows import (
@@ -90,8 +90,8 @@ class Harness(Task):
                 yield problem
         if self.problem:
             yield self.problem
-        defaults = WritingConfig()
-        for field in fields(WritingConfig):
+        defaults = DecodingConfig()
+        for field in fields(DecodingConfig):
             value = getattr(self.config.write, field.name)
             if field.name not in OWN_WRITING and value != getattr(defaults, field.name):
                 yield (
@@ -153,7 +153,7 @@ class Harness(Task):
         from trainer.evaluation.harness.model import EngineLM
 
         assert self.loaded_tasks is not None
-        lm = EngineLM(model.writer, model.engine, model.model_config, self.config.write)
+        lm = EngineLM(model.answer_generator, model.engine, model.model_config, self.config.write)
         with collect_warnings() as warnings, harness_seeds():
             # Without this, each evaluation would draw other few-shot examples.
             for task in self.loaded_tasks.tasks.values():

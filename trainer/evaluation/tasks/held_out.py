@@ -47,7 +47,7 @@ class HeldOut(Task):
 
             is_target = sample.supervised[1:]  # the first token has nothing before it, and is never a target
             learned_ids = sample.input_ids[1:][is_target].tolist()
-            learned_text = model.writer.tokenizer.decode(learned_ids, skip_special_tokens=True)
+            learned_text = model.answer_generator.tokenizer.decode(learned_ids, skip_special_tokens=True)
             prompt_ids = sample.input_ids[: sample.answer_begin()].tolist()
             scores = {
                 "nats": loss,

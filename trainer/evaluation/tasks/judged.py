@@ -10,14 +10,14 @@ from strategies.errors import DataError
 from trainer.evaluation.endpoint.judge import KEY, request_text
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface
-from trainer.evaluation.tasks.written import REFERENCES, WrittenTask
+from trainer.evaluation.tasks.written import REFERENCES, GenerationTask
 
 GRADE = re.compile(r"grade\W{0,6}(10|[1-9])(?![\d.])", re.IGNORECASE)
 NOTE_CHARACTERS = 300
 """A verdict in a report is cut to this many characters, its last ones."""
 
 
-class JudgedTask(WrittenTask):
+class JudgedTask(GenerationTask):
     """Writes answers, and asks the judge about each of them."""
 
     needs_judge = True
@@ -36,7 +36,7 @@ class JudgedTask(WrittenTask):
     def write_answers(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[str]]:
         """Let the model answer every case. Returns (prompts as text, answers), one of each for a case. All ranks must call."""
         questions = model.encode_questions(documents_of(cases))
-        written = model.answers(questions, self.config.write, self.key)
+        written = model.generate_answers(questions, self.config.write, self.key)
         prompts = [model.shown_prompt(question.context) for question in questions]
         return prompts, [answer.text.strip() for answer in written]
 

@@ -132,7 +132,7 @@ class Memorisation(DocumentTask):
 
         # All rows are asked together, so each gets as many tokens as the longest continuation needs.
         writing = replace(self.config.write, max_new_tokens=max(len(question.answer) for question in questions))
-        answers = model.answers(questions, writing, self.key)
+        answers = model.generate_answers(questions, writing, self.key)
         return [self._row(question, answer.ids, model) for question, answer in zip(questions, answers, strict=True)]
 
     skipped = 0
@@ -159,7 +159,7 @@ class Memorisation(DocumentTask):
         answer_ids = answer_ids[: len(reference_ids)]
         num_equal_tokens = common_prefix_length(answer_ids, reference_ids)
         is_verbatim = num_equal_tokens == len(reference_ids)
-        decode = model.writer.tokenizer.decode
+        decode = model.answer_generator.tokenizer.decode
         answer = decode(answer_ids, skip_special_tokens=True)
         reference = decode(reference_ids, skip_special_tokens=True)
         is_near = is_verbatim

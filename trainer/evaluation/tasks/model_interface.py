@@ -10,7 +10,7 @@ import numpy as np
 
 from strategies.errors import ConfigError, DataError, Interrupted
 from trainer.data.document import Document
-from trainer.evaluation.base import WritingConfig
+from trainer.evaluation.base import DecodingConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainer.data.store.sequences import Sample, TokenDataset
     from trainer.data.tokens.encode import Encoder
     from trainer.evaluation.endpoint.judge import Judge
-    from trainer.evaluation.generate import Writer, WrittenAnswer
+    from trainer.evaluation.generate import AnswerGenerator, GeneratedAnswer
     from trainer.evaluation.likelihood import Likelihood
     from trainer.step import Built
 
@@ -48,7 +48,7 @@ class ModelInterface:
 
     engine: Engine
     built: Built
-    writer: Writer
+    answer_generator: AnswerGenerator
     encoder: Encoder
     runtime: Runtime
     max_positions: int | None
@@ -98,18 +98,24 @@ class ModelInterface:
             ids.pop()
         return ids
 
-    def answers(self, questions: Sequence[Question], writing: WritingConfig, key: str) -> list[WrittenAnswer]:
+    def generate_answers(
+        self, questions: Sequence[Question], writing: DecodingConfig, key: str
+    ) -> list[GeneratedAnswer]:
         """What the model writes to each question. Raises DataError for a question that leaves no room for an answer."""
         self._check_lengths(questions, writing.max_new_tokens, f"{key}.write.max_new_tokens={writing.max_new_tokens}")
         self._stop_if_only_checking()
-        return self.writer.answers(self.engine, [question.context for question in questions], writing)
+        return self.answer_generator.generate_answers(
+            self.engine, [question.context for question in questions], writing
+        )
 
     def likelihoods(self, questions: Sequence[Question]) -> list[Likelihood]:
         """The likelihood of each question's answer. Raises DataError for one that is too long for the model."""
         longest_answer = max(len(question.answer) for question in questions)
         self._check_lengths(questions, longest_answer, "the answers")
         self._stop_if_only_checking()
-        return self.writer.likelihoods(self.engine, [(question.context, question.answer) for question in questions])
+        return self.answer_generator.likelihoods(
+            self.engine, [(question.context, question.answer) for question in questions]
+        )
 
     def require_judge(self, key: str) -> Judge:
         """The judge. Raises ConfigError if none is configured."""
@@ -130,7 +136,7 @@ class ModelInterface:
 
     def shown_prompt(self, ids: TokenIds) -> str:
         """The end of a prompt as text, for the report."""
-        text: str = self.writer.tokenizer.decode(ids, skip_special_tokens=True)
+        text: str = self.answer_generator.tokenizer.decode(ids, skip_special_tokens=True)
         return text if len(text) <= SHOWN_CHARACTERS else f"…{text[-SHOWN_CHARACTERS:]}"
 
     def logits(self, samples: Sequence[Sample]) -> list[list[float]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from trainer.evaluation.tasks.base import Metric, TaskRow
 
 if TYPE_CHECKING:
-    from trainer.evaluation.generate import WrittenAnswer
+    from trainer.evaluation.generate import GeneratedAnswer
 
 PASS_PREFIX = "pass_at_"
 
@@ -35,11 +35,11 @@ def powers_up_to(draws: int) -> list[int]:
     return sorted({*powers_of_two, draws} - {1})
 
 
-def texts_by_prompt(written: Sequence[WrittenAnswer], num_prompts: int) -> list[list[str]]:
+def texts_by_prompt(written: Sequence[GeneratedAnswer], num_prompts: int) -> list[list[str]]:
     """The answers to each prompt, draw by draw, without white space around them."""
     texts: list[list[str]] = [[] for _ in range(num_prompts)]
     for answer in written:
-        texts[answer.prompt].append(answer.text.strip())
+        texts[answer.prompt_index].append(answer.text.strip())
     return texts
 
 

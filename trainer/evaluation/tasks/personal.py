@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.data.config import PrivacyConfig, PrivacyPreset
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface
-from trainer.evaluation.tasks.written import WrittenTask
+from trainer.evaluation.tasks.written import GenerationTask
 
 if TYPE_CHECKING:
     from trainer.data.transforms.privacy.stage import PersonalDataFinder
 
 
-class PersonalDataTask(WrittenTask):
+class PersonalDataTask(GenerationTask):
     """Counts the answers that contain personal data."""
 
     kind = "personal_data"
@@ -76,8 +76,8 @@ class PersonalDataTask(WrittenTask):
         call.
         """
         questions = model.encode_questions(documents_of(cases))
-        answers = model.answers(questions, self.config.write, self.key)
-        decode = model.writer.tokenizer.decode
+        answers = model.generate_answers(questions, self.config.write, self.key)
+        decode = model.answer_generator.tokenizer.decode
         rows = []
         for case, question, answer in zip(cases, questions, answers, strict=True):
             prompt = decode(question.context, skip_special_tokens=True)

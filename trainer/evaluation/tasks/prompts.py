@@ -15,7 +15,7 @@ from trainer.evaluation.tasks.model_interface import ModelInterface, Question
 from trainer.evaluation.tasks.texts import split_location
 
 if TYPE_CHECKING:
-    from trainer.evaluation.generate import WrittenAnswer
+    from trainer.evaluation.generate import GeneratedAnswer
 
 PROMPT_COLUMNS = ("prompt", "goal", "behavior", "question", "instruction", "text")
 """Columns that may hold the prompt, the first one that is there, in large or small letters."""
@@ -56,7 +56,7 @@ class PromptTask(Task):
         """Keep the row's prompt, put into the template. Raises Refusal if there is no prompt."""
         case.fields = {"prompt": self.template.replace("{prompt}", prompt_of(case.fields))}
 
-    def write_draws(self, cases: Sequence[Case], model: ModelInterface) -> list[tuple[Question, list[WrittenAnswer]]]:
+    def write_draws(self, cases: Sequence[Case], model: ModelInterface) -> list[tuple[Question, list[GeneratedAnswer]]]:
         """Let the model answer the prompts: (question, its `write.draws` answers) for each case. All ranks must call.
 
         With `options.continue` the model continues the prompt as plain text, else the prompt is a turn of a conversation. Raises
@@ -77,9 +77,9 @@ class PromptTask(Task):
             # All of a plain text is learned, so it counts as the answer; here it is the prompt.
             questions = [Question(question.where, [*question.context, *question.answer], []) for question in questions]
 
-        answers: list[list[WrittenAnswer]] = [[] for _ in questions]
-        for answer in model.answers(questions, self.config.write, self.key):
-            answers[answer.prompt].append(answer)
+        answers: list[list[GeneratedAnswer]] = [[] for _ in questions]
+        for answer in model.generate_answers(questions, self.config.write, self.key):
+            answers[answer.prompt_index].append(answer)
         return list(zip(questions, answers, strict=True))
 
     def signatures(self) -> dict[str, str]:

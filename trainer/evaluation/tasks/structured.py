@@ -16,7 +16,7 @@ from trainer.data.messages import parse_turns
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
 from trainer.evaluation.tasks.pass_at_k import row_of_draws, texts_by_prompt
-from trainer.evaluation.tasks.written import WrittenTask
+from trainer.evaluation.tasks.written import GenerationTask
 
 FENCE = re.compile(r"\A```\w*\s*\n(.*?)\n?```\s*\Z", re.DOTALL)
 BOXED = re.compile(r"\\boxed\s*\{")
@@ -24,7 +24,7 @@ NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|[
 FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 
 
-class ToolCalls(WrittenTask):
+class ToolCalls(GenerationTask):
     """Whether the answer makes the tool calls of the reference: the same tools, arguments and order, or no call at all."""
 
     kind = "tool_calls"
@@ -74,7 +74,7 @@ class ToolCalls(WrittenTask):
         case_with_call = next((case for case in cases if case.fields["calls"]), None)
         if case_with_call is not None and case_with_call.document is not None:
             (question,) = model.encode_questions([case_with_call.document])
-            reference = model.writer.tokenizer.decode(question.answer, skip_special_tokens=True)
+            reference = model.answer_generator.tokenizer.decode(question.answer, skip_special_tokens=True)
             if parse_tool_calls(reference) != case_with_call.fields["calls"]:
                 raise DataError(
                     f"{case_with_call.location}: the chat template writes the calls as {reference!r}, which is not read here; "
@@ -214,7 +214,7 @@ class JsonSchema(Task):
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with whether the answer is JSON, and valid under the row's schema. All ranks must call."""
         questions = model.encode_questions(documents_of(cases))
-        answers = texts_by_prompt(model.answers(questions, self.config.write, self.key), len(cases))
+        answers = texts_by_prompt(model.generate_answers(questions, self.config.write, self.key), len(cases))
         rows = []
         for case, question, texts in zip(cases, questions, answers, strict=True):
             schema = case.fields["schema"]
@@ -264,7 +264,7 @@ def check_json(answer: str, schema: dict[str, Any]) -> tuple[bool, str | None]:
     return True, f"{violation.json_path}: {violation.message}"
 
 
-class Maths(WrittenTask):
+class Maths(GenerationTask):
     """Whether the answer ends in the reference's result: the last `\\boxed{}`, else what follows ####, else the last number."""
 
     kind = "maths"

@@ -23,7 +23,7 @@ REFERENCES = "references"
 """Column with further right answers, a list of texts."""
 
 
-class WrittenTask(Task):
+class GenerationTask(Task):
     """Lets the model write the last answer of each document, and scores it against the reference."""
 
     reads = (
@@ -57,7 +57,7 @@ class WrittenTask(Task):
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with the model's answers scored against the references. All ranks must call."""
         questions = model.encode_questions(documents_of(cases))
-        answers = texts_by_prompt(model.answers(questions, self.config.write, self.key), len(cases))
+        answers = texts_by_prompt(model.generate_answers(questions, self.config.write, self.key), len(cases))
         rows = []
         for case, question, texts in zip(cases, questions, answers, strict=True):
             row = TaskRow(case.location, model.shown_prompt(question.context), "", self.reference(case), {})
@@ -83,7 +83,7 @@ NORMALISATIONS: dict[str, Callable[[str], str]] = {
 """Normalisations of texts before they are compared, applied in this order."""
 
 
-class _NormalisedTask(WrittenTask):
+class _NormalisedTask(GenerationTask):
     """Compares words of answer and reference after both were normalised."""
 
     options: ClassVar[dict[str, Any]] = {"normalise": list(NORMALISATIONS)}
@@ -151,7 +151,7 @@ def word_f1(answer: str, reference: str) -> float:
     return 2 * num_shared / (len(words) + len(reference_words))
 
 
-class Translation(WrittenTask):
+class Translation(GenerationTask):
     """BLEU and chrF of the whole set, by sacrebleu."""
 
     kind = "translation"
@@ -196,7 +196,7 @@ class Translation(WrittenTask):
         return {name: str(scorer.get_signature()) for name, scorer in self.scorers.items()}
 
 
-class Summarisation(WrittenTask):
+class Summarisation(GenerationTask):
     """ROUGE-1, -2 and -L, by rouge-score."""
 
     kind = "summarisation"

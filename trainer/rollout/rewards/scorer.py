@@ -15,7 +15,7 @@ from trainer.rollout.rewards.copies import copied_functions
 from trainer.rollout.rewards.judged import VerdictSource, judge_answers
 from trainer.rollout.rewards.kinds import JudgeReward
 from trainer.rollout.rewards.process import Call, Reply, Stopped, WorkerPool
-from trainer.rollout.types import Group, Scores
+from trainer.rollout.types import Group, GroupScores
 
 if TYPE_CHECKING:
     from trainer.objectives.rollouts import RewardEntry, RoundsConfig
@@ -85,7 +85,7 @@ class WorkerScorer:
     def _start_own(self) -> None:
         self._pool.start()
 
-    def score(self, groups: Sequence[Group], *, step: int) -> list[Scores]:
+    def score(self, groups: Sequence[Group], *, step: int) -> list[GroupScores]:
         """The scores of each group, in order, the same on all ranks. See `RewardScorer`."""
         # Functions and built-in rewards: each rank scores its share of the groups.
         own_numbers = range(self.runtime.rank, len(groups), self.runtime.world_size)
@@ -93,7 +93,7 @@ class WorkerScorer:
         answers = sum(len(group.answers) for group in groups)
         longest_s = sum(reward.timeout_s for reward in self.rewards.values()) * answers
         # By number of the group: its scores, and the numbers of its answers that get no total.
-        collected: dict[int, tuple[Scores, list[int]]] = {}
+        collected: dict[int, tuple[GroupScores, list[int]]] = {}
         with longer_timeout(self.runtime, longest_s):
             for rank_scores in self._on_all_ranks(lambda: self._score_own(groups, own_numbers, step)):
                 collected |= rank_scores
@@ -128,14 +128,14 @@ class WorkerScorer:
         return judge_answers(self._judge, self.rewards[name].options, groups)
 
     @staticmethod
-    def _add(name: str, by_group: Sequence[np.ndarray], scores: Sequence[Scores]) -> None:
+    def _add(name: str, by_group: Sequence[np.ndarray], scores: Sequence[GroupScores]) -> None:
         """Put the values of reward `name`, float64 [answers] of each group, into the groups' scores."""
         for group_scores, reward_values in zip(scores, by_group, strict=True):
             group_scores.by_reward[name] = reward_values
 
     def _score_own(
         self, groups: Sequence[Group], numbers: Sequence[int], step: int
-    ) -> dict[int, tuple[Scores, list[int]]]:
+    ) -> dict[int, tuple[GroupScores, list[int]]]:
         """Score this rank's share of the groups, in its worker processes, without communication.
 
         `numbers`: of the groups (all answers to one prompt) that this rank scores. Returns by group number (scores, numbers of
@@ -231,10 +231,12 @@ class _Collected:
             for answer, value in zip(answers, values, strict=True):
                 column[answer] = value
 
-    def scores(self) -> Scores:
+    def scores(self) -> GroupScores:
         """The scores of the group. Its totals are made once all of its rewards are there."""
         number_of_answers = len(next(iter(self.by_reward.values())))
-        return Scores(np.full(number_of_answers, np.nan), self.by_reward, self.num_timed_out, self.logged, self.extra)
+        return GroupScores(
+            np.full(number_of_answers, np.nan), self.by_reward, self.num_timed_out, self.logged, self.extra
+        )
 
 
 def default_workers(runtime: Runtime) -> int:
@@ -264,7 +266,7 @@ def _arguments(group: Group, answers: list[int], step: int) -> dict[str, Any]:
     chosen = [group.answers[answer] for answer in answers]
     texts = [answer.text for answer in chosen]
     ids = [answer.ids for answer in chosen]
-    truncated = [not answer.ended for answer in chosen]
+    truncated = [not answer.has_ended for answer in chosen]
     return {
         "prompt": group.prompt.text,
         "columns": group.prompt.columns,
