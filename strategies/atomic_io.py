@@ -33,7 +33,7 @@ TRANSIENT = (errno.EIO, errno.ETIMEDOUT)
 """Errors of a network mount or a disk that stumbles: the next attempt may succeed."""
 PAUSES_S = (10.0, 20.0)
 """Pauses between three looks at a file that met a passing error."""
-NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+RENAME_EXCHANGE_UNSUPPORTED_ERRNOS = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 Returned = TypeVar("Returned")
 
@@ -221,7 +221,7 @@ def publish_replacing(source: Path, target: Path, replaced: Path) -> None:
     try:
         disk.exchange(source, target)
     except OSError as error:
-        if error.errno not in NO_EXCHANGE:
+        if error.errno not in RENAME_EXCHANGE_UNSUPPORTED_ERRNOS:
             raise
         disk.rename(target, replaced)
         try:

@@ -320,7 +320,7 @@ class FullParameters:
 
     sharded = False
     """Whether parameters are sharded, so that there is something to gather."""
-    exchanges = False
+    forward_is_collective = False
     """Whether a forward pass sends tokens to other ranks even inside `gathered`, because experts are dealt over ranks."""
 
     def gather_bytes(self) -> int | None:
@@ -330,7 +330,7 @@ class FullParameters:
     def gathered(self) -> AbstractContextManager[None]:
         """Inside the context every rank holds all parameters: forward passes without gradients then gather nothing.
 
-        They need no other rank, unless the engine `exchanges`.
+        They need no other rank, unless the engine `forward_is_collective`.
 
         All ranks must enter and leave it together, and may take no optimizer step inside.
         """

@@ -1,4 +1,4 @@
-"""Adapts DeepSpeed: quiet, and on CPUs without a compiler, with our own exchange through shared memory and our own norm."""
+"""Adapts DeepSpeed: quiet, and on CPUs without a compiler, with our own collectives through shared memory and our own norm."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class _FinishedWork:
         pass
 
 
-class HostExchange:
+class SharedMemoryBackend:
     """Stands in for DeepSpeed's backend. Large collectives of all ranks go through shared memory, the rest to the backend."""
 
     def __init__(self, backend: Any, memory: HostMemory) -> None:
@@ -158,11 +158,11 @@ def route_collectives_through(memory: HostMemory | None) -> None:
     """Let DeepSpeed's collectives go through shared memory; with None, through its own backend again."""
 
     def through_memory(current: Any) -> Any:
-        # An earlier engine of this process may have put an exchange there.
-        backend = current.backend if isinstance(current, HostExchange) else current
+        # An earlier engine of this process may have put our stand-in there.
+        backend = current.backend if isinstance(current, SharedMemoryBackend) else current
         if memory is None:
             return backend
-        return HostExchange(backend, memory)
+        return SharedMemoryBackend(backend, memory)
 
     replace_backend(through_memory)
 

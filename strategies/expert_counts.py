@@ -1,7 +1,7 @@
 """How many rows the ranks of an expert group send each other for one layer of a mixture.
 
 A row is what one token sends to one of its experts. Routers decide how many go where, so ranks tell each other before they
-exchange any (`ExchangedCounts`). In a simulation nobody answers, and a distribution is assumed in place of the routers' choice
+exchange any (`AllToAllCounts`). In a simulation nobody answers, and a distribution is assumed in place of the routers' choice
 (`AssumedCounts`).
 """
 
@@ -41,7 +41,7 @@ class ExpertCounts(Protocol):
         """
 
 
-class ExchangedCounts:
+class AllToAllCounts:
     """Counts that the ranks of an expert group send each other. `group`: over which the experts of a layer are distributed."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -63,7 +63,7 @@ class ExchangedCounts:
 class AssumedCounts:
     """Counts of a simulated rank: it sends equally many rows to each rank, and receives `imbalance` times what it sends.
 
-    It makes the collective and the host read of `ExchangedCounts`, so that a simulation counts them, and ignores the result.
+    It makes the collective and the host read of `AllToAllCounts`, so that a simulation counts them, and ignores the result.
     """
 
     ranks: int
@@ -85,7 +85,7 @@ class AssumedCounts:
 
 def counts_within(group: Any, ranks: int, *, imbalance: float | None) -> ExpertCounts:
     """The source of row counts for a group of `ranks` ranks. `imbalance`: the one a simulation assumes; None in a real run."""
-    return ExchangedCounts(group) if imbalance is None else AssumedCounts(ranks, imbalance, group)
+    return AllToAllCounts(group) if imbalance is None else AssumedCounts(ranks, imbalance, group)
 
 
 def _even(rows: int, ranks: int) -> list[int]:

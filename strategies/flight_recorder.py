@@ -1,7 +1,7 @@
 """The last collective of this rank, from the flight recorders that torch keeps for NCCL and for gloo.
 
 They are read as JSON inside the process, because the files that NCCL's watchdog can write are pickles, and nothing here reads
-pickles. Exchange through shared memory on one host (`strategies/host_memory.py`) is not recorded.
+pickles. Collectives through shared memory on one host (`strategies/host_memory.py`) is not recorded.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import os
 import time
 from dataclasses import dataclass
 
-RECORDED_EXCHANGES = 512
-"""How many exchanges each recorder keeps, unless the environment says otherwise."""
+NUM_RECORDED_COLLECTIVES = 512
+"""How many collectives each recorder keeps, unless the environment says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Exchange:
+class CollectiveCall:
     """One collective, or one message between two ranks, as a rank recorded it. The fields are sent to other ranks as JSON."""
 
     number: int
@@ -29,7 +29,7 @@ class Exchange:
 
     @property
     def counter(self) -> tuple[str, str]:
-        """(group, backend): what `number` counts. NCCL and gloo each count the exchanges of a group for themselves."""
+        """(group, backend): what `number` counts. NCCL and gloo each count the collectives of a group for themselves."""
         return self.group, self.what.partition(":")[0]
 
     def __str__(self) -> str:
@@ -38,18 +38,18 @@ class Exchange:
 
 
 def enable_recorder() -> None:
-    """Let torch record the last exchanges. Call it before the first group is formed."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_EXCHANGES))
+    """Let torch record the last collectives. Call it before the first group is formed."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(NUM_RECORDED_COLLECTIVES))
 
 
-def last_exchange() -> Exchange | None:
+def last_collective() -> CollectiveCall | None:
     """The collective that this rank waits for, the oldest if there are several; otherwise its last one.
 
     None if nothing is recorded. Any thread may call it. It does not communicate.
     """
-    from strategies.compat.process_groups import recorded_exchanges
+    from strategies.compat.process_groups import recorded_collectives
 
-    entries = recorded_exchanges()
+    entries = recorded_collectives()
     if not entries:
         return None
     waiting = [entry for entry in entries if not entry.get("retired")]
@@ -61,7 +61,7 @@ def last_exchange() -> Exchange | None:
         waits_s = None
     number_key = "p2p_seq_id" if entry.get("is_p2p") else "collective_seq_id"
     group_names = entry.get("process_group") or ["?"]
-    return Exchange(
+    return CollectiveCall(
         number=entry.get(number_key, 0),
         what=str(entry.get("profiling_name")),
         group=str(group_names[-1]),

@@ -228,7 +228,7 @@ class Fsdp2Strategy:
             step_module,
             compute,
             reshard_after_forward=self.config.reshard_after_forward,
-            exchanges=plan_of(step_module).expert_ranks > 1,
+            forward_is_collective=plan_of(step_module).expert_ranks > 1,
         )
         return engine
 

@@ -22,11 +22,16 @@ class FsdpFullParameters(FullParameters):
     sharded = True
 
     def __init__(
-        self, wrapped: nn.Module, dtype: torch.dtype, *, reshard_after_forward: bool, exchanges: bool = False
+        self,
+        wrapped: nn.Module,
+        dtype: torch.dtype,
+        *,
+        reshard_after_forward: bool,
+        forward_is_collective: bool = False,
     ) -> None:
         self.wrapped = wrapped
         self.dtype = dtype
-        self.exchanges = exchanges
+        self.forward_is_collective = forward_is_collective
         self.reshard_after_forward = reshard_after_forward
 
     def gather_bytes(self) -> int | None:

@@ -3,8 +3,8 @@
 A rank that was stopped or killed can say nothing. The others see a broken connection, or a timeout of their own. So each rank
 counts up in the store, together with its phase and step. A rank that fails because of a lost peer looks who has stopped counting.
 
-After a timeout every rank writes the stacks of its threads, and says which exchange it was in last. Living ranks do so when they
-are asked through the store, or by themselves when an exchange has lasted for most of the timeout. A stopped rank does so when a
+After a timeout every rank writes the stacks of its threads, and says which collective it was in last. Living ranks do so when they
+are asked through the store, or by themselves when a collective has lasted for most of the timeout. A stopped rank does so when a
 peer on its host wakes it with SIGQUIT.
 
 A launcher may give its ranks a directory (`HEARTBEAT_DIRECTORY`). It then finds there the last sign of life of each, also of a
@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from strategies.bounded_store import BoundedStore, Unanswered
 from strategies.errors import ShardtuneError
-from strategies.flight_recorder import Exchange, last_exchange
+from strategies.flight_recorder import CollectiveCall, last_collective
 
 LOST_PEER = re.compile(
     r"connection (closed|reset|refused|was)|broken pipe|timed out|timeout|gloo|nccl|peer|has ended", re.IGNORECASE
@@ -43,7 +43,7 @@ STACKS_KEY = "shardtune/stacks"
 HEARTBEAT_DIRECTORY = "SHARDTUNE_LAST_WORDS"
 """Environment variable: a directory of this host, given by the launcher, in which each rank writes its last sign of life."""
 LATE_SHARE = 0.8
-"""Share of the timeout after which a rank reports an exchange that is not over: soon the backend may end the process."""
+"""Share of the timeout after which a rank reports a collective that is not over: soon the backend may end the process."""
 WARNING_BEATS = 15
 """Beats before the timeout at which a rank that waits under NCCL says why: NCCL then ends the process at once."""
 ANSWER_BEATS = 5
@@ -84,12 +84,14 @@ class SilentRank(ShardtuneError):
 
 
 class LaggingRank(ShardtuneError):
-    """A rank is alive, but does not come to the exchange in which the others wait for it."""
+    """A rank is alive, but does not come to the collective in which the others wait for it."""
 
     retry = "node_fail"
     recorded_name = "Behind"
 
-    def __init__(self, sign: SignOfLife, last: Exchange | None, awaited: Exchange | str, error_line: str) -> None:
+    def __init__(
+        self, sign: SignOfLife, last: CollectiveCall | None, awaited: CollectiveCall | str, error_line: str
+    ) -> None:
         self.sign = sign
         self.hung = True
         super().__init__(
@@ -130,7 +132,7 @@ class Heartbeats:
         state: Callable[[], tuple[str, int | None]],
         timeout_s: float = float("inf"),
     ) -> None:
-        """`state`: returns the phase and step of this rank. `timeout_s`: the timeout of the exchanges."""
+        """`state`: returns the phase and step of this rank. `timeout_s`: the timeout of the collectives."""
         self.rank = rank
         self.world = world
         self._state = state
@@ -143,10 +145,10 @@ class Heartbeats:
         self._reported_unanswered = False
         self._stacks: IO[str] | None = None
         self._report_lock = threading.Lock()
-        self.at_timeout: Callable[[Exchange], None] | None = None
-        """Called once, in a thread of its own, with the exchange for which NCCL is about to end this process."""
+        self.at_timeout: Callable[[CollectiveCall], None] | None = None
+        """Called once, in a thread of its own, with the collective for which NCCL is about to end this process."""
         self.when_cut_off: Callable[[CutOffRank], None] | None = None
-        """Must end this process. Called if it is cut off from the others, and no error of an exchange has ended it."""
+        """Must end this process. Called if it is cut off from the others, and no error of a collective has ended it."""
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def write_stacks_to(self, path: Path) -> None:
@@ -196,7 +198,7 @@ class Heartbeats:
             return None
         return SilentRank(silent[0], hung=timed_out, since_s=look_s, error_line=error_line)
 
-    def collect_exchanges(self, stopped: SignOfLife | None) -> dict[int, Exchange]:
+    def collect_last_collectives(self, stopped: SignOfLife | None) -> dict[int, CollectiveCall]:
         """After a timeout: let every rank write the stacks of its threads and report its last collective. Raises nothing.
 
         Returns the last collective by rank, of the ranks that answer within `ANSWER_BEATS`; mostly all do within one beat.
@@ -218,49 +220,49 @@ class Heartbeats:
             self._report_position()  # this rank's own, without waiting for its next beat
             while not self._store.check([*keys.values()]) and time.monotonic() < deadline:
                 time.sleep(self.every_s / 4)
-            exchanges = {}
+            last_collectives = {}
             for rank, key in keys.items():
                 if self._store.check([key]):
-                    exchanges[rank] = Exchange(**json.loads(self._store.get(key)))
-            return exchanges
+                    last_collectives[rank] = CollectiveCall(**json.loads(self._store.get(key)))
+            return last_collectives
         except RuntimeError:
             return {}
 
-    def lagging_rank(self, error: BaseException, exchanges: dict[int, Exchange]) -> LaggingRank | None:
+    def lagging_rank(self, error: BaseException, last_collectives: dict[int, CollectiveCall]) -> LaggingRank | None:
         """The living rank that did not join the collective in which this rank failed with `error`; None if it cannot be found.
 
-        An error of shared memory names that rank. For other errors it is found by `exchanges`: the last collective of each rank,
-        from `collect_exchanges`.
+        An error of shared memory names that rank. For other errors it is found by `last_collectives`: the last collective of
+        each rank, from `collect_last_collectives`.
         """
-        awaited: Exchange | str
+        awaited: CollectiveCall | str
         peer = AWAITED_PEER.search(str(error))
         if peer is not None and int(peer[1]) < self.world:
             lagging = int(peer[1])
             awaited = "an exchange through shared memory"
         else:
-            own_exchange = exchanges.get(self.rank)
-            if own_exchange is None:
+            own_collective = last_collectives.get(self.rank)
+            if own_collective is None:
                 return None
-            absent = self._absent_ranks(own_exchange, exchanges)
+            absent = self._absent_ranks(own_collective, last_collectives)
             if not absent:
                 return None
             lagging = absent[0]
-            awaited = own_exchange
+            awaited = own_collective
         try:
             sign = self._signs_of_life()[lagging]
         except RuntimeError:
             return None
-        return LaggingRank(sign, exchanges.get(lagging), awaited, _first_line(error))
+        return LaggingRank(sign, last_collectives.get(lagging), awaited, _first_line(error))
 
-    def _absent_ranks(self, own_exchange: Exchange, exchanges: dict[int, Exchange]) -> list[int]:
-        """Ranks that wait in no collective, and have not joined `own_exchange`, the one in which this rank waits.
+    def _absent_ranks(self, own_collective: CollectiveCall, last_collectives: dict[int, CollectiveCall]) -> list[int]:
+        """Ranks that wait in no collective, and have not joined `own_collective`, the one in which this rank waits.
 
-        `exchanges`: the last collective of each rank. Collectives of one `counter` have the same numbers on every rank.
+        `last_collectives`: the last collective of each rank. Collectives of one `counter` have the same numbers on every rank.
         """
         absent = []
-        for rank, exchange in exchanges.items():
-            has_joined = exchange.counter == own_exchange.counter and exchange.number >= own_exchange.number
-            is_waiting = exchange.waits_s is not None
+        for rank, collective in last_collectives.items():
+            has_joined = collective.counter == own_collective.counter and collective.number >= own_collective.number
+            is_waiting = collective.waits_s is not None
             if rank != self.rank and not is_waiting and not has_joined:
                 absent.append(rank)
         return absent
@@ -284,10 +286,10 @@ class Heartbeats:
             try:
                 self._store.set(f"shardtune/beat/{self.rank}", json.dumps(sign))
                 self._note_answered()
-                late_exchange = self._late_exchange((phase, step))
-                if self._stacks is not None and (late_exchange is not None or self._store.check([STACKS_KEY])):
+                late_collective = self._late_collective((phase, step))
+                if self._stacks is not None and (late_collective is not None or self._store.check([STACKS_KEY])):
                     self._report_position()
-                self._warn_before_abort(late_exchange)
+                self._warn_before_abort(late_collective)
             except Unanswered:
                 self._note_unanswered((phase, step))
             except RuntimeError:  # the store is gone, and with it the job
@@ -334,19 +336,19 @@ class Heartbeats:
                 return
             self._stacks = None
             faulthandler.dump_traceback(stacks, all_threads=True)
-            last = last_exchange()
+            last = last_collective()
             if last is not None:
                 self._store.set(f"shardtune/exchange/{self.rank}", json.dumps(asdict(last)))
                 over = "over" if last.waits_s is None else "not over"
                 with contextlib.suppress(OSError):  # a full disk must not end this thread, or the rank would seem dead
                     print(f"\nlast exchange: {last}, {over}", file=stacks, flush=True)
 
-    def _late_exchange(self, state: tuple[str, int | None]) -> Exchange | None:
+    def _late_collective(self, state: tuple[str, int | None]) -> CollectiveCall | None:
         """The collective in which this rank has waited, without progress, for most of the timeout; None if there is none."""
         self._note_progress(state)
         if time.monotonic() - self._last_change < LATE_SHARE * self._timeout_s:
             return None
-        last = last_exchange()
+        last = last_collective()
         if last is None or last.waits_s is None or last.waits_s <= LATE_SHARE * self._timeout_s:
             return None
         return last
@@ -357,19 +359,19 @@ class Heartbeats:
             self._last_state = state
             self._last_change = time.monotonic()
 
-    def _warn_before_abort(self, late_exchange: Exchange | None) -> None:
-        """Call `at_timeout` shortly before NCCL aborts this process because of `late_exchange`, a collective that takes too long.
+    def _warn_before_abort(self, late_collective: CollectiveCall | None) -> None:
+        """Call `at_timeout` shortly before NCCL aborts this process because `late_collective` takes too long.
 
         gloo does not abort: it raises an error in the thread that waits.
         """
         handler = self.at_timeout
-        if late_exchange is None or handler is None or not late_exchange.what.startswith("nccl"):
+        if late_collective is None or handler is None or not late_collective.what.startswith("nccl"):
             return
-        is_about_to_abort = (late_exchange.waits_s or 0.0) > self._timeout_s - WARNING_BEATS * self.every_s
+        is_about_to_abort = (late_collective.waits_s or 0.0) > self._timeout_s - WARNING_BEATS * self.every_s
         if is_about_to_abort:
             self.at_timeout = None
             # In another thread, because it may take long: without signs of life this rank would itself seem stopped.
-            threading.Thread(target=handler, args=(late_exchange,), name="timeout", daemon=True).start()
+            threading.Thread(target=handler, args=(late_collective,), name="timeout", daemon=True).start()
 
     def _write_for_launcher(self, sign: dict[str, Any]) -> None:
         """Write the sign of life into the launcher's directory, if it has given one."""

@@ -147,7 +147,7 @@ def fit_theirs(choice: Choice, job: PlannedRun) -> float:
     assert choice.peer_memory is not None
     tensor_bytes = round(job.card.tensors * choice.peer_memory.total)  # `tensors`: measured over simulated, usually 1
     fit = fit_in_memory(tensor_bytes, 0, job.card.memory_gib, job.card.allocator)
-    return (fit.total + choice.fit.exchange) / GIB
+    return (fit.total + choice.fit.nccl_buffers) / GIB
 
 
 def why(choice: Choice, answer: PlanAnswer) -> str:
@@ -180,7 +180,7 @@ def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
         ),
         *fold(
             f"a step takes {step.total_s:.2f} s: products {step.products_s:.2f}, what memory bounds {step.moves_s:.2f}, "
-            f"exchange {step.exposed_s:.2f} (of {step.exchange_s:.2f}, the rest hidden), update {step.update_s:.2f}",
+            f"exchange {step.exposed_s:.2f} (of {step.collective_s:.2f}, the rest hidden), update {step.update_s:.2f}",
             2,
         ),
         *_round(best, job),
@@ -285,7 +285,7 @@ def _memory(best: Choice) -> list[str]:
     beside = [
         TableRow(("process", _gib(best.fit.context), "context and libraries")),
         TableRow(("allocator", _gib(best.fit.allocator), "reserved beyond what is allocated")),
-        TableRow(("NCCL", _gib(best.fit.exchange), "buffers of its groups")),
+        TableRow(("NCCL", _gib(best.fit.nccl_buffers), "buffers of its groups")),
     ]
     return [
         f"its peak, {_gib(best.peak.total)} of tensors, in {best.peak.phase}:",
@@ -473,7 +473,7 @@ def _choice(choice: Choice, answer: PlanAnswer) -> dict[str, Any]:
         "beside_gib": {
             "context": choice.fit.context / GIB,
             "allocator": choice.fit.allocator / GIB,
-            "nccl": choice.fit.exchange / GIB,
+            "nccl": choice.fit.nccl_buffers / GIB,
         },
         "micro": choice.micro,
         "accumulation": choice.accumulation,
@@ -482,7 +482,7 @@ def _choice(choice: Choice, answer: PlanAnswer) -> dict[str, Any]:
         "step_s": {
             "products": choice.step.products_s,
             "moves": choice.step.moves_s,
-            "exchange": choice.step.exchange_s,
+            "exchange": choice.step.collective_s,
             "exposed": choice.step.exposed_s,
             "update": choice.step.update_s,
             "total": choice.step.total_s,

@@ -191,7 +191,7 @@ def memory_parts(choice: Choice) -> dict[str, float]:
     # A run of `from=` may have measured more tensors than the simulation has: each kind gets its share of that.
     factor = choice.fit.live / max(choice.peak.total, 1) / GIB
     parts = {str(kind): factor * size for kind, size in choice.peak.kinds.items()}
-    parts["process"] = (choice.fit.context + choice.fit.allocator + choice.fit.exchange) / GIB
+    parts["process"] = (choice.fit.context + choice.fit.allocator + choice.fit.nccl_buffers) / GIB
     return parts
 
 

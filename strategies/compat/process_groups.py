@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 _RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
-"""What reads the flight recorders: a build for GPUs has both, and NCCL's exchanges are in the second alone."""
+"""What reads the flight recorders: a build for GPUs has both, and NCCL's collectives are in the second alone."""
 
 
 def living_groups() -> list[dist.ProcessGroup]:
@@ -47,7 +47,7 @@ def make_fake_backend_known() -> None:
     from torch.testing._internal.distributed import fake_pg  # noqa: F401
 
 
-def recorded_exchanges() -> list[dict[str, Any]]:
+def recorded_collectives() -> list[dict[str, Any]]:
     """The entries of this process's flight recorders, the oldest first; empty if nothing is recorded. Any thread may call it.
 
     They are read as JSON by functions of `torch._C`. The public way writes pickles to files, at a time that NCCL's watchdog

@@ -111,7 +111,7 @@ def test_heads_of_latent_attention_are_as_wide_as_queries_and_values_are():
 def test_bytes_of_the_exchange_are_those_of_the_formula():
     """By the rows of docs: Llama 8B, 32,768 tokens in bf16: 160, 120, 70 and 45 MiB that a rank sends in a layer."""
     heads = LayerHeads(query=32, key_value=8, width=128)
-    sent = [heads.exchanged_elements(32768, ranks) * 2 / 2**20 for ranks in (2, 4, 8, 16)]
+    sent = [heads.all_to_all_elements(32768, ranks) * 2 / 2**20 for ranks in (2, 4, 8, 16)]
     assert sent == [160, 120, 70, 45]
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from launch.cluster import torchrun
 from strategies import atomic_io, flight_recorder, heartbeat
-from strategies.flight_recorder import Exchange
+from strategies.flight_recorder import CollectiveCall
 from strategies.heartbeat import HEARTBEAT_DIRECTORY, Heartbeats, read_last_heartbeat
 from tests.faults.runs import ROOT, Runs, environment, forked_rank_of, rank_of, read, wait
 from tests.faults.test_retry import begun, gone_on
@@ -183,15 +183,15 @@ def test_failure_cause_is_only_a_rank_whose_count_stands_still(monkeypatch):
     assert looked == [2.5, 2.5, 6]  # seconds; a beat comes each second
 
 
-def exchange(number: int, waits_s: float | None = None, group: str = "default_pg", by: str = "gloo") -> Exchange:
-    return Exchange(number=number, what=f"{by}:all_reduce", group=group, sizes=[[4, 2]], waits_s=waits_s)
+def exchange(number: int, waits_s: float | None = None, group: str = "default_pg", by: str = "gloo") -> CollectiveCall:
+    return CollectiveCall(number=number, what=f"{by}:all_reduce", group=group, sizes=[[4, 2]], waits_s=waits_s)
 
 
 def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch):
     """It computes without end, say; its stacks and its last words are there before anybody asks for them."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv(HEARTBEAT_DIRECTORY, str(tmp_path))
-    monkeypatch.setattr(heartbeat, "last_exchange", lambda: exchange(12, 5.0))
+    monkeypatch.setattr(heartbeat, "last_collective", lambda: exchange(12, 5.0))
     beats = [Heartbeats(store, rank, 2, lambda: ("training", 7), timeout_s=0.01) for rank in range(2)]
     beats[1].write_stacks_to(tmp_path / "rank-1.stacks")
     wait(lambda: "last exchange: gloo:all_reduce number 12 of default_pg (4x2), not over" in stacks(tmp_path), "stacks")
@@ -208,7 +208,7 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
     )
     beats[0].write_stacks_to(tmp_path / "rank-0.stacks")
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", seconds(60))  # it waits for those that are slow, and for nobody else
-    assert beats[0].collect_exchanges(None) == dict.fromkeys((0, 1), exchange(12, 5.0))
+    assert beats[0].collect_last_collectives(None) == dict.fromkeys((0, 1), exchange(12, 5.0))
 
     late = RuntimeError("Timed out waiting 15000ms for recv")
     for others, said in (
@@ -234,7 +234,7 @@ def test_failure_of_a_waiting_exchange_is_recorded_before_nccl_ends_the_process(
     """Its watchdog aborts, and no error is raised; under gloo there is one. What was told stands when the process is found."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     now, told = [exchange(12, 5.0)], []
-    monkeypatch.setattr(heartbeat, "last_exchange", lambda: now[0])
+    monkeypatch.setattr(heartbeat, "last_collective", lambda: now[0])
     beats = Heartbeats(store, 0, 2, lambda: ("training", 7), timeout_s=1.0)
     beats.at_timeout = told.append
     beats._warn_before_abort(now[0])
@@ -282,12 +282,12 @@ def test_flight_recorders_of_gloo_and_nccl_are_both_read(monkeypatch):
 
     monkeypatch.setattr(c10d, "_dump_fr_trace_json", said(entry(3, "gloo", 10, True)))
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said(entry(7, "nccl", 20, True)), raising=False)
-    assert (flight_recorder.last_exchange().what, flight_recorder.last_exchange().number) == ("nccl:all_reduce", 7)
+    assert (flight_recorder.last_collective().what, flight_recorder.last_collective().number) == ("nccl:all_reduce", 7)
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said(entry(7, "nccl", 5, False), entry(8, "nccl", 6, False)))
-    last = flight_recorder.last_exchange()
+    last = flight_recorder.last_collective()
     assert (last.number, last.counter) == (7, ("default_pg", "nccl")) and last.waits_s > 0
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said())
-    assert flight_recorder.last_exchange().counter == ("default_pg", "gloo")
+    assert flight_recorder.last_collective().counter == ("default_pg", "gloo")
 
 
 def test_rank_that_asks_where_all_are_has_reported_its_own_place(tmp_path, monkeypatch):
@@ -299,23 +299,23 @@ def test_rank_that_asks_where_all_are_has_reported_its_own_place(tmp_path, monke
         return "training", 7
 
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setattr(heartbeat, "last_exchange", lambda: exchange(3))
+    monkeypatch.setattr(heartbeat, "last_collective", lambda: exchange(3))
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
     beats = Heartbeats(store, 1, 2, state)
     beats.write_stacks_to(tmp_path / "rank-1.stacks")
-    assert beats.collect_exchanges(None) == {1: exchange(3)}
+    assert beats.collect_last_collectives(None) == {1: exchange(3)}
     assert stacks(tmp_path).count("last exchange: ") == 1 and "test_rank_that_asks" in stacks(tmp_path)
 
 
 def test_a_full_disk_makes_no_rank_silent(tmp_path, monkeypatch):
     """Where the stacks cannot be written, its signs of life ended with that, or the cause of the failure did."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setattr(heartbeat, "last_exchange", lambda: exchange(3))
+    monkeypatch.setattr(heartbeat, "last_collective", lambda: exchange(3))
     beats = Heartbeats(store, 1, 2, lambda: ("training", 7))
     (tmp_path / "rank-1.stacks").symlink_to("/dev/full")
     beats.write_stacks_to(tmp_path / "rank-1.stacks")
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
-    assert beats.collect_exchanges(None) == {1: exchange(3)}
+    assert beats.collect_last_collectives(None) == {1: exchange(3)}
 
 
 BUSY = """
@@ -363,9 +363,9 @@ def test_the_exchanges_of_this_process_are_read_without_a_pickle():
     try:
         for _ in range(2):
             dist.all_reduce(torch.ones(4, 2))
-        last, until = flight_recorder.last_exchange(), time.monotonic() + seconds(30)
+        last, until = flight_recorder.last_collective(), time.monotonic() + seconds(30)
         while last.waits_s is not None and time.monotonic() < until:  # gloo's own thread notes that it is over
-            last = flight_recorder.last_exchange()
+            last = flight_recorder.last_collective()
     finally:
         dist.destroy_process_group()
     assert (last.what, last.sizes, last.waits_s) == ("gloo:all_reduce", [[4, 2]], None) and last.number >= 2

@@ -67,7 +67,7 @@ def test_gpu_is_described_as_by_its_driver(runtime):
 def test_exchanges_of_nccl_are_read(runtime):
     dist.all_reduce(torch.ones(4, 2, device=runtime.device))
     torch.cuda.synchronize()
-    last = flight_recorder.last_exchange()
+    last = flight_recorder.last_collective()
     assert (last.what, last.sizes) == ("nccl:all_reduce", [[4, 2]])
 
 

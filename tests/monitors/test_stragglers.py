@@ -69,25 +69,25 @@ def test_straggler_timing_covers_only_blocks_and_only_while_it_is_on(monkeypatch
     monkeypatch.setattr("trainer.reporting.step_times.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     blocks = [nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)) for _ in range(2)]
     busy, model = BlockTimer(torch.device("cpu")), nn.Sequential(*blocks)
-    busy.watch(blocks, exchanges_inside=False)
+    busy.watch(blocks, has_collectives_inside=False)
     model(torch.ones(2))
     assert busy.read() == 0
     busy.is_on = True
     model(torch.ones(2))
     assert (busy.read(), busy.read()) == (2.0, 0)
     with_weights = [block[place] for block in blocks for place in (0, 2)]
-    assert timed_modules(blocks, exchanges_inside=False) == blocks
+    assert timed_modules(blocks, has_collectives_inside=False) == blocks
     # Attention that exchanges slices for heads waits for the ranks that share the row.
-    assert timed_modules(blocks, exchanges_inside=True) == with_weights
+    assert timed_modules(blocks, has_collectives_inside=True) == with_weights
     # Experts that are dealt wait for tokens of other ranks, and their module is left out.
     blocks[1][0].expert_share = object()
-    assert timed_modules(blocks, exchanges_inside=False) == [blocks[0][0], blocks[0][2], blocks[1][2]]
+    assert timed_modules(blocks, has_collectives_inside=False) == [blocks[0][0], blocks[0][2], blocks[1][2]]
     del blocks[1][0].expert_share
     for parameter in model.parameters():
         parameter.ds_id = 1  # as under ZeRO-3
-    assert timed_modules(blocks, exchanges_inside=False) == with_weights
+    assert timed_modules(blocks, has_collectives_inside=False) == with_weights
     blocks[0].compile()
-    assert timed_modules(blocks, exchanges_inside=False) == []
+    assert timed_modules(blocks, has_collectives_inside=False) == []
 
 
 def test_straggler_is_in_the_status_while_it_is_slow(tmp_path):

@@ -179,7 +179,7 @@ def _weighted_by_the_receiver() -> Any:
 
 def _counts_over_ranks() -> Any:
     """Each rank takes the counts of all ranks together for those of every one of them."""
-    right = expert_counts.ExchangedCounts.of_layer
+    right = expert_counts.AllToAllCounts.of_layer
 
     def of_layer(self: Any, chosen: Any, rows: int) -> Any:
         counts = right(self, chosen, rows)
@@ -191,7 +191,7 @@ def _counts_over_ranks() -> Any:
         mistaken[0] = torch.bincount(ids, minlength=by_expert.shape[1])
         return replace(counts, by_expert=mistaken)
 
-    return mock.patch.object(expert_counts.ExchangedCounts, "of_layer", of_layer)
+    return mock.patch.object(expert_counts.AllToAllCounts, "of_layer", of_layer)
 
 
 FAULTS: dict[str, Any] = {
@@ -340,14 +340,14 @@ def crowded(job: Job, ranks: int) -> dict[str, Any]:
     config, data = run_of(job, Case(architecture="gpt_oss", experts=ranks))
     config.model = ModelConfig(path=str(job.first_here(made)))
     received: list[int] = []
-    right = expert_counts.ExchangedCounts.of_layer
+    right = expert_counts.AllToAllCounts.of_layer
 
     def of_layer(self: Any, chosen: Any, rows: int) -> Any:
         counts = right(self, chosen, rows)
         received.append(sum(counts.received))
         return counts
 
-    with mock.patch.object(expert_counts.ExchangedCounts, "of_layer", of_layer):
+    with mock.patch.object(expert_counts.AllToAllCounts, "of_layer", of_layer):
         found = curve(trainer_for(config, data, job.runtime), job.runtime.world_size)
     lone = replace(config, parallel=ParallelConfig())
     expected = job.oracle("crowded", lambda: curve(job.lone_trainer(lone, data), 1), elsewhere=[])

@@ -100,11 +100,11 @@ def test_cost_model_equals_the_simulation_of_any_micro_batch(model, case, layout
     assert form.work(2048 if not form.rows else 4, 4 * 512**2)[0] * case.accumulation == pytest.approx(
         found.flops, rel=WITHIN
     )
-    calls = {name: 0 for name, *_ in found.exchanged}
-    for (name, *_), (number, _) in form.exchanged.items():
+    calls = {name: 0 for name, *_ in found.collective_totals}
+    for (name, *_), (number, _) in form.collective_totals.items():
         calls[name] += number
     expected = dict.fromkeys(calls, 0)
-    for (name, *_), (number, _) in found.exchanged.items():
+    for (name, *_), (number, _) in found.collective_totals.items():
         expected[name] += number
     assert calls == expected
 

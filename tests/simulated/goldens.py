@@ -37,7 +37,9 @@ def summary(found: SimulatedStep) -> dict[str, Any]:
         "peak": str(step.peak),
         "bytes": step.total,
         "kinds": {str(kind): size for kind, size in sorted(step.kinds.items())},
-        "exchanged": {f"{name} over {ranks} in {dtype}": list(n) for (name, ranks, dtype), n in step.exchanged.items()},
+        "exchanged": {
+            f"{name} over {ranks} in {dtype}": list(n) for (name, ranks, dtype), n in step.collective_totals.items()
+        },
         "host_reads": step.host_reads,
         "host_bytes": step.host,
     }

@@ -14,7 +14,7 @@ from trainer.planner.cost_model import ALL_TO_ALL
 from trainer.planner.deferred_reduction import deferred_gradient_bytes
 from trainer.planner.hardware import card_named, group_count
 from trainer.planner.simulation import simulate_cost_model_of_run, simulate_run
-from trainer.planner.speed import COLLECTIVE_LATENCY_S, LINK_EFFICIENCY, MicroBatchLoad, step_time, token_exchange_s
+from trainer.planner.speed import COLLECTIVE_LATENCY_S, LINK_EFFICIENCY, MicroBatchLoad, step_time, token_all_to_all_s
 
 RANKS = 8
 
@@ -91,11 +91,11 @@ def test_a_plan_counts_whole_experts_and_holds_what_the_step_holds(place):
     )
     # The exchange is time that no arithmetic hides, and its group one of its own.
     card = card_named("NVIDIA H100 80GB HBM3")
-    (exchange,) = costs[1].token_exchanges
-    waited = token_exchange_s(costs[1], length, card)
+    (exchange,) = costs[1].token_all_to_alls
+    waited = token_all_to_all_s(costs[1], length, card)
     of_links = costs[1].exchanged_bytes(exchange, length) * 3 / 4 / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
     assert waited == pytest.approx(of_links + exchange.calls * COLLECTIVE_LATENCY_S)
-    alone = replace(costs[1], token_exchanges=())
+    alone = replace(costs[1], token_all_to_alls=())
     load = MicroBatchLoad(length, length**2, 3)
     times = [step_time(each, load, card, "bf16", ranks_per_node=RANKS) for each in (costs[1], alone)]
     assert times[0].exposed_s - times[1].exposed_s == pytest.approx(3 * waited)

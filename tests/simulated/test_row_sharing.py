@@ -13,7 +13,7 @@ from trainer.config.parallel import ParallelConfig
 from trainer.planner.cost_model import ALL_TO_ALL
 from trainer.planner.hardware import card_named, group_count
 from trainer.planner.simulation import simulate_cost_model_of_run, simulate_depth, simulate_run
-from trainer.planner.speed import COLLECTIVE_LATENCY_S, LINK_EFFICIENCY, MicroBatchLoad, step_time, token_exchange_s
+from trainer.planner.speed import COLLECTIVE_LATENCY_S, LINK_EFFICIENCY, MicroBatchLoad, step_time, token_all_to_all_s
 
 RANKS = 8
 TOKENS = 32768
@@ -74,10 +74,10 @@ def test_bytes_of_the_exchange_are_those_of_the_formula(model):
     elements = TOKENS // RANKS * HEAD_SIZE * (2 * HEADS + 2 * KEY_HEADS)  # those that a rank keeps included
     assert sum(each.bytes for each in exchanges) == BLOCKS * 3 * 2 * elements
     cost = simulate_cost_model_of_run(config_of(model, RANKS), TOKENS // 2, accumulation=1, world_size=RANKS)
-    (exchange,) = cost.token_exchanges
+    (exchange,) = cost.token_all_to_alls
     assert exchange.calls == BLOCKS * 4 * 3 and exchange.ranks == RANKS
     assert cost.exchanged_bytes(exchange, TOKENS) == BLOCKS * 3 * 2 * elements
-    assert not any(name.startswith(ALL_TO_ALL) for name, *_ in cost.exchanged)
+    assert not any(name.startswith(ALL_TO_ALL) for name, *_ in cost.collective_totals)
 
 
 @pytest.mark.parametrize("tokens", [None, 512])
@@ -125,10 +125,10 @@ def test_the_exchange_of_rows_is_waited_for(model):
     """A plan counts it as time that no arithmetic hides, and its group as one of its own."""
     card = card_named("NVIDIA H100 80GB HBM3")
     cost = simulate_cost_model_of_run(config_of(model, RANKS), TOKENS // 2, accumulation=1, world_size=RANKS)
-    (exchange,) = cost.token_exchanges
-    alone = replace(cost, token_exchanges=())
+    (exchange,) = cost.token_all_to_alls
+    alone = replace(cost, token_all_to_alls=())
     load = MicroBatchLoad(TOKENS, TOKENS**2, 3)
-    waited = token_exchange_s(cost, TOKENS, card)
+    waited = token_all_to_all_s(cost, TOKENS, card)
     size = cost.exchanged_bytes(exchange, TOKENS)
     of_links = size * 7 / 8 / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
     assert waited == pytest.approx(of_links + exchange.calls * COLLECTIVE_LATENCY_S)
@@ -136,5 +136,5 @@ def test_the_exchange_of_rows_is_waited_for(model):
     assert times[0].exposed_s - times[1].exposed_s == pytest.approx(3 * waited)
     assert group_count(cost) == group_count(alone) + 1
     # Over two hosts all eight cards of a host send through its links at a time.
-    apart = replace(cost, token_exchanges=(replace(exchange, hosts=2),))
-    assert token_exchange_s(apart, TOKENS, card) > waited
+    apart = replace(cost, token_all_to_alls=(replace(exchange, hosts=2),))
+    assert token_all_to_all_s(apart, TOKENS, card) > waited

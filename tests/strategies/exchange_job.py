@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from strategies import host_memory
 from strategies import runtime as processes
-from strategies.deepspeed_library import HostExchange, global_norm
+from strategies.deepspeed_library import SharedMemoryBackend, global_norm
 from strategies.host_memory import HostMemory, open_host_memory
 
 SIZES = (1, 5, 300, 4099)
@@ -88,7 +88,7 @@ class Backend:
 def left_to_deepspeed(memory: HostMemory) -> list[str]:
     """The collectives that do not go through the memory."""
     backend = Backend()
-    exchange, large, small = HostExchange(backend, memory), torch.ones(3, 4096), torch.ones(3)
+    exchange, large, small = SharedMemoryBackend(backend, memory), torch.ones(3, 4096), torch.ones(3)
     exchange.all_reduce(large, dist.ReduceOp.SUM)
     exchange.all_gather_into_tensor(large, torch.ones(4096)).wait()
     exchange.reduce_scatter_tensor(torch.ones(4096), large, dist.ReduceOp.AVG).wait()

@@ -68,7 +68,7 @@ def test_heartbeat_of_a_rank_cut_off_from_the_store_says_so_and_ends(server, mon
     cause = beats.cause(RuntimeError("[gloo] Timed out waiting 30000ms for recv operation to complete"))
     assert isinstance(cause, CutOffRank) and cause.retry == "node_fail"
     assert "is cut off: 10.0.0.1:29500, where the ranks meet, has not answered for" in str(cause)
-    assert beats.collect_exchanges(None) == {}
+    assert beats.collect_last_collectives(None) == {}
     # One whose main thread waits for a library without a limit is ended by the beat.
     assert ended.wait(seconds(30))
     assert (told[0].sign.rank, told[0].sign.step) == (1, 7)
@@ -151,7 +151,7 @@ def beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s):
     monkeypatch.setattr(heartbeat, "time", clock)
     monkeypatch.setattr(flight_recorder, "time", clock)
     monkeypatch.setattr(heartbeat, "BoundedStore", Values)
-    monkeypatch.setattr(process_groups, "recorded_exchanges", lambda: exchanges_at(clock.now_s))
+    monkeypatch.setattr(process_groups, "recorded_collectives", lambda: exchanges_at(clock.now_s))
     not_started = SimpleNamespace(Lock=threading.Lock, Thread=lambda *, target, args=(), **_: Started(target, args))
     monkeypatch.setattr(heartbeat, "threading", not_started)
     beats = Heartbeats(None, 0, 1, lambda: ("training", 7), timeout_s=timeout_s)

@@ -51,7 +51,7 @@ class LayerHeads:
         """Query heads of the busiest of `ranks` ranks, divided by the mean over them."""
         return -(-self.query // ranks) * ranks / self.query
 
-    def exchanged_elements(self, tokens: int, ranks: int) -> int:
+    def all_to_all_elements(self, tokens: int, ranks: int) -> int:
         """Elements that the busiest rank sends to others in a forward pass of one layer, for a row of `tokens` tokens."""
         shares = head_shares(self.query, self.key_value, ranks)
         local_tokens = -(-tokens // ranks)
@@ -187,7 +187,7 @@ def sequence_notes(config: RunConfig, model_config: Any, ranks_per_host: int, to
     # Groups are neighbouring ranks, so all of them lie within hosts if the degree divides the ranks of a host.
     if ranks_per_host % degree:
         element_bytes = 4 if config.precision is Precision.fp32 else 2
-        mib = heads.exchanged_elements(tokens, degree) * element_bytes / 2**20
+        mib = heads.all_to_all_elements(tokens, degree) * element_bytes / 2**20
         notes.append(
             f"groups of {degree} ranks cross hosts of {ranks_per_host}: a rank sends up to {mib:,.0f} MiB a layer, in the "
             "forward pass and again in the backward pass"

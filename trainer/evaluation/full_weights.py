@@ -29,13 +29,13 @@ class GatherDecision:
     """Whether every rank has all weights while it computes."""
     description: str
     """The decision with its numbers."""
-    exchanges: bool = False
+    forward_is_collective: bool = False
     """Whether passes send tokens to experts on other ranks, whatever is gathered."""
 
     @property
     def in_step(self) -> bool:
         """Whether each forward pass is a collective: ranks take as many passes as the one that needs most."""
-        return self.exchanges or not self.gathered_once
+        return self.forward_is_collective or not self.gathered_once
 
 
 def decide_gathering(engine: Engine, runtime: Runtime, cache_bytes: int) -> GatherDecision:
@@ -44,7 +44,7 @@ def decide_gathering(engine: Engine, runtime: Runtime, cache_bytes: int) -> Gath
     They are gathered once if they and the cache fit into the free memory of the rank that has the least. `cache_bytes`: memory of
     the keys and values of the largest batch. A collective: all ranks must call.
     """
-    exchanges = engine.full_parameters.exchanges
+    forward_is_collective = engine.full_parameters.forward_is_collective
     if not engine.full_parameters.sharded:
         return GatherDecision(sharded=False, gathered_once=True, description="every rank holds all weights")
     weight_bytes = engine.full_parameters.gather_bytes()  # None if parameters are offloaded to NVMe
@@ -52,14 +52,18 @@ def decide_gathering(engine: Engine, runtime: Runtime, cache_bytes: int) -> Gath
     block_by_block = "weights gathered block by block in each pass"
     if weight_bytes is None:
         description = f"{block_by_block}: they lie on a drive"
-        return GatherDecision(sharded=True, gathered_once=False, description=description, exchanges=exchanges)
+        return GatherDecision(
+            sharded=True, gathered_once=False, description=description, forward_is_collective=forward_is_collective
+        )
     sizes = (
         f"all weights take {weight_bytes / GIB:.2f} GiB a rank and keys {cache_bytes / GIB:.2f}, "
         f"{free_bytes / GIB:.2f} are free"
     )
     fits = weight_bytes + cache_bytes <= USABLE_SHARE * free_bytes
     choice = "weights gathered once for all answers" if fits else block_by_block
-    return GatherDecision(sharded=True, gathered_once=fits, description=f"{choice}: {sizes}", exchanges=exchanges)
+    return GatherDecision(
+        sharded=True, gathered_once=fits, description=f"{choice}: {sizes}", forward_is_collective=forward_is_collective
+    )
 
 
 def free_memory(runtime: Runtime) -> int:

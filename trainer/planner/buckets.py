@@ -96,10 +96,10 @@ class _RecordedBuckets:
         A copy of the part for one rank, and a second copy if it is exchanged in another type.
         """
         # DeepSpeed has a bucket for each type in which gradients are exchanged; our runs use one type.
-        (exchanged_dtype,) = self.optimizer.ipg_buckets
+        (communicated_dtype,) = self.optimizer.ipg_buckets
         stored_dtype = self.optimizer.bit16_groups_flat[0].dtype
         bytes_per_element = stored_dtype.itemsize
-        if exchanged_dtype != stored_dtype:
-            bytes_per_element += exchanged_dtype.itemsize
+        if communicated_dtype != stored_dtype:
+            bytes_per_element += communicated_dtype.itemsize
         elements_per_rank = -(-trained_elements // self._ranks)  # rounded up
         return bytes_per_element * min(bucket_elements, elements_per_rank)

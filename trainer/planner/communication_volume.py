@@ -145,10 +145,10 @@ def _row_bytes(built: Built, strategy: StrategyConfig, precision: Precision, deg
     _, blocks = width_and_blocks(built.plain)
     # A backward pass exchanges the gradients of what a forward pass exchanges.
     passes = _forward_passes(built, strategy) + 1
-    elements = _exchanged_per_layer(built.config, degree, tokens) * passes * blocks
+    elements = _all_to_all_elements_per_layer(built.config, degree, tokens) * passes * blocks
     if step.teacher is not None:  # one forward pass
         _, teacher_blocks = width_and_blocks(step.teacher)
-        elements += _exchanged_per_layer(step.teacher.config, degree, tokens) * teacher_blocks
+        elements += _all_to_all_elements_per_layer(step.teacher.config, degree, tokens) * teacher_blocks
     return elements * (4 if precision is Precision.fp32 else 2)
 
 
@@ -188,7 +188,7 @@ def _forward_passes(built: Built, strategy: StrategyConfig) -> float:
     return 1 + gradient_free_passes + recomputed_blocks / blocks
 
 
-def _exchanged_per_layer(model_config: Any, degree: int, tokens: float) -> float:
+def _all_to_all_elements_per_layer(model_config: Any, degree: int, tokens: float) -> float:
     """Elements that a forward pass of one layer exchanges; 0 if the configuration tells of no heads."""
     heads = heads_of(model_config)
     return 0.0 if heads is None else heads.counted_elements(tokens, degree)

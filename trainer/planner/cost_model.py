@@ -33,7 +33,7 @@ from trainer.planner.memory_tracker import PhasePeak, StepPhase
 from trainer.planner.simulate import SimulatedStep, StepParts, peak_operations, recording_engine
 
 Batches = list[dict[str, Any]]
-Exchange = tuple[str, int, int, str, str]
+CollectiveKind = tuple[str, int, int, str, str]
 """Collective, ranks, hosts among which they are, type, and when: in `each` micro-batch but the last, the `last`, the `update`."""
 
 
@@ -42,10 +42,10 @@ ALL_TO_ALL = "alltoall"
 
 
 @dataclass(frozen=True, slots=True)
-class TokenExchange:
+class TokenAllToAll:
     """What one rank sends to the others of its group, and gets from them, for the tokens of one micro-batch.
 
-    The ranks share rows (`parallel.sequence`) or the experts of a layer (`parallel.experts`). Unlike the exchange of weights
+    The ranks share rows (`parallel.sequence`) or the experts of a layer (`parallel.experts`). Unlike the collectives on weights
     and gradients it grows with the tokens, and attention or the experts wait for it.
     """
 
@@ -102,9 +102,9 @@ class CostModel:
     """Bytes that operations other than products read and write in the update."""
     host_copy_bytes: tuple[float, float]
     """Bytes between host and device in one micro-batch of either size."""
-    exchanged: dict[Exchange, tuple[int, int]]
-    """(calls, bytes of all calls) in a step, without `token_exchanges`."""
-    token_exchanges: tuple[TokenExchange, ...]
+    collective_totals: dict[CollectiveKind, tuple[int, int]]
+    """(calls, bytes of all calls) in a step, without `token_all_to_alls`."""
+    token_all_to_alls: tuple[TokenAllToAll, ...]
     """One for each size of group."""
     host_bytes: int
     """Bytes that the engine keeps on the host."""
@@ -177,9 +177,9 @@ class CostModel:
             flops = linear * units + square * squares
         return flops, self._at_units(*self.moved_bytes, units), self._at_units(*self.host_copy_bytes, units)
 
-    def exchanged_bytes(self, exchange: TokenExchange, units: float) -> float:
-        """Bytes of one of `token_exchanges` in micro-batches of so many units."""
-        return self._at_units(*exchange.size, units)
+    def all_to_all_bytes(self, all_to_all: TokenAllToAll, units: float) -> float:
+        """Bytes of one of `token_all_to_alls` in micro-batches of so many units."""
+        return self._at_units(*all_to_all.size, units)
 
     def pinned_bytes(self, units: float) -> int:
         """Bytes of pinned host memory for the inputs of blocks, in micro-batches of so many units."""
@@ -353,12 +353,12 @@ def fit_cost_model(
         moved_bytes=at_full_depth(lambda step: _moved_before_update(step) / accumulation),
         update_bytes=at_full_depth(lambda step: step.moved["update"])[1],
         host_copy_bytes=at_full_depth(lambda step: (step.to_host + step.to_device) / accumulation),
-        exchanged=extrapolate_pairs(
-            _exchanged(shallow[1], accumulation, local_world_size),
-            _exchanged(deep[1], accumulation, local_world_size),
+        collective_totals=extrapolate_pairs(
+            _collective_totals(shallow[1], accumulation, local_world_size),
+            _collective_totals(deep[1], accumulation, local_world_size),
             extrapolate,
         ),
-        token_exchanges=_token_exchanges_at_depth(shallow, deep, extrapolate, accumulation, local_world_size),
+        token_all_to_alls=_token_all_to_alls_at_depth(shallow, deep, extrapolate, accumulation, local_world_size),
         host_bytes=extrapolate(shallow[1].host, deep[1].host),
         host_inputs=(
             host_inputs_at_depth(shallow[0], deep[0], extrapolate),
@@ -398,13 +398,15 @@ def peak_candidates(small: PhasePeak, large: PhasePeak) -> list[tuple[int, int]]
     return candidates
 
 
-def _exchanged(step: SimulatedStep, accumulation: int, local_world_size: int) -> dict[Exchange, tuple[int, int]]:
-    """(calls, bytes together) of each kind of collective on weights and gradients in a step; token exchanges are left out.
+def _collective_totals(
+    step: SimulatedStep, accumulation: int, local_world_size: int
+) -> dict[CollectiveKind, tuple[int, int]]:
+    """(calls, bytes together) of each kind of collective on weights and gradients in a step; all-to-alls of tokens are left out.
 
     `accumulation`: micro-batches of the step. `local_world_size`: ranks of a host, to count the hosts of a process group.
     """
-    calls: Counter[Exchange] = Counter()
-    size_bytes: Counter[Exchange] = Counter()
+    calls: Counter[CollectiveKind] = Counter()
+    size_bytes: Counter[CollectiveKind] = Counter()
     for collective in step.collectives:
         if collective.name.startswith(ALL_TO_ALL):
             continue
@@ -421,7 +423,7 @@ def _exchanged(step: SimulatedStep, accumulation: int, local_world_size: int) ->
     return {key: (calls[key], size_bytes[key]) for key in calls}
 
 
-def _token_exchanges(step: SimulatedStep, accumulation: int) -> dict[int, tuple[int, int]]:
+def _token_all_to_alls(step: SimulatedStep, accumulation: int) -> dict[int, tuple[int, int]]:
     """(calls, bytes together) of what ranks exchange for the tokens of one micro-batch, by the number of ranks of a group."""
     calls: Counter[int] = Counter()
     size_bytes: Counter[int] = Counter()
@@ -444,22 +446,22 @@ def most_hosts_of_a_group(degree: int, local_world_size: int) -> int:
     return last_rank // local_world_size + 1
 
 
-def _token_exchanges_at_depth(
+def _token_all_to_alls_at_depth(
     shallow: list[SimulatedStep],
     deep: list[SimulatedStep],
     extrapolate: Callable[[int, int], int],
     accumulation: int,
     local_world_size: int,
-) -> tuple[TokenExchange, ...]:
-    """The token exchanges of a micro-batch in the whole model, from steps of two sizes (the lists) at two depths."""
-    exchanges_by_size: list[dict[int, tuple[int, int]]] = []
+) -> tuple[TokenAllToAll, ...]:
+    """The all-to-alls of tokens in a micro-batch in the whole model, from steps of two sizes (the lists) at two depths."""
+    all_to_alls_by_size: list[dict[int, tuple[int, int]]] = []
     for shallow_step, deep_step in zip(shallow, deep, strict=True):
-        shallow_exchanges = _token_exchanges(shallow_step, accumulation)
-        deep_exchanges = _token_exchanges(deep_step, accumulation)
-        exchanges_by_size.append(extrapolate_pairs(shallow_exchanges, deep_exchanges, extrapolate))
-    small, large = exchanges_by_size
-    exchanges = []
+        shallow_all_to_alls = _token_all_to_alls(shallow_step, accumulation)
+        deep_all_to_alls = _token_all_to_alls(deep_step, accumulation)
+        all_to_alls_by_size.append(extrapolate_pairs(shallow_all_to_alls, deep_all_to_alls, extrapolate))
+    small, large = all_to_alls_by_size
+    all_to_alls = []
     for ranks, (calls, large_bytes) in large.items():
         hosts = most_hosts_of_a_group(ranks, local_world_size)
-        exchanges.append(TokenExchange(ranks, hosts, calls, (small[ranks][1], large_bytes)))
-    return tuple(exchanges)
+        all_to_alls.append(TokenAllToAll(ranks, hosts, calls, (small[ranks][1], large_bytes)))
+    return tuple(all_to_alls)

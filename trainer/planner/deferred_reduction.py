@@ -31,12 +31,12 @@ def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
     buffers that the reduction of the micro-batch before would still have there.
     """
     # Leave out the reductions of all micro-batches but the last. Keys are (collective, ranks, hosts, type, when).
-    exchanged = {}
-    for key, calls_and_bytes in cost_model.exchanged.items():
+    collective_totals = {}
+    for key, calls_and_bytes in cost_model.collective_totals.items():
         collective = key[0]
         when = key[4]
         if when != "each" or "reduce" not in collective:
-            exchanged[key] = calls_and_bytes
+            collective_totals[key] = calls_and_bytes
     small_phases, large_phases = cost_model.phases
 
     def released_bytes(phase: StepPhase) -> int:
@@ -66,7 +66,7 @@ def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
         candidates[phase] = [(small + growth[phase], large + growth[phase]) for small, large in live_at_sizes]
     return replace(
         cost_model,
-        exchanged=exchanged,
+        collective_totals=collective_totals,
         phases=(deferred_peaks(small_phases), deferred_peaks(large_phases)),
         peak_candidates=candidates,
     )

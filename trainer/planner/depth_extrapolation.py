@@ -1,6 +1,6 @@
 """Extrapolates from models of few blocks to the whole one: each step phase costs linearly in the number of blocks.
 
-Blocks of one kind cost the same. So live bytes, exchanges and arithmetic in a phase, counted from either end (the
+Blocks of one kind cost the same. So live bytes, collectives and arithmetic in a phase, counted from either end (the
 second block, the last but one), grow by the same amount with each further block. Between the ends they lie on a line.
 The peak is the highest of these lines at full depth, which may be in another phase than in the shallow models.
 """
@@ -34,7 +34,7 @@ class ExtrapolatedStep:
     kinds: dict[MemoryKind, int]
     """Bytes of the peak by kind."""
     resting: dict[MemoryKind, int]
-    exchanged: dict[tuple[str, int, str], tuple[int, int]]
+    collective_totals: dict[tuple[str, int, str], tuple[int, int]]
     """By collective, ranks and type: calls, and bytes together."""
     host_reads: int
     flops: float
@@ -122,7 +122,7 @@ def extrapolate_by_key(
 def extrapolate_pairs(
     shallow: dict[Any, tuple[int, int]], deep: dict[Any, tuple[int, int]], extrapolate: Callable[[int, int], int]
 ) -> dict[Any, tuple[int, int]]:
-    """Extrapolate the (calls, bytes) of each kind of exchange; a kind that has no calls in the whole model is left out."""
+    """Extrapolate the (calls, bytes) of each kind of collective; a kind that has no calls in the whole model is left out."""
     extrapolated = {}
     for key in dict.fromkeys((*deep, *shallow)):
         shallow_calls, shallow_bytes = shallow.get(key, (0, 0))
@@ -142,20 +142,20 @@ def extrapolate_step(
     peak, phase_peak = max(phases.items(), key=lambda phase_and_peak: phase_and_peak[1].total)
     if isinstance(peak.place, int) and peak.place < 0:  # counted from the last block
         peak = replace(peak, place=blocks + peak.place)
-    shallow_exchanged = _exchanged_by_collective(shallow.collectives)
-    deep_exchanged = _exchanged_by_collective(deep.collectives)
-    exchanged = {}
-    for key in {**deep_exchanged, **shallow_exchanged}:
-        shallow_calls, shallow_bytes = shallow_exchanged[key]
-        deep_calls, deep_bytes = deep_exchanged[key]
-        exchanged[key] = (extrapolate(shallow_calls, deep_calls), extrapolate(shallow_bytes, deep_bytes))
+    shallow_totals = _totals_by_collective(shallow.collectives)
+    deep_totals = _totals_by_collective(deep.collectives)
+    collective_totals = {}
+    for key in {**deep_totals, **shallow_totals}:
+        shallow_calls, shallow_bytes = shallow_totals[key]
+        deep_calls, deep_bytes = deep_totals[key]
+        collective_totals[key] = (extrapolate(shallow_calls, deep_calls), extrapolate(shallow_bytes, deep_bytes))
     return ExtrapolatedStep(
         blocks=blocks,
         peak=peak,
         total=phase_peak.total,
         kinds=phase_peak.kinds,
         resting=extrapolate_by_key(shallow.resting, deep.resting, extrapolate),
-        exchanged=exchanged,
+        collective_totals=collective_totals,
         host_reads=extrapolate(sum(shallow.host_reads.values()), sum(deep.host_reads.values())),
         flops=deep.flops + (deep.flops - shallow.flops) * (blocks - depths[1]) / (depths[1] - depths[0]),
         host=extrapolate(shallow.host, deep.host),
@@ -180,7 +180,7 @@ def full_depth_step(step: SimulatedStep, blocks: int) -> ExtrapolatedStep:
         total=phase_peak.total,
         kinds=phase_peak.kinds,
         resting=step.resting,
-        exchanged=dict(_exchanged_by_collective(step.collectives)),
+        collective_totals=dict(_totals_by_collective(step.collectives)),
         host_reads=sum(step.host_reads.values()),
         flops=step.flops,
         host=step.host,
@@ -262,8 +262,8 @@ def phases_of_deeper_model(
     return expected
 
 
-def _exchanged_by_collective(collectives: list[Collective]) -> dict[tuple[str, int, str], tuple[int, int]]:
-    """(calls, bytes together) of a step's exchanges, by collective, number of ranks and type."""
+def _totals_by_collective(collectives: list[Collective]) -> dict[tuple[str, int, str], tuple[int, int]]:
+    """(calls, bytes together) of a step's collectives, by operation, number of ranks and type."""
     calls: Counter[tuple[str, int, str]] = Counter()
     size_bytes: Counter[tuple[str, int, str]] = Counter()
     for collective in collectives:

@@ -107,7 +107,7 @@ class MemoryFit:
     """Bytes of the process itself and its libraries."""
     allocator: int
     """Bytes that the allocator reserves beyond what is allocated."""
-    exchange: int
+    nccl_buffers: int
     """Bytes of NCCL's buffers for groups of ranks."""
     limit: int
     """Memory of the card."""
@@ -115,7 +115,7 @@ class MemoryFit:
     @property
     def total(self) -> int:
         """Bytes that the run needs."""
-        return self.live + self.context + self.allocator + self.exchange
+        return self.live + self.context + self.allocator + self.nccl_buffers
 
     @property
     def margin(self) -> int:
@@ -138,7 +138,7 @@ def fit_in_memory(live_bytes: int, groups: int, memory_gib: float, allocator: fl
         live=live_bytes,
         context=round(PROCESS_CONTEXT_GIB * GIB),
         allocator=round(allocator * live_bytes),
-        exchange=round(NCCL_GROUP_GIB * GIB * groups),
+        nccl_buffers=round(NCCL_GROUP_GIB * GIB * groups),
         limit=round(memory_gib * GIB),
     )
 
@@ -154,14 +154,14 @@ def room_for_tensors(cost_model: CostModel, card: Card) -> float:
 def group_count(cost_model: CostModel | ExtrapolatedStep) -> int:
     """How many groups of ranks exchange something in a step."""
     groups = set()
-    for key in cost_model.exchanged:
+    for key in cost_model.collective_totals:
         collective, ranks = key[:2]
         # A group that shares rows or experts is another one than the group of as many ranks that shares weights.
-        is_token_exchange = collective.startswith(ALL_TO_ALL)
+        is_token_all_to_all = collective.startswith(ALL_TO_ALL)
         if ranks > 1:
-            groups.add((ranks, is_token_exchange))
-    # A cost model has its token exchanges apart, one for each group.
-    token_groups = len(cost_model.token_exchanges) if isinstance(cost_model, CostModel) else 0
+            groups.add((ranks, is_token_all_to_all))
+    # A cost model has its all-to-alls of tokens apart, one for each group.
+    token_groups = len(cost_model.token_all_to_alls) if isinstance(cost_model, CostModel) else 0
     return len(groups) + token_groups
 
 

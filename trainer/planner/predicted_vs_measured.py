@@ -102,9 +102,9 @@ def measured(meter: Meter, device: torch.device, checkpoint: SavedCheckpoint | N
         memory_of=f"{ON_GPU if on_gpu else ON_CPU}, {where}",
         step_s=meter.step_s(),
     )
-    if meter.exchanged is not None:
-        cost.exchanged_bytes = dict(meter.exchanged.sizes)
-        cost.exposed_s = meter.exchanged.waited_s
+    if meter.communication_totals is not None:
+        cost.exchanged_bytes = dict(meter.communication_totals.sizes)
+        cost.exposed_s = meter.communication_totals.waited_s
     if meter.start_s is not None:
         cost.start_s = meter.start_s
         cost.evaluation_before_s = meter.evaluation_s

@@ -35,10 +35,10 @@ class StepTime:
     """Matrix products and attention."""
     moves_s: float
     """Everything else in forward and backward passes, which memory bounds."""
-    exchange_s: float
+    collective_s: float
     """Collectives, hidden behind arithmetic or not."""
     exposed_s: float
-    """The part of `exchange_s` that no arithmetic hides."""
+    """The part of `collective_s` that no arithmetic hides."""
     update_s: float
     """The optimizer, and what crosses to the host and back."""
 
@@ -78,11 +78,11 @@ def step_time(
     compute_s = products_s + moves_s
     # Collectives on weights and gradients run beside the computation. Exposed are the seconds by which they take longer, and one
     # block's collectives, beside which nothing is computed at the begin or end of a micro-batch.
-    overlappable_s, update_exchange_s = exchange_s(cost_model, load.micro_batches, card)
+    overlappable_s, update_collective_s = collective_s(cost_model, load.micro_batches, card)
     one_block_s = overlappable_s / max(1, cost_model.blocks * load.micro_batches)
-    exposed_s = max(overlappable_s - compute_s, 0.0) + min(one_block_s, compute_s) + update_exchange_s
-    # Token exchanges are all exposed: attention and experts wait for tokens of other ranks, and the next layer for its own.
-    token_exchange_total_s = load.micro_batches * token_exchange_s(cost_model, load.units, card)
+    exposed_s = max(overlappable_s - compute_s, 0.0) + min(one_block_s, compute_s) + update_collective_s
+    # All-to-alls of tokens are all exposed: attention and experts wait for tokens of other ranks, and the next layer for its own.
+    token_all_to_all_total_s = load.micro_batches * token_all_to_all_s(cost_model, load.units, card)
     # The update, and copies between host and device.
     update_s = cost_model.update_bytes / memory_bytes_per_s
     update_s += load.micro_batches * host_copy_bytes / host_bytes_per_s
@@ -94,45 +94,45 @@ def step_time(
     return StepTime(
         products_s=card.pace * products_s,
         moves_s=card.pace * moves_s,
-        exchange_s=card.pace * (overlappable_s + update_exchange_s + token_exchange_total_s),
-        exposed_s=card.pace * (exposed_s + token_exchange_total_s),
+        collective_s=card.pace * (overlappable_s + update_collective_s + token_all_to_all_total_s),
+        exposed_s=card.pace * (exposed_s + token_all_to_all_total_s),
         update_s=card.pace * update_s,
     )
 
 
-def exchange_s(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[float, float]:
+def collective_s(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[float, float]:
     """Seconds of the collectives on weights and gradients, in a step of `micro_batches` micro-batches.
 
     Returns (seconds in forward and backward passes, which computation may hide; seconds in the update, which nothing hides).
     """
     overlappable_s = 0.0
-    update_exchange_s = 0.0
-    for (name, ranks, hosts, _dtype, when), (calls, size) in cost_model.exchanged.items():
+    update_collective_s = 0.0
+    for (name, ranks, hosts, _dtype, when), (calls, size) in cost_model.collective_totals.items():
         if ranks == 1:
             continue
         latency_s = calls * COLLECTIVE_LATENCY_S * (1 + math.log2(hosts))
         seconds = latency_s + _ring_trips(name, ranks) * size / ring_bytes_per_s(card, ranks, hosts)
         if when == "update":
-            update_exchange_s += seconds
+            update_collective_s += seconds
         elif when == "each" and cost_model.accumulation > 1:
             # Counted in all simulated micro-batches but the last (`accumulation - 1`): scale to those of the real step.
             overlappable_s += seconds * (micro_batches - 1) / (cost_model.accumulation - 1)
         else:
             overlappable_s += seconds
-    return overlappable_s, update_exchange_s
+    return overlappable_s, update_collective_s
 
 
-def token_exchange_s(cost_model: CostModel, units: float, card: Card) -> float:
+def token_all_to_all_s(cost_model: CostModel, units: float, card: Card) -> float:
     """Seconds of the all-to-alls between ranks that share rows or experts, in a micro-batch of `units` (rows or tokens)."""
     seconds = 0.0
-    for exchange in cost_model.token_exchanges:
-        latency_s = exchange.calls * COLLECTIVE_LATENCY_S * (1 + math.log2(exchange.hosts))
-        size = cost_model.exchanged_bytes(exchange, units)
+    for all_to_all in cost_model.token_all_to_alls:
+        latency_s = all_to_all.calls * COLLECTIVE_LATENCY_S * (1 + math.log2(all_to_all.hosts))
+        size = cost_model.all_to_all_bytes(all_to_all, units)
         # The part for ranks on the same host goes over links between cards, the part for other hosts over the network, which all
         # cards of a host share. Both are sent at the same time.
-        ranks_per_host = exchange.ranks / exchange.hosts
-        link_bytes = size * (ranks_per_host - 1) / exchange.ranks
-        network_bytes = size * (1 - 1 / exchange.hosts) * card.gpus_per_node
+        ranks_per_host = all_to_all.ranks / all_to_all.hosts
+        link_bytes = size * (ranks_per_host - 1) / all_to_all.ranks
+        network_bytes = size * (1 - 1 / all_to_all.hosts) * card.gpus_per_node
         link_s = link_bytes / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
         network_s = network_bytes / (card.node_gb_s * 1e9 * LINK_EFFICIENCY)
         seconds += latency_s + max(link_s, network_s)

@@ -29,7 +29,7 @@ _SIMULATION_CODE = ("strategies/simulation.py", "trainer/planner/")
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One exchange between ranks, as this rank calls it."""
+    """One collective between ranks, as this rank calls it."""
 
     name: str
     ranks: tuple[int, ...]
@@ -82,7 +82,7 @@ class Recorder(LiveBytes):
         collective returns its input at once.
         """
         traits = _operation_traits(func)
-        if traits.exchanges:
+        if traits.is_collective:
             self._record_collective(func, args)
         if traits.is_reduce_scatter:
             self._count_gloo_copy(func, args)
@@ -211,7 +211,7 @@ _COPIES = (CAST.default, torch.ops.aten.copy_.default)
 class _OperationTraits:
     """What is known of an operation, whatever its operands are."""
 
-    exchanges: bool
+    is_collective: bool
     is_reduce_scatter: bool
     """Whether it reduces one tensor and scatters it: of an output and the whole input."""
     returns_input_and_work: bool
@@ -228,7 +228,7 @@ def _operation_traits(func: Any) -> _OperationTraits:
     """The properties of a torch operation that `Recorder` needs. Cached, since they do not depend on the operands."""
     packet = func.overloadpacket  # the operation without its overload
     return _OperationTraits(
-        exchanges=func in collective_ops and func not in sync_ops,
+        is_collective=func in collective_ops and func not in sync_ops,
         is_reduce_scatter=_qualified_name(func) == "c10d::_reduce_scatter_base_",
         returns_input_and_work=func in CollectiveOp.WK_ARG_1 and func.namespace == "c10d",
         reads_on_host=func is READ_ON_HOST.default,

@@ -1,4 +1,4 @@
-"""Times a rank's own part of a forward pass: its blocks, without waiting for other ranks in exchanges.
+"""Times a rank's own part of a forward pass: its blocks, without waiting for other ranks in collectives.
 
 One step of each logging interval is timed. Nothing waits for it: on GPUs the times lie between events of the compute
 stream, which are read with the interval's rows. All ranks end a step together, whoever held it up; only their own
@@ -17,14 +17,15 @@ from strategies.compat.modules import is_compiled
 from trainer.reporting.step_times import now, seconds_between
 
 
-def timed_modules(blocks: list[nn.Module], *, exchanges_inside: bool) -> list[nn.Module]:
+def timed_modules(blocks: list[nn.Module], *, has_collectives_inside: bool) -> list[nn.Module]:
     """The modules whose forward passes are timed to find slow ranks: a rank's own computation, without waiting for others.
 
     - Blocks are compiled: none, since hooks would be compiled with them.
     - No rank waits for others inside of a block: the transformer blocks themselves.
     - Ranks wait for others inside of blocks: the modules in them that have weights of their own. That is so under ZeRO-3, which
-      gathers parameters there; with `exchanges_inside`, attention that exchanges slices for heads (`parallel.sequence`); and with
-      MoE experts that are spread over ranks (`parallel.experts`), whose module waits itself and is left out.
+      gathers parameters there; with `has_collectives_inside`, attention, which exchanges slices for heads
+      (`parallel.sequence`); and with MoE experts that are spread over ranks (`parallel.experts`), whose module waits itself and
+      is left out.
     """
     if any(is_compiled(block) for block in blocks):
         return []
@@ -37,7 +38,7 @@ def timed_modules(blocks: list[nn.Module], *, exchanges_inside: bool) -> list[nn
     # A module of spread experts has an `expert_share`.
     own_parts = [module for module in modules if not hasattr(module, "expert_share")]
     has_spread_experts = len(own_parts) < len(modules)
-    if not is_partitioned and not exchanges_inside and not has_spread_experts:
+    if not is_partitioned and not has_collectives_inside and not has_spread_experts:
         return blocks
     return [module for module in own_parts if next(module.parameters(recurse=False), None) is not None]
 
@@ -51,9 +52,9 @@ class BlockTimer:
     _begun: dict[nn.Module, Any] = field(default_factory=dict)
     _passes: list[tuple[Any, Any]] = field(default_factory=list)
 
-    def watch(self, blocks: list[nn.Module], *, exchanges_inside: bool) -> None:
+    def watch(self, blocks: list[nn.Module], *, has_collectives_inside: bool) -> None:
         """Time these blocks from now on, inside of what strategies do around them."""
-        for module in timed_modules(blocks, exchanges_inside=exchanges_inside):
+        for module in timed_modules(blocks, has_collectives_inside=has_collectives_inside):
             module.register_forward_pre_hook(self._begin)
             # First of all hooks, so that what strategies do after the block is not timed.
             module.register_forward_hook(self._end, prepend=True)

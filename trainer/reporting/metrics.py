@@ -99,7 +99,7 @@ class Meter:
     """Times what this rank's blocks compute, in the first step of each interval."""
     expert_ranks: int = 1
     """Ranks over which the experts of a layer are dealt."""
-    exchanged: CommunicationTotals | None = None
+    communication_totals: CommunicationTotals | None = None
     """What this rank exchanged in the step that was counted; None before it, and of a single rank."""
     by_rank: list[RankTime] = field(default_factory=list)
     """What each rank computed in the last interval, by rank; equal on all ranks."""
@@ -136,7 +136,7 @@ class Meter:
         self.expert_ranks = expert_ranks
         if self.runtime.world_size > 1:
             self.block_timer = BlockTimer(self.runtime.device)
-            self.block_timer.watch(blocks, exchanges_inside=self.runtime.sequence_size > 1)
+            self.block_timer.watch(blocks, has_collectives_inside=self.runtime.sequence_size > 1)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -145,11 +145,11 @@ class Meter:
         if self.block_timer is not None:
             is_first_of_interval = not self._records
             self.block_timer.is_on = is_first_of_interval
-        # Counting costs a little in each exchange, so it is on in one step of an attempt only.
+        # Counting costs a little in each collective, so it is on in one step of an attempt only.
         if self._steps != COUNTED_IN or self.runtime.world_size == 1:
             yield
         else:
-            with count_communication() as self.exchanged:
+            with count_communication() as self.communication_totals:
                 yield
         # What the blocks compute between steps (evaluations, answers of a round) is no part of a step.
         if self.block_timer is not None:

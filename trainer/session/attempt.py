@@ -22,7 +22,7 @@ from strategies.errors import (
     is_panic,
     tokenizer_panic,
 )
-from strategies.flight_recorder import Exchange
+from strategies.flight_recorder import CollectiveCall
 from strategies.heartbeat import LOST_PEER, TIMED_OUT, CutOffRank, Heartbeats, LaggingRank, SilentRank
 from strategies.redaction import redacted
 from strategies.rendezvous import Rendezvous
@@ -62,8 +62,8 @@ class Attempt:
     """Called with the new path of the directory after it was renamed."""
     at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """What is closed when the attempt ends, however it ends: processes of this rank."""
-    at_timeout: Callable[[Exchange], None] | None = None
-    """Called with an exchange for which NCCL is about to end this process."""
+    at_timeout: Callable[[CollectiveCall], None] | None = None
+    """Called with a collective for which NCCL is about to end this process."""
     when_cut_off: Callable[[CutOffRank], None] | None = None
     """Ends this process, which has lost its connection to the host of the ranks' store."""
 
@@ -240,7 +240,7 @@ def _write_stopped(attempt: Attempt, error: BaseException) -> None:
 def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     """Write what made the run fail, on whichever rank, into `failure.json` and `status.json`; the first to write wins.
 
-    If this rank only lost its connection to another, the cause is the rank that sends no signs of life any more. If an exchange
+    If this rank only lost its connection to another, the cause is the rank that sends no signs of life any more. If a collective
     timed out, it is the rank that is behind the others.
     """
     if attempt.run_dir is None or read_failure(attempt.run_dir):
@@ -253,11 +253,11 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     if attempt.heartbeats is not None:
         cause = attempt.heartbeats.cause(error)
     timed_out = not isinstance(error, ShardtuneError) and TIMED_OUT.search(str(error)) is not None
-    exchanges: dict[int, Exchange] | None = None
+    last_collectives: dict[int, CollectiveCall] | None = None
     if timed_out and cause is None and attempt.heartbeats is not None:
         # All ranks give signs of life: the cause is the rank whose last collective comes first in their common order.
-        exchanges = attempt.heartbeats.collect_exchanges(None)
-        cause = attempt.heartbeats.lagging_rank(error, exchanges)
+        last_collectives = attempt.heartbeats.collect_last_collectives(None)
+        cause = attempt.heartbeats.lagging_rank(error, last_collectives)
 
     # Record that rank with its phase and step, or else this rank.
     phase = attempt.phase
@@ -279,9 +279,9 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
         write_status(attempt.run_dir, State.failed, step=step, reason=f"rank {rank}, {phase}: {summary}")
     # The record exists now, so collecting the state of every rank, which takes seconds, can only add to it.
     if timed_out and attempt.heartbeats is not None:
-        if exchanges is None:
-            exchanges = attempt.heartbeats.collect_exchanges(cause.sign if cause else None)
-        details |= _hang_details(attempt.run_dir, error, exchanges)
+        if last_collectives is None:
+            last_collectives = attempt.heartbeats.collect_last_collectives(cause.sign if cause else None)
+        details |= _hang_details(attempt.run_dir, error, last_collectives)
         record_failure(attempt.run_dir, rank, error, phase, step, replace=True, **details)
 
 
@@ -311,22 +311,22 @@ def _end_before_training(attempt: Attempt, signal_name: str) -> None:
 
 
 class TimedOut(RuntimeError):
-    """An exchange under NCCL that other ranks did not join. NCCL's watchdog aborts the process, so nothing is raised."""
+    """A collective under NCCL that other ranks did not join. NCCL's watchdog aborts the process, so nothing is raised."""
 
     retry = "node_fail"
 
 
-def _before_nccl_aborts(attempt: Attempt, rank: int, exchange: Exchange) -> None:
+def _before_nccl_aborts(attempt: Attempt, rank: int, collective: CollectiveCall) -> None:
     """Record that a collective timed out, shortly before NCCL's watchdog would abort the process without a word.
 
-    `exchange`: the collective that `rank` waits in. If phase or step change afterwards, the run continues after all, and the
+    `collective`: the collective that `rank` waits in. If phase or step change afterwards, the run continues after all, and the
     record is removed. Runs in a thread of its own.
     """
     position = (attempt.phase, attempt.step)
     _record_failure(
         attempt,
         rank,
-        TimedOut(f"timed out: {exchange} is not over after {exchange.waits_s or 0:.0f} s (run.timeout_s)"),
+        TimedOut(f"timed out: {collective} is not over after {collective.waits_s or 0:.0f} s (run.timeout_s)"),
     )
     while (attempt.phase, attempt.step) == position:
         time.sleep(1)
@@ -356,23 +356,23 @@ def first_sentence(text: str) -> str:
     return " ".join(sentence)
 
 
-def _hang_details(run_dir: Path, error: BaseException, exchanges: dict[int, Exchange]) -> dict[str, Any]:
-    """Fields of `failure.json` for a hang: the last exchange of each rank, and the files with the stacks of their threads."""
+def _hang_details(run_dir: Path, error: BaseException, last_collectives: dict[int, CollectiveCall]) -> dict[str, Any]:
+    """Fields of `failure.json` for a hang: the last collective of each rank, and the files with the stacks of their threads."""
     stacks = []
     for path in sorted((run_dir / "logs").glob("rank-*.stacks")):
         if path.stat().st_size:
             stacks.append(str(path.relative_to(run_dir)))
     lines = [redacted(str(error))]
-    for rank, exchange in sorted(exchanges.items()):
-        relation = "last exchange" if exchange.waits_s is None else "waits in"
-        lines.append(f"  rank {rank}: {relation} {exchange}")
+    for rank, collective in sorted(last_collectives.items()):
+        relation = "last exchange" if collective.waits_s is None else "waits in"
+        lines.append(f"  rank {rank}: {relation} {collective}")
     if stacks:
         more = " ..." if len(stacks) > SHOWN_FILES else ""
         lines.append(f"  where the threads of ranks were: {', '.join(stacks[:SHOWN_FILES])}{more}")
     message = "\n".join(lines)
     return {
         "message": message,
-        "exchanges": {rank: str(exchange) for rank, exchange in exchanges.items()},
+        "exchanges": {rank: str(collective) for rank, collective in last_collectives.items()},
         "stacks": stacks,
     }
 

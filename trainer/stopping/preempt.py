@@ -44,7 +44,7 @@ class Agreement:
         return Agreement(self._request, self._runtime)
 
     def ask(self) -> None:
-        """Start an exchange among all ranks of whether any was asked to stop, if it is due. All ranks must call, then `stop_now`.
+        """Start, if it is due, a collective that asks all ranks whether any was asked to stop. All ranks must call, then `stop_now`.
 
         It is due every `_interval` steps, which `stop_now` sets by the slowest rank's seconds of a step.
         """
@@ -71,7 +71,7 @@ class Agreement:
         return self.stop_now()
 
     def stop_now(self) -> bool:
-        """Whether to stop: the answer of the last exchange, equal on all ranks. Waits for an exchange that is under way."""
+        """Whether to stop: the answer of the last collective, equal on all ranks. Waits for a collective that is under way."""
         if self._work is not None:
             self._work.wait()
             self._work = None

@@ -36,7 +36,7 @@ from trainer.planner.speed import (
     COLLECTIVE_LATENCY_S,
     LINK_EFFICIENCY,
     MicroBatchLoad,
-    exchange_s,
+    collective_s,
     ring_bytes_per_s,
     step_time,
 )
@@ -443,7 +443,7 @@ class Form:
     """As much of a form as speeds ask for."""
 
     blocks, accumulation, update_bytes, host_bytes = 4, 2, 0.0, 0
-    token_exchanges = ()
+    token_all_to_alls = ()
     exchanged = {  # noqa: RUF012 - never changed
         ("allgather_base", 8, 1, "bfloat16", "each"): (4, 8_000_000_000),
         ("allgather_base", 8, 1, "bfloat16", "last"): (4, 8_000_000_000),
@@ -460,7 +460,7 @@ class Form:
 def test_plan_hides_exchange_behind_arithmetic_where_there_is_enough():
     card = replace(read_plan(["hardware=h100_80g"]).card, link_gb_s=400.0)
     one = 4 * COLLECTIVE_LATENCY_S + 7 / 8 * 8e9 / (400e9 * LINK_EFFICIENCY)
-    inside, after = exchange_s(Form(0.0), 4, card)
+    inside, after = collective_s(Form(0.0), 4, card)
     assert inside == pytest.approx(4 * one) and after == pytest.approx(COLLECTIVE_LATENCY_S, rel=1e-3)
     slow = step_time(Form(1e15), MicroBatchLoad(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
     assert slow.exposed_s == pytest.approx(inside / 16 + after)
