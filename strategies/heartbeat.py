@@ -128,19 +128,19 @@ class Heartbeats:
         self,
         store: Any,
         rank: int,
-        world: int,
+        world_size: int,
         state: Callable[[], tuple[str, int | None]],
         timeout_s: float = float("inf"),
     ) -> None:
         """`state`: returns the phase and step of this rank. `timeout_s`: the timeout of the collectives."""
         self.rank = rank
-        self.world = world
+        self.world_size = world_size
         self._state = state
         self._timeout_s = timeout_s
         self._last_state = state()
         self._last_change = time.monotonic()
         # The more ranks there are, the more the store has to answer: fewer beats each.
-        self.every_s = max(1.0, world / 200)
+        self.every_s = max(1.0, world_size / 200)
         self._store = BoundedStore(store, max(ANSWER_S, ANSWER_S * self.every_s))
         self._reported_unanswered = False
         self._stacks: IO[str] | None = None
@@ -214,7 +214,7 @@ class Heartbeats:
                 _signal_main_thread(stopped.pid, signal.SIGQUIT)
                 os.kill(stopped.pid, signal.SIGCONT)
         # Collect their answers.
-        keys = {rank: f"shardtune/exchange/{rank}" for rank in range(self.world)}
+        keys = {rank: f"shardtune/exchange/{rank}" for rank in range(self.world_size)}
         deadline = time.monotonic() + ANSWER_BEATS * self.every_s
         try:
             self._report_position()  # this rank's own, without waiting for its next beat
@@ -236,7 +236,7 @@ class Heartbeats:
         """
         awaited: CollectiveCall | str
         peer = AWAITED_PEER.search(str(error))
-        if peer is not None and int(peer[1]) < self.world:
+        if peer is not None and int(peer[1]) < self.world_size:
             lagging = int(peer[1])
             awaited = "an exchange through shared memory"
         else:
@@ -270,7 +270,7 @@ class Heartbeats:
     def _signs_of_life(self) -> list[SignOfLife]:
         """The last sign of life of every rank, in rank order. Errors: RuntimeError of the store."""
         signs = []
-        for rank in range(self.world):
+        for rank in range(self.world_size):
             key = f"shardtune/beat/{rank}"
             sign = json.loads(self._store.get(key)) if self._store.check([key]) else {}
             signs.append(SignOfLife(rank=rank, **sign))

@@ -14,29 +14,29 @@ from strategies.runtime import Runtime
 from strategies.simulation import real_tensors
 
 
-def replicate_degree(requested: int, world: int, hosts: int) -> int:
-    """The number of replicas among `world` ranks on `hosts` hosts. 0 requests one replica a host, or 2 on a single host.
+def replicate_degree(requested: int, world_size: int, hosts: int) -> int:
+    """The number of replicas among `world_size` ranks on `hosts` hosts. 0 requests one replica a host, or 2 on a single host.
 
     Raises ConfigError if it does not divide the number of ranks.
     """
     degree = requested or (hosts if hosts > 1 else 2)
-    if degree < 1 or world % degree:
-        legal = [divisor for divisor in range(1, world + 1) if world % divisor == 0]
+    if degree < 1 or world_size % degree:
+        legal = [divisor for divisor in range(1, world_size + 1) if world_size % divisor == 0]
         raise ConfigError(
-            f"strategy.replicate={degree}: must divide the world size {world}; legal values: "
+            f"strategy.replicate={degree}: must divide the world size {world_size}; legal values: "
             f"{', '.join(map(str, legal))}"
         )
     return degree
 
 
-def replica_count(config: StrategyConfig, world: int, hosts: int) -> int:
+def replica_count(config: StrategyConfig, world_size: int, hosts: int) -> int:
     """The number of replicas of fsdp2 and hsdp; 1 for any other strategy. Errors: those of `replicate_degree`."""
     if not isinstance(config, Fsdp2Config):
         return 1
     if config.replicate != 1:
-        return replicate_degree(config.replicate, world, hosts)
+        return replicate_degree(config.replicate, world_size, hosts)
     # Under hsdp 1 is the default of fsdp2, and stands for the choice by hosts.
-    return replicate_degree(0, world, hosts) if config.name is StrategyName.hsdp else 1
+    return replicate_degree(0, world_size, hosts) if config.name is StrategyName.hsdp else 1
 
 
 def shard_mesh(device: torch.device, runtime: Runtime, replicate: int) -> DeviceMesh:

@@ -38,11 +38,11 @@ class Rendezvous:
     """
 
     def __init__(
-        self, store: Any, rank: int, world: int, timeout_s: float, lost: Callable[[], str | None] = lambda: None
+        self, store: Any, rank: int, world_size: int, timeout_s: float, lost: Callable[[], str | None] = lambda: None
     ) -> None:
         self.store = store
         self.rank = rank
-        self.world = world
+        self.world_size = world_size
         self._timeout_s = timeout_s
         self._looked_at = float("-inf")
         self._stopped = False
@@ -52,22 +52,22 @@ class Rendezvous:
     def join(cls, timeout_s: float, lost: Callable[[], str | None] = lambda: None) -> Rendezvous:
         """Connect to the other ranks of the job that the environment describes. All ranks must call, within `timeout_s`."""
         rank = int(os.environ.get("RANK", 0))
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if world == 1:
-            return cls(None, rank, world, timeout_s, lost)
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if world_size == 1:
+            return cls(None, rank, world_size, timeout_s, lost)
         import torch.distributed as dist
 
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            with _reported_wait(f"rank {rank} of {world} waits for the others to come to {address}"):
+            with _reported_wait(f"rank {rank} of {world_size} waits for the others to come to {address}"):
                 store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         except (dist.DistError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ShardtuneError(
-                f"rank {rank} of {world} did not meet the others at {address} ({reason}); do all hosts "
+                f"rank {rank} of {world_size} did not meet the others at {address} ({reason}); do all hosts "
                 "reach that place, and are RANK, WORLD_SIZE and MASTER_ADDR those of this job, not left over from another?"
             ) from error
-        return cls(store, rank, world, timeout_s, lost)
+        return cls(store, rank, world_size, timeout_s, lost)
 
     def stop_decided(self, asked_to_stop: bool) -> bool:
         """Whether the job stops, by the first decision of any rank. `asked_to_stop`: whether this rank got a signal to stop.
@@ -117,7 +117,7 @@ class Rendezvous:
             return not asked_to_stop()
         # The last rank that gets here decides that all continue.
         self.store.set(f"shardtune/ready/{self.rank}", "1")
-        if self.store.add("shardtune/ready", 1) == self.world:
+        if self.store.add("shardtune/ready", 1) == self.world_size:
             return self._decide(GO) == GO
         # The others wait for that decision, or for one to stop.
         began = reported_at = time.monotonic()
@@ -127,7 +127,7 @@ class Rendezvous:
             if decision is not None:
                 return decision == GO
             if time.monotonic() > deadline:
-                missing = [r for r in range(self.world) if not self.store.check([f"shardtune/ready/{r}"])]
+                missing = [r for r in range(self.world_size) if not self.store.check([f"shardtune/ready/{r}"])]
                 raise ShardtuneError(
                     f"rank {', '.join(map(str, missing[:8]))} has not finished preparing the data {self._timeout_s:.0f} s after "
                     f"rank {self.rank} had; raise run.timeout_s, or prepare the data before (shardtune prepare)"
@@ -135,8 +135,8 @@ class Rendezvous:
             if self.rank == 0 and time.monotonic() - reported_at > REPORT_EVERY_S:
                 reported_at = time.monotonic()
                 ready = self.store.add("shardtune/ready", 0)
-                print(f"{reported_at - began:.0f} s: {ready} of {self.world} ranks are ready to begin", flush=True)
-            time.sleep(max(0.1, self.world / 1000))
+                print(f"{reported_at - began:.0f} s: {ready} of {self.world_size} ranks are ready to begin", flush=True)
+            time.sleep(max(0.1, self.world_size / 1000))
 
     def leave(self) -> str | None:
         """Leave after the decision to stop. Returns why rank 0 lost the run directory; None if the ranks stop for another reason.
@@ -151,7 +151,7 @@ class Rendezvous:
             why_lost = (self._decided() or STOP).removeprefix(STOP) or None
             ranks_gone = self.store.add("shardtune/left", 1)
             deadline = time.monotonic() + LEAVE_S
-            while self.rank == 0 and ranks_gone < self.world and time.monotonic() < deadline:
+            while self.rank == 0 and ranks_gone < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
                 ranks_gone = self.store.add("shardtune/left", 0)
         return why_lost

@@ -113,10 +113,10 @@ def start(
         if why_missing is not None:
             raise ConfigError(f"run.device=cuda: {why_missing}; set run.device=cpu, or run where there is a GPU")
     rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    torch.set_num_threads(threads or threads_from_environment() or max(1, usable_cores() // local_world))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    torch.set_num_threads(threads or threads_from_environment() or max(1, usable_cores() // local_world_size))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda:
         # With one visible device per task (SLURM's gpus-per-task) the local rank can exceed the device count.
@@ -129,15 +129,17 @@ def start(
     # The process group.
     # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.
     os.environ.setdefault("DS_ACCELERATOR", torch_device.type)
-    if world >= LAZY_CONNECTION_RANKS:
+    if world_size >= LAZY_CONNECTION_RANKS:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
-        _form_group(use_cuda=use_cuda, rank=rank, world=world, timeout=timedelta(seconds=timeout_s), store=store)
+        _form_group(
+            use_cuda=use_cuda, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), store=store
+        )
     runtime = Runtime(
         rank=rank,
-        world_size=world,
+        world_size=world_size,
         local_rank=local_rank,
-        local_world_size=local_world,
+        local_world_size=local_world_size,
         device=torch_device,
         # The CPU part of the group of all ranks. A separate group would need as many connections once more.
         control_group=dist.group.WORLD,
@@ -150,14 +152,14 @@ def start(
     return replace(runtime, matmul=agree_on_library(gather_objects(library_choice, runtime), rank))
 
 
-def _form_group(*, use_cuda: bool, rank: int, world: int, timeout: timedelta, store: Any) -> None:
+def _form_group(*, use_cuda: bool, rank: int, world_size: int, timeout: timedelta, store: Any) -> None:
     """Form the process group of all ranks. All ranks must call."""
     refuse_unknown_interface()
     enable_recorder()
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if store is not None:
         prefixed_store = dist.PrefixStore("default_pg", store)
-        dist.init_process_group(backend, store=prefixed_store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(backend, store=prefixed_store, rank=rank, world_size=world_size, timeout=timeout)
     elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

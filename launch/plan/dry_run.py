@@ -54,16 +54,16 @@ def describe(config: RunConfig) -> DryRun:
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
     config = preview_micro(preview_strategy(config, data), data)
     built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu, scores_answers=True)
-    world = config.launcher.per_node * config.launcher.nodes
+    world_size = config.launcher.per_node * config.launcher.nodes
     plan_expert_parallelism(
-        built, config, Runtime(0, world, 0, world // config.launcher.nodes, torch.device("cpu"), None)
+        built, config, Runtime(0, world_size, 0, world_size // config.launcher.nodes, torch.device("cpu"), None)
     )
     sequences = built.data_spec.sequences_per_document
     samples = sampled_lengths(config, data.train, sequences)
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
-    readers = name_of_readers(readers_of(config, world), config.parallel.sequence)
-    accumulation = accumulation_steps(config, world)
+    readers = name_of_readers(readers_of(config, world_size), config.parallel.sequence)
+    accumulation = accumulation_steps(config, world_size)
     steps = steps_of_run(config, samples.order, samples.tokens)
     epochs = steps * documents_per_step(config) / samples.order.num_units
     documents = len(data.train) // sequences
@@ -72,18 +72,18 @@ def describe(config: RunConfig) -> DryRun:
     approximation = "at most" if is_prompts_alone(data.report.get("train", {})) else "about"
     total = sum(element_counts(built.step_module).values())
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
-    memory = simulated_memory(config, longest_lengths(built.data_spec, workload(config, data)), world)
+    memory = simulated_memory(config, longest_lengths(built.data_spec, workload(config, data)), world_size)
     rate = learning_rate_of(config, steps)
     lines = [
         summary_text(data.report),
         preview_text(data.train, tokenizer, built.data_spec, data.label_names, width=100),
-        f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world} process(es), layout {built.layout}, "
+        f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world_size} process(es), layout {built.layout}, "
         f"attention {built.attention}",
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
         f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
         f"tokens per step: {approximation} {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {documents:,} documents",
-        *_expert_parallel_lines(config, built, world),
+        *_expert_parallel_lines(config, built, world_size),
         *rate_lines(rate, steps),
         *writing_lines(config, built, int(data.train.lengths.max(initial=0))),
         *dry_run_lines(config, built, data.train.lengths, samples.mean, _gpu_kinds(config), (total, trained)),
@@ -100,11 +100,11 @@ def describe(config: RunConfig) -> DryRun:
             lines.append(f"resolved: {key}: {config.substitutions[key]}")
     lines += [f"resolved: {key}: {note}" for key, note in built.substitutions.items()]
     lines.append("nothing was trained (--dry-run)")
-    numbers = DryRunNumbers(world, total, trained, tokens_per_step, steps, rate, epochs, documents)
+    numbers = DryRunNumbers(world_size, total, trained, tokens_per_step, steps, rate, epochs, documents)
     return dry_run_answer(lines, config, numbers, memory, built.substitutions)
 
 
-def _expert_parallel_lines(config: RunConfig, built: Built, world: int) -> list[str]:
+def _expert_parallel_lines(config: RunConfig, built: Built, world_size: int) -> list[str]:
     """Over how many ranks the experts of a mixture are dealt, and what tokens exchange; nothing if they are not."""
     if config.parallel.experts == 1:
         return []
@@ -112,7 +112,7 @@ def _expert_parallel_lines(config: RunConfig, built: Built, world: int) -> list[
     if precision is Precision.auto:
         precision = Precision.bf16 if str(config.run.device) == "cuda" else Precision.fp32
     return expert_parallel_lines(
-        built, precision, world // replica_count(config.strategy, world, config.launcher.nodes)
+        built, precision, world_size // replica_count(config.strategy, world_size, config.launcher.nodes)
     )
 
 

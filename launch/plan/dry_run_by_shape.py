@@ -40,22 +40,22 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
     check_parallel(config)
     # The numbers.
     total, trained = _parameter_counts(config)
-    world = config.launcher.per_node * config.launcher.nodes
+    world_size = config.launcher.per_node * config.launcher.nodes
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
-    accumulation = accumulation_steps(config, world)
-    readers = name_of_readers(readers_of(config, world), config.parallel.sequence)
+    accumulation = accumulation_steps(config, world_size)
+    readers = name_of_readers(readers_of(config, world_size), config.parallel.sequence)
     data_spec = data_spec_of(config.objective)
     sequences = data_spec.sequences_per_document
     longest = data_spec.longest_sequence(config.data.max_length) + written_tokens(config.objective)
     tokens_per_step = longest * sequences * global_batch
-    memory = simulated_memory(config, [longest] * sequences * micro, world)
+    memory = simulated_memory(config, [longest] * sequences * micro, world_size)
     steps = _steps_of_budget(config, tokens_per_step)
     # The lines for people.
     note = shape_note(shape, config.model.path)
     lines = [
         note,
-        f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world} process(es)",
+        f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world_size} process(es)",
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
         f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
         f"tokens per step: at most {tokens_per_step:,} (the data is not read without a tokenizer)",
@@ -70,7 +70,7 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
     if LR in config.substitutions:
         lines.append(f"resolved: {LR}: {config.substitutions[LR]}")
     lines.append("nothing was trained (--dry-run)")
-    numbers = DryRunNumbers(world, total, trained, tokens_per_step, steps, rate)
+    numbers = DryRunNumbers(world_size, total, trained, tokens_per_step, steps, rate)
     answer = dry_run_answer(lines, config, numbers, memory, {"model.path": note})
     shape_facts = {"name": shape.name, "source": shape.source, "date": shape.date}
     return replace(answer, facts={"shape": shape_facts, **answer.facts})

@@ -92,18 +92,18 @@ def dry_run_answer(
     return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
 
 
-def simulated_memory(config: RunConfig, lengths: list[int], world: int) -> SimulatedMemory:
-    """The memory of a step with a micro-batch of sequences of `lengths` tokens on `world` ranks, simulated.
+def simulated_memory(config: RunConfig, lengths: list[int], world_size: int) -> SimulatedMemory:
+    """The memory of a step with a micro-batch of sequences of `lengths` tokens on `world_size` ranks, simulated.
 
     If the step cannot be simulated, the result says why, and whether that looks like a defect (`SimulatedMemory.defect`).
     """
     on_gpu = str(config.run.device) == "cuda"
     try:
         step = simulate_depth(
-            single_step_config(config, world, mode_if_auto=ActivationCheckpointing.none),
+            single_step_config(config, world_size, mode_if_auto=ActivationCheckpointing.none),
             lengths,
-            world_size=world,
-            local_world_size=max(1, world // config.launcher.nodes),
+            world_size=world_size,
+            local_world_size=max(1, world_size // config.launcher.nodes),
             device=SIMULATED if on_gpu else torch.device("cpu"),
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that stops no run

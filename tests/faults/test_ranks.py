@@ -219,10 +219,10 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
         ({1: exchange(11, 9.0)}, None),  # waits for somebody else
         ({}, None),
     ):
-        beats[0].world = 1 + max(others, default=1)
+        beats[0].world_size = 1 + max(others, default=1)
         found = beats[0].lagging_rank(late, {0: exchange(12, 9.0), **others})
         assert (found is None) == (said is None) and str(found).startswith(said or "None"), found
-    beats[0].world = 2
+    beats[0].world_size = 2
     shared = RuntimeError("timed out: rank 0 waited 25 s for its peer 1 (run.timeout_s=25)")
     assert "does not come to an exchange through shared memory" in str(beats[0].lagging_rank(shared, {}))
     assert "lives and does not come to gloo:all_reduce number 12 of default_pg (4x2)" in str(

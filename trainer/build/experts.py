@@ -191,22 +191,24 @@ def _model_problem(config: RunConfig, setting: str, model: nn.Module, ranks: tup
     return _division_problem(config, setting, [module.num_experts for module in modules.values()], *ranks)
 
 
-def _division_problem(config: RunConfig, setting: str, expert_counts: list[int], world: int, hosts: int) -> str | None:
+def _division_problem(
+    config: RunConfig, setting: str, expert_counts: list[int], world_size: int, hosts: int
+) -> str | None:
     """Why the experts of a model cannot be divided evenly among ranks; None if they can.
 
-    `expert_counts`: experts of each layer. `world`: all ranks; 0 if not known. Each rank must get equally many experts of a
+    `expert_counts`: experts of each layer. `world_size`: all ranks; 0 if not known. Each rank must get equally many experts of a
     layer, and those that several ranks share are sharded as whole experts, so there must be one for each.
     """
     expert_ranks = config.parallel.experts
     common_divisor = math.gcd(*expert_counts)
     fewest_experts = min(expert_counts)
-    sharded_over = world // replica_count(config.strategy, world, hosts) if world else 1
+    sharded_over = world_size // replica_count(config.strategy, world_size, hosts) if world_size else 1
     divides_evenly = common_divisor % expert_ranks == 0
     has_expert_for_each = fewest_experts >= sharded_over
     if divides_evenly and has_expert_for_each:
         return None
 
-    possible = _possible_settings(common_divisor, fewest_experts, world or expert_ranks)
+    possible = _possible_settings(common_divisor, fewest_experts, world_size or expert_ranks)
     remedy = "set parallel.experts=1" if possible is None else f"set {possible}"
     if not divides_evenly:
         layers = f"layers of {sorted(set(expert_counts))} experts"
@@ -221,14 +223,14 @@ def _division_problem(config: RunConfig, setting: str, expert_counts: list[int],
     )
 
 
-def _possible_settings(common_divisor: int, fewest_experts: int, world: int) -> str | None:
-    """Settings under which `world` ranks can divide the experts, with as few replicas as possible; None if there are none.
+def _possible_settings(common_divisor: int, fewest_experts: int, world_size: int) -> str | None:
+    """Settings under which `world_size` ranks can divide the experts, with as few replicas as possible; None if there are none.
 
     `common_divisor`: the greatest that divides the experts of all layers. `fewest_experts`: those of the smallest layer.
     """
-    for replicas in range(1, world + 1):
-        ranks_per_replica = world // replicas
-        if world % replicas or fewest_experts < ranks_per_replica:
+    for replicas in range(1, world_size + 1):
+        ranks_per_replica = world_size // replicas
+        if world_size % replicas or fewest_experts < ranks_per_replica:
             continue
         largest_degree = math.gcd(common_divisor, ranks_per_replica)
         degrees = [str(degree) for degree in range(2, largest_degree + 1) if largest_degree % degree == 0]

@@ -13,14 +13,14 @@ DEGREES = (2, 4, 8)
 """Ranks over which a plan tries to deal the experts of a layer, beside 1."""
 
 
-def with_expert_parallelism(configs: list[RunConfig], world: int) -> list[list[RunConfig]]:
+def with_expert_parallelism(configs: list[RunConfig], world_size: int) -> list[list[RunConfig]]:
     """For each of `configs`, the same run with expert parallelism (`parallel.experts`) over 2, 4 and 8 ranks, where possible.
 
     The list of a run is empty if its model has no experts, or its strategy is not FSDP2 or HSDP. `configs` are variants of one
     run and have the same models; expert parallelism must be possible for its teacher and reward models as well. Expert groups
-    that cross hosts are left out, since each layer would wait for the network. `world`: ranks of the run. No weights are read.
+    that cross hosts are left out, since each layer would wait for the network. `world_size`: ranks of the run. No weights are read.
     """
-    ranks_per_host = world // configs[0].launcher.nodes
+    ranks_per_host = world_size // configs[0].launcher.nodes
     degrees = [degree for degree in DEGREES if ranks_per_host % degree == 0]
     variants: list[list[RunConfig]] = [[] for _ in configs]
     is_possible = [
@@ -37,6 +37,6 @@ def with_expert_parallelism(configs: list[RunConfig], world: int) -> list[list[R
             continue
         for degree in degrees:
             variant = replace(config, parallel=replace(config.parallel, experts=degree))
-            if not problems_of_models(variant, models, (world, config.launcher.nodes)):
+            if not problems_of_models(variant, models, (world_size, config.launcher.nodes)):
                 variants[index].append(variant)
     return variants

@@ -56,18 +56,18 @@ def why_not_simulated(error: Exception) -> str:
     return f"cannot be simulated yet ({type(error).__name__}: {message})"
 
 
-def single_step_config(config: RunConfig, world: int, *, mode_if_auto: ActivationCheckpointing) -> RunConfig:
+def single_step_config(config: RunConfig, world_size: int, *, mode_if_auto: ActivationCheckpointing) -> RunConfig:
     """The run with a step of at most two micro-batches, uncompiled, which takes as much memory as its real step.
 
-    `world`: ranks of the run. `mode_if_auto`: the recomputation to simulate if the run chooses by memory which blocks it
+    `world_size`: ranks of the run. `mode_if_auto`: the recomputation to simulate if the run chooses by memory which blocks it
     recomputes (`strategy.activation_checkpointing=auto`).
     """
     strategy = simulable(config.strategy)
     if strategy.activation_checkpointing is ActivationCheckpointing.auto:
         strategy = replace(strategy, activation_checkpointing=mode_if_auto)
     micro = config.batch["micro"]
-    accumulation = min(2, accumulation_steps(config, world))  # more micro-batches hold no more
-    global_batch = micro * readers_of(config, world) * max(1, accumulation)
+    accumulation = min(2, accumulation_steps(config, world_size))  # more micro-batches hold no more
+    global_batch = micro * readers_of(config, world_size) * max(1, accumulation)
     return replace(config, strategy=strategy, batch={"global": global_batch, "micro": micro})
 
 

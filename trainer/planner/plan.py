@@ -179,20 +179,20 @@ def with_imbalance(job: PlannedRun, settings: PlanConfig, measured: MeasuredImba
 
 
 def run_variants(
-    config: RunConfig, settings: PlanConfig, given_keys: set[str], world: int | None
+    config: RunConfig, settings: PlanConfig, given_keys: set[str], world_size: int | None
 ) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
     """The variants of a run that a plan compares: all combinations of strategy, recomputation and so on that the user left open.
 
-    `given_keys`: keys of settings on the command line, which stay. `world`: ranks of the run; None if not known. Returns
+    `given_keys`: keys of settings on the command line, which stay. `world_size`: ranks of the run; None if not known. Returns
     (variants to simulate, variants that are ruled out and why). Raises ConfigError with the problems that every variant has, or
     if no variant is left.
     """
     variants = list(_every_variant(config, settings, given_keys))
-    if "parallel.experts" not in given_keys and world is not None:
-        variants += _with_expert_parallelism(variants, world)
+    if "parallel.experts" not in given_keys and world_size is not None:
+        variants += _with_expert_parallelism(variants, world_size)
 
     # Problems of every variant are problems of the run itself.
-    problems_by_variant = [_problems(variant.config, world) for variant in variants]
+    problems_by_variant = [_problems(variant.config, world_size) for variant in variants]
     common_problems = _peer_problems(config, settings.theirs)
     for problem in problems_by_variant[0]:
         if all(problem in problems for problems in problems_by_variant):
@@ -212,16 +212,16 @@ def run_variants(
     return possible, refused
 
 
-def _with_expert_parallelism(variants: list[RunVariant], world: int) -> list[RunVariant]:
+def _with_expert_parallelism(variants: list[RunVariant], world_size: int) -> list[RunVariant]:
     """Further variants: each of `variants` with each degree of expert parallelism (ranks that share a layer's experts).
 
     Those that cannot run are left out without a reason, since nobody asked for them.
     """
     expert_parallel_variants = []
-    configs_by_variant = with_expert_parallelism([variant.config for variant in variants], world)
+    configs_by_variant = with_expert_parallelism([variant.config for variant in variants], world_size)
     for variant, expert_parallel_configs in zip(variants, configs_by_variant, strict=True):
         for config in expert_parallel_configs:
-            if not _problems(config, world):
+            if not _problems(config, world_size):
                 words = (*variant.words, f"parallel.experts={config.parallel.experts}")
                 expert_parallel_variants.append(replace(variant, config=config, words=words))
     return expert_parallel_variants
@@ -238,7 +238,7 @@ FURTHER_SETTINGS: tuple[dict[str, Any], ...] = (
 
 
 def further_variants(
-    config: RunConfig, settings: PlanConfig, given_keys: set[str], world: int, long_rows: dict[str, Any]
+    config: RunConfig, settings: PlanConfig, given_keys: set[str], world_size: int, long_rows: dict[str, Any]
 ) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
     """Variants for a run of which nothing fits: several ranks share each row, and the strategy gets settings for long rows.
 
@@ -256,14 +256,14 @@ def further_variants(
     possible = []
     refused = []
     for degree in FURTHER_DEGREES:
-        if world % degree:
+        if world_size % degree:
             continue
         sharing_config = replace(config, strategy=strategy, parallel=replace(config.parallel, sequence=degree))
         model_problems = sequence_problems(sharing_config)
         fixed_keys = given_keys | {"strategy.activation_checkpointing"}
         for base_variant in _every_variant(sharing_config, settings, fixed_keys):
             variant = replace(base_variant, words=(*base_variant.words, f"parallel.sequence={degree}", *words))
-            problems = [*_problems(variant.config, world), *model_problems]
+            problems = [*_problems(variant.config, world_size), *model_problems]
             if problems:
                 refused.append((variant, problems[0]))
             else:
@@ -271,9 +271,11 @@ def further_variants(
     return possible, refused
 
 
-def _problems(config: RunConfig, world: int | None) -> list[str]:
+def _problems(config: RunConfig, world_size: int | None) -> list[str]:
     """The problems of a run that rule it out in a plan as well; those that only keep it from starting here are left out."""
-    return [problem for problem in problems_of(config, world_size=world) if not problem.startswith(RUN_ONLY_PROBLEMS)]
+    return [
+        problem for problem in problems_of(config, world_size=world_size) if not problem.startswith(RUN_ONLY_PROBLEMS)
+    ]
 
 
 def _every_variant(config: RunConfig, settings: PlanConfig, given_keys: set[str]) -> Iterator[RunVariant]:

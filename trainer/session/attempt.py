@@ -76,7 +76,7 @@ class Attempt:
         rendezvous = Rendezvous.join(timeout_s, self.why_lost)
         if rendezvous.store is not None:  # several ranks
             self.heartbeats = Heartbeats(
-                rendezvous.store, rendezvous.rank, rendezvous.world, lambda: (self.phase, self.step), timeout_s
+                rendezvous.store, rendezvous.rank, rendezvous.world_size, lambda: (self.phase, self.step), timeout_s
             )
             self.heartbeats.at_timeout = self.at_timeout
             self.heartbeats.when_cut_off = self.when_cut_off

@@ -44,7 +44,7 @@ class Agreement:
         return Agreement(self._request, self._runtime)
 
     def ask(self) -> None:
-        """Start, if it is due, a collective that asks all ranks whether any was asked to stop. All ranks must call, then `stop_now`.
+        """Start a collective on whether any rank was asked to stop, if it is due. All ranks must call, then `stop_now`.
 
         It is due every `_interval` steps, which `stop_now` sets by the slowest rank's seconds of a step.
         """
