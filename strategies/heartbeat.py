@@ -1,13 +1,13 @@
-"""Signs of life of every rank, in the ranks' store: they tell which rank is the cause when others only lost a peer.
+"""Heartbeats of every rank, in the ranks' store: they tell which rank is the cause when others only lost a peer.
 
 A rank that was stopped or killed can say nothing. The others see a broken connection, or a timeout of their own. So each rank
 counts up in the store, together with its phase and step. A rank that fails because of a lost peer looks who has stopped counting.
 
-After a timeout every rank writes the stacks of its threads, and says which collective it was in last. Living ranks do so when they
-are asked through the store, or by themselves when a collective has lasted for most of the timeout. A stopped rank does so when a
-peer on its host wakes it with SIGQUIT.
+After a timeout every rank writes the stacks of its threads, and says which collective it was in last. Living ranks do so when
+they are asked through the store, or by themselves when a collective has lasted for most of the timeout. A stopped rank does so
+when a peer on its host wakes it with SIGQUIT.
 
-A launcher may give its ranks a directory (`HEARTBEAT_DIRECTORY`). It then finds there the last sign of life of each, also of a
+A launcher may give its ranks a directory (`HEARTBEAT_DIRECTORY`). It then finds there the last heartbeat of each, also of a
 killed one.
 """
 
@@ -41,7 +41,7 @@ AWAITED_PEER = re.compile(r"waited \d+ s for its peer (\d+)")
 """How an error of `strategies/host_memory.py` names the rank that did not come."""
 STACKS_KEY = "shardtune/stacks"
 HEARTBEAT_DIRECTORY = "SHARDTUNE_LAST_WORDS"
-"""Environment variable: a directory of this host, given by the launcher, in which each rank writes its last sign of life."""
+"""Environment variable: a directory of this host, given by the launcher, in which each rank writes its last heartbeat."""
 LATE_SHARE = 0.8
 """Share of the timeout after which a rank reports a collective that is not over: soon the backend may end the process."""
 WARNING_BEATS = 15
@@ -56,8 +56,8 @@ TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SignOfLife:
-    """The last sign of life of a rank; the defaults stand for a rank that has given none."""
+class Heartbeat:
+    """The last heartbeat of a rank; the defaults stand for a rank that has given none."""
 
     rank: int
     host: str = "?"
@@ -73,14 +73,14 @@ class SilentRank(ShardtuneError):
     retry = "node_fail"
     recorded_name = "Silent"
 
-    def __init__(self, sign: SignOfLife, *, hung: bool, since_s: float, error_line: str) -> None:
-        self.sign = sign
+    def __init__(self, heartbeat: Heartbeat, *, hung: bool, since_s: float, error_line: str) -> None:
+        self.heartbeat = heartbeat
         self.hung = hung
         if hung:
             finding = f"gives no sign of life (none for {since_s:.0f} s): it was stopped, or hangs"
         else:
             finding = "has ended"
-        super().__init__(f"{_described(sign)} {finding}; the error of a peer: {error_line}")
+        super().__init__(f"{_described(heartbeat)} {finding}; the error of a peer: {error_line}")
 
 
 class LaggingRank(ShardtuneError):
@@ -90,12 +90,12 @@ class LaggingRank(ShardtuneError):
     recorded_name = "Behind"
 
     def __init__(
-        self, sign: SignOfLife, last: CollectiveCall | None, awaited: CollectiveCall | str, error_line: str
+        self, heartbeat: Heartbeat, last: CollectiveCall | None, awaited: CollectiveCall | str, error_line: str
     ) -> None:
-        self.sign = sign
+        self.heartbeat = heartbeat
         self.hung = True
         super().__init__(
-            f"{_described(sign)} lives and does not come to {awaited}, where others wait for it; its last exchange was "
+            f"{_described(heartbeat)} lives and does not come to {awaited}, where others wait for it; its last exchange was "
             f"{last or 'none'}; the error of a peer: {error_line}"
         )
 
@@ -106,23 +106,23 @@ class CutOffRank(ShardtuneError):
     retry = "node_fail"
     recorded_name = "CutOff"
 
-    def __init__(self, sign: SignOfLife, *, since_s: float, error_line: str) -> None:
-        """`sign`: this rank. `error_line`: the first line of the error that it met."""
-        self.sign = sign
+    def __init__(self, heartbeat: Heartbeat, *, since_s: float, error_line: str) -> None:
+        """`heartbeat`: this rank. `error_line`: the first line of the error that it met."""
+        self.heartbeat = heartbeat
         self.hung = True
         super().__init__(
-            f"rank {sign.rank} on {sign.host} is cut off: {store_address()}, where the ranks meet, has not answered for "
-            f"{since_s:.0f} s; look at the link between the hosts and at that host; the error of this rank: {error_line}"
+            f"rank {heartbeat.rank} on {heartbeat.host} is cut off: {store_address()}, where the ranks meet, has not answered "
+            f"for {since_s:.0f} s; look at the link between the hosts and at that host; the error of this rank: {error_line}"
         )
 
 
-def _described(sign: SignOfLife) -> str:
-    step = "" if sign.step is None else f", step {sign.step}"
-    return f"rank {sign.rank} (process {sign.pid} on {sign.host}; {sign.phase}{step})"
+def _described(heartbeat: Heartbeat) -> str:
+    step = "" if heartbeat.step is None else f", step {heartbeat.step}"
+    return f"rank {heartbeat.rank} (process {heartbeat.pid} on {heartbeat.host}; {heartbeat.phase}{step})"
 
 
-class Heartbeats:
-    """Gives this rank's signs of life in a thread, and looks at those of the others. Nothing here is collective."""
+class HeartbeatMonitor:
+    """Sends this rank's heartbeats in a thread, and looks at those of the other ranks. Nothing here is collective."""
 
     def __init__(
         self,
@@ -162,15 +162,15 @@ class Heartbeats:
         # reads them, and the process would crash.
         faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=False)
 
-    def silent_ranks(self, look_s: float) -> list[SignOfLife]:
-        """The other ranks whose count in the store does not rise within `look_s` seconds: they were stopped, or have ended.
+    def silent_ranks(self, wait_s: float) -> list[Heartbeat]:
+        """The other ranks whose count in the store does not rise within `wait_s` seconds: they were stopped, or have ended.
 
-        Waits for `look_s` seconds. Errors: RuntimeError of the store.
+        Waits for `wait_s` seconds. Errors: RuntimeError of the store.
         """
-        signs_before = self._signs_of_life()
-        time.sleep(look_s)
+        heartbeats_before = self._last_heartbeats()
+        time.sleep(wait_s)
         silent = []
-        for before, after in zip(signs_before, self._signs_of_life(), strict=True):
+        for before, after in zip(heartbeats_before, self._last_heartbeats(), strict=True):
             if after.count == before.count and after.rank != self.rank:
                 silent.append(after)
         return silent
@@ -178,7 +178,7 @@ class Heartbeats:
     def cause(self, error: BaseException) -> SilentRank | CutOffRank | None:
         """The rank that caused an error of this rank, if the error only says that the connection to a peer was lost.
 
-        A SilentRank if a rank sends no signs of life any more; a CutOffRank if this rank cannot reach the store. None for other
+        A SilentRank if a rank sends no heartbeats any more; a CutOffRank if this rank cannot reach the store. None for other
         errors, and if all ranks are alive. May take a few seconds, in which it watches the ranks' counts.
         """
         error_line = _first_line(error)
@@ -187,22 +187,22 @@ class Heartbeats:
         timed_out = TIMED_OUT.search(str(error)) is not None
         # If a process has ended, its launcher will end this one in a few seconds. If a process hangs, there is more time to
         # watch.
-        look_s = (6 if timed_out else 2.5) * self.every_s
+        wait_s = (6 if timed_out else 2.5) * self.every_s
         try:
-            silent = self.silent_ranks(look_s)
+            silent = self.silent_ranks(wait_s)
         except Unanswered:
             return self._cut_off(error_line)
         except RuntimeError:  # the store is gone with the process that had it
             return None
         if not silent:
             return None
-        return SilentRank(silent[0], hung=timed_out, since_s=look_s, error_line=error_line)
+        return SilentRank(silent[0], hung=timed_out, since_s=wait_s, error_line=error_line)
 
-    def collect_last_collectives(self, stopped: SignOfLife | None) -> dict[int, CollectiveCall]:
+    def collect_last_collectives(self, stopped: Heartbeat | None) -> dict[int, CollectiveCall]:
         """After a timeout: let every rank write the stacks of its threads and report its last collective. Raises nothing.
 
         Returns the last collective by rank, of the ranks that answer within `ANSWER_BEATS`; mostly all do within one beat.
-        `stopped`: a rank that gives no sign of life. If it is on this host, it is woken by signals.
+        `stopped`: a rank that sends no heartbeats. If it is on this host, it is woken by signals.
         """
         # Ask all ranks through the store.
         with contextlib.suppress(RuntimeError):
@@ -249,10 +249,10 @@ class Heartbeats:
             lagging = absent[0]
             awaited = own_collective
         try:
-            sign = self._signs_of_life()[lagging]
+            heartbeat = self._last_heartbeats()[lagging]
         except RuntimeError:
             return None
-        return LaggingRank(sign, last_collectives.get(lagging), awaited, _first_line(error))
+        return LaggingRank(heartbeat, last_collectives.get(lagging), awaited, _first_line(error))
 
     def _absent_ranks(self, own_collective: CollectiveCall, last_collectives: dict[int, CollectiveCall]) -> list[int]:
         """Ranks that wait in no collective, and have not joined `own_collective`, the one in which this rank waits.
@@ -267,24 +267,24 @@ class Heartbeats:
                 absent.append(rank)
         return absent
 
-    def _signs_of_life(self) -> list[SignOfLife]:
-        """The last sign of life of every rank, in rank order. Errors: RuntimeError of the store."""
-        signs = []
+    def _last_heartbeats(self) -> list[Heartbeat]:
+        """The last heartbeat of every rank, in rank order. Errors: RuntimeError of the store."""
+        last_heartbeats = []
         for rank in range(self.world_size):
             key = f"shardtune/beat/{rank}"
-            sign = json.loads(self._store.get(key)) if self._store.check([key]) else {}
-            signs.append(SignOfLife(rank=rank, **sign))
-        return signs
+            heartbeat = json.loads(self._store.get(key)) if self._store.check([key]) else {}
+            last_heartbeats.append(Heartbeat(rank=rank, **heartbeat))
+        return last_heartbeats
 
     def _beat(self) -> None:
-        """Body of the thread: give a sign of life, check whether a collective takes too long, and answer requests for stacks."""
-        sign: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "count": 0}
+        """Body of the thread: send a heartbeat, check whether a collective takes too long, and answer requests for stacks."""
+        heartbeat: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "count": 0}
         while True:
             phase, step = self._state()
-            sign |= {"phase": phase, "step": step, "count": sign["count"] + 1}
-            self._write_for_launcher(sign)
+            heartbeat |= {"phase": phase, "step": step, "count": heartbeat["count"] + 1}
+            self._write_for_launcher(heartbeat)
             try:
-                self._store.set(f"shardtune/beat/{self.rank}", json.dumps(sign))
+                self._store.set(f"shardtune/beat/{self.rank}", json.dumps(heartbeat))
                 self._note_answered()
                 late_collective = self._late_collective((phase, step))
                 if self._stacks is not None and (late_collective is not None or self._store.check([STACKS_KEY])):
@@ -299,8 +299,8 @@ class Heartbeats:
     def _cut_off(self, error_line: str) -> CutOffRank:
         """The error of this rank if it cannot reach the store, with its own phase and step."""
         phase, step = self._state()
-        sign = SignOfLife(rank=self.rank, host=socket.gethostname(), pid=os.getpid(), phase=phase, step=step)
-        return CutOffRank(sign, since_s=self._store.unanswered_s(), error_line=error_line)
+        heartbeat = Heartbeat(rank=self.rank, host=socket.gethostname(), pid=os.getpid(), phase=phase, step=step)
+        return CutOffRank(heartbeat, since_s=self._store.unanswered_s(), error_line=error_line)
 
     def _note_unanswered(self, state: tuple[str, int | None]) -> None:
         """Print once that the store does not answer. End the process if this rank makes no progress for longer than the timeout.
@@ -370,17 +370,17 @@ class Heartbeats:
         is_about_to_abort = (late_collective.waits_s or 0.0) > self._timeout_s - WARNING_BEATS * self.every_s
         if is_about_to_abort:
             self.at_timeout = None
-            # In another thread, because it may take long: without signs of life this rank would itself seem stopped.
+            # In another thread, because it may take long: without heartbeats this rank would itself seem stopped.
             threading.Thread(target=handler, args=(late_collective,), name="timeout", daemon=True).start()
 
-    def _write_for_launcher(self, sign: dict[str, Any]) -> None:
-        """Write the sign of life into the launcher's directory, if it has given one."""
+    def _write_for_launcher(self, heartbeat: dict[str, Any]) -> None:
+        """Write the heartbeat into the launcher's directory, if it has given one."""
         directory = os.environ.get(HEARTBEAT_DIRECTORY)
         if directory is None:
             return
         with contextlib.suppress(OSError):
             temporary = Path(directory) / f".{self.rank}"
-            temporary.write_text(json.dumps(sign), encoding="utf-8")
+            temporary.write_text(json.dumps(heartbeat), encoding="utf-8")
             temporary.replace(Path(directory) / str(self.rank))
 
 
@@ -400,10 +400,10 @@ def _signal_main_thread(pid: int, number: int) -> None:
     os.kill(pid, number) if send is None else send(pid, pid, number)
 
 
-def read_last_heartbeat(directory: Path, rank: int) -> SignOfLife | None:
-    """The last sign of life of a rank of this host, for the launcher that gave it the directory; None if there is none."""
+def read_last_heartbeat(directory: Path, rank: int) -> Heartbeat | None:
+    """The last heartbeat of a rank of this host, for the launcher that gave it the directory; None if there is none."""
     try:
-        return SignOfLife(rank=rank, **json.loads((directory / str(rank)).read_text(encoding="utf-8")))
+        return Heartbeat(rank=rank, **json.loads((directory / str(rank)).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

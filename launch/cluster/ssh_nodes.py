@@ -28,9 +28,9 @@ CONNECT_S = 10
 HELLO_S = 60.0
 """Seconds in which a host must have said what it is."""
 HEARTBEAT_S = 5.0
-"""Seconds between words to the nodes, and between ssh's own signs of life."""
+"""Seconds between words to the nodes, and between ssh's own heartbeats."""
 MISSED_HEARTBEATS = 6
-"""Signs of life of a host that may be missing in a row before it is taken for lost."""
+"""Heartbeats of a host that may be missing in a row before it is taken for lost."""
 SSH_FAILED = 255
 """ssh's own exit code: no connection, or none any more."""
 SHOWN_LINES = 4

@@ -258,7 +258,7 @@ class FollowedRun:
         return process_identity(launcher_pid) != identity  # it has ended
 
     def _report_waiting(self, run: RunView) -> None:
-        """Print on stderr what the run waits for, if that has changed: a job in the queue, or its first sign of life."""
+        """Print on stderr what the run waits for, if that has changed: a job in the queue, or its first heartbeat."""
         notice = ""
         if run.state == "queued":
             notice = run.why or ""

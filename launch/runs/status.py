@@ -45,7 +45,7 @@ class RunView:
 
     directory: Path
     state: str
-    """`running`, `done`, `failed`, `preempted`, `lost` (its status says running, without a sign of life), `queued`,
+    """`running`, `done`, `failed`, `preempted`, `lost` (its status says running, without a heartbeat), `queued`,
     `not started`, `unknown`."""
     why: str | None = None
     """Why it is in this state, on one line."""
@@ -69,7 +69,7 @@ class RunView:
     since: str | None = None
     """When the present attempt began, by its host's clock."""
     last_seen_s: float | None = None
-    """Seconds since the last sign of life; of a run that has ended, since its end."""
+    """Seconds since the last heartbeat; of a run that has ended, since its end."""
     job: QueuedJob | None = None
     """Its job in the queue."""
     parts: tuple[PipelinePart, ...] = ()
@@ -189,7 +189,7 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
         state = UNKNOWN
         why = lease_problem
 
-    # Who runs it, and the last sign of life: while an attempt holds the lease, the lease says so; afterwards the status does.
+    # Who runs it, and the last heartbeat: while an attempt holds the lease, the lease says so; afterwards the status does.
     host = _as_text(status.get("host"))
     pid = _as_int(status.get("pid"))
     since = None
@@ -303,7 +303,7 @@ def _state_from_pipeline(parts: list[PipelinePart], state: str, why: str | None)
 
 
 def _why_lost(lease_holder: LeaseHolder) -> str:
-    """Why a run is lost that should be running: its process ended, hangs, or gives no sign of life."""
+    """Why a run is lost that should be running: its process ended, hangs, or sends no heartbeat."""
     owner = lease_holder.owner
     if owner is None:
         return "ended without a message: its status says running, but no process runs it"

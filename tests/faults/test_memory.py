@@ -11,7 +11,7 @@ import pytest
 
 from launch.cluster import torchrun
 from strategies import runtime
-from strategies.heartbeat import SignOfLife, SilentRank
+from strategies.heartbeat import Heartbeat, SilentRank
 from tests.faults.runs import ROOT, environment, rank_of, read, wait
 from tests.helpers.covering import whole
 from trainer.reporting.status import read_failure, read_status, record_failure
@@ -104,7 +104,7 @@ def test_under_slurm_a_rank_killed_for_memory_is_named_and_not_requeued(runs, gr
 def test_out_of_memory_rank_that_a_peer_took_for_a_lost_node_is_corrected(
     tmp_path, monkeypatch, capsys, memory, launcher
 ):
-    seen = SignOfLife(rank=1, host="n2", pid=7, phase="training", step=9, count=3)
+    seen = Heartbeat(rank=1, host="n2", pid=7, phase="training", step=9, count=3)
     silent = SilentRank(seen, hung=False, since_s=3, error_line="Connection closed by peer")
     record_failure(tmp_path, 1, silent, "training", 9, gone=True, retry="node_fail")
     assert read_failure(tmp_path)["error"] == "Silent", "what stands in the file outlives the name of a class"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from launch.cluster import torchrun
 from strategies import atomic_io, flight_recorder, heartbeat
 from strategies.flight_recorder import CollectiveCall
-from strategies.heartbeat import HEARTBEAT_DIRECTORY, Heartbeats, read_last_heartbeat
+from strategies.heartbeat import HEARTBEAT_DIRECTORY, HeartbeatMonitor, read_last_heartbeat
 from tests.faults.runs import ROOT, Runs, environment, forked_rank_of, rank_of, read, wait
 from tests.faults.test_retry import begun, gone_on
 from tests.helpers.covering import whole
@@ -163,22 +163,22 @@ def test_failure_cause_is_only_a_rank_whose_count_stands_still(monkeypatch):
             time.sleep(0.01)
             return
         looked.append(for_s)
-        before = [seen.count for seen in beats[0]._signs_of_life()]
+        before = [seen.count for seen in beats[0]._last_heartbeats()]
         living = [0] if over.is_set() else [0, 1]
         wait(
-            lambda: all(beats[0]._signs_of_life()[rank].count > before[rank] for rank in living),
+            lambda: all(beats[0]._last_heartbeats()[rank].count > before[rank] for rank in living),
             "a beat of all that live",
         )
 
     monkeypatch.setattr(heartbeat, "time", types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
-    beats = [Heartbeats(store, 0, 2, lambda: ("training", 7)), Heartbeats(store, 1, 2, state)]
+    beats = [HeartbeatMonitor(store, 0, 2, lambda: ("training", 7)), HeartbeatMonitor(store, 1, 2, state)]
     lost, other = RuntimeError("Connection closed by peer [127.0.0.1]:1"), ValueError("the batch is bad")
     assert beats[0].cause(other) is None and looked == []
     assert beats[0].cause(lost) is None  # both live
     over.set()
     assert stands.wait(seconds(30))
     found = beats[0].cause(lost)
-    assert (found.sign.rank, found.sign.phase, found.sign.step, found.hung) == (1, "training", 7, False)
+    assert (found.heartbeat.rank, found.heartbeat.phase, found.heartbeat.step, found.hung) == (1, "training", 7, False)
     assert beats[0].cause(RuntimeError("Timed out waiting 15000ms for recv")).hung
     assert looked == [2.5, 2.5, 6]  # seconds; a beat comes each second
 
@@ -192,7 +192,7 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv(HEARTBEAT_DIRECTORY, str(tmp_path))
     monkeypatch.setattr(heartbeat, "last_collective", lambda: exchange(12, 5.0))
-    beats = [Heartbeats(store, rank, 2, lambda: ("training", 7), timeout_s=0.01) for rank in range(2)]
+    beats = [HeartbeatMonitor(store, rank, 2, lambda: ("training", 7), timeout_s=0.01) for rank in range(2)]
     beats[1].write_stacks_to(tmp_path / "rank-1.stacks")
     wait(lambda: "last exchange: gloo:all_reduce number 12 of default_pg (4x2), not over" in stacks(tmp_path), "stacks")
     assert "test_a_rank_that_lives" in stacks(tmp_path)
@@ -235,20 +235,20 @@ def test_failure_of_a_waiting_exchange_is_recorded_before_nccl_ends_the_process(
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     now, told = [exchange(12, 5.0)], []
     monkeypatch.setattr(heartbeat, "last_collective", lambda: now[0])
-    beats = Heartbeats(store, 0, 2, lambda: ("training", 7), timeout_s=1.0)
+    beats = HeartbeatMonitor(store, 0, 2, lambda: ("training", 7), timeout_s=1.0)
     beats.at_timeout = told.append
     beats._warn_before_abort(now[0])
     now[0] = exchange(12, 0.9, by="nccl")
     wait(lambda: told, "what NCCL waits for")
     assert told == [now[0]] and beats.at_timeout is None, "once, by the beats themselves"
-    patient = Heartbeats(store, 1, 2, lambda: ("training", 7), timeout_s=600)
+    patient = HeartbeatMonitor(store, 1, 2, lambda: ("training", 7), timeout_s=600)
     patient.at_timeout = told.append
     patient._warn_before_abort(exchange(12, 500.0, by="nccl"))
     assert patient.at_timeout is not None, "it may still be over in time"
 
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
-    monkeypatch.setattr(Heartbeats, "silent_ranks", lambda self, look_s: [])
-    where = attempt.Attempt(phase="training", step=7, run_dir=tmp_path, heartbeats=beats)
+    monkeypatch.setattr(HeartbeatMonitor, "silent_ranks", lambda self, wait_s: [])
+    where = attempt.Attempt(phase="training", step=7, run_dir=tmp_path, heartbeat_monitor=beats)
     path = tmp_path / "failure.json"
     teller = threading.Thread(target=attempt._before_nccl_aborts, args=(where, 0, now[0]))
     teller.start()
@@ -301,7 +301,7 @@ def test_rank_that_asks_where_all_are_has_reported_its_own_place(tmp_path, monke
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(heartbeat, "last_collective", lambda: exchange(3))
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
-    beats = Heartbeats(store, 1, 2, state)
+    beats = HeartbeatMonitor(store, 1, 2, state)
     beats.write_stacks_to(tmp_path / "rank-1.stacks")
     assert beats.collect_last_collectives(None) == {1: exchange(3)}
     assert stacks(tmp_path).count("last exchange: ") == 1 and "test_rank_that_asks" in stacks(tmp_path)
@@ -311,7 +311,7 @@ def test_a_full_disk_makes_no_rank_silent(tmp_path, monkeypatch):
     """Where the stacks cannot be written, its signs of life ended with that, or the cause of the failure did."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(heartbeat, "last_collective", lambda: exchange(3))
-    beats = Heartbeats(store, 1, 2, lambda: ("training", 7))
+    beats = HeartbeatMonitor(store, 1, 2, lambda: ("training", 7))
     (tmp_path / "rank-1.stacks").symlink_to("/dev/full")
     beats.write_stacks_to(tmp_path / "rank-1.stacks")
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
@@ -321,7 +321,7 @@ def test_a_full_disk_makes_no_rank_silent(tmp_path, monkeypatch):
 BUSY = """
 import json, pathlib, sys, threading, time
 from torch.distributed import TCPStore
-from strategies.heartbeat import Heartbeats
+from strategies.heartbeat import HeartbeatMonitor
 
 def work():
     while True:
@@ -329,7 +329,7 @@ def work():
         sorted("3 2 1".split(), key=lambda word: pathlib.Path("x") / word)
 
 store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-Heartbeats(store, 1, 2, lambda: ("training", 7)).write_stacks_to(pathlib.Path(sys.argv[1]))
+HeartbeatMonitor(store, 1, 2, lambda: ("training", 7)).write_stacks_to(pathlib.Path(sys.argv[1]))
 threading.Thread(target=work, daemon=True).start()
 print("busy", flush=True)
 time.sleep(3600)

@@ -16,7 +16,7 @@ from strategies import flight_recorder, heartbeat, rendezvous
 from strategies.bounded_store import BoundedStore, Unanswered
 from strategies.compat import process_groups
 from strategies.errors import ShardtuneError
-from strategies.heartbeat import CutOffRank, Heartbeats
+from strategies.heartbeat import CutOffRank, HeartbeatMonitor
 from strategies.rendezvous import Rendezvous
 from tests.helpers.launching import ROOT, clean_environment, free_port
 from tests.helpers.speed import seconds
@@ -56,7 +56,7 @@ def test_heartbeat_of_a_rank_cut_off_from_the_store_says_so_and_ends(server, mon
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     ended, told = threading.Event(), []
-    beats = Heartbeats(store, 1, 2, lambda: ("training", 7), timeout_s=1.0)
+    beats = HeartbeatMonitor(store, 1, 2, lambda: ("training", 7), timeout_s=1.0)
 
     def end(error):
         told.append(error)
@@ -71,7 +71,7 @@ def test_heartbeat_of_a_rank_cut_off_from_the_store_says_so_and_ends(server, mon
     assert beats.collect_last_collectives(None) == {}
     # One whose main thread waits for a library without a limit is ended by the beat.
     assert ended.wait(seconds(30))
-    assert (told[0].sign.rank, told[0].sign.step) == (1, 7)
+    assert (told[0].heartbeat.rank, told[0].heartbeat.step) == (1, 7)
     assert "the link is down, or that host hangs; this rank ends after 1 s without progress" in capfd.readouterr().err
 
 
@@ -154,7 +154,7 @@ def beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s):
     monkeypatch.setattr(process_groups, "recorded_collectives", lambda: exchanges_at(clock.now_s))
     not_started = SimpleNamespace(Lock=threading.Lock, Thread=lambda *, target, args=(), **_: Started(target, args))
     monkeypatch.setattr(heartbeat, "threading", not_started)
-    beats = Heartbeats(None, 0, 1, lambda: ("training", 7), timeout_s=timeout_s)
+    beats = HeartbeatMonitor(None, 0, 1, lambda: ("training", 7), timeout_s=timeout_s)
     beats._stacks = (tmp_path / "stacks").open("w")
     warned_at = []
     beats.at_timeout = lambda exchange: warned_at.append(clock.now_s)
@@ -187,8 +187,8 @@ def test_rank_in_a_step_of_ten_minutes_lives_and_its_exchanges_are_not_late(monk
         return [*past, exchange(len(past), begun_s, over=False)] if now_s >= begun_s else past
 
     beats, warned_at = beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s=STEP_S)
-    sign = json.loads(beats._store["shardtune/beat/0"])
-    assert sign["count"] == STEP_S and sign["step"] == 7
+    heartbeat = json.loads(beats._store["shardtune/beat/0"])
+    assert heartbeat["count"] == STEP_S and heartbeat["step"] == 7
     assert warned_at == [] and beats._stacks is not None, "a step that goes on was taken for one that hangs"
 
 

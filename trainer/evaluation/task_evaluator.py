@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trainer.evaluation.tasks.model_interface import ModelInterface
 
 
-SIGN_OF_LIFE_S = 30.0
+PROGRESS_LINE_INTERVAL_S = 30.0
 """Seconds between two lines of progress of a task that takes long."""
 
 
@@ -56,14 +56,14 @@ class TaskEvaluator:
         last_line_at = 0.0
 
         def on_batch(done: int, batches: int) -> None:
-            """Print a line if the last one is `SIGN_OF_LIFE_S` seconds old; the clock starts anew with each task."""
+            """Print a line if the last one is `PROGRESS_LINE_INTERVAL_S` seconds old; the clock starts anew with each task."""
             nonlocal timed_task, first_batch_at, last_line_at
             now = clock()
             if timed_task != self.current_task:
                 timed_task = self.current_task
                 first_batch_at = now
                 last_line_at = now
-            elif now - last_line_at >= SIGN_OF_LIFE_S and done < batches:
+            elif now - last_line_at >= PROGRESS_LINE_INTERVAL_S and done < batches:
                 last_line_at = now
                 elapsed_s = now - first_batch_at
                 print_line(f"{timed_task}: {done} of {batches} batches, {elapsed_s:.0f} s since the first")

@@ -18,7 +18,7 @@ def with_expert_parallelism(configs: list[RunConfig], world_size: int) -> list[l
 
     The list of a run is empty if its model has no experts, or its strategy is not FSDP2 or HSDP. `configs` are variants of one
     run and have the same models; expert parallelism must be possible for its teacher and reward models as well. Expert groups
-    that cross hosts are left out, since each layer would wait for the network. `world_size`: ranks of the run. No weights are read.
+    that cross hosts are left out, since each layer would wait for the network. `world_size`: ranks of the run. Reads no weights.
     """
     ranks_per_host = world_size // configs[0].launcher.nodes
     degrees = [degree for degree in DEGREES if ranks_per_host % degree == 0]

@@ -23,7 +23,7 @@ from strategies.errors import (
     tokenizer_panic,
 )
 from strategies.flight_recorder import CollectiveCall
-from strategies.heartbeat import LOST_PEER, TIMED_OUT, CutOffRank, Heartbeats, LaggingRank, SilentRank
+from strategies.heartbeat import LOST_PEER, TIMED_OUT, CutOffRank, HeartbeatMonitor, LaggingRank, SilentRank
 from strategies.redaction import redacted
 from strategies.rendezvous import Rendezvous
 from strategies.runtime import Runtime, broadcast_object
@@ -54,8 +54,8 @@ class Attempt:
     run_dir: Path | None = None
     lease: Lease | None = None
     """Ownership of the run directory; on rank 0 alone."""
-    heartbeats: Heartbeats | None = None
-    """Signs of life between the ranks; None for a single rank, and before the ranks have met."""
+    heartbeat_monitor: HeartbeatMonitor | None = None
+    """Heartbeats between the ranks; None for a single rank, and before the ranks have met."""
     renamed_from: Path | None = None
     """The path of the directory before somebody renamed it while the run was under way."""
     on_move: list[Callable[[Path], None]] = field(default_factory=list)
@@ -69,17 +69,17 @@ class Attempt:
 
     @contextlib.contextmanager
     def join_ranks(self, timeout_s: float) -> Iterator[Rendezvous]:
-        """A context until there is a process group. The ranks meet in their store and start to send signs of life.
+        """A context until there is a process group. The ranks meet in their store and start to send heartbeats.
 
         All ranks must call, within `timeout_s`. If they stop (Preempted) because rank 0 lost the directory, all raise LeaseLost.
         """
         rendezvous = Rendezvous.join(timeout_s, self.why_lost)
         if rendezvous.store is not None:  # several ranks
-            self.heartbeats = Heartbeats(
+            self.heartbeat_monitor = HeartbeatMonitor(
                 rendezvous.store, rendezvous.rank, rendezvous.world_size, lambda: (self.phase, self.step), timeout_s
             )
-            self.heartbeats.at_timeout = self.at_timeout
-            self.heartbeats.when_cut_off = self.when_cut_off
+            self.heartbeat_monitor.at_timeout = self.at_timeout
+            self.heartbeat_monitor.when_cut_off = self.when_cut_off
         try:
             yield rendezvous
         except Preempted as stop:
@@ -99,8 +99,8 @@ class Attempt:
     def set_run_dir(self, run_dir: Path, rank: int) -> Path:
         """Note the directory of the run, and return it. Stacks of this rank's threads are written there on request."""
         self.run_dir = run_dir
-        if self.heartbeats is not None:
-            self.heartbeats.write_stacks_to(run_dir / "logs" / f"rank-{rank}.stacks")
+        if self.heartbeat_monitor is not None:
+            self.heartbeat_monitor.write_stacks_to(run_dir / "logs" / f"rank-{rank}.stacks")
         return run_dir
 
     def why_lost(self) -> str | None:
@@ -240,7 +240,7 @@ def _write_stopped(attempt: Attempt, error: BaseException) -> None:
 def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     """Write what made the run fail, on whichever rank, into `failure.json` and `status.json`; the first to write wins.
 
-    If this rank only lost its connection to another, the cause is the rank that sends no signs of life any more. If a collective
+    If this rank only lost its connection to another, the cause is the rank that sends no heartbeats any more. If a collective
     timed out, it is the rank that is behind the others.
     """
     if attempt.run_dir is None or read_failure(attempt.run_dir):
@@ -250,14 +250,14 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
 
     # Find the rank that caused the failure, if it is another one.
     cause: SilentRank | CutOffRank | LaggingRank | None = None
-    if attempt.heartbeats is not None:
-        cause = attempt.heartbeats.cause(error)
+    if attempt.heartbeat_monitor is not None:
+        cause = attempt.heartbeat_monitor.cause(error)
     timed_out = not isinstance(error, ShardtuneError) and TIMED_OUT.search(str(error)) is not None
     last_collectives: dict[int, CollectiveCall] | None = None
-    if timed_out and cause is None and attempt.heartbeats is not None:
-        # All ranks give signs of life: the cause is the rank whose last collective comes first in their common order.
-        last_collectives = attempt.heartbeats.collect_last_collectives(None)
-        cause = attempt.heartbeats.lagging_rank(error, last_collectives)
+    if timed_out and cause is None and attempt.heartbeat_monitor is not None:
+        # All ranks send heartbeats: the cause is the rank whose last collective comes first in their common order.
+        last_collectives = attempt.heartbeat_monitor.collect_last_collectives(None)
+        cause = attempt.heartbeat_monitor.lagging_rank(error, last_collectives)
 
     # Record that rank with its phase and step, or else this rank.
     phase = attempt.phase
@@ -266,11 +266,11 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     if cause is not None:
         cause.__cause__ = error  # so that the record also says where this rank waited
         error = cause
-        last_sign = cause.sign
-        rank = last_sign.rank
-        phase = last_sign.phase
-        step = last_sign.step
-        details = {"host": last_sign.host, "pid": last_sign.pid, "gone": not cause.hung}
+        last_heartbeat = cause.heartbeat
+        rank = last_heartbeat.rank
+        phase = last_heartbeat.phase
+        step = last_heartbeat.step
+        details = {"host": last_heartbeat.host, "pid": last_heartbeat.pid, "gone": not cause.hung}
     if not record_failure(attempt.run_dir, rank, error, phase, step, **details) and read_failure(attempt.run_dir):
         return  # another rank was first
     # If there is no failure.json even so, the disk has no room for it: try the status.
@@ -278,9 +278,9 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     with contextlib.suppress(StorageError):  # it would hide what ended the run
         write_status(attempt.run_dir, State.failed, step=step, reason=f"rank {rank}, {phase}: {summary}")
     # The record exists now, so collecting the state of every rank, which takes seconds, can only add to it.
-    if timed_out and attempt.heartbeats is not None:
+    if timed_out and attempt.heartbeat_monitor is not None:
         if last_collectives is None:
-            last_collectives = attempt.heartbeats.collect_last_collectives(cause.sign if cause else None)
+            last_collectives = attempt.heartbeat_monitor.collect_last_collectives(cause.heartbeat if cause else None)
         details |= _hang_details(attempt.run_dir, error, last_collectives)
         record_failure(attempt.run_dir, rank, error, phase, step, replace=True, **details)
 

@@ -36,11 +36,11 @@ from strategies.errors import ConfigError, NotRunOwner, Preempted, StorageError
 
 CLAIM = re.compile(r"(\d{6})\.json")
 BEATS_PER_PATIENCE = 12
-"""Signs of life that an owner gives within the time after which it is taken for dead."""
+"""Heartbeats that an owner writes within the time after which it is taken for dead."""
 REMOVAL_S = 2.0
 """Seconds to wait before a second look at a directory that seems to be under removal. A new claim would only hinder `rm`."""
 SILENT = "SHARDTUNE_SILENT"
-"""Environment variable with the last sign of life of an owner that was found dead, so that other ranks need not watch it too."""
+"""Environment variable with the last heartbeat of an owner that was found dead, so that other ranks need not watch it too."""
 
 
 class InUse(NotRunOwner, ConfigError):
@@ -289,7 +289,7 @@ class Lease:
         return None
 
     def _beat(self) -> None:
-        """Body of the thread: write a sign of life and check the claim, in turns, until the lease is released or lost."""
+        """Body of the thread: write a heartbeat and check the claim, in turns, until the lease is released or lost."""
         count = 0
         while True:
             count += 1
@@ -348,7 +348,7 @@ def living_owner(run_dir: Path, patience_s: float, stop: Callable[[], bool] = la
     """The living owner of the directory, in words; None if the directory may be claimed.
 
     The cases in order, the cheap ones first: nobody has a claim; it is an earlier start of this SLURM job; its process is, or
-    was, on this host; it is on another host. In the last case, its signs of life are watched for up to `patience_s`, or until
+    was, on this host; it is on another host. In the last case, its heartbeats are watched for up to `patience_s`, or until
     `stop` says that this process shall end (Preempted).
     """
     directory = run_dir / "lease"
@@ -362,7 +362,7 @@ def living_owner(run_dir: Path, patience_s: float, stop: Callable[[], bool] = la
     is_alive = is_alive_here(owner, own)
     if is_alive is not None:
         return f"{owner.describe()}, is running it" if is_alive else None
-    # It is on another host: watch whether the count in its file of signs of life still grows.
+    # It is on another host: watch whether the count in its file of heartbeats still grows.
     first_beat = _read_beat(directory, number)
     if os.environ.get(SILENT) == f"{owner.token}:{first_beat}":
         return None  # watched already, by this process or the one that started it
@@ -444,7 +444,7 @@ def _read_claim(directory: Path, number: int) -> Owner | None:
 
 
 def _read_beat(directory: Path, number: int) -> str | None:
-    """The last count that the owner of a claim has written as a sign of life; None if it cannot be read."""
+    """The last count that the owner of a claim has written as a heartbeat; None if it cannot be read."""
     try:
         return shared_files.read(_beat_path(directory, number)).decode()
     except OSError:

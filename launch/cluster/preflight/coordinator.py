@@ -250,7 +250,7 @@ def _collect(collector: _ReportCollector, processes: list[subprocess.Popen[str]]
     - a node ended without an answer, and the others had a few seconds more (`reports.not_waited_for`: those still missing);
     - all nodes have answered, and the communication test has reported too or is not waited for.
 
-    Returns the seconds since the start; with `is_queued`, since the nodes' first sign of life.
+    Returns the seconds since the start; with `is_queued`, since the nodes' first heartbeat.
     """
     request = collector.request
     reports = collector.reports
