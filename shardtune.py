@@ -1,4 +1,4 @@
-"""shardtune in Python: the words of the command line as a function call, and runs as objects.
+"""shardtune in Python: the arguments of the command line as a function call, and runs as objects.
 
     import shardtune
 
@@ -83,13 +83,13 @@ class Run:
     def export(self, to: str | Path | None = None, **settings: Any) -> Path:
         """Write a checkpoint as a model for others, as `shardtune export` does; returns its directory.
 
-        `settings` are the words of that verb: `checkpoint="best"`, `merge=True`, `dtype="bfloat16"`. Errors: RunFailed.
+        `settings` are the arguments of that verb: `checkpoint="best"`, `merge=True`, `dtype="bfloat16"`. Errors: RunFailed.
         """
-        words = [str(self.dir)]
-        words += [f"{key}={_text(value)}" for key, value in settings.items()]
+        arguments = [str(self.dir)]
+        arguments += [f"{key}={_text(value)}" for key, value in settings.items()]
         if to is not None:
-            words.append(f"to={to}")
-        _run("export", words, self)
+            arguments.append(f"to={to}")
+        _run("export", arguments, self)
         return self.dir / "export" if to is None else Path(to).expanduser()
 
     def model(self) -> Any:
@@ -128,25 +128,26 @@ class Run:
         return content if isinstance(content, dict) else {}
 
 
-def compose(*words: str, check: bool = True, **settings: Any) -> Composed:
-    """The configuration that these words make: `.config` (typed), `.yaml`, `.sha256`. Nothing is started.
+def compose(*arguments: str, check: bool = True, **settings: Any) -> Composed:
+    """The configuration that these arguments make: `.config` (typed), `.yaml`, `.sha256`. Nothing is started.
 
-    `words` are as typed (`"optim.lr=2e-4"`, `"my.yaml"`). A keyword names a setting with `_` for its dots (`model_path`), or as
-    it is typed, in a dictionary: `**{"batch.global": 64}`. Raises strategies.errors.ConfigError with everything that is wrong.
+    `arguments` are as typed (`"optim.lr=2e-4"`, `"my.yaml"`). A keyword names a setting with `_` for its dots (`model_path`),
+    or as it is typed, in a dictionary: `**{"batch.global": 64}`. Raises strategies.errors.ConfigError with everything that is
+    wrong.
     """
     _refuse_other_packages()
     from launch.config.compose import compose as composed
 
-    return composed(_words(words, settings), check=check)
+    return composed(_arguments(arguments, settings), check=check)
 
 
-def train(*words: str, **settings: Any) -> Run:
+def train(*arguments: str, **settings: Any) -> Run:
     """Train to the end, or resume the run of that directory. Its output is printed as it comes.
 
     Takes what `compose` takes. Raises ConfigError before anything starts, RunFailed if the run ends otherwise than done. An
     interrupt (Ctrl-C, or the notebook's stop) is passed on, so that the run saves, and raised again.
     """
-    composed = compose(*words, **settings)
+    composed = compose(*arguments, **settings)
     from launch.train import run_dir_of
 
     run = Run(run_dir_of(composed).absolute())
@@ -154,21 +155,21 @@ def train(*words: str, **settings: Any) -> Run:
     return run
 
 
-def evaluate(run: Run | str | Path | None = None, *words: str, **settings: Any) -> EvaluationResult:
+def evaluate(run: Run | str | Path | None = None, *arguments: str, **settings: Any) -> EvaluationResult:
     """Measure a run or a model, as `shardtune evaluate` does; what it prints is printed as it comes.
 
-    `run`: the run; None with `model_path=<directory>`. Further words are keywords, too: `against="base"`,
+    `run`: the run; None with `model_path=<directory>`. Further arguments are keywords, too: `against="base"`,
     `checkpoint="best"`, `to="reports/first"`, `evaluation_tasks=["loss"]`. A metric that fell against an evaluation.json
     is no error: `regressions` names it. Raises ConfigError or DataError before anything starts, RunFailed.
     """
-    all_words = [*_run_words(run), *_words(words, settings)]
+    all_arguments = [*_run_arguments(run), *_arguments(arguments, settings)]
     _refuse_other_packages()
-    from launch.evaluate.words import make_plan, parse_words
+    from launch.evaluate.arguments import make_plan, parse_arguments
     from launch.notebook.results import EvaluationResult
 
-    directory = Path(make_plan(parse_words(all_words)).job.to).absolute()
+    directory = Path(make_plan(parse_arguments(all_arguments)).job.to).absolute()
     result = EvaluationResult(directory)
-    _run("evaluate", all_words, run if isinstance(run, Run) else Run(directory), expected=(0, NOT_MET))
+    _run("evaluate", all_arguments, run if isinstance(run, Run) else Run(directory), expected=(0, NOT_MET))
     return result
 
 
@@ -179,12 +180,12 @@ def compare(*runs: Run | str | Path, to: str | Path | None = None, **settings: A
     `strategy=["ddp", "fsdp2"]` is an axis, `compare_steps=20` is of the comparison. `to`: where the runs of new points go,
     and the files of the answer. Raises ConfigError before anything starts, RunFailed if no point succeeds.
     """
-    words: list[str] = []
+    arguments: list[str] = []
     for run in runs:
-        words += _run_words(run)
-    is_new = bool(settings) or any("=" in word for word in words)
+        arguments += _run_arguments(run)
+    is_new = bool(settings) or any("=" in argument for argument in arguments)
     _refuse_other_packages()
-    from launch.compare.command import rows_from_words
+    from launch.compare.command import rows_from_arguments
     from launch.compare.comparison import compare as compare_rows
     from launch.config.prices import price_of
     from launch.notebook.results import ComparisonResult
@@ -193,34 +194,34 @@ def compare(*runs: Run | str | Path, to: str | Path | None = None, **settings: A
     if is_new:
         from launch.compare.points import plan_points
 
-        words += _words((), settings, axes=True)
+        arguments += _arguments((), settings, axes=True)
         # Planned here, so that what is wrong is an error before anything starts.
-        default_directory = Path("runs") / plan_points(words).name
+        default_directory = Path("runs") / plan_points(arguments).name
         to = default_directory if to is None else Path(to).expanduser()
-        _run("compare", [*words, f"to={to}"], Run(to))
-        words = [str(to)]
-    rows, problems = rows_from_words(words)
+        _run("compare", [*arguments, f"to={to}"], Run(to))
+        arguments = [str(to)]
+    rows, problems = rows_from_arguments(arguments)
     if problems:
         raise ConfigError(problems)
     if to is not None and not is_new:
         to = Path(to).expanduser()
-        _run("compare", [*words, f"to={to}"], Run(to))
+        _run("compare", [*arguments, f"to={to}"], Run(to))
     return ComparisonResult(compare_rows(rows, price_of))
 
 
-def plan(*words: str, **settings: Any) -> PlanResult:
+def plan(*arguments: str, **settings: Any) -> PlanResult:
     """What a run will need and how fast it will be on a card, as `shardtune plan` reckons it; nothing is trained.
 
     Takes what `compose` takes, and `hardware="h100_80g"`, `plan_offload=True`, `from_="runs/first"`. That nothing fits is no
     error: `fits` says so. Raises RunFailed, with the message of the command.
     """
-    all_words = _words(words, settings)
+    all_arguments = _arguments(arguments, settings)
     _refuse_other_packages()
     from launch.notebook.results import PlanResult
 
     # Its own stdout is the JSON alone: a line of a library between would break it.
     with tempfile.TemporaryFile() as answer:
-        _run("plan", ["--json", *all_words], None, expected=(0, NOT_MET), answer=answer)
+        _run("plan", ["--json", *all_arguments], None, expected=(0, NOT_MET), answer=answer)
         answer.seek(0)
         return PlanResult(json.loads(answer.read()))
 
@@ -239,7 +240,7 @@ def main() -> int:
 
 def _run(
     verb: str,
-    words: list[str],
+    arguments: list[str],
     run: Run | None,
     *,
     expected: tuple[int, ...] = (0,),
@@ -253,7 +254,7 @@ def _run(
     if os.environ.get("PYTHONPATH"):
         search_path.append(os.environ["PYTHONPATH"])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
-    command = [sys.executable, "-P", "-u", "-m", "launch.main", verb, *words]
+    command = [sys.executable, "-P", "-u", "-m", "launch.main", verb, *arguments]
     stdout = subprocess.PIPE if answer is None else answer
     stderr = subprocess.STDOUT if answer is None else subprocess.PIPE
     # In a session of its own, so that an interrupt reaches it once: from us, and not from the terminal as well.
@@ -295,18 +296,18 @@ def _refuse_other_packages() -> None:
         )
 
 
-def _run_words(run: Run | str | Path | None) -> list[str]:
-    """A run, or a word, as it is typed; none for None."""
+def _run_arguments(run: Run | str | Path | None) -> list[str]:
+    """A run, or an argument, as it is typed; none for None."""
     if run is None:
         return []
     return [str(run.dir) if isinstance(run, Run) else str(run)]
 
 
-def _words(words: tuple[str, ...], settings: dict[str, Any], *, axes: bool = False) -> list[str]:
-    """The words of the command line for words and keywords. With `axes`, a list may stand for several values."""
-    command_words = list(words)
+def _arguments(arguments: tuple[str, ...], settings: dict[str, Any], *, axes: bool = False) -> list[str]:
+    """The arguments of the command line for arguments and keywords. With `axes`, a list may stand for several values."""
+    command_arguments = list(arguments)
     if not settings:
-        return command_words
+        return command_arguments
     from launch.config.choices import choices_by_group
     from launch.config.overrides import find_setting
     from launch.config.overrides import settings as all_settings
@@ -327,12 +328,12 @@ def _words(words: tuple[str, ...], settings: dict[str, Any], *, axes: bool = Fal
             text = ",".join(map(_value_of_axis, value))
         else:
             text = _text(value)
-        command_words.append(f"{key}={text}")
-    return command_words
+        command_arguments.append(f"{key}={text}")
+    return command_arguments
 
 
 def _key_of_verb(name: str) -> str:
-    """The word of a verb that a keyword names: `compare_steps` is `compare.steps`, `from_` is `from`."""
+    """The argument of a verb that a keyword names: `compare_steps` is `compare.steps`, `from_` is `from`."""
     group, _, rest = name.partition("_")
     if group in VERB_GROUPS and rest:
         return f"{group}.{rest}"

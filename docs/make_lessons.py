@@ -264,10 +264,10 @@ def same_line(old: str, new: str) -> bool:
     """Whether two lines have the same words, and numbers within the tolerance."""
     old, new = without_machine(old), without_machine(new)
     old_words = NUMBER.sub("#", old).split()
-    new_words = NUMBER.sub("#", new).split()
+    new_overrides = NUMBER.sub("#", new).split()
     old_numbers = NUMBER.findall(old)
     new_numbers = NUMBER.findall(new)
-    return old_words == new_words and all(map(same_number, old_numbers, new_numbers))
+    return old_words == new_overrides and all(map(same_number, old_numbers, new_numbers))
 
 
 def without_machine(line: str) -> str:

@@ -19,7 +19,7 @@ from launch import streams
 from trainer.stopping.signals import hold
 
 if TYPE_CHECKING:
-    from launch.config.verb_words import VerbWords
+    from launch.config.verb_arguments import VerbArguments
 
 VERBS_BY_GROUP = {
     "start": {
@@ -141,18 +141,18 @@ def print_completion(arguments: list[str]) -> int:
     if not shell and len(arguments) > 1:
         shell = arguments[1]
     try:
-        print(script(shell, VERBS, declared_words()), end="")
+        print(script(shell, VERBS, declared_arguments()), end="")
     except ConfigError as error:
         print(f"shardtune: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def declared_words() -> dict[str, list[type[VerbWords]]]:
+def declared_arguments() -> dict[str, list[type[VerbArguments]]]:
     """{verb: classes that declare its arguments}, for the completion in a shell."""
     from importlib import import_module
 
-    from launch.config.verb_words import declared_in
+    from launch.config.verb_arguments import declared_in
 
     return {verb: declared_in(import_module(module_of(verb))) for verb in VERBS}
 
@@ -263,7 +263,7 @@ def _run_verb(verb: str, argv: list[str]) -> int:
 
     if verb not in READ_ONLY_VERBS:
         streams.refuse_stripped_docstrings()
-        streams.refuse_unwritable_words(argv)
+        streams.refuse_undecodable_arguments(argv)
     _refuse_addresses(argv)
     return int(import_module(module_of(verb)).main(take_config_dirs(argv)) or 0)
 

@@ -68,18 +68,18 @@ def restart_in_utf8() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def refuse_unwritable_words(words: list[str]) -> None:
-    """Refuse a command-line word with bytes that are no text in the environment's encoding. Errors: ConfigError.
+def refuse_undecodable_arguments(arguments: list[str]) -> None:
+    """Refuse a command-line argument with bytes that are no text in the environment's encoding. Errors: ConfigError.
 
-    Such a word cannot be written into the files of a run, which are UTF-8.
+    Such an argument cannot be written into the files of a run, which are UTF-8.
     """
-    for word in words:
+    for argument in arguments:
         try:
-            word.encode("utf-8")
+            argument.encode("utf-8")
         except UnicodeEncodeError:
             encoding = sys.getfilesystemencoding()
             raise ConfigError(
-                f"{word.encode('ascii', 'backslashreplace').decode()}: is not valid {encoding}, the encoding of this "
+                f"{argument.encode('ascii', 'backslashreplace').decode()}: is not valid {encoding}, the encoding of this "
                 "environment; type it in that encoding, or rename the file"
             ) from None
 

@@ -10,19 +10,27 @@ from pathlib import Path
 
 from launch.config.help_text import show_help
 from launch.config.show_config import CFG_KINDS, print_config
-from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
+from launch.config.verb_arguments import (
+    VerbArguments,
+    asks_for_help,
+    flag,
+    forwarded_settings,
+    help_rows,
+    option,
+    read_arguments,
+)
 from launch.output import print_json, stdout_to_stderr
 from strategies.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class SubmitWords(VerbWords):
+class SubmitArguments(VerbArguments):
     """What `shardtune submit` takes."""
 
-    settings: list[str] = setting_words(and_flags=True)
+    settings: list[str] = forwarded_settings(and_flags=True)
     print_only: bool = flag("print the script of each job and stop", key="--print", also=("--dry-run",))
     as_json: bool = flag("print job ids, run directories and scripts as JSON", key="--json")
-    shown_config: str | None = word(
+    shown_config: str | None = option(
         "print the whole configuration and stop", key="--cfg", also=("-c",), like="[job|hydra|all]", choices=CFG_KINDS
     )
     multirun: bool = flag(
@@ -41,7 +49,7 @@ USAGE = f"""usage: shardtune submit [--print] [--json] [-m] [--cfg] [key=value .
 submit hands a run to SLURM. It takes the words of `train`. If a run has not finished, the same words requeue it. The
 settings launcher.* say what the job asks SLURM for; conf/launcher/slurm.yaml lists them.
 
-{help_rows(SubmitWords)}
+{help_rows(SubmitArguments)}
 
 docs/slurm.md leads you from login to a requeued run on two nodes."""
 
@@ -54,25 +62,25 @@ def main(argv: list[str]) -> int:
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    words, problems = read_words("submit", SubmitWords, argv)
-    if words.as_json and (words.print_only or words.multirun or words.shown_config is not None):
+    arguments, problems = read_arguments("submit", SubmitArguments, argv)
+    if arguments.as_json and (arguments.print_only or arguments.multirun or arguments.shown_config is not None):
         problems.append(
             "--json: tells what was submitted of one run; leave --print, --dry-run, --cfg and -m out, or it"
         )
     if problems:
         raise ConfigError(problems)
-    if not any(setting.startswith("launcher=") for setting in words.settings):
-        words.settings.insert(0, "launcher=slurm")
-    if words.multirun:
+    if not any(setting.startswith("launcher=") for setting in arguments.settings):
+        arguments.settings.insert(0, "launcher=slurm")
+    if arguments.multirun:
         from launch import train
 
-        show_only = ["--dry-run"] if words.print_only else []
-        cfg_words = [] if words.shown_config is None else ["--cfg", words.shown_config]
-        return train.main(["-m", *words.settings, *show_only, *cfg_words])
-    return _submit_one(words)
+        show_only = ["--dry-run"] if arguments.print_only else []
+        cfg_arguments = [] if arguments.shown_config is None else ["--cfg", arguments.shown_config]
+        return train.main(["-m", *arguments.settings, *show_only, *cfg_arguments])
+    return _submit_one(arguments)
 
 
-def _submit_one(words: SubmitWords) -> int:
+def _submit_one(arguments: SubmitArguments) -> int:
     """Freeze and submit the run that the command line describes, or print its configuration or script; returns 0.
 
     A run that is finished is not submitted again, unless it has a pipeline, whose later jobs may be missing.
@@ -82,24 +90,24 @@ def _submit_one(words: SubmitWords) -> int:
     from launch.runs.freeze import freeze
 
     submitted: list[Submission] = []
-    with stdout_to_stderr(words.as_json):
-        composed = compose(words.settings, check=words.shown_config is None)
-        if words.shown_config is not None:
-            print_config(composed, words.shown_config)
+    with stdout_to_stderr(arguments.as_json):
+        composed = compose(arguments.settings, check=arguments.shown_config is None)
+        if arguments.shown_config is not None:
+            print_config(composed, arguments.shown_config)
             return 0
         refuse_unshared_model(composed.config)
         typed_directory = composed.config.run.dir
         run_dir = Path(typed_directory).expanduser() if typed_directory else default_run_dir(composed.sha256)
-        finished = not words.print_only and is_finished(run_dir)
-        if not words.print_only:
+        finished = not arguments.print_only and is_finished(run_dir)
+        if not arguments.print_only:
             run_dir = freeze(composed, run_dir, may_change_strategy=True)
         # The later parts of a pipeline may be open although the training is done.
         if finished and not getattr(composed.config.launcher, "pipeline", []):
             print(f"{run_dir}: already finished with this configuration; nothing to do")
         else:
-            submitted = submit(composed.config, [run_dir], print_only=words.print_only)
+            submitted = submit(composed.config, [run_dir], print_only=arguments.print_only)
     # With --json, the answer of a run that was not submitted names no job.
-    if words.as_json:
+    if arguments.as_json:
         nothing = Submission({}, [str(run_dir.absolute())], {}, None)
         [answer] = submitted or [nothing]
         print_json(asdict(answer))

@@ -1,7 +1,7 @@
 """`shardtune train`, and `python -m launch.train` under torchrun and srun: starts a run, or is one rank of it.
 
 The environment decides which. A launcher composes, freezes and starts. A rank loads the frozen configuration (or
-composes the same words itself) and trains. How a run ended is read from its directory, where the first failing rank
+composes the same arguments itself) and trains. How a run ended is read from its directory, where the first failing rank
 left its error.
 """
 
@@ -19,7 +19,15 @@ from launch.config import show_config
 from launch.config.choices import choices_by_group
 from launch.config.help_text import show_help
 from launch.config.process_role import is_worker, seems_a_worker
-from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
+from launch.config.verb_arguments import (
+    VerbArguments,
+    asks_for_help,
+    flag,
+    forwarded_settings,
+    help_rows,
+    option,
+    read_arguments,
+)
 from launch.output import print_json, stdout_to_stderr
 from strategies.compat.python import end_process, run_exit_functions
 from strategies.errors import ConfigError
@@ -32,18 +40,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class TrainWords(VerbWords):
+class TrainArguments(VerbArguments):
     """What `shardtune train` takes beside settings."""
 
-    settings: list[str] = setting_words(and_flags=True)
-    shown_config: str | None = word(
+    settings: list[str] = forwarded_settings(and_flags=True)
+    shown_config: str | None = option(
         "print the whole configuration (hydra: Hydra's own) and stop",
         key="--cfg",
         also=("-c",),
         like="[job|hydra|all]",
         choices=show_config.CFG_KINDS,
     )
-    info: str | None = word(
+    info: str | None = option(
         "print which files the configuration comes from and stop",
         key="--info",
         also=("-i",),
@@ -60,7 +68,7 @@ class TrainWords(VerbWords):
 
     @property
     def only_shows(self) -> bool:
-        """Whether the words ask to print something instead of training."""
+        """Whether the arguments ask to print something instead of training."""
         return self.shown_config is not None or self.info is not None or self.dry_run
 
 
@@ -86,30 +94,30 @@ def main(argv: list[str]) -> int:
 
     Errors: ConfigError, and whatever the run itself raises.
     """
-    words, problems = read_words("train", TrainWords, argv)
+    arguments, problems = read_arguments("train", TrainArguments, argv)
     needs_help = asks_for_help(argv)
     # Signals are held from the start of the process, so that a run can save. Here there is nothing to save (yet).
-    if needs_help or problems or words.only_shows or words.as_json:
+    if needs_help or problems or arguments.only_shows or arguments.as_json:
         release()  # a signal ends the process at once; with --json, training holds signals again
     if needs_help:
         show_help(usage())
         return 0
-    if words.as_json and (words.multirun or words.shown_config is not None):
-        other = "-m" if words.shown_config is None else "--cfg"
+    if arguments.as_json and (arguments.multirun or arguments.shown_config is not None):
+        other = "-m" if arguments.shown_config is None else "--cfg"
         problems.append(
             f"--json: works for a single run; leave {other} out (runs by -m: shardtune compare <their directory> --json)"
         )
     if problems:
         raise ConfigError(problems)
-    if words.info is not None:
-        print("\n".join(show_config.composition_lines(words.settings)))
+    if arguments.info is not None:
+        print("\n".join(show_config.composition_lines(arguments.settings)))
         return 0
-    if is_worker(os.environ) and not words.only_shows and not words.as_json and not words.multirun:
-        return run_as_rank(words.settings)
-    return _train_or_show(words)
+    if is_worker(os.environ) and not arguments.only_shows and not arguments.as_json and not arguments.multirun:
+        return run_as_rank(arguments.settings)
+    return _train_or_show(arguments)
 
 
-def _train_or_show(words: TrainWords) -> int:
+def _train_or_show(arguments: TrainArguments) -> int:
     """Train the run, search or sweep that the command line describes, or print what that would be; returns the exit code.
 
     - -m: a sweep or a search of several runs;
@@ -121,46 +129,46 @@ def _train_or_show(words: TrainWords) -> int:
         from launch.config.compose import compose
         from launch.sweep.sweeper import is_search
 
-    settings = words.settings
-    if words.multirun:
-        return _multirun(words)
+    settings = arguments.settings
+    if arguments.multirun:
+        return _multirun(arguments)
     if is_search(settings):
         raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
-    if words.shown_config is not None:
-        show_config.print_config(compose(settings, check=False), words.shown_config)
+    if arguments.shown_config is not None:
+        show_config.print_config(compose(settings, check=False), arguments.shown_config)
         return 0
-    if words.dry_run:
-        return _dry_run(settings, as_json=words.as_json)
-    with stdout_to_stderr(words.as_json):
+    if arguments.dry_run:
+        return _dry_run(settings, as_json=arguments.as_json)
+    with stdout_to_stderr(arguments.as_json):
         with importing("hydra"):
             composed = compose(settings)
         run_dir = run_dir_of(composed)
         code = launch_run(composed, run_dir)
-    if words.as_json:
+    if arguments.as_json:
         print_json(run_result(run_dir, code))
     return code
 
 
-def _multirun(words: TrainWords) -> int:
+def _multirun(arguments: TrainArguments) -> int:
     """Train the runs of a sweep or a search, or print them; returns the exit code."""
     from launch.sweep.multirun import multirun
     from launch.sweep.sweeper import is_search
 
     print_point = None
-    if words.shown_config is not None or words.dry_run:
-        print_point = partial(show, shown_config=words.shown_config)
-    if is_search(words.settings):
-        return _search(words.settings, print_point)
-    return multirun(words.settings, launch=launch_run, show=print_point, check=words.shown_config is None)
+    if arguments.shown_config is not None or arguments.dry_run:
+        print_point = partial(show, shown_config=arguments.shown_config)
+    if is_search(arguments.settings):
+        return _search(arguments.settings, print_point)
+    return multirun(arguments.settings, launch=launch_run, show=print_point, check=arguments.shown_config is None)
 
 
-def _dry_run(words: list[str], *, as_json: bool) -> int:
+def _dry_run(arguments: list[str], *, as_json: bool) -> int:
     """Print what a run would do (`--dry-run`); returns the exit code, 70 if a defect of ours prevents simulating its step."""
     with stdout_to_stderr(as_json):
         from launch.config.compose import compose
         from launch.plan.dry_run import describe
 
-        description = describe(compose(words).config)
+        description = describe(compose(arguments).config)
     if as_json:
         print_json({**description.facts, "exit_code": description.exit_code})
     else:
@@ -182,8 +190,8 @@ def run_result(run_dir: Path, code: int) -> dict[str, Any]:
     return answer
 
 
-def _search(words: list[str], print_point: Callable[[Composed], None] | None) -> int:
-    """Search hyperparameters by Optuna or W&B as the words say; returns the exit code.
+def _search(arguments: list[str], print_point: Callable[[Composed], None] | None) -> int:
+    """Search hyperparameters by Optuna or W&B as the arguments say; returns the exit code.
 
     With `print_point`, print the plan of the search, and its first run by that function, instead.
     """
@@ -191,9 +199,9 @@ def _search(words: list[str], print_point: Callable[[Composed], None] | None) ->
     from launch.sweep.sweeper import chosen_sweeper, plan_search, search_listing
     from launch.sweep.wandb_sweep_file import write_sweep
 
-    if chosen_sweeper(words) == "wandb":
-        return write_sweep(words, print_only=print_point is not None)
-    search = plan_search(words)
+    if chosen_sweeper(arguments) == "wandb":
+        return write_sweep(arguments, print_only=print_point is not None)
+    search = plan_search(arguments)
     if print_point is not None:
         print(f"# {search_listing(search)}\n# the first one could be:".replace("\n  ", "\n#   "))
         print_point(search.first_trial)
@@ -254,11 +262,11 @@ def launch_run(composed: Composed, run_dir: Path, *, isolate: bool = False) -> i
     return code
 
 
-def run_as_rank(words: list[str]) -> int:
+def run_as_rank(arguments: list[str]) -> int:
     """Train as one rank, started by our launcher, torchrun or srun; returns the exit code.
 
-    `words`: the settings on the command line, for a rank without our launcher. Returns 0 also if preempted: another code would
-    make torchrun or srun end the other ranks. Returns 70 after an error that our launcher shows.
+    `arguments`: the settings on the command line, for a rank without our launcher. Returns 0 also if preempted: another code
+    would make torchrun or srun end the other ranks. Returns 70 after an error that our launcher shows.
     """
     hold()
     from launch.config.process_role import export_torchrun_variables
@@ -269,7 +277,7 @@ def run_as_rank(words: list[str]) -> int:
     _refuse_restarts(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    run = _run_of_rank(words, rank)
+    run = _run_of_rank(arguments, rank)
     if run.is_finished:
         print(f"{run.directory}: already finished with this configuration; nothing to do")
         return 0
@@ -299,11 +307,11 @@ class RankRun:
     is_finished: bool
 
 
-def _run_of_rank(words: list[str], rank: int) -> RankRun:
+def _run_of_rank(arguments: list[str], rank: int) -> RankRun:
     """The run that this rank trains.
 
     Our launcher has frozen it (`SHARDTUNE_CONFIG` names the file); else, as under torchrun, it is composed from the settings on
-    the command line (`words`), and rank 0 freezes it into its directory. Errors: ConfigError, StorageError.
+    the command line (`arguments`), and rank 0 freezes it into its directory. Errors: ConfigError, StorageError.
     """
     with importing("torch"):
         from launch.config.compose import compose, is_finished, load_frozen
@@ -315,7 +323,7 @@ def _run_of_rank(words: list[str], rank: int) -> RankRun:
         config = load_frozen(frozen_config)
         directory = Path(frozen_config).parent
         return RankRun(config, directory, identity(config), is_finished(directory))
-    composed = compose(words)
+    composed = compose(arguments)
     config = composed.config
     run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
     finished = run_dir is not None and is_finished(run_dir)  # before freezing, which writes a new configuration
@@ -396,7 +404,7 @@ def usage() -> str:
             "search with Optuna: optim.lr='tag(log,interval(1e-5,1e-3))'; sweeper=wandb searches with W&B's agent"
         ),
     }
-    settings = "\n".join(f"  {words:<32}{text}" for words, text in COMMON_SETTINGS.items())
+    settings = "\n".join(f"  {arguments:<32}{text}" for arguments, text in COMMON_SETTINGS.items())
     choices = "\n".join(f"  {group + '=':<12}{' '.join(names)}" for group, names in choices_by_group().items() if names)
     return f"""usage: shardtune train [flags] [key=value ...]
 
@@ -410,7 +418,7 @@ groups:
 {choices}
 
 flags:
-{help_rows(TrainWords, more_flags)}
+{help_rows(TrainArguments, more_flags)}
 
 A word such as my.yaml is a settings file. Words that you type override it. ~key sets a setting back to its default.
 conf/ and docs/config.md list every setting with its meaning.

@@ -206,11 +206,11 @@ def compare_runs(experiment: Experiment, seeds: Sequence[int], directory: Path, 
     if len(finished) < len(runs):
         return
     from launch.compare.answer import as_markdown
-    from launch.compare.command import rows_from_words
+    from launch.compare.command import rows_from_arguments
     from launch.compare.comparison import compare
     from launch.config.prices import price_of
 
-    rows, problems = rows_from_words(finished)
+    rows, problems = rows_from_arguments(finished)
     if problems:
         raise RuntimeError("; ".join(problems))
     to.mkdir(parents=True, exist_ok=True)

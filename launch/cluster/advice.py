@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.cluster.long_steps import long_step_notes, longest_step_s
 from launch.cluster.sbatch_environment import environment_value
-from launch.config.prices import price_by_word
+from launch.config.prices import price_by_gpu_kind
 from launch.runs.slurm_time import clock, seconds
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
@@ -318,7 +318,7 @@ def _price_lines(slurm: SlurmConfig, candidates: list[Partition], runs: int) -> 
     if request is None:
         return []
     gpu_kinds = gpu_kinds_of_job(slurm, candidates)
-    prices: set[float | None] = {price_by_word(kind) for kind in gpu_kinds}  # US dollars an hour of a GPU
+    prices: set[float | None] = {price_by_gpu_kind(kind) for kind in gpu_kinds}  # US dollars an hour of a GPU
     # Known only if all kinds that the job may get cost the same.
     price = prices.pop() if len(prices) == 1 else None
     gpu_hours = request.count * slurm.nodes * runs * seconds(slurm.time) / 3600

@@ -22,13 +22,13 @@ def refuse_large_arrays(points: list[list[str]], *, repeats: int = 1) -> None:
     """
     if not points or "launcher=slurm" not in points[0]:
         return
-    if any(word.startswith("launcher.pipeline=[") for word in points[0]):
+    if any(argument.startswith("launcher.pipeline=[") for argument in points[0]):
         return
     # Runs with the same settings of the launcher become the tasks of one array.
     tasks_by_request: Counter[tuple[str, ...]] = Counter()
     for point in points:
-        launcher_words = tuple(word for word in point if word.startswith("launcher."))
-        tasks_by_request[launcher_words] += 1
+        launcher_arguments = tuple(argument for argument in point if argument.startswith("launcher."))
+        tasks_by_request[launcher_arguments] += 1
     refuse_large_array(repeats * max(tasks_by_request.values()))
 
 

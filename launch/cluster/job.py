@@ -1,6 +1,6 @@
 """`python -m launch.job begin` and `end`, which a job script calls before and after its training step.
 
-`begin [words]` settles which run this is (frozen by `shardtune submit`, or composed here from the words of
+`begin [arguments]` settles which run this is (frozen by `shardtune submit`, or composed here from the arguments of
 slurm/train.sbatch), whether it may start, and where its ranks meet. It prints lines that the shell evaluates;
 everything else goes to stderr. `end` requeues a run that saved and wants to go on, or that lost a rank. Records of an
 earlier start are recognised by the job's id and the number of its start, never by a clock.
@@ -34,8 +34,8 @@ SBATCH_DECIDES = (
     "is asked of SLURM when a job is submitted; give it to sbatch before the script's name, or use shardtune submit"
 )
 SCRIPT_DECIDES = "is the script's own: change slurm/train.sbatch or slurm/env.sh, or use shardtune submit"
-LAUNCHER_WORDS = ("name", "processes", "nodes", "rdzv", "retry", "preflight", "code", "stage")
-"""Settings of the launcher that slurm/train.sbatch takes as words; the others would be lost."""
+LAUNCHER_KEYS = ("name", "processes", "nodes", "rdzv", "retry", "preflight", "code", "stage")
+"""Settings of the launcher that slurm/train.sbatch takes as arguments; the others would be lost."""
 SECTIONS = ("launcher", "run", "model", "data")
 PORTS_TRIED = 50
 """How many ports are tried, one after another."""
@@ -82,15 +82,15 @@ class FrozenRun:
         return max(1, cores // self.processes)
 
 
-def begin(words: list[str]) -> dict[str, Any]:
+def begin(arguments: list[str]) -> dict[str, Any]:
     """Prepare one start of a SLURM job before its training step; returns the shell variables that the job script sets.
 
-    Determines which run this is, whether it may start, which code it runs and where its ranks meet. `words`: the arguments of
+    Determines which run this is, whether it may start, which code it runs and where its ranks meet. `arguments`: the arguments of
     slurm/train.sbatch; empty for a run that `shardtune submit` has frozen. Errors: ConfigError, StorageError, ShardtuneError.
     """
     job = JobStart.here()
     refuse_heterogeneous(os.environ)
-    run = load_or_freeze_run(words, job)
+    run = load_or_freeze_run(arguments, job)
     logs = run.directory / "logs"
     # The script reads each of these, so each is there however the start goes on.
     shell_variables: dict[str, Any] = {
@@ -108,7 +108,7 @@ def begin(words: list[str]) -> dict[str, Any]:
         return {**shell_variables, "finished": 1}
 
     logs.mkdir(parents=True, exist_ok=True)
-    started_by_train_sbatch = bool(words)
+    started_by_train_sbatch = bool(arguments)
     if started_by_train_sbatch:  # `shardtune submit` has copied the code, and its scripts start from the copy
         shell_variables["code"] = code_to_run(run, job)
     snapshot.refuse_changed()
@@ -211,22 +211,22 @@ def check_nodes(run: FrozenRun, job: JobStart, master: str) -> None:
         )
 
 
-def load_or_freeze_run(words: list[str], job: JobStart) -> FrozenRun:
+def load_or_freeze_run(arguments: list[str], job: JobStart) -> FrozenRun:
     """The run of this job: the one that was frozen when the job was submitted, else one that is composed and frozen now.
 
-    `words`: the command-line arguments of slurm/train.sbatch, such as "model.path=..."; only that script brings some.
+    `arguments`: the command-line arguments of slurm/train.sbatch, such as "model.path=..."; only that script brings some.
     Errors: ConfigError.
     """
     frozen_config = os.environ.get("SHARDTUNE_CONFIG")
-    if frozen_config and not words:
+    if frozen_config and not arguments:
         return FrozenRun.read(Path(frozen_config).parent)
     from launch.config.compose import compose
     from launch.runs.freeze import freeze
 
-    problems = misplaced_words(words)
+    problems = misplaced_arguments(arguments)
     if problems:
         raise ConfigError(problems)
-    composed = compose([*settings_from_job(job), *words])
+    composed = compose([*settings_from_job(job), *arguments])
     nodes = composed.config.launcher.nodes
     if nodes != len(job.nodes):
         raise ConfigError(f"launcher.nodes={nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out")
@@ -234,21 +234,21 @@ def load_or_freeze_run(words: list[str], job: JobStart) -> FrozenRun:
     return FrozenRun.read(freeze(composed, run_dir, may_change_strategy=True))
 
 
-def misplaced_words(words: list[str]) -> list[str]:
+def misplaced_arguments(arguments: list[str]) -> list[str]:
     """Why slurm/train.sbatch cannot take some of its arguments: SLURM has decided them already, or the script itself does.
 
     ["launcher.time=1:00:00", "launcher.nodes=2"] -> one problem, about launcher.time.
     """
     problems = []
-    for word in words:
-        key, _, value = word.partition("=")
+    for argument in arguments:
+        key, _, value = argument.partition("=")
         group, _, name = key.partition(".")
         if group != "launcher":
             continue
-        is_taken = name in LAUNCHER_WORDS if name else value == "slurm"
+        is_taken = name in LAUNCHER_KEYS if name else value == "slurm"
         if not is_taken:
             reason = SCRIPT_DECIDES if name in ("", "setup", "python") else SBATCH_DECIDES
-            problems.append(f"{word}: {reason}")
+            problems.append(f"{argument}: {reason}")
     return problems
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from launch.config.prices import cards_by_word
+from launch.config.prices import cards_by_gpu_kind
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.heartbeat import LATE_SHARE
 from trainer.config.run import RunConfig, SlurmConfig
@@ -98,7 +98,7 @@ def reckoned_step_s(config: RunConfig, flops_per_token: float, tokens: float, gp
 
 def _tflops(kind: str, precision: Precision) -> float:
     """The least peak rate among the cards that a site's word may name, in TFLOP/s; 0 if it is not known."""
-    cards = cards_by_word(kind)
+    cards = cards_by_gpu_kind(kind)
     if precision is Precision.fp32:
         return min((float(card["fp32_tflops"]) for card in cards), default=0.0)
     return min((peak_tflops(card["name"]) or 0.0 for card in cards), default=0.0)

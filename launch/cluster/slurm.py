@@ -105,7 +105,7 @@ def script_head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Pa
     """The lines of a job script up to the function `setup`: the options of sbatch, the runs, the interpreter and the code.
 
     The body of the script (`BODY`) reads the shell variables that are set here: runs, patience, python, inside, container,
-    within and words. Parameters and errors as for `render`.
+    within and arguments. Parameters and errors as for `render`.
     """
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig):
@@ -154,14 +154,14 @@ def _interpreter_lines(config: RunConfig, slurm: SlurmConfig, directories: list[
         *lines,
         f"python={host_python} # asks SLURM, on the host",
         f"inside={rank_python} # of the ranks, in the container",
-        f"container=({_shell_words(srun_options)})",
-        f"within=({_shell_words(prefix)})",
+        f"container=({_shell_arguments(srun_options)})",
+        f"within=({_shell_arguments(prefix)})",
     ]
 
 
-def _shell_words(words: list[str]) -> str:
-    """The words of a command, quoted for the shell, with blanks between them."""
-    return " ".join(shlex.quote(checked_line(word, "launcher.container")) for word in words)
+def _shell_arguments(arguments: list[str]) -> str:
+    """The arguments of a command, quoted for the shell, with blanks between them."""
+    return " ".join(shlex.quote(checked_line(argument, "launcher.container")) for argument in arguments)
 
 
 def setup_text(slurm: SlurmConfig, clone: Path) -> str:

@@ -28,7 +28,7 @@ CONNECT_S = 10
 HELLO_S = 60.0
 """Seconds in which a host must have said what it is."""
 HEARTBEAT_S = 5.0
-"""Seconds between words to the nodes, and between ssh's own heartbeats."""
+"""Seconds between messages to the nodes, and between ssh's own heartbeats."""
 MISSED_HEARTBEATS = 6
 """Heartbeats of a host that may be missing in a row before it is taken for lost."""
 SSH_FAILED = 255
@@ -89,12 +89,12 @@ def ssh_command(host: str, launcher: LauncherConfig) -> list[str]:
         "ServerAliveInterval": int(HEARTBEAT_S),
         "ServerAliveCountMax": MISSED_HEARTBEATS,
     }
-    option_words = []
+    ssh_options = []
     for name, setting in options.items():
-        option_words += ["-o", f"{name}={setting}"]
+        ssh_options += ["-o", f"{name}={setting}"]
     # ssh takes the first value that it is given of an option: the user's (`launcher.ssh`) come before ours. The last word is
     # read by the login shell there, whichever that is.
-    return ["ssh", "-T", *launcher.ssh, *option_words, "--", host, shlex.join(node_command)]
+    return ["ssh", "-T", *launcher.ssh, *ssh_options, "--", host, shlex.join(node_command)]
 
 
 def connect(host: str, launcher: LauncherConfig) -> Node:

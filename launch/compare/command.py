@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from launch.compare.settings import CompareConfig
 from launch.config.help_text import show_help
 from launch.config.prices import price_of
-from launch.config.verb_words import (
-    VerbWords,
+from launch.config.verb_arguments import (
+    VerbArguments,
     asks_for_help,
-    bare_words,
     flag,
+    forwarded_settings,
     group_rows,
     help_rows,
-    read_words,
-    setting_words,
-    word,
+    option,
+    positionals,
+    read_arguments,
 )
 from launch.output import Column, TableRow, fold, fold_all, table
 from strategies.errors import ConfigError, StorageError
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class CompareWords(VerbWords):
+class CompareArguments(VerbArguments):
     """What `shardtune compare` takes."""
 
-    runs: list[str] = bare_words()
-    to: Path | None = word(
+    runs: list[str] = positionals()
+    to: Path | None = option(
         "the directory for the runs and the answer; default: one below runs/, the same for the same points",
         like="<directory>",
     )
-    settings: list[str] = setting_words()
+    settings: list[str] = forwarded_settings()
     dry_run: bool = flag("list the points, and those that would be refused, and stop")
     follow: bool = flag("rewrite the page while the runs train, until all have ended")
     as_json: bool = flag("print JSON instead of tables", key="--json")
@@ -65,7 +65,7 @@ All points use the same data, seed and global batch. They run one after another,
 launcher=slurm. A point that fails or is refused stays in the table with its reason. After Ctrl-C, or with more
 repeats, the same command continues: finished points are not run again, and failed ones are tried once more.
 
-{help_rows(CompareWords, group_rows("compare", CompareConfig))}
+{help_rows(CompareArguments, group_rows("compare", CompareConfig))}
 
 With run directories, compare reads runs that exist and computes nothing anew. The first run is the baseline. A
 directory that holds runs (from `train -m` or `compare`) stands for all of them. You can also name a run by W&B's own
@@ -83,33 +83,33 @@ def main(argv: list[str]) -> int:
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    words, problems = read_words("compare", CompareWords, argv)
-    if words.to is not None and words.to.exists() and not words.to.is_dir():
-        problems.append(f"to={words.to}: is a file; name a directory")
+    arguments, problems = read_arguments("compare", CompareArguments, argv)
+    if arguments.to is not None and arguments.to.exists() and not arguments.to.is_dir():
+        problems.append(f"to={arguments.to}: is a file; name a directory")
 
     # With settings the command starts new runs; with directories alone it reads runs that exist.
     rows: list[ComparisonRow] = []
-    if words.settings:
-        for run in words.runs:
+    if arguments.settings:
+        for run in arguments.runs:
             problems.append(
                 f"{run}: not of the form key=value; name runs that exist, or settings of new ones, not both"
             )
     else:
-        if words.dry_run:
+        if arguments.dry_run:
             problems.append(
                 "--dry-run: lists points of new runs; name an axis, as in strategy=ddp,fsdp2, or leave it out"
             )
-        rows, run_problems = rows_from_words(words.runs)
+        rows, run_problems = rows_from_arguments(arguments.runs)
         problems += run_problems
     if problems:
         raise ConfigError(problems)
 
-    if words.settings:
-        return _compare_new_points(words)
-    if words.follow:
-        follow_runs(rows, words.to or _comparison_directory(words.runs), words.as_json)
+    if arguments.settings:
+        return _compare_new_points(arguments)
+    if arguments.follow:
+        follow_runs(rows, arguments.to or _comparison_directory(arguments.runs), arguments.as_json)
     else:
-        print_and_write_comparison(rows, words.to, words.as_json)
+        print_and_write_comparison(rows, arguments.to, arguments.as_json)
     return 0
 
 
@@ -168,17 +168,17 @@ def _write_page(rows: list[ComparisonRow], page: Path, reload_after_s: float | N
     write_text_atomic(page, as_html(comparison, reload_after_s=reload_after_s))
 
 
-def _comparison_directory(words: list[str]) -> Path | None:
+def _comparison_directory(arguments: list[str]) -> Path | None:
     """The directory of an earlier comparison (it has a `comparison.json`), if that is the only argument; None for runs."""
     from launch.compare.settings import COMPARISON_FILE
 
-    if len(words) != 1:
+    if len(arguments) != 1:
         return None
-    directory = Path(words[0]).expanduser()
+    directory = Path(arguments[0]).expanduser()
     return directory if (directory / COMPARISON_FILE).is_file() else None
 
 
-def _compare_new_points(words: CompareWords) -> int:
+def _compare_new_points(arguments: CompareArguments) -> int:
     """Run every point that the settings make, then print and write the comparison; returns the exit code.
 
     With `--dry-run`, only list the points.
@@ -187,29 +187,29 @@ def _compare_new_points(words: CompareWords) -> int:
     from launch.compare.points import STOP_EXIT_CODES, plan_points, run_points
     from trainer.stopping.signals import hold, release
 
-    if not words.dry_run:
+    if not arguments.dry_run:
         hold()  # keep a signal that comes before the first run for that run, so that Ctrl-C stops it as it stops `train`
-    plan = plan_points(words.settings)
-    to = words.to or Path("runs") / plan.name
+    plan = plan_points(arguments.settings)
+    to = arguments.to or Path("runs") / plan.name
     if (to / "config.yaml").exists():
         raise ConfigError(f"to={to}: is the directory of a run; name another one")
-    if words.dry_run:
+    if arguments.dry_run:
         print(points_listing(plan, to))
         return 0
     print(points_listing(plan, to), file=sys.stderr, flush=True)
     rows = plan.rows(to)
     pages = None
-    if words.follow:
+    if arguments.follow:
         pages = PeriodicPage(lambda reload_after_s: _write_page(rows, to / "compare.html", reload_after_s))
     exit_code = run_points(plan, to, pages)
     release()
     if exit_code in STOP_EXIT_CODES:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
 
-    if words.follow and exit_code == 0:  # SLURM may still be running the points
-        follow_runs(rows, to, words.as_json)
+    if arguments.follow and exit_code == 0:  # SLURM may still be running the points
+        follow_runs(rows, to, arguments.as_json)
     else:
-        print_and_write_comparison(rows, to, words.as_json)
+        print_and_write_comparison(rows, to, arguments.as_json)
     return exit_code
 
 
@@ -321,11 +321,11 @@ def _write_run_files(comparison: Comparison, page: Path) -> list[str]:
     return written
 
 
-def rows_from_words(words: list[str]) -> tuple[list[ComparisonRow], list[str]]:
+def rows_from_arguments(arguments: list[str]) -> tuple[list[ComparisonRow], list[str]]:
     """(rows of the runs that the arguments name, error messages for arguments that name no run or one twice)."""
     problems: list[str] = []
     rows: list[ComparisonRow] = []
-    for argument in words:
+    for argument in arguments:
         try:
             rows += _rows_from_argument(argument)
         except ConfigError as error:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from launch.cluster.array_size import refuse_large_arrays
 from launch.compare.settings import CompareConfig, ComparisonRow, setting_keys, write_comparison_file
 from launch.config.axes import Axes, excluded_points, name_in_trackers, point_label, read_axes
-from launch.config.verb_words import read_group
+from launch.config.verb_arguments import read_group
 from strategies.errors import ConfigError, NotRunOwner
 
 if TYPE_CHECKING:

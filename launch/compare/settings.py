@@ -32,9 +32,9 @@ class CompareConfig:
     price_per_hour: float | None = None
     """US dollars per hour for the device of one rank. null takes the price of its card in conf/hardware."""
     skip: list[str] = field(default_factory=list)
-    """Conditions such as strategy=ddp+tuning=full: a point that has all these words is left out."""
+    """Conditions such as strategy=ddp+tuning=full: a point that has all these arguments is left out."""
     where: list[str] = field(default_factory=list)
-    """Conditions such as tuning=full+optim.lr=2e-5: a point that has the first word but lacks another is left out."""
+    """Conditions such as tuning=full+optim.lr=2e-5: a point that has the first argument but lacks another is left out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,7 +223,7 @@ def _axes(comparison: Comparison) -> dict[str, tuple[Any, ...]]:
 
 def _configured_columns(run: RecordedRun) -> set[str]:
     """The settings that `logging.columns` of a run names: the axes of its sweep, and what the user added."""
-    return {word.partition("=")[0] for word in run.config.get("logging.columns") or []}
+    return {argument.partition("=")[0] for argument in run.config.get("logging.columns") or []}
 
 
 def _is_grouping(values: tuple[Any, ...], number_of_runs: int) -> bool:

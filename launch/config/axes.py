@@ -1,4 +1,4 @@
-"""The axes of a sweep (words with several values), their points, and the conditions that leave points out."""
+"""The axes of a sweep (arguments with several values), their points, and the conditions that leave points out."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ FUNCTION = re.compile(r"[a-z]+\(.*\)", re.DOTALL)
 """Hydra's own way to write several values, such as range(0,3)."""
 MOST_LABEL_CHARACTERS = 80
 """Longest name of a point: file systems take 255 bytes, and tables of runs much less."""
-BETWEEN_WORDS = re.compile(r"\s*\+\s*(?=[\w.]+=)|\s+(?=[\w.]+=)")
-"""What separates the words of one condition: `a=1+b=2` or `a=1 b=2`."""
+BETWEEN_OVERRIDES = re.compile(r"\s*\+\s*(?=[\w.]+=)|\s+(?=[\w.]+=)")
+"""What separates the arguments of one condition: `a=1+b=2` or `a=1 b=2`."""
 OPENING_BRACKETS = "([{"
 CLOSING_BRACKETS = ")]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """The command line of a sweep. A word with several values, such as `optim.lr=1e-4,2e-4`, is an axis.
+    """The command line of a sweep. An argument with several values, such as `optim.lr=1e-4,2e-4`, is an axis.
 
     Two axes of two and three values span six points. A point is one run.
     """
 
     alternatives: tuple[tuple[str, ...], ...]
-    """For each typed word, in order: the `key=value` words that it stands for, one for each of its values."""
+    """For each typed argument, in order: the `key=value` arguments that it stands for, one for each of its values."""
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The values of each axis, by its key."""
         values_by_key = {}
-        for words in self.alternatives:
-            if len(words) > 1:
-                values_by_key[key_of(words[0])] = tuple(value_of(word) for word in words)
+        for arguments in self.alternatives:
+            if len(arguments) > 1:
+                values_by_key[key_of(arguments[0])] = tuple(value_of(argument) for argument in arguments)
         return values_by_key
 
     def points(self) -> list[list[str]]:
-        """The words of every point: the cartesian product of all axes, in which the last axis changes fastest.
+        """The arguments of every point: the cartesian product of all axes, in which the last axis changes fastest.
 
         A setting that only some choices of an axis have is left out of the other points. Points that become equal by this
         are one point: `tuning=full,lora tuning.rank=4,8` has three.
@@ -57,15 +57,15 @@ class Axes:
         points: list[list[str]] = []
         shortened_points: set[tuple[str, ...]] = set()
         for full_point in itertools.product(*self.alternatives):
-            # `full_point` has a word for each key, also those with one value.
-            values = {key_of(word): value_of(word) for word in full_point}
-            kept_words = []
-            for word in full_point:
-                limit = partial_settings.get(key_of(word))
+            # `full_point` has an argument for each key, also those with one value.
+            values = {key_of(argument): value_of(argument) for argument in full_point}
+            kept_overrides = []
+            for argument in full_point:
+                limit = partial_settings.get(key_of(argument))
                 if limit is None or values[limit.axis] in limit.choices:
-                    kept_words.append(word)
-            point = tuple(kept_words)
-            # Only points that lost a word can have become equal. A value that was typed twice stays two points.
+                    kept_overrides.append(argument)
+            point = tuple(kept_overrides)
+            # Only points that lost an argument can have become equal. A value that was typed twice stays two points.
             if point == full_point:
                 points.append(list(point))
             elif point not in shortened_points:
@@ -76,12 +76,12 @@ class Axes:
     def values_on_axes(self, point: list[str]) -> dict[str, str]:
         """The values of a point, by axis. An axis that the point lacks is left out."""
         axes = self.axes
-        return {key_of(word): value_of(word) for word in point if key_of(word) in axes}
+        return {key_of(argument): value_of(argument) for argument in point if key_of(argument) in axes}
 
     def describe_point(self, point: list[str]) -> str:
-        """The words in which a point differs from the others, for people."""
-        words = [f"{key}={value}" for key, value in self.values_on_axes(point).items()]
-        return " ".join(words) or "only point"
+        """The arguments in which a point differs from the others, for people."""
+        arguments = [f"{key}={value}" for key, value in self.values_on_axes(point).items()]
+        return " ".join(arguments) or "only point"
 
     def settings_of_some_points(self) -> list[str]:
         """A line such as `tuning.rank: only where tuning is lora` for each setting that some points lack."""
@@ -101,8 +101,8 @@ class Axes:
 
         axes = self.axes
         limits = {}
-        for words in self.alternatives:
-            key = key_of(words[0])
+        for arguments in self.alternatives:
+            key = key_of(arguments[0])
             group = key.partition(".")[0]
             if key == group or group not in axes:
                 continue
@@ -124,26 +124,26 @@ class SettingLimit:
     choices: tuple[str, ...]
 
 
-def key_of(word: str) -> str:
-    """The key of a word `key=value`."""
-    return word.partition("=")[0]
+def key_of(argument: str) -> str:
+    """The key of an argument `key=value`."""
+    return argument.partition("=")[0]
 
 
-def value_of(word: str) -> str:
-    """The value of a word `key=value`, as text."""
-    return word.partition("=")[2]
+def value_of(argument: str) -> str:
+    """The value of an argument `key=value`, as text."""
+    return argument.partition("=")[2]
 
 
-def read_axes(words: list[str]) -> Axes:
-    """Split each command-line word at the commas between its values.
+def read_axes(arguments: list[str]) -> Axes:
+    """Split each command-line argument at the commas between its values.
 
     Errors: ConfigError for an empty value, as in `optim.lr=1e-4,,2e-4`.
     """
     problems: list[str] = []
     alternatives: list[tuple[str, ...]] = []
-    for word in words:
+    for argument in arguments:
         try:
-            alternatives.append(tuple(_expand_word(word)))
+            alternatives.append(tuple(_expand_override(argument)))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -173,43 +173,45 @@ def split_at_commas(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def _expand_word(word: str) -> list[str]:
-    """The words that a word of a sweep stands for: `optim.lr=1e-4,2e-4` for `optim.lr=1e-4` and `optim.lr=2e-4`.
+def _expand_override(argument: str) -> list[str]:
+    """The arguments that an argument of a sweep stands for: `optim.lr=1e-4,2e-4` for `optim.lr=1e-4` and `optim.lr=2e-4`.
 
     Several values are written with commas, as `glob(...)`, or by Hydra's functions such as `range(0,3)`. Any other word stands
     for itself. Errors: ConfigError.
     """
-    key = key_of(word)
-    value_text = value_of(word)
+    key = key_of(argument)
+    value_text = value_of(argument)
     values = split_at_commas(value_text)
     if len(values) > 1:
         if not all(values):
-            raise ConfigError(f"{word}: nothing stands between two commas; leave one out, or quote the whole value")
+            raise ConfigError(f"{argument}: nothing stands between two commas; leave one out, or quote the whole value")
         return [f"{key}={value}" for value in values]
     if value_text.startswith("glob(") and value_text.endswith(")"):
-        return [f"{key}={match}" for match in _glob_matches(word, key, value_text)]
+        return [f"{key}={match}" for match in _glob_matches(argument, key, value_text)]
     if FUNCTION.fullmatch(value_text):
         # Imported here: Hydra's parser takes long to load, and few words need it.
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
 
         try:
-            override = OverridesParser.create().parse_override(word)
-            if override.is_sweep_override():
-                return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+            parsed_override = OverridesParser.create().parse_override(argument)
+            if parsed_override.is_sweep_override():
+                swept_values = parsed_override.sweep_string_iterator()
+                return [f"{parsed_override.get_key_element()}={value}" for value in swept_values]
         except (HydraException, NotImplementedError):
             pass  # text that only looks like a function; if it is a mistake, composing the point reports it
-    return [word]
+    return [argument]
 
 
-def _glob_matches(word: str, key: str, glob_text: str) -> list[str]:
+def _glob_matches(whole_argument: str, key: str, glob_text: str) -> list[str]:
     """The choices of the group `key`, or the files, that `glob(<pattern>)` or `glob([a,b],exclude=c)` matches, sorted.
 
-    `word`: the whole word, for messages. Errors: ConfigError if nothing matches, or if every published model does.
+    `whole_argument`: such as `tuning=glob(*)`, for messages. Errors: ConfigError if nothing matches, or if every published
+    model does.
     """
     included: set[str] = set()
     excluded: set[str] = set()
-    # An argument is `pattern`, `[pattern,pattern]`, `include=...` or `exclude=...`.
+    # An argument of glob is `pattern`, `[pattern,pattern]`, `include=...` or `exclude=...`.
     for argument in split_at_commas(glob_text.removeprefix("glob(").removesuffix(")")):
         name, assigned, patterns = argument.partition("=")
         matches = included
@@ -221,12 +223,12 @@ def _glob_matches(word: str, key: str, glob_text: str) -> list[str]:
             matches.update(_matches_of_pattern(key, pattern.strip("'\" ")))
     if key == MODEL_GROUP and included - excluded >= {*shape_names()}:
         raise ConfigError(
-            f"{word}: would be a run of each of {len(shape_names())} published models; name some of them, as in "
+            f"{whole_argument}: would be a run of each of {len(shape_names())} published models; name some of them, as in "
             "model=qwen3_0_6b,qwen3_1_7b or model=glob(qwen3_*)"
         )
     if not included - excluded:
         hint = f"; {key}= has {', '.join(choices_by_group()[key])}" if key in choices_by_group() else ""
-        raise ConfigError(f"{word}: matches nothing{hint}")
+        raise ConfigError(f"{whole_argument}: matches nothing{hint}")
     return sorted(included - excluded)
 
 
@@ -242,10 +244,10 @@ def _matches_of_pattern(key: str, pattern: str) -> list[str]:
 def excluded_points(axes: Axes, skip: list[str], where: list[str]) -> list[bool]:
     """For each run of a sweep (a point: one value for each swept setting), in order: whether a condition leaves it out.
 
-    A condition is words joined by `+`, such as `tuning=lora+optim.lr=2e-4`. In `skip` it leaves out the points that have all its
-    words: those with LoRA and this rate. In `where` it leaves out those that have its first word and lack another one: those
-    with LoRA and another rate. Errors: ConfigError for a word that is no swept setting or no value of it, since such a condition
-    would never hold.
+    A condition is arguments joined by `+`, such as `tuning=lora+optim.lr=2e-4`. In `skip` it leaves out the points that have
+    all its arguments: those with LoRA and this rate. In `where` it leaves out those that have its first argument and lack
+    another one: those with LoRA and another rate. Errors: ConfigError for an argument that is no swept setting or no value of
+    it, since such a condition would never hold.
     """
     problems: list[str] = []
     skip_conditions = [_read_condition("compare.skip", text, axes, problems) for text in skip]
@@ -280,19 +282,19 @@ def _matches(condition: list[tuple[str, str]], values: dict[str, str]) -> bool:
 def _read_condition(name: str, text: str, axes: Axes, problems: list[str]) -> list[tuple[str, str]]:
     """The (key, value) pairs of a condition: `tuning=lora+optim.lr=2e-4` gives [("tuning", "lora"), ("optim.lr", "2e-4")].
 
-    `name`: the setting that holds the condition, for messages. A word that is no swept setting (axis) with one of its values is
-    left out, and a message is appended to `problems`.
+    `name`: the setting that holds the condition, for messages. An argument that is no swept setting (axis) with one of its
+    values is left out, and a message is appended to `problems`.
     """
     pairs = []
-    for word in BETWEEN_WORDS.split(text.strip().strip("'\"")):
-        key = key_of(word)
-        value = value_of(word)
+    for argument in BETWEEN_OVERRIDES.split(text.strip().strip("'\"")):
+        key = key_of(argument)
+        value = value_of(argument)
         values = axes.axes.get(key)
         if values is None:
             axis_names = ", ".join(axes.axes) or "none"
-            problems.append(f"{name}: {word}: no axis of this comparison; those with several values: {axis_names}")
+            problems.append(f"{name}: {argument}: no axis of this comparison; those with several values: {axis_names}")
         elif value not in values:
-            problems.append(f"{name}: {word}: {key} takes {', '.join(values)} here")
+            problems.append(f"{name}: {argument}: {key} takes {', '.join(values)} here")
         else:
             pairs.append((key, value))
     return pairs
@@ -308,19 +310,19 @@ def point_label(values: dict[str, str]) -> str:
     return joined[:MOST_LABEL_CHARACTERS].strip("-.") or "point"
 
 
-def name_in_trackers(logging: LoggingConfig, base: Path, name: str, words: Iterable[str]) -> None:
+def name_in_trackers(logging: LoggingConfig, base: Path, name: str, arguments: Iterable[str]) -> None:
     """Set up W&B and other trackers to show the points of a sweep as one group, with a column for each axis.
 
-    `base`: the directory of the sweep, which names the group. `name`: the point's. `words`: the point's values on the axes.
+    `base`: the directory of the sweep, which names the group. `name`: the point's. `arguments`: the point's values on the axes.
     A group that the user has set stays, and so does the one that WANDB_RUN_GROUP names.
     """
     logging.group = logging.group or os.environ.get("WANDB_RUN_GROUP") or base.resolve().name
     logging.name = f"{logging.name}-{name}" if logging.name else name
     columns = list(logging.columns)
-    for word in words:
-        key = key_of(word)
-        # `experiment=x` is no setting of the run, so there is no value to look up: the whole word is the column.
-        columns.append(word if key in WHOLE_RUN_GROUPS else key)
+    for argument in arguments:
+        key = key_of(argument)
+        # `experiment=x` is no setting of the run, so there is no value to look up: the whole argument is the column.
+        columns.append(argument if key in WHOLE_RUN_GROUPS else key)
     logging.columns = list(dict.fromkeys(columns))
 
 

@@ -6,7 +6,7 @@ from enum import Enum
 
 from launch.config.choices import choices_by_group
 from launch.config.user_files import CHOSEN_BY_NAME
-from launch.config.verb_words import VerbWords, specs
+from launch.config.verb_arguments import VerbArguments, specs
 from strategies.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
@@ -88,10 +88,10 @@ compdef _shardtune shardtune 2>/dev/null
 """
 
 
-def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[VerbWords]]]) -> str:
+def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[VerbArguments]]]) -> str:
     """The completion script for bash, zsh or fish. Errors: ConfigError for another shell.
 
-    `verbs`: the description of each verb. `declared`: the classes that declare the words and flags of each verb.
+    `verbs`: the description of each verb. `declared`: the classes that declare the arguments and flags of each verb.
     """
     shell = shell.removeprefix("install=")
     if shell not in SHELLS:
@@ -100,14 +100,14 @@ def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[Verb
     if shell == "fish":
         return _fish(values_by_key, verbs, declared)
 
-    # bash and zsh share the form of their `case` branches: the values of each setting, the words of each verb.
+    # bash and zsh share the form of their `case` branches: the values of each setting, the arguments of each verb.
     value_cases = []
     for key, values in values_by_key.items():
         if values:
             value_cases.append(f'                {key}) candidates="{" ".join(values)}" ;;')
     word_cases = []
     for verb, declarations in declared.items():
-        word_cases.append(f'        {verb}) candidates="{" ".join(word_keys(declarations))}" ;;')
+        word_cases.append(f'        {verb}) candidates="{" ".join(option_keys(declarations))}" ;;')
 
     # What stands in place of the marks in the script's text.
     replacements = {
@@ -124,18 +124,18 @@ def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[Verb
     return script_text
 
 
-def word_keys(declarations: list[type[VerbWords]]) -> list[str]:
-    """The keys of a verb's own `key=value` words, as they are typed."""
+def option_keys(declarations: list[type[VerbArguments]]) -> list[str]:
+    """The keys of a verb's own `key=value` arguments, as they are typed."""
     keys = []
     for declaration in declarations:
         for spec in specs(declaration).values():
-            if spec.kind == "word" and not spec.key.startswith("-"):
+            if spec.kind == "option" and not spec.key.startswith("-"):
                 keys.append(spec.key)
     return keys
 
 
-def flags_of(declared: dict[str, list[type[VerbWords]]]) -> list[str]:
-    """The flags of all verbs: every word that begins with a dash, each once."""
+def flags_of(declared: dict[str, list[type[VerbArguments]]]) -> list[str]:
+    """The flags of all verbs: every argument that begins with a dash, each once."""
     flags = [*COMMON_FLAGS]
     for declarations in declared.values():
         for declaration in declarations:
@@ -167,7 +167,7 @@ def values_of_settings() -> dict[str, list[str]]:
 
 
 def _fish(
-    values_by_key: dict[str, list[str]], verbs: dict[str, str], declared: dict[str, list[type[VerbWords]]]
+    values_by_key: dict[str, list[str]], verbs: dict[str, str], declared: dict[str, list[type[VerbArguments]]]
 ) -> str:
     """The completion script for fish. It defines a function that prints the candidates for the word under the cursor.
 
@@ -206,12 +206,12 @@ def _fish(
         "end",
         "complete -c shardtune -n 'not __fish_use_subcommand' -a '(__shardtune_words)'",
     ]
-    # Words of single verbs, and flags.
+    # Arguments of single verbs, and flags.
     for verb, declarations in declared.items():
-        keys = word_keys(declarations)
+        keys = option_keys(declarations)
         if keys:
-            words = " ".join(f"{key}=" for key in keys)
-            lines.append(f"complete -c shardtune -n '__fish_seen_subcommand_from {verb}' -a '{words}'")
+            arguments = " ".join(f"{key}=" for key in keys)
+            lines.append(f"complete -c shardtune -n '__fish_seen_subcommand_from {verb}' -a '{arguments}'")
     for flag in flags_of(declared):
         if flag.startswith("--"):
             lines.append(f"complete -c shardtune -n 'not __fish_use_subcommand' -l {flag.removeprefix('--')}")

@@ -1,4 +1,4 @@
-"""Composes the words of the command line into one typed, validated and hashed configuration.
+"""Composes the overrides of the command line into one typed, validated and hashed configuration.
 
 All problems are reported together. Freezing the configuration into a run directory is the task of
 `launch.config.frozen`, whose functions are also offered here. Composing imports torch at most, never transformers,
@@ -27,7 +27,7 @@ from launch.config.choices import (
     settings_class_of,
     settings_classes,
 )
-from launch.config.earlier_words import earlier_config_of_same_words, keep_first_budget
+from launch.config.earlier_overrides import earlier_config_of_same_overrides, keep_first_budget
 from launch.config.frozen import Composed, default_run_dir, is_finished, keep_rate_of_checkpoint, load_frozen
 from launch.config.learning_rate import keep_rate, rate_problems, settle_rate
 from launch.config.reward_copies import use_reward_copies
@@ -52,7 +52,7 @@ __all__ = ["Composed", "compose", "default_run_dir", "is_finished", "load_frozen
 
 
 def compose(argv: list[str], *, check: bool = True) -> Composed:
-    """Compose command-line words (`key=value`) into the configuration of a run, and validate it unless `check` is off.
+    """Compose command-line overrides (`key=value`) into the configuration of a run, and validate it unless `check` is off.
 
     Errors: ConfigError with every problem found.
     """
@@ -75,18 +75,18 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
             config.evaluation.watch = family_of(config.objective).watched_metric
         if check:
             for problem in _reasons_to_refuse_start(config, argv):
-                if not _repeats_a_word_problem(problem, parsed.meant_keys):
+                if not _repeats_a_override_problem(problem, parsed.meant_keys):
                     problems.append(problem)
     if problems or config is None:
         raise ConfigError(problems)
     return Composed(config, list(argv))
 
 
-def _repeats_a_word_problem(problem: str, meant_keys: set[str]) -> bool:
-    """Whether a problem of validation only repeats that a word could not be used.
+def _repeats_a_override_problem(problem: str, meant_keys: set[str]) -> bool:
+    """Whether a problem of validation only repeats that an override could not be used.
 
-    `meant_keys`: the settings that such words were probably meant for. They are unset now, so validation complains about them,
-    about settings below them, or about their whole group (`budget`, for `budget.steps`).
+    `meant_keys`: the settings that such overrides were probably meant for. They are unset now, so validation complains about
+    them, about settings below them, or about their whole group (`budget`, for `budget.steps`).
     """
     key = key_of_problem(problem)
     groups = {meant_key.rpartition(".")[0] for meant_key in meant_keys if "." in meant_key}
@@ -95,20 +95,20 @@ def _repeats_a_word_problem(problem: str, meant_keys: set[str]) -> bool:
 
 
 def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> RunConfig:
-    """The frozen configuration of a run with command-line words on top, for this process: its own launcher and devices.
+    """The frozen configuration of a run with command-line overrides on top, for this process: its own launcher and devices.
 
-    `allowed`: the groups of settings that words may set, such as `launcher`. Errors: ConfigError with every problem, also for a
-    word of another group, and for a result that could not run.
+    `allowed`: the groups of settings that overrides may set, such as `launcher`. Errors: ConfigError with every problem, also
+    for a override of another group, and for a result that could not run.
     """
-    # The words, each of an allowed group.
+    # The overrides, each of an allowed group.
     parsed = overrides.parse(argv)
     fresh, problems = _compose_choices(parsed.choices)
-    word_by_key = {typed.key: typed.word for typed in parsed.values}
-    word_by_key |= {group: f"{group}={choice}" for group, choice in parsed.choices.items()}
-    for key, word in word_by_key.items():
+    override_by_key = {typed.key: typed.override for typed in parsed.values}
+    override_by_key |= {group: f"{group}={choice}" for group, choice in parsed.choices.items()}
+    for key, override in override_by_key.items():
         group = key.split(".")[0]
         if group not in allowed:
-            problems.append(_not_beside_a_run(key, word, allowed))
+            problems.append(_not_beside_a_run(key, override, allowed))
 
     # The frozen configuration, with what belongs to this start instead.
     tree = _as_omegaconf(config)
@@ -128,8 +128,8 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
     return recomposed
 
 
-def with_words(config: RunConfig, argv: list[str]) -> RunConfig:
-    """A frozen configuration with words on top of it; everything else stays. Errors: ConfigError with every problem."""
+def with_overrides(config: RunConfig, argv: list[str]) -> RunConfig:
+    """A frozen configuration with overrides on top of it; everything else stays. Errors: ConfigError with every problem."""
     parsed = overrides.parse(argv)
     tree = _as_omegaconf(config)
     problems = parsed.problems or _apply_typed_values(tree, parsed)
@@ -150,30 +150,30 @@ def _as_omegaconf(config: RunConfig) -> Any:
 
 
 def typed_keys(argv: list[str]) -> set[str]:
-    """The full keys of the settings that these words set, with the tables that they replace as a whole or reset."""
+    """The full keys of the settings that these overrides set, with the tables that they replace as a whole or reset."""
     parsed = overrides.parse(argv)
     value_keys = {typed.key for typed in parsed.values}
     reset_keys = {key for key, _ in parsed.resets}
     return value_keys | parsed.replaced_tables | reset_keys
 
 
-def _not_beside_a_run(key: str, word: str, allowed: frozenset[str]) -> str:
-    """The problem with a word that is typed beside a run but not in `allowed`: it is mistyped, or the run has its own value."""
+def _not_beside_a_run(key: str, override: str, allowed: frozenset[str]) -> str:
+    """The problem with an override beside a run that is not in `allowed`: it is mistyped, or the run has its own value."""
     settings_by_key = overrides.settings()
     if overrides.find_setting(settings_by_key, key) is None and key not in settings_classes():
-        return hints.explain_unknown_key(key, word, settings_by_key).problem
-    return f"{word}: is the run's, and stays as it was; beside a run one can set {', '.join(sorted(allowed))}"
+        return hints.explain_unknown_key(key, override, settings_by_key).problem
+    return f"{override}: is the run's, and stays as it was; beside a run one can set {', '.join(sorted(allowed))}"
 
 
 def _reasons_to_refuse_start(config: RunConfig, argv: list[str]) -> list[str]:
-    """Why a run of these words would be refused; empty if it may start.
+    """Why a run of these overrides would be refused; empty if it may start.
 
-    A run that an earlier version began with the same words is resumed, although this version would refuse to begin it.
+    A run that an earlier version began with the same overrides is resumed, although this version would refuse to begin it.
     """
     problems = refusals(config)
     if not problems:
         return []
-    earlier_config = earlier_config_of_same_words(argv, config.run.dir)
+    earlier_config = earlier_config_of_same_overrides(argv, config.run.dir)
     if earlier_config is None:
         return problems
     keep_first_budget(config, earlier_config)
@@ -243,7 +243,7 @@ def _compose_choices_cached(
     register_schemas()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
         try:
-            return hydra_compose("train", hydra_words(dict(choices))), []
+            return hydra_compose("train", hydra_overrides(dict(choices))), []
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             problem = f"{suspected_files(dict(choices))}: {composition_problem(error)}"
         # The defaults stand in, so that the other problems of the command line can still be found.
@@ -252,16 +252,16 @@ def _compose_choices_cached(
         return tree, [problem]
 
 
-def hydra_words(choices: dict[str, str]) -> list[str]:
+def hydra_overrides(choices: dict[str, str]) -> list[str]:
     """The overrides that Hydra is called with: the choice of each group, and where to look for the user's own files."""
-    words = [f"{group}={choice}" for group, choice in choices.items()]
+    overrides = [f"{group}={choice}" for group, choice in choices.items()]
     if USER_CONFIG_DIRS:
         search_path = ",".join(f"'{directory}'" for directory in USER_CONFIG_DIRS)
-        words.append(f"hydra.searchpath=[{search_path}]")
-    return words
+        overrides.append(f"hydra.searchpath=[{search_path}]")
+    return overrides
 
 
-def _apply_typed_values(tree: DictConfig, parsed: overrides.ParsedWords) -> list[str]:
+def _apply_typed_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[str]:
     """Set the typed values in the composed `tree`, in their order. Returns a problem for each that cannot be set."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -276,22 +276,22 @@ def _apply_typed_values(tree: DictConfig, parsed: overrides.ParsedWords) -> list
     for key, _ in parsed.resets:
         _set_default(tree, key, current_choices)
 
-    for key, value, word in parsed.values:
+    for key, value, override in parsed.values:
         setting = overrides.find_setting(settings_by_key, key)
         if setting is None:
-            unknown = hints.explain_unknown_key(key, word, settings_by_key)
+            unknown = hints.explain_unknown_key(key, override, settings_by_key)
             problems.append(unknown.problem)
             parsed.meant_keys |= unknown.meant_keys
         elif _is_of_another_choice(setting, key, value, current_choices, has_begun=has_begun):
-            problems.append(overrides.needs_other_choice(key, word, setting))
+            problems.append(overrides.needs_other_choice(key, override, setting))
         elif key.endswith(".name") and key.split(".")[0] in settings_classes():
             # `tuning.name=lora` would keep the settings class of another choice; `tuning=lora` is what works.
-            problems.append(hints.explain_unknown_key(key, word, settings_by_key).problem)
+            problems.append(hints.explain_unknown_key(key, override, settings_by_key).problem)
         else:
             try:
                 _set_value(tree, key, value)
             except (OmegaConfBaseException, ValueError):
-                problems.append(f"{word}: {key} must be {overrides.describe_type(setting.type)}")
+                problems.append(f"{override}: {key} must be {overrides.describe_type(setting.type)}")
                 parsed.meant_keys.add(key)
     _keep_one_budget(tree, parsed)
     return problems
@@ -314,7 +314,7 @@ def _set_default(tree: DictConfig, key: str, current_choices: dict[str, str]) ->
         OmegaConf.update(tree, key, OmegaConf.select(defaults, key), merge=False)
 
 
-def _keep_one_budget(tree: DictConfig, parsed: overrides.ParsedWords) -> None:
+def _keep_one_budget(tree: DictConfig, parsed: overrides.ParsedOverrides) -> None:
     """Clear the budgets in `tree` that another one replaces: a typed one goes before a file's, and that before an experiment's.
 
     A run must have exactly one of steps, epochs and tokens. Two that were typed both stay, for validation to refuse.
@@ -348,8 +348,8 @@ def _is_of_another_choice(
     return not has_begun and not is_default
 
 
-def _has_begun(parsed: overrides.ParsedWords) -> bool:
-    """Whether the words name a run directory (`run.dir`) that holds a frozen configuration already."""
+def _has_begun(parsed: overrides.ParsedOverrides) -> bool:
+    """Whether the overrides name a run directory (`run.dir`) that holds a frozen configuration already."""
     for key, value, _ in parsed.values:
         if key == "run.dir" and value is not None and (Path(str(value)).expanduser() / "config.yaml").is_file():
             return True

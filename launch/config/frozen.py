@@ -51,17 +51,17 @@ EXPORTED_CHECKPOINT = "export.checkpoint"
 """The setting of `export` that decides no result: which of a run's checkpoints leaves it changes none of them."""
 NOT_IDENTIFYING = ("logging", "profile", "launcher", "gates", "review", "challenges", "substitutions")
 """Groups that do not decide the result of a run."""
-RECORDED_WORDS = re.compile(r"^# overrides: (.*)$", re.MULTILINE)
-"""The comment in the head of a `config.yaml` with the words that the run was composed from."""
+RECORDED_OVERRIDES = re.compile(r"^# overrides: (.*)$", re.MULTILINE)
+"""The comment in the head of a `config.yaml` with the overrides that the run was composed from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """The configuration of a run, with the command-line words that it was composed from."""
+    """The configuration of a run, with the command-line overrides that it was composed from."""
 
     config: RunConfig
     overrides: list[str]
-    """The words, as typed."""
+    """The overrides, as typed."""
 
     @property
     def sha256(self) -> str:
@@ -111,7 +111,7 @@ def freeze_choices(run_dir: Path, config: RunConfig) -> None:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); is it still there?") from error
-    # The comments in the head: who wrote the file, the hash, and the typed words.
+    # The comments in the head: who wrote the file, the hash, and the typed overrides.
     header = "".join(line for line in content.splitlines(keepends=True)[:3] if line[0] == "#")
     recorded_hash = FROZEN.search(header)
     # To load the file takes a tenth of a second, and every start chooses something.
@@ -315,12 +315,12 @@ def _only_defaults_changed(composed: Composed, changed: list[DifferingSetting], 
     this machine chose may have changed as well. False too if a value of `before` reaches out (a file, address or code) that this
     user never typed. `changed`: the settings that differ. `path`: of the `config.yaml` of `before`.
     """
-    words = _identifying_words(composed.overrides)
-    if not has_same_words(composed.overrides, path):
+    overrides = _identifying_overrides(composed.overrides)
+    if not has_same_overrides(composed.overrides, path):
         return False
     # `${oc.env:NAME}` may mean another value today, and a file may have been edited.
-    has_interpolation = any("${" in word for word in words)
-    if has_interpolation or user_files_may_apply(words):
+    has_interpolation = any("${" in override for override in overrides)
+    if has_interpolation or user_files_may_apply(overrides):
         return False
     if _adds_outside_values(before, composed.config):
         return False
@@ -331,7 +331,7 @@ def _only_defaults_changed(composed: Composed, changed: list[DifferingSetting], 
 def _adds_outside_values(before: RunConfig, config: RunConfig) -> bool:
     """Whether the settings of `before` hold a file, address or code that this user never typed, and that would be taken over.
 
-    The words in the head of a `config.yaml` prove nothing: whoever wrote the directory wrote them too.
+    The overrides in the head of a `config.yaml` prove nothing: whoever wrote the directory wrote them too.
     """
     from launch.config.outside_values import outside_values
 
@@ -343,9 +343,9 @@ def _adds_outside_values(before: RunConfig, config: RunConfig) -> bool:
     return False
 
 
-def has_same_words(words: list[str], path: Path) -> bool:
-    """Whether the `config.yaml` at `path` was composed from the same words, but for those that decide no result."""
-    return _identifying_words(words) == _identifying_words(_recorded_words(path))
+def has_same_overrides(overrides: list[str], path: Path) -> bool:
+    """Whether the `config.yaml` at `path` was composed from the same overrides, but for those that decide no result."""
+    return _identifying_overrides(overrides) == _identifying_overrides(_recorded_overrides(path))
 
 
 def _copy_identifying(config: RunConfig, before: RunConfig) -> None:
@@ -361,38 +361,38 @@ def _copy_identifying(config: RunConfig, before: RunConfig) -> None:
             config.substitutions[key] = before.substitutions[key]
 
 
-def _identifying_words(words: list[str]) -> set[str]:
-    """The words that decide a run's result: without those of `NOT_IDENTIFYING`, and of `run.*` the seed alone."""
+def _identifying_overrides(overrides: list[str]) -> set[str]:
+    """The overrides that decide a run's result: without those of `NOT_IDENTIFYING`, and of `run.*` the seed alone."""
     identifying = set()
-    for word in words:
-        key = _key_of_word(word)
+    for override in overrides:
+        key = _key_of_override(override)
         group = key.partition(".")[0]
         is_identifying = group not in (*NOT_IDENTIFYING, "run") and key != EXPORTED_CHECKPOINT
         if is_identifying or key == "run.seed":
-            identifying.add(word)
+            identifying.add(override)
     return identifying
 
 
-def _key_of_word(word: str) -> str:
-    """The setting or group that a word of the command line names."""
-    return word.lstrip("+~").partition("=")[0]
+def _key_of_override(override: str) -> str:
+    """The setting or group that an override of the command line names."""
+    return override.lstrip("+~").partition("=")[0]
 
 
-def _recorded_words(path: Path) -> list[str]:
-    """The words that `freeze` noted in the head of a `config.yaml`; empty if there are none."""
-    match = RECORDED_WORDS.search(settings_file.read_text(path))
+def _recorded_overrides(path: Path) -> list[str]:
+    """The overrides that `freeze` noted in the head of a `config.yaml`; empty if there are none."""
+    match = RECORDED_OVERRIDES.search(settings_file.read_text(path))
     if match is None:
         return []
-    # JSON strings with blanks between them, since a word may hold blanks itself.
+    # JSON strings with blanks between them, since an override may hold blanks itself.
     decoder = json.JSONDecoder()
-    json_words = match[1]
-    words = []
+    json_overrides = match[1]
+    overrides = []
     start = 0
-    while start < len(json_words):
-        word, end = decoder.raw_decode(json_words, start)
-        words.append(str(word))
+    while start < len(json_overrides):
+        override, end = decoder.raw_decode(json_overrides, start)
+        overrides.append(str(override))
         start = end + 1
-    return words
+    return overrides
 
 
 def _keep_template_date(config: RunConfig, before: RunConfig, run_dir: Path, *, has_progress: bool) -> None:
@@ -413,7 +413,7 @@ def _keep_template_date(config: RunConfig, before: RunConfig, run_dir: Path, *, 
 
 
 def _keep_matmul(config: RunConfig, before: RunConfig) -> None:
-    """Keep the library of float32 products that the run began with, unless the words name one."""
+    """Keep the library of float32 products that the run began with, unless the overrides name one."""
     library = kept_matmul(before)
     if config.run.matmul is not Matmul.auto or library is Matmul.auto:
         return
@@ -428,7 +428,7 @@ def _keep_control_tokens(config: RunConfig, before: RunConfig) -> None:
 
 
 def _keep_exported_checkpoint(composed: Composed, before: RunConfig) -> None:
-    """Keep which checkpoint the run exports, unless the words say it.
+    """Keep which checkpoint the run exports, unless the overrides say it.
 
     So a run of a version without the setting goes on to export its last one.
     """
@@ -450,8 +450,8 @@ def _keep_evaluation_interval(composed: Composed, before: RunConfig) -> bool:
 
 
 def _is_typed(key: str, composed: Composed) -> bool:
-    """Whether the words of the command say this setting."""
-    return any(_key_of_word(word) == key for word in composed.overrides)
+    """Whether the overrides of the command say this setting."""
+    return any(_key_of_override(override) == key for override in composed.overrides)
 
 
 def _identifying_settings(tree: Any) -> dict[str, Any]:

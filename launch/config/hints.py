@@ -1,4 +1,4 @@
-"""Suggests what a wrong word probably meant, including the names that other trainers use."""
+"""Suggests what a wrong override probably meant, including the names that other trainers use."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SAME_IN_SUBMITIT = ("partition", "account", "qos", "cpus_per_task", "gpus_per_no
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """The message about a command-line word that cannot be used."""
+    """The message about a command-line override that cannot be used."""
 
-    word: str
+    override: str
     reason: str
     meant_keys: frozenset[str]
-    """The settings that the word was probably meant for.
+    """The settings that the override was probably meant for.
 
     Validation complains about them as well, because they are not set; that would only repeat this problem and is not shown.
     """
@@ -36,106 +36,106 @@ class Hint:
     @property
     def problem(self) -> str:
         """The line for the user."""
-        return f"{self.word}: {self.reason}"
+        return f"{self.override}: {self.reason}"
 
 
-class ForeignWords:
-    """The words of a command line that are settings of other trainers.
+class ForeignArguments:
+    """The overrides of a command line that are settings of other trainers.
 
     They are collected first, because the translation of one may depend on another: a batch size on the number of ranks.
     """
 
-    def __init__(self, words: list[str], is_ours: Callable[[str], bool]) -> None:
-        """`words` as typed, in which `--name value` is one setting. `is_ours` says whether a key is a setting here."""
-        self.words: list[str] = []
-        """All words, in their order. `--name value` of another trainer has become one word."""
+    def __init__(self, overrides: list[str], is_ours: Callable[[str], bool]) -> None:
+        """`overrides` as typed, in which `--name value` is one setting. `is_ours` says whether a key is a setting here."""
+        self.overrides: list[str] = []
+        """All overrides, in their order. `--name value` of another trainer has become one override."""
         self._foreign_values: dict[str, str] = {}
         """The values of the other trainers' settings, by normalised name."""
-        self._name_by_word: dict[str, str] = {}
+        self._name_by_override: dict[str, str] = {}
 
-        # Pick out the words of other trainers; of `--name value` one word is made.
-        remaining = list(words)
+        # Pick out the overrides of other trainers; of `--name value` one override is made.
+        remaining = list(overrides)
         while remaining:
-            word = remaining.pop(0)
-            key, assigned, value = word.partition("=")
+            override = remaining.pop(0)
+            key, assigned, value = override.partition("=")
             # Other trainers' flags come as `--name value`; ours are `key=value`.
-            if word.startswith("--") and not assigned and normalised_name(key) in RULES_BY_NAME:
+            if override.startswith("--") and not assigned and normalised_name(key) in RULES_BY_NAME:
                 value = "true"  # a switch, unless a value follows
                 if remaining and not remaining[0].startswith("--") and "=" not in remaining[0]:
                     value = remaining.pop(0)
-                    word = f"{word} {value}"
+                    override = f"{override} {value}"
             elif not assigned:
-                self.words.append(word)
+                self.overrides.append(override)
                 continue
-            self.words.append(word)
+            self.overrides.append(override)
             name = normalised_name(key)
             bare_key = key.lstrip("-+~")
             is_our_key = is_ours(bare_key) or bare_key in choices_by_group()
             if name in RULES_BY_NAME and not is_our_key:
                 self._foreign_values[name] = value.strip("'\"")
-                self._name_by_word[word] = name
+                self._name_by_override[override] = name
 
         # How many ranks there will be, for translations that depend on it.
         typed_values: dict[str, str] = {}
-        for word in words:
-            key, _, value = word.lstrip("+").partition("=")
+        for override in overrides:
+            key, _, value = override.lstrip("+").partition("=")
             typed_values[key] = value
         self._ranks = ranks_of(typed_values, self._foreign_values)
 
-    def hint(self, word: str) -> Hint | None:
-        """What to type here instead of a word; None if it is no setting of another trainer."""
-        name = self._name_by_word.get(word)
+    def hint(self, override: str) -> Hint | None:
+        """What to type here instead of an override; None if it is no setting of another trainer."""
+        name = self._name_by_override.get(override)
         if name is None:
             return None
         translation = translate(name, ForeignSettings(self._foreign_values, self._ranks))
         if translation is None:
             return None
         # A complaint that no budget or batch size is set would repeat the problem too.
-        groups = {key.split(".")[0] for key in translation.words if key.startswith(("budget.", "batch."))}
-        return Hint(word, translation_text(translation), frozenset(translation.words) | groups)
+        groups = {key.split(".")[0] for key in translation.overrides if key.startswith(("budget.", "batch."))}
+        return Hint(override, translation_text(translation), frozenset(translation.overrides) | groups)
 
 
 def translation_text(translation: TranslatedSetting) -> str:
     """The translation of another trainer's setting as a sentence: `here it is optim.lr=1e-4`."""
-    if translation.words:
+    if translation.overrides:
         note = f" ({translation.note})" if translation.note else ""
-        return f"here it is {_words_text(translation.words)}{note}"
+        return f"here it is {_overrides_text(translation.overrides)}{note}"
     if translation.not_needed:
         return f"leave it out: {translation.note}" if translation.note else "leave it out"
     return f"there is no equal here: {translation.note}"
 
 
-def _words_text(words: Mapping[str, str]) -> str:
+def _overrides_text(overrides: Mapping[str, str]) -> str:
     """Settings as they are typed."""
-    return " ".join(f"{key}={value}" for key, value in words.items())
+    return " ".join(f"{key}={value}" for key, value in overrides.items())
 
 
-def explain_unknown_choice(group: str, choice: str, word: str) -> str:
-    """The message about `group=choice` (`word`, as typed) whose group has no such choice, with what was probably meant.
+def explain_unknown_choice(group: str, choice: str, override: str) -> str:
+    """The message about `group=choice` (`override`, as typed) whose group has no such choice, with what was probably meant.
 
     That is another trainer's name of a choice, a model that is no published shape, DeepSpeed's stage, or a similar choice.
     """
     if group in CHOICES:
-        words = CHOICES[group](choice, ForeignSettings({})).words
-        if words:  # another trainer's name for one of our choices
-            return f"{word}: no such choice; here it is {_words_text(words)}"
+        overrides = CHOICES[group](choice, ForeignSettings({})).overrides
+        if overrides:  # another trainer's name for one of our choices
+            return f"{override}: no such choice; here it is {_overrides_text(overrides)}"
     choices = choices_by_group()[group]
     if group == MODEL_GROUP and "/" in choice:
-        return f"{word}: no such choice; a directory or a hub id is model.path={choice}"
+        return f"{override}: no such choice; a directory or a hub id is model.path={choice}"
     if group == "strategy" and choice in ("deepspeed", "zero"):
-        return f"{word}: no such choice; did you mean strategy=zero2 or strategy=zero3? All: {', '.join(choices)}"
+        return f"{override}: no such choice; did you mean strategy=zero2 or strategy=zero3? All: {', '.join(choices)}"
     similar = difflib.get_close_matches(choice, choices, n=1, cutoff=0.4)
     hint = f"; did you mean {group}={similar[0]}?" if similar else ""
-    return f"{word}: no such choice, one of {', '.join(choices)}{hint}"
+    return f"{override}: no such choice, one of {', '.join(choices)}{hint}"
 
 
-def explain_hydra_setting(key: str, value: str, word: str) -> str:
-    """The message about a word that sets one of Hydra's own settings, such as `hydra.run.dir`: what does the same here."""
+def explain_hydra_setting(key: str, value: str, override: str) -> str:
+    """The message about an override that sets one of Hydra's own settings, such as `hydra.run.dir`: what does the same here."""
     name = key.replace("/", ".").removeprefix("hydra.")
     equivalent = _equivalent_of_hydra(name, value)
     if equivalent is None:
-        return f"{word}: Hydra's own settings cannot be changed; remove it"
-    return f"{word}: Hydra's own settings cannot be changed; instead: {equivalent}"
+        return f"{override}: Hydra's own settings cannot be changed; remove it"
+    return f"{override}: Hydra's own settings cannot be changed; instead: {equivalent}"
 
 
 def _equivalent_of_hydra(name: str, value: str) -> str | None:
@@ -181,7 +181,7 @@ def needed_choice(key: str, choices: tuple[str, ...]) -> str:
     return f"{group}={'|'.join(choices)}"
 
 
-def explain_word_without_value(word: str) -> str:
+def explain_argument_without_value(override: str) -> str:
     """The message about an argument that is not of the form `key=value`, with what was probably meant.
 
     The cases, in their order: another launcher's switch, a file as `@my.yaml`, a setting with dashes, a group without a choice,
@@ -189,78 +189,80 @@ def explain_word_without_value(word: str) -> str:
     """
     from launch.config.choices import settings_classes
 
-    bare_word = word.lstrip("-")
-    if bare_word in misspelled.FLAGS_OF_OTHERS:
-        return f"{word}: leave it out: {misspelled.FLAGS_OF_OTHERS[bare_word]}"
-    if word.startswith("@"):
-        return f"{word}: a file of settings is YAML and a bare word, as in my.yaml"
-    if bare_word != word and "=" in bare_word:
-        return f"{word}: settings have no dashes; type {bare_word}"
-    if bare_word in choices_by_group():
-        choices = [*settings_classes().get(bare_word, choices_by_group()[bare_word])]
+    positional = override.lstrip("-")
+    if positional in misspelled.FLAGS_OF_OTHERS:
+        return f"{override}: leave it out: {misspelled.FLAGS_OF_OTHERS[positional]}"
+    if override.startswith("@"):
+        return f"{override}: a file of settings is YAML and a bare word, as in my.yaml"
+    if positional != override and "=" in positional:
+        return f"{override}: settings have no dashes; type {positional}"
+    if positional in choices_by_group():
+        choices = [*settings_classes().get(positional, choices_by_group()[positional])]
         if not choices:
-            return f"{word}: no choices"
-        return f"{word}: give its choice, as in {bare_word}={choices[0]}"
-    similar = difflib.get_close_matches(word, FLAGS, n=1)
+            return f"{override}: no choices"
+        return f"{override}: give its choice, as in {positional}={choices[0]}"
+    similar = difflib.get_close_matches(override, FLAGS, n=1)
     hint = f"; did you mean {similar[0]}?" if similar else ""
-    return f"{word}: not of the form key=value{hint}"
+    return f"{override}: not of the form key=value{hint}"
 
 
-def take_split_settings(words: list[str], settings_by_key: SettingsByKey) -> tuple[list[str], list[str]]:
-    """Take out settings that were typed in several words: (the other words, a problem for each such setting).
+def take_split_settings(overrides: list[str], settings_by_key: SettingsByKey) -> tuple[list[str], list[str]]:
+    """Take out settings that were typed in several overrides: (the other overrides, a problem for each such setting).
 
     A shell splits `optim.lr = 1e-4` into three words, `optim.lr= 1e-4` and `--optim.lr 1e-4` into two. The problem says how to
     type the setting.
     """
     remaining: list[str] = []
     problems: list[str] = []
-    unread = list(words)
+    unread = list(overrides)
     while unread:
-        word = unread.pop(0)
-        next_word = unread[0] if unread else ""
-        if word in settings_by_key and next_word.startswith("="):
+        override = unread.pop(0)
+        next_argument = unread[0] if unread else ""
+        if override in settings_by_key and next_argument.startswith("="):
             # `key =value`, or `key = value`.
             value = unread.pop(0)[1:]
             if not value and unread:
                 value = unread.pop(0)
-            problems.append(f"{word} = {value}: no spaces around the equals sign; type {word}={value}")
-        elif word.endswith("=") and word[:-1] in settings_by_key and _is_bare(next_word):
+            problems.append(f"{override} = {value}: no spaces around the equals sign; type {override}={value}")
+        elif override.endswith("=") and override[:-1] in settings_by_key and _is_bare(next_argument):
             unread.pop(0)
-            problems.append(f"{word} {next_word}: no spaces around the equals sign; type {word}{next_word}")
-        elif _is_dashed_key(word, settings_by_key) and _is_bare(next_word):
+            problems.append(
+                f"{override} {next_argument}: no spaces around the equals sign; type {override}{next_argument}"
+            )
+        elif _is_dashed_key(override, settings_by_key) and _is_bare(next_argument):
             unread.pop(0)
-            key = word.lstrip("-").replace("-", "_")
-            hint = f"type {key}={next_word}"
+            key = override.lstrip("-").replace("-", "_")
+            hint = f"type {key}={next_argument}"
             if key not in settings_by_key:
-                hint = explain_unknown_key(key, f"{key}={next_word}", settings_by_key).reason
-            problems.append(f"{word} {next_word}: settings have no dashes; {hint}")
+                hint = explain_unknown_key(key, f"{key}={next_argument}", settings_by_key).reason
+            problems.append(f"{override} {next_argument}: settings have no dashes; {hint}")
         else:
-            remaining.append(word)
+            remaining.append(override)
     return remaining, problems
 
 
-def _is_bare(word: str) -> bool:
-    """Whether a word can be the value of the word before it."""
-    return bool(word) and "=" not in word and not word.startswith("-")
+def _is_bare(override: str) -> bool:
+    """Whether an override can be the value of the override before it."""
+    return bool(override) and "=" not in override and not override.startswith("-")
 
 
-def _is_dashed_key(word: str, settings_by_key: SettingsByKey) -> bool:
-    """Whether a word is a setting of ours typed with dashes: `--optim.lr` or `--lr`, but no flag and no other trainer's name."""
-    key = word.lstrip("-").replace("-", "_")
-    is_of_another_trainer = normalised_name(word) in RULES_BY_NAME or key in misspelled.FLAGS_OF_OTHERS
-    if not word.startswith("--") or "=" in word or is_of_another_trainer:
+def _is_dashed_key(override: str, settings_by_key: SettingsByKey) -> bool:
+    """Whether an argument is a setting of ours typed with dashes: `--optim.lr` or `--lr`, but no flag of another trainer."""
+    key = override.lstrip("-").replace("-", "_")
+    is_of_another_trainer = normalised_name(override) in RULES_BY_NAME or key in misspelled.FLAGS_OF_OTHERS
+    if not override.startswith("--") or "=" in override or is_of_another_trainer:
         return False
     last_parts = {name.rpartition(".")[2] for name in settings_by_key}
     is_setting = key in settings_by_key or key in last_parts
     # `--dryrun` is a mistyped flag.
-    return is_setting and not difflib.get_close_matches(word, FLAGS, n=1, cutoff=0.8)
+    return is_setting and not difflib.get_close_matches(override, FLAGS, n=1, cutoff=0.8)
 
 
 @dataclass(frozen=True, slots=True)
 class UnknownKey:
-    """The message about a command-line word whose key does not exist."""
+    """The message about a command-line override whose key does not exist."""
 
-    word: str
+    override: str
     reason: str
     meant_key: str | None = None
     """The setting that was probably meant."""
@@ -268,7 +270,7 @@ class UnknownKey:
     @property
     def problem(self) -> str:
         """The line for the user."""
-        return f"{self.word}: {self.reason}"
+        return f"{self.override}: {self.reason}"
 
     @property
     def meant_keys(self) -> set[str]:
@@ -276,8 +278,8 @@ class UnknownKey:
         return set() if self.meant_key is None else {self.meant_key}
 
 
-def explain_unknown_key(key: str, word: str, settings_by_key: SettingsByKey) -> UnknownKey:
-    """The message about a word whose key does not exist. The first of these that applies counts:
+def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey) -> UnknownKey:
+    """The message about an override whose key does not exist. The first of these that applies counts:
 
     - the setting was removed, is not offered, or stands for one of ours by a known mistake: what there is instead
     - it is the `name` of a group, or a whole block of settings: how these are typed
@@ -285,29 +287,29 @@ def explain_unknown_key(key: str, word: str, settings_by_key: SettingsByKey) -> 
     - else the message says only that there is no such setting
     """
     missing = f"there is no setting {key}"
-    value = word.partition("=")[2]
+    value = override.partition("=")[2]
     if key in REMOVED:
-        return UnknownKey(word, f"{missing} any more: {REMOVED[key]}")
+        return UnknownKey(override, f"{missing} any more: {REMOVED[key]}")
     if key in NOT_OFFERED:
-        return UnknownKey(word, f"{missing}: {NOT_OFFERED[key]}")
+        return UnknownKey(override, f"{missing}: {NOT_OFFERED[key]}")
     instead = misspelled.in_place_of(key, value)
     if instead is not None:
-        return UnknownKey(word, f"{missing}; {instead}")
+        return UnknownKey(override, f"{missing}; {instead}")
     group = key.split(".")[0]
     last_part = key.split(".")[-1]
     if last_part == "name" and group in choices_by_group():
         choices = ", ".join(choices_by_group()[group])
-        return UnknownKey(word, f"chosen as a group; type {group}=<choice>, one of {choices}")
+        return UnknownKey(override, f"chosen as a group; type {group}=<choice>, one of {choices}")
     settings_below = sorted(name for name in settings_by_key if name.startswith(f"{key}."))
     if settings_below:
-        return UnknownKey(word, f"{key} is not one value; set {', '.join(settings_below[:8])}")
+        return UnknownKey(override, f"{key} is not one value; set {', '.join(settings_below[:8])}")
     similar_group = _similar_group(key, value, settings_by_key)
     if similar_group is not None:
-        return UnknownKey(word, f"{missing}; {similar_group}")
+        return UnknownKey(override, f"{missing}; {similar_group}")
 
     similar_keys = _similar_keys(key, settings_by_key)
     if not similar_keys:
-        return UnknownKey(word, missing)
+        return UnknownKey(override, missing)
     suggestions = []
     for similar_key in similar_keys[:3]:
         choices_with_key = settings_by_key[similar_key].available_under
@@ -315,7 +317,7 @@ def explain_unknown_key(key: str, word: str, settings_by_key: SettingsByKey) -> 
         if choices_with_key:
             suggestion = f"{similar_key} (with {needed_choice(similar_key, choices_with_key)})"
         suggestions.append(suggestion)
-    return UnknownKey(word, f"{missing}; did you mean {' or '.join(suggestions)}?", similar_keys[0])
+    return UnknownKey(override, f"{missing}; did you mean {' or '.join(suggestions)}?", similar_keys[0])
 
 
 def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
@@ -361,7 +363,7 @@ def _similar_group(key: str, value: str, settings_by_key: SettingsByKey) -> str 
 
 
 def ranks_of(typed: Mapping[str, str], foreign_values: Mapping[str, str]) -> int | None:
-    """Ranks of the run if the words say so, by our names (`typed`) or those of other trainers; else None."""
+    """Ranks of the run if the overrides say so, by our names (`typed`) or those of other trainers; else None."""
     settings = ForeignSettings({**foreign_values, **typed})
     ranks_per_node = parse_number(
         settings.get("launcher.processes", "launcher.gpus_per_node", "nproc_per_node", "num_processes")

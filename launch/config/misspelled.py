@@ -35,7 +35,7 @@ VERBS = {
 
 
 def in_place_of(key: str, value: str) -> str | None:
-    """The words to type in place of `key=value`; None if the key is not one of these, nor a variable of the environment."""
+    """The arguments to type in place of `key=value`; None if the key is not one of these, nor a variable of the environment."""
     if key in MISNAMED:
         return f"type {MISNAMED[key].format(value=value)}"
     if key.isupper():

@@ -1,4 +1,4 @@
-"""Values of a configuration that reach out of its run: the words that allow each, and the key that remembers it.
+"""Values of a configuration that reach out of its run: the overrides that allow each, and the key that remembers it.
 
 To reach out is to run code, read or write files elsewhere, or talk to a server or tracker. Verbs that read a run use such a
 value only if this user typed it once (`launch.config.read_run`): the run may be somebody else's.
@@ -48,14 +48,14 @@ class OutsideValue:
     """What it would do, for messages that begin with "it": `sends rows and answers to that address`."""
 
     @property
-    def words(self) -> list[str]:
-        """The words that allow it."""
+    def overrides(self) -> list[str]:
+        """The overrides that allow it."""
         return [f"{key}={_to_cli_text(value)}" for key, value in self.settings.items()]
 
     @property
     def shell_words(self) -> str:
-        """Those words as a shell takes them, without a control character in them."""
-        return " ".join(shell_word(word) for word in self.words)
+        """Those overrides as a shell takes them, without a control character in them."""
+        return " ".join(shell_argument(override) for override in self.overrides)
 
     def was_typed(self, typed: set[str]) -> bool:
         """Whether each of its settings is among the typed keys, by itself or by a table that holds it."""
@@ -65,11 +65,11 @@ class OutsideValue:
         return any(key == typed_key or key.startswith(f"{typed_key}.") for typed_key in typed)
 
 
-def shell_word(word: str) -> str:
-    """A word as a shell takes it, printable whatever it holds."""
-    if word.isprintable():
-        return shlex.quote(word)
-    escaped = "".join(_escaped(char) for char in word)
+def shell_argument(override: str) -> str:
+    """An override as a shell takes it, printable whatever it holds."""
+    if override.isprintable():
+        return shlex.quote(override)
+    escaped = "".join(_escaped(char) for char in override)
     return f"$'{escaped}'"
 
 
@@ -288,7 +288,7 @@ def _file_values(config: RunConfig, key: str, value: Any) -> Iterator[OutsideVal
         return
     if task is not None and ".options" in group and name not in _file_options(task.kind):
         return
-    # The name of a task is the author's: the same file under another task's name needs no new word.
+    # The name of a task is the author's: the same file under another task's name needs no new override.
     shared_key = key if task is None else key.replace(f".{task_name}.", ".*.", 1)
     for path in _path_texts(value):
         effect = f"reads your file {path}, whose texts then stand in what is written"

@@ -1,6 +1,6 @@
-"""Reads the words `key=value` of the command line, without stopping at the first mistake.
+"""Reads the overrides `key=value` of the command line, without stopping at the first mistake.
 
-Group choices are separated from values. Paths and other text stay as typed. Every word that cannot be used gets a
+Group choices are separated from values. Paths and other text stay as typed. Every override that cannot be used gets a
 line with what was probably meant. Hydra's own parser reads everything that is not text.
 """
 
@@ -40,7 +40,7 @@ RANKS_DISAGREE = "could differ between processes; write the value itself"
 MODEL_PATH = "model.path"
 """What `model=<name of a published shape>` sets."""
 NO_TARGET = "`_target_` is not used here and never runs anything; remove it"
-WORD = re.compile(r"[+]{0,2}(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
+OVERRIDE_REGEX = re.compile(r"[+]{0,2}(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
 
 
 class TypedValue(NamedTuple):
@@ -48,12 +48,12 @@ class TypedValue(NamedTuple):
 
     key: str
     value: Any
-    word: str
-    """The whole word, for messages."""
+    override: str
+    """The whole override, for messages."""
 
 
 @dataclass(slots=True)
-class ParsedWords:
+class ParsedOverrides:
     """The command line of a run, sorted into choices of groups, values of settings, and problems."""
 
     choices: dict[str, str] = field(default_factory=dict)
@@ -61,17 +61,17 @@ class ParsedWords:
     values: list[TypedValue] = field(default_factory=list)
     """The settings, in their order. The last one of a key counts."""
     problems: list[str] = field(default_factory=list)
-    """A message for each word that cannot be used."""
-    shape_words: set[str] = field(default_factory=set)
-    """The words that name the model by its published shape, as `model=llama3_8b` does."""
+    """A message for each override that cannot be used."""
+    shape_overrides: set[str] = field(default_factory=set)
+    """The overrides that name the model by its published shape, as `model=llama3_8b` does."""
     replaced_tables: set[str] = field(default_factory=set)
     """Tables that were typed as a whole. Entries that an experiment or a run has in them are dropped."""
     number_from_files: int = 0
     """How many of `values` come from the user's settings files; they are the first ones, the others were typed."""
     resets: list[tuple[str, str]] = field(default_factory=list)
-    """(key, word) of each `~key`, which sets a setting back to the default of the code."""
+    """(key, override) of each `~key`, which sets a setting back to the default of the code."""
     meant_keys: set[str] = field(default_factory=set)
-    """Settings that a wrong word was probably meant for. Validation complains that they are not set, which is not shown."""
+    """Settings that a wrong override was probably meant for. Validation complains that they are not set, which is not shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,70 +162,70 @@ def find_setting(settings_by_key: dict[str, Setting], key: str) -> Setting | Non
     return None
 
 
-def parse(words: list[str]) -> ParsedWords:
-    """Sort command-line words into choices of groups and values of settings. What cannot be read becomes a problem.
+def parse(overrides: list[str]) -> ParsedOverrides:
+    """Sort command-line overrides into choices of groups and values of settings. What cannot be read becomes a problem.
 
     `tuning=lora optim.lr=1e-4 my.yaml` gives the choice `lora`, the value of `optim.lr`, and before it those of the file.
     """
-    parsed = ParsedWords()
+    parsed = ParsedOverrides()
     settings_by_key = settings()
-    words, parsed.problems = hints.take_split_settings(words, settings_by_key)
-    foreign = hints.ForeignWords(words, lambda key: find_setting(settings_by_key, key) is not None)
-    # Files first, so that a typed word overrides what a file says.
-    for word in words:
-        if user_files.is_file_word(word):
-            _add_file(parsed, settings_by_key, word)
+    overrides, parsed.problems = hints.take_split_settings(overrides, settings_by_key)
+    foreign = hints.ForeignArguments(overrides, lambda key: find_setting(settings_by_key, key) is not None)
+    # Files first, so that a typed override overrides what a file says.
+    for override in overrides:
+        if user_files.is_settings_file(override):
+            _add_file(parsed, settings_by_key, override)
     parsed.number_from_files = len(parsed.values)
-    for word in foreign.words:
-        if user_files.is_file_word(word):
+    for override in foreign.overrides:
+        if user_files.is_settings_file(override):
             continue
-        hint = foreign.hint(word)
+        hint = foreign.hint(override)
         if hint is not None:
             parsed.problems.append(hint.problem)
             parsed.meant_keys |= hint.meant_keys
-        elif word.startswith("~"):
-            _add_reset(parsed, settings_by_key, word)
+        elif override.startswith("~"):
+            _add_reset(parsed, settings_by_key, override)
         else:
-            _add_word(parsed, settings_by_key, word)
+            _add_override(parsed, settings_by_key, override)
     parsed.problems += _contradictions(parsed)
     return parsed
 
 
-def _add_word(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: str) -> None:
-    """Add one typed word `key=value` to `parsed`: as a choice of a group, a value of a setting, or a problem."""
-    match = WORD.fullmatch(word)
-    if match is None or word.startswith("-"):
-        parsed.problems.append(hints.explain_word_without_value(word))
+def _add_override(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
+    """Add one typed override `key=value` to `parsed`: as a choice of a group, a value of a setting, or a problem."""
+    match = OVERRIDE_REGEX.fullmatch(override)
+    if match is None or override.startswith("-"):
+        parsed.problems.append(hints.explain_argument_without_value(override))
         return
     key = field_key(settings_by_key, match["key"])
     value = match["value"]
     if key.split(".")[0].split("/")[0] == "hydra":
-        parsed.problems.append(hints.explain_hydra_setting(key, value, word))
-    elif "_target_" in word:
-        parsed.problems.append(f"{word}: {NO_TARGET}")
+        parsed.problems.append(hints.explain_hydra_setting(key, value, override))
+    elif "_target_" in override:
+        parsed.problems.append(f"{override}: {NO_TARGET}")
     elif key in choices_by_group():
-        _add_choice(parsed, key, value, word)
+        _add_choice(parsed, key, value, override)
     else:
-        _add_setting(parsed, settings_by_key, key, value, word)
+        _add_setting(parsed, settings_by_key, key, value, override)
 
 
-def _contradictions(parsed: ParsedWords) -> list[str]:
-    """A problem for each two typed words of which one would be ignored: `~key` beside `key=...`, two names of the model."""
+def _contradictions(parsed: ParsedOverrides) -> list[str]:
+    """A problem for each two typed overrides of which one would be ignored: `~key` beside `key=...`, two names of the model."""
     problems = []
     typed = parsed.values[parsed.number_from_files :]
-    problems += _two_models(typed, parsed.shape_words)
+    problems += _two_models(typed, parsed.shape_overrides)
     for key, removal in parsed.resets:
-        for typed_key, _, word in typed:
+        for typed_key, _, override in typed:
             if typed_key == key or typed_key.startswith(f"{key}."):
-                problems.append(f"{removal}: {word} sets the same; leave one of the two out")
+                problems.append(f"{removal}: {override} sets the same; leave one of the two out")
     return problems
 
 
-def _two_models(values: list[TypedValue], shape_words: set[str]) -> list[str]:
+def _two_models(values: list[TypedValue], shape_overrides: set[str]) -> list[str]:
     """A problem if values of one origin (the command line, or a file) name the model both by a shape and by `model.path`."""
-    words = [value.word for value in values if value.key == MODEL_PATH]
-    by_shape = [word for word in words if word in shape_words]
-    by_path = [word for word in words if word not in shape_words]
+    overrides = [value.override for value in values if value.key == MODEL_PATH]
+    by_shape = [override for override in overrides if override in shape_overrides]
+    by_path = [override for override in overrides if override not in shape_overrides]
     if not by_path or not by_shape:
         return []
     return [
@@ -234,9 +234,9 @@ def _two_models(values: list[TypedValue], shape_words: set[str]) -> list[str]:
     ]
 
 
-def needs_other_choice(key: str, word: str, setting: Setting) -> str:
+def needs_other_choice(key: str, override: str, setting: Setting) -> str:
     """The message about a setting that exists only under another choice of its group."""
-    return f"{word}: needs {hints.needed_choice(key, setting.available_under)}; add it, or leave {key.removesuffix('_')} out"
+    return f"{override}: needs {hints.needed_choice(key, setting.available_under)}; add it, or leave {key.removesuffix('_')} out"
 
 
 def describe_type(annotation: Any) -> str:
@@ -253,31 +253,31 @@ def describe_type(annotation: Any) -> str:
     return names.get(annotation, "a value")
 
 
-def _add_file(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: str) -> None:
+def _add_file(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
     """Add the choices and values of the user's settings file to `parsed`, as if they had been typed; problems as well.
 
-    `word`: the file as typed, such as `my.yaml`. A key of another trainer is a problem that names our setting.
+    `override`: the file as typed, such as `my.yaml`. A key of another trainer is a problem that names our setting.
     """
     try:
-        choices, values = user_files.read_settings_file(word)
+        choices, values = user_files.read_settings_file(override)
     except ConfigError as error:
         parsed.problems += error.problems
         return
     number_of_earlier_files = len(parsed.values)
     for group, choice in choices.items():
         if group in choices_by_group():
-            _add_choice(parsed, group, choice, f"{word}: {group}: {choice}")
+            _add_choice(parsed, group, choice, f"{override}: {group}: {choice}")
         else:
             parsed.problems.append(
-                f"{word}: defaults: there is no group {group}; one of {', '.join(choices_by_group())}"
+                f"{override}: defaults: there is no group {group}; one of {', '.join(choices_by_group())}"
             )
 
     def is_ours(key: str) -> bool:
         return find_setting(settings_by_key, field_key(settings_by_key, key)) is not None
 
-    foreign = hints.ForeignWords([f"{key}={value}" for key, value in values], is_ours)
+    foreign = hints.ForeignArguments([f"{key}={value}" for key, value in values], is_ours)
     for key, value in values:
-        source = f"{word}: {key}: {value}"
+        source = f"{override}: {key}: {value}"
         hint = foreign.hint(f"{key}={value}")
         if hint is not None:
             parsed.problems.append(f"{source}: {hint.reason}")
@@ -290,54 +290,56 @@ def _add_file(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: st
             _add_setting(parsed, settings_by_key, key, f"[{','.join(map(str, value))}]", source)
         else:
             parsed.values.append(TypedValue(field_key(settings_by_key, key), value, source))
-    parsed.problems += _two_models(parsed.values[number_of_earlier_files:], parsed.shape_words)
+    parsed.problems += _two_models(parsed.values[number_of_earlier_files:], parsed.shape_overrides)
 
 
-def _add_reset(parsed: ParsedWords, settings_by_key: dict[str, Setting], word: str) -> None:
-    """Add a word `~key` to `parsed`, which sets a setting back to its default; `~experiment` takes back the experiment."""
-    key = field_key(settings_by_key, word.lstrip("~").partition("=")[0])
+def _add_reset(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
+    """Add an override `~key` to `parsed`, which sets a setting back to its default; `~experiment` takes back the experiment."""
+    key = field_key(settings_by_key, override.lstrip("~").partition("=")[0])
     is_table = any(name.startswith(f"{key}.") for name in settings_by_key)
     if key in WHOLE_RUN_GROUPS:
         parsed.choices[key] = "null"
     elif key in choices_by_group():
         another = "model.path=<directory or hub id>" if key == MODEL_GROUP else f"{key}={choices_by_group()[key][0]}"
-        parsed.problems.append(f"{word}: cannot be removed; choose another one, for example {another}")
+        parsed.problems.append(f"{override}: cannot be removed; choose another one, for example {another}")
     elif key in settings_by_key or is_table:
-        parsed.resets.append((key, word))
+        parsed.resets.append((key, override))
     else:
-        unknown = hints.explain_unknown_key(key, word, settings_by_key)
+        unknown = hints.explain_unknown_key(key, override, settings_by_key)
         parsed.problems.append(unknown.problem)
         parsed.meant_keys |= unknown.meant_keys
 
 
-def _add_choice(parsed: ParsedWords, group: str, choice: str, word: str) -> None:
-    """Add the choice of a group to `parsed`, such as `tuning=lora`. `word`: as typed, for messages."""
+def _add_choice(parsed: ParsedOverrides, group: str, choice: str, override: str) -> None:
+    """Add the choice of a group to `parsed`, such as `tuning=lora`. `override`: as typed, for messages."""
     if means_a_shape(group, choice):
-        parsed.values.append(TypedValue(MODEL_PATH, read_shape(choice).hub[0], word))
-        parsed.shape_words.add(word)
+        parsed.values.append(TypedValue(MODEL_PATH, read_shape(choice).hub[0], override))
+        parsed.shape_overrides.add(override)
     elif choice in choices_by_group()[group] or (group in WHOLE_RUN_GROUPS and choice == "null"):
         parsed.choices[group] = choice
     elif "," in choice:
-        parsed.problems.append(f"{word}: several values are a sweep; add -m, or choose one")
+        parsed.problems.append(f"{override}: several values are a sweep; add -m, or choose one")
     else:
-        parsed.problems.append(hints.explain_unknown_choice(group, choice, word))
+        parsed.problems.append(hints.explain_unknown_choice(group, choice, override))
         parsed.meant_keys.add(group)
 
 
-def _add_setting(parsed: ParsedWords, settings_by_key: dict[str, Setting], key: str, text: str, word: str) -> None:
+def _add_setting(
+    parsed: ParsedOverrides, settings_by_key: dict[str, Setting], key: str, text: str, override: str
+) -> None:
     """Add the value of a setting, typed as `text`, to `parsed`. Text stays as typed; the rest is read by Hydra's grammar.
 
-    `word`: the whole argument, `key=text`, for messages. Gates, and lists of tasks or rewards, have a syntax of their own.
+    `override`: the whole argument, `key=text`, for messages. Gates, and lists of tasks or rewards, have a syntax of their own.
     """
     if RESOLVED_BY_EACH_RANK.search(text):
-        parsed.problems.append(f"{word}: {RANKS_DISAGREE}")
+        parsed.problems.append(f"{override}: {RANKS_DISAGREE}")
         return
     # As in `gates={eval/loss: "<3"}`: `<` and `>` are no characters of Hydra's grammar.
     if key.split(".")[0] == GATES:
-        gates, problem = read_word(word.lstrip("+"))
+        gates, problem = read_word(override.lstrip("+"))
         if gates is None:
             parsed.problems.append(problem)
-        parsed.values.append(TypedValue(GATES, gates or {}, word))
+        parsed.values.append(TypedValue(GATES, gates or {}, override))
         return
     # `evaluation.tasks=[json,json:strict]`: each entry is a kind, with a name behind a colon if it is used twice.
     task_kinds = _list_entries(text) if key == TASKS_TABLE else None
@@ -345,54 +347,54 @@ def _add_setting(parsed: ParsedWords, settings_by_key: dict[str, Setting], key: 
         parsed.replaced_tables.add(key)
         for entry in task_kinds:
             kind, _, name = entry.partition(":")
-            parsed.values.append(TypedValue(f"{key}.{name or kind}.kind", kind, word))
+            parsed.values.append(TypedValue(f"{key}.{name or kind}.kind", kind, override))
         return
     # `objective.rewards=[maths,rewards.py]`, or one of them without brackets.
     if key == REWARDS_TABLE and not text.startswith("{") and text != "null":
         entries = _list_entries(text)
-        _add_rewards(parsed, [text] if entries is None else entries, word)
+        _add_rewards(parsed, [text] if entries is None else entries, override)
         return
     # Paths hold spaces, colons and equals signs that the grammar would take apart.
     setting = find_setting(settings_by_key, key)
     if setting is not None and _is_text_type(setting.type) and not _is_hydra_syntax(text):
-        parsed.values.append(TypedValue(key, text, word))
+        parsed.values.append(TypedValue(key, text, override))
         return
-    _add_setting_by_grammar(parsed, settings_by_key, key, text, word)
+    _add_setting_by_grammar(parsed, settings_by_key, key, text, override)
 
 
-def _add_rewards(parsed: ParsedWords, entries: list[str], word: str) -> None:
+def _add_rewards(parsed: ParsedOverrides, entries: list[str], override: str) -> None:
     """Add the rewards of `objective.rewards=[maths,rewards.py,more.py:brief]` to `parsed`.
 
     Each entry is a kind (with a name behind a colon if it is used twice), a Python file that stands for all its reward functions,
     or one function of a file. `maths` sets `objective.rewards.maths.kind`, `more.py:brief` `objective.rewards.brief.function`.
     """
     parsed.replaced_tables.add(REWARDS_TABLE)
-    # Of several such words the last one counts, as of any setting. Entries that were typed by themselves stay.
-    table_word = re.compile(rf"[+]*{re.escape(REWARDS_TABLE)}\s*[=:]")
-    parsed.values = [value for value in parsed.values if not table_word.match(value.word)]
+    # Of several such overrides the last one counts, as of any setting. Entries that were typed by themselves stay.
+    table_override = re.compile(rf"[+]*{re.escape(REWARDS_TABLE)}\s*[=:]")
+    parsed.values = [value for value in parsed.values if not table_override.match(value.override)]
     for entry in entries:
         path, function = split_function(entry)
         if path.suffix != ".py":
             kind, _, name = entry.partition(":")
-            parsed.values.append(TypedValue(f"{REWARDS_TABLE}.{name or kind}.kind", kind, word))
+            parsed.values.append(TypedValue(f"{REWARDS_TABLE}.{name or kind}.kind", kind, override))
             continue
         names = [function]
         if not function:
             try:
                 names = [*functions_of(path)]
             except ConfigError as error:
-                parsed.problems += [f"{word}: {problem}" for problem in error.problems]
+                parsed.problems += [f"{override}: {problem}" for problem in error.problems]
                 parsed.meant_keys.add(REWARDS_TABLE)
                 continue
             if not names:
                 parsed.meant_keys.add(REWARDS_TABLE)
-                parsed.problems.append(f"{word}: {path.name} has no reward function; {WHAT_IS_A_REWARD}")
+                parsed.problems.append(f"{override}: {path.name} has no reward function; {WHAT_IS_A_REWARD}")
         for name in names:
-            parsed.values.append(TypedValue(f"{REWARDS_TABLE}.{name}.function", f"{path}:{name}", word))
+            parsed.values.append(TypedValue(f"{REWARDS_TABLE}.{name}.function", f"{path}:{name}", override))
 
 
 def _add_setting_by_grammar(
-    parsed: ParsedWords, settings_by_key: dict[str, Setting], key: str, text: str, word: str
+    parsed: ParsedOverrides, settings_by_key: dict[str, Setting], key: str, text: str, override: str
 ) -> None:
     """Add a value that Hydra's own parser reads to `parsed`: a number, a list, a dictionary or null.
 
@@ -402,34 +404,34 @@ def _add_setting_by_grammar(
     from hydra.errors import HydraException
 
     try:
-        override = OverridesParser.create().parse_override(f"{key}={text}")
-        if override.is_sweep_override():  # choice(...), range(...), or a value with commas
+        parsed_override = OverridesParser.create().parse_override(f"{key}={text}")
+        if parsed_override.is_sweep_override():  # choice(...), range(...), or a value with commas
             is_range = re.match(r"(interval|tag)\(", text) is not None
             remedy = "a range is searched: add -m sweeper=optuna" if is_range else "several values are a sweep; add -m"
-            parsed.problems.append(f"{word}: {remedy}, or give one")
+            parsed.problems.append(f"{override}: {remedy}, or give one")
             return
-        parsed.values += _values_of_word(key, override.value(), word)
+        parsed.values += _values_of_override(key, parsed_override.value(), override)
     except (HydraException, NotImplementedError) as error:
         setting = find_setting(settings_by_key, key)
         if setting is None:
-            unknown = hints.explain_unknown_key(key, word, settings_by_key)
+            unknown = hints.explain_unknown_key(key, override, settings_by_key)
             parsed.problems.append(unknown.problem)
             parsed.meant_keys |= unknown.meant_keys
         elif _is_text_type(setting.type) and text.startswith("["):
             # A list of paths with characters that the grammar would want quoted.
             paths = [part.strip().strip("'\"") for part in text[1:-1].split(",")]
-            parsed.values.append(TypedValue(key, paths, word))
+            parsed.values.append(TypedValue(key, paths, override))
         else:
             reason = str(error).splitlines()[0].split(" See https")[0]
-            parsed.problems.append(f"{word}: cannot be read ({reason}); {key} is {describe_type(setting.type)}")
+            parsed.problems.append(f"{override}: cannot be read ({reason}); {key} is {describe_type(setting.type)}")
             parsed.meant_keys.add(key)
 
 
-def _values_of_word(key: str, value: Any, word: str) -> list[TypedValue]:
-    """The settings that one word sets: `budget={epochs: 3}` and `batch={...}` one for each entry, any other word only `key`."""
+def _values_of_override(key: str, value: Any, override: str) -> list[TypedValue]:
+    """The settings that one override sets: `budget={epochs: 3}` and `batch={...}` one for each entry, any other only `key`."""
     if key not in ("batch", "budget") or not isinstance(value, dict):
-        return [TypedValue(key, value, word)]
-    return [TypedValue(f"{key}.{name}", entry, word) for name, entry in value.items()]
+        return [TypedValue(key, value, override)]
+    return [TypedValue(f"{key}.{name}", entry, override) for name, entry in value.items()]
 
 
 def _list_entries(text: str) -> list[str] | None:

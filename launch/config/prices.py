@@ -27,16 +27,16 @@ def price_of(device: str) -> float | None:
     return None
 
 
-def price_by_word(word: str) -> float | None:
+def price_by_gpu_kind(word: str) -> float | None:
     """US dollars per hour by a cluster's own name for a card, such as the `h100` of SLURM's `gpu:h100:8`.
 
     None if the name fits no card of conf/hardware, or cards of several prices.
     """
-    prices = {card.get("price_per_hour") for card in cards_by_word(word)}
+    prices = {card.get("price_per_hour") for card in cards_by_gpu_kind(word)}
     return prices.pop() if len(prices) == 1 else None
 
 
-def cards_by_word(word: str) -> list[dict[str, Any]]:
+def cards_by_gpu_kind(word: str) -> list[dict[str, Any]]:
     """The cards of `conf/hardware` that a cluster's own name may mean, such as the `h100` of SLURM's `gpu:h100:8`."""
     normalised_word = re.sub(r"[^a-z0-9]", "", word.lower())
     if not normalised_word:

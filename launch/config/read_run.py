@@ -20,7 +20,7 @@ from launch.config.outside_values import (
     outside_values,
     reset_to_default,
     reward_code_identity,
-    shell_word,
+    shell_argument,
 )
 from strategies.errors import ConfigError
 from strategies.settings import Reach
@@ -55,19 +55,19 @@ class RunReader:
     """A verb such as `export` that reads a run, and which of the run's values it uses."""
 
     command: list[str]
-    """The words that were typed, the verb first."""
+    """The overrides that were typed, the verb first."""
     uses: UsesValue
     prefix: str = ""
-    """What stands before words that allow a value, if the command names several runs: `from.` or `against.`."""
+    """What stands before overrides that allow a value, if the command names several runs: `from.` or `against.`."""
     own_groups: frozenset[str] = frozenset()
     """Groups of settings that the verb takes as its own words."""
     settled_groups: frozenset[str] = frozenset()
     """Groups whose values do not come from this run. The verb has checked before that they may be used."""
 
 
-def is_allowing_word(word: str) -> bool:
-    """Whether a word `key=value` sets something that reaches out of a run, so that typing it beside a run allows it."""
-    key, assigned, _ = word.partition("=")
+def is_allowing_argument(override: str) -> bool:
+    """Whether an override `key=value` sets something that reaches out of a run, so that typing it beside a run allows it."""
+    key, assigned, _ = override.partition("=")
     if not assigned or key.partition(".")[0] in OF_EACH_START:
         return False
     try:
@@ -76,43 +76,44 @@ def is_allowing_word(word: str) -> bool:
         return False
 
 
-def split_allowing_words(words: list[str], prefix: str = "") -> tuple[list[str], list[str]]:
-    """Split a verb's words in two: those that allow a value of its run, without their `prefix`, and all others.
+def split_allowing_arguments(overrides: list[str], prefix: str = "") -> tuple[list[str], list[str]]:
+    """Split a verb's overrides in two: those that allow a value of its run, without their `prefix`, and all others.
 
-    An allowing word sets something that reaches out of the run, such as `model.trust_remote_code=true`; see `is_allowing_word`.
+    An allowing override sets something that reaches out of the run, such as `model.trust_remote_code=true`; see
+    `is_allowing_argument`.
     """
     allowing: list[str] = []
-    other_words: list[str] = []
-    for word in words:
-        if word.startswith(prefix) and is_allowing_word(word.removeprefix(prefix)):
-            allowing.append(word.removeprefix(prefix))
+    other_arguments: list[str] = []
+    for override in overrides:
+        if override.startswith(prefix) and is_allowing_argument(override.removeprefix(prefix)):
+            allowing.append(override.removeprefix(prefix))
         else:
-            other_words.append(word)
-    return allowing, other_words
+            other_arguments.append(override)
+    return allowing, other_arguments
 
 
 def read_run(
     run_dir: Path,
     reader: RunReader,
-    words: list[str],
+    overrides: list[str],
     change: Callable[[RunConfig, list[str]], RunConfig] = lambda config, _: config,
 ) -> RunConfig:
     """The configuration of a run for a verb that reads it, without what the run's author, but not this user, has typed.
 
-    `words`: settings that the user typed beside the run. Those that only allow a value are applied here; `change` gets the
+    `overrides`: settings that the user typed beside the run. Those that only allow a value are applied here; `change` gets the
     others and applies them. A value that reaches out and that the verb does not use is set to its default, and a line says so.
-    Errors: ConfigError if the verb uses a value that this user never typed; it names the words that allow it.
+    Errors: ConfigError if the verb uses a value that this user never typed; it names the overrides that allow it.
     """
     from launch.config.compose import load_frozen, typed_keys
 
-    allowing_words, other_words = _split_words(words, reader.own_groups)
+    allowing_arguments, other_arguments = _split_overrides(overrides, reader.own_groups)
     frozen = load_frozen(run_dir / "config.yaml")
     # Before the code of a hub model is looked at: another commit may have other code.
     pin_commit(frozen, run_dir, may_fetch=False)
-    config = change(_with_allowing_words(frozen, allowing_words), other_words)
+    config = change(_with_allowing_arguments(frozen, allowing_arguments), other_arguments)
 
     # Values that reach out (see outside_values.py): used and allowed, used and not allowed, not used.
-    typed = typed_keys(words) | reader.settled_groups
+    typed = typed_keys(overrides) | reader.settled_groups
     used: list[OutsideValue] = []
     unused: list[OutsideValue] = []
     refused: list[OutsideValue] = []
@@ -141,7 +142,7 @@ def use_trusted_copies(config: RunConfig, run: Path, settings: list[str]) -> Non
     """Let the rewards of a run's configuration name the run's own copies of their files, which its training was scored by.
 
     That is only done for a copy whose content this user has typed once: the run may be somebody else's, and its copies may be
-    other code than the files that the configuration names. A reward that `settings`, the typed words, set is left alone.
+    other code than the files that the configuration names. A reward that `settings`, the typed overrides, set is left alone.
     """
     rewards: dict[str, RewardEntry] = getattr(config.objective, "rewards", {})
     for name, (file, function) in copied_functions(rewards, run).items():
@@ -169,29 +170,29 @@ def has_link_out(directory: Path, home: Path) -> bool:
     return any(not link.resolve().is_relative_to(top) for link in links)
 
 
-def _split_words(words: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:
-    """(words that only allow a value of the run, words of the verb's own groups of settings)."""
-    allowing_words: list[str] = []
-    other_words: list[str] = []
-    for word in words:
-        group = word.partition(".")[0]
-        if is_allowing_word(word) and group not in own_groups:
-            allowing_words.append(word)
+def _split_overrides(overrides: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:
+    """(overrides that only allow a value of the run, overrides of the verb's own groups of settings)."""
+    allowing_arguments: list[str] = []
+    other_arguments: list[str] = []
+    for override in overrides:
+        group = override.partition(".")[0]
+        if is_allowing_argument(override) and group not in own_groups:
+            allowing_arguments.append(override)
         else:
-            other_words.append(word)
-    return allowing_words, other_words
+            other_arguments.append(override)
+    return allowing_arguments, other_arguments
 
 
-def _with_allowing_words(config: RunConfig, allowing_words: list[str]) -> RunConfig:
-    """The configuration of a run with the words that allow its values.
+def _with_allowing_arguments(config: RunConfig, allowing_arguments: list[str]) -> RunConfig:
+    """The configuration of a run with the overrides that allow its values.
 
-    Errors: ConfigError for a word that names another file than the run: that would change the run's result.
+    Errors: ConfigError for an override that names another file than the run: that would change the run's result.
     """
-    from launch.config.compose import with_words
+    from launch.config.compose import with_overrides
 
-    if not allowing_words:
+    if not allowing_arguments:
         return config
-    allowed_config = with_words(config, allowing_words)
+    allowed_config = with_overrides(config, allowing_arguments)
     run_values = flat(plain(config))
     problems = []
     for key, value in flat(plain(allowed_config)).items():
@@ -205,15 +206,15 @@ def _with_allowing_words(config: RunConfig, allowing_words: list[str]) -> RunCon
 
 def _refusal(run_dir: Path, reader: RunReader, refused: list[OutsideValue]) -> str:
     """The error message that lists the values that this user never typed, and the command that allows them."""
-    # Dictionaries as ordered sets: two values may need the same word.
-    allowing_words: dict[str, None] = {}
+    # Dictionaries as ordered sets: two values may need the same override.
+    allowing_arguments: dict[str, None] = {}
     for value in refused:
-        for word in value.words:
-            allowing_words[f"{reader.prefix}{shell_word(word)}"] = None
-    typed_command = " ".join(shell_word(word) for word in reader.command)
+        for override in value.overrides:
+            allowing_arguments[f"{reader.prefix}{shell_argument(override)}"] = None
+    typed_command = " ".join(shell_argument(override) for override in reader.command)
     lines = [f"{run_dir}: its config.yaml reaches out of the run, by values that you have not typed before:"]
     lines += dict.fromkeys(f"{value.shell_words}: it {value.effect}" for value in refused)
-    lines += ["if you trust them, type them once:", f"  shardtune {typed_command} {' '.join(allowing_words)}"]
+    lines += ["if you trust them, type them once:", f"  shardtune {typed_command} {' '.join(allowing_arguments)}"]
     home = trusted_values.state_directory()
     if home is not None:
         lines.append(f"what you typed is kept in {home}; in a container, mount that directory")

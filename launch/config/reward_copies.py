@@ -1,4 +1,4 @@
-"""Reward files that are gone, while a run that the words name still has its copies of them."""
+"""Reward files that are gone, while a run that the overrides name still has its copies of them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from trainer.objectives.reward_functions import split_function, use_stand_ins
 from trainer.rollout.rewards.copies import stand_ins
 
 
-def use_reward_copies(words: list[str]) -> None:
+def use_reward_copies(overrides: list[str]) -> None:
     """Let a run's own copies stand in for reward files that are gone, in this process from here on.
 
-    `words`: the command line. Nothing happens unless it names a `run.dir`, and a reward file that does not exist. Only copies
+    `overrides`: the command line. Nothing happens unless it names a `run.dir`, and a reward file that does not exist. Only copies
     count whose code this user has used before: the directory may be somebody else's.
     """
     # The run, and the reward files: `objective.rewards=[a.py,b.py:brief]` or `objective.rewards.x.function=a.py:x`.
     run_dir = None
     files: list[Path] = []
-    for word in words:
-        key, _, text = word.lstrip("+").partition("=")
+    for override in overrides:
+        key, _, text = override.lstrip("+").partition("=")
         if key == "run.dir":
             run_dir = Path(text).expanduser()
         elif key.startswith("objective.rewards"):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.config.user_files import is_file_word
+from launch.config.user_files import is_settings_file
 from strategies.errors import ConfigError
 from strategies.redaction import redacted
 
@@ -35,29 +35,29 @@ def print_config(composed: Composed, kind: str) -> None:
         raise ConfigError(problems)
 
 
-def hydra_yaml(words: list[str]) -> str:
-    """Hydra's own configuration for these words, as YAML."""
+def hydra_yaml(overrides: list[str]) -> str:
+    """Hydra's own configuration for these overrides, as YAML."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create({"hydra": _hydra_settings(words)}), resolve=False)
+    return OmegaConf.to_yaml(OmegaConf.create({"hydra": _hydra_settings(overrides)}), resolve=False)
 
 
-def composition_lines(words: list[str]) -> list[str]:
+def composition_lines(overrides: list[str]) -> list[str]:
     """The lines of `--info`: versions of Hydra, the directories of settings files, and the file of each group's choice."""
     from importlib.metadata import version
 
     from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS
 
-    choices = _hydra_settings(words)["runtime"]["choices"]
+    choices = _hydra_settings(overrides)["runtime"]["choices"]
     lines = [f"hydra       {version('hydra-core')}, omegaconf {version('omegaconf')}", "searched    " + str(CONF_DIR)]
     lines += [f"            {directory} (--config-dir)" for directory in USER_CONFIG_DIRS]
     lines.append("chosen, in this order; the last word wins:")
     for group, choice in reversed(choices.items()):
         if not group.startswith("hydra/"):
             lines.append(f"  {group:<12}{_choice_text(group, choice)}")
-    for word in words:
-        if is_file_word(word):
-            lines.append(f"  {'file':<12}{word}")
+    for override in overrides:
+        if is_settings_file(override):
+            lines.append(f"  {'file':<12}{override}")
     return lines
 
 
@@ -74,18 +74,18 @@ def _choice_text(group: str, choice: str | None) -> str:
     return f"{choice}  no such file"
 
 
-def _hydra_settings(words: list[str]) -> dict[str, dict[str, dict[str, str]]]:
-    """Hydra's own configuration for these words, as nested dictionaries."""
+def _hydra_settings(overrides: list[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """Hydra's own configuration for these overrides, as nested dictionaries."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from launch.config import overrides
     from launch.config.choices import CONF_DIR, register_schemas
-    from launch.config.compose import hydra_words
+    from launch.config.compose import hydra_overrides
+    from launch.config.overrides import parse
 
     register_schemas()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-        tree = compose("train", hydra_words(overrides.parse(words).choices), return_hydra_config=True)
+        tree = compose("train", hydra_overrides(parse(overrides).choices), return_hydra_config=True)
     hydra_settings = OmegaConf.to_container(tree.hydra, resolve=False)
     assert isinstance(hydra_settings, dict)
     return hydra_settings  # type: ignore[return-value]

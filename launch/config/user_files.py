@@ -1,4 +1,4 @@
-"""The user's own configuration files: a bare `my.yaml` among the words, and directories given by `--config-dir`."""
+"""The user's own configuration files: a bare `my.yaml` among the overrides, and directories given by `--config-dir`."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ NOT_SETTINGS = ("substitutions",)
 """Keys of a frozen `config.yaml` that are no settings."""
 
 
-def is_file_word(word: str) -> bool:
-    """Whether a bare word names a file of settings."""
-    return word.endswith(SUFFIXES) and "=" not in word and not word.startswith("-")
+def is_settings_file(override: str) -> bool:
+    """Whether a positional argument names a file of settings."""
+    return override.endswith(SUFFIXES) and "=" not in override and not override.startswith("-")
 
 
-def user_files_may_apply(words: Iterable[str]) -> bool:
-    """Whether files of the user's own can set something: a file among `words`, `--config-dir`, or `conf/local/default.yaml`."""
-    if any(is_file_word(word) for word in words):
+def user_files_may_apply(overrides: Iterable[str]) -> bool:
+    """Whether files of the user can set something: a file among `overrides`, `--config-dir`, or `conf/local/default.yaml`."""
+    if any(is_settings_file(override) for override in overrides):
         return True
     return bool(USER_CONFIG_DIRS) or (CONF_DIR / "local" / "default.yaml").exists()
 
 
-def read_settings_file(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
-    """(choices of groups, values by full key) of a user's YAML file of settings, which `word` names as typed.
+def read_settings_file(override: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
+    """(choices of groups, values by full key) of a user's YAML file of settings, which `override` names as typed.
 
     A choice is `tuning: lora`, an entry of `defaults`, or a block with a `name`, as in the config.yaml of a run. A file
     {tuning: {name: lora, rank: 16}} gives ({"tuning": "lora"}, [("tuning.rank", 16)]). Errors: ConfigError if the file cannot be
     read or holds no settings.
     """
-    tree = _read_tree(word)
+    tree = _read_tree(override)
     # Choices of `defaults` first: a choice in a block of its own overrides them, as in Hydra.
-    choices = dict(_defaults(word, tree.pop("defaults", [])))
+    choices = dict(_defaults(override, tree.pop("defaults", [])))
     values: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if key in NOT_SETTINGS:
@@ -60,21 +60,23 @@ def read_settings_file(word: str) -> tuple[dict[str, str], list[tuple[str, Any]]
     return choices, values
 
 
-def _read_tree(word: str) -> dict[Any, Any]:
+def _read_tree(override: str) -> dict[Any, Any]:
     """A YAML file of settings as nested dictionaries, `${...}` unresolved. Errors: ConfigError."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    path = Path(word).expanduser()
+    path = Path(override).expanduser()
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=False)
     except OSError as error:
-        raise ConfigError(f"{word}: cannot be read ({error.strerror}); a bare *.yaml is a file of settings") from error
+        raise ConfigError(
+            f"{override}: cannot be read ({error.strerror}); a bare *.yaml is a file of settings"
+        ) from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{word}: is no YAML ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{override}: is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{word}: holds no settings; write them as in `tuning: lora` or `optim: {{lr: 2e-4}}`")
+        raise ConfigError(f"{override}: holds no settings; write them as in `tuning: lora` or `optim: {{lr: 2e-4}}`")
     return tree
 
 
@@ -86,14 +88,14 @@ def is_block(key: str) -> bool:
     return key in names and key != "precision"  # the one field of a run that is a single value
 
 
-def _defaults(word: str, entries: Any) -> Iterator[tuple[str, str]]:
-    """(group, choice) of each entry of a Hydra `defaults` list in the file `word`. Errors: ConfigError."""
+def _defaults(override: str, entries: Any) -> Iterator[tuple[str, str]]:
+    """(group, choice) of each entry of a Hydra `defaults` list in the file `override`. Errors: ConfigError."""
     entries = entries if isinstance(entries, list) else [entries]
     for entry in entries:
         if entry == "_self_":
             continue
         if not isinstance(entry, dict) or len(entry) != 1:
-            raise ConfigError(f"{word}: defaults: {entry}: write a group and its choice, as in `- tuning: lora`")
+            raise ConfigError(f"{override}: defaults: {entry}: write a group and its choice, as in `- tuning: lora`")
         for key, choice in entry.items():
             # Hydra also writes `override /tuning: lora`.
             group = str(key).removeprefix("override ").strip().lstrip("/")
@@ -120,20 +122,20 @@ def take_config_dirs(argv: list[str]) -> list[str]:
     """
     from launch.config.choices import add_directory
 
-    words = []
+    overrides = []
     remaining = list(argv)
     while remaining:
-        word = remaining.pop(0)
-        flag, assigned, value = word.partition("=")
+        override = remaining.pop(0)
+        flag, assigned, value = override.partition("=")
         if flag not in ("--config-dir", "-cd"):
-            words.append(word)
+            overrides.append(override)
             continue
         if not assigned:
             if not remaining:
-                raise ConfigError(f"{word}: give a directory, as in --config-dir my/conf")
+                raise ConfigError(f"{override}: give a directory, as in --config-dir my/conf")
             value = remaining.pop(0)
         directory = Path(value).expanduser().resolve()
         if not directory.is_dir():
             raise ConfigError(f"--config-dir {directory}: there is no such directory")
         add_directory(directory)
-    return words
+    return overrides

@@ -102,19 +102,19 @@ def main(argv: list[str]) -> int:
     model = embedded_model()
     data = prepare_demo(embedded_file(SOURCE), load_tokenizer(model), cache_directory() / "demo")
     run_dir = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    words = [*training_words(model, data, run_dir), *argv]
-    run_dir = run_dir_of(words)
+    arguments = [*training_arguments(model, data, run_dir), *argv]
+    run_dir = run_dir_of(arguments)
     print(
         f"demo: {MODEL_NAME} learns to write clinical notes from conversations (MTS-Dialog)\n"
         f"budget: about {TRAIN_TOKENS:,} training tokens ({data.train_documents} documents of at most "
         f"{MAX_DOCUMENT_TOKENS} tokens, {data.train_tokens:,} tokens a pass), {data.held_out_tokens:,} held-out tokens "
         f"({data.held_out_documents} documents): one to three minutes on two CPU cores\n"
-        f"$ shardtune train {' '.join(words)}\n",
+        f"$ shardtune train {' '.join(arguments)}\n",
         flush=True,
     )
     from launch.main import run_guarded
 
-    exit_code = run_guarded("train", words)
+    exit_code = run_guarded("train", arguments)
     if exit_code:
         return exit_code
     # What the model has learned: the metrics of the first and the last evaluation on held-out notes.
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def training_words(model: Path, data: DemoData, run_dir: Path) -> list[str]:
+def training_arguments(model: Path, data: DemoData, run_dir: Path) -> list[str]:
     """The arguments of `shardtune train`: LoRA with two ranks on a CPU, or on as many GPUs as divide the batch."""
     global_batch = 8
     processes = num_processes()

@@ -14,9 +14,9 @@ def num_processes() -> int:
     return next(divisor for divisor in (8, 4, 2, 1) if divisor <= devices)
 
 
-def run_dir_of(words: list[str]) -> Path:
+def run_dir_of(arguments: list[str]) -> Path:
     """The run directory of a `train` command. The last word counts, so that a typed `run.dir=` overrides that of a demo."""
-    directories = [word.removeprefix("run.dir=") for word in words if word.startswith("run.dir=")]
+    directories = [argument.removeprefix("run.dir=") for argument in arguments if argument.startswith("run.dir=")]
     return Path(directories[-1])
 
 

@@ -130,27 +130,30 @@ def main(argv: list[str]) -> int:
     started_at = time.monotonic()
     model = embedded_model()
     files = write_files(cache_directory() / "demo" / "three-words")
-    words = [*training_words(model, files, Path("runs") / time.strftime("three-words-%Y%m%d-%H%M%S")), *argv]
-    run_dir = run_dir_of(words)
+    arguments = [*training_arguments(model, files, Path("runs") / time.strftime("three-words-%Y%m%d-%H%M%S")), *argv]
+    run_dir = run_dir_of(arguments)
     indented_rewards = REWARDS.rstrip("\n").replace("\n", "\n  | ")
     print(
         f"demo: {MODEL_NAME} learns to answer in exactly three words. Nobody shows it such an answer: a reward scores those "
         f"that it writes.\n{files.rewards}:\n  | {indented_rewards}\n"
         f"budget: {STEPS} steps of {PROMPTS_PER_STEP} prompts with {GROUP_SIZE} answers each; {len(TRAINED_SUBJECTS)} "
         f"prompts to train on, {len(HELD_OUT_SUBJECTS)} held out\n"
-        f"$ shardtune train {shlex.join(words)}\n",
+        f"$ shardtune train {shlex.join(arguments)}\n",
         flush=True,
     )
     from launch.main import run_guarded
 
-    exit_code = run_guarded("train", words)
+    exit_code = run_guarded("train", arguments)
     if exit_code:
         return exit_code
     print_answers(run_dir / "export")
     # The mean reward of each evaluation, from the base model on.
     rewards = [metrics[METRIC] for metrics in evaluations(run_dir, METRIC)]
     print(closing_text(run_dir, time.monotonic() - started_at))
-    cheatable = [*training_words(model, files, Path(f"{run_dir}-cheatable"), cheatable=True), *without_run_dir(argv)]
+    cheatable = [
+        *training_arguments(model, files, Path(f"{run_dir}-cheatable"), cheatable=True),
+        *without_run_dir(argv),
+    ]
     print(
         "\nThe same with a reward that can be cheated: it does not look whether an answer ends, and answers are cut off after "
         f"{CHEATABLE_ANSWER_TOKENS} tokens. Watch rewards/ended/mean, a control:\n$ shardtune train {shlex.join(cheatable)}",
@@ -183,8 +186,8 @@ def prompt_about(subject: str) -> str:
     return f"Describe {subject} in exactly three words."
 
 
-def training_words(model: Path, files: DemoFiles, run_dir: Path, *, cheatable: bool = False) -> list[str]:
-    """The words after `shardtune train`.
+def training_arguments(model: Path, files: DemoFiles, run_dir: Path, *, cheatable: bool = False) -> list[str]:
+    """The arguments after `shardtune train`.
 
     `cheatable`: with the reward that can be cheated, the control that sees it, and answers so short that it is met.
     """
@@ -226,8 +229,8 @@ def training_words(model: Path, files: DemoFiles, run_dir: Path, *, cheatable: b
 
 
 def without_run_dir(argv: list[str]) -> list[str]:
-    """Typed words for another run beside this one."""
-    return [word for word in argv if not word.startswith("run.dir=")]
+    """Typed arguments for another run beside this one."""
+    return [argument for argument in argv if not argument.startswith("run.dir=")]
 
 
 def print_answers(export: Path) -> None:

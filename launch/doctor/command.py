@@ -8,17 +8,24 @@ from typing import Any
 
 from launch.config.help_text import show_help
 from launch.config.process_role import is_worker
-from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words
+from launch.config.verb_arguments import (
+    VerbArguments,
+    asks_for_help,
+    flag,
+    forwarded_settings,
+    help_rows,
+    read_arguments,
+)
 from launch.output import Column, TableRow, fold_all, print_json, table
 from strategies.errors import ConfigError
 from strategies.extras import install_command
 
 
 @dataclass(kw_only=True)
-class DoctorWords(VerbWords):
+class DoctorArguments(VerbArguments):
     """What `shardtune doctor` takes."""
 
-    settings: list[str] = setting_words()
+    settings: list[str] = forwarded_settings()
     verify: bool = flag("compare the run of these words with one process, on a small copy of its model")
     as_json: bool = flag("print the findings as JSON, for a script", key="--json")
 
@@ -45,7 +52,7 @@ With --verify, doctor takes one step of the run on a small copy of its model, on
 fault of its strategy, and compares loss and gradients with those of one process (docs/verify.md). It reads the
 model's config.json, and neither weights nor data.
 
-{help_rows(DoctorWords)}
+{help_rows(DoctorArguments)}
 
 exit codes: 0 a run can start, 69 something prevents it, or --verify found a difference"""
 UNFIT = 69
@@ -65,27 +72,27 @@ def main(argv: list[str]) -> int:
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    words, problems = read_words("doctor", DoctorWords, argv)
+    arguments, problems = read_arguments("doctor", DoctorArguments, argv)
     if problems:
         raise ConfigError(problems)
-    if words.verify:
+    if arguments.verify:
         from launch.doctor.verify import verify
 
-        return verify(words.settings, as_json=words.as_json)
-    if words.settings:
-        return preflight(words.settings, words.as_json)
+        return verify(arguments.settings, as_json=arguments.as_json)
+    if arguments.settings:
+        return preflight(arguments.settings, arguments.as_json)
     from launch.doctor.machine import examine
 
     machine = examine(os.environ)
-    if words.as_json:
+    if arguments.as_json:
         print_json({**machine.facts, "problems": machine.problems, "notes": machine.notes})
     else:
         print("\n".join(text(machine.facts, machine.problems, machine.notes)))
     return UNFIT if machine.problems else 0
 
 
-def preflight(words: list[str], as_json: bool) -> int:
-    """Check the nodes that the settings (`words`) describe, and print the result; returns the exit code.
+def preflight(arguments: list[str], as_json: bool) -> int:
+    """Check the nodes that the settings (`arguments`) describe, and print the result; returns the exit code.
 
     Errors: ConfigError, StorageError.
     """
@@ -93,7 +100,7 @@ def preflight(words: list[str], as_json: bool) -> int:
     from launch.cluster.preflight.coordinator import run_preflight
     from launch.cluster.preflight.targets import preflight_targets
 
-    request, commands, hosts, is_queued = preflight_targets(words)
+    request, commands, hosts, is_queued = preflight_targets(arguments)
     reports, verdict = run_preflight(request, commands, hosts, is_queued=is_queued)
     if as_json:
         print_json(as_dict(request, reports, verdict))
@@ -146,8 +153,8 @@ def _surroundings(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((name, f"{place['path']}: {place['free_gib']:.1f} GiB free{models}{missing}"))
     rows.append(("slurm", "yes" if facts["slurm"] else "no"))
     if facts["offline"]:
-        words = [f"{variable}={setting}" for variable, setting in facts["offline"].items()]
-        rows.append(("offline", ", ".join(words)))
+        arguments = [f"{variable}={setting}" for variable, setting in facts["offline"].items()]
+        rows.append(("offline", ", ".join(arguments)))
     return rows
 
 

@@ -44,18 +44,18 @@ class VerificationFailed(ShardtuneError):
         self.exit_code = exit_code
 
 
-def verify(words: list[str], *, as_json: bool) -> int:
-    """Compare the run that the settings (`words`) describe with one process, and print the report.
+def verify(arguments: list[str], *, as_json: bool) -> int:
+    """Compare the run that the settings (`arguments`) describe with one process, and print the report.
 
     Returns the exit code: 69 if they differ, 130 after Ctrl-C.
     Errors: ConfigError for settings that cannot be compared, VerificationFailed if the ranks fail.
     """
-    if not words:
+    if not arguments:
         raise ConfigError(
             "--verify: needs the words of a run, as in shardtune doctor --verify model.path=models/llama strategy=fsdp2"
         )
     with stdout_to_stderr(as_json), tempfile.TemporaryDirectory(prefix="shardtune-verify-") as directory:
-        report = _report(words, Path(directory))
+        report = _report(arguments, Path(directory))
     if report is None:
         return 130
     if as_json:
@@ -65,9 +65,9 @@ def verify(words: list[str], *, as_json: bool) -> int:
     return 0 if report["agrees"] else DIFFERS
 
 
-def _report(words: list[str], directory: Path) -> dict[str, Any] | None:
+def _report(arguments: list[str], directory: Path) -> dict[str, Any] | None:
     """Run the comparison in `directory`; returns the verdict of the ranks, with what was compared; None after Ctrl-C."""
-    config, notes = settings_to_compare(words)
+    config, notes = settings_to_compare(arguments)
     from launch.config.compose import ranks_of
     from trainer.verification.run import write_inputs
     from trainer.verification.small_run import number_of_ranks
@@ -90,8 +90,8 @@ def _report(words: list[str], directory: Path) -> dict[str, Any] | None:
     }
 
 
-def settings_to_compare(words: list[str]) -> tuple[RunConfig, list[str]]:
-    """(the configuration that the settings `words` describe, notes on what was changed in it for the comparison).
+def settings_to_compare(arguments: list[str]) -> tuple[RunConfig, list[str]]:
+    """(the configuration that the settings `arguments` describe, notes on what was changed in it for the comparison).
 
     Errors: ConfigError, also for strategy=single and strategy=auto, which leave nothing to compare.
     """
@@ -100,7 +100,7 @@ def settings_to_compare(words: list[str]) -> tuple[RunConfig, list[str]]:
     from trainer.config.run import Device, LauncherName
     from trainer.config.validate import problems_of
 
-    config = compose(words, check=False).config
+    config = compose(arguments, check=False).config
     problems = []
     if config.strategy.name is StrategyName.single:
         problems.append(

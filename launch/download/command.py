@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
 from launch.config.user_files import SUFFIXES
-from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
+from launch.config.verb_arguments import (
+    VerbArguments,
+    asks_for_help,
+    flag,
+    forwarded_settings,
+    help_rows,
+    option,
+    read_arguments,
+)
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,15 +28,15 @@ DAMAGED_EXIT_CODE = 69
 
 
 @dataclass(kw_only=True)
-class DownloadWords(VerbWords):
+class DownloadArguments(VerbArguments):
     """What `shardtune download` takes."""
 
-    to: Path = word(
+    to: Path = option(
         "a settings file with those commits, which every verb takes; pinned.json beside it lists each fetched file with its "
         "size and SHA-256",
         default=Path("pinned.yaml"),
     )
-    settings: list[str] = setting_words()
+    settings: list[str] = forwarded_settings()
     dry_run: bool = flag("show what would be fetched, and how much of it is here already")
     verify: bool = flag(
         "read all files again, offline, and compare them with the list; exit code 69 if one is missing or differs"
@@ -46,29 +54,29 @@ download fetches the model, the tokenizer and the data sets (hub:<name>) of a ru
 Each is pinned to the commit that its branch or tag points to now (model.revision, data.sources.<name>.revision). A run
 itself does not contact the hub. It takes what is in the cache.
 
-{help_rows(DownloadWords)}"""
+{help_rows(DownloadArguments)}"""
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune download` with the words typed after it; returns the exit code.
+    """Run `shardtune download` with the arguments typed after it; returns the exit code.
 
     Errors: ConfigError, DataError, StorageError.
     """
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    words, problems = read_words("download", DownloadWords, argv)
-    if words.to.suffix not in SUFFIXES:
-        problems.append(f"to={words.to}: is a file of settings; give it a name that ends in .yaml")
+    arguments, problems = read_arguments("download", DownloadArguments, argv)
+    if arguments.to.suffix not in SUFFIXES:
+        problems.append(f"to={arguments.to}: is a file of settings; give it a name that ends in .yaml")
     if problems:
         raise ConfigError(problems)
-    if words.verify:
-        return _verify(words.settings, words.as_json)
-    return _download(words.settings, words.to, dry_run=words.dry_run, as_json=words.as_json)
+    if arguments.verify:
+        return _verify(arguments.settings, arguments.as_json)
+    return _download(arguments.settings, arguments.to, dry_run=arguments.dry_run, as_json=arguments.as_json)
 
 
-def _download(words: list[str], target: Path, *, dry_run: bool, as_json: bool) -> int:
-    """Fetch the models and data sets that a run with the settings `words` needs from the hub ("pieces"); returns the exit code.
+def _download(arguments: list[str], target: Path, *, dry_run: bool, as_json: bool) -> int:
+    """Fetch the models and data sets that a run with these settings needs from the hub ("pieces"); returns the exit code.
 
     Then the settings file `target` is written, in which they are pinned to their commits, and beside it a manifest of the files.
     With `dry_run`, only print what would be fetched.
@@ -76,7 +84,7 @@ def _download(words: list[str], target: Path, *, dry_run: bool, as_json: bool) -
     from launch.config.compose import compose
     from launch.download.pieces import check_free_space, fetch_piece, hub_pieces, resolve
 
-    config = compose(words, check=False).config
+    config = compose(arguments, check=False).config
     # What is to be fetched.
     pieces = [resolve(piece) for piece in hub_pieces(config)]
     missing_bytes = sum(piece.missing_bytes for piece in pieces)
@@ -151,17 +159,17 @@ def _write_pinned_files(target: Path, fetched_pieces: list[FetchedPiece]) -> tup
     return target, manifest
 
 
-def _verify(words: list[str], as_json: bool) -> int:
+def _verify(arguments: list[str], as_json: bool) -> int:
     """Read all fetched files again, and compare them with their manifest; returns the exit code. Errors: ConfigError.
 
-    `words` must be the path of one settings file that download wrote. Its manifest, beside it with the suffix .json, is
+    `arguments` must be the path of one settings file that download wrote. Its manifest, beside it with the suffix .json, is
     {"pieces": [{"key": ..., "directory": ..., "files": [{"path": ..., "bytes": ..., "sha256": ...}]}]}.
     """
     from launch.download.pieces import file_damage
 
-    if len(words) != 1:
-        raise ConfigError(f"--verify: name one file, not {len(words)}: shardtune download --verify pinned.yaml")
-    manifest = Path(words[0]).expanduser().with_suffix(".json")
+    if len(arguments) != 1:
+        raise ConfigError(f"--verify: name one file, not {len(arguments)}: shardtune download --verify pinned.yaml")
+    manifest = Path(arguments[0]).expanduser().with_suffix(".json")
     file_count = 0
     damaged = []
     try:

@@ -91,7 +91,7 @@ def _quantised_model_problems(config: RunConfig, typed: list[str]) -> Iterator[s
             f"strategy={config.strategy.name}: model.path={path} lies in few bits ({library}), which every rank holds whole; "
             "set strategy=ddp, or launcher.processes=1"
         )
-    if any(word.startswith("precision=") for word in typed):
+    if any(argument.startswith("precision=") for argument in typed):
         yield f"precision={config.precision}: model.path={path} computes in the types it is stored with; leave it out"
     if config.model.adapters:
         yield f"adapter={config.model.adapters[0]}: model.path={path} in few bits, nothing is folded into it; leave it out"

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
 from launch.config.process_role import is_worker
-from launch.config.verb_words import asks_for_help, help_rows
+from launch.config.verb_arguments import asks_for_help, help_rows
+from launch.evaluate.arguments import EvaluateArguments
 from launch.evaluate.kinds import KINDS_READ
-from launch.evaluate.words import EvaluateWords
 from launch.output import print_json, stdout_to_stderr
 from strategies.imports import importing
 from trainer.stopping.signals import hold
 
 if TYPE_CHECKING:
-    from launch.evaluate.words import EvaluationPlan
+    from launch.evaluate.arguments import EvaluationPlan
 
 CONFIG_FILE = "job.yaml"
 JOB_FILE = "job.json"
@@ -46,7 +46,7 @@ takes. Nothing is trained.
 Beside a run you can set evaluation.*, strategy, launcher.*, run.*, precision and logging.*. Beside model.path you can
 set everything. With launcher=slurm, the evaluation is submitted as a job on one node.
 
-{help_rows(EvaluateWords)}
+{help_rows(EvaluateArguments)}
 
 kinds of tasks, with the rows that each reads:
 {KINDS}
@@ -57,7 +57,7 @@ docs/reference/evaluation-tasks.md explains what each kind reads and measures.""
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune evaluate` with these words, as a launcher or as one rank; returns the exit code.
+    """Run `shardtune evaluate` with these arguments, as a launcher or as one rank; returns the exit code.
 
     Errors: ConfigError, DataError, StorageError and what evaluating raises.
     """
@@ -68,22 +68,24 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0 if argv else 64
     with importing("torch"):
+        from launch.evaluate.arguments import make_plan, parse_arguments
         from launch.evaluate.reward_trial import is_trial, run_trial
-        from launch.evaluate.words import make_plan, parse_words
         from strategies.errors import ConfigError
         from trainer.config.run import LauncherName
 
-    words = parse_words(argv)
-    if is_trial(words):
-        return run_trial(words)
-    evaluation_plan = make_plan(words)
+    arguments = parse_arguments(argv)
+    if is_trial(arguments):
+        return run_trial(arguments)
+    evaluation_plan = make_plan(arguments)
     if evaluation_plan.config.launcher.name is LauncherName.slurm:
         from launch.evaluate.slurm import submit
 
-        return submit(evaluation_plan, [word for word in argv if word != "--print"], print_only=words.print_only)
-    if words.print_only:
+        return submit(
+            evaluation_plan, [argument for argument in argv if argument != "--print"], print_only=arguments.print_only
+        )
+    if arguments.print_only:
         raise ConfigError("--print: shows a job script; add launcher=slurm, or leave it out")
-    return run(evaluation_plan, as_json=words.as_json)
+    return run(evaluation_plan, as_json=arguments.as_json)
 
 
 def run(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
@@ -168,10 +170,10 @@ def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
         return run_supervised(config, directory, sha256, program=RankProgram("launch.evaluate", CONFIG_FILE))
 
 
-def run_as_rank(words: list[str]) -> int:
+def run_as_rank(arguments: list[str]) -> int:
     """Run as one rank of an evaluation, started by our launcher, torchrun or srun; returns the exit code.
 
-    `words`: the command-line arguments, read only without our launcher, which leaves configuration and job in files.
+    `arguments`: the command-line arguments, read only without our launcher, which leaves configuration and job in files.
     Returns 0 also when asked to stop: another code would make torchrun or srun end the other ranks. Returns 70 after an error
     that our launcher shows.
     """
@@ -180,7 +182,7 @@ def run_as_rank(words: list[str]) -> int:
         from launch.cluster.torchrun import die_with_parent
         from launch.config.compose import load_frozen
         from launch.config.process_role import export_torchrun_variables
-        from launch.evaluate.words import make_plan, parse_words
+        from launch.evaluate.arguments import make_plan, parse_arguments
         from strategies.errors import ConfigError, Preempted
         from trainer.evaluate import EvaluationJob, evaluate_worker
         from trainer.reporting.status import read_failure
@@ -195,7 +197,7 @@ def run_as_rank(words: list[str]) -> int:
         config = load_frozen(frozen)
         job = EvaluationJob(**json.loads((directory / JOB_FILE).read_text(encoding="utf-8")))
     else:
-        evaluation_plan = make_plan(parse_words(words))
+        evaluation_plan = make_plan(parse_arguments(arguments))
         if evaluation_plan.other_plan is not None:
             raise ConfigError(
                 f"against={evaluation_plan.job.against}: under torchrun one model is evaluated at a time; evaluate the other one "

@@ -1,4 +1,4 @@
-"""`shardtune evaluate <words of a run with objective=grpo>`: tries the rewards on answers of the model before a run is queued."""
+"""`shardtune evaluate <arguments of a run with objective=grpo>`: tries the rewards on answers of the model before a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.pages.numbers import percent
 from trainer.stopping.signals import hold
 
 if TYPE_CHECKING:
-    from launch.evaluate.words import EvaluateWords
+    from launch.evaluate.arguments import EvaluateArguments
     from trainer.config.run import RunConfig
     from trainer.reward_trial import RewardTrialJob
 
@@ -32,7 +32,7 @@ COLUMNS = (
 SHOWN_GROUPS = 3
 
 
-def is_trial(words: EvaluateWords) -> bool:
+def is_trial(arguments: EvaluateArguments) -> bool:
     """Whether `shardtune evaluate` is to try rewards: its arguments name, or describe, a run that learns from rewards.
 
     Not if they name something else to evaluate: tasks, a server, against=, split=test, or a run that has tasks of its own.
@@ -40,15 +40,15 @@ def is_trial(words: EvaluateWords) -> bool:
     from launch.config.compose import compose
     from trainer.objectives.registry import FAMILIES, family_of
 
-    names_tasks = any(setting.startswith(("evaluation.tasks", "evaluation.server")) for setting in words.settings)
-    if words.against is not None or names_tasks or words.split == "test":
+    names_tasks = any(setting.startswith(("evaluation.tasks", "evaluation.server")) for setting in arguments.settings)
+    if arguments.against is not None or names_tasks or arguments.split == "test":
         return False
-    if words.run is not None:
-        objective = _objective_without_tasks(words.run)
+    if arguments.run is not None:
+        objective = _objective_without_tasks(arguments.run)
         return objective in FAMILIES and FAMILIES[objective].rollout is not None
-    if not any(setting.startswith("objective=") for setting in words.settings):
+    if not any(setting.startswith("objective=") for setting in arguments.settings):
         return False
-    return family_of(compose(words.settings, check=False).config.objective).rollout is not None
+    return family_of(compose(arguments.settings, check=False).config.objective).rollout is not None
 
 
 def _objective_without_tasks(run: Path) -> str:
@@ -64,7 +64,7 @@ def _objective_without_tasks(run: Path) -> str:
     return "" if has_tasks else name
 
 
-def run_trial(words: EvaluateWords) -> int:
+def run_trial(arguments: EvaluateArguments) -> int:
     """Generate and score answers for the first prompts of the run's first round, print a report, and return the exit code.
 
     Errors: ConfigError for settings that could not start the run.
@@ -80,13 +80,17 @@ def run_trial(words: EvaluateWords) -> int:
 
     # The run, and where the report is written.
     job = RewardTrialJob()
-    if words.run is None:
-        config = trial_config(words)
-        to = Path(words.to or Path("runs") / f"evaluate-{Path(str(config.model.path)).name}")
+    if arguments.run is None:
+        config = trial_config(arguments)
+        to = Path(arguments.to or Path("runs") / f"evaluate-{Path(str(config.model.path)).name}")
     else:
-        config, job = _trial_of_run(words.run, words)
-        beside = words.run if may_write_results(words.run) else Path("runs") / f"evaluate-{words.run.resolve().name}"
-        to = Path(words.to or beside)
+        config, job = _trial_of_run(arguments.run, arguments)
+        beside = (
+            arguments.run
+            if may_write_results(arguments.run)
+            else Path("runs") / f"evaluate-{arguments.run.resolve().name}"
+        )
+        to = Path(arguments.to or beside)
     directory = to / "evaluation"
     # The ranks run these copies, made now, and no file that lay in the directory before.
     copy_rewards(getattr(config.objective, "rewards", {}), directory)
@@ -96,7 +100,7 @@ def run_trial(words: EvaluateWords) -> int:
     write_text_atomic(
         directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}"
     )
-    with stdout_to_stderr(words.as_json):
+    with stdout_to_stderr(arguments.as_json):
         if config.launcher.in_place:
             hold()
             before = state_before_start(directory)
@@ -113,27 +117,27 @@ def run_trial(words: EvaluateWords) -> int:
     if code:
         return code
     report: dict[str, Any] = json.loads((to / REPORT).read_text(encoding="utf-8"))
-    if words.as_json:
+    if arguments.as_json:
         print_json(report)
     else:
         print(f"{trial_text(report)}\n\nwritten: {to / REPORT}", flush=True)
     return 0
 
 
-def _trial_of_run(run: Path, words: EvaluateWords) -> tuple[RunConfig, RewardTrialJob]:
+def _trial_of_run(run: Path, arguments: EvaluateArguments) -> tuple[RunConfig, RewardTrialJob]:
     """The configuration and job that try a checkpoint of a run by its rewards. Errors: ConfigError."""
-    from launch.evaluate.words import config_of_run
+    from launch.evaluate.arguments import config_of_run
     from trainer.reward_trial import RewardTrialJob
 
-    config, checkpoint, _ = config_of_run(run, words)
+    config, checkpoint, _ = config_of_run(run, arguments)
     return _settled(config), RewardTrialJob(checkpoint)
 
 
-def trial_config(words: EvaluateWords) -> RunConfig:
+def trial_config(arguments: EvaluateArguments) -> RunConfig:
     """The configuration of the run, as it would train, but that nothing is left to choose. Errors: ConfigError."""
     from launch.config.compose import compose
 
-    settings = list(words.settings)
+    settings = list(arguments.settings)
     if not any(setting.startswith("budget") for setting in settings):
         settings.append("budget.steps=1")
     return _settled(compose(settings).config)

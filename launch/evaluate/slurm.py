@@ -1,4 +1,4 @@
-"""`shardtune evaluate ... launcher=slurm`: submits a one-node job that runs the same words.
+"""`shardtune evaluate ... launcher=slurm`: submits a one-node job that runs the same arguments.
 
 An evaluation has no state to resume from. So the script does not requeue, and if SLURM restarts it, it starts over.
 """
@@ -18,13 +18,15 @@ from trainer.config.run import SlurmConfig
 from trainer.reporting.code_revision import ROOT
 
 if TYPE_CHECKING:
-    from launch.evaluate.words import EvaluationPlan
+    from launch.evaluate.arguments import EvaluationPlan
 
 SCRIPT = "evaluate.sbatch"
 
 
-def render(evaluation_plan: EvaluationPlan, words: list[str], *, clone: Path = ROOT, cwd: Path | None = None) -> str:
-    """The text of the sbatch script that evaluates on one node with the `words` of the command line.
+def render(
+    evaluation_plan: EvaluationPlan, arguments: list[str], *, clone: Path = ROOT, cwd: Path | None = None
+) -> str:
+    """The text of the sbatch script that evaluates on one node with the `arguments` of the command line.
 
     `clone`: the directory of shardtune's code. `cwd`: where relative paths start; default: the current directory. Errors:
     ConfigError for settings that a script cannot carry, or that ask for several nodes.
@@ -42,10 +44,10 @@ def render(evaluation_plan: EvaluationPlan, words: list[str], *, clone: Path = R
             "node: srun --container-image=... python -m launch.evaluate <words>"
         )
     # Within the job the same command runs on the node itself.
-    node_words = [word for word in words if not word.startswith(("launcher=", "launcher."))]
-    node_words += ["launcher=local", f"launcher.processes={launcher.per_node}"]
+    node_arguments = [argument for argument in arguments if not argument.startswith(("launcher=", "launcher."))]
+    node_arguments += ["launcher=local", f"launcher.processes={launcher.per_node}"]
     python = slurm.checked_line(launcher.python or sys.executable, "launcher.python")
-    quoted_words = " ".join(slurm.checked_line(shlex.quote(word), word) for word in node_words)
+    quoted_arguments = " ".join(slurm.checked_line(shlex.quote(argument), argument) for argument in node_arguments)
     options = slurm.sbatch_options(launcher, [str(evaluation_plan.directory.absolute())], cwd or Path.cwd())
     lines = [
         "#!/bin/bash",
@@ -57,17 +59,17 @@ def render(evaluation_plan: EvaluationPlan, words: list[str], *, clone: Path = R
         f"export PYTHONPATH={shlex.quote(str(clone))}${{PYTHONPATH:+:$PYTHONPATH}}",
         slurm.setup_text(launcher, clone).rstrip(),
         "setup",
-        f"exec {shlex.quote(python)} -m launch.main evaluate {quoted_words}",
+        f"exec {shlex.quote(python)} -m launch.main evaluate {quoted_arguments}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def submit(evaluation_plan: EvaluationPlan, words: list[str], *, print_only: bool) -> int:
+def submit(evaluation_plan: EvaluationPlan, arguments: list[str], *, print_only: bool) -> int:
     """Submit an evaluation as a SLURM job, or with `print_only` print its script; returns 0.
 
     The script lies beside the records of the evaluation. Errors: those of `sbatch`, StorageError.
     """
-    script_text = render(evaluation_plan, words)
+    script_text = render(evaluation_plan, arguments)
     assert isinstance(evaluation_plan.config.launcher, SlurmConfig)
     ranks = advice.ranks_lines(evaluation_plan.config.launcher)
     if print_only:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.config.verb_words import VerbWords, flag, read_words, word
-from launch.export.words import destination
+from launch.config.verb_arguments import VerbArguments, flag, option, read_arguments
+from launch.export.arguments import destination
 from strategies.errors import ConfigError
 from trainer.export.config import ExportType
 
@@ -19,30 +19,30 @@ COMBINATIONS = ("cat", "linear", "ties", "dare_linear", "dare_ties")
 
 
 @dataclass(kw_only=True)
-class CombineWords(VerbWords):
+class CombineArguments(VerbArguments):
     """What `shardtune export adapters=[...]` takes."""
 
-    adapters: list[str] = word(
+    adapters: list[str] = option(
         "the directories of LoRA adapters, all for the same base model",
         default=[],
         like="[runs/a/export,runs/b/export]",
     )
-    to: Path = word(
+    to: Path = option(
         "a new directory for the model", like="<directory>", required="name a new directory, as in to=models/merged"
     )
-    weights: list[float] = word("a factor for each adapter; default: 1", default=[], like="[0.7,0.3]")
-    combine: str = word(
+    weights: list[float] = option("a factor for each adapter; default: 1", default=[], like="[0.7,0.3]")
+    combine: str = option(
         f"{', '.join(COMBINATIONS)}; cat is exactly the weighted sum of the updates",
         default="cat",
         choices=COMBINATIONS,
     )
-    density: float = word("share of entries that ties and dare keep, such as 0.5", default=0.5, above=0)
-    seed: int = word("seed for the entries that dare drops", default=0, least=0)
-    base: str | None = word("the base model; default: the one that the adapters name", like="<directory>")
-    merge: bool = word("true writes a whole model, false writes one adapter", default=True)
-    dtype: ExportType = word("data type of a whole model", default=ExportType.auto)
-    max_shard_gib: float = word("size of the largest safetensors file, in GiB", default=5.0, above=0)
-    verify: bool = word("the model is always verified after it is written", default=True, also=("--verify",))
+    density: float = option("share of entries that ties and dare keep, such as 0.5", default=0.5, above=0)
+    seed: int = option("seed for the entries that dare drops", default=0, least=0)
+    base: str | None = option("the base model; default: the one that the adapters name", like="<directory>")
+    merge: bool = option("true writes a whole model, false writes one adapter", default=True)
+    dtype: ExportType = option("data type of a whole model", default=ExportType.auto)
+    max_shard_gib: float = option("size of the largest safetensors file, in GiB", default=5.0, above=0)
+    verify: bool = option("the model is always verified after it is written", default=True, also=("--verify",))
     as_json: bool = flag("print where the model is as JSON, for a script", key="--json")
 
 
@@ -56,9 +56,9 @@ def run(argv: list[str]) -> dict[str, Any]:
 
     Errors: ConfigError with every argument that cannot be used, DriftError if the written model computes other logits.
     """
-    words, problems = read_words("export adapters=", CombineWords, argv)
-    if words.typed.get("adapters") and not words.adapters:
-        problems.append(f"adapters={words.typed['adapters']}: names no adapter; write adapters=[runs/a/export]")
+    arguments, problems = read_arguments("export adapters=", CombineArguments, argv)
+    if arguments.typed.get("adapters") and not arguments.adapters:
+        problems.append(f"adapters={arguments.typed['adapters']}: names no adapter; write adapters=[runs/a/export]")
 
     import torch
 
@@ -66,25 +66,25 @@ def run(argv: list[str]) -> dict[str, Any]:
     from trainer.export.combine import problems as combine_problems
 
     settings = CombineSettings(
-        adapters=words.adapters,
-        weights=words.weights,
-        combination=Combination(words.combine),
-        density=words.density,
-        seed=words.seed,
-        base=words.base,
+        adapters=arguments.adapters,
+        weights=arguments.weights,
+        combination=Combination(arguments.combine),
+        density=arguments.density,
+        seed=arguments.seed,
+        base=arguments.base,
     )
     problems += combine_problems(settings)
     if problems:
         raise ConfigError(problems)
 
-    dtype = None if words.dtype is ExportType.auto else getattr(torch, words.dtype)
-    model_directory = destination(Path(), str(words.to))
+    dtype = None if arguments.dtype is ExportType.auto else getattr(torch, arguments.dtype)
+    model_directory = destination(Path(), str(arguments.to))
     combine(
         settings,
         model_directory,
-        merge=words.merge,
+        merge=arguments.merge,
         dtype=dtype,
-        max_shard_gib=words.max_shard_gib,
+        max_shard_gib=arguments.max_shard_gib,
     )
     print(f"model: {model_directory}")
     return {"adapters": settings.adapters, "model": str(model_directory)}

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.config.verb_words import asks_for_help, help_rows, read_words
+from launch.config.verb_arguments import asks_for_help, help_rows, read_arguments
 from launch.export import average, combine, writing
 from launch.export import gguf as export_gguf
 from launch.export import hub as export_hub
-from launch.export.combine import CombineWords
-from launch.export.words import (
-    ExportWords,
+from launch.export.arguments import (
+    ExportArguments,
     destination,
     read_gates,
     refuse_no_run,
     unfinished_remark,
 )
+from launch.export.combine import CombineArguments
 from launch.output import JSON_FLAG, print_json, stdout_to_stderr
 from launch.serve.command import print_serve_commands
 from strategies.errors import ConfigError
@@ -53,11 +53,11 @@ strategy and number of ranks the run trained with. launcher.processes=4 writes a
 The gates of the run, and those you type, must hold for the metrics of this checkpoint. If a gate fails, the exit code
 is 69, unless gates.override gives a reason.
 
-{help_rows(ExportWords, GATE_HELP)}
+{help_rows(ExportArguments, GATE_HELP)}
 
 With adapters=, export combines several LoRA adapters into one model:
 
-{help_rows(CombineWords)}"""
+{help_rows(CombineArguments)}"""
 
 MOST_LOOKS = 10
 """Checkpoints that may be deleted one after the other while each is read."""
@@ -89,7 +89,7 @@ class ExportRequest:
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune export` with these words: export a run's checkpoint, or combine adapters; returns the exit code.
+    """Run `shardtune export` with these arguments: export a run's checkpoint, or combine adapters; returns the exit code.
 
     Errors: ConfigError, StorageError, DriftError.
     """
@@ -106,19 +106,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def export_words(argv: list[str]) -> tuple[ExportWords, dict[str, Any]]:
+def read_export_arguments(argv: list[str]) -> tuple[ExportArguments, dict[str, Any]]:
     """Read the command line of `shardtune export`; returns (its arguments, the gates among them by name). Errors: ConfigError."""
-    words, problems = read_words("export", ExportWords, argv)
-    gates, unusable_gates = read_gates(words.gates)
+    arguments, problems = read_arguments("export", ExportArguments, argv)
+    gates, unusable_gates = read_gates(arguments.gates)
     problems += unusable_gates
-    if words.average is not None and "checkpoint" in words.typed:
-        problems.append(f"average={words.average}: says which checkpoints; leave checkpoint={words.checkpoint} out")
-    if "data" in words.accept and words.bits is None:
-        problems.append(f"accept={words.typed['accept']}: only bits= reads the run's data; write accept=[base]")
+    if arguments.average is not None and "checkpoint" in arguments.typed:
+        problems.append(
+            f"average={arguments.average}: says which checkpoints; leave checkpoint={arguments.checkpoint} out"
+        )
+    if "data" in arguments.accept and arguments.bits is None:
+        problems.append(f"accept={arguments.typed['accept']}: only bits= reads the run's data; write accept=[base]")
     if problems:
         raise ConfigError(problems)
-    refuse_no_run(words.run)
-    return words, gates
+    refuse_no_run(arguments.run)
+    return arguments, gates
 
 
 def run(argv: list[str]) -> dict[str, Any]:
@@ -126,41 +128,41 @@ def run(argv: list[str]) -> dict[str, Any]:
 
     Errors: ConfigError, StorageError, DriftError.
     """
-    from launch.config.read_run import RunReader, read_run, split_allowing_words
+    from launch.config.read_run import RunReader, read_run, split_allowing_arguments
     from trainer.export.gates.judge import record
     from trainer.session.base_files import use_recorded_base
 
-    allowing, argv_of_verb = split_allowing_words(argv)
-    words, typed_gates = export_words(argv_of_verb)
-    run_dir = words.run
-    reader = RunReader(["export", *argv], uses=partial(_is_used_by_export, words))
+    allowing, argv_of_verb = split_allowing_arguments(argv)
+    arguments, typed_gates = read_export_arguments(argv_of_verb)
+    run_dir = arguments.run
+    reader = RunReader(["export", *argv], uses=partial(_is_used_by_export, arguments))
     config = read_run(run_dir, reader, allowing)
-    apply_export_words(config, words)
+    apply_export_arguments(config, arguments)
 
     # Everything that can refuse the export comes before the first file is written.
     averaged = []
-    if words.average is not None:
-        averaged = average.checkpoints_to_average(run_dir, words.average, config)
-    gguf = export_gguf.gguf_request(words, config)
-    bits = export_gguf.quantised_request(words, config)
-    hub = export_hub.hub_target(words)
-    last = averaged[-1] if averaged else find_checkpoint(run_dir, words.checkpoint, config.checkpoint)
+    if arguments.average is not None:
+        averaged = average.checkpoints_to_average(run_dir, arguments.average, config)
+    gguf = export_gguf.gguf_request(arguments, config)
+    bits = export_gguf.quantised_request(arguments, config)
+    hub = export_hub.hub_target(arguments)
+    last = averaged[-1] if averaged else find_checkpoint(run_dir, arguments.checkpoint, config.checkpoint)
     only_convert = False
-    if gguf is not None and bits is None and hub is None and words.to is not None:
-        only_convert = export_gguf.lacks_only_gguf(Path(words.to).expanduser(), words, averaged or [last])
-    export_directory = hub.folder if hub is not None else destination(run_dir, words.to, holds_it=only_convert)
+    if gguf is not None and bits is None and hub is None and arguments.to is not None:
+        only_convert = export_gguf.lacks_only_gguf(Path(arguments.to).expanduser(), arguments, averaged or [last])
+    export_directory = hub.folder if hub is not None else destination(run_dir, arguments.to, holds_it=only_convert)
     request = ExportRequest(
         run_dir,
         last,
         export_directory,
         averaged,
-        benchmarks=export_hub.benchmarks_of(words.benchmarks or "{}"),
-        named=words.checkpoint,
+        benchmarks=export_hub.benchmarks_of(arguments.benchmarks or "{}"),
+        named=arguments.checkpoint,
     )
     if request.named == "best":
         warn_if_base_was_better(run_dir, last, config)
-    request.accepted = use_recorded_base(config, run_dir, words.accept, teacher=False)
-    request.accept_data = "data" in words.accept
+    request.accepted = use_recorded_base(config, run_dir, arguments.accept, teacher=False)
+    request.accept_data = "data" in arguments.accept
     if bits is not None:
         request.rows_needed = export_gguf.rows_needed(bits)
     for line in request.accepted:
@@ -174,7 +176,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     if only_convert:
         print(f"the export in {request.to} is whole: only its GGUF file is made", flush=True)
     else:
-        data = export(config, request, words.processes or 1)
+        data = export(config, request, arguments.processes or 1)
         register_in_tracker(config, request)
     if request.gates is not None:
         export_record = {"to": str(request.to), "checkpoint": request.checkpoint.name, "time": time.time()}
@@ -185,7 +187,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     names = [path.name for path in averaged or [request.checkpoint]]
     answer: dict[str, Any] = {"run": str(run_dir), "checkpoints": names, "model": str(request.to)}
     if gguf is not None:
-        export_gguf.mark_gguf_missing(request.to, words, averaged or [last])
+        export_gguf.mark_gguf_missing(request.to, arguments, averaged or [last])
         answer["gguf"] = str(export_gguf.write(gguf, request.to, verify=config.export.verify))
         export_gguf.unmark_gguf_missing(request.to)
     if bits is not None and data is not None:
@@ -211,7 +213,7 @@ def register_in_tracker(config: RunConfig, request: ExportRequest) -> None:
     track_export(config, request.to, request.trained_wandb_id, lambda line: print(line, flush=True))
 
 
-def _is_used_by_export(words: ExportWords, value: OutsideValue, config: RunConfig) -> bool:
+def _is_used_by_export(arguments: ExportArguments, value: OutsideValue, config: RunConfig) -> bool:
     """Whether an export uses a value of the run that reaches out of it: a path, an address or a tracker (for `RunReader.uses`).
 
     `value.settings`: the keys that have this value.
@@ -219,9 +221,9 @@ def _is_used_by_export(words: ExportWords, value: OutsideValue, config: RunConfi
     from launch.config.read_run import uses_model_alone
 
     if "export.answers" in value.settings:
-        return words.answers is None
+        return arguments.answers is None
     if any(key in value.settings for key in ("data.cache_dir", "data.remote", "data.streaming")):
-        return words.bits is not None  # its rounding is calibrated on rows
+        return arguments.bits is not None  # its rounding is calibrated on rows
     return uses_model_alone(value, config)
 
 
@@ -280,21 +282,21 @@ def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest
     return gate_verdicts
 
 
-def apply_export_words(config: RunConfig, words: ExportWords) -> None:
+def apply_export_arguments(config: RunConfig, arguments: ExportArguments) -> None:
     """Change `config`: export settings of the command line replace the run's, and the export runs as one process on the CPU.
 
     Errors: ConfigError for documents that cannot be written.
     """
     from strategies.base import SingleConfig
-    from trainer.config.gates import paper_words
+    from trainer.config.gates import document_problems
     from trainer.config.parallel import ParallelConfig
     from trainer.config.run import Device
 
     for name in ("merge", "dtype", "max_shard_gib", "verify", "papers", "answers"):
-        typed = getattr(words, name)
+        typed = getattr(arguments, name)
         if typed is not None:
             setattr(config.export, name, typed)
-    problems = [line.removeprefix("export.") for line in paper_words(config)]
+    problems = [line.removeprefix("export.") for line in document_problems(config)]
     if problems:
         raise ConfigError(problems)
     # The host has more memory than a GPU, and values are only copied.

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.export.words import ExportWords
+    from launch.export.arguments import ExportArguments
     from trainer.config.run import RunConfig
     from trainer.data.prepare import PreparedData
     from trainer.export.gguf import Converter, GgufType
     from trainer.export.quantised import FewBits
     from trainer.session.run_data import RowsNeeded
 
-CONVERTER_WORDS = ("gguf", "gguf.converter", "gguf.python")
-"""Words that may be mended before an export goes on."""
+CONVERTER_KEYS = ("gguf", "gguf.converter", "gguf.python")
+"""Arguments that may be mended before an export goes on."""
 MARKER = ".waits-for-gguf.json"
 """In an export whose GGUF file could not be made: which export it is, so that the same command only converts it."""
 
@@ -35,32 +35,32 @@ class GgufRequest:
     """The name of the file and of the model in ollama."""
 
 
-def gguf_request(words: ExportWords, config: RunConfig) -> GgufRequest | None:
+def gguf_request(arguments: ExportArguments, config: RunConfig) -> GgufRequest | None:
     """The GGUF file that `gguf=` requests on the command line; None without it.
 
     Errors: ConfigError for an adapter that is not merged, or without a converter, before anything is written.
     """
-    if words.gguf is None:
+    if arguments.gguf is None:
         return None
     from trainer.export.gguf import find_converter
 
-    _refuse_adapter(f"gguf={words.gguf}", config)
-    converter = find_converter(words.gguf_converter, words.gguf_python)
-    return GgufRequest(words.gguf, converter, words.run.resolve().name)
+    _refuse_adapter(f"gguf={arguments.gguf}", config)
+    converter = find_converter(arguments.gguf_converter, arguments.gguf_python)
+    return GgufRequest(arguments.gguf, converter, arguments.run.resolve().name)
 
 
-def lacks_only_gguf(directory: Path, words: ExportWords, checkpoints: list[Path]) -> bool:
+def lacks_only_gguf(directory: Path, arguments: ExportArguments, checkpoints: list[Path]) -> bool:
     """Whether an earlier start of the same command has written the whole export, and only its GGUF file is missing."""
     try:
         waiting_export = json.loads((directory / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(waiting_export == _export_key(words, checkpoints))
+    return bool(waiting_export == _export_key(arguments, checkpoints))
 
 
-def mark_gguf_missing(directory: Path, words: ExportWords, checkpoints: list[Path]) -> None:
+def mark_gguf_missing(directory: Path, arguments: ExportArguments, checkpoints: list[Path]) -> None:
     """Record in the directory which export it holds before it is converted, for `lacks_only_gguf`."""
-    (directory / MARKER).write_text(json.dumps(_export_key(words, checkpoints)), encoding="utf-8")
+    (directory / MARKER).write_text(json.dumps(_export_key(arguments, checkpoints)), encoding="utf-8")
 
 
 def unmark_gguf_missing(directory: Path) -> None:
@@ -68,10 +68,10 @@ def unmark_gguf_missing(directory: Path) -> None:
     (directory / MARKER).unlink(missing_ok=True)
 
 
-def _export_key(words: ExportWords, checkpoints: list[Path]) -> dict[str, Any]:
-    """What identifies an export: its checkpoints, and the words except for those of the converter, which may be mended."""
-    deciding_words = {key: text for key, text in words.typed.items() if key not in CONVERTER_WORDS}
-    return {"words": deciding_words, "checkpoints": [path.name for path in checkpoints]}
+def _export_key(arguments: ExportArguments, checkpoints: list[Path]) -> dict[str, Any]:
+    """What identifies an export: its checkpoints, and the arguments except for those of the converter, which may be mended."""
+    deciding_texts = {key: text for key, text in arguments.typed.items() if key not in CONVERTER_KEYS}
+    return {"words": deciding_texts, "checkpoints": [path.name for path in checkpoints]}
 
 
 def write(request: GgufRequest, directory: Path, *, verify: bool) -> Path:
@@ -96,12 +96,12 @@ def write(request: GgufRequest, directory: Path, *, verify: bool) -> Path:
     return file
 
 
-def _refuse_adapter(word: str, config: RunConfig) -> None:
-    """Refuse a word that needs a whole model, if the export would be an adapter. Errors: ConfigError."""
+def _refuse_adapter(argument: str, config: RunConfig) -> None:
+    """Refuse an argument that needs a whole model, if the export would be an adapter. Errors: ConfigError."""
     from trainer.tuning.base import LoraConfig
 
     if isinstance(config.tuning, LoraConfig) and not config.export.merge:
-        raise ConfigError(f"{word}: is of a whole model; fold the adapter in with merge=true")
+        raise ConfigError(f"{argument}: is of a whole model; fold the adapter in with merge=true")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +113,17 @@ class QuantisedRequest:
     """Python of the environment that stores it, if that is not this one."""
 
 
-def quantised_request(words: ExportWords, config: RunConfig) -> QuantisedRequest | None:
+def quantised_request(arguments: ExportArguments, config: RunConfig) -> QuantisedRequest | None:
     """The quantised copy that `bits=` requests, and the Python that computes it; None without it. Errors: ConfigError."""
-    if words.bits is None:
+    if arguments.bits is None:
         return None
     from trainer.export.llm_compressor import find_python
     from trainer.export.quantised import check_few_bits
 
-    kind = check_few_bits(words.bits)
-    _refuse_adapter(f"bits={words.bits}", config)
+    kind = check_few_bits(arguments.bits)
+    _refuse_adapter(f"bits={arguments.bits}", config)
     # llm-compressor runs in an environment of its own.
-    python = find_python(words.bits_python) if kind.stored_by_other_python else None
+    python = find_python(arguments.bits_python) if kind.stored_by_other_python else None
     return QuantisedRequest(kind, python)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.export.words import ExportWords
+from launch.export.arguments import ExportArguments
 from launch.output import Column, TableRow, table
 from strategies.errors import ConfigError, ShardtuneError
 
@@ -34,12 +34,12 @@ class HubTarget:
     """Whether the repository exists already."""
 
 
-def hub_target(words: ExportWords) -> HubTarget | None:
+def hub_target(arguments: ExportArguments) -> HubTarget | None:
     """The repository that `to=hub:<owner>/<name>` names; None if `to` is a directory. Asks the hub, unless offline or a dry run.
 
     Errors: ConfigError for a bad name, or a repository that could not be pushed to.
     """
-    to = words.to or ""
+    to = arguments.to or ""
     if not to.startswith(PREFIX):
         return None
     from huggingface_hub.errors import HFValidationError
@@ -52,9 +52,9 @@ def hub_target(words: ExportWords) -> HubTarget | None:
         raise ConfigError(f"to={to}: is no name of a repository ({str(error).splitlines()[0]})") from error
     if "/" not in name:
         raise ConfigError(f"to={to}: name the owner too, as to=hub:<owner>/{name}")
-    folder = words.run / "hub" / name.replace("/", "--")
-    is_private = words.hub_private
-    if words.dry_run or _is_offline():  # then the hub is not asked anything
+    folder = arguments.run / "hub" / name.replace("/", "--")
+    is_private = arguments.hub_private
+    if arguments.dry_run or _is_offline():  # then the hub is not asked anything
         return HubTarget(name, private=is_private, folder=folder, is_dry_run=True)
     exists = _repository_exists(name, is_private)
     return HubTarget(name, private=is_private, folder=folder, is_dry_run=False, exists=exists)

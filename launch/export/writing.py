@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.export.words import required_run_record
+from launch.export.arguments import required_run_record
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.reporting.run_record import RUN_RECORD, RunRecord
 

@@ -1,1 +1,1 @@
-"""`shardtune init`: writes a commented settings file, from words or from another trainer's file."""
+"""`shardtune init`: writes a commented settings file, from arguments or from another trainer's file."""

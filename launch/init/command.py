@@ -1,4 +1,4 @@
-"""`shardtune init`: writes a commented settings file, from words or from another trainer's file."""
+"""`shardtune init`: writes a commented settings file, from arguments or from another trainer's file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
 from launch.config.user_files import SUFFIXES
-from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
+from launch.config.verb_arguments import (
+    VerbArguments,
+    asks_for_help,
+    flag,
+    forwarded_settings,
+    help_rows,
+    option,
+    read_arguments,
+)
 from launch.output import print_json
 from strategies.errors import ConfigError, StorageError, key_of_problem
 
@@ -19,16 +27,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class InitWords(VerbWords):
+class InitArguments(VerbArguments):
     """What `shardtune init` takes."""
 
-    to: Path = word(
+    to: Path = option(
         "the file to write; an existing file is never overwritten",
         like="my.yaml",
         required="name the file to write, as in to=my.yaml",
     )
-    source: str | None = word("a settings file of another trainer, to convert", key="from", like="axolotl.yml")
-    settings: list[str] = setting_words()
+    source: str | None = option("a settings file of another trainer, to convert", key="from", like="axolotl.yml")
+    settings: list[str] = forwarded_settings()
     as_json: bool = flag("print the answer as JSON, for a script", key="--json")
 
 
@@ -46,7 +54,7 @@ from= converts a file of axolotl, LLaMA-Factory, Hugging Face's Trainer or TRL (
 that you type override that file. A setting that has no equal here is listed with the reason, on the screen and at the
 end of the new file.
 
-{help_rows(InitWords)}"""
+{help_rows(InitArguments)}"""
 WIDTH = 80
 """Columns of the answer in a terminal."""
 
@@ -62,7 +70,7 @@ class InitResult:
     to_settle: list[str] = field(default_factory=list)
     """Problems for which `train` would refuse the file as it is; the user has to settle them."""
     replaced: list[str] = field(default_factory=list)
-    """Settings of the other trainer's file that a typed word overrides."""
+    """Settings of the other trainer's file that a typed argument overrides."""
 
 
 def main(argv: list[str]) -> int:
@@ -73,17 +81,17 @@ def main(argv: list[str]) -> int:
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    words, problems = read_words("init", InitWords, argv)
-    if words.to is not None:
-        problems += _target_problems(words.to)
+    arguments, problems = read_arguments("init", InitArguments, argv)
+    if arguments.to is not None:
+        problems += _target_problems(arguments.to)
     if problems:
         raise ConfigError(problems)
-    if words.source is not None:
-        result, contents = _file_from_other_trainer(words.source, words.settings, words.to)
+    if arguments.source is not None:
+        result, contents = _file_from_other_trainer(arguments.source, arguments.settings, arguments.to)
     else:
-        result, contents = _file_from_words(words.settings, words.to)
-    _write_new_file(words.to, contents)
-    if words.as_json:
+        result, contents = _file_from_arguments(arguments.settings, arguments.to)
+    _write_new_file(arguments.to, contents)
+    if arguments.as_json:
         print_json(as_dict(result))
     else:
         print("\n".join(result_lines(result)))
@@ -100,14 +108,14 @@ def _target_problems(to: Path) -> Iterator[str]:
         yield f"to={to}: there is no directory {to.parent}; make it first"
 
 
-def _file_from_words(words: list[str], target: Path) -> tuple[InitResult, str]:
-    """(result, text of the settings file) from setting words alone. Errors: ConfigError if a run could not start with them."""
+def _file_from_arguments(arguments: list[str], target: Path) -> tuple[InitResult, str]:
+    """(result, text of the settings file) from settings alone. Raises ConfigError if a run could not start with them."""
     from launch.config.compose import compose
 
-    _refuse_resets(words)
-    compose(words)
+    _refuse_resets(arguments)
+    compose(arguments)
     head = [f"Settings of a run, written by `shardtune init`. Train with: shardtune train {target}", *HOW_TO_EDIT]
-    return _build_file(words, target, None, head)
+    return _build_file(arguments, target, None, head)
 
 
 def _file_from_other_trainer(source: str, typed: list[str], target: Path) -> tuple[InitResult, str]:
@@ -122,13 +130,13 @@ def _file_from_other_trainer(source: str, typed: list[str], target: Path) -> tup
 
     _refuse_resets(typed)
     # The other trainer's batch is that of a rank: the number of ranks gives our global batch.
-    ranks = ranks_of(dict(word.partition("=")[::2] for word in typed), {})
+    ranks = ranks_of(dict(argument.partition("=")[::2] for argument in typed), {})
     converted = convert(Path(source), ranks)
     replaced = _drop_overridden(converted, typed)
-    words = _words_that_compose(converted, typed)
+    arguments = _overrides_that_compose(converted, typed)
     to_settle: list[str] = []
     try:
-        compose(words)
+        compose(arguments)
     except ConfigError as error:
         to_settle = error.problems
     head = [
@@ -137,13 +145,13 @@ def _file_from_other_trainer(source: str, typed: list[str], target: Path) -> tup
         "A comment behind a setting says what it was there. What has no equal here is listed at the end.",
         *HOW_TO_EDIT,
     ]
-    result, contents = _build_file(words, target, converted, head, to_settle)
+    result, contents = _build_file(arguments, target, converted, head, to_settle)
     result.to_settle = to_settle
     result.replaced = replaced
     return result, contents
 
 
-def _words_that_compose(converted: ConvertedSettings, typed: list[str]) -> list[str]:
+def _overrides_that_compose(converted: ConvertedSettings, typed: list[str]) -> list[str]:
     """Settings ("key=value") from the other trainer's file, then the typed ones, without those of the file that cannot be used.
 
     Those are withdrawn from `converted`, each with its reason, until the rest composes to a configuration.
@@ -153,23 +161,23 @@ def _words_that_compose(converted: ConvertedSettings, typed: list[str]) -> list[
 
     # One pass may not suffice: a value that could not be read may have hidden a problem of another setting.
     while True:
-        file_words = _escaped_words(converted)
-        words = [f"{key}={value}" for key, value in file_words.items()] + typed
+        file_overrides = _escaped_overrides(converted)
+        arguments = [f"{key}={value}" for key, value in file_overrides.items()] + typed
         try:
-            compose(words, check=False)
+            compose(arguments, check=False)
         except ConfigError as error:
             problems = error.problems
         else:
-            return words
+            return arguments
         reasons: dict[str, str] = {}
         for problem in problems:
             key = key_of_problem(problem)
-            if key in file_words:
-                without_key = problem.removeprefix(f"{key}={file_words[key]}").removeprefix(key)
+            if key in file_overrides:
+                without_key = problem.removeprefix(f"{key}={file_overrides[key]}").removeprefix(key)
                 reasons[key] = without_key.removeprefix(": ")
         if not reasons:
             raise ConfigError(problems)
-        for key in [key for key in file_words if key in reasons]:
+        for key in [key for key in file_overrides if key in reasons]:
             converted.withdraw(key, reasons[key])
 
 
@@ -179,18 +187,18 @@ HOW_TO_EDIT = [
 NOT_NEEDED_TITLE = "needs no setting here"
 
 
-def _refuse_resets(words: list[str]) -> None:
-    """Refuse words such as `~optim.lr`, which reset a setting of an experiment file. Errors: ConfigError."""
-    resets = [word for word in words if word.startswith("~")]
+def _refuse_resets(arguments: list[str]) -> None:
+    """Refuse arguments such as `~optim.lr`, which reset a setting of an experiment file. Errors: ConfigError."""
+    resets = [argument for argument in arguments if argument.startswith("~")]
     if resets:
-        raise ConfigError([f"{word}: a new file has nothing to go back from; leave it out" for word in resets])
+        raise ConfigError([f"{argument}: a new file has nothing to go back from; leave it out" for argument in resets])
 
 
-def _escaped_words(converted: ConvertedSettings) -> dict[str, str]:
+def _escaped_overrides(converted: ConvertedSettings) -> dict[str, str]:
     """Values by key from the other trainer's file. `${...}` in them stays text: it must not read variables of this machine."""
     from trainer.reporting.settings_file import literal
 
-    return {key: literal(value) for key, value in converted.words.items()}
+    return {key: literal(value) for key, value in converted.overrides.items()}
 
 
 def _drop_overridden(converted: ConvertedSettings, typed: list[str]) -> list[str]:
@@ -198,11 +206,11 @@ def _drop_overridden(converted: ConvertedSettings, typed: list[str]) -> list[str
 
     Returns the names that these settings have in the other trainer's file.
     """
-    typed_keys = {word.lstrip("+").partition("=")[0] for word in typed if "=" in word}
+    typed_keys = {argument.lstrip("+").partition("=")[0] for argument in typed if "=" in argument}
     has_budget = any(key.startswith("budget.") for key in typed_keys)
     has_sources = any(key.startswith("data.sources.") for key in typed_keys)
     replaced: list[str] = []
-    for key in list(converted.words):
+    for key in list(converted.overrides):
         is_overridden = (
             key in typed_keys
             or (key.startswith("budget.") and has_budget)
@@ -211,26 +219,26 @@ def _drop_overridden(converted: ConvertedSettings, typed: list[str]) -> list[str
             or (key == "data.eval_share" and "data.eval_path" in typed_keys)
         )
         if is_overridden:
-            del converted.words[key]
+            del converted.overrides[key]
             replaced += [str(source) for source in converted.sources_by_key.pop(key)]
     return replaced
 
 
 def _build_file(
-    words: list[str],
+    arguments: list[str],
     target: Path,
     converted: ConvertedSettings | None,
     head: list[str],
     to_settle: list[str] | None = None,
 ) -> tuple[InitResult, str]:
-    """(result, text of the settings file) from settings (`words`) that compose to a configuration.
+    """(result, text of the settings file) from settings (`arguments`) that compose to a configuration.
 
     `head` are the sentences at the top of the file, `to_settle` the problems that are listed at its end.
     """
     from launch.config.overrides import parse
     from launch.init.file import as_comments, settings_file_text
 
-    parsed = parse(words)
+    parsed = parse(arguments)
     origin = {}
     if converted is not None:
         origin = {key: "; ".join(map(str, sources)) for key, sources in converted.sources_by_key.items()}

@@ -9,13 +9,13 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from launch.config.choices import CONF_DIR, choices_by_group, register_schemas, settings_class_of, settings_classes
-from launch.config.compose import hydra_words
+from launch.config.compose import hydra_overrides
 from launch.config.user_files import CHOSEN_BY_NAME
 from trainer.config.descriptions import all_docstrings, docstrings
 from trainer.config.run import RunConfig
 
 if TYPE_CHECKING:
-    from launch.config.overrides import ParsedWords
+    from launch.config.overrides import ParsedOverrides
 
 WIDTH = 100
 """Columns of the comments in the file."""
@@ -40,7 +40,7 @@ def defaults_of(choices: Mapping[str, str]) -> RunConfig:
 
     register_schemas()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-        defaults: Any = OmegaConf.to_object(compose("train", hydra_words(dict(choices))))
+        defaults: Any = OmegaConf.to_object(compose("train", hydra_overrides(dict(choices))))
     assert isinstance(defaults, RunConfig)
     return defaults
 
@@ -57,7 +57,7 @@ class FileContent:
     """What a setting was in another trainer's file, by our key."""
 
 
-def settings_file_text(head: list[str], parsed: ParsedWords, origin: Mapping[str, str], tail: list[str]) -> str:
+def settings_file_text(head: list[str], parsed: ParsedOverrides, origin: Mapping[str, str], tail: list[str]) -> str:
     """The text of a settings file (YAML): a block for each group of settings, with comments that explain them.
 
     `parsed`: the settings, which must compose. `origin` is what a setting was in another trainer's file, by our key. `head` and
@@ -94,7 +94,7 @@ def settings_file_text(head: list[str], parsed: ParsedWords, origin: Mapping[str
     return "\n".join([*lines, *tail]).rstrip() + "\n"
 
 
-def nested_values(parsed: ParsedWords) -> dict[str, Any]:
+def nested_values(parsed: ParsedOverrides) -> dict[str, Any]:
     """The typed values as nested dictionaries, as YAML has them: `optim.lr=1e-4` becomes `{"optim": {"lr": 1e-4}}`."""
     tree: dict[str, Any] = {}
     for key, value, _ in parsed.values:

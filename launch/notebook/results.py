@@ -294,8 +294,8 @@ class PlanResult:
         """The settings of the fastest way that fits, for `shardtune.train(*plan.words)`. Errors: ConfigError if none fits."""
         if not self.fits:
             raise ConfigError("nothing fits: take more cards, a smaller data.max_length or tuning=lora")
-        chosen_keys = {word.partition("=")[0] for word in self.answer["best"]}
-        typed = [word for word in self.answer["typed"] if word.partition("=")[0] not in chosen_keys]
+        chosen_keys = {override.partition("=")[0] for override in self.answer["best"]}
+        typed = [override for override in self.answer["typed"] if override.partition("=")[0] not in chosen_keys]
         return [*typed, *self.answer["best"]]
 
     def ways(self, *, every: bool = False) -> pd.DataFrame:
@@ -366,7 +366,7 @@ def _table_of_ways(ways: list[dict[str, Any]]) -> PageTable:
     ]
     rows = []
     for way in ways:
-        settings = " ".join(word for word in way["words"] if not word.startswith("strategy="))
+        settings = " ".join(override for override in way["words"] if not override.startswith("strategy="))
         speed = way["tokens_per_s"] if way["fits"] else None
         rows.append(
             [

@@ -21,10 +21,10 @@ COLUMNS = (Column("strategy"), Column("recompute"), Column("stored"), Column("mi
 """Columns that name a choice, in both tables of a plan."""
 
 
-def text(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ()) -> str:
+def text(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...] = ()) -> str:
     """What `shardtune plan` prints: the job, a table of the ways to run it, the best one in detail, and the limits.
 
-    `words` are those that were typed. `calibrated` are lines on what a run of `from=` has measured; empty without one.
+    `overrides` are those that were typed. `calibrated` are lines on what a run of `from=` has measured; empty without one.
     """
     job = answer.job
     cost_model = answer.cost_model
@@ -39,7 +39,7 @@ def text(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ())
         "",
         *_table_of_ways(answer),
         "",
-        *_best(answer, words),
+        *_best(answer, overrides),
         *_peer_table(answer),
     ]
     if cost_model.notes:
@@ -163,14 +163,14 @@ def why(choice: Choice, answer: PlanAnswer) -> str:
     return "as fast" if relative_speed > 0.995 else f"{relative_speed:.2f} x"
 
 
-def _best(answer: PlanAnswer, words: list[str]) -> list[str]:
+def _best(answer: PlanAnswer, overrides: list[str]) -> list[str]:
     """The command of the best choice, and where its memory and its time go; why nothing fits if there is no best choice."""
     best, job = answer.best, answer.job
     if best is None:
         return [*_nothing_fits(answer.best_choices[0]), *fold_all(expert_notes(answer), indent=0)]
     step = best.step
     return [
-        *command_of(words, best, job),
+        *command_of(overrides, best, job),
         "",
         *_memory(best),
         *fold(
@@ -202,16 +202,16 @@ def _round(best: Choice, job: PlannedRun) -> list[str]:
 
 def _nothing_fits(least: Choice) -> list[str]:
     """What the smallest choice lacks, and what would help."""
-    words = " ".join(least.words)
+    overrides = " ".join(least.overrides)
     if least.node_gib is not None and not least.fits_host:
         return fold(
-            f"Nothing fits: the smallest, {words}, takes {least.host_gib:,.0f} GiB of a node's {least.node_gib:,.0f} GiB of "
+            f"Nothing fits: the smallest, {overrides}, takes {least.host_gib:,.0f} GiB of a node's {least.node_gib:,.0f} GiB of "
             "host memory. Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out; "
             "launcher.mem and hardware.node_memory_gib say what a node has.",
             0,
         )
     return fold(
-        f"Nothing fits: the smallest, {words}, is {-least.fit.margin / GIB:.1f} GiB too much. Take more cards "
+        f"Nothing fits: the smallest, {overrides}, is {-least.fit.margin / GIB:.1f} GiB too much. Take more cards "
         "(launcher.nodes, launcher.gpus_per_node), a smaller data.max_length, tuning=lora, a card with more memory, or look "
         "at plan.offload=true.",
         0,
@@ -332,26 +332,27 @@ def costs(best: Choice, job: PlannedRun) -> list[str]:
     return lines
 
 
-def command_of(words: list[str], best: Choice, job: PlannedRun) -> list[str]:
+def command_of(overrides: list[str], best: Choice, job: PlannedRun) -> list[str]:
     """The command that runs the best choice, quoted for a shell, in lines of at most 80 columns where its arguments allow.
 
-    `words`: the run's settings on the command line of the plan; those that the plan has chosen (`best.words`) replace them.
-    The last line names what is missing: ["shardtune train model.path=... \\", "    strategy=fsdp2", "(with a budget ...)"].
+    `overrides`: the run's settings on the command line of the plan; those that the plan has chosen (`best.overrides`) replace
+    them. The last line names what is missing: ["shardtune train model.path=... \\", "    strategy=fsdp2", "(with a budget
+    ...)"].
     """
-    typed_keys = {word.split("=")[0] for word in words}
-    chosen_keys = {word.split("=")[0] for word in best.words}
-    is_for_cluster = _on_a_cluster(words, job)
-    command_words = [word for word in words if word.split("=")[0] not in chosen_keys]
+    typed_keys = {override.split("=")[0] for override in overrides}
+    chosen_keys = {override.split("=")[0] for override in best.overrides}
+    is_for_cluster = _on_a_cluster(overrides, job)
+    command_arguments = [override for override in overrides if override.split("=")[0] not in chosen_keys]
     # Without a number of ranks, a run takes all GPUs there are, and under SLURM none.
     ranks_key = "launcher.gpus_per_node" if is_for_cluster else "launcher.processes"
     if ranks_key not in typed_keys:
-        command_words.append(f"{ranks_key}={job.ranks_per_node}")
+        command_arguments.append(f"{ranks_key}={job.ranks_per_node}")
 
     # Broken into lines.
     lines = []
     line = "shardtune submit" if is_for_cluster else "shardtune train"
-    for word in [*command_words, *best.words]:
-        quoted = shlex.quote(word)
+    for override in [*command_arguments, *best.overrides]:
+        quoted = shlex.quote(override)
         if len(line) + len(quoted) + 3 > 80:
             lines.append(f"{line} \\")
             line = "   "
@@ -370,15 +371,15 @@ def command_of(words: list[str], best: Choice, job: PlannedRun) -> list[str]:
     return lines
 
 
-def _on_a_cluster(words: list[str], job: PlannedRun) -> bool:
+def _on_a_cluster(overrides: list[str], job: PlannedRun) -> bool:
     """Whether the command of the plan is for SLURM (`submit`) and not for this machine (`train`).
 
     A typed `launcher=` decides. Without it, SLURM is meant by several nodes, and by settings that only its launcher has.
     """
-    if "launcher=local" in words or "launcher=slurm" in words:
-        return "launcher=slurm" in words
+    if "launcher=local" in overrides or "launcher=slurm" in overrides:
+        return "launcher=slurm" in overrides
     common_settings = {f"launcher.{setting.name}" for setting in fields(LauncherConfig)}
-    typed_settings = {word.split("=")[0] for word in words if word.startswith("launcher.")}
+    typed_settings = {override.split("=")[0] for override in overrides if override.startswith("launcher.")}
     return job.nodes > 1 or not typed_settings <= common_settings
 
 
@@ -393,7 +394,7 @@ def checkpoint_s(answer: PlanAnswer, best: Choice) -> float:
     return checkpoint_gib(answer, best) * GIB / bytes_per_s
 
 
-def as_dict(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ()) -> dict[str, Any]:
+def as_dict(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...] = ()) -> dict[str, Any]:
     """What `plan --json` prints, as JSON values. Sizes are GiB, times seconds or hours, prices US dollars."""
     job = answer.job
     cost_model = answer.cost_model
@@ -427,8 +428,8 @@ def as_dict(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = 
             "mean_tokens": job.lengths.mean,
             "longest_tokens": int(job.lengths.longest[0]),
         },
-        "typed": words,
-        "best": None if best is None else list(best.words),
+        "typed": overrides,
+        "best": None if best is None else list(best.overrides),
         "checkpoint_gib": checkpoint_gib(answer, first),
         "checkpoint_s": checkpoint_s(answer, first),
         "notes": [] if best is None else _long_step_notes(answer, best),
@@ -441,7 +442,7 @@ def as_dict(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = 
         "resting_gib": _in_gib(cost_model.resting),
         "ways": [_choice(choice, answer) for choice in answer.best_choices],
         "all": [_choice(choice, answer) for choice in answer.all_choices],
-        "left_out": [{"words": list(variant.words), "why": reason} for variant, reason in answer.refused],
+        "left_out": [{"words": list(variant.overrides), "why": reason} for variant, reason in answer.refused],
     }
 
 
@@ -461,7 +462,7 @@ def _choice(choice: Choice, answer: PlanAnswer) -> dict[str, Any]:
             "with_beside": fit_theirs(choice, answer.job),
         }
     return {
-        "words": list(choice.words),
+        "words": list(choice.overrides),
         "strategy": choice.variant.name,
         "fits": choice.fits,
         "why": why(choice, answer),

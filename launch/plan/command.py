@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config.choices import CONF_DIR
 from launch.config.help_text import show_help
-from launch.config.verb_words import (
-    VerbWords,
+from launch.config.verb_arguments import (
+    VerbArguments,
     asks_for_help,
     flag,
+    forwarded_settings,
     help_rows,
+    option,
+    read_arguments,
     read_group,
-    read_words,
-    setting_words,
-    word,
 )
 from launch.output import print_json
 from launch.streams import draw
@@ -34,31 +34,31 @@ CARDS = sorted(file.stem for file in (CONF_DIR / "hardware").glob("*.yaml"))
 
 
 @dataclass(kw_only=True)
-class PlanWords(VerbWords):
+class PlanArguments(VerbArguments):
     """What `shardtune plan` takes."""
 
-    hardware: str = word(
+    hardware: str = option(
         f"the card, or a YAML file like those of conf/hardware/: {', '.join(CARDS)}",
         like="<card>",
         required=f"give the card to plan for, one of {', '.join(CARDS)}",
     )
-    measured: str | None = word(
+    measured: str | None = option(
         "use what that run measured on this card: step time, memory, checkpoints", key="from", like="runs/first"
     )
-    to: Path | None = word("also write plan.html, a page of the plan, into this directory", like="<directory>")
-    settings: list[str] = setting_words(and_flags=True)
+    to: Path | None = option("also write plan.html, a page of the plan, into this directory", like="<directory>")
+    settings: list[str] = forwarded_settings(and_flags=True)
     as_json: bool = flag("print the plan as JSON, for a script", key="--json")
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """The words of `shardtune plan`, sorted into those of the card, of the plan and of the run."""
+    """The arguments of `shardtune plan`, sorted into those of the card, of the plan and of the run."""
 
-    words: PlanWords
+    arguments: PlanArguments
     card: Card
     settings: PlanConfig
     of_run: list[str]
-    """The words of the run that is planned, as `train` would take them."""
+    """The arguments of the run that is planned, as `train` would take them."""
 
 
 OF_GROUPS = {
@@ -81,14 +81,14 @@ plan predicts the memory, time and price of a run without training. It takes the
 type stays fixed. If you leave out strategy, strategy.activation_checkpointing or batch.micro, plan tries all their
 values. From the model it needs only config.json. It reads data only if you set data.path.
 
-{help_rows(PlanWords, OF_GROUPS)}
+{help_rows(PlanArguments, OF_GROUPS)}
 
 The exit code is 69 if nothing fits. docs/planning.md explains the answer, and docs/evidence/plans.md says how far
 plans are from measured runs."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune plan` with the words typed after it; returns the exit code, 69 if nothing fits.
+    """Run `shardtune plan` with the arguments typed after it; returns the exit code, 69 if nothing fits.
 
     Errors: ConfigError, DataError, StorageError.
     """
@@ -125,17 +125,17 @@ def main(argv: list[str]) -> int:
     if shape is not None:
         notes = (shape_note(shape, config.model.path), *answer.cost_model.notes)
         answer = replace(answer, cost_model=replace(answer.cost_model, notes=notes))
-    if request.words.as_json:
+    if request.arguments.as_json:
         print_json(as_dict(answer, request.of_run, measured.lines))
     else:
         print(text(answer, request.of_run, measured.lines), flush=True)
-    if request.words.to is not None:
+    if request.arguments.to is not None:
         from launch.plan.page import PAGE_FILE, plan_page
         from trainer.reporting.status import write_text_atomic
 
-        page = request.words.to.expanduser() / PAGE_FILE
+        page = request.arguments.to.expanduser() / PAGE_FILE
         write_text_atomic(page, plan_page(answer, request.of_run, measured.lines))
-        print(f"written: {page}", file=sys.stderr if request.words.as_json else sys.stdout, flush=True)
+        print(f"written: {page}", file=sys.stderr if request.arguments.as_json else sys.stdout, flush=True)
     return 0 if answer.best is not None else 69
 
 
@@ -144,12 +144,12 @@ def measured_by(request: PlanRequest, command: list[str]) -> Calibrated:
 
     With `from=`, that run is simulated, which takes a while. `command` is the command line, for messages.
     """
-    from launch.config.read_run import split_allowing_words
+    from launch.config.read_run import split_allowing_arguments
     from launch.plan.from_run import ALLOWING, Calibrated, calibrated
 
-    run_dir = request.words.measured
-    allowing_words = [setting for setting in request.words.settings if setting.startswith(ALLOWING)]
-    allowing, unknown = split_allowing_words(allowing_words, ALLOWING)
+    run_dir = request.arguments.measured
+    allowing_arguments = [setting for setting in request.arguments.settings if setting.startswith(ALLOWING)]
+    allowing, unknown = split_allowing_arguments(allowing_arguments, ALLOWING)
     if unknown:
         raise ConfigError(f"{unknown[0]}: allows nothing; from.* takes what the run of from= reaches out to")
     if run_dir is None:
@@ -174,21 +174,21 @@ def read_plan(argv: list[str]) -> PlanRequest:
     from trainer.planner.hardware import Card
     from trainer.planner.plan import PlanConfig
 
-    words, problems = read_words("plan", PlanWords, argv)
+    arguments, problems = read_arguments("plan", PlanArguments, argv)
     card_settings = OmegaConf.structured(Card)
-    if words.hardware is not None:
+    if arguments.hardware is not None:
         try:
-            card_settings = OmegaConf.merge(card_settings, _load_card_file(_card_file(words.hardware)))
+            card_settings = OmegaConf.merge(card_settings, _load_card_file(_card_file(arguments.hardware)))
         except OSError as error:
-            problems.append(f"hardware={words.hardware}: {str(error).splitlines()[0]}; one of {', '.join(CARDS)}")
+            problems.append(f"hardware={arguments.hardware}: {str(error).splitlines()[0]}; one of {', '.join(CARDS)}")
         except (OmegaConfBaseException, ValueError, YAMLError) as error:
             # OmegaConf appends lines with the full key and type: the first sentence says it all.
             reason = " ".join(str(error).split("\n    full_key")[0].split())
-            problems.append(f"hardware={words.hardware}: {reason}; write it as those of conf/hardware/ are")
+            problems.append(f"hardware={arguments.hardware}: {reason}; write it as those of conf/hardware/ are")
     card_of_file = OmegaConf.to_object(card_settings)
     assert isinstance(card_of_file, Card)
-    card, other_words, hardware_problems = read_group("hardware", card_of_file, words.settings)
-    settings, run_words, plan_problems = read_group("plan", PlanConfig(), other_words)
+    card, other_arguments, hardware_problems = read_group("hardware", card_of_file, arguments.settings)
+    settings, run_arguments, plan_problems = read_group("plan", PlanConfig(), other_arguments)
     problems += hardware_problems + plan_problems
     if settings.workers < 0:
         problems.append(f"plan.workers={settings.workers}: must be at least 0; 0 takes one a core")
@@ -201,8 +201,8 @@ def read_plan(argv: list[str]) -> PlanRequest:
     problems = problems or _card_problems(card)
     if problems:
         raise ConfigError(problems)
-    of_run = [word for word in run_words if not word.startswith(ALLOWING)]
-    return PlanRequest(words, card, settings, of_run)
+    of_run = [argument for argument in run_arguments if not argument.startswith(ALLOWING)]
+    return PlanRequest(arguments, card, settings, of_run)
 
 
 def _card_file(name: str) -> Path:
@@ -261,8 +261,8 @@ def _card_problems(card: Card) -> list[str]:
     return problems
 
 
-def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
-    """(configuration of a run on GPUs that need not be here, the keys and groups that `words` set). Raises ConfigError.
+def composed(arguments: list[str], card: Card) -> tuple[RunConfig, set[str]]:
+    """(configuration of a run on GPUs that need not be here, the keys and groups that `arguments` set). Raises ConfigError.
 
     For ["strategy=fsdp2", "data.max_length=4096", "batch.micro=auto"], these are {"strategy", "data.max_length"}.
     If they are not set, `batch.micro` is 1 and `batch.global` the next multiple that the ranks can share. The settings
@@ -275,13 +275,13 @@ def composed(words: list[str], card: Card) -> tuple[RunConfig, set[str]]:
         from trainer.config.parallel import readers_of
         from trainer.config.run import AUTO, MICRO, STRATEGY, Device
 
-    parsed = parse(words)
+    parsed = parse(arguments)
     # `auto` does not count as typed: the plan tries all values that it could become.
     typed = {group for group, choice in parsed.choices.items() if (group, choice) != (STRATEGY, AUTO)}
     typed |= {key for key, setting, _ in parsed.values if (key, setting) != (MICRO, AUTO)}
     # SLURM's launcher takes nothing from this machine, and knows gpus_per_node.
     default_launcher = [] if "launcher" in typed else ["launcher=slurm"]
-    config = compose([*words, *default_launcher], check=False).config
+    config = compose([*arguments, *default_launcher], check=False).config
     if "launcher.gpus_per_node" in typed and getattr(config.launcher, "gpus_per_node", 1) == 0:
         raise ConfigError("launcher.gpus_per_node=0: asks for nodes without GPUs; give the cards of a node to plan for")
     config.run.device = Device.cuda

@@ -41,7 +41,7 @@ class Calibrated:
 def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[str], command: list[str]) -> Calibrated:
     """The card with the figures that the run in `run_dir` measured, relative to a simulation of that run.
 
-    `allowing` are words that allow the run to use something outside of its directory. `command` is the command as it was
+    `allowing` are overrides that allow the run to use something outside of its directory. `command` is the command as it was
     typed, for messages. Raises ConfigError if the run was not on this card, or measured nothing.
     """
     config, record, measured = _read_measured_run(Path(run_dir).expanduser(), allowing, command)
@@ -229,7 +229,7 @@ def _plan_as_it_ran(
     job = with_imbalance(job_of(config, card), settings, expert_imbalance)
     micro = record.micro_batch
     accumulation = 2 if job.global_batch > readers_of(config, job.ranks) * micro else 1
-    variant = RunVariant(config, words=())
+    variant = RunVariant(config, overrides=())
     # One variant, one micro-batch: one choice.
     (cost_model,) = simulate_variants([variant], job, [accumulation], settings, lambda *_: None)
     if isinstance(cost_model, str):

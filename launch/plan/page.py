@@ -58,15 +58,15 @@ class MemoryBar:
     verdict: str
 
 
-def plan_page(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] = ()) -> str:
-    """The page of a plan as HTML. `words` are those that were typed; `calibrated` are lines on what `from=` has measured."""
+def plan_page(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...] = ()) -> str:
+    """The page of a plan as HTML. `overrides` are those that were typed; `calibrated` are lines on what `from=` has measured."""
     bars = memory_bars(answer)
     refused = [(ways, reason) for reason, ways in by_reason(answer).items()]
     return render(
         "launch.plan",
         "page.html.j2",
         about=_about(answer),
-        verdict=_verdict(answer, words),
+        verdict=_verdict(answer, overrides),
         cards=_cards(answer),
         notes=_notes(answer),
         bars=bars,
@@ -76,7 +76,7 @@ def plan_page(answer: PlanAnswer, words: list[str], calibrated: tuple[str, ...] 
         card_position=100 / _scale(answer),
         ways=_ways_table(answer),
         refused=refused,
-        facts=_facts(answer, words),
+        facts=_facts(answer, overrides),
         calibrated=[line.strip() for line in calibrated],
     )
 
@@ -111,7 +111,7 @@ def way_name(choice: Choice) -> str:
     return ", ".join([*parts, f"micro-batch {choice.micro}"])
 
 
-def _verdict(answer: PlanAnswer, words: list[str]) -> Callout:
+def _verdict(answer: PlanAnswer, overrides: list[str]) -> Callout:
     """What to run, with its command; or that nothing fits, and what would help."""
     best = answer.best
     if best is None:
@@ -122,7 +122,7 @@ def _verdict(answer: PlanAnswer, words: list[str]) -> Callout:
             lacks = f"{number(least.host_gib, 3)} GiB of a node's memory, which has {number(least.node_gib, 3)}"
             advice = "Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out."
         return Callout("bad", "Nothing fits", f"The smallest way, {way_name(least)}, takes {lacks}. {advice}")
-    lines = command_of(words, best, answer.job)
+    lines = command_of(overrides, best, answer.job)
     command = [line for line in lines if not line.startswith("(")]
     missing = [line.strip("()") for line in lines if line.startswith("(")]
     text = f"The fastest way that fits, {number(round(best.tokens_per_s))} tokens a second of all cards"
@@ -264,13 +264,13 @@ def _ways_table(answer: PlanAnswer) -> PageTable:
     return PageTable(columns, rows, "Every way with its best micro-batch.")
 
 
-def _facts(answer: PlanAnswer, words: list[str]) -> list[tuple[str, str]]:
+def _facts(answer: PlanAnswer, overrides: list[str]) -> list[tuple[str, str]]:
     """What the plan was made from, for the folded part at the end."""
     job: PlannedRun = answer.job
     card = job.card
     price = "not known" if card.price_per_hour is None else f"${card.price_per_hour:,.2f} an hour"
     facts = [
-        ("typed", " ".join(words)),
+        ("typed", " ".join(overrides)),
         ("card", f"{card.name}, {number(card.memory_gib, 3)} GiB, {price}"),
         ("figures of the card from", ", ".join([*card.sources, card.date])),
         (

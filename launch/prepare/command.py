@@ -1,7 +1,7 @@
 """`shardtune prepare`: makes a prepared data set with its audit, shows what would be learned, and stops.
 
-It takes the words of `train`. Settings of training alone (budget, batch) may be left out. `--shard i/n` prepares one
-of n parts, as a job of an array; the same words without it merge the parts.
+It takes the arguments of `train`. Settings of training alone (budget, batch) may be left out. `--shard i/n` prepares one
+of n parts, as a job of an array; the same arguments without it merge the parts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.config.verb_words import VerbWords, asks_for_help, flag, help_rows, read_words, setting_words, word
+from launch.config.verb_arguments import (
+    VerbArguments,
+    asks_for_help,
+    flag,
+    forwarded_settings,
+    help_rows,
+    option,
+    read_arguments,
+)
 from strategies.compat.python import end_process
 from strategies.errors import ConfigError, Preempted, key_of_problem
 from strategies.imports import importing
@@ -24,15 +32,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class PrepareWords(VerbWords):
+class PrepareArguments(VerbArguments):
     """What `shardtune prepare` takes."""
 
-    shard: str | None = word(
+    shard: str | None = option(
         "prepare one of n parts, as a job of an array; afterwards, the same words without --shard merge the parts",
         key="--shard",
         like="0/8",
     )
-    settings: list[str] = setting_words(and_flags=True)
+    settings: list[str] = forwarded_settings(and_flags=True)
     as_json: bool = flag("print the numbers of the audit and the directory of the data as JSON", key="--json")
 
 
@@ -49,7 +57,7 @@ prepare reads, checks, cleans and tokenises the data of a run. `train` uses the 
 the data itself if not. The cache (data.cache_dir) gets documents.arrow, manifest.json, audit.json, audit.html and
 datacard.md. quarantine.jsonl lists the rows that cannot be used, and dropped.jsonl the documents that were dropped.
 
-{help_rows(PrepareWords, MORE)}"""
+{help_rows(PrepareArguments, MORE)}"""
 
 
 def main(argv: list[str]) -> int:
@@ -60,42 +68,42 @@ def main(argv: list[str]) -> int:
     if "--print" in argv:  # has arguments of its own, which read_words would refuse
         from launch.prepare import print_documents
 
-        other_words = [word for word in argv if word != "--print"]
-        return print_documents.main(other_words, lambda words: prepared_data(words)[1])
+        other_arguments = [argument for argument in argv if argument != "--print"]
+        return print_documents.main(other_arguments, lambda arguments: prepared_data(arguments)[1])
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    words, problems = read_words("prepare", PrepareWords, argv)
+    arguments, problems = read_arguments("prepare", PrepareArguments, argv)
     if problems:
         raise ConfigError(problems)
-    if words.shard is not None:
+    if arguments.shard is not None:
         from trainer.data.cache import parse_shard
 
-        shard = parse_shard(words.shard)
-        _prepare(words.settings, shard)
+        shard = parse_shard(arguments.shard)
+        _prepare(arguments.settings, shard)
         shard_number, shard_count = shard
         print(f"shard {shard_number} of {shard_count}: done; when all are, the same words without --shard merge them")
         return 0
-    report, directory, cached = prepared_data(words.settings)
-    if words.as_json:
+    report, directory, cached = prepared_data(arguments.settings)
+    if arguments.as_json:
         print(json.dumps({"directory": str(directory), "cached": cached, "report": report}, ensure_ascii=False))
     else:
         print_report(report, directory, cached=cached)
     return 0
 
 
-def prepared_data(words: list[str]) -> tuple[dict[str, Any], Path, bool]:
-    """(audit report, directory, whether it was in the cache) of the data that a run with the settings `words` reads.
+def prepared_data(arguments: list[str]) -> tuple[dict[str, Any], Path, bool]:
+    """(audit report, directory, whether it was in the cache) of the data that a run with the settings `arguments` reads.
 
     The data is prepared if it is not in the cache.
     """
-    data = _prepare(words, None)
+    data = _prepare(arguments, None)
     assert data is not None
     return data.report, data.directory, data.report["cached"]
 
 
-def _prepare(words: list[str], shard: tuple[int, int] | None) -> PreparedData | None:
-    """Prepare the data that a run with these words takes, or take it from the cache.
+def _prepare(arguments: list[str], shard: tuple[int, int] | None) -> PreparedData | None:
+    """Prepare the data that a run with these arguments takes, or take it from the cache.
 
     With `shard`, (number, count), only that part is prepared, and None returned: a later call merges the parts.
     """
@@ -103,7 +111,7 @@ def _prepare(words: list[str], shard: tuple[int, int] | None) -> PreparedData | 
         from launch.config.compose import compose
         from trainer.config.validate import problems_of
 
-    config = compose(words, check=False).config
+    config = compose(arguments, check=False).config
     # Preparing needs no budget or batch, so what is wrong with other settings does not matter here.
     relevant_keys = ("data.", "model.", "objective")
     problems = [problem for problem in problems_of(config) if key_of_problem(problem).startswith(relevant_keys)]

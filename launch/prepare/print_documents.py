@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.config.help_text import show_help
-from launch.config.verb_words import (
-    VerbWords,
+from launch.config.verb_arguments import (
+    VerbArguments,
     asks_for_help,
     did_you_mean,
+    forwarded_settings,
     help_rows,
-    read_words,
-    setting_words,
+    option,
+    read_arguments,
     specs,
-    word,
 )
 from strategies.errors import ConfigError, DataError
 from trainer.reporting.run_record import RUN_RECORD, read_run_record
@@ -31,21 +31,23 @@ MAX_ROWS = 1000
 
 
 @dataclass(kw_only=True)
-class PrintWords(VerbWords):
+class PrintArguments(VerbArguments):
     """What `shardtune prepare --print` takes."""
 
-    split: str | None = word("the split to show", like="train")
-    rows: str | None = word("sequences to decode, counted from 0", like="[0,5,10-12]")
-    random: int | None = word("show this many sequences, drawn at random without repeats", like="3", least=1)
-    seed: int = word("seed of random=", default=0, least=0)
-    find: str | None = word("sequences whose document contains this text, upper or lower case", like="text")
-    limit: int = word("how many matches of find= to show", default=5, least=1)
-    documents: bool = word("also show the document of each sequence", default=False, like="true")
-    histogram: bool = word("show the lengths also when sequences are decoded", default=False, like="true")
-    lines: int = word("most lines of a sample; the middle of a longer one is left out", default=40, least=2)
-    tokenizer: str | None = word("the tokenizer to decode with; default: the one that prepared the data", like="<dir>")
-    data: list[str] = setting_words(and_flags=True)
-    """Which data to show: a directory, or the words of a run."""
+    split: str | None = option("the split to show", like="train")
+    rows: str | None = option("sequences to decode, counted from 0", like="[0,5,10-12]")
+    random: int | None = option("show this many sequences, drawn at random without repeats", like="3", least=1)
+    seed: int = option("seed of random=", default=0, least=0)
+    find: str | None = option("sequences whose document contains this text, upper or lower case", like="text")
+    limit: int = option("how many matches of find= to show", default=5, least=1)
+    documents: bool = option("also show the document of each sequence", default=False, like="true")
+    histogram: bool = option("show the lengths also when sequences are decoded", default=False, like="true")
+    lines: int = option("most lines of a sample; the middle of a longer one is left out", default=40, least=2)
+    tokenizer: str | None = option(
+        "the tokenizer to decode with; default: the one that prepared the data", like="<dir>"
+    )
+    data: list[str] = forwarded_settings(and_flags=True)
+    """Which data to show: a directory, or the arguments of a run."""
 
 
 USAGE = f"""usage: shardtune prepare --print <directory> [key=value ...]
@@ -58,40 +60,40 @@ prepare --print shows the splits, the lengths and samples of prepared data. Name
 one of the splits in it, or a run. You can also type the words of a run: if its data is not prepared yet, that is done
 first. Text that the model learns is green, or stands between ⟦ and ⟧.
 
-{help_rows(PrintWords)}"""
+{help_rows(PrintArguments)}"""
 
 
-def print_words(argv: list[str]) -> PrintWords:
-    """Read the words typed after `shardtune prepare --print`. Raises ConfigError with every problem at once."""
-    words, problems = read_words("prepare --print", PrintWords, argv)
-    selections = [f"{key}=" for key in ("rows", "random", "find") if key in words.typed]
+def print_arguments(argv: list[str]) -> PrintArguments:
+    """Read the arguments typed after `shardtune prepare --print`. Raises ConfigError with every problem at once."""
+    arguments, problems = read_arguments("prepare --print", PrintArguments, argv)
+    selections = [f"{key}=" for key in ("rows", "random", "find") if key in arguments.typed]
     if len(selections) > 1:
         problems.append(f"{' and '.join(selections)}: give one of them")
     if problems:
         raise ConfigError(problems)
-    return words
+    return arguments
 
 
-def named_directory(words: list[str]) -> Path | None:
-    """The directory if `words` is the path of one; None if they are settings of a run. Errors: ConfigError for a mixture.
+def named_directory(arguments: list[str]) -> Path | None:
+    """The directory if `arguments` is the path of one; None if they are settings of a run. Errors: ConfigError for a mixture.
 
     ["runs/first"] -> Path("runs/first"); ["data.path=a.jsonl", "settings.yaml"] -> None.
     """
-    bare_words = []
-    for argument in words:
+    positionals = []
+    for argument in arguments:
         is_setting = "=" in argument and not Path(argument).is_dir()  # a directory may have an equals sign in its name
         if not is_setting and not argument.endswith(".yaml"):  # a settings file belongs to a run
-            bare_words.append(argument)
-    is_one_path = len(bare_words) == len(words) == 1 and not bare_words[0].startswith("-")
+            positionals.append(argument)
+    is_one_path = len(positionals) == len(arguments) == 1 and not positionals[0].startswith("-")
     if is_one_path:
-        return Path(bare_words[0]).expanduser()
-    if not bare_words:
+        return Path(positionals[0]).expanduser()
+    if not positionals:
         return None
-    known_keys = [spec.key for spec in specs(PrintWords).values() if spec.kind == "word"]
+    known_keys = [spec.key for spec in specs(PrintArguments).values() if spec.kind == "option"]
     # A mixture. If the first argument is the directory, the others are wrong beside it.
-    wrong_words = words[1:] if words[0] in bare_words else words
+    wrong_arguments = arguments[1:] if arguments[0] in positionals else arguments
     problems = []
-    for argument in wrong_words:
+    for argument in wrong_arguments:
         key = argument.partition("=")[0]
         hint = did_you_mean(key, known_keys, end="=") or f"; one of {', '.join(known_keys)}"
         problems.append(f"{argument}: no such word beside a directory{hint}")
@@ -106,15 +108,15 @@ def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    words = print_words(argv)
-    directory = named_directory(words.data)
+    arguments = print_arguments(argv)
+    directory = named_directory(arguments.data)
     if directory is None:
-        directory = prepare(words.data)
-    return print_prepared(directory, words)
+        directory = prepare(arguments.data)
+    return print_prepared(directory, arguments)
 
 
-def print_prepared(directory: Path, words: PrintWords) -> int:
-    """Print splits, lengths and decoded sequences of prepared data, as the command line says (`words`); returns the exit code.
+def print_prepared(directory: Path, arguments: PrintArguments) -> int:
+    """Print splits, lengths and decoded sequences of prepared data, as `arguments` says; returns the exit code.
 
     `directory` is that of the data or of a run. Nothing is printed before all of it is known to be possible.
     """
@@ -128,20 +130,20 @@ def print_prepared(directory: Path, words: PrintWords) -> int:
     if (directory / RUN_RECORD).is_file():
         directory = data_directory_of(directory)
     prepared = find_prepared(directory)
-    split = words.split or prepared.requested_split or next(iter(prepared.splits))
-    rows, match_count = _rows_to_show(prepared, split, words)
-    tokenizer = load_tokenizer(prepared, words.tokenizer) if rows else None
+    split = arguments.split or prepared.requested_split or next(iter(prepared.splits))
+    rows, match_count = _rows_to_show(prepared, split, arguments)
+    tokenizer = load_tokenizer(prepared, arguments.tokenizer) if rows else None
 
     # Print. In a pipe, rich would take 80 columns whatever COLUMNS says.
     columns = None if sys.stdout.isatty() else shutil.get_terminal_size((100, 24)).columns
     console = Console(markup=False, emoji=False, highlight=False, width=columns)
     console.print(Text(str(prepared.directory)), soft_wrap=True)
-    if tokenizer is None or words.histogram:
+    if tokenizer is None or arguments.histogram:
         console.print(inspection.splits_table(prepared))
         groups = inspection.groups_table(prepared, split)
         if groups is not None:
             console.print(groups)
-        if words.find is None:
+        if arguments.find is None:
             console.print(inspection.length_histogram(prepared, split, min(console.width, 100)))
     if match_count is not None:
         more = f", the first {len(rows)} shown; limit= shows more" if match_count > len(rows) else ""
@@ -149,7 +151,7 @@ def print_prepared(directory: Path, words: PrintWords) -> int:
     if tokenizer is not None:
         for row in rows:
             sample = inspection.render_sample(
-                prepared, split, row, tokenizer, console, document=words.documents, max_lines=words.lines
+                prepared, split, row, tokenizer, console, document=arguments.documents, max_lines=arguments.lines
             )
             console.print(sample)
     elif match_count is None:
@@ -180,7 +182,7 @@ def data_directory_of(run_dir: Path) -> Path:
     )
 
 
-def _rows_to_show(prepared: PreparedEntry, split: str, words: PrintWords) -> tuple[list[int], int | None]:
+def _rows_to_show(prepared: PreparedEntry, split: str, arguments: PrintArguments) -> tuple[list[int], int | None]:
     """(numbers of the sequences to decode, how many sequences contain the text of `find=`; None without `find=`).
 
     The first of these that is set decides: rows=, random=, find=, documents=true (then the first sequence); else there are none.
@@ -188,30 +190,30 @@ def _rows_to_show(prepared: PreparedEntry, split: str, words: PrintWords) -> tup
     from trainer.data.report.inspection import find_sequences
 
     sequences = prepared.split(split)
-    if words.rows is not None:
-        return parse_rows(words.rows, len(sequences), split), None
-    if words.random is not None:
+    if arguments.rows is not None:
+        return parse_rows(arguments.rows, len(sequences), split), None
+    if arguments.random is not None:
         import numpy as np
 
-        count = min(words.random, len(sequences), MAX_ROWS)
-        drawn = np.random.default_rng(words.seed).choice(len(sequences), count, replace=False)
+        count = min(arguments.random, len(sequences), MAX_ROWS)
+        drawn = np.random.default_rng(arguments.seed).choice(len(sequences), count, replace=False)
         return sorted(drawn.tolist()), None
-    if words.find is not None:
-        matches = find_sequences(prepared, split, words.find)
-        return matches[: words.limit].tolist(), len(matches)
-    if words.documents and len(sequences):  # documents=true alone shows the first
+    if arguments.find is not None:
+        matches = find_sequences(prepared, split, arguments.find)
+        return matches[: arguments.limit].tolist(), len(matches)
+    if arguments.documents and len(sequences):  # documents=true alone shows the first
         return [0], None
     return [], None
 
 
-def parse_rows(rows_word: str, length: int, split: str) -> list[int]:
+def parse_rows(rows_argument: str, length: int, split: str) -> list[int]:
     """The sequence numbers in `[0,5,10-12]`, all below `length`. Errors: ConfigError that names every wrong entry.
 
     `split` is the name of the split with `length` sequences, for messages.
     """
     rows: list[int] = []
     problems: list[str] = []
-    for raw_entry in rows_word.removeprefix("[").removesuffix("]").split(","):
+    for raw_entry in rows_argument.removeprefix("[").removesuffix("]").split(","):
         entry = raw_entry.strip()
         first_text, dash, last_text = entry.partition("-")
         if not dash:

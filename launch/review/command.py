@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.config.verb_words import asks_for_help, help_rows
-from launch.review.words import MakeWords, ScoreWords
+from launch.config.verb_arguments import asks_for_help, help_rows
+from launch.review.arguments import MakeArguments, ScoreArguments
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
+    from launch.review.arguments import MakeRequest
     from launch.review.sheet import Sheet
-    from launch.review.words import MakeRequest
 
 MORE = {"review.*": "rubric, repeats and how answers are written; beside it strategy, launcher.*, run.*, precision"}
 USAGE = f"""usage: shardtune review make <run directory> prompts=<file> [n=50] [arms=[base,tuned,...]] [key=value ...]
@@ -28,12 +28,12 @@ review make draws prompts, lets the models answer, and writes three files into <
   review.csv                 the same as a table; both files hide which model wrote an answer
   key.json                   which model wrote which answer: keep it, and send it to nobody
 
-{help_rows(MakeWords, MORE)}
+{help_rows(MakeArguments, MORE)}
 
 review score reads the reviewers' files and adds the result to the run's records, its model card and its gates
 (review/win_rate).
 
-{help_rows(ScoreWords)}
+{help_rows(ScoreArguments)}
 
 docs/review.md explains how the votes are counted."""
 
@@ -57,12 +57,12 @@ def make_review(argv: list[str]) -> int:
 
     Returns the exit code: 0, or 75 if it was stopped while the models answered.
     """
+    from launch.review.arguments import read_make_arguments
     from launch.review.prompts import draw_prompts
     from launch.review.sheet import KEY_FILE, PAGE_FILE, TABLE_FILE, make_sheet, review_csv, review_page, write_key
-    from launch.review.words import read_make_words
     from trainer.reporting.status import write_text_atomic
 
-    request = read_make_words(argv)
+    request = read_make_arguments(argv)
     prompts = draw_prompts(request.prompts, request.review.n, request.review.seed)
     if len(prompts) < request.review.n:
         print(
@@ -93,9 +93,9 @@ def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, lis
     An arm is one of the compared models; `tuned` comes first.
     """
     from launch.evaluate.command import start
+    from launch.review.arguments import arm_plan
     from launch.review.prompts import write_task_rows
     from launch.review.sheet import BASE, TUNED
-    from launch.review.words import arm_plan
     from trainer.evaluation.report.record import ROWS
 
     write_task_rows(request.to / "answers" / "prompts.jsonl", prompts)
@@ -134,32 +134,32 @@ def score_answers(argv: list[str]) -> int:
     """
     from launch.review.answer import score_text
     from launch.review.answers import read_reviewers
+    from launch.review.arguments import read_score_arguments
     from launch.review.score import score_review
     from launch.review.sheet import RESULT_FILE, read_key
-    from launch.review.words import read_score_words
     from trainer.reporting.jsonl import json_text
     from trainer.reporting.results import REVIEW, add_to_run_record, keep_report
     from trainer.reporting.status import write_text_atomic
 
-    words = read_score_words(argv)
-    assert words.review is not None
-    review_id, key = read_key(words.review)
-    reviewers = read_reviewers(words.answers, review_id, key)
+    arguments = read_score_arguments(argv)
+    assert arguments.review is not None
+    review_id, key = read_key(arguments.review)
+    reviewers = read_reviewers(arguments.answers, review_id, key)
     names = [reviewer.name for reviewer in reviewers]
-    unknown_names = [name for name in words.drop if name not in names]
+    unknown_names = [name for name in arguments.drop if name not in names]
     if unknown_names:
         raise ConfigError(f"drop=[{','.join(unknown_names)}]: no such reviewer; there are {', '.join(names)}")
-    if not set(names) - set(words.drop):
+    if not set(names) - set(arguments.drop):
         raise ConfigError("drop: leaves nobody; name fewer")
 
     # The result is written twice: beside the key, and into the run's records, where its model card and its gates find it.
-    scores = score_review(review_id, key, reviewers, words.drop)
+    scores = score_review(review_id, key, reviewers, arguments.drop)
     scores_json = json_text(scores, indent=1, ensure_ascii=False)
-    write_text_atomic(words.review / RESULT_FILE, scores_json + "\n")
-    record = keep_report(words.run, REVIEW, scores)
-    run_json_entry = {"record": str(record.relative_to(words.run)), "metrics": scores["metrics"]}
-    add_to_run_record(words.run, "review", run_json_entry)
-    print(scores_json if words.as_json else score_text(scores))
-    if not words.as_json:
-        print(f"\nwritten: {words.review / RESULT_FILE}, {record}")
+    write_text_atomic(arguments.review / RESULT_FILE, scores_json + "\n")
+    record = keep_report(arguments.run, REVIEW, scores)
+    run_json_entry = {"record": str(record.relative_to(arguments.run)), "metrics": scores["metrics"]}
+    add_to_run_record(arguments.run, "review", run_json_entry)
+    print(scores_json if arguments.as_json else score_text(scores))
+    if not arguments.as_json:
+        print(f"\nwritten: {arguments.review / RESULT_FILE}, {record}")
     return 0

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
+from launch.config.verb_arguments import (
+    VerbArguments,
+    asks_for_help,
+    flag,
+    help_rows,
+    option,
+    positional,
+    read_arguments,
+)
 from launch.output import print_json
 from strategies.errors import ConfigError
 
@@ -22,15 +30,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class LogsWords(VerbWords):
+class LogsArguments(VerbArguments):
     """What `shardtune logs` takes."""
 
-    run: Path = bare_word("name one run directory: shardtune logs runs/first")
-    rank: int | None = word("show this rank", like="3", least=0)
-    job: str | None = word(
+    run: Path = positional("name one run directory: shardtune logs runs/first")
+    rank: int | None = option("show this rank", like="3", least=0)
+    job: str | None = option(
         "show what this SLURM job, or this start over ssh, printed on every node; last means the newest", like="last"
     )
-    lines: int = word("how many of the last lines of each file to show", default=40, least=0)
+    lines: int = option("how many of the last lines of each file to show", default=40, least=0)
     follow: bool = flag("keep printing new lines, also after restarts and requeues, until the run is done")
     as_json: bool = flag(
         "print JSON, for a script: the files with their lines, and failure.json if the run failed; with --follow one object "
@@ -48,7 +56,7 @@ USAGE = f"""usage: shardtune logs <run> [rank=3 | job=last] [lines=40] [--follow
 logs prints the last lines of a run's output. Without rank= and job= it shows rank 0. If no rank has written anything
 yet, it shows the output of the job.
 
-{help_rows(LogsWords)}
+{help_rows(LogsArguments)}
 
 exit codes: 64 there is no such run, rank or job, 130 Ctrl-C"""
 READ_INTERVAL_S = 0.5
@@ -66,14 +74,14 @@ def main(argv: list[str]) -> int:
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    words = logs_words(argv)
+    arguments = logs_arguments(argv)
     from launch.runs.logs import LogsRequest, choose_files
     from trainer.reporting.status import State, read_failure, read_status
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a log may hold characters that the terminal's encoding lacks
-    run_dir = words.run
-    request = LogsRequest(words.rank, words.job)
+    run_dir = arguments.run
+    request = LogsRequest(arguments.rank, arguments.job)
     # If the run was started again after a failure, its failure.json is out of date.
     failure: dict[str, Any] = {}
     if read_status(run_dir).get("state") in (None, State.failed):
@@ -82,12 +90,12 @@ def main(argv: list[str]) -> int:
     files = choose_files(run_dir, request, failed_rank if isinstance(failed_rank, int) else None)
     shows_failure = bool(failure) and request.rank in (None, failed_rank) and request.job is None
 
-    if words.as_json:
-        printer: Printer = JsonPrinter(at_once=words.follow)
+    if arguments.as_json:
+        printer: Printer = JsonPrinter(at_once=arguments.follow)
     else:
-        printer = Printer(headed=words.follow or len(files) > 1)
-    offsets = show_last_lines(files, words.lines, printer)
-    if words.follow:
+        printer = Printer(headed=arguments.follow or len(files) > 1)
+    offsets = show_last_lines(files, arguments.lines, printer)
+    if arguments.follow:
         FollowedRun(run_dir, request, printer, offsets).until_done()
     elif isinstance(printer, JsonPrinter):
         print_json({"run": str(run_dir), "files": printer.files, "failure": failure if shows_failure else None})
@@ -99,16 +107,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def logs_words(argv: list[str]) -> LogsWords:
+def logs_arguments(argv: list[str]) -> LogsArguments:
     """Read the arguments behind `shardtune logs`. Raises ConfigError with every problem at once."""
-    words, problems = read_words("logs", LogsWords, argv)
-    if words.rank is not None and words.job is not None:
+    arguments, problems = read_arguments("logs", LogsArguments, argv)
+    if arguments.rank is not None and arguments.job is not None:
         problems.append("rank= and job= name different files; give one of the two")
-    if words.run is not None and not words.run.is_dir():
-        problems.append(f"{words.run}: there is no such run directory")
+    if arguments.run is not None and not arguments.run.is_dir():
+        problems.append(f"{arguments.run}: there is no such run directory")
     if problems:
         raise ConfigError(problems)
-    return words
+    return arguments
 
 
 class Printer:

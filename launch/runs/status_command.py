@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.config.help_text import show_help
-from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
+from launch.config.verb_arguments import (
+    VerbArguments,
+    asks_for_help,
+    flag,
+    help_rows,
+    option,
+    positional,
+    read_arguments,
+)
 from launch.runs import status_lineage
 from launch.runs.status_lineage import FILE_AND_LINE
 from strategies.errors import ConfigError
@@ -23,12 +31,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class StatusWords(VerbWords):
+class StatusArguments(VerbArguments):
     """What `shardtune status` takes."""
 
-    root: Path | None = bare_word("name one directory; all runs below it are shown", required=False)
-    document: str | None = word("show which runs were trained on this line of a file", like="train.jsonl:12")
-    text: str | None = word("show which runs were trained on documents with this text", like="'Jane Roe'")
+    root: Path | None = positional("name one directory; all runs below it are shown", required=False)
+    document: str | None = option("show which runs were trained on this line of a file", like="train.jsonl:12")
+    text: str | None = option("show which runs were trained on documents with this text", like="'Jane Roe'")
     watch: bool = flag("repeat every two seconds, until Ctrl-C")
     verify: bool = flag("read every checkpoint and compare it with its checksums; exit code 69 if one is damaged")
     as_json: bool = flag("print JSON; with --watch one object per line", key="--json")
@@ -46,7 +54,7 @@ status shows the state of runs. A run is called lost if its last state is "runni
 Rates are medians over the last steps, for all ranks together. Memory is the largest peak of any rank. "last seen" is
 the time since the last sign of life, or since the end.
 
-{help_rows(StatusWords)}
+{help_rows(StatusArguments)}
 
 The exit code is 64 if there is no such directory. docs/following.md explains each state."""
 DEFAULT_RUNS_DIRECTORY = Path("runs")
@@ -63,44 +71,44 @@ def main(argv: list[str]) -> int:
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    words = status_words(argv)
-    root = words.root or DEFAULT_RUNS_DIRECTORY
-    if words.document is not None or words.text is not None:
-        return status_lineage.main(root, words.document, words.text, as_json=words.as_json)
-    if words.watch:
-        watch(root, as_json=words.as_json)
+    arguments = status_arguments(argv)
+    root = arguments.root or DEFAULT_RUNS_DIRECTORY
+    if arguments.document is not None or arguments.text is not None:
+        return status_lineage.main(root, arguments.document, arguments.text, as_json=arguments.as_json)
+    if arguments.watch:
+        watch(root, as_json=arguments.as_json)
     from launch.runs.status_tables import as_dict, status_text
 
     runs_status = read_runs_status(root)
     damage = None  # not verified
-    if words.verify:
-        damage = _verify_checkpoints(runs_status, quiet=words.as_json)
-    if words.as_json:
+    if arguments.verify:
+        damage = _verify_checkpoints(runs_status, quiet=arguments.as_json)
+    if arguments.as_json:
         print(json.dumps(as_dict(runs_status, damage), indent=1, allow_nan=False))
     else:
         print(status_text(runs_status, damage))
     return DAMAGED_EXIT_CODE if damage else 0
 
 
-def status_words(argv: list[str]) -> StatusWords:
+def status_arguments(argv: list[str]) -> StatusArguments:
     """Read the arguments behind `shardtune status`. Raises ConfigError with every problem at once."""
-    words, problems = read_words("status", StatusWords, argv)
-    if words.root is not None and not words.root.is_dir():
-        problems.append(f"{words.root}: there is no such directory; name a run, or the directory of your runs")
-    lineage_arguments = [f"{key}={words.typed[key]}" for key in ("document", "text") if key in words.typed]
+    arguments, problems = read_arguments("status", StatusArguments, argv)
+    if arguments.root is not None and not arguments.root.is_dir():
+        problems.append(f"{arguments.root}: there is no such directory; name a run, or the directory of your runs")
+    lineage_arguments = [f"{key}={arguments.typed[key]}" for key in ("document", "text") if key in arguments.typed]
     if len(lineage_arguments) > 1:
         problems.append(f"{' '.join(lineage_arguments)}: name one document, or one piece of text")
-    if lineage_arguments and (words.watch or words.verify):
+    if lineage_arguments and (arguments.watch or arguments.verify):
         problems.append(f"{lineage_arguments[0]}: is looked for once; leave --watch and --verify out")
-    if words.watch and words.verify:
+    if arguments.watch and arguments.verify:
         problems.append("--watch --verify: every look would read all checkpoints; give one of the two")
-    if words.document is not None and FILE_AND_LINE.fullmatch(words.document) is None:
+    if arguments.document is not None and FILE_AND_LINE.fullmatch(arguments.document) is None:
         problems.append(
-            f"document={words.document}: must be a file and a line, as in document=train.jsonl:12; text= looks for a text"
+            f"document={arguments.document}: must be a file and a line, as in document=train.jsonl:12; text= looks for a text"
         )
     if problems:
         raise ConfigError(problems)
-    return words
+    return arguments
 
 
 def read_runs_status(root: Path, known_queue: Queue | None = None) -> RunsStatus:

@@ -29,7 +29,7 @@ def main(root: Path, document: str | None, piece: str | None, *, as_json: bool) 
     query = DocumentQuery(text=piece)
     if document is not None:
         match = FILE_AND_LINE.fullmatch(document)
-        assert match is not None  # `status_words` refuses other forms
+        assert match is not None  # `status_arguments` refuses other forms
         query = DocumentQuery(file=match["file"], line=int(match["line"]))
     try:
         runs = find_runs(root).runs

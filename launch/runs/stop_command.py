@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
+from launch.config.verb_arguments import (
+    VerbArguments,
+    asks_for_help,
+    flag,
+    help_rows,
+    option,
+    positional,
+    read_arguments,
+)
 from launch.output import print_json, stdout_to_stderr
 from strategies.errors import ConfigError
 
@@ -18,11 +26,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class StopWords(VerbWords):
+class StopArguments(VerbArguments):
     """What `shardtune stop` takes."""
 
-    run: Path = bare_word("name one run directory: shardtune stop runs/first")
-    wait_s: int = word("seconds to wait; after that, the run keeps saving by itself", default=600, least=0)
+    run: Path = positional("name one run directory: shardtune stop runs/first")
+    wait_s: int = option("seconds to wait; after that, the run keeps saving by itself", default=600, least=0)
     dry_run: bool = flag("show what would be done, and do nothing")
     as_json: bool = flag("print the run's state afterwards as JSON, for a script; messages go to stderr", key="--json")
 
@@ -35,7 +43,7 @@ stop asks a run to save and to end, and waits until it has. A process on this ho
 launcher does not restart it. A SLURM job saves and is not requeued. A job that is still pending is cancelled. If the
 run is on another host and not under SLURM, stop prints the command to type there.
 
-{help_rows(StopWords)}
+{help_rows(StopArguments)}
 
 exit codes:
   0   the run has ended, or was not running
@@ -57,25 +65,25 @@ def main(argv: list[str]) -> int:
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    words = stop_words(argv)
-    with stdout_to_stderr(words.as_json):
-        exit_code, method = stop(words.run, words.wait_s, dry_run=words.dry_run)
-    if words.as_json:
-        print_json(run_summary(words.run, method))
+    arguments = stop_arguments(argv)
+    with stdout_to_stderr(arguments.as_json):
+        exit_code, method = stop(arguments.run, arguments.wait_s, dry_run=arguments.dry_run)
+    if arguments.as_json:
+        print_json(run_summary(arguments.run, method))
     return exit_code
 
 
-def stop_words(argv: list[str]) -> StopWords:
+def stop_arguments(argv: list[str]) -> StopArguments:
     """Read the arguments behind `shardtune stop`. Raises ConfigError with every problem at once."""
     from launch.runs.status import is_frozen
 
-    words, problems = read_words("stop", StopWords, argv)
-    run = words.run
+    arguments, problems = read_arguments("stop", StopArguments, argv)
+    run = arguments.run
     if run is not None and not ((run / "config.yaml").is_file() and is_frozen(run)):
         problems.append(f"{run}: is no run directory (there is no configuration of a run in it)")
     if problems:
         raise ConfigError(problems)
-    return words
+    return arguments
 
 
 def stop(run_dir: Path, wait_s: float, *, dry_run: bool) -> tuple[int, str | None]:

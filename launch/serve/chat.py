@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.config.verb_words import VerbWords, asks_for_help, bare_word, flag, help_rows, read_words, word
+from launch.config.verb_arguments import (
+    VerbArguments,
+    asks_for_help,
+    flag,
+    help_rows,
+    option,
+    positional,
+    read_arguments,
+)
 from launch.serve.config import ServedType
 from launch.streams import printable
 from strategies.errors import ConfigError
@@ -18,26 +26,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class ChatWords(VerbWords):
+class ChatArguments(VerbArguments):
     """What `shardtune chat` takes."""
 
-    export: str = bare_word("give one run or export, as in shardtune chat runs/x")
-    prompt: str | None = bare_word(
+    export: str = positional("give one run or export, as in shardtune chat runs/x")
+    prompt: str | None = positional(
         "a prompt is one word for the shell; put it into quotes", required=False, key="prompt"
     )
-    against: str | None = word(
+    against: str | None = option(
         "a second model to show: base, none, a run or export; default: base in a terminal, none if the output goes elsewhere",
         like="base",
     )
-    system: str | None = word("the system prompt", like='"..."')
-    max_tokens: int = word("most new tokens in an answer", default=512, least=1)
-    temperature: float | None = word(
+    system: str | None = option("the system prompt", like='"..."')
+    max_tokens: int = option("most new tokens in an answer", default=512, least=1)
+    temperature: float | None = option(
         "0 always takes the most likely token; null: the value in the export, or 0 if it has none", least=0, most=2
     )
-    seed: int = word("seed of the sampling", default=0, least=0)
-    device: str = word("the device: auto, cpu, cuda, cuda:1", default="auto")
-    dtype: ServedType = word("data type: auto (as stored), float32, bfloat16, float16", default=ServedType.auto)
-    accept: list[str] = word(
+    seed: int = option("seed of the sampling", default=0, least=0)
+    device: str = option("the device: auto, cpu, cuda, cuda:1", default="auto")
+    dtype: ServedType = option("data type: auto (as stored), float32, bfloat16, float16", default=ServedType.auto)
+    accept: list[str] = option(
         "use the adapter on another base model than that of its training",
         default=[],
         like="[base]",
@@ -55,7 +63,7 @@ USAGE = f"""usage: shardtune chat <run or export> ["prompt"] [against=base|none|
 chat uses the chat template and the stop tokens of the export. If the model has no template, it continues your text.
 If your prompt looks like a setting, write prompt="...".
 
-{help_rows(ChatWords)}
+{help_rows(ChatArguments)}
 
 In the terminal: /new starts a new conversation, /quit or Ctrl-D ends chat, Ctrl-C stops an answer."""
 
@@ -68,32 +76,32 @@ def main(argv: list[str]) -> int:
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    words, problems = read_words("chat", ChatWords, argv)
+    arguments, problems = read_arguments("chat", ChatArguments, argv)
     if problems:
         raise ConfigError(problems)
     from launch.serve.exported import compare_base, find_export
 
-    exported = find_export(words.export)
-    for line in compare_base(exported, accept="base" in words.accept):
+    exported = find_export(arguments.export)
+    for line in compare_base(exported, accept="base" in arguments.accept):
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
     # What to compare with. A script wants the answer alone; in a terminal the base shows what the tuning has changed.
-    is_for_people = sys.stdout.isatty() and not words.as_json
-    against = words.against or ("base" if is_for_people else "none")
+    is_for_people = sys.stdout.isatty() and not arguments.as_json
+    against = arguments.against or ("base" if is_for_people else "none")
     other_export = None if against in ("base", "none") else find_export(against)
     # The prompt: from the command line, else piped in, else (None) a dialogue in the terminal.
-    prompt = words.prompt
+    prompt = arguments.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty; give one in quotes, or pipe one in")
-    conversations = _load_conversations(exported, other_export, against, words)
+    conversations = _load_conversations(exported, other_export, against, arguments)
     if prompt is None:
         return _converse(conversations)
-    _one_answer(conversations, prompt, words.as_json)
+    _one_answer(conversations, prompt, arguments.as_json)
     return 0
 
 
-def _load_conversations(exported: Any, other_export: Any, against: str, words: ChatWords) -> list[Conversation]:
+def _load_conversations(exported: Any, other_export: Any, against: str, arguments: ChatArguments) -> list[Conversation]:
     """Load the models that answer, with a conversation each: the tuned one last, and before it the one to compare with.
 
     `exported`: the export to chat with. `against`: what it is compared with: `base`, `none`, or the directory of `other_export`.
@@ -103,14 +111,14 @@ def _load_conversations(exported: Any, other_export: Any, against: str, words: C
     from launch.serve.models import load, load_base
 
     settings = ChatSettings(
-        max_tokens=words.max_tokens, temperature=words.temperature, seed=words.seed, system=words.system
+        max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=arguments.seed, system=arguments.system
     )
-    placement = {"device": words.device, "dtype": str(words.dtype)}
+    placement = {"device": arguments.device, "dtype": str(arguments.dtype)}
     tuned = load(exported, **placement)
     other_model = None
     if against == "base":
         other_model = load_base(exported, **placement)
-        if other_model is None and words.against is not None:
+        if other_model is None and arguments.against is not None:
             raise ConfigError(
                 f"against=base: the base of {exported.path} is not on this machine; name another export, or against=none"
             )

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.config.help_text import show_help
-from launch.config.verb_words import (
-    VerbWords,
+from launch.config.verb_arguments import (
+    VerbArguments,
     asks_for_help,
-    bare_word,
     flag,
+    forwarded_settings,
     group_rows,
     help_rows,
+    option,
+    positional,
+    read_arguments,
     read_group,
-    read_words,
-    setting_words,
-    word,
 )
 from launch.output import print_json
 from launch.serve.config import ServeConfig
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class ServeWords(VerbWords):
+class ServeArguments(VerbArguments):
     """The command-line arguments of `shardtune serve`."""
 
-    export: str = bare_word("give one run or export, as in shardtune serve runs/x")
-    accept: list[str] = word(
+    export: str = positional("give one run or export, as in shardtune serve runs/x")
+    accept: list[str] = option(
         "use the adapter on another base model than that of its training",
         default=[],
         like="[base]",
         choices=("base",),
     )
-    settings: list[str] = setting_words(beginning="serve.")
+    settings: list[str] = forwarded_settings(beginning="serve.")
     dry_run: bool = flag("show what would be started, and start nothing")
     print_only: bool = flag("print the commands that serve the model with vLLM and with SGLang", key="--print")
     as_json: bool = flag("print the answer of --dry-run or --print as JSON, for a script", key="--json")
@@ -57,7 +57,7 @@ serve offers one exported model at an OpenAI-compatible address: /v1/chat/comple
 /health. If vLLM is installed, or serve.python names a Python that has it, vLLM computes the answers; if not, the
 server of transformers does. By default only this machine can reach it (127.0.0.1).
 
-{help_rows(ServeWords, group_rows("serve", ServeConfig))}"""
+{help_rows(ServeArguments, group_rows("serve", ServeConfig))}"""
 
 
 def main(argv: list[str]) -> int:
@@ -69,13 +69,13 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0
     # Read the command line.
-    words, problems = read_words("serve", ServeWords, argv)
-    if any(setting.startswith("serve.key=") for setting in words.settings):
+    arguments, problems = read_arguments("serve", ServeArguments, argv)
+    if any(setting.startswith("serve.key=") for setting in arguments.settings):
         problems.append(
             "serve.key: a key on a command line can be read by everybody on this machine; put it into a variable, as SERVE_KEY, "
             "and set serve.key_env=SERVE_KEY"
         )
-    settings = [setting for setting in words.settings if not setting.startswith("serve.key=")]
+    settings = [setting for setting in arguments.settings if not setting.startswith("serve.key=")]
     config, _, unusable = read_group("serve", ServeConfig(), settings, once=True)
     # Values are checked against each other only once each can be read.
     problems += unusable or config.problems()
@@ -83,12 +83,12 @@ def main(argv: list[str]) -> int:
         raise ConfigError(problems)
     from launch.serve.exported import compare_base, find_export
 
-    exported = find_export(words.export)
-    for line in compare_base(exported, accept="base" in words.accept):
+    exported = find_export(arguments.export)
+    for line in compare_base(exported, accept="base" in arguments.accept):
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
     engine = chosen_engine(config, exported)
-    if words.dry_run or words.print_only or words.as_json:
-        return print_plan(exported, config, engine, words)
+    if arguments.dry_run or arguments.print_only or arguments.as_json:
+        return print_plan(exported, config, engine, arguments)
     if engine == "vllm":
         return start_vllm(exported, config)
     from launch.serve.app import refuse_missing_packages
@@ -133,7 +133,7 @@ def chosen_engine(config: ServeConfig, exported: ExportedModel) -> str:
     return "vllm" if is_installed and is_supported else "transformers"
 
 
-def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, words: ServeWords) -> int:
+def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, arguments: ServeArguments) -> int:
     """Print what `serve` would start (`--dry-run`), or the commands for vLLM and SGLang (`--print`); returns the exit code 0."""
     from launch.serve.other_servers import computed_type, sglang_command, shell_text, vllm_command
 
@@ -149,10 +149,10 @@ def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, words:
         "vllm": shell_text(vllm_command(exported, config)),
         "sglang": shell_text(sglang_command(exported, config)),
     }
-    if words.as_json:
+    if arguments.as_json:
         print_json(plan)
         return 0
-    if words.print_only:
+    if arguments.print_only:
         for name in ("vllm", "sglang"):
             print(plan[name] or f"# {name} takes no such adapter; export with merge=true")
         return 0

@@ -77,22 +77,24 @@ def stored_type(exported: ExportedModel) -> str | None:
     return None
 
 
-def find_export(word: str) -> ExportedModel:
+def find_export(argument: str) -> ExportedModel:
     """The export that a command-line argument names: a run directory, or the directory of an export.
 
     "runs/first" and "runs/first/export" are both the export of that run, called "first".
     Errors: ConfigError if there is none, or it generates no text.
     """
-    path = Path(word).expanduser()
+    path = Path(argument).expanduser()
     name = path.resolve().name
     if (path / "config.yaml").is_file() and not any((path / file).is_file() for file in (MODEL_FILE, ADAPTER_FILE)):
         path = path / "export"
         if not path.is_dir():
-            raise ConfigError(f"{word}: this run has no export; write it first: shardtune export {word}")
+            raise ConfigError(f"{argument}: this run has no export; write it first: shardtune export {argument}")
     elif name == "export" and (path.parent / "config.yaml").is_file():
         name = path.resolve().parent.name
     if not path.is_dir():
-        raise ConfigError(f"{word}: there is no such directory; name a run or an export, as runs/x or runs/x/export")
+        raise ConfigError(
+            f"{argument}: there is no such directory; name a run or an export, as runs/x or runs/x/export"
+        )
     # Adapters first: their directory may hold a config.json too.
     for file in (ADAPTER_FILE, BOTTLENECK_FILE, MODEL_FILE):
         if (path / file).is_file():

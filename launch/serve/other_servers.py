@@ -99,11 +99,11 @@ def _position_overrides(exported: ExportedModel) -> str | None:
     return json.dumps({"text_config": positions} if "text_config" in settings else positions)
 
 
-def shell_text(words: list[str] | None) -> str:
+def shell_text(arguments: list[str] | None) -> str:
     """A command as it is typed in a shell; empty for None."""
     import shlex
 
-    return "" if words is None else shlex.join(words)
+    return "" if arguments is None else shlex.join(arguments)
 
 
 def vllm_environment(exported: ExportedModel, config: ServeConfig) -> dict[str, str]:

@@ -25,18 +25,18 @@ class RunPoint(Protocol):
     def __call__(self, composed: Composed, run_dir: Path, *, isolate: bool) -> int: ...
 
 
-def multirun(words: list[str], *, launch: RunPoint, show: Callable[[Composed], None] | None, check: bool) -> int:
+def multirun(arguments: list[str], *, launch: RunPoint, show: Callable[[Composed], None] | None, check: bool) -> int:
     """Run every combination of the settings' values (a point) by `launch`; returns the first exit code that is not 0.
 
-    `words`: the arguments of the command. `show`: called with each point instead of running it. `check`: whether each point is
-    validated, which running needs. Raises ConfigError with the problems of all points.
+    `arguments`: the arguments of the command. `show`: called with each point instead of running it. `check`: whether each
+    point is validated, which running needs. Raises ConfigError with the problems of all points.
     """
     from launch.cluster.array_size import refuse_large_arrays
     from launch.config.axes import name_in_trackers, point_label, read_axes
     from launch.config.compose import compose, default_run_dir
 
     # Compose every point before the first one starts.
-    axes = read_axes(words)
+    axes = read_axes(arguments)
     points = axes.points()
     if show is None:  # before anything is composed: that takes long for many points
         refuse_large_arrays(points)

@@ -357,7 +357,7 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     run_dir = search_dir / str(trial.number)
     prunes = search.settings.prune is Prune.median
     progress = SearchProgress(search.settings.trials, trial, run_dir, search.metric, prune=prunes)
-    name = point_label(dict(word.split("=", 1) for word in arguments))  # type: ignore[arg-type]
+    name = point_label(dict(argument.split("=", 1) for argument in arguments))  # type: ignore[arg-type]
     reason = None
     try:
         composed = compose([*search.fixed, *arguments])

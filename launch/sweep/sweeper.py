@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config.verb_words import read_group
+from launch.config.verb_arguments import read_group
 from launch.sweep.space import EXAMPLES, SearchedSetting, read_space
 from strategies.errors import ConfigError
 from strategies.extras import install_command

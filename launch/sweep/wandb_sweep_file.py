@@ -18,7 +18,7 @@ MAX_LISTED_VALUES = 1000
 """Values of a range that are listed in a sweep file at most."""
 
 
-def write_sweep(words: list[str], *, print_only: bool = False) -> int:
+def write_sweep(arguments: list[str], *, print_only: bool = False) -> int:
     """Write `sweep.yaml` into the directory of the search, and print how the sweep is started; returns the exit code.
 
     `workspace.py` is written beside it: a script that shows the trials in W&B. With `print_only`, `sweep.yaml` is printed, and
@@ -28,7 +28,7 @@ def write_sweep(words: list[str], *, print_only: bool = False) -> int:
 
     from trainer.reporting.status import write_text_atomic
 
-    search = plan_search(words)
+    search = plan_search(arguments)
     sweep_yaml = yaml.safe_dump(sweep_config(search), sort_keys=False, width=1000)
     if print_only:
         print(sweep_yaml, end="")

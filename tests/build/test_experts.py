@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from launch.cluster.submission import refuse_unshared_model
+from launch.evaluate.arguments import _set_evaluation_defaults
 from launch.evaluate.reward_trial import _settled as settled_trial
-from launch.evaluate.words import _set_evaluation_defaults
 from strategies.base import Precision
 from strategies.dealt_experts import distribute_experts_on_meta
 from strategies.errors import ConfigError

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from launch.export.command import export_words
+from launch.export.command import read_export_arguments
 from launch.export.gguf import quantised_request
 from strategies.errors import ConfigError, ShardtuneError
 from tests.helpers.models import tiny_model_dir
@@ -96,7 +96,7 @@ def test_llm_compressor_refuses_unsuitable_exports_before_anything_is_written(wo
     run.mkdir()
     (run / "config.yaml").touch()
     with pytest.raises(ConfigError, match=said):
-        typed, _ = export_words([str(run), *(f"{key}={text}" for key, text in words.items())])
+        typed, _ = read_export_arguments([str(run), *(f"{key}={text}" for key, text in words.items())])
         quantised_request(typed, RunConfig())
 
 

@@ -119,7 +119,7 @@ def planned():
         fit = fit_in_memory(peak.total, 1, 22.0)
         step = SimpleNamespace(total_s=2.0, products_s=1.5, moves_s=0.3, exposed_s=0.1, update_s=0.1)
         choice = SimpleNamespace(
-            variant=SimpleNamespace(config=config, name=name, offload=False, words=()), words=(f"strategy={name}",),
+            variant=SimpleNamespace(config=config, name=name, offload=False, overrides=()), overrides=(f"strategy={name}",),
             micro=1, largest_micro=2, peak=peak, fit=fit, step=step, tokens_per_s=4605.0, host_gib=6.0, node_gib=None,
             hours=0.6, price=2.43, fits=fit.margin >= 0, fits_host=True, round=None,
         )  # fmt: skip

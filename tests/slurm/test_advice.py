@@ -8,7 +8,7 @@ import pytest
 
 from launch.cluster.advice import check_job, list_partitions, partitions_of_job, ranks_lines
 from launch.cluster.array_size import refuse_large_arrays
-from launch.config.prices import price_by_word
+from launch.config.prices import price_by_gpu_kind
 from launch.main import main
 from launch.runs.slurm_time import clock, seconds
 from strategies.errors import ConfigError
@@ -102,7 +102,7 @@ def test_slurm_limits_that_may_be_lifted_and_silent_clusters_refuse_nothing(sinf
 
 def test_slurm_advice_has_price_and_restarts_as_far_as_they_are_known(sinfo, tmp_path):
     asked = {"partition": "gpu", "gpus_per_node": 8, "nodes": 2, "time": "10:00:00"}
-    assert price_by_word("h100") == 3.99 and price_by_word("a100") is None and price_by_word("fake") is None
+    assert price_by_gpu_kind("h100") == 3.99 and price_by_gpu_kind("a100") is None and price_by_gpu_kind("fake") is None
     said = advised(tmp_path, **asked, gres="gpu:h100:8")
     assert "price   $638 at most a start: 160 GPU hours of $3.99" in said  # 2 x 8 x 10 x 3.99
     assert "160 GPU hours at most a start; what one costs is not known of a100, h100" in advised(tmp_path, **asked)

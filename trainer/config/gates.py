@@ -11,7 +11,7 @@ from trainer.export.gates import bounds
 from trainer.reporting.documents.questions import paper_problems, read_answers
 
 
-def paper_words(config: RunConfig) -> Iterator[str]:
+def document_problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the documents (`export.papers`) and with the answers in them, one line each."""
     yield from paper_problems(config.export.papers)
     yield from read_answers(config.export.answers)[1]

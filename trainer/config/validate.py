@@ -21,7 +21,7 @@ from trainer.checkpoints.resume_selection import effective_resume, resume_proble
 from trainer.config.combinations import problems as combination_problems
 from trainer.config.combinations import row_of, rows
 from trainer.config.evaluation import problems as evaluation_problems
-from trainer.config.gates import paper_words
+from trainer.config.gates import document_problems
 from trainer.config.gates import problems as gate_problems
 from trainer.config.launching import problems as launcher_problems
 from trainer.config.parallel import readers_of
@@ -79,7 +79,7 @@ def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str
         *round_problems(config),
         *reward_problems(config),
         *gate_problems(config),
-        *paper_words(config),
+        *document_problems(config),
         *config.review.problems(),
         *_run(config),
     ]

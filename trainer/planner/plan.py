@@ -71,7 +71,7 @@ class RunVariant:
     """One way to run: a strategy with its recomputation, offloading and storage of the base."""
 
     config: RunConfig
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     """The settings to add to the command line for it, such as `strategy=fsdp2`."""
     offload: bool = False
 
@@ -86,7 +86,7 @@ class Choice:
     """A variant with a micro-batch, and what it takes."""
 
     variant: RunVariant
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     micro: int
     accumulation: int
     largest_micro: int
@@ -208,7 +208,7 @@ def run_variants(
         else:
             possible.append(variant)
     if not possible:
-        raise ConfigError([f"{' '.join(variant.words)}: {problem}" for variant, problem in refused])
+        raise ConfigError([f"{' '.join(variant.overrides)}: {problem}" for variant, problem in refused])
     return possible, refused
 
 
@@ -222,8 +222,8 @@ def _with_expert_parallelism(variants: list[RunVariant], world_size: int) -> lis
     for variant, expert_parallel_configs in zip(variants, configs_by_variant, strict=True):
         for config in expert_parallel_configs:
             if not _problems(config, world_size):
-                words = (*variant.words, f"parallel.experts={config.parallel.experts}")
-                expert_parallel_variants.append(replace(variant, config=config, words=words))
+                overrides = (*variant.overrides, f"parallel.experts={config.parallel.experts}")
+                expert_parallel_variants.append(replace(variant, config=config, overrides=overrides))
     return expert_parallel_variants
 
 
@@ -252,7 +252,7 @@ def further_variants(
     strategy = replace(config.strategy, **long_rows)
     if "strategy.activation_checkpointing" not in given_keys:
         strategy = replace(strategy, activation_checkpointing=ActivationCheckpointing.full)
-    words = [f"strategy.{key}={str(value).lower()}" for key, value in long_rows.items()]
+    overrides = [f"strategy.{key}={str(value).lower()}" for key, value in long_rows.items()]
     possible = []
     refused = []
     for degree in FURTHER_DEGREES:
@@ -262,7 +262,9 @@ def further_variants(
         model_problems = sequence_problems(sharing_config)
         fixed_keys = given_keys | {"strategy.activation_checkpointing"}
         for base_variant in _every_variant(sharing_config, settings, fixed_keys):
-            variant = replace(base_variant, words=(*base_variant.words, f"parallel.sequence={degree}", *words))
+            variant = replace(
+                base_variant, overrides=(*base_variant.overrides, f"parallel.sequence={degree}", *overrides)
+            )
             problems = [*_problems(variant.config, world_size), *model_problems]
             if problems:
                 refused.append((variant, problems[0]))
@@ -293,22 +295,22 @@ def _every_variant(config: RunConfig, settings: PlanConfig, given_keys: set[str]
     # The strategy on the command line, or else all strategies with the settings that they have in common.
     strategies = [config.strategy] if "strategy" in given_keys else every_strategy(config.strategy)
     for strategy, quantisation, mode, offload in product(strategies, quantisations, modes, offloads):
-        words = [f"strategy={strategy.name}", f"strategy.activation_checkpointing={mode}"]
+        overrides = [f"strategy={strategy.name}", f"strategy.activation_checkpointing={mode}"]
         variant_strategy = _with_offload(strategy) if offload else strategy
         if variant_strategy is None:
             continue
         if offload:
-            words.append(
+            overrides.append(
                 "strategy.offload_optimizer=cpu" if isinstance(strategy, ZeroConfig) else "strategy.cpu_offload=true"
             )
         if settings.quantisation:
-            words.append(f"model.quantisation={quantisation}")
+            overrides.append(f"model.quantisation={quantisation}")
         variant_config = replace(
             config,
             strategy=replace(variant_strategy, activation_checkpointing=mode),
             model=replace(config.model, quantisation=quantisation),
         )
-        yield RunVariant(variant_config, tuple(words), offload)
+        yield RunVariant(variant_config, tuple(overrides), offload)
 
 
 def _with_offload(strategy: StrategyConfig) -> StrategyConfig | None:
@@ -365,7 +367,7 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
     strategy = variant.config.strategy
     accumulation = job.global_batch // (readers_of(variant.config, job.ranks) * micro)
     units = float(micro) if cost_model.rows else job.lengths.tokens_of_longest(micro)
-    words = [*variant.words, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
+    overrides = [*variant.overrides, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
     # Memory, by the longest documents.
     peak = cost_model.peak_at(units)
     defers = None
@@ -380,7 +382,7 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
         if defers:
             cost_model = deferred_model
             peak = deferred_peak
-        words.append(f"strategy.defer_sync={str(defers).lower()}")
+        overrides.append(f"strategy.defer_sync={str(defers).lower()}")
     # Time, by documents of average length.
     load = _average_load(cost_model, job, micro, accumulation)
     step = step_time(cost_model, load, card, job.precision, ranks_per_node=job.ranks_per_node)
@@ -393,7 +395,7 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
         price = hours * job.ranks * card.price_per_hour
     return Choice(
         variant=variant,
-        words=tuple(words),
+        overrides=tuple(overrides),
         micro=micro,
         accumulation=accumulation,
         largest_micro=_largest_micro(cost_model, job),

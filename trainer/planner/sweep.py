@@ -21,7 +21,7 @@ from trainer.planner.hardware import MemoryFit
 from trainer.planner.plan import Choice, PlanConfig, PlannedRun, RunVariant, choice_of, micro_batches, rank_choices
 
 ProgressCallback = Callable[[int, int, str], None]
-"""Called with (variants done, all variants, the words of the one that is done)."""
+"""Called with (variants done, all variants, the overrides of the one that is done)."""
 WORKER_KILLED = "its simulation was killed; the host may lack memory, set plan.workers=1"
 
 
@@ -81,7 +81,7 @@ def plan_variants(
         reasons = {reason for _, reason in all_refused}
         if len(reasons) == 1:
             raise ConfigError([*reasons])
-        raise ConfigError([f"{' '.join(variant.words)}: {reason}" for variant, reason in all_refused])
+        raise ConfigError([f"{' '.join(variant.overrides)}: {reason}" for variant, reason in all_refused])
 
     # Order the variants by their best choices.
     all_choices = [choice for _, choices in planned for choice in choices]
@@ -191,7 +191,7 @@ def simulate_variants(
                     cost_models[index] = future.result()
                 except BrokenProcessPool:  # a worker was killed, and the pool stops all others
                     cost_models[index] = WORKER_KILLED
-                on_progress(done, len(variants), " ".join(variants[index].words))
+                on_progress(done, len(variants), " ".join(variants[index].overrides))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -18,8 +18,8 @@ MINUTES = 10
 """Time limit of the job that SLURM is asked for when a preflight runs outside an allocation."""
 
 
-def preflight_targets(words: list[str]) -> tuple[PreflightRequest, list[NodeCommand], list[str], bool]:
-    """Find out which nodes `shardtune doctor` checks, and how, from its command-line arguments (`words`).
+def preflight_targets(arguments: list[str]) -> tuple[PreflightRequest, list[NodeCommand], list[str], bool]:
+    """Find out which nodes `shardtune doctor` checks, and how, from its command-line arguments (`arguments`).
 
     Returns (what each node must have, the commands that check them, the nodes' names, whether the nodes must first be waited
     for in SLURM's queue). Errors: ConfigError for launcher settings that are wrong, or name other hosts without SLURM.
@@ -27,14 +27,14 @@ def preflight_targets(words: list[str]) -> tuple[PreflightRequest, list[NodeComm
     from launch.config.compose import compose, refusals
     from trainer.config.resuming import plain
 
-    config = compose(words, check=False).config
+    config = compose(arguments, check=False).config
     # Only the launcher's settings matter here: a model or data set may still be missing.
     problems = [problem for problem in refusals(config) if key_of_problem(problem).startswith("launcher.")]
     if problems:
         raise ConfigError(problems)
     config.launcher.processes = config.launcher.per_node
     if isinstance(config.launcher, SlurmConfig):
-        return _slurm_targets(config, words)
+        return _slurm_targets(config, arguments)
     if config.launcher.nodes > 1:
         raise ConfigError(
             f"launcher.nodes={config.launcher.nodes}: only nodes of SLURM are asked from here (launcher=slurm); else call "
@@ -48,7 +48,9 @@ def preflight_targets(words: list[str]) -> tuple[PreflightRequest, list[NodeComm
     return request, commands_on_this_host(), [os.uname().nodename], False
 
 
-def _slurm_targets(config: RunConfig, words: list[str]) -> tuple[PreflightRequest, list[NodeCommand], list[str], bool]:
+def _slurm_targets(
+    config: RunConfig, arguments: list[str]
+) -> tuple[PreflightRequest, list[NodeCommand], list[str], bool]:
     """As `preflight_targets`, for nodes of SLURM: those of the allocation that this process is in, or of a new one."""
     from launch.cluster.job_end import hosts_of_job
     from launch.cluster.slurm import Options, node_request, quoted_options, setup_text
@@ -59,7 +61,7 @@ def _slurm_targets(config: RunConfig, words: list[str]) -> tuple[PreflightReques
     assert isinstance(slurm, SlurmConfig)
     in_allocation = "SLURM_JOB_ID" in os.environ
     hosts = hosts_of_job() if in_allocation else []
-    nodes_are_given = any(word.startswith("launcher.nodes=") for word in words)
+    nodes_are_given = any(argument.startswith("launcher.nodes=") for argument in arguments)
     if in_allocation and not nodes_are_given:
         slurm.nodes = len(hosts)
     if in_allocation and slurm.nodes > len(hosts):

@@ -1,4 +1,4 @@
-"""The result of a translation: each foreign setting has words of ours, is not needed here, or has no equivalent."""
+"""The result of a translation: each foreign setting has settings of ours, is not needed here, or has no equivalent."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class SettingNote:
 
 @dataclass(slots=True)
 class ConvertedSettings:
-    """Another trainer's settings file in our words, with everything that did not become a word."""
+    """Another trainer's settings file in our words, with everything that did not become a setting."""
 
     trainer: str
     """The trainer that the file was written for, such as `axolotl`."""
-    words: dict[str, str] = field(default_factory=dict)
+    overrides: dict[str, str] = field(default_factory=dict)
     """Our settings as they are typed on the command line, by key."""
     sources_by_key: dict[str, list[ForeignValue]] = field(default_factory=dict)
-    """For each key of `words`: the settings of the file that it comes from."""
+    """For each key of `overrides`: the settings of the file that it comes from."""
     unsupported: list[SettingNote] = field(default_factory=list)
     """Settings that shardtune has no equivalent for, and why."""
     not_needed: list[SettingNote] = field(default_factory=list)
-    """Settings that need no word here: nothing is lost without them."""
+    """Foreign settings that need none of ours: nothing is lost without them."""
     remarks: list[SettingNote] = field(default_factory=list)
     """Settings that were translated, but work differently here."""
     without_value: list[str] = field(default_factory=list)
@@ -60,25 +60,25 @@ class ConvertedSettings:
         If two settings of the file contradict each other, the first one stays and the second becomes a note.
         """
         source = ForeignValue(setting, cli_text_without_secrets(setting, value))
-        new_words: dict[str, str] = {}
-        contradicting_words: dict[str, str] = {}
-        for key, text in translation.words.items():
-            if key not in self.words:
-                new_words[key] = text
-            elif self.words[key] != text:
-                contradicting_words[key] = text
+        new_overrides: dict[str, str] = {}
+        contradicting_overrides: dict[str, str] = {}
+        for key, text in translation.overrides.items():
+            if key not in self.overrides:
+                new_overrides[key] = text
+            elif self.overrides[key] != text:
+                contradicting_overrides[key] = text
 
-        self.words |= new_words
-        for key in new_words:
+        self.overrides |= new_overrides
+        for key in new_overrides:
             self.sources_by_key[key] = [source]
-        for key, text in contradicting_words.items():
+        for key, text in contradicting_overrides.items():
             earlier_sources = " and ".join(str(earlier) for earlier in self.sources_by_key[key])
-            why = f"{key}={text} here, but {earlier_sources} gave {key}={self.words[key]}, which stays"
+            why = f"{key}={text} here, but {earlier_sources} gave {key}={self.overrides[key]}, which stays"
             self.add_unsupported(setting, source.value, why)
         # A second setting of the file that means the same: both are named as the source.
-        says_the_same_again = translation.words and not new_words and not contradicting_words
+        says_the_same_again = translation.overrides and not new_overrides and not contradicting_overrides
         if says_the_same_again:
-            last_key = list(translation.words)[-1]
+            last_key = list(translation.overrides)[-1]
             self.sources_by_key[last_key].append(source)
         self._add_note(source, translation)
 
@@ -89,7 +89,7 @@ class ConvertedSettings:
         says that none is needed.
         """
         note = translation.note
-        if translation.words:
+        if translation.overrides:
             # A note about several settings, such as one about a whole block, is shown once.
             if note and all(remark.why != note for remark in self.remarks):
                 self.remarks.append(SettingNote(source.setting, source.value, note))
@@ -104,8 +104,8 @@ class ConvertedSettings:
         self.unsupported.append(SettingNote(setting, cli_text_without_secrets(setting, value), why))
 
     def withdraw(self, key: str, why: str) -> None:
-        """Take back our word for `key`, which cannot be used after all: the settings it came from become unsupported."""
-        text = self.words.pop(key)
+        """Take back our setting for `key`, which cannot be used after all: the settings it came from become unsupported."""
+        text = self.overrides.pop(key)
         for source in self.sources_by_key.pop(key):
             self.add_unsupported(source.setting, source.value, f"{key}={text}: {why}")
 

@@ -194,11 +194,11 @@ def _add_axolotl_type(value: Any, setting_name: str, prefix: str, conversion: Co
         why = "how rows are read is recognised by their columns; data.format names one of ours"
         conversion.add_unsupported(setting_name, value, why)
         return
-    words = {f"{prefix}.format": our_format}
+    overrides = {f"{prefix}.format": our_format}
     if our_format == "text" and prefix == "data":
-        words["objective"] = "pretrain"
+        overrides["objective"] = "pretrain"
     note = "the format alone: prompts are those of the chat template" if dot else ""
-    conversion.add_translation(setting_name, value, TranslatedSetting(words, note))
+    conversion.add_translation(setting_name, value, TranslatedSetting(overrides, note))
 
 
 def add_factory_datasets(names: str, setting: str, directory: str, conversion: ConvertedSettings, base: Path) -> None:
@@ -261,7 +261,7 @@ def _add_factory_entry(entry: Mapping[str, Any], name: str, prefix: str, convers
     """
     # The format: the objective or a ranking decides the table of columns before `formatting` does.
     formatting = str(entry.get("formatting", "alpaca"))
-    if conversion.words.get("objective") == "pretrain":
+    if conversion.overrides.get("objective") == "pretrain":
         column_table = "pretrain"
     elif entry.get("ranking"):
         column_table = "ranking"
@@ -269,8 +269,8 @@ def _add_factory_entry(entry: Mapping[str, Any], name: str, prefix: str, convers
         column_table = formatting
     # A ranking has no format of its own: two answers are recognised by their columns.
     our_format = {"pretrain": "text", "alpaca": "alpaca", "sharegpt": "sharegpt"}.get(column_table)
-    format_words = {f"{prefix}.format": our_format} if our_format else {}
-    conversion.add_translation(f"{name}.formatting", formatting, TranslatedSetting(format_words))
+    format_overrides = {f"{prefix}.format": our_format} if our_format else {}
+    conversion.add_translation(f"{name}.formatting", formatting, TranslatedSetting(format_overrides))
     _add_factory_columns(entry, column_table, name, prefix, conversion)
 
     for key, value in entry.items():
@@ -304,8 +304,8 @@ def _add_factory_columns(
             conversion.add_unsupported(setting_name, column, "rows have no such column here")
             continue
         # A column that has our name already needs no setting.
-        words = {} if our_column == column else {f"{prefix}.columns.{our_column}": str(column)}
-        conversion.add_translation(setting_name, column, TranslatedSetting(words))
+        overrides = {} if our_column == column else {f"{prefix}.columns.{our_column}": str(column)}
+        conversion.add_translation(setting_name, column, TranslatedSetting(overrides))
 
 
 def source_name(path: str, conversion: ConvertedSettings) -> str:
@@ -315,7 +315,7 @@ def source_name(path: str, conversion: ConvertedSettings) -> str:
     name = re.sub(r"\W+", "_", stem).strip("_").lower() or "source"
     if name[0].isdigit():
         name = f"set_{name}"
-    taken_names = {key.split(".")[2] for key in conversion.words if key.startswith("data.sources.")}
+    taken_names = {key.split(".")[2] for key in conversion.overrides if key.startswith("data.sources.")}
     unique_name = name
     number = 2
     while unique_name in taken_names:

@@ -97,7 +97,7 @@ def _add_block(
 
 
 def _translate_top_level(key: str, value: Any, foreign: ForeignSettings) -> TranslatedSetting:
-    """Our words for a setting of the outermost level that is no block with rules of its own."""
+    """Our settings for a setting of the outermost level that is no block with rules of its own."""
     if key == "steps_per_print":
         return TranslatedSetting({"logging.every_steps": to_cli_text(value)})
     translation = _translation_in(TOP_LEVEL, key)
@@ -128,8 +128,8 @@ def _add_zero(block: Mapping[str, Any], conversion: ConvertedSettings, name: str
     stage_text = to_cli_text(block.get("stage", 0))
     is_known_stage = stage_text in ("0", "1", "2", "3")
     stage = stage_text if is_known_stage else "0"
-    zero_words = rules.zero_settings({**block, "stage": stage})  # such as {"strategy": "zero3", ...}
-    strategy = zero_words["strategy"]
+    zero_overrides = rules.zero_settings({**block, "stage": stage})  # such as {"strategy": "zero3", ...}
+    strategy = zero_overrides["strategy"]
     if is_known_stage:
         translation = TranslatedSetting({"strategy": strategy})
     else:
@@ -143,7 +143,7 @@ def _add_zero(block: Mapping[str, Any], conversion: ConvertedSettings, name: str
         if _is_auto(value):
             conversion.without_value.append(full_name)
         elif key in ("offload_optimizer", "offload_param") and isinstance(value, dict):
-            _add_offload(key, value, zero_words, conversion, full_name)
+            _add_offload(key, value, zero_overrides, conversion, full_name)
         else:
             conversion.add_translation(full_name, value, _translate_zero_setting(key, value, strategy))
 
@@ -163,22 +163,22 @@ def _translate_zero_setting(key: str, value: Any, strategy: str) -> TranslatedSe
 
 
 def _add_offload(
-    key: str, block: Mapping[str, Any], zero_words: Mapping[str, str], conversion: ConvertedSettings, name: str
+    key: str, block: Mapping[str, Any], zero_overrides: Mapping[str, str], conversion: ConvertedSettings, name: str
 ) -> None:
     """Translate the block `offload_optimizer` or `offload_param` (`key`), such as {"device": "cpu", "pin_memory": true}.
 
-    `zero_words`: our settings for the whole of `zero_optimization`, from which the block takes its own. A device that they lack,
-    such as `none`, needs no setting. `name`: the block's full key in messages.
+    `zero_overrides`: our settings for the whole of `zero_optimization`, from which the block takes its own. A device that they
+    lack, such as `none`, needs no setting. `name`: the block's full key in messages.
     """
     our_key = "strategy.offload_optimizer" if key == "offload_optimizer" else "strategy.offload_parameters"
     for inner_key, value in block.items():
         full_name = f"{name}.{inner_key}"
-        if inner_key == "device" and our_key in zero_words:
-            conversion.add_translation(full_name, value, TranslatedSetting({our_key: zero_words[our_key]}))
+        if inner_key == "device" and our_key in zero_overrides:
+            conversion.add_translation(full_name, value, TranslatedSetting({our_key: zero_overrides[our_key]}))
         elif inner_key == "device":
             conversion.add_translation(full_name, value, TranslatedSetting(not_needed=True))
-        elif inner_key == "nvme_path" and NVME_PATH in zero_words:
-            conversion.add_translation(full_name, value, TranslatedSetting({NVME_PATH: zero_words[NVME_PATH]}))
+        elif inner_key == "nvme_path" and NVME_PATH in zero_overrides:
+            conversion.add_translation(full_name, value, TranslatedSetting({NVME_PATH: zero_overrides[NVME_PATH]}))
         elif inner_key == "pin_memory":
             translation = TranslatedSetting(note="host memory is pinned on GPUs", not_needed=True)
             conversion.add_translation(full_name, value, translation)
@@ -314,8 +314,8 @@ def _add_tracker(key: str, block: Mapping[str, Any], conversion: ConvertedSettin
     for inner_key, value in block.items():
         full_name = f"{name}.{inner_key}"
         if inner_key == "enabled" and is_on:
-            words = {"logging.wandb": "online"} if key == "wandb" else {"logging.tensorboard": "true"}
-            conversion.add_translation(full_name, value, TranslatedSetting(words))
+            overrides = {"logging.wandb": "online"} if key == "wandb" else {"logging.tensorboard": "true"}
+            conversion.add_translation(full_name, value, TranslatedSetting(overrides))
         elif inner_key == "enabled":
             conversion.add_translation(full_name, value, TranslatedSetting(not_needed=True))
         elif key == "wandb" and is_on and inner_key in ("project", "group"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 class TranslatedSetting:
     """The translation of one setting of another trainer into settings of shardtune."""
 
-    words: Mapping[str, str] = field(default_factory=dict)
+    overrides: Mapping[str, str] = field(default_factory=dict)
     """Our settings and their values, as typed; empty if there is no equivalent, or nothing needs to be set."""
     note: str = ""
     """What the user should know: why there is no equivalent, or how ours differs."""

@@ -94,7 +94,7 @@ NO_EQUIVALENT_OF_BLOCK = "a block of settings has no equal as a whole"
 
 
 def convert(path: Path, ranks: int | None = None) -> ConvertedSettings:
-    """Translate the settings file of another trainer at `path` into our words, for a run with `ranks`.
+    """Translate the settings file of another trainer at `path` into our settings, for a run with `ranks`.
 
     `ranks` turns batch sizes per device into a global one; None if it is not known. Errors: ConfigError if the file cannot be
     read, or belongs to none of the trainers that are known here.
@@ -175,7 +175,7 @@ def _convert(tree: Mapping[str, Any], conversion: ConvertedSettings, base: Path,
     for key, value in defaults.items():
         translation = translate(key, foreign) or TranslatedSetting(not_needed=True)
         conversion.add_translation(key, f"{value} (what {conversion.trainer} does)", translation)
-    if conversion.trainer == FACTORY and conversion.words.get("tuning") == "lora":
+    if conversion.trainer == FACTORY and conversion.overrides.get("tuning") == "lora":
         _add_factory_lora_defaults(foreign, conversion, has_alpha="lora_alpha" in typed_by_name)
 
 
@@ -298,14 +298,14 @@ def _add_accelerate_deepspeed(
         if key == "deepspeed_config_file":
             _add_deepspeed(value, foreign, conversion, base)
         elif key in deepspeed_names:
-            # Written as DeepSpeed has it and converted on its own, so that the words are exactly this setting's.
+            # Written as DeepSpeed has it and converted on its own, so that the settings are exactly this setting's.
             zero_block: dict[str, Any] = {"stage": block.get("zero_stage", 2)}
             if key != "zero_stage":
                 zero_block[deepspeed_names[key]] = {"device": to_cli_text(value)}
             zero_conversion = ConvertedSettings(conversion.trainer)
             deepspeed.convert({"zero_optimization": zero_block}, zero_conversion)
-            words = zero_conversion.words
-            conversion.add_translation(setting_name, value, TranslatedSetting(words, not_needed=not words))
+            overrides = zero_conversion.overrides
+            conversion.add_translation(setting_name, value, TranslatedSetting(overrides, not_needed=not overrides))
         elif normalised_name(key) in RULES_BY_NAME:
             settings = ForeignSettings({**foreign.value_by_name, normalised_name(key): to_cli_text(value)})
             translation = translate(key, settings) or TranslatedSetting(note=UNKNOWN_SETTING)

@@ -258,14 +258,14 @@ def _pair_loss(value: str) -> TranslatedSetting:
 
 
 def _evaluation_strategy(value: str) -> TranslatedSetting:
-    """Our words for a setting that says when to evaluate: never, every epoch or every so many steps."""
+    """Our settings for a setting that says when to evaluate: never, every epoch or every so many steps."""
     if value.lower() in ("no", "none", "false"):
         return TranslatedSetting({"evaluation": "none"})
     return TranslatedSetting(note="evaluation.every_steps says how often; at the end it is always done")
 
 
 def _saving_strategy(value: str) -> TranslatedSetting:
-    """Our words for a setting that says when to save: never before the end, every epoch or every so many steps."""
+    """Our settings for a setting that says when to save: never before the end, every epoch or every so many steps."""
     if value.lower() in ("no", "none", "false"):
         return TranslatedSetting({"checkpoint.every_minutes": "0"})
     if value.lower() == "steps":

@@ -89,7 +89,7 @@ def renamed_to(key: str) -> Rule:
 
 
 def switch(on: dict[str, str], off: dict[str, str] | None = None, note: str = "") -> Rule:
-    """A rule for a switch: the words `on` if it is true, `off` if it is false. Without `off`, false needs nothing."""
+    """A rule for a switch: the settings `on` if it is true, `off` if it is false. Without `off`, false needs nothing."""
 
     def rule(value: str, _: ForeignSettings) -> TranslatedSetting:
         if is_true(value):
@@ -130,23 +130,23 @@ def batch_sizes(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     micro = parse_number(foreign.get(*MICRO_BATCH_NAMES))
     accumulation = parse_number(foreign.get("gradient_accumulation_steps")) or 1
     global_batch = parse_number(foreign.get("train_batch_size"))
-    words = {} if micro is None else {"batch.micro": format_number(micro)}
+    overrides = {} if micro is None else {"batch.micro": format_number(micro)}
     if global_batch is not None:
-        return TranslatedSetting({**words, "batch.global": format_number(global_batch)})
+        return TranslatedSetting({**overrides, "batch.global": format_number(global_batch)})
     if micro is None:
         return TranslatedSetting(
             note="it is derived: set batch.global, the documents of a whole step (per device x accumulation x ranks)"
         )
     ranks = foreign.ranks or 1
-    words["batch.global"] = format_number(micro * accumulation * ranks)
-    rank_word = "ranks" if ranks > 1 else "rank"
+    overrides["batch.global"] = format_number(micro * accumulation * ranks)
+    rank_override = "ranks" if ranks > 1 else "rank"
     note = (
         f"batch.global: {format_number(micro)} per device x {format_number(accumulation)} accumulation x "
-        f"{ranks} {rank_word}"
+        f"{ranks} {rank_override}"
     )
     if not foreign.ranks:
         note += "; with more ranks, times their number"
-    return TranslatedSetting(words, note)
+    return TranslatedSetting(overrides, note)
 
 
 def step_budget(value: str, foreign: ForeignSettings) -> TranslatedSetting:
@@ -211,7 +211,7 @@ def lora_targets(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 def tuning_method(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Our `tuning` for a method's name elsewhere: `qlora` is tuning=lora model.quantisation=nf4; a note for an unknown name."""
-    words_by_name = {
+    overrides_by_name = {
         "lora": {"tuning": "lora"},
         "qlora": {"tuning": "lora", "model.quantisation": "nf4"},
         "full": {"tuning": "full"},
@@ -225,10 +225,10 @@ def tuning_method(value: str, foreign: ForeignSettings) -> TranslatedSetting:
         "houlsby": {"tuning": "bottleneck"},
         "pfeiffer": {"tuning": "bottleneck", "tuning.placement": "pfeiffer"},
     }
-    words = words_by_name.get(value.lower())
-    if words is None:
+    overrides = overrides_by_name.get(value.lower())
+    if overrides is None:
         return TranslatedSetting(note=f"there is no {value} here; `shardtune train --help` lists tuning=")
-    return TranslatedSetting(words)
+    return TranslatedSetting(overrides)
 
 
 def quantisation_bits(value: str, foreign: ForeignSettings) -> TranslatedSetting:
@@ -243,16 +243,16 @@ def report_to(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Our `logging` settings for a list of trackers: `[wandb]` is logging.wandb=online; `all` and `none` stand for lists."""
     trackers = [name.lower() for name in list_entries(value)]
     has_all = "all" in trackers
-    words = {"logging.wandb": "online" if has_all or "wandb" in trackers else "disabled"}
+    overrides = {"logging.wandb": "online" if has_all or "wandb" in trackers else "disabled"}
     if has_all or "tensorboard" in trackers:
-        words["logging.tensorboard"] = "true"
+        overrides["logging.tensorboard"] = "true"
     for name in ("mlflow", "trackio"):
         if name in trackers:
-            words[f"logging.{name}"] = "true"
+            overrides[f"logging.{name}"] = "true"
     supported = ("wandb", "tensorboard", "mlflow", "trackio", "all", "none")
     unsupported = [name for name in trackers if name not in supported]
     note = f"{', '.join(unsupported)}: metrics.jsonl in the run directory has every row" if unsupported else ""
-    return TranslatedSetting(words, note)
+    return TranslatedSetting(overrides, note)
 
 
 def adam_betas(value: str, foreign: ForeignSettings) -> TranslatedSetting:
@@ -324,16 +324,16 @@ def zero_settings(zero_block: dict[str, object]) -> dict[str, str]:
     stage = int(str(zero_block.get("stage") or 0))
     if stage == 0:
         return {"strategy": "ddp"}
-    words = {"strategy": f"zero{stage}"}
+    overrides = {"strategy": f"zero{stage}"}
     our_names = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}
     for foreign_name, our_name in our_names.items():
         offload = zero_block.get(foreign_name)
         if not isinstance(offload, dict) or offload.get("device") not in ("cpu", "nvme"):
             continue
-        words[f"strategy.{our_name}"] = str(offload["device"])
+        overrides[f"strategy.{our_name}"] = str(offload["device"])
         if offload["device"] == "nvme" and is_set(str(offload.get("nvme_path"))):
-            words["strategy.nvme_path"] = str(offload["nvme_path"])
-    return words
+            overrides["strategy.nvme_path"] = str(offload["nvme_path"])
+    return overrides
 
 
 def fsdp_strategy(value: str, foreign: ForeignSettings) -> TranslatedSetting:
@@ -346,12 +346,12 @@ def fsdp_strategy(value: str, foreign: ForeignSettings) -> TranslatedSetting:
         return TranslatedSetting(not_needed=True)
     if "no_shard" in value or "NO_SHARD" in value:
         return TranslatedSetting({"strategy": "ddp"})
-    words = {"strategy": "hsdp" if "hybrid" in options else "fsdp2"}
+    overrides = {"strategy": "hsdp" if "hybrid" in options else "fsdp2"}
     if "shard_grad_op" in options:
-        words["strategy.reshard_after_forward"] = "false"
+        overrides["strategy.reshard_after_forward"] = "false"
     if "offload" in options:
-        words["strategy.cpu_offload"] = "true"
-    return TranslatedSetting(words)
+        overrides["strategy.cpu_offload"] = "true"
+    return TranslatedSetting(overrides)
 
 
 def train_on_prompts(value: str, foreign: ForeignSettings) -> TranslatedSetting:

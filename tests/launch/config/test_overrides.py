@@ -367,11 +367,11 @@ def test_overrides_suggested_for_other_trainers_options_compose(tmp_path):
     for name in RULES_BY_NAME:
         for value in (text.get(name, "1"), "true"):
             found = translate(name, ForeignSettings({name: value, "per_device_train_batch_size": "2"}))
-            for key, ours in found.words.items():
+            for key, ours in found.overrides.items():
                 answered += 1
                 assert key in choices_by_group() or find_setting(known, key) is not None, (name, key)
                 assert key not in choices_by_group() or ours in choices_by_group()[key], (name, key, ours)
-            assert found.words or found.note or found.not_needed, name
+            assert found.overrides or found.note or found.not_needed, name
     assert answered > 100
 
 

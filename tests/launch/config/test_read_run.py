@@ -15,11 +15,11 @@ from omegaconf import OmegaConf
 
 from launch.config import overrides, trusted_values
 from launch.config.code_digest import NoDigest, digest_of_task
-from launch.config.compose import compose, load_frozen, recompose, with_words
+from launch.config.compose import compose, load_frozen, recompose, with_overrides
 from launch.config.frozen import _hash, _identifying_settings
 from launch.config.outside_values import outside_values
 from launch.config.read_run import may_write_results
-from launch.evaluate.words import GROUPS_BESIDE_RUN
+from launch.evaluate.arguments import GROUPS_BESIDE_RUN
 from strategies.settings import Reach, setting
 from tests.helpers.building import model_dir
 from tests.helpers.endpoint import serving
@@ -380,7 +380,7 @@ def test_foreign_run_configuration_resolves_nothing_when_it_is_evaluated(site, t
     config.logging.notes = "${oc.env:OF_THE_READER}"
     for again in (
         recompose(config, ["evaluation.batch=2"], GROUPS_BESIDE_RUN),
-        with_words(config, ["model.download=false"]),
+        with_overrides(config, ["model.download=false"]),
     ):
         assert again.logging.notes == "${oc.env:OF_THE_READER}"
     assert (
@@ -447,14 +447,14 @@ def test_settings_say_at_their_own_field_what_they_reach():
 def test_verbs_read_a_run_through_one_function():
     """Who reads a frozen configuration without it starts or follows what this user has started, or compares texts with it.
 
-    `earlier_words.py` takes one of the budgets that were typed now. `words.py` of evaluate asks whether a value that counts as
-    a secret now is the run's own. The page of a run asks which of its settings are no defaults.
+    `earlier_overrides.py` takes one of the budgets that were typed now. `arguments.py` of evaluate asks whether a value that
+    counts as a secret now is the run's own. The page of a run asks which of its settings are no defaults.
     """
     allowed = {
         "cluster/node.py",
         "cluster/oom_retry.py",
         "compare/run_page/contents.py",
-        "config/earlier_words.py",
+        "config/earlier_overrides.py",
         "config/frozen.py",
         "config/read_run.py",
         "doctor/verify_rank.py",

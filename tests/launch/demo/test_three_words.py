@@ -42,7 +42,7 @@ def test_both_commands_are_legal_runs_on_prompts_of_their_own(model, tmp_path, m
     files = three_words.write_files(tmp_path)
     weights = {}
     for cheatable in (False, True):
-        words = three_words.training_words(model, files, tmp_path / "run", cheatable=cheatable)
+        words = three_words.training_arguments(model, files, tmp_path / "run", cheatable=cheatable)
         config = compose(words).config
         assert config.batch["global"] == three_words.PROMPTS_PER_STEP * config.objective.group_size
         assert config.tuning.rank == 16 and config.tuning.targets == "all-linear"

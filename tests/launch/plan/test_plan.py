@@ -258,7 +258,9 @@ def test_the_command_starts_as_many_ranks_as_were_planned(model, asked, verb, ra
     card = read_plan(["hardware=a10g"]).card
     words = [f"model.path={model}", "budget.steps=1", "precision=bf16", *asked]
     config, _ = composed(words, card)
-    best = SimpleNamespace(words=["strategy=ddp", "batch.global=32", "batch.micro=2"], variant=RunVariant(config, ()))
+    best = SimpleNamespace(
+        overrides=["strategy=ddp", "batch.global=32", "batch.micro=2"], variant=RunVariant(config, ())
+    )
     said = "\n".join(command_of(words, best, job_of(config, card)))
     starts, *typed = pasted(said)
     assert (starts, *refused_by_train(starts, *typed)) == (verb, ranks, [])

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from launch.config.verb_words import read_group
+from launch.config.verb_arguments import read_group
 from launch.serve.config import ServeConfig, ServedType
 from launch.serve.exported import ExportedModel, find_export
 from launch.serve.middleware import VllmMiddleware

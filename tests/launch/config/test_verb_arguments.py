@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from launch.config.verb_words import (
-    VerbWords,
-    bare_word,
-    bare_words,
+from launch.config.verb_arguments import (
+    VerbArguments,
     flag,
+    forwarded_settings,
     help_rows,
+    option,
+    positional,
+    positionals,
+    read_arguments,
     read_group,
-    read_words,
-    setting_words,
-    word,
 )
 from launch.export.combine import COMBINATIONS
 
@@ -26,25 +26,25 @@ class Engine(Enum):
 
 
 @dataclass(kw_only=True)
-class ExampleWords(VerbWords):
-    run: Path = bare_word("name one run, as in shardtune example runs/x")
-    question: str | None = bare_word("put it into quotes", required=False, key="prompt")
-    wait_s: float = word("seconds to wait", default=600.0, least=0)
-    steps: int | None = word("steps to look at", like="10", above=0)
-    share: float = word("of the rows", default=0.5, least=0, most=1)
-    merge: bool = word("fold the adapter in", default=True)
-    engine: Engine = word("what computes", default=Engine.small, like="small")
-    kinds: list[str] = word("what may differ", default=[], choices=("base", "data"), also=("run.kinds",))
-    gguf: str | None = word("one file more", like="<type>")
-    python: str | None = word("what converts it", key="gguf.python", needs="gguf")
-    to: str | None = word("where it goes", like="<directory>")
-    private: bool | None = word("who sees it", key="hub.private", needs="to=hub:")
+class ExampleArguments(VerbArguments):
+    run: Path = positional("name one run, as in shardtune example runs/x")
+    question: str | None = positional("put it into quotes", required=False, key="prompt")
+    wait_s: float = option("seconds to wait", default=600.0, least=0)
+    steps: int | None = option("steps to look at", like="10", above=0)
+    share: float = option("of the rows", default=0.5, least=0, most=1)
+    merge: bool = option("fold the adapter in", default=True)
+    engine: Engine = option("what computes", default=Engine.small, like="small")
+    kinds: list[str] = option("what may differ", default=[], choices=("base", "data"), also=("run.kinds",))
+    gguf: str | None = option("one file more", like="<type>")
+    python: str | None = option("what converts it", key="gguf.python", needs="gguf")
+    to: str | None = option("where it goes", like="<directory>")
+    private: bool | None = option("who sees it", key="hub.private", needs="to=hub:")
     dry_run: bool = flag("say what would be done", needs="to=hub:")
     as_json: bool = flag("for a script", key="--json")
 
 
 def read(*argv):
-    return read_words("example", ExampleWords, argv)
+    return read_arguments("example", ExampleArguments, argv)
 
 
 def test_words_get_the_types_of_their_fields():
@@ -112,41 +112,41 @@ def test_a_bare_word_may_contain_an_equals_sign(tmp_path, monkeypatch):
 
 
 @dataclass(kw_only=True)
-class PassingWords(VerbWords):
-    run: Path | None = bare_word("name one", required=False)
-    files: list[Path] = bare_words()
-    against: str | None = word("the other one", like="base")
-    adapter: str | None = word("on top", needs="model.path")
-    settings: list[str] = setting_words()
+class PassingArguments(VerbArguments):
+    run: Path | None = positional("name one", required=False)
+    files: list[Path] = positionals()
+    against: str | None = option("the other one", like="base")
+    adapter: str | None = option("on top", needs="model.path")
+    settings: list[str] = forwarded_settings()
 
 
 def test_settings_are_handed_on_and_misspelt_words_of_the_verb_are_not():
     argv = ["evaluation.tasks=[a,b]", "strategy=fsdp2", "runs/x", "a.json", "b.json", "against=base", "data.path=a b"]
-    words, problems = read_words("passing", PassingWords, argv)
+    words, problems = read_arguments("passing", PassingArguments, argv)
     assert problems == []
-    assert read_words("passing", PassingWords, ["optim.lr=1"])[1] == []
+    assert read_arguments("passing", PassingArguments, ["optim.lr=1"])[1] == []
     assert words.settings == ["evaluation.tasks=[a,b]", "strategy=fsdp2", "data.path=a b"]
     assert (words.run, words.files) == (Path("runs/x"), [Path("a.json"), Path("b.json")])
-    _, problems = read_words("passing", PassingWords, ["agianst=base", "--cfg", "adapter=x"])
+    _, problems = read_arguments("passing", PassingArguments, ["agianst=base", "--cfg", "adapter=x"])
     assert problems == [
         "agianst=base: there is no such word; did you mean against=?",
         "--cfg: there is no such flag; passing takes --help",
         "adapter=x: goes with model.path=...; add that, or leave adapter out",
     ]
-    assert read_words("passing", PassingWords, ["model.path=m", "adapter=x"])[1] == []
+    assert read_arguments("passing", PassingArguments, ["model.path=m", "adapter=x"])[1] == []
 
 
 def test_the_field_of_a_list_is_no_word(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words, problems = read_words("passing", PassingWords, ["a", "files", "settings", "files=b"])
+    words, problems = read_arguments("passing", PassingArguments, ["a", "files", "settings", "files=b"])
     assert (words.files, words.settings, problems) == ([Path("files"), Path("settings")], ["files=b"], [])
 
 
 @dataclass(kw_only=True)
-class DashedWords(VerbWords):
-    cfg: str | None = word("what is shown", key="--cfg", also=("-c",), choices=("job", "all"))
-    shard: str | None = word("one of n parts", key="--shard", like="0/8")
-    settings: list[str] = setting_words(and_flags=True)
+class DashedArguments(VerbArguments):
+    cfg: str | None = option("what is shown", key="--cfg", also=("-c",), choices=("job", "all"))
+    shard: str | None = option("one of n parts", key="--shard", like="0/8")
+    settings: list[str] = forwarded_settings(and_flags=True)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ class DashedWords(VerbWords):
     ],
 )
 def test_a_dashed_word_takes_the_next_argument(argv, cfg, shard, settings):
-    words, problems = read_words("dashed", DashedWords, argv)
+    words, problems = read_arguments("dashed", DashedArguments, argv)
     assert (words.cfg, words.shard, words.settings, problems) == (cfg, shard, settings, [])
-    _, problems = read_words("dashed", DashedWords, ["--cfg=jbo", "--shard"])
+    _, problems = read_arguments("dashed", DashedArguments, ["--cfg=jbo", "--shard"])
     assert problems == [
         "--shard=: --shard needs a value, as in --shard=0/8",
         "--cfg=jbo: must be one of job, all; did you mean job?",
@@ -170,7 +170,7 @@ def test_a_dashed_word_takes_the_next_argument(argv, cfg, shard, settings):
 
 
 def test_help_shows_each_word_and_flag_in_columns():
-    rows = help_rows(ExampleWords).splitlines()
+    rows = help_rows(ExampleArguments).splitlines()
     assert "  wait_s=600        seconds to wait" in rows
     assert "  gguf=<type>       one file more" in rows
     assert "  kinds=[]          what may differ" in rows

@@ -7,12 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config.verb_words import VerbWords, bare_word, bare_words, flag, read_words, setting_words, word
+from launch.config.verb_arguments import (
+    VerbArguments,
+    flag,
+    forwarded_settings,
+    option,
+    positional,
+    positionals,
+    read_arguments,
+)
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.config.outside_values import OutsideValue
-    from launch.evaluate.words import EvaluationPlan
+    from launch.evaluate.arguments import EvaluationPlan
     from trainer.config.review import ReviewConfig
     from trainer.config.run import RunConfig
 
@@ -22,44 +30,44 @@ SETTABLE_GROUPS = frozenset({"review", "evaluation", "strategy", "launcher", "ru
 
 
 @dataclass(kw_only=True)
-class MakeWords(VerbWords):
+class MakeArguments(VerbArguments):
     """What `shardtune review make` takes."""
 
-    run: Path = bare_word("name one run, as in shardtune review make runs/x prompts=<file>")
-    prompts: str = word(
+    run: Path = positional("name one run, as in shardtune review make runs/x prompts=<file>")
+    prompts: str = option(
         "the file that prompts are drawn from",
         like="prompts.jsonl",
         required="give a file of prompts, as in prompts=prompts.jsonl",
     )
-    n: int | None = word("number of prompts to draw; the same as review.n", like="50")
-    seed: int | None = word("seed of the drawing; the same as review.seed", like="0")
-    arms: list[str] = word(
+    n: int | None = option("number of prompts to draw; the same as review.n", like="50")
+    seed: int | None = option("seed of the drawing; the same as review.seed", like="0")
+    arms: list[str] = option(
         "the models to compare: base, tuned, other runs, model directories", default=["base", "tuned"]
     )
-    checkpoint: str = word(
+    checkpoint: str = option(
         "which checkpoint: the one that the run exported at its end (auto), last, best or a step", default="auto"
     )
-    accept: list[str] = word(
+    accept: list[str] = option(
         "continue although the base model is not that of the training",
         default=[],
         like="[base]",
         choices=("base", "data"),
         also=("run.accept",),
     )
-    to: Path | None = word("where to write the files; default: <run>/review", like="<directory>")
-    settings: list[str] = setting_words()
+    to: Path | None = option("where to write the files; default: <run>/review", like="<directory>")
+    settings: list[str] = forwarded_settings()
 
 
 @dataclass(kw_only=True)
-class ScoreWords(VerbWords):
+class ScoreArguments(VerbArguments):
     """What `shardtune review score` takes."""
 
-    run: Path = bare_word(
+    run: Path = positional(
         "name a run and the files that reviewers saved: shardtune review score runs/x ada.json bert.json"
     )
-    answers: list[Path] = bare_words()
-    review: Path | None = word("the directory that make wrote; default: <run>/review", like="<directory>")
-    drop: list[str] = word("reviewers whose votes do not count; the record names them", default=[], like="[name]")
+    answers: list[Path] = positionals()
+    review: Path | None = option("the directory that make wrote; default: <run>/review", like="<directory>")
+    drop: list[str] = option("reviewers whose votes do not count; the record names them", default=[], like="[name]")
     as_json: bool = flag("print the result as JSON instead of tables", key="--json")
 
 
@@ -86,10 +94,10 @@ class MakeRequest:
     """The argument `accept=[...]`, which allows another base model than the runs were trained on; empty if not given."""
 
 
-def read_make_words(argv: list[str]) -> MakeRequest:
+def read_make_arguments(argv: list[str]) -> MakeRequest:
     """Read the arguments of `review make`, find the checkpoint, and check the arms. Raises ConfigError with every problem."""
     from launch.config.compose import recompose
-    from launch.config.read_run import RunReader, read_run, split_allowing_words
+    from launch.config.read_run import RunReader, read_run, split_allowing_arguments
     from launch.export.command import find_checkpoint
     from trainer.checkpoints.manifest import fingerprint
     from trainer.config.ranges import range_problems
@@ -97,33 +105,33 @@ def read_make_words(argv: list[str]) -> MakeRequest:
 
     # The arguments themselves.
     command = ["review", "make", *argv]
-    allowing, argv = split_allowing_words(argv, ARMS_PREFIX)
-    words, problems = read_words("review make", MakeWords, argv)
+    allowing, argv = split_allowing_arguments(argv, ARMS_PREFIX)
+    arguments, problems = read_arguments("review make", MakeArguments, argv)
     if problems:
         raise ConfigError(problems)
-    run = words.run
+    run = arguments.run
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: is no run directory (it has no config.yaml); name a run")
     # n= and seed= are short for settings of the group `review`.
-    review_settings = [f"review.{key}={words.typed[key]}" for key in ("n", "seed") if key in words.typed]
-    settings = [*words.settings, *review_settings]
+    review_settings = [f"review.{key}={arguments.typed[key]}" for key in ("n", "seed") if key in arguments.typed]
+    settings = [*arguments.settings, *review_settings]
 
     # The configuration of the run with these settings, and its checkpoint.
-    def compose_for_review(frozen: RunConfig, setting_words: list[str]) -> RunConfig:
+    def compose_for_review(frozen: RunConfig, forwarded_settings: list[str]) -> RunConfig:
         frozen.run.dir = None
         frozen.run.resume = "auto"
-        return recompose(frozen, setting_words, SETTABLE_GROUPS)
+        return recompose(frozen, forwarded_settings, SETTABLE_GROUPS)
 
     reading_verb = RunReader(command, _uses_outside_value, own_groups=SETTABLE_GROUPS)
     config = read_run(run, reading_verb, settings, compose_for_review)
-    checkpoint = find_checkpoint(run, words.checkpoint, config.checkpoint)
-    accepted = use_recorded_base(config, run, words.accept, teacher=True, start=True)
+    checkpoint = find_checkpoint(run, arguments.checkpoint, config.checkpoint)
+    accepted = use_recorded_base(config, run, arguments.accept, teacher=True, start=True)
 
     # What the review compares, and where it is written.
     review = config.review
-    arms, arm_problems = _read_arms(words.arms)
+    arms, arm_problems = _read_arms(arguments.arms)
     problems = [*range_problems(review, "review"), *review.problems(), *arm_problems]
-    to = words.to or run / "review"
+    to = arguments.to or run / "review"
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         problems.append(f"to={to}: exists and is not empty; a review is never written over: name a new directory")
     if problems:
@@ -137,41 +145,41 @@ def read_make_words(argv: list[str]) -> MakeRequest:
     }
     return MakeRequest(
         run=run,
-        prompts=words.prompts,
+        prompts=arguments.prompts,
         arms=arms,
         to=to,
         checkpoint=checkpoint,
         model=model,
         review=review,
-        settings=[word for word in settings if not word.startswith("review.")],
+        settings=[argument for argument in settings if not argument.startswith("review.")],
         allowing=allowing,
         command=command,
-        accept=f"accept=[{','.join(words.accept)}]" if words.accept else "",
+        accept=f"accept=[{','.join(arguments.accept)}]" if arguments.accept else "",
     )
 
 
-def read_score_words(argv: list[str]) -> ScoreWords:
+def read_score_arguments(argv: list[str]) -> ScoreArguments:
     """Read the arguments of `review score`, with the default of `review=` filled in. Raises ConfigError with every problem."""
     from launch.review.sheet import KEY_FILE
 
-    words, problems = read_words("review score", ScoreWords, argv)
-    if words.run is not None and not words.answers:
+    arguments, problems = read_arguments("review score", ScoreArguments, argv)
+    if arguments.run is not None and not arguments.answers:
         problems.append(
             "name a run and the files that reviewers saved: shardtune review score runs/x ada.json bert.json"
         )
     if problems:
         raise ConfigError(problems)
-    if not words.run.is_dir():
-        raise ConfigError(f"{words.run}: there is no such run")
-    missing_files = [str(path) for path in words.answers if not path.is_file()]
+    if not arguments.run.is_dir():
+        raise ConfigError(f"{arguments.run}: there is no such run")
+    missing_files = [str(path) for path in arguments.answers if not path.is_file()]
     if missing_files:
         raise ConfigError(f"{', '.join(missing_files)}: there is no such file")
-    words.review = words.review or words.run / "review"
-    if not (words.review / KEY_FILE).is_file():
+    arguments.review = arguments.review or arguments.run / "review"
+    if not (arguments.review / KEY_FILE).is_file():
         raise ConfigError(
-            f"review={words.review}: holds no review; name the directory that review make wrote, as review=<directory>"
+            f"review={arguments.review}: holds no review; name the directory that review make wrote, as review=<directory>"
         )
-    return words
+    return arguments
 
 
 def _uses_outside_value(value: OutsideValue, config: RunConfig) -> bool:
@@ -181,11 +189,11 @@ def _uses_outside_value(value: OutsideValue, config: RunConfig) -> bool:
     return uses_model_alone(value, config)
 
 
-def _without_allowing_words(settings: list[str]) -> list[str]:
+def _without_allowing_arguments(settings: list[str]) -> list[str]:
     """The settings without those that allow a run to use something outside its directory: each run needs its own permission."""
-    from launch.config.read_run import is_allowing_word
+    from launch.config.read_run import is_allowing_argument
 
-    return [word for word in settings if not is_allowing_word(word)]
+    return [argument for argument in settings if not is_allowing_argument(argument)]
 
 
 def _read_arms(arms: list[str]) -> tuple[dict[str, str | None], list[str]]:
@@ -221,7 +229,7 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
     `directory`: the arm's run or model; None for the run under review. The evaluation of that run also writes the answers of its
     base model, if this is among the arms.
     """
-    from launch.evaluate.words import make_plan, parse_words
+    from launch.evaluate.arguments import make_plan, parse_arguments
     from launch.review.sheet import BASE
 
     # The answers are what is wanted: the task scores them against a placeholder, and nobody reads the score.
@@ -237,7 +245,7 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
     if directory is None:
         arguments += request.settings
     else:
-        arguments += [*_without_allowing_words(request.settings), *request.allowing]
+        arguments += [*_without_allowing_arguments(request.settings), *request.allowing]
     if request.accept and is_run:
         arguments.append(request.accept)
     if directory is None:
@@ -250,10 +258,10 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
     else:
         arguments.append(f"model.path={directory}")
 
-    evaluate_words = parse_words(arguments)
-    evaluate_words.command = request.command
-    evaluate_words.prefix = "" if directory is None else ARMS_PREFIX
-    plan = make_plan(evaluate_words)
+    evaluate_arguments = parse_arguments(arguments)
+    evaluate_arguments.command = request.command
+    evaluate_arguments.prefix = "" if directory is None else ARMS_PREFIX
+    plan = make_plan(evaluate_arguments)
     plan.config.evaluation.tasks["answers"].write = copy.deepcopy(request.review.write)
     plan.job = replace(plan.job, kept=False)
     return plan

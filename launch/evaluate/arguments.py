@@ -1,4 +1,4 @@
-"""The words of `shardtune evaluate`, and the configuration and job that follow from them."""
+"""The arguments of `shardtune evaluate`, and the configuration and job that follow from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config.verb_words import VerbWords, bare_word, flag, read_words, setting_words, word
+from launch.config.verb_arguments import VerbArguments, flag, forwarded_settings, option, positional, read_arguments
 from launch.evaluate.checks import check_plan, has_held_out, problems_of_test
 from strategies.errors import ConfigError
 
@@ -31,48 +31,48 @@ DEFAULT_TASKS = ("loss", "bits_per_byte", "token_accuracy")
 
 
 @dataclass(kw_only=True)
-class EvaluateWords(VerbWords):
+class EvaluateArguments(VerbArguments):
     """The command-line arguments of `shardtune evaluate`."""
 
-    run: Path | None = bare_word("one run is evaluated at a time; name another as against=<run>", required=False)
-    against: str | None = word(
+    run: Path | None = positional("one run is evaluated at a time; name another as against=<run>", required=False)
+    against: str | None = option(
         "what to compare with: base (the run's model before training), the directory of a run or model, or an "
         "evaluation.json; with an evaluation.json, the exit code is 69 if a metric got worse by more than its limit or "
         "its interval",
         like="base",
     )
-    checkpoint: str = word(
+    checkpoint: str = option(
         "which checkpoint: the one that the run exported at its end (auto), last, best or a step",
         default="auto",
         needs="run.dir",
     )
-    split: str = word(
+    split: str = option(
         "eval runs tasks. test measures the run's test documents instead (test/loss ...), and counts the look: choose nothing "
         "by them",
         default="eval",
         choices=("eval", "test"),
         needs="run.dir",
     )
-    adapter: str | None = word("an adapter to load on top of model.path", like="<directory>", needs="model.path")
-    accept: list[str] = word(
+    adapter: str | None = option("an adapter to load on top of model.path", like="<directory>", needs="model.path")
+    accept: list[str] = option(
         "continue although the base model, or the run's documents, are not those of the training",
         default=[],
         like="[base,data]",
         choices=("base", "data"),
         also=("run.accept",),
     )
-    to: str | None = word(
+    to: str | None = option(
         "where to write evaluation.json, evaluation_rows.jsonl and evaluation.html; default: the run's directory",
         like="<directory>",
     )
-    settings: list[str] = setting_words()
+    settings: list[str] = forwarded_settings()
     as_json: bool = flag("print the report as JSON instead of tables", key="--json")
     print_only: bool = flag("with launcher=slurm: print the job's script and submit nothing", key="--print")
 
     allowing: list[str] = field(default_factory=list)
     """Settings typed with `against.` before them: they allow what the other run reaches out to."""
     command: list[str] = field(default_factory=list)
-    """All words as they were typed, the verb first, for messages."""
+    """All arguments as they were typed, the verb first, for messages."""
     prefix: str = ""
     """The prefix of words in `command` that allow something for this run."""
     main_plan: EvaluationPlan | None = None
@@ -94,102 +94,111 @@ class EvaluationPlan:
         return Path(self.job.to) / "evaluation"
 
 
-def parse_words(argv: list[str]) -> EvaluateWords:
+def parse_arguments(argv: list[str]) -> EvaluateArguments:
     """Read the command line of `shardtune evaluate`, and check which arguments go together.
 
     `evaluation.server=URL` becomes `evaluation.server.url=URL`; arguments with `against.` before them go to `allowing`.
     Errors: ConfigError with every problem.
     """
-    from launch.config.read_run import split_allowing_words
+    from launch.config.read_run import split_allowing_arguments
 
-    allowing, argv_of_verb = split_allowing_words(argv, AGAINST_PREFIX)
-    words, problems = read_words("evaluate", EvaluateWords, argv_of_verb)
-    words.allowing = allowing
-    words.command = ["evaluate", *argv]
-    for index, setting in enumerate(words.settings):
+    allowing, argv_of_verb = split_allowing_arguments(argv, AGAINST_PREFIX)
+    arguments, problems = read_arguments("evaluate", EvaluateArguments, argv_of_verb)
+    arguments.allowing = allowing
+    arguments.command = ["evaluate", *argv]
+    for index, setting in enumerate(arguments.settings):
         if setting.startswith(f"{SERVER_GROUP}="):  # short for `evaluation.server.url=`
-            words.settings[index] = setting.replace(SERVER_GROUP, f"{SERVER_GROUP}.url", 1)
+            arguments.settings[index] = setting.replace(SERVER_GROUP, f"{SERVER_GROUP}.url", 1)
     # What is evaluated: either a run or model.path=, and a server only with model.path=.
-    model_words = [setting for setting in words.settings if setting.startswith("model.path=")]
-    asks_server = any(setting.startswith(SERVER_GROUP) for setting in words.settings)
-    if words.run is None and not model_words:
+    model_arguments = [setting for setting in arguments.settings if setting.startswith("model.path=")]
+    asks_server = any(setting.startswith(SERVER_GROUP) for setting in arguments.settings)
+    if arguments.run is None and not model_arguments:
         problems.append("nothing to evaluate: give a run (shardtune evaluate runs/x) or model.path=<directory>")
-    if words.run is not None and model_words:
-        problems.append(f"{model_words[0]}: the run {words.run} has its model; give one of the two")
-    if words.run is not None and asks_server:
+    if arguments.run is not None and model_arguments:
+        problems.append(f"{model_arguments[0]}: the run {arguments.run} has its model; give one of the two")
+    if arguments.run is not None and asks_server:
         problems.append(
-            f"{SERVER_GROUP}: a server answers for files that were exported; name them: model.path={words.run}/export"
+            f"{SERVER_GROUP}: a server answers for files that were exported; name them: model.path={arguments.run}/export"
         )
     # Other arguments that exclude each other.
-    if asks_server and words.against is not None and not Path(words.against).expanduser().is_file():
+    if asks_server and arguments.against is not None and not Path(arguments.against).expanduser().is_file():
         problems.append(
-            f"against={words.against}: one server answers for one model; evaluate the other first, and give its evaluation.json"
+            f"against={arguments.against}: one server answers for one model; evaluate the other first, and give its "
+            "evaluation.json"
         )
-    if words.split == "test":
-        problems += problems_of_test(words.against, words.settings)
-    if words.adapter is not None and "data" in words.accept:
-        problems.append(f"accept={words.typed['accept']}: an adapter brings no documents of a run; write accept=[base]")
+    if arguments.split == "test":
+        problems += problems_of_test(arguments.against, arguments.settings)
+    if arguments.adapter is not None and "data" in arguments.accept:
+        problems.append(
+            f"accept={arguments.typed['accept']}: an adapter brings no documents of a run; write accept=[base]"
+        )
     if problems:
         raise ConfigError(problems)
-    return words
+    return arguments
 
 
-def make_plan(evaluate_words: EvaluateWords) -> EvaluationPlan:
+def make_plan(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
     """Plan an evaluation, and check it as far as possible without loading a model. Errors: ConfigError, DataError."""
-    run = evaluate_words.run
+    run = evaluate_arguments.run
     if run is not None:
-        config, job = _plan_for_run(run, evaluate_words)
+        config, job = _plan_for_run(run, evaluate_arguments)
     else:
-        config, job = _plan_for_model(evaluate_words)
+        config, job = _plan_for_model(evaluate_arguments)
     if Path(job.to).is_file():
         raise ConfigError(f"to={job.to}: is a file; name a directory")
-    job = replace(job, split=evaluate_words.split)
+    job = replace(job, split=evaluate_arguments.split)
     evaluation_plan = EvaluationPlan(config, job)
     config.run.dir = str(evaluation_plan.directory)
-    _set_evaluation_defaults(config, evaluate_words)
+    _set_evaluation_defaults(config, evaluate_arguments)
 
-    names_training_data = any(word.startswith(("data.path=", "data.sources")) for word in evaluate_words.settings)
+    names_training_data = any(
+        argument.startswith(("data.path=", "data.sources")) for argument in evaluate_arguments.settings
+    )
     has_training_data = run is not None or names_training_data
     try:
-        check_plan(config, evaluate_words.settings, run=run, trained=has_training_data, split=evaluate_words.split)
+        check_plan(
+            config, evaluate_arguments.settings, run=run, trained=has_training_data, split=evaluate_arguments.split
+        )
     except ConfigError as error:
         raise ConfigError([*_missing_model(config), *error.problems]) from None
-    if evaluate_words.against is not None:
-        _add_comparison(evaluation_plan, evaluate_words.against, evaluate_words)
+    if evaluate_arguments.against is not None:
+        _add_comparison(evaluation_plan, evaluate_arguments.against, evaluate_arguments)
     return evaluation_plan
 
 
-def _plan_for_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, EvaluationJob]:
+def _plan_for_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, EvaluationJob]:
     """The configuration and job that evaluate a checkpoint of a run. Errors: ConfigError."""
     from launch.config.read_run import may_write_results
     from trainer.evaluate import EvaluationJob
 
-    config, checkpoint, accepted = config_of_run(run, evaluate_words)
+    config, checkpoint, accepted = config_of_run(run, evaluate_arguments)
     # A run that may be somebody else's gets no files, and its metrics are not recorded in it.
     is_own_run = may_write_results(run)
     default_directory = run if is_own_run else Path("runs") / f"evaluate-{run.resolve().name}"
     job = EvaluationJob(
-        to=evaluate_words.to or str(default_directory),
+        to=evaluate_arguments.to or str(default_directory),
         run=str(run),
         checkpoint=checkpoint,
         data_run=str(run),
-        accept_data="data" in evaluate_words.accept,
+        accept_data="data" in evaluate_arguments.accept,
         accepted=accepted,
         recorded=is_own_run,
     )
     return config, job
 
 
-def _plan_for_model(evaluate_words: EvaluateWords) -> tuple[RunConfig, EvaluationJob]:
+def _plan_for_model(evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, EvaluationJob]:
     """The configuration and job that evaluate the model of `model.path=`, which belongs to no run. Errors: ConfigError."""
     from trainer.evaluate import EvaluationJob
 
-    path = next(word.partition("=")[2] for word in evaluate_words.settings if word.startswith("model.path="))
+    path = next(
+        argument.partition("=")[2] for argument in evaluate_arguments.settings if argument.startswith("model.path=")
+    )
     default_directory = Path("runs") / f"evaluate-{Path(path).name}"
-    job = EvaluationJob(to=evaluate_words.to or str(default_directory))
-    config = _config_of_model(evaluate_words, path, Path(job.to) / "evaluation")
-    if evaluate_words.adapter is not None:
-        accepted = _accepted_base(evaluate_words.adapter, path, accept="base" in evaluate_words.accept)
+    job = EvaluationJob(to=evaluate_arguments.to or str(default_directory))
+    config = _config_of_model(evaluate_arguments, path, Path(job.to) / "evaluation")
+    if evaluate_arguments.adapter is not None:
+        accepted = _accepted_base(evaluate_arguments.adapter, path, accept="base" in evaluate_arguments.accept)
         job = replace(job, accepted=accepted)
     return config, job
 
@@ -220,7 +229,7 @@ def _missing_model(config: RunConfig) -> list[str]:
     ]
 
 
-def config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, str, list[str]]:
+def config_of_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, str, list[str]]:
     """Read the configuration of a run, with the settings of the command line on top, and find the checkpoint to evaluate.
 
     Returns (configuration, the checkpoint's path, lines on how the base model differs from that of the training, as accepted).
@@ -235,33 +244,33 @@ def config_of_run(run: Path, evaluate_words: EvaluateWords) -> tuple[RunConfig, 
     if not (run / "config.yaml").is_file():
         what = "not a run directory (it has no config.yaml)" if run.exists() else "there is no such directory"
         raise ConfigError(f"{run}: {what}; name a run, or a model with model.path={run}")
-    main_plan = evaluate_words.main_plan
+    main_plan = evaluate_arguments.main_plan
 
-    def with_own_words(frozen: RunConfig, words: list[str]) -> RunConfig:
-        """The frozen configuration with settings of this evaluation on top; `words`: those of the command line."""
+    def with_own_overrides(frozen: RunConfig, arguments: list[str]) -> RunConfig:
+        """The frozen configuration with settings of this evaluation on top; `arguments`: those of the command line."""
         frozen.run.dir = None
         frozen.run.resume = "auto"
         frozen.run.matmul = kept_matmul(frozen)
-        use_trusted_copies(frozen, run, evaluate_words.settings)
+        use_trusted_copies(frozen, run, evaluate_arguments.settings)
         if main_plan is not None:
             frozen.evaluation = copy.deepcopy(main_plan.config.evaluation)
-        return recompose(frozen, words, GROUPS_BESIDE_RUN)
+        return recompose(frozen, arguments, GROUPS_BESIDE_RUN)
 
     # The tasks of an evaluation that the main one is compared with are the main one's, which were checked there.
     settled_groups = frozenset[str]() if main_plan is None else frozenset({"evaluation"})
     reader = RunReader(
-        evaluate_words.command,
-        uses=partial(_is_used_by_evaluation, split=evaluate_words.split),
-        prefix=evaluate_words.prefix,
+        evaluate_arguments.command,
+        uses=partial(_is_used_by_evaluation, split=evaluate_arguments.split),
+        prefix=evaluate_arguments.prefix,
         own_groups=GROUPS_BESIDE_RUN,
         settled_groups=settled_groups,
     )
-    config = read_run(run, reader, evaluate_words.settings, with_own_words)
-    checkpoint = find_checkpoint(run, evaluate_words.checkpoint, config.checkpoint)
-    if evaluate_words.checkpoint == "best":
+    config = read_run(run, reader, evaluate_arguments.settings, with_own_overrides)
+    checkpoint = find_checkpoint(run, evaluate_arguments.checkpoint, config.checkpoint)
+    if evaluate_arguments.checkpoint == "best":
         warn_if_base_was_better(run, checkpoint, config)
     accepted = use_recorded_base(
-        config, run, evaluate_words.accept, teacher=True, start=evaluate_words.against == "base"
+        config, run, evaluate_arguments.accept, teacher=True, start=evaluate_arguments.against == "base"
     )
     return config, str(checkpoint), accepted
 
@@ -301,7 +310,7 @@ def _is_used_by_evaluation(value: OutsideValue, config: RunConfig, *, split: str
     return True
 
 
-def _config_of_model(evaluate_words: EvaluateWords, path: str, directory: Path) -> RunConfig:
+def _config_of_model(evaluate_arguments: EvaluateArguments, path: str, directory: Path) -> RunConfig:
     """A configuration that evaluates the model at `path`, which has no run; its objective follows from the model's config.json.
 
     A configuration needs training data: if none is named, a stand-in file is written into `directory`. Errors: ConfigError.
@@ -311,7 +320,7 @@ def _config_of_model(evaluate_words: EvaluateWords, path: str, directory: Path) 
     from trainer.reporting.status import write_text_atomic
 
     model_config = read_config(path) or {}
-    words = ["budget.steps=1", *evaluate_words.settings]
+    arguments = ["budget.steps=1", *evaluate_arguments.settings]
     # The objective: classification, seq2seq, or the default for a causal language model.
     architectures = model_config.get("architectures") or ()
     is_classifier = any(str(name).endswith("ForSequenceClassification") for name in architectures)
@@ -319,15 +328,15 @@ def _config_of_model(evaluate_words: EvaluateWords, path: str, directory: Path) 
     if is_classifier:
         label_by_id = model_config.get("id2label") or {}
         labels = [label_by_id[key] for key in sorted(label_by_id, key=int)]
-    if not any(word.startswith("objective=") for word in words):
+    if not any(argument.startswith("objective=") for argument in arguments):
         if is_classifier:
-            words.append("objective=classification")
+            arguments.append("objective=classification")
         elif model_config.get("is_encoder_decoder"):
-            words.append("objective=seq2seq")
-    if evaluate_words.adapter is not None:
-        words.append(f"model.adapters=[{evaluate_words.adapter}]")
+            arguments.append("objective=seq2seq")
+    if evaluate_arguments.adapter is not None:
+        arguments.append(f"model.adapters=[{evaluate_arguments.adapter}]")
 
-    config = compose(words, check=False).config
+    config = compose(arguments, check=False).config
     # getattr's 0: an objective without `labels`. None: it has them, and none are set.
     if labels and getattr(config.objective, "labels", 0) is None:
         config.objective.labels = labels  # type: ignore[attr-defined]
@@ -341,7 +350,7 @@ def _config_of_model(evaluate_words: EvaluateWords, path: str, directory: Path) 
     return config
 
 
-def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -> None:
+def _set_evaluation_defaults(config: RunConfig, evaluate_arguments: EvaluateArguments) -> None:
     """Overwrite settings of `config` that do not matter in an evaluation, and choose tasks if none are set.
 
     With split=test no task is chosen: it runs none.
@@ -359,13 +368,15 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
 
     # Strategy and parallel settings: those of the command line, else what fits the number of ranks.
     ranks = world_size_of(config) or 1
-    strategy_was_typed = any(word.startswith(("strategy=", "strategy.")) for word in evaluate_words.settings)
+    strategy_was_typed = any(
+        argument.startswith(("strategy=", "strategy.")) for argument in evaluate_arguments.settings
+    )
     if ranks == 1 and not strategy_was_typed:
         config.strategy = SingleConfig()
     elif quantising_library(config.model.path) is not None and not strategy_was_typed:
         config.strategy = DdpConfig()  # a quantised model cannot be sharded
 
-    if not any(word.startswith("parallel.") for word in evaluate_words.settings):
+    if not any(argument.startswith("parallel.") for argument in evaluate_arguments.settings):
         ranks_of_replica = max(1, ranks // number_of_replicas(config.strategy, config))
         config.parallel = parallel_for_evaluation(config.parallel, config.strategy, ranks_of_replica)
 
@@ -377,7 +388,7 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
     config.evaluation.greater_is_better = None
     config.evaluation.every_steps = 0
     config.evaluation.patience = 0
-    if evaluate_words.split == "test":  # answers are scored as the run scored them
+    if evaluate_arguments.split == "test":  # answers are scored as the run scored them
         config.evaluation.tasks = {}
         config.challenges = ChallengesConfig()
         return
@@ -392,7 +403,7 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_words: EvaluateWords) -
             config.evaluation.tasks = {kind: TaskConfig(kind=kind) for kind in DEFAULT_TASKS}
 
 
-def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_words: EvaluateWords) -> None:
+def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_arguments: EvaluateArguments) -> None:
     """Add to the plan what it is compared with, by `against`: one of these cases.
 
     - "base" for a run: its base model is evaluated in the same process;
@@ -426,7 +437,7 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_word
         read_report(path, "against")
         evaluation_plan.job = replace(job, report=str(path), gate=True, against=against)
     elif (path / "config.yaml").is_file():
-        run_plan = make_plan(_other_run_words(path, evaluation_plan, evaluate_words))
+        run_plan = make_plan(_other_run_arguments(path, evaluation_plan, evaluate_arguments))
         evaluation_plan.other_plan = replace_evaluation(run_plan, evaluation_plan)
         evaluation_plan.job = replace(job, report=str(Path(run_plan.job.to) / REPORT), against=against)
     elif (path / "config.json").is_file():
@@ -462,17 +473,19 @@ def _other_model_plan(evaluation_plan: EvaluationPlan, config: RunConfig, what: 
     return other_plan
 
 
-def _other_run_words(run: Path, evaluation_plan: EvaluationPlan, evaluate_words: EvaluateWords) -> EvaluateWords:
+def _other_run_arguments(
+    run: Path, evaluation_plan: EvaluationPlan, evaluate_arguments: EvaluateArguments
+) -> EvaluateArguments:
     """Arguments that evaluate the run of `against=`: this evaluation's processes and strategy, and what was allowed for it."""
     config = evaluation_plan.config
-    words = [f"launcher.processes={config.launcher.processes}", f"run.device={config.run.device}"]
-    words += [f"strategy={config.strategy.name}", *evaluate_words.allowing]
-    return EvaluateWords(
+    arguments = [f"launcher.processes={config.launcher.processes}", f"run.device={config.run.device}"]
+    arguments += [f"strategy={config.strategy.name}", *evaluate_arguments.allowing]
+    return EvaluateArguments(
         run=run,
         to=str(Path(evaluation_plan.job.to) / "against"),
-        accept=evaluate_words.accept,
-        settings=words,
-        command=evaluate_words.command,
+        accept=evaluate_arguments.accept,
+        settings=arguments,
+        command=evaluate_arguments.command,
         prefix=AGAINST_PREFIX,
         main_plan=evaluation_plan,
     )

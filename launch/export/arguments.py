@@ -1,4 +1,4 @@
-"""The words of `shardtune export`, and what runs and adapters share: the target directory and the record of the run."""
+"""The arguments of `shardtune export`, and what runs and adapters share: the target directory and the record of the run."""
 
 from __future__ import annotations
 
@@ -6,73 +6,75 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.config.verb_words import VerbWords, bare_word, flag, setting_words, word
+from launch.config.verb_arguments import VerbArguments, flag, forwarded_settings, option, positional
 from strategies.errors import ConfigError
 from trainer.export.config import ExportType
 from trainer.export.gguf import GgufType
 from trainer.reporting.run_record import RUN_RECORD, RunRecord, read_run_record
 
 HUB = "to=hub:"
-"""The word that pushes to the hub, up to the repository's name."""
+"""The argument that pushes to the hub, up to the repository's name."""
 
 
 @dataclass(kw_only=True)
-class ExportWords(VerbWords):
+class ExportArguments(VerbArguments):
     """What `shardtune export <run>` takes."""
 
-    run: Path = bare_word("name the directory of one run, as in shardtune export runs/x")
-    checkpoint: str = word(
+    run: Path = positional("name the directory of one run, as in shardtune export runs/x")
+    checkpoint: str = option(
         "which checkpoint: the one that the run exported at its end (auto), last, best or a step", default="auto"
     )
-    average: str | None = word(
+    average: str | None = option(
         "export the mean of several checkpoints: last:<n>, or steps such as [100,200]", like="last:3"
     )
-    to: str | None = word(
+    to: str | None = option(
         "a new or empty directory, or hub:<owner>/<name>; default: <run>/export, which is replaced if it exists",
         like="<directory>",
     )
-    merge: bool | None = word("merge the adapter into the base and write a whole model", like="true")
-    dtype: ExportType | None = word("data type of a whole model: auto, float32, bfloat16, float16", like="bfloat16")
-    max_shard_gib: float | None = word("size of the largest safetensors file, in GiB", like="5", above=0)
-    verify: bool | None = word(
+    merge: bool | None = option("merge the adapter into the base and write a whole model", like="true")
+    dtype: ExportType | None = option("data type of a whole model: auto, float32, bfloat16, float16", like="bfloat16")
+    max_shard_gib: float | None = option("size of the largest safetensors file, in GiB", like="5", above=0)
+    verify: bool | None = option(
         "reload the export and compare its logits with those of the trained model; --verify does the same",
         like="true",
         also=("--verify",),
     )
-    processes: int | None = word(
+    processes: int | None = option(
         "processes of this host that write a whole model, each its own files; default: 1",
         key="launcher.processes",
         like="4",
         above=0,
     )
-    accept: list[str] = word(
+    accept: list[str] = option(
         "continue although the base model (with bits=, also the data) is not that of the training",
         default=[],
         like="[base]",
         choices=("base", "data"),
     )
-    papers: list[str] | None = word(
+    papers: list[str] | None = option(
         "documents to write beside the model card (docs/papers.md)", like="[datasheet,annex_xi]"
     )
-    answers: str | None = word("your answers for these documents: what only the owner knows", like="<file.yaml>")
-    gates: list[str] = setting_words(beginning="gates")
-    hub_private: bool = word("whether the repository on the hub is private", key="hub.private", default=True, needs=HUB)
-    benchmarks: str | None = word(
+    answers: str | None = option("your answers for these documents: what only the owner knows", like="<file.yaml>")
+    gates: list[str] = forwarded_settings(beginning="gates")
+    hub_private: bool = option(
+        "whether the repository on the hub is private", key="hub.private", default=True, needs=HUB
+    )
+    benchmarks: str | None = option(
         "the hub data set of each evaluation task, for the model card", like="{task: <owner>/<data set>}"
     )
-    gguf: GgufType | None = word("also write a GGUF file: f32, f16, bf16 or q8_0", like="q8_0")
-    gguf_converter: str | None = word(
+    gguf: GgufType | None = option("also write a GGUF file: f32, f16, bf16 or q8_0", like="q8_0")
+    gguf_converter: str | None = option(
         "path of llama.cpp's converter", key="gguf.converter", like="<convert_hf_to_gguf.py>", needs="gguf"
     )
-    gguf_python: str | None = word(
+    gguf_python: str | None = option(
         "the Python that runs the converter", key="gguf.python", like="<python>", needs="gguf"
     )
-    bits: str | None = word(
+    bits: str | None = option(
         "also write a quantised model: nf4, int8, torchao_int8, torchao_nvfp4, llmcompressor_w4a16, llmcompressor_w8a8, "
         "llmcompressor_fp8",
         like="nf4",
     )
-    bits_python: str | None = word(
+    bits_python: str | None = option(
         "the Python of the environment that has llmcompressor",
         key="bits.python",
         like="<python>",
@@ -82,14 +84,14 @@ class ExportWords(VerbWords):
     as_json: bool = flag("print where everything is as JSON, for a script; messages go to stderr", key="--json")
 
 
-def read_gates(words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Read the gates among the words of `export`; returns (bounds by metric, a problem for each word that is no gate)."""
+def read_gates(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Read the gates among the arguments of `export`; returns (bounds by metric, a problem for each argument that is no gate)."""
     from trainer.export.gates.bounds import problems, read_word
 
     gates: dict[str, Any] = {}
     unusable: list[str] = []
-    for gate_word in words:
-        typed_gates, problem = read_word(gate_word)
+    for gate_argument in arguments:
+        typed_gates, problem = read_word(gate_argument)
         if typed_gates is None:
             unusable.append(problem)
             continue

@@ -1,4 +1,4 @@
-"""Words that earlier versions accepted and this one refuses. A run that began with such words is resumed by them."""
+"""Overrides that earlier versions accepted and this one refuses. A run that began with such overrides is resumed by them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from launch.config.frozen import has_same_words, load_frozen
+from launch.config.frozen import has_same_overrides, load_frozen
 from launch.config.process_role import seems_a_worker
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig
 
 
-def earlier_config_of_same_words(words: list[str], run_dir: str | None) -> RunConfig | None:
-    """The frozen configuration of the run in `run_dir` if it began with the same words; None for another run, or none."""
+def earlier_config_of_same_overrides(overrides: list[str], run_dir: str | None) -> RunConfig | None:
+    """The frozen configuration of the run in `run_dir` if it began with the same overrides; None for another run, or none."""
     if not run_dir:
         return None
     path = Path(run_dir).expanduser() / "config.yaml"
     if not path.is_file():
         return None
     with suppress(ConfigError):  # `freeze` reads the file again later, and says what is wrong with it
-        if has_same_words(words, path):
+        if has_same_overrides(overrides, path):
             return load_frozen(path)
     return None
 
