@@ -18,6 +18,8 @@ from launch.compare.run_page.held_out import (
     title_of,
 )
 from trainer.data.report.audit import AUDIT, DOCUMENT_LEAK_KINDS
+from trainer.monitors.config import Reaction
+from trainer.monitors.guard_config import Action
 from trainer.pages.numbers import number
 from trainer.pages.pieces import Callout, Tone, worst_first
 from trainer.reporting.findings import SHOWN_REMEDIES, RecordedFinding, findings_in
@@ -35,6 +37,8 @@ HEADINGS = {
 """What the findings are called on the page; any other has its own name."""
 BAD_FINDINGS = {"diverged", "worse than before training"}
 """Findings after which the last weights are of no use. The others are warnings."""
+EARLY_STOPPING = "early_stopping"
+"""Finding of a run that patience ended. It has a call-out about the run's course, and none among the findings."""
 LOWER_RATE = 0.1
 """The learning rate that is proposed after a divergence, as a share of the run's own."""
 
@@ -99,7 +103,7 @@ def _verdict_on_metric(
     if metric.judgement == "worse":
         return RunVerdict("bad", f"{metric.title} got worse", f"{change}. {steps_text}.", _export_best(run))
     if metric.judgement == "better" and findings:
-        names = ", ".join(finding.name for finding in findings)
+        names = ", ".join(finding.name.replace("_", " ") for finding in findings)
         return RunVerdict("warning", f"Better, but: {names}", f"{change}. {steps_text}.", _export_best(run))
     if metric.judgement == "better":
         return RunVerdict("good", f"{metric.title} got better", f"{change}. {steps_text}.")
@@ -151,7 +155,7 @@ def _finding_callouts(run: RecordedRun) -> list[Callout]:
     found = []
     for finding in findings_in(run.record.challenges):
         heading = HEADINGS.get(finding.name, finding.name.capitalize())
-        if heading == verdict_heading:
+        if heading == verdict_heading or finding.name == EARLY_STOPPING:
             continue
         tone: Tone = "bad" if finding.name in BAD_FINDINGS else "warning"
         text = f"Since step {finding.step}: {finding.says}.{_remedies_text(finding)}"
@@ -175,10 +179,19 @@ def _commands_after(run: RecordedRun, finding: RecordedFinding) -> tuple[str, ..
 
 def _retry_with_lower_rate(run: RecordedRun) -> str:
     """The command that trains the same with a tenth of the learning rate, in a directory of its own."""
-    directory = shlex.quote(str(run.directory))
     rate = run.config.get("optim.lr")
     lower_rate = f"{LOWER_RATE * rate:g}" if isinstance(rate, int | float) else "1e-5"
-    return f"shardtune train {directory}/config.yaml run.dir={directory}-lower-rate optim.lr={lower_rate}"
+    return _retry(run, "lower-rate", f"optim.lr={lower_rate}")
+
+
+def _retry(run: RecordedRun, ending: str, *words: str) -> str:
+    """The command that trains the same but for some settings, in a directory whose name has this ending."""
+    directory = shlex.quote(str(run.directory))
+    return f"shardtune train {directory}/config.yaml run.dir={directory}-{ending} {' '.join(words)}"
+
+
+def _export(run: RecordedRun) -> str:
+    return f"shardtune export {shlex.quote(str(run.directory))}"
 
 
 def _exported_best(run: RecordedRun) -> bool:
@@ -191,7 +204,7 @@ def _export_best(run: RecordedRun) -> tuple[str, ...]:
     best = best_step(run)
     if best is None or best.last_is_as_good or not best.beats_beginning or _exported_best(run):
         return ()
-    return (f"shardtune export {shlex.quote(str(run.directory))} checkpoint=best",)
+    return (f"{_export(run)} checkpoint=best",)
 
 
 def _best_step_callouts(run: RecordedRun) -> list[Callout]:
@@ -203,7 +216,8 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
     if not best.beats_beginning:
         before = monitored.shown(monitored.before) if monitored.before is not None else ""
         text = f"{monitored.title} was {before} before training, and {monitored.shown(best.value)} at best, at step {best.step}."
-        return [Callout("warning", "No step is better than the model before training", text)]
+        heading = "No step is better than the model before training"
+        return [Callout("warning", heading, text, (_retry_with_lower_rate(run),))]
     if best.last_is_as_good:
         return []
     text = (
@@ -217,8 +231,7 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
 def _leak_callouts(run: RecordedRun) -> list[Callout]:
     """A call-out for each held-out split with documents that are also in the training data, from the audit of the data."""
     audit = read_json(run.directory / run.record.data_directory / AUDIT) if run.record.data_directory else {}
-    directory = shlex.quote(str(run.directory))
-    retry = f"shardtune train {directory}/config.yaml run.dir={directory}-clean data.leakage.policy=drop_train"
+    retry = _retry(run, "clean", "data.leakage.policy=drop_train")
     found = []
     for split, leaks in (audit.get("leakage") or {}).items():
         documents_by_kind = leaks.get("train") or {}
@@ -251,14 +264,28 @@ def _slow_rank_text(slow_rank: dict[str, Any]) -> str:
 
 
 def _gate_callouts(run: RecordedRun) -> list[Callout]:
-    """Why nothing was exported at the end of the run: files of the base model changed, or a gate or check failed."""
-    if run.record.not_exported:
-        files = ", ".join(run.record.not_exported[:3])
-        return [
-            Callout("bad", "Nothing was exported", f"Files of the base model changed while the run trained: {files}.")
-        ]
-    if run.record.export_problem:
-        return [Callout("bad", "Nothing was exported", f"{run.record.export_problem}.")]
+    """Why nothing was exported at the end of the run: a gate refused, files of the base changed, or the checkpoint is at fault.
+
+    Also that gates were passed over. Empty if `shardtune export` has exported the run since.
+    """
+    record = run.record
+    if record.exports:
+        return []
+    gates = record.gates or {}
+    refusals = [str(gate.get("says")) for gate in gates.get("gates") or [] if not gate.get("passed")]
+    override = gates.get("override")
+    text = ""
+    if record.not_exported:
+        text = f"Files of the base model changed while the run trained: {', '.join(record.not_exported[:3])}."
+    elif record.export_problem:
+        text = f"{record.export_problem}."
+    elif refusals and override is None:
+        text = f"A gate is not passed: {'; '.join(refusals)}."
+    if text:
+        return [Callout("bad", "Nothing was exported", text, (_export(run),))]
+    if refusals:
+        text = f"{'; '.join(refusals)}. The reason given: {override}."
+        return [Callout("warning", "Exported although a gate is not passed", text)]
     return []
 
 
@@ -269,20 +296,37 @@ def _course_callouts(run: RecordedRun) -> list[Callout]:
         text = f"From {run.record.resumed_from}. Duration, speed and memory are those of all attempts where they were recorded."
         if run.record.accepted:
             text += f" Accepted differences: {'; '.join(run.record.accepted)}."
-        found.append(Callout("note", "The run was resumed", text))
-    outcome = run.record.outcome
-    if outcome is not None and outcome.stopped_early:
-        patience = run.config.get("evaluation.patience")
-        text = f"The watched metric had not improved for {patience} evaluations."
-        found.append(Callout("note", "The run stopped early", text))
+        starts = f"shardtune status {shlex.quote(str(run.directory))}"
+        found.append(Callout("note", "The run was resumed", text, (starts,)))
+    found += _stopped_early_callouts(run)
     # What a detector found has a call-out of its own.
     outliers = [event for event in run.events if event.get("event") != "challenge"]
     if outliers:
         heading = "1 step stood out" if len(outliers) == 1 else f"{len(outliers)} steps stood out"
-        found.append(
-            Callout("note", heading, f"The last was step {outliers[-1]['step']}. What was done is told below.")
-        )
+        text = f"The last was step {outliers[-1]['step']}. What was done is told below."
+        commands: tuple[str, ...] = ()
+        if all(event.get("action") == Action.note for event in outliers):
+            text += " To leave the updates of such steps out:"
+            commands = (_retry(run, "guarded", "guards.loss=skip", "guards.grad_norm=skip"),)
+        found.append(Callout("note", heading, text, commands))
     if run.unreadable_lines:
         text = f"{run.unreadable_lines} lines of metrics.jsonl or events.jsonl are no rows, and are left out here."
         found.append(Callout("warning", "Part of the run cannot be read", text))
     return found
+
+
+def _stopped_early_callouts(run: RecordedRun) -> list[Callout]:
+    """A call-out if patience or overfitting ended the run before its budget was spent, with the command that waits longer."""
+    outcome = run.record.outcome
+    if outcome is None or not outcome.stopped_early:
+        return []
+    patience = run.config.get("evaluation.patience")
+    challenges = run.record.challenges or {}
+    stops_overfitting = run.config.get("challenges.overfitting.action") == Reaction.stop
+    if stops_overfitting and "overfitting" in challenges and EARLY_STOPPING not in challenges:
+        text = "It overfits, and challenges.overfitting.action=stop ends such a run."
+        words = "challenges.overfitting.action=note"
+    else:
+        text = f"The watched metric had not improved for {patience} evaluations."
+        words = f"evaluation.patience={2 * int(patience or 1)}"
+    return [Callout("note", "The run stopped early", f"{text} To wait longer:", (_retry(run, "longer", words),))]

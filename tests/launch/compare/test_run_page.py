@@ -107,7 +107,8 @@ def test_what_a_reader_should_know_comes_worst_first(tmp_path):
         "not_exported": ["model.safetensors"],
         "outcome": {"slow_ranks": [slow], "stopped_early": True},
     }
-    directory = run_of(tmp_path / "run", (3.0, 2.0, 2.5), **record)
+    config = CONFIG | {"evaluation": {"watch": "eval/loss", "patience": 3}}
+    directory = run_of(tmp_path / "run", (3.0, 2.0, 2.5), config=config, **record)
     (directory / "events.jsonl").write_text(json.dumps({"step": 5, "action": "note", "values": {"loss": 9.5}}) + "\n")
     found = callouts(read(directory))
     assert [(callout.tone, callout.heading) for callout in found] == [
@@ -120,11 +121,64 @@ def test_what_a_reader_should_know_comes_worst_first(tmp_path):
         ("note", "The run stopped early"),
         ("note", "1 step stood out"),
     ]
+    run_and = f"shardtune train {directory}/config.yaml run.dir={directory}"
+    assert [callout.commands for callout in found] == [
+        (f"shardtune export {directory}",),
+        (f"shardtune export {directory} checkpoint=best",),
+        (f"{run_and}-clean data.leakage.policy=drop_train",),
+        ("shardtune doctor",),
+        (f"shardtune export {directory} checkpoint=best",),
+        (f"shardtune status {directory}",),
+        (f"{run_and}-longer evaluation.patience=6",),
+        (f"{run_and}-guarded guards.loss=skip guards.grad_norm=skip",),
+    ]
+    text = html(directory)
+    assert all(command in text for callout in found for command in callout.commands)
     assert found[2].text.startswith("3 training documents")
     assert found[3].text == "Rank 3 on node7 computes 1.8 times as long as the others, from step 10 on."
     assert callouts(read(run_of(tmp_path / "plain"))) == []
     (data / "audit.json").write_text(json.dumps({"leakage": {"eval": leaks | {"policy": "drop_train"}}}))
     assert "Training documents in the held-out data" not in html(directory)
+
+
+def test_callouts_name_the_words_that_go_with_their_cause(tmp_path):
+    """Each of what a page can say of an end, an export or a step that stood out."""
+
+    def only(name, held_out=(3.0, 2.5, 2.0), **run):
+        (callout,) = callouts(read(run_of(tmp_path / name, held_out, **run)))
+        return callout.heading, callout.commands
+
+    def retry(name, ending, words):
+        return (f"shardtune train {tmp_path / name}/config.yaml run.dir={tmp_path / name}-{ending} {words}",)
+
+    heading, commands = only("worse", (2.0, 3.0, 2.5))
+    assert heading == "No step is better than the model before training"
+    assert commands == retry("worse", "lower-rate", "optim.lr=0.3")
+
+    config = CONFIG | {"evaluation": {"patience": 2}, "challenges": {"overfitting": {"action": "stop"}}}
+    ended = {"outcome": {"stopped_early": True}}
+    patience = {"early_stopping": {"found": True, "step": 20, "says": "eval/loss has not improved"}}
+    heading, commands = only("patience", config=config, challenges=patience, **ended)
+    assert heading == "The run stopped early" and commands == retry("patience", "longer", "evaluation.patience=4")
+    assert verdict_on(read(tmp_path / "patience")).heading == "Better, but: early stopping"
+    run_of(tmp_path / "overfit", (3.0, 2.0, 2.5), config=config, challenges={"overfitting": OVERFIT}, **ended)
+    stopped = next(each for each in callouts(read(tmp_path / "overfit")) if each.heading == "The run stopped early")
+    assert stopped.commands == retry("overfit", "longer", "challenges.overfitting.action=note")
+
+    refused = {"metric": "eval/loss", "bound": "<1", "passed": False, "says": "eval/loss: is 2, must be below 1"}
+    gates = {"gates": [refused], "override": None}
+    refusal = ("Nothing was exported", (f"shardtune export {tmp_path / 'refused'}",))
+    assert only("refused", gates=gates) == refusal and "is 2, must be below 1" in html(tmp_path / "refused")
+    passed_over = only("passed over", gates=gates | {"override": "a demo"})
+    assert passed_over == ("Exported although a gate is not passed", ())
+    assert callouts(read(run_of(tmp_path / "later", gates=gates, exports=[{"gates": []}]))) == []
+    assert callouts(read(run_of(tmp_path / "passed", gates={"gates": [refused | {"passed": True}]}))) == []
+    assert only("damaged", export_problem="a file is damaged")[0] == "Nothing was exported"
+
+    rolled_back = run_of(tmp_path / "rolled back")
+    (rolled_back / "events.jsonl").write_text(json.dumps({"step": 5, "action": "rollback", "values": {"loss": 9.5}}))
+    (stood_out,) = callouts(read(rolled_back))
+    assert (stood_out.heading, stood_out.commands) == ("1 step stood out", ())
 
 
 def test_cards_before_and_after(tmp_path):
@@ -203,6 +257,46 @@ def test_a_watched_metric_that_is_no_number_any_more_is_told(tmp_path):
 
 def test_addresses_of_other_pages_are_quoted(tmp_path):
     assert contents.address(tmp_path / "run", tmp_path / "data #1" / "audit.html") == "../data%20%231/audit.html"
+
+
+def test_links_lead_to_the_other_pages_of_a_run_that_are_there(tmp_path):
+    directory = run_of(tmp_path / "run", data_directory=str(tmp_path / "data"))
+    own = [("metrics", "metrics.jsonl"), ("run record", "run.json")]
+    assert contents.links(read(directory)) == own
+    kept = {kind: keep_report(directory, kind, {"time": 1.0}) for kind in ("evaluation", "review")}
+    for page_file in (tmp_path / "data" / "audit.html", directory / "evaluation.html", directory / "export" / "README.md"):
+        page_file.parent.mkdir(exist_ok=True)
+        page_file.write_text("page")
+    reports = {kind: path.relative_to(directory).as_posix() for kind, path in kept.items()}
+    assert contents.links(read(directory)) == [
+        ("audit of the data", "../data/audit.html"),
+        ("evaluation", "evaluation.html"),
+        ("newest evaluation report", reports["evaluation"]),
+        ("review by people", reports["review"]),
+        ("model card", "export/README.md"),
+        *own,
+    ]
+    addresses = re.findall(r'<li><a href="([^"]+)">', html(directory))
+    assert len(addresses) == 7 and all((directory / address).is_file() for address in addresses)
+
+
+def test_best_step_is_marked_in_the_plot_of_the_losses(tmp_path):
+    def loss_plot(name, held_out):
+        return figures.figures(read(run_of(tmp_path / name, held_out)), {}, None)[0][0]
+
+    def marks_of(figure, kind):
+        """(data, mark) of the layers of a kind of mark."""
+        layers = [(layer["data"]["values"], layer["mark"]) for layer in figure.spec["layer"]]
+        return [(values, mark) for values, mark in layers if mark["type"] == kind]
+
+    marked = loss_plot("marked", (3.0, 2.0, 2.5))
+    assert "★ marks step 10, the best by eval/loss" in marked.caption
+    ((label_at, label),) = marks_of(marked, "text")
+    assert label["text"] == "★ best: step 10" and [(row["step"], row["value"]) for row in label_at] == [(10, 2.0)]
+    rings = [values for values, mark in marks_of(marked, "point") if mark.get("style") == "best"]
+    assert rings == [label_at]
+    unmarked = loss_plot("worse", (2.0, 3.0, 2.5))
+    assert marks_of(unmarked, "text") == [] and "★" not in unmarked.caption
 
 
 def test_taken_stands_beside_planned_only_where_both_mean_the_same(tmp_path):
@@ -381,6 +475,12 @@ def test_pages_of_runs_that_an_earlier_version_wrote(tmp_path):
         "classifier": "Trained, not evaluated",
         "stopped": "Stopped at step 1 of 12",
     }
+    settings = contents.settings(read(tmp_path / "runs" / "finished"))
+    chosen = dict(settings.chosen)
+    assert (chosen["budget.steps"], chosen["tuning.rank"], chosen["run.device"]) == ("4", "2", "cpu")
+    assert chosen.keys() <= dict(settings.all).keys() and len(chosen) < 25
+    unchosen = {"run.seed", "run.dir", "data.cache_dir", "tuning.alpha", "optim.weight_decay", "checkpoint.keep"}
+    assert unchosen <= dict(settings.all).keys() - chosen.keys(), "defaults and places are among all settings alone"
     for name in headings:
         text = html(tmp_path / "runs" / name)
         assert headings[name] in text and "Settings that were chosen" in text and "Where it comes from" in text
