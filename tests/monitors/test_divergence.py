@@ -10,6 +10,7 @@ import pytest
 import scipy
 import torch
 
+from launch.config.compose import compose
 from strategies.base import Progress
 from tests.helpers.building import model_dir
 from tests.helpers.covering import whole
@@ -24,12 +25,15 @@ from trainer.monitors.divergence import (
     HeldOutChange,
     TrainingChange,
     Verdict,
+    first_judged,
     held_out_change,
     training_change,
     verdict_of,
 )
 from trainer.monitors.first_evaluation import HeldOutBefore, KeptHeldOut
 from trainer.reporting.numbers import readable
+from trainer.session.evaluation_interval import EvaluationInterval
+from trainer.session.monitors import build_detectors
 
 SAME = HeldOutChange("eval/loss", 2.0, 2.0, 0.0, -0.1)
 WORSE = HeldOutChange("eval/loss", 2.0, 2.4, 0.2, 0.1)
@@ -144,11 +148,12 @@ def test_divergence_of_held_out_losses_that_only_hover_is_none():
     assert alarms <= 20  # of 200 runs: 5 %, and its chance
 
 
-def looked(losses, held_out, action=Reaction.note):
+def looked(losses, held_out, action=Reaction.note, warmup_steps=0):
     """A run of so many steps, evaluated every ten, as the loop tells the detectors of it."""
     said = []
     config = ChallengesConfig(divergence=DivergenceConfig(action=action))
     challenges = Challenges(config, len(held_out) or 1, "loss", said.append)
+    challenges.first_judged = first_judged(warmup_steps)
     progress = Progress()
     if held_out:
         challenges.evaluated(progress, {"eval/loss": held_out[0]})
@@ -175,6 +180,69 @@ def test_divergence_that_recovers_is_a_note_and_the_end_decides():
     assert "divergence" not in off.record and not said
     stops, _ = looked([2.0] * 10 + [30.0] * 40, [], Reaction.stop)
     assert stops.ends is not None and stops.ends.step == 20
+
+
+def test_divergence_is_judged_from_the_end_of_warm_up_on():
+    """Not before step 20 either. While the rate rises, losses may rise and come back."""
+    losses, held_out = [2.0] * 5 + [30.0] * 45, [2.0] + [30.0] * 5
+    for warmup, first_step in ((0, 20), (20, 20), (21, 30), (31, 40), (45, 50)):
+        challenges, said = looked(losses, held_out, warmup_steps=warmup)
+        assert challenges.record["divergence"]["first_step"] == first_step and len(said) == 1, warmup
+    risen_and_back = [2.0] * 5 + [30.0] * 20 + [1.5] * 25
+    challenges, said = looked(risen_and_back, [2.0, 30.0, 30.0, 1.6, 1.5, 1.5], warmup_steps=30)
+    assert challenges.record["divergence"] == {"found": False, "step": 30} and said == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "first_step"),
+    [
+        (["schedule.warmup_share=0.5"], 40),
+        (["schedule.warmup_steps=33", "schedule.warmup_share=0"], 33),
+        (["schedule.warmup_share=0.1"], 20),
+    ],
+)
+def test_divergence_is_judged_after_the_warm_up_that_a_run_is_set_to(tmp_path, settings, first_step):
+    words = ["model.path=gpt2", "data.path=train.jsonl", "budget.steps=80", "run.device=cpu", *settings]
+    config = compose(words, check=False).config
+    context = SimpleNamespace(
+        runtime=SimpleNamespace(is_main=True, world_size=1, simulated=False),
+        run_dir=tmp_path,
+        console=SimpleNamespace(print_line=print),
+        attempt=SimpleNamespace(on_move=[]),
+    )
+    built = SimpleNamespace(step_module=SimpleNamespace(objective=SimpleNamespace(comparable_term="loss")))
+    interval = EvaluationInterval(steps=10, loss_alone=False)
+    assert build_detectors(config, built, 80, interval, context).first_judged == first_step
+
+
+@pytest.mark.parametrize(
+    ("margin_change", "loss_change", "verdict"),
+    [(0.5, 1.5, None), (-0.5, 0.5, Verdict.worse)],
+    ids=["a loss that rises while answers are ranked better", "a loss that falls while answers are ranked worse"],
+)
+def test_preferences_are_judged_by_their_margin_and_not_by_their_loss(margin_change, loss_change, verdict):
+    """As the loop tells the detectors of it: both metrics in each evaluation, with the sums of twelve micro-batches."""
+    drawn = np.random.default_rng(3)
+    margins, losses = drawn.normal(1, 0.1, 12), drawn.uniform(20, 30, 12)
+    challenges = Challenges(ChallengesConfig(), 4, "loss", print)
+    progress = Progress()
+    for step in range(31):
+        progress.step = step
+        if step:
+            challenges.rows(progress, [{"step": step, "loss": 0.7 - step / 100}])
+        if step % 10 == 0:
+            share = step / 30
+            now = {
+                "eval/margin": margins + share * margin_change,
+                "eval/loss": losses * (1 + share * (loss_change - 1)),
+            }
+            challenges.add_batch_sums({name: [*sums] for name, sums in now.items()})
+            means = {"eval/margin": now["eval/margin"].mean(), "eval/loss": now["eval/loss"].sum() / 480}
+            challenges.evaluated(progress, means)
+    record = challenges.record["divergence"]
+    assert (record.get("verdict"), record["found"]) == (verdict, verdict is not None)
+    if verdict:
+        assert "eval/margin from" in record["says"] and "eval/loss" not in record["says"]
 
 
 def test_divergence_baseline_file_that_is_damaged_counts_as_none(tmp_path):

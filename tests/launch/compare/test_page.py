@@ -1,5 +1,6 @@
 """`compare.html`: one file that asks for nothing, plots that are drawn, tables whose cells sort, nothing unescaped."""
 
+import itertools
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from launch.compare.settings import ComparisonRow, read_comparison_file, write_c
 from launch.compare.workspace import workspace_line, workspace_script
 from launch.config.prices import price_of
 from strategies.errors import ConfigError
+from tests.launch.compare.test_conclusion import point
 from trainer.pages import vega
 
 pytest.importorskip("altair")
@@ -83,6 +85,65 @@ def test_no_two_runs_share_a_colour(rows, tmp_path, count):
     colours = re.findall(r'role-legend-symbol[^>]*><path[^>]*? (?:stroke|fill)="(#\w+)"', drawn)
     assert len(colours) == len({*colours}) == count
     assert all(f">{run.name}</text>" in drawn for run in several), "a name is cut where it differs"
+
+
+AXES = {
+    "strategy.name": ("ddp", "fsdp2"),
+    "tuning.name": ("full", "lora"),
+    "optim.lr": (1e-4, 1e-3),
+    "optim.name": ("adamw", "sgd"),
+}
+
+
+@pytest.fixture
+def on_four_axes(tmp_path):
+    """Points at all 16 combinations of four settings, whose losses are from 1e-7 to 1e-4 apart."""
+    several = []
+    for number, values in enumerate(itertools.product(*AXES.values())):
+        settings = dict(zip(AXES, values, strict=True))
+        losses = 3 + 1e-7 * 10 ** (number % 4)
+        several.append(point(tmp_path, "-".join(map(str, values)), settings=settings, losses=losses))
+    return compare(several)
+
+
+def test_points_are_told_apart_by_colour_then_dash_then_mark(on_four_axes):
+    """Colours for the first axis, dashes for the second, shapes of marks for the others together; each legend can be clicked."""
+    text = specs(as_html(on_four_axes))["loss"]
+    drawn = vl_convert.vegalite_to_svg(text)
+    looks = {}
+    for label, stroke, dash in re.findall(
+        r'<path aria-label="([^"]*)"[^>]*"line mark"[^>]* stroke="(#\w+)"[^>]* stroke-dasharray="([\d,]+)"', drawn
+    ):
+        words = dict(part.split(": ", 1) for part in label.split("; "))
+        looks.setdefault((words["strategy"], words["tuning"]), []).append((stroke, dash))
+    assert {pair: len(of_pair) for pair, of_pair in looks.items()} == dict.fromkeys(
+        itertools.product(("ddp", "fsdp2"), ("full", "lora")), 4
+    )
+    by_pair = {}
+    for pair, of_pair in looks.items():
+        (by_pair[pair],) = {*of_pair}  # the other axes change neither
+    colours = {strategy: {by_pair[strategy, tuning][0] for tuning in ("full", "lora")} for strategy in ("ddp", "fsdp2")}
+    dashes = {tuning: {by_pair[strategy, tuning][1] for strategy in ("ddp", "fsdp2")} for tuning in ("full", "lora")}
+    assert [len(each) for each in (*colours.values(), *dashes.values())] == [1, 1, 1, 1]
+    assert colours["ddp"] != colours["fsdp2"] and dashes["full"] != dashes["lora"]
+    titles = re.findall(r'role-legend-title"[^>]*><text[^>]*>([^<]*)<', drawn)
+    assert titles == ["strategy", "tuning", "optim.lr, optim"]
+    for label in ("ddp", "lora", "1e-4, adamw", "1e-4, sgd", "1e-3, adamw", "1e-3, sgd"):
+        assert f">{label}</text>" in drawn
+    symbols = re.findall(r'role-legend-symbol[^>]*><path[^>]*? d="([^"]+)"', drawn)
+    assert len({*symbols[-4:]}) == 4, "each value of the other axes has a mark of its own"
+    bound = [param for param in json.loads(text)["layer"][0]["params"] if param.get("bind") == "legend"]
+    assert [param["select"]["fields"] for param in bound] == [["axis0"], ["axis1"], ["axis2"]]
+
+
+def test_differences_from_the_first_point_stand_on_a_logarithmic_axis(on_four_axes):
+    """Each power of ten is as far from the next as any other."""
+    drawn = vl_convert.vegalite_to_svg(specs(as_html(on_four_axes))["difference"])
+    labels = re.findall(r'translate\(-7,([\d.]+)\)"[^>]*>(1e-\d)</text>', drawn)
+    heights = {label: float(height) for height, label in labels}
+    assert {"1e-8", "1e-7", "1e-6", "1e-5"} <= heights.keys()
+    gaps = [heights[f"1e-{power}"] - heights[f"1e-{power - 1}"] for power in (8, 7, 6)]
+    assert gaps == pytest.approx([gaps[0]] * 3) and gaps[0] > 10
 
 
 def test_compare_page_numbers_over_repeats(rows):

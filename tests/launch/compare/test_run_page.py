@@ -264,7 +264,11 @@ def test_links_lead_to_the_other_pages_of_a_run_that_are_there(tmp_path):
     own = [("metrics", "metrics.jsonl"), ("run record", "run.json")]
     assert contents.links(read(directory)) == own
     kept = {kind: keep_report(directory, kind, {"time": 1.0}) for kind in ("evaluation", "review")}
-    for page_file in (tmp_path / "data" / "audit.html", directory / "evaluation.html", directory / "export" / "README.md"):
+    for page_file in (
+        tmp_path / "data" / "audit.html",
+        directory / "evaluation.html",
+        directory / "export" / "README.md",
+    ):
         page_file.parent.mkdir(exist_ok=True)
         page_file.write_text("page")
     reports = {kind: path.relative_to(directory).as_posix() for kind, path in kept.items()}
