@@ -20,21 +20,26 @@ class CollectiveCall:
 
     number: int
     """Its number in its group: ranks that wait for each other have the same."""
-    what: str
+    operation: str
     """Backend and operation, such as `nccl:all_reduce`."""
     group: str
     sizes: list[list[int]]
     waits_s: float | None
-    """Seconds since it began; None if it is over."""
+    """Seconds since it began; None if it is complete."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all ranks have taken part, so that this rank does not wait in it any more."""
+        return self.waits_s is None
 
     @property
     def counter(self) -> tuple[str, str]:
-        """(group, backend): what `number` counts. NCCL and gloo each count the collectives of a group for themselves."""
-        return self.group, self.what.partition(":")[0]
+        """(group, backend): within what `number` counts. NCCL and gloo each count the collectives of a group for themselves."""
+        return self.group, self.operation.partition(":")[0]
 
     def __str__(self) -> str:
         sizes = ", ".join("x".join(map(str, size)) or "1" for size in self.sizes[:3])
-        return f"{self.what} number {self.number} of {self.group} ({sizes})"
+        return f"{self.operation} number {self.number} of {self.group} ({sizes})"
 
 
 def enable_recorder() -> None:
@@ -52,18 +57,19 @@ def last_collective() -> CollectiveCall | None:
     entries = recorded_collectives()
     if not entries:
         return None
-    waiting = [entry for entry in entries if not entry.get("retired")]
-    if waiting:
-        entry = waiting[0]
+    incomplete_entries = [entry for entry in entries if not entry.get("retired")]  # torch retires an entry at its end
+    if incomplete_entries:
+        entry = incomplete_entries[0]
         waits_s = (time.time_ns() - entry.get("time_created_ns", 0)) / 1e9
     else:
         entry = entries[-1]
         waits_s = None
+    # torch numbers messages between two ranks separately from collectives.
     number_key = "p2p_seq_id" if entry.get("is_p2p") else "collective_seq_id"
     group_names = entry.get("process_group") or ["?"]
     return CollectiveCall(
         number=entry.get(number_key, 0),
-        what=str(entry.get("profiling_name")),
+        operation=str(entry.get("profiling_name")),
         group=str(group_names[-1]),
         sizes=entry.get("input_sizes") or [],
         waits_s=waits_s,

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from strategies.bounded_store import BoundedStore, Unanswered
 from strategies.errors import ShardtuneError
@@ -67,6 +67,15 @@ class Heartbeat:
     count: int = -1
 
 
+class RunPosition(NamedTuple):
+    """Where a rank is in its run. A change of either shows that the rank makes progress."""
+
+    phase: str
+    """Such as `training`."""
+    step: int | None
+    """None outside training."""
+
+
 class SilentRank(ShardtuneError):
     """A rank has stopped counting: its process has ended, or was stopped, while the others waited for it."""
 
@@ -80,7 +89,7 @@ class SilentRank(ShardtuneError):
             finding = f"gives no sign of life (none for {since_s:.0f} s): it was stopped, or hangs"
         else:
             finding = "has ended"
-        super().__init__(f"{_described(heartbeat)} {finding}; the error of a peer: {error_line}")
+        super().__init__(f"{_rank_description(heartbeat)} {finding}; the error of a peer: {error_line}")
 
 
 class LaggingRank(ShardtuneError):
@@ -90,13 +99,14 @@ class LaggingRank(ShardtuneError):
     recorded_name = "Behind"
 
     def __init__(
-        self, heartbeat: Heartbeat, last: CollectiveCall | None, awaited: CollectiveCall | str, error_line: str
+        self, heartbeat: Heartbeat, last_collective: CollectiveCall | None, awaited_text: str, error_line: str
     ) -> None:
+        """`heartbeat`: of the absent rank. `awaited_text`: the collective in words. `error_line`: of a rank that waited."""
         self.heartbeat = heartbeat
         self.hung = True
         super().__init__(
-            f"{_described(heartbeat)} lives and does not come to {awaited}, where others wait for it; its last exchange was "
-            f"{last or 'none'}; the error of a peer: {error_line}"
+            f"{_rank_description(heartbeat)} lives and does not come to {awaited_text}, where others wait for it; its last "
+            f"exchange was {last_collective or 'none'}; the error of a peer: {error_line}"
         )
 
 
@@ -116,7 +126,7 @@ class CutOffRank(ShardtuneError):
         )
 
 
-def _described(heartbeat: Heartbeat) -> str:
+def _rank_description(heartbeat: Heartbeat) -> str:
     step = "" if heartbeat.step is None else f", step {heartbeat.step}"
     return f"rank {heartbeat.rank} (process {heartbeat.pid} on {heartbeat.host}; {heartbeat.phase}{step})"
 
@@ -129,27 +139,27 @@ class HeartbeatMonitor:
         store: Any,
         rank: int,
         world_size: int,
-        state: Callable[[], tuple[str, int | None]],
+        position: Callable[[], tuple[str, int | None]],
         timeout_s: float = float("inf"),
     ) -> None:
-        """`state`: returns the phase and step of this rank. `timeout_s`: the timeout of the collectives."""
+        """`position`: returns the phase and step of this rank now. `timeout_s`: the timeout of the collectives."""
         self.rank = rank
         self.world_size = world_size
-        self._state = state
+        self._position = position
         self._timeout_s = timeout_s
-        self._last_state = state()
-        self._last_change = time.monotonic()
+        self._last_position = RunPosition(*position())
+        self._last_progress_at = time.monotonic()
         # The more ranks there are, the more the store has to answer: fewer beats each.
-        self.every_s = max(1.0, world_size / 200)
-        self._store = BoundedStore(store, max(ANSWER_S, ANSWER_S * self.every_s))
+        self.interval_s = max(1.0, world_size / 200)
+        self._store = BoundedStore(store, max(ANSWER_S, ANSWER_S * self.interval_s))
         self._reported_unanswered = False
-        self._stacks: IO[str] | None = None
+        self._stack_dump_file: IO[str] | None = None
         self._report_lock = threading.Lock()
-        self.at_timeout: Callable[[CollectiveCall], None] | None = None
+        self.on_collective_timeout: Callable[[CollectiveCall], None] | None = None
         """Called once, in a thread of its own, with the collective for which NCCL is about to end this process."""
-        self.when_cut_off: Callable[[CutOffRank], None] | None = None
+        self.on_cut_off: Callable[[CutOffRank], None] | None = None
         """Must end this process. Called if it is cut off from the others, and no error of a collective has ended it."""
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
     def write_stacks_to(self, path: Path) -> None:
         """Set the file for the stacks of this rank's threads; on SIGQUIT the stack of its main thread goes there too.
@@ -157,29 +167,32 @@ class HeartbeatMonitor:
         Must be called in the main thread.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stacks = path.open("a", encoding="utf-8")
+        self._stack_dump_file = path.open("a", encoding="utf-8")
         # Only the main thread: the handler does not hold the interpreter's lock. Frames of another thread would change while it
         # reads them, and the process would crash.
-        faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=False)
+        faulthandler.register(signal.SIGQUIT, file=self._stack_dump_file, all_threads=False)
 
-    def silent_ranks(self, wait_s: float) -> list[Heartbeat]:
-        """The other ranks whose count in the store does not rise within `wait_s` seconds: they were stopped, or have ended.
+    def ranks_without_heartbeat(self, wait_s: float) -> list[Heartbeat]:
+        """The last heartbeats of the other ranks that send none for `wait_s` seconds: they were stopped, or have ended.
 
         Waits for `wait_s` seconds. Errors: RuntimeError of the store.
         """
         heartbeats_before = self._last_heartbeats()
         time.sleep(wait_s)
-        silent = []
+        silent_ranks = []
         for before, after in zip(heartbeats_before, self._last_heartbeats(), strict=True):
             if after.count == before.count and after.rank != self.rank:
-                silent.append(after)
-        return silent
+                silent_ranks.append(after)
+        return silent_ranks
 
     def cause(self, error: BaseException) -> SilentRank | CutOffRank | None:
-        """The rank that caused an error of this rank, if the error only says that the connection to a peer was lost.
+        """The rank that is to blame for `error`, which this rank has met because it lost its connection to a peer.
 
-        A SilentRank if a rank sends no heartbeats any more; a CutOffRank if this rank cannot reach the store. None for other
-        errors, and if all ranks are alive. May take a few seconds, in which it watches the ranks' counts.
+        Watches the heartbeats of all ranks for a few seconds. Returns
+
+        - None if `error` is not about a lost peer, if all ranks are alive, or if the store has ended too;
+        - a CutOffRank, which names this rank, if this rank cannot reach the store;
+        - a SilentRank for the first rank that sends no heartbeats any more.
         """
         error_line = _first_line(error)
         if isinstance(error, ShardtuneError) or not LOST_PEER.search(str(error)):
@@ -187,16 +200,16 @@ class HeartbeatMonitor:
         timed_out = TIMED_OUT.search(str(error)) is not None
         # If a process has ended, its launcher will end this one in a few seconds. If a process hangs, there is more time to
         # watch.
-        wait_s = (6 if timed_out else 2.5) * self.every_s
+        wait_s = (6 if timed_out else 2.5) * self.interval_s
         try:
-            silent = self.silent_ranks(wait_s)
+            silent_ranks = self.ranks_without_heartbeat(wait_s)
         except Unanswered:
-            return self._cut_off(error_line)
+            return self._cut_off_error(error_line)
         except RuntimeError:  # the store is gone with the process that had it
             return None
-        if not silent:
+        if not silent_ranks:
             return None
-        return SilentRank(silent[0], hung=timed_out, since_s=wait_s, error_line=error_line)
+        return SilentRank(silent_ranks[0], hung=timed_out, since_s=wait_s, error_line=error_line)
 
     def collect_last_collectives(self, stopped: Heartbeat | None) -> dict[int, CollectiveCall]:
         """After a timeout: let every rank write the stacks of its threads and report its last collective. Raises nothing.
@@ -204,22 +217,16 @@ class HeartbeatMonitor:
         Returns the last collective by rank, of the ranks that answer within `ANSWER_BEATS`; mostly all do within one beat.
         `stopped`: a rank that sends no heartbeats. If it is on this host, it is woken by signals.
         """
-        # Ask all ranks through the store.
         with contextlib.suppress(RuntimeError):
-            self._store.set(STACKS_KEY, "1")
+            self._store.set(STACKS_KEY, "1")  # asks every rank, whose heartbeat thread looks for the key
         if stopped is not None and stopped.host == socket.gethostname() and stopped.pid:
-            # A stopped process handles signals only when SIGCONT wakes it. SIGQUIT, sent before, then writes its stack, which is
-            # still the one at which it was stopped.
-            with contextlib.suppress(OSError):
-                _signal_main_thread(stopped.pid, signal.SIGQUIT)
-                os.kill(stopped.pid, signal.SIGCONT)
-        # Collect their answers.
+            _wake_to_dump_stack(stopped.pid)
         keys = {rank: f"shardtune/exchange/{rank}" for rank in range(self.world_size)}
-        deadline = time.monotonic() + ANSWER_BEATS * self.every_s
+        deadline = time.monotonic() + ANSWER_BEATS * self.interval_s
         try:
-            self._report_position()  # this rank's own, without waiting for its next beat
+            self._dump_stacks_and_last_collective()  # this rank's own, without waiting for its next heartbeat
             while not self._store.check([*keys.values()]) and time.monotonic() < deadline:
-                time.sleep(self.every_s / 4)
+                time.sleep(self.interval_s / 4)
             last_collectives = {}
             for rank, key in keys.items():
                 if self._store.check([key]):
@@ -228,44 +235,50 @@ class HeartbeatMonitor:
         except RuntimeError:
             return {}
 
-    def lagging_rank(self, error: BaseException, last_collectives: dict[int, CollectiveCall]) -> LaggingRank | None:
-        """The living rank that did not join the collective in which this rank failed with `error`; None if it cannot be found.
+    def rank_absent_from_collective(
+        self, error: BaseException, last_collectives: dict[int, CollectiveCall]
+    ) -> LaggingRank | None:
+        """The error about the rank that did not join the collective in which this rank failed with `error`.
 
-        An error of shared memory names that rank. For other errors it is found by `last_collectives`: the last collective of
-        each rank, from `collect_last_collectives`.
+        A collective through shared memory names the rank in its `error`. For other collectives it is the first rank that is
+        absent by `last_collectives`: the last collective of each rank, from `collect_last_collectives`. None if no rank is
+        absent, or if the store has ended.
         """
-        awaited: CollectiveCall | str
-        peer = AWAITED_PEER.search(str(error))
-        if peer is not None and int(peer[1]) < self.world_size:
-            lagging = int(peer[1])
-            awaited = "an exchange through shared memory"
-        else:
+        absent_rank = self._rank_named_in(error)
+        awaited_text = "an exchange through shared memory"
+        if absent_rank is None:
             own_collective = last_collectives.get(self.rank)
             if own_collective is None:
                 return None
-            absent = self._absent_ranks(own_collective, last_collectives)
-            if not absent:
+            absent_ranks = self._absent_ranks(own_collective, last_collectives)
+            if not absent_ranks:
                 return None
-            lagging = absent[0]
-            awaited = own_collective
+            absent_rank = absent_ranks[0]  # the message has room for one, and the others may wait for it
+            awaited_text = str(own_collective)
         try:
-            heartbeat = self._last_heartbeats()[lagging]
-        except RuntimeError:
+            heartbeat = self._last_heartbeats()[absent_rank]
+        except RuntimeError:  # the store has ended with its process
             return None
-        return LaggingRank(heartbeat, last_collectives.get(lagging), awaited, _first_line(error))
+        return LaggingRank(heartbeat, last_collectives.get(absent_rank), awaited_text, _first_line(error))
+
+    def _rank_named_in(self, error: BaseException) -> int | None:
+        """The rank that the `error` of a collective through shared memory names as missing; None if it names none."""
+        match = AWAITED_PEER.search(str(error))
+        if match is None or int(match[1]) >= self.world_size:
+            return None
+        return int(match[1])
 
     def _absent_ranks(self, own_collective: CollectiveCall, last_collectives: dict[int, CollectiveCall]) -> list[int]:
         """Ranks that wait in no collective, and have not joined `own_collective`, the one in which this rank waits.
 
         `last_collectives`: the last collective of each rank. Collectives of one `counter` have the same numbers on every rank.
         """
-        absent = []
+        absent_ranks = []
         for rank, collective in last_collectives.items():
             has_joined = collective.counter == own_collective.counter and collective.number >= own_collective.number
-            is_waiting = collective.waits_s is not None
-            if rank != self.rank and not is_waiting and not has_joined:
-                absent.append(rank)
-        return absent
+            if rank != self.rank and collective.is_complete and not has_joined:
+                absent_ranks.append(rank)
+        return absent_ranks
 
     def _last_heartbeats(self) -> list[Heartbeat]:
         """The last heartbeat of every rank, in rank order. Errors: RuntimeError of the store."""
@@ -276,100 +289,110 @@ class HeartbeatMonitor:
             last_heartbeats.append(Heartbeat(rank=rank, **heartbeat))
         return last_heartbeats
 
-    def _beat(self) -> None:
-        """Body of the thread: send a heartbeat, check whether a collective takes too long, and answer requests for stacks."""
+    def _send_heartbeats(self) -> None:
+        """Send a heartbeat every `interval_s` seconds, and dump stacks if a collective takes too long or another rank asks.
+
+        The body of the heartbeat thread. Returns when the store has ended.
+        """
         heartbeat: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "count": 0}
         while True:
-            phase, step = self._state()
-            heartbeat |= {"phase": phase, "step": step, "count": heartbeat["count"] + 1}
+            position = RunPosition(*self._position())
+            heartbeat |= {"phase": position.phase, "step": position.step, "count": heartbeat["count"] + 1}
             self._write_for_launcher(heartbeat)
             try:
                 self._store.set(f"shardtune/beat/{self.rank}", json.dumps(heartbeat))
-                self._note_answered()
-                late_collective = self._late_collective((phase, step))
-                if self._stacks is not None and (late_collective is not None or self._store.check([STACKS_KEY])):
-                    self._report_position()
+                self._report_answer_after_silence()
+                late_collective = self._late_collective(position)
+                if self._stack_dump_file is not None and (
+                    late_collective is not None or self._store.check([STACKS_KEY])
+                ):
+                    self._dump_stacks_and_last_collective()
                 self._warn_before_abort(late_collective)
             except Unanswered:
-                self._note_unanswered((phase, step))
+                self._report_unanswered_once()
+                self._end_if_stalled(position)
             except RuntimeError:  # the store is gone, and with it the job
                 return
-            time.sleep(self.every_s)
+            time.sleep(self.interval_s)
 
-    def _cut_off(self, error_line: str) -> CutOffRank:
-        """The error of this rank if it cannot reach the store, with its own phase and step."""
-        phase, step = self._state()
+    def _cut_off_error(self, error_line: str) -> CutOffRank:
+        """The error of this rank if it cannot reach the store, with its own phase and step. `error_line`: what it met."""
+        phase, step = self._position()
         heartbeat = Heartbeat(rank=self.rank, host=socket.gethostname(), pid=os.getpid(), phase=phase, step=step)
         return CutOffRank(heartbeat, since_s=self._store.unanswered_s(), error_line=error_line)
 
-    def _note_unanswered(self, state: tuple[str, int | None]) -> None:
-        """Print once that the store does not answer. End the process if this rank makes no progress for longer than the timeout.
+    def _report_unanswered_once(self) -> None:
+        """Print that the store does not answer, unless that was printed since its last answer."""
+        if self._reported_unanswered:
+            return
+        self._reported_unanswered = True
+        _print_error(
+            f"rank {self.rank} on {socket.gethostname()}: {store_address()}, where the ranks meet, has not answered for "
+            f"{self._store.unanswered_s():.0f} s: the link is down, or that host hangs; this rank ends after "
+            f"{self._timeout_s:.0f} s without progress (run.timeout_s)"
+        )
 
-        `state`: phase and step of this rank. Progress is a change of either.
-        """
-        if not self._reported_unanswered:
-            self._reported_unanswered = True
-            _print_error(
-                f"rank {self.rank} on {socket.gethostname()}: {store_address()}, where the ranks meet, has not answered for "
-                f"{self._store.unanswered_s():.0f} s: the link is down, or that host hangs; this rank ends after "
-                f"{self._timeout_s:.0f} s without progress (run.timeout_s)"
-            )
-        self._note_progress(state)
-        standstill_s = min(time.monotonic() - self._last_change, self._store.unanswered_s())
-        if standstill_s > self._timeout_s + CUT_OFF_S and self.when_cut_off is not None:
-            self.when_cut_off(self._cut_off("no error"))
+    def _end_if_stalled(self, position: RunPosition) -> None:
+        """End the process by `on_cut_off` if the store was silent, and this rank stood still, for longer than the timeout."""
+        self._record_progress(position)
+        standstill_s = min(time.monotonic() - self._last_progress_at, self._store.unanswered_s())
+        if standstill_s > self._timeout_s + CUT_OFF_S and self.on_cut_off is not None:
+            self.on_cut_off(self._cut_off_error("no error"))
 
-    def _note_answered(self) -> None:
+    def _report_answer_after_silence(self) -> None:
         """Print that the store answers again, if it was reported that it does not."""
         if self._reported_unanswered:
             self._reported_unanswered = False
             _print_error(f"rank {self.rank} on {socket.gethostname()}: {store_address()} answers again")
 
-    def _report_position(self) -> None:
-        """Write the stacks of this rank's threads, and put its last collective into the store. Only the first call does so.
+    def _dump_stacks_and_last_collective(self) -> None:
+        """Write the stacks of this rank's threads, and its last collective, into the stack file.
 
-        Errors: RuntimeError of the store.
+        Also puts the collective into the store. Only the first call does so; later ones do nothing. Errors: RuntimeError of the
+        store.
         """
         with self._report_lock:
-            stacks = self._stacks
-            if stacks is None:
+            stack_dump_file = self._stack_dump_file
+            if stack_dump_file is None:
                 return
-            self._stacks = None
-            faulthandler.dump_traceback(stacks, all_threads=True)
-            last = last_collective()
-            if last is not None:
-                self._store.set(f"shardtune/exchange/{self.rank}", json.dumps(asdict(last)))
-                over = "over" if last.waits_s is None else "not over"
+            self._stack_dump_file = None
+            faulthandler.dump_traceback(stack_dump_file, all_threads=True)
+            collective = last_collective()
+            if collective is not None:
+                self._store.set(f"shardtune/exchange/{self.rank}", json.dumps(asdict(collective)))
+                completion = "over" if collective.is_complete else "not over"
                 with contextlib.suppress(OSError):  # a full disk must not end this thread, or the rank would seem dead
-                    print(f"\nlast exchange: {last}, {over}", file=stacks, flush=True)
+                    print(f"\nlast exchange: {collective}, {completion}", file=stack_dump_file, flush=True)
 
-    def _late_collective(self, state: tuple[str, int | None]) -> CollectiveCall | None:
+    def _late_collective(self, position: RunPosition) -> CollectiveCall | None:
         """The collective in which this rank has waited, without progress, for most of the timeout; None if there is none."""
-        self._note_progress(state)
-        if time.monotonic() - self._last_change < LATE_SHARE * self._timeout_s:
+        late_s = LATE_SHARE * self._timeout_s
+        self._record_progress(position)
+        if time.monotonic() - self._last_progress_at < late_s:
             return None
-        last = last_collective()
-        if last is None or last.waits_s is None or last.waits_s <= LATE_SHARE * self._timeout_s:
+        collective = last_collective()
+        if collective is None or collective.waits_s is None or collective.waits_s <= late_s:
             return None
-        return last
+        return collective
 
-    def _note_progress(self, state: tuple[str, int | None]) -> None:
+    def _record_progress(self, position: RunPosition) -> None:
         """Note the time at which the phase or step of this rank last changed."""
-        if state != self._last_state:
-            self._last_state = state
-            self._last_change = time.monotonic()
+        if position != self._last_position:
+            self._last_position = position
+            self._last_progress_at = time.monotonic()
 
     def _warn_before_abort(self, late_collective: CollectiveCall | None) -> None:
-        """Call `at_timeout` shortly before NCCL aborts this process because `late_collective` takes too long.
+        """Call `on_collective_timeout` shortly before NCCL aborts this process because `late_collective` takes too long.
 
         gloo does not abort: it raises an error in the thread that waits.
         """
-        handler = self.at_timeout
-        if late_collective is None or handler is None or not late_collective.what.startswith("nccl"):
+        handler = self.on_collective_timeout
+        if late_collective is None or handler is None or not late_collective.operation.startswith("nccl"):
             return
-        is_about_to_abort = (late_collective.waits_s or 0.0) > self._timeout_s - WARNING_BEATS * self.every_s
+        abort_warning_s = self._timeout_s - WARNING_BEATS * self.interval_s
+        is_about_to_abort = (late_collective.waits_s or 0.0) > abort_warning_s
         if is_about_to_abort:
-            self.at_timeout = None
+            self.on_collective_timeout = None
             # In another thread, because it may take long: without heartbeats this rank would itself seem stopped.
             threading.Thread(target=handler, args=(late_collective,), name="timeout", daemon=True).start()
 
@@ -392,6 +415,15 @@ def store_address() -> str:
 def _print_error(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # the terminal is closed
         print(text, file=sys.stderr, flush=True)
+
+
+def _wake_to_dump_stack(pid: int) -> None:
+    """Let a stopped process of this host write the stack of its main thread, then continue it. Raises nothing."""
+    # A stopped process handles signals only when SIGCONT wakes it. SIGQUIT, sent before, then writes its stack, which is still
+    # the one at which it was stopped.
+    with contextlib.suppress(OSError):
+        _signal_main_thread(pid, signal.SIGQUIT)
+        os.kill(pid, signal.SIGCONT)
 
 
 def _signal_main_thread(pid: int, number: int) -> None:

@@ -173,18 +173,18 @@ def test_failure_cause_is_only_a_rank_whose_count_stands_still(monkeypatch):
     monkeypatch.setattr(heartbeat, "time", types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     beats = [HeartbeatMonitor(store, 0, 2, lambda: ("training", 7)), HeartbeatMonitor(store, 1, 2, state)]
     lost, other = RuntimeError("Connection closed by peer [127.0.0.1]:1"), ValueError("the batch is bad")
-    assert beats[0].cause(other) is None and looked == []
-    assert beats[0].cause(lost) is None  # both live
+    assert beats[0].cause_of_lost_peer(other) is None and looked == []
+    assert beats[0].cause_of_lost_peer(lost) is None  # both live
     over.set()
     assert stands.wait(seconds(30))
-    found = beats[0].cause(lost)
+    found = beats[0].cause_of_lost_peer(lost)
     assert (found.heartbeat.rank, found.heartbeat.phase, found.heartbeat.step, found.hung) == (1, "training", 7, False)
-    assert beats[0].cause(RuntimeError("Timed out waiting 15000ms for recv")).hung
+    assert beats[0].cause_of_lost_peer(RuntimeError("Timed out waiting 15000ms for recv")).hung
     assert looked == [2.5, 2.5, 6]  # seconds; a beat comes each second
 
 
 def exchange(number: int, waits_s: float | None = None, group: str = "default_pg", by: str = "gloo") -> CollectiveCall:
-    return CollectiveCall(number=number, what=f"{by}:all_reduce", group=group, sizes=[[4, 2]], waits_s=waits_s)
+    return CollectiveCall(number=number, operation=f"{by}:all_reduce", group=group, sizes=[[4, 2]], waits_s=waits_s)
 
 
 def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch):
@@ -220,13 +220,13 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
         ({}, None),
     ):
         beats[0].world_size = 1 + max(others, default=1)
-        found = beats[0].lagging_rank(late, {0: exchange(12, 9.0), **others})
+        found = beats[0].rank_absent_from_collective(late, {0: exchange(12, 9.0), **others})
         assert (found is None) == (said is None) and str(found).startswith(said or "None"), found
     beats[0].world_size = 2
     shared = RuntimeError("timed out: rank 0 waited 25 s for its peer 1 (run.timeout_s=25)")
-    assert "does not come to an exchange through shared memory" in str(beats[0].lagging_rank(shared, {}))
+    assert "does not come to an exchange through shared memory" in str(beats[0].rank_absent_from_collective(shared, {}))
     assert "lives and does not come to gloo:all_reduce number 12 of default_pg (4x2)" in str(
-        beats[0].lagging_rank(late, {0: exchange(12, 9.0), 1: exchange(11)})
+        beats[0].rank_absent_from_collective(late, {0: exchange(12, 9.0), 1: exchange(11)})
     )
 
 
@@ -236,18 +236,18 @@ def test_failure_of_a_waiting_exchange_is_recorded_before_nccl_ends_the_process(
     now, told = [exchange(12, 5.0)], []
     monkeypatch.setattr(heartbeat, "last_collective", lambda: now[0])
     beats = HeartbeatMonitor(store, 0, 2, lambda: ("training", 7), timeout_s=1.0)
-    beats.at_timeout = told.append
+    beats.on_collective_timeout = told.append
     beats._warn_before_abort(now[0])
     now[0] = exchange(12, 0.9, by="nccl")
     wait(lambda: told, "what NCCL waits for")
-    assert told == [now[0]] and beats.at_timeout is None, "once, by the beats themselves"
+    assert told == [now[0]] and beats.on_collective_timeout is None, "once, by the beats themselves"
     patient = HeartbeatMonitor(store, 1, 2, lambda: ("training", 7), timeout_s=600)
-    patient.at_timeout = told.append
+    patient.on_collective_timeout = told.append
     patient._warn_before_abort(exchange(12, 500.0, by="nccl"))
-    assert patient.at_timeout is not None, "it may still be over in time"
+    assert patient.on_collective_timeout is not None, "it may still be over in time"
 
     monkeypatch.setattr(heartbeat, "ANSWER_BEATS", 0)
-    monkeypatch.setattr(HeartbeatMonitor, "silent_ranks", lambda self, wait_s: [])
+    monkeypatch.setattr(HeartbeatMonitor, "ranks_without_heartbeat", lambda self, wait_s: [])
     where = attempt.Attempt(phase="training", step=7, run_dir=tmp_path, heartbeat_monitor=beats)
     path = tmp_path / "failure.json"
     teller = threading.Thread(target=attempt._before_nccl_aborts, args=(where, 0, now[0]))
@@ -282,7 +282,10 @@ def test_flight_recorders_of_gloo_and_nccl_are_both_read(monkeypatch):
 
     monkeypatch.setattr(c10d, "_dump_fr_trace_json", said(entry(3, "gloo", 10, True)))
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said(entry(7, "nccl", 20, True)), raising=False)
-    assert (flight_recorder.last_collective().what, flight_recorder.last_collective().number) == ("nccl:all_reduce", 7)
+    assert (flight_recorder.last_collective().operation, flight_recorder.last_collective().number) == (
+        "nccl:all_reduce",
+        7,
+    )
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said(entry(7, "nccl", 5, False), entry(8, "nccl", 6, False)))
     last = flight_recorder.last_collective()
     assert (last.number, last.counter) == (7, ("default_pg", "nccl")) and last.waits_s > 0
@@ -368,7 +371,7 @@ def test_the_exchanges_of_this_process_are_read_without_a_pickle():
             last = flight_recorder.last_collective()
     finally:
         dist.destroy_process_group()
-    assert (last.what, last.sizes, last.waits_s) == ("gloo:all_reduce", [[4, 2]], None) and last.number >= 2
+    assert (last.operation, last.sizes, last.waits_s) == ("gloo:all_reduce", [[4, 2]], None) and last.number >= 2
 
 
 def test_killed_rank_has_its_phase_and_step_also_where_no_peer_saw_it(tmp_path, monkeypatch):

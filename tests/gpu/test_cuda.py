@@ -68,7 +68,7 @@ def test_exchanges_of_nccl_are_read(runtime):
     dist.all_reduce(torch.ones(4, 2, device=runtime.device))
     torch.cuda.synchronize()
     last = flight_recorder.last_collective()
-    assert (last.what, last.sizes) == ("nccl:all_reduce", [[4, 2]])
+    assert (last.operation, last.sizes) == ("nccl:all_reduce", [[4, 2]])
 
 
 def test_an_average_follows_shards_that_are_pinned_on_the_host(tmp_path, runtime):

@@ -62,10 +62,10 @@ def test_heartbeat_of_a_rank_cut_off_from_the_store_says_so_and_ends(server, mon
         told.append(error)
         ended.set()
 
-    beats.when_cut_off = end
+    beats.on_cut_off = end
     stop(process)
     # The exchange times out: whoever looks for its cause must not wait for the store, which is what kept such a rank for ever.
-    cause = beats.cause(RuntimeError("[gloo] Timed out waiting 30000ms for recv operation to complete"))
+    cause = beats.cause_of_lost_peer(RuntimeError("[gloo] Timed out waiting 30000ms for recv operation to complete"))
     assert isinstance(cause, CutOffRank) and cause.retry == "node_fail"
     assert "is cut off: 10.0.0.1:29500, where the ranks meet, has not answered for" in str(cause)
     assert beats.collect_last_collectives(None) == {}
@@ -155,9 +155,9 @@ def beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s):
     not_started = SimpleNamespace(Lock=threading.Lock, Thread=lambda *, target, args=(), **_: Started(target, args))
     monkeypatch.setattr(heartbeat, "threading", not_started)
     beats = HeartbeatMonitor(None, 0, 1, lambda: ("training", 7), timeout_s=timeout_s)
-    beats._stacks = (tmp_path / "stacks").open("w")
+    beats._stack_dump_file = (tmp_path / "stacks").open("w")
     warned_at = []
-    beats.at_timeout = lambda exchange: warned_at.append(clock.now_s)
+    beats.on_collective_timeout = lambda exchange: warned_at.append(clock.now_s)
     with pytest.raises(StepOver):
         beats._beat()
     return beats, warned_at
@@ -189,7 +189,7 @@ def test_rank_in_a_step_of_ten_minutes_lives_and_its_exchanges_are_not_late(monk
     beats, warned_at = beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s=STEP_S)
     heartbeat = json.loads(beats._store["shardtune/beat/0"])
     assert heartbeat["count"] == STEP_S and heartbeat["step"] == 7
-    assert warned_at == [] and beats._stacks is not None, "a step that goes on was taken for one that hangs"
+    assert warned_at == [] and beats._stack_dump_file is not None, "a step that goes on was taken for one that hangs"
 
 
 def test_exchange_queued_a_step_ahead_is_late_unless_the_timeout_leaves_room(monkeypatch, tmp_path):
@@ -201,4 +201,4 @@ def test_exchange_queued_a_step_ahead_is_late_unless_the_timeout_leaves_room(mon
     _, warned_at = beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s=STEP_S)
     assert [round(at_s) for at_s in warned_at] == [STEP_S - heartbeat.WARNING_BEATS + 1]
     beats, warned_at = beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s=needed_timeout_s(STEP_S))
-    assert warned_at == [] and beats._stacks is not None
+    assert warned_at == [] and beats._stack_dump_file is not None

@@ -62,9 +62,9 @@ class Attempt:
     """Called with the new path of the directory after it was renamed."""
     at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """What is closed when the attempt ends, however it ends: processes of this rank."""
-    at_timeout: Callable[[CollectiveCall], None] | None = None
+    on_collective_timeout: Callable[[CollectiveCall], None] | None = None
     """Called with a collective for which NCCL is about to end this process."""
-    when_cut_off: Callable[[CutOffRank], None] | None = None
+    on_cut_off: Callable[[CutOffRank], None] | None = None
     """Ends this process, which has lost its connection to the host of the ranks' store."""
 
     @contextlib.contextmanager
@@ -78,8 +78,8 @@ class Attempt:
             self.heartbeat_monitor = HeartbeatMonitor(
                 rendezvous.store, rendezvous.rank, rendezvous.world_size, lambda: (self.phase, self.step), timeout_s
             )
-            self.heartbeat_monitor.at_timeout = self.at_timeout
-            self.heartbeat_monitor.when_cut_off = self.when_cut_off
+            self.heartbeat_monitor.on_collective_timeout = self.on_collective_timeout
+            self.heartbeat_monitor.on_cut_off = self.on_cut_off
         try:
             yield rendezvous
         except Preempted as stop:
@@ -196,8 +196,8 @@ def run_attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Ite
             if attempt.lease is not None and run_dir is not None:
                 clear_failure(run_dir)
                 write_status(run_dir, State.running, reason="starting")
-            attempt.at_timeout = partial(_before_nccl_aborts, attempt, rank)
-            attempt.when_cut_off = partial(_end_cut_off, attempt, rank)
+            attempt.on_collective_timeout = partial(_before_nccl_aborts, attempt, rank)
+            attempt.on_cut_off = partial(_end_cut_off, attempt, rank)
             request.leave_when_stuck(partial(_end_before_training, attempt))
             yield attempt
             if writes_status and attempt.run_dir is not None:
@@ -251,13 +251,13 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     # Find the rank that caused the failure, if it is another one.
     cause: SilentRank | CutOffRank | LaggingRank | None = None
     if attempt.heartbeat_monitor is not None:
-        cause = attempt.heartbeat_monitor.cause(error)
+        cause = attempt.heartbeat_monitor.cause_of_lost_peer(error)
     timed_out = not isinstance(error, ShardtuneError) and TIMED_OUT.search(str(error)) is not None
     last_collectives: dict[int, CollectiveCall] | None = None
     if timed_out and cause is None and attempt.heartbeat_monitor is not None:
         # All ranks send heartbeats: the cause is the rank whose last collective comes first in their common order.
         last_collectives = attempt.heartbeat_monitor.collect_last_collectives(None)
-        cause = attempt.heartbeat_monitor.lagging_rank(error, last_collectives)
+        cause = attempt.heartbeat_monitor.rank_absent_from_collective(error, last_collectives)
 
     # Record that rank with its phase and step, or else this rank.
     phase = attempt.phase
@@ -364,7 +364,7 @@ def _hang_details(run_dir: Path, error: BaseException, last_collectives: dict[in
             stacks.append(str(path.relative_to(run_dir)))
     lines = [redacted(str(error))]
     for rank, collective in sorted(last_collectives.items()):
-        relation = "last exchange" if collective.waits_s is None else "waits in"
+        relation = "last exchange" if collective.is_complete else "waits in"
         lines.append(f"  rank {rank}: {relation} {collective}")
     if stacks:
         more = " ..." if len(stacks) > SHOWN_FILES else ""
