@@ -4,7 +4,7 @@ The loss contract
 -----------------
 Every strategy averages gradients over the data-parallel ranks. The trainer therefore hands `Engine.backward` the value
 
-    sum over the micro-batch / count over the whole optimizer step * dp_size
+    sum over the micro-batch / count over the whole optimizer step * world_size
 
 for each term of the objective, so that the gradient of an optimizer step is the gradient of
 `sum over the global batch / count over the global batch`, whatever the number of ranks, the micro-batch or the
@@ -340,8 +340,8 @@ class FullParameters:
 class Engine(Protocol):
     """A live, sharded training step; one a run."""
 
-    dp_rank: int
-    dp_size: int
+    rank: int
+    world_size: int
     step_module: nn.Module
     """The step module, sharded; its parameters are this rank's part."""
     host_memory: HostMemory | None

@@ -58,8 +58,8 @@ class NativeEngine:
         self.wrapped = wrapped
         self.runtime = runtime
         self.strategy = strategy
-        self.dp_rank = runtime.rank
-        self.dp_size = runtime.world_size
+        self.rank = runtime.rank
+        self.world_size = runtime.world_size
         self.trainable = trainable_parameters(step_module)
         self.optimizer = make_optimizer(self.trainable)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -279,8 +279,8 @@ class NativeEngine:
 
             if writing and self.replicated:
                 # Every rank has all elements: each writes an equal share of them.
-                start = flat.numel() * self.dp_rank // self.dp_size
-                stop = flat.numel() * (self.dp_rank + 1) // self.dp_size
+                start = flat.numel() * self.rank // self.world_size
+                stop = flat.numel() * (self.rank + 1) // self.world_size
                 tensors = {key: tensor[start:stop] for key, tensor in tensors.items()}
             yield FlatRange(name, full_numel, start, tensors, write=self._writes_checkpoint())
             # Full states are the same on every rank: rank 0 writes them.

@@ -62,13 +62,13 @@ class Runtime:
     """Neighbouring ranks that share each row of documents (`parallel.sequence`); set by `strategies.sequence.with_sequence`."""
 
     @property
-    def reader(self) -> int:
-        """The index of this rank among those that read documents of their own; the same for all ranks that share a row."""
+    def dp_rank(self) -> int:
+        """This rank's data-parallel rank, which decides what documents it reads; the same for all ranks that share a row."""
         return self.rank // self.sequence_size
 
     @property
-    def readers(self) -> int:
-        """How many ranks, or groups of ranks, read documents of their own."""
+    def dp_size(self) -> int:
+        """Data-parallel ranks: ranks, or groups of ranks that share each row, with documents of their own."""
         return self.world_size // self.sequence_size
 
     @property

@@ -39,7 +39,7 @@ def with_sequence(runtime: Runtime, degree: int) -> Runtime:
     known = _GROUPS.get(degree)
     if known is not None and known[0] is all_ranks:
         return runtime
-    first = runtime.reader * degree
+    first = runtime.dp_rank * degree
     with real_tensors():
         group = dist.new_group(
             list(range(first, first + degree)),

@@ -65,8 +65,8 @@ class ZeroEngine:
         self.engine = engine
         self.config = config
         self.runtime = runtime
-        self.dp_rank = runtime.rank
-        self.dp_size = runtime.world_size
+        self.rank = runtime.rank
+        self.world_size = runtime.world_size
         self.trainable: list[tuple[str, Any]] = list(trainable_parameters(step_module))
         self.base_lrs = [group["lr"] for group in engine.optimizer.param_groups]
         self.device_clipping: DeviceClipping | None = None

@@ -20,10 +20,10 @@ class Fp32Masters:
     Masters are flat tensors, each with this rank's partition of several parameters; the inner optimizer updates them.
     """
 
-    def __init__(self, engine: Any, stage: int, dp_rank: int, trainable: list[tuple[str, Any]]) -> None:
+    def __init__(self, engine: Any, stage: int, rank: int, trainable: list[tuple[str, Any]]) -> None:
         self.engine = engine
         self.stage = stage
-        self.dp_rank = dp_rank
+        self.rank = rank
         self.trainable = trainable
 
     def flat_groups(self) -> list[Tensor]:
@@ -56,7 +56,7 @@ class Fp32Masters:
         optimizer = self.engine.optimizer
         for name, parameter in self.trainable:
             group, offset, partition_numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = min(self.dp_rank * partition_numel, parameter.ds_numel)
+            start = min(self.rank * partition_numel, parameter.ds_numel)
             local_numel = min(partition_numel, parameter.ds_numel - start)
             yield FlatRange(name, parameter.ds_numel, start, groups[group].narrow(offset, local_numel))
 

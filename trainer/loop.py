@@ -194,10 +194,10 @@ class Trainer:
         self.current_batch = batch
         self.before_step(step + 1)
         # Dropout depends on the seed, the step and the rank alone, so that a resumed run draws what an unbroken one does.
-        seed_step(settings.seed, step, self.engine.dp_rank)
+        seed_step(settings.seed, step, self.engine.rank)
         # A step without any target has a count of 0 and a loss of 0.
         loss_count = batch.totals["loss"]
-        scale = self.engine.dp_size / (loss_count or 1)
+        scale = self.engine.world_size / (loss_count or 1)
         sums: dict[str, Tensor] = {}
 
         # Some losses need a mean over the whole step before its first backward pass. Most batches have nothing ahead.
@@ -259,7 +259,7 @@ class Trainer:
         if added is None:
             return loss
         # Already a part of the step's mean. Engines average over ranks, so it is multiplied by their number as well.
-        return loss + added * self.engine.dp_size
+        return loss + added * self.engine.world_size
 
     # -- rollbacks -------------------------------------------------------------------------------------------------------
 

@@ -102,7 +102,7 @@ def test_divergence_of_held_out_losses_is_a_paired_test():
 def sums_in_order(own_sums, *, rank, ranks, ranks_per_row=1):
     """What a rank hands over of the sums of its micro-batches."""
     tensors = [torch.tensor(value, dtype=torch.float64) for value in own_sums]
-    return _batch_sums_in_order(tensors, SimpleNamespace(dp_rank=rank, dp_size=ranks), ranks_per_row)
+    return _batch_sums_in_order(tensors, SimpleNamespace(rank=rank, world_size=ranks), ranks_per_row)
 
 
 def test_ranks_take_micro_batches_in_turns():

@@ -139,7 +139,7 @@ def _evaluation(job: Job, trainer: Any) -> float:
     engine = trainer.engine
 
     def batches():
-        share = EvalShare(4, engine.dp_rank, engine.dp_size, EVALUATED)
+        share = EvalShare(4, engine.rank, engine.world_size, EVALUATED)
         return eval_batches(job.data.train, share, trainer.loader.collator, job.runtime.device)
 
     count = int(job.data.train.counts["loss"][:EVALUATED].sum())

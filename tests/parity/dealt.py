@@ -418,7 +418,7 @@ def evaluated(job: Job, ranks: int, how: str) -> dict[str, Any]:
     held_out = data.evaluation
     assert held_out is not None
     trainer = trainer_for(replace(config, parallel=ParallelConfig(experts=ranks)), data, job.runtime)
-    share = EvalShare(5, job.runtime.reader, job.runtime.readers, cut=None)
+    share = EvalShare(5, job.runtime.dp_rank, job.runtime.dp_size, cut=None)
     batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
     evaluator = LossEvaluator(batches, count=int(held_out.counts["loss"].sum()), ranks_per_row=1)
     metrics = dict(evaluator.run(trainer.engine))

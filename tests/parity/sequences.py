@@ -88,7 +88,7 @@ def assert_rows_are_shared(batch: StepBatch, runtime: processes.Runtime) -> None
         local.append((micro_batch["document_bounds"], micro_batch["row_slices"], micro_batch["num_sequences"]))
         local.append(micro_batch["row_input_ids"].tolist())
     by_rank = processes.gather_objects(local, runtime)
-    first = runtime.reader * runtime.sequence_size
+    first = runtime.dp_rank * runtime.sequence_size
     assert by_rank[first : first + runtime.sequence_size] == [local] * runtime.sequence_size
 
 
@@ -284,12 +284,12 @@ def evaluated(job: Job) -> list[dict[str, float]]:
     values = []
     for degree in (1, 2, 4):
         runtime = with_sequence(job.runtime, degree)
-        readers = runtime.readers
+        readers = runtime.dp_size
         changed = replace(
             config, parallel=ParallelConfig(sequence=degree), batch={"global": 16, "micro": 16 // readers}
         )
         trainer = trainer_for(changed, data, runtime)
-        share = EvalShare(5, runtime.reader, readers, cut=sequence_cut(runtime))
+        share = EvalShare(5, runtime.dp_rank, readers, cut=sequence_cut(runtime))
         whole_batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
         batches = partial(with_position_groups, whole_batches, [4, 8, 16, 1024])
         count = int(held_out.counts["loss"].sum())
@@ -310,7 +310,7 @@ def order(job: Job) -> list[list[list[int]]]:
     for degree in (1, 2, 4):
         runtime = with_sequence(job.runtime, degree)
         changed = replace(
-            config, parallel=ParallelConfig(sequence=degree), batch={"global": 16, "micro": 16 // runtime.readers}
+            config, parallel=ParallelConfig(sequence=degree), batch={"global": 16, "micro": 16 // runtime.dp_size}
         )
         loader = trainer_for(changed, data, runtime).loader
         steps = []

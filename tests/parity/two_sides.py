@@ -89,7 +89,7 @@ def generate(job: Job, case: str) -> dict[str, Any]:
     evaluator = GenerationEvaluator(
         data.train,
         # One: ranks finish apart in every turn; three: rows are padded.
-        EvalShare(1 if architecture == "bart" else 3, engine.dp_rank, engine.dp_size, NUM_ANSWERED),
+        EvalShare(1 if architecture == "bart" else 3, engine.rank, engine.world_size, NUM_ANSWERED),
         tokenizer,
         settings,
         generation_config=generation_config(

@@ -96,13 +96,13 @@ def planted(fault: str) -> Iterator[None]:
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         engine, built, source = real(*args, **kwargs)
-        if engine.dp_size == 1:  # the process that the others are compared with
+        if engine.world_size == 1:  # the process that the others are compared with
             return engine, built, source
         if fault == "readers instead of ranks":
-            engine.dp_size = engine.runtime.readers
+            engine.world_size = engine.runtime.dp_size
         elif fault == "a rank left out":
             backward = engine.backward
-            factor = float(engine.dp_rank != 1)
+            factor = float(engine.rank != 1)
             engine.backward = lambda loss, **how: backward(loss * factor, **how)
         elif fault == "a rank's own gradient":
             engine.wrapped = engine.step_module  # past DDP, which would reduce

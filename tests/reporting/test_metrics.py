@@ -216,7 +216,7 @@ def reference_tflops_of(name):
 class Engine:
     """Counts in its own clock: a forward pass takes 1 s, a backward pass 2, the update 4."""
 
-    dp_size = 2
+    world_size = 2
 
     def __init__(self, clock):
         self.clock = clock
@@ -240,7 +240,7 @@ def test_step_times_are_measured_for_each_part(monkeypatch):
     monkeypatch.setattr(metrics, "dist_sum", lambda values: values * 2)  # the other rank's are the same
     meter = Meter(rank(0, 2), 1.0, None, ("accuracy",))
     engine = meter.timing(Engine(clock))
-    assert engine.dp_size == 2
+    assert engine.world_size == 2
     assert engine.forward({"loss": 3}, last=False) == {"loss": 3, "last": False}
     engine.backward(1, last=False)
     engine.forward({"loss": 3}, last=True)

@@ -136,8 +136,8 @@ def build_loader(
         share=Share(
             global_batch,
             config.batch["micro"],
-            runtime.reader,
-            runtime.readers,
+            runtime.dp_rank,
+            runtime.dp_size,
             sequence_cut(runtime),
         ),
         collator=built.collator,

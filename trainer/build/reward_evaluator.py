@@ -43,7 +43,7 @@ def build_reward_evaluators(
         return []
     generate = config.evaluation.generate
     max_prompts = generate.samples or config.evaluation.max_documents
-    share = EvalShare(config.evaluation.batch, engine.dp_rank, engine.dp_size, max_prompts, by_source=True)
+    share = EvalShare(config.evaluation.batch, engine.rank, engine.world_size, max_prompts, by_source=True)
     table = DocumentTable(data.directory)
     names_source = has_sources(held_out)
     prompts = []

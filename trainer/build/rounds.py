@@ -139,7 +139,7 @@ def build_round_loader(
         )
 
     # What writes answers, and what makes rounds of them.
-    share = Share(num_prompts, config.batch["micro"], runtime.reader, runtime.readers, sequence_cut(runtime))
+    share = Share(num_prompts, config.batch["micro"], runtime.dp_rank, runtime.dp_size, sequence_cut(runtime))
     longest_row = int(data.train.lengths.max(initial=0)) + settings.rollout.max_new_tokens
     group_generator = EngineGroupGenerator(
         inputs.tokenizer,

@@ -50,8 +50,8 @@ def build_evaluators(
     parts = evaluation_parts(held_out, generates=config.generate.samples > 0)
     share = EvalShare(
         config.batch,
-        runtime.reader,
-        runtime.readers,
+        runtime.dp_rank,
+        runtime.dp_size,
         config.max_documents,
         data_spec.sequences_per_document,
         by_source=bool(parts),
@@ -87,7 +87,7 @@ def build_evaluators(
     if config.generate.samples:
         has_named_sets = bool(held_out.manifest.get("sets"))
         generation_share = EvalShare(
-            config.batch, engine.dp_rank, engine.dp_size, config.generate.samples, by_source=has_named_sets
+            config.batch, engine.rank, engine.world_size, config.generate.samples, by_source=has_named_sets
         )
         decoder_start = built.two_sides.decoder_start if built.two_sides else None
         generation_evaluator = GenerationEvaluator(

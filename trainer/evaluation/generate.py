@@ -215,7 +215,7 @@ class AnswerGenerator:
         if forward_path.alone:  # the model computes right for one row at a time only
             size = 1
             budget = None
-        return [*sharded_batches(lengths, engine.dp_rank, engine.dp_size, size=size, budget=budget, kinds=kinds)]
+        return [*sharded_batches(lengths, engine.rank, engine.world_size, size=size, budget=budget, kinds=kinds)]
 
     def run_batches(
         self,

@@ -87,7 +87,7 @@ class SharedPromptGenerator(AnswerGenerator):
         end_ids = ending_ids(config)
         objective = GroupAnswers(settings, self.tokenizer, end_ids)
         part_limits = [limits[part.prompt] for part in parts]
-        batches = [*sharded_batches(lengths, engine.dp_rank, engine.dp_size, size=parts_per_batch, kinds=part_limits)]
+        batches = [*sharded_batches(lengths, engine.rank, engine.world_size, size=parts_per_batch, kinds=part_limits)]
 
         def make_batch(part_numbers: list[int]) -> dict[str, Any]:
             """The prompts of these parts as rows, and for each answer its prompt's row and its seed."""

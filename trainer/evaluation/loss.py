@@ -160,8 +160,8 @@ def _batch_sums_in_order(own_sums: list[torch.Tensor], engine: Engine, ranks_per
     `ranks_per_row` ranks of a reader each add their share to the same position.
     """
     stacked = torch.stack(own_sums)
-    by_reader = stacked.new_zeros((len(own_sums), engine.dp_size // ranks_per_row))
-    by_reader[:, engine.dp_rank // ranks_per_row] = stacked
+    by_reader = stacked.new_zeros((len(own_sums), engine.world_size // ranks_per_row))
+    by_reader[:, engine.rank // ranks_per_row] = stacked
     return by_reader.view(-1)
 
 

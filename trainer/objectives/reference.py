@@ -99,7 +99,7 @@ def _compute_logps(
     """
     device = runtime.device
     logps_by_sequence = torch.zeros(len(dataset), dtype=torch.float64, device=device)
-    plan = eval_plan(dataset, EvalShare(settings.max_batch, runtime.reader, runtime.readers))
+    plan = eval_plan(dataset, EvalShare(settings.max_batch, runtime.dp_rank, runtime.dp_size))
     cut = sequence_cut(runtime)
     with engine.inference() as module:
         # Through the root module's own forward: a sharding engine gathers parameters only there.

@@ -42,7 +42,7 @@ def look_ahead(
     # One exchange for all terms, in an order that is the same on every rank.
     names = sorted(sums)
     totals = torch.stack([sums[name] for name in names])
-    if engine.dp_size > 1:
+    if engine.world_size > 1:
         totals = dist_sum(totals)
     return {name: (total / (count or 1)).float() for name, total in zip(names, totals, strict=True)}
 
@@ -57,7 +57,7 @@ def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
     added_losses: AddedLosses | None = getattr(engine.step_module, "added_losses", None)
     if added_losses is None or not added_losses.changes_loss:
         return {}
-    context: dict[str, Any] = {"step_tokens": batch.tokens, "ranks": engine.dp_size}
+    context: dict[str, Any] = {"step_tokens": batch.tokens, "ranks": engine.world_size}
     if added_losses.router_losses.balance and len(batch.micro_batches) > 1:
         # The balancing loss is a product of two means over the step, which no sum of micro-batches gives.
         with engine.inference(averaged=False) as module:
@@ -66,7 +66,7 @@ def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
                 outputs = module({**micro_batch, "choices_alone": True})
                 choices.append(outputs["choices"])
         total = torch.stack(choices).sum(0)
-        if engine.dp_size > 1:
+        if engine.world_size > 1:
             total = dist_sum(total)
         context["choices"] = total
     return context

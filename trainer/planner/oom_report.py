@@ -124,14 +124,14 @@ def _largest_micro_batch(batch: StepBatch) -> str:
 def _remedies(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
     """The line of the message that names settings which take less memory, as far as this run has not set them.
 
-    `training`: whether a training step ran out, not an evaluation. `runtime.readers`: ranks that read different samples
+    `training`: whether a training step ran out, not an evaluation. `runtime.dp_size`: ranks that read different samples
     (those that share a row read the same).
     """
     if not training:
         return f"lower evaluation.batch (it is {config.evaluation.batch}); the result does not depend on it"
     global_batch, micro = config.batch["global"], config.batch["micro"]
     remedies = []
-    smaller_micros = [divisor for divisor in divisors(global_batch // runtime.readers) if divisor < micro]
+    smaller_micros = [divisor for divisor in divisors(global_batch // runtime.dp_size) if divisor < micro]
     if smaller_micros:
         remedies.append(f"batch.micro={smaller_micros[-1]} (or auto), which keeps batch.global={global_batch}")
     if config.strategy.activation_checkpointing is not ActivationCheckpointing.full:

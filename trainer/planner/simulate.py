@@ -189,8 +189,8 @@ class RecordedEngine:
         self.block_places = block_places
         """What `StepPhase.place` is while a block is at work."""
         self.runtime: Runtime = engine.runtime
-        self.dp_rank = engine.dp_rank
-        self.dp_size = engine.dp_size
+        self.rank = engine.rank
+        self.world_size = engine.world_size
         self.step_module = engine.step_module
         self._micro = 0
         self._trainer = minimal_trainer(self)

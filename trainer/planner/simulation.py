@@ -185,7 +185,7 @@ def simulate_cost_model_of_run(
             batches = []
             sizes = []
             for lengths in lengths_by_size:
-                micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.readers, runtime)
+                micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.dp_size, runtime)
                 batches.append([micro_batch] * accumulation)
                 units = len(lengths) // sequences if rows else sum(lengths)
                 sizes.append(MicroBatchSize(units, squares=sum(tokens**2 for tokens in lengths)))
@@ -396,7 +396,7 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
         source=weight_source,
     )
     accumulation = accumulation_steps(config, runtime.world_size)
-    micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.readers, runtime)
+    micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.dp_size, runtime)
     return replace(parts, batches=[micro_batch] * max(1, accumulation))
 
 

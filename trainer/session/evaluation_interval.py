@@ -53,8 +53,8 @@ def resolve_evaluation_interval(
         return EvaluationInterval(0, loss_alone=True)
     eval_share = EvalShare(
         config.evaluation.batch,
-        runtime.reader,
-        runtime.readers,
+        runtime.dp_rank,
+        runtime.dp_size,
         config.evaluation.max_documents,
         built.data_spec.sequences_per_document,
         by_source=bool(evaluation_parts(held_out)),  # `max_documents` bounds each source by itself

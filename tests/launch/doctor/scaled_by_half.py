@@ -7,7 +7,7 @@ _begin = native.NativeEngine.__init__
 
 def begin(self, *args, **kwargs):
     _begin(self, *args, **kwargs)
-    self.dp_size = max(1, self.dp_size // 2)
+    self.world_size = max(1, self.world_size // 2)
 
 
 native.NativeEngine.__init__ = begin

@@ -148,7 +148,7 @@ class ModelInterface:
 
         own_logits: dict[int, list[float]] = {}
         lengths = [len(sample.input_ids) for sample in samples]
-        batches = sharded_batches(lengths, self.engine.dp_rank, self.engine.dp_size, size=self.batch)
+        batches = sharded_batches(lengths, self.engine.rank, self.engine.world_size, size=self.batch)
         with self.engine.inference() as module:
             step: Any = module
             # The head is called through the root module's own forward: only there are sharded parameters gathered.
@@ -185,7 +185,7 @@ class ModelInterface:
         # One sequence in a micro-batch, so that the sums of a batch are those of a sequence.
         runtime = self.runtime
         cut = sequence_cut(runtime)
-        share = EvalShare(1, runtime.reader, runtime.readers, max_rows, cut=cut)
+        share = EvalShare(1, runtime.dp_rank, runtime.dp_size, max_rows, cut=cut)
         batches = eval_batches(dataset, share, self.built.collator, self.runtime.device)
         own_losses: dict[int, tuple[float, float]] = {}
         with self.engine.inference() as module:
