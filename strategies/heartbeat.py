@@ -185,7 +185,7 @@ class HeartbeatMonitor:
                 silent_ranks.append(after)
         return silent_ranks
 
-    def cause(self, error: BaseException) -> SilentRank | CutOffRank | None:
+    def cause_of_lost_peer(self, error: BaseException) -> SilentRank | CutOffRank | None:
         """The rank that is to blame for `error`, which this rank has met because it lost its connection to a peer.
 
         Watches the heartbeats of all ranks for a few seconds. Returns
