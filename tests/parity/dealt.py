@@ -80,19 +80,46 @@ class Case:
         return "dealt", self.objective, self.tuning, self.architecture, run
 
 
-def compare(job: Job, *case: Any) -> dict[str, Curve]:
-    """Loss, gradient norm and metrics of each step: of all ranks, and of `single`, which has all experts."""
+def compare(job: Job, *case: Any) -> dict[str, Any]:
+    """Loss, gradient norm and metrics of each step: of all ranks, and of `single`, which has all experts.
+
+    Only with averaged weights, of which the curves say nothing: `average apart`, the largest difference of an average after the
+    last step, and `average lag`, the largest difference of an average from the weight itself.
+    """
     asked = Case(*case)
     config, data = run_of(job, asked)
+    trainer = trainer_for(config, data, with_sequence(job.runtime, asked.sequence))
     with _in_chunks() if asked.feature.startswith("chunks") else nullcontext():
-        found = curve(trainer_for(config, data, with_sequence(job.runtime, asked.sequence)), job.runtime.world_size)
-    return {"found": found, "expected": _of_one_process(job, asked, config, data)}
+        found = curve(trainer, job.runtime.world_size)
+    expected, averages, lag = _of_one_process(job, asked, config, data)
+    compared: dict[str, Any] = {"found": found, "expected": expected}
+    if config.optim.ema_decay:
+        compared["average apart"] = job.gathered_apart(trainer, averages, of=set(averages))
+        compared["average lag"] = lag
+    return compared
 
 
-def _of_one_process(job: Job, case: Case, config: RunConfig, data: PreparedData) -> Curve:
-    """The curve of `single`."""
+def _of_one_process(
+    job: Job, case: Case, config: RunConfig, data: PreparedData
+) -> tuple[Curve, dict[str, torch.Tensor], float]:
+    """(the curve of `single`; its averaged weights; the largest difference of an average from its weight).
+
+    No averages and 0.0 if the run averages none.
+    """
     lone = replace(config, parallel=ParallelConfig())
-    return job.oracle(case.oracle, lambda: curve(job.lone_trainer(lone, data), 1), elsewhere=[])
+
+    def made() -> tuple[Curve, dict[str, torch.Tensor], float]:
+        trainer = job.lone_trainer(lone, data)
+        found = curve(trainer, 1)
+        if not config.optim.ema_decay:
+            return found, {}, 0.0
+        weights = values_of(trainer)
+        with trainer.engine.inference():
+            averages = values_of(trainer)
+        lag = max(float((averages[name] - weight).abs().max()) for name, weight in weights.items())
+        return found, averages, lag
+
+    return job.oracle(case.oracle, made, elsewhere=([], {}, 0.0))
 
 
 def run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
@@ -124,6 +151,8 @@ def run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
         config.model.quantisation = Quantisation(case.feature)
     if case.feature == "ema":
         config.optim.ema_decay = 0.9
+        # Averages are compared element by element. Adam's first step is as long for a gradient that is only rounding.
+        config.optim.eps = 1e-5
     if case.feature in ("routers", "routers at once"):
         config.model.router_aux_loss = 0.5
         config.model.router_z_loss = 0.1
@@ -204,7 +233,7 @@ FAULTS: dict[str, Any] = {
 
 def planted(job: Job, fault: str) -> dict[str, Curve]:
     """The curves of a case with a planted fault."""
-    expected = _of_one_process(job, Case(), *run_of(job, Case()))
+    expected, _, _ = _of_one_process(job, Case(), *run_of(job, Case()))
     with FAULTS[fault]():
         found = compare(job)["found"]
     return {"found": found, "expected": expected}

@@ -6,20 +6,28 @@ from typing import Any
 import torch
 
 from strategies.parameters import named_parameters
-from tests.helpers.building import STRATEGIES, take_steps
+from tests.helpers.building import STRATEGIES, model_dir, take_steps
 from tests.parity.base import Job, lone_steps, values_of
 from tests.parity.features import ELSEWHERE, against_lone, plain
+from trainer.config.parallel import ParallelConfig
 from trainer.data.config import DataConfig, Layout
+from trainer.model.config import ModelConfig
 from trainer.objectives.sft import SftConfig
 from trainer.optim.config import AdamwConfig
 
 DECAY, STEPS = 0.6, 4
 
 
-def average(job: Job, strategy: str, tuning: str) -> dict[str, Any]:
-    """The average against arithmetic on a lone process's weights; what training goes on with; both again in another strategy."""
+def average(job: Job, strategy: str, tuning: str, experts: int = 1) -> dict[str, Any]:
+    """The average against arithmetic on a lone process's weights; what training goes on with; both again in another strategy.
+
+    `experts`: ranks over which experts are distributed (`parallel.experts`). Above 1 the model is a mixture.
+    """
     config = plain(job, strategy, tuning, micro=2, steps=6, optim=AdamwConfig(lr=1e-3))
-    averaged = replace(config, optim=replace(config.optim, ema_decay=DECAY))
+    if experts > 1:
+        mixture = job.first_here(lambda: model_dir(job.root / "average", "qwen3_moe", num_experts=8))
+        config = replace(config, model=ModelConfig(path=str(mixture)))
+    averaged = replace(config, optim=replace(config.optim, ema_decay=DECAY), parallel=ParallelConfig(experts=experts))
 
     def by_hand():
         trainer = job.lone_trainer(config)
@@ -30,7 +38,7 @@ def average(job: Job, strategy: str, tuning: str) -> dict[str, Any]:
             mean = {name: keep * mean[name] + (1 - keep) * now for name, now in values_of(trainer).items()}
         return mean, values_of(trainer), curve + lone_steps(trainer, 2)
 
-    mean, last, curve = job.oracle(("average", tuning), by_hand, elsewhere=({}, {}, []))
+    mean, last, curve = job.oracle(("average", tuning, experts > 1), by_hand, elsewhere=({}, {}, []))
     trainer = job.trainer(averaged)
     trained = {name for name, p in named_parameters(trainer.engine.step_module) if p.requires_grad}
     found = [list(pair) for pair in take_steps(trainer, STEPS)]
@@ -38,7 +46,8 @@ def average(job: Job, strategy: str, tuning: str) -> dict[str, Any]:
     apart = job.gathered_apart(trainer, mean, of=trained)
     inside = _evaluated(job, trainer)
     found += [list(pair) for pair in take_steps(trainer, 2)]  # as if nobody had looked
-    other = job.trainer(replace(averaged, strategy=STRATEGIES[ELSEWHERE[strategy]]))
+    elsewhere = replace(averaged, strategy=STRATEGIES[ELSEWHERE[strategy]], parallel=ParallelConfig())
+    other = job.trainer(elsewhere)
     other.progress = other.engine.load(path)
     moved = max((float((mean[name] - last[name]).abs().max()) for name in trained & set(mean)), default=0.0)
     return {

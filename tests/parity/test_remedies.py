@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from tests.helpers.building import STRATEGIES
-from tests.helpers.covering import chosen, takes, values
+from tests.helpers.covering import chosen, takes, values, whole
 from tests.parity.test_features import assert_close, kinds
 
 MANY = [name for name in STRATEGIES if name != "single"]
@@ -19,7 +19,24 @@ def product(*axes):
     ("strategy", "tuning"), chosen(product(MANY, ("full", "lora")), lambda case: {case[1], *kinds(case)}, takes)
 )
 def test_weight_average_is_that_of_one_process_and_training_does_not_see_it(ask, strategy, tuning):
-    found = ask("remedies", "average", strategy, tuning)
+    assert_averaged(ask("remedies", "average", strategy, tuning))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "degree"),
+    [
+        ("fsdp2", 2),
+        pytest.param("fsdp2", 4, marks=whole("each element is averaged by the rank that holds it")),
+        pytest.param("hsdp", 2, marks=whole("each element is averaged by the rank that holds it")),
+    ],
+)
+def test_weight_average_is_that_of_one_process_with_expert_parallelism(ranks, strategy, degree):
+    """On four ranks. The average is then loaded by a strategy that keeps all experts on each rank."""
+    assert_averaged(ranks[4].ask("remedies", "average", strategy, "full", degree))
+
+
+def assert_averaged(found):
+    """The average and the training beside it are those of one process. A wrong average would be off by what weights moved."""
     assert max(found["apart"]) < 1e-6 < 1e-4 < found["moved"]
     assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
     assert_close(found)
