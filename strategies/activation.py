@@ -36,16 +36,16 @@ KEPT_WHEN_REGISTERED = ("torch_attn::_varlen_attn", "flash_attn::_flash_attn_var
 """Variable-length attention on GPUs, torch's and FlashAttention's: by name, since they exist only once they are imported."""
 
 
-def is_kept(op: Any) -> bool:
+def is_kept_op(op: Any) -> bool:
     """Whether selective checkpointing keeps the result of an operation."""
     return op in KEPT_OPS or op.name() in KEPT_WHEN_REGISTERED
 
 
 def _selective_policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if is_kept(op) else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_kept_op(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class _OnlyKept(TorchDispatchMode):
+class _KeptOpsOnly(TorchDispatchMode):
     """Lets torch's selective mode see only the operations that are kept.
 
     torch's mode counts every operation, and expects each of them again when a block is recomputed. Under ZeRO-3 the operations
@@ -75,34 +75,34 @@ class _OnlyKept(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_kept(func) or torch.compiler.is_compiling():
+        if is_kept_op(func) or torch.compiler.is_compiling():
             return self.mode.__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
 def _selective_contexts() -> Any:
-    caching, cached = create_selective_checkpoint_contexts(_selective_policy)
-    return _OnlyKept(caching), _OnlyKept(cached)
+    forward_context, recompute_context = create_selective_checkpoint_contexts(_selective_policy)
+    return _KeptOpsOnly(forward_context), _KeptOpsOnly(recompute_context)
 
 
-def _checkpoint_arguments(mode: ActivationCheckpointing) -> dict[str, Any]:
+def _checkpoint_kwargs(mode: ActivationCheckpointing) -> dict[str, Any]:
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if mode is ActivationCheckpointing.selective:
         kwargs["context_fn"] = _selective_contexts
     return kwargs
 
 
-def _keep_outputs(module: nn.Module) -> None:
-    """Stop layers from overwriting their product in place, which would change the product that is kept."""
+def _forbid_output_overwriting(module: nn.Module) -> None:
+    """Set `overwrites_output` of all layers in `module` to False: a product that is overwritten in place cannot be kept."""
     for layer in module.modules():
         if getattr(layer, "overwrites_output", False):
             layer.overwrites_output = False  # type: ignore[assignment]
 
 
-def _checkpoint(step_module: nn.Module, mode: ActivationCheckpointing) -> None:
-    """Switch on recomputation, the same for all blocks, through transformers' own interface of the model.
+def _enable_checkpointing(step_module: nn.Module, mode: ActivationCheckpointing) -> None:
+    """Switch on activation checkpointing in the same `mode` for all blocks, through transformers' own interface of the model.
 
-    Raises ConfigError if the model does not have it.
+    Nothing happens for the mode `none`. Raises ConfigError if the model has no such interface.
     """
     if mode is ActivationCheckpointing.none:
         return
@@ -113,28 +113,28 @@ def _checkpoint(step_module: nn.Module, mode: ActivationCheckpointing) -> None:
             "strategy.activation_checkpointing=none"
         )
     if mode is ActivationCheckpointing.selective:
-        _keep_outputs(model)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=_checkpoint_arguments(mode))
+        _forbid_output_overwriting(model)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=_checkpoint_kwargs(mode))
 
 
-def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:
-    """Switch on activation checkpointing, and compile block by block, as configured.
+def apply_checkpointing_and_compile(step_module: nn.Module, config: StrategyConfig) -> None:
+    """Switch on activation checkpointing, and compile block by block, as `config` says. Changes the blocks in place.
 
-    A plan for each block (`StepPlan.recomputation`, made for `auto`) overrides the setting. Raises ConfigError if the
-    architecture has no repeated blocks to work on.
+    - The plan of the step has a mode for each block (`StepPlan.recomputation`, made for `auto`): each block gets its own.
+    - Otherwise all blocks get the mode of `config`. `auto` without a plan means that nothing is recomputed.
+    - With `offload_activations`, the inputs of blocks that recompute are kept on the host.
+    - With `compile`, each block is compiled. Raises ConfigError if the architecture has no repeated blocks.
     """
     blocks = step_module.shard_units()  # type: ignore[operator]
-    modes = plan_of(step_module).recomputation
-    if modes is not None:
-        _checkpoint_as_planned(step_module, blocks, modes)
+    planned_modes = plan_of(step_module).recomputation
+    if planned_modes is not None:
+        _enable_planned_checkpointing(step_module, blocks, planned_modes)
     elif config.activation_checkpointing is not ActivationCheckpointing.auto:
-        _checkpoint(step_module, config.activation_checkpointing)
-    recomputes = set(modes or [config.activation_checkpointing]) - {
-        ActivationCheckpointing.none,
-        ActivationCheckpointing.auto,
-    }
-    if config.offload_activations and recomputes:
-        _keep_inputs_on_host(step_module)
+        _enable_checkpointing(step_module, config.activation_checkpointing)
+    modes = set(planned_modes or [config.activation_checkpointing])
+    recomputing_modes = modes - {ActivationCheckpointing.none, ActivationCheckpointing.auto}
+    if config.offload_activations and recomputing_modes:
+        _offload_block_inputs(step_module)
     if not config.compile:
         return
     if not blocks:
@@ -143,10 +143,10 @@ def apply_to_blocks(step_module: nn.Module, config: StrategyConfig) -> None:
         block.compile(dynamic=True)
 
 
-def _keep_inputs_on_host(step_module: nn.Module) -> None:
+def _offload_block_inputs(step_module: nn.Module) -> None:
     """Let blocks that recompute keep their inputs in host memory until the backward pass needs them.
 
-    Raises ConfigError if the model's checkpointing cannot be wrapped for it.
+    Sets `StepPlan.host_inputs`. Raises ConfigError if the model's checkpointing cannot be wrapped for it.
     """
     plan = plan_of(step_module)
     host_inputs = HostInputs()
@@ -158,7 +158,7 @@ def _keep_inputs_on_host(step_module: nn.Module) -> None:
     plan.host_inputs = host_inputs
 
 
-def _checkpoint_as_planned(
+def _enable_planned_checkpointing(
     step_module: nn.Module, blocks: list[nn.Module], modes: list[ActivationCheckpointing]
 ) -> None:
     """Switch on recomputation block by block: `modes` has the mode of each block, in forward order."""
@@ -166,9 +166,9 @@ def _checkpoint_as_planned(
     if not used_modes:
         return
     # First for all blocks alike, since the model's interface also prepares the model itself; then block by block.
-    _checkpoint(step_module, used_modes[0])
+    _enable_checkpointing(step_module, used_modes[0])
     for block, mode in zip(blocks, modes, strict=True):
-        checkpoint = partial(torch.utils.checkpoint.checkpoint, **_checkpoint_arguments(mode))
+        checkpoint = partial(torch.utils.checkpoint.checkpoint, **_checkpoint_kwargs(mode))
         checkpoint_block(block, checkpoint, recomputes=mode is not ActivationCheckpointing.none)
         if mode is ActivationCheckpointing.selective:
-            _keep_outputs(block)
+            _forbid_output_overwriting(block)

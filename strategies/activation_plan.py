@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from strategies.activation import is_kept
+from strategies.activation import is_kept_op
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.compat.dispatch import GROUPED_PRODUCT, TorchDispatchMode, storage_key
-from strategies.dealt_experts import distribute_experts_on_meta
+from strategies.dealt_experts import keep_one_rank_of_experts_on_meta
 from strategies.parameters import COMPUTE_DTYPE, set_dtypes
 
 
@@ -42,17 +42,25 @@ class Activations:
         selective = [kept - inputs for kept, inputs in zip(self.selective, self.full, strict=True)]
         return replace(self, selective=[max(0.0, kept) for kept in selective], full=[0.0] * len(self.full))
 
-    def total(self, modes: list[ActivationCheckpointing]) -> float:
+    @property
+    def num_blocks(self) -> int:
+        """Transformer blocks, each with an entry in the lists."""
+        return len(self.none)
+
+    def peak_bytes(self, modes: list[ActivationCheckpointing]) -> float:
         """Bytes of activations at the peak of a step, if each block recomputes as its entry of `modes` says."""
+        bytes_by_mode = {
+            ActivationCheckpointing.none: self.none,
+            ActivationCheckpointing.selective: self.selective,
+            ActivationCheckpointing.full: self.full,
+        }
         kept_bytes = 0.0
-        recomputed_bytes = (
-            0.0  # of the largest block that recomputes: in its backward pass, all its activations exist again
-        )
-        for block, mode in enumerate(modes):
-            # The three lists are named as the modes are.
-            kept_bytes += getattr(self, mode.value)[block]
+        recomputed_bytes = 0.0
+        for block_index, mode in enumerate(modes):
+            kept_bytes += bytes_by_mode[mode][block_index]
             if mode is not ActivationCheckpointing.none:
-                recomputed_bytes = max(recomputed_bytes, self.none[block])
+                # In the backward pass of a block that recomputes, all its activations exist again: of one block at a time.
+                recomputed_bytes = max(recomputed_bytes, self.none[block_index])
         return self.outside + kept_bytes + recomputed_bytes + self.transient
 
 
@@ -119,7 +127,7 @@ class _ActivationCounter(TorchDispatchMode):
             out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             size = out.untyped_storage().nbytes()
-            if is_kept(func):
+            if is_kept_op(func):
                 self.kept_products[self.current] += size
             if self.current == len(self.saved) - 1:
                 self.largest_outside = max(self.largest_outside, size)
@@ -153,7 +161,7 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
     probe = copy.deepcopy(step_module)
     set_dtypes(probe, trainable=compute, frozen=compute)
     probe.to("meta")  # buffers are real until here
-    distribute_experts_on_meta(probe)
+    keep_one_rank_of_experts_on_meta(probe)
     probe.train()
     blocks = probe.shard_units()  # type: ignore[operator]
     counter = _ActivationCounter(blocks, [*probe.parameters(), *probe.buffers()])
@@ -166,7 +174,7 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
         block.register_forward_hook(lambda *_: counter.leave())
 
     hooks = torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor)
-    meta_batch = _on_meta(batch)
+    meta_batch = _batch_on_meta(batch)
     with torch.enable_grad(), _ShapesOfFlashAttention(), counter, hooks:
         terms = probe(meta_batch)
     del terms
@@ -187,34 +195,30 @@ def _first_float_tensor(arguments: tuple[Any, ...]) -> Tensor | None:
     return None
 
 
-def _on_meta(batch: dict[str, Any]) -> dict[str, Any]:
+def _batch_on_meta(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with its tensors on meta, also those of batches inside it."""
     moved: dict[str, Any] = {}
     for key, entry in batch.items():
         if torch.is_tensor(entry):
             moved[key] = entry.to("meta")
         elif isinstance(entry, dict):
-            moved[key] = _on_meta(entry)
+            moved[key] = _batch_on_meta(entry)
         else:
             moved[key] = entry
     return moved
 
 
-def plan_blocks(activations: Activations, budget: float) -> tuple[list[ActivationCheckpointing], bool]:
+def choose_recomputation(activations: Activations, budget: float) -> tuple[list[ActivationCheckpointing], bool]:
     """Choose what each block recomputes, so that activations take at most `budget` bytes at the peak.
 
     Returns (the mode of each block, whether the peak fits). As few blocks as possible recompute, and selectively if that is
     enough. Earlier blocks recompute first: what they keep lives longest, until the end of the backward pass.
     """
-    none = ActivationCheckpointing.none
-    selective = ActivationCheckpointing.selective
-    full = ActivationCheckpointing.full
-    modes = [none] * len(activations.none)
-    # First turn one block after the other to selective recomputation, then, if that is not enough, to full.
-    for milder, stronger in ((none, selective), (selective, full)):
-        for index in range(len(modes)):
-            if activations.total(modes) <= budget:
+    modes = [ActivationCheckpointing.none] * activations.num_blocks
+    # First all blocks in turn become selective, then, if that is not enough, all in turn become full.
+    for stronger_mode in (ActivationCheckpointing.selective, ActivationCheckpointing.full):
+        for block_index in range(activations.num_blocks):
+            if activations.peak_bytes(modes) <= budget:
                 return modes, True
-            if modes[index] is milder:
-                modes[index] = stronger
-    return modes, activations.total(modes) <= budget
+            modes[block_index] = stronger_mode
+    return modes, activations.peak_bytes(modes) <= budget

@@ -42,8 +42,8 @@ class CommunicationTotals:
     Compared by identity: totals of two nested contexts may have the same numbers, and ending one must not end the other.
     """
 
-    sizes: Counter[str] = field(default_factory=Counter)
-    """Bytes by collective: the size of the full tensor that is gathered or reduced."""
+    bytes_by_collective: Counter[str] = field(default_factory=Counter)
+    """Of each collective the size of the full tensor that is gathered or reduced."""
     waited_s: float | None = None
     """Seconds in collectives through host memory, which no computation hides; None if there were none."""
 
@@ -53,9 +53,9 @@ _active_totals: list[CommunicationTotals] = []
 
 
 def count_bytes(collective: str, size: int) -> None:
-    """Add `size` bytes of a collective to the totals of every entered context."""
+    """Add `size` bytes of a collective, such as `all_gather`, to the totals of every entered context."""
     for totals in _active_totals:
-        totals.sizes[collective] += size
+        totals.bytes_by_collective[collective] += size
 
 
 def counted_collective(collective: str, full_argument: int) -> Callable[[Any], Any]:

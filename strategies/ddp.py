@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from strategies.activation import apply_to_blocks
+from strategies.activation import apply_checkpointing_and_compile
 from strategies.base import DdpConfig, OptimizerFactory, ParameterSource
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.native import NativeEngine
@@ -55,7 +55,7 @@ class DdpStrategy(SingleStrategy):
         CPU ranks of one host all-reduce their gradient buckets through shared memory instead of the process group.
         """
         load_in_full(step_module, source, self.precision, self.runtime)
-        apply_to_blocks(step_module, self.config)
+        apply_checkpointing_and_compile(step_module, self.config)
         wrapped = DistributedDataParallel(
             step_module,
             device_ids=[self.runtime.device] if self.runtime.device.type == "cuda" else None,

@@ -17,35 +17,35 @@ from torch.distributed.fsdp import fully_shard
 
 from strategies.base import plan_of
 from strategies.compat.modules import own_parameters
-from strategies.expert_counts import ASSUMED_IMBALANCE, AssumedCounts, counts_within
+from strategies.expert_counts import ASSUMED_IMBALANCE, AssumedCounts, expert_counts_of_group
 from strategies.expert_share import ExpertShare
 from strategies.mesh import expert_mesh
 from strategies.runtime import Runtime
 
 
 def distribute_experts(
-    modules: list[nn.Module], device: torch.device, runtime: Runtime, *, replicate: int, expert_ranks: int
+    modules: list[nn.Module], device: torch.device, runtime: Runtime, *, num_replicas: int, expert_ranks: int
 ) -> DeviceMesh:
     """Set up expert parallelism: each of `modules` keeps only this rank's share of its layer's experts. All ranks must call.
 
     `modules` hold the experts of one layer each, on meta. `expert_ranks`: neighbouring ranks over which a layer's experts are
-    distributed. `replicate`: replicas of the model (hsdp). Returns the mesh of the ranks that hold the same experts, over which
-    the shares are then sharded. Each module gets its share as the attribute `expert_share`; its `num_experts` stays that of the
-    layer, which routers and counts need.
+    distributed. `num_replicas`: replicas of the model (hsdp). Returns the mesh of the ranks that hold the same experts, over
+    which the shares are then sharded. Each module gets its share as the attribute `expert_share`; its `num_experts` stays that
+    of the layer, which routers and counts need.
     """
-    group, mesh = expert_mesh(device, runtime, replicate, expert_ranks)
+    group, mesh = expert_mesh(device, runtime, num_replicas, expert_ranks)
     share = ExpertShare(
         expert_ranks,
         runtime.rank % expert_ranks,
         group,
-        counts_within(group, expert_ranks, imbalance=runtime.expert_imbalance if runtime.simulated else None),
+        expert_counts_of_group(group, expert_ranks, imbalance=runtime.expert_imbalance if runtime.simulated else None),
     )
     for module in modules:
-        _keep_share(module, share)
+        _keep_own_experts(module, share)
     return mesh
 
 
-def distribute_experts_on_meta(step_module: nn.Module) -> None:
+def keep_one_rank_of_experts_on_meta(step_module: nn.Module) -> None:
     """Let a step module on meta keep the experts of one rank, to count the memory of a step by shapes. Nothing is exchanged.
 
     The module's plan names the modules and the number of ranks. The rank is assumed to receive `ASSUMED_IMBALANCE` times the mean
@@ -56,10 +56,10 @@ def distribute_experts_on_meta(step_module: nn.Module) -> None:
         return
     share = ExpertShare(plan.expert_ranks, 0, None, AssumedCounts(plan.expert_ranks, ASSUMED_IMBALANCE))
     for name in plan.expert_parallel_modules:
-        _keep_share(step_module.get_submodule(name), share)
+        _keep_own_experts(step_module.get_submodule(name), share)
 
 
-def _keep_share(module: nn.Module, share: ExpertShare) -> None:
+def _keep_own_experts(module: nn.Module, share: ExpertShare) -> None:
     """Cut the parameters of a module of experts, `[experts, ...]`, to the number of experts that one rank of the group holds."""
     parameters = own_parameters(module)
     for name, parameter in parameters.items():

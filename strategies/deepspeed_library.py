@@ -85,18 +85,20 @@ def free_engine_memory(engine: Any) -> None:
             tensor.untyped_storage().resize_(0)
 
 
-def settle_accelerator(runtime: Runtime) -> None:
-    """Let DeepSpeed use the device of `runtime`, which may be a simulated one. To be called before DeepSpeed starts.
+def set_deepspeed_device(runtime: Runtime) -> None:
+    """Let DeepSpeed use the device of `runtime`, which may be a simulated one. Call it before DeepSpeed starts.
 
     DeepSpeed uses `LOCAL_RANK`, the rank within the host, as the number of the GPU. That is wrong if each rank sees only its own
-    GPU, so the variable is set to the number of the GPU.
+    GPU, so this sets the variable to the number of the GPU.
     """
     if runtime.device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(runtime.device.index)
-    if runtime.simulated or "strategies.simulated_deepspeed" in sys.modules:
-        from strategies.simulated_deepspeed import choose_accelerator
+    # The module is loaded if this process has simulated DeepSpeed before: its stand-ins must be taken out for a real run.
+    may_have_stand_ins = "strategies.simulated_deepspeed" in sys.modules
+    if runtime.simulated or may_have_stand_ins:
+        from strategies.simulated_deepspeed import prepare_deepspeed
 
-        choose_accelerator(runtime)
+        prepare_deepspeed(runtime)
 
 
 class _FinishedWork:
@@ -116,17 +118,17 @@ class SharedMemoryBackend:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
 
-    def _goes_through_memory(self, tensor: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> bool:
+    def _uses_shared_memory(self, tensor: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> bool:
         """Whether a collective goes through shared memory: it is of all ranks, large, and its tensor contiguous.
 
         Every rank decides alike.
         """
-        of_all_ranks = group is None or dist.get_world_size(group) == self.memory.size
+        is_of_all_ranks = group is None or dist.get_world_size(group) == self.memory.size
         is_large = tensor.numel() >= _MIN_ELEMENTS
-        return of_all_ranks and is_large and tensor.is_contiguous() and op.name in _AVERAGES
+        return is_of_all_ranks and is_large and tensor.is_contiguous() and op.name in _AVERAGES
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
-        if not self._goes_through_memory(tensor, group, op):
+        if not self._uses_shared_memory(tensor, group, op):
             return self.backend.all_reduce(tensor, op, group=group, async_op=async_op)
         self.memory.all_reduce(tensor, average=_AVERAGES[op.name])
         return _FinishedWork()
@@ -134,7 +136,7 @@ class SharedMemoryBackend:
     def all_gather_into_tensor(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
-        if not self._goes_through_memory(output_tensor, group):
+        if not self._uses_shared_memory(output_tensor, group):
             return self.backend.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
         self.memory.all_gather(output_tensor, input_tensor)
         return _FinishedWork()
@@ -148,7 +150,7 @@ class SharedMemoryBackend:
         async_op: bool = False,
     ) -> Any:
         """Reduce `input_tensor` over the ranks of `group`, and put this rank's part into `output_tensor`. All must call."""
-        if not self._goes_through_memory(input_tensor, group, op):
+        if not self._uses_shared_memory(input_tensor, group, op):
             return self.backend.reduce_scatter_tensor(output_tensor, input_tensor, op, group=group, async_op=async_op)
         self.memory.reduce_scatter(output_tensor, input_tensor, average=_AVERAGES[op.name])
         return _FinishedWork()
@@ -197,8 +199,8 @@ class DeviceClipping:
         self._applied: Tensor | None = None
         zero_optimizer.optimizer.register_step_pre_hook(self._before_step)
 
-    def begin(self, update_filter: UpdateFilter | None) -> None:
-        """Called before each step. `update_filter` may skip its update."""
+    def begin_step(self, update_filter: UpdateFilter | None) -> None:
+        """Set the filter that may skip the update of the coming step. Call it before each step."""
         self._update_filter = update_filter
         self._applied = None
 
@@ -239,8 +241,8 @@ class UpdateGate:
         self._inner_step = zero_optimizer.optimizer.step
         zero_optimizer.optimizer.step = self._step_unless_refused
 
-    def begin(self, update_filter: UpdateFilter | None) -> None:
-        """Called before each step. `update_filter` may skip its update."""
+    def begin_step(self, update_filter: UpdateFilter | None) -> None:
+        """Set the filter that may skip the update of the coming step. Call it before each step."""
         self._update_filter = update_filter
         self.skipped = None
 

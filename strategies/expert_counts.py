@@ -33,7 +33,7 @@ class RowCounts:
 class ExpertCounts(Protocol):
     """The source of a layer's row counts: exchanged between ranks, or assumed in a simulation."""
 
-    def of_layer(self, chosen: Tensor, rows: int) -> RowCounts:
+    def row_counts(self, chosen: Tensor, rows: int) -> RowCounts:
         """The row counts of a layer. All ranks of the group must call.
 
         `chosen`: `[E]`, int64, on the device: how often this rank's router has chosen each of the layer's E experts, in the order
@@ -48,8 +48,8 @@ class AllToAllCounts:
         self.group = group
         self.ranks = dist.get_world_size(group)
 
-    def of_layer(self, chosen: Tensor, rows: int) -> RowCounts:
-        """See `ExpertCounts.of_layer`. An all-to-all of E numbers; then the host waits for the device, to know the sizes."""
+    def row_counts(self, chosen: Tensor, rows: int) -> RowCounts:
+        """See `ExpertCounts.row_counts`. An all-to-all of E numbers; then the host waits for the device, to know the sizes."""
         sent_by_expert = chosen.view(self.ranks, -1)
         received_by_expert = torch.empty_like(sent_by_expert)
         dist.all_to_all_single(received_by_expert, sent_by_expert, group=self.group)
@@ -73,21 +73,21 @@ class AssumedCounts:
     group: Any = None
     """The expert group; None on meta tensors, where no collectives are counted."""
 
-    def of_layer(self, chosen: Tensor, rows: int) -> RowCounts:
-        """See `ExpertCounts.of_layer`. `by_expert` has the right shape, but its values are not used."""
+    def row_counts(self, chosen: Tensor, rows: int) -> RowCounts:
+        """See `ExpertCounts.row_counts`. `by_expert` has the right shape, but its values are not used."""
         by_expert = chosen.view(self.ranks, -1)
         if self.group is not None:
             dist.all_to_all_single(torch.empty_like(by_expert), by_expert, group=self.group)
             by_expert.sum().item()
         arriving = round(rows * min(self.imbalance, self.ranks))
-        return RowCounts(_even(rows, self.ranks), _even(arriving, self.ranks), by_expert)
+        return RowCounts(_split_evenly(rows, self.ranks), _split_evenly(arriving, self.ranks), by_expert)
 
 
-def counts_within(group: Any, ranks: int, *, imbalance: float | None) -> ExpertCounts:
+def expert_counts_of_group(group: Any, ranks: int, *, imbalance: float | None) -> ExpertCounts:
     """The source of row counts for a group of `ranks` ranks. `imbalance`: the one a simulation assumes; None in a real run."""
     return AllToAllCounts(group) if imbalance is None else AssumedCounts(ranks, imbalance, group)
 
 
-def _even(rows: int, ranks: int) -> list[int]:
+def _split_evenly(rows: int, ranks: int) -> list[int]:
     """`rows` divided among `ranks` as evenly as whole numbers can be."""
     return [rows * (rank + 1) // ranks - rows * rank // ranks for rank in range(ranks)]

@@ -26,7 +26,7 @@ class ExpertShare:
     counts: ExpertCounts
     """How many rows the ranks of the group send each other."""
 
-    def whole_shape(self, own_shape: torch.Size) -> torch.Size:
+    def full_shape(self, own_shape: torch.Size) -> torch.Size:
         """The shape of the parameter of all experts, of which this rank holds a part of shape `own_shape`."""
         return torch.Size((own_shape[0] * self.group_size, *own_shape[1:]))
 
@@ -37,7 +37,7 @@ class ExpertShare:
     @torch.no_grad()
     def gather(self, own_part: Tensor) -> Tensor:
         """All-gather the parameter of all experts from the `own_part` of each rank. All ranks of the group must call."""
-        whole = own_part.new_empty(self.whole_shape(own_part.shape))
+        whole = own_part.new_empty(self.full_shape(own_part.shape))
         dist.all_gather(list(whole.chunk(self.group_size)), own_part.contiguous(), group=self.group)
         return whole
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from strategies.activation import apply_to_blocks
+from strategies.activation import apply_checkpointing_and_compile
 from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision, plan_of
 from strategies.compat.fsdp import (
     AllGather,
@@ -36,7 +36,7 @@ from strategies.runtime import Runtime
 from strategies.simulation import real_tensors
 
 
-def dtensor_start(tensor: DTensor) -> int:
+def first_local_element(tensor: DTensor) -> int:
     """Index of this rank's first element in the flattened full tensor; `tensor` is sharded along its first dimension."""
     with real_tensors():
         _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -49,14 +49,14 @@ def dtensor_start(tensor: DTensor) -> int:
 
 def full_shape_and_start(step_module: nn.Module, name: str, tensor: DTensor) -> tuple[torch.Size, int]:
     """(shape of the full parameter, as in files, with all experts; index of this rank's first element in it, flattened)."""
-    start = dtensor_start(tensor)
+    start = first_local_element(tensor)
     share = expert_share_of(step_module, name)
     if share is None:
         return tensor.shape, start
-    return share.whole_shape(tensor.shape), share.first_element(tensor.shape) + start
+    return share.full_shape(tensor.shape), share.first_element(tensor.shape) + start
 
 
-def check_experts(step_module: nn.Module, ranks: int, strategy: str) -> None:
+def refuse_fewer_experts_than_ranks(step_module: nn.Module, ranks: int, strategy: str) -> None:
     """Raise ConfigError if a layer has fewer experts than there are `ranks` to shard them over.
 
     Parameters are sharded along their first dimension, which here is the expert. With more ranks than experts, some ranks would
@@ -178,7 +178,7 @@ class Fsdp2Strategy:
         self.config = config
         self.precision = precision
         self.runtime = runtime
-        self.replicate = replica_count(config, runtime.world_size, runtime.hosts)
+        self.num_replicas = replica_count(config, runtime.world_size, runtime.hosts)
         self.expert_mesh: DeviceMesh | None = None
         """The ranks that hold the same experts, with `parallel.experts`; else None."""
 
@@ -196,7 +196,7 @@ class Fsdp2Strategy:
         """`fully_shard` block by block, then fill in the values, then build the optimizer. All ranks must call."""
         compute = COMPUTE_DTYPE[self.precision]
         set_dtypes(step_module, trainable=torch.float32, frozen=compute)
-        apply_to_blocks(step_module, self.config)
+        apply_checkpointing_and_compile(step_module, self.config)
         group = self._shard(step_module, compute)
         memory = open_host_memory(self.runtime, group)
         if memory is not None:
@@ -237,8 +237,8 @@ class Fsdp2Strategy:
 
         `compute`: the type in which blocks are gathered. Returns the group of ranks that together hold one copy of the model.
         """
-        check_experts(step_module, self.runtime.world_size // self.replicate, self.config.name)
-        mesh = shard_mesh(self.runtime.device, self.runtime, self.replicate)
+        refuse_fewer_experts_than_ranks(step_module, self.runtime.world_size // self.num_replicas, self.config.name)
+        mesh = shard_mesh(self.runtime.device, self.runtime, self.num_replicas)
         offload: OffloadPolicy = OffloadPolicy()
         if self.config.cpu_offload:
             offload = CPUOffloadPolicy(pin_memory=self.runtime.kind == "cuda")
@@ -268,7 +268,7 @@ class Fsdp2Strategy:
             return
         modules = [step_module.get_submodule(name) for name in plan.expert_parallel_modules]
         mesh = distribute_experts(
-            modules, self.runtime.device, self.runtime, replicate=self.replicate, expert_ranks=plan.expert_ranks
+            modules, self.runtime.device, self.runtime, num_replicas=self.num_replicas, expert_ranks=plan.expert_ranks
         )
         reshard = self.config.reshard_after_forward
         for module in modules:

@@ -37,11 +37,11 @@ def activations_by_rule(
 
 
 def state_bytes(
-    step_module: nn.Module, config: StrategyConfig, precision: Precision, *, world_size: int, replicate: int
+    step_module: nn.Module, config: StrategyConfig, precision: Precision, *, world_size: int, num_replicas: int
 ) -> float:
     """Bytes of parameters, gradients and optimizer state on one rank's device, copies in the compute type included.
 
-    `step_module`: not yet sharded. `replicate`: the number of full copies of the model among the ranks (hsdp).
+    `step_module`: not yet sharded. `num_replicas`: the number of full copies of the model among the ranks (hsdp).
     """
     sizes = _sizes(step_module, _compute_bytes(precision))
     if isinstance(config, ZeroConfig):
@@ -50,7 +50,7 @@ def state_bytes(
         if config.cpu_offload:
             return sizes.gathered
         # Weights and gradients that train take four bytes each.
-        shard = (sizes.frozen + sizes.trained * (4 + 4 + sizes.optimizer)) / (world_size // replicate)
+        shard = (sizes.frozen + sizes.trained * (4 + 4 + sizes.optimizer)) / (world_size // num_replicas)
         return sizes.gathered + shard
     total = sizes.frozen + sizes.trained * (4.0 + 4.0 + sizes.optimizer)
     if precision is not Precision.fp32:

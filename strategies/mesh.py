@@ -14,51 +14,56 @@ from strategies.runtime import Runtime
 from strategies.simulation import real_tensors
 
 
-def replicate_degree(requested: int, world_size: int, hosts: int) -> int:
+def checked_replica_count(requested: int, world_size: int, hosts: int) -> int:
     """The number of replicas among `world_size` ranks on `hosts` hosts. 0 requests one replica a host, or 2 on a single host.
 
     Raises ConfigError if it does not divide the number of ranks.
     """
-    degree = requested or (hosts if hosts > 1 else 2)
-    if degree < 1 or world_size % degree:
+    num_replicas = requested or (hosts if hosts > 1 else 2)
+    if num_replicas < 1 or world_size % num_replicas:
         legal = [divisor for divisor in range(1, world_size + 1) if world_size % divisor == 0]
         raise ConfigError(
-            f"strategy.replicate={degree}: must divide the world size {world_size}; legal values: "
+            f"strategy.replicate={num_replicas}: must divide the world size {world_size}; legal values: "
             f"{', '.join(map(str, legal))}"
         )
-    return degree
+    return num_replicas
 
 
 def replica_count(config: StrategyConfig, world_size: int, hosts: int) -> int:
-    """The number of replicas of fsdp2 and hsdp; 1 for any other strategy. Errors: those of `replicate_degree`."""
+    """The number of replicas of the model under fsdp2 and hsdp; 1 under any other strategy.
+
+    Raises ConfigError if `strategy.replicate` does not divide `world_size`.
+    """
     if not isinstance(config, Fsdp2Config):
         return 1
     if config.replicate != 1:
-        return replicate_degree(config.replicate, world_size, hosts)
+        return checked_replica_count(config.replicate, world_size, hosts)
     # Under hsdp 1 is the default of fsdp2, and stands for the choice by hosts.
-    return replicate_degree(0, world_size, hosts) if config.name is StrategyName.hsdp else 1
+    return checked_replica_count(0, world_size, hosts) if config.name is StrategyName.hsdp else 1
 
 
-def shard_mesh(device: torch.device, runtime: Runtime, replicate: int) -> DeviceMesh:
+def shard_mesh(device: torch.device, runtime: Runtime, num_replicas: int) -> DeviceMesh:
     """The device mesh over which FSDP2 shards: dimensions `replicate` and `shard`, or only `shard` for one replica.
 
     The ranks of a row of the mesh hold one replica of the model together; those of a column hold the same shard. Groups have
-    the run's timeout, where torch's own would have half an hour. Each rank makes only its own two groups, where torch would
-    make all groups on every rank. All ranks must call.
+    the run's timeout; the timeout of groups that torch makes is half an hour. Each rank creates only its own two groups; torch
+    would create all groups on every rank. All ranks must call.
     """
-    if replicate == 1:
-        assert dist.group.WORLD is not None
-        with real_tensors():
-            return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
+    # Values of the mesh's tensor are read, and a simulation, in which tensors have no values, may be active.
     with real_tensors():
-        ranks = torch.arange(runtime.world_size).view(replicate, -1)
+        if num_replicas == 1:
+            assert dist.group.WORLD is not None
+            return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
+        ranks = torch.arange(runtime.world_size).view(num_replicas, -1)
         row, column = divmod(runtime.rank, ranks.shape[1])
-        groups = [_own_group(members, device, runtime) for members in (ranks[:, column], ranks[row])]
+        replicate_group = _own_group(ranks[:, column], device, runtime)
+        shard_group = _own_group(ranks[row], device, runtime)
+        groups = [replicate_group, shard_group]  # in the order of the dimensions' names
         return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def expert_mesh(
-    device: torch.device, runtime: Runtime, replicate: int, expert_ranks: int
+    device: torch.device, runtime: Runtime, num_replicas: int, expert_ranks: int
 ) -> tuple[dist.ProcessGroup, DeviceMesh]:
     """The process groups of expert parallelism (`parallel.experts`) that this rank belongs to. All ranks must call.
 
@@ -67,14 +72,14 @@ def expert_mesh(
     same experts; those of one replica shard them. Returns (this rank's expert group, the mesh of ranks with the same experts,
     whose dimensions are those of `shard_mesh`).
     """
-    with real_tensors():
+    with real_tensors():  # as in `shard_mesh`
         # Axes: replica, expert group within the replica, index within the group.
-        ranks = torch.arange(runtime.world_size).view(replicate, -1, expert_ranks)
+        ranks = torch.arange(runtime.world_size).view(num_replicas, -1, expert_ranks)
         own_position = torch.unravel_index(torch.tensor(runtime.rank), ranks.shape)
         replica, group, group_rank = (int(index) for index in own_position)
         expert_group = _own_group(ranks[replica, group], device, runtime)
         shard_group = _own_group(ranks[replica, :, group_rank], device, runtime)
-        if replicate == 1:
+        if num_replicas == 1:
             return expert_group, DeviceMesh.from_group(shard_group, device.type, mesh_dim_names=("shard",))
         replicate_group = _own_group(ranks[:, group, group_rank], device, runtime)
         mesh = DeviceMesh.from_group(

@@ -110,7 +110,7 @@ def element_counts(step_module: nn.Module) -> dict[str, int]:
         if isinstance(owner, PackedModule) and key in owner.packed_elements:
             counts[name] = owner.packed_elements[key]
         elif share := getattr(owner, "expert_share", None):  # experts that are dealt: of all ranks together
-            counts[name] = share.whole_shape(parameter.shape).numel()
+            counts[name] = share.full_shape(parameter.shape).numel()
         else:
             # ZeRO-3 leaves an empty tensor in the place of a parameter, and its full size in `ds_numel`.
             counts[name] = getattr(parameter, "ds_numel", parameter.numel())

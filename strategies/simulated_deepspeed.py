@@ -141,16 +141,18 @@ class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
             AllGatherCoalescedHandle.data_buffer.append([part])
 
 
-def choose_accelerator(runtime: Runtime) -> None:
-    """Prepare DeepSpeed for a simulated or a real run: set its accelerator, and put in or take out our stand-ins.
+def prepare_deepspeed(runtime: Runtime) -> None:
+    """Prepare DeepSpeed, as it is in this process, for a run under `runtime`, simulated or real. Changes DeepSpeed's modules.
 
-    In a simulation it also forgets the process groups of an earlier one.
+    - Stage 3 gets our stand-ins in a simulation, and DeepSpeed's own functions back in a real run.
+    - The accelerator becomes that of the runtime's device.
+    - In a simulation, DeepSpeed also forgets its backend and process groups, which an earlier simulation has left.
     """
     if runtime.simulated:
         replace_in_stage3(
-            reduce_scatter=reduce_scatter_shapes,
-            gathered_handle=GatheredTogether,
-            compare_integers=lambda _integers: None,
+            reduce_scatter=reduce_scatter_shapes,  # no views of every rank's part
+            gathered_handle=GatheredTogether,  # no copies of every rank's part
+            compare_integers=lambda _integers: None,  # no other rank has integers to compare with
         )
     else:
         replace_in_stage3(
@@ -158,14 +160,18 @@ def choose_accelerator(runtime: Runtime) -> None:
             gathered_handle=AllGatherCoalescedHandle,
             compare_integers=assert_ints_same_as_other_ranks,
         )
-    if runtime.device == SIMULATED:
-        accelerator: type = SimulatedAccelerator
-    elif runtime.device.type == "cuda":
-        accelerator = CUDA_Accelerator
-    else:
-        accelerator = CPU_Accelerator
-    if type(get_accelerator()) is not accelerator:
-        set_accelerator(accelerator())
+    accelerator_class = _accelerator_class(runtime.device)
+    if type(get_accelerator()) is not accelerator_class:
+        set_accelerator(accelerator_class())
     if runtime.simulated:
         forget_backend()
-        forget_groups(living=True)
+        forget_groups(also_existing=True)
+
+
+def _accelerator_class(device: torch.device) -> type:
+    """The class of DeepSpeed's accelerator for a device. A simulation of a CPU runs on the CPU itself, not on `SIMULATED`."""
+    if device == SIMULATED:
+        return SimulatedAccelerator
+    if device.type == "cuda":
+        return CUDA_Accelerator
+    return CPU_Accelerator

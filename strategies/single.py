@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from strategies.activation import apply_to_blocks
+from strategies.activation import apply_checkpointing_and_compile
 from strategies.base import OptimizerFactory, ParameterSource, Precision, StrategyConfig
 from strategies.native import NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, fill_in_full, materialize, meta_context, set_dtypes
@@ -35,7 +35,7 @@ class SingleStrategy:
     ) -> NativeEngine:
         """Load everything onto the device, then build the optimizer."""
         load_in_full(step_module, source, self.precision, self.runtime)
-        apply_to_blocks(step_module, self.config)
+        apply_checkpointing_and_compile(step_module, self.config)
         return NativeEngine(
             step_module,
             step_module,

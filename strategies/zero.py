@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strategies.activation import apply_to_blocks
+from strategies.activation import apply_checkpointing_and_compile
 from strategies.base import (
     FullParameters,
     OptimizerFactory,
@@ -32,7 +32,7 @@ from strategies.deepspeed_library import (
     global_norm,
     import_deepspeed,
     route_collectives_through,
-    settle_accelerator,
+    set_deepspeed_device,
 )
 from strategies.ema import WeightAverage
 from strategies.errors import ConfigError
@@ -112,13 +112,13 @@ class ZeroEngine:
         for group, base_lr in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base_lr * lr_factor
         if self.device_clipping is not None:
-            self.device_clipping.begin(update_filter)
+            self.device_clipping.begin_step(update_filter)
             self.engine.step()
             applied = self.device_clipping.applied()
             self._updates += applied
             return StepResult(grad_norm=self.device_clipping.norm(), skipped=(~applied).float())
 
-        self.update_gate.begin(update_filter)
+        self.update_gate.begin_step(update_filter)
         self.engine.step()
         skipped = bool(self.engine.optimizer.overflow) or bool(self.update_gate.skipped)
         self._updates += not skipped
@@ -328,12 +328,12 @@ class ZeroStrategy:
     ) -> ZeroEngine:
         """Load (partitioned for stage 3), build the optimizer, hand both to DeepSpeed. All ranks must call."""
         deepspeed = import_deepspeed(on_cpu=self.on_cpu or self.runtime.simulated)
-        settle_accelerator(self.runtime)
+        set_deepspeed_device(self.runtime)
         forget_groups()
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         compute = COMPUTE_DTYPE[self.precision]
         set_dtypes(step_module, trainable=compute, frozen=compute)
-        apply_to_blocks(step_module, self.config)
+        apply_checkpointing_and_compile(step_module, self.config)
         trained = sum(parameter.numel() for _, parameter in trainable_parameters(step_module))
         settings_for = partial(
             deepspeed_config,

@@ -25,7 +25,7 @@ def silence_memory_reports() -> None:
 
 
 def leave_shared_memory_op_out() -> None:
-    """Let DeepSpeed not compile its op for exchange on a CPU, which needs a C++ compiler; no setting says so."""
+    """Let DeepSpeed not compile its op for collectives on a CPU, which needs a C++ compiler; no setting says so."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -73,16 +73,16 @@ def replace_in_stage3(
 # -- process groups that it remembers ----------------------------------------------------------------------------------
 
 
-def forget_groups(*, living: bool = False) -> None:
+def forget_groups(*, also_existing: bool = False) -> None:
     """Drop DeepSpeed's references to process groups of an earlier run of this process, which were destroyed.
 
-    With `living`, also those to groups that still exist. DeepSpeed's own `destroy_process_group` calls
+    With `also_existing`, also those to groups that were not destroyed. DeepSpeed's own `destroy_process_group` calls
     `groups._release_process_group_references` for it; a run that destroys its groups through torch does not.
     """
     from deepspeed.utils import groups
 
     remembered = groups._WORLD_GROUP
-    if living or (remembered is not None and remembered not in living_groups()):
+    if also_existing or (remembered is not None and remembered not in living_groups()):
         groups._release_process_group_references()
 
 

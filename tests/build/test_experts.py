@@ -12,7 +12,7 @@ from launch.cluster.submission import refuse_unshared_model
 from launch.evaluate.arguments import _set_evaluation_defaults
 from launch.evaluate.reward_trial import _settled as settled_trial
 from strategies.base import Precision
-from strategies.dealt_experts import distribute_experts_on_meta
+from strategies.dealt_experts import keep_one_rank_of_experts_on_meta
 from strategies.errors import ConfigError
 from strategies.expert_share import expert_share_of
 from strategies.parameters import meta_context, named_parameters
@@ -208,13 +208,13 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     assert f"its {built.config.num_experts_per_tok} experts and back: about {of_token:.1f} kB to and from" in sends
     state[4] = model_state(built, config.strategy, Precision.bf16, ranks)
     modules = expert_modules(step)
-    of_layer = sum(parameter.numel() for parameter in next(iter(modules.values())).parameters())
-    assert state[1] - state[4] == 2 * 2 * of_layer * 3 / 4
+    row_counts = sum(parameter.numel() for parameter in next(iter(modules.values())).parameters())
+    assert state[1] - state[4] == 2 * 2 * row_counts * 3 / 4
 
     work = workload(config, data)
     activations = counted_activations(built, work, config.strategy.activation_checkpointing, Precision.bf16)
     trained = sum(parameter.numel() for parameter in step.parameters())
-    of_rank = trained - len(modules) * of_layer * 3 / 4
+    of_rank = trained - len(modules) * row_counts * 3 / 4
     built.activations = activations
     need = state[4] + activations_of(built, work, config.strategy, Precision.bf16) + 4 * (of_rank - trained / 8)
     for slack in (1.01, 0.99):
@@ -250,7 +250,7 @@ def test_arithmetic_of_a_token_does_not_depend_on_how_experts_are_dealt(root, qu
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
     flops = model_flops_per_token(built, 10.0, 0.5)
     plan_expert_parallelism(built, config, Runtime(3, 8, 3, 8, torch.device("cpu"), None))
-    distribute_experts_on_meta(built.step_module)
+    keep_one_rank_of_experts_on_meta(built.step_module)
     assert model_flops_per_token(built, 10.0, 0.5) == flops
 
 

@@ -8,7 +8,7 @@ import torch
 
 from strategies import activation_plan, runtime
 from strategies.activation import is_kept
-from strategies.activation_plan import Activations, plan_blocks
+from strategies.activation_plan import Activations, choose_recomputation
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context
@@ -95,13 +95,13 @@ def test_every_attention_kernel_is_kept_by_selective_checkpointing():
 
 def test_the_least_that_fits_is_chosen():
     found = Activations(none=[100.0] * 3, selective=[40.0] * 3, full=[10.0] * 3, outside=50.0, transient=5.0)
-    assert plan_blocks(found, 355.0) == ([NONE] * 3, True)
+    assert choose_recomputation(found, 355.0) == ([NONE] * 3, True)
     # A recomputed block stands there whole once more: the first step down saves nothing here, the second does.
-    assert plan_blocks(found, 354.0) == ([SELECTIVE, SELECTIVE, NONE], True)
-    assert plan_blocks(found, 275.0) == ([SELECTIVE] * 3, True)
-    assert plan_blocks(found, 245.0) == ([FULL, SELECTIVE, SELECTIVE], True)
-    assert plan_blocks(found, 185.0) == ([FULL] * 3, True)
-    assert plan_blocks(found, 184.0) == ([FULL] * 3, False)
+    assert choose_recomputation(found, 354.0) == ([SELECTIVE, SELECTIVE, NONE], True)
+    assert choose_recomputation(found, 275.0) == ([SELECTIVE] * 3, True)
+    assert choose_recomputation(found, 245.0) == ([FULL, SELECTIVE, SELECTIVE], True)
+    assert choose_recomputation(found, 185.0) == ([FULL] * 3, True)
+    assert choose_recomputation(found, 184.0) == ([FULL] * 3, False)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -113,7 +113,7 @@ def test_recomputation_plan_leaves_losses_and_norms_as_they_are(tmp_path, here, 
     plans = [[NONE, NONE], [SELECTIVE, NONE], [FULL, SELECTIVE]]
     auto = replace(config, strategy=SingleConfig(activation_checkpointing=ActivationCheckpointing.auto, memory_gib=1.0))
     for plan in plans:
-        monkeypatch.setattr("trainer.build.recomputation.plan_blocks", lambda *_, plan=plan: (plan, True))
+        monkeypatch.setattr("trainer.build.recomputation.choose_recomputation", lambda *_, plan=plan: (plan, True))
         trainer = trainer_for(auto, data, here)
         blocks = trainer.engine.step_module.shard_units()
         assert [block.gradient_checkpointing for block in blocks] == [mode is not NONE for mode in plan]
@@ -145,7 +145,7 @@ def test_a_plan_by_block_keeps_inputs_on_the_host(tmp_path, here, monkeypatch):
     plain = take_steps(trainer_for(config, data, here), 3)
     auto = SingleConfig(activation_checkpointing=ActivationCheckpointing.auto, memory_gib=1.0, offload_activations=True)
     for plan, kept in (([NONE, FULL], 1), ([SELECTIVE, FULL], 2), ([NONE, NONE], None)):
-        monkeypatch.setattr("trainer.build.recomputation.plan_blocks", lambda *_, plan=plan: (plan, True))
+        monkeypatch.setattr("trainer.build.recomputation.choose_recomputation", lambda *_, plan=plan: (plan, True))
         trainer = trainer_for(replace(config, strategy=auto), data, here)
         for (loss, norm), (right_loss, right_norm) in zip(take_steps(trainer, 3), plain, strict=True):
             assert loss == pytest.approx(right_loss, rel=1e-6) and norm == pytest.approx(right_norm, rel=1e-6)

@@ -20,7 +20,7 @@ class Flooded:
     def __init__(self, received: int) -> None:
         self.received = received
 
-    def of_layer(self, chosen, rows):
+    def row_counts(self, chosen, rows):
         by_expert = torch.zeros(2, len(chosen) // 2, dtype=torch.int64)
         by_expert[1, 0] = self.received
         return RowCounts([0, rows], [0, self.received], by_expert)

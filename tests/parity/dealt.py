@@ -208,9 +208,9 @@ def _weighted_by_the_receiver() -> Any:
 
 def _counts_over_ranks() -> Any:
     """Each rank takes the counts of all ranks together for those of every one of them."""
-    right = expert_counts.AllToAllCounts.of_layer
+    right = expert_counts.AllToAllCounts.row_counts
 
-    def of_layer(self: Any, chosen: Any, rows: int) -> Any:
+    def row_counts(self: Any, chosen: Any, rows: int) -> Any:
         counts = right(self, chosen, rows)
         by_expert = counts.by_expert.sum(dim=0, keepdim=True).expand_as(counts.by_expert)
         # As many rows in all, so that nothing but the result can tell.
@@ -220,7 +220,7 @@ def _counts_over_ranks() -> Any:
         mistaken[0] = torch.bincount(ids, minlength=by_expert.shape[1])
         return replace(counts, by_expert=mistaken)
 
-    return mock.patch.object(expert_counts.AllToAllCounts, "of_layer", of_layer)
+    return mock.patch.object(expert_counts.AllToAllCounts, "row_counts", row_counts)
 
 
 FAULTS: dict[str, Any] = {
@@ -369,14 +369,14 @@ def crowded(job: Job, ranks: int) -> dict[str, Any]:
     config, data = run_of(job, Case(architecture="gpt_oss", experts=ranks))
     config.model = ModelConfig(path=str(job.first_here(made)))
     received: list[int] = []
-    right = expert_counts.AllToAllCounts.of_layer
+    right = expert_counts.AllToAllCounts.row_counts
 
-    def of_layer(self: Any, chosen: Any, rows: int) -> Any:
+    def row_counts(self: Any, chosen: Any, rows: int) -> Any:
         counts = right(self, chosen, rows)
         received.append(sum(counts.received))
         return counts
 
-    with mock.patch.object(expert_counts.AllToAllCounts, "of_layer", of_layer):
+    with mock.patch.object(expert_counts.AllToAllCounts, "row_counts", row_counts):
         found = curve(trainer_for(config, data, job.runtime), job.runtime.world_size)
     lone = replace(config, parallel=ParallelConfig())
     expected = job.oracle("crowded", lambda: curve(job.lone_trainer(lone, data), 1), elsewhere=[])
@@ -423,7 +423,7 @@ def gathered_bytes(job: Job, feature: str) -> dict[str, int]:
         trainer.train_step(batch)  # what is left gathered at the end of a step is so from here on
         with count_communication() as totals:
             trainer.train_step(batch)
-        sizes[str(ranks)] = totals.sizes[ALL_GATHER]
+        sizes[str(ranks)] = totals.bytes_by_collective[ALL_GATHER]
         record = sharding_record(trainer.engine, job.runtime)
         assert sum(record["held_per_rank"]) == record["parameters"], ranks
         sizes[f"parameters {ranks}"] = record["parameters"]

@@ -346,7 +346,7 @@ def exchanged_bytes(job: Job, degree: int) -> dict[str, int]:
             expected += 2 * 2 * tensor * 4 * model.num_hidden_layers
     with count_communication() as totals:
         trainer.train_step(batch)
-    return {"counted": totals.sizes[ALL_TO_ALL], "expected": expected}
+    return {"counted": totals.bytes_by_collective[ALL_TO_ALL], "expected": expected}
 
 
 def attention(job: Job, heads: int, key_value_heads: int, degree: int, kind: str) -> list[float]:

@@ -40,7 +40,7 @@ def test_as_much_is_exchanged_as_is_expected_and_counted(tmp_path, strategy, tun
     assert dict(done) == pytest.approx(expected, rel=0.05)
     steps = 2
     small = steps * sum(each.bytes for each in step.collectives if each.bytes <= 1024) + 4096
-    assert all(steps * done[name] <= counted.sizes[name] <= steps * done[name] + small for name in done)
+    assert all(steps * done[name] <= counted.bytes_by_collective[name] <= steps * done[name] + small for name in done)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ RANKS = 4
 @pytest.mark.parametrize("sizes", [[64], [13], [64, 32], [13, 3, 40], [1, 8]], ids=str)
 def test_gradients_are_dealt_out_as_by_deepspeed(sizes, rank):
     """Whole buffers, with padding where ranks get less than their part, and the part of this rank."""
-    from strategies.deepspeed_library import import_deepspeed, settle_accelerator
+    from strategies.deepspeed_library import import_deepspeed, set_deepspeed_device
     from trainer.planner.step_recorder import Recorder
 
     with simulated_rank(rank, RANKS) as runtime:
         import_deepspeed(on_cpu=True).init_distributed(auto_mpi_discovery=False, verbose=False)
-        settle_accelerator(runtime)
+        set_deepspeed_device(runtime)
         import deepspeed.comm
         from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
 
@@ -47,15 +47,15 @@ def test_gradients_are_dealt_out_as_by_deepspeed(sizes, rank):
 
 def test_simulation_leaves_a_run_on_a_gpu_its_own_device(monkeypatch):
     """DeepSpeed takes `LOCAL_RANK` for the number of the GPU: of one that a rank sees alone, as under SLURM, it is 0."""
-    from strategies.deepspeed_library import settle_accelerator
+    from strategies.deepspeed_library import set_deepspeed_device
 
     with simulated_rank(0, RANKS) as simulated:
-        settle_accelerator(simulated)
+        set_deepspeed_device(simulated)
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setenv("LOCAL_RANK", "3")
-    settle_accelerator(Runtime(3, 4, 3, 4, torch.device("cuda", 0), None))
+    set_deepspeed_device(Runtime(3, 4, 3, 4, torch.device("cuda", 0), None))
     assert (os.environ["LOCAL_RANK"], get_accelerator().device_name(0)) == ("0", "cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    settle_accelerator(Runtime(3, 4, 3, 4, torch.device("cpu"), None))
+    set_deepspeed_device(Runtime(3, 4, 3, 4, torch.device("cpu"), None))
     assert (os.environ["LOCAL_RANK"], get_accelerator().device_name()) == ("3", "cpu")

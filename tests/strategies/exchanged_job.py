@@ -91,7 +91,7 @@ def counts(case: Case, directory: Path, runtime: Runtime) -> dict:
     engine.close()
     return {
         "methods": dict(by_methods),
-        "exchanged": dict(exchanged.sizes),
+        "exchanged": dict(exchanged.bytes_by_collective),
         "gradients": gradients,
         "waited": exchanged.waited_s is not None,
     }

@@ -9,7 +9,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from strategies.activation import _checkpoint_arguments, apply_to_blocks
+from strategies.activation import _checkpoint_arguments, apply_checkpointing_and_compile
 from strategies.base import ActivationCheckpointing, SingleConfig
 from tests.helpers.models import tiny_model_dir
 from trainer.objectives.sft import Sft
@@ -24,7 +24,7 @@ def test_recomputation_calls_nothing_that_transformers_has_deprecated(mode, tmp_
     assert blocks and not any(block.gradient_checkpointing for block in blocks)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        apply_to_blocks(step, SingleConfig(activation_checkpointing=mode))
+        apply_checkpointing_and_compile(step, SingleConfig(activation_checkpointing=mode))
     assert all(block.gradient_checkpointing for block in blocks)
     kept = {"context_fn" in block._gradient_checkpointing_func.keywords for block in blocks}
     assert kept == {mode is ActivationCheckpointing.selective}

@@ -55,7 +55,7 @@ def test_exchange_counters_within_each_other_count_separately(group_of_one):
         with count_communication() as inner:
             group_of_one()
     group_of_one()
-    assert (outer.sizes, inner.sizes) == ({ALL_REDUCE: 24}, {ALL_REDUCE: 12})
+    assert (outer.bytes_by_collective, inner.bytes_by_collective) == ({ALL_REDUCE: 24}, {ALL_REDUCE: 12})
 
 
 def test_exchange_counters_with_equal_numbers_are_not_mistaken_for_each_other(group_of_one):
@@ -63,7 +63,7 @@ def test_exchange_counters_with_equal_numbers_are_not_mistaken_for_each_other(gr
         with count_communication() as inner:
             pass
         group_of_one()
-    assert (outer.sizes, inner.sizes) == ({ALL_REDUCE: 12}, {})
+    assert (outer.bytes_by_collective, inner.bytes_by_collective) == ({ALL_REDUCE: 12}, {})
 
 
 def test_a_step_that_raises_leaves_no_kernel_behind(group_of_one):
@@ -73,7 +73,7 @@ def test_a_step_that_raises_leaves_no_kernel_behind(group_of_one):
     assert not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Autograd")
     with count_communication() as later:
         group_of_one()
-    assert (broken_off.sizes, later.sizes) == ({ALL_REDUCE: 12}, {ALL_REDUCE: 12})
+    assert (broken_off.bytes_by_collective, later.bytes_by_collective) == ({ALL_REDUCE: 12}, {ALL_REDUCE: 12})
 
 
 @pytest.fixture

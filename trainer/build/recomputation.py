@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from strategies import runtime as processes
-from strategies.activation_plan import Activations, count_activations, plan_blocks
+from strategies.activation_plan import Activations, choose_recomputation, count_activations
 from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
 from strategies.errors import ConfigError
 from strategies.memory import activations_by_rule, state_bytes
@@ -113,7 +113,7 @@ def counted_activations(
         activations = measured_activations(built, work, precision)
     except ConfigError:
         return None
-    return activations.total([mode] * len(activations.none))
+    return activations.peak_bytes([mode] * activations.num_blocks)
 
 
 def activations_of(built: Built, work: Workload, strategy: StrategyConfig, precision: Precision) -> float:
@@ -142,10 +142,10 @@ def plan_checkpointing(
         activations = activations.with_inputs_on_host()
     state_size = model_state(built, strategy, precision, runtime)
     budget = strategy.memory_gib or device_gib(runtime) * USABLE_SHARE
-    modes, fits = plan_blocks(activations, budget * 2**30 - state_size)
+    modes, fits = choose_recomputation(activations, budget * 2**30 - state_size)
     modes = processes.broadcast_object(modes, runtime)
     built.step_module.plan.recomputation = modes
-    built.activations = activations.total(modes)
+    built.activations = activations.peak_bytes(modes)
     counts = {mode: modes.count(mode) for mode in ActivationCheckpointing}
     parts = [f"{mode} in {count} of {len(modes)} blocks" for mode, count in counts.items() if count]
     peak_gib = (state_size + built.activations) / 2**30
@@ -162,7 +162,7 @@ def model_state(built: Built, strategy: StrategyConfig, precision: Precision, ru
         strategy,
         precision,
         world_size=runtime.world_size,
-        replicate=replica_count(strategy, runtime.world_size, runtime.hosts),
+        num_replicas=replica_count(strategy, runtime.world_size, runtime.hosts),
     )
 
 

@@ -53,7 +53,7 @@ def exchanged_experts(
     row_experts, order = torch.sort(expert_indices.reshape(-1), stable=True)
     all_experts = torch.arange(module.num_experts, device=row_experts.device)
     ends = torch.searchsorted(row_experts, all_experts, right=True)
-    counts = share.counts.of_layer(ends.diff(prepend=ends.new_zeros(1)), len(row_experts))
+    counts = share.counts.row_counts(ends.diff(prepend=ends.new_zeros(1)), len(row_experts))
 
     order = order[: sum(counts.sent)]
     arrived = send_rows(hidden[order // experts_per_token], counts.sent, counts.received, share)

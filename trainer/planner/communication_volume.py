@@ -130,7 +130,7 @@ def _full_elements(module: Any) -> dict[int, int]:
     elements = {}
     for name, parameter in named_parameters(module):
         share = expert_share_of(module, name)
-        elements[id(parameter)] = parameter.numel() if share is None else share.whole_shape(parameter.shape).numel()
+        elements[id(parameter)] = parameter.numel() if share is None else share.full_shape(parameter.shape).numel()
     return elements
 
 

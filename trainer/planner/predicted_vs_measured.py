@@ -103,7 +103,7 @@ def measured(meter: Meter, device: torch.device, checkpoint: SavedCheckpoint | N
         step_s=meter.step_s(),
     )
     if meter.communication_totals is not None:
-        cost.exchanged_bytes = dict(meter.communication_totals.sizes)
+        cost.exchanged_bytes = dict(meter.communication_totals.bytes_by_collective)
         cost.exposed_s = meter.communication_totals.waited_s
     if meter.start_s is not None:
         cost.start_s = meter.start_s

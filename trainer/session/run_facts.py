@@ -254,7 +254,7 @@ def model_flops_per_token(built: Built, mean_length: float, answer_share: float)
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the full shape beside an empty parameter
         share = expert_share_of(built.step_module, name)
         if share is not None:  # this rank has some of the experts only: count all of them
-            shape = share.whole_shape(shape)
+            shape = share.full_shape(shape)
         if base_name in built.quantised:
             shape = built.quantised[base_name]
         is_lookup = base_name in built.vocabulary and not _is_head(built, name)

@@ -446,7 +446,7 @@ class Form:
 
     blocks, accumulation, update_bytes, host_bytes = 4, 2, 0.0, 0
     token_all_to_alls = ()
-    exchanged = {  # noqa: RUF012 - never changed
+    collective_totals = {  # noqa: RUF012 - never changed
         ("allgather_base", 8, 1, "bfloat16", "each"): (4, 8_000_000_000),
         ("allgather_base", 8, 1, "bfloat16", "last"): (4, 8_000_000_000),
         ("allreduce", 8, 1, "float32", "update"): (1, 8),
