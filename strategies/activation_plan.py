@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from strategies.activation import is_kept_op
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.compat.dispatch import GROUPED_PRODUCT, TorchDispatchMode, storage_key
-from strategies.dealt_experts import keep_one_rank_of_experts_on_meta
+from strategies.expert_parallelism import keep_one_rank_of_experts_on_meta
 from strategies.parameters import COMPUTE_DTYPE, set_dtypes
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from strategies.expert_counts import ExpertCounts
-from strategies.parameters import BESIDE, PREFIX
+from strategies.parameters import FROZEN_MODEL_PREFIXES, MODEL_PREFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def expert_share_of(step_module: nn.Module, name: str) -> ExpertShare | None:
     `name`: as in checkpoints, without the wrapper's prefix.
     """
     module_name = name.rpartition(".")[0]
-    if not name.startswith(BESIDE):  # names of frozen models are those within the step module
-        module_name = (PREFIX + module_name).removesuffix(".")
+    if not name.startswith(FROZEN_MODEL_PREFIXES):  # names of frozen models are those within the step module
+        module_name = (MODEL_PREFIX + module_name).removesuffix(".")
     share: ExpertShare | None = getattr(step_module.get_submodule(module_name), "expert_share", None)
     return share

@@ -24,13 +24,13 @@ from strategies.compat.fsdp import (
     gather_on,
 )
 from strategies.compat.modules import replace_buffers
-from strategies.dealt_experts import distribute_experts, shard_experts
 from strategies.errors import ConfigError
+from strategies.expert_parallelism import distribute_experts, shard_experts
 from strategies.expert_share import expert_share_of
 from strategies.full_params import FsdpFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.mesh import replica_count, shard_mesh
-from strategies.native import NativeEngine
+from strategies.native import LocalRange, NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_dtypes
 from strategies.runtime import Runtime
 from strategies.simulation import real_tensors
@@ -128,15 +128,15 @@ class Fsdp2Engine(NativeEngine):
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         # Since the last gather, a hook may have resharded the model on rank 0 only (`state_dict` does so). Reshard it on all
         # ranks, so that all of them take part in the same all-gathers.
-        self._weights_changed()
+        self._after_weight_change()
         yield from super().gather(trainable_only=trainable_only)
 
-    def _weights_changed(self) -> None:
+    def _after_weight_change(self) -> None:
         for module in self.wrapped.modules():  # type: ignore[attr-defined]
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _local(self, tensor: Tensor) -> Tensor:
+    def _local_part(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def _reduce_norm(self, squared: Tensor) -> Tensor:
@@ -147,13 +147,13 @@ class Fsdp2Engine(NativeEngine):
     def _mesh(self) -> Any:
         return self.trainable[0][1].device_mesh  # type: ignore[attr-defined]
 
-    def _local_range(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, int, int]:
+    def _local_range(self, name: str, parameter: nn.Parameter) -> LocalRange:
         assert isinstance(parameter, DTensor)
         local = parameter.to_local()
         # An empty shard may have strides that no view can flatten.
         flat = local.reshape(-1) if local.numel() == 0 else local.view(-1)
         full_shape, start = full_shape_and_start(self.step_module, name, parameter)
-        return flat, start, full_shape.numel()
+        return LocalRange(flat, start, full_shape.numel())
 
     def _writes_checkpoint(self) -> bool:
         mesh = self._mesh
@@ -194,10 +194,10 @@ class Fsdp2Strategy:
         max_grad_norm: float,
     ) -> Fsdp2Engine:
         """`fully_shard` block by block, then fill in the values, then build the optimizer. All ranks must call."""
-        compute = COMPUTE_DTYPE[self.precision]
-        set_dtypes(step_module, trainable=torch.float32, frozen=compute)
+        compute_dtype = COMPUTE_DTYPE[self.precision]
+        set_dtypes(step_module, trainable=torch.float32, frozen=compute_dtype)
         apply_checkpointing_and_compile(step_module, self.config)
-        group = self._shard(step_module, compute)
+        group = self._shard(step_module, compute_dtype)
         memory = open_host_memory(self.runtime, group)
         if memory is not None:
             self._use_shared_memory(memory, step_module)
@@ -226,16 +226,17 @@ class Fsdp2Strategy:
         engine.host_memory = memory
         engine.full_parameters = FsdpFullParameters(
             step_module,
-            compute,
+            compute_dtype,
             reshard_after_forward=self.config.reshard_after_forward,
             forward_is_collective=plan_of(step_module).expert_ranks > 1,
         )
         return engine
 
-    def _shard(self, step_module: nn.Module, compute: torch.dtype) -> dist.ProcessGroup:
+    def _shard(self, step_module: nn.Module, compute_dtype: torch.dtype) -> dist.ProcessGroup:
         """Let FSDP2 shard the experts, each block, and the root with what is left (embeddings, norm, head).
 
-        `compute`: the type in which blocks are gathered. Returns the group of ranks that together hold one copy of the model.
+        `compute_dtype`: the type in which blocks are gathered. Returns the group of ranks that together hold one copy of the
+        model.
         """
         refuse_fewer_experts_than_ranks(step_module, self.runtime.world_size // self.num_replicas, self.config.name)
         mesh = shard_mesh(self.runtime.device, self.runtime, self.num_replicas)
@@ -245,7 +246,9 @@ class Fsdp2Strategy:
         if self.precision is Precision.fp32:
             policy = MixedPrecisionPolicy()
         else:
-            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            policy = MixedPrecisionPolicy(
+                param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
         settings: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload}
         self._shard_experts(step_module, settings)
         settings["mesh"] = mesh
@@ -295,7 +298,7 @@ class Fsdp2Strategy:
     @torch.no_grad()
     def _fill(self, step_module: nn.Module, source: ParameterSource) -> None:
         """Read this rank's shard of every parameter from `source`, and nothing else."""
-        for name, parameter in named_parameters(step_module, teacher=True):
+        for name, parameter in named_parameters(step_module, include_frozen_models=True):
             assert isinstance(parameter, DTensor)
             local = parameter.to_local()
             if local.numel():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from strategies.base import FullParameters
-from strategies.parameters import BESIDE, named_parameters
+from strategies.parameters import FROZEN_MODEL_PREFIXES, named_parameters
 
 
 class FsdpFullParameters(FullParameters):
@@ -56,7 +56,7 @@ class FsdpFullParameters(FullParameters):
         # Not those of a teacher or of reward models: only the trained model writes answers.
         student_parts: list[FSDPModule] = []
         for name, module in self.wrapped.named_modules():
-            if isinstance(module, FSDPModule) and not name.startswith(BESIDE):
+            if isinstance(module, FSDPModule) and not name.startswith(FROZEN_MODEL_PREFIXES):
                 student_parts.append(module)
         root: Any = self.wrapped
         try:

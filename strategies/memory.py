@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, ZeroConfig, plan_of
-from strategies.parameters import COMPUTE_DTYPE, REWARD_MODELS, named_parameters
+from strategies.parameters import COMPUTE_DTYPE, REWARD_MODELS_PREFIX, named_parameters
 
 ACTIVATIONS_PER_WIDTH = 18
 """Values that a block keeps for each token and hidden unit: norms, projections and residuals of a gated block."""
@@ -41,20 +41,27 @@ def state_bytes(
 ) -> float:
     """Bytes of parameters, gradients and optimizer state on one rank's device, copies in the compute type included.
 
+    - ZeRO: by its stage, see `_zero_bytes`.
+    - FSDP2 with offloading to the CPU: only what is gathered at one time.
+    - FSDP2: what is gathered at one time, and this rank's shard.
+    - Others: everything in full, and in half precision the copies that autocast makes.
+
     `step_module`: not yet sharded. `num_replicas`: the number of full copies of the model among the ranks (hsdp).
     """
-    sizes = _sizes(step_module, _compute_bytes(precision))
+    sizes = _model_sizes(step_module, _compute_bytes(precision))
     if isinstance(config, ZeroConfig):
         return _zero_bytes(sizes, config, precision, world_size)
     if isinstance(config, Fsdp2Config):
         if config.cpu_offload:
-            return sizes.gathered
+            return sizes.gathered_bytes
         # Weights and gradients that train take four bytes each.
-        shard = (sizes.frozen + sizes.trained * (4 + 4 + sizes.optimizer)) / (world_size // num_replicas)
-        return sizes.gathered + shard
-    total = sizes.frozen + sizes.trained * (4.0 + 4.0 + sizes.optimizer)
+        shard = (sizes.frozen_bytes + sizes.num_trained * (4 + 4 + sizes.optimizer_bytes_per_element)) / (
+            world_size // num_replicas
+        )
+        return sizes.gathered_bytes + shard
+    total = sizes.frozen_bytes + sizes.num_trained * (4.0 + 4.0 + sizes.optimizer_bytes_per_element)
     if precision is not Precision.fp32:
-        total += 2 * sizes.trained  # autocast's copies
+        total += 2 * sizes.num_trained  # autocast's copies
     return total
 
 
@@ -68,73 +75,75 @@ def expert_parallel_parameters(step_module: nn.Module) -> dict[int, nn.Parameter
 
 
 @dataclass(frozen=True, slots=True)
-class _Sizes:
+class _ModelSizes:
     """Sizes of a model that is not sharded."""
 
-    frozen: int
+    frozen_bytes: int
     """Bytes of the parameters that do not train, in the compute type; of packed weights as they are."""
-    trained: int
-    """Elements that train."""
-    compute: int
+    num_trained: int
+    """Number of parameter elements that train."""
+    all_bytes: int
     """Bytes of all parameters in the compute type."""
-    gathered: float
+    gathered_bytes: float
     """Bytes that a rank has gathered at one time: the block at work, the next one, and everything outside the blocks."""
-    optimizer: int
+    optimizer_bytes_per_element: int
     """Bytes of optimizer state for each trained element: AdamW's two moments, and the average if there is one."""
 
 
-def _sizes(step_module: nn.Module, compute_bytes: int) -> _Sizes:
+def _model_sizes(step_module: nn.Module, compute_bytes: int) -> _ModelSizes:
     """Sizes of a step module that is not sharded, from which `state_bytes` computes what a rank holds.
 
     `compute_bytes`: bytes of an element in the type that the model computes in.
     """
 
-    def size_of(parameter: nn.Parameter) -> int:
+    def full_bytes(parameter: nn.Parameter) -> int:
         itemsize = compute_bytes if parameter.is_floating_point() else parameter.element_size()
         return parameter.numel() * itemsize
 
     expert_parallel = expert_parallel_parameters(step_module)
     expert_ranks = plan_of(step_module).expert_ranks
 
-    def gathered_size(parameter: nn.Parameter) -> float:
+    def bytes_when_gathered(parameter: nn.Parameter) -> float:
         """Bytes on a rank while the parameter is gathered. With expert parallelism, a rank gathers its own experts only."""
-        return size_of(parameter) / (expert_ranks if id(parameter) in expert_parallel else 1)
+        return full_bytes(parameter) / (expert_ranks if id(parameter) in expert_parallel else 1)
 
     # Frozen models (a teacher, reward models) take memory as well.
-    frozen = sum(size_of(p) for _, p in named_parameters(step_module, teacher=True) if not p.requires_grad)
-    trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
-    compute = frozen + trained * compute_bytes
-    blocks = [sum(map(gathered_size, block.parameters())) for block in step_module.shard_units()]  # type: ignore[operator]
+    frozen_bytes = sum(
+        full_bytes(p) for _, p in named_parameters(step_module, include_frozen_models=True) if not p.requires_grad
+    )
+    num_trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
+    all_bytes = frozen_bytes + num_trained * compute_bytes
+    block_bytes = [sum(map(bytes_when_gathered, block.parameters())) for block in step_module.shard_units()]  # type: ignore[operator]
     gathered_in_step = 0.0
-    for name, parameter in named_parameters(step_module, teacher=True):
-        if not name.startswith(REWARD_MODELS):  # those are gathered between steps
-            gathered_in_step += gathered_size(parameter)
-    outside_blocks = gathered_in_step - sum(blocks)
+    for name, parameter in named_parameters(step_module, include_frozen_models=True):
+        if not name.startswith(REWARD_MODELS_PREFIX):  # those are gathered between steps
+            gathered_in_step += bytes_when_gathered(parameter)
+    outside_blocks = gathered_in_step - sum(block_bytes)
     averaged = plan_of(step_module).ema_decay > 0
-    return _Sizes(
-        frozen=frozen,
-        trained=trained,
-        compute=compute,
-        gathered=float(2 * max(blocks, default=compute) + outside_blocks),
-        optimizer=12 if averaged else 8,
+    return _ModelSizes(
+        frozen_bytes=frozen_bytes,
+        num_trained=num_trained,
+        all_bytes=all_bytes,
+        gathered_bytes=float(2 * max(block_bytes, default=all_bytes) + outside_blocks),
+        optimizer_bytes_per_element=12 if averaged else 8,
     )
 
 
-def _zero_bytes(sizes: _Sizes, config: ZeroConfig, precision: Precision, ranks: int) -> float:
-    """Bytes of parameters, gradients and optimizer state on one of `ranks` ranks, under the ZeRO stage of `config`."""
+def _zero_bytes(sizes: _ModelSizes, config: ZeroConfig, precision: Precision, num_ranks: int) -> float:
+    """Bytes of parameters, gradients and optimizer state on one of `num_ranks` ranks, under the ZeRO stage of `config`."""
     # Under stage 3 in fp32, the parameters themselves are the fp32 masters.
-    master_bytes = 0 if precision is Precision.fp32 and config.stage == 3 else 4
-    parameters = sizes.compute / (ranks if config.stage == 3 else 1)
-    optimizer = sizes.trained * (sizes.optimizer + master_bytes) / ranks
-    gradients = sizes.trained * 4 / ranks
+    master_bytes_per_element = 0 if precision is Precision.fp32 and config.stage == 3 else 4
+    parameters = sizes.all_bytes / (num_ranks if config.stage == 3 else 1)
+    optimizer = sizes.num_trained * (sizes.optimizer_bytes_per_element + master_bytes_per_element) / num_ranks
+    gradients = sizes.num_trained * 4 / num_ranks
     if config.stage == 1:
         # Every rank has full gradients: in fp16 as the backward pass makes them, otherwise summed up in fp32.
-        gradients = sizes.trained * (2.0 if precision is Precision.fp16 else 4.0)
+        gradients = sizes.num_trained * (2.0 if precision is Precision.fp16 else 4.0)
     if config.offload_optimizer != "none":
         optimizer = 0.0
     if config.offload_parameters != "none":
         parameters = 0.0
-    gathered = sizes.gathered if config.stage == 3 else 0.0
+    gathered = sizes.gathered_bytes if config.stage == 3 else 0.0
     return parameters + optimizer + gradients + gathered
 
 

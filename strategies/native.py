@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,26 @@ _GROWTH_INTERVAL = 2000
 
 _GROUP_STATE = ("k", "weight_sum", "lr_max")
 """What an optimizer counts per group rather than per parameter (schedule-free AdamW): saved beside the tensors."""
+
+
+class LocalRange(NamedTuple):
+    """This rank's part of a parameter: a contiguous range of the flattened full parameter."""
+
+    values: Tensor
+    """1-d, a view of the live parameter."""
+    start: int
+    """Index of the first of these values in the flattened full parameter."""
+    full_numel: int
+    """Elements of the full parameter."""
+
+
+class ParameterState(NamedTuple):
+    """What a checkpoint has of one parameter, as 1-d tensors by key: `weight`, moments such as `exp_avg`, the average."""
+
+    elementwise: dict[str, Tensor]
+    """One value for each element that this rank holds of the parameter."""
+    full: dict[str, Tensor]
+    """Moments of another shape than the parameter, such as factored ones: equal on every rank."""
 
 
 class NativeEngine:
@@ -67,24 +87,24 @@ class NativeEngine:
         self.precision = precision
         device = runtime.device
         # All of these stay on the device: reading one would make the host wait for the step.
-        self.scale = torch.full((), 2.0**16, device=device) if precision is Precision.fp16 else None
+        self.loss_scale = torch.full((), 2.0**16, device=device) if precision is Precision.fp16 else None
         """The loss scale; None except in fp16."""
         self._steps_since_overflow = torch.zeros((), device=device)
-        self._updates = torch.zeros((), device=device)
-        """Updates that were applied: fewer than `_steps` if some were skipped."""
-        self._steps = 0
+        self._num_updates = torch.zeros((), device=device)
+        """Updates that were applied: fewer than `_num_steps` if some were skipped."""
+        self._num_steps = 0
         plan = plan_of(step_module)
         self.hooks = plan.optimizer_hooks
         assert self.hooks is None or self.replicated, "refused when a run is composed"
         self.average: WeightAverage | None = None
         if plan.ema_decay:
-            weights = [self._local(parameter.detach()) for _, parameter in self.trainable]
+            weights = [self._local_part(parameter.detach()) for _, parameter in self.trainable]
             self.average = WeightAverage(plan.ema_decay, weights)
-        self.start: WeightAverage | None = None
+        self.initial_weights: WeightAverage | None = None
         """The trained weights as they began, if the run keeps them: an average that is never updated."""
         if plan.keeps_start:
-            weights = [self._local(parameter.detach()) for _, parameter in self.trainable]
-            self.start = WeightAverage(1.0, weights)
+            weights = [self._local_part(parameter.detach()) for _, parameter in self.trainable]
+            self.initial_weights = WeightAverage(1.0, weights)
 
     def close(self) -> None:
         """Let go of gradients and optimizer state. See `Engine.close`."""
@@ -103,8 +123,8 @@ class NativeEngine:
             return self.wrapped(batch)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        if self.scale is not None:
-            loss = loss * self.scale
+        if self.loss_scale is not None:
+            loss = loss * self.loss_scale
         loss.backward()
 
     @contextmanager
@@ -113,8 +133,8 @@ class NativeEngine:
         self.step_module.eval()
         weights: AbstractContextManager[None] = self._averaged() if averaged else nullcontext()
         if at_start:
-            assert self.start is not None, "the plan does not say `keeps_start`"
-            weights = self._swapped(self.start)
+            assert self.initial_weights is not None, "the plan does not say `keeps_start`"
+            weights = self._swapped(self.initial_weights)
         try:
             with torch.no_grad(), self._autocast(), weights:
                 yield self.step_module
@@ -134,7 +154,7 @@ class NativeEngine:
         if not hasattr(self.optimizer, "eval"):
             yield
             return
-        trained = [self._local(parameter.detach()) for _, parameter in self.trainable]
+        trained = [self._local_part(parameter.detach()) for _, parameter in self.trainable]
         # Keep copies: the optimizer can compute the trained weights from the averages, but with rounding errors.
         trained_copies = [weight.clone() for weight in trained]
         self.optimizer.eval()
@@ -143,25 +163,25 @@ class NativeEngine:
         finally:
             self.optimizer.train()  # type: ignore[attr-defined]
             copy_each(trained, trained_copies)
-            self._weights_changed()
+            self._after_weight_change()
 
     @contextmanager
     def _swapped(self, average: WeightAverage) -> Iterator[None]:
         """A context with the weights of `average` in the model; afterwards the trained weights are back."""
         average.swap()
-        self._weights_changed()
+        self._after_weight_change()
         try:
             yield
         finally:
             average.swap()
-            self._weights_changed()
+            self._after_weight_change()
 
-    def _weights_changed(self) -> None:
+    def _after_weight_change(self) -> None:
         """Called after weights were changed outside a step. Sharding engines override it to drop gathered copies."""
 
     # -- update --------------------------------------------------------------------------------------------------
 
-    def _local(self, tensor: Tensor) -> Tensor:
+    def _local_part(self, tensor: Tensor) -> Tensor:
         """This rank's part of a parameter or gradient, as a plain tensor."""
         return tensor
 
@@ -177,42 +197,42 @@ class NativeEngine:
 
     @torch.no_grad()
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
-        """Clip the gradients to the global norm and update the weights.
+        """Clip the gradients to a global norm of `max_grad_norm`, update the weights, and clear the gradients.
 
         The update is skipped if a gradient is not finite or `update_filter` says so. With torch's fused optimizers, this is
-        decided on the device, and the host does not wait for it; for other optimizers, the host reads the decision.
+        decided on the device, and the host does not wait for it; for other optimizers, the host reads the decision. All ranks
+        must call.
         """
         if self.hooks is not None:
-            self.hooks.before_clip(self.scale)
-        grads = [self._local(p.grad) for _, p in self.trainable if p.grad is not None]
+            self.hooks.before_clip(self.loss_scale)
+        grads = [self._local_part(p.grad) for _, p in self.trainable if p.grad is not None]
         norm = self._grad_norm(grads)
-        if self.scale is not None:
-            norm = norm / self.scale
+        if self.loss_scale is not None:
+            norm = norm / self.loss_scale
         # One gradient that is not finite makes the whole norm so, on all ranks alike.
         finite = torch.isfinite(norm)
 
         # Clipping and undoing the loss scale are one multiplication.
         if self.max_grad_norm > 0:
-            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            grad_factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         else:
-            factor = torch.ones_like(norm)
-        if self.scale is not None:
-            factor = factor / self.scale
-        if grads and (self.max_grad_norm > 0 or self.scale is not None):
-            factor_beside = factor.to(grads[0].device)
-            multiply_each(grads, factor_beside)
+            grad_factor = torch.ones_like(norm)
+        if self.loss_scale is not None:
+            grad_factor = grad_factor / self.loss_scale
+        if grads and (self.max_grad_norm > 0 or self.loss_scale is not None):
+            multiply_each(grads, grad_factor.to(grads[0].device))
 
         applied = finite if update_filter is None else finite & ~update_filter(norm)
         self._update(applied, lr_factor)
-        self._steps += 1
+        self._num_steps += 1
         if self.hooks is not None:
-            self.hooks.after_update(self._steps, finite=bool(applied))
+            self.hooks.after_update(self._num_steps, finite=bool(applied))
         self.optimizer.zero_grad(set_to_none=True)
 
-        self._updates += applied
+        self._num_updates += applied
         if self.average is not None:
-            self.average.update(self._updates, applied)
-        if self.scale is not None:
+            self.average.update(self._num_updates, applied)
+        if self.loss_scale is not None:
             self._adjust_scale(finite)
         return StepResult(grad_norm=norm.float(), skipped=(~applied).float())
 
@@ -222,70 +242,82 @@ class NativeEngine:
             group["lr"] = base * lr_factor
         if self._skips_on_device():
             # The fused kernels look at `found_inf` and leave parameters and moments alone: no host sync.
-            self.optimizer.found_inf = self._beside_parameters((~applied).float())  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self._on_parameter_device((~applied).float())  # type: ignore[attr-defined]
             self.optimizer.step()
         elif bool(applied):
             self.optimizer.step()
 
-    def _beside_parameters(self, flag: Tensor) -> Tensor:
+    def _on_parameter_device(self, flag: Tensor) -> Tensor:
         """Copy `flag` to the device of the parameters, which is the CPU if they are offloaded.
 
         torch's optimizers would copy it themselves, but without waiting for the copy.
         """
         _, first_parameter = self.trainable[0]
-        return flag.to(self._local(first_parameter).device)
+        return flag.to(self._local_part(first_parameter).device)
 
     def _skips_on_device(self) -> bool:
         """Whether the optimizer's kernels read `found_inf` and skip the update themselves, as torch's fused ones do."""
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
 
     def _adjust_scale(self, finite: Tensor) -> None:
-        """Halve the loss scale on overflow, double it after a long run without (Micikevicius et al. 2017)."""
-        assert self.scale is not None
+        """Halve the loss scale on overflow, double it after many steps without one (Micikevicius et al. 2017). Does not wait.
+
+        `finite`: whether the gradients of this step were finite, 0-d bool on the device.
+        """
+        assert self.loss_scale is not None
         self._steps_since_overflow = torch.where(finite, self._steps_since_overflow + 1, 0.0)
-        grow = self._steps_since_overflow >= _GROWTH_INTERVAL
-        grown = torch.where(grow, self.scale * 2, self.scale)
-        self.scale = torch.where(finite, grown, self.scale / 2)
-        self._steps_since_overflow = torch.where(grow, 0.0, self._steps_since_overflow)
+        should_grow = self._steps_since_overflow >= _GROWTH_INTERVAL
+        scale_without_overflow = torch.where(should_grow, self.loss_scale * 2, self.loss_scale)
+        self.loss_scale = torch.where(finite, scale_without_overflow, self.loss_scale / 2)
+        self._steps_since_overflow = torch.where(should_grow, 0.0, self._steps_since_overflow)
 
     # -- training state ------------------------------------------------------------------------------------------
 
-    def _local_range(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, int, int]:
-        """(this rank's part of a parameter, flattened; its first index in the flattened full parameter; elements of that)."""
-        return parameter.view(-1), 0, parameter.numel()
+    def _local_range(self, name: str, parameter: nn.Parameter) -> LocalRange:
+        """The range of the flattened full parameter that this rank holds. Here all of it; sharding engines override it."""
+        return LocalRange(parameter.view(-1), start=0, full_numel=parameter.numel())
 
     def _flat_ranges(self, *, writing: bool) -> Iterator[FlatRange]:
         """The parts of the training state that this rank writes (`writing`) or reads, one trainable parameter after the other.
 
-        A FlatRange is a contiguous range of a flattened parameter, with the weights, moments and averages of its elements.
+        For each parameter one FlatRange with its weights, moments and averages, and one for each moment of another shape.
         """
-        for number, (name, parameter) in enumerate(self.trainable):
-            flat, start, full_numel = self._local_range(name, parameter)
-            tensors = {"weight": flat.detach()}
-            full_states: dict[str, Tensor] = {}
-            for key, moment in self.optimizer.state.get(parameter, {}).items():
-                if not torch.is_tensor(moment) or moment.dim() == 0:
-                    continue
-                # Moments of the parameter's shape are sharded with it. Others, such as factored ones, are full on every rank.
-                if moment.shape == parameter.shape and isinstance(moment, DTensor) == isinstance(parameter, DTensor):
-                    tensors[key] = self._local(moment).view(-1)
-                else:
-                    full_states[key] = moment.view(-1)
-            if self.average is not None:
-                tensors[EMA_KEY] = self.average.averages[number].reshape(-1)
-            if self.hooks is not None:
-                for key, hook_state in self.hooks.state_of(name).items():
-                    tensors[key] = hook_state.view(-1)
-
+        for index, (name, parameter) in enumerate(self.trainable):
+            local = self._local_range(name, parameter)
+            state = self._parameter_state(index, local)
+            start = local.start
+            elementwise = state.elementwise
             if writing and self.replicated:
                 # Every rank has all elements: each writes an equal share of them.
-                start = flat.numel() * self.rank // self.world_size
-                stop = flat.numel() * (self.rank + 1) // self.world_size
-                tensors = {key: tensor[start:stop] for key, tensor in tensors.items()}
-            yield FlatRange(name, full_numel, start, tensors, write=self._writes_checkpoint())
-            # Full states are the same on every rank: rank 0 writes them.
-            for key, moment in full_states.items():
-                yield FlatRange(name, moment.numel(), 0, {key: moment}, write=self.runtime.is_main)
+                start = local.full_numel * self.rank // self.world_size
+                stop = local.full_numel * (self.rank + 1) // self.world_size
+                elementwise = {key: tensor[start:stop] for key, tensor in elementwise.items()}
+            yield FlatRange(name, local.full_numel, start, elementwise, write=self._writes_checkpoint())
+            for key, moment in state.full.items():
+                yield FlatRange(name, moment.numel(), start=0, tensors={key: moment}, write=self.runtime.is_main)
+
+    def _parameter_state(self, index: int, local: LocalRange) -> ParameterState:
+        """What a checkpoint has of the trainable parameter with this index, as views of the live tensors.
+
+        `local`: this rank's range of the parameter. Counts that an optimizer keeps as numbers or 0-d tensors are left out.
+        """
+        name, parameter = self.trainable[index]
+        elementwise = {"weight": local.values.detach()}
+        full: dict[str, Tensor] = {}
+        for key, moment in self.optimizer.state.get(parameter, {}).items():
+            if not torch.is_tensor(moment) or moment.dim() == 0:
+                continue
+            # Moments of the parameter's shape are sharded with it.
+            if moment.shape == parameter.shape and isinstance(moment, DTensor) == isinstance(parameter, DTensor):
+                elementwise[key] = self._local_part(moment).view(-1)
+            else:
+                full[key] = moment.view(-1)
+        if self.average is not None:
+            elementwise[EMA_KEY] = self.average.averages[index].reshape(-1)
+        if self.hooks is not None:
+            for key, hook_state in self.hooks.state_of(name).items():
+                elementwise[key] = hook_state.view(-1)
+        return ParameterState(elementwise, full)
 
     def _writes_checkpoint(self) -> bool:
         """Whether this rank writes its ranges. Of several replicas, only one does."""
@@ -305,14 +337,14 @@ class NativeEngine:
         for _, parameter in self.trainable:
             parameter.grad = torch.zeros_like(parameter)
         if self._skips_on_device():
-            self.optimizer.found_inf = self._beside_parameters(torch.zeros(()))  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self._on_parameter_device(torch.zeros(()))  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for group, settings in zip(groups, settings_before, strict=True):
             group.update(settings)
-        self._set_step(0)
+        self._set_update_count(0)
 
-    def _set_step(self, updates: int) -> None:
+    def _set_update_count(self, updates: int) -> None:
         """Set the optimizer's count of applied updates, which bias correction uses."""
         for state in self.optimizer.state.values():
             if torch.is_tensor(state.get("step")):
@@ -325,10 +357,10 @@ class NativeEngine:
         self._ensure_moments()
         header = StateHeader(
             progress=progress,
-            optimizer_steps=int(self._updates),
+            optimizer_steps=int(self._num_updates),
             world_size=self.runtime.world_size,
             strategy=str(self.strategy),
-            loss_scale=None if self.scale is None else float(self.scale),
+            loss_scale=None if self.loss_scale is None else float(self.loss_scale),
             groups=[_group_state(group) for group in self.optimizer.param_groups],
         )
         return RankState(self._flat_ranges(writing=True), header.json(), self.runtime)
@@ -338,21 +370,24 @@ class NativeEngine:
         """Read a training state, whatever strategy and world size wrote it. All ranks must call. See `Engine.load`."""
         self._ensure_moments()
         header = load_state(path, self._flat_ranges(writing=False), self.runtime)
-        self._updates.fill_(header.optimizer_steps)
-        self._set_step(header.optimizer_steps)
-        self._steps = header.progress.step
+        self._num_updates.fill_(header.optimizer_steps)
+        self._set_update_count(header.optimizer_steps)
+        self._num_steps = header.progress.step
         if self.hooks is not None:
             self.hooks.restored()
         for group, saved_group in zip(self.optimizer.param_groups, header.groups, strict=False):
             group.update(_group_state(saved_group))
-        if self.scale is not None and header.loss_scale is not None:
-            self.scale.fill_(header.loss_scale)
+        if self.loss_scale is not None and header.loss_scale is not None:
+            self.loss_scale.fill_(header.loss_scale)
             self._steps_since_overflow.zero_()
-        self._weights_changed()
+        self._after_weight_change()
         return header.progress
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """(plain name, full parameter on the CPU), one by one. All ranks must exhaust it. See `Engine.gather`."""
+        """(plain name, full parameter on the CPU), one by one; None in place of the parameter on all ranks but 0.
+
+        With the averaged weights, if the run has an average. All ranks must exhaust it, since each step is a collective.
+        """
         parameters = self.trainable if trainable_only else list(named_parameters(self.step_module))
         with self._averaged():
             for name, parameter in parameters:

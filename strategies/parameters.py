@@ -16,25 +16,25 @@ from strategies.base import ParameterSource, Precision
 from strategies.compat.modules import own_parameters, replace_buffers
 from strategies.runtime import Runtime
 
-PREFIX = "model."
+MODEL_PREFIX = "model."
 """The step module holds the model under this attribute. A plain name is what follows it."""
-TEACHER = "teacher."
+TEACHER_PREFIX = "teacher."
 """The step module may hold a frozen model under this attribute. Names of its parameters keep the prefix."""
-REWARD_MODELS = "reward_models."
+REWARD_MODELS_PREFIX = "reward_models."
 """Likewise of models that score written answers, each under its name: no training step computes them."""
-BESIDE = (TEACHER, REWARD_MODELS)
+FROZEN_MODEL_PREFIXES = (TEACHER_PREFIX, REWARD_MODELS_PREFIX)
 """Beginnings of the names of all parameters that do not belong to the model itself."""
 
 COMPUTE_DTYPE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
-LARGE_ELEMENTS = 2**20
+MIN_META_ELEMENTS = 2**20
 """Tensors of at least this many elements are made on meta from the first."""
-READ_TOGETHER_ELEMENTS = 2**20
-"""Parameters with fewer elements are read by every rank: an exchange would take longer."""
-CONSTRUCTORS = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+MIN_COOPERATIVE_ELEMENTS = 2**20
+"""Parameters with fewer elements are read by every rank: a collective would take longer."""
+TENSOR_CONSTRUCTORS = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 """Functions that make parameters, like `torch.empty`, but also masks."""
 
-RANDOM_FILLS = frozenset(
+RANDOM_FILL_NAMES = frozenset(
     ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "xavier_normal_")
 )
 """Functions that draw initial values. Meta tensors have no values, and yet drawing takes a third of the time of building."""
@@ -45,49 +45,53 @@ def meta_context() -> Iterator[None]:
     """Inside the context modules are built with parameters on the meta device and real buffers (rotary tables, masks)."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False), _Unallocated():
+    with init_empty_weights(include_buffers=False), _LargeParametersOnMeta():
         yield
 
 
-class _Unallocated(TorchFunctionMode):
-    """Makes large parameters on meta from the first: all experts of a layer are tens of GiB, which a host may not have.
+class _LargeParametersOnMeta(TorchFunctionMode):
+    """A mode in which large parameters are created on the meta device, and functions that draw initial values leave them alone.
 
-    Uninitialised tensors become parameters. Of others only those with three dimensions do: masks have two.
+    All experts of a layer are tens of GiB, which a host may not have. A tensor is taken for a parameter if it is uninitialised
+    (`torch.empty`), or has at least three dimensions: masks have two.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if getattr(func, "__name__", "") in RANDOM_FILLS:
+        if getattr(func, "__name__", "") in RANDOM_FILL_NAMES:
             tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 return tensor
-        if self._is_large(func, args, kwargs):
+        if self._creates_large_parameter(func, args, kwargs):
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
     @staticmethod
-    def _is_large(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call makes a large tensor that is to become a parameter, on a device that the call leaves open."""
-        if kwargs.get("device") is not None or (func is not torch.empty and func not in CONSTRUCTORS):
+    def _creates_large_parameter(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the call `func(*args, **kwargs)` creates a large parameter, on a device that the call does not name."""
+        if kwargs.get("device") is not None or (func is not torch.empty and func not in TENSOR_CONSTRUCTORS):
             return False
-        # A size is a keyword, one sequence, or several numbers.
-        positional = args[0] if args and isinstance(args[0], tuple | list) else args
-        size = kwargs.get("size", positional)
-        if not all(isinstance(length, int) for length in size):
+        # A shape is the keyword `size`, one sequence, or several numbers.
+        positional_shape = args[0] if args and isinstance(args[0], tuple | list) else args
+        shape = kwargs.get("size", positional_shape)
+        if not all(isinstance(length, int) for length in shape):
+            return False  # not a shape, so the call is of another form
+        if func is not torch.empty and len(shape) < 3:
             return False
-        if func is not torch.empty and len(size) < 3:
-            return False
-        return math.prod(size) >= LARGE_ELEMENTS
+        return math.prod(shape) >= MIN_META_ELEMENTS
 
 
-def named_parameters(step_module: nn.Module, *, teacher: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-    """(plain name, parameter) of every distinct parameter; a tied one comes once. The model's state dict has plain names too.
+def named_parameters(
+    step_module: nn.Module, *, include_frozen_models: bool = False
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """(plain name, parameter) of every distinct parameter of the trained model; a tied one comes once.
 
-    With `teacher` also the parameters of the frozen models beside it.
+    Plain names are those of the model's own state dict. With `include_frozen_models`, the parameters of the teacher and of
+    reward models come too, under their names in the step module (`teacher.`, `reward_models.`).
     """
     for name, parameter in step_module.named_parameters():
-        if teacher or not name.startswith(BESIDE):
-            yield name.removeprefix(PREFIX), parameter
+        if include_frozen_models or not name.startswith(FROZEN_MODEL_PREFIXES):
+            yield name.removeprefix(MODEL_PREFIX), parameter
 
 
 @runtime_checkable
@@ -106,7 +110,7 @@ def element_counts(step_module: nn.Module) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, parameter in named_parameters(step_module):
         owner_name, _, key = name.rpartition(".")
-        owner = step_module.get_submodule(PREFIX + owner_name) if owner_name else None
+        owner = step_module.get_submodule(MODEL_PREFIX + owner_name) if owner_name else None
         if isinstance(owner, PackedModule) and key in owner.packed_elements:
             counts[name] = owner.packed_elements[key]
         elif share := getattr(owner, "expert_share", None):  # experts that are dealt: of all ranks together
@@ -124,17 +128,19 @@ def trainable_parameters(step_module: nn.Module) -> list[tuple[str, nn.Parameter
 
 def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], torch.Tensor]) -> None:
     """Replace every parameter by `make(parameter)`. Parameters that several modules share stay shared; `requires_grad` stays."""
-    replacements: dict[int, nn.Parameter] = {}  # by the id of the old parameter
-    keep_alive = []  # an id is unique only while its object lives
+    replacement_by_old_id: dict[int, nn.Parameter] = {}
+    old_parameters = []  # keeps them alive, because an id is unique only while its object lives
     for owner in module.modules():
         parameters = own_parameters(owner)
-        for name, old in list(parameters.items()):
-            if old is None:
+        for name, old_parameter in list(parameters.items()):
+            if old_parameter is None:
                 continue
-            if id(old) not in replacements:
-                keep_alive.append(old)
-                replacements[id(old)] = nn.Parameter(make(old), requires_grad=old.requires_grad)
-            parameters[name] = replacements[id(old)]
+            old_id = id(old_parameter)
+            if old_id not in replacement_by_old_id:
+                old_parameters.append(old_parameter)
+                replacement = nn.Parameter(make(old_parameter), requires_grad=old_parameter.requires_grad)
+                replacement_by_old_id[old_id] = replacement
+            parameters[name] = replacement_by_old_id[old_id]
 
 
 def set_dtypes(step_module: nn.Module, *, trainable: torch.dtype, frozen: torch.dtype) -> None:
@@ -165,38 +171,41 @@ def materialize(step_module: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def fill_in_full(step_module: nn.Module, source: ParameterSource, runtime: Runtime) -> None:
+def load_full_parameters(step_module: nn.Module, source: ParameterSource, runtime: Runtime) -> None:
     """Load every parameter in full, for strategies that do not shard parameters. All ranks must call.
 
     Ranks with GPUs read a large parameter together: each its part, which they exchange over their own network. Ranks on CPUs
     read everything, which the page cache of their host serves.
     """
-    together = runtime.kind == "cuda" and not runtime.simulated
-    for name, parameter in named_parameters(step_module, teacher=True):
-        if together:
-            fill_together(parameter, name, source, runtime)
+    reads_cooperatively = runtime.kind == "cuda" and not runtime.simulated
+    for name, parameter in named_parameters(step_module, include_frozen_models=True):
+        if reads_cooperatively:
+            load_parameter_cooperatively(parameter, name, source, runtime)
         else:
             values = source.read_slice(name, parameter.shape, 0, parameter.numel())
             parameter.view(-1).copy_(values)
 
 
 @torch.no_grad()
-def fill_together(parameter: torch.Tensor, name: str, source: ParameterSource, runtime: Runtime) -> None:
-    """Load a parameter in full on every rank, of which each reads its part. All ranks must call, in the same order.
+def load_parameter_cooperatively(parameter: torch.Tensor, name: str, source: ParameterSource, runtime: Runtime) -> None:
+    """Fill `parameter` with its full value: each rank reads a part of it, then all-gathers the rest. All ranks must call alike.
 
-    Small parameters, and packed ones, which a host keeps, are read by every rank.
+    Every rank reads all of a small parameter, since a collective would take longer, and of a packed one, which its host caches.
+    `name`: the plain name under which `source` knows it.
     """
-    count = parameter.numel()
+    num_elements = parameter.numel()
     flat = parameter.view(-1)
-    if runtime.world_size == 1 or count < READ_TOGETHER_ELEMENTS or not parameter.is_floating_point():
-        flat.copy_(source.read_slice(name, parameter.shape, 0, count))
+    if runtime.world_size == 1 or num_elements < MIN_COOPERATIVE_ELEMENTS or not parameter.is_floating_point():
+        flat.copy_(source.read_slice(name, parameter.shape, 0, num_elements))
         return
-    share = -(-count // runtime.world_size)
-    start = min(runtime.rank * share, count)
-    stop = min(start + share, count)
-    part = torch.empty(share, dtype=parameter.dtype, device=parameter.device)
+    part_size = math.ceil(
+        num_elements / runtime.world_size
+    )  # the last parts are padded, since all must have the same size
+    start = min(runtime.rank * part_size, num_elements)
+    stop = min(start + part_size, num_elements)
+    own_part = torch.empty(part_size, dtype=parameter.dtype, device=parameter.device)
     if start < stop:
-        part[: stop - start].copy_(source.read_slice(name, parameter.shape, start, stop))
-    parts = torch.empty(share * runtime.world_size, dtype=parameter.dtype, device=parameter.device)
-    dist.all_gather_into_tensor(parts, part)
-    flat.copy_(parts[:count])
+        own_part[: stop - start].copy_(source.read_slice(name, parameter.shape, start, stop))
+    all_parts = torch.empty(part_size * runtime.world_size, dtype=parameter.dtype, device=parameter.device)
+    dist.all_gather_into_tensor(all_parts, own_part)
+    flat.copy_(all_parts[:num_elements])

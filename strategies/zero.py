@@ -23,8 +23,8 @@ from strategies.base import (
     ZeroConfig,
     plan_of,
 )
-from strategies.compat.deepspeed import forget_groups, restore_linear
-from strategies.compat.modules import stay_in_place
+from strategies.compat.deepspeed import forget_groups, restore_torch_linear
+from strategies.compat.modules import disable_device_moves
 from strategies.deepspeed_library import (
     DeviceClipping,
     UpdateGate,
@@ -40,7 +40,7 @@ from strategies.full_params import ZeroFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.parameters import (
     COMPUTE_DTYPE,
-    fill_in_full,
+    load_full_parameters,
     materialize,
     meta_context,
     named_parameters,
@@ -51,7 +51,7 @@ from strategies.runtime import Runtime, set_group_timeouts
 from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state
 from strategies.zero_config import deepspeed_config, steps_on_device
-from strategies.zero_load import keep_together, load_partitioned
+from strategies.zero_load import gather_listed_modules_as_one, load_partitioned
 from strategies.zero_masters import Fp32Masters
 
 
@@ -72,11 +72,11 @@ class ZeroEngine:
         self.device_clipping: DeviceClipping | None = None
         """Clips gradients and skips updates on the device; None if DeepSpeed does so itself."""
         self.update_gate = UpdateGate(engine.optimizer, runtime.device)
-        self._updates = torch.zeros((), device=runtime.device)
+        self._num_updates = torch.zeros((), device=runtime.device)
         self.masters = Fp32Masters(engine, config.stage, runtime.rank, self.trainable)
         self.average: WeightAverage | None = None
         """The moving average of the fp32 master weights; None if the run has none."""
-        self.start: WeightAverage | None = None
+        self.initial_weights: WeightAverage | None = None
         """The fp32 masters as they began, if the run keeps them: an average that is never updated."""
         if config.stage == 3:
             self.full_parameters: FullParameters = ZeroFullParameters(step_module, engine.optimizer.parameter_offload)
@@ -100,7 +100,7 @@ class ZeroEngine:
         """Clip, update and zero; then update the average. See `Engine.step`."""
         step_result = self._step(lr_factor, update_filter)
         if self.average is not None:
-            self.average.update(self._updates, 1 - step_result.skipped)
+            self.average.update(self._num_updates, 1 - step_result.skipped)
         return step_result
 
     def _step(self, lr_factor: float, update_filter: UpdateFilter | None) -> StepResult:
@@ -115,13 +115,13 @@ class ZeroEngine:
             self.device_clipping.begin_step(update_filter)
             self.engine.step()
             applied = self.device_clipping.applied()
-            self._updates += applied
+            self._num_updates += applied
             return StepResult(grad_norm=self.device_clipping.norm(), skipped=(~applied).float())
 
         self.update_gate.begin_step(update_filter)
         self.engine.step()
         skipped = bool(self.engine.optimizer.overflow) or bool(self.update_gate.skipped)
-        self._updates += not skipped
+        self._num_updates += not skipped
         device = self.runtime.device
         engine_norm = self.engine.get_global_grad_norm()
         if engine_norm is None:  # DeepSpeed found an overflow and has computed no norm
@@ -135,8 +135,8 @@ class ZeroEngine:
         self.step_module.eval()
         weights: AbstractContextManager[None] = self._averaged() if averaged else nullcontext()
         if at_start:
-            assert self.start is not None, "the plan does not say `keeps_start`"
-            weights = self._swapped(self.start)
+            assert self.initial_weights is not None, "the plan does not say `keeps_start`"
+            weights = self._swapped(self.initial_weights)
         try:
             with torch.no_grad(), weights:
                 yield self.step_module
@@ -165,48 +165,49 @@ class ZeroEngine:
 
     # -- training state ------------------------------------------------------------------------------------------
 
-    def _flat_groups(self) -> list[Tensor]:
-        return self.masters.flat_groups()
+    def _flat_masters(self) -> list[Tensor]:
+        return self.masters.flat_masters()
 
     def _flat_ranges(self) -> Iterator[FlatRange]:
         return self.masters.flat_ranges(self.average)
 
     def _ensure_moments(self) -> None:
         """Create the inner optimizer's state before it is saved or loaded, by a step with zero gradients at learning rate 0."""
-        inner = self.engine.optimizer.optimizer
-        if inner.state:
+        inner_optimizer = self.engine.optimizer.optimizer
+        if inner_optimizer.state:
             return
-        groups = inner.param_groups
-        lrs = [group["lr"] for group in groups]
+        groups = inner_optimizer.param_groups
+        original_lrs = [group["lr"] for group in groups]
         original_parameters = [group["params"] for group in groups]
-        flats = self._flat_groups()
+        flat_masters = self._flat_masters()
         for group in groups:
             group["lr"] = 0.0
         # Under stage 3 the groups do not contain the flat tensors: DeepSpeed passes them one at a time in each step. The state
         # belongs to the flat tensors, so they replace the groups' parameters for this step.
         parameter_ids = {id(parameter) for parameters in original_parameters for parameter in parameters}
-        if parameter_ids != {id(flat) for flat in flats}:
+        if parameter_ids != {id(flat_master) for flat_master in flat_masters}:
             for group in groups:
                 group["params"] = []
-            groups[0]["params"] = list(flats)
-        for flat in flats:
-            flat.grad = torch.zeros_like(flat)
-        inner.step()
-        for flat in flats:
-            flat.grad = None
-        self._set_step(0)
-        for group, lr, parameters_of_group in zip(groups, lrs, original_parameters, strict=True):
+            groups[0]["params"] = list(flat_masters)
+        for flat_master in flat_masters:
+            flat_master.grad = torch.zeros_like(flat_master)
+        inner_optimizer.step()
+        for flat_master in flat_masters:
+            flat_master.grad = None
+        self._set_update_count(0)
+        for group, lr, parameters_of_group in zip(groups, original_lrs, original_parameters, strict=True):
             group["lr"] = lr
             group["params"] = parameters_of_group
 
-    def _set_step(self, updates: int) -> None:
+    def _set_update_count(self, updates: int) -> None:
         """Set the inner optimizer's count of applied updates, which bias correction uses, if it has one."""
-        inner = self.engine.optimizer.optimizer
-        for flat in self._flat_groups():
-            if "step" in inner.state.get(flat, {}):
-                inner.state[flat]["step"].fill_(updates)
+        inner_optimizer = self.engine.optimizer.optimizer
+        for flat_master in self._flat_masters():
+            state = inner_optimizer.state.get(flat_master, {})
+            if "step" in state:
+                state["step"].fill_(updates)
 
-    def _scaler(self) -> Any:
+    def _loss_scaler(self) -> Any:
         """DeepSpeed's dynamic loss scaler (fp16); None if there is none."""
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
@@ -214,10 +215,10 @@ class ZeroEngine:
     def state(self, progress: Progress) -> RankState:
         """The training state of this moment, ready to be written. All ranks must call. See `Engine.state`."""
         self._ensure_moments()
-        scaler = self._scaler()
+        scaler = self._loss_scaler()
         header = StateHeader(
             progress=progress,
-            optimizer_steps=int(self._updates),
+            optimizer_steps=int(self._num_updates),
             world_size=self.runtime.world_size,
             strategy=str(self.config.name),
             loss_scale=None if scaler is None else float(scaler.cur_scale),
@@ -226,16 +227,21 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:
-        """Read a training state, whatever strategy and world size wrote it. All ranks must call. See `Engine.load`."""
+        """Read a training state into weights and optimizer, whatever strategy and world size wrote it. All ranks must call.
+
+        Returns how far the run had come. Errors: see `Engine.load`.
+        """
+        # The state is read into the tensors of the flat ranges, in place, so the optimizer's moments must exist before.
         self._ensure_moments()
-        header = load_state(path, self._flat_ranges(), self.runtime)
-        self._updates.fill_(header.optimizer_steps)
-        self._set_step(header.optimizer_steps)
-        scaler = self._scaler()
-        if header.loss_scale is not None and scaler is not None:
-            scaler.cur_scale = header.loss_scale
+        state_header = load_state(path, self._flat_ranges(), self.runtime)
+        self._num_updates.fill_(state_header.optimizer_steps)
+        self._set_update_count(state_header.optimizer_steps)
+        loss_scaler = self._loss_scaler()
+        if state_header.loss_scale is not None and loss_scaler is not None:
+            loss_scaler.cur_scale = state_header.loss_scale
+        # The forward pass uses copies of the fp32 masters, which have new values now.
         self.refresh_compute_copies()
-        return header.progress
+        return state_header.progress
 
     @torch.no_grad()
     def refresh_compute_copies(self) -> None:
@@ -268,7 +274,10 @@ class ZeroEngine:
                 master.copy_(source.read_slice(name, shape, start, start + master.numel()))
 
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """(plain name, full parameter on the CPU), one by one: fp32 masters for those that train. See `Engine.gather`."""
+        """(plain name, full parameter on the CPU), one by one; None in place of the parameter on all ranks but 0.
+
+        Parameters that train come from their fp32 masters, averaged if the run has an average. All ranks must exhaust it.
+        """
         with self._averaged():
             yield from self._gather(trainable_only=trainable_only)
 
@@ -331,8 +340,8 @@ class ZeroStrategy:
         set_deepspeed_device(self.runtime)
         forget_groups()
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        compute = COMPUTE_DTYPE[self.precision]
-        set_dtypes(step_module, trainable=compute, frozen=compute)
+        compute_dtype = COMPUTE_DTYPE[self.precision]
+        set_dtypes(step_module, trainable=compute_dtype, frozen=compute_dtype)
         apply_checkpointing_and_compile(step_module, self.config)
         trained = sum(parameter.numel() for _, parameter in trainable_parameters(step_module))
         settings_for = partial(
@@ -344,10 +353,10 @@ class ZeroStrategy:
             trained_per_rank=trained // self.runtime.world_size,
         )
         if self.config.stage == 3:
-            self._partition(step_module, source, settings_for(), compute)
+            self._partition(step_module, source, settings_for(), compute_dtype)
         else:
             materialize(step_module, self.runtime.device)
-            fill_in_full(step_module, source, self.runtime)
+            load_full_parameters(step_module, source, self.runtime)
 
         # Whether steps are decided on the device depends on the optimizer, and the optimizer on the partitioned parameters:
         # the settings are made again.
@@ -357,7 +366,7 @@ class ZeroStrategy:
         memory = open_host_memory(self.runtime)
         route_collectives_through(memory)
         if self.runtime.simulated:
-            stay_in_place(step_module)
+            disable_device_moves(step_module)
         engine, *_ = deepspeed.initialize(model=step_module, optimizer=optimizer, config=settings)
         set_group_timeouts(self.runtime)
         if (self.on_cpu or on_device) and hasattr(engine.optimizer, "get_grad_norm_direct"):
@@ -371,21 +380,26 @@ class ZeroStrategy:
             zero_engine.set_masters(source)
         ema_decay = plan_of(step_module).ema_decay
         if ema_decay:
-            zero_engine.average = WeightAverage(ema_decay, zero_engine._flat_groups())
+            zero_engine.average = WeightAverage(ema_decay, zero_engine._flat_masters())
         if plan_of(step_module).keeps_start:
-            zero_engine.start = WeightAverage(1.0, zero_engine._flat_groups())
+            zero_engine.initial_weights = WeightAverage(1.0, zero_engine._flat_masters())
         return zero_engine
 
     def _partition(
-        self, step_module: nn.Module, source: ParameterSource, settings: dict[str, Any], compute: torch.dtype
+        self, step_module: nn.Module, source: ParameterSource, settings: dict[str, Any], compute_dtype: torch.dtype
     ) -> None:
-        """Under stage 3: prepare the modules, partition their parameters and load this rank's parts. All ranks must call."""
+        """Under stage 3: prepare the modules, partition their parameters and load this rank's parts. All ranks must call.
+
+        `settings`: DeepSpeed's. `compute_dtype`: the type in which the parameters are stored and computed with.
+        """
         if not settings["zero_optimization"]["memory_efficient_linear"]:
-            restore_linear()
-        # DeepSpeed gathers parameters only while their own module runs, so no module may compute with another's parameters.
+            # An earlier engine of this process may have had the setting, which replaces torch's linear function for good.
+            restore_torch_linear()
+        # A fused LoRA layer computes with the parameters of its submodules. DeepSpeed gathers parameters only while their own
+        # module runs, so no layer may be fused.
         for module in step_module.modules():
             if getattr(module, "fused", False):
                 module.fused = False  # type: ignore[assignment]
-        keep_together(step_module)
-        to_drive = self.config.offload_parameters == "nvme"
-        load_partitioned(step_module, source, settings, compute, self.runtime, to_drive=to_drive)
+        gather_listed_modules_as_one(step_module)
+        offload_to_nvme = self.config.offload_parameters == "nvme"
+        load_partitioned(step_module, source, settings, compute_dtype, self.runtime, offload_to_nvme=offload_to_nvme)

@@ -9,7 +9,7 @@ from torch import nn
 
 from strategies.base import ParameterSource, plan_of
 from strategies.compat.modules import own_parameters, replace_buffers
-from strategies.parameters import fill_together, named_parameters
+from strategies.parameters import load_parameter_cooperatively, named_parameters
 from strategies.runtime import Runtime
 
 
@@ -20,35 +20,39 @@ def load_partitioned(
     dtype: torch.dtype,
     runtime: Runtime,
     *,
-    to_drive: bool,
+    offload_to_nvme: bool,
 ) -> None:
     """Load a model on meta under ZeRO-3, so that a rank never holds more than one full block. All ranks must call.
 
     Block by block: allocate it, let DeepSpeed's `zero.Init` partition it, and read this rank's part from `source`. With
-    `to_drive`, `zero.Init` moves each parameter to a drive at once; so parameters are filled before, each rank reading its part
-    of the full parameter. `settings`: DeepSpeed's own. `dtype`: the type that the run computes in.
+    `offload_to_nvme`, `zero.Init` moves each parameter to a drive at once; so full parameters are filled before, of which each
+    rank reads a part. `settings`: DeepSpeed's own. `dtype`: the type that the run computes in.
     """
     import deepspeed
 
-    names = {id(parameter): name for name, parameter in named_parameters(step_module, teacher=True)}
+    names = {id(parameter): name for name, parameter in named_parameters(step_module, include_frozen_models=True)}
     # The root comes last: what is still on meta then (embeddings, norm, head) belongs to no block.
     units = [*step_module.shard_units(), *plan_of(step_module).further_units]  # type: ignore[operator]
     for module in [*units, step_module]:
         allocated: dict[int, nn.Parameter] = {}  # by the id of the meta parameter, so that ties are kept
-        for owner, key, meta in _own_parameters_below(module):
-            if not meta.is_meta or hasattr(meta, "ds_id"):  # an earlier block's, partitioned already
+        for owner, key, meta_parameter in _own_parameters_below(module):
+            if not meta_parameter.is_meta or hasattr(
+                meta_parameter, "ds_id"
+            ):  # an earlier block's, partitioned already
                 continue
-            if id(meta) not in allocated:
-                full = nn.Parameter(torch.empty_like(meta.data, device=runtime.device), meta.requires_grad)
-                allocated[id(meta)] = full
-                if to_drive:
-                    fill_together(full.data, names[id(meta)], source, runtime)
-            own_parameters(owner)[key] = allocated[id(meta)]
+            if id(meta_parameter) not in allocated:
+                full = nn.Parameter(
+                    torch.empty_like(meta_parameter.data, device=runtime.device), meta_parameter.requires_grad
+                )
+                allocated[id(meta_parameter)] = full
+                if offload_to_nvme:
+                    load_parameter_cooperatively(full.data, names[id(meta_parameter)], source, runtime)
+            own_parameters(owner)[key] = allocated[id(meta_parameter)]
         if allocated:
             deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
-        if not to_drive:
+        if not offload_to_nvme:
             for meta_id, parameter in allocated.items():
-                _fill(parameter, names[meta_id], source, runtime.rank)
+                _read_own_part(parameter, names[meta_id], source, runtime.rank)
     replace_buffers(step_module, lambda buffer: buffer.to(runtime.device))
 
 
@@ -62,7 +66,7 @@ def _own_parameters_below(module: nn.Module) -> list[tuple[nn.Module, str, nn.Pa
     return parameters
 
 
-def keep_together(step_module: nn.Module) -> None:
+def gather_listed_modules_as_one(step_module: nn.Module) -> None:
     """Let DeepSpeed gather modules of the classes in `StepPlan.gathered_as_one` together with their submodules."""
     from deepspeed.utils import set_z3_leaf_module
 
@@ -73,7 +77,7 @@ def keep_together(step_module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _fill(parameter: Any, name: str, source: ParameterSource, rank: int) -> None:
+def _read_own_part(parameter: Any, name: str, source: ParameterSource, rank: int) -> None:
     """Read this rank's part of a partitioned parameter. Parts of the last ranks may end in padding, or be only padding."""
     part = parameter.ds_tensor
     start = part.ds_numel * rank

@@ -26,7 +26,7 @@ class Fp32Masters:
         self.rank = rank
         self.trainable = trainable
 
-    def flat_groups(self) -> list[Tensor]:
+    def flat_masters(self) -> list[Tensor]:
         """The flat fp32 masters of this rank, in the order of the optimizer's groups."""
         optimizer = self.engine.optimizer
         if self.stage == 3:
@@ -41,17 +41,17 @@ class Fp32Masters:
         Each has fp32 weights (masters), the optimizer's moments and, with `average`, the moving average.
         """
         groups = []
-        for number, flat in enumerate(self.flat_groups()):
+        for number, flat in enumerate(self.flat_masters()):
             tensors = {"weight": flat.data, **self._moments(flat)}
             if average is not None:
                 tensors[EMA_KEY] = average.averages[number]
-            groups.append(_FlatGroup(tensors))
+            groups.append(_FlatPartition(tensors))
         if self.stage == 3:
             yield from self._ranges_of_stage_3(groups)
         else:
             yield from self._ranges_of_stages_1_and_2(groups)
 
-    def _ranges_of_stage_3(self, groups: list[_FlatGroup]) -> Iterator[FlatRange]:
+    def _ranges_of_stage_3(self, groups: list[_FlatPartition]) -> Iterator[FlatRange]:
         """Under stage 3, every rank has a partition of each parameter, of equal length: the last ones may end in padding."""
         optimizer = self.engine.optimizer
         for name, parameter in self.trainable:
@@ -60,7 +60,7 @@ class Fp32Masters:
             local_numel = min(partition_numel, parameter.ds_numel - start)
             yield FlatRange(name, parameter.ds_numel, start, groups[group].narrow(offset, local_numel))
 
-    def _ranges_of_stages_1_and_2(self, groups: list[_FlatGroup]) -> Iterator[FlatRange]:
+    def _ranges_of_stages_1_and_2(self, groups: list[_FlatPartition]) -> Iterator[FlatRange]:
         """Under stages 1 and 2, a group's parameters are concatenated, and the flat tensor is divided equally among the ranks.
 
         So a rank may have a part of a parameter, or nothing of it.
@@ -90,7 +90,7 @@ class Fp32Masters:
 
 
 @dataclass(slots=True)
-class _FlatGroup:
+class _FlatPartition:
     """One flat partition: the master weights, their moments and their average, all of one length."""
 
     tensors: dict[str, Tensor]

@@ -31,7 +31,7 @@ def leave_shared_memory_op_out() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def restore_linear() -> None:
+def restore_torch_linear() -> None:
     """Undo DeepSpeed's replacement of torch's linear function by an earlier engine of this process, which persists.
 
     `zero.Init` puts its own in the place of `torch.nn.functional.linear` and leaves it there; what was there before is in

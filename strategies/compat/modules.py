@@ -57,6 +57,6 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
-def stay_in_place(module: nn.Module) -> None:
+def disable_device_moves(module: nn.Module) -> None:
     """Let `module.to(...)` and similar methods do nothing (`_apply`): moving fake parameters to their own device fails."""
     module._apply = lambda fn, recurse=True: module  # type: ignore[method-assign, assignment]

@@ -26,7 +26,7 @@ def library(monkeypatch):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
     found.init_distributed(dist_backend="gloo", verbose=False)
     yield found
-    compat.restore_linear()
+    compat.restore_torch_linear()
     dist.destroy_process_group()
     compat.forget_groups()
     compat.forget_backend()
@@ -94,7 +94,7 @@ def test_linear_is_torchs_again(library):
     before = F.linear
     with library.zero.Init(config_dict_or_path={"zero_optimization": {"stage": 3}, "train_batch_size": 1}):
         nn.Linear(2, 2)
-    compat.restore_linear()
+    compat.restore_torch_linear()
     assert F.linear is before
 
 

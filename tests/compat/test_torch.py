@@ -419,7 +419,7 @@ def test_whether_a_module_is_compiled():
 
 def test_a_module_that_does_not_move():
     layer = nn.Linear(1, 1)
-    modules.stay_in_place(layer)
+    modules.disable_device_moves(layer)
     assert layer.to(torch.float64) is layer and layer.weight.dtype is torch.float32
 
 

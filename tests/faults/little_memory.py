@@ -15,7 +15,9 @@ _forward = NativeEngine.forward
 
 def forward(self, batch, *, last=True):
     documents = len(batch["cu_seq_lens_q"]) - 1
-    here = os.environ["LITTLE_RANK"] in ("-1", os.environ["RANK"]) and self._steps + 1 >= int(os.environ["LITTLE_FROM"])
+    here = os.environ["LITTLE_RANK"] in ("-1", os.environ["RANK"]) and self._num_steps + 1 >= int(
+        os.environ["LITTLE_FROM"]
+    )
     here = here and os.environ.get("LITTLE_UNDER", self.strategy) == self.strategy
     if here and documents > int(os.environ["LITTLE_HOLDS"]):
         torch.empty(2**50)  # refused in the allocator's own words

@@ -215,9 +215,9 @@ def built_trainer(
     if "deepspeed" in sys.modules:
         # A process of the product has one engine; this one may have had ZeRO-3's, which leaves a linear function behind
         # that selective checkpointing cannot take.
-        from strategies.compat.deepspeed import restore_linear
+        from strategies.compat.deepspeed import restore_torch_linear
 
-        restore_linear()
+        restore_torch_linear()
     tokenizer = load_tokenizer(config.model)
     engine, built, _ = build_engine(config, tokenizer, data, config.precision, runtime)
     agreement = Agreement(StopRequest(), runtime)

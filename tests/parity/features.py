@@ -136,13 +136,13 @@ def zero2_on_device(job: Job) -> dict:
 
     engine.step = counted  # type: ignore[method-assign]
     ours = [list(row) for row in take_steps(trainer, STEPS)]
-    before, updates = values_of(trainer), int(engine._updates)  # type: ignore[attr-defined]
+    before, updates = values_of(trainer), int(engine._num_updates)  # type: ignore[attr-defined]
     batch = next(trainer.loader.steps(0, 1)).micro_batches[0]
     engine.backward(engine.forward({**batch, "ahead": {}}, last=True)["loss"] * float("inf"), last=True)
     skipped = engine.step(1.0)
     after = values_of(trainer)
     same = all(torch.equal(before[name], after[name]) for name in before)
-    told = [float(skipped.skipped), same, int(engine._updates) - updates]  # type: ignore[attr-defined]
+    told = [float(skipped.skipped), same, int(engine._num_updates) - updates]  # type: ignore[attr-defined]
     path = job.saved(trainer)
     going_on, resumed = take_steps(trainer, 2), job.go_on(config, path, 2)
     return {

@@ -89,7 +89,7 @@ def _skipped(job: Job, config: RunConfig, data: PreparedData) -> dict:
         "skipped": [row["step"] for row in rows if row.get("skipped")],
         "outliers": [row["step"] for row in rows if "outlier/grad_norm" in row],
         "window": len(trainer.guards.window()),
-        "updates": int(trainer.engine._updates),  # type: ignore[attr-defined]
+        "updates": int(trainer.engine._num_updates),  # type: ignore[attr-defined]
         "reads": reads,
         "expected": job.oracle(("guards", "skipped"), lambda: _never_updated(job, config, data), elsewhere=[]),
     }

@@ -9,7 +9,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from strategies.activation import _checkpoint_arguments, apply_checkpointing_and_compile
+from strategies.activation import _checkpoint_kwargs, apply_checkpointing_and_compile
 from strategies.base import ActivationCheckpointing, SingleConfig
 from tests.helpers.models import tiny_model_dir
 from trainer.objectives.sft import Sft
@@ -52,7 +52,7 @@ def test_compiled_blocks_recompute_all_but_products():
         return (x @ w).sin().exp()
 
     def loss(x, w):
-        return checkpoint(block, x, w, **_checkpoint_arguments(ActivationCheckpointing.selective)).sum()
+        return checkpoint(block, x, w, **_checkpoint_kwargs(ActivationCheckpointing.selective)).sum()
 
     def gradients(compute):
         x, w = torch.ones(3, 4, requires_grad=True), torch.full((4, 5), 0.2, requires_grad=True)

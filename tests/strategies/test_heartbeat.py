@@ -159,7 +159,7 @@ def beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s):
     warned_at = []
     beats.on_collective_timeout = lambda exchange: warned_at.append(clock.now_s)
     with pytest.raises(StepOver):
-        beats._beat()
+        beats._send_heartbeats()
     return beats, warned_at
 
 
@@ -167,7 +167,7 @@ class Started:
     """A thread whose work is done at once; the beat itself is called by the test."""
 
     def __init__(self, target, args):
-        self.work = None if target.__name__ == "_beat" else lambda: target(*args)
+        self.work = None if target.__name__ == "_send_heartbeats" else lambda: target(*args)
 
     def start(self):
         if self.work is not None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from strategies import parameters as parameters_module
-from strategies.parameters import fill_together, meta_context
+from strategies.parameters import load_parameter_cooperatively, meta_context
 from strategies.runtime import Runtime
 
 
@@ -59,7 +59,7 @@ def test_ranks_that_read_a_parameter_together_each_read_their_part(count, monkey
             return values[start:stop]
 
     handed_in = []
-    monkeypatch.setattr(parameters_module, "READ_TOGETHER_ELEMENTS", 1)
+    monkeypatch.setattr(parameters_module, "MIN_COOPERATIVE_ELEMENTS", 1)
     gather = parameters_module.dist
     for is_second in (False, True):
         monkeypatch.setattr(
@@ -72,10 +72,10 @@ def test_ranks_that_read_a_parameter_together_each_read_their_part(count, monkey
         for rank in range(world):
             runtime = Runtime(rank, world, rank, world, torch.device("cpu"), None)
             parameter = torch.zeros(count)
-            fill_together(parameter, "weight", Source(), runtime)
+            load_parameter_cooperatively(parameter, "weight", Source(), runtime)
             assert not is_second or torch.equal(parameter, values)
     assert sum(asked) == 2 * count and max(asked) == -(-count // world)
     asked.clear()
-    monkeypatch.setattr(parameters_module, "READ_TOGETHER_ELEMENTS", 2**20)
-    fill_together(parameter, "weight", Source(), runtime)
+    monkeypatch.setattr(parameters_module, "MIN_COOPERATIVE_ELEMENTS", 2**20)
+    load_parameter_cooperatively(parameter, "weight", Source(), runtime)
     assert asked == [count]

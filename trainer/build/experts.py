@@ -15,7 +15,7 @@ from torch import nn
 from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.mesh import replica_count
-from strategies.parameters import BESIDE, meta_context
+from strategies.parameters import FROZEN_MODEL_PREFIXES, meta_context
 from strategies.runtime import Runtime
 from trainer.build.reward_models import reward_model_settings, reward_models_of
 from trainer.config.run import RunConfig
@@ -58,7 +58,7 @@ def expert_parallel_lines(built: Built, precision: Precision, sharded_over: int)
     """
     step = built.step_module
     expert_ranks = step.plan.expert_ranks
-    trained_names = [name for name in step.plan.expert_parallel_modules if not name.startswith(BESIDE)]
+    trained_names = [name for name in step.plan.expert_parallel_modules if not name.startswith(FROZEN_MODEL_PREFIXES)]
     if expert_ranks == 1 or not trained_names:
         return []
     # What a rank holds.

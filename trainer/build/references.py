@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from strategies.parameters import TEACHER
+from strategies.parameters import TEACHER_PREFIX
 from trainer.model.config import ModelConfig
 from trainer.model.weights import WeightSource
 from trainer.objectives.base import ObjectiveConfig, ReferenceModels
@@ -59,7 +59,7 @@ def attach_frozen(
     initial_adapter = None if has_teacher else merge_initial_adapter(built.plain, tuning_config)
     frozen = frozen_model(config, objective, built.config, built.arrangement, source, initial_adapter, tokenizer)
     step.teacher = frozen.model
-    source.beside[TEACHER] = frozen.weights
+    source.beside[TEACHER_PREFIX] = frozen.weights
     step.objective = build_objective(objective, reference_models(tuning, frozen.model))
     step.add_block_classes(frozen.block_classes)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from strategies.base import Engine
 from strategies.errors import ConfigError
-from strategies.parameters import REWARD_MODELS, meta_context
+from strategies.parameters import REWARD_MODELS_PREFIX, meta_context
 from strategies.runtime import Runtime
 from trainer.config.run import RunConfig, kept_date
 from trainer.data.config import Layout
@@ -61,7 +61,7 @@ def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: An
             files = reward_model_files(str(reward.path), key)
             model, weights = _frozen_classifier(files, key, half_on_gpu=half_on_gpu)
         step.add_reward_model(name, model, block_class_names(model))
-        source.beside[f"{REWARD_MODELS}{name}."] = weights
+        source.beside[f"{REWARD_MODELS_PREFIX}{name}."] = weights
 
 
 def _frozen_classifier(

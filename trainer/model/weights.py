@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from strategies.compat.modules import persistent_buffers
 from strategies.errors import ConfigError
-from strategies.parameters import BESIDE
+from strategies.parameters import FROZEN_MODEL_PREFIXES
 from strategies.runtime import derive_seed
 from trainer.model.conversions import Conversions
 from trainer.model.files import SafetensorsFiles
@@ -288,7 +288,7 @@ class WeightSource:
 
         In the last two a row in `zeroed` (as a rule the padding token's) is set to zero.
         """
-        if name.startswith(BESIDE):
+        if name.startswith(FROZEN_MODEL_PREFIXES):
             for prefix, frozen in self.beside.items():
                 if name.startswith(prefix):
                     return frozen.read_slice(name.removeprefix(prefix), shape, start, stop)

@@ -133,7 +133,7 @@ def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Shard]]
 
     Parameters that are partitioned over all ranks (ZeRO-3) have no copies and are left out.
     """
-    for name, parameter in named_parameters(engine.step_module, teacher=True):
+    for name, parameter in named_parameters(engine.step_module, include_frozen_models=True):
         if hasattr(parameter, "ds_id"):  # ZeRO-3: each rank has a part of its own
             continue
         tensor = parameter.detach()

@@ -12,7 +12,7 @@ from strategies.base import ActivationCheckpointing, DdpConfig, Fsdp2Config, Pre
 from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
 from strategies.expert_share import expert_share_of
 from strategies.mesh import replica_count
-from strategies.parameters import BESIDE, named_parameters
+from strategies.parameters import FROZEN_MODEL_PREFIXES, named_parameters
 from strategies.runtime import Runtime
 from trainer.build.sequence import heads_of
 from trainer.model.architecture import experts_per_token, text_settings, width_and_blocks
@@ -166,7 +166,9 @@ def _expert_bytes(built: Built, strategy: StrategyConfig, precision: Precision, 
     forward_passes = _forward_passes(built, strategy)
     size = 0.0
     for name in step.plan.expert_parallel_modules:
-        if name.startswith(BESIDE):  # a teacher's sizes are its own, and reward models run between steps: not counted
+        if name.startswith(
+            FROZEN_MODEL_PREFIXES
+        ):  # a teacher's sizes are its own, and reward models run between steps: not counted
             continue
         row_bytes = 2 * rows * text.hidden_size * itemsize
         experts: Any = step.get_submodule(name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from strategies.base import OptimizerFactory, Precision, StepResult, StrategyConfig, UpdateFilter, plan_of
 from strategies.build import build_strategy
-from strategies.compat.deepspeed import restore_linear
+from strategies.compat.deepspeed import restore_torch_linear
 from strategies.compat.dispatch import storage_key
 from strategies.pinned_memory import OnHost
 from strategies.runtime import Runtime
@@ -118,7 +118,7 @@ def recording_engine(parts: StepParts, runtime: Runtime) -> Iterator[RecordedEng
     The model in `parts.built` becomes the engine's, and cannot be used for another. All ranks must call.
     """
     if "deepspeed" in sys.modules:  # ZeRO-3 simulated before leaves a linear function that casts weights anew each time
-        restore_linear()
+        restore_torch_linear()
     recorder = Recorder(runtime.device)
     with _without_garbage_collection(), recorder:
         strategy = build_strategy(parts.strategy, parts.precision, runtime)

@@ -89,9 +89,9 @@ def take_step(
     """
     if "deepspeed" in sys.modules:
         # ZeRO-3 replaces torch's linear function for the whole process; undo that for the next engine.
-        from strategies.compat.deepspeed import restore_linear
+        from strategies.compat.deepspeed import restore_torch_linear
 
-        restore_linear()
+        restore_torch_linear()
     data = open_documents(documents, label_names)
 
     def values_of(source: WeightSource) -> ParameterSource:

@@ -1,10 +1,10 @@
 """A fault for ranks: gradients of dealt experts are divided by the ranks that hold them, and not by all."""
 
-from strategies import dealt_experts, fsdp2
+from strategies import expert_parallelism, fsdp2
 
 
 def shard(module, ranks, **settings):
-    dealt_experts.shard_experts(module, settings["mesh"].size(), **settings)
+    expert_parallelism.shard_experts(module, settings["mesh"].size(), **settings)
 
 
 fsdp2.shard_experts = shard
