@@ -118,7 +118,7 @@ def write_old(shape: str, base: Path, checkpoint: Path, to: Path) -> None:
 
 def one_process() -> processes.Runtime:
     """A job of one rank on the CPU."""
-    return processes.start("cpu", timeout_s=3600, threads=1, matmul=Matmul.blas)
+    return processes.join_job("cpu", timeout_s=3600, threads=1, matmul=Matmul.blas)
 
 
 def measured(work: Callable[[], None], processes: int = 1) -> dict[str, float]:

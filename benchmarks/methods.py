@@ -41,7 +41,7 @@ def measure(row: str, config: Any, model: Path, folder: Path, steps: int, rounds
     from trainer.tuning.base import LoraConfig
 
     torch.set_num_threads(1)
-    runtime = processes.start("cpu", timeout_s=600, threads=1)
+    runtime = processes.join_job("cpu", timeout_s=600, threads=1)
     data = data_set(folder, uneven=False, num=64)
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     total = steps * (rounds + 1)
@@ -68,7 +68,7 @@ def measure(row: str, config: Any, model: Path, folder: Path, steps: int, rounds
         go("lora", beside)
         go("method", trainer)
     named = list(trainer.engine.step_module.named_parameters())
-    processes.stop()
+    processes.leave_job()
     return {
         "row": row,
         "trained": sum(p.numel() for _, p in named if p.requires_grad),

@@ -44,20 +44,21 @@ class Gpu:
         """Whether flash attention is built for it, torch's variable-length kernel included: the same GPUs that have bf16."""
         return self.has_bf16
 
-    def lacking_heads(self, dropout: float = 0.0) -> tuple[int, int] | None:
-        """(smallest, largest) size of a head that flash attention's backward pass cannot do here; None if it can do all.
+    def unsupported_flash_head_sizes(self, dropout: float = 0.0) -> tuple[int, int] | None:
+        """(smallest, largest) size of an attention head whose backward pass flash attention cannot compute on this GPU.
 
-        torch's own rule for GPUs with little shared memory: capabilities 8.6 to 8.9, 12.0 and 12.1 lack the sizes 200 to 224,
-        and with dropout all sizes above 192.
+        None if it can compute all. By torch's own rule, NVIDIA's GPUs with little shared memory (capabilities 8.6 to 8.9, 12.0
+        and 12.1) cannot do the sizes 193 to 224, and with dropout all sizes above 192.
         """
-        small = any(first <= self.capability <= last for first, last in SMALL_SHARED_MEMORY)
-        if self.architecture is not None or not small:
+        is_nvidia = self.architecture is None
+        has_little_shared_memory = any(first <= self.capability <= last for first, last in SMALL_SHARED_MEMORY)
+        if not is_nvidia or not has_little_shared_memory:
             return None
         largest = 224 if dropout == 0.0 else MAX_FLASH_HEAD
         return 193, largest
 
 
-def listed_gpus() -> int:
+def count_nvidia_gpus() -> int:
     """Number of NVIDIA's GPUs of this host, from the driver's own files. Works without torch, and if torch sees none of them."""
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
@@ -95,7 +96,7 @@ def cpu_has_bf16() -> bool:
     return has_instructions and onednn_multiplies_in_bf16()
 
 
-def advice(precision: Precision, device_type: str) -> str | None:
+def slow_precision_warning(precision: Precision, device_type: str) -> str | None:
     """A warning about a precision that is slow on this hardware; None if there is nothing to say."""
     if precision is Precision.bf16 and device_type == "cpu" and not cpu_has_bf16():
         return (

@@ -8,7 +8,8 @@ The two libraries round differently, so one run must keep one library. `auto` th
 never measures, because other work on the host would influence the choice.
 
 oneDNN compiles a kernel for each shape. That pays for the products of layers and for long documents, but not inside the
-attention of one short document after another. `in_blas` and `as_chosen` bracket what stays with BLAS.
+attention of one short document after another. `with_blas_from_here` and `with_chosen_library_from_here` bracket what stays
+with BLAS.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ compiled for each call, and 1.8 times at 4,096."""
 _KEPT_KERNELS = "64"
 """Limit of compiled kernels, about 0.4 MiB each. Rows of ever new lengths would fill the default of 1,024, in two caches."""
 
-_onednn = False
+_onednn_is_chosen = False
 """Whether this process has chosen oneDNN."""
 
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -92,21 +93,24 @@ MEASURED = (
 
 
 def choose_library(requested: Matmul) -> MatmulChoice:
-    """Choose the library of this process and switch to it. For CPUs, before the first product is computed."""
-    global _onednn
+    """Choose the library of this process and switch to it. Call it on CPUs only, before the first product is computed.
+
+    Sets the limit of oneDNN's compiled kernels in the environment, unless the user has set it.
+    """
+    global _onednn_is_chosen
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own cache, and torch's of it
         os.environ.setdefault(name, _KEPT_KERNELS)
-    _use(onednn=False)
-    choice = _library_for(requested)
-    _onednn = choice.library is Matmul.onednn
-    _use(onednn=_onednn)
+    _set_float32_library(onednn=False)
+    choice = _library_choice(requested)
+    _onednn_is_chosen = choice.library is Matmul.onednn
+    _set_float32_library(onednn=_onednn_is_chosen)
     return choice
 
 
 def agree_on_library(choices: list[MatmulChoice], rank: int) -> MatmulChoice:
-    """Switch to BLAS if the ranks have chosen different libraries, which round differently. Returns this rank's final choice.
+    """This rank's final choice. Switches to BLAS if the ranks have chosen different libraries, which round differently.
 
-    `choices`: those of all ranks, in rank order.
+    `choices`: those of all ranks, in rank order. `rank`: this rank.
     """
     if len({choice.library for choice in choices}) == 1:
         return choices[rank]
@@ -115,54 +119,60 @@ def agree_on_library(choices: list[MatmulChoice], rank: int) -> MatmulChoice:
     return MatmulChoice(Matmul.blas, f"rank {blas_rank}: {choices[blas_rank].reason}")
 
 
-def restore_default() -> None:
+def use_default_library() -> None:
     """Switch back to torch's own choice."""
-    global _onednn
-    if _onednn:
-        _onednn = False
-        _use(onednn=False)
+    global _onednn_is_chosen
+    if _onednn_is_chosen:
+        _onednn_is_chosen = False
+        _set_float32_library(onednn=False)
 
 
-def in_blas(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same tensors. BLAS computes products from here on, forward and backward, until `as_chosen`."""
-    if not _switches(tensors[0]):
+def with_blas_from_here(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors, after switching float32 products to BLAS, until `with_chosen_library_from_here`.
+
+    The backward pass, which runs in the opposite order, switches at the same two places.
+    """
+    if not _must_switch_library(tensors[0]):
         return tensors
-    return _Switch.apply(False, *tensors)  # type: ignore[no-any-return]
+    switch_to_onednn = False
+    return _LibrarySwitch.apply(switch_to_onednn, *tensors)  # type: ignore[no-any-return]
 
 
-def as_chosen(tensor: Tensor) -> Tensor:
-    """The same tensor. The chosen library computes products from here on again."""
-    if not _switches(tensor):
+def with_chosen_library_from_here(tensor: Tensor) -> Tensor:
+    """The same tensor, after switching float32 products back from BLAS to the library that this process has chosen."""
+    if not _must_switch_library(tensor):
         return tensor
-    return _Switch.apply(True, tensor)[0]
+    switch_to_onednn = True
+    (same_tensor,) = _LibrarySwitch.apply(switch_to_onednn, tensor)
+    return same_tensor  # type: ignore[no-any-return]
 
 
-def _switches(tensor: Tensor) -> bool:
-    """Whether `in_blas` and `as_chosen` have to switch the library for the products of a tensor."""
-    return _onednn and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def _must_switch_library(tensor: Tensor) -> bool:
+    """Whether the products of a tensor are computed by oneDNN, so that there is something to switch."""
+    return _onednn_is_chosen and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-class _Switch(torch.autograd.Function):
+class _LibrarySwitch(torch.autograd.Function):
     """The identity, which switches the library. The backward pass comes from the other side, so it switches the other way."""
 
     @staticmethod
     def forward(ctx: Any, onednn: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.onednn = onednn
-        _use(onednn=onednn)
+        _set_float32_library(onednn=onednn)
         return tensors
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
-        _use(onednn=not ctx.onednn)
+        _set_float32_library(onednn=not ctx.onednn)
         return None, *grads
 
 
-def _use(*, onednn: bool) -> None:
+def _set_float32_library(*, onednn: bool) -> None:
     """Switch float32 products of this process to oneDNN, or to BLAS."""
     torch.set_float32_matmul_precision("medium" if onednn else "highest")
 
 
-def _library_for(requested: Matmul) -> MatmulChoice:
+def _library_choice(requested: Matmul) -> MatmulChoice:
     """The library that this process should use, and why. `requested`: `run.matmul`; `auto` is looked up in the table.
 
     BLAS if it is requested, or if oneDNN is missing or would round to bfloat16; else what is requested, or the table's.
@@ -171,7 +181,7 @@ def _library_for(requested: Matmul) -> MatmulChoice:
         return MatmulChoice(Matmul.blas, "as asked")
     if not torch.backends.mkldnn.is_available():
         return MatmulChoice(Matmul.blas, "this torch has no oneDNN")
-    if not _is_float32():
+    if not _onednn_keeps_float32():
         return MatmulChoice(Matmul.blas, "oneDNN would round float32 products to bfloat16 here")
     if requested is Matmul.onednn:
         return MatmulChoice(Matmul.onednn, "as asked")
@@ -225,11 +235,12 @@ def _blas_of_torch() -> str:
     return settings.partition(",")[0].strip() or "unknown"
 
 
-def _is_float32() -> bool:
+def _onednn_keeps_float32() -> bool:
     """Whether oneDNN multiplies float32 without rounding to bfloat16. Tested with numbers that bfloat16 cannot represent."""
-    not_bfloat16 = torch.full((64, 64), 1.0 + 2.0**-12)
-    _use(onednn=True)
+    matrix = torch.full((64, 64), 1.0 + 2.0**-12)
+    _set_float32_library(onednn=True)
     try:
-        return bool(((not_bfloat16 @ torch.eye(64)) == not_bfloat16).all())
+        same_matrix = matrix @ torch.eye(64)
+        return bool((same_matrix == matrix).all())
     finally:
-        _use(onednn=False)
+        _set_float32_library(onednn=False)

@@ -18,7 +18,7 @@ from strategies.atomic_io import error_summary
 from strategies.compat.process_groups import living_groups, make_fake_backend_known, set_group_timeout
 from strategies.errors import ConfigError, StorageError
 from strategies.flight_recorder import enable_recorder
-from strategies.matmul import Matmul, MatmulChoice, agree_on_library, choose_library, restore_default
+from strategies.matmul import Matmul, MatmulChoice, agree_on_library, choose_library, use_default_library
 from strategies.network import refuse_unknown_interface
 
 LAZY_CONNECTION_RANKS = 64
@@ -92,7 +92,7 @@ class Runtime:
         return self.rank == 0
 
 
-def start(
+def join_job(
     device: str,
     *,
     timeout_s: int,
@@ -101,39 +101,30 @@ def start(
     shared_memory: bool = True,
     store: Any = None,
 ) -> Runtime:
-    """Join the job described by the environment (torchrun's variables), or form a job of one.
+    """Join the job described by the environment (torchrun's variables), or form a job of one. All ranks must call, once.
 
-    All ranks must call, once. Sets the number of CPU threads: `threads`, or this job's cores divided by the ranks on the host.
-    On a CPU it also chooses the library of float32 products, the same on every rank. `store`: the ranks' store, if they have
-    connected before (`strategies/rendezvous.py`). Raises ConfigError if `device` is `cuda` and there is no GPU.
+    Sets the number of CPU threads: `threads`, or this job's cores divided by the ranks on the host. On a CPU it also chooses the
+    library of float32 products, the same on every rank. `device`: `cpu`, `cuda`, or `auto` for a GPU if there is one. `store`:
+    the ranks' store, if they have connected before (`strategies/rendezvous.py`). Raises ConfigError if `device` is `cuda` and
+    there is no GPU.
     """
-    # Device and threads.
-    if device == "cuda":
-        why_missing = missing_cuda()
-        if why_missing is not None:
-            raise ConfigError(f"run.device=cuda: {why_missing}; set run.device=cpu, or run where there is a GPU")
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    torch_device = _device_of_rank(device, local_rank)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     torch.set_num_threads(threads or threads_from_environment() or max(1, usable_cores() // local_world_size))
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if use_cuda:
-        # With one visible device per task (SLURM's gpus-per-task) the local rank can exceed the device count.
-        torch_device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    is_on_gpu = torch_device.type == "cuda"
+    if is_on_gpu:
         torch.cuda.set_device(torch_device)
-    else:
-        torch_device = torch.device("cpu")
-    library_choice = None if use_cuda else choose_library(matmul)
-
-    # The process group.
+    library_choice = None if is_on_gpu else choose_library(matmul)
     # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.
     os.environ.setdefault("DS_ACCELERATOR", torch_device.type)
     if world_size >= LAZY_CONNECTION_RANKS:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
-        _form_group(
-            use_cuda=use_cuda, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), store=store
+        _form_process_group(
+            is_on_gpu=is_on_gpu, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), store=store
         )
     runtime = Runtime(
         rank=rank,
@@ -152,11 +143,31 @@ def start(
     return replace(runtime, matmul=agree_on_library(gather_objects(library_choice, runtime), rank))
 
 
-def _form_group(*, use_cuda: bool, rank: int, world_size: int, timeout: timedelta, store: Any) -> None:
-    """Form the process group of all ranks. All ranks must call."""
+def _device_of_rank(requested: str, local_rank: int) -> torch.device:
+    """The device of the rank with this index on its host. `requested`: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+
+    Raises ConfigError if `cuda` is requested and no GPU can be used.
+    """
+    if requested == "cuda":
+        why_missing = missing_cuda()
+        if why_missing is not None:
+            raise ConfigError(f"run.device=cuda: {why_missing}; set run.device=cpu, or run where there is a GPU")
+    if requested == "cuda" or (requested == "auto" and torch.cuda.is_available()):
+        # With one visible device per task (SLURM's gpus-per-task) the local rank can exceed the device count.
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def _form_process_group(*, is_on_gpu: bool, rank: int, world_size: int, timeout: timedelta, store: Any) -> None:
+    """Form the process group of all ranks. All ranks must call.
+
+    - The ranks have connected before: through their `store`.
+    - A launcher has set the variables of a job (RANK and others): as they say.
+    - Otherwise: a job of one, whose variables are set here.
+    """
     refuse_unknown_interface()
     enable_recorder()
-    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo"
     if store is not None:
         prefixed_store = dist.PrefixStore("default_pg", store)
         dist.init_process_group(backend, store=prefixed_store, rank=rank, world_size=world_size, timeout=timeout)
@@ -166,7 +177,7 @@ def _form_group(*, use_cuda: bool, rank: int, world_size: int, timeout: timedelt
         # Libraries read these variables, which no launcher has set.
         os.environ.setdefault("LOCAL_RANK", "0")
         os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
-        _form_group_of_one(backend, timeout)
+        _form_process_group_of_one(backend, timeout)
 
 
 def with_matmul(library: Matmul, runtime: Runtime) -> Runtime:
@@ -178,7 +189,7 @@ def with_matmul(library: Matmul, runtime: Runtime) -> Runtime:
     return replace(runtime, matmul=choice)
 
 
-def _form_group_of_one(backend: str, timeout: timedelta) -> None:
+def _form_process_group_of_one(backend: str, timeout: timedelta) -> None:
     """Form the process group of a job of one rank, which needs no network, and must work on a host without one."""
     try:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -209,14 +220,16 @@ def missing_cuda() -> str | None:
 
 
 def threads_from_environment() -> int | None:
-    """The number in OMP_NUM_THREADS; None if there is none, or if torchrun has set it.
+    """The number of threads in OMP_NUM_THREADS; None if it has no number above 0, or if torchrun has set it.
 
     torchrun sets 1 by default, which would leave all but one core of a rank idle.
     """
     text = os.environ.get("OMP_NUM_THREADS", "")
     # Our own launchers set the number before they start torchrun, so under them a 1 is intended.
-    set_by_torchrun = text == "1" and "TORCHELASTIC_RUN_ID" in os.environ and "SHARDTUNE_RUN_DIR" not in os.environ
-    if not text.isdecimal() or set_by_torchrun:
+    is_default_of_torchrun = (
+        text == "1" and "TORCHELASTIC_RUN_ID" in os.environ and "SHARDTUNE_RUN_DIR" not in os.environ
+    )
+    if not text.isdecimal() or is_default_of_torchrun:
         return None
     return int(text) or None
 
@@ -232,8 +245,8 @@ def usable_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    for text in _cgroup_files("cpu.max"):
-        quota, period = text.split()
+    for text in _texts_in_own_cgroups("cpu.max"):
+        quota, period = text.split()  # microseconds of CPU time in each period, such as "200000 100000" for two cores
         if quota != "max":
             cores = min(cores, int(quota) // int(period))
     return max(1, cores)
@@ -241,63 +254,69 @@ def usable_cores() -> int:
 
 def cgroup_memory() -> int | None:
     """Bytes that the cgroups of this process allow; None if they set no limit."""
-    limits = [text.strip() for text in _cgroup_files("memory.max")]
+    limits = [text.strip() for text in _texts_in_own_cgroups("memory.max")]
     return min((int(limit) for limit in limits if limit != "max"), default=None)
 
 
 def out_of_memory_kills() -> int | None:
-    """Processes that the kernel has killed for memory so far; None if it does not say.
+    """How many processes the kernel has killed for memory so far; None if it does not say.
 
-    Counted in this process's cgroup (version 2) and those below it, where its children are and no other job of the host. If that
-    is not counted: on the whole host.
+    Counted in the innermost cgroup (version 2) of this process that counts them: its children are there, and no other job of the
+    host. If no cgroup counts them: on the whole host.
     """
-    texts = list(_cgroup_files("memory.events"))
+    counter_texts = list(_texts_in_own_cgroups("memory.events"))
     if _HOST_COUNTERS.is_file():
-        texts.append(_HOST_COUNTERS.read_text(encoding="utf-8"))
-    for text in texts:
-        kills = _counter(text, "oom_kill")
-        if kills is not None:
-            return kills
+        counter_texts.append(_HOST_COUNTERS.read_text(encoding="utf-8"))
+    for text in counter_texts:
+        num_kills = _counter_value(text, "oom_kill")
+        if num_kills is not None:
+            return num_kills
     return None
 
 
 def free_host_memory() -> int | None:
-    """Bytes of host memory that this process may still allocate, by the kernel's estimate and its cgroups; None if unknown."""
+    """Bytes of host memory that this process may still allocate; None if the kernel does not say.
+
+    The least of what the host has available and of what each cgroup around this process leaves of its limit.
+    """
     try:
-        available_kib = _counter(Path("/proc/meminfo").read_text(encoding="utf-8"), "MemAvailable:")
+        available_kib = _counter_value(Path("/proc/meminfo").read_text(encoding="utf-8"), "MemAvailable:")
     except OSError:
         return None
     if available_kib is None:
         return None
-    free = available_kib * 1024
-    cgroup_files = map(_cgroup_files, ("memory.max", "memory.current", "memory.stat"))
-    for limit, used, statistics in zip(*cgroup_files, strict=False):
-        if limit.strip() == "max":
+    free_bytes = available_kib * 1024
+    # The root cgroup has only some of the files, and it comes last: the others are of one cgroup each.
+    limits = _texts_in_own_cgroups("memory.max")
+    usages = _texts_in_own_cgroups("memory.current")
+    statistics = _texts_in_own_cgroups("memory.stat")
+    for limit, usage, statistics_text in zip(limits, usages, statistics, strict=False):
+        if limit.strip() == "max":  # no limit
             continue
         # Cached pages of files count as used, but the kernel frees them when memory is needed.
-        cached = _counter(statistics, "inactive_file") or 0
-        free = min(free, int(limit) - int(used) + cached)
-    return max(0, free)
+        cached_bytes = _counter_value(statistics_text, "inactive_file") or 0
+        free_bytes = min(free_bytes, int(limit) - int(usage) + cached_bytes)
+    return max(0, free_bytes)
 
 
-def _counter(text: str, name: str) -> int | None:
-    """The number behind `name` in a file of the kernel with a name and a number on each line; None if there is none."""
+def _counter_value(text: str, name: str) -> int | None:
+    """The number of the counter `name` in the text of a kernel's file, one "name number" a line; None if it is not there."""
     for line in text.splitlines():
         if line.startswith(f"{name} "):
             return int(line.split()[1])
     return None
 
 
-def _cgroup_files(name: str) -> Iterator[str]:
-    """The content of the file `name` in the cgroup (version 2) of this process, then in each one around it that has the file."""
+def _texts_in_own_cgroups(name: str) -> Iterator[str]:
+    """The text of the file `name` in the cgroup (version 2) of this process, then in each cgroup around it that has the file."""
     own_cgroup = "/"
-    with suppress(OSError):
+    with suppress(OSError):  # not Linux
         for line in _CGROUP_OF_PROCESS.read_text(encoding="utf-8").splitlines():
             if line.startswith("0::"):
                 own_cgroup = line.removeprefix("0::")
                 break
-    directory_of_process = _CGROUPS / own_cgroup.strip("/")
-    for directory in (directory_of_process, *directory_of_process.parents):
+    own_directory = _CGROUPS / own_cgroup.strip("/")
+    for directory in (own_directory, *own_directory.parents):
         if directory.is_relative_to(_CGROUPS) and (directory / name).is_file():
             yield (directory / name).read_text(encoding="utf-8")
 
@@ -324,13 +343,13 @@ def longer_timeout(runtime: Runtime, more_s: float) -> Iterator[None]:
         set_group_timeouts(runtime)
 
 
-def stop(*, failed: bool = False) -> None:
+def leave_job(*, failed: bool = False) -> None:
     """Leave the job. No collective: a dead peer must not hold up the others.
 
     After a failure in a job of several ranks the groups are not destroyed. Peers may sit in a collective, and NCCL waits for it
     before it destroys a group; but the process is to leave at once.
     """
-    restore_default()
+    use_default_library()
     if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
         dist.destroy_process_group()
 
@@ -394,11 +413,11 @@ class RankError:
         return f"rank {self.rank}: {self.kind}: {self.text}"
 
 
-def first_error(error: BaseException | None, runtime: Runtime) -> RankError | None:
-    """Agree on whether a step that each rank did alone has failed anywhere. All ranks must call.
+def first_rank_error(error: BaseException | None, runtime: Runtime) -> RankError | None:
+    """The error of the lowest rank that failed in something which each rank did alone; None if none failed. All ranks must call.
 
-    Returns the error of the lowest rank that failed; None if all succeeded. Without it a rank would go on into a collective that
-    a failed peer will never join.
+    `error`: this rank's own; None if it succeeded. Without this call a rank would go on into a collective that a failed peer will
+    never join.
     """
     failures = gather_objects(None if error is None else (type(error).__name__, str(error)), runtime)
     for rank, failure in enumerate(failures):
@@ -413,15 +432,15 @@ def barrier(runtime: Runtime) -> None:
         dist.barrier(group=runtime.control_group)
 
 
-def derive_seed(*parts: int | str) -> int:
+def derived_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on every part and on nothing else (no rank, no process)."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
+def seed_dropout_of_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout for one step of one rank: a resumed run draws what the uninterrupted one would have drawn."""
-    torch.manual_seed(derive_seed(seed, "step", step, rank))
+    torch.manual_seed(derived_seed(seed, "step", step, rank))
 
 
 def peak_memory_gib(device: torch.device) -> dict[str, float]:

@@ -137,7 +137,7 @@ def no_job_left(request):
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
     distributed.destroy_process_group()
-    pytest.fail(f"{request.node.nodeid} has joined a job (strategies.runtime.start), and not left it by stop()")
+    pytest.fail(f"{request.node.nodeid} has joined a job (strategies.runtime.join_job), and not left it by stop()")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -260,8 +260,8 @@ def runtime():
     from strategies import runtime as processes
 
     before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60, threads=1)
-    processes.stop()
+    yield processes.join_job("cpu", timeout_s=60, threads=1)
+    processes.leave_job()
     os.environ.clear()
     os.environ.update(before)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from strategies.base import Engine, Progress
 from strategies.errors import Interrupted, Preempted, ReplicasDiffer
-from strategies.runtime import broadcast_object, seed_step
+from strategies.runtime import broadcast_object, seed_dropout_of_step
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.best import check_watched_metric, early_stopping_reason, record_evaluation
 from trainer.loop_types import BatchLoader, LoopSettings, Monitors, Sinks, WrittenCheckpoint
@@ -194,7 +194,7 @@ class Trainer:
         self.current_batch = batch
         self.before_step(step + 1)
         # Dropout depends on the seed, the step and the rank alone, so that a resumed run draws what an unbroken one does.
-        seed_step(settings.seed, step, self.engine.rank)
+        seed_dropout_of_step(settings.seed, step, self.engine.rank)
         # A step without any target has a count of 0 and a loss of 0.
         loss_count = batch.totals["loss"]
         scale = self.engine.world_size / (loss_count or 1)

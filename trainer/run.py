@@ -324,7 +324,7 @@ def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInter
 def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
     """Join the process group of the job; `store`: where the ranks have met before. All ranks must call."""
     run = config.run
-    runtime = processes.start(
+    runtime = processes.join_job(
         str(run.device),
         timeout_s=run.timeout_s,
         threads=run.threads,

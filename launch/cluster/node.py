@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.compat.python import end_process
-from strategies.hardware import listed_gpus
+from strategies.hardware import count_nvidia_gpus
 from trainer.stopping.signals import hold
 
 FACTS_PREFIX = "shardtune-node "
@@ -118,7 +118,7 @@ def describe_host(job: dict[str, Any]) -> dict[str, Any]:
         "torch": metadata.version("torch"),
         "code": code_digest(read_code()),
         "config": config_digest,
-        "gpus": listed_gpus(),
+        "gpus": count_nvidia_gpus(),
     }
 
 

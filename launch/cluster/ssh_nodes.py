@@ -16,7 +16,7 @@ from typing import IO, Any
 from launch.cluster.hosts import is_loopback, local_address_towards
 from launch.cluster.snapshot import code_digest, read_code
 from strategies.errors import ConfigError, NodesUnfit
-from strategies.hardware import listed_gpus
+from strategies.hardware import count_nvidia_gpus
 from strategies.parent_death import die_with_parent
 from trainer.config.run import LauncherConfig
 from trainer.reporting.code_revision import ROOT
@@ -167,7 +167,7 @@ def _reasons_unfit(
             "does not see the run directory as it was written here; run.dir must be on a file system that all hosts share"
         )
     # Without GPUs on this host, the 1 of `per_node` is only a default.
-    if facts["gpus"] > launcher.per_node and launcher.per_node == 1 and not listed_gpus():
+    if facts["gpus"] > launcher.per_node and launcher.per_node == 1 and not count_nvidia_gpus():
         problems.append(f"has {facts['gpus']} GPUs, and this host none to tell by; give launcher.processes")
     return problems
 

@@ -34,7 +34,7 @@ from launch.config.reward_copies import use_reward_copies
 from launch.config.secrets import secret_problems
 from strategies.base import Precision, StrategyName
 from strategies.errors import ConfigError, key_of_problem
-from strategies.hardware import Gpu, best_precision, listed_gpus
+from strategies.hardware import Gpu, best_precision, count_nvidia_gpus
 from strategies.runtime import missing_cuda
 from trainer.config.resuming import plain
 from trainer.config.run import TEMPLATE_DATE, Device, LauncherName, RunConfig
@@ -444,7 +444,7 @@ def _processes_here(config: RunConfig) -> int:
 
 def _note_on_idle_gpus() -> str:
     """The end of the note about a run on CPUs if the host has GPUs that torch cannot use; empty if it has none."""
-    number = listed_gpus()
+    number = count_nvidia_gpus()
     if not number:
         return ""
     return f", beside {number} GPUs that their driver lists here: {missing_cuda()}"

@@ -41,7 +41,7 @@ def main() -> int:
 
     try:
         config = load_frozen(frozen)
-        runtime = processes.start(
+        runtime = processes.join_job(
             str(config.run.device),
             timeout_s=request["timeout_s"],
             threads=config.run.threads,
@@ -52,7 +52,7 @@ def main() -> int:
         if rank == 0:
             write_text_atomic(directory / REPORT, json.dumps(report))
         processes.barrier(runtime)
-        processes.stop()
+        processes.leave_job()
     except Exception as error:
         record_failure(directory, rank, error, "verifying")
         raise

@@ -69,11 +69,11 @@ def write_in_place(config: RunConfig, job: WritingJob) -> PreparedData:
     from trainer.config.run import kept_matmul
 
     run = config.run
-    runtime = processes.start("cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config))
+    runtime = processes.join_job("cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config))
     try:
         return write_as_rank(config, job, runtime)
     finally:
-        processes.stop()
+        processes.leave_job()
 
 
 def write_in_processes(config: RunConfig, job: WritingJob, num_processes: int) -> None:
@@ -131,7 +131,7 @@ def run_as_rank() -> int:
             attempt.phase = "start of the processes"
             with attempt.join_ranks(run.timeout_s) as rendezvous:
                 store = rendezvous.store
-            runtime = processes.start(
+            runtime = processes.join_job(
                 "cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config), store=store
             )
             attempt.phase = "export"

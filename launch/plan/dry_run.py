@@ -16,7 +16,7 @@ from launch.plan.dry_run_memory import (
 )
 from launch.plan.round_lines import dry_run_lines
 from strategies.base import Precision
-from strategies.hardware import advice
+from strategies.hardware import slow_precision_warning
 from strategies.mesh import replica_count
 from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import Runtime
@@ -92,7 +92,7 @@ def describe(config: RunConfig) -> DryRun:
         *memory.lines,
         *deferred_gradient_lines(config.strategy, trained, accumulation=accumulation),
     ]
-    precision_advice = advice(config.precision, str(config.run.device))
+    precision_advice = slow_precision_warning(config.precision, str(config.run.device))
     if precision_advice:
         lines.append(f"advice: {precision_advice}")
     for key in (STRATEGY, MICRO, LR):

@@ -34,9 +34,9 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def runtime():
-    started = processes.start("cpu", timeout_s=60, threads=1)
+    started = processes.join_job("cpu", timeout_s=60, threads=1)
     yield started
-    processes.stop()
+    processes.leave_job()
 
 
 def as_rows(trainer):

@@ -49,8 +49,8 @@ NONE, SELECTIVE, FULL = (ActivationCheckpointing(name) for name in ("none", "sel
 
 @pytest.fixture(scope="module")
 def here():
-    yield runtime.start("cpu", timeout_s=60, threads=1)
-    runtime.stop()
+    yield runtime.join_job("cpu", timeout_s=60, threads=1)
+    runtime.leave_job()
 
 
 def saved_bytes(step_module, batch):

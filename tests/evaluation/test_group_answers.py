@@ -21,8 +21,8 @@ def runtime():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
-        yield alone(processes.start("cpu", timeout_s=60, threads=1))
-        processes.stop()
+        yield alone(processes.join_job("cpu", timeout_s=60, threads=1))
+        processes.leave_job()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])

@@ -31,8 +31,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def runtime():
-    yield processes.start("cuda", timeout_s=60)
-    processes.stop()
+    yield processes.join_job("cuda", timeout_s=60)
+    processes.leave_job()
 
 
 def curve(tmp_path, runtime, **changes):

@@ -40,7 +40,7 @@ def libraries(monkeypatch):
 
 def on(monkeypatch, processor, *, keeps_float32=True):
     monkeypatch.setattr(matmul, "this_processor", lambda: processor)
-    monkeypatch.setattr(matmul, "_is_float32", lambda: keeps_float32)
+    monkeypatch.setattr(matmul, "_onednn_keeps_float32", lambda: keeps_float32)
 
 
 def train(root, run_dir, *words):

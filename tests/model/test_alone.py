@@ -15,8 +15,8 @@ from trainer.objectives.preference import DpoConfig
 def runtime(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    yield alone(processes.start("cpu", timeout_s=60, threads=1))
-    processes.stop()
+    yield alone(processes.join_job("cpu", timeout_s=60, threads=1))
+    processes.leave_job()
 
 
 def test_model_right_for_one_document_refuses_several_and_trains_one(tmp_path, runtime):

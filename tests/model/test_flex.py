@@ -47,8 +47,8 @@ def home(tmp_path, monkeypatch):
 def runtime(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    yield alone(processes.start("cpu", timeout_s=60, threads=1))
-    processes.stop()
+    yield alone(processes.join_job("cpu", timeout_s=60, threads=1))
+    processes.leave_job()
 
 
 def proven(kind):

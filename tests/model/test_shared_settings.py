@@ -16,8 +16,8 @@ from trainer.model.config import Attention
 def runtime(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    yield alone(processes.start("cpu", timeout_s=60, threads=1))
-    processes.stop()
+    yield alone(processes.join_job("cpu", timeout_s=60, threads=1))
+    processes.leave_job()
 
 
 def loss_of(trainer) -> float:

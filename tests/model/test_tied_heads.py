@@ -19,8 +19,8 @@ def trained(tmp_path, monkeypatch):
     """Runs of the sweep, in this process."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    yield job.Job(tmp_path, alone(processes.start("cpu", timeout_s=60, threads=1)))
-    processes.stop()
+    yield job.Job(tmp_path, alone(processes.join_job("cpu", timeout_s=60, threads=1)))
+    processes.leave_job()
 
 
 def stored_head(directory, factor, name="gemma"):

@@ -19,13 +19,13 @@ def mapped(directory: Path) -> bool:
 
 def test_the_files_are_unmapped_once_the_model_is_filled(tmp_path):
     path = model_dir(tmp_path)
-    runtime = processes.start("cpu", timeout_s=60, threads=1)
+    runtime = processes.join_job("cpu", timeout_s=60, threads=1)
     try:
         config = run_config(path, "single", "full", micro=4, steps=1)
         trainer = trainer_for(config, data_set(tmp_path, uneven=True), runtime)
         assert trainer.engine.step_module is not None and not mapped(path)
     finally:
-        processes.stop()
+        processes.leave_job()
 
 
 def test_a_row_that_is_zero_is_zero_beside_new_tokens_too(tmp_path):

@@ -270,7 +270,7 @@ def main(directory: Path) -> None:
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    runtime = processes.start("cpu", timeout_s=600, threads=1, matmul=Matmul.blas)
+    runtime = processes.join_job("cpu", timeout_s=600, threads=1, matmul=Matmul.blas)
     job = Job(directory, runtime)
 
     def answer(question: str, *arguments: str) -> Any:
@@ -278,7 +278,7 @@ def main(directory: Path) -> None:
         return json.loads(found.replace(f"{directory}/", ""))  # no sentence tells where it was tried
 
     serve(answer)
-    processes.stop()
+    processes.leave_job()
 
 
 if __name__ == "__main__":

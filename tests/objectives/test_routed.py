@@ -83,8 +83,8 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runtime():
     before = dict(os.environ)
-    yield processes.start("cpu", timeout_s=60)
-    processes.stop()
+    yield processes.join_job("cpu", timeout_s=60)
+    processes.leave_job()
     os.environ.clear()
     os.environ.update(before)
 

@@ -313,9 +313,9 @@ def library(job: Job) -> list[list[str]]:
     zen5, other = matmul.MEASURED[0].processor, matmul.Processor("GenuineIntel", 6, "AVX2", "mkl")
     with (
         mock.patch.object(matmul, "this_processor", lambda: [zen5, other][job.runtime.rank]),
-        mock.patch.object(matmul, "_is_float32", lambda: True),
+        mock.patch.object(matmul, "_onednn_keeps_float32", lambda: True),
     ):
-        runtime = processes.start("cpu", timeout_s=600, threads=1)
+        runtime = processes.join_job("cpu", timeout_s=600, threads=1)
     found = processes.gather_objects([str(runtime.matmul), torch.get_float32_matmul_precision()], runtime)
     matmul.choose_library(matmul.Matmul.blas)
     return found

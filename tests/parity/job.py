@@ -27,7 +27,7 @@ def main(directory: Path) -> None:
     """Answer `(part, function, *arguments)` until nobody asks any more."""
     # Not the faster one: which that is, is a matter of the processor and of what else runs.
     products = Matmul.blas if os.environ["WORLD_SIZE"] == "2" else Matmul.onednn
-    runtime = processes.start("cpu", timeout_s=600, threads=1, matmul=products)
+    runtime = processes.join_job("cpu", timeout_s=600, threads=1, matmul=products)
     uncompiled.as_written(load=True)
     nvtx.enable_nvtx = False  # marks around each call of DeepSpeed, for a profiler
     job = Job(directory, runtime)
@@ -37,7 +37,7 @@ def main(directory: Path) -> None:
         return getattr(importlib.import_module(f"tests.parity.{part}"), function)(job, *arguments)
 
     serve(answer)
-    processes.stop()
+    processes.leave_job()
 
 
 if __name__ == "__main__":

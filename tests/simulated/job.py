@@ -49,7 +49,7 @@ class LetGo(TorchDispatchMode):
 
 def main(place: Path) -> None:
     distributed_c10d.ProcessGroupGloo = OneThread  # type: ignore[misc]
-    runtime = processes.start("cpu", timeout_s=600, threads=1, matmul=Matmul.blas, shared_memory=False)
+    runtime = processes.join_job("cpu", timeout_s=600, threads=1, matmul=Matmul.blas, shared_memory=False)
 
     exchange = LetGo()
 
@@ -59,7 +59,7 @@ def main(place: Path) -> None:
             return comparable(real(kind(*case), kind(*case).model_in(place), runtime))
 
     serve(answer)
-    processes.stop()
+    processes.leave_job()
 
 
 if __name__ == "__main__":

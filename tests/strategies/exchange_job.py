@@ -130,7 +130,7 @@ def compared(here: processes.Runtime, directory: Path) -> None:
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
-    here = processes.start("cpu", timeout_s=60, threads=1)
+    here = processes.join_job("cpu", timeout_s=60, threads=1)
     compared(here, directory)
     processes.barrier(here)
-    processes.stop()
+    processes.leave_job()

@@ -98,7 +98,7 @@ def counts(case: Case, directory: Path, runtime: Runtime) -> dict:
 
 
 def main(directory: Path) -> None:
-    here = processes.start("cpu", timeout_s=600, threads=1, matmul=Matmul.blas)
+    here = processes.join_job("cpu", timeout_s=600, threads=1, matmul=Matmul.blas)
     report = {}
     for shared_memory in (False, True):
         runtime = replace(here, shared_memory=shared_memory)
@@ -106,7 +106,7 @@ def main(directory: Path) -> None:
             report[f"{name}{' shared' if shared_memory else ''}"] = counts(case, directory, runtime)
     (directory / f"rank{here.rank}.json").write_text(json.dumps(report))
     processes.barrier(here)
-    processes.stop()
+    processes.leave_job()
 
 
 if __name__ == "__main__":

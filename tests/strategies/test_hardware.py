@@ -12,7 +12,7 @@ from launch.config import compose
 from strategies import build, runtime
 from strategies.base import Precision
 from strategies.errors import ConfigError
-from strategies.hardware import Gpu, advice, best_precision, cpu_has_bf16, gpu_of
+from strategies.hardware import Gpu, best_precision, cpu_has_bf16, gpu_of, slow_precision_warning
 from strategies.runtime import Runtime, missing_cuda
 from trainer.config.run import Device
 from trainer.model import attention
@@ -110,7 +110,7 @@ def test_a_missing_device_is_named_before_any_work(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu"):
         compose.compose(words)
     with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu"):
-        runtime.start("cuda", timeout_s=60)
+        runtime.join_job("cuda", timeout_s=60)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "CUDA_VISIBLE_DEVICES=''" in missing_cuda()
@@ -136,15 +136,15 @@ def test_device_auto_on_cpus_beside_gpus_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", too_old)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert compose.compose(words).config.substitutions["run.device"] == "auto -> cpu"
-    monkeypatch.setattr(compose, "listed_gpus", lambda: 8)
+    monkeypatch.setattr(compose, "count_nvidia_gpus", lambda: 8)
     found = compose.compose(words).config.substitutions["run.device"]
     assert found.startswith("auto -> cpu, beside 8 GPUs") and "too old (found version 11040); does" in found
 
 
 EMULATES = """
 from strategies.base import Precision
-from strategies.hardware import advice
-print(advice(Precision.bf16, "cpu"))
+from strategies.hardware import slow_precision_warning
+print(slow_precision_warning(Precision.bf16, "cpu"))
 """
 
 
@@ -162,10 +162,10 @@ def test_bf16_that_a_processor_emulates_is_reported(known, runs, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     assert cpu_has_bf16() == runs
-    said = advice(Precision.bf16, "cpu")
+    said = slow_precision_warning(Precision.bf16, "cpu")
     assert (said is None) == runs and (runs or "set precision=fp32" in said)
-    assert advice(Precision.fp32, "cpu") is None
-    assert advice(Precision.bf16, "cuda") is None
+    assert slow_precision_warning(Precision.fp32, "cpu") is None
+    assert slow_precision_warning(Precision.bf16, "cuda") is None
 
 
 def test_bf16_instructions_that_onednn_may_not_use_do_not_count():

@@ -18,9 +18,9 @@ from trainer.session import run_facts as report
 @pytest.fixture(autouse=True)
 def as_before():
     """Whatever ran before in this process."""
-    matmul.restore_default()
+    matmul.use_default_library()
     yield
-    matmul.restore_default()
+    matmul.use_default_library()
 
 
 def taken() -> str:
@@ -33,7 +33,7 @@ ZEN5, ZEN4 = (row.processor for row in matmul.MEASURED)
 def on(monkeypatch, processor):
     """As if this were another processor, on which oneDNN keeps all bits of float32."""
     monkeypatch.setattr(matmul, "this_processor", lambda: processor)
-    monkeypatch.setattr(matmul, "_is_float32", lambda: True)
+    monkeypatch.setattr(matmul, "_onednn_keeps_float32", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_matmul_auto_goes_by_the_processor(monkeypatch, processor, chosen):
     choice = matmul.choose_library(Matmul.auto)
     assert str(choice).startswith(chosen)
     assert taken() == choice.library
-    matmul.restore_default()
+    matmul.use_default_library()
     assert taken() == "blas"
 
 
@@ -87,7 +87,7 @@ def test_the_processor_is_read_from_the_kernel_and_torch(monkeypatch, tmp_path):
 
 
 def test_matmul_library_is_the_same_on_ranks_with_different_processors():
-    matmul._use(onednn=True)
+    matmul._set_float32_library(onednn=True)
     blas, onednn = MatmulChoice(Matmul.blas, "unknown here"), MatmulChoice(Matmul.onednn, "fast here")
     assert matmul.agree_on_library([onednn, onednn], 1) == onednn
     assert taken() == "onednn"
@@ -98,7 +98,7 @@ def test_matmul_library_is_the_same_on_ranks_with_different_processors():
 @pytest.mark.parametrize("asked", [Matmul.auto, Matmul.onednn])
 def test_a_processor_that_would_round_is_refused(monkeypatch, asked):
     """As AMX does: a product of numbers that bfloat16 cannot hold does not come back."""
-    use = matmul._use
+    use = matmul._set_float32_library
     eye = torch.eye
     rounding = {"on": False}
 
@@ -106,7 +106,7 @@ def test_a_processor_that_would_round_is_refused(monkeypatch, asked):
         use(onednn=onednn)
         rounding["on"] = onednn
 
-    monkeypatch.setattr(matmul, "_use", switched)
+    monkeypatch.setattr(matmul, "_set_float32_library", switched)
     monkeypatch.setattr(torch, "eye", lambda n: eye(n) * (1.001 if rounding["on"] else 1.0))
     assert str(matmul.choose_library(asked)) == "blas (oneDNN would round float32 products to bfloat16 here)"
     assert taken() == "blas"
@@ -174,7 +174,9 @@ def test_attention_of_short_documents_stays_with_blas(monkeypatch, softcap, long
     plain = run()
     assert {library for _, _, library in seen} == {"blas"}
     seen.clear()
-    monkeypatch.setattr(matmul, "_is_float32", lambda: True)  # where AMX would round, that is not this test's matter
+    monkeypatch.setattr(
+        matmul, "_onednn_keeps_float32", lambda: True
+    )  # where AMX would round, that is not this test's matter
     matmul.choose_library(Matmul.onednn)
     switched = run()
     expected = {"before": "onednn", 5: "blas", 7: of_seven, "after": "onednn"}
@@ -188,13 +190,13 @@ def test_matmul_libraries_take_the_same_steps(tmp_path):
     """Losses and gradient norms agree to 1e-5."""
     curves = {}
     for asked in (Matmul.blas, Matmul.onednn):
-        runtime = processes.start("cpu", timeout_s=60, threads=1, matmul=asked)
+        runtime = processes.join_job("cpu", timeout_s=60, threads=1, matmul=asked)
         try:
             assert runtime.matmul.library is asked or "round" in runtime.matmul.reason
             config = run_config(model_dir(tmp_path), "single", "full", micro=4, steps=4)
             curves[asked] = take_steps(trainer_for(config, data_set(tmp_path, uneven=True), runtime), 4)
         finally:
-            processes.stop()
+            processes.leave_job()
     torch.testing.assert_close(
         torch.tensor(curves[Matmul.blas]), torch.tensor(curves[Matmul.onednn]), rtol=1e-5, atol=1e-7
     )

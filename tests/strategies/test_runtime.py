@@ -38,7 +38,7 @@ def test_torchruns_single_thread_is_no_limit(monkeypatch):
     try:
         for key, value in {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
             monkeypatch.setenv(key, value)
-        runtime.start("cpu", timeout_s=30)
+        runtime.join_job("cpu", timeout_s=30)
         assert torch.get_num_threads() == 3
         monkeypatch.setenv("OMP_NUM_THREADS", "5")  # the user's
         assert runtime.threads_from_environment() == 5
@@ -46,7 +46,7 @@ def test_torchruns_single_thread_is_no_limit(monkeypatch):
         monkeypatch.setenv("SHARDTUNE_RUN_DIR", "runs/first")  # our launchers settle it before torchrun does
         assert runtime.threads_from_environment() == 1
     finally:
-        runtime.stop()
+        runtime.leave_job()
         torch.set_num_threads(before)
 
 
@@ -57,7 +57,7 @@ def test_process_groups_of_a_failed_rank_stay_for_its_peers(world, failed, destr
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(1))
-    runtime.stop(failed=failed)
+    runtime.leave_job(failed=failed)
     assert len(calls) == destroyed
 
 
@@ -72,11 +72,11 @@ def test_many_ranks_connect_when_they_first_talk(monkeypatch):
         for world, lazy in (("63", None), ("64", "1")):
             monkeypatch.setenv("WORLD_SIZE", world)
             monkeypatch.setattr(runtime, "agree_on_library", lambda heard, rank: heard[0])
-            runtime.start("cpu", timeout_s=30, threads=1)
+            runtime.join_job("cpu", timeout_s=30, threads=1)
             assert os.environ.get("TORCH_GLOO_LAZY_INIT") == lazy
     finally:
         monkeypatch.undo()
-        runtime.stop()
+        runtime.leave_job()
         torch.set_num_threads(before)
         os.environ.pop("TORCH_GLOO_LAZY_INIT", None)
 
@@ -89,10 +89,10 @@ def test_second_run_of_a_process_knows_nothing_of_the_process_groups_of_the_firs
         monkeypatch.setenv(name, "")  # so that what joining writes goes with the test
         monkeypatch.delenv(name)
     for _ in range(2):
-        alone = runtime.start("cpu", timeout_s=60, threads=1)
+        alone = runtime.join_job("cpu", timeout_s=60, threads=1)
         try:
             curves.append(take_steps(trainer_for(config, data, alone), 1))
         finally:
-            runtime.stop()
+            runtime.leave_job()
     torch.set_num_threads(threads)
     assert curves[0] == curves[1]

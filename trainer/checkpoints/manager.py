@@ -13,7 +13,7 @@ from strategies import atomic_io
 from strategies.atomic_io import WrittenFile, error_summary, publish, publish_replacing, size_text, sync_directory
 from strategies.base import Engine, Progress
 from strategies.errors import StorageError
-from strategies.runtime import Runtime, call_on_main, first_error, gather_objects
+from strategies.runtime import Runtime, call_on_main, first_rank_error, gather_objects
 from strategies.saving import RankState
 from trainer.checkpoints.async_writer import FLOAT32_BYTES, PendingCheckpoint, SavedCheckpoint, StateBuffer
 from trainer.checkpoints.config import CheckpointConfig
@@ -95,7 +95,7 @@ class Checkpoints:
                 error = StorageError(
                     f"{self.checkpoint_dirs[0].parent}: cannot be written ({error_summary(caught)}); free space"
                 )
-        failure = first_error(error, self.runtime)
+        failure = first_rank_error(error, self.runtime)
         if failure is not None:
             raise StorageError(failure.text)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from strategies import atomic_io
 from strategies.atomic_io import error_summary, make_directories, write_new
 from strategies.errors import StorageError
-from strategies.runtime import Runtime, first_error
+from strategies.runtime import Runtime, first_rank_error
 
 
 def open_staging(staging: Path, runtime: Runtime, check: Callable[[Path], None] = lambda staging: None) -> None:
@@ -57,7 +57,7 @@ def raise_on_all_ranks(error: BaseException | None, staging: Path, runtime: Runt
         own_error = StorageError(str(error))
     elif error is not None:
         own_error = StorageError(error_summary(error))
-    failure = first_error(own_error, runtime)
+    failure = first_rank_error(own_error, runtime)
     if failure is None:
         return
     if runtime.is_main:

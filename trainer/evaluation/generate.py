@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError, Interrupted
-from strategies.runtime import Runtime, derive_seed, gather_objects
+from strategies.runtime import Runtime, derived_seed, gather_objects
 from trainer.data.batches.collate import to_device
 from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.decoding import GenerateAnswers, ending_ids, generation_settings
@@ -134,7 +134,7 @@ class AnswerGenerator:
         )
 
         def seed_of(prompt: int, draw: int) -> int:
-            return derive_seed(settings.seed, "draw", prompt, draw) if seeds is None else seeds[prompt][draw]
+            return derived_seed(settings.seed, "draw", prompt, draw) if seeds is None else seeds[prompt][draw]
 
         def make_batch(row_numbers: list[int]) -> dict[str, Any]:
             """The prompts of these rows, their seeds, and the most new tokens of an answer (`room`)."""

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError, Interrupted
-from strategies.runtime import Runtime, derive_seed
+from strategies.runtime import Runtime, derived_seed
 from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.endpoint.client import Client, first_choice, tokens_used
 from trainer.evaluation.endpoint.judge import Judge
@@ -68,7 +68,7 @@ class ServedAnswerGenerator:
             prompt_number, draw = prompt_draw
             seed = None
             if settings.temperature:
-                seed = derive_seed(settings.seed, "draw", prompt_number, draw) % 2**31  # servers take int32
+                seed = derived_seed(settings.seed, "draw", prompt_number, draw) % 2**31  # servers take int32
             response = self.client.send(
                 lambda api: api.completions.create(
                     model=self.model,

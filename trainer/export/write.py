@@ -21,7 +21,7 @@ import torch
 from strategies import atomic_io, shared_files
 from strategies.atomic_io import error_summary, make_directories, missing_space, publish, size_text, sync_file
 from strategies.errors import ConfigError, ShardtuneError, StorageError
-from strategies.runtime import Runtime, call_on_main, first_error, free_host_memory, gather_objects, longer_timeout
+from strategies.runtime import Runtime, call_on_main, first_rank_error, free_host_memory, gather_objects, longer_timeout
 from trainer.export.config import ExportConfig, ExportType
 from trainer.export.end_tokens import write_endings
 from trainer.export.files import (
@@ -347,7 +347,7 @@ def _raise_on_all_ranks(
         error = StorageError(f"{error_summary(cause)}; writing the export {destination} failed: {remedy}")
         error.__cause__ = cause
     # Exchange it with the other ranks.
-    failure = first_error(error, runtime)
+    failure = first_rank_error(error, runtime)
     if failure is None:
         return
     if runtime.is_main and staging_dir is not None:

@@ -47,7 +47,7 @@ def why_not_flash(model_config: Any, gpu: Gpu | None, *, half: bool, dropout: fl
     unsupported = [size for size in sizes if size > MAX_FLASH_HEAD or size % 8]
     if unsupported:
         return f"heads of {unsupported[-1]} are none of the sizes it has: multiples of 8 up to {MAX_FLASH_HEAD}"
-    smallest, largest = gpu.lacking_heads(dropout) or (0, 0)
+    smallest, largest = gpu.unsupported_flash_head_sizes(dropout) or (0, 0)
     without_backward = [size for size in sizes if smallest <= size <= largest]
     if without_backward:
         with_dropout = " with dropout" if dropout else ""

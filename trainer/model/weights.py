@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from strategies.compat.modules import persistent_buffers
 from strategies.errors import ConfigError
 from strategies.parameters import FROZEN_MODEL_PREFIXES
-from strategies.runtime import derive_seed
+from strategies.runtime import derived_seed
 from trainer.model.conversions import Conversions
 from trainer.model.files import SafetensorsFiles
 from trainer.model.packed_cache import PackedWeights, cached_weights
@@ -332,7 +332,7 @@ class WeightSource:
             return torch.zeros(shape)
         if len(shape) < 2:
             return torch.ones(shape)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, name))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, name))
         return torch.randn(shape, generator=generator) * self.init_std
 
     def _with_new_rows(self, stored: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:

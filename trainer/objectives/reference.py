@@ -165,6 +165,6 @@ def _write_column(path: Path, column: np.ndarray, runtime: processes.Runtime) ->
             temporary.replace(path)
         except OSError as error:
             failure = error
-    rank_error = processes.first_error(failure, runtime)
+    rank_error = processes.first_rank_error(failure, runtime)
     if rank_error is not None:
         raise StorageError(f"{path}: cannot write the reference log-probabilities: {rank_error}")

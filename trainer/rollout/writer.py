@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from strategies.runtime import Runtime, derive_seed
+from strategies.runtime import Runtime, derived_seed
 from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.group_answers import SharedPromptGenerator
 from trainer.objectives.rollouts import RolloutConfig
@@ -55,7 +55,7 @@ class EngineGroupGenerator:
         )
         seeds = []
         for prompt in prompts:
-            seeds.append([derive_seed(self.seed, "answer", prompt.prompt_number, draw) for draw in range(draws)])
+            seeds.append([derived_seed(self.seed, "answer", prompt.prompt_number, draw) for draw in range(draws)])
         # The weights that train, not their average: what is learned is how likely these weights made the answers.
         written = self._answer_generator.generate_samples(engine, [prompt.ids for prompt in prompts], settings, seeds)
         groups = [Group(prompt, []) for prompt in prompts]

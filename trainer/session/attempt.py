@@ -176,7 +176,7 @@ def rank_of_job(run_dir: Path | None, lease_s: int) -> Iterator[tuple[StopReques
             failed = True
             raise
         finally:
-            processes.stop(failed=failed)
+            processes.leave_job(failed=failed)
 
 
 @contextlib.contextmanager

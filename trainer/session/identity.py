@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, StorageError
-from strategies.runtime import Runtime, broadcast_object, first_error, gather_objects
+from strategies.runtime import Runtime, broadcast_object, first_rank_error, gather_objects
 from trainer.build.reward_models import reward_model_digests
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.resume_selection import effective_resume
@@ -168,7 +168,7 @@ def compare_identity(config: RunConfig, data: PreparedData, run_dir: Path, runti
 
 def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runtime) -> None:
     """Raise on every rank if any rank has an error: its own, else the first. All ranks must call."""
-    failure = first_error(error, runtime)
+    failure = first_rank_error(error, runtime)
     if failure is None:
         return
     if error is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from strategies.errors import StorageError
 from strategies.matmul import Matmul, MatmulChoice
-from strategies.runtime import Runtime, broadcast_object, first_error, with_matmul
+from strategies.runtime import Runtime, broadcast_object, first_rank_error, with_matmul
 from trainer.config.run import AUTO, MATMUL, RunConfig, kept_matmul
 from trainer.reporting.resolution import Resolution, resolution_of
 from trainer.reporting.shared_choice import shared_choice
@@ -37,7 +37,7 @@ def resolve_matmul(
             resolution = _resolution_of_run(config, run_dir, runtime.matmul, freeze)
         except StorageError as caught:
             error = caught
-    failure = first_error(error, runtime)
+    failure = first_rank_error(error, runtime)
     if failure is not None:
         raise StorageError(failure.text)
     resolution = broadcast_object(resolution, runtime)

@@ -15,7 +15,7 @@ import torch
 
 from strategies.base import Engine, Precision
 from strategies.expert_share import expert_share_of
-from strategies.hardware import advice
+from strategies.hardware import slow_precision_warning
 from strategies.mesh import replica_count
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
@@ -129,7 +129,7 @@ def _record_without_prediction(config: RunConfig, checked: Mapping[str, Any], ru
         tuning=str(config.tuning.name),
         objective=str(config.objective.name),
         precision=str(precision),
-        advice=advice(precision, runtime.device.type),
+        advice=slow_precision_warning(precision, runtime.device.type),
         attention=built.attention,
         layout=str(built.layout),
         world_size=runtime.world_size,

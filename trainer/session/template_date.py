@@ -12,7 +12,7 @@ from pathlib import Path
 
 from strategies.errors import StorageError
 from strategies.rendezvous import Rendezvous
-from strategies.runtime import Runtime, first_error
+from strategies.runtime import Runtime, first_rank_error
 from trainer.config.run import TEMPLATE_DATE, RunConfig, kept_date
 from trainer.data.tokens.clock import TemplateDate
 from trainer.reporting.shared_choice import shared_choice
@@ -71,7 +71,7 @@ def record_template_date(
             freeze(run_dir, dated_config)
         except StorageError as caught:
             error = caught
-    failure = first_error(error, runtime)
+    failure = first_rank_error(error, runtime)
     if failure is not None:
         raise StorageError(failure.text)
     return dated_config

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from strategies.runtime import derive_seed
+from strategies.runtime import derived_seed
 from trainer.tuning.adapter import PREFIX
 from trainer.tuning.adapter_files import write_adapter
 from trainer.tuning.base import BaseReader
@@ -89,7 +89,7 @@ class AdaptionPrompt(AddedParameters):
         """Tokens are drawn from (seed, name), normal with deviation 1 as in peft; gates are zero."""
         if name.endswith(".adaption_gate"):
             return torch.zeros(shape)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(derive_seed(seed, name)))
+        return torch.randn(shape, generator=torch.Generator().manual_seed(derived_seed(seed, name)))
 
     def write(
         self, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from strategies.runtime import derive_seed
+from strategies.runtime import derived_seed
 from strategies.small_files import read_object
 from trainer.tuning.base import BaseReader
 from trainer.tuning.config import Activation, BottleneckConfig, Placement
@@ -95,7 +95,7 @@ class Bottleneck(AddedParameters):
         size = shape[0]
         width = shape[1] if key == "weight" else self._width
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(seed, layer))
+            torch.default_generator.manual_seed(derived_seed(seed, layer))
             return nn.Linear(width, size).get_parameter(key).detach()
 
     def write(

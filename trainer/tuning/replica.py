@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.compat.modules import own_buffers, own_modules, own_parameters
-from strategies.runtime import derive_seed
+from strategies.runtime import derived_seed
 from trainer.tuning.base import BaseReader
 
 ADAPTER = "default"
@@ -137,7 +137,7 @@ class AdapterReplicas:
             warnings.simplefilter("ignore")
             # The values of one layer depend on its name; those of buffers, which layers share, do not.
             seed_name = names[0] if len(names) == 1 else ""
-            torch.default_generator.manual_seed(derive_seed(seed, seed_name))
+            torch.default_generator.manual_seed(derived_seed(seed, seed_name))
             return PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](model, settings, ADAPTER)
 
 

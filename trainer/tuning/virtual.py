@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from strategies.runtime import derive_seed
+from strategies.runtime import derived_seed
 from strategies.small_files import read_object
 from trainer.tuning.base import BaseReader
 from trainer.tuning.compat.peft import detach_word_embeddings, fully_trained_tensors
@@ -154,7 +154,7 @@ class Virtual(AddedParameters):
         """
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.default_generator.manual_seed(derive_seed(seed, ENCODER))
+            torch.default_generator.manual_seed(derived_seed(seed, ENCODER))
             encoder = self._new_encoder()
             if isinstance(self.config, PromptConfig) and self.config.init is not PromptInit.random:
                 token_ids = self._initial_token_ids(self.config)

@@ -20,7 +20,7 @@ from torch import Tensor
 from strategies import runtime as processes
 from strategies.base import Engine, ParameterSource, Precision
 from strategies.errors import ConfigError
-from strategies.runtime import Runtime, derive_seed
+from strategies.runtime import Runtime, derived_seed
 from trainer.build.parts import build_engine, build_loader
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
@@ -75,7 +75,7 @@ class NonzeroValues:
         is_zero = full.is_floating_point() and not bool(full.any())
         if not is_zero:
             return full[start:stop]
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, name))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, name))
         return (torch.randn(shape.numel(), generator=generator) * DRAWN_STD)[start:stop]
 
 

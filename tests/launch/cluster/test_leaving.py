@@ -125,7 +125,7 @@ def test_exit_of_a_run_from_its_process_groups_says_whether_it_failed(error, fai
             raise error
 
     monkeypatch.setattr(run, "_run", ended)
-    monkeypatch.setattr(run.processes, "stop", lambda *, failed: told.append(failed))
+    monkeypatch.setattr(run.processes, "leave_job", lambda *, failed: told.append(failed))
     if error is None:
         run.run_worker(RunConfig(), tmp_path, "x", print)
     else:
