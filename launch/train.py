@@ -258,7 +258,7 @@ def launch_run(composed: Composed, run_dir: Path, *, isolate: bool = False) -> i
 
     code = run_supervised(config, run_dir, composed.sha256)
     if code != 130:  # who pressed Ctrl-C waits for nothing more
-        run_report.at_end(config, run_dir)
+        run_report.write_report_at_end(config, run_dir)
     return code
 
 
@@ -292,7 +292,7 @@ def run_as_rank(arguments: list[str]) -> int:
     if rank == 0 and not has_launcher:
         from launch.compare import run_report
 
-        run_report.at_end(run.config, run.directory)
+        run_report.write_report_at_end(run.config, run.directory)
     return 0
 
 
@@ -362,11 +362,11 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     except NotRunOwner:  # the directory is another attempt's: no report either
         raise
     except Exception:  # the command line says what it is
-        run_report.at_end(config, find_run_directory(run_dir, before))
+        run_report.write_report_at_end(config, find_run_directory(run_dir, before))
         raise
     code = record_outcome(run_dir, code, before)
     if code != 130:  # who pressed Ctrl-C waits for nothing more
-        run_report.at_end(config, find_run_directory(run_dir, before))
+        run_report.write_report_at_end(config, find_run_directory(run_dir, before))
     return code
 
 

@@ -229,9 +229,9 @@ def no_page_of_each_run():
     """Drawing it takes longer than most runs here; what it is, and when it is written, has tests of its own."""
     from launch.compare import run_report
 
-    written = run_report.at_end
+    written = run_report.write_report_at_end
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_report, "at_end", lambda config, run_dir: None)
+        patch.setattr(run_report, "write_report_at_end", lambda config, run_dir: None)
         yield written
 
 
@@ -241,7 +241,7 @@ def pages_of_runs(no_page_of_each_run):
     from launch.compare import run_report
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_report, "at_end", no_page_of_each_run)
+        patch.setattr(run_report, "write_report_at_end", no_page_of_each_run)
         yield
 
 

@@ -107,18 +107,20 @@ def main(argv: list[str]) -> int:
     if arguments.settings:
         return _compare_new_points(arguments)
     if arguments.follow:
-        follow_runs(rows, arguments.to or _comparison_directory(arguments.runs), arguments.as_json)
+        # The page of a comparison that was run by `compare` belongs into its directory.
+        follow_runs(rows, arguments.to or _only_comparison_dir(arguments.runs), as_json=arguments.as_json)
     else:
-        print_and_write_comparison(rows, arguments.to, arguments.as_json)
+        print_and_write_comparison(rows, arguments.to, as_json=arguments.as_json)
     return 0
 
 
-def follow_runs(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
+def follow_runs(rows: list[ComparisonRow], output_dir: Path | None, *, as_json: bool) -> None:
     """Rewrite the HTML page while the runs train; when all have ended, print and write the comparison once.
 
-    Errors: ConfigError, StorageError, KeyboardInterrupt.
+    The page is `compare.html` in `output_dir`. Without `output_dir` it is `report.html` in the directory of the only run. Raises
+    ConfigError for runs of W&B, and for several runs without `output_dir`; StorageError; KeyboardInterrupt after Ctrl-C.
     """
-    from launch.compare.follow import PAGE_INTERVAL_S, follow
+    from launch.compare.follow import PAGE_INTERVAL_S, rewrite_page_while_runs_train
     from launch.compare.wandb_files import is_wandb_address, is_wandb_directory
 
     run_dirs: list[Path] = []
@@ -128,58 +130,67 @@ def follow_runs(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> No
         # Reading a run of W&B starts a process of wandb, or asks a server: too much for every few seconds.
         if is_wandb_directory(run_dir) or is_wandb_address(run_dir):
             raise ConfigError(f"--follow: {run_dir} is of W&B, which is not asked again and again; name its run.dir")
-    page = _page_path(rows, to)
-    if page is None:
+    page_path = _page_path(rows, output_dir)
+    if page_path is None:
         raise ConfigError("--follow: name a directory for the page that is written again; to=reports/now")
 
     # On stderr: with --json, stdout holds nothing but the JSON of the comparison.
     print(
-        f"{page}: written every {PAGE_INTERVAL_S:.0f} s until all runs have ended; Ctrl-C ends it",
+        f"{page_path}: written every {PAGE_INTERVAL_S:.0f} s until all runs have ended; Ctrl-C ends it",
         file=sys.stderr,
         flush=True,
     )
-    follow(run_dirs, lambda reload_after_s: _write_page(rows, page, reload_after_s))
-    print_and_write_comparison(rows, to, as_json)
+    rewrite_page_while_runs_train(run_dirs, lambda reload_after_s: _write_page(rows, page_path, reload_after_s))
+    print_and_write_comparison(rows, output_dir, as_json=as_json)
 
 
-def _page_path(rows: list[ComparisonRow], to: Path | None) -> Path | None:
-    """Path of the HTML page: `compare.html` in `to`, or without `to` the `report.html` of the only run; None for several."""
-    from launch.compare.run_report import REPORT
+def _page_path(rows: list[ComparisonRow], output_dir: Path | None) -> Path | None:
+    """Path of the HTML page. The first case that applies:
+
+    - With `output_dir`: `compare.html` in it.
+    - For several runs: None.
+    - For a run of W&B: None.
+    - For a single run: `report.html` in its directory.
+    """
+    from launch.compare.run_report import REPORT_FILE
     from launch.compare.wandb_files import is_wandb_address, is_wandb_directory
 
-    if to is not None:
-        return to / "compare.html"
+    if output_dir is not None:
+        return output_dir / "compare.html"
     if len(rows) != 1 or len(rows[0].directories) != 1:
         return None
     (run_dir,) = rows[0].directories
     # No page into W&B's own directory: wandb would upload it with the run.
     if is_wandb_directory(run_dir) or is_wandb_address(run_dir):
         return None
-    return run_dir / REPORT
+    return run_dir / REPORT_FILE
 
 
-def _write_page(rows: list[ComparisonRow], page: Path, reload_after_s: float | None) -> None:
-    """Read the runs as they are now, and write their HTML page, which a browser reloads after `reload_after_s` seconds."""
+def _write_page(rows: list[ComparisonRow], page_path: Path, reload_after_s: float | None) -> None:
+    """Read the runs as they are now, and write their HTML page.
+
+    A browser reloads the page after `reload_after_s` seconds; None for a page that will not change any more.
+    """
     from launch.compare.answer import as_html
     from launch.compare.comparison import compare
     from trainer.reporting.status import write_text_atomic
 
     comparison = compare(rows, price_of)
-    write_text_atomic(page, as_html(comparison, reload_after_s=reload_after_s))
+    write_text_atomic(page_path, as_html(comparison, reload_after_s=reload_after_s))
 
 
-def _comparison_directory(arguments: list[str]) -> Path | None:
-    """The directory of an earlier comparison (it has a `comparison.json`), if that is the only argument; None for runs."""
+def _only_comparison_dir(named_runs: list[str]) -> Path | None:
+    """The directory of an earlier comparison (it has a `comparison.json`), if that is the only argument; else None."""
     from launch.compare.settings import COMPARISON_FILE
 
-    if len(arguments) != 1:
+    if len(named_runs) != 1:
         return None
-    directory = Path(arguments[0]).expanduser()
+    directory = Path(named_runs[0]).expanduser()
     return directory if (directory / COMPARISON_FILE).is_file() else None
 
 
 def _compare_new_points(arguments: CompareArguments) -> int:
-    """Run every point that the settings make, then print and write the comparison; returns the exit code.
+    """Run every point (combination of settings) of the command, then print and write the comparison; returns the exit code.
 
     With `--dry-run`, only list the points.
     """
@@ -190,135 +201,151 @@ def _compare_new_points(arguments: CompareArguments) -> int:
     if not arguments.dry_run:
         hold()  # keep a signal that comes before the first run for that run, so that Ctrl-C stops it as it stops `train`
     plan = plan_points(arguments.settings)
-    to = arguments.to or Path("runs") / plan.name
-    if (to / "config.yaml").exists():
-        raise ConfigError(f"to={to}: is the directory of a run; name another one")
+    output_dir = arguments.to or Path("runs") / plan.name
+    if (output_dir / "config.yaml").exists():
+        raise ConfigError(f"to={output_dir}: is the directory of a run; name another one")
     if arguments.dry_run:
-        print(points_listing(plan, to))
+        print(points_listing(plan, output_dir))
         return 0
-    print(points_listing(plan, to), file=sys.stderr, flush=True)
-    rows = plan.rows(to)
-    pages = None
+    print(points_listing(plan, output_dir), file=sys.stderr, flush=True)
+    rows = plan.comparison_rows(output_dir)
+    periodic_page = None
     if arguments.follow:
-        pages = PeriodicPage(lambda reload_after_s: _write_page(rows, to / "compare.html", reload_after_s))
-    exit_code = run_points(plan, to, pages)
-    release()
+        page_path = output_dir / "compare.html"
+        periodic_page = PeriodicPage(lambda reload_after_s: _write_page(rows, page_path, reload_after_s))
+    exit_code = run_points(plan, output_dir, periodic_page)
+    release()  # from here on, a signal ends this command at once
     if exit_code in STOP_EXIT_CODES:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
 
     if arguments.follow and exit_code == 0:  # SLURM may still be running the points
-        follow_runs(rows, to, arguments.as_json)
+        follow_runs(rows, output_dir, as_json=arguments.as_json)
     else:
-        print_and_write_comparison(rows, to, arguments.as_json)
+        print_and_write_comparison(rows, output_dir, as_json=arguments.as_json)
     return exit_code
 
 
-def points_listing(plan: PointsPlan, to: Path) -> str:
+def points_listing(plan: PointsPlan, output_dir: Path) -> str:
     """The planned points as lines for the terminal: name and axis values of each, and why a refused one cannot run."""
     settings = plan.settings
-    heading = f"{len(plan.points)} points in {to}"
+    heading = f"{len(plan.points)} points in {output_dir}"
     if settings.repeats > 1:
         heading += f", each {settings.repeats} times in alternating order"
     rows = []
     for point in plan.points:
-        refusals = fold_all([f"refused: {problem}" for problem in point.refusals], indent=4)
-        rows.append(TableRow((point.name, " ".join([*point.arguments, *plan.rate_argument(point)])), refusals))
+        arguments = " ".join([*point.arguments, *plan.learning_rate_remark(point)])
+        refusal_lines = fold_all([f"refused: {refusal}" for refusal in point.refusals], indent=4)
+        rows.append(TableRow((point.name, arguments), refusal_lines))
     lines = [heading, *table((Column(), Column()), rows, indent=2), *plan.partial_settings]
-    if plan.left_out:
-        lines.append(f"left out by compare.skip and compare.where: {plan.left_out}")
+    if plan.num_left_out:
+        lines.append(f"left out by compare.skip and compare.where: {plan.num_left_out}")
     return "\n".join(lines)
 
 
-def print_and_write_comparison(rows: list[ComparisonRow], to: Path | None, as_json: bool) -> None:
-    """Compare the rows, print the tables (or JSON), and write the files.
+def print_and_write_comparison(rows: list[ComparisonRow], output_dir: Path | None, *, as_json: bool) -> None:
+    """Compare the rows, print the tables (or JSON), write the files, and print which ones were written.
 
-    With `to`, all files go there. Without it, only a single run gets a page: `report.html` in its own directory.
+    With `output_dir`, all files go there. Without it, only a single run gets a page: `report.html` in its own directory.
     Errors: ConfigError, StorageError.
     """
-    from launch.compare.answer import as_dict, as_text
+    from launch.compare.answer import as_text
+    from launch.compare.answer_records import as_dict
     from launch.compare.comparison import compare
-    from launch.compare.page import missing_packages
-    from launch.compare.workspace import why_no_workspace
 
     comparison = compare(rows, price_of)
     comparison_json = as_dict(comparison)
-    written: list[str] = []
-    run_page = None
-    if to is None:
-        run_page = _page_path(rows, None)
+    written_files: list[str] = []
+    run_page_path = None
+    if output_dir is None:
+        run_page_path = _page_path(rows, output_dir=None)
     else:
-        written = _write_comparison_files(comparison, comparison_json, to)
-    missing = missing_packages(f"{run_page.name} with plots" if run_page else "compare.html with plots")
+        written_files = _write_comparison_files(comparison, comparison_json, output_dir)
 
     if as_json:
         print(json.dumps(comparison_json, indent=1, allow_nan=False), flush=True)
     else:
         print(as_text(comparison), flush=True)
     # The page comes after the tables: writing into somebody else's directory may fail, and then the tables are there already.
-    if run_page is not None:
-        written = _write_run_files(comparison, run_page)
-    if as_json or not (written or run_page is not None):
+    if run_page_path is not None:
+        written_files = _write_run_files(comparison, run_page_path)
+    if as_json or (output_dir is None and run_page_path is None):
         return
-    last_lines = []
-    if written:
-        last_lines.append(f"written: {', '.join(written)}")
-    if missing:
-        last_lines.append(missing)
-    not_in_wandb = why_no_workspace(comparison)
-    if not_in_wandb and to is not None:
-        last_lines += fold(not_in_wandb, 0)
-    print("\n" + "\n".join(last_lines), flush=True)
+    page_name = "compare.html" if run_page_path is None else run_page_path.name
+    _print_written_files(comparison, written_files, page_name, explains_missing_workspace=output_dir is not None)
 
 
-def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, Any], to: Path) -> list[str]:
-    """Write every file of the comparison into `to`; returns their names, as the last line of the command shows them.
+def _print_written_files(
+    comparison: Comparison, written_files: list[str], page_name: str, *, explains_missing_workspace: bool
+) -> None:
+    """Print the last lines of the command: the written files, and why there are no plots or no W&B script.
+
+    `explains_missing_workspace`: whether the reason for a missing W&B script is printed.
+    """
+    from launch.compare.page import missing_packages
+    from launch.compare.workspace import why_no_workspace
+
+    lines = []
+    if written_files:
+        lines.append(f"written: {', '.join(written_files)}")
+    no_plots_reason = missing_packages(f"{page_name} with plots")
+    if no_plots_reason:
+        lines.append(no_plots_reason)
+    no_workspace_reason = why_no_workspace(comparison)
+    if no_workspace_reason and explains_missing_workspace:
+        lines += fold(no_workspace_reason, 0)
+    print("\n" + "\n".join(lines), flush=True)
+
+
+def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, Any], output_dir: Path) -> list[str]:
+    """Write every file of the comparison into `output_dir`; returns their names, as the last line of the command shows them.
 
     Without the packages of the extra `report`, no plots are written, and the page has none.
     """
-    from launch.compare.answer import as_csv, as_html, as_markdown
+    from launch.compare.answer import as_html, as_markdown
+    from launch.compare.answer_records import as_csv
     from launch.compare.page import missing_packages, write_plot_images
     from launch.compare.workspace import write_workspace
     from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY
     from trainer.reporting.status import write_text_atomic
 
     # The plots first: the Markdown page links to them.
-    plot_images = write_plot_images(comparison, to) if missing_packages() is None else []
+    plot_links = write_plot_images(comparison, output_dir) if missing_packages() is None else []
     versioned_json = {VERSION_KEY: FILE_VERSION, **comparison_json}
-    write_text_atomic(to / "compare.md", as_markdown(comparison, plot_images))
-    write_text_atomic(to / "compare.csv", as_csv(comparison))
-    write_text_atomic(to / "compare.json", json.dumps(versioned_json, indent=1, allow_nan=False) + "\n")
+    write_text_atomic(output_dir / "compare.md", as_markdown(comparison, plot_links))
+    write_text_atomic(output_dir / "compare.csv", as_csv(comparison))
+    write_text_atomic(output_dir / "compare.json", json.dumps(versioned_json, indent=1, allow_nan=False) + "\n")
+    write_text_atomic(output_dir / "compare.html", as_html(comparison))
 
-    write_text_atomic(to / "compare.html", as_html(comparison))
+    # Only the first name has the directory: all files are in the same one.
+    written_files = [str(output_dir / "compare.md"), "compare.html", "compare.csv", "compare.json"]
+    if plot_links:
+        written_files.append(f"plots/*.png ({len(plot_links)})")
+    workspace_file = write_workspace(comparison, output_dir)
+    if workspace_file is not None:
+        written_files.append(f"{workspace_file} (for W&B)")
+    return written_files
 
-    written = [str(to / "compare.md"), "compare.html", "compare.csv", "compare.json"]
-    if plot_images:
-        written.append(f"plots/*.png ({len(plot_images)})")
-    workspace = write_workspace(comparison, to)
-    if workspace is not None:
-        written.append(f"{workspace} (for W&B)")
-    return written
 
-
-def _write_run_files(comparison: Comparison, page: Path) -> list[str]:
+def _write_run_files(comparison: Comparison, page_path: Path) -> list[str]:
     """Write the page of a single run into its run directory, and the script that shows the run in W&B.
 
-    Returns the names of the written files, as the last line of the command shows them. A failure is only printed, because the
-    comparison itself has succeeded and the directory may be somebody else's.
+    `page_path` is the path of `report.html`. Returns the names of the written files, as the last line of the command shows
+    them. A failure is only printed, because the comparison itself has succeeded and the directory may be somebody else's.
     """
-    from launch.compare.run_report import write
+    from launch.compare.run_report import write_run_report
     from launch.compare.workspace import write_workspace
 
-    written = []
+    run_dir = page_path.parent
+    written_files = []
     try:
-        written.append(str(write(page.parent, comparison)))
-        workspace = write_workspace(comparison, page.parent)
+        written_files.append(str(write_run_report(run_dir, comparison)))
+        workspace_file = write_workspace(comparison, run_dir)
     except StorageError as error:
         print(f"{error}; to=<directory> writes elsewhere", file=sys.stderr, flush=True)
-        return written
-    if workspace is not None:
-        name = workspace if written else str(page.parent / workspace)
-        written.append(f"{name} (for W&B)")
-    return written
+        return written_files
+    if workspace_file is not None:
+        written_files.append(f"{workspace_file} (for W&B)")  # in the same directory as the page
+    return written_files
 
 
 def rows_from_arguments(arguments: list[str]) -> tuple[list[ComparisonRow], list[str]]:
@@ -335,9 +362,9 @@ def rows_from_arguments(arguments: list[str]) -> tuple[list[ComparisonRow], list
     for row in rows:
         run_dirs += row.directories
     # Resolved, so that a link and its target count as one run.
-    times_named = Counter(run_dir.resolve() for run_dir in run_dirs)
-    named_twice = {run_dir for run_dir in run_dirs if times_named[run_dir.resolve()] > 1}
-    problems += [f"{run_dir}: named twice; name each run once" for run_dir in sorted(named_twice)]
+    counts = Counter(run_dir.resolve() for run_dir in run_dirs)
+    repeated_run_dirs = {run_dir for run_dir in run_dirs if counts[run_dir.resolve()] > 1}
+    problems += [f"{run_dir}: named twice; name each run once" for run_dir in sorted(repeated_run_dirs)]
     if not rows and not problems:
         problems.append("no run directory is named; shardtune compare runs/a runs/b")
     return rows, problems
@@ -362,12 +389,11 @@ def _rows_from_argument(argument: str) -> list[ComparisonRow]:
     path = Path(argument).expanduser()
     if is_run_directory(path) or is_wandb_directory(path):
         return [ComparisonRow((path,))]
-    if rows := read_comparison_file(path):
-        return rows
-    children = sorted(path.glob("*"), key=_natural_order)
-    run_dirs = [child for child in children if is_run_directory(child)]
-    if run_dirs:
-        return [ComparisonRow((run_dir,)) for run_dir in run_dirs]
+    if comparison_rows := read_comparison_file(path):
+        return comparison_rows
+    child_run_dirs = [child for child in sorted(path.glob("*"), key=_number_aware_order) if is_run_directory(child)]
+    if child_run_dirs:
+        return [ComparisonRow((run_dir,)) for run_dir in child_run_dirs]
 
     if not path.exists():
         raise ConfigError(f"{argument}: there is no such directory; name run directories")
@@ -377,7 +403,7 @@ def _rows_from_argument(argument: str) -> list[ComparisonRow]:
     raise ConfigError(f"{argument}: not a run directory (there is no config.yaml in it, and no runs below it){hint}")
 
 
-def _natural_order(path: Path) -> tuple[int, str]:
+def _number_aware_order(path: Path) -> tuple[int, str]:
     """Sort key with 2 before 10: the points of `train -m` are called 0, 1, ... 10. Other names come first."""
     number = int(path.name) if path.name.isdecimal() else -1
     return (number, path.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.compare.names import ABSENT, FIRST_IN_NAME, NOT_NAMED, SettingDifference, is_below
+from launch.compare.names import ABSENT_VALUE, KEYS_FIRST_IN_NAME, KEYS_LEFT_OUT_OF_NAMES, SettingDifference, is_below
 from trainer.reporting.numbers import short
 
 WORLD_SIZE = "run.json world_size"
@@ -72,7 +72,7 @@ def _is_axis(key: str) -> bool:
     """Whether a difference can be an axis: a setting that changes the run, or the number of ranks, and no other recorded fact."""
     if key.startswith("run.json "):
         return key == WORLD_SIZE
-    return not is_below(key, NOT_NAMED)
+    return not is_below(key, KEYS_LEFT_OUT_OF_NAMES)
 
 
 def _order(key: str, command_keys: Sequence[str]) -> tuple[int, int]:
@@ -83,10 +83,10 @@ def _order(key: str, command_keys: Sequence[str]) -> tuple[int, int]:
     for candidate in (command_key, key):
         if candidate in command_keys:
             return 0, command_keys.index(candidate)
-    if key in FIRST_IN_NAME:
-        return 1, FIRST_IN_NAME.index(key)
+    if key in KEYS_FIRST_IN_NAME:
+        return 1, KEYS_FIRST_IN_NAME.index(key)
     return 2, 0
 
 
 def _label(value: object) -> str:
-    return ABSENT if value == ABSENT else short(value)
+    return ABSENT_VALUE if value == ABSENT_VALUE else short(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.compare.curves import LossDifference
+from launch.compare.curves import IdentityDifference, LossDifference
 from launch.compare.repeats import MeasuredPoint, RepeatsSummary
 from launch.compare.run_files import RecordedRun, RunMeasurements
 from launch.compare.settings import ComparisonRow
@@ -19,9 +19,9 @@ class ComparedPoint:
     baseline_name: str | None
     """The point whose loss this one's is compared with; None for the first point, and for a refused one."""
     loss_difference: LossDifference | None
-    """Of this point's loss curve from the baseline's; None without a baseline, and if the curves cannot be compared."""
-    not_comparable: tuple[str, ...]
-    """Why the loss curves cannot be compared: `key: value and value` for each setting; empty if they can."""
+    """How far the losses are from the baseline's; None without a baseline, and if the loss curves cannot be compared."""
+    identity_differences: tuple[IdentityDifference, ...]
+    """Why the loss curves of the point and its baseline cannot be compared; empty if they can, or without a baseline."""
     is_same_job: bool = False
     """Whether this point trains the same job as its baseline with the same seed, so that both must have the same loss."""
     verdict: str = ""
@@ -35,6 +35,13 @@ class ComparedPoint:
     def repeats(self) -> tuple[RecordedRun, ...]:
         """The runs of the point, one for each repeat that has a directory."""
         return self.measured_point.repeats
+
+    @property
+    def run_dirs(self) -> list[str]:
+        """The run directory of each repeat; empty for a refused point, which never had one."""
+        if not self.row.directories:
+            return []
+        return [str(repeat.directory) for repeat in self.repeats]
 
     @property
     def first_repeat(self) -> RecordedRun:

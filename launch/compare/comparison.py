@@ -8,28 +8,29 @@ from statistics import median
 
 from launch.compare.compared_axes import ComparedAxis, compared_axes
 from launch.compare.compared_point import ComparedPoint as ComparedPoint
-from launch.compare.conclusion import Conclusion, conclude
+from launch.compare.conclusion import Conclusion, conclude_comparison
 from launch.compare.curves import (
     FIRST_STEPS,
     SAME_LOSS_TOLERANCE,
     baseline_index,
     compare_losses,
-    first_step_not_finite,
-    rounded,
-    step_settings,
-    why_not_comparable,
+    first_non_finite_loss_step,
+    format_difference,
+    identity_differences,
+    loss_relevant_settings,
 )
-from launch.compare.metric_meaning import why_measured_differently
-from launch.compare.names import ABSENT, FIRST_IN_NAME, SettingDifference, run_names, setting_differences
+from launch.compare.metric_meaning import keys_measured_differently
+from launch.compare.names import ABSENT_VALUE, KEYS_FIRST_IN_NAME, SettingDifference, run_names, setting_differences
 from launch.compare.quality import (
-    LEVEL,
+    SIGNIFICANCE_LEVEL,
     ComparedJob,
+    bonferroni_level,
     comparable_jobs,
-    jobs_of,
-    pairwise_level,
+    group_points_into_jobs,
     quality_difference,
     quality_metric,
 )
+from launch.compare.recommendation import ranges_overlap
 from launch.compare.repeats import REFUSED, MeasuredPoint, read_repeats
 from launch.compare.run_files import RecordedRun, RunMeasurements
 from launch.compare.settings import ComparisonRow
@@ -38,6 +39,8 @@ from trainer.reporting.run_record import RunRecord
 
 TEST_DOCUMENTS = "test documents (no answer, verdict or ranking above uses them: choose nothing by them)"
 """Title of the section that a comparison ends with, if a run has test documents."""
+MAX_NAMED_SETTINGS = 3
+"""Settings that a verdict names as the reason of a difference."""
 MAX_PEAK_RATIO = 1.01
 """Earlier versions measured the peak of a CPU in each run anew: up to a percent is noise."""
 
@@ -47,7 +50,7 @@ class Comparison:
     """Compared points, in the order in which they were named, and what the comparison concludes."""
 
     points: tuple[ComparedPoint, ...]
-    default_baseline: str
+    default_baseline_name: str
     """Name of the first point that took a step. Others are compared with it unless an earlier point trains the same job."""
     differences: tuple[SettingDifference, ...]
     notes: tuple[str, ...]
@@ -61,6 +64,14 @@ class Comparison:
     def begun_points(self) -> list[ComparedPoint]:
         """The points that took at least one step: the others have no numbers to show."""
         return [point for point in self.points if point.measured.steps]
+
+    @property
+    def held_out_metrics(self) -> list[str]:
+        """Names of the held-out metrics that any point has, each once, in the order of the points."""
+        names: dict[str, None] = {}
+        for point in self.points:
+            names |= dict.fromkeys(point.measured.before) | dict.fromkeys(point.measured.after)
+        return list(names)
 
     @property
     def has_comparable_mfu(self) -> bool:
@@ -85,52 +96,52 @@ def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | Non
     names = [row.name or generated for row, generated in zip(rows, generated_names, strict=True)]
 
     # The default baseline is the first point that took a step, or the first of all if none did.
-    first_index = 0
-    for index, run in enumerate(first_repeats):
-        if run.steps:
-            first_index = index
-            break
-    points = [_compared_point(measured_points, names, index, first_index) for index in range(len(rows))]
+    default_index = next((index for index, run in enumerate(first_repeats) if run.steps), 0)
+    points = [_compared_point(measured_points, names, index, default_index) for index in range(len(rows))]
     context = _VerdictContext.from_points(points)
     judged_points = []
     for point in points:
-        verdict = _verdict(point, context, is_default_baseline=point.name == names[first_index])
+        verdict = _point_verdict(point, context, is_default_baseline=point.name == names[default_index])
         judged_points.append(replace(point, verdict=verdict))
     return Comparison(
         points=tuple(judged_points),
-        default_baseline=names[first_index],
+        default_baseline_name=names[default_index],
         differences=tuple(differences),
         notes=tuple(_notes(measured_points, names)),
         axes=tuple(compared_axes(names, differences, rows[0].command_keys)),
-        conclusion=conclude(judged_points, differences),
+        conclusion=conclude_comparison(judged_points, differences),
     )
 
 
 def _compared_point(
-    measured_points: list[MeasuredPoint], names: list[str], index: int, first_index: int
+    measured_points: list[MeasuredPoint], names: list[str], index: int, default_index: int
 ) -> ComparedPoint:
-    """The point at `index` compared with its baseline, without a verdict yet.
+    """The point at `index` beside its baseline, without a verdict yet.
 
-    The baseline is the earliest point that trains the same job, or else the point at `first_index`. The point at `first_index`
-    itself has none, and neither has a refused point, because it has no losses.
+    The baseline is the earliest point that trains the same job, or else the default baseline, which is at `default_index`. These
+    have no baseline: the default baseline itself, points before it, and refused points, because they have no losses.
     """
-    measured = measured_points[index]
-    baseline = None
-    if index != first_index and measured.state != REFUSED:
-        baseline = baseline_index([other.first_repeat for other in measured_points], index, first_index)
-    if baseline is None:
-        return ComparedPoint(names[index], measured, baseline_name=None, loss_difference=None, not_comparable=())
+    measured_point = measured_points[index]
+    baseline_position = None
+    if index != default_index and measured_point.state != REFUSED:
+        first_repeats = [any_point.first_repeat for any_point in measured_points]
+        baseline_position = baseline_index(first_repeats, index, default_index)
+    if baseline_position is None:
+        return ComparedPoint(
+            names[index], measured_point, baseline_name=None, loss_difference=None, identity_differences=()
+        )
 
-    baseline_run = measured_points[baseline].first_repeat
-    run = measured.first_repeat
-    not_comparable = tuple(why_not_comparable(baseline_run, run))
+    baseline_run = measured_points[baseline_position].first_repeat
+    run = measured_point.first_repeat
+    differences = tuple(identity_differences(baseline_run, run))
+    has_equal_settings = loss_relevant_settings(baseline_run) == loss_relevant_settings(run)
     return ComparedPoint(
         names[index],
-        measured,
-        baseline_name=names[baseline],
-        loss_difference=None if not_comparable else compare_losses(baseline_run, run),
-        not_comparable=not_comparable,
-        is_same_job=not not_comparable and step_settings(baseline_run) == step_settings(run),
+        measured_point,
+        baseline_name=names[baseline_position],
+        loss_difference=None if differences else compare_losses(baseline_run, run),
+        identity_differences=differences,
+        is_same_job=has_equal_settings and not differences,
     )
 
 
@@ -140,49 +151,52 @@ class _VerdictContext:
 
     point_by_name: dict[str, ComparedPoint]
     job_by_point: dict[str, ComparedJob]
-    """By name of a point that took a step: its job, with all points and seeds of it."""
+    """By name of a point that took a step: the job that the point belongs to, with all of the job's points."""
     level: float
     """Significance level of the test of one pair of jobs. The conclusion uses the same, so that both say the same."""
 
     @classmethod
     def from_points(cls, points: Sequence[ComparedPoint]) -> _VerdictContext:
         """The context of points that have no verdict yet."""
-        jobs = jobs_of(points)
+        jobs = group_points_into_jobs(points)
         job_by_point: dict[str, ComparedJob] = {}
         for job in jobs:
             for point in job.points:
                 job_by_point[point.name] = job
         metric = quality_metric(jobs)
-        level = LEVEL if metric is None else pairwise_level(len(comparable_jobs(jobs, metric)))
-        return cls({point.name: point for point in points}, job_by_point, level)
+        level = SIGNIFICANCE_LEVEL if metric is None else bonferroni_level(len(comparable_jobs(jobs, metric)))
+        return cls(point_by_name={point.name: point for point in points}, job_by_point=job_by_point, level=level)
 
 
-def _verdict(point: ComparedPoint, context: _VerdictContext, *, is_default_baseline: bool) -> str:
-    """The verdict on a point as one sentence: how it ended, its loss or quality, speed and memory.
+def _point_verdict(point: ComparedPoint, context: _VerdictContext, *, is_default_baseline: bool) -> str:
+    """The verdict on a point as one sentence, such as `fsdp2: same loss as ddp within 3e-7; 1.2 x its tokens/s`.
+
+    It begins with how the point ended, unless it is done. Then, the first case that applies:
 
     - The only point of a comparison: its own losses and metrics.
     - The default baseline: its own numbers.
-    - A point of the same job as its baseline: whether it has the baseline's loss, as it must.
-    - Any other point: how its held-out metric compares with the baseline's.
-
-    A refused point has no baseline: the sentence says only that it was refused.
+    - A point without a baseline, such as a refused one: nothing more.
+    - A point of the same job as its baseline: whether it has the baseline's loss, as it must; speed and memory.
+    - Any other point: how its held-out metric compares with the baseline's; speed and memory.
     """
     clauses = [point.unfinished_state] if point.unfinished_state else []
     if len(context.point_by_name) == 1:
-        clauses = [_single_point_verdict(point)]
+        clauses = [_single_point_verdict(point)]  # it says itself how the point ended
     elif is_default_baseline:
-        clauses += _own_numbers(point)
+        clauses += _default_baseline_clauses(point)
     elif point.baseline_name is not None:
         baseline = context.point_by_name[point.baseline_name]
         clauses.append(_loss_verdict(point) if point.is_same_job else _quality_verdict(baseline, point, context))
-        clauses += _speed_and_memory_clauses(baseline, point)
-    broken_step = first_step_not_finite(point.first_repeat)
-    if broken_step is not None:
-        clauses.append(f"its loss is NaN or infinite from step {broken_step} on")
+        cost_clause = _speed_and_memory_clause(baseline, point)
+        if cost_clause is not None:
+            clauses.append(cost_clause)
+    non_finite_step = first_non_finite_loss_step(point.first_repeat)
+    if non_finite_step is not None:
+        clauses.append(f"its loss is NaN or infinite from step {non_finite_step} on")
     return f"{point.name}: {'; '.join(clauses)}"
 
 
-def _own_numbers(point: ComparedPoint) -> list[str]:
+def _default_baseline_clauses(point: ComparedPoint) -> list[str]:
     """Clauses on the default baseline: its last held-out metric, speed and memory, as far as they are known."""
     measured = point.measured
     metric = quality_metric([_single_point_job(point)])
@@ -213,60 +227,70 @@ def _quality_verdict(baseline: ComparedPoint, point: ComparedPoint, context: _Ve
     - Otherwise: both values, and whether the point is better, worse, or not shown to differ. The values are those of the two
       points. The judgement is about their two jobs, with all seeds of these.
     """
-    pair = [_single_point_job(baseline), _single_point_job(point)]
-    metric = quality_metric(pair)
-    if metric is None or not all(job.values(metric.name) for job in pair):
+    baseline_alone = _single_point_job(baseline)
+    point_alone = _single_point_job(point)
+    metric = quality_metric([baseline_alone, point_alone])
+    if metric is None or not baseline_alone.values(metric.name) or not point_alone.values(metric.name):
         return _verdict_without_metric(baseline, point)
-    measured_differently = why_measured_differently(baseline.first_repeat, point.first_repeat, metric.name)
-    if measured_differently is not None:
-        return f"its {metric.name} cannot be compared with that of {baseline.name} (other {measured_differently})"
+    keys = keys_measured_differently(baseline.first_repeat, point.first_repeat, metric.name)
+    if keys:
+        return f"its {metric.name} cannot be compared with that of {baseline.name} (other {', '.join(keys)})"
 
-    baseline_value = readable(median(pair[0].values(metric.name)))
-    value = readable(median(pair[1].values(metric.name)))
+    baseline_value = readable(median(baseline_alone.values(metric.name)))
+    point_value = readable(median(point_alone.values(metric.name)))
     # A point whose first repeat never began is in no job, and stands for itself.
-    jobs = [context.job_by_point.get(job.points[0].name, job) for job in pair]
-    if jobs[0] is jobs[1]:
+    baseline_job = context.job_by_point.get(baseline.name, baseline_alone)
+    point_job = context.job_by_point.get(point.name, point_alone)
+    if baseline_job is point_job:
         if baseline.first_repeat.config.get("run.seed") != point.first_repeat.config.get("run.seed"):
-            return f"{metric.name} {value}, with another seed than {baseline.name} ({baseline_value})"
-        jobs = pair  # the settings are the same, but their data is not
-    difference = quality_difference(jobs[0], jobs[1], metric.name, context.level)
-    if not difference.is_shown:
+            return f"{metric.name} {point_value}, with another seed than {baseline.name} ({baseline_value})"
+        # Their settings and seeds are the same, but their data is not: a job with both would compare with itself.
+        baseline_job = baseline_alone
+        point_job = point_alone
+    difference = quality_difference(baseline_job, point_job, metric.name, context.level)
+    if not difference.is_significant:
         judgement = "no difference shown from"
-    elif (difference.relative > 0) == metric.greater_is_better:
+    elif (difference.relative_difference > 0) == metric.greater_is_better:
         judgement = "better than"
     else:
         judgement = "worse than"
-    evidence = difference.evidence_text or _no_evidence_text((baseline, point), difference.seeds)
-    return f"{metric.name} {value}, {judgement} {baseline.name} ({baseline_value}; {evidence})"
+    evidence = difference.evidence_text or _no_evidence_text((baseline, point), difference.num_seeds)
+    return f"{metric.name} {point_value}, {judgement} {baseline.name} ({baseline_value}; {evidence})"
 
 
 def _verdict_without_metric(baseline: ComparedPoint, point: ComparedPoint) -> str:
     """A clause on two points without a common held-out metric: why their losses cannot be compared, or how they differ."""
-    if point.not_comparable:
+    if point.identity_differences:
         return _loss_verdict(point)
-    settings = _other_settings(baseline, point)
-    return f"trains another job than {baseline.name}{settings}; no held-out metric of both to compare"
+    differing_settings = _differing_settings_text(baseline, point)
+    return f"trains another job than {baseline.name}{differing_settings}; no held-out metric of both to compare"
 
 
-def _no_evidence_text(points: Sequence[ComparedPoint], seeds: int) -> str:
-    """Why nothing is known of chance, such as `one run each`. `seeds`: how many the job with more seeds has."""
-    if seeds > 1:
-        return f"{seeds} seeds differ by rounding alone"
+def _no_evidence_text(points: Sequence[ComparedPoint], num_seeds: int) -> str:
+    """Why nothing says what chance does to the metric, such as `one run each`.
+
+    `num_seeds`: the number of seeds of the job that has more of them.
+    """
+    if num_seeds > 1:
+        return f"{num_seeds} seeds differ by rounding alone"
     if all(point.summary.repeats == 1 for point in points):
         return "one run each"
     return "one seed each: repeats of a seed say nothing of quality"
 
 
-def _other_settings(baseline: ComparedPoint, point: ComparedPoint) -> str:
-    """The settings in which the jobs of two points differ, such as ` (other optim.lr, tuning.name)`; at most three are named."""
-    baseline_settings = step_settings(baseline.first_repeat)
-    settings = step_settings(point.first_repeat)
+def _differing_settings_text(baseline: ComparedPoint, point: ComparedPoint) -> str:
+    """The settings in which the jobs of two points differ, such as ` (other optim.lr, tuning.name)`; at most three are named.
+
+    Empty if none differs.
+    """
+    baseline_settings = loss_relevant_settings(baseline.first_repeat)
+    point_settings = loss_relevant_settings(point.first_repeat)
     differing_keys = []
-    for key in baseline_settings | settings:
-        if baseline_settings.get(key, ABSENT) != settings.get(key, ABSENT):
+    for key in baseline_settings | point_settings:
+        if baseline_settings.get(key, ABSENT_VALUE) != point_settings.get(key, ABSENT_VALUE):
             differing_keys.append(key)
-    most_telling_first = sorted(differing_keys, key=lambda key: key not in FIRST_IN_NAME)
-    return f" (other {', '.join(most_telling_first[:3])})" if differing_keys else ""
+    differing_keys.sort(key=lambda key: key not in KEYS_FIRST_IN_NAME)  # the most telling ones first
+    return f" (other {', '.join(differing_keys[:MAX_NAMED_SETTINGS])})" if differing_keys else ""
 
 
 def _single_point_verdict(point: ComparedPoint) -> str:
@@ -288,46 +312,55 @@ def _single_point_verdict(point: ComparedPoint) -> str:
 
 
 def _loss_verdict(point: ComparedPoint) -> str:
-    """A clause on how a point's loss compares with its baseline's, such as `same loss as ddp within 3e-7`."""
-    baseline = point.baseline_name
-    if point.not_comparable:
-        settings = [line.split(":")[0] for line in point.not_comparable]
-        more = f" and {len(settings) - 3} more" if len(settings) > 3 else ""
-        return f"its losses cannot be compared with those of {baseline} (other {', '.join(settings[:3])}{more})"
+    """A clause on how a point's loss compares with its baseline's. The first case that applies:
+
+    - The losses are of different data, order or objective: that they cannot be compared, with at most three of the settings.
+    - No step has a loss in both: that there is none to compare.
+    - The losses of the first `FIRST_STEPS` common steps are equal, or nearly: `same loss as ddp within 3e-7`. If there are fewer
+      common steps, the clause says how many.
+    - Otherwise: how far they differ, and at which of these steps.
+    """
+    baseline_name = point.baseline_name
+    if point.identity_differences:
+        settings = [difference.setting for difference in point.identity_differences]
+        named_settings = ", ".join(settings[:MAX_NAMED_SETTINGS])
+        more = ""
+        if len(settings) > MAX_NAMED_SETTINGS:
+            more = f" and {len(settings) - MAX_NAMED_SETTINGS} more"
+        return f"its losses cannot be compared with those of {baseline_name} (other {named_settings}{more})"
     difference = point.loss_difference
     if difference is None:
-        return f"no step to compare with {baseline}"
+        return f"no step to compare with {baseline_name}"
     over_steps = ""
-    if difference.steps < FIRST_STEPS:
-        over_steps = f" over {difference.steps} step{'s' if difference.steps > 1 else ''}"
-    if difference.early == 0:
-        return f"same loss as {baseline}, to the last digit{over_steps}"
-    if difference.same:
-        return f"same loss as {baseline} within {rounded(difference.early)}{over_steps}"
-    return f"not the loss of {baseline}: it differs by {rounded(difference.early)} at step {difference.early_step}"
+    if difference.num_common_steps < FIRST_STEPS:
+        over_steps = f" over {difference.num_common_steps} step{'s' if difference.num_common_steps > 1 else ''}"
+    largest_difference = format_difference(difference.largest_early)
+    if difference.largest_early == 0:
+        return f"same loss as {baseline_name}, to the last digit{over_steps}"
+    if difference.is_same_loss:
+        return f"same loss as {baseline_name} within {largest_difference}{over_steps}"
+    return (
+        f"not the loss of {baseline_name}: it differs by {largest_difference} at step {difference.largest_early_step}"
+    )
 
 
-def _speed_and_memory_clauses(baseline: ComparedPoint, point: ComparedPoint) -> list[str]:
-    """Speed and memory as multiples of the baseline's, in one clause; an empty list if neither is known of both points."""
+def _speed_and_memory_clause(baseline: ComparedPoint, point: ComparedPoint) -> str | None:
+    """Speed and memory as multiples of the baseline's, such as `1.2 x its tokens/s, 0.6 x its memory`.
+
+    What is not known of both points is left out; None if neither is known.
+    """
     ratios = []
     if baseline.measured.tokens_per_s and point.measured.tokens_per_s:
         speed = f"{_ratio_text(point.measured.tokens_per_s / baseline.measured.tokens_per_s)} x its tokens/s"
         # If the repeats of the two points overlap in speed, they cannot tell which point is the faster.
-        if _spreads_overlap(baseline.summary.spread, point.summary.spread):
+        baseline_spread = baseline.summary.spread
+        point_spread = point.summary.spread
+        if baseline_spread is not None and point_spread is not None and ranges_overlap(baseline_spread, point_spread):
             speed += " (less than the repeats differ)"
         ratios.append(speed)
     if baseline.measured.memory_gib and point.measured.memory_gib:
         ratios.append(f"{_ratio_text(point.measured.memory_gib / baseline.measured.memory_gib)} x its memory")
-    return [", ".join(ratios)] if ratios else []
-
-
-def _spreads_overlap(spread: tuple[float, float] | None, other_spread: tuple[float, float] | None) -> bool:
-    """Whether two (slowest, fastest) ranges overlap; False if either point has no repeats."""
-    if spread is None or other_spread is None:
-        return False
-    slowest, fastest = spread
-    other_slowest, other_fastest = other_spread
-    return slowest <= other_fastest and other_slowest <= fastest
+    return ", ".join(ratios) or None
 
 
 def _ratio_text(ratio: float) -> str:
@@ -344,15 +377,23 @@ def _notes(points: list[MeasuredPoint], names: list[str]) -> list[str]:
     runs: list[RecordedRun] = []
     for point in points:
         runs += point.repeats
-    notes = _note_on_peaks(runs)
-    notes += _notes_on_machines([run.record for run in runs if not run.record.is_empty])
+    return [
+        *_notes_on_peaks(runs),
+        *_notes_on_machines([run.record for run in runs if not run.record.is_empty]),
+        *_notes_on_measuring(points, runs),
+        *_notes_on_unreadable_lines(runs),
+        *_notes_on_repeats(points, names),
+    ]
+
+
+def _notes_on_measuring(points: list[MeasuredPoint], runs: list[RecordedRun]) -> list[str]:
+    """Caveats on how speeds and memory were measured, and on when losses count as the same. `runs`: all repeats of the points."""
+    notes = []
     if any(_has_few_steps(point.measured) for point in points):
         notes.append(
             f"Speeds of runs with less than {FIRST_STEPS} steps behind the first logging interval say little; take "
             "more steps, or a smaller logging.every_steps"
         )
-
-    # How numbers were measured, and when losses count as the same.
     if any(run.record.device == "cpu" for run in runs):
         notes.append("Memory on a CPU is the process's resident set, libraries included, and of the whole run")
     planning_methods = {point.measured.planned_by for point in points if point.measured.planned_by}
@@ -362,8 +403,12 @@ def _notes(points: list[MeasuredPoint], names: list[str]) -> list[str]:
             f"Same loss: a relative difference of at most {SAME_LOSS_TOLERANCE:g} over the first {FIRST_STEPS} steps "
             "that both runs have"
         )
+    return notes
 
-    # What is wrong with single runs and points.
+
+def _notes_on_unreadable_lines(runs: list[RecordedRun]) -> list[str]:
+    """A caveat for each run with lines in its metrics or events that cannot be read."""
+    notes = []
     for run in runs:
         if run.unreadable_lines == 1:
             notes.append(f"{run.directory}: 1 line of its metrics or events cannot be read and is left out")
@@ -371,14 +416,21 @@ def _notes(points: list[MeasuredPoint], names: list[str]) -> list[str]:
             notes.append(
                 f"{run.directory}: {run.unreadable_lines} lines of its metrics or events cannot be read and are left out"
             )
+    return notes
+
+
+def _notes_on_repeats(points: list[MeasuredPoint], names: list[str]) -> list[str]:
+    """A caveat for each point whose repeats have different losses. `names`: the name of each point."""
+    notes = []
     for point, name in zip(points, names, strict=True):
-        if drift := _drift_of_repeats(point):
-            notes.append(f"The losses of the repeats of {name} differ by up to {rounded(drift)}")
+        difference = _largest_difference_of_repeats(point)
+        if difference:
+            notes.append(f"The losses of the repeats of {name} differ by up to {format_difference(difference)}")
     return notes
 
 
 def _mfu_peaks(runs: list[RecordedRun]) -> list[float]:
-    """The peaks in TFLOP/s a device that runs measured their MFU against; runs without an MFU, as on CPUs, have none."""
+    """The peak in TFLOP/s a device that each run measured its MFU against; a run without an MFU, as on CPUs, has none."""
     peaks = []
     for run in runs:
         has_mfu = any("mfu" in row for row in run.steps.values())
@@ -388,34 +440,34 @@ def _mfu_peaks(runs: list[RecordedRun]) -> list[float]:
 
 
 def _are_one_peak(peaks: list[float]) -> bool:
-    """Whether peaks are the same but for noise; no peaks are."""
+    """Whether the peaks are equal, apart from noise; True for an empty list."""
     return not peaks or max(peaks) <= MAX_PEAK_RATIO * min(peaks)
 
 
-def _note_on_peaks(runs: list[RecordedRun]) -> list[str]:
-    """A caveat if runs measured their MFU against different peaks."""
+def _notes_on_peaks(runs: list[RecordedRun]) -> list[str]:
+    """A caveat if runs measured their MFU against different peaks; empty if not."""
     peaks = _mfu_peaks(runs)
     if _are_one_peak(peaks):
         return []
-    figures = ", ".join(sorted({f"{peak:.3g}" for peak in peaks}))
+    peaks_text = ", ".join(sorted({f"{peak:.3g}" for peak in peaks}))
     return [
-        f"MFU is of different peaks ({figures} TFLOP/s a device) and cannot be compared; set logging.reference_tflops to one "
+        f"MFU is of different peaks ({peaks_text} TFLOP/s a device) and cannot be compared; set logging.reference_tflops to one "
         "figure for all"
     ]
 
 
 def _notes_on_machines(records: list[RunRecord]) -> list[str]:
-    """Caveats about runs of different machines or revisions, whose speeds cannot be compared as they are."""
+    """Caveats if the runs were on different hosts, devices or revisions of shardtune, so that their speeds are not comparable."""
     notes = []
-    values_by_fact: dict[str, set[str | None]] = {
+    recorded_values: dict[str, set[str | None]] = {
         "hosts": {record.host for record in records},
         "devices": {record.device for record in records},
         "revisions of shardtune": {record.git_revision for record in records},
     }
-    for fact, values in values_by_fact.items():
+    for title, values in recorded_values.items():
         known_values = sorted(filter(None, values))
         if len(known_values) > 1:
-            notes.append(f"Speeds are of different {fact}: {', '.join(known_values)}")
+            notes.append(f"Speeds are of different {title}: {', '.join(known_values)}")
     return notes
 
 
@@ -430,7 +482,7 @@ def _has_few_steps(measured: RunMeasurements) -> bool:
     return 0 < measured_steps < FIRST_STEPS
 
 
-def _drift_of_repeats(point: MeasuredPoint) -> float:
-    """The largest relative loss difference of any later repeat of a point from its first one; 0 for a single repeat."""
+def _largest_difference_of_repeats(point: MeasuredPoint) -> float:
+    """The largest relative difference of a loss of any later repeat from that of the first repeat; 0 for a single repeat."""
     differences = [compare_losses(point.first_repeat, repeat) for repeat in point.repeats[1:]]
-    return max((difference.drift for difference in differences if difference is not None), default=0.0)
+    return max((difference.largest_overall for difference in differences if difference is not None), default=0.0)

@@ -8,8 +8,8 @@ from launch.compare.comparison import TEST_DOCUMENTS, ComparedPoint, Comparison
 from launch.compare.conclusion import Conclusion
 from launch.compare.cost_plots import comparison_plots
 from launch.compare.page_table import held_out_table, points_table
-from launch.compare.quality import diverged
-from launch.compare.recommendation import listed
+from launch.compare.quality import point_has_diverged
+from launch.compare.recommendation import join_names
 from launch.compare.repeats import REFUSED
 from trainer.pages.pieces import Callout, PageCard, Tone, worst_first
 from trainer.pages.render import render
@@ -103,12 +103,12 @@ def point_callouts(comparison: Comparison) -> list[Callout]:
     for point in comparison.points:
         if point.unfinished_state is not None:
             points_by_state.setdefault(point.state, []).append(point)
-        elif diverged(point):
+        elif point_has_diverged(point):
             diverged_names.append(point.name)
     callouts = []
     for state, points in points_by_state.items():
         state_text = "stopped" if state == State.preempted else state
-        names = listed([point.name for point in points])
+        names = join_names([point.name for point in points])
         heading = f"{len(points)} of {len(comparison.points)} points {state_text}: {names}"
         reasons = [f"{point.name}: {point.reason}" for point in points[:MAX_REASONS] if point.reason]
         callouts.append(Callout(tones.get(state, "note"), heading, ". ".join(reasons)))
@@ -117,7 +117,7 @@ def point_callouts(comparison: Comparison) -> list[Callout]:
             "Their losses ended above those at the beginning. They are left out of every recommendation. Try a lower optim.lr, "
             "or schedule.warmup_share=0.1."
         )
-        callouts.append(Callout("bad", f"Diverged: {listed(diverged_names)}", text))
+        callouts.append(Callout("bad", f"Diverged: {join_names(diverged_names)}", text))
     return callouts
 
 

@@ -11,16 +11,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from launch.compare.curves import rounded
-from launch.compare.names import ABSENT, NOT_NAMED, SettingDifference, is_below, point_arguments, setting_argument
-from launch.compare.quality import ComparedJob, RankedJobs, diverged, jobs_of, quality_metric, rank
+from launch.compare.curves import format_difference
+from launch.compare.names import (
+    ABSENT_VALUE,
+    KEYS_LEFT_OUT_OF_NAMES,
+    SettingDifference,
+    is_below,
+    point_arguments,
+    setting_argument,
+)
+from launch.compare.quality import (
+    ComparedJob,
+    RankedJobs,
+    group_points_into_jobs,
+    point_has_diverged,
+    quality_metric,
+    rank_jobs_by_quality,
+)
 from launch.compare.recommendation import (
     MAX_NAMES,
     Recommendation,
     is_done,
     is_recommendable,
-    listed,
-    one_recommendation_a_point,
+    join_names,
+    merge_recommendations_by_point,
     recommend_best_quality,
     recommend_cheapest,
     recommendation_candidates,
@@ -66,26 +80,34 @@ class Conclusion:
         return lines
 
 
-def conclude(points: Sequence[ComparedPoint], differences: Sequence[SettingDifference]) -> Conclusion:
+def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[SettingDifference]) -> Conclusion:
     """The answer to a comparison of two points or more: sentences, a tone, and which point to take for which goal.
 
-    A comparison of a single point has nothing to conclude: its answer is empty. `differences`: the settings that differ.
+    A comparison of a single point has nothing to conclude: its answer is empty. `differences`: the settings in which the points
+    differ.
     """
-    jobs = jobs_of(points)
+    jobs = group_points_into_jobs(points)
     if len(points) < 2:
         return Conclusion((), "note")
     if not jobs:
         return Conclusion(("No point has taken a step.",), "note", headline="No point has taken a step.")
 
     # Do points of the same job have the same loss?
-    same_job = [point for point in points if point.is_same_job]
-    other_loss = [point for point in same_job if point.loss_difference is not None and not point.loss_difference.same]
-    sentences = {"unfinished": _unfinished_sentence(points), "parity": _parity_sentence(same_job, other_loss)}
-    sentences["rates"] = _rates_sentence(points, differences)
+    same_job_points = [point for point in points if point.is_same_job]
+    diverging_points = [
+        point
+        for point in same_job_points
+        if point.loss_difference is not None and not point.loss_difference.is_same_loss
+    ]
+    sentences = {
+        "unfinished": _unfinished_sentence(points),
+        "parity": _parity_sentence(same_job_points, diverging_points),
+        "rates": _learning_rates_sentence(points, differences),
+    }
 
     # Which job is best on held-out data?
     metric = quality_metric(jobs)
-    ranked = rank(jobs, metric) if metric is not None else None
+    ranked = rank_jobs_by_quality(jobs, metric) if metric is not None else None
     if ranked is not None:
         sentences["quality"] = _quality_sentence(jobs, ranked, differences)
         sentences["evidence"] = _evidence_sentence(ranked)
@@ -93,37 +115,40 @@ def conclude(points: Sequence[ComparedPoint], differences: Sequence[SettingDiffe
         sentences["seeds"] = _seeds_sentence(jobs[0])
     else:
         sentences |= _sentences_without_quality(jobs)
-    is_quality_shown = ranked is not None and bool(ranked.shown_worse)
+    is_quality_difference_shown = ranked is not None and bool(ranked.significantly_worse)
 
     # Which point is the fastest, and which takes the least memory, of those that are not shown to be worse?
-    arguments_by_name = {point.name: point_arguments(differences, number) for number, point in enumerate(points)}
-    candidates = recommendation_candidates(points, other_loss, ranked)
-    sentences["cost"], recommended = recommend_cheapest(candidates, arguments_by_name)
-    if ranked is not None and is_quality_shown:
-        cheapest_names = [choice.point.name for choice in recommended]
-        recommended = [*recommend_best_quality(ranked, candidates, cheapest_names, arguments_by_name), *recommended]
-        sentences["cost"] = _among_the_best(sentences["cost"])
+    arguments_by_name = {point.name: point_arguments(differences, index) for index, point in enumerate(points)}
+    candidates = recommendation_candidates(points, diverging_points, ranked)
+    sentences["cost"], recommendations = recommend_cheapest(candidates, arguments_by_name)
+    if ranked is not None and is_quality_difference_shown:
+        cheapest_names = [recommendation.point.name for recommendation in recommendations]
+        best_quality = recommend_best_quality(ranked, candidates, cheapest_names, arguments_by_name)
+        recommendations = [*best_quality, *recommendations]
+        sentences["cost"] = _limited_to_best_quality(sentences["cost"])
 
     tone: Tone = "note"
-    if other_loss:
+    if diverging_points:
         tone = "bad"
-    elif is_quality_shown or any(point.loss_difference is not None for point in same_job):
+    elif is_quality_difference_shown or any(point.loss_difference is not None for point in same_job_points):
         tone = "good"
     return Conclusion(
         sentences=tuple(sentence for sentence in sentences.values() if sentence),
         tone=tone,
-        recommendations=tuple(one_recommendation_a_point(recommended)),
-        to_learn_more=TO_LEARN_MORE if ranked is not None and not is_quality_shown else "",
+        recommendations=tuple(merge_recommendations_by_point(recommendations)),
+        to_learn_more=TO_LEARN_MORE if ranked is not None and not is_quality_difference_shown else "",
         ranked=ranked,
         unfinished=sentences["unfinished"],
-        headline=_headline(sentences, is_parity_broken=bool(other_loss)),
+        headline=_headline(sentences, is_parity_broken=bool(diverging_points)),
     )
 
 
 def _headline(sentences: dict[str, str], *, is_parity_broken: bool) -> str:
-    """The sentence that answers first: broken parity, else quality, else parity, seeds or cost, the first that there is.
+    """The sentence that answers first. The first kind of sentence that there is, in this order:
 
-    `sentences`: by kind, as `conclude` makes them; an empty one counts as none.
+    `parity` if parity is broken, `quality`, `parity`, `seeds`, `no quality`, `cost`, `unfinished`.
+
+    `sentences`: by kind; an empty sentence counts as none.
     """
     order: tuple[str, ...] = ("quality", "parity", "seeds", "no quality", "cost", "unfinished")
     if is_parity_broken:
@@ -131,155 +156,187 @@ def _headline(sentences: dict[str, str], *, is_parity_broken: bool) -> str:
     return next((sentences[kind] for kind in order if sentences.get(kind)), "Nothing to compare.")
 
 
-def _rates_sentence(points: Sequence[ComparedPoint], differences: Sequence[SettingDifference]) -> str:
-    """Which points trained at which learning rate, if the rate follows from other settings; empty if it does not differ."""
+def _learning_rates_sentence(points: Sequence[ComparedPoint], differences: Sequence[SettingDifference]) -> str:
+    """A sentence on which points trained at which learning rate, if the rate follows from their other settings.
+
+    Empty if all points have the same rate, or if the rate is an axis of its own: if points whose other settings are equal have
+    several rates. `differences`: the settings in which the points differ.
+    """
     rates = next((difference.values for difference in differences if difference.key == "optim.lr"), ())
-    other_settings = [difference for difference in differences if difference.key != "optim.lr"]
-    arguments = [point_arguments(other_settings, number) for number in range(len(points))]
-    # If points with the same other settings have several rates, the rate is an axis of its own.
-    is_axis = bool(rates) and len(set(arguments)) < len(set(zip(arguments, rates, strict=True)))
-    if not rates or is_axis:
+    if not rates:
+        return ""
+    other_differences = [difference for difference in differences if difference.key != "optim.lr"]
+    other_arguments = [point_arguments(other_differences, index) for index in range(len(points))]
+    num_combinations = len(set(zip(other_arguments, rates, strict=True)))
+    is_axis = num_combinations > len(set(other_arguments))
+    if is_axis:
         return ""
     names_by_rate: dict[str, list[str]] = {}
     for point, rate in zip(points, rates, strict=True):
         names_by_rate.setdefault(short(rate), []).append(point.name)
-    parts = [f"{rate} for {listed(names)}" for rate, names in names_by_rate.items()]
-    return f"The points trained at different learning rates (optim.lr): {', '.join(parts)}."
+    clauses = [f"{rate} for {join_names(names)}" for rate, names in names_by_rate.items()]
+    return f"The points trained at different learning rates (optim.lr): {', '.join(clauses)}."
 
 
 def _seeds_sentence(job: ComparedJob) -> str:
-    """How far the held-out metric of one job differs between its seeds; empty for one seed, and without such a metric."""
+    """A sentence on how far the held-out metric of one job differs between its seeds; empty for a single seed.
+
+    It is also empty if the job has no held-out metric.
+    """
     metric = quality_metric([job])
-    if job.seeds < 2 or metric is None:
+    if job.num_seeds < 2 or metric is None:
         return ""
     values = job.values(metric.name)
-    return f"One job with {job.seeds} seeds: {metric.name} is {readable(min(values))} to {readable(max(values))}."
+    return f"One job with {job.num_seeds} seeds: {metric.name} is {readable(min(values))} to {readable(max(values))}."
 
 
-def _among_the_best(sentence: str) -> str:
-    """The sentence on speed and memory, with the remark that it is only about points that are not shown to be worse."""
-    if not sentence:
+def _limited_to_best_quality(cost_sentence: str) -> str:
+    """The sentence on speed and memory, with the remark that it is only about points that are not shown to be worse.
+
+    An empty sentence stays empty.
+    """
+    if not cost_sentence:
         return ""
-    without_capital = f"n{sentence[1:]}" if sentence.startswith("No ") else sentence
-    return f"Of the points that are not shown to be worse: {without_capital}"
+    # It stands behind a colon now: `No difference ...` goes on in lower case, and a point's name stays as it is.
+    continued = f"n{cost_sentence[1:]}" if cost_sentence.startswith("No ") else cost_sentence
+    return f"Of the points that are not shown to be worse: {continued}"
 
 
 def _unfinished_sentence(points: Sequence[ComparedPoint]) -> str:
-    """Which points are not done, and which diverged, so that nobody misses them in a long table; empty if all are fine."""
+    """Which points are not done, and which diverged, so that nobody misses them in a long table; empty if all are fine.
+
+    For example `2 of 8 points failed: a and b. 1 of 8 points diverged: c.`
+    """
     names_by_problem: dict[str, list[str]] = {}
     for point in points:
         problem = None
         if not is_done(point):
             problem = "stopped" if point.state == State.preempted else point.state
-        elif diverged(point):
+        elif point_has_diverged(point):
             problem = "diverged"
         if problem is not None:
             names_by_problem.setdefault(problem, []).append(point.name)
     sentences = []
     for problem, names in names_by_problem.items():
-        sentences.append(f"{len(names)} of {len(points)} points {problem}: {listed(names)}.")
+        sentences.append(f"{len(names)} of {len(points)} points {problem}: {join_names(names)}.")
     return " ".join(sentences)
 
 
-def _parity_sentence(same_job: Sequence[ComparedPoint], other_loss: Sequence[ComparedPoint]) -> str:
-    """Whether the points that train the same job as an earlier point have its loss.
+def _parity_sentence(same_job_points: Sequence[ComparedPoint], diverging_points: Sequence[ComparedPoint]) -> str:
+    """A sentence on whether the points that train the same job as an earlier point have the same loss as that point.
 
-    `same_job`: all such points; without any, the sentence is empty. `other_loss`: those of them that have another loss.
+    `same_job_points`: the points that train the same job as their baseline; without any, the sentence is empty.
+    `diverging_points`: the `same_job_points` whose loss differs from the baseline's.
     """
-    if not same_job:
+    if not same_job_points:
         return ""
-    if other_loss:
-        return _broken_parity_sentence(same_job, other_loss)
-    differences = [point.loss_difference.early for point in same_job if point.loss_difference is not None]
+    if diverging_points:
+        return _broken_parity_sentence(diverging_points, num_same_job_points=len(same_job_points))
+    differences = [
+        point.loss_difference.largest_early for point in same_job_points if point.loss_difference is not None
+    ]
     if not differences:
         return "No step has a loss in two points of one job: nothing says whether their losses agree."
-    largest = max(differences)
-    within = "to the last digit" if largest == 0 else f"within {rounded(largest)}"
-    baselines = list(dict.fromkeys(str(point.baseline_name) for point in same_job))
-    names = [point.name for point in same_job]
-    if len(baselines) == 1:
+    within = "to the last digit" if max(differences) == 0 else f"within {format_difference(max(differences))}"
+    baseline_names = list(dict.fromkeys(str(point.baseline_name) for point in same_job_points))
+    names = [point.name for point in same_job_points]
+    if len(baseline_names) == 1:
         verb = "has" if len(names) == 1 else "have"
-        return f"{listed(names)} {verb} the same loss as {baselines[0]}, {within}."
+        return f"{join_names(names)} {verb} the same loss as {baseline_names[0]}, {within}."
     return f"Strategies do not change the loss: {len(names)} points agree with the first one of the same settings, {within}."
 
 
-def _broken_parity_sentence(same_job: Sequence[ComparedPoint], other_loss: Sequence[ComparedPoint]) -> str:
-    """Which points have another loss than the earlier point of the same job, how far, and from which step."""
+def _broken_parity_sentence(diverging_points: Sequence[ComparedPoint], num_same_job_points: int) -> str:
+    """A sentence on the points whose loss differs from that of the earlier point of the same job: how far, and at which step.
+
+    At most `MAX_NAMES` points are named. `num_same_job_points`: how many points should have had the loss of an earlier one.
+    """
     clauses = []
-    for point in other_loss[:MAX_NAMES]:
+    for point in diverging_points[:MAX_NAMES]:
         difference = point.loss_difference
-        assert difference is not None
-        clauses.append(
-            f"{point.name} differs from {point.baseline_name} by {rounded(difference.early)} at step {difference.early_step}"
-        )
-    more = f", and {len(other_loss) - MAX_NAMES} more" if len(other_loss) > MAX_NAMES else ""
-    verb = "has" if len(other_loss) == 1 else "have"
+        assert difference is not None  # else it would not be known to differ
+        amount = f"by {format_difference(difference.largest_early)} at step {difference.largest_early_step}"
+        clauses.append(f"{point.name} differs from {point.baseline_name} {amount}")
+    num_diverging = len(diverging_points)
+    more = f", and {num_diverging - MAX_NAMES} more" if num_diverging > MAX_NAMES else ""
+    verb = "has" if num_diverging == 1 else "have"
     return (
-        f"{len(other_loss)} of {len(same_job)} points that should only compute elsewhere {verb} another loss: "
+        f"{num_diverging} of {num_same_job_points} points that should only compute elsewhere {verb} another loss: "
         f"{'; '.join(clauses)}{more}. Find out why before you use them."
     )
 
 
 def _sentences_without_quality(jobs: Sequence[ComparedJob]) -> dict[str, str]:
-    """{kind: sentence} on several jobs whose quality is not compared: why not, and the seeds of the only job that is done."""
+    """{kind: sentence} on several jobs whose quality cannot be compared.
+
+    - Fewer than two jobs are done: that, under `no quality`, and the seeds of the only job that is done, under `seeds`.
+    - Otherwise, under `no quality`: that the jobs have no held-out metric in common.
+    """
     done_jobs = [job for job in jobs if job.done_runs]
     if len(done_jobs) < 2:
-        seeds = _seeds_sentence(done_jobs[0]) if done_jobs else ""
-        return {"seeds": seeds, "no quality": "Fewer than two jobs are done: their quality cannot be compared yet."}
-    why = (
+        seeds_sentence = _seeds_sentence(done_jobs[0]) if done_jobs else ""
+        too_few = "Fewer than two jobs are done: their quality cannot be compared yet."
+        return {"seeds": seeds_sentence, "no quality": too_few}
+    no_common_metric = (
         "No held-out metric was asked of all jobs alike, so their quality is not compared: give data.eval_path, or the "
         "same evaluation.tasks to all points."
     )
-    return {"no quality": why}
+    return {"no quality": no_common_metric}
 
 
 def _evidence_sentence(ranked: RankedJobs) -> str:
-    """What the shown differences rest on, such as seeds; empty if none is shown, because the sentence on quality says it then."""
-    if not ranked.shown_worse:
+    """A sentence on the evidence for the order of the jobs, such as `The order by eval/loss rests on seeds.`
+
+    Empty if no difference is significant, because the sentence on quality names the evidence then.
+    """
+    if not ranked.significantly_worse:
         return ""
-    one_seed = all(job.seeds == 1 for job in ranked.jobs)
-    caveat = ", with one seed each: another seed may change it" if one_seed else ""
-    return f"The order by {ranked.metric.name} rests on {listed(ranked.sources)}{caveat}."
+    has_one_seed_each = all(job.num_seeds == 1 for job in ranked.jobs)
+    caveat = ", with one seed each: another seed may change it" if has_one_seed_each else ""
+    return f"The order by {ranked.metric.name} rests on {join_names(ranked.evidence_sources)}{caveat}."
 
 
 def _quality_sentence(jobs: Sequence[ComparedJob], ranked: RankedJobs, differences: Sequence[SettingDifference]) -> str:
-    """Which job is best on held-out data, and which ones are not shown to be worse.
+    """Which job is best on held-out data, which jobs are not shown to be worse, and how many are.
 
-    `jobs`: all jobs, which decide how a job is named. `ranked`: those that could be compared.
+    If no job is significantly worse, the sentence says so, with the range of the values and the reason. `jobs`: all jobs, by
+    which a job gets its name. `ranked`: the jobs that could be compared. `differences`: the settings in which the points differ.
     """
     metric = ranked.metric
     best_name = job_name(ranked.best, jobs, differences)
-    best_value = readable(ranked.value(ranked.best))
-    if not ranked.shown_worse:
+    if not ranked.significantly_worse:
         values = [ranked.value(job) for job in ranked.jobs]
         reason = "nothing says how far another seed, or other documents, would change it"
-        if ranked.sources:
-            reason = f"chance explains that much, judged by {listed(ranked.sources)}"
+        if ranked.evidence_sources:
+            reason = f"chance explains that much, judged by {join_names(ranked.evidence_sources)}"
         return (
             f"No difference in {metric.name} shown between {len(values)} jobs: {readable(min(values))} to "
-            f"{readable(max(values))} ({reason}). The {metric.word} is that of {best_name}."
+            f"{readable(max(values))} ({reason}). The {metric.superlative} is that of {best_name}."
         )
-    sentence = f"{best_name} has the {metric.word} {metric.name}: {best_value}{_cost_text(ranked.best)}"
-    not_worse_names = [
-        job_name(job, jobs, differences) for job in ranked.not_shown_worse[1:]
-    ]  # without the best itself
-    worse = len(ranked.shown_worse)
+    best_value = readable(ranked.value(ranked.best))
+    sentence = f"{best_name} has the {metric.superlative} {metric.name}: {best_value}{_cost_text(ranked.best)}"
+    _, *not_worse_jobs = ranked.not_significantly_worse  # the first is the best job itself
+    not_worse_names = [job_name(job, jobs, differences) for job in not_worse_jobs]
+    num_worse = len(ranked.significantly_worse)
     if not_worse_names:
-        others = "the other is" if worse == 1 else f"the {worse} others are"
-        return f"{sentence}. No difference shown from {listed(not_worse_names)}; {others} worse."
-    others = "The other is" if worse == 1 else f"The {worse} others are"
+        others = "the other is" if num_worse == 1 else f"the {num_worse} others are"
+        return f"{sentence}. No difference shown from {join_names(not_worse_names)}; {others} worse."
+    others = "The other is" if num_worse == 1 else f"The {num_worse} others are"
     return f"{sentence}. {others} worse."
 
 
 def job_name(job: ComparedJob, jobs: Sequence[ComparedJob], differences: Sequence[SettingDifference]) -> str:
-    """What a job is called: the name of its only point, or the settings in which it differs from the other jobs."""
+    """What a job is called: the name of its only point, or the settings in which it differs from other jobs: `tuning=lora`.
+
+    `differences`: the settings in which the points of the comparison differ.
+    """
     if len(job.points) == 1:
         return job.points[0].name
     arguments = []
     for difference in differences:
         key = difference.key
-        values = {short(other.settings.get(key, ABSENT)) for other in jobs}
-        if len(values) > 1 and key in job.settings and not is_below(key, NOT_NAMED):
+        values_of_jobs = {short(any_job.settings.get(key, ABSENT_VALUE)) for any_job in jobs}
+        if len(values_of_jobs) > 1 and key in job.settings and not is_below(key, KEYS_LEFT_OUT_OF_NAMES):
             arguments.append(setting_argument(key, job.settings[key]))
     return " ".join(arguments) or job.points[0].name
 
@@ -287,20 +344,21 @@ def job_name(job: ComparedJob, jobs: Sequence[ComparedJob], differences: Sequenc
 def _cost_text(job: ComparedJob) -> str:
     """Memory and speed of a job, such as `, at 3.1 to 4 GiB and 900 tokens/s`; empty if neither is known.
 
-    A range goes from the smallest to the largest value of its points.
+    A range goes from the smallest to the largest value of the job's points that are done and did not diverge.
     """
     clauses = []
     points = [point for point in job.points if is_recommendable(point)]
-    memory = [point.measured.memory_gib for point in points if point.measured.memory_gib]
-    if memory:
-        clauses.append(f"{_range_text(memory, '.3g')} GiB")
-    speeds = [point.measured.tokens_per_s for point in points if point.measured.tokens_per_s]
-    if speeds:
-        clauses.append(f"{_range_text(speeds, ',.0f')} tokens/s")
+    memory_gib = [point.measured.memory_gib for point in points if point.measured.memory_gib]
+    if memory_gib:
+        clauses.append(f"{_range_text(memory_gib, '.3g')} GiB")
+    tokens_per_s = [point.measured.tokens_per_s for point in points if point.measured.tokens_per_s]
+    if tokens_per_s:
+        clauses.append(f"{_range_text(tokens_per_s, ',.0f')} tokens/s")
     return f", at {' and '.join(clauses)}" if clauses else ""
 
 
 def _range_text(values: Sequence[float], number_format: str) -> str:
+    """`3.1 to 4`, from the smallest to the largest value; one number if both look the same."""
     low = format(min(values), number_format)
     high = format(max(values), number_format)
     return low if low == high else f"{low} to {high}"

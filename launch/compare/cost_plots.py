@@ -8,7 +8,16 @@ from typing import Any
 from launch.compare.comparison import ComparedPoint, Comparison
 from launch.compare.curve_plots import course_plot, difference_plot, held_out_plot, loss_plot
 from launch.compare.quality import quality_metric_name
-from launch.compare.vega_specs import HEIGHT, LEGEND_CONFIG, SCHEMA, WIDTH, PagePlot, Spec, name_lookup, point_encoding
+from launch.compare.vega_specs import (
+    HEIGHT,
+    LEGEND_CONFIG,
+    SCHEMA,
+    WIDTH,
+    PagePlot,
+    Spec,
+    point_encoding,
+    point_lookup_transform,
+)
 
 SPARE_X: Spec = {"scale": {"zero": False, "padding": 24}, "axis": {"tickCount": 6}}
 PARTS = ("data", "forward", "backward", "optimizer", "rest")
@@ -240,7 +249,7 @@ def _quality_against_cost_spec(
         "data": {"values": rows},
         "params": [{"name": "against", "value": cost_names[0], "bind": menu}],
         "transform": [
-            name_lookup(comparison, points),
+            point_lookup_transform(comparison, points),
             {"calculate": "datum[against]", "as": "x"},
             {"filter": "isValid(datum.x)"},
         ],

@@ -18,17 +18,17 @@ from launch.compare.vega_specs import (
     WIDTH,
     PagePlot,
     Spec,
-    chosen_opacity,
-    csv_data,
-    legend_selection,
-    name_lookup,
-    over_axis,
-    over_menu,
-    over_title,
-    over_transform,
+    csv_plot_data,
+    legend_opacity,
+    legend_selections,
     point_encoding,
-    position_tooltip,
-    zoom,
+    point_lookup_transform,
+    position_tooltip_fields,
+    x_axis_encoding,
+    x_axis_menu,
+    x_axis_title,
+    x_axis_transform,
+    zoom_selection,
 )
 
 MAX_CURVE_ROWS = 2500
@@ -81,21 +81,21 @@ def _curve_spec(
         "config": LEGEND_CONFIG,
         "width": WIDTH,
         "height": height,
-        "title": over_title(),
+        "title": x_axis_title(),
         "data": data,
-        "params": [over_menu()],
-        "transform": [name_lookup(comparison, points), over_transform()],
+        "params": [x_axis_menu()],
+        "transform": [point_lookup_transform(comparison, points), x_axis_transform()],
         "layer": [
             {
                 "mark": {"type": "line", "strokeWidth": 2, "clip": True, "point": {"size": 26}},
-                "params": [*legend_selection(comparison), zoom()],
+                "params": [*legend_selections(comparison), zoom_selection()],
                 "encoding": {
-                    "x": over_axis(),
+                    "x": x_axis_encoding(),
                     "y": y,
                     "detail": {"field": "point", "type": "nominal"},
                     **point_encoding(comparison, dashed=True),
-                    "opacity": chosen_opacity(comparison),
-                    "tooltip": [*position_tooltip(), tooltip],
+                    "opacity": legend_opacity(comparison),
+                    "tooltip": [*position_tooltip_fields(), tooltip],
                 },
             }
         ],
@@ -117,7 +117,7 @@ def difference_plot(comparison: Comparison) -> PagePlot | None:
                 rows.append(cells)
     if not rows:
         return None
-    data = csv_data(("p", "step", "tokens", "seconds", "difference"), rows)
+    data = csv_plot_data(("p", "step", "tokens", "seconds", "difference"), rows)
     y = {
         "field": "difference",
         "type": "quantitative",
@@ -156,7 +156,7 @@ def loss_plot(comparison: Comparison) -> PagePlot | None:
                 rows.append((number, row["step"], row.get("tokens"), row["seconds"], row["loss"]))
     if not rows:
         return None
-    data = csv_data(("p", "step", "tokens", "seconds", "loss"), rows)
+    data = csv_plot_data(("p", "step", "tokens", "seconds", "loss"), rows)
     y = {"field": "loss", "type": "quantitative", "title": "training loss", "scale": {"zero": False}}
     spec = _curve_spec(comparison, points, data, y, {"field": "loss", "type": "quantitative", "format": ".6f"})
     caption = CLICK
@@ -188,7 +188,7 @@ def _notable_layer(rows: list[dict[str, Any]]) -> Spec:
     """Dotted vertical lines at the steps that stood out; `rows` come from `_notable_rows`."""
     return {
         "data": {"values": rows},
-        "transform": [over_transform()],
+        "transform": [x_axis_transform()],
         "mark": {"type": "rule", "strokeDash": [2, 3], "strokeWidth": 1.5, "style": "bad"},
         "encoding": {
             "x": {"field": "x", "type": "quantitative"},
@@ -211,7 +211,7 @@ def held_out_plot(comparison: Comparison) -> PagePlot | None:
     max_evaluations = max(2, MAX_CURVE_ROWS // max(1, len(points) * len(names)))
     for number, point in enumerate(points):
         rows += _held_out_rows(number, point, names, max_evaluations)
-    data = csv_data(("p", "step", "tokens", "seconds", "metric", "value"), rows, text_columns=("metric",))
+    data = csv_plot_data(("p", "step", "tokens", "seconds", "metric", "value"), rows, text_columns=("metric",))
     y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
     spec = _curve_spec(comparison, points, data, y, {"field": "value", "type": "quantitative", "format": ".6g"})
     spec["transform"].insert(0, {"filter": "datum.metric === metric"})
@@ -273,7 +273,7 @@ def course_plot(comparison: Comparison) -> PagePlot | None:
     if not known_metrics:
         return None
     titles = [title for metric, title in COURSE_METRICS.items() if metric in known_metrics]
-    data = csv_data(("p", "step", "tokens", "seconds", *COURSE_METRICS.values()), rows)
+    data = csv_plot_data(("p", "step", "tokens", "seconds", *COURSE_METRICS.values()), rows)
     y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
     spec = _curve_spec(
         comparison, points, data, y, {"field": "value", "type": "quantitative", "format": ".6g"}, height=240

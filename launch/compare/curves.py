@@ -15,7 +15,7 @@ IDENTITY_KINDS = ("data", "order", "objective")
 """What must be the same for losses of the same step to be of the same documents and of the same kind."""
 
 
-SPEED_SETTINGS = (
+LOSS_NEUTRAL_SETTINGS = (
     *(
         "strategy",
         "parallel",
@@ -37,23 +37,36 @@ SPEED_SETTINGS = (
 class LossDifference:
     """Relative differences of the losses of two runs, over the steps that both have."""
 
-    early: float
-    """The largest difference over the first five common steps."""
-    early_step: int
-    drift: float
+    largest_early: float
+    """The largest difference over the first `FIRST_STEPS` common steps."""
+    largest_early_step: int
+    """The step with this difference."""
+    largest_overall: float
     """The largest difference over all common steps."""
-    drift_step: int
-    steps: int
-    """How many steps both runs have."""
+    largest_overall_step: int
+    """The step with this difference."""
+    num_common_steps: int
+    """How many steps have a loss in both runs."""
 
     @property
-    def same(self) -> bool:
-        """Whether the first steps agree as strategies are promised to."""
-        return self.early <= SAME_LOSS_TOLERANCE
+    def is_same_loss(self) -> bool:
+        """Whether the losses of the first steps agree within `SAME_LOSS_TOLERANCE`, as every strategy promises."""
+        return self.largest_early <= SAME_LOSS_TOLERANCE
+
+    def as_json(self) -> dict[str, float | int]:
+        """The differences under the keys of `compare.json`."""
+        return {
+            "early": self.largest_early,
+            "early_step": self.largest_early_step,
+            "drift": self.largest_overall,
+            "drift_step": self.largest_overall_step,
+            "steps": self.num_common_steps,
+            "same": self.is_same_loss,
+        }
 
 
 def compare_losses(baseline: RecordedRun, run: RecordedRun) -> LossDifference | None:
-    """How far the losses of `run` are from the baseline's, step by step; None if no step has a finite loss in both."""
+    """How far the losses of `run` are from those of `baseline`; None if no step has a finite loss in both runs."""
     difference_by_step: dict[int, float] = {}
     for step in sorted(baseline.steps.keys() & run.steps.keys()):
         baseline_loss = baseline.steps[step]["loss"]
@@ -64,94 +77,110 @@ def compare_losses(baseline: RecordedRun, run: RecordedRun) -> LossDifference | 
         return None
     # Rounding grows with the steps, so only the first ones can show that strategies compute the same.
     first_steps = list(difference_by_step)[:FIRST_STEPS]
-    early_step = max(first_steps, key=difference_by_step.__getitem__)
-    drift_step = max(difference_by_step, key=difference_by_step.__getitem__)
+    largest_early_step = max(first_steps, key=difference_by_step.__getitem__)
+    largest_overall_step = max(difference_by_step, key=difference_by_step.__getitem__)
     return LossDifference(
-        early=difference_by_step[early_step],
-        early_step=early_step,
-        drift=difference_by_step[drift_step],
-        drift_step=drift_step,
-        steps=len(difference_by_step),
+        largest_early=difference_by_step[largest_early_step],
+        largest_early_step=largest_early_step,
+        largest_overall=difference_by_step[largest_overall_step],
+        largest_overall_step=largest_overall_step,
+        num_common_steps=len(difference_by_step),
     )
 
 
 def _relative_difference(reference: float, value: float) -> float:
-    """|reference - value| relative to the reference, or to the value if the reference is 0; 0 if both are."""
+    """|reference - value| / |reference|. If the reference is 0: 1 for any other value, and 0 if the value is 0 too."""
     scale = abs(reference) or abs(value) or 1.0
     return abs(reference - value) / scale
 
 
-def rounded(difference: float) -> str:
-    """A relative difference to one digit: `3e-7`, or `0` if there is none."""
+def format_difference(difference: float) -> str:
+    """A relative difference with one significant digit, as text: 3.2e-07 -> `3e-7`, 0.0 -> `0`."""
     return f"{difference:.1g}".replace("e-0", "e-") if difference else "0"
 
 
-def baseline_index(runs: list[RecordedRun], run_index: int, first: int) -> int | None:
-    """Index of the run that the loss of run `run_index` is compared with. The first case that applies:
+def baseline_index(runs: list[RecordedRun], run_index: int, default_index: int) -> int | None:
+    """Index of the run whose loss is the baseline of run `run_index`. The first case that applies:
 
-    - None for a run before `first`, which is the first run that took a step.
-    - The earliest run that trains the same job with the same seed, so that two strategies of one method are compared.
-    - Otherwise `first`.
+    - `run_index` is before `default_index` (the first run that took a step): None.
+    - An earlier run trains the same job with the same seed: the earliest such run, so that strategies of one job are compared.
+    - Otherwise: `default_index`.
     """
-    if run_index < first:
+    if run_index < default_index:
         return None
-    settings = step_settings(runs[run_index])
+    settings = loss_relevant_settings(runs[run_index])
     for earlier_index in range(run_index):
-        earlier = runs[earlier_index]
-        if earlier.steps and step_settings(earlier) == settings:
+        earlier_run = runs[earlier_index]
+        if earlier_run.steps and loss_relevant_settings(earlier_run) == settings:
             return earlier_index
-    return first
+    return default_index
 
 
-def step_settings(run: RecordedRun) -> dict[str, Any]:
-    """The settings that decide what is computed in a step, with the seed: two runs with equal ones must have equal losses."""
-    return {key: value for key, value in run.config.items() if _decides_steps(key)}
+def loss_relevant_settings(run: RecordedRun) -> dict[str, Any]:
+    """The settings of a run, by dotted key, that can change its losses, with the seed.
+
+    Two runs with equal such settings must have equal losses: they differ at most in strategy, launcher, logging and the like.
+    """
+    return {key: value for key, value in run.config.items() if _can_change_loss(key)}
 
 
-def _decides_steps(key: str) -> bool:
-    """Whether a setting, by dotted key, can change the loss; of `run.` only the seed can."""
+def _can_change_loss(key: str) -> bool:
+    """Whether the setting with this dotted key can change the loss. Of the group `run`, only the seed can."""
     if key.startswith("run."):
         return key == "run.seed"
-    return not any(key == prefix or key.startswith(f"{prefix}.") for prefix in SPEED_SETTINGS)
+    return not any(key == prefix or key.startswith(f"{prefix}.") for prefix in LOSS_NEUTRAL_SETTINGS)
 
 
-def first_step_not_finite(run: RecordedRun) -> int | None:
-    """The first step whose loss was NaN or infinite (null in its row); None if every loss is a number."""
+def first_non_finite_loss_step(run: RecordedRun) -> int | None:
+    """The first step whose loss was NaN or infinite; None if every loss is finite."""
     for step, row in run.steps.items():
-        if row["loss"] is None:
+        if row["loss"] is None:  # metrics.jsonl has null for NaN and infinity
             return step
     return None
 
 
-def why_not_comparable(baseline: RecordedRun, run: RecordedRun) -> list[str]:
-    """Why the losses of two runs cannot be compared: their data, its order or the objective differs.
+@dataclass(frozen=True, slots=True)
+class IdentityDifference:
+    """A setting because of which the losses of two runs cannot be compared."""
 
-    A line `key: value and value` for each difference; empty if the losses can be compared. `identity.json` of the runs says it,
-    or their settings if one of them has no such file.
+    setting: str
+    """Its dotted key, or `prepared data`."""
+    values_text: str
+    """Its values in the baseline and in the run, such as `a.jsonl and b.jsonl`."""
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.values_text}"
+
+
+def identity_differences(baseline: RecordedRun, run: RecordedRun) -> list[IdentityDifference]:
+    """Why the losses of two runs cannot be compared: the differences of their data, its order or the objective.
+
+    Empty if the losses can be compared. The `identity.json` files of the two runs are compared, or the settings of the runs if
+    one of them has no such file.
     """
     if not baseline.identity or not run.identity:
-        return _difference_lines(_identity_from_config(baseline), _identity_from_config(run))
-    lines = []
+        return _differing_values(_identity_from_config(baseline), _identity_from_config(run))
+    differences = []
     for kind in IDENTITY_KINDS:
         baseline_identity = baseline.identity.get(kind, {})
-        identity = run.identity.get(kind, {})
+        run_identity = run.identity.get(kind, {})
         if kind == "data":
-            if baseline_identity.get("fingerprint") == identity.get("fingerprint"):
+            if baseline_identity.get("fingerprint") == run_identity.get("fingerprint"):
                 continue  # the prepared data is the same, so settings that differ had no effect on it
-            baseline_identity = {**_data_settings(baseline), **baseline_identity}
-            identity = {**_data_settings(run), **identity}
-        lines += _difference_lines(baseline_identity, identity)
-    return lines
+            baseline_identity = {**_data_source_settings(baseline), **baseline_identity}
+            run_identity = {**_data_source_settings(run), **run_identity}
+        differences += _differing_values(baseline_identity, run_identity)
+    return differences
 
 
-def _data_settings(run: RecordedRun) -> dict[str, Any]:
-    """The settings that say where the data came from: the identity itself has only a fingerprint of its content."""
+def _data_source_settings(run: RecordedRun) -> dict[str, Any]:
+    """The settings that say where the data came from. `identity.json` has only a fingerprint of the prepared data."""
     keys = ("data.path", "data.eval_path", "data.test_path", "model.path", "model.tokenizer", "model.chat_template")
     return {key: run.config.get(key) for key in keys}
 
 
 def _identity_from_config(run: RecordedRun) -> dict[str, Any]:
-    """The identity of a run that ended before it wrote `identity.json`: the settings that an identity is made of."""
+    """The settings, by dotted key, that `identity.json` would be made of, for a run that ended before it wrote that file."""
     from trainer.config.tree import kind_of  # loads torch, which a comparison needs for such runs alone
 
     identity = {}
@@ -161,24 +190,25 @@ def _identity_from_config(run: RecordedRun) -> dict[str, Any]:
         try:
             if kind_of(key) in IDENTITY_KINDS:
                 identity[key] = value
-        except KeyError:  # a setting of another version
+        except KeyError:  # a setting that only another version of shardtune has
             continue
     return identity
 
 
-def _difference_lines(baseline: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """A line `key: value and value` for each key of two identities whose values differ."""
-    lines = []
-    for key in sorted(baseline.keys() | other.keys()):
-        baseline_value = baseline.get(key, "-")
-        other_value = other.get(key, "-")
-        if baseline_value != other_value:
-            title = "prepared data" if key == "fingerprint" else key
-            lines.append(f"{title}: {_shortened(baseline_value)} and {_shortened(other_value)}")
-    return lines
+def _differing_values(baseline_identity: dict[str, Any], run_identity: dict[str, Any]) -> list[IdentityDifference]:
+    """The keys whose values differ between two identities; the value of a missing key is `-`."""
+    differences = []
+    for key in sorted(baseline_identity.keys() | run_identity.keys()):
+        baseline_value = baseline_identity.get(key, "-")
+        run_value = run_identity.get(key, "-")
+        if baseline_value != run_value:
+            setting = "prepared data" if key == "fingerprint" else key
+            values_text = f"{_shortened_value(baseline_value)} and {_shortened_value(run_value)}"
+            differences.append(IdentityDifference(setting, values_text))
+    return differences
 
 
-def _shortened(value: Any) -> str:
-    """A setting's value as text; a long one, such as a fingerprint, is cut after 12 characters."""
+def _shortened_value(value: Any) -> str:
+    """The value of a setting as text. A text of more than 40 characters, such as a fingerprint, is cut after 12."""
     value_text = str(value)
     return value_text if len(value_text) <= 40 else f"{value_text[:12]}..."

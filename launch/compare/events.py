@@ -70,7 +70,7 @@ def notable_step_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
-def resolved_settings(comparison: Comparison) -> list[str]:
+def resolved_setting_lines(comparison: Comparison) -> list[str]:
     """Lines on settings such as `auto` that the runs resolved: one line for all points if all resolved it alike.
 
     A line looks like `run.matmul: blas` or `ddp: run.matmul: blas`.

@@ -18,32 +18,32 @@ WritePage = Callable[[float | None], None]
 """Writes the page. Takes the seconds after which a browser reloads it; None for the last page."""
 
 
-def follow(run_dirs: list[Path], write: WritePage) -> None:
-    """Write the page every `PAGE_INTERVAL_S` seconds until all runs have ended; the caller writes the last version.
+def rewrite_page_while_runs_train(run_dirs: list[Path], write_page: WritePage) -> None:
+    """Call `write_page` every `PAGE_INTERVAL_S` seconds until all runs have ended; the caller writes the last version.
 
-    `write(seconds)` writes a page that the browser reloads after `seconds`, or never if None. Runs that have not begun are waited
-    for while another run is active, and `QUIET_S` seconds longer. On Ctrl-C a last page is written and KeyboardInterrupt raised.
+    Runs that have not begun are waited for while another run is active, and `QUIET_S` seconds longer. On Ctrl-C a last page is
+    written and KeyboardInterrupt raised.
     """
-    last_active = monotonic()
+    last_active_at = monotonic()
     try:
         while True:
-            any_active, any_pending = _any_active_or_pending(run_dirs)
+            any_active, any_not_begun = _any_active_or_not_begun(run_dirs)
             if any_active:
-                last_active = monotonic()
-            is_quiet = monotonic() - last_active > QUIET_S
-            if not any_active and (is_quiet or not any_pending):
+                last_active_at = monotonic()
+            is_quiet = monotonic() - last_active_at > QUIET_S
+            if not any_active and (is_quiet or not any_not_begun):
                 return
             # A file may just be being written. Whatever is wrong for good, the comparison at the end reports.
             with suppress(ShardtuneError):
-                write(PAGE_INTERVAL_S)
+                write_page(PAGE_INTERVAL_S)
             sleep(PAGE_INTERVAL_S)
     except KeyboardInterrupt:
         with suppress(ShardtuneError):
-            write(None)  # the browser must stop reloading a page that nobody writes any more
+            write_page(None)  # the browser must stop reloading a page that nobody writes any more
         raise
 
 
-def _any_active_or_pending(run_dirs: list[Path]) -> tuple[bool, bool]:
+def _any_active_or_not_begun(run_dirs: list[Path]) -> tuple[bool, bool]:
     """(whether any run trains or waits in SLURM's queue, whether any has not begun)."""
     from launch.runs.queue import read_queue
     from launch.runs.status import NOT_STARTED, QUEUED, read_run_view
@@ -56,14 +56,14 @@ def _any_active_or_pending(run_dirs: list[Path]) -> tuple[bool, bool]:
 class PeriodicPage:
     """The page of points that this process runs, rewritten every few seconds: `write_if_due` is called much more often."""
 
-    def __init__(self, write: WritePage) -> None:
-        self._write = write
-        self._next_write = monotonic() + PAGE_INTERVAL_S
+    def __init__(self, write_page: WritePage) -> None:
+        self._write_page = write_page
+        self._next_write_at = monotonic() + PAGE_INTERVAL_S
 
     def write_if_due(self) -> None:
         """Write the page if `PAGE_INTERVAL_S` have passed. Errors are ignored: the comparison at the end reports them."""
-        if monotonic() < self._next_write:
+        if monotonic() < self._next_write_at:
             return
         with suppress(ShardtuneError):
-            self._write(PAGE_INTERVAL_S)
-        self._next_write = monotonic() + PAGE_INTERVAL_S
+            self._write_page(PAGE_INTERVAL_S)
+        self._next_write_at = monotonic() + PAGE_INTERVAL_S

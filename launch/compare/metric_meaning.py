@@ -6,9 +6,9 @@ from launch.compare.run_files import RecordedRun
 
 DEFAULT_METRIC = "eval/loss"
 REWARD = "eval/reward"
-REWARDS = "objective.rewards."
-"""Prefix of the settings of rewards."""
-TRAINING_ONLY = "objective.forgetting."
+REWARD_KEY_PREFIX = "objective.rewards."
+"""Prefix of the settings of rewards: `objective.rewards.<reward>.<setting>`."""
+TRAINING_ONLY_KEY_PREFIX = "objective.forgetting."
 """Prefix of settings of the objective that change no held-out loss."""
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "calibration_error", "nll")
 LARGER_IS_BETTER = (
@@ -18,23 +18,28 @@ LARGER_IS_BETTER = (
 """Names of metrics whose direction is known without asking the tasks that have them, which loads torch."""
 
 
-def metric_direction(run: RecordedRun, name: str) -> bool | None:
-    """Whether a larger value of the metric is better: as the run recorded it, else as its settings say, else by the name."""
+def greater_is_better_in_run(run: RecordedRun, metric: str) -> bool | None:
+    """Whether a larger value of a held-out metric is better; None if nothing says it. The first of these that says it:
+
+    - What the run recorded, which it does for its monitored metric.
+    - The setting `evaluation.greater_is_better`, which is about the metric `evaluation.watch`.
+    - The metric's name.
+    """
     outcome = run.record.outcome
-    if outcome is not None and outcome.watch == name and outcome.greater_is_better is not None:
+    if outcome is not None and outcome.watch == metric and outcome.greater_is_better is not None:
         return outcome.greater_is_better
     configured = run.config.get("evaluation.greater_is_better")
-    if configured is not None and run.config.get("evaluation.watch") == name:
+    if configured is not None and run.config.get("evaluation.watch") == metric:
         return bool(configured)
-    return direction_by_name(name)
+    return greater_is_better_by_name(metric)
 
 
-def direction_by_name(name: str) -> bool | None:
+def greater_is_better_by_name(metric: str) -> bool | None:
     """Whether a larger value of a metric is better, by its name alone; None if the name does not tell.
 
     `eval/loss`, `eval/loss_by_position/512` and `forgetting/loss` are False, `eval/qa/accuracy` is True.
     """
-    parts = name.split("/")
+    parts = metric.split("/")
     if "loss" in parts[1:2] or parts[0] == "forgetting":
         return False
     if parts[-1] in SMALLER_IS_BETTER:
@@ -42,51 +47,71 @@ def direction_by_name(name: str) -> bool | None:
     return True if parts[-1] in LARGER_IS_BETTER else None
 
 
-def why_measured_differently(baseline: RecordedRun, run: RecordedRun, metric: str) -> str | None:
-    """The settings because of which two runs measured a metric in different ways, so that its values cannot be compared.
+def keys_measured_differently(baseline: RecordedRun, run: RecordedRun, metric: str) -> list[str]:
+    """Keys of the settings because of which two runs measured a held-out metric differently, so that it cannot be compared.
 
-    None if both runs were evaluated alike, as far as this metric needs it. Checked in this order, the first difference counts:
+    Empty if both runs were evaluated alike, as far as this metric needs it. A metric is named `eval/<metric>`, or
+    `eval/<task>/<metric>` for an evaluation task. Which settings are compared:
 
-    - a task with documents of its own: the settings of this task, and nothing else
-    - a loss: the settings of the objective, because each objective has a loss of its own
-    - a reward: how answers are generated and scored
-    - the held-out documents and how they are tokenised
+    - A task with documents of its own (`evaluation.tasks.<task>.path`): the settings of this task, and nothing else.
+    - Any other metric: those of the objective if it is a loss, those of scoring if it is a reward, and then those of the held-out
+      documents and their tokens. The first of these groups with a difference is returned.
     """
-    parts = metric.split("/")
-    keys = {*baseline.config, *run.config}
-    task_prefix = f"evaluation.tasks.{parts[1]}." if len(parts) == 3 else None
-    # A task without a file of its own asks the evaluation documents.
-    if task_prefix is not None and baseline.config.get(f"{task_prefix}path") is not None:
-        return differing_keys(baseline, run, {key for key in keys if key.startswith(task_prefix)})
+    task_key_prefix = _task_key_prefix(metric)
+    if task_key_prefix is not None and baseline.config.get(f"{task_key_prefix}path") is not None:
+        return differing_keys(baseline, run, _keys_below(task_key_prefix, baseline, run))
 
-    is_loss = direction_by_name(metric) is False or parts[-1] == "margin"
-    if is_loss:
-        objective_keys = {key for key in keys if key.startswith("objective.") and not key.startswith(TRAINING_ONLY)}
-        objective = differing_keys(baseline, run, objective_keys)
-        if objective is not None:
-            return objective
+    if _is_computed_by_objective(metric):
+        objective_keys = _keys_below("objective.", baseline, run)
+        objective_keys -= _keys_below(TRAINING_ONLY_KEY_PREFIX, baseline, run)
+        if differing_objective_keys := differing_keys(baseline, run, objective_keys):
+            return differing_objective_keys
 
     is_reward = metric == REWARD or metric.startswith("eval/pass_at_")
-    if is_reward:
-        scoring = differing_keys(baseline, run, _keys_of_scoring(baseline) | _keys_of_scoring(run))
-        if scoring is not None:
-            return scoring
+    scoring_keys = _scoring_keys(baseline) | _scoring_keys(run) if is_reward else set()
+    if differing_scoring_keys := differing_keys(baseline, run, scoring_keys):
+        return differing_scoring_keys
 
-    number_of_documents = differing_keys(baseline, run, {"evaluation.max_documents"})
-    if number_of_documents is not None:
-        return number_of_documents
-    return _differing_held_out_data(baseline, run)
+    if differing_keys(baseline, run, {"evaluation.max_documents"}):
+        return ["evaluation.max_documents"]
+    return _differing_held_out_data_keys(baseline, run)
 
 
-def _differing_held_out_data(baseline: RecordedRun, run: RecordedRun) -> str | None:
-    """The settings because of which two runs have other held-out documents or tokens; None if they have the same."""
-    fingerprints = {each.identity.get("data", {}).get("fingerprint") for each in (baseline, run)}
-    is_recorded = None not in fingerprints
-    if is_recorded and len(fingerprints) == 1:
-        return None
+def _task_key_prefix(metric: str) -> str | None:
+    """`eval/qa/accuracy` -> `evaluation.tasks.qa.`, the prefix of the task's settings; None for a metric of no task."""
+    parts = metric.split("/")
+    return f"evaluation.tasks.{parts[1]}." if len(parts) == 3 else None
+
+
+def _is_computed_by_objective(metric: str) -> bool:
+    """Whether the objective's loss function computes the metric, so that each objective has a metric of its own.
+
+    A margin is one too: preference objectives compute it beside their loss, as the difference of two answers' scores.
+    """
+    is_loss = greater_is_better_by_name(metric) is False
+    return is_loss or metric.split("/")[-1] == "margin"
+
+
+def _keys_below(prefix: str, *runs: RecordedRun) -> set[str]:
+    """The keys with this prefix among the settings of any of the runs."""
+    keys: set[str] = set()
+    for run in runs:
+        keys |= {key for key in run.config if key.startswith(prefix)}
+    return keys
+
+
+def _differing_held_out_data_keys(baseline: RecordedRun, run: RecordedRun) -> list[str]:
+    """Keys of the settings because of which two runs have different held-out documents or tokens.
+
+    Empty if the fingerprints of their prepared data are equal, or if none of these settings differs.
+    """
+    fingerprints = {recorded.identity.get("data", {}).get("fingerprint") for recorded in (baseline, run)}
+    have_fingerprints = None not in fingerprints
+    if have_fingerprints and len(fingerprints) == 1:
+        return []
     # A loss is a mean over tokens: another tokenizer makes another loss of the same documents.
     keys = {"data.eval_path", "data.eval_share", "model.tokenizer", "model.chat_template", "data.max_length"}
-    if not is_recorded or not baseline.config.get("data.eval_path"):
+    if not have_fingerprints or not baseline.config.get("data.eval_path"):
         # The held-out documents may have been drawn from the training data, by the seed.
         keys |= {"data.path", "run.seed"}
     if baseline.config.get("model.tokenizer") is None:
@@ -94,20 +119,20 @@ def _differing_held_out_data(baseline: RecordedRun, run: RecordedRun) -> str | N
     return differing_keys(baseline, run, keys)
 
 
-def _keys_of_scoring(run: RecordedRun) -> set[str]:
+def _scoring_keys(run: RecordedRun) -> set[str]:
     """Keys of the settings that decide `eval/reward` of an answer: the rewards that count, and where an answer is cut off."""
     keys = {"objective.rollout.max_new_tokens", "objective.rollout.stop"}
     for key in run.config:
-        if not key.startswith(REWARDS) or key.endswith(".timeout_s"):
+        # A time-out ends a reward that hangs; it scores no answer.
+        if not key.startswith(REWARD_KEY_PREFIX) or key.endswith(".timeout_s"):
             continue
-        name = key.removeprefix(REWARDS).partition(".")[0]
+        reward_name = key.removeprefix(REWARD_KEY_PREFIX).partition(".")[0]
         # A reward of weight 0 is only recorded, and changes no score.
-        if run.config.get(f"{REWARDS}{name}.weight") != 0:
+        if run.config.get(f"{REWARD_KEY_PREFIX}{reward_name}.weight") != 0:
             keys.add(key)
     return keys
 
 
-def differing_keys(baseline: RecordedRun, run: RecordedRun, keys: set[str]) -> str | None:
-    """Those of the keys whose values differ between two runs, as in `data.path, run.seed`; None if none does."""
-    names = [key for key in sorted(keys) if baseline.config.get(key) != run.config.get(key)]
-    return ", ".join(names) or None
+def differing_keys(baseline: RecordedRun, run: RecordedRun, keys: set[str]) -> list[str]:
+    """Which of these settings have different values in the two runs: their keys, sorted."""
+    return [key for key in sorted(keys) if baseline.config.get(key) != run.config.get(key)]

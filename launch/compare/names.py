@@ -16,7 +16,7 @@ from trainer.reporting.run_record import RunRecord
 
 PER_RUN_KEYS = ("run.dir", "logging.name", "substitutions")
 """Keys that differ between any two runs, or follow from others."""
-NOT_NAMED = (
+KEYS_LEFT_OUT_OF_NAMES = (
     "run.resume",
     "run.accept",
     "logging",
@@ -30,14 +30,14 @@ NOT_NAMED = (
 """Keys that are listed where they differ, and are no part of a name: they say how a run was started or what it reports."""
 RECORD_KEYS = ("world_size", "precision", "attention", "layout", "device", "host", "git_revision")
 """Keys of `run.json` about how the steps were computed."""
-FIRST_IN_NAME = (
+KEYS_FIRST_IN_NAME = (
     *("model.path", "data.path", "objective.name", "strategy.name", "tuning.name", "optim.name"),
     *("optim.lr", "batch.global", "batch.micro", "run.seed"),
 )
 """Come first in a name, in this order."""
-CHOICES = ("strategy", "tuning", "objective", "optim", "schedule", "launcher")
+CHOICE_GROUPS = ("strategy", "tuning", "objective", "optim", "schedule", "launcher")
 """Groups of settings whose `name` is chosen by the group alone, as in `strategy=ddp`."""
-ABSENT = "-"
+ABSENT_VALUE = "-"
 MAX_NAME_LENGTH = 40
 """Characters of a name."""
 
@@ -62,12 +62,12 @@ def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
         config_keys |= dict.fromkeys(run.config)
     for key in config_keys:
         if not is_below(key, PER_RUN_KEYS) and _differs(key, runs):
-            values = tuple(run.config.get(key, ABSENT) for run in runs)
+            values = tuple(run.config.get(key, ABSENT_VALUE) for run in runs)
             differences.append(SettingDifference(key, values))
 
     for key in RECORD_KEYS:
         values = tuple(_recorded(run.record, key) for run in runs)
-        known_values = {_comparable(value) for value in values if value != ABSENT}
+        known_values = {_comparable(value) for value in values if value != ABSENT_VALUE}
         if len(known_values) > 1:
             differences.append(SettingDifference(f"run.json {key}", values))
     return differences
@@ -83,13 +83,13 @@ def _differs(key: str, runs: list[RecordedRun]) -> bool:
     values_by_choice: dict[Any, set[str]] = {}
     for run in runs:
         choice = None if key == choice_key else run.config.get(choice_key)
-        values_by_choice.setdefault(choice, set()).add(_comparable(run.config.get(key, ABSENT)))
+        values_by_choice.setdefault(choice, set()).add(_comparable(run.config.get(key, ABSENT_VALUE)))
     return any(len(values) > 1 for values in values_by_choice.values())
 
 
 def _recorded(record: RunRecord, key: str) -> Any:
-    """A fact of `run.json`; `ABSENT` if the run did not record it."""
-    return getattr(record, key) if key in record.keys else ABSENT
+    """A fact of `run.json`; `ABSENT_VALUE` if the run did not record it."""
+    return getattr(record, key) if key in record.keys else ABSENT_VALUE
 
 
 def _comparable(value: Any) -> str:
@@ -132,25 +132,25 @@ def _name_suffixes(differences: list[SettingDifference]) -> list[list[str]]:
     values_by_key = {difference.key: difference.values for difference in differences}
     setting_keys = []
     for key in values_by_key:
-        if not key.startswith("run.json ") and not is_below(key, NOT_NAMED):
+        if not key.startswith("run.json ") and not is_below(key, KEYS_LEFT_OUT_OF_NAMES):
             setting_keys.append(key)
 
     suffixes = []
-    for key in FIRST_IN_NAME:
+    for key in KEYS_FIRST_IN_NAME:
         if key in setting_keys:
             suffixes.append([_name_suffix(key, value) for value in values_by_key[key]])
     # The world size is the only fact of `run.json` that is part of a name.
     if "run.json world_size" in values_by_key:
         suffixes.append([_ranks_suffix(world_size) for world_size in values_by_key["run.json world_size"]])
     for key in setting_keys:
-        if key not in FIRST_IN_NAME:
+        if key not in KEYS_FIRST_IN_NAME:
             suffixes.append([_name_suffix(key, value) for value in values_by_key[key]])
     return suffixes
 
 
 def _ranks_suffix(world_size: Any) -> str:
     """What the world size adds to a name: `1rank`, `4ranks`, nothing if it is not known."""
-    if world_size == ABSENT:
+    if world_size == ABSENT_VALUE:
         return ""
     return "1rank" if world_size == 1 else f"{world_size}ranks"
 
@@ -158,7 +158,7 @@ def _ranks_suffix(world_size: Any) -> str:
 def _name_suffix(key: str, value: Any) -> str:
     """What the value of a setting adds to a name: `lora`, `lr2e-4`, `no_dora`, or the stem of a data file."""
     leaf = key.rsplit(".", 1)[-1].strip("_")
-    if value == ABSENT:
+    if value == ABSENT_VALUE:
         return ""
     if leaf == "name":
         return str(value)
@@ -183,8 +183,8 @@ def point_arguments(differences: Sequence[SettingDifference], number: int) -> st
     arguments = []
     for difference in differences:
         value = difference.values[number]
-        is_setting = not difference.key.startswith("run.json ") and not is_below(difference.key, NOT_NAMED)
-        if is_setting and value != ABSENT:
+        is_setting = not difference.key.startswith("run.json ") and not is_below(difference.key, KEYS_LEFT_OUT_OF_NAMES)
+        if is_setting and value != ABSENT_VALUE:
             arguments.append(shlex.quote(setting_argument(difference.key, value)))
     return " ".join(arguments)
 
@@ -192,7 +192,7 @@ def point_arguments(differences: Sequence[SettingDifference], number: int) -> st
 def setting_argument(key: str, value: Any) -> str:
     """A setting as a command-line argument: `tuning=lora`, `optim.lr=1e-3`, `tuning.dora=true`."""
     group, _, name = key.rpartition(".")
-    if name == "name" and group in CHOICES:
+    if name == "name" and group in CHOICE_GROUPS:
         key = group
     return f"{key}={_argument_value(value)}"
 

@@ -8,9 +8,15 @@ from typing import Literal
 
 from launch.compare.comparison import ComparedPoint, Comparison
 from launch.compare.cost_plots import has_same_meaning
-from launch.compare.curves import rounded
-from launch.compare.metric_meaning import direction_by_name
-from launch.compare.quality import QualityMetric, diverged, jobs_of, quality_metric_name, rank
+from launch.compare.curves import format_difference
+from launch.compare.metric_meaning import greater_is_better_by_name
+from launch.compare.quality import (
+    QualityMetric,
+    group_points_into_jobs,
+    point_has_diverged,
+    quality_metric_name,
+    rank_jobs_by_quality,
+)
 from launch.compare.recommendation import is_memory_shown, is_recommendable, is_speed_shown
 from launch.compare.repeats import STEP_PARTS
 from trainer.pages.numbers import UNKNOWN, duration, number, percent
@@ -99,8 +105,8 @@ def _cell(measure: MeasureColumn, point: ComparedPoint, value: float | None) -> 
 
 
 def _state(point: ComparedPoint) -> tuple[str, Tone]:
-    """(state in a word, colour of its cell) of a point; a diverged one counts as `diverged`, whatever its run says."""
-    if diverged(point):
+    """(state in a word, colour of its cell) of a point; a diverged one counts as `point_has_diverged`, whatever its run says."""
+    if point_has_diverged(point):
         return "diverged", "bad"
     tones: dict[str, Tone] = {State.done: "", State.failed: "bad", State.preempted: "warning", State.running: "note"}
     return point.state, tones.get(point.state, "warning")
@@ -126,7 +132,14 @@ def _measures(comparison: Comparison) -> list[MeasureColumn]:
     step_best: Best = "smallest" if speed_best else ""
     measures = _quality_measures(comparison)
     measures.append(
-        MeasureColumn("tokens/s", "speed", _tokens_per_s, _three_digits, speed_best, note="All ranks together, median.")
+        MeasureColumn(
+            "tokens/s",
+            "speed",
+            lambda point: point.measured.tokens_per_s,
+            _three_digits,
+            speed_best,
+            note="All ranks together, median.",
+        )
     )
     if has_repeats:
         measures.append(MeasureColumn("slowest", "speed", _slowest, _three_digits, note="Of the repeats."))
@@ -154,10 +167,6 @@ def _measures(comparison: Comparison) -> list[MeasureColumn]:
         MeasureColumn("saved", "once", lambda point: point.measured.checkpoint_gib, _three_digits, "smallest", "GiB"),
         MeasureColumn("per million tokens", "price", _dollars, _three_digits, step_best, "$"),
     ]
-
-
-def _tokens_per_s(point: ComparedPoint) -> float | None:
-    return point.measured.tokens_per_s
 
 
 def _supervised_per_s(point: ComparedPoint) -> float | None:
@@ -222,12 +231,12 @@ def _quality_measures(comparison: Comparison) -> list[MeasureColumn]:
     measures.append(MeasureColumn("last loss", "training", lambda point: point.measured.loss))
     if len(comparison.points) > 1:
         note = "Largest relative difference over the first five steps, from the point that the verdict names."
-        measures.append(MeasureColumn("difference", "training", _early_difference, rounded, note=note))
+        measures.append(MeasureColumn("difference", "training", _early_difference, format_difference, note=note))
     return measures
 
 
 def _early_difference(point: ComparedPoint) -> float | None:
-    return None if point.loss_difference is None else point.loss_difference.early
+    return None if point.loss_difference is None else point.loss_difference.largest_early
 
 
 def _metric_reader(name: str) -> Callable[[ComparedPoint], float | None]:
@@ -240,12 +249,12 @@ def _best_direction(comparison: Comparison, name: str) -> Best:
     if name == "eval/perplexity":
         name = "eval/loss"  # perplexity is its exponential, and only of the loss are sums per micro-batch kept
     if ranked is None or ranked.metric.name != name:
-        greater_is_better = direction_by_name(name)
-        jobs = jobs_of(comparison.begun_points)
+        greater_is_better = greater_is_better_by_name(name)
+        jobs = group_points_into_jobs(comparison.begun_points)
         if greater_is_better is None or len(jobs) < 2:
             return ""
-        ranked = rank(jobs, QualityMetric(name, greater_is_better))
-    if ranked is None or not ranked.shown_worse:
+        ranked = rank_jobs_by_quality(jobs, QualityMetric(name, greater_is_better))
+    if ranked is None or not ranked.significantly_worse:
         return ""
     return "largest" if ranked.metric.greater_is_better else "smallest"
 

@@ -41,13 +41,21 @@ class RequestedPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """One run of a comparison: a repeat of a point."""
+
+    point: RequestedPoint
+    run_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
 class PointsPlan:
     """All points of a new comparison, and the settings by which they are run."""
 
     settings: CompareConfig
     points: tuple[RequestedPoint, ...]
-    left_out: int
-    """Points that conditions left out."""
+    num_left_out: int
+    """How many points `compare.skip` and `compare.where` left out."""
     arguments: tuple[str, ...]
     """All arguments of the command; `comparison.json` keeps them."""
     partial_settings: tuple[str, ...] = ()
@@ -60,21 +68,30 @@ class PointsPlan:
         digest = hashlib.sha256(json.dumps(identities).encode()).hexdigest()
         return f"compare-{digest[:8]}"
 
-    def rate_argument(self, point: RequestedPoint) -> list[str]:
-        """The learning rate of a point, such as `(optim.lr=0.0002)`, if it differs between points and is no axis; else empty."""
-        all_rates = {other.composed.config.optim.lr for other in self.points}
+    def learning_rate_remark(self, point: RequestedPoint) -> list[str]:
+        """`["(optim.lr=0.0002)"]` if the learning rate follows from a point's other settings, and differs between points.
+
+        Empty if all points have the same rate, if the rate is an axis (then `arguments` of the point has it), or if it is not
+        set.
+        """
+        all_rates = {any_point.composed.config.optim.lr for any_point in self.points}
         is_axis = any(argument.startswith("optim.lr=") for argument in point.arguments)
         rate = point.composed.config.optim.lr
         if len(all_rates) == 1 or is_axis or rate is None:
             return []
         return [f"(optim.lr={rate:g})"]
 
-    def rows(self, to: Path) -> list[ComparisonRow]:
-        """The rows of the comparison in `to`: for each point, the directories of its runs, or why it was refused."""
-        return [self._row(point, to) for point in self.points]
+    def comparison_rows(self, comparison_dir: Path) -> list[ComparisonRow]:
+        """The row of each point of the comparison in `comparison_dir`: the directories of its runs, or why it was refused."""
+        return [self._comparison_row(point, comparison_dir) for point in self.points]
 
-    def _row(self, point: RequestedPoint, to: Path) -> ComparisonRow:
-        """The row of one point: a run directory for each repeat, or of a refused point its configuration and the reasons."""
+    def _run_dirs(self, point: RequestedPoint, comparison_dir: Path) -> tuple[Path, ...]:
+        """The run directory of each repeat of a point: `ddp`, `ddp-repeat2`, `ddp-repeat3` ... below `comparison_dir`."""
+        suffixes = ["", *(f"-repeat{number}" for number in range(2, self.settings.repeats + 1))]
+        return tuple(comparison_dir / f"{point.name}{suffix}" for suffix in suffixes)
+
+    def _comparison_row(self, point: RequestedPoint, comparison_dir: Path) -> ComparisonRow:
+        """The row of one point. A refused point has no run directories, but its configuration and the reasons."""
         from trainer.config.resuming import flat, plain
 
         run_dirs: tuple[Path, ...] = ()
@@ -82,8 +99,7 @@ class PointsPlan:
         if point.refusals:
             config = flat(plain(point.composed.config))
         else:
-            suffixes = ["", *(f"-repeat{number}" for number in range(2, self.settings.repeats + 1))]
-            run_dirs = tuple(to / f"{point.name}{suffix}" for suffix in suffixes)
+            run_dirs = self._run_dirs(point, comparison_dir)
         return ComparisonRow(
             directories=run_dirs,
             name=point.name,
@@ -94,18 +110,20 @@ class PointsPlan:
             command_keys=setting_keys(self.arguments),
         )
 
-    def runs(self, to: Path) -> Iterator[tuple[RequestedPoint, Path]]:
-        """(point, run directory) of each run, one for each repeat of a point, in the order in which they are started.
+    def planned_runs(self, comparison_dir: Path) -> Iterator[PlannedRun]:
+        """The runs of all points that are not refused, one for each repeat, in the order in which they are started.
 
         Every second repeat goes through the points backwards, so that no point is always the later one: a machine that gets warm
         or is shared would make it slower than the others.
         """
         runnable_points = [point for point in self.points if not point.refusals]
-        for repeat in range(self.settings.repeats):
-            for point in runnable_points if repeat % 2 == 0 else reversed(runnable_points):
-                # A copy for each run: freezing writes the run's directory and its resolved settings into the configuration.
-                own_config = replace(point.composed, config=deepcopy(point.composed.config))
-                yield replace(point, composed=own_config), self._row(point, to).directories[repeat]
+        for repeat_index in range(self.settings.repeats):
+            for point in runnable_points if repeat_index % 2 == 0 else reversed(runnable_points):
+                # A copy for each run: writing config.yaml sets the run's directory and its resolved settings in the
+                # configuration.
+                composed_copy = replace(point.composed, config=deepcopy(point.composed.config))
+                run_dir = self._run_dirs(point, comparison_dir)[repeat_index]
+                yield PlannedRun(replace(point, composed=composed_copy), run_dir)
 
 
 def plan_points(arguments: list[str]) -> PointsPlan:
@@ -118,22 +136,24 @@ def plan_points(arguments: list[str]) -> PointsPlan:
     settings, run_arguments = read_compare_settings(arguments)
     axes = read_axes(run_arguments)
     default_arguments = _default_arguments(axes, settings)
-    is_left_out = excluded_points(axes, settings.skip, settings.where)
-    points = [point for point, left_out in zip(axes.points(), is_left_out, strict=True) if not left_out]
-    if len(points) < 2 and settings.repeats < 2:
-        why = "the conditions leave no two points" if sum(is_left_out) else "no word has several values"
-        raise ConfigError(f"nothing to compare: {why}; give an axis, as in strategy=ddp,fsdp2, or compare.repeats=3")
-    refuse_large_arrays(points, repeats=settings.repeats)
+    is_left_out = excluded_points(axes, settings.skip, settings.where)  # for each of `axes.points()`
+    arguments_of_points = [
+        point_arguments for point_arguments, left_out in zip(axes.points(), is_left_out, strict=True) if not left_out
+    ]
+    if len(arguments_of_points) < 2 and settings.repeats < 2:
+        reason = "the conditions leave no two points" if any(is_left_out) else "no word has several values"
+        raise ConfigError(f"nothing to compare: {reason}; give an axis, as in strategy=ddp,fsdp2, or compare.repeats=3")
+    refuse_large_arrays(arguments_of_points, repeats=settings.repeats)
 
-    axis_values = [axes.values_on_axes(point) for point in points]
-    requested = _compose_points(points, axis_values, default_arguments)
-    if all(point.refusals for point in requested):
-        refusals_by_name = {point.name: list(point.refusals) for point in requested}
-        raise ConfigError(_problem_lines(refusals_by_name))
+    axis_values = [axes.values_on_axes(point_arguments) for point_arguments in arguments_of_points]
+    points = _compose_points(arguments_of_points, axis_values, default_arguments)
+    if all(point.refusals for point in points):
+        refusals_by_point = {point.name: list(point.refusals) for point in points}
+        raise ConfigError(_problem_lines(refusals_by_point))
     return PointsPlan(
         settings=settings,
-        points=tuple(requested),
-        left_out=sum(is_left_out),
+        points=tuple(points),
+        num_left_out=sum(is_left_out),
         arguments=tuple(arguments),
         partial_settings=tuple(axes.settings_of_some_points()),
     )
@@ -146,99 +166,107 @@ def read_compare_settings(arguments: list[str]) -> tuple[CompareConfig, list[str
     """
     settings, run_arguments, problems = read_group("compare", CompareConfig(), arguments)
     minimum_by_setting = {"steps": 1, "repeats": 1, "warmup": 0, "price_per_hour": 0}
-    for name, minimum in minimum_by_setting.items():
-        number = getattr(settings, name)
-        if number is not None and number < minimum:
-            problems.append(f"compare.{name}={number:g}: must be at least {minimum}")
+    for setting, minimum in minimum_by_setting.items():
+        value = getattr(settings, setting)
+        if value is not None and value < minimum:
+            problems.append(f"compare.{setting}={value:g}: must be at least {minimum}")
     if problems:
         raise ConfigError(problems)
     return settings, run_arguments
 
 
 def _default_arguments(axes: Axes, settings: CompareConfig) -> list[str]:
-    """Settings that every point of a comparison gets: `compare.steps` as budget, no export, times of the parts of a step.
+    """The `key=value` arguments that every point gets besides its own, such as `["budget.steps=50", "export.at_end=false"]`.
 
-    A setting that is on the command line keeps its value there. Raises ConfigError for settings that points cannot have.
+    `compare.steps` is the budget, nothing is exported, and the parts of a step are timed. A setting that is on the command line
+    keeps its value there. Raises ConfigError if the command line has `run.dir`, or a budget beside `compare.steps`.
     """
-    given_keys = {values[0].partition("=")[0] for values in axes.alternatives}
-    budget_keys = sorted(key for key in given_keys if key.startswith("budget."))
+    # The alternatives of a setting are its arguments, one for each value: they have the same key.
+    cli_keys = {alternatives[0].partition("=")[0] for alternatives in axes.alternatives}
+    budget_keys = sorted(key for key in cli_keys if key.startswith("budget."))
     problems = []
-    if "run.dir" in given_keys:
+    if "run.dir" in cli_keys:
         problems.append("run.dir: the points have directories of their own; to=<directory> says where")
     if budget_keys and settings.steps is not None:
         problems.append(f"compare.steps={settings.steps}: {', '.join(budget_keys)} says how long too; give one of them")
     if problems:
         raise ConfigError(problems)
 
-    arguments = []
+    default_arguments = []
     if settings.steps is not None:
-        arguments.append(f"budget.steps={settings.steps}")
-    for key, value in {"export.at_end": "false", "logging.step_parts": "true"}.items():
-        if key not in given_keys:
-            arguments.append(f"{key}={value}")
-    return arguments
+        default_arguments.append(f"budget.steps={settings.steps}")
+    if "export.at_end" not in cli_keys:
+        default_arguments.append("export.at_end=false")
+    if "logging.step_parts" not in cli_keys:
+        default_arguments.append("logging.step_parts=true")
+    return default_arguments
 
 
 def _compose_points(
-    points: list[list[str]], axis_values: list[dict[str, str]], default_arguments: list[str]
+    arguments_of_points: list[list[str]], axis_values: list[dict[str, str]], default_arguments: list[str]
 ) -> list[RequestedPoint]:
     """Compose the configuration of every point. Raises ConfigError with the problems of all points.
 
-    `points`: the arguments of each point. `axis_values`: for each point {axis: value}, by which it is named. `default_arguments`:
-    see `_default_arguments`.
+    `arguments_of_points`: the arguments of each point. `axis_values`: for each point {axis: value}, by which it is named.
+    `default_arguments`: arguments that every point gets as well.
     """
     from launch.config.compose import compose, refusals
 
     problems_by_point: dict[str, list[str]] = {}
-    requested = []
-    for name, arguments, values in zip(_unique_labels(axis_values), points, axis_values, strict=True):
+    points = []
+    for name, arguments, values in zip(_unique_labels(axis_values), arguments_of_points, axis_values, strict=True):
         try:
+            # Unchecked: settings that cannot be trained with make a refused point, and no error.
             composed = compose([*arguments, *default_arguments], check=False)
         except ConfigError as error:
             problems_by_point[name] = error.problems
             continue
-        steps = composed.config.budget.steps
-        if steps is not None:
-            # Speeds are medians of logging intervals, and the first is left out: a short run needs short intervals.
+        num_steps = composed.config.budget.steps
+        if num_steps is not None:
+            # Speeds are medians over rows of logging intervals, and the first interval is left out: a short run needs short ones.
             logging = composed.config.logging
-            logging.every_steps = min(logging.every_steps, max(1, steps // 10))
+            logging.every_steps = min(logging.every_steps, max(1, num_steps // 10))
         axis_arguments = tuple(f"{key}={value}" for key, value in values.items())
-        requested.append(RequestedPoint(name, axis_arguments, composed, tuple(refusals(composed.config))))
+        points.append(RequestedPoint(name, axis_arguments, composed, tuple(refusals(composed.config))))
 
     if problems_by_point:
         # Points without a problem are added, so that a problem of all points can be told from one of some.
-        for point in requested:
+        for point in points:
             problems_by_point[point.name] = []
         raise ConfigError(_problem_lines(problems_by_point))
-    if repeated_names := _repeated_point_names(requested):
+    if repeated_names := _repeated_point_names(points):
         raise ConfigError(
             f"{', '.join(repeated_names)}: the same as another point; name a value once, or set compare.repeats"
         )
-    return requested
+    return points
 
 
 def _repeated_point_names(points: list[RequestedPoint]) -> list[str]:
     """Names of points that have the same values on the axes as an earlier one."""
-    seen: set[tuple[str, ...]] = set()
+    seen_arguments: set[tuple[str, ...]] = set()
     names = []
     for point in points:
-        if point.arguments in seen:
+        if point.arguments in seen_arguments:
             names.append(point.name)
-        seen.add(point.arguments)
+        seen_arguments.add(point.arguments)
     return names
 
 
 def _unique_labels(axis_values: list[dict[str, str]]) -> list[str]:
-    """A name for each point made of its values on the axes; the second of the same name ends with -2, and so on."""
-    names: list[str] = []
+    """A name for each point made of its values on the axes, such as `fsdp2-lora`.
+
+    A second point of this name is `fsdp2-lora-2`.
+    """
+    labels: list[str] = []
     for values in axis_values:
-        base = name = point_label(values)
+        base_label = point_label(values)
+        label = base_label
         number = 2
-        while name in names:
-            name = f"{base}-{number}"
+        while label in labels:
+            label = f"{base_label}-{number}"
             number += 1
-        names.append(name)
-    return names
+        labels.append(label)
+    return labels
 
 
 def _problem_lines(problems_by_point: dict[str, list[str]]) -> list[str]:
@@ -252,16 +280,17 @@ def _problem_lines(problems_by_point: dict[str, list[str]]) -> list[str]:
             names_by_problem.setdefault(problem, []).append(name)
     lines = []
     for problem, names in names_by_problem.items():
-        is_of_all = len(names) == len(problems_by_point)
-        lines.append(problem if is_of_all else f"{', '.join(names)}: {problem}")
+        all_points_have_it = len(names) == len(problems_by_point)
+        lines.append(problem if all_points_have_it else f"{', '.join(names)}: {problem}")
     return lines
 
 
-def run_points(plan: PointsPlan, to: Path, pages: PeriodicPage | None = None) -> int:
-    """Run every planned run in `to` that has not finished yet, one after another, or submit them as one SLURM job array.
+def run_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPage | None = None) -> int:
+    """Run every planned run below `comparison_dir` that has not finished yet, in turn or as one SLURM job array.
 
-    `pages` are rewritten while the runs train. Returns the exit code: that of a run that was stopped, that of the first run if
-    every run failed, else 0. Raises ConfigError if a directory holds another run, and StorageError.
+    Writes the `config.yaml` of every run first, and `comparison.json`. `periodic_page` is rewritten while the runs train. Returns
+    the exit code: that of the submission for a job array; else that of a run that was stopped, that of the first run if every run
+    failed, else 0. Raises ConfigError if a directory holds another run, and StorageError.
     """
     from launch.cluster.submission import submit_array
     from launch.compare.progress import RunsProgress
@@ -270,36 +299,37 @@ def run_points(plan: PointsPlan, to: Path, pages: PeriodicPage | None = None) ->
     from trainer.config.run import LauncherName
     from trainer.stopping.signals import release
 
-    runs = list(plan.runs(to))
-    for point, run_dir in runs:
-        name_in_trackers(point.composed.config.logging, to, run_dir.name, point.arguments)
-    unfinished = [(point, run_dir) for point, run_dir in runs if not is_finished(run_dir)]
-    by_slurm = any(point.composed.config.launcher.name == LauncherName.slurm for point, _ in runs)
-    # All runs are frozen before the first starts: a directory that holds another run ends the command here.
+    runs = list(plan.planned_runs(comparison_dir))
+    for run in runs:
+        name_in_trackers(run.point.composed.config.logging, comparison_dir, run.run_dir.name, run.point.arguments)
+    unfinished_runs = [run for run in runs if not is_finished(run.run_dir)]
+    uses_slurm = any(run.point.composed.config.launcher.name == LauncherName.slurm for run in runs)
+    # Every config.yaml is written before the first run starts: a directory that holds another run ends the command here.
     try:
-        for point, run_dir in runs:
-            is_queued_unchanged = by_slurm and job_with_same_config(point.composed, run_dir)
+        for run in runs:
+            is_queued_unchanged = uses_slurm and job_with_same_config(run.point.composed, run.run_dir)
             if not is_queued_unchanged:
-                freeze(point.composed, run_dir)
+                freeze(run.point.composed, run.run_dir)
     except NotRunOwner:
         raise
     except ConfigError as error:
-        refusal = f"to={to}: holds other runs; name another directory, or undo:"
+        refusal = f"to={comparison_dir}: holds other runs; name another directory, or undo:"
         raise ConfigError("\n    ".join([refusal, *error.problems])) from error
-    write_comparison_file(to, plan.rows(to), list(plan.arguments))
+    write_comparison_file(comparison_dir, plan.comparison_rows(comparison_dir), list(plan.arguments))
 
-    if by_slurm and unfinished:
-        release()
+    if uses_slurm and unfinished_runs:
+        release()  # a signal is no longer kept for a run that this process starts: it starts none
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the comparison, which --json prints there
-            configs = [point.composed for point, _ in unfinished]
-            exit_code = submit_array(configs, [run_dir for _, run_dir in unfinished])
-            print(f"to compare the points, now or when their jobs have ended: shardtune compare {shlex.quote(str(to))}")
+            configs = [run.point.composed for run in unfinished_runs]
+            exit_code = submit_array(configs, [run.run_dir for run in unfinished_runs])
+            command = f"shardtune compare {shlex.quote(str(comparison_dir))}"
+            print(f"to compare the points, now or when their jobs have ended: {command}")
             return exit_code
-    finished_count = len(runs) - len(unfinished)
-    return _run_one_by_one(unfinished, RunsProgress(len(runs), finished_count, pages))
+    num_finished = len(runs) - len(unfinished_runs)
+    return _run_one_by_one(unfinished_runs, RunsProgress(len(runs), num_finished, periodic_page))
 
 
-def _run_one_by_one(runs: list[tuple[RequestedPoint, Path]], progress: RunsProgress) -> int:
+def _run_one_by_one(runs: list[PlannedRun], progress: RunsProgress) -> int:
     """Start the runs one after another, and wait for each. Further repeats of a point that failed are skipped.
 
     Returns the exit code: that of a run that was stopped, 130 after Ctrl-C between two runs, the first point's code if all
@@ -307,17 +337,20 @@ def _run_one_by_one(runs: list[tuple[RequestedPoint, Path]], progress: RunsProgr
     """
     from launch.compare.progress import run_with_progress
 
-    exit_codes: dict[str, int] = {}
+    exit_code_by_point: dict[str, int] = {}  # of the last repeat that ran
     try:
-        for point, run_dir in runs:
-            if exit_codes.get(point.name):  # a repeat failed; the same command, given again, tries the point once more
+        for run in runs:
+            point = run.point
+            has_failed = bool(exit_code_by_point.get(point.name))
+            if has_failed:  # the same command, given again, tries the point once more
                 progress.skip_run()
                 continue
-            exit_code = run_with_progress(point.name, point.composed, run_dir, progress, verb="compare")
-            exit_codes[point.name] = exit_code
+            exit_code = run_with_progress(point.name, point.composed, run.run_dir, progress, verb="compare")
+            exit_code_by_point[point.name] = exit_code
             if exit_code in STOP_EXIT_CODES:
                 return exit_code
     except KeyboardInterrupt:  # between two runs
         return 130
-    all_failed = bool(exit_codes) and all(exit_codes.values())
-    return next(iter(exit_codes.values())) if all_failed else 0
+    exit_codes = list(exit_code_by_point.values())
+    all_failed = bool(exit_codes) and all(exit_codes)
+    return exit_codes[0] if all_failed else 0

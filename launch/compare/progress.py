@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -29,34 +30,47 @@ MAX_LINE_LENGTH = 110
 """Characters of a line that is drawn over: one that wraps could not be erased."""
 
 
+@dataclass(frozen=True, slots=True)
+class SeenStep:
+    """A step of a run, and when this process first saw it, by `time.monotonic`."""
+
+    step: int
+    seen_at: float
+
+
 class RunsProgress:
     """Shows on stderr how far a series of runs is that are started one after another: number of the run, step and time left.
 
-    Of `total_runs`, `done` had finished before this command. `pages` are rewritten while the runs train.
+    Of `total_runs`, `num_done` had finished before this command. `periodic_page` is rewritten while the runs train.
     """
 
-    def __init__(self, total_runs: int, done: int, pages: PeriodicPage | None = None) -> None:
+    def __init__(self, total_runs: int, num_done: int, periodic_page: PeriodicPage | None = None) -> None:
         self.total_runs = total_runs
-        self.run_number = done
-        self.pages = pages
+        self.run_number = num_done
+        """Number of the current run, from 1; before the first one starts, how many runs had finished."""
+        self.periodic_page = periodic_page
         self._stderr = sys.stderr
         self._is_terminal = self._stderr.isatty()
         self._durations_s: list[float] = []
+        """How long each run took that finished under this command."""
         self._updated_at = 0.0
         self._printed_at = 0.0
-        if done:
-            self._print(f"{done} of {total_runs} runs are done already")
+        if num_done:
+            self._print(f"{num_done} of {total_runs} runs are done already")
 
     def start_run(self, name: str, run_dir: Path, total_steps: int | None) -> None:
-        """The run `name` starts in `run_dir`; `total_steps` is None if its budget is not one of steps."""
+        """Note that the run called `name` starts in `run_dir`, and print it unless stderr is a terminal.
+
+        `total_steps` is None if the budget of the run is not one of steps.
+        """
         self.run_number += 1
         self._name = name
         self._run_dir = run_dir
         self._total_steps = total_steps
         # A resumed run has steps of an earlier start: they say nothing about its speed now.
         self._step_at_start = _last_step(run_dir)
-        self._first_seen: tuple[float, int] | None = None
-        """(when a first new step was seen, that step); None before."""
+        self._first_new_step: SeenStep | None = None
+        """The first step after the start that was seen; None before."""
         self._started_at = self._printed_at = time.monotonic()
         if not self._is_terminal:
             self._print(f"{self._heading()} -> {run_dir}")
@@ -70,19 +84,19 @@ class RunsProgress:
         self.run_number += 1
 
     def update(self) -> None:
-        """Print how far the run is, and rewrite the pages, if it is time to; called many times a second."""
+        """Print how far the run is, and rewrite the page, if it is time to; called many times a second."""
         now = time.monotonic()
         if now - self._updated_at < UPDATE_INTERVAL_S:
             return
         self._updated_at = now
-        if self.pages is not None:
-            self.pages.write_if_due()
+        if self.periodic_page is not None:
+            self.periodic_page.write_if_due()
         if self._is_terminal or now - self._printed_at >= LINE_INTERVAL_S:
             self._printed_at = now
-            self._print(self._state_line(now), replaceable=True)
+            self._print(self._progress_line(now), replaceable=True)
 
-    def end_run(self, exit_code: int, output: Path) -> None:
-        """Print how the current run ended; `output` is the file with what it printed."""
+    def end_run(self, exit_code: int, output_file: Path) -> None:
+        """Print how the current run ended, and note how long it took if it succeeded; `output_file` has what it printed."""
         from launch.compare.run_files import read_recorded_run
 
         duration_s = time.monotonic() - self._started_at
@@ -100,12 +114,15 @@ class RunsProgress:
         elif exit_code in (75, 130):  # preempted, or stopped by Ctrl-C: the run can be continued
             self._print(f"{self._heading()}: {reason or 'stopped'}")
         else:
-            self._print(f"{self._heading()}: {reason or f'ended with {exit_code}'}; what it printed: {output}")
+            self._print(f"{self._heading()}: {reason or f'ended with {exit_code}'}; what it printed: {output_file}")
 
-    def _state_line(self, now: float) -> str:
-        """The run, its step and the time to the end of all, such as `[2/6] ddp: step 40 of 100, about 9 min left`."""
+    def _progress_line(self, now: float) -> str:
+        """The run, its step and the time to the end of all runs, such as `[2/6] ddp: step 40 of 100, about 9 min left`.
+
+        Sets `_total_steps` once the run has recorded it, for a budget of epochs or tokens.
+        """
         step = _last_step(self._run_dir)
-        if self._total_steps is None:  # a budget of epochs or tokens: the run itself computes how many steps that is
+        if self._total_steps is None:
             self._total_steps = readable_run_record(self._run_dir).total_steps or None
         if not step:
             state = "starting"
@@ -114,35 +131,42 @@ class RunsProgress:
         else:
             state = f"step {step}"
         line = f"{self._heading()}: {state}"
+        if self._first_new_step is None and step > self._step_at_start:
+            self._first_new_step = SeenStep(step, seen_at=now)
         seconds_left = self._seconds_left(now, step)
         if seconds_left is not None:
             line += f", about {duration(round(seconds_left))} left"
         return line
 
     def _seconds_left(self, now: float, step: int) -> float | None:
-        """Estimated seconds to the end of all runs; None before an estimate is possible.
-
-        Each run is expected to take as long as the mean of the finished ones. While the first one runs, the estimate is its start
-        plus its steps at the speed so far.
-        """
-        if self._first_seen is None and step > self._step_at_start:
-            self._first_seen = (now, step)
-        if self._durations_s:
-            run_s = mean(self._durations_s)
-        elif self._first_seen is not None and self._total_steps and step > self._first_seen[1]:
-            first_seen_at, first_step = self._first_seen
-            step_s = (now - first_seen_at) / (step - first_step)
-            start_s = first_seen_at - self._started_at
-            run_s = start_s + step_s * (self._total_steps - first_step)
-        else:
+        """Estimated seconds to the end of all runs; None before an estimate is possible. `step`: last step of the current run."""
+        run_s = self._expected_run_s(now, step)
+        if run_s is None:
             return None
         left_of_this_run_s = max(0.0, run_s - (now - self._started_at))
-        later_runs = self.total_runs - self.run_number
-        return left_of_this_run_s + run_s * later_runs
+        num_later_runs = self.total_runs - self.run_number
+        return left_of_this_run_s + run_s * num_later_runs
+
+    def _expected_run_s(self, now: float, step: int) -> float | None:
+        """Seconds that a run is expected to take. The first case that applies:
+
+        - Runs have finished: the mean of their durations.
+        - The first run has made at least two new steps, and its number of steps is known: its start, and all its steps at the
+          speed so far.
+        - Otherwise None.
+        """
+        if self._durations_s:
+            return mean(self._durations_s)
+        first = self._first_new_step
+        if first is None or not self._total_steps or step <= first.step:
+            return None
+        step_s = (now - first.seen_at) / (step - first.step)
+        start_s = first.seen_at - self._started_at
+        return start_s + step_s * (self._total_steps - first.step)
 
     def _print(self, line: str, *, replaceable: bool = False) -> None:
-        """Print a line; in a terminal, the next one replaces it if it is `replaceable`."""
-        with suppress(OSError, ValueError):  # a terminal that has gone away is no reason to end the runs
+        """Print a line on stderr. In a terminal, the next line overwrites it if it is `replaceable`."""
+        with suppress(OSError, ValueError):  # a terminal that is closed is no reason to end the runs
             if self._is_terminal:
                 draw(self._stderr, "\r\033[K")  # to the start of the line, and erase it
             if replaceable and self._is_terminal:
@@ -158,24 +182,23 @@ def _last_step(run_dir: Path) -> int:
 
 
 def run_with_progress(name: str, composed: Composed, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
-    """Start the run that is frozen in `run_dir`, and wait for it; returns its exit code.
+    """Start the run whose `config.yaml` is in `run_dir`, and wait for it; returns its exit code.
 
-    Its output is appended to `logs/output.log` in the run directory, and the screen shows `progress` alone. `verb` is the
-    command that started it, for messages.
+    The output of the run is appended to `logs/output.log` in the run directory, and the screen shows `progress` alone. `verb`:
+    the command that started the run, for messages in that file.
     """
     from launch.cluster.supervisor import run_supervised
     from launch.cluster.torchrun import RedirectedOutput
 
-    output = run_dir / "logs" / "output.log"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output_file = run_dir / "logs" / "output.log"
+    output_file.parent.mkdir(parents=True, exist_ok=True)
     progress.start_run(name, run_dir, composed.config.budget.steps)
-    # The comparison shows the reason of a failure; the whole output stays in the run's directory.
-    with output.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+    with output_file.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         try:
-            redirected = RedirectedOutput(output, progress.update)
+            redirected = RedirectedOutput(output_file, progress.update)
             exit_code = run_supervised(composed.config, run_dir, composed.sha256, redirected)
         except ShardtuneError as error:
-            print(f"shardtune {verb}: {error}", file=sys.stderr)
+            print(f"shardtune {verb}: {error}", file=sys.stderr)  # into the log
             exit_code = error.exit_code
-    progress.end_run(exit_code, output)
+    progress.end_run(exit_code, output_file)
     return exit_code

@@ -21,12 +21,12 @@ from functools import cached_property
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
-from launch.compare.curves import SAME_LOSS_TOLERANCE, step_settings
+from launch.compare.curves import SAME_LOSS_TOLERANCE, loss_relevant_settings
 from launch.compare.metric_meaning import (
     DEFAULT_METRIC,
     differing_keys,
-    metric_direction,
-    why_measured_differently,
+    greater_is_better_in_run,
+    keys_measured_differently,
 )
 from launch.compare.run_files import RecordedRun, last_held_out_metrics
 from strategies import atomic_io
@@ -37,7 +37,7 @@ from trainer.reporting.run_record import MOST_BYTES
 if TYPE_CHECKING:
     from launch.compare.compared_point import ComparedPoint
 
-LEVEL = 0.05
+SIGNIFICANCE_LEVEL = 0.05
 """How often, at most, equal jobs are said to differ, over all pairs of a comparison together."""
 MIN_BATCHES = 4
 """Micro-batches of held-out documents below which there is no interval.
@@ -54,8 +54,8 @@ class QualityMetric:
     greater_is_better: bool
 
     @property
-    def word(self) -> str:
-        """What the best value of it is called."""
+    def superlative(self) -> str:
+        """What the best value of the metric is called."""
         return "highest" if self.greater_is_better else "lowest"
 
 
@@ -69,16 +69,17 @@ class ComparedJob:
 
     @cached_property
     def done_runs(self) -> list[RecordedRun]:
-        """The runs of all points and repeats that are done: one that was stopped or failed is no measure of quality."""
+        """The runs of all points and repeats that are done. A run that was stopped or failed is no measure of quality."""
         runs: list[RecordedRun] = []
         for point in self.points:
             runs += [run for run in point.repeats if run.unfinished_state is None and run.steps]
         return runs
 
     def values(self, metric: str) -> list[float]:
-        """The metric at the last evaluation, one value for each seed: the median over the seed's strategies and repeats.
+        """The metric at the last evaluation, one value for each seed: the median over the runs with this seed.
 
-        Runs that are not done, and runs without the metric, are left out.
+        The runs of one seed differ in strategy, or are repeats. Runs that are not done, and runs without the metric, are left
+        out.
         """
         values_by_seed: dict[Any, list[float]] = {}
         for run in self.done_runs:
@@ -88,70 +89,83 @@ class ComparedJob:
         return [median(values) for values in values_by_seed.values()]
 
     @cached_property
-    def seeds(self) -> int:
+    def num_seeds(self) -> int:
         """How many seeds the done runs have together."""
         return len({run.config.get("run.seed") for run in self.done_runs})
 
     @property
     def has_diverged(self) -> bool:
         """Whether a run that is done has diverged: such a job has no quality, whatever was measured before."""
-        return any(_run_diverged(run) for run in self.done_runs)
+        return any(_run_has_diverged(run) for run in self.done_runs)
 
 
 @dataclass(frozen=True, slots=True)
 class QualityDifference:
-    """How the metric of one job differs from that of its baseline, and whether chance may explain it."""
+    """How the metric of one job differs from that of a baseline job, and whether chance may explain it."""
 
-    relative: float
+    relative_difference: float
     """(value - baseline value) / |baseline value|: positive if the value is larger than the baseline's."""
-    seeds: int
-    """Seeds of the job that has more of them."""
+    num_seeds: int
+    """How many seeds the job with more seeds has."""
     seed_interval: tuple[float, float] | None = None
-    """Of `relative`, over seeds; None if both jobs have one seed, or if their seeds differ by rounding alone."""
+    """Confidence interval (low, high) of `relative_difference` over seeds.
+
+    None if both jobs have one seed, or if their seeds differ by rounding alone.
+    """
     document_interval: tuple[float, float] | None = None
-    """Of `relative`, over held-out documents; None if it is not known."""
-    reports_apart: bool | None = None
-    """Whether the intervals of `shardtune evaluate` are apart; None if it did not evaluate both."""
+    """Confidence interval (low, high) of `relative_difference` over held-out documents; None if it is not known."""
+    report_intervals_disjoint: bool | None = None
+    """Whether the confidence intervals that `shardtune evaluate` reported for the two jobs do not overlap.
+
+    None if it did not evaluate both.
+    """
 
     @property
-    def is_shown(self) -> bool:
-        """Whether chance does not explain the difference: there is evidence (seeds, documents, reports), and all of it agrees."""
-        excludes_chance = []
+    def is_significant(self) -> bool:
+        """Whether chance does not explain the difference.
+
+        The difference must be larger than rounding. At least one kind of evidence (seeds, documents, reports) must be known, and
+        every known one must exclude chance.
+        """
+        excludes_chance: list[bool] = []  # for each kind of evidence that is known
         for interval in (self.seed_interval, self.document_interval):
             if interval is not None:
                 low, high = interval
                 # An interval on the other side of zero is evidence for the opposite.
-                excludes_chance.append(low > 0 if self.relative > 0 else high < 0)
-        if self.reports_apart is not None:
-            excludes_chance.append(self.reports_apart)
-        is_more_than_rounding = abs(self.relative) > SAME_LOSS_TOLERANCE
+                excludes_chance.append(low > 0 if self.relative_difference > 0 else high < 0)
+        if self.report_intervals_disjoint is not None:
+            excludes_chance.append(self.report_intervals_disjoint)
+        is_more_than_rounding = abs(self.relative_difference) > SAME_LOSS_TOLERANCE
         return is_more_than_rounding and bool(excludes_chance) and all(excludes_chance)
 
     @property
-    def sources(self) -> list[str]:
-        """What the judgement rests on, as nouns; empty if nothing is known of chance."""
-        sources = []
+    def evidence_sources(self) -> list[str]:
+        """The kinds of evidence that are known, as nouns for a sentence, such as `["seeds"]`; empty if none is."""
+        evidence_sources = []
         if self.document_interval is not None:
-            sources.append("held-out documents")
+            evidence_sources.append("held-out documents")
         if self.seed_interval is not None:
-            sources.append("seeds")
-        if self.reports_apart is not None:
-            sources.append("intervals of shardtune evaluate")
-        return sources
+            evidence_sources.append("seeds")
+        if self.report_intervals_disjoint is not None:
+            evidence_sources.append("intervals of shardtune evaluate")
+        return evidence_sources
 
     @property
     def evidence_text(self) -> str:
-        """What the judgement rests on, with its numbers; empty if on nothing."""
+        """The evidence that is known, with its numbers, such as `95 % interval over 3 seeds +1.20% to +2.10%`.
+
+        Empty if none is.
+        """
         clauses = []
         if self.document_interval is not None:
             low, high = self.document_interval
             clauses.append(f"95 % interval over held-out documents {low:+.2%} to {high:+.2%}")
         if self.seed_interval is not None:
             low, high = self.seed_interval
-            clauses.append(f"95 % interval over {self.seeds} seeds {low:+.2%} to {high:+.2%}")
-        if self.reports_apart is not None:
-            word = "apart" if self.reports_apart else "overlap"
-            clauses.append(f"intervals of shardtune evaluate {word}")
+            clauses.append(f"95 % interval over {self.num_seeds} seeds {low:+.2%} to {high:+.2%}")
+        if self.report_intervals_disjoint is not None:
+            apart_or_overlap = "apart" if self.report_intervals_disjoint else "overlap"
+            clauses.append(f"intervals of shardtune evaluate {apart_or_overlap}")
         return "; ".join(clauses)
 
 
@@ -162,10 +176,10 @@ class RankedJobs:
     metric: QualityMetric
     jobs: list[ComparedJob]
     differences: list[QualityDifference | None] = field(default_factory=list)
-    """Of each job from the best one; None for the best."""
+    """For each of `jobs`, its difference from the best job; None for the best job itself."""
 
     def value(self, job: ComparedJob) -> float:
-        """The metric of a job: the median of its seeds."""
+        """The metric of a job: the median over its seeds."""
         return median(job.values(self.metric.name))
 
     @property
@@ -174,137 +188,163 @@ class RankedJobs:
         return self.jobs[0]
 
     @property
-    def not_shown_worse(self) -> list[ComparedJob]:
-        """The best job, and those whose difference from it is not shown."""
-        return [job for job, difference in zip(self.jobs, self.differences, strict=True) if not _is_shown(difference)]
+    def not_significantly_worse(self) -> list[ComparedJob]:
+        """The best job, and the jobs whose difference from it is not significant."""
+        return [
+            job for job, difference in zip(self.jobs, self.differences, strict=True) if not _is_significant(difference)
+        ]
 
     @property
-    def shown_worse(self) -> list[ComparedJob]:
-        """The jobs that are worse than the best one for certain."""
-        return [job for job, difference in zip(self.jobs, self.differences, strict=True) if _is_shown(difference)]
+    def significantly_worse(self) -> list[ComparedJob]:
+        """The jobs whose difference from the best one is significant."""
+        return [job for job, difference in zip(self.jobs, self.differences, strict=True) if _is_significant(difference)]
 
     @property
-    def sources(self) -> list[str]:
-        """What the answer rests on, as nouns: of the differences that are shown, or of all if none is; empty if on nothing."""
-        known = [difference for difference in self.differences if difference is not None]
-        shown = [difference for difference in known if difference.is_shown]
-        sources: dict[str, None] = {}
-        for difference in shown or known:
-            sources |= dict.fromkeys(difference.sources)
-        return list(sources)
+    def evidence_sources(self) -> list[str]:
+        """The kinds of evidence that the ranking rests on, as nouns such as `seeds`, each once; empty if there is no evidence.
+
+        They are those of the significant differences, or of all differences if none is significant.
+        """
+        differences = [difference for difference in self.differences if difference is not None]
+        significant_differences = [difference for difference in differences if difference.is_significant]
+        evidence_sources: dict[str, None] = {}  # a dict as an ordered set
+        for difference in significant_differences or differences:
+            evidence_sources |= dict.fromkeys(difference.evidence_sources)
+        return list(evidence_sources)
 
 
-def _is_shown(difference: QualityDifference | None) -> bool:
-    return difference is not None and difference.is_shown
+def _is_significant(difference: QualityDifference | None) -> bool:
+    return difference is not None and difference.is_significant
 
 
-def diverged(point: ComparedPoint) -> bool:
+def point_has_diverged(point: ComparedPoint) -> bool:
     """Whether the losses of any repeat ended worse than they began, or are not finite."""
-    return any(_run_diverged(run) for run in point.repeats)
+    return any(_run_has_diverged(run) for run in point.repeats)
 
 
-def _run_diverged(run: RecordedRun) -> bool:
+def _run_has_diverged(run: RecordedRun) -> bool:
     if "diverged" in {finding.name for finding in findings_in(run.record.challenges)}:
         return True
     return bool(run.steps) and run.steps[max(run.steps)]["loss"] is None
 
 
-def jobs_of(points: Sequence[ComparedPoint]) -> list[ComparedJob]:
+def group_points_into_jobs(points: Sequence[ComparedPoint]) -> list[ComparedJob]:
     """The points that took a step, grouped into jobs: points of one job have equal settings apart from seed and strategy."""
-    points_by_key: dict[str, list[ComparedPoint]] = {}
-    settings_by_key: dict[str, dict[str, Any]] = {}
+    points_by_job: dict[str, list[ComparedPoint]] = {}
+    settings_by_job: dict[str, dict[str, Any]] = {}
     for point in points:
         if not point.measured.steps:
             continue
-        settings = step_settings(point.first_repeat)
+        settings = loss_relevant_settings(point.first_repeat)
         settings.pop("run.seed", None)
-        key = json.dumps(settings, sort_keys=True, default=str)
-        points_by_key.setdefault(key, []).append(point)
-        settings_by_key[key] = settings
-    return [ComparedJob(tuple(points), settings_by_key[key]) for key, points in points_by_key.items()]
+        job_key = json.dumps(settings, sort_keys=True, default=str)
+        points_by_job.setdefault(job_key, []).append(point)
+        settings_by_job[job_key] = settings
+    return [ComparedJob(tuple(points), settings_by_job[job_key]) for job_key, points in points_by_job.items()]
 
 
 def quality_metric(jobs: Sequence[ComparedJob]) -> QualityMetric | None:
-    """The metric by which the quality of the jobs is compared; None if there is none.
+    """The held-out metric by which the quality of the jobs is compared; None if there is none.
 
-    It is `evaluation.watch` of the first job, or else the held-out loss. Every job must have it, except jobs that diverged and
-    jobs without a run that is done. It is never a metric of the test documents: whoever chooses by them cannot measure the
-    choice with them any more.
+    It is `evaluation.watch` of the first job or, if that cannot be used, the held-out loss. A metric can be used if
+
+    - every job has it, except jobs that diverged and jobs without a run that is done, and at least one job has it,
+    - it is known whether a larger value is better,
+    - it is no metric of the test documents: whoever chooses by them cannot measure the choice with them any more.
     """
     if not jobs:
         return None
     first_run = jobs[0].points[0].first_repeat
-    configured = str(first_run.config.get("evaluation.watch") or DEFAULT_METRIC)
-    for name in (configured, DEFAULT_METRIC):
+    watched_metric = str(first_run.config.get("evaluation.watch") or DEFAULT_METRIC)
+    for name in (watched_metric, DEFAULT_METRIC):
         if name.startswith("test/"):
             continue
         any_has_it = any(job.values(name) for job in jobs)
         all_have_it = all(job.values(name) or job.has_diverged or not job.done_runs for job in jobs)
         if any_has_it and all_have_it:
-            greater_is_better = metric_direction(first_run, name)
+            greater_is_better = greater_is_better_in_run(first_run, name)
             if greater_is_better is not None:
                 return QualityMetric(name, greater_is_better)
     return None
 
 
 def quality_metric_name(points: Sequence[ComparedPoint]) -> str | None:
-    """The name of the metric to show first: the one that all jobs have, else the held-out loss if any point has it, else None."""
-    metric = quality_metric(jobs_of(points))
+    """The name of the held-out metric to show first. The first case that applies:
+
+    - The metric by which the jobs of the points are compared, if there is one (`quality_metric`).
+    - The held-out loss, if any point has it.
+    - Otherwise None.
+    """
+    metric = quality_metric(group_points_into_jobs(points))
     if metric is not None:
         return metric.name
     return DEFAULT_METRIC if any(DEFAULT_METRIC in point.measured.after for point in points) else None
 
 
 def comparable_jobs(jobs: Sequence[ComparedJob], metric: QualityMetric) -> list[ComparedJob]:
-    """The jobs that have the metric and did not diverge, as far as it was measured in the same way as for the first of them."""
-    measured = [job for job in jobs if job.values(metric.name) and not job.has_diverged]
+    """The jobs whose values of the metric can be compared.
+
+    Left out are jobs without the metric, jobs that diverged, and jobs that measured it otherwise than the first remaining job.
+    """
+    measured_jobs = [job for job in jobs if job.values(metric.name) and not job.has_diverged]
     comparable = []
-    for job in measured:
-        first_run = measured[0].points[0].first_repeat
-        if why_measured_differently(first_run, job.points[0].first_repeat, metric.name) is None:
+    for job in measured_jobs:
+        first_run = measured_jobs[0].points[0].first_repeat
+        if not keys_measured_differently(first_run, job.points[0].first_repeat, metric.name):
             comparable.append(job)
     return comparable
 
 
-def pairwise_level(number_of_jobs: int) -> float:
-    """The level of each test if all pairs of the jobs are tested: the best was chosen among all, so every pair counts."""
-    pairs = number_of_jobs * (number_of_jobs - 1) // 2
-    return LEVEL / max(1, pairs)
+def bonferroni_level(num_jobs: int) -> float:
+    """The significance level of each test if all pairs of the jobs are tested, by the Bonferroni correction.
+
+    Every pair counts, because the best job was chosen among all of them.
+    """
+    num_pairs = num_jobs * (num_jobs - 1) // 2
+    return SIGNIFICANCE_LEVEL / max(1, num_pairs)  # a single job makes no pair
 
 
-def rank(jobs: Sequence[ComparedJob], metric: QualityMetric) -> RankedJobs | None:
-    """The jobs that can be compared by the metric, the best first; None if fewer than two can be."""
+def rank_jobs_by_quality(jobs: Sequence[ComparedJob], metric: QualityMetric) -> RankedJobs | None:
+    """The jobs that can be compared by the metric, the best first, with their differences from the best.
+
+    None if fewer than two jobs can be compared.
+    """
     comparable = comparable_jobs(jobs, metric)
     if len(comparable) < 2:
         return None
-    sign = -1 if metric.greater_is_better else 1
-    ranked = sorted(comparable, key=lambda job: sign * median(job.values(metric.name)))
-    level = pairwise_level(len(ranked))
-    differences: list[QualityDifference | None] = [None]
+    ranked = sorted(comparable, key=lambda job: median(job.values(metric.name)), reverse=metric.greater_is_better)
+    level = bonferroni_level(len(ranked))
+    differences: list[QualityDifference | None] = [None]  # the best job has no difference from itself
     differences += [quality_difference(ranked[0], job, metric.name, level) for job in ranked[1:]]
     return RankedJobs(metric, ranked, differences)
 
 
-def quality_difference(baseline: ComparedJob, job: ComparedJob, metric: str, level: float = LEVEL) -> QualityDifference:
+def quality_difference(
+    baseline: ComparedJob, job: ComparedJob, metric: str, level: float = SIGNIFICANCE_LEVEL
+) -> QualityDifference:
     """How a metric of `job` differs from that of `baseline`, with all evidence on whether chance explains it.
 
-    `level` is the significance level of each two-sided test. Both jobs must have the metric.
+    `level`: significance level of each two-sided test. Both jobs must have the metric.
     """
     baseline_value = median(baseline.values(metric))
-    relative = (median(job.values(metric)) - baseline_value) / (abs(baseline_value) or 1.0)
+    scale = abs(baseline_value) or 1.0  # if the baseline is 0, the difference is absolute
+    relative_difference = (median(job.values(metric)) - baseline_value) / scale
     return QualityDifference(
-        relative=relative,
-        seeds=max(baseline.seeds, job.seeds),
+        relative_difference=relative_difference,
+        num_seeds=max(baseline.num_seeds, job.num_seeds),
         seed_interval=_seed_interval(baseline, job, metric, level),
         document_interval=_document_interval(baseline, job, metric, level),
-        reports_apart=_reports_apart(baseline, job, metric, relative),
+        report_intervals_disjoint=_report_intervals_disjoint(
+            baseline, job, metric, job_is_larger=relative_difference > 0
+        ),
     )
 
 
 def _seed_interval(baseline: ComparedJob, job: ComparedJob, metric: str, level: float) -> tuple[float, float] | None:
-    """Interval of the relative difference of a metric between the means over seeds, by Student's test with equal variances.
+    """Confidence interval (low, high) of the relative difference of a metric between the means over the seeds of two jobs.
 
-    None without two seeds of either job, and if no seed differs by more than rounding: such seeds are like repeats.
+    It is that of Student's t-test with equal variances. None if both jobs have one seed, or if the seeds of a job differ by
+    rounding alone: such seeds are like repeats.
     """
     from trainer.monitors.forgetting import student_quantile
 
@@ -325,59 +365,66 @@ def _seed_interval(baseline: ComparedJob, job: ComparedJob, metric: str, level: 
     if standard_deviation <= SAME_LOSS_TOLERANCE:
         return None
 
-    relative = (mean - baseline_mean) / scale
+    relative_difference = (mean - baseline_mean) / scale
     standard_error = standard_deviation * math.sqrt(1 / len(baseline_values) + 1 / len(values))
     margin = student_quantile(1 - level / 2, degrees_of_freedom) * standard_error
-    return relative - margin, relative + margin
+    return relative_difference - margin, relative_difference + margin
 
 
 def _document_interval(
     baseline: ComparedJob, job: ComparedJob, metric: str, level: float
 ) -> tuple[float, float] | None:
-    """Interval of the relative difference of a metric, from pairs of micro-batches with the same held-out documents.
+    """Confidence interval (low, high) of the relative difference of a metric, from micro-batches with the same documents.
 
-    None if the runs kept no sums of the metric, if their micro-batches are other ones, or too few.
+    None if
+
+    - the settings of the two evaluations differ in batch size or number of documents,
+    - a run kept no sums of the metric, or their micro-batches do not correspond (`_paired_batch_sums`),
+    - there are fewer than `MIN_BATCHES` micro-batches, or the baseline's sums add up to 0.
     """
     from trainer.monitors.forgetting import ratio_error, student_quantile
 
     baseline_run = baseline.done_runs[0]
     run = job.done_runs[0]
-    if differing_keys(baseline_run, run, {"evaluation.batch", "evaluation.max_documents"}) is not None:
+    if differing_keys(baseline_run, run, {"evaluation.batch", "evaluation.max_documents"}):
         return None
-    pairs = _paired_sums(baseline_run, run, metric)
+    pairs = _paired_batch_sums(baseline_run, run, metric)
     if pairs is None:
         return None
     baseline_sums = [baseline_sum for baseline_sum, _ in pairs]
-    sums = [run_sum for _, run_sum in pairs]
-    total = math.fsum(baseline_sums)
-    if len(pairs) < MIN_BATCHES or not total:
+    run_sums = [run_sum for _, run_sum in pairs]
+    baseline_total = math.fsum(baseline_sums)
+    if len(pairs) < MIN_BATCHES or not baseline_total:
         return None
     quantile = student_quantile(1 - level / 2, len(pairs) - 1)
     if metric == DEFAULT_METRIC:
         # Micro-batches have different numbers of tokens: the difference is one of sums, and its error that of a ratio.
-        relative = (math.fsum(sums) - total) / total
-        margin = quantile * ratio_error(baseline_sums, sums)
-        return relative - margin, relative + margin
+        relative_difference = (math.fsum(run_sums) - baseline_total) / baseline_total
+        margin = quantile * ratio_error(baseline_sums, run_sums)
+        return relative_difference - margin, relative_difference + margin
     # Any other metric counts each micro-batch alike: Student's test of the paired changes.
     changes = [run_sum - baseline_sum for baseline_sum, run_sum in pairs]
-    scale = abs(total) / len(pairs)
-    relative = fmean(changes) / scale
+    scale = abs(baseline_total) / len(pairs)
+    relative_difference = fmean(changes) / scale
     margin = quantile * stdev(changes) / math.sqrt(len(pairs)) / scale
-    return relative - margin, relative + margin
+    return relative_difference - margin, relative_difference + margin
 
 
-def _paired_sums(baseline: RecordedRun, run: RecordedRun, metric: str) -> list[tuple[float, float]] | None:
-    """(sum of the baseline, sum of the run) of a metric over each micro-batch of their last evaluations; None if not kept."""
-    baseline_sums = _kept_sums(baseline, metric)
-    sums = _kept_sums(run, metric)
-    if baseline_sums is None or sums is None:
+def _paired_batch_sums(baseline: RecordedRun, run: RecordedRun, metric: str) -> list[tuple[float, float]] | None:
+    """(the baseline's sum, the run's sum) of a metric over each micro-batch of the last evaluation, without empty micro-batches.
+
+    None if a run did not keep its sums, if one evaluated more documents than the other, or if a sum is not finite.
+    """
+    baseline_sums = _kept_batch_sums(baseline, metric)
+    run_sums = _kept_batch_sums(run, metric)
+    if baseline_sums is None or run_sums is None:
         return None
     # Another number of ranks has another number of empty micro-batches at the end, which sum to 0.
-    common = min(len(baseline_sums), len(sums))
-    if any(baseline_sums[common:]) or any(sums[common:]):
+    num_common = min(len(baseline_sums), len(run_sums))
+    if any(baseline_sums[num_common:]) or any(run_sums[num_common:]):
         return None
     pairs = []
-    for baseline_sum, run_sum in zip(baseline_sums, sums, strict=False):
+    for baseline_sum, run_sum in zip(baseline_sums, run_sums, strict=False):
         if not math.isfinite(baseline_sum) or not math.isfinite(run_sum):
             return None
         if baseline_sum or run_sum:
@@ -385,49 +432,52 @@ def _paired_sums(baseline: RecordedRun, run: RecordedRun, metric: str) -> list[t
     return pairs
 
 
-def _kept_sums(run: RecordedRun, metric: str) -> list[float] | None:
+def _kept_batch_sums(run: RecordedRun, metric: str) -> list[float] | None:
     """The sums of a metric over each micro-batch of the run's last evaluation; None if the run did not keep them.
 
-    The file is like `{"step": 40, "batches": {"eval/loss": [81.2, 79.9]}}`.
+    They are read from a file like `{"step": 40, "batches": {"eval/loss": [81.2, 79.9]}}`.
     """
     try:
-        kept = json.loads(atomic_io.read_bytes(run.directory / LAST_HELD_OUT, max_bytes=MOST_BYTES))
-        if kept["step"] != max(run.evaluations, default=0):
+        last_evaluation = json.loads(atomic_io.read_bytes(run.directory / LAST_HELD_OUT, max_bytes=MOST_BYTES))
+        if last_evaluation["step"] != max(run.evaluations, default=0):
             return None  # the file is of an evaluation whose row in metrics.jsonl was lost
-        return [float(batch_sum) for batch_sum in kept["batches"][metric]]
+        return [float(batch_sum) for batch_sum in last_evaluation["batches"][metric]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _reports_apart(baseline: ComparedJob, job: ComparedJob, metric: str, relative: float) -> bool | None:
-    """Whether the reports of `shardtune evaluate` on both jobs have intervals of a task's metric that do not overlap.
+def _report_intervals_disjoint(
+    baseline: ComparedJob, job: ComparedJob, metric: str, *, job_is_larger: bool
+) -> bool | None:
+    """Whether the confidence intervals of a task's metric, as `shardtune evaluate` reported them for both jobs, do not overlap.
 
-    They must lie as `relative` says: that of the job above the baseline's if it is positive. None if one of them has no report.
+    The interval of `job` must lie above the baseline's if `job_is_larger`, else below it. None if a job has no such report.
     """
     baseline_interval = _reported_interval(baseline.done_runs[0], metric)
-    interval = _reported_interval(job.done_runs[0], metric)
-    if baseline_interval is None or interval is None:
+    job_interval = _reported_interval(job.done_runs[0], metric)
+    if baseline_interval is None or job_interval is None:
         return None
     baseline_low, baseline_high = baseline_interval
-    low, high = interval
-    return baseline_high < low if relative > 0 else high < baseline_low
+    job_low, job_high = job_interval
+    return baseline_high < job_low if job_is_larger else job_high < baseline_low
 
 
 def _reported_interval(run: RecordedRun, metric: str) -> tuple[float, float] | None:
-    """(low, high) of a task's metric in the newest report of `shardtune evaluate` on the run's last weights; None without.
+    """(low, high) of a task's metric in the newest report of `shardtune evaluate` on the run's last weights.
 
-    `metric` is like `eval/qa/accuracy`: of the task `qa`, as in the report's `tasks` and their `metrics`.
+    None if there is no such report, or the metric is of no task. `metric` is like `eval/qa/accuracy`: the metric `accuracy` of
+    the task `qa`.
     """
     parts = metric.split("/", 2)
     if len(parts) != 3:
         return None
-    _, task, name = parts
-    for kept in kept_reports(run.directory, EVALUATION):
+    _, task, task_metric = parts
+    for kept_report in kept_reports(run.directory, EVALUATION):  # the newest first
         try:
-            record = kept.report["tasks"][task]["metrics"][name]
-            # A report may be of another checkpoint: then its value is another one.
-            if math.isclose(record["value"], last_held_out_metrics(run)[metric], rel_tol=1e-6):
-                return float(record["low"]), float(record["high"])
+            reported = kept_report.report["tasks"][task]["metrics"][task_metric]
+            # The report of another checkpoint has another value than the run's last evaluation.
+            if math.isclose(reported["value"], last_held_out_metrics(run)[metric], rel_tol=1e-6):
+                return float(reported["low"]), float(reported["high"])
         except (KeyError, TypeError, ValueError):
             continue
     return None

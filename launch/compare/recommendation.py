@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launch.compare.quality import RankedJobs, diverged
+from launch.compare.quality import RankedJobs, point_has_diverged
 from trainer.reporting.numbers import readable
 from trainer.reporting.status import State
 
@@ -48,7 +48,7 @@ class _Extreme:
 
 def is_recommendable(point: ComparedPoint) -> bool:
     """Whether a point is done and did not diverge. Only such points are recommended, or marked as best."""
-    return is_done(point) and not diverged(point)
+    return is_done(point) and not point_has_diverged(point)
 
 
 def is_done(point: ComparedPoint) -> bool:
@@ -57,7 +57,7 @@ def is_done(point: ComparedPoint) -> bool:
     return State.done in states and State.failed not in states
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Names as a phrase: `a`, `a and b`, `a, b and c`, `a, b and 7 others`. At most `MAX_NAMES` are named."""
     shown = list(names[:MAX_NAMES])
     if len(names) > MAX_NAMES:
@@ -80,10 +80,10 @@ def recommendation_candidates(
     ]
     if ranked is None:
         return candidates
-    not_shown_worse: set[str] = set()
-    for job in ranked.not_shown_worse:
-        not_shown_worse |= {point.name for point in job.points}
-    return [point for point in candidates if point.name in not_shown_worse]
+    not_significantly_worse: set[str] = set()
+    for job in ranked.not_significantly_worse:
+        not_significantly_worse |= {point.name for point in job.points}
+    return [point for point in candidates if point.name in not_significantly_worse]
 
 
 def recommend_best_quality(
@@ -101,7 +101,7 @@ def recommend_best_quality(
     if not points:
         return []
     best = min(points, key=lambda point: point.name not in cheapest_names)
-    goal = f"the {ranked.metric.word} {ranked.metric.name}"
+    goal = f"the {ranked.metric.superlative} {ranked.metric.name}"
     return [Recommendation(goal, best, readable(ranked.value(ranked.best)), arguments_by_name[best.name])]
 
 
@@ -162,7 +162,7 @@ def is_memory_shown(points: Sequence[ComparedPoint]) -> bool:
 def _equals_text(extreme: _Extreme) -> str:
     """The points that are not shown to differ from the best one, as a clause; empty if there are none."""
     names = [point.name for point in extreme.equals]
-    return f"; no difference shown from {listed(names)}" if names else ""
+    return f"; no difference shown from {join_names(names)}" if names else ""
 
 
 def _fastest(points: Sequence[ComparedPoint]) -> _Extreme | None:
@@ -197,7 +197,7 @@ def _extreme(
         return None
     choose = max if largest else min
     _, best_range, best = choose(known, key=lambda entry: entry[0])
-    equals = [point for _, value_range, point in known if point is not best and overlap(best_range, value_range)]
+    equals = [point for _, value_range, point in known if point is not best and ranges_overlap(best_range, value_range)]
     is_any_worse = len(equals) < len(known) - 1
     return _Extreme(best, equals, is_shown=is_any_worse)
 
@@ -231,12 +231,12 @@ def memory_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float]
     return min([*peaks, peak - half_width]), max([*peaks, peak + half_width])
 
 
-def overlap(first: tuple[float, float], second: tuple[float, float]) -> bool:
+def ranges_overlap(first: tuple[float, float], second: tuple[float, float]) -> bool:
     """Whether two (low, high) ranges overlap."""
     return first[0] <= second[1] and second[0] <= first[1]
 
 
-def one_recommendation_a_point(choices: Sequence[Recommendation]) -> list[Recommendation]:
+def merge_recommendations_by_point(choices: Sequence[Recommendation]) -> list[Recommendation]:
     """The choices with those for the same point joined into one, with a goal such as `the most tokens/s and the least memory`."""
     choice_by_point: dict[str, Recommendation] = {}
     for choice in choices:

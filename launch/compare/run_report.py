@@ -13,49 +13,51 @@ if TYPE_CHECKING:
     from launch.compare.comparison import Comparison
     from trainer.config.run import RunConfig
 
-REPORT = "report.html"
-NO_PAGE = (State.running, None)
+REPORT_FILE = "report.html"
+STATES_WITHOUT_PAGE = (State.running, None)
 """States without a page: another attempt writes in the directory, or nothing was begun there."""
 
 
-def write(run_dir: Path, comparison: Comparison, *, reload_after_s: float | None = None) -> Path:
+def write_run_report(run_dir: Path, comparison: Comparison, *, reload_after_s: float | None = None) -> Path:
     """Write `report.html` of a run into its directory; returns the path. Errors: StorageError.
 
-    `comparison` is of this run alone. A browser reloads the page after `reload_after_s` seconds.
+    `comparison` has this run as its only point. A browser reloads the page after `reload_after_s` seconds; None for a page that
+    will not change any more.
     """
     from launch.compare.run_page.page import run_page
 
-    path = run_dir / REPORT
+    path = run_dir / REPORT_FILE
     write_text_atomic(path, run_page(comparison, reload_after_s=reload_after_s))
     return path
 
 
-def at_end(config: RunConfig, run_dir: Path | None) -> None:
+def write_report_at_end(config: RunConfig, run_dir: Path | None) -> None:
     """Write the page of a run that has ended, if `logging.report` is on, and print where it is.
 
-    If the run is a point of a job array, the array's view in W&B is written anew as well. No error of these files is an error
-    of the run: it is only printed. `run_dir` is None for a run without a directory.
+    Does nothing for a run without a directory (`run_dir` is None), for one that has not ended, and for one that failed before its
+    first step. If the run is a point of a job array, the array's W&B script is written anew as well. No error of these files is
+    an error of the run: it is only printed.
     """
     if run_dir is None or not run_dir.is_dir() or not config.logging.report:
         return
-    if read_status(run_dir).get("state") in NO_PAGE:
+    if read_status(run_dir).get("state") in STATES_WITHOUT_PAGE:
         return
     if not (run_dir / "run.json").is_file():
         return  # it failed before its first step, and the page would have nothing to show
     from launch.compare.comparison import compare
     from launch.compare.page import missing_packages
     from launch.compare.settings import ComparisonRow
-    from launch.compare.workspace import renew_workspace
+    from launch.compare.workspace import rewrite_array_workspace
     from launch.config.prices import price_of
 
     try:
         comparison = compare([ComparisonRow((run_dir,))], price_of)
-        print(f"report:     {write(run_dir, comparison)}", flush=True)
-        missing = missing_packages(f"{REPORT} with plots")
-        if missing is not None:
-            print(f"            {missing}", flush=True)
-        renew_workspace(run_dir)
+        print(f"report:     {write_run_report(run_dir, comparison)}", flush=True)
+        no_plots_reason = missing_packages(f"{REPORT_FILE} with plots")
+        if no_plots_reason is not None:
+            print(f"            {no_plots_reason}", flush=True)
+        rewrite_array_workspace(run_dir)
     except ShardtuneError as error:
-        print(f"no {REPORT}: {error}", file=sys.stderr, flush=True)
+        print(f"no {REPORT_FILE}: {error}", file=sys.stderr, flush=True)
     except Exception as error:  # noqa: BLE001 - the run is what was asked for: it does not fail for its page
-        print(f"no {REPORT}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"no {REPORT_FILE}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -59,43 +59,47 @@ def setting_keys(arguments: Sequence[str]) -> tuple[str, ...]:
     return tuple(argument.partition("=")[0] for argument in arguments)
 
 
-def write_comparison_file(to: Path, rows: list[ComparisonRow], arguments: list[str]) -> None:
-    """Write `comparison.json` into `to`: the arguments of the command, and a row for each point.
+def write_comparison_file(comparison_dir: Path, rows: list[ComparisonRow], arguments: list[str]) -> None:
+    """Write `comparison.json` into `comparison_dir`: the arguments of the command, and a row for each point.
 
-    Errors: StorageError.
+    Raises StorageError if it cannot be written.
     """
-    points = []
+    point_records = []
     for row in rows:
         # Relative, so that a comparison can be moved or mounted elsewhere.
-        directories = [str(path.relative_to(to)) for path in row.directories]
-        point = {**asdict(row), "directories": directories}
-        del point["command_keys"]  # they follow from `words`
-        points.append(point)
-    record = {VERSION_KEY: FILE_VERSION, "words": arguments, "points": points}
-    write_text_atomic(to / COMPARISON_FILE, json.dumps(record, indent=1) + "\n")
+        relative_dirs = [str(path.relative_to(comparison_dir)) for path in row.directories]
+        point_record = {**asdict(row), "directories": relative_dirs}
+        del point_record["command_keys"]  # they follow from `words`
+        point_records.append(point_record)
+    record = {VERSION_KEY: FILE_VERSION, "words": arguments, "points": point_records}
+    write_text_atomic(comparison_dir / COMPARISON_FILE, json.dumps(record, indent=1) + "\n")
 
 
-def read_comparison_file(to: Path) -> list[ComparisonRow]:
-    """The rows of the comparison that was run in `to`; empty if `to` has no `comparison.json`.
+def read_comparison_file(comparison_dir: Path) -> list[ComparisonRow]:
+    """The rows of the comparison that was run in `comparison_dir`; empty if there is no `comparison.json`.
 
-    Raises ConfigError where the file is damaged.
+    Raises ConfigError if the file is damaged, or a later version of shardtune wrote it.
     """
-    path = to / COMPARISON_FILE
+    path = comparison_dir / COMPARISON_FILE
     if not path.is_file():
         return []
     try:
         record = json.loads(atomic_io.read_bytes(path, max_bytes=MAX_FILE_BYTES))
-        version_of(record)  # refuses the file of a later version
+        version_of(record)  # raises for the file of a later version
         command_keys = setting_keys(record.get("words") or [])
-        return [replace(_row_from_json(point, to), command_keys=command_keys) for point in record["points"]]
+        return [
+            replace(_row_from_record(point_record, comparison_dir), command_keys=command_keys)
+            for point_record in record["points"]
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error}); name the run directories below {to} instead, or repeat the command that made it"
+            f"{path}: cannot be read ({error}); name the run directories below {comparison_dir} instead, or repeat the command "
+            "that made it"
         ) from error
 
 
-def _row_from_json(point: dict[str, Any], to: Path) -> ComparisonRow:
-    """A row from its JSON values; the directories in the file are relative to `to`."""
-    directories = tuple(to / name for name in point["directories"])
-    refused = tuple(point["refused"])
-    return ComparisonRow(**{**point, "directories": directories, "refused": refused})
+def _row_from_record(point_record: dict[str, Any], comparison_dir: Path) -> ComparisonRow:
+    """The row of a point from its record in `comparison.json`, whose directories are relative to `comparison_dir`."""
+    run_dirs = tuple(comparison_dir / name for name in point_record["directories"])
+    refusals = tuple(point_record["refused"])
+    return ComparisonRow(**{**point_record, "directories": run_dirs, "refused": refusals})

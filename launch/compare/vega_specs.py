@@ -29,7 +29,7 @@ DASHES = [[1, 0], [6, 3], [2, 2], [10, 3, 2, 3], [12, 5], [4, 1, 1, 1, 1, 1]]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 NAME_PIXELS = 280
 """Widest name in a legend. Vega cuts at 160 by default, and two points may differ in the end of their names alone."""
-OVER = {"step": "steps", "tokens": "tokens", "seconds": "seconds of steps"}
+X_AXIS_CHOICES = {"step": "steps", "tokens": "tokens", "seconds": "seconds of steps"}
 """What the reader can choose for the axis below curves, and what it is then called."""
 
 
@@ -48,7 +48,7 @@ class PagePlot:
     spec: Spec
 
 
-def csv_data(columns: Sequence[str], rows: Iterable[Sequence[Any]], text_columns: Sequence[str] = ()) -> Spec:
+def csv_plot_data(columns: Sequence[str], rows: Iterable[Sequence[Any]], text_columns: Sequence[str] = ()) -> Spec:
     """Data of a plot as CSV, which takes a third of the room of JSON. Numbers have 6 digits; None is an empty cell."""
     lines = [",".join(columns)]
     for row in rows:
@@ -67,7 +67,7 @@ def _csv_cell(value: Any) -> str:
     return json.dumps(str(value).replace('"', "'").replace("\n", " "), ensure_ascii=False)
 
 
-def name_lookup(comparison: Comparison, points: Sequence[ComparedPoint]) -> Spec:
+def point_lookup_transform(comparison: Comparison, points: Sequence[ComparedPoint]) -> Spec:
     """Vega-Lite transform that gives each data row the name of its point, and the point's value on each axis.
 
     Data rows have only the number of their point in `points`, as `p`, so that the page stays small.
@@ -146,7 +146,7 @@ def _are_numbers(values: Sequence[str]) -> bool:
         return False
 
 
-def legend_selection(comparison: Comparison) -> list[Spec]:
+def legend_selections(comparison: Comparison) -> list[Spec]:
     """Parameters by which a click on a legend entry shows the points of this value alone, one for each axis with a legend."""
     selections = []
     for number in range(min(len(visible_axes(comparison)), 3)):
@@ -156,24 +156,24 @@ def legend_selection(comparison: Comparison) -> list[Spec]:
     return selections
 
 
-def chosen_opacity(comparison: Comparison) -> Spec:
+def legend_opacity(comparison: Comparison) -> Spec:
     """The opacity that fades points which the reader has not chosen in a legend."""
-    tests = [{"param": selection["name"]} for selection in legend_selection(comparison)]
+    tests = [{"param": selection["name"]} for selection in legend_selections(comparison)]
     if not tests:
         return {"value": 1}
     return {"condition": {"test": {"and": tests}, "value": 1}, "value": 0.1}
 
 
-def over_menu() -> Spec:
+def x_axis_menu() -> Spec:
     """The menu for what the axis below curves shows."""
-    choices = list(OVER)
+    choices = list(X_AXIS_CHOICES)
     return {"name": "over", "value": choices[0], "bind": {"input": "select", "options": choices, "name": "over "}}
 
 
-def over_title() -> Spec:
+def x_axis_title() -> Spec:
     """Title below a plot that names what the reader chose: an axis title of Vega-Lite cannot change."""
-    names = " : ".join(f"over === '{choice}' ? '{name}'" for choice, name in list(OVER.items())[:-1])
-    expression = f"{names} : '{list(OVER.values())[-1]}'"
+    names = " : ".join(f"over === '{choice}' ? '{name}'" for choice, name in list(X_AXIS_CHOICES.items())[:-1])
+    expression = f"{names} : '{list(X_AXIS_CHOICES.values())[-1]}'"
     return {
         "text": {"expr": expression},
         "orient": "bottom",
@@ -184,7 +184,7 @@ def over_title() -> Spec:
     }
 
 
-def over_axis() -> Spec:
+def x_axis_encoding() -> Spec:
     """The x encoding of curves, whose `x` is calculated from the reader's choice."""
     return {
         "field": "x",
@@ -196,17 +196,17 @@ def over_axis() -> Spec:
     }
 
 
-def over_transform() -> Spec:
+def x_axis_transform() -> Spec:
     """Transform that calculates `x` from the reader's choice."""
     return {"calculate": "datum[over]", "as": "x"}
 
 
-def zoom() -> Spec:
+def zoom_selection() -> Spec:
     """Parameter by which the wheel zooms and dragging moves a plot."""
     return {"name": "zoom", "select": "interval", "bind": "scales"}
 
 
-def position_tooltip() -> list[Spec]:
+def position_tooltip_fields() -> list[Spec]:
     """What the pointer shows of a point of a curve: name, step, tokens and seconds."""
     return [
         {"field": "point", "type": "nominal"},

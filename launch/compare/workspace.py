@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.compare.comparison import ComparedPoint, Comparison, compare
-from launch.compare.curves import step_settings
+from launch.compare.curves import loss_relevant_settings
 from launch.compare.repeats import REFUSED
 from launch.compare.run_files import RecordedRun, is_run_directory
 from launch.compare.settings import ComparisonRow
@@ -80,7 +80,7 @@ def write_workspace(comparison: Comparison, to: Path) -> str | None:
     return WORKSPACE
 
 
-def workspace_line(run_dirs: Sequence[Path], to: Path) -> str | None:
+def write_workspace_of_runs(run_dirs: Sequence[Path], to: Path) -> str | None:
     """Write `workspace.py` into `to`, the directory of a sweep or a search, for those of its runs that have begun.
 
     Returns a line that names the file, or says why there is none; None if no run has begun. An error is returned as a line, too:
@@ -98,7 +98,7 @@ def workspace_line(run_dirs: Sequence[Path], to: Path) -> str | None:
     return f"in W&B: {to / WORKSPACE} makes a view and a report of these runs there"
 
 
-def renew_workspace(run_dir: Path) -> None:
+def rewrite_array_workspace(run_dir: Path) -> None:
     """Write the `workspace.py` of a job array anew, when the job of `run_dir`, one of its points, has ended.
 
     The submission wrote the first one, before any point had an id in W&B or a result. Does nothing outside of SLURM, where the
@@ -108,7 +108,7 @@ def renew_workspace(run_dir: Path) -> None:
     if "SLURM_JOB_ID" not in os.environ or not (sweep_dir / WORKSPACE).is_file():
         return
     run_dirs = [path for path in sweep_dir.iterdir() if path.name.isdecimal() and is_run_directory(path)]
-    workspace_line(sorted(run_dirs, key=lambda path: int(path.name)), sweep_dir)
+    write_workspace_of_runs(sorted(run_dirs, key=lambda path: int(path.name)), sweep_dir)
 
 
 def why_no_workspace(comparison: Comparison) -> str | None:
@@ -185,7 +185,9 @@ def _questions(comparison: Comparison, axes: dict[str, tuple[Any, ...]]) -> list
             ("What does it need?", memory),
             ("What does it cost?", list(COSTS)),
         ]
-    jobs = [step_settings(point.first_repeat) for point in comparison.points]  # equal for points of one job and seed
+    jobs = [
+        loss_relevant_settings(point.first_repeat) for point in comparison.points
+    ]  # equal for points of one job and seed
     number_of_jobs = sum(job not in jobs[:index] for index, job in enumerate(jobs))
     questions = [("Which is fastest?", list(FASTEST)), ("What does each need?", memory)]
     if number_of_jobs > 1 and axes:
@@ -275,7 +277,7 @@ def _baseline(comparison: Comparison) -> str | None:
     """The id in W&B of the first run of the default baseline; None for a single point, or if the id is not known."""
     if len(comparison.points) == 1:
         return None
-    first = next(point.first_repeat for point in comparison.points if point.name == comparison.default_baseline)
+    first = next(point.first_repeat for point in comparison.points if point.name == comparison.default_baseline_name)
     return None if _wandb_mode(first) == "disabled" else _run_id(first)
 
 

@@ -49,7 +49,7 @@ class ComparisonResult:
         """One row for each run, with the columns of `compare.csv`: measurements, verdict, and settings that differ."""
         import pandas as pd
 
-        from launch.compare.answer import as_csv
+        from launch.compare.answer_records import as_csv
 
         return pd.read_csv(io.StringIO(as_csv(self.comparison))).set_index("name")
 
@@ -82,7 +82,7 @@ class ComparisonResult:
             losses = [(step, row["loss"]) for step, row in run.first_repeat.steps.items() if row["loss"] is not None]
             curves.append(Curve(run.name, smoothed(losses)))
         return fragment(
-            f"{len(self.comparison.points)} runs, compared with {self.comparison.default_baseline}",
+            f"{len(self.comparison.points)} runs, compared with {self.comparison.default_baseline_name}",
             lead=Callout(tone, heading, text) if conclusion.sentences else None,
             cards=recommendation_cards(conclusion),
             callouts=worst_first(point_callouts(self.comparison)),

@@ -8,7 +8,7 @@ from launch.compare.comparison import compare
 from launch.compare.run_files import RecordedRun
 from launch.compare.run_page.contents import cards
 from launch.compare.run_page.verdict import callouts, verdict_on
-from launch.compare.run_report import REPORT
+from launch.compare.run_report import REPORT_FILE
 from launch.compare.settings import ComparisonRow
 from launch.config.prices import price_of
 from launch.notebook.curve import Curve, Picture, picture, smoothed
@@ -26,7 +26,7 @@ def run_view(run_dir: Path) -> str:
     compared = comparison.points[0]
     run = compared.first_repeat
     verdict = verdict_on(run)
-    report = run_dir / REPORT
+    report = run_dir / REPORT_FILE
     return fragment(
         str(run_dir),
         cards=cards(compared),

@@ -105,9 +105,9 @@ def _run_one_by_one(composed_points: list[Composed], run_dirs: list[Path], label
 
 def _print_workspace(run_dirs: list[Path]) -> None:
     """Write the script that shows the points in W&B into their common directory, and print a line about it."""
-    from launch.compare.workspace import workspace_line
+    from launch.compare.workspace import write_workspace_of_runs
     from launch.output import fold
 
-    in_wandb = workspace_line(run_dirs, run_dirs[0].parent)
+    in_wandb = write_workspace_of_runs(run_dirs, run_dirs[0].parent)
     if in_wandb is not None:
         print("\n".join(fold(in_wandb, 0)))

@@ -197,7 +197,7 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
 
     The exit code is 0 if the search has a result. Raises ConfigError, StorageError.
     """
-    from launch.compare.workspace import workspace_line
+    from launch.compare.workspace import write_workspace_of_runs
     from launch.output import fold
     from launch.sweep.search_answer import search_table
 
@@ -212,7 +212,7 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
     if exit_code in STOP_EXIT_CODES:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
     trials = study.get_trials(deepcopy=False)
-    in_wandb = workspace_line([search_dir / str(trial.number) for trial in trials], search_dir)
+    in_wandb = write_workspace_of_runs([search_dir / str(trial.number) for trial in trials], search_dir)
     if in_wandb is not None:  # before the table: its last line is the one to copy
         print("\n".join(fold(in_wandb, 0)), file=sys.stderr, flush=True)
     print(search_table(study, search, search_dir), flush=True)

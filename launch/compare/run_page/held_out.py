@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from launch.compare.metric_meaning import DEFAULT_METRIC, direction_by_name, metric_direction
+from launch.compare.metric_meaning import DEFAULT_METRIC, greater_is_better_by_name, greater_is_better_in_run
 from launch.compare.run_files import RecordedRun
 from trainer.pages.numbers import number, percent
 from trainer.pages.pieces import Arrow, Tone
@@ -110,7 +110,9 @@ def metric_changes(run: RecordedRun) -> list[MetricChange]:
     changes = []
     for name in names:
         # Only of the monitored metric may the run have recorded which direction is better.
-        greater_is_better = metric_direction(run, name) if name == monitored else direction_by_name(name)
+        greater_is_better = (
+            greater_is_better_in_run(run, name) if name == monitored else greater_is_better_by_name(name)
+        )
         changes.append(MetricChange(name, run.evaluations[last_step][name], before.get(name), greater_is_better))
     return changes
 
@@ -156,7 +158,7 @@ def best_step(run: RecordedRun) -> BestStep | None:
     None if no evaluation has it, or nobody knows whether a larger value is better.
     """
     monitored = monitored_metric(run)
-    greater_is_better = metric_direction(run, monitored)
+    greater_is_better = greater_is_better_in_run(run, monitored)
     value_by_step: dict[int, float] = {}
     for step, metrics in run.evaluations.items():
         value = metrics.get(monitored)

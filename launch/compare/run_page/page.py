@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from launch.compare.comparison import Comparison
-from launch.compare.events import notable_steps, resolved_settings
+from launch.compare.events import notable_steps, resolved_setting_lines
 from launch.compare.profiles import OPERATORS, RANKS, read_profile
 from launch.compare.run_page import contents, figures
 from launch.compare.run_page.answers import answer_pairs
@@ -65,7 +65,7 @@ def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> 
         links=contents.links(run),
         notable=notable[-MAX_NOTABLE:],
         notable_left_out=max(len(notable) - MAX_NOTABLE, 0),
-        resolved=resolved_settings(comparison),
+        resolved=resolved_setting_lines(comparison),
         notes=comparison.notes,
         profile=profile_tables,
         vega_script=vega_script(),

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from launch.compare.curves import first_step_not_finite
+from launch.compare.curves import first_non_finite_loss_step
 from launch.compare.run_files import RecordedRun
 from launch.compare.run_page.held_out import (
     MetricChange,
@@ -70,7 +70,7 @@ def verdict_on(run: RecordedRun) -> RunVerdict:
         description = f"{bad_finding.says[:1].upper()}{bad_finding.says[1:]}"
         text = f"{description}. {steps_text}.{_remedies_text(bad_finding)}"
         return RunVerdict("bad", HEADINGS[bad_finding.name], text, _commands_after(run, bad_finding))
-    broken_step = first_step_not_finite(run)
+    broken_step = first_non_finite_loss_step(run)
     if broken_step is not None:
         heading = f"The loss is not a number from step {broken_step} on"
         return RunVerdict("bad", heading, f"{steps_text}.", (_retry_with_lower_rate(run),))

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.compare.answer import as_dict, as_html, as_markdown, as_text, tables
+from launch.compare.answer import as_html, as_markdown, as_text, text_tables
+from launch.compare.answer_records import as_dict
 from launch.compare.comparison import compare
-from launch.compare.metric_meaning import why_measured_differently
+from launch.compare.metric_meaning import keys_measured_differently
 from launch.compare.names import setting_argument
 from launch.compare.page_table import points_table
 from launch.compare.run_files import RecordedRun
@@ -121,7 +122,7 @@ def test_methods_are_ranked_by_the_held_out_loss_where_the_documents_show_it(tmp
     found = comparison.conclusion
     assert found.ranked is not None and found.ranked.metric.name == "eval/loss"
     assert table_best(rows, "eval/loss") == "smallest"
-    shown = {job.points[0].name: job in found.ranked.shown_worse for job in found.ranked.jobs}
+    shown = {job.points[0].name: job in found.ranked.significantly_worse for job in found.ranked.jobs}
     assert shown == {"full": False, "lora": False, "ia3": True} or shown == {"lora": False, "full": False, "ia3": True}
     best = found.ranked.best.points[0].name
     other = "full" if best == "lora" else "lora"
@@ -174,7 +175,7 @@ def test_seeds_say_how_far_a_job_differs_from_itself_and_strategies_do_not(tmp_p
         rows.append(point(tmp_path, f"full{seed}", settings=settings, scale=scale, batches=None))
     rows += [point(tmp_path, "lora", settings={"tuning.name": "lora", "run.seed": 0}, scale=1.1, batches=None)]
     ranked = compare(rows).conclusion.ranked
-    assert ranked is not None and len(ranked.jobs) == 2 and bool(ranked.shown_worse) == is_shown
+    assert ranked is not None and len(ranked.jobs) == 2 and bool(ranked.significantly_worse) == is_shown
     alone = [
         rows[0],
         point(
@@ -182,7 +183,7 @@ def test_seeds_say_how_far_a_job_differs_from_itself_and_strategies_do_not(tmp_p
         ),
     ]
     ranked = compare([*alone, rows[-1]]).conclusion.ranked
-    assert ranked is not None and not ranked.sources, "two strategies of one seed are no repeats"
+    assert ranked is not None and not ranked.evidence_sources, "two strategies of one seed are no repeats"
 
 
 def test_repeats_of_one_seed_are_no_evidence_of_quality_and_one_value(tmp_path):
@@ -195,8 +196,11 @@ def test_repeats_of_one_seed_are_no_evidence_of_quality_and_one_value(tmp_path):
     rows = [ComparisonRow(tuple(tmp_path / f"{name}-{n}" for n in range(2)), name) for name in ("full", "lora")]
     comparison = compare(rows)
     found = comparison.conclusion
-    assert found.ranked is not None and not found.ranked.shown_worse and not found.ranked.sources
-    assert [job.seeds for job in found.ranked.jobs] == [1, 1] and "No difference in eval/loss shown" in found.headline
+    assert found.ranked is not None and not found.ranked.significantly_worse and not found.ranked.evidence_sources
+    assert [job.num_seeds for job in found.ranked.jobs] == [
+        1,
+        1,
+    ] and "No difference in eval/loss shown" in found.headline
     assert "no difference shown from full (3.0000; one seed each: repeats of a seed say" in comparison.points[1].verdict
     assert table_best(rows, "eval/loss") == "" and found.to_learn_more
 
@@ -217,7 +221,7 @@ def test_verdict_and_answer_rest_on_all_seeds_of_a_job(tmp_path):
 
     near = compared(tmp_path / "near", 0.01)
     ranked = near.conclusion.ranked
-    assert ranked is not None and len(ranked.shown_worse) == 1 and ranked.differences[1] is not None
+    assert ranked is not None and len(ranked.significantly_worse) == 1 and ranked.differences[1] is not None
     margin = 2.776 * 0.01 * (2 / 3) ** 0.5
     assert ranked.differences[1].seed_interval == pytest.approx((0.1 - margin, 0.1 + margin), abs=1e-4)
     assert "The order by eval/loss rests on seeds." in near.conclusion.sentences
@@ -316,7 +320,7 @@ def test_mfu_of_different_peaks_is_left_out_of_every_table(tmp_path, peak, is_sh
     for name, tflops in (("ddp", 100.0), ("fsdp2", peak)):
         rows.append(point(tmp_path, name, settings={"strategy.name": name}, record={"reference_tflops": tflops}))
     comparison = compare(rows)
-    headings = [heading for heading, _ in tables(comparison)[0][1]]
+    headings = [column.heading for column in text_tables(comparison)[0].columns]
     page_headings = [column.heading for column in points_table(comparison).columns]
     assert ("MFU" in headings, "MFU" in page_headings) == (is_shown, is_shown)
     assert ("MFU is of different peaks" in as_text(comparison)) is not is_shown
@@ -329,7 +333,7 @@ def test_a_run_without_mfu_takes_it_from_no_other(tmp_path):
         record = {"reference_tflops": tflops, "device": device}
         rows.append(point(tmp_path, device, settings={"strategy.name": device}, record=record))
     comparison = compare(rows)
-    assert "MFU" in [heading for heading, _ in tables(comparison)[0][1]]
+    assert "MFU" in [column.heading for column in text_tables(comparison)[0].columns]
     assert "MFU" in [column.heading for column in points_table(comparison).columns]
     assert "different peaks" not in as_text(comparison)
 
@@ -445,4 +449,4 @@ def test_rewards_of_other_functions_are_no_ranking(more, reason):
         RecordedRun(Path("run"), settings, identity, RunRecord(), {}, {}, {}, {})
         for settings in (config, config | more)
     ]
-    assert why_measured_differently(*runs, "eval/reward") == reason
+    assert keys_measured_differently(*runs, "eval/reward") == ([reason] if reason else [])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.compare.curves import step_settings
+from launch.compare.curves import loss_relevant_settings
 
 CONFIG = {
     "strategy.name": "fsdp2",
@@ -29,4 +29,4 @@ CONFIG = {
 )
 def test_points_that_differ_in_how_they_compute_must_have_the_same_loss(key, value, computes_the_same):
     first, second = (SimpleNamespace(config=config) for config in (CONFIG, {**CONFIG, key: value}))
-    assert (step_settings(first) == step_settings(second)) == computes_the_same
+    assert (loss_relevant_settings(first) == loss_relevant_settings(second)) == computes_the_same

@@ -13,7 +13,7 @@ from launch.compare.answer import as_html
 from launch.compare.command import print_and_write_comparison
 from launch.compare.comparison import compare
 from launch.compare.settings import ComparisonRow, read_comparison_file, write_comparison_file
-from launch.compare.workspace import workspace_line, workspace_script
+from launch.compare.workspace import workspace_script, write_workspace_of_runs
 from launch.config.prices import price_of
 from strategies.errors import ConfigError
 from tests.launch.compare.test_conclusion import point
@@ -224,14 +224,14 @@ def trials(root, count: int) -> list:
 def test_search_in_wandb_is_grouped_by_its_choices_alone(tmp_path):
     """A number that each trial has for itself would make groups of one run."""
     run_dirs = [*trials(tmp_path / "search", 6), tmp_path / "search/not-begun"]
-    line = workspace_line(run_dirs, tmp_path / "search")
+    line = write_workspace_of_runs(run_dirs, tmp_path / "search")
     assert line == f"in W&B: {tmp_path / 'search/workspace.py'} makes a view and a report of these runs there"
     script = (tmp_path / "search/workspace.py").read_text()
     assert "COLUMNS = ['tuning', 'lr']" in script and "GROUP_BY = ['tuning']" in script
     assert "BASELINE = 'id0'" in script and "FINAL = 'final/eval/accuracy'" in script
     assert "'Which settings are best?'" in script and "['id0', 'id1', 'id2', 'id3', 'id4', 'id5']" in script
     assert "'Which learns best?'" in script and "'Is it the same loss?'" not in script
-    assert workspace_line([tmp_path / "search/not-begun"], tmp_path / "search") is None
+    assert write_workspace_of_runs([tmp_path / "search/not-begun"], tmp_path / "search") is None
 
 
 def test_single_run_in_wandb_has_questions_of_its_own(tmp_path, capsys):
@@ -278,9 +278,15 @@ def test_compare_page_sets_a_loss_beside_that_of_the_same_job(rows, tmp_path):
     ways += [("lora-ddp", "lora", "ddp", 1.01), ("lora-zero2", "lora", "zero2", 1.01 * (1 + 1e-7))]
     refused = ComparisonRow((), "lora-single", refused=("no",), config={"strategy.name": "single"})
     found = compare([refused, *(point(*way) for way in ways)])
-    assert found.default_baseline == "full-ddp"
+    assert found.default_baseline_name == "full-ddp"
     assert [run.baseline_name for run in found.points] == [None, None, "full-ddp", "full-ddp", "lora-ddp"]
-    assert [run.loss_difference and run.loss_difference.same for run in found.points] == [None, None, True, False, True]
+    assert [run.loss_difference and run.loss_difference.is_same_loss for run in found.points] == [
+        None,
+        None,
+        True,
+        False,
+        True,
+    ]
     assert found.points[4].verdict == (
         "lora-zero2: same loss as lora-ddp within 1e-7; 1.0 x its tokens/s, 1.0 x its memory"
     )

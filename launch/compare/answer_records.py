@@ -1,0 +1,163 @@
+"""Writes a comparison as JSON values and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict
+from typing import Any
+
+from launch.compare import repeats
+from launch.compare.comparison import ComparedPoint, Comparison
+from launch.compare.conclusion import Conclusion
+from launch.compare.quality import RankedJobs
+
+
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as JSON values, as in `compare.json`. Sizes are GiB, times seconds, speeds those of all ranks together."""
+    test_documents = {point.name: point.first_repeat.record.test for point in comparison.points}
+    return {
+        "first": comparison.default_baseline_name,
+        "answer": _answer_as_dict(comparison.conclusion),
+        "runs": [_run_as_dict(comparison, point_index) for point_index in range(len(comparison.points))],
+        "notes": list(comparison.notes),
+        "test_documents": test_documents,
+    }
+
+
+def _answer_as_dict(conclusion: Conclusion) -> dict[str, Any]:
+    """The answer as JSON values.
+
+    - `sentences`: the answer in words.
+    - `take`: which point to take for which goal.
+    - `quality`: see `_quality_as_dict`; null if the quality of the jobs was not compared.
+    """
+    recommendations = []
+    for choice in conclusion.recommendations:
+        recommendations.append(
+            {"for": choice.goal, "run": choice.point.name, "why": choice.why, "words": choice.arguments}
+        )
+    quality = None if conclusion.ranked is None else _quality_as_dict(conclusion.ranked)
+    return {"sentences": list(conclusion.sentences), "take": recommendations, "quality": quality}
+
+
+def _quality_as_dict(ranked: RankedJobs) -> dict[str, Any]:
+    """The jobs by a held-out metric, the best first, as JSON values. A job is all points that differ in seed and strategy alone.
+
+    `shown_worse` says whether a job is significantly worse than the best one. `interval` and `seed_interval` are the intervals of
+    the relative difference from the best job, over held-out documents and over seeds; null for the best job.
+    """
+    jobs = []
+    for job, difference in zip(ranked.jobs, ranked.differences, strict=True):
+        jobs.append(
+            {
+                "runs": [point.name for point in job.points],
+                "value": ranked.value(job),
+                "shown_worse": difference is not None and difference.is_significant,
+                "interval": None if difference is None else difference.document_interval,
+                "seed_interval": None if difference is None else difference.seed_interval,
+                "seeds": job.num_seeds,
+            }
+        )
+    return {"metric": ranked.metric.name, "greater_is_better": ranked.metric.greater_is_better, "jobs": jobs}
+
+
+def _run_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
+    """A point as JSON values; `differing` holds its values of the settings in which the points differ."""
+    point = comparison.points[point_index]
+    run_dirs = point.run_dirs
+    loss_difference = None
+    if point.loss_difference is not None:
+        loss_difference = point.loss_difference.as_json()
+    return {
+        "name": point.name,
+        "directory": run_dirs[0] if run_dirs else None,
+        "repeats": run_dirs,
+        "state": point.state,
+        "reason": point.reason,
+        "measured": asdict(point.measured) | asdict(point.summary),
+        "against": point.baseline_name,
+        "same_job": point.is_same_job,
+        "loss_difference": loss_difference,
+        "not_comparable": [str(difference) for difference in point.identity_differences],
+        "verdict": point.verdict,
+        "differing": {setting.key: setting.values[point_index] for setting in comparison.differences},
+    }
+
+
+def as_csv(comparison: Comparison) -> str:
+    """The comparison as CSV: a row for each point, with its measurements, then the settings in which the points differ."""
+    # All rows must have the same columns: those of every metric and collective that any point has.
+    metrics = comparison.held_out_metrics
+    collectives: dict[str, None] = {}  # a dict as an ordered set
+    for point in comparison.points:
+        collectives |= dict.fromkeys(point.measured.exchanged_bytes)
+    rows = []
+    for point_index in range(len(comparison.points)):
+        rows.append(_csv_row(comparison, point_index, metrics, list(collectives)))
+    csv_file = io.StringIO()
+    writer = csv.DictWriter(csv_file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return csv_file.getvalue()
+
+
+def _csv_row(comparison: Comparison, point_index: int, metrics: list[str], collectives: list[str]) -> dict[str, Any]:
+    """The cells of the point at `point_index`, by column of the CSV.
+
+    `metrics` and `collectives` are those that any point has, because every row must have the same columns. A point without one
+    has an empty cell.
+    """
+    point = comparison.points[point_index]
+    run_dirs = point.run_dirs
+    slowest, fastest = point.summary.spread or (None, None)
+    loss_difference = point.loss_difference.as_json() if point.loss_difference is not None else {}
+    row = {
+        "name": point.name,
+        "directory": run_dirs[0] if run_dirs else None,
+        "state": point.state,
+        "reason": point.reason,
+        "verdict": point.verdict,
+        **_measured_cells(point, collectives),
+        **_summary_cells(point),
+        "tokens_per_s_slowest": slowest,
+        "tokens_per_s_fastest": fastest,
+        "against": point.baseline_name,
+        "loss_difference_early": loss_difference.get("early"),
+        "loss_difference_early_step": loss_difference.get("early_step"),
+        "loss_difference_drift": loss_difference.get("drift"),
+        "loss_difference_drift_step": loss_difference.get("drift_step"),
+        "not_comparable": "; ".join(map(str, point.identity_differences)),
+    }
+    for metric in metrics:
+        row[f"before/{metric}"] = point.measured.before.get(metric)
+    for metric in metrics:
+        row[f"after/{metric}"] = point.measured.after.get(metric)
+    for setting in comparison.differences:
+        row[setting.key] = setting.values[point_index]
+    return row
+
+
+def _measured_cells(point: ComparedPoint, collectives: list[str]) -> dict[str, Any]:
+    """The measurements of a point by column of the CSV; each of the `collectives` has a column of its own."""
+    cells = asdict(point.measured)
+    # A cell of CSV holds one number, and these fields hold several. `_csv_row` writes `before` and `after`, metric by metric; the
+    # other two get their columns below.
+    for field_with_several_numbers in ("before", "after", "tokens_per_s_quartiles", "exchanged_bytes"):
+        del cells[field_with_several_numbers]
+    for collective in collectives:
+        cells[f"exchanged_{collective}_gib"] = point.measured.exchanged_bytes.get(collective, 0) / 2**30
+    low, high = point.measured.tokens_per_s_quartiles or (None, None)
+    return {**cells, "tokens_per_s_low": low, "tokens_per_s_high": high}
+
+
+def _summary_cells(point: ComparedPoint) -> dict[str, Any]:
+    """The figures over a point's repeats by column of the CSV; each part of a step has a column of its own."""
+    cells = asdict(point.summary)
+    # A cell of CSV holds one number, and these fields hold several. `_csv_row` writes the slowest and the fastest repeat; the
+    # parts of a step get their columns below.
+    for field_with_several_numbers in ("tokens_per_s_repeats", "memory_gib_repeats", "parts_s"):
+        del cells[field_with_several_numbers]
+    for part in (*repeats.STEP_PARTS, "rest"):
+        cells[f"{part}_s"] = point.summary.parts_s.get(part)
+    return cells
