@@ -322,7 +322,7 @@ def test_prepare_does_not_keep_a_file_that_changes_meanwhile_under_its_old_diges
     for made in (whole.open_or_make, lambda: part.make_shard(0, 1)):
         with pytest.raises(DataError, match=r"train\.jsonl: changed while it was prepared"):
             made()
-    assert cache.Shards.finished(part.directory) is None
+    assert cache.Shards.find_complete(part.directory) is None
     assert len(begun().open_or_make().train) == 6
     write_chat_data(tmp_path / "train.jsonl", 4)
     assert len(begun().open_or_make().train) == 4
@@ -330,14 +330,14 @@ def test_prepare_does_not_keep_a_file_that_changes_meanwhile_under_its_old_diges
 
 def test_prepare_shard_that_two_tasks_write_is_complete(tmp_path, monkeypatch):
     """A job that is requeued while its first start still lives."""
-    monkeypatch.setattr(cache, "save", lambda block, path: path.write_text(str(block.number)))
+    monkeypatch.setattr(cache, "save_block", lambda block, path: path.write_text(str(block.number)))
     shards, waits, others = cache.Shards(tmp_path / "entry", 1), threading.Event(), []
 
     def second():
-        with shards.writing(0, waits.set) as keep:
+        with shards.writing_shard(0, waits.set) as keep:
             others.append(keep)
 
-    with shards.writing(0, lambda: None) as keep:
+    with shards.writing_shard(0, lambda: None) as keep:
         keep(SimpleNamespace(number=0))
         other = threading.Thread(target=second)
         other.start()
@@ -345,7 +345,7 @@ def test_prepare_shard_that_two_tasks_write_is_complete(tmp_path, monkeypatch):
         keep(SimpleNamespace(number=1))
     other.join(seconds(30))
     assert others == [None]
-    assert len(list(shards.path(0).glob("*.npz"))) == 2 and cache.Shards.finished(tmp_path / "entry") is not None
+    assert len(list(shards.shard_path(0).glob("*.npz"))) == 2 and cache.Shards.find_complete(tmp_path / "entry") is not None
 
 
 def test_prepare_builder_that_dies_leaves_nothing_that_counts(tmp_path):

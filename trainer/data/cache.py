@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from strategies.atomic_io import publish, sync_directory, sync_file
 from strategies.errors import ConfigError, DataError, StorageError
@@ -40,11 +40,13 @@ MANIFEST_FILE = "manifest.json"
 ARRAY_SUFFIXES = (".bin", ".npy", ".npz", ".arrow")
 """Suffixes of what training reads of an entry."""
 
-SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256_REGEX = re.compile(r"[0-9a-f]{64}")
 BIG_FILE_BYTES = 64 << 20
 """Files from this size on have their digest remembered: reading them again takes longer than a look into the cache."""
 POLL_S = 0.05
 """Seconds between two looks whether a lock is free."""
+WARN_AFTER_S = 2
+"""Seconds of waiting after which the user is told that another process prepares the data."""
 
 log = logging.getLogger(__name__)
 
@@ -58,47 +60,64 @@ def file_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def file_state(path: Path) -> tuple[str | int, ...]:
-    """(path, size in bytes, inode, time of the last write, time of the last change) of a file. Raises DataError.
+class FileState(NamedTuple):
+    """By what a file is known to be unchanged: a file with the same state has the same bytes.
 
-    A file with the same state has the same bytes: the inode's change time moves with every write, and no program can set it back.
+    The inode's change time moves with every write, and no program can set it back.
     """
+
+    path: str
+    """With links resolved."""
+    size_bytes: int
+    inode: int
+    modified_ns: int
+    changed_ns: int
+
+
+def file_state(path: Path) -> FileState:
+    """The present state of a file. Raises DataError if the file cannot be read."""
     try:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    return str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+    return FileState(
+        path=str(path.resolve()),
+        size_bytes=status.st_size,
+        inode=status.st_ino,
+        modified_ns=status.st_mtime_ns,
+        changed_ns=status.st_ctime_ns,
+    )
 
 
 def cached_digest(path: Path, cache_dir: Path, big_bytes: int = BIG_FILE_BYTES) -> str:
-    """SHA-256 of a file. Writes that of a file of at least `big_bytes` into `cache_dir`, to be found again by the file's state.
+    """SHA-256 of a file, in hexadecimal. A file smaller than `big_bytes` is hashed each time.
 
-    The state is its path, size, inode and times. Raises DataError.
+    For a larger file, the digest is read from `cache_dir` if the file has the same state as before; else the file is hashed, and
+    the digest is written there. Raises DataError if the file cannot be read.
     """
     state = file_state(path)
-    _, size_bytes, *_ = state
-    if int(size_bytes) < big_bytes:
+    if state.size_bytes < big_bytes:
         return file_digest(path)
-    entry = cache_dir / "digests" / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:40]
+    digest_file = cache_dir / "digests" / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:40]
     with suppress(OSError):
-        remembered = entry.read_text(errors="replace", encoding="utf-8")
-        if SHA256.fullmatch(remembered):  # a power cut may have emptied the entry
-            return remembered
+        earlier_digest = digest_file.read_text(errors="replace", encoding="utf-8")
+        if SHA256_REGEX.fullmatch(earlier_digest):  # a power cut may have emptied the file
+            return earlier_digest
     digest = file_digest(path)
     with suppress(OSError):  # a cache that cannot be written only costs time
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary = entry.with_suffix(f".{os.getpid()}")
-        temporary.write_text(digest, encoding="utf-8")
-        temporary.replace(entry)
+        digest_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary_file = digest_file.with_suffix(f".{os.getpid()}")
+        temporary_file.write_text(digest, encoding="utf-8")
+        temporary_file.replace(digest_file)
     return digest
 
 
 @dataclass(slots=True)
 class Digests:
-    """SHA-256 of files, computed once each. `check` tells whether a file has changed since."""
+    """SHA-256 of files, computed once each. `refuse_changed_files` raises an error if a file has changed since."""
 
     cache_dir: Path
-    state_and_digest: dict[Path, tuple[tuple[str | int, ...], str]] = field(default_factory=dict)
+    state_and_digest: dict[Path, tuple[FileState, str]] = field(default_factory=dict)
     """The `file_state` of each file when it was first asked for, and its digest."""
 
     def __call__(self, path: Path) -> str:
@@ -108,8 +127,11 @@ class Digests:
         _, digest = self.state_and_digest[path]
         return digest
 
-    def check(self) -> None:
-        """Raise DataError if a file has changed: prepared rows would stand under the fingerprint of others."""
+    def refuse_changed_files(self) -> None:
+        """Raise DataError if a file has changed since it was hashed.
+
+        Otherwise prepared rows would be found under the fingerprint of other rows.
+        """
         for path, (state, digest) in self.state_and_digest.items():
             if file_state(path) != state and cached_digest(path, self.cache_dir) != digest:
                 raise DataError(
@@ -117,10 +139,14 @@ class Digests:
                 )
 
 
-def data_fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> str:
-    """Names an entry of the cache: SHA-256 over the inputs' bytes (not names), the tokenizer with its template, the options."""
+def data_fingerprint(input_identities: Any, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> str:
+    """The name of an entry of the cache: SHA-256 over what decides the bytes of prepared data, in hexadecimal.
+
+    `input_identities`: what identifies the bytes of the inputs, as JSON values; their names are not in it. `options`: settings
+    that change prepared bytes. The tokenizer counts with its vocabulary, special tokens and chat template.
+    """
     identity = {
-        "inputs": inputs,
+        "inputs": input_identities,
         # The content of the tokenizer, not its name: the same files in another directory are the same tokenizer.
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -130,50 +156,57 @@ def data_fingerprint(inputs: Any, tokenizer: PreTrainedTokenizerFast, options: d
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def fingerprint_with_date(data_fingerprint: str, date: TemplateDate | None) -> str:
-    """The fingerprint with the template's date in it; unchanged without a date, and for data from before dates were in it."""
-    if date is None or not date.in_fingerprint:
-        return data_fingerprint
-    return hashlib.sha256(f"{data_fingerprint}/{date.day.isoformat()}".encode()).hexdigest()
+def fingerprint_with_date(undated_fingerprint: str, date: TemplateDate | None) -> str:
+    """The fingerprint of prepared data in which the chat template writes `date`.
 
-
-def load_or_record_first_date(cache_dir: Path, data_fingerprint: str) -> TemplateDate:
-    """The date on which data of this fingerprint (without a date) was first prepared into the cache; today if it never was.
-
-    Writes today's date into the cache then, so that everybody who prepares the same data from now on has the same date. Errors:
-    StorageError.
+    It is `undated_fingerprint` itself if there is no date, or if the data is of an earlier version, whose fingerprints had none.
     """
-    name = data_fingerprint[:32]
-    for earlier_entry in (cache_dir / name / MANIFEST_FILE, Shards(cache_dir / name, 0).home):
-        # Data of an earlier version, or shards of it, has no date in its fingerprint. It is used with the day it was made.
+    if date is None or not date.in_fingerprint:
+        return undated_fingerprint
+    return hashlib.sha256(f"{undated_fingerprint}/{date.day.isoformat()}".encode()).hexdigest()
+
+
+def load_or_record_first_date(cache_dir: Path, undated_fingerprint: str) -> TemplateDate:
+    """The date on which this data was first prepared into the cache.
+
+    - Data of an earlier version is in the cache, or shards of it: the day on which these were written.
+    - The cache has recorded a date: that date.
+    - Neither: today. Writes today's date into the cache, so that everybody who prepares the data later uses the same date.
+
+    Raises StorageError if the cache cannot be read or written.
+    """
+    entry_name = undated_fingerprint[:32]
+    for earlier_entry in (cache_dir / entry_name / MANIFEST_FILE, shards_directory(cache_dir / entry_name)):
         with suppress(OSError):
-            made_at = earlier_entry.stat().st_mtime
-            return TemplateDate(date.fromtimestamp(made_at), in_fingerprint=False)
-    path = cache_dir / "dates" / name
+            written_at = earlier_entry.stat().st_mtime
+            # Earlier versions had no date in the fingerprint, so that this data is found without one.
+            return TemplateDate(date.fromtimestamp(written_at), in_fingerprint=False)
+    date_file = cache_dir / "dates" / entry_name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            # Of several processes that come at once, one writes the date, and all read it.
-            claim(path, date.today().isoformat().encode(), uuid.uuid4().hex)
-        return TemplateDate(date.fromisoformat(read(path).decode()))
+        date_file.parent.mkdir(parents=True, exist_ok=True)
+        if not date_file.exists():
+            # If several processes come at once, one of them writes the date, and all read it.
+            claim(date_file, date.today().isoformat().encode(), uuid.uuid4().hex)
+        return TemplateDate(date.fromisoformat(read(date_file).decode()))
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}; {remedy(error)}set data.cache_dir") from error
+        raise StorageError(f"{date_file}: {error.strerror or error}; {remedy(error)}set data.cache_dir") from error
     except ValueError as error:
-        raise StorageError(f"{path}: holds no date ({error}); delete it") from error
+        raise StorageError(f"{date_file}: holds no date ({error}); delete it") from error
 
 
 def build_once(
     directory: Path,
     build: Callable[[Path], None],
     *,
-    stop: Callable[[], None] = lambda: None,
+    raise_if_stopped: Callable[[], None] = lambda: None,
     head_start_s: float | None = None,
 ) -> bool:
-    """Make `directory` by `build(temporary directory)` unless it is there; True if this process made it.
+    """Create `directory` by calling `build(temporary directory)`, unless it is complete already. True if this process built it.
 
-    One process builds, others wait for it. The result appears under its name by one rename; whatever a dead or failed
-    builder left is removed. `stop` is called while waiting, and may raise. A process that comes within `head_start_s` seconds (by
-    default, those that rank 0 may take) goes first. Raises StorageError if the cache cannot be written or locked.
+    One process builds, the others wait for it. The result appears under its name by one rename. What a dead or failed builder
+    left is removed. `raise_if_stopped` is called while waiting. `head_start_s`: for how many seconds this process stands back, so
+    that another one may build; by default 0 on rank 0, and more on other ranks. Raises StorageError if the cache cannot be
+    written or locked.
     """
     if (directory / MANIFEST_FILE).exists():
         return False
@@ -181,11 +214,12 @@ def build_once(
         head_start_s = _head_start_of_rank_0_s()
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(directory.parent / f".{directory.name}.lock", directory, stop, head_start_s):
-            if (directory / MANIFEST_FILE).exists():  # the process that had the lock made it
+        lock_file = directory.parent / f".{directory.name}.lock"
+        with _exclusive_lock(lock_file, directory, raise_if_stopped, head_start_s):
+            if (directory / MANIFEST_FILE).exists():  # the process that had the lock built it
                 return False
-            with _publish_when_filled(directory) as temporary:
-                build(temporary)
+            with _publish_when_filled(directory) as temporary_directory:
+                build(temporary_directory)
     except OSError as error:
         raise StorageError(
             f"data.cache_dir={directory.parent}: {error.strerror or error}; {remedy(error)}choose another directory"
@@ -195,29 +229,32 @@ def build_once(
 
 @contextmanager
 def _publish_when_filled(directory: Path) -> Iterator[Path]:
-    """A directory to fill. It is renamed to `directory` when the body ends, and removed if the body raises.
+    """Yields a temporary directory, to be filled by the body of the `with` statement.
 
-    All of it is on the disk before it has its name.
+    When the body ends, the temporary directory is written to the disk and then renamed to `directory`. If the body raises, it is
+    removed.
     """
-    temporary = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary_directory = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(temporary_directory, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(directory, ignore_errors=True)  # an entry without its manifest is not one
-        for path in temporary.rglob("*"):
+        temporary_directory.mkdir(parents=True)
+        yield temporary_directory
+        shutil.rmtree(directory, ignore_errors=True)  # what is there has no manifest, so it is an unfinished entry
+        for path in temporary_directory.rglob("*"):
             sync_directory(path) if path.is_dir() else sync_file(path)
         # The rename is the last step, so nobody ever sees half an entry.
-        publish(temporary, directory)
+        publish(temporary_directory, directory)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary_directory, ignore_errors=True)
         raise
 
 
 def _head_start_of_rank_0_s() -> float:
-    """Seconds for which this process lets rank 0, whose lines a user sees, go first.
+    """Seconds for which this process stands back, so that rank 0 prepares the data, since a user sees the lines of rank 0.
 
-    The first process of another host waits only briefly: if the host has a cache of its own, rank 0 does not come.
+    - rank 0: none;
+    - the first process of another host: 2, because rank 0 never comes if that host has a cache of its own;
+    - any other process: 30.
     """
     if os.environ.get("RANK", "0") == "0":
         return 0
@@ -225,9 +262,10 @@ def _head_start_of_rank_0_s() -> float:
 
 
 def file_hashes(directory: Path) -> dict[str, dict[str, str]]:
-    """{"sampled", "sha256"} of every file that training reads, by its path in `directory`. Errors: OSError.
+    """Two hashes of every file that training reads, by its path in `directory`. Raises OSError.
 
-    "sampled" is a hash of some blocks of the file, "sha256" one of all its bytes.
+    Example: {"tokens.bin": {"sampled": ..., "sha256": ...}}. "sampled" is a hash of some blocks of the file, "sha256" one of all
+    its bytes.
     """
     hashes = {}
     array_files = [path for path in directory.rglob("*") if path.suffix in ARRAY_SUFFIXES]
@@ -237,10 +275,13 @@ def file_hashes(directory: Path) -> dict[str, dict[str, str]]:
     return hashes
 
 
-def verify_hashes(directory: Path, hashes: dict[str, dict[str, str]], verify: Verify) -> None:
-    """Raise DataError for the first file in `directory` that differs from its hashes, which `file_hashes` made."""
+def verify_hashes(directory: Path, expected_hashes: dict[str, dict[str, str]], verify: Verify) -> None:
+    """Raise DataError for the first file in `directory` that differs from `expected_hashes`, which `file_hashes` returned.
+
+    The sampled hash of each file is compared; with `Verify.all`, that of all its bytes too.
+    """
     remedy = f"look after the disk, delete {directory} and start again: it is prepared anew"
-    for name, expected in hashes.items():
+    for name, expected in expected_hashes.items():
         path = directory / name
         try:
             is_same = sampled_digest(path) == expected["sampled"]
@@ -253,39 +294,45 @@ def verify_hashes(directory: Path, hashes: dict[str, dict[str, str]], verify: Ve
 
 
 @contextmanager
-def _lock(path: Path, directory: Path, stop: Callable[[], None], head_start_s: float) -> Iterator[None]:
-    """An exclusive lock between processes, on the file `path`; the kernel releases it when its holder dies.
+def _exclusive_lock(
+    lock_file: Path, entry: Path, raise_if_stopped: Callable[[], None], head_start_s: float
+) -> Iterator[None]:
+    """Holds an exclusive lock between processes while the body runs. The kernel releases the lock if its holder dies.
 
-    For `head_start_s` seconds this process does not ask for it, so that another one may take it first. It stops waiting if the
-    entry `directory` is done. `stop` is called while waiting, and may raise.
+    Before it asks for the lock, this process stands back for up to `head_start_s` seconds, see `_stand_back`. `entry`: the
+    directory that the holder of the lock builds. `raise_if_stopped` is called while waiting.
     """
-    with path.open("a+", encoding="utf-8") as file:  # NFS gives no shared lock of what is open for writing alone
-        # The head start: stand back until another process has the lock, or has made the entry.
-        started_at = time.monotonic()
-        while time.monotonic() - started_at < head_start_s:
-            if (directory / MANIFEST_FILE).exists() or _is_locked(file):
-                break
-            stop()
-            time.sleep(POLL_S)
-
-        # Ask for the lock until this process has it; closing the file gives it back.
+    started_at = time.monotonic()
+    with lock_file.open("a+", encoding="utf-8") as file:  # NFS gives no shared lock of what is open for writing alone
+        _stand_back(file, entry, raise_if_stopped, head_start_s)
         has_warned = False
         while True:
             with suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            if not has_warned and time.monotonic() - started_at > 2:
-                log.warning("waiting for another process that prepares the data in %s", directory)
+            if not has_warned and time.monotonic() - started_at > WARN_AFTER_S:
+                log.warning("waiting for another process that prepares the data in %s", entry)
                 has_warned = True
-            stop()
+            raise_if_stopped()
             time.sleep(POLL_S)
-        yield
+        yield  # closing the file releases the lock
+
+
+def _stand_back(file: IO[str], entry: Path, raise_if_stopped: Callable[[], None], head_start_s: float) -> None:
+    """Wait up to `head_start_s` seconds, until another process has locked `file` or has completed the directory `entry`."""
+    started_at = time.monotonic()
+    while time.monotonic() - started_at < head_start_s:
+        if (entry / MANIFEST_FILE).exists() or _is_locked(file):
+            return
+        raise_if_stopped()
+        time.sleep(POLL_S)
 
 
 def _is_locked(file: IO[str]) -> bool:
-    """Whether another process has the lock of a file.
+    """Whether another process holds an exclusive lock of a file.
 
-    To find out, this process takes a shared lock for a moment. One that asks for the lock just then has to ask again.
+    To find out, this process takes a shared lock for a moment. Another process that asks for the exclusive lock in that moment
+    is refused, and has to ask again.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -295,72 +342,85 @@ def _is_locked(file: IO[str]) -> bool:
     return False
 
 
+def shards_directory(entry: Path) -> Path:
+    """The directory of the shards of a cache entry, beside the entry: cache/abc -> cache/.abc.shards."""
+    return entry.parent / f".{entry.name}.shards"
+
+
 class Shards:
-    """The `count` shards of one cache entry, in a directory beside the entry."""
+    """The shards of one cache entry, `num_shards` of them, in a directory beside the entry."""
 
-    def __init__(self, directory: Path, count: int) -> None:
-        self.home = directory.parent / f".{directory.name}.shards"
-        self.count = count
+    def __init__(self, entry: Path, num_shards: int) -> None:
+        self.directory = shards_directory(entry)
+        self.num_shards = num_shards
 
-    def path(self, number: int) -> Path:
-        """Directory of a finished shard."""
-        return self.home / f"{number}-of-{self.count}"
+    def shard_path(self, number: int) -> Path:
+        """The directory of shard `number`, such as `0-of-4`. It exists once the shard is complete."""
+        return self.directory / f"{number}-of-{self.num_shards}"
 
     @contextmanager
-    def writing(self, number: int, stop: Callable[[], None]) -> Iterator[Callable[[Block], None] | None]:
-        """Gives a function that keeps a block in shard `number`; None if the shard is there already.
+    def writing_shard(
+        self, number: int, raise_if_stopped: Callable[[], None]
+    ) -> Iterator[Callable[[Block], None] | None]:
+        """Yields a function that writes a block into shard `number`; None if the shard is complete already.
 
-        The shard appears under its name when the body ends. One process writes a shard, others wait for it and call `stop`, which
-        may raise. Errors: StorageError.
+        The shard appears under its name when the body ends. One process writes a shard; others wait for it, and call
+        `raise_if_stopped` meanwhile. Raises StorageError if the shard cannot be written.
         """
-        path = self.path(number)
+        shard_path = self.shard_path(number)
         try:
-            self.home.mkdir(parents=True, exist_ok=True)
-            with _lock(self.home / f".{path.name}.lock", path, stop, head_start_s=0):
-                if path.exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock_file = self.directory / f".{shard_path.name}.lock"
+            with _exclusive_lock(lock_file, shard_path, raise_if_stopped, head_start_s=0):
+                if shard_path.exists():
                     yield None
                     return
-                with _publish_when_filled(path) as temporary:
-                    yield lambda block: save_block(block, temporary / f"{block.number:09d}.npz")
+                with _publish_when_filled(shard_path) as temporary_directory:
+                    yield lambda block: save_block(block, temporary_directory / f"{block.number:09d}.npz")
         except OSError as error:
             raise StorageError(
-                f"{self.home}: cannot write the shard: {error.strerror or error}; free space or set data.cache_dir"
+                f"{self.directory}: cannot write the shard: {error.strerror or error}; free space or set data.cache_dir"
             ) from error
 
     @classmethod
-    def finished(cls, directory: Path) -> Shards | None:
-        """The shards of an entry; None if there are none. Raises DataError if only some of them are there."""
-        home = directory.parent / f".{directory.name}.shards"
-        # Finished shards are directories such as 0-of-4; an array of jobs may have been run with several counts.
-        counts = sorted({int(path.name.split("-of-")[1]) for path in home.glob("[0-9]*-of-*")})
-        if not counts:
+    def find_complete(cls, entry: Path) -> Shards | None:
+        """The shards of a cache entry; None if it has none. Raises DataError if there are some, but no complete set of them."""
+        directory = shards_directory(entry)
+        # An array of jobs may have been run several times, with different numbers of shards.
+        found_counts = sorted({int(path.name.split("-of-")[1]) for path in directory.glob("[0-9]*-of-*")})
+        if not found_counts:
             return None
-        for count in counts:
-            shards = cls(directory, count)
-            missing = [number for number in range(count) if not shards.path(number).exists()]
-            if not missing:
+        for num_shards in found_counts:
+            shards = cls(entry, num_shards)
+            if not shards.missing_numbers():
                 return shards
+        largest_count = found_counts[-1]
+        missing = ", ".join(map(str, cls(entry, largest_count).missing_numbers()))
         raise DataError(
-            f"{home}: shards {', '.join(map(str, missing))} of {counts[-1]} are missing; run them with "
-            f"`shardtune prepare --shard i/{counts[-1]}` (i from 0), or delete the directory to prepare in one go"
+            f"{directory}: shards {missing} of {largest_count} are missing; run them with "
+            f"`shardtune prepare --shard i/{largest_count}` (i from 0), or delete the directory to prepare in one go"
         )
 
-    def blocks(self) -> Generator[Block]:
-        """All blocks in input order."""
-        files: list[Path] = []
-        for number in range(self.count):
-            files += self.path(number).glob("*.npz")
-        # Named by their numbers, which are those of the whole input.
-        for path in sorted(files, key=lambda path: path.name):
+    def missing_numbers(self) -> list[int]:
+        """The numbers of the shards that are not complete."""
+        return [number for number in range(self.num_shards) if not self.shard_path(number).exists()]
+
+    def load_blocks(self) -> Generator[Block]:
+        """The blocks of all shards, in the order of the input."""
+        block_files: list[Path] = []
+        for number in range(self.num_shards):
+            block_files += self.shard_path(number).glob("*.npz")
+        # A file is named by the number of its block in the whole input.
+        for path in sorted(block_files, key=lambda path: path.name):
             yield load_block(path)
 
     def remove(self) -> None:
         """Delete the shards, which were merged."""
-        shutil.rmtree(self.home, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """(i, n) of `--shard i/n`. Raises ConfigError."""
+    """(number of the shard, number of all shards) from the value of `--shard`: "0/8" -> (0, 8). Raises ConfigError."""
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ConfigError(f"--shard {text}: must be i/n with i from 0 to n-1, as in --shard 0/8")

@@ -212,8 +212,9 @@ class Preparation:
             self._refuse_rendered_rows()
         self.progress.phase = "waiting for another process that prepares the same data"
         # Jobs of an array may have done the first pass already.
-        shards = None if (self.directory / MANIFEST_FILE).exists() else Shards.finished(self.directory)
-        was_made = build_once(self.directory, partial(self.run, shards=shards), stop=self.check_stop)
+        is_prepared = (self.directory / MANIFEST_FILE).exists()
+        shards = None if is_prepared else Shards.find_complete(self.directory)
+        was_made = build_once(self.directory, partial(self.run, shards=shards), raise_if_stopped=self.check_stop)
 
         # Open it. Data that this process has just written need not be compared with its own hashes.
         self.progress.phase = "comparing the prepared data with its hashes"
@@ -240,14 +241,17 @@ class Preparation:
             return
         self._refuse_rendered_rows()
         readers = self._readers()
-        with self.progress.printing(), Shards(self.directory, count).writing(number, self.check_stop) as keep_block:
+        with (
+            self.progress.printing(),
+            Shards(self.directory, count).writing_shard(number, self.check_stop) as keep_block,
+        ):
             if keep_block is None:
                 return
             with closing(self._blocks(readers, number, count)) as blocks:
                 for block in blocks:
                     self.check_stop()
                     keep_block(block)
-            self.digests.check()
+            self.digests.refuse_changed_files()
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -282,7 +286,7 @@ class Preparation:
         with closing(assembly):
             # The first pass: blocks of documents that were read, checked, cleaned and tokenised.
             readers = self._readers()
-            with closing(self._blocks(readers) if shards is None else shards.blocks()) as blocks:
+            with closing(self._blocks(readers) if shards is None else shards.load_blocks()) as blocks:
                 for block in blocks:
                     self.check_stop()
                     assembly.append(block)
@@ -319,7 +323,7 @@ class Preparation:
             "report": report,
             "hashes": file_hashes(target),
         }
-        self.digests.check()
+        self.digests.refuse_changed_files()
         # Written last: an entry without this file is unfinished.
         (target / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if shards is not None:
