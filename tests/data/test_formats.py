@@ -11,7 +11,8 @@ from strategies.errors import ConfigError, DataError
 from tests.helpers.covering import examples
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, Rejected, Row
-from trainer.data.formats import FORMAT_NEEDS, FORMAT_SPELLINGS, RowReader, recognise_format
+from trainer.data.format_recognition import FORMAT_NEEDS, FORMAT_SPELLINGS, recognise_format
+from trainer.data.formats import RowReader
 from trainer.data.selection.signatures import content_json
 
 F = DataFormat

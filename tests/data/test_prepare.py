@@ -345,7 +345,10 @@ def test_prepare_shard_that_two_tasks_write_is_complete(tmp_path, monkeypatch):
         keep(SimpleNamespace(number=1))
     other.join(seconds(30))
     assert others == [None]
-    assert len(list(shards.shard_path(0).glob("*.npz"))) == 2 and cache.Shards.find_complete(tmp_path / "entry") is not None
+    assert (
+        len(list(shards.shard_path(0).glob("*.npz"))) == 2
+        and cache.Shards.find_complete(tmp_path / "entry") is not None
+    )
 
 
 def test_prepare_builder_that_dies_leaves_nothing_that_counts(tmp_path):

@@ -31,7 +31,7 @@ content; the result of a tool may have "name" and "tool_call_id".
 
 EXCERPT_CHARACTERS = 200
 """Length of an excerpt in characters."""
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+_UNPRINTABLE_REGEX = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
 THINK_BLOCK_REGEX = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
@@ -99,64 +99,69 @@ class Document:
         return texts
 
     def map_texts(self, change: Callable[[str], str]) -> None:
-        """Replace every text of `texts` by `change(text)`, in place."""
+        """Replace every text of `texts` by `change(text)`, in place. Names and keys of tool calls stay as they are."""
         for message in self.turns():
-            for name in ("reasoning_content", "content"):
-                if message.get(name):
-                    message[name] = change(message[name])
+            for key in ("reasoning_content", "content"):
+                if message.get(key):
+                    message[key] = change(message[key])
             for index, call in enumerate(message.get("tool_calls", ())):
                 function = call["function"]
-                arguments = map_argument_texts(function["arguments"], change)
-                message["tool_calls"][index] = {**call, "function": {**function, "arguments": arguments}}
-        for name in ("prompt", "completion", "text"):
-            text = getattr(self, name)
+                changed_arguments = map_argument_texts(function["arguments"], change)
+                message["tool_calls"][index] = {**call, "function": {**function, "arguments": changed_arguments}}
+        for attribute in ("prompt", "completion", "text"):
+            text = getattr(self, attribute)
             if text is not None:
-                setattr(self, name, change(text))
+                setattr(self, attribute, change(text))
 
 
 def argument_texts(node: Any) -> Iterator[str]:
-    """The texts in the arguments of tool calls, without names and keys. `node`: a list of calls, or anything inside of one.
+    """The texts in the arguments of tool calls, in order, without blank texts, names and keys.
 
+    `node`: a list of tool calls, or anything inside of one; the function calls itself for what is inside.
     Example: [{"function": {"name": "search", "arguments": {"query": "weather"}}}] -> "weather".
     """
     if isinstance(node, str):
         if node.strip():
             yield node
     elif isinstance(node, dict):
-        # A call: only its arguments are text.
-        inner_nodes = [node["function"]["arguments"]] if "function" in node else node.values()
-        for inner in inner_nodes:
-            yield from argument_texts(inner)
+        is_call = "function" in node
+        inner_nodes = [node["function"]["arguments"]] if is_call else node.values()
+        for inner_node in inner_nodes:
+            yield from argument_texts(inner_node)
     elif isinstance(node, list):
-        for inner in node:
-            yield from argument_texts(inner)
+        for inner_node in node:
+            yield from argument_texts(inner_node)
 
 
 def map_argument_texts(node: Any, change: Callable[[str], str], change_key: Callable[[str], str] = str) -> Any:
-    """Arguments of a tool call with every text changed by `change`, and every key by `change_key`. `node`: anything in them.
+    """Arguments of a tool call with every text changed by `change`, and every key by `change_key`. Blank texts stay.
 
+    `node`: the arguments, or anything inside of them; the function calls itself for what is inside.
     Example: {"query": "weather", "limit": 3} with str.upper -> {"query": "WEATHER", "limit": 3}.
     """
     if isinstance(node, str):
         return change(node) if node.strip() else node
     if isinstance(node, dict):
-        return {change_key(name): map_argument_texts(inner, change, change_key) for name, inner in node.items()}
+        return {change_key(key): map_argument_texts(inner, change, change_key) for key, inner in node.items()}
     if isinstance(node, list):
         return [map_argument_texts(inner, change, change_key) for inner in node]
     return node
 
 
 def message_texts(message: Message) -> list[str]:
-    """The texts of a turn in reading order. An empty content counts as a text only if the turn has nothing else."""
-    # The usual turn, role and content, without a look at the rest.
+    """The texts of a turn in reading order: its thought, its content, and the texts in the arguments of its tool calls.
+
+    An empty content counts as a text only if the turn has nothing else.
+    """
+    # The usual turn has a role and a content only. It is answered first, because this runs for every turn of the data.
     if len(message) == 2:
         return [message["content"]]
     texts: list[str] = []
     if "reasoning_content" in message:
         texts.append(message["reasoning_content"])
     calls = message.get("tool_calls")
-    has_something_else = texts or calls or message["role"] == "tool"
-    if message["content"] or not has_something_else:
+    has_more_than_content = texts or calls or message["role"] == "tool"
+    if message["content"] or not has_more_than_content:
         texts.append(message["content"])
     if calls is not None:
         texts += argument_texts(calls)
@@ -164,11 +169,11 @@ def message_texts(message: Message) -> list[str]:
 
 
 def thought_of(message: Message) -> str | None:
-    """The thought of a turn: its own field, or <think>...</think> at the start of its content."""
+    """The thought of a turn: its field `reasoning_content`, or <think>...</think> at the start of its content. None without."""
     if message.get("reasoning_content"):
         return message["reasoning_content"]
-    match = THINK_BLOCK_REGEX.match(message["content"] or "")
-    return match.group(1) if match else None
+    think_block = THINK_BLOCK_REGEX.match(message["content"] or "")
+    return think_block.group(1) if think_block else None
 
 
 @dataclass(slots=True)
@@ -183,7 +188,7 @@ class Row:
     """Named values: texts, numbers, true/false, None, lists and objects of these; a `Fault` where a column has none."""
     unread_columns: tuple[str, ...] = ()
     """Further columns of the file, which nobody asked for: their values were not read."""
-    made_columns: tuple[str, ...] = ()
+    derived_columns: tuple[str, ...] = ()
     """Columns that reading made: the file has none of that name."""
 
     def parse(self) -> Row | Rejected:
@@ -191,10 +196,17 @@ class Row:
         return self
 
 
-def excerpt(start: bytes | str) -> str:
-    """The first 200 characters, decoded with replacement, control characters and surrogates escaped."""
-    text = start if isinstance(start, str) else start[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "replace")
-    return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text.rstrip("\r\n")[:EXCERPT_CHARACTERS])
+def excerpt(text_or_bytes: bytes | str) -> str:
+    """The first 200 characters of a row, for messages. Control characters and surrogates are spelled out: "\\0" -> "\\x00".
+
+    Bytes that are not UTF-8 become replacement characters.
+    """
+    if isinstance(text_or_bytes, str):
+        text = text_or_bytes
+    else:
+        text = text_or_bytes[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "replace")  # a character has at most 4 bytes
+    start = text.rstrip("\r\n")[:EXCERPT_CHARACTERS]
+    return _UNPRINTABLE_REGEX.sub(lambda match: ascii(match.group())[1:-1], start)
 
 
 @dataclass(slots=True)
@@ -246,19 +258,19 @@ class Findings:
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first few of each type, as `file:line mask`."""
 
-    def merge(self, other: Findings) -> None:
-        """Add a later block's findings."""
+    def merge(self, later: Findings) -> None:
+        """Add the findings of a later block to these."""
         for name in ("scanned", "documents", "counts", "documents_by_type"):
-            getattr(self, name).update(getattr(other, name))
-        for type_, new_examples in other.examples.items():
-            keep_first(self.examples, type_, new_examples)
+            getattr(self, name).update(getattr(later, name))
+        for type_, later_examples in later.examples.items():
+            keep_first(self.examples, type_, later_examples)
 
 
-def keep_first(examples: dict[str, list[str]], key: str, new_examples: list[str]) -> None:
-    """Add examples to those of a key, as far as `MAX_EXAMPLES` allows."""
-    examples_of_key = examples.setdefault(key, [])
-    num_missing = MAX_EXAMPLES - len(examples_of_key)
-    examples_of_key.extend(new_examples[:num_missing])
+def keep_first(examples_by_key: dict[str, list[str]], key: str, new_examples: list[str]) -> None:
+    """Add the first of `new_examples` to the examples of a key, until the key has `MAX_EXAMPLES`."""
+    examples = examples_by_key.setdefault(key, [])
+    num_free = MAX_EXAMPLES - len(examples)
+    examples.extend(new_examples[:num_free])
 
 
 @dataclass(slots=True)
@@ -276,27 +288,27 @@ class Tally:
     """Every drop since the tally was made, as (stage, reason, location). `merge` does not add them up: they are written down."""
 
     def drop(self, stage: str, reason: str, location: str) -> None:
-        """Count one dropped document; `location` is its `file:line`, perhaps with a word on it."""
-        self._add(self.dropped, stage, reason, location)
+        """Count one dropped document, and add it to `drops`. `location`: its `file:line`, perhaps with a remark behind it."""
+        self._count(self.dropped, stage, reason, location)
         self.drops.append((stage, reason, location))
 
-    def note(self, stage: str, what: str, location: str) -> None:
-        """Count something, `what`, that was seen in (or done to) a document that stays."""
-        self._add(self.noted, stage, what, location)
+    def note(self, stage: str, observation: str, location: str) -> None:
+        """Count something that was seen in, or done to, a document that stays. `observation`: its code, such as "truncated"."""
+        self._count(self.noted, stage, observation, location)
 
-    def merge(self, other: Tally) -> None:
-        """Add a later block's tally."""
-        for counts_by_stage, other_counts in ((self.dropped, other.dropped), (self.noted, other.noted)):
-            for stage, counts in other_counts.items():
-                counts_by_stage.setdefault(stage, Counter()).update(counts)
-        for key, locations in other.examples.items():
+    def merge(self, later: Tally) -> None:
+        """Add the counts, examples and findings of a later block to these. Its `drops` are not added."""
+        for counts_by_stage, later_counts_by_stage in ((self.dropped, later.dropped), (self.noted, later.noted)):
+            for stage, later_counts in later_counts_by_stage.items():
+                counts_by_stage.setdefault(stage, Counter()).update(later_counts)
+        for key, locations in later.examples.items():
             keep_first(self.examples, key, locations)
-        self.findings.merge(other.findings)
+        self.findings.merge(later.findings)
 
-    def _add(self, counts_by_stage: dict[str, Counter[str]], stage: str, reason: str, location: str) -> None:
-        """Count one document in `dropped` or `noted`, and keep its location if it is one of the first."""
-        counts_by_stage.setdefault(stage, Counter())[reason] += 1
-        keep_first(self.examples, f"{stage}/{reason}", [location])
+    def _count(self, counts_by_stage: dict[str, Counter[str]], stage: str, code: str, location: str) -> None:
+        """Count one document in `dropped` or `noted`, and keep its location if it is one of the first with this code."""
+        counts_by_stage.setdefault(stage, Counter())[code] += 1
+        keep_first(self.examples, f"{stage}/{code}", [location])
 
 
 class Stage(Protocol):

@@ -14,8 +14,8 @@ from typing import Any
 
 from trainer.data.config import DataFormat
 
-_VERDICTS = {"up": True, "true": True, "1": True, "down": False, "false": False, "0": False}
-_MORE_VERDICTS = {"yes": True, "desirable": True, "1.0": True, "no": False, "undesirable": False, "0.0": False}
+_SURE_VERDICTS = {"up": True, "true": True, "1": True, "down": False, "false": False, "0": False}
+_POSSIBLE_VERDICTS = {"yes": True, "desirable": True, "1.0": True, "no": False, "undesirable": False, "0.0": False}
 VERDICT_SPELLINGS = "true or false, 1 or 0, yes or no, up or down, desirable or undesirable"
 """The values of a verdict, for messages."""
 _SHORT_REPR = reprlib.Repr()
@@ -48,26 +48,26 @@ class KeptColumns:
     """Whether all columns are kept, since a reward function takes whatever there is (`**kwargs`)."""
 
     def values_of(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """What is kept of a row, by column; columns that are null are left out.
+        """The values that are kept of a row, by column. A column that is null or missing is left out, unless it is required.
 
-        Raises Refusal: missing_reward_column, or that of a value which could not be read.
+        `ground_truth` is also taken from inside the column `reward_model`, where verl's data sets have it. Raises Refusal:
+        missing_reward_column, or the refusal of a value that could not be read.
         """
         names = list(fields) if self.all else [*self.required, *self.optional]
-        values = {name: fields[name] for name in names if fields.get(name) is not None}
-        verl_model = fields.get("reward_model")
-        wants_truth = "ground_truth" in names and "ground_truth" not in values
-        # verl's data sets have the right answer inside of this column: {"ground_truth": "42", ...}.
-        if wants_truth and isinstance(verl_model, dict) and "ground_truth" in verl_model:
-            values["ground_truth"] = verl_model["ground_truth"]
+        kept_values = {name: fields[name] for name in names if fields.get(name) is not None}
+        verl_column = fields.get("reward_model")  # such as {"ground_truth": "42", ...}
+        needs_ground_truth = "ground_truth" in names and "ground_truth" not in kept_values
+        if needs_ground_truth and isinstance(verl_column, dict) and "ground_truth" in verl_column:
+            kept_values["ground_truth"] = verl_column["ground_truth"]
         for name in self.required:
-            if name not in values:
+            if name not in kept_values:
                 raise Refusal(
                     "missing_reward_column", f"no column {name!r}, which a reward needs; the row has {sorted(fields)}"
                 )
-        for name, value in values.items():
+        for name, value in kept_values.items():
             if isinstance(value, Fault):
                 raise Refusal(value.reason, f'column "{name}": {value.message}')
-        return values
+        return kept_values
 
 
 class Refusal(Exception):
@@ -84,13 +84,13 @@ def show_value(value: Any) -> str:
     return value.message if isinstance(value, Fault) else _SHORT_REPR.repr(value)
 
 
-def value_at(fields: dict[str, Any], name: str) -> Any:
-    """The value of a column, or of `b` inside `a` for `a.b`; `a.0` is the first of a list.
+def value_at(fields: dict[str, Any], column: str) -> Any:
+    """The value of a column. `a.b` is `b` inside the column `a`, and `a.0` the first element of the list in `a`.
 
-    Raises KeyError if there is none, Refusal for a value that could not be read.
+    Raises KeyError if there is no such value, Refusal if it, or a value that it is inside of, could not be read.
     """
     # A column that is itself called `a.b` goes first.
-    path = [name] if name in fields else name.split(".")
+    path = [column] if column in fields else column.split(".")
     node: Any = fields
     for key in path:
         is_index = key.isdecimal() and key.isascii()
@@ -99,34 +99,36 @@ def value_at(fields: dict[str, Any], name: str) -> Any:
         elif isinstance(node, dict) and key in node:
             node = node[key]
         elif isinstance(node, Fault):
-            raise Refusal(node.reason, f'column "{name}": {node.message}')
+            raise Refusal(node.reason, f'column "{column}": {node.message}')
         else:
-            raise KeyError(name)
+            raise KeyError(column)
     return node
 
 
-def parse_group(fields: dict[str, Any], name: str) -> str:
-    """The group that a row belongs to, as text, from its column `name`: " a " -> "a", 7 -> "7", 7.0 -> "7".
+def parse_group(fields: dict[str, Any], column: str) -> str:
+    """The group that a row belongs to, as text, from its column `column`: " a " -> "a", 7 -> "7", 7.0 -> "7".
 
-    Raises Refusal: missing_group, for a column that is missing or holds anything else.
+    Raises Refusal (missing_group) if the column is missing, or holds neither a text nor a whole number.
     """
     try:
-        group = value_at(fields, name)
+        group = value_at(fields, column)
     except KeyError:
-        raise Refusal("missing_group", f"no column {name!r} (data.group_by); the row has {sorted(fields)}") from None
+        message = f"no column {column!r} (data.group_by); the row has {sorted(fields)}"
+        raise Refusal("missing_group", message) from None
     if isinstance(group, str) and group.strip():
         return group.strip()
+    is_int = isinstance(group, int) and not isinstance(group, bool)
     # Tables turn whole numbers into floats if a cell of the column is empty.
-    is_whole = isinstance(group, int) and not isinstance(group, bool)
-    if is_whole or (isinstance(group, float) and group.is_integer()):
+    is_whole_float = isinstance(group, float) and group.is_integer()
+    if is_int or is_whole_float:
         return str(int(group))
     raise Refusal(
-        "missing_group", f'"{name}" (data.group_by) is {show_value(group)}; it must be a text or a whole number'
+        "missing_group", f'"{column}" (data.group_by) is {show_value(group)}; it must be a text or a whole number'
     )
 
 
 def is_blank_value(value: Any) -> bool:
-    """Whether a value is empty in any of the ways that tables and files write it."""
+    """Whether a value is empty in any of the ways that tables and files write it: None, "", "null", "[]", [None], {"a": ""}."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, dict):
@@ -137,66 +139,69 @@ def is_blank_value(value: Any) -> bool:
 
 
 def is_list_of_texts(value: Any) -> bool:
-    """Whether a value is a list of texts. Some tables keep their only text in a list."""
+    """Whether a value is a list of one or more texts. Some tables keep their only text in a list."""
     return isinstance(value, list) and bool(value) and all(isinstance(element, str) for element in value)
 
 
-def parse_text(fields: dict[str, Any], key: str, name: str | None = None) -> str:
-    """The text in the column `key`, or the only one in its list. Raises Refusal: not_text, empty_text.
+def parse_text(fields: dict[str, Any], column: str, shown_name: str | None = None) -> str:
+    """The text in a column, or the only text of the list in it. Raises Refusal: not_text, empty_text.
 
-    `name`: what error messages call it; by default the column. Bytes that are no characters were refused when the file was read.
+    `shown_name`: what error messages call the text, such as `messages[2].content`; by default the column in quotes.
     """
-    text: Any = fields.get(key)
-    advice = "" if name else f", or choose one with data.columns.{key}={key}.0"
-    name = name or f'"{key}"'
+    text: Any = fields.get(column)
+    label = shown_name or f'"{column}"'
     if is_list_of_texts(text):
         if len(text) > 1:
-            fault = f"{name} is a list of {len(text)} texts, {show_value(text)}"
-            raise Refusal("not_text", f"{fault}, but must be one text: join them{advice}")
+            # Only a column has a setting that can choose one of its texts.
+            advice = "" if shown_name else f", or choose one with data.columns.{column}={column}.0"
+            raise Refusal(
+                "not_text",
+                f"{label} is a list of {len(text)} texts, {show_value(text)}, but must be one text: join them{advice}",
+            )
         text = text[0]
     if not isinstance(text, str):
-        shown_value = show_value(text) if key in fields else "missing"
-        as_text = f', as "{text}"' if type(text) in (int, float) else ""
-        raise Refusal("not_text", f"{name} is {shown_value}; it must be a text{as_text}")
+        shown_value = show_value(text) if column in fields else "missing"
+        correction = f', as "{text}"' if type(text) in (int, float) else ""
+        raise Refusal("not_text", f"{label} is {shown_value}; it must be a text{correction}")
     if not text or text.isspace():
-        raise Refusal("empty_text", f"{name} is an empty text")
+        raise Refusal("empty_text", f"{label} is an empty text")
     return text
 
 
 def parse_label(label: Any) -> str:
-    """The class label as text: a name, a whole number, or true/false. Raises Refusal: bad_label."""
+    """A class label as text: "a" -> "a", 3 -> "3", 3.0 -> "3", True -> "true". Raises Refusal: bad_label, for anything else."""
     if isinstance(label, bool):
         return "true" if label else "false"
     if isinstance(label, str) and label.strip():
-        return parse_text({"label": label}, "label").strip()
+        return label.strip()
     if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):
         return str(int(label))
     raise Refusal("bad_label", f'"label" is {show_value(label)}; it must be a name, a whole number or true/false')
 
 
-def parse_verdict(verdict: Any) -> bool | None:
-    """Thumbs up (True) or down (False) of a value in `VERDICT_SPELLINGS`, in any case; None for anything else.
+def parse_verdict(value: Any) -> bool | None:
+    """Thumbs up (True) or down (False) from a value of a row: "Yes" -> True, 0 -> False. None for anything else.
 
-    A table with an empty cell makes 1.0 and 0.0 of its 1 and 0.
+    A table with an empty cell makes 1.0 and 0.0 of its 1 and 0, so that these count too.
     """
-    if not isinstance(verdict, bool | str | int | float):
+    if not isinstance(value, bool | str | int | float):
         return None
-    text = str(verdict).strip().lower()
-    return _VERDICTS.get(text, _MORE_VERDICTS.get(text))
+    text = str(value).strip().lower()
+    return _SURE_VERDICTS.get(text, _POSSIBLE_VERDICTS.get(text))
 
 
 def is_surely_verdict(value: Any) -> bool:
-    """Whether a value tells by itself that its column holds verdicts: `yes` or 1.0 may as well be a class."""
-    return isinstance(value, bool | str | int) and str(value).strip().lower() in _VERDICTS
+    """Whether a value tells by itself that its column holds verdicts (up, true, 1); `yes` or 1.0 may be a class label too."""
+    return isinstance(value, bool | str | int) and str(value).strip().lower() in _SURE_VERDICTS
 
 
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 """Columns, and keys of turns, that hold something else than text."""
-_CONVERSATION_PARTS = ("history", "tool_calls", "reasoning_content", "thinking")
-_PASSAGES = ("passage", "context")
+_CONVERSATION_COLUMNS = ("history", "tool_calls", "reasoning_content", "thinking")
+_PASSAGE_COLUMNS = ("passage", "context")
 MEANINGFUL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    **dict.fromkeys(DataFormat, (*MEDIA_KEYS, *_CONVERSATION_PARTS, *_PASSAGES)),
-    **dict.fromkeys((DataFormat.messages, DataFormat.sharegpt), (*MEDIA_KEYS, *_CONVERSATION_PARTS)),
+    **dict.fromkeys(DataFormat, (*MEDIA_KEYS, *_CONVERSATION_COLUMNS, *_PASSAGE_COLUMNS)),
+    **dict.fromkeys((DataFormat.messages, DataFormat.sharegpt), (*MEDIA_KEYS, *_CONVERSATION_COLUMNS)),
     **dict.fromkeys((DataFormat.pair, DataFormat.labelled, DataFormat.text), MEDIA_KEYS),
 }
 """Columns that carry meaning beside what a format reads."""
@@ -216,29 +221,16 @@ class UnreadColumns:
     setting: str
     """The setting that renames columns, for messages."""
     names: dict[str, None] = field(default_factory=dict)
-    _by_shape: dict[tuple[Any, ...], tuple[list[str], list[str]]] = field(default_factory=dict)
-    """(unread columns, those of them that are refused unless they are empty) of rows with the same columns."""
+    _unread_and_refused_by_columns: dict[tuple[Any, ...], tuple[list[str], list[str]]] = field(default_factory=dict)
+    """What `_unread_and_refused` returned for rows with the same columns."""
 
-    def note(self, fields: Mapping[str, Any], unread_columns: tuple[str, ...], read_columns: tuple[str, ...]) -> None:
-        """Note the unread columns of a row. Raises Refusal for one that carries meaning and is not empty.
+    def note(self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]) -> None:
+        """Add the unread columns of a row to `names`. Raises Refusal for one that carries meaning and is not empty.
 
-        `unread_columns`: further columns of the file, whose values are not in `fields`. `read_columns`: those that are read.
+        `unloaded_columns`: further columns of the file, without values in `fields`. `read_columns`: those that are read.
         """
-        # What is unread depends on the columns alone. Most rows of a source have the same, so the answer for these is kept.
-        shape = (read_columns, unread_columns, *fields)
-        unread_and_refused = self._by_shape.get(shape)
-        if unread_and_refused is None:
-            unread = []
-            for name in (*fields, *unread_columns):
-                if name not in read_columns and name not in self.ignored:
-                    unread.append(name)
-            refused = [name for name in self.refused if name in unread and name in fields]
-            unread_and_refused = unread, refused
-            if len(self._by_shape) < MAX_REMEMBERED_NAMES:
-                self._by_shape[shape] = unread_and_refused
-        # Whether it is refused depends on the row's values.
-        unread, refused = unread_and_refused
-        for name in refused:
+        unread, refused_if_filled = self._unread_and_refused(fields, unloaded_columns, read_columns)
+        for name in refused_if_filled:
             if not is_blank_value(fields[name]):
                 raise Refusal(
                     f"unread_{name}",
@@ -247,6 +239,26 @@ class UnreadColumns:
                 )
         if len(self.names) < MAX_REMEMBERED_NAMES:
             self.names.update(dict.fromkeys(unread))
+
+    def _unread_and_refused(
+        self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]
+    ) -> tuple[list[str], list[str]]:
+        """(columns of a row that are neither read nor ignored, those among them that are refused unless they are empty).
+
+        It depends on the names of the columns alone. Most rows of a source have the same columns, so the answer is remembered.
+        """
+        all_columns = (read_columns, unloaded_columns, *fields)
+        remembered = self._unread_and_refused_by_columns.get(all_columns)
+        if remembered is not None:
+            return remembered
+        unread = []
+        for name in (*fields, *unloaded_columns):
+            if name not in read_columns and name not in self.ignored:
+                unread.append(name)
+        refused_if_filled = [name for name in self.refused if name in unread and name in fields]
+        if len(self._unread_and_refused_by_columns) < MAX_REMEMBERED_NAMES:
+            self._unread_and_refused_by_columns[all_columns] = unread, refused_if_filled
+        return unread, refused_if_filled
 
 
 def shown_names(names: Collection[str]) -> list[str]:

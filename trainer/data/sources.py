@@ -15,7 +15,8 @@ from strategies.errors import ConfigError, DataError, StorageError
 from trainer.data.config import HELD_OUT, BalanceConfig, DataConfig, DataFormat, FilterConfig, Layout, PrivacyConfig
 from trainer.data.document import Document, Rejected, Row
 from trainer.data.fields import KeptColumns, parse_label
-from trainer.data.formats import RowReader, recognise_format
+from trainer.data.format_recognition import recognise_format
+from trainer.data.formats import RowReader
 from trainer.data.read.json_rows import Line
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand_paths, held_out_sets, is_hub_path
@@ -256,7 +257,7 @@ def make_row_readers(
             kept=kept,
         )
         if takes_all:
-            reader.take_all()
+            reader.accept_unread_columns()
         readers[source_input.id] = reader
         source_input.needed_columns = reader.needed_columns
 

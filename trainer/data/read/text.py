@@ -190,7 +190,7 @@ def read_text_file(path: File) -> Iterator[Row | Rejected]:
         return
     # Only after decoding: a lone carriage return is a line end in old texts.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    yield Row(name, 1, {"text": text, "title": title(path)}, made_columns=("title",))
+    yield Row(name, 1, {"text": text, "title": title(path)}, derived_columns=("title",))
 
 
 def title(path: File) -> str:

@@ -13,7 +13,8 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, Rejected, Row
 from trainer.data.fields import Fault, Refusal, value_at
-from trainer.data.formats import RowReader, recognise_format
+from trainer.data.format_recognition import recognise_format
+from trainer.data.formats import RowReader
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand_paths, is_hub_path
 from trainer.evaluation.tasks.base import Case, Task
@@ -147,7 +148,8 @@ def _document_reader(task: Task, first: Row) -> Callable[[Task, Row], Case]:
         format = config.format
         if format is DataFormat.auto:
             format = recognise_format(first, config.columns, source=task.name, preferred=task.formats)
-        reader = RowReader(format, config.columns, source=task.name).take_all()
+        reader = RowReader(format, config.columns, source=task.name)
+        reader.accept_unread_columns()
     except (DataError, ConfigError) as error:
         raise type(error)(with_task_keys(str(error))) from None
 

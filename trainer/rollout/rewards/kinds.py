@@ -232,7 +232,7 @@ class ToolCallsReward(RewardKind):
         """
         if isinstance(columns.get("messages"), list):
             try:
-                last_turn = parse_turns(columns["messages"], "messages", "")[-1]
+                last_turn = parse_turns(columns["messages"], "messages", "a list of messages")[-1]
             except Refusal as refusal:
                 raise BadScore(refusal.message) from None
             if last_turn["role"] == "assistant":

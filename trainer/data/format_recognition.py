@@ -1,0 +1,338 @@
+"""Recognises which of ten formats a row has, by its columns; renames columns as `data.columns` says, and suggests how.
+
+Columns that fit several formats, and columns that fit none, are errors: a guess here would train on the wrong text.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+from strategies.errors import ConfigError, DataError
+from trainer.data.config import DataFormat
+from trainer.data.document import Row
+from trainer.data.fields import Refusal, is_surely_verdict, show_value, value_at
+
+FORMAT_NEEDS = {
+    DataFormat.messages: '"messages": a list of {"role": "system|user|assistant", "content": "text"}',
+    DataFormat.sharegpt: '"conversations": a list of {"from": "system|human|gpt", "value": "text"}',
+    DataFormat.alpaca: '"instruction", optional "input", and "output"',
+    DataFormat.prompt_completion: '"prompt" and "completion" (or question/answer, query/response, input/output)',
+    DataFormat.pair: '"source" and "target"',
+    DataFormat.labelled: '"text": a text, and "label": a name, a whole number or true/false',
+    DataFormat.text: '"text": a text',
+    DataFormat.preference: '"prompt" (or "conversations"), "chosen" and "rejected"; or the two as whole conversations',
+    DataFormat.thumbs: '"prompt" and "completion", or "messages"; and "label": true/false, or "thumbs": up/down',
+    DataFormat.prompt: '"prompt" (or question, problem, query, instruction, messages): a text or a list of messages',
+}
+TURNS_NEEDS = FORMAT_NEEDS[DataFormat.messages]
+Spelling = tuple[str, ...]
+"""Columns that make a format, such as ("prompt", "completion") and ("question", "answer")."""
+_SPELLINGS_TEXT = {  # the columns that make a format, likeliest spelling first
+    DataFormat.messages: "messages | conversation",
+    DataFormat.sharegpt: "conversations",
+    DataFormat.alpaca: "instruction output | instruction response",
+    DataFormat.prompt_completion: "prompt completion | prompt response | question answer | query response | input output",
+    DataFormat.pair: "source target | input target",
+    DataFormat.labelled: "text label | sentence label | content label",
+    DataFormat.text: "text | content",
+    DataFormat.preference: "prompt chosen rejected | question chosen rejected | conversations chosen rejected | chosen rejected",
+    DataFormat.thumbs: "prompt completion label | prompt completion thumbs | messages label | messages thumbs",
+    DataFormat.prompt: "prompt | question | problem | query | instruction | messages | conversation | conversations",
+}
+FORMAT_SPELLINGS: dict[DataFormat, list[Spelling]] = {}
+"""For each format the sets of columns that make it, likeliest first."""
+for _format, _text in _SPELLINGS_TEXT.items():
+    FORMAT_SPELLINGS[_format] = [tuple(spelling.split()) for spelling in _text.split("|")]
+_CONVERSATION_COLUMNS = ("system", "tools")
+FORMATS_WITHOUT_SYSTEM = (DataFormat.auto, DataFormat.pair, DataFormat.labelled, DataFormat.text)
+_INSTRUCTION_COLUMNS = ("input", "context", "history")
+_FURTHER_SPELLINGS = {  # a format that the user named reads these spellings too
+    DataFormat.messages: FORMAT_SPELLINGS[DataFormat.sharegpt],
+    DataFormat.sharegpt: FORMAT_SPELLINGS[DataFormat.messages],
+    DataFormat.prompt_completion: FORMAT_SPELLINGS[DataFormat.alpaca],
+}
+_EXTENDED_FORMATS = {  # a format reads all columns of these formats, and more: if both fit, the fuller one is meant
+    DataFormat.labelled: {DataFormat.text},
+    DataFormat.alpaca: {DataFormat.text, DataFormat.prompt_completion},  # the Alpaca set has its rendering as text
+    DataFormat.thumbs: {DataFormat.messages, DataFormat.prompt_completion},
+}
+
+
+def recognise_format(
+    row: Row,
+    columns: dict[str, str],
+    *,
+    source: str = "data",
+    ignored: Collection[str] = (),
+    preferred: tuple[DataFormat, ...] = (),
+) -> DataFormat:
+    """The format whose columns a row has. A column that is null, or `ignored`, counts as missing.
+
+    - One format fits: that one.
+    - Several fit: the first of the `preferred` formats among them.
+    - None fits, or no preferred one, and a (preferred) format would fit if null counted as a value: that one, since the first
+      row of a file may hold a null.
+
+    `columns`: `data.columns` of the `source`, the row's name of a column by the expected name. A format that does not use all
+    renamed columns does not fit. Raises DataError, with the row, if no format or more than one fits; ConfigError if `columns`
+    names a column that no format reads.
+    """
+    setting = columns_setting(source)
+    require_readable_columns(columns, [*FORMAT_SPELLINGS], setting)
+    row_fields = {name: value for name, value in row.fields.items() if name not in ignored}
+    try:
+        fields = rename_columns(row_fields, columns, setting)
+    except Refusal as refusal:
+        raise DataError(f"{row.file}:{row.line}: {refusal.message}") from None
+
+    filled_fields = {name: value for name, value in fields.items() if value is not None}
+    learns_verdicts = DataFormat.thumbs in preferred
+    fitting = _fitting_formats(filled_fields, columns, learns_verdicts=learns_verdicts)
+    fitting_with_nulls = _fitting_formats(fields, columns, learns_verdicts=learns_verdicts)
+    no_preferred_fits = fitting.keys().isdisjoint(preferred)
+    null_hides_preferred = no_preferred_fits and not fitting_with_nulls.keys().isdisjoint(preferred)
+    if not fitting or null_hides_preferred:
+        fitting = fitting_with_nulls
+
+    if len(fitting) == 1:
+        return next(iter(fitting))
+    for format in preferred:
+        if format in fitting:
+            return format
+    fault = f"{row.file}:{row.line}: columns {column_names(fields)} fit"
+    if fitting:
+        advice = _advice_for_several_formats(fitting, setting)
+        raise DataError(f"{fault} several formats; {advice}\nthe row: {show_value(fields)}")
+    advice = _advice_for_no_format(fields, columns, setting, preferred)
+    raise DataError(f"{fault} no format; {advice}\nthe row: {show_value(fields)}{_hint_for_no_format(row)}")
+
+
+def columns_setting(source: str) -> str:
+    """The name of the setting that renames columns of a source, such as `data.sources.faq.columns`."""
+    return "data.columns" if source == "data" else f"data.sources.{source}.columns"
+
+
+def format_setting(source: str) -> str:
+    """The name of the setting that says the format of a source, such as `data.sources.faq.format`."""
+    return f"{columns_setting(source).removesuffix('columns')}format"
+
+
+def _advice_for_several_formats(fitting: dict[DataFormat, Spelling], columns_setting: str) -> str:
+    """Part of an error message: how to choose between several formats that fit, and which columns each would read."""
+    columns_by_format = "\n".join(f"  {format.value}: {', '.join(spelling)}" for format, spelling in fitting.items())
+    choice = f"{columns_setting.removesuffix('columns')}format={'|'.join(fitting)}"
+    return f"choose with {choice}, or leave columns out with data.ignore_columns\n{columns_by_format}"
+
+
+def _advice_for_no_format(
+    fields: dict[str, Any], columns: dict[str, str], columns_setting: str, preferred: tuple[DataFormat, ...]
+) -> str:
+    """Part of an error message: how to rename columns so that a format fits, and what each format needs.
+
+    `columns`: what the user renamed already; nothing is suggested then, and the example has placeholders.
+    """
+    suggested = {} if columns else suggested_columns(fields)
+    example_columns = suggested
+    if not suggested:
+        likeliest_format = preferred[0] if preferred else DataFormat.prompt_completion
+        example_columns = dict.fromkeys(FORMAT_SPELLINGS[likeliest_format][0], "NAME")
+    pairs = ",".join(f"{expected}:{name}" for expected, name in example_columns.items())
+    example = f"{columns_setting}='{{{pairs}}}'"
+    remedy = f"rename them with {columns_setting}, as in {example},"
+    if suggested:
+        remedy = f"try {example}, or rename them"
+    # Prompts alone are never recognised, so that they are no help here.
+    recognised_formats = [format for format in FORMAT_NEEDS if format is not DataFormat.prompt]
+    needs = "\n".join(f"  {format.value}: {FORMAT_NEEDS[format]}" for format in recognised_formats)
+    return f"{remedy} to one of\n{needs}"
+
+
+def _hint_for_no_format(row: Row) -> str:
+    """Part of an error message: what a file with such columns often is; empty if that is not known."""
+    if "segments" in row.fields:
+        return (
+            '\nsegments (axolotl\'s input_output): write them as messages, each with "train": true or false, as '
+            "a format of spans of one text is not read"
+        )
+    if row.file.lower().endswith((".csv", ".tsv")):
+        return "\nif these names are values, the file lacks a header line: put one on top"
+    return ""
+
+
+def _fitting_formats(
+    fields: dict[str, Any], columns: dict[str, str], *, learns_verdicts: bool
+) -> dict[DataFormat, Spelling]:
+    """The formats that a row fits, each with the spelling (set of columns) by which it fits. Ambiguities are resolved:
+
+    - a column `label` makes thumbs only if it is surely a verdict, or if the objective learns verdicts;
+    - conversations beside a chosen and a rejected answer are the prompt of a pair;
+    - of two formats of which one reads all columns of the other and more, the fuller one stays;
+    - `content` alone is too vague a name to make a text if another format fits.
+
+    `fields`: the row's values under the expected names. `columns`: the columns that the user renamed.
+    """
+    fitting = _formats_with_all_columns(fields, columns)
+
+    # The label 0 or 1 may be a class as well as a verdict, so that thumbs and labelled texts both stay.
+    is_surely_thumbs = True
+    has_unnamed_label = "label" in fitting.get(DataFormat.thumbs, ()) and "label" not in columns
+    if has_unnamed_label:
+        label = fields["label"]
+        is_surely_thumbs = str(label) not in ("0", "1")
+        if label is not None and not learns_verdicts and not is_surely_verdict(label):
+            del fitting[DataFormat.thumbs]
+    if "conversations" in fitting.get(DataFormat.preference, ()):
+        fitting.pop(DataFormat.sharegpt, None)
+
+    extended: set[DataFormat] = set()
+    for format in fitting:
+        if is_surely_thumbs or format is not DataFormat.thumbs:
+            extended |= _EXTENDED_FORMATS.get(format, set())
+    fitting = {format: spelling for format, spelling in fitting.items() if format not in extended}
+    if len(fitting) > 1 and "content" not in columns and "content" in fitting.get(DataFormat.text, ()):
+        del fitting[DataFormat.text]
+    return fitting
+
+
+def _formats_with_all_columns(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFormat, Spelling]:
+    """The formats that have a spelling of which the row has every column, each with the likeliest such spelling.
+
+    Only spellings that read all renamed `columns` count. `prompt` is never among them: every row with a question has a prompt,
+    so that this format is meant only if the objective says so.
+    """
+    fitting: dict[DataFormat, Spelling] = {}
+    for format, spellings in FORMAT_SPELLINGS.items():
+        if format is DataFormat.prompt:
+            continue
+        for spelling in spellings:
+            reads_renamed_columns = columns.keys() <= {*readable_columns(spelling, format)}
+            if reads_renamed_columns and all(name in fields for name in spelling):
+                fitting.setdefault(format, spelling)
+    return fitting
+
+
+def require_readable_columns(columns: dict[str, str], formats: list[DataFormat], setting: str) -> None:
+    """Raise ConfigError if `setting` renames a column to a name that none of the formats reads.
+
+    `columns`: the value of the setting, the row's name of a column by the expected name.
+    """
+    known_columns: dict[str, None] = {}  # a dict, to keep the order
+    for format in formats:
+        for spelling in (*FORMAT_SPELLINGS[format], *_FURTHER_SPELLINGS.get(format, ())):
+            known_columns.update(dict.fromkeys(readable_columns(spelling, format)))
+    for expected_name in columns:
+        if expected_name in known_columns:
+            continue
+        close_names = difflib.get_close_matches(expected_name, list(known_columns), n=1)
+        hint = f"did you mean {close_names[0]}?" if close_names else f"known are {', '.join(known_columns)}"
+        reader = f"format={formats[0].value}" if len(formats) == 1 else "any format"
+        raise ConfigError(f"{setting}.{expected_name}: no column that {reader} reads; {hint}")
+
+
+def column_names(fields: dict[str, Any]) -> list[str]:
+    """The names of a row's columns, sorted. An object gives the names inside of it: {"a": 1, "b": {"c": 2}} -> ["a", "b.c"]."""
+    names: list[str] = []
+    for name, value in fields.items():
+        if isinstance(value, dict) and value:
+            names += [f"{name}.{inner_name}" for inner_name in value]
+        else:
+            names.append(name)
+    return sorted(names)
+
+
+def rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: str) -> dict[str, Any]:
+    """A row's fields, with renamed columns under their expected names. Raises Refusal (missing_column) if one is missing.
+
+    `columns`: the row's name of a column by the expected name: {"prompt": "q"} turns {"q": "Hi", "a": 1} into {"a": 1,
+    "prompt": "Hi"}. `setting`: where `columns` comes from, for the message.
+    """
+    if not columns:
+        return fields
+    renamed = {}
+    for expected_name, row_name in columns.items():
+        try:
+            renamed[expected_name] = value_at(fields, row_name)
+        except KeyError:
+            message = f"no column {row_name!r} ({setting}.{expected_name}); the row has {column_names(fields)}"
+            raise Refusal("missing_column", message) from None
+    row_names = set(columns.values())
+    unchanged = {name: value for name, value in fields.items() if name not in row_names}
+    return {**unchanged, **renamed}
+
+
+def spellings_to_try(format: DataFormat, columns: dict[str, str], kept_names: tuple[str, ...]) -> list[Spelling]:
+    """The spellings in which a row of a format is looked for, in order; those that use all renamed `columns`, if there are any.
+
+    `kept_names`: columns that are kept beside a prompt, and that may be renamed as well.
+    """
+    likeliest, *other_spellings = FORMAT_SPELLINGS[format]
+    # The further ones come early: a row with an instruction may have input and output, too, which are a spelling of their own.
+    spellings = [likeliest, *_FURTHER_SPELLINGS.get(format, ()), *other_spellings]
+    optional_columns = {*_CONVERSATION_COLUMNS, *_INSTRUCTION_COLUMNS, *kept_names}
+    using_all_renamed = [spelling for spelling in spellings if columns.keys() <= {*spelling, *optional_columns}]
+    return using_all_renamed or spellings
+
+
+def readable_columns(spelling: Spelling, format: DataFormat) -> Spelling:
+    """All columns that are read of a row with this spelling: the spelling's own, and those that may be missing."""
+    columns = spelling
+    if format not in FORMATS_WITHOUT_SYSTEM:
+        columns += _CONVERSATION_COLUMNS
+    if spelling[0] == "instruction":
+        columns += _INSTRUCTION_COLUMNS
+    return columns
+
+
+_PROMPT_COLUMNS = ("prompt", "question", "query", "instruction", "problem", "input")
+_COMPLETION_COLUMNS = ("completion", "response", "answer", "output", "solution", "answers.text.0")
+_CHOSEN_COLUMNS = ("chosen", "chosen_messages")
+_REJECTED_COLUMNS = ("rejected", "rejected_messages")
+_SYSTEM_COLUMNS = ("system", "system_prompt")
+_PASSAGE_COLUMNS = ("context", "passage")
+
+
+def suggested_columns(fields: dict[str, Any]) -> dict[str, str]:
+    """A value for `data.columns` that seems to be meant: the row's column by the expected name. Empty if nothing is.
+
+    - an answer that is chosen and one that is rejected: a pair, with its prompt if there is one;
+    - a prompt, a passage and a completion: an instruction with its input;
+    - a prompt and a completion: both, with a system prompt if there is one.
+    """
+    prompt = _first_filled_column(fields, _PROMPT_COLUMNS)
+    chosen = _first_filled_column(fields, _CHOSEN_COLUMNS)
+    rejected = _first_filled_column(fields, _REJECTED_COLUMNS)
+    if chosen and rejected:
+        columns = {"chosen": chosen, "rejected": rejected}
+        if prompt:
+            columns["prompt"] = prompt
+        return columns
+    completion = _first_filled_column(fields, _COMPLETION_COLUMNS)
+    if not prompt or not completion:
+        return {}
+    passage = _first_filled_column(fields, _PASSAGE_COLUMNS)
+    if passage:
+        return {"instruction": prompt, "input": passage, "output": completion}
+    columns = {"prompt": prompt, "completion": completion}
+    system = _first_filled_column(fields, _SYSTEM_COLUMNS)
+    if system:
+        columns["system"] = system
+    return columns
+
+
+def _first_filled_column(fields: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    """The first of `names` under which the row has a value, as the row spells it; None if it has none of them.
+
+    Names are compared without regard to case: `names` ("prompt",) and a column "Prompt" give "Prompt".
+    """
+    row_name_by_lower_case = {name.lower(): name for name in fields}
+    for name in names:
+        column = row_name_by_lower_case.get(name, name)
+        try:
+            value = value_at(fields, column)
+        except (KeyError, Refusal):  # there is none, or it could not be read
+            continue
+        if value is not None:
+            return column
+    return None
