@@ -309,8 +309,7 @@ def _arguments(arguments: tuple[str, ...], settings: dict[str, Any], *, axes: bo
     if not settings:
         return command_arguments
     from launch.config.choices import choices_by_group
-    from launch.config.overrides import find_setting
-    from launch.config.overrides import settings as all_settings
+    from launch.config.overrides import all_settings, find_setting
 
     settings_by_key = all_settings()
     # `evaluation.tasks` stands for `evaluation.tasks.*.kind` and its like: a table, or a list of choices.

@@ -152,9 +152,9 @@ def declared_arguments() -> dict[str, list[type[VerbArguments]]]:
     """{verb: classes that declare its arguments}, for the completion in a shell."""
     from importlib import import_module
 
-    from launch.config.verb_arguments import declared_in
+    from launch.config.verb_arguments import verb_arguments_in
 
-    return {verb: declared_in(import_module(module_of(verb))) for verb in VERBS}
+    return {verb: verb_arguments_in(import_module(module_of(verb))) for verb in VERBS}
 
 
 def module_of(verb: str) -> str:

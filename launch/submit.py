@@ -27,16 +27,20 @@ from strategies.errors import ConfigError
 class SubmitArguments(VerbArguments):
     """What `shardtune submit` takes."""
 
-    settings: list[str] = forwarded_settings(and_flags=True)
-    print_only: bool = flag("print the script of each job and stop", key="--print", also=("--dry-run",))
+    settings: list[str] = forwarded_settings(unknown_flags=True)
+    print_only: bool = flag("print the script of each job and stop", key="--print", aliases=("--dry-run",))
     as_json: bool = flag("print job ids, run directories and scripts as JSON", key="--json")
     shown_config: str | None = option(
-        "print the whole configuration and stop", key="--cfg", also=("-c",), like="[job|hydra|all]", choices=CFG_KINDS
+        "print the whole configuration and stop",
+        key="--cfg",
+        aliases=("-c",),
+        example="[job|hydra|all]",
+        choices=CFG_KINDS,
     )
     multirun: bool = flag(
         "submit every combination as one job array: shardtune submit -m strategy=fsdp2,zero3 ...",
         key="-m",
-        also=("--multirun",),
+        aliases=("--multirun",),
     )
 
 

@@ -43,19 +43,19 @@ if TYPE_CHECKING:
 class TrainArguments(VerbArguments):
     """What `shardtune train` takes beside settings."""
 
-    settings: list[str] = forwarded_settings(and_flags=True)
+    settings: list[str] = forwarded_settings(unknown_flags=True)
     shown_config: str | None = option(
         "print the whole configuration (hydra: Hydra's own) and stop",
         key="--cfg",
-        also=("-c",),
-        like="[job|hydra|all]",
+        aliases=("-c",),
+        example="[job|hydra|all]",
         choices=show_config.CFG_KINDS,
     )
     info: str | None = option(
         "print which files the configuration comes from and stop",
         key="--info",
-        also=("-i",),
-        like="[defaults|...]",
+        aliases=("-i",),
+        example="[defaults|...]",
         choices=show_config.INFO_KINDS,
     )
     dry_run: bool = flag("print what the run would do and stop")
@@ -63,7 +63,7 @@ class TrainArguments(VerbArguments):
     multirun: bool = flag(
         "train every combination, one run each: shardtune train -m strategy=ddp,fsdp2 optim.lr=1e-4,2e-4",
         key="-m",
-        also=("--multirun",),
+        aliases=("--multirun",),
     )
 
     @property

@@ -39,7 +39,7 @@ class CompareArguments(VerbArguments):
     runs: list[str] = positionals()
     to: Path | None = option(
         "the directory for the runs and the answer; default: one below runs/, the same for the same points",
-        like="<directory>",
+        example="<directory>",
     )
     settings: list[str] = forwarded_settings()
     dry_run: bool = flag("list the points, and those that would be refused, and stop")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from launch.cluster.array_size import refuse_large_arrays
 from launch.compare.settings import CompareConfig, ComparisonRow, setting_keys, write_comparison_file
 from launch.config.axes import Axes, excluded_points, name_in_trackers, point_label, read_axes
-from launch.config.verb_arguments import read_group
+from launch.config.verb_arguments import read_setting_group
 from strategies.errors import ConfigError, NotRunOwner
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def read_compare_settings(arguments: list[str]) -> tuple[CompareConfig, list[str
 
     Raises ConfigError with every problem at once.
     """
-    settings, run_arguments, problems = read_group("compare", CompareConfig(), arguments)
+    settings, run_arguments, problems = read_setting_group("compare", CompareConfig(), arguments)
     minimum_by_setting = {"steps": 1, "repeats": 1, "warmup": 0, "price_per_hour": 0}
     for setting, minimum in minimum_by_setting.items():
         value = getattr(settings, setting)
@@ -210,7 +210,7 @@ def _compose_points(
     `arguments_of_points`: the arguments of each point. `axis_values`: for each point {axis: value}, by which it is named.
     `default_arguments`: arguments that every point gets as well.
     """
-    from launch.config.compose import compose, refusals
+    from launch.config.compose import compose, start_problems
 
     problems_by_point: dict[str, list[str]] = {}
     points = []
@@ -227,7 +227,7 @@ def _compose_points(
             logging = composed.config.logging
             logging.every_steps = min(logging.every_steps, max(1, num_steps // 10))
         axis_arguments = tuple(f"{key}={value}" for key, value in values.items())
-        points.append(RequestedPoint(name, axis_arguments, composed, tuple(refusals(composed.config))))
+        points.append(RequestedPoint(name, axis_arguments, composed, tuple(start_problems(composed.config))))
 
     if problems_by_point:
         # Points without a problem are added, so that a problem of all points can be told from one of some.

@@ -97,7 +97,7 @@ class Axes:
 
         With `tuning=full,lora tuning.rank=8` this is `tuning.rank`, which only `tuning=lora` has.
         """
-        from launch.config.overrides import find_setting, settings
+        from launch.config.overrides import all_settings, find_setting
 
         axes = self.axes
         limits = {}
@@ -106,7 +106,7 @@ class Axes:
             group = key.partition(".")[0]
             if key == group or group not in axes:
                 continue
-            setting = find_setting(settings(), key)
+            setting = find_setting(all_settings(), key)
             if setting is None:
                 continue
             number_of_choices = sum(choice in setting.available_under for choice in axes[group])

@@ -6,7 +6,7 @@ from enum import Enum
 
 from launch.config.choices import choices_by_group
 from launch.config.user_files import CHOSEN_BY_NAME
-from launch.config.verb_arguments import VerbArguments, specs
+from launch.config.verb_arguments import VerbArguments, argument_specs
 from strategies.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
@@ -128,7 +128,7 @@ def option_keys(declarations: list[type[VerbArguments]]) -> list[str]:
     """The keys of a verb's own `key=value` arguments, as they are typed."""
     keys = []
     for declaration in declarations:
-        for spec in specs(declaration).values():
+        for spec in argument_specs(declaration).values():
             if spec.kind == "option" and not spec.key.startswith("-"):
                 keys.append(spec.key)
     return keys
@@ -139,8 +139,8 @@ def flags_of(declared: dict[str, list[type[VerbArguments]]]) -> list[str]:
     flags = [*COMMON_FLAGS]
     for declarations in declared.values():
         for declaration in declarations:
-            for spec in specs(declaration).values():
-                flags += [key for key in (spec.key, *spec.also) if key.startswith("-")]
+            for spec in argument_specs(declaration).values():
+                flags += [key for key in (spec.key, *spec.aliases) if key.startswith("-")]
     return list(dict.fromkeys(flags))
 
 
@@ -150,10 +150,10 @@ def values_of_settings() -> dict[str, list[str]]:
     Such as {"tuning": ["full", "lora"], "run.must_fit": ["true", "false"], "optim.lr": []}. Left out: settings whose key holds a
     name of the user's (`data.sources.*.path`), and the `name` of a group, which is typed as `<group>=<choice>`.
     """
-    from launch.config.overrides import settings
+    from launch.config.overrides import all_settings
 
     values_by_key: dict[str, list[str]] = {group: list(choices) for group, choices in choices_by_group().items()}
-    for key, setting in settings().items():
+    for key, setting in all_settings().items():
         name = key.removesuffix("_")
         is_choice = name.endswith(".name") and name.split(".")[0] in CHOSEN_BY_NAME
         if "*" in name or is_choice:

@@ -80,7 +80,7 @@ class ForeignArguments:
         for override in overrides:
             key, _, value = override.lstrip("+").partition("=")
             typed_values[key] = value
-        self._ranks = ranks_of(typed_values, self._foreign_values)
+        self._ranks = ranks_in_settings(typed_values, self._foreign_values)
 
     def hint(self, override: str) -> Hint | None:
         """What to type here instead of an override; None if it is no setting of another trainer."""
@@ -362,7 +362,7 @@ def _similar_group(key: str, value: str, settings_by_key: SettingsByKey) -> str 
     return f"did you mean {group}=<choice>, one of {', '.join(choices_by_group()[group])}?"
 
 
-def ranks_of(typed: Mapping[str, str], foreign_values: Mapping[str, str]) -> int | None:
+def ranks_in_settings(typed: Mapping[str, str], foreign_values: Mapping[str, str]) -> int | None:
     """Ranks of the run if the overrides say so, by our names (`typed`) or those of other trainers; else None."""
     settings = ForeignSettings({**foreign_values, **typed})
     ranks_per_node = parse_number(

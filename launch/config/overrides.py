@@ -43,13 +43,15 @@ NO_TARGET = "`_target_` is not used here and never runs anything; remove it"
 OVERRIDE_REGEX = re.compile(r"[+]{0,2}(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
 
 
-class TypedValue(NamedTuple):
+class SettingValue(NamedTuple):
     """One setting as it was typed or read from a file."""
 
     key: str
     value: Any
-    override: str
-    """The whole override, for messages."""
+    source_text: str
+    """What set it, for messages: the override (`optim.lr=1e-4`), or file, key and value (`my.yaml: optim.lr: 1e-4`)."""
+    is_published_shape: bool = False
+    """For `model.path`: whether the model was named by its published shape, as in `model=llama3_8b`."""
 
 
 @dataclass(slots=True)
@@ -57,17 +59,15 @@ class ParsedOverrides:
     """The command line of a run, sorted into choices of groups, values of settings, and problems."""
 
     choices: dict[str, str] = field(default_factory=dict)
-    """The choice of each group that was typed."""
-    values: list[TypedValue] = field(default_factory=list)
+    """The choice of each group that a file or an override chooses, such as {"tuning": "lora"}."""
+    values: list[SettingValue] = field(default_factory=list)
     """The settings, in their order. The last one of a key counts."""
     problems: list[str] = field(default_factory=list)
     """A message for each override that cannot be used."""
-    shape_overrides: set[str] = field(default_factory=set)
-    """The overrides that name the model by its published shape, as `model=llama3_8b` does."""
     replaced_tables: set[str] = field(default_factory=set)
     """Tables that were typed as a whole. Entries that an experiment or a run has in them are dropped."""
-    number_from_files: int = 0
-    """How many of `values` come from the user's settings files; they are the first ones, the others were typed."""
+    num_file_values: int = 0
+    """How many of `values` come from the user's settings files. Those stand first; the others were set on the command line."""
     resets: list[tuple[str, str]] = field(default_factory=list)
     """(key, override) of each `~key`, which sets a setting back to the default of the code."""
     meant_keys: set[str] = field(default_factory=set)
@@ -83,7 +83,7 @@ class Setting:
 
 
 @cache
-def settings() -> dict[str, Setting]:
+def all_settings() -> dict[str, Setting]:
     """Every setting of a run by its full key, under whatever choice it exists; `*` stands for names that the user chooses.
 
     Such as {"optim.lr": Setting(float | None), "tuning.rank": Setting(int, ("lora", "dora")), "data.sources.*.path": ...}.
@@ -93,12 +93,12 @@ def settings() -> dict[str, Setting]:
 
     settings_by_key: dict[str, Setting] = {}
     groups_with_classes = settings_classes()  # groups whose choices have different settings, such as `tuning`
-    for keyed in keyed_fields(RunConfig):
-        name, _, below = keyed.key.partition(".")
-        if name in groups_with_classes and not below:
-            settings_by_key |= _settings_under_choices(name)
-        elif name not in groups_with_classes and not keyed.is_group:
-            settings_by_key[keyed.key] = Setting(keyed.type)
+    for keyed_field in keyed_fields(RunConfig):
+        group, _, key_in_group = keyed_field.key.partition(".")
+        if group in groups_with_classes and not key_in_group:
+            settings_by_key |= _settings_under_choices(group)
+        elif group not in groups_with_classes and not keyed_field.is_group:
+            settings_by_key[keyed_field.key] = Setting(keyed_field.type)
     for key, setting in settings_by_key.items():
         # A setting that every choice of its group has needs none of them.
         all_choices = shipped_choices().get(key.split(".")[0], ())
@@ -113,13 +113,16 @@ def settings() -> dict[str, Setting]:
 
 
 def _settings_under_choices(group: str) -> dict[str, Setting]:
-    """The settings of a group such as `tuning` whose choices have different settings, each with the choices that have it."""
+    """The settings of a group such as `tuning` whose choices have different settings, each with the choices that have it.
+
+    Such as {"tuning.rank": Setting(int, ("lora", "dora")), ...}.
+    """
     from trainer.config.tree import keyed_fields
 
-    # In the order of the classes, and not of the alphabet: messages list the choices so.
-    order = [*settings_classes()[group], *shipped_choices()[group]]
+    # In the order of the classes, and not of the alphabet, because messages list the choices in this order.
+    ordered_choices = [*settings_classes()[group], *shipped_choices()[group]]
     settings_by_key: dict[str, Setting] = {}
-    for choice in sorted(shipped_choices()[group], key=order.index):
+    for choice in sorted(shipped_choices()[group], key=ordered_choices.index):
         for keyed_field in keyed_fields(settings_class_of(group, choice), group):
             if keyed_field.is_group:
                 continue
@@ -140,42 +143,43 @@ def field_key(settings_by_key: dict[str, Setting], key: str) -> str:
 
 
 def find_setting(settings_by_key: dict[str, Setting], key: str) -> Setting | None:
-    """The setting behind a key as typed, also of an entry in a table (`data.sources.chat.path`); None if there is none.
+    """The setting that a key on the command line or in a file means; None if there is none. Such as:
 
-    Tried are the key itself, then the key with `*` for one of its parts; of either, the table that it would be an entry of.
+    - `optim.lr`: the setting of this key;
+    - `data.sources.chat.path`: the setting `data.sources.*.path`, because the user chooses the name `chat`;
+    - `data.columns.text`: an entry of the dictionary `data.columns`, with the type of its values.
     """
     key = field_key(settings_by_key, key)
-    parts = key.split(".")
-    # `data.sources.chat.path` is known as `data.sources.*.path`: any part but the first may be a name of the user's.
-    wildcard_keys = [".".join([*parts[:n], "*", *parts[n + 1 :]]) for n in range(1, len(parts))]
+    names = key.split(".")
+    # Any name but the first may be the user's own.
+    wildcard_keys = [".".join([*names[:n], "*", *names[n + 1 :]]) for n in range(1, len(names))]
     for candidate in (key, *wildcard_keys):
         if candidate in settings_by_key:
             return settings_by_key[candidate]
-        # An entry of a plain dictionary, as in `data.columns.text`.
         table = settings_by_key.get(candidate.rpartition(".")[0])
         if table is not None and get_origin(table.type) is dict:
             entry_type = get_args(table.type)[1]
-            # `Any` alone would be read as text. In a table of anything, numbers are numbers.
+            # A setting of type `Any` holds text as typed (see `_is_text_type`), but in a table of anything numbers are numbers.
             if entry_type is Any:
                 entry_type = object
             return Setting(entry_type, table.available_under)
     return None
 
 
-def parse(overrides: list[str]) -> ParsedOverrides:
+def parse_overrides(overrides: list[str]) -> ParsedOverrides:
     """Sort command-line overrides into choices of groups and values of settings. What cannot be read becomes a problem.
 
-    `tuning=lora optim.lr=1e-4 my.yaml` gives the choice `lora`, the value of `optim.lr`, and before it those of the file.
+    `tuning=lora optim.lr=1e-4 my.yaml` gives the choice `lora`, the values in the file and, behind them, that of `optim.lr`.
     """
     parsed = ParsedOverrides()
-    settings_by_key = settings()
+    settings_by_key = all_settings()
     overrides, parsed.problems = hints.take_split_settings(overrides, settings_by_key)
     foreign = hints.ForeignArguments(overrides, lambda key: find_setting(settings_by_key, key) is not None)
-    # Files first, so that a typed override overrides what a file says.
+    # Files first, because the last value of a key counts, and the command line goes before a file.
     for override in overrides:
         if user_files.is_settings_file(override):
             _add_file(parsed, settings_by_key, override)
-    parsed.number_from_files = len(parsed.values)
+    parsed.num_file_values = len(parsed.values)
     for override in foreign.overrides:
         if user_files.is_settings_file(override):
             continue
@@ -192,14 +196,17 @@ def parse(overrides: list[str]) -> ParsedOverrides:
 
 
 def _add_override(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
-    """Add one typed override `key=value` to `parsed`: as a choice of a group, a value of a setting, or a problem."""
+    """Add one override `key=value` to `parsed`: as a choice of a group, a value of a setting, or a problem.
+
+    Problems: text that is no `key=value`, settings of Hydra itself, and `_target_`, with which Hydra would call a function.
+    """
     match = OVERRIDE_REGEX.fullmatch(override)
     if match is None or override.startswith("-"):
         parsed.problems.append(hints.explain_argument_without_value(override))
         return
     key = field_key(settings_by_key, match["key"])
     value = match["value"]
-    if key.split(".")[0].split("/")[0] == "hydra":
+    if re.match(r"hydra([./]|$)", key):
         parsed.problems.append(hints.explain_hydra_setting(key, value, override))
     elif "_target_" in override:
         parsed.problems.append(f"{override}: {NO_TARGET}")
@@ -210,31 +217,33 @@ def _add_override(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], 
 
 
 def _contradictions(parsed: ParsedOverrides) -> list[str]:
-    """A problem for each two typed overrides of which one would be ignored: `~key` beside `key=...`, two names of the model."""
-    problems = []
-    typed = parsed.values[parsed.number_from_files :]
-    problems += _two_models(typed, parsed.shape_overrides)
-    for key, removal in parsed.resets:
-        for typed_key, _, override in typed:
-            if typed_key == key or typed_key.startswith(f"{key}."):
-                problems.append(f"{removal}: {override} sets the same; leave one of the two out")
+    """A problem for each two overrides of which one would be ignored: `~key` beside `key=...`, or two names of the model."""
+    cli_values = parsed.values[parsed.num_file_values :]
+    problems = _two_models_problems(cli_values)
+    for reset_key, reset_override in parsed.resets:
+        for value in cli_values:
+            if value.key == reset_key or value.key.startswith(f"{reset_key}."):
+                problems.append(f"{reset_override}: {value.source_text} sets the same; leave one of the two out")
     return problems
 
 
-def _two_models(values: list[TypedValue], shape_overrides: set[str]) -> list[str]:
-    """A problem if values of one origin (the command line, or a file) name the model both by a shape and by `model.path`."""
-    overrides = [value.override for value in values if value.key == MODEL_PATH]
-    by_shape = [override for override in overrides if override in shape_overrides]
-    by_path = [override for override in overrides if override not in shape_overrides]
-    if not by_path or not by_shape:
+def _two_models_problems(values: list[SettingValue]) -> list[str]:
+    """A problem if `values` name the model twice, by a shape (`model=llama3_8b`) and by `model.path`; otherwise empty.
+
+    `values`: those of the command line, or those of one file. A file and the command line may name two: the latter counts.
+    """
+    model_values = [value for value in values if value.key == MODEL_PATH]
+    shapes = [value.source_text for value in model_values if value.is_published_shape]
+    paths = [value.source_text for value in model_values if not value.is_published_shape]
+    if not paths or not shapes:
         return []
     return [
-        f"{by_shape[-1]}: {by_path[-1]} names another model; leave {by_shape[-1]} out to take the model of {MODEL_PATH}, or "
+        f"{shapes[-1]}: {paths[-1]} names another model; leave {shapes[-1]} out to take the model of {MODEL_PATH}, or "
         f"leave {MODEL_PATH} out to take the published model of that name"
     ]
 
 
-def needs_other_choice(key: str, override: str, setting: Setting) -> str:
+def needed_choice_problem(key: str, override: str, setting: Setting) -> str:
     """The message about a setting that exists only under another choice of its group."""
     return f"{override}: needs {hints.needed_choice(key, setting.available_under)}; add it, or leave {key.removesuffix('_')} out"
 
@@ -254,16 +263,17 @@ def describe_type(annotation: Any) -> str:
 
 
 def _add_file(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
-    """Add the choices and values of the user's settings file to `parsed`, as if they had been typed; problems as well.
+    """Add the choices and values of the settings file that `override` names (`my.yaml`) to `parsed`, or problems.
 
-    `override`: the file as typed, such as `my.yaml`. A key of another trainer is a problem that names our setting.
+    Problems: a file that cannot be read, an unknown group, a setting of another trainer, an interpolation that differs between
+    processes, and `_target_`. The keys of settings are checked later, when they are applied.
     """
     try:
         choices, values = user_files.read_settings_file(override)
     except ConfigError as error:
         parsed.problems += error.problems
         return
-    number_of_earlier_files = len(parsed.values)
+    num_earlier_values = len(parsed.values)
     for group, choice in choices.items():
         if group in choices_by_group():
             _add_choice(parsed, group, choice, f"{override}: {group}: {choice}")
@@ -277,31 +287,38 @@ def _add_file(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], over
 
     foreign = hints.ForeignArguments([f"{key}={value}" for key, value in values], is_ours)
     for key, value in values:
-        source = f"{override}: {key}: {value}"
+        source_text = f"{override}: {key}: {value}"
         hint = foreign.hint(f"{key}={value}")
         if hint is not None:
-            parsed.problems.append(f"{source}: {hint.reason}")
+            parsed.problems.append(f"{source_text}: {hint.reason}")
             parsed.meant_keys |= hint.meant_keys
         elif RESOLVED_BY_EACH_RANK.search(str(value)):
-            parsed.problems.append(f"{source}: {RANKS_DISAGREE}")
-        elif "_target_" in source:
-            parsed.problems.append(f"{source}: {NO_TARGET}")
+            parsed.problems.append(f"{source_text}: {RANKS_DISAGREE}")
+        elif "_target_" in source_text:
+            parsed.problems.append(f"{source_text}: {NO_TARGET}")
         elif key in (TASKS_TABLE, REWARDS_TABLE) and isinstance(value, list):
-            _add_setting(parsed, settings_by_key, key, f"[{','.join(map(str, value))}]", source)
+            # Such a list has a syntax of its own, which is read in the form that it has on the command line.
+            _add_setting(parsed, settings_by_key, key, f"[{','.join(map(str, value))}]", source_text)
         else:
-            parsed.values.append(TypedValue(field_key(settings_by_key, key), value, source))
-    parsed.problems += _two_models(parsed.values[number_of_earlier_files:], parsed.shape_overrides)
+            parsed.values.append(SettingValue(field_key(settings_by_key, key), value, source_text))
+    parsed.problems += _two_models_problems(parsed.values[num_earlier_values:])
 
 
 def _add_reset(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
-    """Add an override `~key` to `parsed`, which sets a setting back to its default; `~experiment` takes back the experiment."""
+    """Add an override `~key` to `parsed`. By what the key names:
+
+    - `~experiment`, or another group that sets a whole run: the choice is taken back;
+    - `~tuning`, another group: a problem, because one of its choices is needed;
+    - `~optim.lr`, a setting, or `~data.columns`, a table of settings: it is set back to its default;
+    - anything else: a problem.
+    """
     key = field_key(settings_by_key, override.lstrip("~").partition("=")[0])
-    is_table = any(name.startswith(f"{key}.") for name in settings_by_key)
+    is_table = any(setting_key.startswith(f"{key}.") for setting_key in settings_by_key)
     if key in WHOLE_RUN_GROUPS:
         parsed.choices[key] = "null"
     elif key in choices_by_group():
-        another = "model.path=<directory or hub id>" if key == MODEL_GROUP else f"{key}={choices_by_group()[key][0]}"
-        parsed.problems.append(f"{override}: cannot be removed; choose another one, for example {another}")
+        example = "model.path=<directory or hub id>" if key == MODEL_GROUP else f"{key}={choices_by_group()[key][0]}"
+        parsed.problems.append(f"{override}: cannot be removed; choose another one, for example {example}")
     elif key in settings_by_key or is_table:
         parsed.resets.append((key, override))
     else:
@@ -310,59 +327,62 @@ def _add_reset(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], ove
         parsed.meant_keys |= unknown.meant_keys
 
 
-def _add_choice(parsed: ParsedOverrides, group: str, choice: str, override: str) -> None:
-    """Add the choice of a group to `parsed`, such as `tuning=lora`. `override`: as typed, for messages."""
+def _add_choice(parsed: ParsedOverrides, group: str, choice: str, source_text: str) -> None:
+    """Add the choice of a group to `parsed`, such as `tuning=lora`. `source_text`: what chooses it, for messages.
+
+    A published shape (`model=llama3_8b`) becomes a value of `model.path`. Several choices, and an unknown one, are problems.
+    """
     if means_a_shape(group, choice):
-        parsed.values.append(TypedValue(MODEL_PATH, read_shape(choice).hub[0], override))
-        parsed.shape_overrides.add(override)
+        hub_id = read_shape(choice).hub[0]
+        parsed.values.append(SettingValue(MODEL_PATH, hub_id, source_text, is_published_shape=True))
     elif choice in choices_by_group()[group] or (group in WHOLE_RUN_GROUPS and choice == "null"):
         parsed.choices[group] = choice
     elif "," in choice:
-        parsed.problems.append(f"{override}: several values are a sweep; add -m, or choose one")
+        parsed.problems.append(f"{source_text}: several values are a sweep; add -m, or choose one")
     else:
-        parsed.problems.append(hints.explain_unknown_choice(group, choice, override))
+        parsed.problems.append(hints.explain_unknown_choice(group, choice, source_text))
         parsed.meant_keys.add(group)
 
 
 def _add_setting(
-    parsed: ParsedOverrides, settings_by_key: dict[str, Setting], key: str, text: str, override: str
+    parsed: ParsedOverrides, settings_by_key: dict[str, Setting], key: str, text: str, source_text: str
 ) -> None:
     """Add the value of a setting, typed as `text`, to `parsed`. Text stays as typed; the rest is read by Hydra's grammar.
 
-    `override`: the whole argument, `key=text`, for messages. Gates, and lists of tasks or rewards, have a syntax of their own.
+    Gates, and lists of tasks or rewards, have a syntax of their own. `source_text`: what sets it, for messages.
     """
     if RESOLVED_BY_EACH_RANK.search(text):
-        parsed.problems.append(f"{override}: {RANKS_DISAGREE}")
+        parsed.problems.append(f"{source_text}: {RANKS_DISAGREE}")
         return
-    # As in `gates={eval/loss: "<3"}`: `<` and `>` are no characters of Hydra's grammar.
+    # Gates such as `gates={eval/loss: "<3"}`, since `<` and `>` are no characters of Hydra's grammar.
     if key.split(".")[0] == GATES:
-        gates, problem = read_word(override.lstrip("+"))
+        gates, problem = read_word(source_text.lstrip("+"))
         if gates is None:
             parsed.problems.append(problem)
-        parsed.values.append(TypedValue(GATES, gates or {}, override))
+        parsed.values.append(SettingValue(GATES, gates or {}, source_text))
         return
-    # `evaluation.tasks=[json,json:strict]`: each entry is a kind, with a name behind a colon if it is used twice.
+    # Tasks such as `evaluation.tasks=[json,json:strict]`: each is a kind, with a name behind a colon if it is used twice.
     task_kinds = _list_entries(text) if key == TASKS_TABLE else None
     if task_kinds is not None:
         parsed.replaced_tables.add(key)
         for entry in task_kinds:
             kind, _, name = entry.partition(":")
-            parsed.values.append(TypedValue(f"{key}.{name or kind}.kind", kind, override))
+            parsed.values.append(SettingValue(f"{key}.{name or kind}.kind", kind, source_text))
         return
-    # `objective.rewards=[maths,rewards.py]`, or one of them without brackets.
+    # Rewards such as `objective.rewards=[maths,rewards.py]`, or one of them without brackets.
     if key == REWARDS_TABLE and not text.startswith("{") and text != "null":
         entries = _list_entries(text)
-        _add_rewards(parsed, [text] if entries is None else entries, override)
+        _add_rewards(parsed, [text] if entries is None else entries, source_text)
         return
-    # Paths hold spaces, colons and equals signs that the grammar would take apart.
+    # Text stays as typed, because paths hold spaces, colons and equals signs that the grammar would take apart.
     setting = find_setting(settings_by_key, key)
     if setting is not None and _is_text_type(setting.type) and not _is_hydra_syntax(text):
-        parsed.values.append(TypedValue(key, text, override))
+        parsed.values.append(SettingValue(key, text, source_text))
         return
-    _add_setting_by_grammar(parsed, settings_by_key, key, text, override)
+    _add_setting_by_grammar(parsed, settings_by_key, key, text, source_text)
 
 
-def _add_rewards(parsed: ParsedOverrides, entries: list[str], override: str) -> None:
+def _add_rewards(parsed: ParsedOverrides, entries: list[str], source_text: str) -> None:
     """Add the rewards of `objective.rewards=[maths,rewards.py,more.py:brief]` to `parsed`.
 
     Each entry is a kind (with a name behind a colon if it is used twice), a Python file that stands for all its reward functions,
@@ -371,30 +391,30 @@ def _add_rewards(parsed: ParsedOverrides, entries: list[str], override: str) -> 
     parsed.replaced_tables.add(REWARDS_TABLE)
     # Of several such overrides the last one counts, as of any setting. Entries that were typed by themselves stay.
     table_override = re.compile(rf"[+]*{re.escape(REWARDS_TABLE)}\s*[=:]")
-    parsed.values = [value for value in parsed.values if not table_override.match(value.override)]
+    parsed.values = [value for value in parsed.values if not table_override.match(value.source_text)]
     for entry in entries:
         path, function = split_function(entry)
         if path.suffix != ".py":
             kind, _, name = entry.partition(":")
-            parsed.values.append(TypedValue(f"{REWARDS_TABLE}.{name or kind}.kind", kind, override))
+            parsed.values.append(SettingValue(f"{REWARDS_TABLE}.{name or kind}.kind", kind, source_text))
             continue
         names = [function]
         if not function:
             try:
                 names = [*functions_of(path)]
             except ConfigError as error:
-                parsed.problems += [f"{override}: {problem}" for problem in error.problems]
+                parsed.problems += [f"{source_text}: {problem}" for problem in error.problems]
                 parsed.meant_keys.add(REWARDS_TABLE)
                 continue
             if not names:
                 parsed.meant_keys.add(REWARDS_TABLE)
-                parsed.problems.append(f"{override}: {path.name} has no reward function; {WHAT_IS_A_REWARD}")
+                parsed.problems.append(f"{source_text}: {path.name} has no reward function; {WHAT_IS_A_REWARD}")
         for name in names:
-            parsed.values.append(TypedValue(f"{REWARDS_TABLE}.{name}.function", f"{path}:{name}", override))
+            parsed.values.append(SettingValue(f"{REWARDS_TABLE}.{name}.function", f"{path}:{name}", source_text))
 
 
 def _add_setting_by_grammar(
-    parsed: ParsedOverrides, settings_by_key: dict[str, Setting], key: str, text: str, override: str
+    parsed: ParsedOverrides, settings_by_key: dict[str, Setting], key: str, text: str, source_text: str
 ) -> None:
     """Add a value that Hydra's own parser reads to `parsed`: a number, a list, a dictionary or null.
 
@@ -408,30 +428,30 @@ def _add_setting_by_grammar(
         if parsed_override.is_sweep_override():  # choice(...), range(...), or a value with commas
             is_range = re.match(r"(interval|tag)\(", text) is not None
             remedy = "a range is searched: add -m sweeper=optuna" if is_range else "several values are a sweep; add -m"
-            parsed.problems.append(f"{override}: {remedy}, or give one")
+            parsed.problems.append(f"{source_text}: {remedy}, or give one")
             return
-        parsed.values += _values_of_override(key, parsed_override.value(), override)
+        parsed.values += _values_of_override(key, parsed_override.value(), source_text)
     except (HydraException, NotImplementedError) as error:
         setting = find_setting(settings_by_key, key)
         if setting is None:
-            unknown = hints.explain_unknown_key(key, override, settings_by_key)
+            unknown = hints.explain_unknown_key(key, source_text, settings_by_key)
             parsed.problems.append(unknown.problem)
             parsed.meant_keys |= unknown.meant_keys
         elif _is_text_type(setting.type) and text.startswith("["):
             # A list of paths with characters that the grammar would want quoted.
             paths = [part.strip().strip("'\"") for part in text[1:-1].split(",")]
-            parsed.values.append(TypedValue(key, paths, override))
+            parsed.values.append(SettingValue(key, paths, source_text))
         else:
             reason = str(error).splitlines()[0].split(" See https")[0]
-            parsed.problems.append(f"{override}: cannot be read ({reason}); {key} is {describe_type(setting.type)}")
+            parsed.problems.append(f"{source_text}: cannot be read ({reason}); {key} is {describe_type(setting.type)}")
             parsed.meant_keys.add(key)
 
 
-def _values_of_override(key: str, value: Any, override: str) -> list[TypedValue]:
+def _values_of_override(key: str, value: Any, source_text: str) -> list[SettingValue]:
     """The settings that one override sets: `budget={epochs: 3}` and `batch={...}` one for each entry, any other only `key`."""
     if key not in ("batch", "budget") or not isinstance(value, dict):
-        return [TypedValue(key, value, override)]
-    return [TypedValue(f"{key}.{name}", entry, override) for name, entry in value.items()]
+        return [SettingValue(key, value, source_text)]
+    return [SettingValue(f"{key}.{name}", entry, source_text) for name, entry in value.items()]
 
 
 def _list_entries(text: str) -> list[str] | None:

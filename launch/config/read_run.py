@@ -104,7 +104,7 @@ def read_run(
     others and applies them. A value that reaches out and that the verb does not use is set to its default, and a line says so.
     Errors: ConfigError if the verb uses a value that this user never typed; it names the overrides that allow it.
     """
-    from launch.config.compose import load_frozen, typed_keys
+    from launch.config.compose import keys_set_by, load_frozen
 
     allowing_arguments, other_arguments = _split_overrides(overrides, reader.own_groups)
     frozen = load_frozen(run_dir / "config.yaml")
@@ -113,7 +113,7 @@ def read_run(
     config = change(_with_allowing_arguments(frozen, allowing_arguments), other_arguments)
 
     # Values that reach out (see outside_values.py): used and allowed, used and not allowed, not used.
-    typed = typed_keys(overrides) | reader.settled_groups
+    typed = keys_set_by(overrides) | reader.settled_groups
     used: list[OutsideValue] = []
     unused: list[OutsideValue] = []
     refused: list[OutsideValue] = []
@@ -188,11 +188,11 @@ def _with_allowing_arguments(config: RunConfig, allowing_arguments: list[str]) -
 
     Errors: ConfigError for an override that names another file than the run: that would change the run's result.
     """
-    from launch.config.compose import with_overrides
+    from launch.config.compose import apply_overrides
 
     if not allowing_arguments:
         return config
-    allowed_config = with_overrides(config, allowing_arguments)
+    allowed_config = apply_overrides(config, allowing_arguments)
     run_values = flat(plain(config))
     problems = []
     for key, value in flat(plain(allowed_config)).items():

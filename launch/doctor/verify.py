@@ -68,11 +68,11 @@ def verify(arguments: list[str], *, as_json: bool) -> int:
 def _report(arguments: list[str], directory: Path) -> dict[str, Any] | None:
     """Run the comparison in `directory`; returns the verdict of the ranks, with what was compared; None after Ctrl-C."""
     config, notes = settings_to_compare(arguments)
-    from launch.config.compose import ranks_of
+    from launch.config.compose import launched_ranks
     from trainer.verification.run import write_inputs
     from trainer.verification.small_run import number_of_ranks
 
-    user_ranks = ranks_of(config)
+    user_ranks = launched_ranks(config)
     notes += fit_to_devices(config, number_of_ranks(config))
     # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.
     os.environ.setdefault("DS_ACCELERATOR", str(config.run.device))

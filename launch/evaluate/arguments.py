@@ -39,7 +39,7 @@ class EvaluateArguments(VerbArguments):
         "what to compare with: base (the run's model before training), the directory of a run or model, or an "
         "evaluation.json; with an evaluation.json, the exit code is 69 if a metric got worse by more than its limit or "
         "its interval",
-        like="base",
+        example="base",
     )
     checkpoint: str = option(
         "which checkpoint: the one that the run exported at its end (auto), last, best or a step",
@@ -53,17 +53,17 @@ class EvaluateArguments(VerbArguments):
         choices=("eval", "test"),
         needs="run.dir",
     )
-    adapter: str | None = option("an adapter to load on top of model.path", like="<directory>", needs="model.path")
+    adapter: str | None = option("an adapter to load on top of model.path", example="<directory>", needs="model.path")
     accept: list[str] = option(
         "continue although the base model, or the run's documents, are not those of the training",
         default=[],
-        like="[base,data]",
+        example="[base,data]",
         choices=("base", "data"),
-        also=("run.accept",),
+        aliases=("run.accept",),
     )
     to: str | None = option(
         "where to write evaluation.json, evaluation_rows.jsonl and evaluation.html; default: the run's directory",
-        like="<directory>",
+        example="<directory>",
     )
     settings: list[str] = forwarded_settings()
     as_json: bool = flag("print the report as JSON instead of tables", key="--json")
@@ -130,7 +130,7 @@ def parse_arguments(argv: list[str]) -> EvaluateArguments:
         problems += problems_of_test(arguments.against, arguments.settings)
     if arguments.adapter is not None and "data" in arguments.accept:
         problems.append(
-            f"accept={arguments.typed['accept']}: an adapter brings no documents of a run; write accept=[base]"
+            f"accept={arguments.text_by_key['accept']}: an adapter brings no documents of a run; write accept=[base]"
         )
     if problems:
         raise ConfigError(problems)

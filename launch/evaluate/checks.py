@@ -35,7 +35,7 @@ def check_plan(config: RunConfig, typed: list[str], *, run: Path | None, trained
     `typed`: the settings on the command line. `run`: the evaluated run; None for a model without one. `trained`: whether there
     is training data that tasks may read. `split`: "eval" runs tasks, "test" measures the run's test documents.
     """
-    from launch.config.compose import load_frozen, refusals
+    from launch.config.compose import load_frozen, start_problems
     from trainer.evaluation.tasks.prepared import TaskContext, check_tasks
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
@@ -57,7 +57,7 @@ def check_plan(config: RunConfig, typed: list[str], *, run: Path | None, trained
     # Settings. Problems with a run's training data do not count: it is read only if a task needs it, as the run recorded it.
     written = None if run is None else load_frozen(run / "config.yaml")
     problems = []
-    for problem in refusals(config, written=written):
+    for problem in start_problems(config, frozen_config=written):
         key = key_of_problem(problem)
         is_of_training = key == "evaluation.watch" or (run is not None and key.startswith("data."))
         if not is_of_training:

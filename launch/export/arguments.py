@@ -25,59 +25,61 @@ class ExportArguments(VerbArguments):
         "which checkpoint: the one that the run exported at its end (auto), last, best or a step", default="auto"
     )
     average: str | None = option(
-        "export the mean of several checkpoints: last:<n>, or steps such as [100,200]", like="last:3"
+        "export the mean of several checkpoints: last:<n>, or steps such as [100,200]", example="last:3"
     )
     to: str | None = option(
         "a new or empty directory, or hub:<owner>/<name>; default: <run>/export, which is replaced if it exists",
-        like="<directory>",
+        example="<directory>",
     )
-    merge: bool | None = option("merge the adapter into the base and write a whole model", like="true")
-    dtype: ExportType | None = option("data type of a whole model: auto, float32, bfloat16, float16", like="bfloat16")
-    max_shard_gib: float | None = option("size of the largest safetensors file, in GiB", like="5", above=0)
+    merge: bool | None = option("merge the adapter into the base and write a whole model", example="true")
+    dtype: ExportType | None = option(
+        "data type of a whole model: auto, float32, bfloat16, float16", example="bfloat16"
+    )
+    max_shard_gib: float | None = option("size of the largest safetensors file, in GiB", example="5", above=0)
     verify: bool | None = option(
         "reload the export and compare its logits with those of the trained model; --verify does the same",
-        like="true",
-        also=("--verify",),
+        example="true",
+        aliases=("--verify",),
     )
     processes: int | None = option(
         "processes of this host that write a whole model, each its own files; default: 1",
         key="launcher.processes",
-        like="4",
+        example="4",
         above=0,
     )
     accept: list[str] = option(
         "continue although the base model (with bits=, also the data) is not that of the training",
         default=[],
-        like="[base]",
+        example="[base]",
         choices=("base", "data"),
     )
     papers: list[str] | None = option(
-        "documents to write beside the model card (docs/papers.md)", like="[datasheet,annex_xi]"
+        "documents to write beside the model card (docs/papers.md)", example="[datasheet,annex_xi]"
     )
-    answers: str | None = option("your answers for these documents: what only the owner knows", like="<file.yaml>")
+    answers: str | None = option("your answers for these documents: what only the owner knows", example="<file.yaml>")
     gates: list[str] = forwarded_settings(beginning="gates")
     hub_private: bool = option(
         "whether the repository on the hub is private", key="hub.private", default=True, needs=HUB
     )
     benchmarks: str | None = option(
-        "the hub data set of each evaluation task, for the model card", like="{task: <owner>/<data set>}"
+        "the hub data set of each evaluation task, for the model card", example="{task: <owner>/<data set>}"
     )
-    gguf: GgufType | None = option("also write a GGUF file: f32, f16, bf16 or q8_0", like="q8_0")
+    gguf: GgufType | None = option("also write a GGUF file: f32, f16, bf16 or q8_0", example="q8_0")
     gguf_converter: str | None = option(
-        "path of llama.cpp's converter", key="gguf.converter", like="<convert_hf_to_gguf.py>", needs="gguf"
+        "path of llama.cpp's converter", key="gguf.converter", example="<convert_hf_to_gguf.py>", needs="gguf"
     )
     gguf_python: str | None = option(
-        "the Python that runs the converter", key="gguf.python", like="<python>", needs="gguf"
+        "the Python that runs the converter", key="gguf.python", example="<python>", needs="gguf"
     )
     bits: str | None = option(
         "also write a quantised model: nf4, int8, torchao_int8, torchao_nvfp4, llmcompressor_w4a16, llmcompressor_w8a8, "
         "llmcompressor_fp8",
-        like="nf4",
+        example="nf4",
     )
     bits_python: str | None = option(
         "the Python of the environment that has llmcompressor",
         key="bits.python",
-        like="<python>",
+        example="<python>",
         needs="bits=llmcompressor_",
     )
     dry_run: bool = flag("write the folder for the hub and push nothing", needs=HUB)

@@ -25,12 +25,14 @@ class CombineArguments(VerbArguments):
     adapters: list[str] = option(
         "the directories of LoRA adapters, all for the same base model",
         default=[],
-        like="[runs/a/export,runs/b/export]",
+        example="[runs/a/export,runs/b/export]",
     )
     to: Path = option(
-        "a new directory for the model", like="<directory>", required="name a new directory, as in to=models/merged"
+        "a new directory for the model",
+        example="<directory>",
+        advice_if_missing="name a new directory, as in to=models/merged",
     )
-    weights: list[float] = option("a factor for each adapter; default: 1", default=[], like="[0.7,0.3]")
+    weights: list[float] = option("a factor for each adapter; default: 1", default=[], example="[0.7,0.3]")
     combine: str = option(
         f"{', '.join(COMBINATIONS)}; cat is exactly the weighted sum of the updates",
         default="cat",
@@ -38,11 +40,11 @@ class CombineArguments(VerbArguments):
     )
     density: float = option("share of entries that ties and dare keep, such as 0.5", default=0.5, above=0)
     seed: int = option("seed for the entries that dare drops", default=0, least=0)
-    base: str | None = option("the base model; default: the one that the adapters name", like="<directory>")
+    base: str | None = option("the base model; default: the one that the adapters name", example="<directory>")
     merge: bool = option("true writes a whole model, false writes one adapter", default=True)
     dtype: ExportType = option("data type of a whole model", default=ExportType.auto)
     max_shard_gib: float = option("size of the largest safetensors file, in GiB", default=5.0, above=0)
-    verify: bool = option("the model is always verified after it is written", default=True, also=("--verify",))
+    verify: bool = option("the model is always verified after it is written", default=True, aliases=("--verify",))
     as_json: bool = flag("print where the model is as JSON, for a script", key="--json")
 
 
@@ -57,8 +59,10 @@ def run(argv: list[str]) -> dict[str, Any]:
     Errors: ConfigError with every argument that cannot be used, DriftError if the written model computes other logits.
     """
     arguments, problems = read_arguments("export adapters=", CombineArguments, argv)
-    if arguments.typed.get("adapters") and not arguments.adapters:
-        problems.append(f"adapters={arguments.typed['adapters']}: names no adapter; write adapters=[runs/a/export]")
+    if arguments.text_by_key.get("adapters") and not arguments.adapters:
+        problems.append(
+            f"adapters={arguments.text_by_key['adapters']}: names no adapter; write adapters=[runs/a/export]"
+        )
 
     import torch
 

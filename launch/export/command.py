@@ -111,12 +111,14 @@ def read_export_arguments(argv: list[str]) -> tuple[ExportArguments, dict[str, A
     arguments, problems = read_arguments("export", ExportArguments, argv)
     gates, unusable_gates = read_gates(arguments.gates)
     problems += unusable_gates
-    if arguments.average is not None and "checkpoint" in arguments.typed:
+    if arguments.average is not None and "checkpoint" in arguments.text_by_key:
         problems.append(
             f"average={arguments.average}: says which checkpoints; leave checkpoint={arguments.checkpoint} out"
         )
     if "data" in arguments.accept and arguments.bits is None:
-        problems.append(f"accept={arguments.typed['accept']}: only bits= reads the run's data; write accept=[base]")
+        problems.append(
+            f"accept={arguments.text_by_key['accept']}: only bits= reads the run's data; write accept=[base]"
+        )
     if problems:
         raise ConfigError(problems)
     refuse_no_run(arguments.run)

@@ -70,7 +70,7 @@ def unmark_gguf_missing(directory: Path) -> None:
 
 def _export_key(arguments: ExportArguments, checkpoints: list[Path]) -> dict[str, Any]:
     """What identifies an export: its checkpoints, and the arguments except for those of the converter, which may be mended."""
-    deciding_texts = {key: text for key, text in arguments.typed.items() if key not in CONVERTER_KEYS}
+    deciding_texts = {key: text for key, text in arguments.text_by_key.items() if key not in CONVERTER_KEYS}
     return {"words": deciding_texts, "checkpoints": [path.name for path in checkpoints]}
 
 

@@ -32,10 +32,10 @@ class InitArguments(VerbArguments):
 
     to: Path = option(
         "the file to write; an existing file is never overwritten",
-        like="my.yaml",
-        required="name the file to write, as in to=my.yaml",
+        example="my.yaml",
+        advice_if_missing="name the file to write, as in to=my.yaml",
     )
-    source: str | None = option("a settings file of another trainer, to convert", key="from", like="axolotl.yml")
+    source: str | None = option("a settings file of another trainer, to convert", key="from", example="axolotl.yml")
     settings: list[str] = forwarded_settings()
     as_json: bool = flag("print the answer as JSON, for a script", key="--json")
 
@@ -125,12 +125,12 @@ def _file_from_other_trainer(source: str, typed: list[str], target: Path) -> tup
     Errors: ConfigError if the file cannot be read, or a typed setting cannot be used.
     """
     from launch.config.compose import compose
-    from launch.config.hints import ranks_of
+    from launch.config.hints import ranks_in_settings
     from launch.config.importers.files import convert
 
     _refuse_resets(typed)
     # The other trainer's batch is that of a rank: the number of ranks gives our global batch.
-    ranks = ranks_of(dict(argument.partition("=")[::2] for argument in typed), {})
+    ranks = ranks_in_settings(dict(argument.partition("=")[::2] for argument in typed), {})
     converted = convert(Path(source), ranks)
     replaced = _drop_overridden(converted, typed)
     arguments = _overrides_that_compose(converted, typed)
@@ -235,18 +235,18 @@ def _build_file(
 
     `head` are the sentences at the top of the file, `to_settle` the problems that are listed at its end.
     """
-    from launch.config.overrides import parse
+    from launch.config.overrides import parse_overrides
     from launch.init.file import as_comments, settings_file_text
 
-    parsed = parse(arguments)
+    parsed = parse_overrides(arguments)
     origin = {}
     if converted is not None:
         origin = {key: "; ".join(map(str, sources)) for key, sources in converted.sources_by_key.items()}
     tail = _closing_sentences(converted, to_settle or [])
     contents = settings_file_text(as_comments(head), parsed, origin, as_comments(tail))
     settings: dict[str, Any] = dict(parsed.choices)
-    for key, value, _ in parsed.values:
-        settings[key.removesuffix("_")] = value
+    for setting in parsed.values:
+        settings[setting.key.removesuffix("_")] = setting.value
     return InitResult(str(target), settings, converted), contents
 
 

@@ -95,9 +95,9 @@ def settings_file_text(head: list[str], parsed: ParsedOverrides, origin: Mapping
 
 
 def nested_values(parsed: ParsedOverrides) -> dict[str, Any]:
-    """The typed values as nested dictionaries, as YAML has them: `optim.lr=1e-4` becomes `{"optim": {"lr": 1e-4}}`."""
+    """The values of all overrides as nested dictionaries, as YAML has them: `optim.lr=1e-4` becomes `{"optim": {"lr": 1e-4}}`."""
     tree: dict[str, Any] = {}
-    for key, value, _ in parsed.values:
+    for key, value, *_ in parsed.values:
         *parents, leaf = key.split(".")
         block = tree
         for parent in parents:

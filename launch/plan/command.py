@@ -17,7 +17,7 @@ from launch.config.verb_arguments import (
     help_rows,
     option,
     read_arguments,
-    read_group,
+    read_setting_group,
 )
 from launch.output import print_json
 from launch.streams import draw
@@ -39,14 +39,14 @@ class PlanArguments(VerbArguments):
 
     hardware: str = option(
         f"the card, or a YAML file like those of conf/hardware/: {', '.join(CARDS)}",
-        like="<card>",
-        required=f"give the card to plan for, one of {', '.join(CARDS)}",
+        example="<card>",
+        advice_if_missing=f"give the card to plan for, one of {', '.join(CARDS)}",
     )
     measured: str | None = option(
-        "use what that run measured on this card: step time, memory, checkpoints", key="from", like="runs/first"
+        "use what that run measured on this card: step time, memory, checkpoints", key="from", example="runs/first"
     )
-    to: Path | None = option("also write plan.html, a page of the plan, into this directory", like="<directory>")
-    settings: list[str] = forwarded_settings(and_flags=True)
+    to: Path | None = option("also write plan.html, a page of the plan, into this directory", example="<directory>")
+    settings: list[str] = forwarded_settings(unknown_flags=True)
     as_json: bool = flag("print the plan as JSON, for a script", key="--json")
 
 
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0
     request = read_plan(argv)
-    from launch.config.compose import ranks_of
+    from launch.config.compose import launched_ranks
     from launch.plan.answer import as_dict, text
     from launch.plan.job import job_of
     from trainer.model.known_shapes import shape_in_use, shape_note
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
 
     config, typed = composed(request.of_run, request.card)
     # Whatever can be known to be wrong is reported before the data is prepared, which may take an hour.
-    variants, refused = run_variants(config, request.settings, typed, ranks_of(config))
+    variants, refused = run_variants(config, request.settings, typed, launched_ranks(config))
     load_model_config(config.model)
     shape = shape_in_use(config.model)
     measured = measured_by(request, ["plan", *argv])
@@ -187,8 +187,8 @@ def read_plan(argv: list[str]) -> PlanRequest:
             problems.append(f"hardware={arguments.hardware}: {reason}; write it as those of conf/hardware/ are")
     card_of_file = OmegaConf.to_object(card_settings)
     assert isinstance(card_of_file, Card)
-    card, other_arguments, hardware_problems = read_group("hardware", card_of_file, arguments.settings)
-    settings, run_arguments, plan_problems = read_group("plan", PlanConfig(), other_arguments)
+    card, other_arguments, hardware_problems = read_setting_group("hardware", card_of_file, arguments.settings)
+    settings, run_arguments, plan_problems = read_setting_group("plan", PlanConfig(), other_arguments)
     problems += hardware_problems + plan_problems
     if settings.workers < 0:
         problems.append(f"plan.workers={settings.workers}: must be at least 0; 0 takes one a core")
@@ -269,16 +269,16 @@ def composed(arguments: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     are not validated here: `trainer.planner.plan.run_variants` does that for each way to run.
     """
     with importing("torch"):
-        from launch.config.compose import compose, ranks_of
-        from launch.config.overrides import parse
+        from launch.config.compose import compose, launched_ranks
+        from launch.config.overrides import parse_overrides
         from strategies.base import Precision
         from trainer.config.parallel import readers_of
         from trainer.config.run import AUTO, MICRO, STRATEGY, Device
 
-    parsed = parse(arguments)
+    parsed = parse_overrides(arguments)
     # `auto` does not count as typed: the plan tries all values that it could become.
     typed = {group for group, choice in parsed.choices.items() if (group, choice) != (STRATEGY, AUTO)}
-    typed |= {key for key, setting, _ in parsed.values if (key, setting) != (MICRO, AUTO)}
+    typed |= {setting.key for setting in parsed.values if (setting.key, setting.value) != (MICRO, AUTO)}
     # SLURM's launcher takes nothing from this machine, and knows gpus_per_node.
     default_launcher = [] if "launcher" in typed else ["launcher=slurm"]
     config = compose([*arguments, *default_launcher], check=False).config
@@ -292,7 +292,7 @@ def composed(arguments: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     config = replace(config, precision=card.precision(precision))
     if MICRO not in typed:
         config.batch["micro"] = 1
-    smallest_batch = config.batch["micro"] * readers_of(config, ranks_of(config) or 0)
+    smallest_batch = config.batch["micro"] * readers_of(config, launched_ranks(config) or 0)
     if "batch.global" not in typed and smallest_batch > 0:
         # Rounded up to a multiple that all ranks can share.
         accumulation = -(-config.batch["global"] // smallest_batch)

@@ -38,9 +38,9 @@ class PrepareArguments(VerbArguments):
     shard: str | None = option(
         "prepare one of n parts, as a job of an array; afterwards, the same words without --shard merge the parts",
         key="--shard",
-        like="0/8",
+        example="0/8",
     )
-    settings: list[str] = forwarded_settings(and_flags=True)
+    settings: list[str] = forwarded_settings(unknown_flags=True)
     as_json: bool = flag("print the numbers of the audit and the directory of the data as JSON", key="--json")
 
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.config.argument_values import did_you_mean
 from launch.config.help_text import show_help
 from launch.config.verb_arguments import (
     VerbArguments,
+    argument_specs,
     asks_for_help,
-    did_you_mean,
     forwarded_settings,
     help_rows,
     option,
     read_arguments,
-    specs,
 )
 from strategies.errors import ConfigError, DataError
 from trainer.reporting.run_record import RUN_RECORD, read_run_record
@@ -34,19 +34,19 @@ MAX_ROWS = 1000
 class PrintArguments(VerbArguments):
     """What `shardtune prepare --print` takes."""
 
-    split: str | None = option("the split to show", like="train")
-    rows: str | None = option("sequences to decode, counted from 0", like="[0,5,10-12]")
-    random: int | None = option("show this many sequences, drawn at random without repeats", like="3", least=1)
+    split: str | None = option("the split to show", example="train")
+    rows: str | None = option("sequences to decode, counted from 0", example="[0,5,10-12]")
+    random: int | None = option("show this many sequences, drawn at random without repeats", example="3", least=1)
     seed: int = option("seed of random=", default=0, least=0)
-    find: str | None = option("sequences whose document contains this text, upper or lower case", like="text")
+    find: str | None = option("sequences whose document contains this text, upper or lower case", example="text")
     limit: int = option("how many matches of find= to show", default=5, least=1)
-    documents: bool = option("also show the document of each sequence", default=False, like="true")
-    histogram: bool = option("show the lengths also when sequences are decoded", default=False, like="true")
+    documents: bool = option("also show the document of each sequence", default=False, example="true")
+    histogram: bool = option("show the lengths also when sequences are decoded", default=False, example="true")
     lines: int = option("most lines of a sample; the middle of a longer one is left out", default=40, least=2)
     tokenizer: str | None = option(
-        "the tokenizer to decode with; default: the one that prepared the data", like="<dir>"
+        "the tokenizer to decode with; default: the one that prepared the data", example="<dir>"
     )
-    data: list[str] = forwarded_settings(and_flags=True)
+    data: list[str] = forwarded_settings(unknown_flags=True)
     """Which data to show: a directory, or the arguments of a run."""
 
 
@@ -66,7 +66,7 @@ first. Text that the model learns is green, or stands between ⟦ and ⟧.
 def print_arguments(argv: list[str]) -> PrintArguments:
     """Read the arguments typed after `shardtune prepare --print`. Raises ConfigError with every problem at once."""
     arguments, problems = read_arguments("prepare --print", PrintArguments, argv)
-    selections = [f"{key}=" for key in ("rows", "random", "find") if key in arguments.typed]
+    selections = [f"{key}=" for key in ("rows", "random", "find") if key in arguments.text_by_key]
     if len(selections) > 1:
         problems.append(f"{' and '.join(selections)}: give one of them")
     if problems:
@@ -89,7 +89,7 @@ def named_directory(arguments: list[str]) -> Path | None:
         return Path(positionals[0]).expanduser()
     if not positionals:
         return None
-    known_keys = [spec.key for spec in specs(PrintArguments).values() if spec.kind == "option"]
+    known_keys = [spec.key for spec in argument_specs(PrintArguments).values() if spec.kind == "option"]
     # A mixture. If the first argument is the directory, the others are wrong beside it.
     wrong_arguments = arguments[1:] if arguments[0] in positionals else arguments
     problems = []

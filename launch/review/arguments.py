@@ -36,11 +36,11 @@ class MakeArguments(VerbArguments):
     run: Path = positional("name one run, as in shardtune review make runs/x prompts=<file>")
     prompts: str = option(
         "the file that prompts are drawn from",
-        like="prompts.jsonl",
-        required="give a file of prompts, as in prompts=prompts.jsonl",
+        example="prompts.jsonl",
+        advice_if_missing="give a file of prompts, as in prompts=prompts.jsonl",
     )
-    n: int | None = option("number of prompts to draw; the same as review.n", like="50")
-    seed: int | None = option("seed of the drawing; the same as review.seed", like="0")
+    n: int | None = option("number of prompts to draw; the same as review.n", example="50")
+    seed: int | None = option("seed of the drawing; the same as review.seed", example="0")
     arms: list[str] = option(
         "the models to compare: base, tuned, other runs, model directories", default=["base", "tuned"]
     )
@@ -50,11 +50,11 @@ class MakeArguments(VerbArguments):
     accept: list[str] = option(
         "continue although the base model is not that of the training",
         default=[],
-        like="[base]",
+        example="[base]",
         choices=("base", "data"),
-        also=("run.accept",),
+        aliases=("run.accept",),
     )
-    to: Path | None = option("where to write the files; default: <run>/review", like="<directory>")
+    to: Path | None = option("where to write the files; default: <run>/review", example="<directory>")
     settings: list[str] = forwarded_settings()
 
 
@@ -66,8 +66,8 @@ class ScoreArguments(VerbArguments):
         "name a run and the files that reviewers saved: shardtune review score runs/x ada.json bert.json"
     )
     answers: list[Path] = positionals()
-    review: Path | None = option("the directory that make wrote; default: <run>/review", like="<directory>")
-    drop: list[str] = option("reviewers whose votes do not count; the record names them", default=[], like="[name]")
+    review: Path | None = option("the directory that make wrote; default: <run>/review", example="<directory>")
+    drop: list[str] = option("reviewers whose votes do not count; the record names them", default=[], example="[name]")
     as_json: bool = flag("print the result as JSON instead of tables", key="--json")
 
 
@@ -113,7 +113,9 @@ def read_make_arguments(argv: list[str]) -> MakeRequest:
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: is no run directory (it has no config.yaml); name a run")
     # n= and seed= are short for settings of the group `review`.
-    review_settings = [f"review.{key}={arguments.typed[key]}" for key in ("n", "seed") if key in arguments.typed]
+    review_settings = [
+        f"review.{key}={arguments.text_by_key[key]}" for key in ("n", "seed") if key in arguments.text_by_key
+    ]
     settings = [*arguments.settings, *review_settings]
 
     # The configuration of the run with these settings, and its checkpoint.

@@ -34,9 +34,9 @@ class LogsArguments(VerbArguments):
     """What `shardtune logs` takes."""
 
     run: Path = positional("name one run directory: shardtune logs runs/first")
-    rank: int | None = option("show this rank", like="3", least=0)
+    rank: int | None = option("show this rank", example="3", least=0)
     job: str | None = option(
-        "show what this SLURM job, or this start over ssh, printed on every node; last means the newest", like="last"
+        "show what this SLURM job, or this start over ssh, printed on every node; last means the newest", example="last"
     )
     lines: int = option("how many of the last lines of each file to show", default=40, least=0)
     follow: bool = flag("keep printing new lines, also after restarts and requeues, until the run is done")

@@ -35,8 +35,8 @@ class StatusArguments(VerbArguments):
     """What `shardtune status` takes."""
 
     root: Path | None = positional("name one directory; all runs below it are shown", required=False)
-    document: str | None = option("show which runs were trained on this line of a file", like="train.jsonl:12")
-    text: str | None = option("show which runs were trained on documents with this text", like="'Jane Roe'")
+    document: str | None = option("show which runs were trained on this line of a file", example="train.jsonl:12")
+    text: str | None = option("show which runs were trained on documents with this text", example="'Jane Roe'")
     watch: bool = flag("repeat every two seconds, until Ctrl-C")
     verify: bool = flag("read every checkpoint and compare it with its checksums; exit code 69 if one is damaged")
     as_json: bool = flag("print JSON; with --watch one object per line", key="--json")
@@ -95,7 +95,9 @@ def status_arguments(argv: list[str]) -> StatusArguments:
     arguments, problems = read_arguments("status", StatusArguments, argv)
     if arguments.root is not None and not arguments.root.is_dir():
         problems.append(f"{arguments.root}: there is no such directory; name a run, or the directory of your runs")
-    lineage_arguments = [f"{key}={arguments.typed[key]}" for key in ("document", "text") if key in arguments.typed]
+    lineage_arguments = [
+        f"{key}={arguments.text_by_key[key]}" for key in ("document", "text") if key in arguments.text_by_key
+    ]
     if len(lineage_arguments) > 1:
         problems.append(f"{' '.join(lineage_arguments)}: name one document, or one piece of text")
     if lineage_arguments and (arguments.watch or arguments.verify):

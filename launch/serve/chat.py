@@ -35,9 +35,9 @@ class ChatArguments(VerbArguments):
     )
     against: str | None = option(
         "a second model to show: base, none, a run or export; default: base in a terminal, none if the output goes elsewhere",
-        like="base",
+        example="base",
     )
-    system: str | None = option("the system prompt", like='"..."')
+    system: str | None = option("the system prompt", example='"..."')
     max_tokens: int = option("most new tokens in an answer", default=512, least=1)
     temperature: float | None = option(
         "0 always takes the most likely token; null: the value in the export, or 0 if it has none", least=0, most=2
@@ -48,7 +48,7 @@ class ChatArguments(VerbArguments):
     accept: list[str] = option(
         "use the adapter on another base model than that of its training",
         default=[],
-        like="[base]",
+        example="[base]",
         choices=("base",),
     )
     as_json: bool = flag("print one JSON object per answer", key="--json")

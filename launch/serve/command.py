@@ -21,7 +21,7 @@ from launch.config.verb_arguments import (
     option,
     positional,
     read_arguments,
-    read_group,
+    read_setting_group,
 )
 from launch.output import print_json
 from launch.serve.config import ServeConfig
@@ -39,7 +39,7 @@ class ServeArguments(VerbArguments):
     accept: list[str] = option(
         "use the adapter on another base model than that of its training",
         default=[],
-        like="[base]",
+        example="[base]",
         choices=("base",),
     )
     settings: list[str] = forwarded_settings(beginning="serve.")
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
             "and set serve.key_env=SERVE_KEY"
         )
     settings = [setting for setting in arguments.settings if not setting.startswith("serve.key=")]
-    config, _, unusable = read_group("serve", ServeConfig(), settings, once=True)
+    config, _, unusable = read_setting_group("serve", ServeConfig(), settings, once=True)
     # Values are checked against each other only once each can be read.
     problems += unusable or config.problems()
     if problems:

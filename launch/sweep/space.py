@@ -189,9 +189,9 @@ def _range(argument: str, setting: SearchedSetting, start: Any, stop: Any, step:
 
 def _setting_types(key: str) -> set[Any]:
     """The types that a setting of the configuration takes, None left out; empty if there is no such setting."""
-    from launch.config.overrides import find_setting, settings
+    from launch.config.overrides import all_settings, find_setting
 
-    setting = find_setting(settings(), key)
+    setting = find_setting(all_settings(), key)
     if setting is None:
         return set()
     union_members = get_args(setting.type) or (setting.type,)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config.verb_arguments import read_group
+from launch.config.verb_arguments import read_setting_group
 from launch.sweep.space import EXAMPLES, SearchedSetting, read_space
 from strategies.errors import ConfigError
 from strategies.extras import install_command
@@ -157,7 +157,7 @@ def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list
 
     Raises ConfigError with every problem at once.
     """
-    settings, other_arguments, problems = read_group("sweeper", SweeperConfig(), all_arguments)
+    settings, other_arguments, problems = read_setting_group("sweeper", SweeperConfig(), all_arguments)
     sweeper_arguments: list[str] = []
     run_arguments: list[str] = []
     for argument in other_arguments:

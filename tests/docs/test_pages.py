@@ -256,9 +256,9 @@ def test_every_verb_shown_exists():
 
 
 def test_every_setting_named_exists():
-    from launch.config.overrides import find_setting, settings
+    from launch.config.overrides import all_settings, find_setting
 
-    known = settings()
+    known = all_settings()
     tops = {key.split(".")[0] for key in known}
     parts = {key.rpartition(".")[0] for key in known} | {key.split(".*")[0] for key in known}
     for page in PAGES:

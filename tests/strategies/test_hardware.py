@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch.config import compose
+from launch.config import host_devices
+from launch.config.compose import compose
 from strategies import build, runtime
 from strategies.base import Precision
 from strategies.errors import ConfigError
@@ -83,9 +84,9 @@ def test_precision_auto_is_that_of_the_least_capable_rank(described, monkeypatch
 )
 def test_precision_auto_of_the_launcher_is_asked_of_the_driver(said, precision, monkeypatch):
     answer = subprocess.CompletedProcess([], 0, stdout=said)
-    monkeypatch.setattr(compose.subprocess, "run", lambda *_, **__: answer)
-    assert compose._best_precision(Device.cuda) is precision
-    assert compose._best_precision(Device.cpu) is Precision.fp32
+    monkeypatch.setattr(host_devices.subprocess, "run", lambda *_, **__: answer)
+    assert host_devices.best_precision_here(Device.cuda) is precision
+    assert host_devices.best_precision_here(Device.cpu) is Precision.fp32
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -108,18 +109,18 @@ def test_a_missing_device_is_named_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text("{}\n")
     words = [f"model.path={tmp_path}", f"data.path={tmp_path}/train.jsonl", "budget.steps=1", "run.device=cuda"]
     with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu"):
-        compose.compose(words)
+        compose(words)
     with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu"):
         runtime.join_job("cuda", timeout_s=60)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "CUDA_VISIBLE_DEVICES=''" in missing_cuda()
-    compose.compose([*words, "launcher=slurm"])  # to be run on other hosts
+    compose([*words, "launcher=slurm"])  # to be run on other hosts
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    compose.compose([*words, "launcher.processes=2", "strategy=fsdp2"])
+    compose([*words, "launcher.processes=2", "strategy=fsdp2"])
     with pytest.raises(ConfigError, match=r"launcher.processes=4: each needs a GPU of its own, and this host has 2"):
-        compose.compose([*words, "launcher.processes=4", "strategy=fsdp2"])
+        compose([*words, "launcher.processes=4", "strategy=fsdp2"])
 
 
 def test_device_auto_on_cpus_beside_gpus_says_why(tmp_path, monkeypatch):
@@ -135,9 +136,9 @@ def test_device_auto_on_cpus_beside_gpus_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", too_old)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert compose.compose(words).config.substitutions["run.device"] == "auto -> cpu"
-    monkeypatch.setattr(compose, "count_nvidia_gpus", lambda: 8)
-    found = compose.compose(words).config.substitutions["run.device"]
+    assert compose(words).config.substitutions["run.device"] == "auto -> cpu"
+    monkeypatch.setattr(host_devices, "count_nvidia_gpus", lambda: 8)
+    found = compose(words).config.substitutions["run.device"]
     assert found.startswith("auto -> cpu, beside 8 GPUs") and "too old (found version 11040); does" in found
 
 

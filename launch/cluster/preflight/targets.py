@@ -24,12 +24,12 @@ def preflight_targets(arguments: list[str]) -> tuple[PreflightRequest, list[Node
     Returns (what each node must have, the commands that check them, the nodes' names, whether the nodes must first be waited
     for in SLURM's queue). Errors: ConfigError for launcher settings that are wrong, or name other hosts without SLURM.
     """
-    from launch.config.compose import compose, refusals
+    from launch.config.compose import compose, start_problems
     from trainer.config.resuming import plain
 
     config = compose(arguments, check=False).config
     # Only the launcher's settings matter here: a model or data set may still be missing.
-    problems = [problem for problem in refusals(config) if key_of_problem(problem).startswith("launcher.")]
+    problems = [problem for problem in start_problems(config) if key_of_problem(problem).startswith("launcher.")]
     if problems:
         raise ConfigError(problems)
     config.launcher.processes = config.launcher.per_node

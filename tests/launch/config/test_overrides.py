@@ -10,7 +10,7 @@ from launch.config.choices import USER_CONFIG_DIRS, choices_by_group, settings_c
 from launch.config.compose import Composed, compose
 from launch.config.importers.equivalent import ForeignSettings
 from launch.config.importers.names import RULES_BY_NAME, translate
-from launch.config.overrides import find_setting, settings
+from launch.config.overrides import all_settings, find_setting
 from launch.config.removed import REMOVED
 from launch.config.user_files import take_config_dirs
 from launch.runs.freeze import freeze
@@ -318,7 +318,7 @@ def test_a_directory_to_write_to_is_no_address(tmp_path, monkeypatch):
     Path("s3:/bucket/x").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"run\.dir=s3://bucket/x: .*; the local directory s3:/bucket/x .* rename it"):
         compose([*given, spelled["run.dir"]])
-    places = {key for key in settings() if re.search(r"[._]dir$|nvme_path$|^launcher.stage$", key)}
+    places = {key for key in all_settings() if re.search(r"[._]dir$|nvme_path$|^launcher.stage$", key)}
     assert places == set(WRITTEN), "which directories are written to?"
     for verb in ("export", "evaluate", "compare", "init"):
         assert command_here([verb, "to=gs://bucket/x"]) == 64
@@ -343,7 +343,7 @@ def test_overrides_of_other_trainers_are_answered_together():
 
 def test_overrides_suggested_for_other_trainers_options_compose(tmp_path):
     """Every name, with a value as its users write it: our words for it compose."""
-    known = settings()
+    known = all_settings()
     (tmp_path / "ds.json").write_text(
         '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}}'
     )
@@ -450,7 +450,7 @@ def test_sweep_with_nothing_between_commas_is_an_error():
 
 
 def test_setting_that_was_removed_is_answered_with_its_replacement():
-    known = settings()
+    known = all_settings()
     assert not set(REMOVED) & set(known)
     for key, instead in REMOVED.items():
         with pytest.raises(ConfigError) as refused:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from launch.config import overrides, trusted_values
 from launch.config.code_digest import NoDigest, digest_of_task
-from launch.config.compose import compose, load_frozen, recompose, with_overrides
+from launch.config.compose import apply_overrides, compose, load_frozen, recompose
 from launch.config.frozen import _hash, _identifying_settings
 from launch.config.outside_values import outside_values
 from launch.config.read_run import may_write_results
@@ -380,7 +380,7 @@ def test_foreign_run_configuration_resolves_nothing_when_it_is_evaluated(site, t
     config.logging.notes = "${oc.env:OF_THE_READER}"
     for again in (
         recompose(config, ["evaluation.batch=2"], GROUPS_BESIDE_RUN),
-        with_overrides(config, ["model.download=false"]),
+        apply_overrides(config, ["model.download=false"]),
     ):
         assert again.logging.notes == "${oc.env:OF_THE_READER}"
     assert (
@@ -430,7 +430,7 @@ def test_training_goes_on_where_allowed_values_cannot_be_stored(site, monkeypatc
 
 
 def test_settings_say_at_their_own_field_what_they_reach():
-    silent = {key for key in overrides.settings() if traits_by_key()[key].reach is None}
+    silent = {key for key in overrides.all_settings() if traits_by_key()[key].reach is None}
     assert silent == set(), (
         "say at these fields whether they describe a run or reach out of it: setting(..., reach=...)"
     )

@@ -15,7 +15,7 @@ from launch.config.verb_arguments import (
     positional,
     positionals,
     read_arguments,
-    read_group,
+    read_setting_group,
 )
 from launch.export.combine import COMBINATIONS
 
@@ -30,14 +30,14 @@ class ExampleArguments(VerbArguments):
     run: Path = positional("name one run, as in shardtune example runs/x")
     question: str | None = positional("put it into quotes", required=False, key="prompt")
     wait_s: float = option("seconds to wait", default=600.0, least=0)
-    steps: int | None = option("steps to look at", like="10", above=0)
+    steps: int | None = option("steps to look at", example="10", above=0)
     share: float = option("of the rows", default=0.5, least=0, most=1)
     merge: bool = option("fold the adapter in", default=True)
-    engine: Engine = option("what computes", default=Engine.small, like="small")
-    kinds: list[str] = option("what may differ", default=[], choices=("base", "data"), also=("run.kinds",))
-    gguf: str | None = option("one file more", like="<type>")
+    engine: Engine = option("what computes", default=Engine.small, example="small")
+    kinds: list[str] = option("what may differ", default=[], choices=("base", "data"), aliases=("run.kinds",))
+    gguf: str | None = option("one file more", example="<type>")
     python: str | None = option("what converts it", key="gguf.python", needs="gguf")
-    to: str | None = option("where it goes", like="<directory>")
+    to: str | None = option("where it goes", example="<directory>")
     private: bool | None = option("who sees it", key="hub.private", needs="to=hub:")
     dry_run: bool = flag("say what would be done", needs="to=hub:")
     as_json: bool = flag("for a script", key="--json")
@@ -54,7 +54,7 @@ def test_words_get_the_types_of_their_fields():
     assert problems == []
     assert (words.run, words.question, words.wait_s, words.steps) == (Path("runs/x"), "Is 1+1=2?", 10.0, 3)
     assert (words.merge, words.engine, words.kinds, words.as_json) == (False, Engine.large, ["base", "data"], True)
-    assert words.typed["kinds"] == "[base, 'data']", "as it was typed, by the usual spelling of its key"
+    assert words.text_by_key["kinds"] == "[base, 'data']", "as it was typed, by the usual spelling of its key"
     assert (words.share, words.dry_run, words.gguf) == (0.5, False, None)
 
 
@@ -115,7 +115,7 @@ def test_a_bare_word_may_contain_an_equals_sign(tmp_path, monkeypatch):
 class PassingArguments(VerbArguments):
     run: Path | None = positional("name one", required=False)
     files: list[Path] = positionals()
-    against: str | None = option("the other one", like="base")
+    against: str | None = option("the other one", example="base")
     adapter: str | None = option("on top", needs="model.path")
     settings: list[str] = forwarded_settings()
 
@@ -144,9 +144,9 @@ def test_the_field_of_a_list_is_no_word(tmp_path, monkeypatch):
 
 @dataclass(kw_only=True)
 class DashedArguments(VerbArguments):
-    cfg: str | None = option("what is shown", key="--cfg", also=("-c",), choices=("job", "all"))
-    shard: str | None = option("one of n parts", key="--shard", like="0/8")
-    settings: list[str] = forwarded_settings(and_flags=True)
+    cfg: str | None = option("what is shown", key="--cfg", aliases=("-c",), choices=("job", "all"))
+    shard: str | None = option("one of n parts", key="--shard", example="0/8")
+    settings: list[str] = forwarded_settings(unknown_flags=True)
 
 
 @pytest.mark.parametrize(
@@ -189,18 +189,22 @@ class GroupConfig:
 
 def test_verb_settings_group_is_read_by_its_annotations():
     words = ["serve.port=0", "serve.name=null", "serve.engine=large", "serve.kinds=[small,large]", "other=1", "serve=2"]
-    settings, others, problems = read_group("serve", GroupConfig(name="a"), words)
+    settings, others, problems = read_setting_group("serve", GroupConfig(name="a"), words)
     assert settings == GroupConfig(port=0, engine=Engine.large, kinds=[Engine.small, Engine.large])
     assert (others, problems) == (["other=1", "serve=2"], [])
-    assert read_group("serve", GroupConfig(), ["serve.kinds=small"])[0].kinds == [Engine.small], (
+    assert read_setting_group("serve", GroupConfig(), ["serve.kinds=small"])[0].kinds == [Engine.small], (
         "brackets may be left out"
     )
     twice = ["serve.port=1", "serve.port=2"]
-    assert read_group("serve", GroupConfig(), twice)[0].port == 2, "as in the words of a run, the last one counts"
-    assert read_group("serve", GroupConfig(), twice, once=True)[2] == [
+    assert read_setting_group("serve", GroupConfig(), twice)[0].port == 2, (
+        "as in the words of a run, the last one counts"
+    )
+    assert read_setting_group("serve", GroupConfig(), twice, once=True)[2] == [
         "serve.port=2: serve.port is given twice; give one"
     ]
-    _, _, problems = read_group("serve", GroupConfig(), ["serve.prot=1", "serve.port=x", "serve.zzz=1", "serve.name="])
+    _, _, problems = read_setting_group(
+        "serve", GroupConfig(), ["serve.prot=1", "serve.port=x", "serve.zzz=1", "serve.name="]
+    )
     assert problems == [
         "serve.prot=1: there is no setting serve.prot; did you mean serve.port?",
         "serve.port=x: must be a whole number",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.config.compose import compose
-from launch.config.overrides import settings
+from launch.config.overrides import all_settings
 from launch.init.file import SHOWN
 from launch.main import main
 from tests.helpers.building import model_dir
@@ -71,7 +71,7 @@ def test_init_sets_what_is_typed_and_shows_the_defaults(tmp_path, capsys):
     (tmp_path / "all.yaml").write_text("\n".join(lines))
     assert len(set(text.splitlines()) - set(lines)) > 25
     assert compose(["all.yaml"], check=False).yaml == typed.yaml
-    assert set(settings()) >= SHOWN
+    assert set(all_settings()) >= SHOWN
     assert "# merge: null" in text and "# processes: null" in text and "# precision" not in text
     assert "# Peak learning rate; null takes the usual one" in text
 

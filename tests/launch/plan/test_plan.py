@@ -13,7 +13,7 @@ import torch
 
 from launch import main as command
 from launch.cluster import long_steps
-from launch.config.compose import compose, ranks_of
+from launch.config.compose import compose, launched_ranks
 from launch.plan.answer import by_reason, command_of, costs, dollars, number_of_cards, stored
 from launch.plan.command import CARDS, composed, read_plan
 from launch.plan.job import job_of
@@ -172,7 +172,7 @@ def pasted(said):
 def refused_by_train(verb, *words):
     """(ranks, what its validation says of the words, but for data that is not there)."""
     config = compose([*words, *(["launcher=slurm"] if verb == "submit" else [])], check=False).config
-    world = ranks_of(config)
+    world = launched_ranks(config)
     return world, [p for p in problems_of(config, world_size=world) if not p.startswith("data.path: not set")]
 
 

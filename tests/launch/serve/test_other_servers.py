@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from launch.config.verb_arguments import read_group
+from launch.config.verb_arguments import read_setting_group
 from launch.serve.config import ServeConfig, ServedType
 from launch.serve.exported import ExportedModel, find_export
 from launch.serve.middleware import VllmMiddleware
@@ -186,7 +186,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_serve_settings_that_cannot_be_are_refused(case):
     words, said = REFUSED[case]
-    config, _, unusable = read_group("serve", ServeConfig(), [f"{key}={value}" for key, value in words.items()])
+    config, _, unusable = read_setting_group("serve", ServeConfig(), [f"{key}={value}" for key, value in words.items()])
     problems = unusable or [*config.problems()]
     assert len(problems) == 1 and said in problems[0]
     assert "sk-123" not in problems[0]
