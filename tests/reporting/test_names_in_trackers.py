@@ -22,7 +22,7 @@ RUNS = {
     "sft": "data.path=chat.jsonl data.eval_path=chat.jsonl logging.step_parts=true logging.x=tokens "
     "logging.reference_tflops=1",
     "pretrain": f"objective=pretrain {TEXTS}",
-    "dpo": "objective=dpo data.path=pairs.jsonl data.eval_path=pairs.jsonl",
+    "dpo": "objective=dpo data.path=pairs.jsonl data.eval_path=pairs.jsonl tuning=lora tuning.rank=4",
     "orpo": "objective=orpo data.path=pairs.jsonl data.eval_path=pairs.jsonl",
     "simpo": "objective=simpo data.path=pairs.jsonl data.eval_path=pairs.jsonl",
     "reward": "objective=reward data.path=pairs.jsonl data.eval_path=pairs.jsonl",
@@ -32,6 +32,8 @@ RUNS = {
     "data.eval_path=chat.jsonl",
     "seq2seq": "objective=seq2seq model.path=t5 data.path=asked.jsonl data.eval_path=asked.jsonl data.max_length=128 "
     "objective.max_target=64",
+    "grpo": "objective=grpo objective.rewards=rewards.py objective.group_size=2 objective.rollout.max_new_tokens=6 "
+    "objective.kl.weight=0.1 data.path=questions.jsonl data.eval_path=questions.jsonl",
 }
 """Words of a run by its objective."""
 if not EVERYTHING:  # they log what `sft` and `dpo` log, and each run is written to four trackers
@@ -46,6 +48,15 @@ IN_ALL = COUNTERS | {
 """What every run logs of a step."""
 PAIRS = {f"train/rewards/{name}" for name in ("margins", "accuracies", "chosen", "rejected")}
 """What an objective over pairs, or over answers that are rated one by one, logs in TRL, too."""
+OF_ANSWERS = {
+    *("train/reward", "train/reward_std", "train/frac_reward_zero_std", "train/entropy", "train/kl"),
+    *("train/rewards/vowels/mean", "train/rewards/vowels/std", "train/sampling/sampling_logp_difference/mean"),
+    *(f"train/completions/{name}" for name in ("mean_length", "min_length", "max_length", "clipped_ratio")),
+    *(f"train/clip_ratio/{name}_mean" for name in ("low", "high", "region")),
+    *("train/answers/unscored", "train/answers/timed_out", "speed/written_tokens_per_s"),
+    *("time/train_s", "time/write_s", "time/reward_s", "time/look_back_s"),
+}
+"""What a run that writes its own answers logs of them: what TRL's GRPO does under the same names, and times of the rounds."""
 TERMS = {
     "sft": {"time/forward_s", "time/backward_s", "time/optimizer_s", "speed/mfu"},
     "dpo": PAIRS,
@@ -55,16 +66,20 @@ TERMS = {
     "kto": PAIRS | {"train/kl"},
     "classification": {"train/accuracy"},
     "distillation": {"train/divergence", "train/sft_loss"},
+    "grpo": OF_ANSWERS,
 }
 """What a run logs of a step besides, by its objective."""
-EPOCHS = {"kto": 0.5}
-"""Epochs of the eight samples of a run; both answers of a pair are samples of their own to KTO."""
+EPOCHS = {"kto": 0.5, "grpo": 0.5}
+"""Epochs of the eight samples of a run; both answers of a pair are samples of their own to KTO, and two to a prompt of GRPO."""
+WATCHED = {"grpo": "eval/reward"}
+"""The first held-out metric where that is not the loss."""
 
 
 def train_all(root: Path) -> dict[str, dict]:
     """Train two steps with each objective in the current directory.
 
-    Returns what each tracker has of each run, by objective (`runs`), and what trackio has of a resumed run (`twice`).
+    Returns what each tracker has of each run, by objective (`runs`), what trackio has of a resumed run (`twice`), and the sizes
+    of the model's linear layers (`projections`).
     """
     model_dir(root)
     seq2seq_dir(root)
@@ -72,6 +87,10 @@ def train_all(root: Path) -> dict[str, dict]:
     write_pairs(root / "pairs.jsonl", 8)
     write_jsonl(root / "texts.jsonl", [{"text": f"the quick brown fox {n}"} for n in range(8)])
     write_jsonl(root / "labels.jsonl", [{"text": f"a dog {n}", "label": "ab"[n % 2]} for n in range(8)])
+    write_jsonl(root / "questions.jsonl", [{"question": f"a fox {n}", "answer": f"a dog {n}"} for n in range(8)])
+    (root / "rewards.py").write_text(
+        "def vowels(completion):\n    return 1.0 + sum(c in 'aeiou' for c in completion)\n"
+    )
     write_jsonl(root / "asked.jsonl", [{"prompt": f"a fox {n}", "response": f"a dog {n}"} for n in range(8)])
     shared = "model.path=llama data.cache_dir=cache run.device=cpu run.matmul=blas run.threads=1 budget.steps=2 batch.micro=2 "
     shared += "batch.global=4 logging.project=names logging.wandb=offline logging.mlflow=true logging.trackio=true "
@@ -80,7 +99,15 @@ def train_all(root: Path) -> dict[str, dict]:
     for name, words in RUNS.items():
         assert command_here(["train", *shared.split(), f"run.dir={name}", f"logging.name={name}", *words.split()]) == 0
     of_runs = {name: held_by_trackers(root / name) for name in RUNS}
-    return {"runs": of_runs, "twice": twice_in_trackio(root)}
+    return {"runs": of_runs, "twice": twice_in_trackio(root), "projections": projections_of(root / "llama")}
+
+
+def projections_of(model: Path) -> list[tuple[int, int]]:
+    """(outputs, inputs) of each linear layer inside the blocks of a model, as its file says."""
+    from safetensors import safe_open
+
+    with safe_open(model / "model.safetensors", "np") as tensors:
+        return [tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys() if "_proj." in name]  # noqa: SIM118
 
 
 def twice_in_trackio(root: Path) -> dict:
@@ -147,7 +174,8 @@ def test_trackers_have_the_same_names_and_numbers_of_a_run(held, objective):
     (evaluation,) = [row for row in run["metrics.jsonl"] if "loss" not in row]
     last_step = [row for row in run["metrics.jsonl"] if "loss" in row][-1]
     of_evaluation = {name for name in evaluation if "/" in name or name == "forgetting"}
-    assert "eval/loss" in of_evaluation and {*evaluation} - of_evaluation == {"step", "tokens", "epoch"}
+    watched = WATCHED.get(objective, "eval/loss")
+    assert watched in of_evaluation and {*evaluation} - of_evaluation == {"step", "tokens", "epoch"}
     expected = IN_ALL | TERMS.get(objective, set()) | of_evaluation
 
     names_of = {
@@ -167,7 +195,13 @@ def test_trackers_have_the_same_names_and_numbers_of_a_run(held, objective):
         assert tracked["train/num_tokens"] == last_step["tokens"]
         assert tracked["train/epoch"] == last_step["epoch"] == EPOCHS.get(objective, 1.0)
         assert tracked["time/training_s"] == pytest.approx(2 * last_step["step_s"])
-        assert tracked["eval/loss"] == evaluation["eval/loss"]
+        assert tracked[watched] == evaluation[watched]
+        if objective == "grpo":
+            assert tracked["train/reward"] == last_step["reward"] == last_step["rewards/vowels/mean"] > 0
+            assert tracked["train/rewards/vowels/mean"] == last_step["rewards/vowels/mean"]
+            assert tracked["train/completions/mean_length"] == last_step["completions/mean_length"] > 0
+            assert tracked["time/write_s"] == last_step["write_s"] > 0
+            assert tracked["time/reward_s"] == last_step["reward_s"] > 0
 
 
 def test_a_run_says_which_names_it_has_and_wandb_hides_counters(held):
@@ -179,10 +213,17 @@ def test_a_run_says_which_names_it_has_and_wandb_hides_counters(held):
         assert every["step_metric"] == ("train/num_tokens" if objective == "sft" else "train/global_step")
 
 
-def test_a_run_has_columns_of_its_size(held):
+def test_a_run_has_columns_of_its_size(everything):
+    held = everything["runs"]
     columns = held["sft"]["config"]
     assert columns["parameters"] == columns["trainable"] > 0
     assert (columns["hosts"], columns["world_size"], columns["rank"]) == (1, 1, None)
+    of_adapter = held["dpo"]["config"]
+    assert (of_adapter["rank"], of_adapter["tuning"]) == (4, "lora")
+    # LoRA of rank 4 puts two matrices beside each linear layer.
+    adapter_size = sum(4 * (outputs + inputs) for outputs, inputs in everything["projections"])
+    assert of_adapter["trainable"] == adapter_size > 0
+    assert of_adapter["parameters"] == columns["parameters"] + adapter_size
 
 
 def test_trackio_run_reads_back(everything):

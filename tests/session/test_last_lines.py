@@ -61,13 +61,18 @@ def test_last_line_says_what_to_do_next(objective, export, gates, last):
 
 
 @pytest.mark.parametrize(
-    ("export", "line"),
+    ("export", "facts", "begins"),
     [
-        (EXPORT, f"model:      {EXPORT} (step 30, the last: no step had a better eval/loss)"),
-        (None, "not exported: for the reason above; chosen was step 30, the last: no step had a better eval/loss"),
+        (EXPORT, {}, f"model:      {EXPORT} ("),
+        (None, {}, "not exported: export.at_end=false; chosen was "),
+        (None, {"gates": {"gates": [{"passed": True}]}}, "not exported: export.at_end=false; chosen was "),
+        (None, {"gates": {"gates": [{"passed": False}]}}, "not exported: for the reason above; chosen was "),
+        (None, {"not_exported": ["model.safetensors"]}, "not exported: for the reason above; chosen was "),
+        (None, {"export_problem": "a file is damaged"}, "not exported: for the reason above; chosen was "),
     ],
 )
-def test_weights_that_were_chosen_are_named_in_a_whole_sentence(export, line):
+def test_weights_that_were_chosen_are_named_in_a_whole_sentence(export, facts, begins):
     chosen = {"step": 30, "which": "last", "reason": "no step had a better eval/loss"}
-    record = RunRecord(objective="sft", exported_checkpoint=chosen)
+    record = RunRecord(objective="sft", exported_checkpoint=chosen, **facts)
+    line = begins + "step 30, the last: no step had a better eval/loss" + (")" if begins.endswith("(") else "")
     assert line in end_text(record, RUN, outcome(2.5, 1.75, 30), export, []).splitlines()

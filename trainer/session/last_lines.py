@@ -47,7 +47,7 @@ def end_text(
     elif outcome.export_follows:
         lines.append(f"model:      by the export job of this pipeline{_which_weights(record)}")
     elif record.exported_checkpoint is not None:
-        lines.append(f"not exported: for the reason above; chosen was {_named(record.exported_checkpoint)}")
+        lines.append(f"not exported: {_why_not_exported(record)}; chosen was {_named(record.exported_checkpoint)}")
     lines += [f"run record: {run_dir / RUN_RECORD}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
     lines += [f"{name + ':':<11} {link}" for name, link in hints]
     next_step = _next_step(record, run_dir, outcome, export)
@@ -96,6 +96,15 @@ def _best_lines(record: RunRecord, run_dir: Path, outcome: Outcome) -> list[str]
         step = outcome.progress.best_step
         return [f"best:       step {step} had {outcome.watch} {readable(best)}: {_export_of_best(run_dir)}"]
     return []
+
+
+def _why_not_exported(record: RunRecord) -> str:
+    """A pointer to what was printed about the export, or the setting that asked for none."""
+    gates = (record.gates or {}).get("gates") or []
+    was_refused = any(not gate["passed"] for gate in gates)
+    if was_refused or record.not_exported or record.export_problem:
+        return "for the reason above"
+    return "export.at_end=false"
 
 
 def _which_weights(record: RunRecord) -> str:
