@@ -42,7 +42,9 @@ def test_points_are_runs_and_end_with_a_table(tmp_path, capfd):
     assert not (tmp_path / "sweep/2").exists()
 
 
-@whole("tests/launch/compare/test_page.py makes the script of runs that were written by hand; sends those of a comparison")
+@whole(
+    "tests/launch/compare/test_page.py makes the script of runs that were written by hand; sends those of a comparison"
+)
 @pytest.mark.parametrize(
     ("axis", "more"),
     [("optim.lr=1e-3,2e-3", []), ("optim.lr=interval(1e-4,1e-2)", ["sweeper=optuna", "sweeper.trials=2"])],
