@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, SingleConfig  # noqa: E402
 from strategies.runtime import SIMULATED, Runtime, peak_memory_gib  # noqa: E402
-from strategies.sequence import with_sequence  # noqa: E402
+from strategies.sequence import with_sequence_parallelism  # noqa: E402
 from strategies.simulation import simulated_rank  # noqa: E402
 from trainer.config.parallel import ParallelConfig  # noqa: E402
 from trainer.config.run import RunConfig  # noqa: E402
@@ -195,7 +195,7 @@ def shared_step(run: RunConfig, tokens: int, device: torch.device) -> dict[str, 
     simulated_on = SIMULATED if device.type == "cuda" else device
     expected = simulate_run(run, [tokens], world_size=SHARED_BY, device=simulated_on)
     with simulated_rank(0, SHARED_BY, device=device) as all_ranks:
-        runtime = with_sequence(all_ranks, SHARED_BY)
+        runtime = with_sequence_parallelism(all_ranks, SHARED_BY)
         return _beside_simulation(expected, run, [tokens], runtime)
 
 

@@ -28,7 +28,7 @@ from launch.config.choices import (  # noqa: E402
     settings_classes,
 )
 from launch.config.overrides import describe_type  # noqa: E402
-from strategies.settings import Traits, traits_of  # noqa: E402
+from strategies.settings import SettingMetadata, setting_metadata  # noqa: E402
 from trainer.config.descriptions import all_docstrings, docstrings  # noqa: E402
 from trainer.config.run import BatchSettings, RunConfig  # noqa: E402
 from trainer.config.tree import settings_below  # noqa: E402
@@ -56,7 +56,7 @@ EITHER = {"batch.micro": "a whole number or `auto`"}
 """What may be typed where the type of the field does not say it."""
 
 
-def row(key: str, values: str, default: Any, meaning: str, traits: Traits) -> str:
+def row(key: str, values: str, default: Any, meaning: str, traits: SettingMetadata) -> str:
     """One line of a table, with the range of a number behind its meaning."""
     if traits.bounds is not None:
         meaning += f" Range: {traits.bounds}; {traits.advice}."
@@ -106,7 +106,7 @@ def table_rows(
     made = held if isinstance(held, settings) else settings()
     for n in names:
         key, hint = f"{prefix}.{n}", hints[n]
-        traits = traits_of(settings, n, better_advice)
+        traits = setting_metadata(settings, n, better_advice)
         below = settings_below(hint)
         if below is not None:
             inner, between = below
@@ -175,7 +175,7 @@ def page() -> str:
                 f"## {name}",
                 "",
                 *header,
-                row(name, values_of(hint), getattr(made, name), docs[name], Traits()),
+                row(name, values_of(hint), getattr(made, name), docs[name], SettingMetadata()),
                 "",
             ]
     for group, what in (
@@ -245,7 +245,7 @@ def shown_below(settings: type, name: str) -> type | None:
     """The class of the keys that are shown below a field; None if it holds a value, or a table of the user's names."""
     below = settings_below(get_type_hints(settings)[name])
     if below is None:
-        return traits_of(settings, name).entries
+        return setting_metadata(settings, name).entries
     inner, between = below
     return None if between else inner
 

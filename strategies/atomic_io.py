@@ -27,11 +27,11 @@ CHUNK_BYTES = 2**23
 """Bytes that are read and hashed at a time."""
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of Linux
-NOT_YET_VISIBLE = (errno.ENOENT, errno.ESTALE)
+NOT_YET_VISIBLE_ERRNOS = (errno.ENOENT, errno.ESTALE)
 """What a network file system answers for something that another host has made a moment ago."""
-TRANSIENT = (errno.EIO, errno.ETIMEDOUT)
+TRANSIENT_ERRNOS = (errno.EIO, errno.ETIMEDOUT)
 """Errors of a network mount or a disk that stumbles: the next attempt may succeed."""
-PAUSES_S = (10.0, 20.0)
+RETRY_PAUSES_S = (10.0, 20.0)
 """Pauses between three looks at a file that met a passing error."""
 RENAME_EXCHANGE_UNSUPPORTED_ERRNOS = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
@@ -65,7 +65,7 @@ class Disk:
         """Replace `target`, of files at once, by `source`."""
         source.rename(target)
 
-    def exchange(self, first: Path, second: Path) -> None:
+    def swap_names(self, first: Path, second: Path) -> None:
         """Swap two names at once; ENOSYS, EINVAL or ENOTSUP where the system or the file system cannot (NFS)."""
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if renameat2 is None:
@@ -90,8 +90,8 @@ class Disk:
 
     def free(self, path: Path) -> int:
         """Bytes that this user may still write to the file system of `path`."""
-        about = os.statvfs(path)
-        return about.f_bavail * about.f_frsize
+        filesystem = os.statvfs(path)
+        return filesystem.f_bavail * filesystem.f_frsize
 
     def sleep(self, seconds: float) -> None:
         """Wait before trying again."""
@@ -131,7 +131,7 @@ class NewFile:
             self._descriptor = disk.open(self.path, flags | os.O_EXCL)
         else:
             # Its directory may have been made by another host a moment ago.
-            self._descriptor = retry_until_visible(lambda: disk.open(self.path, flags | os.O_TRUNC))
+            self._descriptor = call_until_visible(lambda: disk.open(self.path, flags | os.O_TRUNC))
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -153,10 +153,10 @@ class NewFile:
         self._hash.update(remaining)
         self.size += len(remaining)
         while len(remaining):
-            done = disk.write(self._descriptor, remaining)
-            if done <= 0:
+            num_written = disk.write(self._descriptor, remaining)
+            if num_written <= 0:
                 raise OSError(errno.EIO, "the disk took no more bytes", str(self.path))
-            remaining = remaining[done:]
+            remaining = remaining[num_written:]
 
     @property
     def written(self) -> WrittenFile:
@@ -201,25 +201,25 @@ def make_directories(path: Path) -> None:
         sync_directory(directory.parent)
 
 
-def publish(source: Path, target: Path) -> None:
+def publish_directory(source: Path, target: Path) -> None:
     """Give a finished directory its name: what it holds is durable before the name is. Errors: OSError."""
     sync_directory(source)
     disk.rename(source, target)
     sync_directory(target.parent)
 
 
-def publish_replacing(source: Path, target: Path, replaced: Path) -> None:
-    """Replace the directory `target`, which exists, by the finished directory `source`. A power cut leaves one of them, complete.
+def publish_directory_replacing(source: Path, target: Path, replaced: Path) -> None:
+    """Give the finished directory `source` the name `target`, which another directory has, and delete the other one.
 
-    The two names are exchanged atomically. If the file system cannot do that, the old directory is first renamed to `replaced`
-    and then the new one to `target`: after a power cut between the two, the caller finds the old one and renames it back.
-    Errors: OSError.
+    The two names are swapped atomically, so a power cut leaves one of the directories under `target`, complete. If the file
+    system cannot swap names, the old directory is first renamed to `replaced`, then the new one to `target`. After a power cut
+    between the two, the caller finds `replaced` and must rename it back. Errors: OSError.
     """
     sync_directory(source)
     if replaced.exists():
-        disk.remove_tree(replaced)  # what an earlier call had not finished: `target` is there
+        disk.remove_tree(replaced)  # an earlier call was cut short before it deleted this; `target` is complete
     try:
-        disk.exchange(source, target)
+        disk.swap_names(source, target)
     except OSError as error:
         if error.errno not in RENAME_EXCHANGE_UNSUPPORTED_ERRNOS:
             raise
@@ -236,29 +236,30 @@ def publish_replacing(source: Path, target: Path, replaced: Path) -> None:
         disk.remove_tree(replaced)
 
 
-def retry_until_visible(
+def call_until_visible(
     call: Callable[[], Returned],
-    codes: tuple[int, ...] = NOT_YET_VISIBLE,
+    retried_errnos: tuple[int, ...] = NOT_YET_VISIBLE_ERRNOS,
     was_deleted: Callable[[], bool] = lambda: False,
 ) -> Returned:
-    """Call a function that opens a file, repeatedly until a network file system shows what another host has written.
+    """Call a function that opens a file, again and again until a network file system shows what another host has written.
 
-    `codes`: the errors after which it is called again, for at most `PATIENCE_S`. `was_deleted`: whether to give up at once.
+    Returns its result. Calls again after an OSError of `retried_errnos`, for at most `PATIENCE_S`, unless `was_deleted()` says
+    that the file will never come. Raises the last OSError.
     """
-    waited = 0.0
-    pause = 0.05
+    waited_s = 0.0
+    pause_s = 0.05
     while True:
         try:
             return call()
         except OSError as error:
-            if error.errno not in codes or waited >= PATIENCE_S or was_deleted():
+            if error.errno not in retried_errnos or waited_s >= PATIENCE_S or was_deleted():
                 raise
-        disk.sleep(pause)
-        waited += pause
-        pause = min(2 * pause, 5.0)
+        disk.sleep(pause_s)
+        waited_s += pause_s
+        pause_s = min(2 * pause_s, 5.0)
 
 
-class EndsTooEarly(OSError):
+class FileTooShort(OSError):
     """A file is shorter than what should be read of it. Another attempt would find the same."""
 
 
@@ -272,35 +273,41 @@ class RetryingReader:
         self, print_line: Callable[[str], None] = lambda text: None, was_deleted: Callable[[], bool] = lambda: False
     ) -> None:
         """`was_deleted`: whether the checkpoint was deleted, so that its files are not waited for."""
-        self._report = print_line
+        self._print_line = print_line
         self._was_deleted = was_deleted
-        self._exhausted = False
+        self._disk_has_failed = False
+        """Whether a file could not be read in three attempts, so that the next files get only one."""
 
-    def read(self, path: Path, read: Callable[[], Returned], codes: tuple[int, ...] = NOT_YET_VISIBLE) -> Returned:
-        """Call `read`, which opens `path` and reads it from its beginning, and return its result.
+    def read(
+        self,
+        path: Path,
+        read_file: Callable[[], Returned],
+        invisible_errnos: tuple[int, ...] = NOT_YET_VISIBLE_ERRNOS,
+    ) -> Returned:
+        """Call `read_file`, which opens `path` and reads it from its beginning, and return its result.
 
-        `read` is called again after errors that may be temporary. `codes`: errors by which a network file system hides a file
-        that another host has just written. Raises the OSError of the last attempt.
+        `read_file` is called again after errors that may be temporary. `invisible_errnos`: errors by which a network file system
+        hides a file that another host has just written. Raises the OSError of the last attempt.
         """
-        for pause in PAUSES_S:
+        for pause_s in RETRY_PAUSES_S:
             try:
-                return retry_until_visible(read, codes, self._was_deleted)
-            except EndsTooEarly:
+                return call_until_visible(read_file, invisible_errnos, self._was_deleted)
+            except FileTooShort:
                 raise
             except OSError as error:
-                if error.errno not in TRANSIENT or self._exhausted:
+                if error.errno not in TRANSIENT_ERRNOS or self._disk_has_failed:
                     raise
-                self._report(f"{path}: {error.strerror}; looking again in {pause:.0f} s")
-            disk.sleep(pause)
+                self._print_line(f"{path}: {error.strerror}; looking again in {pause_s:.0f} s")
+            disk.sleep(pause_s)
         try:
-            return retry_until_visible(read, codes, self._was_deleted)
+            return call_until_visible(read_file, invisible_errnos, self._was_deleted)
         except OSError as error:
-            self._exhausted = error.errno in TRANSIENT
+            self._disk_has_failed = error.errno in TRANSIENT_ERRNOS
             raise
 
 
 @contextmanager
-def open_regular(path: Path) -> Iterator[tuple[int, int]]:
+def open_regular_file(path: Path) -> Iterator[tuple[int, int]]:
     """(descriptor, size in bytes) of a regular file, to be read.
 
     Errors: OSError, also if it is a link, a pipe or a device: somebody else may have put it there.
@@ -361,11 +368,11 @@ class OpenDirectory:
 def read_exactly(descriptor: int, into: memoryview, offset: int) -> None:
     """Read exactly `len(into)` bytes from `offset` on. Errors: OSError, also if the file ends before."""
     while len(into):
-        done = disk.read(descriptor, into, offset)
-        if done <= 0:
-            raise EndsTooEarly(errno.EIO, "the file ends too early")
-        into = into[done:]
-        offset += done
+        num_read = disk.read(descriptor, into, offset)
+        if num_read <= 0:
+            raise FileTooShort(errno.EIO, "the file ends too early")
+        into = into[num_read:]
+        offset += num_read
 
 
 def read_bytes(path: Path, *, max_bytes: int, patient: bool = False) -> bytes:
@@ -375,7 +382,7 @@ def read_bytes(path: Path, *, max_bytes: int, patient: bool = False) -> bytes:
     """
     if patient:
         return RetryingReader().read(path, lambda: read_bytes(path, max_bytes=max_bytes))
-    with open_regular(path) as (descriptor, size):
+    with open_regular_file(path) as (descriptor, size):
         if size > max_bytes:
             raise OSError(errno.EFBIG, f"has {size} bytes, more than {max_bytes}", str(path))
         data = bytearray(size)
@@ -394,7 +401,7 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
     def compare() -> str | None:
         """How the file differs; None if it does not. Reads it from its beginning. Errors: OSError."""
         digest = hashlib.sha256()
-        with open_regular(directory / expected.name) as (descriptor, size):
+        with open_regular_file(directory / expected.name) as (descriptor, size):
             if size != expected.size:
                 return f"{expected.name} has {size} bytes instead of {expected.size}"
             for offset in range(0, size, len(buffer)):
@@ -413,7 +420,7 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
         return f"{expected.name} cannot be read ({error_summary(error)})"
 
 
-def missing_space(directory: Path, needed: int) -> str | None:
+def space_problem(directory: Path, needed: int) -> str | None:
     """A sentence that says that `needed` bytes do not fit on the disk of `directory`; None if they do, or if it is unknown."""
     try:
         free = disk.free(directory)

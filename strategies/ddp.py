@@ -13,7 +13,7 @@ from strategies.activation import apply_checkpointing_and_compile
 from strategies.base import DdpConfig, OptimizerFactory, ParameterSource
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.native import NativeEngine
-from strategies.simulation import reduce_without_reading
+from strategies.simulation import reduce_fake_gradients
 from strategies.single import SingleStrategy, load_in_full
 
 
@@ -32,9 +32,9 @@ class DdpEngine(NativeEngine):
 def _reduce_bucket(memory: HostMemory, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """Average a bucket of gradients before returning: a thread that sends in the background would take the same core."""
     memory.all_reduce(bucket.buffer(), average=True)
-    done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(bucket.buffer())
-    return done
+    completed: torch.futures.Future[Tensor] = torch.futures.Future()
+    completed.set_result(bucket.buffer())
+    return completed
 
 
 class DdpStrategy(SingleStrategy):
@@ -66,7 +66,7 @@ class DdpStrategy(SingleStrategy):
         )
         memory = open_host_memory(self.runtime)
         if self.runtime.simulated:
-            reduce_without_reading(wrapped)
+            reduce_fake_gradients(wrapped)
         elif memory is not None:
             # A lambda has no annotations: torch compares a hook's annotations with types, and ours would be strings.
             wrapped.register_comm_hook(memory, lambda memory, bucket: _reduce_bucket(memory, bucket))

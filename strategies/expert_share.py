@@ -1,4 +1,4 @@
-"""The part of a layer's experts that a rank holds, if they are dealt over ranks, and how it lies in the whole parameter."""
+"""The part of a layer's experts that a rank holds under expert parallelism, and where it is in the full parameter."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class ExpertShare:
         """The shape of the parameter of all experts, of which this rank holds a part of shape `own_shape`."""
         return torch.Size((own_shape[0] * self.group_size, *own_shape[1:]))
 
-    def first_element(self, own_shape: torch.Size) -> int:
+    def first_own_element(self, own_shape: torch.Size) -> int:
         """Index of this rank's first element in the flattened parameter of all experts."""
         return self.group_rank * own_shape.numel()
 
     @torch.no_grad()
     def gather(self, own_part: Tensor) -> Tensor:
         """All-gather the parameter of all experts from the `own_part` of each rank. All ranks of the group must call."""
-        whole = own_part.new_empty(self.full_shape(own_part.shape))
-        dist.all_gather(list(whole.chunk(self.group_size)), own_part.contiguous(), group=self.group)
-        return whole
+        full = own_part.new_empty(self.full_shape(own_part.shape))
+        dist.all_gather(list(full.chunk(self.group_size)), own_part.contiguous(), group=self.group)
+        return full
 
 
-def expert_share_of(step_module: nn.Module, name: str) -> ExpertShare | None:
+def expert_share_of_parameter(step_module: nn.Module, name: str) -> ExpertShare | None:
     """The share that this rank holds of the parameter `name`; None if it is no parameter of distributed experts.
 
     `name`: as in checkpoints, without the wrapper's prefix.

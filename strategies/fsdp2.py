@@ -26,7 +26,7 @@ from strategies.compat.fsdp import (
 from strategies.compat.modules import replace_buffers
 from strategies.errors import ConfigError
 from strategies.expert_parallelism import distribute_experts, shard_experts
-from strategies.expert_share import expert_share_of
+from strategies.expert_share import expert_share_of_parameter
 from strategies.full_params import FsdpFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.mesh import replica_count, shard_mesh
@@ -50,10 +50,10 @@ def first_local_element(tensor: DTensor) -> int:
 def full_shape_and_start(step_module: nn.Module, name: str, tensor: DTensor) -> tuple[torch.Size, int]:
     """(shape of the full parameter, as in files, with all experts; index of this rank's first element in it, flattened)."""
     start = first_local_element(tensor)
-    share = expert_share_of(step_module, name)
+    share = expert_share_of_parameter(step_module, name)
     if share is None:
         return tensor.shape, start
-    return share.full_shape(tensor.shape), share.first_element(tensor.shape) + start
+    return share.full_shape(tensor.shape), share.first_own_element(tensor.shape) + start
 
 
 def refuse_fewer_experts_than_ranks(step_module: nn.Module, ranks: int, strategy: str) -> None:
@@ -167,7 +167,7 @@ class Fsdp2Engine(NativeEngine):
             # Offloaded to the host: gather on the device, because NCCL can do it only there.
             tensor = tensor.to(self.runtime.device)
         full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-        share = expert_share_of(self.step_module, name)
+        share = expert_share_of_parameter(self.step_module, name)
         return full if share is None else share.gather(full)
 
 

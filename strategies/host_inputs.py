@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from strategies.errors import ConfigError
-from strategies.pinned_memory import OnHost
+from strategies.pinned_memory import HostTensors
 
 
 class HostInputs:
@@ -29,12 +29,12 @@ class HostInputs:
         self.live = 0
         """Tensors that are on the host now."""
         self.live_bytes = 0
-        self.peak = OnHost()
+        self.peak = HostTensors()
         """Since `begin_step`."""
 
     def begin_step(self) -> None:
         """Forget the peak of earlier steps."""
-        self.peak = OnHost(self.live, self.live_bytes)
+        self.peak = HostTensors(self.live, self.live_bytes)
 
     def wrap(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap `checkpoint` (torch's activation checkpointing), so that a block's hidden states are saved on the host.
@@ -74,7 +74,7 @@ class HostInputs:
         self.live += 1
         self.live_bytes += size
         if self.live_bytes > self.peak.size:
-            self.peak = OnHost(self.live, self.live_bytes)
+            self.peak = HostTensors(self.live, self.live_bytes)
         weakref.finalize(copy, self._forget, size).atexit = False
         return copy
 

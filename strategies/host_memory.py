@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -112,17 +113,17 @@ class HostMemory:
         """All ranks of the group but this one."""
         return [rank for rank in range(self.size) if rank != self.rank]
 
-    def _chunks(self, like: Tensor, count: int, parts: int = 1) -> Iterator[tuple[int, list[Tensor]]]:
-        """Divide `count` elements into chunks that fit into a slot; yields (index of a chunk's first element, slot of each rank).
+    def _chunks(self, like: Tensor, num_elements: int, parts: int = 1) -> Iterator[tuple[int, list[Tensor]]]:
+        """Divide `num_elements` elements into chunks that fit into a slot.
 
-        Each slot has room for `parts` times the elements of the chunk, and is a view of the type of `like`. Takes the other of a
-        region's two slots with each chunk.
+        Yields for each chunk (the index of its first element, the slot of each rank for it). A slot has room for `parts` times
+        the elements of the chunk, and is a view of the type of `like`. Each chunk takes the other one of a region's two slots.
         """
         chunk_numel = _SLOT_BYTES // like.element_size() // parts
-        for start in range(0, count, chunk_numel):
+        for start in range(0, num_elements, chunk_numel):
             self._current_slot = 1 - self._current_slot
-            length = min(chunk_numel, count - start) * parts
-            yield start, [region[self._current_slot].view(like.dtype)[:length] for region in self._regions]
+            slot_numel = min(chunk_numel, num_elements - start) * parts
+            yield start, [region[self._current_slot].view(like.dtype)[:slot_numel] for region in self._regions]
 
     def _combine(self, own_part: Tensor, peer_parts: list[Tensor], out: Tensor, average: bool) -> None:
         """Put the sum or mean of all parts into `out`, which may be `own_part`."""
@@ -173,15 +174,25 @@ _STORES_IN_ORDER = platform.machine().lower() in ("x86_64", "amd64")
 """Whether other cores see stores in the order in which they were made. Then a counter never overtakes the data it announces."""
 
 
-def _has_ended(process: int) -> bool:
-    """Whether a process has ended, also if its parent has not yet read its exit status."""
+def _has_ended(process_id: int) -> bool:
+    """Whether a process of this host has ended, also if its parent has not yet read its exit status."""
     try:
-        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+        stat = Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8")
         # The state follows the name of the program, which stands in brackets and may hold anything.
         state = stat.rpartition(")")[2].split()[0]
-        return state in "ZX"
+        return state in "ZX"  # a zombie, or dead
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+class _RegionAddress(NamedTuple):
+    """Where the memory file of a rank is; sent to the other ranks of its group."""
+
+    namespace: str | None
+    """The kernel and namespace in which `process_id` is valid; None if the system does not say."""
+    process_id: int
+    descriptor: int
+    """The file descriptor in that process."""
 
 
 def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -> HostMemory | None:
@@ -195,11 +206,11 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
         return None
     descriptor = _create_region()
     try:
-        # Exchange where the regions are, as (namespace of the process id, process id, file descriptor); None: the rank has none.
+        # Tell each other where the regions are.
         own_address = None
         if descriptor is not None:
-            own_address = (_process_namespace(), os.getpid(), descriptor)
-        address_by_rank: list[tuple[str | None, int, int] | None] = [None] * size
+            own_address = _RegionAddress(_process_namespace(), os.getpid(), descriptor)
+        address_by_rank: list[_RegionAddress | None] = [None] * size
         dist.all_gather_object(address_by_rank, own_address, group=group)
         # Map them, and use them only if every rank could.
         regions = _map_regions(address_by_rank)
@@ -207,7 +218,7 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
         dist.all_gather_object(mapped_by_rank, regions is not None, group=group)
         if regions is None or not all(mapped_by_rank):
             return None
-        process_ids = [address[1] for address in address_by_rank if address]
+        process_ids = [address.process_id for address in address_by_rank if address]
         return HostMemory(group, regions, process_ids, runtime.timeout_s)
     finally:
         if descriptor is not None:
@@ -237,16 +248,20 @@ def _process_namespace() -> str | None:
         return None
 
 
-def _map_regions(address_by_rank: list[tuple[str | None, int, int] | None]) -> list[Tensor] | None:
-    """The regions of all ranks, in rank order, each mapped through its owner's /proc entry; None if one cannot be mapped here.
+def _map_regions(address_by_rank: list[_RegionAddress | None]) -> list[Tensor] | None:
+    """Map the regions of all ranks, each through its owner's entry in /proc; returns them as uint8 tensors, in rank order.
 
-    `address_by_rank`: (namespace of the process id, process id, file descriptor) of each region; None: the rank has none.
+    None if a rank has no region, is in another namespace (another host or container), or has one that cannot be mapped here.
     """
     own_namespace = _process_namespace()
-    if own_namespace is None or any(address is None or address[0] != own_namespace for address in address_by_rank):
+    if own_namespace is None:
         return None
+    paths = []
+    for address in address_by_rank:
+        if address is None or address.namespace != own_namespace:
+            return None
+        paths.append(f"/proc/{address.process_id}/fd/{address.descriptor}")
     try:
-        paths = [f"/proc/{address[1]}/fd/{address[2]}" for address in address_by_rank if address]
         return [
             torch.from_file(path, shared=True, size=_HEADER_BYTES + 2 * _SLOT_BYTES, dtype=torch.uint8)
             for path in paths

@@ -17,7 +17,7 @@ def pinned_bytes(size: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class OnHost:
+class HostTensors:
     """Tensors that a rank keeps on the host, at the moment in a step when they are most."""
 
     tensors: int = 0
@@ -28,20 +28,20 @@ class OnHost:
         """Bytes of pinned memory that as many tensors of one size take; `size`: bytes together, if not their own."""
         if not self.tensors:
             return 0
-        together = self.size if size is None else size
-        return self.tensors * pinned_bytes(math.ceil(together / self.tensors))
+        total_bytes = self.size if size is None else size
+        return self.tensors * pinned_bytes(math.ceil(total_bytes / self.tensors))
 
 
-def expected_on_host(*, blocks: int, tokens: int, width: int, itemsize: int) -> OnHost:
+def expected_host_inputs(*, blocks: int, tokens: int, width: int, itemsize: int) -> HostTensors:
     """What one rank keeps on the host: an input of `tokens x width` values for each block that recomputes."""
-    return OnHost(tensors=blocks, size=blocks * tokens * width * itemsize)
+    return HostTensors(tensors=blocks, size=blocks * tokens * width * itemsize)
 
 
-def node_bytes(on_host: OnHost, ranks: int) -> float:
+def node_memory_bytes(on_host: HostTensors, ranks: int) -> float:
     """Bytes that `ranks` ranks take of a node's memory: what is pinned, and their processes."""
     return ranks * (on_host.pinned() + PROCESS_GIB * GIB)
 
 
-def host_bytes() -> int:
+def host_memory_bytes() -> int:
     """Bytes of this host's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -59,7 +59,7 @@ MIN_SECRET_LENGTH = 8
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in SECRET_PATTERNS.items()}
 
 
-def secret_in(text: str) -> str | None:
+def kind_of_secret_in(text: str) -> str | None:
     """The kind of secret that a text holds, in words; None if it holds none."""
     for name, value in _secrets_of_environment():
         if value in text:

@@ -59,7 +59,8 @@ class Runtime:
     expert_imbalance: float = 1.0
     """In a simulation: rows that arrive for the experts of this rank, over the mean of the ranks of its expert group."""
     sequence_size: int = 1
-    """Neighbouring ranks that share each row of documents (`parallel.sequence`); set by `strategies.sequence.with_sequence`."""
+    """Neighbouring ranks that share each row of documents (`parallel.sequence`); set by
+    `strategies.sequence.with_sequence_parallelism`."""
 
     @property
     def dp_rank(self) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from strategies.atomic_io import WrittenFile, error_summary, missing_space, sync_directory, write_new
+from strategies.atomic_io import WrittenFile, error_summary, space_problem, sync_directory, write_new
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, gather_objects
 from strategies.tensor_files import (
@@ -21,7 +21,7 @@ from strategies.tensor_files import (
     FilePart,
     LocalElements,
     index_json,
-    layout,
+    planned_tensor_file,
     size_on_disk,
     write_tensors,
 )
@@ -66,8 +66,8 @@ class FileOutcome:
 class RankState:
     """This rank's part of a training state, ready to be written. Its tensors are live, or copies in host memory.
 
-    Writing takes three calls: `make_room`, `write_part`, `finish`. The second does not communicate, so a thread can make it while
-    training goes on.
+    Writing takes three calls: `require_space_on_disk`, `write_part`, `finish`. The second does not communicate, so a thread
+    can make it while training goes on.
     """
 
     def __init__(self, flat_ranges: Iterable[FlatRange], header: bytes, runtime: Runtime) -> None:
@@ -77,7 +77,7 @@ class RankState:
                 self.local += flat_range.local_elements()
         self.runtime = runtime
         self._file = FILE_NAME.format(runtime.rank)
-        self._head, self.parts = layout(self.local, self._file)
+        self._head, self.parts = planned_tensor_file(self.local, self._file)
         self.header = header
         """The content of `progress.json`."""
         self.attachments: dict[str, bytes] = {}
@@ -100,7 +100,7 @@ class RankState:
             self.local[number] = LocalElements(elements.name, elements.numel, elements.start, copy)
             offset += size
 
-    def make_room(self, path: Path) -> None:
+    def require_space_on_disk(self, path: Path) -> None:
         """Check that the file system of `path` has room for the files of all ranks. All ranks must call.
 
         Raises StorageError on every rank if it has not.
@@ -109,8 +109,8 @@ class RankState:
         sizes = gather_objects(size_on_disk(self._head, self.local) + attached_bytes, self.runtime)
         problem = None
         if self.runtime.is_main:
-            problem = missing_space(path, sum(sizes) + SPARE_BYTES)
-        _raise_on_all_ranks(problem, self.runtime)
+            problem = space_problem(path, sum(sizes) + SPARE_BYTES)
+        _raise_if_any_rank_failed(problem, self.runtime)
 
     def write_part(self, path: Path) -> FileOutcome:
         """Write this rank's tensors and attachments into the existing directory `path`, and sync them to disk.
@@ -140,7 +140,7 @@ class RankState:
             files += attached
             if file is not None:
                 files.append(file)
-        _raise_on_all_ranks(outcome.problem, self.runtime)
+        _raise_if_any_rank_failed(outcome.problem, self.runtime)
 
         # Write the index and the header.
         problem = None
@@ -153,7 +153,7 @@ class RankState:
                 sync_directory(path)
         except OSError as error:
             problem = error_summary(error)
-        _raise_on_all_ranks(problem, self.runtime)
+        _raise_if_any_rank_failed(problem, self.runtime)
         return files if self.runtime.is_main else []
 
     def save(self, path: Path) -> list[WrittenFile]:
@@ -161,14 +161,17 @@ class RankState:
 
         Raises StorageError on every rank if any of them could not write. If there is no room, nothing is written at all.
         """
-        self.make_room(path)
+        self.require_space_on_disk(path)
         return self.finish(path, self.write_part(path))
 
 
-def _raise_on_all_ranks(problem: str | None, runtime: Runtime) -> None:
-    """Raise the problem of the lowest rank that has one, on every rank. All ranks must call."""
-    for rank, text in enumerate(gather_objects(problem, runtime)):
-        if text and runtime.world_size > 1:
-            raise StorageError(f"{text} (rank {rank})")
-        if text:
-            raise StorageError(text)
+def _raise_if_any_rank_failed(problem: str | None, runtime: Runtime) -> None:
+    """Raise StorageError on every rank, with the problem of the lowest rank that has one. All ranks must call.
+
+    `problem`: why this rank failed; None if it did not. Returns if no rank failed.
+    """
+    for rank, rank_problem in enumerate(gather_objects(problem, runtime)):
+        if rank_problem and runtime.world_size > 1:
+            raise StorageError(f"{rank_problem} (rank {rank})")
+        if rank_problem:
+            raise StorageError(rank_problem)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,20 @@ from torch import Tensor
 from strategies.runtime import Runtime
 from strategies.simulation import real_tensors
 
-_GROUPS: dict[int, tuple[Any, Any]] = {}
-"""For each degree: the group of all ranks for which it was made, and this rank's own group."""
+
+class _SequenceGroup(NamedTuple):
+    """The process group of the ranks that share this rank's rows."""
+
+    group: Any
+    all_ranks: Any
+    """The group of all ranks at the time. If the job has another one now, `group` belongs to a job that has ended."""
 
 
-def with_sequence(runtime: Runtime, degree: int) -> Runtime:
+_SEQUENCE_GROUPS: dict[int, _SequenceGroup] = {}
+"""This rank's group for each degree of sequence parallelism that was set up."""
+
+
+def with_sequence_parallelism(runtime: Runtime, degree: int) -> Runtime:
     """Set up sequence parallelism: `degree` neighbouring ranks (`parallel.sequence`) share each row. All ranks must call.
 
     Returns `runtime` with that degree. The process group of this rank's neighbours is made once for each degree, and lives as
@@ -36,27 +45,28 @@ def with_sequence(runtime: Runtime, degree: int) -> Runtime:
     assert runtime.world_size % degree == 0, "the config layer reports what does not divide"
     runtime = replace(runtime, sequence_size=degree)
     all_ranks = dist.group.WORLD
-    known = _GROUPS.get(degree)
-    if known is not None and known[0] is all_ranks:
+    known_group = _SEQUENCE_GROUPS.get(degree)
+    if known_group is not None and known_group.all_ranks is all_ranks:
         return runtime
-    first = runtime.dp_rank * degree
+    first_rank = runtime.dp_rank * degree
     with real_tensors():
         group = dist.new_group(
-            list(range(first, first + degree)),
+            list(range(first_rank, first_rank + degree)),
             timeout=timedelta(seconds=runtime.timeout_s),
             backend="nccl" if runtime.device.type == "cuda" else None,  # without a second, unused one for CPUs
             # Each rank makes its own group only. Otherwise every rank would have to make all of them.
             use_local_synchronization=True,
         )
-    _GROUPS[degree] = (all_ranks, group)
+    _SEQUENCE_GROUPS[degree] = _SequenceGroup(group, all_ranks)
     return runtime
 
 
-def group_of_slices(row_slices: list[int]) -> Any:
+def sequence_group_of(row_slices: list[int]) -> Any:
     """The group whose ranks hold the slices of a row. `row_slices` are the slices' borders, one more than there are ranks."""
-    all_ranks, group = _GROUPS[len(row_slices) - 1]
-    assert all_ranks is dist.group.WORLD, "the groups of a job that has ended"
-    return group
+    degree = len(row_slices) - 1
+    sequence_group = _SEQUENCE_GROUPS[degree]
+    assert sequence_group.all_ranks is dist.group.WORLD, "the groups of a job that has ended"
+    return sequence_group.group
 
 
 class AllToAll(torch.autograd.Function):
@@ -123,11 +133,11 @@ def sum_over_group(local: Tensor, row_slices: list[int] | None) -> Tensor:
     """
     if row_slices is None:
         return local
-    total: Tensor = SumOverGroup.apply(local, group_of_slices(row_slices))
+    total: Tensor = SumOverGroup.apply(local, sequence_group_of(row_slices))
     return total
 
 
-def move_rows(rows: Tensor, sent: list[int], received: list[int], row_slices: list[int]) -> Tensor:
+def all_to_all_rows(rows: Tensor, sent: list[int], received: list[int], row_slices: list[int]) -> Tensor:
     """Exchange rows of hidden states among the ranks that share a row of tokens; returns the rows that arrive here.
 
     `rows`: `[N, H]`, in the order of the ranks they go to: `sent[r]` of them to rank r, and `received[r]` come from it.
@@ -137,5 +147,5 @@ def move_rows(rows: Tensor, sent: list[int], received: list[int], row_slices: li
     sent_elements = [number * width for number in sent]
     received_elements = [number * width for number in received]
     with torch.no_grad():
-        flat = _all_to_all(rows.reshape(-1), sent_elements, received_elements, group_of_slices(row_slices))
+        flat = _all_to_all(rows.reshape(-1), sent_elements, received_elements, sequence_group_of(row_slices))
     return flat.view(-1, width)

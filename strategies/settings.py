@@ -13,8 +13,8 @@ from dataclasses import MISSING, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-TRAITS = "shardtune"
-"""The entry of a field's metadata that holds its `Traits`."""
+METADATA_KEY = "shardtune"
+"""The entry of a field's metadata that holds its `SettingMetadata`."""
 FREE = "free"
 """`resume` of a setting that may change when a run is resumed."""
 
@@ -65,7 +65,7 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
-class Traits:
+class SettingMetadata:
     """What a field says about its setting."""
 
     reach: Reach | None = None
@@ -99,10 +99,10 @@ def number(
     """A dataclass field for a setting that is a number, null, or one of `words`, with the range that validation checks.
 
     `least` and `most` may be taken, `above` and `below` not. `advice`: what to do about a number outside. `resume`: whether
-    it may change when a run is resumed (see `Traits.resume`). A number reaches nothing outside the run (see `Reach`).
+    it may change when a run is resumed (see `SettingMetadata.resume`). A number reaches nothing outside the run (see `Reach`).
     """
     bounds = Range(least=least, most=most, above=above, below=below)
-    return field(default=default, metadata={TRAITS: Traits(DESCRIBES, resume, bounds, advice, words)})
+    return field(default=default, metadata={METADATA_KEY: SettingMetadata(DESCRIBES, resume, bounds, advice, words)})
 
 
 def setting(
@@ -118,26 +118,26 @@ def setting(
     `reach` answers: does a value send, run, fetch or write something, or read a file whose texts are shown? `resume`: whether
     it may change when a run is resumed. `entries`: for a table with fixed names, the class that has them as fields.
     """
-    traits = Traits(reach, resume, entries=entries)
+    metadata = SettingMetadata(reach, resume, entries=entries)
     if default_factory is not MISSING:
-        return field(default_factory=default_factory, metadata={TRAITS: traits})
-    return field(default=default, metadata={TRAITS: traits})
+        return field(default_factory=default_factory, metadata={METADATA_KEY: metadata})
+    return field(default=default, metadata={METADATA_KEY: metadata})
 
 
 def group(make: Callable[[], Any], *, resume: str | None = None, advice: Mapping[str, str] | None = None) -> Any:
     """A field that holds settings of a class of their own."""
-    return field(default_factory=make, metadata={TRAITS: Traits(resume=resume, advice_below=advice)})
+    return field(default_factory=make, metadata={METADATA_KEY: SettingMetadata(resume=resume, advice_below=advice)})
 
 
-def traits_of(settings: type, name: str, better_advice: Mapping[str, str] | None = None) -> Traits:
-    """What the field `name` of the class `settings` says about its setting: range, advice, reach; empty if it says nothing.
+def setting_metadata(settings: type, name: str, better_advice: Mapping[str, str] | None = None) -> SettingMetadata:
+    """The metadata of the setting in the field `name` of the class `settings`: range, advice, reach; empty if it has none.
 
     A subclass that only gives a field another default keeps what its parent says. `better_advice`: advice by name from the
-    group that holds the settings (`Traits.advice_below`), which takes precedence.
+    group that holds the settings (`SettingMetadata.advice_below`), which takes precedence.
     """
     for parent in settings.__mro__:
         own_field = getattr(parent, "__dataclass_fields__", {}).get(name)
-        if own_field is not None and TRAITS in own_field.metadata:
-            traits: Traits = own_field.metadata[TRAITS]
-            return replace(traits, advice=(better_advice or {}).get(name, traits.advice))
-    return Traits()
+        if own_field is not None and METADATA_KEY in own_field.metadata:
+            metadata: SettingMetadata = own_field.metadata[METADATA_KEY]
+            return replace(metadata, advice=(better_advice or {}).get(name, metadata.advice))
+    return SettingMetadata()

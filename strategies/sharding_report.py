@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from strategies.base import Engine
-from strategies.expert_share import expert_share_of
+from strategies.expert_share import expert_share_of_parameter
 from strategies.parameters import element_counts, named_parameters
 from strategies.runtime import Runtime, gather_objects
 
@@ -22,7 +22,7 @@ def held_elements(step_module: nn.Module) -> int:
     counts = element_counts(step_module)
     for name, parameter in named_parameters(step_module):
         local_numel, full_numel = _local_and_full_numel(parameter)
-        share = expert_share_of(step_module, name)
+        share = expert_share_of_parameter(step_module, name)
         if share is not None:
             full_numel *= share.group_size
         if counts[name] == full_numel:

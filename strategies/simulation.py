@@ -84,7 +84,7 @@ def fake_tensors(device: torch.device) -> Iterator[None]:
         if device != SIMULATED:
             yield
             return
-        with AsOnGpu():
+        with GpuDispatchMode():
             yield
 
 
@@ -119,7 +119,7 @@ def cached_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 # -- what torch chooses by the type of device -------------------------------------------------------------------------
 
-_FLOAT32_ON_GPU = frozenset(
+_FLOAT32_FUNCTIONS_ON_GPU = frozenset(
     {
         F.layer_norm,
         torch.layer_norm,
@@ -159,12 +159,12 @@ _FLOAT32_ON_GPU = frozenset(
     }
 )
 """Functions that autocast computes in float32 on GPUs. On CPUs it computes them in the type that they are given."""
-_FROM_VALUES = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+_FACTORIES_FROM_VALUES = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
 """Functions that make a tensor of Python's numbers. They make it on the device "cpu" where `SIMULATED` was asked for."""
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
-class AsOnGpu(TorchFunctionMode):
+class GpuDispatchMode(TorchFunctionMode):
     """Lets functions do for tensors on `SIMULATED` what they do on a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -178,11 +178,11 @@ class AsOnGpu(TorchFunctionMode):
             return args[0]
         if func is Tensor.is_pinned:
             return True
-        if func in _FROM_VALUES:
-            return _on_asked_device(func(*args, **kwargs), args, kwargs)
-        if func in _FLOAT32_ON_GPU and torch.is_autocast_enabled("cpu"):
-            args = [_widened(argument) for argument in args]
-            kwargs = {name: _widened(argument) for name, argument in kwargs.items()}
+        if func in _FACTORIES_FROM_VALUES:
+            return _moved_to_simulated_device(func(*args, **kwargs), args, kwargs)
+        if func in _FLOAT32_FUNCTIONS_ON_GPU and torch.is_autocast_enabled("cpu"):
+            args = [_as_float32(argument) for argument in args]
+            kwargs = {name: _as_float32(argument) for name, argument in kwargs.items()}
         return func(*args, **kwargs)
 
     def _backward(
@@ -207,21 +207,28 @@ class AsOnGpu(TorchFunctionMode):
             )
 
 
-def _on_asked_device(made: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """A tensor that one of `_FROM_VALUES` made of `args` and `kwargs`, on the device that was asked for, without its values.
+def _moved_to_simulated_device(tensor: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """An empty stand-in for `tensor` on the simulated device, if the call that created it asked for that device.
 
-    A single number stays where it is: it goes with tensors of any device, and models read its value.
+    `tensor`: what one of `_FACTORIES_FROM_VALUES` has created of `args` and `kwargs`, on the CPU. Otherwise `tensor` itself:
+
+    - the call asked for another device, by `device=` or by the device of its source tensor;
+    - it has a single number, which goes with tensors of any device, and which models read;
+    - it is on the simulated device already.
     """
-    device = kwargs.get("device")
+    requested_device = kwargs.get("device")
     source = args[0] if args else kwargs.get("data")  # `torch.tensor(data=...)` is possible, too
-    if device is None and torch.is_tensor(source):
-        device = source.device
-    if device != SIMULATED or made.dim() == 0 or made.device == SIMULATED:
-        return made
-    return torch.empty(made.shape, dtype=made.dtype, device=SIMULATED)
+    if requested_device is None and torch.is_tensor(source):
+        requested_device = source.device
+    if requested_device != SIMULATED:
+        return tensor
+    is_single_number = tensor.dim() == 0
+    if is_single_number or tensor.device == SIMULATED:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=SIMULATED)
 
 
-def _widened(argument: Any) -> Any:
+def _as_float32(argument: Any) -> Any:
     """A half-precision tensor as float32; anything else as it is."""
     if torch.is_tensor(argument) and argument.dtype in _HALF_TYPES:
         return argument.float()
@@ -252,19 +259,16 @@ def _attention(
     can_use_flash = is_half_without_mask and head_size <= 256 and head_size == value.shape[-1]
     can_use_efficient = not is_grouped and query.dim() == 4
     if can_use_flash:
-        # The flash kernel takes heads of multiples of 8: others are padded.
-        padding = (0, -head_size % 8)
-        if padding[1]:
+        # The flash kernel takes heads of multiples of 8: others are padded at their end.
+        num_padding = -head_size % 8
+        if num_padding:
+            padding = (0, num_padding)
             query, key, value = F.pad(query, padding), F.pad(key, padding), F.pad(value, padding)
         if scale is None:
-            scale = head_size**-0.5
+            scale = head_size**-0.5  # of the heads without padding
         return FLASH_ATTENTION(query, key, value, dropout_p, is_causal, scale=scale)[0][..., :head_size]
     if can_use_efficient:
-        bias = attn_mask
-        if bias is not None:
-            if bias.dtype is torch.bool:
-                bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(bias.logical_not(), float("-inf"))
-            bias = bias.expand(*query.shape[:-1], key.shape[-2])
+        bias = None if attn_mask is None else _attention_bias(attn_mask, query, key)
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         return EFFICIENT_ATTENTION(query, key, value, bias, needs_grad, dropout_p, is_causal, scale=scale)[0]
     return ATTENTION_BY_PRODUCTS(
@@ -272,21 +276,29 @@ def _attention(
     )[0]
 
 
+def _attention_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """An attention mask as what is added to the scores, `[..., queries, keys]`: -inf where a boolean mask is False."""
+    bias = mask
+    if mask.dtype is torch.bool:
+        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    return bias.expand(*query.shape[:-1], key.shape[-2])
+
+
 # -- what engines take from the devices of their process group --------------------------------------------------------
 
 
-def reduce_without_reading(wrapped: Any) -> None:
+def reduce_fake_gradients(wrapped: Any) -> None:
     """Let a DistributedDataParallel module work on fake tensors, by a hook of its own for each gradient bucket.
 
-    The hook makes the collective, so that it is recorded, and does not wait: the all-reduce of fake tensors has no result.
+    The hook calls the all-reduce, so that a simulation records it, and does not wait: that of fake tensors has no result.
     """
 
-    def reduce(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def all_reduce_bucket(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         dist.all_reduce(bucket.buffer())
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
+        completed: torch.futures.Future[Tensor] = torch.futures.Future()
+        completed.set_result(bucket.buffer())
+        return completed
 
-    reduce.__annotations__ = {}  # torch compares a hook's annotations with types, and these are strings
-    wrapped.register_comm_hook(None, reduce)
+    all_reduce_bucket.__annotations__ = {}  # torch compares a hook's annotations with types, and these are strings
+    wrapped.register_comm_hook(None, all_reduce_bucket)
     wrapped.reducer = ReducerWithoutRebuild(wrapped.reducer)

@@ -38,7 +38,7 @@ OTHER_FILES = (
 """Other files that libraries read; names or patterns."""
 
 
-def refuse_irregular(path: Path, *, most_bytes: int | None = None) -> None:
+def refuse_unless_small_regular_file(path: Path, *, most_bytes: int | None = None) -> None:
     """Raise ConfigError if a file is not a regular one, cannot be looked at, or is larger than `most_bytes`."""
     try:
         status = path.stat()
@@ -52,7 +52,7 @@ def refuse_irregular(path: Path, *, most_bytes: int | None = None) -> None:
         )
 
 
-def refuse_pointer(path: Path) -> None:
+def refuse_lfs_pointer(path: Path) -> None:
     """Raise ConfigError if a file is a pointer of git-lfs. Some would load without an error: a template is any text."""
     try:
         with path.open("rb") as file:
@@ -68,8 +68,8 @@ def refuse_pointer(path: Path) -> None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a small file. Raises ConfigError, naming the file, for anything else."""
-    refuse_irregular(path, most_bytes=MAX_BYTES_OF.get(path.name, MAX_BYTES))
-    refuse_pointer(path)
+    refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_OF.get(path.name, MAX_BYTES))
+    refuse_lfs_pointer(path)
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -85,19 +85,19 @@ def read_object(path: Path) -> dict[str, Any]:
     return parsed
 
 
-def texts_in(parsed: Any) -> Iterator[str]:
+def text_values_of(parsed: Any) -> Iterator[str]:
     """Every text among the values of parsed JSON or YAML, in order, however deep."""
     if isinstance(parsed, str):
         yield parsed
     elif isinstance(parsed, dict):
         for inner in parsed.values():
-            yield from texts_in(inner)
+            yield from text_values_of(inner)
     elif isinstance(parsed, list):
         for inner in parsed:
-            yield from texts_in(inner)
+            yield from text_values_of(inner)
 
 
-def check_small_files(directory: Path) -> None:
+def check_files_read_by_libraries(directory: Path) -> None:
     """Look at every small file that a library would read in a model's or an adapter's directory. Raises ConfigError."""
     for name in JSON_OBJECT_FILES:
         path = directory / name
@@ -105,8 +105,8 @@ def check_small_files(directory: Path) -> None:
             read_object(path)
     for pattern in OTHER_FILES:
         for path in directory.glob(pattern):
-            refuse_irregular(path, most_bytes=MAX_BYTES_OF.get(path.name, MAX_BYTES))
-            refuse_pointer(path)
+            refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_OF.get(path.name, MAX_BYTES))
+            refuse_lfs_pointer(path)
 
 
 def _unreadable(path: Path, error: OSError) -> ConfigError:

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from strategies.atomic_io import NewFile, RetryingReader, WrittenFile, open_regular, read_exactly
+from strategies.atomic_io import NewFile, RetryingReader, WrittenFile, open_regular_file, read_exactly
 
 INDEX = "index.json"
 ELEMENT_BYTES = 4
@@ -72,11 +72,17 @@ def is_count(value: Any) -> bool:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def layout(local: Iterable[LocalElements], file: str) -> tuple[bytes, dict[str, FilePart]]:
-    """Plan a safetensors file with the tensors of `local`, under the name `file`. Reads no values.
+class PlannedFile(NamedTuple):
+    """What is known of a safetensors file before any value is written."""
 
-    Returns (the head of the file, which lists names, shapes and offsets; the place of each tensor in the file, for the index).
-    """
+    head: bytes
+    """The first bytes of the file, which list names, shapes and offsets."""
+    parts: dict[str, FilePart]
+    """Where each tensor will be in the file, by its name, for the index."""
+
+
+def planned_tensor_file(local: Iterable[LocalElements], file: str) -> PlannedFile:
+    """Plan a safetensors file with the tensors of `local`, under the name `file`. Reads no values."""
     local = list(local)
     entries: dict[str, dict[str, Any]] = {}
     data_end = 0
@@ -97,11 +103,11 @@ def layout(local: Iterable[LocalElements], file: str) -> tuple[bytes, dict[str, 
         data_start, _ = entries[elements.name]["data_offsets"]
         offset = len(head) + data_start
         parts[elements.name] = FilePart(file, elements.start, elements.values.numel(), offset)
-    return head, parts
+    return PlannedFile(head, parts)
 
 
 def write_tensors(path: Path, head: bytes, local: Iterable[LocalElements]) -> WrittenFile:
-    """Write a safetensors file: `head`, which `layout` made of the same tensors, then their values. Errors: OSError."""
+    """Write a safetensors file: `head`, from `planned_tensor_file` of the same tensors, then their values. Errors: OSError."""
     with NewFile(path) as file:
         file.write(head)
         for elements in local:
@@ -131,10 +137,10 @@ def parse_index(data: bytes) -> Index:
     raw = parse_json(data)
     if not isinstance(raw, dict):
         raise Malformed("is no table of tensors")
-    return {name: _parts(name, rows) for name, rows in raw.items()}
+    return {name: _parsed_parts(name, rows) for name, rows in raw.items()}
 
 
-def _parts(name: str, rows: Any) -> list[FilePart]:
+def _parsed_parts(name: str, rows: Any) -> list[FilePart]:
     """The parts of the tensor `name` from its `rows` in an index, each [file, first element, elements, byte offset].
 
     Raises Malformed unless they cover the tensor exactly once, in order: then no element is read twice or left out.
@@ -144,7 +150,7 @@ def _parts(name: str, rows: Any) -> list[FilePart]:
     parts: list[FilePart] = []
     end = 0
     for row in rows:
-        if not _is_row(row) or not stays_in_directory(row[0]):
+        if not _is_index_row(row) or not stays_in_directory(row[0]):
             raise Malformed(f"has a part of {name[:80]} that is none")
         part = FilePart(*row)
         if part.start != end or part.length == 0:
@@ -154,7 +160,7 @@ def _parts(name: str, rows: Any) -> list[FilePart]:
     return parts
 
 
-def _is_row(row: Any) -> bool:
+def _is_index_row(row: Any) -> bool:
     """Whether a JSON value is a file's name and three counts."""
     return isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and all(map(is_count, row[1:]))
 
@@ -176,7 +182,7 @@ def read_tensors(directory: Path, index: Index, local: Iterable[LocalElements]) 
     file after the other and reads each in the order of its bytes. Errors: OSError, Malformed.
     """
     buffers: list[Tensor] = []
-    targets_by_file: dict[str, list[tuple[int, Tensor]]] = {}
+    targets_by_file: dict[str, list[_ReadTarget]] = {}
     for elements in local:
         size = elements.values.numel()
         buffer = torch.empty(size, dtype=torch.float32)
@@ -188,7 +194,7 @@ def read_tensors(directory: Path, index: Index, local: Iterable[LocalElements]) 
             if start < stop:
                 offset = part.offset + (start - part.start) * ELEMENT_BYTES
                 target = buffer[start - elements.start : stop - elements.start]
-                targets_by_file.setdefault(part.file, []).append((offset, target))
+                targets_by_file.setdefault(part.file, []).append(_ReadTarget(offset, target))
                 filled += stop - start
         if filled != size:
             raise Malformed(f"does not cover {elements.name[:80]}")
@@ -196,16 +202,25 @@ def read_tensors(directory: Path, index: Index, local: Iterable[LocalElements]) 
 
     reader = RetryingReader()
     for file, targets in targets_by_file.items():
-        targets.sort(key=lambda offset_and_target: offset_and_target[0])
-        reader.read(directory / file, partial(_fill_all, directory / file, targets))
+        targets.sort(key=lambda target: target.offset)
+        reader.read(directory / file, partial(_fill_targets, directory / file, targets))
     return buffers
 
 
-def _fill_all(file: Path, targets: list[tuple[int, Tensor]]) -> None:
-    """Fill each target tensor with the bytes from its offset on."""
-    with open_regular(file) as (descriptor, _):
-        for offset, target in targets:
-            read_exactly(descriptor, target.numpy().data.cast("B"), offset)
+class _ReadTarget(NamedTuple):
+    """A tensor to be filled from a file."""
+
+    offset: int
+    """Bytes from the start of the file."""
+    values: Tensor
+    """float32, 1-d, on the CPU: filled in place."""
+
+
+def _fill_targets(file: Path, targets: list[_ReadTarget]) -> None:
+    """Fill each target tensor with the bytes of `file` from its offset on. Errors: OSError."""
+    with open_regular_file(file) as (descriptor, _):
+        for target in targets:
+            read_exactly(descriptor, target.values.numpy().data.cast("B"), target.offset)
 
 
 def size_on_disk(head: bytes, local: Iterable[LocalElements]) -> int:

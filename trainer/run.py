@@ -12,7 +12,7 @@ from strategies import runtime as processes
 from strategies.base import Engine, Progress
 from strategies.build import resolve_precision
 from strategies.errors import Preempted
-from strategies.sequence import with_sequence
+from strategies.sequence import with_sequence_parallelism
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.reward_models import check_reward_models
@@ -332,7 +332,7 @@ def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
         shared_memory=run.shared_memory,
         store=store,
     )
-    return with_sequence(runtime, config.parallel.sequence)
+    return with_sequence_parallelism(runtime, config.parallel.sequence)
 
 
 def record_reference(config: RunConfig, data: PreparedData, engine: Engine, built: Built, context: RunContext) -> None:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from strategies.atomic_io import open_regular, read_exactly
+from strategies.atomic_io import open_regular_file, read_exactly
 from trainer.config.run import RunConfig
 from trainer.tuning.base import AdapterConfig
 
@@ -88,7 +88,7 @@ def _tensors_of(file: Path) -> list[tuple[str, int, int]]:
     {"lm_head.weight": {"dtype": "BF16", "shape": [32000, 4096], ...}, "__metadata__": ...}.
     Errors: OSError, ValueError, KeyError.
     """
-    with open_regular(file.resolve()) as (descriptor, _):
+    with open_regular_file(file.resolve()) as (descriptor, _):
         length_bytes = bytearray(8)
         read_exactly(descriptor, memoryview(length_bytes), 0)
         length = int.from_bytes(length_bytes, "little")

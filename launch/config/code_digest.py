@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from strategies.errors import ConfigError
-from strategies.small_files import texts_in
+from strategies.small_files import text_values_of
 from trainer.model.config import ModelConfig
 
 MOST_FILES = 20_000
@@ -155,7 +155,7 @@ def _include_values(tree: Any) -> Iterator[str]:
             continue
         visited_ids.add(id(node))
         if isinstance(node, dict):
-            yield from texts_in(node.get("include"))
+            yield from text_values_of(node.get("include"))
             pending += node.values()
         elif isinstance(node, list):
             pending += node
@@ -186,7 +186,7 @@ def _auto_map_references(directory: Path) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise NoDigest(str(file)) from error
         if isinstance(settings, dict):
-            yield from texts_in(settings.get("auto_map"))
+            yield from text_values_of(settings.get("auto_map"))
 
 
 def _read_code_file(file: Path) -> bytes:

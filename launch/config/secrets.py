@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from strategies.redaction import secret_in
+from strategies.redaction import kind_of_secret_in
 from trainer.config.resuming import flat
 from trainer.config.run import RunConfig
 
@@ -22,7 +22,7 @@ def secret_problems(config: RunConfig, written: RunConfig | None) -> Iterator[st
             continue
         entries = value if isinstance(value, list) else [value]
         for entry in entries:
-            secret_kind = secret_in(entry) if isinstance(entry, str) else None
+            secret_kind = kind_of_secret_in(entry) if isinstance(entry, str) else None
             if secret_kind is not None:
                 yield (
                     f"{key}: holds {secret_kind}, which would be written into config.yaml and the model card and sent to "

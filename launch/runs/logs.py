@@ -90,7 +90,7 @@ def last_lines(path: Path, count: int) -> tuple[list[str], int]:
 
     A last line without a line break is left for the next call, when it is complete.
     """
-    with atomic_io.open_regular(path) as (descriptor, size):
+    with atomic_io.open_regular_file(path) as (descriptor, size):
         start = max(0, size - TAIL_BYTES)
         tail = os.pread(descriptor, size - start, start)
     complete, line_break, _ = tail.rpartition(b"\n")
@@ -113,7 +113,7 @@ class AddedText:
     def lines(self, path: Path) -> list[str]:
         """The complete lines that were added since the last call; empty if there are none, or the file cannot be read now."""
         try:
-            with atomic_io.open_regular(path) as (descriptor, size):
+            with atomic_io.open_regular_file(path) as (descriptor, size):
                 start = self.offsets.get(path, 0)
                 if start > size:
                     start = 0

@@ -24,7 +24,7 @@ RECENT_ROWS = 20
 def last_rows(path: Path) -> list[dict[str, Any]]:
     """The last rows of `metrics.jsonl`, oldest first: of steps, which have the key `loss`, and of evaluations."""
     try:
-        with atomic_io.open_regular(path) as (descriptor, size):
+        with atomic_io.open_regular_file(path) as (descriptor, size):
             start = max(0, size - TAIL_BYTES)
             lines = os.pread(descriptor, TAIL_BYTES, start).split(b"\n")
     except OSError:
@@ -40,7 +40,7 @@ def loss_curve(path: Path, points: int) -> list[float]:
     """
     loss_at_step: dict[int, float] = {}
     try:
-        with atomic_io.open_regular(path) as (descriptor, size):
+        with atomic_io.open_regular_file(path) as (descriptor, size):
             for number in range(points):
                 start = size * number // points
                 lines = os.pread(descriptor, SAMPLE_BYTES, start).split(b"\n")

@@ -321,7 +321,7 @@ def _why_lost(lease_holder: LeaseHolder) -> str:
 def is_frozen(run_dir: Path) -> bool:
     """Whether shardtune wrote the `config.yaml` of a directory; True also if the file cannot be read."""
     try:
-        with atomic_io.open_regular(run_dir / "config.yaml") as (descriptor, _):
+        with atomic_io.open_regular_file(run_dir / "config.yaml") as (descriptor, _):
             return SEAL in os.pread(descriptor, 4096, 0)
     except OSError:
         return True

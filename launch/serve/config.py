@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
-from strategies.settings import number, traits_of
+from strategies.settings import number, setting_metadata
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -63,7 +63,7 @@ class ServeConfig:
     def problems(self) -> Iterator[str]:
         """What is wrong with the settings, one line each: values out of bounds, and an address without a key."""
         for field in fields(self):
-            traits = traits_of(ServeConfig, field.name)
+            traits = setting_metadata(ServeConfig, field.name)
             setting = getattr(self, field.name)
             if traits.bounds is not None and not traits.bounds.holds(setting):
                 yield f"serve.{field.name}={setting}: must be {traits.bounds}; {traits.advice}"

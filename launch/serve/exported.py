@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError
-from strategies.small_files import check_small_files, read_object
+from strategies.small_files import check_files_read_by_libraries, read_object
 from trainer.tuning.adapter_fields import wrong_field
 
 ADAPTER_FILE = "adapter_config.json"
@@ -108,7 +108,7 @@ def _read_export(path: Path, file: str, name: str) -> ExportedModel:
     `file`: its settings file, which tells its kind: `MODEL_FILE` for a whole model, else an adapter, which has a base model.
     Errors: ConfigError if it cannot be served.
     """
-    check_small_files(path)
+    check_files_read_by_libraries(path)
     settings = read_object(path / file)
     if file == ADAPTER_FILE and (wrong := wrong_field(settings)) is not None:
         raise ConfigError(f"{path / file}: has {wrong}; write the adapter again")
@@ -126,7 +126,7 @@ def _read_export(path: Path, file: str, name: str) -> ExportedModel:
                 "write the adapter again"
             )
         if Path(base).is_dir():
-            check_small_files(Path(base))
+            check_files_read_by_libraries(Path(base))
     if task_type in UNSERVABLE_TASKS:
         raise ConfigError(f"{path}: is {UNSERVABLE_TASKS[task_type]}; shardtune evaluate asks such models")
     return ExportedModel(path, name, base, settings)

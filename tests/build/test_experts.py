@@ -14,7 +14,7 @@ from launch.evaluate.reward_trial import _settled as settled_trial
 from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.expert_parallelism import keep_one_rank_of_experts_on_meta
-from strategies.expert_share import expert_share_of
+from strategies.expert_share import expert_share_of_parameter
 from strategies.parameters import meta_context, named_parameters
 from strategies.runtime import Runtime
 from tests.helpers.building import STRATEGIES, data_set, model_dir, run_config
@@ -176,7 +176,9 @@ def test_shares_are_found_in_models_beside_the_trained_one(beside):
     step.reward_models = nn.ModuleDict({"judge": nn.ModuleDict({"experts": nn.Linear(2, 2)})})
     experts = step.get_submodule(f"{beside}.experts")
     experts.expert_share = share = object()
-    found = {name: expert_share_of(step, name) for name, _ in named_parameters(step, include_frozen_models=True)}
+    found = {
+        name: expert_share_of_parameter(step, name) for name, _ in named_parameters(step, include_frozen_models=True)
+    }
     assert [name for name, held in found.items() if held is share] == [
         f"{beside}.experts.{key}" for key in ("weight", "bias")
     ]

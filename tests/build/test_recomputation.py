@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from strategies import activation_plan, runtime
-from strategies.activation import is_kept
+from strategies.activation import is_kept_op
 from strategies.activation_plan import Activations, choose_recomputation
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig
 from strategies.errors import ConfigError
@@ -87,10 +87,10 @@ def test_every_attention_kernel_is_kept_by_selective_checkpointing():
     import torch.nn.attention.varlen
 
     ops = torch.ops
-    assert is_kept(ops.torch_attn._varlen_attn.default) and is_kept(
+    assert is_kept_op(ops.torch_attn._varlen_attn.default) and is_kept_op(
         ops.aten._scaled_dot_product_flash_attention.default
     )
-    assert is_kept(ops.aten.mm.default) and not is_kept(ops.aten.add.Tensor)
+    assert is_kept_op(ops.aten.mm.default) and not is_kept_op(ops.aten.add.Tensor)
 
 
 def test_the_least_that_fits_is_chosen():

@@ -21,8 +21,8 @@ from trainer.checkpoints.manifest import verify
 from trainer.checkpoints.resume_selection import choose_checkpoint
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
-CALLS = ("open", "write", "read", "sync", "names", "rename", "exchange", "make_directory", "remove_tree")
-AFTER = ("rename", "exchange", "make_directory", "remove_tree")
+CALLS = ("open", "write", "read", "sync", "names", "rename", "swap_names", "make_directory", "remove_tree")
+AFTER = ("rename", "swap_names", "make_directory", "remove_tree")
 """Calls that may have been answered although nobody heard of it."""
 
 
@@ -106,7 +106,7 @@ def test_network_failure_at_any_call_loses_no_saved_checkpoint(tmp_path, monkeyp
         met.add(disk.failed)
     else:
         raise AssertionError("every start fails")
-    assert met >= {"open", "write", "read", "sync", "names", "rename", "exchange", "make_directory"}, met
+    assert met >= {"open", "write", "read", "sync", "names", "rename", "swap_names", "make_directory"}, met
 
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])

@@ -33,7 +33,7 @@ class Cache(atomic_io.Disk):
     """
 
     def __init__(self, root: Path, exchanges: bool):
-        self.root, self.calls, self.cut_at, self.exchanges = root, 0, -1, exchanges
+        self.root, self.calls, self.cut_at, self.can_swap_names = root, 0, -1, exchanges
         self.bytes: dict[int, bytes] = {}
         self.listed: dict[int, dict[str, int]] = {root.stat().st_ino: {}}
         self.kinds: dict[int, bool] = {root.stat().st_ino: True}
@@ -75,11 +75,11 @@ class Cache(atomic_io.Disk):
         self._call()
         super().rename(source, target)
 
-    def exchange(self, one, other):
+    def swap_names(self, one, other):
         self._call()
-        if not self.exchanges:
+        if not self.can_swap_names:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(one))
-        super().exchange(one, other)
+        super().swap_names(one, other)
 
     def remove_tree(self, path):
         self._call()

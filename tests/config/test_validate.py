@@ -14,7 +14,7 @@ from launch.config.compose import compose
 from launch.config.removed import NOT_OFFERED
 from strategies.errors import ConfigError, key_of_problem
 from strategies.registry import STRATEGIES
-from strategies.settings import Range, Traits, number, traits_of
+from strategies.settings import Range, SettingMetadata, number, setting_metadata
 from tests.helpers.covering import chosen
 from trainer.config.run import RunConfig
 from trainer.config.tree import VARIANTS, keyed_fields, traits_by_key
@@ -74,10 +74,10 @@ def test_settings_subclass_with_another_default_keeps_the_traits_of_the_field():
     class Child(Parent):
         rate: float = 0.5
 
-    assert traits_of(Child, "rate") == traits_of(Parent, "rate")
-    assert traits_of(Child, "rate").bounds == Range(above=0) and Child().rate == 0.5
-    assert traits_of(Child, "rate", {"rate": "0.5 here"}).advice == "0.5 here"
-    assert traits_of(Parent, "plain") == Traits()
+    assert setting_metadata(Child, "rate") == setting_metadata(Parent, "rate")
+    assert setting_metadata(Child, "rate").bounds == Range(above=0) and Child().rate == 0.5
+    assert setting_metadata(Child, "rate", {"rate": "0.5 here"}).advice == "0.5 here"
+    assert setting_metadata(Parent, "plain") == SettingMetadata()
 
 
 def test_advice_of_the_settings_group_goes_before_that_of_the_class():

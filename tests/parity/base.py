@@ -11,7 +11,7 @@ import torch
 from strategies import runtime as processes
 from strategies.base import StrategyConfig
 from strategies.parameters import named_parameters
-from strategies.sequence import with_sequence
+from strategies.sequence import with_sequence_parallelism
 from tests.helpers.building import GLOBAL_BATCH, STRATEGIES, alone, data_set, take_steps, trainer_for
 from tests.helpers.learning import LEAST_LEARNED, learned, moved
 from trainer.config.run import RunConfig
@@ -48,7 +48,7 @@ class Job:
         return self._made[key]
 
     def trainer(self, config: RunConfig, data: PreparedData | None = None) -> Trainer:
-        return trainer_for(config, data or self.data, with_sequence(self.runtime, config.parallel.sequence))
+        return trainer_for(config, data or self.data, with_sequence_parallelism(self.runtime, config.parallel.sequence))
 
     def curve(self, config: RunConfig, steps: int, data: PreparedData | None = None) -> Curve:
         """Loss and grad norm of a few steps on all ranks."""

@@ -19,9 +19,9 @@ from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.communication_counters import ALL_GATHER, count_communication
 from strategies.errors import ReplicasDiffer
-from strategies.expert_share import expert_share_of
+from strategies.expert_share import expert_share_of_parameter
 from strategies.parameters import named_parameters
-from strategies.sequence import with_sequence
+from strategies.sequence import with_sequence_parallelism
 from strategies.sharding_report import sharding_record
 from tests.helpers import writing
 from tests.helpers.building import GLOBAL_BATCH, model_dir, run_config, take_steps, trainer_for
@@ -88,7 +88,7 @@ def compare(job: Job, *case: Any) -> dict[str, Any]:
     """
     asked = Case(*case)
     config, data = run_of(job, asked)
-    trainer = trainer_for(config, data, with_sequence(job.runtime, asked.sequence))
+    trainer = trainer_for(config, data, with_sequence_parallelism(job.runtime, asked.sequence))
     with _in_chunks() if asked.feature.startswith("chunks") else nullcontext():
         found = curve(trainer, job.runtime.world_size)
     expected, averages, lag = _of_one_process(job, asked, config, data)
@@ -403,7 +403,7 @@ def resumed(job: Job, tuning: str) -> dict[str, Any]:
     apart = 0.0
     for ranks, strategy in RESUMED[tuning]:
         changed = replace(config, strategy=SHARDING[strategy], parallel=ParallelConfig(experts=ranks))
-        trainer = trainer_for(changed, data, with_sequence(job.runtime, 1))
+        trainer = trainer_for(changed, data, with_sequence_parallelism(job.runtime, 1))
         apart = max(apart, job.gathered_apart(trainer, start, of=set(start)))
         if path is not None:
             trainer.progress = trainer.engine.load(path)
@@ -429,7 +429,7 @@ def gathered_bytes(job: Job, feature: str) -> dict[str, int]:
         sizes[f"parameters {ranks}"] = record["parameters"]
     experts_bytes = 0
     for name, parameter in named_parameters(trainer.engine.step_module):
-        if expert_share_of(trainer.engine.step_module, name) is not None:
+        if expert_share_of_parameter(trainer.engine.step_module, name) is not None:
             experts_bytes += 4 * parameter.numel() * parameter.element_size()  # each of the four has a quarter
     return sizes | {"experts": experts_bytes}
 

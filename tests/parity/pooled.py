@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from strategies.base import StrategyName, ZeroConfig
-from strategies.sequence import with_sequence
+from strategies.sequence import with_sequence_parallelism
 from tests.helpers.building import GLOBAL_BATCH, STRATEGIES, model_dir, pair_samples, pair_set, run_config, trainer_for
 from tests.helpers.stores import write
 from tests.parity.base import Curve, Job
@@ -66,7 +66,7 @@ def compare(job: Job, objective: str, tuning: str, strategy: str, degree: int) -
         objective=OBJECTIVES[objective],
         parallel=ParallelConfig(sequence=degree),
     )
-    runtime = with_sequence(job.runtime, degree)
+    runtime = with_sequence_parallelism(job.runtime, degree)
     found = curve(trainer_for(config, data, runtime), runtime.world_size)
     lone = replace(config, parallel=ParallelConfig())
     expected = job.oracle(("pooled", objective, tuning), lambda: curve(job.lone_trainer(lone, data), 1), elsewhere=[])

@@ -13,7 +13,7 @@ import torch
 from strategies import runtime as processes
 from strategies.base import Precision, Progress
 from strategies.runtime import Runtime
-from strategies.sequence import with_sequence
+from strategies.sequence import with_sequence_parallelism
 from tests.helpers.building import GLOBAL_BATCH, STRATEGIES, alone, model_dir, run_config
 from tests.helpers.objectives import OBJECTIVE_TESTS
 from tests.helpers.stores import write
@@ -128,7 +128,7 @@ def compare(
     """
     config = config_of(job, variant, tuning, strategy, feature)
     data = job.first_here(lambda: prompt_set(job.root))
-    found = steps_of(config, data, with_sequence(job.runtime, config.parallel.sequence), fault=fault)
+    found = steps_of(config, data, with_sequence_parallelism(job.runtime, config.parallel.sequence), fault=fault)
     lone = replace(
         config,
         strategy=STRATEGIES["single"],

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Precision, StrategyName, ZeroConfig
 from strategies.communication_counters import ALL_TO_ALL, count_communication
-from strategies.sequence import SumOverGroup, group_of_slices, with_sequence
+from strategies.sequence import SumOverGroup, sequence_group_of, with_sequence_parallelism
 from tests.helpers.building import (
     GLOBAL_BATCH,
     STRATEGIES,
@@ -96,7 +96,7 @@ def compare(job: Job, *case: Any) -> dict[str, Curve]:
     """Loss, gradient norm and metrics of each step: of all ranks, and of `single`, which takes whole rows."""
     asked = Case(*case)
     config, data = _run_of(job, asked)
-    runtime = with_sequence(job.runtime, asked.degree)
+    runtime = with_sequence_parallelism(job.runtime, asked.degree)
     found = curve(trainer_for(config, data, runtime), runtime.world_size)
     lone = replace(config, parallel=ParallelConfig())
     expected = job.oracle(asked.oracle, lambda: curve(job.lone_trainer(lone, data), 1), elsewhere=[])
@@ -262,7 +262,7 @@ def resumed(job: Job) -> dict[str, Curve]:
         readers = job.runtime.world_size // degree
         micro = {"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH // readers}
         changed = replace(config, strategy=SHARDING[strategy], parallel=ParallelConfig(sequence=degree), batch=micro)
-        trainer = trainer_for(changed, data, with_sequence(job.runtime, degree))
+        trainer = trainer_for(changed, data, with_sequence_parallelism(job.runtime, degree))
         if path is not None:
             trainer.progress = trainer.engine.load(path)
         rows += [list(row) for row in take_steps(trainer, 2)]
@@ -283,7 +283,7 @@ def evaluated(job: Job) -> list[dict[str, float]]:
     assert held_out is not None
     values = []
     for degree in (1, 2, 4):
-        runtime = with_sequence(job.runtime, degree)
+        runtime = with_sequence_parallelism(job.runtime, degree)
         readers = runtime.dp_size
         changed = replace(
             config, parallel=ParallelConfig(sequence=degree), batch={"global": 16, "micro": 16 // readers}
@@ -308,7 +308,7 @@ def order(job: Job) -> list[list[list[int]]]:
     config, data = _run_of(job, Case())
     found = []
     for degree in (1, 2, 4):
-        runtime = with_sequence(job.runtime, degree)
+        runtime = with_sequence_parallelism(job.runtime, degree)
         changed = replace(
             config, parallel=ParallelConfig(sequence=degree), batch={"global": 16, "micro": 16 // runtime.dp_size}
         )
@@ -327,7 +327,7 @@ def order(job: Job) -> list[list[list[int]]]:
 def exchanged_bytes(job: Job, degree: int) -> dict[str, int]:
     """Bytes that this rank's exchanges of one step are counted with, and what the formula of one layer gives."""
     config, data = _run_of(job, Case(degree=degree))
-    runtime = with_sequence(job.runtime, degree)
+    runtime = with_sequence_parallelism(job.runtime, degree)
     trainer = trainer_for(config, data, runtime)
     model = trainer.engine.step_module.model.config
     head = model.hidden_size // model.num_attention_heads
@@ -351,7 +351,7 @@ def exchanged_bytes(job: Job, degree: int) -> dict[str, int]:
 
 def attention(job: Job, heads: int, key_value_heads: int, degree: int, kind: str) -> list[float]:
     """The largest differences of the output and of the gradients of q, k and v from attention over the whole row, in float64."""
-    runtime = with_sequence(job.runtime, degree)
+    runtime = with_sequence_parallelism(job.runtime, degree)
     generator = torch.Generator().manual_seed(3)
     bounds = [0, 5, 6, 23]
     num_tokens = bounds[-1]
@@ -394,7 +394,7 @@ def beside_deepspeed(job: Job, degree: int) -> list[float]:
     from deepspeed.sequence.layer import DistributedAttention
 
     comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    runtime = with_sequence(job.runtime, degree)
+    runtime = with_sequence_parallelism(job.runtime, degree)
     generator = torch.Generator().manual_seed(5)
     num_tokens = 24
     row = [torch.randn(1, 4, num_tokens, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
@@ -408,7 +408,7 @@ def beside_deepspeed(job: Job, degree: int) -> list[float]:
         return torch.nn.functional.scaled_dot_product_attention(*by_head, is_causal=True).transpose(1, 2)
 
     theirs = [tensor[:, :, start:stop].transpose(1, 2).contiguous().requires_grad_() for tensor in row]
-    their_output = DistributedAttention(causal, group_of_slices(row_slices), scatter_idx=2, gather_idx=1)(*theirs, 0)
+    their_output = DistributedAttention(causal, sequence_group_of(row_slices), scatter_idx=2, gather_idx=1)(*theirs, 0)
     (their_output * weights).sum().backward()
 
     ours = [tensor[:, :, start:stop].clone().requires_grad_() for tensor in row]

@@ -7,7 +7,7 @@ import pytest
 
 from strategies.base import Precision
 from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, count_communication
-from strategies.sequence import with_sequence
+from strategies.sequence import with_sequence_parallelism
 from strategies.simulation import simulated_rank
 from tests.helpers.building import model_dir
 from tests.simulated.cases import LENGTHS, Case, DealtExperts
@@ -69,7 +69,7 @@ def test_as_much_of_shared_rows_is_exchanged_as_is_expected(tmp_path, mode, degr
     case = Case("fsdp2", "lora", "bf16", mode, False, 2)
     config = replace(case.config(model_dir(tmp_path), RANKS), parallel=ParallelConfig(sequence=degree))
     with simulated_rank(0, RANKS, local_world_size=2) as all_ranks:
-        runtime = with_sequence(all_ranks, degree)
+        runtime = with_sequence_parallelism(all_ranks, degree)
         parts = step_parts(config, LENGTHS, runtime)
         micro_batches = len(parts.batches)
         expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, micro_batches, sum(LENGTHS))

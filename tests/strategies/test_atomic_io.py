@@ -13,10 +13,10 @@ from strategies.atomic_io import (
     error_summary,
     file_difference,
     make_directories,
-    missing_space,
-    publish,
+    publish_directory,
     read_bytes,
     size_text,
+    space_problem,
     write_new,
 )
 
@@ -126,10 +126,10 @@ def test_a_file_that_ends_too_early_is_not_waited_for(tmp_path, on):
     (tmp_path / "a").write_bytes(DATA)
 
     def look():
-        with atomic_io.open_regular(tmp_path / "a") as (descriptor, size):
+        with atomic_io.open_regular_file(tmp_path / "a") as (descriptor, size):
             atomic_io.read_exactly(descriptor, memoryview(bytearray(size + 1)), 0)
 
-    with pytest.raises(atomic_io.EndsTooEarly):
+    with pytest.raises(atomic_io.FileTooShort):
         RetryingReader().read(tmp_path / "a", look)
     assert disk.slept == 0
 
@@ -157,7 +157,7 @@ def test_atomic_io_publishes_a_directory_after_its_content_is_on_the_disk(tmp_pa
     disk = on()
     make_directories(tmp_path / "checkpoints" / ".aside")
     write_new(tmp_path / "checkpoints" / ".aside" / "file", DATA)
-    publish(tmp_path / "checkpoints" / ".aside", tmp_path / "checkpoints" / "final")
+    publish_directory(tmp_path / "checkpoints" / ".aside", tmp_path / "checkpoints" / "final")
     assert disk.done == [
         ("sync", tmp_path.name),
         ("sync", "checkpoints"),
@@ -170,9 +170,9 @@ def test_atomic_io_publishes_a_directory_after_its_content_is_on_the_disk(tmp_pa
 
 def test_atomic_io_names_missing_space_in_numbers(tmp_path, on):
     free = atomic_io.disk.free(tmp_path)
-    assert missing_space(tmp_path, 1) is None and free > 0
-    assert missing_space(tmp_path, 2**60).startswith(f"No space left on {tmp_path}: 1073741824.0 GiB are needed and ")
-    assert missing_space(tmp_path / "nowhere", 2**60) is None
+    assert space_problem(tmp_path, 1) is None and free > 0
+    assert space_problem(tmp_path, 2**60).startswith(f"No space left on {tmp_path}: 1073741824.0 GiB are needed and ")
+    assert space_problem(tmp_path / "nowhere", 2**60) is None
     assert [size_text(n) for n in (5, 2048, 3 * 2**20, 2**40)] == ["5 bytes", "2 KiB", "3 MiB", "1024.0 GiB"]
 
 

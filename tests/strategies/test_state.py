@@ -19,7 +19,15 @@ from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.runtime import Runtime
 from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state, read_header
-from strategies.tensor_files import FILE_NAME, LocalElements, Malformed, index_json, layout, parse_index, write_tensors
+from strategies.tensor_files import (
+    FILE_NAME,
+    LocalElements,
+    Malformed,
+    index_json,
+    parse_index,
+    planned_tensor_file,
+    write_tensors,
+)
 from tests.helpers.covering import EVERYTHING
 from trainer.checkpoints.manifest import verify, write_manifest
 
@@ -55,7 +63,7 @@ def save_as(path: Path, world: int, values: dict[str, torch.Tensor]) -> None:
     parts = []
     for rank in range(world):
         held = [each for run in cut(values, world, rank) for each in run.local_elements()]
-        head, places = layout(held, FILE_NAME.format(rank))
+        head, places = planned_tensor_file(held, FILE_NAME.format(rank))
         write_tensors(path / FILE_NAME.format(rank), head, held)
         parts.append(places)
     (path / "index.json").write_bytes(index_json(parts))

@@ -14,7 +14,7 @@ from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
 from strategies.errors import ConfigError
 from strategies.memory import activations_by_rule, state_bytes
 from strategies.mesh import replica_count
-from strategies.pinned_memory import GIB, expected_on_host, host_bytes, node_bytes
+from strategies.pinned_memory import GIB, expected_host_inputs, host_memory_bytes, node_memory_bytes
 from trainer.data.batches.cutting import Cut
 from trainer.data.config import Layout
 from trainer.data.objective_spec import DataSpec
@@ -175,7 +175,7 @@ def device_gib(runtime: processes.Runtime) -> float:
 
 def host_memory() -> int:
     """Bytes of this host's memory that the job may use: all of it, or what its cgroup allows."""
-    return min(host_bytes(), processes.cgroup_memory() or host_bytes())
+    return min(host_memory_bytes(), processes.cgroup_memory() or host_memory_bytes())
 
 
 def check_host_memory(
@@ -194,8 +194,8 @@ def check_host_memory(
     width, _ = width_and_blocks(built.plain)
     itemsize = 4 if precision is Precision.fp32 else 2
     tokens = tokens_of_longest(built, work)
-    on_host = expected_on_host(blocks=blocks, tokens=tokens, width=width, itemsize=itemsize)
-    needed = node_bytes(on_host, runtime.local_world_size)
+    on_host = expected_host_inputs(blocks=blocks, tokens=tokens, width=width, itemsize=itemsize)
+    needed = node_memory_bytes(on_host, runtime.local_world_size)
     if needed <= host_memory():
         return
     raise ConfigError(

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from strategies import atomic_io
-from strategies.atomic_io import WrittenFile, error_summary, publish, publish_replacing, size_text, sync_directory
+from strategies.atomic_io import WrittenFile, error_summary, size_text, sync_directory
 from strategies.base import Engine, Progress
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, call_on_main, first_rank_error, gather_objects
@@ -339,7 +339,7 @@ class Checkpoints:
         while checkpoint.untried_dirs:
             checkpoint.checkpoint_dir = checkpoint.untried_dirs.pop(0)
             try:
-                open_staging(checkpoint.staging, self.runtime, checkpoint.state.make_room)
+                open_staging(checkpoint.staging, self.runtime, checkpoint.state.require_space_on_disk)
             except StorageError as error:
                 self._warn(error, problems)
                 continue
@@ -422,11 +422,11 @@ class Checkpoints:
             write_manifest(staging, files)
             if final in self._verified and final.exists():
                 # This branch wrote the same step before, when it still owed an evaluation.
-                publish_replacing(staging, final, final.with_name(REPLACED.format(final.name)))
+                atomic_io.publish_directory_replacing(staging, final, final.with_name(REPLACED.format(final.name)))
                 return
             if final.exists():  # another branch's, made since this one began
                 self._move_aside(checkpoint_dir, [final])
-            publish(staging, final)
+            atomic_io.publish_directory(staging, final)
 
         on_main(finish, staging, self.runtime)
         return final, sum(file.size for file in files)

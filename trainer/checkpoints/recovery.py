@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies import atomic_io
-from strategies.atomic_io import WrittenFile, error_summary, publish, write_new
+from strategies.atomic_io import WrittenFile, error_summary, publish_directory, write_new
 from strategies.saving import PROGRESS, FileOutcome, RankState
 from strategies.tensor_files import INDEX, FilePart, Malformed, index_json, parse_json
 from trainer.checkpoints.layout import STEP_DIR, checkpoints_in, names_in
@@ -105,7 +105,7 @@ def _publish_if_complete(staging: Path, final: Path) -> bool:
     files.append(write_new(staging / PROGRESS, notes[0].progress.encode()))
     write_manifest(staging, files)
     remove_part_notes(staging, len(notes))
-    publish(staging, final)
+    publish_directory(staging, final)
     return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from strategies.pinned_memory import GIB, expected_on_host, node_bytes
+from strategies.pinned_memory import GIB, expected_host_inputs, node_memory_bytes
 from trainer.model.rules import read_config
 
 
@@ -28,5 +28,5 @@ def node_gib(tree: dict[str, Any], ranks: int) -> float:
     itemsize = 4 if tree["precision"] == "fp32" else 2  # bytes of a number
     # Ranks that share a row hold a slice of it each, rounded up. A run submitted by an earlier version has no `parallel`.
     tokens = -(-documents * tree["data"]["max_length"] // tree.get("parallel", {}).get("sequence", 1))
-    on_host = expected_on_host(blocks=blocks, tokens=tokens, width=width, itemsize=itemsize)
-    return node_bytes(on_host, ranks) / GIB
+    on_host = expected_host_inputs(blocks=blocks, tokens=tokens, width=width, itemsize=itemsize)
+    return node_memory_bytes(on_host, ranks) / GIB

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from strategies.settings import traits_of
+from strategies.settings import setting_metadata
 from trainer.config.run import AUTO, MICRO
 
 
@@ -28,7 +28,7 @@ def _problems_below(settings: Any, key: str, better_advice: Mapping[str, str] | 
         own_key = f"{key}.{field.name}" if key else field.name
         content = getattr(settings, field.name)
         # What the field declares: bounds of its number, words that are allowed instead, advice, the class of a table's entries.
-        traits = traits_of(type(settings), field.name, better_advice)
+        traits = setting_metadata(type(settings), field.name, better_advice)
         if is_dataclass(content):
             yield from _problems_below(content, own_key, traits.advice_below)
         elif traits.entries is not None:
@@ -54,10 +54,10 @@ def _entry_problems(table: dict[str, Any], table_key: str, entries: type) -> Ite
         name = field.name.removesuffix("_")
         key = f"{table_key}.{name}"
         size = table.get(name)
-        bounds = traits_of(entries, field.name).bounds
+        bounds = setting_metadata(entries, field.name).bounds
         if size is None or (key, size) == (MICRO, AUTO):
             continue
         if isinstance(size, bool) or not isinstance(size, int):
             yield f"{key}={size}: {key} must be a whole number{', or auto' if key == MICRO else ''}"
         elif bounds is not None and not bounds.holds(size):
-            yield f"{key}={size:g}: must be {bounds}; {traits_of(entries, field.name).advice}"
+            yield f"{key}={size:g}: must be {bounds}; {setting_metadata(entries, field.name).advice}"

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from strategies.base import AutoConfig, DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
-from strategies.settings import FREE, Traits, traits_of
+from strategies.settings import FREE, SettingMetadata, setting_metadata
 from trainer.config.run import LauncherConfig, RunConfig, SlurmConfig
 from trainer.objectives.registry import FAMILIES
 from trainer.optim.config import OPTIMIZERS
@@ -40,7 +40,7 @@ class KeyedField:
 
     key: str
     type: Any
-    traits: Traits
+    traits: SettingMetadata
     is_group: bool
     """Whether it holds further settings instead of a value."""
 
@@ -70,7 +70,7 @@ def keyed_fields(
     for field in fields(settings):
         hint = hints[field.name]
         key = f"{prefix}.{field.name}" if prefix else field.name
-        traits = traits_of(settings, field.name, better_advice)
+        traits = setting_metadata(settings, field.name, better_advice)
         below = settings_below(hint)
         yield KeyedField(key, hint, traits, is_group=below is not None or traits.entries is not None)
         if below is not None:
@@ -82,9 +82,9 @@ def keyed_fields(
 
 
 @cache
-def traits_by_key() -> dict[str, Traits]:
+def traits_by_key() -> dict[str, SettingMetadata]:
     """The traits of each field by full key, groups included. Of classes that share a key, the first one counts."""
-    traits: dict[str, Traits] = {}
+    traits: dict[str, SettingMetadata] = {}
     for keyed in keyed_fields(RunConfig):
         traits[keyed.key] = keyed.traits
     for name, choices in VARIANTS.items():
@@ -94,7 +94,7 @@ def traits_by_key() -> dict[str, Traits]:
     return traits
 
 
-def nearest(key: str, trait: Callable[[Traits], Answer | None]) -> Answer:
+def nearest(key: str, trait: Callable[[SettingMetadata], Answer | None]) -> Answer:
     """A trait of the setting `key`, or else of the nearest table or group above it; KeyError if none of them has it.
 
     `trait`: reads it from a field's traits, None if the field has none. For `optim.lr`: `optim.lr`, then `optim`.

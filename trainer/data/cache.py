@@ -23,7 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from strategies.atomic_io import publish, sync_directory, sync_file
+from strategies.atomic_io import publish_directory, sync_directory, sync_file
 from strategies.errors import ConfigError, DataError, StorageError
 from strategies.file_fingerprints import sampled_digest
 from strategies.shared_files import claim, read, remedy
@@ -243,7 +243,7 @@ def _publish_when_filled(directory: Path) -> Iterator[Path]:
         for path in temporary_directory.rglob("*"):
             sync_directory(path) if path.is_dir() else sync_file(path)
         # The rename is the last step, so nobody ever sees half an entry.
-        publish(temporary_directory, directory)
+        publish_directory(temporary_directory, directory)
     except BaseException:
         shutil.rmtree(temporary_directory, ignore_errors=True)
         raise

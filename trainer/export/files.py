@@ -22,7 +22,14 @@ from typing import Any
 from torch import Tensor
 
 from strategies import atomic_io
-from strategies.atomic_io import CHUNK_BYTES, WrittenFile, file_difference, make_directories, open_regular, read_exactly
+from strategies.atomic_io import (
+    CHUNK_BYTES,
+    WrittenFile,
+    file_difference,
+    make_directories,
+    open_regular_file,
+    read_exactly,
+)
 from strategies.errors import ConfigError
 from trainer.export.plan import ExportPlan, PlannedFile, make_group
 from trainer.export.trained_model import ModelValues
@@ -245,7 +252,7 @@ def _record_of(staging_dir: Path, file: PlannedFile) -> Path:
 def _hashed(path: Path) -> WrittenFile:
     """Size and SHA-256 of a file. Errors: OSError."""
     digest = hashlib.sha256()
-    with open_regular(path) as (descriptor, size):
+    with open_regular_file(path) as (descriptor, size):
         buffer = memoryview(bytearray(max(1, min(CHUNK_BYTES, size))))
         for offset in range(0, size, CHUNK_BYTES):
             chunk = buffer[: min(len(buffer), size - offset)]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from strategies import atomic_io, shared_files
-from strategies.atomic_io import error_summary, make_directories, missing_space, publish, size_text, sync_file
+from strategies.atomic_io import error_summary, make_directories, publish_directory, size_text, space_problem, sync_file
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.runtime import Runtime, call_on_main, first_rank_error, free_host_memory, gather_objects, longer_timeout
 from trainer.export.config import ExportConfig, ExportType
@@ -156,7 +156,7 @@ def _write_weights(
         """Make the staging directory, or keep its files from an earlier start of the same export; check the space. On rank 0."""
         keeps_files = open_staging(staging_dir, plan, origin)
         kept_bytes = sum(file.stat().st_size for file in staging_dir.glob("*.safetensors"))
-        problem = missing_space(staging_dir, SMALL_FILES_BYTES + plan.size - kept_bytes)
+        problem = space_problem(staging_dir, SMALL_FILES_BYTES + plan.size - kept_bytes)
         return _Staging(keeps_files, problem)
 
     error: BaseException | None = None
@@ -249,7 +249,7 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
 
     clear(staging_dir)
     make_directories(staging_dir)
-    too_little_space = missing_space(staging_dir, bytes_needed(model, None))
+    too_little_space = space_problem(staging_dir, bytes_needed(model, None))
     if too_little_space:
         raise StorageError(f"{too_little_space}; {_REMEDY}")
     tuning: Any = model.built.tuning
@@ -376,5 +376,5 @@ def _publish(staging_dir: Path, destination: Path) -> None:
     if destination.exists():
         shutil.rmtree(old, ignore_errors=True)
         atomic_io.disk.rename(destination, old)
-    publish(staging_dir, destination)
+    publish_directory(staging_dir, destination)
     shutil.rmtree(old, ignore_errors=True)

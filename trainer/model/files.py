@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from strategies.errors import ConfigError
-from strategies.small_files import LFS_POINTER, read_object, refuse_irregular
+from strategies.small_files import LFS_POINTER, read_object, refuse_unless_small_regular_file
 
 INDEX = "model.safetensors.index.json"
 READ_AHEAD_BYTES = 128 << 10
@@ -162,7 +162,7 @@ def _open_safetensors(file: Path) -> Any:
     """A file ready to be read from; raises ConfigError that says what is wrong with it."""
     from safetensors import safe_open
 
-    refuse_irregular(file)
+    refuse_unless_small_regular_file(file)
     try:
         return safe_open(str(file), framework="pt").__enter__()
     except Exception as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from strategies.errors import ConfigError, is_panic, tokenizer_panic
 from strategies.imports import importing
-from strategies.small_files import check_small_files, read_object, refuse_pointer
+from strategies.small_files import check_files_read_by_libraries, read_object, refuse_lfs_pointer
 from trainer.model.config import ModelConfig
 from trainer.model.files import SafetensorsFiles
 from trainer.model.known_shapes import config_of_shape, names_by_hub_id, shape_in_use
@@ -103,7 +103,7 @@ def load_model_config(config: ModelConfig) -> Any:
     # Read it.
     path = resolve_path(config)
     if Path(path).is_dir():
-        check_small_files(Path(path))
+        check_files_read_by_libraries(Path(path))
         _refuse_adapter(Path(path))
     try:
         model_config = AutoConfig.from_pretrained(
@@ -162,7 +162,7 @@ def check_files(config: ModelConfig) -> None:
     """
     settings = load_model_config(config)
     directory = weights_directory(config)
-    check_small_files(directory)
+    check_files_read_by_libraries(directory)
     files = SafetensorsFiles(directory)
     try:
         files.open_all()
@@ -229,9 +229,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
     # Load it.
     path = resolve_path(config, config.tokenizer)
     if Path(path).is_dir():
-        check_small_files(Path(path))
+        check_files_read_by_libraries(Path(path))
     if config.chat_template is not None:
-        refuse_pointer(Path(config.chat_template).expanduser())
+        refuse_lfs_pointer(Path(config.chat_template).expanduser())
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from strategies.runtime import device_kind
-from strategies.sequence import AllToAll, group_of_slices
+from strategies.sequence import AllToAll, sequence_group_of
 from trainer.model.compat import flash_attention_function
 
 FLASH_ATTENTION = "flash_attention_2"
@@ -94,7 +94,7 @@ def over_slices(attend: Attention) -> Attention:
             key = key.to(value.dtype)
 
         # Exchange: from a slice of the row with all heads to the whole row with a share of the heads.
-        group = group_of_slices(row_slices)
+        group = sequence_group_of(row_slices)
         rank = dist.get_rank(group)
         shares = head_shares(query.shape[1], key.shape[1], len(row_slices) - 1)
         heads = shares.query[rank]

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from strategies.base import Engine
 from strategies.errors import ReplicasDiffer
-from strategies.expert_share import expert_share_of
+from strategies.expert_share import expert_share_of_parameter
 from strategies.parameters import named_parameters
 from strategies.runtime import Runtime, gather_objects
 
@@ -147,7 +147,7 @@ def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Shard]]
                 shard.append(position)
         if len(shard) == len(tensor.placements):  # no other rank has this shard
             continue
-        share = expert_share_of(engine.step_module, name)  # None for all but experts
+        share = expert_share_of_parameter(engine.step_module, name)  # None for all but experts
         if share is not None:  # experts of an MoE layer that are spread over ranks: each rank of a group has others
             shard.append(share.group_rank)
         yield name, tensor.to_local(), tuple(shard)

@@ -10,7 +10,7 @@ from typing import Any
 
 from strategies.base import ActivationCheckpointing, DdpConfig, Fsdp2Config, Precision, StrategyConfig, ZeroConfig
 from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
-from strategies.expert_share import expert_share_of
+from strategies.expert_share import expert_share_of_parameter
 from strategies.mesh import replica_count
 from strategies.parameters import FROZEN_MODEL_PREFIXES, named_parameters
 from strategies.runtime import Runtime
@@ -129,7 +129,7 @@ def _full_elements(module: Any) -> dict[int, int]:
     """Elements of each full parameter by its id, whether it is sharded or not. All experts of a layer count, on every rank."""
     elements = {}
     for name, parameter in named_parameters(module):
-        share = expert_share_of(module, name)
+        share = expert_share_of_parameter(module, name)
         elements[id(parameter)] = parameter.numel() if share is None else share.full_shape(parameter.shape).numel()
     return elements
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from strategies.pinned_memory import OnHost
+from strategies.pinned_memory import HostTensors
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
 from strategies.tensor_inventory import MemoryKind
@@ -108,7 +108,7 @@ class CostModel:
     """One for each size of group."""
     host_bytes: int
     """Bytes that the engine keeps on the host."""
-    host_inputs: tuple[OnHost, OnHost]
+    host_inputs: tuple[HostTensors, HostTensors]
     """Inputs of recomputed blocks that wait on the host, of one micro-batch of either size."""
     parameters: int = 0
     """Of the whole model."""

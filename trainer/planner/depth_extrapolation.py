@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from strategies.pinned_memory import OnHost
+from strategies.pinned_memory import HostTensors
 from strategies.tensor_inventory import MemoryKind
 from trainer.planner.memory_tracker import PhasePeak, StepPhase
 from trainer.planner.simulate import SimulatedStep
@@ -40,7 +40,7 @@ class ExtrapolatedStep:
     flops: float
     host: int
     """Bytes that the engine keeps on the host."""
-    host_inputs: OnHost
+    host_inputs: HostTensors
     """Inputs of recomputed blocks that wait on the host."""
 
 
@@ -163,9 +163,11 @@ def extrapolate_step(
     )
 
 
-def host_inputs_at_depth(shallow: SimulatedStep, deep: SimulatedStep, extrapolate: Callable[[int, int], int]) -> OnHost:
+def host_inputs_at_depth(
+    shallow: SimulatedStep, deep: SimulatedStep, extrapolate: Callable[[int, int], int]
+) -> HostTensors:
     """The inputs of recomputed blocks that wait in host memory (`strategy.offload_activations`), in the whole model."""
-    return OnHost(
+    return HostTensors(
         tensors=extrapolate(shallow.host_inputs.tensors, deep.host_inputs.tensors),
         size=extrapolate(shallow.host_inputs.size, deep.host_inputs.size),
     )

@@ -18,7 +18,7 @@ from strategies.base import OptimizerFactory, Precision, StepResult, StrategyCon
 from strategies.build import build_strategy
 from strategies.compat.deepspeed import restore_torch_linear
 from strategies.compat.dispatch import storage_key
-from strategies.pinned_memory import OnHost
+from strategies.pinned_memory import HostTensors
 from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
 from strategies.tensor_inventory import MemoryKind, engine_tensors
@@ -80,7 +80,7 @@ class SimulatedStep:
     to_device: int
     host: int
     """Bytes that the engine keeps on the host."""
-    host_inputs: OnHost
+    host_inputs: HostTensors
     """Inputs of recomputed blocks that wait on the host (`strategy.offload_activations`)."""
 
     @property

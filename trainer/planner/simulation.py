@@ -17,7 +17,7 @@ from strategies.base import Precision, ZeroConfig
 from strategies.expert_counts import ASSUMED_IMBALANCE
 from strategies.parameters import element_counts, meta_context, named_parameters
 from strategies.runtime import SIMULATED, Runtime
-from strategies.sequence import with_sequence
+from strategies.sequence import with_sequence_parallelism
 from strategies.simulation import simulated_rank
 from strategies.zero_config import MAX_LIVE_PARAMETERS
 from trainer.build.experts import plan_expert_parallelism
@@ -81,7 +81,7 @@ def simulate_run(
     with simulated_rank(
         rank, world_size, local_world_size=local_world_size, device=device, expert_imbalance=expert_imbalance
     ) as all_ranks:
-        runtime = with_sequence(all_ranks, config.parallel.sequence)
+        runtime = with_sequence_parallelism(all_ranks, config.parallel.sequence)
         parts = step_parts(config, lengths, runtime)
         return simulate(_with_full_size(parts, full_pattern), runtime)
 
@@ -168,7 +168,7 @@ def simulate_cost_model_of_run(
             ) as all_ranks,
             _truncated_run(config, depth, blocks) as truncated,
         ):
-            runtime = with_sequence(all_ranks, config.parallel.sequence)
+            runtime = with_sequence_parallelism(all_ranks, config.parallel.sequence)
             parts = step_parts(truncated, [length] * sequences, runtime)
             parts = _with_full_size(parts, pattern)
             built = parts.built

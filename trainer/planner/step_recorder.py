@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from strategies.compat.dispatch import CAST, GROUPED_PRODUCT, READ_ON_HOST, operation_schema, tree_leaves
 from strategies.compat.fake_collectives import CollectiveOp, FakeWork, Work, collective_ops, sync_ops
 from strategies.compat.python import calling_frame
-from strategies.pinned_memory import OnHost
+from strategies.pinned_memory import HostTensors
 from trainer.model import flex_shapes
 from trainer.planner import op_cache
 from trainer.planner.memory_tracker import LiveBytes, StepPhase, device_of, rounded
@@ -53,7 +53,7 @@ class Record:
     """Bytes copied from the device to the host."""
     to_device: int = 0
     """Bytes copied from the host to the device."""
-    host_inputs: OnHost = field(default_factory=OnHost)
+    host_inputs: HostTensors = field(default_factory=HostTensors)
     """Inputs of recomputed blocks that waited on the host."""
     moved: Counter[str] = field(default_factory=Counter)
     """Bytes that operations other than products, attention and collectives read and write on the device, by phase."""

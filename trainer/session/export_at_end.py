@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from strategies.atomic_io import NOT_YET_VISIBLE, retry_until_visible
+from strategies.atomic_io import NOT_YET_VISIBLE_ERRNOS, call_until_visible
 from strategies.runtime import call_on_main, gather_objects
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.manifest import MANIFEST, verify_together
@@ -168,7 +168,7 @@ def _readable_checkpoint(config: RunConfig, step: int, context: RunContext) -> t
 def _is_visible(checkpoint: Path) -> bool:
     """Whether this process can see a checkpoint. Waits as long as a network file system may hide what another host has made."""
     try:
-        retry_until_visible((checkpoint / MANIFEST).stat, NOT_YET_VISIBLE)
+        call_until_visible((checkpoint / MANIFEST).stat, NOT_YET_VISIBLE_ERRNOS)
     except OSError:
         return False
     return True

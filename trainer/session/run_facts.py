@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from strategies.base import Engine, Precision
-from strategies.expert_share import expert_share_of
+from strategies.expert_share import expert_share_of_parameter
 from strategies.hardware import slow_precision_warning
 from strategies.mesh import replica_count
 from strategies.parameters import element_counts, named_parameters
@@ -252,7 +252,7 @@ def model_flops_per_token(built: Built, mean_length: float, answer_share: float)
     for name, parameter in named_parameters(built.step_module):
         base_name = built.tuning.base_name(name)
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the full shape beside an empty parameter
-        share = expert_share_of(built.step_module, name)
+        share = expert_share_of_parameter(built.step_module, name)
         if share is not None:  # this rank has some of the experts only: count all of them
             shape = share.full_shape(shape)
         if base_name in built.quantised:

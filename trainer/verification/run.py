@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.runtime import Runtime
-from strategies.sequence import with_sequence
+from strategies.sequence import with_sequence_parallelism
 from trainer.config.run import RunConfig
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config
@@ -100,7 +100,7 @@ def verify(
     its engines.
     """
     small = small_run_in(directory, config, user_ranks=user_ranks)
-    runtime = with_sequence(runtime, small.config.parallel.sequence)
+    runtime = with_sequence_parallelism(runtime, small.config.parallel.sequence)
     compared = compare_steps(small, directory / DOCUMENTS, label_names(config), directory, runtime, report_progress)
     if not runtime.is_main:
         return {}

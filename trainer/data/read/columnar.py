@@ -26,7 +26,7 @@ from trainer.data.read.opening import (
     decode_utf8,
     identify_content,
     open_binary,
-    refuse_pointer,
+    refuse_lfs_pointer,
     too_long_row,
     unreadable_file,
 )
@@ -141,7 +141,7 @@ def _require_first_bytes(path: File) -> None:
         raise unreadable_file(path, error) from error
     if not head:
         raise DataError(f"{path}:1: the file is empty (0 bytes)")
-    refuse_pointer(path, head)
+    refuse_lfs_pointer(path, head)
     file_format = _format_of(path)
     if head.startswith(FIRST_BYTES[file_format]):
         return

@@ -90,7 +90,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-def refuse_pointer(path: File, head: bytes) -> None:
+def refuse_lfs_pointer(path: File, head: bytes) -> None:
     """Raise DataError if a file begins as a pointer of git-lfs does."""
     if head.startswith(LFS_POINTER):
         raise DataError(
@@ -135,7 +135,7 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
             head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
             if not head:
                 raise DataError(f"{path}:1: the file is empty (0 bytes)")
-            refuse_pointer(path, head)
+            refuse_lfs_pointer(path, head)
             compression = compression_of(path)
             content = identify_content(head)
             if compression and content != COMPRESSION[compression]:
