@@ -1,4 +1,4 @@
-"""The ranks that compute the cases of the parity tests: jobs of two, of three and of four, for all modules."""
+"""The ranks that compute the cases of the parity tests: jobs of two, three, four and eight, for all modules."""
 
 import pytest
 
@@ -10,7 +10,7 @@ def ranks(tmp_path_factory):
     """{number of ranks: `Ranks`}; started when a test first asks."""
     found = {
         world: Ranks("tests.parity.job", world, tmp_path_factory.mktemp(f"ranks{world}"), also="deepspeed")
-        for world in (2, 3, 4)
+        for world in (2, 3, 4, 8)
     }
     yield found
     for some in found.values():

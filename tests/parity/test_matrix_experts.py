@@ -66,6 +66,37 @@ def test_dealt_experts_train_as_one_process_does(ranks, case):
         assert curves["average apart"] < 1e-6 < 1e-4 < curves["average lag"]
 
 
+@pytest.fixture(scope="module")
+def eight_ranks(ranks):
+    """They hold half a GiB each, and nobody else asks them."""
+    yield ranks[8]
+    ranks[8].stop()
+
+
+@whole(
+    "simulated steps reduce as many bytes in the same groups, which tests/planner/test_communication_volume.py counts"
+)
+@pytest.mark.parametrize(
+    ("tuning", "degree", "sequence", "feature"),
+    [
+        ("full", 2, 1, "plain"),
+        ("full", 4, 1, "plain"),
+        ("lora on experts", 2, 1, "plain"),
+        ("full", 2, 1, "no wait"),
+        ("full", 2, 2, "accumulation"),
+    ],
+)
+def test_replicas_whose_experts_several_ranks_hold_train_as_one_process_does(
+    eight_ranks, tuning, degree, sequence, feature
+):
+    """Two replicas of four ranks: gradients of an expert are reduced within a replica, and then between the two.
+
+    With experts over two ranks, two ranks of a replica shard the same experts; over four, one rank holds them alone.
+    """
+    curves = eight_ranks.ask("dealt", "compare", "sft", tuning, "qwen3_moe", "hsdp", degree, sequence, feature)
+    assert_close(curves["found"], curves["expected"])
+
+
 @whole("the same steps, with the roundings of bf16")
 def test_dealt_experts_in_bf16_stay_as_near_as_other_strategies(ranks):
     curves = ranks[4].ask("dealt", "compare", "sft", "full", "qwen3_moe", "fsdp2", 2, 1, "bf16")

@@ -44,13 +44,20 @@ def test_as_much_is_exchanged_as_is_expected_and_counted(tmp_path, strategy, tun
 
 
 @pytest.mark.parametrize(
-    ("strategy", "mode", "degree"), [("fsdp2", "full", 2), ("fsdp2", "none", 4), ("hsdp", "none", 2)]
+    ("strategy", "mode", "degree", "world"),
+    [
+        ("fsdp2", "full", 2, RANKS),
+        ("fsdp2", "none", 4, RANKS),
+        ("hsdp", "none", 2, RANKS),
+        ("hsdp", "none", 2, 2 * RANKS),
+        ("hsdp", "full", 4, 2 * RANKS),
+    ],
 )
-def test_as_much_is_exchanged_of_dealt_experts_as_is_expected(tmp_path, strategy, mode, degree):
-    """In a place of two ranks, of one, and of one in each of two replicas."""
+def test_as_much_is_exchanged_of_dealt_experts_as_is_expected(tmp_path, strategy, mode, degree, world):
+    """In a place of two ranks, of one, and of one in each of two replicas; of two and of one in replicas of four ranks."""
     case = DealtExperts(strategy, "experts", "bf16", mode, False, 2, experts=degree)
-    config = case.config(case.model_in(tmp_path), RANKS)
-    with simulated_rank(0, RANKS, local_world_size=2) as runtime:
+    config = case.config(case.model_in(tmp_path), world)
+    with simulated_rank(0, world, local_world_size=2) as runtime:
         parts = step_parts(config, LENGTHS, runtime)
         expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, 2, sum(LENGTHS))
         step = simulate(parts, runtime, repeat=0)
