@@ -71,7 +71,7 @@ def settled_steps(total_steps, progress):
         SimpleNamespace(unit_tokens=np.array([1000.0])),
         total_steps,
         progress,
-        SimpleNamespace(reader=0, readers=1, sequence_size=1),
+        SimpleNamespace(dp_rank=0, dp_size=1, sequence_size=1),
     )
     return settled.steps
 

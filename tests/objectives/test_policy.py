@@ -98,7 +98,7 @@ def step(config: GrpoConfig, layout: Layout, *, has_old: bool = True, blank: boo
     tuned = model()
     micro_batches = [[rows[number] for number in slot] for slot in SLOTS]
     if blank:  # a rank that has no answer left takes part all the same
-        micro_batches.append([collator.blank(rows[0])])
+        micro_batches.append([collator.without_targets(rows[0])])
     sums: dict[str, float] = {}
     for micro_batch in micro_batches:
         terms = objective.terms(tuned, {**collator(micro_batch), "totals": totals})

@@ -161,8 +161,8 @@ def build_round_loader(
         scorer=inputs.scorer,
         dealer=Dealer(
             share.micro_batch,
-            share.reader,
-            share.readers,
+            share.dp_rank,
+            share.dp_size,
             share.cut,
             collator,
             runtime.device,
@@ -205,8 +205,8 @@ def may_share_prompts(config: RunConfig, built: Built, cut: Cut | None, runtime:
 def _prompt_sharing_problem(config: RunConfig, built: Built, cut: Cut | None) -> str | None:
     """Why answers cannot share their prompt in a row; None if they can.
 
-    It needs our own attention functions, which keep the answers of a row apart, and a model in which tokens reach each other only
-    through attention, with a cache of keys and values.
+    It needs our own attention functions, which keep the answers of a row apart, and a model in which tokens reach each other
+    only through attention, with a cache of keys and values.
     """
     if cut is not None:
         return "ranks share rows (parallel.sequence)"
@@ -226,9 +226,9 @@ def _prompt_sharing_problem(config: RunConfig, built: Built, cut: Cut | None) ->
 def answers_in_memory(built: Built, engine: Engine, runtime: Runtime, tokens: int) -> int:
     """Answers that a rank writes at a time: the largest power of two whose keys and values fit beside the full weights.
 
-    `tokens`: of the longest prompt with its answer. The number follows from the size of the devices, not from the memory that is
-    free at the moment: a resumed run must write in batches of the same size, so that it rounds alike. All ranks must call; the
-    rank with the least memory decides.
+    `tokens`: of the longest prompt with its answer. The number follows from the size of the devices, not from the memory that
+    is free at the moment: a resumed run must write in batches of the same size, so that it rounds alike. All ranks must call;
+    the rank with the least memory decides.
     """
     itemsize = min(p.element_size() for p in built.step_module.parameters() if p.is_floating_point())
     allocated = torch.cuda.memory_allocated(runtime.device) if runtime.device.type == "cuda" else 0

@@ -58,7 +58,7 @@ class AnswerCollator(Collator):
 
     axes = AXES | dict.fromkeys(ROW_ENTRIES, Axis.supervised_row) | {ANSWER_LENGTHS: Axis.sequence}
 
-    def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+    def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add `ANSWER_LENGTHS` (learned tokens of each sequence) and the entries of `ROW_ENTRIES`, one number a learned token.
 
         The entries are zeros if a sequence is no answer (as in a plan), and empty if nothing is learned.
@@ -85,10 +85,10 @@ class AnswerCollator(Collator):
         for sample in samples:
             row.add(sample)
         batch = row.batch(len(samples))
-        self.add(batch, samples)
+        self.add_loss_inputs(batch, samples)
         return batch
 
-    def blank(self, sample: Sample) -> Sample:
+    def without_targets(self, sample: Sample) -> Sample:
         """The sample with nothing to learn."""
         nothing = np.zeros_like(sample.supervised)
         if not isinstance(sample, AnswerSample):

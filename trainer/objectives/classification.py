@@ -175,11 +175,11 @@ class LabelCollator(PooledCollator):
 
     axes = PooledCollator.axes | {"labels": Axis.sequence}
 
-    def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        super().add(batch, samples)
+    def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+        super().add_loss_inputs(batch, samples)
         batch["labels"] = torch.tensor([int(sample.marks[LABEL]) for sample in samples], dtype=torch.int64)
 
-    def blank(self, sample: Sample) -> Sample:
+    def without_targets(self, sample: Sample) -> Sample:
         return Sample(sample.input_ids, np.zeros_like(sample.supervised), {**sample.marks, LABEL: IGNORED_TARGET})
 
 

@@ -163,7 +163,7 @@ class RatedCollator(Collator):
 
     axes = AXES | {DESIRABLE: Axis.sequence}
 
-    def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+    def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         if DESIRABLE in samples[0].marks:
             batch[DESIRABLE] = torch.tensor([bool(sample.marks[DESIRABLE]) for sample in samples])
 

@@ -37,7 +37,7 @@ class PooledCollator(Collator):
 
     axes = AXES | {POOLED: Axis.sequence, SUPERVISED: Axis.sequence}
 
-    def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+    def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add to a batch without padding where each document's last token lies, from which the classifier's head reads."""
         if self.layout is not Layout.padding_free:
             return

@@ -110,7 +110,7 @@ def _compute_logps(
             for sequences in plan:
                 samples = [sample_of(dataset, index) for index in sequences]
                 if not samples:  # this rank has none left, and must run the model as often as the others
-                    samples = settings.collator.fillers(dataset, 1)
+                    samples = settings.collator.filler_samples(dataset, 1)
                 batch = settings.collator(samples, cut)
                 logps = step(to_device(batch, device))["logps"]
                 # Ranks that share a row all know its sequences. One of them counts, since the sum below goes over all ranks.

@@ -256,7 +256,7 @@ class TwoSidedCollator(Collator):
         super().__init__(layout, pad_token_id)
         self.decoder_start = decoder_start
 
-    def rows(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def token_tensors(self, samples: Sequence[Sample]) -> dict[str, Any]:
         return pad_two_sides(samples, pad_token_id=self.pad_token_id, start_token_id=self.decoder_start)
 
     def assign_to_slots(

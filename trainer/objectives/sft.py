@@ -140,7 +140,7 @@ class ReplayCollator(Collator):
         "other_rows": Axis.supervised_row_index,
     }
 
-    def add(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+    def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add to `batch` the replayed documents (of general text, against forgetting) as a batch of their own, under `replay`.
 
         `replay_rows` and `other_rows`: indices into the supervised rows, of replayed documents and of all others.

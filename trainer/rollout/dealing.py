@@ -103,7 +103,7 @@ class Dealer:
     def _collate(self, samples: Sequence[AnswerSample], slot: list[int], filler: AnswerSample) -> DealtMicroBatch:
         """The micro-batch of the answers at these positions."""
         if not slot:
-            blank = self.collator.blank(filler)
+            blank = self.collator.without_targets(filler)
             return DealtMicroBatch(pin_batch(self.collator([blank], self.cut), self.device), [None])
         dealt = [samples[position] for position in slot]
         batch = self.collator.with_shared_prompts(dealt) if self.shares_prompts else self.collator(dealt, self.cut)

@@ -70,17 +70,17 @@ class Cut:
     sequence_size: int
 
     def borders(self, num_tokens: int) -> list[int]:
-        """Where the slices of a row begin and the last one ends, `[sequence_size + 1]`."""
+        """Where each slice of a row of `num_tokens` begins, and where the last one ends: 8 tokens for 3 ranks -> [0, 2, 5, 8]."""
         return [num_tokens * rank // self.sequence_size for rank in range(self.sequence_size + 1)]
 
     def span(self, num_tokens: int) -> tuple[int, int]:
-        """Where this rank's slice of a row begins and ends."""
+        """(begin, end) of this rank's slice of a row of `num_tokens`, in tokens."""
         borders = self.borders(num_tokens)
         return borders[self.sequence_rank], borders[self.sequence_rank + 1]
 
 
 def sequence_cut(runtime: Runtime) -> Cut | None:
-    """The cut of this rank; None if it shares its rows with nobody."""
+    """Which slice of its rows this rank takes under sequence parallelism; None without, when each rank has rows of its own."""
     return None if runtime.sequence_size == 1 else Cut(runtime.sequence_rank, runtime.sequence_size)
 
 
@@ -89,34 +89,35 @@ def cut_batch(
 ) -> dict[str, Any]:
     """This rank's slice of a micro-batch that is one row without padding, for sequence parallelism.
 
-    `axes`: by entry, what its numbers are about (tokens, supervised rows, whole sequences), and so how it is cut. Supervised
-    rows are the positions that have a target. Added are `row_slices` (offsets in tokens of all n slices, n + 1 numbers),
-    `row_span` (the first and last of this slice), and `owner`: 1.0 on the first rank of the group, else 0.0. What belongs to a
-    whole sequence, such as the loss of a pair, is computed alike by all ranks of the group, and counts on the owner alone. With
-    `keep_row_ids` there is also `row_input_ids`, the token ids of the whole row.
+    `axes`: by entry of the batch, what its numbers go by (tokens, supervised rows, sequences), and so how it is cut. Supervised
+    rows are the positions that have a target. The slice also has:
+    - `row_slices`: where all n slices begin and the last one ends, in tokens (n + 1 numbers);
+    - `row_span`: (begin, end) of this slice in tokens;
+    - `owner`: 1.0 on the first rank of the group, else 0.0. What belongs to a whole sequence, such as the loss of a pair, is
+      computed alike by all ranks of the group, and counts on the owner alone;
+    - with `keep_row_ids`, `row_input_ids`: the token ids of the whole row.
 
-    Errors: ValueError for padded rows, and for an entry of which `axes` says nothing. Kept whole by mistake, it would count
-    once for each rank.
+    Raises ValueError for padded rows, and for an entry that `axes` lacks. Kept whole by mistake, it would count once for each
+    rank.
     """
     if "document_bounds" not in batch:
         raise ValueError("rows with padding are not cut along the sequence; set data.layout=padding_free")
     batch = with_enough_tokens(batch, cut.sequence_size)
     num_tokens = batch["input_ids"].shape[-1]
-    start, stop = cut.span(num_tokens)
-    first_row, end_row = num_rows_before(batch["target_rows"], [start, stop])
+    begin, end = cut.span(num_tokens)
+    first_row, end_row = num_rows_before(batch["target_rows"], [begin, end])
 
     slices: dict[str, Any] = {}
     for name, entry in batch.items():
-        # How the entry is cut follows from what its numbers are about.
         axis = axes.get(name)
         if axis is None:
             raise ValueError(
                 f"the batch's entry {name!r} does not say what it goes by; add it to the collator's `axes`"
             )
         if axis is Axis.token:
-            slices[name] = entry[..., start:stop].contiguous()
+            slices[name] = entry[..., begin:end].contiguous()
         elif axis is Axis.position:
-            slices[name] = entry[first_row:end_row] - start
+            slices[name] = entry[first_row:end_row] - begin
         elif axis is Axis.supervised_row:
             slices[name] = entry[first_row:end_row]
         elif axis is Axis.supervised_row_index:
@@ -128,61 +129,60 @@ def cut_batch(
     if keep_row_ids:
         slices["row_input_ids"] = batch["input_ids"]
     slices["row_slices"] = cut.borders(num_tokens)
-    slices["row_span"] = (start, stop)
+    slices["row_span"] = (begin, end)
     slices["owner"] = float(cut.sequence_rank == 0)
     return slices
 
 
-def num_rows_before(rows: Tensor, borders: list[int]) -> list[int]:
-    """How many of `rows`, positions in ascending order, lie before each border."""
-    return torch.searchsorted(rows, torch.tensor(borders, dtype=rows.dtype)).tolist()
+def num_rows_before(row_positions: Tensor, borders: list[int]) -> list[int]:
+    """How many of the ascending `row_positions` lie before each border: positions [1, 4, 6], borders [0, 5] -> [0, 2]."""
+    return torch.searchsorted(row_positions, torch.tensor(borders, dtype=row_positions.dtype)).tolist()
 
 
 def with_enough_tokens(batch: Mapping[str, Any], sequence_size: int) -> Mapping[str, Any]:
-    """The batch with at least one token for each of `sequence_size` ranks: models fail on an empty slice.
+    """The batch itself, if its row has at least one token for each of `sequence_size` ranks: models fail on an empty slice.
 
-    A shorter row gets one more document of filler tokens without targets. `is_token` (bool `[1, T]`) is then False for them, so
-    that the routers of a mixture of experts do not count them.
+    Otherwise a copy whose row has `sequence_size` tokens: one more document of filler tokens without targets is appended.
+    `is_token` (bool [1, sequence_size]) is then False for them, so that the routers of a mixture of experts do not count them.
     """
     num_tokens = batch["input_ids"].shape[-1]
-    missing = sequence_size - num_tokens
-    if missing <= 0:
+    num_fillers = sequence_size - num_tokens
+    if num_fillers <= 0:
         return batch
-    # The filler tokens.
-    changed = dict(batch)
-    filler_id = batch["input_ids"][0, 0]  # an id that the model knows
-    changed["input_ids"] = torch.cat([batch["input_ids"], filler_id.expand(1, missing)], dim=1)
-    changed["position_ids"] = torch.cat([batch["position_ids"], torch.arange(missing)[None]], dim=1)
-    changed["targets"] = torch.cat([batch["targets"], torch.full((1, missing), IGNORED_TARGET)], dim=1)
-    changed["is_token"] = (torch.arange(sequence_size) < num_tokens)[None]
-    # The boundaries of the documents, the filler document being the last.
-    bounds = [*batch["document_bounds"], sequence_size]
-    longest = max(stop - start for start, stop in pairwise(bounds))
-    changed["document_bounds"] = bounds
+    filled = dict(batch)
+    filler_id = batch["input_ids"][0, 0]  # any id that the model knows
+    filled["input_ids"] = torch.cat([batch["input_ids"], filler_id.expand(1, num_fillers)], dim=1)
+    filled["position_ids"] = torch.cat([batch["position_ids"], torch.arange(num_fillers)[None]], dim=1)
+    filled["targets"] = torch.cat([batch["targets"], torch.full((1, num_fillers), IGNORED_TARGET)], dim=1)
+    filled["is_token"] = (torch.arange(sequence_size) < num_tokens)[None]
+    # The last document is the one of fillers.
+    document_bounds = [*batch["document_bounds"], sequence_size]
+    longest = max(end - begin for begin, end in pairwise(document_bounds))
+    filled["document_bounds"] = document_bounds
     for side in ("q", "k"):
-        changed[f"cu_seq_lens_{side}"] = torch.tensor(bounds, dtype=torch.int32)
-        changed[f"max_length_{side}"] = longest
-    return changed
+        filled[f"cu_seq_lens_{side}"] = torch.tensor(document_bounds, dtype=torch.int32)
+        filled[f"max_length_{side}"] = longest
+    return filled
 
 
-def all_to_all_row_counts(before: list[int], after: list[int], rank: int) -> tuple[list[int], list[int]]:
-    """Counts for an all-to-all that redistributes rows from one cut of them to another: (sent, received), each by rank.
+def all_to_all_row_counts(old_borders: list[int], new_borders: list[int], rank: int) -> tuple[list[int], list[int]]:
+    """How many rows a rank sends and receives, by peer, in an all-to-all that moves rows from one cut to another.
 
-    Example: borders [0, 4, 8] before and [0, 2, 8] after; rank 0 sends [2, 2] and receives [2, 0].
+    Example: old borders [0, 4, 8], new borders [0, 2, 8]; rank 0 sends [2, 2] and receives [2, 0].
 
-    `before` and `after`, `[n + 1]`: the row offsets at which the ranks' slices begin, and the last one ends, in the old and the
-    new cut. `rank` sends `sent[r]` rows to rank r and gets `received[r]` from it.
+    The borders of a cut, [n + 1]: at which row each rank's slice begins, and where the last one ends. Returns (rows that `rank`
+    sends to each peer, rows that it receives from each peer).
     """
     sent = []
     received = []
-    for other in range(len(before) - 1):
-        sent.append(_overlap(before, rank, after, other))
-        received.append(_overlap(before, other, after, rank))
+    for peer in range(len(old_borders) - 1):
+        sent.append(_num_moved_rows(old_borders, rank, new_borders, peer))
+        received.append(_num_moved_rows(old_borders, peer, new_borders, rank))
     return sent, received
 
 
-def _overlap(before: list[int], holder: int, after: list[int], taker: int) -> int:
-    """Rows that `holder` has by the one cut, and `taker` by the other."""
-    first = max(before[holder], after[taker])
-    last = min(before[holder + 1], after[taker + 1])
-    return max(0, last - first)
+def _num_moved_rows(old_borders: list[int], sender: int, new_borders: list[int], receiver: int) -> int:
+    """How many rows lie both in the old slice of `sender` and in the new slice of `receiver`."""
+    begin = max(old_borders[sender], new_borders[receiver])
+    end = min(old_borders[sender + 1], new_borders[receiver + 1])
+    return max(0, end - begin)

@@ -61,23 +61,26 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How a global batch is divided among readers and micro-batches; `global_batch` and `micro_batch` count units."""
+    """How a global batch is divided among data-parallel ranks and micro-batches.
+
+    `global_batch` and `micro_batch` count units: documents, packs, or pairs of answers.
+    """
 
     global_batch: int
     micro_batch: int
-    reader: int
+    dp_rank: int
     """Index of this rank among those that read documents of their own; the same for ranks that share their rows."""
-    readers: int
+    dp_size: int
     cut: Cut | None = None
     """Which slice of its rows this rank takes; None if it takes them whole."""
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of each reader in a step."""
-        assert self.global_batch % (self.micro_batch * self.readers) == 0, (
+        """Micro-batches of each data-parallel rank in a step."""
+        assert self.global_batch % (self.micro_batch * self.dp_size) == 0, (
             "the config layer reports what does not divide"
         )
-        return self.global_batch // (self.micro_batch * self.readers)
+        return self.global_batch // (self.micro_batch * self.dp_size)
 
 
 class StepLoader:
@@ -119,7 +122,7 @@ class StepLoader:
             sequences = list(itertools.chain.from_iterable(units))
         self._unit_begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._unit_sequences = np.array(sequences, dtype=np.int64)
-        # The cost decides which rank gets which unit, see `_slots`.
+        # The cost decides which rank gets which unit, see `_unit_slots`.
         self._unit_costs = self.unit_tokens
 
     @property
@@ -130,30 +133,33 @@ class StepLoader:
     def weigh_attention(self, tokens_per_square: int) -> None:
         """From now on, balance the ranks of every step by what documents cost with attention, not by their tokens alone.
 
-        A document of n tokens then costs n + n^2 / `tokens_per_square`. The samples of a step stay the same; which rank gets
-        which of them may change. A unit (what stays together: a pack, a pair of answers) costs the sum of its documents.
+        A document of n tokens then costs n + n^2 / `tokens_per_square`, and a unit (a pack, a pair of answers) the sum of its
+        documents. The samples of a step stay the same; which rank gets which of them may change.
         """
-        attention = self.dataset.lengths.astype(np.int64) ** 2 // tokens_per_square
+        attention_costs = self.dataset.lengths.astype(np.int64) ** 2 // tokens_per_square
         if self.units is not None:
-            attention = np.array([attention[unit].sum() for unit in self.units], np.int64)
-        self._unit_costs = self.unit_tokens + attention
+            attention_costs = np.array([attention_costs[unit].sum() for unit in self.units], np.int64)
+        self._unit_costs = self.unit_tokens + attention_costs
 
     def plan(self, first_sample: int) -> list[list[list[int]]]:
-        """Documents of the step that begins at `first_sample`, as [reader][micro-batch][document]; no tensors are made."""
-        slots = self._slots(first_sample)
-        return [self._micro_batches_of(slots, reader) for reader in range(self.share.readers)]
+        """Sequence numbers of the step that begins after `first_sample` samples, as [dp_rank][micro-batch][sequence].
+
+        No tensors are made.
+        """
+        slots = self._unit_slots(first_sample)
+        return [self._micro_batches_of_rank(slots, dp_rank) for dp_rank in range(self.share.dp_size)]
 
     def documents(self, first_sample: int) -> list[int]:
-        """Rows of `documents.arrow` of the global batch that begins at `first_sample`, ascending."""
-        sequences = self._sequences(self.order.units(first_sample, self.share.global_batch))
+        """The documents of the global batch that begins after `first_sample` samples: rows of `documents.arrow`, ascending."""
+        sequences = self._sequences_of_units(self.order.units(first_sample, self.share.global_batch))
         return [int(row) for row in np.unique(self.dataset.documents[sequences])]
 
-    def _slots(self, first_sample: int) -> np.ndarray:
-        """The step's global batch, distributed over micro-batches (slots): numbers of units, int64 [slots, units a slot].
+    def _unit_slots(self, first_sample: int) -> np.ndarray:
+        """The units of a step's global batch, spread over micro-batches (slots): int64 [slots, units of a slot].
 
-        A unit is a document, or what stays together: a pack, a pair of answers. A reader is a rank that reads documents of its
-        own. Slot m * readers + r is the m-th micro-batch of reader r. The slots come sorted by cost, so that the readers' m-th
-        micro-batches cost about the same and none waits long.
+        A unit is a document, or what stays together: a pack, a pair of answers. Slot m * dp_size + r is the m-th micro-batch
+        of data-parallel rank r. The slots come sorted by cost, so that the ranks' m-th micro-batches cost about the same and
+        none waits long.
         """
         share = self.share
         units = self.order.units(first_sample, share.global_batch)
@@ -161,13 +167,13 @@ class StepLoader:
         positions = self.collator.assign_to_slots(self.dataset, units, self._unit_costs[units], shape)
         return units[np.array(positions, dtype=np.int64)]
 
-    def _micro_batches_of(self, slots: np.ndarray, reader: int) -> list[list[int]]:
-        """Sequences of each micro-batch of one reader."""
-        return [self._sequences(slot).tolist() for slot in slots[reader :: self.share.readers]]
+    def _micro_batches_of_rank(self, slots: np.ndarray, dp_rank: int) -> list[list[int]]:
+        """Sequence numbers of each micro-batch of one data-parallel rank. `slots`: see `_unit_slots`."""
+        return [self._sequences_of_units(slot).tolist() for slot in slots[dp_rank :: self.share.dp_size]]
 
-    def _sequences(self, units: np.ndarray) -> np.ndarray:
-        """int64: the sequences of `units` (int64 [U]), one unit after another."""
-        if self.units is None:
+    def _sequences_of_units(self, units: np.ndarray) -> np.ndarray:
+        """The sequence numbers of `units` (int64 [U]), one unit after another: int64."""
+        if self.units is None:  # each unit is one sequence, of the same number
             return units
         begins = self._unit_begins[units]
         return self._unit_sequences[concatenated_ranges(begins, self._unit_begins[units + 1] - begins)]
@@ -177,10 +183,10 @@ class StepLoader:
         return {}
 
     def restore(self, checkpoint: Path) -> None:
-        """Nothing: see `attachments`."""
+        """Does nothing: the order of the data has no state but the samples consumed, see `attachments`."""
 
     def check_rows(self, rows: list[dict[str, Any]]) -> None:
-        """Nothing: the data has what is learned."""
+        """Does nothing: the data has what is learned, so that the rows of metrics say nothing about it."""
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
         """Batches of `num_steps` steps; `first_sample` is the number of samples consumed before the first one.
@@ -200,30 +206,31 @@ class StepLoader:
     def _step(self, first_sample: int) -> StepBatch:
         """This rank's batch of the step that begins after `first_sample` consumed samples, still on the CPU.
 
-        Runs in the background thread. `ahead` has the same micro-batches once more with other samples, if the objective looks
-        at them before the first backward pass.
+        Runs in the background thread. If the objective looks at other samples before the first backward pass, `ahead` of the
+        result has the same micro-batches with these samples.
         """
-        # Which sequences the step has: of all ranks, and of this one by micro-batch.
-        slots = self._slots(first_sample)
-        micro_batches = self._micro_batches_of(slots, self.share.reader)
-        global_sequences = self._sequences(slots.ravel())
         dataset = self.dataset
+        # Which sequences the step has: those of this rank by micro-batch, and those of all ranks.
+        slots = self._unit_slots(first_sample)
+        own_micro_batches = self._micro_batches_of_rank(slots, self.share.dp_rank)
+        global_sequences = self._sequences_of_units(slots.ravel())
         # Counted over the whole global batch on every rank, so the loss is divided by the same number everywhere
         # without a collective.
         totals = {term: exact_sum(counts[global_sequences]) for term, counts in dataset.counts.items()}
-        # This rank's micro-batches, and the second ones that the objective looks ahead to.
+
         batches = []
         local_tokens = 0
-        for sequences in micro_batches:
+        for sequences in own_micro_batches:
             samples = [dataset.sample(sequence) for sequence in sequences]
             batches.append({**self._collate(samples, sequences), "totals": totals})
-            local_tokens += self._local_tokens(sequences)
+            local_tokens += self._num_local_tokens(sequences)
         ahead: list[dict[str, Any]] = []
         sample_ahead = self.ahead
         if sample_ahead is not None:
-            for sequences in micro_batches:
+            for sequences in own_micro_batches:
                 samples = [sample_ahead(dataset, sequence) for sequence in sequences]
                 ahead.append({**self._collate(samples), "ahead_of": True})
+
         source_tokens = self._sum_by_source(dataset.lengths, global_sequences)
         return StepBatch(
             micro_batches=batches,
@@ -238,17 +245,20 @@ class StepLoader:
             balance=self._balance(slots),
         )
 
-    def _local_tokens(self, sequences: list[int]) -> int:
-        """Tokens of a micro-batch that this rank computes: all of them, or those of its slice."""
+    def _num_local_tokens(self, sequences: list[int]) -> int:
+        """Tokens of a micro-batch that this rank computes: all of them, or with a `cut` those of its slice."""
         num_tokens = int(self.dataset.lengths[sequences].sum())
         cut = self.share.cut
         if cut is None:
             return num_tokens
-        start, stop = cut.span(num_tokens)
-        return stop - start
+        begin, end = cut.span(num_tokens)
+        return end - begin
 
     def _sum_by_source(self, counts: np.ndarray, sequences: np.ndarray) -> dict[str, float]:
-        """The sum of `counts` ([N], one a sequence) over the `sequences` of each source, where there are several sources."""
+        """The sum of `counts` over the `sequences` of each source, by the source's name; empty if there is only one source.
+
+        `counts`: [N], one for each sequence of the data set. `sequences`: numbers of sequences.
+        """
         if len(self.sources) < 2:
             return {}
         batch_counts = counts[sequences]
@@ -258,40 +268,44 @@ class StepLoader:
     def _collate(self, samples: list[Sample], sequences: list[int] | None = None) -> dict[str, Any]:
         """Samples as a micro-batch, in pinned memory if it goes to a GPU.
 
-        With `sequences`, the samples' numbers in the data set, and several sources, the batch also says which source each
-        supervised row (position with a target) comes from: `row_source` (int64, indices into `source_names`), so that the loss
-        can be logged by source.
+        `sequences`: the samples' numbers in the data set. If they are given and the data has several sources, the batch also
+        has `source_names` and `row_source` (int64: of each supervised row, the index of its source in `source_names`), so that
+        the loss can be logged by source. A supervised row is a position with a target.
         """
         batch = self.collator(samples, self.share.cut)
         if sequences is not None and len(self.sources) > 1:
-            source_indices = np.searchsorted(np.array([*self.sources]), self.dataset.sources[sequences])
-            # By the rows of this rank: with a cut, others hold the rest of a sequence's rows.
-            batch["row_source"] = torch.from_numpy(source_indices)[batch["row_sequence"]]
+            source_of_sample = np.searchsorted(np.array([*self.sources]), self.dataset.sources[sequences])
+            # By the rows of this rank: with a cut, other ranks hold the rest of a sequence's rows.
+            batch["row_source"] = torch.from_numpy(source_of_sample)[batch["row_sequence"]]
             batch["source_names"] = [*self.sources.values()]
         return pin_batch(batch, self.device)
 
     def _balance(self, slots: np.ndarray) -> float:
-        """The share of all ranks' time that is work, if time goes with costs and every micro-batch waits for all.
+        """The share of all ranks' time that is work, if time goes with costs.
 
-        1 if the readers' micro-batches cost the same; 0.75 if one of two readers has half the work of the other.
+        The ranks wait for each other in every micro-batch. 1 if all ranks' micro-batches cost the same; 0.75 if one of two
+        ranks has half the work of the other.
         """
-        # Slot m * readers + r is the m-th micro-batch of reader r, so rows are micro-batches and columns are readers.
-        costs = self._unit_costs[slots].sum(axis=1).reshape(self.accumulation, self.share.readers)
-        return float(costs.mean(axis=1).sum() / costs.max(axis=1).sum())
+        slot_costs = self._unit_costs[slots].sum(axis=1)
+        # Slot m * dp_size + r is the m-th micro-batch of rank r.
+        costs = slot_costs.reshape(self.accumulation, self.share.dp_size)
+        mean_costs = costs.mean(axis=1)
+        highest_costs = costs.max(axis=1)
+        return float(mean_costs.sum() / highest_costs.sum())
 
 
 @dataclass(frozen=True, slots=True)
 class EvalShare:
-    """How a data set is divided for a pass without learning: documents in one micro-batch, and this reader's part.
+    """How a data set is divided for a pass without learning: documents in one micro-batch, and this rank's part.
 
-    Where nobody shares rows, as in generation, each rank is a reader.
+    If no ranks share rows, as in generation, `dp_rank` and `dp_size` are those of all ranks.
     """
 
     batch: int
-    reader: int
-    readers: int
+    dp_rank: int
+    dp_size: int
     max_documents: int | None = None
-    """The first ones (of each source, where they are told apart); None for all."""
+    """How many documents are covered, from the first on (of each source, if `by_source`); None for all."""
     sequences_per_document: int = 1
     by_source: bool = False
     """Whether a micro-batch holds documents of one source only."""
@@ -306,14 +320,16 @@ class EvalShare:
         return sources[: num_documents * per_document : per_document]
 
     def documents(self, dataset: TokenDataset) -> np.ndarray:
-        """int64: the documents that the pass covers, all ranks together, in their order."""
+        """int64: the documents that the pass covers, all ranks together, ascending."""
         groups = self.groups(dataset)
         # `max_documents` bounds each source by itself.
-        parts = [np.flatnonzero(groups == group)[: self.max_documents] for group in np.unique(groups)]
-        return np.sort(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+        documents_by_group = [np.flatnonzero(groups == group)[: self.max_documents] for group in np.unique(groups)]
+        if not documents_by_group:
+            return np.zeros(0, np.int64)
+        return np.sort(np.concatenate(documents_by_group))
 
     def sequences(self, dataset: TokenDataset) -> np.ndarray:
-        """int64: the sequences of the documents that the pass covers."""
+        """int64: the sequences of the documents that the pass covers; document d has n of them, from d * n on."""
         per_document = self.sequences_per_document
         return (self.documents(dataset)[:, None] * per_document + np.arange(per_document)).ravel()
 
@@ -324,30 +340,32 @@ def sources_in(dataset: TokenDataset) -> dict[int, str]:
 
 
 def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
-    """The sequence numbers of each of this reader's micro-batches in an evaluation; an empty list once it has run out.
+    """The sequence numbers of each micro-batch of this rank in an evaluation; an empty list once the rank has run out.
 
-    A reader is a rank that reads documents of its own. Documents are taken longest first within their group (source), and
-    `share.batch` of one group at a time. The batches go to the readers in turn: batch i to reader i modulo `share.readers`.
-    A document has `share.sequences_per_document` sequences, two for a pair of answers, which stay together.
+    All ranks get the same number of micro-batches, because each micro-batch is a collective forward pass. Within a group
+    (source), the longest documents come first, `share.batch` in a micro-batch. Micro-batch i goes to data-parallel rank i
+    modulo `share.dp_size`. A document has `share.sequences_per_document` sequences (2 for a pair of answers), which stay
+    together.
     """
     per_document = share.sequences_per_document
     documents = share.documents(dataset)
     groups = share.groups(dataset)
     tokens = dataset.lengths[share.sequences(dataset)].reshape(-1, per_document).sum(axis=1)
-    ordered = documents[np.lexsort((-tokens, groups[documents]))]  # longest first within a source
-    # Each part holds the documents of one source.
+    longest_first = documents[np.lexsort((-tokens, groups[documents]))]  # within a group; groups follow one another
+    group_begins = np.flatnonzero(np.diff(groups[longest_first])) + 1
     batches: list[list[int]] = []
-    for part in np.split(ordered, np.flatnonzero(np.diff(groups[ordered])) + 1):
-        batches += [part[start : start + share.batch].tolist() for start in range(0, len(part), share.batch)]
-    # All readers get the same number of micro-batches, because each one is a collective forward pass.
-    num_turns = -(-len(batches) // share.readers)  # rounded up
+    for group_documents in np.split(longest_first, group_begins):
+        for start in range(0, len(group_documents), share.batch):
+            batches.append(group_documents[start : start + share.batch].tolist())
+
+    num_turns = -(-len(batches) // share.dp_size)  # rounded up
     for turn in range(num_turns):
-        number = turn * share.readers + share.reader
+        number = turn * share.dp_size + share.dp_rank
         batch = batches[number] if number < len(batches) else []
         sequences: list[int] = []
         for document in batch:
-            first = document * per_document
-            sequences += range(first, first + per_document)
+            first_sequence = document * per_document
+            sequences += range(first_sequence, first_sequence + per_document)
         yield sequences
 
 
@@ -358,12 +376,12 @@ def eval_batches(
     device: torch.device | str,
     ahead: Callable[[TokenDataset, int], Sample] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """This rank's part of the first `max_documents` documents: over all ranks every document exactly once.
+    """This rank's micro-batches of an evaluation, on the device. Over all ranks every document comes exactly once.
 
-    A background thread makes the batches, as in training. Every rank gets the same number of micro-batches; one that runs
-    out gets document 0 with nothing to score (targets and labels -100). Documents are sorted by length, so that ranks work
-    alike; sums over them do not depend on it. With `ahead`, each sequence is replaced by the one that it returns. If sources
-    are told apart, `source` is the number of the one that the micro-batch holds.
+    A background thread makes the batches, as in training. Every rank gets the same number of micro-batches, see `eval_plan`; a
+    rank that has run out gets document 0 with nothing to score (targets and labels -100). `ahead`: gives for each sequence
+    another sample, which takes its place. If sources are told apart (`share.by_source`), `source` of a batch is the number of
+    its source.
     """
     device = torch.device(device)
     # What the loss is divided by: counts over all ranks' sequences, by term of the loss.
@@ -375,7 +393,7 @@ def eval_batches(
         """A micro-batch on the CPU; without `sequences`, as on a rank that has run out, one with nothing to score."""
         samples = [sample_of(dataset, sequence) for sequence in sequences]
         if not samples:
-            samples = collator.fillers(dataset, share.sequences_per_document)
+            samples = collator.filler_samples(dataset, share.sequences_per_document)
         batch = {**collator(samples, share.cut), "totals": totals}
         if share.by_source:
             batch["source"] = int(dataset.sources[sequences[0] if sequences else 0])

@@ -23,26 +23,27 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Pack documents into rows (packs) of at most `capacity` tokens: the longest first, each into the fullest pack with room.
 
     `lengths`: tokens of each document. Returns the document numbers of each pack: lengths 3, 6, 4 and 5 with capacity 10 give
-    [[1, 2], [3, 0]]. Deterministic: equal lengths keep their
-    order, and of equally full packs the latest is taken. A bitset of the free rooms (tokens left in a pack) finds the best
-    fit, so that 50,000 documents take a fraction of a second.
+    [[1, 2], [3, 0]]. Deterministic: equal lengths keep their order, and of equally full packs the latest is taken. Raises
+    ValueError for a length below 1 or above `capacity`.
+
+    A bitset of the free rooms (tokens left in a pack) finds the best fit by integer arithmetic, so that 50,000 documents take a
+    fraction of a second.
     """
     if len(lengths) and (int(lengths.max()) > capacity or int(lengths.min()) < 1):
         raise ValueError(f"lengths must lie in 1..{capacity}, found {int(lengths.min())}..{int(lengths.max())}")
     packs: list[list[int]] = []
     packs_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free room -> packs that have exactly that
-    # The lowest set bit at or above a length is the fullest pack with room, found by integer arithmetic instead of a
-    # search.
-    rooms = 0  # bit r is set while packs_by_room[r] is not empty
+    room_bits = 0  # bit r is set while packs_by_room[r] is not empty
     for document in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
         length = int(lengths[document])
-        large_enough = rooms >> length
-        if large_enough:
-            smallest = (large_enough & -large_enough).bit_length() - 1  # place of the lowest bit that is set
-            room = length + smallest
+        large_enough_bits = room_bits >> length
+        if large_enough_bits:
+            # The lowest bit that is set is the smallest room in which the document fits: the fullest pack.
+            lowest_bit = (large_enough_bits & -large_enough_bits).bit_length() - 1
+            room = length + lowest_bit
             pack = packs_by_room[room].pop()
             if not packs_by_room[room]:
-                rooms &= ~(1 << room)
+                room_bits &= ~(1 << room)
         else:
             room = capacity
             pack = len(packs)
@@ -51,7 +52,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         room_left = room - length
         if room_left:
             packs_by_room[room_left].append(pack)
-            rooms |= 1 << room_left
+            room_bits |= 1 << room_left
     return packs
 
 
@@ -75,24 +76,24 @@ class Mix:
     def of(
         cls,
         config: DataConfig,
-        names: list[str],
+        source_names: list[str],
         sources: np.ndarray,
         tokens: np.ndarray,
         documents: np.ndarray | None = None,
     ) -> Mix:
-        """The sums by source from which `quotas` computes an epoch; `names`: of the sources.
+        """The sizes of each source, added up over the units (documents or packs) that are drawn, with the weights of `config`.
 
-        Int [units] each: `sources` (index into `names`), `tokens`, and how many `documents` a unit has (None: one each). A unit
-        is what is drawn as a whole: a document, or a pack of several.
+        `sources`: int [units], the source of each unit as an index into `source_names`. `tokens`: int [units]. `documents`: int
+        [units], how many documents are in each unit; None: one in each.
         """
 
         def sum_by_source(amounts: np.ndarray | None) -> np.ndarray:
-            """Without amounts, the number of units."""
-            return np.bincount(sources, amounts, minlength=len(names)).astype(np.int64)
+            """int64 [sources]: the sum of `amounts` over the units of each source; of None, the number of its units."""
+            return np.bincount(sources, amounts, minlength=len(source_names)).astype(np.int64)
 
         return cls(
-            names,
-            source_weights(config, names),
+            source_names,
+            source_weights(config, source_names),
             units=sum_by_source(None),
             documents=sum_by_source(documents),
             tokens=sum_by_source(tokens),
@@ -129,7 +130,7 @@ class Mix:
             rates.append(rate)
             seen_once[name] = size / rate
         length = min(seen_once.values()) if mixing.epoch is EpochEnd.first else max(seen_once.values())
-        quotas = _round_to_whole([length * rate for rate in rates])
+        quotas = _round_by_largest_remainder([length * rate for rate in rates])
         if sum(quotas) > MAX_EPOCH_UNITS:
             smallest = min(seen_once, key=lambda name: (seen_once[name], name))
             raise ConfigError(
@@ -140,25 +141,26 @@ class Mix:
         return np.array(quotas, dtype=np.int64)
 
     def realised(self, quotas: np.ndarray) -> dict[str, dict[str, float]]:
-        """Requested against realised shares of each source, by name, for the report; `quotas`: units of each in an epoch.
+        """For the report, by name of the source: the share of an epoch that was requested, and what the source gives.
 
-        Of a source: its `weight` as set, the share `requested` of an epoch, `units` (documents or packs) of one, means over
-        epochs of `documents` and `tokens`, `share_documents` and `share_tokens`, and `passes`: how often a document is seen
-        in an epoch.
+        `quotas`: units of each source in an epoch. Of a source: its `weight` as set, the share `requested` of an epoch,
+        `units` (documents or packs) of one epoch, means over epochs of `documents` and `tokens`, `share_documents` and
+        `share_tokens`, and `passes`: how often a document is seen in an epoch.
         """
-        passes: list[float] = []  # of each source, as all lists here
-        for quota, size in zip(quotas, self.units, strict=True):
-            passes.append(int(quota) / int(size) if size else 0.0)
-        documents = [rate * int(number) for rate, number in zip(passes, self.documents, strict=True)]
-        tokens = [rate * int(number) for rate, number in zip(passes, self.tokens, strict=True)]
+        # All lists are by the source's number.
+        passes: list[float] = []
+        for quota, num_units in zip(quotas, self.units, strict=True):
+            passes.append(int(quota) / int(num_units) if num_units else 0.0)
+        documents = [times * int(number) for times, number in zip(passes, self.documents, strict=True)]
+        tokens = [times * int(number) for times, number in zip(passes, self.tokens, strict=True)]
         columns = {
             "weight": self.weights,
-            "requested": _shares(self.weights),
+            "requested": _shares_of_sum(self.weights),
             "units": quotas.tolist(),
             "documents": documents,
             "tokens": tokens,
-            "share_documents": _shares(documents),
-            "share_tokens": _shares(tokens),
+            "share_documents": _shares_of_sum(documents),
+            "share_tokens": _shares_of_sum(tokens),
             "passes": passes,
         }
         by_name: dict[str, dict[str, float]] = {}
@@ -167,24 +169,28 @@ class Mix:
         return by_name
 
 
-def _round_to_whole(amounts: list[Fraction]) -> list[int]:
-    """Whole numbers of nearly the same sum as `amounts`, by the largest remainder; an amount above 0 becomes at least 1."""
+def _round_by_largest_remainder(amounts: list[Fraction]) -> list[int]:
+    """Whole numbers whose sum is the rounded sum of `amounts`, each at most 1 from its amount; an amount above 0 is at least 1.
+
+    Example: [1.6, 2.2, 0.2] -> [2, 2, 1]; the last is raised to 1, so that the sum may be larger by that.
+    """
     whole = [math.floor(amount) for amount in amounts]
     rounded_sum = math.floor(sum(amounts, Fraction(0)) + Fraction(1, 2))
-    # The largest fractional parts are rounded up until the sum fits.
-    missing = rounded_sum - sum(whole)
-    by_remainder = sorted(range(len(amounts)), key=lambda source: (whole[source] - amounts[source], source))
-    for source in by_remainder[:missing]:
-        whole[source] += 1
-    for source, amount in enumerate(amounts):
+    # The amounts with the largest remainders are rounded up, as many as the sum lacks.
+    num_to_round_up = rounded_sum - sum(whole)
+    by_remainder = sorted(range(len(amounts)), key=lambda index: (whole[index] - amounts[index], index))
+    for index in by_remainder[:num_to_round_up]:
+        whole[index] += 1
+    for index, amount in enumerate(amounts):
         if amount:
-            whole[source] = max(whole[source], 1)
+            whole[index] = max(whole[index], 1)
         else:
-            whole[source] = 0
+            whole[index] = 0
     return whole
 
 
-def _shares(amounts: Sequence[float]) -> list[float]:
+def _shares_of_sum(amounts: Sequence[float]) -> list[float]:
+    """Each amount divided by the sum of all; zeros if the sum is 0."""
     total = math.fsum(amounts)
     if not total:
         return [0.0] * len(amounts)
@@ -213,12 +219,15 @@ def pack_by_source(
     return packs, np.concatenate(source_of_pack) if source_of_pack else np.zeros(0, dtype=np.int64)
 
 
-def source_weights(config: DataConfig, names: list[str]) -> list[float]:
-    """The weight of each source in `names`; empty if no source has one. Held-out inputs, which are never drawn, get 0."""
+def source_weights(config: DataConfig, source_names: list[str]) -> list[float]:
+    """The weight of each source in `source_names`, in their order; empty if no source has a weight.
+
+    Names that are no training source are held-out inputs, which are never drawn: they get 0.
+    """
     weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
     if not weights:
         return []
-    return [weights.get(name, 0.0) for name in names]
+    return [weights.get(name, 0.0) for name in source_names]
 
 
 def build_order(

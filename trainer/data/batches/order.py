@@ -44,38 +44,39 @@ class Order(ABC):
     def set_skipped(self, places: Iterable[tuple[int, int]]) -> None:
         """Leave out exactly these ranges of the order, each as (first position, count). Replaces what was left out before.
 
-        Call it between two uses of the order.
+        Call it between two uses of the order. Ranges may overlap.
         """
         self._skipped = []
-        covered_to = 0  # overlapping places count once
+        covered_end = 0  # positions before this one are in an earlier range, so that overlapping ranges count once
         for first, count in sorted(places):
-            end = max(first + count, covered_to)
-            first = max(first, covered_to)
+            end = max(first + count, covered_end)
+            first = max(first, covered_end)
             self._skipped.append((first, end - first))
-            covered_to = end
+            covered_end = end
 
     def places(self, start: int, count: int) -> list[tuple[int, int]]:
-        """Where in the order the run's samples [start, start + count) stand, as runs of (first place, count).
+        """The positions of the run's samples [start, start + count) in the endless order of all epochs, as (first, count) ranges.
 
-        A place is a position in the endless order of all epochs; the run passes over those that `set_skipped` left out. With the
-        places 3 and 4 left out, samples 2 to 4 are at [(2, 1), (5, 2)].
+        Positions that `set_skipped` left out belong to no sample. With the positions 3 and 4 left out, the samples 2 to 4 are
+        at [(2, 1), (5, 2)].
         """
-        places = np.arange(start, start + count, dtype=np.int64)
-        for first, skipped_count in self._skipped:
-            places[places >= first] += skipped_count
-        runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
-        return [(int(run[0]), len(run)) for run in runs if len(run)]
+        positions = np.arange(start, start + count, dtype=np.int64)
+        for first_skipped, num_skipped in self._skipped:
+            positions[positions >= first_skipped] += num_skipped
+        range_begins = np.flatnonzero(np.diff(positions) != 1) + 1
+        return [(int(part[0]), len(part)) for part in np.split(positions, range_begins) if len(part)]
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Unit numbers of one epoch, int64 [num_units]. The last epoch is cached."""
-        # The loader's thread and the trainer ask for epochs at the same time.
-        cached = self._cached  # one read: another thread may replace it
+        """Unit numbers of one epoch in order, int64 [num_units]. The epoch that was asked for last is cached."""
+        # The loader's thread and the trainer ask for epochs at the same time, so the cache is read once.
+        cached = self._cached
         if cached is None or cached[0] != epoch:
-            cached = self._cached = (epoch, self._draw(epoch))
-        return cached[1]
+            cached = self._cached = (epoch, self._order_epoch(epoch))
+        _, units = cached
+        return units
 
     @abstractmethod
-    def _draw(self, epoch: int) -> np.ndarray:
+    def _order_epoch(self, epoch: int) -> np.ndarray:
         """The units of `epoch` in order, int64 [num_units]."""
 
     @abstractmethod
@@ -83,18 +84,18 @@ class Order(ABC):
         """Tokens of all epochs before `epoch`; `unit_tokens` is int [population]."""
 
     def units(self, start: int, count: int) -> np.ndarray:
-        """Numbers of the units (documents, packs) that a run draws as its samples [start, start + count), int64 [count].
+        """Numbers of the units (documents, packs) that are the run's samples [start, start + count), int64 [count].
 
-        They may span epochs. Samples that a rollback left out for good are passed over.
+        They may span epochs. Positions that `set_skipped` left out are passed over.
         """
         parts = []
-        for place, remaining in self.places(start, count):
-            while remaining > 0:
-                epoch, offset = divmod(place, self.num_units)
-                part = self.epoch(epoch)[offset : offset + remaining]
+        for position, num_left in self.places(start, count):
+            while num_left > 0:
+                epoch, offset = divmod(position, self.num_units)
+                part = self.epoch(epoch)[offset : offset + num_left]
                 parts.append(part)
-                place += len(part)
-                remaining -= len(part)
+                position += len(part)
+                num_left -= len(part)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
@@ -104,7 +105,8 @@ class GlobalOrder(Order):
     def __init__(self, num_units: int, seed: int, shuffle: bool) -> None:
         super().__init__(num_units, num_units, seed, shuffle)
 
-    def _draw(self, epoch: int) -> np.ndarray:
+    def _order_epoch(self, epoch: int) -> np.ndarray:
+        """All units once: shuffled by (seed, epoch), or in the order of the input."""
         if not self.shuffle:
             return np.arange(self.num_units, dtype=np.int64)
         return shuffle_numbers(self.num_units, np.random.SeedSequence([self.seed, epoch]))
@@ -116,10 +118,10 @@ class GlobalOrder(Order):
 class MixedOrder(Order):
     """Epochs that hold `quotas[s]` units of each source s.
 
-    Each source walks through its units pass after pass, each pass in a new order, and every epoch takes the next
-    `quotas[s]` of that walk. A source that gives few units an epoch therefore shows others the next time, and at any
-    moment of the run the uses of any two units of one source differ by at most 1. Which source has its turn when is
-    drawn anew each epoch; with `shuffle` off the turns are spread evenly and each source keeps its own order.
+    Each source goes through its units pass after pass, each pass in a new order, and every epoch takes the next `quotas[s]`
+    units. A source that gives few units an epoch therefore shows others the next time, and at any moment of the run the uses
+    of any two units of one source differ by at most 1. Which source has its turn when is drawn anew each epoch; with `shuffle`
+    off the turns are spread evenly and each source keeps its own order.
     """
 
     def __init__(
@@ -130,129 +132,138 @@ class MixedOrder(Order):
         # Stable, so that the units of a source keep the order of the input.
         by_source = np.argsort(sources, kind="stable")
         sizes = np.bincount(sources, minlength=len(self.quotas))
-        self._members = np.split(by_source, np.cumsum(sizes)[:-1]) if len(sizes) else []
-        # By source, as (number of the pass, its units in order): epochs ask for the same pass again and again.
+        self._units_of_source = np.split(by_source, np.cumsum(sizes)[:-1]) if len(sizes) else []
         self._last_pass: dict[int, tuple[int, np.ndarray]] = {}
+        """By source, the pass that was asked for last: (its number, its units in order)."""
         super().__init__(int(self.quotas.sum()), len(sources), seed, shuffle)
 
-    def _pass(self, source: int, number: int) -> np.ndarray:
-        """Units of `source` in the order of its pass `number`; a pass uses each of them once, in an order of its own.
+    def _shuffled_units(self, source: int, pass_number: int) -> np.ndarray:
+        """All units of `source`, each once, in the order of its pass `pass_number`; without `shuffle`, in that of the input.
 
-        The last pass is kept, because successive epochs take successive parts of it.
+        The last pass is remembered, because successive epochs take successive parts of it.
         """
-        members = self._members[source]
+        units = self._units_of_source[source]
         if not self.shuffle:
-            return members
+            return units
         last_pass = self._last_pass.get(source)
-        if last_pass is None or last_pass[0] != number:
-            entropy = np.random.SeedSequence(self.seed, spawn_key=(_PASS_STREAM, source, number))
-            last_pass = self._last_pass[source] = (number, members[shuffle_numbers(len(members), entropy)])
-        return last_pass[1]
+        if last_pass is None or last_pass[0] != pass_number:
+            entropy = np.random.SeedSequence(self.seed, spawn_key=(_PASS_STREAM, source, pass_number))
+            last_pass = self._last_pass[source] = (pass_number, units[shuffle_numbers(len(units), entropy)])
+        _, units_in_order = last_pass
+        return units_in_order
 
-    def _walk(self, source: int, begin: int, count: int) -> np.ndarray:
-        """Draws [begin, begin + count) from a source, whose units come pass after pass without end.
+    def _units_in_passes(self, source: int, begin: int, count: int) -> np.ndarray:
+        """The units [begin, begin + count) of a source, whose passes follow one another without end.
 
-        Of a source with 10 units, draws [8, 13) are the last two of pass 0 and the first three of pass 1.
+        Of a source with 10 units, [8, 13) are the last two of pass 0 and the first three of pass 1.
         """
-        size = len(self._members[source])
+        num_units = len(self._units_of_source[source])
         parts = []
         while count > 0:
-            number, offset = divmod(begin, size)
-            part = self._pass(source, number)[offset : offset + count]
+            pass_number, offset = divmod(begin, num_units)
+            part = self._shuffled_units(source, pass_number)[offset : offset + count]
             parts.append(part)
             begin += len(part)
             count -= len(part)
         return np.concatenate(parts)
 
-    def _draw(self, epoch: int) -> np.ndarray:
+    def _order_epoch(self, epoch: int) -> np.ndarray:
         """The units of an epoch in order, int64 [num_units]: `quotas[s]` of each source s.
 
-        First the source of each sample is drawn. Then each source fills its places with its next units, where the epoch before
-        left off.
+        Each source fills its positions with its next units, from where the epoch before left off. So the units of a source keep
+        the order of its passes, and no prefix of the epoch uses one of them twice before another once.
         """
-        # The source of each sample of the epoch, int64 [num_units].
-        source_of_sample = np.repeat(np.arange(len(self.quotas)), self.quotas)
-        if self.shuffle:
-            entropy = np.random.SeedSequence(self.seed, spawn_key=(_INTERLEAVE_STREAM, epoch))
-            source_of_sample = source_of_sample[shuffle_numbers(self.num_units, entropy)]
-        else:
-            # Spread evenly: the k-th of q samples of a source at (2k + 1) / 2q of the epoch.
-            fractions = [(2 * np.arange(quota) + 1) / (2 * quota) for quota in self.quotas if quota]
-            source_of_sample = source_of_sample[np.argsort(np.concatenate(fractions), kind="stable")]
-        # Each source's units keep their own order, so that no prefix uses a unit twice before another once.
+        source_of_position = self._source_of_position(epoch)
+        # By source, the positions of the epoch that it fills, ascending.
+        positions_of_source = np.split(np.argsort(source_of_position, kind="stable"), np.cumsum(self.quotas)[:-1])
         units = np.empty(self.num_units, dtype=np.int64)
-        # Positions in the epoch that go to each source, ascending.
-        samples_of_source = np.split(np.argsort(source_of_sample, kind="stable"), np.cumsum(self.quotas)[:-1])
         for source, quota in enumerate(self.quotas.tolist()):
             if quota:
-                units[samples_of_source[source]] = self._walk(source, epoch * quota, quota)
+                units[positions_of_source[source]] = self._units_in_passes(source, epoch * quota, quota)
         return units
 
-    def tokens_before(self, epoch: int, unit_tokens: np.ndarray) -> int:
-        """Tokens of all epochs before `epoch`; `unit_tokens`: tokens of each unit.
+    def _source_of_position(self, epoch: int) -> np.ndarray:
+        """Which source has its turn at each position of an epoch, int64 [num_units]: source s at `quotas[s]` positions.
 
-        Counted for each source from its whole passes and the part of a pass that is used by then, without drawing every epoch.
+        Drawn from (seed, epoch); without `shuffle`, the positions of each source are spread evenly.
         """
-        total = 0
+        sources = np.repeat(np.arange(len(self.quotas)), self.quotas)
+        if self.shuffle:
+            entropy = np.random.SeedSequence(self.seed, spawn_key=(_INTERLEAVE_STREAM, epoch))
+            return sources[shuffle_numbers(self.num_units, entropy)]
+        # The k-th of the q units of a source goes to (2k + 1) / 2q of the epoch.
+        fractions = [(2 * np.arange(quota) + 1) / (2 * quota) for quota in self.quotas if quota]
+        return sources[np.argsort(np.concatenate(fractions), kind="stable")]
+
+    def tokens_before(self, epoch: int, unit_tokens: np.ndarray) -> int:
+        """Tokens of all epochs before `epoch`; `unit_tokens`: tokens of each unit, int [population].
+
+        By then each source has gone through some whole passes and a part of the next one, so that no epoch has to be drawn.
+        """
+        if not epoch:
+            return 0
+        num_tokens = 0
         for source, quota in enumerate(self.quotas.tolist()):
-            if not quota or not epoch:
+            if not quota:
                 continue
-            members = self._members[source]
-            whole_passes, remainder = divmod(epoch * quota, len(members))
-            total += whole_passes * int(np.sum(unit_tokens[members], dtype=np.int64))
+            units = self._units_of_source[source]
+            whole_passes, remainder = divmod(epoch * quota, len(units))
+            num_tokens += whole_passes * int(np.sum(unit_tokens[units], dtype=np.int64))
             if remainder:
-                total += int(np.sum(unit_tokens[self._pass(source, whole_passes)[:remainder]], dtype=np.int64))
-        return total
+                units_of_last_pass = self._shuffled_units(source, whole_passes)[:remainder]
+                num_tokens += int(np.sum(unit_tokens[units_of_last_pass], dtype=np.int64))
+        return num_tokens
 
 
-def assign_to_slots(costs: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
-    """Spread a global batch over micro-batches (slots), `capacity` documents each, so that all cost about the same.
+def assign_to_slots(costs: np.ndarray, num_slots: int, units_per_slot: int) -> list[list[int]]:
+    """Spread the units of a global batch over micro-batches (slots), `units_per_slot` each, so that all cost about the same.
 
-    `costs`: of each document, whole numbers, such as tokens; num_slots * capacity of them. Returns the documents' positions in
-    `costs` by slot, the costliest slot first, positions ascending. The costliest document goes first, into the slot with the
-    least cost so far that has room. Deterministic, since every rank does it for all.
+    `costs`: of each unit, whole numbers, such as tokens; num_slots * units_per_slot of them. Returns the units' positions in
+    `costs` by slot: the costliest slot first, positions ascending. Costs [9, 1, 5, 4] in 2 slots of 2 -> [[0, 1], [2, 3]].
+
+    The costliest unit goes first, into the cheapest slot so far that has room. Deterministic, since every rank computes it for
+    all ranks.
     """
     slots: list[list[int]] = [[] for _ in range(num_slots)]
     costs = np.asarray(costs, dtype=np.int64)
     cost_list = costs.tolist()
-    loads = [0] * num_slots
-    # The heap holds one number for a slot and its load, in the order of (load, slot): numbers compare faster than tuples,
-    # and each rank deals the documents of all.
+    slot_costs = [0] * num_slots
+    # Slots with room. One number, cost * num_slots + slot, stands for a slot, in the order of (cost, slot): numbers compare
+    # faster than tuples, and each rank assigns the units of all.
     heap = list(range(num_slots))
     for position in np.argsort(-costs, kind="stable").tolist():
         slot = heap[0] % num_slots
         slots[slot].append(position)
-        loads[slot] += cost_list[position]
-        if len(slots[slot]) < capacity:
-            heapq.heapreplace(heap, loads[slot] * num_slots + slot)
+        slot_costs[slot] += cost_list[position]
+        if len(slots[slot]) < units_per_slot:
+            heapq.heapreplace(heap, slot_costs[slot] * num_slots + slot)
         else:  # a full slot leaves the heap
             heapq.heappop(heap)
-    by_load = sorted(range(num_slots), key=lambda slot: (-loads[slot], slot))
-    return [sorted(slots[slot]) for slot in by_load]
+    costliest_first = sorted(range(num_slots), key=lambda slot: (-slot_costs[slot], slot))
+    return [sorted(slots[slot]) for slot in costliest_first]
 
 
 def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, tokens: int) -> int:
     """Steps of `global_batch` units until `tokens` tokens are consumed; the step that reaches the number counts.
 
-    `unit_tokens`: tokens of each unit (document or pack) that is drawn from, int64 [order.population], at least 1 each. Exact
-    also if epochs differ in their tokens, as with sources that are mixed.
+    `unit_tokens`: tokens of each unit (document or pack), int64 [order.population], at least 1 each. Exact also if epochs
+    differ in their tokens, as with sources that are mixed.
     """
 
     def tokens_before(epoch: int) -> int:
         return order.tokens_before(epoch, unit_tokens)
 
-    # A number of epochs that is enough, by doubling.
-    max_epoch = 1
-    while tokens_before(max_epoch) < tokens:
-        max_epoch *= 2
-    # The last epoch that begins before `tokens` are consumed.
-    last_epoch = bisect.bisect_left(range(max_epoch + 1), tokens, key=tokens_before) - 1
-    # How many of its units it takes.
-    cumulative = np.cumsum(unit_tokens[order.epoch(last_epoch)])
+    # By doubling: a number of epochs that has enough tokens.
+    num_epochs = 1
+    while tokens_before(num_epochs) < tokens:
+        num_epochs *= 2
+    # By bisection: the last epoch that begins before `tokens` are consumed.
+    last_epoch = bisect.bisect_left(range(num_epochs + 1), tokens, key=tokens_before) - 1
+    cumulative_tokens = np.cumsum(unit_tokens[order.epoch(last_epoch)])
     tokens_left = tokens - tokens_before(last_epoch)
-    units_of_last_epoch = int(np.searchsorted(cumulative, tokens_left, side="left")) + 1
-    units = last_epoch * order.num_units + units_of_last_epoch
-    return -(-units // global_batch)
+    units_of_last_epoch = int(np.searchsorted(cumulative_tokens, tokens_left, side="left")) + 1
+    num_units = last_epoch * order.num_units + units_of_last_epoch
+    return -(-num_units // global_batch)  # rounded up
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,48 +18,47 @@ PREFETCH = 2
 
 
 def pin_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch in memory from which a GPU copies without being waited for; as it is for a CPU."""
+    """A copy of the batch in pinned memory, from which a GPU copies without waiting. For a CPU, the batch itself."""
     return map_tensors(batch, torch.Tensor.pin_memory) if device.type == "cuda" else batch
 
 
 def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
-    """Yield the items, which one background thread takes from the iterator up to `PREFETCH` ahead of the consumer.
+    """Yield the items in order, while a background thread takes up to `PREFETCH` of them from the iterator ahead of the consumer.
 
-    Close it (or exhaust it) to stop the thread. Errors of the thread are raised here.
+    Close the generator (or exhaust it) to stop the thread. An exception that the iterator raises in the thread is raised here.
     """
-    # ("item", an item), ("error", an exception) or ("over", None).
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=PREFETCH)
-    stop = threading.Event()
+    # Holds ("item", an item), ("error", an exception) or ("exhausted", None).
+    messages: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=PREFETCH)
+    should_stop = threading.Event()
 
-    def put(kind: str, payload: Any = None) -> None:
-        """Hand something over, waiting for room; gives up once `stop` is set."""
-        # With a timeout, so that the thread notices `stop` although nobody takes anything any more.
-        while not stop.is_set():
+    def send(kind: str, payload: Any = None) -> None:
+        """Put a message into the queue, waiting for room; give up once `should_stop` is set."""
+        # With a timeout, so that the thread notices `should_stop` although nobody takes anything any more.
+        while not should_stop.is_set():
             with suppress(queue.Full):
-                ready.put((kind, payload), timeout=0.1)
+                messages.put((kind, payload), timeout=0.1)
                 return
 
     def produce() -> None:
-        """Put all items, then how it ended."""
+        """The body of the thread: send all items, then whether the iterator is exhausted or has failed."""
         try:
             for item in items:
-                put("item", item)
-                if stop.is_set():
+                send("item", item)
+                if should_stop.is_set():
                     return
-            put("over")
+            send("exhausted")
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-            put("error", error)
+            send("error", error)
 
-    # The consumer: items until the producer is over or has failed.
     thread = threading.Thread(target=produce, name="loader", daemon=True)
     thread.start()
     try:
-        kind, payload = ready.get()
+        kind, payload = messages.get()
         while kind == "item":
             yield payload
-            kind, payload = ready.get()
+            kind, payload = messages.get()
         if kind == "error":
             raise payload
     finally:
-        stop.set()
+        should_stop.set()
         thread.join()
