@@ -188,7 +188,7 @@ def sides_of(
     from trainer.evaluation import generate
     from trainer.evaluation.base import DecodingConfig
     from trainer.evaluation.full_weights import GatherDecision
-    from trainer.evaluation.likelihood import mask_of, padded
+    from trainer.evaluation.likelihood import pad_sequences, padding_mask
 
     model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     how = copy.deepcopy(writer.generation_config)
@@ -196,14 +196,14 @@ def sides_of(
     how.temperature = how.top_p = how.top_k = None
     how.pad_token_id = writer.tokenizer.pad_token_id
     lengths = [len(prompt) + args.new for prompt in prompts]
-    mine = [turn for turn in generate.sharded_batches(lengths, place, ranks, size=args.batch) if turn]
+    mine = [turn for turn in generate.batches_of_rank(lengths, place, ranks, max_rows=args.batch) if turn]
 
     def plain() -> dict[int, list[int]]:
         """As somebody writes it by hand: the same batches, padded on the left, each rank a model of its own."""
         found = {}
         for turn in mine:
             some = [prompts[row] for row in turn]
-            ids, mask = padded(some, writer.tokenizer.pad_token_id, left=True), mask_of(some, left=True)
+            ids, mask = pad_sequences(some, writer.tokenizer.pad_token_id, left=True), padding_mask(some, left=True)
             with torch.no_grad():
                 out = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
             found |= dict(zip(turn, out[:, ids.shape[1] :].tolist(), strict=True))

@@ -201,7 +201,7 @@ def test_toxicity_classifier_that_is_none_is_reported_before_a_model_is_loaded(s
         ({"classifier": str(site / "judge"), "threshold": 1}, "must be a number above 0 and below 1"),
     ):
         assert told in " ".join(task("toxicity", options=options).problems())
-    assert ClassifierLabels.from_directory(site / "judge", "x").label_number(None, "x") == 1
+    assert ClassifierLabels.from_directory(site / "judge", "x").toxic_label_index(None, "x") == 1
     (tmp_path / "config.json").write_text((site / "judge" / "config.json").read_text())
     kind = task("toxicity", options={"classifier": str(tmp_path)})
     with pytest.raises(ConfigError, match="cannot be loaded"):

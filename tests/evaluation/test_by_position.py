@@ -14,8 +14,8 @@ from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.config import DataConfig, Layout
 from trainer.data.store.sequences import exact_sum
 from trainer.evaluation.base import EvaluationConfig
-from trainer.evaluation.build import _check_watched
-from trainer.evaluation.by_position import metric_names, position_bounds, with_position_groups
+from trainer.evaluation.build import _raise_if_watched_metric_is_missing
+from trainer.evaluation.by_position import position_group_bounds, position_metric_names, with_position_groups
 from trainer.evaluation.loss import LossEvaluator
 
 BOUNDS = [8, 16, 32, 1024, 2048]
@@ -55,9 +55,9 @@ def test_loss_by_position_is_that_of_the_tokens_there(tmp_path, runtime, model, 
     trainer = trainer_for(config, data, runtime)
     batches = partial(eval_batches, data.train, EvalShare(7, 0, 1), trainer.loader.collator, "cpu")
     count = exact_sum(data.train.counts["loss"])
-    plain = dict(LossEvaluator(batches, count=count).run(trainer.engine))
+    plain = dict(LossEvaluator(batches, loss_denominator=count).run(trainer.engine))
     grouped = partial(with_position_groups, batches, BOUNDS)
-    found = dict(LossEvaluator(grouped, count=count).run(trainer.engine))
+    found = dict(LossEvaluator(grouped, loss_denominator=count).run(trainer.engine))
 
     sums = losses_by_hand(model, data.train)
     expected = {}
@@ -69,18 +69,18 @@ def test_loss_by_position_is_that_of_the_tokens_there(tmp_path, runtime, model, 
 
 
 def test_loss_is_told_by_position_of_long_documents_alone_unless_asked():
-    assert position_bounds(8192, asked=None) == []
-    assert position_bounds(8193, asked=None) == [1024, 2048, 4096, 8192, 16384]
-    assert position_bounds(1_048_576, asked=None)[-1] == 1_048_576
-    assert position_bounds(100, asked=True) == [1024]
-    assert position_bounds(1_000_000, asked=False) == []
+    assert position_group_bounds(8192, loss_by_position=None) == []
+    assert position_group_bounds(8193, loss_by_position=None) == [1024, 2048, 4096, 8192, 16384]
+    assert position_group_bounds(1_048_576, loss_by_position=None)[-1] == 1_048_576
+    assert position_group_bounds(100, loss_by_position=True) == [1024]
+    assert position_group_bounds(1_000_000, loss_by_position=False) == []
 
 
 def test_watched_position_must_be_one_of_the_groups():
-    names = [f"eval/{name}" for name in metric_names(position_bounds(10_000, asked=None))]
+    names = [f"eval/{name}" for name in position_metric_names(position_group_bounds(10_000, loss_by_position=None))]
     held_out = type(
         "HeldOut", (), {"__len__": lambda self: 3, "sources": np.zeros(3, np.int64), "source_names": ["data"]}
     )()
-    _check_watched(EvaluationConfig(watch="eval/loss_by_position/16384"), held_out, {}, names)
+    _raise_if_watched_metric_is_missing(EvaluationConfig(watch="eval/loss_by_position/16384"), held_out, {}, names)
     with pytest.raises(ConfigError, match="eval/loss_by_position/1024"):
-        _check_watched(EvaluationConfig(watch="eval/loss_by_position/32768"), held_out, {}, names)
+        _raise_if_watched_metric_is_missing(EvaluationConfig(watch="eval/loss_by_position/32768"), held_out, {}, names)

@@ -10,8 +10,8 @@ from strategies.errors import DataError
 from tests.helpers import writing as make
 from tests.helpers.building import alone
 from trainer.evaluation.base import DecodingConfig
-from trainer.evaluation.decoding import draw_in_two_levels, gumbel
-from trainer.evaluation.generate import sharded_batches
+from trainer.evaluation.decoding import gumbel_noise, sample_in_two_levels
+from trainer.evaluation.generate import batches_of_rank
 
 PROMPTS = make.prompts(7)
 
@@ -71,14 +71,14 @@ def test_noise_is_splitmix64_and_draws_from_the_softmax():
         return state ^ state >> 31
 
     golden = 0x9E3779B97F4A7C15
-    found = gumbel(torch.tensor([3, 2**62 + 1]), 4, 6)
+    found = gumbel_noise(torch.tensor([3, 2**62 + 1]), 4, 6)
     for row, seed in enumerate((3, 2**62 + 1)):
         begin = mixed((mixed(seed) + 5 * golden) % 2**64)
         for token in range(6):
             uniform = ((mixed((begin + (token + 1) * golden) % 2**64) >> 12) + 0.5) / 2**52
             assert found[row, token].item() == pytest.approx(-math.log(-math.log(uniform)), rel=1e-9)
     logits, draws = torch.tensor([2.0, 0.0, -1.0, 1.0, -9.0]).double(), 20_000
-    chosen = (logits + gumbel(torch.arange(draws), 0, 5)).argmax(1)
+    chosen = (logits + gumbel_noise(torch.arange(draws), 0, 5)).argmax(1)
     expected = logits.softmax(0)
     found = torch.bincount(chosen, minlength=5) / draws
     assert torch.all((found - expected).abs() < 5 * (expected * (1 - expected) / draws).sqrt() + 1e-4)
@@ -90,7 +90,7 @@ def test_generation_ends_at_a_stop_string(llama):
     whole = long[0]
     stop = whole.text[3:6]
     found = writer.generate_answers(engine, PROMPTS, DecodingConfig(max_new_tokens=12, stop=["never there", stop]))
-    assert found[0].text == whole.text[: whole.text.index(stop)] and found[0].ended
+    assert found[0].text == whole.text[: whole.text.index(stop)] and found[0].has_ended
     assert found[0].ids == whole.ids[: len(found[0].ids)] and len(found[0].ids) < len(whole.ids)
     assert stop in writer.tokenizer.decode(found[0].ids) and stop not in writer.tokenizer.decode(found[0].ids[:-1])
     for one, other in zip(found[1:], long[1:], strict=True):
@@ -130,7 +130,7 @@ def test_generation_refuses_a_prompt_or_answer_without_tokens(llama):
 
 def test_every_row_is_dealt_once_and_ranks_take_as_many_turns():
     lengths = [3, 9, 1, 4, 4, 8, 2, 5, 5, 7, 6]
-    turns = [[*sharded_batches(lengths, rank, 3, size=2)] for rank in range(3)]
+    turns = [[*batches_of_rank(lengths, rank, 3, max_rows=2)] for rank in range(3)]
     assert {len(one) for one in turns} == {2}
     assert sorted(row for one in turns for turn in one for row in turn) == [*range(11)]
     assert all(len(turn) <= 2 for one in turns for turn in one)
@@ -161,9 +161,9 @@ def test_generation_ends_at_the_last_position(tmp_path, runtime):
 
 def test_generation_batches_are_bounded_by_tokens():
     lengths = [10, 30, 12, 8, 9, 31]
-    turns = [[*sharded_batches(lengths, rank, 2, size=1, budget=33)] for rank in (0, 1)]
+    turns = [[*batches_of_rank(lengths, rank, 2, max_rows=1, max_tokens=33)] for rank in (0, 1)]
     assert turns == [[[5], [2, 4]], [[1], [0, 3]]]
-    assert [*sharded_batches([50, 1], 0, 1, size=9, budget=10)] == [[0], [1]], "at least one row, however long"
+    assert [*batches_of_rank([50, 1], 0, 1, max_rows=9, max_tokens=10)] == [[0], [1]], "at least one row, however long"
 
 
 def test_generation_measures_its_tokens_per_second(llama):
@@ -179,7 +179,7 @@ def test_draws_in_two_levels_are_those_of_the_softmax():
     scores = torch.randn(1, 900, generator=torch.Generator().manual_seed(3)) * 2
     scores[0, 700:] = -torch.inf  # tokens that must not come
     draws = 60_000
-    drawn, logprobs = draw_in_two_levels(scores.expand(draws, -1), torch.arange(draws), 5)
+    drawn, logprobs = sample_in_two_levels(scores.expand(draws, -1), torch.arange(draws), 5)
     law = scores[0].log_softmax(0)
     assert torch.allclose(logprobs, law[drawn], atol=1e-5)
     expected = law.double().exp() * draws
@@ -189,5 +189,5 @@ def test_draws_in_two_levels_are_those_of_the_softmax():
     chi_squared = float(((counts - expected)[often] ** 2 / expected[often]).sum())
     freedom = int(often.sum())
     assert abs(chi_squared - freedom) < 5 * (2 * freedom) ** 0.5
-    again, _ = draw_in_two_levels(scores.expand(4000, -1), torch.arange(4000), 6)
+    again, _ = sample_in_two_levels(scores.expand(4000, -1), torch.arange(4000), 6)
     assert float((again == drawn[:4000]).double().mean()) < 0.1  # another position is another draw

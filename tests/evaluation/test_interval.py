@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies.base import Progress
 from tests.helpers.covering import examples
 from trainer.evaluation.base import EvaluationConfig
-from trainer.evaluation.interval import RunSize, automatic_interval, evaluations_on_the_way, reason_for
+from trainer.evaluation.interval import RunSize, auto_interval_reason, automatic_interval, num_intermediate_evaluations
 from trainer.session.evaluation_interval import resolve_evaluation_interval
 
 sizes = st.builds(RunSize, st.integers(1, 10**6), st.floats(1, 1e8), st.integers(0, 10**9))
@@ -21,7 +21,7 @@ sizes = st.builds(RunSize, st.integers(1, 10**6), st.floats(1, 1e8), st.integers
 @given(sizes)
 def test_automatic_interval_keeps_its_promises(size):
     interval = automatic_interval(size)
-    count = evaluations_on_the_way(interval, size.total_steps)
+    count = num_intermediate_evaluations(interval, size.total_steps)
     assert count <= 20
     assert count * size.held_out_tokens <= 0.05 * size.total_steps * size.tokens_per_step * (1 + 1e-9)
     assert interval == 0 or interval >= 10
@@ -41,13 +41,15 @@ def test_automatic_interval_keeps_its_promises(size):
 )
 def test_automatic_interval_of_usual_runs(size, interval, count):
     assert automatic_interval(size) == interval
-    assert evaluations_on_the_way(interval, size.total_steps) == count
+    assert num_intermediate_evaluations(interval, size.total_steps) == count
 
 
 def test_reason_says_where_patience_cannot_end_the_run():
-    assert "3.7% of the run's tokens" in reason_for(63, RunSize(85, 9_600, 30_000), 0)
-    assert "too few for evaluation.patience=3: give" in reason_for(63, RunSize(85, 9_600, 30_000), 3)
-    assert reason_for(0, RunSize(10, 16_000, 1_000), 0).startswith("only before the first step and at the end")
+    assert "3.7% of the run's tokens" in auto_interval_reason(63, RunSize(85, 9_600, 30_000), 0)
+    assert "too few for evaluation.patience=3: give" in auto_interval_reason(63, RunSize(85, 9_600, 30_000), 3)
+    assert auto_interval_reason(0, RunSize(10, 16_000, 1_000), 0).startswith(
+        "only before the first step and at the end"
+    )
 
 
 class OfTwoSources:

@@ -16,8 +16,8 @@ from trainer.evaluation import generation
 from trainer.evaluation.base import DecodingConfig, GenerateConfig
 from trainer.evaluation.decoding import GenerateAnswers, generation_settings, stock_attention
 from trainer.evaluation.full_weights import GatherDecision
-from trainer.evaluation.generate import AnswerGenerator, GenerationSpeed
-from trainer.evaluation.generation import AnswerWithReference, GenerationEvaluator, bleu_and_rouge, first_answer
+from trainer.evaluation.generate import AnswerGenerator, GenerationThroughput
+from trainer.evaluation.generation import AnswerWithReference, GenerationEvaluator, bleu_and_rouge, first_answer_ids
 from trainer.model import attention, flex
 
 PAIRS = [
@@ -51,8 +51,8 @@ def test_right_answers_have_full_marks():
 def test_the_reference_is_the_first_run_of_learned_tokens():
     ids = np.arange(8, dtype=np.int32)
     learned = np.array([0, 0, 1, 1, 0, 0, 1, 0], dtype=bool)
-    assert first_answer(Sample(ids, learned)).tolist() == [2, 3]
-    assert first_answer(Sample(ids, ids >= 3)).tolist() == [3, 4, 5, 6, 7]
+    assert first_answer_ids(Sample(ids, learned)).tolist() == [2, 3]
+    assert first_answer_ids(Sample(ids, ids >= 3)).tolist() == [3, 4, 5, 6, 7]
 
 
 class Held:
@@ -77,7 +77,7 @@ def test_named_sets_are_scored_each(monkeypatch):
     ]
     monkeypatch.setattr(GenerationEvaluator, "answers", lambda self, engine: answers)
     monkeypatch.setattr(
-        AnswerGenerator, "throughput", GenerationSpeed(60, 4.0, GatherDecision(True, False, "block by block"))
+        AnswerGenerator, "throughput", GenerationThroughput(60, 4.0, GatherDecision(True, False, "block by block"))
     )
     pace = {"eval/written_tokens_per_s": 15.0, "eval/weights_gathered": 0.0}
     expected = {

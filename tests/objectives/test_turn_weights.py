@@ -126,7 +126,7 @@ def test_turn_weights_count_in_evaluation(tmp_path, runtime, model, batch):
     def batches():
         return eval_batches(data.train, EvalShare(batch, 0, 1), trainer.loader.collator, "cpu")
 
-    found = dict(LossEvaluator(batches, count=count).run(trainer.engine))
+    found = dict(LossEvaluator(batches, loss_denominator=count).run(trainer.engine))
     assert found["eval/loss"] == pytest.approx(float(sum(total.detach() for total, _, _ in sums)) / weight, rel=1e-5)
     assert found["eval/accuracy"] == pytest.approx(sum(right for _, right, _ in sums) / weight, rel=1e-5)
 

@@ -143,7 +143,7 @@ def _evaluation(job: Job, trainer: Any) -> float:
         return eval_batches(job.data.train, share, trainer.loader.collator, job.runtime.device)
 
     count = int(job.data.train.counts["loss"][:EVALUATED].sum())
-    evaluator = LossEvaluator(batches, count=count, perplexity=True)
+    evaluator = LossEvaluator(batches, loss_denominator=count, perplexity=True)
     return dict(evaluator.run(engine))["eval/loss"]
 
 

@@ -449,7 +449,7 @@ def evaluated(job: Job, ranks: int, how: str) -> dict[str, Any]:
     trainer = trainer_for(replace(config, parallel=ParallelConfig(experts=ranks)), data, job.runtime)
     share = EvalShare(5, job.runtime.dp_rank, job.runtime.dp_size, cut=None)
     batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
-    evaluator = LossEvaluator(batches, count=int(held_out.counts["loss"].sum()), ranks_per_row=1)
+    evaluator = LossEvaluator(batches, loss_denominator=int(held_out.counts["loss"].sum()), ranks_per_row=1)
     metrics = dict(evaluator.run(trainer.engine))
 
     generation = generation_config(config.model, None, None)

@@ -272,7 +272,7 @@ def _evaluated(job: Job, trainers: dict, data: PreparedData, batch: int, ranks: 
 
     # One process evaluating alone still sums over both ranks: count it twice, too.
     count = int(held_out.counts["loss"].sum()) * (2 if ranks == 1 else 1)
-    return dict(LossEvaluator(batches, count=count).run(trainers[ranks].engine))
+    return dict(LossEvaluator(batches, loss_denominator=count).run(trainers[ranks].engine))
 
 
 def half(job: Job, strategy: str, tuning: str, precision: str) -> dict:

@@ -293,7 +293,7 @@ def evaluated(job: Job) -> list[dict[str, float]]:
         whole_batches = partial(eval_batches, held_out, share, trainer.loader.collator, "cpu")
         batches = partial(with_position_groups, whole_batches, [4, 8, 16, 1024])
         count = int(held_out.counts["loss"].sum())
-        evaluator = LossEvaluator(batches, count=count, ranks_per_row=degree)
+        evaluator = LossEvaluator(batches, loss_denominator=count, ranks_per_row=degree)
         batch_sums: list[float] = []
         evaluator.on_batch_sums = lambda sums, kept=batch_sums: kept.extend(sums["eval/loss"])
         metrics = dict(evaluator.run(trainer.engine))

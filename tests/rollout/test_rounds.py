@@ -54,8 +54,8 @@ def test_a_draw_belongs_to_its_place_and_number_whatever_is_written_at_a_time(ro
         gaps.append(smallest_gap(scores, seeds, position))
         return draw(scores, seeds, position)
 
-    draw = decoding.draw_in_two_levels
-    monkeypatch.setattr(group_answers, "draw_in_two_levels", measured)
+    draw = decoding.sample_in_two_levels
+    monkeypatch.setattr(group_answers, "sample_in_two_levels", measured)
     curves = []
     texts = []
     for micro, rows in ((4, 1), (3, 7), (16, 64)):
@@ -91,7 +91,7 @@ def test_how_a_model_wants_to_be_drawn_from_does_not_hold_while_it_learns_and_is
         trainer = round_trainer(config, prompts_of(config), runtime)
         take_steps(trainer, 1)
         texts.append(texts_of(trainer))
-        monkeypatch.setattr(group_answers, "shares_prompts", lambda model: False)
+        monkeypatch.setattr(group_answers, "can_share_prompts", lambda model: False)
     assert texts[0] == texts[1]
 
 
@@ -119,11 +119,11 @@ def test_a_prompt_computed_once_for_its_answers_gives_the_same_steps(tmp_path, r
 
 def smallest_gap(scores, seeds, position):
     """How far the two best noisy scores of a draw are apart, at the level where they are closest."""
-    missing = -scores.shape[1] % decoding.DRAW_BLOCK
-    padded = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf).unflatten(1, (-1, decoding.DRAW_BLOCK))
-    blocks = padded.logsumexp(-1).double() + decoding.gumbel(seeds, 2 * position, padded.shape[1])
+    missing = -scores.shape[1] % decoding.BLOCK_TOKENS
+    padded = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf).unflatten(1, (-1, decoding.BLOCK_TOKENS))
+    blocks = padded.logsumexp(-1).double() + decoding.gumbel_noise(seeds, 2 * position, padded.shape[1])
     chosen = padded[torch.arange(len(scores)), blocks.argmax(-1)].double()
-    tokens = chosen + decoding.gumbel(seeds, 2 * position + 1, decoding.DRAW_BLOCK)
+    tokens = chosen + decoding.gumbel_noise(seeds, 2 * position + 1, decoding.BLOCK_TOKENS)
     gaps = []
     for level in (blocks, tokens):
         best = level.topk(2, dim=-1).values

@@ -21,8 +21,8 @@ from trainer.data.batches.order import Order, steps_from_budget
 from trainer.data.config import Layout
 from trainer.data.prepare import PreparedData
 from trainer.data.store.documents import DocumentTable
-from trainer.evaluation.full_weights import USABLE_SHARE, cache_bytes
-from trainer.evaluation.group_answers import shares_prompts
+from trainer.evaluation.full_weights import USABLE_SHARE, kv_cache_size_bytes
+from trainer.evaluation.group_answers import can_share_prompts
 from trainer.model.architecture import text_settings
 from trainer.model.attention import NAME as ATTENTION
 from trainer.model.flex import NAME as FLEX
@@ -100,7 +100,7 @@ def writing_lines(config: RunConfig, built: Built, longest_prompt: int) -> list[
     tokens = longest_prompt + rollout.max_new_tokens
     itemsize = 4 if config.precision is Precision.fp32 else 2
     weights = sum(p.numel() for p in built.plain.parameters()) * itemsize / 2**30
-    keys = cache_bytes(built.config, rows, tokens, itemsize) / 2**30
+    keys = kv_cache_size_bytes(built.config, rows, tokens, itemsize) / 2**30
     lines = [
         f"writing: {prompts_per_round(config)} prompts x {settings.group_size} answers a round, at most {rows} at a time: "
         f"keys of {rows} x {tokens:,} tokens take {keys:.2f} GiB, and whole weights {weights:.2f} GiB"
@@ -218,7 +218,7 @@ def _prompt_sharing_problem(config: RunConfig, built: Built, cut: Cut | None) ->
         return "strategy.compile would compile the blocks anew for other answers"
     if getattr(text_settings(built.config), "attention_chunk_size", None) is not None:
         return "this model attends in chunks"
-    if not shares_prompts(plain_model(built.step_module.model)):
+    if not can_share_prompts(plain_model(built.step_module.model)):
         return "layers of this model keep more of earlier tokens than keys and values"
     return None
 
@@ -236,6 +236,6 @@ def answers_in_memory(built: Built, engine: Engine, runtime: Runtime, tokens: in
     own_room = USABLE_SHARE * device_gib(runtime) * 2**30 - allocated - gathered
     least_room = min(gather_objects(own_room, runtime))
     answers = MOST_ROWS[runtime.device.type]
-    while answers > 1 and cache_bytes(built.config, answers, tokens, itemsize) > least_room:
+    while answers > 1 and kv_cache_size_bytes(built.config, answers, tokens, itemsize) > least_room:
         answers //= 2
     return answers

@@ -16,11 +16,11 @@ from trainer.data.batches.loader import EvalShare, eval_batches, sources_in
 from trainer.data.store.sequences import TokenDataset, exact_sum
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import EvaluationConfig, Evaluator
-from trainer.evaluation.by_position import metric_names, position_bounds, with_position_groups
+from trainer.evaluation.by_position import position_group_bounds, position_metric_names, with_position_groups
 from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.generate import AnswerGenerator
 from trainer.evaluation.generation import GenerationEvaluator
-from trainer.evaluation.loss import EvaluationPart, LossEvaluator
+from trainer.evaluation.loss import LossEvaluator, ReportedSource
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.registry import metric_directions
 from trainer.model.architecture import text_settings
@@ -45,16 +45,16 @@ def build_evaluators(
     """
     if held_out is None or len(held_out) == 0:
         return []
-    # Which documents this rank reads, and which of their parts get metrics of their own.
+    # Which documents this rank reads, and which of their sources get metrics of their own.
     data_spec = built.data_spec
-    parts = evaluation_parts(held_out, generates=config.generate.samples > 0)
+    metric_names_by_source = source_metric_names(held_out, generates=config.generate.samples > 0)
     share = EvalShare(
         config.batch,
         runtime.dp_rank,
         runtime.dp_size,
         config.max_documents,
         data_spec.sequences_per_document,
-        by_source=bool(parts),
+        by_source=bool(metric_names_by_source),
         cut=sequence_cut(runtime),
     )
     batches = partial(eval_batches, held_out, share, built.collator, runtime.device)
@@ -62,24 +62,28 @@ def build_evaluators(
 
     # Groups of token positions, such as 1024, 2048, 4096, if the loss is reported by position.
     loss_batches = batches
-    longest = int(held_out.lengths[sequences].max(initial=0))
-    bounds = [] if built.two_sides else position_bounds(longest, asked=config.loss_by_position)
+    longest_document = int(held_out.lengths[sequences].max(initial=0))
+    bounds: list[int] = []
+    if not built.two_sides:  # batches of encoder-decoder models have no `position_ids`
+        bounds = position_group_bounds(longest_document, loss_by_position=config.loss_by_position)
     if bounds:
         loss_batches = partial(with_position_groups, batches, bounds)
-    _check_watched(config, held_out, parts, [f"eval/{name}" for name in metric_names(bounds)])
+    position_metrics = [f"eval/{name}" for name in position_metric_names(bounds)]
+    _raise_if_watched_metric_is_missing(config, held_out, metric_names_by_source, position_metrics)
 
     # The loss.
-    loss_parts = []
-    for source, names in parts.items():
-        loss_parts.append(EvaluationPart(source, _loss_targets(held_out, sequences, source), names))
+    reported_sources = []
+    for source, metric_names in metric_names_by_source.items():
+        loss_denominator = _loss_denominator(held_out, sequences, source)
+        reported_sources.append(ReportedSource(source, loss_denominator, metric_names))
     loss_evaluator = LossEvaluator(
         loss_batches,
-        count=exact_sum(held_out.counts["loss"][sequences]),
+        loss_denominator=exact_sum(held_out.counts["loss"][sequences]),
         ranks_per_row=runtime.sequence_size,
         perplexity=built.step_module.objective.perplexity,
         stop_now=watch_for_stop(),
         ahead=None if data_spec.ahead is None else partial(batches, ahead=data_spec.ahead),
-        parts=loss_parts,
+        reported_sources=reported_sources,
     )
     evaluators: list[Evaluator] = [loss_evaluator]
 
@@ -103,20 +107,26 @@ def build_evaluators(
     return evaluators
 
 
-def _check_watched(
-    config: EvaluationConfig, held_out: TokenDataset, parts: dict[int, dict[str, str]], position_metrics: list[str]
+def _raise_if_watched_metric_is_missing(
+    config: EvaluationConfig,
+    held_out: TokenDataset,
+    metric_names_by_source: dict[int, dict[str, str]],
+    position_metrics: list[str],
 ) -> None:
-    """Raise ConfigError if the monitored metric (`evaluation.watch`) is of a part or a group of positions that there is not.
+    """Raise ConfigError if the metric of `evaluation.watch` belongs to a source, position group or task that does not exist.
 
-    Checks only names with two slashes or more, such as `eval/loss/code`. `parts`: {number of the source: {metric: its full
-    name}}, as `evaluation_parts` returns them. `position_metrics`: full names of the losses by position.
+    Only names with two slashes or more are checked, such as `eval/loss/code`: others, such as `eval/loss`, exist in every run.
+    `metric_names_by_source`: what `source_metric_names` returns. `position_metrics`: full names of the losses by position, such
+    as `eval/loss_by_position/1024`.
     """
-    part_metrics = [*position_metrics]
-    for names in parts.values():
-        part_metrics += names.values()
-    if config.watched.count("/") > 1 and config.watched not in {*part_metrics, *metric_directions(config.tasks)}:
-        known = f"of their parts there are {', '.join(part_metrics)}"
-        if not part_metrics:
+    if config.watched.count("/") < 2:
+        return
+    data_metrics = [*position_metrics]
+    for metric_names in metric_names_by_source.values():
+        data_metrics += metric_names.values()
+    if config.watched not in {*data_metrics, *metric_directions(config.tasks)}:
+        known = f"of their parts there are {', '.join(data_metrics)}"
+        if not data_metrics:
             known = f"all {len(held_out)} are of one source ({', '.join(sources_in(held_out).values())}); "
             known += "watch eval/loss, draw others by run.seed, hold out more, or name sets in data.eval_path"
         raise ConfigError(f"evaluation.watch={config.watched}: the evaluation documents have no such part; {known}")
@@ -132,7 +142,11 @@ def build_model_interface(
     runtime: Runtime,
     stop_now: Callable[[], bool],
 ) -> ModelInterface:
-    """The model of an engine, as tasks see it. `labels` are those of a classification head, by their ids."""
+    """The interface through which evaluation tasks ask the model of an engine: for answers, likelihoods, logits and losses.
+
+    `labels`: names of the labels of a classification head, in the order of their ids; None for a language model. `stop_now`:
+    whether the run must stop, the same on all ranks.
+    """
     decoder_start = built.two_sides.decoder_start if built.two_sides else None
     answer_generator = AnswerGenerator(
         encoder.tokenizer,
@@ -141,16 +155,17 @@ def build_model_interface(
         batch=config.batch,
         stop_now=stop_now,
     )
-    positions = getattr(text_settings(built.config), "max_position_embeddings", None)
-    if positions is not None and positions <= 0:  # models without positions of their own
-        positions = None
+    max_positions = getattr(text_settings(built.config), "max_position_embeddings", None)
+    is_encoder_decoder = bool(built.two_sides)
+    if is_encoder_decoder or (max_positions is not None and max_positions <= 0):  # 0 or -1: the model has no limit
+        max_positions = None
     return ModelInterface(
         engine=engine,
         built=built,
         answer_generator=answer_generator,
         encoder=encoder,
         runtime=runtime,
-        max_positions=None if built.two_sides else positions,
+        max_positions=max_positions,
         label_names=labels,
         stop_now=stop_now,
         batch=config.batch,
@@ -158,30 +173,31 @@ def build_model_interface(
     )
 
 
-def evaluation_parts(held_out: TokenDataset, *, generates: bool = False) -> dict[int, dict[str, str]]:
-    """Which sources of the evaluation documents get metrics of their own: {number of the source: {metric: its full name}}.
+def source_metric_names(held_out: TokenDataset, *, generates: bool = False) -> dict[int, dict[str, str]]:
+    """The metrics that are reported for single sources of the evaluation documents: {source index: {metric: its full name}}.
 
     - Sets named in `data.eval_path`: {0: {"loss": "eval/code/loss", "accuracy": "eval/code/accuracy", ...}}.
     - Several sources without names of sets: {0: {"loss": "eval/loss/code"}, 1: {"loss": "eval/loss/prose"}}.
     - One source: {}.
 
-    Metrics whose terms depend on counts of the whole set are left out.
+    Metrics whose terms depend on counts of the whole set are left out. `generates`: whether answers are generated, so that named
+    sets also get BLEU and ROUGE-L.
     """
-    sources = sources_in(held_out)
+    name_by_source = sources_in(held_out)
     if held_out.manifest.get("sets"):  # named in data.eval_path: reported by name even if there is one alone
         metrics = ["loss", "perplexity", "accuracy", "f1_macro", "f1_micro"]
         if generates:
             metrics += ["bleu", "rougeL"]
-        names_by_source = {}
-        for number, name in sources.items():
-            names_by_source[number] = {metric: f"eval/{name}/{metric}" for metric in metrics}
-        return names_by_source
-    if len(sources) < 2:
+        metric_names_by_source = {}
+        for source, name in name_by_source.items():
+            metric_names_by_source[source] = {metric: f"eval/{name}/{metric}" for metric in metrics}
+        return metric_names_by_source
+    if len(name_by_source) < 2:
         return {}
-    return {number: {"loss": f"eval/loss/{name}"} for number, name in sources.items()}
+    return {source: {"loss": f"eval/loss/{name}"} for source, name in name_by_source.items()}
 
 
-def _loss_targets(held_out: TokenDataset, sequences: np.ndarray, source: int) -> float:
-    """The denominator of the loss of one source, over the evaluated sequences."""
-    of_source = sequences[held_out.sources[sequences] == source]
-    return exact_sum(held_out.counts["loss"][of_source])
+def _loss_denominator(held_out: TokenDataset, sequences: np.ndarray, source: int) -> float:
+    """The denominator of the mean loss of one source: the sum of its targets' weights over the evaluated sequences."""
+    sequences_of_source = sequences[held_out.sources[sequences] == source]
+    return exact_sum(held_out.counts["loss"][sequences_of_source])

@@ -13,77 +13,85 @@ import torch
 from torch import Tensor
 
 FIRST_BOUND = 1024
-"""Where the second group begins, in tokens."""
-LONG_DOCUMENT = 8192
-"""Tokens above which a document is long enough that the loss is told by position unasked."""
-GROUP = "position/"
-"""What names of groups begin with, among the terms of an objective."""
-METRIC = "loss_by_position"
+"""The token position at which the second group begins."""
+LONG_DOCUMENT_TOKENS = 8192
+"""If a document has more tokens than this, the loss is reported by position unless a setting says otherwise."""
+GROUP_PREFIX = "position/"
+"""The names of position groups begin with it, among the terms of an objective: `position/1024`."""
+METRIC_PREFIX = "loss_by_position/"
 
 
-def position_bounds(longest: int, *, asked: bool | None) -> list[int]:
-    """The token positions at which groups end, such as 1024, 2048, 4096: the held-out loss is reported for each group.
+def position_group_bounds(longest_document: int, *, loss_by_position: bool | None) -> list[int]:
+    """The token positions at which position groups end: the held-out loss is reported for each group.
 
-    For documents of at most `longest` tokens; empty if the loss is not reported by position.
+    A longest document of 3,000 tokens -> [1024, 2048, 4096]. Empty if the loss is not reported by position.
 
-    `asked`: `evaluation.loss_by_position`; None: only of long documents.
+    `longest_document`: tokens of the longest evaluated sequence. `loss_by_position`: the setting of that name; None: report by
+    position only if that document is long.
     """
-    if asked is False or (asked is None and longest <= LONG_DOCUMENT):
+    is_wanted = longest_document > LONG_DOCUMENT_TOKENS if loss_by_position is None else loss_by_position
+    if not is_wanted:
         return []
     bounds = [FIRST_BOUND]
-    while bounds[-1] < longest:
+    while bounds[-1] < longest_document:
         bounds.append(2 * bounds[-1])
     return bounds
 
 
-def metric_names(bounds: list[int]) -> list[str]:
-    """The metrics of the groups that end at `bounds`."""
-    return [f"{METRIC}/{bound}" for bound in bounds]
+def position_metric_names(bounds: list[int]) -> list[str]:
+    """The names of the metrics of the position groups that end at `bounds`: [1024] -> ["loss_by_position/1024"]."""
+    return [f"{METRIC_PREFIX}{bound}" for bound in bounds]
 
 
 def with_position_groups(
     batches: Callable[[], Iterable[dict[str, Any]]], bounds: list[int]
 ) -> Iterator[dict[str, Any]]:
-    """The micro-batches that `batches` makes, each with the group of positions that every target belongs to.
+    """The micro-batches that `batches` yields, each with the position group that every target token belongs to.
 
-    `row_source` (int64, one for each target) is an index into `source_names`, as in training on several sources. Objectives that
-    have no loss of single tokens do not look at them.
+    Two keys are added, with the names that training on several sources uses: `source_names` are the names of the groups
+    (["position/1024", "position/2048"]), and `row_source` (int64, one for each target) is the index of the target's group among
+    them. Objectives without a loss of single tokens ignore both.
     """
-    names = [f"{GROUP}{bound}" for bound in bounds]
+    group_names = [f"{GROUP_PREFIX}{bound}" for bound in bounds]
     for batch in batches():
-        # The token that a row predicts stands one position further on. Positions restart in each document, and a slice of a
-        # row has those of its own tokens.
-        positions = batch["position_ids"].reshape(-1)[batch["target_rows"]] + 1
-        borders = torch.tensor(bounds[:-1], dtype=positions.dtype, device=positions.device)
-        yield {**batch, "row_source": torch.bucketize(positions, borders, right=True), "source_names": names}
+        # A row of hidden states predicts the token one position further on. Positions restart in each document. If ranks share
+        # a row of documents, `position_ids` are those of this rank's slice.
+        target_positions = batch["position_ids"].reshape(-1)[batch["target_rows"]] + 1
+        # The last group takes all positions from its beginning on.
+        inner_bounds = torch.tensor(bounds[:-1], dtype=target_positions.dtype, device=target_positions.device)
+        group_of_target = torch.bucketize(target_positions, inner_bounds, right=True)
+        yield {**batch, "row_source": group_of_target, "source_names": group_names}
 
 
-def row_counts(batch: Mapping[str, Any], terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sum of target weights in each group of positions, as further terms of the batch: `count/GROUP`.
+def position_group_counts(batch: Mapping[str, Any], terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sum of target weights in each position group of a micro-batch: {"count/position/1024": float64 scalar, ...}.
 
-    `terms`: what the objective returned; if it has no loss by group, the result is empty. A row is a position with a target.
+    It is the denominator of the group's loss. The result is empty if the batch has no position groups, or if the objective
+    returned no loss by group in `terms`.
     """
-    names = [name for name in batch.get("source_names", ()) if name.startswith(GROUP)]
-    if not names or f"loss/{names[0]}" not in terms:
+    group_names = [name for name in batch.get("source_names", ()) if name.startswith(GROUP_PREFIX)]
+    if not group_names or f"loss/{group_names[0]}" not in terms:
         return {}
-    groups = batch["row_source"]
-    weights = batch.get("target_weights")
-    if weights is None:
-        weights = torch.ones_like(groups, dtype=torch.float64)
-    counts = weights.new_zeros(len(names), dtype=torch.float64).index_add(0, groups, weights.double())
-    return {f"count/{name}": counts[row] for row, name in enumerate(names)}
+    group_of_target = batch["row_source"]
+    target_weights = batch.get("target_weights")
+    if target_weights is None:  # every target counts once
+        target_weights = torch.ones_like(group_of_target, dtype=torch.float64)
+    counts = target_weights.new_zeros(len(group_names), dtype=torch.float64)
+    counts = counts.index_add(0, group_of_target, target_weights.double())
+    return {f"count/{name}": counts[group] for group, name in enumerate(group_names)}
 
 
-def take_position_losses(totals: dict[str, Tensor]) -> dict[str, float]:
-    """Remove the terms by position from `totals`, the sums of all ranks; returns the mean losses of groups that have tokens.
+def pop_position_losses(totals: dict[str, Tensor]) -> dict[str, float]:
+    """Remove the terms of position groups from `totals`, and return the mean loss of each group that has tokens.
 
-    Two terms of a group, its `count/...` and `loss/...`, become one metric, such as {"loss_by_position/1024": 2.1}.
+    `totals`: terms of the objective, summed over all ranks. Two terms of a group become one metric:
+    {"count/position/1024": 10.0, "loss/position/1024": 21.0} -> {"loss_by_position/1024": 2.1}.
     """
-    names = [term.removeprefix("count/") for term in totals if term.startswith(f"count/{GROUP}")]
-    losses = {}
-    for name in names:
+    group_names = [term.removeprefix("count/") for term in totals if term.startswith(f"count/{GROUP_PREFIX}")]
+    mean_losses = {}
+    for name in group_names:
         count = totals.pop(f"count/{name}").item()
-        loss = totals.pop(f"loss/{name}").item()
+        summed_loss = totals.pop(f"loss/{name}").item()
         if count:
-            losses[f"{METRIC}/{name.removeprefix(GROUP)}"] = loss / count
-    return losses
+            mean_losses[METRIC_PREFIX + name.removeprefix(GROUP_PREFIX)] = summed_loss / count
+    return mean_losses

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from strategies.errors import ConfigError
 from strategies.small_files import read_object
@@ -27,15 +27,16 @@ class ClassifierLabels:
 
     @classmethod
     def from_directory(cls, directory: Path, key: str) -> ClassifierLabels:
-        """The labels of the classifier in a directory, in the order of its outputs. Raises ConfigError if there is none.
+        """The labels of the classifier in a directory, in the order of its outputs, from its config.json.
 
-        `key`: the setting that names the directory, for the errors.
+        Raises ConfigError if the file cannot be read, or the model is no sequence classifier. `key`: the setting that names the
+        directory, for the error.
         """
         try:
             config = read_object(directory / "config.json")
             architectures = [str(name) for name in config.get("architectures") or []]
             label_by_id = config.get("id2label") or {}
-            labels = [str(label_by_id[number]) for number in sorted(label_by_id, key=int)]
+            labels = [str(label_by_id[label_id]) for label_id in sorted(label_by_id, key=int)]
         except (ConfigError, ValueError, AttributeError, TypeError) as error:
             raise ConfigError(f"{key}={directory}: has no config.json that can be read ({error})") from None
         if not any(name.endswith("ForSequenceClassification") for name in architectures):
@@ -48,29 +49,48 @@ class ClassifierLabels:
         has_sigmoids = config.get("problem_type") == "multi_label_classification"
         return cls(labels, is_multi_label=has_sigmoids or len(labels) == 1)
 
-    def label_number(self, label: Any, key: str) -> int:
-        """The index of a label among the classifier's outputs; if `label` is None, of the one that means toxic.
+    def toxic_label_index(self, label: Any, key: str) -> int:
+        """The index of the label that means toxic among the classifier's outputs.
 
-        `key`: the setting that names the label. Raises ConfigError that lists the labels, if none or several may be meant.
+        - `label`, the user's setting, is set: the index of that label.
+        - The classifier has one label: 0.
+        - Else: the index of the only label whose name is in `TOXIC_LABELS`.
+
+        Raises ConfigError that lists the labels if there is no such label, or several. `key`: the setting that names the label,
+        for the error.
         """
-        known = ", ".join(self.names)
+        known_labels = ", ".join(self.names)
         if label is not None:
             if str(label) not in self.names:
-                raise ConfigError(f"{key}={label}: the classifier has no such label; it has {known}")
+                raise ConfigError(f"{key}={label}: the classifier has no such label; it has {known_labels}")
             return self.names.index(str(label))
         if len(self.names) == 1:
             return 0
-        toxic_labels = [number for number, name in enumerate(self.names) if name.lower() in TOXIC_LABELS]
-        if len(toxic_labels) != 1:
-            raise ConfigError(f"{key}: not set, and which label is the toxic one is not plain; name one of {known}")
-        return toxic_labels[0]
+        toxic_indices = [index for index, name in enumerate(self.names) if name.lower() in TOXIC_LABELS]
+        if len(toxic_indices) != 1:
+            raise ConfigError(
+                f"{key}: not set, and which label is the toxic one is not plain; name one of {known_labels}"
+            )
+        return toxic_indices[0]
+
+
+class ClassifiedText(NamedTuple):
+    """What a classifier says of a text."""
+
+    probability: float
+    """Of the label that was asked for."""
+    is_truncated: bool
+    """Whether the text was too long for the classifier, so that only its beginning was read."""
 
 
 class Classifier:
     """The classifier of a directory, loaded on every rank."""
 
     def __init__(self, directory: Path, key: str, runtime: Runtime, *, batch: int) -> None:
-        """Load model and tokenizer in float32 onto the rank's device. `batch`: texts in a forward pass. Raises ConfigError."""
+        """Load model and tokenizer, in float32, onto the rank's device. Raises ConfigError if they cannot be loaded.
+
+        `key`: the setting that names the directory, for the error. `batch`: texts in a forward pass.
+        """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self.labels = ClassifierLabels.from_directory(directory, key)
@@ -89,35 +109,35 @@ class Classifier:
         self.max_tokens = int(min(self.tokenizer.model_max_length, usable_positions))
         """Longer texts are cut to this many tokens."""
 
-    def probabilities(self, texts: Sequence[str], label: int) -> list[tuple[float, bool]]:
-        """(probability of the label, whether the text was cut) of each text, the same on every rank. All ranks must call.
+    def classify(self, texts: Sequence[str], label_index: int) -> list[ClassifiedText]:
+        """The probability of one label for each text, in their order, the same on every rank. All ranks must call.
 
-        `label`: index of the label among the classifier's outputs. Each rank classifies every `world_size`-th text.
+        `label_index`: index of the label among the classifier's outputs. Each rank classifies every `world_size`-th text.
         """
-        import torch
-
         from strategies.runtime import gather_objects
 
-        own_results: dict[int, tuple[float, bool]] = {}
-        own_numbers = range(self.runtime.rank, len(texts), self.runtime.world_size)
-        by_length = sorted(own_numbers, key=lambda number: len(texts[number]))  # similar lengths need little padding
+        own_indices = range(self.runtime.rank, len(texts), self.runtime.world_size)
+        by_length = sorted(own_indices, key=lambda index: len(texts[index]))  # similar lengths need little padding
+        own_results: dict[int, ClassifiedText] = {}  # by index of the text
         for begin in range(0, len(by_length), self.batch):
-            numbers = by_length[begin : begin + self.batch]  # of texts
-            batch_texts = [texts[number] for number in numbers]
-            lengths = [len(ids) for ids in self.tokenizer(batch_texts)["input_ids"]]
-            inputs = self.tokenizer(
-                batch_texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-            )
-            with torch.inference_mode():
-                logits = self.model(**inputs.to(self.runtime.device)).logits.float()
-            if self.labels.is_multi_label:
-                label_probabilities = logits.sigmoid()
-            else:
-                label_probabilities = logits.softmax(-1)
-            probabilities = label_probabilities[:, label].tolist()
-            for number, probability, length in zip(numbers, probabilities, lengths, strict=True):
-                own_results[number] = (probability, length > self.max_tokens)
-        results: dict[int, tuple[float, bool]] = {}
+            batch_indices = by_length[begin : begin + self.batch]
+            batch_results = self._classify_batch([texts[index] for index in batch_indices], label_index)
+            own_results |= zip(batch_indices, batch_results, strict=True)
+        results: dict[int, ClassifiedText] = {}
         for rank_results in gather_objects(own_results, self.runtime):
             results |= rank_results
-        return [results[number] for number in range(len(texts))]
+        return [results[index] for index in range(len(texts))]
+
+    def _classify_batch(self, texts: list[str], label_index: int) -> list[ClassifiedText]:
+        """The probability of one label for each text, from one forward pass on this rank."""
+        import torch
+
+        lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
+        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        with torch.inference_mode():
+            logits = self.model(**inputs.to(self.runtime.device)).logits.float()  # [texts, labels]
+        probabilities = logits.sigmoid() if self.labels.is_multi_label else logits.softmax(-1)
+        results = []
+        for probability, length in zip(probabilities[:, label_index].tolist(), lengths, strict=True):
+            results.append(ClassifiedText(probability, is_truncated=length > self.max_tokens))
+        return results

@@ -1,7 +1,7 @@
 """Generation: transformers' `generate` inside the root module's own forward, with random numbers that belong to a row.
 
 Sampling is greedy search over logits to which noise was added (the Gumbel-max trick: with noise of Gumbel's distribution the
-argmax is a draw from the softmax). The noise of a row is a function of its own seed, of the place in the answer and of the
+argmax is a sample from the softmax). The noise of a row is a function of its own seed, of the position in the answer and of the
 token alone, so that a text depends neither on ranks nor on what else is in the batch.
 """
 
@@ -26,23 +26,23 @@ from trainer.objectives.causal import plain_model
 if TYPE_CHECKING:
     from trainer.evaluation.base import DecodingConfig
 
-DRAW_BLOCK = 256
-"""Tokens of a block in `draw_in_two_levels`."""
+BLOCK_TOKENS = 256
+"""Tokens of the vocabulary in a block of `sample_in_two_levels`."""
 _GOLDEN_RATIO_STEP = -7046029254386353131
 """The odd integer nearest to 2^64 over the golden ratio, 0x9E3779B97F4A7C15, as a signed one."""
 
 
 def generation_settings(base: Any, settings: DecodingConfig, tokenizer: Any) -> Any:
-    """The model's own generation settings (`base`, transformers'), with our lengths and beams, and without its sampling.
+    """A copy of the model's transformers GenerationConfig (`base`) with the lengths, beams and end tokens of `settings`.
 
-    A stop string that is a special token (`<|im_end|>`) ends an answer as a token, since decoded text does not show it.
+    Sampling is off in it: temperature, top_p and top_k act through logits processors (`_sampling_processors`). A stop string that
+    is a special token (`<|im_end|>`) becomes an end token, because decoded text does not show it.
     """
     config = copy.deepcopy(base)
     config.max_new_tokens = settings.max_new_tokens
     config.max_length = None
     config.min_length = min(config.min_length or 0, settings.max_new_tokens)
     config.num_beams = settings.beams
-    # Sampling is greedy search over logits with noise (see the head of this file).
     config.do_sample = False
     config.temperature = None
     config.top_p = None
@@ -53,16 +53,15 @@ def generation_settings(base: Any, settings: DecodingConfig, tokenizer: Any) -> 
     config.pad_token_id = tokenizer.pad_token_id
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
-    # Stop strings that are special tokens end an answer as end tokens do: they do not appear in its text.
     special_stops = [text for text in settings.stop if text in tokenizer.all_special_tokens]
     if special_stops:
         stop_ids = {*tokenizer.convert_tokens_to_ids(special_stops)}
-        config.eos_token_id = sorted(ending_ids(config) | stop_ids)
+        config.eos_token_id = sorted(end_token_ids(config) | stop_ids)
     return config
 
 
-def ending_ids(config: Any) -> frozenset[int]:
-    """Ids of the tokens that end an answer, by transformers' generation settings."""
+def end_token_ids(config: Any) -> frozenset[int]:
+    """Ids of the tokens that end an answer, from transformers' GenerationConfig; empty if it names none."""
     eos_ids = config.eos_token_id  # one id, a list of them, or None
     if eos_ids is None:
         return frozenset()
@@ -72,10 +71,11 @@ def ending_ids(config: Any) -> frozenset[int]:
 
 
 class GenerateAnswers:
-    """Takes the place of the objective in a step module: writes answers instead of computing a loss.
+    """Takes the place of the objective in a step module: generates answers instead of computing a loss.
 
-    `synced`: every forward pass is a collective, so a rank whose answers are finished keeps calling until all ranks are.
-    `keep_logprobs`: also return the log-probability of each drawn token; the temperature is above 0 then.
+    `config`: transformers' GenerationConfig. `synced`: every forward pass is a collective, so a rank whose answers are finished
+    keeps calling until those of all ranks are. `keep_logprobs`: also return the log-probability of each sampled token; needs a
+    temperature above 0.
     """
 
     def __init__(
@@ -89,27 +89,27 @@ class GenerateAnswers:
         self.keep_logprobs = keep_logprobs
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Generate an answer to each prompt. Returns `answers`, int64 [S, M]: the new tokens, padded on the right.
+        """Generate an answer to each prompt of a batch. Returns `answers`, int64 [S, M]: the new tokens, padded on the right.
 
-        With `keep_logprobs` also `logprobs`, float32 [S, M], which mean nothing after the end of an answer.
+        If `keep_logprobs` is set, also `logprobs`, float32 [S, M]; values after the end of an answer mean nothing.
 
-        `batch["input_ids"]` are the prompts, padded on the left. `batch["seeds"]` has a seed for each row; `batch["room"]`, if
-        it is there, is the largest number of new tokens.
+        `batch["input_ids"]` are the prompts, padded on the left. `batch["seeds"]` has a seed for each row. `batch["room"]` is the
+        largest number of new tokens; without it, that of the GenerationConfig holds.
         """
         from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
         causal_model: Any = plain_model(model)
         prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        # Position of the first new token: a decoder of its own begins with one start token, not with the prompt.
-        begin = 1 if causal_model.config.is_encoder_decoder else prompts["input_ids"].shape[1]
+        # Where new tokens begin in what `generate` returns: after the prompt, or in a decoder with an encoder, after its start token.
+        answer_start = 1 if causal_model.config.is_encoder_decoder else prompts["input_ids"].shape[1]
         criteria = []
         if self.settings.stop:
-            criteria.append(StopAtText(self.tokenizer, self.settings.stop, begin))
+            criteria.append(StopAtText(self.tokenizer, self.settings.stop, answer_start))
         config = copy.copy(self.config)
         config.max_new_tokens = batch.get("room", config.max_new_tokens)
         if not writes_with_cache(causal_model):
             config.use_cache = False
-        processors = [*self._processors(batch["seeds"], begin)]
+        processors = list(self._sampling_processors(batch["seeds"], answer_start))
         with stock_attention(causal_model):
             ids = causal_model.generate(
                 **prompts,
@@ -118,15 +118,16 @@ class GenerateAnswers:
                 stopping_criteria=StoppingCriteriaList(criteria),
                 synced_gpus=self.synced,
             )
-        terms = {"answers": ids[:, begin:]}
-        if self.keep_logprobs:
+        terms = {"answers": ids[:, answer_start:]}
+        if self.keep_logprobs:  # the last processor is a SamplerWithLogprobs
             terms["logprobs"] = torch.stack(processors[-1].logprobs, dim=1)
         return terms
 
-    def _processors(self, seeds: Sequence[int], begin: int) -> Iterator[Any]:
-        """The logits processors that sample: temperature, top-k, top-p, then the noise. Temperature 0 is greedy and has none.
+    def _sampling_processors(self, seeds: Sequence[int], answer_start: int) -> Iterator[Any]:
+        """The logits processors that sample, in their order: temperature, top-k, top-p, then the noise.
 
-        `seeds`: one for each row. `begin`: position of the first new token.
+        There are none at temperature 0, which is greedy. The last one is a `SamplerWithLogprobs` if `keep_logprobs` is set, else
+        a `GumbelNoise`. `seeds`: one for each row. `answer_start`: position of the first new token.
         """
         from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -140,77 +141,80 @@ class GenerateAnswers:
         if settings.top_p < 1:
             yield TopPLogitsWarper(settings.top_p)
         if self.keep_logprobs:
-            yield RoundDraws(seeds, begin)
+            yield SamplerWithLogprobs(seeds, answer_start)
         else:
-            yield SeededNoise(seeds, begin)
+            yield GumbelNoise(seeds, answer_start)
 
 
-class SeededNoise:
+class GumbelNoise:
     """A logits processor that adds Gumbel noise. A row's noise depends on its own seed and on the position in its answer."""
 
-    def __init__(self, seeds: Sequence[int], begin: int) -> None:
-        """`begin`: position of the first new token in `input_ids`."""
+    def __init__(self, seeds: Sequence[int], answer_start: int) -> None:
+        """`seeds`: one for each row. `answer_start`: position of the first new token in `input_ids`."""
         self.seeds = torch.tensor(list(seeds))
-        self.begin = begin
+        self.answer_start = answer_start
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`scores [S, V]` with noise."""
-        position = input_ids.shape[1] - self.begin
-        noise = gumbel(self.seeds.to(scores.device), position, scores.shape[1])
+        """The logits `scores`, [S, V], plus noise, so that their argmax is a sample from their softmax."""
+        position = input_ids.shape[1] - self.answer_start
+        noise = gumbel_noise(self.seeds.to(scores.device), position, scores.shape[1])
         return scores + noise.to(scores.dtype)
 
 
-class RoundDraws:
-    """A logits processor that draws the next token of each row for a round, and keeps how likely the token was.
+class SamplerWithLogprobs:
+    """A logits processor that samples the next token of each row, and keeps the log-probability of that token.
 
-    The law is that of `SeededNoise`, drawn in two levels: first a block of `DRAW_BLOCK` tokens by the noisy logarithm of its
-    probability, then a token of the block. For a vocabulary of 49,152 that takes 448 random numbers instead of 49,152.
+    It samples from the same distribution as `GumbelNoise`, in two levels (`sample_in_two_levels`). For a vocabulary of 49,152
+    tokens that takes 448 random numbers instead of 49,152.
     """
 
-    def __init__(self, seeds: Sequence[int], begin: int) -> None:
-        """`begin`: position of the first new token in `input_ids`."""
+    def __init__(self, seeds: Sequence[int], answer_start: int) -> None:
+        """`seeds`: one for each row. `answer_start`: position of the first new token in `input_ids`."""
         self.seeds = torch.tensor(list(seeds))
-        self.begin = begin
+        self.answer_start = answer_start
         self.logprobs: list[Tensor] = []
-        """float32 [S] for each position: log-probability of the token that was drawn there."""
+        """float32 [S] for each position of the answer: log-probability of the token that was sampled there."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`[S, V]`: 0 for the drawn token of each row and -inf for all others, so that greedy search takes it."""
-        drawn, logprobs = draw_in_two_levels(scores, self.seeds, input_ids.shape[1] - self.begin)
+        """Logits [S, V] that are 0 for the sampled token of each row and -inf for all others, so that greedy search takes it."""
+        tokens, logprobs = sample_in_two_levels(scores, self.seeds, input_ids.shape[1] - self.answer_start)
         self.logprobs.append(logprobs)
-        return torch.full_like(scores, -math.inf).scatter_(1, drawn[:, None], 0.0)
+        return torch.full_like(scores, -math.inf).scatter_(1, tokens[:, None], 0.0)
 
 
-def draw_in_two_levels(scores: Tensor, seeds: Tensor, position: int) -> tuple[Tensor, Tensor]:
-    """(tokens int64 [S] drawn from the softmax of `scores [S, V]`, their log-probabilities float32 [S]).
+def sample_in_two_levels(scores: Tensor, seeds: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    """(tokens int64 [S] sampled from the softmax of the logits `scores [S, V]`, their log-probabilities float32 [S]).
 
-    The vocabulary is divided into blocks: first a block is drawn, then a token in it, each as the argmax of logits plus Gumbel
-    noise. A function of (scores, seed of the row, position) alone: `seeds` int64 [S], `position` the number of the new token.
+    The vocabulary is divided into blocks of `BLOCK_TOKENS`. First a block is sampled, then a token in it, each as the argmax of
+    logits plus Gumbel noise. The result depends on the scores, the row's seed (`seeds`, int64 [S]) and the position of the new
+    token in its answer alone.
     """
-    missing = -scores.shape[1] % DRAW_BLOCK
-    blocks = F.pad(scores.float(), (0, missing), value=-math.inf).unflatten(1, (-1, DRAW_BLOCK))
+    num_padded = -scores.shape[1] % BLOCK_TOKENS  # fills up the last block
+    blocks = F.pad(scores.float(), (0, num_padded), value=-math.inf).unflatten(1, (-1, BLOCK_TOKENS))
     block_logits = blocks.logsumexp(dim=-1)
     seeds = seeds.to(scores.device)
-    # Added in float64: two blocks change places only where rounding of the scores themselves does it.
-    block_noise = gumbel(seeds, 2 * position, block_logits.shape[1])
+    # Noise is added in float64, so that its rounding changes no argmax.
+    block_noise = gumbel_noise(seeds, 2 * position, block_logits.shape[1])
     block = (block_logits.double() + block_noise).argmax(dim=-1)
     rows = torch.arange(len(block), device=block.device)
     token_logits = blocks[rows, block]
-    token = (token_logits.double() + gumbel(seeds, 2 * position + 1, DRAW_BLOCK)).argmax(dim=-1)
-    return block * DRAW_BLOCK + token, token_logits[rows, token] - block_logits.logsumexp(dim=-1)
+    token_noise = gumbel_noise(seeds, 2 * position + 1, BLOCK_TOKENS)
+    token_in_block = (token_logits.double() + token_noise).argmax(dim=-1)
+    logprobs = token_logits[rows, token_in_block] - block_logits.logsumexp(dim=-1)
+    return block * BLOCK_TOKENS + token_in_block, logprobs
 
 
-def gumbel(seeds: Tensor, position: int, tokens: int) -> Tensor:
-    """Gumbel noise, float64 [S, V]: a function of (seed of the row, position, token) alone, the same on every device.
+def gumbel_noise(seeds: Tensor, position: int, num_tokens: int) -> Tensor:
+    """Gumbel noise, float64 [S, num_tokens]: a function of (seed of the row, position, token), the same on every device.
 
-    `seeds`: int64 [S]. `position`: number of the new token in its answer, from 0. `tokens`: V, the size of the vocabulary. The
-    random numbers are SplitMix64's (Steele, Lea and Flood 2014), whose n-th number does not need those before it. Each row and
-    position has its own sequence, with a number for each token.
+    `seeds`: int64 [S]. `position`: position of the new token in its answer, from 0. The random numbers are SplitMix64's (Steele,
+    Lea and Flood 2014), whose n-th number does not need those before it. Each row and position has a sequence of its own, with a
+    number for each token.
     """
     # The state of SplitMix64 grows by the golden ratio step with each number, so the n-th state is start + n * step.
     position_step = torch.full_like(seeds, position + 1) * _GOLDEN_RATIO_STEP
     sequence_start = _splitmix_output(_splitmix_output(seeds) + position_step)
-    token_steps = torch.arange(1, tokens + 1, device=seeds.device) * _GOLDEN_RATIO_STEP
+    token_steps = torch.arange(1, num_tokens + 1, device=seeds.device) * _GOLDEN_RATIO_STEP
     # 52 random bits and a half, divided by 2^52: uniform in (0, 1), and neither end is ever reached.
     bits = _shift_right(_splitmix_output(sequence_start[:, None] + token_steps), 12)
     uniform = (bits.double() + 0.5) * 2.0**-52
@@ -233,37 +237,39 @@ def _shift_right(state: Tensor, bits: int) -> Tensor:
 class StopAtText:
     """A stopping criterion that ends a row once its answer contains a stop string, even one that is split over tokens."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], begin: int) -> None:
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str], answer_start: int) -> None:
+        """`answer_start`: position of the first new token in `input_ids`."""
         self.tokenizer = tokenizer
-        self.stop = stop
-        self.begin = begin
-        # Only the last tokens are decoded. A character may be four tokens of one byte each; special tokens decode to nothing.
-        longest_stop = max(map(len, stop))
-        self.tail_tokens = 4 * longest_stop + 8
+        self.stop_strings = stop_strings
+        self.answer_start = answer_start
+        # Only the last tokens are decoded. A character may be four tokens of one byte each; the 8 are for special tokens, which
+        # decode to nothing.
+        longest_stop = max(map(len, stop_strings))
+        self.num_decoded_tokens = 4 * longest_stop + 8
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """bool `[S]`: which rows are done."""
-        tail_start = max(self.begin, input_ids.shape[1] - self.tail_tokens)
-        last_ids = input_ids[:, tail_start:].tolist()
+        """bool [S]: whether the end of each answer contains a stop string. `scores` are not used."""
+        decode_start = max(self.answer_start, input_ids.shape[1] - self.num_decoded_tokens)
+        last_ids = input_ids[:, decode_start:].tolist()
         texts = self.tokenizer.batch_decode(last_ids, skip_special_tokens=True)
-        is_done = []
+        has_stop_string = []
         for text in texts:
-            is_done.append(any(stop in text for stop in self.stop))
-        return torch.tensor(is_done, device=input_ids.device)
+            has_stop_string.append(any(stop in text for stop in self.stop_strings))
+        return torch.tensor(has_stop_string, device=input_ids.device)
 
 
 @contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """Within it the model uses an attention of transformers that has a cache, and compiled blocks run eagerly.
+    """Inside the context the model uses an attention of transformers that has a KV cache, and compiled blocks run eagerly.
 
-    The padding-free attention of training has no cache. Generation would compile the blocks again for each length of the
-    cache, up to torch's limit, and then training would run uncompiled.
+    The padding-free attention of training has no cache. Compiled blocks would be compiled again for each length of the cache, up
+    to torch's limit, after which training too would run uncompiled.
     """
     config = model.config
-    name = attention_of(config)
-    if name in (attention.NAME, flex.NAME):
-        name = "eager" if flex.needs_eager(model, text_settings(config)) else "sdpa"
+    attention_name = attention_of(config)
+    if attention_name in (attention.NAME, flex.NAME):
+        attention_name = "eager" if flex.needs_eager(model, text_settings(config)) else "sdpa"
     has_compiled_blocks = any(is_compiled(module) for module in model.modules())
     eager_blocks = torch.compiler.set_stance("force_eager") if has_compiled_blocks else nullcontext()
-    with other_attention(config, name), eager_blocks:
+    with other_attention(config, attention_name), eager_blocks:
         yield

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from strategies.base import Engine
 
 USABLE_SHARE = 0.8
-"""Share of the free memory that weights and cached keys may take. The rest is for activations and the allocator."""
+"""Share of the free memory that weights and the KV cache may take. The rest is for activations and the allocator."""
 GIB = 2**30
 
 
@@ -29,61 +29,75 @@ class GatherDecision:
     """Whether every rank has all weights while it computes."""
     description: str
     """The decision with its numbers."""
-    forward_is_collective: bool = False
-    """Whether passes send tokens to experts on other ranks, whatever is gathered."""
+    sends_tokens_to_experts: bool = False
+    """Whether forward passes send tokens to experts on other ranks (expert parallelism), even if all weights are gathered."""
 
     @property
-    def in_step(self) -> bool:
-        """Whether each forward pass is a collective: ranks take as many passes as the one that needs most."""
-        return self.forward_is_collective or not self.gathered_once
+    def forward_is_collective(self) -> bool:
+        """Whether each forward pass is a collective, so that every rank must take as many passes as the rank with the most."""
+        return self.sends_tokens_to_experts or not self.gathered_once
 
 
-def decide_gathering(engine: Engine, runtime: Runtime, cache_bytes: int) -> GatherDecision:
-    """Decide whether every rank gathers all sharded weights once, or each pass gathers them block by block.
+def decide_gathering(engine: Engine, runtime: Runtime, kv_cache_bytes: int) -> GatherDecision:
+    """Decide whether every rank gathers all sharded weights once, or each forward pass gathers them block by block.
 
-    They are gathered once if they and the cache fit into the free memory of the rank that has the least. `cache_bytes`: memory of
-    the keys and values of the largest batch. A collective: all ranks must call.
+    - Weights are not sharded: every rank has them, and there is nothing to gather.
+    - Parameters are offloaded to NVMe: block by block.
+    - All weights and the KV cache fit into the free memory of the rank that has the least: once.
+    - They do not fit: block by block.
+
+    `kv_cache_bytes`: memory of the KV cache of the largest batch on this rank. All ranks must call.
     """
-    forward_is_collective = engine.full_parameters.forward_is_collective
+    sends_tokens_to_experts = engine.full_parameters.forward_is_collective
     if not engine.full_parameters.sharded:
         return GatherDecision(sharded=False, gathered_once=True, description="every rank holds all weights")
-    weight_bytes = engine.full_parameters.gather_bytes()  # None if parameters are offloaded to NVMe
-    free_bytes = min(gather_objects(free_memory(runtime), runtime))
+    # Bytes of all gathered weights, the same on every rank; None if parameters are offloaded to NVMe.
+    weight_bytes = engine.full_parameters.gather_bytes()
+    free_bytes = min(gather_objects(free_memory_bytes(runtime), runtime))
     block_by_block = "weights gathered block by block in each pass"
     if weight_bytes is None:
         description = f"{block_by_block}: they lie on a drive"
         return GatherDecision(
-            sharded=True, gathered_once=False, description=description, forward_is_collective=forward_is_collective
+            sharded=True,
+            gathered_once=False,
+            description=description,
+            sends_tokens_to_experts=sends_tokens_to_experts,
         )
     sizes = (
-        f"all weights take {weight_bytes / GIB:.2f} GiB a rank and keys {cache_bytes / GIB:.2f}, "
+        f"all weights take {weight_bytes / GIB:.2f} GiB a rank and keys {kv_cache_bytes / GIB:.2f}, "
         f"{free_bytes / GIB:.2f} are free"
     )
-    fits = weight_bytes + cache_bytes <= USABLE_SHARE * free_bytes
+    fits = weight_bytes + kv_cache_bytes <= USABLE_SHARE * free_bytes
     choice = "weights gathered once for all answers" if fits else block_by_block
     return GatherDecision(
-        sharded=True, gathered_once=fits, description=f"{choice}: {sizes}", forward_is_collective=forward_is_collective
+        sharded=True,
+        gathered_once=fits,
+        description=f"{choice}: {sizes}",
+        sends_tokens_to_experts=sends_tokens_to_experts,
     )
 
 
-def free_memory(runtime: Runtime) -> int:
-    """Bytes of the device that this rank can still use; 0 if unknown. On the CPU, the ranks of a host share its free memory."""
+def free_memory_bytes(runtime: Runtime) -> int:
+    """Bytes of device memory that this rank can still use; 0 if unknown. On the CPU, the ranks of a host share what is free."""
     if runtime.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(runtime.device)
-        # What torch's allocator holds and does not use is free for us too.
-        return free + torch.cuda.memory_reserved(runtime.device) - torch.cuda.memory_allocated(runtime.device)
+        driver_free_bytes, _ = torch.cuda.mem_get_info(runtime.device)
+        # Memory that torch's allocator has reserved and does not use can be used too.
+        return (
+            driver_free_bytes + torch.cuda.memory_reserved(runtime.device) - torch.cuda.memory_allocated(runtime.device)
+        )
     return (free_host_memory() or 0) // runtime.local_world_size
 
 
-def cache_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> int:
-    """Bytes of the cached keys and values of `rows` rows of `tokens` tokens in all layers.
+def kv_cache_size_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> int:
+    """Bytes of the KV cache of `rows` rows of `tokens` tokens each, in all layers.
 
-    `config`: of the transformers model. `itemsize`: bytes of a number. An upper bound: MLA and sliding windows need less.
+    It is an upper bound: MLA and sliding windows need less. `config`: the transformers configuration of the model. `itemsize`:
+    bytes of one cached number.
     """
     text_config = text_settings(config)
     num_heads = getattr(text_config, "num_attention_heads", 1) or 1
-    width_of_equal_heads = getattr(text_config, "hidden_size", 0) // num_heads
-    head_width = max(filter(None, layer_values(text_config, "head_dim")), default=width_of_equal_heads)
+    default_head_width = getattr(text_config, "hidden_size", 0) // num_heads
+    head_width = max(filter(None, layer_values(text_config, "head_dim")), default=default_head_width)
     num_key_heads = max(filter(None, layer_values(text_config, "num_key_value_heads")), default=num_heads)
     num_layers = getattr(text_config, "num_hidden_layers", 0)
     numbers_per_token = 2 * num_layers * num_key_heads * head_width  # keys and values

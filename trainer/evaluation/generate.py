@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,44 +19,51 @@ from strategies.errors import DataError, Interrupted
 from strategies.runtime import Runtime, derived_seed, gather_objects
 from trainer.data.batches.collate import to_device
 from trainer.evaluation.base import DecodingConfig
-from trainer.evaluation.decoding import GenerateAnswers, ending_ids, generation_settings
-from trainer.evaluation.full_weights import GatherDecision, cache_bytes, decide_gathering
-from trainer.evaluation.likelihood import Likelihood, Pair, ScoreContinuations, mask_of, padded, pair_rows
+from trainer.evaluation.decoding import GenerateAnswers, end_token_ids, generation_settings
+from trainer.evaluation.full_weights import GatherDecision, decide_gathering, kv_cache_size_bytes
+from trainer.evaluation.likelihood import (
+    Likelihood,
+    Pair,
+    ScoreContinuations,
+    continuation_batch,
+    pad_sequences,
+    padding_mask,
+)
 from trainer.model.architecture import text_settings
 from trainer.objectives.causal import STOCK_PATH, plain_model
 
 if TYPE_CHECKING:
     from strategies.base import Engine
 
-__all__ = ["AnswerGenerator", "DecodingConfig", "GeneratedAnswer", "GenerationSpeed", "Likelihood", "cut_answer"]
+__all__ = ["AnswerGenerator", "DecodingConfig", "GeneratedAnswer", "GenerationThroughput", "Likelihood"]
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedAnswer:
-    """One answer of the model."""
+    """One answer of the model: one sample for one prompt."""
 
     prompt_index: int
-    """Number of its prompt in the sequence that was given."""
+    """Index of its prompt among the prompts of the call."""
     text: str
-    """Without special tokens, and without the stop string that ended it."""
+    """The decoded answer, without special tokens and without the stop string that ended it."""
     ids: list[int]
-    """New tokens, up to the one that ended it."""
+    """The new token ids, up to and with the token that ended the answer."""
     has_ended: bool
-    """Whether it ended at an end token or a stop string, and not because it reached the longest length."""
+    """Whether it ended at an end token or a stop string; False if it reached the largest number of tokens."""
     sample_index: int = 0
-    """Number of the draw, if a prompt is answered several times."""
+    """Which of the prompt's samples it is, if a prompt is answered several times."""
     logprobs: np.ndarray | None = None
-    """float32 [len(ids)]: log-probability of each token where it was drawn, after the temperature; None unless asked for."""
+    """float32 [len(ids)]: log-probability of each token, after the temperature; None unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationSpeed:
-    """How fast answers were written."""
+class GenerationThroughput:
+    """How fast answers were generated."""
 
     tokens: int
     """New tokens, all ranks together."""
     seconds: float
-    """Wall time of the slowest rank, including the gathering of weights and the reading of prompts."""
+    """Wall time of the slowest rank, including the time to gather weights and to prefill prompts."""
     gathering: GatherDecision
 
     @property
@@ -70,10 +77,10 @@ class GenerationSpeed:
 
 
 class AnswerGenerator:
-    """Writes answers and computes likelihoods with the model of an engine."""
+    """Generates answers and computes likelihoods with the model of an engine."""
 
-    throughput: GenerationSpeed | None = None
-    """The speed of the last call of `answers`."""
+    throughput: GenerationThroughput | None = None
+    """The speed of the last call of `generate_answers`."""
 
     def __init__(
         self,
@@ -90,8 +97,8 @@ class AnswerGenerator:
         self.batch = batch
         """Most rows of one batch, per rank. It changes the answers only by rounding."""
         self._stop_now = stop_now
-        self.on_batch: Callable[[int, int], None] = lambda done, batches: None
-        """Called after each batch with the number of finished batches of this rank, and of all its batches."""
+        self.on_batch: Callable[[int, int], None] = lambda num_finished, num_batches: None
+        """Called after each batch with (batches that this rank has finished, all batches of this rank)."""
 
     def generate_answers(
         self,
@@ -103,119 +110,144 @@ class AnswerGenerator:
         averaged: bool = True,
         keep_logprobs: bool = False,
     ) -> list[GeneratedAnswer]:
-        """What the model writes to each prompt, in their order and draw by draw, the same list on every rank.
+        """`settings.draws` answers to each prompt, prompt by prompt, the same list on every rank.
 
-        All ranks must call with the same prompts (token ids; for an encoder, if the model has one). An answer ends at the
-        model's last position at the latest. `seeds`: a seed for each draw of each prompt; None: by `settings.seed` and the
-        numbers of prompt and draw. `averaged`: see `Engine.inference`. `keep_logprobs`: keep those of the drawn tokens.
+        All ranks must call with the same prompts (token ids; an encoder reads them, if the model has one). An answer is shorter
+        than `settings.max_new_tokens` if the model has too few positions. `seeds`: seeds[prompt][sample]; None: derived from
+        `settings.seed` and both indices. `averaged`: see `Engine.inference`. `keep_logprobs`: whether answers have `logprobs`.
 
-        Raises, on all ranks or none, DataError for a prompt without tokens or one that the model has no positions for, and
-        Interrupted if the run is asked to stop.
+        Also sets `throughput`. Raises, on all ranks or none, DataError for a prompt without tokens or one that leaves no position
+        for an answer, and Interrupted if the run is asked to stop.
         """
-        # A row is one draw to one prompt.
         began = time.perf_counter()
-        model = model_of(engine)
+        model = hf_model(engine)
         config = generation_settings(self.generation_config, settings, self.tokenizer)
-        # A decoder continues the row that holds the prompt, so prompts are padded on the left and take positions.
+        # A decoder continues the row that has the prompt, so prompts are padded on the left, and take positions from the answer.
         is_decoder_only = not model.config.is_encoder_decoder
-        answer_limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)
-        check_rows("prompt", prompts, position_limit(model.config) if is_decoder_only else None)
-        rows = [(prompt, draw) for prompt in range(len(prompts)) for draw in range(settings.draws)]
-        limits = [answer_limits[prompt] for prompt, _ in rows]
-        lengths = []
-        for (prompt, _), limit in zip(rows, limits, strict=True):
-            lengths.append(len(prompts[prompt]) + (limit if is_decoder_only else 0))
+        check_token_sequences("prompt", prompts, max_positions(model.config) if is_decoder_only else None)
 
-        # Divide the rows into batches, in each of which all answers have the same longest length.
-        batches = self._own_batches(engine, lengths, settings.batch_tokens, limits)
-        gathering = self._decide_gathering(engine, model, batches, lengths, settings.beams)
-        objective = GenerateAnswers(
-            config, settings, self.tokenizer, synced=gathering.in_step, keep_logprobs=keep_logprobs
-        )
+        # A row of a batch is one sample of one prompt.
+        answer_limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)  # by prompt
+        rows = []
+        row_limits = []
+        row_lengths = []
+        for prompt_index, prompt in enumerate(prompts):
+            for sample_index in range(settings.draws):
+                rows.append(_SampleRow(prompt_index, sample_index))
+                row_limits.append(answer_limits[prompt_index])
+                row_lengths.append(len(prompt) + (answer_limits[prompt_index] if is_decoder_only else 0))
+        # All answers of a batch have the same limit, so rows are grouped by it.
+        batches = self._own_batches(engine, row_lengths, settings.batch_tokens, row_limits)
+        gathering = self._decide_gathering(engine, model, batches, row_lengths, settings.beams)
 
-        def seed_of(prompt: int, draw: int) -> int:
-            return derived_seed(settings.seed, "draw", prompt, draw) if seeds is None else seeds[prompt][draw]
+        def seed_of(row: _SampleRow) -> int:
+            if seeds is not None:
+                return seeds[row.prompt_index][row.sample_index]
+            return derived_seed(settings.seed, "draw", row.prompt_index, row.sample_index)
 
         def make_batch(row_numbers: list[int]) -> dict[str, Any]:
-            """The prompts of these rows, their seeds, and the most new tokens of an answer (`room`)."""
-            batch_prompts = [prompts[rows[row][0]] for row in row_numbers]
+            """What `GenerateAnswers` reads for these rows: padded prompts, seeds, and the most new tokens (`room`)."""
+            batch_prompts = [prompts[rows[number].prompt_index] for number in row_numbers]
             return {
-                "input_ids": padded(batch_prompts, self.tokenizer.pad_token_id, left=is_decoder_only),
-                "attention_mask": mask_of(batch_prompts, left=is_decoder_only),
-                "seeds": [seed_of(*rows[row]) for row in row_numbers],
-                "room": limits[row_numbers[0]],  # the same in all rows of a batch
+                "input_ids": pad_sequences(batch_prompts, self.tokenizer.pad_token_id, left=is_decoder_only),
+                "attention_mask": padding_mask(batch_prompts, left=is_decoder_only),
+                "seeds": [seed_of(rows[number]) for number in row_numbers],
+                "room": row_limits[row_numbers[0]],
             }
 
-        # Write this rank's answers, then exchange them.
-        own_answers: dict[int, GeneratedAnswer] = {}  # by number of the row
-        end_ids = ending_ids(config)
+        # Generate this rank's answers, then gather those of all ranks.
+        own_answers: dict[int, GeneratedAnswer] = {}  # by row number
+        end_ids = end_token_ids(config)
+        objective = GenerateAnswers(
+            config, settings, self.tokenizer, synced=gathering.forward_is_collective, keep_logprobs=keep_logprobs
+        )
         for row_numbers, terms in self.run_batches(
             engine, batches, objective, make_batch, gathering=gathering, averaged=averaged
         ):
             logprobs = terms["logprobs"].cpu().numpy() if keep_logprobs else None
-            for index, (row, ids) in enumerate(zip(row_numbers, terms["answers"].tolist(), strict=True)):
-                answer = cut_answer(*rows[row], ids, settings.stop, end_ids, self.tokenizer)
+            for index, (number, ids) in enumerate(zip(row_numbers, terms["answers"].tolist(), strict=True)):
+                answer = answer_from_tokens(*rows[number], ids, settings.stop, end_ids, self.tokenizer)
                 if logprobs is not None:
                     answer = replace(answer, logprobs=logprobs[index, : len(answer.ids)].copy())
-                own_answers[row] = answer
-        answers: list[GeneratedAnswer] = self.gather_by_number(own_answers)
+                own_answers[number] = answer
+        answers: list[GeneratedAnswer] = self.gather_in_order(own_answers)
         seconds = max(gather_objects(time.perf_counter() - began, self.runtime))
-        self.throughput = GenerationSpeed(sum(len(answer.ids) for answer in answers), seconds, gathering)
+        self.throughput = GenerationThroughput(sum(len(answer.ids) for answer in answers), seconds, gathering)
         return answers
 
     def _decide_gathering(
-        self, engine: Engine, model: Any, batches: list[list[int]], lengths: Sequence[int], beams: int
+        self, engine: Engine, model: Any, batches: list[list[int]], row_lengths: Sequence[int], beams: int
     ) -> GatherDecision:
-        """Whether the weights fit beside the keys of the largest batch. All ranks must call."""
-        most_tokens = max((len(rows) * lengths[rows[0]] for rows in batches if rows), default=0) * beams
+        """Decide by memory how weights are gathered while these batches generate. All ranks must call.
+
+        `batches`: row numbers of each batch of this rank, the longest row first. `row_lengths`: tokens of each row, prompt and
+        answer together.
+        """
+        tokens_of_batches = [len(numbers) * row_lengths[numbers[0]] for numbers in batches if numbers]
+        most_cached_tokens = max(tokens_of_batches, default=0) * beams
         itemsize = min(p.element_size() for p in model.parameters() if p.is_floating_point())
-        return decide_gathering(engine, self.runtime, cache_bytes(model.config, most_tokens, 1, itemsize))
+        kv_cache_bytes = kv_cache_size_bytes(model.config, rows=1, tokens=most_cached_tokens, itemsize=itemsize)
+        return decide_gathering(engine, self.runtime, kv_cache_bytes)
 
     def likelihoods(self, engine: Engine, pairs: Sequence[Pair]) -> list[Likelihood]:
-        """How likely each continuation is after its context, in their order, the same list on every rank.
+        """How likely each continuation is after its context, in the order of the pairs, the same list on every rank.
 
         All ranks must call with the same pairs of token ids; an encoder reads the context, if the model has one. Raises, on
-        all ranks or none, DataError for a context without tokens or a pair that the model has no positions for, and
+        all ranks or none, DataError for a context without tokens or a pair that the model has too few positions for, and
         Interrupted if the run is asked to stop.
         """
         # Refuse pairs that the model cannot read.
-        model = model_of(engine)
+        model = hf_model(engine)
         decoder_start = self.generation_config.decoder_start_token_id if model.config.is_encoder_decoder else None
-        limit = position_limit(model.config)
-        check_rows("context", [context for context, _ in pairs], None)
+        check_token_sequences("context", [context for context, _ in pairs], None)
         if decoder_start is None:
-            # The last token of a continuation is only a target: it takes no position.
+            # The last token of a continuation is only predicted, never read: it takes no position.
             inputs = [[*context, *continuation[:-1]] for context, continuation in pairs]
-            check_rows("pair", inputs, None if limit is None else limit + 1)
+            positions = max_positions(model.config)
+            check_token_sequences("pair", inputs, None if positions is None else positions + 1)
 
-        def make_batch(numbers: list[int]) -> dict[str, Any]:
-            """The tensors of the pairs of these numbers."""
-            batch_pairs = [pairs[number] for number in numbers]
-            return pair_rows(batch_pairs, pad_token_id=self.tokenizer.pad_token_id, decoder_start=decoder_start)
+        def make_batch(pair_numbers: list[int]) -> dict[str, Any]:
+            batch_pairs = [pairs[number] for number in pair_numbers]
+            return continuation_batch(
+                batch_pairs, pad_token_id=self.tokenizer.pad_token_id, decoder_start=decoder_start
+            )
 
         lengths = [len(context) + len(continuation) for context, continuation in pairs]
-        batches = self._own_batches(engine, lengths, None)
-        gathering = decide_gathering(engine, self.runtime, 0)
-        own_likelihoods: dict[int, Likelihood] = {}
-        for numbers, terms in self.run_batches(engine, batches, ScoreContinuations(), make_batch, gathering=gathering):
+        batches = self._own_batches(engine, lengths, max_tokens=None)
+        gathering = decide_gathering(engine, self.runtime, kv_cache_bytes=0)  # scoring needs no KV cache
+        own_likelihoods: dict[int, Likelihood] = {}  # by pair number
+        for pair_numbers, terms in self.run_batches(
+            engine, batches, ScoreContinuations(), make_batch, gathering=gathering
+        ):
             logprobs = terms["logprobs"].tolist()
-            misses = terms["misses"].tolist()
-            for number, logprob, missed in zip(numbers, logprobs, misses, strict=True):
-                tokens = len(pairs[number][1])
-                # `missed`: tokens that were not the model's likeliest.
-                own_likelihoods[number] = Likelihood(logprob, tokens, greedy=missed == 0)
-        return self.gather_by_number(own_likelihoods)
+            miss_counts = terms["misses"].tolist()  # tokens that are not the model's likeliest
+            for number, logprob, num_misses in zip(pair_numbers, logprobs, miss_counts, strict=True):
+                _, continuation = pairs[number]
+                own_likelihoods[number] = Likelihood(logprob, len(continuation), greedy=num_misses == 0)
+        return self.gather_in_order(own_likelihoods)
 
     def _own_batches(
-        self, engine: Engine, lengths: Sequence[int], budget: int | None, kinds: Sequence[int] | None = None
+        self,
+        engine: Engine,
+        row_lengths: Sequence[int],
+        max_tokens: int | None,
+        group_of_row: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """This rank's batches of row numbers; see `sharded_batches`."""
-        size = self.batch
-        forward_path = getattr(model_of(engine), "forward_path", STOCK_PATH)
-        if forward_path.alone:  # the model computes right for one row at a time only
-            size = 1
-            budget = None
-        return [*sharded_batches(lengths, engine.rank, engine.world_size, size=size, budget=budget, kinds=kinds)]
+        """This rank's batches of row numbers; see `batches_of_rank`. One row a batch if the model needs that."""
+        max_rows = self.batch
+        forward_path = getattr(hf_model(engine), "forward_path", STOCK_PATH)
+        if forward_path.alone:  # the model computes correctly only for one row at a time
+            max_rows = 1
+            max_tokens = None
+        batches = batches_of_rank(
+            row_lengths,
+            engine.rank,
+            engine.world_size,
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+            group_of_row=group_of_row,
+        )
+        return list(batches)
 
     def run_batches(
         self,
@@ -227,142 +259,165 @@ class AnswerGenerator:
         gathering: GatherDecision,
         averaged: bool = True,
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """Run forward passes over batches of rows: yields (row numbers, what `objective` returns for them) on this rank.
+        """Run forward passes over this rank's batches: yields (row numbers, what `objective` returns for these rows).
 
-        `objective` stands in for the training objective, and may generate or score instead of computing a loss. `batches`: this
-        rank's row numbers by batch, as many batches on every rank. `make_batch` makes the tensors of some rows. `averaged`: by
-        averaged weights, if the run keeps them. All ranks must exhaust it.
+        `objective` takes the place of the training objective; it generates or scores instead of computing a loss. `batches`: row
+        numbers of each batch, as many batches on every rank, some of them empty. `make_batch` builds the tensors of some rows.
+        `averaged`: use the averaged weights, if the run keeps them. All ranks must exhaust the generator. Raises Interrupted, on
+        all ranks or none, if the run is asked to stop.
         """
         with (
             engine.inference(averaged=averaged) as module,
             engine.full_parameters.gathered() if gathering.gathered_once else nullcontext(),
         ):
             step: Any = module
-            # The model is called through the root module's own forward: only there are its parameters gathered.
+            # The model is called through the root module's own forward, because only there its parameters are gathered.
             training_objective = step.objective
             step.objective = objective
             try:
-                for done, rows in enumerate(batches, 1):
-                    # If each pass is a collective, a rank without rows takes part with the first row, and keeps nothing of it.
-                    if rows or gathering.in_step:
-                        terms = step(to_device(make_batch(rows or [0]), self.runtime.device))
-                    if rows:
-                        yield rows, terms
-                    self.on_batch(done, len(batches))
+                for num_finished, row_numbers in enumerate(batches, 1):
+                    # If a forward pass is a collective, a rank without rows runs it on row 0 and drops the result.
+                    if row_numbers or gathering.forward_is_collective:
+                        terms = step(to_device(make_batch(row_numbers or [0]), self.runtime.device))
+                    if row_numbers:
+                        yield row_numbers, terms
+                    self.on_batch(num_finished, len(batches))
                     if self._stop_now():
                         raise Interrupted
             finally:
                 step.objective = training_objective
 
-    def gather_by_number(self, own_results: dict[int, Any]) -> list[Any]:
-        """The results of all ranks, in the order of their numbers. All ranks must call."""
-        results: dict[int, Any] = {}
+    def gather_in_order(self, own_results: dict[int, Any]) -> list[Any]:
+        """The results of all ranks, sorted by their row numbers. All ranks must call.
+
+        `own_results`: this rank's results by row number. Rank 0 has {0: "a", 2: "c"}, rank 1 {1: "b"} -> ["a", "b", "c"].
+        """
+        result_by_row: dict[int, Any] = {}
         for rank_results in gather_objects(own_results, self.runtime):
-            results |= rank_results
-        return [results[row] for row in range(len(results))]
+            result_by_row |= rank_results
+        return [result_by_row[row] for row in range(len(result_by_row))]
 
 
-def cut_answer(
-    prompt: int, draw: int, ids: list[int], stop: Sequence[str], end_ids: frozenset[int], tokenizer: Any
+class _SampleRow(NamedTuple):
+    """A row of a batch that generates: one sample of one prompt."""
+
+    prompt_index: int
+    sample_index: int
+
+
+def answer_from_tokens(
+    prompt_index: int,
+    sample_index: int,
+    ids: list[int],
+    stop_strings: Sequence[str],
+    end_ids: frozenset[int],
+    tokenizer: Any,
 ) -> GeneratedAnswer:
-    """An answer from new tokens, which may be padded after its end: cut at the first end token or stop string.
+    """An answer from its new token ids, cut at the first end token or stop string.
 
-    `prompt` and `draw`: the numbers of its prompt and of the answer among those to it. The answer's tokens include the end token,
-    or those that complete the stop string; its text ends before the stop string.
+    `ids` may have padding after the end. The answer's `ids` include the end token, or the tokens that complete the stop string;
+    its text ends before the stop string.
     """
-
-    def text_of(tokens: list[int]) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=True)
-
-    # The first end token.
-    end = next((position + 1 for position, token in enumerate(ids) if token in end_ids), None)
-    ids = ids[:end]
-    text = text_of(ids)
-
-    # The first stop string.
-    stop_positions = [text.index(stop_text) for stop_text in stop if stop_text in text]
+    num_tokens = next((position + 1 for position, token in enumerate(ids) if token in end_ids), None)
+    ids = ids[:num_tokens]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    stop_positions = [text.index(stop) for stop in stop_strings if stop in text]
     if not stop_positions:
-        return GeneratedAnswer(prompt, text, ids, end is not None, draw)
-    # Bisect for the fewest tokens whose text has a stop string: once a text has one, longer texts have it too.
+        return GeneratedAnswer(prompt_index, text, ids, num_tokens is not None, sample_index)
+    ids = ids[: _num_tokens_until_stop(ids, stop_strings, tokenizer)]
+    return GeneratedAnswer(prompt_index, text[: min(stop_positions)], ids, True, sample_index)
+
+
+def _num_tokens_until_stop(ids: list[int], stop_strings: Sequence[str], tokenizer: Any) -> int:
+    """The smallest number of first tokens whose text has a stop string. The text of all tokens must have one.
+
+    Found by bisection: once a text has a stop string, longer texts have it too.
+    """
     low, high = 1, len(ids)
     while low < high:
         middle = (low + high) // 2
-        beginning = text_of(ids[:middle])
-        if any(stop_text in beginning for stop_text in stop):
+        beginning = tokenizer.decode(ids[:middle], skip_special_tokens=True)
+        if any(stop in beginning for stop in stop_strings):
             high = middle
         else:
             low = middle + 1
-    return GeneratedAnswer(prompt, text[: min(stop_positions)], ids[:low], True, draw)
+    return low
 
 
-def model_of(engine: Engine) -> Any:
-    """The Hugging Face model of an engine, sharded as it is."""
+def hf_model(engine: Engine) -> Any:
+    """The Hugging Face model of an engine; its parameters stay sharded."""
     return plain_model(engine.step_module.model)  # type: ignore[arg-type]
 
 
-def position_limit(config: Any) -> int | None:
-    """The number of positions of a model, by its transformers config; None for rotary positions, which have no last one."""
-    text = text_settings(config)
-    if getattr(text, "rope_parameters", None) is not None:
+def max_positions(config: Any) -> int | None:
+    """The number of positions of a model, by its transformers config; None if there is no limit, as with rotary positions."""
+    text_config = text_settings(config)
+    if getattr(text_config, "rope_parameters", None) is not None:
         return None
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = getattr(text_config, "max_position_embeddings", None)
     if not positions or positions < 0:
         return None
     return int(positions)
 
 
 def max_answer_tokens(config: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
-    """How many tokens the answer to each prompt may have: `max_new_tokens`, or what the model's positions leave."""
-    limit = position_limit(config)
-    if limit is None:
+    """How many tokens the answer to each prompt may have: `max_new_tokens`, or fewer if the model's positions leave less.
+
+    At least 1. With 512 positions and 64 new tokens, a prompt of 500 tokens leaves 12. `config`: the model's transformers config.
+    """
+    positions = max_positions(config)
+    if positions is None:
         return [max_new_tokens] * len(prompts)
-    tokens = []
+    limits = []
     for prompt in prompts:
-        prompt_positions = 0 if config.is_encoder_decoder else len(prompt)
-        tokens.append(max(1, min(max_new_tokens, limit - prompt_positions)))
-    return tokens
+        prompt_positions = 0 if config.is_encoder_decoder else len(prompt)  # the encoder has positions of its own
+        limits.append(max(1, min(max_new_tokens, positions - prompt_positions)))
+    return limits
 
 
-def check_rows(what: str, rows: Sequence[Sequence[int]], most: int | None) -> None:
-    """Raise DataError for rows without tokens, or with `most` tokens or more (None: any number).
+def check_token_sequences(noun: str, sequences: Sequence[Sequence[int]], positions: int | None) -> None:
+    """Raise DataError for a sequence without tokens, or one that leaves none of the model's `positions` for a further token.
 
-    `what`: what a row is, for the message, such as "prompt".
+    `noun`: what a sequence is called in the message, such as "prompt". `positions`: None is no limit.
     """
-    for number, row in enumerate(rows):
-        if len(row) == 0:
+    for number, sequence in enumerate(sequences):
+        if len(sequence) == 0:
             raise DataError(
-                f"{what} {number} of {len(rows)} has no tokens, and a model needs at least one to continue; begin it with the "
-                "tokenizer's first token (<s>, <|endoftext|>), or leave it out"
+                f"{noun} {number} of {len(sequences)} has no tokens, and a model needs at least one to continue; begin it with "
+                "the tokenizer's first token (<s>, <|endoftext|>), or leave it out"
             )
-        if most is not None and len(row) >= most:
+        if positions is not None and len(sequence) >= positions:
             raise DataError(
-                f"{what} {number} of {len(rows)} has {len(row)} tokens, and the model no position for a further one "
-                f"(max_position_embeddings in its config.json); shorten it to {most - 1}, or leave it out"
+                f"{noun} {number} of {len(sequences)} has {len(sequence)} tokens, and the model no position for a further one "
+                f"(max_position_embeddings in its config.json); shorten it to {positions - 1}, or leave it out"
             )
 
 
-def sharded_batches(
-    lengths: Sequence[int],
-    rank: int,
-    ranks: int,
+def batches_of_rank(
+    row_lengths: Sequence[int],
+    dp_rank: int,
+    dp_size: int,
     *,
-    size: int,
-    budget: int | None = None,
-    kinds: Sequence[int] | None = None,
+    max_rows: int,
+    max_tokens: int | None = None,
+    group_of_row: Sequence[int] | None = None,
 ) -> Iterator[list[int]]:
-    """The batches of row numbers of one rank: the longest rows first, similar lengths on all ranks, `size` rows each.
+    """The batches of one rank, as lists of row numbers: the longest rows first, rows of similar length on all ranks.
 
-    `budget`: take as many rows as have that many tokens together, at least one. `kinds`: a number for each row; a batch has rows
-    of one kind. Every rank has the same number of batches, and some of them may be empty.
+    Every rank has the same number of batches, and some of them may be empty. `row_lengths`: tokens of each row. `max_rows`: rows
+    of a batch. `max_tokens`: if set, a batch has instead as many rows of its longest length as fit into that many tokens, at
+    least one. `group_of_row`: if set, all rows of a batch are of the same group.
+
+    Lengths [5, 9, 7, 3], 2 ranks, 1 row: rank 0 has [[1], [0]], rank 1 has [[2], [3]].
     """
-    kind_of_row = kinds or [0] * len(lengths)
-    ordered = sorted(range(len(lengths)), key=lambda row: (kind_of_row[row], -lengths[row], row))
+    groups = group_of_row or [0] * len(row_lengths)
+    ordered_rows = sorted(range(len(row_lengths)), key=lambda row: (groups[row], -row_lengths[row], row))
     begin = 0
-    while begin < len(ordered):
-        longest = ordered[begin]
-        if budget is not None:
-            size = max(1, budget // lengths[longest])
-        candidates = ordered[begin : begin + size * ranks]
-        rows = [row for row in candidates if kind_of_row[row] == kind_of_row[longest]]
-        yield rows[rank::ranks]
-        begin += len(rows)
+    while begin < len(ordered_rows):
+        longest_row = ordered_rows[begin]
+        if max_tokens is not None:
+            max_rows = max(1, max_tokens // row_lengths[longest_row])
+        candidates = ordered_rows[begin : begin + max_rows * dp_size]
+        rows_of_all_ranks = [row for row in candidates if groups[row] == groups[longest_row]]
+        yield rows_of_all_ranks[dp_rank::dp_size]
+        begin += len(rows_of_all_ranks)

@@ -1,7 +1,8 @@
-"""Several draws to each prompt with the prompt computed once: the answers of rounds (`trainer/rollout/writer.py`).
+"""Several samples for each prompt with the prompt computed once: the answers of rounds (`trainer/rollout/writer.py`).
 
-transformers' `generate` computes each row's prompt, and all rows until the last has ended. Here the keys of a prompt are computed
-once and taken by all its rows, and rows that have ended leave the batch. The draws are the same, token for token.
+transformers' `generate` computes the prompt of each row, and computes all rows until the last one has ended. Here the KV cache of
+a prompt is computed once and copied to the rows of all its samples, and rows that have ended leave the batch. The sampled tokens
+are the same.
 """
 
 from __future__ import annotations
@@ -15,118 +16,151 @@ import torch
 from torch import Tensor, nn
 
 from trainer.evaluation.base import DecodingConfig
-from trainer.evaluation.decoding import StopAtText, draw_in_two_levels, ending_ids, generation_settings, stock_attention
-from trainer.evaluation.full_weights import cache_bytes, decide_gathering
+from trainer.evaluation.decoding import (
+    StopAtText,
+    end_token_ids,
+    generation_settings,
+    sample_in_two_levels,
+    stock_attention,
+)
+from trainer.evaluation.full_weights import GatherDecision, decide_gathering, kv_cache_size_bytes
 from trainer.evaluation.generate import (
     AnswerGenerator,
     GeneratedAnswer,
-    check_rows,
-    cut_answer,
+    answer_from_tokens,
+    batches_of_rank,
+    check_token_sequences,
+    hf_model,
     max_answer_tokens,
-    model_of,
-    position_limit,
-    sharded_batches,
+    max_positions,
 )
-from trainer.evaluation.likelihood import mask_of, padded
+from trainer.evaluation.likelihood import pad_sequences, padding_mask
 from trainer.objectives.causal import STOCK_PATH, plain_model
 
 if TYPE_CHECKING:
     from strategies.base import Engine
 
-LEAVING_SHARE = 0.25
-"""Share of a batch's rows that have ended at which they leave it: selecting rows of the cache copies it."""
+MIN_ENDED_SHARE = 0.25
+"""Ended rows leave a batch once they are this share of its rows: selecting rows copies the cache, which must be worth it."""
 NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "logits_to_keep")
 """What a model's forward pass must take to be called without `generate`."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """Draws to one prompt that are written in one batch: all of them, or as many as a batch has rows."""
+class _PromptChunk:
+    """Samples of one prompt that are generated in one batch: all of them, or as many as a batch has rows."""
 
-    prompt: int
-    draws: range
+    prompt_index: int
+    sample_indices: range
 
 
 class SharedPromptGenerator(AnswerGenerator):
-    """Writes several draws to each prompt."""
+    """Generates several samples for each prompt, and computes each prompt once for all of them, if the model allows it."""
 
     def generate_samples(
         self, engine: Engine, prompts: Sequence[Sequence[int]], settings: DecodingConfig, seeds: Sequence[Sequence[int]]
     ) -> list[GeneratedAnswer]:
-        """`settings.draws` answers to each prompt by the trained weights, with the log-probabilities of the drawn tokens.
+        """`settings.draws` samples for each prompt by the trained (not averaged) weights, with log-probabilities.
 
-        A prompt is computed once for all its answers. If the model must be called by transformers' `generate`, or each pass is a
-        collective, `answers` writes them instead. `seeds`: of each prompt, one for each draw. All ranks must call. Errors: those
-        of `answers`.
+        `generate_answers` generates the same samples, each with its own prompt, if the model must be called by transformers'
+        `generate`, or if each forward pass is a collective. `seeds`: seeds[prompt][sample]. All ranks must call, with the same
+        arguments.
+
+        Raises, on all ranks or none, DataError for a prompt without tokens or one that leaves no position for an answer, and
+        Interrupted if the run is asked to stop.
         """
-        # Divide the answers into parts that fit a batch.
-        model = model_of(engine)
-        limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)
-        parts = []
-        for prompt in range(len(prompts)):
-            for first in range(0, settings.draws, self.batch):
-                parts.append(_Part(prompt, range(first, min(first + self.batch, settings.draws))))
-        lengths = [len(prompts[part.prompt]) + limits[part.prompt] for part in parts]
-        rows_of_part = min(self.batch, settings.draws)
-        parts_per_batch = max(1, self.batch // rows_of_part)
-
-        # Decide how weights are gathered, and so whether the loop of this class can be used.
+        model = hf_model(engine)
+        limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)  # by prompt
         gathering = None
-        if shares_prompts(model):
+        if can_share_prompts(model):
+            most_tokens = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
             itemsize = min(p.element_size() for p in model.parameters() if p.is_floating_point())
-            rows = parts_per_batch * rows_of_part
-            gathering = decide_gathering(
-                engine, self.runtime, cache_bytes(model.config, rows, max(lengths, default=0), itemsize)
-            )
-        if gathering is None or gathering.in_step:
+            kv_cache_bytes = kv_cache_size_bytes(model.config, self._rows_per_batch(settings), most_tokens, itemsize)
+            gathering = decide_gathering(engine, self.runtime, kv_cache_bytes)
+        if gathering is None or gathering.forward_is_collective:
             return self.generate_answers(engine, prompts, settings, seeds=seeds, averaged=False, keep_logprobs=True)
+        check_token_sequences("prompt", prompts, max_positions(model.config))
+        return self._generate_with_shared_prompts(engine, prompts, settings, seeds, limits, gathering)
 
-        # Make batches of parts whose answers have the same longest length (`kinds`).
-        check_rows("prompt", prompts, position_limit(model.config))
-        config = generation_settings(self.generation_config, settings, self.tokenizer)
-        end_ids = ending_ids(config)
-        objective = GroupAnswers(settings, self.tokenizer, end_ids)
-        part_limits = [limits[part.prompt] for part in parts]
-        batches = [*sharded_batches(lengths, engine.rank, engine.world_size, size=parts_per_batch, kinds=part_limits)]
+    def _chunks_per_batch(self, settings: DecodingConfig) -> int:
+        """How many prompt chunks a batch holds; a chunk has at most `self.batch` samples of one prompt."""
+        return max(1, self.batch // min(self.batch, settings.draws))
 
-        def make_batch(part_numbers: list[int]) -> dict[str, Any]:
-            """The prompts of these parts as rows, and for each answer its prompt's row and its seed."""
-            batch_parts = [parts[number] for number in part_numbers]
-            batch_prompts = [prompts[part.prompt] for part in batch_parts]
-            row_prompts: list[int] = []
-            row_seeds: list[int] = []
-            for prompt_row, part in enumerate(batch_parts):
-                row_prompts += [prompt_row] * len(part.draws)
-                row_seeds += [seeds[part.prompt][draw] for draw in part.draws]
+    def _rows_per_batch(self, settings: DecodingConfig) -> int:
+        """Most samples of a batch."""
+        return self._chunks_per_batch(settings) * min(self.batch, settings.draws)
+
+    def _generate_with_shared_prompts(
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        settings: DecodingConfig,
+        seeds: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        gathering: GatherDecision,
+    ) -> list[GeneratedAnswer]:
+        """The samples of `generate_samples`, from one computation of each prompt. All ranks must call.
+
+        `limits`: most tokens of an answer, by prompt.
+        """
+        chunks = []
+        for prompt_index in range(len(prompts)):
+            for first in range(0, settings.draws, self.batch):
+                sample_indices = range(first, min(first + self.batch, settings.draws))
+                chunks.append(_PromptChunk(prompt_index, sample_indices))
+        # All answers of a batch have the same limit, so chunks are grouped by it.
+        chunk_limits = [limits[chunk.prompt_index] for chunk in chunks]
+        chunk_lengths = [len(prompts[chunk.prompt_index]) + limits[chunk.prompt_index] for chunk in chunks]
+        batches = batches_of_rank(
+            chunk_lengths,
+            engine.rank,
+            engine.world_size,
+            max_rows=self._chunks_per_batch(settings),
+            group_of_row=chunk_limits,
+        )
+
+        def make_batch(chunk_numbers: list[int]) -> dict[str, Any]:
+            """What `SampleGroups` reads: a row for each chunk's prompt; for each sample, the row of its prompt and its seed."""
+            batch_chunks = [chunks[number] for number in chunk_numbers]
+            batch_prompts = [prompts[chunk.prompt_index] for chunk in batch_chunks]
+            prompt_row_of_sample: list[int] = []
+            sample_seeds: list[int] = []
+            for prompt_row, chunk in enumerate(batch_chunks):
+                prompt_row_of_sample += [prompt_row] * len(chunk.sample_indices)
+                sample_seeds += [seeds[chunk.prompt_index][sample] for sample in chunk.sample_indices]
             return {
-                "input_ids": padded(batch_prompts, self.tokenizer.pad_token_id, left=True),
-                "attention_mask": mask_of(batch_prompts, left=True),
-                "row_prompts": torch.tensor(row_prompts),
-                "seeds": torch.tensor(row_seeds),
-                "room": part_limits[part_numbers[0]],  # the same in all parts of a batch
+                "input_ids": pad_sequences(batch_prompts, self.tokenizer.pad_token_id, left=True),
+                "attention_mask": padding_mask(batch_prompts, left=True),
+                "row_prompts": torch.tensor(prompt_row_of_sample),
+                "seeds": torch.tensor(sample_seeds),
+                "room": chunk_limits[chunk_numbers[0]],
             }
 
-        # Write them. An answer's number is prompt * draws + draw.
-        own_answers: dict[int, GeneratedAnswer] = {}
-        for part_numbers, terms in self.run_batches(
-            engine, batches, objective, make_batch, gathering=gathering, averaged=False
+        end_ids = end_token_ids(generation_settings(self.generation_config, settings, self.tokenizer))
+        objective = SampleGroups(settings, self.tokenizer, end_ids)
+        own_answers: dict[int, GeneratedAnswer] = {}  # by number of the answer: prompt_index * draws + sample_index
+        for chunk_numbers, terms in self.run_batches(
+            engine, list(batches), objective, make_batch, gathering=gathering, averaged=False
         ):
-            ids_of_rows = terms["answers"].tolist()
+            sample_ids = terms["answers"].tolist()
             logprobs = terms["logprobs"].cpu().numpy()
-            row_draws: list[tuple[int, int]] = []  # (prompt, draw) of each row of the batch
-            for number in part_numbers:
-                row_draws += [(parts[number].prompt, draw) for draw in parts[number].draws]
-            for row, (prompt, draw) in enumerate(row_draws):
-                answer = cut_answer(prompt, draw, ids_of_rows[row], settings.stop, end_ids, self.tokenizer)
-                answer = replace(answer, logprobs=logprobs[row, : len(answer.ids)].copy())
-                own_answers[prompt * settings.draws + draw] = answer
-        return self.gather_by_number(own_answers)
+            row = 0
+            for chunk in (chunks[number] for number in chunk_numbers):
+                for sample_index in chunk.sample_indices:
+                    answer = answer_from_tokens(
+                        chunk.prompt_index, sample_index, sample_ids[row], settings.stop, end_ids, self.tokenizer
+                    )
+                    answer = replace(answer, logprobs=logprobs[row, : len(answer.ids)].copy())
+                    own_answers[chunk.prompt_index * settings.draws + sample_index] = answer
+                    row += 1
+        return self.gather_in_order(own_answers)
 
 
-def shares_prompts(model: Any) -> bool:
-    """Whether the prompt of a group can be computed once for all its answers, with the loop here instead of `generate`.
+def can_share_prompts(model: Any) -> bool:
+    """Whether the KV cache of a prompt can be computed once for all its samples, by the loop here instead of `generate`.
 
-    It needs a cache of keys and values from which rows can be selected and repeated, and a forward pass with positions.
+    False if one of these is missing: forward passes over several rows, positions as an argument, every argument of
+    `NEEDED_ARGUMENTS`, and a KV cache whose rows can be selected and repeated.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -134,87 +168,86 @@ def shares_prompts(model: Any) -> bool:
     arguments = inspect.signature(model.forward).parameters
     if path.alone or not path.positions or any(name not in arguments for name in NEEDED_ARGUMENTS):
         return False
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    layer_types = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    return layer_types <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
-class GroupAnswers:
-    """Takes the place of the objective in a step module: writes several answers to each prompt of a batch."""
+class SampleGroups:
+    """Takes the place of the objective in a step module: samples several answers to each prompt of a batch."""
 
     def __init__(self, settings: DecodingConfig, tokenizer: Any, end_ids: frozenset[int]) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
         self.end_ids = end_ids
-        self.stop = StopAtText(tokenizer, settings.stop, 0) if settings.stop else None
+        self.stop_criterion = StopAtText(tokenizer, settings.stop, 0) if settings.stop else None
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`answers`, int64 [rows, tokens], and `logprobs`, float32 likewise; what follows the end of an answer means nothing.
+        """`answers`, int64 [samples, room], and `logprobs`, float32 likewise; values after the end of an answer mean nothing.
 
-        `batch["input_ids"]` are the prompts, padded on the left; `row_prompts` says for each row whose it is, `seeds` has its
-        seed, and `room` is the largest number of new tokens.
+        `batch["input_ids"]`: the prompts, int64 [prompts, N], padded on the left, with their `attention_mask`. `row_prompts`,
+        int64 [samples]: the row of each sample's prompt. `seeds`, int64 [samples]. `room`: the most new tokens.
         """
         causal_model: Any = plain_model(model)
         with stock_attention(causal_model):
-            return self._write(causal_model, batch)
+            return self._sample(causal_model, batch)
 
-    def _write(self, causal_model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Sample answers: `answers` int64 [rows, room] and `logprobs` float32 of their tokens, padded after an answer's end.
-
-        `batch` has the prompts, padded on the left; `row_prompts` (int64 [rows]), the prompt that each answer belongs to;
-        `seeds`, one an answer; `room`, the most new tokens. Rows whose answers have ended leave the batch in bunches.
-        """
+    def _sample(self, causal_model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Sample the answers token by token; see `terms`. Ended rows leave the batch once they are `MIN_ENDED_SHARE` of it."""
         from transformers.cache_utils import DynamicCache
 
-        # One row for each prompt: its keys and values go into the cache.
+        # Prefill: one row for each prompt, whose keys and values go into the cache.
         cache = DynamicCache(config=causal_model.config)
-        mask = batch["attention_mask"]
-        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-        logits = _next_logits(causal_model, batch["input_ids"], mask, positions, cache)
+        prompt_mask = batch["attention_mask"]
+        prompt_positions = (prompt_mask.cumsum(dim=-1) - 1).clamp(min=0)
+        logits = _next_token_logits(causal_model, batch["input_ids"], prompt_mask, prompt_positions, cache)
 
-        # From here on a row for each draw: all rows of a prompt take its keys.
-        row_prompts = batch["row_prompts"]
-        cache.batch_select_indices(row_prompts)
-        logits = logits[row_prompts]
-        mask = mask[row_prompts]
-        lengths = mask.sum(dim=-1)
-        room = batch["room"]
-        rows = torch.arange(len(row_prompts), device=mask.device)  # those that are still in the batch
-        tokens = torch.full((len(rows), room), self.tokenizer.pad_token_id, device=mask.device)
-        logprobs = torch.zeros(len(rows), room, device=mask.device)
-        has_ended = torch.zeros(len(rows), dtype=torch.bool, device=mask.device)
+        # From here on there is one row for each sample, with a copy of its prompt's cache.
+        prompt_row_of_sample = batch["row_prompts"]
+        cache.batch_select_indices(prompt_row_of_sample)
+        logits = logits[prompt_row_of_sample]
+        mask = prompt_mask[prompt_row_of_sample]
+        prompt_lengths = mask.sum(dim=-1)
+        num_samples = len(prompt_row_of_sample)
+        max_new_tokens = batch["room"]
+        answers = torch.full((num_samples, max_new_tokens), self.tokenizer.pad_token_id, device=mask.device)
+        logprobs = torch.zeros(num_samples, max_new_tokens, device=mask.device)
+        has_ended = torch.zeros(num_samples, dtype=torch.bool, device=mask.device)
 
-        # Each pass draws the next token of the answers that have not ended.
-        for position in range(room):
-            drawn, drawn_logprobs = draw_in_two_levels(
-                logits / self.settings.temperature, batch["seeds"][rows], position
+        samples = torch.arange(num_samples, device=mask.device)  # the sample of each row that is still in the batch
+        for position in range(max_new_tokens):
+            tokens, token_logprobs = sample_in_two_levels(
+                logits / self.settings.temperature, batch["seeds"][samples], position
             )
-            tokens[rows, position] = drawn
-            logprobs[rows, position] = drawn_logprobs
-            has_ended[rows] |= self._ends(drawn, tokens[rows, : position + 1])
-            going = (~has_ended[rows]).nonzero()[:, 0]  # indices into `rows`
-            if not len(going) or position + 1 == room:
+            answers[samples, position] = tokens
+            logprobs[samples, position] = token_logprobs
+            has_ended[samples] |= self._ends_with(tokens, answers[samples, : position + 1])
+            unfinished_rows = (~has_ended[samples]).nonzero()[:, 0]
+            if not len(unfinished_rows) or position + 1 == max_new_tokens:
                 break
-            if len(going) <= (1 - LEAVING_SHARE) * len(rows):  # enough answers have ended: drop their rows
-                cache.batch_select_indices(going)
-                rows = rows[going]
-                mask = mask[going]
-                drawn = drawn[going]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            next_positions = (lengths[rows] + position)[:, None]
-            logits = _next_logits(causal_model, drawn[:, None], mask, next_positions, cache)
-        return {"answers": tokens, "logprobs": logprobs}
+            if len(unfinished_rows) <= (1 - MIN_ENDED_SHARE) * len(samples):
+                cache.batch_select_indices(unfinished_rows)
+                samples = samples[unfinished_rows]
+                mask = mask[unfinished_rows]
+                tokens = tokens[unfinished_rows]
+            mask = torch.cat([mask, mask.new_ones(len(samples), 1)], dim=1)
+            token_positions = (prompt_lengths[samples] + position)[:, None]
+            logits = _next_token_logits(causal_model, tokens[:, None], mask, token_positions, cache)
+        return {"answers": answers, "logprobs": logprobs}
 
-    def _ends(self, drawn: Tensor, answers: Tensor) -> Tensor:
-        """bool [rows]: whether an answer ends with the token that was drawn, which is its last one."""
-        end_ids = torch.tensor(sorted(self.end_ids), dtype=drawn.dtype, device=drawn.device)
-        ends = torch.isin(drawn, end_ids)
-        if self.stop is not None:
-            ends = ends | self.stop(answers, drawn)
-        return ends
+    def _ends_with(self, tokens: Tensor, answers: Tensor) -> Tensor:
+        """bool [rows]: whether each answer ends with its last token, because it is an end token or completes a stop string.
+
+        `tokens`: the last tokens, int64 [rows]. `answers`: all tokens so far, int64 [rows, positions].
+        """
+        end_ids = torch.tensor(sorted(self.end_ids), dtype=tokens.dtype, device=tokens.device)
+        is_end = torch.isin(tokens, end_ids)
+        if self.stop_criterion is not None:
+            is_end = is_end | self.stop_criterion(answers, tokens)
+        return is_end
 
 
-def _next_logits(causal_model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    """float32 [rows, V]: the logits of the token after `ids`, whose keys the cache takes."""
+def _next_token_logits(causal_model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+    """float32 [rows, V]: the logits of the token after `ids` [rows, N], whose keys and values are added to the cache."""
     outputs = causal_model(
         input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1
     )

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 EVERY_STEPS = "evaluation.every_steps"
 AUTO = "auto"
 """The value of `EVERY_STEPS` that this module resolves."""
-EVALUATIONS = 20
-"""Evaluations of a run that is long enough."""
-MOST_SHARE = 0.05
-"""Largest share of the run's tokens that the evaluations on the way may read."""
-LEAST_STEPS = 10
+TARGET_EVALUATIONS = 20
+"""Intermediate evaluations of a run that is long enough."""
+MAX_TOKEN_SHARE = 0.05
+"""Largest share of the run's training tokens that all intermediate evaluations together may read."""
+MIN_INTERVAL_STEPS = 10
 """Fewest steps from one evaluation to the next."""
 
 
@@ -23,39 +23,48 @@ class RunSize:
     """The sizes that decide how often a run is evaluated."""
 
     total_steps: int
+    """Optimizer steps of the whole run."""
     tokens_per_step: float
-    """Training tokens, all ranks together."""
+    """Training tokens of an optimizer step, all ranks together."""
     held_out_tokens: int
-    """Tokens that one evaluation reads, all ranks together."""
+    """Tokens that one evaluation of the held-out loss reads, all ranks together."""
 
 
 def automatic_interval(size: RunSize) -> int:
-    """Steps between two evaluations of the held-out loss; 0 if none fits between the first step and the last.
+    """Steps between two evaluations of the held-out loss, the largest of three lower bounds.
 
-    About twenty a run; at most 5 % of the run's tokens, without the evaluations at the start and at the end; never more often
-    than every ten steps.
+    - There are about twenty evaluations in the run.
+    - Evaluations between the first step and the last read at most 5 % of the run's training tokens.
+    - At least ten steps lie between two evaluations.
+
+    Returns 0 if no evaluation fits between the first step and the last, or a size is 0.
     """
     if size.held_out_tokens == 0 or size.tokens_per_step <= 0:
         return 0
-    for_share = size.held_out_tokens / (MOST_SHARE * size.tokens_per_step)
-    interval = max(LEAST_STEPS, _rounded_up(size.total_steps / EVALUATIONS), _rounded_up(for_share))
+    steps_by_count = _round_up(size.total_steps / TARGET_EVALUATIONS)
+    steps_by_token_share = _round_up(size.held_out_tokens / (MAX_TOKEN_SHARE * size.tokens_per_step))
+    interval = max(MIN_INTERVAL_STEPS, steps_by_count, steps_by_token_share)
     return interval if interval < size.total_steps else 0
 
 
-def evaluations_on_the_way(interval: int, total_steps: int) -> int:
-    """Evaluations after the first step and before the last one."""
+def num_intermediate_evaluations(interval: int, total_steps: int) -> int:
+    """The number of evaluations after the first step and before the last one; 0 if `interval` is 0."""
     return (total_steps - 1) // interval if interval else 0
 
 
-def reason_for(interval: int, size: RunSize, patience: int) -> str:
-    """Why `auto` became this interval, for the start screen and `run.json`."""
-    count = evaluations_on_the_way(interval, size.total_steps)
+def auto_interval_reason(interval: int, size: RunSize, patience: int) -> str:
+    """Why `evaluation.every_steps=auto` became `interval` steps, for the start screen and `run.json`.
+
+    The text has the number of evaluations and their share of the run's tokens. It also warns if there are fewer evaluations than
+    `patience` (`evaluation.patience`), because early stopping could never happen.
+    """
+    count = num_intermediate_evaluations(interval, size.total_steps)
     if count == 0:
         reason = "only before the first step and at the end: the run is too short for its held-out documents"
     else:
-        share = count * size.held_out_tokens / (size.total_steps * size.tokens_per_step)
-        times = "evaluation" if count == 1 else "evaluations"
-        reason = f"{count} {times} of the held-out loss on the way, {share:.1%} of the run's tokens"
+        token_share = count * size.held_out_tokens / (size.total_steps * size.tokens_per_step)
+        noun = "evaluation" if count == 1 else "evaluations"
+        reason = f"{count} {noun} of the held-out loss on the way, {token_share:.1%} of the run's tokens"
     if patience > count:
         reason += (
             f"; too few for evaluation.patience={patience}: give evaluation.every_steps a number, or hold out less"
@@ -63,5 +72,5 @@ def reason_for(interval: int, size: RunSize, patience: int) -> str:
     return reason
 
 
-def _rounded_up(number: float) -> int:
+def _round_up(number: float) -> int:
     return -int(-number // 1)

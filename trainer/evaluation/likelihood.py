@@ -16,7 +16,7 @@ from trainer.objectives.causal import plain_model, supervised_rows
 from trainer.objectives.seq2seq import answer_rows
 
 Pair = tuple[Sequence[int], Sequence[int]]
-"""Token ids of a context and of what follows it."""
+"""(token ids of a context, token ids of the continuation that is scored after it)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,10 @@ class ScoreContinuations:
     """Takes the place of the objective in a step module: scores each continuation instead of computing a loss."""
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`logprobs` and `misses`, `[S]` float64: the sum of log-probabilities, and how many tokens are not the argmax."""
+        """The scores of each continuation in a batch of `continuation_batch`, float64 [S] each.
+
+        `logprobs`: the sum of the log-probabilities of its tokens. `misses`: how many of its tokens are not the model's argmax.
+        """
         causal_model: Any = plain_model(model)
         bias: Tensor | None = None
         with stock_attention(causal_model):
@@ -43,24 +46,31 @@ class ScoreContinuations:
                 head, hidden, targets, bias = answer_rows(model, batch)
             else:
                 head, hidden, targets = supervised_rows(model, batch)
-            logprobs, is_argmax = row_scores(head, hidden, targets, bias)
-        # One row for each target token: add them up by the sequence that they belong to.
-        sequence_numbers = batch["row_sequence"]
+            token_logprobs, is_argmax = row_scores(head, hidden, targets, bias)
+        # There is one score for each target token. Add them up by the sequence that the token belongs to.
+        sequence_of_target = batch["row_sequence"]
         zeros = torch.zeros(batch["num_sequences"], dtype=torch.float64)
-        zeros = zeros.to(logprobs.device)
+        zeros = zeros.to(token_logprobs.device)
         return {
-            "logprobs": zeros.index_add(0, sequence_numbers, logprobs.double()),
-            "misses": zeros.index_add(0, sequence_numbers, (~is_argmax).double()),
+            "logprobs": zeros.index_add(0, sequence_of_target, token_logprobs.double()),
+            "misses": zeros.index_add(0, sequence_of_target, (~is_argmax).double()),
         }
 
 
-def pair_rows(pairs: Sequence[Pair], *, pad_token_id: int, decoder_start: int | None) -> dict[str, Any]:
-    """A batch of pairs, as padded rows on the CPU; `decoder_start` is the decoder's first token, of encoder-decoder models.
+def continuation_batch(pairs: Sequence[Pair], *, pad_token_id: int, decoder_start: int | None) -> dict[str, Any]:
+    """The tensors of some pairs, on the CPU, padded on the right, where no token attends to the padding.
 
-    A decoder-only model reads context and continuation in one row. Otherwise the encoder reads the context, and the decoder the
-    continuation. Padding is on the right, where no token sees it.
+    A decoder-only model (`decoder_start` None) reads context and continuation in one sequence: context [5, 6] and continuation
+    [7, 8] become the input [5, 6, 7] with the targets [ignored, 7, 8]. In an encoder-decoder model the encoder reads the context,
+    and the decoder the continuation after the token `decoder_start`. Contexts must not be empty.
 
-    Context [5, 6] and continuation [7, 8]: of a decoder-only model, input [5, 6, 7] and targets [ignored, 7, 8].
+    Keys, for S pairs, N positions and T target tokens:
+    - `input_ids`, `attention_mask`: int64 [S, N].
+    - `decoder_input_ids`: int64 [S, N], only with an encoder.
+    - `targets`: int64 [S, N], `IGNORED_TARGET` where nothing is predicted.
+    - `target_rows`: int64 [T], the indices of the targets in the flattened `targets`.
+    - `row_sequence`: int64 [T], the index of the pair that each target belongs to.
+    - `num_sequences`: S.
     """
     inputs = []
     targets = []
@@ -71,7 +81,8 @@ def pair_rows(pairs: Sequence[Pair], *, pad_token_id: int, decoder_start: int | 
         else:
             inputs.append([decoder_start, *continuation[:-1]])
             targets.append([*continuation])
-    padded_targets = padded(targets, IGNORED_TARGET, width=max(map(len, inputs)))
+    # As wide as the inputs: a continuation may be empty, and then its targets are one shorter.
+    padded_targets = pad_sequences(targets, IGNORED_TARGET, width=max(map(len, inputs)))
     target_rows = torch.nonzero(padded_targets.view(-1) != IGNORED_TARGET)[:, 0]
     batch: dict[str, Any] = {
         "targets": padded_targets,
@@ -80,25 +91,30 @@ def pair_rows(pairs: Sequence[Pair], *, pad_token_id: int, decoder_start: int | 
         "num_sequences": len(pairs),
     }
     if decoder_start is None:
-        return batch | {"input_ids": padded(inputs, pad_token_id), "attention_mask": mask_of(inputs)}
+        return batch | {"input_ids": pad_sequences(inputs, pad_token_id), "attention_mask": padding_mask(inputs)}
     contexts = [[*context] for context, _ in pairs]
     return batch | {
-        "input_ids": padded(contexts, pad_token_id),
-        "attention_mask": mask_of(contexts),
-        "decoder_input_ids": padded(inputs, pad_token_id),
+        "input_ids": pad_sequences(contexts, pad_token_id),
+        "attention_mask": padding_mask(contexts),
+        "decoder_input_ids": pad_sequences(inputs, pad_token_id),
     }
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False, width: int | None = None) -> Tensor:
-    """int64 `[S, N]`: rows of different lengths, padded on the right, or with `left` on the left."""
-    width = width or max(map(len, rows))
-    padded_rows = []
-    for row in rows:
-        padding = [fill] * (width - len(row))
-        padded_rows.append([*padding, *row] if left else [*row, *padding])
-    return torch.tensor(padded_rows)
+def pad_sequences(
+    sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool = False, width: int | None = None
+) -> Tensor:
+    """int64 [S, width]: sequences of different lengths, padded with `pad_id` on the right, or on the left if `left` is set.
+
+    `width`: None takes the length of the longest sequence.
+    """
+    width = width or max(map(len, sequences))
+    padded_sequences = []
+    for sequence in sequences:
+        padding = [pad_id] * (width - len(sequence))
+        padded_sequences.append([*padding, *sequence] if left else [*sequence, *padding])
+    return torch.tensor(padded_sequences)
 
 
-def mask_of(rows: Sequence[Sequence[int]], *, left: bool = False) -> Tensor:
-    """int64 `[S, N]`: 1 where `padded` puts a token."""
-    return padded([[1] * len(row) for row in rows], 0, left=left)
+def padding_mask(sequences: Sequence[Sequence[int]], *, left: bool = False) -> Tensor:
+    """int64 [S, N]: the attention mask of `pad_sequences`, 1 at each token and 0 at padding."""
+    return pad_sequences([[1] * len(sequence) for sequence in sequences], 0, left=left)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,128 +12,137 @@ import torch
 from strategies.base import Engine
 from strategies.errors import Interrupted
 from strategies.runtime import dist_sum
-from trainer.evaluation.by_position import row_counts, take_position_losses
+from trainer.evaluation.by_position import pop_position_losses, position_group_counts
 from trainer.objectives.step_totals import look_ahead
 
-BATCH_TERMS = ("loss", "margin")
-"""Terms whose sums over each micro-batch are kept, so that an evaluation can be compared with an earlier one in pairs."""
+TERMS_KEPT_BY_BATCH = ("loss", "margin")
+"""Terms whose sum over each micro-batch is kept, so that two evaluations can be compared by a paired test."""
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationPart:
-    """A part of the evaluation documents with metrics of its own: one source of a held-out share, or one named set."""
+class ReportedSource:
+    """A source of the evaluation documents, or a set named in `data.eval_path`, that has metrics of its own."""
 
     source: int
-    """The number of the source, which its micro-batches have as `source`."""
-    count: float
-    """Denominator of the part, all ranks together."""
-    names: dict[str, str]
-    """The metrics that are yielded for the part: metric -> full name."""
+    """The index of the source, which its micro-batches have under the key `source`."""
+    loss_denominator: float
+    """What the summed loss of the source is divided by to get its mean, all ranks together."""
+    metric_names: dict[str, str]
+    """The metrics that are reported for the source, with their full names: {"loss": "eval/loss/code"}."""
 
 
 class LossEvaluator:
     """Yields `eval/loss`, `eval/perplexity` (of language models), `eval/accuracy` (of tokens, documents or pairs) and others.
 
-    If the objective counts confusions (classification), `f1_macro` and `f1_micro` too. If the batches tell positions apart
-    (`with_position_groups`), the loss of each group too. The metrics of `parts` come from the same pass: each micro-batch then
-    has documents of one source.
+    If the objective counts confusions (classification), also `f1_macro` and `f1_micro`. If the batches have position groups
+    (`with_position_groups`), also the loss of each group. The metrics of `reported_sources` come from the same pass: each
+    micro-batch then has documents of one source.
     """
 
     on_the_way = True
-    """It costs a forward pass, and so runs in every evaluation."""
+    """It costs only a forward pass, so it also runs in intermediate evaluations."""
 
     def __init__(
         self,
         batches: Callable[[], Iterable[dict[str, Any]]],
         *,
-        count: float,
+        loss_denominator: float,
         ranks_per_row: int = 1,
         perplexity: bool = True,
         stop_now: Callable[[], bool] | None = None,
         ahead: Callable[[], Iterable[dict[str, Any]]] | None = None,
-        parts: list[EvaluationPart] | None = None,
+        reported_sources: list[ReportedSource] | None = None,
     ) -> None:
         self._batches = batches
-        self._count = count
-        """Denominator of the whole set, all ranks together."""
+        self._loss_denominator = loss_denominator
+        """What the summed loss of all documents is divided by, all ranks together."""
         self._ranks_per_row = ranks_per_row
-        """Neighbouring ranks that have the same micro-batches, and a share of each one's sums (`parallel.sequence`)."""
+        """Neighbouring ranks that split each row of tokens (`parallel.sequence`): same micro-batches, a share of each sum."""
         self._perplexity = perplexity
         self._stop_now = stop_now or (lambda: False)
         self._ahead = ahead
         """Batches of a first pass, for objectives that need means over the whole set before they compute a loss."""
-        self._parts = parts or []
+        self._reported_sources = reported_sources or []
         self.on_batch_sums: Callable[[dict[str, list[float]]], None] = lambda batches: None
         """Called after each evaluation with the sums of each micro-batch in the order of the documents, by metric."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
-        """Yield the metrics as (name, value), such as ("eval/loss", 2.31), first of the whole set, then of its parts.
+        """Yield the metrics as (name, value), such as ("eval/loss", 2.31), first of all documents, then of single sources.
 
-        Values are equal on all ranks. All ranks must call; raises Interrupted on all or none.
+        Values are equal on all ranks. All ranks must call. Raises Interrupted, on all ranks or none, if the run must stop.
         """
-        # By term ("loss", "accuracy" ...): its sums [parts, ...], with one row if there are no parts.
-        sums: dict[str, torch.Tensor] = {}
-        means: dict[
-            str, torch.Tensor
-        ] = {}  # by term: means over the whole set that the loss needs; most losses need none
-        batch_sums: dict[str, list[torch.Tensor]] = {}  # by term: the sum of each micro-batch
-        row_by_source = {part.source: row for row, part in enumerate(self._parts)}
-        if self._ahead is not None:
-            means = look_ahead(engine, self._ahead(), self._count, averaged=True, check_stop=self._check_stop)
+        means = self._means_for_loss(engine)
+        own_sums = self._sum_own_micro_batches(engine, means)
+        totals = self._reduce_over_ranks(own_sums, engine)
+        totals_of_all = {term: total.sum(0) for term, total in totals.items()}
+        for name, value in self._metrics(totals_of_all, self._loss_denominator).items():
+            yield f"eval/{name}", value
+        for row, reported in enumerate(self._reported_sources):
+            totals_of_source = {term: total[row] for term, total in totals.items()}
+            values = self._metrics(totals_of_source, reported.loss_denominator)
+            for metric, full_name in reported.metric_names.items():
+                if metric in values:
+                    yield full_name, values[metric]
 
-        # Sum the terms of this rank's micro-batches.
+    def _means_for_loss(self, engine: Engine) -> dict[str, torch.Tensor]:
+        """Means over all documents that the objective's loss needs, by term; empty for most objectives. All ranks must call."""
+        if self._ahead is None:
+            return {}
+        return look_ahead(engine, self._ahead(), self._loss_denominator, averaged=True, check_stop=self._check_stop)
+
+    def _sum_own_micro_batches(self, engine: Engine, means: dict[str, torch.Tensor]) -> _RankSums:
+        """The summed terms of this rank's micro-batches, from a forward pass over each. All ranks must call.
+
+        `means`: what `_means_for_loss` returned. Raises Interrupted if the run must stop.
+        """
+        sums = _RankSums()
+        row_by_source = {reported.source: row for row, reported in enumerate(self._reported_sources)}
+        num_rows = max(1, len(row_by_source))
         with engine.inference() as module:
             for batch in self._batches():
                 row = row_by_source.get(batch.pop("source", None), 0)
                 terms = module({**batch, "ahead": means})
-                for term, value in {**terms, **row_counts(batch, terms)}.items():
-                    if term not in sums:
-                        sums[term] = value.new_zeros((max(1, len(row_by_source)), *value.shape), dtype=torch.float64)
-                    sums[term][row] += value.double()
-                    if term in BATCH_TERMS:
-                        batch_sums.setdefault(term, []).append(value.double())
+                for term, value in {**terms, **position_group_counts(batch, terms)}.items():
+                    if term not in sums.by_source:
+                        sums.by_source[term] = value.new_zeros((num_rows, *value.shape), dtype=torch.float64)
+                    sums.by_source[term][row] += value.double()
+                    if term in TERMS_KEPT_BY_BATCH:
+                        sums.by_batch.setdefault(term, []).append(value.double())
                 self._check_stop()
+        return sums
 
-        # Divide the sums of all ranks: first over all parts, then by part.
-        totals = self._reduce(sums, batch_sums, engine)
-        whole_totals = {term: total.sum(0) for term, total in totals.items()}
-        for name, value in self._metrics(whole_totals, self._count).items():
-            yield f"eval/{name}", value
-        for row, part in enumerate(self._parts):
-            part_totals = {term: total[row] for term, total in totals.items()}
-            values = self._metrics(part_totals, part.count)
-            for metric, name in part.names.items():
-                if metric in values:
-                    yield name, values[metric]
+    def _reduce_over_ranks(self, own_sums: _RankSums, engine: Engine) -> dict[str, torch.Tensor]:
+        """Add the sums of all ranks in one reduction. Returns the totals by term, float64 [sources, ...] as `by_source` has them.
 
-    def _reduce(
-        self, sums: dict[str, torch.Tensor], batch_sums: dict[str, list[torch.Tensor]], engine: Engine
-    ) -> dict[str, torch.Tensor]:
-        """Add the sums of all ranks, and pass the sums of each micro-batch to `on_batch_sums`. All ranks must call.
-
-        Returns the totals by term, in the shape of `sums`. `sums`: this rank's, by term, with a row for each part of the
-        documents. `batch_sums`: of the terms in `BATCH_TERMS`, the sum of each of this rank's micro-batches. `on_batch_sums` gets
-        those of all ranks in the order of the documents, such as {"eval/loss": [310.2, 287.9]}, for paired tests.
+        Also calls `on_batch_sums` with the sum of each micro-batch of all ranks, in the order of the documents, such as
+        {"eval/loss": [310.2, 287.9]}. All ranks must call.
         """
-        terms = sorted(sums)
-        batch_terms = sorted(batch_sums)
+        terms = sorted(own_sums.by_source)
+        batch_terms = sorted(own_sums.by_batch)
         ordered_batch_sums = []
         for term in batch_terms:
-            ordered_batch_sums.append(_batch_sums_in_order(batch_sums[term], engine, self._ranks_per_row))
-        # One reduction for everything: the sums, then those of each micro-batch.
-        flat_sums = [sums[term].view(-1) for term in terms]
+            ordered_batch_sums.append(_place_batch_sums(own_sums.by_batch[term], engine, self._ranks_per_row))
+        # The reduced vector has the sums by source first, then those by micro-batch.
+        flat_sums = [own_sums.by_source[term].view(-1) for term in terms]
         reduced = dist_sum(torch.cat([*flat_sums, *ordered_batch_sums])).cpu()
-        sizes = [part.numel() for part in flat_sums]
-        by_batch = reduced[sum(sizes) :].view(len(batch_terms), -1)
-        self.on_batch_sums({f"eval/{term}": by_batch[row].tolist() for row, term in enumerate(batch_terms)})
-        flat_totals = reduced[: sum(sizes)].split(sizes)
-        return {term: total.view(sums[term].shape) for term, total in zip(terms, flat_totals, strict=True)}
+        sizes = [flat.numel() for flat in flat_sums]
+        num_source_values = sum(sizes)
+        batch_totals = reduced[num_source_values:].view(len(batch_terms), -1)
+        self.on_batch_sums({f"eval/{term}": batch_totals[row].tolist() for row, term in enumerate(batch_terms)})
+        flat_totals = reduced[:num_source_values].split(sizes)
+        return {
+            term: total.view(own_sums.by_source[term].shape) for term, total in zip(terms, flat_totals, strict=True)
+        }
 
-    def _metrics(self, totals: dict[str, torch.Tensor], count: float) -> dict[str, float]:
-        """Metrics by name, the loss first. `count` is the denominator of the means."""
-        denominator = count or 1  # without targets the sums are 0, and so are the means
+    def _metrics(self, totals: dict[str, torch.Tensor], loss_denominator: float) -> dict[str, float]:
+        """The metrics by name, the loss first: {"loss": 2.31, "perplexity": 10.1, "accuracy": 0.52, ...}.
+
+        `totals`: summed terms of all ranks. Scalars become means over `loss_denominator`; position groups have denominators of
+        their own, and `confusion` becomes F1 scores.
+        """
+        denominator = loss_denominator or 1  # without targets the sums are 0, and so are the means
         totals = dict(totals)
-        position_losses = take_position_losses(totals)
+        position_losses = pop_position_losses(totals)
         means = {}
         for name, total in totals.items():
             if total.dim() == 0:
@@ -153,16 +162,30 @@ class LossEvaluator:
             raise Interrupted
 
 
-def _batch_sums_in_order(own_sums: list[torch.Tensor], engine: Engine, ranks_per_row: int) -> torch.Tensor:
-    """float64 [micro-batches of all ranks]: this rank's sums at their positions, zeros at those of other ranks.
+@dataclass(slots=True)
+class _RankSums:
+    """Summed terms of this rank's micro-batches, such as "loss" and "accuracy"."""
 
-    Micro-batches go to the readers in turns, so a sum over ranks puts all of them in the order of the documents. The
-    `ranks_per_row` ranks of a reader each add their share to the same position.
+    by_source: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By term: float64 [sources, ...], a row for each reported source; one row for all documents if no source is reported."""
+    by_batch: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """By term in `TERMS_KEPT_BY_BATCH`: the sum over each micro-batch."""
+
+
+def _place_batch_sums(own_sums: list[torch.Tensor], engine: Engine, ranks_per_row: int) -> torch.Tensor:
+    """float64 [micro-batches of all ranks]: this rank's sums at the places of their micro-batches, zeros elsewhere.
+
+    Consecutive micro-batches go to consecutive data-parallel groups: with 2 groups, rank group 1 has the micro-batches 1, 3, 5.
+    A group is the `ranks_per_row` neighbouring ranks that split each row; each of them puts its share of the sum at the same
+    place. So when the caller adds up these vectors over all ranks, every micro-batch has its full sum, in the order of the
+    documents.
     """
     stacked = torch.stack(own_sums)
-    by_reader = stacked.new_zeros((len(own_sums), engine.world_size // ranks_per_row))
-    by_reader[:, engine.rank // ranks_per_row] = stacked
-    return by_reader.view(-1)
+    num_groups = engine.world_size // ranks_per_row
+    own_group = engine.rank // ranks_per_row
+    sums_by_group = stacked.new_zeros((len(own_sums), num_groups))
+    sums_by_group[:, own_group] = stacked
+    return sums_by_group.view(-1)
 
 
 def f1_scores(confusion: torch.Tensor) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.endpoint.client import Client, first_choice, tokens_used
 from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.full_weights import GatherDecision
-from trainer.evaluation.generate import GeneratedAnswer, GenerationSpeed
+from trainer.evaluation.generate import GeneratedAnswer, GenerationThroughput
 from trainer.evaluation.likelihood import Likelihood, Pair
 from trainer.evaluation.tasks.model_interface import ModelInterface
 
@@ -37,7 +37,7 @@ class ServedAnswerGenerator:
     model: str
     tokenizer: Any
     stop_now: Callable[[], bool] = lambda: False
-    throughput: GenerationSpeed | None = None
+    throughput: GenerationThroughput | None = None
     on_batch: Callable[[int, int], None] = lambda done, batches: None
     """Called after each batch of requests with the number of finished batches, and of all batches."""
 
@@ -97,7 +97,7 @@ class ServedAnswerGenerator:
         description = f"written by {self.model} at {self.client.config.url}"
         gathering = GatherDecision(sharded=False, gathered_once=True, description=description)
         total_tokens = sum(answer_tokens for _, answer_tokens in results)
-        self.throughput = GenerationSpeed(total_tokens, time.perf_counter() - began, gathering)
+        self.throughput = GenerationThroughput(total_tokens, time.perf_counter() - began, gathering)
         return [answer for answer, _ in results]
 
     def likelihoods(self, engine: Any, pairs: Sequence[Pair]) -> list[Likelihood]:

@@ -17,7 +17,7 @@ from trainer.evaluation.tasks.model_interface import FirstRequest
 from trainer.evaluation.tasks.prepared import PreparedTask
 
 if TYPE_CHECKING:
-    from trainer.evaluation.generate import GenerationSpeed
+    from trainer.evaluation.generate import GenerationThroughput
     from trainer.evaluation.tasks.model_interface import ModelInterface
 
 
@@ -33,7 +33,7 @@ class FinishedTask:
     rows: list[TaskRow]
     metrics: dict[str, float]
     seconds: float
-    throughput: GenerationSpeed | None = None
+    throughput: GenerationThroughput | None = None
     """How fast its answers were written; None for tasks that write none."""
 
 

@@ -14,7 +14,7 @@ from strategies.base import Fsdp2Config, Precision, StrategyConfig, ZeroConfig
 from trainer.build.rounds import MOST_ROWS, prompts_per_round
 from trainer.config.parallel import readers_of
 from trainer.config.run import RunConfig
-from trainer.evaluation.full_weights import USABLE_SHARE, cache_bytes
+from trainer.evaluation.full_weights import USABLE_SHARE, kv_cache_size_bytes
 from trainer.objectives.registry import family_of, written_tokens
 from trainer.planner.hardware import Card
 from trainer.planner.speed import MEMORY_EFFICIENCY, PRODUCT_EFFICIENCY, ring_bytes_per_s
@@ -135,7 +135,7 @@ def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longe
         prompt_tokens=prompt_tokens,
         longest_prompt=longest_prompt,
         new_tokens=written_tokens(config.objective),
-        key_bytes=float(cache_bytes(model_config, 1, 1, itemsize)),
+        key_bytes=float(kv_cache_size_bytes(model_config, 1, 1, itemsize)),
         parts=int(rollout.steps),
         iterations=int(rollout.iterations),
         passes=int(takes_several_steps) + int(has_reference),

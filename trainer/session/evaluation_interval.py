@@ -13,8 +13,8 @@ from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import sequence_cut
 from trainer.data.batches.loader import EvalShare, StepLoader
 from trainer.data.prepare import PreparedData
-from trainer.evaluation.build import evaluation_parts
-from trainer.evaluation.interval import AUTO, EVERY_STEPS, RunSize, automatic_interval, reason_for
+from trainer.evaluation.build import source_metric_names
+from trainer.evaluation.interval import AUTO, EVERY_STEPS, RunSize, auto_interval_reason, automatic_interval
 from trainer.reporting.resolution import Resolution
 from trainer.rollout.loader import RolloutLoader
 from trainer.step import Built
@@ -57,7 +57,7 @@ def resolve_evaluation_interval(
         runtime.dp_size,
         config.evaluation.max_documents,
         built.data_spec.sequences_per_document,
-        by_source=bool(evaluation_parts(held_out)),  # `max_documents` bounds each source by itself
+        by_source=bool(source_metric_names(held_out)),  # `max_documents` bounds each source by itself
         cut=sequence_cut(runtime),
     )
     size = RunSize(
@@ -69,6 +69,6 @@ def resolve_evaluation_interval(
     if not progress.evaluate_every:
         progress.evaluate_every = automatic_interval(size)
     interval = progress.evaluate_every
-    reason = reason_for(interval, size, config.evaluation.patience)
+    reason = auto_interval_reason(interval, size, config.evaluation.patience)
     built.substitutions[EVERY_STEPS] = str(Resolution(EVERY_STEPS, AUTO, interval, reason))
     return EvaluationInterval(interval, loss_alone=True)

@@ -15,7 +15,7 @@ from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 
 if TYPE_CHECKING:
-    from trainer.evaluation.generate import GenerationSpeed
+    from trainer.evaluation.generate import GenerationThroughput
 
 REPORT, ROWS, PAGE = "evaluation.json", "evaluation_rows.jsonl", "evaluation.html"
 VERSION = 1
@@ -29,7 +29,7 @@ class EvaluatedModel:
     rows: dict[str, list[TaskRow]] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    throughput: dict[str, GenerationSpeed] = field(default_factory=dict)
+    throughput: dict[str, GenerationThroughput] = field(default_factory=dict)
     """How fast answers were written, for tasks that have the model write."""
 
 
@@ -104,7 +104,7 @@ def _metric_records(
     return records
 
 
-def _throughput_record(throughput: GenerationSpeed) -> dict[str, Any]:
+def _throughput_record(throughput: GenerationThroughput) -> dict[str, Any]:
     """How answers were written, under the keys that reports have had from the first version on."""
     gathering = throughput.gathering
     return {

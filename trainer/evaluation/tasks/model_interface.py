@@ -144,11 +144,11 @@ class ModelInterface:
         self._stop_if_only_checking()
         from strategies.runtime import gather_objects
         from trainer.data.batches.collate import to_device
-        from trainer.evaluation.generate import sharded_batches
+        from trainer.evaluation.generate import batches_of_rank
 
         own_logits: dict[int, list[float]] = {}
         lengths = [len(sample.input_ids) for sample in samples]
-        batches = sharded_batches(lengths, self.engine.rank, self.engine.world_size, size=self.batch)
+        batches = batches_of_rank(lengths, self.engine.rank, self.engine.world_size, max_rows=self.batch)
         with self.engine.inference() as module:
             step: Any = module
             # The head is called through the root module's own forward: only there are sharded parameters gathered.

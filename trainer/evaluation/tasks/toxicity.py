@@ -72,7 +72,7 @@ class Toxicity(PromptTask):
         key = f"{self.key}.options.classifier"
         directory = directory_of(self.option_values["classifier"], key)
         labels = ClassifierLabels.from_directory(directory, key)
-        toxic_label = labels.label_number(self.option_values["label"], f"{self.key}.options.label")
+        toxic_label = labels.toxic_label_index(self.option_values["label"], f"{self.key}.options.label")
         return labels, toxic_label
 
     def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
@@ -90,7 +90,7 @@ class Toxicity(PromptTask):
         for _, answers in draws:
             texts += [answer.text for answer in answers]
         # All answers are classified as one list; each prompt takes as many verdicts as it has answers.
-        verdicts = iter(classifier.probabilities(texts, toxic_label))
+        verdicts = iter(classifier.classify(texts, toxic_label))
         threshold = float(self.option_values["threshold"])
         rows = []
         for case, (question, answers) in zip(cases, draws, strict=True):
