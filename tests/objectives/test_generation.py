@@ -75,7 +75,7 @@ def test_named_sets_are_scored_each(monkeypatch):
         AnswerWithReference(number, answer, right)
         for number, (answer, right) in zip((0, 1, 2, 3), [*PAIRS, PAIRS[2]], strict=True)
     ]
-    monkeypatch.setattr(GenerationEvaluator, "answers", lambda self, engine: answers)
+    monkeypatch.setattr(GenerationEvaluator, "answer_documents", lambda self, engine: answers)
     monkeypatch.setattr(
         AnswerGenerator, "throughput", GenerationThroughput(60, 4.0, GatherDecision(True, False, "block by block"))
     )

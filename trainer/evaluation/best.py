@@ -16,10 +16,12 @@ def check_watched_metric(settings: EvaluationConfig, values: dict[str, float]) -
 
 
 def record_evaluation(settings: EvaluationConfig, progress: Progress, values: dict[str, float]) -> bool:
-    """Update best metric, best step and the count of stale evaluations in `progress`; returns whether this one is the best.
+    """Record an evaluation in `progress`. Returns whether it is the best one so far, so that its weights should be saved.
 
-    `values`: the metrics of the evaluation by name. An improvement of the watched metric counts from `min_delta` on. The best
-    evaluation that was seen, which early stopping goes by, may be better than the best one that was saved.
+    `values`: the metrics of the evaluation by name. Better means: the watched metric improves by more than `settings.min_delta`.
+    - Better than every evaluation that was seen: sets `seen_metric` and `seen_step`, and `stale_evaluations` to 0.
+    - Else: `stale_evaluations` is one more. Early stopping goes by these three.
+    - Better than the best evaluation whose weights were saved: sets `best_metric` and `best_step`, and returns True.
     """
     value = values[settings.watched]
     best_seen = progress.best_metric if progress.seen_metric is None else progress.seen_metric

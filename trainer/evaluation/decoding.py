@@ -100,7 +100,8 @@ class GenerateAnswers:
 
         causal_model: Any = plain_model(model)
         prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        # Where new tokens begin in what `generate` returns: after the prompt, or in a decoder with an encoder, after its start token.
+        # Where new tokens begin in what `generate` returns: after the prompt, or after the start token of a decoder with an
+        # encoder.
         answer_start = 1 if causal_model.config.is_encoder_decoder else prompts["input_ids"].shape[1]
         criteria = []
         if self.settings.stop:

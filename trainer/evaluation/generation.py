@@ -69,7 +69,7 @@ class GenerationEvaluator:
         `eval/written_tokens_per_s` is the speed of all ranks together. `eval/weights_gathered` is yielded for sharded weights:
         1 if they were gathered once for all answers, 0 if block by block in each pass.
         """
-        answers = self._answer_documents(engine)
+        answers = self.answer_documents(engine)
         self.on_answers(answers)
         metrics = self._compute_metrics(answers) if self.runtime.is_main else None
         yield from broadcast_object(metrics, self.runtime).items()
@@ -88,7 +88,7 @@ class GenerationEvaluator:
                 metrics[f"eval/{set_name}/{name}"] = score
         return metrics
 
-    def _answer_documents(self, engine: Engine) -> list[AnswerWithReference]:
+    def answer_documents(self, engine: Engine) -> list[AnswerWithReference]:
         """The model's answer to each evaluation document, in their order, the same on every rank. All ranks must call."""
         # Every rank has the prompts of all evaluated documents; `generate_answers` splits them over the ranks.
         documents = [int(document) for document in self.share.documents(self.dataset)]  # indices in the data set

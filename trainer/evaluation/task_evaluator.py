@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from trainer.evaluation.tasks.model_interface import ModelInterface
 
 
-PROGRESS_LINE_INTERVAL_S = 30.0
-"""Seconds between two lines of progress of a task that takes long."""
+PROGRESS_INTERVAL_S = 30.0
+"""Seconds between two progress lines of a task that takes long."""
 
 
 @dataclass(slots=True)
 class FinishedTask:
-    """A task after the model was asked."""
+    """A task with the report rows and metrics of the evaluated model."""
 
     prepared: PreparedTask
     rows: list[TaskRow]
     metrics: dict[str, float]
     seconds: float
     throughput: GenerationThroughput | None = None
-    """How fast its answers were written; None for tasks that write none."""
+    """How fast its answers were generated; None for tasks that generate none."""
 
 
 class TaskEvaluator:
@@ -47,34 +47,35 @@ class TaskEvaluator:
         """Name of the task that runs at this moment."""
 
     def report_progress(self, print_line: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """From now on call `print_line` with the progress of a task that takes long, every half minute.
+        """From now on call `print_line` with the progress of each task, every `PROGRESS_INTERVAL_S` seconds that it takes.
 
-        `clock`: seconds since any moment.
+        Sets `on_batch` of the answer generator. `clock`: seconds since any moment.
         """
         timed_task = ""
         first_batch_at = 0.0
         last_line_at = 0.0
 
-        def on_batch(done: int, batches: int) -> None:
-            """Print a line if the last one is `PROGRESS_LINE_INTERVAL_S` seconds old; the clock starts anew with each task."""
+        def print_if_due(num_finished: int, num_batches: int) -> None:
+            """Print a line if the interval is over and batches are left. The clock starts anew with each task."""
             nonlocal timed_task, first_batch_at, last_line_at
             now = clock()
             if timed_task != self.current_task:
                 timed_task = self.current_task
                 first_batch_at = now
                 last_line_at = now
-            elif now - last_line_at >= PROGRESS_LINE_INTERVAL_S and done < batches:
+            elif now - last_line_at >= PROGRESS_INTERVAL_S and num_finished < num_batches:
                 last_line_at = now
                 elapsed_s = now - first_batch_at
-                print_line(f"{timed_task}: {done} of {batches} batches, {elapsed_s:.0f} s since the first")
+                print_line(f"{timed_task}: {num_finished} of {num_batches} batches, {elapsed_s:.0f} s since the first")
 
-        self.model.answer_generator.on_batch = on_batch
+        self.model.answer_generator.on_batch = print_if_due
 
     def check_rows(self) -> None:
         """Encode and check the rows of every task, so that a bad row ends the run before the model or a judge is asked.
 
-        No collective; the same on all ranks. Errors: those of `run_tasks`. Rows of lm_eval are left out, since the harness
-        encodes them while it asks. Rank 0 prints every 15 s which task is checked.
+        Rows of `lm_eval` tasks are left out, since the harness encodes them while it asks the model. Prints every 15 s which task
+        is checked. No collective; does the same on every rank. Raises DataError for a row that cannot be used, and ConfigError
+        for a setting that cannot be met.
         """
         progress = PreparationProgress()
         self.model.checks_only = True
@@ -85,14 +86,15 @@ class TaskEvaluator:
                     if not prepared.task.loads_own_rows:
                         # The task encodes all its rows, and ends with its first request to the model.
                         with suppress(FirstRequest):
-                            self._run(prepared)
+                            self._run_task(prepared)
         finally:
             self.model.checks_only = False
 
-    def _run(self, prepared: PreparedTask) -> list[TaskRow]:
+    def _run_task(self, prepared: PreparedTask) -> list[TaskRow]:
         """The report rows of one task, after asking the model. All ranks must call.
 
-        Errors begin with the task's key (`evaluation.tasks.NAME`): DataError, ConfigError, those of servers.
+        Errors are raised again with the task's key (`evaluation.tasks.NAME`) before their text: DataError if the chat template
+        refuses a row, any other ShardtuneError as what it is.
         """
         try:
             return prepared.task.run(prepared.cases, self.model)
@@ -102,9 +104,9 @@ class TaskEvaluator:
             raise type(error)(f"{prepared.task.key}: {error}") from None
 
     def run_tasks(self, names: Collection[str] | None = None) -> Iterator[FinishedTask]:
-        """Run every task, or those of these names, and yield each one when it is done.
+        """Run every task, or only those of these names, and yield each one when it is finished.
 
-        A generator of collectives: all ranks must exhaust it. Metrics are computed on rank 0 and sent to the others.
+        All ranks must exhaust the generator: each task is a collective. Metrics are computed on rank 0 and sent to the others.
         """
         self.model.cached_losses.clear()  # the weights have changed since the last evaluation
         for prepared in self.tasks:
@@ -113,9 +115,9 @@ class TaskEvaluator:
             began = time.perf_counter()
             answer_generator = self.model.answer_generator
             self.current_task = prepared.task.name
-            answer_generator.throughput = None
-            rows = self._run(prepared)
-            _add_questions(prepared, rows)
+            answer_generator.throughput = None  # stays None if the task generates nothing
+            rows = self._run_task(prepared)
+            _set_row_questions(prepared, rows)
             metrics: dict[str, float] = {}
             if self.model.runtime.is_main:
                 metrics = prepared.task.compute_metrics(rows)
@@ -124,8 +126,8 @@ class TaskEvaluator:
             yield FinishedTask(prepared, rows, metrics, seconds, answer_generator.throughput)
 
 
-def _add_questions(prepared: PreparedTask, rows: list[TaskRow]) -> None:
-    """Give each report row the user's turn of its document, which a page shows in place of the whole prompt."""
+def _set_row_questions(prepared: PreparedTask, rows: list[TaskRow]) -> None:
+    """Set `question` of each report row to what the user asked last, which the page shows in place of the whole prompt."""
     user_turns = {case.location: case.user_turn or user_turn(case.document) for case in prepared.cases}
     for row in rows:
         row.question = user_turns.get(row.where, "")
