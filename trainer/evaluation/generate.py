@@ -395,8 +395,8 @@ def check_token_sequences(noun: str, sequences: Sequence[Sequence[int]], positio
 
 def batches_of_rank(
     row_lengths: Sequence[int],
-    dp_rank: int,
-    dp_size: int,
+    rank: int,
+    world_size: int,
     *,
     max_rows: int,
     max_tokens: int | None = None,
@@ -417,7 +417,7 @@ def batches_of_rank(
         longest_row = ordered_rows[begin]
         if max_tokens is not None:
             max_rows = max(1, max_tokens // row_lengths[longest_row])
-        candidates = ordered_rows[begin : begin + max_rows * dp_size]
+        candidates = ordered_rows[begin : begin + max_rows * world_size]
         rows_of_all_ranks = [row for row in candidates if groups[row] == groups[longest_row]]
-        yield rows_of_all_ranks[dp_rank::dp_size]
+        yield rows_of_all_ranks[rank::world_size]
         begin += len(rows_of_all_ranks)
