@@ -125,7 +125,7 @@ def check_job(config: RunConfig, run_dirs: list[Path]) -> list[str]:
     if step_s is None:
         step_s = longest_step_s(config, gpu_kinds_of_job(slurm, candidates))
     return [
-        *ranks_lines(slurm),
+        *rank_layout_notes(slurm),
         *_time_lines(slurm, candidates),
         *(f"note    {note}" for note in long_step_notes(config, step_s)),
         *_restart_lines(slurm, run_dirs),
@@ -153,7 +153,7 @@ def as_submitted(slurm: SlurmConfig) -> SlurmConfig:
     )
 
 
-def ranks_lines(slurm: SlurmConfig) -> list[str]:
+def rank_layout_notes(slurm: SlurmConfig) -> list[str]:
     """Notes on how many ranks each node runs and why, and on GPUs that no rank uses; empty for a job without GPUs."""
     request = slurm.gpu_request
     if request is None:

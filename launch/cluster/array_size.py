@@ -10,46 +10,46 @@ from strategies.errors import ConfigError
 
 SCONTROL_TIMEOUT_S = 10.0
 """Seconds that scontrol may take."""
-LIMIT = re.compile(r"^MaxArraySize\s*=\s*(\d+)", re.MULTILINE)
+MAX_ARRAY_SIZE_REGEX = re.compile(r"^MaxArraySize\s*=\s*(\d+)", re.MULTILINE)
 
 
-def refuse_large_arrays(points: list[list[str]], *, repeats: int = 1) -> None:
-    """Refuse a sweep whose job array would have more tasks than SLURM allows. Errors: ConfigError.
+def refuse_large_arrays(overrides_by_run: list[list[str]], *, num_repeats: int = 1) -> None:
+    """Raise ConfigError if a sweep would be a job array with more tasks than SLURM allows.
 
-    `points`: the settings of each run, such as [["launcher=slurm", "seed=1"], ["launcher=slurm", "seed=2"]]. `repeats`: how often
-    each run is repeated with another seed. SLURM is asked only if the settings have `launcher=slurm`, and no `launcher.pipeline`,
-    which makes a chain of jobs and no array.
+    `overrides_by_run`: the overrides of each run, such as [["launcher=slurm", "seed=1"], ["launcher=slurm", "seed=2"]].
+    `num_repeats`: how often each run is repeated with another seed. SLURM is asked only if the runs have `launcher=slurm`, and
+    no `launcher.pipeline`, which makes a chain of jobs and no array.
     """
-    if not points or "launcher=slurm" not in points[0]:
+    if not overrides_by_run or "launcher=slurm" not in overrides_by_run[0]:
         return
-    if any(argument.startswith("launcher.pipeline=[") for argument in points[0]):
+    if any(override.startswith("launcher.pipeline=[") for override in overrides_by_run[0]):
         return
-    # Runs with the same settings of the launcher become the tasks of one array.
-    tasks_by_request: Counter[tuple[str, ...]] = Counter()
-    for point in points:
-        launcher_arguments = tuple(argument for argument in point if argument.startswith("launcher."))
-        tasks_by_request[launcher_arguments] += 1
-    refuse_large_array(repeats * max(tasks_by_request.values()))
+    # Runs with the same launcher settings become the tasks of one array.
+    num_tasks_by_launcher: Counter[tuple[str, ...]] = Counter()
+    for overrides in overrides_by_run:
+        launcher_overrides = tuple(override for override in overrides if override.startswith("launcher."))
+        num_tasks_by_launcher[launcher_overrides] += 1
+    refuse_large_array(num_repeats * max(num_tasks_by_launcher.values()))
 
 
-def refuse_large_array(tasks: int) -> None:
-    """Refuse a job array with more tasks than SLURM's MaxArraySize. Errors: ConfigError."""
-    if tasks < 2:
+def refuse_large_array(num_tasks: int) -> None:
+    """Raise ConfigError if a job array has more tasks than SLURM's MaxArraySize. SLURM is not asked about a single task."""
+    if num_tasks < 2:
         return
     largest = max_array_size()
-    if largest is not None and tasks > largest:
+    if largest is not None and num_tasks > largest:
         raise ConfigError(
-            f"{tasks} runs are one job array, and SLURM takes {largest} at most here (MaxArraySize); nothing was composed or "
+            f"{num_tasks} runs are one job array, and SLURM takes {largest} at most here (MaxArraySize); nothing was composed or "
             "submitted. Give fewer values a command, for example each half of an axis"
         )
 
 
 def max_array_size() -> int | None:
-    """SLURM's `MaxArraySize`; None if it cannot be asked."""
+    """SLURM's `MaxArraySize`, as `scontrol show config` prints it; None if scontrol cannot be run or does not say."""
     command = ["scontrol", "show", "config"]
     try:
         scontrol = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SCONTROL_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):
         return None
-    limit = LIMIT.search(scontrol.stdout)
+    limit = MAX_ARRAY_SIZE_REGEX.search(scontrol.stdout)
     return int(limit[1]) if limit else None

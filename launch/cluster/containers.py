@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.config import trusted_values
 from strategies.errors import ConfigError
@@ -22,56 +22,66 @@ GLOB_CHARACTERS = set("*?[")
 SRUN_TIMEOUT_S = 10.0
 
 
-def runtime_of(launcher: Mapping[str, Any]) -> str | None:
-    """What starts the container of `launcher.*` settings: `pyxis` or `apptainer`; None without a container.
+class ContainerCommand(NamedTuple):
+    """How srun starts a command in the container of a run; both lists are empty for a run without one."""
 
-    It is `launcher.container_by` if that is set. Else the image decides: a file "image.sif", a directory or "docker://ubuntu" is
-    apptainer's, and "ubuntu", an image of a registry, is pyxis'.
+    srun_options: list[str]
+    """Options of srun for pyxis, such as "--container-image=ubuntu"; empty for apptainer."""
+    prefix: list[str]
+    """What stands before the command itself: ["apptainer", "exec", ..., image]; empty for pyxis."""
+
+
+def container_runtime(launcher: Mapping[str, Any]) -> str | None:
+    """The program that starts the container of a run: "pyxis" or "apptainer"; None if the run has no container.
+
+    `launcher`: the section `launcher` of the run's configuration.
+    - `launcher.container_by` decides if it is not `auto`.
+    - A local image ("image.sif", "image.img" or a directory) and a URL ("docker://ubuntu") are started by apptainer.
+    - Any other image ("ubuntu", from a registry) is started by pyxis.
     """
     image = launcher.get("container")
     if not image:
         return None
-    requested = str(launcher.get("container_by", "auto"))
-    if requested != "auto":
-        return requested
+    runtime = str(launcher.get("container_by", "auto"))
+    if runtime != "auto":
+        return runtime
     is_local = str(image).endswith((".sif", ".img")) or Path(image).expanduser().is_dir()
     return "apptainer" if is_local or "://" in str(image) else "pyxis"
 
 
-def srun_options_and_prefix(tree: Mapping[str, Any], directories: list[Path]) -> tuple[list[str], list[str]]:
-    """How ranks start in the container of a run: (options of srun, beginning of the command line before the rank's command).
+def container_command(settings: Mapping[str, Any], directories: list[Path]) -> ContainerCommand:
+    """The options of srun and the command prefix with which ranks start in the container of a run.
 
-    - pyxis: (["--container-image=...", ...], []);
-    - apptainer: ([], ["apptainer", "exec", ..., image]);
-    - no container: ([], []).
-    `tree`: the run's configuration as nested dictionaries. `directories`: mounted beside what the run reads.
-    Errors: ConfigError for paths that the options cannot carry.
+    `settings`: the run's configuration as nested dictionaries. `directories`: mounted beside the paths that the settings name.
+    Raises ConfigError if a path that must be mounted has "," or ":" in it.
     """
-    launcher = tree["launcher"]
-    runtime = runtime_of(launcher)
+    launcher = settings["launcher"]
+    runtime = container_runtime(launcher)
     if runtime is None:
-        return [], []
+        return ContainerCommand(srun_options=[], prefix=[])
     image = str(launcher.get("container"))
-    mounts = mount_options(tree, directories)
+    mounts = _container_mounts(settings, directories)
     workdir = launcher.get("container_workdir") or str(Path.cwd())
     if runtime == "pyxis":
         srun_options = [f"--container-image={image}", f"--container-mounts={','.join(mounts)}"]
         srun_options += [f"--container-workdir={workdir}", "--no-container-mount-home"]
-        return srun_options, []
+        return ContainerCommand(srun_options, prefix=[])
     bind_options = []
     for mount in mounts:
         bind_options += ["--bind", mount]
     image = os.path.expanduser(image)  # noqa: PTH111 - a Path would change `docker://`
-    return [], ["apptainer", "exec", "--nv", *bind_options, "--pwd", workdir, image]
+    prefix = ["apptainer", "exec", "--nv", *bind_options, "--pwd", workdir, image]
+    return ContainerCommand(srun_options=[], prefix=prefix)
 
 
-def mount_options(tree: Mapping[str, Any], directories: list[Path]) -> list[str]:
-    """The mounts of every directory that a run needs in its container, at the same path inside: "/data:/data".
+def _container_mounts(settings: Mapping[str, Any], directories: list[Path]) -> list[str]:
+    """The mounts of every directory that a run needs in its container, each at the same path inside: "/data:/data".
 
-    Those of `launcher.container_mounts` follow as they are: `source:target[:options]`. Parameters and errors as for
-    `srun_options_and_prefix`.
+    The mounts in `launcher.container_mounts` follow as they are: "source:target" or "source:target:options".
+    `settings`: the run's configuration as nested dictionaries. `directories`: mounted beside the paths that the settings name.
+    Raises ConfigError if a path has "," or ":" in it, since these separate mounts and their parts.
     """
-    paths = {path.expanduser().absolute() for path in [*directories, *_paths_of_settings(tree)]}
+    paths = {path.expanduser().absolute() for path in [*directories, *_directories_of_settings(settings)]}
     # Outer directories first: one below another needs no mount of its own.
     mounted: list[Path] = []
     for path in sorted(paths, key=lambda path: len(path.parts)):
@@ -82,30 +92,33 @@ def mount_options(tree: Mapping[str, Any], directories: list[Path]) -> list[str]
             raise ConfigError(
                 f"launcher.container: {path}: mounts cannot carry `,` and `:` in a path; name it without, or through a link"
             )
-    extra_mounts = [str(mount) for mount in tree["launcher"].get("container_mounts") or ()]
-    return [*(f"{path}:{path}" for path in mounted), *extra_mounts]
+    user_mounts = [str(mount) for mount in settings["launcher"].get("container_mounts") or ()]
+    return [*(f"{path}:{path}" for path in mounted), *user_mounts]
 
 
-def _paths_of_settings(tree: Mapping[str, Any]) -> Iterator[Path]:
-    """The directories on this host that a run's settings name, or that hold a file they name; some may not exist.
+def _directories_of_settings(settings: Mapping[str, Any]) -> Iterator[Path]:
+    """The directories on this host that a run needs in its container, by its settings. The first three may not exist.
 
-    "data/a.jsonl" and "data/*.jsonl" -> data. A hub id or a URL yields none, since there is no such path here.
+    - the current directory, and the cache of prepared data;
+    - the directory in which the user's trust in settings is recorded, if there is one;
+    - of the model, the tokenizer and each data path: the directory itself, or the one of the file. "data/a.jsonl" and
+      "data/*.jsonl" -> "data". A hub id or a URL yields none, since there is no such path here.
     """
     yield Path.cwd()
-    data = tree["data"]
+    data = settings["data"]
     yield Path(data["cache_dir"])
     # Without it the run's verbs would ask in the container about settings that were trusted outside.
     trusted_directory = trusted_values.state_directory()
     if trusted_directory is not None and trusted_directory.is_dir():
         yield trusted_directory
-    settings = [tree["model"]["path"], tree["model"].get("tokenizer"), data.get("eval_path"), data["path"]]
-    settings += [source.get("path") for source in (data.get("sources") or {}).values()]
-    for setting in settings:
-        entries = setting if isinstance(setting, list) else [setting]
-        for entry in entries:
-            if not isinstance(entry, str):
+    path_settings = [settings["model"]["path"], settings["model"].get("tokenizer"), data.get("eval_path"), data["path"]]
+    path_settings += [source.get("path") for source in (data.get("sources") or {}).values()]
+    for path_setting in path_settings:
+        path_texts = path_setting if isinstance(path_setting, list) else [path_setting]
+        for path_text in path_texts:
+            if not isinstance(path_text, str):
                 continue
-            path = Path(entry).expanduser()
+            path = Path(path_text).expanduser()
             # Upwards from a pattern to the directory that holds what it matches.
             while GLOB_CHARACTERS & set(path.name):
                 path = path.parent
@@ -113,9 +126,14 @@ def _paths_of_settings(tree: Mapping[str, Any]) -> Iterator[Path]:
                 yield path if path.is_dir() else path.parent
 
 
-def refuse_missing(launcher: Mapping[str, Any]) -> None:
-    """Refuse a container that this host cannot start: no pyxis in its srun, no apptainer, or no image. Errors: ConfigError."""
-    runtime = runtime_of(launcher)
+def refuse_unavailable_container(launcher: Mapping[str, Any]) -> None:
+    """Raise ConfigError if this host cannot start the container of a run.
+
+    - pyxis: its srun has no option `--container-image`. If there is no srun at all, nothing is raised: its own error says so.
+    - apptainer: there is no program `apptainer`, or no file or directory with the image.
+    `launcher`: the section `launcher` of the run's configuration.
+    """
+    runtime = container_runtime(launcher)
     image = str(launcher.get("container"))
     if runtime == "pyxis":
         try:

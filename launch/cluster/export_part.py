@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from strategies.atomic_io import open_regular_file, read_exactly
 from trainer.config.run import RunConfig
@@ -21,12 +22,13 @@ MAX_PROCESSES = 8
 PROCESS_BYTES = 2 * GIB
 """What a process takes before it reads anything: libraries, and the model's description."""
 FLOAT32_BYTES = 4
-ITEM_BYTES = {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+BYTES_BY_STORED_TYPE = {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
 """Bytes of an element by the name of its type in a file. Other types have one byte."""
-EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES_BY_EXPORT_TYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of an element by the value of `export.dtype`; `auto` keeps the stored type."""
 MAX_HEADER_BYTES = 100 << 20
 """Longest header of a safetensors file, by its specification."""
-LAYER = re.compile(r"^(.*\.\d+)\.")
+LAYER_PREFIX_REGEX = re.compile(r"^(.*\.\d+)\.")
 """The beginning of a tensor's name that all tensors of a layer have."""
 
 
@@ -38,55 +40,83 @@ class ExportResources:
     memory_gib: int
 
 
-def export_resources(config: RunConfig) -> ExportResources | None:
-    """How many processes and GiB the export of a run takes, from the sizes of its base model's files.
+class StoredTensor(NamedTuple):
+    """One tensor in a safetensors file, by the file's header."""
 
-    An adapter that is not merged is written by one process. Otherwise several processes write one file each at a time.
+    name: str
+    num_elements: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelSize:
+    """The size of the files of a base model."""
+
+    num_elements: int
+    """Elements of all tensors."""
+    largest_group_elements: int
+    """Elements of the largest layer, or of a larger tensor outside the layers, such as an embedding."""
+    stored_bytes: int
+    """Bytes of all tensors as they are stored."""
+
+
+def export_resources(config: RunConfig) -> ExportResources | None:
+    """How many processes and GiB of memory the export of a run takes, from the sizes of its base model's files.
+
+    - An adapter that is not merged: one process writes it.
+    - A whole model: up to `MAX_PROCESSES` processes write it, one file each at a time. With `export.verify`, one of them also
+      loads the model in float32, to compare its logits.
     None if the base model is not on this host, or its files are not safetensors.
     """
+    base = _base_model_size(config)
+    if base is None:
+        return None
+    # A process merges and converts one layer at a time in float32. It holds the layer twice: as input and as output.
+    layer_bytes = 2 * FLOAT32_BYTES * base.largest_group_elements
+    if isinstance(config.tuning, AdapterConfig) and not config.export.merge:
+        return ExportResources(processes=1, memory_gib=math.ceil((PROCESS_BYTES + 2 * layer_bytes) / GIB))
+    export_type = str(config.export.dtype)
+    export_bytes = base.stored_bytes
+    if export_type in BYTES_BY_EXPORT_TYPE:
+        export_bytes = base.num_elements * BYTES_BY_EXPORT_TYPE[export_type]
+    largest_file_bytes = min(export_bytes, int(config.export.max_shard_gib * GIB))
+    num_full_files = export_bytes // max(1, largest_file_bytes)
+    processes = max(1, min(MAX_PROCESSES, num_full_files))
+    needed_bytes = processes * (PROCESS_BYTES + largest_file_bytes + layer_bytes)
+    if config.export.verify:
+        # One process loads the model that was trained, and later the export.
+        needed_bytes += FLOAT32_BYTES * base.num_elements
+    return ExportResources(processes, memory_gib=math.ceil(needed_bytes / GIB))
+
+
+def _base_model_size(config: RunConfig) -> BaseModelSize | None:
+    """The size of the run's base model, from the headers of its safetensors files; None if there are none on this host."""
     if not config.model.path:
         return None
     directory = Path(config.model.path).expanduser()
-    # Elements of each layer ("model.layers.0"), and of each tensor outside the layers, by name.
-    elements_by_group: dict[str, int] = {}
+    # By layer ("model.layers.0"); a tensor outside the layers counts by its own name.
+    num_elements_by_group: dict[str, int] = {}
     stored_bytes = 0
     try:
         for file in sorted(directory.glob("*.safetensors")):
-            for name, count, item_bytes in _tensors_of(file):
-                layer = LAYER.match(name)
-                group = layer[1] if layer else name
-                elements_by_group[group] = elements_by_group.get(group, 0) + count
-                stored_bytes += count * item_bytes
+            for tensor in _stored_tensors(file):
+                layer_prefix = LAYER_PREFIX_REGEX.match(tensor.name)
+                group = layer_prefix[1] if layer_prefix else tensor.name
+                num_elements_by_group[group] = num_elements_by_group.get(group, 0) + tensor.num_elements
+                stored_bytes += tensor.num_bytes
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not elements_by_group:
+    if not num_elements_by_group:
         return None
-
-    # Tensors are merged and converted in float32, a group at a time: the 2 is for input and output.
-    group_bytes = 2 * FLOAT32_BYTES * max(elements_by_group.values())
-    if isinstance(config.tuning, AdapterConfig) and not config.export.merge:
-        return ExportResources(1, math.ceil((PROCESS_BYTES + 2 * group_bytes) / GIB))
-    # The size of the export, and of its largest file.
-    num_elements = sum(elements_by_group.values())
-    export_bytes = stored_bytes
-    if str(config.export.dtype) in EXPORT_BYTES:
-        export_bytes = num_elements * EXPORT_BYTES[str(config.export.dtype)]
-    file_bytes = min(export_bytes, int(config.export.max_shard_gib * GIB))
-    processes = max(1, min(MAX_PROCESSES, export_bytes // max(1, file_bytes)))
-    # Each process holds a file and a group.
-    needed = processes * (PROCESS_BYTES + file_bytes + group_bytes)
-    if config.export.verify:
-        # One process loads the model that was trained, and later the export.
-        needed += FLOAT32_BYTES * num_elements
-    return ExportResources(processes, math.ceil(needed / GIB))
+    return BaseModelSize(sum(num_elements_by_group.values()), max(num_elements_by_group.values()), stored_bytes)
 
 
-def _tensors_of(file: Path) -> list[tuple[str, int, int]]:
-    """(name, elements, bytes of an element) of each tensor in a safetensors file, read from its header.
+def _stored_tensors(file: Path) -> list[StoredTensor]:
+    """The tensors in a safetensors file, by its header. No value is read.
 
     The file begins with the header's length (8 bytes, little-endian), then the header as JSON:
     {"lm_head.weight": {"dtype": "BF16", "shape": [32000, 4096], ...}, "__metadata__": ...}.
-    Errors: OSError, ValueError, KeyError.
+    Raises OSError if the file cannot be read, ValueError, KeyError or TypeError if it is no safetensors file.
     """
     with open_regular_file(file.resolve()) as (descriptor, _):
         length_bytes = bytearray(8)
@@ -96,9 +126,11 @@ def _tensors_of(file: Path) -> list[tuple[str, int, int]]:
             raise ValueError(f"{file}: its header would have {length} bytes")
         header = bytearray(length)
         read_exactly(descriptor, memoryview(header), 8)
-    entries = json.loads(header)
-    entries.pop("__metadata__", None)
+    entry_by_name = json.loads(header)
+    entry_by_name.pop("__metadata__", None)  # no tensor
     tensors = []
-    for name, entry in entries.items():
-        tensors.append((name, math.prod(entry["shape"]), ITEM_BYTES.get(entry["dtype"], 1)))
+    for name, entry in entry_by_name.items():
+        num_elements = math.prod(entry["shape"])
+        element_bytes = BYTES_BY_STORED_TYPE.get(entry["dtype"], 1)
+        tensors.append(StoredTensor(name, num_elements, num_elements * element_bytes))
     return tensors

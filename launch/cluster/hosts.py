@@ -34,32 +34,35 @@ class ThisHost:
 def locate_this_host(launcher: LauncherConfig) -> ThisHost:
     """Find out which of a run's hosts this one is, and how the others reach it, from `launcher.rdzv` and this host's interfaces.
 
-    Errors: ConfigError if no address is found at which others reach this host, or `launcher.node_rank` contradicts
-    `launcher.rdzv`; the message names the setting that would help.
+    The host's index (`ThisHost.rank`) is `launcher.node_rank` if that is set. Else it is 0 on the host in `launcher.rdzv`, 1 on
+    the other one of two hosts, and None (not known) otherwise.
+    Raises ConfigError if no address is found at which others reach this host, or if `launcher.node_rank` contradicts
+    `launcher.rdzv`. The message names the setting that would help.
     """
     assert launcher.rdzv is not None
     # "host:port" or "[IPv6]:port"
     first_host = launcher.rdzv.rpartition(":")[0].strip("[]")
-    own_interfaces = interfaces()
+    own_interfaces = interface_by_address()
     first_host_addresses = _resolve_addresses(first_host, f"launcher.rdzv={launcher.rdzv}")
     is_first = any(address in own_interfaces or is_loopback(address) for address in first_host_addresses)
-    address = _address_others_reach(launcher, first_host, first_host_addresses, own_interfaces, is_first=is_first)
-    # Its rank: as configured, else known for the first host and for the other one of two.
+    own_address = _address_others_reach(launcher, first_host, first_host_addresses, own_interfaces, is_first=is_first)
     rank = launcher.node_rank
-    if rank is None and (is_first or launcher.nodes == 2):
-        rank = 0 if is_first else 1
-    if rank is not None and is_first != (rank == 0):
-        if is_first:
-            contradiction = "is this host"
-            remedy = "leave launcher.node_rank out here"
-        else:
-            contradiction = f"is another host ({', '.join(first_host_addresses)})"
-            remedy = "give launcher.rdzv an address of that host"
-        raise ConfigError(
-            f"launcher.node_rank={rank}: launcher.rdzv={launcher.rdzv} {contradiction}, and the ranks meet on the host with "
-            f"index 0; {remedy}"
-        )
-    return ThisHost(rank, address, own_interfaces[address], is_first)
+    if rank is None and is_first:
+        rank = 0
+    elif rank is None and launcher.nodes == 2:
+        rank = 1
+    if is_first and rank != 0:
+        contradiction = "is this host"
+        remedy = "leave launcher.node_rank out here"
+    elif not is_first and rank == 0:
+        contradiction = f"is another host ({', '.join(first_host_addresses)})"
+        remedy = "give launcher.rdzv an address of that host"
+    else:
+        return ThisHost(rank, own_address, own_interfaces[own_address], is_first)
+    raise ConfigError(
+        f"launcher.node_rank={rank}: launcher.rdzv={launcher.rdzv} {contradiction}, and the ranks meet on the host with "
+        f"index 0; {remedy}"
+    )
 
 
 def _address_others_reach(
@@ -70,30 +73,30 @@ def _address_others_reach(
     *,
     is_first: bool,
 ) -> str:
-    """The IP address at which other hosts reach this one. Errors: ConfigError if there is none, or it is not clear which.
+    """The IP address at which other hosts reach this one. Raises ConfigError if there is none, or if it is not clear which.
 
-    - `launcher.address` is set: the first of its addresses here that is this host's and no loopback.
-    - This host is the one in `launcher.rdzv`: the address of that name here, or the only one that this host has.
+    - `launcher.address` is set: the first IP address of it that belongs to this host. Refused if that is a loopback.
+    - `is_first`: the IP address of `first_host`, unless that is a loopback. Then this host's only other IPv4 address.
     - Any other host: the address from which its packets to the first host leave.
 
     `first_host`: the host in `launcher.rdzv`. `first_host_addresses`: what this host resolves its name to. `is_first`: whether it
     is this host. `own_interfaces`: interface name by address of this host, such as {"10.0.0.3": "eth0"}.
     """
     if launcher.address is not None:
-        for address in _resolve_addresses(launcher.address, _address_setting(launcher)):
-            if address in own_interfaces:
-                if is_loopback(address):
-                    break
-                return address
-        raise ConfigError(
-            f"{_address_setting(launcher)}: is no address of this host that others reach; it has "
-            f"{_describe_addresses(own_interfaces)}"
-        )
+        configured_setting = f"launcher.address={launcher.address}"
+        configured_addresses = _resolve_addresses(launcher.address, configured_setting)
+        own_address = next((address for address in configured_addresses if address in own_interfaces), None)
+        if own_address is None or is_loopback(own_address):
+            raise ConfigError(
+                f"{configured_setting}: is no address of this host that others reach; it has "
+                f"{_describe_addresses(own_interfaces)}"
+            )
+        return own_address
     if is_first:
         for address in first_host_addresses:
             if address in own_interfaces and not is_loopback(address):
                 return address
-        return _only_address_others_reach(first_host, own_interfaces)
+        return _only_ipv4_address(first_host, own_interfaces)
     assert launcher.rdzv is not None
     address = local_address_towards(first_host_addresses[0], launcher.rdzv)
     if address not in own_interfaces or is_loopback(address):
@@ -104,36 +107,40 @@ def _address_others_reach(
     return address
 
 
-def interfaces() -> dict[str, str]:
-    """The name of the network interface, such as `eth0`, for each IP address that this host has."""
+def interface_by_address() -> dict[str, str]:
+    """The network interface of each IP address of this host: {"10.0.0.3": "eth0", "127.0.0.1": "lo"}."""
     import psutil
 
-    interface_by_address = {}
+    interfaces = {}
     for interface, addresses in psutil.net_if_addrs().items():
         for address in addresses:
             if address.family in (socket.AF_INET, socket.AF_INET6):
                 # An IPv6 address of a link carries its interface behind a %.
                 ip_address = address.address.partition("%")[0]
-                interface_by_address[ip_address] = interface
-    return interface_by_address
+                interfaces[ip_address] = interface
+    return interfaces
 
 
 def _resolve_addresses(host: str, setting: str) -> list[str]:
-    """The IP addresses that this host's resolver gives for a name. `setting`: where the name stands, for the ConfigError."""
+    """The IP addresses that this host's resolver gives for the name `host`, each once. Raises ConfigError if there are none.
+
+    `setting`: key and value that name the host, such as "launcher.rdzv=node1:29500", for the message.
+    """
     try:
         address_infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ConfigError(
             f"{setting}: this host does not know {host} ({error.strerror or error}); give its address"
         ) from error
+    # The part behind a % is the interface of an IPv6 address of a link.
     addresses = [str(socket_address[0]).partition("%")[0] for *_, socket_address in address_infos]
     return list(dict.fromkeys(addresses))
 
 
 def local_address_towards(address: str, rdzv: str) -> str:
-    """The IP address of this host from which packets to `address` leave. Errors: ConfigError if there is no route.
+    """The IP address of this host from which packets to `address` leave. Raises ConfigError if there is no route.
 
-    `rdzv`: the setting that named the address, for the message.
+    `rdzv`: the value of `launcher.rdzv` that named the address, for the message.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -144,16 +151,16 @@ def local_address_towards(address: str, rdzv: str) -> str:
         return str(probe.getsockname()[0]).partition("%")[0]
 
 
-def _only_address_others_reach(host: str, own_interfaces: dict[str, str]) -> str:
-    """This host's one IPv4 address that is no loopback, for a `host` in `launcher.rdzv` that resolves to a loopback here.
+def _only_ipv4_address(rdzv_host: str, own_interfaces: dict[str, str]) -> str:
+    """The one IPv4 address of this host that is no loopback. Raises ConfigError if there are several, or none.
 
-    Errors: ConfigError if there are several, or none.
+    `rdzv_host`: the host in `launcher.rdzv`, which resolves to a loopback here; for the message.
     """
     candidates = [address for address in own_interfaces if ":" not in address and not is_loopback(address)]
     if len(candidates) != 1:
         raise ConfigError(
-            f"launcher.rdzv: {host} means this host by a loopback address here, and so no interface; set launcher.address to "
-            f"one of {', '.join(candidates) or 'its addresses'}, or name an address in launcher.rdzv"
+            f"launcher.rdzv: {rdzv_host} means this host by a loopback address here, and so no interface; set launcher.address "
+            f"to one of {', '.join(candidates) or 'its addresses'}, or name an address in launcher.rdzv"
         )
     return candidates[0]
 
@@ -163,12 +170,8 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
 
 
-def _address_setting(launcher: LauncherConfig) -> str:
-    return f"launcher.address={launcher.address}"
-
-
 def _describe_addresses(own_interfaces: dict[str, str]) -> str:
-    """This host's addresses that are no loopback, with their interfaces, for messages."""
+    """This host's addresses that are no loopback, with their interfaces: "10.0.0.3 (eth0), fd00::3 (eth1)", or "none"."""
     descriptions = []
     for address, interface in own_interfaces.items():
         if not is_loopback(address):

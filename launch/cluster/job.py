@@ -111,9 +111,9 @@ def begin(arguments: list[str]) -> dict[str, Any]:
     started_by_train_sbatch = bool(arguments)
     if started_by_train_sbatch:  # `shardtune submit` has copied the code, and its scripts start from the copy
         shell_variables["code"] = code_to_run(run, job)
-    snapshot.refuse_changed()
+    snapshot.refuse_changed_code()
     launcher = run.settings["launcher"]
-    containers.refuse_missing(launcher)
+    containers.refuse_unavailable_container(launcher)
     refuse_lost_starts(run, job, logs)
     refuse_in_use(run.directory, run.settings["run"]["lease_s"])
     # After the checks of the run directory: a start that they refuse must not replace the record of the run's own job.
@@ -179,10 +179,10 @@ def code_to_run(run: FrozenRun, job: JobStart) -> Path | str:
     """
     if run.settings["launcher"].get("code") != "snapshot":
         return ""
-    copy = snapshot.newest_copy(run.directory) if job.restart else None
+    copy = snapshot.newest_code_copy(run.directory) if job.restart else None
     if copy is None:
         return snapshot.copy_code(run.directory)
-    snapshot.refuse_changed(copy)
+    snapshot.refuse_changed_code(copy)
     return copy
 
 
@@ -197,9 +197,9 @@ def check_nodes(run: FrozenRun, job: JobStart, master: str) -> None:
 
     request = preflight_request(run.settings, len(job.nodes))
     request.master = master
-    srun_options, prefix = containers.srun_options_and_prefix(run.settings, [ROOT, run.directory])
+    srun_options, prefix = containers.container_command(run.settings, [ROOT, run.directory])
     python = os.environ.get("SHARDTUNE_PYTHON") or sys.executable
-    if containers.runtime_of(run.settings["launcher"]):
+    if containers.container_runtime(run.settings["launcher"]):
         python = run.settings["launcher"].get("python") or "python3"
     commands = commands_by_srun(len(job.nodes), python, srun_options, prefix=prefix)
     reports, verdict = run_preflight(request, commands, job.nodes)
@@ -332,7 +332,7 @@ def main(argv: list[str]) -> int:
     - `part <part> <run directory> <ranks>`: runs a part of a pipeline other than training.
     """
     if argv[:1] == ["part"] and len(argv) == 4:
-        snapshot.refuse_changed()
+        snapshot.refuse_changed_code()
         return pipeline_part.run_part(argv[1], Path(argv[2]), int(argv[3]))
     # Three arguments come from scripts of an earlier shardtune, which did not tell whether a rank was started.
     if argv[:1] == ["end"] and len(argv) in (3, 4) and argv[1].isdecimal():

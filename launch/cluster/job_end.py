@@ -244,9 +244,9 @@ def _outcome_after_loss(job: JobStart, run_dir: Path, code: int, cause: str, *, 
     if not count_lost_start(run_dir / "logs", job, limit, counter):
         return JobOutcome(code, f"{why}; not requeued, since that happened more than {limit} times")
     if cause == "out_of_memory":
-        from launch.cluster.oom_retry import lower_micro
+        from launch.cluster.oom_retry import write_smaller_settings
 
-        change = lower_micro(run_dir)
+        change = write_smaller_settings(run_dir)
         if change is None:
             return JobOutcome(code, f"{why}; not requeued, since batch.micro cannot be halved")
         why = f"{why}, {change}"

@@ -46,7 +46,7 @@ def _timeout_notes(config: RunConfig, step_s: float) -> list[str]:
         return []
     return [
         f"a step takes about {step_s:,.0f} s, and run.timeout_s={config.run.timeout_s} ends a job whose exchange takes longer, "
-        f"which on GPUs counts from when it is queued; set run.timeout_s={needed_timeout_s(step_s)}"
+        f"which on GPUs counts from when it is queued; set run.timeout_s={sufficient_timeout_s(step_s)}"
     ]
 
 
@@ -64,11 +64,11 @@ def _lead_notes(config: RunConfig, step_s: float, save_s: float) -> list[str]:
     return [
         f"a step takes about {step_s:,.0f} s{saves}, longer than launcher.signal_lead_s={slurm.signal_lead_s}: at its time limit "
         "a job would be ended before it has saved, and repeat what it did since its last checkpoint; set "
-        f"launcher.signal_lead_s={needed_lead_s(step_s, save_s)}"
+        f"launcher.signal_lead_s={sufficient_signal_lead_s(step_s, save_s)}"
     ]
 
 
-def needed_lead_s(step_s: float, save_s: float) -> int:
+def sufficient_signal_lead_s(step_s: float, save_s: float) -> int:
     """`launcher.signal_lead_s` for steps and saves of so many seconds: a step plus two saves, with room, in whole minutes.
 
     One minute more, since SLURM may send its signal so late.
@@ -76,12 +76,12 @@ def needed_lead_s(step_s: float, save_s: float) -> int:
     return MINUTE_S * (math.ceil((STEP_MARGIN * step_s + 2 * save_s) / MINUTE_S) + 1)
 
 
-def needed_timeout_s(step_s: float) -> int:
+def sufficient_timeout_s(step_s: float) -> int:
     """`run.timeout_s` for steps of so many seconds, in whole minutes: no exchange of a step is then taken for late."""
     return MINUTE_S * (math.ceil(STEP_MARGIN * step_s / LATE_SHARE / MINUTE_S) + 1)
 
 
-def reckoned_step_s(config: RunConfig, flops_per_token: float, tokens: float, gpu_kinds: Iterable[str]) -> float | None:
+def estimated_step_s(config: RunConfig, flops_per_token: float, tokens: float, gpu_kinds: Iterable[str]) -> float | None:
     """Seconds of a step of `tokens` (of all ranks together), computed for the slowest of the GPUs in `gpu_kinds`.
 
     `flops_per_token`: floating-point operations of forward and backward; recomputation comes on top. `gpu_kinds`: the cluster's
@@ -123,7 +123,7 @@ def longest_step_s(config: RunConfig, gpu_kinds: Iterable[str]) -> float | None:
     length = config.data.max_length
     tokens = config.batch["global"] * length
     flops_per_token = per_weight * weights + 6.0 * layers * width * length
-    return reckoned_step_s(config, flops_per_token, tokens, gpu_kinds)
+    return estimated_step_s(config, flops_per_token, tokens, gpu_kinds)
 
 
 def _weights_per_token(text: dict[str, Any]) -> float:

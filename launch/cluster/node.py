@@ -99,7 +99,7 @@ def describe_host(job: dict[str, Any]) -> dict[str, Any]:
     network interface of each IP address; `port`, a free one; `config`, the SHA-256 of the frozen configuration as it is visible
     here, None if it is not.
     """
-    from launch.cluster.hosts import interfaces
+    from launch.cluster.hosts import interface_by_address
     from launch.cluster.snapshot import code_digest, read_code
 
     path = Path(job["config"])
@@ -112,7 +112,7 @@ def describe_host(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "ssh": (os.environ.get("SSH_CONNECTION") or "").split()[2:3],
-        "addresses": interfaces(),
+        "addresses": interface_by_address(),
         "port": _free_port(),
         "python": sys.version.split()[0],
         "torch": metadata.version("torch"),

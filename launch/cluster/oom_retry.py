@@ -16,7 +16,7 @@ from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
 from trainer.reporting.status import read_failure
 
 
-def lower_micro(run_dir: Path) -> str | None:
+def write_smaller_settings(run_dir: Path) -> str | None:
     """Freeze smaller settings for a run that ran out of memory; returns the change as text, None if there is none.
 
     - While `strategy=auto` tried a strategy: that strategy is recorded as too large ("without strategy=ddp").

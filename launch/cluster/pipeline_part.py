@@ -15,7 +15,7 @@ from trainer.reporting.settings_file import read_tree
 from trainer.reporting.status import write_text_atomic
 
 
-def command_arguments(part: str, run_dir: Path, processes: int) -> list[str]:
+def pipeline_command(part: str, run_dir: Path, processes: int) -> list[str]:
     """The arguments of `shardtune` that do one part of a frozen run: prepare, evaluate or export.
 
     "export", runs/first, 2 -> ["export", "runs/first", "launcher.processes=2"].
@@ -30,7 +30,7 @@ def command_arguments(part: str, run_dir: Path, processes: int) -> list[str]:
 
 def run_part(part: str, run_dir: Path, processes: int) -> int:
     """Run one part of the chain within its job, and record how it ended; returns the exit code. Errors: StorageError."""
-    command = [*_interpreter_command(run_dir), "-m", "launch.main", *command_arguments(part, run_dir, processes)]
+    command = [*_interpreter_command(run_dir), "-m", "launch.main", *pipeline_command(part, run_dir, processes)]
     # With these variables the verb would take itself for a rank that srun started.
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_NTASKS", "SLURM_PROCID"))}
     print(f"job {os.environ.get('SLURM_JOB_ID')}: {part} of {run_dir}", flush=True)
@@ -52,10 +52,10 @@ def _interpreter_command(run_dir: Path) -> list[str]:
     """The command that starts the run's Python, in its container if it has one. Errors: ConfigError."""
     tree = read_tree(run_dir / "config.yaml")
     launcher = tree["launcher"]
-    if containers.runtime_of(launcher) is None:
+    if containers.container_runtime(launcher) is None:
         return [sys.executable]
-    containers.refuse_missing(launcher)
-    srun_options, prefix = containers.srun_options_and_prefix(tree, [ROOT, run_dir])
+    containers.refuse_unavailable_container(launcher)
+    srun_options, prefix = containers.container_command(tree, [ROOT, run_dir])
     srun = [
         "srun",
         f"--export=ALL,{containers.INSIDE_CONTAINER}=1",

@@ -129,7 +129,7 @@ def script_head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Pa
         *_interpreter_lines(config, slurm, [clone, *run_dirs]),
         "words=()",
         f"export PYTHONPATH={quoted_clone}${{PYTHONPATH:+:$PYTHONPATH}}",
-        *setup_text(slurm, clone).splitlines(),
+        *setup_function_text(slurm, clone).splitlines(),
     ]
 
 
@@ -149,7 +149,7 @@ def _interpreter_lines(config: RunConfig, slurm: SlurmConfig, directories: list[
         lines.append(f"export {variable}={shlex.quote(_checked_path(trusted_directory, variable))}")
     host_python = shlex.quote(checked_line(sys.executable, "the interpreter"))
     rank_python = shlex.quote(checked_line(slurm.python or "python3", "launcher.python"))
-    srun_options, prefix = containers.srun_options_and_prefix(plain(config), directories)
+    srun_options, prefix = containers.container_command(plain(config), directories)
     return [
         *lines,
         f"python={host_python} # asks SLURM, on the host",
@@ -164,7 +164,7 @@ def _shell_arguments(arguments: list[str]) -> str:
     return " ".join(shlex.quote(checked_line(argument, "launcher.container")) for argument in arguments)
 
 
-def setup_text(slurm: SlurmConfig, clone: Path) -> str:
+def setup_function_text(slurm: SlurmConfig, clone: Path) -> str:
     """The shell function `setup` of a job script: sources slurm/env.sh and runs `launcher.setup` on every node.
 
     Errors: ConfigError for a line of `launcher.setup` that a script cannot carry.

@@ -45,7 +45,7 @@ def code_digest(files: dict[str, bytes]) -> str:
     return sha256.hexdigest()
 
 
-def copy_path(run_dir: Path, sha256: str) -> Path:
+def code_copy_dir(run_dir: Path, sha256: str) -> Path:
     """Where a run keeps its copy of the code with this digest."""
     return run_dir.absolute() / DIRECTORY / sha256[:12]
 
@@ -57,7 +57,7 @@ def copy_code(run_dir: Path, root: Path = ROOT) -> Path:
     """
     files = read_code(root)
     sha256 = code_digest(files)
-    copy = copy_path(run_dir, sha256)
+    copy = code_copy_dir(run_dir, sha256)
     unfinished = copy.parent / f".{copy.name}-{os.getpid()}"
     record = {"sha256": sha256, "revision": revision(root), "source": str(root)}
     try:
@@ -82,14 +82,14 @@ def copy_code(run_dir: Path, root: Path = ROOT) -> Path:
     return copy
 
 
-def newest_copy(run_dir: Path) -> Path | None:
+def newest_code_copy(run_dir: Path) -> Path | None:
     """The copy of the code in a run directory that was made or used last; None if there is none."""
     manifests = (run_dir.absolute() / DIRECTORY).glob(f"[!.]*/{MANIFEST}")  # a dot begins an unfinished copy
     newest = max(manifests, key=lambda path: path.stat().st_mtime_ns, default=None)
     return None if newest is None else newest.parent
 
 
-def refuse_changed(root: Path = ROOT) -> None:
+def refuse_changed_code(root: Path = ROOT) -> None:
     """Refuse a copy of the code that was changed since the job was submitted. A clone has no manifest and may change.
 
     Errors: ConfigError.

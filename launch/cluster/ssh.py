@@ -29,9 +29,9 @@ from launch.cluster.ssh_nodes import (
     SHOWN_LINES,
     Node,
     connect,
-    refuse_unfit,
+    refuse_unfit_hosts,
     rendezvous_address,
-    wait_for_facts,
+    wait_for_host_facts,
 )
 from launch.cluster.torchrun import (
     STOP_GRACE_S,
@@ -89,10 +89,10 @@ def start(
             output.listen(nodes)
             for node in nodes:
                 node.send(job)
-            if not wait_for_facts(nodes, pending):
+            if not wait_for_host_facts(nodes, pending):
                 return 130 if signal.SIGINT in received else 1, received
             # All hosts are judged before any of them starts a rank.
-            refuse_unfit(nodes, launcher, config_digest)
+            refuse_unfit_hosts(nodes, launcher, config_digest)
             rdzv = launcher.rdzv or rendezvous_address(nodes)
             for node_rank, node in enumerate(nodes):
                 node.send({"rank": node_rank, "rdzv": rdzv, "run_id": run_id})

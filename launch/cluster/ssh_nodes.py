@@ -110,7 +110,7 @@ def connect(host: str, launcher: LauncherConfig) -> Node:
     return Node(host, process)
 
 
-def wait_for_facts(nodes: list[Node], pending: list[int]) -> bool:
+def wait_for_host_facts(nodes: list[Node], pending: list[int]) -> bool:
     """Wait until every node has sent its facts or has ended, for `HELLO_S` seconds at most; False if a signal came first.
 
     `pending`: the signal handler appends the signals that this process receives. Whether nodes are missing is not checked here.
@@ -130,7 +130,7 @@ def wait_for_facts(nodes: list[Node], pending: list[int]) -> bool:
     return True
 
 
-def refuse_unfit(nodes: list[Node], launcher: LauncherConfig, config_digest: str) -> None:
+def refuse_unfit_hosts(nodes: list[Node], launcher: LauncherConfig, config_digest: str) -> None:
     """Refuse to start the run if a host cannot run it. Errors: NodesUnfit, which lists what is wrong with each host.
 
     `config_digest`: SHA-256 of the frozen configuration, which every host must see alike.

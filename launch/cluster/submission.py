@@ -63,7 +63,7 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
     is_copied = isinstance(slurm, SlurmConfig) and slurm.code is Code.snapshot
     code = ROOT
     if is_copied and run_dirs:
-        code = snapshot.copy_path(run_dirs[0], snapshot.code_digest(snapshot.read_code()))
+        code = snapshot.code_copy_dir(run_dirs[0], snapshot.code_digest(snapshot.read_code()))
     scripts = render_scripts(config, run_dirs, code)
     assert isinstance(slurm, SlurmConfig)  # else no script was rendered
     if print_only:
@@ -123,7 +123,7 @@ def _print_scripts(slurm: SlurmConfig, scripts: dict[str, str]) -> None:
 
     Each script of a chain stands below the sbatch command that would submit it, with its dependency on the part before.
     """
-    for line in advice.ranks_lines(slurm):
+    for line in advice.rank_layout_notes(slurm):
         print(f"# {line}", file=sys.stderr)
     previous_part: str | None = None
     for part, script in scripts.items():
@@ -139,11 +139,11 @@ def _print_scripts(slurm: SlurmConfig, scripts: dict[str, str]) -> None:
 def _prepare_container(config: RunConfig) -> None:
     """Refuse a container that cannot start, and create the cache directory that is mounted into it. Errors: ConfigError."""
     launcher = plain(config)["launcher"]
-    runtime = containers.runtime_of(launcher)
+    runtime = containers.container_runtime(launcher)
     if runtime is None:
         return
     if runtime == "pyxis":  # apptainer may be on the nodes alone; each of them is asked when the job starts
-        containers.refuse_missing(launcher)
+        containers.refuse_unavailable_container(launcher)
     Path(config.data.cache_dir).expanduser().mkdir(parents=True, exist_ok=True)
 
 

@@ -181,9 +181,9 @@ def find_run_directory(run_dir: Path, before: StateBeforeStart) -> Path | None:
 
 def _lower_micro(run_dir: Path) -> str | None:
     """Halve the micro-batch of a run that ran out of memory; returns the change as text, None (with a message) if it is 1."""
-    from launch.cluster.oom_retry import lower_micro
+    from launch.cluster.oom_retry import write_smaller_settings
 
-    change = lower_micro(run_dir)
+    change = write_smaller_settings(run_dir)
     if change is None:
         print(f"{run_dir}: not started again: batch.micro cannot be halved", file=sys.stderr, flush=True)
     return change

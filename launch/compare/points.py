@@ -143,7 +143,7 @@ def plan_points(arguments: list[str]) -> PointsPlan:
     if len(arguments_of_points) < 2 and settings.repeats < 2:
         reason = "the conditions leave no two points" if any(is_left_out) else "no word has several values"
         raise ConfigError(f"nothing to compare: {reason}; give an axis, as in strategy=ddp,fsdp2, or compare.repeats=3")
-    refuse_large_arrays(arguments_of_points, repeats=settings.repeats)
+    refuse_large_arrays(arguments_of_points, num_repeats=settings.repeats)
 
     axis_values = [axes.values_on_axes(point_arguments) for point_arguments in arguments_of_points]
     points = _compose_points(arguments_of_points, axis_values, default_arguments)

@@ -57,7 +57,7 @@ def render(
         "set -e",
         "export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1",
         f"export PYTHONPATH={shlex.quote(str(clone))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        slurm.setup_text(launcher, clone).rstrip(),
+        slurm.setup_function_text(launcher, clone).rstrip(),
         "setup",
         f"exec {shlex.quote(python)} -m launch.main evaluate {quoted_arguments}",
     ]
@@ -71,7 +71,7 @@ def submit(evaluation_plan: EvaluationPlan, arguments: list[str], *, print_only:
     """
     script_text = render(evaluation_plan, arguments)
     assert isinstance(evaluation_plan.config.launcher, SlurmConfig)
-    ranks = advice.ranks_lines(evaluation_plan.config.launcher)
+    ranks = advice.rank_layout_notes(evaluation_plan.config.launcher)
     if print_only:
         for line in ranks:
             print(f"# {line}", file=sys.stderr)

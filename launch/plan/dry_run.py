@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from launch.cluster.advice import as_submitted, gpu_kinds_of_job, list_partitions, partitions_of_job
-from launch.cluster.long_steps import long_step_notes, reckoned_step_s
+from launch.cluster.long_steps import long_step_notes, estimated_step_s
 from launch.plan.dry_run_by_shape import describe_by_shape
 from launch.plan.dry_run_memory import (
     DryRun,
@@ -132,5 +132,5 @@ def _long_step_notes(config: RunConfig, built: Built, samples: SampledLengths) -
     # A token's attention is as long as its document: on average over tokens, not over documents.
     mean_length = float(samples.squares.sum()) / float(samples.tokens.sum())
     flops = model_flops_per_token(built, mean_length, 0.5)
-    step_s = reckoned_step_s(config, flops, samples.mean * config.batch["global"], gpu_kinds)
+    step_s = estimated_step_s(config, flops, samples.mean * config.batch["global"], gpu_kinds)
     return [f"warning: {note}" for note in long_step_notes(config, step_s)]

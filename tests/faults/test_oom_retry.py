@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.cluster.oom_retry import lower_micro
+from launch.cluster.oom_retry import write_smaller_settings
 from launch.config.compose import compose
 from launch.config.frozen import freeze_choices, load_frozen
 from launch.runs.freeze import freeze
@@ -75,7 +75,7 @@ def test_out_of_memory_retry_notes_the_asked_and_all_tried_micro_batches(runs, a
         freeze_choices(run_dir, chosen)
     record_failure(run_dir, 0, RuntimeError("memory"), "training", 3)
     for step, size in enumerate(lowered):
-        assert (lower_micro(run_dir) is None) == (size is None)
+        assert (write_smaller_settings(run_dir) is None) == (size is None)
         frozen = load_frozen(run_dir / "config.yaml")  # which checks that it is the run which was asked for
         assert frozen.batch["micro"] == (size or 1)
         if step < len(notes):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.cluster.oom_retry import lower_micro
+from launch.cluster.oom_retry import write_smaller_settings
 from launch.config.compose import compose
 from launch.config.frozen import load_frozen
 from launch.plan.command import composed as planned
@@ -40,16 +40,16 @@ def test_strategy_auto_asks_for_a_new_start_when_one_rank_alone_runs_out(runs):
     """The launcher writes down what was tried; the run stays the one that was asked for."""
     words = runs.words("auto-again", "strategy=auto", *WORDS)[4:]
     run_dir = freeze(compose(words), runs.root / "auto-again")
-    assert lower_micro(run_dir) is None  # nothing has failed
+    assert write_smaller_settings(run_dir) is None  # nothing has failed
     record_failure(
         run_dir, 0, RuntimeError("strategy=auto: with strategy=ddp rank 1 runs out"), "choosing the strategy"
     )
-    assert lower_micro(run_dir) is None  # a message alone decides nothing
+    assert write_smaller_settings(run_dir) is None  # a message alone decides nothing
     (run_dir / "failure.json").unlink()
     for number, tried in enumerate(("ddp", "zero1"), 1):
         error = OutOfMemory("rank 1 runs out of memory, and the others do not", ran_out_with={"strategy": tried})
         record_failure(run_dir, 0, error, "choosing the strategy")
-        assert lower_micro(run_dir) == f"without strategy={tried}"
+        assert write_smaller_settings(run_dir) == f"without strategy={tried}"
         (run_dir / "failure.json").unlink()
         frozen = load_frozen(freeze(compose(words), run_dir) / "config.yaml")
         trials = frozen.resolution("strategy").tried

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.advice import check_job, list_partitions, partitions_of_job, ranks_lines
+from launch.cluster.advice import check_job, list_partitions, partitions_of_job, rank_layout_notes
 from launch.cluster.array_size import refuse_large_arrays
 from launch.config.prices import price_by_gpu_kind
 from launch.main import main
@@ -143,7 +143,7 @@ def test_slurm_advice_has_price_and_restarts_as_far_as_they_are_known(sinfo, tmp
 def test_slurm_ranks_of_a_node_are_the_gpus_that_are_asked_for(launcher, ranks, reason):
     slurm = SlurmConfig(**launcher)
     assert slurm.per_node == ranks
-    said = "\n".join(ranks_lines(slurm))
+    said = "\n".join(rank_layout_notes(slurm))
     assert reason in said and bool(said) == bool(reason)
 
 

@@ -23,7 +23,7 @@ def tree(tmp_path: Path, **launcher) -> dict:
 
 def test_container_runtime_is_chosen_by_the_image(tmp_path):
     ways = {
-        image: containers.runtime_of({"container": image})
+        image: containers.container_runtime({"container": image})
         for image in ("a.sif", "docker://a/b:1", "nvcr.io#a/b:1", str(tmp_path))
     }
     assert ways == {
@@ -32,8 +32,8 @@ def test_container_runtime_is_chosen_by_the_image(tmp_path):
         "nvcr.io#a/b:1": "pyxis",
         str(tmp_path): "apptainer",
     }
-    assert containers.runtime_of({"container": "a.sif", "container_by": Container.pyxis}) == "pyxis"
-    assert containers.srun_options_and_prefix(tree(tmp_path), []) == ([], [])
+    assert containers.container_runtime({"container": "a.sif", "container_by": Container.pyxis}) == "pyxis"
+    assert containers.container_command(tree(tmp_path), []) == ([], [])
 
 
 def test_container_mounts_what_the_run_reads_and_writes_once(tmp_path, monkeypatch):
@@ -43,7 +43,7 @@ def test_container_mounts_what_the_run_reads_and_writes_once(tmp_path, monkeypat
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path / "here")
     own = tree(tmp_path, container="a.sif", container_mounts=["/scratch:/scratch:ro"])
-    step, before = containers.srun_options_and_prefix(own, [tmp_path / "here" / "runs" / "a"])
+    step, before = containers.container_command(own, [tmp_path / "here" / "runs" / "a"])
     assert (
         step == []
         and before[:3] == ["apptainer", "exec", "--nv"]
@@ -52,10 +52,10 @@ def test_container_mounts_what_the_run_reads_and_writes_once(tmp_path, monkeypat
     binds = [mount for flag, mount in itertools.pairwise(before) if flag == "--bind"]
     places = [tmp_path / name for name in ("cache", "data", "here", "state/shardtune")]
     assert sorted(binds) == sorted([*(f"{place}:{place}" for place in places), "/scratch:/scratch:ro"])
-    step, before = containers.srun_options_and_prefix(tree(tmp_path, container="a#b:1", container_workdir="/w"), [])
+    step, before = containers.container_command(tree(tmp_path, container="a#b:1", container_workdir="/w"), [])
     assert before == [] and "--container-image=a#b:1" in step and "--container-workdir=/w" in step
     with pytest.raises(ConfigError, match="mounts cannot carry"):
-        containers.srun_options_and_prefix(own, [Path("/a:b")])
+        containers.container_command(own, [Path("/a:b")])
     [command] = commands_by_srun(2, "python3", step, {}, prefix=["apptainer"])
     assert command.argv.index("--container-image=a#b:1") < command.argv.index("apptainer") < command.argv.index("bash")
 
@@ -73,9 +73,9 @@ def test_container_that_cannot_start_is_refused_before_a_job_waits(tmp_path, mon
     assert main(["submit", *words, f"run.dir={tmp_path / 'run'}", "launcher.container=nvcr.io#a/b"]) == 64
     assert "the plugin pyxis is missing" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="no apptainer on"):
-        containers.refuse_missing({"container": "a.sif"})
+        containers.refuse_unavailable_container({"container": "a.sif"})
     (tools / "apptainer").write_text("#!/bin/sh\n")
     (tools / "apptainer").chmod(0o755)
     with pytest.raises(ConfigError, match="does not see it"):
-        containers.refuse_missing({"container": str(tmp_path / "a.sif")})
-    containers.refuse_missing({"container": "docker://a/b"})
+        containers.refuse_unavailable_container({"container": str(tmp_path / "a.sif")})
+    containers.refuse_unavailable_container({"container": "docker://a/b"})

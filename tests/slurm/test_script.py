@@ -286,7 +286,7 @@ class TestSubmit:
     def test_submission_with_print_writes_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config = RunConfig(launcher=SlurmConfig())
         assert submit(config, [tmp_path / "run"], print_only=True) == []
-        code = snapshot.copy_path(tmp_path / "run", snapshot.code_digest(snapshot.read_code()))
+        code = snapshot.code_copy_dir(tmp_path / "run", snapshot.code_digest(snapshot.read_code()))
         assert capsys.readouterr().out == render(config, [tmp_path / "run"], clone=code)
         assert not (tmp_path / "run").exists()
         config.launcher.code = Code.clone

@@ -33,7 +33,7 @@ def test_code_snapshot_imports_by_itself_and_says_where_it_is_from(clone: Path, 
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
     place = snapshot.copy_code(tmp_path / "run", clone)
-    assert place == snapshot.copy_path(tmp_path / "run", snapshot.code_digest(snapshot.read_code(clone)))
+    assert place == snapshot.code_copy_dir(tmp_path / "run", snapshot.code_digest(snapshot.read_code(clone)))
     assert (place / "slurm/env.sh").read_text() == "export SITE=here\n" and not list(place.rglob("__pycache__"))
     shutil.rmtree(clone)
     head = revision(place)
@@ -54,21 +54,21 @@ def test_code_snapshot_of_other_code_is_another_and_the_last_one_is_in_use(clone
     (clone / "launch" / "main.py").write_text("changed = True\n")
     second = snapshot.copy_code(tmp_path / "run", clone)
     assert (
-        sorted(second.parent.iterdir()) == sorted([first, second]) and snapshot.newest_copy(tmp_path / "run") == second
+        sorted(second.parent.iterdir()) == sorted([first, second]) and snapshot.newest_code_copy(tmp_path / "run") == second
     )
     assert (second / "launch" / "main.py").read_text() == "changed = True\n"
-    snapshot.refuse_changed(first)
+    snapshot.refuse_changed_code(first)
     (clone / "launch" / "main.py").write_text(before)
-    assert snapshot.copy_code(tmp_path / "run", clone) == first and snapshot.newest_copy(tmp_path / "run") == first
+    assert snapshot.copy_code(tmp_path / "run", clone) == first and snapshot.newest_code_copy(tmp_path / "run") == first
 
 
 def test_code_snapshot_that_was_changed_is_refused_and_made_anew_at_submission(clone: Path, tmp_path: Path) -> None:
     place = snapshot.copy_code(tmp_path / "run", clone)
-    snapshot.refuse_changed(place)
-    snapshot.refuse_changed(clone)
+    snapshot.refuse_changed_code(place)
+    snapshot.refuse_changed_code(clone)
     (place / "launch" / "main.py").unlink()
     with pytest.raises(ConfigError, match="changed since the job was submitted"):
-        snapshot.refuse_changed(place)
+        snapshot.refuse_changed_code(place)
     assert snapshot.copy_code(tmp_path / "run", clone) == place
-    snapshot.refuse_changed(place)
+    snapshot.refuse_changed_code(place)
     assert json.loads((place / "CODE.json").read_text())["source"] == str(clone)

@@ -53,7 +53,7 @@ def _slurm_targets(
 ) -> tuple[PreflightRequest, list[NodeCommand], list[str], bool]:
     """As `preflight_targets`, for nodes of SLURM: those of the allocation that this process is in, or of a new one."""
     from launch.cluster.job_end import hosts_of_job
-    from launch.cluster.slurm import Options, node_request, quoted_options, setup_text
+    from launch.cluster.slurm import Options, node_request, quoted_options, setup_function_text
     from trainer.config.resuming import plain
 
     # Which nodes.
@@ -75,7 +75,7 @@ def _slurm_targets(
     # The srun command that checks them.
     env = {
         **os.environ,
-        "SHARDTUNE_SETUP": setup_text(slurm, ROOT),
+        "SHARDTUNE_SETUP": setup_function_text(slurm, ROOT),
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONSAFEPATH": "1",
     }
@@ -85,8 +85,8 @@ def _slurm_targets(
         options: Options = {**node_request(slurm), "time": MINUTES, "job-name": "shardtune-doctor"}
         # `quoted_options` quotes for a shell. No shell reads these: shlex.split takes the quotes off again.
         srun_options = [shlex.split(option)[0] for option in quoted_options(options)]
-    container_options, prefix = containers.srun_options_and_prefix(tree, [ROOT])
-    containers.refuse_missing(tree["launcher"])
+    container_options, prefix = containers.container_command(tree, [ROOT])
+    containers.refuse_unavailable_container(tree["launcher"])
     python = slurm.python or ("python3" if slurm.container else sys.executable)
     commands = commands_by_srun(slurm.nodes, python, [*srun_options, *container_options], env, prefix=prefix)
     return request, commands, hosts, not in_allocation

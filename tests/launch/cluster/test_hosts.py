@@ -17,7 +17,7 @@ KNOWN = {"a": "10.0.0.1", "b": "10.0.0.2", "here": "127.0.1.1", "mine": "192.168
 @pytest.fixture(autouse=True)
 def host_a(monkeypatch):
     """A host with two interfaces, whose own name means a loopback address."""
-    monkeypatch.setattr(hosts, "interfaces", lambda: dict(OWN))
+    monkeypatch.setattr(hosts, "interface_by_address", lambda: dict(OWN))
     monkeypatch.setattr(hosts, "local_address_towards", lambda address, rdzv: "10.0.0.1")
 
     def known(host, *_, **__):
@@ -65,7 +65,7 @@ def test_host_settings_that_do_not_identify_it_are_refused_with_those_that_do(se
 
 def test_the_addresses_of_this_machine(monkeypatch):
     monkeypatch.undo()
-    assert "127.0.0.1" in hosts.interfaces()
+    assert "127.0.0.1" in hosts.interface_by_address()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
         way.connect(("127.0.0.1", 9))
     assert hosts.local_address_towards("127.0.0.1", "x:1") == "127.0.0.1"

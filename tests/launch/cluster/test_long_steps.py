@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch.cluster.long_steps import long_step_notes, longest_step_s, needed_lead_s, needed_timeout_s, reckoned_step_s
+from launch.cluster.long_steps import long_step_notes, longest_step_s, sufficient_signal_lead_s, sufficient_timeout_s, estimated_step_s
 from launch.config.compose import compose
 from strategies.base import ActivationCheckpointing
 
@@ -32,12 +32,12 @@ def test_step_longer_than_the_lead_is_told_with_the_value_to_set(tmp_path):
     (note,) = long_step_notes(config, 150.0, save_s=20.0)
     assert "a step takes about 150 s and a checkpoint 20 s" in note
     # 1.25 steps and two saves are 227.5 s: four minutes, and one for SLURM's clock.
-    assert note.endswith("set launcher.signal_lead_s=300") and needed_lead_s(150.0, 20.0) == 300
+    assert note.endswith("set launcher.signal_lead_s=300") and sufficient_signal_lead_s(150.0, 20.0) == 300
     assert long_step_notes(config, None) == []
     assert long_step_notes(config_of(tmp_path, "launcher.signal_lead_s=0"), 400.0) == []
     local = compose([f"model.path={tmp_path}", "launcher=local", "budget.steps=1"], check=False).config
     assert long_step_notes(local, 200.0) == []
-    config.launcher.signal_lead_s = needed_lead_s(380.0, 30.0)
+    config.launcher.signal_lead_s = sufficient_signal_lead_s(380.0, 30.0)
     assert long_step_notes(config, 380.0, 30.0) == []
 
 
@@ -45,8 +45,8 @@ def test_step_as_long_as_the_timeout_of_an_exchange_is_told(tmp_path):
     config = config_of(tmp_path, "launcher.signal_lead_s=3600")
     assert long_step_notes(config, 480.0) == []  # four fifths of 600 s
     (note,) = long_step_notes(config, 500.0)
-    assert "run.timeout_s=600" in note and note.endswith(f"set run.timeout_s={needed_timeout_s(500.0)}")
-    config.run.timeout_s = needed_timeout_s(500.0)
+    assert "run.timeout_s=600" in note and note.endswith(f"set run.timeout_s={sufficient_timeout_s(500.0)}")
+    config.run.timeout_s = sufficient_timeout_s(500.0)
     assert long_step_notes(config, 500.0) == []
     alone = compose([f"model.path={tmp_path}", "launcher.processes=1", "budget.steps=1"], check=False).config
     assert long_step_notes(alone, 1e4) == []
@@ -67,5 +67,5 @@ def test_longest_step_is_reckoned_from_the_sizes_of_the_model_and_the_cards(tmp_
 
 def test_reckoned_step_goes_by_the_slowest_card(tmp_path):
     config = config_of(tmp_path)
-    times = [reckoned_step_s(config, 1e10, 1e6, kinds) for kinds in ({"h100"}, {"l4"}, {"h100", "l4"})]
+    times = [estimated_step_s(config, 1e10, 1e6, kinds) for kinds in ({"h100"}, {"l4"}, {"h100", "l4"})]
     assert times[0] < times[1] == times[2]

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from launch.cluster import rendezvous
-from launch.cluster.hosts import ThisHost, interfaces
+from launch.cluster.hosts import ThisHost, interface_by_address
 from launch.cluster.rendezvous import MissingHostsReport, StuckAgentGuard
 from launch.main import main
 from strategies import network
@@ -45,7 +45,7 @@ def test_rendezvous_with_a_wrong_interface_port_or_rank_is_a_message(words, capf
     with monkeypatch.context() as env:
         env.setenv("RANK", "x")
         assert "RANK=x: no whole number, so left over" in refused(capfd, words)
-    address = next((a for a in interfaces() if ":" not in a and not a.startswith("127.")), None)
+    address = next((a for a in interface_by_address() if ":" not in a and not a.startswith("127.")), None)
     if address is not None:  # else this host has no other name than its loopback's
         with socket.create_server(("", 0)) as taken:
             port = taken.getsockname()[1]

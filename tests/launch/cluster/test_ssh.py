@@ -178,7 +178,7 @@ def node(name: str, **hello) -> ssh_nodes.Node:
 )
 def test_a_host_that_differs_is_refused(hello, said):
     with pytest.raises(NodesUnfit) as refused:
-        ssh_nodes.refuse_unfit([node("a"), node("b", **hello)], LauncherConfig(hosts=["a", "b"]), "sha")
+        ssh_nodes.refuse_unfit_hosts([node("a"), node("b", **hello)], LauncherConfig(hosts=["a", "b"]), "sha")
     assert said in str(refused.value) and "a: " not in str(refused.value)
 
 
