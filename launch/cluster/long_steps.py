@@ -81,7 +81,9 @@ def sufficient_timeout_s(step_s: float) -> int:
     return MINUTE_S * (math.ceil(STEP_MARGIN * step_s / LATE_SHARE / MINUTE_S) + 1)
 
 
-def estimated_step_s(config: RunConfig, flops_per_token: float, tokens: float, gpu_kinds: Iterable[str]) -> float | None:
+def estimated_step_s(
+    config: RunConfig, flops_per_token: float, tokens: float, gpu_kinds: Iterable[str]
+) -> float | None:
     """Seconds of a step of `tokens` (of all ranks together), computed for the slowest of the GPUs in `gpu_kinds`.
 
     `flops_per_token`: floating-point operations of forward and backward; recomputation comes on top. `gpu_kinds`: the cluster's

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from launch.cluster.advice import as_submitted, gpu_kinds_of_job, list_partitions, partitions_of_job
-from launch.cluster.long_steps import long_step_notes, estimated_step_s
+from launch.cluster.long_steps import estimated_step_s, long_step_notes
 from launch.plan.dry_run_by_shape import describe_by_shape
 from launch.plan.dry_run_memory import (
     DryRun,

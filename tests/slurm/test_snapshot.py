@@ -54,7 +54,8 @@ def test_code_snapshot_of_other_code_is_another_and_the_last_one_is_in_use(clone
     (clone / "launch" / "main.py").write_text("changed = True\n")
     second = snapshot.copy_code(tmp_path / "run", clone)
     assert (
-        sorted(second.parent.iterdir()) == sorted([first, second]) and snapshot.newest_code_copy(tmp_path / "run") == second
+        sorted(second.parent.iterdir()) == sorted([first, second])
+        and snapshot.newest_code_copy(tmp_path / "run") == second
     )
     assert (second / "launch" / "main.py").read_text() == "changed = True\n"
     snapshot.refuse_changed_code(first)

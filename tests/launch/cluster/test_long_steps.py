@@ -5,7 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from launch.cluster.long_steps import long_step_notes, longest_step_s, sufficient_signal_lead_s, sufficient_timeout_s, estimated_step_s
+from launch.cluster.long_steps import (
+    estimated_step_s,
+    long_step_notes,
+    longest_step_s,
+    sufficient_signal_lead_s,
+    sufficient_timeout_s,
+)
 from launch.config.compose import compose
 from strategies.base import ActivationCheckpointing
 
