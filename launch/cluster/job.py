@@ -1,6 +1,6 @@
 """`python -m launch.job begin` and `end`, which a job script calls before and after its training step.
 
-`begin [arguments]` settles which run this is (frozen by `shardtune submit`, or composed here from the arguments of
+`begin [overrides]` settles which run this is (submitted by `shardtune submit`, or composed here from the overrides of
 slurm/train.sbatch), whether it may start, and where its ranks meet. It prints lines that the shell evaluates;
 everything else goes to stderr. `end` requeues a run that saved and wants to go on, or that lost a rank. Records of an
 earlier start are recognised by the job's id and the number of its start, never by a clock.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import containers, pipeline_part, snapshot
-from launch.cluster.job_end import JobStart, count_lost_start, end, job_name
+from launch.cluster.job_end import JobStart, end, job_name, record_lost_start
 from launch.config.process_role import master_port
 from launch.runs.job_record import record_job_end, record_job_start
 from launch.runs.queue import note_submitted
@@ -34,10 +34,10 @@ SBATCH_DECIDES = (
     "is asked of SLURM when a job is submitted; give it to sbatch before the script's name, or use shardtune submit"
 )
 SCRIPT_DECIDES = "is the script's own: change slurm/train.sbatch or slurm/env.sh, or use shardtune submit"
-LAUNCHER_KEYS = ("name", "processes", "nodes", "rdzv", "retry", "preflight", "code", "stage")
-"""Settings of the launcher that slurm/train.sbatch takes as arguments; the others would be lost."""
-SECTIONS = ("launcher", "run", "model", "data")
-PORTS_TRIED = 50
+SCRIPT_LAUNCHER_KEYS = ("name", "processes", "nodes", "rdzv", "retry", "preflight", "code", "stage")
+"""Keys below `launcher.` that slurm/train.sbatch takes as overrides; SLURM or the script itself has decided the others."""
+CONFIG_SECTIONS = ("launcher", "run", "model", "data")
+MAX_PORTS_TRIED = 50
 """How many ports are tried, one after another."""
 
 
@@ -47,18 +47,18 @@ class FrozenRun:
 
     directory: Path
     settings: dict[str, Any]
-    """The sections `SECTIONS` of the file as nested dictionaries."""
+    """The sections `CONFIG_SECTIONS` of the file as nested dictionaries."""
 
     @classmethod
     def read(cls, directory: Path) -> FrozenRun:
-        """Read a run directory's settings without torch. Errors: ConfigError.
+        """Read a run directory's `config.yaml`, without torch. Raises ConfigError if it cannot be read or lacks a section.
 
-        Whether the file was edited since it was frozen is checked later, by the ranks.
+        Whether the file was edited since it was written is checked later, by the ranks.
         """
         path = directory / "config.yaml"
-        tree = read_tree(path)
+        sections = read_tree(path)
         try:
-            return cls(directory, {section: dict(tree[section]) for section in SECTIONS})
+            return cls(directory, {section: dict(sections[section]) for section in CONFIG_SECTIONS})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{path}: not a configuration of this version ({' '.join(str(error).split())})"
@@ -82,15 +82,17 @@ class FrozenRun:
         return max(1, cores // self.processes)
 
 
-def begin(arguments: list[str]) -> dict[str, Any]:
+def begin(overrides: list[str]) -> dict[str, Any]:
     """Prepare one start of a SLURM job before its training step; returns the shell variables that the job script sets.
 
-    Determines which run this is, whether it may start, which code it runs and where its ranks meet. `arguments`: the arguments of
-    slurm/train.sbatch; empty for a run that `shardtune submit` has frozen. Errors: ConfigError, StorageError, ShardtuneError.
+    Determines which run this is, whether it may start, which code it runs and where its ranks meet. The variable `finished` is
+    1 if the run is done already: then the script starts no ranks, and `rendezvous` and others are not set.
+    Records the start in the run directory. `overrides`: the arguments of slurm/train.sbatch; empty for a run that
+    `shardtune submit` has submitted. Raises ConfigError, StorageError, NodesUnfit, or ShardtuneError after too many lost starts.
     """
-    job = JobStart.here()
+    job = JobStart.from_environment()
     refuse_heterogeneous(os.environ)
-    run = load_or_freeze_run(arguments, job)
+    run = load_or_compose_run(overrides, job)
     logs = run.directory / "logs"
     # The script reads each of these, so each is there however the start goes on.
     shell_variables: dict[str, Any] = {
@@ -108,7 +110,7 @@ def begin(arguments: list[str]) -> dict[str, Any]:
         return {**shell_variables, "finished": 1}
 
     logs.mkdir(parents=True, exist_ok=True)
-    started_by_train_sbatch = bool(arguments)
+    started_by_train_sbatch = bool(overrides)
     if started_by_train_sbatch:  # `shardtune submit` has copied the code, and its scripts start from the copy
         shell_variables["code"] = code_to_run(run, job)
     snapshot.refuse_changed_code()
@@ -121,37 +123,38 @@ def begin(arguments: list[str]) -> dict[str, Any]:
         note_submitted([run.directory], job.name)
     record_job_start(run.directory, job.name, job.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
     report_idle_gpus(run.processes, os.environ)
-    for cause, times in launcher["retry"].items():
-        shell_variables[f"retry_{cause}"] = times
+    for cause, max_retries in launcher["retry"].items():
+        shell_variables[f"retry_{cause}"] = max_retries
     shell_variables |= {"processes": run.processes, "threads": run.threads, "silent": os.environ.get(SILENT, "")}
-    master = choose_rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or launcher["rdzv"])
+    rendezvous = choose_rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or launcher["rdzv"])
     if len(job.nodes) > 1 and launcher.get("preflight", "none") != "none":
-        check_nodes(run, job, master)
-    return {**shell_variables, "rendezvous": master}
+        refuse_unfit_nodes(run, job, rendezvous)
+    return {**shell_variables, "rendezvous": rendezvous}
 
 
 def refuse_lost_starts(run: FrozenRun, job: JobStart, logs: Path) -> None:
-    """Count the start before this one if it was lost, and refuse this start after more lost ones than `launcher.retry` allows.
+    """Record the start before this one if it was lost, and refuse this start after more lost ones than `launcher.retry` allows.
 
     A start is lost if its node failed or it was killed unsaved. SLURM requeues such a job by itself, without end.
-    Errors: ShardtuneError, StorageError.
+    Writes the record into `logs`. Raises ShardtuneError after too many lost starts, StorageError if the record cannot be written.
     """
     if not job.restart:
         return
-    # The start before this one has ended: if its record still says that it runs, it could not write another.
+    # The start before this one has ended. If `status.json` still says that it runs, it was lost before it could say otherwise.
     status = read_status(run.directory)
-    if status.get("state") != State.running or status.get("job") != job.id:
+    was_lost = status.get("state") == State.running and status.get("job") == job.id
+    if not was_lost:
         return
-    limit = run.settings["launcher"]["retry"].get("node_fail", 0)
-    if not count_lost_start(logs, job, limit):
+    max_lost_starts = run.settings["launcher"]["retry"].get("node_fail", 0)
+    if record_lost_start(logs, job) > max_lost_starts:
         raise ShardtuneError(
-            f"job {job.name}: more than {limit} starts ended without a word (node lost, or killed unsaved); "
+            f"job {job.name}: more than {max_lost_starts} starts ended without a word (node lost, or killed unsaved); "
             "not started again"
         )
 
 
 def refuse_heterogeneous(env: Mapping[str, str]) -> None:
-    """Refuse a heterogeneous SLURM job, since the job script would train on its first component alone. Errors: ConfigError."""
+    """Raise ConfigError for a heterogeneous SLURM job, because the job script would train on its first component alone."""
     components = env.get("SLURM_HET_SIZE", "")
     if components.isdecimal() and int(components) > 1:
         raise ConfigError(
@@ -161,7 +164,7 @@ def refuse_heterogeneous(env: Mapping[str, str]) -> None:
 
 
 def report_idle_gpus(processes: int, env: Mapping[str, str]) -> None:
-    """Print how many GPUs of this node stay without a rank. `processes`: the ranks of a node."""
+    """Print to stderr how many GPUs of this node stay without a rank, if any. `processes`: the ranks of a node."""
     gpus_of_job = env.get("SLURM_GPUS_ON_NODE", "")
     if gpus_of_job.isdecimal() and int(gpus_of_job) > processes:
         print(
@@ -172,10 +175,12 @@ def report_idle_gpus(processes: int, env: Mapping[str, str]) -> None:
 
 
 def code_to_run(run: FrozenRun, job: JobStart) -> Path | str:
-    """The directory of the code that a run by slurm/train.sbatch uses, a copy of it if `launcher.code=snapshot`.
+    """The directory of the code that a run by slurm/train.sbatch uses.
 
-    The first start of a job makes the copy in the run directory, and later starts use it. Empty for the clone itself.
-    Errors: ConfigError if the copy was changed, StorageError.
+    - `launcher.code` is not `snapshot`: "", for the clone itself;
+    - the first start of a job: a new copy in the run directory;
+    - a later start: the copy that the first start made. Raises ConfigError if it was changed since.
+    Raises StorageError if the code cannot be copied.
     """
     if run.settings["launcher"].get("code") != "snapshot":
         return ""
@@ -186,23 +191,23 @@ def code_to_run(run: FrozenRun, job: JobStart) -> Path | str:
     return copy
 
 
-def check_nodes(run: FrozenRun, job: JobStart, master: str) -> None:
+def refuse_unfit_nodes(run: FrozenRun, job: JobStart, rendezvous: str) -> None:
     """Run the preflight on all nodes of the job before its ranks are started, and print what it found.
 
-    `master`: host:port at which the ranks will meet; the preflight's own ranks meet there too. Errors: NodesUnfit with every
-    problem, StorageError.
+    `rendezvous`: host:port at which the ranks will meet; the preflight's own ranks meet there too. Raises NodesUnfit with the
+    first problem, StorageError if the run directory cannot be written.
     """
     from launch.cluster.preflight.answer import report_text
-    from launch.cluster.preflight.coordinator import commands_by_srun, preflight_request, run_preflight
+    from launch.cluster.preflight.coordinator import preflight_request, run_preflight, srun_check_command
 
-    request = preflight_request(run.settings, len(job.nodes))
-    request.master = master
-    srun_options, prefix = containers.container_command(run.settings, [ROOT, run.directory])
+    request = preflight_request(run.settings, num_nodes=len(job.nodes))
+    request.master = rendezvous
+    container = containers.container_command(run.settings, [ROOT, run.directory])
     python = os.environ.get("SHARDTUNE_PYTHON") or sys.executable
     if containers.container_runtime(run.settings["launcher"]):
         python = run.settings["launcher"].get("python") or "python3"
-    commands = commands_by_srun(len(job.nodes), python, srun_options, prefix=prefix)
-    reports, verdict = run_preflight(request, commands, job.nodes)
+    command = srun_check_command(len(job.nodes), python, container.srun_options, prefix=container.prefix)
+    reports, verdict = run_preflight(request, [command], job.nodes)
     print(report_text(request, reports, verdict), flush=True)
     if verdict.problems:
         raise NodesUnfit(
@@ -211,58 +216,62 @@ def check_nodes(run: FrozenRun, job: JobStart, master: str) -> None:
         )
 
 
-def load_or_freeze_run(arguments: list[str], job: JobStart) -> FrozenRun:
-    """The run of this job: the one that was frozen when the job was submitted, else one that is composed and frozen now.
+def load_or_compose_run(overrides: list[str], job: JobStart) -> FrozenRun:
+    """The run of this job.
 
-    `arguments`: the command-line arguments of slurm/train.sbatch, such as "model.path=..."; only that script brings some.
-    Errors: ConfigError.
+    - Without overrides, and with SHARDTUNE_CONFIG set: the run that `shardtune submit` wrote when the job was submitted.
+    - Otherwise: a run that is composed now from the job and the overrides. Writes its `config.yaml`.
+    `overrides`: the arguments of slurm/train.sbatch, such as "model.path=..."; a script of `shardtune submit` has none.
+    Raises ConfigError for overrides that the script cannot take, or that contradict the job.
     """
-    frozen_config = os.environ.get("SHARDTUNE_CONFIG")
-    if frozen_config and not arguments:
-        return FrozenRun.read(Path(frozen_config).parent)
+    submitted_config = os.environ.get("SHARDTUNE_CONFIG")
+    if submitted_config and not overrides:
+        return FrozenRun.read(Path(submitted_config).parent)
     from launch.config.compose import compose
     from launch.runs.freeze import freeze
 
-    problems = misplaced_arguments(arguments)
+    problems = misplaced_override_problems(overrides)
     if problems:
         raise ConfigError(problems)
-    composed = compose([*settings_from_job(job), *arguments])
+    composed = compose([*overrides_from_job(job), *overrides])
     nodes = composed.config.launcher.nodes
     if nodes != len(job.nodes):
         raise ConfigError(f"launcher.nodes={nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out")
     run_dir = Path(composed.config.run.dir or "")
+    # The strategy may change: an unfinished run resumes under another one, as it does with `shardtune submit`.
     return FrozenRun.read(freeze(composed, run_dir, may_change_strategy=True))
 
 
-def misplaced_arguments(arguments: list[str]) -> list[str]:
-    """Why slurm/train.sbatch cannot take some of its arguments: SLURM has decided them already, or the script itself does.
+def misplaced_override_problems(overrides: list[str]) -> list[str]:
+    """Why slurm/train.sbatch cannot take some overrides of the launcher: they are sbatch's to decide, or the script's own.
 
-    ["launcher.time=1:00:00", "launcher.nodes=2"] -> one problem, about launcher.time.
+    ["launcher.time=1:00:00", "launcher.nodes=2"] -> one problem, about launcher.time. Of the launcher itself, only
+    "launcher=slurm" is taken.
     """
     problems = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        group, _, name = key.partition(".")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        group, _, launcher_key = key.partition(".")
         if group != "launcher":
             continue
-        is_taken = name in LAUNCHER_KEYS if name else value == "slurm"
+        is_taken = launcher_key in SCRIPT_LAUNCHER_KEYS if launcher_key else value == "slurm"
         if not is_taken:
-            reason = SCRIPT_DECIDES if name in ("", "setup", "python") else SBATCH_DECIDES
-            problems.append(f"{argument}: {reason}")
+            reason = SCRIPT_DECIDES if launcher_key in ("", "setup", "python") else SBATCH_DECIDES
+            problems.append(f"{override}: {reason}")
     return problems
 
 
-def settings_from_job(job: JobStart) -> list[str]:
-    """The settings that a run by slurm/train.sbatch takes from its SLURM job and from the script's environment.
+def overrides_from_job(job: JobStart) -> list[str]:
+    """The overrides that a run by slurm/train.sbatch takes from its SLURM job and from the script's environment variables.
 
-    As command-line arguments: ["run.dir=runs/slurm-123", "launcher.nodes=2", ...].
+    ["run.dir=runs/slurm-123", "launcher=slurm", "launcher.nodes=2", "launcher.retry={preempted:20,...}", ...].
     """
     from trainer.config.run import SlurmConfig
 
     env = os.environ
     retries = []
-    for cause, times in SlurmConfig().retry.items():
-        retries.append(f"{cause}:{env.get(f'RETRY_{cause.upper()}') or times}")
+    for cause, default_retries in SlurmConfig().retry.items():
+        retries.append(f"{cause}:{env.get(f'RETRY_{cause.upper()}') or default_retries}")
     processes = env.get("PROCESSES") or env.get("SLURM_GPUS_ON_NODE") or 1
     return [
         f"run.dir=runs/slurm-{job.id}",
@@ -273,32 +282,36 @@ def settings_from_job(job: JobStart) -> list[str]:
     ]
 
 
-def choose_rendezvous(job: JobStart, address: str | None) -> str:
-    """The host:port at which the job's ranks meet: the configured `address`, or a free port of the first node.
+def choose_rendezvous(job: JobStart, configured_address: str | None) -> str:
+    """The host:port at which the job's ranks meet: `configured_address` if there is one, else a free port of the first node.
 
-    Every start chooses anew: a requeued job may be given other nodes, and two jobs may share a node. Errors: ConfigError.
+    Every start chooses anew, because a requeued job may be given other nodes, and two jobs may share a node.
+    Raises ConfigError if another process listens at the configured port of this host, or if no port is free.
     """
-    if address:
-        # A port of this host can be tested before the ranks meet there.
-        host, _, typed_port = address.rpartition(":")
+    if configured_address:
+        host, _, port_text = configured_address.rpartition(":")
         is_this_host = host.split(".")[0] == socket.gethostname().split(".")[0]
-        if is_this_host and not _is_port_free(int(typed_port)):
+        # Only a port of this host can be tested before the ranks meet there.
+        if is_this_host and not _is_port_free(int(port_text)):
             raise ConfigError(
-                f"launcher.rdzv={address}: another process listens there; choose another port, or leave it out"
+                f"launcher.rdzv={configured_address}: another process listens there; choose another port, or leave it out"
             )
-        return address
+        return configured_address
     first_port = master_port(os.environ)
-    for offset in range(PORTS_TRIED):
-        port = 20000 + (first_port - 20000 + offset) % 10000  # from `first_port` on, within 20000 to 29999
+    for offset in range(MAX_PORTS_TRIED):
+        port = (
+            20000 + (first_port - 20000 + offset) % 10000
+        )  # from `first_port` on, wrapped around within 20000 to 29999
         if _is_port_free(port):
             return f"{job.nodes[0]}:{port}"
     raise ConfigError(
-        f"{job.nodes[0]}: no free port from {first_port} on, {PORTS_TRIED} were tried; choose one with launcher.rdzv=host:port"
+        f"{job.nodes[0]}: no free port from {first_port} on, {MAX_PORTS_TRIED} were tried; choose one with "
+        "launcher.rdzv=host:port"
     )
 
 
 def _is_port_free(port: int) -> bool:
-    """Whether nobody listens at a port of this host, which is the job's first."""
+    """Whether no process listens at a port of this host, on IPv4 or IPv6."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     try:
         with socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6):
@@ -325,23 +338,27 @@ def _stdout_is_stderr() -> Iterator[int]:
 
 
 def main(argv: list[str]) -> int:
-    """What job scripts call as `python -m launch.job`; returns the exit code. Errors: ConfigError.
+    """What job scripts call as `python -m launch.job`; returns the exit code. Raises ConfigError for other arguments.
 
-    - `begin [arguments]`: prints shell variables for the script, as NAME=value lines;
+    - `begin [overrides]`: prints shell variables for the script, as NAME=value lines;
     - `end <exit code of the step> <1 after TERM, else empty> [<1 if no rank was started>]`: records the end, requeues the job;
     - `part <part> <run directory> <ranks>`: runs a part of a pipeline other than training.
     """
-    if argv[:1] == ["part"] and len(argv) == 4:
+    command = argv[0] if argv else ""
+    arguments = argv[1:]
+    if command == "part" and len(arguments) == 3:
+        part, run_dir, processes = arguments
         snapshot.refuse_changed_code()
-        return pipeline_part.run_part(argv[1], Path(argv[2]), int(argv[3]))
-    # Three arguments come from scripts of an earlier shardtune, which did not tell whether a rank was started.
-    if argv[:1] == ["end"] and len(argv) in (3, 4) and argv[1].isdecimal():
-        return end(int(argv[1]), bool(argv[2]), unstarted=argv[3:] == ["1"])
-    if argv[:1] != ["begin"]:
+        return pipeline_part.run_part(part, Path(run_dir), int(processes))
+    # Scripts of an earlier shardtune give two arguments: they do not tell whether a rank was started.
+    if command == "end" and len(arguments) in (2, 3) and arguments[0].isdecimal():
+        step_code, received_term, *no_rank_started = arguments
+        return end(int(step_code), received_term=bool(received_term), has_started_ranks=no_rank_started != ["1"])
+    if command != "begin":
         raise ConfigError("this is for job scripts: begin [words], or end <code> <stopped> [<unstarted>]")
     with _stdout_is_stderr() as stdout_fd:
         try:
-            shell_variables = begin(argv[1:])
+            shell_variables = begin(arguments)
         except ShardtuneError as error:
             record_refusal(error)
             raise
@@ -351,12 +368,15 @@ def main(argv: list[str]) -> int:
 
 
 def record_refusal(error: ShardtuneError) -> None:
-    """Record in the directory of a frozen run why its job ended before a rank was started."""
-    config = os.environ.get("SHARDTUNE_CONFIG")
+    """Record in the directory of a submitted run why its job ended before a rank was started.
+
+    Records nothing outside a job, without SHARDTUNE_CONFIG, if that file does not exist, or if the disk is full.
+    """
+    config_file = os.environ.get("SHARDTUNE_CONFIG")
     name = job_name()
-    if not config or name is None or not Path(config).is_file():
+    if not config_file or name is None or not Path(config_file).is_file():
         return
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     reason = " ".join(str(error).split())
     with contextlib.suppress(StorageError):
-        record_job_end(Path(config).parent, name, restart, error.exit_code, reason=reason, will_restart=False)
+        record_job_end(Path(config_file).parent, name, restart, error.exit_code, reason=reason, will_restart=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.cluster import pipeline_part
 from launch.cluster.requeue import ENDED_BY_SLURM, TermSignal, ended_by_slurm, killed_for_memory, requeue, signal_lead_s
@@ -20,13 +20,24 @@ from trainer.reporting.status import State, read_failure, read_status, record_fa
 
 PREEMPTED = 75
 """Exit code of a run that has saved and can be resumed."""
-MOST_IDLE_STARTS = 3
+MAX_IDLE_STARTS = 3
 """Starts in a row that were told to save before they had made a step, after which a job is not requeued."""
+
+
+class RetryCause(NamedTuple):
+    """A cause for which a job may be requeued although its run has not saved."""
+
+    reason: str
+    """The cause in messages."""
+    file_prefix: str
+    """Begins the name of the file that has a line for each start that ended so."""
+
+
 RETRY_CAUSES = {
-    "node_fail": ("a rank was lost", "lost"),
-    "out_of_memory": ("a rank ran out of memory", "out-of-memory"),
+    "node_fail": RetryCause("a rank was lost", "lost"),
+    "out_of_memory": RetryCause("a rank ran out of memory", "out-of-memory"),
 }
-"""Causes for which a job may be requeued although its run has not saved: (reason in messages, prefix of the counting file)."""
+"""The causes by their keys in `launcher.retry`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +53,35 @@ class JobStart:
     """Its hosts, in SLURM's order."""
 
     @classmethod
-    def here(cls) -> JobStart:
-        """The job of this process. Raises ConfigError outside a job."""
+    def from_environment(cls) -> JobStart:
+        """The job of this process, by SLURM's environment variables. Raises ConfigError outside a job."""
         env = os.environ
         if "SLURM_JOB_ID" not in env:
             raise ConfigError("SLURM_JOB_ID: not set; this is for job scripts of SLURM")
-        name = job_name() or env["SLURM_JOB_ID"]
-        return cls(name, env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or 0), hosts_of_job())
+        return cls(
+            name=job_name() or env["SLURM_JOB_ID"],
+            id=env["SLURM_JOB_ID"],
+            restart=int(env.get("SLURM_RESTART_COUNT") or 0),
+            nodes=hosts_of_job(),
+        )
 
-    def is_of_this_start(self, record: dict[str, Any]) -> bool:
+    def has_written(self, record: dict[str, Any]) -> bool:
         """Whether a record such as `status.json` was written by this start of the job, and not by an earlier one."""
-        return (record.get("job"), record.get("restart")) == (self.id, restart_count())
+        return record.get("job") == self.id and record.get("restart") == restart_count()
 
 
 def hosts_of_job() -> list[str]:
-    """The hosts of this process's job, in the order in which SLURM numbers them. Errors: ConfigError."""
+    """The hosts of this process's job, in the order in which SLURM numbers them.
+
+    Raises ConfigError if SLURM's variables name no host, or another number of hosts than the job has nodes.
+    """
     node_list = os.environ.get("SLURM_JOB_NODELIST", "")
     hosts = expand_hosts(node_list)
-    count = os.environ.get("SLURM_JOB_NUM_NODES", "")
-    if not hosts or (count.isdecimal() and int(count) != len(hosts)):
-        raise ConfigError(f"SLURM_JOB_NODELIST={node_list}: names {len(hosts)} hosts, and SLURM_JOB_NUM_NODES={count}")
+    num_nodes = os.environ.get("SLURM_JOB_NUM_NODES", "")
+    if not hosts or (num_nodes.isdecimal() and int(num_nodes) != len(hosts)):
+        raise ConfigError(
+            f"SLURM_JOB_NODELIST={node_list}: names {len(hosts)} hosts, and SLURM_JOB_NUM_NODES={num_nodes}"
+        )
     return hosts
 
 
@@ -73,16 +93,16 @@ def job_name() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def count_lost_start(logs: Path, job: JobStart, limit: int, counter: str = "lost") -> bool:
-    """Count one more start of a job that was lost, in the file `<counter>-<job>`; returns whether another start is allowed.
+def record_lost_start(logs: Path, job: JobStart, file_prefix: str = "lost") -> int:
+    """Add a line about a lost start of a job to the file `<file_prefix>-<job>` in `logs`; returns how many were lost so far.
 
-    `limit`: how many lost starts `launcher.retry` allows. Errors: StorageError.
+    Raises StorageError if the file cannot be written.
     """
-    path = logs / f"{counter}-{job.name}"
+    path = logs / f"{file_prefix}-{job.name}"
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{job.restart}\n")
-        return len(path.read_text(encoding="utf-8").splitlines()) <= limit
+        return len(path.read_text(encoding="utf-8").splitlines())
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror or error}); free space") from error
 
@@ -105,18 +125,20 @@ class JobOutcome:
     """Starts in a row, this one included, that made no step before they were told to save."""
 
 
-def end(code: int, stopped: bool, *, unstarted: bool = False) -> int:
+def end(step_code: int, *, received_term: bool, has_started_ranks: bool = True) -> int:
     """Record how this start of a job ended, and requeue the job if its run is to go on; returns the job's exit code.
 
-    `code`: the exit code of the srun step that ran the training. `stopped`: whether the job script received TERM.
-    `unstarted`: whether it was told to stop before it had started a rank.
+    `step_code`: the exit code of the srun step that ran the training. `received_term`: whether SLURM has sent TERM to the job
+    script. `has_started_ranks`: False if the script was told to stop before it had started a rank.
     """
-    job = JobStart.here()
+    job = JobStart.from_environment()
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     term = TermSignal()
-    if not unstarted:
-        print(efficiency.record_start(run_dir, job.name, job.restart, code), flush=True)
-    outcome = _determine_outcome(job, run_dir, code, stopped=stopped, unstarted=unstarted)
+    if has_started_ranks:
+        print(efficiency.record_start(run_dir, job.name, job.restart, step_code), flush=True)
+    outcome = _determine_outcome(
+        job, run_dir, step_code, received_term=received_term, has_started_ranks=has_started_ranks
+    )
     if outcome.requeue:
         # Recorded before SLURM is asked, because SLURM ends this process at once.
         _record_end(run_dir, job, replace(outcome, will_restart=True))
@@ -142,112 +164,133 @@ def end(code: int, stopped: bool, *, unstarted: bool = False) -> int:
 
 def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
     """Record in the run directory how this start of the job ended. A full disk only prints a message: the requeue goes on."""
-    facts: dict[str, object] = {
-        "reason": outcome.reason,
-        "will_restart": outcome.will_restart,
-        "step": outcome.step,
-        "idle_starts": outcome.idle_starts,
-    }
     try:
-        record_job_end(run_dir, job.name, job.restart, outcome.code, **facts)
+        record_job_end(
+            run_dir,
+            job.name,
+            job.restart,
+            outcome.code,
+            reason=outcome.reason,
+            will_restart=outcome.will_restart,
+            step=outcome.step,
+            idle_starts=outcome.idle_starts,
+        )
     except StorageError as error:
         print(f"job {job.name}: {error}", flush=True)
 
 
-def _determine_outcome(job: JobStart, run_dir: Path, code: int, *, stopped: bool, unstarted: bool) -> JobOutcome:
+def _determine_outcome(
+    job: JobStart, run_dir: Path, step_code: int, *, received_term: bool, has_started_ranks: bool
+) -> JobOutcome:
     """How a start of a job ended, from what its ranks recorded in the run directory, and whether the job is to start again.
 
-    The cases, in order; the last two look at the recorded failure:
+    The first case that holds; the last two look at the recorded failure:
     - told to stop before a rank was started, or saved (`preempted`): requeued within limits;
     - done: not requeued;
-    - a rank was lost or ran out of memory: requeued within limits;
+    - a rank was lost or ran out of memory: requeued within limits. If only SLURM knows that memory ran out, this writes
+      `failure.json`;
     - any other error: not requeued.
-    Records of an earlier start of the job do not count. Parameters as for `end`.
+    Records of an earlier start of the job do not count.
+    `step_code`: the exit code of the srun step. `received_term`: whether SLURM has sent TERM to the job script.
     """
-    if unstarted:
-        return _outcome_after_save(job, run_dir, code, step=None, stopped=stopped, unstarted=True)
+    if not has_started_ranks:
+        state = "told to stop before its ranks were started"
+        return _outcome_after_stop(job, run_dir, step_code, state, saved_step=None, received_term=received_term)
     status = read_status(run_dir)
-    state = status.get("state") if job.is_of_this_start(status) else None
-    if state == State.preempted:
-        return _outcome_after_save(job, run_dir, code, step=status.get("step"), stopped=stopped, unstarted=False)
-    if state == State.done:
-        return JobOutcome(code, "done")
+    run_state = status.get("state") if job.has_written(status) else None
+    if run_state == State.preempted:
+        saved_step = status.get("step")
+        return _outcome_after_stop(
+            job, run_dir, step_code, "state saved", saved_step=saved_step, received_term=received_term
+        )
+    if run_state == State.done:
+        return JobOutcome(step_code, "done")
 
     # The run has failed: by its own record, else by SLURM's.
     failure = read_failure(run_dir)
     retry_cause = None  # a key of RETRY_CAUSES
-    why = ""
-    if job.is_of_this_start(failure):
+    reason = ""
+    if job.has_written(failure):
         retry_cause = failure.get("retry")
-        why = str(failure.get("message"))
-    if not why and code:
-        why = f"its ranks ended with exit code {code} and wrote no reason; their output is in {run_dir / 'logs'}"
+        reason = str(failure.get("message"))
+    if not reason and step_code:
+        reason = (
+            f"its ranks ended with exit code {step_code} and wrote no reason; their output is in {run_dir / 'logs'}"
+        )
         if killed_for_memory(job):
             retry_cause = "out_of_memory"
-            why = f"{why}. SLURM ended them for the memory limit of the job: raise launcher.mem, or lower batch.micro"
-            record_failure(run_dir, 0, OutOfMemory(why), "starting or training")  # 0: the rank
+            reason = (
+                f"{reason}. SLURM ended them for the memory limit of the job: raise launcher.mem, or lower batch.micro"
+            )
+            record_failure(run_dir, rank=0, error=OutOfMemory(reason), phase="starting or training")
     if retry_cause in RETRY_CAUSES:  # never after an error of the run itself
-        return _outcome_after_loss(job, run_dir, code, retry_cause, stopped=stopped)
-    return JobOutcome(code, " ".join(why.split()) or f"ended with exit code {code}")
+        return _outcome_after_loss(job, run_dir, step_code, retry_cause, received_term=received_term)
+    return JobOutcome(step_code, " ".join(reason.split()) or f"ended with exit code {step_code}")
 
 
-def _outcome_after_save(
-    job: JobStart, run_dir: Path, code: int, *, step: int | None, stopped: bool, unstarted: bool
+def _outcome_after_stop(
+    job: JobStart, run_dir: Path, step_code: int, state: str, *, saved_step: int | None, received_term: bool
 ) -> JobOutcome:
-    """The outcome of a start that was told to stop, and has saved at `step` (None: it had nothing to save).
+    """The outcome of a start that was told to stop, and has saved at `saved_step` (None: it had nothing to save).
 
-    The job is requeued unless SLURM ends it, it restarted as often as `launcher.retry` allows, or `MOST_IDLE_STARTS` starts in a
-    row made no step. In the last two cases the exit code is `PREEMPTED`: the run can be resumed by hand.
+    The job is requeued, except in the first of these cases that holds:
+    - SLURM ends or preempts the job: only SLURM knows whether it starts again;
+    - the job restarted as often as `launcher.retry` allows: the exit code is `PREEMPTED`, the run can be resumed by hand;
+    - `MAX_IDLE_STARTS` starts in a row made no step: the exit code is `PREEMPTED` too.
+    `state`: what the run has reached, for the reason, such as "state saved".
     """
-    state = "told to stop before its ranks were started" if unstarted else "state saved"
     # Progress since the start before this one, which the job's record tells.
     record = read_job_record(run_dir)
     earlier_step = 0
-    idle_starts = 0
+    earlier_idle_starts = 0
     if record is not None and record.job == job.name:
         earlier_step = record.step or 0
-        idle_starts = record.idle_starts
-    step = earlier_step if step is None else step
-    idle_starts = idle_starts + 1 if step == earlier_step else 0
-    outcome = JobOutcome(code, state, step=step, idle_starts=idle_starts)
+        earlier_idle_starts = record.idle_starts
+    step = earlier_step if saved_step is None else saved_step
+    idle_starts = earlier_idle_starts + 1 if step == earlier_step else 0
+    outcome = JobOutcome(step_code, state, step=step, idle_starts=idle_starts)
 
-    # Reasons not to requeue.
-    if ended_by_slurm(job, stopped):
+    if ended_by_slurm(job, received_term=received_term):
         reason = f"stopped by SLURM or by scancel, {state}; not requeued from here"
         return replace(outcome, reason=reason, will_restart=None)
-    limit = _retry_limit("preempted")
-    if job.restart >= limit:
-        why = f"since it restarted {job.restart} times already (limit {limit})"
-        return replace(outcome, code=PREEMPTED, reason=f"{state}; not requeued, {why}")
-    if idle_starts >= MOST_IDLE_STARTS:
-        why = f"since {idle_starts} starts in a row made no step: set a longer launcher.time, or a shorter launcher.signal_lead_s"
-        return replace(outcome, code=PREEMPTED, reason=f"{state}; not requeued, {why}")
+    max_restarts = _max_retries("preempted")
+    if job.restart >= max_restarts:
+        reason = f"{state}; not requeued, since it restarted {job.restart} times already (limit {max_restarts})"
+        return replace(outcome, code=PREEMPTED, reason=reason)
+    if idle_starts >= MAX_IDLE_STARTS:
+        reason = (
+            f"{state}; not requeued, since {idle_starts} starts in a row made no step: set a longer launcher.time, or a shorter "
+            "launcher.signal_lead_s"
+        )
+        return replace(outcome, code=PREEMPTED, reason=reason)
     return replace(outcome, requeue=True)
 
 
-def _retry_limit(cause: str) -> int:
+def _max_retries(cause: str) -> int:
     """How often the run may be started again for a cause, by `launcher.retry`; the job script exports it as `retry_<cause>`."""
     return int(os.environ.get(f"retry_{cause}") or 0)
 
 
-def _outcome_after_loss(job: JobStart, run_dir: Path, code: int, cause: str, *, stopped: bool) -> JobOutcome:
+def _outcome_after_loss(job: JobStart, run_dir: Path, step_code: int, cause: str, *, received_term: bool) -> JobOutcome:
     """The outcome of a start that lost a rank, or ran out of memory (`cause`: a key of `RETRY_CAUSES`).
 
-    The job is requeued unless SLURM ends it or that happened too often. After memory ran out, the micro-batch is halved in the
-    run's configuration before the job starts again; if that is not possible, the job is not requeued.
+    The job is requeued, except in the first of these cases that holds:
+    - SLURM ends or preempts the job: only SLURM knows whether it starts again;
+    - starts were lost for this cause more often than `launcher.retry` allows. Records this start as lost;
+    - memory ran out, and the micro-batch cannot be halved. Writes the run's configuration with the smaller one if it can.
     """
-    why, counter = RETRY_CAUSES[cause]
-    limit = _retry_limit(cause)
-    if ended_by_slurm(job, stopped):
-        reason = f"stopped by SLURM or by scancel, and {why}; not requeued from here"
-        return JobOutcome(code, reason, will_restart=None)
-    if not count_lost_start(run_dir / "logs", job, limit, counter):
-        return JobOutcome(code, f"{why}; not requeued, since that happened more than {limit} times")
+    reason, file_prefix = RETRY_CAUSES[cause]
+    if ended_by_slurm(job, received_term=received_term):
+        reason = f"stopped by SLURM or by scancel, and {reason}; not requeued from here"
+        return JobOutcome(step_code, reason, will_restart=None)
+    max_lost_starts = _max_retries(cause)
+    if record_lost_start(run_dir / "logs", job, file_prefix) > max_lost_starts:
+        return JobOutcome(step_code, f"{reason}; not requeued, since that happened more than {max_lost_starts} times")
     if cause == "out_of_memory":
         from launch.cluster.oom_retry import write_smaller_settings
 
-        change = write_smaller_settings(run_dir)
-        if change is None:
-            return JobOutcome(code, f"{why}; not requeued, since batch.micro cannot be halved")
-        why = f"{why}, {change}"
-    return JobOutcome(code, why, requeue=True)
+        settings_change = write_smaller_settings(run_dir)
+        if settings_change is None:
+            return JobOutcome(step_code, f"{reason}; not requeued, since batch.micro cannot be halved")
+        reason = f"{reason}, {settings_change}"
+    return JobOutcome(step_code, reason, requeue=True)

@@ -17,16 +17,16 @@ from trainer.reporting.settings_file import read_tree
 SCONTROL_TIMEOUT_S = 60.0
 """Seconds that scontrol may take; without a controller it waits for minutes."""
 FIRST_WAIT_S = 2.0
-"""Seconds between the first two tries; the pause doubles from try to try."""
+"""Seconds between the first two attempts; the pause doubles from attempt to attempt."""
 LONGEST_WAIT_S = 20.0
 SCRIPT_END_S = 10.0
-"""Seconds that are left of the job's time for the script to end: no further try is made then."""
+"""Seconds that are left of the job's time for the script to end: no further attempt is made then."""
 DEFAULT_LEAD_S = 180.0
 FINAL_REFUSALS = ("disabled", "denied", "Invalid job id", "not supported")
-"""Parts of scontrol's messages after which another try is pointless."""
+"""Phrases in scontrol's messages after which another attempt is pointless."""
 ENDED_BY_SLURM = "SLURM or scancel ends the job"
 LAST_OUTPUT_BYTES = 2**16
-MEMORY_KILL = re.compile(r"exceeded (job )?memory limit|oom[-_ ]kill", re.IGNORECASE)
+MEMORY_KILL_REGEX = re.compile(r"exceeded (job )?memory limit|oom[-_ ]kill", re.IGNORECASE)
 """What slurmstepd writes into the output of a job whose processes it has killed for memory."""
 
 
@@ -52,21 +52,26 @@ class TermSignal:
 
 
 def signal_lead_s(run_dir: Path) -> float:
-    """Seconds before the time limit at which SLURM signals the job (`launcher.signal_lead_s`), in which a start must end."""
+    """`launcher.signal_lead_s` of a run: how many seconds before the time limit SLURM signals the job to save and end.
+
+    `DEFAULT_LEAD_S` if the setting is 0, or cannot be read.
+    """
     try:
-        lead = read_tree(run_dir / "config.yaml")["launcher"].get("signal_lead_s")
+        lead_s = read_tree(run_dir / "config.yaml")["launcher"].get("signal_lead_s")
     except (ConfigError, KeyError, AttributeError):
-        lead = None
-    return float(lead or DEFAULT_LEAD_S)
+        lead_s = None
+    return float(lead_s or DEFAULT_LEAD_S)
 
 
 def requeue(job: NamedJob, patience_s: float, term: TermSignal) -> str | None:
-    """Ask SLURM to start the job again, until it agrees or `patience_s` seconds are over.
+    """Ask SLURM to start the job again, until it agrees or `patience_s` seconds are over; returns None if it agreed.
 
-    `term`: whether this process received SIGTERM meanwhile. Returns None if SLURM agreed, `ENDED_BY_SLURM` if it ends or preempts
-    the job itself meanwhile, else why it refused: for good, or each time until the end.
+    Otherwise returns why it did not:
+    - "scontrol requeue failed: ..." after a refusal that is final (`FINAL_REFUSALS`);
+    - "scontrol requeue failed until the end: ..." if it refused each time;
+    - `ENDED_BY_SLURM` if SLURM ends or preempts the job itself meanwhile.
+    `term`: records whether this process received SIGTERM meanwhile. The job's own time limit bounds the attempts too.
     """
-    # The job's own time limit bounds the tries, too.
     end_time = os.environ.get("SLURM_JOB_END_TIME", "")
     if end_time.isdecimal():
         remaining_s = int(end_time) - time.time() - SCRIPT_END_S
@@ -86,7 +91,7 @@ def requeue(job: NamedJob, patience_s: float, term: TermSignal) -> str | None:
         time.sleep(wait_s)
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         # SLURM requeues a job that it preempts. Requeued from here as well, the job would run once too often.
-        if term.received or ended_by_slurm(job, False):
+        if ended_by_slurm(job, received_term=term.received):
             return ENDED_BY_SLURM
 
 
@@ -105,13 +110,13 @@ def _request_requeue(job: NamedJob) -> str | None:
     return " ".join(message.split()) or "without a word"
 
 
-def ended_by_slurm(job: NamedJob, stopped: bool) -> bool:
-    """Whether SLURM ends or preempts the job (then only SLURM requeues it); asks `scontrol` unless `stopped`.
+def ended_by_slurm(job: NamedJob, *, received_term: bool) -> bool:
+    """Whether SLURM ends or preempts the job. Then only SLURM requeues it: from here as well would be once too often.
 
-    A requeue from here as well would run such a job once too often. `stopped`: whether the job script received SIGTERM.
-    False if scontrol does not answer.
+    `received_term`: whether the job script or this process received SIGTERM. If so, the answer is True without asking SLURM.
+    Otherwise `scontrol show job` says whether SLURM preempts the job; False if scontrol does not answer.
     """
-    if stopped:
+    if received_term:
         return True
     command = ["scontrol", "show", "job", job.name]
     try:
@@ -119,15 +124,18 @@ def ended_by_slurm(job: NamedJob, stopped: bool) -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     # "PreemptTime=None", or the time at which SLURM decided to take the nodes away: "PreemptTime=2026-01-31T12:00:00".
-    for word in scontrol.stdout.split():
-        name, _, value = word.partition("=")
+    for job_field in scontrol.stdout.split():
+        name, _, value = job_field.partition("=")
         if name == "PreemptTime" and value[:1].isdigit():
             return True
     return False
 
 
 def killed_for_memory(job: NamedJob) -> bool:
-    """Whether SLURM has killed processes of this start for memory, as it writes into the output of the job script."""
+    """Whether SLURM has killed processes of this start of the job for memory, by what slurmstepd wrote into the job's output.
+
+    The output is the file behind this process's stdout. False if that cannot be read.
+    """
     output_file = Path(os.path.realpath("/proc/self/fd/1"))
     try:
         with output_file.open("rb") as file:
@@ -137,5 +145,5 @@ def killed_for_memory(job: NamedJob) -> bool:
         return False
     # All starts of a job append to one file. The job script prints this line at each start.
     first_line = f"job {job.name}, start {job.restart}, on "
-    output_of_start = output.rpartition(first_line)[2]
-    return MEMORY_KILL.search(output_of_start) is not None
+    _, _, output_of_start = output.rpartition(first_line)
+    return MEMORY_KILL_REGEX.search(output_of_start) is not None

@@ -96,14 +96,15 @@ def preflight(arguments: list[str], as_json: bool) -> int:
 
     Errors: ConfigError, StorageError.
     """
-    from launch.cluster.preflight.answer import as_dict, report_text
+    from launch.cluster.preflight.answer import preflight_json, report_text
     from launch.cluster.preflight.coordinator import run_preflight
     from launch.cluster.preflight.targets import preflight_targets
 
-    request, commands, hosts, is_queued = preflight_targets(arguments)
-    reports, verdict = run_preflight(request, commands, hosts, is_queued=is_queued)
+    targets = preflight_targets(arguments)
+    request = targets.request
+    reports, verdict = run_preflight(request, targets.commands, targets.hosts, is_queued=targets.is_queued)
     if as_json:
-        print_json(as_dict(request, reports, verdict))
+        print_json(preflight_json(request, reports, verdict))
     else:
         print(report_text(request, reports, verdict))
     return UNFIT if verdict.problems else 0

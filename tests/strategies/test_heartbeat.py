@@ -16,7 +16,7 @@ from strategies import flight_recorder, heartbeat, rendezvous
 from strategies.bounded_store import BoundedStore, Unanswered
 from strategies.compat import process_groups
 from strategies.errors import ShardtuneError
-from strategies.heartbeat import CutOffRank, Heartbeats
+from strategies.heartbeat import CutOffRank, HeartbeatMonitor
 from strategies.rendezvous import Rendezvous
 from tests.helpers.launching import ROOT, clean_environment, free_port
 from tests.helpers.speed import seconds
@@ -56,22 +56,22 @@ def test_heartbeat_of_a_rank_cut_off_from_the_store_says_so_and_ends(server, mon
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     ended, told = threading.Event(), []
-    beats = Heartbeats(store, 1, 2, lambda: ("training", 7), timeout_s=1.0)
+    beats = HeartbeatMonitor(store, 1, 2, lambda: ("training", 7), timeout_s=1.0)
 
     def end(error):
         told.append(error)
         ended.set()
 
-    beats.when_cut_off = end
+    beats.on_cut_off = end
     stop(process)
     # The exchange times out: whoever looks for its cause must not wait for the store, which is what kept such a rank for ever.
-    cause = beats.cause(RuntimeError("[gloo] Timed out waiting 30000ms for recv operation to complete"))
+    cause = beats.cause_of_lost_peer(RuntimeError("[gloo] Timed out waiting 30000ms for recv operation to complete"))
     assert isinstance(cause, CutOffRank) and cause.retry == "node_fail"
     assert "is cut off: 10.0.0.1:29500, where the ranks meet, has not answered for" in str(cause)
-    assert beats.collect_exchanges(None) == {}
+    assert beats.collect_last_collectives(None) == {}
     # One whose main thread waits for a library without a limit is ended by the beat.
     assert ended.wait(seconds(30))
-    assert (told[0].sign.rank, told[0].sign.step) == (1, 7)
+    assert (told[0].heartbeat.rank, told[0].heartbeat.step) == (1, 7)
     assert "the link is down, or that host hangs; this rank ends after 1 s without progress" in capfd.readouterr().err
 
 
@@ -151,13 +151,13 @@ def beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s):
     monkeypatch.setattr(heartbeat, "time", clock)
     monkeypatch.setattr(flight_recorder, "time", clock)
     monkeypatch.setattr(heartbeat, "BoundedStore", Values)
-    monkeypatch.setattr(process_groups, "recorded_exchanges", lambda: exchanges_at(clock.now_s))
+    monkeypatch.setattr(process_groups, "recorded_collectives", lambda: exchanges_at(clock.now_s))
     not_started = SimpleNamespace(Lock=threading.Lock, Thread=lambda *, target, args=(), **_: Started(target, args))
     monkeypatch.setattr(heartbeat, "threading", not_started)
-    beats = Heartbeats(None, 0, 1, lambda: ("training", 7), timeout_s=timeout_s)
-    beats._stacks = (tmp_path / "stacks").open("w")
+    beats = HeartbeatMonitor(None, 0, 1, lambda: ("training", 7), timeout_s=timeout_s)
+    beats._stack_dump_file = (tmp_path / "stacks").open("w")
     warned_at = []
-    beats.at_timeout = lambda exchange: warned_at.append(clock.now_s)
+    beats.on_collective_timeout = lambda exchange: warned_at.append(clock.now_s)
     with pytest.raises(StepOver):
         beats._send_heartbeats()
     return beats, warned_at
@@ -187,8 +187,8 @@ def test_rank_in_a_step_of_ten_minutes_lives_and_its_exchanges_are_not_late(monk
         return [*past, exchange(len(past), begun_s, over=False)] if now_s >= begun_s else past
 
     beats, warned_at = beats_of_a_step(monkeypatch, tmp_path, exchanges_at, timeout_s=STEP_S)
-    sign = json.loads(beats._store["shardtune/beat/0"])
-    assert sign["count"] == STEP_S and sign["step"] == 7
+    heartbeat = json.loads(beats._store["shardtune/beat/0"])
+    assert heartbeat["count"] == STEP_S and heartbeat["step"] == 7
     assert warned_at == [] and beats._stack_dump_file is not None, "a step that goes on was taken for one that hangs"
 
 

@@ -8,7 +8,8 @@ from launch.cluster.preflight.node_facts import PreflightRequest
 from launch.cluster.preflight.verdict import NodeReports, PreflightVerdict
 from launch.output import Column, TableRow, fold, fold_all, table
 
-COLUMNS = tuple(map(Column, ("node", "host", "python", "torch", "cores", "memory", "run.dir", "GPUs")))
+COLUMN_NAMES = ("node", "host", "python", "torch", "cores", "memory", "run.dir", "GPUs")
+COLUMNS = tuple(map(Column, COLUMN_NAMES))
 
 
 def report_text(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> str:
@@ -16,9 +17,9 @@ def report_text(request: PreflightRequest, reports: NodeReports, verdict: Prefli
     nodes = f"{request.nodes} node{'s' * (request.nodes > 1)}"
     processes = f"{request.processes} process{'es' * (request.processes > 1)}"
     lines = [f"preflight: {nodes} x {processes}"]
-    lines += table(COLUMNS, [TableRow(_node_cells(node, reports)) for node in range(request.nodes)])
-    if reports.exchange is not None:
-        lines += fold(_exchange_rates(reports.exchange), 2)
+    lines += table(COLUMNS, [_node_row(node, reports) for node in range(request.nodes)])
+    if reports.communication_rates is not None:
+        lines += fold(_communication_line(reports.communication_rates), indent=2)
     if verdict.problems:
         lines += ["problems:", *fold_all(verdict.problems)]
     if verdict.notes:
@@ -28,54 +29,54 @@ def report_text(request: PreflightRequest, reports: NodeReports, verdict: Prefli
     return "\n".join(lines)
 
 
-def _node_cells(node: int, reports: NodeReports) -> tuple[str, ...]:
-    """The table cells of one node, in the order of `COLUMNS`; mostly empty for a node that gave no answer."""
+def _node_row(node: int, reports: NodeReports) -> TableRow:
+    """The table row of one node; for a node that gave no answer, only its number and name."""
+    cell_by_column = {"node": str(node), "host": reports.host_name(node), "python": "no answer"}
     facts = reports.facts.get(node)
-    if facts is None:
-        return (str(node), reports.host_name(node), "no answer", "", "", "", "", "")
-    gpus = "none"
-    if facts["gpus"]:
-        gpus = f"{facts['gpu_count']} {facts['gpus'][0]['name']}"
-    return (
-        str(node),
-        facts["host"],
-        facts["python"],
-        facts["packages"].get("torch", "missing"),
-        str(facts["cores"]),
-        _gib(facts["memory_free_gib"]),
-        _gib((facts.get("run_dir") or {}).get("free_gib")),
-        gpus,
-    )
+    if facts is not None:
+        run_dir_facts = facts.get("run_dir") or {}
+        gpus = facts["gpus"]
+        cell_by_column |= {
+            "python": facts["python"],
+            "torch": facts["packages"].get("torch", "missing"),
+            "cores": str(facts["cores"]),
+            "memory": _gib_text(facts["memory_free_gib"]),
+            "run.dir": _gib_text(run_dir_facts.get("free_gib")),
+            "GPUs": f"{facts['gpu_count']} {gpus[0]['name']}" if gpus else "none",
+        }
+    return TableRow(tuple(cell_by_column.get(column, "") for column in COLUMN_NAMES))
 
 
-def _gib(gib: float | None) -> str:
+def _gib_text(gib: float | None) -> str:
     return "-" if gib is None else f"{gib:.1f} GiB"
 
 
-def _exchange_rates(exchange: dict[str, Any]) -> str:
+def _communication_line(rates: dict[str, Any]) -> str:
     """The rates of the communication test between ranks (`exchange.measure_communication`), in one line."""
     line = (
-        f"communication of {exchange['ranks']} ranks ({exchange['backend']}), GB/s: "
-        f"all-reduce {exchange['all_reduce']:.2f}, all-gather {exchange['all_gather']:.2f}"
+        f"communication of {rates['ranks']} ranks ({rates['backend']}), GB/s: "
+        f"all-reduce {rates['all_reduce']:.2f}, all-gather {rates['all_gather']:.2f}"
     )
-    rates = [rate for _, _, rate in exchange["pairs"]]
-    if rates:
-        line += f", between two nodes {min(rates):.2f} to {max(rates):.2f}"
+    pair_rates = [rate for _, _, rate in rates["pairs"]]
+    if pair_rates:
+        line += f", between two nodes {min(pair_rates):.2f} to {max(pair_rates):.2f}"
     return line
 
 
-def as_dict(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> dict[str, Any]:
+def preflight_json(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> dict[str, Any]:
     """The result of a preflight for `--json`, with everything that the nodes reported; rates in GB/s, sizes in GiB."""
-    nodes = []
+    node_rows: list[dict[str, Any]] = []
     for node in range(request.nodes):
-        answered = node in reports.facts
-        row = {"node": node, "host": reports.host_name(node), "answered": answered}
-        nodes.append(row | reports.facts.get(node, {}))
+        has_answered = node in reports.facts
+        row: dict[str, Any] = {"node": node, "host": reports.host_name(node), "answered": has_answered}
+        if has_answered:
+            row |= reports.facts[node]
+        node_rows.append(row)
     return {
         "fit": not verdict.problems,
         "processes": request.processes,
-        "nodes": nodes,
-        "exchange": reports.exchange,
+        "nodes": node_rows,
+        "exchange": reports.communication_rates,
         "problems": verdict.problems,
         "notes": verdict.notes,
     }

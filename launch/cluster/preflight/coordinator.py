@@ -16,65 +16,67 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.cluster.containers import INSIDE_CONTAINER
 from launch.cluster.preflight.node import REPORT_MARK
-from launch.cluster.preflight.node_facts import REQUEST_VARIABLE, VISIBLE_S, PreflightRequest
-from launch.cluster.preflight.verdict import NodeReports, PreflightVerdict, judge
+from launch.cluster.preflight.node_facts import REQUEST_VARIABLE, VISIBLE_S, NodeFacts, PreflightRequest
+from launch.cluster.preflight.verdict import FailedRank, NodeReports, PreflightVerdict, judge
 from strategies.errors import StorageError
 from trainer.config.host_memory import node_gib
 from trainer.config.sbatch_options import gpu_request, ranks_per_node
-from trainer.data.read.paths import is_hub_path, is_remote_address
+from trainer.data.read.paths import is_remote_address, is_hub_path
 
 FACTS_TIMEOUT_S = 30.0
 """Seconds within which each node must have said what it sees."""
 AFTER_ERROR_S = 3.0
 """Seconds in which further reports may come after a node has ended with an error."""
-AFTER_ERROR_OTHERS_S = 10.0
-"""The same while other nodes have not answered yet."""
-LABELLED = re.compile(r"\s*(\d+): ?(.*)")
+AFTER_ERROR_UNANSWERED_S = 10.0
+"""The same while other nodes have neither answered nor ended."""
+LABELLED_LINE_REGEX = re.compile(r"\s*(\d+): ?(.*)")
 """A line of `srun --label`: the number of the node's task before what it printed."""
 # Groups: node, rank, number of the piece, how many pieces, text. A line looks like: preflight 3 -1 1/2 {"look": {"node": 3, ...
 # The texts of all pieces together are one JSON object. Rank -1 stands for the node itself.
-REPORT_LINE = re.compile(rf"{REPORT_MARK} (\d+) (-?\d+) (\d+)/(\d+) (.*)")
-TASK_ENDED = re.compile(r"srun: error: (\S+): task (\d+): ")
+REPORT_LINE_REGEX = re.compile(rf"{REPORT_MARK} (\d+) (-?\d+) (\d+)/(\d+) (.*)")
+TASK_ENDED_REGEX = re.compile(r"srun: error: (\S+): task (\d+): ")
 """srun's message about a task that ended with an error: its host and number."""
-SHELL = 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"'
+SETUP_AND_EXEC_SCRIPT = 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"'
+"""A script of `bash -c`: runs the function `setup` of the job, then becomes the command in its arguments."""
 
 
-def preflight_request(tree: dict[str, Any], nodes: int) -> PreflightRequest:
-    """What each node must have for a run: ranks, GPUs, run directory, model and data.
+def preflight_request(settings: dict[str, Any], num_nodes: int) -> PreflightRequest:
+    """What each node must have for a run: ranks, GPUs, host memory, run directory, model and data.
 
-    `tree`: the run's configuration as nested dictionaries. `nodes`: how many nodes the job has.
+    `settings`: the run's configuration as nested dictionaries. `num_nodes`: how many nodes the job has.
+    A model that the run downloads is not asked for, nor data on the Hub or at a URL.
     """
-    launcher, model, data, run = (tree[section] for section in ("launcher", "model", "data", "run"))
+    launcher, model, data, run = (settings[section] for section in ("launcher", "model", "data", "run"))
     # GPUs of a node: those that the job requests, else one for each rank.
     processes = ranks_per_node(launcher)
     requested_gpus = gpu_request(launcher)
     if requested_gpus is not None:
-        gpus = requested_gpus.count
+        num_gpus = requested_gpus.count
     else:
-        gpus = processes if run["device"] == "cuda" else 0
+        num_gpus = processes if run["device"] == "cuda" else 0
 
-    # Data files and directories that each node must see: not what is on the Hub or at a URL.
+    # Data files and directories that each node must see.
     source_paths = [source.get("path") for source in (data["sources"] or {}).values()]
     local_paths = []
-    for setting in (data["path"], *source_paths):
-        paths = setting if isinstance(setting, list) else [setting]
+    for path_setting in (data["path"], *source_paths):
+        paths = path_setting if isinstance(path_setting, list) else [path_setting]
         for path in paths:
             if path is not None and not is_hub_path(str(path)) and not is_remote_address(str(path)):
                 local_paths.append(str(path))
-    downloads = model["download"]  # whether the run downloads the model: then no node needs to have it
+    downloads_model = model["download"]
     run_dir = str(Path(run["dir"]).expanduser().absolute()) if run["dir"] else None
     return PreflightRequest(
-        nodes=nodes,
+        nodes=num_nodes,
         processes=processes,
-        gpus=gpus,
-        memory_gib=node_gib(tree, processes) if gpus else 0.0,
+        gpus=num_gpus,
+        memory_gib=node_gib(settings, processes) if num_gpus else 0.0,
         run_dir=run_dir,
-        model=None if downloads else model["path"],
-        tokenizer=None if downloads else model["tokenizer"],
+        model=None if downloads_model else model["path"],
+        tokenizer=None if downloads_model else model["tokenizer"],
         revision=model["revision"],
         paths=local_paths,
         exchange=launcher.get("preflight", "full") == "full",
@@ -92,18 +94,93 @@ class NodeCommand:
     """The number of the node; None for srun, which labels the lines of each node with its number."""
 
 
+class PrintedLine(NamedTuple):
+    """A line that a node of a preflight, or srun, has printed."""
+
+    node: int | None
+    """The number of the node; None for a line of srun."""
+    text: str
+
+
 @dataclass(slots=True)
 class _ReportCollector:
-    """Puts the lines that the nodes of a preflight print together to `reports`."""
+    """Collects the lines that the nodes of a preflight print into `reports`, and decides when nothing more is waited for."""
 
     request: PreflightRequest
     reports: NodeReports
-    lines: queue.Queue[tuple[int | None, str] | None] = field(default_factory=queue.Queue)
-    """(node, line) as read by the threads of `_start`; None if one of their pipes has ended."""
+    lines: queue.Queue[PrintedLine | None] = field(default_factory=queue.Queue)
+    """Lines as read by the threads of `_start`; None if one of their pipes has ended."""
     pieces: dict[tuple[int, int], list[str]] = field(default_factory=dict)
     """Pieces of a report that is not complete, by node and rank."""
     ended_nodes: set[int] = field(default_factory=set)
     """Nodes whose process has ended with an error."""
+    first_error_at: float | None = None
+    """When a node was first seen to have ended without an answer, by the monotonic clock."""
+    all_answered_at: float | None = None
+    """When the last node answered, by the monotonic clock."""
+
+    def collect(self, num_pipes: int, *, is_queued: bool) -> float:
+        """Collect reports into `reports` until one of these:
+
+        - all `num_pipes` pipes, through which `lines` are read, have ended;
+        - some nodes have not answered within `FACTS_TIMEOUT_S` seconds;
+        - a node ended without an answer, and the others had a few seconds more. Then `reports.not_waited_for` is set to the
+          nodes that have neither answered nor ended;
+        - all nodes have answered, and the communication test has reported too, or is not waited for.
+
+        Returns the seconds since the start. With `is_queued` they begin with the first line of a node, because the wait in
+        SLURM's queue does not count.
+        """
+        began_at = None if is_queued else time.monotonic()
+        num_open_pipes = num_pipes
+        while True:
+            now = time.monotonic()
+            waited_s = 0.0 if began_at is None else now - began_at
+            self._note_progress(now)
+            if num_open_pipes == 0 or (self.all_answered_at is None and waited_s > FACTS_TIMEOUT_S):
+                return waited_s
+            if self._is_patience_over(now):
+                self.reports.not_waited_for = self._missing_nodes()
+                return waited_s
+            if self.all_answered_at is not None:
+                since_answers_s = now - self.all_answered_at
+                if _is_communication_settled(self.request, self.reports, since_answers_s):
+                    return waited_s
+
+            # Take the next line, if one comes within 0.2 s.
+            try:
+                line = self.lines.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if line is None:
+                num_open_pipes -= 1
+                continue
+            self.add_line(line.node, line.text)
+            if began_at is None and (self.reports.facts or self.reports.output):
+                began_at = time.monotonic()
+
+    def _note_progress(self, now: float) -> None:
+        """Set `first_error_at` and `all_answered_at` to `now` if that has happened since the last call."""
+        answered_nodes = set(self.reports.facts)
+        if self.first_error_at is None and self.ended_nodes - answered_nodes:
+            self.first_error_at = now
+        if self.all_answered_at is None and len(answered_nodes) == self.request.nodes:
+            self.all_answered_at = now
+
+    def _missing_nodes(self) -> set[int]:
+        """Nodes that have neither answered nor ended."""
+        return set(range(self.request.nodes)) - set(self.reports.facts) - self.ended_nodes
+
+    def _is_patience_over(self, now: float) -> bool:
+        """Whether a node ended without an answer, and the other nodes have had their time to report too.
+
+        Such a node is a problem, whatever the others say. So they get only `AFTER_ERROR_S` seconds more, or
+        `AFTER_ERROR_UNANSWERED_S` while some of them have not answered.
+        """
+        if self.first_error_at is None:
+            return False
+        patience_s = AFTER_ERROR_UNANSWERED_S if self._missing_nodes() else AFTER_ERROR_S
+        return now - self.first_error_at > patience_s
 
     def add_line(self, node: int | None, line: str) -> None:
         """Sort one line that a node or srun printed into `reports`.
@@ -114,14 +191,14 @@ class _ReportCollector:
         - anything else: output of its node, or unlabelled output, cut to 300 characters.
         `node`: the number of the node; None for a line of srun, which may carry it as a label ("3: text").
         """
-        if node is None and (label := LABELLED.fullmatch(line)):
+        if node is None and (label := LABELLED_LINE_REGEX.fullmatch(line)):
             node = int(label[1])
             line = label[2]
-        piece = REPORT_LINE.fullmatch(line)
-        if piece is not None:
-            self._add_piece(piece)
+        report_piece = REPORT_LINE_REGEX.fullmatch(line)
+        if report_piece is not None:
+            self._add_piece(report_piece)
             return
-        ended_task = TASK_ENDED.match(line)
+        ended_task = TASK_ENDED_REGEX.match(line)
         if ended_task is not None:
             ended_node = int(ended_task[2])
             self.ended_nodes.add(ended_node)
@@ -133,34 +210,38 @@ class _ReportCollector:
         else:
             self.reports.output.setdefault(node, []).append(line.strip()[:300])
 
-    def _add_piece(self, piece: re.Match[str]) -> None:
-        """Keep a piece of a report (a match of `REPORT_LINE`); the last one completes the report."""
-        node, rank, number, number_of_pieces = (int(piece[group]) for group in (1, 2, 3, 4))
-        self.pieces.setdefault((node, rank), []).append(piece[5])
-        if number == number_of_pieces:
+    def _add_piece(self, report_piece: re.Match[str]) -> None:
+        """Keep a piece of a report (a match of `REPORT_LINE_REGEX`). The last piece completes the report, which is then added."""
+        node, rank, piece_number, num_pieces = (int(report_piece[group]) for group in (1, 2, 3, 4))
+        self.pieces.setdefault((node, rank), []).append(report_piece[5])
+        if piece_number == num_pieces:
             json_text = "".join(self.pieces.pop((node, rank)))
             self._add_report(node, rank, json.loads(json_text))
 
     def _add_report(self, node: int, rank: int, report: dict[str, Any]) -> None:
-        """Take a complete report, which has one of three forms.
+        """Add a complete report to `reports`, by its one key.
 
-        {"look": facts of the node}, {"exchange": communication rates, from rank 0} or {"error": message of a rank}.
+        - {"look": facts of the node}: with `heard_at`, the time of this host's clock;
+        - {"exchange": communication rates}, from rank 0;
+        - {"error": message of a rank}.
         """
         if "look" in report:
-            self.reports.facts[node] = {**report["look"], "heard_at": time.time()}
+            facts: NodeFacts = report["look"]
+            facts["heard_at"] = time.time()
+            self.reports.facts[node] = facts
         elif "exchange" in report:
-            self.reports.exchange = report["exchange"]
+            self.reports.communication_rates = report["exchange"]
         else:
-            self.reports.failed_ranks.append({"node": node, "rank": rank, "error": report["error"]})
+            self.reports.failed_ranks.append(FailedRank(node, rank, report["error"]))
 
 
 def run_preflight(
     request: PreflightRequest, commands: list[NodeCommand], hosts: list[str], *, is_queued: bool = False
 ) -> tuple[NodeReports, PreflightVerdict]:
-    """Start the commands that check the nodes, collect what they report, and judge it.
+    """Start the commands that check the nodes, collect what they report, and judge it. Sets `request.token`.
 
     `hosts`: the nodes' names, by number. `is_queued`: the nodes may first have to be waited for, in SLURM's queue. All processes
-    have ended when it returns. Errors: StorageError if the run directory cannot be written here.
+    have ended when it returns. Raises StorageError if the run directory cannot be written here.
     """
     request.token = uuid.uuid4().hex[:12]
     with _shared_directory(request) as shared_directory:
@@ -168,25 +249,25 @@ def run_preflight(
         collector = _ReportCollector(request, reports)
         processes = [_start(command, request, collector.lines) for command in commands]
         try:
-            reports.waited_s = _collect(collector, processes, is_queued=is_queued)
+            reports.waited_s = collector.collect(2 * len(processes), is_queued=is_queued)  # stdout and stderr of each
         finally:
             _end_processes(processes)
-        reports.visible_nodes = _visible_nodes(shared_directory, set(reports.facts))
+        reports.visible_nodes = _nodes_sharing_directory(shared_directory, set(reports.facts))
     return reports, judge(request, reports)
 
 
-def _visible_nodes(shared_directory: Path | None, nodes: set[int]) -> set[int]:
-    """The nodes whose file in the shared directory is visible on this host, within `VISIBLE_S` seconds.
+def _nodes_sharing_directory(shared_directory: Path | None, nodes: set[int]) -> set[int]:
+    """The nodes whose file in the shared directory becomes visible on this host within `VISIBLE_S` seconds.
 
     `shared_directory`: None if the run has no directory yet; then all `nodes` count as visible.
     """
     if shared_directory is None:
         return nodes
-    deadline = time.monotonic() + VISIBLE_S  # seconds
+    deadline = time.monotonic() + VISIBLE_S
     while True:
-        visible = {node for node in nodes if (shared_directory / str(node)).exists()}
-        if visible == nodes or time.monotonic() > deadline:
-            return visible
+        visible_nodes = {node for node in nodes if (shared_directory / str(node)).exists()}
+        if visible_nodes == nodes or time.monotonic() > deadline:
+            return visible_nodes
         time.sleep(0.2)  # a network file system shows a new file late
 
 
@@ -194,7 +275,8 @@ def _visible_nodes(shared_directory: Path | None, nodes: set[int]) -> set[int]:
 def _shared_directory(request: PreflightRequest) -> Iterator[Path | None]:
     """Create `<run directory>/preflight/<token>`, where this host and the nodes look for each other's files.
 
-    It is removed after the block. Yields None if the run has no directory. Errors: StorageError if it cannot be written.
+    The directory is removed after the block. Yields None if the run has no directory. Raises StorageError if it cannot be
+    written.
     """
     if request.run_dir is None:
         yield None
@@ -215,10 +297,12 @@ def _shared_directory(request: PreflightRequest) -> Iterator[Path | None]:
             directory.parent.rmdir()
 
 
-def _start(command: NodeCommand, request: PreflightRequest, lines: queue.Queue[Any]) -> subprocess.Popen[str]:
-    """Start the process of a command, with threads that read its output.
+def _start(
+    command: NodeCommand, request: PreflightRequest, lines: queue.Queue[PrintedLine | None]
+) -> subprocess.Popen[str]:
+    """Start the process of a command, with two threads that read its stdout and stderr.
 
-    They put each line into `lines` as (node, line), and None when one of its two pipes has ended.
+    The threads put each line into `lines`, and None when their pipe has ended. The process finds `request` in its environment.
     """
     env = {**command.env, REQUEST_VARIABLE: request.to_json()}
     process = subprocess.Popen(
@@ -232,69 +316,17 @@ def _start(command: NodeCommand, request: PreflightRequest, lines: queue.Queue[A
         start_new_session=True,
     )
 
-    def read(pipe: Any) -> None:
+    def read_pipe(pipe: Any) -> None:
         for line in pipe:
-            lines.put((command.node, line.rstrip("\n")))
+            lines.put(PrintedLine(command.node, line.rstrip("\n")))
         lines.put(None)
 
     for pipe in (process.stdout, process.stderr):
-        threading.Thread(target=read, args=(pipe,), daemon=True).start()
+        threading.Thread(target=read_pipe, args=(pipe,), daemon=True).start()
     return process
 
 
-def _collect(collector: _ReportCollector, processes: list[subprocess.Popen[str]], *, is_queued: bool) -> float:
-    """Collect reports into `collector.reports` until one of these:
-
-    - all processes have closed their output;
-    - some nodes have not answered within `FACTS_TIMEOUT_S` seconds;
-    - a node ended without an answer, and the others had a few seconds more (`reports.not_waited_for`: those still missing);
-    - all nodes have answered, and the communication test has reported too or is not waited for.
-
-    Returns the seconds since the start; with `is_queued`, since the nodes' first heartbeat.
-    """
-    request = collector.request
-    reports = collector.reports
-    # Times by the monotonic clock; None until it happens. The wait in SLURM's queue does not count.
-    began_at: float | None = None if is_queued else time.monotonic()
-    error_at: float | None = None
-    all_answered_at: float | None = None
-    open_pipes = 2 * len(processes)  # stdout and stderr of each
-    while True:
-        # Is there anything left to wait for?
-        now = time.monotonic()
-        waited_s = 0.0 if began_at is None else now - began_at
-        answered = set(reports.facts)
-        all_answered = len(answered) == request.nodes
-        if open_pipes == 0 or (not all_answered and waited_s > FACTS_TIMEOUT_S):
-            return waited_s
-        # A node that ended without an answer is a problem, whatever the others say: they get a little more time.
-        if error_at is None and collector.ended_nodes - answered:
-            error_at = now
-        unanswered = set(range(request.nodes)) - answered - collector.ended_nodes
-        if error_at is not None:
-            patience_s = AFTER_ERROR_OTHERS_S if unanswered else AFTER_ERROR_S
-            if now - error_at > patience_s:
-                reports.not_waited_for = unanswered
-                return waited_s
-        if all_answered:
-            all_answered_at = all_answered_at or now
-            if _is_exchange_settled(request, reports, now - all_answered_at):
-                return waited_s
-
-        # Take the next line, if one comes within 0.2 s.
-        try:
-            line = collector.lines.get(timeout=0.2)
-        except queue.Empty:
-            continue
-        if line is None:
-            open_pipes -= 1
-            continue
-        collector.add_line(*line)
-        if began_at is None and (reports.facts or reports.output):
-            began_at = time.monotonic()
-
-
-def _is_exchange_settled(request: PreflightRequest, reports: NodeReports, waited_s: float) -> bool:
+def _is_communication_settled(request: PreflightRequest, reports: NodeReports, since_answers_s: float) -> bool:
     """Whether no more reports of the communication test need to be waited for, in any of these cases:
 
     - the nodes' answers already show problems, so that the result is known without the test;
@@ -303,18 +335,18 @@ def _is_exchange_settled(request: PreflightRequest, reports: NodeReports, waited
     - a rank has failed, and the others had `AFTER_ERROR_S` seconds to report theirs;
     - the time of the test is over.
 
-    `waited_s`: seconds since all nodes have answered.
+    `since_answers_s`: seconds since all nodes have answered.
     """
     if judge(request, reports, is_final=False).problems:
         return True
-    if not request.exchange or request.nodes * request.processes == 1:
+    if not request.tests_communication:
         return True
-    if reports.exchange:
+    if reports.communication_rates:
         return True
-    if reports.failed_ranks and waited_s > AFTER_ERROR_S:
+    if reports.failed_ranks and since_answers_s > AFTER_ERROR_S:
         return True
     # The ranks have `timeout_s` to meet, and as long again to measure.
-    return waited_s > 2 * request.timeout_s
+    return since_answers_s > 2 * request.timeout_s
 
 
 def _end_processes(processes: list[subprocess.Popen[str]]) -> None:
@@ -330,36 +362,33 @@ def _end_processes(processes: list[subprocess.Popen[str]]) -> None:
             process.wait()
 
 
-def commands_by_srun(
-    nodes: int,
+def srun_check_command(
+    num_nodes: int,
     python: str,
-    options: list[str],
+    srun_options: list[str],
     environment: Mapping[str, str] | None = None,
     *,
     prefix: Sequence[str] = (),
-) -> list[NodeCommand]:
-    """The command that checks all nodes through one srun. `SHARDTUNE_SETUP` in the environment prepares each node.
+) -> NodeCommand:
+    """The srun command that checks all nodes. The function in `SHARDTUNE_SETUP` of its environment prepares each node.
 
-    `options`: of srun, beside the usual ones. `prefix`: the command line of the container runtime, before the command itself.
+    `python`: the interpreter on the nodes. `srun_options`: beside the usual ones. `environment`: default: that of this process.
+    `prefix`: what starts the container, before the command itself.
     """
-    argv = [
-        "srun",
-        "--label",
-        f"--export=ALL,{INSIDE_CONTAINER}=1",
-        f"--nodes={nodes}",
-        f"--ntasks={nodes}",
-        "--ntasks-per-node=1",
-        *options,
-    ]
-    argv += ["--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"]
-    argv += [*prefix, "bash", "-c", SHELL, "setup", python, "-m", "launch.cluster.preflight.node", "node"]
-    return [NodeCommand(argv, environment if environment is not None else os.environ)]
+    argv = ["srun", "--label", f"--export=ALL,{INSIDE_CONTAINER}=1"]
+    argv += [f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1"]
+    argv += srun_options
+    argv += ["--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"]  # last: srun takes the last value of an option
+    script_name = "setup"  # bash -c takes it as $0: the arguments of the script begin after it
+    argv += [*prefix, "bash", "-c", SETUP_AND_EXEC_SCRIPT, script_name]
+    argv += [python, "-m", "launch.cluster.preflight.node", "node"]
+    return NodeCommand(argv, environment if environment is not None else os.environ)
 
 
-def commands_on_this_host(env: Mapping[str, str] | None = None) -> list[NodeCommand]:
-    """The command that checks this host, as the only node."""
+def local_check_command(env: Mapping[str, str] | None = None) -> NodeCommand:
+    """The command that checks this host, as the only node. `env`: default: the environment of this process."""
     node_env = dict(os.environ if env is None else env)
     node_env["PYTHONPATH"] = str(Path(__file__).resolve().parents[3])
     node_env["PYTHONSAFEPATH"] = "1"
     node_env["SHARDTUNE_NODE"] = "0"
-    return [NodeCommand([sys.executable, "-m", "launch.cluster.preflight.node", "node"], node_env, 0)]
+    return NodeCommand([sys.executable, "-m", "launch.cluster.preflight.node", "node"], node_env, node=0)

@@ -16,12 +16,17 @@ from launch.cluster.preflight.node_facts import PreflightRequest, node_facts
 from strategies.compat.python import end_process
 
 REPORT_MARK = "preflight"
+NODE_ITSELF = -1
+"""The rank of a report that comes from the node, and not from one of its ranks."""
 PIECE_CHARACTERS = 700
 """Characters of a line; srun breaks those above a thousand."""
 
 
 def report_lines(node: int, rank: int, report: dict[str, Any]) -> str:
-    """A report as lines that the coordinator puts together again: `preflight <node> <rank> <number>/<pieces> <JSON>`."""
+    """A report as lines that the coordinator puts together again: `preflight <node> <rank> <number>/<pieces> <JSON>`.
+
+    `rank`: -1 for a report of the node itself.
+    """
     json_text = json.dumps(report)
     pieces = [json_text[start : start + PIECE_CHARACTERS] for start in range(0, len(json_text), PIECE_CHARACTERS)]
     lines = []
@@ -31,23 +36,22 @@ def report_lines(node: int, rank: int, report: dict[str, Any]) -> str:
 
 
 def run_node() -> int:
-    """Print the facts of this node, run its ranks, which measure their communication, and return the exit code.
+    """Print the facts of this node, and run its ranks, which measure their communication; returns the exit code.
 
-    A node of one rank runs it in this process, and one of several starts a process for each. None runs without the test.
+    - No communication test: no rank runs.
+    - One rank on each node: this process becomes the rank.
+    - Several ranks: a process for each; the exit code is the largest of theirs.
     """
     request = PreflightRequest.from_environment()
     node_number = int(os.environ.get("SHARDTUNE_NODE") or os.environ.get("SLURM_NODEID") or 0)
-    # The node itself, not one of its ranks, reports as rank -1.
-    sys.stdout.write(report_lines(node_number, -1, {"look": node_facts(request, node_number)}))
-    sys.stdout.flush()
-    world_size = request.nodes * request.processes
-    if not request.exchange or world_size == 1:
+    _print_report(node_number, NODE_ITSELF, {"look": node_facts(request, node_number)})
+    if not request.tests_communication:
         return 0
-    host, _, port = (request.master or _master()).rpartition(":")
+    host, _, port = (request.master or _rendezvous_by_slurm()).rpartition(":")
     env = {
         "MASTER_ADDR": host,
         "MASTER_PORT": port,
-        "WORLD_SIZE": str(world_size),
+        "WORLD_SIZE": str(request.nodes * request.processes),
         "LOCAL_WORLD_SIZE": str(request.processes),
         "SHARDTUNE_NODE": str(node_number),
     }
@@ -55,7 +59,7 @@ def run_node() -> int:
     for local_rank in range(request.processes):
         rank = node_number * request.processes + local_rank
         rank_env = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
-        if request.processes == 1:  # this process becomes the rank
+        if request.processes == 1:
             os.environ.update(env | rank_env)
             return run_rank()
         command = [sys.executable, "-m", "launch.cluster.preflight.node", "rank"]
@@ -64,7 +68,10 @@ def run_node() -> int:
 
 
 def run_rank() -> int:
-    """Measure the communication as one rank; returns the exit code. Rank 0 reports the rates, any rank reports its error."""
+    """Measure the communication as one rank; returns the exit code. Rank 0 reports the rates, any rank reports its error.
+
+    After an error the process ends here, with code 1: its process group may wait for a peer that is lost.
+    """
     from launch.cluster.preflight.exchange import measure_communication
 
     request = PreflightRequest.from_environment()
@@ -75,16 +82,20 @@ def run_rank() -> int:
         rates = measure_communication(request.device, request.timeout_s)
     except Exception as error:  # noqa: BLE001 - whatever the libraries raise is to be reported
         message = f"{type(error).__name__}: {error}"[:2000]
-        sys.stdout.write(report_lines(node_number, rank, {"error": message}))
-        sys.stdout.flush()
-        end_process(1)  # the process group may wait for a peer that has gone
+        _print_report(node_number, rank, {"error": message})
+        end_process(1)
     if rank == 0:
-        sys.stdout.write(report_lines(node_number, rank, {"exchange": rates}))
-        sys.stdout.flush()
+        _print_report(node_number, rank, {"exchange": rates})
     return 0
 
 
-def _master() -> str:
+def _print_report(node: int, rank: int, report: dict[str, Any]) -> None:
+    """Print a report for the coordinator at once, in lines that srun does not break."""
+    sys.stdout.write(report_lines(node, rank, report))
+    sys.stdout.flush()
+
+
+def _rendezvous_by_slurm() -> str:
     """The host:port at which the ranks meet, from SLURM's variables."""
     from launch.config.process_role import first_host, master_port
 

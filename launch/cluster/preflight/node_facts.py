@@ -16,11 +16,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from strategies.small_files import read_object
 
-LIBRARIES = (
+COMPARED_LIBRARIES = (
     "torch",
     "transformers",
     "tokenizers",
@@ -42,9 +42,9 @@ DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE
 """Variables that list the devices a process may use."""
 VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_NUM_THREADS", *DEVICE_VARIABLES)
 """Beginnings of environment variables that change what a run does."""
-KFD = Path("/sys/class/kfd/kfd/topology/nodes")
+AMD_GPUS_DIRECTORY = Path("/sys/class/kfd/kfd/topology/nodes")
 """Where Linux lists AMD's GPUs, beside the processors."""
-SLOWDOWN: tuple[tuple[str, ...], ...] = (
+SLOWDOWN_FIELD_NAMES: tuple[tuple[str, ...], ...] = (
     ("clocks_event_reasons.hw_slowdown",),
     ("clocks_throttle_reasons.hw_slowdown",),
     (),
@@ -80,12 +80,17 @@ class PreflightRequest:
     paths: list[str] = field(default_factory=list)
     """Files, directories or patterns that every node must see."""
     exchange: bool = True
-    """Whether the ranks meet, and their exchange is measured."""
+    """Whether the ranks meet, and their communication is measured."""
     device: str = "auto"
     master: str | None = None
     """host:port at which they meet; None is found out from SLURM's variables."""
     timeout_s: float = 60.0
-    """Seconds within which the ranks must have met, and each exchange must be over."""
+    """Seconds within which the ranks must have met, and each collective must be over."""
+
+    @property
+    def tests_communication(self) -> bool:
+        """Whether the communication of the ranks is measured. A single rank has nobody to communicate with."""
+        return self.exchange and self.nodes * self.processes > 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -96,22 +101,52 @@ class PreflightRequest:
         return cls(**json.loads(os.environ[REQUEST_VARIABLE]))
 
 
-def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
-    """Everything that node number `node` sees of what the request names: what the coordinator receives as a JSON object.
+class NodeFacts(TypedDict):
+    """What one node reports about itself, as JSON."""
 
-    Most values are plain, such as {"node": 0, "host": "gpu01", "cores": 64, "packages": {"torch": "2.8.0"}, "paths": {"a.jsonl":
-    true}}; "run_dir", "models" and the GPUs have functions of their own below.
-    Nothing is judged here (`verdict.judge` does that), and nothing that is missing raises an error.
+    node: int
+    host: str
+    time: float
+    """Seconds since the epoch, by the clock of this node."""
+    python: str
+    executable: str
+    clone: dict[str, str]
+    """By `code_facts`."""
+    packages: dict[str, str]
+    """Versions of the `COMPARED_LIBRARIES` that are installed."""
+    cores: int | None
+    memory_free_gib: float | None
+    environment: dict[str, str]
+    """Variables that change what a run does."""
+    paths: dict[str, bool]
+    """Whether each path of the request is visible."""
+    run_dir: NotRequired[dict[str, Any]]
+    """By `run_dir_facts`; missing if the run has no directory."""
+    models: dict[str, dict[str, Any]]
+    """By `model_facts`, for each model and tokenizer of the request."""
+    gpus: list[dict[str, Any]]
+    gpu_count: int
+    gpu_processes: list[str]
+    """These three by `gpu_facts`."""
+    heard_at: NotRequired[float]
+    """Seconds since the epoch when the report came in, by the coordinator's clock; added by the coordinator."""
+
+
+def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
+    """What node number `node` sees of what the request names: `NodeFacts` without `heard_at`.
+
+    Writes a file into the run directory (`run_dir_facts`). Nothing is judged here (`verdict.judge` does that), and nothing that
+    is missing raises an error.
     """
     packages = {}
-    for name in LIBRARIES:
+    for name in COMPARED_LIBRARIES:
         version = installed_version(name)
         if version is not None:
             packages[name] = version
     environment = {}
-    for name, value in sorted(os.environ.items()):
+    for name, setting in sorted(os.environ.items()):
         if name.startswith(VARIABLE_PREFIXES):
-            environment[name] = value
+            environment[name] = setting
     visible_paths = {}
     for path in request.paths:
         pattern = str(Path(path).expanduser())
@@ -132,7 +167,7 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
     if request.run_dir is not None:
         facts["run_dir"] = run_dir_facts(Path(request.run_dir), request.token, node)
     facts["models"] = {}
-    for model in dict.fromkeys((request.model, request.tokenizer)):
+    for model in dict.fromkeys((request.model, request.tokenizer)):  # the same directory once
         if model is not None:
             facts["models"][model] = model_facts(model, request.revision)
     return facts | gpu_facts()
@@ -199,7 +234,7 @@ def model_facts(name: str, revision: str | None) -> dict[str, Any]:
     """The files of a model that this node has without the network; {"files": 0, "digest": None} if it has none.
 
     `name`: a directory, or a hub id, which is looked up in the hub's cache. The result's keys: files (how many), digest (of their
-    names and sizes), lacking (weight files that the model's index names and that are not there).
+    names and sizes), lacking (weight files that the model's index names and that are missing).
     """
     directory = Path(name).expanduser()
     if not directory.is_dir():
@@ -216,14 +251,14 @@ def model_facts(name: str, revision: str | None) -> dict[str, Any]:
             size_by_name[str(file.relative_to(directory))] = file.stat().st_size
     # Sizes instead of contents: reading a large model takes minutes.
     digest = hashlib.sha256(repr(sorted(size_by_name.items())).encode()).hexdigest()[:12]
-    missing: list[str] = []
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_object(index).get("weight_map")
-        if isinstance(weight_map, dict):  # else the model itself is refused when it is read
-            weight_files = {str(file) for file in weight_map.values()}
-            missing = sorted(weight_files - size_by_name.keys())
-    return {"files": len(size_by_name), "digest": digest, "lacking": missing}
+    missing_files: list[str] = []
+    index_file = directory / "model.safetensors.index.json"
+    if index_file.is_file():
+        file_by_tensor = read_object(index_file).get("weight_map")
+        if isinstance(file_by_tensor, dict):  # else the model itself is refused when it is read
+            weight_files = {str(file) for file in file_by_tensor.values()}
+            missing_files = sorted(weight_files - size_by_name.keys())
+    return {"files": len(size_by_name), "digest": digest, "lacking": missing_files}
 
 
 def gpu_facts() -> dict[str, Any]:
@@ -232,7 +267,7 @@ def gpu_facts() -> dict[str, Any]:
     The result's keys: gpus (a dictionary each: {"index": 0, "name": "NVIDIA H100", "memory_mib": 81559, ...}), gpu_count (how
     many of them a process may use), gpu_processes (a text each: "pid name MiB").
     """
-    # Names for the columns of `_nvidia_rows`, in order. Rows of a driver that does not know the last one are shorter.
+    # Names for the columns of `_nvidia_rows`, in order. A row lacks the last one if the driver does not know it.
     keys = ("index", "name", "memory_mib", "used_mib", "ecc_errors", "clock_mhz", "slowed")
     gpus = []
     for row in _nvidia_rows():
@@ -241,24 +276,25 @@ def gpu_facts() -> dict[str, Any]:
         gpus = _amd_gpus()
     for gpu in gpus:
         gpu["slowed"] = gpu.get("slowed") == "Active"
-    processes = nvidia_smi("compute-apps", ("pid", "process_name", "used_memory")) or []
+    process_rows = nvidia_smi("compute-apps", ("pid", "process_name", "used_memory")) or []
     # A variable such as CUDA_VISIBLE_DEVICES leaves a process at most as many devices as it lists.
-    count = len(gpus)
-    for name in DEVICE_VARIABLES:
-        devices = os.environ.get(name)
+    num_usable_gpus = len(gpus)
+    for variable in DEVICE_VARIABLES:
+        devices = os.environ.get(variable)
         if devices is not None:
             listed_devices = [device for device in devices.split(",") if device.strip()]
-            count = min(count, len(listed_devices))
-    return {"gpus": gpus, "gpu_count": count, "gpu_processes": [" ".join(row) for row in processes]}
+            num_usable_gpus = min(num_usable_gpus, len(listed_devices))
+    return {"gpus": gpus, "gpu_count": num_usable_gpus, "gpu_processes": [" ".join(row) for row in process_rows]}
 
 
 def _nvidia_rows() -> list[list[str]]:
-    """A row of nvidia-smi for each GPU, with the fields below; whether it is slowed down comes last, if the driver knows that.
+    """A row of nvidia-smi for each GPU, with the fields below; empty without NVIDIA's GPUs.
 
-    nvidia-smi refuses all fields for one that its driver does not know, so that the names of that last field are tried in turn.
+    The last field says whether the GPU is slowed down. Its name depends on the driver, and nvidia-smi refuses all fields if it
+    does not know one. So the names are tried in turn (`SLOWDOWN_FIELD_NAMES`), last without the field.
     """
     fields = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
-    for slowdown_field in SLOWDOWN:
+    for slowdown_field in SLOWDOWN_FIELD_NAMES:
         rows = nvidia_smi("gpu", (*fields, *slowdown_field))
         if rows:
             return rows
@@ -268,7 +304,7 @@ def _nvidia_rows() -> list[list[str]]:
 def _amd_gpus() -> list[dict[str, Any]]:
     """AMD's GPUs of this node as the Linux kernel lists them, with index and name; empty if there are none."""
     gpus: list[dict[str, Any]] = []
-    for node in sorted(KFD.glob("[0-9]*"), key=lambda path: int(path.name)):
+    for node in sorted(AMD_GPUS_DIRECTORY.glob("[0-9]*"), key=lambda path: int(path.name)):
         try:
             lines = (node / "properties").read_text(encoding="utf-8").splitlines()
             properties = dict(line.split(maxsplit=1) for line in lines)
@@ -281,7 +317,7 @@ def _amd_gpus() -> list[dict[str, Any]]:
 
 
 def nvidia_smi(query: str, fields: tuple[str, ...]) -> list[list[str]] | None:
-    """Rows of `nvidia-smi --query-<query>` with these fields, such as `gpu`, (`name`, `memory.total`).
+    """Rows of `nvidia-smi --query-<query>` with these fields: "gpu", ("name", "memory.total") -> [["NVIDIA H100", "81559"]].
 
     None if the tool is not there, fails, or does not know one of the fields.
     """

@@ -6,52 +6,74 @@ import os
 import shlex
 import socket
 import sys
+from dataclasses import dataclass
 
 from launch.cluster import containers
-from launch.cluster.preflight.coordinator import NodeCommand, commands_by_srun, commands_on_this_host, preflight_request
+from launch.cluster.preflight.coordinator import (
+    NodeCommand,
+    local_check_command,
+    preflight_request,
+    srun_check_command,
+)
 from launch.cluster.preflight.node_facts import PreflightRequest
 from strategies.errors import ConfigError, key_of_problem
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.reporting.code_revision import ROOT
 
-MINUTES = 10
+TIME_LIMIT_MINUTES = 10
 """Time limit of the job that SLURM is asked for when a preflight runs outside an allocation."""
 
 
-def preflight_targets(arguments: list[str]) -> tuple[PreflightRequest, list[NodeCommand], list[str], bool]:
-    """Find out which nodes `shardtune doctor` checks, and how, from its command-line arguments (`arguments`).
+@dataclass(frozen=True, slots=True)
+class PreflightTargets:
+    """Which nodes a preflight checks, and how."""
 
-    Returns (what each node must have, the commands that check them, the nodes' names, whether the nodes must first be waited
-    for in SLURM's queue). Errors: ConfigError for launcher settings that are wrong, or name other hosts without SLURM.
+    request: PreflightRequest
+    """What each node must have."""
+    commands: list[NodeCommand]
+    """The commands that check the nodes."""
+    hosts: list[str]
+    """The nodes' names, by number."""
+    is_queued: bool
+    """Whether the nodes must first be waited for in SLURM's queue."""
+
+
+def preflight_targets(overrides: list[str]) -> PreflightTargets:
+    """Find out which nodes `shardtune doctor` checks, and how, from the overrides on its command line.
+
+    - launcher=slurm: nodes of the allocation that this process is in, or of a new one;
+    - otherwise: this host, as the only node.
+    Raises ConfigError for launcher settings that are wrong, or that name other hosts without SLURM.
     """
     from launch.config.compose import compose, start_problems
     from trainer.config.resuming import plain
 
-    config = compose(arguments, check=False).config
+    config = compose(overrides, check=False).config
     # Only the launcher's settings matter here: a model or data set may still be missing.
     problems = [problem for problem in start_problems(config) if key_of_problem(problem).startswith("launcher.")]
     if problems:
         raise ConfigError(problems)
     config.launcher.processes = config.launcher.per_node
     if isinstance(config.launcher, SlurmConfig):
-        return _slurm_targets(config, arguments)
+        return _slurm_targets(config, overrides)
     if config.launcher.nodes > 1:
         raise ConfigError(
             f"launcher.nodes={config.launcher.nodes}: only nodes of SLURM are asked from here (launcher=slurm); else call "
             "doctor on each of them"
         )
-    # This host, as the only node.
-    request = preflight_request(plain(config), nodes=1)
+    request = preflight_request(plain(config), num_nodes=1)
     with socket.create_server(("localhost", 0)) as listener:  # any free port
         free_port = listener.getsockname()[1]
     request.master = f"localhost:{free_port}"
-    return request, commands_on_this_host(), [os.uname().nodename], False
+    return PreflightTargets(request, [local_check_command()], hosts=[os.uname().nodename], is_queued=False)
 
 
-def _slurm_targets(
-    config: RunConfig, arguments: list[str]
-) -> tuple[PreflightRequest, list[NodeCommand], list[str], bool]:
-    """As `preflight_targets`, for nodes of SLURM: those of the allocation that this process is in, or of a new one."""
+def _slurm_targets(config: RunConfig, overrides: list[str]) -> PreflightTargets:
+    """The nodes of SLURM that a preflight checks, and how: those of the allocation that this process is in, or of a new one.
+
+    Within an allocation all its nodes are checked, unless `overrides` have `launcher.nodes`: sets `config.launcher.nodes`.
+    Raises ConfigError if the allocation has fewer nodes, or if the run's container cannot start here.
+    """
     from launch.cluster.job_end import hosts_of_job
     from launch.cluster.slurm import Options, node_request, quoted_options, setup_function_text
     from trainer.config.resuming import plain
@@ -61,16 +83,16 @@ def _slurm_targets(
     assert isinstance(slurm, SlurmConfig)
     in_allocation = "SLURM_JOB_ID" in os.environ
     hosts = hosts_of_job() if in_allocation else []
-    nodes_are_given = any(argument.startswith("launcher.nodes=") for argument in arguments)
-    if in_allocation and not nodes_are_given:
+    sets_nodes = any(override.startswith("launcher.nodes=") for override in overrides)
+    if in_allocation and not sets_nodes:
         slurm.nodes = len(hosts)
     if in_allocation and slurm.nodes > len(hosts):
         raise ConfigError(f"launcher.nodes={slurm.nodes}: this allocation has {len(hosts)}; leave it out")
     if not hosts:  # SLURM has not chosen any yet
         hosts = [f"node {number}" for number in range(slurm.nodes)]
     # What each node must have.
-    tree = plain(config)
-    request = preflight_request(tree, nodes=slurm.nodes)
+    settings = plain(config)
+    request = preflight_request(settings, num_nodes=slurm.nodes)
     request.exchange = True
     # The srun command that checks them.
     env = {
@@ -82,11 +104,12 @@ def _slurm_targets(
     if in_allocation:
         srun_options = ["--overlap"]  # beside whatever else runs in the allocation
     else:
-        options: Options = {**node_request(slurm), "time": MINUTES, "job-name": "shardtune-doctor"}
+        options: Options = {**node_request(slurm), "time": TIME_LIMIT_MINUTES, "job-name": "shardtune-doctor"}
         # `quoted_options` quotes for a shell. No shell reads these: shlex.split takes the quotes off again.
         srun_options = [shlex.split(option)[0] for option in quoted_options(options)]
-    container_options, prefix = containers.container_command(tree, [ROOT])
-    containers.refuse_unavailable_container(tree["launcher"])
+    container = containers.container_command(settings, [ROOT])
+    containers.refuse_unavailable_container(settings["launcher"])
     python = slurm.python or ("python3" if slurm.container else sys.executable)
-    commands = commands_by_srun(slurm.nodes, python, [*srun_options, *container_options], env, prefix=prefix)
-    return request, commands, hosts, not in_allocation
+    srun_options += container.srun_options
+    command = srun_check_command(slurm.nodes, python, srun_options, env, prefix=container.prefix)
+    return PreflightTargets(request, [command], hosts, is_queued=not in_allocation)

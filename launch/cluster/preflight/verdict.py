@@ -7,20 +7,29 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from launch.cluster.preflight.node_facts import PreflightRequest
+from launch.cluster.preflight.node_facts import NodeFacts, PreflightRequest
 
-LEAST_FREE_GIB = 0.5
+MIN_FREE_GIB = 0.5
 """GiB of the run directory's disk below which a run cannot start."""
-LITTLE_FREE_GIB = 5.0
+LOW_FREE_GIB = 5.0
 """GiB of the run directory's disk below which a note says so."""
-CLOCK_S = 5.0
+MAX_CLOCK_OFFSET_S = 5.0
 """Seconds by which a clock may be off before a note says so."""
 SLOW_SHARE = 0.5
 """Share of the usual rate below which a node is named."""
 BUSY_MIB = 1024
 """GPU memory that is in use before the run, above which a note says so."""
+
+
+class FailedRank(NamedTuple):
+    """A rank that could not communicate with the other ranks."""
+
+    node: int
+    rank: int
+    error: str
+    """The message of its error."""
 
 
 @dataclass(slots=True)
@@ -29,11 +38,12 @@ class NodeReports:
 
     hosts: list[str]
     """Their names in the order of their numbers, as far as known; else `node 0`, `node 1`, ..."""
-    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """`node_facts()` of each node that answered, by its number."""
-    exchange: dict[str, Any] | None = None
-    failed_ranks: list[dict[str, Any]] = field(default_factory=list)
-    """`node`, `rank` and `error` of ranks that could not exchange."""
+    facts: dict[int, NodeFacts] = field(default_factory=dict)
+    """The facts of each node that answered, by its number."""
+    communication_rates: dict[str, Any] | None = None
+    """What the communication test measured (`exchange.measure_communication`); None without a result."""
+    failed_ranks: list[FailedRank] = field(default_factory=list)
+    """Ranks that could not communicate."""
     output: dict[int, list[str]] = field(default_factory=dict)
     """Other lines that a node printed, the newest last."""
     unlabelled_output: list[str] = field(default_factory=list)
@@ -41,11 +51,12 @@ class NodeReports:
     visible_nodes: set[int] = field(default_factory=set)
     """Nodes whose file in the run directory is visible to the coordinator."""
     waited_s: float = 0.0
+    """Seconds for which reports were collected."""
     not_waited_for: set[int] = field(default_factory=set)
     """Nodes without an answer that were not waited for, because another node had ended with an error."""
 
     def host_name(self, node: int) -> str:
-        """A node for messages."""
+        """The name of a node for messages: the one that it reported itself, else the one that is known here."""
         return self.facts[node]["host"] if node in self.facts else self.hosts[node]
 
 
@@ -82,7 +93,10 @@ def judge(request: PreflightRequest, reports: NodeReports, *, is_final: bool = T
 
 
 def _problems_of_silent_nodes(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
-    """A problem for each node that gave no answer, with its last lines of output, or those of srun."""
+    """A problem for each node that gave no answer, with its last three lines of output, else the last three of srun.
+
+    A node that was not waited for, because another node had ended with an error, is no problem.
+    """
     for node in range(request.nodes):
         if node not in reports.facts and node not in reports.not_waited_for:
             node_output = " / ".join(reports.output.get(node, [])[-3:])
@@ -92,7 +106,11 @@ def _problems_of_silent_nodes(request: PreflightRequest, reports: NodeReports) -
 
 
 def _problems_of_nodes(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
-    """What keeps single nodes from running their ranks: no torch, no data or model, too few GPUs, no run directory."""
+    """What keeps single nodes from running their ranks, one line each, in this order for each node:
+
+    no torch, an unusable run directory, data that it does not see, a model that is missing or incomplete, too little memory for
+    offloaded activations (`request.memory_gib`), too few GPUs.
+    """
     for _, facts in sorted(reports.facts.items()):
         host = facts["host"]
         if "torch" not in facts["packages"]:
@@ -102,11 +120,11 @@ def _problems_of_nodes(request: PreflightRequest, reports: NodeReports) -> Itera
             if not is_visible:
                 yield f"{host}: does not see {path}; data must be on a disk that all nodes share"
         for model, model_facts in facts["models"].items():
-            missing = model_facts.get("lacking")
+            missing_files = model_facts.get("lacking")
             if not model_facts["files"]:
                 yield f"{host}: does not have the model {model}; put it where all nodes see it, or into each node's cache"
-            elif missing:
-                yield f"{host}: {model} is incomplete: {', '.join(missing[:3])} is missing; download it again"
+            elif missing_files:
+                yield f"{host}: {model} is incomplete: {', '.join(missing_files[:3])} is missing; download it again"
         free_gib = facts["memory_free_gib"]
         if free_gib is not None and free_gib < request.memory_gib:
             yield (
@@ -121,7 +139,7 @@ def _problems_of_nodes(request: PreflightRequest, reports: NodeReports) -> Itera
 
 
 def _run_dir_problems(host: str, run_dir: str | None, run_dir_facts: dict[str, Any] | None) -> Iterable[str]:
-    """What is wrong with the run directory on one node.
+    """What is wrong with the run directory on one node, at most one line: not visible, not writable, or little space.
 
     `run_dir_facts`: from `node_facts.run_dir_facts` on that node; None for a run without `run.dir`.
     """
@@ -134,63 +152,75 @@ def _run_dir_problems(host: str, run_dir: str | None, run_dir_facts: dict[str, A
         )
     elif run_dir_facts["problem"]:
         yield f"{host}: run.dir={run_dir} cannot be written ({run_dir_facts['problem']})"
-    elif run_dir_facts["free_gib"] < LEAST_FREE_GIB:
+    elif run_dir_facts["free_gib"] < MIN_FREE_GIB:
         yield f"{host}: run.dir={run_dir} has {run_dir_facts['free_gib']:.2f} GiB free; a checkpoint would not fit"
 
 
 def _problems_of_differing_nodes(reports: NodeReports) -> Iterable[str]:
     """A problem for each node that differs from most others in what must be the same on all: Python, code, libraries, model.
 
-    An example: "gpu02: torch is 2.7.0, but 2.8.0 on gpu01; all nodes need the same".
+    An example: "gpu02: torch is 2.7.0, but 2.8.0 on gpu01; all nodes need the same". Of what any node does not know, nothing is
+    said.
     """
-    for subject, version_of in _equal_on_all_nodes(reports):
-        version_by_node = {node: version_of(facts) for node, facts in sorted(reports.facts.items())}
+    for common_fact in _facts_common_to_all_nodes(reports):
+        version_by_node = {node: common_fact.read(facts) for node, facts in sorted(reports.facts.items())}
         versions = list(version_by_node.values())
         all_equal = len(set(versions)) < 2
-        if all_equal or None in versions:  # None: a node that does not know
+        is_unknown_to_some = None in versions
+        if all_equal or is_unknown_to_some:
             continue
-        # If several versions are equally frequent, this is the one that comes first: that of the first node.
-        usual = Counter(versions).most_common(1)[0][0]
-        usual_node = list(version_by_node)[versions.index(usual)]
-        usual_host = reports.host_name(usual_node)
+        # If several versions are equally frequent, `Counter` takes the one that comes first: that of the first node.
+        usual_version, _ = Counter(versions).most_common(1)[0]
+        usual_node = list(version_by_node)[versions.index(usual_version)]
         for node, version in version_by_node.items():
-            if version != usual:
-                path = f" ({reports.facts[node]['clone']['path']})" if subject == "the code" else ""
+            if version != usual_version:
+                path_text = f" ({reports.facts[node]['clone']['path']})" if common_fact.name == "the code" else ""
                 yield (
-                    f"{reports.host_name(node)}: {subject} is {version}{path}, but {usual} on {usual_host}; all nodes need "
-                    "the same"
+                    f"{reports.host_name(node)}: {common_fact.name} is {version}{path_text}, but {usual_version} on "
+                    f"{reports.host_name(usual_node)}; all nodes need the same"
                 )
 
 
-def _equal_on_all_nodes(reports: NodeReports) -> list[tuple[str, Callable[[dict[str, Any]], Any]]]:
-    """What must be the same on all nodes, as (name for messages, function that reads it from the facts of a node).
+class _CommonFact(NamedTuple):
+    """What must be the same on all nodes."""
 
-    An example: ("Python", a function with {"python": "3.12.1", ...} -> "3.12.1").
+    name: str
+    """For messages, such as "torch"."""
+    read: Callable[[NodeFacts], str | None]
+    """Takes the version, digest or name out of a node's facts; None if the node does not know it."""
+
+
+def _facts_common_to_all_nodes(reports: NodeReports) -> list[_CommonFact]:
+    """What must be the same on all nodes: Python, the code, every library and model that any node has, and the kind of GPU.
+
+    An example: the fact "Python", whose `read` takes {"python": "3.12.1", ...} -> "3.12.1".
     """
     packages: set[str] = set()
     models: dict[str, None] = {}  # a set that keeps its order
-    for facts in reports.facts.values():
-        packages |= facts["packages"].keys()
-        models |= dict.fromkeys(facts["models"])
+    for node_facts in reports.facts.values():
+        packages |= node_facts["packages"].keys()
+        models |= dict.fromkeys(node_facts["models"])
 
-    def package_version(name: str, facts: dict[str, Any]) -> str:
+    def read_package_version(name: str, facts: NodeFacts) -> str:
         return facts["packages"].get(name, "missing")
 
-    def model_digest(model: str, facts: dict[str, Any]) -> str | None:
+    def read_model_digest(model: str, facts: NodeFacts) -> str | None:
         return facts["models"][model]["digest"]
 
-    def gpu_name(facts: dict[str, Any]) -> str | None:
+    def read_gpu_name(facts: NodeFacts) -> str | None:
         return facts["gpus"][0]["name"] if facts["gpus"] else None
 
-    subjects: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
-        ("Python", lambda facts: facts["python"]),
-        ("the code", lambda facts: facts["clone"]["digest"]),
-        ("torch", partial(package_version, "torch")),
+    common_facts = [
+        _CommonFact("Python", lambda facts: facts["python"]),
+        _CommonFact("the code", lambda facts: facts["clone"]["digest"]),
+        _CommonFact("torch", partial(read_package_version, "torch")),
     ]
-    subjects += [(name, partial(package_version, name)) for name in sorted(packages - {"torch"})]
-    subjects += [(f"the model {model}", partial(model_digest, model)) for model in models]
-    subjects.append(("the kind of GPU", gpu_name))
-    return subjects
+    for name in sorted(packages - {"torch"}):
+        common_facts.append(_CommonFact(name, partial(read_package_version, name)))
+    for model in models:
+        common_facts.append(_CommonFact(f"the model {model}", partial(read_model_digest, model)))
+    common_facts.append(_CommonFact("the kind of GPU", read_gpu_name))
+    return common_facts
 
 
 def _problems_of_unshared_run_dir(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
@@ -205,13 +235,16 @@ def _problems_of_unshared_run_dir(request: PreflightRequest, reports: NodeReport
 
 
 def _problems_of_communication(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
-    """Why the communication test of the ranks failed: the error of each rank, or that it took too long."""
-    if not request.exchange or request.nodes * request.processes == 1 or reports.exchange:
+    """Why the communication test gave no rates: the error of each rank that failed, else that it did not finish in time.
+
+    Nothing if it gave rates, or if there is no such test.
+    """
+    if not request.tests_communication or reports.communication_rates:
         return
-    for failed in reports.failed_ranks:
-        error = " ".join(failed["error"].split())[:200]
+    for failed_rank in reports.failed_ranks:
+        error = " ".join(failed_rank.error.split())[:200]
         yield (
-            f"{reports.host_name(failed['node'])}: rank {failed['rank']} could not communicate with the other ranks: {error}"
+            f"{reports.host_name(failed_rank.node)}: rank {failed_rank.rank} could not communicate with the other ranks: {error}"
         )
     if not reports.failed_ranks:
         last_lines: list[str] = []
@@ -222,15 +255,19 @@ def _problems_of_communication(request: PreflightRequest, reports: NodeReports) 
 
 
 def _notes_on_single_nodes(reports: NodeReports) -> Iterable[str]:
-    """What is worth knowing about each node by itself: little free space, a wrong clock, GPUs that are slow or in use."""
+    """What is worth knowing about each node by itself.
+
+    Little free space or a wrong clock of the run directory's disk; GPUs with memory errors, slowed down or in use.
+    """
     for _, facts in sorted(reports.facts.items()):
         host = facts["host"]
         run_dir_facts = facts.get("run_dir") or {}
-        free_gib = run_dir_facts.get("free_gib", LITTLE_FREE_GIB)
-        if LEAST_FREE_GIB <= free_gib < LITTLE_FREE_GIB:
+        # Without the fact nothing is said. Less than MIN_FREE_GIB is a problem, and so no note.
+        free_gib = run_dir_facts.get("free_gib", LOW_FREE_GIB)
+        if MIN_FREE_GIB <= free_gib < LOW_FREE_GIB:
             yield f"{host}: the run directory's disk has {free_gib:.1f} GiB free"
         behind_s = run_dir_facts.get("behind_s", 0.0)
-        if abs(behind_s) > CLOCK_S:
+        if abs(behind_s) > MAX_CLOCK_OFFSET_S:
             yield f"{host}: its clock differs by {-behind_s:+.0f} s from that of the run directory's disk"
         for gpu in facts["gpus"]:
             if gpu.get("ecc_errors"):
@@ -244,26 +281,30 @@ def _notes_on_single_nodes(reports: NodeReports) -> Iterable[str]:
 
 
 def _notes_on_clocks(reports: NodeReports) -> Iterable[str]:
-    """A note for each node whose clock differs from that of most nodes by more than `CLOCK_S`."""
+    """A note for each node whose clock differs from that of most nodes by more than `MAX_CLOCK_OFFSET_S`."""
     # Seconds by which a node's clock was ahead of the coordinator's when its report came in (`heard_at`).
     ahead_s_by_node = {}
     for node, facts in reports.facts.items():
-        ahead_s_by_node[node] = facts["time"] - facts.get("heard_at", facts["time"])
+        heard_at = facts.get("heard_at", facts["time"])  # without it, the clock counts as right
+        ahead_s_by_node[node] = facts["time"] - heard_at
     for node, ahead_s in sorted(ahead_s_by_node.items()):
-        off_s = ahead_s - statistics.median(ahead_s_by_node.values())
-        if abs(off_s) > CLOCK_S:
-            yield f"{reports.host_name(node)}: its clock differs by {off_s:+.0f} s from that of the other nodes"
+        offset_s = ahead_s - statistics.median(ahead_s_by_node.values())
+        if abs(offset_s) > MAX_CLOCK_OFFSET_S:
+            yield f"{reports.host_name(node)}: its clock differs by {offset_s:+.0f} s from that of the other nodes"
 
 
 def _notes_on_gpu_clocks(reports: NodeReports) -> Iterable[str]:
-    """A note for each node whose GPUs have a lower clock limit than those of another node."""
+    """A note for each node whose GPUs have a lower clock limit than those of another node.
+
+    Nodes whose driver does not tell the limit are left out. If the GPUs of a node differ, the last one counts.
+    """
     limit_mhz_by_node = {}
     for node, facts in reports.facts.items():
         for gpu in facts["gpus"]:
             if gpu.get("clock_mhz"):
                 limit_mhz_by_node[node] = gpu["clock_mhz"]
+    highest_mhz = max(limit_mhz_by_node.values(), default=0)
     for node, limit_mhz in sorted(limit_mhz_by_node.items()):
-        highest_mhz = max(limit_mhz_by_node.values())
         if limit_mhz < highest_mhz:
             yield (
                 f"{reports.host_name(node)}: its GPUs are limited to {limit_mhz} MHz, those of other nodes to {highest_mhz} MHz"
@@ -271,19 +312,22 @@ def _notes_on_gpu_clocks(reports: NodeReports) -> Iterable[str]:
 
 
 def _notes_on_slow_nodes(reports: NodeReports) -> Iterable[str]:
-    """A note for each node whose transfers to other nodes are far slower than transfers usually are here."""
-    # Of the communication test, if there was one: (node, node, GB/s) for each pair.
-    pairs = (reports.exchange or {}).get("pairs", [])
+    """A note for each node whose transfers to other nodes are slower than `SLOW_SHARE` of the usual rate here.
+
+    Nothing without a communication test, or with fewer than three nodes: of two, neither is the odd one.
+    """
+    # (node, node, GB/s) of each pair that was measured
+    pairs = (reports.communication_rates or {}).get("pairs", [])
     nodes = set()
-    for first, second, _ in pairs:
-        nodes |= {first, second}
-    if len(nodes) < 3:  # of two nodes neither is the odd one
+    for first_node, second_node, _ in pairs:
+        nodes |= {first_node, second_node}
+    if len(nodes) < 3:
         return
-    usual_rate = statistics.median(rate for _, _, rate in pairs)
+    usual_gb_per_s = statistics.median(rate for _, _, rate in pairs)
     for node in sorted(nodes):
-        node_rate = statistics.median(rate for first, second, rate in pairs if node in (first, second))
-        if node_rate < SLOW_SHARE * usual_rate:
+        node_gb_per_s = statistics.median(rate for first, second, rate in pairs if node in (first, second))
+        if node_gb_per_s < SLOW_SHARE * usual_gb_per_s:
             yield (
-                f"{reports.host_name(node)}: reaches {node_rate:.2f} GB/s with another node, and {usual_rate:.2f} GB/s is "
-                "usual here"
+                f"{reports.host_name(node)}: reaches {node_gb_per_s:.2f} GB/s with another node, and {usual_gb_per_s:.2f} GB/s "
+                "is usual here"
             )

@@ -21,7 +21,7 @@ from launch.cluster.preflight.node_facts import (
     node_facts,
     run_dir_facts,
 )
-from launch.cluster.preflight.verdict import NodeReports, judge
+from launch.cluster.preflight.verdict import FailedRank, NodeReports, judge
 from trainer.config.resuming import plain
 from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
 
@@ -140,7 +140,7 @@ def test_silent_nodes_failed_ranks_and_slow_links():
     heard = NodeReports(
         ["n0", "n1"],
         {0: seen(0), 1: seen(1)},
-        failed_ranks=[{"node": 1, "rank": 1, "error": "refused"}],
+        failed_ranks=[FailedRank(node=1, rank=1, error="refused")],
         visible_nodes={0},
     )
     assert judge(asked, heard).problems == [
@@ -150,7 +150,9 @@ def test_silent_nodes_failed_ranks_and_slow_links():
     assert judge(asked, heard).problems == ["n1: rank 1 could not communicate with the other ranks: refused"]
     pairs = [(0, 1, 10.0), (0, 2, 10.0), (1, 2, 3.0), (0, 3, 10.0), (1, 3, 9.0), (2, 3, 2.0)]
     exchange = {"backend": "gloo", "ranks": 4, "all_reduce": 1.0, "all_gather": 1.0, "pairs": pairs}
-    heard = NodeReports([], {node: seen(node) for node in range(4)}, exchange=exchange, visible_nodes={0, 1, 2, 3})
+    heard = NodeReports(
+        [], {node: seen(node) for node in range(4)}, communication_rates=exchange, visible_nodes={0, 1, 2, 3}
+    )
     verdict = judge(PreflightRequest(nodes=4), heard)
     assert verdict.problems == [] and verdict.notes == [
         "n2: reaches 3.00 GB/s with another node, and 9.50 GB/s is usual here"
@@ -188,7 +190,7 @@ def test_preflight_reports_of_nodes_are_read_complete_out_of_mixed_lines():
 def test_preflight_does_not_blame_a_slow_node_for_one_that_ended_silently(monkeypatch, answers):
     """It was, three seconds after the other one had ended, and its row was missing."""
     monkeypatch.setattr(coordinator, "AFTER_ERROR_S", 0.0)
-    monkeypatch.setattr(coordinator, "AFTER_ERROR_OTHERS_S", 3600.0 if answers else 0.0)
+    monkeypatch.setattr(coordinator, "AFTER_ERROR_UNANSWERED_S", 3600.0 if answers else 0.0)
     script = "echo no module cuda >&2; echo 'srun: error: n1: task 1: Exited with exit code 3' >&2; "
     script += f"sleep 0.5; echo '0: {report_lines(0, -1, {'look': seen(0)}).strip()}'; " if answers else ""
     command = coordinator.NodeCommand(["bash", "-c", f"{script}sleep 60"], {"PATH": "/usr/bin:/bin"})
@@ -242,7 +244,7 @@ def test_preflight_report_of_a_node_on_its_gpus(tmp_path, monkeypatch):
 def test_cards_of_amd_are_counted(tmp_path, monkeypatch):
     """A node of theirs has no nvidia-smi, and every job on such nodes was refused for showing no GPUs."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("launch.cluster.preflight.node_facts.KFD", tmp_path)
+    monkeypatch.setattr("launch.cluster.preflight.node_facts.AMD_GPUS_DIRECTORY", tmp_path)
     for number, (name, simd) in enumerate([("", 0), ("aldebaran", 440), ("aldebaran", 440)]):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "name").write_text(f"{name}\n")
