@@ -25,7 +25,7 @@ from launch.cluster.preflight.verdict import FailedRank, NodeReports, PreflightV
 from strategies.errors import StorageError
 from trainer.config.host_memory import node_gib
 from trainer.config.sbatch_options import gpu_request, ranks_per_node
-from trainer.data.read.paths import is_remote_address, is_hub_path
+from trainer.data.read.paths import is_hub_path, is_remote_address
 
 FACTS_TIMEOUT_S = 30.0
 """Seconds within which each node must have said what it sees."""
