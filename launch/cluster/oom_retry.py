@@ -17,13 +17,13 @@ from trainer.reporting.status import read_failure
 
 
 def write_smaller_settings(run_dir: Path) -> str | None:
-    """Freeze smaller settings for a run that ran out of memory; returns the change as text, None if there is none.
+    """Write smaller settings for a run that ran out of memory into its `config.yaml`; returns the change as text, None if none.
 
     - While `strategy=auto` tried a strategy: that strategy is recorded as too large ("without strategy=ddp").
     - During training: the micro-batch is halved, with twice the gradient accumulation ("batch.micro: 8 -> 4").
     - With a micro-batch of 1, or one that is not chosen yet (`auto`): no change.
-    The frozen configuration keeps the requested value beside the one in use, so that it stays the same run.
-    Errors: ConfigError, StorageError.
+    The file keeps the requested value beside the one in use, so that it stays the same run. Raises ConfigError if it cannot be
+    read, StorageError if it cannot be written.
     """
     config = load_frozen(run_dir / "config.yaml")
     if isinstance(config.strategy, AutoConfig):
@@ -32,31 +32,35 @@ def write_smaller_settings(run_dir: Path) -> str | None:
     if micro in (1, AUTO):
         return None
     trial = OutOfMemoryTrial(micro, read_failure(run_dir).get("step"))
-    lowered = _with_micro(config, _half_micro(micro), trial)
-    freeze_choices(run_dir, lowered)
-    return f"{MICRO}: {micro} -> {lowered.batch['micro']}"
+    smaller_config = _with_micro(config, _half_micro(micro), trial)
+    freeze_choices(run_dir, smaller_config)
+    return f"{MICRO}: {micro} -> {smaller_config.batch['micro']}"
 
 
 def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
-    """Freeze that the strategy on trial ran out of memory; returns the change as text, None if the failure names no strategy."""
+    """Write into the run's `config.yaml` that the strategy on trial ran out of memory, so that it is not tried again.
+
+    Returns the change as text ("without strategy=ddp"); None, and nothing is written, if the failure names no strategy.
+    """
     settings_on_trial = read_failure(run_dir).get("ran_out_with")
     strategy = settings_on_trial.get(STRATEGY) if isinstance(settings_on_trial, dict) else None
     if strategy is None:
         return None
-    earlier = config.resolution(STRATEGY) or Resolution(STRATEGY, AUTO)
-    resolution = replace(earlier, tried=(*earlier.tried, OutOfMemoryTrial(strategy)))
-    freeze_choices(run_dir, replace(config, substitutions={**config.substitutions, STRATEGY: resolution}))
+    earlier_resolution = config.resolution(STRATEGY) or Resolution(STRATEGY, AUTO)
+    trials = (*earlier_resolution.tried, OutOfMemoryTrial(strategy))
+    substitutions = {**config.substitutions, STRATEGY: replace(earlier_resolution, tried=trials)}
+    freeze_choices(run_dir, replace(config, substitutions=substitutions))
     return f"without strategy={strategy}"
 
 
-def _with_micro(config: RunConfig, micro: int, trial: OutOfMemoryTrial) -> RunConfig:
+def _with_micro(config: RunConfig, micro: int, failed_trial: OutOfMemoryTrial) -> RunConfig:
     """The configuration with a smaller micro-batch, and a record of the requested one and of each that ran out of memory."""
-    earlier = config.resolution(MICRO) or Resolution(MICRO, config.batch["micro"])
+    earlier_resolution = config.resolution(MICRO) or Resolution(MICRO, config.batch["micro"])
     resolution = replace(
-        earlier,
+        earlier_resolution,
         asked=asked_micro(config.batch, config.substitutions),
         chosen=micro,
-        tried=(*earlier.tried, trial),
+        tried=(*earlier_resolution.tried, failed_trial),
     )
     substitutions = {**config.substitutions, MICRO: resolution}
     return replace(config, batch={**config.batch, "micro": micro}, substitutions=substitutions)

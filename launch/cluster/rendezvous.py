@@ -38,16 +38,16 @@ class MissingHostsReport:
         self._began = time.monotonic()
         self._pause_s = FIRST_REPORT_S
         self._next_report = self._began + self._pause_s
-        self._all_came = False
+        self._all_have_come = False
 
     def poll(self, agent: psutil.Process) -> None:
         """Print which hosts are missing, at growing intervals until all have come. `agent`: torchrun's process on this host."""
         now = time.monotonic()
-        if self._all_came or now < self._next_report:
+        if self._all_have_come or now < self._next_report:
             return
         # torchrun starts ranks only once all hosts have come.
         if rank_processes(agent):
-            self._all_came = True
+            self._all_have_come = True
             return
         print(f"{now - self._began:.0f} s: {self._describe_missing(agent)}", file=sys.stderr, flush=True)
         self._pause_s = min(LONGEST_PAUSE_S, 2 * self._pause_s)
@@ -56,15 +56,18 @@ class MissingHostsReport:
     def _describe_missing(self, agent: psutil.Process) -> str:
         """A message on which hosts have not come to the rendezvous, and what to do about it.
 
-        Only the first host, where all meet, can see who has come; of two hosts, it is the other one.
+        Only the first host, at which all meet, can see who has come:
+        - any other host: says that it waits for the others there;
+        - the first of two hosts: the other one is missing;
+        - the first of more hosts: how many have come, by the connections to torchrun (`agent`), and their addresses.
         """
         nodes = self._launcher.nodes
         rdzv = self._launcher.rdzv
         if not self._this_host.is_first:
             rank = self._this_host.rank
-            name = self._this_host.address if rank is None else rank
+            own_name = self._this_host.address if rank is None else rank
             return (
-                f"host {name} of {nodes} waits for the others at {rdzv}, the first host; does the same command run there, and "
+                f"host {own_name} of {nodes} waits for the others at {rdzv}, the first host; does the same command run there, and "
                 "does this host reach it?"
             )
         remedy = "start the same command there, or see whether it reaches this host"
@@ -83,10 +86,13 @@ class StuckAgentGuard:
         self._run_dir = run_dir
         self._next_check = time.monotonic()
         self._had_ranks = False
-        self._alone_since: float | None = None
+        self._without_ranks_since: float | None = None
 
     def poll(self, agent: psutil.Process) -> None:
-        """Kill torchrun (`agent`) once it has lived for `STUCK_S` seconds without ranks, after a failure."""
+        """Kill torchrun (`agent`) once it has lived for `STUCK_S` seconds after its ranks ended, if the run has failed.
+
+        Without a failure it rightly waits: other hosts may still be writing the export.
+        """
         import psutil
 
         now = time.monotonic()
@@ -95,14 +101,14 @@ class StuckAgentGuard:
         self._next_check = now + CHECK_EVERY_S
         if rank_processes(agent):
             self._had_ranks = True
-            self._alone_since = None
+            self._without_ranks_since = None
             return
-        # Without a failure it rightly waits: other hosts may still be writing the export.
-        if not self._had_ranks or not read_failure(self._run_dir):
+        has_failed = self._had_ranks and bool(read_failure(self._run_dir))
+        if not has_failed:
             return
-        if self._alone_since is None:
-            self._alone_since = now
-        if now - self._alone_since > STUCK_S:
+        if self._without_ranks_since is None:
+            self._without_ranks_since = now
+        if now - self._without_ranks_since > STUCK_S:
             with suppress(psutil.Error):
                 agent.kill()
 
@@ -121,7 +127,7 @@ def rank_processes(agent: psutil.Process) -> list[psutil.Process]:
 
 
 def _connected_peers(agent: psutil.Process, port: int) -> set[str]:
-    """IP addresses of other hosts with a connection to torchrun's port on this one."""
+    """IP addresses of other hosts that are connected to `port` of torchrun (`agent`) on this host."""
     import psutil
 
     peers: set[str] = set()

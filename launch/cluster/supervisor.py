@@ -32,6 +32,12 @@ class StateBeforeStart:
     """`failure.json`."""
 
 
+EXIT_INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+EXIT_PREEMPTED = 75
+"""Exit code of a run that has saved and can be resumed."""
+EXIT_FAILED = 70
+"""Exit code of a run that failed, if its record names no other."""
 FINAL_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 """Signals after which a run is over; the others ask it to save and to be started again, if `launcher.retry` says so."""
 EXPORT_STOPPED = (
@@ -49,9 +55,11 @@ def run_supervised(
 ) -> int:
     """Run the ranks in processes of their own to the end, and again as often as `launcher.retry` allows; returns the exit code.
 
-    `sha256`: the run's identity, which names its rendezvous. `redirected`: a file for the output instead of the terminal.
-    `program`: what the ranks run; default: training. An error of the user's or of ours is never retried, nor TERM, HUP or Ctrl-C.
-    After memory ran out, the next start has half of `batch.micro`.
+    The ranks run on this host, or on `launcher.hosts` by ssh. They are started again after a cause in `launcher.retry`: never
+    after an error of the user or of shardtune, nor after TERM, HUP or Ctrl-C. After memory ran out, the next start has half of
+    `batch.micro`; if that cannot be halved, there is none.
+    `sha256`: of the configuration; it names the rendezvous. `redirected`: a file for the output instead of the terminal.
+    `program`: what the ranks run; default: training.
     """
     from launch.cluster.torchrun import TRAIN, start
 
@@ -60,12 +68,14 @@ def run_supervised(
     program = program or TRAIN
 
     retries_left = dict(config.launcher.retry)
-    starts = 0
+    num_restarts = 0
     try:
         while True:
-            os.environ[STARTED_AGAIN] = str(starts)  # for what the ranks, and this process, write into `status.json`
+            os.environ[STARTED_AGAIN] = str(
+                num_restarts
+            )  # for what the ranks, and this process, write into `status.json`
             before = state_before_start(run_dir)
-            run_id = f"{sha256[:8]}-{starts}" if starts else sha256[:8]
+            run_id = f"{sha256[:8]}-{num_restarts}" if num_restarts else sha256[:8]
             torchrun_code, signals = start(config, run_dir, run_id, redirected, program=program)
             verb = program.module.rpartition(".")[2]
             code = record_outcome(run_dir, torchrun_code, before, verb=verb)
@@ -75,12 +85,12 @@ def run_supervised(
                 return code
             change_text = ""
             if cause == "out_of_memory":
-                change = _lower_micro(run_dir) if program is TRAIN else None
-                if change is None:
+                settings_change = _write_smaller_settings(run_dir) if program is TRAIN else None
+                if settings_change is None:
                     return code
-                change_text = f", {change}"
+                change_text = f", {settings_change}"
             retries_left[cause] -= 1
-            starts += 1
+            num_restarts += 1
             print(
                 f"{run_dir}: started again ({cause}; {retries_left[cause]} more times){change_text}",
                 file=sys.stderr,
@@ -91,7 +101,7 @@ def run_supervised(
 
 
 def state_before_start(run_dir: Path) -> StateBeforeStart:
-    """Delete the failure of an earlier attempt, and return what the run directory holds before the ranks start."""
+    """Delete the failure record of an earlier attempt, and return what the run directory holds before the ranks start."""
     clear_failure(run_dir)
     directory = None
     with contextlib.suppress(OSError):
@@ -102,15 +112,24 @@ def state_before_start(run_dir: Path) -> StateBeforeStart:
 def record_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: str = "train") -> int:
     """Print how a run ended, and write `status.json` if the ranks could not; returns the exit code of the command.
 
+    The first case that holds:
+    - the run directory was deleted: the code of a StorageError;
+    - done: 0;
+    - saved after a signal (`preempted`), unless a rank was killed before the first step: 75;
+    - another process owns the run now: 70, and its records are left alone;
+    - Ctrl-C: 130, written as failed;
+    - failed: the code of the recorded failure, else 70, written as failed.
+    After Ctrl-C the code is 130 in every case but `done`.
     `code`: torchrun's, which is 0, 130 for Ctrl-C, or a failure about which the run directory says more. `before`: from
     `state_before_start`; a record that has not changed since is of an earlier attempt. `verb`: for messages.
     """
+    was_interrupted = code == EXIT_INTERRUPTED
     directory = find_run_directory(run_dir, before)
     if directory is None:
         print(
             f"{run_dir}: the directory was deleted while the run was under way; nothing of it is left", file=sys.stderr
         )
-        return 130 if code == 130 else StorageError.exit_code
+        return EXIT_INTERRUPTED if was_interrupted else StorageError.exit_code
     status = read_status(directory)
     if status == before.status:
         status = {}
@@ -125,22 +144,22 @@ def record_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: 
     was_killed = bool(failure) and not step
     if status.get("state") == State.preempted and not was_killed:
         print(_stopped_message(directory, run_dir, step, verb), file=sys.stderr)
-        return 130 if code == 130 else 75
+        return EXIT_INTERRUPTED if was_interrupted else EXIT_PREEMPTED
     owner = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide the failure
         owner = other_owner(directory)
     if owner is not None:
         print(f"{directory}: ended here; its records are left to {owner}", file=sys.stderr)
-        return 130 if code == 130 else 70
+        return EXIT_INTERRUPTED if was_interrupted else EXIT_FAILED
 
-    if code == 130:
+    if was_interrupted:
         reason = "interrupted"
         message = f"{directory}: interrupted; the same command continues from the last checkpoint"
         if verb == "export":
             message = EXPORT_STOPPED
     else:
         # A run that nobody reports as ended has failed, even if torchrun returned 0.
-        code = failure.get("exit_code", 70)
+        code = failure.get("exit_code", EXIT_FAILED)
         reason = failure.get("message") or "the ranks ended without a report"
         message = (
             _failure_message(directory, failure, verb) if failure else f"{directory}: {reason}; see the output above"
@@ -150,43 +169,49 @@ def record_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: 
     return code
 
 
-def _stopped_message(directory: Path, run_dir: Path, step: int | None, verb: str) -> str:
+def _stopped_message(directory: Path, former_dir: Path, step: int | None, verb: str) -> str:
     """The message about a run that was asked to stop: what is saved, and how it continues.
 
-    `directory`: where the run directory is now, which was `run_dir` when the run started. `step`: the step that was saved; None
-    or 0 if training had not begun. `verb`: the command that was stopped, such as train.
+    `directory`: where the run directory is now. `former_dir`: where it was when the run started; another one if it was renamed.
+    `step`: the step that was saved; None or 0 if training had not begun. `verb`: the command that was stopped, such as train.
     """
     if verb == "export":  # the directory is a temporary one
         return EXPORT_STOPPED
     if verb == "evaluate":
         return f"{directory}: stopped; an evaluation keeps nothing, the same command begins it again"
     reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing is lost"
-    if directory != run_dir:
+    if directory != former_dir:
         return f"{directory}: {reached}; the directory was renamed while the run was under way: run.dir={directory} continues it"
     return f"{directory}: {reached}; the same command continues it"
 
 
 def find_run_directory(run_dir: Path, before: StateBeforeStart) -> Path | None:
-    """Where the run directory is now, which may have been renamed while the run was under way; None if it was deleted."""
+    """Where the run directory is now, which may have been renamed while the run was under way; None if it was deleted.
+
+    `run_dir`: where it was when the run started. That is returned too if the directory could not be opened then.
+    """
     if before.directory is None:
         return run_dir
-    current = None
+    found_dir = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide how the run ended
-        current = before.directory.find()
+        found_dir = before.directory.find()
     # A file system may give a directory another inode number: then the directory under its name is the run's.
-    if current is None and (run_dir / "config.yaml").exists():
+    if found_dir is None and (run_dir / "config.yaml").exists():
         return run_dir
-    return current
+    return found_dir
 
 
-def _lower_micro(run_dir: Path) -> str | None:
-    """Halve the micro-batch of a run that ran out of memory; returns the change as text, None (with a message) if it is 1."""
+def _write_smaller_settings(run_dir: Path) -> str | None:
+    """Write smaller settings for a run that ran out of memory; returns the change, such as "batch.micro: 8 -> 4".
+
+    None, and a message on stderr, if the micro-batch cannot be halved.
+    """
     from launch.cluster.oom_retry import write_smaller_settings
 
-    change = write_smaller_settings(run_dir)
-    if change is None:
+    settings_change = write_smaller_settings(run_dir)
+    if settings_change is None:
         print(f"{run_dir}: not started again: batch.micro cannot be halved", file=sys.stderr, flush=True)
-    return change
+    return settings_change
 
 
 def _retry_cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
@@ -198,9 +223,9 @@ def _retry_cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
     - failed: the cause that the record of the failure names, such as "node_fail", if any.
     `code`: the exit code of the run. `signals`: those that this process received.
     """
-    if code == 130 or signals & FINAL_SIGNALS:
+    if code == EXIT_INTERRUPTED or signals & FINAL_SIGNALS:
         return None
-    if code == 75:  # saved and resumable
+    if code == EXIT_PREEMPTED:
         return "preempted" if signals else None
     if code == 0:
         return None
@@ -208,9 +233,12 @@ def _retry_cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
 
 
 def _failure_message(run_dir: Path, failure: dict[str, Any], verb: str) -> str:
-    """The message about a failed run from its `failure.json`: which rank, where and why; a traceback unless the user erred."""
-    step = f", step {failure['step']}" if failure.get("step") is not None else ""
-    summary = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{step})"
+    """The message about a failed run from its `failure.json`: which rank failed, where and why.
+
+    An error of the user has its message below that; any other error has its traceback before it.
+    """
+    step_text = f", step {failure['step']}" if failure.get("step") is not None else ""
+    summary = f"rank {failure['rank']} on {failure['host']} failed ({failure['phase']}{step_text})"
     if failure["user_error"]:
         indented_message = failure["message"].replace("\n", "\n  ")
         return f"shardtune {verb}: {summary}:\n  {indented_message}"

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -69,13 +69,17 @@ class StartNotice:
         print(f"starting {processes} processes{share}", file=sys.stderr, flush=True)
 
     def poll(self) -> None:
-        """Print that the processes are loading, if nothing was printed for `NOTICE_AFTER_S` seconds."""
+        """Print that the processes are loading, if nothing was printed for `NOTICE_AFTER_S` seconds.
+
+        Once the run has written another status, nothing is printed any more: rank 0 then says how far it is.
+        """
         now = time.monotonic()
-        if self._status_before is None or now - self._last_notice <= NOTICE_AFTER_S:
+        has_begun = self._status_before is None
+        if has_begun or now - self._last_notice <= NOTICE_AFTER_S:
             return
         self._last_notice = now
         if read_status(self._run_dir) != self._status_before:
-            self._status_before = None  # from here on rank 0 says how far it is
+            self._status_before = None
         else:
             print(f"{now - self._began:.0f} s: the processes load their libraries", file=sys.stderr, flush=True)
 
@@ -96,8 +100,11 @@ TRAIN = RankProgram("launch.train", "config.yaml")
 def torchrun_arguments(
     launcher: LauncherConfig, run_id: str, this_host: ThisHost | None = None, module: str = TRAIN.module
 ) -> list[str]:
-    """The command-line arguments of torchrun on this host, up to the module that the ranks run.
+    """The command-line arguments of torchrun on this host, up to `module`, which the ranks run.
 
+    - One host: a rendezvous of its own.
+    - Several hosts that all know their rank: a static rendezvous at `launcher.rdzv`.
+    - Several hosts otherwise: a rendezvous there at which they agree on their ranks (c10d).
     `run_id`: names the rendezvous of several hosts. `this_host`: None if the run has one host.
     """
     arguments = [f"--nproc-per-node={launcher.processes or 1}", f"--shutdown-timeout={STOP_GRACE_S}"]
@@ -111,7 +118,7 @@ def torchrun_arguments(
         all_know_their_rank = launcher.nodes == 2 or launcher.node_rank is not None
         if this_host.rank is not None and all_know_their_rank:
             arguments += ["--rdzv-backend=static", f"--node-rank={this_host.rank}"]
-        else:  # the hosts agree on their ranks when they meet
+        else:
             arguments += ["--rdzv-backend=c10d", f"--rdzv-conf=is_host={int(this_host.is_first)}"]
     return [*arguments, "-m", module]
 
@@ -128,7 +135,8 @@ def start(
 
     `run_id`: names the rendezvous of several hosts. `redirected`: where the output goes; None for the terminal.
     Signals that ask the run to save are passed on to the ranks; Ctrl-C gives them `STOP_GRACE_S` seconds to save, then kills.
-    Returns (torchrun's exit code, or 130 after Ctrl-C; the numbers of all signals received).
+    Returns (the exit code of torchrun, or 130 after Ctrl-C; the numbers of all signals that were received).
+    Raises ConfigError for network settings with which the ranks could not meet.
     """
     # torchrun's command line and environment.
     this_host = locate_this_host(config.launcher) if config.launcher.nodes > 1 else None
@@ -143,7 +151,7 @@ def start(
     # Run it.
     _adopt_orphans()
     with (
-        collected_signals() as (pending, received),
+        collected_signals() as signals,
         _output_streams(redirected) as streams,
         _heartbeat_directory() as env[HEARTBEAT_DIRECTORY],
     ):
@@ -158,13 +166,16 @@ def start(
         if this_host is not None:
             watchers += _host_watchers(agent.pid, config.launcher, this_host, run_dir)
         try:
-            return _wait_for_agent(agent, pending, watchers), received
+            return _wait_for_agent(agent, signals.pending, watchers), signals.received
         finally:
             _kill_remaining_processes(agent)
 
 
 def _agent_environment(config: RunConfig, this_host: ThisHost | None, cores: int) -> dict[str, str]:
-    """The environment of torchrun and its ranks. `this_host`: None if the run has one host; `cores`: CPU cores of this host."""
+    """The environment of torchrun and its ranks: that of this process, with threads, network and import path set for them.
+
+    `this_host`: None if the run has one host. `cores`: CPU cores of this host, which the ranks share.
+    """
     env = {**os.environ, "SHARDTUNE_LAUNCHER": str(os.getpid())}
     # torchrun would set one thread a rank, however many cores the host has.
     processes = config.launcher.processes or 1
@@ -179,9 +190,11 @@ def _agent_environment(config: RunConfig, this_host: ThisHost | None, cores: int
 
 
 def _refuse_network(launcher: LauncherConfig, this_host: ThisHost | None) -> None:
-    """Refuse network settings that would keep the ranks from meeting, before torchrun ends in a traceback over them.
+    """Raise ConfigError for network settings that would keep the ranks from meeting; torchrun would end in a traceback.
 
-    Errors: ConfigError.
+    - GLOO_SOCKET_IFNAME and the like name an interface that this host does not have;
+    - the run has one host (`this_host` is None) with several ranks, and no loopback interface;
+    - this is the first of several hosts, and another process listens at the port of `launcher.rdzv`.
     """
     refuse_unknown_interface()
     if this_host is None:
@@ -195,7 +208,7 @@ def _host_watchers(
 ) -> list[Callable[[], None]]:
     """Functions to call a few times a second while a run on several hosts goes on. `agent_pid`: torchrun's process.
 
-    The first reports hosts that have not joined the rendezvous, the second kills a torchrun whose ranks are gone.
+    The first reports hosts that have not joined the rendezvous, the second kills a torchrun whose ranks have ended.
     """
     import psutil
 
@@ -226,23 +239,36 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1)
 
 
-@contextlib.contextmanager
-def collected_signals() -> Iterator[tuple[list[int], set[int]]]:
-    """Within the block, collect signals instead of acting on them; yields (those still to be passed on, all that came)."""
-    pending: list[int] = []
-    received: set[int] = set()
+@dataclass(frozen=True, slots=True)
+class CollectedSignals:
+    """Numbers of the signals that this process has received. A signal handler adds to both while they are read."""
 
-    def note(signal_number: int, _: FrameType | None) -> None:
-        pending.append(signal_number)
-        received.add(signal_number)
+    pending: list[int] = field(default_factory=list)
+    """Those that are still to be passed on to the ranks, in order. Whoever passes one on removes it."""
+    received: set[int] = field(default_factory=set)
+    """All of them."""
+
+
+@contextlib.contextmanager
+def collected_signals() -> Iterator[CollectedSignals]:
+    """Within the block, collect Ctrl-C and the signals that ask a run to save, instead of acting on them.
+
+    Signals that were held since this process began are delivered when the block begins. After it, the handlers and the held
+    signals are as before.
+    """
+    signals = CollectedSignals()
+
+    def record_signal(signal_number: int, _: FrameType | None) -> None:
+        signals.pending.append(signal_number)
+        signals.received.add(signal_number)
 
     previous_handlers = {}
     for signal_number in (*SIGNALS, signal.SIGINT):
-        previous_handlers[signal_number] = signal.signal(signal_number, note)
+        previous_handlers[signal_number] = signal.signal(signal_number, record_signal)
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     release()
     try:
-        yield pending, received
+        yield signals
     finally:
         # Held again first: how the run ended is still to be written down.
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
@@ -261,11 +287,13 @@ def _output_streams(redirected: RedirectedOutput | None) -> Iterator[dict[str, A
         yield {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
 
 
-def _wait_for_agent(agent: subprocess.Popen[bytes], pending: list[int], watchers: list[Callable[[], None]]) -> int:
-    """Wait for torchrun to end, and pass signals in `pending` on to its ranks.
+def _wait_for_agent(
+    agent: subprocess.Popen[bytes], pending_signals: list[int], watchers: list[Callable[[], None]]
+) -> int:
+    """Wait for torchrun to end, and pass pending signals on to its ranks. `watchers` are called a few times a second.
 
-    `pending`: numbers of received signals, filled by the signal handler while this runs and emptied here.
-    `watchers` are called a few times a second.
+    `pending_signals`: filled by the signal handler while this runs, and emptied here. Ctrl-C reaches the ranks as TERM, at which
+    they save.
     Returns torchrun's exit code; or 130 after Ctrl-C: when torchrun has ended, at a second Ctrl-C, or after `STOP_GRACE_S`.
     """
     interrupted_at: float | None = None
@@ -275,16 +303,17 @@ def _wait_for_agent(agent: subprocess.Popen[bytes], pending: list[int], watchers
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = agent.wait(timeout=0.2)  # raises TimeoutExpired while torchrun runs
             return 130 if interrupted_at is not None else code
-        if pending.count(signal.SIGINT) and interrupted_at is not None:
-            return 130  # a second Ctrl-C does not wait
-        if signal.SIGINT in pending:
+        is_second_interrupt = interrupted_at is not None and pending_signals.count(signal.SIGINT) > 0
+        if is_second_interrupt:
+            return 130
+        if signal.SIGINT in pending_signals:
             interrupted_at = time.monotonic()
-            # Ranks save on TERM. Changed item by item: a signal that the handler appends meanwhile is not lost.
-            for index, signal_number in enumerate(pending):
-                pending[index] = signal.SIGTERM if signal_number == signal.SIGINT else signal_number
+            # Changed one by one: a signal that the handler appends meanwhile is not lost.
+            for index, signal_number in enumerate(pending_signals):
+                pending_signals[index] = signal.SIGTERM if signal_number == signal.SIGINT else signal_number
         # A signal stays pending until there are ranks to receive it.
-        if pending and _signal_ranks(agent.pid, pending[0]):
-            pending.pop(0)
+        if pending_signals and _signal_ranks(agent.pid, pending_signals[0]):
+            pending_signals.pop(0)
         if interrupted_at is not None and time.monotonic() - interrupted_at > STOP_GRACE_S:
             return 130
 
@@ -307,31 +336,33 @@ def _signal_ranks(agent_pid: int, signal_number: int) -> bool:
 
 
 def _kill_remaining_processes(agent: subprocess.Popen[bytes]) -> None:
-    """Kill all processes of the run that still live: torchrun (`agent`), its ranks and their helpers, and orphans of these."""
+    """Kill all processes of the run that still live, and wait for their end: torchrun (`agent`), its descendants, and orphans.
+
+    Orphans are processes whose parent has ended. They have become children of this process (`_adopt_orphans`), and are told
+    from its other children by the variable SHARDTUNE_LAUNCHER in their environment.
+    """
     import psutil
 
-    # Candidates: descendants of torchrun, and of this process.
-    processes: list[psutil.Process] = []
+    candidates: list[psutil.Process] = []
     if agent.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            processes += psutil.Process(agent.pid).children(recursive=True)
-    # Orphans have become children of this process (`_adopt_orphans`).
+            candidates += psutil.Process(agent.pid).children(recursive=True)
     for child in psutil.Process().children(recursive=True):
-        if child.pid != agent.pid and child not in processes:
-            processes.append(child)
-    for process in processes:
+        if child.pid != agent.pid and child not in candidates:
+            candidates.append(child)
+    for process in candidates:
         with contextlib.suppress(psutil.Error):
-            # A child of this process that is not of the run does not have its variable.
-            if process.environ().get("SHARDTUNE_LAUNCHER") == str(os.getpid()):
+            is_of_run = process.environ().get("SHARDTUNE_LAUNCHER") == str(os.getpid())
+            if is_of_run:
                 process.kill()
     if agent.poll() is None:
         agent.kill()
     agent.wait()
-    psutil.wait_procs(processes, timeout=5)
+    psutil.wait_procs(candidates, timeout=5)
 
 
 def run_torchrun(argv: list[str]) -> int:
-    """Run torchrun in this process without its long report of errors; returns the exit code.
+    """Run torchrun in this process without its long report of errors; returns 0, or 1 if a rank failed.
 
     `argv`: torchrun's arguments. If a signal killed a rank, that is recorded in the run directory, since the rank itself cannot.
     """
@@ -342,78 +373,116 @@ def run_torchrun(argv: list[str]) -> int:
 
     logging.disable(logging.CRITICAL)
     # Processes that the kernel has killed for want of memory so far; None if it does not count them.
-    kills_before = out_of_memory_kills()
+    oom_kills_before = out_of_memory_kills()
     with contextlib.ExitStack() as cleanup:
-        if HEARTBEAT_DIRECTORY not in os.environ:  # under SLURM; else it is the launcher's, who outlives this process
+        # Under SLURM there is no such variable yet. Otherwise the launcher has set it, who outlives this process.
+        if HEARTBEAT_DIRECTORY not in os.environ:
             os.environ[HEARTBEAT_DIRECTORY] = cleanup.enter_context(_heartbeat_directory())
         try:
             torchrun(argv)
         except ChildFailedError as error:
-            kills_after = out_of_memory_kills()
-            _record_killed_rank(error, out_of_memory=(kills_after or 0) > (kills_before or 0))
+            oom_kills_after = out_of_memory_kills()
+            kernel_killed_for_memory = (oom_kills_after or 0) > (oom_kills_before or 0)
+            _record_killed_rank(error, kernel_killed_for_memory=kernel_killed_for_memory)
             return 1
     return 0
 
 
 def only_lost_a_peer(failure: dict[str, Any]) -> bool:
-    """Whether a recorded failure only says that a rank lost its peer, so that the cause may replace it.
+    """Whether a recorded failure (`failure.json`) only says that a rank lost its peer, so that the cause may replace it.
 
+    The record says so itself by its key `gone`. A record without the key is judged by its message.
     What a rank wrote about itself is a cause. So is a rank that hung and was stopped: torchrun has killed that one since.
     """
     lost_peer_by_message = LOST_PEER.search(failure.get("message", "")) is not None
     return bool(failure.get("gone", lost_peer_by_message))
 
 
-def _record_killed_rank(error: BaseException, *, out_of_memory: bool) -> None:
-    """Write the `failure.json` of a rank that a signal has killed; nothing if no rank was.
+@dataclass(frozen=True, slots=True)
+class _KilledRank:
+    """A rank whose process was killed by a signal."""
 
-    `error`: torchrun's ChildFailedError. `out_of_memory`: whether the kernel has killed a process for memory meanwhile.
+    rank: int
+    pid: int
+    signal_name: str
+    """Such as "SIGKILL"."""
+
+
+def _first_killed_rank(failures: dict[int, Any]) -> _KilledRank | None:
+    """The rank that was killed first by a signal other than TERM; None if no rank was. `failures`: torchrun's, by rank.
+
+    TERM does not count, because torchrun itself ends the peers of a failed rank by it.
+    """
+    killed_ranks = []
+    for rank, failure in failures.items():
+        # The exit code of a killed process is the signal's number, negative.
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+            killed_ranks.append(rank)
+    if not killed_ranks:
+        return None
+    first_rank = min(killed_ranks, key=lambda rank: failures[rank].timestamp)
+    first_failure = failures[first_rank]
+    return _KilledRank(first_rank, first_failure.pid, signal.Signals(-first_failure.exitcode).name)
+
+
+def _record_killed_rank(error: BaseException, *, kernel_killed_for_memory: bool) -> None:
+    """Write the `failure.json` of a rank that a signal has killed; nothing if no rank was, or if there is no run directory.
+
+    It replaces a failure that only says that a rank lost its peer, but not a failure of another kind. Under SLURM, where nobody
+    else does so, it also prints the failure and writes `status.json`.
+    `error`: torchrun's ChildFailedError. `kernel_killed_for_memory`: whether the kernel has killed a process for memory since
+    the ranks started.
     """
     from strategies.errors import ShardtuneError
     from trainer.reporting.status import State, read_failure, record_failure, write_status
 
-    failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
-    killed_ranks = []
-    for rank, rank_failure in failures.items():
-        # torchrun itself ends the peers of a failed rank by TERM.
-        if rank_failure.exitcode < 0 and rank_failure.exitcode != -signal.SIGTERM:
-            killed_ranks.append(rank)
-    if not killed_ranks or "SHARDTUNE_RUN_DIR" not in os.environ:
+    # A kill explains more than exits that torchrun noticed at the same time: those may be peers that lost the killed rank.
+    killed = _first_killed_rank(error.failures)  # type: ignore[attr-defined]
+    if killed is None or "SHARDTUNE_RUN_DIR" not in os.environ:
         return
-    # Among exits that torchrun noticed at the same time, a peer's may have the earlier time. A kill explains more.
-    rank = min(killed_ranks, key=lambda rank: failures[rank].timestamp)
-    failure = failures[rank]
-    signal_name = signal.Signals(-failure.exitcode).name
-    out_of_memory = out_of_memory and signal_name == "SIGKILL"
-    explanation = OUT_OF_MEMORY if out_of_memory else ""
-    killed = ShardtuneError(f"rank {rank} (process {failure.pid}) was killed by {signal_name}{explanation}")
+    is_out_of_memory = kernel_killed_for_memory and killed.signal_name == "SIGKILL"
+    explanation = OUT_OF_MEMORY if is_out_of_memory else ""
+    killed_error = ShardtuneError(
+        f"rank {killed.rank} (process {killed.pid}) was killed by {killed.signal_name}{explanation}"
+    )
 
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     recorded = read_failure(run_dir)
-    # NCCL aborts every rank that waits too long, and each has written before what it waited for.
-    is_abort_after_wait = signal_name == "SIGABRT" and TIMED_OUT.search(recorded.get("message", ""))
-    phase = "killed"
-    step = None
-    if recorded.get("rank") == rank and recorded.get("gone"):  # a peer has written where this rank was
-        phase = recorded["phase"]
-        step = recorded["step"]
-    else:
-        last_heartbeat = read_last_heartbeat(Path(os.environ.get(HEARTBEAT_DIRECTORY, os.devnull)), rank)
-        if last_heartbeat is not None:
-            phase = last_heartbeat.phase
-            step = last_heartbeat.step
+    last_work = _last_work_of_rank(killed.rank, recorded)
+    # NCCL aborts every rank that waits too long, and each has written before what it waited for: that record stays.
+    is_abort_after_wait = killed.signal_name == "SIGABRT" and TIMED_OUT.search(recorded.get("message", "")) is not None
     was_recorded = record_failure(
         run_dir,
-        rank,
-        killed,
-        phase,
-        step,
+        killed.rank,
+        killed_error,
+        last_work.phase,
+        last_work.step,
         replace=only_lost_a_peer(recorded) and not is_abort_after_wait,
-        pid=failure.pid,
-        retry="out_of_memory" if out_of_memory else "node_fail",
+        pid=killed.pid,
+        retry="out_of_memory" if is_out_of_memory else "node_fail",
     )
-    # Under SLURM nobody else shows the failure, or writes the status.
-    if was_recorded and "SHARDTUNE_LAUNCHER" not in os.environ:
-        print(killed, file=sys.stderr, flush=True)
+    runs_under_slurm = "SHARDTUNE_LAUNCHER" not in os.environ
+    if was_recorded and runs_under_slurm:
+        print(killed_error, file=sys.stderr, flush=True)
         with contextlib.suppress(ShardtuneError):
-            write_status(run_dir, State.failed, step=step, reason=str(killed))
+            write_status(run_dir, State.failed, step=last_work.step, reason=str(killed_error))
+
+
+@dataclass(frozen=True, slots=True)
+class _LastWork:
+    """What a rank was doing before it was killed."""
+
+    phase: str
+    """Such as "training"; "killed" if it is not known."""
+    step: int | None
+
+
+def _last_work_of_rank(rank: int, recorded: dict[str, Any]) -> _LastWork:
+    """What a killed rank was doing: by the failure that a peer `recorded` about it, else by its last heartbeat."""
+    is_about_rank = recorded.get("rank") == rank and recorded.get("gone")
+    if is_about_rank:
+        return _LastWork(recorded["phase"], recorded["step"])
+    last_heartbeat = read_last_heartbeat(Path(os.environ.get(HEARTBEAT_DIRECTORY, os.devnull)), rank)
+    if last_heartbeat is not None:
+        return _LastWork(last_heartbeat.phase, last_heartbeat.step)
+    return _LastWork("killed", step=None)

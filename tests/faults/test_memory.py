@@ -113,7 +113,7 @@ def test_out_of_memory_rank_that_a_peer_took_for_a_lost_node_is_corrected(
     if launcher is not None:
         monkeypatch.setenv("SHARDTUNE_LAUNCHER", launcher)
     killed = types.SimpleNamespace(exitcode=-signal.SIGKILL, pid=7, timestamp=5)
-    torchrun._record_killed_rank(types.SimpleNamespace(failures={1: killed}), out_of_memory=memory)
+    torchrun._record_killed_rank(types.SimpleNamespace(failures={1: killed}), kernel_killed_for_memory=memory)
     failure = read_failure(tmp_path)
     assert (failure["phase"], failure["step"]) == ("training", 9)
     assert ("out of memory" in failure["message"], failure["retry"]) == (

@@ -167,7 +167,7 @@ def test_launcher_names_a_killed_rank_as_the_cause_unless_another_recorded_one(
     killed = types.SimpleNamespace(exitcode=-signal.SIGABRT, pid=7, timestamp=5)
     ended = types.SimpleNamespace(exitcode=70, pid=8, timestamp=5)
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
-    torchrun._record_killed_rank(types.SimpleNamespace(failures={1: ended, 0: killed}), out_of_memory=False)
+    torchrun._record_killed_rank(types.SimpleNamespace(failures={1: ended, 0: killed}), kernel_killed_for_memory=False)
     assert read_failure(tmp_path)["rank"] == first_cause
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launch.cluster.preflight import coordinator
-from launch.cluster.preflight.answer import as_dict, report_text
+from launch.cluster.preflight.answer import preflight_json, report_text
 from launch.cluster.preflight.coordinator import preflight_request
 from launch.cluster.preflight.exchange import pairing_rounds
 from launch.cluster.preflight.node import report_lines
@@ -56,7 +56,7 @@ def judged(*looks: dict[str, Any], **asked: Any) -> tuple[list[str], list[str]]:
     for key, value in asked.items():
         setattr(what, key, value)
     verdict = judge(what, heard)
-    assert report_text(what, heard, verdict) and json.dumps(as_dict(what, heard, verdict))
+    assert report_text(what, heard, verdict) and json.dumps(preflight_json(what, heard, verdict))
     return verdict.problems, verdict.notes
 
 
