@@ -2,7 +2,7 @@
 
 The two talk in lines of JSON. First comes the environment: the process restarts itself with it. Then comes the
 address where the hosts meet, then signals. The first line that goes out describes this host; all further lines are
-output of the ranks. If nothing comes in for `SILENT_S` seconds, or the other end closes, the ranks are ended: nothing
+output of the ranks. If nothing comes in for `MESSAGE_TIMEOUT_S` seconds, or the other end closes, the ranks are ended: nothing
 outlives the command.
 """
 
@@ -21,23 +21,24 @@ import threading
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from strategies.compat.python import end_process
 from strategies.hardware import count_nvidia_gpus
 from trainer.stopping.signals import hold
 
+STDIN_FD = 0
 FACTS_PREFIX = "shardtune-node "
 """Begins the line that says what a host is; what a login shell prints stands before it."""
 JOB_VARIABLE = "SHARDTUNE_NODE_TOLD"
 """Carries the job, as JSON, over the restart of this process in the job's environment."""
-SILENT_S = 60.0
+MESSAGE_TIMEOUT_S = 60.0
 """Seconds without a line from the other end after which it counts as lost. It sends one every few seconds."""
-END_S = 10.0
+RANKS_END_S = 10.0
 """Seconds between asking the ranks to end and ending without them; they die with what started them."""
-VISIBLE_S = 10.0
+FILE_VISIBLE_S = 10.0
 """Seconds in which a file that was just written may appear on a network file system."""
-HOST_VARIABLES = re.compile(
+HOST_VARIABLES_REGEX = re.compile(
     "HOME|USER|LOGNAME|SHELL|SHLVL|MAIL|HOSTNAME|TMPDIR|(OLD)?PWD|_|(COLOR)?TERM|(WAYLAND_)?DISPLAY|XAUTHORITY|LS_COLORS|"
     "(SSH|XDG)_.*|DBUS_SESSION_BUS_ADDRESS"
 )
@@ -46,44 +47,49 @@ HOST_VARIABLES = re.compile(
 
 def variables_to_carry(env: dict[str, str]) -> dict[str, str]:
     """The environment variables that the ranks on other hosts get: all but those that belong to a host or a login."""
-    return {key: value for key, value in env.items() if not HOST_VARIABLES.fullmatch(key)}
+    return {key: value for key, value in env.items() if not HOST_VARIABLES_REGEX.fullmatch(key)}
 
 
 def main(module: str = "launch.cluster.node") -> int:
-    """Read the job, report what this host is, and run the ranks; returns the exit code (`launch.cluster.torchrun.start`).
+    """Read the job, report what this host is, and run the ranks; returns the exit code.
 
-    `module` is the one that calls this: the process replaces itself by it.
+    130 if the connection to the host that started the run is lost, or Ctrl-C came, before there were ranks.
+    `module`: the one that calls this: the process replaces itself by it.
     """
     hold()  # as the command does: a request to save that comes while libraries are loaded is kept
     try:
         return _run_node(module)
-    except (EOFError, KeyboardInterrupt):  # the other end has gone, or a signal came before there were ranks
+    except (EOFError, KeyboardInterrupt):
         return 130
 
 
 def _run_node(module: str) -> int:
     """Talk with the host that started the run over stdin and stdout, and run this host's ranks; returns the exit code.
 
-    Called twice: the first time it reads the job from stdin and replaces this process by one in the job's environment. The second
-    time it prints this host's facts, reads where the ranks meet, and runs them, while a thread receives signals.
-    Errors: EOFError if the other end has gone.
+    Called twice. The first time it reads the job from stdin and replaces this process by one in the job's environment, which
+    calls it again. The second time it prints this host's facts, reads where the ranks meet, and runs them, while a thread
+    receives signals. Raises EOFError if the connection is lost.
     """
     if JOB_VARIABLE not in os.environ:
-        _restart_in_environment(json.loads(_read_line(0)), module)
+        _restart_in_environment(json.loads(_read_line(STDIN_FD)), module)  # never returns
     job = json.loads(os.environ.pop(JOB_VARIABLE))
     # Messages keep coming through a copy of stdin; stdin itself becomes empty, since ranks read nothing.
-    message_fd = os.dup(0)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    message_fd = os.dup(STDIN_FD)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), STDIN_FD)
     sys.stdout.write(FACTS_PREFIX + json.dumps(describe_host(job)) + "\n")
     sys.stdout.flush()
-    rendezvous = json.loads(_read_line(message_fd, SILENT_S))
+    rendezvous = json.loads(_read_line(message_fd, MESSAGE_TIMEOUT_S))
     threading.Thread(target=_relay_signals, args=(message_fd,), daemon=True).start()
     return run_ranks(job, rendezvous)
 
 
-def _restart_in_environment(job: dict[str, Any], module: str) -> None:
-    """Replace this process by one in the job's environment, which the interpreter may need from its beginning on."""
-    host_variables = {key: value for key, value in os.environ.items() if HOST_VARIABLES.fullmatch(key)}
+def _restart_in_environment(job: dict[str, Any], module: str) -> NoReturn:
+    """Replace this process by one in the job's environment, which the interpreter may need from its beginning on.
+
+    The job's variables `env` come first, then those that each host has for itself. If the job's directory is missing on this
+    host, the process ends with a message.
+    """
+    host_variables = {key: value for key, value in os.environ.items() if HOST_VARIABLES_REGEX.fullmatch(key)}
     env = {**job.pop("env"), **host_variables, JOB_VARIABLE: json.dumps(job)}
     try:
         os.chdir(job["cwd"])
@@ -96,28 +102,32 @@ def describe_host(job: dict[str, Any]) -> dict[str, Any]:
     """Facts of this host, with which the host that starts the run decides whether this one can take part.
 
     The keys that are not plain: `ssh`, the address at which ssh reached this host, as a list that may be empty; `addresses`, the
-    network interface of each IP address; `port`, a free one; `config`, the SHA-256 of the frozen configuration as it is visible
-    here, None if it is not.
+    network interface of each IP address; `port`, a free one; `code`, a digest of shardtune's files; `config`, the SHA-256 of the
+    run's configuration as it is visible here, None if it is not; `gpus`, their number.
+    `job`: has the path `config` and its `sha256` on the host that starts the run.
     """
     from launch.cluster.hosts import interface_by_address
     from launch.cluster.snapshot import code_digest, read_code
 
-    path = Path(job["config"])
+    config_file = Path(job["config"])
     # A network file system may show a file late that another host has just written.
-    deadline = time.monotonic() + VISIBLE_S
-    config_digest = _sha256(path)
-    while config_digest != job["sha256"] and time.monotonic() < deadline:
+    deadline = time.monotonic() + FILE_VISIBLE_S
+    config_sha256 = _sha256(config_file)
+    while config_sha256 != job["sha256"] and time.monotonic() < deadline:
         time.sleep(0.5)
-        config_digest = _sha256(path)
+        config_sha256 = _sha256(config_file)
+    ssh_connection = (
+        os.environ.get("SSH_CONNECTION") or ""
+    ).split()  # client address, client port, server address, ...
     return {
         "host": socket.gethostname(),
-        "ssh": (os.environ.get("SSH_CONNECTION") or "").split()[2:3],
+        "ssh": ssh_connection[2:3],
         "addresses": interface_by_address(),
         "port": _free_port(),
         "python": sys.version.split()[0],
         "torch": metadata.version("torch"),
         "code": code_digest(read_code()),
-        "config": config_digest,
+        "config": config_sha256,
         "gpus": count_nvidia_gpus(),
     }
 
@@ -125,39 +135,44 @@ def describe_host(job: dict[str, Any]) -> dict[str, Any]:
 def run_ranks(job: dict[str, Any], rendezvous: dict[str, Any]) -> int:
     """Run this host's ranks to their end; returns the exit code.
 
-    `rendezvous`: this host's `rank` among the hosts, `rdzv` (host:port at which they meet), and `run_id`.
+    `job`: the path of the run's configuration (`config`) and the `module` that ranks run. `rendezvous`: this host's `rank` among
+    the hosts, `rdzv` (host:port at which the ranks meet), and `run_id`.
     """
     from launch.cluster.torchrun import RankProgram, start
     from launch.config.frozen import load_frozen
 
-    path = Path(job["config"])
-    config = load_frozen(path)
+    config_file = Path(job["config"])
+    config = load_frozen(config_file)
     config.launcher.node_rank = rendezvous["rank"]
     config.launcher.rdzv = rendezvous["rdzv"]
-    code, _ = start(config, path.parent, rendezvous["run_id"], program=RankProgram(job["module"], path.name))
+    program = RankProgram(job["module"], config_file.name)
+    code, _ = start(config, config_file.parent, rendezvous["run_id"], program=program)
     return code
 
 
 def _relay_signals(message_fd: int) -> None:
-    """Send this process the signals that arrive as messages; end the ranks once the other end is silent or gone.
+    """Send this process the signals that arrive as messages; end the ranks and this process once the connection is lost.
 
-    Runs in a thread of its own. A message is a line of JSON: {"signal": 15}, or {} as a heartbeat.
+    Runs in a thread of its own. A message is a line of JSON: {"signal": 15}, or {} as a heartbeat. The connection counts as lost
+    after `MESSAGE_TIMEOUT_S` seconds without a message.
     """
     while True:
         try:
-            message = json.loads(_read_line(message_fd, SILENT_S))
+            message = json.loads(_read_line(message_fd, MESSAGE_TIMEOUT_S))
         except (EOFError, ValueError):
             break
         if "signal" in message:
             os.kill(os.getpid(), message["signal"])
-    for _ in range(2):  # as Ctrl-C: a few seconds to save, then none
+    for _ in range(
+        2
+    ):  # as Ctrl-C pressed twice: the first time the ranks have a few seconds to save, the second time none
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(END_S)
+        time.sleep(RANKS_END_S)
     end_process(130)
 
 
 def _read_line(descriptor: int, timeout_s: float | None = None) -> bytes:
-    """The next line from a file descriptor. Errors: EOFError if it is closed, or nothing comes for `timeout_s` seconds."""
+    """The next line from a file descriptor. Raises EOFError if it is closed, or if nothing comes for `timeout_s` seconds."""
     line = bytearray()
     # Byte by byte: what is buffered here would be lost when this process replaces itself.
     while not line.endswith(b"\n"):
@@ -180,9 +195,11 @@ def _sha256(path: Path) -> str | None:
 
 
 def _free_port() -> int:
-    """A port of this host at which nobody listens, below those that the kernel gives out to connections."""
+    """A port of this host at which nobody listens, below those that the kernel gives out to connections; 29400 if none is found.
+
+    Chosen at random, so that two runs that start at once rarely take the same one.
+    """
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    # Drawn at random, so that two runs that start at once rarely take the same one.
     for _ in range(50):
         port = random.randrange(20000, 30000)
         try:

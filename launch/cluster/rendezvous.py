@@ -67,8 +67,8 @@ class MissingHostsReport:
             rank = self._this_host.rank
             own_name = self._this_host.address if rank is None else rank
             return (
-                f"host {own_name} of {nodes} waits for the others at {rdzv}, the first host; does the same command run there, and "
-                "does this host reach it?"
+                f"host {own_name} of {nodes} waits for the others at {rdzv}, the first host; does the same command run there, "
+                "and does this host reach it?"
             )
         remedy = "start the same command there, or see whether it reaches this host"
         if nodes == 2:

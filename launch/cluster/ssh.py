@@ -26,7 +26,7 @@ from typing import IO
 from launch.cluster.node import FACTS_PREFIX, variables_to_carry
 from launch.cluster.ssh_nodes import (
     HEARTBEAT_S,
-    SHOWN_LINES,
+    NUM_SHOWN_LINES,
     Node,
     connect,
     refuse_unfit_hosts,
@@ -58,11 +58,11 @@ def start(
     *,
     program: RankProgram = TRAIN,
 ) -> tuple[int, set[int]]:
-    """Run the frozen configuration of `run_dir` to its end on all of `launcher.hosts`, by ssh.
+    """Run the configuration in `run_dir` to its end on all of `launcher.hosts`, by ssh. Every process has ended when it returns.
 
-    Like `launch.cluster.torchrun.start`, with the same parameters. Returns the exit code, or 130 after Ctrl-C, and the signals
-    that came; every process on every host has ended then. Errors: ConfigError without ssh, NodesUnfit if a host cannot be reached
-    or cannot run the run.
+    `run_id`: names the rendezvous. `redirected`: where the output goes; None for the terminal. `program`: what the ranks run.
+    Returns (the exit code, or 130 after Ctrl-C; the numbers of all signals that were received).
+    Raises ConfigError without ssh, NodesUnfit if a host cannot be reached or cannot run the run.
     """
     launcher = config.launcher
     config_file = (run_dir / program.config).absolute()
@@ -82,62 +82,63 @@ def start(
     }
     ranks = "1 process" if launcher.per_node == 1 else f"{launcher.per_node} processes"
     output = NodeOutput(run_dir / "logs", redirected)
-    with collected_signals() as (pending, received), output:
+    with collected_signals() as signals, output:
         print(f"starting {ranks} on each of {', '.join(launcher.hosts)}", file=sys.stderr, flush=True)
         nodes = [connect(name, launcher) for name in launcher.hosts]
         try:
             output.listen(nodes)
             for node in nodes:
                 node.send(job)
-            if not wait_for_host_facts(nodes, pending):
-                return 130 if signal.SIGINT in received else 1, received
+            if not wait_for_host_facts(nodes, signals.pending):
+                return 130 if signal.SIGINT in signals.received else 1, signals.received
             # All hosts are judged before any of them starts a rank.
             refuse_unfit_hosts(nodes, launcher, config_digest)
             rdzv = launcher.rdzv or rendezvous_address(nodes)
             for node_rank, node in enumerate(nodes):
                 node.send({"rank": node_rank, "rdzv": rdzv, "run_id": run_id})
             poll = redirected.poll if redirected is not None else None
-            code = _wait_for_nodes(nodes, pending, poll)
+            code = _wait_for_nodes(nodes, signals.pending, poll)
             if code != 130:
-                # Of a host that is gone nobody else records the failure. The first one is the cause.
+                # Nobody else records the failure of a lost host. The first one is the cause.
                 for node_rank, node in enumerate(nodes):
                     if node.is_disconnected:
                         _record_lost_host(run_dir, node, node_rank * launcher.per_node)
                         break
-            return code, received
+            return code, signals.received
         finally:
             _end_nodes(nodes)
 
 
-def _wait_for_nodes(nodes: list[Node], pending: list[int], poll: Callable[[], None] | None) -> int:
+def _wait_for_nodes(nodes: list[Node], pending_signals: list[int], poll: Callable[[], None] | None) -> int:
     """Wait until all nodes have ended, or one failed and the others had `STOP_GRACE_S` seconds to end too.
 
-    Signals that the signal handler appends to `pending` are taken off and passed on to all nodes. `poll` is called a few times a
-    second. Returns 130 after Ctrl-C, else the first exit code that is not 0, in the order of the nodes, or 0.
+    Meanwhile it passes signals on to all nodes, and sends them heartbeats. `pending_signals`: filled by the signal handler, and
+    emptied here. `poll` is called a few times a second.
+    Returns 130 after Ctrl-C, else the first exit code that is not 0, in the order of the nodes, or 0.
     """
     # Times by the monotonic clock; None until it happens.
     failed_at: float | None = None
     interrupted_at: float | None = None
-    last_heartbeat = 0.0
+    last_heartbeat_at = 0.0
     while True:
         if poll is not None:
             poll()
         now = time.monotonic()
-        while pending:
-            signal_number = pending.pop(0)
+        while pending_signals:
+            signal_number = pending_signals.pop(0)
             if signal_number == signal.SIGINT and interrupted_at is None:
                 interrupted_at = now
             for node in nodes:
                 node.send({"signal": int(signal_number)})
         # A heartbeat is an empty message. A node ends its ranks if it receives no message for a while.
-        if now - last_heartbeat > HEARTBEAT_S:
-            last_heartbeat = now
+        if now - last_heartbeat_at > HEARTBEAT_S:
+            last_heartbeat_at = now
             for node in nodes:
                 node.send({})
 
-        codes = [node.process.poll() for node in nodes]  # None while a node runs
-        all_ended = None not in codes
-        failed_codes = [code for code in codes if code]
+        exit_codes = [node.process.poll() for node in nodes]  # None while a node runs
+        all_ended = None not in exit_codes
+        failed_codes = [code for code in exit_codes if code]
         if failed_codes and failed_at is None:
             failed_at = now
         # Has the run ended?
@@ -150,20 +151,23 @@ def _wait_for_nodes(nodes: list[Node], pending: list[int], poll: Callable[[], No
 
 
 def _end_nodes(nodes: list[Node]) -> None:
-    """End whatever still runs on any host: send Ctrl-C twice, then close the connection, then kill ssh; and close the logs."""
-    # Twice: the first Ctrl-C lets the ranks save, the second does not wait.
+    """End whatever still runs on any host, and close the logs.
+
+    In this order: send Ctrl-C twice to the nodes with ranks, close the connections, kill the ssh processes that do not end.
+    """
+    # The first Ctrl-C lets the ranks save, the second does not wait.
     for _ in range(2):
         for node in nodes:
-            has_ranks = node.facts is not None  # a node reports its facts before it starts ranks
+            has_ranks = node.host_facts is not None  # a node reports its facts before it starts ranks
             if has_ranks and node.process.poll() is None:
                 node.send({"signal": int(signal.SIGINT)})
         if all(node.process.poll() is not None for node in nodes):
             break
         time.sleep(0.5)
-    # All connections first, so that the hosts end their ranks side by side and not one after the other.
+    # All connections are closed first, so that the hosts end their ranks side by side and not one after the other.
     deadline = time.monotonic() + STOP_GRACE_S + NODE_END_S
     for node in nodes:
-        node.close()
+        node.close_stdin()
     for node in nodes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             node.process.wait(max(0.0, deadline - time.monotonic()))
@@ -171,21 +175,28 @@ def _end_nodes(nodes: list[Node]) -> None:
             node.process.kill()
             node.process.wait()
     for node in nodes:
-        for reader in node.readers:
+        for reader in node.output_readers:
             reader.join(1)
         if node.log is not None:
             node.log.close()
 
 
-def _record_lost_host(run_dir: Path, node: Node, rank: int) -> None:
-    """Record in `failure.json` that a host was lost, which none of its ranks can. `rank`: the first rank of that host.
+def _record_lost_host(run_dir: Path, node: Node, first_rank: int) -> None:
+    """Record in `failure.json` that a host was lost, which none of its ranks can. `first_rank`: the first rank of that host.
 
     It replaces what other ranks wrote about losing their peers, but not a failure of their own.
     """
     recorded = read_failure(run_dir)
-    lost = ShardtuneError(f"host {node.name} was lost ({node.last_output})")
+    error = ShardtuneError(f"host {node.name} was lost ({node.last_output})")
     record_failure(
-        run_dir, rank, lost, "host", replace=only_lost_a_peer(recorded), host=node.name, pid=None, retry="node_fail"
+        run_dir,
+        first_rank,
+        error,
+        phase="host",
+        replace=only_lost_a_peer(recorded),
+        host=node.name,
+        pid=None,
+        retry="node_fail",
     )
 
 
@@ -211,7 +222,10 @@ class NodeOutput:
             self._file.close()
 
     def listen(self, nodes: list[Node]) -> None:
-        """Start the threads that read what the nodes print, until they end, and open a log file for each node."""
+        """Open a log file for each node, and start the threads that read what it prints until it ends.
+
+        Sets `log` and `output_readers` of each node. The files are numbered by start: `hosts-<start>-<node>.log`.
+        """
         earlier_starts = [0]
         for path in self._logs.iterdir():
             if match := re.match(r"hosts-(\d+)-", path.name):
@@ -224,33 +238,34 @@ class NodeOutput:
                 arguments = (node, pipe, is_stderr, node_rank == 0)
                 reader = threading.Thread(target=self._read_pipe, args=arguments, daemon=True)
                 reader.start()
-                node.readers.append(reader)
+                node.output_readers.append(reader)
 
-    def _read_pipe(self, node: Node, pipe: IO[bytes], is_stderr: bool, is_first: bool) -> None:
-        """Read one pipe of a node to its end: take its facts, log its lines, and show those of stderr and of the first node.
+    def _read_pipe(self, node: Node, pipe: IO[bytes], is_stderr: bool, is_first_node: bool) -> None:
+        """Read one pipe of a node to its end, in a thread: take the node's facts, log its lines, and show some of them.
 
-        `is_first`: it is the first node, whose stdout is shown too, and whose lines need no name before them.
+        The first line on stdout with `FACTS_PREFIX` describes the host. Lines before it are what the login shell there prints:
+        they are only kept for error messages. Once the host is described, lines of stderr and of the first node are shown.
+        `is_first_node`: its lines need no name before them.
         """
         for line in pipe:
             text = line.decode(errors="replace").rstrip("\n")
-            if node.facts is None and not is_stderr:
-                # Before the node's own line come lines that the login shell there prints.
+            is_before_facts = node.host_facts is None and not is_stderr
+            if is_before_facts:
                 if text.startswith(FACTS_PREFIX):
-                    node.facts = json.loads(text.removeprefix(FACTS_PREFIX))
+                    node.host_facts = json.loads(text.removeprefix(FACTS_PREFIX))
                 else:
                     node.last_lines.append(text.strip())
                 continue
             if is_stderr:
-                node.last_lines = [*node.last_lines[-SHOWN_LINES:], text.strip()]
+                node.last_lines = [*node.last_lines[-NUM_SHOWN_LINES:], text.strip()]
             self._log(node, line)
-            if node.facts is not None and (is_first or is_stderr):
-                named_line = line if is_first else f"{node.name}: ".encode() + line
+            if node.host_facts is not None and (is_first_node or is_stderr):
+                named_line = line if is_first_node else f"{node.name}: ".encode() + line
                 self._show(named_line, is_stderr=is_stderr)
 
     def _log(self, node: Node, line: bytes) -> None:
-        """Append a line to the log file of a node."""
+        """Append a line to the log file of a node. A full disk is no error: a node that is not read on would wait to print."""
         assert node.log is not None
-        # On a full disk, too, what a node says is read on: its ranks would wait to say it.
         with contextlib.suppress(OSError):
             node.log.write(line)
 

@@ -21,19 +21,19 @@ from strategies.parent_death import die_with_parent
 from trainer.config.run import LauncherConfig
 from trainer.reporting.code_revision import ROOT
 
-NODE = "launch.cluster.node"
+NODE_MODULE = "launch.cluster.node"
 """What runs on a host."""
-CONNECT_S = 10
+CONNECT_TIMEOUT_S = 10
 """Seconds for a connection, where the user's options say no others."""
-HELLO_S = 60.0
-"""Seconds in which a host must have said what it is."""
+FACTS_TIMEOUT_S = 60.0
+"""Seconds in which a host must have sent its facts."""
 HEARTBEAT_S = 5.0
 """Seconds between messages to the nodes, and between ssh's own heartbeats."""
 MISSED_HEARTBEATS = 6
 """Heartbeats of a host that may be missing in a row before it is taken for lost."""
 SSH_FAILED = 255
 """ssh's own exit code: no connection, or none any more."""
-SHOWN_LINES = 4
+NUM_SHOWN_LINES = 4
 """Last lines of a host that are shown where it said nothing else."""
 
 
@@ -45,13 +45,13 @@ class Node:
     """As in `launcher.hosts`."""
     process: subprocess.Popen[bytes]
     """ssh, with pipes to the node's stdin, stdout and stderr."""
-    facts: dict[str, Any] | None = None
+    host_facts: dict[str, Any] | None = None
     """What the host said about itself (`node.describe_host`); None until it has."""
     last_lines: list[str] = field(default_factory=list)
     """Its last lines on stderr, or before its facts, for messages about a failure."""
     log: IO[bytes] | None = None
     """The file with all of its output."""
-    readers: list[threading.Thread] = field(default_factory=list)
+    output_readers: list[threading.Thread] = field(default_factory=list)
     """The threads that read its pipes."""
 
     def send(self, message: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ class Node:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 
-    def close(self) -> None:
+    def close_stdin(self) -> None:
         """Close the node's stdin, at which it ends its ranks."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
@@ -69,32 +69,32 @@ class Node:
 
     @property
     def is_disconnected(self) -> bool:
-        """Whether ssh ended by itself, rather than what it had started: the connection or the host is gone."""
+        """Whether ssh ended by itself, rather than what it had started: the connection or the host is lost."""
         code = self.process.returncode
         return code is not None and (code == SSH_FAILED or code < 0)
 
     @property
     def last_output(self) -> str:
         """The node's last lines in one, for messages."""
-        shown_lines = [line for line in self.last_lines[-SHOWN_LINES:] if line]
+        shown_lines = [line for line in self.last_lines[-NUM_SHOWN_LINES:] if line]
         return "; ".join(shown_lines) or "it said nothing"
 
 
 def ssh_command(host: str, launcher: LauncherConfig) -> list[str]:
-    """The ssh command that starts `launch.cluster.node` on a host."""
-    node_command = ["exec", "/usr/bin/env", f"PYTHONPATH={ROOT}", sys.executable, "-P", "-m", NODE]
-    options = {
+    """The ssh command that starts `launch.cluster.node` on a host, with the user's options in `launcher.ssh`."""
+    node_command = ["exec", "/usr/bin/env", f"PYTHONPATH={ROOT}", sys.executable, "-P", "-m", NODE_MODULE]
+    default_options = {
         "BatchMode": "yes",
-        "ConnectTimeout": CONNECT_S,
+        "ConnectTimeout": CONNECT_TIMEOUT_S,
         "ServerAliveInterval": int(HEARTBEAT_S),
         "ServerAliveCountMax": MISSED_HEARTBEATS,
     }
-    ssh_options = []
-    for name, setting in options.items():
+    # ssh takes the first value that it is given of an option: the user's come before the defaults.
+    ssh_options = [*launcher.ssh]
+    for name, setting in default_options.items():
         ssh_options += ["-o", f"{name}={setting}"]
-    # ssh takes the first value that it is given of an option: the user's (`launcher.ssh`) come before ours. The last word is
-    # read by the login shell there, whichever that is.
-    return ["ssh", "-T", *launcher.ssh, *ssh_options, "--", host, shlex.join(node_command)]
+    # The last argument is read by the login shell there, whichever that is.
+    return ["ssh", "-T", *ssh_options, "--", host, shlex.join(node_command)]
 
 
 def connect(host: str, launcher: LauncherConfig) -> Node:
@@ -110,39 +110,42 @@ def connect(host: str, launcher: LauncherConfig) -> Node:
     return Node(host, process)
 
 
-def wait_for_host_facts(nodes: list[Node], pending: list[int]) -> bool:
-    """Wait until every node has sent its facts or has ended, for `HELLO_S` seconds at most; False if a signal came first.
+def wait_for_host_facts(nodes: list[Node], pending_signals: list[int]) -> bool:
+    """Wait until every node has sent its facts or has ended; returns False if this process received a signal before that.
 
-    `pending`: the signal handler appends the signals that this process receives. Whether nodes are missing is not checked here.
+    After `FACTS_TIMEOUT_S` seconds the wait ends too, with True: whether facts are missing is checked by `refuse_unfit_hosts`.
+    `pending_signals`: filled by the signal handler.
     """
-    deadline = time.monotonic() + HELLO_S
-    while any(node.facts is None and node.process.poll() is None for node in nodes):
-        if pending:
+    deadline = time.monotonic() + FACTS_TIMEOUT_S
+    while any(node.host_facts is None and node.process.poll() is None for node in nodes):
+        if pending_signals:
             return False
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
     for node in nodes:
-        has_failed = node.facts is None and node.process.poll() is not None
+        has_failed = node.host_facts is None and node.process.poll() is not None
         if has_failed:
-            for reader in node.readers:  # its last lines say why
+            # Its output is read to the end, so that its last lines can say why.
+            for reader in node.output_readers:
                 reader.join(1)
     return True
 
 
-def refuse_unfit_hosts(nodes: list[Node], launcher: LauncherConfig, config_digest: str) -> None:
-    """Refuse to start the run if a host cannot run it. Errors: NodesUnfit, which lists what is wrong with each host.
+def refuse_unfit_hosts(nodes: list[Node], launcher: LauncherConfig, config_sha256: str) -> None:
+    """Raise NodesUnfit if a host cannot run the run, with a line for everything that is wrong with each host.
 
-    `config_digest`: SHA-256 of the frozen configuration, which every host must see alike.
+    First come hosts that sent no facts, then hosts whose facts do not fit, then hosts that are listed under two names.
+    `config_sha256`: of the run's configuration, which every host must see alike.
     """
     problems = []
     for node in nodes:
-        if node.facts is None:
-            problems.append(f"  {node.name}: {_why_silent(node)}")
+        if node.host_facts is None:
+            problems.append(f"  {node.name}: {_why_no_facts(node)}")
     own_versions = _own_versions()
     for node in nodes:
-        if node.facts is not None:
-            for problem in _reasons_unfit(node.facts, launcher, config_digest, own_versions):
+        if node.host_facts is not None:
+            for problem in _reasons_unfit(node.host_facts, launcher, config_sha256, own_versions):
                 problems.append(f"  {node.name}: {problem}")
     problems += _hosts_named_twice(nodes)
     if problems:
@@ -150,35 +153,39 @@ def refuse_unfit_hosts(nodes: list[Node], launcher: LauncherConfig, config_diges
 
 
 def _reasons_unfit(
-    facts: dict[str, Any], launcher: LauncherConfig, config_digest: str, own_versions: dict[str, str]
+    host_facts: dict[str, Any], launcher: LauncherConfig, config_sha256: str, own_versions: dict[str, str]
 ) -> list[str]:
-    """Why a host with these `facts` (`node.describe_host`) cannot run the configuration that was frozen on this host.
+    """Why a host with these facts (`node.describe_host`) cannot run the run that this host has prepared.
 
-    `own_versions`: this host's code, Python and torch, which must be the same there: {"code": digest, "python": "3.12.1", ...}.
+    Other code, another Python or torch, another configuration in the run directory, or GPUs of which this host cannot know how
+    many to use. `own_versions`: this host's: {"code": digest, "python": "3.12.1", "torch": "2.8.0"}.
     """
     problems = []
-    if facts["code"] != own_versions["code"]:
+    if host_facts["code"] != own_versions["code"]:
         problems.append(f"has another code than that of this host ({ROOT})")
     for key in ("python", "torch"):
-        if facts[key] != own_versions[key]:
-            problems.append(f"has another {key} {facts[key]} than {own_versions[key]} ({sys.executable})")
-    if facts["config"] != config_digest:
+        if host_facts[key] != own_versions[key]:
+            problems.append(f"has another {key} {host_facts[key]} than {own_versions[key]} ({sys.executable})")
+    if host_facts["config"] != config_sha256:
         problems.append(
             "does not see the run directory as it was written here; run.dir must be on a file system that all hosts share"
         )
     # Without GPUs on this host, the 1 of `per_node` is only a default.
-    if facts["gpus"] > launcher.per_node and launcher.per_node == 1 and not count_nvidia_gpus():
-        problems.append(f"has {facts['gpus']} GPUs, and this host none to tell by; give launcher.processes")
+    if host_facts["gpus"] > launcher.per_node and launcher.per_node == 1 and not count_nvidia_gpus():
+        problems.append(f"has {host_facts['gpus']} GPUs, and this host none to tell by; give launcher.processes")
     return problems
 
 
 def _hosts_named_twice(nodes: list[Node]) -> list[str]:
-    """A problem for each host that `launcher.hosts` lists under two names, by the address at which ssh reached it."""
+    """A problem for each host that `launcher.hosts` lists under two names, by the address at which ssh reached it.
+
+    A loopback address does not count: every host has the same.
+    """
     problems = []
     name_by_address: dict[str, str] = {}
     for node in nodes:
-        addresses = node.facts["ssh"] if node.facts is not None else ()
-        for address in addresses:
+        ssh_addresses = node.host_facts["ssh"] if node.host_facts is not None else ()
+        for address in ssh_addresses:
             if is_loopback(address):
                 continue
             first_name = name_by_address.setdefault(address, node.name)
@@ -192,11 +199,18 @@ def _own_versions() -> dict[str, str]:
     return {"code": code_digest(read_code()), "python": sys.version.split()[0], "torch": metadata.version("torch")}
 
 
-def _why_silent(node: Node) -> str:
-    """Why a host has not sent its facts: it is late, not reached, or has no Python or shardtune at the same place."""
+def _why_no_facts(node: Node) -> str:
+    """Why a host has not sent its facts, for a message. The first case that holds:
+
+    - ssh still runs: it is late;
+    - ssh failed: it is not reached;
+    - its shell cannot run the command: it has no Python at the same path;
+    - its last lines say that the module is missing: it has no shardtune at the same path;
+    - else: its exit code and last lines.
+    """
     code = node.process.poll()  # the exit code of ssh, which is that of the command there; None while it runs
     if code is None:
-        return f"is reached, but did not answer within {HELLO_S:.0f} s ({node.last_output})"
+        return f"is reached, but did not answer within {FACTS_TIMEOUT_S:.0f} s ({node.last_output})"
     if code == SSH_FAILED:
         return (
             f"is not reached: {node.last_output}; `ssh {node.name} true` must work without a password "
@@ -210,17 +224,17 @@ def _why_silent(node: Node) -> str:
 
 
 def rendezvous_address(nodes: list[Node]) -> str:
-    """host:port on the first host at which the ranks meet, under the address by which ssh reached it.
+    """host:port on the first host at which the ranks meet, under the address by which ssh reached that host.
 
-    If the first host is this one, ssh reached it by a loopback address; then the address towards the second host is taken.
-    Errors: ConfigError if that is a loopback, too.
+    If ssh reached it by a loopback address, it is this host. Then its address towards the second host is taken.
+    Raises ConfigError if only loopback addresses are known.
     """
-    first_facts = nodes[0].facts
+    first_facts = nodes[0].host_facts
     assert first_facts is not None
-    # facts["ssh"]: the addresses of a host at which ssh reached it.
-    address = next(iter(first_facts["ssh"]), "127.0.0.1")
+    ssh_addresses = first_facts["ssh"]
+    address = ssh_addresses[0] if ssh_addresses else "127.0.0.1"
     if is_loopback(address) and len(nodes) > 1:
-        second_facts = nodes[1].facts
+        second_facts = nodes[1].host_facts
         assert second_facts is not None
         for second_address in second_facts["ssh"]:
             if not is_loopback(second_address):

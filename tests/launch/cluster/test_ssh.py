@@ -41,7 +41,7 @@ def hosts(tmp_path_factory):
 @pytest.fixture
 def run(hosts, tmp_path, monkeypatch):
     """Start on both hosts; the exit code, the signals, and what was shown. `at` is called when both have begun."""
-    monkeypatch.setattr(ssh_nodes, "NODE", "tests.launch.cluster.ssh_node")
+    monkeypatch.setattr(ssh_nodes, "NODE_MODULE", "tests.launch.cluster.ssh_node")
     monkeypatch.setenv("ODD", ODD)
     place = tmp_path / "a run's directory"
     place.mkdir()
@@ -194,7 +194,7 @@ def test_ssh_output_of_a_host_is_read_on_when_it_cannot_be_stored(tmp_path, caps
         assert talks.process.wait(seconds(60)) == 0
     finally:
         talks.process.kill()
-    for reader in talks.readers:
+    for reader in talks.output_readers:
         reader.join(seconds(30))
     assert capsys.readouterr().out.endswith("step\nover\n")
 
