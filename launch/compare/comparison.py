@@ -303,11 +303,11 @@ def _single_point_verdict(point: ComparedPoint) -> str:
     elif measured.steps:
         clauses.append(f"{measured.steps} steps")
     if len(losses) > 1:
-        clauses.append(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+        clauses.append(f"loss {readable(losses[0])} -> {readable(losses[-1])}")
     for metric, after in measured.after.items():
         # The perplexity is exp(loss): it would say the same twice.
         if metric in measured.before and metric != "eval/perplexity":
-            clauses.append(f"{metric} {measured.before[metric]:.4f} -> {after:.4f}")
+            clauses.append(f"{metric} {readable(measured.before[metric])} -> {readable(after)}")
     return ", ".join(clauses)
 
 

@@ -19,6 +19,7 @@ from launch.runs.sparkline import sparkline
 from launch.runs.status import LOST, NOT_STARTED, QUEUED, STOPPED_OR_HANGS, UNKNOWN, RunView, age, one_line
 from strategies.atomic_io import size_text
 from trainer.pages.numbers import duration
+from trainer.reporting.numbers import readable
 from trainer.reporting.status import State
 
 MAX_LISTED_JOBS = 20
@@ -219,9 +220,9 @@ def _training_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
     """(name, text) of a run's loss, held-out metrics, speed and memory; what it has not written yet has no row."""
     facts = []
     if run.loss is not None:
-        facts.append(("loss", f"{run.loss:.4f}  {sparkline(details.curve)}"))
+        facts.append(("loss", f"{readable(run.loss)}  {sparkline(details.curve)}"))
     if run.evaluated:
-        metrics = ", ".join(f"{name} {metric:.4f}" for name, metric in run.evaluated.items() if name != "step")
+        metrics = ", ".join(f"{name} {readable(metric)}" for name, metric in run.evaluated.items() if name != "step")
         step = run.evaluated.get("step")
         facts.append(("held out", metrics if step is None else f"{metrics} (step {step:.0f})"))
     if run.tokens_per_s is not None:
@@ -345,7 +346,7 @@ def _checkpoint_row(
         damage = damaged.get(checkpoint.path)
         remarks.append("intact" if damage is None else f"damaged: {damage}")
     if checkpoint.best is not None:
-        remarks.append(f"best: {monitored_metric or 'held out'} {checkpoint.best:.4f}")
+        remarks.append(f"best: {monitored_metric or 'held out'} {readable(checkpoint.best)}")
     if checkpoint.given_up:
         remarks.append(f"given up, in {checkpoint.path.parent.name}")
     notes = []

@@ -304,6 +304,16 @@ def test_status_names_words_that_mean_nothing(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_status_of_a_run_shortens_numbers_that_nobody_reads_to_the_end(tmp_path, capsys):
+    run = made(tmp_path, "exploded", state="done")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "loss": 2.5e7}) + "\n")
+        file.write(json.dumps({"step": 4, "eval/loss": 159.0786, "eval/perplexity": 1.2e69}) + "\n")
+    assert main(["status", str(run)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "loss 2.5e+07" in said and "held out eval/loss 159.0786, eval/perplexity 1.2e+69 (step 4)" in said
+
+
 def test_status_without_runs_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["status"]) == 0
