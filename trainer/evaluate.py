@@ -18,7 +18,7 @@ from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.quantised_model import build_as_stored
 from trainer.build.rounds import steps_of_run
-from trainer.checkpoints.manifest import fingerprint
+from trainer.checkpoints.manifest import manifest_fingerprint
 from trainer.config.evaluation import asked_tasks
 from trainer.config.run import RunConfig, kept_date
 from trainer.data.batches.mixing import build_order
@@ -227,7 +227,7 @@ def _evaluate_test(
         run_dir=Path(job.run),
         step=progress.step,
         checkpoint=Path(job.checkpoint).name,
-        artefact=None if job.accepted else fingerprint(Path(job.checkpoint)),
+        artefact=None if job.accepted else manifest_fingerprint(Path(job.checkpoint)),
     )
     if runtime.is_main:
         result = keep_result(weights, metrics, num_documents(data), recorded=job.recorded)
@@ -421,7 +421,7 @@ def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: proce
             "run": job.run,
             "checkpoint": None if job.checkpoint is None else Path(job.checkpoint).name,
             "tuning": str(config.tuning.name),
-            "artefact": fingerprint(Path(str(job.checkpoint))) if is_checkpoint_of_run else None,
+            "artefact": manifest_fingerprint(Path(str(job.checkpoint))) if is_checkpoint_of_run else None,
             "accepted": job.accepted,
         },
         "time": time.time(),

@@ -106,7 +106,7 @@ class Trainer:
         # A rollback needs a checkpoint to go back to, also in a run that begins with another run's state.
         if self.guards.goes_back:
             self.checkpoints.look_back = LOOK_BACK
-            if not self.checkpoints.any():
+            if not self.checkpoints.has_any():
                 self._saved_step = -1
                 self._save()
 
@@ -127,13 +127,13 @@ class Trainer:
             gc.unfreeze()  # this process may train again, so that the engine of this run must be freed
         self.evaluation_monitor.finished(self.progress)
         self._settle()
-        if self.settings.save_for_export and not self.checkpoints.holds(self.progress.step):
+        if self.settings.save_for_export and not self.checkpoints.has_checkpoint_of(self.progress.step):
             self._saved_step = -1  # a run can have begun from the last step of another one
         if self.settings.save_final:
             self._save()
         elif self.settings.save_for_export and self._saved_step != self.progress.step:
             self.outcome.saved_for_export = True
-            self._save(must_succeed=False, stays=False)
+            self._save(must_succeed=False, replaces_older=False)
         self._settle()
         # An attempt that took no step has no speed of its own.
         self.outcome.speed = self.meter.speed() or earlier.speed
@@ -164,7 +164,7 @@ class Trainer:
                 best_before = (self.progress.best_metric, self.progress.best_step)
                 improved = self._evaluate_if_due(is_last)
                 saves_best = improved and self._may_save_best(is_last)
-                if saves_best or self.checkpoints.due(self.progress.step):
+                if saves_best or self.checkpoints.is_due(self.progress.step):
                     self._save(must_succeed=False)
                 elif improved:  # nothing is saved, so the best checkpoint stays the earlier one
                     self.progress.best_metric, self.progress.best_step = best_before
@@ -375,7 +375,7 @@ class Trainer:
         """Whether an improvement is saved at once. A number of steps that a user gave says how often; `auto` rations it."""
         if not self.settings.loss_on_the_way or (is_last and self.settings.save_final):
             return True
-        return self.checkpoints.improvement_due()
+        return self.checkpoints.is_improvement_due()
 
     def _make_up_evaluation(self) -> bool:
         """Do the evaluation that a stop interrupted, before the next step; whether patience ends the run with it."""
@@ -453,10 +453,10 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _save(self, *, must_succeed: bool = True, stays: bool = True) -> None:
+    def _save(self, *, must_succeed: bool = True, replaces_older: bool = True) -> None:
         """Write a checkpoint of this step; without `must_succeed` only begin it, and accept that it may fail.
 
-        Without `stays`, no older one is deleted for it. All ranks must call. One that is pending is published first.
+        Without `replaces_older`, no older one is deleted for it. All ranks must call. One that is pending is published first.
         """
         self._flush()
         self._settle()
@@ -469,14 +469,18 @@ class Trainer:
             self._being_saved = replace(self.progress)
             attachments = self.loader.attachments()
             saved = self.checkpoints.save(
-                self.engine, self.progress, must_succeed=must_succeed, stays=stays, attachments=attachments
+                self.engine,
+                self.progress,
+                must_succeed=must_succeed,
+                replaces_older=replaces_older,
+                attachments=attachments,
             )
             self._note_saved(saved)
         self.meter.restart_clock()
 
     def _settle(self) -> None:
         """Publish the checkpoint that is pending, if there is one. All ranks must call."""
-        if self.checkpoints.pending is not None:
+        if self.checkpoints.pending_step is not None:
             self.check_ownership()
             self._note_saved(self.checkpoints.publish_pending())
 
@@ -484,7 +488,7 @@ class Trainer:
         """Record whether the last save succeeded. If it failed, the best metric is again that of the checkpoint on disk."""
         step = self._being_saved.step
         self._saved_step = step if succeeded else -1
-        if succeeded and self.checkpoints.pending is None:
+        if succeeded and self.checkpoints.pending_step is None:
             self._on_disk = self._being_saved
         elif not succeeded and self.progress.best_step == step:
             self.progress.best_metric = self._on_disk.best_metric

@@ -186,30 +186,36 @@ class CheckpointStore(Protocol):
         """The last one that this attempt published; None before the first."""
 
     @property
-    def pending(self) -> int | None:
+    def pending_step(self) -> int | None:
         """Step of the checkpoint that is being written beside training; None if there is none."""
 
-    def any(self) -> bool:
+    def has_any(self) -> bool:
         """Whether the run has a checkpoint. All ranks must call."""
 
-    def holds(self, step: int) -> bool:
+    def has_checkpoint_of(self, step: int) -> bool:
         """Whether the run has a checkpoint of a step. All ranks must call."""
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether the schedule asks for one after `step`. All ranks must call, after the same steps."""
 
-    def improvement_due(self) -> bool:
+    def is_improvement_due(self) -> bool:
         """Whether an improvement may be saved now, so that saving costs little. All ranks must call, after the same steps."""
 
     def pending_is_written(self, step: int) -> bool:
         """Whether every rank has written its part of the pending one. All ranks must call, after the same steps."""
 
     def save(
-        self, engine: Engine, progress: Progress, *, must_succeed: bool, stays: bool, attachments: Mapping[str, bytes]
+        self,
+        engine: Engine,
+        progress: Progress,
+        *,
+        must_succeed: bool,
+        replaces_older: bool,
+        attachments: Mapping[str, bytes],
     ) -> bool:
         """Begin a checkpoint of this moment; with `must_succeed`, finish it. Whether it succeeded so far. All ranks must call.
 
-        `stays`: whether it takes the place of older ones. `attachments`: files beside the state, by name.
+        `replaces_older`: whether it takes the place of older ones. `attachments`: files beside the state, by name.
         A pending one has to be settled before. Without `must_succeed`, a failure is a warning until too many follow each other.
         """
 

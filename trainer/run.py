@@ -20,7 +20,7 @@ from trainer.build.staging import Staged, stage
 from trainer.checkpoints.layout import checkpoint_dirs_of
 from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.patience import waiting_for_disk
-from trainer.checkpoints.recovery import recover
+from trainer.checkpoints.recovery import publish_complete_staging_dirs
 from trainer.checkpoints.resume_selection import choose_checkpoint
 from trainer.config.evaluation import more_is_better
 from trainer.config.launching import exports_at_end, leaves_export_to_job
@@ -87,7 +87,9 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Fre
         if attempt.lease is not None:
             home = attempt.lease.home
             refuse_replaced(home, sha256)
-            recover(checkpoint_dirs_of(home, config.checkpoint.fallback_dir), partial(print, flush=True))
+            publish_complete_staging_dirs(
+                checkpoint_dirs_of(home, config.checkpoint.fallback_dir), partial(print, flush=True)
+            )
         _run(config, run_dir, sha256, request, attempt, freeze)
 
 
@@ -261,7 +263,7 @@ def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Chec
     with waiting_for_disk("reading the checkpoints", 0, context.runtime, context.console.print_line):
         resumed_from = choose_checkpoint(checkpoint_dirs, config.run.resume, context.runtime)
         progress = engine.load(resumed_from) if resumed_from else Progress()
-        checkpoints.start_from(resumed_from, config.run.resume)
+        checkpoints.continue_from(resumed_from, config.run.resume)
     context.attempt.step = progress.step
     return checkpoints, resumed_from, progress
 

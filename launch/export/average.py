@@ -54,9 +54,9 @@ def _checkpoint_by_step(run_dir: Path, config: CheckpointConfig) -> dict[int, Pa
 
 def _check_complete(path: Path, average: str) -> Path:
     """The path of a checkpoint whose files fit their checksums. Errors: ConfigError if it is damaged."""
-    from trainer.checkpoints.manifest import verify
+    from trainer.checkpoints.manifest import checkpoint_problem
 
-    problem = verify(path)
+    problem = checkpoint_problem(path)
     if problem:
         raise ConfigError(f"average={average}: {path} {problem}; leave it out with a list of steps")
     return path

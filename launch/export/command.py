@@ -315,7 +315,7 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
     times in all; not for a step. Errors: ConfigError if it is missing or damaged.
     """
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
-    from trainer.checkpoints.manifest import verify
+    from trainer.checkpoints.manifest import checkpoint_problem
     from trainer.export.exported_checkpoint import recorded_step
     from trainer.reporting.results import read_json
 
@@ -348,7 +348,7 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
 
     # Is it complete, and still there?
     path = checkpoints[step]
-    problem = verify(path, may_be_deleted=True)
+    problem = checkpoint_problem(path, may_be_deleted=True)
     was_deleted = problem and not path.exists()
     if was_deleted and which in ("auto", "last", "best") and looks > 1:
         print(
@@ -407,12 +407,12 @@ def best_step(checkpoints: dict[int, Path]) -> int | None:
     """
     from strategies.saving import PROGRESS
     from strategies.state import read_header
-    from trainer.checkpoints.manifest import verify
+    from trainer.checkpoints.manifest import checkpoint_problem
 
     # Each checkpoint records the best step until then, so the newest one knows most.
     problems = []
     for step in sorted(checkpoints, reverse=True):
-        problem = verify(checkpoints[step], only=PROGRESS, may_be_deleted=True)
+        problem = checkpoint_problem(checkpoints[step], only=PROGRESS, may_be_deleted=True)
         if problem is None:
             return read_header(checkpoints[step]).progress.best_step
         problems.append(f"{checkpoints[step].name} {problem}")

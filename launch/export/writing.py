@@ -150,7 +150,7 @@ def write_as_rank(config: RunConfig, job: WritingJob, runtime: Runtime) -> Prepa
 
     Errors: those of building the model, of reading the checkpoint, and of writing.
     """
-    from trainer.checkpoints.manifest import fingerprint
+    from trainer.checkpoints.manifest import manifest_fingerprint
     from trainer.export.write import write_export
     from trainer.model.loading import load_tokenizer
     from trainer.reporting.documents.facts import gather
@@ -182,7 +182,7 @@ def write_as_rank(config: RunConfig, job: WritingJob, runtime: Runtime) -> Prepa
     facts.tokens = progress.tokens
     facts.at_step = at_step(run_dir, progress.step)
     facts.as_trained = as_trained
-    facts.artefact = fingerprint(checkpoints[-1]) if as_trained else None
+    facts.artefact = manifest_fingerprint(checkpoints[-1]) if as_trained else None
     facts.averaged_checkpoints = [path.name for path in checkpoints] if len(checkpoints) > 1 else []
     facts.accepted = [*job.accepted, *accepted_rows]
     facts.gates = job.gates

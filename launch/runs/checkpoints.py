@@ -120,12 +120,12 @@ def find_damage(store: CheckpointList, report: Callable[[str], None]) -> dict[Pa
 
     `report` is called with the name and size of the checkpoint that is read next.
     """
-    from trainer.checkpoints.manifest import verify
+    from trainer.checkpoints.manifest import checkpoint_problem
 
     damage_by_checkpoint = {}
     for checkpoint in store.checkpoints:
         report(f"{checkpoint.path.name}, {atomic_io.size_text(checkpoint.size)}")
-        damage = verify(checkpoint.path)
+        damage = checkpoint_problem(checkpoint.path)
         if damage is not None and checkpoint.path.is_dir():  # else deleted meanwhile, beyond checkpoint.keep
             damage_by_checkpoint[checkpoint.path] = damage
     return damage_by_checkpoint

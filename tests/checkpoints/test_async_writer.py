@@ -20,8 +20,8 @@ from trainer.checkpoints.async_writer import StateBuffer
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
-from trainer.checkpoints.manifest import verify
-from trainer.checkpoints.recovery import recover, write_part_note
+from trainer.checkpoints.manifest import checkpoint_problem
+from trainer.checkpoints.recovery import publish_complete_staging_dirs, write_part_note
 from trainer.checkpoints.resume_selection import choose_checkpoint
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
@@ -81,17 +81,17 @@ def job(tmp_path, monkeypatch):
 def test_background_save_writes_the_state_of_the_step_in_which_it_began(job):
     made, engine, progress, disk, said = job(keep=1)
     for step in (1, 2):
-        assert made.save(engine, engine.train(progress), must_succeed=False) and made.pending == step
+        assert made.save(engine, engine.train(progress), must_succeed=False) and made.pending_step == step
         buffer = made._pending.state.local[0].values.data_ptr()
         asked = [engine.train(progress).step for _ in range(3) if not made.pending_is_written(progress.step)]
         assert len(asked) == 3 and step not in dict(checkpoints_in(made.checkpoint_dirs)), (
             "training goes on, and nothing has a name"
         )
         disk.let.set()
-        assert made.publish_pending() and made.pending is None
+        assert made.publish_pending() and made.pending_step is None
         disk.let.clear()
         path = made.last.path
-        assert verify(path) is None and engine.load(path).step == step
+        assert checkpoint_problem(path) is None and engine.load(path).step == step
         progress = Progress(step=step, best_step=1)
         assert made.last.row["checkpoint_stall_s"] < made.last.row["checkpoint_write_s"]
     assert disk.threads == ["checkpoint"] * 2, "not the thread that trains"
@@ -115,7 +115,7 @@ def test_background_save_that_is_killed_is_not_chosen_and_leaves_nothing(job, mo
     assert names == [".step-000002.writing", "step-000001"]
     later, *_ = job()
     resumed = choose_checkpoint(later.checkpoint_dirs, "auto", ALONE)
-    later.start_from(resumed)
+    later.continue_from(resumed)
     assert resumed.name == "step-000001" and [path.name for path in made.checkpoint_dirs[0].iterdir()] == [
         "step-000001"
     ]
@@ -137,7 +137,7 @@ def test_background_save_that_no_disk_takes_is_reported_when_it_is_settled(job):
     made, engine, progress, disk, said = job("step-000001", max_failures=1)
     made.save(engine, engine.train(progress), must_succeed=False)
     disk.let.set()
-    assert made.publish_pending() is False and made.pending is None and checkpoints_in(made.checkpoint_dirs) == []
+    assert made.publish_pending() is False and made.pending_step is None and checkpoints_in(made.checkpoint_dirs) == []
     assert "continues without this checkpoint (1 failed in a row, 1 may)" in said[-1]
     assert made.save(engine, engine.train(progress), must_succeed=False) and made.publish_pending()
 
@@ -149,7 +149,7 @@ def test_background_save_asks_all_ranks_less_and_less_often_until_they_are_done(
         "trainer.checkpoints.async_writer.gather_objects", lambda done, runtime: [asked.append(step), done]
     )
     made._pending = None
-    made.state_buffer.take = lambda state: True
+    made.state_buffer.copy_state = lambda state: True
     made.save(engine, engine.train(progress), must_succeed=False)
     for step in range(2, 40):
         made.pending_is_written(step)
@@ -161,16 +161,16 @@ def test_background_save_asks_all_ranks_less_and_less_often_until_they_are_done(
 def test_background_save_short_of_host_memory_is_written_in_the_step_and_noted_once(job):
     made, engine, progress, disk, said = job()
     disk.let.set()
-    made.state_buffer = StateBuffer(ALONE, free=lambda: 800)  # 792 bytes are needed, and something must be left
+    made.state_buffer = StateBuffer(ALONE, free_memory=lambda: 800)  # 792 bytes are needed, and something must be left
     for step in (1, 2):
-        assert made.save(engine, engine.train(progress), must_succeed=False) and made.pending is None
+        assert made.save(engine, engine.train(progress), must_succeed=False) and made.pending_step is None
         assert made.last.path.name == f"step-{step:06d}" and disk.threads[-1] == "MainThread"
         assert made.last.stall_s == made.last.took_s
     told = [text for text in said if "a copy of the training state needs 792 bytes of host memory" in text]
     assert len(told) == 1 and "where 800 bytes are free" in told[0] and "checkpoint.background=false" in told[0]
-    assert StateBuffer(ALONE, free=lambda: 900).take(engine.state(progress)) and StateBuffer(
-        ALONE, free=lambda: None
-    ).take(engine.state(progress))
+    assert StateBuffer(ALONE, free_memory=lambda: 900).copy_state(engine.state(progress)) and StateBuffer(
+        ALONE, free_memory=lambda: None
+    ).copy_state(engine.state(progress))
 
 
 def test_free_host_memory_is_a_plausible_number():
@@ -229,16 +229,16 @@ def test_checkpoint_that_all_ranks_had_written_is_published_by_the_next_start(tm
         write_part_note(aside, state, state.write_part(aside))
     if lacks is not None:
         (aside / lacks).unlink()
-    recover([place], said.append)
+    publish_complete_staging_dirs([place], said.append)
     if lacks == "rank-00001.part.json":  # that rank had not come to the end of its file
         assert checkpoints_in([place]) == [] and said == []
         return
     [(step, path)] = checkpoints_in([place])
     assert step == 2 and "all of it was written when the run ended" in said[0]
     if lacks is not None:
-        assert verify(path) == "rank-00000.safetensors is missing"
+        assert checkpoint_problem(path) == "rank-00000.safetensors is missing"
         return
-    assert verify(path) is None
+    assert checkpoint_problem(path) is None
     a, b = torch.zeros(8), torch.zeros(4)
     whole = [FlatRange("a", 8, 0, {"weight": a}), FlatRange("b", 4, 0, {"weight": b})]
     assert load_state(path, whole, ALONE).progress.step == 2
@@ -253,6 +253,6 @@ def test_checkpoint_part_note_that_cannot_be_read_is_a_warning_at_the_next_start
     aside, said = tmp_path / "checkpoints" / ".step-000002.writing", []
     aside.mkdir(parents=True)
     (aside / "rank-00000.part.json").write_bytes(note)
-    recover([aside.parent], said.append)
+    publish_complete_staging_dirs([aside.parent], said.append)
     assert checkpoints_in([aside.parent]) == []
     assert said[0].startswith("warning: ") and "could not be made a checkpoint" in said[0]

@@ -4,7 +4,7 @@ import os
 import time
 
 from tests.checkpoints.test_manager import Made
-from trainer.checkpoints.in_use import FRESH_S, kept_from_pruning
+from trainer.checkpoints.in_use import MAX_MARK_AGE_S, kept_from_pruning
 
 
 def steps(made):
@@ -30,7 +30,7 @@ def test_mark_of_a_reader_that_was_killed_keeps_nothing(tmp_path):
     mark.touch()
     made.save(2)
     assert "step-000001" in steps(made)
-    long_ago = time.time() - 2 * FRESH_S
+    long_ago = time.time() - 2 * MAX_MARK_AGE_S
     os.utime(mark, (long_ago, long_ago))
     made.save(3)
     assert steps(made) == ["step-000003"]

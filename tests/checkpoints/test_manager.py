@@ -23,7 +23,7 @@ from tests.helpers.covering import EVERYTHING, SEED
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
-from trainer.checkpoints.manifest import OLD_FORMAT, read_manifest, verify, write_manifest
+from trainer.checkpoints.manifest import OLD_FORMAT, checkpoint_problem, read_manifest, write_manifest
 from trainer.checkpoints.resume_selection import choose_checkpoint, resume_problem
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
@@ -64,7 +64,7 @@ class Made:
 
     def resume(self, asked="auto"):
         path = choose_checkpoint(self.all.checkpoint_dirs, str(asked), ALONE)
-        self.all.start_from(path, str(asked))
+        self.all.continue_from(path, str(asked))
         return path
 
     @property
@@ -148,7 +148,7 @@ def test_damaged_checkpoint_is_named_passed_over_and_moved_away(made, damage, sa
     assert "step-000002" in shown and said in shown
     assert run.steps == [1] and (run.directory / "given-up-1" / newest.name).exists()
     run.save(2)
-    assert run.steps == [1, 2] and verify(newest) is None
+    assert run.steps == [1, 2] and checkpoint_problem(newest) is None
 
 
 def test_manifest_with_any_flipped_bit_is_damaged(made):
@@ -158,9 +158,9 @@ def test_manifest_with_any_flipped_bit_is_damaged(made):
     for position in range(len(whole)):
         for bit in range(8) if EVERYTHING else [chance.randrange(8)]:
             flip(manifest, position, bit)
-            assert verify(manifest.parent) == "has a damaged manifest", (position, bit)
+            assert checkpoint_problem(manifest.parent) == "has a damaged manifest", (position, bit)
             manifest.write_bytes(whole)
-    assert verify(manifest.parent) is None
+    assert checkpoint_problem(manifest.parent) is None
 
 
 def test_all_checkpoints_damaged_begins_nothing(made):
@@ -183,7 +183,7 @@ def test_checkpoints_of_a_branch_gone_back_to_and_of_the_branch_left_are_kept(ma
     assert again.steps == [10]
     aside = run.directory / "given-up-1"
     assert sorted(p.name for p in aside.iterdir()) == ["metrics.jsonl", "step-000030"]
-    assert verify(aside / "step-000030") is None and any("given-up-1" in text for text in again.said)
+    assert checkpoint_problem(aside / "step-000030") is None and any("given-up-1" in text for text in again.said)
     assert again.save(15).exists() and again.steps == [15]
     assert made(keep=1).resume().name == "step-000015"
 
@@ -196,7 +196,7 @@ def test_checkpoint_of_a_step_written_again_replaces_its_own_earlier_one(made, t
     path = run.resume()
     run.save(2, engine=FakeEngine(owed=False))
     assert [p.name for p in sorted(run.directory.iterdir())] == ["step-000001", "step-000002"]
-    assert verify(path) is None and json.loads((path / "progress.json").read_text())["owed"] is False
+    assert checkpoint_problem(path) is None and json.loads((path / "progress.json").read_text())["owed"] is False
     full = FakeEngine(OSError(28, "No space left on device"), only_in="/run/checkpoints/")
     spare = run.save(2, engine=full)
     assert spare.is_relative_to(tmp_path / "spare") and run.steps == [1, 2], "of a step there is one"
@@ -234,9 +234,9 @@ def test_checkpoint_is_not_damaged_by_files_that_a_system_adds(made, name):
     run = made()
     run.save(1)
     (run.directory / "step-000001" / name).write_bytes(b"x")
-    assert verify(run.directory / "step-000001") is None
+    assert checkpoint_problem(run.directory / "step-000001") is None
     (run.directory / "step-000001" / ".hidden").write_bytes(b"x")
-    assert "holds files that are not in its manifest: .hidden" in verify(run.directory / "step-000001")
+    assert "holds files that are not in its manifest: .hidden" in checkpoint_problem(run.directory / "step-000001")
 
 
 def test_resume_from_the_state_of_another_run_begins_a_branch(made, tmp_path):
@@ -312,7 +312,7 @@ def test_failed_save_leaves_nothing_and_the_earlier_checkpoint_intact(made, erro
     with pytest.raises(StorageError, match="free space") as raised:
         run.save(2, engine=FakeEngine(error))
     assert str(raised.value).startswith(("No space left", "RuntimeError: CUDA"))
-    assert [p.name for p in run.directory.iterdir()] == ["step-000001"] and verify(
+    assert [p.name for p in run.directory.iterdir()] == ["step-000001"] and checkpoint_problem(
         run.directory / "step-000001"
     ) is None
 
@@ -488,7 +488,7 @@ def test_checkpoint_directory_that_cannot_be_listed_raises_alike_on_every_rank(m
         for rank in ranks:
             with pytest.raises(StorageError, match="Input/output error"):
                 call(rank)
-    assert verify(newest).startswith("cannot be read (Input/output error")
+    assert checkpoint_problem(newest).startswith("cannot be read (Input/output error")
     with pytest.raises(StorageError, match=r"cannot be listed \(Input/output error"):
         resume_problem(str(newest), [])
 
@@ -506,6 +506,6 @@ def test_manifest_holds_hashes_of_the_intended_bytes_not_of_those_on_the_disk(ma
 
     monkeypatch.setattr(atomic_io, "disk", Forgetful())
     path = made().save(1)
-    assert verify(path) == "a.safetensors does not have the bytes that were written"
+    assert checkpoint_problem(path) == "a.safetensors does not have the bytes that were written"
     assert {each.name for each in read_manifest(path)} == {"a.safetensors", "progress.json"}
     assert json.loads((path / "manifest.json").read_text())["format"] == 2

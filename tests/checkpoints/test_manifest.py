@@ -8,7 +8,7 @@ import torch
 from strategies.atomic_io import write_new
 from strategies.runtime import Runtime
 from trainer.checkpoints import manifest as sealing
-from trainer.checkpoints.manifest import read_manifest, verify_together, write_manifest
+from trainer.checkpoints.manifest import checkpoint_problem_on_all_ranks, read_manifest, write_manifest
 
 WORLD = 3
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
@@ -35,7 +35,7 @@ def test_manifest_verification_reads_each_file_once_and_tells_all_ranks_of_damag
     monkeypatch.setattr(sealing, "broadcast_object", lambda found, runtime: (None, read_manifest(tmp_path)))
     monkeypatch.setattr(sealing, "gather_objects", gathered)
     for rank in range(WORLD):
-        verify_together(tmp_path, replace(ALONE, rank=rank, world_size=WORLD))
+        checkpoint_problem_on_all_ranks(tmp_path, replace(ALONE, rank=rank, world_size=WORLD))
     names = [each.name for _, each in read]
     assert len(set(names)) == len(names) and (damaged is not None or set(names) == {each.name for each in files})
     loads = [sum(each.size for by, each in read if by == rank) for rank in range(WORLD)]

@@ -17,7 +17,7 @@ from tests.helpers.covering import chosen, values
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.layout import checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
-from trainer.checkpoints.manifest import verify
+from trainer.checkpoints.manifest import checkpoint_problem
 from trainer.checkpoints.resume_selection import choose_checkpoint
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
@@ -96,10 +96,10 @@ def test_network_failure_at_any_call_loses_no_saved_checkpoint(tmp_path, monkeyp
             except StorageError as error:
                 assert disk.failed and again == 0 and os.strerror(code) in str(error), (disk.failed, str(error))
         monkeypatch.setattr(atomic_io, "disk", atomic_io.Disk())
-        assert verify(chosen) is None
+        assert checkpoint_problem(chosen) is None
         later = Checkpoints(places, CheckpointConfig(keep=1), ALONE)
-        later.start_from(chosen)
-        assert later.save(Engine(), Progress(step=9)) and verify(places[0] / "step-000009") is None
+        later.continue_from(chosen)
+        assert later.save(Engine(), Progress(step=9)) and checkpoint_problem(places[0] / "step-000009") is None
         shutil.rmtree(root)
         if not disk.failed:
             break

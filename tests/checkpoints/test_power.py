@@ -154,7 +154,7 @@ def test_power_cut_at_any_call_loses_no_saved_checkpoint(tmp_path, monkeypatch, 
         best = choose_checkpoint(places, "auto", ALONE)
         assert (int(best.name[5:]) if best else 0) in (0, *SAVED)[saved : saved + 2], (cut, checkpoints_in(places))
         later = Checkpoints(places, CheckpointConfig(keep=1), ALONE)
-        later.start_from(best)
+        later.continue_from(best)
         assert later.save(Engine(), Progress(step=9))
         assert [path.name for path in places[0].iterdir()] == ["step-000009"], "and nothing is left over"
         shutil.rmtree(found)

@@ -9,7 +9,7 @@ import torch
 from strategies.runtime import Runtime
 from trainer.checkpoints import schedule
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.schedule import Schedule, best_interval
+from trainer.checkpoints.schedule import Schedule, optimal_interval_s
 
 
 class Job:
@@ -38,13 +38,13 @@ class Job:
         while self.now < until:
             self.now += seconds(self.step) if callable(seconds) else seconds
             self.step += 1
-            due = {rank.due(self.step) for rank in self.ranks}
+            due = {rank.is_due(self.step) for rank in self.ranks}
             assert len(due) == 1 and self.told is None
             if due == {True}:
                 made.append((self.step, self.now))
                 self.now += price or 0
                 for rank in self.ranks:
-                    rank.note_attempt(self.step, price)
+                    rank.record_attempt(self.step, price)
         return made
 
 
@@ -97,7 +97,7 @@ def test_checkpoint_interval_costs_least(price):
     def cost(interval):
         return price / (interval + price) + (interval + price) / 2 / mtbf
 
-    found = best_interval(price, mtbf)
+    found = optimal_interval_s(price, mtbf)
     if price < 0.05:
         assert found == 60
     else:
@@ -121,11 +121,11 @@ def test_improvements_are_saved_no_more_often_than_the_interval_but_at_once_whil
     count = 0
     for step in range(50):  # each evaluation is an improvement
         job.now += gap_s
-        due = {rank.improvement_due() for rank in job.ranks}
+        due = {rank.is_improvement_due() for rank in job.ranks}
         assert len(due) == 1
         if due == {True}:
             count += 1
             job.now += save_s
             for rank in job.ranks:
-                rank.note_attempt(step, save_s)
+                rank.record_attempt(step, save_s)
     assert count == saved

@@ -36,7 +36,7 @@ def test_trackers_are_told_what_ended_a_run(tmp_path, error, challenges, state):
     console = SimpleNamespace(leave=lambda: None, print_line=print)
     context = SimpleNamespace(run_dir=tmp_path, console=console, runtime=SimpleNamespace(is_main=False))
     meter = SimpleNamespace(speed=dict, peaks={})
-    checkpoints = SimpleNamespace(linger=lambda seconds: None)
+    checkpoints = SimpleNamespace(wait_at_most=lambda seconds: None)
     record = RunRecord(objective="sft")
     outcome = Outcome(Progress(step=30), challenges=challenges)
     try:

@@ -29,7 +29,7 @@ from strategies.tensor_files import (
     write_tensors,
 )
 from tests.helpers.covering import EVERYTHING
-from trainer.checkpoints.manifest import verify, write_manifest
+from trainer.checkpoints.manifest import checkpoint_problem, write_manifest
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 SIZES = {"embed.weight": 977, "norm.weight": 8, "head.bias": 1}
@@ -294,10 +294,10 @@ def test_state_file_runs_no_code_raises_only_known_errors_and_leaves_no_memory_u
             write_manifest(
                 there, [WrittenFile(path.name, path.stat().st_size, digest(path)) for path in there.iterdir()]
             )
-            assert verify(there) is None
+            assert checkpoint_problem(there) is None
         elif chance.random() < 0.9:
             (there / "manifest.json").write_bytes(mutated(b'{"format": 2, "sha256": "x", "files": {}}', chance))
-            assert verify(there) is not None
+            assert checkpoint_problem(there) is not None
         runs = cut(whole(seed=1), 1, 0, copies=True)
         WATCHING[0] = True
         try:

@@ -27,50 +27,47 @@ from trainer.checkpoints.recovery import write_part_note
 MAX_MEMORY_SHARE = 0.9
 """Share of the host's free memory that copies may take; the rest is for what training allocates later."""
 FLOAT32_BYTES = 4
-MAX_STEPS_BETWEEN_QUESTIONS = 8
+MAX_STEPS_BETWEEN_QUERIES = 8
 """Most steps between two questions whether all ranks are done."""
 
 
 class StateBuffer:
     """A reused buffer in host memory for a copy of the state that this rank writes.
 
-    If a host has no room for it, `refused` says so from then on, and checkpoints are written in the step.
+    If a host has no room for it, `refusal_reason` says so from then on, and checkpoints are written in the step.
     """
 
-    def __init__(self, runtime: Runtime, free: Callable[[], int | None] = free_host_memory) -> None:
-        """`free`: gives the host's free memory in bytes, None if it is not known."""
+    def __init__(self, runtime: Runtime, free_memory: Callable[[], int | None] = free_host_memory) -> None:
+        """`free_memory`: returns the host's free memory in bytes, None if it is not known."""
         self.runtime = runtime
-        self._free_memory = free
+        self._free_memory = free_memory
         self._buffer: torch.Tensor | None = None
-        self.refused: str | None = None
+        self.refusal_reason: str | None = None
         """Why no copy is taken, so that checkpoints are written in the step; None if copies are taken. The same on all ranks."""
 
-    def take(self, state: RankState) -> bool:
-        """Copy this rank's part of the training state into the buffer; returns whether every rank could.
+    def copy_state(self, state: RankState) -> bool:
+        """Copy this rank's part of the training state into the buffer; returns whether every rank could. All ranks must call.
 
-        False if a host has no room or a copy failed (`refused` then has the reason), and from then on for the rest of the run.
-        All ranks must call.
+        If a host has no room, or a copy failed, `refusal_reason` is set, and every later call returns False at once.
         """
-        if self.refused is not None:
+        if self.refusal_reason is not None:
             return False
-        fits = self._buffer is not None and self._buffer.numel() >= state.num_elements
-        # Room on every host.
-        needed_bytes = 0 if fits else state.num_elements * FLOAT32_BYTES
-        self.refused = self._why_no_room(needed_bytes)
-        if self.refused is not None:
+        buffer_is_large_enough = self._buffer is not None and self._buffer.numel() >= state.num_elements
+        needed_bytes = 0 if buffer_is_large_enough else state.num_elements * FLOAT32_BYTES
+        self.refusal_reason = self._why_no_room(needed_bytes)
+        if self.refusal_reason is not None:
             return False
-        # An error of one rank must not stop it before the others' collective: it is exchanged instead.
+        # An error of one rank must not end it before the collective that the others call: the collective tells them of it.
         problem = None
         try:
-            if self._buffer is None or not fits:
+            if self._buffer is None or not buffer_is_large_enough:
                 self._buffer = torch.empty(state.num_elements, dtype=torch.float32)
             state.move_to(self._buffer)
         except (RuntimeError, MemoryError) as error:
             problem = error_summary(error)
-        all_problems = [rank_problem for rank_problem in gather_objects(problem, self.runtime) if rank_problem]
-        if all_problems:
-            self.refused = all_problems[0]
-        return self.refused is None
+        problem_by_rank = gather_objects(problem, self.runtime)
+        self.refusal_reason = next(filter(None, problem_by_rank), None)
+        return self.refusal_reason is None
 
     def release(self) -> None:
         """Free the buffer. Nothing may be writing from it. No collective."""
@@ -136,14 +133,14 @@ class PendingCheckpoint:
     best_step: int | None
     """The best step at that moment, whose checkpoint must be kept."""
     state: RankState
-    began: float
+    began_at: float
     """When it was begun, by the monotonic clock."""
     untried_dirs: list[Path]
     """Directories that have not been tried yet."""
     size: int = 0
     """Bytes of the tensors, of all ranks."""
-    stays: bool = True
-    """Whether it takes the place of older checkpoints. One that is written for the export alone does not."""
+    replaces_older: bool = True
+    """Whether older checkpoints are deleted for it. They are not for one that is written only for the export."""
     stall_s: float = 0.0
     """Seconds that training has waited for it so far."""
     outcome: FileOutcome | None = None
@@ -151,15 +148,20 @@ class PendingCheckpoint:
     checkpoint_dir: Path = Path()
     """The directory in which it is being written."""
     _thread: threading.Thread | None = None
-    _next_question: int = 0
+    _next_query_step: int = 0
 
     @classmethod
     def begin(
-        cls, progress: Progress, state: RankState, began: float, checkpoint_dirs: list[Path]
+        cls, progress: Progress, state: RankState, began_at: float, checkpoint_dirs: list[Path]
     ) -> PendingCheckpoint:
         """A checkpoint of `state`, which was copied when the run stood at `progress`."""
         return cls(
-            progress.step, progress.best_step, state, began, list(checkpoint_dirs), _next_question=progress.step + 1
+            progress.step,
+            progress.best_step,
+            state,
+            began_at,
+            list(checkpoint_dirs),
+            _next_query_step=progress.step + 1,
         )
 
     @property
@@ -186,7 +188,7 @@ class PendingCheckpoint:
         assert self.outcome is not None
         return self.outcome
 
-    def linger(self, limit_s: float) -> None:
+    def wait_at_most(self, limit_s: float) -> None:
         """Wait at most `limit_s` for the thread to end. No collective."""
         if self._thread is not None:
             self._thread.join(limit_s)
@@ -196,7 +198,7 @@ class PendingCheckpoint:
 
         The longer it takes, the fewer steps ask: asking is a collective.
         """
-        if step < self._next_question or self._thread is None:
+        if step < self._next_query_step or self._thread is None:
             return False
-        self._next_question = step + min(step - self.step, MAX_STEPS_BETWEEN_QUESTIONS)
+        self._next_query_step = step + min(step - self.step, MAX_STEPS_BETWEEN_QUERIES)
         return all(gather_objects(not self._thread.is_alive(), runtime))

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = ".{checkpoint}.in-use-{host}-{pid}"
-TOUCH_EVERY_S = 60.0
-FRESH_S = 900.0
+TOUCH_INTERVAL_S = 60.0
+MAX_MARK_AGE_S = 900.0
 """A mark that is older keeps nothing. Clocks of hosts differ, and a network file system may show a time that is minutes old."""
 
 
@@ -24,13 +24,14 @@ FRESH_S = 900.0
 def kept_from_pruning(checkpoint: Path) -> Iterator[None]:
     """Inside the context the run does not delete `checkpoint`, which another process reads, for example an export.
 
-    A file beside it, touched every few seconds, tells the run. If the directory cannot be written, nothing keeps it.
+    A file beside the checkpoint, touched every `TOUCH_INTERVAL_S`, tells the run. If the directory cannot be written, nothing
+    tells the run, which may then delete the checkpoint.
     """
     mark = checkpoint.with_name(MARK.format(checkpoint=checkpoint.name, host=socket.gethostname(), pid=os.getpid()))
     ended = threading.Event()
 
     def keep_fresh() -> None:
-        while not ended.wait(TOUCH_EVERY_S):
+        while not ended.wait(TOUCH_INTERVAL_S):
             with suppress(OSError):
                 mark.touch()
 
@@ -53,14 +54,26 @@ def kept_from_pruning(checkpoint: Path) -> Iterator[None]:
 def is_in_use(checkpoint: Path) -> bool:
     """Whether some process reads a checkpoint, so that it must not be deleted now.
 
-    Readers keep a file beside it, the mark, and touch it now and then (`kept_from_pruning`). Marks that nobody has touched for
-    long are left over from killed readers, and are removed.
+    A process that reads it keeps a mark beside it (`kept_from_pruning`), which is at most `MAX_MARK_AGE_S` old.
     """
-    in_use = False
-    for mark in checkpoint.parent.glob(MARK.format(checkpoint=checkpoint.name, host="*", pid="*")):
+    return any(_is_fresh(mark) for mark in _marks_of(checkpoint))
+
+
+def remove_stale_marks(checkpoint: Path) -> None:
+    """Remove the marks of processes that were killed while they read a checkpoint. An error leaves the mark where it is."""
+    for mark in _marks_of(checkpoint):
         with suppress(OSError):
-            if time.time() - mark.stat().st_mtime < FRESH_S:
-                in_use = True
-            else:
+            if not _is_fresh(mark):
                 mark.unlink()
-    return in_use
+
+
+def _marks_of(checkpoint: Path) -> list[Path]:
+    return list(checkpoint.parent.glob(MARK.format(checkpoint=checkpoint.name, host="*", pid="*")))
+
+
+def _is_fresh(mark: Path) -> bool:
+    """Whether a mark was touched within the last `MAX_MARK_AGE_S`; False if it was removed meanwhile."""
+    try:
+        return time.time() - mark.stat().st_mtime < MAX_MARK_AGE_S
+    except OSError:
+        return False

@@ -17,14 +17,14 @@ from strategies.runtime import Runtime, call_on_main, first_rank_error, gather_o
 from strategies.saving import RankState
 from trainer.checkpoints.async_writer import FLOAT32_BYTES, PendingCheckpoint, SavedCheckpoint, StateBuffer
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.in_use import is_in_use
+from trainer.checkpoints.in_use import is_in_use, remove_stale_marks
 from trainer.checkpoints.layout import REPLACED, STEP_DIR, checkpoints_in
 from trainer.checkpoints.manifest import write_manifest
 from trainer.checkpoints.patience import REPORT_EVERY_S, waiting_for_disk
 from trainer.checkpoints.recovery import remove_part_notes
-from trainer.checkpoints.resume_selection import choose_checkpoint, record_resume, restore_replaced
+from trainer.checkpoints.resume_selection import choose_checkpoint, record_resumed_checkpoint, restore_replaced
 from trainer.checkpoints.schedule import Schedule
-from trainer.checkpoints.staging import fallback_problem, on_main, open_staging, raise_on_all_ranks
+from trainer.checkpoints.staging import create_staging_dir, fallback_dir_error, raise_if_any_rank_failed, run_on_rank_0
 
 GIVEN_UP = "given-up-{}"
 UNFINISHED_NAMES = (".step-*.writing", ".step-*.deleting", REPLACED.format("step-*"))
@@ -69,16 +69,19 @@ class Checkpoints:
 
     # -- at the start ----------------------------------------------------------------------------------------------------
 
-    def start_from(self, resumed: Path | None, resume: str = "auto") -> None:
-        """Go on from the checkpoint `resumed`, or afresh: newer ones are of another branch or damaged, and are moved aside.
+    def continue_from(self, resumed: Path | None, resume: str = "auto") -> None:
+        """Make `resumed` the newest checkpoint of the run: newer ones, of another branch or damaged, are moved aside.
 
-        If `resumed` is what `resume` (the setting `run.resume`) names, that is recorded. All ranks must call. Errors:
-        StorageError on every rank if a checkpoint could not be moved (it would be taken for this run's newest), if the record
-        could not be written (a requeue would begin there again), or if `checkpoint.fallback_dir` cannot be written.
+        `resumed`: None for a start without a checkpoint; all are then moved aside. `resume`: the setting `run.resume`. If it
+        names `resumed`, that is recorded. All ranks must call. Raises StorageError on every rank if
+
+        - `checkpoint.fallback_dir` cannot be written;
+        - a checkpoint cannot be moved, since it would be taken for this run's newest;
+        - the record cannot be written, since a requeued job would begin at `resumed` again.
         """
         error: StorageError | None = None
         if self.runtime.is_main:
-            error = fallback_problem(self.checkpoint_dirs[1:], self.config.fallback_dir, self.print_line)
+            error = fallback_dir_error(self.checkpoint_dirs[1:], self.config.fallback_dir, self.print_line)
             try:
                 if error is None:
                     self._set_aside_newer(resumed)
@@ -90,7 +93,7 @@ class Checkpoints:
             # Last: if this start is cut short before it, the next one goes back to the named checkpoint once more.
             try:
                 if error is None and resumed is not None:
-                    record_resume(self.checkpoint_dirs, resume, resumed)
+                    record_resumed_checkpoint(self.checkpoint_dirs, resume, resumed)
             except OSError as caught:
                 error = StorageError(
                     f"{self.checkpoint_dirs[0].parent}: cannot be written ({error_summary(caught)}); free space"
@@ -103,29 +106,27 @@ class Checkpoints:
         """Move checkpoints newer than `resumed` (None: all) aside, and remove unfinished files of killed runs. On rank 0."""
         restore_replaced(self.checkpoint_dirs)
         checkpoints = checkpoints_in(self.checkpoint_dirs)
-        resumed_path = None
+        resumed_path = None if resumed is None else resumed.resolve()
         resumed_step = None  # stays None if it is another run's checkpoint: then all of this run's are moved aside
-        if resumed is not None:
-            resumed_path = resumed.resolve()
-            for step, path in checkpoints:
-                if path.resolve() == resumed_path:
-                    resumed_step = step
-                    break
+        for step, path in checkpoints:
+            if path.resolve() == resumed_path:
+                resumed_step = step
+                break
         self._verified = set()
-        given_up = []
+        given_up_paths = []
         for step, path in checkpoints:
             if path.resolve() == resumed_path:
                 self._verified.add(path)
             elif resumed_step is None or step >= resumed_step:  # also one of the same step in another directory
-                given_up.append(path)
+                given_up_paths.append(path)
         for checkpoint_dir in self.checkpoint_dirs:
             for pattern in UNFINISHED_NAMES:
                 for unfinished in list(checkpoint_dir.glob(pattern)):
                     with suppress(OSError):  # it is in nobody's way
                         atomic_io.disk.remove_tree(unfinished)
-            given_up_here = [path for path in given_up if path.parent == checkpoint_dir]
-            if given_up_here:
-                self._move_aside(checkpoint_dir, given_up_here)
+            paths_to_move = [path for path in given_up_paths if path.parent == checkpoint_dir]
+            if paths_to_move:
+                self._move_aside(checkpoint_dir, paths_to_move)
 
     def _move_aside(self, checkpoint_dir: Path, checkpoints: list[Path]) -> None:
         """Move checkpoints of one directory into a new directory `given-up-<n>` in it, durably. Errors: OSError."""
@@ -134,10 +135,10 @@ class Checkpoints:
             number += 1
         given_up_dir = checkpoint_dir / GIVEN_UP.format(number)
         atomic_io.disk.make_directory(given_up_dir)
-        rows = checkpoint_dir.parent / "metrics.jsonl"
-        if rows.is_file():  # the run will cut its later rows off
-            shutil.copyfile(rows, given_up_dir / rows.name)
-            atomic_io.sync_file(given_up_dir / rows.name)
+        metrics_file = checkpoint_dir.parent / "metrics.jsonl"
+        if metrics_file.is_file():  # the run will cut off the rows of the steps that it takes again
+            shutil.copyfile(metrics_file, given_up_dir / metrics_file.name)
+            atomic_io.sync_file(given_up_dir / metrics_file.name)
         for path in checkpoints:
             atomic_io.disk.rename(path, given_up_dir / path.name)
         sync_directory(given_up_dir)
@@ -148,11 +149,11 @@ class Checkpoints:
             f"moved to {given_up_dir}, with the metrics so far; delete it when you need them no more"
         )
 
-    def any(self) -> bool:
+    def has_any(self) -> bool:
         """Whether there are checkpoints of this run. All ranks must call. Errors: StorageError on every rank."""
         return call_on_main(lambda: bool(checkpoints_in(self.checkpoint_dirs)), self.runtime)
 
-    def holds(self, step: int) -> bool:
+    def has_checkpoint_of(self, step: int) -> bool:
         """Whether this run has a checkpoint of a step. All ranks must call. Errors: StorageError on every rank."""
         return call_on_main(lambda: step in dict(checkpoints_in(self.checkpoint_dirs)), self.runtime)
 
@@ -171,8 +172,8 @@ class Checkpoints:
                 f"warning: there is no checkpoint of step {last_good_step} or before; the run goes back to the oldest one, of "
                 f"step {step} (checkpoint.keep={self.config.keep})"
             )
-        self.start_from(path)
-        self.schedule.note_attempt(step, took_s=None)
+        self.continue_from(path)
+        self.schedule.record_attempt(step, took_s=None)
         return path
 
     def move_to(self, run_dir: Path) -> None:
@@ -191,16 +192,16 @@ class Checkpoints:
 
     # -- on the way ------------------------------------------------------------------------------------------------------
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether the schedule asks for a checkpoint after this step. All ranks must call, after the same steps."""
-        return self.schedule.due(step)
+        return self.schedule.is_due(step)
 
-    def improvement_due(self) -> bool:
+    def is_improvement_due(self) -> bool:
         """Whether an improvement may be saved now. All ranks must call, after the same steps."""
-        return self.schedule.improvement_due()
+        return self.schedule.is_improvement_due()
 
     @property
-    def pending(self) -> int | None:
+    def pending_step(self) -> int | None:
         """The step whose checkpoint is being written while training continues; None if there is none."""
         return None if self._pending is None else self._pending.step
 
@@ -212,7 +213,7 @@ class Checkpoints:
         if self._pending is None:
             return False
         done = self._pending.is_written(step, self.runtime)
-        written_s = time.monotonic() - self._pending.began
+        written_s = time.monotonic() - self._pending.began_at
         if not done and written_s >= self._reported_s + REPORT_EVERY_S:
             self._reported_s = written_s
             self.print_line(
@@ -224,10 +225,10 @@ class Checkpoints:
         """Within it the ranks wait longer for each other, for a disk that takes `size` bytes."""
         return waiting_for_disk(f"checkpoint {STEP_DIR.format(step)}", size, self.runtime, self.print_line)
 
-    def linger(self, limit_s: float) -> None:
+    def wait_at_most(self, limit_s: float) -> None:
         """Wait at most `limit_s` for the file that this rank is writing. The next start can publish it. No collective."""
         if self._pending is not None:
-            self._pending.linger(limit_s)
+            self._pending.wait_at_most(limit_s)
 
     def save(
         self,
@@ -235,7 +236,7 @@ class Checkpoints:
         progress: Progress,
         *,
         must_succeed: bool = True,
-        stays: bool = True,
+        replaces_older: bool = True,
         attachments: Mapping[str, bytes] | None = None,
     ) -> bool:
         """Write a checkpoint of this moment, publish it, and delete what `checkpoint.keep` no longer keeps. All ranks must call.
@@ -244,8 +245,8 @@ class Checkpoints:
         `checkpoint.fallback_dir` is tried. If that fails too, nothing half-written stays, and StorageError is raised on every
         rank with `must_succeed`, or after `checkpoint.max_failures` in a row. Otherwise the run continues with a warning, and
         False is returned. Without `must_succeed` and with `checkpoint.background`, the checkpoint is only begun, and is then
-        pending. Without `stays`, it will be discarded, and no older one is deleted for it. `attachments`: files beside the
-        state by name, which rank 0 writes.
+        pending. Without `replaces_older`, it will be discarded, and no older one is deleted for it. `attachments`: files
+        beside the state by name, which rank 0 writes.
         """
         began = time.monotonic()
         with self._patience(progress.step, 0):  # rank 0 may still be writing its rows to the disk
@@ -256,7 +257,7 @@ class Checkpoints:
             state.attachments = dict(attachments)
         checkpoint = PendingCheckpoint.begin(progress, state, began, self.checkpoint_dirs)
         checkpoint.size = size
-        checkpoint.stays = stays
+        checkpoint.replaces_older = replaces_older
         with self._patience(progress.step, size):
             return self._save(checkpoint, must_succeed=must_succeed)
 
@@ -274,8 +275,8 @@ class Checkpoints:
         problems: list[str] = []
         begun = self._start_writing(checkpoint, problems)
         # Training has waited for the copy so far; publishing adds its own wait later.
-        checkpoint.stall_s = time.monotonic() - checkpoint.began
-        self.schedule.note_attempt(checkpoint.step, took_s=None)
+        checkpoint.stall_s = time.monotonic() - checkpoint.began_at
+        self.schedule.record_attempt(checkpoint.step, took_s=None)
         if not begun:
             self._pending = None
             self._note_failure(problems, must_succeed=False)
@@ -313,8 +314,8 @@ class Checkpoints:
                 return False
         now = time.monotonic()
         checkpoint.stall_s += now - wait_began
-        self._note_success(checkpoint, SavedCheckpoint(path, size, now - checkpoint.began, checkpoint.stall_s))
-        self.schedule.note_cost(checkpoint.stall_s, now - checkpoint.began)
+        self._note_success(checkpoint, SavedCheckpoint(path, size, now - checkpoint.began_at, checkpoint.stall_s))
+        self.schedule.record_cost(checkpoint.stall_s, now - checkpoint.began_at)
         return True
 
     def _copy_state(self, state: RankState) -> bool:
@@ -322,12 +323,12 @@ class Checkpoints:
 
         If there is none, a line says so, once.
         """
-        known_refusal = self.state_buffer.refused
-        if self.state_buffer.take(state):
+        known_refusal = self.state_buffer.refusal_reason
+        if self.state_buffer.copy_state(state):
             return True
         if known_refusal is None:
             self.print_line(
-                f"checkpoints are written in the step (checkpoint.background=false): {self.state_buffer.refused}"
+                f"checkpoints are written in the step (checkpoint.background=false): {self.state_buffer.refusal_reason}"
             )
         return False
 
@@ -339,7 +340,7 @@ class Checkpoints:
         while checkpoint.untried_dirs:
             checkpoint.checkpoint_dir = checkpoint.untried_dirs.pop(0)
             try:
-                open_staging(checkpoint.staging, self.runtime, checkpoint.state.require_space_on_disk)
+                create_staging_dir(checkpoint.staging, self.runtime, checkpoint.state.require_space_on_disk)
             except StorageError as error:
                 self._warn(error, problems)
                 continue
@@ -353,16 +354,16 @@ class Checkpoints:
         while checkpoint.untried_dirs:
             checkpoint.checkpoint_dir = checkpoint.untried_dirs.pop(0)
             try:
-                open_staging(checkpoint.staging, self.runtime)
+                create_staging_dir(checkpoint.staging, self.runtime)
                 path, size = self._seal_and_publish(checkpoint, checkpoint.state.save)
             except StorageError as error:  # the same on every rank, so that all try the next directory
                 self._warn(error, problems)
                 continue
-            took_s = time.monotonic() - checkpoint.began
+            took_s = time.monotonic() - checkpoint.began_at
             self._note_success(checkpoint, SavedCheckpoint(path, size, took_s, took_s))
-            self.schedule.note_attempt(checkpoint.step, took_s)
+            self.schedule.record_attempt(checkpoint.step, took_s)
             return True
-        self.schedule.note_attempt(checkpoint.step, took_s=None)
+        self.schedule.record_attempt(checkpoint.step, took_s=None)
         self._note_failure(problems, must_succeed=must_succeed)
         return False
 
@@ -383,7 +384,7 @@ class Checkpoints:
         for path in same_step:
             self._delete(path)
         self._verified.add(saved.path)
-        if checkpoint.stays:
+        if checkpoint.replaces_older:
             self._delete_old(checkpoint.best_step)
 
     def _note_failure(self, problems: list[str], *, must_succeed: bool) -> None:
@@ -414,7 +415,7 @@ class Checkpoints:
             files = write(staging)
         except (OSError, RuntimeError, StorageError) as caught:
             error = caught
-        raise_on_all_ranks(error, staging, self.runtime)
+        raise_if_any_rank_failed(error, staging, self.runtime)
 
         def finish() -> None:
             """Write the manifest, by which all files are checked later, and give the checkpoint its name. On rank 0."""
@@ -428,7 +429,7 @@ class Checkpoints:
                 self._move_aside(checkpoint_dir, [final])
             atomic_io.publish_directory(staging, final)
 
-        on_main(finish, staging, self.runtime)
+        run_on_rank_0(finish, staging, self.runtime)
         return final, sum(file.size for file in files)
 
     def _report(self, saved: SavedCheckpoint) -> None:
@@ -457,8 +458,8 @@ class Checkpoints:
             return
         if len(checkpoints) == 1:
             return
-        for other_step, path in checkpoints:
-            if other_step == step:
+        for checkpoint_step, path in checkpoints:
+            if checkpoint_step == step:
                 self._delete(path)
 
     def _delete_old(self, best_step: int | None) -> None:
@@ -481,16 +482,19 @@ class Checkpoints:
             old_enough = [step for step in verified_steps if step <= verified_steps[-1] - self.look_back]
             oldest_kept_step = min(oldest_kept_step, max(old_enough, default=0))
         for step, path in checkpoints:
-            if step < oldest_kept_step and step != best_step and not is_in_use(path):
+            if step >= oldest_kept_step or step == best_step:
+                continue
+            remove_stale_marks(path)
+            if not is_in_use(path):
                 self._delete(path)
 
     def _delete(self, path: Path) -> None:
         """Delete a checkpoint. A failure is a warning, once for each checkpoint."""
-        doomed = path.with_name(f".{path.name}.deleting")
+        temporary_path = path.with_name(f".{path.name}.deleting")
         try:
-            atomic_io.disk.rename(path, doomed)  # so that nobody finds half of it under its name
+            atomic_io.disk.rename(path, temporary_path)  # so that nobody finds half of it under its name
             self._verified.discard(path)
-            atomic_io.disk.remove_tree(doomed)
+            atomic_io.disk.remove_tree(temporary_path)
         except OSError as error:
             if path not in self._undeletable:
                 self.print_line(f"warning: the old checkpoint {path} could not be deleted ({error_summary(error)})")

@@ -40,10 +40,10 @@ OLD_FORMAT = (
 
 def write_manifest(directory: Path, files: Iterable[WrittenFile]) -> None:
     """Write the manifest of a directory's files, durably. Errors: OSError."""
-    write_new(directory / MANIFEST, _render({file.name: file for file in files}))
+    write_new(directory / MANIFEST, _manifest_bytes({file.name: file for file in files}))
 
 
-def _render(files: dict[str, WrittenFile]) -> bytes:
+def _manifest_bytes(files: dict[str, WrittenFile]) -> bytes:
     """The bytes of a manifest for these files, by name: their sizes and hashes, and the hash of all that."""
     entries = {}
     for name in sorted(files):
@@ -63,41 +63,41 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
 
     # The names in the directory.
     try:
-        present = set(list_names(directory))
-        if "state" in present and (directory / "state" / OLD_METADATA).exists():
+        present_names = set(list_names(directory))
+        if "state" in present_names and (directory / "state" / OLD_METADATA).exists():
             raise Malformed(OLD_FORMAT)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Malformed("is not a directory") from error
     except OSError as error:
         raise Malformed(f"cannot be read ({error_summary(error)})") from error
-    if MANIFEST not in present:
-        raise Malformed(OLD_FORMAT if OLD_METADATA in present else MISSING_MANIFEST)
+    if MANIFEST not in present_names:
+        raise Malformed(OLD_FORMAT if OLD_METADATA in present_names else MISSING_MANIFEST)
     # The manifest.
-    present.remove(MANIFEST)
+    present_names.remove(MANIFEST)
     try:
         content = reader.read(
             directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
         )
-        files = _parse(parse_json(content))
+        files = _files_of_manifest(parse_json(content))
     except OSError as error:
         raise Malformed(f"cannot be read ({error_summary(error)})") from error
     except Malformed as error:
         raise Malformed("has a damaged manifest") from error
-    if _render(files) != content:  # equal to the byte, so the manifest's hash of itself is right too
+    if _manifest_bytes(files) != content:  # equal to the byte, so the manifest's hash of itself is right too
         raise Malformed("has a damaged manifest")
 
-    # One against the other.
-    extra = sorted(name for name in present - set(files) if not IGNORED_NAMES.fullmatch(name))
-    if extra:
-        raise Malformed(f"holds files that are not in its manifest: {', '.join(extra[:3])}")
-    missing = sorted(set(files) - present)
-    if missing:
-        raise Malformed(f"{missing[0]} is missing")
+    # The names against the manifest.
+    extra_names = sorted(name for name in present_names - set(files) if not IGNORED_NAMES.fullmatch(name))
+    if extra_names:
+        raise Malformed(f"holds files that are not in its manifest: {', '.join(extra_names[:3])}")
+    missing_names = sorted(set(files) - present_names)
+    if missing_names:
+        raise Malformed(f"{missing_names[0]} is missing")
     return list(files.values())
 
 
-def fingerprint(directory: Path) -> str | None:
-    """The hash that a checkpoint's manifest has of itself, and so of all its files; None if it cannot be read."""
+def manifest_fingerprint(directory: Path) -> str | None:
+    """The SHA-256 in a checkpoint's manifest, which covers all entries of the manifest and so all files; None if unreadable."""
     try:
         manifest = parse_json(read_bytes(directory / MANIFEST, max_bytes=MAX_MANIFEST_BYTES))
     except (OSError, Malformed):
@@ -110,35 +110,35 @@ def fingerprint(directory: Path) -> str | None:
     return own_sha256
 
 
-def artefact_of(run_dir: Path, step: int, fallback_dir: str | None) -> str | None:
+def checkpoint_fingerprint_at_step(run_dir: Path, step: int, fallback_dir: str | None) -> str | None:
     """The fingerprint of a run's checkpoint at a step; None if there is none. Errors: StorageError."""
     checkpoints = dict(checkpoints_in(checkpoint_dirs_of(run_dir, fallback_dir)))
     if step not in checkpoints:
         return None
-    return fingerprint(checkpoints[step])
+    return manifest_fingerprint(checkpoints[step])
 
 
-def _parse(raw: object) -> dict[str, WrittenFile]:
+def _files_of_manifest(raw: object) -> dict[str, WrittenFile]:
     """The files that a checkpoint's manifest lists, by name, with size and SHA-256. `raw`: the manifest's parsed JSON.
 
-    Raises Malformed if it has another form than `_render` writes: anybody may have written the file.
+    Raises Malformed if it has another form than `_manifest_bytes` writes: anybody may have written the file.
     """
-    files = None
-    if isinstance(raw, dict):
-        files = raw.get("files")
-    if not isinstance(files, dict):
+    rows = raw.get("files") if isinstance(raw, dict) else None
+    if not isinstance(rows, dict):
         raise Malformed("is no manifest")
-    parsed = {}
-    for name, row in files.items():
-        well_formed = isinstance(row, dict) and is_count(row.get("bytes")) and isinstance(row.get("sha256"), str)
-        if not well_formed or not stays_in_directory(name) or not SHA256.fullmatch(row["sha256"]):
+    files = {}
+    for name, row in rows.items():
+        is_well_formed = isinstance(row, dict) and is_count(row.get("bytes")) and isinstance(row.get("sha256"), str)
+        if not is_well_formed or not stays_in_directory(name) or not SHA256.fullmatch(row["sha256"]):
             raise Malformed("is no manifest")
-        parsed[name] = WrittenFile(name, row["bytes"], row["sha256"])
-    return parsed
+        files[name] = WrittenFile(name, row["bytes"], row["sha256"])
+    return files
 
 
-def verify(directory: Path, *, only: str | None = None, may_be_deleted: bool = False) -> str | None:
-    """What is wrong with a checkpoint, or with its file `only`; None if nothing is. Reads the whole files.
+def checkpoint_problem(directory: Path, *, only: str | None = None, may_be_deleted: bool = False) -> str | None:
+    """What is wrong with a checkpoint, in words; None if nothing is. Reads its files to the end.
+
+    `only`: the name of a file; the others are then not read.
 
     A missing file is usually waited for, since a network file system may show it late. `may_be_deleted` says that this process
     has listed the directory before: if it is gone now, it was deleted, and nothing is waited for.
@@ -154,10 +154,11 @@ def verify(directory: Path, *, only: str | None = None, may_be_deleted: bool = F
         return str(error)
     if only is not None:
         files = [file for file in files if file.name == only]
-    return _first_difference(directory, files, usable_cores(), reader) or _wrong_step(directory)
+    difference = _first_difference(directory, files, usable_cores(), reader)
+    return difference or _wrong_step_problem(directory)
 
 
-def verify_together(directory: Path, runtime: Runtime) -> str | None:
+def checkpoint_problem_on_all_ranks(directory: Path, runtime: Runtime) -> str | None:
     """What is wrong with a checkpoint, the same answer on every rank; None if nothing is. All ranks must call.
 
     Rank 0 reads the manifest, and each rank compares its share of the files with it. The answer is that of the lowest rank that
@@ -176,12 +177,12 @@ def verify_together(directory: Path, runtime: Runtime) -> str | None:
         threads = usable_cores() // runtime.local_world_size
         problem = _first_difference(directory, own_files, threads)
     if problem is None and runtime.is_main:
-        problem = _wrong_step(directory)
-    all_problems = [rank_problem for rank_problem in gather_objects(problem, runtime) if rank_problem]
-    return all_problems[0] if all_problems else None
+        problem = _wrong_step_problem(directory)
+    problem_by_rank: list[str | None] = gather_objects(problem, runtime)
+    return next(filter(None, problem_by_rank), None)
 
 
-def _wrong_step(directory: Path) -> str | None:
+def _wrong_step_problem(directory: Path) -> str | None:
     """The problem, if a checkpoint is named for another step than its own, as a renamed copy is; None if it is not."""
     name = STEP_NAME.fullmatch(directory.name)
     if name is None:

@@ -67,10 +67,11 @@ def remove_part_notes(staging: Path, world_size: int) -> None:
         (staging / NOTE.format(rank)).unlink(missing_ok=True)
 
 
-def recover(checkpoint_dirs: list[Path], print_line: Callable[[str], None]) -> None:
-    """Publish a checkpoint that all ranks had written when the last attempt failed, but that had no name yet.
+def publish_complete_staging_dirs(checkpoint_dirs: list[Path], print_line: Callable[[str], None]) -> None:
+    """Give checkpoints their names (`step-<n>`) that all ranks had written when the last attempt at the run failed.
 
-    It must be newer than all that have one. Only the owner of the run directory may call. No collective.
+    Only those that are newer than every checkpoint with a name. A directory that cannot be published is reported and left alone.
+    Only the owner of the run directory may call. No collective.
     """
     newest_step = max((step for step, _ in checkpoints_in(checkpoint_dirs)), default=-1)
     for checkpoint_dir in checkpoint_dirs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from strategies import atomic_io
 from strategies.atomic_io import error_summary
@@ -17,7 +18,13 @@ from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, call_on_main
 from strategies.tensor_files import Malformed
 from trainer.checkpoints.layout import REPLACED_NAME, STEP_NAME, checkpoints_in, names_in
-from trainer.checkpoints.manifest import MANIFEST, MAX_MANIFEST_BYTES, MISSING_MANIFEST, read_manifest, verify_together
+from trainer.checkpoints.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MISSING_MANIFEST,
+    checkpoint_problem_on_all_ranks,
+    read_manifest,
+)
 
 RESUMED_FROM = "resumed-from.json"
 MAX_RECORD_BYTES = 2**16
@@ -55,9 +62,9 @@ def effective_resume(checkpoint_dirs: list[Path], resume: str) -> str:
         own_dirs = [checkpoint_dir.resolve() for checkpoint_dir in checkpoint_dirs]
         if name is not None and path.parent in own_dirs:
             # The run's own. It may have been deleted since, or been written again by this branch.
-            least_step = int(name[1]) + 1
+            first_newer_step = int(name[1]) + 1
         elif _manifest_sha256(path) in (None, record["manifest_sha256"]):
-            least_step = 0  # another run's: every checkpoint here is newer
+            first_newer_step = 0  # another run's: every checkpoint here is newer
         else:  # another checkpoint is under that path now
             return resume
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -66,11 +73,11 @@ def effective_resume(checkpoint_dirs: list[Path], resume: str) -> str:
             f"{record_path}: cannot be read ({error_summary(error)}), so that nobody knows whether this run has begun from "
             f"run.resume={resume} already; delete the file to begin from there (again), or give run.resume=auto"
         ) from error
-    has_newer = any(step >= least_step for step, _ in checkpoints_in(checkpoint_dirs))
+    has_newer = any(step >= first_newer_step for step, _ in checkpoints_in(checkpoint_dirs))
     return "auto" if has_newer else resume
 
 
-def record_resume(checkpoint_dirs: list[Path], resume: str, resumed: Path) -> None:
+def record_resumed_checkpoint(checkpoint_dirs: list[Path], resume: str, resumed: Path) -> None:
     """Record durably that the run begins from `resumed`, if that is the checkpoint that `run.resume` names. Errors: OSError."""
     if resume in ("auto", "never") or Path(resume).expanduser().resolve() != resumed.resolve():
         return
@@ -141,62 +148,78 @@ def _newest_with_manifest(checkpoint_dirs: list[Path]) -> Path | None:
     return None
 
 
-def _candidates(checkpoint_dirs: list[Path], resume: str, last_step: int | None) -> tuple[str, list[Path]]:
-    """(`run.resume` as of `effective_resume`, the run's checkpoints in the order to try them if that is `auto`, else none).
+class _ResumeCandidates(NamedTuple):
+    """What a start may resume from, as rank 0 sees it."""
 
-    The newest first; with `last_step`, the newest up to this step first, then later ones from the oldest. Called on rank 0; puts
-    checkpoints back whose replacement was cut short. Errors: OSError, StorageError.
+    resume: str
+    """`run.resume` as it applies to this start, see `effective_resume`."""
+    checkpoints: list[Path]
+    """The run's checkpoints in the order to try them, if `resume` is `auto`; else empty."""
+
+
+def _resume_candidates(checkpoint_dirs: list[Path], resume: str, last_step: int | None) -> _ResumeCandidates:
+    """What a start with `run.resume=resume` may resume from. Called on rank 0 only. Errors: OSError, StorageError.
+
+    The newest checkpoint comes first. With `last_step`, the newest up to this step comes first, then later ones from the oldest.
+    Before looking, renames checkpoints back whose replacement was cut short.
     """
     restore_replaced(checkpoint_dirs)
-    effective = effective_resume(checkpoint_dirs, resume)
-    if effective != "auto":
-        return effective, []
+    resume = effective_resume(checkpoint_dirs, resume)
+    if resume != "auto":
+        return _ResumeCandidates(resume, checkpoints=[])
     checkpoints = checkpoints_in(checkpoint_dirs)
     if last_step is None:
-        return effective, [path for _, path in reversed(checkpoints)]
-    early = [path for step, path in reversed(checkpoints) if step <= last_step]
-    return effective, early + [path for step, path in checkpoints if step > last_step]
+        return _ResumeCandidates(resume, [path for _, path in reversed(checkpoints)])
+    newest_first = [path for step, path in reversed(checkpoints) if step <= last_step]
+    later_ones = [path for step, path in checkpoints if step > last_step]
+    return _ResumeCandidates(resume, newest_first + later_ones)
 
 
 def choose_checkpoint(
     checkpoint_dirs: list[Path], resume: str, runtime: Runtime, *, last_step: int | None = None
 ) -> Path | None:
-    """The checkpoint to resume from, the same on all ranks; None to start afresh. All ranks must call.
+    """The checkpoint to resume from, the same on all ranks; None to start without one. All ranks must call.
 
-    `last_step`: the newest one up to this step is wanted; if none of these can be used, the oldest of the later ones.
+    `resume`: the setting `run.resume`.
 
-    Errors: ConfigError if a named one cannot be used. StorageError if there are checkpoints and none can be used, or if they
-    cannot be listed: starting afresh would lose what they hold.
+    - `never`: None.
+    - A directory: that checkpoint; ConfigError if it cannot be used. If the run has begun from it before, as with `auto`.
+    - `auto`: the newest intact checkpoint of the run; with `last_step`, the newest intact one up to this step, or if there is
+    none
+      the oldest of the later ones. None if the run has no checkpoint.
+
+    Raises StorageError if there are checkpoints and none is intact, or if they cannot be listed: a start without a checkpoint
+    would lose what they hold.
     """
     if resume == "never":
         return None
-    requested = resume
-    resume, candidates = call_on_main(lambda: _candidates(checkpoint_dirs, requested, last_step), runtime)
-    if requested != resume and runtime.is_main:
+    candidates = call_on_main(lambda: _resume_candidates(checkpoint_dirs, resume, last_step), runtime)
+    if candidates.resume != resume and runtime.is_main:
         print(
-            f"run.resume={requested}: this run has begun from it already and continues from what it has made since, as with "
+            f"run.resume={resume}: this run has begun from it already and continues from what it has made since, as with "
             f"run.resume=auto; to go back once more, delete {checkpoint_dirs[0].parent / RESUMED_FROM}",
             flush=True,
         )
-    if resume != "auto":
+    if candidates.resume != "auto":
         # The named one or none: another would silently be a different run.
         path = Path(resume).expanduser()
-        problem = verify_together(path, runtime)
+        problem = checkpoint_problem_on_all_ranks(path, runtime)
         if problem:
             raise ConfigError(f"run.resume={resume}: {problem}; give a checkpoint directory (step-...), or auto")
         return path
     # In the order of the candidates, the first that is intact.
-    skipped = []
-    for path in candidates:
-        problem = verify_together(path, runtime)
+    skipped_texts = []
+    for path in candidates.checkpoints:
+        problem = checkpoint_problem_on_all_ranks(path, runtime)
         if problem is None:
             return path
-        skipped.append(f"{path.name} {problem}")
+        skipped_texts.append(f"{path.name} {problem}")
         if runtime.is_main:
             print(f"checkpoint ignored: {path.name}: {problem}", flush=True)
-    if skipped:
+    if skipped_texts:
+        checkpoint_dir = candidates.checkpoints[0].parent
         raise StorageError(
-            f"run.resume=auto: none of the checkpoints in {candidates[0].parent} can be used ({'; '.join(skipped[:6])}); "
+            f"run.resume=auto: none of the checkpoints in {checkpoint_dir} can be used ({'; '.join(skipped_texts[:6])}); "
             "nothing was changed. Bring one back from a backup, name another with run.resume=<directory>, or start anew in "
             "another run.dir"
         )

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import NamedTuple
 
 from strategies.runtime import Runtime, broadcast_object
 from trainer.checkpoints.config import CheckpointConfig
@@ -15,11 +16,11 @@ UNMEASURED_S = 30 * 60.0
 MIN_INTERVAL_S = 60.0
 FREE_SAVING_S = 60.0
 """Seconds that checkpoints may hold training up in all before improvements are saved only as often as the interval says."""
-QUESTIONS_PER_INTERVAL = 30
+QUERIES_PER_INTERVAL = 30
 """About how often the ranks hear from rank 0 between two checkpoints."""
 
 
-def best_interval(stall_s: float, mtbf_s: float) -> float:
+def optimal_interval_s(stall_s: float, mtbf_s: float) -> float:
     """Seconds between checkpoints that lose the least time to saving and to steps that a failure undoes (Young 1974, Daly 2006).
 
     The first-order formula, but at least a minute, and at least the `stall_s` of a save itself. `mtbf_s`: mean time between
@@ -28,10 +29,18 @@ def best_interval(stall_s: float, mtbf_s: float) -> float:
     return max(MIN_INTERVAL_S, stall_s, math.sqrt(2 * stall_s * mtbf_s) - stall_s)
 
 
+class _DueAnswer(NamedTuple):
+    """What rank 0 tells all ranks when they ask for a checkpoint."""
+
+    is_due: bool
+    next_query_step: int
+    """The step after which the ranks ask again."""
+
+
 class Schedule:
     """Decides when a checkpoint is due, the same on all ranks, by rank 0's clock.
 
-    The ranks do not exchange the answer at every step: rank 0 also says at which step they ask again.
+    The ranks do not ask at every step, since each answer is a collective: rank 0 also says after which step they ask again.
     """
 
     def __init__(self, config: CheckpointConfig, runtime: Runtime, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,9 +52,10 @@ class Schedule:
         self._write_s = 0.0
         self._all_stalls_s = 0.0
         """Seconds that all checkpoints of this process held training up."""
-        self._last_save_at = self._asked_at = clock()
+        self._last_save_at = clock()
+        self._asked_at = self._last_save_at
         self._asked_step: int | None = None
-        self._next_question = 0
+        self._next_query_step = 0
 
     @property
     def interval_s(self) -> float | None:
@@ -62,19 +72,20 @@ class Schedule:
             return self.config.every_minutes * 60
         if not self._stalls_s:
             return UNMEASURED_S
-        best_s = best_interval(median(self._stalls_s), self.config.mtbf_h * 3600)
+        best_s = optimal_interval_s(median(self._stalls_s), self.config.mtbf_h * 3600)
         return max(best_s, self._write_s)  # a checkpoint must be written before the next one begins
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step. All ranks must call, after the same steps."""
         if self.config.every_steps > 0:
             return step % self.config.every_steps == 0
-        if self.interval_s is None or step < self._next_question:
+        if self.interval_s is None or step < self._next_query_step:
             return False
-        due, self._next_question = broadcast_object(self._is_time(step), self.runtime)
-        return due
+        answer: _DueAnswer = broadcast_object(self._due_answer(step), self.runtime)
+        self._next_query_step = answer.next_query_step
+        return answer.is_due
 
-    def improvement_due(self) -> bool:
+    def is_improvement_due(self) -> bool:
         """Whether an improvement may be saved now, the same on all ranks, by rank 0's clock. All ranks must call.
 
         No more often than `checkpoint.every_minutes` says. If it says nothing, the interval is the one that the cost of a save
@@ -89,14 +100,14 @@ class Schedule:
             return minutes > 0 and since_save_s >= minutes * 60
         if self._all_stalls_s < FREE_SAVING_S:
             return True
-        best_s = best_interval(median(self._stalls_s), self.config.mtbf_h * 3600)
+        best_s = optimal_interval_s(median(self._stalls_s), self.config.mtbf_h * 3600)
         return since_save_s >= max(best_s, self._write_s)
 
-    def _is_time(self, step: int) -> tuple[bool, int]:
+    def _due_answer(self, step: int) -> _DueAnswer:
         """Whether a checkpoint is due after this step, by the clock of this rank (rank 0 decides for all).
 
-        Returns (whether it is due, the step after which to ask again). Asking after each step would cost a collective each. The
-        next question comes after half of the remaining time at most, so that steps which became slow are noticed.
+        Asking after each step would cost a collective each. The ranks ask again after half of the remaining time at most, so that
+        steps which became slow are noticed. Sets when and after which step the ranks have asked last.
         """
         interval_s = self.interval_s
         assert interval_s is not None
@@ -109,24 +120,25 @@ class Schedule:
         self._asked_step = step
         left_s = interval_s - (now - self._last_save_at)
         if left_s <= step_s / 2:  # nearer to this step's end than to the next one's
-            return True, step + 1
-        wait_s = min(left_s / 2, interval_s / QUESTIONS_PER_INTERVAL)
+            return _DueAnswer(is_due=True, next_query_step=step + 1)
+        wait_s = min(left_s / 2, interval_s / QUERIES_PER_INTERVAL)
         wait_steps = max(1, int(wait_s / max(step_s, 1e-6)))
-        return False, step + wait_steps
+        return _DueAnswer(is_due=False, next_query_step=step + wait_steps)
 
-    def note_cost(self, stall_s: float, write_s: float) -> None:
+    def record_cost(self, stall_s: float, write_s: float) -> None:
         """Note the cost of a checkpoint: it held training up for `stall_s` seconds, and took `write_s` seconds in all."""
         self._stalls_s = [*self._stalls_s[-4:], stall_s]
         self._all_stalls_s += stall_s
         self._write_s = write_s
 
-    def note_attempt(self, step: int, took_s: float | None) -> None:
+    def record_attempt(self, step: int, took_s: float | None) -> None:
         """Start the interval to the next checkpoint, after one was written, begun, or failed. All ranks must call.
 
         `took_s`: seconds that training waited for it; None if it was only begun or could not be written.
         """
         if took_s is not None:
-            self.note_cost(took_s, took_s)
-        self._last_save_at = self._asked_at = self.clock()
+            self.record_cost(took_s, took_s)
+        self._last_save_at = self.clock()
+        self._asked_at = self._last_save_at
         self._asked_step = step
-        self._next_question = step + 1
+        self._next_query_step = step + 1

@@ -13,27 +13,28 @@ from strategies.errors import StorageError
 from strategies.runtime import Runtime, first_rank_error
 
 
-def open_staging(staging: Path, runtime: Runtime, check: Callable[[Path], None] = lambda staging: None) -> None:
-    """Make the empty directory in which a checkpoint is written before it gets its name. All ranks must call.
+def create_staging_dir(staging: Path, runtime: Runtime, check: Callable[[Path], None] = lambda staging: None) -> None:
+    """Create the empty directory in which a checkpoint is written before it gets its name. All ranks must call.
 
-    `check` runs on every rank and raises StorageError if the directory will not do. An error of one rank is raised on all.
+    An old directory of that name is deleted. `check`: called on every rank, raises StorageError if the directory will not do.
+    Raises StorageError on every rank if rank 0 could not create it, or `check` failed on any rank.
     """
 
-    def make() -> None:
+    def create_empty() -> None:
         if staging.exists():
             atomic_io.disk.remove_tree(staging)
         make_directories(staging)
 
-    on_main(make, staging, runtime)
+    run_on_rank_0(create_empty, staging, runtime)
     error: StorageError | None = None
     try:
         check(staging)
     except StorageError as caught:
         error = caught
-    raise_on_all_ranks(error, staging, runtime)
+    raise_if_any_rank_failed(error, staging, runtime)
 
 
-def on_main(function: Callable[[], None], staging: Path, runtime: Runtime) -> None:
+def run_on_rank_0(function: Callable[[], None], staging: Path, runtime: Runtime) -> None:
     """Call `function` on rank 0 alone; it writes into `staging`, the directory of an unfinished checkpoint.
 
     All ranks must call, so that all learn of an error: StorageError on every rank if it raised OSError.
@@ -44,10 +45,10 @@ def on_main(function: Callable[[], None], staging: Path, runtime: Runtime) -> No
             function()
     except OSError as caught:
         error = caught
-    raise_on_all_ranks(error, staging, runtime)
+    raise_if_any_rank_failed(error, staging, runtime)
 
 
-def raise_on_all_ranks(error: BaseException | None, staging: Path, runtime: Runtime) -> None:
+def raise_if_any_rank_failed(error: BaseException | None, staging: Path, runtime: Runtime) -> None:
     """Raise StorageError on every rank if any rank has an `error`, after rank 0 removed the staging directory; else return.
 
     `staging`: `.step-<n>.writing`. All ranks must call.
@@ -69,7 +70,7 @@ def raise_on_all_ranks(error: BaseException | None, staging: Path, runtime: Runt
     )
 
 
-def fallback_problem(
+def fallback_dir_error(
     checkpoint_dirs: list[Path], fallback_dir: str | None, print_line: Callable[[str], None]
 ) -> StorageError | None:
     """Why checkpoints cannot be written into `checkpoint.fallback_dir`, found out at the start by writing a small file.

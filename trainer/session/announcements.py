@@ -179,7 +179,7 @@ def record_end(
         may_have_diverged = isinstance(error, LimitExceeded)
         ending = RunEnding.by(error)
         if ending.state is State.failed and isinstance(error, Exception):  # not after a Ctrl-C
-            checkpoints.linger(FAILED_SAVE_PATIENCE_S)
+            checkpoints.wait_at_most(FAILED_SAVE_PATIENCE_S)
         raise
     finally:
         context.console.leave()

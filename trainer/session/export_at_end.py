@@ -8,7 +8,7 @@ from pathlib import Path
 from strategies.atomic_io import NOT_YET_VISIBLE_ERRNOS, call_until_visible
 from strategies.runtime import call_on_main, gather_objects
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
-from trainer.checkpoints.manifest import MANIFEST, verify_together
+from trainer.checkpoints.manifest import MANIFEST, checkpoint_problem_on_all_ranks
 from trainer.config.launching import exports_at_end, leaves_export_to_job
 from trainer.config.run import RunConfig
 from trainer.export.files import ExportInUse
@@ -159,7 +159,7 @@ def _readable_checkpoint(config: RunConfig, step: int, context: RunContext) -> t
             f"{checkpoint} cannot be seen from {len(blind_ranks)} of the ranks (the first is {blind_ranks[0]}), and each rank "
             f"reads its part of it. Run `{command}` on the host of rank 0, or give a checkpoint.fallback_dir that all hosts share"
         )
-    damage = verify_together(checkpoint, context.runtime)
+    damage = checkpoint_problem_on_all_ranks(checkpoint, context.runtime)
     if damage is not None:
         return None, f"{checkpoint} {damage}; export an earlier step: {command} checkpoint=<step>"
     return checkpoint, ""

@@ -11,7 +11,7 @@ from strategies.errors import StorageError
 from strategies.runtime import call_on_main
 from trainer.checkpoints.layout import STEP_DIR, checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
-from trainer.checkpoints.manifest import artefact_of, verify_together
+from trainer.checkpoints.manifest import checkpoint_fingerprint_at_step, checkpoint_problem_on_all_ranks
 from trainer.checkpoints.patience import waiting_for_disk
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepLoader
@@ -95,7 +95,7 @@ def load_checkpoint_to_export(run: TrainedRun) -> tuple[ChosenCheckpoint, int]:
     print_line(f"taking the weights of {chosen}")
     path = directories[chosen.step]
     with waiting_for_disk("reading the best checkpoint", 0, runtime, print_line):
-        problem = verify_together(path, runtime)  # it may be of an earlier start, and damaged since
+        problem = checkpoint_problem_on_all_ranks(path, runtime)  # it may be of an earlier start, and damaged since
         if problem is not None:
             raise StorageError(
                 f"{path}: {problem}; it is the best checkpoint, and is to be exported: bring it back, or export the last one "
@@ -117,7 +117,7 @@ def measure_test_documents(run: TrainedRun, step: int) -> dict[str, Any] | None:
         run_dir=context.run_dir,
         step=step,
         checkpoint=STEP_DIR.format(step),
-        artefact=artefact_of(context.run_dir, step, run.config.checkpoint.fallback_dir),
+        artefact=checkpoint_fingerprint_at_step(context.run_dir, step, run.config.checkpoint.fallback_dir),
     )
 
     def watch_for_stop() -> Callable[[], bool]:
