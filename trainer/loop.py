@@ -16,7 +16,7 @@ from trainer.evaluation.base import Evaluator
 from trainer.evaluation.best import check_watched_metric, early_stopping_reason, record_evaluation
 from trainer.loop_types import BatchLoader, LoopSettings, Monitors, Sinks, WrittenCheckpoint
 from trainer.model.routing import ADDED_LOSS, EXPERT_TOKENS
-from trainer.monitors.anomalies import OUTLIERS, Outlier, RollBack
+from trainer.monitors.anomalies import OUTLIER_KEYS, Outlier, RollBack
 from trainer.monitors.levels import LOOK_BACK
 from trainer.objectives.step_totals import look_ahead, routing_context
 from trainer.optim.schedule import lr_factor_at
@@ -92,7 +92,7 @@ class Trainer:
         self.outcome.last_row = earlier.last_row
         self._restore_from_progress()
         if earlier.last_row:
-            self.evaluation_monitor.restore_end(self.progress)
+            self.evaluation_monitor.restore_findings(self.progress)
         else:
             # A run may begin with the state of another one, which patience has ended: it counts its own evaluations.
             self.progress.stale_evaluations = 0
@@ -104,7 +104,7 @@ class Trainer:
         evaluation_s = time.perf_counter() - evaluation_began
 
         # A rollback needs a checkpoint to go back to, also in a run that begins with another run's state.
-        if self.guards.goes_back:
+        if self.guards.may_roll_back:
             self.checkpoints.look_back = LOOK_BACK
             if not self.checkpoints.has_any():
                 self._saved_step = -1
@@ -125,7 +125,7 @@ class Trainer:
                     self._roll_back(rollback.outlier)
         finally:
             gc.unfreeze()  # this process may train again, so that the engine of this run must be freed
-        self.evaluation_monitor.finished(self.progress)
+        self.evaluation_monitor.judge_end(self.progress)
         self._settle()
         if self.settings.save_for_export and not self.checkpoints.has_checkpoint_of(self.progress.step):
             self._saved_step = -1  # a run can have begun from the last step of another one
@@ -220,7 +220,7 @@ class Trainer:
         update_filter = self.guards.update_filter(sums["loss"], loss_count)
         step_result = self.engine.step(lr_factor, update_filter)
 
-        self.guards.note_step(self.progress.samples)
+        self.guards.record_step(self.progress.samples)
         self.progress.step += 1
         self.progress.samples += batch.samples
         self.progress.round_step = batch.round_step
@@ -265,7 +265,7 @@ class Trainer:
 
     def _restore_from_progress(self) -> None:
         """Put the anomaly guards and the sample order where `self.progress` says the run stands."""
-        self.guards.restore_window(self.progress.recent_steps, self.progress.level_rows)
+        self.guards.restore_recent_steps(self.progress.recent_steps, self.progress.level_rows)
         self.guards.replicas.start_at(self.progress.step)
         # Samples that rollbacks left out for good. All of them: this replaces the order's earlier list.
         skipped = [(place["first"], place["count"]) for place in self.progress.skipped_samples]
@@ -283,7 +283,7 @@ class Trainer:
         num_consumed = self.progress.samples - outlier.first_sample
         num_samples = min(outlier.num_steps * global_batch, max(num_consumed, global_batch))
         skipped_now = self.loader.order.places(outlier.first_sample, num_samples)
-        self.guards.stop_if_diverged(rollbacks, self.progress.samples, self.loader.order.places)
+        self.guards.raise_if_diverged(rollbacks, self.progress.samples, self.loader.order.places)
 
         self._settle()  # a checkpoint that is being written is of a step before this one
         checkpoint = self.checkpoints.roll_back(outlier.last_good_step)
@@ -293,7 +293,7 @@ class Trainer:
             setattr(self.progress, field.name, getattr(loaded, field.name))
         new_places = [{"first": first, "count": count} for first, count in skipped_now]
         self.progress.skipped_samples = [*skipped_before, *new_places]
-        self.guards.note_return(self.progress.step)
+        self.guards.record_rollback(self.progress.step)
         self.progress.rollbacks = rollbacks
         self.progress.outliers += 1
         if self.progress.samples == outlier.first_sample:
@@ -320,14 +320,14 @@ class Trainer:
         for row in rows:
             self.metrics.log(row, step=row["step"])
             self.progress.skipped_steps += int(bool(row.get("skipped")))
-            self.progress.outliers += int(any(key in row for key in OUTLIERS))
-        self.evaluation_monitor.rows(self.progress, rows)
+            self.progress.outliers += int(any(key in row for key in OUTLIER_KEYS.values()))
+        self.evaluation_monitor.take_rows(self.progress, rows)
         if not rows:
             return
         self.outcome.last_row = rows[-1]
         self.display.progress(rows[-1], self._course)
         self.loader.check_rows(rows)
-        self.guards.stop_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.places)
+        self.guards.raise_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.places)
 
     def _report_checkpoint(self, rows: list[dict]) -> None:
         """Add what the last checkpoint cost to the first row after it."""
@@ -396,7 +396,7 @@ class Trainer:
                 values.update(evaluator.run(self.engine))
         except Interrupted:
             self._stop_for_signal()
-        values |= self.evaluation_monitor.evaluated(self.progress, values)
+        values |= self.evaluation_monitor.judge_evaluation(self.progress, values)
         if not values:
             return values
         step = self.progress.step
@@ -419,26 +419,28 @@ class Trainer:
 
     def _stop_at_limit(self) -> None:
         """Save and raise LimitExceeded if an evaluation says that the run must not go on. All ranks must call."""
-        if self.evaluation_monitor.ends is None or self.evaluation_monitor.stops_early():
+        if self.evaluation_monitor.stopping_finding is None or self.evaluation_monitor.early_stopping_text():
             return
         # The checkpoint owes an evaluation, so that the next start looks again. It may exist already: write it anew.
         self.progress.owes_evaluation = True
         self._saved_step = -1
         self._save()
         self._settle()
-        self.evaluation_monitor.raise_if_exceeded()
+        self.evaluation_monitor.raise_if_finding_ends_run()
 
     def _early_stop_reason(self) -> str | None:
         """Why the run ends before its budget is spent, for the screen; None if it goes on."""
-        return self.evaluation_monitor.stops_early() or early_stopping_reason(self.settings.evaluation, self.progress)
+        return self.evaluation_monitor.early_stopping_text() or early_stopping_reason(
+            self.settings.evaluation, self.progress
+        )
 
     def _is_out_of_patience(self) -> bool:
         """Whether the run ends before its budget is spent. If so, prints why, and records it if patience ended the run."""
         reason = self._early_stop_reason()
         if reason is None:
             return False
-        if self.evaluation_monitor.stops_early() is None:
-            self.evaluation_monitor.patience_ended(self.progress, reason)
+        if self.evaluation_monitor.early_stopping_text() is None:
+            self.evaluation_monitor.record_early_stopping(self.progress, reason)
         self.display.print_line(reason)
         return True
 
@@ -463,8 +465,8 @@ class Trainer:
         if self._saved_step != self.progress.step:
             self.check_ownership()
             self._compare_replicas(now=True)  # a checkpoint of replicas that differ would be worth nothing
-            self.progress.recent_steps = self.guards.window()
-            self.progress.level_rows = self.guards.levels.rows
+            self.progress.recent_steps = self.guards.recent_steps()
+            self.progress.level_rows = self.guards.level_shifts.rows
             self.metrics.sync()  # rows up to this step are on the disk before the checkpoint is
             self._being_saved = replace(self.progress)
             attachments = self.loader.attachments()

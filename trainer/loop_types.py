@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from strategies.runtime import Runtime
     from trainer.data.batches.loader import Share, StepBatch
-    from trainer.monitors.levels import LevelWatch
+    from trainer.monitors.levels import LevelShiftDetector
     from trainer.reporting.console import RunSchedule
     from trainer.reporting.earlier_rows import EarlierResults
     from trainer.reporting.metrics import RankTime, StepRecord
@@ -270,25 +270,25 @@ class StepGuards(Protocol):
     """Finds steps whose loss or gradient norm stands out. All ranks come to the same answers."""
 
     @property
-    def goes_back(self) -> bool:
+    def may_roll_back(self) -> bool:
         """Whether an outlier may send the run back to a checkpoint."""
 
     @property
     def replicas(self) -> ReplicaMonitor: ...
 
     @property
-    def levels(self) -> LevelWatch: ...
+    def level_shifts(self) -> LevelShiftDetector: ...
 
-    def restore_window(self, recent: list[dict[str, float]], level_rows: Sequence[dict[str, float]]) -> None:
+    def restore_recent_steps(self, recent: list[dict[str, float]], level_rows: Sequence[dict[str, float]]) -> None:
         """Begin with the loss and gradient norm of these steps, oldest first, and forget what was seen since.
 
-        `level_rows`: what `levels` remembered.
+        `level_rows`: what `level_shifts` remembered.
         """
 
-    def note_return(self, step: int) -> None:
+    def record_rollback(self, step: int) -> None:
         """Remember that the run went back to the checkpoint of this step."""
 
-    def window(self) -> list[dict[str, float]]:
+    def recent_steps(self) -> list[dict[str, float]]:
         """Loss and gradient norm of the last steps, for a checkpoint. Waits for the device."""
 
     def update_filter(self, local_loss: Tensor, count: float) -> UpdateFilter | None:
@@ -297,13 +297,13 @@ class StepGuards(Protocol):
         `local_loss` is this rank's sum of the loss over the step, `count` its denominator over all ranks.
         """
 
-    def note_step(self, first_sample: int) -> None:
+    def record_step(self, first_sample: int) -> None:
         """A step was taken that began after `first_sample` consumed samples."""
 
     def mark_outliers(self, rows: list[Row]) -> None:
         """Mark outliers in `rows`, of all steps since the last call, equal on all ranks. Raises RollBack on all ranks."""
 
-    def stop_if_diverged(
+    def raise_if_diverged(
         self, rollbacks: int, samples: int, places: Callable[[int, int], list[tuple[int, int]]]
     ) -> None:
         """Raise Diverged after too many rollbacks, or too many updates in a row that were left out.
@@ -329,31 +329,31 @@ class EvaluationMonitor(Protocol):
     """Findings by the name of the detector, as JSON; grows while the run goes on."""
 
     @property
-    def ends(self) -> object | None:
+    def stopping_finding(self) -> object | None:
         """The finding that ends the run once its state is saved; None while nothing does."""
 
     def begin(self, engine: Engine, progress: Progress) -> None:
         """Before the first step: ask the base model, if forgetting is measured. All ranks must call. Raises Interrupted."""
 
-    def restore_end(self, progress: Progress) -> None:
+    def restore_findings(self, progress: Progress) -> None:
         """For a run that goes on at `progress`: what it found before, and whether that has ended it. All ranks must call."""
 
-    def rows(self, progress: Progress, rows: Iterable[Row]) -> None:
+    def take_rows(self, progress: Progress, rows: Iterable[Row]) -> None:
         """Add the training losses of `rows` to `progress`."""
 
-    def evaluated(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
+    def judge_evaluation(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
         """Look at an evaluation's values by name; returns further numbers to log beside them."""
 
-    def finished(self, progress: Progress) -> None:
+    def judge_end(self, progress: Progress) -> None:
         """Look at the whole run, after its last step."""
 
-    def patience_ended(self, progress: Progress, reason: str) -> None:
+    def record_early_stopping(self, progress: Progress, reason: str) -> None:
         """Record that early stopping ends the run, for this `reason`."""
 
-    def stops_early(self) -> str | None:
+    def early_stopping_text(self) -> str | None:
         """Why the run ends as if by early stopping, for the screen; None if it does not."""
 
-    def raise_if_exceeded(self) -> None:
+    def raise_if_finding_ends_run(self) -> None:
         """Raise LimitExceeded, on all ranks alike, if a finding ends the run with an error."""
 
 

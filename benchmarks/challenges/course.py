@@ -90,7 +90,7 @@ def told_by_guards(run: Path) -> dict[str, Any]:
     runtime = SimpleNamespace(device=torch.device("cpu"), is_main=True, world_size=1)
     guards = Guards(GuardsConfig(), len(steps), cast(Runtime, runtime), outliers.append)
     for row in steps:
-        guards.note_step(0)
+        guards.record_step(0)
         guards.mark_outliers([dict(row)])
     levels = [outlier for outlier in outliers if outlier.is_level]
     return {

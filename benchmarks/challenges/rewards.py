@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.challenges.language import KNOWN, sentences, train, write
 from trainer.monitors.config import RewardsWatchConfig
-from trainer.monitors.rewards import ENTROPY, IDLE, LENGTH, REWARD, add_step, find_problems
+from trainer.monitors.rewards import ENTROPY, IDLE, LENGTH, REWARD, add_step_to_blocks, find_problems
 
 VERDICTS = ("cheated", "collapsed", "longer", "idle")
 CONTROL = "rewards/control/mean"
@@ -138,7 +138,7 @@ def verdicts_of(
     blocks: list[dict[str, float]] = []
     found: dict[str, int] = {}
     for step, row in enumerate(rows, start=1):
-        if add_step(blocks, row, controls):
+        if add_step_to_blocks(blocks, row, controls):
             for finding in find_problems(RewardsWatchConfig(), step, blocks, evaluations_of(step), controls):
                 found.setdefault(str(finding.verdict), step)
     return found

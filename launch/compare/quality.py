@@ -346,7 +346,7 @@ def _seed_interval(baseline: ComparedJob, job: ComparedJob, metric: str, level: 
     It is that of Student's t-test with equal variances. None if both jobs have one seed, or if the seeds of a job differ by
     rounding alone: such seeds are like repeats.
     """
-    from trainer.monitors.forgetting import student_quantile
+    from trainer.monitors.forgetting import student_t_quantile
 
     baseline_values = baseline.values(metric)
     values = job.values(metric)
@@ -367,7 +367,7 @@ def _seed_interval(baseline: ComparedJob, job: ComparedJob, metric: str, level: 
 
     relative_difference = (mean - baseline_mean) / scale
     standard_error = standard_deviation * math.sqrt(1 / len(baseline_values) + 1 / len(values))
-    margin = student_quantile(1 - level / 2, degrees_of_freedom) * standard_error
+    margin = student_t_quantile(1 - level / 2, degrees_of_freedom) * standard_error
     return relative_difference - margin, relative_difference + margin
 
 
@@ -382,7 +382,7 @@ def _document_interval(
     - a run kept no sums of the metric, or their micro-batches do not correspond (`_paired_batch_sums`),
     - there are fewer than `MIN_BATCHES` micro-batches, or the baseline's sums add up to 0.
     """
-    from trainer.monitors.forgetting import ratio_error, student_quantile
+    from trainer.monitors.forgetting import standard_error_of_ratio, student_t_quantile
 
     baseline_run = baseline.done_runs[0]
     run = job.done_runs[0]
@@ -396,11 +396,11 @@ def _document_interval(
     baseline_total = math.fsum(baseline_sums)
     if len(pairs) < MIN_BATCHES or not baseline_total:
         return None
-    quantile = student_quantile(1 - level / 2, len(pairs) - 1)
+    quantile = student_t_quantile(1 - level / 2, len(pairs) - 1)
     if metric == DEFAULT_METRIC:
         # Micro-batches have different numbers of tokens: the difference is one of sums, and its error that of a ratio.
         relative_difference = (math.fsum(run_sums) - baseline_total) / baseline_total
-        margin = quantile * ratio_error(baseline_sums, run_sums)
+        margin = quantile * standard_error_of_ratio(baseline_sums, run_sums)
         return relative_difference - margin, relative_difference + margin
     # Any other metric counts each micro-batch alike: Student's test of the paired changes.
     changes = [run_sum - baseline_sum for baseline_sum, run_sum in pairs]

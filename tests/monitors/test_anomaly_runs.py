@@ -160,7 +160,7 @@ def test_a_level_in_a_run_is_undone_from_before_it_began(root, tmp_path, monkeyp
 
     def mark_outliers(guards, rows):
         for row in rows:
-            if guards._returned_to < 0:
+            if guards._last_rollback_step < 0:
                 row["loss"] *= 1 + 0.02 * min(max(row["step"] - 29, 0), 8)
         real(guards, rows)
 

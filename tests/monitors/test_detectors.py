@@ -30,7 +30,7 @@ def compared(drawn, rise=0.0, noise=0.02, count=60):
     base = targets * drawn.normal(3, 0.5, count)
     now = base * (1 + rise + noise * drawn.normal(size=count))
     both = [float(each.sum() / targets.sum()) for each in (base, now)]
-    return forgetting.compare("general", LOSS, rows(base, targets), rows(now, targets), (both[0], both[1]))
+    return forgetting.compare_with_base("general", LOSS, rows(base, targets), rows(now, targets), (both[0], both[1]))
 
 
 def test_forgetting_loss_and_its_error_are_those_of_the_jackknife():
@@ -38,7 +38,9 @@ def test_forgetting_loss_and_its_error_are_those_of_the_jackknife():
     targets, noise = np.full(40, 10.0), drawn.normal(size=40)
     base = 10 * drawn.normal(3, 0.5, 40)
     now = base * (1.05 + 0.02 * noise)
-    found = forgetting.compare("g", LOSS, rows(base, targets), rows(now, targets), (base.sum() / 400, now.sum() / 400))
+    found = forgetting.compare_with_base(
+        "g", LOSS, rows(base, targets), rows(now, targets), (base.sum() / 400, now.sum() / 400)
+    )
     assert found.lost == pytest.approx(now.sum() / base.sum() - 1)
     left = np.array([np.delete(now, i).sum() / np.delete(base, i).sum() for i in range(40)])
     assert found.error == pytest.approx(np.sqrt(39 / 40 * ((left - left.mean()) ** 2).sum()), rel=0.05)
@@ -101,7 +103,7 @@ def test_degenerate_answers_are_neither_good_ones_nor_single_bad_ones():
     assert degenerate_answers.find_problem(OutputConfig(), Evidence(3, {}, 5, answers=answers)) is None
     for bad, other, of in ((5, 0, 12), (6, 3, 20), (3, 3, 9)):
         theirs = scipy.stats.fisher_exact([[bad, of - bad], [other, of - other]], alternative="greater").pvalue
-        assert degenerate_answers.fisher_p_value(bad, other, of) == pytest.approx(theirs)
+        assert degenerate_answers.fisher_p_value_of_more_degenerate(bad, other, of) == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize(("action", "step", "ends"), [("stop", 100, True), ("stop", 105, False), ("note", 100, False)])
@@ -112,8 +114,8 @@ def test_run_that_overfitting_ended_stays_ended_when_it_goes_on(action, step, en
     for number, loss in enumerate(held_out):
         evaluations.append({"step": 10.0 * number, "held_out": loss, "train": 4.0 - 0.3 * number})
     challenges = Challenges(ChallengesConfig(overfitting=OverfittingConfig(action=Reaction(action))), 10, "loss")
-    challenges.restore_end(Progress(step=step, evaluations=evaluations))
-    assert (challenges.stops_early() is not None) is ends
+    challenges.restore_findings(Progress(step=step, evaluations=evaluations))
+    assert (challenges.early_stopping_text() is not None) is ends
     assert challenges.record.get("overfitting", {}).get("found", False) is ends
 
 
@@ -130,23 +132,23 @@ def test_run_that_goes_on_after_a_kill_in_its_export_records_what_it_found_befor
     for number, loss in enumerate([4.0, 3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 2.8]):
         progress.step = 10 * number
         progress.interval_steps, progress.interval_loss = 1, 4.0 - 0.3 * number
-        killed.evaluated(progress, {"eval/loss": loss})
+        killed.judge_evaluation(progress, {"eval/loss": loss})
     assert killed.record["overfitting"]["found"]
     found = {name: value for name, value in killed.record["overfitting"].items() if name != "last"}
     lines = events.read_text().splitlines()
 
     resumed = start()
-    resumed.restore_end(progress)
-    resumed.finished(progress)
+    resumed.restore_findings(progress)
+    resumed.judge_end(progress)
     assert resumed.record["overfitting"] == found
     assert events.read_text().splitlines() == lines
     earlier = start()
-    earlier.restore_end(Progress(step=found["step"] - 10))  # of a checkpoint before it
+    earlier.restore_findings(Progress(step=found["step"] - 10))  # of a checkpoint before it
     assert earlier.record == {}
 
 
 def test_instability_needs_more_than_an_odd_batch():
     assert instability.find_problem(Progress(step=100, outliers=1)) is None
     found = instability.find_problem(Progress(step=100, outliers=4, skipped_steps=2))
-    assert found is not None and "4 steps" in found.says
+    assert found is not None and "4 steps" in found.message
     assert instability.find_problem(Progress(step=100, rollbacks=1)) is not None

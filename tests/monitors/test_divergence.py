@@ -25,12 +25,12 @@ from trainer.monitors.divergence import (
     HeldOutChange,
     TrainingChange,
     Verdict,
-    first_judged,
+    divergence_verdict,
+    first_judged_step,
     held_out_change,
     training_change,
-    verdict_of,
 )
-from trainer.monitors.first_evaluation import HeldOutBefore, KeptHeldOut
+from trainer.monitors.first_evaluation import HeldOutEvaluation, HeldOutFile
 from trainer.reporting.numbers import readable
 from trainer.session.evaluation_interval import EvaluationInterval
 from trainer.session.monitors import build_detectors
@@ -58,7 +58,7 @@ FELL = TrainingChange(2.0, 0.4, -9.0, 10)
     ],
 )
 def test_divergence_verdict_is_by_training_and_held_out_losses_together(training, held_out, verdict):
-    assert verdict_of(training, held_out) is verdict
+    assert divergence_verdict(training, held_out) is verdict
 
 
 def test_the_training_side_takes_the_median_of_the_last_steps_and_their_deviation():
@@ -117,7 +117,7 @@ def test_ranks_that_share_rows_add_their_parts_of_a_micro_batch():
 
 
 def test_divergence_has_the_same_micro_batches_on_another_number_of_ranks():
-    before = HeldOutBefore(
+    before = HeldOutEvaluation(
         {"eval/loss": 2.0}, {"eval/loss": [1.0, 2.0, 3.0, 0.0]}
     )  # two ranks, the last one had run out
     assert before.pairs_with("eval/loss", {"eval/loss": [1.5, 2.5, 3.5]}) == ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
@@ -153,16 +153,16 @@ def looked(losses, held_out, action=Reaction.note, warmup_steps=0):
     said = []
     config = ChallengesConfig(divergence=DivergenceConfig(action=action))
     challenges = Challenges(config, len(held_out) or 1, "loss", said.append)
-    challenges.first_judged = first_judged(warmup_steps)
+    challenges.first_judged_step = first_judged_step(warmup_steps)
     progress = Progress()
     if held_out:
-        challenges.evaluated(progress, {"eval/loss": held_out[0]})
+        challenges.judge_evaluation(progress, {"eval/loss": held_out[0]})
     for step, loss in enumerate(losses, 1):
         progress.step = step
-        challenges.rows(progress, [{"step": step, "loss": loss}])
+        challenges.take_rows(progress, [{"step": step, "loss": loss}])
         if held_out and step % 10 == 0:
-            challenges.evaluated(progress, {"eval/loss": held_out[step // 10]})
-    challenges.finished(progress)
+            challenges.judge_evaluation(progress, {"eval/loss": held_out[step // 10]})
+    challenges.judge_end(progress)
     return challenges, said
 
 
@@ -179,7 +179,7 @@ def test_divergence_that_recovers_is_a_note_and_the_end_decides():
     off, said = looked([2.0] * 10 + [30.0] * 40, [], Reaction.off)
     assert "divergence" not in off.record and not said
     stops, _ = looked([2.0] * 10 + [30.0] * 40, [], Reaction.stop)
-    assert stops.ends is not None and stops.ends.step == 20
+    assert stops.stopping_finding is not None and stops.stopping_finding.step == 20
 
 
 def test_divergence_is_judged_from_the_end_of_warm_up_on():
@@ -212,7 +212,7 @@ def test_divergence_is_judged_after_the_warm_up_that_a_run_is_set_to(tmp_path, s
     )
     built = SimpleNamespace(step_module=SimpleNamespace(objective=SimpleNamespace(comparable_term="loss")))
     interval = EvaluationInterval(steps=10, loss_alone=False)
-    assert build_detectors(config, built, 80, interval, context).first_judged == first_step
+    assert build_detectors(config, built, 80, interval, context).first_judged_step == first_step
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_preferences_are_judged_by_their_margin_and_not_by_their_loss(margin_cha
     for step in range(31):
         progress.step = step
         if step:
-            challenges.rows(progress, [{"step": step, "loss": 0.7 - step / 100}])
+            challenges.take_rows(progress, [{"step": step, "loss": 0.7 - step / 100}])
         if step % 10 == 0:
             share = step / 30
             now = {
@@ -238,7 +238,7 @@ def test_preferences_are_judged_by_their_margin_and_not_by_their_loss(margin_cha
             }
             challenges.add_batch_sums({name: [*sums] for name, sums in now.items()})
             means = {"eval/margin": now["eval/margin"].mean(), "eval/loss": now["eval/loss"].sum() / 480}
-            challenges.evaluated(progress, means)
+            challenges.judge_evaluation(progress, means)
     record = challenges.record["divergence"]
     assert (record.get("verdict"), record["found"]) == (verdict, verdict is not None)
     if verdict:
@@ -249,8 +249,8 @@ def test_divergence_baseline_file_that_is_damaged_counts_as_none(tmp_path):
     class Alone:
         world_size, is_main, simulated = 1, True, False
 
-    kept = KeptHeldOut(tmp_path, Alone())
-    known = HeldOutBefore({"eval/loss": 2.0}, {"eval/loss": [1.0, 3.0]})
+    kept = HeldOutFile(tmp_path, Alone())
+    known = HeldOutEvaluation({"eval/loss": 2.0}, {"eval/loss": [1.0, 3.0]})
     kept.write(known)
     assert kept.read() == known
     for damaged in (
@@ -262,7 +262,7 @@ def test_divergence_baseline_file_that_is_damaged_counts_as_none(tmp_path):
         b'{"batches": {"a": [[]]}}',
     ):
         kept.path.write_bytes(damaged)
-        assert kept.read() == HeldOutBefore()
+        assert kept.read() == HeldOutEvaluation()
 
 
 def test_divergence_of_a_run_that_was_killed_in_its_export_is_judged_by_pairs_again(tmp_path):
@@ -274,25 +274,25 @@ def test_divergence_of_a_run_that_was_killed_in_its_export_is_judged_by_pairs_ag
     def start():
         said = []
         challenges = Challenges(ChallengesConfig(), 1, "loss", said.append, tmp_path / "events.jsonl")
-        challenges.kept_before = KeptHeldOut(tmp_path, Alone())
-        challenges.kept_last = KeptHeldOut(tmp_path, Alone(), "held-out-last.json")
+        challenges.first_evaluation_file = HeldOutFile(tmp_path, Alone())
+        challenges.last_evaluation_file = HeldOutFile(tmp_path, Alone(), "held-out-last.json")
         return challenges, said
 
     before = [10.0 + number for number in range(12)]
     progress = Progress()
     killed, _ = start()
     killed.add_batch_sums({"eval/loss": before})
-    killed.evaluated(progress, {"eval/loss": 2.0})
+    killed.judge_evaluation(progress, {"eval/loss": 2.0})
     for step in range(1, 41):
         progress.step = step
-        killed.rows(progress, [{"step": step, "loss": 2.0 - step / 100}])
+        killed.take_rows(progress, [{"step": step, "loss": 2.0 - step / 100}])
     killed.add_batch_sums({"eval/loss": [1.05 * batch_sum for batch_sum in before]})
-    killed.evaluated(progress, {"eval/loss": 2.1})
+    killed.judge_evaluation(progress, {"eval/loss": 2.1})
     assert killed.record["divergence"]["found"]
 
     resumed, said = start()
-    resumed.restore_end(progress)
-    resumed.finished(progress)
+    resumed.restore_findings(progress)
+    resumed.judge_end(progress)
     assert resumed.record["divergence"] == killed.record["divergence"]
     assert said == []
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.monitors.anomalies import FRUITLESS_RETURNS, Guards, Outlier, RollBack
+from trainer.monitors.anomalies import MAX_FRUITLESS_ROLLBACKS, Guards, Outlier, RollBack
 from trainer.monitors.guard_config import Action, GuardsConfig
-from trainer.monitors.levels import LOOK_BACK, LevelWatch
+from trainer.monitors.levels import LOOK_BACK, LevelShiftDetector
 
 STEPS = 300
 BEGAN = 150
@@ -58,13 +58,13 @@ def rising(rng: np.random.Generator) -> dict[str, tuple[str, np.ndarray]]:
 
 def levels(loss: np.ndarray, norm: np.ndarray) -> list:
     """(step at which it was told, level) of each."""
-    watch = LevelWatch(8.0, 100)
+    watch = LevelShiftDetector(8.0, 100)
     found = []
     for step, (each_loss, each_norm) in enumerate(zip(loss, norm, strict=True), 1):
         row = {"step": step, "loss": each_loss, "grad_norm": each_norm}
-        found += [(step, level) for level in watch.add(row, 4 * (step - 1), [])]
+        found += [(step, level) for level in watch.add_step(row, 4 * (step - 1), [])]
         if step % 7 == 0:  # a run that is resumed judges likewise
-            watch = LevelWatch(8.0, 100, watch.rows)
+            watch = LevelShiftDetector(8.0, 100, watch.rows)
     return found
 
 
@@ -90,7 +90,7 @@ def guards_of(**actions: Action) -> tuple[Guards, list[Outlier]]:
 
 def take(guards: Guards, step: int, loss: float, norm: float = 1.0) -> None:
     """A step of four samples."""
-    guards.note_step(4 * (step - 1))
+    guards.record_step(4 * (step - 1))
     guards.mark_outliers([{"step": step, "loss": loss, "grad_norm": norm}])
 
 
@@ -128,13 +128,13 @@ def test_a_checkpoint_after_which_every_sample_stands_out_is_at_the_level_itself
     noise = 0.02 * np.random.default_rng(2).normal(0, 1, 60)
     for step in range(1, 31):
         take(guards, step, 2 + noise[step])
-    kept = guards.window(), [dict(row) for row in guards.levels.rows]
+    kept = guards.recent_steps(), [dict(row) for row in guards.level_shifts.rows]
     last_good_steps = []
-    for _ in range(FRUITLESS_RETURNS + 1):
+    for _ in range(MAX_FRUITLESS_ROLLBACKS + 1):
         with pytest.raises(RollBack) as raised:
             take(guards, 31, 9.0)
         last_good_steps.append(raised.value.outlier.last_good_step)
-        guards.restore_window(*kept)
-        guards.note_return(30)
-    assert last_good_steps == [30] * FRUITLESS_RETURNS + [29]
+        guards.restore_recent_steps(*kept)
+        guards.record_rollback(30)
+    assert last_good_steps == [30] * MAX_FRUITLESS_ROLLBACKS + [29]
     assert raised.value.outlier.first_sample == 4 * 29 and raised.value.outlier.num_steps == 2

@@ -15,7 +15,7 @@ def verdicts(rows, controls=(CONTROL,), evaluations=()):
     """The verdicts on a run, and the step at which each was first found."""
     blocks, found = [], {}
     for step, row in enumerate(rows, start=1):
-        if rewards.add_step(blocks, row, controls):
+        if rewards.add_step_to_blocks(blocks, row, controls):
             for finding in rewards.find_problems(RewardsWatchConfig(), step, blocks, evaluations, controls):
                 found.setdefault(finding.verdict, step)
     return found
@@ -31,11 +31,11 @@ def rows_of(reward, control=None, **others):
 def test_blocks_hold_the_mean_of_every_full_block(steps):
     blocks = []
     for value in range(steps):
-        rewards.add_step(blocks, {rewards.REWARD: value}, ())
+        rewards.add_step_to_blocks(blocks, {rewards.REWARD: value}, ())
     assert sum(block[rewards.STEPS] for block in blocks) == steps
     assert len(blocks) <= rewards.MOST_BLOCKS
     size = int(blocks[0][rewards.STEPS])
-    means = rewards.series(blocks, rewards.REWARD)
+    means = rewards.block_means(blocks, rewards.REWARD)
     assert means == [pytest.approx(number * size + (size - 1) / 2) for number in range(steps // size)]
 
 
@@ -99,21 +99,21 @@ def test_noise_raises_few_alarms(carried):
 def test_a_run_that_learns_from_rewards_is_not_judged_by_its_loss():
     lines = []
     challenges = Challenges(ChallengesConfig(rewards=RewardsWatchConfig(action=Reaction.stop)), 4, "loss", lines.append)
-    challenges.controls = [CONTROL]
+    challenges.control_metrics = [CONTROL]
     progress = Progress()
     for step in range(1, 41):
         progress.step = step
         row = {"step": step, "loss": (-1) ** step * 0.1, rewards.REWARD: step / 40, CONTROL: 1 - step / 40}
-        challenges.rows(progress, [row])
+        challenges.take_rows(progress, [row])
     assert progress.first_loss is None
     assert progress.recent_losses == []
-    challenges.evaluated(progress, {"eval/reward": 0.5})
+    challenges.judge_evaluation(progress, {"eval/reward": 0.5})
     assert progress.evaluations[-1] == {"step": 40.0, "train": pytest.approx(20.5 / 40), "held_out": 0.5}
     (line,) = lines
     assert line.startswith("warning: rewards at step ")
     assert "while the control rewards/control/mean fell" in line
     assert challenges.record["rewards"]["verdict"] == "cheated"
-    assert challenges.ends is not None
+    assert challenges.stopping_finding is not None
 
 
 def test_a_run_that_rewards_have_stopped_stops_again_on_every_rank(tmp_path):
@@ -121,19 +121,19 @@ def test_a_run_that_rewards_have_stopped_stops_again_on_every_rank(tmp_path):
     config = ChallengesConfig(rewards=RewardsWatchConfig(action=Reaction.stop))
     progress = Progress()
     first_start = Challenges(config, 4, "loss", events=tmp_path / "events.jsonl")
-    first_start.controls = [CONTROL]
+    first_start.control_metrics = [CONTROL]
     for step in range(1, 41):
         progress.step = step
         row = {"step": step, "loss": 0.0, rewards.REWARD: step / 40, CONTROL: 1 - step / 40}
-        first_start.rows(progress, [row])
-    assert first_start.ends is not None
+        first_start.take_rows(progress, [row])
+    assert first_start.stopping_finding is not None
 
     events = (tmp_path / "events.jsonl").read_text()
     for events_of_rank in (tmp_path / "events.jsonl", None):
         lines = []
         resumed = Challenges(config, 4, "loss", lines.append, events=events_of_rank)
-        resumed.controls = [CONTROL]
-        resumed.restore_end(progress)
-        resumed.evaluated(progress, {"eval/reward": 0.5})  # which the checkpoint owes
-        assert resumed.ends is not None
+        resumed.control_metrics = [CONTROL]
+        resumed.restore_findings(progress)
+        resumed.judge_evaluation(progress, {"eval/reward": 0.5})  # which the checkpoint owes
+        assert resumed.stopping_finding is not None
     assert (tmp_path / "events.jsonl").read_text() == events

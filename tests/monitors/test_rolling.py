@@ -72,12 +72,12 @@ def judged(losses, action=Action.note, norms=None):
     guards = Guards(GuardsConfig(loss=action), 10, runtime, lambda outlier: told.append(outlier.step))
     for number, loss in enumerate(losses, 1):
         row = {"step": number, "loss": loss, "grad_norm": 1.0 if norms is None else norms[number - 1]}
-        guards.note_step(number)
+        guards.record_step(number)
         guards.mark_outliers([row])
         assert any(key.startswith("outlier/") for key in row) == (number in told)
         if number % 7 == 0:  # a run that is resumed judges likewise
-            guards.restore_window(guards.window(), [dict(each) for each in guards.levels.rows])
-    return told, float(np.median([step["loss"] for step in guards.window()]))
+            guards.restore_recent_steps(guards.recent_steps(), [dict(each) for each in guards.level_shifts.rows])
+    return told, float(np.median([step["loss"] for step in guards.recent_steps()]))
 
 
 def test_a_level_that_stays_is_told_once_and_does_not_become_the_median():

@@ -10,7 +10,7 @@ from strategies.runtime import Runtime
 from tests.faults.runs import Runs, read
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.nursery import FAULT
-from trainer.monitors.stragglers import INTERVALS, SlowRank, Stragglers, factor_of
+from trainer.monitors.stragglers import INTERVALS, SlowRank, Stragglers, slowness_factor
 from trainer.reporting.block_times import BlockTimer, timed_modules
 from trainer.reporting.metrics import RankTime
 from trainer.session.announcements import slow_rank_reporter
@@ -35,7 +35,7 @@ def times(*seconds, tokens=(), step_s=1.0):
     ],
 )
 def test_how_slow_a_rank_is(given, rank, factor):
-    assert factor_of(rank, given) == pytest.approx(factor)
+    assert slowness_factor(rank, given) == pytest.approx(factor)
 
 
 def watched(rounds):

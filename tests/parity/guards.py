@@ -88,7 +88,7 @@ def _skipped(job: Job, config: RunConfig, data: PreparedData) -> dict:
         "found": [[row["loss"], row["grad_norm"]] for row in rows],
         "skipped": [row["step"] for row in rows if row.get("skipped")],
         "outliers": [row["step"] for row in rows if "outlier/grad_norm" in row],
-        "window": len(trainer.guards.window()),
+        "window": len(trainer.guards.recent_steps()),
         "updates": int(trainer.engine._num_updates),  # type: ignore[attr-defined]
         "reads": reads,
         "expected": job.oracle(("guards", "skipped"), lambda: _never_updated(job, config, data), elsewhere=[]),

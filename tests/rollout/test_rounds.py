@@ -225,8 +225,8 @@ def test_each_step_of_a_round_has_the_reward_of_its_round(root, runtime):
     assert ["write_s" in fact for fact in facts] == [True, False, False, False, True]
     # The detector counts the answers of a round once.
     challenges = Challenges(ChallengesConfig(), planned_evaluations=1, compared_term="loss")
-    challenges.controls = []
-    challenges.rows(trainer.progress, [{"step": step, "loss": 0.0, **fact} for step, fact in enumerate(facts, 1)])
+    challenges.control_metrics = []
+    challenges.take_rows(trainer.progress, [{"step": step, "loss": 0.0, **fact} for step, fact in enumerate(facts, 1)])
     assert [block["reward"] for block in trainer.progress.reward_blocks] == [facts[0]["reward"], facts[4]["reward"]]
 
 

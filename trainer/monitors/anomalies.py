@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +14,33 @@ from strategies.base import UpdateFilter
 from strategies.errors import Diverged
 from strategies.runtime import Runtime, dist_sum
 from trainer.monitors.guard_config import Action, GuardsConfig
-from trainer.monitors.levels import LevelWatch, RaisedLevel
+from trainer.monitors.levels import LevelShiftDetector, RaisedLevel
 from trainer.monitors.replicas import ReplicaCheck
 from trainer.monitors.rolling import RollingWindow
 
-WATCHED = ("loss", "grad_norm")
+WATCHED_METRICS = ("loss", "grad_norm")
 """Numbers of a step that are judged, in the order of the window's columns."""
-FRUITLESS_RETURNS = 2
+MAX_FRUITLESS_ROLLBACKS = 2
 """Returns to one checkpoint, each of which was followed by a step that stands out, after which it is taken for bad itself."""
-OUTLIERS = tuple(f"outlier/{name}" for name in WATCHED)
-"""Keys of a row for the score of each number that stands out."""
+OUTLIER_KEYS = {name: f"outlier/{name}" for name in WATCHED_METRICS}
+"""For each watched number, the key of a row with its score if it stands out."""
+
+
+class TakenStep(NamedTuple):
+    """A step that was taken and not judged yet."""
+
+    first_sample: int
+    """How many samples the run had consumed before it."""
+    scores: Tensor | None
+    """float64 [2], if it was judged before its update; else None."""
+
+
+class SkippedStep(NamedTuple):
+    """A step whose update was left out."""
+
+    first_sample: int
+    """How many samples the run had consumed before it."""
+    grad_norm: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,41 +98,42 @@ class Guards:
         self.on_outlier = on_outlier
         self.actions = (config.loss, config.grad_norm)
         self.skips = Action.skip in self.actions
-        self.goes_back = Action.rollback in self.actions
+        self.may_roll_back = Action.rollback in self.actions
         self.replicas = ReplicaCheck(config.replicas_every_steps, runtime)
         # Only an update that may be skipped is judged on the device; else the numbers are on the host already.
         device = runtime.device if self.skips else torch.device("cpu")
         self._acting = torch.tensor([action is not Action.note for action in self.actions], device=device)
         self._rolling = RollingWindow(config.window, device)
-        self.levels = LevelWatch(config.threshold, config.window)
-        self._returned_to = -1
+        self.level_shifts = LevelShiftDetector(config.threshold, config.window)
+        self._last_rollback_step = -1
         """Step of the checkpoint that the run went back to last; -1 if it never did."""
-        self._fruitless = 0
-        """How often in a row it then stood out in the very next step."""
-        self._pending: list[tuple[int, Tensor | None]] = []
-        """Samples consumed before each step since the last look, and its scores where it was judged before its update."""
+        self._num_fruitless_rollbacks = 0
+        """How often in a row the very next step after that checkpoint stood out again."""
+        self._unjudged_steps: list[TakenStep] = []
+        """The steps since the last call of `mark_outliers`."""
         self._scores_before_update: Tensor | None = None
-        self._skipped_in_a_row: list[tuple[int, float]] = []
-        """First sample and gradient norm of each of the last steps whose updates were left out, all in a row."""
+        """The scores of the step that is being taken, once its update filter was called."""
+        self._skipped_in_a_row: list[SkippedStep] = []
+        """The last steps, as far as the updates of all of them were left out."""
 
-    def restore_window(self, recent: list[dict[str, float]], level_rows: Sequence[dict[str, float]] = ()) -> None:
+    def restore_recent_steps(self, recent: list[dict[str, float]], level_rows: Sequence[dict[str, float]] = ()) -> None:
         """Put the guards where a checkpoint stands, when a run is resumed or rolled back.
 
         `recent`: loss and gradient norm of the steps in its window, oldest first, with which later steps are compared.
-        `level_rows`: the `rows` of its `LevelWatch`. What was judged after that checkpoint is forgotten.
+        `level_rows`: the `rows` of its `LevelShiftDetector`. What was judged after that checkpoint is forgotten.
         """
-        self.levels = LevelWatch(self.config.threshold, self.config.window, level_rows)
+        self.level_shifts = LevelShiftDetector(self.config.threshold, self.config.window, level_rows)
         rows = []
         for step in recent:
-            rows.append([step[name] for name in WATCHED])
+            rows.append([step[name] for name in WATCHED_METRICS])
         self._rolling = RollingWindow(self.config.window, self._rolling.window.device, rows)
-        self._pending = []
+        self._unjudged_steps = []
         self._scores_before_update = None
         self._skipped_in_a_row = []
 
-    def window(self) -> list[dict[str, float]]:
-        """The window, for a checkpoint; waits for the device."""
-        return [dict(zip(WATCHED, row, strict=True)) for row in self._rolling.rows()]
+    def recent_steps(self) -> list[dict[str, float]]:
+        """Loss and gradient norm of each step in the window, oldest first, for a checkpoint. Waits for the device."""
+        return [dict(zip(WATCHED_METRICS, row, strict=True)) for row in self._rolling.rows()]
 
     # -- in a step -------------------------------------------------------------------------------------------------------
 
@@ -124,7 +142,7 @@ class Guards:
 
         None unless `guards.loss` or `guards.grad_norm` is `skip`. `local_loss`: this rank's sum of the loss over the step.
         `count`: of tokens or sequences on all ranks, by which the loss is divided. The function keeps the step's scores for
-        `note_step`. All ranks must call it.
+        `record_step`. All ranks must call it.
         """
         if not self.skips:
             return None
@@ -141,9 +159,9 @@ class Guards:
 
         return is_left_out
 
-    def note_step(self, first_sample: int) -> None:
+    def record_step(self, first_sample: int) -> None:
         """Remember a step that was taken, with its scores if it was judged before its update, for `mark_outliers`."""
-        self._pending.append((first_sample, self._scores_before_update))
+        self._unjudged_steps.append(TakenStep(first_sample, self._scores_before_update))
         self._scores_before_update = None
 
     def _score(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,60 +192,69 @@ class Guards:
     def mark_outliers(self, rows: list[dict[str, Any]]) -> None:
         """Judge the steps of a logging interval: add the scores of what stands out to `rows`, and report it.
 
-        `rows`: the metrics of each step since the last call, equal on all ranks. A number that stands out in its step gets the
-        key `outlier/NAME` with its score, and so does one that has risen and stayed (a level). Raises RollBack at the first
-        step that the run is to return behind.
+        `rows`: the metrics of each step since the last call, equal on all ranks. A number gets the key `outlier/NAME` with its
+        score if it stands out in its step (a spike), or has risen and stayed (a level). Each is reported to `on_outlier`. Raises
+        RollBack at the first one whose action is a rollback; the later rows are then not judged.
         """
-        pending = self._pending
-        self._pending = []
+        taken_steps = self._unjudged_steps
+        self._unjudged_steps = []
         if not rows:
             return
-        scores_before_update = [scores for _, scores in pending]
-        scores_by_step = self._scores_by_step(rows, scores_before_update)  # [loss, gradient norm] of each step
-        for row, (first_sample, _), scores in zip(rows, pending, scores_by_step, strict=True):
-            outlier_scores: dict[str, float] = {}
-            for name, key, score in zip(WATCHED, OUTLIERS, scores, strict=True):
+        scores_by_step = self._scores_by_step(rows, taken_steps)
+        for row, taken_step, scores in zip(rows, taken_steps, scores_by_step, strict=True):
+            first_sample = taken_step.first_sample
+            spike_scores: dict[str, float] = {}
+            for name, score in zip(WATCHED_METRICS, scores, strict=True):
                 if score > self.config.threshold:
-                    outlier_scores[name] = score
-                    row[key] = score
-            if outlier_scores:
-                self._report(self._outlier(row, outlier_scores, first_sample))
-            for level in self.levels.add(row, first_sample, list(outlier_scores)):
-                row[f"outlier/{level.name}"] = level.score
-                self._report(self._outlier_of_level(level, row["step"], first_sample))
-            if row.get("skipped"):
-                self._skipped_in_a_row = [*self._skipped_in_a_row, (first_sample, row["grad_norm"])]
-            else:
-                self._skipped_in_a_row = []
+                    spike_scores[name] = score
+                    row[OUTLIER_KEYS[name]] = score
+            if spike_scores:
+                self._report_or_roll_back(self._spike(row, spike_scores, first_sample))
+            for level in self.level_shifts.add_step(row, first_sample, reported_names=list(spike_scores)):
+                row[OUTLIER_KEYS[level.name]] = level.score
+                self._report_or_roll_back(self._outlier_of_level(level, row["step"], first_sample))
+            self._count_skipped(row, first_sample)
 
-    def _scores_by_step(
-        self, rows: list[dict[str, Any]], scores_before_update: list[Tensor | None]
-    ) -> list[list[float]]:
-        """The scores of each step of an interval as floats on the host: [steps][2], loss and gradient norm (`WATCHED`).
+    def _count_skipped(self, row: dict[str, Any], first_sample: int) -> None:
+        """Count the updates in a row that were left out, up to the step of this row; `raise_if_diverged` reads them."""
+        if row.get("skipped"):
+            self._skipped_in_a_row = [*self._skipped_in_a_row, SkippedStep(first_sample, row["grad_norm"])]
+        else:
+            self._skipped_in_a_row = []
 
-        If updates may be left out, they were computed before the update: `scores_before_update` has a tensor a step, or None if
-        the engine did not ask (then NaN, which never stands out). Else they are computed now, from the numbers in `rows`.
+    def _scores_by_step(self, rows: list[dict[str, Any]], taken_steps: list[TakenStep]) -> list[list[float]]:
+        """The scores of each step of an interval as floats on the host: [steps][2], loss and gradient norm (`WATCHED_METRICS`).
+
+        - Updates may be left out: the scores were computed before the update, and are in `taken_steps`. NaN, which never stands
+          out, if the engine did not call the update filter.
+        - Otherwise: they are computed now, from the numbers in `rows`.
         """
         if self.skips:
-            unknown = torch.full((len(WATCHED),), torch.nan, dtype=torch.float64, device=self._acting.device)
-            known_or_nan = [unknown if scores is None else scores for scores in scores_before_update]
+            unknown = torch.full((len(WATCHED_METRICS),), torch.nan, dtype=torch.float64, device=self._acting.device)
+            known_or_nan = [unknown if step.scores is None else step.scores for step in taken_steps]
             return torch.stack(known_or_nan).tolist()  # type: ignore[no-any-return]  # one copy for all steps
         scores_by_step = []
         for row in rows:
-            values = torch.tensor([row[name] for name in WATCHED]).double()
+            values = torch.tensor([row[name] for name in WATCHED_METRICS]).double()
             scores, _ = self._score(values)
             scores_by_step.append(scores.tolist())
         return scores_by_step
 
-    def _outlier(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> Outlier:
-        """The record of a step that stands out, with what is to be done about it (`guards.loss`, `guards.grad_norm`).
+    def _spike(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> Outlier:
+        """The record of a single step that stands out, with what is to be done about it (`guards.loss`, `guards.grad_norm`).
 
         `row`: the step's metrics. `scores`: of the loss, the gradient norm or both, whichever stand out; if both do, the
-        stronger of their two actions holds. `first_sample`: samples consumed before the step. For a rollback, `began` is the
-        step at which the rise began, so that the run returns to a checkpoint from before it.
+        stronger of their two actions holds. `first_sample`: samples consumed before the step.
+
+        The record begins with this step, unless the action is a rollback, which must return to a checkpoint from before the
+        cause:
+
+        - The number rose already before this step: the record begins where the rise began.
+        - The run went back to one checkpoint several times, and the very next step stood out each time: the checkpoint itself is
+          bad. The record includes the update that led to it.
         """
         step = row["step"]
-        actions = [action for name, action in zip(WATCHED, self.actions, strict=True) if name in scores]
+        actions = [action for name, action in zip(WATCHED_METRICS, self.actions, strict=True) if name in scores]
         outlier = Outlier(
             step=step,
             values={name: row[name] for name in scores},
@@ -238,19 +265,19 @@ class Guards:
         )
         if outlier.action is not Action.rollback:
             return outlier
-        # Counts the returns to one checkpoint after which the very next step stood out again.
-        self._fruitless = self._fruitless + 1 if step == self._returned_to + 1 else 0
-        began = self.levels.began(list(scores))
-        if began is None and self._fruitless >= FRUITLESS_RETURNS:
-            began = step  # each try had other samples and failed alike: the checkpoint itself is bad, so return further
-        return outlier if began is None else self._from_before(outlier, began)
+        is_fruitless = step == self._last_rollback_step + 1
+        self._num_fruitless_rollbacks = self._num_fruitless_rollbacks + 1 if is_fruitless else 0
+        began = self.level_shifts.rise_began_at(list(scores))
+        if began is None and self._num_fruitless_rollbacks >= MAX_FRUITLESS_ROLLBACKS:
+            began = step  # each attempt had other samples and failed alike
+        return outlier if began is None else self._with_earlier_beginning(outlier, began)
 
     def _outlier_of_level(self, level: RaisedLevel, step: int, first_sample: int) -> Outlier:
         """The record of a level, found in this step: a loss or gradient norm that has risen and stayed (see levels.py).
 
         Its updates are made already, so only a rollback helps, and the action `skip` counts as `note`.
         """
-        action = self.actions[WATCHED.index(level.name)]
+        action = self.actions[WATCHED_METRICS.index(level.name)]
         outlier = Outlier(
             step=step,
             values={level.name: level.value},
@@ -260,33 +287,33 @@ class Guards:
             began=level.began,
             is_level=True,
         )
-        return self._from_before(outlier, level.began)
+        return self._with_earlier_beginning(outlier, level.began)
 
-    def _from_before(self, outlier: Outlier, began: int) -> Outlier:
+    def _with_earlier_beginning(self, outlier: Outlier, began: int) -> Outlier:
         """The outlier as one that began at step `began`, with the samples of all steps from the update that led there.
 
         The samples stay those of its own step if that update is not remembered.
         """
-        update = self.levels.samples_before_update_of(began)
-        if update is None:
+        step_before = self.level_shifts.step_before(began)
+        if step_before is None:
             return replace(outlier, began=began)
-        update_step, first_sample = update
-        return replace(outlier, began=began, first_sample=first_sample, num_steps=outlier.step - update_step + 1)
+        num_steps = outlier.step - step_before.step + 1
+        return replace(outlier, began=began, first_sample=step_before.first_sample, num_steps=num_steps)
 
-    def _report(self, outlier: Outlier) -> None:
-        """Hand a step that stands out to `on_outlier`, on rank 0. Raises RollBack if its action is a rollback."""
+    def _report_or_roll_back(self, outlier: Outlier) -> None:
+        """Hand an outlier to `on_outlier`, on rank 0. Then raise RollBack, on all ranks, if its action is a rollback."""
         if self.runtime.is_main:
             self.on_outlier(outlier)
         if outlier.action is Action.rollback:
             raise RollBack(outlier)
 
-    def note_return(self, step: int) -> None:
+    def record_rollback(self, step: int) -> None:
         """Remember that the run went back to the checkpoint of this step."""
-        if step != self._returned_to:
-            self._fruitless = 0
-        self._returned_to = step
+        if step != self._last_rollback_step:
+            self._num_fruitless_rollbacks = 0
+        self._last_rollback_step = step
 
-    def stop_if_diverged(
+    def raise_if_diverged(
         self, rollbacks: int, samples: int, places: Callable[[int, int], list[tuple[int, int]]]
     ) -> None:
         """Raise Diverged, on all ranks, if the run went back too often, or too many updates in a row were left out.
@@ -307,12 +334,12 @@ class Guards:
         if num_skipped < self.max_skipped_in_a_row:
             return
 
-        first_consumed, _ = self._skipped_in_a_row[0]
+        first_consumed = self._skipped_in_a_row[0].first_sample
         last_consumed = max(first_consumed, samples - 1)
         first_place, _ = places(first_consumed, 1)[0]
         last_place, _ = places(last_consumed, 1)[0]
         which_samples = f"(samples {first_place} to {last_place} of the run's order)"
-        norms_are_finite = all(math.isfinite(norm) for _, norm in self._skipped_in_a_row)
+        norms_are_finite = all(math.isfinite(skipped.grad_norm) for skipped in self._skipped_in_a_row)
         if norms_are_finite:
             raise Diverged(
                 f"the updates of {num_skipped} steps in a row were left out, since their loss or gradient norm stood out "

@@ -10,10 +10,10 @@ from typing import Any
 class Finding:
     """A problem that a detector found, in words and numbers; the same on all ranks."""
 
-    challenge: str
-    """Name of the detector."""
+    detector: str
+    """Name of the detector, as in the settings (`challenges.<name>`)."""
     step: int
-    says: str
+    message: str
     """One sentence with what was seen, and the numbers."""
     numbers: dict[str, float]
     remedies: tuple[str, ...]
@@ -28,7 +28,7 @@ class Finding:
         record: dict[str, Any] = {"found": True}
         if self.verdict:
             record["verdict"] = str(self.verdict)
-        record |= {"step": self.step, "says": self.says, **self.numbers}
+        record |= {"step": self.step, "says": self.message, **self.numbers}
         record["remedies"] = list(self.remedies)
         return record
 

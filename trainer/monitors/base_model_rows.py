@@ -41,7 +41,7 @@ class BaseRows:
         self.runtime = evaluator.model.runtime
         self.tasks: dict[str, BaseTask] | None = None
         """By name of the task; None where the base cannot be asked any more."""
-        self.fresh_tasks: list[FinishedTask] = []
+        self.tasks_of_unchanged_base: list[FinishedTask] = []
         """Tasks asked of a model that is the base still: the evaluation before the first step takes them."""
 
     def begin(self, engine: Engine, step: int) -> None:
@@ -52,7 +52,7 @@ class BaseRows:
         - Full tuning continues from a later step: it has changed the base, so that `tasks` stays None, and forgetting is not
           measured.
         - Else the base runs the tasks now, with an adapter switched off if there is one; the answers are written to the file.
-        Full tuning at step 0 also sets `fresh_tasks`. All ranks must call; raises Interrupted on all or none.
+        Full tuning at step 0 also sets `tasks_of_unchanged_base`. All ranks must call; raises Interrupted on all or none.
         """
         self.tasks = self._read_kept()
         if self.tasks is not None:
@@ -73,7 +73,7 @@ class BaseRows:
         with as_base:
             finished = [*self.evaluator.run_tasks(self.names)]
         # Before the first step of full tuning the model is the base: its answers need not be asked for again.
-        self.fresh_tasks = [] if keeps_base else finished
+        self.tasks_of_unchanged_base = [] if keeps_base else finished
         self.tasks = {}
         for done in finished:
             self.tasks[done.prepared.task.name] = BaseTask(done.rows, _first_metric(done))

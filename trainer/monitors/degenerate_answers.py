@@ -47,22 +47,23 @@ def repeats_itself(text: str) -> bool:
     `MIN_PIECES` n-grams is too short to tell.
     """
     words = text.split()
-    pieces: list[object] = []
-    if len(words) >= len(text) / 30:
+    ngrams: list[object] = []
+    has_spaces = len(words) >= len(text) / 30
+    if has_spaces:
         for start in range(len(words) - WORDS_PER_PIECE + 1):
-            pieces.append(tuple(words[start : start + WORDS_PER_PIECE]))
-    else:  # hardly any spaces, as in Chinese
-        piece_letters = 2 * WORDS_PER_PIECE
-        for start in range(len(text) - piece_letters + 1):
-            pieces.append(text[start : start + piece_letters])
-    if len(pieces) < MIN_PIECES:
+            ngrams.append(tuple(words[start : start + WORDS_PER_PIECE]))
+    else:  # such as Chinese
+        num_letters = 2 * WORDS_PER_PIECE
+        for start in range(len(text) - num_letters + 1):
+            ngrams.append(text[start : start + num_letters])
+    if len(ngrams) < MIN_PIECES:
         return False
-    num_different = len(set(pieces))
-    repeated_share = 1 - num_different / len(pieces)
+    num_different = len(set(ngrams))
+    repeated_share = 1 - num_different / len(ngrams)
     return repeated_share >= MIN_REPEATED_SHARE
 
 
-def language_of(text: str) -> str | None:
+def recognised_language(text: str) -> str | None:
     """The language of a text, as a code such as `en`; None if it is too short to be sure, or py3langid is not installed."""
     from trainer.data.transforms.filters import detect_text_language
 
@@ -90,7 +91,7 @@ class DegenerateCount:
         return self.answers / self.total
 
 
-def degenerate_counts(answers: Sequence[ModelAnswer]) -> dict[str, DegenerateCount]:
+def degenerate_counts_by_kind(answers: Sequence[ModelAnswer]) -> dict[str, DegenerateCount]:
     """How many answers are `empty`, `repeated`, or `foreign` (in a language that no reference has), by that kind.
 
     Such as {"empty": DegenerateCount(answers=3, references=1, total=50), ...}: the references are the right answers of the same
@@ -99,24 +100,24 @@ def degenerate_counts(answers: Sequence[ModelAnswer]) -> dict[str, DegenerateCou
     """
     tests: dict[str, Callable[[str], bool]] = {"empty": is_empty, "repeated": repeats_itself}
     counts = {}
-    for kind, test in tests.items():
-        degenerate = sum(test(answer.text) for answer in answers)
-        in_references = sum(test(answer.reference) for answer in answers)
-        counts[kind] = DegenerateCount(degenerate, in_references, len(answers))
+    for kind, is_degenerate in tests.items():
+        num_answers = sum(is_degenerate(answer.text) for answer in answers)
+        num_references = sum(is_degenerate(answer.reference) for answer in answers)
+        counts[kind] = DegenerateCount(answers=num_answers, references=num_references, total=len(answers))
 
     answer_languages = []
     reference_languages = []
     for answer in answers:
-        language = language_of(answer.text)
-        reference_language = language_of(answer.reference)
+        language = recognised_language(answer.text)
+        reference_language = recognised_language(answer.reference)
         if language is not None and reference_language is not None:
             answer_languages.append(language)
             reference_languages.append(reference_language)
     if answer_languages:
         # References may be in several languages: an answer is foreign if none of them has its language.
-        usual = {*reference_languages}
-        foreign = sum(language not in usual for language in answer_languages)
-        counts["foreign"] = DegenerateCount(foreign, 0, len(answer_languages))
+        usual_languages = {*reference_languages}
+        num_foreign = sum(language not in usual_languages for language in answer_languages)
+        counts["foreign"] = DegenerateCount(answers=num_foreign, references=0, total=len(answer_languages))
     return counts
 
 
@@ -125,7 +126,7 @@ def logged_metrics(evidence: Evidence) -> dict[str, float]:
     if not evidence.answers:
         return {}
     metrics = {}
-    for kind, count in degenerate_counts(evidence.answers).items():
+    for kind, count in degenerate_counts_by_kind(evidence.answers).items():
         metrics[f"output/{kind}"] = count.share
     return metrics
 
@@ -133,27 +134,27 @@ def logged_metrics(evidence: Evidence) -> dict[str, float]:
 def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
     """The finding that answers of this evaluation are degenerate more often than the references; None if they are not.
 
-    Degenerate is empty, repeated or foreign, see `degenerate_counts`. Each kind must be frequent and pass Fisher's exact test.
-    The evaluation before the first step is not judged: those answers are the base's.
+    Degenerate is empty, repeated or foreign, see `degenerate_counts_by_kind`. Each kind must be frequent and pass Fisher's
+    exact test. The evaluation before the first step is not judged: those answers are the base's.
     """
     if not evidence.answers or config.action is Reaction.off or evidence.step == 0:
         return None
     level = LEVEL / evidence.task_evaluations / 3  # Bonferroni over evaluations and the three kinds
-    found: dict[str, DegenerateCount] = {}  # by kind
-    for kind, count in degenerate_counts(evidence.answers).items():
+    problem_counts: dict[str, DegenerateCount] = {}  # by kind
+    for kind, count in degenerate_counts_by_kind(evidence.answers).items():
         is_frequent = count.answers >= MIN_ANSWERS and count.share >= MIN_SHARE
-        if is_frequent and fisher_p_value(count.answers, count.references, count.total) <= level:
-            found[kind] = count
-    if not found:
+        if is_frequent and fisher_p_value_of_more_degenerate(count.answers, count.references, count.total) <= level:
+            problem_counts[kind] = count
+    if not problem_counts:
         return None
     clauses = []
-    for kind, count in found.items():
+    for kind, count in problem_counts.items():
         clauses.append(f"{count.answers} of {count.total} {_IN_WORDS[kind]} ({count.references} of the right ones)")
     return Finding(
-        challenge="output",
+        detector="output",
         step=evidence.step,
-        says=f"of the answers written, {', '.join(clauses)} (Fisher's exact test, level {level:.2g})",
-        numbers={kind: count.share for kind, count in found.items()},
+        message=f"of the answers written, {', '.join(clauses)} (Fisher's exact test, level {level:.2g})",
+        numbers={kind: count.share for kind, count in problem_counts.items()},
         remedies=REMEDIES,
         stops=config.action is Reaction.stop,
     )
@@ -162,7 +163,7 @@ def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
 _IN_WORDS = {"empty": "are empty", "repeated": "repeat themselves", "foreign": "are in another language"}
 
 
-def fisher_p_value(degenerate: int, in_references: int, total: int) -> float:
+def fisher_p_value_of_more_degenerate(degenerate: int, in_references: int, total: int) -> float:
     """The p-value of "answers are degenerate no more often than references" (Fisher's exact test, one-sided).
 
     `degenerate`: how many of `total` answers are. `in_references`: how many of as many references are.

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from strategies.base import Engine, Progress
 from strategies.errors import LimitExceeded, StorageError
 from trainer.evaluation.generation import AnswerWithReference
-from trainer.evaluation.report.tables import row_tables
-from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
+from trainer.evaluation.task_evaluator import FinishedTask
 from trainer.evaluation.tasks.base import TaskRow
 from trainer.evaluation.tasks.written import GenerationTask
 from trainer.monitors import degenerate_answers, divergence, forgetting, instability, overfitting, rewards
 from trainer.monitors.base import Evidence, Finding, ModelAnswer
 from trainer.monitors.base_model_rows import BaseRows
 from trainer.monitors.config import CHAT_ANSWERS, ChallengesConfig, Reaction
-from trainer.monitors.first_evaluation import HeldOutBefore, KeptHeldOut
+from trainer.monitors.first_evaluation import HeldOutEvaluation, HeldOutFile
 from trainer.monitors.first_rows import FirstRows
 from trainer.monitors.kept_answers import GENERATED, KeptAnswer, KeptAnswers
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.metric_rows import read_rows
-from trainer.reporting.trackers.base import Table
 
 DETECTORS: dict[str, Any] = {"overfitting": overfitting, "forgetting": forgetting, "output": degenerate_answers}
 """What looks at an evaluation, by the name of its settings."""
@@ -59,25 +57,25 @@ class Challenges:
         self.compared_term = compared_term
         self.print_line = print_line
         self.events = events
-        self.base: BaseRows | None = None
+        self.base_rows: BaseRows | None = None
         self.record: dict[str, Any] = {}
         """By detector: what was found first, or what was measured last. Into `run.json`."""
-        self.ends: Finding | None = None
+        self.stopping_finding: Finding | None = None
         """What ends the run once its state is saved."""
-        self.first = FirstRows(None)
+        self.first_rows = FirstRows(None)
         """Rows of each task's first evaluation, for the tables of rows that changed sides since."""
         self.kept_answers = KeptAnswers(None)
         """Keeps the first answers of the first evaluation and of the newest."""
-        self.kept_before: KeptHeldOut | None = None
+        self.first_evaluation_file: HeldOutFile | None = None
         """Keeps the evaluation before the first step; None: a resumed run does not know it."""
-        self.kept_last: KeptHeldOut | None = None
+        self.last_evaluation_file: HeldOutFile | None = None
         """Keeps the last evaluation, which `shardtune compare` pairs with that of another run; None: it is not kept."""
-        self.before = HeldOutBefore()
-        self.controls: list[str] | None = None
+        self.held_out_before = HeldOutEvaluation()
+        self.control_metrics: list[str] | None = None
         """Metrics of rewards of weight 0; None: the run does not learn from rewards, but from a loss that can be compared."""
-        self.window = divergence.MIN_WINDOW
+        self.loss_window = divergence.MIN_WINDOW
         """How many last steps the training loss now is the median of."""
-        self.first_judged = divergence.FIRST_JUDGED
+        self.first_judged_step = divergence.FIRST_JUDGED
         """The first step at which divergence is judged."""
         self.on_record: Callable[[dict[str, Any]], None] = lambda record: None
         """Called with the record after each evaluation, on all ranks."""
@@ -100,16 +98,16 @@ class Challenges:
         That is the rows of the first evaluation, and the held-out metrics from before training. If forgetting is measured, the
         base model's answers are read or asked for. All ranks must call. Raises Interrupted on all or none.
         """
-        self.first.begin(progress.step)
-        if self.kept_before is not None and progress.step:
-            self.before = self.kept_before.read()
-        if self.base is not None:
-            self.base.begin(engine, progress.step)
+        self.first_rows.begin(progress.step)
+        if self.first_evaluation_file is not None and progress.step:
+            self.held_out_before = self.first_evaluation_file.read()
+        if self.base_rows is not None:
+            self.base_rows.begin(engine, progress.step)
 
-    def restore_end(self, progress: Progress) -> None:
+    def restore_findings(self, progress: Progress) -> None:
         """Take over what earlier starts of this run found, up to the step of the checkpoint it resumes from. All ranks must call.
 
-        If overfitting has ended the run at that step, `ends` is set again: no further step could find it again.
+        If overfitting has ended the run at that step, `stopping_finding` is set again: no further step could find it again.
         """
         for event in self._events():  # such as {"event": "challenge", "challenge": "divergence", "step": 40, ...}
             if event.get("event") == "challenge" and event["step"] <= progress.step:
@@ -121,33 +119,33 @@ class Challenges:
         config = self.config.overfitting
         evaluations = progress.evaluations
         is_at_evaluation = bool(evaluations) and evaluations[-1]["step"] == progress.step
-        if config.action is not Reaction.stop or self.controls is not None or not is_at_evaluation:
+        if config.action is not Reaction.stop or self.control_metrics is not None or not is_at_evaluation:
             return
         finding = overfitting.find_problem(
             config, Evidence(progress.step, {}, self.planned_evaluations, progress.evaluations)
         )
         if finding is not None:
-            self.ends = finding
-            self.record[finding.challenge] = finding.record()
+            self.stopping_finding = finding
+            self.record[finding.detector] = finding.record()
 
     def _judge_divergence_again(self, progress: Progress) -> None:
         """Judge divergence at this step by the kept evaluation, if it is of this step: the run may have recovered by then."""
-        if self.kept_last is None:
+        if self.last_evaluation_file is None:
             return
-        last = self.kept_last.read()
-        if self.kept_before is not None:  # what it is compared with; `begin` comes later
-            self.before = self.kept_before.read()
-        if self.controls is None and last.step == progress.step and last.values:
+        last = self.last_evaluation_file.read()
+        if self.first_evaluation_file is not None:  # what it is compared with; `begin` comes later
+            self.held_out_before = self.first_evaluation_file.read()
+        if self.control_metrics is None and last.step == progress.step and last.values:
             self._batch_sums = last.batches
             self._judge_divergence(progress, last.values)
 
-    def rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
+    def take_rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
         """Take the metrics of a logging interval's steps into `progress`: their losses, or rewards if the run learns from these.
 
         If there are no held-out metrics, divergence is judged here.
         """
-        if self.controls is not None:
-            self._take_rewards(progress, rows, self.controls)
+        if self.control_metrics is not None:
+            self._take_rewards(progress, rows, self.control_metrics)
             return
         new_losses: list[dict[str, float]] = []
         for row in rows:
@@ -160,7 +158,7 @@ class Challenges:
                     progress.first_loss = loss
         all_losses = [*progress.recent_losses, *new_losses]
         progress.recent_losses = all_losses[-divergence.MAX_WINDOW :]
-        if not self.before.values and not progress.evaluations:
+        if not self.held_out_before.values and not progress.evaluations:
             self._judge_divergence(progress, {})
 
     def _take_rewards(self, progress: Progress, rows: Iterable[dict[str, Any]], controls: list[str]) -> None:
@@ -179,20 +177,22 @@ class Challenges:
 
     def _judge_rewards(self, progress: Progress, step: int) -> None:
         """Report what is wrong with the rewards of a run (cheated, collapsed, longer, idle: see rewards.py), each once."""
-        if self.controls is None or self.config.rewards.action is Reaction.off:
+        if self.control_metrics is None or self.config.rewards.action is Reaction.off:
             return
         blocks = progress.reward_blocks
-        for finding in rewards.find_problems(self.config.rewards, step, blocks, progress.evaluations, self.controls):
+        for finding in rewards.find_problems(
+            self.config.rewards, step, blocks, progress.evaluations, self.control_metrics
+        ):
             is_new = finding.verdict not in self._verdicts
             self._verdicts.add(finding.verdict)
             if is_new:
-                self._report(finding, again=False)
-            elif finding.stops and self.ends is None:
+                self._report(finding, is_repeat=False)
+            elif finding.stops and self.stopping_finding is None:
                 # An earlier start reported it, as rank 0 alone knows: the run ends again, on all ranks.
-                self.ends = finding
+                self.stopping_finding = finding
 
     def add_batch_sums(self, batch_sums: dict[str, list[float]]) -> None:
-        """Take the sums over each micro-batch of the evaluation documents, by metric, before `evaluated` is called."""
+        """Take the sums over each micro-batch of the evaluation documents, by metric, before `judge_evaluation` is called."""
         self._batch_sums = batch_sums
 
     def add_task(self, done: FinishedTask) -> None:
@@ -203,24 +203,24 @@ class Challenges:
         if task.name == CHAT_ANSWERS:  # for people to read: two answers are no measurement
             self.chat_rows = done.rows
             return
-        if self.base is None or self.base.tasks is None or task.name not in self.base.tasks:
+        if self.base_rows is None or self.base_rows.tasks is None or task.name not in self.base_rows.tasks:
             return
-        base_task = self.base.tasks[task.name]
+        base_task = self.base_rows.tasks[task.name]
         metric = task.metrics[0]
         values = (base_task.value, done.metrics[metric.name])
-        self._compared_tasks.append(forgetting.compare(task.name, metric, base_task.rows, done.rows, values))
+        self._compared_tasks.append(forgetting.compare_with_base(task.name, metric, base_task.rows, done.rows, values))
 
     def ask_chat_again(self, engine: Engine) -> None:
         """Have the model write its two answers with the weights of `engine`. All ranks must call. Raises Interrupted."""
-        if self.base is None or CHAT_ANSWERS not in self.base.names:
+        if self.base_rows is None or CHAT_ANSWERS not in self.base_rows.names:
             return
-        self.base.evaluator.model.engine = engine
-        for done in self.base.evaluator.run_tasks([CHAT_ANSWERS]):
+        self.base_rows.evaluator.model.engine = engine
+        for done in self.base_rows.evaluator.run_tasks([CHAT_ANSWERS]):
             self.chat_rows = done.rows
 
     def answer_pairs(self) -> list[dict[str, str]]:
         """Two questions with the answers of base and tuned model (`question`, `base`, `tuned`); empty if they were not asked."""
-        kept = {} if self.base is None or self.base.tasks is None else self.base.tasks
+        kept = {} if self.base_rows is None or self.base_rows.tasks is None else self.base_rows.tasks
         if CHAT_ANSWERS not in kept:
             return []
         pairs = []
@@ -243,13 +243,13 @@ class Challenges:
         """Write further files into the run's directory under its new name."""
         if self.events is not None:
             self.events = run_dir / self.events.name
-        for kept in (self.first, self.kept_answers, self.kept_before, self.kept_last):
+        for kept in (self.first_rows, self.kept_answers, self.first_evaluation_file, self.last_evaluation_file):
             if kept is not None and kept.path is not None:
                 kept.path = run_dir / kept.path.name
 
     # -- what is found ---------------------------------------------------------------------------------------------
 
-    def evaluated(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
+    def judge_evaluation(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
         """Run the detectors on an evaluation, with the tasks taken since the last one, and report what is found the first time.
 
         `values`: its metrics by name. Returns the numbers that are logged beside them, such as {"forgetting": 0.02}.
@@ -271,7 +271,7 @@ class Challenges:
         for name, detector in DETECTORS.items():
             config = getattr(self.config, name)
             is_about_loss = detector is overfitting
-            if config.action is Reaction.off or (is_about_loss and self.controls is not None):
+            if config.action is Reaction.off or (is_about_loss and self.control_metrics is not None):
                 continue
             metrics = detector.logged_metrics(evidence)
             logged |= metrics
@@ -280,8 +280,8 @@ class Challenges:
                 self.record[name] = {"found": False, "step": progress.step, **metrics}
             finding = detector.find_problem(config, evidence)
             if finding is not None:
-                self._report(finding, again=was_found)
-        if self.controls is not None:
+                self._report(finding, is_repeat=was_found)
+        if self.control_metrics is not None:
             self._judge_rewards(progress, progress.step)
         elif progress.step == 0:
             self._remember_before(values)
@@ -293,14 +293,14 @@ class Challenges:
 
     def _remember_before(self, values: dict[str, float]) -> None:
         """Keep the evaluation before the first step. Errors: StorageError."""
-        self.before = HeldOutBefore(_paired_metrics(values), self._batch_sums)
-        if self.kept_before is not None:
-            self.kept_before.write(self.before)
+        self.held_out_before = HeldOutEvaluation(_paired_metrics(values), self._batch_sums)
+        if self.first_evaluation_file is not None:
+            self.first_evaluation_file.write(self.held_out_before)
 
     def _keep_last(self, step: int, values: dict[str, float]) -> None:
         """Keep the evaluation after `step` in place of the one before it. Errors: StorageError."""
-        if self.kept_last is not None and self._batch_sums:
-            self.kept_last.write(HeldOutBefore(_paired_metrics(values), self._batch_sums, step))
+        if self.last_evaluation_file is not None and self._batch_sums:
+            self.last_evaluation_file.write(HeldOutEvaluation(_paired_metrics(values), self._batch_sums, step))
 
     def _judge_divergence(self, progress: Progress, values: dict[str, float]) -> None:
         """Compare training and held-out loss with those at the run's beginning, and record whether the run is worse now.
@@ -308,12 +308,12 @@ class Challenges:
         `values`: metrics of the evaluation at this step; empty if there is none. A new verdict (`diverged`, `worse`) is reported;
         one that was reported before only gets its newest numbers in `record`. With none any more, the run has recovered.
         """
-        if self.config.divergence.action is Reaction.off or progress.step < self.first_judged:
+        if self.config.divergence.action is Reaction.off or progress.step < self.first_judged_step:
             return
         losses = [row["loss"] for row in progress.recent_losses]
-        training = divergence.training_change(progress.first_loss, losses, self.window)
+        training = divergence.training_change(progress.first_loss, losses, self.loss_window)
         held_out = self._held_out_change(progress, values)
-        finding = divergence.finding_of(self.config.divergence, progress.step, training, held_out)
+        finding = divergence.divergence_finding(self.config.divergence, progress.step, training, held_out)
 
         earlier = self.record.get(divergence.NAME, {})
         if finding is None:
@@ -328,11 +328,11 @@ class Challenges:
             first_step = earlier.get("first_step", earlier["step"])  # what was read from an event has no `first_step`
         if finding.verdict in self._verdicts:  # reported already: only the numbers are new
             self.record[divergence.NAME] = finding.record()
-            if finding.stops and self.ends is None:
-                self.ends = finding
+            if finding.stops and self.stopping_finding is None:
+                self.stopping_finding = finding
         else:
             self._verdicts.add(finding.verdict)
-            self._report(finding, again=False)
+            self._report(finding, is_repeat=False)
         self.record[divergence.NAME]["first_step"] = first_step
 
     def _held_out_change(self, progress: Progress, values: dict[str, float]) -> divergence.HeldOutChange | None:
@@ -341,12 +341,12 @@ class Challenges:
         `values`: metrics of the evaluation at this step; empty if there is none. The change comes with a paired test over
         micro-batches if both evaluations had the same ones. Its level is divided by the number of evaluations (Bonferroni).
         """
-        before = dict(self.before.values)
+        before = dict(self.held_out_before.values)
         if not before and progress.evaluations and progress.evaluations[0]["step"] == 0:
             before[divergence.LOSS] = progress.evaluations[0]["held_out"]  # a run that kept no micro-batches
         for metric in (divergence.MARGIN, divergence.LOSS):
             if metric in before and metric in values:
-                pairs = self.before.pairs_with(metric, self._batch_sums)
+                pairs = self.held_out_before.pairs_with(metric, self._batch_sums)
                 level = divergence.LEVEL / max(1, self.planned_evaluations)
                 return divergence.held_out_change(metric, (before[metric], values[metric]), pairs, level)
         return None
@@ -357,7 +357,7 @@ class Challenges:
         An entry has the held-out loss (`eval/loss`, or the reward of a run that learns from rewards) and the mean training loss
         since the last evaluation. Nothing is added if no step was taken since then.
         """
-        held_out = values.get(HELD_OUT if self.controls is None else HELD_OUT_REWARD)
+        held_out = values.get(HELD_OUT if self.control_metrics is None else HELD_OUT_REWARD)
         num_steps = progress.interval_steps
         if held_out is None or not math.isfinite(held_out) or (progress.step and not num_steps):
             return
@@ -369,12 +369,12 @@ class Challenges:
         progress.interval_loss = 0.0
         progress.interval_steps = 0
 
-    def finished(self, progress: Progress) -> None:
+    def judge_end(self, progress: Progress) -> None:
         """When training is over: report instability, judge divergence of a run without evaluations, and say what recovered."""
         finding = instability.find_problem(progress)
         if finding is not None:
-            self._report(finding, again=False)
-        if not progress.evaluations and self.controls is None:
+            self._report(finding, is_repeat=False)
+        if not progress.evaluations and self.control_metrics is None:
             self._judge_divergence(progress, {})
         recovered_at = self.record.get(divergence.NAME, {}).get("recovered_at")
         if recovered_at is not None:
@@ -382,28 +382,30 @@ class Challenges:
             self.print_line(f"recovered by step {recovered_at}: the run is no longer {verdict}")
         self.on_record(self.record)
 
-    def _report(self, finding: Finding, *, again: bool) -> None:
-        """Record a finding, print it, and append it to `events.jsonl`; if it stops the run, set `ends`.
+    def _report(self, finding: Finding, *, is_repeat: bool) -> None:
+        """Record a finding in `record`. If it stops the run, and none did before, set `stopping_finding`. Errors: StorageError.
 
-        A finding that was reported at an earlier step (`again`) only has its newest numbers recorded. Errors: StorageError.
+        - `is_repeat`, the detector has reported at an earlier step: only its newest numbers are recorded.
+        - Otherwise: it is recorded and printed. It is appended to `events.jsonl` unless it is there: a process that was killed
+          after writing it, and resumed at the checkpoint before, finds it once more.
         """
-        if finding.stops and self.ends is None:
-            self.ends = finding
-        if again:
-            newest = {"step": finding.step, "says": finding.says, **finding.numbers}
-            self.record[finding.challenge]["last"] = newest
+        if finding.stops and self.stopping_finding is None:
+            self.stopping_finding = finding
+        if is_repeat:
+            newest = {"step": finding.step, "says": finding.message, **finding.numbers}
+            self.record[finding.detector]["last"] = newest
             return
-        self.record[finding.challenge] = finding.record()
+        self.record[finding.detector] = finding.record()
         self.print_line(
-            f"warning: {finding.challenge} at step {finding.step}: {finding.says}. Try: {'; '.join(finding.remedies)}"
+            f"warning: {finding.detector} at step {finding.step}: {finding.message}. Try: {'; '.join(finding.remedies)}"
         )
-        if not self._is_in_events(finding):  # a run that was killed in its export ends once more
+        if not self._is_in_events(finding):
             self._write_event(finding)
 
     def _is_in_events(self, finding: Finding) -> bool:
         """Whether an earlier start of the run has written this finding into `events.jsonl`."""
         return any(
-            event.get("challenge") == finding.challenge and event["step"] == finding.step for event in self._events()
+            event.get("challenge") == finding.detector and event["step"] == finding.step for event in self._events()
         )
 
     def _events(self) -> list[dict[str, Any]]:
@@ -418,19 +420,23 @@ class Challenges:
     def _write_event(self, finding: Finding) -> None:
         """Append a finding to `events.jsonl`. Errors: StorageError."""
         if self.events is not None:
-            event = {"event": "challenge", "time": time.time(), "challenge": finding.challenge, **finding.record()}
+            event = {"event": "challenge", "time": time.time(), "challenge": finding.detector, **finding.record()}
             try:
                 with self.events.open("a", encoding="utf-8") as file:
                     file.write(json_text(event) + "\n")
             except OSError as error:
                 raise StorageError(f"{self.events}: cannot be written ({error}); free space") from error
 
-    def patience_ended(self, progress: Progress, reason: str) -> None:
+    def record_early_stopping(self, progress: Progress, reason: str) -> None:
         """Record that early stopping ends the run, for this `reason`; the loop prints it. Errors: StorageError."""
-        says = reason.removeprefix("stopping early: ")
+        message = reason.removeprefix("stopping early: ")
         numbers = {"best_step": float(progress.best_step or 0)}
         finding = Finding(
-            challenge=EARLY_STOPPING, step=progress.step, says=says, numbers=numbers, remedies=EARLY_STOPPING_REMEDIES
+            detector=EARLY_STOPPING,
+            step=progress.step,
+            message=message,
+            numbers=numbers,
+            remedies=EARLY_STOPPING_REMEDIES,
         )
         is_new = EARLY_STOPPING not in self.record
         self.record[EARLY_STOPPING] = finding.record()
@@ -440,61 +446,22 @@ class Challenges:
 
     # -- what is done ----------------------------------------------------------------------------------------------
 
-    def stops_early(self) -> str | None:
+    def early_stopping_text(self) -> str | None:
         """The line to print if the run is to end as by early stopping; else None."""
-        if self.ends is None or self.ends.challenge != "overfitting":
+        if self.stopping_finding is None or self.stopping_finding.detector != "overfitting":
             return None
         return "stopping early: the run overfits (challenges.overfitting.action=stop)"
 
-    def raise_if_exceeded(self) -> None:
+    def raise_if_finding_ends_run(self) -> None:
         """Raise LimitExceeded, on all ranks alike, if a finding ends the run with an error. Its state is saved by now."""
-        if self.ends is not None and not self.stops_early():
-            key = f"challenges.{self.ends.challenge}.action=note"
+        finding = self.stopping_finding
+        if finding is not None and not self.early_stopping_text():
             raise LimitExceeded(
-                f"step {self.ends.step}: {self.ends.challenge}: {self.ends.says}. A checkpoint of this step is there; the same "
-                f"command with {key} continues. Try: {'; '.join(self.ends.remedies)}"
+                f"step {finding.step}: {finding.detector}: {finding.message}. A checkpoint of this step is there; the same "
+                f"command with challenges.{finding.detector}.action=note continues. Try: {'; '.join(finding.remedies)}"
             )
 
 
 def _paired_metrics(values: dict[str, float]) -> dict[str, float]:
     """The metrics that are compared by micro-batch."""
     return {name: values[name] for name in (divergence.LOSS, divergence.MARGIN) if name in values}
-
-
-class WatchedTasks:
-    """An evaluator that runs a run's tasks, and hands each finished one to the detectors."""
-
-    def __init__(self, task_evaluator: TaskEvaluator, challenges: Challenges, *, makes_tables: bool = False) -> None:
-        """`makes_tables`: whether it makes tables of rows for the trackers."""
-        self.task_evaluator = task_evaluator
-        self.challenges = challenges
-        self.makes_tables = makes_tables
-        self.tables: dict[str, Table] = {}
-        """Worst rows of the last run, and those that changed sides since the first one."""
-
-    def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
-        """Run the tasks: yield (name, value) of each metric. All ranks must call; raises Interrupted on all or none."""
-        self.task_evaluator.model.engine = engine
-        self.tables = {}
-        base = self.challenges.base
-        names = None
-        if base is not None and base.fresh_tasks:
-            # The base was asked these just now, and the model is the base still.
-            fresh_tasks = base.fresh_tasks
-            base.fresh_tasks = []
-            for finished in fresh_tasks:
-                yield from self._metrics_of(finished)
-            all_names = [prepared.task.name for prepared in self.task_evaluator.tasks]
-            names = [name for name in all_names if name not in base.names]
-        for finished in self.task_evaluator.run_tasks(names):
-            yield from self._metrics_of(finished)
-
-    def _metrics_of(self, done: FinishedTask) -> Iterator[tuple[str, float]]:
-        """Hand a finished task to the detectors; yields its metrics as (`eval/TASK/METRIC`, value)."""
-        self.challenges.add_task(done)
-        task = done.prepared.task
-        if self.makes_tables:
-            first_rows = self.challenges.first.before(task.name, done.rows)
-            self.tables |= row_tables(task, done.rows, first_rows)
-        for metric, value in done.metrics.items():
-            yield f"eval/{task.name}/{metric}", value

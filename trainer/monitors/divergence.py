@@ -122,12 +122,12 @@ class TrainingChange:
         return f"the training loss went from {self.first:.4g} at step 1 to {self.now:.4g} (median of the last {self.steps} steps)"
 
 
-def window_of(total_steps: int) -> int:
+def num_steps_of_loss_median(total_steps: int) -> int:
     """How many last steps the training loss now is the median of: a tenth of the run's, within bounds."""
     return max(MIN_WINDOW, min(MAX_WINDOW, total_steps // 10))
 
 
-def first_judged(warmup_steps: int) -> int:
+def first_judged_step(warmup_steps: int) -> int:
     """The first step at which a run is judged: losses may rise while the learning rate warms up."""
     return max(FIRST_JUDGED, warmup_steps)
 
@@ -149,7 +149,7 @@ def training_change(first: float | None, recent: Sequence[float], window: int) -
     rise = median(compared_losses[-window:]) - compared_first
     spread = _robust_spread(compared_losses, window)
     deviations = rise / spread if spread else math.copysign(math.inf, rise)
-    return TrainingChange(first, median(recent[-window:]), deviations, window)
+    return TrainingChange(first=first, now=median(recent[-window:]), deviations=deviations, steps=window)
 
 
 def _robust_spread(values: Sequence[float], window: int) -> float:
@@ -158,13 +158,13 @@ def _robust_spread(values: Sequence[float], window: int) -> float:
     The larger of two: that of the last `window` values around their median, and that of the differences from step to step,
     which has more values and knows no trend. Ten values alone look calm by chance once in some tens of runs.
     """
-    last = values[-window:]
-    middle = median(last)
-    around_median = DEVIATIONS_PER_MAD * median(abs(value - middle) for value in last)
+    last_values = values[-window:]
+    middle = median(last_values)
+    spread_around_median = DEVIATIONS_PER_MAD * median(abs(value - middle) for value in last_values)
     differences = [abs(later - earlier) for earlier, later in pairwise(values)]
     # A difference of two independent values has twice the variance of one.
-    from_step_to_step = DEVIATIONS_PER_MAD * median(differences) / math.sqrt(2)
-    return max(around_median, from_step_to_step)
+    spread_between_steps = DEVIATIONS_PER_MAD * median(differences) / math.sqrt(2)
+    return max(spread_around_median, spread_between_steps)
 
 
 def held_out_change(
@@ -188,25 +188,36 @@ def held_out_change(
         rise = (now - before) / _reference_loss(before)
     # The paired test of a loss divides by the sums before training, which are close to 0 for such a loss.
     is_too_small = not is_margin and abs(before) < MIN_LOSS
-    if batches is None or is_too_small:
-        return HeldOutChange(metric, before, now, rise)
+    bound = None
+    if batches is not None and not is_too_small:
+        # A rank that has run out of documents has an empty micro-batch, which sums to 0 and is left out.
+        pairs = [(old, new) for old, new in zip(*batches, strict=True) if old or new]
+        all_finite = all(math.isfinite(old) and math.isfinite(new) for old, new in pairs)
+        if len(pairs) >= MIN_BATCHES and all_finite:
+            bound = _bound_of_margin_drop(pairs, level) if is_margin else _bound_of_loss_rise(rise, pairs, level)
+    return HeldOutChange(metric, before, now, rise, bound)
 
-    # The paired test. A rank that has run out of documents has an empty micro-batch, which sums to 0 and is left out.
-    pairs = [(old, new) for old, new in zip(*batches, strict=True) if old or new]
-    old_sums = [old for old, _ in pairs]
-    new_sums = [new for _, new in pairs]
-    all_finite = all(math.isfinite(batch_sum) for batch_sum in (*old_sums, *new_sums))
-    if len(pairs) < MIN_BATCHES or not all_finite:
-        return HeldOutChange(metric, before, now, rise)
-    quantile = forgetting.student_quantile(1 - level, len(pairs) - 1)
-    if is_margin:
-        drops = [old - new for old, new in pairs]
-        mean_drop = fmean(drops)
-        error = stdev(drops) / math.sqrt(len(drops))
-        # Sums of micro-batches, unlike the metric, are no means over pairs. Only the sign of the bound counts.
-        return HeldOutChange(metric, before, now, rise, mean_drop - quantile * error)
-    error = forgetting.ratio_error(old_sums, new_sums)
-    return HeldOutChange(metric, before, now, rise, rise - quantile * error)
+
+def _bound_of_margin_drop(pairs: Sequence[tuple[float, float]], level: float) -> float:
+    """The one-sided lower bound of the mean drop of a margin. Only its sign counts.
+
+    `pairs`: (sum before, sum now) of the margin over each micro-batch. Sums, unlike the metric, are no means over preference
+    pairs.
+    """
+    drops = [old - new for old, new in pairs]
+    standard_error = stdev(drops) / math.sqrt(len(drops))
+    return fmean(drops) - _quantile(pairs, level) * standard_error
+
+
+def _bound_of_loss_rise(rise: float, pairs: Sequence[tuple[float, float]], level: float) -> float:
+    """The one-sided lower bound of the `rise` of a loss, as a share. `pairs`: (sum before, sum now) over each micro-batch."""
+    standard_error = forgetting.standard_error_of_ratio([old for old, _ in pairs], [new for _, new in pairs])
+    return rise - _quantile(pairs, level) * standard_error
+
+
+def _quantile(pairs: Sequence[tuple[float, float]], level: float) -> float:
+    """Student's quantile for a one-sided test at `level` on paired values."""
+    return forgetting.student_t_quantile(1 - level, len(pairs) - 1)
 
 
 def _reference_loss(loss: float) -> float:
@@ -214,7 +225,7 @@ def _reference_loss(loss: float) -> float:
     return max(abs(loss), MIN_LOSS)
 
 
-def verdict_of(training: TrainingChange | None, held_out: HeldOutChange | None) -> Verdict | None:
+def divergence_verdict(training: TrainingChange | None, held_out: HeldOutChange | None) -> Verdict | None:
     """The verdict on a run from its training loss and its held-out metric; None if nothing is wrong.
 
     Either argument is None if it could not be compared. The cases, in their order:
@@ -235,7 +246,7 @@ def verdict_of(training: TrainingChange | None, held_out: HeldOutChange | None) 
     return Verdict.diverged if diverged else Verdict.worse
 
 
-def finding_of(
+def divergence_finding(
     config: DivergenceConfig, step: int, training: TrainingChange | None, held_out: HeldOutChange | None
 ) -> Finding | None:
     """The finding that a run is worse than at its own beginning, with what to do about it; None if it is not.
@@ -243,7 +254,7 @@ def finding_of(
     `training`, `held_out`: how the training loss and the held-out metric changed since then; None if not known. Of a run that is
     `worse`, a training loss that fell means overfitting, any other one forgetting.
     """
-    verdict = verdict_of(training, held_out)
+    verdict = divergence_verdict(training, held_out)
     if verdict is None:
         return None
     remedies: tuple[str, ...] = REMEDIES
@@ -264,9 +275,9 @@ def finding_of(
         if held_out.bound is not None:
             numbers["bound"] = held_out.bound
     return Finding(
-        challenge=NAME,
+        detector=NAME,
         step=step,
-        says=f"{verdict}: {', '.join(changes)}{meaning}",
+        message=f"{verdict}: {', '.join(changes)}{meaning}",
         numbers=numbers,
         remedies=remedies,
         stops=verdict is Verdict.diverged and config.action is Reaction.stop,

@@ -18,7 +18,7 @@ FILE = "held-out-before.json"
 
 
 @dataclass(slots=True)
-class HeldOutBefore:
+class HeldOutEvaluation:
     """Metrics of one evaluation, as a rule of that before the first step; empty if nothing was evaluated then."""
 
     values: dict[str, float] = field(default_factory=dict)
@@ -45,32 +45,32 @@ class HeldOutBefore:
         return sums_before[:num_common], sums_now[:num_common]
 
 
-class KeptHeldOut:
+class HeldOutFile:
     """A file with one evaluation by micro-batch. Of the one before the first step a resumed run still knows it by this file."""
 
     def __init__(self, run_dir: Path, runtime: Runtime, name: str = FILE) -> None:
         self.path = run_dir / name
         self.runtime = runtime
 
-    def read(self) -> HeldOutBefore:
+    def read(self) -> HeldOutEvaluation:
         """The evaluation that the file holds, read by rank 0 for all ranks; empty if there is none. All ranks must call."""
-        before = HeldOutBefore()
+        before = HeldOutEvaluation()
         if self.runtime.is_main and self.path.is_file():
             try:
-                before = HeldOutBefore(**json.loads(self.path.read_text(encoding="utf-8")))
+                before = HeldOutEvaluation(**json.loads(self.path.read_text(encoding="utf-8")))
                 _check(before)
             except (OSError, ValueError, TypeError, AttributeError):
-                before = HeldOutBefore()  # the run is then judged without pairs
-        read_by_main: HeldOutBefore = broadcast_object(before, self.runtime)
+                before = HeldOutEvaluation()  # the run is then judged without pairs
+        read_by_main: HeldOutEvaluation = broadcast_object(before, self.runtime)
         return read_by_main
 
-    def write(self, before: HeldOutBefore) -> None:
+    def write(self, before: HeldOutEvaluation) -> None:
         """Replace the file, on rank 0 alone. Errors: StorageError."""
         if self.runtime.is_main:
             write_text_atomic(self.path, json_text(asdict(before)) + "\n")
 
 
-def _check(before: HeldOutBefore) -> None:
+def _check(before: HeldOutEvaluation) -> None:
     """Raise ValueError, TypeError or AttributeError if a metric or a sum that was read is no number."""
     for metric in before.values.values():
         float(metric)

@@ -34,10 +34,11 @@ class FirstRows:
         except (OSError, ValueError, TypeError, AttributeError):
             self._rows = {}
 
-    def before(self, name: str, rows: list[TaskRow]) -> list[TaskRow] | None:
-        """The rows of a task at its first evaluation; if this is the first, keeps its `rows` in the file and returns None.
+    def rows_or_remember(self, name: str, rows: list[TaskRow]) -> list[TaskRow] | None:
+        """The rows of the task `name` at its first evaluation, to compare `rows`, those of this evaluation, with.
 
-        A table shows the rows that became right or wrong since then. `rows`: those of this evaluation. Raises StorageError.
+        If this is the first evaluation: writes `rows` into the file, for later ones, and returns None. Raises StorageError if the
+        file cannot be written.
         """
         first_rows = self._rows.get(name)
         if first_rows is not None:

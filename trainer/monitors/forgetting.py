@@ -50,11 +50,11 @@ class ComparedTask:
         """The one-sided lower bound of `lost`, by Student's distribution; None if its error is not known."""
         if self.error is None:
             return None
-        quantile = student_quantile(1 - level, self.rows - 1)
+        quantile = student_t_quantile(1 - level, self.rows - 1)
         return self.lost - quantile * self.error
 
 
-def compare(
+def compare_with_base(
     name: str, metric: Metric, base_rows: Sequence[TaskRow], rows: Sequence[TaskRow], values: tuple[float, float]
 ) -> ComparedTask:
     """How much the tuned model has lost against the base in a task's first metric.
@@ -88,10 +88,10 @@ def _error_of_share(metric: Metric, base_rows: Sequence[TaskRow], rows: Sequence
     scores = [float(row.scores[numerator]) for row in rows]
     if math.fsum(base_scores) == 0:
         return None
-    return ratio_error(base_scores, scores)
+    return standard_error_of_ratio(base_scores, scores)
 
 
-def ratio_error(old: Sequence[float], new: Sequence[float]) -> float:
+def standard_error_of_ratio(old: Sequence[float], new: Sequence[float]) -> float:
     """Standard error of sum(new) / sum(old) over paired rows (Cochran 1977, chapter 6). `old` must not sum to 0."""
     old_sum = math.fsum(old)
     ratio = math.fsum(new) / old_sum
@@ -142,9 +142,9 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
         numbers["limit"] = limit
         over_limit = f", more than challenges.forgetting.limit={limit:.3g}"
     return Finding(
-        challenge="forgetting",
+        detector="forgetting",
         step=evidence.step,
-        says=(
+        message=(
             f"{worst.name}: {worst.metric} went from {worst.base:.4f} (base) to {worst.now:.4f}: {worst.lost:+.2%} "
             f"lost{certainty}{over_limit}; {worst.rows} rows"
         ),
@@ -154,7 +154,7 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
     )
 
 
-def student_quantile(share: float, freedom: int) -> float:
+def student_t_quantile(share: float, freedom: int) -> float:
     """The `share` quantile of Student's t distribution with `freedom` degrees of freedom.
 
     By expansion 26.7.5 of Abramowitz and Stegun: the standard library has only the normal distribution, whose quantile is the

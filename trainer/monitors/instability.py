@@ -29,9 +29,9 @@ def find_problem(progress: Progress) -> Finding | None:
     if progress.rollbacks == 0 and is_rare:
         return None
     return Finding(
-        challenge="instability",
+        detector="instability",
         step=progress.step,
-        says=(
+        message=(
             f"{progress.outliers} steps stood out by their loss or gradient norm, {progress.skipped_steps} updates were left "
             f"out, and the run went back {progress.rollbacks} times, in {progress.step} steps (guards.threshold: medians)"
         ),

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.monitors.rolling import DEVIATIONS_PER_MAD, MIN_SPREAD
 
@@ -45,7 +45,15 @@ class RaisedLevel:
     """The first step of the level."""
 
 
-class LevelWatch:
+class RememberedStep(NamedTuple):
+    """A step among the last ones."""
+
+    step: int
+    first_sample: int
+    """How many samples the run had consumed before it."""
+
+
+class LevelShiftDetector:
     """Looks for levels in the numbers of the last steps, on the host. The same on all ranks; nothing communicates."""
 
     def __init__(self, threshold: float, window: int, rows: Sequence[Mapping[str, float]] = ()) -> None:
@@ -56,102 +64,101 @@ class LevelWatch:
         """The last steps, oldest first: `step`, `samples` consumed before it, the numbers, and `told/NAME` if a number was told
         at this step, or is at a level that was. A checkpoint has them."""
 
-    def add(self, row: Mapping[str, Any], first_sample: int, told: Sequence[str]) -> list[RaisedLevel]:
+    def add_step(self, row: Mapping[str, Any], first_sample: int, reported_names: Sequence[str]) -> list[RaisedLevel]:
         """Remember the metrics of a step, and return the levels that it shows for the first time.
 
-        `first_sample`: samples consumed before the step. `told`: which of `loss` and `grad_norm` were reported already since they
-        stand out in this single step. A level is not returned if one of its steps was reported already. A step whose update was
-        left out, or with a number that is not finite, is not remembered and shows none.
+        `first_sample`: samples consumed before the step. `reported_names`: which of `loss` and `grad_norm` were reported
+        already since they stand out in this single step. A level is not returned if one of its steps was reported already. A
+        step whose update was left out, or with a number that is not finite, is not remembered and shows none.
         """
         numbers = {name: float(row[name]) for name in MIN_RISE}
         if row.get("skipped") or not all(math.isfinite(number) for number in numbers.values()):
             return []
         newest = {"step": float(row["step"]), "samples": float(first_sample), **numbers}
-        newest |= {f"told/{name}": 1.0 for name in told}
+        newest |= {f"told/{name}": 1.0 for name in reported_names}
         self.rows = [*self.rows, newest][-self._window :]
-        found = []
+        new_levels = []
         for name in MIN_RISE:
-            level = self._level_of(name)
+            level = self._current_level(name)
             if level is None:
                 continue
-            earlier_steps = [earlier for earlier in self.rows[:-1] if earlier["step"] >= level.began]
+            rows_of_level = [row_of_step for row_of_step in self.rows if row_of_step["step"] >= level.began]
             reported_keys = {f"told/{name}", "told/loss"}  # a norm that rises beside the loss is reported with it
-            if not any(reported_keys & row_of_level.keys() for row_of_level in [*earlier_steps, newest]):
-                found.append(level)
+            if not any(reported_keys & row_of_step.keys() for row_of_step in rows_of_level):
+                new_levels.append(level)
             newest[f"told/{name}"] = 1.0
-        return found
+        return new_levels
 
-    def _level_of(self, name: str) -> RaisedLevel | None:
+    def _current_level(self, name: str) -> RaisedLevel | None:
         """The level at which a number (`loss` or `grad_norm`) stands; None if it stands at none.
 
         It stands at one if the median of the last `LEVEL_STEPS` steps is above the median of the steps before them, both by
         many standard deviations and by the share in `MIN_RISE`.
         """
         values = [row[name] for row in self.rows]
-        before = values[:-LEVEL_STEPS]
-        if len(before) < MIN_BEFORE:
+        values_before = values[:-LEVEL_STEPS]
+        if len(values_before) < MIN_BEFORE:
             return None
-        now = median(values[-LEVEL_STEPS:])
-        middle = median(before)
-        score = _score(now, before)
-        if score <= self._limit or now - middle < MIN_RISE[name] * abs(middle):
+        median_now = median(values[-LEVEL_STEPS:])
+        median_before = median(values_before)
+        score = _score(median_now, values_before)
+        rose_enough = median_now - median_before >= MIN_RISE[name] * abs(median_before)
+        if score <= self._limit or not rose_enough:
             return None
-        began = self._first_above(name, middle)
-        if self.rows[-1]["step"] - began < LEVEL_STEPS // 2:  # it has just come back
+        began = self._first_step_above(name, median_before)
+        if self.rows[-1]["step"] - began < LEVEL_STEPS // 2:  # it went down in between, and has just come back
             return None
-        return RaisedLevel(name, now, score, began)
+        return RaisedLevel(name, median_now, score, began)
 
-    def began(self, names: Sequence[str]) -> int | None:
+    def rise_began_at(self, names: Sequence[str]) -> int | None:
         """The step at which a number began to rise, if it rose already before the step that stands out now; else None.
 
         A rollback returns to a checkpoint from before that step. Called before the step that stands out is added. `names`: the
-        numbers that stand out (`loss`, `grad_norm`); the earliest beginning counts. A number was rising if the newest step added
-        is more than `RISE` robust standard deviations above the median.
+        numbers that stand out (`loss`, `grad_norm`); of several rises the earliest counts. A number was rising if the newest step
+        added is more than `RISE` robust standard deviations above the median.
         """
-        steps = []
+        first_steps = []
         for name in names:
             values = [row[name] for row in self.rows]
             if len(values) <= MIN_BEFORE:
                 continue
             if _score(values[-1], values) > RISE:
-                steps.append(self._first_above(name, median(values)))
-        return min(steps, default=None)
+                first_steps.append(self._first_step_above(name, median(values)))
+        return min(first_steps, default=None)
 
-    def _first_above(self, name: str, middle: float) -> int:
-        """The first of the last steps that are all above `middle`."""
-        first = int(self.rows[-1]["step"])
+    def _first_step_above(self, name: str, threshold: float) -> int:
+        """The first step since which every remembered step is above `threshold` in the number `name`."""
+        first_step = int(self.rows[-1]["step"])
         for row in reversed(self.rows):
-            if row[name] <= middle:
+            if row[name] <= threshold:
                 break
-            first = int(row["step"])
-        return first
+            first_step = int(row["step"])
+        return first_step
 
-    def samples_before_update_of(self, step: int) -> tuple[int, int] | None:
-        """(the last step before `step`, how many samples the run had consumed before it): its update led to `step`.
-
-        None if that step is not remembered.
-        """
+    def step_before(self, step: int) -> RememberedStep | None:
+        """The last remembered step before `step`, whose update led to `step`; None if none is remembered."""
         for row in reversed(self.rows):
             if row["step"] < step:
-                return int(row["step"]), int(row["samples"])
+                return RememberedStep(step=int(row["step"]), first_sample=int(row["samples"]))
         return None
 
 
-def _score(now: float, before: Sequence[float]) -> float:
-    """How many robust standard deviations the number `now` is above the median of those `before`.
+def _score(value: float, earlier_values: Sequence[float]) -> float:
+    """How many robust standard deviations `value` is above the median of `earlier_values`; 0 if these do not vary at all.
 
     The deviation of fewer than `STEADY_STEPS` numbers may be small by chance, and is widened. If all are positive, logarithms
     are compared: gradient norms vary by factors, and a high one is less odd than it looks.
     """
-    values = list(before)
-    least_spread = MIN_SPREAD
-    if min(now, *before) > 0:
-        now = math.log(now)
-        values = [math.log(value) for value in before]
+    compared_value = value
+    compared_earlier = list(earlier_values)
+    if min(value, *earlier_values) > 0:
+        compared_value = math.log(value)
+        compared_earlier = [math.log(earlier) for earlier in earlier_values]
+        min_spread = MIN_SPREAD  # a difference of logarithms is a share already
     else:
-        least_spread *= abs(median(before))
-    middle = median(values)
-    deviation = DEVIATIONS_PER_MAD * median(abs(value - middle) for value in values)
-    widening = max(1.0, STEADY_STEPS / len(values))
-    spread = widening * max(deviation, least_spread)
-    return (now - middle) / spread if spread > 0 else 0.0
+        min_spread = MIN_SPREAD * abs(median(earlier_values))
+    middle = median(compared_earlier)
+    deviation = DEVIATIONS_PER_MAD * median(abs(earlier - middle) for earlier in compared_earlier)
+    widening = max(1.0, STEADY_STEPS / len(compared_earlier))
+    spread = widening * max(deviation, min_spread)
+    return (compared_value - middle) / spread if spread > 0 else 0.0

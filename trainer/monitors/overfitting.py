@@ -78,9 +78,9 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
     numbers = {key.rpartition("/")[2]: value for key, value in measured.items()}  # `gap`, `p_held_out`, `p_gap`
     numbers["best_step"] = best["step"]
     return Finding(
-        challenge="overfitting",
+        detector="overfitting",
         step=evidence.step,
-        says=(
+        message=(
             f"the held-out loss rose from {best['held_out']:.4f} at step {best['step']:.0f} to {last['held_out']:.4f} while its "
             f"gap to the training loss grew to {_gap(last):.4f}, in {len(later)} "
             f"evaluations (Mann-Kendall: p {p_held_out:.2g} and {p_gap:.2g})"

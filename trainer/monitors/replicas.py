@@ -21,7 +21,7 @@ from strategies.expert_share import expert_share_of_parameter
 from strategies.parameters import named_parameters
 from strategies.runtime import Runtime, gather_objects
 
-INTEGER_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_TYPE_BY_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Types as whose numbers bytes are summed, by their size in bytes."""
 Shard = tuple[int, ...]
 """Which part of a sharded parameter a rank holds: its position along each mesh dimension that shards it; () for the whole."""
@@ -52,29 +52,39 @@ class ReplicaCheck:
         already. All ranks must call, after the same steps. Waits for the device. As long as all agree, one small object a rank is
         exchanged: a sum of checksums by shard.
         """
-        # Whether a comparison is due.
-        alone = self.runtime.world_size == 1 or self.runtime.simulated
-        if alone or not self.every_steps or step == self._compared_at:
-            return
-        if not now and step - self._compared_at < self.every_steps:
+        if not self._is_due(step, now=now):
             return
         last_equal_step = self._compared_at
         self._compared_at = step
-        parameters = list(replicated_parameters(engine))
-        if not parameters:  # on no rank: all ranks have the same kinds of parameters
+        checksum_by_name = self._checksums(engine)
+        if not checksum_by_name:  # on no rank: all ranks have the same kinds of parameters
             return
-
-        # Checksums of single parameters, and their weighted sum over the parameters of each shard.
-        checksums = torch.stack([checksum(tensor).to(self.runtime.device) for _, tensor, _ in parameters]).tolist()
+        # One sum for all parameters of a shard, so that little is sent while all agree.
         total_by_shard: dict[Shard, int] = {}
-        checksum_by_name: dict[str, tuple[Shard, int]] = {}
-        for index, ((name, _, shard), parameter_sum) in enumerate(zip(parameters, checksums, strict=True)):
+        for index, (shard, parameter_checksum) in enumerate(checksum_by_name.values()):
             # Each has an odd factor of its own, so that two parameters that are off by as much do not cancel out.
             factor = 2 * index + 1
-            total_by_shard[shard] = (total_by_shard.get(shard, 0) + factor * parameter_sum) % MODULUS
-            checksum_by_name[name] = (shard, parameter_sum)
+            total_by_shard[shard] = (total_by_shard.get(shard, 0) + factor * parameter_checksum) % MODULUS
         if _sums_differ(gather_objects(total_by_shard, self.runtime)):
             self._raise_difference(checksum_by_name, last_equal_step, step)
+
+    def _is_due(self, step: int, *, now: bool) -> bool:
+        """Whether to compare after this step: never for a single rank, and not twice for a step."""
+        is_alone = self.runtime.world_size == 1 or self.runtime.simulated
+        if is_alone or not self.every_steps or step == self._compared_at:
+            return False
+        return now or step - self._compared_at >= self.every_steps
+
+    def _checksums(self, engine: Engine) -> dict[str, tuple[Shard, int]]:
+        """(shard, checksum) of each parameter that other ranks may hold, too, by name. Waits for the device once."""
+        parameters = list(replicated_parameters(engine))
+        if not parameters:
+            return {}
+        checksums = torch.stack([checksum(tensor).to(self.runtime.device) for _, tensor, _ in parameters]).tolist()
+        checksum_by_name = {}
+        for (name, _, shard), parameter_checksum in zip(parameters, checksums, strict=True):
+            checksum_by_name[name] = (shard, parameter_checksum)
+        return checksum_by_name
 
     def _raise_difference(
         self, checksum_by_name: dict[str, tuple[Shard, int]], last_equal_step: int, step: int
@@ -117,13 +127,13 @@ def _odd_ranks(sums: list[tuple[Shard, int]]) -> set[int]:
         checksums_by_shard.setdefault(shard, {})[rank] = rank_checksum
     odd_ranks: set[int] = set()
     for checksum_by_rank in checksums_by_shard.values():
-        most_common, count = Counter(checksum_by_rank.values()).most_common(1)[0]
-        has_majority = 2 * count > len(checksum_by_rank)
-        all_agree = count == len(checksum_by_rank)
+        most_common_checksum, num_agreeing = Counter(checksum_by_rank.values()).most_common(1)[0]
+        has_majority = 2 * num_agreeing > len(checksum_by_rank)
+        all_agree = num_agreeing == len(checksum_by_rank)
         if all_agree:
             continue
         for rank, rank_checksum in checksum_by_rank.items():
-            if rank_checksum != most_common or not has_majority:
+            if rank_checksum != most_common_checksum or not has_majority:
                 odd_ranks.add(rank)
     return odd_ranks
 
@@ -154,16 +164,16 @@ def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Shard]]
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """The tensor's bytes summed as whole numbers modulo 2**64: 0-d int64, on its device. Any single flipped bit changes it.
+    """The tensor's bytes summed as integers: 0-d int64, on its device. Any single flipped bit changes it.
 
-    The bytes are read as whole numbers of eight bytes, which is fastest, if start and size are multiples of eight bytes. Else
-    they are read as whole numbers of an element's size.
+    The sum wraps at 2**64, so its sign means nothing. The bytes are read as integers of eight bytes, which is fastest, if
+    start and size are multiples of eight bytes; otherwise as integers of an element's size.
     """
     elements = tensor.contiguous().view(-1)
     element_bytes = elements.element_size()
-    size_is_even = (elements.numel() * element_bytes) % 8 == 0
-    start_is_even = (elements.storage_offset() * element_bytes) % 8 == 0
-    integer_type = torch.int64 if size_is_even and start_is_even else INTEGER_TYPES[element_bytes]
+    size_is_aligned = (elements.numel() * element_bytes) % 8 == 0
+    start_is_aligned = (elements.storage_offset() * element_bytes) % 8 == 0
+    integer_type = torch.int64 if size_is_aligned and start_is_aligned else INTEGER_TYPE_BY_BYTES[element_bytes]
     return elements.view(integer_type).sum(dtype=torch.int64)
 
 

@@ -79,7 +79,7 @@ REMEDIES = {
 }
 
 
-def add_step(blocks: list[dict[str, float]], row: Mapping[str, Any], controls: Sequence[str]) -> bool:
+def add_step_to_blocks(blocks: list[dict[str, float]], row: Mapping[str, Any], controls: Sequence[str]) -> bool:
     """Add the metrics of a step to the newest block of steps, in place; returns whether the step has filled that block.
 
     `blocks`: sums of metrics over equally many steps each, such as {STEPS: 8.0, REWARD: 3.2}, oldest first, the newest perhaps
@@ -89,7 +89,7 @@ def add_step(blocks: list[dict[str, float]], row: Mapping[str, Any], controls: S
     block_size = int(blocks[0][STEPS]) if len(blocks) > 1 else 1
     if not blocks or blocks[-1][STEPS] >= block_size:
         if len(blocks) == MOST_BLOCKS:
-            blocks[:] = [_joined(*blocks[number : number + 2]) for number in range(0, MOST_BLOCKS, 2)]
+            blocks[:] = [_joined_blocks(*blocks[number : number + 2]) for number in range(0, MOST_BLOCKS, 2)]
             block_size *= 2
         blocks.append({STEPS: 0.0})
     block = blocks[-1]
@@ -100,12 +100,12 @@ def add_step(blocks: list[dict[str, float]], row: Mapping[str, Any], controls: S
     return block[STEPS] >= block_size
 
 
-def _joined(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
+def _joined_blocks(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
     """Two blocks as one."""
     return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in first | second}
 
 
-def series(blocks: Sequence[Mapping[str, float]], name: str) -> list[float]:
+def block_means(blocks: Sequence[Mapping[str, float]], name: str) -> list[float]:
     """The mean of a metric in each full block; empty if a block lacks it."""
     if not blocks:
         return []
@@ -126,21 +126,22 @@ def find_problems(
     """Findings about the rewards of a run so far, with one of these verdicts:
 
     - `cheated`: the trained reward rises while a control (a reward of weight 0) or `eval/reward` falls.
-    - `collapsed` and `longer`: see `_collapse`.
+    - `collapsed` and `longer`: see `_collapse_findings`.
     - `idle`: in most groups of answers all score alike, and the reward is not simply near its best.
-    Nothing is found before `MIN_BLOCKS` full blocks. `blocks`: see `add_step`. `evaluations`: rewards, such as {"step": 100,
-    "train": 0.4, "held_out": 0.3}, `train` being the mean since the evaluation before. `controls`: the controls' metrics.
+    Nothing is found before `MIN_BLOCKS` full blocks. `blocks`: see `add_step_to_blocks`. `evaluations`: rewards, such as
+    {"step": 100, "train": 0.4, "held_out": 0.3}, `train` being the mean since the evaluation before. `controls`: the controls'
+    metrics.
     """
-    reward = series(blocks, REWARD)
+    reward = block_means(blocks, REWARD)
     if len(reward) < MIN_BLOCKS:
         return
     stops = config.action is Reaction.stop
 
-    def finding(verdict: str, says: str, **numbers: float) -> Finding:
+    def finding(verdict: str, message: str, **numbers: float) -> Finding:
         return Finding(
-            challenge=NAME,
+            detector=NAME,
             step=step,
-            says=says,
+            message=message,
             numbers=numbers,
             remedies=REMEDIES[verdict],
             stops=stops,
@@ -149,21 +150,25 @@ def find_problems(
 
     # Trained reward against controls.
     if rising_p_value(reward) < RISING_LEVEL:
-        control_series = {name: series(blocks, name) for name in controls}
+        control_series = {name: block_means(blocks, name) for name in controls}
         for name, values in control_series.items():
-            if falls(values) or drops(values):
+            if falls_beyond_noise(values) or drops_below_first_half(values):
                 says = f"the trained reward rose from {reward[0]:.3g} to {reward[-1]:.3g} while the control {name} fell"
                 yield finding("cheated", f"{says} from {values[0]:.3g} to {values[-1]:.3g}", control=values[-1])
     # Trained reward against the held-out one.
     after_start = [evaluation for evaluation in evaluations if evaluation["step"]]
     held_out = [evaluation["held_out"] for evaluation in after_start]
     trained = [evaluation["train"] for evaluation in after_start]
-    if len(held_out) >= MIN_EVALUATIONS and rising_p_value(trained) < RISING_LEVEL and falls(held_out, RISING_LEVEL):
+    if (
+        len(held_out) >= MIN_EVALUATIONS
+        and rising_p_value(trained) < RISING_LEVEL
+        and falls_beyond_noise(held_out, RISING_LEVEL)
+    ):
         says = f"the trained reward rose from {trained[0]:.3g} to {trained[-1]:.3g} while eval/reward fell"
         yield finding("cheated", f"{says} from {held_out[0]:.3g} to {held_out[-1]:.3g}", held_out=held_out[-1])
-    yield from _collapse(finding, reward, series(blocks, ENTROPY), series(blocks, LENGTH))
+    yield from _collapse_findings(finding, reward, block_means(blocks, ENTROPY), block_means(blocks, LENGTH))
     # Groups that teach nothing.
-    idle = series(blocks, IDLE)
+    idle = block_means(blocks, IDLE)
     recent_blocks = MIN_BLOCKS // 2
     share = float(np.mean(idle[-recent_blocks:])) if idle else 0.0
     if share >= IDLE_SHARE and not _is_solved(reward, float(np.mean(reward[-recent_blocks:]))):
@@ -178,7 +183,9 @@ def _is_solved(reward: Sequence[float], recent: float) -> bool:
     return rising_p_value(reward) < RISING_LEVEL and level >= SATURATED * max(reward) and level >= 1.5 * reward[0]
 
 
-def _collapse(finding: Any, reward: list[float], entropy: list[float], length: list[float]) -> Iterator[Finding]:
+def _collapse_findings(
+    finding: Any, reward: list[float], entropy: list[float], length: list[float]
+) -> Iterator[Finding]:
     """Findings `collapsed` (a policy that stopped exploring) and `longer` (answers that grow without more reward).
 
     `reward`, `entropy` (nats a token) and `length` (tokens of an answer): means of each full block of steps, oldest first; empty
@@ -197,7 +204,7 @@ def _collapse(finding: Any, reward: list[float], entropy: list[float], length: l
         yield finding("longer", says, length=last_length)
 
 
-def without_carry_over(p_value: float, values: Sequence[float]) -> float:
+def p_value_without_autocorrelation(p_value: float, values: Sequence[float]) -> float:
     """A p-value of a trend in `values`, corrected for noise that carries over from one value to the next.
 
     Such noise looks like a trend: the variance of the test's score grows by (1 + r) / (1 - r), where r is the correlation of
@@ -206,11 +213,12 @@ def without_carry_over(p_value: float, values: Sequence[float]) -> float:
     """
     count = len(values)
     positions = np.arange(count)
-    residuals = np.asarray(values) - np.polyval(np.polyfit(positions, values, 1), positions)
-    variance = float(np.dot(residuals, residuals))
-    if variance <= 1e-12 * float(np.ptp(values)) ** 2:  # a straight line has no noise but rounding
+    fitted_line = np.polyval(np.polyfit(positions, values, 1), positions)
+    residuals = np.asarray(values) - fitted_line
+    sum_of_squares = float(np.dot(residuals, residuals))
+    if sum_of_squares <= 1e-12 * float(np.ptp(values)) ** 2:  # a straight line has no noise but rounding
         return p_value
-    sample_correlation = float(np.dot(residuals[1:], residuals[:-1])) / variance
+    sample_correlation = float(np.dot(residuals[1:], residuals[:-1])) / sum_of_squares
     # sample_correlation = r - (2 + 4 r) / n, solved for r.
     correlation = min(0.98, max(0.0, (sample_correlation + 2 / count) / (1 - 4 / count)))
     normal = NormalDist()
@@ -218,7 +226,7 @@ def without_carry_over(p_value: float, values: Sequence[float]) -> float:
     return 1 - normal.cdf(score * math.sqrt((1 - correlation) / (1 + correlation)))
 
 
-def drops(values: Sequence[float]) -> bool:
+def drops_below_first_half(values: Sequence[float]) -> bool:
     """Whether the last values of a series lie far below its first half: a fall that comes late, which a trend does not show.
 
     `values`: a control's mean in each block of steps, oldest first. Far is six standard deviations of the first half. If the
@@ -232,14 +240,14 @@ def drops(values: Sequence[float]) -> bool:
     return level - float(np.mean(values[-END_BLOCKS:])) > DROP_BY_SPREAD * spread
 
 
-def falls(values: Sequence[float], level: float = FALLING_LEVEL) -> bool:
+def falls_beyond_noise(values: Sequence[float], level: float = FALLING_LEVEL) -> bool:
     """Whether a series (a control, or `eval/reward`; oldest value first) falls: by its trend, and by more than its noise.
 
     `level`: of the trend's test. The fall is that from the mean of the first quarter of the values to that of the last.
     """
     if len(values) < MIN_EVALUATIONS:
         return False
-    if without_carry_over(rising_p_value([-value for value in values]), values) > level:
+    if p_value_without_autocorrelation(rising_p_value([-value for value in values]), values) > level:
         return False
     quarter = max(1, len(values) // 4)
     first = float(np.mean(values[:quarter]))

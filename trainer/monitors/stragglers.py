@@ -76,7 +76,7 @@ class Stragglers:
         }
         if self.factor:
             for rank in range(len(self._changed_factors)):
-                self._judge(rank, factor_of(rank, times), rows[-1]["step"])
+                self._judge(rank, slowness_factor(rank, times), rows[-1]["step"])
 
     def _judge(self, rank: int, factor: float, step: int) -> None:
         """Record that a rank is slow, or slow no longer, once `INTERVALS` intervals in a row show the change.
@@ -114,7 +114,7 @@ class Stragglers:
         return [asdict(slow) for slow in self.slow]
 
 
-def factor_of(rank: int, times: list[RankTime]) -> float:
+def slowness_factor(rank: int, times: list[RankTime]) -> float:
     """How many times as long as the median of the other ranks a rank computes. `times`: of each rank, by rank.
 
     The lesser of two ratios, in all and for a token: a rank with more tokens is not slow, nor is one whose few tokens each bear

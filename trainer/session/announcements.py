@@ -210,7 +210,7 @@ def _with_divergence(ending: RunEnding, outcome: Outcome) -> RunEnding:
 def record_measured(record: RunRecord, meter: Meter, checkpoints: Checkpoints, context: RunContext) -> None:
     """Write into `run.json` what the run took, however it ended. On rank 0 alone; no collective."""
     if context.runtime.is_main:
-        no_background_reason = checkpoints.state_buffer.refused
+        no_background_reason = checkpoints.state_buffer.refusal_reason
         if no_background_reason is not None:
             record.substitutions["checkpoint.background"] = f"false: {no_background_reason}"
         assert record.receipt is not None  # since `run_facts`

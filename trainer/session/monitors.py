@@ -19,10 +19,11 @@ from trainer.monitors import divergence
 from trainer.monitors.anomaly_log import EVENTS
 from trainer.monitors.base_model_rows import BaseRows
 from trainer.monitors.config import CHAT, CHAT_ANSWERS, GENERAL, Reaction
-from trainer.monitors.detectors import Challenges, WatchedTasks
-from trainer.monitors.first_evaluation import KeptHeldOut
+from trainer.monitors.detectors import Challenges
+from trainer.monitors.first_evaluation import HeldOutFile
 from trainer.monitors.first_rows import FirstRows
 from trainer.monitors.kept_answers import KeptAnswers
+from trainer.monitors.watched_tasks import WatchedTasks
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.optim.schedule import warmup_steps
 from trainer.reporting.results import LAST_HELD_OUT
@@ -46,14 +47,14 @@ def build_detectors(
     challenges = Challenges(config.challenges, planned_evaluations, comparable_term, context.console.print_line, events)
     if interval.loss_alone:
         challenges.planned_task_evaluations = 1
-    challenges.kept_before = KeptHeldOut(context.run_dir, context.runtime)
+    challenges.first_evaluation_file = HeldOutFile(context.run_dir, context.runtime)
     challenges.kept_answers = KeptAnswers(context.run_dir if context.runtime.is_main else None)
-    challenges.kept_last = KeptHeldOut(context.run_dir, context.runtime, LAST_HELD_OUT)
-    challenges.window = divergence.window_of(total_steps)
-    challenges.first_judged = divergence.first_judged(warmup_steps(config.schedule, total_steps))
+    challenges.last_evaluation_file = HeldOutFile(context.run_dir, context.runtime, LAST_HELD_OUT)
+    challenges.loss_window = divergence.num_steps_of_loss_median(total_steps)
+    challenges.first_judged_step = divergence.first_judged_step(warmup_steps(config.schedule, total_steps))
     if isinstance(config.objective, RoundsConfig):
         rewards = config.objective.rewards
-        challenges.controls = [f"rewards/{name}/mean" for name, reward in rewards.items() if reward.weight == 0]
+        challenges.control_metrics = [f"rewards/{name}/mean" for name, reward in rewards.items() if reward.weight == 0]
     challenges.on_record = challenge_reporter(context)
     context.attempt.on_move.append(challenges.move_to)
     return challenges
@@ -119,7 +120,7 @@ def add_task_evaluator(
     forgetting_tasks = [task.task.name for task in tasks if task.task.name in built_in_names]
     forgetting_tasks += forgetting.tasks
     if forgetting_tasks and forgetting.action is not Reaction.off:
-        challenges.base = BaseRows(task_evaluator, forgetting_tasks, context.run_dir, context.console.print_line)
+        challenges.base_rows = BaseRows(task_evaluator, forgetting_tasks, context.run_dir, context.console.print_line)
     if config.logging.tables and context.runtime.is_main:
-        challenges.first = FirstRows(context.run_dir)
+        challenges.first_rows = FirstRows(context.run_dir)
     return [*evaluators, WatchedTasks(task_evaluator, challenges, makes_tables=config.logging.tables)]
