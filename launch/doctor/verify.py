@@ -69,15 +69,15 @@ def _report(arguments: list[str], directory: Path) -> dict[str, Any] | None:
     """Run the comparison in `directory`; returns the verdict of the ranks, with what was compared; None after Ctrl-C."""
     config, notes = settings_to_compare(arguments)
     from launch.config.compose import launched_ranks
-    from trainer.verification.run import write_inputs
-    from trainer.verification.small_run import number_of_ranks
+    from trainer.verification.run import write_small_models_and_documents
+    from trainer.verification.small_run import num_ranks_for_verification
 
     user_ranks = launched_ranks(config)
-    notes += fit_to_devices(config, number_of_ranks(config))
+    notes += fit_to_devices(config, num_ranks_for_verification(config))
     # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.
     os.environ.setdefault("DS_ACCELERATOR", str(config.run.device))
     print(f"making a small copy of {config.model.path}", file=sys.stderr, flush=True)
-    model, small = write_inputs(config, directory, user_ranks=user_ranks)
+    model, small = write_small_models_and_documents(config, directory, user_ranks=user_ranks)
     verdict = run_ranks(config, small, directory, user_ranks)
     if verdict is None:
         return None

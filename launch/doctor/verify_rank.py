@@ -24,7 +24,7 @@ def main() -> int:
     from strategies.parent_death import die_with_parent
     from trainer.config.run import kept_matmul
     from trainer.reporting.status import record_failure, write_text_atomic
-    from trainer.verification.run import verify
+    from trainer.verification.run import verify_step_against_single_process
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
@@ -48,7 +48,9 @@ def main() -> int:
             matmul=kept_matmul(config),
             shared_memory=config.run.shared_memory,
         )
-        report = verify(config, directory, runtime, user_ranks=request["user_ranks"], report_progress=report_progress)
+        report = verify_step_against_single_process(
+            config, directory, runtime, user_ranks=request["user_ranks"], report_progress=report_progress
+        )
         if rank == 0:
             write_text_atomic(directory / REPORT, json.dumps(report))
         processes.barrier(runtime)

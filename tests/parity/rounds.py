@@ -36,7 +36,7 @@ from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.prompts import PromptReader
 from trainer.rollout.round import rewards_of
 from trainer.rollout.types import Group, GroupScores, Prompt
-from trainer.verification.gradients import distances, kinds_of_parameters
+from trainer.verification.gradients import gradient_distances_by_kind, kinds_of_parameters
 
 STEPS = 5
 RATE = 0.25
@@ -139,7 +139,7 @@ def compare(
     expected = job.oracle(key, lambda: steps_of(lone, data, alone(job.runtime)), elsewhere=[])
     compared = []
     for step, right in zip(found, expected, strict=False):
-        by_kind = distances(step.pop("gradients"), right["gradients"], right["kinds"])
+        by_kind = gradient_distances_by_kind(step.pop("gradients"), right["gradients"], right["kinds"])
         rounding = dict.fromkeys(by_kind, 0.0)
         for name, kind in right["kinds"].items():
             rounding[kind] = max(rounding[kind], READING * right["largest"][name] / config.optim.lr)

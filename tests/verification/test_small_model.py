@@ -38,7 +38,7 @@ def test_a_copy_keeps_the_numbers_by_which_ranks_divide_work(tmp_path, name, kep
     small = small_copy(tmp_path, name)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert kept.items() <= small.kept.items()
-    assert small.elements < 3_000_000 and not set(small.changed) & set(kept)
+    assert small.num_parameters < 3_000_000 and not set(small.changed) & set(kept)
     depths = [sizes for key, sizes in small.changed.items() if key in ("num_hidden_layers", "n_layer")]
     assert all(copy < full for full, copy in depths) and depths
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
@@ -61,6 +61,6 @@ def test_routers_are_far_fonder_of_the_experts_that_they_take(tmp_path):
 
 
 def test_a_model_of_which_no_copy_runs_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.verification.small_model.MOST_ELEMENTS", 1000)
+    monkeypatch.setattr("trainer.verification.small_model.MAX_PARAMETERS", 1000)
     with pytest.raises(ConfigError, match=r"none can be made of this gpt2 \(NotShrinkable: a small copy would have"):
         small_copy(tmp_path, "GPT2Config")

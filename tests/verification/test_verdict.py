@@ -7,7 +7,7 @@ import torch
 
 from strategies.base import Precision
 from trainer.verification.steps import ComparedSteps, TakenStep
-from trainer.verification.verdict import judge
+from trainer.verification.verdict import verdict_on_steps
 
 KINDS = {"q": "attention", "up": "MLP"}
 
@@ -23,14 +23,14 @@ def judged(configured, single=None, half=None):
     compared = [ComparedSteps(Precision.fp32, single or step(), configured)]
     if half is not None:
         compared.append(ComparedSteps(Precision.bf16, *half))
-    return judge(compared)
+    return verdict_on_steps(compared)
 
 
 def test_differences_are_shares_of_the_largest_element_of_a_kind():
     found = judged(step(q=9e-6, up=9e-5, loss=2.00001))
     assert found.problems == []
-    distances = {row["quantity"]: row["distance"] for row in found.record()["differences"]}
-    assert distances == {
+    distance_by_quantity = {row["quantity"]: row["distance"] for row in found.record()["differences"]}
+    assert distance_by_quantity == {
         name: pytest.approx(d, rel=1e-2) for name, d in (("loss", 5e-6), ("attention", 9e-6), ("MLP", 9e-6))
     }
 

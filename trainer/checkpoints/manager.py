@@ -380,9 +380,9 @@ class Checkpoints:
         if not self.runtime.is_main:
             return
         # The same step may have been written in another directory before.
-        same_step = [path for path in self._verified if path.name == saved.path.name and path != saved.path]
-        for path in same_step:
-            self._delete(path)
+        for path in list(self._verified):
+            if path.name == saved.path.name and path != saved.path:
+                self._delete(path)
         self._verified.add(saved.path)
         if checkpoint.replaces_older:
             self._delete_old(checkpoint.best_step)
@@ -434,10 +434,9 @@ class Checkpoints:
 
     def _report(self, saved: SavedCheckpoint) -> None:
         """Print where a checkpoint was written, its size, its cost, and when the next one is due."""
-        path = saved.path
-        text = f"checkpoint {path.name}"
-        if path.parent != self.checkpoint_dirs[0]:
-            text += f" in {path.parent}"
+        text = f"checkpoint {saved.path.name}"
+        if saved.path.parent != self.checkpoint_dirs[0]:
+            text += f" in {saved.path.parent}"
         text += f": {size_text(saved.size)} in {saved.took_s:.1f} s"
         if saved.stall_s != saved.took_s:
             text += f"; training waited {saved.stall_s:.1f} s"

@@ -76,7 +76,7 @@ def _document(
     supervised as well.
     """
     prompt = generator.integers(FIRST_TOKEN, vocabulary, generator.integers(1, LONGEST_PROMPT + 1))
-    for number in range(data_spec.sequences_per_document):
+    for answer_index in range(data_spec.sequences_per_document):
         answer = generator.integers(FIRST_TOKEN, vocabulary, generator.integers(1, LONGEST_ANSWER + 1))
         ids = np.concatenate([prompt, answer]).astype(np.int32)
         supervised = np.arange(len(ids)) >= len(prompt)
@@ -86,7 +86,7 @@ def _document(
             supervised[1:] = True
         marks: dict[str, float] = {}
         if REJECTED in data_spec.marks:
-            marks[REJECTED] = number
+            marks[REJECTED] = answer_index
         if DESIRABLE in data_spec.marks:
             marks[DESIRABLE] = int(index % 3 != 0)
         if LABEL in data_spec.marks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ MODEL_KINDS = ("attention", "MLP", "experts", "router", "norms", "embeddings", "
 ADAPTERS = "adapters"
 KINDS = (*MODEL_KINDS, *(f"{ADAPTERS}, {kind}" for kind in MODEL_KINDS))
 """Kinds in the order in which they are shown. The kind of an adapter's parameter is that of the weight which it adapts."""
-SPELLINGS = {
+NAME_PARTS_BY_KIND = {
     "embeddings": ("embed",),
     "head": ("lm_head",),
     "norms": ("norm", "ln_"),
@@ -76,20 +76,29 @@ def _kind_by_modules(name: str, modules: Mapping[str, Any], embeddings: Any, hea
         if module is not None and module is head:
             return "head"
         name_and_class = f"{parts[depth - 1]} {type(module).__name__}".lower()
-        for kind, spellings in SPELLINGS.items():
+        for kind, spellings in NAME_PARTS_BY_KIND.items():
             if any(spelling in name_and_class for spelling in spellings):
                 return kind
     return "other"
 
 
-def distances(
+class GradientDistance(NamedTuple):
+    """How far gradients are from expected ones, over the elements of several parameters."""
+
+    difference: float
+    """The largest absolute difference of an element; infinite if one is NaN."""
+    largest: float
+    """The largest absolute element of the expected gradients."""
+
+
+def gradient_distances_by_kind(
     gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor], kinds: Mapping[str, str]
-) -> dict[str, tuple[float, float]]:
-    """(largest difference to `expected`, largest element of `expected`) over the parameters of each kind.
+) -> dict[str, GradientDistance]:
+    """How far `gradients` are from `expected`, over the parameters of each kind.
 
     A parameter that `gradients` lacks counts as zeros there. A difference that is NaN counts as infinite. `kinds`: by parameter.
     """
-    by_kind: dict[str, tuple[float, float]] = {}
+    distance_by_kind: dict[str, GradientDistance] = {}
     for name, kind in kinds.items():
         expected_gradient = expected[name].double()
         gradient = gradients.get(name, torch.zeros_like(expected_gradient)).double()
@@ -100,17 +109,18 @@ def distances(
             largest = float(expected_gradient.abs().max())
         if math.isnan(difference):
             difference = float("inf")
-        earlier_difference, earlier_largest = by_kind.get(kind, (0.0, 0.0))
-        by_kind[kind] = (max(earlier_difference, difference), max(earlier_largest, largest))
-    return by_kind
+        earlier = distance_by_kind.get(kind, GradientDistance(difference=0.0, largest=0.0))
+        distance_by_kind[kind] = GradientDistance(
+            difference=max(earlier.difference, difference), largest=max(earlier.largest, largest)
+        )
+    return distance_by_kind
 
 
-def relative(distance: tuple[float, float]) -> float | None:
-    """(difference, largest element) as a ratio; infinite if only the expected gradient is zero.
+def relative_difference(difference: float, largest: float) -> float | None:
+    """The share `difference / largest` of the largest expected element; infinite if that is zero and there is a difference.
 
-    None if both gradients are zero: nothing was compared, so that they do not count as equal.
+    None if both are zero: nothing was compared, so that they do not count as equal.
     """
-    difference, largest = distance
     if largest == 0:
         return None if difference == 0 else float("inf")
     return difference / largest

@@ -15,9 +15,9 @@ from trainer.model.loading import load_model_config
 from trainer.objectives.registry import data_spec_of, family_of
 from trainer.verification.documents import LABELS, write_documents
 from trainer.verification.small_model import SmallModel, write_small_model
-from trainer.verification.small_run import SmallRun, small_run
+from trainer.verification.small_run import SmallRun, small_run_config
 from trainer.verification.steps import compare_steps
-from trainer.verification.verdict import judge
+from trainer.verification.verdict import verdict_on_steps
 
 MODEL, TEACHER, DOCUMENTS = "model", "teacher", "documents"
 """Names in the directory of a verification."""
@@ -25,7 +25,7 @@ DOCUMENTS_PER_SAMPLE = 6
 """Drawn documents for each sample of the step: a pack holds about three."""
 
 
-def label_names(config: RunConfig) -> list[str] | None:
+def drawn_label_names(config: RunConfig) -> list[str] | None:
     """Label names for the random documents: those of the settings, or made-up ones; None for objectives without labels."""
     family = family_of(config.objective)
     if family.kind is not ModelKind.classifier or family.num_outputs is not None:
@@ -38,14 +38,16 @@ def label_names(config: RunConfig) -> list[str] | None:
     return list(LABELS)
 
 
-def write_inputs(config: RunConfig, directory: Path, *, user_ranks: int | None) -> tuple[SmallModel, SmallRun]:
+def write_small_models_and_documents(
+    config: RunConfig, directory: Path, *, user_ranks: int | None
+) -> tuple[SmallModel, SmallRun]:
     """Write the small copies of model and teacher, and random documents, into `directory`. No collective.
 
     `user_ranks`: ranks of the run itself; None if not known. Errors: ConfigError if the model or its teacher is not on this
     machine, or no small copy can be made.
     """
     family = family_of(config.objective)
-    names = label_names(config)
+    names = drawn_label_names(config)
     outputs = family.num_outputs or (len(names) if names else None)
     model = write_small_model(config.model, family.kind, directory / MODEL, outputs=outputs)
     teacher = family.teacher(config.objective)
@@ -80,13 +82,15 @@ def _must_learn(config: RunConfig) -> bool:
 
 
 def small_run_in(directory: Path, config: RunConfig, *, user_ranks: int | None) -> SmallRun:
-    """The run on the small copies and documents that `write_inputs` wrote into `directory`."""
+    """The run on the small copies and documents that `write_small_models_and_documents` wrote into `directory`."""
     teacher = directory / TEACHER
     has_teacher = family_of(config.objective).teacher(config.objective) is not None
-    return small_run(copy.deepcopy(config), directory / MODEL, teacher if has_teacher else None, user_ranks=user_ranks)
+    return small_run_config(
+        copy.deepcopy(config), directory / MODEL, teacher if has_teacher else None, user_ranks=user_ranks
+    )
 
 
-def verify(
+def verify_step_against_single_process(
     config: RunConfig,
     directory: Path,
     runtime: Runtime,
@@ -96,12 +100,14 @@ def verify(
 ) -> dict[str, Any]:
     """Compare a step of the run on all ranks with the same step by one process; returns the verdict as JSON values.
 
-    Empty on all ranks but 0. All ranks must call, after `write_inputs` on one of them. Errors: those of building the run, and of
-    its engines.
+    Empty on all ranks but 0. All ranks must call, after `write_small_models_and_documents` on one of them. Errors: those of
+    building the run, and of its engines.
     """
     small = small_run_in(directory, config, user_ranks=user_ranks)
     runtime = with_sequence_parallelism(runtime, small.config.parallel.sequence)
-    compared = compare_steps(small, directory / DOCUMENTS, label_names(config), directory, runtime, report_progress)
+    compared = compare_steps(
+        small, directory / DOCUMENTS, drawn_label_names(config), directory, runtime, report_progress
+    )
     if not runtime.is_main:
         return {}
-    return judge(compared).record()
+    return verdict_on_steps(compared).record()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +35,17 @@ from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.shrink import NotShrinkable, changed_sizes, kept_counts, lost_kinds, small_copies
 from trainer.tuning.expert_parts import router_weights
 
-MOST_ELEMENTS = 100_000_000
+MAX_PARAMETERS = 100_000_000
 """Most elements of a copy. A larger one has sizes in its configuration that shrinking does not know by name."""
-TRIED_TOKENS = 11
+NUM_TRIED_TOKENS = 11
 """Tokens of the pass that shows whether a copy runs."""
-CALM = 0.3
+MIXTURE_WEIGHT_FACTOR = 0.3
 """Factor on the weights of a mixture of experts, so that the outputs of blocks do not hide the kind of a token from a router."""
-CLEAR = 8.0
+TOKEN_KIND_LENGTH = 8.0
 """Length of the part of an embedding that encodes the token's kind; the part of the token itself has a length of about 1."""
 ROUTER_SCALE = 0.5
 """Factor on the weights of routers. At 1, softmax would give the chosen experts so much that the router gets no gradient."""
-MOST_TOKEN_KINDS = 32
+MAX_TOKEN_KINDS = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,8 +58,7 @@ class SmallModel:
     """(full, small) value of each setting that differs, by name."""
     kept: dict[str, int]
     """Numbers of heads and of experts that are the model's own."""
-    elements: int
-    """Of all parameters."""
+    num_parameters: int
     decided_routers: int
     """Router matrices with weights by which no rounding error changes a choice."""
 
@@ -69,7 +68,7 @@ class SmallModel:
             "model_type": self.model_type,
             "changed": {name: {"model": full, "copy": small} for name, (full, small) in self.changed.items()},
             "kept": self.kept,
-            "elements": self.elements,
+            "elements": self.num_parameters,
             "decided_routers": self.decided_routers,
         }
 
@@ -82,21 +81,18 @@ def write_small_model(
     `outputs`: size of a classification head. The random state of torch stays as it was. Raises ConfigError if the model is
     not there, or if none of its small copies can be built and run.
     """
+    # transformers must know our functions, which a configuration may name.
     attention.register()
     flex.register()
     experts.register()
     settings = load_model_config(config)
-    plain_settings = copy.deepcopy(settings)
+    full_settings = copy.deepcopy(settings)
     if kind is ModelKind.classifier:
-        describe_head(plain_settings, outputs, 0, several=False)
+        describe_head(full_settings, outputs, 0, several=False)
     with meta_context():
-        plain = architecture(kind, plain_settings, config, "eager", "sft")[0]
-    rng_state = torch.random.get_rng_state()
-    try:
-        torch.default_generator.manual_seed(seed)
-        model, decided_routers = _first_that_runs(config, kind, settings, plain)
-    finally:
-        torch.random.set_rng_state(rng_state)
+        full_model, _ = architecture(kind, full_settings, config, "eager", "sft")
+    with _seeded(seed):
+        model, decided_routers = _smallest_copy_that_runs(config, kind, settings, full_model)
     with _no_progress_bars():
         model.save_pretrained(directory)
     _write_tokenizer(text_settings(model.config).vocab_size, directory)
@@ -108,9 +104,20 @@ def write_small_model(
         model_type=str(settings.model_type),
         changed=changed_sizes(settings, model.config),
         kept=kept_counts(settings, model.config),
-        elements=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         decided_routers=decided_routers,
     )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """A context in which torch draws from `seed` on the CPU; afterwards its random state is what it was before."""
+    rng_state = torch.random.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        torch.random.set_rng_state(rng_state)
 
 
 @contextmanager
@@ -144,16 +151,27 @@ def _write_tokenizer(rows: int, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _first_that_runs(config: ModelConfig, kind: ModelKind, settings: Any, plain: Any) -> tuple[Any, int]:
-    """(the first small copy that can be built and run, how many of its routers are decided). ConfigError if there is none."""
+class _BuiltCopy(NamedTuple):
+    """A small copy in memory, with random weights."""
+
+    model: Any
+    decided_routers: int
+    """Routers whose choices no rounding error changes."""
+
+
+def _smallest_copy_that_runs(config: ModelConfig, kind: ModelKind, settings: Any, full_model: Any) -> _BuiltCopy:
+    """The smallest copy of a model that can be built and run. Raises ConfigError if there is none.
+
+    `settings`, `full_model`: configuration and architecture of the full model. Small copies are tried from the smallest on.
+    """
     first_reason = ""
     try:
-        for small in small_copies(settings, plain, keep_counts=True):
+        for small_settings in small_copies(settings, full_model, keep_counts=True):
             try:
-                return _built_and_run(config, kind, settings, plain, small)
+                return _built_copy(config, kind, settings, full_model, small_settings)
             except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; then the next copy is tried
-                line = (str(error).strip() or "no message").splitlines()[0]
-                first_reason = first_reason or f"{type(error).__name__}: {line[:160]}"
+                first_line = (str(error).strip() or "no message").splitlines()[0]
+                first_reason = first_reason or f"{type(error).__name__}: {first_line[:160]}"
     except NotShrinkable as error:
         first_reason = str(error)
     raise ConfigError(
@@ -162,31 +180,34 @@ def _first_that_runs(config: ModelConfig, kind: ModelKind, settings: Any, plain:
     )
 
 
-def _built_and_run(config: ModelConfig, kind: ModelKind, settings: Any, plain: Any, small: Any) -> tuple[Any, int]:
-    """(the model of the small configuration `small`, how many routers are decided). Raises any error of building and running it.
+def _built_copy(
+    config: ModelConfig, kind: ModelKind, settings: Any, full_model: Any, small_settings: Any
+) -> _BuiltCopy:
+    """Build the model of the configuration `small_settings`, give it random weights, and run it once.
 
-    `settings`, `plain`: configuration and architecture of the full model.
+    `settings`, `full_model`: configuration and architecture of the full model. Raises NotShrinkable if the copy is too large,
+    lacks a kind of layer, or computes numbers that are not finite, and any error of building and running it.
     """
-    small_settings = copy.deepcopy(small)
+    small_settings = copy.deepcopy(small_settings)
     set_dropout(small_settings, 0.0)
     if kind is ModelKind.classifier:
-        describe_head(small_settings, plain.config.num_labels, 0, several=False)
+        describe_head(small_settings, full_model.config.num_labels, 0, several=False)
     model_class = auto_class(kind, small_settings)
     options: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     options["trust_remote_code"] = config.trust_remote_code
     # On meta first: is it small enough, and does it have every kind of layer?
     with meta_context():
         on_meta = model_class.from_config(copy.deepcopy(small_settings), **options)
-    elements = sum(parameter.numel() for parameter in on_meta.parameters())
-    if elements > MOST_ELEMENTS:
-        raise NotShrinkable(f"a small copy would have {elements:,} elements")
-    lost = lost_kinds(settings, plain, small_settings, on_meta)
-    if lost:
-        raise NotShrinkable(f"a small copy lacks {lost} of its kinds of layers")
+    num_parameters = sum(parameter.numel() for parameter in on_meta.parameters())
+    if num_parameters > MAX_PARAMETERS:
+        raise NotShrinkable(f"a small copy would have {num_parameters:,} elements")
+    num_lost_kinds = lost_kinds(settings, full_model, small_settings, on_meta)
+    if num_lost_kinds:
+        raise NotShrinkable(f"a small copy lacks {num_lost_kinds} of its kinds of layers")
     # Then with weights: does a forward pass give finite numbers?
     model = model_class.from_config(small_settings, dtype=torch.float32, **options).eval()
-    decided_routers = _draw_weights(model)
-    ids = torch.arange(TRIED_TOKENS)[None] % text_settings(small_settings).vocab_size
+    decided_routers = _randomise_weights(model)
+    ids = torch.arange(NUM_TRIED_TOKENS)[None] % text_settings(small_settings).vocab_size
     inputs = {"input_ids": ids, "use_cache": False}
     if kind is ModelKind.encoder_decoder:
         inputs["decoder_input_ids"] = ids
@@ -194,17 +215,17 @@ def _built_and_run(config: ModelConfig, kind: ModelKind, settings: Any, plain: A
         logits = model(**inputs).logits
     if not logits.isfinite().all():
         raise NotShrinkable("a small copy with random weights computes what is no number")
-    return model, decided_routers
+    return _BuiltCopy(model, decided_routers)
 
 
 @torch.no_grad()
-def _draw_weights(model: Any) -> int:
+def _randomise_weights(model: Any) -> int:
     """Draw random weights in place: new matrices, and noise on vectors (norms, biases). Returns how many routers are decided.
 
-    A router is decided if no rounding error changes its choices (`_make_routers_decided`).
+    A router is decided if no rounding error changes its choices (`_make_router_choices_clear`).
     """
     router_names = router_weights(model)
-    scale = CALM if router_names else 1.0
+    scale = MIXTURE_WEIGHT_FACTOR if router_names else 1.0
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, scale / math.sqrt(parameter.shape[-1]))
@@ -218,20 +239,20 @@ def _draw_weights(model: Any) -> int:
         if matrix.dim() == 2 and matrix.shape[1] == width:
             router_matrices.append(matrix)
     if router_matrices:
-        _make_routers_decided(embeddings, router_matrices, experts_per_token(model.config))
+        _make_router_choices_clear(embeddings, router_matrices, experts_per_token(model.config))
     return len(router_matrices)
 
 
-def _make_routers_decided(embeddings: nn.Embedding, router_matrices: list[Tensor], experts_per_token: int) -> None:
+def _make_router_choices_clear(embeddings: nn.Embedding, router_matrices: list[Tensor], experts_per_token: int) -> None:
     """Give each token a kind, and each kind its own experts, whose router scores are far above those of the others.
 
     The kind of a token is a direction that is added to its embedding, and which the residual stream carries to each router.
     """
     most_experts = max(matrix.shape[0] for matrix in router_matrices)
     rows, width = embeddings.weight.shape
-    num_kinds = min(MOST_TOKEN_KINDS, width // 2, max(2, math.ceil(most_experts / experts_per_token)))
+    num_kinds = min(MAX_TOKEN_KINDS, width // 2, max(2, math.ceil(most_experts / experts_per_token)))
     directions = torch.linalg.qr(torch.randn(width, num_kinds))[0].T  # orthogonal, one a kind
-    embeddings.weight.add_(CLEAR * directions[torch.arange(rows) % num_kinds])
+    embeddings.weight.add_(TOKEN_KIND_LENGTH * directions[torch.arange(rows) % num_kinds])
     for matrix in router_matrices:
         matrix.zero_()
         for kind, experts_of_kind in enumerate(_experts_by_kind(num_kinds, matrix.shape[0], experts_per_token)):

@@ -18,18 +18,18 @@ from trainer.optim.schedule import ScheduleConfig, ScheduleName
 from trainer.tuning.base import TuningConfig
 from trainer.verification.documents import MAX_LENGTH
 
-READERS = 2
+NUM_DP_RANKS = 2
 """Ranks, or groups of ranks that share a row, with documents of their own."""
-REPLICAS = 2
-LR = 2.0**20
+NUM_REPLICAS = 2
+GRADIENT_READING_LR = 2.0**20
 """Learning rate of the one step. The gradient is computed as the difference of the weights divided by this rate. With a high
 rate, rounding the weights loses nothing of it; a power of two adds no rounding error."""
-MOST_MICRO = 3
-MOST_RANK = 16
+MAX_MICRO_BATCH = 3
+MAX_ADAPTER_RANK = 16
 """Rank of an adapter at most: matrices of a small copy have no more than a few dozen rows."""
-TILE = 16
+MAX_TILE_TOKENS = 16
 """Tokens of a tile of the MLP at most: drawn documents have a few dozen each."""
-SHARDED_FROM = 100
+MAX_PERSISTENCE_THRESHOLD = 100
 """Elements from which ZeRO-3 shards a parameter: with the usual threshold it would shard nothing of a small copy."""
 
 
@@ -55,33 +55,33 @@ class SmallRun:
         )
 
 
-def sequence_degree(config: RunConfig) -> int:
+def small_sequence_degree(config: RunConfig) -> int:
     """Ranks that share a row in the comparison: the fewest above 1 by which the run's own degree can be divided; 1 if it is 1."""
     degree = config.parallel.sequence
     return next((divisor for divisor in range(2, degree + 1) if degree % divisor == 0), 1)
 
 
-def expert_ranks(config: RunConfig) -> int:
+def small_expert_ranks(config: RunConfig) -> int:
     """Ranks of an expert group in the comparison: the fewest above 1 that divide the run's own number; 1 if it is 1."""
     degree = config.parallel.experts
     return next((divisor for divisor in range(2, degree + 1) if degree % divisor == 0), 1)
 
 
-def number_of_ranks(config: RunConfig) -> int:
+def num_ranks_for_verification(config: RunConfig) -> int:
     """The fewest ranks that exercise every kind of communication of the run.
 
     There are two readers (each a rank, or a group of ranks that share rows); with hsdp, two replicas of two shards; with expert
     parallelism, two ranks for each expert, in one replica or in two.
     """
-    ranks = READERS * sequence_degree(config)
+    ranks = NUM_DP_RANKS * small_sequence_degree(config)
     if config.strategy.name is StrategyName.hsdp:
-        ranks = max(ranks, 2 * REPLICAS)
+        ranks = max(ranks, 2 * NUM_REPLICAS)
     if config.parallel.experts > 1:
-        ranks = math.lcm(ranks, 2 * expert_ranks(config))
+        ranks = math.lcm(ranks, 2 * small_expert_ranks(config))
     return ranks
 
 
-def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_ranks: int | None) -> SmallRun:
+def small_run_config(config: RunConfig, model: Path, teacher: Path | None, *, user_ranks: int | None) -> SmallRun:
     """The run on the small copies in `model` and `teacher`, with every setting adapted that a small copy or few ranks need.
 
     `user_ranks`: ranks of the run itself; None if not known. Raises ConfigError for an objective whose model writes the answers
@@ -93,19 +93,19 @@ def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_rank
             "worth comparing; verify the same strategy and tuning with objective=sft"
         )
     changes: list[str] = []
-    ranks = number_of_ranks(config)
-    degree = sequence_degree(config)
+    ranks = num_ranks_for_verification(config)
+    degree = small_sequence_degree(config)
     if degree != config.parallel.sequence:
         changes.append(f"parallel.sequence={config.parallel.sequence} -> {degree}: the fewest ranks that share a row")
-    expert_degree = expert_ranks(config)
+    expert_degree = small_expert_ranks(config)
     if expert_degree != config.parallel.experts:
         changes.append(
             f"parallel.experts={config.parallel.experts} -> {expert_degree}: the fewest ranks over which they go"
         )
     user_micro = config.batch["micro"]
-    micro = 2 if user_micro == AUTO else min(int(user_micro), MOST_MICRO)
-    accumulation = _accumulation(config, user_ranks)
-    strategy = _strategy(config.strategy, changes)
+    micro = 2 if user_micro == AUTO else min(int(user_micro), MAX_MICRO_BATCH)
+    accumulation = _accumulation_steps(config, user_ranks)
+    strategy = _small_strategy(config.strategy, changes)
     small = replace(
         config,
         run=replace(config.run, dir=None, resume="never", timeout_s=min(config.run.timeout_s, 300)),
@@ -123,10 +123,10 @@ def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_rank
         data=replace(config.data, path=None, sources={}, max_length=MAX_LENGTH, max_documents=None),
         parallel=replace(config.parallel, sequence=degree, experts=expert_degree),
         batch={"global": micro * (ranks // degree) * accumulation, "micro": micro},
-        tuning=_tuning(config.tuning, changes),
-        objective=_objective(config.objective, teacher),
+        tuning=_small_tuning(config.tuning, changes),
+        objective=_objective_with_small_teacher(config.objective, teacher),
         strategy=strategy,
-        optim=SgdConfig(lr=LR, momentum=0.0, max_grad_norm=0.0),
+        optim=SgdConfig(lr=GRADIENT_READING_LR, momentum=0.0, max_grad_norm=0.0),
         schedule=ScheduleConfig(name=ScheduleName.constant, warmup_share=0.0),
         export=replace(config.export, at_end=False),
         launcher=LauncherConfig(processes=ranks),
@@ -138,7 +138,7 @@ def small_run(config: RunConfig, model: Path, teacher: Path | None, *, user_rank
     return SmallRun(small, ranks, accumulation, changes)
 
 
-def _accumulation(config: RunConfig, user_ranks: int | None) -> int:
+def _accumulation_steps(config: RunConfig, user_ranks: int | None) -> int:
     """Micro-batches of a step: 2 if the run accumulates, or if that is not known; else 1."""
     # 1 is the default on a machine without GPUs, which says nothing about the ranks of the run.
     ranks_known = user_ranks is not None and user_ranks > 1 and user_ranks >= config.parallel.sequence
@@ -147,19 +147,21 @@ def _accumulation(config: RunConfig, user_ranks: int | None) -> int:
     return min(2, max(1, accumulation_steps(config, user_ranks)))
 
 
-def _strategy(strategy: StrategyConfig, changes: list[str]) -> StrategyConfig:
+def _small_strategy(strategy: StrategyConfig, changes: list[str]) -> StrategyConfig:
     """The strategy with settings for a small copy on one host; appends a line to `changes` for each that the user may notice."""
     changed: dict[str, Any] = {}
     if strategy.activation_checkpointing is ActivationCheckpointing.auto:
         changed["activation_checkpointing"] = ActivationCheckpointing.full
         changes.append("strategy.activation_checkpointing=auto -> full, since a small copy would need none")
-    if strategy.mlp_tokens is not None and strategy.mlp_tokens > TILE:
-        changed["mlp_tokens"] = TILE
-        changes.append(f"strategy.mlp_tokens={strategy.mlp_tokens} -> {TILE}, so that a slice has several tiles")
+    if strategy.mlp_tokens is not None and strategy.mlp_tokens > MAX_TILE_TOKENS:
+        changed["mlp_tokens"] = MAX_TILE_TOKENS
+        changes.append(
+            f"strategy.mlp_tokens={strategy.mlp_tokens} -> {MAX_TILE_TOKENS}, so that a slice has several tiles"
+        )
     if isinstance(strategy, Fsdp2Config) and strategy.name is StrategyName.hsdp:
-        changed["replicate"] = REPLICAS
+        changed["replicate"] = NUM_REPLICAS
     if hasattr(strategy, "persistence_threshold"):
-        changed["persistence_threshold"] = min(strategy.persistence_threshold, SHARDED_FROM)
+        changed["persistence_threshold"] = min(strategy.persistence_threshold, MAX_PERSISTENCE_THRESHOLD)
     for name in ("offload_optimizer", "offload_parameters"):
         if getattr(strategy, name, None) == "nvme":
             changed[name] = "cpu"
@@ -167,7 +169,7 @@ def _strategy(strategy: StrategyConfig, changes: list[str]) -> StrategyConfig:
     return replace(strategy, **changed)
 
 
-def _objective(objective: ObjectiveConfig, teacher: Path | None) -> ObjectiveConfig:
+def _objective_with_small_teacher(objective: ObjectiveConfig, teacher: Path | None) -> ObjectiveConfig:
     """The objective with the small copy of its teacher, if it has one."""
     if teacher is None:
         return objective
@@ -175,7 +177,7 @@ def _objective(objective: ObjectiveConfig, teacher: Path | None) -> ObjectiveCon
     return replace(settings, teacher=replace(settings.teacher, path=str(teacher), revision=None))
 
 
-def _tuning(tuning: TuningConfig, changes: list[str]) -> TuningConfig:
+def _small_tuning(tuning: TuningConfig, changes: list[str]) -> TuningConfig:
     """The tuning method without dropout, which differs by rank, and with adapter ranks and layers that a small copy has.
 
     Appends a line to `changes` for each setting that the user may notice.
@@ -190,13 +192,13 @@ def _tuning(tuning: TuningConfig, changes: list[str]) -> TuningConfig:
         changed["from_"] = None
         changes.append("tuning.from is left out: it fits the model, not its copy")
     for name in ("rank", "init_rank"):
-        if name in names and getattr(tuning, name) > MOST_RANK:
-            changed[name] = MOST_RANK
-            changes.append(f"tuning.{name}={getattr(tuning, name)} -> {MOST_RANK}")
+        if name in names and getattr(tuning, name) > MAX_ADAPTER_RANK:
+            changed[name] = MAX_ADAPTER_RANK
+            changes.append(f"tuning.{name}={getattr(tuning, name)} -> {MAX_ADAPTER_RANK}")
     if "target_rank" in names:
         changed["target_rank"] = min(settings.target_rank, changed.get("init_rank", settings.init_rank) // 2)
     if getattr(tuning, "rank_pattern", None):
-        changed["rank_pattern"] = {name: min(rank, MOST_RANK) for name, rank in settings.rank_pattern.items()}
+        changed["rank_pattern"] = {name: min(rank, MAX_ADAPTER_RANK) for name, rank in settings.rank_pattern.items()}
     if getattr(tuning, "layers", None):
         changed["layers"] = "last-1"
         changes.append(f"tuning.layers={settings.layers} -> last-1")

@@ -31,7 +31,7 @@ from trainer.planner.minimal_step import minimal_trainer
 from trainer.step import Built
 from trainer.verification.documents import open_documents
 from trainer.verification.gradients import kinds_of_parameters
-from trainer.verification.small_run import LR, SmallRun
+from trainer.verification.small_run import GRADIENT_READING_LR, SmallRun
 
 DRAWN_STD = 0.05
 """Standard deviation of the random values of adapter factors that would begin at zero."""
@@ -79,7 +79,7 @@ class NonzeroValues:
         return (torch.randn(shape.numel(), generator=generator) * DRAWN_STD)[start:stop]
 
 
-def take_step(
+def take_verified_step(
     config: RunConfig, documents: Path, label_names: list[str] | None, directory: Path, runtime: Runtime
 ) -> TakenStep:
     """Take one step of `config` on the random documents. All ranks of `runtime` must call.
@@ -94,11 +94,11 @@ def take_step(
         restore_torch_linear()
     data = open_documents(documents, label_names)
 
-    def values_of(source: WeightSource) -> ParameterSource:
+    def parameter_source_of(source: WeightSource) -> ParameterSource:
         return NonzeroValues(source, config.run.seed)
 
     engine, built, _ = build_engine(
-        config, load_tokenizer(config.model), data, config.precision, runtime, values_of=values_of
+        config, load_tokenizer(config.model), data, config.precision, runtime, values_of=parameter_source_of
     )
     try:
         _record_reference(config, data, engine, built, directory, runtime)
@@ -134,7 +134,7 @@ def _measured_step(config: RunConfig, data: PreparedData, engine: Engine, built:
         local_sum = processes.dist_sum(local_sum)
         if expert_tokens is not None:
             expert_tokens = processes.dist_sum(expert_tokens)
-    gradients = {name: (weight - after[name]) / LR for name, weight in before.items()}
+    gradients = {name: (weight - after[name]) / GRADIENT_READING_LR for name, weight in before.items()}
     return TakenStep(
         loss=float(local_sum) / record.counts["loss"],
         gradients=gradients,
@@ -221,7 +221,7 @@ def compare_steps(
         processes.barrier(runtime)
         report_progress(f"as configured, {precision}")
         config = replace(small.config, precision=precision)
-        configured = take_step(config, documents, label_names, directory / f"ranks-{precision}", runtime)
+        configured = take_verified_step(config, documents, label_names, directory / f"ranks-{precision}", runtime)
         compared.append(ComparedSteps(precision, single, configured))
     return compared
 
@@ -241,9 +241,9 @@ def _single_step(
     config = small.single_process_config(precision)
     single_runtime = single_process_runtime(runtime)
     try:
-        return take_step(config, documents, label_names, directory, single_runtime)
+        return take_verified_step(config, documents, label_names, directory, single_runtime)
     except ConfigError as error:
         if not error.problems[0].startswith("batch.micro="):
             raise
     one_by_one: dict[str, Any] = {**config.batch, "micro": 1}
-    return take_step(replace(config, batch=one_by_one), documents, label_names, directory, single_runtime)
+    return take_verified_step(replace(config, batch=one_by_one), documents, label_names, directory, single_runtime)

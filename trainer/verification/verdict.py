@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from strategies.base import Precision
-from trainer.verification.gradients import KINDS, distances, relative
+from trainer.verification.gradients import KINDS, gradient_distances_by_kind, relative_difference
 from trainer.verification.steps import ComparedSteps, TakenStep
 
-BOUND = 1e-5
+FLOAT32_BOUND = 1e-5
 """Largest difference in float32, as a share of the largest element of a kind."""
 TIMES_ROUNDING = 3.0
 """Bound in another precision, as a multiple of the rounding error: the difference of one process in it to itself in float32."""
-LEAST_BOUND = {Precision.bf16: 2.0**-10, Precision.fp16: 2.0**-13}
+MIN_GRADIENT_BOUND = {Precision.bf16: 2.0**-10, Precision.fp16: 2.0**-13}
 """Bound of gradients in another precision at least: an eighth of the type's own precision."""
-LEAST_BOUND_OF_LOSS = {Precision.bf16: 2.0**-8, Precision.fp16: 2.0**-11}
+MIN_LOSS_BOUND = {Precision.bf16: 2.0**-8, Precision.fp16: 2.0**-11}
 """Bound of the loss in another precision at least: half of the type's precision. The loss is one number, whose rounding error in
 one process may be small by chance; that of a classifier is the mean of a few rounded scores. Smaller faults show in float32."""
 LOSS = "loss"
@@ -76,7 +76,7 @@ def _as_json(number: float | None) -> float | str | None:
     return "infinite" if number == float("inf") else number
 
 
-def judge(compared: list[ComparedSteps]) -> VerificationResult:
+def verdict_on_steps(compared: list[ComparedSteps]) -> VerificationResult:
     """The verdict on the compared steps of each precision, float32 first. On rank 0 only.
 
     Every configured step is compared with the step of one process in float32.
@@ -92,10 +92,10 @@ def judge(compared: list[ComparedSteps]) -> VerificationResult:
         for name, step in (("one process", single), ("as configured", steps.configured)):
             if not step.finite:
                 verdict.problems.append(f"{steps.precision}: {name}, a gradient is no finite number")
-        rounding = None
+        rounding_errors = None
         if steps.precision is not Precision.fp32:
-            rounding = _distances(single, reference)
-        _add_differences(verdict, steps.precision, steps.configured, reference, rounding)
+            rounding_errors = _relative_differences(single, reference)
+        _add_differences(verdict, steps.precision, steps.configured, reference, rounding_errors)
         _note_moved_tokens(verdict, str(steps.precision), steps.configured, single)
     gradient_differences = [difference for difference in verdict.differences if difference.quantity != LOSS]
     if all(difference.distance is None for difference in gradient_differences):
@@ -103,16 +103,17 @@ def judge(compared: list[ComparedSteps]) -> VerificationResult:
     return verdict
 
 
-def _distances(step: TakenStep, reference: TakenStep) -> dict[str, float | None]:
+def _relative_differences(step: TakenStep, reference: TakenStep) -> dict[str, float | None]:
     """Relative differences of loss and gradients to those of `reference`, by quantity, in the order in which they are shown."""
-    loss_distance = relative((abs(step.loss - reference.loss), abs(reference.loss)))
+    loss_distance = relative_difference(abs(step.loss - reference.loss), abs(reference.loss))
     if loss_distance is not None and math.isnan(loss_distance):
         loss_distance = float("inf")
     distance_by_quantity: dict[str, float | None] = {LOSS: loss_distance}
-    distance_by_kind = distances(step.gradients, reference.gradients, reference.kinds)
+    distance_by_kind = gradient_distances_by_kind(step.gradients, reference.gradients, reference.kinds)
     for kind in KINDS:
         if kind in distance_by_kind:
-            distance_by_quantity[kind] = relative(distance_by_kind[kind])
+            distance = distance_by_kind[kind]
+            distance_by_quantity[kind] = relative_difference(distance.difference, distance.largest)
     return distance_by_quantity
 
 
@@ -121,15 +122,16 @@ def _add_differences(
     precision: Precision,
     step: TakenStep,
     reference: TakenStep,
-    rounding: dict[str, float | None] | None,
+    rounding_errors: dict[str, float | None] | None,
 ) -> None:
-    """Add the differences between `step` and `reference` to the verdict, and a problem for each that exceeds its bound.
+    """Add the differences between `step` and `reference` to `verdict`, and a problem for each that exceeds its bound.
 
-    `rounding`: the differences of one process in this precision to itself in float32, by quantity; None in float32.
+    Also adds a problem if the two steps do not train the same parameters. `rounding_errors`: the differences of one process in
+    this precision to itself in float32, by quantity; None in float32.
     """
-    bounds = None if rounding is None else _bounds(precision, rounding)
-    for quantity, distance in _distances(step, reference).items():
-        bound = BOUND if bounds is None else bounds[quantity]
+    bounds = None if rounding_errors is None else _bounds_by_quantity(precision, rounding_errors)
+    for quantity, distance in _relative_differences(step, reference).items():
+        bound = FLOAT32_BOUND if bounds is None else bounds[quantity]
         difference = Difference(str(precision), quantity, distance, bound)
         verdict.differences.append(difference)
         if difference.exceeded:
@@ -137,30 +139,31 @@ def _add_differences(
             verdict.problems.append(
                 f"{precision}: {finding} by {distance:.1e} from one process, at most {bound:.1e} is rounding"
             )
-    in_one_only = sorted(set(reference.gradients) ^ set(step.gradients))
-    if in_one_only:
+    names_in_one_only = sorted(set(reference.gradients) ^ set(step.gradients))
+    if names_in_one_only:
         verdict.problems.append(
-            f"{precision}: {in_one_only[0]} trains in one of both alone (of {len(in_one_only)} such parameters)"
+            f"{precision}: {names_in_one_only[0]} trains in one of both alone (of {len(names_in_one_only)} such parameters)"
         )
 
 
-def _bounds(precision: Precision, rounding: dict[str, float | None]) -> dict[str, float]:
-    """The bound of each quantity in a precision, from the rounding errors of one process in it (`rounding`).
+def _bounds_by_quantity(precision: Precision, rounding_errors: dict[str, float | None]) -> dict[str, float]:
+    """The bound of each quantity in a precision, from the rounding errors of one process in it, by quantity.
 
     The rounding error of a kind of gradient counts as no smaller than the average over kinds: it is the largest difference of
     one element, which may be small by chance.
     """
     gradient_errors = []
-    for quantity, distance in rounding.items():
-        if quantity != LOSS and distance is not None:
-            gradient_errors.append(distance)
-    average = sum(gradient_errors) / max(1, len(gradient_errors))
+    for quantity, error in rounding_errors.items():
+        if quantity != LOSS and error is not None:
+            gradient_errors.append(error)
+    mean_gradient_error = sum(gradient_errors) / max(1, len(gradient_errors))
     bounds = {}
-    for quantity, distance in rounding.items():
+    for quantity, error in rounding_errors.items():
         if quantity == LOSS:
-            bounds[quantity] = max(LEAST_BOUND_OF_LOSS[precision], TIMES_ROUNDING * (distance or 0.0))
+            bounds[quantity] = max(MIN_LOSS_BOUND[precision], TIMES_ROUNDING * (error or 0.0))
         else:
-            bounds[quantity] = max(LEAST_BOUND[precision], TIMES_ROUNDING * max(distance or 0.0, average))
+            larger_error = max(error or 0.0, mean_gradient_error)
+            bounds[quantity] = max(MIN_GRADIENT_BOUND[precision], TIMES_ROUNDING * larger_error)
     return bounds
 
 
@@ -171,9 +174,10 @@ def _note_moved_tokens(verdict: VerificationResult, precision: str, step: TakenS
     """
     if step.expert_tokens is None or single.expert_tokens is None:
         return
-    moved = 0
+    num_changed_counts = 0
     for layer, single_layer in zip(step.expert_tokens, single.expert_tokens, strict=True):
         for tokens, single_tokens in zip(layer, single_layer, strict=True):
-            moved += abs(tokens - single_tokens)
-    if moved:  # each moved token changes two counts
-        verdict.notes.append(f"{precision}: {moved // 2} choices of routers are others than in one process")
+            num_changed_counts += abs(tokens - single_tokens)
+    num_moved = num_changed_counts // 2  # each moved token is missing at one expert and surplus at another
+    if num_changed_counts:
+        verdict.notes.append(f"{precision}: {num_moved} choices of routers are others than in one process")

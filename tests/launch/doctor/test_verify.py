@@ -15,7 +15,7 @@ from tests.helpers.nursery import FAULT
 from tests.helpers.warm import command_warm
 from trainer.config.parallel import ParallelConfig
 from trainer.config.run import Device
-from trainer.verification.small_run import number_of_ranks, sequence_degree, small_run
+from trainer.verification.small_run import num_ranks_for_verification, small_run_config, small_sequence_degree
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +110,22 @@ def test_ranks_without_a_gpu_each_are_compared_on_cpus(model, monkeypatch):
 
 
 def test_the_fewest_ranks_have_two_readers_replicas_and_places(model):
-    ranks = {name: number_of_ranks(run_config(model, name, "full", micro=1)) for name in STRATEGIES if name != "single"}
+    ranks = {
+        name: num_ranks_for_verification(run_config(model, name, "full", micro=1))
+        for name in STRATEGIES
+        if name != "single"
+    }
     assert ranks == {"ddp": 2, "fsdp2": 2, "hsdp": 4, "zero1": 2, "zero2": 2, "zero3": 2}
     degrees = {}
     for degree in (2, 3, 8, 9):
         config = run_config(model, "hsdp", "full", micro=1, parallel=ParallelConfig(sequence=degree))
-        degrees[degree] = sequence_degree(config), number_of_ranks(config)
+        degrees[degree] = small_sequence_degree(config), num_ranks_for_verification(config)
     assert degrees == {2: (2, 4), 3: (3, 6), 8: (2, 4), 9: (3, 6)}
     dealt = {}
     for degree in (2, 3, 8):
         for name in ("fsdp2", "hsdp"):
             config = run_config(model, name, "full", micro=1, parallel=ParallelConfig(experts=degree))
-            small = small_run(config, model, None, user_ranks=24)
+            small = small_run_config(config, model, None, user_ranks=24)
             dealt[name, degree] = small.config.parallel.experts, small.ranks
     assert dealt == {
         ("fsdp2", 2): (2, 4),
@@ -136,7 +140,7 @@ def test_the_fewest_ranks_have_two_readers_replicas_and_places(model):
 def test_micro_batches_are_as_many_as_show_a_fault(model):
     config = run_config(model, "fsdp2", "full", micro=4, parallel=ParallelConfig(sequence=2))  # of 16 documents a step
     micro_batches = {
-        ranks: small_run(config, model, None, user_ranks=ranks).accumulation for ranks in (None, 1, 2, 4, 8)
+        ranks: small_run_config(config, model, None, user_ranks=ranks).accumulation for ranks in (None, 1, 2, 4, 8)
     }
     assert micro_batches == {None: 2, 1: 2, 2: 2, 4: 2, 8: 1}
 
@@ -145,7 +149,7 @@ def test_what_a_small_copy_would_not_meet_is_made_smaller(model):
     config = run_config(model, "zero3", "full", micro=4)
     config.strategy = replace(config.strategy, mlp_tokens=8192, offload_parameters="nvme")
     config.strategy.activation_checkpointing = ActivationCheckpointing.auto
-    small = small_run(config, model, None, user_ranks=2)
+    small = small_run_config(config, model, None, user_ranks=2)
     assert (small.config.strategy.mlp_tokens, small.config.strategy.persistence_threshold) == (16, 100)
     assert (
         small.config.strategy.activation_checkpointing == "full" and small.config.strategy.offload_parameters == "cpu"
