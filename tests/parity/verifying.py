@@ -79,11 +79,13 @@ def verdict(
     user_ranks = job.runtime.world_size
     about: dict[str, Any] = {}
     if job.runtime.is_main:
-        model, small = run.write_inputs(config, directory, user_ranks=user_ranks)
+        model, small = run.write_small_models_and_documents(config, directory, user_ranks=user_ranks)
         about = {"model": model.record(), "changes": small.changes, "ranks": small.ranks}
     barrier(job.runtime)
     with planted(fault):
-        found = run.verify(config, directory, job.runtime, user_ranks=user_ranks, report_progress=lambda text: None)
+        found = run.verify_step_against_single_process(
+            config, directory, job.runtime, user_ranks=user_ranks, report_progress=lambda text: None
+        )
     if job.runtime.is_main:
         shutil.rmtree(directory)
     return {**found, **about}

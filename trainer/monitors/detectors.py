@@ -172,7 +172,7 @@ class Challenges:
                 continue
             progress.interval_loss += row[rewards.REWARD]
             progress.interval_steps += 1
-            if rewards.add_step(progress.reward_blocks, row, controls):
+            if rewards.add_step_to_blocks(progress.reward_blocks, row, controls):
                 self._judge_rewards(progress, int(row["step"]))
 
     def _judge_rewards(self, progress: Progress, step: int) -> None:
