@@ -315,14 +315,15 @@ def _run_of_rank(arguments: list[str], rank: int) -> RankRun:
     """
     with importing("torch"):
         from launch.config.compose import compose, is_finished, load_frozen
-        from launch.config.frozen import identity, keep_earlier_defaults
+        from launch.config.frozen import config_sha256
+        from launch.config.resume import keep_earlier_defaults
         from launch.runs.freeze import freeze
 
     frozen_config = os.environ.get("SHARDTUNE_CONFIG")
     if frozen_config:
         config = load_frozen(frozen_config)
         directory = Path(frozen_config).parent
-        return RankRun(config, directory, identity(config), is_finished(directory))
+        return RankRun(config, directory, config_sha256(config), is_finished(directory))
     composed = compose(arguments)
     config = composed.config
     run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
@@ -372,7 +373,7 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
 
 def _train_recording_failure(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
     """Train as rank `rank`; an error is recorded in the run directory, unless another rank was first, and raised again."""
-    from launch.config.frozen import freeze_choices
+    from launch.config.frozen import record_own_choices
     from launch.config.trusted_values import remember_config
     from strategies.errors import NotRunOwner, Preempted
     from trainer.reporting.status import record_failure
@@ -381,7 +382,7 @@ def _train_recording_failure(config: RunConfig, run_dir: Path | None, sha256: st
         from trainer.run import run_worker
 
     try:
-        run_worker(config, run_dir, sha256, freeze_choices)
+        run_worker(config, run_dir, sha256, record_own_choices)
     except Preempted:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise

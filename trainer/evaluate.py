@@ -20,7 +20,7 @@ from trainer.build.quantised_model import build_as_stored
 from trainer.build.rounds import steps_of_run
 from trainer.checkpoints.manifest import manifest_fingerprint
 from trainer.config.evaluation import asked_tasks
-from trainer.config.run import RunConfig, kept_date
+from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.batches.mixing import build_order
 from trainer.data.prepare import ChooseDate, PreparedData
 from trainer.data.report.progress import PrintLine, print_on_rank_0
@@ -306,7 +306,7 @@ def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, stop_
     positions = (
         config.model.positions or _positions_of(model_config) or _positions_of(model_config.get("text_config") or {})
     )
-    encoder = TaskContext.from_settings(config.data, config.objective, kept_date(config)).encoder(tokenizer)
+    encoder = TaskContext.from_settings(config.data, config.objective, settled_template_date(config)).encoder(tokenizer)
     return connect_served_model(config.evaluation, config.model.path or "", encoder, positions, runtime, stop_now)
 
 

@@ -24,7 +24,7 @@ from trainer.checkpoints.recovery import publish_complete_staging_dirs
 from trainer.checkpoints.resume_selection import choose_checkpoint
 from trainer.config.evaluation import more_is_better
 from trainer.config.launching import exports_at_end, leaves_export_to_job
-from trainer.config.run import RunConfig, kept_matmul
+from trainer.config.run import RunConfig, settled_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation.tasks.prepared import PreparedTask, TaskContext, prepare_tasks
@@ -330,7 +330,7 @@ def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
         str(run.device),
         timeout_s=run.timeout_s,
         threads=run.threads,
-        matmul=kept_matmul(config),
+        matmul=settled_matmul(config),
         shared_memory=run.shared_memory,
         store=store,
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from launch.config.frozen import freeze_choices, load_frozen
+from launch.config.frozen import load_frozen, record_own_choices
 from strategies.base import AutoConfig
-from trainer.config.run import AUTO, MICRO, STRATEGY, RunConfig, asked_micro
+from trainer.config.run import AUTO, MICRO_BATCH_KEY, STRATEGY_KEY, RunConfig, requested_micro_batch
 from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
 from trainer.reporting.status import read_failure
 
@@ -33,8 +33,8 @@ def write_smaller_settings(run_dir: Path) -> str | None:
         return None
     trial = OutOfMemoryTrial(micro, read_failure(run_dir).get("step"))
     smaller_config = _with_micro(config, _half_micro(micro), trial)
-    freeze_choices(run_dir, smaller_config)
-    return f"{MICRO}: {micro} -> {smaller_config.batch['micro']}"
+    record_own_choices(run_dir, smaller_config)
+    return f"{MICRO_BATCH_KEY}: {micro} -> {smaller_config.batch['micro']}"
 
 
 def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
@@ -43,26 +43,26 @@ def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
     Returns the change as text ("without strategy=ddp"); None, and nothing is written, if the failure names no strategy.
     """
     settings_on_trial = read_failure(run_dir).get("ran_out_with")
-    strategy = settings_on_trial.get(STRATEGY) if isinstance(settings_on_trial, dict) else None
+    strategy = settings_on_trial.get(STRATEGY_KEY) if isinstance(settings_on_trial, dict) else None
     if strategy is None:
         return None
-    earlier_resolution = config.resolution(STRATEGY) or Resolution(STRATEGY, AUTO)
+    earlier_resolution = config.resolution(STRATEGY_KEY) or Resolution(STRATEGY_KEY, AUTO)
     trials = (*earlier_resolution.tried, OutOfMemoryTrial(strategy))
-    substitutions = {**config.substitutions, STRATEGY: replace(earlier_resolution, tried=trials)}
-    freeze_choices(run_dir, replace(config, substitutions=substitutions))
+    substitutions = {**config.substitutions, STRATEGY_KEY: replace(earlier_resolution, tried=trials)}
+    record_own_choices(run_dir, replace(config, substitutions=substitutions))
     return f"without strategy={strategy}"
 
 
 def _with_micro(config: RunConfig, micro: int, failed_trial: OutOfMemoryTrial) -> RunConfig:
     """The configuration with a smaller micro-batch, and a record of the requested one and of each that ran out of memory."""
-    earlier_resolution = config.resolution(MICRO) or Resolution(MICRO, config.batch["micro"])
+    earlier_resolution = config.resolution(MICRO_BATCH_KEY) or Resolution(MICRO_BATCH_KEY, config.batch["micro"])
     resolution = replace(
         earlier_resolution,
-        asked=asked_micro(config.batch, config.substitutions),
+        asked=requested_micro_batch(config.batch, config.substitutions),
         chosen=micro,
         tried=(*earlier_resolution.tried, failed_trial),
     )
-    substitutions = {**config.substitutions, MICRO: resolution}
+    substitutions = {**config.substitutions, MICRO_BATCH_KEY: resolution}
     return replace(config, batch={**config.batch, "micro": micro}, substitutions=substitutions)
 
 

@@ -22,7 +22,7 @@ from launch.cluster.slurm import default_job_name, render, script_head
 from launch.runs.queue import note_submitted
 from strategies.errors import ConfigError, StorageError
 from trainer.config.parallel import ParallelConfig
-from trainer.config.resuming import flat, plain
+from trainer.config.resuming import flatten_settings, plain_settings
 from trainer.config.run import Code, RunConfig, SlurmConfig
 from trainer.reporting.code_revision import ROOT, revision
 from trainer.reporting.status import write_text_atomic
@@ -138,7 +138,7 @@ def _print_scripts(slurm: SlurmConfig, scripts: dict[str, str]) -> None:
 
 def _prepare_container(config: RunConfig) -> None:
     """Refuse a container that cannot start, and create the cache directory that is mounted into it. Errors: ConfigError."""
-    launcher = plain(config)["launcher"]
+    launcher = plain_settings(config)["launcher"]
     runtime = containers.container_runtime(launcher)
     if runtime is None:
         return
@@ -288,7 +288,7 @@ def group_by_request(runs: list[tuple[Composed, Path]]) -> list[list[tuple[Compo
     # By the JSON of the launcher's settings and the timeout.
     groups: dict[str, list[tuple[Composed, Path]]] = {}
     for composed, run_dir in runs:
-        settings = flat(plain(composed.config))
+        settings = flatten_settings(plain_settings(composed.config))
         launcher_settings = {key: value for key, value in settings.items() if key.startswith("launcher.")}
         # The script's patience with slow ranks comes from the timeout.
         request = json.dumps([launcher_settings, composed.config.run.timeout_s], sort_keys=True)

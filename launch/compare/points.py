@@ -92,12 +92,12 @@ class PointsPlan:
 
     def _comparison_row(self, point: RequestedPoint, comparison_dir: Path) -> ComparisonRow:
         """The row of one point. A refused point has no run directories, but its configuration and the reasons."""
-        from trainer.config.resuming import flat, plain
+        from trainer.config.resuming import flatten_settings, plain_settings
 
         run_dirs: tuple[Path, ...] = ()
         config: dict[str, Any] = {}
         if point.refusals:
-            config = flat(plain(point.composed.config))
+            config = flatten_settings(plain_settings(point.composed.config))
         else:
             run_dirs = self._run_dirs(point, comparison_dir)
         return ComparisonRow(

@@ -13,7 +13,7 @@ from typing import Any
 from strategies import atomic_io
 from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
-from trainer.config.resuming import KINDS, flat
+from trainer.config.resuming import KINDS, flatten_settings
 from trainer.reporting.metric_names import POSITIONS
 from trainer.reporting.metric_rows import METRICS, MetricRows, read_rows
 from trainer.reporting.run_record import (
@@ -157,7 +157,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     tree = read_tree(path)
     if "strategy" not in tree:
         raise ConfigError(f"{path}: not the configuration of a run of shardtune")
-    return flat(tree)
+    return flatten_settings(tree)
 
 
 def _read_record(run_dir: Path) -> RunRecord:

@@ -18,7 +18,7 @@ from typing import Any
 
 from launch.compare.run_files import RecordedRun
 from strategies.errors import ConfigError
-from trainer.config.resuming import flat
+from trainer.config.resuming import flatten_settings
 from trainer.reporting.metric_names import EDITION, METRIC_NAMES, TRAINING_S, rated_row, recorded_name
 from trainer.reporting.run_record import record_of
 from trainer.reporting.status import State
@@ -155,7 +155,7 @@ def _recorded_run(
             f"{directory}: W&B has its metrics under names of edition {record.metric_names}, and this shardtune knows editions "
             f"up to {EDITION}: use a later shardtune"
         )
-    settings = flat(config)
+    settings = flatten_settings(config)
     steps = history.steps
     if settings.get("objective.name") == KTO:
         steps = {step: rated_row(row) for step, row in steps.items()}

@@ -26,14 +26,15 @@ from launch.config.choices import (
     settings_classes,
 )
 from launch.config.earlier_overrides import earlier_config_of_same_overrides, keep_first_budget
-from launch.config.frozen import Composed, default_run_dir, is_finished, keep_rate_of_checkpoint, load_frozen
+from launch.config.frozen import Composed, default_run_dir, is_finished, load_frozen
 from launch.config.host_devices import device_problems, resolve_auto
-from launch.config.learning_rate import keep_rate, rate_problems, settle_rate
+from launch.config.learning_rate import keep_rate_of_run, rate_problems, settle_rate
+from launch.config.resume import keep_rate_of_checkpoint
 from launch.config.reward_copies import use_reward_copies
 from launch.config.secrets import secret_problems
 from strategies.errors import ConfigError, key_of_problem
-from trainer.config.resuming import plain
-from trainer.config.run import TEMPLATE_DATE, Device, RunConfig
+from trainer.config.resuming import plain_settings
+from trainer.config.run import TEMPLATE_DATE_KEY, Device, RunConfig
 from trainer.config.validate import problems_of
 from trainer.export.config import settle_merge
 from trainer.objectives.registry import family_of
@@ -112,7 +113,7 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
     # The run may have trained elsewhere: this process looks for its own device.
     tree.run.device = Device.auto
     # The date that the chat template writes is the run's, whatever else this start chooses anew.
-    tree.substitutions = {key: note for key, note in config.substitutions.items() if key == TEMPLATE_DATE}
+    tree.substitutions = {key: note for key, note in config.substitutions.items() if key == TEMPLATE_DATE_KEY}
     if not problems:
         problems = _apply_values(tree, parsed)
     problems = parsed.problems + problems
@@ -141,7 +142,7 @@ def _as_omegaconf(config: RunConfig) -> Any:
     tree = OmegaConf.structured(RunConfig)
     for group in settings_classes():
         tree[group] = OmegaConf.structured(type(getattr(config, group)))
-    return OmegaConf.merge(tree, literal(plain(config)))
+    return OmegaConf.merge(tree, literal(plain_settings(config)))
 
 
 def keys_set_by(argv: list[str]) -> set[str]:
@@ -176,7 +177,7 @@ def _start_problems_unless_resumed(config: RunConfig, argv: list[str]) -> list[s
     if earlier_config is None:
         return problems
     keep_first_budget(config, earlier_config)
-    keep_rate(config, earlier_config)
+    keep_rate_of_run(config, earlier_config)
     return start_problems(config, frozen_config=earlier_config)
 
 
@@ -246,20 +247,20 @@ def _compose_choices_cached(
     register_schemas()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
         try:
-            return hydra_compose("train", hydra_overrides(dict(choices))), []
+            return hydra_compose("train", hydra_arguments(dict(choices))), []
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             default_tree = OmegaConf.structured(RunConfig)
             OmegaConf.set_struct(default_tree, True)
             return default_tree, [f"{suspected_files(dict(choices))}: {composition_problem(error)}"]
 
 
-def hydra_overrides(choices: dict[str, str]) -> list[str]:
-    """The overrides that Hydra is called with: the choice of each group, and where to look for the user's own files."""
-    overrides = [f"{group}={choice}" for group, choice in choices.items()]
+def hydra_arguments(choices: dict[str, str]) -> list[str]:
+    """The arguments that Hydra is called with: the choice of each group, and where to look for the user's own files."""
+    arguments = [f"{group}={choice}" for group, choice in choices.items()]
     if USER_CONFIG_DIRS:
         search_path = ",".join(f"'{directory}'" for directory in USER_CONFIG_DIRS)
-        overrides.append(f"hydra.searchpath=[{search_path}]")
-    return overrides
+        arguments.append(f"hydra.searchpath=[{search_path}]")
+    return arguments
 
 
 def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[str]:

@@ -8,8 +8,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from launch.config.frozen import has_same_overrides, load_frozen
+from launch.config.frozen import load_frozen
 from launch.config.process_role import seems_a_worker
+from launch.config.resume import has_same_overrides
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig
 

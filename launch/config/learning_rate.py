@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config.run import LR, RunConfig
+from trainer.config.run import LEARNING_RATE_KEY, RunConfig
 from trainer.optim.config import OptimName
 from trainer.optim.rates import missing_rate, usual_rate
 from trainer.reporting.resolution import Resolution
@@ -19,7 +19,9 @@ def settle_rate(config: RunConfig) -> None:
     if rate is not None:
         config.optim.lr = rate.usual
         reason = f"usual for {config.tuning.method}, objective={config.objective.name} and optim={config.optim.name}"
-        config.substitutions[LR] = Resolution(LR, None, rate.usual, f"{reason}: {rate.source}")
+        config.substitutions[LEARNING_RATE_KEY] = Resolution(
+            LEARNING_RATE_KEY, None, rate.usual, f"{reason}: {rate.source}"
+        )
 
 
 def rate_problems(config: RunConfig) -> list[str]:
@@ -29,19 +31,26 @@ def rate_problems(config: RunConfig) -> list[str]:
     return [missing_rate(config.optim, config.tuning.method, str(config.objective.name))]
 
 
-def keep_rate(config: RunConfig, before: RunConfig) -> None:
-    """Give `config` the rate with which the run of `before` began, if neither of them has a rate that was set by hand.
+def keep_rate_of_run(config: RunConfig, earlier_config: RunConfig) -> None:
+    """Set the learning rate with which the run of `earlier_config` began, if neither of them has a rate that a user has set.
 
     The table of usual rates may have changed since, and a run must not change its rate when it is resumed. Nothing is changed if
     optimizer, tuning method or objective differ.
     """
-    is_typed = config.optim.lr is not None and LR not in config.substitutions
-    names = [(run.optim.name, run.tuning.method, run.objective.name) for run in (config, before)]
-    if is_typed or names[0] != names[1]:
+    is_set_by_user = config.optim.lr is not None and LEARNING_RATE_KEY not in config.substitutions
+    our_choices, earlier_choices = (
+        (run.optim.name, run.tuning.method, run.objective.name) for run in (config, earlier_config)
+    )
+    if is_set_by_user or our_choices != earlier_choices:
         return
-    earlier_default = EARLIER_DEFAULTS.get(before.optim.name, 2e-5)
-    if before.resolution(LR) is None and before.optim.lr != earlier_default:
-        return  # somebody typed it, and a command without it is another run's
-    if before.optim.lr != config.optim.lr:
-        config.substitutions[LR] = Resolution(LR, None, before.optim.lr, "as this run began")
-        config.optim.lr = before.optim.lr
+    earlier_default = EARLIER_DEFAULTS.get(earlier_config.optim.name, 2e-5)
+    was_set_by_user = (
+        earlier_config.resolution(LEARNING_RATE_KEY) is None and earlier_config.optim.lr != earlier_default
+    )
+    if was_set_by_user:
+        return  # a command without this rate is that of another run
+    if earlier_config.optim.lr != config.optim.lr:
+        config.substitutions[LEARNING_RATE_KEY] = Resolution(
+            LEARNING_RATE_KEY, None, earlier_config.optim.lr, "as this run began"
+        )
+        config.optim.lr = earlier_config.optim.lr

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from launch.config.code_digest import NoDigest, digest_of_model, digest_of_task, model_directory
 from strategies.settings import Reach
 from trainer.config.reach import NAMED_TABLES, OF_EACH_START, reach_of
-from trainer.config.resuming import defaults_of, flat, plain
+from trainer.config.resuming import default_settings, flatten_settings, plain_settings
 from trainer.data.read.paths import is_hub_path, is_remote_address
 from trainer.rollout.rewards.copies import code_digest
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HARNESS_KIND = "lm_eval"
 """The kind of task whose YAML may name functions."""
-REACHING_NOTHING = (None, False, "")
+VALUES_WITHOUT_REACH = (None, False, "")
 """Values with which no setting reaches out."""
 SILENT_TRACKER_MODES = ("auto", "disabled")
 """Values of a tracker's switch with which only a tracker of the reader's own choice hears of the run."""
@@ -41,7 +41,7 @@ class OutsideValue:
 
     reach: Reach
     settings: dict[str, Any]
-    """The settings by full key, as they are typed to allow the value."""
+    """The settings with their values, by full key. A user allows the value by setting them on the command line."""
     identity: dict[str, Any] | None
     """What the value is remembered by once the user has typed it; None if it cannot be told from another value."""
     effect: str
@@ -49,24 +49,24 @@ class OutsideValue:
 
     @property
     def overrides(self) -> list[str]:
-        """The overrides that allow it."""
-        return [f"{key}={_to_cli_text(value)}" for key, value in self.settings.items()]
+        """The overrides that allow it, such as `model.trust_remote_code=true`."""
+        return [f"{key}={_cli_text(value)}" for key, value in self.settings.items()]
 
     @property
-    def shell_words(self) -> str:
-        """Those overrides as a shell takes them, without a control character in them."""
+    def shell_text(self) -> str:
+        """The overrides that allow it, quoted for a shell and without control characters."""
         return " ".join(shell_argument(override) for override in self.overrides)
 
-    def was_typed(self, typed: set[str]) -> bool:
-        """Whether each of its settings is among the typed keys, by itself or by a table that holds it."""
-        return all(self._is_typed(key, typed) for key in self.settings)
+    def is_set_by_user(self, cli_keys: set[str]) -> bool:
+        """Whether each of its settings is set on the command line (`cli_keys`), by itself or by a table that holds it."""
+        return all(self._is_set_by(key, cli_keys) for key in self.settings)
 
-    def _is_typed(self, key: str, typed: set[str]) -> bool:
-        return any(key == typed_key or key.startswith(f"{typed_key}.") for typed_key in typed)
+    def _is_set_by(self, key: str, cli_keys: set[str]) -> bool:
+        return any(key == cli_key or key.startswith(f"{cli_key}.") for cli_key in cli_keys)
 
 
 def shell_argument(override: str) -> str:
-    """An override as a shell takes it, printable whatever it holds."""
+    """An override quoted for a shell. One with control characters becomes `$'...\\x1b...'`, which is printable."""
     if override.isprintable():
         return shlex.quote(override)
     escaped = "".join(_escaped(char) for char in override)
@@ -82,31 +82,31 @@ def _escaped(char: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in char.encode(errors="surrogateescape"))
 
 
-def _to_cli_text(value: Any) -> str:
+def _cli_text(value: Any) -> str:
     """A value as it is typed behind `key=` on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        entries = [_to_quoted_entry(entry) for entry in value]
+        entries = [_cli_list_entry(entry) for entry in value]
         return f"[{','.join(entries)}]"
     if isinstance(value, dict):
         return json.dumps(value)
     return str(value)
 
 
-def _to_quoted_entry(value: Any) -> str:
-    """A value within a list of the command line, in quotes if it has characters that separate entries."""
-    text = _to_cli_text(value)
+def _cli_list_entry(value: Any) -> str:
+    """A value as an entry of a list on the command line, in quotes if it has characters that could separate entries."""
+    text = _cli_text(value)
     needs_no_quotes = all(char.isalnum() or char in "/._-" for char in text)
     return text if needs_no_quotes else f"'{text}'"
 
 
 def outside_values(config: RunConfig) -> list[OutsideValue]:
-    """Every value of a configuration that reaches out of its run: code, files, addresses and trackers.
+    """Every value of a configuration that reaches out of its run: code that would run, files, addresses and trackers.
 
-    Such as the reward function of `objective.rewards.x.function`, with what it does in words and what it is remembered by.
+    Such as the file in `objective.rewards.x.function`, which is Python code that the run executes.
     """
     values: list[OutsideValue] = []
     for key, value in _settings_that_reach_out(config).items():
@@ -115,28 +115,33 @@ def outside_values(config: RunConfig) -> list[OutsideValue]:
 
 
 def reset_to_default(config: RunConfig, key: str) -> None:
-    """Set one setting of a configuration, by its full key, to the default of its dataclass."""
-    holder: Any = config
-    *group_names, name = key.split(".")
-    for group_name in group_names:
-        if isinstance(holder, dict):  # an entry of a table, by its name or its number (`_with_undotted_names`)
-            entries = dict(enumerate(holder.values()))
-            holder = holder[group_name] if group_name in holder else entries[int(group_name)]
-        else:
-            holder = getattr(holder, group_name)
-    default = getattr(type(holder)(), name)
-    setattr(holder, name, default)
+    """Set the setting of `config` with this full key to its default, such as `evaluation.tasks.facts.path`.
+
+    Every dataclass that holds such a setting can be built without arguments.
+    """
+    parent: Any = config
+    *parent_names, field_name = key.split(".")
+    for name in parent_names:
+        parent = _table_entry(parent, name) if isinstance(parent, dict) else getattr(parent, name)
+    default = getattr(type(parent)(), field_name)
+    setattr(parent, field_name, default)
+
+
+def _table_entry(table: dict[str, Any], name: str) -> Any:
+    """The entry of a table by its name, or by its number if `_with_undotted_names` has numbered the entries."""
+    return table[name] if name in table else list(table.values())[int(name)]
 
 
 def _settings_that_reach_out(config: RunConfig) -> dict[str, Any]:
     """The settings of a run, by full key, that reach out of it: {"data.path": "/data/a.jsonl", ...}.
 
-    Left out: settings at their default, those that each start sets anew, and trackers that send nothing.
+    Left out: settings that are empty or at their default, those that each start sets anew (such as `launcher.*`), and trackers
+    that send nothing.
     """
-    defaults = defaults_of(config)
+    defaults = default_settings(config)
     reaching_settings = {}
-    for key, value in flat(_with_undotted_names(plain(config))).items():
-        if value in REACHING_NOTHING or value in ([], {}) or value == defaults.get(key):
+    for key, value in flatten_settings(_with_undotted_names(plain_settings(config))).items():
+        if value in VALUES_WITHOUT_REACH or value in ([], {}) or value == defaults.get(key):
             continue
         if key.partition(".")[0] in OF_EACH_START:
             continue
@@ -148,9 +153,9 @@ def _settings_that_reach_out(config: RunConfig) -> dict[str, Any]:
 
 
 def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
-    """The configuration `tree`, in which tables that have a name with a dot get numbers as names.
+    """Change `tree`, a configuration as nested dictionaries: a table with a dot in a name gets numbers for names. Returns it.
 
-    Else a task that is called `x.kind` would pass for the setting `kind` of a task `x`.
+    Otherwise a task that is called `x.kind` would be taken for the setting `kind` of a task `x`.
     """
     for table in NAMED_TABLES:
         group, _, name = table.partition(".")
@@ -161,9 +166,9 @@ def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outside_values_of(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[OutsideValue]:
-    """The values behind one setting that reaches out: several for a list of paths, or a flag that allows several things.
+    """The values of one setting that reaches out of the run; several for a list of paths, or a flag that allows several things.
 
-    `reach`: in which way the setting reaches out, such as `Reach.code`.
+    `reach`: in which way the setting reaches out; each way is described and remembered differently.
     """
     if reach is Reach.address:
         yield from _endpoint_value(config, key)
@@ -176,7 +181,7 @@ def _outside_values_of(config: RunConfig, key: str, value: Any, reach: Reach) ->
     elif reach is Reach.file:
         yield from _file_values(config, key, value)
     elif reach is Reach.place:
-        yield OutsideValue(reach, {key: value}, {key: _absolute(value)}, f"writes into {value}")
+        yield OutsideValue(reach, {key: value}, {key: _absolute_path(value)}, f"writes into {value}")
     else:
         yield OutsideValue(reach, {key: value}, {key: value}, "sends to a tracker, or decides who gets its messages")
 
@@ -184,9 +189,9 @@ def _outside_values_of(config: RunConfig, key: str, value: Any, reach: Reach) ->
 def _endpoint_value(config: RunConfig, key: str) -> Iterator[OutsideValue]:
     """A server's address (`key` ends in `.url`) and the environment variable that is sent to it as its key, as one value."""
     group, _, name = key.rpartition(".")
-    server = getattr(config.evaluation, group.rpartition(".")[2])
     if name != "url":
-        return  # a variable without an address is sent nowhere
+        return  # the variable's name (`.key_env`) is part of the value of the address that it is sent to
+    server = getattr(config.evaluation, group.rpartition(".")[2])
     settings = {f"{group}.url": server.url}
     sent_data = "rows and answers"
     if server.key_env is not None:
@@ -213,10 +218,15 @@ def reward_code_identity(file: Path) -> dict[str, Any] | None:
 
 
 def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """The Python code that a `trust_remote_code` flag (`key`) lets run: the model's and the tokenizer's, or the teacher's.
+    """The Python code that a `trust_remote_code` flag (`key`) lets run: that of the model and the tokenizer, or of the teacher.
 
-    One value for code that can still be fetched, remembered by its path; and one for code on this machine, remembered by its
-    digest, or each time anew if it has none (identity None). No value where there is no code.
+    For each of these:
+
+    - a value for code that can still be fetched, which is remembered by the path of the model;
+    - a value for code on this machine, which is remembered by its digest. Code without a digest is not remembered (identity
+    None).
+
+    None of the two if there is no code.
     """
     if key == "model.trust_remote_code":
         sources = [(config.model.path, config.model.revision), (config.model.tokenizer, config.model.revision)]
@@ -228,13 +238,13 @@ def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
             continue
         directory = model_directory(config.model, path, revision)
         if config.model.download and not Path(path).expanduser().is_dir():
-            # Files that are not in the cache can still come, whatever the code there is.
+            # Even if code is in the cache, files that are missing there are still fetched.
             effect = f"fetches and runs the Python code of {path}"
             yield OutsideValue(Reach.code, {key: True}, {"code_of": path}, effect)
         if directory is None:
             continue  # there is nothing here that could be run
         effect = f"runs the Python code in {path}"
-        # Trust is in this code, not in this path: other code at the same path must be allowed anew.
+        # By its digest, because other code at the same path must be allowed anew.
         try:
             digest = digest_of_model(directory, download=config.model.download)
         except NoDigest:
@@ -245,7 +255,7 @@ def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
 
 
 def _network_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """A value for each source that the flag `key` lets be fetched over the network.
+    """A value for each source that the flag `key` allows to be fetched over the network.
 
     `model.download`: models that are no directory here. `data.remote`: addresses of data. Any other flag: data sets of the hub.
     """
@@ -271,31 +281,33 @@ def _data_paths(config: RunConfig) -> Iterator[str]:
     path_values += [source.path for source in data.sources.values()]
     path_values += [task.path for task in config.evaluation.tasks.values()]
     for path_value in path_values:
-        yield from _path_texts(path_value)
+        yield from _paths_in_value(path_value)
 
 
 def _file_values(config: RunConfig, key: str, value: Any) -> Iterator[OutsideValue]:
-    """The user's files that a setting (`key`) names, whose texts would then stand in what the verb writes.
+    """A value for each file that the setting `key` names, since its texts would stand in what the verb writes.
 
-    A task of lm_eval is code instead, since its YAML names functions. Options of a task that name no file give nothing.
+    - The path of a task of lm_eval: a value that runs code, because the YAML there names functions.
+    - An option of a task that names no file: nothing.
+    - Any other setting: a value that reads the file.
     """
     group, _, name = key.rpartition(".")
     task_name = key.split(".")[2] if key.startswith("evaluation.tasks.") else None
     task = config.evaluation.tasks.get(task_name) if task_name is not None else None
     if task is not None and task.kind == HARNESS_KIND and name == "path":
-        for path in _path_texts(value):
+        for path in _paths_in_value(value):
             yield _task_code_value(key, path)
         return
-    if task is not None and ".options" in group and name not in _file_options(task.kind):
+    if task is not None and ".options" in group and name not in _file_option_names(task.kind):
         return
-    # The name of a task is the author's: the same file under another task's name needs no new override.
+    # Remembered without the name of the task, so that the same file in another task needs no new override.
     shared_key = key if task is None else key.replace(f".{task_name}.", ".*.", 1)
-    for path in _path_texts(value):
+    for path in _paths_in_value(value):
         effect = f"reads your file {path}, whose texts then stand in what is written"
-        yield OutsideValue(Reach.file, {key: value}, {shared_key: _absolute(path)}, effect)
+        yield OutsideValue(Reach.file, {key: value}, {shared_key: _absolute_path(path)}, effect)
 
 
-def _file_options(kind: str) -> tuple[str, ...]:
+def _file_option_names(kind: str) -> tuple[str, ...]:
     """The options of a kind of task that name a file."""
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
@@ -313,19 +325,17 @@ def _task_code_value(key: str, path: str) -> OutsideValue:
     return OutsideValue(Reach.code, {key: path}, identity, f"runs the functions that the task in {path} names")
 
 
-def _path_texts(value: Any) -> Iterator[str]:
-    """Each path in the value of a setting: one path, a list of paths, or a dictionary of them."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for entry in value:
-            yield from _path_texts(entry)
+def _paths_in_value(value: Any) -> Iterator[str]:
+    """Each path in the value of a setting: one path, a list of paths, or a dictionary whose values are paths."""
+    if isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _paths_in_value(entry)
     elif value is not None:
         yield str(value)
 
 
-def _absolute(path: str) -> str:
-    """A path that means the same in every working directory; addresses and names of a hub stay as they are."""
+def _absolute_path(path: str) -> str:
+    """The absolute path of a file or directory. An address, or the name of a data set of the hub, is returned as it is."""
     if is_remote_address(path) or is_hub_path(path):
         return path
     return str(Path(path).expanduser().resolve())

@@ -25,7 +25,7 @@ from launch.config.outside_values import (
 from strategies.errors import ConfigError
 from strategies.settings import Reach
 from trainer.config.reach import OF_EACH_START, reach_of
-from trainer.config.resuming import flat, plain
+from trainer.config.resuming import flatten_settings, plain_settings
 from trainer.rollout.rewards.copies import copied_functions
 from trainer.session.base_files import pin_commit
 
@@ -55,7 +55,7 @@ class RunReader:
     """A verb such as `export` that reads a run, and which of the run's values it uses."""
 
     command: list[str]
-    """The overrides that were typed, the verb first."""
+    """The command line: the verb, then its arguments."""
     uses: UsesValue
     prefix: str = ""
     """What stands before overrides that allow a value, if the command names several runs: `from.` or `against.`."""
@@ -98,80 +98,85 @@ def read_run(
     overrides: list[str],
     change: Callable[[RunConfig, list[str]], RunConfig] = lambda config, _: config,
 ) -> RunConfig:
-    """The configuration of a run for a verb that reads it, without what the run's author, but not this user, has typed.
+    """The configuration of a run for a verb that reads it.
 
-    `overrides`: settings that the user typed beside the run. Those that only allow a value are applied here; `change` gets the
-    others and applies them. A value that reaches out and that the verb does not use is set to its default, and a line says so.
-    Errors: ConfigError if the verb uses a value that this user never typed; it names the overrides that allow it.
+    `overrides`: the settings that the user has set for this verb. Those that only allow a value of the run are applied here;
+    `change` gets the others and applies them. What happens to a value that reaches out of the run (see outside_values.py):
+
+    - The user has set it, now or earlier: it stays, and is remembered.
+    - The verb uses it: ConfigError, which names the overrides that allow it.
+    - The verb does not use it: it is set to its default, and a line says so.
     """
     from launch.config.compose import keys_set_by, load_frozen
 
     allowing_arguments, other_arguments = _split_overrides(overrides, reader.own_groups)
     frozen = load_frozen(run_dir / "config.yaml")
-    # Before the code of a hub model is looked at: another commit may have other code.
+    # First, because another commit of a model on the hub may have other code, and `outside_values` looks at the code.
     pin_commit(frozen, run_dir, may_fetch=False)
     config = change(_with_allowing_arguments(frozen, allowing_arguments), other_arguments)
 
-    # Values that reach out (see outside_values.py): used and allowed, used and not allowed, not used.
-    typed = keys_set_by(overrides) | reader.settled_groups
-    used: list[OutsideValue] = []
-    unused: list[OutsideValue] = []
-    refused: list[OutsideValue] = []
+    allowed_keys = keys_set_by(overrides) | reader.settled_groups
+    allowed_values: list[OutsideValue] = []
+    refused_values: list[OutsideValue] = []
+    unused_values: list[OutsideValue] = []
     for value in outside_values(config):
         is_of_task = any(key.startswith(TASKS_PREFIX) for key in value.settings)
-        if value.was_typed(typed) or trusted_values.is_remembered(value.identity):
-            used.append(value)
+        if value.is_set_by_user(allowed_keys) or trusted_values.is_remembered(value.identity):
+            allowed_values.append(value)
         elif reader.uses(value, config):
-            refused.append(value)
-        elif not is_of_task:  # a verb that does not use the values of a task runs no task
-            unused.append(value)
-    if refused:
-        raise ConfigError(_refusal(run_dir, reader, refused))
-    for value in unused:
+            refused_values.append(value)
+        elif not is_of_task:  # a value of a task may stay, since a verb that does not use it runs no task
+            unused_values.append(value)
+    if refused_values:
+        raise ConfigError(_refusal(run_dir, reader, refused_values))
+    for value in unused_values:
         for key in value.settings:
             reset_to_default(config, key)
 
     # Rank 0 alone remembers and prints, since every rank of a job reads the run.
     if os.environ.get("RANK", "0") == "0":
-        trusted_values.remember(used)
-        _print_unused(run_dir, unused)
+        trusted_values.remember(allowed_values)
+        _print_unused(run_dir, unused_values)
     return config
 
 
 def use_trusted_copies(config: RunConfig, run: Path, settings: list[str]) -> None:
-    """Let the rewards of a run's configuration name the run's own copies of their files, which its training was scored by.
+    """Point the rewards of a run's configuration to the run's own copies of their files, by which its training was scored.
 
-    That is only done for a copy whose content this user has typed once: the run may be somebody else's, and its copies may be
-    other code than the files that the configuration names. A reward that `settings`, the typed overrides, set is left alone.
+    Only done for a copy whose code this user has allowed once, because the run may be somebody else's. A reward that the user
+    sets on the command line (`settings`, such as `objective.rewards.maths.function=...`) is left alone.
     """
     rewards: dict[str, RewardEntry] = getattr(config.objective, "rewards", {})
     for name, (file, function) in copied_functions(rewards, run).items():
-        is_typed = any(setting.startswith(f"objective.rewards.{name}.") for setting in settings)
-        if not is_typed and trusted_values.is_remembered(reward_code_identity(file)):
+        is_set_by_user = any(setting.startswith(f"objective.rewards.{name}.") for setting in settings)
+        if not is_set_by_user and trusted_values.is_remembered(reward_code_identity(file)):
             rewards[name].function = f"{file}:{function}"
 
 
 def may_write_results(run_dir: Path) -> bool:
-    """Whether results may be written into a run's directory: this process's user owns it, and no link there leads elsewhere.
+    """Whether results may be written into a run's directory: this user owns it, and no link there leads out of it.
 
-    A downloaded run is its reader's own, and can hold a link in place of a directory for results or of a file in one.
+    The links are checked because a downloaded run belongs to this user too, and somebody else may have put links into it.
     """
     is_owner = all(path.stat().st_uid == os.geteuid() for path in (run_dir, run_dir / "config.yaml"))
     return is_owner and not any(has_link_out(run_dir / name, run_dir) for name in WRITTEN_BY_EVALUATION)
 
 
 def has_link_out(directory: Path, home: Path) -> bool:
-    """Whether a directory, or anything in it, is a symbolic link out of `home`: writing there goes elsewhere."""
-    top = home.resolve()
+    """Whether `directory`, or anything in it, is a symbolic link to a place outside of `home`."""
+    resolved_home = home.resolve()
     entries = [directory]
     for parent, folders, files in os.walk(directory):
         entries += [Path(parent, name) for name in (*folders, *files)]
     links = [entry for entry in entries if entry.is_symlink()]
-    return any(not link.resolve().is_relative_to(top) for link in links)
+    return any(not link.resolve().is_relative_to(resolved_home) for link in links)
 
 
 def _split_overrides(overrides: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:
-    """(overrides that only allow a value of the run, overrides of the verb's own groups of settings)."""
+    """Split the overrides of a verb in two: (those that only allow a value of the run, all others).
+
+    An override of a group that the verb sets itself (`own_groups`) is never one that only allows.
+    """
     allowing_arguments: list[str] = []
     other_arguments: list[str] = []
     for override in overrides:
@@ -184,18 +189,18 @@ def _split_overrides(overrides: list[str], own_groups: frozenset[str]) -> tuple[
 
 
 def _with_allowing_arguments(config: RunConfig, allowing_arguments: list[str]) -> RunConfig:
-    """The configuration of a run with the overrides that allow its values.
+    """The configuration of a run with the overrides that allow its values, such as `model.trust_remote_code=true`.
 
-    Errors: ConfigError for an override that names another file than the run: that would change the run's result.
+    Raises ConfigError for an override that names another file than the run has, because that would change the run's result.
     """
     from launch.config.compose import apply_overrides
 
     if not allowing_arguments:
         return config
     allowed_config = apply_overrides(config, allowing_arguments)
-    run_values = flat(plain(config))
+    run_values = flatten_settings(plain_settings(config))
     problems = []
-    for key, value in flat(plain(allowed_config)).items():
+    for key, value in flatten_settings(plain_settings(allowed_config)).items():
         run_value = run_values.get(key)
         if value != run_value and reach_of(key) is Reach.file:
             problems.append(f"{key}={value}: the run has {run_value}, which stays; give that, or leave it out")
@@ -204,25 +209,25 @@ def _with_allowing_arguments(config: RunConfig, allowing_arguments: list[str]) -
     return allowed_config
 
 
-def _refusal(run_dir: Path, reader: RunReader, refused: list[OutsideValue]) -> str:
-    """The error message that lists the values that this user never typed, and the command that allows them."""
-    # Dictionaries as ordered sets: two values may need the same override.
+def _refusal(run_dir: Path, reader: RunReader, refused_values: list[OutsideValue]) -> str:
+    """The error message that lists values that this user never set, and the command that allows them."""
+    # A dictionary as an ordered set, because two values may need the same override.
     allowing_arguments: dict[str, None] = {}
-    for value in refused:
+    for value in refused_values:
         for override in value.overrides:
             allowing_arguments[f"{reader.prefix}{shell_argument(override)}"] = None
     typed_command = " ".join(shell_argument(override) for override in reader.command)
     lines = [f"{run_dir}: its config.yaml reaches out of the run, by values that you have not typed before:"]
-    lines += dict.fromkeys(f"{value.shell_words}: it {value.effect}" for value in refused)
+    lines += dict.fromkeys(f"{value.shell_text}: it {value.effect}" for value in refused_values)
     lines += ["if you trust them, type them once:", f"  shardtune {typed_command} {' '.join(allowing_arguments)}"]
-    home = trusted_values.state_directory()
-    if home is not None:
-        lines.append(f"what you typed is kept in {home}; in a container, mount that directory")
+    state_dir = trusted_values.state_directory()
+    if state_dir is not None:
+        lines.append(f"what you typed is kept in {state_dir}; in a container, mount that directory")
     return "\n    ".join(lines)
 
 
 def _print_unused(run_dir: Path, unused: list[OutsideValue]) -> None:
-    """Print on stderr which settings of the run the verb leaves out, since this user never typed them."""
+    """Print on stderr which settings of the run are not used, because this user never set them."""
     if not unused:
         return
     keys: dict[str, None] = {}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from strategies.redaction import kind_of_secret_in
-from trainer.config.resuming import flat
+from trainer.config.resuming import flatten_settings
 from trainer.config.run import RunConfig
 
 
@@ -16,8 +16,8 @@ def secret_problems(config: RunConfig, written: RunConfig | None) -> Iterator[st
     Typed values are written into config.yaml, the run record and the model card, and are sent to trackers. `written`: the
     configuration that the run's config.yaml holds; None if there is none yet.
     """
-    written_values = {} if written is None else flat(asdict(written))  # by dotted key
-    for key, value in flat(asdict(config)).items():
+    written_values = {} if written is None else flatten_settings(asdict(written))  # by dotted key
+    for key, value in flatten_settings(asdict(config)).items():
         if key in written_values and written_values[key] == value:
             continue
         entries = value if isinstance(value, list) else [value]

@@ -80,12 +80,12 @@ def _hydra_settings(overrides: list[str]) -> dict[str, dict[str, dict[str, str]]
     from omegaconf import OmegaConf
 
     from launch.config.choices import CONF_DIR, register_schemas
-    from launch.config.compose import hydra_overrides
+    from launch.config.compose import hydra_arguments
     from launch.config.overrides import parse_overrides
 
     register_schemas()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-        tree = compose("train", hydra_overrides(parse_overrides(overrides).choices), return_hydra_config=True)
+        tree = compose("train", hydra_arguments(parse_overrides(overrides).choices), return_hydra_config=True)
     hydra_settings = OmegaConf.to_container(tree.hydra, resolve=False)
     assert isinstance(hydra_settings, dict)
     return hydra_settings  # type: ignore[return-value]

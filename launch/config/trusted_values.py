@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 STATE_VARIABLE = "SHARDTUNE_STATE"
 """The environment variable that names another directory."""
-SUBDIRECTORY = "typed"
-MOST_VALUES = 2000
+VALUES_SUBDIRECTORY = "typed"
+MAX_VALUES = 2000
 """Most values that are kept. Beyond that, those that were not used for longest are forgotten."""
 DAY_S = 86400.0
 """Seconds after which the use of a value is noted again, so that not every start writes."""
@@ -46,16 +46,17 @@ def state_directory() -> Path | None:
 
 
 def is_remembered(identity: dict[str, Any] | None) -> bool:
-    """Whether this user typed a value before, here or on another machine with the same state directory.
+    """Whether this user has allowed a value before, here or on another machine with the same state directory.
 
-    `identity`: `OutsideValue.identity`; None is never remembered. Also marks the value as used today, so that it is kept.
+    `identity`: `OutsideValue.identity`; None is never remembered. Sets the modification time of the value's file, at most once a
+    day, by which the values that are used longest ago are forgotten.
     """
-    home = state_directory()
-    if identity is None or home is None:
+    state_dir = state_directory()
+    if identity is None or state_dir is None:
         return False
-    file = home / SUBDIRECTORY / _file_name(identity)
+    file = state_dir / VALUES_SUBDIRECTORY / _identity_file_name(identity)
     try:
-        # The content is compared too: a file that was put there by hand may have any name.
+        # The content is compared too, because a file that was put there by hand may have any name.
         if _others_can_write(file.parent) or json.loads(file.read_bytes()) != _as_read_from_json(identity):
             return False
         if time.time() - file.stat().st_mtime > DAY_S:
@@ -66,22 +67,22 @@ def is_remembered(identity: dict[str, Any] | None) -> bool:
 
 
 def remember(values: Iterable[OutsideValue]) -> None:
-    """Keep values that this user typed, so that verbs that read a run with them need not ask again.
+    """Remember values that this user has set, so that verbs that read a run with them need not ask again.
 
-    Writes a file for each new identity into the state directory, and deletes the oldest beyond `MOST_VALUES`. If the directory
+    Writes a file for each new identity into the state directory, and deletes the oldest beyond `MAX_VALUES`. If the directory
     cannot be written, or others can write it, a warning says so; it is no error.
     """
     identities = [value.identity for value in values if value.identity is not None]
     new_identities = [identity for identity in identities if not is_remembered(identity)]
     if not new_identities:
         return
-    home = state_directory()
-    if home is None:
+    state_dir = state_directory()
+    if state_dir is None:
         _warn("this user has no home directory")
         return
     try:
-        values_directory = home / SUBDIRECTORY
-        for folder in (home, values_directory):
+        values_directory = state_dir / VALUES_SUBDIRECTORY
+        for folder in (state_dir, values_directory):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _others_can_write(values_directory):
             _warn(
@@ -90,29 +91,29 @@ def remember(values: Iterable[OutsideValue]) -> None:
             return
         for identity in new_identities:
             content = json.dumps(_as_read_from_json(identity)).encode()
-            _write_private_file(values_directory / _file_name(identity), content)
+            _write_private_file(values_directory / _identity_file_name(identity), content)
         _forget_oldest(values_directory)
     except OSError as error:
-        _warn(f"{home} cannot be written ({error.strerror or error})")
+        _warn(f"{state_dir} cannot be written ({error.strerror or error})")
 
 
 def remember_config(config: RunConfig) -> None:
-    """Keep every value of a configuration that this user typed, so that verbs that read its run take them again."""
+    """Remember every outside value of a configuration that this user has composed, so that verbs can read its run."""
     from launch.config.outside_values import outside_values
 
     remember(outside_values(config))
 
 
 def _others_can_write(folder: Path) -> bool:
-    """Whether other users may have put values into a directory, so that it cannot be trusted."""
+    """Whether other users can put files into a directory, so that its values cannot be trusted."""
     status = folder.stat()
     is_writable_by_others = bool(status.st_mode & WRITABLE_BY_OTHERS)
-    # Root in a container reads the mounted directory of whoever started the container.
+    # Root is let through, because root in a container reads the mounted directory of whoever started the container.
     is_of_another_user = os.geteuid() not in (0, status.st_uid)
     return is_writable_by_others or is_of_another_user
 
 
-def _file_name(identity: dict[str, Any]) -> str:
+def _identity_file_name(identity: dict[str, Any]) -> str:
     """The name of a value's file: the SHA-256 of its identity."""
     sha256 = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     return f"{sha256.hexdigest()}.json"
@@ -124,7 +125,7 @@ def _as_read_from_json(identity: dict[str, Any]) -> Any:
 
 
 def _write_private_file(file: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all, and that this user alone can read."""
+    """Write a file that only this user can read. It is complete as soon as it exists, because a draft is renamed."""
     draft = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_native_id()}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as opened:
@@ -133,14 +134,14 @@ def _write_private_file(file: Path, content: bytes) -> None:
 
 
 def _forget_oldest(values_directory: Path) -> None:
-    """Delete the values that were not used for longest, beyond `MOST_VALUES`."""
-    files = sorted(values_directory.glob("*.json"), key=_used_at, reverse=True)
-    for file in files[MOST_VALUES:]:
+    """Delete the values that were not used for longest, beyond `MAX_VALUES`."""
+    files = sorted(values_directory.glob("*.json"), key=_last_used_s, reverse=True)
+    for file in files[MAX_VALUES:]:
         file.unlink(missing_ok=True)
 
 
-def _used_at(file: Path) -> float:
-    """When a value was last used, as a file time."""
+def _last_used_s(file: Path) -> float:
+    """When a value was last used, in seconds since 1970; 0 if its file is missing."""
     try:
         return file.stat().st_mtime
     except OSError:  # another start has just forgotten it
@@ -148,7 +149,7 @@ def _used_at(file: Path) -> float:
 
 
 def _warn(problem: str) -> None:
-    """Say that values cannot be kept, which is no error."""
+    """Print a warning that values cannot be remembered, and why."""
     print(
         f"warning: {problem}: verbs that read this run later will ask for what it reaches out to",
         file=sys.stderr,

@@ -169,11 +169,11 @@ def run_ranks(config: RunConfig, small: SmallRun, directory: Path, user_ranks: i
     Errors: VerificationFailed if a rank failed before there was a report.
     """
     from launch.cluster.torchrun import RankProgram, RedirectedOutput, start
-    from launch.config.frozen import identity, to_yaml
+    from launch.config.frozen import config_sha256, to_yaml
     from trainer.reporting.status import read_failure
 
     # What the ranks read.
-    sha256 = identity(config)
+    sha256 = config_sha256(config)
     (directory / CONFIG).write_text(f"# sha256: {sha256}\n{to_yaml(config)}", encoding="utf-8")
     request = {"user_ranks": user_ranks, "timeout_s": small.config.run.timeout_s}
     (directory / REQUEST).write_text(json.dumps(request), encoding="utf-8")

@@ -22,7 +22,7 @@ def main() -> int:
     from launch.config.compose import load_frozen
     from strategies import runtime as processes
     from strategies.parent_death import die_with_parent
-    from trainer.config.run import kept_matmul
+    from trainer.config.run import settled_matmul
     from trainer.reporting.status import record_failure, write_text_atomic
     from trainer.verification.run import verify_step_against_single_process
 
@@ -45,7 +45,7 @@ def main() -> int:
             str(config.run.device),
             timeout_s=request["timeout_s"],
             threads=config.run.threads,
-            matmul=kept_matmul(config),
+            matmul=settled_matmul(config),
             shared_memory=config.run.shared_memory,
         )
         report = verify_step_against_single_process(

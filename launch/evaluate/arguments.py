@@ -238,7 +238,7 @@ def config_of_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[Run
     from launch.config.compose import recompose
     from launch.config.read_run import RunReader, read_run, use_trusted_copies
     from launch.export.command import find_checkpoint, warn_if_base_was_better
-    from trainer.config.run import kept_matmul
+    from trainer.config.run import settled_matmul
     from trainer.session.base_files import use_recorded_base
 
     if not (run / "config.yaml").is_file():
@@ -250,7 +250,7 @@ def config_of_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[Run
         """The frozen configuration with settings of this evaluation on top; `arguments`: those of the command line."""
         frozen.run.dir = None
         frozen.run.resume = "auto"
-        frozen.run.matmul = kept_matmul(frozen)
+        frozen.run.matmul = settled_matmul(frozen)
         use_trusted_copies(frozen, run, evaluate_arguments.settings)
         if main_plan is not None:
             frozen.evaluation = copy.deepcopy(main_plan.config.evaluation)

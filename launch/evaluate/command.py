@@ -140,7 +140,7 @@ def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     """
     from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
-    from launch.config.frozen import identity, to_yaml
+    from launch.config.frozen import config_sha256, to_yaml
     from strategies.errors import Preempted
     from trainer.evaluate import evaluate_worker
     from trainer.reporting.status import write_text_atomic
@@ -152,7 +152,7 @@ def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
         # The rewards of a run: the ranks run these copies, made now, and no file that lay in the directory before.
         copy_rewards(getattr(config.objective, "rewards", {}), directory)
     # What the ranks read.
-    sha256 = identity(config)
+    sha256 = config_sha256(config)
     write_text_atomic(directory / JOB_FILE, json.dumps(asdict(evaluation_plan.job), indent=1) + "\n")
     write_text_atomic(
         directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}"

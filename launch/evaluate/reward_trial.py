@@ -71,7 +71,7 @@ def run_trial(arguments: EvaluateArguments) -> int:
     """
     from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
-    from launch.config.frozen import identity, to_yaml
+    from launch.config.frozen import config_sha256, to_yaml
     from launch.config.read_run import may_write_results
     from strategies.errors import Preempted
     from trainer.reporting.status import write_text_atomic
@@ -96,7 +96,7 @@ def run_trial(arguments: EvaluateArguments) -> int:
     copy_rewards(getattr(config.objective, "rewards", {}), directory)
     write_text_atomic(directory / JOB_FILE, json.dumps(asdict(job)) + "\n")
     config.run.dir = str(directory)
-    sha256 = identity(config)
+    sha256 = config_sha256(config)
     write_text_atomic(
         directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}"
     )

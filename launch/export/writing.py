@@ -66,10 +66,10 @@ class WritingJob:
 def write_in_place(config: RunConfig, job: WritingJob) -> PreparedData:
     """Write the export in this process, on the CPU; returns the run's data. Errors: those of `write_as_rank`."""
     from strategies import runtime as processes
-    from trainer.config.run import kept_matmul
+    from trainer.config.run import settled_matmul
 
     run = config.run
-    runtime = processes.join_job("cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config))
+    runtime = processes.join_job("cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=settled_matmul(config))
     try:
         return write_as_rank(config, job, runtime)
     finally:
@@ -83,11 +83,11 @@ def write_in_processes(config: RunConfig, job: WritingJob, num_processes: int) -
     """
     from launch.cluster.supervisor import run_supervised
     from launch.cluster.torchrun import RankProgram
-    from launch.config.frozen import identity, to_yaml
+    from launch.config.frozen import config_sha256, to_yaml
     from trainer.config.run import LauncherConfig
 
     config = replace(config, launcher=LauncherConfig(processes=num_processes))
-    sha256 = identity(config)
+    sha256 = config_sha256(config)
     # Removed unless the processes fail: then it has their record of the failure.
     job_dir = Path(tempfile.mkdtemp(prefix="shardtune-export-"))
     (job_dir / JOB_FILE).write_text(json.dumps(asdict(job), indent=1) + "\n", encoding="utf-8")
@@ -114,7 +114,7 @@ def run_as_rank() -> int:
     from launch.config.compose import load_frozen
     from strategies import runtime as processes
     from strategies.errors import Preempted
-    from trainer.config.run import kept_matmul
+    from trainer.config.run import settled_matmul
     from trainer.reporting.status import read_failure
     from trainer.session.attempt import rank_of_job
 
@@ -132,7 +132,7 @@ def run_as_rank() -> int:
             with attempt.join_ranks(run.timeout_s) as rendezvous:
                 store = rendezvous.store
             runtime = processes.join_job(
-                "cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=kept_matmul(config), store=store
+                "cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=settled_matmul(config), store=store
             )
             attempt.phase = "export"
             write_as_rank(config, job, runtime)

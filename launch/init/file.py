@@ -9,7 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from launch.config.choices import CONF_DIR, choices_by_group, register_schemas, settings_class_of, settings_classes
-from launch.config.compose import hydra_overrides
+from launch.config.compose import hydra_arguments
 from launch.config.user_files import CHOSEN_BY_NAME
 from trainer.config.descriptions import all_docstrings, docstrings
 from trainer.config.run import RunConfig
@@ -40,7 +40,7 @@ def defaults_of(choices: Mapping[str, str]) -> RunConfig:
 
     register_schemas()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-        defaults: Any = OmegaConf.to_object(compose("train", hydra_overrides(dict(choices))))
+        defaults: Any = OmegaConf.to_object(compose("train", hydra_arguments(dict(choices))))
     assert isinstance(defaults, RunConfig)
     return defaults
 

@@ -273,12 +273,12 @@ def composed(arguments: list[str], card: Card) -> tuple[RunConfig, set[str]]:
         from launch.config.overrides import parse_overrides
         from strategies.base import Precision
         from trainer.config.parallel import readers_of
-        from trainer.config.run import AUTO, MICRO, STRATEGY, Device
+        from trainer.config.run import AUTO, MICRO_BATCH_KEY, STRATEGY_KEY, Device
 
     parsed = parse_overrides(arguments)
     # `auto` does not count as typed: the plan tries all values that it could become.
-    typed = {group for group, choice in parsed.choices.items() if (group, choice) != (STRATEGY, AUTO)}
-    typed |= {setting.key for setting in parsed.values if (setting.key, setting.value) != (MICRO, AUTO)}
+    typed = {group for group, choice in parsed.choices.items() if (group, choice) != (STRATEGY_KEY, AUTO)}
+    typed |= {setting.key for setting in parsed.values if (setting.key, setting.value) != (MICRO_BATCH_KEY, AUTO)}
     # SLURM's launcher takes nothing from this machine, and knows gpus_per_node.
     default_launcher = [] if "launcher" in typed else ["launcher=slurm"]
     config = compose([*arguments, *default_launcher], check=False).config
@@ -290,7 +290,7 @@ def composed(arguments: list[str], card: Card) -> tuple[RunConfig, set[str]]:
     # launcher=local resolves `auto` for this machine; the plan is for another one.
     precision = Precision.auto if "precision" in config.substitutions else config.precision
     config = replace(config, precision=card.precision(precision))
-    if MICRO not in typed:
+    if MICRO_BATCH_KEY not in typed:
         config.batch["micro"] = 1
     smallest_batch = config.batch["micro"] * readers_of(config, launched_ranks(config) or 0)
     if "batch.global" not in typed and smallest_batch > 0:

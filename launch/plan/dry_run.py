@@ -26,7 +26,7 @@ from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
 from trainer.build.rounds import documents_per_step, steps_of_run, writing_lines
 from trainer.config.parallel import accumulation_steps, readers_of
-from trainer.config.run import LR, MICRO, STRATEGY, RunConfig, SlurmConfig
+from trainer.config.run import LEARNING_RATE_KEY, MICRO_BATCH_KEY, STRATEGY_KEY, RunConfig, SlurmConfig
 from trainer.data.report.preview import is_prompts_alone, preview_text, summary_text
 from trainer.model.known_shapes import shape_in_use
 from trainer.model.loading import load_tokenizer
@@ -95,7 +95,7 @@ def describe(config: RunConfig) -> DryRun:
     precision_advice = slow_precision_warning(config.precision, str(config.run.device))
     if precision_advice:
         lines.append(f"advice: {precision_advice}")
-    for key in (STRATEGY, MICRO, LR):
+    for key in (STRATEGY_KEY, MICRO_BATCH_KEY, LEARNING_RATE_KEY):
         if key in config.substitutions:
             lines.append(f"resolved: {key}: {config.substitutions[key]}")
     lines += [f"resolved: {key}: {note}" for key, note in built.substitutions.items()]

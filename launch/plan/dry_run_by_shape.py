@@ -22,7 +22,7 @@ from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_step
 from trainer.build.sequence import step_layout
 from trainer.config.parallel import accumulation_steps, readers_of
-from trainer.config.run import LR, RunConfig
+from trainer.config.run import LEARNING_RATE_KEY, RunConfig
 from trainer.model.known_shapes import KnownShape, shape_note
 from trainer.objectives.registry import data_spec_of, family_of, written_tokens
 from trainer.planner.simulation import NoTokenizer
@@ -67,8 +67,8 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
         rate = learning_rate_of(config, steps)
         lines += [f"steps: {steps:,}", *rate_lines(rate, steps)]
     lines += [*memory.lines, *deferred_gradient_lines(config.strategy, trained, accumulation=accumulation)]
-    if LR in config.substitutions:
-        lines.append(f"resolved: {LR}: {config.substitutions[LR]}")
+    if LEARNING_RATE_KEY in config.substitutions:
+        lines.append(f"resolved: {LEARNING_RATE_KEY}: {config.substitutions[LEARNING_RATE_KEY]}")
     lines.append("nothing was trained (--dry-run)")
     numbers = DryRunNumbers(world_size, total, trained, tokens_per_step, steps, rate)
     answer = dry_run_answer(lines, config, numbers, memory, {"model.path": note})

@@ -8,7 +8,8 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from launch.config.frozen import Composed, is_finished, resume_or_refuse, to_yaml
+from launch.config.frozen import Composed, is_finished, to_yaml
+from launch.config.resume import resume_or_refuse
 from launch.config.trusted_values import remember_config
 from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, read_queue, unfinished_job
 from strategies.errors import ConfigError

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from launch.config.compose import compose
-from launch.config.frozen import freeze_choices, load_frozen
+from launch.config.frozen import load_frozen, record_own_choices
 from launch.runs.freeze import freeze
 from strategies.matmul import Matmul
 from tests.helpers.launching import command_here
-from trainer.config.run import MICRO, kept_matmul
+from trainer.config.run import MICRO_BATCH_KEY, settled_matmul
 from trainer.reporting.file_version import FILE_VERSION
 from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
 from trainer.reporting.run_record import read_run_record
@@ -124,9 +124,9 @@ def test_earlier_version_choices_written_as_sentences_are_read(site):
     text += "  batch.micro: 2 -> 1 (2 ran out of memory at step 3)\n  run.matmul: auto -> blas (as this run began)\n"
     path.write_text(text)
     config = load_frozen(path)  # which checks that it is still the run of 2 that was asked for
-    assert config.resolution(MICRO) == Resolution(MICRO, 2, 1, "", (OutOfMemoryTrial(2, step=3),))
-    assert kept_matmul(config) is Matmul.blas
+    assert config.resolution(MICRO_BATCH_KEY) == Resolution(MICRO_BATCH_KEY, 2, 1, "", (OutOfMemoryTrial(2, step=3),))
+    assert settled_matmul(config) is Matmul.blas
     # Written again, it has the fields, and is still the same run.
-    freeze_choices(path.parent, config)
+    record_own_choices(path.parent, config)
     assert yaml.safe_load(path.read_text())["substitutions"]["run.matmul"]["chosen"] == "blas"
     assert load_frozen(path) == config

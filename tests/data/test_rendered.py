@@ -5,7 +5,8 @@ import json
 import pytest
 
 from launch.config.compose import compose
-from launch.config.frozen import differences, keep_earlier_defaults, load_frozen
+from launch.config.frozen import differing_settings, load_frozen
+from launch.config.resume import keep_earlier_defaults
 from launch.runs.freeze import freeze
 from strategies.errors import DataError
 from tests.faults.runs import Runs
@@ -121,4 +122,4 @@ def test_rendered_texts_are_refused_by_the_command_and_a_run_begun_with_them_res
     other_rank = compose(words)
     keep_earlier_defaults(other_rank, tmp_path / "run")
     assert other_rank.config.data.control_tokens is ControlTokens.text
-    assert not differences(other_rank.config, compose(words).config)
+    assert not differing_settings(other_rank.config, compose(words).config)

@@ -17,7 +17,7 @@ from tests.faults.runs import Runs
 from tests.helpers import tokenizers as make
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
-from trainer.config.run import TEMPLATE_DATE, kept_date
+from trainer.config.run import TEMPLATE_DATE_KEY, settled_template_date
 from trainer.data.config import DataConfig
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation, keep_or_first_date
@@ -176,23 +176,25 @@ def test_template_date_of_a_run_is_kept(tmp_path, another_day, monkeypatch, caps
     assert "the chat template writes 2026-01-03 for today" in capsys.readouterr().out
     run_dir = tmp_path / "run"
     record = json.loads((run_dir / "run.json").read_text())
-    assert record["substitutions"][TEMPLATE_DATE] == "2026-01-03"
+    assert record["substitutions"][TEMPLATE_DATE_KEY] == "2026-01-03"
     frozen = load_frozen(run_dir / "config.yaml")
-    assert kept_date(frozen) == TemplateDate(date(2026, 1, 3))
-    assert kept_date(recompose(frozen, [], frozenset())) == kept_date(frozen), "evaluate and export have it too"
+    assert settled_template_date(frozen) == TemplateDate(date(2026, 1, 3))
+    assert settled_template_date(recompose(frozen, [], frozenset())) == settled_template_date(frozen), (
+        "evaluate and export have it too"
+    )
 
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "cache")
     resumed = compose(words)
     freeze(resumed, run_dir)
-    assert kept_date(resumed.config) == TemplateDate(date(2026, 1, 3))
+    assert settled_template_date(resumed.config) == TemplateDate(date(2026, 1, 3))
 
     path = run_dir / "config.yaml"
     noted = yaml.safe_load(path.read_text())
     path.write_text(path.read_text().replace("data.date: '2026-01-03'", "data.date: yesterday"))
-    assert noted["substitutions"][TEMPLATE_DATE] == "2026-01-03"
+    assert noted["substitutions"][TEMPLATE_DATE_KEY] == "2026-01-03"
     with pytest.raises(ConfigError, match=r"'yesterday' in config\.yaml, which is no date"):
-        kept_date(load_frozen(path))
+        settled_template_date(load_frozen(path))
 
 
 def test_template_date_of_an_earlier_versions_run_is_that_of_its_oldest_file(tmp_path):
@@ -207,4 +209,4 @@ def test_template_date_of_an_earlier_versions_run_is_that_of_its_oldest_file(tmp
     os.utime(checkpoint / "progress.json", (christmas, christmas))
     resumed = compose(words)
     freeze(resumed, tmp_path / "run")
-    assert kept_date(resumed.config) == TemplateDate(CHRISTMAS, in_fingerprint=False)
+    assert settled_template_date(resumed.config) == TemplateDate(CHRISTMAS, in_fingerprint=False)

@@ -4,7 +4,7 @@ import pytest
 
 from launch.cluster.oom_retry import write_smaller_settings
 from launch.config.compose import compose
-from launch.config.frozen import freeze_choices, load_frozen
+from launch.config.frozen import load_frozen, record_own_choices
 from launch.runs.freeze import freeze
 from tests.faults.runs import read
 from tests.helpers.nursery import FAULT
@@ -72,7 +72,7 @@ def test_out_of_memory_retry_notes_the_asked_and_all_tried_micro_batches(runs, a
     if "auto" in asked:
         chosen = load_frozen(run_dir / "config.yaml")
         chosen.batch["micro"], chosen.substitutions["batch.micro"] = int(micro), f"{asked} (planned 2.00 of 3.00 GiB)"
-        freeze_choices(run_dir, chosen)
+        record_own_choices(run_dir, chosen)
     record_failure(run_dir, 0, RuntimeError("memory"), "training", 3)
     for step, size in enumerate(lowered):
         assert (write_smaller_settings(run_dir) is None) == (size is None)

@@ -21,7 +21,7 @@ from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.warm import command_warm
-from trainer.config.run import MICRO, Device, LauncherConfig
+from trainer.config.run import MICRO_BATCH_KEY, Device, LauncherConfig
 from trainer.model.loading import load_tokenizer
 from trainer.planner import micro_batch as micro_module
 from trainer.planner import oom_probe, simulation
@@ -93,9 +93,11 @@ def test_micro_batch_choice_is_described_by_a_dry_run(made, monkeypatch):
     config = replace(made[0], strategy=DdpConfig(), **here)
     told = preview_micro(config, made[1])
     assert told.batch["micro"] == 8
-    assert re.fullmatch(r"auto -> 8 \(planned .* GiB; 2 steps .* will be tried\)", str(told.substitutions[MICRO]))
+    assert re.fullmatch(
+        r"auto -> 8 \(planned .* GiB; 2 steps .* will be tried\)", str(told.substitutions[MICRO_BATCH_KEY])
+    )
     unseen = preview_micro(replace(config, run=replace(config.run, device=Device.cuda)), made[1])
-    assert unseen.batch["micro"] == 1 and "on the host with the GPUs" in unseen.substitutions[MICRO]
+    assert unseen.batch["micro"] == 1 and "on the host with the GPUs" in unseen.substitutions[MICRO_BATCH_KEY]
 
 
 def test_micro_batch_that_cannot_be_simulated_is_tried(made, monkeypatch):
@@ -133,7 +135,7 @@ def test_micro_batch_is_lowered_when_memory_runs_out_and_the_run_is_as_if_typed(
     settled = resolve_micro_batch(config, given, said.append, frozen.append)
     assert taken == [16, 8, 4] and settled.batch == {"global": 16, "micro": 4} and frozen == [settled]
     note = "auto -> 4 (planned; 2 steps of the longest documents held; 16 ran out of memory; 8 ran out of memory)"
-    assert str(settled.substitutions[MICRO]) == note and config.batch["micro"] == "auto"
+    assert str(settled.substitutions[MICRO_BATCH_KEY]) == note and config.batch["micro"] == "auto"
     assert said[1:] == ["batch.micro=16 runs out of memory; trying 8", "batch.micro=8 runs out of memory; trying 4"]
     assert resolve_micro_batch(settled, given, None, None) == settled  # chosen once
     told = replace(config, batch={"global": 16, "micro": 4})
@@ -262,7 +264,10 @@ def test_micro_batch_auto_run_takes_the_steps_of_one_with_the_number_typed(tmp_p
     frozen = yaml.safe_load((tmp_path / "auto/config.yaml").read_text())
     record = json.loads((tmp_path / "auto/run.json").read_text())
     assert frozen["batch"]["micro"] == record["micro_batch"] == part
-    assert str(resolution_of(MICRO, frozen["substitutions"][MICRO])) == record["substitutions"][MICRO]
+    assert (
+        str(resolution_of(MICRO_BATCH_KEY, frozen["substitutions"][MICRO_BATCH_KEY]))
+        == record["substitutions"][MICRO_BATCH_KEY]
+    )
 
 
 def rows_of(run):

@@ -9,7 +9,7 @@ import torch
 from strategies.base import AutoConfig, DdpConfig, Fsdp2Config, Precision, SingleConfig, StrategyName
 from strategies.errors import DoesNotFit, OutOfMemory
 from tests.helpers.building import data_set, model_dir, run_config
-from trainer.config.run import AUTO, MICRO, STRATEGY
+from trainer.config.run import AUTO, MICRO_BATCH_KEY, STRATEGY_KEY
 from trainer.model.loading import load_tokenizer
 from trainer.optim.config import MuonConfig
 from trainer.planner import oom_probe
@@ -127,7 +127,8 @@ def test_strategy_auto_takes_the_next_when_memory_runs_out(two):
     assert taken == ["ddp", "single"] and frozen == [settled] and settled.strategy == SingleConfig()
     note = "auto -> single (planned too; 2 steps of the longest documents held; ddp ran out of memory)"
     assert (
-        str(settled.substitutions[STRATEGY]) == note and said[-1] == "strategy=ddp runs out of memory; trying the next"
+        str(settled.substitutions[STRATEGY_KEY]) == note
+        and said[-1] == "strategy=ddp runs out of memory; trying the next"
     )
     again, said, frozen = choose(set(), settled)
     assert again == settled and taken == ["ddp", "single"] and not frozen  # chosen once
@@ -135,9 +136,9 @@ def test_strategy_auto_takes_the_next_when_memory_runs_out(two):
 
 def test_strategy_auto_does_not_try_what_ran_out_at_an_earlier_start(made, two):
     choose, taken = two
-    before = replace(made[0], substitutions={STRATEGY: "auto (ddp ran out of memory)"})
+    before = replace(made[0], substitutions={STRATEGY_KEY: "auto (ddp ran out of memory)"})
     settled, _, _ = choose({"ddp", "single"}, before)
-    assert taken == ["single"] and "ddp ran out of memory" in str(settled.substitutions[STRATEGY])
+    assert taken == ["single"] and "ddp ran out of memory" in str(settled.substitutions[STRATEGY_KEY])
 
 
 def test_strategy_auto_reopens_a_micro_batch_chosen_for_other_ranks(made, two):
@@ -145,7 +146,9 @@ def test_strategy_auto_reopens_a_micro_batch_chosen_for_other_ranks(made, two):
     choose, taken = two
     too_large = made[0].batch["global"] + 1
     batch = {**made[0].batch, "micro": too_large}
-    before = replace(made[0], batch=batch, substitutions={MICRO: Resolution(MICRO, AUTO, too_large)})
+    before = replace(
+        made[0], batch=batch, substitutions={MICRO_BATCH_KEY: Resolution(MICRO_BATCH_KEY, AUTO, too_large)}
+    )
     settled, _, frozen = choose({"ddp"}, before)
     assert taken == ["ddp"] and settled.batch["micro"] == AUTO and frozen == [settled]
 
@@ -155,7 +158,7 @@ def test_strategy_auto_on_one_rank_is_single(made, runtime):
     settled = resolve_strategy(made[0], given, print, print)
     assert settled.strategy == SingleConfig()
     assert {key: str(note) for key, note in settled.substitutions.items()} == {
-        STRATEGY: "auto -> single (one rank has nothing to share)"
+        STRATEGY_KEY: "auto -> single (one rank has nothing to share)"
     }
 
 
@@ -171,15 +174,15 @@ def test_strategy_auto_with_one_rank_out_of_memory_ends_a_run_that_may_restart(t
     monkeypatch.setattr(strategy_module, "runs_out_of_memory", one_rank_out)
     with pytest.raises(OutOfMemory, match=r"with strategy=ddp rank 1 .* launcher.retry") as caught:
         two[0]({"ddp"})
-    assert caught.value.ran_out_with == {STRATEGY: "ddp"}
+    assert caught.value.ran_out_with == {STRATEGY_KEY: "ddp"}
 
 
 def test_strategy_auto_is_chosen_again_for_another_number_of_ranks(made, two):
     choose, taken = two
-    before = replace(made[0], strategy=DdpConfig(bucket_mib=7), substitutions={STRATEGY: "auto -> ddp (x)"})
+    before = replace(made[0], strategy=DdpConfig(bucket_mib=7), substitutions={STRATEGY_KEY: "auto -> ddp (x)"})
     assert choose({"ddp"}, before)[0] == before and not taken
     hsdp = Fsdp2Config(name=StrategyName.hsdp, replicate=0)  # not on the one rank that is here
-    anew, _, _ = choose({"ddp"}, replace(before, strategy=hsdp, substitutions={STRATEGY: "auto -> hsdp (x)"}))
+    anew, _, _ = choose({"ddp"}, replace(before, strategy=hsdp, substitutions={STRATEGY_KEY: "auto -> hsdp (x)"}))
     assert taken == ["ddp"] and anew.strategy == DdpConfig()
     typed = replace(before, strategy=hsdp, substitutions={})
     assert choose({"ddp"}, typed)[0] == typed  # it is refused elsewhere

@@ -6,19 +6,29 @@ from dataclasses import asdict, replace
 import pytest
 
 from strategies.matmul import Matmul
-from trainer.config.run import MATMUL, MICRO, STRATEGY, RunConfig, asked_micro, asked_strategy, kept_matmul
+from trainer.config.run import (
+    MATMUL_KEY,
+    MICRO_BATCH_KEY,
+    STRATEGY_KEY,
+    RunConfig,
+    requested_micro_batch,
+    requested_strategy,
+    settled_matmul,
+)
 from trainer.reporting.resolution import OutOfMemoryTrial, Resolution, resolution_of
 from trainer.reporting.shared_choice import shared_choice
 
-FITS = Resolution(MICRO, "auto", 4, "planned 2.00 of 3.00 GiB", (OutOfMemoryTrial(16), OutOfMemoryTrial(8, step=3)))
+FITS = Resolution(
+    MICRO_BATCH_KEY, "auto", 4, "planned 2.00 of 3.00 GiB", (OutOfMemoryTrial(16), OutOfMemoryTrial(8, step=3))
+)
 
 
 @pytest.mark.parametrize(
     ("resolution", "sentence"),
     [
         (FITS, "auto -> 4 (planned 2.00 of 3.00 GiB; 16 ran out of memory; 8 ran out of memory at step 3)"),
-        (Resolution(STRATEGY, "auto", None, "", (OutOfMemoryTrial("ddp"),)), "auto (ddp ran out of memory)"),
-        (Resolution(MATMUL, "auto", "blas", "as (this) run began"), "auto -> blas (as (this) run began)"),
+        (Resolution(STRATEGY_KEY, "auto", None, "", (OutOfMemoryTrial("ddp"),)), "auto (ddp ran out of memory)"),
+        (Resolution(MATMUL_KEY, "auto", "blas", "as (this) run began"), "auto -> blas (as (this) run began)"),
         (Resolution("logging.entity", None, "a team", "WANDB_ENTITY"), "a team (WANDB_ENTITY)"),
         (Resolution("run.device", "auto", "cpu"), "auto -> cpu"),
     ],
@@ -29,23 +39,23 @@ def test_a_resolution_is_shown_as_a_sentence_and_read_back_from_its_fields(resol
 
 
 def test_a_sentence_of_an_early_run_directory_is_read():
-    assert resolution_of(MICRO, str(FITS)) == FITS
+    assert resolution_of(MICRO_BATCH_KEY, str(FITS)) == FITS
     together = "auto -> 4 (planned 2.00 of 3.00 GiB; 16, 8 ran out of memory)"
-    assert resolution_of(MICRO, together) == replace(FITS, tried=(OutOfMemoryTrial(16), OutOfMemoryTrial(8)))
-    assert resolution_of(MATMUL, "auto -> onednn (as this run began)").chosen == Matmul.onednn
-    ran_out = resolution_of(STRATEGY, "auto (ddp ran out of memory; zero1 ran out of memory)")
+    assert resolution_of(MICRO_BATCH_KEY, together) == replace(FITS, tried=(OutOfMemoryTrial(16), OutOfMemoryTrial(8)))
+    assert resolution_of(MATMUL_KEY, "auto -> onednn (as this run began)").chosen == Matmul.onednn
+    ran_out = resolution_of(STRATEGY_KEY, "auto (ddp ran out of memory; zero1 ran out of memory)")
     assert [trial.choice for trial in ran_out.tried] == ["ddp", "zero1"] and ran_out.chosen is None
 
 
 @pytest.mark.parametrize("note", [None, 7, [], {}, {"chosen": 1}, "auto -> as memory allows, where the GPUs are"])
 def test_resolution_in_an_unknown_form_is_none(note):
-    assert resolution_of(MICRO, note) is None
+    assert resolution_of(MICRO_BATCH_KEY, note) is None
 
 
 def test_resolution_fields_written_by_somebody_else_do_not_break_the_reader():
     stored = {"asked": "auto", "chosen": 2, "reason": None, "tried": ["8", {"choice": 4, "step": "x"}, {}]}
-    assert [trial.choice for trial in resolution_of(MICRO, stored).tried] == ["8", 4, None]
-    assert resolution_of(MICRO, {**stored, "tried": 3}).tried == ()
+    assert [trial.choice for trial in resolution_of(MICRO_BATCH_KEY, stored).tried] == ["8", 4, None]
+    assert resolution_of(MICRO_BATCH_KEY, {**stored, "tried": 3}).tried == ()
 
 
 def test_resolution_is_decided_by_its_fields_and_not_by_its_wording(monkeypatch):
@@ -53,23 +63,23 @@ def test_resolution_is_decided_by_its_fields_and_not_by_its_wording(monkeypatch)
     monkeypatch.setattr(Resolution, "__str__", lambda resolution: f"{resolution.setting} was settled")
     monkeypatch.setattr(OutOfMemoryTrial, "__str__", lambda trial: "too large")
     settled = {
-        MICRO: FITS,
-        STRATEGY: Resolution(STRATEGY, "auto", "zero2", "in other words"),
-        MATMUL: Resolution(MATMUL, "auto", "blas", "in other words"),
+        MICRO_BATCH_KEY: FITS,
+        STRATEGY_KEY: Resolution(STRATEGY_KEY, "auto", "zero2", "in other words"),
+        MATMUL_KEY: Resolution(MATMUL_KEY, "auto", "blas", "in other words"),
     }
     config = RunConfig(substitutions=json.loads(json.dumps({key: asdict(note) for key, note in settled.items()})))
     assert config.substitutions == settled
-    assert kept_matmul(config) is Matmul.blas
-    assert asked_micro({"micro": 4}, config.substitutions) == "auto"
-    assert asked_micro({"micro": 5}, config.substitutions) == 5  # typed since
-    assert asked_strategy({"name": "zero2"}, config.substitutions) == {"name": "auto"}
-    assert asked_strategy({"name": "ddp"}, config.substitutions) == {"name": "ddp"}
+    assert settled_matmul(config) is Matmul.blas
+    assert requested_micro_batch({"micro": 4}, config.substitutions) == "auto"
+    assert requested_micro_batch({"micro": 5}, config.substitutions) == 5  # typed since
+    assert requested_strategy({"name": "zero2"}, config.substitutions) == {"name": "auto"}
+    assert requested_strategy({"name": "ddp"}, config.substitutions) == {"name": "ddp"}
 
 
 def test_resolution_is_shared_by_the_points_of_a_comparison_in_either_form(tmp_path):
     (tmp_path / "comparison.json").write_text("{}")
-    choice = json.loads(json.dumps(asdict(Resolution(MATMUL, "auto", "blas", "here"))))
-    assert shared_choice(tmp_path / "first", MATMUL, choice) == choice
-    assert shared_choice(tmp_path / "second", MATMUL, {"asked": "auto", "chosen": "onednn"}) == choice
-    (tmp_path / f"{MATMUL}.json").write_text(json.dumps({MATMUL: "auto -> onednn (elsewhere)"}))
-    assert resolution_of(MATMUL, shared_choice(tmp_path / "third", MATMUL, choice)).chosen == "onednn"
+    choice = json.loads(json.dumps(asdict(Resolution(MATMUL_KEY, "auto", "blas", "here"))))
+    assert shared_choice(tmp_path / "first", MATMUL_KEY, choice) == choice
+    assert shared_choice(tmp_path / "second", MATMUL_KEY, {"asked": "auto", "chosen": "onednn"}) == choice
+    (tmp_path / f"{MATMUL_KEY}.json").write_text(json.dumps({MATMUL_KEY: "auto -> onednn (elsewhere)"}))
+    assert resolution_of(MATMUL_KEY, shared_choice(tmp_path / "third", MATMUL_KEY, choice)).chosen == "onednn"

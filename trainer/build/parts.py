@@ -21,7 +21,7 @@ from trainer.build.references import attach_frozen, reference_models
 from trainer.build.reward_models import attach_reward_models
 from trainer.build.sequence import sequence_notes, step_layout
 from trainer.config.parallel import accumulation_steps
-from trainer.config.run import RunConfig, kept_date
+from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.batches.cutting import Cut, sequence_cut
 from trainer.data.batches.loader import Share, StepLoader
 from trainer.data.batches.mixing import build_order
@@ -100,7 +100,7 @@ def prepare_data(
         data_spec,
         seed=config.run.seed,
         stop=stop,
-        choose_date=choose_date or keep_or_first_date(kept_date(config)),
+        choose_date=choose_date or keep_or_first_date(settled_template_date(config)),
         print_line=print_line,
     ).open_or_make()
     data_spec.check(data.train)
@@ -115,7 +115,7 @@ def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, 
         data_spec_of(config.objective),
         seed=config.run.seed,
         stop=stop,
-        choose_date=keep_or_first_date(kept_date(config)),
+        choose_date=keep_or_first_date(settled_template_date(config)),
     )
     preparation.make_shard(*shard)
 

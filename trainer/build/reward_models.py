@@ -12,7 +12,7 @@ from strategies.base import Engine
 from strategies.errors import ConfigError
 from strategies.parameters import REWARD_MODELS_PREFIX, meta_context
 from strategies.runtime import Runtime
-from trainer.config.run import RunConfig, kept_date
+from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.config import Layout
 from trainer.data.tokens.encode import Encoder
 from trainer.model.architecture import text_settings
@@ -117,7 +117,7 @@ def _reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardModelRea
             raise ConfigError(
                 f"{key}={reward.path}: has no chat template; give objective.rewards.{name}.options.chat_template"
             )
-        encoder.fix_date(kept_date(config))
+        encoder.fix_date(settled_template_date(config))
         pad_token_id = _pad_token_id(settings, tokenizer)
         reader = RewardModelReader(
             encoder,

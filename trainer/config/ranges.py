@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from strategies.settings import setting_metadata
-from trainer.config.run import AUTO, MICRO
+from trainer.config.run import AUTO, MICRO_BATCH_KEY
 
 
 def range_problems(settings: Any, key: str = "") -> list[str]:
@@ -55,9 +55,9 @@ def _entry_problems(table: dict[str, Any], table_key: str, entries: type) -> Ite
         key = f"{table_key}.{name}"
         size = table.get(name)
         bounds = setting_metadata(entries, field.name).bounds
-        if size is None or (key, size) == (MICRO, AUTO):
+        if size is None or (key, size) == (MICRO_BATCH_KEY, AUTO):
             continue
         if isinstance(size, bool) or not isinstance(size, int):
-            yield f"{key}={size}: {key} must be a whole number{', or auto' if key == MICRO else ''}"
+            yield f"{key}={size}: {key} must be a whole number{', or auto' if key == MICRO_BATCH_KEY else ''}"
         elif bounds is not None and not bounds.holds(size):
             yield f"{key}={size:g}: must be {bounds}; {setting_metadata(entries, field.name).advice}"

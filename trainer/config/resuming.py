@@ -28,7 +28,7 @@ KINDS = {
 """What `run.accept` may name."""
 
 
-def plain(config: Any) -> dict[str, Any]:
+def plain_settings(config: Any) -> dict[str, Any]:
     """A configuration as nested dictionaries of plain values."""
     tree: dict[str, Any] = _plain(asdict(config))
     return tree
@@ -43,19 +43,19 @@ def _plain(value: Any) -> Any:
     return value.name if isinstance(value, Enum) else value
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of nested dictionaries by dotted key. An empty dictionary is a leaf."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            leaves |= flat(value, f"{prefix}{key}.")
+            leaves |= flatten_settings(value, f"{prefix}{key}.")
         else:
             leaves[prefix + key] = value
     return leaves
 
 
-def defaults_of(config: Any) -> dict[str, Any]:
-    """The default of each setting of `config` that has one, by dotted key, as `flat(plain(config))` names it.
+def default_settings(config: Any) -> dict[str, Any]:
+    """The default of each setting of `config` that has one, by dotted key, such as {"optim.beta1": 0.9}.
 
     A group that several classes can fill (`tuning`, `optim`, `schedule` ...) has the defaults of the class that `config` holds.
     """

@@ -48,10 +48,16 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-AUTO, MICRO, STRATEGY, MATMUL, LR = "auto", "batch.micro", "strategy", "run.matmul", "optim.lr"
-RESOLVED = (MICRO, STRATEGY, MATMUL, LR)
+AUTO, MICRO_BATCH_KEY, STRATEGY_KEY, MATMUL_KEY, LEARNING_RATE_KEY = (
+    "auto",
+    "batch.micro",
+    "strategy",
+    "run.matmul",
+    "optim.lr",
+)
+RESOLVED = (MICRO_BATCH_KEY, STRATEGY_KEY, MATMUL_KEY, LEARNING_RATE_KEY)
 """Settings that the run resolves once. Every later start reads the choice back."""
-TEMPLATE_DATE = "data.date"
+TEMPLATE_DATE_KEY = "data.date"
 """The substitution that has the date which the chat template writes for today."""
 RETRIES = ("preempted", "node_fail", "out_of_memory")
 """Causes after which a run may be started again by itself; an error is none."""
@@ -315,41 +321,41 @@ class RunConfig:
         return resolution_of(setting, self.substitutions.get(setting))
 
 
-def asked_micro(batch: dict[str, Any], substitutions: dict[str, Any]) -> Any:
+def requested_micro_batch(batch: dict[str, Any], substitutions: dict[str, Any]) -> Any:
     """What the user set `batch.micro` to before the run changed it: `auto`, or a number with which memory ran out.
 
     `batch` and `substitutions` are those of a configuration as plain dictionaries.
     """
-    resolution = resolution_of(MICRO, substitutions.get(MICRO))
+    resolution = resolution_of(MICRO_BATCH_KEY, substitutions.get(MICRO_BATCH_KEY))
     if resolution is None or resolution.chosen != batch["micro"]:
         return batch["micro"]
     return resolution.asked
 
 
-def asked_strategy(strategy: dict[str, Any], substitutions: dict[str, Any]) -> dict[str, Any]:
+def requested_strategy(strategy: dict[str, Any], substitutions: dict[str, Any]) -> dict[str, Any]:
     """The settings of `strategy=auto` if the run chose this strategy itself; else the strategy's settings as they are."""
-    resolution = resolution_of(STRATEGY, substitutions.get(STRATEGY))
+    resolution = resolution_of(STRATEGY_KEY, substitutions.get(STRATEGY_KEY))
     if resolution is None or (resolution.asked, resolution.chosen) != (AUTO, strategy["name"]):
         return strategy
     return {each.name: strategy[each.name] for each in fields(StrategyConfig) if each.name in strategy} | {"name": AUTO}
 
 
-def kept_date(config: RunConfig) -> TemplateDate | None:
+def settled_template_date(config: RunConfig) -> TemplateDate | None:
     """The date that the chat template writes for today since the run's first start; None before that. Errors: ConfigError."""
-    note = config.substitutions.get(TEMPLATE_DATE)
+    note = config.substitutions.get(TEMPLATE_DATE_KEY)
     if note is None:
         return None
     try:
         return TemplateDate.parse(str(note))
     except ValueError as error:
-        raise ConfigError(f"substitutions: {TEMPLATE_DATE} is {note!r} in config.yaml, which is no date") from error
+        raise ConfigError(f"substitutions: {TEMPLATE_DATE_KEY} is {note!r} in config.yaml, which is no date") from error
 
 
-def kept_matmul(config: RunConfig) -> Matmul:
+def settled_matmul(config: RunConfig) -> Matmul:
     """The library of float32 products as typed, or what `auto` was resolved to at the run's first start; `auto` before that."""
     if config.run.matmul is not Matmul.auto:
         return config.run.matmul
-    resolution = config.resolution(MATMUL)
+    resolution = config.resolution(MATMUL_KEY)
     if resolution is None or resolution.asked != AUTO or resolution.chosen not in (Matmul.blas, Matmul.onednn):
         return Matmul.auto
     return Matmul(resolution.chosen)

@@ -26,7 +26,7 @@ from trainer.config.gates import problems as gate_problems
 from trainer.config.launching import problems as launcher_problems
 from trainer.config.parallel import readers_of
 from trainer.config.ranges import range_problems
-from trainer.config.resuming import KINDS, flat, plain
+from trainer.config.resuming import KINDS, flatten_settings, plain_settings
 from trainer.config.rewards import problems as reward_problems
 from trainer.config.rounds import answer_batch_problems
 from trainer.config.rounds import problems as round_problems
@@ -303,7 +303,7 @@ def _resume(config: RunConfig) -> Iterator[str]:
 
 def _written(config: RunConfig) -> Iterator[str]:
     """A line for each directory to write to that is an address: it would become a local directory called `s3:`."""
-    settings = flat(plain(config))
+    settings = flatten_settings(plain_settings(config))
     for key in WRITTEN:
         directory = settings.get(key)
         if directory is None or "://" not in directory:

@@ -17,7 +17,7 @@ from strategies.base import ActivationCheckpointing, Precision
 from strategies.errors import DoesNotFit
 from strategies.runtime import SIMULATED, Runtime, broadcast_object, gather_objects
 from trainer.config.parallel import samples_per_reader
-from trainer.config.run import AUTO, MICRO, RunConfig, asked_micro
+from trainer.config.run import AUTO, MICRO_BATCH_KEY, RunConfig, requested_micro_batch
 from trainer.data.prepare import PreparedData
 from trainer.objectives.registry import data_spec_of
 from trainer.planner.cost_model import CostModel
@@ -41,13 +41,13 @@ def resolve_micro_batch(
     if not even the smallest fits, or if some ranks run out of memory and others do not.
     """
     runtime = inputs.runtime
-    batch, earlier_resolution = broadcast_object((config.batch, config.resolution(MICRO)), runtime)
+    batch, earlier_resolution = broadcast_object((config.batch, config.resolution(MICRO_BATCH_KEY)), runtime)
     config = _with_micro(config, batch["micro"], earlier_resolution)
     samples = samples_per_reader(config, runtime.world_size)
     if batch["micro"] != AUTO:
         # The user's own number stays. An earlier start's choice stays if it divides each reader's samples: their number differs
         # if this start has another number of ranks.
-        is_users_choice = asked_micro(batch, config.substitutions) != AUTO
+        is_users_choice = requested_micro_batch(batch, config.substitutions) != AUTO
         if is_users_choice or samples % batch["micro"] == 0:
             return config
 
@@ -75,7 +75,7 @@ def resolve_micro_batch(
         announce(f"batch.micro={micro} runs out of memory; trying {smaller_micros[-1]}")
         micro = smaller_micros[-1]
     reason = f"{plan_summary}; {PROBE_STEPS} steps of the longest documents held"
-    resolved_config = _with_micro(config, micro, Resolution(MICRO, AUTO, micro, reason, tuple(failed_trials)))
+    resolved_config = _with_micro(config, micro, Resolution(MICRO_BATCH_KEY, AUTO, micro, reason, tuple(failed_trials)))
     freeze(resolved_config)
     return resolved_config
 
@@ -99,19 +99,21 @@ def preview_micro(config: RunConfig, prepared: PreparedData) -> RunConfig:
     timeout_s = TIMEOUT_SHARE * config.run.timeout_s
     micro, plan_summary = propose_micro(config, prepared, config.precision, (ranks, ranks_per_host), device, timeout_s)
     reason = f"{plan_summary}; {PROBE_STEPS} steps of the longest documents will be tried"
-    return _with_micro(config, micro, Resolution(MICRO, AUTO, micro, reason))
+    return _with_micro(config, micro, Resolution(MICRO_BATCH_KEY, AUTO, micro, reason))
 
 
 def _trial_of(micro: int) -> TrialDescription:
-    return TrialDescription(MICRO, f"{micro} documents in each forward pass", "give batch.micro a smaller number")
+    return TrialDescription(
+        MICRO_BATCH_KEY, f"{micro} documents in each forward pass", "give batch.micro a smaller number"
+    )
 
 
 def _with_micro(config: RunConfig, micro: Any, note: Resolution | str | None) -> RunConfig:
     """The run with `batch.micro=micro`, and with `note` as the reason of that choice; None removes an earlier reason."""
     substitutions = dict(config.substitutions)
-    substitutions.pop(MICRO, None)
+    substitutions.pop(MICRO_BATCH_KEY, None)
     if note:
-        substitutions[MICRO] = note
+        substitutions[MICRO_BATCH_KEY] = note
     return replace(config, batch={**config.batch, "micro": micro}, substitutions=substitutions)
 
 

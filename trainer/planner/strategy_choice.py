@@ -22,7 +22,7 @@ from strategies.hardware import gpu_of
 from strategies.registry import common_settings
 from strategies.runtime import Runtime, broadcast_object, gather_objects
 from trainer.config.parallel import readers_of
-from trainer.config.run import AUTO, STRATEGY, RunConfig, asked_micro
+from trainer.config.run import AUTO, STRATEGY_KEY, RunConfig, requested_micro_batch
 from trainer.config.sharding import problems as sharding_problems
 from trainer.config.validate import candidates
 from trainer.data.prepare import PreparedData
@@ -80,7 +80,7 @@ def resolve_strategy(
     strategy.
     """
     runtime = inputs.runtime
-    own_values = (config.strategy, config.resolution(STRATEGY), _batch_for_ranks(config, runtime.world_size))
+    own_values = (config.strategy, config.resolution(STRATEGY_KEY), _batch_for_ranks(config, runtime.world_size))
     strategy, earlier_resolution, batch = broadcast_object(own_values, runtime)
     config = replace(_with_strategy(config, strategy, earlier_resolution), batch=batch)
     if not isinstance(strategy, AutoConfig):
@@ -122,7 +122,7 @@ def resolve_strategy(
     reason = proposal.reason
     if devices.ranks > 1:
         reason += f"; {PROBE_STEPS} steps of the longest documents held"
-    resolution = Resolution(STRATEGY, AUTO, proposal.name, reason, tuple(failed_trials))
+    resolution = Resolution(STRATEGY_KEY, AUTO, proposal.name, reason, tuple(failed_trials))
     resolved_config = _with_strategy(config, proposal.strategy, resolution)
     freeze(resolved_config)
     return resolved_config
@@ -153,7 +153,7 @@ def preview_strategy(config: RunConfig, prepared: PreparedData) -> RunConfig:
     reason = first.reason
     if ranks > 1:
         reason += f"; {PROBE_STEPS} steps of the longest documents will be tried"
-    return _with_strategy(config, first.strategy, Resolution(STRATEGY, AUTO, first.name, reason))
+    return _with_strategy(config, first.strategy, Resolution(STRATEGY_KEY, AUTO, first.name, reason))
 
 
 def _batch_for_ranks(config: RunConfig, ranks: int) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _batch_for_ranks(config: RunConfig, ranks: int) -> dict[str, Any]:
     Trial steps could not be divided into it. `resolve_micro_batch`, which is called after the strategy is chosen, chooses again.
     """
     batch = config.batch
-    is_earlier_choice = batch["micro"] != AUTO and asked_micro(batch, config.substitutions) == AUTO
+    is_earlier_choice = batch["micro"] != AUTO and requested_micro_batch(batch, config.substitutions) == AUTO
     if not is_earlier_choice:
         return batch
     is_divisor = (batch["global"] // readers_of(config, ranks)) % batch["micro"] == 0
@@ -172,9 +172,9 @@ def _batch_for_ranks(config: RunConfig, ranks: int) -> dict[str, Any]:
 def _with_strategy(config: RunConfig, strategy: StrategyConfig, note: Resolution | str | None) -> RunConfig:
     """The run with that strategy, and with `note` as the reason of the choice; None removes an earlier reason."""
     substitutions = dict(config.substitutions)
-    substitutions.pop(STRATEGY, None)
+    substitutions.pop(STRATEGY_KEY, None)
     if note:
-        substitutions[STRATEGY] = note
+        substitutions[STRATEGY_KEY] = note
     return replace(config, strategy=strategy, substitutions=substitutions)
 
 
@@ -208,12 +208,12 @@ def _runs_out_of_memory(config: RunConfig, proposal: Proposal, inputs: TrialInpu
     micro = 1 if config.batch["micro"] == AUTO else config.batch["micro"]
     trial_config = replace(_with_strategy(config, proposal.strategy, None), batch={**config.batch, "micro": micro})
     remedy = "launcher.retry={out_of_memory: 3} would start with the next; or name a strategy that shards more"
-    trial = TrialDescription(STRATEGY, f"strategy={proposal.name}", remedy)
+    trial = TrialDescription(STRATEGY_KEY, f"strategy={proposal.name}", remedy)
     try:
         return runs_out_of_memory(trial_config, inputs, trial)
     except DoesNotFit as error:
         # Ranks disagree, so the job must end; a new start may try the next strategy.
-        raise OutOfMemory(str(error), ran_out_with={STRATEGY: proposal.name}) from error
+        raise OutOfMemory(str(error), ran_out_with={STRATEGY_KEY: proposal.name}) from error
 
 
 def proposals(

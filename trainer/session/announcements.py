@@ -14,7 +14,7 @@ from strategies.base import Progress
 from strategies.errors import LimitExceeded, ShardtuneError
 from trainer.checkpoints.manager import Checkpoints
 from trainer.config.launching import exports_at_end
-from trainer.config.resuming import plain
+from trainer.config.resuming import plain_settings
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import preview_text, summary_text
@@ -323,7 +323,7 @@ def _open_own_wandb_run(
             run_id="",
             name=f"{job_type}-{trained_name}",
             resumed_at=0,
-            settings={**settings, "metric_names": EDITION, "config": plain(config)},
+            settings={**settings, "metric_names": EDITION, "config": plain_settings(config)},
             model_of=trained_id,
             print_line=print_line,
         )

@@ -10,7 +10,7 @@ from strategies import runtime as processes
 from strategies.base import Engine
 from trainer.build.reward_evaluator import build_reward_evaluators
 from trainer.config.evaluation import asked_tasks
-from trainer.config.run import RunConfig, kept_date
+from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation.base import Evaluator
@@ -84,7 +84,7 @@ def model_interface_for_run(
         config.model,
         built,
         data.label_names if built.head_prefixes else None,
-        TaskContext.from_settings(config.data, config.objective, kept_date(config)).encoder(tokenizer),
+        TaskContext.from_settings(config.data, config.objective, settled_template_date(config)).encoder(tokenizer),
         engine,
         runtime,
         stop_now,

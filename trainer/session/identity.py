@@ -24,7 +24,7 @@ from strategies.runtime import Runtime, broadcast_object, first_rank_error, gath
 from trainer.build.reward_models import reward_model_digests
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.resume_selection import effective_resume
-from trainer.config.resuming import KINDS, defaults_of, flat, plain
+from trainer.config.resuming import KINDS, default_settings, flatten_settings, plain_settings
 from trainer.config.run import RunConfig
 from trainer.config.tree import kind_of
 from trainer.data.config import identifying
@@ -58,9 +58,9 @@ def identity_of(config: RunConfig, data: PreparedData, *, files: bool = True) ->
     `files`: whether the files of base, source and reward models are read and digested. If not, their kinds have no digests.
     """
     identity: Identity = {kind: {} for kind in KINDS if kind != "unknown"}
-    settings = plain(config)
+    settings = plain_settings(config)
     settings["data"] = identifying(settings["data"])
-    for key, value in flat(settings).items():
+    for key, value in flatten_settings(settings).items():
         kind = kind_of(key)
         if kind:
             identity[kind][key] = value
@@ -234,7 +234,7 @@ def _with_later_settings(recorded: Identity, config: RunConfig) -> Identity:
     """
     completed = {kind: dict(values) for kind, values in recorded.items()}
     recorded_keys = set[str]().union(*recorded.values())
-    for key, default in defaults_of(config).items():
+    for key, default in default_settings(config).items():
         kind = kind_of(key)
         if kind is not None and key not in recorded_keys:
             as_json_value = json.loads(json.dumps(default, default=str))  # as it would be read from the file

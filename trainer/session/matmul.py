@@ -13,7 +13,7 @@ from pathlib import Path
 from strategies.errors import StorageError
 from strategies.matmul import Matmul, MatmulChoice
 from strategies.runtime import Runtime, broadcast_object, first_rank_error, with_matmul
-from trainer.config.run import AUTO, MATMUL, RunConfig, kept_matmul
+from trainer.config.run import AUTO, MATMUL_KEY, RunConfig, settled_matmul
 from trainer.reporting.resolution import Resolution, resolution_of
 from trainer.reporting.shared_choice import shared_choice
 
@@ -41,8 +41,8 @@ def resolve_matmul(
     if failure is not None:
         raise StorageError(failure.text)
     resolution = broadcast_object(resolution, runtime)
-    config = replace(config, substitutions={**config.substitutions, MATMUL: resolution})
-    return config, _with_library(kept_matmul(config), runtime)
+    config = replace(config, substitutions={**config.substitutions, MATMUL_KEY: resolution})
+    return config, _with_library(settled_matmul(config), runtime)
 
 
 def _resolution_of_run(
@@ -52,13 +52,13 @@ def _resolution_of_run(
 
     A new choice is written into the frozen configuration.
     """
-    earlier = config.resolution(MATMUL)
-    if earlier is not None and kept_matmul(config) is not Matmul.auto:
+    earlier = config.resolution(MATMUL_KEY)
+    if earlier is not None and settled_matmul(config) is not Matmul.auto:
         return earlier
-    own_resolution = Resolution(MATMUL, AUTO, str(choice.library), choice.reason)
-    shared = shared_choice(run_dir, MATMUL, asdict(own_resolution))
-    resolution = resolution_of(MATMUL, shared) or own_resolution
-    freeze(run_dir, replace(config, substitutions={**config.substitutions, MATMUL: resolution}))
+    own_resolution = Resolution(MATMUL_KEY, AUTO, str(choice.library), choice.reason)
+    shared = shared_choice(run_dir, MATMUL_KEY, asdict(own_resolution))
+    resolution = resolution_of(MATMUL_KEY, shared) or own_resolution
+    freeze(run_dir, replace(config, substitutions={**config.substitutions, MATMUL_KEY: resolution}))
     return resolution
 
 

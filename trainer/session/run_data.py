@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from strategies.errors import ConfigError, DataError
-from trainer.config.run import RunConfig, kept_date
+from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.cache import MANIFEST_FILE
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation, PreparedData, keep_or_first_date, open_prepared
@@ -131,7 +131,7 @@ def stand_in_data(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfi
     with tempfile.TemporaryDirectory(prefix="shardtune-") as directory:
         train = _one_document(Path(directory), data_spec_of(config.objective), record.fingerprint)
     return objective, PreparedData(
-        train, None, Path(directory), {}, record.label_names, date=kept_date(config), has_rows=False
+        train, None, Path(directory), {}, record.label_names, date=settled_template_date(config), has_rows=False
     )
 
 
@@ -172,7 +172,7 @@ def training_documents(
     for directory in (record.directory, cached_directory):
         if directory is not None and _is_prepared(directory, record):
             prepared = open_prepared(directory, verify=config.data.verify)
-            prepared.date = kept_date(config)
+            prepared.date = settled_template_date(config)
             return _checked_label_names(prepared, record, needed), []
 
     # It is gone. Prepare the rows again, if they are still the same.
@@ -184,7 +184,7 @@ def training_documents(
             data_spec,
             seed=config.run.seed,
             stop=stop,
-            choose_date=keep_or_first_date(kept_date(config)),
+            choose_date=keep_or_first_date(settled_template_date(config)),
             print_line=print_line,
         )
     except (ConfigError, DataError) as error:

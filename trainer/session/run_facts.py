@@ -23,7 +23,7 @@ from strategies.sharding_report import sharding_record
 from trainer.build.experts import expert_parallel_lines
 from trainer.build.recomputation import device_gib
 from trainer.checkpoints.manifest import checkpoint_fingerprint_at_step
-from trainer.config.run import MATMUL, RunConfig, kept_matmul
+from trainer.config.run import MATMUL_KEY, RunConfig, settled_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import is_prompts_alone
@@ -229,10 +229,10 @@ def _substitutions(
     if "precision" in substitutions and runtime.device.type == "cuda" and precision is not Precision.bf16:
         substitutions["precision"] = f"auto -> {precision} (not all GPUs of this run have bf16 in hardware)"
     if runtime.matmul is None:  # on GPUs; an earlier start may have been on CPUs
-        substitutions.pop(MATMUL, None)
-    elif runtime.matmul.library is not kept_matmul(config):
+        substitutions.pop(MATMUL_KEY, None)
+    elif runtime.matmul.library is not settled_matmul(config):
         choice = runtime.matmul
-        substitutions[MATMUL] = Resolution(MATMUL, str(config.run.matmul), str(choice.library), choice.reason)
+        substitutions[MATMUL_KEY] = Resolution(MATMUL_KEY, str(config.run.matmul), str(choice.library), choice.reason)
     return {setting: str(note) for setting, note in substitutions.items()}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from strategies.errors import StorageError
 from strategies.rendezvous import Rendezvous
 from strategies.runtime import Runtime, first_rank_error
-from trainer.config.run import TEMPLATE_DATE, RunConfig, kept_date
+from trainer.config.run import TEMPLATE_DATE_KEY, RunConfig, settled_template_date
 from trainer.data.tokens.clock import TemplateDate
 from trainer.reporting.shared_choice import shared_choice
 
@@ -35,16 +35,16 @@ def template_date_chooser(
         """The same date on every rank. `cache_date` gives that of this host's data cache."""
 
         def choose_on_rank_0() -> str:
-            recorded_date = kept_date(config)
+            recorded_date = settled_template_date(config)
             if recorded_date is not None:
                 return str(recorded_date)
             proposal = str(cache_date())
             if run_dir is None:
                 return proposal
             # All runs of a comparison share one date: the first run that gets here decides.
-            return str(shared_choice(run_dir, TEMPLATE_DATE, proposal))
+            return str(shared_choice(run_dir, TEMPLATE_DATE_KEY, proposal))
 
-        return TemplateDate.parse(rendezvous.chosen_by_rank_0(TEMPLATE_DATE, choose_on_rank_0, stop))
+        return TemplateDate.parse(rendezvous.chosen_by_rank_0(TEMPLATE_DATE_KEY, choose_on_rank_0, stop))
 
     return choose_for_all_ranks
 
@@ -60,13 +60,13 @@ def record_template_date(
 
     `date` is None, on all ranks, if the template writes no date. Errors: StorageError on every rank.
     """
-    substitutions = {key: note for key, note in config.substitutions.items() if key != TEMPLATE_DATE}
+    substitutions = {key: note for key, note in config.substitutions.items() if key != TEMPLATE_DATE_KEY}
     if date is None:
         return replace(config, substitutions=substitutions)
-    dated_config = replace(config, substitutions={**substitutions, TEMPLATE_DATE: str(date)})
+    dated_config = replace(config, substitutions={**substitutions, TEMPLATE_DATE_KEY: str(date)})
     # An error of rank 0 is raised on all ranks, which would otherwise wait for it.
     error = None
-    if runtime.is_main and kept_date(config) != date:
+    if runtime.is_main and settled_template_date(config) != date:
         try:
             freeze(run_dir, dated_config)
         except StorageError as caught:

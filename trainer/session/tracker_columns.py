@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.config.resuming import flat, plain
+from trainer.config.resuming import flatten_settings, plain_settings
 from trainer.config.run import RunConfig
 from trainer.reporting.config import COLUMNS
 from trainer.reporting.numbers import short
@@ -27,8 +27,8 @@ def name_of(config: RunConfig) -> str:
 
 def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
     """Columns of a run for a tracker's table of runs, and the whole configuration as nested settings under `config`."""
-    nested_settings = plain(config)
-    settings = flat(nested_settings)  # by dotted key
+    nested_settings = plain_settings(config)
+    settings = flatten_settings(nested_settings)  # by dotted key
     columns: dict[str, Any] = {}
     for key, name in COLUMNS.items():
         columns[name] = _column_content(key, settings.get(key))

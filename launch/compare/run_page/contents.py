@@ -209,10 +209,10 @@ def _setting_value(value: Any) -> str:
 def _defaults(run_dir: Path) -> dict[str, Any]:
     """The defaults of a run's settings by dotted key; empty if they cannot be read, as of a run of another version."""
     from launch.config.frozen import load_frozen
-    from trainer.config.resuming import defaults_of
+    from trainer.config.resuming import default_settings
 
     try:
-        return defaults_of(load_frozen(run_dir / "config.yaml"))
+        return default_settings(load_frozen(run_dir / "config.yaml"))
     except (ShardtuneError, OSError, ValueError, TypeError):
         return {}
 

@@ -7,7 +7,12 @@ import pytest
 import yaml
 
 from launch.config.compose import compose, default_run_dir, load_frozen
-from launch.config.frozen import NOT_IDENTIFYING, freeze_choices, identity, keep_earlier_defaults
+from launch.config.frozen import (
+    GROUPS_WITHOUT_EFFECT_ON_RESULT,
+    config_sha256,
+    record_own_choices,
+)
+from launch.config.resume import keep_earlier_defaults
 from launch.runs.freeze import freeze
 from strategies.errors import ConfigError, StorageError
 from trainer.evaluation.base import TaskConfig
@@ -42,7 +47,7 @@ def test_a_frozen_configuration_reads_back_equal(tmp_path, words):
     again = load_frozen(tmp_path / "run" / "config.yaml")
     assert again == one.config
     assert type(again.strategy) is type(one.config.strategy)
-    assert identity(again) == one.sha256
+    assert config_sha256(again) == one.sha256
     assert again.run.dir == str(tmp_path / "run")
 
 
@@ -126,7 +131,7 @@ def write_without(path, *keys):
     for key in keys:
         group, name = key.split(".")
         del tree[group][name]
-    kept = {k: v for k, v in tree.items() if k not in NOT_IDENTIFYING}
+    kept = {k: v for k, v in tree.items() if k not in GROUPS_WITHOUT_EFFECT_ON_RESULT}
     kept["run"] = {"seed": tree["run"]["seed"]}
     kept["data"] = {**tree["data"], "control_tokens": "text"}  # `auto` counts as this
     kept["export"] = {k: v for k, v in tree["export"].items() if k != "checkpoint"}
@@ -238,11 +243,11 @@ def test_choices_are_not_written_over_an_edited_file(tmp_path):
     config = composed().config
     path = freeze(composed(), tmp_path / "run") / "config.yaml"
     header = path.read_text().splitlines()[:3]
-    freeze_choices(path.parent, config)
+    record_own_choices(path.parent, config)
     assert path.read_text().splitlines()[:3] == header
     path.write_text(path.read_text().replace("  steps: 3\n", "  steps: 30\n"))
     with pytest.raises(ConfigError, match="was changed after the run began"):
-        freeze_choices(path.parent, config)
+        record_own_choices(path.parent, config)
 
 
 def test_unfinished_run_may_go_on_with_another_strategy_and_micro_batch(tmp_path, capsys):
@@ -307,8 +312,8 @@ def test_micro_batch_chosen_by_the_run_belongs_to_the_same_words(tmp_path):
     directory = freeze(asked, tmp_path / "run")
     resolution = Resolution("batch.micro", "auto", 8, "planned")
     chosen = replace(asked.config, batch={"global": 32, "micro": 8}, substitutions={"batch.micro": resolution})
-    freeze_choices(directory, chosen)
-    assert identity(chosen) == asked.sha256 and load_frozen(directory / "config.yaml") == chosen
+    record_own_choices(directory, chosen)
+    assert config_sha256(chosen) == asked.sha256 and load_frozen(directory / "config.yaml") == chosen
     (directory / "checkpoints/step-000001").mkdir(parents=True)
     again = composed("batch.micro=auto")
     freeze(again, directory)

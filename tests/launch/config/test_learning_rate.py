@@ -9,7 +9,7 @@ from launch.config.frozen import load_frozen
 from launch.main import main
 from launch.runs.freeze import freeze
 from strategies.errors import ConfigError
-from trainer.config.run import LR
+from trainer.config.run import LEARNING_RATE_KEY
 from trainer.optim import rates
 from trainer.session.rate_text import learning_rate_of, rate_lines
 
@@ -87,7 +87,9 @@ def test_every_method_and_objective_has_a_rate_with_a_source():
 def test_identity_has_the_number_and_not_the_word():
     unset, given = compose([*BASE, "tuning=lora"]), compose([*BASE, "tuning=lora", "optim.lr=2e-4"])
     assert unset.sha256 == given.sha256
-    assert unset.config.resolution(LR).chosen == 2e-4 and given.config.resolution(LR) is None
+    assert (
+        unset.config.resolution(LEARNING_RATE_KEY).chosen == 2e-4 and given.config.resolution(LEARNING_RATE_KEY) is None
+    )
 
 
 def test_begun_run_keeps_its_rate_when_the_table_changes(tmp_path, monkeypatch):
@@ -100,7 +102,7 @@ def test_begun_run_keeps_its_rate_when_the_table_changes(tmp_path, monkeypatch):
     freeze(compose([*words, f"run.dir={run_dir}"]), run_dir)
     assert load_frozen(run_dir / "config.yaml").optim.lr == 2e-4
     branch = compose([*words, f"run.resume={run_dir}/checkpoints/step-000005"], check=False).config
-    assert branch.optim.lr == 2e-4 and "as this run began" in str(branch.resolution(LR))
+    assert branch.optim.lr == 2e-4 and "as this run began" in str(branch.resolution(LEARNING_RATE_KEY))
     # Another method has no rate to keep.
     assert rate("tuning=ia3", f"run.resume={run_dir}/checkpoints/step-000005") == 5e-3
     with pytest.raises(ConfigError, match=r"optim.lr: 0.0002 there, 0.001 here"):
@@ -120,7 +122,7 @@ def test_run_of_the_version_with_one_rate_an_optimizer_goes_on_with_it(tmp_path,
         with monkeypatch.context() as earlier:
             earlier.setattr(learning_rate, "usual_rate", lambda *_: rates.UsualRate(2e-5, 1e-5, 5e-5, ""))
             one = compose([*BASE, *method, f"run.dir={run_dir}"])
-        del one.config.substitutions[LR]
+        del one.config.substitutions[LEARNING_RATE_KEY]
         freeze(one, run_dir)
         (run_dir / "checkpoints" / "step-000005").mkdir(parents=True)
         freeze(compose([*BASE, *method, f"run.dir={run_dir}"]), run_dir)

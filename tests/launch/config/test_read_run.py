@@ -457,6 +457,7 @@ def test_verbs_read_a_run_through_one_function():
         "config/earlier_overrides.py",
         "config/frozen.py",
         "config/read_run.py",
+        "config/resume.py",
         "doctor/verify_rank.py",
         "evaluate/checks.py",
         "evaluate/command.py",

@@ -1,0 +1,341 @@
+"""Resumes a run: tells whether a command is that of the run in a directory, and keeps what that run has settled.
+
+The same identity resumes; another one is an error that lists what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from contextlib import suppress
+from dataclasses import fields, replace
+from datetime import date
+from pathlib import Path
+
+from launch.config.frozen import (
+    EXPORTED_CHECKPOINT_KEY,
+    GROUPS_WITHOUT_EFFECT_ON_RESULT,
+    Composed,
+    DifferingSetting,
+    differing_settings,
+    is_finished,
+    load_frozen,
+)
+from launch.config.learning_rate import keep_rate_of_run
+from launch.config.trusted_values import is_remembered
+from launch.config.user_files import user_files_may_apply
+from strategies.errors import ConfigError
+from strategies.matmul import Matmul
+from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
+from trainer.config.run import (
+    AUTO,
+    MATMUL_KEY,
+    MICRO_BATCH_KEY,
+    STRATEGY_KEY,
+    TEMPLATE_DATE_KEY,
+    RunConfig,
+    settled_matmul,
+)
+from trainer.data.config import ControlTokens
+from trainer.data.tokens.clock import TemplateDate
+from trainer.evaluation.interval import EVERY_STEPS
+from trainer.export.config import ExportedCheckpoint
+from trainer.reporting import settings_file
+from trainer.reporting.resolution import Resolution
+from trainer.reporting.status import FROZEN
+
+SHOWN_DIFFERENCES = 12
+"""Settings that an error lists before it only counts the others."""
+RECORDED_OVERRIDES_REGEX = re.compile(r"^# overrides: (.*)$", re.MULTILINE)
+"""The comment in the head of a `config.yaml` with the overrides that the run was composed from."""
+
+
+def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_change_strategy: bool) -> None:
+    """Compare a command with the run whose `config.yaml` is at `path`. Raises ConfigError if it is the command of another run.
+
+    `has_progress`: the directory has a checkpoint or is finished. `may_change_strategy`: whether the run may resume with another
+    strategy or micro-batch. The cases:
+
+    - No setting that decides the result differs, or only by changed defaults of shardtune: the run resumes.
+    - The directory has no progress: another command may take its place.
+    - Only settings of computation differ, with `may_change_strategy`: the run resumes, and a line says so.
+    - Otherwise: ConfigError, which names the settings.
+
+    Sets in `composed.config` what the run has settled itself, if it resumes: learning rate, micro-batch, strategy, date of the
+    chat template and others. A `config.yaml` that cannot be read raises ConfigError if there is progress.
+    """
+    config = composed.config
+    earlier_config = _load_unless_replaceable(path, has_progress=has_progress)
+    if earlier_config is None:
+        return
+    if has_progress:
+        _keep_earlier_defaults_of_run(composed, earlier_config, path.parent)
+    differing = differing_settings(config, earlier_config)
+    if differing and has_progress and _only_defaults_changed(composed, differing, earlier_config, path):
+        _copy_identifying_settings(config, earlier_config)
+        print(f"{path.parent}: keeps the defaults that it began with: {_join_differences(differing)}", file=sys.stderr)
+        differing = []
+
+    is_same_run = not differing
+    if is_same_run or may_change_strategy:
+        _keep_matmul(config, earlier_config)
+        _keep_template_date(config, earlier_config, path.parent, has_progress=has_progress)
+    if is_same_run:
+        _keep_own_choices(config, earlier_config)
+        if has_progress:
+            _keep_control_tokens(config, earlier_config)
+    elif has_progress and may_change_strategy and all(setting.is_about_computation for setting in differing):
+        print(f"{path.parent}: resumes in another way: {_join_differences(differing)}", file=sys.stderr)
+    elif has_progress:
+        raise ConfigError(_different_run_message(path.parent, differing))
+
+
+def _load_unless_replaceable(path: Path, *, has_progress: bool) -> RunConfig | None:
+    """The configuration that is frozen at `path`. If it cannot be read: None without progress, ConfigError with it."""
+    try:
+        return load_frozen(path)
+    except ConfigError as error:
+        if not has_progress:
+            return None
+        if FROZEN.search(path.read_text(encoding="utf-8", errors="replace")) is None:
+            raise ConfigError(
+                f"{path}: is torn, as by a power cut; delete it, and the same command writes it again and continues"
+            ) from error
+        raise
+
+
+def _keep_earlier_defaults_of_run(composed: Composed, earlier_config: RunConfig, run_dir: Path) -> None:
+    """Set the learning rate, the exported checkpoint and the evaluation interval that a run began with by default.
+
+    Prints a line if the evaluation interval changes by that.
+    """
+    keep_rate_of_run(composed.config, earlier_config)
+    _keep_exported_checkpoint(composed, earlier_config)
+    if _keep_evaluation_interval(composed, earlier_config):
+        interval = DifferingSetting(EVERY_STEPS, value_in_run_dir=0, value_in_command=AUTO)
+        print(f"{run_dir}: keeps the defaults that it began with: {interval}", file=sys.stderr)
+
+
+def _join_differences(differing: list[DifferingSetting]) -> str:
+    """All differing settings in one line, for messages."""
+    return "; ".join(str(difference) for difference in differing)
+
+
+def _different_run_message(run_dir: Path, differing: list[DifferingSetting]) -> str:
+    """The error message for a command whose directory holds another run: one problem of several lines."""
+    refusal = (
+        f"run.dir={run_dir}: already holds a run with different settings; use another run.dir (to start from its "
+        f"state: run.resume={run_dir}/checkpoints/<step>), or change these back:"
+    )
+    lines = [refusal, *(str(difference) for difference in differing[:SHOWN_DIFFERENCES])]
+    if len(differing) > SHOWN_DIFFERENCES:
+        lines.append(f"and {len(differing) - SHOWN_DIFFERENCES} more")
+    return "\n    ".join(lines)
+
+
+def _keep_own_choices(config: RunConfig, earlier_config: RunConfig) -> None:
+    """Give `config` the micro-batch and the strategy that the run chose itself, since they are chosen once."""
+    if MICRO_BATCH_KEY in earlier_config.substitutions:
+        config.batch["micro"] = earlier_config.batch["micro"]
+        config.substitutions[MICRO_BATCH_KEY] = earlier_config.substitutions[MICRO_BATCH_KEY]
+    if STRATEGY_KEY in earlier_config.substitutions:
+        config.strategy = earlier_config.strategy
+        config.substitutions[STRATEGY_KEY] = earlier_config.substitutions[STRATEGY_KEY]
+
+
+def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
+    """Give `composed.config` the defaults that the run in `run_dir` began with, if shardtune's defaults have changed since.
+
+    For ranks that compose the run themselves, under torchrun: rank 0 does the same when it writes the run's `config.yaml`, and
+    all ranks must train the same. Writes no file. Raises ConfigError if the `config.yaml` cannot be read.
+    """
+    path = run_dir / "config.yaml"
+    has_checkpoint = bool(checkpoints_in(checkpoint_dirs_of(run_dir, composed.config.checkpoint.fallback_dir)))
+    if not path.exists() or not (has_checkpoint or is_finished(run_dir)):
+        return
+    earlier_config = load_frozen(path)
+    keep_rate_of_run(composed.config, earlier_config)
+    _keep_exported_checkpoint(composed, earlier_config)
+    _keep_evaluation_interval(composed, earlier_config)
+    differing = differing_settings(composed.config, earlier_config)
+    if differing and _only_defaults_changed(composed, differing, earlier_config, path):
+        _copy_identifying_settings(composed.config, earlier_config)
+    if not differing:
+        _keep_control_tokens(composed.config, earlier_config)
+
+
+def keep_rate_of_checkpoint(config: RunConfig) -> None:
+    """Give a run that starts from a checkpoint (`run.resume=<directory>`) the rate of that run, if neither was set by hand."""
+    if config.run.resume in ("auto", "never"):
+        return
+    checkpoint = Path(config.run.resume).expanduser().absolute()
+    # The run is two levels above <run>/checkpoints/step-000005, or three above <run>/checkpoints/given-up-1/step-000005.
+    for run_dir in list(checkpoint.parents)[1:3]:
+        if (run_dir / "config.yaml").is_file():
+            with suppress(ConfigError):  # what is wrong with the file is said when the checkpoint is read
+                keep_rate_of_run(config, load_frozen(run_dir / "config.yaml"))
+            return
+
+
+def _only_defaults_changed(
+    composed: Composed, differing: list[DifferingSetting], earlier_config: RunConfig, path: Path
+) -> bool:
+    """Whether settings differ only because shardtune changed a default since `earlier_config`, which is frozen at `path`.
+
+    So it is if the run began with the same overrides, and nothing else decides the settings that differ. False therefore if:
+
+    - the overrides differ;
+    - they use a variable of the environment (`${oc.env:NAME}`) or a settings file, whose content may have changed;
+    - `earlier_config` names a file, address or code outside of the run that this user never typed;
+    - this machine chose one of the settings that differ.
+    """
+    overrides = _identifying_overrides(composed.overrides)
+    if not has_same_overrides(composed.overrides, path):
+        return False
+    has_interpolation = any("${" in override for override in overrides)
+    if has_interpolation or user_files_may_apply(overrides):
+        return False
+    if _adds_outside_values(earlier_config, composed.config):
+        return False
+    chosen_by_machine = {*composed.config.substitutions, *earlier_config.substitutions}
+    return not any(difference.key in chosen_by_machine for difference in differing)
+
+
+def _adds_outside_values(earlier_config: RunConfig, config: RunConfig) -> bool:
+    """Whether `earlier_config` holds a file, address or code outside of the run that this user never typed.
+
+    Only settings that would be copied to `config` count. The overrides in the head of a `config.yaml` do not prove that this user
+    typed a value, because whoever wrote the directory wrote them as well.
+    """
+    from launch.config.outside_values import outside_values
+
+    values_of_command = outside_values(config)
+    for value in outside_values(earlier_config):
+        is_copied = any(key.partition(".")[0] not in GROUPS_WITHOUT_EFFECT_ON_RESULT for key in value.settings)
+        if is_copied and value not in values_of_command and not is_remembered(value.identity):
+            return True
+    return False
+
+
+def has_same_overrides(overrides: list[str], path: Path) -> bool:
+    """Whether the `config.yaml` at `path` was composed from the same overrides, apart from those that decide no result."""
+    return _identifying_overrides(overrides) == _identifying_overrides(_recorded_overrides(path))
+
+
+def _copy_identifying_settings(config: RunConfig, earlier_config: RunConfig) -> None:
+    """Copy all settings that decide a run's result, and the notes on what that run chose itself, to `config`."""
+    exported_checkpoint = config.export.checkpoint
+    for group in fields(RunConfig):
+        if group.name not in (*GROUPS_WITHOUT_EFFECT_ON_RESULT, "run"):
+            setattr(config, group.name, getattr(earlier_config, group.name))
+    config.export = replace(earlier_config.export, checkpoint=exported_checkpoint)
+    config.run.seed = earlier_config.run.seed
+    for key in (MICRO_BATCH_KEY, STRATEGY_KEY):
+        if key in earlier_config.substitutions:
+            config.substitutions[key] = earlier_config.substitutions[key]
+
+
+def _identifying_overrides(overrides: list[str]) -> set[str]:
+    """The overrides that decide a run's result.
+
+    Left out: groups of `GROUPS_WITHOUT_EFFECT_ON_RESULT`, `export.checkpoint`, and `run.*` except for `run.seed`.
+    """
+    identifying = set()
+    for override in overrides:
+        key = _key_of_override(override)
+        group = key.partition(".")[0]
+        is_identifying = group not in (*GROUPS_WITHOUT_EFFECT_ON_RESULT, "run") and key != EXPORTED_CHECKPOINT_KEY
+        if is_identifying or key == "run.seed":
+            identifying.add(override)
+    return identifying
+
+
+def _key_of_override(override: str) -> str:
+    """The setting or group that an override of the command line names."""
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _recorded_overrides(path: Path) -> list[str]:
+    """The overrides that are recorded in the head of a `config.yaml`; empty if there are none.
+
+    The head has them as JSON strings with blanks between them: `# overrides: "optim.lr=1e-4" "data.path=my data"`.
+    """
+    match = RECORDED_OVERRIDES_REGEX.search(settings_file.read_text(path))
+    if match is None:
+        return []
+    decoder = json.JSONDecoder()
+    json_overrides = match[1]
+    overrides = []
+    start = 0
+    while start < len(json_overrides):
+        override, end = decoder.raw_decode(json_overrides, start)
+        overrides.append(str(override))
+        start = end + 1
+    return overrides
+
+
+def _keep_template_date(config: RunConfig, earlier_config: RunConfig, run_dir: Path, *, has_progress: bool) -> None:
+    """Give `config` the date that the chat template took for today at the first start of the run, on which prepared data depends.
+
+    A run of an earlier version has not recorded it. If that run has progress, its date is the day of its oldest file, and is no
+    part of the fingerprint of its data.
+    """
+    if TEMPLATE_DATE_KEY in earlier_config.substitutions:
+        config.substitutions[TEMPLATE_DATE_KEY] = earlier_config.substitutions[TEMPLATE_DATE_KEY]
+    elif has_progress:
+        oldest_s = time.time()  # seconds since 1970
+        for file in run_dir.rglob("*"):
+            with suppress(OSError):  # removed meanwhile
+                oldest_s = min(oldest_s, file.stat().st_mtime)
+        template_date = TemplateDate(date.fromtimestamp(oldest_s), in_fingerprint=False)
+        config.substitutions[TEMPLATE_DATE_KEY] = str(template_date)
+
+
+def _keep_matmul(config: RunConfig, earlier_config: RunConfig) -> None:
+    """Give `config` the library of float32 products that the run began with, unless the overrides name one."""
+    library = settled_matmul(earlier_config)
+    if config.run.matmul is not Matmul.auto or library is Matmul.auto:
+        return
+    recorded = earlier_config.resolution(MATMUL_KEY)
+    config.substitutions[MATMUL_KEY] = recorded or Resolution(MATMUL_KEY, AUTO, str(library), "as this run began")
+
+
+def _keep_control_tokens(config: RunConfig, earlier_config: RunConfig) -> None:
+    """Give `config` the way in which control tokens in texts were read when the run began, if `config` leaves it at `auto`.
+
+    Prepared data depends on it, and `auto` may mean something else in this version.
+    """
+    if config.data.control_tokens is ControlTokens.auto:
+        config.data.control_tokens = earlier_config.data.control_tokens
+
+
+def _keep_exported_checkpoint(composed: Composed, earlier_config: RunConfig) -> None:
+    """Give `composed.config` the choice of the exported checkpoint that the run began with, unless the user has set it.
+
+    So a run of a version without the setting still exports its last checkpoint.
+    """
+    if composed.config.export.checkpoint is ExportedCheckpoint.auto and not _is_set_by_user(
+        EXPORTED_CHECKPOINT_KEY, composed
+    ):
+        composed.config.export.checkpoint = earlier_config.export.checkpoint
+
+
+def _keep_evaluation_interval(composed: Composed, earlier_config: RunConfig) -> bool:
+    """Set `evaluation.every_steps` to 0 if the run began with 0 and this command leaves it at `auto`; returns whether it was set.
+
+    0 (evaluated only at the start and the end) was the default of earlier versions. Not done if the user has set `auto`
+    explicitly.
+    """
+    evaluation = composed.config.evaluation
+    default_has_changed = evaluation.every_steps == AUTO and earlier_config.evaluation.every_steps == 0
+    if not default_has_changed or _is_set_by_user(EVERY_STEPS, composed):
+        return False
+    evaluation.every_steps = 0
+    return True
+
+
+def _is_set_by_user(key: str, composed: Composed) -> bool:
+    """Whether the overrides of the command set this setting."""
+    return any(_key_of_override(override) == key for override in composed.overrides)
