@@ -112,7 +112,7 @@ def losses(directory: Path, base: Path, export: Path | None) -> tuple[float, flo
     for name in ("notes", "general"):
         path = str(directory / f"{name}-held-out.jsonl")
         config = DataConfig(path=path, max_length=LONGEST, cache_dir=str(directory / "cache"))
-        data = Preparation(config, tokenizer, SftDataSpec(), seed=0).open_or_make().train
+        data = Preparation(config, tokenizer, SftDataSpec(), seed=0).open_or_prepare().train
         total = 0.0
         for number in range(len(data)):
             sample = data.sample(number)

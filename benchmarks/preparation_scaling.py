@@ -86,7 +86,7 @@ def prepare_here(data: Path, cache: Path, workers: int) -> None:
     prepare.choose_splits = meter.wrapped("choose", prepare.choose_splits)
     tokenizer = AutoTokenizer.from_pretrained(make_inputs(WORK / "input-20000", 20_000).parent / "plain")
     with meter("all"):
-        prepared = prepare.Preparation(config, tokenizer, SftDataSpec(), seed=1).open_or_make()
+        prepared = prepare.Preparation(config, tokenizer, SftDataSpec(), seed=1).open_or_prepare()
     train = prepared.train
     near = prepared.report["duplicates"]["near"]
     meter.report(

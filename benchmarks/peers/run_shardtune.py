@@ -1,4 +1,4 @@
-"""shardtune's own preparation, as `shardtune prepare` runs it: `Preparation.open_or_make`, then the packing plan."""
+"""shardtune's own preparation, as `shardtune prepare` runs it: `Preparation.open_or_prepare`, then the packing plan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main() -> None:
     meter = Meter()
     with meter("all"):
         with meter("prepare"):
-            prepared = Preparation(config, tokenizer, SftDataSpec(), seed=1).open_or_make()
+            prepared = Preparation(config, tokenizer, SftDataSpec(), seed=1).open_or_prepare()
         with meter("pack"):
             packs = best_fit_decreasing(prepared.train.lengths, args.length)
     made = {}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
 from trainer.data.config import BalanceBy, BalanceConfig, BalanceTarget
-from trainer.data.selection.balance import problems, resample
+from trainer.data.selection.balance import balance_problems, resample
 
 LABEL = BalanceBy.label
 
@@ -158,7 +158,7 @@ def test_balance_draw_never_changes_between_versions():
     ],
 )
 def test_balance_settings_that_cannot_be_met_are_refused(settings, message):
-    if found := [*problems(BalanceConfig(by=LABEL, **settings))]:  # before any document is read
+    if found := [*balance_problems(BalanceConfig(by=LABEL, **settings))]:  # before any document is read
         assert re.search(message, "\n".join(found))
         return
     with pytest.raises(ConfigError, match=message):

@@ -7,7 +7,7 @@ from tests.helpers.covering import examples
 from trainer.data.config import ChecksConfig, DataConfig
 from trainer.data.document import Document, Tally
 from trainer.data.selection.signatures import content_json
-from trainer.data.sources import problems
+from trainer.data.sources import data_problems
 from trainer.data.transforms.checks import CHECK_KINDS, MIN_REPEATED_CHARACTERS, Checks
 
 LONG = "a sentence that is long enough to count as said twice"
@@ -171,5 +171,5 @@ def test_checks_leave_any_conversation_as_it_is_and_note_known_kinds(said):
 
 
 def test_checks_kind_that_does_not_exist_is_a_problem():
-    (line,) = problems(DataConfig(path="x", checks=ChecksConfig(quarantine=["empty_text", "empty_texts"])))
+    (line,) = data_problems(DataConfig(path="x", checks=ChecksConfig(quarantine=["empty_text", "empty_texts"])))
     assert "'empty_texts'" in line and "encoding_damage" in line

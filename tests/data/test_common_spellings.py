@@ -21,7 +21,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2145\nsize
 def prepare(tmp_path, rows, objective):
     write_jsonl(tmp_path / "train.jsonl", rows)
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"))
-    return Preparation(config, tiny_tokenizer(), data_spec_of(objective), seed=1).open_or_make()
+    return Preparation(config, tiny_tokenizer(), data_spec_of(objective), seed=1).open_or_prepare()
 
 
 def rated(*labels, column="label"):
@@ -96,7 +96,7 @@ def test_git_lfs_pointers_of_data_are_named(tmp_path, name):
     with pytest.raises(
         DataError, match=rf"{name}: is a pointer that git-lfs left .* run `git lfs pull` in its directory"
     ):
-        Preparation(config, tiny_tokenizer(), data_spec_of(SftConfig()), seed=1).open_or_make()
+        Preparation(config, tiny_tokenizer(), data_spec_of(SftConfig()), seed=1).open_or_prepare()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"])

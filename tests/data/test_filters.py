@@ -107,7 +107,7 @@ def test_filters_take_code_out_by_its_fences():
     ],
 )
 def test_filters_refuse_unusable_settings(config, message):
-    (line,) = filters.problems(config)
+    (line,) = filters.filter_problems(config)
     assert re.search(message, line)
 
 

@@ -74,7 +74,7 @@ def test_pseudonyms_are_others_with_another_key(tmp_path, monkeypatch):
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=privacy)
 
     def prepared(settings):
-        made = Preparation(settings, tiny_tokenizer(), DataSpec(), seed=1).open_or_make()
+        made = Preparation(settings, tiny_tokenizer(), DataSpec(), seed=1).open_or_prepare()
         return made.directory, made.report["cached"], tiny_tokenizer().decode(made.train.sample(0).input_ids)
 
     seen = []
@@ -96,7 +96,7 @@ def test_summary_says_what_became_of_personal_data(tmp_path, mode, verb):
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "write to ann@example.com", "completion": "I will do that."}])
     privacy = PrivacyConfig(mode=PrivacyMode(mode))
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=privacy)
-    report = Preparation(config, tiny_tokenizer(), DataSpec(), seed=1).open_or_make().report
+    report = Preparation(config, tiny_tokenizer(), DataSpec(), seed=1).open_or_prepare().report
     assert f"{verb}, privacy: EMAIL: 1" in summary_text(report)
 
 

@@ -41,7 +41,7 @@ def prepared(tmp_path, *, seed=1, **settings):
             **settings,
         }
     )
-    return Preparation(config, tiny_tokenizer(), DataSpec(), seed=seed).open_or_make()
+    return Preparation(config, tiny_tokenizer(), DataSpec(), seed=seed).open_or_prepare()
 
 
 def groups_of(data, split: str) -> Counter:

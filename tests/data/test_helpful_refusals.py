@@ -23,7 +23,7 @@ def refusal(tmp_path, content, name="train.jsonl", **settings):
         path.write_text(content)
     config = DataConfig(path=str(path), cache_dir=str(tmp_path / "cache"), **settings)
     with pytest.raises(DataError) as caught:
-        Preparation(config, tiny_tokenizer(), data_spec_of(SftConfig()), seed=1).open_or_make()
+        Preparation(config, tiny_tokenizer(), data_spec_of(SftConfig()), seed=1).open_or_prepare()
     return str(caught.value)
 
 
@@ -45,7 +45,7 @@ def test_refusal_suggests_columns_that_work(tmp_path, row, columns):
     said = ",".join(f"{expected}:{name}" for expected, name in columns.items())
     assert f"fit no format; try data.columns='{{{said}}}'" in refusal(tmp_path, [row])
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), columns=columns)
-    made = Preparation(config, tiny_tokenizer(), data_spec_of(SftConfig()), seed=1).open_or_make()
+    made = Preparation(config, tiny_tokenizer(), data_spec_of(SftConfig()), seed=1).open_or_prepare()
     assert len(made.train) == 1
 
 

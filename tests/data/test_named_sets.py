@@ -25,7 +25,7 @@ def prepared(files, eval_path, **settings):
     config = DataConfig(
         path=str(files / "train.jsonl"), cache_dir=str(files / "cache"), eval_path=eval_path, **settings
     )
-    return Preparation(config, tiny_tokenizer(), DataSpec(), seed=0).open_or_make()
+    return Preparation(config, tiny_tokenizer(), DataSpec(), seed=0).open_or_prepare()
 
 
 def test_named_eval_sets_are_one_split_with_the_leakage_of_each(files):

@@ -27,7 +27,7 @@ def preparation(tmp_path, *, objective=DpoConfig, **settings):
 
 
 def prepared(tmp_path, **settings):
-    return preparation(tmp_path, **settings).open_or_make()
+    return preparation(tmp_path, **settings).open_or_prepare()
 
 
 def dropped(made):
@@ -55,7 +55,7 @@ def test_pairs_or_single_answers_of_the_objective_are_in_the_fingerprint(tmp_pat
     write_pairs(tmp_path / "train.jsonl", NUM)
     pairs, single = preparation(tmp_path), preparation(tmp_path, objective=SftConfig)
     assert pairs.fingerprint != single.fingerprint
-    learned = single.open_or_make().train
+    learned = single.open_or_prepare().train
     assert len(learned) == NUM
     tokenizer, sample = tiny_tokenizer(), learned.sample(0)
     assert tokenizer.decode(sample.input_ids[sample.supervised]) == pair_rows(1)[0]["chosen"] + "<|im_end|>"
@@ -180,4 +180,4 @@ def test_pairs_objective_decides_where_a_row_fits_several_formats(tmp_path):
     )
     assert len(prepared(tmp_path).train) == 2
     with pytest.raises(DataError, match=r"several formats; choose with data\.format=messages\|preference"):
-        preparation(tmp_path, objective=SftConfig).open_or_make()
+        preparation(tmp_path, objective=SftConfig).open_or_prepare()

@@ -46,7 +46,7 @@ def preparation(config, tokenizer=None, data_spec=None, **options):
 
 
 def run(config, tokenizer=None, data_spec=None, **options):
-    return preparation(config, tokenizer, data_spec, **options).open_or_make()
+    return preparation(config, tokenizer, data_spec, **options).open_or_prepare()
 
 
 @pytest.fixture

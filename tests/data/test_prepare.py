@@ -38,7 +38,7 @@ def config(tmp_path, **settings):
 
 def run(settings, tokenizer=None, data_spec=None, **options):
     options = {"seed": 1, **options}
-    return Preparation(settings, tokenizer or tiny_tokenizer(), data_spec or DataSpec(), **options).open_or_make()
+    return Preparation(settings, tokenizer or tiny_tokenizer(), data_spec or DataSpec(), **options).open_or_prepare()
 
 
 def seen(prepared, kind, reason):
@@ -319,13 +319,13 @@ def test_prepare_does_not_keep_a_file_that_changes_meanwhile_under_its_old_diges
     write_chat_data(tmp_path / "train.jsonl", 4)
     whole, part = begun(), begun()
     write_chat_data(tmp_path / "train.jsonl", 6)
-    for made in (whole.open_or_make, lambda: part.make_shard(0, 1)):
+    for made in (whole.open_or_prepare, lambda: part.make_shard(0, 1)):
         with pytest.raises(DataError, match=r"train\.jsonl: changed while it was prepared"):
             made()
     assert cache.Shards.find_complete(part.directory) is None
-    assert len(begun().open_or_make().train) == 6
+    assert len(begun().open_or_prepare().train) == 6
     write_chat_data(tmp_path / "train.jsonl", 4)
-    assert len(begun().open_or_make().train) == 4
+    assert len(begun().open_or_prepare().train) == 4
 
 
 def test_prepare_shard_that_two_tasks_write_is_complete(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ from trainer.data.transforms.privacy.stage import (
     mask,
     normalise,
     privacy_coverage,
-    problems,
+    privacy_problems,
     refuse_findings,
     resolve_overlaps,
 )
@@ -408,7 +408,7 @@ def test_privacy_report_says_which_types_were_not_searched_for_and_why(tmp_path)
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "I am Jane Doe, jane@example.com", "completion": "Hello Jane."}])
     settings = PrivacyConfig(mode=PrivacyMode.redact, preset=PrivacyPreset.hipaa, regions=["US"])
     data = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), privacy=settings)
-    prepared = Preparation(data, tiny_tokenizer(), DataSpec(), seed=1).open_or_make()
+    prepared = Preparation(data, tiny_tokenizer(), DataSpec(), seed=1).open_or_prepare()
     told = json.loads((prepared.directory / "audit.json").read_text())["privacy"]
     assert set(told["looked_for"]) | set(told["not_looked_for"]) == set(TYPES)
     assert "EMAIL" in told["looked_for"] and "DATE" in told["looked_for"]
@@ -445,7 +445,7 @@ def test_privacy_type_that_is_asked_for_is_searched_for_or_named():
     ],
 )
 def test_privacy_settings_that_cannot_be_used_are_named(settings, message):
-    (wrong,) = problems(config(**settings))
+    (wrong,) = privacy_problems(config(**settings))
     assert message in wrong and wrong.startswith("data.privacy.")
     with pytest.raises(ConfigError, match=re.escape(wrong)):  # also where no verb has looked at the settings
         Preparation(DataConfig(path="x.jsonl", privacy=config(**settings)), None, DataSpec(), seed=1)
@@ -456,7 +456,7 @@ def test_privacy_settings_fit_structured_configs_and_the_default_changes_nothing
 
     plain = OmegaConf.structured(PrivacyConfig)
     assert plain.mode == PrivacyMode.report
-    assert not [*problems(PrivacyConfig())]
+    assert not [*privacy_problems(PrivacyConfig())]
 
 
 def test_presidio_adds_names_without_a_network(caplog, monkeypatch):

@@ -39,7 +39,7 @@ def test_preparation_progress_shows_rows_done_of_how_many_and_their_rate(tmp_pat
         return False
 
     made = preparation(tmp_path, print_line=print_line, stop=wait)
-    made.open_or_make()
+    made.open_or_prepare()
     of_rows = [line for line in lines if " rows," in line]
     done, total, rate = re.search(r"([\d,]+) of about ([\d,]+) rows, ([\d,]+) rows/s, \d+ s$", of_rows[-1]).groups()
     assert int(done.replace(",", "")) in (512, 1024, 1536, 2000) and rate
@@ -47,7 +47,7 @@ def test_preparation_progress_shows_rows_done_of_how_many_and_their_rate(tmp_pat
 
 
 def test_preparation_progress_is_silent_when_short(tmp_path, capfd):
-    preparation(tmp_path, 8).open_or_make()
+    preparation(tmp_path, 8).open_or_prepare()
     assert "preparing data" not in "".join(capfd.readouterr())
 
 
@@ -74,7 +74,7 @@ def test_preparation_progress_says_when_it_waits_for_another_process(tmp_path, m
 
     monkeypatch.setattr(prepare, "build_once", lambda *_, **__: waits.wait(60) or True)
     with pytest.raises(Exception, match=r"manifest\.json"):  # the other process never came to an end
-        preparation(tmp_path, 8, print_line=print_line).open_or_make()
+        preparation(tmp_path, 8, print_line=print_line).open_or_prepare()
     assert "preparing data: waiting for another process that prepares the same data" in lines[-1]
 
 

@@ -24,7 +24,7 @@ LLAMA2_TEXT = "<s>[INST] q{n} [/INST] a{n} </s>"
 def prepare(tmp_path, rows, template=make.CHATML, **settings):
     write_jsonl(tmp_path / "train.jsonl", rows)
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), **settings)
-    return Preparation(config, tiny_tokenizer(template, adds_bos=True), DataSpec(), seed=1).open_or_make()
+    return Preparation(config, tiny_tokenizer(template, adds_bos=True), DataSpec(), seed=1).open_or_prepare()
 
 
 def texts(template, num=8):

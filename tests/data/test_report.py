@@ -61,7 +61,7 @@ def prepare(tmp_path, rows=None, *, tokenizer=None, data_spec=None, **settings):
     if rows is not None:
         settings["path"] = str(write_jsonl(tmp_path / "train.jsonl", rows))
     config = DataConfig(cache_dir=str(tmp_path / "cache"), **settings)
-    made = Preparation(config, tokenizer or tiny_tokenizer(), data_spec or DataSpec(), seed=1).open_or_make()
+    made = Preparation(config, tokenizer or tiny_tokenizer(), data_spec or DataSpec(), seed=1).open_or_prepare()
     return made, Audit.read(made.directory)
 
 

@@ -33,7 +33,7 @@ def talk(question, answer, *, system=None):
 def prepare(tmp_path, rows, tokenizer=None, data_spec=None, **settings):
     write_jsonl(tmp_path / "train.jsonl", rows)
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), **settings)
-    return Preparation(config, tokenizer or tiny_tokenizer(), data_spec or DataSpec(), seed=1).open_or_make()
+    return Preparation(config, tokenizer or tiny_tokenizer(), data_spec or DataSpec(), seed=1).open_or_prepare()
 
 
 def quarantined(made):
@@ -278,7 +278,7 @@ def test_lost_document_that_an_objective_cannot_read_loses_no_other(tmp_path):
     rows = [{"messages": longer}, *(talk(f"q{n}", "a") for n in range(3))]
     write_jsonl(tmp_path / "train.jsonl", rows)
     config = DataConfig(path=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"), max_bad_share=0.25)
-    made = Preparation(config, tiny_tokenizer(), TwoSidedDataSpec(prefix="", max_target=64), seed=1).open_or_make()
+    made = Preparation(config, tiny_tokenizer(), TwoSidedDataSpec(prefix="", max_target=64), seed=1).open_or_prepare()
     (row,) = [json.loads(line) for line in (made.directory / "quarantine.jsonl").open()]
     assert (
         row["reason"] == "not_two_sided"

@@ -61,25 +61,25 @@ def room(monkeypatch):
 @pytest.mark.parametrize("kind", ["", ".xz", "parquet", *([".gz", ".bz2", "arrow"] if EVERYTHING else [])])
 def test_space_estimate_is_what_is_written(tmp_path, room, kind):
     path = written_as(tmp_path, kind)
-    data = preparation(path).open_or_make()
+    data = preparation(path).open_or_prepare()
     written = sum((data.directory / name).stat().st_size for name in STORE)
     shutil.rmtree(tmp_path / "cache")
     room(int(0.8 * written))
     with pytest.raises(
         StorageError, match=r"data\.cache_dir=.* GiB will be written, and .* GiB are free .*data\.max_documents"
     ):
-        preparation(path).open_or_make()
+        preparation(path).open_or_prepare()
     assert not list((tmp_path / "cache").rglob("tokens.bin")), "nothing was begun"
     room(int(1.2 * written))
-    assert len(preparation(path).open_or_make().train) == len(data.train)
+    assert len(preparation(path).open_or_prepare().train) == len(data.train)
 
 
 def test_space_estimate_is_less_for_fewer_documents_and_shards(tmp_path, room):
     path = written_as(tmp_path, "")
-    data = preparation(path).open_or_make()
+    data = preparation(path).open_or_prepare()
     written = sum((data.directory / name).stat().st_size for name in STORE)
     room(int(0.3 * written))
-    preparation(path, max_documents=len(ROWS) // 5, max_length=99).open_or_make()
+    preparation(path, max_documents=len(ROWS) // 5, max_length=99).open_or_prepare()
     other = preparation(path, max_length=98)
     with pytest.raises(StorageError, match="will be written by this shard"):
         other.make_shard(0, 2)
@@ -98,19 +98,19 @@ def test_space_estimate_counts_the_files_of_the_search_for_near_copies(tmp_path,
         return make_file(shape, dtype, directory)
 
     monkeypatch.setattr(bands, "_new_file", measured)
-    data = preparation(path, **searching).open_or_make()
+    data = preparation(path, **searching).open_or_prepare()
     written = sum((data.directory / name).stat().st_size for name in STORE)
     shutil.rmtree(tmp_path / "cache")
     assert sum(sizes) > 0.15 * written, "enough to tell"
     room(int(1.05 * written))
     with pytest.raises(StorageError, match="GiB will be written"):
-        preparation(path, **searching).open_or_make()
+        preparation(path, **searching).open_or_prepare()
 
 
 def test_space_is_not_measured_where_there_is_plenty(tmp_path, monkeypatch):
     path = written_as(tmp_path, "")
     monkeypatch.setattr(sources, "_measure_first_block", lambda *_: pytest.fail("measured"))
-    assert len(preparation(path, max_documents=10).open_or_make().train)
+    assert len(preparation(path, max_documents=10).open_or_prepare().train)
 
 
 def test_space_estimate_of_a_large_file_is_judged_by_its_start(tmp_path):

@@ -17,7 +17,7 @@ from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.data.config import DataConfig, SourceConfig
 from trainer.data.prepare import open_prepared
 from trainer.data.read.origin import Origin
-from trainer.data.sources import problems
+from trainer.data.sources import data_problems
 
 CALLS = """
 import json, sys
@@ -129,5 +129,5 @@ def test_streaming_that_breaks_off_is_an_error_and_no_end(monkeypatch):
     ],
 )
 def test_streaming_needs_hub_data_sets_named_at_a_commit(settings, said):
-    found = [problem for problem in problems(DataConfig(streaming=True, **settings)) if "streaming" in problem]
+    found = [problem for problem in data_problems(DataConfig(streaming=True, **settings)) if "streaming" in problem]
     assert (said in found[0] and len(found) == 1) if said else not found

@@ -96,32 +96,32 @@ def test_template_date_is_that_of_a_clock_that_stands_still(template, written):
 
 def test_template_date_of_the_first_preparation_decides_and_is_in_the_fingerprint(tmp_path, another_day, monkeypatch):
     first = preparation(tmp_path, choose_date=keep_or_first_date(TemplateDate(CHRISTMAS)))
-    made = first.open_or_make()
+    made = first.open_or_prepare()
     assert "25 Dec 2025" in text_of(made) and made.date == TemplateDate(CHRISTMAS)
     assert "the chat template writes 2025-12-25 for today" in summary_text(made.report)
 
     here = preparation(tmp_path)
-    assert here.fingerprint != first.fingerprint and "03 Jan 2026" in text_of(here.open_or_make())
+    assert here.fingerprint != first.fingerprint and "03 Jan 2026" in text_of(here.open_or_prepare())
     monkeypatch.undo()  # the next day, in the same cache
     assert preparation(tmp_path).fingerprint == here.fingerprint
-    again = preparation(tmp_path).open_or_make()
+    again = preparation(tmp_path).open_or_prepare()
     assert again.report["cached"] and again.date == TemplateDate(date(2026, 1, 3))
     shutil.rmtree(again.directory)  # of a cache that was cleaned: made again, the same
-    assert "03 Jan 2026" in text_of(preparation(tmp_path).open_or_make())
+    assert "03 Jan 2026" in text_of(preparation(tmp_path).open_or_prepare())
 
 
 def test_template_date_is_none_for_a_template_without_a_clock(tmp_path):
     plain = preparation(tmp_path, make.CHATML, choose_date=lambda first: pytest.fail("nobody asks for a date"))
     assert plain.date is None and not (tmp_path / "cache" / "dates").exists()
-    assert "today" not in summary_text(plain.open_or_make().report)
+    assert "today" not in summary_text(plain.open_or_prepare().report)
 
 
 def test_template_date_leaves_data_prepared_by_an_earlier_version_usable(tmp_path, another_day):
     undated = preparation(tmp_path, choose_date=keep_or_first_date(TemplateDate(CHRISTMAS, in_fingerprint=False)))
-    before = undated.open_or_make()
+    before = undated.open_or_prepare()
     known = preparation(tmp_path)
     assert known.fingerprint == undated.fingerprint, "its entry has the fingerprint without a date"
-    assert known.open_or_make().report["cached"] and not known.date.in_fingerprint
+    assert known.open_or_prepare().report["cached"] and not known.date.in_fingerprint
     shutil.rmtree(before.directory)
     assert preparation(tmp_path).fingerprint != undated.fingerprint, "what is prepared anew is dated"
 

@@ -131,7 +131,7 @@ def test_turn_weights_stay_with_their_tokens_when_cut(policy, expected):
 
 def test_turn_weights_and_their_sums_are_stored(tmp_path):
     rows = weighted_rows(20)
-    prepared = prepare(tmp_path, rows).open_or_make()
+    prepared = prepare(tmp_path, rows).open_or_prepare()
     train = prepared.train
     for number, row in enumerate(rows):
         sample = train.sample(number)
@@ -163,7 +163,7 @@ def test_turn_weights_of_one_leave_the_data_the_same_byte_for_byte(tmp_path):
         {"messages": [{**t, "weight": 1, "loss_weight": 1.0} if t["role"] == "assistant" else t for t in r["messages"]]}
         for r in plain
     ]
-    made = [prepare(tmp_path, rows, cache=f"cache-{n}").open_or_make() for n, rows in enumerate((plain, ones))]
+    made = [prepare(tmp_path, rows, cache=f"cache-{n}").open_or_prepare() for n, rows in enumerate((plain, ones))]
     for name in ("tokens.bin", "supervised.bin", "offsets.npy", "train/index.npy"):
         first, second = ((prepared.directory / name).read_bytes() for prepared in made)
         assert first == second, name
@@ -185,11 +185,11 @@ def test_turn_weights_make_the_same_store_for_any_workers_and_shards(tmp_path):
     rows = [*chat_rows(1100), *weighted_rows(3)]
     rows[0]["messages"][-1]["weight"] = 0.5
     rows = [*chat_rows(600), *rows[1:], rows[0]]
-    alone = prepare(tmp_path, rows, workers=1).open_or_make()
-    together = prepare(tmp_path, rows, workers=2, cache="workers").open_or_make()
+    alone = prepare(tmp_path, rows, workers=1).open_or_prepare()
+    together = prepare(tmp_path, rows, workers=2, cache="workers").open_or_prepare()
     for number in range(2):
         prepare(tmp_path, rows, cache="shards").make_shard(number, 2)
-    merged = prepare(tmp_path, rows, cache="shards").open_or_make()
+    merged = prepare(tmp_path, rows, cache="shards").open_or_prepare()
     stores = [prepared.directory for prepared in (alone, together, merged)]
     for name in ("weights.bin", "tokens.bin", "supervised.bin"):
         assert len({(store / name).read_bytes() for store in stores}) == 1, name
@@ -205,7 +205,7 @@ def test_turn_weights_make_the_same_store_for_any_workers_and_shards(tmp_path):
 
 
 def test_turn_weights_are_in_a_batch_only_where_one_is_below_1(tmp_path):
-    train = prepare(tmp_path, [*chat_rows(3), *weighted_rows(3)]).open_or_make().train
+    train = prepare(tmp_path, [*chat_rows(3), *weighted_rows(3)]).open_or_prepare().train
     for layout in (Layout.padded, Layout.padding_free):
         collator = Collator(layout, 0)
         assert "target_weights" not in collator([train.sample(n) for n in range(3)])
@@ -232,10 +232,12 @@ def test_objectives_over_whole_answers_refuse_weights(tmp_path):
     ]
     for data_spec, rows, place in ((PairDataSpec(), [pair], 1), (RatedDataSpec(), rated, 2)):
         with pytest.raises(DataError, match=rf"train.jsonl:{place}: a turn has the weight 0.5, .*data.ignore_columns"):
-            prepare(tmp_path, rows, data_spec).open_or_make()
-        prepared = prepare(tmp_path, rows, data_spec, ignore_columns=["weight"]).open_or_make()
+            prepare(tmp_path, rows, data_spec).open_or_prepare()
+        prepared = prepare(tmp_path, rows, data_spec, ignore_columns=["weight"]).open_or_prepare()
         assert prepared.train.weights is None and len(prepared.train) >= 2
-    assert prepare(tmp_path, [pair]).open_or_make().train.counts["loss"].tolist() == [1.0], "two tokens of a half each"
+    assert prepare(tmp_path, [pair]).open_or_prepare().train.counts["loss"].tolist() == [1.0], (
+        "two tokens of a half each"
+    )
 
 
 def test_turn_weight_of_an_encoder_decoder_answer():

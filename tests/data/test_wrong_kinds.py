@@ -45,7 +45,7 @@ CASES = {
 
 def prepare(tmp_path, data_spec, **settings):
     config = DataConfig(cache_dir=str(tmp_path / "cache"), **settings)
-    return Preparation(config, tiny_tokenizer(), data_spec, seed=1).open_or_make()
+    return Preparation(config, tiny_tokenizer(), data_spec, seed=1).open_or_prepare()
 
 
 @pytest.mark.parametrize("case", CASES)

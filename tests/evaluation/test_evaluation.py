@@ -103,7 +103,7 @@ def test_evaluation_of_one_source_has_no_loss_by_source(site):
 def test_every_document_once_and_no_batch_of_two_sources(site, size, batch, limit):
     sources = {name: SourceConfig(path=f"{name}.jsonl") for name in SIZES}
     config = DataConfig(sources=sources, eval_share=0.25, cache_dir="cache")
-    data = Preparation(config, tiny_tokenizer(), DataSpec(), seed=0).open_or_make().evaluation
+    data = Preparation(config, tiny_tokenizer(), DataSpec(), seed=0).open_or_prepare().evaluation
     plans = [list(eval_plan(data, EvalShare(batch, rank, size, limit, by_source=True))) for rank in range(size)]
     assert len({len(plan) for plan in plans}) == 1, "all ranks take the same number of turns"
     held = [numbers for plan in plans for numbers in plan if numbers]

@@ -188,7 +188,7 @@ def prepared(tmp_path, rows, eval_rows=None, **options):
         write_jsonl(tmp_path / "eval.jsonl", eval_rows)
         settings.eval_path = str(tmp_path / "eval.jsonl")
     data_spec = LabelDataSpec(**{"multi_label": True, **options})
-    return Preparation(settings, tiny_tokenizer(None), data_spec, seed=1).open_or_make()
+    return Preparation(settings, tiny_tokenizer(None), data_spec, seed=1).open_or_prepare()
 
 
 def test_several_labels_become_bits(tmp_path):

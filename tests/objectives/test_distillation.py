@@ -269,7 +269,7 @@ def test_distillation_run_and_its_export(tmp_path, monkeypatch):
 
     data_spec = data_spec_of(DistillationConfig())
     data = Preparation(DataConfig(path="eval.jsonl", cache_dir="cache"), tiny_tokenizer(), data_spec, seed=0)
-    held_out, sums = data.open_or_make().train, [0.0, 0.0]
+    held_out, sums = data.open_or_prepare().train, [0.0, 0.0]
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in ("run/export", "qwen3")]
     for number in range(len(held_out)):
         sample = held_out.sample(number)

@@ -128,7 +128,7 @@ def test_mismatched_sequences_are_no_longer_than_the_longest(tmp_path):
 def prepared(tmp_path: Path, rows: list[dict], **changes) -> TokenDataset:
     write_jsonl(tmp_path / "rows.jsonl", rows)
     config = DataConfig(path=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"), **changes)
-    return Preparation(config, tiny_tokenizer(), DATA_SPEC, seed=0).open_or_make().train
+    return Preparation(config, tiny_tokenizer(), DATA_SPEC, seed=0).open_or_prepare().train
 
 
 def learned(data: TokenDataset) -> list[tuple[str, bool]]:
@@ -247,7 +247,7 @@ def test_kto_run_and_its_export(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert {"kl", "desirable_reward", "undesirable_reward", "margin", "accuracy"} <= rows[-2].keys()
     config = DataConfig(path="eval.jsonl", cache_dir="cache")
-    data = Preparation(config, tiny_tokenizer(), DATA_SPEC, seed=0).open_or_make().train
+    data = Preparation(config, tiny_tokenizer(), DATA_SPEC, seed=0).open_or_prepare().train
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("llama"), "run/export").eval()
     own, others = [data.sample(n) for n in range(12)], [mismatched_sample(data, n) for n in range(12)]
     now = [log_probabilities(tuned, samples) for samples in (own, others)]

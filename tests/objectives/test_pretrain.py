@@ -20,7 +20,7 @@ from trainer.objectives.registry import data_spec_of
 def prepared(tmp_path: Path, rows: list[dict], **changes):
     write_jsonl(tmp_path / "rows.jsonl", rows)
     config = DataConfig(path=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"), **changes)
-    return Preparation(config, tiny_tokenizer(), data_spec_of(PretrainConfig()), seed=0).open_or_make().train
+    return Preparation(config, tiny_tokenizer(), data_spec_of(PretrainConfig()), seed=0).open_or_prepare().train
 
 
 def test_every_token_but_the_first_is_learned_and_so_is_the_end(tmp_path):

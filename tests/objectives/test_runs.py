@@ -49,7 +49,7 @@ def train(run: str, *words: str) -> dict[str, float]:
 
 def held_out(site):
     config = DataConfig(path="eval.jsonl", cache_dir="cache")
-    data = Preparation(config, tiny_tokenizer(), data_spec_of(DpoConfig()), seed=0).open_or_make().train
+    data = Preparation(config, tiny_tokenizer(), data_spec_of(DpoConfig()), seed=0).open_or_prepare().train
     return [data.sample(number) for number in range(len(data))]
 
 

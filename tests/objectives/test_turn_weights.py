@@ -52,7 +52,7 @@ def rows(num: int, *, weighted: bool | None) -> list[dict]:
 def prepared(tmp_path, model, made, name="data", **settings):
     write_jsonl(tmp_path / f"{name}.jsonl", made)
     config = DataConfig(path=str(tmp_path / f"{name}.jsonl"), cache_dir=str(tmp_path / name), **settings)
-    return Preparation(config, load_tokenizer(ModelConfig(path=str(model))), SftDataSpec(), seed=1).open_or_make()
+    return Preparation(config, load_tokenizer(ModelConfig(path=str(model))), SftDataSpec(), seed=1).open_or_prepare()
 
 
 class Plain:
@@ -166,7 +166,7 @@ def test_the_loss_of_each_source_is_that_of_transformers(tmp_path, runtime, mode
     made = {"ward": rows(30, weighted=weighted), "web": rows(12, weighted=weighted)}
     sources = {name: SourceConfig(path=str(write_jsonl(tmp_path / f"{name}.jsonl", own))) for name, own in made.items()}
     config = DataConfig(sources=sources, cache_dir=str(tmp_path / "cache"))
-    data = Preparation(config, load_tokenizer(ModelConfig(path=str(model))), SftDataSpec(), seed=1).open_or_make()
+    data = Preparation(config, load_tokenizer(ModelConfig(path=str(model))), SftDataSpec(), seed=1).open_or_prepare()
     settings = run_config(model, "single", "full", micro=4, steps=3, optim=AdamwConfig(lr=0.0))
     trainer, told = trainer_for(settings, data, runtime), Plain(model)
     plans = [trainer.loader.plan(step * GLOBAL_BATCH) for step in range(3)]

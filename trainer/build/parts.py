@@ -102,7 +102,7 @@ def prepare_data(
         stop=stop,
         choose_date=choose_date or keep_or_first_date(settled_template_date(config)),
         print_line=print_line,
-    ).open_or_make()
+    ).open_or_prepare()
     data_spec.check(data.train)
     return data
 

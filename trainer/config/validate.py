@@ -33,7 +33,7 @@ from trainer.config.rounds import problems as round_problems
 from trainer.config.run import AUTO, Device, LauncherName, RunConfig
 from trainer.config.sharding import problems as sharding_problems
 from trainer.data.read.paths import expand_paths, held_out_sets, is_hub_path, is_remote_address
-from trainer.data.sources import problems as data_problems
+from trainer.data.sources import data_problems
 from trainer.model.config import ModelKind, Quantisation, may_be_hub_id
 from trainer.model.rules import missing_package, position_problems, read_config
 from trainer.objectives.registry import family_of, model_problems

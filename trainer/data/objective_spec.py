@@ -61,10 +61,10 @@ class DataSpec:
         """The label of a labelled row as one text. Raises Refusal."""
         return parse_label(value)
 
-    def refuses(self, document: Document) -> tuple[str, str] | None:
-        """(reason, message) if the objective cannot use a document, which then goes to quarantine; None if it can.
+    def refusal_of(self, document: Document) -> tuple[str, str] | None:
+        """(reason, message) why the objective cannot use a document, which then goes to quarantine; None if it can use it.
 
-        The reason is `WRONG_KIND` if it can use no document of this kind, whatever it says.
+        The reason is `WRONG_KIND_REASON` if it can use no document of this kind, whatever it says.
         """
         return None
 
@@ -75,9 +75,9 @@ class DataSpec:
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """(document, its training sequences) for each document; a document of which nothing is left has none.
+        """(document, its training sequences) for each document that is a text to imitate. A document that was dropped has none.
 
-        Drops are counted in `tally`, with their reason. A document may be missing altogether if it is no text to imitate.
+        Every drop is counted in `tally`, with its reason. Answers that are marked as undesirable are dropped and do not appear.
         """
         imitable_documents = [document for document in documents if keep_unless_undesirable(document, tally)]
         for document, sample in encoder.encode(imitable_documents):
@@ -91,8 +91,8 @@ class DataSpec:
         """
         return {"loss": sample.learned_weight()}
 
-    def numbered(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
-        """(label names in the order of their ids, id of each text in `columns.labels`); None without labels."""
+    def number_labels(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
+        """(label names in the order of their ids, id of each text in `columns.labels`); (None, None) without labels."""
         return None, None
 
     # -- when it is prepared ---------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class DataSpec:
 
 
 def keep_unless_undesirable(document: Document, tally: Tally) -> bool:
-    """Whether a document is text to imitate. An answer marked as undesirable is not; it is dropped and counted in `tally`."""
+    """Whether a document is a text to imitate: not if its answer is marked as undesirable. Counts that as a drop in `tally`."""
     if document.desirable is False:
         tally.drop("tokenise", "thumbs_down", document.location)
         return False

@@ -107,9 +107,9 @@ ChooseDate = Callable[[Callable[[], TemplateDate]], TemplateDate]
 """Decides which date the chat template writes, given a function for the date of the first preparation into the cache."""
 
 
-def keep_or_first_date(kept: TemplateDate | None) -> ChooseDate:
-    """A `ChooseDate` that returns `kept`; if that is None, the date of the first preparation into the cache."""
-    return lambda find_first_date: kept or find_first_date()
+def keep_or_first_date(kept_date: TemplateDate | None) -> ChooseDate:
+    """A `ChooseDate` that chooses `kept_date`; if that is None, the date of the first preparation into the cache."""
+    return lambda find_first_date: kept_date or find_first_date()
 
 
 class Preparation:
@@ -145,19 +145,26 @@ class Preparation:
             self._identify(choose_date or keep_or_first_date(None))
 
     def _identify(self, choose_date: ChooseDate) -> None:
-        """Set `fingerprint`, under which the prepared data stands in the cache, `directory`, its place there, and `date`.
+        """Set `inputs`, `digests`, `is_small`, `date`, `fingerprint` and `directory` (the entry of the cache).
 
-        Also sets `inputs`, `digests` and `is_small`. The fingerprint covers the bytes of all inputs, the options, the tokenizer,
-        and the date if the chat template writes the date.
+        The fingerprint covers the bytes of all inputs, the options, the tokenizer, and the date if the chat template writes one.
         `choose_date`: returns the date to use, given a function that looks up when the same data was first prepared.
         """
-        config = self.config
-        self.inputs = find_inputs(config)
-        cache = Path(config.cache_dir).expanduser()
-        self.digests = Digests(cache)
+        cache_dir = Path(self.config.cache_dir).expanduser()
+        self.inputs = find_inputs(self.config)
+        self.digests = Digests(cache_dir)
         self.is_small = sum(source_input.origin.size() for source_input in self.inputs) <= SMALL_INPUT_BYTES
+        # The date comes second: the first date of preparation is recorded under the fingerprint without a date.
+        undated_fingerprint = data_fingerprint(self._input_identities(), self.tokenizer, self._options())
+        self.date: TemplateDate | None = None
+        if self.tokenizer.chat_template and reads_clock(self.tokenizer.get_chat_template()):
+            self.date = choose_date(partial(load_or_record_first_date, cache_dir, undated_fingerprint))
+        self.fingerprint = fingerprint_with_date(undated_fingerprint, self.date)
+        self.directory = cache_dir / self.fingerprint[:32]
 
-        # What the bytes of prepared data depend on beside options and tokenizer.
+    def _input_identities(self) -> list[Any]:
+        """What the bytes of prepared data depend on beside options and tokenizer: all input files, and the key of pseudonyms."""
+        config = self.config
         identities: list[Any] = []
         for source_input in self.inputs:
             identities.append((source_input.split, source_input.source, source_input.origin.identity(self.digests)))
@@ -170,87 +177,83 @@ class Preparation:
             from trainer.data.transforms.privacy.stage import key_identity
 
             identities.append(("key of the pseudonyms", key_identity()))
-
-        # Settled before the date: the first date is remembered under the fingerprint without one.
-        undated_fingerprint = data_fingerprint(identities, self.tokenizer, self._options())
-        self.date: TemplateDate | None = None
-        if self.tokenizer.chat_template and reads_clock(self.tokenizer.get_chat_template()):
-            self.date = choose_date(partial(load_or_record_first_date, cache, undated_fingerprint))
-        self.fingerprint = fingerprint_with_date(undated_fingerprint, self.date)
-        self.directory = cache / self.fingerprint[:32]
+        return identities
 
     def _options(self) -> dict[str, Any]:
-        """Settings that change prepared bytes. They are part of the fingerprint, so a new key here outdates all caches."""
+        """Settings that change prepared bytes. They are part of the fingerprint, so a new key here outdates all caches.
+
+        The seed is None if no setting draws by it.
+        """
         config = self.config
         settings = identifying(asdict(config))
         for key in SETTINGS_NOT_IN_FINGERPRINT:
             del settings[key]
-        uses_seed = config.eval_share or config.test_share or config.balance.by is not BalanceBy.none
+        draws_by_seed = config.eval_share or config.test_share or config.balance.by is not BalanceBy.none
         data_spec_class = type(self.data_spec)
         # Fingerprints keep the class names of earlier versions ("SftReading"): data that these prepared is found again.
         class_name = data_spec_class.__qualname__.replace("DataSpec", "Reading")
         return {
             "version": VERSION,
             "data": settings,
-            "seed": self.seed if uses_seed else None,
+            "seed": self.seed if draws_by_seed else None,
             "reading": {"class": f"{data_spec_class.__module__}.{class_name}", **self.data_spec.identity()},
         }
 
-    def open_or_make(self) -> PreparedData:
-        """The prepared data set: opened, or made by this process, or waited for while another makes it."""
-        with self.progress.printing():
-            return self._open_or_make()
+    def open_or_prepare(self) -> PreparedData:
+        """The prepared data set. It is opened if it is in the cache; else this process prepares it, or waits for one that does.
 
-    def _open_or_make(self) -> PreparedData:
-        """Open the prepared data if it is in the cache; else prepare it, or wait for the process that does.
-
-        The work of `open_or_make`, which prints progress meanwhile.
+        Prints progress meanwhile.
         """
+        with self.progress.printing():
+            return self._open_or_prepare()
+
+    def _open_or_prepare(self) -> PreparedData:
+        """The work of `open_or_prepare`, without the printing of progress."""
         started_at = time.perf_counter()
-        # Make it, unless it is there already.
-        if not (self.directory / MANIFEST_FILE).exists():
+        is_in_cache = (self.directory / MANIFEST_FILE).exists()
+        if not is_in_cache:
             self._refuse_rendered_rows()
         self.progress.phase = "waiting for another process that prepares the same data"
         # Jobs of an array may have done the first pass already.
-        is_prepared = (self.directory / MANIFEST_FILE).exists()
-        shards = None if is_prepared else Shards.find_complete(self.directory)
-        was_made = build_once(self.directory, partial(self.run, shards=shards), raise_if_stopped=self.check_stop)
+        is_in_cache = (self.directory / MANIFEST_FILE).exists()
+        shards = None if is_in_cache else Shards.find_complete(self.directory)
+        has_prepared = build_once(
+            self.directory, partial(self.run, shards=shards), raise_if_stopped=self.raise_if_stopped
+        )
 
-        # Open it. Data that this process has just written need not be compared with its own hashes.
         self.progress.phase = "comparing the prepared data with its hashes"
-        verify = None if was_made else self.config.verify
+        verify = None if has_prepared else self.config.verify  # this process need not check what it has just written
         # All bytes are read once a host; the other processes of the host look at samples.
         if os.environ.get("LOCAL_RANK", "0") != "0" and verify is Verify.all:
             verify = Verify.sampled
         elapsed_s = time.perf_counter() - started_at
-        prepared = open_prepared(self.directory, cached=not was_made, seconds=elapsed_s, verify=verify)
+        prepared = open_prepared(self.directory, cached=not has_prepared, seconds=elapsed_s, verify=verify)
         prepared.date = self.date
         if self.date is not None:
-            prepared.report.setdefault(TEMPLATE_DATE, self.date.day.isoformat())  # an earlier version did not write it
-        if not was_made and _spells_control_tokens(prepared.report):
-            self._refuse_rendered_rows()  # it was prepared when the user had typed data.control_tokens=text
+            # Reports that an earlier version wrote lack it.
+            prepared.report.setdefault(TEMPLATE_DATE, self.date.day.isoformat())
+        if not has_prepared and _spells_control_tokens(prepared.report):
+            self._refuse_rendered_rows()  # it was prepared with data.control_tokens=text, which this user has not set
         return prepared
 
-    def make_shard(self, number: int, count: int) -> None:
-        """Do part `number` of `count` of the first pass, as one job of an array.
+    def make_shard(self, number: int, num_shards: int) -> None:
+        """Write shard `number` of `num_shards`: that part of the first pass, as one job of an array.
 
-        Its blocks are kept until a call of `open_or_make` finds the parts of all jobs. Does nothing if the data is prepared, or
-        another process makes this part.
+        The shard stays in the cache until `open_or_prepare` finds all of them and merges them. Does nothing if the data is
+        prepared or the shard complete; waits if another process writes the shard.
         """
         if (self.directory / MANIFEST_FILE).exists():
             return
         self._refuse_rendered_rows()
         readers = self._readers()
-        with (
-            self.progress.printing(),
-            Shards(self.directory, count).writing_shard(number, self.check_stop) as keep_block,
-        ):
-            if keep_block is None:
+        shards = Shards(self.directory, num_shards)
+        with self.progress.printing(), shards.writing_shard(number, self.raise_if_stopped) as write_block:
+            if write_block is None:  # it is complete
                 return
-            with closing(self._blocks(readers, number, count)) as blocks:
+            with closing(self._blocks(readers, shard=number, num_shards=num_shards)) as blocks:
                 for block in blocks:
-                    self.check_stop()
-                    keep_block(block)
+                    self.raise_if_stopped()
+                    write_block(block)
             self.digests.refuse_changed_files()
 
     @cached_property
@@ -264,36 +267,31 @@ class Preparation:
         return make_row_readers(self.inputs, label=spec.label, preferred=spec.formats, kept=spec.kept)
 
     def _refuse_rendered_rows(self) -> None:
-        """Raise DataError for rows that hold a rendered chat template, unless the user has typed what becomes of it."""
+        """Raise DataError for rows that hold a rendered chat template, unless the user has set `data.control_tokens`."""
         if self.config.control_tokens is ControlTokens.auto:
             refuse_rendered_rows(self.inputs, self._readers(), self._encoder)
 
-    def check_stop(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Raise Preempted if this process was asked to stop. Called between blocks, where stopping is safe."""
         if self.stop():
             raise Preempted("interrupted while preparing data; the preparation will start over")
 
     def run(self, target: Path, shards: Shards | None = None) -> None:
-        """Prepare the data into the directory `target`: both passes, and the reports.
+        """Prepare the data into the directory `target`: both passes, the reports, and last the manifest.
 
-        `shards`: the blocks of the first pass, if the jobs of an array have made them already.
+        `shards`: the blocks of the first pass, if the jobs of an array have written them already; they are deleted at the end.
         """
-        self.check_stop()
-        rejected_file = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
-        may_split = OverLength.split in self.data_spec.over_length
-        advise_split = may_split and self.config.over_length is not OverLength.split
-        assembly = Assembly(target, self.config.max_bad_share, rejected_file, advise_split=advise_split)
+        self.raise_if_stopped()
+        readers = self._readers()
+        assembly = self._new_assembly(target)
         with closing(assembly):
-            # The first pass: blocks of documents that were read, checked, cleaned and tokenised.
-            readers = self._readers()
             with closing(self._blocks(readers) if shards is None else shards.load_blocks()) as blocks:
                 for block in blocks:
-                    self.check_stop()
+                    self.raise_if_stopped()
                     assembly.append(block)
                     self.progress.count_done(block.rows)
 
-            # The second pass: from here on only columns of numbers are looked at, and the texts of two documents that are
-            # to be compared.
+            # The second pass looks at columns of numbers alone, and at the texts of two documents that are to be compared.
             self.progress.phase = "choosing documents (copies, held-out shares, balance)"
             columns = assembly.columns()
             table = DocumentTable(target)
@@ -301,17 +299,17 @@ class Preparation:
                 from trainer.data.transforms.privacy.stage import refuse_findings
 
                 refuse_findings(assembly.totals.tally.findings, self.config.privacy)
-            label_names, label_ids = self.data_spec.numbered(columns, table)
+            label_names, label_ids = self.data_spec.number_labels(columns, table)
             selection = choose_splits(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
             assembly.finish(label_ids)
 
         self.progress.phase = "writing the reports"
         self._write_splits(target, columns, selection)
         formats = {input_id: reader.format for input_id, reader in readers.items()}
-        reports = ReportWriter(
+        report_writer = ReportWriter(
             self.config, self.tokenizer, self.inputs, formats, self.fingerprint, target, digests=self.digests
         )
-        report = reports.write(assembly.totals, columns, selection, self.data_spec, label_names)
+        report = report_writer.write(assembly.totals, columns, selection, self.data_spec, label_names)
         if self.date is not None:
             report[TEMPLATE_DATE] = self.date.day.isoformat()
         manifest = {
@@ -329,38 +327,48 @@ class Preparation:
         if shards is not None:
             shards.remove()
 
+    def _new_assembly(self, target: Path) -> Assembly:
+        """The `Assembly` that writes blocks into the directory `target`.
+
+        Its errors advise to split documents only if that helps.
+        """
+        rejected_file = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
+        may_split = OverLength.split in self.data_spec.over_length
+        advise_split = may_split and self.config.over_length is not OverLength.split
+        return Assembly(target, self.config.max_bad_share, rejected_file, advise_split=advise_split)
+
     def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
-        """Write a directory in `target` for each split, with the numbers of its sequences and its manifest.
+        """Write a directory in `target` for each split, with the numbers of its sequences (`index.npy`) and its manifest.
 
         `columns`: what is known of all documents. `selection`: which documents are in which split.
         """
-        evaluation_sets = []
+        named_evaluation_sets = []
         for source_input in self.inputs:
             if source_input.split == "eval" and source_input.source != "eval":  # a set with a name of its own
-                evaluation_sets.append(source_input.source)
+                named_evaluation_sets.append(source_input.source)
         for split, documents in selection.splits.items():
             directory = target / split
-            # A split is a list of sequence numbers; the tokens of all splits are in one store.
             directory.mkdir()
             np.save(directory / "index.npy", sequence_numbers(documents, columns.pieces))
             manifest = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
-            if split == "eval" and evaluation_sets:
-                manifest["sets"] = evaluation_sets
+            if split == "eval" and named_evaluation_sets:
+                manifest["sets"] = named_evaluation_sets
             (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
     def _search_bytes_per_row(self) -> int:
-        """Bytes of disk for each row that the search for near copies takes while it works; 0 without that search."""
+        """Bytes on the disk, for each row, that the search for near copies takes while it works; 0 if nothing asks for it."""
         config = self.config
         if config.duplicates.near is DuplicatePolicy.none and not config.leakage.near:
             return 0
         return index_bytes_per_document(config.duplicates.threshold)
 
-    def _blocks(self, readers: dict[tuple[str, str], RowReader], part: int = 0, parts: int = 1) -> Generator[Block]:
-        """Read, clean and tokenise one `part` of `parts` of the rows: blocks of documents and tokens, in input order.
+    def _blocks(
+        self, readers: dict[tuple[str, str], RowReader], *, shard: int = 0, num_shards: int = 1
+    ) -> Generator[Block]:
+        """Read, clean and tokenise the rows of one shard: blocks of documents and tokens, in the order of the input.
 
-        A block is what one range of rows became. `readers`: by input, how its rows become documents.
-
-        Raises StorageError if the disk is too small.
+        A block is what one range of rows became. `readers`: by input, what makes documents of its rows. By default all rows
+        are one shard. Raises StorageError if the disk is too small.
         """
         make_block = BlockMaker(self.config, self.data_spec, readers=readers, encoder=self._encoder, date=self.date)
         require_disk_space(
@@ -368,32 +376,31 @@ class Preparation:
             self.inputs,
             make_block,
             self.config.max_documents,
-            parts=parts,
-            more_bytes_per_row=self._search_bytes_per_row() if parts == 1 else 0,
+            num_shards=num_shards,
+            # Only the merge of all shards searches for near copies.
+            more_bytes_per_row=self._search_bytes_per_row() if num_shards == 1 else 0,
         )
         if self.config.max_documents is None:
-            self.progress.expect(self.inputs, 1 / parts)
-        # The rows of this part, in ranges that become a block each.
+            self.progress.expect(self.inputs, share=1 / num_shards)
         ranges = row_ranges(rows_of_inputs(self.inputs, self.config.max_documents))
-        if parts > 1:
-            ranges = (row_range for row_range in ranges if row_range.number % parts == part)
-        # Blocks in the order of the ranges, by this process or by several.
-        workers = self.config.workers or num_usable_cores()
+        if num_shards > 1:
+            ranges = (row_range for row_range in ranges if row_range.number % num_shards == shard)
+        num_workers = self.config.workers or num_usable_cores()
         if self.is_small:  # forking workers takes longer than small data
-            workers = 1
+            num_workers = 1
         self.progress.begin_rows()
         ranges = self.progress.count_text_rows(ranges)
         with frozen_heap():
-            if workers > 1:
-                yield from ordered_map(make_block, ranges, workers=workers, check=self.check_stop)
+            if num_workers > 1:
+                yield from ordered_map(make_block, ranges, workers=num_workers, check=self.raise_if_stopped)
             else:
                 yield from map(make_block, ranges)
 
 
 def _spells_control_tokens(report: dict[str, Any]) -> bool:
-    """Whether control tokens were encoded as ordinary characters in any document, by the report of prepared data."""
-    counts_of_tokenise = [stage["noted"] for stage in report["flow"] if stage["stage"] == "tokenise"]
-    return any("control_tokens_as_text" in counts for counts in counts_of_tokenise)
+    """Whether control tokens of any document became ordinary characters, as the report of prepared data says."""
+    tokenise_stages = [stage for stage in report["flow"] if stage["stage"] == "tokenise"]
+    return any("control_tokens_as_text" in stage["noted"] for stage in tokenise_stages)
 
 
 def open_prepared(
@@ -401,8 +408,8 @@ def open_prepared(
 ) -> PreparedData:
     """Open a finished entry of the cache. Raises DataError for one that is torn, or that differs from its hashes.
 
-    `verify` of None: it is not compared with its hashes. `cached` and `seconds` stand in the report: whether it was there
-    already, and how long preparation or waiting for it took.
+    `verify` of None: the files are not compared with their hashes. `cached` and `seconds` go into the report: whether the entry
+    was there already, and how long preparation or waiting for it took.
     """
     try:
         manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
@@ -413,9 +420,16 @@ def open_prepared(
         ) from error
     if verify is not None:
         verify_hashes(directory, hashes, verify)
-    # A split other than train may be missing.
-    report = {**manifest["report"], "cached": cached, "seconds": round(seconds, 3)}
-    evaluation = TokenDataset.open(directory / "eval") if (directory / "eval").is_dir() else None
-    test = TokenDataset.open(directory / "test") if (directory / "test").is_dir() else None
-    train = TokenDataset.open(directory / "train")
-    return PreparedData(train, evaluation, directory, report, manifest["label_names"], test=test)
+
+    def open_if_there(split: str) -> TokenDataset | None:
+        """A split other than train may be missing."""
+        return TokenDataset.open(directory / split) if (directory / split).is_dir() else None
+
+    return PreparedData(
+        train=TokenDataset.open(directory / "train"),
+        evaluation=open_if_there("eval"),
+        test=open_if_there("test"),
+        directory=directory,
+        report={**manifest["report"], "cached": cached, "seconds": round(seconds, 3)},
+        label_names=manifest["label_names"],
+    )

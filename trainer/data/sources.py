@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.data.config import HELD_OUT, BalanceConfig, DataConfig, DataFormat, FilterConfig, Layout, PrivacyConfig
@@ -20,10 +20,10 @@ from trainer.data.formats import RowReader
 from trainer.data.read.json_rows import Line
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand_paths, held_out_sets, is_hub_path
-from trainer.data.selection import balance
+from trainer.data.selection.balance import balance_problems
 from trainer.data.shards import Block
-from trainer.data.transforms import filters
 from trainer.data.transforms.checks import CHECK_KINDS
+from trainer.data.transforms.filters import filter_problems
 
 
 @dataclass(slots=True)
@@ -64,11 +64,11 @@ class Input:
         return self.split, self.source
 
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT_REGEX = re.compile(r"[0-9a-f]{40}")
 """A whole commit of the hub; shorter ones and names of branches may move."""
 
 
-def problems(config: DataConfig) -> Iterator[str]:
+def data_problems(config: DataConfig) -> Iterator[str]:
     """Settings of `data` that contradict each other or cannot be used: each with key, value, constraint and remedy.
 
     Ranges of single numbers are checked at their fields, and files are checked where they are opened.
@@ -81,28 +81,29 @@ def problems(config: DataConfig) -> Iterator[str]:
             yield f"data.checks.quarantine: {kind!r} is not looked for; known are {', '.join(CHECK_KINDS)}"
     # Most settings are the defaults, and their checks need not be imported for these.
     if config.filters != FilterConfig():
-        yield from filters.problems(config.filters)
+        yield from filter_problems(config.filters)
     if config.balance != BalanceConfig():
-        yield from balance.problems(config.balance)
+        yield from balance_problems(config.balance)
     if config.streaming:
         yield from _streaming_problems(config)
     if config.packing and config.layout is Layout.padded:
         yield "data.packing=true: needs rows without padding; set data.layout=auto, or data.packing=false"
     if config.privacy != PrivacyConfig():
         # Imported here, because it compiles seventy regular expressions.
-        from trainer.data.transforms.privacy import stage
+        from trainer.data.transforms.privacy.stage import privacy_problems
 
-        yield from stage.problems(config.privacy)
+        yield from privacy_problems(config.privacy)
 
 
 def _path_problems(config: DataConfig) -> Iterator[str]:
-    """Problems of the settings that name the training data."""
-    if config.path in (None, "") and not config.sources:
+    """Problems of the settings that name the training data: none is named, it is named twice, or a source has no path."""
+    has_path = config.path not in (None, "")
+    if not has_path and not config.sources:
         yield (
             "data.path: not set; name the training data: a file, a directory, a glob, or hub:<name>; or several under "
             "data.sources"
         )
-    if config.path not in (None, "") and config.sources:
+    if has_path and config.sources:
         yield f"data.path={config.path}: data.sources names the training data too; keep one of the two"
     for name, source in config.sources.items():
         if source.path in (None, ""):
@@ -110,36 +111,37 @@ def _path_problems(config: DataConfig) -> Iterator[str]:
 
 
 def _held_out_problems(config: DataConfig) -> Iterator[str]:
-    """Problems of the settings of held-out splits and groups."""
+    """Problems of the settings of held-out splits: a split with both files and a share, groups although nothing is held out."""
     for split in HELD_OUT:
+        path = getattr(config, f"{split}_path")
         share = getattr(config, f"{split}_share")
-        if getattr(config, f"{split}_path") is not None and share:
+        if path is not None and share:
             yield f"data.{split}_share={share:g}: data.{split}_path gives that split already; set one of the two"
-    holds_out = (config.eval_share, config.test_share, config.eval_path, config.test_path)
-    if config.group_by is not None and not any(holds_out):
+    holds_out = any((config.eval_share, config.test_share, config.eval_path, config.test_path))
+    if config.group_by is not None and not holds_out:
         yield f"data.group_by={config.group_by}: nothing is held out; give data.eval_share=0.05 as well, or set it to null"
 
 
 def _weight_problems(config: DataConfig) -> Iterator[str]:
-    """Problems of the weights of sources."""
-    weighted = [name for name, source in config.sources.items() if source.weight is not None]
-    if weighted and len(weighted) < len(config.sources):
-        without = ", ".join(sorted(config.sources.keys() - set(weighted)))
-        yield f"data.sources: {without} has no weight, and others have; give every source one, or none"
-    elif weighted and not any(source.weight for source in config.sources.values()):
+    """Problems of the weights of sources: only some sources have one, or every weight is 0."""
+    weighted_names = {name for name, source in config.sources.items() if source.weight is not None}
+    if weighted_names and len(weighted_names) < len(config.sources):
+        unweighted_names = ", ".join(sorted(config.sources.keys() - weighted_names))
+        yield f"data.sources: {unweighted_names} has no weight, and others have; give every source one, or none"
+    elif weighted_names and not any(source.weight for source in config.sources.values()):
         yield "data.sources: every weight is 0, so nothing is left to train on; give one source more than 0"
 
 
 def _streaming_problems(config: DataConfig) -> Iterator[str]:
-    """Problems of `data.streaming`: hub data sets without a commit, or none of the hub.
+    """Problems of `data.streaming`: a hub data set that is not pinned to a commit, or no hub data set at all.
 
-    Without a commit, what such a set holds later could not be told from what was prepared.
+    A branch or tag may move, and then the prepared data would no longer be that of the hub. Only sources can have a commit.
     """
     names_hub_data = False
     for name, source in config.sources.items():
         hub_paths = [path for path in _paths_in(source.path) if is_hub_path(path)]
         names_hub_data |= bool(hub_paths)
-        if hub_paths and not COMMIT.fullmatch(source.revision or ""):
+        if hub_paths and not COMMIT_REGEX.fullmatch(source.revision or ""):
             yield (
                 f"data.sources.{name}.revision={source.revision}: data.streaming=true reads {hub_paths[0]} at one commit; give "
                 "its 40 characters, which the hub shows beside the files"
@@ -157,7 +159,7 @@ def _streaming_problems(config: DataConfig) -> Iterator[str]:
 
 
 def _paths_in(path_setting: Any) -> list[str]:
-    """The paths of a setting, which holds one, a list of them, or sets by name."""
+    """The paths in the value of a setting: a single path, a list of paths, or a mapping of names to paths."""
     if isinstance(path_setting, dict):
         paths = list(path_setting.values())
     elif isinstance(path_setting, list | tuple):
@@ -170,41 +172,47 @@ def _paths_in(path_setting: Any) -> list[str]:
 def find_inputs(config: DataConfig) -> list[Input]:
     """The inputs that `data` names, in the order in which they are read: training sources, then held-out sets.
 
-    Raises ConfigError, and DataError for files that do not exist.
+    Raises ConfigError for settings that cannot be used, and DataError for files that do not exist.
     """
-    config_problems = [*problems(config)]
+    config_problems = [*data_problems(config)]
     if config_problems:
         raise ConfigError(config_problems)
-    # Training data: the sources with their own settings, or the files of `data.path` as one source called "data".
-    inputs = []
-    if config.sources:
-        for name, source in config.sources.items():
-            key = f"data.sources.{name}"
-            files = expand_paths(source.path, f"{key}.path", remote=config.remote)
-            origin = Origin(f"{key}.path", files, source.subset, source.split, source.revision, config.streaming)
-            columns = dict(source.columns) or dict(config.columns)
-            format = config.format if source.format is DataFormat.auto else source.format
-            inputs.append(Input("train", name, key, origin, format, columns, source.weight, source.licence))
-    else:
-        origin = Origin("data.path", expand_paths(config.path, "data.path", remote=config.remote))
-        inputs.append(Input("train", "data", "data.path", origin, config.format, dict(config.columns)))
-    # Held-out sets with files of their own.
+    inputs = [*_training_inputs(config)]
     for split in HELD_OUT:
         for name, (key, paths) in held_out_sets(getattr(config, f"{split}_path"), split).items():
             origin = Origin(key, expand_paths(paths, key, remote=config.remote))
             inputs.append(Input(split, name, key, origin, config.format, dict(config.columns)))
-
-    # What all inputs have in common: ignored columns and the column of groups, which must not be ignored.
     for source_input in inputs:
         source_input.ignored = frozenset(config.ignore_columns)
         source_input.group = config.group_by
-        contradictions = source_input.ignored & {*source_input.columns.values(), source_input.group}
-        if contradictions:
-            reader = f"{source_input.key} reads by its columns"
-            if source_input.group in contradictions:
-                reader = "data.group_by reads"
-            raise ConfigError(f"data.ignore_columns names {min(contradictions)}, which {reader}; keep one")
+        _refuse_ignored_columns(source_input)
     return inputs
+
+
+def _training_inputs(config: DataConfig) -> Iterator[Input]:
+    """The sources of training data with their own settings; or the files of `data.path`, as one source called "data"."""
+    if not config.sources:
+        origin = Origin("data.path", expand_paths(config.path, "data.path", remote=config.remote))
+        yield Input("train", "data", "data.path", origin, config.format, dict(config.columns))
+        return
+    for name, source in config.sources.items():
+        key = f"data.sources.{name}"
+        files = expand_paths(source.path, f"{key}.path", remote=config.remote)
+        origin = Origin(f"{key}.path", files, source.subset, source.split, source.revision, config.streaming)
+        columns = dict(source.columns) or dict(config.columns)
+        format = config.format if source.format is DataFormat.auto else source.format
+        yield Input("train", name, key, origin, format, columns, source.weight, source.licence)
+
+
+def _refuse_ignored_columns(source_input: Input) -> None:
+    """Raise ConfigError if an input ignores a column that it reads, under another name or as the column of groups."""
+    read_and_ignored = source_input.ignored & {*source_input.columns.values(), source_input.group}
+    if not read_and_ignored:
+        return
+    reader = f"{source_input.key} reads by its columns"
+    if source_input.group in read_and_ignored:
+        reader = "data.group_by reads"
+    raise ConfigError(f"data.ignore_columns names {min(read_and_ignored)}, which {reader}; keep one")
 
 
 def make_row_readers(
@@ -215,53 +223,28 @@ def make_row_readers(
     kept: KeptColumns | None = None,
     takes_all: bool = False,
 ) -> dict[tuple[str, str], RowReader]:
-    """A reader for each input, by its id. Its format is that of the settings, or recognised from the first row that can be read.
+    """A reader for each input, by its id (split, source). All rows of an input are read in one format.
 
-    Sets `needed_columns` of each input. `label` reads a label; `preferred`: the formats that decide if several fit; `kept`: see
-    `RowReader`; `takes_all`: whether rows may have columns that carry meaning and are not read. Raises ConfigError and DataError.
+    Sets `needed_columns` of each input. `label`: turns the value of a label into a text. `preferred`: the formats that decide if
+    several fit. `kept`: see `RowReader`. `takes_all`: whether rows may have columns that carry meaning and are not read. Raises
+    ConfigError and DataError, also if the first row of an input has a column that makes all of its rows bad ones.
     """
     readers = {}
     for source_input in inputs:
-        # The format.
-        first_row: Row | Rejected
-        if source_input.format is DataFormat.auto:
-            first_row = _first_readable_row(source_input)
-            if preferred == (DataFormat.prompt,):  # what else the rows have are columns for rewards
-                format = DataFormat.prompt
-            else:
-                format = recognise_format(
-                    first_row,
-                    source_input.columns,
-                    source=source_input.source,
-                    ignored=source_input.ignored,
-                    preferred=preferred,
-                )
-        else:
-            first_row = next(source_input.origin.rows()).parse()
-            format = source_input.format
-
-        # Files of held-out rows need not say what these belong to.
-        group_column = (source_input.group or "").split(".")[0]
-        needs_group = source_input.split == "train"
-        if isinstance(first_row, Rejected) or group_column in first_row.fields:
-            needs_group = True
-
-        # One format for all rows of an input: a row that does not fit is a bad row.
+        first_row, format = _first_row_and_format(source_input, preferred)
         reader = RowReader(
             format,
             source_input.columns,
             source=source_input.source,
             label=label,
             ignored=source_input.ignored,
-            group=source_input.group if needs_group else None,
+            group=source_input.group if _needs_group(source_input, first_row) else None,
             kept=kept,
         )
         if takes_all:
             reader.accept_unread_columns()
         readers[source_input.id] = reader
         source_input.needed_columns = reader.needed_columns
-
-        # A first look at how the reader does.
         document = reader(first_row)
         if isinstance(document, Rejected) and document.reason.startswith(("unread_", "missing_reward_column")):
             # Every row has the columns that the first one has: stop before any work.
@@ -269,8 +252,37 @@ def make_row_readers(
     return readers
 
 
+def _first_row_and_format(source_input: Input, preferred: tuple[DataFormat, ...]) -> tuple[Row | Rejected, DataFormat]:
+    """(first row of an input, the format in which all its rows are read).
+
+    If the settings name no format, it is recognised from the first row that can be read, which is then the row returned. Prompts
+    alone are not recognised: if the objective prefers them, further columns of the rows are there for rewards.
+    """
+    if source_input.format is not DataFormat.auto:
+        return next(source_input.origin.rows()).parse(), source_input.format
+    first_row = _first_readable_row(source_input)
+    if preferred == (DataFormat.prompt,):
+        return first_row, DataFormat.prompt
+    format = recognise_format(
+        first_row,
+        source_input.columns,
+        source=source_input.source,
+        ignored=source_input.ignored,
+        preferred=preferred,
+    )
+    return first_row, format
+
+
+def _needs_group(source_input: Input, first_row: Row | Rejected) -> bool:
+    """Whether every row of an input must have the column of groups: training rows, and held-out rows if the first one has it."""
+    if source_input.split == "train" or isinstance(first_row, Rejected):
+        return True
+    column = (source_input.group or "").split(".")[0]
+    return column in first_row.fields
+
+
 def _first_readable_row(source_input: Input) -> Row:
-    """The first row of an input that can be read. Raises DataError if there is none among the first ones."""
+    """The first row of an input that can be read. Raises DataError if none of its first `MAX_UNREADABLE_ROWS` can."""
     first_rejected: Rejected | None = None
     for row in islice(source_input.origin.rows(), MAX_UNREADABLE_ROWS):
         parsed = row.parse()
@@ -281,32 +293,33 @@ def _first_readable_row(source_input: Input) -> Row:
 
 
 def rows_of_inputs(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tuple[str, str], Row | Rejected]]:
-    """((split, source), row) of all inputs in order; of the training split only the first `max_documents` rows."""
-    train_rows_left = max_documents
+    """((split, source), row) of all inputs in order; of the training split only the first `max_documents` rows (None: all)."""
+    num_train_rows_left = max_documents
     for source_input in inputs:
         rows: Iterator[Row | Rejected] = source_input.origin.rows(source_input.needed_columns)
-        is_limited = source_input.split == "train" and train_rows_left is not None
+        is_limited = source_input.split == "train" and num_train_rows_left is not None
         if is_limited:
             # So that no file is opened beyond the last row that is used.
-            rows = islice(rows, train_rows_left)
+            rows = islice(rows, num_train_rows_left)
         for row in rows:
-            if is_limited and train_rows_left is not None:
-                train_rows_left -= 1
+            if is_limited and num_train_rows_left is not None:
+                num_train_rows_left -= 1
             yield source_input.id, row
 
 
-def row_ranges(rows: Iterator[tuple[tuple[str, str], Row | Rejected]]) -> Iterator[RowRange]:
-    """Group the rows of `rows_of_inputs` into ranges, the pieces of work that a worker turns into one block of prepared data.
+def row_ranges(ids_and_rows: Iterator[tuple[tuple[str, str], Row | Rejected]]) -> Iterator[RowRange]:
+    """Group the rows of `rows_of_inputs` into ranges. A worker turns one range into one block of prepared data.
 
     A range has rows of one input, at most `MAX_RANGE_ROWS` and about `MAX_RANGE_BYTES`. Where a range ends depends on the input
-    alone, so that any number of workers makes the same data set.
+    alone, so that any number of workers prepares the same data set.
     """
     number = 0
     num_bytes = 0
     current = RowRange(0, "", "", 0, [])
-    for (split, source), row in rows:
+    for (split, source), row in ids_and_rows:
         is_same_input = (split, source) == (current.split, current.source)
-        if not is_same_input or len(current.rows) >= MAX_RANGE_ROWS or num_bytes >= MAX_RANGE_BYTES:
+        is_full = len(current.rows) >= MAX_RANGE_ROWS or num_bytes >= MAX_RANGE_BYTES
+        if not is_same_input or is_full:
             if current.rows:
                 yield current
                 number += 1
@@ -320,16 +333,15 @@ def row_ranges(rows: Iterator[tuple[tuple[str, str], Row | Rejected]]) -> Iterat
 
 
 def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
-    """The documents of `data.decontamination.paths`, evaluation sets whose text training data must not hold.
+    """The documents of `data.decontamination.paths`, evaluation sets whose text training data must not contain.
 
-    Raises DataError for a row that is no document.
+    Each file is read in its own format. Raises DataError for a row that is no document.
     """
     key = "data.decontamination.paths"
     ignored = frozenset(config.ignore_columns)
-    # Each file is in its own format.
     for path in expand_paths(paths, key, remote=config.remote):
         file_input = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {}, ignored=ignored)
-        # What is compared are texts: a picture beside them matters to nobody.
+        # Only texts are compared, so that a picture beside them does no harm.
         (reader,) = make_row_readers([file_input], takes_all=True).values()
         for row in file_input.origin.rows(file_input.needed_columns):
             document = reader(row.parse())
@@ -354,57 +366,80 @@ NUMBER_BYTES = 8
 def require_disk_space(
     directory: Path,
     inputs: list[Input],
-    make: Callable[[RowRange], Block],
+    make_block: Callable[[RowRange], Block],
     max_documents: int | None,
     *,
-    parts: int = 1,
+    num_shards: int = 1,
     more_bytes_per_row: int = 0,
 ) -> None:
-    """Raise StorageError if the disk of `directory` has less room than 1/`parts` of the prepared data is going to take.
+    """Raise StorageError if the disk of `directory` has less room than one of `num_shards` of the prepared data will take.
 
-    What is written for each byte (of tables: each row) is measured on the first block of every input, made by `make`.
-    `more_bytes_per_row`: what is written for a row meanwhile, beside the block. Nothing is measured if there is plenty of room.
+    How much is written for each byte of text, or row of a table, is measured on the first block of every input, which
+    `make_block` prepares. `more_bytes_per_row`: what is written for a row meanwhile, beside the block. Nothing is measured if
+    there is plenty of room.
     """
-    # The cache may not exist yet: its disk is that of the nearest parent that does.
-    existing = directory
-    while not existing.exists():
-        existing = existing.parent
-    free_bytes = shutil.disk_usage(existing).free
-    # Making a block of every input takes seconds, so it is skipped where the disk is surely large enough.
-    if PLENTY_FACTOR * sum(source_input.origin.size() for source_input in inputs) <= free_bytes * parts:
+    free_bytes = _free_disk_bytes(directory)
+    # Preparing a block of every input takes seconds, so it is skipped if the disk is surely large enough.
+    input_bytes = sum(source_input.origin.size() for source_input in inputs)
+    if PLENTY_FACTOR * input_bytes <= free_bytes * num_shards:
         return
     total_bytes = 0.0
     train_bytes = 0.0
     for source_input in inputs:
-        bytes_read, rows_read, bytes_written = _measure_first_block(source_input, make)
-        bytes_written += rows_read * more_bytes_per_row
-        # The size of text files is known in bytes, that of tables in rows.
-        text_bytes, table_rows = source_input.origin.extent()
-        written_per_byte = bytes_written / max(bytes_read, 1)
-        written_per_row = bytes_written / max(rows_read, 1)
-        needed_bytes = text_bytes * written_per_byte + table_rows * written_per_row
         is_train = source_input.split == "train"
-        if is_train and max_documents is not None:
-            needed_bytes = min(needed_bytes, written_per_row * max_documents)
+        max_rows = max_documents if is_train else None
+        needed_bytes = _estimate_prepared_bytes(source_input, make_block, max_rows, more_bytes_per_row)
         total_bytes += needed_bytes
         if is_train:
             train_bytes += needed_bytes
-    if total_bytes > free_bytes * parts:
-        by_shard = " by this shard" if parts > 1 else ""
+    if total_bytes > free_bytes * num_shards:
+        by_shard = " by this shard" if num_shards > 1 else ""
         raise StorageError(
-            f"data.cache_dir={directory}: about {_gib(total_bytes / parts)} GiB will be written{by_shard}, and "
+            f"data.cache_dir={directory}: about {_gib(total_bytes / num_shards)} GiB will be written{by_shard}, and "
             f"{_gib(free_bytes)} GiB are free "
-            f"(judged by the first rows of each input; {_gib(train_bytes / parts)} GiB of it is training data); set "
+            f"(judged by the first rows of each input; {_gib(train_bytes / num_shards)} GiB of it is training data); set "
             "data.cache_dir to a larger disk, or read fewer rows with data.max_documents"
         )
 
 
-def _measure_first_block(source_input: Input, make: Callable[[RowRange], Block]) -> tuple[int, int, int]:
-    """(bytes read, rows read, bytes that are written for them), of an input's first block."""
+def _free_disk_bytes(directory: Path) -> int:
+    """Free bytes on the disk of a directory that may not exist yet: on that of its nearest parent that does."""
+    existing = directory
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def _estimate_prepared_bytes(
+    source_input: Input, make_block: Callable[[RowRange], Block], max_rows: int | None, more_bytes_per_row: int
+) -> float:
+    """About how many bytes the prepared data of an input will take, judged by its first block; of `max_rows` rows at most."""
+    first_block = _measure_first_block(source_input, make_block)
+    written_bytes = first_block.bytes_written + first_block.rows_read * more_bytes_per_row
+    written_per_byte = written_bytes / max(first_block.bytes_read, 1)
+    written_per_row = written_bytes / max(first_block.rows_read, 1)
+    # The size of text files is known in bytes, that of tables in rows.
+    text_bytes, table_rows = source_input.origin.extent()
+    needed_bytes = text_bytes * written_per_byte + table_rows * written_per_row
+    if max_rows is not None:
+        needed_bytes = min(needed_bytes, written_per_row * max_rows)
+    return needed_bytes
+
+
+class _MeasuredBlock(NamedTuple):
+    """What was read for an input's first block, and how many bytes it will take in the store."""
+
+    bytes_read: int
+    rows_read: int
+    bytes_written: int
+
+
+def _measure_first_block(source_input: Input, make_block: Callable[[RowRange], Block]) -> _MeasuredBlock:
+    """Prepare the first range of an input's rows, and measure the block that it becomes. Nothing is written."""
     rows = source_input.origin.rows(source_input.needed_columns)
     first_range = next(row_ranges((source_input.id, row) for row in rows))
     bytes_read = sum(_row_bytes(row) for row in first_range.rows if isinstance(row, Row))
-    block = make(first_range)
+    block = make_block(first_range)
     assert block.sequences is not None and block.documents is not None
     sequences = block.sequences
     # Joining the blocks adds three numbers for each sequence: its offset, its document and its source.
@@ -412,7 +447,7 @@ def _measure_first_block(source_input: Input, make: Callable[[RowRange], Block])
     column_bytes = len(sequences.lengths) * num_columns * NUMBER_BYTES
     bytes_per_token = 5 if sequences.weights is None else 9  # the id, the mask, and perhaps the weight
     token_bytes = bytes_per_token * len(sequences.tokens)
-    return bytes_read, len(first_range.rows), block.documents.nbytes + token_bytes + column_bytes
+    return _MeasuredBlock(bytes_read, len(first_range.rows), block.documents.nbytes + token_bytes + column_bytes)
 
 
 def _row_bytes(row: Row) -> int:

@@ -101,7 +101,7 @@ class BlockMaker:
         for row in row_range.rows:
             document = reader(row.parse())
             if isinstance(document, Document):
-                refusal = self.data_spec.refuses(document)
+                refusal = self.data_spec.refusal_of(document)
                 if refusal is None:
                     documents.append(document)
                     continue

@@ -127,7 +127,7 @@ class LabelDataSpec(DataSpec):
             return label
         return names[label_id]
 
-    def refuses(self, document: Document) -> tuple[str, str] | None:
+    def refusal_of(self, document: Document) -> tuple[str, str] | None:
         """Why a document cannot be used, as (kind of refusal, message); None if it can.
 
         - no label: `WRONG_KIND_REASON`.
@@ -153,7 +153,7 @@ class LabelDataSpec(DataSpec):
         """A document counts once, however many labels it has."""
         return {"loss": 1}
 
-    def numbered(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
+    def number_labels(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
         return number_labels(columns, table, self.names, multi_label=self.multi_label)
 
     def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:

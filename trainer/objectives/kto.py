@@ -85,7 +85,7 @@ class RatedDataSpec(UnlabelledDataSpec):
     over_length = ANSWER_POLICIES
     marks = {DESIRABLE: 1, REFERENCE: 0.0}  # noqa: RUF012 - never changed
 
-    def refuses(self, document: Document) -> tuple[str, str] | None:
+    def refusal_of(self, document: Document) -> tuple[str, str] | None:
         if document.desirable is not None or (document.chosen and document.rejected):
             return weight_refusal(document)
         return WRONG_KIND_REASON, (

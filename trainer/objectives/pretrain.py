@@ -23,9 +23,9 @@ class TextDataSpec(sft.SftDataSpec):
 
     formats = (DataFormat.text,)
 
-    def refuses(self, document: Document) -> tuple[str, str] | None:
+    def refusal_of(self, document: Document) -> tuple[str, str] | None:
         if document.text is not None:
-            return super().refuses(document)
+            return super().refusal_of(document)
         problem = (
             "is no plain text, which objective=pretrain learns; give rows of text or text files, or use objective=sft"
         )

@@ -201,7 +201,7 @@ def training_documents(
             "rows back, or take those of today: "
             f"accept=[{DATA}]"
         )
-    prepared = preparation.open_or_make()
+    prepared = preparation.open_or_prepare()
     data_spec.check(prepared.train)
     accepted = []
     if has_changed:

@@ -175,7 +175,7 @@ def _report(
     return report
 
 
-def problems(config: BalanceConfig) -> Iterator[str]:
+def balance_problems(config: BalanceConfig) -> Iterator[str]:
     """What is wrong with the settings of the balance: shares without their target, a target without shares, bad numbers."""
     if config.target is BalanceTarget.shares and not config.shares:
         yield "data.balance.target=shares: data.balance.shares is empty; name every group with its share"

@@ -163,7 +163,7 @@ class Filters:
         return None
 
 
-def problems(config: FilterConfig) -> Iterator[str]:
+def filter_problems(config: FilterConfig) -> Iterator[str]:
     """What is wrong with the settings: bounds that cross, empty phrases, languages that the detector does not know."""
     min_characters = config.min_characters
     max_characters = config.max_characters

@@ -46,10 +46,12 @@ class PersonalDataTask(GenerationTask):
         if self.option_values["preset"] not in [*PrivacyPreset]:
             yield f"{self.key}.options.preset={self.option_values['preset']}: must be one of {', '.join(PrivacyPreset)}"
             return
-        from trainer.data.transforms.privacy.stage import problems  # slow to import: compiles seventy expressions
+        from trainer.data.transforms.privacy.stage import (
+            privacy_problems,  # slow to import: compiles seventy expressions
+        )
 
         # The checks of `data.privacy` name its settings; the user has set those of the task.
-        for problem in problems(self.privacy):
+        for problem in privacy_problems(self.privacy):
             yield problem.replace("data.privacy.", f"{self.key}.options.")
 
     @property

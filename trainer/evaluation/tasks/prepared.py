@@ -171,11 +171,11 @@ def _prepare_held_out(
     if task.config.path is not None:
         choose_date = keep_or_first_date(context.date)
 
-        def open_or_make(data: DataConfig) -> PreparedData:
+        def open_or_prepare(data: DataConfig) -> PreparedData:
             preparation = Preparation(data, tokenizer, context.data_spec, seed=0, stop=stop, choose_date=choose_date)
-            return preparation.open_or_make()
+            return preparation.open_or_prepare()
 
-        own_data = _read_as_training_data(task, open_or_make, context)
+        own_data = _read_as_training_data(task, open_or_prepare, context)
         task.dataset = own_data.train
         directory = own_data.directory
     else:

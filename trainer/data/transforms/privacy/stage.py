@@ -185,7 +185,9 @@ class PrivacyStage:
             self._finder = PersonalDataFinder(config)
         # Read from the environment, never from the configuration, which is written down with the run.
         self._key = secret_key()
-        assert config.mode != PrivacyMode.pseudonymise or len(self._key) >= KEY_CHARACTERS, "`problems` says so before"
+        assert config.mode != PrivacyMode.pseudonymise or len(self._key) >= KEY_CHARACTERS, (
+            "`privacy_problems` says so before"
+        )
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """The document, its texts perhaps changed; None if mode=drop dropped it. For mode=fail see `refuse_findings`."""
@@ -323,7 +325,7 @@ def key_identity() -> str:
     return hmac.new(secret_key(), b"identity of the key", hashlib.sha256).hexdigest()
 
 
-def problems(config: PrivacyConfig) -> Iterator[str]:
+def privacy_problems(config: PrivacyConfig) -> Iterator[str]:
     """What is wrong with the settings: types and regions that are not known, types nothing looks for, a missing key."""
     if config.mode == PrivacyMode.none:
         return
