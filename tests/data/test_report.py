@@ -297,6 +297,21 @@ def test_report_verdict_by_its_rules(tmp_path):
     assert overall_level(audit_tiles(prepare(tmp_path, rows[1:])[1])) == (Level.good, "Nothing stands out")
 
 
+def test_report_warns_if_few_documents_teach_where_to_stop(tmp_path):
+    rows = chat_rows(40)
+    prepared, audit = prepare(tmp_path, rows)
+    assert audit.splits["train"].ends_supervised == 40 and level_of(audit, "Learned") is Level.good
+    assert "where to stop" not in summary_text(prepared.report)
+    # Each answer is longer than `max_length`, so that its end is cut off.
+    prompt_and_answer = [{"prompt": row["messages"][0]["content"], "completion": "many words " * 60} for row in rows]
+    prepared, audit = prepare(tmp_path, prompt_and_answer, max_length=64, over_length=OverLength.truncate)
+    train = audit.splits["train"]
+    assert train.ends_supervised < train.documents / 2 and train.supervised_tokens > 0
+    assert level_of(audit, "Learned") is Level.look
+    assert f"only {train.ends_supervised} of {train.documents} documents teach where to stop" in read(prepared.directory)[0]
+    assert "warning: fewer than half of the documents teach the model where to stop" in summary_text(prepared.report)
+
+
 def test_report_says_what_was_not_searched_for(tmp_path):
     none = DuplicatesConfig(exact=DuplicatePolicy.none, normalized=DuplicatePolicy.none)
     made, _ = prepare(tmp_path, chat_rows(9), privacy=PrivacyConfig(mode=PrivacyMode.none), duplicates=none)

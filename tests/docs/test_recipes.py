@@ -23,8 +23,8 @@ EARLIER = (
 """Names that people have typed before there was a table."""
 
 
-PLANNED_AGAIN = ("single", "fsdp2")
-"""Strategies of which `make test` plans a recipe again; tests/simulated and tests/launch/plan plan under all of them."""
+PLANNED_AGAIN = tuple(sorted({recipe.strategy for recipe in RECIPES}))
+"""Strategies of which `make test` plans a recipe again: all that recipes have."""
 
 
 def cheapest_by_strategy():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.report.wording import REASON_TEXTS, escape_control_characters, template_environment
+from trainer.data.report.wording import REASON_TEXTS, escape_control_characters, few_ends_learned, template_environment
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.transforms.privacy.rule import NOT_ASKED
 
@@ -164,7 +164,13 @@ def summary_text(report: dict[str, Any]) -> str:
         if doubled_bos:
             raise DataError(f"{split}: {doubled_bos} documents begin with two BOS; check model.chat_template")
     template = template_environment(escape_control_characters, autoescape=False).get_template("terminal.txt.j2")
-    text = template.render(report=report, said=REASON_TEXTS, not_asked=NOT_ASKED, is_prompts_alone=is_prompts_alone)
+    text = template.render(
+        report=report,
+        said=REASON_TEXTS,
+        not_asked=NOT_ASKED,
+        is_prompts_alone=is_prompts_alone,
+        few_ends_learned=few_ends_learned,
+    )
     return text.rstrip("\n")
 
 

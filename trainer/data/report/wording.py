@@ -172,6 +172,15 @@ def _level(share: float, look_above: float, act_above: float) -> Level:
     return Level.good
 
 
+def few_ends_learned(num_ends: int, num_documents: int) -> bool:
+    """Whether fewer than half of the documents end with a learned end-of-turn token: the model may not learn to stop.
+
+    The end is not learned if a document is cut to `data.max_length`, or if the chat template writes no end of turn. A document that is
+    split into several sequences has one end.
+    """
+    return 2 * num_ends < num_documents
+
+
 def _rows_lost_tile(audit: Audit) -> Tile:
     """The tile for rows that are not in the data set: how many, and the most frequent reason."""
     num_rows = audit.conserved["rows_in"]
@@ -210,6 +219,10 @@ def _learned_tile(audit: Audit) -> Tile:
     if train.doubled_bos:
         advice = "check model.chat_template"
         return Tile("Learned tokens", share, "documents begin with two BOS", Level.act, "splits", advice)
+    if train.supervised_tokens and few_ends_learned(train.ends_supervised, train.documents):
+        note = f"only {train.ends_supervised:,} of {plural(train.documents, 'document')} teach where to stop"
+        advice = "check the end of turn in model.chat_template, and data.max_length"
+        return Tile("Learned tokens", share, note, Level.look, "splits", advice)
     # Below 5 % the prompts are much longer than the answers, or the mask is wrong.
     if train.supervised_share >= 0.05:
         level = Level.good
