@@ -152,7 +152,10 @@ def family_page(family: str, table: dict[str, dict[str, Any]]) -> str:
         "",
         *models_table(family),
         "",
-        "*Made by `docs/make_recipes.py`; [all families](README.md).*",
+        "## Tested how",
+        "",
+        "The recipes compose, the models are built without memory, and their parameters are counted. No recipe ran on its cards.",
+        "`docs/make_recipes.py` makes this page. [All families](README.md#tested-how) has the rest.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -166,7 +169,7 @@ def recipes_section(family: str, rows: list[Recipe], table: dict[str, dict[str, 
     else:
         expected = "This page lists them. None of them was planned yet: plan one before you rent its cards."
     return [
-        f"A recipe is a complete run for a {family} model. {expected}",
+        f"A recipe is a complete run that one command starts. {expected}",
         "",
         "```bash",
         f"shardtune download model.path={hub_id(shown)}",

@@ -183,6 +183,11 @@ def page() -> str:
         ("debug", "A preset that makes any run small."),
     ):
         lines += [f"## {group}", "", what, "", *choices(group)]
+    lines += [
+        "## Tested how",
+        "",
+        "`docs/make_reference.py` makes this page from the fields of the code, and a test compares both.",
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 

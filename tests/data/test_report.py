@@ -308,7 +308,10 @@ def test_report_warns_if_few_documents_teach_where_to_stop(tmp_path):
     train = audit.splits["train"]
     assert train.ends_supervised < train.documents / 2 and train.supervised_tokens > 0
     assert level_of(audit, "Learned") is Level.look
-    assert f"only {train.ends_supervised} of {train.documents} documents teach where to stop" in read(prepared.directory)[0]
+    assert (
+        f"only {train.ends_supervised} of {train.documents} documents teach where to stop"
+        in read(prepared.directory)[0]
+    )
     assert "warning: fewer than half of the documents teach the model where to stop" in summary_text(prepared.report)
 
 

@@ -133,9 +133,41 @@ def test_every_page_stands_in_a_section_of_the_site():
 HOW_TOS = [
     *("planning", "comparing", "searching", "data-preparation", "mixing-data", "large-data", "privacy"),
     *("evaluation", "test-documents", "lm-eval", "judge-models", "ethics", "challenges", "deployment"),
-    *("reliability", "torchrun-and-slurm", "slurm"),
+    *(
+        "reliability",
+        "torchrun-and-slurm",
+        "slurm",
+        "following",
+        "ending",
+        "document-runs",
+        "tracking",
+        "wandb-view",
+        "energy",
+    ),
+    *(
+        "optimizers",
+        "schedules",
+        "classification",
+        "seq2seq",
+        "long-context",
+        "verify",
+        "python",
+        "adapters",
+        "run-page",
+    ),
+    *("review", "gates", "papers"),
 ]
 """Pages that somebody reads to do one thing. All cases and limits belong into docs/reference, measurements into docs/evidence."""
+
+
+WITHOUT_TESTS = {"README", "api", "glossary", "renamed"}
+"""Pages that claim nothing a test could show: lists of pages and of words."""
+
+
+def test_every_page_says_at_its_end_how_it_was_tested():
+    pages = {page for page in DOCS.rglob("*.md") if page.parent.name != "lessons" and page.stem not in WITHOUT_TESTS}
+    headings = {page: re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE) for page in pages}
+    assert {str(page.relative_to(DOCS)) for page, names in headings.items() if names[-1:] != ["Tested how"]} == set()
 
 
 def test_how_to_pages_are_short():

@@ -68,9 +68,9 @@ def test_objective_reads_a_reference_if_and_only_if_its_loss_uses_it(variant):
 
 @pytest.mark.parametrize("name", list(ScheduleName))
 def test_schedule_has_docs_importer_words_and_a_config_file(name):
-    page = text("docs/optimizers.md")
-    assert f"| `schedule={name}`" in page, "docs/optimizers.md says when to take it"
-    assert f"\n| `{name}` |" in page, "docs/optimizers.md has its factors"
+    page = text("docs/schedules.md")
+    assert f"| `schedule={name}`" in page, "docs/schedules.md says when to take it"
+    assert f"\n| `{name}` |" in page, "docs/schedules.md has its factors"
     assert name in rules.SCHEDULES, "launch/config/importers/rules.py does not know it"
     assert Path(ROOT / "conf" / "schedule" / f"{name}.yaml").exists()
 

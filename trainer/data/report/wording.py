@@ -175,8 +175,8 @@ def _level(share: float, look_above: float, act_above: float) -> Level:
 def few_ends_learned(num_ends: int, num_documents: int) -> bool:
     """Whether fewer than half of the documents end with a learned end-of-turn token: the model may not learn to stop.
 
-    The end is not learned if a document is cut to `data.max_length`, or if the chat template writes no end of turn. A document that is
-    split into several sequences has one end.
+    The end is not learned if a document is cut to `data.max_length`, or if the chat template writes no end of turn. A document
+    that is split into several sequences has one end.
     """
     return 2 * num_ends < num_documents
 
