@@ -45,11 +45,16 @@ def labelled_set(root: Path, *, several: bool, padding: int) -> PreparedData:
     return PreparedData(train=opened, evaluation=opened, directory=directory, report={}, label_names=LABEL_NAMES)
 
 
-def compare(job: Job, objective: str, tuning: str, strategy: str, degree: int) -> dict[str, Curve]:
-    """Loss, gradient norm and metrics of each step: of ranks of which `degree` share each row, and of one process."""
+def compare(job: Job, objective: str, tuning: str, strategy: str, degree: int, experts: int = 1) -> dict[str, Curve]:
+    """Loss, gradient norm and metrics of each step: of ranks of which `degree` share each row, and of one process.
+
+    `experts`: ranks over which experts are distributed (`parallel.experts`). Above 1 the model is a mixture.
+    """
 
     def made() -> tuple[Path, PreparedData]:
         model = model_dir(job.root, "llama")
+        if experts > 1:
+            model = model_dir(job.root / "pooled", "qwen3_moe", num_experts=8)
         if objective == "reward":
             return model, pair_set(job.root)
         padding = load_tokenizer(ModelConfig(path=str(model))).pad_token_id
@@ -64,10 +69,11 @@ def compare(job: Job, objective: str, tuning: str, strategy: str, degree: int) -
         micro=GLOBAL_BATCH // (2 * readers),
         steps=STEPS,
         objective=OBJECTIVES[objective],
-        parallel=ParallelConfig(sequence=degree),
+        parallel=ParallelConfig(sequence=degree, experts=experts),
     )
     runtime = with_sequence_parallelism(job.runtime, degree)
     found = curve(trainer_for(config, data, runtime), runtime.world_size)
     lone = replace(config, parallel=ParallelConfig())
-    expected = job.oracle(("pooled", objective, tuning), lambda: curve(job.lone_trainer(lone, data), 1), elsewhere=[])
+    key = ("pooled", objective, tuning, experts > 1)
+    expected = job.oracle(key, lambda: curve(job.lone_trainer(lone, data), 1), elsewhere=[])
     return {"found": found, "expected": expected}
