@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from launch import streams
-from trainer.stopping.signals import hold
+from trainer.stopping.signals import block_signals
 
 if TYPE_CHECKING:
     from launch.config.verb_arguments import VerbArguments
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         print(version())
         return 0
     if verb in VERBS_THAT_SAVE:
-        hold()
+        block_signals()
     return run_guarded(verb, arguments[1:])
 
 

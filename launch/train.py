@@ -32,7 +32,7 @@ from launch.output import print_json, stdout_to_stderr
 from strategies.compat.python import end_process, run_exit_functions
 from strategies.errors import ConfigError
 from strategies.imports import importing
-from trainer.stopping.signals import hold, release
+from trainer.stopping.signals import block_signals, unblock_signals
 
 if TYPE_CHECKING:
     from launch.config.frozen import Composed
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
     needs_help = asks_for_help(argv)
     # Signals are held from the start of the process, so that a run can save. Here there is nothing to save (yet).
     if needs_help or problems or arguments.only_shows or arguments.as_json:
-        release()  # a signal ends the process at once; with --json, training holds signals again
+        unblock_signals()  # a signal ends the process at once; with --json, training holds signals again
     if needs_help:
         show_help(usage())
         return 0
@@ -246,7 +246,7 @@ def launch_run(composed: Composed, run_dir: Path, *, isolate: bool = False) -> i
     if config.launcher.name is LauncherName.slurm:
         from launch.cluster.submission import submit
 
-        release()
+        unblock_signals()
         submit(config, [run_dir], print_only=False)
         return 0
     # A run that is to be restarted needs a supervisor that outlives its ranks.
@@ -268,7 +268,7 @@ def run_as_rank(arguments: list[str]) -> int:
     `arguments`: the settings on the command line, for a rank without our launcher. Returns 0 also if preempted: another code
     would make torchrun or srun end the other ranks. Returns 70 after an error that our launcher shows.
     """
-    hold()
+    block_signals()
     from launch.config.process_role import export_torchrun_variables
     from strategies.parent_death import die_with_parent
 
@@ -448,7 +448,7 @@ def exit_process(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    hold()
+    block_signals()
     from launch.main import run_guarded
     from launch.streams import restart_in_utf8
 

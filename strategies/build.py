@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from strategies.base import DdpConfig, Fsdp2Config, Precision, Strategy, StrategyConfig, StrategyName, ZeroConfig
 from strategies.errors import ConfigError
-from strategies.hardware import best_precision, gpu_of
+from strategies.hardware import best_precision, gpu_of_device
 from strategies.runtime import NO_NETWORK, Runtime, gather_objects
 
 
@@ -49,7 +49,7 @@ def resolve_precision(requested: Precision, runtime: Runtime) -> Precision:
     """The precision of the run. `auto` is the best one that the GPUs of all ranks have. All ranks must call."""
     if requested is not Precision.auto:
         return requested
-    best_by_rank = gather_objects(best_precision(gpu_of(runtime.device)), runtime)
+    best_by_rank = gather_objects(best_precision(gpu_of_device(runtime.device)), runtime)
     # A job with several kinds of GPU takes what the weakest of them has.
     weakest_first = (Precision.fp32, Precision.fp16, Precision.bf16)
     return next(precision for precision in weakest_first if precision in best_by_rank)

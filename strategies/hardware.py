@@ -63,7 +63,7 @@ def count_nvidia_gpus() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
-def gpu_of(device: torch.device) -> Gpu | None:
+def gpu_of_device(device: torch.device) -> Gpu | None:
     """The GPU behind a device, None for a CPU."""
     import torch
 

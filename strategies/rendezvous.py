@@ -33,33 +33,38 @@ REPORT_EVERY_S = 15.0
 class Rendezvous:
     """Lets the ranks of a job decide together through the job's store. A job of one rank has no store and decides alone.
 
-    `lost` is called when this rank decides to stop. It returns why the run directory belongs to another attempt; None if it does
-    not.
+    `why_lost` is called when this rank decides to stop. It returns why the run directory belongs to another attempt; None if
+    it does not.
     """
 
     def __init__(
-        self, store: Any, rank: int, world_size: int, timeout_s: float, lost: Callable[[], str | None] = lambda: None
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        why_lost: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.store = store
         self.rank = rank
         self.world_size = world_size
         self._timeout_s = timeout_s
-        self._looked_at = float("-inf")
+        self._last_look_at = float("-inf")
         self._stopped = False
-        self._why_lost = lost
+        self._why_lost = why_lost
 
     @classmethod
-    def join(cls, timeout_s: float, lost: Callable[[], str | None] = lambda: None) -> Rendezvous:
+    def join(cls, timeout_s: float, why_lost: Callable[[], str | None] = lambda: None) -> Rendezvous:
         """Connect to the other ranks of the job that the environment describes. All ranks must call, within `timeout_s`."""
         rank = int(os.environ.get("RANK", 0))
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         if world_size == 1:
-            return cls(None, rank, world_size, timeout_s, lost)
+            return cls(None, rank, world_size, timeout_s, why_lost)
         import torch.distributed as dist
 
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            with _reported_wait(f"rank {rank} of {world_size} waits for the others to come to {address}"):
+            with _wait_reported_regularly(f"rank {rank} of {world_size} waits for the others to come to {address}"):
                 store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         except (dist.DistError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -67,7 +72,7 @@ class Rendezvous:
                 f"rank {rank} of {world_size} did not meet the others at {address} ({reason}); do all hosts "
                 "reach that place, and are RANK, WORLD_SIZE and MASTER_ADDR those of this job, not left over from another?"
             ) from error
-        return cls(store, rank, world_size, timeout_s, lost)
+        return cls(store, rank, world_size, timeout_s, why_lost)
 
     def stop_decided(self, asked_to_stop: bool) -> bool:
         """Whether the job stops, by the first decision of any rank. `asked_to_stop`: whether this rank got a signal to stop.
@@ -78,15 +83,16 @@ class Rendezvous:
             self._stopped |= asked_to_stop
         elif asked_to_stop:
             self._stopped = self._decide_to_stop() != GO
-        elif time.monotonic() - self._looked_at > LOOK_EVERY_S:
-            self._looked_at = time.monotonic()
-            self._stopped = self._decided() not in (None, GO)
+        elif time.monotonic() - self._last_look_at > LOOK_EVERY_S:
+            self._last_look_at = time.monotonic()
+            self._stopped = self._current_decision() not in (None, GO)
         return self._stopped
 
-    def chosen_by_rank_0(self, name: str, choose: Callable[[], str], stop: Callable[[], bool]) -> str:
+    def chosen_by_rank_0(self, name: str, choose: Callable[[], str], should_stop: Callable[[], bool]) -> str:
         """The result of `choose` on rank 0, returned on every rank; other ranks do not call `choose`. All ranks must call.
 
-        Raises Preempted if `stop` says that the ranks stop, ShardtuneError if rank 0 does not come within the run's timeout.
+        `name`: of what is chosen, different for each choice. Raises Preempted if `should_stop()` becomes true on a waiting rank,
+        ShardtuneError if rank 0 does not come within the run's timeout.
         """
         if self.store is None:
             return choose()
@@ -97,7 +103,7 @@ class Rendezvous:
             return choice
         deadline = time.monotonic() + self._timeout_s
         while not self.store.check([key]):
-            if stop():
+            if should_stop():
                 raise Preempted("asked to stop while preparing data; nothing is lost but the preparation")
             if time.monotonic() > deadline:
                 raise ShardtuneError(
@@ -120,26 +126,31 @@ class Rendezvous:
         if self.store.add("shardtune/ready", 1) == self.world_size:
             return self._decide(GO) == GO
         # The others wait for that decision, or for one to stop.
-        began = reported_at = time.monotonic()
-        deadline = began + self._timeout_s
+        began_at = time.monotonic()
+        reported_at = began_at
         while True:
-            decision = self._decide_to_stop() if asked_to_stop() else self._decided()
+            decision = self._decide_to_stop() if asked_to_stop() else self._current_decision()
             if decision is not None:
                 return decision == GO
-            if time.monotonic() > deadline:
-                missing = [r for r in range(self.world_size) if not self.store.check([f"shardtune/ready/{r}"])]
-                raise ShardtuneError(
-                    f"rank {', '.join(map(str, missing[:8]))} has not finished preparing the data {self._timeout_s:.0f} s after "
-                    f"rank {self.rank} had; raise run.timeout_s, or prepare the data before (shardtune prepare)"
-                )
-            if self.rank == 0 and time.monotonic() - reported_at > REPORT_EVERY_S:
-                reported_at = time.monotonic()
-                ready = self.store.add("shardtune/ready", 0)
-                print(f"{reported_at - began:.0f} s: {ready} of {self.world_size} ranks are ready to begin", flush=True)
+            now = time.monotonic()
+            if now > began_at + self._timeout_s:
+                raise self._not_ready_error()
+            if self.rank == 0 and now - reported_at > REPORT_EVERY_S:
+                reported_at = now
+                num_ready = self.store.add("shardtune/ready", 0)  # adding 0 reads the count
+                print(f"{now - began_at:.0f} s: {num_ready} of {self.world_size} ranks are ready to begin", flush=True)
             time.sleep(max(0.1, self.world_size / 1000))
 
+    def _not_ready_error(self) -> ShardtuneError:
+        """The error that names the ranks which have not come to `wait_for_all` within the run's timeout."""
+        missing_ranks = [r for r in range(self.world_size) if not self.store.check([f"shardtune/ready/{r}"])]
+        return ShardtuneError(
+            f"rank {', '.join(map(str, missing_ranks[:8]))} has not finished preparing the data {self._timeout_s:.0f} s after "
+            f"rank {self.rank} had; raise run.timeout_s, or prepare the data before (shardtune prepare)"
+        )
+
     def leave(self) -> str | None:
-        """Leave after the decision to stop. Returns why rank 0 lost the run directory; None if the ranks stop for another reason.
+        """Leave the job after the decision to stop. Returns why rank 0 lost the run directory; None if it did not lose it.
 
         All ranks should call. Rank 0, whose process may host the store, waits until all others have left, or for `LEAVE_S`.
         """
@@ -148,12 +159,12 @@ class Rendezvous:
         why_lost = None
         # RuntimeError: the store is gone with its process. Nobody is left to wait for.
         with contextlib.suppress(RuntimeError):
-            why_lost = (self._decided() or STOP).removeprefix(STOP) or None
-            ranks_gone = self.store.add("shardtune/left", 1)
+            why_lost = (self._current_decision() or STOP).removeprefix(STOP) or None
+            num_left = self.store.add("shardtune/left", 1)
             deadline = time.monotonic() + LEAVE_S
-            while self.rank == 0 and ranks_gone < self.world_size and time.monotonic() < deadline:
+            while self.rank == 0 and num_left < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
-                ranks_gone = self.store.add("shardtune/left", 0)
+                num_left = self.store.add("shardtune/left", 0)  # adding 0 reads the count
         return why_lost
 
     def _decide_to_stop(self) -> str:
@@ -164,7 +175,7 @@ class Rendezvous:
         """Make `proposal` the decision of all ranks, unless there is one already. Returns the decision that holds."""
         return self.store.compare_set(DECISION, "", proposal).decode()
 
-    def _decided(self) -> str | None:
+    def _current_decision(self) -> str | None:
         """The decision of all ranks; None if there is none yet."""
         if not self.store.check([DECISION]):
             return None
@@ -172,7 +183,7 @@ class Rendezvous:
 
 
 @contextlib.contextmanager
-def _reported_wait(message: str) -> Iterator[None]:
+def _wait_reported_regularly(message: str) -> Iterator[None]:
     """A context that prints `message` every `REPORT_EVERY_S` seconds, from a thread, on the first rank of each host.
 
     For code that may wait inside a library.

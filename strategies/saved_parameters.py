@@ -64,20 +64,21 @@ class SavedParameters(Mapping[str, Tensor]):
         if name not in self._shapes:
             raise KeyError(name)
         if f"{name}/{EMA_KEY}" in self._index:
-            return self.state(name, EMA_KEY)
-        weight = self.state(name, WEIGHT_KEY)
+            return self.saved_tensor(name, EMA_KEY)
+        weight = self.saved_tensor(name, WEIGHT_KEY)
         if self._schedule_free_beta is None or f"{name}/{SCHEDULE_FREE_KEY}" not in self._index:
             return weight
         # Training continues at y = (1 - beta) z + beta x, which is saved. The model is x, as the optimizer's `eval` computes it.
-        return weight.lerp_(self.state(name, SCHEDULE_FREE_KEY), 1 - 1 / self._schedule_free_beta)
+        return weight.lerp_(self.saved_tensor(name, SCHEDULE_FREE_KEY), 1 - 1 / self._schedule_free_beta)
 
-    def state(self, name: str, key: str) -> Tensor:
+    def saved_tensor(self, name: str, key: str) -> Tensor:
         """The checkpoint's tensor of a parameter under `key` (`weight`, a moment, ...), in the parameter's shape."""
         # `read_tensors` reads ranges that a rank holds; here the range is the full tensor, whose size a meta tensor gives.
         shape = self._shapes[name]
-        everything = LocalElements(f"{name}/{key}", shape.numel(), 0, torch.empty(shape, device="meta").view(-1))
+        values_on_meta = torch.empty(shape, device="meta").view(-1)
+        full_range = LocalElements(f"{name}/{key}", numel=shape.numel(), start=0, values=values_on_meta)
         try:
-            (values,) = read_tensors(self.checkpoint, self._index, [everything])
+            (values,) = read_tensors(self.checkpoint, self._index, [full_range])
         except OSError as error:
             raise StorageError(f"{self.checkpoint}: {name} cannot be read ({error_summary(error)})") from error
         except (Malformed, KeyError) as error:
@@ -116,9 +117,9 @@ class MeanOfCheckpoints(Mapping[str, Tensor]):
             total.add_(checkpoint[name].double())
         return total.div_(len(self.checkpoints)).float()
 
-    def state(self, name: str, key: str) -> Tensor:
+    def saved_tensor(self, name: str, key: str) -> Tensor:
         """The newest checkpoint's tensor of a parameter under `key`. Not a mean: it may be a choice, such as AdaLoRA's ranks."""
-        return self.checkpoints[-1].state(name, key)
+        return self.checkpoints[-1].saved_tensor(name, key)
 
     @property
     def title(self) -> str:

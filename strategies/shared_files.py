@@ -29,7 +29,7 @@ def read(path: Path) -> bytes:
 
 def replace(path: Path, content: bytes, token: str) -> None:
     """Replace the content of a file in one step. `token`: differs between writers, for the name of the temporary file."""
-    temporary = _written_aside(path, content, token)
+    temporary = _write_temporary_file(path, content, token)
     try:
         atomic_io.disk.rename(temporary, path)
     except OSError:
@@ -39,25 +39,26 @@ def replace(path: Path, content: bytes, token: str) -> None:
 
 
 def claim(path: Path, content: bytes, token: str) -> bool:
-    """Create a file that must not exist; False if it does already. Only one caller succeeds, also on NFS.
+    """Create the file `path`, unless it exists; returns whether this call has created it. Of several callers one succeeds.
 
     NFS may report an error for a hard link that was made, or success for one that was not. The number of links tells the truth.
     On a file system without hard links, the file is created exclusively instead.
     """
-    temporary = _written_aside(path, content, token)
+    temporary = _write_temporary_file(path, content, token)
     try:
         try:
             atomic_io.disk.link(temporary, path)
         except OSError as error:
             if error.errno in NO_HARD_LINKS:
-                return _create_first(path, content)
-        return temporary.stat().st_nlink == 2
+                return _create_exclusively(path, content)
+        return temporary.stat().st_nlink == 2  # it has both names
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
-def _written_aside(path: Path, content: bytes, token: str) -> Path:
+def _write_temporary_file(path: Path, content: bytes, token: str) -> Path:
+    """Write `content` into a new file beside `path`, whose name has the `token`; returns its path."""
     temporary = path.with_name(f".{path.name}.{token}")
     # A process that was killed here may have left one: in a container process ids, and so tokens, come again.
     with suppress(FileNotFoundError):
@@ -71,7 +72,7 @@ def _create(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def _create_first(path: Path, content: bytes) -> bool:
+def _create_exclusively(path: Path, content: bytes) -> bool:
     try:
         _create(path, content)
     except FileExistsError:

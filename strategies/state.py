@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 
@@ -73,12 +73,12 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
     """
     try:
         raw = parse_json(read_bytes(path / PROGRESS, max_bytes=MAX_PROGRESS_BYTES, patient=patient))
-        _check_fields(StateHeader, raw, except_field="progress")
-        _check_fields(Progress, raw.get("progress"), keys=PROGRESS_KEYS)
+        _refuse_other_fields(StateHeader, raw, except_field="progress")
+        _refuse_other_fields(Progress, raw.get("progress"), keys=PROGRESS_KEYS)
         loss_scale = raw.get("loss_scale")
         if loss_scale is not None and not 0 < loss_scale < math.inf:
             raise Malformed("has a loss_scale that is none")
-        _check_rows(raw["progress"])
+        _refuse_other_rows(raw["progress"])
     except OSError as error:
         raise StorageError(f"{path / PROGRESS}: {error_summary(error)}") from error
     except Malformed as error:
@@ -87,7 +87,7 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
     return StateHeader(**raw)
 
 
-def _check_fields(
+def _refuse_other_fields(
     kind: type, raw: Any, *, except_field: str | None = None, keys: Mapping[str, str] | None = None
 ) -> None:
     """Raise Malformed if the JSON object `raw` does not have the fields of the dataclass `kind`, with values of their types.
@@ -109,7 +109,7 @@ def _check_fields(
             raise Malformed(f"has a {key} that is none")
 
 
-def _check_rows(progress: dict[str, Any]) -> None:
+def _refuse_other_rows(progress: dict[str, Any]) -> None:
     """Raise Malformed if a list in `progress.json` has rows with other keys than ROW_FIELDS says, or counts below 0."""
     for key, row_fields in ROW_FIELDS.items():
         if any(set(row) != row_fields for row in progress.get(key, ())):
@@ -167,30 +167,35 @@ def load_state(path: Path, ranges: Iterable[FlatRange], runtime: Runtime) -> Sta
     error: ConfigError | StorageError | None = None
     try:
         header = read_header(path, patient=PROGRESS in visible_names)
-        loaded = _read_values(path, flat_ranges, visible_names)
+        loaded = _saved_values(path, flat_ranges, visible_names)
     except (ConfigError, StorageError) as caught:
         error = caught
-    # If a rank failed, raise on all, before any live tensor has changed: this rank's own error, else the first one's.
+    # If a rank failed, raise on all, before any live tensor has changed: this rank's own error, or else that of the lowest rank.
     failure_by_rank = gather_objects(None if error is None else (type(error), str(error)), runtime)
     for failure in failure_by_rank:
         if failure is not None:
-            error_class, text = failure
-            raise error or error_class(text)
+            error_class, message = failure
+            raise error or error_class(message)
     for tensor, saved in loaded:
         tensor.copy_(saved.to(tensor.device, tensor.dtype))
     return header
 
 
-def _read_values(
-    path: Path, ranges: list[FlatRange], visible_names: set[str]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(live tensor, its saved values) for each tensor of `ranges`, this rank's part of the training state.
+class _SavedValues(NamedTuple):
+    """The values that a live tensor has in a saved state."""
 
-    Changes no live tensor: the caller copies the values when all ranks have theirs. `visible_names`: files that rank 0 sees in
-    `path`. Errors: ConfigError, StorageError.
+    live: torch.Tensor
+    saved: torch.Tensor
+
+
+def _saved_values(path: Path, ranges: list[FlatRange], visible_names: set[str]) -> list[_SavedValues]:
+    """Read the values of each tensor of `ranges`, this rank's part of the training state.
+
+    Changes no live tensor: the caller copies the values when all ranks have theirs. `visible_names`: names of the files that
+    rank 0 sees in `path`. Raises ConfigError if the state is another run's, StorageError if it cannot be read.
     """
     index = read_index(path, patient=INDEX in visible_names)
-    _check_index(path, index, ranges)
+    _refuse_state_of_other_run(path, index, ranges)
     files = {part.file for parts in index.values() for part in parts}
     missing_files = files - visible_names
     if missing_files:
@@ -202,10 +207,10 @@ def _read_values(
         saved_values = read_tensors(path, index, local)
     except OSError as error:
         raise StorageError(f"{path}: its tensors cannot be read ({error_summary(error)})") from error
-    return [(elements.values, saved) for elements, saved in zip(local, saved_values, strict=True)]
+    return [_SavedValues(elements.values, saved) for elements, saved in zip(local, saved_values, strict=True)]
 
 
-def _check_index(path: Path, index: Index, ranges: list[FlatRange]) -> None:
+def _refuse_state_of_other_run(path: Path, index: Index, ranges: list[FlatRange]) -> None:
     """Raise ConfigError if the state in `path` was saved by a run that trains other tensors, or tensors of other sizes.
 
     `index`: what the state holds, by `parameter/kind`. `ranges`: what this run trains.

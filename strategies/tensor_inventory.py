@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from strategies.base import Engine
-from strategies.compat.deepspeed import tensors_of_optimizer
+from strategies.compat.deepspeed import zero_optimizer_tensors
 from strategies.compat.dispatch import local_part
 
 
@@ -70,9 +70,9 @@ def _optimizer_states(optimizer: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
 
 def _fsdp_tensors(module: nn.Module) -> Iterator[tuple[MemoryKind, Tensor]]:
     """What FSDP2 keeps beside the parameters that modules show."""
-    from strategies.compat.fsdp import hidden_tensors
+    from strategies.compat.fsdp import fsdp_internal_tensors
 
-    for kind, tensor in hidden_tensors(module):
+    for kind, tensor in fsdp_internal_tensors(module):
         yield MemoryKind(kind), local_tensor(tensor)
 
 
@@ -86,5 +86,5 @@ def _deepspeed_tensors(engine: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
             yield MemoryKind.gathered, parameter
             yield MemoryKind.parameters, parameter.ds_tensor
     yield from _optimizer_states(zero_optimizer.optimizer)
-    for kind, tensor in tensors_of_optimizer(zero_optimizer):
+    for kind, tensor in zero_optimizer_tensors(zero_optimizer):
         yield MemoryKind(kind), local_tensor(tensor)

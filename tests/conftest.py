@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.helpers import covering, garbage, speed, uncompiled
-from trainer.stopping.signals import release
+from trainer.stopping.signals import unblock_signals
 
 settings.register_profile(
     "repeatable",
@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_runtest_setup():
     """What a test starts takes signals as from a user's shell: a verb called in this process before has held them."""
-    release()
+    unblock_signals()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from strategies.compat.python import end_process
 from strategies.hardware import count_nvidia_gpus
-from trainer.stopping.signals import hold
+from trainer.stopping.signals import block_signals
 
 STDIN_FD = 0
 FACTS_PREFIX = "shardtune-node "
@@ -56,7 +56,7 @@ def main(module: str = "launch.cluster.node") -> int:
     130 if the connection to the host that started the run is lost, or Ctrl-C came, before there were ranks.
     `module`: the one that calls this: the process replaces itself by it.
     """
-    hold()  # as the command does: a request to save that comes while libraries are loaded is kept
+    block_signals()  # as the command does: a request to save that comes while libraries are loaded is kept
     try:
         return _run_node(module)
     except (EOFError, KeyboardInterrupt):

@@ -31,7 +31,7 @@ from strategies.parent_death import die_with_parent
 from strategies.runtime import out_of_memory_kills
 from trainer.config.run import LauncherConfig, RunConfig
 from trainer.reporting.status import read_status
-from trainer.stopping.signals import SIGNALS, hold, release
+from trainer.stopping.signals import SIGNALS, block_signals, unblock_signals
 
 NOTICE_AFTER_S = 15.0
 """Seconds of silence after which the start of many processes says that it goes on."""
@@ -229,7 +229,7 @@ def _prepare_agent_process() -> None:
     The ranks inherit the mask of held signals, and release them once they can save.
     """
     die_with_parent()
-    hold()
+    block_signals()
 
 
 def _adopt_orphans() -> None:
@@ -266,7 +266,7 @@ def collected_signals() -> Iterator[CollectedSignals]:
     for signal_number in (*SIGNALS, signal.SIGINT):
         previous_handlers[signal_number] = signal.signal(signal_number, record_signal)
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    release()
+    unblock_signals()
     try:
         yield signals
     finally:

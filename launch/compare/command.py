@@ -196,10 +196,10 @@ def _compare_new_points(arguments: CompareArguments) -> int:
     """
     from launch.compare.follow import PeriodicPage
     from launch.compare.points import STOP_EXIT_CODES, plan_points, run_points
-    from trainer.stopping.signals import hold, release
+    from trainer.stopping.signals import block_signals, unblock_signals
 
     if not arguments.dry_run:
-        hold()  # keep a signal that comes before the first run for that run, so that Ctrl-C stops it as it stops `train`
+        block_signals()  # keep a signal that comes before the first run for that run, so that Ctrl-C stops it as it stops `train`
     plan = plan_points(arguments.settings)
     output_dir = arguments.to or Path("runs") / plan.name
     if (output_dir / "config.yaml").exists():
@@ -214,7 +214,7 @@ def _compare_new_points(arguments: CompareArguments) -> int:
         page_path = output_dir / "compare.html"
         periodic_page = PeriodicPage(lambda reload_after_s: _write_page(rows, page_path, reload_after_s))
     exit_code = run_points(plan, output_dir, periodic_page)
-    release()  # from here on, a signal ends this command at once
+    unblock_signals()  # from here on, a signal ends this command at once
     if exit_code in STOP_EXIT_CODES:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
 

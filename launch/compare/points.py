@@ -297,7 +297,7 @@ def run_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPa
     from launch.config.frozen import is_finished
     from launch.runs.freeze import freeze, job_with_same_config
     from trainer.config.run import LauncherName
-    from trainer.stopping.signals import release
+    from trainer.stopping.signals import unblock_signals
 
     runs = list(plan.planned_runs(comparison_dir))
     for run in runs:
@@ -318,7 +318,7 @@ def run_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPa
     write_comparison_file(comparison_dir, plan.comparison_rows(comparison_dir), list(plan.arguments))
 
     if uses_slurm and unfinished_runs:
-        release()  # a signal is no longer kept for a run that this process starts: it starts none
+        unblock_signals()  # a signal is no longer kept for a run that this process starts: it starts none
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the comparison, which --json prints there
             configs = [run.point.composed for run in unfinished_runs]
             exit_code = submit_array(configs, [run.run_dir for run in unfinished_runs])

@@ -2,10 +2,10 @@
 
 import sys
 
-from trainer.stopping.signals import hold
+from trainer.stopping.signals import block_signals
 
 if __name__ == "__main__":
-    hold()
+    block_signals()
     from launch.main import run_guarded
     from launch.streams import restart_in_utf8
     from strategies.compat.python import end_process, run_exit_functions

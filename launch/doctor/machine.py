@@ -169,7 +169,7 @@ def _gpus(machine: Machine) -> None:
     """Add each GPU that torch sees to the machine's facts, and a note if other processes use its memory."""
     import torch
 
-    from strategies.hardware import best_precision, gpu_of
+    from strategies.hardware import best_precision, gpu_of_device
 
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
@@ -179,7 +179,7 @@ def _gpus(machine: Machine) -> None:
                 "name": torch.cuda.get_device_name(device),
                 "memory_gib": total_bytes / GIB,
                 "free_gib": free_bytes / GIB,
-                "precision": str(best_precision(gpu_of(device))),
+                "precision": str(best_precision(gpu_of_device(device))),
             }
         )
         if free_bytes < 0.9 * total_bytes:

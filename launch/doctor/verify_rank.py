@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from trainer.stopping.signals import release
+from trainer.stopping.signals import unblock_signals
 
 CONFIG, REQUEST, REPORT, PROGRESS = "config.yaml", "request.json", "report.json", "progress.txt"
 """Files in the directory of a verification: the run's own configuration, what else the ranks must know, their answer, and a
@@ -18,7 +18,7 @@ def main() -> int:
 
     An error is recorded in `failure.json`, for the process that started the ranks, and raised.
     """
-    release()
+    unblock_signals()
     from launch.config.compose import load_frozen
     from strategies import runtime as processes
     from strategies.parent_death import die_with_parent

@@ -16,7 +16,7 @@ from launch.evaluate.arguments import EvaluateArguments
 from launch.evaluate.kinds import KINDS_READ
 from launch.output import print_json, stdout_to_stderr
 from strategies.imports import importing
-from trainer.stopping.signals import hold
+from trainer.stopping.signals import block_signals
 
 if TYPE_CHECKING:
     from launch.evaluate.arguments import EvaluationPlan
@@ -159,7 +159,7 @@ def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     )
     with stdout_to_stderr(quiet):
         if config.launcher.in_place:  # this process is the only rank
-            hold()  # signals that ask to stop wait until the evaluation can handle them
+            block_signals()  # signals that ask to stop wait until the evaluation can handle them
             before = state_before_start(directory)
             code = 0
             try:
@@ -177,7 +177,7 @@ def run_as_rank(arguments: list[str]) -> int:
     Returns 0 also when asked to stop: another code would make torchrun or srun end the other ranks. Returns 70 after an error
     that our launcher shows.
     """
-    hold()
+    block_signals()
     with importing("torch"):
         from launch.cluster.torchrun import die_with_parent
         from launch.config.compose import load_frozen

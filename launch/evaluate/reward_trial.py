@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.output import Column, TableRow, fold, print_json, stdout_to_stderr, table
 from trainer.pages.numbers import percent
-from trainer.stopping.signals import hold
+from trainer.stopping.signals import block_signals
 
 if TYPE_CHECKING:
     from launch.evaluate.arguments import EvaluateArguments
@@ -102,7 +102,7 @@ def run_trial(arguments: EvaluateArguments) -> int:
     )
     with stdout_to_stderr(arguments.as_json):
         if config.launcher.in_place:
-            hold()
+            block_signals()
             before = state_before_start(directory)
             code = 0
             try:
@@ -244,7 +244,7 @@ def _advice(report: dict[str, Any]) -> list[str]:
 
 def run_as_rank() -> int:
     """Run as one rank that our launcher has started; returns the exit code."""
-    hold()
+    block_signals()
     from launch.cluster.torchrun import die_with_parent
     from launch.config.compose import load_frozen
     from launch.config.process_role import export_torchrun_variables

@@ -17,7 +17,7 @@ from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.reporting.status import FROZEN, write_text_atomic
 from trainer.rollout.rewards import copies
 from trainer.session.lease import InUse, refuse_in_use
-from trainer.stopping.signals import pending
+from trainer.stopping.signals import is_signal_pending
 
 QUEUE_CACHE_S = 10.0
 """Seconds for which a reading of SLURM's queue is used again: hundreds of points are frozen one after another."""
@@ -54,7 +54,7 @@ def freeze(composed: Composed, run_dir: Path, *, may_change_strategy: bool = Fal
             may_change_strategy=may_change_strategy and not is_done,
         )
     refuse_queued(run_dir)
-    refuse_in_use(run_dir, config.run.lease_s, pending)
+    refuse_in_use(run_dir, config.run.lease_s, is_signal_pending)
     rewards = getattr(config.objective, "rewards", {})
     if rewards:
         copies.renew_copies(rewards, run_dir, has_progress=bool(checkpoints), accept=config.run.accept)

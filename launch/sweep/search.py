@@ -22,7 +22,7 @@ from strategies.errors import ConfigError, NotRunOwner, ShardtuneError, StorageE
 from trainer.reporting.results import rows
 from trainer.reporting.status import write_text_atomic
 from trainer.session.lease import InUse, Lease
-from trainer.stopping.signals import pending
+from trainer.stopping.signals import is_signal_pending
 
 if TYPE_CHECKING:
     from optuna.storages import JournalStorage
@@ -250,7 +250,7 @@ def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTr
     Returns 0, 75 if this command was asked to stop, or the exit code of a trial that was stopped or that ends the whole search.
     """
     unfinished = [trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
-    while not pending():
+    while not is_signal_pending():
         claimed = _take_over_trial(study, search, search_dir, unfinished)
         if claimed is None:
             claimed = _draw_trial(study, search, search_dir)
@@ -327,7 +327,7 @@ def _claim_trial(search: Search, search_dir: Path, number: int) -> Lease | None:
     """The lease that allows this command to run trial `number`; None if another command holds it."""
     lease_dir = search_dir / "commands" / str(number)
     try:
-        return Lease.acquire(lease_dir, search.first_trial.config.run.lease_s, stop=pending)
+        return Lease.acquire(lease_dir, search.first_trial.config.run.lease_s, stop=is_signal_pending)
     except InUse:
         return None
 

@@ -128,7 +128,7 @@ _TENSORS_BY_KIND = {
 """Attributes of the optimizers of the three stages, by what they hold; each stage has some of them."""
 
 
-def tensors_of_optimizer(zero_optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+def zero_optimizer_tensors(zero_optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     """(kind, tensor) for each tensor that a ZeRO optimizer keeps in addition to the state of its inner optimizer.
 
     `kind` is `parameters`, `optimizer`, `gradients` or `communication`. DeepSpeed has no public access to them.

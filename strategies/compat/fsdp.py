@@ -46,7 +46,7 @@ def gather_on(root: nn.Module, device: torch.device) -> None:
             parameter.device = device
 
 
-def hidden_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def fsdp_internal_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(kind, tensor) for each tensor that FSDP2 keeps in addition to the parameters of the modules.
 
     `kind` is `parameters`, `gradients`, `gathered` or `communication`.
@@ -80,8 +80,8 @@ def without_fsdp_hooks(modules: Sequence[Any]) -> Iterator[None]:
     try:
         for module, (pre_hooks, hooks) in zip(modules, all_hooks, strict=True):
             state: Any = module._get_fsdp_state()
-            module._forward_pre_hooks = _without(pre_hooks, state._pre_forward_hook_handle)
-            module._forward_hooks = _without(hooks, state._post_forward_hook_handle)
+            module._forward_pre_hooks = _hooks_except(pre_hooks, state._pre_forward_hook_handle)
+            module._forward_hooks = _hooks_except(hooks, state._post_forward_hook_handle)
         yield
     finally:
         for module, (pre_hooks, hooks) in zip(modules, all_hooks, strict=True):
@@ -89,7 +89,7 @@ def without_fsdp_hooks(modules: Sequence[Any]) -> Iterator[None]:
             module._forward_hooks = hooks
 
 
-def _without(hooks: Any, handle: Any) -> OrderedDict[int, Any]:
+def _hooks_except(hooks: Any, handle: Any) -> OrderedDict[int, Any]:
     """The hooks without the one of this handle; all of them if there is no handle, as when several modules share a hook."""
     left_out = getattr(handle, "id", None)
     return OrderedDict((number, hook) for number, hook in hooks.items() if number != left_out)

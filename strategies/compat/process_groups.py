@@ -55,10 +55,11 @@ def recorded_collectives() -> list[dict[str, Any]]:
     """
     from torch._C import _distributed_c10d as c10d
 
-    readers = [getattr(c10d, name) for name in _RECORDERS if hasattr(c10d, name)]
+    dump_functions = [getattr(c10d, name) for name in _RECORDERS if hasattr(c10d, name)]
     entries: list[dict[str, Any]] = []
-    for read in readers:
-        entries += json.loads(read(True, False)).get("entries") or []
+    for dump in dump_functions:
+        with_collectives, only_active = True, False
+        entries += json.loads(dump(with_collectives, only_active)).get("entries") or []
     entries.sort(key=lambda entry: entry.get("time_created_ns", 0))
     return entries
 
@@ -82,13 +83,13 @@ def collectives_reported(names: Mapping[str, str], report: Callable[[str, int], 
         for operation, name in names.items():
             if hasattr(torch.ops.c10d, operation):
                 overload = getattr(torch.ops.c10d, operation).default
-                library.impl(overload, _reporting(overload, name, report), "Autograd", with_keyset=True)
+                library.impl(overload, _reporting_kernel(overload, name, report), "Autograd", with_keyset=True)
         yield
     finally:
         library._destroy()
 
 
-def _reporting(operation: Any, name: str, report: Callable[[str, int], None]) -> Callable[..., Any]:
+def _reporting_kernel(operation: Any, name: str, report: Callable[[str, int], None]) -> Callable[..., Any]:
     """A kernel for `operation` that calls `report`, and then the kernel of the backend."""
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:

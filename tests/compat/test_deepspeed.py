@@ -61,7 +61,7 @@ def test_deepspeed_optimizer_tensors_and_gradient_norm_are_found(library, stage)
     step(engine)
     assert norms == [pytest.approx(8**0.5, rel=1e-2)]
     found = {}
-    for kind, tensor in compat.tensors_of_optimizer(engine.optimizer):
+    for kind, tensor in compat.zero_optimizer_tensors(engine.optimizer):
         found.setdefault(kind, []).append(tensor)
     assert {"parameters", "optimizer"} <= found.keys() <= {"parameters", "optimizer", "gradients", "communication"}
     assert any(tensor.dtype is torch.float32 and tensor.numel() >= 8 for tensor in found["optimizer"])

@@ -341,13 +341,13 @@ def test_sharding_is_finished_before_the_first_pass(sharded):
 
 
 def test_fsdp_hidden_tensors_are_those_kept_beside_parameters(sharded):
-    from strategies.compat.fsdp import gather_on, hidden_tensors
+    from strategies.compat.fsdp import fsdp_internal_tensors, gather_on
 
     gather_on(sharded, torch.device("cpu"))
     sharded(torch.ones(1, 4)).sum().backward()
     sharded.unshard()
     found = {}
-    for kind, tensor in hidden_tensors(sharded):
+    for kind, tensor in fsdp_internal_tensors(sharded):
         found.setdefault(kind, []).append(tensor)
     assert {"parameters", "gathered", "gradients"} <= found.keys() <= {kind.value for kind in MemoryKind}
     assert sum(tensor.numel() for tensor in found["parameters"]) == 2 * (4 + 1) + 2 * (3 + 1), "padding included"

@@ -65,7 +65,7 @@ def test_signal_of_a_closing_terminal_asks_to_save_but_under_nohup():
 
 BY_ITSELF = """
 import os, signal, time
-from trainer.stopping.signals import StopRequest, hold
+from trainer.stopping.signals import StopRequest, block_signals
 
 def send(number, until):
     os.kill(os.getpid(), number)
@@ -82,7 +82,7 @@ class Breaks(StopRequest):
             raise RuntimeError("the waiting thread ends")
         super()._note(number, frame)
 
-hold()
+block_signals()
 with Breaks() as request:  # a thread that died is replaced
     waiting = request._thread
     send(signal.SIGUSR2, lambda: not waiting.is_alive())

@@ -13,7 +13,7 @@ from strategies import flight_recorder
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, SingleConfig
 from strategies.build import resolve_precision
-from strategies.hardware import best_precision, gpu_of
+from strategies.hardware import best_precision, gpu_of_device
 from strategies.parameters import meta_context
 from tests.helpers.building import GLOBAL_BATCH, data_set, model_dir, run_config, take_steps, trainer_for
 from tests.models import tiny
@@ -57,7 +57,7 @@ def test_half_precision_tracks_fp32(tmp_path, runtime, precision):
 
 
 def test_gpu_is_described_as_by_its_driver(runtime):
-    gpu = gpu_of(runtime.device)
+    gpu = gpu_of_device(runtime.device)
     assert gpu.capability == torch.cuda.get_device_capability(runtime.device)
     assert resolve_precision(Precision.auto, runtime) is best_precision(gpu)
     attend = attention._has_flash(runtime.device, 64)

@@ -253,10 +253,10 @@ def _ranks(job: dict[str, Any], outputs: list[int]) -> int:
 def _rank(rank: int, job: dict[str, Any], outputs: list[int]) -> None:
     from launch.main import run_guarded
     from launch.train import exit_process
-    from trainer.stopping.signals import hold
+    from trainer.stopping.signals import block_signals
 
     try:
-        hold()
+        block_signals()
         for output, place in zip(outputs, (1, 2), strict=True):
             os.dup2(output, place)
         os.chdir(job["cwd"])

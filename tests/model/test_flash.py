@@ -75,7 +75,7 @@ def test_sizes_of_heads_are_read_from_real_configurations():
 
 
 def test_flash_kernel_of_torch_has_the_same_conditions(monkeypatch):
-    monkeypatch.setattr(attention, "gpu_of", lambda device: RTX_4090)
+    monkeypatch.setattr(attention, "gpu_of_device", lambda device: RTX_4090)
     device = torch.device("cuda:0")
     assert [attention._has_flash(device, size) for size in (64, 100, 208, 256, 264)] == [
         True,

@@ -120,10 +120,10 @@ def test_divergence_has_the_same_micro_batches_on_another_number_of_ranks():
     before = HeldOutEvaluation(
         {"eval/loss": 2.0}, {"eval/loss": [1.0, 2.0, 3.0, 0.0]}
     )  # two ranks, the last one had run out
-    assert before.pairs_with("eval/loss", {"eval/loss": [1.5, 2.5, 3.5]}) == ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
+    assert before.paired_batch_sums("eval/loss", {"eval/loss": [1.5, 2.5, 3.5]}) == ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
     wide = {"eval/loss": [1.5, 2.5, 3.5, 0.0, 0.0, 0.0]}
-    assert before.pairs_with("eval/loss", wide) == ([1.0, 2.0, 3.0, 0.0], [1.5, 2.5, 3.5, 0.0])
-    assert before.pairs_with("eval/loss", {"eval/loss": [0.7, 0.8, 1.0, 1.0, 1.5, 1.5]}) is None  # smaller ones
+    assert before.paired_batch_sums("eval/loss", wide) == ([1.0, 2.0, 3.0, 0.0], [1.5, 2.5, 3.5, 0.0])
+    assert before.paired_batch_sums("eval/loss", {"eval/loss": [0.7, 0.8, 1.0, 1.0, 1.5, 1.5]}) is None  # smaller ones
 
 
 def test_divergence_of_a_student_that_begins_as_its_own_teacher_is_none():

@@ -184,7 +184,7 @@ def test_forward_path_proof_on_a_card_counts_for_that_card_and_its_packages(monk
     asked, config = [], CONFIGS["mistral"]()
     card, packages = [Gpu("H100", (9, 0))], [{}]
     monkeypatch.setattr(forward_path, "_prove", lambda *_, on_gpu: asked.append(on_gpu) or forward_path.ProvenPaths())
-    monkeypatch.setattr(forward_path, "gpu_of", lambda _: card[0])
+    monkeypatch.setattr(forward_path, "gpu_of_device", lambda _: card[0])
     monkeypatch.setattr(forward_path, "kernel_versions", lambda: packages[0])
 
     def times(*, on_gpu: bool) -> int:

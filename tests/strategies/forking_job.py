@@ -12,7 +12,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-from trainer.stopping.signals import release
+from trainer.stopping.signals import unblock_signals
 
 
 def say_and_wait() -> None:
@@ -21,7 +21,7 @@ def say_and_wait() -> None:
 
 
 def main(module: str, *more: str) -> None:
-    release()  # what forked this process may have held the signals that are to end it
+    unblock_signals()  # what forked this process may have held the signals that are to end it
     forked = multiprocessing.get_context("fork")
     start_worker = importlib.import_module(module)._start_worker
     pool = ProcessPoolExecutor(1, mp_context=forked, initializer=start_worker, initargs=(os.getpid(),))

@@ -13,7 +13,7 @@ from launch.config.compose import compose
 from strategies import build, runtime
 from strategies.base import Precision
 from strategies.errors import ConfigError
-from strategies.hardware import Gpu, best_precision, cpu_has_bf16, gpu_of, slow_precision_warning
+from strategies.hardware import Gpu, best_precision, cpu_has_bf16, gpu_of_device, slow_precision_warning
 from strategies.runtime import Runtime, missing_cuda
 from trainer.config.run import Device
 from trainer.model import attention
@@ -54,7 +54,7 @@ def described(monkeypatch):
 def test_precision_auto_goes_by_the_capability_and_not_by_emulation(card, precision, described, monkeypatch):
     described(card)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # what torch says of all of them
-    assert gpu_of(torch.device("cuda:0")) == card
+    assert gpu_of_device(torch.device("cuda:0")) == card
     assert build.resolve_precision(Precision.auto, rank()) is precision
     assert attention._has_flash(torch.device("cuda:0"), 128) == (precision is Precision.bf16)
 
@@ -62,7 +62,7 @@ def test_precision_auto_goes_by_the_capability_and_not_by_emulation(card, precis
 def test_precision_that_was_typed_stays_and_cpus_compute_in_fp32():
     assert build.resolve_precision(Precision.bf16, rank("cpu")) is Precision.bf16
     assert build.resolve_precision(Precision.auto, rank("cpu")) is Precision.fp32
-    assert best_precision(gpu_of(torch.device("cpu"))) is Precision.fp32
+    assert best_precision(gpu_of_device(torch.device("cpu"))) is Precision.fp32
 
 
 def test_precision_auto_is_that_of_the_least_capable_rank(described, monkeypatch):
@@ -92,7 +92,7 @@ def test_precision_auto_of_the_launcher_is_asked_of_the_driver(said, precision, 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_blocks_know_the_device_too(dynamic, monkeypatch):
     """The question must not break a compiled block apart, whose sizes may be symbols."""
-    monkeypatch.setattr(attention, "gpu_of", lambda device: Gpu("NVIDIA GeForce RTX 4090", (8, 9)))
+    monkeypatch.setattr(attention, "gpu_of_device", lambda device: Gpu("NVIDIA GeForce RTX 4090", (8, 9)))
 
     def block(x):
         return x + 1 if attention._has_flash(x.device, x.shape[-1]) else x - 1

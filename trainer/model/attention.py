@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from strategies.hardware import MAX_FLASH_HEAD, gpu_of
+from strategies.hardware import MAX_FLASH_HEAD, gpu_of_device
 from strategies.matmul import LONG_DOCUMENT, with_blas_from_here, with_chosen_library_from_here
 from strategies.runtime import device_kind
 from trainer.model.compat import load_models_without_scipy
@@ -414,7 +414,7 @@ def _flash_of(device: torch.device) -> tuple[bool, tuple[int, int] | None]:
 
     A compiled block takes the answer as it is; sizes it may know as symbols alone.
     """
-    gpu = gpu_of(device)
+    gpu = gpu_of_device(device)
     return (False, None) if gpu is None else (gpu.has_flash, gpu.unsupported_flash_head_sizes())
 
 

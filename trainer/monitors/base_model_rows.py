@@ -54,7 +54,7 @@ class BaseRows:
         - Else the base runs the tasks now, with an adapter switched off if there is one; the answers are written to the file.
         Full tuning at step 0 also sets `tasks_of_unchanged_base`. All ranks must call; raises Interrupted on all or none.
         """
-        self.tasks = self._read_kept()
+        self.tasks = self._kept_tasks()
         if self.tasks is not None:
             # A run of an earlier version did not ask the base the questions of a chat, and goes on without them.
             self.names = [name for name in self.names if name in self.tasks]
@@ -79,34 +79,34 @@ class BaseRows:
             self.tasks[done.prepared.task.name] = BaseTask(done.rows, _first_metric(done))
         if self.runtime.is_main:  # for a resumed run
             task_records = {name: asdict(task) for name, task in self.tasks.items()}
-            write_text_atomic(self.path, json_text({"key": self._key(), "tasks": task_records}))
+            write_text_atomic(self.path, json_text({"key": self._results_key(), "tasks": task_records}))
 
-    def _read_kept(self) -> dict[str, BaseTask] | None:
+    def _kept_tasks(self) -> dict[str, BaseTask] | None:
         """The base's results that an earlier start kept, read by rank 0 for all ranks; None if there are none. A collective."""
         tasks = None
         if self.runtime.is_main and self.path.is_file():
-            tasks = self._read_file()
+            tasks = self._tasks_in_file()
         return broadcast_object(tasks, self.runtime)
 
-    def _read_file(self) -> dict[str, BaseTask] | None:
+    def _tasks_in_file(self) -> dict[str, BaseTask] | None:
         """The base's results by task, as `begin` wrote them; None if the file is damaged, or of other rows or settings.
 
         `begin` then asks the base again, if it can. A file without the chat tasks, of an earlier version, is accepted.
         """
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            own_key = self._key()
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+            own_key = self._results_key()
             key_without_chat = [entry for entry in own_key if entry[0] not in (CHAT, CHAT_ANSWERS)]
-            if content["key"] not in (own_key, key_without_chat):
+            if record["key"] not in (own_key, key_without_chat):
                 return None
             tasks = {}
-            for name, task in content["tasks"].items():
+            for name, task in record["tasks"].items():
                 tasks[name] = BaseTask([TaskRow(**row) for row in task["rows"]], task["value"])
             return tasks
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _key(self) -> list[list[object]]:
+    def _results_key(self) -> list[list[object]]:
         """What the kept results are of, one list a task, such as ["general", "loss", 64, "<fingerprint of its data>"].
 
         That is name, kind, number of cases, and the fingerprint of a task that computes losses. Other tasks or cases have another

@@ -346,7 +346,7 @@ class Challenges:
             before[divergence.LOSS] = progress.evaluations[0]["held_out"]  # a run that kept no micro-batches
         for metric in (divergence.MARGIN, divergence.LOSS):
             if metric in before and metric in values:
-                pairs = self.held_out_before.pairs_with(metric, self._batch_sums)
+                pairs = self.held_out_before.paired_batch_sums(metric, self._batch_sums)
                 level = divergence.LEVEL / max(1, self.planned_evaluations)
                 return divergence.held_out_change(metric, (before[metric], values[metric]), pairs, level)
         return None

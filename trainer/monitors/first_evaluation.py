@@ -28,7 +28,9 @@ class HeldOutEvaluation:
     step: int = 0
     """The step after which it was evaluated."""
 
-    def pairs_with(self, name: str, batches: Mapping[str, list[float]]) -> tuple[list[float], list[float]] | None:
+    def paired_batch_sums(
+        self, name: str, batches: Mapping[str, list[float]]
+    ) -> tuple[list[float], list[float]] | None:
         """(sums before the first step, sums now) of a metric over each micro-batch: the pairs of a paired test.
 
         `name`: the metric. `batches`: the sums now, by metric. Micro-batch i has the same documents in both lists. None if the
@@ -54,26 +56,26 @@ class HeldOutFile:
 
     def read(self) -> HeldOutEvaluation:
         """The evaluation that the file holds, read by rank 0 for all ranks; empty if there is none. All ranks must call."""
-        before = HeldOutEvaluation()
+        evaluation = HeldOutEvaluation()
         if self.runtime.is_main and self.path.is_file():
             try:
-                before = HeldOutEvaluation(**json.loads(self.path.read_text(encoding="utf-8")))
-                _check(before)
+                evaluation = HeldOutEvaluation(**json.loads(self.path.read_text(encoding="utf-8")))
+                _refuse_other_than_numbers(evaluation)
             except (OSError, ValueError, TypeError, AttributeError):
-                before = HeldOutEvaluation()  # the run is then judged without pairs
-        read_by_main: HeldOutEvaluation = broadcast_object(before, self.runtime)
-        return read_by_main
+                evaluation = HeldOutEvaluation()  # the run is then judged without pairs
+        evaluation_of_rank_0: HeldOutEvaluation = broadcast_object(evaluation, self.runtime)
+        return evaluation_of_rank_0
 
-    def write(self, before: HeldOutEvaluation) -> None:
+    def write(self, evaluation: HeldOutEvaluation) -> None:
         """Replace the file, on rank 0 alone. Errors: StorageError."""
         if self.runtime.is_main:
-            write_text_atomic(self.path, json_text(asdict(before)) + "\n")
+            write_text_atomic(self.path, json_text(asdict(evaluation)) + "\n")
 
 
-def _check(before: HeldOutEvaluation) -> None:
-    """Raise ValueError, TypeError or AttributeError if a metric or a sum that was read is no number."""
-    for metric in before.values.values():
+def _refuse_other_than_numbers(evaluation: HeldOutEvaluation) -> None:
+    """Raise ValueError, TypeError or AttributeError if a metric or a sum that was read from a file is no number."""
+    for metric in evaluation.values.values():
         float(metric)
-    for sums in before.batches.values():
+    for sums in evaluation.batches.values():
         for batch_sum in sums:
             float(batch_sum)

@@ -76,9 +76,9 @@ class Stragglers:
         }
         if self.factor:
             for rank in range(len(self._changed_factors)):
-                self._judge(rank, slowness_factor(rank, times), rows[-1]["step"])
+                self._update_rank(rank, slowness_factor(rank, times), rows[-1]["step"])
 
-    def _judge(self, rank: int, factor: float, step: int) -> None:
+    def _update_rank(self, rank: int, factor: float, step: int) -> None:
         """Record that a rank is slow, or slow no longer, once `INTERVALS` intervals in a row show the change.
 
         `factor`: how many times as long as the others it took in this interval. Calls `on_change` on rank 0. A collective if the

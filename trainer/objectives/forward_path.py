@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from strategies.hardware import gpu_of
+from strategies.hardware import gpu_of_device
 from trainer.data.batches.collate import Collator, to_device
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
@@ -81,7 +81,7 @@ def proven_paths(config: Any, build: Callable[[], nn.Module], attention: str, *,
     `config`: transformers' configuration. `build` makes its model on meta. `attention`: the kernel for documents in one row.
     """
     # Hosts with other cards may share the cache, and packages come and go.
-    gpu_versions = [repr(gpu_of(torch.device("cuda"))), kernel_versions()] if on_gpu else False
+    gpu_versions = [repr(gpu_of_device(torch.device("cuda"))), kernel_versions()] if on_gpu else False
     file = proof_file(config, attention=attention, gpu=gpu_versions)
     stored = read_proof(file)
     if stored is not None:

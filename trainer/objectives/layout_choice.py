@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from strategies.errors import ConfigError
-from strategies.hardware import gpu_of
+from strategies.hardware import gpu_of_device
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.model import attention, experts, flex
@@ -129,7 +129,7 @@ def _kernels(
 
     `build_eager` builds a causal model on meta; None for other kinds of models, which use no FlexAttention.
     """
-    gpu = gpu_of(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
+    gpu = gpu_of_device(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
     no_flash = why_not_flash(settings, gpu, half=half_on_gpu, dropout=config.dropout)
     if build_eager is None:
         return KernelChoices(no_flash, "it is for objectives over next tokens")

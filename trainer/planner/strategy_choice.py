@@ -18,7 +18,7 @@ import torch
 
 from strategies.base import ActivationCheckpointing, AutoConfig, Precision, StrategyConfig
 from strategies.errors import DoesNotFit, OutOfMemory
-from strategies.hardware import gpu_of
+from strategies.hardware import gpu_of_device
 from strategies.registry import common_settings
 from strategies.runtime import Runtime, broadcast_object, gather_objects
 from trainer.config.parallel import readers_of
@@ -180,7 +180,7 @@ def _with_strategy(config: RunConfig, strategy: StrategyConfig, note: Resolution
 
 def gpu_name(runtime: Runtime) -> str | None:
     """What the driver calls this rank's card; None for a CPU."""
-    gpu = gpu_of(runtime.device)
+    gpu = gpu_of_device(runtime.device)
     return None if gpu is None else gpu.name
 
 

@@ -38,17 +38,17 @@ INTERRUPTED = (
 )
 
 
-def hold() -> None:
+def block_signals() -> None:
     """Block the signals; they stay pending until `StopRequest` takes them. Call it before anything heavy is imported."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
-def release() -> None:
+def unblock_signals() -> None:
     """Let the signals end this process again, for commands that have nothing to save."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def pending() -> bool:
+def is_signal_pending() -> bool:
     """Whether one of the signals arrived and is still pending."""
     return not signal.sigpending().isdisjoint(SIGNALS)
 

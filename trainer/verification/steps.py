@@ -139,7 +139,7 @@ def _measured_step(config: RunConfig, data: PreparedData, engine: Engine, built:
         loss=float(local_sum) / record.counts["loss"],
         gradients=gradients,
         kinds=kinds_of_parameters(built, list(gradients)),
-        kernels=describe_kernels(built),
+        kernels=kernels_description(built),
         finite=not bool(record.result.skipped),
         expert_tokens=None if expert_tokens is None else expert_tokens.tolist(),
     )
@@ -170,7 +170,7 @@ def _record_reference(
     record_reference_logps({"train": data.train}, engine, settings, runtime)
 
 
-def describe_kernels(built: Built) -> str:
+def kernels_description(built: Built) -> str:
     """The kernels of a forward pass in words: attention, layout of documents, head, quantisation."""
     parts = [f"attention {built.attention}", f"{built.layout.value} rows".replace("_", "-")]
     path = getattr(built.plain, "forward_path", None)
