@@ -16,10 +16,10 @@ from torch import Tensor
 
 from strategies.base import UpdateFilter
 from strategies.compat.deepspeed import (
+    disable_shared_memory_op,
     grad_norm_in_step,
-    leave_shared_memory_op_out,
     replace_backend,
-    silence_memory_reports,
+    silence_deepspeed_memory_reports,
 )
 from strategies.compat.dispatch import tree_leaves
 from strategies.compat.optimizers import multiply_each
@@ -38,21 +38,21 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
     """Import DeepSpeed without its messages, and on a CPU without its shared-memory op, which would need a C++ compiler."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its autotuner imports mlflow if that is installed, which takes seconds, and is not used here.
-    with _without("mlflow"):
+    with _import_blocked("mlflow"):
         import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
     # DeepSpeed calls collectives by their old names, and each call warns.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
-    silence_memory_reports()
+    silence_deepspeed_memory_reports()
     if on_cpu:
-        leave_shared_memory_op_out()
+        disable_shared_memory_op()
     return deepspeed
 
 
 @contextmanager
-def _without(module: str) -> Iterator[None]:
+def _import_blocked(module: str) -> Iterator[None]:
     """A context in which `module` cannot be imported, unless it has been imported before."""
     if module in sys.modules:
         yield
@@ -73,16 +73,16 @@ def free_engine_memory(engine: Any) -> None:
     engine.destroy()
     optimizer = engine.optimizer
     parameters = list(engine.module.parameters())
-    kept_alive: list[Any] = [
+    owners_of_tensors: list[Any] = [
         list(vars(optimizer).values()),
         list(optimizer.optimizer.state.values()),
         parameters,
         [parameter.grad for parameter in parameters],
         [getattr(parameter, "ds_tensor", None) for parameter in parameters],
     ]
-    for tensor in tree_leaves(kept_alive):
-        if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.untyped_storage().resizable():
-            tensor.untyped_storage().resize_(0)
+    for leaf in tree_leaves(owners_of_tensors):
+        if isinstance(leaf, Tensor) and leaf.device.type != "meta" and leaf.untyped_storage().resizable():
+            leaf.untyped_storage().resize_(0)
 
 
 def set_deepspeed_device(runtime: Runtime) -> None:
@@ -177,10 +177,10 @@ def global_norm(
     Replaces a method of DeepSpeed's optimizers with this signature. Theirs copies everything to float64 first, which is a tenth
     of a step on a CPU, and waits for a GPU.
     """
-    assert norm_type == 2.0
-    squared = squared_norm(gradients) if gradients else torch.zeros((), device=device)
-    dist.all_reduce(squared)
-    norm = squared.sqrt()
+    assert norm_type == 2.0  # DeepSpeed passes no other
+    sum_of_squares = squared_norm(gradients) if gradients else torch.zeros((), device=device)
+    dist.all_reduce(sum_of_squares)
+    norm = sum_of_squares.sqrt()
     return torch.where(norm.isfinite(), norm, -1.0)
 
 

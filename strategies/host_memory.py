@@ -37,16 +37,16 @@ class HostMemory:
     """Collectives of a group's ranks. All of them must make the same calls in the same order, with contiguous tensors."""
 
     def __init__(
-        self, group: dist.ProcessGroup | None, regions: list[Tensor], processes: list[int], timeout_s: float
+        self, group: dist.ProcessGroup | None, regions: list[Tensor], process_ids: list[int], timeout_s: float
     ) -> None:
-        """`regions` and `processes` (their ids) are in the order of the group's ranks."""
+        """`regions` (uint8) and `process_ids` are in the order of the group's ranks."""
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = len(regions)
         self._regions = [region[_HEADER_BYTES:].view(2, -1) for region in regions]
         self._counters: list[np.ndarray] = [region[:8].view(torch.int64).numpy() for region in regions]
-        self._ranks = dist.get_process_group_ranks(group)
-        self._processes = processes
+        self._global_ranks = dist.get_process_group_ranks(group)
+        self._process_ids = process_ids
         self._timeout_s = timeout_s
         self._num_barriers = 0
         """How often this rank has waited for all others; published in its region's counter."""
@@ -64,10 +64,11 @@ class HostMemory:
             gathered[self.rank].copy_(own_part)
         for start, slots in self._chunks(own_part, own_part.numel()):
             chunk = own_part[start : start + slots[0].numel()]
+            stop = start + chunk.numel()
             slots[self.rank].copy_(chunk)
             self._wait_for_all()
             for peer in self._peers():
-                gathered[peer, start : start + chunk.numel()].copy_(slots[peer])
+                gathered[peer, start:stop].copy_(slots[peer])
 
     @counted_collective(REDUCE_SCATTER, 1)
     def reduce_scatter(self, output: Tensor, input: Tensor, *, average: bool) -> None:
@@ -135,26 +136,26 @@ class HostMemory:
 
     def _wait_for_all(self) -> None:
         """A barrier: wait until every rank has called this as often as this one."""
-        if not _STORES_IN_ORDER:
+        if not _STORES_IN_ORDER:  # a counter could be seen before the data that it announces
             dist.barrier(self.group)
             return
         self._num_barriers += 1
         self._counters[self.rank][0] = self._num_barriers
         for peer in self._peers():
             if self._counters[peer][0] < self._num_barriers:
-                self._wait_for(peer)
+                self._wait_for_peer(peer)
 
-    def _wait_for(self, peer: int) -> None:
+    def _wait_for_peer(self, peer: int) -> None:
         """Wait until the rank `peer` of the group has reached as many barriers as this one.
 
         Polls without sleeping for a few milliseconds, then every 0.1 ms. Raises RuntimeError if the peer has ended, or does not
         come within the run's timeout.
         """
         counter = self._counters[peer]
-        start_time = time.monotonic()
+        began_at = time.monotonic()
         last_check_s = 0.0
         while counter[0] < self._num_barriers:
-            waited_s = time.monotonic() - start_time
+            waited_s = time.monotonic() - began_at
             if waited_s < _SPIN_S:
                 os.sched_yield()
                 continue
@@ -163,8 +164,10 @@ class HostMemory:
                 continue
             # Ten times a second: is the peer still alive?
             last_check_s = waited_s
-            wait_text = f"rank {self._ranks[self.rank]} waited {waited_s:.0f} s for its peer {self._ranks[peer]}"
-            if _has_ended(self._processes[peer]):
+            wait_text = (
+                f"rank {self._global_ranks[self.rank]} waited {waited_s:.0f} s for its peer {self._global_ranks[peer]}"
+            )
+            if _has_ended(self._process_ids[peer]):
                 raise RuntimeError(f"{wait_text}, which has ended")
             if waited_s > self._timeout_s:
                 raise RuntimeError(f"timed out: {wait_text} (run.timeout_s={self._timeout_s:.0f})")

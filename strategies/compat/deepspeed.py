@@ -17,14 +17,14 @@ from strategies.compat.process_groups import living_groups
 # -- what is put in the place of its functions -------------------------------------------------------------------------
 
 
-def silence_memory_reports() -> None:
+def silence_deepspeed_memory_reports() -> None:
     """Let `BF16_Optimizer` not print what memory is in use: `see_memory_usage` prints, whatever the level of its logger."""
     from deepspeed.runtime import bf16_optimizer
 
     bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None
 
 
-def leave_shared_memory_op_out() -> None:
+def disable_shared_memory_op() -> None:
     """Let DeepSpeed not compile its op for collectives on a CPU, which needs a C++ compiler; no setting says so."""
     import deepspeed
 

@@ -86,7 +86,7 @@ def test_no_op_is_compiled_for_exchange(library):
     from deepspeed.comm.torch import build_shm_op
 
     library.ops.__compatible_ops__["deepspeed_shm_comm"] = True
-    compat.leave_shared_memory_op_out()
+    compat.disable_shared_memory_op()
     assert build_shm_op() is None
 
 

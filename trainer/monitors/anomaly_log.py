@@ -74,9 +74,9 @@ class AnomalyLog:
         `places`: ranges (first, count) of the step's samples in the run's order, such as [(640, 32)]. `documents`: records with
         `file` and `line` of each; empty if unknown.
         """
-        what = outlier_text(outlier.values, outlier.scores, outlier.began if outlier.is_level else None)
+        finding_text = outlier_text(outlier.values, outlier.scores, outlier.began if outlier.is_level else None)
         if not outlier.is_level:
-            what += " stands out" if len(outlier.values) == 1 else " stand out"
+            finding_text += " stands out" if len(outlier.values) == 1 else " stand out"
         first_sample, _ = places[0]
         last_range_first, last_range_count = places[-1]
         last_sample = last_range_first + last_range_count - 1
@@ -87,7 +87,7 @@ class AnomalyLog:
             if len(documents) > MAX_DOCUMENTS:
                 named_documents += f" and {len(documents) - MAX_DOCUMENTS} more"
         return (
-            f"step {outlier.step}: {what}; {DONE[outlier.action]}. Samples {first_sample} to {last_sample} of the run's "
+            f"step {outlier.step}: {finding_text}; {DONE[outlier.action]}. Samples {first_sample} to {last_sample} of the run's "
             f"order{named_documents} ({EVENTS})"
         )
 
@@ -99,10 +99,10 @@ def _document_record(table: DocumentTable, number: int) -> dict[str, Any]:
     """
     document = table.document(number)
     origin = {key: getattr(document, key) for key in ORIGIN_FIELDS}
-    content = {}
+    content_fields = {}
     for key in set(schema().names) - set(ORIGIN_FIELDS):
         field_value = getattr(document, key)
         if field_value not in (None, ""):
-            content[key] = field_value
-    text = json.dumps(content, sort_keys=True)
-    return {"row": number, **origin, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+            content_fields[key] = field_value
+    content_json = json.dumps(content_fields, sort_keys=True)
+    return {"row": number, **origin, "sha256": hashlib.sha256(content_json.encode()).hexdigest()}

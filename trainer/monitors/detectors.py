@@ -79,8 +79,8 @@ class Challenges:
         """The first step at which divergence is judged."""
         self.on_record: Callable[[dict[str, Any]], None] = lambda record: None
         """Called with the record after each evaluation, on all ranks."""
-        self._verdicts: set[str] = set()
-        """Verdicts on divergence that were reported."""
+        self._reported_verdicts: set[str] = set()
+        """Verdicts on divergence and rewards that were reported, each of which is reported once."""
         self._batch_sums: dict[str, list[float]] = {}
         """Sums over each micro-batch of the evaluation that runs, by metric."""
         self._answers: list[ModelAnswer] = []
@@ -89,6 +89,11 @@ class Challenges:
         """The tuned model's newest answers to the questions that are shown at the end of the run."""
         self._compared_tasks: list[forgetting.ComparedTask] = []
         """Tasks that were run since the last evaluation was judged, beside the base."""
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Whether the run learns from rewards, so that its losses say nothing and its rewards are judged instead."""
+        return self.control_metrics is not None
 
     # -- what is seen ----------------------------------------------------------------------------------------------
 
@@ -109,17 +114,19 @@ class Challenges:
 
         If overfitting has ended the run at that step, `stopping_finding` is set again: no further step could find it again.
         """
-        for event in self._events():  # such as {"event": "challenge", "challenge": "divergence", "step": 40, ...}
+        for (
+            event
+        ) in self._recorded_events():  # such as {"event": "challenge", "challenge": "divergence", "step": 40, ...}
             if event.get("event") == "challenge" and event["step"] <= progress.step:
-                found = {key: event[key] for key in event if key not in EVENT_KEYS}
-                self.record.setdefault(str(event["challenge"]), found)
-                self._verdicts.add(str(event.get("verdict", "")))
-        self._judge_divergence_again(progress)
+                finding_record = {key: event[key] for key in event if key not in EVENT_KEYS}
+                self.record.setdefault(str(event["challenge"]), finding_record)
+                self._reported_verdicts.add(str(event.get("verdict", "")))
+        self._judge_last_evaluation_again(progress)
 
         config = self.config.overfitting
         evaluations = progress.evaluations
         is_at_evaluation = bool(evaluations) and evaluations[-1]["step"] == progress.step
-        if config.action is not Reaction.stop or self.control_metrics is not None or not is_at_evaluation:
+        if config.action is not Reaction.stop or self.learns_from_rewards or not is_at_evaluation:
             return
         finding = overfitting.find_problem(
             config, Evidence(progress.step, {}, self.planned_evaluations, progress.evaluations)
@@ -128,24 +135,25 @@ class Challenges:
             self.stopping_finding = finding
             self.record[finding.detector] = finding.record()
 
-    def _judge_divergence_again(self, progress: Progress) -> None:
+    def _judge_last_evaluation_again(self, progress: Progress) -> None:
         """Judge divergence at this step by the kept evaluation, if it is of this step: the run may have recovered by then."""
         if self.last_evaluation_file is None:
             return
-        last = self.last_evaluation_file.read()
+        last_evaluation = self.last_evaluation_file.read()
         if self.first_evaluation_file is not None:  # what it is compared with; `begin` comes later
             self.held_out_before = self.first_evaluation_file.read()
-        if self.control_metrics is None and last.step == progress.step and last.values:
-            self._batch_sums = last.batches
-            self._judge_divergence(progress, last.values)
+        is_of_this_step = last_evaluation.step == progress.step and bool(last_evaluation.values)
+        if is_of_this_step and not self.learns_from_rewards:
+            self._batch_sums = last_evaluation.batches
+            self._judge_divergence(progress, last_evaluation.values)
 
     def take_rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
-        """Take the metrics of a logging interval's steps into `progress`: their losses, or rewards if the run learns from these.
+        """Add the losses of a logging interval's steps to `progress`, or their rewards if the run learns from rewards.
 
-        If there are no held-out metrics, divergence is judged here.
+        `rows`: the metrics of each step. Without any evaluation, divergence is judged here, by the training loss alone.
         """
         if self.control_metrics is not None:
-            self._take_rewards(progress, rows, self.control_metrics)
+            self._add_rewards(progress, rows, self.control_metrics)
             return
         new_losses: list[dict[str, float]] = []
         for row in rows:
@@ -161,7 +169,7 @@ class Challenges:
         if not self.held_out_before.values and not progress.evaluations:
             self._judge_divergence(progress, {})
 
-    def _take_rewards(self, progress: Progress, rows: Iterable[dict[str, Any]], controls: list[str]) -> None:
+    def _add_rewards(self, progress: Progress, rows: Iterable[dict[str, Any]], controls: list[str]) -> None:
         """Take the rewards of steps in place of losses, which are 0 here by construction, and judge each full block of steps.
 
         `controls`: metrics of the rewards of weight 0, which are measured and not trained.
@@ -183,8 +191,8 @@ class Challenges:
         for finding in rewards.find_problems(
             self.config.rewards, step, blocks, progress.evaluations, self.control_metrics
         ):
-            is_new = finding.verdict not in self._verdicts
-            self._verdicts.add(finding.verdict)
+            is_new = finding.verdict not in self._reported_verdicts
+            self._reported_verdicts.add(finding.verdict)
             if is_new:
                 self._report(finding, is_repeat=False)
             elif finding.stops and self.stopping_finding is None:
@@ -207,8 +215,10 @@ class Challenges:
             return
         base_task = self.base_rows.tasks[task.name]
         metric = task.metrics[0]
-        values = (base_task.value, done.metrics[metric.name])
-        self._compared_tasks.append(forgetting.compare_with_base(task.name, metric, base_task.rows, done.rows, values))
+        base_and_tuned_value = (base_task.value, done.metrics[metric.name])
+        self._compared_tasks.append(
+            forgetting.compare_with_base(task.name, metric, base_task.rows, done.rows, base_and_tuned_value)
+        )
 
     def ask_chat_again(self, engine: Engine) -> None:
         """Have the model write its two answers with the weights of `engine`. All ranks must call. Raises Interrupted."""
@@ -254,7 +264,7 @@ class Challenges:
 
         `values`: its metrics by name. Returns the numbers that are logged beside them, such as {"forgetting": 0.02}.
         """
-        self._add_to_history(progress, values)
+        self._record_evaluation(progress, values)
         self.kept_answers.write(progress.step)
         evidence = Evidence(
             progress.step,
@@ -269,9 +279,9 @@ class Challenges:
         self._compared_tasks = []
         logged: dict[str, float] = {}
         for name, detector in DETECTORS.items():
-            config = getattr(self.config, name)
-            is_about_loss = detector is overfitting
-            if config.action is Reaction.off or (is_about_loss and self.control_metrics is not None):
+            config = getattr(self.config, name)  # the settings are named as the detectors
+            has_no_loss = detector is overfitting and self.learns_from_rewards
+            if config.action is Reaction.off or has_no_loss:
                 continue
             metrics = detector.logged_metrics(evidence)
             logged |= metrics
@@ -281,23 +291,23 @@ class Challenges:
             finding = detector.find_problem(config, evidence)
             if finding is not None:
                 self._report(finding, is_repeat=was_found)
-        if self.control_metrics is not None:
+        if self.learns_from_rewards:
             self._judge_rewards(progress, progress.step)
         elif progress.step == 0:
-            self._remember_before(values)
+            self._write_first_evaluation(values)
         else:
-            self._keep_last(progress.step, values)
+            self._write_last_evaluation(progress.step, values)
             self._judge_divergence(progress, values)
         self.on_record(self.record)
         return logged
 
-    def _remember_before(self, values: dict[str, float]) -> None:
+    def _write_first_evaluation(self, values: dict[str, float]) -> None:
         """Keep the evaluation before the first step. Errors: StorageError."""
         self.held_out_before = HeldOutEvaluation(_paired_metrics(values), self._batch_sums)
         if self.first_evaluation_file is not None:
             self.first_evaluation_file.write(self.held_out_before)
 
-    def _keep_last(self, step: int, values: dict[str, float]) -> None:
+    def _write_last_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Keep the evaluation after `step` in place of the one before it. Errors: StorageError."""
         if self.last_evaluation_file is not None and self._batch_sums:
             self.last_evaluation_file.write(HeldOutEvaluation(_paired_metrics(values), self._batch_sums, step))
@@ -305,8 +315,12 @@ class Challenges:
     def _judge_divergence(self, progress: Progress, values: dict[str, float]) -> None:
         """Compare training and held-out loss with those at the run's beginning, and record whether the run is worse now.
 
-        `values`: metrics of the evaluation at this step; empty if there is none. A new verdict (`diverged`, `worse`) is reported;
-        one that was reported before only gets its newest numbers in `record`. With none any more, the run has recovered.
+        `values`: metrics of the evaluation at this step; empty if there is none. Sets `record["divergence"]`:
+
+        - Divergence is off, or it is too early to judge: nothing is set.
+        - No finding: the run has recovered, if there was one before.
+        - A verdict (`diverged`, `worse`) that was reported before: only the newest numbers. It may set `stopping_finding`.
+        - A new verdict: it is reported.
         """
         if self.config.divergence.action is Reaction.off or progress.step < self.first_judged_step:
             return
@@ -315,23 +329,24 @@ class Challenges:
         held_out = self._held_out_change(progress, values)
         finding = divergence.divergence_finding(self.config.divergence, progress.step, training, held_out)
 
-        earlier = self.record.get(divergence.NAME, {})
+        earlier_record = self.record.get(divergence.NAME, {})
         if finding is None:
-            if earlier.get("found"):
-                self.record[divergence.NAME] = {**earlier, "found": False, "recovered_at": progress.step}
-            elif not earlier:
+            if earlier_record.get("found"):
+                self.record[divergence.NAME] = {**earlier_record, "found": False, "recovered_at": progress.step}
+            elif not earlier_record:
                 self.record[divergence.NAME] = {"found": False, "step": progress.step}
             return
 
         first_step = progress.step
-        if earlier.get("found"):
-            first_step = earlier.get("first_step", earlier["step"])  # what was read from an event has no `first_step`
-        if finding.verdict in self._verdicts:  # reported already: only the numbers are new
+        if earlier_record.get("found"):
+            # A record that was read from an event has no `first_step`.
+            first_step = earlier_record.get("first_step", earlier_record["step"])
+        if finding.verdict in self._reported_verdicts:  # reported already: only the numbers are new
             self.record[divergence.NAME] = finding.record()
             if finding.stops and self.stopping_finding is None:
                 self.stopping_finding = finding
         else:
-            self._verdicts.add(finding.verdict)
+            self._reported_verdicts.add(finding.verdict)
             self._report(finding, is_repeat=False)
         self.record[divergence.NAME]["first_step"] = first_step
 
@@ -351,13 +366,13 @@ class Challenges:
                 return divergence.held_out_change(metric, (before[metric], values[metric]), pairs, level)
         return None
 
-    def _add_to_history(self, progress: Progress, values: dict[str, float]) -> None:
+    def _record_evaluation(self, progress: Progress, values: dict[str, float]) -> None:
         """Add an evaluation to `progress.evaluations`, the history that overfitting is judged by; it is in checkpoints.
 
         An entry has the held-out loss (`eval/loss`, or the reward of a run that learns from rewards) and the mean training loss
         since the last evaluation. Nothing is added if no step was taken since then.
         """
-        held_out = values.get(HELD_OUT if self.control_metrics is None else HELD_OUT_REWARD)
+        held_out = values.get(HELD_OUT_REWARD if self.learns_from_rewards else HELD_OUT)
         num_steps = progress.interval_steps
         if held_out is None or not math.isfinite(held_out) or (progress.step and not num_steps):
             return
@@ -374,7 +389,7 @@ class Challenges:
         finding = instability.find_problem(progress)
         if finding is not None:
             self._report(finding, is_repeat=False)
-        if not progress.evaluations and self.control_metrics is None:
+        if not progress.evaluations and not self.learns_from_rewards:
             self._judge_divergence(progress, {})
         recovered_at = self.record.get(divergence.NAME, {}).get("recovered_at")
         if recovered_at is not None:
@@ -400,15 +415,16 @@ class Challenges:
             f"warning: {finding.detector} at step {finding.step}: {finding.message}. Try: {'; '.join(finding.remedies)}"
         )
         if not self._is_in_events(finding):
-            self._write_event(finding)
+            self._append_event(finding)
 
     def _is_in_events(self, finding: Finding) -> bool:
         """Whether an earlier start of the run has written this finding into `events.jsonl`."""
         return any(
-            event.get("challenge") == finding.detector and event["step"] == finding.step for event in self._events()
+            event.get("challenge") == finding.detector and event["step"] == finding.step
+            for event in self._recorded_events()
         )
 
-    def _events(self) -> list[dict[str, Any]]:
+    def _recorded_events(self) -> list[dict[str, Any]]:
         """The rows of `events.jsonl`, on rank 0; empty elsewhere, and if there are none."""
         if self.events is None:
             return []
@@ -417,7 +433,7 @@ class Challenges:
         except OSError:
             return []
 
-    def _write_event(self, finding: Finding) -> None:
+    def _append_event(self, finding: Finding) -> None:
         """Append a finding to `events.jsonl`. Errors: StorageError."""
         if self.events is not None:
             event = {"event": "challenge", "time": time.time(), "challenge": finding.detector, **finding.record()}
@@ -441,7 +457,7 @@ class Challenges:
         is_new = EARLY_STOPPING not in self.record
         self.record[EARLY_STOPPING] = finding.record()
         if is_new and not self._is_in_events(finding):
-            self._write_event(finding)
+            self._append_event(finding)
         self.on_record(self.record)
 
     # -- what is done ----------------------------------------------------------------------------------------------

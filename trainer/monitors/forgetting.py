@@ -55,21 +55,35 @@ class ComparedTask:
 
 
 def compare_with_base(
-    name: str, metric: Metric, base_rows: Sequence[TaskRow], rows: Sequence[TaskRow], values: tuple[float, float]
+    name: str,
+    metric: Metric,
+    base_rows: Sequence[TaskRow],
+    rows: Sequence[TaskRow],
+    base_and_tuned_value: tuple[float, float],
 ) -> ComparedTask:
     """How much the tuned model has lost against the base in a task's first metric.
 
-    `name`: of the task. `values`: the metric of the base and of the tuned model. `base_rows` and `rows` are paired: both models
-    were asked the same. The loss is a share of the base's metric, so that it can be compared between tasks.
+    `name`: of the task. `base_rows` and `rows` are paired: both models were asked the same. The result has the loss as a share of
+    the base's metric, so that it can be compared between tasks; as an absolute number if the base's metric is 0.
     """
-    base_value, value = values
-    drop = base_value - value if metric.greater_is_better else value - base_value
+    base_value, tuned_value = base_and_tuned_value
+    drop = base_value - tuned_value if metric.greater_is_better else tuned_value - base_value
     lost = drop / (abs(base_value) or 1.0)
-    error = _error_of_share(metric, base_rows, rows) if base_value else None
-    return ComparedTask(name, metric.name, base_value, value, lost, error, len(rows))
+    standard_error = _standard_error_of_lost_share(metric, base_rows, rows) if base_value else None
+    return ComparedTask(
+        name=name,
+        metric=metric.name,
+        base=base_value,
+        now=tuned_value,
+        lost=lost,
+        error=standard_error,
+        rows=len(rows),
+    )
 
 
-def _error_of_share(metric: Metric, base_rows: Sequence[TaskRow], rows: Sequence[TaskRow]) -> float | None:
+def _standard_error_of_lost_share(
+    metric: Metric, base_rows: Sequence[TaskRow], rows: Sequence[TaskRow]
+) -> float | None:
     """Standard error of the share of a metric that was lost, from the paired rows of the base and the tuned model.
 
     `metric.ratio` names the scores of a row whose sums the metric divides, such as ("right", None) for an accuracy: None stands

@@ -84,8 +84,8 @@ class Stragglers:
         `factor`: how many times as long as the others it took in this interval. Calls `on_change` on rank 0. A collective if the
         rank becomes slow.
         """
-        current = next((slow for slow in self._slow_now() if slow.rank == rank), None)
-        was_slow = current is not None
+        slow_rank = next((slow for slow in self._slow_now() if slow.rank == rank), None)
+        was_slow = slow_rank is not None
         is_slow = factor > self.factor
         changed_factors = self._changed_factors[rank]
         if is_slow == was_slow:  # no change, or one that did not last
@@ -95,15 +95,15 @@ class Stragglers:
         if len(changed_factors) < INTERVALS:
             return
 
-        if current is not None:
-            current.until_step = step
+        if slow_rank is not None:
+            slow_rank.until_step = step
         else:
-            host = gather_objects(socket.gethostname(), self.runtime)[rank]
-            current = SlowRank(rank=rank, host=host, factor=min(changed_factors), from_step=step)
-            self.slow.append(current)
+            host_by_rank = gather_objects(socket.gethostname(), self.runtime)
+            slow_rank = SlowRank(rank=rank, host=host_by_rank[rank], factor=min(changed_factors), from_step=step)
+            self.slow.append(slow_rank)
         changed_factors.clear()
         if self.runtime.is_main:
-            self.on_change(current, self._slow_now(), step)
+            self.on_change(slow_rank, self._slow_now(), step)
 
     def _slow_now(self) -> list[SlowRank]:
         """The ranks that are slow at this moment."""

@@ -94,7 +94,7 @@ class StopRequest:
         self._watchdog = Watchdog(self._handled, STUCK_S)
 
     def must_save(self) -> None:
-        """There is something to save from here on, so that only the main thread may end the process."""
+        """Undo `leave_when_stuck`: from here on there is something to save, so only the main thread may end the process."""
         self._leave = None
         self._must_save.set()
         if self._watchdog is not None:
