@@ -97,12 +97,12 @@ class _ActivationCounter(TorchDispatchMode):
     def __init__(self, blocks: list[nn.Module], parameters: list[Tensor]) -> None:
         super().__init__()
         # Bytes by block. The last entry is for everything outside the blocks.
-        self.saved = [0.0] * (len(blocks) + 1)
-        self.kept_products = [0.0] * (len(blocks) + 1)
-        self.inputs = [0.0] * (len(blocks) + 1)
-        self.current = len(blocks)
-        """Index of the block that runs."""
-        self.largest_outside = 0.0
+        self.saved_bytes = [0.0] * (len(blocks) + 1)
+        self.kept_op_bytes = [0.0] * (len(blocks) + 1)
+        self.input_bytes = [0.0] * (len(blocks) + 1)
+        self.current_block = len(blocks)
+        """Index of the block that runs; the last index means that none runs."""
+        self.largest_tensor_outside = 0.0
         self._counted_storages: dict[int, Any] = {}
         # A storage is told by its address, which is unique only while the storage lives: these references keep it alive.
         self._parameter_storages = [parameter.untyped_storage() for parameter in parameters]
@@ -117,7 +117,7 @@ class _ActivationCounter(TorchDispatchMode):
         key = storage_key(storage)
         if key not in self._counted_storages and key not in self._parameter_keys:
             self._counted_storages[key] = storage
-            self.saved[self.current] += storage.nbytes()
+            self.saved_bytes[self.current_block] += storage.nbytes()
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -128,19 +128,19 @@ class _ActivationCounter(TorchDispatchMode):
         if isinstance(out, Tensor):
             size = out.untyped_storage().nbytes()
             if is_kept_op(func):
-                self.kept_products[self.current] += size
-            if self.current == len(self.saved) - 1:
-                self.largest_outside = max(self.largest_outside, size)
+                self.kept_op_bytes[self.current_block] += size
+            if self.current_block == len(self.saved_bytes) - 1:
+                self.largest_tensor_outside = max(self.largest_tensor_outside, size)
         return out
 
     def enter(self, index: int, hidden: Tensor | None) -> None:
         """Block `index` begins, with the hidden states `hidden`."""
-        self.current = index
+        self.current_block = index
         if hidden is not None:
-            self.inputs[index] = hidden.untyped_storage().nbytes()
+            self.input_bytes[index] = hidden.untyped_storage().nbytes()
 
     def leave(self) -> None:
-        self.current = len(self.saved) - 1
+        self.current_block = len(self.saved_bytes) - 1
 
 
 def _shape_of_grouped_product(left: Tensor, right: Tensor, *_: Any, **_more: Any) -> Tensor:
@@ -179,12 +179,14 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
         terms = probe(meta_batch)
     del terms
 
-    none = counter.saved[:-1]
-    full = counter.inputs[:-1]
+    none = counter.saved_bytes[:-1]
+    full = counter.input_bytes[:-1]
     selective = []
-    for saved_bytes, product_bytes, input_bytes in zip(none, counter.kept_products[:-1], full, strict=True):
+    for saved_bytes, product_bytes, input_bytes in zip(none, counter.kept_op_bytes[:-1], full, strict=True):
         selective.append(min(saved_bytes, product_bytes + input_bytes))
-    return Activations(none, selective, full, outside=counter.saved[-1], transient=2 * counter.largest_outside)
+    return Activations(
+        none, selective, full, outside=counter.saved_bytes[-1], transient=2 * counter.largest_tensor_outside
+    )
 
 
 def _first_float_tensor(arguments: tuple[Any, ...]) -> Tensor | None:

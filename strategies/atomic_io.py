@@ -135,15 +135,15 @@ class NewFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Sync and close the file. If that is not reached without an error, an exclusive file is removed."""
-        synced = False
+        """Sync the file, unless the `with` block raised an error, and close it. Remove an exclusive file that is not synced."""
+        is_synced = False
         try:
             if kind is None:
                 disk.sync(self._descriptor)
-                synced = True
+                is_synced = True
         finally:
             os.close(self._descriptor)
-            if self._exclusive and not synced:
+            if self._exclusive and not is_synced:
                 with suppress(OSError):
                     self.path.unlink()
 
@@ -333,32 +333,36 @@ class OpenDirectory:
         """Lets go of the directory."""
 
     def find(self) -> Path | None:
-        """Where the directory is now; None if it was deleted, or is where this process cannot find it. Errors: OSError."""
+        """Where the directory is now; None if it was deleted, or is where this process cannot find it. Sets `path` to it.
+
+        Raises OSError if the directory cannot be looked at.
+        """
         try:
             own_status = os.fstat(self._descriptor)
         except OSError as error:
             if error.errno == errno.ESTALE:  # a network file system: deleted there
                 return None
             raise
-        for candidate in self._candidates():
+        for path in self._candidate_paths():
             with suppress(FileNotFoundError, NotADirectoryError):
-                status = candidate.stat()
-                if (status.st_dev, status.st_ino) == (own_status.st_dev, own_status.st_ino):
-                    self.path = candidate
-                    return candidate
+                status = path.stat()
+                is_same_directory = (status.st_dev, status.st_ino) == (own_status.st_dev, own_status.st_ino)
+                if is_same_directory:
+                    self.path = path
+                    return path
         return None
 
-    def _candidates(self) -> Iterator[Path]:
+    def _candidate_paths(self) -> Iterator[Path]:
         """Where the directory may be: its last known path, the path that Linux names, and for other systems its siblings."""
         yield self.path
         parent = self.path.absolute().parent
         with suppress(OSError):
-            current = Path(f"/proc/self/fd/{self._descriptor}").readlink()
-            if current.parent == parent.resolve():
+            path_of_system = Path(f"/proc/self/fd/{self._descriptor}").readlink()
+            if path_of_system.parent == parent.resolve():
                 # Only its name has changed: keep the rest of the path as it was typed.
-                yield self.path.with_name(current.name)
+                yield self.path.with_name(path_of_system.name)
             else:
-                yield current
+                yield path_of_system
         with suppress(OSError):
             for entry in parent.iterdir():
                 if entry.is_dir():

@@ -71,16 +71,16 @@ def _keep_own_experts(module: nn.Module, share: ExpertShare) -> None:
     module.expert_share = share  # type: ignore[assignment]
 
 
-def shard_experts(module: nn.Module, ranks: int, **settings: Any) -> None:
+def shard_experts(module: nn.Module, world_size: int, **fully_shard_settings: Any) -> None:
     """Shard a rank's experts over the ranks that hold the same ones, with FSDP2.
 
-    `ranks`: all ranks of the run, by which summed gradients are divided, as those of other parameters are: the tokens of an
-    expert come from all ranks, though only those of the mesh hold it. `settings`: of `fully_shard`, with the mesh of those
-    ranks.
+    `world_size`: all ranks of the run, by which summed gradients are divided, as those of other parameters are: the tokens of an
+    expert come from all ranks, though only those of the mesh hold it. `fully_shard_settings`: arguments of `fully_shard`, among
+    them the `mesh` of the ranks that hold the same experts.
     """
-    sharded: Any = fully_shard(module, **settings)
-    sharded.set_gradient_divide_factor(float(ranks))
+    sharded: Any = fully_shard(module, **fully_shard_settings)
+    sharded.set_gradient_divide_factor(float(world_size))
     # With a divisor that is not the size of the mesh, torch would use a reduction that multiplies before it sums. gloo does not
     # have it, and NCCL returns zeros in bf16 (pytorch#190747). If nothing is sharded, a forced sum would be divided twice.
-    if settings["mesh"]["shard"].size() > 1:
+    if fully_shard_settings["mesh"]["shard"].size() > 1:
         sharded.set_force_sum_reduction_for_comms(True)

@@ -90,7 +90,12 @@ def _hide(match: re.Match[str]) -> str:
 
 
 def _is_secret(match: re.Match[str]) -> bool:
-    """Whether a match is a secret. `Basic <word>` is one only if it decodes to `name:password`; what is hidden is none."""
+    """Whether the match of a secret's pattern is a secret.
+
+    - It was hidden already: no.
+    - Its group is called `base64` (`Basic <word>`): only if the word decodes to `name:password`.
+    - Otherwise: yes.
+    """
     if HIDDEN in match[match.lastgroup or 0]:
         return False
     if match.lastgroup != "base64":
@@ -109,7 +114,11 @@ def _secrets_of_environment() -> Iterator[tuple[str, str]]:
 
 @lru_cache(maxsize=512)
 def _holds_secret(name: str, value: str) -> bool:
-    """Whether an environment variable holds a secret: by its name, unless the value is a path, a commit or a plain word."""
+    """Whether an environment variable holds a secret: its name says so, and its value does not look like something else.
+
+    Something else is a short value, a number, a commit, a word for a kind of authentication, a database without a password, or a
+    path. A commit counts as a secret if the name is that of a service's key.
+    """
     if not NAME_OF_SECRET.search(name) or len(value) < MIN_SECRET_LENGTH or value.isdigit():
         return False
     if COMMIT.fullmatch(value) and not NAME_OF_SERVICE_KEY.search(name):

@@ -209,9 +209,9 @@ def missing_cuda() -> str | None:
     if not (torch.version.cuda or torch.version.hip):
         return f"this torch ({torch.__version__}) is built for CPUs alone"
     details = ""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        details += f" (CUDA_VISIBLE_DEVICES={visible!r})"
+    visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible_devices is not None:
+        details += f" (CUDA_VISIBLE_DEVICES={visible_devices!r})"
     try:
         torch.cuda.init()  # its error says why: no driver, one that is too old for this torch, no device
     except (RuntimeError, AssertionError) as error:
@@ -322,9 +322,9 @@ def _texts_in_own_cgroups(name: str) -> Iterator[str]:
             yield (directory / name).read_text(encoding="utf-8")
 
 
-def set_group_timeouts(runtime: Runtime, more_s: float = 0) -> None:
-    """Give all groups of this rank the run's timeout plus `more_s`: torch's own is half an hour. No collective."""
-    timeout = timedelta(seconds=runtime.timeout_s + more_s)
+def set_group_timeouts(runtime: Runtime, extra_s: float = 0) -> None:
+    """Give all groups of this rank the run's timeout plus `extra_s`: torch's own is half an hour. No collective."""
+    timeout = timedelta(seconds=runtime.timeout_s + extra_s)
     for group in living_groups():
         is_member = dist.get_rank(group) >= 0
         if is_member and dist.get_backend(group) != NO_NETWORK:  # that one answers at once
@@ -332,12 +332,12 @@ def set_group_timeouts(runtime: Runtime, more_s: float = 0) -> None:
 
 
 @contextmanager
-def longer_timeout(runtime: Runtime, more_s: float) -> Iterator[None]:
-    """Inside the context ranks wait `more_s` seconds longer for each other, because one of them works for all.
+def longer_timeout(runtime: Runtime, extra_s: float) -> Iterator[None]:
+    """Inside the context ranks wait `extra_s` seconds longer for each other, because one of them works for all.
 
     No collective, but all ranks must enter.
     """
-    set_group_timeouts(runtime, more_s)
+    set_group_timeouts(runtime, extra_s)
     try:
         yield
     finally:

@@ -88,16 +88,16 @@ class RankState:
         """Elements of all tensors that this rank writes."""
         return sum(elements.values.numel() for elements in self.local)
 
-    def move_to(self, buffer: torch.Tensor) -> None:
-        """Copy the values into `buffer`, so that training may change the live tensors again.
+    def copy_values_to(self, buffer: torch.Tensor) -> None:
+        """Copy the values of all tensors into `buffer`, and use the copies from now on: training may change the live tensors.
 
         `buffer`: a float32 tensor on the host with at least `num_elements` elements.
         """
         offset = 0
-        for number, elements in enumerate(self.local):
+        for index, elements in enumerate(self.local):
             size = elements.values.numel()
-            copy = buffer[offset : offset + size].copy_(elements.values.detach())
-            self.local[number] = LocalElements(elements.name, elements.numel, elements.start, copy)
+            copied_values = buffer[offset : offset + size].copy_(elements.values.detach())
+            self.local[index] = LocalElements(elements.name, elements.numel, elements.start, copied_values)
             offset += size
 
     def require_space_on_disk(self, path: Path) -> None:

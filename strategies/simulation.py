@@ -58,12 +58,12 @@ def simulated_rank(
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield Runtime(
-            rank,
-            world_size,
-            rank % ranks_per_host,
-            ranks_per_host,
-            device,
-            dist.group.WORLD,
+            rank=rank,
+            world_size=world_size,
+            local_rank=rank % ranks_per_host,
+            local_world_size=ranks_per_host,
+            device=device,
+            control_group=dist.group.WORLD,
             simulated=True,
             expert_imbalance=expert_imbalance,
         )
@@ -100,18 +100,18 @@ def cached_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     Real tensors are kept for the life of the process. Fake ones are kept in the mode of their simulation, and end with it.
     """
-    real_tensors_by_key: dict[Any, Tensor] = {}
+    real_tensor_by_arguments: dict[Any, Tensor] = {}
 
     @wraps(make)
-    def cached(*key: Any) -> Tensor:
-        mode = active_fake_mode()
-        if mode is None:
-            tensors = real_tensors_by_key
+    def cached(*arguments: Any) -> Tensor:
+        fake_mode = active_fake_mode()
+        if fake_mode is None:
+            tensor_by_arguments = real_tensor_by_arguments
         else:
-            tensors = vars(mode).setdefault(f"{make.__module__}.{make.__qualname__}", {})
-        if key not in tensors:
-            tensors[key] = make(*key)
-        return tensors[key]
+            tensor_by_arguments = vars(fake_mode).setdefault(f"{make.__module__}.{make.__qualname__}", {})
+        if arguments not in tensor_by_arguments:
+            tensor_by_arguments[arguments] = make(*arguments)
+        return tensor_by_arguments[arguments]
 
     mark_constant_when_compiled(cached)  # a compiled block contains the tensor itself
     return cached
@@ -196,12 +196,13 @@ class GpuDispatchMode(TorchFunctionMode):
         for tensor, root_gradient in zip(roots, gradients, strict=True):
             root_gradients.append(torch.ones_like(tensor) if root_gradient is None else root_gradient)
         with self:
+            all_leaves: tuple[Tensor, ...] = ()  # gradients of all leaves, not of some inputs
             run_backward(
                 roots,
                 tuple(root_gradients),
                 bool(retain_graph),
                 create_graph,
-                (),
+                all_leaves,
                 allow_unreachable=True,
                 accumulate_grad=True,
             )

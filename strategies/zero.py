@@ -262,14 +262,14 @@ class ZeroEngine:
                 parameter.data.copy_(safe_get_full_fp32_param(parameter).view_as(parameter))
 
     @torch.no_grad()
-    def set_masters(self, source: ParameterSource) -> None:
-        """Give the fp32 masters their exact initial values: DeepSpeed cloned them from rounded compute copies."""
-        shapes = {name: _full_shape(parameter) for name, parameter in self.trainable}
+    def load_exact_masters(self, source: ParameterSource) -> None:
+        """Read the exact initial values of the fp32 masters from `source`: DeepSpeed cloned them from rounded compute copies."""
+        full_shapes = {name: _full_shape(parameter) for name, parameter in self.trainable}
         for flat_range in self._flat_ranges():
             master = flat_range.tensors["weight"]
             if master.numel():
                 name = flat_range.name
-                shape = shapes.get(name, torch.Size([flat_range.numel]))
+                shape = full_shapes.get(name, torch.Size([flat_range.numel]))
                 start = flat_range.start
                 master.copy_(source.read_slice(name, shape, start, start + master.numel()))
 
@@ -377,7 +377,7 @@ class ZeroStrategy:
             zero_engine.device_clipping = DeviceClipping(engine.optimizer, max_grad_norm, self.runtime.device)
         zero_engine.host_memory = memory
         if self.precision is not Precision.fp32:
-            zero_engine.set_masters(source)
+            zero_engine.load_exact_masters(source)
         ema_decay = plan_of(step_module).ema_decay
         if ema_decay:
             zero_engine.average = WeightAverage(ema_decay, zero_engine._flat_masters())

@@ -163,7 +163,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     except Interrupted:
         raise Preempted("asked to stop; the same command begins the evaluation again, with its first task") from None
     attempt.phase = "writing the report"
-    request.must_save()
+    request.only_main_may_end_process()
     attempt.require_ownership(runtime)
     if unfinished is not None:
         report, shown_tables = _report(config, job, about, [prepared.task for prepared in tasks], models)

@@ -105,7 +105,7 @@ class Trainer:
 
         # A rollback needs a checkpoint to go back to, also in a run that begins with another run's state.
         if self.guards.may_roll_back:
-            self.checkpoints.look_back = LOOK_BACK
+            self.checkpoints.look_back_steps = LOOK_BACK
             if not self.checkpoints.has_any():
                 self._saved_step = -1
                 self._save()

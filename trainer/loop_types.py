@@ -222,7 +222,7 @@ class CheckpointStore(Protocol):
     def publish_pending(self) -> bool:
         """Wait for the pending one and publish it; whether that succeeded. All ranks must call."""
 
-    look_back: int
+    look_back_steps: int
     """Steps before the newest checkpoint within which all are kept, and one more from before."""
 
     def roll_back(self, last_good_step: int) -> Path:

@@ -142,7 +142,7 @@ def _run(
         ),
     )
     # From here on there is something to save: only the main thread ends the process, with trackers and checkpoints in order.
-    request.must_save()
+    request.only_main_may_end_process()
     trackers = open_records(config, run_record, progress, context)
     show_rounds(config, loader, trackers, context)
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)

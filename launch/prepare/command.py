@@ -123,7 +123,7 @@ def _prepare(arguments: list[str], shard: tuple[int, int] | None) -> PreparedDat
         from trainer.stopping.signals import StopRequest
 
     with StopRequest() as request:
-        request.leave_when_stuck(_end_stuck_process)
+        request.end_process_when_stuck(_end_stuck_process)
         tokenizer = load_tokenizer(config.model)
 
         def stop() -> bool:

@@ -120,7 +120,7 @@ DAMAGE = {
 
 def test_a_rollback_finds_a_checkpoint_from_before_what_it_undoes(made):
     kept = made(keep=1)
-    kept.all.look_back = 20
+    kept.all.look_back_steps = 20
     kept.save(10, 20, 30, 40, 45)
     # Those of the last 20 steps, and one from before.
     assert kept.steps == [20, 30, 40, 45]

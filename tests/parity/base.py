@@ -87,7 +87,7 @@ class Job:
         """A directory with the training state, written out of a copy as in the background."""
         path = Path(processes.broadcast_object(tempfile.mkdtemp(dir=self.root), self.runtime))
         state = trainer.engine.state(trainer.progress)
-        state.move_to(torch.full((state.num_elements,), torch.nan))
+        state.copy_values_to(torch.full((state.num_elements,), torch.nan))
         state.save(path)
         processes.barrier(self.runtime)
         return path

@@ -62,7 +62,7 @@ class StateBuffer:
         try:
             if self._buffer is None or not buffer_is_large_enough:
                 self._buffer = torch.empty(state.num_elements, dtype=torch.float32)
-            state.move_to(self._buffer)
+            state.copy_values_to(self._buffer)
         except (RuntimeError, MemoryError) as error:
             problem = error_summary(error)
         problem_by_rank = gather_objects(problem, self.runtime)
@@ -86,14 +86,14 @@ class StateBuffer:
         for host, needs in needs_by_host.items():
             needed_on_host = sum(need.needed_bytes for need in needs)
             # Ranks of a host may read different numbers, since memory changes meanwhile: the least counts.
-            known_free = [need.free_bytes for need in needs if need.free_bytes is not None]
-            if not known_free:
+            known_free_bytes = [need.free_bytes for need in needs if need.free_bytes is not None]
+            if not known_free_bytes:
                 continue
-            free = min(known_free)
-            if needed_on_host > MAX_MEMORY_SHARE * free:
+            free_bytes = min(known_free_bytes)
+            if needed_on_host > MAX_MEMORY_SHARE * free_bytes:
                 return (
                     f"a copy of the training state needs {size_text(needed_on_host)} of host memory on {host}, where "
-                    f"{size_text(free)} are free"
+                    f"{size_text(free_bytes)} are free"
                 )
         return None
 

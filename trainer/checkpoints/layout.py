@@ -32,24 +32,24 @@ def checkpoint_dirs_of(run_dir: Path, fallback_dir: str | None) -> list[Path]:
 def checkpoints_in(checkpoint_dirs: list[Path]) -> list[tuple[int, Path]]:
     """(step, path) of everything with the name of a checkpoint in these directories, by ascending step.
 
-    If several directories have the same step, that of the first directory comes last, as the newest. A checkpoint that lost its
-    name to a successor which never got it (the power failed in between) is listed too, under the name that it has meanwhile;
+    If several directories have the same step, that of the first directory comes last, as the newest. A checkpoint that was
+    renamed to `.step-<n>.replaced` for a successor is listed too, if the power failed before the successor got the name;
     `resume_selection.restore_replaced` gives it its name back. Errors: StorageError if a directory exists and cannot be listed.
     """
-    checkpoints = []
+    sortable_checkpoints = []  # (step, minus the number of the directory, path)
     for dir_number, checkpoint_dir in enumerate(checkpoint_dirs):
         names = names_in(checkpoint_dir)
         for name in names:
-            step_name = name
-            replaced = REPLACED_NAME.fullmatch(name)
-            if replaced:
-                step_name = replaced[1]
+            step_name = name  # step-<n>
+            replaced_match = REPLACED_NAME.fullmatch(name)
+            if replaced_match:
+                step_name = replaced_match[1]
                 if step_name in names:
                     continue  # its successor has the name
-            match = STEP_NAME.fullmatch(step_name)
-            if match:
-                checkpoints.append((int(match[1]), -dir_number, checkpoint_dir / name))
-    return [(step, path) for step, _, path in sorted(checkpoints)]
+            step_match = STEP_NAME.fullmatch(step_name)
+            if step_match:
+                sortable_checkpoints.append((int(step_match[1]), -dir_number, checkpoint_dir / name))
+    return [(step, path) for step, _, path in sorted(sortable_checkpoints)]
 
 
 def list_names(directory: Path) -> list[str]:

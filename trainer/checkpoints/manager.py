@@ -59,7 +59,7 @@ class Checkpoints:
         """Age of the pending checkpoint, in seconds, when the last message said that it is still being written."""
         self._verified: set[Path] = set()
         """Checkpoints of this branch that are known to be complete: the one resumed from, and those written by this process."""
-        self.look_back = 0
+        self.look_back_steps = 0
         """Steps before the newest checkpoint within which all are kept, and one more from before: for a rollback that goes
         further back than to the last one."""
         self._failures = 0
@@ -464,7 +464,7 @@ class Checkpoints:
     def _delete_old(self, best_step: int | None) -> None:
         """Delete checkpoints older than the newest `checkpoint.keep` complete ones; a failure is a warning.
 
-        Kept are also the best one (`best_step`), those that another process reads, and one at least `look_back` steps old,
+        Kept are also the best one (`best_step`), those that another process reads, and one at least `look_back_steps` steps old,
         to which the run can go back from an anomaly that is noticed late.
         """
         try:
@@ -477,8 +477,8 @@ class Checkpoints:
         if len(verified_steps) < self.config.keep:
             return
         oldest_kept_step = verified_steps[-self.config.keep]
-        if self.look_back:
-            old_enough = [step for step in verified_steps if step <= verified_steps[-1] - self.look_back]
+        if self.look_back_steps:
+            old_enough = [step for step in verified_steps if step <= verified_steps[-1] - self.look_back_steps]
             oldest_kept_step = min(oldest_kept_step, max(old_enough, default=0))
         for step, path in checkpoints:
             if step >= oldest_kept_step or step == best_step:

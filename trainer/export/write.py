@@ -258,7 +258,7 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
     # peft's methods are written through peft, others by themselves.
     if isinstance(tuning, Adapter):
         tuning.seed = model.seed
-        tuning.update_peft_settings(tuned, trained, model.trained.state)
+        tuning.update_peft_settings(tuned, trained, model.trained.saved_tensor)
         if tuning.needs_conversion:
             with one_thread():
                 trained = as_plain_lora(tuning, trained, model.base_weights())

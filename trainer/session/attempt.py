@@ -198,7 +198,7 @@ def run_attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Ite
                 write_status(run_dir, State.running, reason="starting")
             attempt.on_collective_timeout = partial(_before_nccl_aborts, attempt, rank)
             attempt.on_cut_off = partial(_end_cut_off, attempt, rank)
-            request.leave_when_stuck(partial(_end_before_training, attempt))
+            request.end_process_when_stuck(partial(_end_before_training, attempt))
             yield attempt
             if writes_status and attempt.run_dir is not None:
                 write_status(attempt.run_dir, State.done, step=attempt.step, reason=attempt.note)
@@ -209,7 +209,7 @@ def run_attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Ite
             error: BaseException = caught
             if is_panic(caught):  # a BaseException, which no handler further out takes for an error
                 error = tokenizer_panic(caught, "a tokenizer of this run")
-            request.must_save()  # from here on, only this thread ends the process
+            request.only_main_may_end_process()  # from here on, only this thread ends the process
             if attempt.lease is not None:
                 attempt.lease.check()
                 attempt.follow_rename(attempt.lease.home)

@@ -5,7 +5,7 @@ a thread that does not block a signal receives it, which ends the process. Child
 workers do not die of a signal that was meant for the trainer. This module imports nothing heavy.
 
 Before training there is nothing to save, and the main thread may be in native code for long: a library loads weights or a
-tokenizer, or opens a pipe that nobody writes. With `StopRequest.leave_when_stuck`, the process then ends without the main
+tokenizer, or opens a pipe that nobody writes. With `StopRequest.end_process_when_stuck`, the process then ends without the main
 thread: another thread ends it in order, and if native code lets no thread run, the watchdog (`watchdog.py`) kills it.
 """
 
@@ -61,41 +61,42 @@ class StopRequest:
     """
 
     def __init__(self, *, interrupts: bool = False) -> None:
-        self._name: str | None = None
+        self._reason: str | None = None
         self._closed = threading.Event()
         self._handled = {*SIGNALS, signal.SIGINT} if interrupts else set(SIGNALS)
         self._thread: threading.Thread | None = None
-        self._leave: Callable[[str], None] | None = None
+        self._end_process: Callable[[str], None] | None = None
         self._watchdog: Watchdog | None = None
         self._must_save = threading.Event()
-        self._main_has_looked = False
+        self._main_thread_has_looked = False
 
     @property
     def signal_name(self) -> str | None:
         """The signal (or other reason) that asked to stop; None so far. Starts the waiting thread again if it has died."""
         if self._thread is not None and not self._thread.is_alive():
-            self._listen()
-        if self._name is not None and threading.current_thread() is threading.main_thread():
-            self._main_has_looked = True
-        return self._name
+            self._start_receiving_thread()
+        if self._reason is not None and threading.current_thread() is threading.main_thread():
+            self._main_thread_has_looked = True
+        return self._reason
 
     def ask(self, reason: str) -> None:
         """Ask the run to stop for another reason than a signal."""
-        self._name = self._name or reason
+        self._reason = self._reason or reason
 
-    def leave_when_stuck(self, leave: Callable[[str], None]) -> None:
-        """Until `must_save`, end the process if the main thread does not read `signal_name` within `STUCK_S` of a request.
+    def end_process_when_stuck(self, end_process: Callable[[str], None]) -> None:
+        """End the process if the main thread does not read `signal_name` within `STUCK_S` of a request to stop.
 
-        `leave` gets the name of the signal, runs in a thread of its own, and must end the process itself (`os._exit`). Code that
-        has something to save or to undo must not call this. If native code keeps the interpreter's lock, no thread can run, and
-        the watchdog kills the process after the same time.
+        That holds until `only_main_may_end_process` is called. `end_process` gets the name of the signal, runs in a thread of its
+        own, and must end the process itself (`os._exit`).
+        Code that has something to save or to undo must not call this. If native code keeps the interpreter's lock, no thread
+        can run, and the watchdog kills the process after the same time.
         """
-        self._leave = leave
+        self._end_process = end_process
         self._watchdog = Watchdog(self._handled, STUCK_S)
 
-    def must_save(self) -> None:
-        """Undo `leave_when_stuck`: from here on there is something to save, so only the main thread may end the process."""
-        self._leave = None
+    def only_main_may_end_process(self) -> None:
+        """Undo `end_process_when_stuck`: from here on there is something to save, so only the main thread may end the process."""
+        self._end_process = None
         self._must_save.set()
         if self._watchdog is not None:
             self._watchdog.close()
@@ -107,29 +108,29 @@ class StopRequest:
         # Handlers too: a library may lift the mask (CPython's resource tracker does), or a thread be older than the mask.
         self._handlers: dict[signal.Signals, Any] = {}
         for number in self._handled:
-            handler = self._interrupt if number is signal.SIGINT else self._note
+            handler = self._handle_interrupt if number is signal.SIGINT else self._remember_first
             self._handlers[number] = signal.signal(number, handler)
-        self._listen()
+        self._start_receiving_thread()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop listening, and put handlers and mask back. After a request the handlers stay: the process is about to end."""
-        self.must_save()
+        self.only_main_may_end_process()
         self._closed.set()
         if self._thread is not None and self._thread.is_alive() and self._thread.ident is not None:
             signal.pthread_kill(self._thread.ident, signal.SIGUSR1)
             self._thread.join()
-        if self._name is None:  # otherwise the process is about to end, and more signals must not change how
+        if self._reason is None:  # otherwise the process is about to end, and more signals must not change how
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
-    def _listen(self) -> None:
+    def _start_receiving_thread(self) -> None:
         """Start the thread that receives signals."""
-        self._thread = threading.Thread(target=self._wait, name="signals", daemon=True)
+        self._thread = threading.Thread(target=self._receive_signals, name="signals", daemon=True)
         self._thread.start()
 
-    def _wait(self) -> None:
+    def _receive_signals(self) -> None:
         """Receive signals until the request is closed. The body of the waiting thread."""
         while True:
             # `sigwait` would take a signal in the kernel even if native code keeps this thread from running. So before training
@@ -141,33 +142,33 @@ class StopRequest:
             number = signal.sigwait(self._handled)
             if self._closed.is_set():
                 return
-            if self._leave is not None:  # nothing to save yet
-                self._leave_later(signal.Signals(number).name)
+            if self._end_process is not None:  # nothing to save yet
+                self._end_process_later(signal.Signals(number).name)
             if number == signal.SIGINT:
                 _thread.interrupt_main(signal.SIGINT)
             else:
-                self._note(number, None)
+                self._remember_first(number, None)
 
-    def _leave_later(self, signal_name: str) -> None:
+    def _end_process_later(self, signal_name: str) -> None:
         """End the process in `STUCK_S`, unless the main thread looks at the request until then."""
-        timer = threading.Timer(STUCK_S, self._leave_if_stuck, args=(signal_name,))
+        timer = threading.Timer(STUCK_S, self._end_process_if_stuck, args=(signal_name,))
         timer.daemon = True
         timer.start()
 
-    def _leave_if_stuck(self, signal_name: str) -> None:
-        """End the process by `leave`, if the main thread has not looked at the request, and there is nothing to save."""
-        if self._leave is not None and not self._main_has_looked and not self._closed.is_set():
-            self._leave(signal_name)
+    def _end_process_if_stuck(self, signal_name: str) -> None:
+        """End the process, if the main thread has not looked at the request, and there is nothing to save."""
+        if self._end_process is not None and not self._main_thread_has_looked and not self._closed.is_set():
+            self._end_process(signal_name)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _remember_first(self, number: int, _: FrameType | None) -> None:
         """Remember the first signal that asked to stop. Also a signal handler."""
-        self._name = self._name or signal.Signals(number).name
+        self._reason = self._reason or signal.Signals(number).name
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+    def _handle_interrupt(self, number: int, frame: FrameType | None) -> None:
         """The handler of Ctrl-C: the first one asks to stop, the second raises KeyboardInterrupt."""
-        if self._name == signal.Signals(signal.SIGINT).name:
+        if self._reason == signal.Signals(signal.SIGINT).name:
             raise KeyboardInterrupt
-        self._note(number, frame)
-        self._name = signal.Signals(signal.SIGINT).name
+        self._remember_first(number, frame)
+        self._reason = signal.Signals(signal.SIGINT).name
         with suppress(OSError):  # the same Ctrl-C has ended the `tee` that reads it
             os.write(2, INTERRUPTED)
