@@ -155,7 +155,7 @@ def plan_points(arguments: list[str]) -> PointsPlan:
         points=tuple(points),
         num_left_out=sum(is_left_out),
         arguments=tuple(arguments),
-        partial_settings=tuple(axes.settings_of_some_points()),
+        partial_settings=tuple(axes.lines_about_partial_settings()),
     )
 
 

@@ -18,11 +18,11 @@ from trainer.model.known_shapes import shape_names
 if TYPE_CHECKING:
     from trainer.reporting.config import LoggingConfig
 
-FUNCTION = re.compile(r"[a-z]+\(.*\)", re.DOTALL)
+SWEEP_FUNCTION_REGEX = re.compile(r"[a-z]+\(.*\)", re.DOTALL)
 """Hydra's own way to write several values, such as range(0,3)."""
-MOST_LABEL_CHARACTERS = 80
+MAX_LABEL_CHARACTERS = 80
 """Longest name of a point: file systems take 255 bytes, and tables of runs much less."""
-BETWEEN_OVERRIDES = re.compile(r"\s*\+\s*(?=[\w.]+=)|\s+(?=[\w.]+=)")
+CONDITION_SEPARATOR_REGEX = re.compile(r"\s*\+\s*(?=[\w.]+=)|\s+(?=[\w.]+=)")
 """What separates the arguments of one condition: `a=1+b=2` or `a=1 b=2`."""
 OPENING_BRACKETS = "([{"
 CLOSING_BRACKETS = ")]}"
@@ -53,19 +53,19 @@ class Axes:
         A setting that only some choices of an axis have is left out of the other points. Points that become equal by this
         are one point: `tuning=full,lora tuning.rank=4,8` has three.
         """
-        partial_settings = self._settings_of_some_choices()
+        limits = self._limits_of_partial_settings()
         points: list[list[str]] = []
         shortened_points: set[tuple[str, ...]] = set()
         for full_point in itertools.product(*self.alternatives):
             # `full_point` has an argument for each key, also those with one value.
             values = {key_of(argument): value_of(argument) for argument in full_point}
-            kept_overrides = []
+            arguments_to_keep = []
             for argument in full_point:
-                limit = partial_settings.get(key_of(argument))
+                limit = limits.get(key_of(argument))
                 if limit is None or values[limit.axis] in limit.choices:
-                    kept_overrides.append(argument)
-            point = tuple(kept_overrides)
-            # Only points that lost an argument can have become equal. A value that was typed twice stays two points.
+                    arguments_to_keep.append(argument)
+            point = tuple(arguments_to_keep)
+            # Only shortened points are compared, because a value that the user gives twice (`run.seed=1,1`) stays two points.
             if point == full_point:
                 points.append(list(point))
             elif point not in shortened_points:
@@ -79,23 +79,23 @@ class Axes:
         return {key_of(argument): value_of(argument) for argument in point if key_of(argument) in axes}
 
     def describe_point(self, point: list[str]) -> str:
-        """The arguments in which a point differs from the others, for people."""
+        """The arguments in which a point differs from the others, such as `tuning=lora optim.lr=1e-4`, or "only point"."""
         arguments = [f"{key}={value}" for key, value in self.values_on_axes(point).items()]
         return " ".join(arguments) or "only point"
 
-    def settings_of_some_points(self) -> list[str]:
+    def lines_about_partial_settings(self) -> list[str]:
         """A line such as `tuning.rank: only where tuning is lora` for each setting that some points lack."""
         axes = self.axes
         sentences = []
-        for key, limit in self._settings_of_some_choices().items():
+        for key, limit in self._limits_of_partial_settings().items():
             choices = [choice for choice in axes[limit.axis] if choice in limit.choices]
             sentences.append(f"{key}: only where {limit.axis} is {' or '.join(choices)}")
         return sentences
 
-    def _settings_of_some_choices(self) -> dict[str, SettingLimit]:
-        """The typed settings that some choices of an axis have and others lack, by key, with these choices.
+    def _limits_of_partial_settings(self) -> dict[str, SettingLimit]:
+        """For each setting of the command line that only some choices of an axis have: these choices, by the setting's key.
 
-        With `tuning=full,lora tuning.rank=8` this is `tuning.rank`, which only `tuning=lora` has.
+        `tuning=full,lora tuning.rank=8` -> {"tuning.rank": SettingLimit("tuning", ("lora", ...))}, since `full` has no rank.
         """
         from launch.config.overrides import all_settings, find_setting
 
@@ -109,9 +109,9 @@ class Axes:
             setting = find_setting(all_settings(), key)
             if setting is None:
                 continue
-            number_of_choices = sum(choice in setting.available_under for choice in axes[group])
-            # If no choice of the axis has the setting, it is wrong in every point and is refused there.
-            if 0 < number_of_choices < len(axes[group]):
+            num_choices_with_setting = sum(choice in setting.available_under for choice in axes[group])
+            # A setting that no choice of the axis has stays in every point, so that composing the points refuses it.
+            if 0 < num_choices_with_setting < len(axes[group]):
                 limits[key] = SettingLimit(group, setting.available_under)
         return limits
 
@@ -143,7 +143,7 @@ def read_axes(arguments: list[str]) -> Axes:
     alternatives: list[tuple[str, ...]] = []
     for argument in arguments:
         try:
-            alternatives.append(tuple(_expand_override(argument)))
+            alternatives.append(tuple(_swept_arguments(argument)))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -173,11 +173,15 @@ def split_at_commas(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def _expand_override(argument: str) -> list[str]:
-    """The arguments that an argument of a sweep stands for: `optim.lr=1e-4,2e-4` for `optim.lr=1e-4` and `optim.lr=2e-4`.
+def _swept_arguments(argument: str) -> list[str]:
+    """The arguments, one for each value, that one argument of a sweep stands for:
 
-    Several values are written with commas, as `glob(...)`, or by Hydra's functions such as `range(0,3)`. Any other word stands
-    for itself. Errors: ConfigError.
+    - `optim.lr=1e-4,2e-4`: values between commas;
+    - `tuning=glob(*ora)`: the choices or files that match;
+    - `run.seed=range(0,3)`: a function of Hydra;
+    - anything else: itself alone.
+
+    Raises ConfigError for an empty value between commas, and for a glob that matches nothing.
     """
     key = key_of(argument)
     value_text = value_of(argument)
@@ -188,48 +192,57 @@ def _expand_override(argument: str) -> list[str]:
         return [f"{key}={value}" for value in values]
     if value_text.startswith("glob(") and value_text.endswith(")"):
         return [f"{key}={match}" for match in _glob_matches(argument, key, value_text)]
-    if FUNCTION.fullmatch(value_text):
-        # Imported here: Hydra's parser takes long to load, and few words need it.
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-        from hydra.errors import HydraException
-
-        try:
-            parsed_override = OverridesParser.create().parse_override(argument)
-            if parsed_override.is_sweep_override():
-                swept_values = parsed_override.sweep_string_iterator()
-                return [f"{parsed_override.get_key_element()}={value}" for value in swept_values]
-        except (HydraException, NotImplementedError):
-            pass  # text that only looks like a function; if it is a mistake, composing the point reports it
+    if SWEEP_FUNCTION_REGEX.fullmatch(value_text):
+        return _arguments_by_hydra(argument) or [argument]
     return [argument]
 
 
-def _glob_matches(whole_argument: str, key: str, glob_text: str) -> list[str]:
-    """The choices of the group `key`, or the files, that `glob(<pattern>)` or `glob([a,b],exclude=c)` matches, sorted.
+def _arguments_by_hydra(argument: str) -> list[str]:
+    """The arguments that a function of Hydra stands for: `run.seed=range(0,3)` -> run.seed=0, run.seed=1, run.seed=2.
 
-    `whole_argument`: such as `tuning=glob(*)`, for messages. Errors: ConfigError if nothing matches, or if every published
-    model does.
+    Empty for text that only looks like a function. If it is a mistake, composing the configuration reports it later.
+    """
+    # Imported here, because Hydra's parser takes long to load and few arguments need it.
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed_override = OverridesParser.create().parse_override(argument)
+        if not parsed_override.is_sweep_override():
+            return []
+        return [f"{parsed_override.get_key_element()}={value}" for value in parsed_override.sweep_string_iterator()]
+    except (HydraException, NotImplementedError):
+        return []
+
+
+def _glob_matches(whole_argument: str, key: str, glob_text: str) -> list[str]:
+    """What a glob in the value of `key` matches, sorted: choices, if `key` is a group, otherwise files.
+
+    `glob_text`: such as `glob(*ora)` or `glob([a*,b*],exclude=c)`. `whole_argument`: such as `tuning=glob(*)`, for messages.
+    Raises ConfigError if nothing matches, or if every published model does.
     """
     included: set[str] = set()
     excluded: set[str] = set()
     # An argument of glob is `pattern`, `[pattern,pattern]`, `include=...` or `exclude=...`.
-    for argument in split_at_commas(glob_text.removeprefix("glob(").removesuffix(")")):
-        name, assigned, patterns = argument.partition("=")
-        matches = included
-        if assigned and name.strip() == "exclude":
-            matches = excluded
-        elif not (assigned and name.strip() == "include"):
-            patterns = argument  # without a name; the pattern itself may hold an equals sign
+    for glob_argument in split_at_commas(glob_text.removeprefix("glob(").removesuffix(")")):
+        name, equals_sign, patterns = glob_argument.partition("=")
+        target = included
+        if equals_sign and name.strip() == "exclude":
+            target = excluded
+        elif not (equals_sign and name.strip() == "include"):
+            patterns = glob_argument  # without a name; the pattern itself may hold an equals sign
         for pattern in split_at_commas(patterns.strip().strip("[]")):
-            matches.update(_matches_of_pattern(key, pattern.strip("'\" ")))
-    if key == MODEL_GROUP and included - excluded >= {*shape_names()}:
+            target.update(_matches_of_pattern(key, pattern.strip("'\" ")))
+    matches = included - excluded
+    if key == MODEL_GROUP and matches >= {*shape_names()}:
         raise ConfigError(
             f"{whole_argument}: would be a run of each of {len(shape_names())} published models; name some of them, as in "
             "model=qwen3_0_6b,qwen3_1_7b or model=glob(qwen3_*)"
         )
-    if not included - excluded:
+    if not matches:
         hint = f"; {key}= has {', '.join(choices_by_group()[key])}" if key in choices_by_group() else ""
         raise ConfigError(f"{whole_argument}: matches nothing{hint}")
-    return sorted(included - excluded)
+    return sorted(matches)
 
 
 def _matches_of_pattern(key: str, pattern: str) -> list[str]:
@@ -242,12 +255,14 @@ def _matches_of_pattern(key: str, pattern: str) -> list[str]:
 
 
 def excluded_points(axes: Axes, skip: list[str], where: list[str]) -> list[bool]:
-    """For each run of a sweep (a point: one value for each swept setting), in order: whether a condition leaves it out.
+    """For each point of a sweep (a run: one value for each axis), in order: whether a condition excludes it.
 
-    A condition is arguments joined by `+`, such as `tuning=lora+optim.lr=2e-4`. In `skip` it leaves out the points that have
-    all its arguments: those with LoRA and this rate. In `where` it leaves out those that have its first argument and lack
-    another one: those with LoRA and another rate. Errors: ConfigError for an argument that is no swept setting or no value of
-    it, since such a condition would never hold.
+    A condition is arguments joined by `+`, such as `tuning=lora+optim.lr=2e-4`.
+
+    - In `skip` it excludes the points that have all its arguments: those with LoRA and this rate.
+    - In `where` it excludes the points that have its first argument and lack another one: those with LoRA and another rate.
+
+    Raises ConfigError for an argument that is no axis or no value of it, since such a condition would never hold.
     """
     problems: list[str] = []
     skip_conditions = [_read_condition("compare.skip", text, axes, problems) for text in skip]
@@ -261,20 +276,20 @@ def excluded_points(axes: Axes, skip: list[str], where: list[str]) -> list[bool]
     if problems:
         raise ConfigError(problems)
 
-    excluded = []
+    is_excluded = []
     for point in axes.points():
         values = axes.values_on_axes(point)
-        is_skipped = any(_matches(condition, values) for condition in skip_conditions)
+        is_skipped = any(_meets_condition(condition, values) for condition in skip_conditions)
         violates_where = False
         for condition in where_conditions:
-            is_concerned = _matches(condition[:1], values)
-            if is_concerned and not _matches(condition, values):
+            meets_first_argument = _meets_condition(condition[:1], values)
+            if meets_first_argument and not _meets_condition(condition, values):
                 violates_where = True
-        excluded.append(is_skipped or violates_where)
-    return excluded
+        is_excluded.append(is_skipped or violates_where)
+    return is_excluded
 
 
-def _matches(condition: list[tuple[str, str]], values: dict[str, str]) -> bool:
+def _meets_condition(condition: list[tuple[str, str]], values: dict[str, str]) -> bool:
     """Whether a point with these values has every (key, value) of a condition."""
     return all(values.get(key) == value for key, value in condition)
 
@@ -286,7 +301,7 @@ def _read_condition(name: str, text: str, axes: Axes, problems: list[str]) -> li
     values is left out, and a message is appended to `problems`.
     """
     pairs = []
-    for argument in BETWEEN_OVERRIDES.split(text.strip().strip("'\"")):
+    for argument in CONDITION_SEPARATOR_REGEX.split(text.strip().strip("'\"")):
         key = key_of(argument)
         value = value_of(argument)
         values = axes.axes.get(key)
@@ -305,16 +320,16 @@ def point_label(values: dict[str, str]) -> str:
 
     `values`: the point's value on each axis, by key.
     """
-    parts = [_label_part(key, value) for key, value in values.items()]
-    joined = "-".join(part for part in parts if part)
-    return joined[:MOST_LABEL_CHARACTERS].strip("-.") or "point"
+    axis_labels = [_axis_label(key, value) for key, value in values.items()]
+    joined = "-".join(label for label in axis_labels if label)
+    return joined[:MAX_LABEL_CHARACTERS].strip("-.") or "point"
 
 
 def name_in_trackers(logging: LoggingConfig, base: Path, name: str, arguments: Iterable[str]) -> None:
-    """Set up W&B and other trackers to show the points of a sweep as one group, with a column for each axis.
+    """Set `logging.group`, `.name` and `.columns` so that W&B and other trackers show the points of a sweep as one group.
 
-    `base`: the directory of the sweep, which names the group. `name`: the point's. `arguments`: the point's values on the axes.
-    A group that the user has set stays, and so does the one that WANDB_RUN_GROUP names.
+    `base`: the directory of the sweep, whose name the group gets, unless the user or WANDB_RUN_GROUP names one. `name`: that of
+    the point. `arguments`: the point's values on the axes, of which each gets a column.
     """
     logging.group = logging.group or os.environ.get("WANDB_RUN_GROUP") or base.resolve().name
     logging.name = f"{logging.name}-{name}" if logging.name else name
@@ -326,17 +341,23 @@ def name_in_trackers(logging: LoggingConfig, base: Path, name: str, arguments: I
     logging.columns = list(dict.fromkeys(columns))
 
 
-def _label_part(key: str, value: str) -> str:
-    """One axis in the name of a point: the choice (`lora`), the last part of a path, or the setting with its value."""
+def _axis_label(key: str, value: str) -> str:
+    """A point's value on one axis as a part of the point's name, by what the axis is:
+
+    - a group: the choice, `lora`;
+    - a path: its last part, `chat.jsonl`;
+    - a number: the setting's last name with it, `lr2e-4`;
+    - anything else: the same with `_` between them, `packing_true`.
+    """
     bare_value = value.strip("'\"[]").rstrip("/")
     setting_name = key.rsplit(".", 1)[-1]
     is_number = re.fullmatch(r"[\d.]+(e[+-]?\d+)?", bare_value) is not None
     if key in choices_by_group():
-        part = bare_value
+        label = bare_value
     elif setting_name in ("path", "eval_path", "tokenizer"):
-        part = bare_value.rsplit("/", 1)[-1]
+        label = bare_value.rsplit("/", 1)[-1]
     elif is_number:
-        part = f"{setting_name}{bare_value}"
+        label = f"{setting_name}{bare_value}"
     else:
-        part = f"{setting_name}_{bare_value}"
-    return re.sub(r"[^\w.-]+", "_", part).strip("_.-")
+        label = f"{setting_name}_{bare_value}"
+    return re.sub(r"[^\w.-]+", "_", label).strip("_.-")

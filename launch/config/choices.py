@@ -30,11 +30,11 @@ def choices_by_group() -> dict[str, list[str]]:
 
     For example `tuning` has `full`, `lora` and others: the names of the files in `conf/tuning`.
     """
-    choices_of_group = dict(shipped_choices())
+    all_choices = dict(shipped_choices())
     for directory in USER_CONFIG_DIRS:
-        for group, choices in choices_of_group.items():
-            choices_of_group[group] = sorted({*choices, *_choices_in(directory / group)})
-    return choices_of_group
+        for group, choices in all_choices.items():
+            all_choices[group] = sorted({*choices, *_choices_in(directory / group)})
+    return all_choices
 
 
 def means_a_shape(group: str, choice: str) -> bool:
@@ -57,37 +57,40 @@ def _choices_in(directory: Path) -> list[str]:
 @cache
 def shipped_choices() -> dict[str, list[str]]:
     """The choices of every group of `conf/`, without those of the user's own directories."""
-    choices_of_group = {}
+    shipped: dict[str, list[str]] = {}
     for directory in sorted(CONF_DIR.iterdir()):
         if not directory.is_dir() or directory.name.startswith(("_", ".")) or directory.name == HARDWARE_DIRECTORY:
             continue
         choices = _choices_in(directory)
         if choices or directory.name == "local":  # `conf/local` is the user's and may be empty
-            choices_of_group[directory.name] = choices
-    choices_of_group[MODEL_GROUP] = sorted([*choices_of_group[MODEL_GROUP], *shape_names()])
-    return choices_of_group
+            shipped[directory.name] = choices
+    shipped[MODEL_GROUP] = sorted([*shipped[MODEL_GROUP], *shape_names()])
+    return shipped
 
 
-def add_directory(directory: Path) -> None:
+def add_user_config_dir(directory: Path) -> None:
     """Add the files of a user's directory (`--config-dir`), which is laid out like `conf/`, to the choices of the groups.
 
-    Errors: ConfigError if it has no choices, or if one of them has the name of a file that we ship.
+    Adds the directory to USER_CONFIG_DIRS and clears the cache of `choices_by_group`. Raises ConfigError if it has no choices, or
+    if one of its files has the name of a file that we ship.
     """
     from strategies.errors import ConfigError
 
-    choices_of_group = {group: _choices_in(directory / group) for group in shipped_choices()}
-    if not any(choices_of_group.values()):
+    user_choices = {group: _choices_in(directory / group) for group in shipped_choices()}
+    if not any(user_choices.values()):
         raise ConfigError(
             f"--config-dir {directory}: has no <group>/<choice>.yaml, such as tuning/mine.yaml or experiment/mine.yaml; a whole "
             "file of settings is given as a bare word: my.yaml"
         )
-    # Hydra would silently take one of two files of the same name.
-    hidden: list[str] = []
-    for group, choices in choices_of_group.items():
-        hidden += [f"{group}/{choice}.yaml" for choice in choices if _choice_file(CONF_DIR, group, choice).exists()]
-    if hidden:
+    # Refused, because Hydra would silently take one of two files of the same name.
+    name_clashes: list[str] = []
+    for group, choices in user_choices.items():
+        name_clashes += [
+            f"{group}/{choice}.yaml" for choice in choices if _choice_file(CONF_DIR, group, choice).exists()
+        ]
+    if name_clashes:
         raise ConfigError(
-            f"--config-dir {directory}: {', '.join(hidden)}: there is such a choice already; rename the file"
+            f"--config-dir {directory}: {', '.join(name_clashes)}: there is such a choice already; rename the file"
         )
     if directory not in USER_CONFIG_DIRS:
         USER_CONFIG_DIRS.append(directory)
@@ -119,7 +122,7 @@ REGISTRIES = {
 def settings_class_of(group: str, name: str) -> type:
     """The settings dataclass of a group's choice, such as `LoraConfig` for `tuning`, `lora`.
 
-    Some choices share a class: the three stages of ZeRO, hsdp, which is fsdp2 with replicas, and the kin of GRPO. Errors:
+    Some choices share the class of another one, as zero1, zero2 and zero3 share that of `zero` (SHARED_SETTINGS). Raises
     ConfigError for a file of `conf/` without a class.
     """
     classes = settings_classes()[group]
@@ -137,7 +140,7 @@ def settings_class_of(group: str, name: str) -> type:
 
 @cache
 def register_schemas() -> None:
-    """Once a process: make the typed settings known to Hydra as `schema_run` and `<group>/schema_<name>`."""
+    """Register the settings dataclasses with Hydra, as `schema_run` and `<group>/schema_<name>`. Done once per process."""
     from hydra.core.config_store import ConfigStore
 
     from trainer.config.run import RunConfig
@@ -150,9 +153,9 @@ def register_schemas() -> None:
 
 
 def add_table_entry(tree: Any, key: str) -> None:
-    """Add the entry that `key` belongs to to its table in a composed tree, with its defaults, unless it is there.
+    """Add the table entry that holds the setting `key` to a composed tree, with its defaults, unless it is there.
 
-    `evaluation.tasks.qa.kind` adds the entry `qa` to the table `evaluation.tasks`. Any other key adds nothing.
+    `evaluation.tasks.qa.kind` adds the entry `qa` to the table `evaluation.tasks`. A key outside of such tables adds nothing.
     """
     from omegaconf import OmegaConf
 

@@ -10,7 +10,7 @@ from typing import Any
 from launch.config import misspelled
 from launch.config.choices import MODEL_GROUP, choices_by_group
 from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, parse_number
-from launch.config.importers.names import RULES_BY_NAME, normalised_name, translate
+from launch.config.importers.names import RULES_BY_FOREIGN_NAME, normalised_name, translate
 from launch.config.importers.rules import CHOICES
 from launch.config.removed import NOT_OFFERED, REMOVED
 
@@ -48,49 +48,50 @@ class ForeignArguments:
     def __init__(self, overrides: list[str], is_ours: Callable[[str], bool]) -> None:
         """`overrides` as typed, in which `--name value` is one setting. `is_ours` says whether a key is a setting here."""
         self.overrides: list[str] = []
-        """All overrides, in their order. `--name value` of another trainer has become one override."""
+        """All arguments in their order, in which `--name value` of another trainer has become one argument."""
         self._foreign_values: dict[str, str] = {}
         """The values of the other trainers' settings, by normalised name."""
-        self._name_by_override: dict[str, str] = {}
+        self._foreign_name_by_override: dict[str, str] = {}
+        """The normalised name of each setting of another trainer, by its override."""
 
         # Pick out the overrides of other trainers; of `--name value` one override is made.
         remaining = list(overrides)
         while remaining:
             override = remaining.pop(0)
-            key, assigned, value = override.partition("=")
+            key, equals_sign, value = override.partition("=")
             # Other trainers' flags come as `--name value`; ours are `key=value`.
-            if override.startswith("--") and not assigned and normalised_name(key) in RULES_BY_NAME:
+            if override.startswith("--") and not equals_sign and normalised_name(key) in RULES_BY_FOREIGN_NAME:
                 value = "true"  # a switch, unless a value follows
                 if remaining and not remaining[0].startswith("--") and "=" not in remaining[0]:
                     value = remaining.pop(0)
                     override = f"{override} {value}"
-            elif not assigned:
+            elif not equals_sign:
                 self.overrides.append(override)
                 continue
             self.overrides.append(override)
             name = normalised_name(key)
             bare_key = key.lstrip("-+~")
             is_our_key = is_ours(bare_key) or bare_key in choices_by_group()
-            if name in RULES_BY_NAME and not is_our_key:
+            if name in RULES_BY_FOREIGN_NAME and not is_our_key:
                 self._foreign_values[name] = value.strip("'\"")
-                self._name_by_override[override] = name
+                self._foreign_name_by_override[override] = name
 
         # How many ranks there will be, for translations that depend on it.
-        typed_values: dict[str, str] = {}
+        cli_values: dict[str, str] = {}
         for override in overrides:
             key, _, value = override.lstrip("+").partition("=")
-            typed_values[key] = value
-        self._ranks = ranks_in_settings(typed_values, self._foreign_values)
+            cli_values[key] = value
+        self._ranks = ranks_in_settings(cli_values, self._foreign_values)
 
     def hint(self, override: str) -> Hint | None:
-        """What to type here instead of an override; None if it is no setting of another trainer."""
-        name = self._name_by_override.get(override)
+        """What to type instead of an override of another trainer's setting; None if it is no such setting, or not known here."""
+        name = self._foreign_name_by_override.get(override)
         if name is None:
             return None
         translation = translate(name, ForeignSettings(self._foreign_values, self._ranks))
         if translation is None:
             return None
-        # A complaint that no budget or batch size is set would repeat the problem too.
+        # Validation will say that no budget or batch size is set, which repeats this problem as well.
         groups = {key.split(".")[0] for key in translation.overrides if key.startswith(("budget.", "batch."))}
         return Hint(override, translation_text(translation), frozenset(translation.overrides) | groups)
 
@@ -106,14 +107,17 @@ def translation_text(translation: TranslatedSetting) -> str:
 
 
 def _overrides_text(overrides: Mapping[str, str]) -> str:
-    """Settings as they are typed."""
+    """Settings as they are typed: `optim.lr=1e-4 tuning=lora`."""
     return " ".join(f"{key}={value}" for key, value in overrides.items())
 
 
 def explain_unknown_choice(group: str, choice: str, override: str) -> str:
-    """The message about `group=choice` (`override`, as typed) whose group has no such choice, with what was probably meant.
+    """The message about `group=choice` (`override`) whose group has no such choice, with what was probably meant:
 
-    That is another trainer's name of a choice, a model that is no published shape, DeepSpeed's stage, or a similar choice.
+    - the choice that another trainer calls so;
+    - `model.path`, for a model that is a directory or a hub id;
+    - a stage of ZeRO, for `strategy=deepspeed`;
+    - otherwise a similar choice, if there is one.
     """
     if group in CHOICES:
         overrides = CHOICES[group](choice, ForeignSettings({})).overrides
@@ -181,81 +185,87 @@ def needed_choice(key: str, choices: tuple[str, ...]) -> str:
     return f"{group}={'|'.join(choices)}"
 
 
-def explain_argument_without_value(override: str) -> str:
-    """The message about an argument that is not of the form `key=value`, with what was probably meant.
+def explain_argument_without_value(argument: str) -> str:
+    """The message about an argument that is not of the form `key=value`, with what was probably meant. The cases, in order:
 
-    The cases, in their order: another launcher's switch, a file as `@my.yaml`, a setting with dashes, a group without a choice,
-    a mistyped flag, anything else.
+    - a flag of another launcher, such as `--multi_gpu`;
+    - a file as `@my.yaml`;
+    - a setting with dashes, such as `--optim.lr=1e-4`;
+    - a group without a choice, such as `tuning`;
+    - a mistyped flag, or anything else.
     """
     from launch.config.choices import settings_classes
 
-    positional = override.lstrip("-")
-    if positional in misspelled.FLAGS_OF_OTHERS:
-        return f"{override}: leave it out: {misspelled.FLAGS_OF_OTHERS[positional]}"
-    if override.startswith("@"):
-        return f"{override}: a file of settings is YAML and a bare word, as in my.yaml"
-    if positional != override and "=" in positional:
-        return f"{override}: settings have no dashes; type {positional}"
-    if positional in choices_by_group():
-        choices = [*settings_classes().get(positional, choices_by_group()[positional])]
+    name = argument.lstrip("-")
+    if name in misspelled.OTHER_LAUNCHERS_FLAGS:
+        return f"{argument}: leave it out: {misspelled.OTHER_LAUNCHERS_FLAGS[name]}"
+    if argument.startswith("@"):
+        return f"{argument}: a file of settings is YAML and a bare word, as in my.yaml"
+    if name != argument and "=" in name:
+        return f"{argument}: settings have no dashes; type {name}"
+    if name in choices_by_group():
+        choices = [*settings_classes().get(name, choices_by_group()[name])]
         if not choices:
-            return f"{override}: no choices"
-        return f"{override}: give its choice, as in {positional}={choices[0]}"
-    similar = difflib.get_close_matches(override, FLAGS, n=1)
+            return f"{argument}: no choices"
+        return f"{argument}: give its choice, as in {name}={choices[0]}"
+    similar = difflib.get_close_matches(argument, FLAGS, n=1)
     hint = f"; did you mean {similar[0]}?" if similar else ""
-    return f"{override}: not of the form key=value{hint}"
+    return f"{argument}: not of the form key=value{hint}"
 
 
-def take_split_settings(overrides: list[str], settings_by_key: SettingsByKey) -> tuple[list[str], list[str]]:
-    """Take out settings that were typed in several overrides: (the other overrides, a problem for each such setting).
+def take_out_split_settings(arguments: list[str], settings_by_key: SettingsByKey) -> tuple[list[str], list[str]]:
+    """Take out settings that a shell has split: (the other arguments, a problem for each that says how to type it).
 
-    A shell splits `optim.lr = 1e-4` into three words, `optim.lr= 1e-4` and `--optim.lr 1e-4` into two. The problem says how to
-    type the setting.
+    `optim.lr = 1e-4` is three arguments; `optim.lr= 1e-4`, `optim.lr =1e-4` and `--optim.lr 1e-4` are two.
     """
-    remaining: list[str] = []
+    other_arguments: list[str] = []
     problems: list[str] = []
-    unread = list(overrides)
+    unread = list(arguments)
     while unread:
-        override = unread.pop(0)
+        argument = unread.pop(0)
         next_argument = unread[0] if unread else ""
-        if override in settings_by_key and next_argument.startswith("="):
+        if argument in settings_by_key and next_argument.startswith("="):
             # `key =value`, or `key = value`.
             value = unread.pop(0)[1:]
             if not value and unread:
                 value = unread.pop(0)
-            problems.append(f"{override} = {value}: no spaces around the equals sign; type {override}={value}")
-        elif override.endswith("=") and override[:-1] in settings_by_key and _is_bare(next_argument):
+            problems.append(f"{argument} = {value}: no spaces around the equals sign; type {argument}={value}")
+        elif argument.endswith("=") and argument[:-1] in settings_by_key and _can_be_value(next_argument):
             unread.pop(0)
             problems.append(
-                f"{override} {next_argument}: no spaces around the equals sign; type {override}{next_argument}"
+                f"{argument} {next_argument}: no spaces around the equals sign; type {argument}{next_argument}"
             )
-        elif _is_dashed_key(override, settings_by_key) and _is_bare(next_argument):
+        elif _is_setting_typed_as_flag(argument, settings_by_key) and _can_be_value(next_argument):
             unread.pop(0)
-            key = override.lstrip("-").replace("-", "_")
+            key = argument.lstrip("-").replace("-", "_")
             hint = f"type {key}={next_argument}"
             if key not in settings_by_key:
                 hint = explain_unknown_key(key, f"{key}={next_argument}", settings_by_key).reason
-            problems.append(f"{override} {next_argument}: settings have no dashes; {hint}")
+            problems.append(f"{argument} {next_argument}: settings have no dashes; {hint}")
         else:
-            remaining.append(override)
-    return remaining, problems
+            other_arguments.append(argument)
+    return other_arguments, problems
 
 
-def _is_bare(override: str) -> bool:
-    """Whether an override can be the value of the override before it."""
-    return bool(override) and "=" not in override and not override.startswith("-")
+def _can_be_value(argument: str) -> bool:
+    """Whether an argument can be the value of the argument before it: it is no `key=value` and no flag."""
+    return bool(argument) and "=" not in argument and not argument.startswith("-")
 
 
-def _is_dashed_key(override: str, settings_by_key: SettingsByKey) -> bool:
-    """Whether an argument is a setting of ours typed with dashes: `--optim.lr` or `--lr`, but no flag of another trainer."""
-    key = override.lstrip("-").replace("-", "_")
-    is_of_another_trainer = normalised_name(override) in RULES_BY_NAME or key in misspelled.FLAGS_OF_OTHERS
-    if not override.startswith("--") or "=" in override or is_of_another_trainer:
+def _is_setting_typed_as_flag(argument: str, settings_by_key: SettingsByKey) -> bool:
+    """Whether an argument is a setting of ours typed with dashes, such as `--optim.lr` or `--lr`.
+
+    False for a flag of another trainer, and for a near miss of one of our flags (`--dryrun`), which is explained elsewhere.
+    """
+    key = argument.lstrip("-").replace("-", "_")
+    is_of_another_trainer = (
+        normalised_name(argument) in RULES_BY_FOREIGN_NAME or key in misspelled.OTHER_LAUNCHERS_FLAGS
+    )
+    if not argument.startswith("--") or "=" in argument or is_of_another_trainer:
         return False
-    last_parts = {name.rpartition(".")[2] for name in settings_by_key}
-    is_setting = key in settings_by_key or key in last_parts
-    # `--dryrun` is a mistyped flag.
-    return is_setting and not difflib.get_close_matches(override, FLAGS, n=1, cutoff=0.8)
+    last_names = {setting_key.rpartition(".")[2] for setting_key in settings_by_key}
+    is_setting = key in settings_by_key or key in last_names
+    return is_setting and not difflib.get_close_matches(argument, FLAGS, n=1, cutoff=0.8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,12 +289,12 @@ class UnknownKey:
 
 
 def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey) -> UnknownKey:
-    """The message about an override whose key does not exist. The first of these that applies counts:
+    """The message about an override whose key does not exist. The first of these that applies:
 
-    - the setting was removed, is not offered, or stands for one of ours by a known mistake: what there is instead
-    - it is the `name` of a group, or a whole block of settings: how these are typed
-    - a group or setting has a similar name: that one
-    - else the message says only that there is no such setting
+    - The setting was removed, is not offered, or is commonly confused with one of ours: what there is instead.
+    - It is the `name` of a group, or a whole block of settings: how these are typed.
+    - A group or setting has a similar name: that one.
+    - Otherwise only that there is no such setting.
     """
     missing = f"there is no setting {key}"
     value = override.partition("=")[2]
@@ -292,9 +302,9 @@ def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey)
         return UnknownKey(override, f"{missing} any more: {REMOVED[key]}")
     if key in NOT_OFFERED:
         return UnknownKey(override, f"{missing}: {NOT_OFFERED[key]}")
-    instead = misspelled.in_place_of(key, value)
-    if instead is not None:
-        return UnknownKey(override, f"{missing}; {instead}")
+    replacement = misspelled.replacement_text(key, value)
+    if replacement is not None:
+        return UnknownKey(override, f"{missing}; {replacement}")
     group = key.split(".")[0]
     last_part = key.split(".")[-1]
     if last_part == "name" and group in choices_by_group():
@@ -323,8 +333,11 @@ def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey)
 def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
     """The full keys of settings that a mistyped key may mean, the likeliest first; empty if nothing is similar.
 
-    The first of these that finds any: keys that are nearly the same or have the same last part (`optim.lr` for `learning.lr`),
-    a more distant key, keys with a similar last part.
+    The first of these that finds any:
+
+    - keys that are nearly the same, then keys with the same last name (`optim.lr` for `learning.lr`);
+    - a less similar key;
+    - keys with a similar last name.
     """
     last_part = key.split(".")[-1]
     nearly_same = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.75)
@@ -334,9 +347,9 @@ def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
             same_last_part.append(name)
     if nearly_same or same_last_part:
         return [*nearly_same, *same_last_part]
-    distant = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.5)
-    if distant:
-        return distant
+    less_similar = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.5)
+    if less_similar:
+        return less_similar
     known_last_parts = [name.split(".")[-1] for name in settings_by_key]
     similar_last_parts = difflib.get_close_matches(last_part, known_last_parts, n=1, cutoff=0.7)
     return [name for name in settings_by_key if name.split(".")[-1] in similar_last_parts]
@@ -362,9 +375,13 @@ def _similar_group(key: str, value: str, settings_by_key: SettingsByKey) -> str 
     return f"did you mean {group}=<choice>, one of {', '.join(choices_by_group()[group])}?"
 
 
-def ranks_in_settings(typed: Mapping[str, str], foreign_values: Mapping[str, str]) -> int | None:
-    """Ranks of the run if the overrides say so, by our names (`typed`) or those of other trainers; else None."""
-    settings = ForeignSettings({**foreign_values, **typed})
+def ranks_in_settings(cli_values: Mapping[str, str], foreign_values: Mapping[str, str]) -> int | None:
+    """The number of ranks that the overrides ask for; None if they do not say.
+
+    `cli_values`: the values of the command line by our keys. `foreign_values`: those of other trainers' settings by normalised
+    name.
+    """
+    settings = ForeignSettings({**foreign_values, **cli_values})
     ranks_per_node = parse_number(
         settings.get("launcher.processes", "launcher.gpus_per_node", "nproc_per_node", "num_processes")
     )

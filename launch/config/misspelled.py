@@ -18,7 +18,7 @@ MISNAMED = {
     "early_stopping": "evaluation.patience=<evaluations without improvement> and evaluation.every_steps=<steps>",
 }
 """What to type in place of a key; `{value}` is what was typed behind it."""
-FLAGS_OF_OTHERS = {
+OTHER_LAUNCHERS_FLAGS = {
     "multi_gpu": "every GPU of this host gets a process, if the strategy shares; launcher.processes=<number> says fewer",
 }
 """Switches of other launchers, without a value, and what happens here instead."""
@@ -34,7 +34,7 @@ VERBS = {
 """Verbs that people type, with the command that does their job."""
 
 
-def in_place_of(key: str, value: str) -> str | None:
+def replacement_text(key: str, value: str) -> str | None:
     """The arguments to type in place of `key=value`; None if the key is not one of these, nor a variable of the environment."""
     if key in MISNAMED:
         return f"type {MISNAMED[key].format(value=value)}"

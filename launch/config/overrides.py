@@ -173,7 +173,7 @@ def parse_overrides(overrides: list[str]) -> ParsedOverrides:
     """
     parsed = ParsedOverrides()
     settings_by_key = all_settings()
-    overrides, parsed.problems = hints.take_split_settings(overrides, settings_by_key)
+    overrides, parsed.problems = hints.take_out_split_settings(overrides, settings_by_key)
     foreign = hints.ForeignArguments(overrides, lambda key: find_setting(settings_by_key, key) is not None)
     # Files first, because the last value of a key counts, and the command line goes before a file.
     for override in overrides:

@@ -17,28 +17,28 @@ NOT_SETTINGS = ("substitutions",)
 """Keys of a frozen `config.yaml` that are no settings."""
 
 
-def is_settings_file(override: str) -> bool:
-    """Whether a positional argument names a file of settings."""
-    return override.endswith(SUFFIXES) and "=" not in override and not override.startswith("-")
+def is_settings_file(file_argument: str) -> bool:
+    """Whether an argument names a file of settings, as `my.yaml` does."""
+    return file_argument.endswith(SUFFIXES) and "=" not in file_argument and not file_argument.startswith("-")
 
 
 def user_files_may_apply(overrides: Iterable[str]) -> bool:
     """Whether files of the user can set something: a file among `overrides`, `--config-dir`, or `conf/local/default.yaml`."""
-    if any(is_settings_file(override) for override in overrides):
+    if any(is_settings_file(file_argument) for file_argument in overrides):
         return True
     return bool(USER_CONFIG_DIRS) or (CONF_DIR / "local" / "default.yaml").exists()
 
 
-def read_settings_file(override: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
-    """(choices of groups, values by full key) of a user's YAML file of settings, which `override` names as typed.
+def read_settings_file(file_argument: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
+    """(choices of groups, values by full key) in a user's YAML file of settings, such as `my.yaml`.
 
-    A choice is `tuning: lora`, an entry of `defaults`, or a block with a `name`, as in the config.yaml of a run. A file
-    {tuning: {name: lora, rank: 16}} gives ({"tuning": "lora"}, [("tuning.rank", 16)]). Errors: ConfigError if the file cannot be
-    read or holds no settings.
+    {tuning: {name: lora, rank: 16}} gives ({"tuning": "lora"}, [("tuning.rank", 16)]). There are three ways to write a choice:
+    `tuning: lora`, an entry `- tuning: lora` of `defaults`, and a block with a `name`, as in the config.yaml of a run. Raises
+    ConfigError if the file cannot be read or holds no settings.
     """
-    tree = _read_tree(override)
-    # Choices of `defaults` first: a choice in a block of its own overrides them, as in Hydra.
-    choices = dict(_defaults(override, tree.pop("defaults", [])))
+    tree = _read_yaml(file_argument)
+    # Those of `defaults` first, because a choice in a block of its own overrides them, as in Hydra.
+    choices = dict(_choices_in_defaults(file_argument, tree.pop("defaults", [])))
     values: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if key in NOT_SETTINGS:
@@ -53,34 +53,36 @@ def read_settings_file(override: str) -> tuple[dict[str, str], list[tuple[str, A
             values += _flatten_block(key, block)
         elif isinstance(value, dict):
             values += _flatten_block(str(key), value)
-        elif value is None and is_block(str(key)):
+        elif value is None and is_settings_block(str(key)):
             continue  # all lines of the block are comments
         else:
             values.append((str(key), value))
     return choices, values
 
 
-def _read_tree(override: str) -> dict[Any, Any]:
-    """A YAML file of settings as nested dictionaries, `${...}` unresolved. Errors: ConfigError."""
+def _read_yaml(file_argument: str) -> dict[Any, Any]:
+    """A YAML file of settings as nested dictionaries, with `${...}` unresolved. Raises ConfigError if it is no such file."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    path = Path(override).expanduser()
+    path = Path(file_argument).expanduser()
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=False)
     except OSError as error:
         raise ConfigError(
-            f"{override}: cannot be read ({error.strerror}); a bare *.yaml is a file of settings"
+            f"{file_argument}: cannot be read ({error.strerror}); a bare *.yaml is a file of settings"
         ) from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{override}: is no YAML ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{file_argument}: is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{override}: holds no settings; write them as in `tuning: lora` or `optim: {{lr: 2e-4}}`")
+        raise ConfigError(
+            f"{file_argument}: holds no settings; write them as in `tuning: lora` or `optim: {{lr: 2e-4}}`"
+        )
     return tree
 
 
-def is_block(key: str) -> bool:
+def is_settings_block(key: str) -> bool:
     """Whether a key at the outermost level of a settings file holds settings of its own, such as `optim`."""
     from trainer.config.run import RunConfig
 
@@ -88,16 +90,21 @@ def is_block(key: str) -> bool:
     return key in names and key != "precision"  # the one field of a run that is a single value
 
 
-def _defaults(override: str, entries: Any) -> Iterator[tuple[str, str]]:
-    """(group, choice) of each entry of a Hydra `defaults` list in the file `override`. Errors: ConfigError."""
+def _choices_in_defaults(file_argument: str, entries: Any) -> Iterator[tuple[str, str]]:
+    """(group, choice) of each entry of a Hydra `defaults` list, as in `- tuning: lora`. Raises ConfigError for another entry.
+
+    `file_argument`: the file, for messages.
+    """
     entries = entries if isinstance(entries, list) else [entries]
     for entry in entries:
         if entry == "_self_":
             continue
         if not isinstance(entry, dict) or len(entry) != 1:
-            raise ConfigError(f"{override}: defaults: {entry}: write a group and its choice, as in `- tuning: lora`")
+            raise ConfigError(
+                f"{file_argument}: defaults: {entry}: write a group and its choice, as in `- tuning: lora`"
+            )
         for key, choice in entry.items():
-            # Hydra also writes `override /tuning: lora`.
+            # Hydra also writes `file_argument /tuning: lora`.
             group = str(key).removeprefix("override ").strip().lstrip("/")
             yield group, str(choice)
 
@@ -106,7 +113,7 @@ def _flatten_block(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
     """(full key, value) of each setting in a block: `optim`, {"lr": 1e-4} gives [("optim.lr", 1e-4)]; an empty block none."""
     settings: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        # A block in which a name has a dot is a table of the user's, and stays one value: the dot is no boundary of keys.
+        # A dictionary with a dot in a name stays one value, because such a dot does not separate the names of a key.
         is_block_of_settings = isinstance(value, dict) and not any("." in str(name) for name in value)
         if is_block_of_settings:
             settings += _flatten_block(f"{prefix}.{key}", value)
@@ -118,24 +125,24 @@ def _flatten_block(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
 def take_config_dirs(argv: list[str]) -> list[str]:
     """Take each `--config-dir <directory>` out of a command line; returns the other arguments.
 
-    Also adds the directory's files to the choices of this process. Errors: ConfigError.
+    Adds the files of the directory to the choices of this process. Raises ConfigError if it is missing or has no choices.
     """
-    from launch.config.choices import add_directory
+    from launch.config.choices import add_user_config_dir
 
-    overrides = []
+    other_arguments = []
     remaining = list(argv)
     while remaining:
-        override = remaining.pop(0)
-        flag, assigned, value = override.partition("=")
+        argument = remaining.pop(0)
+        flag, has_value, value = argument.partition("=")
         if flag not in ("--config-dir", "-cd"):
-            overrides.append(override)
+            other_arguments.append(argument)
             continue
-        if not assigned:
+        if not has_value:
             if not remaining:
-                raise ConfigError(f"{override}: give a directory, as in --config-dir my/conf")
+                raise ConfigError(f"{argument}: give a directory, as in --config-dir my/conf")
             value = remaining.pop(0)
         directory = Path(value).expanduser().resolve()
         if not directory.is_dir():
             raise ConfigError(f"--config-dir {directory}: there is no such directory")
-        add_directory(directory)
-    return overrides
+        add_user_config_dir(directory)
+    return other_arguments

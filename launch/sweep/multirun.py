@@ -50,7 +50,7 @@ def multirun(arguments: list[str], *, launch: RunPoint, show: Callable[[Composed
             problems += [f"point {number} ({labels[number]}): {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    for line in axes.settings_of_some_points():
+    for line in axes.lines_about_partial_settings():
         print(line, file=sys.stderr)
     if show is not None:
         for number, composed in enumerate(composed_points):

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
-from launch.config.axes import FUNCTION, read_axes
+from launch.config.axes import SWEEP_FUNCTION_REGEX, read_axes
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def read_space(arguments: list[str]) -> tuple[list[SearchedSetting], list[str]]:
 def _read_setting(argument: str) -> SearchedSetting | None:
     """The searched setting of an argument with several values; None for an argument with one. Errors: ConfigError."""
     key, equals_sign, values_text = argument.partition("=")
-    if equals_sign and FUNCTION.fullmatch(values_text.strip()) and not values_text.startswith("glob("):
+    if equals_sign and SWEEP_FUNCTION_REGEX.fullmatch(values_text.strip()) and not values_text.startswith("glob("):
         return _read_sweep_function(argument, key, values_text.strip())
     points = read_axes([argument]).alternatives[0]  # `a,b` is a list of choices
     if len(points) == 1:

@@ -10,7 +10,7 @@ from typing import Any
 from launch.config.importers import datasets, deepspeed, rules
 from launch.config.importers.conversion import ConvertedSettings, scalar_settings, to_cli_text
 from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, format_number, parse_number
-from launch.config.importers.names import RULES_BY_NAME, normalised_name, translate
+from launch.config.importers.names import RULES_BY_FOREIGN_NAME, normalised_name, translate
 from strategies import atomic_io
 from strategies.errors import ConfigError
 
@@ -154,7 +154,7 @@ def detect_trainer(tree: Mapping[str, Any]) -> str | None:
     for trainer, marks in MARKS.items():
         if setting_names & set(marks):
             return trainer
-    has_known_name = any(normalised_name(str(key)) in RULES_BY_NAME for key in tree)
+    has_known_name = any(normalised_name(str(key)) in RULES_BY_FOREIGN_NAME for key in tree)
     return HUGGING_FACE if has_known_name else None
 
 
@@ -253,7 +253,7 @@ def _translate_setting(name: str, value: Any, foreign: ForeignSettings, base: Pa
         )
     if name in PROCESS_STARTING:
         return TranslatedSetting(note="processes are started by launcher.*", not_needed=True)
-    if name not in RULES_BY_NAME:
+    if name not in RULES_BY_FOREIGN_NAME:
         return TranslatedSetting(note=UNKNOWN_SETTING)
     if not isinstance(value, dict):
         return translate(name, foreign) or TranslatedSetting(note=UNKNOWN_SETTING)
@@ -306,7 +306,7 @@ def _add_accelerate_deepspeed(
             deepspeed.convert({"zero_optimization": zero_block}, zero_conversion)
             overrides = zero_conversion.overrides
             conversion.add_translation(setting_name, value, TranslatedSetting(overrides, not_needed=not overrides))
-        elif normalised_name(key) in RULES_BY_NAME:
+        elif normalised_name(key) in RULES_BY_FOREIGN_NAME:
             settings = ForeignSettings({**foreign.value_by_name, normalised_name(key): to_cli_text(value)})
             translation = translate(key, settings) or TranslatedSetting(note=UNKNOWN_SETTING)
             conversion.add_translation(setting_name, value, translation)

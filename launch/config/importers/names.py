@@ -233,7 +233,7 @@ REPORTING = {
     ),
     **_rules("predict_with_generate", without_equivalent("evaluation.generate.samples=N writes and scores answers")),
 }
-RULES_BY_NAME: dict[str, Rule] = {**RUN, **MODEL, **DATA, **REINFORCEMENT, **OPTIMIZER, **REPORTING}
+RULES_BY_FOREIGN_NAME: dict[str, Rule] = {**RUN, **MODEL, **DATA, **REINFORCEMENT, **OPTIMIZER, **REPORTING}
 
 
 def normalised_name(name: str) -> str:
@@ -244,7 +244,7 @@ def normalised_name(name: str) -> str:
 def translate(name: str, foreign: ForeignSettings) -> TranslatedSetting | None:
     """What the setting `name` of `foreign` is here; None if no other trainer has a setting of that name."""
     key = normalised_name(name)
-    rule = RULES_BY_NAME.get(key)
+    rule = RULES_BY_FOREIGN_NAME.get(key)
     return None if rule is None else rule(foreign.value_by_name[key], foreign)
 
 

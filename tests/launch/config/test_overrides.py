@@ -9,7 +9,7 @@ from launch.config.axes import read_axes
 from launch.config.choices import USER_CONFIG_DIRS, choices_by_group, settings_class_of
 from launch.config.compose import Composed, compose
 from launch.config.importers.equivalent import ForeignSettings
-from launch.config.importers.names import RULES_BY_NAME, translate
+from launch.config.importers.names import RULES_BY_FOREIGN_NAME, translate
 from launch.config.overrides import all_settings, find_setting
 from launch.config.removed import REMOVED
 from launch.config.user_files import take_config_dirs
@@ -364,7 +364,7 @@ def test_overrides_suggested_for_other_trainers_options_compose(tmp_path):
     text |= {"scale_rewards": "group", "loss_agg_mode": "token-mean", "adv_estimator": "rloo"}
     text |= {"dataset_text_field": "body", "wandb_mode": "offline", "data.shuffle": "true", "val_set_size": "0.1"}
     answered = 0
-    for name in RULES_BY_NAME:
+    for name in RULES_BY_FOREIGN_NAME:
         for value in (text.get(name, "1"), "true"):
             found = translate(name, ForeignSettings({name: value, "per_device_train_batch_size": "2"}))
             for key, ours in found.overrides.items():
@@ -411,13 +411,13 @@ def test_sweep_setting_of_some_choices_is_only_for_points_that_have_it():
         ["tuning=vera", "tuning.rank=4", "tuning.gamma=1"],
         ["tuning=vera", "tuning.rank=8", "tuning.gamma=1"],
     ]
-    assert axes.settings_of_some_points() == [
+    assert axes.lines_about_partial_settings() == [
         "tuning.rank: only where tuning is lora or vera",
         "tuning.dora: only where tuning is lora",
     ]
     assert [axes.describe_point(point) for point in axes.points()][:2] == ["tuning=full", "tuning=lora tuning.rank=4"]
     assert expand(["tuning=full", "tuning.dora=true,false"])[0] == ["tuning=full", "tuning.dora=true"]  # refused there
-    assert read_axes(["tuning=lora,vera", "tuning.rank=4,8"]).settings_of_some_points() == []
+    assert read_axes(["tuning=lora,vera", "tuning.rank=4,8"]).lines_about_partial_settings() == []
 
 
 @pytest.mark.parametrize(
