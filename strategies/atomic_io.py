@@ -66,15 +66,18 @@ class Disk:
         source.rename(target)
 
     def swap_names(self, first: Path, second: Path) -> None:
-        """Swap two names at once; ENOSYS, EINVAL or ENOTSUP where the system or the file system cannot (NFS)."""
+        """Swap the names of two files or directories atomically.
+
+        Raises OSError with ENOSYS, EINVAL or ENOTSUP if the system or the file system cannot do that, such as NFS.
+        """
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if renameat2 is None:
-            code = errno.ENOSYS
+            error_number = errno.ENOSYS
         elif renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
             return
         else:
-            code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(first), None, str(second))
+            error_number = ctypes.get_errno()
+        raise OSError(error_number, os.strerror(error_number), str(first), None, str(second))
 
     def link(self, source: Path, target: Path) -> None:
         """A second name; fails where `target` exists."""

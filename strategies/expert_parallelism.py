@@ -34,11 +34,12 @@ def distribute_experts(
     of the layer, which routers and counts need.
     """
     group, mesh = expert_mesh(device, runtime, num_replicas, expert_ranks)
+    assumed_imbalance = runtime.expert_imbalance if runtime.simulated else None
     share = ExpertShare(
-        expert_ranks,
-        runtime.rank % expert_ranks,
-        group,
-        expert_counts_of_group(group, expert_ranks, imbalance=runtime.expert_imbalance if runtime.simulated else None),
+        group_size=expert_ranks,
+        group_rank=runtime.rank % expert_ranks,
+        group=group,
+        counts=expert_counts_of_group(group, expert_ranks, imbalance=assumed_imbalance),
     )
     for module in modules:
         _keep_own_experts(module, share)
@@ -54,7 +55,8 @@ def keep_one_rank_of_experts_on_meta(step_module: nn.Module) -> None:
     plan = plan_of(step_module)
     if plan.expert_ranks == 1:
         return
-    share = ExpertShare(plan.expert_ranks, 0, None, AssumedCounts(plan.expert_ranks, ASSUMED_IMBALANCE))
+    counts = AssumedCounts(plan.expert_ranks, ASSUMED_IMBALANCE)
+    share = ExpertShare(group_size=plan.expert_ranks, group_rank=0, group=None, counts=counts)
     for name in plan.expert_parallel_modules:
         _keep_own_experts(step_module.get_submodule(name), share)
 

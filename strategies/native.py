@@ -210,7 +210,7 @@ class NativeEngine:
         if self.loss_scale is not None:
             norm = norm / self.loss_scale
         # One gradient that is not finite makes the whole norm so, on all ranks alike.
-        finite = torch.isfinite(norm)
+        is_finite = torch.isfinite(norm)
 
         # Clipping and undoing the loss scale are one multiplication.
         if self.max_grad_norm > 0:
@@ -222,29 +222,29 @@ class NativeEngine:
         if grads and (self.max_grad_norm > 0 or self.loss_scale is not None):
             multiply_each(grads, grad_factor.to(grads[0].device))
 
-        applied = finite if update_filter is None else finite & ~update_filter(norm)
-        self._update(applied, lr_factor)
+        is_applied = is_finite if update_filter is None else is_finite & ~update_filter(norm)
+        self._update(is_applied, lr_factor)
         self._num_steps += 1
         if self.hooks is not None:
-            self.hooks.after_update(self._num_steps, finite=bool(applied))
+            self.hooks.after_update(self._num_steps, finite=bool(is_applied))
         self.optimizer.zero_grad(set_to_none=True)
 
-        self._num_updates += applied
+        self._num_updates += is_applied
         if self.average is not None:
-            self.average.update(self._num_updates, applied)
+            self.average.update(self._num_updates, is_applied)
         if self.loss_scale is not None:
-            self._adjust_scale(finite)
-        return StepResult(grad_norm=norm.float(), skipped=(~applied).float())
+            self._adjust_scale(is_finite)
+        return StepResult(grad_norm=norm.float(), skipped=(~is_applied).float())
 
-    def _update(self, applied: Tensor, lr_factor: float) -> None:
-        """Set each group's learning rate to its base times `lr_factor`, and step if `applied`, a 0-d bool tensor, is true."""
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * lr_factor
+    def _update(self, is_applied: Tensor, lr_factor: float) -> None:
+        """Set each group's learning rate to its base times `lr_factor`; step if `is_applied`, a 0-d bool tensor, is true."""
+        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base_lr * lr_factor
         if self._skips_on_device():
-            # The fused kernels look at `found_inf` and leave parameters and moments alone: no host sync.
-            self.optimizer.found_inf = self._on_parameter_device((~applied).float())  # type: ignore[attr-defined]
+            # The fused kernels look at `found_inf`, and change nothing if it is 1: the host does not wait for the device.
+            self.optimizer.found_inf = self._on_parameter_device((~is_applied).float())  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif bool(applied):
+        elif bool(is_applied):
             self.optimizer.step()
 
     def _on_parameter_device(self, flag: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Rendezvous:
 
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            with _wait_reported_regularly(f"rank {rank} of {world_size} waits for the others to come to {address}"):
+            with _printing_while_waiting(f"rank {rank} of {world_size} waits for the others to come to {address}"):
                 store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         except (dist.DistError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -183,21 +183,22 @@ class Rendezvous:
 
 
 @contextlib.contextmanager
-def _wait_reported_regularly(message: str) -> Iterator[None]:
+def _printing_while_waiting(message: str) -> Iterator[None]:
     """A context that prints `message` every `REPORT_EVERY_S` seconds, from a thread, on the first rank of each host.
 
     For code that may wait inside a library.
     """
-    over = threading.Event()
-    began = time.monotonic()
+    is_over = threading.Event()
+    began_at = time.monotonic()
+    is_first_of_host = int(os.environ.get("LOCAL_RANK", 0)) == 0
 
     def report() -> None:
-        while int(os.environ.get("LOCAL_RANK", 0)) == 0 and not over.wait(REPORT_EVERY_S):
+        while is_first_of_host and not is_over.wait(REPORT_EVERY_S):
             with contextlib.suppress(OSError, ValueError):  # the terminal is closed
-                print(f"{time.monotonic() - began:.0f} s: {message}", file=sys.stderr, flush=True)
+                print(f"{time.monotonic() - began_at:.0f} s: {message}", file=sys.stderr, flush=True)
 
     threading.Thread(target=report, name="waiting", daemon=True).start()
     try:
         yield
     finally:
-        over.set()
+        is_over.set()

@@ -219,12 +219,13 @@ def _refuse_state_of_other_run(path: Path, index: Index, ranges: list[FlatRange]
     for flat_range in ranges:
         if flat_range.numel:
             numel_by_name |= {f"{flat_range.name}/{key}": flat_range.numel for key in flat_range.tensors}
-    missing = sorted(set(numel_by_name) - set(index))
-    surplus = sorted(set(index) - set(numel_by_name))
-    if missing:
-        raise ConfigError(_other_run_message(path, f"does not hold {', '.join(missing[:3])} ..."))
-    if surplus:
-        raise ConfigError(_other_run_message(path, f"holds, beyond what this run trains, {', '.join(surplus[:3])} ..."))
+    missing_names = sorted(set(numel_by_name) - set(index))
+    surplus_names = sorted(set(index) - set(numel_by_name))
+    if missing_names:
+        raise ConfigError(_other_run_message(path, f"does not hold {', '.join(missing_names[:3])} ..."))
+    if surplus_names:
+        surplus_text = f"holds, beyond what this run trains, {', '.join(surplus_names[:3])} ..."
+        raise ConfigError(_other_run_message(path, surplus_text))
     for name, run_numel in numel_by_name.items():
         saved_numel = numel(index[name])
         if saved_numel != run_numel:

@@ -35,6 +35,15 @@ class TakenStep(NamedTuple):
     """float64 [2], if it was judged before its update; else None."""
 
 
+class JudgedStep(NamedTuple):
+    """The judgement on a step, on the device."""
+
+    scores: Tensor
+    """float64 [2]: how far its loss and gradient norm stand out; NaN if unknown or reported before."""
+    is_left_out: Tensor
+    """0-d bool: whether its update is left out."""
+
+
 class SkippedStep(NamedTuple):
     """A step whose update was left out."""
 
@@ -102,7 +111,7 @@ class Guards:
         self.replicas = ReplicaCheck(config.replicas_every_steps, runtime)
         # Only an update that may be skipped is judged on the device; else the numbers are on the host already.
         device = runtime.device if self.skips else torch.device("cpu")
-        self._acting = torch.tensor([action is not Action.note for action in self.actions], device=device)
+        self._has_action = torch.tensor([action is not Action.note for action in self.actions], device=device)
         self._rolling = RollingWindow(config.window, device)
         self.level_shifts = LevelShiftDetector(config.threshold, config.window)
         self._last_rollback_step = -1
@@ -154,8 +163,9 @@ class Guards:
             values = torch.stack([local_loss.double() / (count or 1), grad_norm.double() / self.runtime.world_size])
             if self.runtime.world_size > 1:
                 values = dist_sum(values)
-            self._scores_before_update, leave_out = self._score(values)
-            return leave_out
+            judged = self._judge_and_remember(values)
+            self._scores_before_update = judged.scores
+            return judged.is_left_out
 
         return is_left_out
 
@@ -164,8 +174,8 @@ class Guards:
         self._unjudged_steps.append(TakenStep(first_sample, self._scores_before_update))
         self._scores_before_update = None
 
-    def _score(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge a step against the window of the last steps: (its scores float64 [2], is its update left out as 0-d bool).
+    def _judge_and_remember(self, values: Tensor) -> JudgedStep:
+        """Judge a step against the window of the last steps, and add it to the window unless it is bad.
 
         `values` (float64 [2]): its loss and gradient norm. A score says how many robust standard deviations a number lies above
         the window's median; above `guards.threshold` it stands out. A level is a number that stands out in two steps running.
@@ -178,14 +188,14 @@ class Guards:
         scores = self._rolling.scores(values)
         # NaN compares as false: a step without a score never stands out.
         stands_out = scores > self.config.threshold
-        is_left_out = (stands_out & self._acting).any()
+        is_left_out = (stands_out & self._has_action).any()
         # The first step of a level has joined the window, and the others have not: it is the newest one there.
         is_level = stands_out & (self._rolling.newest_scores() > self.config.threshold)
         joins_window = values.isfinite().all() & ~is_left_out & ~is_level[0]
         self._rolling.push(values, joins_window)
         # A loss at a level has been reported before, and a gradient norm beside it is the same news.
-        is_told = (is_level | is_level[0]) & ~self._acting
-        return torch.where(is_told, torch.nan, scores), is_left_out
+        is_reported_before = (is_level | is_level[0]) & ~self._has_action
+        return JudgedStep(scores=torch.where(is_reported_before, torch.nan, scores), is_left_out=is_left_out)
 
     # -- between steps ---------------------------------------------------------------------------------------------------
 
@@ -230,14 +240,15 @@ class Guards:
         - Otherwise: they are computed now, from the numbers in `rows`.
         """
         if self.skips:
-            unknown = torch.full((len(WATCHED_METRICS),), torch.nan, dtype=torch.float64, device=self._acting.device)
+            unknown = torch.full(
+                (len(WATCHED_METRICS),), torch.nan, dtype=torch.float64, device=self._has_action.device
+            )
             known_or_nan = [unknown if step.scores is None else step.scores for step in taken_steps]
             return torch.stack(known_or_nan).tolist()  # type: ignore[no-any-return]  # one copy for all steps
         scores_by_step = []
         for row in rows:
             values = torch.tensor([row[name] for name in WATCHED_METRICS]).double()
-            scores, _ = self._score(values)
-            scores_by_step.append(scores.tolist())
+            scores_by_step.append(self._judge_and_remember(values).scores.tolist())
         return scores_by_step
 
     def _spike(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> Outlier:

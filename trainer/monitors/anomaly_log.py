@@ -59,26 +59,34 @@ class AnomalyLog:
             table = DocumentTable(self.data)
             documents = [_document_record(table, number) for number in document_numbers]
         num_samples = outlier.num_steps * self.loader.share.global_batch
-        places = self.loader.order.places(outlier.first_sample, num_samples)
-        event = {"event": "outlier", "time": time.time(), **asdict(outlier), "places": places, "documents": documents}
+        sample_ranges = self.loader.order.places(outlier.first_sample, num_samples)
+        event = {
+            "event": "outlier",
+            "time": time.time(),
+            **asdict(outlier),
+            "places": sample_ranges,
+            "documents": documents,
+        }
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json_text(event) + "\n")
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written ({error}); free space") from error
-        self.print_line(f"warning: {self._warning(outlier, places, documents)}")
+        self.print_line(f"warning: {self._warning_text(outlier, sample_ranges, documents)}")
 
-    def _warning(self, outlier: Outlier, places: list[tuple[int, int]], documents: list[dict[str, Any]]) -> str:
+    def _warning_text(
+        self, outlier: Outlier, sample_ranges: list[tuple[int, int]], documents: list[dict[str, Any]]
+    ) -> str:
         """The warning about an outlier: what stands out and how far, what was done, and which samples the step had.
 
-        `places`: ranges (first, count) of the step's samples in the run's order, such as [(640, 32)]. `documents`: records with
-        `file` and `line` of each; empty if unknown.
+        `sample_ranges`: ranges (first, count) of the step's samples in the run's order, such as [(640, 32)]. `documents`:
+        records with `file` and `line` of each; empty if unknown.
         """
         finding_text = outlier_text(outlier.values, outlier.scores, outlier.began if outlier.is_level else None)
         if not outlier.is_level:
             finding_text += " stands out" if len(outlier.values) == 1 else " stand out"
-        first_sample, _ = places[0]
-        last_range_first, last_range_count = places[-1]
+        first_sample, _ = sample_ranges[0]
+        last_range_first, last_range_count = sample_ranges[-1]
         last_sample = last_range_first + last_range_count - 1
         named_documents = ""
         if documents:

@@ -104,7 +104,14 @@ def degenerate_counts_by_kind(answers: Sequence[ModelAnswer]) -> dict[str, Degen
         num_answers = sum(is_degenerate(answer.text) for answer in answers)
         num_references = sum(is_degenerate(answer.reference) for answer in answers)
         counts[kind] = DegenerateCount(answers=num_answers, references=num_references, total=len(answers))
+    foreign_count = _foreign_count(answers)
+    if foreign_count is not None:
+        counts["foreign"] = foreign_count
+    return counts
 
+
+def _foreign_count(answers: Sequence[ModelAnswer]) -> DegenerateCount | None:
+    """How many answers are in a language that no reference has; None if no pair of answer and reference is recognised."""
     answer_languages = []
     reference_languages = []
     for answer in answers:
@@ -113,12 +120,11 @@ def degenerate_counts_by_kind(answers: Sequence[ModelAnswer]) -> dict[str, Degen
         if language is not None and reference_language is not None:
             answer_languages.append(language)
             reference_languages.append(reference_language)
-    if answer_languages:
-        # References may be in several languages: an answer is foreign if none of them has its language.
-        usual_languages = {*reference_languages}
-        num_foreign = sum(language not in usual_languages for language in answer_languages)
-        counts["foreign"] = DegenerateCount(answers=num_foreign, references=0, total=len(answer_languages))
-    return counts
+    if not answer_languages:
+        return None
+    usual_languages = {*reference_languages}  # references may be in several languages
+    num_foreign = sum(language not in usual_languages for language in answer_languages)
+    return DegenerateCount(answers=num_foreign, references=0, total=len(answer_languages))
 
 
 def logged_metrics(evidence: Evidence) -> dict[str, float]:

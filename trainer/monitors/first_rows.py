@@ -26,27 +26,23 @@ class FirstRows:
         if self.path is None or step == 0:
             return
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            rows_in_file = json.loads(self.path.read_text(encoding="utf-8"))
             rows_by_task = {}
-            for name, rows in content.items():
+            for name, rows in rows_in_file.items():
                 rows_by_task[name] = [TaskRow(**row) for row in rows]
             self._rows = rows_by_task
         except (OSError, ValueError, TypeError, AttributeError):
             self._rows = {}
 
-    def rows_or_remember(self, name: str, rows: list[TaskRow]) -> list[TaskRow] | None:
-        """The rows of the task `name` at its first evaluation, to compare `rows`, those of this evaluation, with.
+    def rows_of(self, task_name: str) -> list[TaskRow] | None:
+        """The rows of a task at its first evaluation; None if it was not evaluated before."""
+        return self._rows.get(task_name)
 
-        If this is the first evaluation: writes `rows` into the file, for later ones, and returns None. Raises StorageError if the
-        file cannot be written.
-        """
-        first_rows = self._rows.get(name)
-        if first_rows is not None:
-            return first_rows
-        self._rows[name] = rows
+    def remember(self, task_name: str, rows: list[TaskRow]) -> None:
+        """Take `rows` for those of the first evaluation of a task, and write them into the file. Errors: StorageError."""
+        self._rows[task_name] = rows
         if self.path is not None:
-            content = {}
-            for task_name, task_rows in self._rows.items():
-                content[task_name] = [asdict(row) for row in task_rows]
-            write_text_atomic(self.path, json_text(content))
-        return None
+            rows_by_task = {}
+            for name, task_rows in self._rows.items():
+                rows_by_task[name] = [asdict(row) for row in task_rows]
+            write_text_atomic(self.path, json_text(rows_by_task))

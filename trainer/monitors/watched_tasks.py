@@ -44,7 +44,10 @@ class WatchedTasks:
         self.challenges.add_task(done)
         task = done.prepared.task
         if self.makes_tables:
-            first_rows = self.challenges.first_rows.rows_or_remember(task.name, done.rows)
+            # To compare with. In the first evaluation of a task there is nothing yet.
+            first_rows = self.challenges.first_rows.rows_of(task.name)
+            if first_rows is None:
+                self.challenges.first_rows.remember(task.name, done.rows)
             self.tables |= row_tables(task, done.rows, first_rows)
         for metric, value in done.metrics.items():
             yield f"eval/{task.name}/{metric}", value

@@ -59,7 +59,7 @@ def _kind_of_adapted_weight(name: str) -> str:
     """The kind of the weight that an adapter's parameter adapts, by the names of the modules that contain it."""
     if any(part in ROUTER_NAMES for part in name.split(".")):
         return "router"
-    return _kind_by_modules(name, {}, None, None)
+    return _kind_by_modules(name, modules={}, embeddings=None, head=None)
 
 
 def _kind_by_modules(name: str, modules: Mapping[str, Any], embeddings: Any, head: Any) -> str:
@@ -76,8 +76,8 @@ def _kind_by_modules(name: str, modules: Mapping[str, Any], embeddings: Any, hea
         if module is not None and module is head:
             return "head"
         name_and_class = f"{parts[depth - 1]} {type(module).__name__}".lower()
-        for kind, spellings in NAME_PARTS_BY_KIND.items():
-            if any(spelling in name_and_class for spelling in spellings):
+        for kind, name_parts in NAME_PARTS_BY_KIND.items():
+            if any(name_part in name_and_class for name_part in name_parts):
                 return kind
     return "other"
 
