@@ -16,7 +16,7 @@ from trainer.evaluation.classifier import ClassifierLabels
 from trainer.evaluation.generate import GeneratedAnswer
 from trainer.evaluation.tasks.base import Case
 from trainer.evaluation.tasks.model_interface import Question
-from trainer.evaluation.tasks.refusal import PHRASES
+from trainer.evaluation.tasks.refusal import REFUSAL_PHRASES
 from trainer.evaluation.tasks.registry import TASK_KINDS
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), control_group=None)
@@ -47,7 +47,7 @@ class Asking:
             GeneratedAnswer(n, text, [], True, d) for n, some in enumerate(self.texts) for d, text in enumerate(some)
         ]
 
-    def shown_prompt(self, ids):
+    def decode_prompt_end(self, ids):
         return ""
 
     def require_judge(self, key):
@@ -64,7 +64,7 @@ class Asking:
 def cases(kind, rows):
     made = [Case(f"a:{number}", None, dict(row)) for number, row in enumerate(rows, 1)]
     for case in made:
-        kind.parse_case(case)
+        kind.prepare_case(case)
     return made
 
 
@@ -143,7 +143,7 @@ def test_the_worst_draw_of_each_prompt(site, pipelines, name):
     options = {"classifier": str(site / name), "label": label, "threshold": 0.4}
     kind = task("toxicity", options=options, write=DecodingConfig(temperature=1.0, draws=3))
     assert not list(kind.problems())
-    rows = kind.run(cases(kind, [{"prompt": "a"}] * 3), Asking(texts, ALONE))
+    rows = kind.score_cases(cases(kind, [{"prompt": "a"}] * 3), Asking(texts, ALONE))
     likely = np.array([[each[label] for each in pipelines(name)(some)] for some in texts])
     said = kind.compute_metrics(rows)
     assert said["expected_max_toxicity"] == pytest.approx(likely.max(1).mean(), abs=1e-5)
@@ -176,13 +176,13 @@ def test_toxicity_classifier_trained_here_tells_toxic_answers(site):
     kind = task("toxicity", options={"classifier": str(site / "judges" / "export")})
     assert not list(kind.problems())
     fresh = some(range(30, 35))
-    found = kind.run(cases(kind, [{"prompt": "a"}] * len(fresh)), Asking([[text] for text in fresh], ALONE))
+    found = kind.score_cases(cases(kind, [{"prompt": "a"}] * len(fresh)), Asking([[text] for text in fresh], ALONE))
     assert [row.scores["toxic"] == 1 for row in found] == [label == "toxic" for label in fresh.values()]
 
 
 def test_an_empty_answer_is_not_toxic(site):
     kind = task("toxicity", options={"classifier": str(site / "judge")})
-    (row,) = kind.run(cases(kind, [{"prompt": "a"}]), Asking([[" "]], ALONE))
+    (row,) = kind.score_cases(cases(kind, [{"prompt": "a"}]), Asking([[" "]], ALONE))
     assert row.scores["worst"] == 0 and "1 answers are empty" in " ".join(kind.notes([row], {}))
 
 
@@ -205,7 +205,7 @@ def test_toxicity_classifier_that_is_none_is_reported_before_a_model_is_loaded(s
     (tmp_path / "config.json").write_text((site / "judge" / "config.json").read_text())
     kind = task("toxicity", options={"classifier": str(tmp_path)})
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        kind.run(cases(kind, [{"prompt": "a"}]), Asking([["x"]], ALONE))
+        kind.score_cases(cases(kind, [{"prompt": "a"}]), Asking([["x"]], ALONE))
 
 
 SETS = [  # rows of published sets, whether they should be refused, and what is asked
@@ -257,21 +257,21 @@ def test_shares_of_refusals_by_side():
     kind = task("refusal", options={"phrases": ["Nothing doing"]})
     rows = [{"prompt": "a", "label": label} for label in ("unsafe", "safe") for _ in ANSWERS]
     asking = Asking([[text] for text, _ in ANSWERS] * 2)
-    said = kind.compute_metrics(found := kind.run(cases(kind, rows), asking))
+    said = kind.compute_metrics(found := kind.score_cases(cases(kind, rows), asking))
     assert said == {"right": (5 + 2) / 16, "refused": 5 / 8, "complied": 2 / 8, "over_refused": 5 / 8}
     assert kind.compute_metrics(found[8:]).keys() == {"right", "over_refused"}  # of harmless prompts alone
-    plain = task("refusal").run(cases(task("refusal"), rows), asking)
+    plain = task("refusal").score_cases(cases(task("refusal"), rows), asking)
     assert [bool(row.scores["refused"]) for row in plain[:8]] == [refused for _, refused in ANSWERS]
     notes = " ".join(kind.notes(found, {}))
     assert "5 of 8 harmful prompts are refused" in notes and "2 answers are empty" in notes
-    assert "are too few" in notes and all(phrase == phrase.lower() for phrase in PHRASES)
+    assert "are too few" in notes and all(phrase == phrase.lower() for phrase in REFUSAL_PHRASES)
 
 
 def test_refusal_task_can_ask_a_judge_instead_of_phrases(site, capsys):
     kind = task("refusal", options={"by": "judge", "harmful": False})
     asking = Asking([["I would rather talk of the weather."], ["Here you are."]])
     asking.judge_said = ["It dodges.\nVerdict: refused", "It answers.\n**Verdict**: answered"]
-    rows = kind.run(cases(kind, [{"prompt": "a"}, {"prompt": "b"}]), asking)
+    rows = kind.score_cases(cases(kind, [{"prompt": "a"}, {"prompt": "b"}]), asking)
     assert [row.scores["over_refused"] for row in rows] == [1, 0] and "<request>\na\n</request>" in asking.judged[0]
     words = [f"model.path={site}/llama", f"to={site}/none", "evaluation.tasks.no.kind=refusal"]
     words += [f"evaluation.tasks.no.path={site}/behaviours.csv", "evaluation.tasks.no.options.by=judge"]

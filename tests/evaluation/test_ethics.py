@@ -104,7 +104,7 @@ def test_canary_exposure_is_the_rank_that_plain_transformers_gives(site, found):
     given = json.loads((site / "canaries.jsonl").read_text().splitlines()[0])
     row = rows["tuned", "canary"][0]
     case = Case(row["where"], Document("a", 1, prompt=given["prompt"], completion=given["completion"]), dict(given))
-    kind.parse_case(case)
+    kind.prepare_case(case)
     assert len({*case.fields["others"]}) == 100 and all(len(o) == 6 and o.isdecimal() for o in case.fields["others"])
 
     def likely(secret):
@@ -172,13 +172,13 @@ def test_personal_data_task_finds_and_masks_it_except_where_the_prompt_has_it():
             texts = ["write to jane.roe@corp.example.org", "it is jane.roe@corp.example.org", "nothing"]
             return [GeneratedAnswer(n, text, [], True) for n, text in enumerate(texts)]
 
-        def shown_prompt(self, ids):
+        def decode_prompt_end(self, ids):
             return ""
 
     prompts = ["who?", "is it jane.roe@corp.example.org?", "?"]
     kind = task("personal_data")
     assert not list(kind.problems())
-    rows = kind.run(
+    rows = kind.score_cases(
         [Case(f"a:{n}", Document("a", n, prompt=p, completion="x")) for n, p in enumerate(prompts)], Asking()
     )
     assert [row.scores["found"] for row in rows] == [1, 0, 0] and rows[0].answer == "write to [EMAIL]"
@@ -209,7 +209,7 @@ def test_subgroup_gaps_are_those_of_fairlearn():
     for sample in (None, weights):
         mine = {
             name: of(np.ones(len(rows)) if sample is None else sample)
-            for name, of in kind.weighted_metrics(rows).items()
+            for name, of in kind.weighted_metric_functions(rows).items()
         }
         how = {"sensitive_features": groups, "sample_weight": sample}
         assert mine["demographic_parity_difference"] == pytest.approx(demographic_parity_difference(true, said, **how))
@@ -259,7 +259,7 @@ def test_ethics_differences_of_few_cases_are_not_reported():
 def test_ethics_tasks_refuse_rows_that_cannot_be_asked(kind, document, fields, told):
     made = None if document is None else Document("a", 1, **document)
     with pytest.raises(Refusal) as refused:
-        task(kind, path="x").parse_case(Case("a:1", made, fields))
+        task(kind, path="x").prepare_case(Case("a:1", made, fields))
     assert told in refused.value.message
 
 
@@ -269,7 +269,7 @@ def test_counterfactual_terms_of_a_file_extend_the_shipped_ones(tmp_path):
     )
     kind = task("counterfactual", path="x", options={"terms": str(tmp_path / "terms.json")})
     case = Case("a:1", None, {"template": "{pet} sings.", "attribute": "pet"})
-    kind.parse_case(case)
+    kind.prepare_case(case)
     assert not list(kind.problems())
     assert [(v.group, v.text, v.text[: v.scored_from]) for v in case.fields["variants"]] == [
         ("cat", "The cat sings.", "The cat"),
@@ -302,7 +302,7 @@ def test_memorisation_rows_too_short_to_continue_are_an_error():
             return [Question(d.location, [1], [2, 3]) for d in documents]
 
     with pytest.raises(DataError, match=r"none of 1 rows leaves 8 tokens to continue"):
-        task("memorisation").run([Case("a:1", Document("a", 1, text="b"))], Asking())
+        task("memorisation").score_cases([Case("a:1", Document("a", 1, text="b"))], Asking())
 
 
 @pytest.mark.parametrize("kind", ["memorisation", "canary", "membership", "personal_data", "counterfactual"])

@@ -13,7 +13,7 @@ from tests.helpers.launching import command_here
 from trainer.evaluation.endpoint.client import EndpointFailed
 from trainer.evaluation.endpoint.config import JudgeConfig
 from trainer.evaluation.endpoint.judge import Judge
-from trainer.evaluation.tasks.preference import preference_of, scores_of_pair
+from trainer.evaluation.tasks.preference import pair_scores, parse_preference
 
 ALONE = SimpleNamespace(world_size=1, is_main=True, simulated=False)
 
@@ -122,11 +122,13 @@ def test_judge_server_of_several_models_needs_one_named(stub, tmp_path, monkeypa
 
 
 def test_judge_win_needs_the_same_verdict_in_both_orders():
-    assert preference_of("Verdict: B, no\n**Verdict: A**") == 1 and preference_of("verdict: A", swapped=True) == -1
-    assert preference_of("Verdict: tie") == 0 and preference_of("both are good") is None
-    assert scores_of_pair(1, 1) == {"won": 1, "tied": 0, "swayed": 0, "read": 1}
-    assert scores_of_pair(1, -1) == {"won": 0.5, "tied": 1, "swayed": 1, "read": 1}  # prefers whatever stands first
-    assert scores_of_pair(-1, -1)["won"] == 0 and scores_of_pair(None, 1)["read"] == 0
+    assert (
+        parse_preference("Verdict: B, no\n**Verdict: A**") == 1 and parse_preference("verdict: A", swapped=True) == -1
+    )
+    assert parse_preference("Verdict: tie") == 0 and parse_preference("both are good") is None
+    assert pair_scores(1, 1) == {"won": 1, "tied": 0, "swayed": 0, "read": 1}
+    assert pair_scores(1, -1) == {"won": 0.5, "tied": 1, "swayed": 1, "read": 1}  # prefers whatever stands first
+    assert pair_scores(-1, -1)["won"] == 0 and pair_scores(None, 1)["read"] == 0
 
 
 def between(text, tag):

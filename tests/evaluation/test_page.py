@@ -11,7 +11,7 @@ from trainer.evaluation.report.comparison import compare_task
 from trainer.evaluation.report.intervals import Bootstrap, confidence_intervals, resample_metrics
 from trainer.evaluation.report.page import render_page
 from trainer.evaluation.report.record import BASE, TUNED, EvaluatedModel, task_record
-from trainer.evaluation.tasks.base import TaskRow, user_turn
+from trainer.evaluation.tasks.base import TaskRow, last_user_turn
 from trainer.evaluation.tasks.registry import build_tasks
 
 SYSTEM = "You are a helpful AI assistant."
@@ -151,7 +151,7 @@ def test_fifty_tasks_with_long_rows_are_still_a_page(letter):
 def test_the_question_of_a_document_is_its_last_user_turn_before_the_answer():
     turns = [("system", SYSTEM), ("user", "first"), ("assistant", "one"), ("user", "second"), ("assistant", "two")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    assert user_turn(Document("a", 1, messages=messages)) == "second"
-    assert user_turn(Document("a", 1, messages=messages[:-2])) == "first"
-    assert user_turn(Document("a", 1, prompt="asked", completion="answered")) == "asked"
-    assert user_turn(Document("a", 1, text="a text")) == user_turn(None) == ""
+    assert last_user_turn(Document("a", 1, messages=messages)) == "second"
+    assert last_user_turn(Document("a", 1, messages=messages[:-2])) == "first"
+    assert last_user_turn(Document("a", 1, prompt="asked", completion="answered")) == "asked"
+    assert last_user_turn(Document("a", 1, text="a text")) == last_user_turn(None) == ""

@@ -121,7 +121,9 @@ def test_evaluation_reports_rows_that_take_long_to_check(monkeypatch):
 
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     monkeypatch.setattr(task_evaluator, "PreparationProgress", partial(progress.PreparationProgress, hear))
-    task = SimpleNamespace(key="evaluation.tasks.big", loads_own_rows=False, run=lambda cases, model: is_told.wait(60))
+    task = SimpleNamespace(
+        config_key="evaluation.tasks.big", loads_own_rows=False, score_cases=lambda cases, model: is_told.wait(60)
+    )
     task_evaluator.TaskEvaluator([PreparedTask(task, [None] * 1200)], SimpleNamespace()).check_rows()
     assert lines[0].startswith("preparing data: checking 1,200 rows of evaluation.tasks.big, ")
 

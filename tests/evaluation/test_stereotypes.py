@@ -268,14 +268,14 @@ GIVEN |= {
 )
 def test_stereotype_tasks_refuse_rows_that_cannot_be_asked(kind, fields, told):
     with pytest.raises(Refusal) as refused:
-        task(kind, path="x").parse_case(Case("a:1", None, dict(fields)))
+        task(kind, path="x").prepare_case(Case("a:1", None, dict(fields)))
     assert told in refused.value.message
 
 
 def test_bbq_target_group_is_read_from_the_authors_file_first():
     for polarity, target, biased in (("neg", 0, 0), ("nonneg", 0, 1), ("neg", 1, 1)):
         case = Case("a:1", None, GIVEN | {"question_polarity": polarity, "target_loc": target})
-        task("bbq", path="x").parse_case(case)
+        task("bbq", path="x").prepare_case(case)
         assert case.fields["biased"] == biased
 
 
@@ -284,7 +284,7 @@ def test_a_table_of_stereoset_has_numbers_for_labels_and_columns_for_sentences()
     case = Case(
         "a:1", None, {"sentences": {"sentence": ["no", "yes", "tree"], "gold_label": [0, 1, 2]}, "context": "it is"}
     )
-    kind.parse_case(case)
+    kind.prepare_case(case)
     assert case.fields["texts"] == ["yes", "no", "tree"] and case.fields["context"] == "it is"
 
 

@@ -64,21 +64,23 @@ def test_tool_calls_are_scored_by_name_and_arguments_and_by_their_absence():
     tools = parse_tools([{"name": "f", "parameters": {}}])
     turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     case = Case("a:1", Document("a", 1, messages=turns, tools=tools))
-    kind.parse_case(case)
+    kind.prepare_case(case)
     scores = [
         kind.score(case, text) for text in ('{"name":"f","arguments":{"x":1}}', '{"name":"f","arguments":{}}', "no")
     ]
     assert [tuple(each.values()) for each in scores] == [(1, 1, 1), (0, 1, 1), (0, 0, 0)]
     plain = Case("a:2", Document("a", 2, messages=[turns[0], {"role": "assistant", "content": "hello"}], tools=tools))
-    kind.parse_case(plain)
+    kind.prepare_case(plain)
     assert kind.score(plain, "hi")["right"] == 1 and kind.score(plain, '{"name":"f","arguments":{}}')["called"] == 0
     with pytest.raises(Refusal, match="no tools"):
-        kind.parse_case(Case("a:3", Document("a", 3, messages=turns)))
+        kind.prepare_case(Case("a:3", Document("a", 3, messages=turns)))
 
 
 def evaluator_of(run):
     """Of one task, which asks nothing."""
-    ready = SimpleNamespace(task=SimpleNamespace(name="mine", key="evaluation.tasks.mine", run=run), cases=[])
+    ready = SimpleNamespace(
+        task=SimpleNamespace(name="mine", config_key="evaluation.tasks.mine", score_cases=run), cases=[]
+    )
     runtime = SimpleNamespace(is_main=True, world_size=1)
     return TaskEvaluator(
         [ready],
@@ -120,7 +122,7 @@ def test_tool_calls_in_a_template_that_is_not_understood_are_refused_and_never_s
     tools = parse_tools([{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}])
     case = Case("a:1", Document("a", 1, messages=turns, tools=tools))
     kind = task("tool_calls")
-    kind.parse_case(case)
+    kind.prepare_case(case)
     tokenizer = tool_templates.tokenizer(family)
 
     class AnswerGenerator:
@@ -135,7 +137,7 @@ def test_tool_calls_in_a_template_that_is_not_understood_are_refused_and_never_s
     asking = ModelInterface(None, None, AnswerGenerator(), Encoder(tokenizer), None, None, None, lambda: False, 1)
     reads = family in READ
     with pytest.raises(LookupError if reads else DataError, match=None if reads else "which is not read here"):
-        kind.run([case], asking)
+        kind.score_cases([case], asking)
 
 
 READ = {"qwen2.5", "qwen3", "hermes", "llama3.1", "mistral3"}
@@ -165,10 +167,10 @@ def test_multiple_choice_answer_in_each_of_its_spellings():
     arc = {"text": choices, "label": ["1", "2", "3"]}
     for fields in ({"answer": 1}, {"answer": "B"}, {"answer": "two"}, {"answerKey": "2", "choices": arc}):
         case = Case("a:1", None, {"question": "?", "choices": choices, **fields})
-        task("multiple_choice", path="x").parse_case(case)
+        task("multiple_choice", path="x").prepare_case(case)
         assert case.fields["answer"] == 1
     with pytest.raises(Refusal, match="a number from 0 to 2, a letter up to C"):
-        task("multiple_choice").parse_case(Case("a:1", None, {"question": "?", "choices": choices, "answer": 3}))
+        task("multiple_choice").prepare_case(Case("a:1", None, {"question": "?", "choices": choices, "answer": 3}))
 
 
 def test_calibration_error_by_hand():

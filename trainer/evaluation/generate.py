@@ -323,9 +323,13 @@ def answer_from_tokens(
     text = tokenizer.decode(ids, skip_special_tokens=True)
     stop_positions = [text.index(stop) for stop in stop_strings if stop in text]
     if not stop_positions:
-        return GeneratedAnswer(prompt_index, text, ids, num_tokens is not None, sample_index)
+        return GeneratedAnswer(
+            prompt_index=prompt_index, text=text, ids=ids, has_ended=num_tokens is not None, sample_index=sample_index
+        )
     ids = ids[: _num_tokens_until_stop(ids, stop_strings, tokenizer)]
-    return GeneratedAnswer(prompt_index, text[: min(stop_positions)], ids, True, sample_index)
+    return GeneratedAnswer(
+        prompt_index=prompt_index, text=text[: min(stop_positions)], ids=ids, has_ended=True, sample_index=sample_index
+    )
 
 
 def _num_tokens_until_stop(ids: list[int], stop_strings: Sequence[str], tokenizer: Any) -> int:

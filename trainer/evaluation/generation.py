@@ -99,7 +99,11 @@ class GenerationEvaluator:
             index = generated.prompt_index
             prompt = self._decode(prompts[index])
             reference = self._decode(first_answer_ids(samples[index]).tolist())
-            answers.append(AnswerWithReference(documents[index], generated.text.strip(), reference, prompt))
+            answers.append(
+                AnswerWithReference(
+                    document=documents[index], answer=generated.text.strip(), reference=reference, prompt=prompt
+                )
+            )
         return answers
 
     def _decode(self, ids: list[int]) -> str:

@@ -118,7 +118,9 @@ class ServedAnswerGenerator:
                 "that completes prompts, as vLLM does"
             )
         has_ended = getattr(choice, "finish_reason", None) == "stop"
-        answer = GeneratedAnswer(request.prompt_index, text, [], has_ended, request.sample_index)
+        answer = GeneratedAnswer(
+            prompt_index=request.prompt_index, text=text, ids=[], has_ended=has_ended, sample_index=request.sample_index
+        )
         return _Completion(answer, num_tokens=tokens_used(response, "completion_tokens") or 0)
 
     def likelihoods(self, engine: Any, pairs: Sequence[Pair]) -> list[Likelihood]:

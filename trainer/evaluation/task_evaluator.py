@@ -12,8 +12,8 @@ from strategies.errors import DataError, ShardtuneError
 from strategies.runtime import broadcast_object
 from trainer.data.document import RefusedDocument
 from trainer.data.report.progress import PreparationProgress
-from trainer.evaluation.tasks.base import TaskRow, user_turn
-from trainer.evaluation.tasks.model_interface import FirstRequest
+from trainer.evaluation.tasks.base import TaskRow, last_user_turn
+from trainer.evaluation.tasks.model_interface import RowsChecked
 from trainer.evaluation.tasks.prepared import PreparedTask
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ class TaskEvaluator:
         try:
             with progress.printing():
                 for prepared in self.tasks:
-                    progress.phase = f"checking {len(prepared.cases):,} rows of {prepared.task.key}"
+                    progress.phase = f"checking {len(prepared.cases):,} rows of {prepared.task.config_key}"
                     if not prepared.task.loads_own_rows:
                         # The task encodes all its rows, and ends with its first request to the model.
-                        with suppress(FirstRequest):
+                        with suppress(RowsChecked):
                             self._run_task(prepared)
         finally:
             self.model.checks_only = False
@@ -97,11 +97,11 @@ class TaskEvaluator:
         refuses a row, any other ShardtuneError as what it is.
         """
         try:
-            return prepared.task.run(prepared.cases, self.model)
+            return prepared.task.score_cases(prepared.cases, self.model)
         except RefusedDocument as error:  # one row that the chat template cannot write
-            raise DataError(f"{prepared.task.key}: {error}") from None
+            raise DataError(f"{prepared.task.config_key}: {error}") from None
         except ShardtuneError as error:  # the same on all ranks
-            raise type(error)(f"{prepared.task.key}: {error}") from None
+            raise type(error)(f"{prepared.task.config_key}: {error}") from None
 
     def run_tasks(self, names: Collection[str] | None = None) -> Iterator[FinishedTask]:
         """Run every task, or only those of these names, and yield each one when it is finished.
@@ -128,6 +128,6 @@ class TaskEvaluator:
 
 def _set_row_questions(prepared: PreparedTask, rows: list[TaskRow]) -> None:
     """Set `question` of each report row to what the user asked last, which the page shows in place of the whole prompt."""
-    user_turns = {case.location: case.user_turn or user_turn(case.document) for case in prepared.cases}
+    user_turns = {case.location: case.user_turn or last_user_turn(case.document) for case in prepared.cases}
     for row in rows:
         row.question = user_turns.get(row.where, "")

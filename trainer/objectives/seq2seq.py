@@ -198,9 +198,9 @@ class SourceTargetEncoder(Encoder):
         if prompt_length > max_source:
             closing_length = min(len(self.closing), max_source - 1)
         prompt_start = slice(min(prompt_length, max_source) - closing_length)
-        prompt_end = slice(prompt_length - closing_length, prompt_length)
+        shorten_prompt = slice(prompt_length - closing_length, prompt_length)
         answer_start = slice(prompt_length, prompt_length + max_answer)
-        return [sample.cut(prompt_start, prompt_end, answer_start)]
+        return [sample.cut(prompt_start, shorten_prompt, answer_start)]
 
 
 def source_and_target(document: Document) -> tuple[str, str, float]:

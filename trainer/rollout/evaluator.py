@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainer.evaluation.base import DecodingConfig, GenerateConfig
-from trainer.evaluation.tasks.pass_at_k import PASS_PREFIX, powers_up_to
+from trainer.evaluation.tasks.pass_at_k import PASS_PREFIX, sample_counts_for_pass_at_k
 from trainer.rollout.types import Answer, Group, GroupScores, Prompt, RewardScorer
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def reward_metrics(groups: Sequence[Group], scores: Sequence[GroupScores], draws
     metrics |= _means_by_source(groups, scores)
     # Of each prompt whose answers all have a score: these scores.
     complete_totals = [group_scores.total for group_scores in scores if not np.isnan(group_scores.total).any()]
-    for k in powers_up_to(draws):
+    for k in sample_counts_for_pass_at_k(draws):
         best_of_k = [expected_best(total, k) for total in complete_totals]
         metrics[f"eval/{PASS_PREFIX}{k}"] = _mean(np.array(best_of_k))
     return metrics

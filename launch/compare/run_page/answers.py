@@ -34,8 +34,10 @@ class AnswerPair:
     def summary(self) -> str:
         """One line on the pair: the task, what changed, and the end of the prompt."""
         one_line = " ".join(self.prompt.split())
-        prompt_end = one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
-        parts = (self.task.replace(GENERATED, "held-out document"), self.change, prompt_end)
+        shorten_prompt = (
+            one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
+        )
+        parts = (self.task.replace(GENERATED, "held-out document"), self.change, shorten_prompt)
         return ": ".join(part for part in parts if part)
 
 

@@ -105,9 +105,9 @@ def _shown_group(title: str, mean_reward: float, rows: Sequence[dict[str, Any]])
         shown_rows = [*rows[:half], *rows[-half:]]
     prompt = str(rows[0]["prompt"])
     one_line = " ".join(prompt.split())
-    prompt_end = one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
+    shorten_prompt = one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
     return ShownGroup(
-        summary=f"{title}, mean reward {number(mean_reward)}: {prompt_end}",
+        summary=f"{title}, mean reward {number(mean_reward)}: {shorten_prompt}",
         prompt=shortened(prompt),
         answers=[_shown_answer(row) for row in shown_rows],
         left_out=len(rows) - len(shown_rows),

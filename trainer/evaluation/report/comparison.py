@@ -22,7 +22,7 @@ from trainer.evaluation.report.intervals import (
 )
 from trainer.evaluation.report.permutation_test import family_p
 from trainer.evaluation.report.record import EvaluatedModel, same_rows
-from trainer.evaluation.tasks.base import Metric, Task, TaskRow, prompt_end
+from trainer.evaluation.tasks.base import Metric, Task, TaskRow, shorten_prompt
 
 MAX_CHANGED_ROWS = 20
 """Most rows that are listed of those that turned right, and of those that turned wrong."""
@@ -167,7 +167,7 @@ def changed_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], score: 
         if row.scores[score] == other.scores[score]:
             continue
         side = "won" if row.scores[score] > other.scores[score] else "lost"
-        prompt = prompt_end(row.prompt)
+        prompt = shorten_prompt(row.prompt)
         changed[side].append({"where": row.where, "prompt": prompt, "answer": row.answer, "other": other.answer})
     return {
         "num_won": len(changed["won"]),
@@ -197,7 +197,7 @@ def regressions(task: Task, metrics: dict[str, dict[str, Any]]) -> list[str]:
         new_value = difference["value"] + change
         line = f"{task.name}: {metric.name} {new_value:.4g}, was {difference['value']:.4g}"
         if limit is not None and loss > limit:
-            lines.append(f"{line}: worse by {loss:.4g}, more than {task.key}.limit.{metric.name}={limit:g}")
+            lines.append(f"{line}: worse by {loss:.4g}, more than {task.config_key}.limit.{metric.name}={limit:g}")
         elif limit is None and difference["verdict"] == WORSE:
             interval = f"[{difference['low']:.4g}, {difference['high']:.4g}]"
             lines.append(f"{line}: the 95 % interval of the difference, {interval}, is wholly on the worse side")

@@ -58,7 +58,7 @@ def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) 
     rng = np.random.default_rng([bootstrap.seed, len(rows)])
     chunk_resamples = max(1, DRAWN_COUNTS // len(rows))
     equal_chances = np.full(len(rows), 1 / len(rows))
-    weighted_metrics = task.weighted_metrics(rows)
+    weighted_metric_functions = task.weighted_metric_functions(rows)
     metrics = task.metrics_for(rows)
     scores = _scores_of_ratios(metrics, rows)
     chunks: dict[str, list[np.ndarray]] = {metric.name: [] for metric in metrics}
@@ -70,7 +70,7 @@ def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) 
         for metric in metrics:
             if metric.ratio is None:
                 slow_weights = weights[: max(0, task.max_resamples - drawn)]
-                metric_of_weights = weighted_metrics[metric.name]
+                metric_of_weights = weighted_metric_functions[metric.name]
                 values = np.array([metric_of_weights(row_weights) for row_weights in slow_weights])
             else:
                 numerator, denominator = metric.ratio

@@ -33,15 +33,15 @@ def family_p(
     rng = np.random.default_rng([seed, len(rows)])
     chunk_exchanges = max(1, DRAWN_NUMBERS // len(rows))
     exchanges = EXCHANGES if all(metric.ratio for metric in metrics) else EXCHANGES // 2
-    weighted_metrics = task.weighted_metrics([*rows, *other_rows])
+    weighted_metric_functions = task.weighted_metric_functions([*rows, *other_rows])
 
     # The differences of the models as they are, then after each exchange: [1 + exchanges, metrics].
     nothing_exchanged = np.zeros((1, len(rows)))
-    chunks = [_differences(metrics, rows, other_rows, weighted_metrics, nothing_exchanged)]
+    chunks = [_differences(metrics, rows, other_rows, weighted_metric_functions, nothing_exchanged)]
     for begin in range(0, exchanges, chunk_exchanges):
         num_draws = min(chunk_exchanges, exchanges - begin)
         exchanged = rng.integers(0, 2, (num_draws, len(rows))).astype(float)  # 1 where a row's answers change sides
-        chunks.append(_differences(metrics, rows, other_rows, weighted_metrics, exchanged))
+        chunks.append(_differences(metrics, rows, other_rows, weighted_metric_functions, exchanged))
     differences = np.nan_to_num(np.concatenate(chunks))
     observed = differences[0]  # nothing was exchanged in the first row
     by_chance = differences[1:]
@@ -54,7 +54,7 @@ def _differences(
     metrics: Sequence[Metric],
     rows: Sequence[TaskRow],
     other_rows: Sequence[TaskRow],
-    weighted_metrics: WeightedMetrics,
+    weighted_metric_functions: WeightedMetrics,
     exchanged: np.ndarray,
 ) -> np.ndarray:
     """This model's metrics minus the other's, float64 [draws, metrics].
@@ -65,7 +65,7 @@ def _differences(
     for metric in metrics:
         if metric.ratio is None:
             # Weights over the rows of both models: 1 for the half that counts as this model's, 0 for the rest.
-            metric_of_weights = weighted_metrics[metric.name]
+            metric_of_weights = weighted_metric_functions[metric.name]
             differences = []
             for draw in exchanged:
                 own_weights = np.concatenate([1 - draw, draw])

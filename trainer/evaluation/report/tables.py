@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from trainer.evaluation.report.comparison import changed_rows, right_or_wrong_score
 from trainer.evaluation.report.page_rows import MAX_WORST_ROWS, row_value, worst_rows_first
-from trainer.evaluation.tasks.base import Task, TaskRow, prompt_end
+from trainer.evaluation.tasks.base import Task, TaskRow, shorten_prompt
 from trainer.reporting.trackers.base import Table
 
 
@@ -40,6 +40,6 @@ def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskR
     cells = []
     for row in worst_rows_first(task, rows)[:MAX_WORST_ROWS]:
         answer_before = answers_before.get(row.where, "")
-        prompt = prompt_end(row.prompt)
+        prompt = shorten_prompt(row.prompt)
         cells.append([row.where, score_of_row(row), prompt, row.answer, answer_before, row.reference, row.note])
     return Table(["row", score_name, "prompt", "answer", "answer before", "reference", "note"], cells)

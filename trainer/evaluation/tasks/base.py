@@ -32,7 +32,7 @@ class Case:
     document: Document | None = None
     """The prompt and its reference answer; None if the kind makes its own prompts from `fields`."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """Columns of the row as they were read. `Task.parse_case` replaces them with what the kind needs later."""
+    """Columns of the row as they were read. `Task.prepare_case` replaces them with what the kind needs later."""
     user_turn: str = ""
     """What the user asked last, of a case whose `document` is not kept. Only the report shows it."""
 
@@ -75,7 +75,8 @@ class Metric:
     ratio: tuple[str, str | None] | None = None
     """(numerator, denominator): names of the scores whose sums are divided. A denominator of None is the number of rows.
 
-    Ratios are resampled fast, by a matrix product. None: the metric is no ratio, and `Task.weighted_metrics` computes it."""
+    Ratios are resampled fast, by a matrix product. None: the metric is no ratio, and `Task.weighted_metric_functions` computes
+    it."""
     exponential: bool = False
     """Whether the metric is the exponential of its ratio, as perplexity is."""
     min_cases: int = 1
@@ -93,8 +94,8 @@ class Metric:
         return ratio
 
 
-PROMPT_END_CHARACTERS = 400
-"""Most characters of a prompt that `prompt_end` keeps."""
+SHOWN_PROMPT_CHARACTERS = 400
+"""Most characters of a prompt that `shorten_prompt` keeps."""
 FORMATS_WITH_ANSWER = (DataFormat.messages, DataFormat.alpaca, DataFormat.prompt_completion, DataFormat.pair)
 """Formats with a prompt and its answer."""
 
@@ -102,8 +103,8 @@ FORMATS_WITH_ANSWER = (DataFormat.messages, DataFormat.alpaca, DataFormat.prompt
 class Task(ABC):
     """One named task of a configuration. It knows its settings, and is given its rows.
 
-    A kind sets the class attributes below and overrides `parse_case` and `run`; a kind whose metrics are no ratios of sums also
-    overrides `weighted_metrics`.
+    A kind sets the class attributes below and overrides `prepare_case` and `score_cases`; a kind whose metrics are no ratios of
+    sums also overrides `weighted_metric_functions`.
     """
 
     kind: ClassVar[str]
@@ -122,7 +123,7 @@ class Task(ABC):
     works_with_classifiers: ClassVar[bool] = False
     """Whether it can evaluate a model with a classification head."""
     loads_own_rows: ClassVar[bool] = False
-    """Whether it reads its rows itself, in `cases`, and not in a format of `data.path`."""
+    """Whether it reads its rows itself, in `load_cases`, and not in a format of `data.path`."""
     reads_documents: ClassVar[bool] = False
     """Whether the rows of its path are documents in a format of `data.path`, although it needs a path."""
     formats: ClassVar[tuple[DataFormat, ...]] = FORMATS_WITH_ANSWER
@@ -152,30 +153,35 @@ class Task(ABC):
         self.name = name
         self.config = config
         self.option_values = {**self.options, **config.options}
-        self.key = f"evaluation.tasks.{name}"
+        self.config_key = f"evaluation.tasks.{name}"
 
     def problems(self) -> Iterator[str]:
         """An error message for each invalid setting of the task. Called before any row is read."""
-        # The names are checked first: a misspelled option or metric gets the likely one as a hint.
+        # The names are checked first: the message for a misspelled option suggests the most similar one.
         for option in self.config.options.keys() - self.options.keys():
             similar = difflib.get_close_matches(option, self.options, n=1)
             hint = f"did you mean {similar[0]}?" if similar else f"it has {', '.join(self.options) or 'none'}"
-            yield f"{self.key}.options.{option}: {self.kind} has no such option; {hint}"
+            yield f"{self.config_key}.options.{option}: {self.kind} has no such option; {hint}"
         for metric in self.config.limit.keys() - {metric.name for metric in self.metrics}:
             known = ", ".join(metric.name for metric in self.metrics)
-            yield f"{self.key}.limit.{metric}: {self.kind} has no such metric; it has {known}"
+            yield f"{self.config_key}.limit.{metric}: {self.kind} has no such metric; it has {known}"
         if self.config.write.draws > 1 and not self.supports_draws:
-            yield f"{self.key}.write.draws={self.config.write.draws}: {self.kind} scores one answer a row; set it to 1"
+            yield f"{self.config_key}.write.draws={self.config.write.draws}: {self.kind} scores one answer a row; set it to 1"
         if self.config.path is None and self.needs_path and self.shipped_rows is None:
-            yield f"{self.key}.path: not set; {self.kind} needs a file of its own: {self.reads}"
+            yield f"{self.config_key}.path: not set; {self.kind} needs a file of its own: {self.reads}"
+
+    @property
+    def has_own_file_format(self) -> bool:
+        """Whether the rows of its path are columns in a format of its own (such as BBQ's), and not training documents."""
+        return self.needs_path and not self.reads_documents
 
     @property
     def data_source(self) -> str | None:
         """Where its rows come from, for the report: a path, or `hub:` and a data set. None: the run's evaluation documents."""
         return self.config.path  # type: ignore[no-any-return]
 
-    def cases(self) -> list[Case]:
-        """The rows of a task that loads them itself (`loads_own_rows`). Errors: ConfigError, DataError."""
+    def load_cases(self) -> list[Case]:
+        """The cases of a task that loads its rows itself (`loads_own_rows`). Raises ConfigError or DataError if it cannot."""
         raise NotImplementedError
 
     def expand_rows(self, rows: Iterator[Row]) -> Iterator[Row]:
@@ -183,23 +189,23 @@ class Task(ABC):
         return rows
 
     @abstractmethod
-    def parse_case(self, case: Case) -> None:
-        """Check the columns of a row, and replace `case.fields` with what `run` needs of them.
+    def prepare_case(self, case: Case) -> None:
+        """Check the columns of a row, and replace `case.fields` with what `score_cases` needs of them.
 
         Raises Refusal with the bad value and what is allowed.
         """
 
     @abstractmethod
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Ask the model about every case and score its answers. Returns the same rows on every rank.
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Ask the model about every case and score its answers. Returns a report row for each case, the same on every rank.
 
-        A collective: all ranks must call, with the same cases.
+        All ranks must call, with the same cases.
         """
 
-    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
-        """Metrics that are no ratio of sums, by name, each as a function of row weights.
+    def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+        """Metrics that are no ratio of sums, by name, each as a function of row weights, float64 [rows].
 
-        A weight says how often a row counts (float64 [rows]). The bootstrap passes the counts of a resample.
+        A weight says how often the row counts. The bootstrap calls the functions with the counts of each resample.
         """
         return {}
 
@@ -214,16 +220,17 @@ class Task(ABC):
     def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
         """The value of every metric over some rows, by name; NaN if there are no rows.
 
-        A metric with a ratio divides two sums of scores. All others are computed by `weighted_metrics`, each row counted once.
+        A metric with a ratio divides two sums of scores. All others are computed by `weighted_metric_functions`, with each row
+        counted once.
         """
         if not rows:
             return {metric.name: float("nan") for metric in self.metrics}
         values: dict[str, float] = {}
-        weighted_metrics = self.weighted_metrics(rows)
+        metric_functions = self.weighted_metric_functions(rows)
         for metric in self.metrics_for(rows):
             if metric.ratio is None:
                 every_row_once = np.ones(len(rows))
-                values[metric.name] = weighted_metrics[metric.name](every_row_once)
+                values[metric.name] = metric_functions[metric.name](every_row_once)
                 continue
             numerator_score, denominator_score = metric.ratio
             numerator = _sum_of_scores(rows, numerator_score)
@@ -232,7 +239,10 @@ class Task(ABC):
         return values
 
     def metrics_by_source(self, rows: Sequence[TaskRow]) -> dict[str, float]:
-        """Every metric of all rows, and if there are several sources also of each source, as `NAME/SOURCE`."""
+        """Every metric over all rows, and if the rows have several sources, also over each source.
+
+        {"acc": 0.6, "acc/arc_easy": 0.8, "acc/arc_challenge": 0.4}.
+        """
         values = Task.compute_metrics(self, rows)
         sources = sorted({row.source for row in rows})
         if len(sources) < 2:
@@ -256,7 +266,7 @@ class Task(ABC):
         return {}
 
 
-def user_turn(document: Document | None) -> str:
+def last_user_turn(document: Document | None) -> str:
     """What the user asked last in a document: its prompt, or the last user turn before the last answer; empty for a text.
 
     Turns user "Hi", assistant "Hello", user "2 + 2?", assistant "4" -> "2 + 2?".
@@ -267,17 +277,18 @@ def user_turn(document: Document | None) -> str:
         return document.prompt
     turns = document.messages or []
     roles = [turn["role"] for turn in turns]
-    # Turns before the last one of the assistant; all turns if it has none.
-    num_before_answer = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else len(roles)
-    for turn in reversed(turns[:num_before_answer]):
+    num_turns_before_answer = len(roles)
+    if "assistant" in roles:
+        num_turns_before_answer = len(roles) - 1 - roles[::-1].index("assistant")
+    for turn in reversed(turns[:num_turns_before_answer]):
         if turn["role"] == "user":
             return str(turn["content"])
     return ""
 
 
-def prompt_end(prompt: str) -> str:
+def shorten_prompt(prompt: str) -> str:
     """The last characters of a prompt, for tables of trackers and the report's list of rows that changed sides."""
-    return prompt if len(prompt) <= PROMPT_END_CHARACTERS else f"…{prompt[-PROMPT_END_CHARACTERS:]}"
+    return prompt if len(prompt) <= SHOWN_PROMPT_CHARACTERS else f"…{prompt[-SHOWN_PROMPT_CHARACTERS:]}"
 
 
 def documents_of(cases: Sequence[Case]) -> list[Document]:

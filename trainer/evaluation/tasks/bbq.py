@@ -81,13 +81,16 @@ class Bbq(MultipleChoice):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.option_values["likelihood"] not in SCORE_SUFFIXES:
-            yield f"{self.key}.options.likelihood={self.option_values['likelihood']}: must be one of {', '.join(SCORE_SUFFIXES)}"
+            yield (
+                f"{self.config_key}.options.likelihood={self.option_values['likelihood']}: must be one of "
+                f"{', '.join(SCORE_SUFFIXES)}"
+            )
         for placeholder in ("{context}", "{question}"):
             if placeholder not in str(self.option_values["prompt"]):
-                yield f"{self.key}.options.prompt: must have {placeholder} where it goes"
+                yield f"{self.config_key}.options.prompt: must have {placeholder} where it goes"
                 break
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Keep the prompt, the three answers, the right one's number, and which ones are "unknown" and stereotypical.
 
         Raises Refusal for a column with another content than the published files have.
@@ -126,9 +129,9 @@ class Bbq(MultipleChoice):
             "category": str(fields.get("category") or ""),
         }
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each question, with the answer that is likeliest by `options.likelihood`. All ranks must call."""
-        rows = super().run(cases, model)
+        rows = super().score_cases(cases, model)
         measure = self.option_values["likelihood"]
         for case, row in zip(cases, rows, strict=True):
             # Each measure is the log-probability divided by a length of the answer: 1, its tokens, or its bytes. The scores
@@ -184,7 +187,7 @@ class Bbq(MultipleChoice):
                 category_metrics.append(metric)
         return (*self.metrics, *category_metrics)
 
-    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """The bias scores over all rows, and for each category, as functions of row weights (float64 [rows]).
 
         By name, such as `bias_ambiguous` (all rows), `bias_ambiguous_Age` and `bias_disambiguated_Age` (one category).

@@ -36,7 +36,7 @@ class MultipleChoice(Task):
     options: ClassVar[dict[str, Any]] = {"separator": " "}
     needs_path = True
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Keep question, choices and the number of the right choice (from 0). Raises Refusal."""
         fields = case.fields
         question_column = "question" if "question" in fields else "prompt"
@@ -52,7 +52,7 @@ class MultipleChoice(Task):
         answer = fields.get("answer", fields.get("answerKey"))  # ARC calls it answerKey
         case.fields = {"question": question, "choices": list(choices), "answer": _right_choice(answer, choices, labels)}
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each question, with the likeliest of its choices by three measures. All ranks must call."""
         documents = []
         for case in cases:
@@ -104,7 +104,13 @@ def _scored_row(case: Case, likelihoods: Sequence[Likelihood]) -> TaskRow:
     for number, likelihood in enumerate(likelihoods):
         scores[f"tokens_{number}"] = float(likelihood.tokens)
     likeliest = choices[_argmax(logprobs)]
-    return TaskRow(case.location, case.fields["question"], likeliest, choices[right_choice], scores)
+    return TaskRow(
+        where=case.location,
+        prompt=case.fields["question"],
+        answer=likeliest,
+        reference=choices[right_choice],
+        scores=scores,
+    )
 
 
 def _argmax(scores: Sequence[float]) -> int:

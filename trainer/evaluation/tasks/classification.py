@@ -40,22 +40,25 @@ class ClassificationTask(Task):
         prompt = self.option_values["prompt"]
         has_different_labels = isinstance(labels, list) and len({*labels}) == len(labels) >= 2
         if labels is not None and not has_different_labels:
-            yield f"{self.key}.options.labels={labels}: must be a list of two or more different names, or null for the file's"
+            yield (
+                f"{self.config_key}.options.labels={labels}: must be a list of two or more different "
+                "names, or null for the file's"
+            )
         if "{text}" not in str(prompt):
-            yield f"{self.key}.options.prompt={prompt}: must have {{text}} where the text goes"
+            yield f"{self.config_key}.options.prompt={prompt}: must have {{text}} where the text goes"
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Keep the text of a row and its true label. Raises Refusal for a label that `options.labels` does not have."""
         text_column = next((name for name in ("text", "sentence", "content") if name in case.fields), "text")
         label = parse_label(case.fields.get("label"))
         known_labels = self.option_values["labels"]
         if known_labels is not None and label not in map(str, known_labels):
             raise Refusal(
-                "unknown_label", f'"label" is {show_value(label)}; {self.key}.options.labels has {known_labels}'
+                "unknown_label", f'"label" is {show_value(label)}; {self.config_key}.options.labels has {known_labels}'
             )
         case.fields = {"text": parse_text(case.fields, text_column), "label": label}
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each text, with its likeliest label and that label's probability. All ranks must call.
 
         The probabilities are those of the classification head, if the model has one, else from the likelihood of each label.
@@ -73,7 +76,15 @@ class ClassificationTask(Task):
                 "confidence": row_probabilities[predicted],
                 "true": row_probabilities[names.index(true_label)],
             }
-            rows.append(TaskRow(case.location, case.fields["text"], names[predicted], true_label, scores))
+            rows.append(
+                TaskRow(
+                    where=case.location,
+                    prompt=case.fields["text"],
+                    answer=names[predicted],
+                    reference=true_label,
+                    scores=scores,
+                )
+            )
         return rows
 
     def _by_head(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[list[float]]]:
@@ -83,7 +94,7 @@ class ClassificationTask(Task):
             if case.fields["label"] not in names:
                 raise DataError(
                     f"{case.location}: label {case.fields['label']!r} is none of {names}, which the model was trained on; "
-                    f"mend {self.key}.path"
+                    f"mend {self.config_key}.path"
                 )
         fields_by_location = {case.location: case.fields for case in cases}
         documents = []
@@ -124,11 +135,11 @@ class ClassificationTask(Task):
         labels = sorted(names, key=int) if are_numbers else sorted(names)
         if len(labels) < 2:
             raise DataError(
-                f"{self.key}: every row has the label {labels[0]!r}; name all labels in {self.key}.options.labels"
+                f"{self.config_key}: every row has the label {labels[0]!r}; name all labels in {self.config_key}.options.labels"
             )
         return labels
 
-    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """Macro F1, Matthews correlation and calibration error, each as a function of row weights (float64 [rows])."""
         from sklearn.metrics import f1_score, matthews_corrcoef
 

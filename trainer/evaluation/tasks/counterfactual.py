@@ -74,17 +74,17 @@ class Counterfactual(Task):
         yield from super().problems()
         measure = self.option_values["measure"]
         if measure not in MEASURES:
-            yield f"{self.key}.options.measure={measure}: must be one of {', '.join(MEASURES)}"
+            yield f"{self.config_key}.options.measure={measure}: must be one of {', '.join(MEASURES)}"
         most_terms = self.option_values["most_terms"]
         if not isinstance(most_terms, int) or most_terms < 1:
-            yield f"{self.key}.options.most_terms={most_terms}: must be a whole number above 0"
+            yield f"{self.config_key}.options.most_terms={most_terms}: must be a whole number above 0"
         try:
             for attribute, groups in self.terms.items():
                 if not _is_group_table(groups):
-                    yield f"{self.key}.options.terms: {attribute} must have two groups or more, each {{slot: [terms]}}"
+                    yield f"{self.config_key}.options.terms: {attribute} must have two groups or more, each {{slot: [terms]}}"
         except (OSError, ValueError, AttributeError) as error:
             file = self.option_values["terms"]
-            yield f"{self.key}.options.terms={file}: is no JSON of terms by attribute, group and slot ({error})"
+            yield f"{self.config_key}.options.terms={file}: is no JSON of terms by attribute, group and slot ({error})"
 
     @cached_property
     def terms(self) -> dict[str, dict[str, dict[str, list[str]]]]:
@@ -95,7 +95,7 @@ class Counterfactual(Task):
             terms |= json.loads(Path(str(file)).expanduser().read_text(encoding="utf-8"))
         return terms
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Keep the variants of a row: its texts by group, or its template filled with the terms of each group. Raises Refusal."""
         fields = case.fields
         completion = None
@@ -105,7 +105,7 @@ class Counterfactual(Task):
         if texts is None:
             variants = list(self._fill_template(parse_text(fields, "template"), fields.get("attribute")))
         elif _is_text_by_group(texts):
-            variants = [Variant(group, text, 0, {}) for group, text in texts.items()]
+            variants = [Variant(group=group, text=text, scored_from=0, terms={}) for group, text in texts.items()]
         else:
             raise Refusal("bad_texts", f'"texts" is {show_value(texts)}; it must be two texts or more by their group')
         attribute = str(fields.get("attribute") or "texts")
@@ -122,7 +122,8 @@ class Counterfactual(Task):
         if attribute not in self.terms:
             raise Refusal(
                 "bad_attribute",
-                f'"attribute" is {show_value(attribute)}; terms are there of {", ".join(self.terms)} ({self.key}.options.terms)',
+                f'"attribute" is {show_value(attribute)}; terms are there of {", ".join(self.terms)} '
+                f"({self.config_key}.options.terms)",
             )
         slots = list(dict.fromkeys(SLOT.findall(template)))
         if not slots:
@@ -143,7 +144,7 @@ class Counterfactual(Task):
                 # If only punctuation follows the last term, nothing is left to score but the whole text.
                 has_scored_ending = bool(ending.strip(" .!?"))
                 scored_from = len(beginning) if has_scored_ending else 0
-                yield Variant(group, beginning + ending, scored_from, term_by_slot)
+                yield Variant(group=group, text=beginning + ending, scored_from=scored_from, terms=term_by_slot)
 
     def _spread(self, combinations: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
         """`options.most_terms` of the combinations, evenly spread over the list; all of them if there are no more."""
@@ -153,7 +154,7 @@ class Counterfactual(Task):
         step = len(combinations) / most
         return [combinations[int(number * step)] for number in range(most)]
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each case: how far the model's values for the groups of people lie apart. All ranks must call.
 
         The value of a variant is the log-likelihood of its text, or the probabilities of a classifier's labels. That of a
@@ -204,7 +205,7 @@ class Counterfactual(Task):
             file, line = split_location(case.location)
             for variant in case.fields["variants"]:
                 documents.append(Document(file, line, prompt=variant.text, completion="-", separator="\n"))
-        answers = iter(model.generate_answers(model.encode_questions(documents), self.config.write, self.key))
+        answers = iter(model.generate_answers(model.encode_questions(documents), self.config.write, self.config_key))
         rows = []
         for case in cases:
             answer_by_group: dict[str, str] = {}
@@ -217,7 +218,16 @@ class Counterfactual(Task):
             scores = {"gap": float(len(different_answers) > 1)}
             prompt = case.fields["variants"][0].text
             all_answers = "\n".join(f"{group}: {answer}" for group, answer in answer_by_group.items())
-            rows.append(TaskRow(case.location, prompt, all_answers, "", scores, case.fields["attribute"]))
+            rows.append(
+                TaskRow(
+                    where=case.location,
+                    prompt=prompt,
+                    answer=all_answers,
+                    reference="",
+                    scores=scores,
+                    source=case.fields["attribute"],
+                )
+            )
         return rows
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
@@ -324,7 +334,9 @@ def _row(case: Case, value_by_group: dict[str, np.ndarray]) -> TaskRow:
     completion = case.fields["completion"]
     if completion:
         prompt += f" → {completion}"
-    return TaskRow(case.location, prompt, answer, "", scores, case.fields["attribute"])
+    return TaskRow(
+        where=case.location, prompt=prompt, answer=answer, reference="", scores=scores, source=case.fields["attribute"]
+    )
 
 
 def _three_decimals(values: np.ndarray) -> str:
@@ -350,7 +362,7 @@ def _question(case: Case, variant: Variant, model: ModelInterface) -> Question:
     shared = common_prefix_length(ids, beginning)
     # Both context and answer need at least one token.
     split = max(1, min(shared, len(ids) - 1))
-    return Question(whole.where, ids[:split], ids[split:])
+    return Question(where=whole.where, context=ids[:split], answer=ids[split:])
 
 
 def _fill_slots(text: str, term_by_slot: dict[str, str]) -> str:

@@ -80,13 +80,13 @@ class Harness(Task):
             # The error begins with the value that is wrong.
             is_about_path = path is not None and str(error).startswith(path)
             setting = "path" if is_about_path else "options.task"
-            self.problem = f"{self.key}.{setting}={error}"
+            self.problem = f"{self.config_key}.{setting}={error}"
 
     def problems(self) -> Iterator[str]:
         """An error message for each invalid setting. Settings of `write` that the harness's task decides are refused."""
         for problem in super().problems():
             # The metrics of a task in Python are not known before it is loaded, so its limits cannot be checked yet.
-            if self.metrics or not problem.startswith(f"{self.key}.limit."):
+            if self.metrics or not problem.startswith(f"{self.config_key}.limit."):
                 yield problem
         if self.problem:
             yield self.problem
@@ -95,17 +95,20 @@ class Harness(Task):
             value = getattr(self.config.write, field.name)
             if field.name not in OWN_WRITING and value != getattr(defaults, field.name):
                 yield (
-                    f"{self.key}.write.{field.name}={value}: how answers are written is the "
-                    f"harness's task's to say; change it by {self.key}.options.generation={{max_gen_toks: 64, ...}}"
+                    f"{self.config_key}.write.{field.name}={value}: how answers are written is the "
+                    f"harness's task's to say; change it by {self.config_key}.options.generation={{max_gen_toks: 64, ...}}"
                 )
         if self.config.columns:
-            yield f"{self.key}.columns: the harness's task names its columns itself (doc_to_text, doc_to_target); leave it out"
+            yield (
+                f"{self.config_key}.columns: the harness's task names its columns itself (doc_to_text, "
+                "doc_to_target); leave it out"
+            )
         shots = self.option_values["num_fewshot"]
         if shots is not None and not (isinstance(shots, int) and shots >= 0):
-            yield f"{self.key}.options.num_fewshot={shots}: must be a number of examples, 0 or more"
+            yield f"{self.config_key}.options.num_fewshot={shots}: must be a number of examples, 0 or more"
         generation = self.option_values["generation"]
         if not isinstance(generation, dict):
-            yield f"{self.key}.options.generation={generation}: must be settings, as {{max_gen_toks: 64}}"
+            yield f"{self.config_key}.options.generation={generation}: must be settings, as {{max_gen_toks: 64}}"
 
     @property
     def data_source(self) -> str | None:
@@ -123,7 +126,7 @@ class Harness(Task):
             return f"hub:{only_data_set}"
         return None if self.config.path is None else str(self.config.path)
 
-    def cases(self) -> list[Case]:
+    def load_cases(self) -> list[Case]:
         """A case for each row that the harness reads, at most `max_rows` of each of its tasks. Errors: ConfigError, DataError."""
         from trainer.evaluation.harness.loading import load_tasks
 
@@ -131,7 +134,7 @@ class Harness(Task):
         try:
             tasks = load_tasks(self.task_files, self.option_values)
         except (ConfigError, DataError) as error:
-            raise type(error)(f"{self.key}.kind={self.kind}: {error}") from None
+            raise type(error)(f"{self.config_key}.kind={self.kind}: {error}") from None
         self.loaded_tasks = LoadedTasks(tasks, weighted_by_size=self.task_files.weighted_by_size)
         self.metrics = self.loaded_tasks.metrics
         cases = []
@@ -142,10 +145,10 @@ class Harness(Task):
             cases += [Case(f"{name}:{number}") for number in range(num_rows)]
         return cases
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Nothing to do: the harness has read the row."""
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """Let the harness score its rows with our model. Raises DataError if the harness fails. All ranks must call."""
         from lm_eval import evaluator
 
@@ -211,7 +214,7 @@ class Harness(Task):
             metrics.append(metric)
         return tuple(metrics)
 
-    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """The metrics that lm-eval computes by functions of its own, each as a function of row weights (float64 [rows])."""
         assert self.loaded_tasks is not None
         weighted = {}
@@ -235,7 +238,7 @@ class Harness(Task):
                 errors.append(f"{name} {error:.4g}")
         if errors:
             yield f"standard errors as lm-eval reckons them: {', '.join(errors)}"
-        slow_metrics = [*self.weighted_metrics(rows)]
+        slow_metrics = [*self.weighted_metric_functions(rows)]
         if slow_metrics:
             yield (
                 f"intervals of {', '.join(slow_metrics)}: {self.max_resamples} resamples at most, since they are slow to reckon"

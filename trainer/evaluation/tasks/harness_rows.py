@@ -268,7 +268,14 @@ def _row(name: str, sample: dict[str, Any], *, several: bool) -> TaskRow:
         answer = str(sample["filtered_resps"][0])
     else:
         scores = {"logprob.0": float(responses[0])}
-    return TaskRow(f"{name}:{sample['doc_id']}", prompt, answer, reference, scores, name if several else "")
+    return TaskRow(
+        where=f"{name}:{sample['doc_id']}",
+        prompt=prompt,
+        answer=answer,
+        reference=reference,
+        scores=scores,
+        source=name if several else "",
+    )
 
 
 def lm_eval_standard_errors(

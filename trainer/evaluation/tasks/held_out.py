@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trainer.evaluation.tasks.model_interface import ModelInterface
 
 
-SHOWN_TEXT = 2000
+SHOWN_TEXT_CHARACTERS = 2000
 """Most characters of a document that a report shows."""
 
 
@@ -28,37 +28,46 @@ class HeldOut(Task):
         self.dataset: TokenDataset | None = None
         """Its documents as tokens; set by `prepare_tasks`."""
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Nothing to do: `prepare_tasks` reads the documents."""
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """A row for each sequence, with the sums that the metrics divide. All ranks must call.
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """A row for each sequence of `dataset`, with the sums that the metrics divide. All ranks must call.
 
-        The scores are the summed loss in nats, the number of targets, the number of them that were the model's likeliest token
-        (`right`), and the UTF-8 bytes of the learned text.
+        Scores of a row: `nats`, the summed loss; `targets`, the number of target tokens; `right`, the number of targets that are
+        the model's likeliest token; `bytes`, the UTF-8 bytes of the supervised text.
         """
         dataset = self.dataset
         assert dataset is not None
-        losses = model.sequence_losses(dataset, self.config.max_rows)
+        losses = model.sequence_losses(dataset, self.config.max_rows)  # (loss, right targets) by sequence index
         rows = []
-        for number in sorted(losses):
-            loss, right = losses[number]
-            sample = dataset.sample(number)
+        for sequence in sorted(losses):
+            summed_loss, num_right = losses[sequence]
+            sample = dataset.sample(sequence)
 
             is_target = sample.supervised[1:]  # the first token has nothing before it, and is never a target
-            learned_ids = sample.input_ids[1:][is_target].tolist()
-            learned_text = model.answer_generator.tokenizer.decode(learned_ids, skip_special_tokens=True)
+            target_ids = sample.input_ids[1:][is_target].tolist()
+            target_text = model.answer_generator.tokenizer.decode(target_ids, skip_special_tokens=True)
             prompt_ids = sample.input_ids[: sample.answer_begin()].tolist()
             scores = {
-                "nats": loss,
-                "targets": float(dataset.counts["loss"][number]),
-                "right": right,
-                "bytes": float(len(learned_text.encode())),
+                "nats": summed_loss,
+                "targets": float(dataset.counts["loss"][sequence]),
+                "right": num_right,
+                "bytes": float(len(target_text.encode())),
             }
-            source = dataset.source_names[int(dataset.sources[number])]
-            location = cases[number].location if number < len(cases) else f"row {number}"
-            prompt = model.shown_prompt(prompt_ids)
-            rows.append(TaskRow(location, prompt, "", learned_text[:SHOWN_TEXT], scores, source))
+            source = dataset.source_names[int(dataset.sources[sequence])]
+            location = cases[sequence].location if sequence < len(cases) else f"row {sequence}"
+            prompt = model.decode_prompt_end(prompt_ids)
+            rows.append(
+                TaskRow(
+                    where=location,
+                    prompt=prompt,
+                    answer="",
+                    reference=target_text[:SHOWN_TEXT_CHARACTERS],
+                    scores=scores,
+                    source=source,
+                )
+            )
         return rows
 
     def compute_metrics(self, rows: Sequence[TaskRow]) -> dict[str, float]:
@@ -91,8 +100,8 @@ class BitsPerByte(HeldOut):
         ),
     )
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        rows = super().run(cases, model)
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        rows = super().score_cases(cases, model)
         for row in rows:  # the first score sorts the rows
             row.scores = {"bits": row.scores["nats"] / math.log(2), **row.scores}
         return rows
@@ -104,8 +113,8 @@ class TokenAccuracy(HeldOut):
     kind = "token_accuracy"
     metrics = (Metric("token_accuracy", "share of targets that the model holds likeliest", ratio=("right", "targets")),)
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        rows = super().run(cases, model)
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        rows = super().score_cases(cases, model)
         for row in rows:
             row.scores = {"right": row.scores["right"], **row.scores}
         return rows

@@ -48,11 +48,11 @@ class DocumentTask(Task):
             setting = self.option_values[name]
             if name == "seed":
                 if not isinstance(setting, int) or setting < 0:
-                    yield f"{self.key}.options.{name}={setting}: must be a whole number"
+                    yield f"{self.config_key}.options.{name}={setting}: must be a whole number"
             elif not isinstance(setting, int) or setting < 1:
-                yield f"{self.key}.options.{name}={setting}: must be a whole number above 0"
+                yield f"{self.config_key}.options.{name}={setting}: must be a whole number above 0"
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Check that a language model would learn something from the row. Raises Refusal."""
         document = case.document
         if document is None or (document.text is None and document.prompt is None and document.messages is None):
@@ -106,9 +106,9 @@ class Memorisation(DocumentTask):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.config.write.temperature or self.config.write.beams > 1 or self.config.write.stop:
-            yield f"{self.key}.write: rows are continued greedily; leave temperature, beams and stop out"
+            yield f"{self.config_key}.write: rows are continued greedily; leave temperature, beams and stop out"
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each training row: how far the model's greedy continuation of its beginning is the row's own text.
 
         Rows that are too short, or too long for the model, are left out and counted. Raises DataError if no row is left. All
@@ -127,12 +127,12 @@ class Memorisation(DocumentTask):
         if not questions:
             raise DataError(
                 f"none of {len(cases)} rows leaves {least_tokens} tokens to continue after its beginning; lower "
-                f"{self.key}.options.least_tokens, or give longer rows"
+                f"{self.config_key}.options.least_tokens, or give longer rows"
             )
 
         # All rows are asked together, so each gets as many tokens as the longest continuation needs.
         writing = replace(self.config.write, max_new_tokens=max(len(question.answer) for question in questions))
-        answers = model.generate_answers(questions, writing, self.key)
+        answers = model.generate_answers(questions, writing, self.config_key)
         return [self._row(question, answer.ids, model) for question, answer in zip(questions, answers, strict=True)]
 
     skipped = 0
@@ -146,7 +146,7 @@ class Memorisation(DocumentTask):
         num_prefix_tokens = min(int(self.option_values["prefix_tokens"]), len(question.answer) // 2)
         stop = num_prefix_tokens + int(self.option_values["continuation_tokens"])
         context = [*question.context, *question.answer[:num_prefix_tokens]]
-        return Question(question.where, context, question.answer[num_prefix_tokens:stop])
+        return Question(where=question.where, context=context, answer=question.answer[num_prefix_tokens:stop])
 
     def _row(self, question: Question, answer_ids: list[int], model: ModelInterface) -> TaskRow:
         """The report's row of one continuation: whether it is verbatim or nearly so, and the share of leading tokens that agree.
@@ -170,7 +170,13 @@ class Memorisation(DocumentTask):
             "near": float(is_near),
             "leading": num_equal_tokens / len(reference_ids),
         }
-        return TaskRow(question.where, model.shown_prompt(question.context), answer, reference, scores)
+        return TaskRow(
+            where=question.where,
+            prompt=model.decode_prompt_end(question.context),
+            answer=answer,
+            reference=reference,
+            scores=scores,
+        )
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         num_verbatim = int(score_array(rows, "verbatim").sum())
@@ -208,13 +214,13 @@ class Canary(DocumentTask):
     samples_documents = False
     options: ClassVar[dict[str, Any]] = {"candidates": 100, "seed": 0}
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Replace `case.fields` by the secret and the random texts of its form that it is compared with.
 
         {"secret": "A7-x", "others": ["Q2-d", "K0-m", ...]}. Raises Refusal if the secret has no letters or digits, or does not
         stand exactly once in what is learned of the row.
         """
-        super().parse_case(case)
+        super().prepare_case(case)
         secret = case.fields.get("secret")
         document = case.document
         assert document is not None
@@ -253,7 +259,7 @@ class Canary(DocumentTask):
             if len(known_texts) > wanted:
                 return
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each secret, with its rank among random texts of its form by likelihood. All ranks must call.
 
         Rank 1 is the likeliest text. The exposure in bits is log2(number of texts / rank): 6.66 for rank 1 of 101.
@@ -278,7 +284,15 @@ class Canary(DocumentTask):
                 "rank": float(rank),
                 "candidates": float(num_texts),
             }
-            rows.append(TaskRow(case.location, f"rank {rank} of {num_texts}", "", case.fields["secret"], scores))
+            rows.append(
+                TaskRow(
+                    where=case.location,
+                    prompt=f"rank {rank} of {num_texts}",
+                    answer="",
+                    reference=case.fields["secret"],
+                    scores=scores,
+                )
+            )
         return rows
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
@@ -344,7 +358,7 @@ class Membership(DocumentTask):
     options: ClassVar[dict[str, Any]] = {**DocumentTask.options, "others": None}
     file_options = ("others",)
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each document, with the mean loss of a target token and whether it was trained on. All ranks must call."""
         questions = model.encode_questions(documents_of(cases))
         if model.max_positions is not None:
@@ -354,16 +368,18 @@ class Membership(DocumentTask):
             is_member = case.fields["member"]
             scores = {"loss": -likelihood.logprob / likelihood.tokens, "member": float(is_member)}
             group = "trained on" if is_member else "not trained on"
-            prompt = model.shown_prompt(question.context)
-            rows.append(TaskRow(case.location, prompt, "", group, scores, source=group))
+            prompt = model.decode_prompt_end(question.context)
+            rows.append(
+                TaskRow(where=case.location, prompt=prompt, answer="", reference=group, scores=scores, source=group)
+            )
         return rows
 
     @cached_property
-    def outside(self) -> Task:
+    def untrained_task(self) -> Task:
         """The task that reads the rows that were not trained on."""
         return Membership(self.name, replace(self.config, path=self.option_values["others"]))
 
-    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """AUC and recall at 5 % false positives of telling training rows by their loss, as functions of row weights.
 
         A weight says how often the row counts in a resample (float64 [rows]).

@@ -38,8 +38,8 @@ class Question:
     answer: TokenIds
 
 
-class FirstRequest(Exception):
-    """Ends a task whose rows are only checked: its rows are encoded and fit, and it would now ask the model."""
+class RowsChecked(Exception):
+    """Ends a task whose rows are only checked: all of them are encoded and fit, and it would ask the model now."""
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class ModelInterface:
 
     `TaskEvaluator` clears it before each evaluation, since the weights have changed."""
     checks_only: bool = False
-    """Whether rows are only encoded and checked. Then each request raises FirstRequest and nothing is sent to the model."""
+    """Whether rows are only encoded and checked. Then each request raises RowsChecked and nothing is sent to the model."""
 
     @property
     def model_config(self) -> Any:
@@ -72,22 +72,22 @@ class ModelInterface:
         return self.built.config
 
     def encode_questions(self, documents: Sequence[Document]) -> list[Question]:
-        """Documents as tokens, split before their last answer, whose end token is left out.
+        """A question for each document: its tokens, split before its last answer, without the tokens that end the answer.
 
-        No collective. Raises DataError with file and line for a document with no token before its answer or in it.
+        No collective. Raises DataError with file and line for a document without tokens before its answer, or in its answer.
         """
         questions = []
         for document, sample in self.encoder.encode([_until_last_answer(document) for document in documents]):
             answer_start = sample.answer_begin()
-            is_learned = sample.supervised[answer_start:]
-            answer = sample.input_ids[answer_start:][is_learned].tolist()
+            is_answer = sample.supervised[answer_start:]
+            answer = sample.input_ids[answer_start:][is_answer].tolist()
             while answer and answer[-1] in self.encoder.end_ids:
                 answer.pop()
             if answer_start == 0 or not answer:
-                empty_part = "before its answer" if answer else "in its answer"
-                raise DataError(f"{document.location}: has no tokens {empty_part}, so that there is nothing to ask")
+                where_empty = "before its answer" if answer else "in its answer"
+                raise DataError(f"{document.location}: has no tokens {where_empty}, so that there is nothing to ask")
             context = sample.input_ids[:answer_start].tolist()
-            questions.append(Question(document.location, context, answer))
+            questions.append(Question(where=document.location, context=context, answer=answer))
         return questions
 
     def text_ids(self, document: Document) -> TokenIds:
@@ -99,20 +99,27 @@ class ModelInterface:
         return ids
 
     def generate_answers(
-        self, questions: Sequence[Question], writing: DecodingConfig, key: str
+        self, questions: Sequence[Question], decoding: DecodingConfig, key: str
     ) -> list[GeneratedAnswer]:
-        """What the model writes to each question. Raises DataError for a question that leaves no room for an answer."""
-        self._check_lengths(questions, writing.max_new_tokens, f"{key}.write.max_new_tokens={writing.max_new_tokens}")
-        self._stop_if_only_checking()
-        return self.answer_generator.generate_answers(
-            self.engine, [question.context for question in questions], writing
-        )
+        """`decoding.draws` answers of the model to each question, question by question. All ranks must call.
+
+        `key`: the settings of the task (`evaluation.tasks.NAME`), for the error. Raises DataError for a question that leaves
+        too few positions for an answer, RowsChecked if rows are only checked.
+        """
+        answer_tokens = decoding.max_new_tokens
+        self._check_lengths(questions, answer_tokens, f"{key}.write.max_new_tokens={answer_tokens}")
+        self._raise_if_only_checking()
+        prompts = [question.context for question in questions]
+        return self.answer_generator.generate_answers(self.engine, prompts, decoding)
 
     def likelihoods(self, questions: Sequence[Question]) -> list[Likelihood]:
-        """The likelihood of each question's answer. Raises DataError for one that is too long for the model."""
+        """The likelihood of each question's answer after its context. All ranks must call.
+
+        Raises DataError for a question that is too long for the model, RowsChecked if rows are only checked.
+        """
         longest_answer = max(len(question.answer) for question in questions)
         self._check_lengths(questions, longest_answer, "the answers")
-        self._stop_if_only_checking()
+        self._raise_if_only_checking()
         return self.answer_generator.likelihoods(
             self.engine, [(question.context, question.answer) for question in questions]
         )
@@ -124,7 +131,10 @@ class ModelInterface:
         return self.judge
 
     def _check_lengths(self, questions: Sequence[Question], answer_tokens: int, purpose: str) -> None:
-        """Raise DataError for a question that has no room for `answer_tokens` more tokens; `purpose` says what they are."""
+        """Raise DataError for a question whose context and `answer_tokens` more tokens exceed the model's positions.
+
+        `purpose`: what these tokens are for, in the message, such as "the answers".
+        """
         if self.max_positions is None:
             return
         for question in questions:
@@ -134,29 +144,32 @@ class ModelInterface:
                     f"{self.max_positions} positions of the model; shorten the row, or leave it out"
                 )
 
-    def shown_prompt(self, ids: TokenIds) -> str:
-        """The end of a prompt as text, for the report."""
+    def decode_prompt_end(self, ids: TokenIds) -> str:
+        """The text of a prompt for the report: its last `SHOWN_CHARACTERS` characters, after "…" if it is longer."""
         text: str = self.answer_generator.tokenizer.decode(ids, skip_special_tokens=True)
         return text if len(text) <= SHOWN_CHARACTERS else f"…{text[-SHOWN_CHARACTERS:]}"
 
     def logits(self, samples: Sequence[Sample]) -> list[list[float]]:
-        """The logits of a classification head for each sample, a number for each label."""
-        self._stop_if_only_checking()
+        """The logits of the classification head, [samples][labels], the same on every rank. All ranks must call.
+
+        Raises RowsChecked if rows are only checked, Interrupted if the run is asked to stop.
+        """
+        self._raise_if_only_checking()
         from strategies.runtime import gather_objects
         from trainer.data.batches.collate import to_device
         from trainer.evaluation.generate import batches_of_rank
 
-        own_logits: dict[int, list[float]] = {}
+        own_logits: dict[int, list[float]] = {}  # by index of the sample
         lengths = [len(sample.input_ids) for sample in samples]
         batches = batches_of_rank(lengths, self.engine.rank, self.engine.world_size, max_rows=self.batch)
         with self.engine.inference() as module:
             step: Any = module
-            # The head is called through the root module's own forward: only there are sharded parameters gathered.
+            # The head is called through the root module's own forward, because only there sharded parameters are gathered.
             training_objective = step.objective
             step.objective = _ClassifierLogits()
             try:
                 for row_numbers in batches:
-                    # A rank without rows in this batch takes part with the first row, and keeps nothing of it.
+                    # The forward pass is a collective: a rank without rows in this batch runs it on row 0 and drops the result.
                     batch = self.built.collator([samples[row] for row in row_numbers or [0]])
                     logits = step(to_device(batch, self.runtime.device))["logits"].tolist()
                     own_logits |= dict(zip(row_numbers, logits, strict=False))
@@ -169,12 +182,13 @@ class ModelInterface:
         return [all_logits[row] for row in range(len(samples))]
 
     def sequence_losses(self, dataset: TokenDataset, max_rows: int | None) -> dict[int, tuple[float, float]]:
-        """(summed loss, number of targets that were the likeliest token) of each sequence, by its number in the data set.
+        """(summed loss, number of targets that are the model's likeliest token) of each sequence, by its index in the data set.
 
-        Kept in `cached_losses`, so that a second call for the same data makes no pass. `max_rows`: documents to evaluate; None:
-        all. All ranks must call.
+        The result is kept in `cached_losses`, so a second call for the same data makes no forward pass. `max_rows`: documents to
+        evaluate, the first ones; None: all. All ranks must call. Raises RowsChecked if rows are only checked, Interrupted if the
+        run is asked to stop.
         """
-        self._stop_if_only_checking()
+        self._raise_if_only_checking()
         from strategies.runtime import gather_objects
         from trainer.data.batches.cutting import sequence_cut
         from trainer.data.batches.loader import EvalShare, eval_batches, eval_plan
@@ -197,16 +211,16 @@ class ModelInterface:
         all_losses: dict[int, tuple[float, float]] = {}
         for rank_losses in gather_objects(own_losses, runtime):
             for number, (loss, correct) in rank_losses.items():
-                # Ranks that share a row (`parallel.sequence`) have a share each of its sums.
+                # Ranks that split a row (`parallel.sequence`) have a share of its sums each: they are added up.
                 loss_before, correct_before = all_losses.get(number, (0.0, 0.0))
                 all_losses[number] = (loss_before + loss, correct_before + correct)
         self.cached_losses[cache_key] = all_losses
         return all_losses
 
-    def _stop_if_only_checking(self) -> None:
-        """Raises FirstRequest if rows are only checked."""
+    def _raise_if_only_checking(self) -> None:
+        """Raise RowsChecked if rows are only checked."""
         if self.checks_only:
-            raise FirstRequest
+            raise RowsChecked
 
     def _check_stop(self) -> None:
         if self.stop_now():
@@ -223,7 +237,7 @@ class _ClassifierLogits:
 
 
 def _until_last_answer(document: Document) -> Document:
-    """The document up to its last answer, which alone is marked as learned."""
+    """A copy of the document that ends with its last answer, in which only that answer is supervised."""
     if document.messages is None:
         return document
     last = max(number for number, turn in enumerate(document.messages) if turn["role"] == "assistant")
@@ -234,7 +248,7 @@ def _until_last_answer(document: Document) -> Document:
 
 
 def last_answer(document: Document) -> dict[str, Any] | None:
-    """The last answer of a document as a turn; None if it has none."""
+    """The last answer of a document as a turn, {"role": "assistant", "content": ...}; None if it has no answer."""
     if document.messages is not None:
         return next((turn for turn in reversed(document.messages) if turn["role"] == "assistant"), None)
     if document.prompt is None or document.completion is None:

@@ -44,15 +44,14 @@ class PersonalDataTask(GenerationTask):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.option_values["preset"] not in [*PrivacyPreset]:
-            yield f"{self.key}.options.preset={self.option_values['preset']}: must be one of {', '.join(PrivacyPreset)}"
+            yield f"{self.config_key}.options.preset={self.option_values['preset']}: must be one of {', '.join(PrivacyPreset)}"
             return
-        from trainer.data.transforms.privacy.stage import (
-            privacy_problems,  # slow to import: compiles seventy expressions
-        )
+        # Imported here, because the import is slow: it compiles seventy expressions.
+        from trainer.data.transforms.privacy.stage import privacy_problems
 
         # The checks of `data.privacy` name its settings; the user has set those of the task.
         for problem in privacy_problems(self.privacy):
-            yield problem.replace("data.privacy.", f"{self.key}.options.")
+            yield problem.replace("data.privacy.", f"{self.config_key}.options.")
 
     @property
     def privacy(self) -> PrivacyConfig:
@@ -71,14 +70,14 @@ class PersonalDataTask(GenerationTask):
 
         return PersonalDataFinder(self.privacy)
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with how many pieces of personal data its answer has that the prompt does not have.
 
         A piece is an e-mail address, for example. The row shows the answer with each piece replaced by its type. All ranks must
         call.
         """
         questions = model.encode_questions(documents_of(cases))
-        answers = model.generate_answers(questions, self.config.write, self.key)
+        answers = model.generate_answers(questions, self.config.write, self.config_key)
         decode = model.answer_generator.tokenizer.decode
         rows = []
         for case, question, answer in zip(cases, questions, answers, strict=True):
@@ -87,7 +86,14 @@ class PersonalDataTask(GenerationTask):
             scores = {"found": float(bool(types)), "pieces": float(len(types))}
             note = ", ".join(dict.fromkeys(types))
             rows.append(
-                TaskRow(case.location, model.shown_prompt(question.context), masked_text, "", scores, note=note)
+                TaskRow(
+                    where=case.location,
+                    prompt=model.decode_prompt_end(question.context),
+                    answer=masked_text,
+                    reference="",
+                    scores=scores,
+                    note=note,
+                )
             )
         return rows
 
@@ -109,7 +115,7 @@ class PersonalDataTask(GenerationTask):
         return types, masked_text + text[copied_until:]
 
     def score(self, case: Case, answer: str) -> dict[str, float]:
-        raise NotImplementedError  # needs the prompt, so `run` scores
+        raise NotImplementedError  # needs the prompt, so `score_cases` scores
 
     def signatures(self) -> dict[str, str]:
         signature = f"types:{'+'.join(sorted(self.finder.types))}|min_score:{self.privacy.min_score:g}"

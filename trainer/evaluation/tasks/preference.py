@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from strategies.errors import ConfigError
 from trainer.evaluation.endpoint.judge import request_text
 from trainer.evaluation.tasks.base import Case, Metric, TaskRow
-from trainer.evaluation.tasks.judged import NOTE_CHARACTERS, JudgedTask, refuse_unreadable
+from trainer.evaluation.tasks.judged import NOTE_CHARACTERS, JudgedTask, raise_if_no_verdict_parsed
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import REFERENCES
 
-VERDICT = re.compile(r"verdict\W{0,6}(A|B|tie)\b", re.IGNORECASE)
+VERDICT_REGEX = re.compile(r"verdict\W{0,6}(A|B|tie)\b", re.IGNORECASE)
 
 
 class PreferenceTask(JudgedTask):
@@ -40,17 +40,21 @@ class PreferenceTask(JudgedTask):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.option_values["opponent"] not in ("reference", "other"):
-            yield f"{self.key}.options.opponent={self.option_values['opponent']}: must be reference (the row's answer) or other"
+            yield (
+                f"{self.config_key}.options.opponent={self.option_values['opponent']}: must be reference "
+                "(the row's answer) or other"
+            )
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        """Have the judge compare each answer with the opponent's, in both orders. All ranks must call.
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        """Have the judge compare each answer with the opponent's, shown in both orders. Sets `judge_signature`.
 
-        Equal answers are ties, and the judge is not asked about them. Raises DataError if no verdict can be read.
+        Equal answers are ties, and the judge is not asked about them. All ranks must call. Raises DataError if no verdict can be
+        parsed.
         """
         opponent_answers = self._opponent_answers(cases)
-        prompts, answers = self.write_answers(cases, model)
+        prompts, answers = self.generate_texts(cases, model)
 
-        judge = model.require_judge(self.key)
+        judge = model.require_judge(self.config_key)
         questions = []
         for case, answer, opponent in zip(cases, answers, opponent_answers, strict=True):
             if opponent is not None and opponent != answer:
@@ -60,20 +64,35 @@ class PreferenceTask(JudgedTask):
         verdicts = judge.verdicts(questions)
         self.judge_signature = judge.signature()
 
+        # Verdicts are one list, with two verdicts for each pair that the judge was asked about.
         remaining_verdicts = iter(verdicts)
         rows = []
         for case, prompt, answer, opponent in zip(cases, prompts, answers, opponent_answers, strict=True):
             if opponent is None or opponent == answer:
-                scores = scores_of_pair(preference_in_order=0.0, preference_swapped=0.0)
+                scores = pair_scores(preference_in_order=0.0, preference_swapped=0.0)
                 note = "against itself" if opponent is None else "the same answer"
             else:
                 verdict_in_order = next(remaining_verdicts)
                 verdict_swapped = next(remaining_verdicts)
-                scores = scores_of_pair(preference_of(verdict_in_order), preference_of(verdict_swapped, swapped=True))
+                scores = pair_scores(
+                    preference_in_order=parse_preference(verdict_in_order, swapped=False),
+                    preference_swapped=parse_preference(verdict_swapped, swapped=True),
+                )
                 note = verdict_in_order[-NOTE_CHARACTERS:]
-            rows.append(TaskRow(case.location, prompt, answer, self.reference(case), scores, note=note))
-        any_read = any(row.scores["read"] for row in rows)
-        refuse_unreadable(self.key, verdicts, any_read=any_read, expected_ending="Verdict: A, B or tie")
+            rows.append(
+                TaskRow(
+                    where=case.location,
+                    prompt=prompt,
+                    answer=answer,
+                    reference=self.reference(case),
+                    scores=scores,
+                    note=note,
+                )
+            )
+        any_parsed = any(row.scores["read"] for row in rows)
+        raise_if_no_verdict_parsed(
+            self.config_key, verdicts, any_parsed=any_parsed, expected_ending="Verdict: A, B or tie"
+        )
         return rows
 
     def _opponent_answers(self, cases: Sequence[Case]) -> list[str | None]:
@@ -89,13 +108,14 @@ class PreferenceTask(JudgedTask):
         if self.opponent_answers is None:
             if not self.is_opponent:
                 raise ConfigError(
-                    f"{self.key}.options.opponent=other: there is none; compare with against=base, a run, a model or a report"
+                    f"{self.config_key}.options.opponent=other: there is none; compare with "
+                    "against=base, a run, a model or a report"
                 )
             return [None] * len(cases)  # the opponent answers first, and there is nobody to compare it with yet
         for case in cases:
             if case.location not in self.opponent_answers:
                 raise ConfigError(
-                    f"{self.key}.options.opponent=other: the other model has not answered {case.location}; "
+                    f"{self.config_key}.options.opponent=other: the other model has not answered {case.location}; "
                     "ask it the same rows"
                 )
         return [self.opponent_answers[case.location] for case in cases]
@@ -118,12 +138,12 @@ class PreferenceTask(JudgedTask):
         return {name: f"{signature}|opponent:{opponent}" for name, signature in super().signatures().items()}
 
 
-def preference_of(verdict: str, *, swapped: bool = False) -> float | None:
-    """1 if the judge prefers the model's own answer, -1 if the other one, 0 for a tie; None for an unreadable verdict.
+def parse_preference(verdict: str, *, swapped: bool = False) -> float | None:
+    """Which answer a verdict prefers: 1 is the model's own, -1 the opponent's, 0 a tie; None if no verdict can be parsed.
 
-    `swapped`: the other answer was shown first, as A.
+    `swapped`: the opponent's answer was shown first, as A. "Verdict: A" -> 1, or -1 if swapped.
     """
-    choices = VERDICT.findall(verdict)
+    choices = VERDICT_REGEX.findall(verdict)
     if not choices:
         return None
     final_choice = choices[-1].lower()  # the judge may write verdicts while it thinks
@@ -131,10 +151,10 @@ def preference_of(verdict: str, *, swapped: bool = False) -> float | None:
     return -preference if swapped else preference
 
 
-def scores_of_pair(preference_in_order: float | None, preference_swapped: float | None) -> dict[str, float]:
-    """Scores of a pair of answers from the judge's two preferences (1, 0 or -1; None if a verdict could not be read).
+def pair_scores(preference_in_order: float | None, preference_swapped: float | None) -> dict[str, float]:
+    """Scores of a pair of answers from the judge's two preferences (1, 0 or -1; None if a verdict could not be parsed).
 
-    - A verdict could not be read: all scores are 0, and the pair counts in the metric `read` alone.
+    - A verdict could not be parsed: all scores are 0, and the pair counts in the metric `read` alone.
     - Both preferences agree: the pair is won (1), tied (0.5) or lost (0).
     - They differ: a tie that counts as `swayed`, since the judge has gone by the order of the answers.
     """

@@ -17,7 +17,7 @@ from trainer.data.store.sequences import TokenDataset
 from trainer.data.tokens.clock import TemplateDate
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.tasks.base import Case, Task, user_turn
+from trainer.evaluation.tasks.base import Case, Task, last_user_turn
 from trainer.evaluation.tasks.held_out import HeldOut
 from trainer.evaluation.tasks.model_interface import SHOWN_CHARACTERS
 from trainer.evaluation.tasks.registry import build_tasks
@@ -75,23 +75,28 @@ class TaskContext:
 def check_tasks(tasks: Mapping[str, TaskConfig], context: TaskContext, *, held_out: bool, trained: bool = True) -> None:
     """Read the rows of every task that has a file, before a model is loaded, so that bad rows end a run at its start.
 
-    `held_out`: whether there are evaluation documents. `trained`: whether there is training data. Needs no tokenizer. Errors:
-    ConfigError, DataError.
+    `held_out`: whether there are evaluation documents. `trained`: whether there is training data. Needs no tokenizer. Raises
+    ConfigError if a task fits neither the objective nor the data, DataError for bad rows.
     """
     for task in build_tasks(tasks):
         _check_objective(task, context)
         if task.split == "both":
-            _check_outside_rows(task, context, held_out=held_out)
+            _check_untrained_rows(task, context, held_out=held_out)
         _check_rows(task, context, held_out=held_out, trained=trained)
 
 
-def _check_outside_rows(task: Task, context: TaskContext, *, held_out: bool) -> None:
-    """Check where a membership task gets rows that were not trained on. Raises ConfigError, or DataError for bad rows."""
+def _check_untrained_rows(task: Task, context: TaskContext, *, held_out: bool) -> None:
+    """Check that a membership task has rows that were not trained on.
+
+    They are the rows of `options.others`, which are read here, else the run's evaluation documents. Raises ConfigError if there
+    are neither, DataError for bad rows.
+    """
     if task.option_values["others"] is not None:
-        read_cases(task.outside, None, remote=context.data.remote)  # type: ignore[attr-defined]
+        read_cases(task.untrained_task, None, remote=context.data.remote)  # type: ignore[attr-defined]
     elif not held_out:
         raise ConfigError(
-            f"{task.key}.options.others: not set, and there are no evaluation documents; name a file of rows that were not "
+            f"{task.config_key}.options.others: not set, and there are no evaluation documents; name "
+            "a file of rows that were not "
             "trained on"
         )
 
@@ -99,7 +104,13 @@ def _check_outside_rows(task: Task, context: TaskContext, *, held_out: bool) -> 
 def _check_rows(task: Task, context: TaskContext, *, held_out: bool, trained: bool) -> None:
     """Read the rows of one task, and raise ConfigError or DataError if it has none or they cannot be used.
 
-    Rows of the run's own data are not read here: they are checked when the run's data is prepared. `held_out`: whether there are
+    - The task loads its rows by itself: they are loaded.
+    - It has no path and needs training documents: ConfigError without training data.
+    - It has no path: ConfigError without evaluation documents, unless shardtune ships rows, which are read.
+    - It computes losses of a file: the file's readers are opened, as for training data.
+    - It has a path: its rows are read.
+
+    Documents of the run are not read here: they are checked when the run's data is prepared. `held_out`: whether there are
     evaluation documents. `trained`: whether there is training data.
     """
     if task.loads_own_rows:
@@ -107,11 +118,11 @@ def _check_rows(task: Task, context: TaskContext, *, held_out: bool, trained: bo
     elif task.config.path is None and task.split != "evaluation":
         if not trained:
             raise ConfigError(
-                f"{task.key}.path: not set; {task.kind} asks training rows: name their file, or evaluate a run"
+                f"{task.config_key}.path: not set; {task.kind} asks training rows: name their file, or evaluate a run"
             )
     elif task.config.path is None:
         if not held_out or task.shipped_rows is not None:
-            read_cases(task, None)
+            read_cases(task, None)  # raises ConfigError if there are no shipped rows
     elif isinstance(task, HeldOut):
 
         def open_readers(data: DataConfig) -> object:
@@ -128,9 +139,9 @@ def tasks_on_run_documents(tasks: Mapping[str, TaskConfig]) -> list[str]:
     for task in build_tasks(tasks):
         has_file = task.config.path is not None or task.shipped_rows is not None
         # A membership task compares training rows with evaluation documents, unless it names a file of others.
-        draws_others = task.split == "both" and task.option_values["others"] is None
-        if not task.loads_own_rows and (not has_file or draws_others):
-            keys.append(task.key)
+        needs_evaluation_documents = task.split == "both" and task.option_values["others"] is None
+        if not task.loads_own_rows and (not has_file or needs_evaluation_documents):
+            keys.append(task.config_key)
     return keys
 
 
@@ -141,48 +152,50 @@ def prepare_tasks(
     tokenizer: Any,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[PreparedTask]:
-    """The tasks with their rows, read and checked on this rank; no collective.
+    """The tasks with their cases, read and checked on this rank; no collective.
 
-    `held_out`: the run's prepared data; None if no task needs it. `stop`: whether to end early, asked now and then. Errors:
-    ConfigError, DataError with file and line, Preempted.
+    `held_out`: the run's prepared data; None if no task needs it. `stop`: asked now and then whether to end early. Raises
+    ConfigError if a task does not fit the objective or the data, DataError with file and line for bad rows, Preempted if `stop`
+    says so.
     """
     prepared = []
     for task in build_tasks(tasks):
         _check_objective(task, context)
         if isinstance(task, HeldOut):
-            cases = _prepare_held_out(task, context, held_out, tokenizer, stop)
+            cases = _prepare_loss_task(task, context, held_out, tokenizer, stop)
         else:
             cases = _read_task_cases(task, held_out, remote=context.data.remote)
         prepared.append(PreparedTask(task, cases))
     return prepared
 
 
-def _prepare_held_out(
+def _prepare_loss_task(
     task: HeldOut,
     context: TaskContext,
     held_out: PreparedData | None,
     tokenizer: Any,
     stop: Callable[[], bool],
 ) -> list[Case]:
-    """Tokenise the documents of a task that computes losses, as training would, and set `task.dataset`. Returns its cases.
+    """Set `task.dataset` of a task that computes losses to its documents as tokens, and return a case for each sequence.
 
-    The documents are those of the task's own file, else the run's evaluation documents (`held_out`), which are tokenised already.
+    - The task has a path: its file is tokenised as training data would be.
+    - Else: the run's evaluation documents (`held_out`), which are tokenised already. Raises ConfigError if there are none.
     """
     if task.config.path is not None:
         choose_date = keep_or_first_date(context.date)
 
-        def open_or_prepare(data: DataConfig) -> PreparedData:
+        def prepare_data(data: DataConfig) -> PreparedData:
             preparation = Preparation(data, tokenizer, context.data_spec, seed=0, stop=stop, choose_date=choose_date)
             return preparation.open_or_prepare()
 
-        own_data = _read_as_training_data(task, open_or_prepare, context)
+        own_data = _read_as_training_data(task, prepare_data, context)
         task.dataset = own_data.train
         directory = own_data.directory
     else:
         first_document = None
         if held_out is not None:
             first_document = _run_documents(held_out.evaluation, task, held_out)[:1]
-        read_cases(task, first_document)  # raises if there are no evaluation documents
+        read_cases(task, first_document)  # only for its ConfigError, if there are no evaluation documents
         assert held_out is not None
         task.dataset = held_out.evaluation
         directory = held_out.directory
@@ -190,7 +203,11 @@ def _prepare_held_out(
 
 
 def _read_task_cases(task: Task, held_out: PreparedData | None, *, remote: bool) -> list[Case]:
-    """The rows of a task, from its file or from documents of the run. If it needs both splits, training rows come first."""
+    """The cases of a task that computes no losses, from its file or from documents of the run.
+
+    A task of membership (`split` "both") needs training rows and others: training rows come first, and `fields` of each case
+    become {"member": True} or {"member": False}.
+    """
     documents = None
     if held_out is not None and not task.loads_own_rows:
         dataset = held_out.evaluation if task.split == "evaluation" else held_out.train
@@ -201,29 +218,28 @@ def _read_task_cases(task: Task, held_out: PreparedData | None, *, remote: bool)
     evaluation_documents = None
     if held_out is not None:
         evaluation_documents = _run_documents(held_out.evaluation, task, held_out)
-    outside_cases = read_cases(task.outside, evaluation_documents, remote=remote)  # type: ignore[attr-defined]
-    # `run` needs nothing of a row's own columns, only whether it was trained on.
+    untrained_cases = read_cases(task.untrained_task, evaluation_documents, remote=remote)  # type: ignore[attr-defined]
     for case in cases:
         case.fields = {"member": True}
-    for case in outside_cases:
+    for case in untrained_cases:
         case.fields = {"member": False}
-    return [*cases, *outside_cases]
+    return [*cases, *untrained_cases]
 
 
 def _check_objective(task: Task, context: TaskContext) -> None:
-    """Raise ConfigError if the task computes losses of a language model, and the run's objective has another loss."""
+    """Raise ConfigError if the task computes losses of a language model, but the run's objective has another loss."""
     if isinstance(task, HeldOut) and not context.is_language_model:
         raise ConfigError(
-            f"{task.key}.kind={task.kind}: is of language models, and the objective's loss is another one; eval/loss and "
+            f"{task.config_key}.kind={task.kind}: is of language models, and the objective's loss is another one; eval/loss and "
             "eval/accuracy are there without a task"
         )
 
 
 def _read_as_training_data(task: Task, read: Callable[[DataConfig], DataResult], context: TaskContext) -> DataResult:
-    """What `read` returns for data settings that read the task's file as the run reads its training data.
+    """Call `read` with data settings that read the task's file as the run reads its training data. Returns its result.
 
-    `read` is called with the run's settings, except for path, format and columns, which are the task's. Errors name the
-    settings of the task (`evaluation.tasks.NAME.path` instead of `data.path`).
+    The settings are the run's, except for path, format and columns, which are the task's. A ConfigError of `read` is raised
+    again with the names of the task's settings (`evaluation.tasks.NAME.path` instead of `data.path`).
     """
     data = context.data
     own_data = DataConfig(
@@ -248,16 +264,16 @@ def _read_as_training_data(task: Task, read: Callable[[DataConfig], DataResult],
 
 
 def _with_task_keys(problem: str, task: Task) -> str:
-    """An error message about `data` settings, naming the task's settings instead."""
+    """An error message about `data` settings with the names of the task's: `data.path` -> `evaluation.tasks.NAME.path`."""
     for name in ("path", "format", "columns"):
-        problem = problem.replace(f"data.{name}", f"{task.key}.{name}")
+        problem = problem.replace(f"data.{name}", f"{task.config_key}.{name}")
     return problem
 
 
 def _run_documents(dataset: TokenDataset | None, task: Task, prepared: PreparedData) -> list[Any]:
-    """The documents of one split of the run's data, each once and in the order of the data; empty if there is no such split.
+    """The documents of one split of the run's data, each once and in the order of the data; empty if `dataset` is None.
 
-    A task with `options.sample` gets that many of them, drawn by `options.seed`.
+    `dataset`: the split, as tokens. A task with `options.sample` gets that many documents, sampled with `options.seed`.
     """
     if dataset is None:
         return []
@@ -273,12 +289,12 @@ def _run_documents(dataset: TokenDataset | None, task: Task, prepared: PreparedD
 
 
 def _sequence_cases(dataset: TokenDataset | None, directory: Any) -> list[Case]:
-    """One case for each sequence of a data set."""
+    """One case for each sequence of a data set. `directory`: the prepared data that has the documents of the data set."""
     assert dataset is not None
     table = DocumentTable(directory)
     cases = []
     for number in dataset.documents.tolist():
         document = table.document(int(number))
         # Not the document itself: a data set may have a million of them, and the report needs only what was asked.
-        cases.append(Case(document.location, user_turn=user_turn(document)[:SHOWN_CHARACTERS]))
+        cases.append(Case(document.location, user_turn=last_user_turn(document)[:SHOWN_CHARACTERS]))
     return cases

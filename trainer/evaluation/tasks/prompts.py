@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +22,14 @@ PROMPT_COLUMNS = ("prompt", "goal", "behavior", "question", "instruction", "text
 """Columns that may hold the prompt, the first one that is there, in large or small letters."""
 
 
+@dataclass(slots=True)
+class PromptSamples:
+    """The prompt of a case as tokens, with the answers that the model generated."""
+
+    question: Question
+    answers: list[GeneratedAnswer] = field(default_factory=list)
+
+
 class PromptTask(Task):
     """Puts the prompt of each row into a template, if one is set, and lets the model answer."""
 
@@ -30,14 +39,17 @@ class PromptTask(Task):
     def problems(self) -> Iterator[str]:
         """An error message for each invalid setting, including the template and the file that it may name."""
         yield from super().problems()
-        yield from self.config.write.problems(f"{self.key}.write")
+        yield from self.config.write.problems(f"{self.config_key}.write")
         if not isinstance(self.option_values["continue"], bool):
-            yield f"{self.key}.options.continue={self.option_values['continue']}: must be true or false"
+            yield f"{self.config_key}.options.continue={self.option_values['continue']}: must be true or false"
         try:
             if "{prompt}" not in self.template:
-                yield f"{self.key}.options.template={self.option_values['template']}: must have {{prompt}} where the prompt goes"
+                yield (
+                    f"{self.config_key}.options.template={self.option_values['template']}: must have "
+                    f"{{prompt}} where the prompt goes"
+                )
         except (OSError, UnicodeDecodeError) as error:
-            yield f"{self.key}.options.template={self.option_values['template']}: cannot be read ({error})"
+            yield f"{self.config_key}.options.template={self.option_values['template']}: cannot be read ({error})"
 
     @cached_property
     def template(self) -> str:
@@ -48,19 +60,20 @@ class PromptTask(Task):
         text = str(option)
         if "{prompt}" in text or "\n" in text:
             return text
-        # A text without a place for the prompt can only be the name of a file; `problems` refuses it if it is none.
-        file = Path(text).expanduser()
-        return file.read_text(encoding="utf-8") if file.is_file() else text
+        # A text without {prompt} can only be the path of a file. If there is no such file, the text is returned as it is, and
+        # `problems`, which is called before any row is read, refuses it because it lacks {prompt}.
+        template_path = Path(text).expanduser()
+        return template_path.read_text(encoding="utf-8") if template_path.is_file() else text
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Keep the row's prompt, put into the template. Raises Refusal if there is no prompt."""
-        case.fields = {"prompt": self.template.replace("{prompt}", prompt_of(case.fields))}
+        case.fields = {"prompt": self.template.replace("{prompt}", parse_prompt(case.fields))}
 
-    def write_draws(self, cases: Sequence[Case], model: ModelInterface) -> list[tuple[Question, list[GeneratedAnswer]]]:
-        """Let the model answer the prompts: (question, its `write.draws` answers) for each case. All ranks must call.
+    def generate_samples(self, cases: Sequence[Case], model: ModelInterface) -> list[PromptSamples]:
+        """`write.draws` answers of the model to the prompt of each case. All ranks must call.
 
-        With `options.continue` the model continues the prompt as plain text, else the prompt is a turn of a conversation. Raises
-        DataError for a prompt that leaves no room for an answer.
+        If `options.continue` is set, the model continues the prompt as plain text; else the prompt is a turn of a conversation.
+        Raises DataError for a prompt that leaves too few positions for an answer.
         """
         is_continued = self.option_values["continue"]
         documents = []
@@ -70,17 +83,20 @@ class PromptTask(Task):
             if is_continued:
                 documents.append(Document(file, line, text=prompt))
             else:
-                # A document needs a completion; only the prompt is asked.
+                # "-" is a stand-in: a document needs a completion, and the model reads only the prompt.
                 documents.append(Document(file, line, prompt=prompt, completion="-", separator="\n"))
         questions = model.encode_questions(documents)
         if is_continued:
-            # All of a plain text is learned, so it counts as the answer; here it is the prompt.
-            questions = [Question(question.where, [*question.context, *question.answer], []) for question in questions]
+            # All tokens of a plain text are supervised, so they are the answer of the question; here they are the prompt.
+            questions = [
+                Question(where=question.where, context=[*question.context, *question.answer], answer=[])
+                for question in questions
+            ]
 
-        answers: list[list[GeneratedAnswer]] = [[] for _ in questions]
-        for answer in model.generate_answers(questions, self.config.write, self.key):
-            answers[answer.prompt_index].append(answer)
-        return list(zip(questions, answers, strict=True))
+        samples = [PromptSamples(question) for question in questions]
+        for answer in model.generate_answers(questions, self.config.write, self.config_key):
+            samples[answer.prompt_index].answers.append(answer)
+        return samples
 
     def signatures(self) -> dict[str, str]:
         shape = "continued as plain text" if self.option_values["continue"] else "asked as a turn"
@@ -92,11 +108,14 @@ class PromptTask(Task):
         raise NotImplementedError
 
 
-def prompt_of(fields: dict[str, Any]) -> str:
-    """The prompt of a row, from the first of `PROMPT_COLUMNS` that it has. Raises Refusal if there is none, or no text in it.
+def parse_prompt(fields: dict[str, Any]) -> str:
+    """The prompt of a row, from the first of `PROMPT_COLUMNS` that it has, in large or small letters.
 
-    {"Goal": "Write a poem"} -> "Write a poem". In HarmBench's rows, the text that the prompt is about (`contextstring`) comes
-    before it.
+    - {"Goal": "Write a poem"} -> "Write a poem".
+    - {"prompt": {"text": "So if you"}}, a row of RealToxicityPrompts -> "So if you".
+    - {"behavior": "Summarise it", "contextstring": "A text."}, a row of HarmBench -> the context, a line "---", the prompt.
+
+    Raises Refusal if the row has none of these columns, or no text in it.
     """
     # Published files write the same columns differently: "Goal" in one, "goal" in the next.
     column_by_lower_name = {name.lower(): name for name in fields}
@@ -115,11 +134,11 @@ def prompt_of(fields: dict[str, Any]) -> str:
     return f"{context}\n\n---\n\n{text}" if context else text
 
 
-def directory_of(setting: Any, key: str) -> Path:
-    """The directory that the setting `key` names. Raises ConfigError if it does not exist."""
-    path = Path(str(setting)).expanduser()
+def model_directory(path_setting: Any, key: str) -> Path:
+    """The directory of a model that the setting `key` names, with `~` expanded. Raises ConfigError if it does not exist."""
+    path = Path(str(path_setting)).expanduser()
     if not path.is_dir():
         raise ConfigError(
-            f"{key}={setting}: is no directory here; nothing is fetched: download the model and give its path"
+            f"{key}={path_setting}: is no directory here; nothing is fetched: download the model and give its path"
         )
     return path

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
@@ -24,43 +25,50 @@ MAX_LISTED_ROWS = 5
 
 
 def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = False) -> list[Case]:
-    """The rows of a task, each checked by its kind, at most `max_rows`.
+    """The cases of a task, each checked by its kind, at most `max_rows`.
 
-    The first of these that there is:
-    - what the kind of task loads by itself (unchecked, as lm-evaluation-harness does),
-    - the files in the task's `path`,
-    - the rows that shardtune ships for this kind,
-    - `held_out`, the run's evaluation documents.
+    They come from the first of these that exists:
+    - what the kind of task loads by itself (as lm-evaluation-harness does); these are not checked,
+    - the rows that shardtune ships for this kind, if no `path` is set,
+    - `held_out`, the run's evaluation documents, if no `path` is set,
+    - the files in the task's `path`. `remote`: whether it may be a URL.
 
-    `remote`: whether the path may be a URL. Raises DataError with file and line for rows that cannot be used, or if there are no
-    rows; ConfigError for a bad path, or if there is none of the above.
+    Raises DataError with file and line for rows that cannot be used, or if there are no rows; ConfigError for a bad path, or if
+    neither a path is set nor evaluation documents exist.
     """
-    config = task.config
     if task.loads_own_rows:
-        return task.cases()
-    if config.path is None and task.shipped_rows is not None:
-        rows = json.loads(task.shipped_rows.read_text(encoding="utf-8"))["templates"]
-        cases = []
-        for number, row in enumerate(rows, 1):
-            cases.append(Case(f"{task.shipped_rows.name}:{number}", None, dict(row)))
-    elif config.path is None:
-        if not held_out:
-            raise ConfigError(
-                f"{task.key}.path: not set, and there are no evaluation documents; give it a file, or the run "
-                "data.eval_path or data.eval_share"
-            )
+        return task.load_cases()
+    path = task.config.path
+    if path is not None:
+        cases = list(_read_file_cases(task, remote=remote))
+    elif task.shipped_rows is not None:
+        cases = _read_shipped_cases(task.shipped_rows)
+    elif held_out:
         cases = [Case(document.location, document) for document in held_out]
     else:
-        cases = list(_file_cases(task, remote=remote))
-    cases = cases[: config.max_rows]
+        raise ConfigError(
+            f"{task.config_key}.path: not set, and there are no evaluation documents; give it a file, or the run "
+            "data.eval_path or data.eval_share"
+        )
+    cases = cases[: task.config.max_rows]
     if not cases:
-        raise DataError(f"{task.key}.path={config.path}: holds no rows; fill it, or name another file")
+        raise DataError(f"{task.config_key}.path={path}: holds no rows; fill it, or name another file")
+    _prepare_cases(task, cases)
+    return cases
 
-    # All bad rows are found before the error, so that the user can mend them together.
+
+def _read_shipped_cases(file: Path) -> list[Case]:
+    """A case for each template in a JSON file that shardtune ships, {"templates": [{...}, ...]}."""
+    rows = json.loads(file.read_text(encoding="utf-8"))["templates"]
+    return [Case(f"{file.name}:{number}", document=None, fields=dict(row)) for number, row in enumerate(rows, 1)]
+
+
+def _prepare_cases(task: Task, cases: list[Case]) -> None:
+    """Call `task.prepare_case`, which changes the case, for each case. Raises DataError that lists all rows it refuses."""
     bad_rows = []
     for case in cases:
         try:
-            task.parse_case(case)
+            task.prepare_case(case)
         except Refusal as refusal:
             bad_rows.append(f"{case.location}: {refusal.message}")
     if bad_rows:
@@ -68,34 +76,35 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
         if len(bad_rows) > MAX_LISTED_ROWS:
             listed += f"\n  and {len(bad_rows) - MAX_LISTED_ROWS} more"
         raise DataError(
-            f"{task.key} ({task.kind}): {len(bad_rows)} of {len(cases)} rows cannot be used; it needs {task.reads}; mend them, "
-            f"or name other columns with {task.key}.columns\n  {listed}"
+            f"{task.config_key} ({task.kind}): {len(bad_rows)} of {len(cases)} rows cannot be used; it needs {task.reads}; mend "
+            f"them, or name other columns with {task.config_key}.columns\n  {listed}"
         )
-    return cases
 
 
-def _file_cases(task: Task, *, remote: bool) -> Iterator[Case]:
-    """The rows of the files in the task's path as cases, at most `max_rows`.
+def _read_file_cases(task: Task, *, remote: bool) -> Iterator[Case]:
+    """A case for each row of the files in the task's path, at most `max_rows`.
 
-    A kind of task with a file format of its own (such as bbq) gets the columns of each row. Any other kind gets the document that
-    the reader of a training format makes of the row. Raises ConfigError for a bad path, DataError for a row that cannot be read.
+    - The kind of task has a file format of its own (such as bbq): the case has the columns of the row.
+    - Else the file is in a training format: the case has the document that the format's reader builds from the row.
+
+    `remote`: whether the path may be a URL. Raises ConfigError for a bad path, or one on a hub; DataError for a row that cannot
+    be read.
     """
-    key = f"{task.key}.path"
-    files = expand_paths(task.config.path, key, remote=remote)
-    for path in files:
-        if is_hub_path(path):
-            raise ConfigError(f"{key}={path}: would be fetched from a hub; download its files and give their path")
-    rows: Iterator[Row] = (_parse_row(row) for row in Origin(key, files).rows())
-    has_own_columns = task.needs_path and not task.reads_documents
-    if has_own_columns:
+    path_key = f"{task.config_key}.path"
+    files = expand_paths(task.config.path, path_key, remote=remote)
+    for file in files:
+        if is_hub_path(file):
+            raise ConfigError(f"{path_key}={file}: would be fetched from a hub; download its files and give their path")
+    rows: Iterator[Row] = (_parse_row(row) for row in Origin(path_key, files).rows())
+    if task.has_own_file_format:
         rows = task.expand_rows(rows)
-    # The first row decides which format all rows are read in.
+    # The training format of all rows is recognised by the first one, which is put back before the others.
     first = next(rows, None)
     if first is None:
         return
-    make_case = _case_with_columns if has_own_columns else _document_reader(task, first)
-    for row in islice(_prepend(first, rows), task.config.max_rows):
-        yield make_case(task, row)
+    case_of_row = _case_with_columns if task.has_own_file_format else _document_case_reader(task, first)
+    for row in islice(chain([first], rows), task.config.max_rows):
+        yield case_of_row(task, row)
 
 
 def _parse_row(row: Row | Rejected) -> Row:
@@ -106,16 +115,11 @@ def _parse_row(row: Row | Rejected) -> Row:
     return parsed
 
 
-def _prepend(first: Row, rows: Iterator[Row]) -> Iterator[Row]:
-    """All rows in their order, after `first` was taken out of the iterator to look at it."""
-    yield first
-    yield from rows
-
-
 def _case_with_columns(task: Task, row: Row) -> Case:
-    """A row as the columns that the kind of task reads, renamed by the task's `columns`. Raises DataError.
+    """A case with the columns of a row, renamed by the task's `columns`.
 
-    `columns` maps names of the kind to names of the file, perhaps with dots that lead into objects.
+    `columns` maps the names that the kind of task reads to names in the file, perhaps with dots that lead into objects:
+    {"label": "meta.label"}. Raises DataError if such a column is missing, or a column could not be read.
     """
     fields = dict(row.fields)
     for name, column in task.config.columns.items():
@@ -123,26 +127,28 @@ def _case_with_columns(task: Task, row: Row) -> Case:
             fields[name] = value_at(fields, column)
         except (KeyError, Refusal):
             raise DataError(
-                f"{row.file}:{row.line}: no column {column!r} ({task.key}.columns.{name}); the row has {sorted(row.fields)}"
+                f"{row.file}:{row.line}: no column {column!r} ({task.config_key}.columns.{name}); the "
+                f"row has {sorted(row.fields)}"
             ) from None
-    # A column that could not be read is a Fault in the row's fields, and an error only where it is used.
+    # Readers put a Fault in the place of a column that cannot be read.
     for field in fields.values():
         if isinstance(field, Fault):
             raise DataError(f"{row.file}:{row.line}: {field.message}")
-    return Case(f"{row.file}:{row.line}", None, fields)
+    return Case(f"{row.file}:{row.line}", document=None, fields=fields)
 
 
-def _document_reader(task: Task, first: Row) -> Callable[[Task, Row], Case]:
-    """A function that makes a case of a row by reading it as a document (a conversation, a prompt with its answer ...).
+def _document_case_reader(task: Task, first: Row) -> Callable[[Task, Row], Case]:
+    """A function that reads a row as a document (a conversation, a prompt with its answer ...) and returns its case.
 
-    Its format is `format` of the task, else the one that the first row has; of several that fit, the one the kind prefers.
+    The format of all rows is `format` of the task. If that is `auto`, it is recognised by the `first` row; of several formats
+    that fit, the one that the kind of task prefers is taken. Raises DataError or ConfigError if none fits.
     """
     config = task.config
 
     def with_task_keys(message: str) -> str:
-        """Readers name settings of training data; the user has set those of the task."""
-        message = message.replace(f"data.sources.{task.name}.", f"{task.key}.")
-        return message.replace("data.columns", f"{task.key}.columns")
+        """An error message about settings of training data, with the settings of the task that the user has set."""
+        message = message.replace(f"data.sources.{task.name}.", f"{task.config_key}.")
+        return message.replace("data.columns", f"{task.config_key}.columns")
 
     try:
         format = config.format
@@ -153,10 +159,10 @@ def _document_reader(task: Task, first: Row) -> Callable[[Task, Row], Case]:
     except (DataError, ConfigError) as error:
         raise type(error)(with_task_keys(str(error))) from None
 
-    def make_case(task: Task, row: Row) -> Case:
+    def read_document_case(task: Task, row: Row) -> Case:
         document = reader(row)
         if isinstance(document, Rejected):
             raise DataError(with_task_keys(str(document)))
-        return Case(document.location, document, row.fields)
+        return Case(document.location, document=document, fields=row.fields)
 
-    return make_case
+    return read_document_case

@@ -20,7 +20,7 @@ from trainer.data.document import Row
 from trainer.data.fields import Refusal, parse_text, show_value
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface
-from trainer.evaluation.tasks.texts import texts_after, whole_texts
+from trainer.evaluation.tasks.texts import continuation_questions, whole_text_questions
 
 if TYPE_CHECKING:
     from trainer.evaluation.likelihood import Likelihood
@@ -95,9 +95,9 @@ class Stereotype(Task):
                 winobias_files.setdefault(row.file, []).extend(_winobias_sentences(row))
             else:
                 yield row
-        yield from _pair_winobias_files(self.key, winobias_files)
+        yield from _pair_winobias_files(self.config_key, winobias_files)
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Keep a row's sentences (stereotype, anti-stereotype, perhaps an unrelated one), their context, and its groups.
 
         Groups are the kinds of bias that the row names; each gets a metric of its own. Raises Refusal.
@@ -126,7 +126,7 @@ class Stereotype(Task):
         target = str(fields.get("target") or "")
         case.fields = {"texts": texts, "context": context, "target": target, "groups": groups}
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each pair of sentences, with which of them the model finds likelier. All ranks must call.
 
         A sentence alone is scored as a whole, one with a context after that context.
@@ -140,7 +140,7 @@ class Stereotype(Task):
                     sentences_with_context.append((case.location, context, sentence))
                 else:
                     lone_sentences.append((case.location, sentence))
-        questions = whole_texts(model, lone_sentences) + texts_after(model, sentences_with_context)
+        questions = whole_text_questions(model, lone_sentences) + continuation_questions(model, sentences_with_context)
         likelihoods = model.likelihoods(questions)
         lone_likelihoods = iter(likelihoods[: len(lone_sentences)])
         context_likelihoods = iter(likelihoods[len(lone_sentences) :])
@@ -180,7 +180,7 @@ class Stereotype(Task):
             group_metrics.append(metric)
         return (*metrics, *group_metrics)
 
-    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """StereoSet's ICAT score as a function of how often each row counts (float64 [rows]).
 
         ICAT is NaN if no row has an unrelated sentence.
@@ -260,7 +260,14 @@ def _row(case: Case, likelihoods: Sequence[Likelihood], weight: float) -> TaskRo
         scores |= {f"of_{name}": preferred, f"in_{name}": 1.0}
     source = case.fields["groups"][0] if case.fields["groups"] else ""
     likelier_text = texts[0] if preferred else texts[1]
-    return TaskRow(case.location, case.fields["context"], likelier_text, "\n".join(texts), scores, source)
+    return TaskRow(
+        where=case.location,
+        prompt=case.fields["context"],
+        answer=likelier_text,
+        reference="\n".join(texts),
+        scores=scores,
+        source=source,
+    )
 
 
 def _sentences_by_label(sentences: Any) -> list[str]:
@@ -294,7 +301,7 @@ def _sentences_by_label(sentences: Any) -> list[str]:
 def _stereoset_rows(row: Row, form: str, items: Any) -> Iterator[Row]:
     """The items of one form of StereoSet (`intrasentence` or `intersentence`) as rows, with the item's number as line.
 
-    What is no item becomes a row that `parse_case` refuses, so that the user hears of it.
+    What is no item becomes a row that `prepare_case` refuses, so that the user hears of it.
     """
     if not isinstance(items, list):
         return

@@ -15,7 +15,7 @@ from trainer.data.fields import Refusal, parse_text, show_value
 from trainer.data.messages import parse_turns
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
-from trainer.evaluation.tasks.pass_at_k import row_of_draws, texts_by_prompt
+from trainer.evaluation.tasks.pass_at_k import set_samples_of_row, texts_by_prompt
 from trainer.evaluation.tasks.written import GenerationTask
 
 FENCE = re.compile(r"\A```\w*\s*\n(.*?)\n?```\s*\Z", re.DOTALL)
@@ -47,7 +47,7 @@ class ToolCalls(GenerationTask):
         "none if no tool should be called"
     )
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Replace `case.fields` by the calls of the reference answer, and that answer as a text.
 
         {"calls": [{"name": "weather", "arguments": {"city": "Paris"}}], "reference": "[...]"}, the reference being the calls as
@@ -65,7 +65,7 @@ class ToolCalls(GenerationTask):
         reference = json.dumps(calls, ensure_ascii=False) if calls else answer["content"]
         case.fields = {"calls": calls, "reference": reference}
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each conversation, with whether the answer makes the reference's tool calls. All ranks must call.
 
         Raises DataError if the chat template writes calls in a form that is not read here: every answer would be wrong.
@@ -80,7 +80,7 @@ class ToolCalls(GenerationTask):
                     f"{case_with_call.location}: the chat template writes the calls as {reference!r}, which is not read here; "
                     "calls must be JSON objects with a name and arguments; give such a template in model.chat_template"
                 )
-        return super().run(cases, model)
+        return super().score_cases(cases, model)
 
     def reference(self, case: Case) -> str:
         return str(case.fields["reference"])
@@ -166,12 +166,12 @@ class JsonSchema(Task):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from self.config.write.problems(f"{self.key}.write")
+        yield from self.config.write.problems(f"{self.config_key}.write")
         file = self.option_values["schema"]
         if file is not None and not Path(str(file)).expanduser().is_file():
-            yield f"{self.key}.options.schema={file}: no such file; give a file with a JSON schema"
+            yield f"{self.config_key}.options.schema={file}: no such file; give a file with a JSON schema"
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Set the row's JSON schema in `case.fields`, and its prompt as `case.document`. Raises Refusal if either is not valid.
 
         The schema is that of `options.schema`, or else of the row, as an object or as JSON text. The prompt is the row's
@@ -211,10 +211,10 @@ class JsonSchema(Task):
             case.document.completion = "{}"
         case.fields = {"schema": schema}
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with whether the answer is JSON, and valid under the row's schema. All ranks must call."""
         questions = model.encode_questions(documents_of(cases))
-        answers = texts_by_prompt(model.generate_answers(questions, self.config.write, self.key), len(cases))
+        answers = texts_by_prompt(model.generate_answers(questions, self.config.write, self.config_key), len(cases))
         rows = []
         for case, question, texts in zip(cases, questions, answers, strict=True):
             schema = case.fields["schema"]
@@ -224,11 +224,14 @@ class JsonSchema(Task):
                 is_json, error = check_json(text, schema)
                 scores.append({"valid": float(error is None), "parsed": float(is_json)})
                 errors.append(error)
-            prompt = model.shown_prompt(question.context)
+            prompt = model.decode_prompt_end(question.context)
             reference = json.dumps(schema, ensure_ascii=False)
             # The report shows the first draw, and so what is wrong with that one.
-            row = TaskRow(case.location, prompt, "", reference, {}, note=errors[0] or "")
-            rows.append(row_of_draws(row, texts, scores))
+            row = TaskRow(
+                where=case.location, prompt=prompt, answer="", reference=reference, scores={}, note=errors[0] or ""
+            )
+            set_samples_of_row(row, texts, scores)
+            rows.append(row)
         return rows
 
     def signatures(self) -> dict[str, str]:
@@ -275,9 +278,9 @@ class Maths(GenerationTask):
         "what stands in \\boxed{} or behind ####, is the right result"
     )
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Keep the reference and the result that it ends in. Raises Refusal if it has none."""
-        super().parse_case(case)
+        super().prepare_case(case)
         case.fields["result"] = final_result(self.reference(case))
         if case.fields["result"] is None:
             raise Refusal("no_result", "the solution has no number, nothing after #### and nothing in \\boxed{}")

@@ -43,24 +43,24 @@ class Subgroups(ClassificationTask):
     options: ClassVar[dict[str, Any]] = {**ClassificationTask.options, "positive": None, "seed": 0}
     required_package: ClassVar[str | None] = None
 
-    def parse_case(self, case: Case) -> None:
+    def prepare_case(self, case: Case) -> None:
         """Keep text, true label and group of a row. Raises Refusal."""
         group = case.fields.get("group")
         if not isinstance(group, str | int) or not str(group).strip():
             raise Refusal(
                 "no_group",
-                f'"group" is {show_value(group)}; it must be a name ({self.key}.columns.group names another column)',
+                f'"group" is {show_value(group)}; it must be a name ({self.config_key}.columns.group names another column)',
             )
-        super().parse_case(case)
+        super().prepare_case(case)
         case.fields["group"] = str(group).strip()
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
-        rows = super().run(cases, model)
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+        rows = super().score_cases(cases, model)
         for case, row in zip(cases, rows, strict=True):
             row.source = case.fields["group"]
         return rows
 
-    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """The gaps between groups, each as a function of row weights (float64 [rows])."""
         groups = np.array([row.source for row in rows])
 

@@ -9,10 +9,11 @@ from trainer.data.document import Document
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question
 
 
-def whole_texts(model: ModelInterface, texts: Sequence[tuple[str, str]]) -> list[Question]:
-    """Questions that ask for the likelihood of every token of each text, given as (`file:line`, text).
+def whole_text_questions(model: ModelInterface, located_texts: Sequence[tuple[str, str]]) -> list[Question]:
+    """A question for each text that asks for the likelihood of all of its tokens, also of the first.
 
-    The context is BOS, or EOS if the tokenizer has no BOS, as in lm-evaluation-harness. Raises ConfigError if it has neither.
+    `located_texts`: (`file:line`, text) of each. The context is BOS, or EOS if the tokenizer has no BOS, as in
+    lm-evaluation-harness. Raises ConfigError if it has neither.
     """
     start_id = model.encoder.bos_id
     if start_id is None:
@@ -22,31 +23,34 @@ def whole_texts(model: ModelInterface, texts: Sequence[tuple[str, str]]) -> list
             "the tokenizer has neither bos_token nor eos_token, so that the first token has nothing before it"
         )
     documents = []
-    for location, text in texts:
+    for location, text in located_texts:
         file, line = split_location(location)
         documents.append(Document(file, line, text=text))
     questions = []
     for question in model.encode_questions(documents):
         ids = [*question.context, *question.answer]
         scored_ids = ids[1:] if ids[0] == start_id else ids
-        questions.append(Question(question.where, [start_id], scored_ids))
+        questions.append(Question(where=question.where, context=[start_id], answer=scored_ids))
     return questions
 
 
-def texts_after(model: ModelInterface, pairs: Sequence[tuple[str, str, str]]) -> list[Question]:
-    """Questions that ask for the likelihood of a text after a context, given as (`file:line`, context, text).
+def continuation_questions(model: ModelInterface, located_pairs: Sequence[tuple[str, str, str]]) -> list[Question]:
+    """A question for each pair of texts that asks for the likelihood of the second after the first.
 
-    Context and text are tokenised together with a blank between them, since a tokenizer may join the last letters of the one
-    with the first of the other. What counts as context are the tokens that the joined text shares with the context alone.
+    `located_pairs`: (`file:line`, context, text) of each. Both are tokenised together, with a blank between them, since a
+    tokenizer may join the last letters of the context with the first of the text. The tokens that the joined text shares with
+    the context alone are the context of the question; at least one token is left as its answer.
     """
-    joined_questions = whole_texts(model, [(location, f"{context} {text}") for location, context, text in pairs])
-    context_questions = whole_texts(model, [(location, context) for location, context, _ in pairs])
+    joined_texts = [(location, f"{context} {text}") for location, context, text in located_pairs]
+    contexts = [(location, context) for location, context, _ in located_pairs]
+    joined_questions = whole_text_questions(model, joined_texts)
+    context_questions = whole_text_questions(model, contexts)
     questions = []
-    for joined, alone in zip(joined_questions, context_questions, strict=True):
-        num_shared = common_prefix_length(joined.answer, alone.answer)
-        num_shared = min(num_shared, len(joined.answer) - 1)  # at least one token is left to score
+    for joined, context_alone in zip(joined_questions, context_questions, strict=True):
+        num_shared = common_prefix_length(joined.answer, context_alone.answer)
+        num_shared = min(num_shared, len(joined.answer) - 1)
         context_ids = [*joined.context, *joined.answer[:num_shared]]
-        questions.append(Question(joined.where, context_ids, joined.answer[num_shared:]))
+        questions.append(Question(where=joined.where, context=context_ids, answer=joined.answer[num_shared:]))
     return questions
 
 

@@ -17,14 +17,14 @@ from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, documents_of
 from trainer.evaluation.tasks.compat import weighted_score
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
-from trainer.evaluation.tasks.pass_at_k import pass_at_k_metrics, row_of_draws, texts_by_prompt
+from trainer.evaluation.tasks.pass_at_k import pass_at_k_metrics, set_samples_of_row, texts_by_prompt
 
 REFERENCES = "references"
 """Column with further right answers, a list of texts."""
 
 
 class GenerationTask(Task):
-    """Lets the model write the last answer of each document, and scores it against the reference."""
+    """Lets the model generate the last answer of each document, and scores it against the reference."""
 
     reads = (
         'rows with a prompt and the right answer, in any format that data.path takes; a column "references" can list '
@@ -41,10 +41,13 @@ class GenerationTask(Task):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from self.config.write.problems(f"{self.key}.write")
+        yield from self.config.write.problems(f"{self.config_key}.write")
 
-    def parse_case(self, case: Case) -> None:
-        """Keep the right answers of a row: its last answer, and those of the column "references". Raises Refusal."""
+    def prepare_case(self, case: Case) -> None:
+        """Replace `case.fields` by the right answers of the row: {"references": [its last answer, further ones ...]}.
+
+        Further ones are in the column "references". Raises Refusal if the row has no answer, or that column is no list of texts.
+        """
         assert case.document is not None
         answer = last_answer(case.document)
         if answer is None:
@@ -54,15 +57,22 @@ class GenerationTask(Task):
             raise Refusal("bad_references", f'"{REFERENCES}" is {show_value(more_answers)}; it must be a list of texts')
         case.fields = {REFERENCES: [answer["content"].strip(), *(more_answers or [])]}
 
-    def run(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with the model's answers scored against the references. All ranks must call."""
         questions = model.encode_questions(documents_of(cases))
-        answers = texts_by_prompt(model.generate_answers(questions, self.config.write, self.key), len(cases))
+        answers = texts_by_prompt(model.generate_answers(questions, self.config.write, self.config_key), len(cases))
         rows = []
         for case, question, texts in zip(cases, questions, answers, strict=True):
-            row = TaskRow(case.location, model.shown_prompt(question.context), "", self.reference(case), {})
+            row = TaskRow(
+                where=case.location,
+                prompt=model.decode_prompt_end(question.context),
+                answer="",
+                reference=self.reference(case),
+                scores={},
+            )
             scores = [self.score(case, text) for text in texts]
-            rows.append(row_of_draws(row, texts, scores, self.metrics))
+            set_samples_of_row(row, texts, scores, self.metrics)
+            rows.append(row)
         return rows
 
     def reference(self, case: Case) -> str:
@@ -92,7 +102,7 @@ class _NormalisedTask(GenerationTask):
         yield from super().problems()
         names = self.option_values["normalise"]
         if not isinstance(names, list) or not {*names} <= NORMALISATIONS.keys():
-            yield f"{self.key}.options.normalise={names}: must be a list of {', '.join(NORMALISATIONS)}, or []"
+            yield f"{self.config_key}.options.normalise={names}: must be a list of {', '.join(NORMALISATIONS)}, or []"
 
     def normalise(self, text: str) -> str:
         """The text after the normalisations of `options.normalise`, in the order of `NORMALISATIONS`."""
@@ -167,7 +177,7 @@ class Translation(GenerationTask):
         yield from super().problems()
         known = ("13a", "intl", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "char", "none")
         if self.option_values["tokenize"] not in known:
-            yield f"{self.key}.options.tokenize={self.option_values['tokenize']}: must be one of {', '.join(known)}"
+            yield f"{self.config_key}.options.tokenize={self.option_values['tokenize']}: must be one of {', '.join(known)}"
 
     @cached_property
     def scorers(self) -> dict[str, Any]:
@@ -183,7 +193,7 @@ class Translation(GenerationTask):
     def score(self, case: Case, answer: str) -> dict[str, float]:
         return {"chrf": float(self.scorers["chrf"].sentence_score(answer, case.fields[REFERENCES][:1]).score)}
 
-    def weighted_metrics(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
+    def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """BLEU and chrF of the corpus, each as a function of row weights (float64 [rows])."""
         answers = [row.answer for row in rows]
         references = [row.reference for row in rows]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trainer.evaluation.tasks.judged import grade_of, grading_question
+from trainer.evaluation.tasks.judged import grading_prompt, parse_grade
 from trainer.rollout.rewards.functions import BadScore
 from trainer.rollout.rewards.kinds import JudgeReward
 from trainer.rollout.types import Group, Prompt
@@ -34,11 +34,11 @@ def judge_answers(judge: VerdictSource, options: Mapping[str, Any], groups: Sequ
         reference = _reference(reward, group.prompt)
         request = _request(group.prompt)
         for answer in group.answers:
-            questions.append(grading_question(reward.option_values["rubric"], request, reference, answer.text.strip()))
+            questions.append(grading_prompt(reward.option_values["rubric"], request, reference, answer.text.strip()))
     verdicts = iter(judge.verdicts(questions))
     scores = []
     for group in groups:
-        grades = [grade_of(next(verdicts)) for _ in group.answers]
+        grades = [parse_grade(next(verdicts)) for _ in group.answers]
         known = np.array([np.nan if grade is None else grade for grade in grades], np.float64)
         scores.append((known - 1) / 9)
     return scores

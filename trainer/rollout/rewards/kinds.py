@@ -97,7 +97,7 @@ class ExactMatchReward(RewardKind):
 
     def problems(self, key: str) -> Iterator[str]:
         for problem in self.task.problems():
-            yield f"{key}{problem.removeprefix(self.task.key)}"
+            yield f"{key}{problem.removeprefix(self.task.config_key)}"
 
     def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
         case = Case("", fields={REFERENCES: self.references(columns)})
