@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -210,17 +210,27 @@ def _batch_on_meta(batch: dict[str, Any]) -> dict[str, Any]:
     return moved
 
 
-def choose_recomputation(activations: Activations, budget: float) -> tuple[list[ActivationCheckpointing], bool]:
-    """Choose what each block recomputes, so that activations take at most `budget` bytes at the peak.
+class RecomputationChoice(NamedTuple):
+    """What the blocks of a model recompute."""
 
-    Returns (the mode of each block, whether the peak fits). As few blocks as possible recompute, and selectively if that is
-    enough. Earlier blocks recompute first: what they keep lives longest, until the end of the backward pass.
+    modes: list[ActivationCheckpointing]
+    """Of each block, in forward order."""
+    fits: bool
+    """Whether the activations at the peak fit the budget."""
+
+
+def choose_recomputation(activations: Activations, budget_bytes: float) -> RecomputationChoice:
+    """Choose what each block recomputes, so that activations take at most `budget_bytes` at the peak.
+
+    If they take more even with all blocks recomputed in full, the choice does not fit. As few blocks as possible recompute,
+    and selectively if that is enough. Earlier blocks recompute first: what they keep lives longest, until the end of the
+    backward pass.
     """
     modes = [ActivationCheckpointing.none] * activations.num_blocks
     # First all blocks in turn become selective, then, if that is not enough, all in turn become full.
     for stronger_mode in (ActivationCheckpointing.selective, ActivationCheckpointing.full):
         for block_index in range(activations.num_blocks):
-            if activations.peak_bytes(modes) <= budget:
-                return modes, True
+            if activations.peak_bytes(modes) <= budget_bytes:
+                return RecomputationChoice(modes, fits=True)
             modes[block_index] = stronger_mode
-    return modes, activations.peak_bytes(modes) <= budget
+    return RecomputationChoice(modes, fits=activations.peak_bytes(modes) <= budget_bytes)

@@ -133,18 +133,18 @@ def _zero_bytes(sizes: _ModelSizes, config: ZeroConfig, precision: Precision, nu
     """Bytes of parameters, gradients and optimizer state on one of `num_ranks` ranks, under the ZeRO stage of `config`."""
     # Under stage 3 in fp32, the parameters themselves are the fp32 masters.
     master_bytes_per_element = 0 if precision is Precision.fp32 and config.stage == 3 else 4
-    parameters = sizes.all_bytes / (num_ranks if config.stage == 3 else 1)
-    optimizer = sizes.num_trained * (sizes.optimizer_bytes_per_element + master_bytes_per_element) / num_ranks
-    gradients = sizes.num_trained * 4 / num_ranks
+    parameter_bytes = sizes.all_bytes / (num_ranks if config.stage == 3 else 1)
+    optimizer_bytes = sizes.num_trained * (sizes.optimizer_bytes_per_element + master_bytes_per_element) / num_ranks
+    gradient_bytes = sizes.num_trained * 4 / num_ranks
     if config.stage == 1:
         # Every rank has full gradients: in fp16 as the backward pass makes them, otherwise summed up in fp32.
-        gradients = sizes.num_trained * (2.0 if precision is Precision.fp16 else 4.0)
+        gradient_bytes = sizes.num_trained * (2.0 if precision is Precision.fp16 else 4.0)
     if config.offload_optimizer != "none":
-        optimizer = 0.0
+        optimizer_bytes = 0.0
     if config.offload_parameters != "none":
-        parameters = 0.0
-    gathered = sizes.gathered_bytes if config.stage == 3 else 0.0
-    return parameters + optimizer + gradients + gathered
+        parameter_bytes = 0.0
+    gathered_bytes = sizes.gathered_bytes if config.stage == 3 else 0.0
+    return parameter_bytes + optimizer_bytes + gradient_bytes + gathered_bytes
 
 
 def _compute_bytes(precision: Precision) -> int:

@@ -103,9 +103,11 @@ class PackedModule(Protocol):
 
 
 def element_counts(step_module: nn.Module) -> dict[str, int]:
-    """Elements of each distinct parameter by plain name: of the full parameter, whatever this rank holds of it.
+    """The number of elements of each distinct parameter, by plain name: of the full parameter, whatever this rank holds of it.
 
-    For a packed weight the elements that it stands for, not its bytes.
+    - A packed (quantised) weight: the elements that it encodes, not its bytes.
+    - Experts under expert parallelism: those of all ranks of the expert group.
+    - A parameter that ZeRO-3 has partitioned, and any other one: its full size.
     """
     counts: dict[str, int] = {}
     for name, parameter in named_parameters(step_module):
@@ -113,7 +115,7 @@ def element_counts(step_module: nn.Module) -> dict[str, int]:
         owner = step_module.get_submodule(MODEL_PREFIX + owner_name) if owner_name else None
         if isinstance(owner, PackedModule) and key in owner.packed_elements:
             counts[name] = owner.packed_elements[key]
-        elif share := getattr(owner, "expert_share", None):  # experts that are dealt: of all ranks together
+        elif share := getattr(owner, "expert_share", None):
             counts[name] = share.full_shape(parameter.shape).numel()
         else:
             # ZeRO-3 leaves an empty tensor in the place of a parameter, and its full size in `ds_numel`.

@@ -69,14 +69,15 @@ class BaseRows:
             return
 
         self.evaluator.model.engine = engine
-        as_base = built.tuning.reference(built.step_module.model) if keeps_base else nullcontext()
-        with as_base:
-            finished = [*self.evaluator.run_tasks(self.names)]
+        without_adapter = built.tuning.reference(built.step_module.model) if keeps_base else nullcontext()
+        with without_adapter:
+            finished_tasks = [*self.evaluator.run_tasks(self.names)]
         # Before the first step of full tuning the model is the base: its answers need not be asked for again.
-        self.tasks_of_unchanged_base = [] if keeps_base else finished
+        self.tasks_of_unchanged_base = [] if keeps_base else finished_tasks
         self.tasks = {}
-        for done in finished:
-            self.tasks[done.prepared.task.name] = BaseTask(done.rows, _first_metric(done))
+        for finished_task in finished_tasks:
+            task_name = finished_task.prepared.task.name
+            self.tasks[task_name] = BaseTask(finished_task.rows, _first_metric(finished_task))
         if self.runtime.is_main:  # for a resumed run
             task_records = {name: asdict(task) for name, task in self.tasks.items()}
             write_text_atomic(self.path, json_text({"key": self._results_key(), "tasks": task_records}))

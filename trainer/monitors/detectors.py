@@ -203,21 +203,23 @@ class Challenges:
         """Take the sums over each micro-batch of the evaluation documents, by metric, before `judge_evaluation` is called."""
         self._batch_sums = batch_sums
 
-    def add_task(self, done: FinishedTask) -> None:
+    def add_task(self, finished_task: FinishedTask) -> None:
         """Take a finished task: its written answers, and how its first metric changed from the base's, if the base was asked."""
-        task = done.prepared.task
+        task = finished_task.prepared.task
         if isinstance(task, GenerationTask):
-            self.add_answers(task.name, [KeptAnswer(row.prompt, row.answer, row.reference) for row in done.rows])
+            self.add_answers(
+                task.name, [KeptAnswer(row.prompt, row.answer, row.reference) for row in finished_task.rows]
+            )
         if task.name == CHAT_ANSWERS:  # for people to read: two answers are no measurement
-            self.chat_rows = done.rows
+            self.chat_rows = finished_task.rows
             return
         if self.base_rows is None or self.base_rows.tasks is None or task.name not in self.base_rows.tasks:
             return
         base_task = self.base_rows.tasks[task.name]
         metric = task.metrics[0]
-        base_and_tuned_value = (base_task.value, done.metrics[metric.name])
+        base_and_tuned_value = (base_task.value, finished_task.metrics[metric.name])
         self._compared_tasks.append(
-            forgetting.compare_with_base(task.name, metric, base_task.rows, done.rows, base_and_tuned_value)
+            forgetting.compare_with_base(task.name, metric, base_task.rows, finished_task.rows, base_and_tuned_value)
         )
 
     def ask_chat_again(self, engine: Engine) -> None:

@@ -249,10 +249,13 @@ def divergence_verdict(training: TrainingChange | None, held_out: HeldOutChange 
 def divergence_finding(
     config: DivergenceConfig, step: int, training: TrainingChange | None, held_out: HeldOutChange | None
 ) -> Finding | None:
-    """The finding that a run is worse than at its own beginning, with what to do about it; None if it is not.
+    """The finding that a run is worse than at its own beginning, with what to do about it; None if it is not worse.
 
-    `training`, `held_out`: how the training loss and the held-out metric changed since then; None if not known. Of a run that is
-    `worse`, a training loss that fell means overfitting, any other one forgetting.
+    `training`, `held_out`: how the training loss and the held-out metric changed since then; None if not known. The remedies are
+
+    - for a run that is `worse` though its training loss fell: those against overfitting;
+    - for another run that is `worse`: those against forgetting;
+    - for a run that has `diverged`: those against divergence.
     """
     verdict = divergence_verdict(training, held_out)
     if verdict is None:

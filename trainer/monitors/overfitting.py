@@ -69,9 +69,9 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
     gap_level = GAP_LEVEL / max(1, evidence.planned_evaluations)  # Bonferroni: the gap is tested in each evaluation
     if p_held_out > HELD_OUT_LEVEL or p_gap > gap_level:
         return None
-    later = _after_lowest(evidence.history)
+    later_evaluations = _after_lowest(evidence.history)
     # If the training loss rises too, something else is wrong than overfitting.
-    if rising_p_value([evaluation["train"] for evaluation in later]) < 0.5:
+    if rising_p_value([evaluation["train"] for evaluation in later_evaluations]) < 0.5:
         return None
     best = min(evidence.history, key=lambda evaluation: evaluation["held_out"])
     last = evidence.history[-1]
@@ -82,7 +82,7 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
         step=evidence.step,
         message=(
             f"the held-out loss rose from {best['held_out']:.4f} at step {best['step']:.0f} to {last['held_out']:.4f} while its "
-            f"gap to the training loss grew to {_gap(last):.4f}, in {len(later)} "
+            f"gap to the training loss grew to {_gap(last):.4f}, in {len(later_evaluations)} "
             f"evaluations (Mann-Kendall: p {p_held_out:.2g} and {p_gap:.2g})"
         ),
         numbers=numbers,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,10 +80,11 @@ class ReplicaCheck:
         parameters = list(replicated_parameters(engine))
         if not parameters:
             return {}
-        checksums = torch.stack([checksum(tensor).to(self.runtime.device) for _, tensor, _ in parameters]).tolist()
+        device = self.runtime.device
+        checksums = torch.stack([checksum(parameter.tensor).to(device) for parameter in parameters]).tolist()
         checksum_by_name = {}
-        for (name, _, shard), parameter_checksum in zip(parameters, checksums, strict=True):
-            checksum_by_name[name] = (shard, parameter_checksum)
+        for parameter, parameter_checksum in zip(parameters, checksums, strict=True):
+            checksum_by_name[parameter.name] = (parameter.shard, parameter_checksum)
         return checksum_by_name
 
     def _raise_difference(
@@ -138,8 +139,17 @@ def _odd_ranks(sums: list[tuple[Shard, int]]) -> set[int]:
     return odd_ranks
 
 
-def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Shard]]:
-    """(name, this rank's tensor, its shard) of each parameter that other ranks may hold, too: those with the same shard.
+class ReplicatedParameter(NamedTuple):
+    """A parameter, or a part of one, that ranks with the same `shard` hold copies of."""
+
+    name: str
+    tensor: Tensor
+    """What this rank holds."""
+    shard: Shard
+
+
+def replicated_parameters(engine: Engine) -> Iterator[ReplicatedParameter]:
+    """Each parameter of this rank that other ranks may hold a copy of, too.
 
     Parameters that are partitioned over all ranks (ZeRO-3) have no copies and are left out.
     """
@@ -148,19 +158,20 @@ def replicated_parameters(engine: Engine) -> Iterator[tuple[str, Tensor, Shard]]
             continue
         tensor = parameter.detach()
         if not isinstance(tensor, DTensor):
-            yield name, tensor, ()
+            yield ReplicatedParameter(name, tensor, shard=())
             continue
         coordinate: Any = tensor.device_mesh.get_coordinate()
-        shard = []  # position along each mesh dimension that shards the tensor
+        shard_positions = []  # along each mesh dimension that shards the tensor
         for position, placement in zip(coordinate, tensor.placements, strict=True):
             if not isinstance(placement, Replicate):
-                shard.append(position)
-        if len(shard) == len(tensor.placements):  # no other rank has this shard
+                shard_positions.append(position)
+        has_no_copies = len(shard_positions) == len(tensor.placements)  # sharded over all dimensions of the mesh
+        if has_no_copies:
             continue
         share = expert_share_of_parameter(engine.step_module, name)  # None for all but experts
-        if share is not None:  # experts of an MoE layer that are spread over ranks: each rank of a group has others
-            shard.append(share.group_rank)
-        yield name, tensor.to_local(), tuple(shard)
+        if share is not None:  # under expert parallelism each rank of an expert group has other experts
+            shard_positions.append(share.group_rank)
+        yield ReplicatedParameter(name, tensor.to_local(), tuple(shard_positions))
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -39,15 +39,15 @@ class WatchedTasks:
         for finished in self.task_evaluator.run_tasks(names):
             yield from self._metrics_of(finished)
 
-    def _metrics_of(self, done: FinishedTask) -> Iterator[tuple[str, float]]:
+    def _metrics_of(self, finished_task: FinishedTask) -> Iterator[tuple[str, float]]:
         """Hand a finished task to the detectors; yields its metrics as (`eval/TASK/METRIC`, value)."""
-        self.challenges.add_task(done)
-        task = done.prepared.task
+        self.challenges.add_task(finished_task)
+        task = finished_task.prepared.task
         if self.makes_tables:
             # To compare with. In the first evaluation of a task there is nothing yet.
             first_rows = self.challenges.first_rows.rows_of(task.name)
             if first_rows is None:
-                self.challenges.first_rows.remember(task.name, done.rows)
-            self.tables |= row_tables(task, done.rows, first_rows)
-        for metric, value in done.metrics.items():
+                self.challenges.first_rows.remember(task.name, finished_task.rows)
+            self.tables |= row_tables(task, finished_task.rows, first_rows)
+        for metric, value in finished_task.metrics.items():
             yield f"eval/{task.name}/{metric}", value
