@@ -129,7 +129,8 @@ class _ActivationCounter(TorchDispatchMode):
             size = out.untyped_storage().nbytes()
             if is_kept_op(func):
                 self.kept_op_bytes[self.current_block] += size
-            if self.current_block == len(self.saved_bytes) - 1:
+            is_outside_blocks = self.current_block == len(self.saved_bytes) - 1
+            if is_outside_blocks:
                 self.largest_tensor_outside = max(self.largest_tensor_outside, size)
         return out
 
@@ -157,9 +158,9 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
     `step_module`: the model with its loss, whose parameters are on meta, so that nothing is allocated. Activations are counted
     in the type that `precision` computes in. If autocast casts the weights on the way (single, ddp), their copies come on top.
     """
-    compute = COMPUTE_DTYPE[precision]
+    compute_dtype = COMPUTE_DTYPE[precision]
     probe = copy.deepcopy(step_module)
-    set_dtypes(probe, trainable=compute, frozen=compute)
+    set_dtypes(probe, trainable=compute_dtype, frozen=compute_dtype)
     probe.to("meta")  # buffers are real until here
     keep_one_rank_of_experts_on_meta(probe)
     probe.train()
@@ -177,15 +178,21 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
     meta_batch = _batch_on_meta(batch)
     with torch.enable_grad(), _ShapesOfFlashAttention(), counter, hooks:
         terms = probe(meta_batch)
-    del terms
+    del terms  # with them goes what autograd has saved
 
-    none = counter.saved_bytes[:-1]
-    full = counter.input_bytes[:-1]
+    block_saved_bytes = counter.saved_bytes[:-1]
+    block_input_bytes = counter.input_bytes[:-1]
     selective = []
-    for saved_bytes, product_bytes, input_bytes in zip(none, counter.kept_op_bytes[:-1], full, strict=True):
-        selective.append(min(saved_bytes, product_bytes + input_bytes))
+    for saved_bytes, kept_op_bytes, input_bytes in zip(
+        block_saved_bytes, counter.kept_op_bytes[:-1], block_input_bytes, strict=True
+    ):
+        selective.append(min(saved_bytes, kept_op_bytes + input_bytes))
     return Activations(
-        none, selective, full, outside=counter.saved_bytes[-1], transient=2 * counter.largest_tensor_outside
+        none=block_saved_bytes,
+        selective=selective,
+        full=block_input_bytes,
+        outside=counter.saved_bytes[-1],
+        transient=2 * counter.largest_tensor_outside,
     )
 
 

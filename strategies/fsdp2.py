@@ -56,8 +56,8 @@ def full_shape_and_start(step_module: nn.Module, name: str, tensor: DTensor) -> 
     return share.full_shape(tensor.shape), share.first_own_element(tensor.shape) + start
 
 
-def refuse_fewer_experts_than_ranks(step_module: nn.Module, ranks: int, strategy: str) -> None:
-    """Raise ConfigError if a layer has fewer experts than there are `ranks` to shard them over.
+def refuse_fewer_experts_than_ranks(step_module: nn.Module, num_ranks: int, strategy: str) -> None:
+    """Raise ConfigError if a layer has fewer experts than there are ranks (`num_ranks`) to shard them over.
 
     Parameters are sharded along their first dimension, which here is the expert. With more ranks than experts, some ranks would
     hold one expert of each layer and others none, for which every all-gather would move padding.
@@ -65,14 +65,16 @@ def refuse_fewer_experts_than_ranks(step_module: nn.Module, ranks: int, strategy
     for name, parameter in named_parameters(step_module):
         if parameter.dim() != 3 or ".experts." not in name:
             continue
-        experts = parameter.shape[0]
-        if experts >= ranks:
+        num_experts = parameter.shape[0]
+        if num_experts >= num_ranks:
             continue
-        shards = max(divisor for divisor in range(1, experts + 1) if ranks % divisor == 0)
+        # With as many shards, each rank would have at least one expert.
+        num_shards = max(divisor for divisor in range(1, num_experts + 1) if num_ranks % divisor == 0)
         raise ConfigError(
-            f"strategy={strategy}: {name} holds {experts} experts, and {ranks} ranks would share them, so that "
-            f"{ranks - experts} ranks held none of them and the others a whole one each; use strategy=hsdp "
-            f"strategy.replicate={ranks // shards}, which shards over {shards}, or strategy=zero3, which cuts anywhere"
+            f"strategy={strategy}: {name} holds {num_experts} experts, and {num_ranks} ranks would share them, so that "
+            f"{num_ranks - num_experts} ranks held none of them and the others a whole one each; use strategy=hsdp "
+            f"strategy.replicate={num_ranks // num_shards}, which shards over {num_shards}, or strategy=zero3, which cuts "
+            "anywhere"
         )
 
 

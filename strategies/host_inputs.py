@@ -67,20 +67,20 @@ class HostInputs:
 
     def _to_host(self, tensor: Tensor) -> Tensor:
         """A copy of `tensor` on the host, which is counted as long as it lives."""
-        on_gpu = tensor.device.type == "cuda"  # a simulated GPU has no pinned memory
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
-        copy.copy_(tensor, non_blocking=on_gpu)
-        size = tensor.numel() * tensor.element_size()
+        is_on_gpu = tensor.device.type == "cuda"  # a simulated GPU has no pinned memory
+        host_copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=is_on_gpu)
+        host_copy.copy_(tensor, non_blocking=is_on_gpu)
+        num_bytes = tensor.numel() * tensor.element_size()
         self.live += 1
-        self.live_bytes += size
+        self.live_bytes += num_bytes
         if self.live_bytes > self.peak.size:
             self.peak = HostTensors(self.live, self.live_bytes)
-        weakref.finalize(copy, self._forget, size).atexit = False
-        return copy
+        weakref.finalize(host_copy, self._forget, num_bytes).atexit = False  # uncounts it when nothing refers to it
+        return host_copy
 
-    def _forget(self, size: int) -> None:
+    def _forget(self, num_bytes: int) -> None:
         self.live -= 1
-        self.live_bytes -= size
+        self.live_bytes -= num_bytes
 
 
 def is_on_host(tensor: Tensor) -> bool:

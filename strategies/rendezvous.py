@@ -74,10 +74,11 @@ class Rendezvous:
             ) from error
         return cls(store, rank, world_size, timeout_s, why_lost)
 
-    def stop_decided(self, asked_to_stop: bool) -> bool:
-        """Whether the job stops, by the first decision of any rank. `asked_to_stop`: whether this rank got a signal to stop.
+    def poll_stop_decision(self, asked_to_stop: bool) -> bool:
+        """Whether the job stops, by the first decision of any rank. Call it often while data is prepared.
 
-        To be called often while data is prepared. It reads the store about once a second, and does not wait for other ranks.
+        `asked_to_stop`: whether this rank got a signal to stop. If so, this call makes the decision, unless there is one.
+        Otherwise it reads the store about once a second. It does not wait for other ranks.
         """
         if self.store is None or self._stopped:
             self._stopped |= asked_to_stop

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle
 from deepspeed.runtime.zero.utils import assert_ints_same_as_other_ranks
 from torch import Tensor
 
-from strategies.compat.deepspeed import forget_backend, forget_groups, replace_in_stage3
+from strategies.compat.deepspeed import forget_backend, forget_groups, replace_stage3_functions
 from strategies.runtime import SIMULATED, Runtime
 
 
@@ -149,13 +149,13 @@ def prepare_deepspeed(runtime: Runtime) -> None:
     - In a simulation, DeepSpeed also forgets its backend and process groups, which an earlier simulation has left.
     """
     if runtime.simulated:
-        replace_in_stage3(
+        replace_stage3_functions(
             reduce_scatter=reduce_scatter_shapes,  # no views of every rank's part
             gathered_handle=GatheredTogether,  # no copies of every rank's part
             compare_integers=lambda _integers: None,  # no other rank has integers to compare with
         )
     else:
-        replace_in_stage3(
+        replace_stage3_functions(
             reduce_scatter=reduce_scatter_coalesced,
             gathered_handle=AllGatherCoalescedHandle,
             compare_integers=assert_ints_same_as_other_ranks,

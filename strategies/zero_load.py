@@ -30,40 +30,43 @@ def load_partitioned(
     """
     import deepspeed
 
-    names = {id(parameter): name for name, parameter in named_parameters(step_module, include_frozen_models=True)}
+    name_by_id = {id(parameter): name for name, parameter in named_parameters(step_module, include_frozen_models=True)}
     # The root comes last: what is still on meta then (embeddings, norm, head) belongs to no block.
-    units = [*step_module.shard_units(), *plan_of(step_module).further_units]  # type: ignore[operator]
-    for module in [*units, step_module]:
-        allocated: dict[int, nn.Parameter] = {}  # by the id of the meta parameter, so that ties are kept
-        for owner, key, meta_parameter in _own_parameters_below(module):
-            if not meta_parameter.is_meta or hasattr(
-                meta_parameter, "ds_id"
-            ):  # an earlier block's, partitioned already
-                continue
-            if id(meta_parameter) not in allocated:
-                full = nn.Parameter(
-                    torch.empty_like(meta_parameter.data, device=runtime.device), meta_parameter.requires_grad
-                )
-                allocated[id(meta_parameter)] = full
-                if offload_to_nvme:
-                    load_parameter_cooperatively(full.data, names[id(meta_parameter)], source, runtime)
-            own_parameters(owner)[key] = allocated[id(meta_parameter)]
-        if allocated:
+    blocks = [*step_module.shard_units(), *plan_of(step_module).further_units]  # type: ignore[operator]
+    for module in [*blocks, step_module]:
+        parameter_by_name = _allocate_meta_parameters(module, name_by_id, runtime.device)
+        if offload_to_nvme:
+            for name, parameter in parameter_by_name.items():
+                load_parameter_cooperatively(parameter.data, name, source, runtime)
+        if parameter_by_name:
             deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
         if not offload_to_nvme:
-            for meta_id, parameter in allocated.items():
-                _read_own_part(parameter, names[meta_id], source, runtime.rank)
+            for name, parameter in parameter_by_name.items():
+                _read_own_part(parameter, name, source, runtime.rank)
     replace_buffers(step_module, lambda buffer: buffer.to(runtime.device))
 
 
-def _own_parameters_below(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """(owner, name in the owner, parameter) for `module` and everything in it. A list: the caller replaces parameters."""
-    parameters = []
+def _allocate_meta_parameters(
+    module: nn.Module, name_by_id: dict[int, str], device: torch.device
+) -> dict[str, nn.Parameter]:
+    """Replace the parameters on meta in `module` by uninitialised ones on `device`. Returns these by plain name.
+
+    `name_by_id`: the plain names of the meta parameters, by their `id()`. Parameters that several modules share stay shared.
+    Those of an earlier block, which are partitioned already, are left alone.
+    """
+    allocated: dict[int, nn.Parameter] = {}  # by the id of the meta parameter
     for owner in module.modules():
-        for key, parameter in own_parameters(owner).items():
-            if parameter is not None:
-                parameters.append((owner, key, parameter))
-    return parameters
+        parameters = own_parameters(owner)
+        for key, meta_parameter in list(parameters.items()):
+            is_partitioned = hasattr(meta_parameter, "ds_id")
+            if meta_parameter is None or not meta_parameter.is_meta or is_partitioned:
+                continue
+            meta_id = id(meta_parameter)
+            if meta_id not in allocated:
+                values = torch.empty_like(meta_parameter.data, device=device)
+                allocated[meta_id] = nn.Parameter(values, meta_parameter.requires_grad)
+            parameters[key] = allocated[meta_id]
+    return {name_by_id[meta_id]: parameter for meta_id, parameter in allocated.items()}
 
 
 def gather_listed_modules_as_one(step_module: nn.Module) -> None:

@@ -40,44 +40,49 @@ class Fp32Masters:
 
         Each has fp32 weights (masters), the optimizer's moments and, with `average`, the moving average.
         """
-        groups = []
-        for number, flat in enumerate(self.flat_masters()):
-            tensors = {"weight": flat.data, **self._moments(flat)}
+        partitions = []
+        for index, flat_master in enumerate(self.flat_masters()):
+            tensors = {"weight": flat_master.data, **self._moments(flat_master)}
             if average is not None:
-                tensors[EMA_KEY] = average.averages[number]
-            groups.append(_FlatPartition(tensors))
+                tensors[EMA_KEY] = average.averages[index]
+            partitions.append(_FlatPartition(tensors))
         if self.stage == 3:
-            yield from self._ranges_of_stage_3(groups)
+            yield from self._ranges_of_stage_3(partitions)
         else:
-            yield from self._ranges_of_stages_1_and_2(groups)
+            yield from self._ranges_of_stages_1_and_2(partitions)
 
-    def _ranges_of_stage_3(self, groups: list[_FlatPartition]) -> Iterator[FlatRange]:
-        """Under stage 3, every rank has a partition of each parameter, of equal length: the last ones may end in padding."""
-        optimizer = self.engine.optimizer
-        for name, parameter in self.trainable:
-            group, offset, partition_numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = min(self.rank * partition_numel, parameter.ds_numel)
-            local_numel = min(partition_numel, parameter.ds_numel - start)
-            yield FlatRange(name, parameter.ds_numel, start, groups[group].narrow(offset, local_numel))
+    def _ranges_of_stage_3(self, partitions: list[_FlatPartition]) -> Iterator[FlatRange]:
+        """Under stage 3, every rank has a part of each parameter. All parts have one length: the last ones may end in padding.
 
-    def _ranges_of_stages_1_and_2(self, groups: list[_FlatPartition]) -> Iterator[FlatRange]:
-        """Under stages 1 and 2, a group's parameters are concatenated, and the flat tensor is divided equally among the ranks.
-
-        So a rank may have a part of a parameter, or nothing of it.
+        `partitions`: what this rank has, by group of the optimizer.
         """
         optimizer = self.engine.optimizer
-        names = {id(parameter): name for name, parameter in self.trainable}
+        for name, parameter in self.trainable:
+            group_index, offset, padded_numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = min(self.rank * padded_numel, parameter.ds_numel)
+            local_numel = min(padded_numel, parameter.ds_numel - start)
+            tensors = partitions[group_index].narrow(offset, local_numel)
+            yield FlatRange(name, parameter.ds_numel, start, tensors)
+
+    def _ranges_of_stages_1_and_2(self, partitions: list[_FlatPartition]) -> Iterator[FlatRange]:
+        """Under stages 1 and 2, a group's parameters are concatenated, and the flat tensor is divided equally among the ranks.
+
+        So a rank has all of a parameter, a part of it, or nothing, for which the range is empty. `partitions`: what this rank
+        has, by group of the optimizer.
+        """
+        optimizer = self.engine.optimizer
+        name_by_id = {id(parameter): name for name, parameter in self.trainable}
         parameter_groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
-        for group, parameters in zip(groups, parameter_groups, strict=True):
+        for partition, parameters in zip(partitions, parameter_groups, strict=True):
             for parameter in parameters:
-                name = names[id(parameter)]
+                name = name_by_id[id(parameter)]
                 fragment = fp32_fragment(parameter)
                 if fragment is None:  # no part of it is on this rank
-                    yield FlatRange(name, parameter.numel(), 0, group.narrow(0, 0))
+                    yield FlatRange(name, parameter.numel(), start=0, tensors=partition.narrow(0, 0))
                     continue
                 range_in_flat = fragment.hp_fragment_address
                 range_in_parameter = fragment.lp_fragment_address
-                tensors = group.narrow(range_in_flat.start, range_in_flat.numel)
+                tensors = partition.narrow(range_in_flat.start, range_in_flat.numel)
                 yield FlatRange(name, parameter.numel(), range_in_parameter.start, tensors)
 
     def _moments(self, flat: Tensor) -> dict[str, Tensor]:

@@ -206,7 +206,7 @@ def meet(
     with attempt.join_ranks(config.run.timeout_s) as rendezvous:
 
         def stop() -> bool:
-            return rendezvous.stop_decided(is_told_to_stop())
+            return rendezvous.poll_stop_decision(is_told_to_stop())
 
         choose_date = template_date_chooser(config, attempt.run_dir, rendezvous, stop)
         log = None if attempt.run_dir is None else attempt.run_dir / "logs" / f"rank-{rendezvous.rank}.log"

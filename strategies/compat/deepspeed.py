@@ -52,7 +52,7 @@ def replace_backend(replacement: Callable[[Any], Any]) -> None:
     comm.cdb = replacement(comm.cdb)
 
 
-def replace_in_stage3(
+def replace_stage3_functions(
     *, reduce_scatter: Callable[..., Any], gathered_handle: type, compare_integers: Callable[[Any], None]
 ) -> None:
     """Replace three functions and classes that DeepSpeed's stage 3 uses, which no setting can replace.

@@ -153,7 +153,7 @@ def test_deepspeed_stage_3_calls_the_collectives_put_in_their_place(library):
             super().wait(*args, **kwargs)
 
     try:
-        compat.replace_in_stage3(
+        compat.replace_stage3_functions(
             reduce_scatter=scatter, gathered_handle=Handle, compare_integers=lambda _integers: calls.add("compare")
         )
         engine = engine_of(library, 3)
@@ -161,7 +161,7 @@ def test_deepspeed_stage_3_calls_the_collectives_put_in_their_place(library):
             step(engine)
         engine.destroy()
     finally:
-        compat.replace_in_stage3(
+        compat.replace_stage3_functions(
             reduce_scatter=reduce_scatter_coalesced,
             gathered_handle=AllGatherCoalescedHandle,
             compare_integers=assert_ints_same_as_other_ranks,

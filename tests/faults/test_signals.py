@@ -167,7 +167,7 @@ def test_signal_decision_whether_to_start_training_is_made_once_for_all_ranks():
         thread = threading.Thread(target=lambda: answers.update(first=first.wait_for_all(told)))
         thread.start()
         slow(store)
-        stops = second.stop_decided(False)
+        stops = second.poll_stop_decision(False)
         answers["second"] = not stops and second.wait_for_all(lambda: False)
         thread.join()
         return answers
@@ -181,4 +181,4 @@ def test_signal_decision_whether_to_start_training_is_made_once_for_all_ranks():
     store.set("shardtune/ready/0", "1")
     store.add("shardtune/ready", 1)
     assert both[1].wait_for_all(lambda: False) and both[0].wait_for_all(lambda: True)
-    assert not both[0].stop_decided(True)
+    assert not both[0].poll_stop_decision(True)

@@ -183,16 +183,19 @@ def checkpoint_problem_on_all_ranks(directory: Path, runtime: Runtime) -> str | 
 
 
 def _wrong_step_problem(directory: Path) -> str | None:
-    """The problem, if a checkpoint is named for another step than its own, as a renamed copy is; None if it is not."""
-    name = STEP_NAME.fullmatch(directory.name)
-    if name is None:
+    """What is wrong if a checkpoint has the name of another step than its own, as a renamed copy has; None if it has not.
+
+    Also None if its name is not `step-<n>`, or if its own step cannot be read.
+    """
+    name_match = STEP_NAME.fullmatch(directory.name)
+    if name_match is None:
         return None
     try:
         header = parse_json(read_bytes(directory / PROGRESS, max_bytes=MAX_MANIFEST_BYTES))
         step = header["progress"]["step"]
     except (OSError, Malformed, KeyError, TypeError):
         return None  # loading it will say what is wrong
-    if step == int(name[1]):
+    if step == int(name_match[1]):
         return None
     return f"is a checkpoint of step {step} under another name"
 

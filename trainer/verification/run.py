@@ -47,8 +47,8 @@ def write_small_models_and_documents(
     machine, or no small copy can be made.
     """
     family = family_of(config.objective)
-    names = drawn_label_names(config)
-    outputs = family.num_outputs or (len(names) if names else None)
+    label_names = drawn_label_names(config)
+    outputs = family.num_outputs or (len(label_names) if label_names else None)
     model = write_small_model(config.model, family.kind, directory / MODEL, outputs=outputs)
     teacher = family.teacher(config.objective)
     if teacher is not None:
@@ -60,14 +60,14 @@ def write_small_models_and_documents(
         )
         # With another seed than the student: from a teacher with equal weights, it would get no gradient.
         write_small_model(teacher_model, ModelKind.causal, directory / TEACHER, outputs=None, seed=1)
-    small = small_run_in(directory, config, user_ranks=user_ranks)
+    small = small_run_of_directory(directory, config, user_ranks=user_ranks)
     vocabulary = load_model_config(small.config.model).get_text_config().vocab_size
     write_documents(
         directory / DOCUMENTS,
         data_spec_of(config.objective),
         DOCUMENTS_PER_SAMPLE * small.config.batch["global"],
         vocabulary=vocabulary,
-        labels=len(names or LABELS),
+        labels=len(label_names or LABELS),
         multi_label=family.multi_label(config.objective),
         must_learn=_must_learn(config),
     )
@@ -81,13 +81,11 @@ def _must_learn(config: RunConfig) -> bool:
     return family.kind is not ModelKind.causal or bool(data_spec.marks) or data_spec.sequences_per_document > 1
 
 
-def small_run_in(directory: Path, config: RunConfig, *, user_ranks: int | None) -> SmallRun:
+def small_run_of_directory(directory: Path, config: RunConfig, *, user_ranks: int | None) -> SmallRun:
     """The run on the small copies and documents that `write_small_models_and_documents` wrote into `directory`."""
-    teacher = directory / TEACHER
     has_teacher = family_of(config.objective).teacher(config.objective) is not None
-    return small_run_config(
-        copy.deepcopy(config), directory / MODEL, teacher if has_teacher else None, user_ranks=user_ranks
-    )
+    teacher_directory = directory / TEACHER if has_teacher else None
+    return small_run_config(copy.deepcopy(config), directory / MODEL, teacher_directory, user_ranks=user_ranks)
 
 
 def verify_step_against_single_process(
@@ -103,7 +101,7 @@ def verify_step_against_single_process(
     Empty on all ranks but 0. All ranks must call, after `write_small_models_and_documents` on one of them. Errors: those of
     building the run, and of its engines.
     """
-    small = small_run_in(directory, config, user_ranks=user_ranks)
+    small = small_run_of_directory(directory, config, user_ranks=user_ranks)
     runtime = with_sequence_parallelism(runtime, small.config.parallel.sequence)
     compared = compare_steps(
         small, directory / DOCUMENTS, drawn_label_names(config), directory, runtime, report_progress

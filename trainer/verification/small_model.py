@@ -251,7 +251,8 @@ def _make_router_choices_clear(embeddings: nn.Embedding, router_matrices: list[T
     most_experts = max(matrix.shape[0] for matrix in router_matrices)
     rows, width = embeddings.weight.shape
     num_kinds = min(MAX_TOKEN_KINDS, width // 2, max(2, math.ceil(most_experts / experts_per_token)))
-    directions = torch.linalg.qr(torch.randn(width, num_kinds))[0].T  # orthogonal, one a kind
+    orthogonal_columns, _ = torch.linalg.qr(torch.randn(width, num_kinds))
+    directions = orthogonal_columns.T  # [kinds, width]
     embeddings.weight.add_(TOKEN_KIND_LENGTH * directions[torch.arange(rows) % num_kinds])
     for matrix in router_matrices:
         matrix.zero_()

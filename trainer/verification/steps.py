@@ -82,7 +82,7 @@ class NonzeroValues:
 def take_verified_step(
     config: RunConfig, documents: Path, label_names: list[str] | None, directory: Path, runtime: Runtime
 ) -> TakenStep:
-    """Take one step of `config` on the random documents. All ranks of `runtime` must call.
+    """Build the engine of `config`, and take one step on the random documents. All ranks of `runtime` must call.
 
     `directory`: for recorded log-probabilities of the reference model; another one for each step. Errors: ConfigError, and those
     of the engines.
@@ -110,11 +110,14 @@ def take_verified_step(
 
 
 def _measured_step(config: RunConfig, data: PreparedData, engine: Engine, built: Built, runtime: Runtime) -> TakenStep:
-    """Take the first step of the run, and compute its gradients from the change of the weights."""
+    """Take the first step of the run, and compute its gradients from the change of the weights. All ranks must call.
+
+    In fp16, steps that overflow are repeated until one does not, at most `MOST_HALVINGS` times.
+    """
     loader, _ = build_loader(config, data, built, engine, runtime)
     trainer = minimal_trainer(engine)
     trainer.settings = replace(trainer.settings, seed=config.run.seed, schedule=config.schedule)
-    before = _weights(engine)
+    weights_before = _weights(engine)
     with closing(loader.steps(0, 1)) as batches:
         batch = next(batches)
     record = trainer.train_step(batch)
@@ -125,7 +128,10 @@ def _measured_step(config: RunConfig, data: PreparedData, engine: Engine, built:
                 break
             trainer.progress.step = 0
             record = trainer.train_step(batch)
-    after = _weights(engine)
+    weights_after = _weights(engine)
+    gradients = {}
+    for name, weight_before in weights_before.items():
+        gradients[name] = (weight_before - weights_after[name]) / GRADIENT_READING_LR
 
     # Sum up over the ranks.
     local_sum = record.local_sums["loss"].double()
@@ -134,7 +140,6 @@ def _measured_step(config: RunConfig, data: PreparedData, engine: Engine, built:
         local_sum = processes.dist_sum(local_sum)
         if expert_tokens is not None:
             expert_tokens = processes.dist_sum(expert_tokens)
-    gradients = {name: (weight - after[name]) / GRADIENT_READING_LR for name, weight in before.items()}
     return TakenStep(
         loss=float(local_sum) / record.counts["loss"],
         gradients=gradients,
