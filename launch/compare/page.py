@@ -17,7 +17,7 @@ from trainer.reporting.status import write_atomic
 REQUIRED_PACKAGES = ("altair", "vl_convert")
 """Packages of the extra `report` that draw the plots."""
 IMAGE_CONFIG = {
-    "range": {"category": ["#0072b2", "#d55e00", "#009e73", "#b4578c", "#8a6d00", "#3d8fc4", "#5b3fa8", "#5b6470"]},
+    "range": {"category": ["#0072b2", "#d55e00", "#009e73", "#3b1f6b", "#aa3377", "#7f8fa9", "#661100", "#00473b"]},
     "mark": {"color": "#0072b2"},
     "style": {"ink": {"stroke": "#1b2430", "color": "#1b2430"}, "bad": {"stroke": "#b3261e", "color": "#b3261e"}},
     "legend": {"orient": "top"},

@@ -15,8 +15,8 @@ TOP = 10
 BOTTOM = 34
 MOST_POINTS = 300
 """Points of a drawn line at most: a picture has no more columns that an eye tells apart."""
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#777777")
-"""Okabe and Ito's colours, which the colour-blind tell apart; yellow and black would vanish on one of the backgrounds."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#AA3377", "#FF8FA3")
+"""Colours that the colour-blind tell apart, the first six of Okabe and Ito; yellow and black would vanish on one background."""
 DASHES = ("", "7 4", "2 4", "9 4 2 4")
 """Each line has the next one, so that of two lines on top of each other both are seen."""
 LOGARITHMIC_FROM = 30.0

@@ -76,10 +76,11 @@ if (window.vegaEmbed) {
       header: {labelColor: ink, titleColor: ink}, title: {color: ink}, text: {color: ink}, rule: {color: soft},
       mark: {color: isDark.matches ? "#56b4e9" : "#0072b2"},
       style: tones,
-      // Okabe and Ito's colours in the order that stands out from the page; black, or white, is left to texts.
+      // The first three are Okabe and Ito's. With deuteranopia or protanopia no two look more alike than two of their eight do
+      // (tests/pages/test_colours.py); black, or white, is left to texts.
       range: {category: isDark.matches
-        ? ["#56b4e9", "#e69f00", "#2cc295", "#cc79a7", "#f0e442", "#e8702a", "#9db7ff", "#c0c7d1"]
-        : ["#0072b2", "#d55e00", "#009e73", "#b4578c", "#8a6d00", "#3d8fc4", "#5b3fa8", "#5b6470"]},
+        ? ["#56b4e9", "#e69f00", "#2cc295", "#8b5cf6", "#ffffa6", "#d9442f", "#4f7979", "#f0d0e0"]
+        : ["#0072b2", "#d55e00", "#009e73", "#3b1f6b", "#aa3377", "#7f8fa9", "#661100", "#00473b"]},
     };
   };
   const fitted = (spec, width) => {  // plots beneath each other cannot be fitted by Vega: their axes are left room
