@@ -85,6 +85,88 @@ def axe_problems(page: Page) -> list[str]:
     ]
 
 
+OPERABLE = "a[href], button:enabled, select, input:enabled, textarea, summary, [tabindex='0']"
+"""What a reader can operate, or scroll, and so has to reach with the keyboard."""
+MOST_TABS = 1000
+AT_FOCUS = """() => {
+  const element = document.activeElement;
+  if (!element || element === document.body || element.hasAttribute("data-reached")) return null;
+  element.setAttribute("data-reached", "");
+  const outlined = [element, element.closest("label")].filter(Boolean).map((each) => getComputedStyle(each));
+  return {
+    name: element.outerHTML.slice(0, 120),
+    closed: element.matches("details:not([open]) > summary"),
+    seen: outlined.some((style) => style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 1),
+  };
+}"""
+FOCUS_BEFORE_ALL = """() => {
+  const first = document.createElement("span");
+  first.tabIndex = -1;
+  document.body.prepend(first);
+  first.focus();
+}"""
+"""Tab goes on from where the reader last clicked, also where nothing has the focus."""
+NEVER_REACHED = """(operable) => [...document.querySelectorAll(operable)].filter((element) => {
+  if (element.hasAttribute("data-reached") || !element.checkVisibility({visibilityProperty: true})) return false;
+  const group = element.type === "radio" && document.querySelector(`input[name="${element.name}"][data-reached]`);
+  return !group;  // one key reaches a group of radio buttons, others its members
+}).map((element) => element.outerHTML.slice(0, 120))"""
+
+
+def keyboard_problems(page: Page) -> list[str]:
+    """What a reader without a mouse cannot reach, open or see: a line for each element.
+
+    Goes through the page with Tab alone, and opens with Enter whatever is folded. Leaves it open.
+    """
+    problems = []
+    page.evaluate(FOCUS_BEFORE_ALL)
+    for _ in range(MOST_TABS):
+        page.tab.keyboard.press("Tab")
+        focused = page.evaluate(AT_FOCUS)
+        if focused is None:
+            break
+        if not focused["seen"]:
+            problems.append(f"nobody sees that it has the focus: {focused['name']}")
+        if focused["closed"]:
+            page.tab.keyboard.press("Enter")
+            if not page.evaluate("document.activeElement.parentElement.open"):
+                problems.append(f"Enter does not open it: {focused['name']}")
+    return problems + [f"Tab never reaches it: {name}" for name in page.tab.evaluate(NEVER_REACHED, OPERABLE)]
+
+
+UNALIGNED = """() => {
+  const edges = (element) => {  // of the words that are seen
+    const texts = document.createTreeWalker(element, NodeFilter.SHOW_TEXT), range = document.createRange(), boxes = [];
+    while (texts.nextNode()) {
+      if (texts.currentNode.parentElement.closest(".hidden") || !texts.currentNode.data.trim()) continue;
+      range.selectNodeContents(texts.currentNode);
+      boxes.push(...range.getClientRects());
+    }
+    return {left: Math.min(...boxes.map((box) => box.left)), right: Math.max(...boxes.map((box) => box.right))};
+  };
+  const found = [];
+  for (const table of document.querySelectorAll("table.data")) {
+    if (!table.checkVisibility()) continue;
+    for (const heading of table.querySelectorAll("th[data-column]")) {
+      const isNumber = heading.classList.contains("number"), words = edges(heading);
+      for (const row of table.tBodies[0].rows) {
+        const cell = row.cells[heading.cellIndex], content = edges(cell);
+        if (!isFinite(content.left) || cell.querySelector(".interval, .mark")) continue;
+        const apart = isNumber ? words.right - content.right : words.left - content.left;
+        if (isNumber !== cell.classList.contains("number") || Math.abs(apart) > 1.5)
+          found.push(`${heading.textContent.trim()}: ${cell.textContent.trim()} is ${apart.toFixed(1)} pixels aside`);
+      }
+    }
+  }
+  return found;
+}"""
+
+
+def unaligned_cells(page: Page) -> list[str]:
+    """Cells whose text does not stand below its heading: numbers end where it ends, words begin where it begins."""
+    return page.evaluate(UNALIGNED)
+
+
 @dataclass
 class Browser:
     """One Chromium with a profile of its own."""

@@ -1,4 +1,4 @@
-"""Pages of an evaluation, an audit, a review, a plan and a search in Chromium: axe-core, narrow windows, what clicks do."""
+"""Pages of an evaluation, an audit, a review, a plan and a search in Chromium: axe-core, narrow windows, clicks, keyboard."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from launch.sweep.space import SearchedSetting
 from strategies.tensor_inventory import MemoryKind
 from tests.data.test_report import everything
 from tests.evaluation.test_page import TASKS, evaluation
-from tests.helpers.browser import axe_problems
+from tests.helpers.browser import axe_problems, keyboard_problems, unaligned_cells
 from trainer.config.review import ReviewConfig
 from trainer.evaluation.report.page import render_page
 from trainer.planner.hardware import GIB, Card, fit_in_memory
@@ -22,8 +22,11 @@ from trainer.planner.hardware import GIB, Card, fit_in_memory
 OPEN_ALL = "document.querySelectorAll('details').forEach(each => { each.open = true; })"
 
 
-def check(page, problems=None):
-    """Nothing that axe-core finds in either theme, and nothing wider than a window of 400 pixels."""
+def check(page):
+    """Nothing that axe-core finds in either theme, nothing wider than a window of 400 pixels, all of it without a mouse."""
+    assert unaligned_cells(page) == []
+    page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = false; })")
+    assert keyboard_problems(page) == []
     for theme in ("light", "dark"):
         page.tab.emulate_media(color_scheme=theme)
         assert axe_problems(page) == []
@@ -48,6 +51,8 @@ def test_evaluation_page_filters_its_rows(browser, tmp_path):
         page.tab.locator(f"#task-0 input[value={name}]").check()
         shown[name] = rows.count()
     assert shown == {"all": 4 + 6 + 20, "lost": 4, "won": 20, "wrong": 10}
+    page.tab.keyboard.press("ArrowLeft")
+    assert rows.count() == shown["won"], "from the last filter to the one before it, without a mouse"
     page.resized(400)
     verdicts = "[...document.querySelectorAll('#all-tasks tbody td:nth-child(2)')]"
     assert page.evaluate(f"Math.max(...{verdicts}.map(each => each.getBoundingClientRect().right))") <= 400

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.browser import axe_problems
+from tests.helpers.browser import axe_problems, keyboard_problems, unaligned_cells
 from tests.helpers.covering import EVERYTHING
 from trainer.pages.pieces import Callout, IntervalBar, PageCard, PageCell, PageColumn, PageTable
 from trainer.pages.render import render
@@ -79,7 +79,8 @@ def test_every_piece_in_the_browser(browser, tmp_path, plots):
         page.wait(f"{color} === '#e7ecf2'")
         page.wait("document.querySelectorAll('#speed svg.marks').length === 1")
         page.wait("document.querySelector('#loss svg.marks').getBoundingClientRect().width > 900")
-    assert axe_problems(page) == []
+    assert axe_problems(page) == [] and unaligned_cells(page) == []
+    assert keyboard_problems(page) == []
     assert page.texts("td.best") == ["2.4\n(best)"]
 
     first = "document.querySelector('table.data').tBodies[0].rows[0].cells[0].dataset.value"

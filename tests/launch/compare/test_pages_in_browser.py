@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from launch.compare.run_page.page import run_page
-from tests.helpers.browser import axe_problems
+from tests.helpers.browser import axe_problems, keyboard_problems, unaligned_cells
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import write_chat_data
@@ -67,7 +67,8 @@ def test_compare_page_of_several_runs_in_the_browser(site, browser):
     assert drawn(page, "difference", "line mark") == 1 and drawn(page, "course", "line mark") == 2
     assert [drawn(page, plot, "bar") for plot in ("speed", "memory", "parts")] == [2, 2, 10]
     zooms(page, "loss")
-    assert axe_problems(page) == []
+    assert axe_problems(page) == [] and unaligned_cells(page) == []
+    assert keyboard_problems(page) == []
 
     title = "document.querySelector('#loss .role-title-text').textContent"
     assert page.evaluate(title) == "tokens"  # as was chosen for the zoom
@@ -87,8 +88,9 @@ def test_compare_page_of_several_runs_in_the_browser(site, browser):
     page.resized(400)
     page.themed(dark=False)
     page.wait("document.querySelector('#parts svg.marks').getBoundingClientRect().width < 400")
-    for summary in page.tab.locator("details.folded > summary").all():
-        summary.click()
+    assert (
+        page.evaluate("document.querySelectorAll('details.folded:not([open])').length") == 0
+    )  # by the keyboard, above
     assert not page.is_too_wide() and axe_problems(page) == []
     assert not page.errors and not page.requests
 
@@ -105,7 +107,8 @@ def test_page_of_one_run_in_the_browser(site, browser):
 
     axis = "[...document.querySelectorAll('#loss .role-axis-label text')].map(text => text.textContent).join(' ')"
     linear = page.evaluate(axis)
-    page.tab.locator("#loss select").nth(2).select_option("log")
+    page.tab.locator("#loss select").nth(2).focus()
+    page.tab.keyboard.press("ArrowDown")  # without a mouse
     page.wait(f"{axis} !== {linear!r}")
     curve = "document.querySelectorAll('#loss .mark-line path')[1].getAttribute('d')"
     smooth = page.evaluate(curve)
@@ -115,7 +118,7 @@ def test_page_of_one_run_in_the_browser(site, browser):
     page.resized(1200)
     page.themed(dark=True)
     assert not page.tab.locator("#settings td").first.is_visible()
-    page.evaluate("document.querySelectorAll('details.folded').forEach(part => { part.open = true; })")
+    assert keyboard_problems(page) == [] and unaligned_cells(page) == []
     page.wait("document.querySelectorAll('figure.plot svg.marks').length === 4")
     assert page.evaluate("[...document.querySelectorAll('figure.plot')].map(plot => plot.id)") == [
         *("loss", "held-out", "course", "parts"),
