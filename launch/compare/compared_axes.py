@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from launch.compare.names import ABSENT_VALUE, KEYS_FIRST_IN_NAME, KEYS_LEFT_OUT_OF_NAMES, SettingDifference, is_below
 from trainer.reporting.numbers import short
 
-WORLD_SIZE = "run.json world_size"
+WORLD_SIZE_KEY = "run.json world_size"
 POINT_KEY = "point"
 """Key of the axis of points that no setting tells apart."""
 
@@ -24,7 +24,7 @@ class ComparedAxis:
     @property
     def title(self) -> str:
         """The setting's name for a reader: `strategy`, `optim.lr`, `ranks`."""
-        if self.key == WORLD_SIZE:
+        if self.key == WORLD_SIZE_KEY:
             return "ranks"
         return self.key.removesuffix(".name")
 
@@ -44,41 +44,44 @@ def compared_axes(
     """The axes of a comparison: settings in which its points differ, with a label for each point, such as rank 8, 16, 16.
 
     Plots give each axis a colour or a dash. A setting that tells no further points apart is left out: with
-    `compare.where=[tuning=full+optim.lr=2e-5,...]` the learning rate follows from the method, and is no axis of its own. Points
-    that no setting tells apart get a last axis with their `names`.
+    `compare.where=[tuning=full+optim.lr=2e-5,...]` the learning rate follows from the method, and is no axis of its own. If some
+    points are not told apart by any setting, a last axis has the `names` of all points.
 
     `differences`: settings that differ, with a value for each point. `command_keys`: keys such as `strategy` in the order of the
     command that started the points; empty if the runs existed already.
     """
-    settings = [difference for difference in differences if _is_axis(difference.key)]
-    settings.sort(key=lambda difference: _order(difference.key, command_keys))
+    settings = [difference for difference in differences if _can_be_axis(difference.key)]
+    settings.sort(key=lambda difference: _axis_order(difference.key, command_keys))
     axes: list[ComparedAxis] = []
-    combinations = [""] * len(names)  # of each point: its labels on the axes so far, joined
+    combinations = [""] * len(names)  # for each point: its labels on the axes so far, joined
     for difference in settings:
-        labels = tuple(_label(value) for value in difference.values)
-        with_this_axis = [
+        labels = tuple(_axis_label(value) for value in difference.values)
+        longer_combinations = [
             f"{labels_so_far}\n{label}" for labels_so_far, label in zip(combinations, labels, strict=True)
         ]
-        tells_more_apart = len(set(with_this_axis)) > len(set(combinations))
-        if tells_more_apart:
+        tells_more_points_apart = len(set(longer_combinations)) > len(set(combinations))
+        if tells_more_points_apart:
             axes.append(ComparedAxis(difference.key, labels))
-            combinations = with_this_axis
+            combinations = longer_combinations
     if len(set(combinations)) < len(names):
         axes.append(ComparedAxis(POINT_KEY, tuple(names)))
     return axes
 
 
-def _is_axis(key: str) -> bool:
-    """Whether a difference can be an axis: a setting that changes the run, or the number of ranks, and no other recorded fact."""
+def _can_be_axis(key: str) -> bool:
+    """Whether a difference with this key can be an axis: a setting that changes the run, or the world size.
+
+    Other entries of `run.json`, and settings that only say how a run was started or what it reports, cannot.
+    """
     if key.startswith("run.json "):
-        return key == WORLD_SIZE
+        return key == WORLD_SIZE_KEY
     return not is_below(key, KEYS_LEFT_OUT_OF_NAMES)
 
 
-def _order(key: str, command_keys: Sequence[str]) -> tuple[int, int]:
-    """Sort key: settings of the command in its order, then those that names begin with, then others."""
+def _axis_order(key: str, command_keys: Sequence[str]) -> tuple[int, int]:
+    """Sort key of axes, as (group, position in it): settings of the command in its order, `KEYS_FIRST_IN_NAME`, all others."""
     command_key = key.removesuffix(".name")  # `strategy.name` is given as `strategy=ddp`
-    if key == WORLD_SIZE:
+    if key == WORLD_SIZE_KEY:
         command_key = "launcher.processes"
     for candidate in (command_key, key):
         if candidate in command_keys:
@@ -88,5 +91,5 @@ def _order(key: str, command_keys: Sequence[str]) -> tuple[int, int]:
     return 2, 0
 
 
-def _label(value: object) -> str:
+def _axis_label(value: object) -> str:
     return ABSENT_VALUE if value == ABSENT_VALUE else short(value)

@@ -46,8 +46,8 @@ def comparison_page(
         "launch.compare",
         "comparison.html.j2",
         heading=f"Comparison of {len(comparison.points)} points",
-        axes=_axis_lines(comparison),
-        answer=answer_of(conclusion),
+        axes=_axis_texts(comparison),
+        answer=conclusion_texts(conclusion),
         callouts=worst_first(point_callouts(comparison)),
         cards=recommendation_cards(conclusion),
         recommendations=conclusion.recommendations,
@@ -55,43 +55,47 @@ def comparison_page(
         table=points_table(comparison),
         held_out=held_out_table(comparison),
         plots=comparison_plots(comparison),
-        sections=_shortened(sections),
-        runs=_directory_lines(comparison),
+        sections=_folded_sections(sections),
+        runs=_run_directory_texts(comparison),
         vega_script=vega_script(),
         reload_after_s=reload_after_s,
     )
 
 
-def _axis_lines(comparison: Comparison) -> list[tuple[str, str]]:
+def _axis_texts(comparison: Comparison) -> list[tuple[str, str]]:
     """(title, values) of each axis, such as `("strategy", "ddp, fsdp2")`; at most `MAX_AXIS_VALUES` values are named."""
-    lines = []
+    texts = []
     for axis in comparison.axes:
         values = ", ".join(axis.values[:MAX_AXIS_VALUES])
         if len(axis.values) > MAX_AXIS_VALUES:
             values += " ..."
-        lines.append((axis.title, values))
-    return lines
+        texts.append((axis.title, values))
+    return texts
 
 
-def answer_of(conclusion: Conclusion) -> tuple[Tone, str, str]:
+def conclusion_texts(conclusion: Conclusion) -> tuple[Tone, str, str]:
     """(tone, heading, text) of the answer: its headline is the heading, and its other sentences are the text."""
     if not conclusion.sentences:
         return "note", "Nothing to compare", ""
     heading = conclusion.headline
     # Points that are not done have call-outs of their own.
-    others = [sentence for sentence in conclusion.sentences if sentence not in (heading, conclusion.unfinished)]
-    return conclusion.tone, heading, " ".join(others)
+    text_sentences = [sentence for sentence in conclusion.sentences if sentence not in (heading, conclusion.unfinished)]
+    return conclusion.tone, heading, " ".join(text_sentences)
 
 
 def recommendation_cards(conclusion: Conclusion) -> list[PageCard]:
     """A card for each recommended point."""
-    return [
-        PageCard(f"For {choice.goal}", choice.point.name, choice.why, "good") for choice in conclusion.recommendations
-    ]
+    cards = []
+    for recommendation in conclusion.recommendations:
+        cards.append(PageCard(f"For {recommendation.goal}", recommendation.point.name, recommendation.why, tone="good"))
+    return cards
 
 
 def point_callouts(comparison: Comparison) -> list[Callout]:
-    """A call-out for each kind of point that has no result: failed, refused, stopped, running, and diverged."""
+    """A call-out for each state of points that have no result (failed, refused, stopped, running), and one for diverged points.
+
+    It names the points, and the reasons of at most `MAX_REASONS` points.
+    """
     tones: dict[str, Tone] = {
         State.failed: "bad",
         REFUSED: "warning",
@@ -113,31 +117,34 @@ def point_callouts(comparison: Comparison) -> list[Callout]:
         reasons = [f"{point.name}: {point.reason}" for point in points[:MAX_REASONS] if point.reason]
         callouts.append(Callout(tones.get(state, "note"), heading, ". ".join(reasons)))
     if diverged_names:
-        text = (
+        advice = (
             "Their losses ended above those at the beginning. They are left out of every recommendation. Try a lower optim.lr, "
             "or schedule.warmup_share=0.1."
         )
-        callouts.append(Callout("bad", f"Diverged: {join_names(diverged_names)}", text))
+        callouts.append(Callout("bad", f"Diverged: {join_names(diverged_names)}", advice))
     return callouts
 
 
-def _shortened(sections: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
-    """(heading, lines) of the folded sections that have lines, cut to `MAX_LINES`."""
-    shortened = []
+def _folded_sections(sections: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """(heading, lines) of the sections that the page folds, from (title, lines) of all sections.
+
+    A section without lines is left out. Of more than `MAX_LINES` lines the first are kept, and a last line says where all are.
+    """
+    folded_sections = []
     for title, lines in sections:
         if title not in FOLDED_SECTIONS or not lines:
             continue
-        shown = lines[:MAX_LINES]
+        shown_lines = lines[:MAX_LINES]
         if len(lines) > MAX_LINES:
-            shown.append(f"{len(lines) - MAX_LINES} more lines: see compare.md")
-        shortened.append((FOLDED_SECTIONS[title], shown))
-    return shortened
+            shown_lines.append(f"{len(lines) - MAX_LINES} more lines: see compare.md")
+        folded_sections.append((FOLDED_SECTIONS[title], shown_lines))
+    return folded_sections
 
 
-def _directory_lines(comparison: Comparison) -> list[tuple[str, str]]:
+def _run_directory_texts(comparison: Comparison) -> list[tuple[str, str]]:
     """(name of a point, its run directories with commas between them) of each point that was not refused."""
-    lines = []
+    texts = []
     for point in comparison.points:
-        if point.row.directories:
-            lines.append((point.name, ", ".join(str(repeat.directory) for repeat in point.repeats)))
-    return lines
+        if point.run_dirs:
+            texts.append((point.name, ", ".join(point.run_dirs)))
+    return texts

@@ -18,7 +18,7 @@ from launch.compare.names import (
     SettingDifference,
     is_below,
     point_arguments,
-    setting_argument,
+    setting_as_argument,
 )
 from launch.compare.quality import (
     ComparedJob,
@@ -337,7 +337,7 @@ def job_name(job: ComparedJob, jobs: Sequence[ComparedJob], differences: Sequenc
         key = difference.key
         values_of_jobs = {short(any_job.settings.get(key, ABSENT_VALUE)) for any_job in jobs}
         if len(values_of_jobs) > 1 and key in job.settings and not is_below(key, KEYS_LEFT_OUT_OF_NAMES):
-            arguments.append(setting_argument(key, job.settings[key]))
+            arguments.append(setting_as_argument(key, job.settings[key]))
     return " ".join(arguments) or job.points[0].name
 
 

@@ -23,13 +23,13 @@ SPARE_X: Spec = {"scale": {"zero": False, "padding": 24}, "axis": {"tickCount": 
 PARTS = ("data", "forward", "backward", "optimizer", "rest")
 ROW_HEIGHT = 40
 """Pixels of a point's row in a bar chart: its name stands above its bar, so that a narrow window has room for both."""
-COSTS = {
+AXIS_TITLE_BY_COST = {
     "seconds of steps": "seconds of steps",
     "GiB": "GiB, largest peak of all ranks",
     "GiB saved": "GiB of a checkpoint",
     "dollars a million tokens": "US dollars for a million tokens",
 }
-"""What the reader can choose for the axis below "Quality against cost", and what it is then called."""
+"""{entry of the menu of "Quality against cost": title of the x axis if the reader chooses it}."""
 
 
 def comparison_plots(comparison: Comparison) -> list[PagePlot]:
@@ -44,14 +44,15 @@ def comparison_plots(comparison: Comparison) -> list[PagePlot]:
     return [plot for plot in plots if plot is not None]
 
 
-def has_same_meaning(point: ComparedPoint) -> bool:
+def is_planned_memory_comparable(point: ComparedPoint) -> bool:
     """Whether planned and measured memory of a point mean the same: the tensors of a whole step.
 
     They do if the plan simulated the step (the quick estimate leaves out the logits) and the run was on a GPU (on a CPU the
     measured resident set has libraries in it).
     """
-    by_simulation = (point.measured.planned_by or "").startswith("simulation")
-    return by_simulation and point.first_repeat.record.device not in ("", "cpu")
+    is_simulated = (point.measured.planned_by or "").startswith("simulation")
+    is_on_gpu = point.first_repeat.record.device not in ("", "cpu")
+    return is_simulated and is_on_gpu
 
 
 def _bar_spec(rows: list[dict[str, Any]], points: Sequence[ComparedPoint], layers: list[Spec]) -> Spec:
@@ -90,13 +91,15 @@ def _bar_spec(rows: list[dict[str, Any]], points: Sequence[ComparedPoint], layer
 
 
 def speed_plot(comparison: Comparison) -> PagePlot | None:
-    """A bar of tokens/s for each point, with the spread of its repeats; None if no speed is known."""
+    """A bar of tokens/s for each point, with a line for its range; None if no speed is known.
+
+    The range goes from the slowest to the fastest repeat. For a single run it is the middle half of the steps.
+    """
     points = comparison.begun_points
     rows: list[dict[str, Any]] = []
     has_repeats = False
     for point in points:
         if point.measured.tokens_per_s is not None:
-            # A single run shows the middle half of its steps.
             slowest, fastest = point.summary.spread or point.measured.tokens_per_s_quartiles or (None, None)
             has_repeats |= point.summary.spread is not None
             rows.append(
@@ -104,43 +107,50 @@ def speed_plot(comparison: Comparison) -> PagePlot | None:
             )
     if not rows:
         return None
-    numbers = [{"field": field, "type": "quantitative", "format": ",.1f"} for field in ("speed", "slowest", "fastest")]
-    x = {"field": "speed", "type": "quantitative", "title": "tokens/s, all ranks together", "axis": {"tickCount": 6}}
-    spread = {"x": {"field": "slowest", "type": "quantitative"}, "x2": {"field": "fastest"}}
-    layers: list[Spec] = [
-        {"mark": "bar", "encoding": {"x": x, "tooltip": [{"field": "point", "type": "nominal"}, *numbers]}},
-        {
-            "transform": [{"filter": "isValid(datum.slowest)"}],
-            "mark": {"type": "rule", "strokeWidth": 3, "style": "ink"},
-            "encoding": spread,
-        },
-    ]
-    line_meaning = (
-        "from the slowest to the fastest repeat" if has_repeats else "the middle half of the steps: each point ran once"
-    )
-    return PagePlot(
-        "speed", "Speed", f"Median tokens/s. The dark line is {line_meaning}.", _bar_spec(rows, points, layers)
-    )
+    x_encoding = {
+        "field": "speed",
+        "type": "quantitative",
+        "title": "tokens/s, all ranks together",
+        "axis": {"tickCount": 6},
+    }
+    bar_layer = {
+        "mark": "bar",
+        "encoding": {"x": x_encoding, "tooltip": _bar_tooltip(("speed", "slowest", "fastest"), ",.1f")},
+    }
+    range_layer = {
+        "transform": [{"filter": "isValid(datum.slowest)"}],
+        "mark": {"type": "rule", "strokeWidth": 3, "style": "ink"},
+        "encoding": {"x": {"field": "slowest", "type": "quantitative"}, "x2": {"field": "fastest"}},
+    }
+    line_meaning = "the middle half of the steps: each point ran once"
+    if has_repeats:
+        line_meaning = "from the slowest to the fastest repeat"
+    caption = f"Median tokens/s. The dark line is {line_meaning}."
+    return PagePlot("speed", "Speed", caption, _bar_spec(rows, points, [bar_layer, range_layer]))
+
+
+def _bar_tooltip(fields: Sequence[str], number_format: str) -> list[Spec]:
+    """What the pointer shows of a bar: the name of its point, then these numbers."""
+    numbers = [{"field": field, "type": "quantitative", "format": number_format} for field in fields]
+    return [{"field": "point", "type": "nominal"}, *numbers]
 
 
 def memory_plot(comparison: Comparison) -> PagePlot | None:
-    """A bar of GiB for each point, and a mark for what was planned if it means the same; None if no memory is known."""
+    """A bar of GiB for each point, with a tick for the planned memory if it is comparable; None if no memory is known."""
     points = comparison.begun_points
     rows: list[dict[str, Any]] = []
     for point in points:
         if point.measured.memory_gib is not None:
-            planned = point.measured.planned_gib if has_same_meaning(point) else None
-            rows.append({"point": point.name, "GiB": point.measured.memory_gib, "planned": planned})
+            planned_gib = point.measured.planned_gib if is_planned_memory_comparable(point) else None
+            rows.append({"point": point.name, "GiB": point.measured.memory_gib, "planned": planned_gib})
     if not rows:
         return None
-    numbers = [{"field": field, "type": "quantitative", "format": ".4f"} for field in ("GiB", "planned")]
-    on_cpu = any(point.first_repeat.record.device == "cpu" for point in points)
-    x = {"field": "GiB", "type": "quantitative", "title": "GiB", "axis": {"tickCount": 6}}
+    x_encoding = {"field": "GiB", "type": "quantitative", "title": "GiB", "axis": {"tickCount": 6}}
     layers: list[Spec] = [
-        {"mark": "bar", "encoding": {"x": x, "tooltip": [{"field": "point", "type": "nominal"}, *numbers]}}
+        {"mark": "bar", "encoding": {"x": x_encoding, "tooltip": _bar_tooltip(("GiB", "planned"), ".4f")}}
     ]
     caption = "Largest peak of all ranks."
-    if on_cpu:
+    if any(point.first_repeat.record.device == "cpu" for point in points):
         caption += " On a CPU this is the process with its libraries, so that a plan of tensors is not shown beside it."
     if any(row["planned"] is not None for row in rows):
         layers.append(
@@ -179,8 +189,11 @@ def step_parts_plot(comparison: Comparison) -> PagePlot | None:
     )
 
 
-def _costs(point: ComparedPoint) -> dict[str, float | None]:
-    """The costs of a point by name, as the menu of the plot shows them (see `COSTS`); None if one is not known."""
+def _costs_by_title(point: ComparedPoint) -> dict[str, float | None]:
+    """The costs of a point by their title in the menu of the plot (the keys of `AXIS_TITLE_BY_COST`).
+
+    None if one is not known.
+    """
     return {
         "seconds of steps": sum(row.get("step_s") or 0.0 for row in point.first_repeat.steps.values()),
         "GiB": point.measured.memory_gib,
@@ -190,28 +203,29 @@ def _costs(point: ComparedPoint) -> dict[str, float | None]:
 
 
 def quality_against_cost_plot(comparison: Comparison) -> PagePlot | None:
-    """A mark for each point: its quality against a cost that the reader chooses; None below two points.
+    """A mark for each point: its quality against a cost that the reader chooses in a menu.
 
-    Quality is the held-out metric that decides if every point has it, else the last training loss.
+    Quality is the held-out metric by which quality is judged, if every point has it, else the last training loss. None if fewer
+    than two points have a quality, or no cost is known.
     """
     points = comparison.begun_points
     metric = quality_metric_name(points)
     is_held_out = metric is not None and all(metric in point.measured.after for point in points)
     rows: list[dict[str, Any]] = []
     known_costs: set[str] = set()
-    drawn: list[ComparedPoint] = []
+    drawn_points: list[ComparedPoint] = []
     for point in points:
         quality = point.measured.after[str(metric)] if is_held_out else point.measured.loss
         if quality is not None:
-            costs = _costs(point)
-            rows.append({"p": len(drawn), "quality": quality, **costs})
-            drawn.append(point)
-            known_costs |= {name for name, cost in costs.items() if cost is not None}
+            costs = _costs_by_title(point)
+            rows.append({"point_index": len(drawn_points), "quality": quality, **costs})
+            drawn_points.append(point)
+            known_costs |= {title for title, cost in costs.items() if cost is not None}
     if len(rows) < 2 or not known_costs:
         return None
     quality_title = str(metric) if is_held_out else "last training loss"
-    cost_names = [name for name in COSTS if name in known_costs]
-    spec = _quality_against_cost_spec(comparison, drawn, rows, quality_title, cost_names)
+    cost_titles = [title for title in AXIS_TITLE_BY_COST if title in known_costs]
+    spec = _quality_against_cost_spec(comparison, drawn_points, rows, quality_title, cost_titles)
     caption = "Left is cheaper. Point at a mark to see its name and numbers."
     return PagePlot("trade", "Quality against cost", caption, spec)
 
@@ -221,33 +235,34 @@ def _quality_against_cost_spec(
     points: Sequence[ComparedPoint],
     rows: list[dict[str, Any]],
     quality_title: str,
-    cost_names: list[str],
+    cost_titles: list[str],
 ) -> Spec:
     """A Vega-Lite chart with a mark for each row, and a menu of the costs for its horizontal axis.
 
-    `rows`: the data, each row with the number of its point in `points` as `p`, its `quality`, and its costs by name.
+    `rows`: the data, each row with the index of its point in `points` as `point_index`, its `quality`, and its costs by title.
+    `cost_titles`: the entries of the menu.
     """
     qualities = [row["quality"] for row in rows]
     # At least a thousandth: values that differ by rounding alone are drawn at the same height.
     margin = max(0.1 * (max(qualities) - min(qualities)), 1e-3 * abs(max(qualities)))
     domain = [min(qualities) - margin, max(qualities) + margin]
     # The title below the plot is that of the chosen cost: an axis title of Vega-Lite cannot change.
-    cost_title = " : ".join(f"against === '{name}' ? '{COSTS[name]}'" for name in cost_names)
-    menu = {"input": "select", "options": cost_names, "name": "against "}
+    axis_title = " : ".join(f"against === '{title}' ? '{AXIS_TITLE_BY_COST[title]}'" for title in cost_titles)
+    menu = {"input": "select", "options": cost_titles, "name": "against "}
     return {
         "$schema": SCHEMA,
         "config": LEGEND_CONFIG,
         "width": WIDTH,
         "height": HEIGHT,
         "title": {
-            "text": {"expr": f"{cost_title} : ''"},
+            "text": {"expr": f"{axis_title} : ''"},
             "orient": "bottom",
             "anchor": "middle",
             "fontSize": 12,
             "offset": 6,
         },
         "data": {"values": rows},
-        "params": [{"name": "against", "value": cost_names[0], "bind": menu}],
+        "params": [{"name": "against", "value": cost_titles[0], "bind": menu}],
         "transform": [
             point_lookup_transform(comparison, points),
             {"calculate": "datum[against]", "as": "x"},
@@ -257,7 +272,7 @@ def _quality_against_cost_spec(
         "encoding": {
             "x": {"field": "x", "type": "quantitative", "title": None, **SPARE_X},
             "y": {"field": "quality", "type": "quantitative", "title": quality_title, "scale": {"domain": domain}},
-            **point_encoding(comparison, dashed=False),
+            **point_encoding(comparison, marks_are_lines=False),
             "tooltip": [
                 {"field": "point", "type": "nominal"},
                 {"field": "quality", "type": "quantitative", "format": ".6g", "title": quality_title},

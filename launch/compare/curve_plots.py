@@ -44,15 +44,20 @@ MAX_POINTS_WITH_NOTABLE = 4
 """Points of a plot up to which steps that stood out are among its rows."""
 LEAST_DIFFERENCE = 1e-9
 """Differences below it are drawn at it: an axis of logarithms has no zero."""
+POSITION_COLUMNS = ("point_index", "step", "tokens", "seconds")
+"""First columns of the data of curves: the index of the point among the drawn ones, and the position on each x axis."""
 COURSE_METRICS = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
+
+
 CLICK = "Scroll to zoom, drag to move, double-click to go back. A click on a value in the legend shows it alone."
 
 
 def drawn_steps(point: ComparedPoint, num_points: int) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl` that a plot draws of a point's first repeat: every n-th, and the steps that stood out.
+    """The rows of `metrics.jsonl` of a point's first repeat that a plot draws.
 
-    Each row also has `seconds`, the time of all steps up to it. `num_points`: how many points share the plot. The more there
-    are, the fewer rows of each are drawn, so that the page stays small; of more than four, steps that stood out are not drawn.
+    Each row also has `seconds`, the time of all steps up to it. Drawn are every n-th row and the last one. A plot of at most
+    `MAX_POINTS_WITH_NOTABLE` points also has the rows of steps that stood out. `num_points`: how many points share the plot.
+    The more there are, the fewer rows of each are drawn, so that the page stays small.
     """
     rows = list(point.first_repeat.steps.values())
     max_rows = min(MAX_STEPS_OF_POINT, max(MIN_STEPS_OF_POINT, MAX_CURVE_ROWS // max(1, num_points)))
@@ -61,20 +66,27 @@ def drawn_steps(point: ComparedPoint, num_points: int) -> list[dict[str, Any]]:
     if num_points <= MAX_POINTS_WITH_NOTABLE:
         notable = {step.step for step in notable_steps(point.first_repeat)[-MAX_NOTABLE:]}
     elapsed_s = accumulate(row.get("step_s") or 0.0 for row in rows)
-    drawn = []
-    for number, (row, seconds) in enumerate(zip(rows, elapsed_s, strict=True)):
-        if number % stride == 0 or number == len(rows) - 1 or row["step"] in notable:
-            drawn.append({**row, "seconds": seconds})
-    return drawn
+    drawn_rows = []
+    for index, (row, seconds) in enumerate(zip(rows, elapsed_s, strict=True)):
+        is_last = index == len(rows) - 1
+        if index % stride == 0 or is_last or row["step"] in notable:
+            drawn_rows.append({**row, "seconds": seconds})
+    return drawn_rows
 
 
 def _curve_spec(
-    comparison: Comparison, points: Sequence[ComparedPoint], data: Spec, y: Spec, tooltip: Spec, *, height: int = HEIGHT
+    comparison: Comparison,
+    points: Sequence[ComparedPoint],
+    data: Spec,
+    y_encoding: Spec,
+    y_tooltip: Spec,
+    *,
+    height: int = HEIGHT,
 ) -> Spec:
     """A Vega-Lite chart with one curve for each of `points`.
 
-    `data`: rows with the number of their point in `points` as `p`, and `step`, `tokens` and `seconds`, one of which the reader
-    chooses for the horizontal axis. `y`: the encoding of the value. `tooltip`: what the pointer shows of it.
+    `data`: rows with the index of their point in `points` as `point_index`, and `step`, `tokens` and `seconds`, one of which the
+    reader chooses for the x axis. `y_encoding`: which field is drawn, and how. `y_tooltip`: how the pointer shows this field.
     """
     return {
         "$schema": SCHEMA,
@@ -91,11 +103,11 @@ def _curve_spec(
                 "params": [*legend_selections(comparison), zoom_selection()],
                 "encoding": {
                     "x": x_axis_encoding(),
-                    "y": y,
+                    "y": y_encoding,
                     "detail": {"field": "point", "type": "nominal"},
-                    **point_encoding(comparison, dashed=True),
+                    **point_encoding(comparison, marks_are_lines=True),
                     "opacity": legend_opacity(comparison),
-                    "tooltip": [*position_tooltip_fields(), tooltip],
+                    "tooltip": [*position_tooltip_fields(), y_tooltip],
                 },
             }
         ],
@@ -104,29 +116,20 @@ def _curve_spec(
 
 def difference_plot(comparison: Comparison) -> PagePlot | None:
     """How far each point's loss is from its baseline's, step by step, on a logarithmic axis; None if no losses are comparable."""
-    steps_by_point = {point.name: point.first_repeat.steps for point in comparison.points}
     points = [point for point in comparison.points if point.loss_difference is not None]
-    rows = []
-    for number, point in enumerate(points):
-        baseline_steps = steps_by_point[str(point.baseline_name)]
-        for row in drawn_steps(point, len(points)):
-            baseline_loss = baseline_steps.get(row["step"], {}).get("loss")
-            if baseline_loss is not None and row["loss"] is not None:
-                relative = abs(row["loss"] - baseline_loss) / (abs(baseline_loss) or 1.0)
-                cells = (number, row["step"], row.get("tokens"), row["seconds"], max(relative, LEAST_DIFFERENCE))
-                rows.append(cells)
+    rows = _difference_rows(comparison, points)
     if not rows:
         return None
-    data = csv_plot_data(("p", "step", "tokens", "seconds", "difference"), rows)
-    y = {
+    y_encoding = {
         "field": "difference",
         "type": "quantitative",
         "title": "relative difference of the loss",
         "scale": {"type": "log", "domainMin": LEAST_DIFFERENCE},
         "axis": {"format": ".0e", "tickCount": 6},
     }
-    tooltip = {"field": "difference", "type": "quantitative", "format": ".2e"}
-    spec = _curve_spec(comparison, points, data, y, tooltip)
+    y_tooltip = {"field": "difference", "type": "quantitative", "format": ".2e"}
+    data = csv_plot_data((*POSITION_COLUMNS, "difference"), rows)
+    spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
     spec["layer"].append(
         {
             "data": {"values": [{"limit": SAME_LOSS_TOLERANCE}]},
@@ -135,8 +138,10 @@ def difference_plot(comparison: Comparison) -> PagePlot | None:
             "encoding": {"y": {"datum": SAME_LOSS_TOLERANCE}},
         }
     )
-    baselines = list(dict.fromkeys(str(point.baseline_name) for point in points))
-    compared_with = baselines[0] if len(baselines) == 1 else "the first point of the same job, or the first of all"
+    baseline_names = list(dict.fromkeys(str(point.baseline_name) for point in points))
+    compared_with = "the first point of the same job, or the first of all"
+    if len(baseline_names) == 1:
+        compared_with = baseline_names[0]
     return PagePlot(
         name="difference",
         title="Difference from the first point",
@@ -146,19 +151,42 @@ def difference_plot(comparison: Comparison) -> PagePlot | None:
     )
 
 
+def _difference_rows(comparison: Comparison, points: Sequence[ComparedPoint]) -> list[tuple[Any, ...]]:
+    """Data rows (`POSITION_COLUMNS`, relative difference of the loss from the baseline's) of the drawn steps of `points`.
+
+    Steps without a finite loss in both runs have no row.
+    """
+    steps_by_name = {point.name: point.first_repeat.steps for point in comparison.points}
+    rows = []
+    for point_index, point in enumerate(points):
+        baseline_steps = steps_by_name[str(point.baseline_name)]
+        for row in drawn_steps(point, len(points)):
+            baseline_loss = baseline_steps.get(row["step"], {}).get("loss")
+            if baseline_loss is not None and row["loss"] is not None:
+                difference = abs(row["loss"] - baseline_loss) / (abs(baseline_loss) or 1.0)
+                rows.append((*_position_cells(point_index, row), max(difference, LEAST_DIFFERENCE)))
+    return rows
+
+
+def _position_cells(point_index: int, row: dict[str, Any]) -> tuple[Any, ...]:
+    """The cells of `POSITION_COLUMNS` for one of the `drawn_steps` of a point."""
+    return (point_index, row["step"], row.get("tokens"), row["seconds"])
+
+
 def loss_plot(comparison: Comparison) -> PagePlot | None:
-    """The training losses; None if no step has one."""
+    """The training losses over steps, tokens or seconds, with the steps that stood out if there are few; None without losses."""
     points = comparison.begun_points
     rows = []
-    for number, point in enumerate(points):
+    for point_index, point in enumerate(points):
         for row in drawn_steps(point, len(points)):
             if row["loss"] is not None:
-                rows.append((number, row["step"], row.get("tokens"), row["seconds"], row["loss"]))
+                rows.append((*_position_cells(point_index, row), row["loss"]))
     if not rows:
         return None
-    data = csv_plot_data(("p", "step", "tokens", "seconds", "loss"), rows)
-    y = {"field": "loss", "type": "quantitative", "title": "training loss", "scale": {"zero": False}}
-    spec = _curve_spec(comparison, points, data, y, {"field": "loss", "type": "quantitative", "format": ".6f"})
+    data = csv_plot_data((*POSITION_COLUMNS, "loss"), rows)
+    y_encoding = {"field": "loss", "type": "quantitative", "title": "training loss", "scale": {"zero": False}}
+    y_tooltip = {"field": "loss", "type": "quantitative", "format": ".6f"}
+    spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
     caption = CLICK
     if any(point.is_same_job for point in points):
         caption += " Equal curves lie on each other: the differences above tell them apart."
@@ -170,18 +198,25 @@ def loss_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def _notable_rows(points: Sequence[ComparedPoint]) -> list[dict[str, Any]]:
-    """A row for each step that stood out: its position on the three horizontal axes, and what a guard or detector found there."""
-    notable_rows = []
+    """A data row for each step that stood out: its point, its position on the three x axes, and what was found there."""
+    rows = []
     for point in points:
         notables = notable_steps(point.first_repeat)
         if not notables:
             continue
-        row_by_step = {row["step"]: row for row in drawn_steps(point, 1)}
+        drawn_row_by_step = {row["step"]: row for row in drawn_steps(point, num_points=1)}
         for notable in notables:
-            row = row_by_step.get(notable.step, {})
-            position = {"step": notable.step, "tokens": row.get("tokens"), "seconds": row.get("seconds")}
-            notable_rows.append({"point": point.name, **position, "what": notable.text})
-    return notable_rows
+            drawn_row = drawn_row_by_step.get(notable.step, {})
+            rows.append(
+                {
+                    "point": point.name,
+                    "step": notable.step,
+                    "tokens": drawn_row.get("tokens"),
+                    "seconds": drawn_row.get("seconds"),
+                    "what": notable.text,
+                }
+            )
+    return rows
 
 
 def _notable_layer(rows: list[dict[str, Any]]) -> Spec:
@@ -204,39 +239,45 @@ def _notable_layer(rows: list[dict[str, Any]]) -> Spec:
 def held_out_plot(comparison: Comparison) -> PagePlot | None:
     """A held-out metric over training, chosen by the reader in a menu; None if nothing was evaluated."""
     points = comparison.begun_points
-    names = _held_out_names(comparison)
-    if not names:
+    metrics = _held_out_menu_metrics(comparison)
+    if not metrics:
         return None
-    rows = []
-    max_evaluations = max(2, MAX_CURVE_ROWS // max(1, len(points) * len(names)))
-    for number, point in enumerate(points):
-        rows += _held_out_rows(number, point, names, max_evaluations)
-    data = csv_plot_data(("p", "step", "tokens", "seconds", "metric", "value"), rows, text_columns=("metric",))
-    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
-    spec = _curve_spec(comparison, points, data, y, {"field": "value", "type": "quantitative", "format": ".6g"})
+    rows: list[tuple[Any, ...]] = []
+    max_evaluations = max(2, MAX_CURVE_ROWS // max(1, len(points) * len(metrics)))
+    for point_index, point in enumerate(points):
+        rows += _held_out_rows(point_index, point, metrics, max_evaluations)
+    data = csv_plot_data((*POSITION_COLUMNS, "metric", "value"), rows, text_columns=("metric",))
+    y_encoding = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
+    y_tooltip = {"field": "value", "type": "quantitative", "format": ".6g"}
+    spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
     spec["transform"].insert(0, {"filter": "datum.metric === metric"})
-    menu = {"name": "metric", "value": names[0], "bind": {"input": "select", "options": names, "name": "metric "}}
+    menu = {"name": "metric", "value": metrics[0], "bind": {"input": "select", "options": metrics, "name": "metric "}}
     spec["params"].append(menu)
     return PagePlot("held-out", "Held-out metrics", "Before the first step, and after each evaluation.", spec)
 
 
-def _held_out_names(comparison: Comparison) -> list[str]:
-    """The metrics of the menu: the one that decides first, then those that most points have; at most `MAX_HELD_OUT_METRICS`."""
+def _held_out_menu_metrics(comparison: Comparison) -> list[str]:
+    """The held-out metrics in the menu: the one by which quality is judged, then those that most points have.
+
+    At most `MAX_HELD_OUT_METRICS`.
+    """
     num_points_by_metric: dict[str, int] = {}
     for point in comparison.begun_points:
-        for name in {**point.measured.before, **point.measured.after}:
-            num_points_by_metric[name] = num_points_by_metric.get(name, 0) + 1
+        for metric in {**point.measured.before, **point.measured.after}:
+            num_points_by_metric[metric] = num_points_by_metric.get(metric, 0) + 1
     decisive_metric = quality_metric_name(comparison.begun_points)
-    ordered = sorted(num_points_by_metric, key=lambda name: (name != decisive_metric, -num_points_by_metric[name]))
-    return ordered[:MAX_HELD_OUT_METRICS]
+    metrics = sorted(
+        num_points_by_metric, key=lambda metric: (metric != decisive_metric, -num_points_by_metric[metric])
+    )
+    return metrics[:MAX_HELD_OUT_METRICS]
 
 
 def _held_out_rows(
-    number: int, point: ComparedPoint, names: Sequence[str], max_evaluations: int
+    point_index: int, point: ComparedPoint, metrics: Sequence[str], max_evaluations: int
 ) -> list[tuple[Any, ...]]:
-    """Data rows (point number, step, tokens, seconds, metric, value) of the held-out metrics `names` of a point.
+    """Data rows (`POSITION_COLUMNS`, metric, value) of the held-out `metrics` of a point.
 
-    Of more than about `max_evaluations` evaluations, evenly spread ones are drawn, the first and the last among them.
+    At most about `max_evaluations` evaluations are drawn: every n-th and the last.
     """
     steps = point.first_repeat.steps
     elapsed_s = accumulate(row.get("step_s") or 0.0 for row in steps.values())
@@ -244,14 +285,15 @@ def _held_out_rows(
     evaluations = list(point.first_repeat.evaluations.items())
     stride = max(1, math.ceil(len(evaluations) / max_evaluations))
     rows = []
-    for index, (step, metrics) in enumerate(evaluations):
+    for index, (step, values) in enumerate(evaluations):
         is_last = index == len(evaluations) - 1
         if index % stride and not is_last:
             continue
+        # Before the first step nothing was trained, and there is no row of a step.
         tokens = 0 if step == 0 else steps.get(step, {}).get("tokens")
-        for name in names:
-            if name in metrics:
-                rows.append((number, step, tokens, seconds_by_step.get(step), name, metrics[name]))
+        for metric in metrics:
+            if metric in values:
+                rows.append((point_index, step, tokens, seconds_by_step.get(step), metric, values[metric]))
     return rows
 
 
@@ -260,25 +302,23 @@ def course_plot(comparison: Comparison) -> PagePlot | None:
     points = comparison.begun_points
     rows = []
     known_metrics: set[str] = set()
-    for number, point in enumerate(points):
+    for point_index, point in enumerate(points):
         for row in drawn_steps(point, len(points)):
-            values = []
-            for metric in COURSE_METRICS:
-                value = row.get(metric)
-                is_number = isinstance(value, int | float)
-                values.append(value if is_number else None)
-                if is_number:
-                    known_metrics.add(metric)
-            rows.append((number, row["step"], row.get("tokens"), row["seconds"], *values))
+            values = {metric: _number_or_none(row.get(metric)) for metric in COURSE_METRICS}
+            known_metrics |= {metric for metric, value in values.items() if value is not None}
+            rows.append((*_position_cells(point_index, row), *values.values()))
     if not known_metrics:
         return None
-    titles = [title for metric, title in COURSE_METRICS.items() if metric in known_metrics]
-    data = csv_plot_data(("p", "step", "tokens", "seconds", *COURSE_METRICS.values()), rows)
-    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
-    spec = _curve_spec(
-        comparison, points, data, y, {"field": "value", "type": "quantitative", "format": ".6g"}, height=240
-    )
+    data = csv_plot_data((*POSITION_COLUMNS, *COURSE_METRICS.values()), rows)
+    y_encoding = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
+    y_tooltip = {"field": "value", "type": "quantitative", "format": ".6g"}
+    spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip, height=240)
     spec["transform"] += [{"calculate": "datum[metric]", "as": "value"}, {"filter": "isValid(datum.value)"}]
+    titles = [title for metric, title in COURSE_METRICS.items() if metric in known_metrics]
     menu = {"name": "metric", "value": titles[0], "bind": {"input": "select", "options": titles, "name": "metric "}}
     spec["params"].append(menu)
     return PagePlot("course", "Gradient norm, learning rate and speed", "Choose one in the menu below the plot.", spec)
+
+
+def _number_or_none(value: Any) -> float | None:
+    return value if isinstance(value, int | float) else None

@@ -29,25 +29,29 @@ def notable_steps(run: RecordedRun) -> list[NotableStep]:
 
     An update is left out if the gradients are not finite.
     """
-    notable_steps = [NotableStep(event["step"], _event_text(event)) for event in run.events]
+    steps = [NotableStep(event["step"], _event_text(event)) for event in run.events]
     # A guard may have left the same update out, and its event says more.
-    steps_with_event = {notable.step for notable in notable_steps}
+    steps_with_event = {notable.step for notable in steps}
     for step, row in run.steps.items():
         if row.get("skipped") and step not in steps_with_event:
-            notable_steps.append(NotableStep(step, "its update was left out, since its gradients were not finite"))
-    return sorted(notable_steps, key=lambda notable: notable.step)
+            steps.append(NotableStep(step, "its update was left out, since its gradients were not finite"))
+    return sorted(steps, key=lambda notable: notable.step)
 
 
 def _event_text(event: dict[str, Any]) -> str:
-    """A sentence on an event of `events.jsonl`: which numbers stood out, what was done, and documents of the step."""
+    """A sentence on an event of `events.jsonl`.
+
+    - What a detector found (`challenge`): its name and what it says.
+    - What a guard found: which numbers stood out, what was done, and at most `MAX_DOCUMENTS` documents of the step.
+    """
     if event.get("event") == "challenge":
         return f"{event.get('challenge')}: {event.get('says')}"
     action = event.get("action")
     # An action of a later version is shown as it is.
-    done = DONE[Action(action)] if action in set(Action) else str(action)
+    what_was_done = DONE[Action(action)] if action in set(Action) else str(action)
     level_began = event.get("began") if event.get("is_level") else None
-    what = outlier_text(event.get("values") or {}, event.get("scores") or {}, level_began)
-    sentence = f"{what or 'stood out'}; {done}"
+    what_stood_out = outlier_text(event.get("values") or {}, event.get("scores") or {}, level_began)
+    sentence = f"{what_stood_out or 'stood out'}; {what_was_done}"
     documents = [f"{document.get('file')}:{document.get('line')}" for document in event.get("documents") or []]
     if not documents:
         return sentence
@@ -73,22 +77,22 @@ def notable_step_lines(comparison: Comparison) -> list[str]:
 def resolved_setting_lines(comparison: Comparison) -> list[str]:
     """Lines on settings such as `auto` that the runs resolved: one line for all points if all resolved it alike.
 
-    A line looks like `run.matmul: blas` or `ddp: run.matmul: blas`.
+    A line is like `run.matmul: blas`, or `ddp: run.matmul: blas` for one of several points.
     """
     points = [point for point in comparison.points if not point.first_repeat.record.is_empty]
-    keys: dict[str, None] = {}
+    keys: dict[str, None] = {}  # a dict as an ordered set
     for point in points:
         keys |= dict.fromkeys(point.first_repeat.record.substitutions)
     lines = []
     for key in keys:
-        value_by_point = {point.name: point.first_repeat.record.substitutions.get(key) for point in points}
-        values = set(value_by_point.values())
-        if len(values) == 1:
-            lines.append(f"{key}: {values.pop()}")
+        resolved_value_by_point = {point.name: point.first_repeat.record.substitutions.get(key) for point in points}
+        different_values = set(resolved_value_by_point.values())
+        if len(different_values) == 1:
+            lines.append(f"{key}: {different_values.pop()}")
             continue
-        for name, value in value_by_point.items():
-            if value is not None:
-                lines.append(f"{name}: {key}: {value}")
+        for name, resolved_value in resolved_value_by_point.items():
+            if resolved_value is not None:
+                lines.append(f"{name}: {key}: {resolved_value}")
     return lines
 
 

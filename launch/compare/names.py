@@ -51,150 +51,159 @@ class SettingDifference:
 
 
 def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
-    """The settings in which the runs differ, then the facts of `run.json` (`run.json world_size`) in which they do.
+    """The settings in which the runs differ, then the entries of `run.json` in which they do (`run.json world_size`).
 
-    Settings that only one choice of a group has (`strategy.bucket_mib`) follow from the choice, so they are compared only
-    between runs that made the same one.
+    A setting that only one choice of its group has (`tuning.rank` of `tuning=lora`) follows from the choice, so it is compared
+    only between runs with the same choice.
     """
     differences = []
-    config_keys: dict[str, None] = {}
+    config_keys: dict[str, None] = {}  # a dict as an ordered set
     for run in runs:
         config_keys |= dict.fromkeys(run.config)
     for key in config_keys:
-        if not is_below(key, PER_RUN_KEYS) and _differs(key, runs):
+        if not is_below(key, PER_RUN_KEYS) and _has_several_values(key, runs):
             values = tuple(run.config.get(key, ABSENT_VALUE) for run in runs)
             differences.append(SettingDifference(key, values))
 
     for key in RECORD_KEYS:
-        values = tuple(_recorded(run.record, key) for run in runs)
-        known_values = {_comparable(value) for value in values if value != ABSENT_VALUE}
+        values = tuple(_record_value(run.record, key) for run in runs)
+        known_values = {_comparable_text(value) for value in values if value != ABSENT_VALUE}
         if len(known_values) > 1:
             differences.append(SettingDifference(f"run.json {key}", values))
     return differences
 
 
-def _differs(key: str, runs: list[RecordedRun]) -> bool:
+def _has_several_values(key: str, runs: list[RecordedRun]) -> bool:
     """Whether a setting has several values among runs with the same choice in its group.
 
-    `tuning.rank` may differ between two runs with `tuning=lora`. Between `tuning=lora` and `tuning=full` it does not
-    count: there it follows from the choice.
+    `tuning.rank` may differ between two runs with `tuning=lora`. A difference between `tuning=lora` and `tuning=full` does not
+    count: it follows from the choice. The choice itself, `tuning.name`, is compared between all runs.
     """
     choice_key = f"{key.split('.')[0]}.name"
     values_by_choice: dict[Any, set[str]] = {}
     for run in runs:
         choice = None if key == choice_key else run.config.get(choice_key)
-        values_by_choice.setdefault(choice, set()).add(_comparable(run.config.get(key, ABSENT_VALUE)))
+        values_by_choice.setdefault(choice, set()).add(_comparable_text(run.config.get(key, ABSENT_VALUE)))
     return any(len(values) > 1 for values in values_by_choice.values())
 
 
-def _recorded(record: RunRecord, key: str) -> Any:
+def _record_value(record: RunRecord, key: str) -> Any:
     """A fact of `run.json`; `ABSENT_VALUE` if the run did not record it."""
     return getattr(record, key) if key in record.keys else ABSENT_VALUE
 
 
-def _comparable(value: Any) -> str:
+def _comparable_text(value: Any) -> str:
     """A text that is the same for equal values of a setting. Whole floats count as integers, because trackers write 0.0 as 0."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_comparable, value))}]"
+        return f"[{', '.join(map(_comparable_text, value))}]"
     if isinstance(value, float) and value.is_integer():
         return repr(int(value))
     return repr(value)
 
 
 def run_names(runs: list[RecordedRun], differences: list[SettingDifference]) -> list[str]:
-    """A name for each run made of the settings that differ, such as `fsdp2-lora-lr2e-4`.
+    """A name for each run made of the settings that differ, such as `fsdp2-lora-lr2e-4`, in the order of the runs.
 
-    Runs that would still share a name get the name of their directory behind it.
+    A setting that would make any name longer than `MAX_NAME_LENGTH` is left out of all names. Runs that share a name then, or
+    have none, get the name of their directory behind it.
     """
     names = [""] * len(runs)
-    for suffixes in _name_suffixes(differences):
-        longer_names = [_joined(name, suffix) for name, suffix in zip(names, suffixes, strict=True)]
-        if max(map(len, longer_names)) <= MAX_NAME_LENGTH:  # else only the table shows this difference
+    for suffixes in _name_suffixes_by_difference(differences):
+        longer_names = [_join_with_dash(name, suffix) for name, suffix in zip(names, suffixes, strict=True)]
+        if max(map(len, longer_names)) <= MAX_NAME_LENGTH:
             names = longer_names
-    # Two runs still share a name if they differ in a setting that is no part of names, or would have made them too long.
     counts = Counter(names)
     unique_names = []
     for name, run in zip(names, runs, strict=True):
         is_unique = name and counts[name] == 1
-        unique_names.append(name if is_unique else _joined(name, run.directory.resolve().name))
+        unique_names.append(name if is_unique else _join_with_dash(name, run.directory.resolve().name))
     return unique_names
 
 
-def _joined(name: str, suffix: str) -> str:
+def _join_with_dash(name: str, suffix: str) -> str:
     return "-".join(filter(None, (name, suffix)))
 
 
-def _name_suffixes(differences: list[SettingDifference]) -> list[list[str]]:
-    """What each difference adds to the runs' names: `result[i][j]` is the suffix of run `j` for difference `i`.
+def _name_suffixes_by_difference(differences: list[SettingDifference]) -> list[list[str]]:
+    """For each difference that is part of names: what it adds to the name of each run, such as `["lr1e-3", "lr2e-4"]`.
 
     The settings that tell a reader most come first, because later ones may not fit into the name any more.
     """
     values_by_key = {difference.key: difference.values for difference in differences}
-    setting_keys = []
+    named_keys = []
     for key in values_by_key:
-        if not key.startswith("run.json ") and not is_below(key, KEYS_LEFT_OUT_OF_NAMES):
-            setting_keys.append(key)
+        is_setting = not key.startswith("run.json ")
+        if is_setting and not is_below(key, KEYS_LEFT_OUT_OF_NAMES):
+            named_keys.append(key)
 
     suffixes = []
     for key in KEYS_FIRST_IN_NAME:
-        if key in setting_keys:
+        if key in named_keys:
             suffixes.append([_name_suffix(key, value) for value in values_by_key[key]])
-    # The world size is the only fact of `run.json` that is part of a name.
+    # The world size is the only entry of `run.json` that is part of a name.
     if "run.json world_size" in values_by_key:
-        suffixes.append([_ranks_suffix(world_size) for world_size in values_by_key["run.json world_size"]])
-    for key in setting_keys:
+        suffixes.append([_world_size_suffix(world_size) for world_size in values_by_key["run.json world_size"]])
+    for key in named_keys:
         if key not in KEYS_FIRST_IN_NAME:
             suffixes.append([_name_suffix(key, value) for value in values_by_key[key]])
     return suffixes
 
 
-def _ranks_suffix(world_size: Any) -> str:
-    """What the world size adds to a name: `1rank`, `4ranks`, nothing if it is not known."""
+def _world_size_suffix(world_size: Any) -> str:
+    """What the world size adds to a name: `1rank`, `4ranks`; nothing if it is not known."""
     if world_size == ABSENT_VALUE:
         return ""
     return "1rank" if world_size == 1 else f"{world_size}ranks"
 
 
 def _name_suffix(key: str, value: Any) -> str:
-    """What the value of a setting adds to a name: `lora`, `lr2e-4`, `no_dora`, or the stem of a data file."""
-    leaf = key.rsplit(".", 1)[-1].strip("_")
+    """What the value of a setting adds to a name. Of the key only the last part is used:
+
+    - A missing setting: nothing.
+    - A choice (`tuning.name`): `lora`.
+    - True or False (`tuning.dora`): `dora` or `no_dora`.
+    - A number (`optim.lr`): `lr2e-4`.
+    - A path: its last part, for a data file without the file's suffix.
+    - Any other value (`batch.order`): `order_random`.
+    """
+    last_part = key.rsplit(".", 1)[-1].strip("_")
     if value == ABSENT_VALUE:
         return ""
-    if leaf == "name":
+    if last_part == "name":
         return str(value)
     if isinstance(value, bool):
-        return leaf if value else f"no_{leaf}"
+        return last_part if value else f"no_{last_part}"
     if isinstance(value, int | float):
-        return f"{leaf}{short(value)}"
-    if leaf in ("path", "eval_path") and value:
+        return f"{last_part}{short(value)}"
+    if last_part in ("path", "eval_path") and value:
         path = Path(str(value))
-        # A data file is named without its suffix; a model's directory may have a dot in its name, as in `qwen2.5`.
-        return _word_characters(path.stem if leaf == "path" and "data" in key else path.name)
-    return f"{leaf}_{_word_characters(short(value))}"
+        # The last part of a model's path may have a dot that begins no suffix, as in `qwen2.5`.
+        is_data_file = last_part == "path" and "data" in key
+        return _word_characters_only(path.stem if is_data_file else path.name)
+    return f"{last_part}_{_word_characters_only(short(value))}"
 
 
-def _word_characters(value_text: str) -> str:
+def _word_characters_only(text: str) -> str:
     """The text with an underscore for each run of characters that are no letter, digit, `_` or `.`."""
-    return re.sub(r"[^\w.]+", "_", value_text).strip("_")
+    return re.sub(r"[^\w.]+", "_", text).strip("_")
 
 
-def point_arguments(differences: Sequence[SettingDifference], number: int) -> str:
-    """The settings of point `number` in which the points differ, as arguments for a shell: `strategy=ddp optim.lr=1e-3`."""
+def point_arguments(differences: Sequence[SettingDifference], point_index: int) -> str:
+    """The settings in which a point differs from others, as arguments for a shell: `strategy=ddp optim.lr=1e-3`."""
     arguments = []
     for difference in differences:
-        value = difference.values[number]
-        is_setting = not difference.key.startswith("run.json ") and not is_below(difference.key, KEYS_LEFT_OUT_OF_NAMES)
-        if is_setting and value != ABSENT_VALUE:
-            arguments.append(shlex.quote(setting_argument(difference.key, value)))
+        value = difference.values[point_index]
+        is_setting = not difference.key.startswith("run.json ")
+        if is_setting and not is_below(difference.key, KEYS_LEFT_OUT_OF_NAMES) and value != ABSENT_VALUE:
+            arguments.append(shlex.quote(setting_as_argument(difference.key, value)))
     return " ".join(arguments)
 
 
-def setting_argument(key: str, value: Any) -> str:
-    """A setting as a command-line argument: `tuning=lora`, `optim.lr=1e-3`, `tuning.dora=true`."""
-    group, _, name = key.rpartition(".")
-    if name == "name" and group in CHOICE_GROUPS:
-        key = group
-    return f"{key}={_argument_value(value)}"
+def setting_as_argument(key: str, value: Any) -> str:
+    """A setting as a command-line argument: `optim.lr=1e-3`, `tuning.dora=true`; a choice by its group alone: `tuning=lora`."""
+    group, _, last_part = key.rpartition(".")
+    is_choice = last_part == "name" and group in CHOICE_GROUPS
+    return f"{group if is_choice else key}={_argument_value(value)}"
 
 
 def _argument_value(value: Any) -> str:

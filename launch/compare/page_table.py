@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from launch.compare.comparison import ComparedPoint, Comparison
-from launch.compare.cost_plots import has_same_meaning
+from launch.compare.cost_plots import is_planned_memory_comparable
 from launch.compare.curves import format_difference
 from launch.compare.metric_meaning import greater_is_better_by_name
 from launch.compare.quality import (
@@ -17,7 +17,7 @@ from launch.compare.quality import (
     quality_metric_name,
     rank_jobs_by_quality,
 )
-from launch.compare.recommendation import is_memory_shown, is_recommendable, is_speed_shown
+from launch.compare.recommendation import is_memory_difference_shown, is_recommendable, is_speed_difference_shown
 from launch.compare.repeats import STEP_PARTS
 from trainer.pages.numbers import UNKNOWN, duration, number, percent
 from trainer.pages.pieces import PageCell, PageColumn, PageTable, Tone
@@ -45,6 +45,13 @@ class MeasureColumn:
     note: str = ""
 
 
+class _FilledColumn(NamedTuple):
+    """A column of the page's table, with its cell for each point."""
+
+    column: PageColumn
+    cells: list[PageCell]
+
+
 def points_table(comparison: Comparison) -> PageTable:
     """The table of all points. Columns that are unknown for every point are left out.
 
@@ -52,60 +59,78 @@ def points_table(comparison: Comparison) -> PageTable:
     never marked.
     """
     points = list(comparison.points)
-    columns = [PageColumn("point")]
-    rows = [[_name_cell(point)] for point in points]
     measures = _measures(comparison)
-    # The held-out metrics come right after the name, so that a phone shows the first of them without scrolling.
-    _add_measures([measure for measure in measures if measure.group == HELD_OUT_GROUP], points, columns, rows)
-    for axis in comparison.axes[:MAX_AXIS_COLUMNS]:
-        columns.append(PageColumn(axis.title, group="settings"))
-        for row, label in zip(rows, axis.labels, strict=True):
-            row.append(PageCell(label, _label_sort_value(label)))
-    _add_measures([measure for measure in measures if measure.group != HELD_OUT_GROUP], points, columns, rows)
-    columns.append(PageColumn("state"))
-    for row, point in zip(rows, points, strict=True):
-        row.append(_state_cell(point))
+    held_out_measures = [measure for measure in measures if measure.group == HELD_OUT_GROUP]
+    other_measures = [measure for measure in measures if measure.group != HELD_OUT_GROUP]
+    filled_columns = [
+        _FilledColumn(PageColumn("point"), [_name_cell(point) for point in points]),
+        # The held-out metrics come right after the name, so that a phone shows the first of them without scrolling.
+        *_measure_columns(held_out_measures, points),
+        *_axis_columns(comparison),
+        *_measure_columns(other_measures, points),
+        _FilledColumn(PageColumn("state"), [_state_cell(point) for point in points]),
+    ]
+    columns = [filled.column for filled in filled_columns]
+    cells_by_column = [filled.cells for filled in filled_columns]
+    rows = [list(row) for row in zip(*cells_by_column, strict=True)]
     return PageTable(columns, rows, caption="A click on a heading sorts.", id="points")
 
 
-def _add_measures(
-    measures: Sequence[MeasureColumn],
-    points: Sequence[ComparedPoint],
-    columns: list[PageColumn],
-    rows: list[list[PageCell]],
-) -> None:
-    """Add the columns of these measures to the table, but those that are unknown for every point."""
+def _axis_columns(comparison: Comparison) -> list[_FilledColumn]:
+    """A column with the value of each point for each of the first `MAX_AXIS_COLUMNS` axes (settings in which points differ)."""
+    filled_columns = []
+    for axis in comparison.axes[:MAX_AXIS_COLUMNS]:
+        cells = [PageCell(label, _label_sort_value(label)) for label in axis.labels]
+        filled_columns.append(_FilledColumn(PageColumn(axis.title, group="settings"), cells))
+    return filled_columns
+
+
+def _measure_columns(measures: Sequence[MeasureColumn], points: Sequence[ComparedPoint]) -> list[_FilledColumn]:
+    """The columns of these measures, without those that are unknown for every point."""
+    filled_columns = []
     for measure in measures:
         values = [measure.value(point) if point.measured.steps else None for point in points]
         if all(value is None for value in values):
             continue
-        columns.append(PageColumn(measure.heading, measure.group, measure.best, measure.unit, measure.note))
-        for row, point, value in zip(rows, points, values, strict=True):
-            row.append(_cell(measure, point, value))
+        column = PageColumn(measure.heading, measure.group, measure.best, measure.unit, measure.note)
+        cells = [_measure_cell(measure, point, value) for point, value in zip(points, values, strict=True)]
+        filled_columns.append(_FilledColumn(column, cells))
+    return filled_columns
 
 
 def _name_cell(point: ComparedPoint) -> PageCell:
-    note = "" if is_recommendable(point) or not point.measured.steps else _state(point)[0]
+    """The cell with a point's name; below the name stands its state if its numbers do not count."""
+    has_numbers_that_do_not_count = point.measured.steps > 0 and not is_recommendable(point)
+    note = _state_and_tone(point)[0] if has_numbers_that_do_not_count else ""
     return PageCell(point.name, point.name, note=note)
 
 
 def _label_sort_value(label: str) -> float | str:
+    """What the cell of a value on an axis is sorted by: its number, or its text if it is none."""
     try:
         return float(label)
     except ValueError:
         return label
 
 
-def _cell(measure: MeasureColumn, point: ComparedPoint, value: float | None) -> PageCell:
-    """The cell of a number. In a column with a best cell, a point that cannot be recommended gets no value to sort by."""
+def _measure_cell(measure: MeasureColumn, point: ComparedPoint, value: float | None) -> PageCell:
+    """The cell of a number; a dash if it is not known.
+
+    In a column that marks its best cell, a point that cannot be recommended gets no value to sort by: it is never the best.
+    """
     if value is None:
         return PageCell(UNKNOWN, None)
     is_ranked = not measure.best or is_recommendable(point)
-    return PageCell(measure.show(value), float(f"{value:.6g}") if is_ranked else None)
+    return PageCell(measure.show(value), _sort_value(value) if is_ranked else None)
 
 
-def _state(point: ComparedPoint) -> tuple[str, Tone]:
-    """(state in a word, colour of its cell) of a point; a diverged one counts as `point_has_diverged`, whatever its run says."""
+def _sort_value(value: float) -> float:
+    """The number by which the page sorts a cell, with six digits: the page is smaller."""
+    return float(f"{value:.6g}")
+
+
+def _state_and_tone(point: ComparedPoint) -> tuple[str, Tone]:
+    """(state in a word, colour of its cell) of a point; a diverged one counts as `diverged`, whatever its run says."""
     if point_has_diverged(point):
         return "diverged", "bad"
     tones: dict[str, Tone] = {State.done: "", State.failed: "bad", State.preempted: "warning", State.running: "note"}
@@ -113,8 +138,8 @@ def _state(point: ComparedPoint) -> tuple[str, Tone]:
 
 
 def _state_cell(point: ComparedPoint) -> PageCell:
-    """How a point ended, and why if it is not done."""
-    state, tone = _state(point)
+    """The cell with a point's state; below it stands why it ended if it is not done."""
+    state, tone = _state_and_tone(point)
     reason = point.reason or ""
     return PageCell(state, state, tone=tone, note=reason.removeprefix(f"{state}: "))
 
@@ -127,8 +152,8 @@ def _measures(comparison: Comparison) -> list[MeasureColumn]:
     begun_points = comparison.begun_points
     has_repeats = any(point.summary.repeats > 1 for point in begun_points)
     # No star if no difference is shown: it would contradict the answer.
-    speed_best: Best = "largest" if is_speed_shown(begun_points) else ""
-    memory_best: Best = "smallest" if is_memory_shown(begun_points) else ""
+    speed_best: Best = "largest" if is_speed_difference_shown(begun_points) else ""
+    memory_best: Best = "smallest" if is_memory_difference_shown(begun_points) else ""
     step_best: Best = "smallest" if speed_best else ""
     measures = _quality_measures(comparison)
     measures.append(
@@ -149,9 +174,7 @@ def _measures(comparison: Comparison) -> list[MeasureColumn]:
         MeasureColumn(
             "supervised/s", "speed", _supervised_per_s, _three_digits, speed_best, note="Supervised tokens a second."
         ),
-        MeasureColumn(
-            "MFU", "speed", _comparable_mfu(comparison), percent, speed_best, note="Share of the device's peak."
-        ),
+        MeasureColumn("MFU", "speed", _mfu_reader(comparison), percent, speed_best, note="Share of the device's peak."),
         MeasureColumn("measured", "memory", lambda point: point.measured.memory_gib, _three_digits, memory_best, "GiB"),
         MeasureColumn("planned", "memory", _planned_gib, _three_digits, unit="GiB", note="Tensors, by simulation."),
         MeasureColumn("step", "a step", lambda point: point.measured.step_s, duration, step_best),
@@ -161,7 +184,11 @@ def _measures(comparison: Comparison) -> list[MeasureColumn]:
             "exposed", "a step", lambda point: point.measured.exposed_s, duration, note="Waited for the exchange."
         ),
         MeasureColumn(
-            "start", "once", _start_s, duration, note="Until the first step, without the evaluation before it."
+            "start",
+            "once",
+            _start_without_evaluation_s,
+            duration,
+            note="Until the first step, without the evaluation before it.",
         ),
         MeasureColumn("save", "once", lambda point: point.measured.checkpoint_s, duration),
         MeasureColumn("saved", "once", lambda point: point.measured.checkpoint_gib, _three_digits, "smallest", "GiB"),
@@ -175,7 +202,7 @@ def _supervised_per_s(point: ComparedPoint) -> float | None:
 
 
 def _planned_gib(point: ComparedPoint) -> float | None:
-    return point.measured.planned_gib if has_same_meaning(point) else None
+    return point.measured.planned_gib if is_planned_memory_comparable(point) else None
 
 
 def _exchanged_gib(point: ComparedPoint) -> float | None:
@@ -198,7 +225,8 @@ def _fastest(point: ComparedPoint) -> float | None:
     return point.summary.spread[1] if point.summary.spread else None
 
 
-def _start_s(point: ComparedPoint) -> float | None:
+def _start_without_evaluation_s(point: ComparedPoint) -> float | None:
+    """Seconds from the start of a run to its first step, without the evaluation before that step; None if not known."""
     if point.measured.start_s is None:
         return None
     return point.measured.start_s - (point.measured.evaluation_before_s or 0)
@@ -208,83 +236,98 @@ def _part_measure(part: str) -> MeasureColumn:
     return MeasureColumn(part, "a step", lambda point: point.summary.parts_s.get(part), duration)
 
 
-def _comparable_mfu(comparison: Comparison) -> Callable[[ComparedPoint], float | None]:
-    """A function that reads the MFU of a point. It returns None for all points if they have different peaks."""
+def _mfu_reader(comparison: Comparison) -> Callable[[ComparedPoint], float | None]:
+    """A function that returns the MFU of a point. It returns None for every point if the points have different peaks."""
     if not comparison.has_comparable_mfu:
         return lambda point: None
     return lambda point: point.measured.mfu
 
 
 def _quality_measures(comparison: Comparison) -> list[MeasureColumn]:
-    """The columns about quality: held-out metrics, metrics of the test documents, then the training loss."""
-    names = held_out_names(comparison)
-    measures = []
-    judged_names = [name for name in names if name.startswith(("eval/", "forgetting"))]
-    for name in judged_names[:MAX_METRIC_COLUMNS]:
-        best = _best_direction(comparison, name)
-        measures.append(
-            MeasureColumn(name, HELD_OUT_GROUP, _metric_reader(name), best=best, note="At the last evaluation.")
+    """The columns about quality: held-out metrics, metrics of the test documents, training loss, and its difference.
+
+    There is no difference for a single point, which has no baseline.
+    """
+    metrics = held_out_names(comparison)
+    columns = []
+    judged_metrics = [metric for metric in metrics if metric.startswith(("eval/", "forgetting"))]
+    for metric in judged_metrics[:MAX_METRIC_COLUMNS]:
+        best = _best_direction(comparison, metric)
+        columns.append(
+            MeasureColumn(metric, HELD_OUT_GROUP, _metric_reader(metric), best=best, note="At the last evaluation.")
         )
-    for name in [name for name in names if name.startswith("test/")][:MAX_METRIC_COLUMNS]:
+    test_metrics = [metric for metric in metrics if metric.startswith("test/")]
+    for metric in test_metrics[:MAX_METRIC_COLUMNS]:
         note = "Of the test documents. Not marked: who chooses by them cannot measure the choice with them."
-        measures.append(MeasureColumn(name, "test data", _metric_reader(name), note=note))
-    measures.append(MeasureColumn("last loss", "training", lambda point: point.measured.loss))
+        columns.append(MeasureColumn(metric, "test data", _metric_reader(metric), note=note))
+    columns.append(MeasureColumn("last loss", "training", lambda point: point.measured.loss))
     if len(comparison.points) > 1:
         note = "Largest relative difference over the first five steps, from the point that the verdict names."
-        measures.append(MeasureColumn("difference", "training", _early_difference, format_difference, note=note))
-    return measures
+        columns.append(MeasureColumn("difference", "training", _largest_early_difference, format_difference, note=note))
+    return columns
 
 
-def _early_difference(point: ComparedPoint) -> float | None:
+def _largest_early_difference(point: ComparedPoint) -> float | None:
     return None if point.loss_difference is None else point.loss_difference.largest_early
 
 
-def _metric_reader(name: str) -> Callable[[ComparedPoint], float | None]:
-    return lambda point: point.measured.after.get(name)
+def _metric_reader(metric: str) -> Callable[[ComparedPoint], float | None]:
+    """A function that returns a held-out metric of a point at its last evaluation; None if the point does not have it."""
+    return lambda point: point.measured.after.get(metric)
 
 
-def _best_direction(comparison: Comparison, name: str) -> Best:
-    """Which cell of a held-out metric gets the star, the largest or the smallest; none if chance may explain the differences."""
+def _best_direction(comparison: Comparison, metric: str) -> Best:
+    """Which cell of a held-out metric gets the star, the largest or the smallest.
+
+    None does if the name does not say which is better, if fewer than two jobs can be compared, or if no difference is
+    significant.
+    """
+    if metric == "eval/perplexity":
+        metric = "eval/loss"  # perplexity is its exponential, and only of the loss are sums per micro-batch kept
     ranked = comparison.conclusion.ranked
-    if name == "eval/perplexity":
-        name = "eval/loss"  # perplexity is its exponential, and only of the loss are sums per micro-batch kept
-    if ranked is None or ranked.metric.name != name:
-        greater_is_better = greater_is_better_by_name(name)
+    is_ranked_already = ranked is not None and ranked.metric.name == metric
+    if not is_ranked_already:
+        greater_is_better = greater_is_better_by_name(metric)
         jobs = group_points_into_jobs(comparison.begun_points)
         if greater_is_better is None or len(jobs) < 2:
             return ""
-        ranked = rank_jobs_by_quality(jobs, QualityMetric(name, greater_is_better))
+        ranked = rank_jobs_by_quality(jobs, QualityMetric(metric, greater_is_better))
     if ranked is None or not ranked.significantly_worse:
         return ""
     return "largest" if ranked.metric.greater_is_better else "smallest"
 
 
 def held_out_names(comparison: Comparison) -> list[str]:
-    """Names of the held-out metrics that any point has at its end, each once; the one that decides comes first."""
+    """Names of the held-out metrics that any point has at its end, each once; that by which quality is judged comes first."""
     decisive_metric = quality_metric_name(comparison.begun_points)
-    names: dict[str, None] = {}
+    names: dict[str, None] = {}  # a dict as an ordered set
     for point in comparison.begun_points:
         names |= dict.fromkeys(point.measured.after)
     return sorted(names, key=lambda name: name != decisive_metric)
 
 
 def held_out_table(comparison: Comparison) -> PageTable | None:
-    """All held-out metrics before and after training, with as many columns as fit; None if the main table has them all."""
+    """The held-out metrics of each point before and after training; None if no point has any.
+
+    At most `MAX_FOLDED_CELLS` cells: if more metrics would not fit, the caption says how many are left out.
+    """
     points: Sequence[ComparedPoint] = comparison.begun_points
-    names = held_out_names(comparison)
-    if not names:
+    metrics = held_out_names(comparison)
+    if not metrics:
         return None
-    max_metrics = max(1, MAX_FOLDED_CELLS // (2 * max(1, len(points))))  # a metric takes two cells of a point
+    num_cells_of_metric = 2 * max(1, len(points))  # before and after, for each point
+    max_metrics = max(1, MAX_FOLDED_CELLS // num_cells_of_metric)
     columns = [PageColumn("point")]
     rows = [[PageCell(point.name, point.name)] for point in points]
-    for name in names[:max_metrics]:
-        columns += [PageColumn("before", group=name), PageColumn("after", group=name)]
+    for metric in metrics[:max_metrics]:
+        columns += [PageColumn("before", group=metric), PageColumn("after", group=metric)]
         for row, point in zip(rows, points, strict=True):
-            row += [_plain_cell(point.measured.before.get(name)), _plain_cell(point.measured.after.get(name))]
-    left_out = len(names) - max_metrics
-    caption = f"{left_out} more metrics are in compare.csv." if left_out > 0 else ""
+            row.append(_held_out_cell(point.measured.before.get(metric)))
+            row.append(_held_out_cell(point.measured.after.get(metric)))
+    num_left_out = len(metrics) - max_metrics
+    caption = f"{num_left_out} more metrics are in compare.csv." if num_left_out > 0 else ""
     return PageTable(columns, rows, caption=caption, id="held-out-metrics")
 
 
-def _plain_cell(value: float | None) -> PageCell:
-    return PageCell(number(value), None if value is None else float(f"{value:.6g}"))
+def _held_out_cell(value: float | None) -> PageCell:
+    return PageCell(number(value), None if value is None else _sort_value(value))

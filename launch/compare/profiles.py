@@ -10,14 +10,14 @@ from typing import Any
 
 TOP_OPERATORS = 12
 """Operators that are shown."""
-RANKS = ["rank", "window ms", "communication", "exposed", "idle", "peak GiB"]
+RANK_HEADINGS = ["rank", "window ms", "communication", "exposed", "idle", "peak GiB"]
 """Headings of the table with a row for each rank."""
-OPERATORS = ["operator", "ms", "share", "calls"]
+OPERATOR_HEADINGS = ["operator", "ms", "share", "calls"]
 """Headings of the table with a row for each operator."""
 RankSummary = dict[str, Any]
 """One rank's `rank-*.summary.json`: `rank`, `steps` (first and last), `of` (`device` or `operators`), `window_s` (profiled time),
-`operators` (`name`, `self_s`, `calls`), `memory` (`s`, `gib`), and seconds of the window: `communication_s`, `exposed_s`
-(communication during which nothing was computed), `idle_s` (neither).
+`operators` (`name`, `self_s`, `calls`), `memory` (`s`, `gib`), and seconds of the window: `communication_s`,
+`exposed_communication_s` (communication during which nothing was computed), `idle_s` (neither).
 """
 SUMMARY_KEYS = {"rank", "steps", "of", "operators", "memory", "window_s"}
 """Keys of `rank-*.summary.json`; a file that lacks one is ignored."""
@@ -31,75 +31,87 @@ class ProfiledSteps:
     measured_on: str
     """`device` if the trace has the kernels of a GPU; `operators` if it has only those of the CPU."""
     ranks: list[list[str]]
-    """A row a rank, as `RANKS` names its cells."""
+    """A row a rank, as `RANK_HEADINGS` names its cells."""
     operators: list[list[str]]
-    """A row an operator, all ranks together, as `OPERATORS` names its cells. Each rank records those that took longest on it."""
+    """A row an operator, all ranks together, as `OPERATOR_HEADINGS` names its cells.
+
+    Each rank records those that took longest on it.
+    """
     memory: list[dict[str, Any]]
     """Allocated memory over time, a row for each change: rank, ms, GiB."""
     traces: str
     """Glob pattern of the trace files."""
 
 
-def read_profile(directory: Path) -> ProfiledSteps | None:
+def read_profile(run_dir: Path) -> ProfiledSteps | None:
     """Tables and memory curve of the profiled steps of a run; None if it was not profiled.
 
-    A summary that a rank is just writing is left out.
+    The summary of a rank that is still being written is left out.
     """
-    summaries = _read_summaries(directory)
+    summaries = _read_summaries(run_dir)
     if not summaries:
         return None
-    memory = []
+    memory_rows = []
     for summary in summaries:
         for sample in summary["memory"]:
-            memory.append({"rank": str(summary["rank"]), "ms": 1e3 * sample["s"], "GiB": sample["gib"]})
-    first, last = summaries[0]["steps"]
+            memory_rows.append({"rank": str(summary["rank"]), "ms": 1e3 * sample["s"], "GiB": sample["gib"]})
+    # All ranks trace the same steps, on the same kind of device.
+    first_step, last_step = summaries[0]["steps"]
     return ProfiledSteps(
-        steps=(first, last),
+        steps=(first_step, last_step),
         measured_on=summaries[0]["of"],
         ranks=[_rank_row(summary) for summary in summaries],
         operators=_operator_rows(summaries),
-        memory=memory,
-        traces=str(directory / "profile" / "rank-*.json.gz"),
+        memory=memory_rows,
+        traces=str(run_dir / "profile" / "rank-*.json.gz"),
     )
 
 
-def exposed_s(directory: Path) -> float | None:
-    """Seconds of a profiled step in which GPUs exchanged data and computed nothing, mean over the ranks.
+def exposed_communication_s(run_dir: Path) -> float | None:
+    """Seconds of a profiled step in which a GPU communicated and computed nothing, as the mean over the ranks.
 
     None if the run was not profiled on GPUs.
     """
     seconds_per_step = []
-    for summary in _read_summaries(directory):
+    for summary in _read_summaries(run_dir):
         if summary["of"] == "device":
-            first, last = summary["steps"]
-            seconds_per_step.append(summary["exposed_s"] / (last - first + 1))
+            first_step, last_step = summary["steps"]
+            num_steps = last_step - first_step + 1
+            seconds_per_step.append(summary["exposed_s"] / num_steps)
     if not seconds_per_step:
         return None
     return sum(seconds_per_step) / len(seconds_per_step)
 
 
 def _operator_rows(summaries: list[RankSummary]) -> list[list[str]]:
-    """The `TOP_OPERATORS` operators that took longest, all ranks together: a row of cells as `OPERATORS` names them."""
+    """A row of cells, as `OPERATOR_HEADINGS` names them, for each of the operators that took longest, all ranks together.
+
+    At most `TOP_OPERATORS` rows.
+    """
     self_s_by_operator = Counter[str]()
     calls_by_operator = Counter[str]()
     for summary in summaries:
         for operator in summary["operators"]:
             self_s_by_operator[operator["name"]] += operator["self_s"]
             calls_by_operator[operator["name"]] += operator["calls"]
-    total_s = self_s_by_operator.total() or 1.0
+    total_s = self_s_by_operator.total() or 1.0  # 0 would be divided by
     rows = []
     for name, self_s in self_s_by_operator.most_common(TOP_OPERATORS):
-        rows.append([name, f"{1e3 * self_s:.2f}", f"{self_s / total_s:.0%}", str(calls_by_operator[name])])
+        milliseconds = f"{1e3 * self_s:.2f}"
+        share = f"{self_s / total_s:.0%}"
+        rows.append([name, milliseconds, share, str(calls_by_operator[name])])
     return rows
 
 
 def _rank_row(summary: RankSummary) -> list[str]:
-    """The cells of one rank, as `RANKS` names them: shares are of the profiled time."""
+    """The cells of one rank, as `RANK_HEADINGS` names them. Shares are of the profiled time (`window_s`)."""
     window_s = summary["window_s"]
-    shares = [f"{summary[key] / (window_s or 1.0):.0%}" for key in ("communication_s", "exposed_s", "idle_s")]
+    communication, exposed, idle = (
+        f"{summary[key] / (window_s or 1.0):.0%}" for key in ("communication_s", "exposed_s", "idle_s")
+    )
     peak_gib = max((sample["gib"] for sample in summary["memory"]), default=None)
     peak_cell = "-" if peak_gib is None else f"{peak_gib:.3g}"
-    return [str(summary["rank"]), f"{1e3 * window_s:.1f}", *shares, peak_cell]
+    return [str(summary["rank"]), f"{1e3 * window_s:.1f}", communication, exposed, idle, peak_cell]
 
 
 def _read_summaries(directory: Path) -> list[RankSummary]:

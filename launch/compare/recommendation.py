@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from launch.compare.quality import RankedJobs, point_has_diverged
 from trainer.reporting.numbers import readable
@@ -17,7 +17,7 @@ MEMORY_TOLERANCE = 0.05
 """Relative difference of memory up to which two points count as equal; beyond it, repeats say it themselves."""
 CPU_MEMORY_TOLERANCE = 0.15
 """The same on a CPU, where the resident set of the process has its libraries in it."""
-FEW_SPEED_STEPS = 5
+MIN_SPEED_STEPS = 5
 """Steps behind the first logging interval below which a median speed decides nothing."""
 MAX_NAMES = 4
 """Names that a sentence lists; of more it tells how many there are."""
@@ -37,53 +37,59 @@ class Recommendation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Extreme:
-    """The point with the best value of a cost, and those that are not shown to differ from it."""
+class _BestPoint:
+    """The point with the best value of a cost (speed or memory), and the points that are not shown to differ from it."""
 
     point: ComparedPoint
-    equals: list[ComparedPoint]
-    is_shown: bool
-    """Whether any point is shown to be worse."""
+    not_shown_to_differ: list[ComparedPoint]
+    is_any_shown_worse: bool
+    """Whether at least one point is shown to be worse. If not, the cost is no reason to take the best point."""
+
+    @property
+    def not_shown_to_differ_text(self) -> str:
+        """A clause that names the points that are not shown to differ, such as `; no difference shown from b`; empty without."""
+        names = [point.name for point in self.not_shown_to_differ]
+        return f"; no difference shown from {join_names(names)}" if names else ""
 
 
 def is_recommendable(point: ComparedPoint) -> bool:
-    """Whether a point is done and did not diverge. Only such points are recommended, or marked as best."""
+    """Whether a point is done and did not diverge. Only such points are recommended, or marked as the best."""
     return is_done(point) and not point_has_diverged(point)
 
 
 def is_done(point: ComparedPoint) -> bool:
-    """Whether a repeat is done and none failed: later repeats may not have been started yet."""
+    """Whether at least one repeat of a point is done and none has failed: later repeats may not have been started yet."""
     states = [run.state for run in point.repeats]
     return State.done in states and State.failed not in states
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Names as a phrase: `a`, `a and b`, `a, b and c`, `a, b and 7 others`. At most `MAX_NAMES` are named."""
-    shown = list(names[:MAX_NAMES])
+    """Names as a phrase: `a`, `a and b`, `a, b and c`, `a, b, c and 7 others`. At most `MAX_NAMES` are named."""
     if len(names) > MAX_NAMES:
-        rest = len(names) - (MAX_NAMES - 1)
-        return f"{', '.join(shown[: MAX_NAMES - 1])} and {rest} others"
-    if len(shown) < 2:
-        return "".join(shown)
-    return f"{', '.join(shown[:-1])} and {shown[-1]}"
+        num_named = MAX_NAMES - 1  # the others count as one more part of the phrase
+        return f"{', '.join(names[:num_named])} and {len(names) - num_named} others"
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def recommendation_candidates(
-    points: Sequence[ComparedPoint], other_loss: Sequence[ComparedPoint], ranked: RankedJobs | None
+    points: Sequence[ComparedPoint], diverging_points: Sequence[ComparedPoint], ranked: RankedJobs | None
 ) -> list[ComparedPoint]:
     """The points that may be recommended: done, not diverged, with the loss of their job, and of a job not shown to be worse.
 
-    `other_loss`: points whose loss differs from that of their own job. `ranked`: None if the quality was not compared.
+    `diverging_points`: points whose loss differs from that of an earlier point of the same job. `ranked`: the jobs by quality;
+    None if the quality was not compared.
     """
     candidates = [
-        point for point in points if point.measured.steps and point not in other_loss and is_recommendable(point)
+        point for point in points if point.measured.steps and point not in diverging_points and is_recommendable(point)
     ]
     if ranked is None:
         return candidates
-    not_significantly_worse: set[str] = set()
+    names_not_worse: set[str] = set()
     for job in ranked.not_significantly_worse:
-        not_significantly_worse |= {point.name for point in job.points}
-    return [point for point in candidates if point.name in not_significantly_worse]
+        names_not_worse |= {point.name for point in job.points}
+    return [point for point in candidates if point.name in names_not_worse]
 
 
 def recommend_best_quality(
@@ -92,127 +98,131 @@ def recommend_best_quality(
     cheapest_names: Sequence[str],
     arguments_by_name: dict[str, str],
 ) -> list[Recommendation]:
-    """The point to take for the best value of the metric; none if no point of the best job is among the candidates.
+    """The recommendation for the best value of the held-out metric; empty if no point of the best job is among the candidates.
 
-    If the job has several points, one of `cheapest_names` (recommended for speed or memory) is preferred.
+    If the job has several points, one of `cheapest_names` (recommended for speed or memory) is preferred. `arguments_by_name`:
+    the arguments to paste, by name of a point.
     """
     candidate_names = {point.name for point in candidates}
     points = [point for point in ranked.best.points if point.name in candidate_names]
     if not points:
         return []
-    best = min(points, key=lambda point: point.name not in cheapest_names)
+    best_point = next((point for point in points if point.name in cheapest_names), points[0])
     goal = f"the {ranked.metric.superlative} {ranked.metric.name}"
-    return [Recommendation(goal, best, readable(ranked.value(ranked.best)), arguments_by_name[best.name])]
+    value = readable(ranked.value(ranked.best))
+    return [Recommendation(goal, best_point, why=value, arguments=arguments_by_name[best_point.name])]
 
 
 def recommend_cheapest(
     candidates: Sequence[ComparedPoint], arguments_by_name: dict[str, str]
 ) -> tuple[str, list[Recommendation]]:
-    """(sentence on speed and memory, the fastest point and the one with the least memory), of points of equal quality.
+    """(sentence on speed and memory, recommendations of the fastest point and of the one with the least memory).
 
-    A point is taken only if it is shown to be better than another one. Below two candidates the result is ("", []).
+    `candidates` are points of equal quality. A point is recommended only if it is shown to be better than another one. With fewer
+    than two candidates, or if neither speed nor memory is known, the result is `("", [])`. `arguments_by_name`: the arguments to
+    paste, by name of a point.
     """
     if len(candidates) < 2:
         return "", []
-    recommended = []
+    recommendations = []
     clauses = []
-    not_shown = []  # costs in which no two points are shown to differ
-    fastest = _fastest(candidates)
-    if fastest is not None and fastest.is_shown:
+    costs_without_difference = []
+    fastest = _fastest_point(candidates)
+    if fastest is not None and fastest.is_any_shown_worse:
+        name = fastest.point.name
         is_repeated = all(point.summary.repeats > 1 for point in candidates)
-        speed = f"{fastest.point.measured.tokens_per_s:,.0f} tokens/s"
-        why = f"{speed}{'' if is_repeated else '; one run each'}{_equals_text(fastest)}"
-        clauses.append(f"{fastest.point.name} is the fastest ({why})")
-        recommended.append(
-            Recommendation("the most tokens/s", fastest.point, why, arguments_by_name[fastest.point.name])
-        )
+        one_run_each = "" if is_repeated else "; one run each"
+        why = f"{fastest.point.measured.tokens_per_s:,.0f} tokens/s{one_run_each}{fastest.not_shown_to_differ_text}"
+        clauses.append(f"{name} is the fastest ({why})")
+        recommendations.append(Recommendation("the most tokens/s", fastest.point, why, arguments_by_name[name]))
     elif fastest is not None:
-        not_shown.append("speed")
-    smallest = _smallest(candidates)
-    if smallest is not None and smallest.is_shown:
-        why = f"{smallest.point.measured.memory_gib:.3g} GiB{_equals_text(smallest)}"
-        clauses.append(f"{smallest.point.name} takes the least memory ({why})")
-        recommended.append(
-            Recommendation("the least memory", smallest.point, why, arguments_by_name[smallest.point.name])
-        )
+        costs_without_difference.append("speed")
+    smallest = _point_with_least_memory(candidates)
+    if smallest is not None and smallest.is_any_shown_worse:
+        name = smallest.point.name
+        why = f"{smallest.point.measured.memory_gib:.3g} GiB{smallest.not_shown_to_differ_text}"
+        clauses.append(f"{name} takes the least memory ({why})")
+        recommendations.append(Recommendation("the least memory", smallest.point, why, arguments_by_name[name]))
     elif smallest is not None:
-        not_shown.append("memory")
-    if not_shown:
-        clauses.append(f"no difference in {' or '.join(not_shown)} shown")
-    if not clauses:
-        return "", []
-    sentence = "; ".join(clauses)
-    if clauses[0].startswith("no "):
-        sentence = f"N{sentence[1:]}"
-    return f"{sentence}.", recommended
+        costs_without_difference.append("memory")
+    if costs_without_difference:
+        # In upper case if the sentence begins with it.
+        no = "no" if clauses else "No"
+        clauses.append(f"{no} difference in {' or '.join(costs_without_difference)} shown")
+    return (f"{'; '.join(clauses)}.", recommendations) if clauses else ("", [])
 
 
-def is_speed_shown(points: Sequence[ComparedPoint]) -> bool:
+def is_speed_difference_shown(points: Sequence[ComparedPoint]) -> bool:
     """Whether any two of the points that can be recommended are shown to differ in speed."""
-    fastest = _fastest([point for point in points if is_recommendable(point)])
-    return fastest is not None and fastest.is_shown
+    fastest = _fastest_point([point for point in points if is_recommendable(point)])
+    return fastest is not None and fastest.is_any_shown_worse
 
 
-def is_memory_shown(points: Sequence[ComparedPoint]) -> bool:
+def is_memory_difference_shown(points: Sequence[ComparedPoint]) -> bool:
     """Whether any two of the points that can be recommended are shown to differ in memory."""
-    smallest = _smallest([point for point in points if is_recommendable(point)])
-    return smallest is not None and smallest.is_shown
+    smallest = _point_with_least_memory([point for point in points if is_recommendable(point)])
+    return smallest is not None and smallest.is_any_shown_worse
 
 
-def _equals_text(extreme: _Extreme) -> str:
-    """The points that are not shown to differ from the best one, as a clause; empty if there are none."""
-    names = [point.name for point in extreme.equals]
-    return f"; no difference shown from {join_names(names)}" if names else ""
-
-
-def _fastest(points: Sequence[ComparedPoint]) -> _Extreme | None:
+def _fastest_point(points: Sequence[ComparedPoint]) -> _BestPoint | None:
     """The point with the most tokens/s; None if the speed of fewer than two points is known."""
-    return _extreme(points, lambda point: point.measured.tokens_per_s, speed_range, largest=True)
+    return _best_point(points, lambda point: point.measured.tokens_per_s, speed_range, largest_is_best=True)
 
 
-def _smallest(points: Sequence[ComparedPoint]) -> _Extreme | None:
+def _point_with_least_memory(points: Sequence[ComparedPoint]) -> _BestPoint | None:
     """The point with the least memory; None if the memory of fewer than two points is known."""
-    return _extreme(points, lambda point: point.measured.memory_gib, memory_range, largest=False)
+    return _best_point(points, lambda point: point.measured.memory_gib, memory_range, largest_is_best=False)
 
 
-def _extreme(
+class _CostOfPoint(NamedTuple):
+    """The cost of one point: its value, and the (low, high) within which it may lie."""
+
+    value: float
+    value_range: tuple[float, float]
+    point: ComparedPoint
+
+
+def _best_point(
     points: Sequence[ComparedPoint],
     value_of: Callable[[ComparedPoint], float | None],
     range_of: Callable[[ComparedPoint, bool], tuple[float, float] | None],
     *,
-    largest: bool,
-) -> _Extreme | None:
-    """The point with the best value, and which others overlap with its range; None if fewer than two have value and range.
+    largest_is_best: bool,
+) -> _BestPoint | None:
+    """The point with the best value; the points whose ranges overlap with its range are not shown to differ from it.
 
-    `range_of(point, is_repeated)` is the (low, high) within which the value may lie. `largest`: the largest value is the best.
+    None if fewer than two points have a value and a range. `range_of(point, is_repeated)` returns the (low, high) within which
+    the value may lie; `is_repeated` says whether all points have several repeats.
     """
     is_repeated = all(point.summary.repeats > 1 for point in points)
-    known: list[tuple[float, tuple[float, float], ComparedPoint]] = []  # (value, range, point)
+    costs: list[_CostOfPoint] = []
     for point in points:
         value = value_of(point)
         value_range = range_of(point, is_repeated)
         if value is not None and value_range is not None:
-            known.append((value, value_range, point))
-    if len(known) < 2:
+            costs.append(_CostOfPoint(value, value_range, point))
+    if len(costs) < 2:
         return None
-    choose = max if largest else min
-    _, best_range, best = choose(known, key=lambda entry: entry[0])
-    equals = [point for _, value_range, point in known if point is not best and ranges_overlap(best_range, value_range)]
-    is_any_worse = len(equals) < len(known) - 1
-    return _Extreme(best, equals, is_shown=is_any_worse)
+    choose = max if largest_is_best else min
+    best = choose(costs, key=lambda cost: cost.value)
+    others = [cost for cost in costs if cost is not best]
+    not_shown_to_differ = [cost.point for cost in others if ranges_overlap(best.value_range, cost.value_range)]
+    return _BestPoint(best.point, not_shown_to_differ, is_any_shown_worse=len(not_shown_to_differ) < len(others))
 
 
 def speed_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] | None:
-    """The range in tokens/s within which a point's speed may lie; None if too few steps were measured.
+    """The range in tokens/s within which a point's speed may lie. The first case that applies:
 
-    If all points are repeated (`is_repeated`), it goes from the slowest to the fastest repeat. Otherwise it is the middle half
-    of the steps of its single run.
+    - All points are repeated (`is_repeated`): from the slowest to the fastest repeat.
+    - Fewer than `MIN_SPEED_STEPS` steps were measured behind the warm-up: None.
+    - Otherwise: the middle half of the steps of its single run.
     """
     if is_repeated and point.summary.spread is not None:
         return point.summary.spread
     measured = point.measured
-    counted_steps = measured.steps - measured.warmup_steps
-    if not measured.warmup_steps or counted_steps < FEW_SPEED_STEPS:
+    num_counted_steps = measured.steps - measured.warmup_steps
+    # Without a warm-up, all steps were in the first logging interval, which says nothing of the speed.
+    if not measured.warmup_steps or num_counted_steps < MIN_SPEED_STEPS:
         return None
     return measured.tokens_per_s_quartiles
 
@@ -233,21 +243,27 @@ def memory_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float]
 
 def ranges_overlap(first: tuple[float, float], second: tuple[float, float]) -> bool:
     """Whether two (low, high) ranges overlap."""
-    return first[0] <= second[1] and second[0] <= first[1]
+    first_low, first_high = first
+    second_low, second_high = second
+    return first_low <= second_high and second_low <= first_high
 
 
-def merge_recommendations_by_point(choices: Sequence[Recommendation]) -> list[Recommendation]:
-    """The choices with those for the same point joined into one, with a goal such as `the most tokens/s and the least memory`."""
-    choice_by_point: dict[str, Recommendation] = {}
-    for choice in choices:
-        earlier = choice_by_point.get(choice.point.name)
+def merge_recommendations_by_point(recommendations: Sequence[Recommendation]) -> list[Recommendation]:
+    """One recommendation for each point: those for the same point are joined.
+
+    The goal is then, for example, `the most tokens/s and the least memory`.
+    """
+    merged_by_point: dict[str, Recommendation] = {}
+    for recommendation in recommendations:
+        name = recommendation.point.name
+        earlier = merged_by_point.get(name)
         if earlier is None:
-            choice_by_point[choice.point.name] = choice
+            merged_by_point[name] = recommendation
         else:
-            choice_by_point[choice.point.name] = Recommendation(
-                goal=f"{earlier.goal} and {choice.goal}",
-                point=choice.point,
-                why=f"{earlier.why}; {choice.why}",
-                arguments=choice.arguments,
+            merged_by_point[name] = Recommendation(
+                goal=f"{earlier.goal} and {recommendation.goal}",
+                point=recommendation.point,
+                why=f"{earlier.why}; {recommendation.why}",
+                arguments=recommendation.arguments,
             )
-    return list(choice_by_point.values())
+    return list(merged_by_point.values())

@@ -8,13 +8,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.compare.profiles import exposed_s
+from launch.compare.profiles import exposed_communication_s
 from launch.compare.run_files import (
     RATES,
     RecordedRun,
     RunMeasurements,
     is_run_directory,
-    measure,
+    measure_run,
     read_recorded_run,
     rows_after_warmup,
 )
@@ -89,33 +89,33 @@ class MeasuredPoint:
         """State, last step and reason of the first repeat that is not done; None if all are done."""
         return self._first_known(run.reason for run in self.repeats)
 
-    def _first_known(self, sentences: Iterable[str | None]) -> str | None:
-        """The first text that is not None, where each repeat has one; a later repeat is named, as in `repeat 2: failed`."""
-        for number, sentence in enumerate(sentences, 1):
-            if sentence:
-                return f"repeat {number}: {sentence}" if number > 1 else sentence
+    def _first_known(self, texts_of_repeats: Iterable[str | None]) -> str | None:
+        """The first text that is not None; one of a later repeat names it: `repeat 2: failed at step 3`. None if all are None."""
+        for repeat_number, text in enumerate(texts_of_repeats, 1):
+            if text:
+                return f"repeat {repeat_number}: {text}" if repeat_number > 1 else text
         return None
 
 
 def read_repeats(row: ComparisonRow, price_of: Callable[[str], float | None]) -> MeasuredPoint:
     """Read the runs of a point, one for each repeat, and combine their numbers.
 
-    `price_of` maps the driver's name of a card to US dollars an hour, or None if its price is not known. Raises ConfigError as
-    `read_recorded_run` does.
+    `price_of` maps the driver's name of a card to US dollars an hour, or to None if its price is not known. Raises ConfigError
+    if a directory holds no run, or one of its files is damaged.
     """
     runs = _read_runs(row)
-    all_measured = [measure(run, row.warmup) for run in runs]
+    measurements = [measure_run(run, row.warmup) for run in runs]
     # A repeat that failed before its first step has no numbers. If no repeat has any, the first stands for all.
-    begun = [measured for measured in all_measured if measured.steps] or all_measured[:1]
-    combined = _combine_repeats(all_measured[0], begun)
-    # A profiler trace measures how long the exchange was exposed; without one it is an estimate from a single step.
-    traced_exposed_s = _median([exposed_s(run.directory) for run in runs])
+    begun_measurements = [measured for measured in measurements if measured.steps] or measurements[:1]
+    combined = _combine_repeats(measurements[0], begun_measurements)
+    # A profiler trace measures how long communication was exposed; without one it is an estimate from a single step.
+    traced_exposed_s = _median_of_known([exposed_communication_s(run.directory) for run in runs])
     if traced_exposed_s is not None:
         combined = replace(combined, exposed_s=traced_exposed_s)
-    speeds = [measured.tokens_per_s for measured in begun if measured.tokens_per_s is not None]
-    memory_peaks = _known_numbers([measured.memory_gib for measured in begun])
+    speeds = _known_numbers([measured.tokens_per_s for measured in begun_measurements])
+    memory_peaks = _known_numbers([measured.memory_gib for measured in begun_measurements])
     summary = RepeatsSummary(
-        repeats=sum(measured.steps > 0 for measured in all_measured),
+        repeats=sum(measured.steps > 0 for measured in measurements),
         tokens_per_s_repeats=tuple(speeds),
         memory_gib_repeats=tuple(memory_peaks),
         parts_s=_step_parts_s(runs, row.warmup, combined.step_s),
@@ -125,25 +125,34 @@ def read_repeats(row: ComparisonRow, price_of: Callable[[str], float | None]) ->
 
 
 def _read_runs(row: ComparisonRow) -> tuple[RecordedRun, ...]:
-    """The runs of a point, one for each repeat that has a run directory; always at least the first."""
+    """The runs of a point. The first case that applies:
+
+    - The point was refused: one run without steps that stands for it.
+    - Otherwise: the run of the first repeat, and of each later repeat that has a run directory already.
+
+    Raises ConfigError if a run cannot be read.
+    """
     if row.refused:
         return (_never_started_run(row),)
     # The first is always read, so that its error is shown. Later repeats may not have been started yet.
-    first, *others = row.directories
-    return tuple(_read_run(directory) for directory in [first, *filter(is_run_directory, others)])
+    first_dir, *later_dirs = row.directories
+    return tuple(_read_run(directory) for directory in [first_dir, *filter(is_run_directory, later_dirs)])
 
 
-def _combine_repeats(first: RunMeasurements, begun: list[RunMeasurements]) -> RunMeasurements:
-    """The measurements of a point: medians over its repeats for `MEDIAN_FIELDS`, the largest memory, else those of the first.
+def _combine_repeats(first: RunMeasurements, begun_measurements: list[RunMeasurements]) -> RunMeasurements:
+    """The measurements of a point, from those of its repeats that took a step (`begun_measurements`).
 
-    `begun`: the measurements of the repeats that took a step.
+    - `MEDIAN_FIELDS`: the median over the repeats.
+    - Memory: the largest.
+    - All other fields: those of the first repeat (`first`).
     """
     combined: dict[str, float | None] = {}
     for name in MEDIAN_FIELDS:
-        combined[name] = _median([getattr(measured, name) for measured in begun])
+        combined[name] = _median_of_known([getattr(measured, name) for measured in begun_measurements])
     # Memory is what a run must have room for: the worst repeat counts.
     for name in ("memory_gib", "memory_reserved_gib"):
-        combined[name] = max(_known_numbers([getattr(measured, name) for measured in begun]), default=None)
+        known_peaks = _known_numbers([getattr(measured, name) for measured in begun_measurements])
+        combined[name] = max(known_peaks, default=None)
     return replace(first, **combined)  # type: ignore[arg-type]  # no other fields are among the names
 
 
@@ -173,22 +182,23 @@ def _never_started_run(row: ComparisonRow) -> RecordedRun:
 def _step_parts_s(runs: tuple[RecordedRun, ...], warmup_steps: int, step_s: float | None) -> dict[str, float]:
     """Seconds of each part of a step (`data`, `forward` ... `rest`), medians over the steps of all repeats.
 
-    Empty if the runs did not time the parts. `step_s` is the median of whole steps.
+    Steps of the warm-up do not count, unless a run has no others. Empty if the runs did not time the parts. `step_s` is the
+    median time of a whole step.
     """
     timed_rows = []
     for run in runs:
         rows = rows_after_warmup(run, warmup_steps) or run.steps.values()
         timed_rows += [row for row in rows if "forward_s" in row]
-    parts: dict[str, float] = {}
-    for name, key in STEP_PARTS.items():
-        seconds = _median([row.get(key) for row in timed_rows])
-        if seconds is not None:
-            parts[name] = seconds
-    if not parts:
+    parts_s: dict[str, float] = {}
+    for part, metric in STEP_PARTS.items():
+        median_s = _median_of_known([row.get(metric) for row in timed_rows])
+        if median_s is not None:
+            parts_s[part] = median_s
+    if not parts_s:
         return {}
     # Medians of parts need not add up to the median step, so that the rest could be below zero.
-    rest = max(0.0, (step_s or 0.0) - sum(parts.values()))
-    return {**parts, "rest": rest}
+    rest_s = max(0.0, (step_s or 0.0) - sum(parts_s.values()))
+    return {**parts_s, "rest": rest_s}
 
 
 def _dollars_per_million(
@@ -207,12 +217,12 @@ def _dollars_per_million(
     return dollars_per_second / tokens_per_s * 1e6
 
 
-def _median(values: list[Any]) -> float | None:
-    """The median of the numbers that are known; None if none is."""
+def _median_of_known(values: list[Any]) -> float | None:
+    """The median of the numbers among the values; None if there are none."""
     numbers = _known_numbers(values)
     return median(numbers) if numbers else None
 
 
 def _known_numbers(values: list[Any]) -> list[float]:
-    """The known numbers. None is left out, also that of a number that is not finite."""
+    """The numbers among the values, without None: a file has null for an unknown number, and for one that is not finite."""
     return [value for value in values if isinstance(value, int | float)]

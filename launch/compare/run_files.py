@@ -127,24 +127,24 @@ class RunMeasurements:
 
 
 def is_run_directory(directory: Path) -> bool:
-    """Whether the directory is that of a run: every run writes its `config.yaml` before it starts."""
+    """Whether the directory is that of a run, which has a `config.yaml` before it starts."""
     return (directory / "config.yaml").is_file()
 
 
-def read_recorded_run(directory: Path) -> RecordedRun:
-    """Read all files of one run directory. Raises ConfigError where it is none, or one of its files is damaged."""
-    if not is_run_directory(directory):
-        raise ConfigError(f"{directory}: not a run directory (there is no config.yaml in it)")
-    metrics = _read_metric_rows(directory / METRICS)
-    events = _read_metric_rows(directory / "events.jsonl")
-    steps, evaluations = _split_by_step(metrics.rows)
+def read_recorded_run(run_dir: Path) -> RecordedRun:
+    """Read all files of one run directory. Raises ConfigError if it is no run directory, or one of its files is damaged."""
+    if not is_run_directory(run_dir):
+        raise ConfigError(f"{run_dir}: not a run directory (there is no config.yaml in it)")
+    metrics = _read_json_rows(run_dir / METRICS)
+    events = _read_json_rows(run_dir / "events.jsonl")
+    steps, evaluations = _split_by_kind(metrics.rows)
     return RecordedRun(
-        directory=directory,
-        config=_read_config(directory / "config.yaml"),
-        identity=_read_identity(directory / "identity.json"),
-        record=_read_record(directory),
-        status=read_status(directory),
-        failure=read_failure(directory),
+        directory=run_dir,
+        config=_read_config(run_dir / "config.yaml"),
+        identity=_read_identity(run_dir / "identity.json"),
+        record=_read_record(run_dir),
+        status=read_status(run_dir),
+        failure=read_failure(run_dir),
         steps=steps,
         evaluations=evaluations,
         events=tuple(events.rows),
@@ -171,7 +171,10 @@ def _read_record(run_dir: Path) -> RunRecord:
 
 
 def _read_identity(path: Path) -> dict[str, dict[str, Any]]:
-    """`identity.json`, an object for each kind of difference; empty if the run ended before its data was prepared."""
+    """The contents of `identity.json`: {kind: {key: value}} for the kinds `data`, `order`, `objective` ...
+
+    Empty if the run ended before its data was prepared. Raises ConfigError if the file cannot be read or has another form.
+    """
     if not path.exists():
         return {}
     try:
@@ -190,24 +193,25 @@ def _unreadable_file_error(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{path}: cannot be read ({error}); leave this run out of the comparison")
 
 
-def _split_by_step(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
-    """Split the rows of `metrics.jsonl` into (rows of training steps, held-out metrics of evaluations), both by step."""
+def _split_by_kind(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
+    """({step: row of a training step}, {step: held-out metrics of an evaluation}) from the rows of `metrics.jsonl`."""
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, float]] = {}
     for row in rows:
-        if "loss" in row:  # only the row of a training step has it: in that of an evaluation it is called `eval/loss`
+        is_training_step = "loss" in row  # the row of an evaluation has `eval/loss` instead
+        if is_training_step:
             steps[row["step"]] = row
             continue
         metrics: dict[str, float] = {}
-        for name, number in row.items():
-            if name not in POSITIONS and isinstance(number, int | float):
-                metrics[name] = number
+        for name, value in row.items():
+            if name not in POSITIONS and isinstance(value, int | float):
+                metrics[name] = value
         evaluations[row["step"]] = metrics
     return steps, evaluations
 
 
-def _read_metric_rows(path: Path) -> MetricRows:
-    """The rows of `metrics.jsonl` or `events.jsonl`; lines that are no rows are listed apart. Errors: ConfigError."""
+def _read_json_rows(path: Path) -> MetricRows:
+    """The rows of `metrics.jsonl` or `events.jsonl`; the result also lists the lines that are no rows. Errors: ConfigError."""
     try:
         return read_rows(path)
     except OSError as error:
@@ -217,41 +221,45 @@ def _read_metric_rows(path: Path) -> MetricRows:
 
 
 def rows_after_warmup(run: RecordedRun, warmup_steps: int) -> list[dict[str, Any]]:
-    """Rows of the steps that count for speeds: those after the `warmup_steps` and after the logging interval these end in.
+    """Rows of the steps that count for speeds: those after the logging interval in which the last of `warmup_steps` is.
 
     With one warm-up step and `logging.every_steps=10`, these are the steps from 11 on. Empty if the run ended before.
     """
     interval = int(run.config.get("logging.every_steps") or 1)
-    first_step = min(run.steps, default=0)
-    # As in the run's own medians: the first interval has caches to fill and kernels to choose.
+    first_step = min(run.steps, default=0)  # that of a resumed run may be a later one
     last_warmup_step = first_step - 1 + warmup_steps
-    interval_end = math.ceil(last_warmup_step / interval) * interval
-    return [row for step, row in run.steps.items() if step > interval_end]
+    # To the end of its interval, as in the run's own medians: the first interval has caches to fill and kernels to choose.
+    last_left_out_step = math.ceil(last_warmup_step / interval) * interval
+    return [row for step, row in run.steps.items() if step > last_left_out_step]
 
 
-def measure(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
-    """The numbers of a run that are compared. Speeds are medians over the rows after the warm-up, or over all rows if none is."""
+def measure_run(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
+    """The numbers of a run that are compared.
+
+    Speeds are medians over the rows after the warm-up, or over all rows if there are none after it. `warmup_steps`: first steps
+    that do not count, together with the rest of their logging interval.
+    """
     rows = list(run.steps.values())
     counted_rows = rows_after_warmup(run, warmup_steps)
-    rates = {key: _finite_numbers(counted_rows or rows, key) for key in RATES}
-    medians: dict[str, float | None] = dict.fromkeys(RATES)
-    for key, values in rates.items():
+    values_by_rate = {rate: _finite_numbers(counted_rows or rows, rate) for rate in RATES}
+    median_rates: dict[str, float | None] = dict.fromkeys(RATES)
+    for rate, values in values_by_rate.items():
         if values:
-            medians[key] = median(values)
-    last_loss = _finite_numbers(rows[-1:], "loss")  # empty before the first step, and for a loss that is not finite
+            median_rates[rate] = median(values)
+    last_losses = _finite_numbers(rows[-1:], "loss")  # empty before the first step, and for a loss that is not finite
 
     receipt = run.record.receipt or Receipt()
     predicted = receipt.predicted or PredictedCost()
     measured = receipt.measured or MeasuredCost()
     return RunMeasurements(
         steps=len(rows),
-        loss=last_loss[0] if last_loss else None,
-        **medians,
-        tokens_per_s_quartiles=_quartiles(rates["tokens_per_s"]),
+        loss=last_losses[0] if last_losses else None,
+        **median_rates,
+        tokens_per_s_quartiles=_quartiles(values_by_rate["tokens_per_s"]),
         warmup_steps=len(rows) - len(counted_rows) if counted_rows else 0,
         memory_gib=max(_finite_numbers(rows, "memory_gib"), default=None),
         memory_reserved_gib=max(_finite_numbers(rows, "memory_reserved_gib"), default=None),
-        checkpoint_gib=_checkpoint_gib(run),
+        checkpoint_gib=_newest_checkpoint_gib(run),
         checkpoint_s=measured.checkpoint_s,
         start_s=measured.start_s,
         evaluation_before_s=measured.evaluation_before_s,
@@ -259,7 +267,7 @@ def measure(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
         planned_by=predicted.memory_by,
         exchanged_gib=_total_gib(measured.exchanged_bytes),
         planned_exchanged_gib=_total_gib(predicted.exchanged_bytes),
-        exchanged_bytes=_null_as_zero(measured.exchanged_bytes or {}),
+        exchanged_bytes=_with_zero_for_null(measured.exchanged_bytes or {}),
         exposed_s=measured.exposed_s,
         before=run.evaluations.get(0, {}),
         after=last_held_out_metrics(run),
@@ -267,10 +275,11 @@ def measure(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
 
 
 def _quartiles(values: list[float]) -> tuple[float, float] | None:
+    """(lower quartile, upper quartile); None for fewer than two values."""
     if len(values) < 2:
         return None
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return low, high
+    lower, _, upper = quantiles(values, n=4, method="inclusive")
+    return lower, upper
 
 
 def last_held_out_metrics(run: RecordedRun) -> dict[str, float]:
@@ -279,30 +288,30 @@ def last_held_out_metrics(run: RecordedRun) -> dict[str, float]:
     return run.evaluations[last_step] if last_step > 0 else {}
 
 
-def _finite_numbers(rows: list[dict[str, Any]], key: str) -> list[float]:
-    """The numbers under `key`, of the rows that have one. NaN and infinity stand as null in the file, and are left out."""
-    return [row[key] for row in rows if isinstance(row.get(key), int | float)]
+def _finite_numbers(rows: list[dict[str, Any]], metric: str) -> list[float]:
+    """The values of a metric in the rows, without those that are not finite: the file has null for NaN and infinity."""
+    return [row[metric] for row in rows if isinstance(row.get(metric), int | float)]
 
 
-def _null_as_zero(bytes_by_collective: dict[str, float]) -> dict[str, float]:
+def _with_zero_for_null(bytes_by_collective: dict[str, float]) -> dict[str, float]:
     """The sizes with 0 instead of null, which the record has for a number that is not finite."""
     return {collective: size_bytes or 0.0 for collective, size_bytes in bytes_by_collective.items()}
 
 
 def _total_gib(bytes_by_collective: dict[str, float] | None) -> float | None:
-    """What all collectives together exchanged, in GiB; None if it was not recorded."""
+    """The size of all collectives together, in GiB; None if it was not recorded."""
     if bytes_by_collective is None:
         return None
-    return sum(_null_as_zero(bytes_by_collective).values()) / GIB
+    return sum(_with_zero_for_null(bytes_by_collective).values()) / GIB
 
 
-def _checkpoint_gib(run: RecordedRun) -> float | None:
-    """Size of the newest checkpoint; None where there is none, or a running run has just deleted it."""
+def _newest_checkpoint_gib(run: RecordedRun) -> float | None:
+    """Size of the run's newest checkpoint in GiB; None if there is none, or if the run is just deleting it."""
     try:
         checkpoints = checkpoints_in(checkpoint_dirs_of(run.directory, run.config.get("checkpoint.fallback_dir")))
         if not checkpoints:
             return None
-        _, newest = checkpoints[-1]
-        return sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()) / GIB
+        _, newest_dir = checkpoints[-1]
+        return sum(file.stat().st_size for file in newest_dir.rglob("*") if file.is_file()) / GIB
     except (OSError, StorageError):
         return None

@@ -49,7 +49,10 @@ class PagePlot:
 
 
 def csv_plot_data(columns: Sequence[str], rows: Iterable[Sequence[Any]], text_columns: Sequence[str] = ()) -> Spec:
-    """Data of a plot as CSV, which takes a third of the room of JSON. Numbers have 6 digits; None is an empty cell."""
+    """The `data` of a Vega-Lite plot as CSV, which takes a third of the space of JSON.
+
+    Numbers have 6 digits; None, NaN and infinity are empty cells. Columns are numbers, except `text_columns`.
+    """
     lines = [",".join(columns)]
     for row in rows:
         lines.append(",".join(_csv_cell(value) for value in row))
@@ -68,72 +71,86 @@ def _csv_cell(value: Any) -> str:
 
 
 def point_lookup_transform(comparison: Comparison, points: Sequence[ComparedPoint]) -> Spec:
-    """Vega-Lite transform that gives each data row the name of its point, and the point's value on each axis.
+    """Vega-Lite transform that adds to each data row the name of its point (`point`) and its values on the axes (`axis0` ...).
 
-    Data rows have only the number of their point in `points`, as `p`, so that the page stays small.
+    Data rows have only the index of their point in `points`, as `point_index`, so that the page stays small.
     """
+    axes = visible_axes(comparison)
+    axis_fields = [f"axis{axis_index}" for axis_index in range(len(axes))]
     index_by_name = {point.name: index for index, point in enumerate(comparison.points)}
     values = []
-    for number, point in enumerate(points):
-        row = {"p": number, "point": point.name}
-        for axis_number, axis in enumerate(visible_axes(comparison)):
-            row[f"axis{axis_number}"] = axis[1][index_by_name[point.name]]
+    for point_index, point in enumerate(points):
+        row = {"point_index": point_index, "point": point.name}
+        for field, axis in zip(axis_fields, axes, strict=True):
+            row[field] = axis.labels[index_by_name[point.name]]
         values.append(row)
-    fields = ["point", *(f"axis{number}" for number in range(len(visible_axes(comparison))))]
-    return {"lookup": "p", "from": {"data": {"values": values}, "key": "p", "fields": fields}}
+    fields = ["point", *axis_fields]
+    return {
+        "lookup": "point_index",
+        "from": {"data": {"values": values}, "key": "point_index", "fields": fields},
+    }
 
 
-def visible_axes(comparison: Comparison) -> list[tuple[str, tuple[str, ...]]]:
-    """(title, label of each point) of at most three axes: colour, dash, and all others together."""
-    axes = [(axis.title, axis.labels) for axis in comparison.axes]
+@dataclass(frozen=True, slots=True)
+class VisibleAxis:
+    """An axis of the comparison as plots show it: by colour, dash or shape."""
+
+    title: str
+    labels: tuple[str, ...]
+    """The value at each point of the comparison."""
+    legend_values: list[str]
+    """Each value once, in the order of the legend."""
+
+
+def visible_axes(comparison: Comparison) -> list[VisibleAxis]:
+    """At most three axes, because plots have colour, dash and shape. From the third on, all axes are joined into one.
+
+    For example `rank, precision` with the values `8, bf16` and `16, fp32`.
+    """
+    axes = [VisibleAxis(axis.title, axis.labels, axis.values) for axis in comparison.axes]
     if len(axes) <= 3:
         return axes
-    others = axes[2:]
-    labels_by_axis = [labels for _, labels in others]
-    labels = [", ".join(parts) for parts in zip(*labels_by_axis, strict=True)]
-    return [*axes[:2], (", ".join(title for title, _ in others), tuple(labels))]
+    joined_axes = axes[2:]
+    labels_by_axis = [axis.labels for axis in joined_axes]
+    labels = tuple(", ".join(labels_of_point) for labels_of_point in zip(*labels_by_axis, strict=True))
+    title = ", ".join(axis.title for axis in joined_axes)
+    return [*axes[:2], VisibleAxis(title, labels, list(dict.fromkeys(labels)))]
 
 
-def _axis_values(comparison: Comparison, number: int) -> list[str]:
-    """The values of an axis in the order of the legend."""
-    if number < 2 or len(comparison.axes) <= 3:
-        return comparison.axes[number].values
-    return list(dict.fromkeys(visible_axes(comparison)[number][1]))
-
-
-def point_encoding(comparison: Comparison, *, dashed: bool) -> Spec:
+def point_encoding(comparison: Comparison, *, marks_are_lines: bool) -> Spec:
     """The Vega-Lite encoding that tells points apart by their values on the axes (the settings in which they differ).
 
-    The first axis is shown by colour, the second by dash, the third by the shape of the mark. `dashed`: whether marks are lines;
-    else the second axis has shapes, and the third is not shown.
+    The first axis is shown by colour. If the marks are lines, the second is shown by dash and the third by the shape of the marks
+    on the line. Otherwise the second is shown by shape, and the third is not shown.
     """
     axes = visible_axes(comparison)
     encoding: Spec = {}
     if not axes:
         return encoding
-    title, _ = axes[0]
-    values = _axis_values(comparison, 0)
+    color_axis = axes[0]
     encoding["color"] = {
         "field": "axis0",
         "type": "nominal",
-        "title": title,
-        "sort": values,
+        "title": color_axis.title,
+        "sort": color_axis.legend_values,
         "legend": {"labelLimit": NAME_PIXELS, "symbolLimit": 40},
     }
-    if len(values) > THEME_COLORS:
-        scheme = "viridis" if _are_numbers(values) else "tableau20"
+    if len(color_axis.legend_values) > THEME_COLORS:
+        scheme = "viridis" if _are_numbers(color_axis.legend_values) else "tableau20"
         encoding["color"]["scale"] = {"scheme": scheme}
-    channels = ["strokeDash", "shape"] if dashed else ["shape"]
-    ranges: dict[str, list[Any]] = {"strokeDash": DASHES, "shape": SHAPES}
-    for number, channel in enumerate(channels, 1):
-        if number < len(axes):
-            values = _axis_values(comparison, number)
-            marks = [ranges[channel][index % len(ranges[channel])] for index in range(len(values))]
+    channels = ["strokeDash", "shape"] if marks_are_lines else ["shape"]
+    styles_by_channel: dict[str, list[Any]] = {"strokeDash": DASHES, "shape": SHAPES}
+    for axis_index, channel in enumerate(channels, 1):
+        if axis_index < len(axes):
+            axis = axes[axis_index]
+            styles = styles_by_channel[channel]
+            # With more values than styles, the styles are used again.
+            style_of_value = [styles[index % len(styles)] for index in range(len(axis.legend_values))]
             encoding[channel] = {
-                "field": f"axis{number}",
+                "field": f"axis{axis_index}",
                 "type": "nominal",
-                "title": axes[number][0],
-                "scale": {"domain": values, "range": marks},
+                "title": axis.title,
+                "scale": {"domain": axis.legend_values, "range": style_of_value},
                 "legend": {"labelLimit": NAME_PIXELS, "symbolLimit": 40, **LEGEND_SYMBOLS[channel]},
             }
     return encoding
@@ -147,17 +164,16 @@ def _are_numbers(values: Sequence[str]) -> bool:
 
 
 def legend_selections(comparison: Comparison) -> list[Spec]:
-    """Parameters by which a click on a legend entry shows the points of this value alone, one for each axis with a legend."""
+    """Vega-Lite parameters, one for each axis: a click on a legend entry selects the points with this value."""
     selections = []
-    for number in range(min(len(visible_axes(comparison)), 3)):
-        selections.append(
-            {"name": f"chosen{number}", "select": {"type": "point", "fields": [f"axis{number}"]}, "bind": "legend"}
-        )
+    for axis_index in range(len(visible_axes(comparison))):
+        selection = {"type": "point", "fields": [f"axis{axis_index}"]}
+        selections.append({"name": f"chosen{axis_index}", "select": selection, "bind": "legend"})
     return selections
 
 
 def legend_opacity(comparison: Comparison) -> Spec:
-    """The opacity that fades points which the reader has not chosen in a legend."""
+    """The opacity encoding that fades the points that the reader has not selected in a legend."""
     tests = [{"param": selection["name"]} for selection in legend_selections(comparison)]
     if not tests:
         return {"value": 1}
@@ -165,17 +181,20 @@ def legend_opacity(comparison: Comparison) -> Spec:
 
 
 def x_axis_menu() -> Spec:
-    """The menu for what the axis below curves shows."""
+    """The menu in which the reader chooses what the x axis shows; its value is the parameter `over`."""
     choices = list(X_AXIS_CHOICES)
     return {"name": "over", "value": choices[0], "bind": {"input": "select", "options": choices, "name": "over "}}
 
 
 def x_axis_title() -> Spec:
-    """Title below a plot that names what the reader chose: an axis title of Vega-Lite cannot change."""
-    names = " : ".join(f"over === '{choice}' ? '{name}'" for choice, name in list(X_AXIS_CHOICES.items())[:-1])
-    expression = f"{names} : '{list(X_AXIS_CHOICES.values())[-1]}'"
+    """A title below the plot that names what the reader chose for the x axis: an axis title of Vega-Lite cannot change.
+
+    Its text is the expression `over === 'step' ? 'steps' : over === 'tokens' ? 'tokens' : 'seconds of steps'`.
+    """
+    *first_choices, (_, last_title) = X_AXIS_CHOICES.items()
+    conditions = " : ".join(f"over === '{choice}' ? '{title}'" for choice, title in first_choices)
     return {
-        "text": {"expr": expression},
+        "text": {"expr": f"{conditions} : '{last_title}'"},
         "orient": "bottom",
         "anchor": "middle",
         "fontSize": 12,
@@ -185,7 +204,7 @@ def x_axis_title() -> Spec:
 
 
 def x_axis_encoding() -> Spec:
-    """The x encoding of curves, whose `x` is calculated from the reader's choice."""
+    """The encoding of the x axis of curves: the field `x`, which `x_axis_transform` calculates."""
     return {
         "field": "x",
         "type": "quantitative",
@@ -197,17 +216,17 @@ def x_axis_encoding() -> Spec:
 
 
 def x_axis_transform() -> Spec:
-    """Transform that calculates `x` from the reader's choice."""
+    """The transform that calculates `x` of each data row: its step, tokens or seconds, as the reader chose in the menu."""
     return {"calculate": "datum[over]", "as": "x"}
 
 
 def zoom_selection() -> Spec:
-    """Parameter by which the wheel zooms and dragging moves a plot."""
+    """The parameter by which the mouse wheel zooms a plot and dragging moves it."""
     return {"name": "zoom", "select": "interval", "bind": "scales"}
 
 
 def position_tooltip_fields() -> list[Spec]:
-    """What the pointer shows of a point of a curve: name, step, tokens and seconds."""
+    """Tooltip fields that say where on a curve the pointer is: name of the point, step, tokens and seconds."""
     return [
         {"field": "point", "type": "nominal"},
         {"field": "step", "type": "quantitative"},

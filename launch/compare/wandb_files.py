@@ -24,91 +24,75 @@ from trainer.reporting.run_record import record_of
 from trainer.reporting.status import State
 from trainer.reporting.trackers.wandb_server import fetch
 
-RUN_DIRECTORY_NAME = re.compile(r"(offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
+RUN_DIRECTORY_REGEX = re.compile(r"(offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
 """Name of a directory that W&B writes: one for each start of a run."""
-NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
+NOT_FINITE_TEXTS = {"NaN", "Infinity", "-Infinity"}
 """What W&B writes for a number that is not finite, since JSON has none."""
 SERVER_PREFIX = "wandb:"
 """How a run on a server is named: wandb:<entity>/<project>/<run id>."""
-KTO = "kto"
+KTO_OBJECTIVE = "kto"
 """The objective that rates answers one by one."""
-FIRST_EDITION_STEP = "train_step"
+FIRST_EDITION_STEP_NAME = "train_step"
 """The step in rows of W&B of before metrics had names of their own there."""
 RETRY_AFTER_S = 1.0
 """Seconds before wandb is asked once more to read a run's files."""
-SKIPPED = "skipped corrupt data"
+SKIPPED_DATA_MESSAGE = "skipped corrupt data"
 """In what wandb says of a damaged place of a file, behind which it reads on and ends with 0."""
-RUN_PAGE_URL = re.compile(r"https?://[^/]+/(?P<entity>[^/]+)/(?P<project>[^/]+)/runs/(?P<run>[^/?#]+).*")
+RUN_PAGE_REGEX = re.compile(r"https?://[^/]+/(?P<entity>[^/]+)/(?P<project>[^/]+)/runs/(?P<run>[^/?#]+).*")
 """Address of a run's page in W&B."""
 
 
 def is_wandb_directory(directory: Path) -> bool:
     """Whether the directory is one that W&B wrote for a start of a run, such as `offline-run-20250131_120000-ab12`."""
-    return RUN_DIRECTORY_NAME.fullmatch(directory.name) is not None and any(directory.glob("*.wandb"))
+    return RUN_DIRECTORY_REGEX.fullmatch(directory.name) is not None and any(directory.glob("*.wandb"))
 
 
-def part_directories(directory: Path) -> list[Path]:
-    """W&B's directories of all starts of the run that `directory` belongs to, in the order of the starts."""
-    match = RUN_DIRECTORY_NAME.fullmatch(directory.name)
-    assert match is not None
-    siblings = directory.parent.glob(f"*run-*-{match['id']}")
-    parts = [sibling for sibling in siblings if is_wandb_directory(sibling)]
+def start_directories(wandb_dir: Path) -> list[Path]:
+    """W&B's directories of all starts of the run that `wandb_dir` belongs to, in the order of the starts."""
+    match = RUN_DIRECTORY_REGEX.fullmatch(wandb_dir.name)
+    assert match is not None  # `is_wandb_directory` is true of it
+    siblings = wandb_dir.parent.glob(f"*run-*-{match['id']}")
+    start_dirs = [sibling for sibling in siblings if is_wandb_directory(sibling)]
     # The names begin with the time of the start; that of an offline run has a prefix before it.
-    return sorted(parts, key=lambda part: part.name.removeprefix("offline-"))
+    return sorted(start_dirs, key=lambda start_dir: start_dir.name.removeprefix("offline-"))
 
 
-def read_wandb_directory(directory: Path) -> RecordedRun:
-    """Read a run from W&B's directories. There is one for each start of the run; `directory` is any of them.
+def read_wandb_directory(wandb_dir: Path) -> RecordedRun:
+    """Read a run from W&B's directories. There is one for each start of the run; `wandb_dir` is any of them.
 
     What a run does not log to W&B stays empty: identity, receipt, checkpoints, events. Raises ConfigError if the run is not
     shardtune's, its files cannot be read, or wandb is not installed.
     """
-    config: dict[str, Any] = {}
-    summary: dict[str, Any] = {}
-    exit_record: dict[str, Any] = {}
-    history = _LoggedSteps()
-    host: str | None = None
-    started_at = 0.0
+    contents = _WandbContents()
     damage: list[str] = []
-    for part in part_directories(directory):
-        exit_record = {}  # the end of an earlier start is not the end of the run
-        # Later records complete or replace earlier ones, as they do on W&B's server.
-        for record in _read_wandb_records(part, damage):
-            record_type = record["type"]
-            if record_type == "run":
-                run = record["run"]
-                config |= run.get("config", {}).get("update", {})
-                host = run.get("host") or host
-                started_at = _unix_time(run.get("start_time")) or started_at
-            elif record_type == "summary":
-                summary |= record["summary"].get("update", {})
-            elif record_type == "exit":
-                exit_record = record["exit"]
-            elif record_type == "history":
-                history.add(record["history"].get("item", {}))
-    if host is not None:
-        config["host"] = host
-    status = _status_from_wandb(exit_record, summary, started_at)
-    return replace(_recorded_run(directory, config, status, history), unreadable_lines=len(damage))
+    for start_dir in start_directories(wandb_dir):
+        contents.exit_record = {}  # the end of an earlier start is not the end of the run
+        for record in _read_wandb_records(start_dir, damage):
+            contents.add(record)
+    config = contents.config
+    if contents.host is not None:
+        config = {**config, "host": contents.host}
+    status = _status_from_wandb(contents.exit_record, contents.summary, contents.started_at)
+    return replace(_recorded_run(wandb_dir, config, status, contents.logged_steps), unreadable_lines=len(damage))
 
 
-def is_wandb_address(directory: Path) -> bool:
-    """Whether this is no directory, but names a run on W&B's server: `wandb:<entity>/<project>/<run id>`."""
-    return str(directory).startswith(SERVER_PREFIX)
+def is_wandb_address(path: Path) -> bool:
+    """Whether this is no path of a directory, but names a run on W&B's server: `wandb:<entity>/<project>/<run id>`."""
+    return str(path).startswith(SERVER_PREFIX)
 
 
 def wandb_address(argument: str) -> str | None:
-    """`wandb:<entity>/<project>/<run id>` of the run that a command-line argument names.
+    """The address `wandb:<entity>/<project>/<run id>` of the run on W&B's server that a command-line argument names.
 
-    The argument has this form already, or is the address of the run's page in W&B. None if it is neither. Raises ConfigError for
-    an incomplete `wandb:...`.
+    The argument has this form already, or is the URL of the run's page in W&B. None if it is neither. Raises ConfigError for an
+    incomplete `wandb:...`.
     """
-    if match := RUN_PAGE_URL.fullmatch(argument):
+    if match := RUN_PAGE_REGEX.fullmatch(argument):
         return f"{SERVER_PREFIX}{match['entity']}/{match['project']}/{match['run']}"
     if not argument.startswith(SERVER_PREFIX):
         return None
-    parts = argument.removeprefix(SERVER_PREFIX).split("/")
-    if len(parts) != 3 or not all(parts):
+    address_parts = argument.removeprefix(SERVER_PREFIX).split("/")
+    if len(address_parts) != 3 or not all(address_parts):
         raise ConfigError(
             f"{argument}: names no run; write wandb:<entity>/<project>/<run id>, or the address of its page"
         )
@@ -118,35 +102,35 @@ def wandb_address(argument: str) -> str | None:
 def read_from_wandb_server(address: Path) -> RecordedRun:
     """Read a run from W&B's server; `address` is `wandb:<entity>/<project>/<run id>`.
 
-    What a run does not log to W&B stays empty. Raises ConfigError where the run cannot be fetched.
+    What a run does not log to W&B stays empty. Raises ConfigError if the run cannot be fetched, or is not shardtune's.
     """
     entity, project, run_id = str(address).removeprefix(SERVER_PREFIX).split("/")
     fetched = fetch(entity, project, run_id)
-    history = _LoggedSteps()
+    logged_steps = _LoggedSteps()
     for row in fetched.rows:
-        history.add(row)
+        logged_steps.add(row)
     # The server knows a state and no exit code.
     exit_record: dict[str, Any] = {}
     if fetched.state != "running":
         exit_record = {"exit_code": 0 if fetched.state == "finished" else 1}
     status = _status_from_wandb(exit_record, fetched.summary, _unix_time(fetched.created) or 0.0)
-    return _recorded_run(address, fetched.config, status, history)
+    return _recorded_run(address, fetched.config, status, logged_steps)
 
 
 def _recorded_run(
-    directory: Path, wandb_config: dict[str, Any], status: dict[str, Any], history: _LoggedSteps
+    directory: Path, wandb_config: dict[str, Any], status: dict[str, Any], logged_steps: _LoggedSteps
 ) -> RecordedRun:
-    """A run as W&B has it. Raises ConfigError if it is not shardtune's, or a later version wrote it.
+    """The run as a comparison reads it. Raises ConfigError if it is not shardtune's, or a later version wrote it.
 
-    `wandb_config` has the run's settings under `config`. Its other keys are those of `run.json` and
-    columns of W&B's run table.
+    `wandb_config` has the run's settings under `config`. Its other keys are those of `run.json`, and columns of W&B's run table.
     """
     config = wandb_config.get("config")
     if not isinstance(config, dict) or "strategy" not in config:
         raise ConfigError(f"{directory}: not a run of shardtune (W&B holds no configuration of one)")
     run_json = {}
     for key, value in wandb_config.items():
-        if key != "config" and not key.startswith("_"):  # W&B's own keys begin with _
+        is_of_wandb = key.startswith("_")
+        if key != "config" and not is_of_wandb:
             run_json[key] = value
     # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out.
     record = record_of(run_json, type_errors=[])
@@ -156,8 +140,8 @@ def _recorded_run(
             f"up to {EDITION}: use a later shardtune"
         )
     settings = flatten_settings(config)
-    steps = history.steps
-    if settings.get("objective.name") == KTO:
+    steps = logged_steps.steps
+    if settings.get("objective.name") == KTO_OBJECTIVE:
         steps = {step: rated_row(row) for step, row in steps.items()}
     return RecordedRun(
         directory=directory,
@@ -167,44 +151,44 @@ def _recorded_run(
         status=status,
         failure={},
         steps=steps,
-        evaluations=history.evaluations,
+        evaluations=logged_steps.evaluations,
     )
 
 
-def _read_wandb_records(part: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
-    """The records in one directory of W&B, in order, read by a process of wandb.
+def _read_wandb_records(start_dir: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
+    """The records in W&B's directory of one start of a run, in order, read by a process of wandb.
 
-    What wandb says of damaged places that it skipped is added to `damage`, and so is an end after some of the records.
-
-    Errors: ConfigError if wandb is not installed, or cannot read the files.
+    Appends to `damage` a line for each damaged place that wandb skipped, and one if wandb failed after some of the records.
+    Raises ConfigError if wandb is not installed, cannot read the files, or prints a record that is no JSON.
     """
     if find_spec("wandb") is None:
-        raise ConfigError(f"{part}: its files are read by wandb, which is not installed: pip install wandb")
-    completed = _inspect(part)
+        raise ConfigError(f"{start_dir}: its files are read by wandb, which is not installed: pip install wandb")
+    completed = _run_wandb_inspect(start_dir)
     if completed.returncode:
         # On a busy machine the command has ended with 1 over files that it could read a moment later.
         time.sleep(RETRY_AFTER_S)
-        completed = _inspect(part)
-    damage += [line for line in completed.stderr.splitlines() if SKIPPED in line]
+        completed = _run_wandb_inspect(start_dir)
+    damage += [line for line in completed.stderr.splitlines() if SKIPPED_DATA_MESSAGE in line]
     lines = [line for line in completed.stdout.splitlines() if line.strip()]
-    for number, line in enumerate(lines, 1):
+    for record_number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
         except ValueError:
-            if number < len(lines):  # the last one may be torn, as in the file of a run that is still training
-                raise ConfigError(f"{part}: record {number} cannot be read; leave this run out") from None
+            is_last = record_number == len(lines)  # it may be torn, as in the file of a run that is still training
+            if not is_last:
+                raise ConfigError(f"{start_dir}: record {record_number} cannot be read; leave this run out") from None
     if completed.returncode and lines:
         damage.append("the command failed after some records, so that later ones are missing")
     elif completed.returncode:
         last_error_line = (completed.stderr.strip() or "it gives no reason").splitlines()[-1]
-        raise ConfigError(f"{part}: wandb cannot read its files ({last_error_line}); leave this run out")
+        raise ConfigError(f"{start_dir}: wandb cannot read its files ({last_error_line}); leave this run out")
 
 
-def _inspect(part: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command of wandb that prints the records of a directory as JSON lines; it needs no server."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
+def _run_wandb_inspect(start_dir: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command of wandb that prints the records in W&B's directory as JSON lines; it needs no server."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(start_dir)]
     environment = dict(os.environ)
-    # A run that this process tracked has left the address of its W&B service, which is no business of a reader of files.
+    # A run that this process tracked left the address of its W&B service there; reading files must not go to that service.
     environment.pop("WANDB_SERVICE", None)
     environment["WANDB_ERROR_REPORTING"] = "false"  # else W&B is sent a record of each reading
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -217,69 +201,103 @@ class _LoggedSteps:
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
 
-    def add(self, logged: dict[str, Any]) -> None:
-        """Split a row of W&B into the row of its training step and its held-out metrics; a row without a step is ignored.
+    def add(self, logged_row: dict[str, Any]) -> None:
+        """Add a row of W&B: the metrics of its training step to `steps`, its held-out metrics to `evaluations`.
 
-        The row's names may be of any edition (`trainer/reporting/metric_names.py`).
+        A row without a step is ignored. The names of its metrics may be of any edition (`trainer/reporting/metric_names.py`).
         """
         row = {}
-        for name, logged_value in logged.items():
-            # W&B's own names begin with _. A row from a server has null where another row has a number.
-            if not name.startswith("_") and logged_value is not None:
+        for name, logged_value in logged_row.items():
+            is_of_wandb = name.startswith("_")
+            # A row from a server has null where another row has a number.
+            if not is_of_wandb and logged_value is not None:
                 row[name] = _finite_or_none(logged_value)
-        if FIRST_EDITION_STEP in row:
-            step = row.pop(FIRST_EDITION_STEP)
-            step_row, others = _split_first_edition(row)
+        if FIRST_EDITION_STEP_NAME in row:
+            step = row.pop(FIRST_EDITION_STEP_NAME)
+            step_metrics, other_metrics = _split_first_edition_row(row)
         else:
             step = row.get(METRIC_NAMES["step"].name)
-            step_row, others = _split_row(row)
+            step_metrics, other_metrics = _split_row(row)
         if not isinstance(step, int | float):
             return
         step = int(step)
-        if "loss" in step_row:
-            self.steps[step] = {"step": step, **step_row}
-        held_out = {}
-        for name, value in others.items():
+        if "loss" in step_metrics:
+            self.steps[step] = {"step": step, **step_metrics}
+        held_out_metrics = {}
+        for name, value in other_metrics.items():
             # A table has its sizes under its own name and a dot: `eval/facts/worst_rows.nrows`.
             is_of_table = f"{name.rpartition('.')[0]}._type" in row
             if isinstance(value, int | float) and not is_of_table:
-                held_out[name] = value
-        if held_out:
-            self.evaluations[step] = self.evaluations.get(step, {}) | held_out
+                held_out_metrics[name] = value
+        if held_out_metrics:
+            self.evaluations[step] = self.evaluations.get(step, {}) | held_out_metrics
+
+
+@dataclass(slots=True)
+class _WandbContents:
+    """What W&B's own files hold of a run. Later records complete or replace earlier ones, as they do on W&B's server."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    """The last values that the run logged."""
+    exit_record: dict[str, Any] = field(default_factory=dict)
+    """How the last start ended; empty if it did not."""
+    logged_steps: _LoggedSteps = field(default_factory=_LoggedSteps)
+    host: str | None = None
+    started_at: float = 0.0
+    """Unix time of the last start."""
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Add one record of W&B's files. Records of kinds that a comparison does not need are ignored."""
+        record_type = record["type"]
+        if record_type == "run":
+            run = record["run"]
+            self.config |= run.get("config", {}).get("update", {})
+            self.host = run.get("host") or self.host
+            self.started_at = _unix_time(run.get("start_time")) or self.started_at
+        elif record_type == "summary":
+            self.summary |= record["summary"].get("update", {})
+        elif record_type == "exit":
+            self.exit_record = record["exit"]
+        elif record_type == "history":
+            self.logged_steps.add(record["history"].get("item", {}))
 
 
 def _split_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metrics of the training step, by their names in `metrics.jsonl`; all others, by their names in W&B) of a row of W&B."""
-    step_row = {}
-    others = {}
+    """Split a row of W&B into (metrics of the training step, all other metrics).
+
+    Metrics of the step get their names in `metrics.jsonl`; the others keep their names in W&B.
+    """
+    step_metrics = {}
+    other_metrics = {}
     for wandb_name, value in row.items():
         name = recorded_name(wandb_name)
         if name is not None:
-            step_row[name] = value
+            step_metrics[name] = value
         elif wandb_name != TRAINING_S.name:  # the files of a run have no such counter
-            others[wandb_name] = value
-    return step_row, others
+            other_metrics[wandb_name] = value
+    return step_metrics, other_metrics
 
 
-def _split_first_edition(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metrics of the training step; all others) of a row of W&B, for rows of the first edition of metric names."""
-    step_row = {}
-    others = {}
+def _split_first_edition_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a row of W&B with names of the first edition into (metrics of the training step, all other metrics)."""
+    step_metrics = {}
+    other_metrics = {}
     for name, value in row.items():
         # `blocks_s/worst` and `loss/a` belong to the step, because the row also has `blocks_s` and `loss`. `eval/loss` does
         # not, because the row has no `eval`.
         belongs_to_step = "/" not in name or name.partition("/")[0] in row
         if belongs_to_step:
-            step_row[name] = value
+            step_metrics[name] = value
         else:
-            others[name] = value
-    return step_row, others
+            other_metrics[name] = value
+    return step_metrics, other_metrics
 
 
 def _finite_or_none(logged: Any) -> Any:
     """The logged value; None for a number that is not finite, which W&B writes as `"NaN"` or `"Infinity"`."""
     if isinstance(logged, str):
-        return None if logged in NOT_FINITE else logged
+        return None if logged in NOT_FINITE_TEXTS else logged
     if isinstance(logged, float) and not math.isfinite(logged):
         return None
     return logged
@@ -288,8 +306,11 @@ def _finite_or_none(logged: Any) -> Any:
 def _status_from_wandb(exit_record: dict[str, Any], summary: dict[str, Any], started_at: float) -> dict[str, Any]:
     """What the run's `status.json` would hold: its state, its last step, and when it was last seen.
 
-    `exit_record`: W&B's record of the run's end. It is empty while W&B knows of none: the run counts as running then. `summary`:
-    the last values that the run logged. `started_at`: a Unix time.
+    - W&B knows of no end (`exit_record` is empty): running.
+    - The run logged itself that it was preempted or done, as its last value of `state`: that.
+    - Otherwise: done for exit code 0, else failed.
+
+    `summary`: the last values that the run logged. `started_at`: Unix time of the start.
     """
     last_seen_at = started_at + float(summary.get("_runtime") or 0.0)
     if not exit_record:
@@ -299,7 +320,7 @@ def _status_from_wandb(exit_record: dict[str, Any], summary: dict[str, Any], sta
     else:
         exit_code = exit_record.get("exit_code", 0)
         state = State.done if exit_code == 0 else State.failed
-    step = summary.get(METRIC_NAMES["step"].name, summary.get(FIRST_EDITION_STEP))
+    step = summary.get(METRIC_NAMES["step"].name, summary.get(FIRST_EDITION_STEP_NAME))
     return {"step": step, "time": last_seen_at, "state": state}
 
 

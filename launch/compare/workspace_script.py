@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from string import Template
 
-SCRIPT = Template('''"""These runs in W&B: a saved view of the project's workspace, and a report. Made by shardtune compare.
+SCRIPT_TEMPLATE = Template('''"""These runs in W&B: a saved view of the project's workspace, and a report. Made by shardtune
+compare.
 
     $install && wandb login
     python workspace.py              # or: python workspace.py <team or user>
@@ -117,54 +118,62 @@ if __name__ == "__main__":
     print("report:   ", report(owner).save(draft=True).url)
 ''')
 
-FASTEST = (
+SPEED_PANELS = (
     'wr.BarPlot(title="tokens/s, median", metrics=["final/tokens_per_s"])',
     'wr.BarPlot(title="seconds a step, median", metrics=["final/step_s"])',
     'wr.LinePlot(title="tokens/s", x=X, y=TOKENS_PER_S)',
 )
 """This and the next: panels that answer a question, in Python."""
-MEMORY = (
+MEMORY_PANELS = (
     'wr.BarPlot(title="memory in GiB, the largest of all ranks", metrics=["final/memory_gib"])',
     'wr.LinePlot(title="memory in GiB", x=X, y=MEMORY_GIB)',
 )
-RESERVED = 'wr.BarPlot(title="memory that the allocator reserved, in GiB", metrics=["final/memory_reserved_gib"])'
-LOSSES = (
+RESERVED_MEMORY_PANEL = (
+    'wr.BarPlot(title="memory that the allocator reserved, in GiB", metrics=["final/memory_reserved_gib"])'
+)
+LOSS_PANELS = (
     'wr.LinePlot(title="loss", x=X, y=LOSS)',
     "wr.LinePlot(title=HELD_OUT, x=X, y=[HELD_OUT])",
     'wr.LinePlot(title="gradient norm", x=X, y=GRAD_NORM, log_y=True)',
 )
-BY_POSITION = 'wr.LinePlot(title="held-out loss by position", x=X, metric_regex="eval/loss_by_position/.*")'
-SETTINGS = (
+LOSS_BY_POSITION_PANEL = 'wr.LinePlot(title="held-out loss by position", x=X, metric_regex="eval/loss_by_position/.*")'
+SETTINGS_PANELS = (
     "wr.BarPlot(title=FINAL, metrics=[FINAL])",
     "settings_plot(FINAL)",
     "wr.ParameterImportancePlot(with_respect_to=FINAL)",
 )
-COSTS = (
+COST_PANELS = (
     'wr.BarPlot(title="seconds in all", metrics=["_runtime"])',
     'wr.ScatterPlot(title=f"{FINAL} against seconds", x="_runtime", y=FINAL)',
     'wr.ScatterPlot(title=f"{FINAL} against memory in GiB", x="final/memory_gib", y=FINAL)',
 )
-LONGEST_LINE = 100
+MAX_LINE_LENGTH = 100
 """Characters of a list of texts on one line."""
 
 
 def script_text(questions: list[tuple[str, list[str]]], *, filters: str, install: str, **values: object) -> str:
-    """The script with its values, each written as Python.
+    """The source of `workspace.py`: the template with its values filled in.
 
-    `questions`: (question, its panels in Python) of each section. `filters`: Python, too. `install`: a command for the shell.
+    `questions`: (question, source of its panels in Python) of each section. `filters`: the filter of the runs, as Python source.
+    `install`: the shell command that installs what the script needs. `values`: by name of a `$placeholder` of the template; each
+    is written as a Python literal.
     """
-    sections = []
+    section_sources = []
     for question, panels in questions:
         panel_lines = "".join(f"                {panel},\n" for panel in panels)
-        sections.append(f"        (\n            {question!r},\n            [\n{panel_lines}            ],\n        ),")
-    literals = {name: python(value) for name, value in values.items()}
-    return SCRIPT.substitute(questions="\n".join(sections), filters=filters, install=install, **literals)
+        section_sources.append(
+            f"        (\n            {question!r},\n            [\n{panel_lines}            ],\n        ),"
+        )
+    literals = {name: python_source(value) for name, value in values.items()}
+    return SCRIPT_TEMPLATE.substitute(
+        questions="\n".join(section_sources), filters=filters, install=install, **literals
+    )
 
 
-def python(value: object) -> str:
+def python_source(value: object) -> str:
     """The value as Python source. A long list of texts has one on each line."""
     source = repr(value)
-    if not isinstance(value, list) or len(source) <= LONGEST_LINE:
+    if not isinstance(value, list) or len(source) <= MAX_LINE_LENGTH:
         return source
     lines = [f"    {entry!r},\n" for entry in value]
     return f"[\n{''.join(lines)}]"

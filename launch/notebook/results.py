@@ -72,10 +72,10 @@ class ComparisonResult:
 
     def _repr_html_(self) -> str:
         """The comparison as HTML for a notebook: the answer, what to take when, a table of the runs, and their losses."""
-        from launch.compare.comparison_page import answer_of, point_callouts, recommendation_cards
+        from launch.compare.comparison_page import conclusion_texts, point_callouts, recommendation_cards
 
         conclusion = self.comparison.conclusion
-        tone, heading, text = answer_of(conclusion)
+        tone, heading, text = conclusion_texts(conclusion)
         # The training loss of each run that has begun, of its first repeat.
         curves = []
         for run in self.comparison.begun_points[:MOST_CURVES]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.compare.run_files import RecordedRun, measure, read_recorded_run
+from launch.compare.run_files import RecordedRun, measure_run, read_recorded_run
 from launch.output import Column, TableRow, fold_all
 from launch.output import table as draw_table
 from strategies.errors import ConfigError
@@ -58,7 +58,7 @@ def _metric_cells(run: RecordedRun | None) -> tuple[str, ...]:
     """Steps, loss, held-out metric, tokens/s and GiB of a point; dashes if it took no step."""
     if run is None or not run.steps:
         return ("-",) * 5
-    metrics = measure(run)
+    metrics = measure_run(run)
     monitored_metric = str(run.config.get("evaluation.watch") or "eval/loss")
     return (
         str(max(run.steps)),

@@ -5,8 +5,15 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from launch.compare.workspace import SUMMARY_COLUMNS, WORKSPACE, markdown_cell
-from launch.compare.workspace_script import COSTS, FASTEST, LOSSES, MEMORY, SETTINGS, script_text
+from launch.compare.workspace import SUMMARY_COLUMNS, WORKSPACE_FILE, markdown_cell
+from launch.compare.workspace_script import (
+    COST_PANELS,
+    LOSS_PANELS,
+    MEMORY_PANELS,
+    SETTINGS_PANELS,
+    SPEED_PANELS,
+    script_text,
+)
 from launch.sweep.space import RANGE_TOLERANCE, SearchedSetting
 from launch.sweep.sweeper import Prune, Search, plan_search
 from strategies.errors import ConfigError
@@ -36,7 +43,7 @@ def write_sweep(arguments: list[str], *, print_only: bool = False) -> int:
     path = search.directory / "sweep.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, sweep_yaml)
-    view = path.with_name(WORKSPACE)
+    view = path.with_name(WORKSPACE_FILE)
     write_text_atomic(view, sweep_workspace(search))
     print(f"written: {path}\nbegin it:   wandb sweep {shlex.quote(str(path))}")
     print("work on it: wandb agent <the name it tells>   (as often as you like, where the model and the data are)")
@@ -95,11 +102,11 @@ def sweep_workspace(search: Search) -> str:
     points += [f"| {setting.key} | {markdown_cell(setting.text)} |" for setting in search.space]
     return script_text(
         [
-            ("Which settings are best?", list(SETTINGS)),
-            ("Which learns best?", list(LOSSES)),
-            ("Which is fastest?", list(FASTEST)),
-            ("What does each need?", list(MEMORY)),
-            ("What does each cost?", list(COSTS)),
+            ("Which settings are best?", list(SETTINGS_PANELS)),
+            ("Which learns best?", list(LOSS_PANELS)),
+            ("Which is fastest?", list(SPEED_PANELS)),
+            ("What does each need?", list(MEMORY_PANELS)),
+            ("What does each cost?", list(COST_PANELS)),
         ],
         install=install_command("workspace"),
         filters=f'ws.Metric("Group").isin([{trials_group(search)!r}])',

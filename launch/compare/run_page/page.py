@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from launch.compare.comparison import Comparison
 from launch.compare.events import notable_steps, resolved_setting_lines
-from launch.compare.profiles import OPERATORS, RANKS, read_profile
+from launch.compare.profiles import OPERATOR_HEADINGS, RANK_HEADINGS, read_profile
 from launch.compare.run_page import contents, figures
 from launch.compare.run_page.answers import answer_pairs
 from launch.compare.run_page.rounds import shown_groups
@@ -40,8 +40,8 @@ def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> 
     profile_tables = None
     if profile is not None:
         tables = [
-            _text_table(RANKS, profile.ranks, "Ranks"),
-            _text_table(OPERATORS, profile.operators, "Operators, all ranks"),
+            _text_table(RANK_HEADINGS, profile.ranks, "Ranks"),
+            _text_table(OPERATOR_HEADINGS, profile.operators, "Operators, all ranks"),
         ]
         profile_tables = ProfileTables(profile.steps, profile.measured_on == "device", profile.traces, tables)
     main_plots, folded_plots = figures.figures(run, compared.summary.parts_s, profile)

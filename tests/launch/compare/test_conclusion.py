@@ -9,7 +9,7 @@ from launch.compare.answer import as_html, as_markdown, as_text, text_tables
 from launch.compare.answer_records import as_dict
 from launch.compare.comparison import compare
 from launch.compare.metric_meaning import keys_measured_differently
-from launch.compare.names import setting_argument
+from launch.compare.names import setting_as_argument
 from launch.compare.page_table import points_table
 from launch.compare.run_files import RecordedRun
 from launch.compare.settings import ComparisonRow
@@ -350,7 +350,7 @@ def test_a_run_without_mfu_takes_it_from_no_other(tmp_path):
     ],
 )
 def test_words_to_paste(key, value, word):
-    assert setting_argument(key, value) == word
+    assert setting_as_argument(key, value) == word
 
 
 def test_axes_are_in_the_order_of_the_command_and_none_follows_from_another(tmp_path):

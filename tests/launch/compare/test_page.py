@@ -74,7 +74,7 @@ def test_every_plot_is_drawn_with_every_point(rows):
     loss = json.loads(drawn["loss"])
     assert [param["name"] for param in loss["params"]] == ["over"]
     values = loss["data"]["values"].splitlines()
-    assert values[:3] == ["p,step,tokens,seconds,loss", "0,1,100,0.5,2.9", "0,2,200,1,2.8"]
+    assert values[:3] == ["point_index,step,tokens,seconds,loss", "0,1,100,0.5,2.9", "0,2,200,1,2.8"]
 
 
 @pytest.mark.parametrize("count", [9, 14])
