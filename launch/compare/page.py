@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch.compare.comparison import Comparison
 from launch.compare.cost_plots import comparison_plots
-from launch.compare.run_page.figures import Figure, figures
+from launch.compare.run_page.figures import Figure, run_figures
 from launch.compare.vega_specs import PagePlot
 from strategies.extras import install_command
 from trainer.reporting.status import write_atomic
@@ -53,5 +53,5 @@ def _plots(comparison: Comparison) -> Sequence[PagePlot | Figure]:
     if len(comparison.points) > 1:
         return comparison_plots(comparison)
     point = comparison.points[0]
-    main_plots, folded_plots = figures(point.first_repeat, point.summary.parts_s, profile=None)
+    main_plots, folded_plots = run_figures(point.first_repeat, point.summary.parts_s, profile=None)
     return [*main_plots, *folded_plots]

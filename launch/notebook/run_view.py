@@ -6,8 +6,8 @@ from pathlib import Path
 
 from launch.compare.comparison import compare
 from launch.compare.run_files import RecordedRun
-from launch.compare.run_page.contents import cards
-from launch.compare.run_page.verdict import callouts, verdict_on
+from launch.compare.run_page.contents import run_cards
+from launch.compare.run_page.verdict import run_callouts, run_verdict
 from launch.compare.run_report import REPORT_FILE
 from launch.compare.settings import ComparisonRow
 from launch.config.prices import price_of
@@ -25,13 +25,13 @@ def run_view(run_dir: Path) -> str:
         return fragment(str(run_dir), lead=Callout("note", "No run to show", "; ".join(error.problems)))
     compared = comparison.points[0]
     run = compared.first_repeat
-    verdict = verdict_on(run)
+    verdict = run_verdict(run)
     report = run_dir / REPORT_FILE
     return fragment(
         str(run_dir),
-        cards=cards(compared),
+        cards=run_cards(compared),
         lead=Callout(verdict.tone, verdict.heading, verdict.text, verdict.commands),
-        callouts=callouts(run),
+        callouts=run_callouts(run),
         picture=_losses(run),
         footer=f"page with all plots and settings: {report}" if report.is_file() else "",
     )

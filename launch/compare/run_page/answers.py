@@ -32,12 +32,10 @@ class AnswerPair:
 
     @property
     def summary(self) -> str:
-        """One line on the pair: the task, what changed, and the end of the prompt."""
+        """One line on the pair: the task, what changed, and the end of the prompt: `qa: right now: … What is 2 + 2?`."""
         one_line = " ".join(self.prompt.split())
-        shorten_prompt = (
-            one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
-        )
-        parts = (self.task.replace(GENERATED, "held-out document"), self.change, shorten_prompt)
+        prompt_end = one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
+        parts = (self.task.replace(GENERATED, "held-out document"), self.change, prompt_end)
         return ": ".join(part for part in parts if part)
 
 
@@ -57,54 +55,66 @@ def answer_pairs(run: RecordedRun) -> list[AnswerPair]:
 
 
 def _answers_of_run(run: RecordedRun) -> list[AnswerPair]:
-    """Pairs of the answers that the run kept of its first evaluation, before training, and of its newest."""
-    kept = read_kept_answers(run.directory)
-    first = kept.get("first") or {}
-    last = kept.get("last") or {}
-    if first.get("step") != 0 or not last.get("step"):
-        return []  # evaluated once, or not before the first step: there is no before and after
+    """Pairs of the answers that the run kept of its evaluation before training and of its newest evaluation.
+
+    Empty if it kept answers of only one of the two.
+    """
+    kept_answers = read_kept_answers(run.directory)
+    first = kept_answers.get("first") or {}
+    last = kept_answers.get("last") or {}
+    was_evaluated_before_training = first.get("step") == 0
+    was_evaluated_later = bool(last.get("step"))
+    if not was_evaluated_before_training or not was_evaluated_later:
+        return []
     pairs: list[AnswerPair] = []
-    for task, rows in (last.get("tasks") or {}).items():
+    for task, last_rows in (last.get("tasks") or {}).items():
         first_rows = (first.get("tasks") or {}).get(task) or []
-        before_by_prompt = {row.get("prompt"): row for row in first_rows}
-        for row in rows:
-            before = before_by_prompt.get(row.get("prompt"))
-            if before is not None:
-                pairs.append(_pair_of_run(task, before, row))
+        first_row_by_prompt = {row.get("prompt"): row for row in first_rows}
+        for last_row in last_rows:
+            first_row = first_row_by_prompt.get(last_row.get("prompt"))
+            if first_row is not None:
+                pairs.append(_pair_of_rows(task, first_row, last_row))
     return pairs
 
 
-def _pair_of_run(task: str, before: dict[str, Any], after: dict[str, Any]) -> AnswerPair:
+def _pair_of_rows(task: str, first_row: dict[str, Any], last_row: dict[str, Any]) -> AnswerPair:
+    """The pair of two rows of kept answers with the same prompt, from before training and from the newest evaluation."""
     return AnswerPair(
         task,
-        shortened(str(after["prompt"])),
-        shortened(str(before.get("answer") or "")),
-        shortened(str(after.get("answer") or "")),
-        shortened(str(after.get("reference") or "")),
+        prompt=shorten_at_start(str(last_row["prompt"])),
+        before=shorten_at_start(str(first_row.get("answer") or "")),
+        after=shorten_at_start(str(last_row.get("answer") or "")),
+        reference=shorten_at_start(str(last_row.get("reference") or "")),
     )
 
 
-def _changed_answers(tasks: dict[str, Any]) -> list[AnswerPair]:
-    """Answers that the base model gave wrong and the trained one right (won), and the other way round (lost), in turn.
+def _changed_answers(comparison_by_task: dict[str, Any]) -> list[AnswerPair]:
+    """Answers that became right by training and answers that became wrong, in turn, from an evaluation report.
 
-    `tasks`: the report's comparison of each task, in which `changed` has the rows under `won` and `lost`.
+    `comparison_by_task`: the report's comparison of each task with the base model. Its `changed` has the rows under `won` (the
+    base model was wrong and the trained one is right) and `lost` (the other way round).
     """
-    won: list[AnswerPair] = []
-    lost: list[AnswerPair] = []
-    for name, comparison in tasks.items():
+    right_now: list[AnswerPair] = []
+    wrong_now: list[AnswerPair] = []
+    for task, comparison in comparison_by_task.items():
         changed = comparison.get("changed") or {}
-        for side, change, pairs in (("won", "right now", won), ("lost", "wrong now", lost)):
-            pairs += [_judged_pair(name, row, change) for row in changed.get(side) or [] if row.get("answer")]
-    return _alternating(won, lost)
+        right_now += [_judged_pair(task, row, "right now") for row in changed.get("won") or [] if row.get("answer")]
+        wrong_now += [_judged_pair(task, row, "wrong now") for row in changed.get("lost") or [] if row.get("answer")]
+    return _take_in_turn(right_now, wrong_now)
 
 
 def _judged_pair(task: str, row: dict[str, Any], change: str) -> AnswerPair:
-    prompt = shortened(str(row.get("prompt") or ""))
-    before = shortened(str(row.get("other") or ""))
-    return AnswerPair(task, prompt, before, shortened(str(row["answer"])), change=change)
+    """The pair of a row of an evaluation report: `answer` is that of the trained model, `other` that of the base model."""
+    return AnswerPair(
+        task,
+        prompt=shorten_at_start(str(row.get("prompt") or "")),
+        before=shorten_at_start(str(row.get("other") or "")),
+        after=shorten_at_start(str(row["answer"])),
+        change=change,
+    )
 
 
-def _alternating(first: Sequence[AnswerPair], second: Sequence[AnswerPair]) -> list[AnswerPair]:
+def _take_in_turn(first: Sequence[AnswerPair], second: Sequence[AnswerPair]) -> list[AnswerPair]:
     """Entries of both in turn, then what is left of the longer one."""
     mixed = []
     for index in range(max(len(first), len(second))):
@@ -112,8 +122,8 @@ def _alternating(first: Sequence[AnswerPair], second: Sequence[AnswerPair]) -> l
     return mixed
 
 
-def shortened(text: str) -> str:
-    """A text of at most `MAX_CHARACTERS` characters, its end kept: that of a prompt is the question."""
+def shorten_at_start(text: str) -> str:
+    """A text of at most `MAX_CHARACTERS` characters. Its end is kept, because the end of a prompt is the question."""
     if len(text) <= MAX_CHARACTERS:
         return text
     return f"… {text[-MAX_CHARACTERS:]}"

@@ -20,23 +20,27 @@ from trainer.reporting.results import EVALUATION, REVIEW, kept_reports
 from trainer.reporting.run_record import MeasuredCost, PredictedCost, Receipt
 
 GIB = 2**30
-NEARLY_FULL = 0.92
+NEARLY_FULL_SHARE = 0.92
 """Share of a card's memory from which on longer rows may not fit."""
 CPU = "cpu"
-PLACES = {"run.dir", "data.cache_dir"}
+PATH_KEYS = {"run.dir", "data.cache_dir"}
 """Settings that only say where files are: they are among all settings, and not among those that were chosen."""
-RESOLVED = "substitutions."
+RESOLVED_KEY_PREFIX = "substitutions."
 """How keys begin under which the run keeps what `auto` became."""
 
 
-def cards(compared: ComparedPoint) -> list[PageCard]:
-    """The numbers at the head: held-out metrics before and after, duration, speed, memory."""
+def run_cards(compared: ComparedPoint) -> list[PageCard]:
+    """The numbers at the head of a run's page: held-out metrics or the training loss, duration, speed, memory.
+
+    Numbers that are not known have no card.
+    """
     run = compared.first_repeat
     measured = compared.measured
-    held_out = [_metric_card(run, change) for change in card_changes(metric_changes(run))]
-    candidates: list[PageCard | None] = [*held_out, *_training_loss_cards(run, has_held_out=bool(held_out))]
-    candidates += [_duration_card(run), _speed_card(run, measured), _memory_card(run, measured)]
-    return [card for card in candidates if card is not None]
+    metric_cards = [_metric_card(run, change) for change in card_changes(metric_changes(run))]
+    if not metric_cards:
+        metric_cards = _training_metric_cards(run)
+    cost_cards = [_duration_card(run), _speed_card(run, measured), _memory_card(run, measured)]
+    return [*metric_cards, *(card for card in cost_cards if card is not None)]
 
 
 def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
@@ -53,27 +57,30 @@ def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
     return PageCard(change.title, change.shown(change.after), ", ".join(notes), change.tone, change.arrow)
 
 
-def _training_loss_cards(run: RecordedRun, *, has_held_out: bool) -> list[PageCard]:
-    """A card with the training loss, if nothing held out was evaluated. It has no colour, because it does not measure quality.
+def _training_metric_cards(run: RecordedRun) -> list[PageCard]:
+    """A card with the training loss, for a run without held-out metrics; empty if no step has a finite loss.
 
-    A run that learns from rewards gets its reward instead: its loss is near 0 by construction.
+    It has no colour, because it does not measure quality. A run that learns from rewards gets its reward instead: its loss is
+    near 0 by construction.
     """
-    name = "reward" if any("reward" in row for row in run.steps.values()) else "loss"
-    numbers = [row[name] for row in run.steps.values() if isinstance(row.get(name), int | float)]
-    if has_held_out or not numbers:
+    metric = "reward" if any("reward" in row for row in run.steps.values()) else "loss"
+    values = [row[metric] for row in run.steps.values() if isinstance(row.get(metric), int | float)]
+    if not values:
         return []
-    change = MetricChange(name, numbers[-1], numbers[0] if len(numbers) > 1 else None)
-    note = f"first step {number(numbers[0])}" if len(numbers) > 1 else ""
-    return [PageCard(f"Training {name}", number(numbers[-1]), note, "", change.arrow)]
+    first_value = values[0] if len(values) > 1 else None
+    note = "" if first_value is None else f"first step {number(first_value)}"
+    change = MetricChange(metric, after=values[-1], before=first_value)
+    return [PageCard(f"Training {metric}", number(values[-1]), note, tone="", arrow=change.arrow)]
 
 
 def _duration_card(run: RecordedRun) -> PageCard | None:
-    seconds = sum(row.get("step_s") or 0.0 for row in run.steps.values())
-    if not seconds:
+    """The time of all steps of the run together; None if it was not recorded."""
+    duration_s = sum(row.get("step_s") or 0.0 for row in run.steps.values())
+    if not duration_s:
         return None
-    steps = len(run.steps)
-    note = f"{steps:,} step{'s' if steps != 1 else ''}, without start and evaluations"
-    return PageCard("Duration", duration(seconds), note)
+    num_steps = len(run.steps)
+    note = f"{num_steps:,} step{'s' if num_steps != 1 else ''}, without start and evaluations"
+    return PageCard("Duration", duration(duration_s), note)
 
 
 def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
@@ -83,40 +90,42 @@ def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
     notes = []
     if measured.step_s:
         notes.append(f"{duration(measured.step_s)} a step")
-    if run.record.world_size:
-        ranks = run.record.world_size
-        notes.append("1 rank" if ranks == 1 else f"{ranks} ranks together")
-    if measured.mfu is not None and _has_peak(run):
+    world_size = run.record.world_size
+    if world_size:
+        notes.append("1 rank" if world_size == 1 else f"{world_size} ranks together")
+    if measured.mfu is not None and _has_reliable_peak(run):
         notes.append(f"MFU {percent(measured.mfu)}")
     return PageCard("Speed", number(measured.tokens_per_s, digits=3), ", ".join(notes), unit="tokens/s")
 
 
-def _has_peak(run: RecordedRun) -> bool:
-    """Whether the run has a peak that its MFU can be a share of. A CPU has none unless the settings give one: it is measured
-    while other programs may run.
+def _has_reliable_peak(run: RecordedRun) -> bool:
+    """Whether the peak TFLOP/s that the MFU is a share of can be trusted: that of a GPU, or one that the settings give.
+
+    The peak of a CPU is measured while other programs may run.
     """
     return run.record.device != CPU or run.config.get("logging.reference_tflops") is not None
 
 
 def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
-    """The largest peak of a rank's memory, as a share of its GPU's; None if not measured."""
+    """The largest peak of a rank's memory, for a GPU also as a share of its memory; None if it was not measured."""
     if measured.memory_gib is None:
         return None
-    predicted = _predicted(run)
+    gpu_memory_gib = _predicted_cost(run).device_gib
     note = "largest peak of a rank"
     tone: Tone = ""
     if run.record.device == CPU:
         note += ", libraries included"
-    elif predicted.device_gib:
-        share = measured.memory_gib / predicted.device_gib
-        note = f"{percent(share)} of a card's {number(predicted.device_gib, digits=3)} GiB"
-        if share > NEARLY_FULL:
+    elif gpu_memory_gib:
+        share = measured.memory_gib / gpu_memory_gib
+        note = f"{percent(share)} of a card's {number(gpu_memory_gib, digits=3)} GiB"
+        if share > NEARLY_FULL_SHARE:
             tone = "warning"
             note += ": longer rows may not fit"
     return PageCard("Memory", byte_size(measured.memory_gib * GIB), note, tone)
 
 
-def _predicted(run: RecordedRun) -> PredictedCost:
+def _predicted_cost(run: RecordedRun) -> PredictedCost:
+    """What the plan at the start of the run predicted, from its receipt in `run.json`; fields are None without a receipt."""
     receipt = run.record.receipt or Receipt()
     return receipt.predicted or PredictedCost()
 
@@ -125,24 +134,26 @@ def cost_table(compared: ComparedPoint) -> PageTable | None:
     """A table of what the run took, beside what was planned, with a row for each cost; None if nothing was measured."""
     run = compared.first_repeat
     measured = compared.measured
-    predicted = _predicted(run)
-    receipt = (run.record.receipt or Receipt()).measured or MeasuredCost()
-    planned_gib = predicted.memory_gib
+    predicted = _predicted_cost(run)
+    measured_receipt = (run.record.receipt or Receipt()).measured or MeasuredCost()
+    planned_memory_gib = predicted.memory_gib
     planned_step_s = predicted.step_s
     if run.record.device == CPU:
         # Not comparable: the measured memory has the process's libraries in it, and the plan knows no reliable peak of a CPU.
-        planned_gib = None
+        planned_memory_gib = None
         planned_step_s = None
-    planned_exchange = _bytes(measured.planned_exchanged_gib)
+    planned_exchange = _gib_to_bytes(measured.planned_exchanged_gib)
+    exchange = _gib_to_bytes(measured.exchanged_gib)
+    memory = _gib_to_bytes(measured.memory_gib)
     rows = [
-        _cost_row("Memory of a rank", byte_size, _bytes(planned_gib), _bytes(measured.memory_gib)),
-        _cost_row("Reserved by the allocator", byte_size, None, _bytes(measured.memory_reserved_gib)),
+        _cost_row("Memory of a rank", byte_size, _gib_to_bytes(planned_memory_gib), memory),
+        _cost_row("Reserved by the allocator", byte_size, None, _gib_to_bytes(measured.memory_reserved_gib)),
         _cost_row("Time of a step", duration, planned_step_s, measured.step_s),
-        _cost_row("Exchanged in a step, rank 0", byte_size, planned_exchange, _bytes(measured.exchanged_gib)),
+        _cost_row("Exchanged in a step, rank 0", byte_size, planned_exchange, exchange),
         _cost_row("Waited for the exchange in a step", duration, None, measured.exposed_s),
-        _cost_row("Size of a checkpoint", byte_size, predicted.checkpoint_bytes, receipt.checkpoint_bytes),
+        _cost_row("Size of a checkpoint", byte_size, predicted.checkpoint_bytes, measured_receipt.checkpoint_bytes),
         _cost_row("Writing a checkpoint", duration, None, measured.checkpoint_s),
-        _cost_row("Start to first step, without evaluation", duration, None, _start_s(measured)),
+        _cost_row("Start to first step, without evaluation", duration, None, _start_without_evaluation_s(measured)),
         _cost_row("Price of a million tokens, US$", number, None, compared.summary.dollars_per_million),
     ]
     columns = [PageColumn("what"), PageColumn("planned"), PageColumn("taken")]
@@ -152,62 +163,72 @@ def cost_table(compared: ComparedPoint) -> PageTable | None:
 
 
 def _cost_row(
-    what: str, format_value: Callable[[float], str], planned: float | None, taken: float | None
+    title: str, format_value: Callable[[float], str], planned: float | None, taken: float | None
 ) -> list[PageCell] | None:
-    """A row of the cost table; None if the cost was not measured. `format_value` writes a value with its unit."""
+    """A row of the cost table: title, planned, taken, and taken / planned. None if the cost was not measured.
+
+    `format_value` writes a value with its unit. Without a plan, the cells that need it are dashes.
+    """
     if not taken:
         return None
     planned_cell = PageCell(format_value(planned), planned) if planned else PageCell(UNKNOWN)
     ratio_cell = PageCell(f"{taken / planned:.2f}", taken / planned) if planned else PageCell(UNKNOWN)
-    return [PageCell(what, what), planned_cell, PageCell(format_value(taken), taken), ratio_cell]
+    return [PageCell(title, title), planned_cell, PageCell(format_value(taken), taken), ratio_cell]
 
 
-def _bytes(gib: float | None) -> float | None:
+def _gib_to_bytes(gib: float | None) -> float | None:
     return None if gib is None else gib * GIB
 
 
-def _start_s(measured: RunMeasurements) -> float | None:
+def _start_without_evaluation_s(measured: RunMeasurements) -> float | None:
+    """Seconds from the start of the run to its first step, without the evaluation before that step; None if not known."""
     if measured.start_s is None:
         return None
     return measured.start_s - (measured.evaluation_before_s or 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """A run's settings as (key, value): those that are no defaults, and all."""
+class RunSettings:
+    """A run's settings as (key, value as on the command line): those that were chosen, and all."""
 
     chosen: list[tuple[str, str]]
     all: list[tuple[str, str]]
 
 
-def settings(run: RecordedRun) -> Settings:
-    """The settings of a run: all of them, and those that were chosen, which are neither defaults nor paths nor resolved.
+def run_settings(run: RecordedRun) -> RunSettings:
+    """The settings of a run: all of them, and those that were chosen. The others are
+
+    - equal to their default,
+    - paths that only say where files are,
+    - what `auto` became,
+    - or empty.
 
     If this version cannot read the run's `config.yaml`, none count as chosen.
     """
-    defaults = _defaults(run.directory)
+    defaults = _default_settings(run.directory)
     chosen = []
-    everything = []
+    all_settings = []
     for key, value in run.config.items():
-        everything.append((key, _setting_value(value)))
+        all_settings.append((key, _value_on_command_line(value)))
         is_default = key in defaults and defaults[key] == value
-        is_chosen = key not in PLACES and not key.startswith(RESOLVED) and value not in (None, [], {})
-        if defaults and not is_default and is_chosen:
-            chosen.append((key, _setting_value(value)))
-    return Settings(chosen, everything)
+        is_empty = value in (None, [], {})
+        is_no_choice = is_default or is_empty or key in PATH_KEYS or key.startswith(RESOLVED_KEY_PREFIX)
+        if defaults and not is_no_choice:
+            chosen.append((key, _value_on_command_line(value)))
+    return RunSettings(chosen, all_settings)
 
 
-def _setting_value(value: Any) -> str:
+def _value_on_command_line(value: Any) -> str:
     """A value as on the command line: true, 2e-4, [q_proj,v_proj], none."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(map(_setting_value, value))}]"
+        return f"[{','.join(map(_value_on_command_line, value))}]"
     return short(value)
 
 
-def _defaults(run_dir: Path) -> dict[str, Any]:
-    """The defaults of a run's settings by dotted key; empty if they cannot be read, as of a run of another version."""
+def _default_settings(run_dir: Path) -> dict[str, Any]:
+    """The defaults of a run's settings by dotted key; empty if its `config.yaml` is of another version or cannot be read."""
     from launch.config.frozen import load_frozen
     from trainer.config.resuming import default_settings
 
@@ -217,7 +238,7 @@ def _defaults(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def provenance(run: RecordedRun) -> list[tuple[str, str]]:
+def provenance_rows(run: RecordedRun) -> list[tuple[str, str]]:
     """(name, text) rows on where the run comes from: data, method, batch, machine, versions; one not recorded has no row."""
     record = run.record
     methods = (record.strategy, record.tuning, record.objective, record.precision, record.attention)
@@ -249,20 +270,28 @@ def provenance(run: RecordedRun) -> list[tuple[str, str]]:
     return [(name, text) for name, text in rows if text]
 
 
-def links(run: RecordedRun) -> list[tuple[str, str]]:
-    """(text, address relative to the page) of a link to each other page or file about the run that exists."""
+def run_links(run: RecordedRun) -> list[tuple[str, str]]:
+    """(text, address relative to the page) of each page and file about the run that exists."""
     targets: list[tuple[str, Path]] = []
     if run.record.data_directory:
         targets.append(("audit of the data", Path(run.record.data_directory) / "audit.html"))
     targets.append(("evaluation", run.directory / "evaluation.html"))
     for kind, text in ((EVALUATION, "newest evaluation report"), (REVIEW, "review by people")):
-        targets += [(text, report.path) for report in kept_reports(run.directory, kind)[:1]]
-    targets += [("model card", run.directory / "export" / "README.md"), ("metrics", run.directory / "metrics.jsonl")]
-    targets.append(("run record", run.directory / "run.json"))
-    return [(text, address(run.directory, path)) for text, path in targets if path.is_file()]
+        reports = kept_reports(run.directory, kind)  # the newest first
+        if reports:
+            targets.append((text, reports[0].path))
+    targets += [
+        ("model card", run.directory / "export" / "README.md"),
+        ("metrics", run.directory / "metrics.jsonl"),
+        ("run record", run.directory / "run.json"),
+    ]
+    return [(text, relative_address(run.directory, path)) for text, path in targets if path.is_file()]
 
 
-def address(run_dir: Path, path: Path) -> str:
-    """A file's address from the page in the run directory: relative, so that both can be moved together."""
-    relative = os.path.relpath(path.absolute(), run_dir.absolute())
-    return quote(relative.replace(os.sep, "/"))  # a `#` or `%` in a directory's name would lead elsewhere
+def relative_address(run_dir: Path, path: Path) -> str:
+    """A file's address from the page in the run directory, for a link: `../data%20%231/audit.html`.
+
+    It is relative, so that both can be moved together.
+    """
+    relative_path = os.path.relpath(path.absolute(), run_dir.absolute())
+    return quote(relative_path.replace(os.sep, "/"))  # a `#` or `%` in a directory's name would lead elsewhere

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from launch.compare.metric_meaning import DEFAULT_METRIC, greater_is_better_by_name, greater_is_better_in_run
 from launch.compare.run_files import RecordedRun
 from trainer.pages.numbers import number, percent
 from trainer.pages.pieces import Arrow, Tone
 
-TITLES = {
+TITLE_BY_METRIC = {
     "eval/loss": "Held-out loss",
     "eval/accuracy": "Held-out accuracy",
     "eval/margin": "Held-out margin",
     "eval/reward": "Held-out reward",
 }
 """What people call the common metrics; any other has its own name."""
-REWARD = "eval/reward"
+REWARD_METRIC = "eval/reward"
 """What decides the best checkpoint in online reinforcement learning, if the settings name nothing else."""
 MAX_CARDS = 3
 """Held-out metrics at the head of the page."""
-SHARES = {"accuracy", "token_accuracy", "f1", "f1_macro", "f1_micro", "exact_match", "win_rate"}
+METRICS_IN_PERCENT = {"accuracy", "token_accuracy", "f1", "f1_macro", "f1_micro", "exact_match", "win_rate"}
 """Last parts of names of metrics that are shares, and shown in percent."""
 
 
@@ -38,7 +39,7 @@ class MetricChange:
     @property
     def title(self) -> str:
         """Its name in words."""
-        return title_of(self.name)
+        return metric_title(self.name)
 
     @property
     def improvement(self) -> float | None:
@@ -50,9 +51,8 @@ class MetricChange:
     @property
     def tone(self) -> Tone:
         """The colour of the change on the page: `good` if it got better, `bad` if worse, none if neither or not known."""
-        if self.improvement is None or self.improvement == 0:
-            return ""
-        return "good" if self.improvement > 0 else "bad"
+        tones: dict[str, Tone] = {"better": "good", "worse": "bad"}
+        return tones.get(self.judgement, "")
 
     @property
     def arrow(self) -> Arrow:
@@ -64,15 +64,17 @@ class MetricChange:
         return "up" if self.after > self.before else "down"
 
     @property
-    def judgement(self) -> str:
-        """`better`, `worse` or `the same`; empty where that is not known."""
+    def judgement(self) -> Literal["better", "worse", "the same", ""]:
+        """How the value changed during training; empty if it was not evaluated before, or nobody knows which is better."""
         if self.improvement is None:
             return ""
-        return {"good": "better", "bad": "worse", "": "the same"}[self.tone]
+        if self.improvement == 0:
+            return "the same"
+        return "better" if self.improvement > 0 else "worse"
 
     def shown(self, value: float) -> str:
         """A value of this metric as the page writes it: `61 %` for a share such as accuracy, else `2.872`."""
-        is_share = self.name.rsplit("/", 1)[-1] in SHARES
+        is_share = self.name.rsplit("/", 1)[-1] in METRICS_IN_PERCENT
         return percent(value) if is_share else number(value)
 
     @property
@@ -104,34 +106,43 @@ def metric_changes(run: RecordedRun) -> list[MetricChange]:
     last_step = max(run.evaluations, default=0)
     if last_step == 0:
         return []
-    before = run.evaluations.get(0, {})
+    values_before = run.evaluations.get(0, {})
+    values_after = run.evaluations[last_step]
     monitored = monitored_metric(run)
-    names = sorted(run.evaluations[last_step], key=lambda name: name != monitored)
     changes = []
-    for name in names:
-        # Only of the monitored metric may the run have recorded which direction is better.
-        greater_is_better = (
-            greater_is_better_in_run(run, name) if name == monitored else greater_is_better_by_name(name)
-        )
-        changes.append(MetricChange(name, run.evaluations[last_step][name], before.get(name), greater_is_better))
+    for name in sorted(values_after, key=lambda name: name != monitored):
+        if name == monitored:
+            greater_is_better = greater_is_better_in_run(run, name)
+        else:  # only of the monitored metric may the run have recorded which direction is better
+            greater_is_better = greater_is_better_by_name(name)
+        changes.append(MetricChange(name, values_after[name], values_before.get(name), greater_is_better))
     return changes
 
 
 def card_changes(changes: list[MetricChange]) -> list[MetricChange]:
-    """The changes at the head of the page: of the monitored metric, which is first, and of the metrics in `TITLES`."""
-    shown = [change for index, change in enumerate(changes) if index == 0 or change.name in TITLES]
+    """The changes at the head of the page: of the first metric, and of the metrics in `TITLE_BY_METRIC`; at most `MAX_CARDS`.
+
+    `changes` are those of `metric_changes`: the first is of the monitored metric.
+    """
+    shown = [change for index, change in enumerate(changes) if index == 0 or change.name in TITLE_BY_METRIC]
     return shown[:MAX_CARDS]
 
 
 def monitored_metric(run: RecordedRun) -> str:
-    """The metric that decides the best checkpoint: as the run recorded, else `evaluation.watch`, else the reward or the loss."""
+    """The held-out metric that decides which checkpoint is the best. The first of these that there is:
+
+    - The metric that the run recorded.
+    - The setting `evaluation.watch`.
+    - The reward, if it was evaluated.
+    - The held-out loss.
+    """
     outcome = run.record.outcome
-    recorded = outcome.watch if outcome is not None else None
-    configured = run.config.get("evaluation.watch")
-    if recorded or configured:
-        return str(recorded or configured)
-    has_reward = any(REWARD in metrics for metrics in run.evaluations.values())
-    return REWARD if has_reward else DEFAULT_METRIC
+    recorded_metric = outcome.watch if outcome is not None else None
+    configured_metric = run.config.get("evaluation.watch")
+    if recorded_metric or configured_metric:
+        return str(recorded_metric or configured_metric)
+    has_reward = any(REWARD_METRIC in metrics for metrics in run.evaluations.values())
+    return REWARD_METRIC if has_reward else DEFAULT_METRIC
 
 
 def monitored_change(run: RecordedRun) -> MetricChange | None:
@@ -141,21 +152,22 @@ def monitored_change(run: RecordedRun) -> MetricChange | None:
 
 
 def monitored_metric_is_lost(run: RecordedRun) -> bool:
-    """Whether the last evaluation has no number for the monitored metric (NaN or infinite), and an earlier one has."""
+    """Whether the monitored metric is NaN or infinite in the last evaluation, and was finite in an earlier one."""
     monitored = monitored_metric(run)
-    is_number = [monitored in run.evaluations[step] for step in sorted(run.evaluations)]
-    return any(is_number) and not is_number[-1]
+    # A value that is not finite is missing from the metrics of its evaluation.
+    has_finite_value = [monitored in run.evaluations[step] for step in sorted(run.evaluations)]
+    return any(has_finite_value) and not has_finite_value[-1]
 
 
-def title_of(name: str) -> str:
-    """What people call a metric."""
-    return TITLES.get(name, name.removeprefix("eval/"))
+def metric_title(metric: str) -> str:
+    """What people call a metric: `eval/loss` -> `Held-out loss`, `eval/qa/f1` -> `qa/f1`."""
+    return TITLE_BY_METRIC.get(metric, metric.removeprefix("eval/"))
 
 
 def best_step(run: RecordedRun) -> BestStep | None:
-    """The best evaluation after the first step, by the monitored metric.
+    """The evaluation after the first step with the best value of the monitored metric.
 
-    None if no evaluation has it, or nobody knows whether a larger value is better.
+    None if no evaluation after the first step has a finite value, or nobody knows whether a larger value is better.
     """
     monitored = monitored_metric(run)
     greater_is_better = greater_is_better_in_run(run, monitored)
@@ -164,14 +176,14 @@ def best_step(run: RecordedRun) -> BestStep | None:
         value = metrics.get(monitored)
         if value is not None and math.isfinite(value):
             value_by_step[step] = value
-    before = value_by_step.pop(0, None)  # of the evaluation before the first step
+    value_before = value_by_step.pop(0, None)  # step 0 is the evaluation before the first step
     if not value_by_step or greater_is_better is None:
         return None
     choose = max if greater_is_better else min
     step = choose(value_by_step, key=lambda candidate: value_by_step[candidate])
     best_value = value_by_step[step]
-    beats_beginning = before is None
-    if before is not None:
-        beats_beginning = best_value > before if greater_is_better else best_value < before
-    last_is_as_good = value_by_step.get(max(run.evaluations)) == best_value
-    return BestStep(step, best_value, last_is_as_good, beats_beginning)
+    beats_beginning = True
+    if value_before is not None:
+        beats_beginning = best_value > value_before if greater_is_better else best_value < value_before
+    last_value = value_by_step.get(max(run.evaluations))
+    return BestStep(step, best_value, last_is_as_good=last_value == best_value, beats_beginning=beats_beginning)

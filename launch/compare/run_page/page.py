@@ -11,7 +11,7 @@ from launch.compare.profiles import OPERATOR_HEADINGS, RANK_HEADINGS, read_profi
 from launch.compare.run_page import contents, figures
 from launch.compare.run_page.answers import answer_pairs
 from launch.compare.run_page.rounds import shown_groups
-from launch.compare.run_page.verdict import callouts, verdict_on
+from launch.compare.run_page.verdict import run_callouts, run_verdict
 from strategies.extras import install_command
 from trainer.pages.pieces import PageCell, PageColumn, PageTable
 from trainer.pages.render import render
@@ -44,7 +44,7 @@ def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> 
             _text_table(OPERATOR_HEADINGS, profile.operators, "Operators, all ranks"),
         ]
         profile_tables = ProfileTables(profile.steps, profile.measured_on == "device", profile.traces, tables)
-    main_plots, folded_plots = figures.figures(run, compared.summary.parts_s, profile)
+    main_plots, folded_plots = figures.run_figures(run, compared.summary.parts_s, profile)
     notable = notable_steps(run)
     return render(
         PACKAGE,
@@ -52,17 +52,17 @@ def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> 
         name=compared.name,
         model=PurePath(run.record.base_model or "").name,
         run=run,
-        verdict=verdict_on(run),
-        cards=contents.cards(compared),
-        callouts=callouts(run),
+        verdict=run_verdict(run),
+        cards=contents.run_cards(compared),
+        callouts=run_callouts(run),
         main_plots=main_plots,
         folded_plots=folded_plots,
         answers=answer_pairs(run),
         rounds=shown_groups(run),
         costs=contents.cost_table(compared),
-        settings=contents.settings(run),
-        provenance=contents.provenance(run),
-        links=contents.links(run),
+        settings=contents.run_settings(run),
+        provenance=contents.provenance_rows(run),
+        links=contents.run_links(run),
         notable=notable[-MAX_NOTABLE:],
         notable_left_out=max(len(notable) - MAX_NOTABLE, 0),
         resolved=resolved_setting_lines(comparison),
@@ -75,7 +75,7 @@ def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> 
 
 
 def _text_table(headings: list[str], rows: list[list[str]], caption: str) -> PageTable:
-    """A table of cells that are text already, sorted by the numbers they begin with."""
+    """A table of cells that are text already; a column is sorted by the numbers with which its cells begin."""
     cells = []
     for row in rows:
         cells.append([PageCell(text, _sort_value(text)) for text in row])
@@ -84,7 +84,7 @@ def _text_table(headings: list[str], rows: list[list[str]], caption: str) -> Pag
 
 
 def _sort_value(text: str) -> float | str:
-    """The number that a cell begins with, else its text."""
+    """What a cell is sorted by: its number, such as 1234.5 for `1,234.5` and 12 for `12%`, or its text if it is none."""
     try:
         return float(text.replace(",", "").split("%")[0])
     except ValueError:

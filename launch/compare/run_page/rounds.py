@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.compare.run_files import RecordedRun
-from launch.compare.run_page.answers import shortened
+from launch.compare.run_page.answers import shorten_at_start
 from trainer.pages.numbers import UNKNOWN, number
 from trainer.rollout.record import recorded_rounds
 from trainer.rollout.round_table import REWARDS, groups_of_rows
@@ -50,54 +50,55 @@ def shown_groups(run: RecordedRun) -> list[ShownGroup]:
     first, the middle and the last round. Empty without recorded rounds. A file that cannot be read is left out: the run may
     be writing it.
     """
-    files = recorded_rounds(run.directory)
-    steps = list(files)
-    shown_steps = dict.fromkeys(steps[index] for index in _first_middle_last(len(steps)))  # each once
+    file_by_step = recorded_rounds(run.directory)
+    steps = list(file_by_step)
+    if not steps:
+        return []
+    shown_steps = dict.fromkeys((steps[0], steps[(len(steps) - 1) // 2], steps[-1]))  # each once
     groups: list[ShownGroup] = []
     for step in shown_steps:
-        groups += _groups_of_round(step, files[step])
+        groups += _best_and_worst_group(step, file_by_step[step])
     return groups
 
 
-def _first_middle_last(count: int) -> list[int]:
-    return [0, (count - 1) // 2, count - 1] if count else []
+def _best_and_worst_group(step: int, round_file: Path) -> list[ShownGroup]:
+    """The best and the worst group (answers to one prompt) of a round by mean reward.
 
-
-def _groups_of_round(step: int, file: Path) -> list[ShownGroup]:
-    """The best and the worst group (answers to one prompt) of a round by mean reward; one if the round has only one.
-
-    `file`: a recorded round, a Parquet file with a row for each answer.
+    One group if the round has only one with rewards; empty if it has none, or the file cannot be read. `step`: the optimizer step
+    of the round. `round_file`: a Parquet file with a row for each answer.
     """
-    scored_groups = []  # (mean reward, rows)
-    for rows in groups_of_rows(_rows(file)):
+    groups_by_reward = []  # (mean reward, rows of the group)
+    for rows in groups_of_rows(_read_round(round_file)):
         rewards = [row["reward"] for row in rows if row.get("reward") is not None]
         if rewards:
-            scored_groups.append((sum(rewards) / len(rewards), rows))
-    if not scored_groups:
+            groups_by_reward.append((sum(rewards) / len(rewards), rows))
+    if not groups_by_reward:
         return []
-    scored_groups.sort(key=lambda group: group[0], reverse=True)
-    shown = [_shown_group(f"step {step}, best prompt", *scored_groups[0])]
-    if len(scored_groups) > 1:
-        shown.append(_shown_group(f"step {step}, worst prompt", *scored_groups[-1]))
+    groups_by_reward.sort(key=lambda group: group[0], reverse=True)
+    best_reward, best_rows = groups_by_reward[0]
+    shown = [_shown_group(f"step {step}, best prompt", best_reward, best_rows)]
+    if len(groups_by_reward) > 1:
+        worst_reward, worst_rows = groups_by_reward[-1]
+        shown.append(_shown_group(f"step {step}, worst prompt", worst_reward, worst_rows))
     return shown
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a recorded round; none if the file cannot be read."""
+def _read_round(round_file: Path) -> list[dict[str, Any]]:
+    """The rows of a recorded round, one for each answer; empty if the file cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     try:
-        rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
+        rows: list[dict[str, Any]] = parquet.read_table(round_file).to_pylist()
     except (OSError, pa.ArrowException):
         return []
     return rows
 
 
 def _shown_group(title: str, mean_reward: float, rows: Sequence[dict[str, Any]]) -> ShownGroup:
-    """A group for the page: one prompt with its answers, of many the best and the worst ones. `rows`: the best answer first.
+    """A group as the page shows it: one prompt with its answers, at most the best and the worst `MAX_ANSWERS / 2` of them.
 
-    `title` is like `step 40, best prompt`.
+    `title` is like `step 40, best prompt`. `rows`: one for each answer, the best first.
     """
     shown_rows = list(rows)
     if len(rows) > MAX_ANSWERS:
@@ -105,25 +106,27 @@ def _shown_group(title: str, mean_reward: float, rows: Sequence[dict[str, Any]])
         shown_rows = [*rows[:half], *rows[-half:]]
     prompt = str(rows[0]["prompt"])
     one_line = " ".join(prompt.split())
-    shorten_prompt = one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
+    prompt_end = one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
     return ShownGroup(
-        summary=f"{title}, mean reward {number(mean_reward)}: {shorten_prompt}",
-        prompt=shortened(prompt),
+        summary=f"{title}, mean reward {number(mean_reward)}: {prompt_end}",
+        prompt=shorten_at_start(prompt),
         answers=[_shown_answer(row) for row in shown_rows],
         left_out=len(rows) - len(shown_rows),
     )
 
 
 def _shown_answer(row: dict[str, Any]) -> ShownAnswer:
-    reward = row.get("reward")
-    names = [name for name in row if name.startswith(REWARDS)]
-    parts = []
-    for name in names if len(names) > 1 else []:
-        score = row[name]
-        parts.append(f"{name.removeprefix(REWARDS)} {UNKNOWN if score is None else number(score)}")
+    """An answer as the page shows it, from its row of a recorded round. With several rewards, each is named with its score."""
+    total_reward = row.get("reward")
+    reward_columns = [column for column in row if column.startswith(REWARDS)]
+    named_scores = []
+    if len(reward_columns) > 1:
+        for column in reward_columns:
+            score = row[column]
+            named_scores.append(f"{column.removeprefix(REWARDS)} {UNKNOWN if score is None else number(score)}")
     return ShownAnswer(
-        text=shortened(str(row.get("answer") or "")),
-        reward="not scored" if reward is None else number(reward),
-        by_reward=", ".join(parts),
+        text=shorten_at_start(str(row.get("answer") or "")),
+        reward="not scored" if total_reward is None else number(total_reward),
+        by_reward=", ".join(named_scores),
         is_cut=row.get("ended") is False,
     )

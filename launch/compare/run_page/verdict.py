@@ -12,10 +12,10 @@ from launch.compare.run_page.held_out import (
     MetricChange,
     best_step,
     metric_changes,
+    metric_title,
     monitored_change,
     monitored_metric,
     monitored_metric_is_lost,
-    title_of,
 )
 from trainer.data.report.audit import AUDIT, DOCUMENT_LEAK_KINDS
 from trainer.monitors.config import Reaction
@@ -39,7 +39,7 @@ BAD_FINDINGS = {"diverged", "worse than before training"}
 """Findings after which the last weights are of no use. The others are warnings."""
 EARLY_STOPPING = "early_stopping"
 """Finding of a run that patience ended. It has a call-out about the run's course, and none among the findings."""
-LOWER_RATE = 0.1
+LOWER_RATE_FACTOR = 0.1
 """The learning rate that is proposed after a divergence, as a share of the run's own."""
 
 
@@ -53,114 +53,126 @@ class RunVerdict:
     commands: tuple[str, ...] = ()
 
 
-def verdict_on(run: RecordedRun) -> RunVerdict:
+def run_verdict(run: RecordedRun) -> RunVerdict:
     """The verdict on a run, for the head of its page. The first case that applies:
 
     - The run is not done: where it stands, and how it continues.
-    - A detector found that the last weights are of no use, or a training loss is NaN, or the monitored metric is at the end.
+    - A detector found that the last weights are of no use.
+    - The training loss was NaN or infinite at a step.
+    - The monitored metric is NaN or infinite at the end.
     - Nothing held out was evaluated.
-    - Otherwise the monitored metric decides: see `_verdict_on_metric`.
+    - Otherwise: whether the monitored metric got better (`_metric_verdict`).
     """
     if run.state != State.done:
-        return _verdict_on_unfinished(run)
+        return _unfinished_verdict(run)
     findings = findings_in(run.record.challenges)
     steps_text = _steps_text(run)
     bad_finding = next((finding for finding in findings if finding.name in BAD_FINDINGS), None)
     if bad_finding is not None:
         description = f"{bad_finding.says[:1].upper()}{bad_finding.says[1:]}"
         text = f"{description}. {steps_text}.{_remedies_text(bad_finding)}"
-        return RunVerdict("bad", HEADINGS[bad_finding.name], text, _commands_after(run, bad_finding))
-    broken_step = first_non_finite_loss_step(run)
-    if broken_step is not None:
-        heading = f"The loss is not a number from step {broken_step} on"
-        return RunVerdict("bad", heading, f"{steps_text}.", (_retry_with_lower_rate(run),))
+        return RunVerdict("bad", HEADINGS[bad_finding.name], text, _remedy_commands(run, bad_finding))
+    non_finite_step = first_non_finite_loss_step(run)
+    if non_finite_step is not None:
+        heading = f"The loss is not a number from step {non_finite_step} on"
+        return RunVerdict("bad", heading, f"{steps_text}.", (_retry_with_lower_rate_command(run),))
     if monitored_metric_is_lost(run):
-        heading = f"{title_of(monitored_metric(run))} is not a number at the end"
-        return RunVerdict("bad", heading, f"{steps_text}.", _export_best(run) or (_retry_with_lower_rate(run),))
+        heading = f"{metric_title(monitored_metric(run))} is not a number at the end"
+        commands = _export_best_commands(run) or (_retry_with_lower_rate_command(run),)
+        return RunVerdict("bad", heading, f"{steps_text}.", commands)
 
     changes = metric_changes(run)
     if not changes:
         text = f"{steps_text}. Nothing held out was evaluated, so nobody knows whether the model got better on new documents."
         return RunVerdict("note", "Trained, not evaluated", text)
-    return _verdict_on_metric(run, changes[0], findings, steps_text)
+    # The monitored metric is the first one, if the last evaluation has it.
+    return _metric_verdict(run, changes[0], findings, steps_text)
 
 
-def _verdict_on_metric(
-    run: RecordedRun, metric: MetricChange, findings: list[RecordedFinding], steps_text: str
+def _metric_verdict(
+    run: RecordedRun, change: MetricChange, findings: list[RecordedFinding], steps_text: str
 ) -> RunVerdict:
-    """The verdict on a finished run by a held-out metric before and after training.
+    """The verdict on a finished run by the change of a held-out metric during training. The first case that applies:
 
-    `findings` of the detectors, which are warnings here, turn "better" into "better, but". `steps_text`: how far the run came.
+    - The metric was not evaluated before training, or nobody knows which is better: its value, without a verdict.
+    - It got worse.
+    - It got better, but detectors found something: a warning that names the `findings`.
+    - It got better.
+    - It did not change.
+
+    `steps_text`: how far the run came.
     """
-    change = f"{metric.title} went from {metric.change}"
-    if metric.before is None:
-        heading = f"{metric.title}: {metric.change}"
+    heading = f"{change.title}: {change.change}"
+    if change.before is None:
         return RunVerdict("note", heading, f"{steps_text}. It was not evaluated before the first step.")
-    if not metric.judgement:
-        heading = f"{metric.title}: {metric.change}"
+    if not change.judgement:
         text = f"{steps_text}. Its name does not say whether a larger value is better, so this page gives no verdict."
         return RunVerdict("note", heading, text)
-    if metric.judgement == "worse":
-        return RunVerdict("bad", f"{metric.title} got worse", f"{change}. {steps_text}.", _export_best(run))
-    if metric.judgement == "better" and findings:
+    text = f"{change.title} went from {change.change}. {steps_text}."
+    if change.judgement == "worse":
+        return RunVerdict("bad", f"{change.title} got worse", text, _export_best_commands(run))
+    if change.judgement == "better" and findings:
         names = ", ".join(finding.name.replace("_", " ") for finding in findings)
-        return RunVerdict("warning", f"Better, but: {names}", f"{change}. {steps_text}.", _export_best(run))
-    if metric.judgement == "better":
-        return RunVerdict("good", f"{metric.title} got better", f"{change}. {steps_text}.")
-    return RunVerdict("warning", f"{metric.title} did not change", f"{change}. {steps_text}.")
+        return RunVerdict("warning", f"Better, but: {names}", text, _export_best_commands(run))
+    if change.judgement == "better":
+        return RunVerdict("good", f"{change.title} got better", text)
+    return RunVerdict("warning", f"{change.title} did not change", text)
 
 
-def _verdict_on_unfinished(run: RecordedRun) -> RunVerdict:
+def _unfinished_verdict(run: RecordedRun) -> RunVerdict:
     """The verdict on a run that is running, stopped or failed: at which step it is, why it ended, and how it continues."""
-    directory = shlex.quote(str(run.directory))
-    total = run.record.total_steps
+    logs_command = f"shardtune logs {shlex.quote(str(run.directory))}"
     step = run.status.get("step") or max(run.steps, default=0)
-    progress = f"step {step} of {total}" if total else f"step {step}"
+    total_steps = run.record.total_steps
+    progress = f"step {step} of {total_steps}" if total_steps else f"step {step}"
     reason = " ".join(str(run.status.get("reason") or run.failure.get("message") or "").split())
     if run.state == State.running:
-        return RunVerdict("note", f"Running: {progress}", "", (f"shardtune logs {directory}",))
+        return RunVerdict("note", f"Running: {progress}", "", (logs_command,))
     if run.state == State.preempted:
-        text = "The same command goes on from its last checkpoint."
-        return RunVerdict("warning", f"Stopped at {progress}", f"{reason}. {text}" if reason else text)
+        advice = "The same command goes on from its last checkpoint."
+        return RunVerdict("warning", f"Stopped at {progress}", f"{reason}. {advice}" if reason else advice)
     if run.state == State.failed:
-        return RunVerdict("bad", f"Failed at {progress}", reason, (f"shardtune logs {directory}",))
-    return RunVerdict("note", run.state.capitalize(), reason)
+        return RunVerdict("bad", f"Failed at {progress}", reason, (logs_command,))
+    return RunVerdict("note", run.state.capitalize(), reason)  # such as `Not started`
 
 
 def _steps_text(run: RecordedRun) -> str:
-    """How far a run came, such as `Trained 40 steps, 12,345 tokens`; the tokens only if they were recorded."""
-    steps = max(run.steps, default=0)
-    tokens = run.steps[steps].get("tokens") if steps else None
-    text = "Trained 1 step" if steps == 1 else f"Trained {steps:,} steps"
-    return f"{text}, {tokens:,} tokens" if tokens else text
+    """How far a run came, such as `Trained 40 steps, 12,345 tokens`; without the tokens if they were not recorded."""
+    last_step = max(run.steps, default=0)
+    num_tokens = run.steps[last_step].get("tokens") if last_step else None
+    text = "Trained 1 step" if last_step == 1 else f"Trained {last_step:,} steps"
+    return f"{text}, {num_tokens:,} tokens" if num_tokens else text
 
 
-def callouts(run: RecordedRun) -> list[Callout]:
-    """What a reader should know beside the verdict, the worst first."""
+def run_callouts(run: RecordedRun) -> list[Callout]:
+    """What a reader of a run's page should know beside the verdict, the worst first."""
     return worst_first(
         [
             *_finding_callouts(run),
             *_leak_callouts(run),
             *_straggler_callouts(run),
-            *_gate_callouts(run),
+            *_export_callouts(run),
             *_best_step_callouts(run),
-            *_course_callouts(run),
+            *_resumed_callouts(run),
+            *_stopped_early_callouts(run),
+            *_outlier_callouts(run),
+            *_unreadable_line_callouts(run),
         ]
     )
 
 
 def _finding_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out for each finding of the detectors, except the one that is the verdict."""
-    verdict_heading = verdict_on(run).heading
-    found = []
+    """A call-out for each finding of the detectors, except the one that is the verdict, and that of early stopping."""
+    verdict_heading = run_verdict(run).heading
+    callouts = []
     for finding in findings_in(run.record.challenges):
         heading = HEADINGS.get(finding.name, finding.name.capitalize())
         if heading == verdict_heading or finding.name == EARLY_STOPPING:
             continue
         tone: Tone = "bad" if finding.name in BAD_FINDINGS else "warning"
         text = f"Since step {finding.step}: {finding.says}.{_remedies_text(finding)}"
-        found.append(Callout(tone, heading, text, _commands_after(run, finding)))
-    return found
+        callouts.append(Callout(tone, heading, text, _remedy_commands(run, finding)))
+    return callouts
 
 
 def _remedies_text(finding: RecordedFinding) -> str:
@@ -170,149 +182,179 @@ def _remedies_text(finding: RecordedFinding) -> str:
     return f" Try: {'; '.join(finding.remedies[:SHOWN_REMEDIES])}."
 
 
-def _commands_after(run: RecordedRun, finding: RecordedFinding) -> tuple[str, ...]:
-    """Commands after a finding: retry with a lower rate if the run diverged, else export the best checkpoint if it helps."""
+def _remedy_commands(run: RecordedRun, finding: RecordedFinding) -> tuple[str, ...]:
+    """Commands to type after a finding of a detector.
+
+    - The run diverged: train again with a lower learning rate.
+    - Any other finding: export the best checkpoint, if that helps (`_export_best_commands`).
+    """
     if finding.name == "diverged":
-        return (_retry_with_lower_rate(run),)
-    return _export_best(run)
+        return (_retry_with_lower_rate_command(run),)
+    return _export_best_commands(run)
 
 
-def _retry_with_lower_rate(run: RecordedRun) -> str:
-    """The command that trains the same with a tenth of the learning rate, in a directory of its own."""
+def _retry_with_lower_rate_command(run: RecordedRun) -> str:
+    """The command that trains the same with a tenth of the learning rate, or with 1e-5 if the rate is not known."""
     rate = run.config.get("optim.lr")
-    lower_rate = f"{LOWER_RATE * rate:g}" if isinstance(rate, int | float) else "1e-5"
-    return _retry(run, "lower-rate", f"optim.lr={lower_rate}")
+    lower_rate = f"{LOWER_RATE_FACTOR * rate:g}" if isinstance(rate, int | float) else "1e-5"
+    return _retry_command(run, "lower-rate", f"optim.lr={lower_rate}")
 
 
-def _retry(run: RecordedRun, ending: str, *words: str) -> str:
-    """The command that trains the same but for some settings, in a directory whose name has this ending."""
+def _retry_command(run: RecordedRun, directory_suffix: str, *overrides: str) -> str:
+    """The command that trains the same but for these overrides, in the directory `<run directory>-<directory_suffix>`."""
     directory = shlex.quote(str(run.directory))
-    return f"shardtune train {directory}/config.yaml run.dir={directory}-{ending} {' '.join(words)}"
+    return f"shardtune train {directory}/config.yaml run.dir={directory}-{directory_suffix} {' '.join(overrides)}"
 
 
-def _export(run: RecordedRun) -> str:
+def _export_command(run: RecordedRun) -> str:
     return f"shardtune export {shlex.quote(str(run.directory))}"
 
 
-def _exported_best(run: RecordedRun) -> bool:
+def _has_exported_best(run: RecordedRun) -> bool:
     """Whether the run exported its best checkpoint by itself."""
     return (run.record.exported_checkpoint or {}).get("which") == "best"
 
 
-def _export_best(run: RecordedRun) -> tuple[str, ...]:
-    """The command that exports the best checkpoint; none if it was exported, or no step beats the model before training."""
+def _export_best_commands(run: RecordedRun) -> tuple[str, ...]:
+    """The command that exports the best checkpoint. Empty if the run exported it itself, or if it is of no use:
+
+    if the last step is as good, or if no step beats the model before training.
+    """
     best = best_step(run)
-    if best is None or best.last_is_as_good or not best.beats_beginning or _exported_best(run):
+    if best is None or best.last_is_as_good or not best.beats_beginning or _has_exported_best(run):
         return ()
-    return (f"{_export(run)} checkpoint=best",)
+    return (f"{_export_command(run)} checkpoint=best",)
 
 
 def _best_step_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out if an earlier step was better than the last one, or if no step was better than the model before training."""
+    """A call-out on the step with the best value of the monitored metric. The first case that applies:
+
+    - The best step is not known, or the last evaluation has no value: none.
+    - No step was better than the model before training: that, with the command that trains with a lower learning rate.
+    - The last step is as good as the best one: none.
+    - Otherwise: which step it was, with the command that exports its weights unless the run did it.
+    """
     best = best_step(run)
     monitored = monitored_change(run)
     if best is None or monitored is None:
         return []
+    best_value = monitored.shown(best.value)
     if not best.beats_beginning:
         before = monitored.shown(monitored.before) if monitored.before is not None else ""
-        text = f"{monitored.title} was {before} before training, and {monitored.shown(best.value)} at best, at step {best.step}."
+        text = f"{monitored.title} was {before} before training, and {best_value} at best, at step {best.step}."
         heading = "No step is better than the model before training"
-        return [Callout("warning", heading, text, (_retry_with_lower_rate(run),))]
+        return [Callout("warning", heading, text, (_retry_with_lower_rate_command(run),))]
     if best.last_is_as_good:
         return []
-    text = (
-        f"{monitored.title} was {monitored.shown(best.value)} there, and {monitored.shown(monitored.after)} at the end."
-    )
-    if _exported_best(run):
+    text = f"{monitored.title} was {best_value} there, and {monitored.shown(monitored.after)} at the end."
+    if _has_exported_best(run):
         text += " Its weights were exported."
-    return [Callout("note", f"Step {best.step} was the best", text, _export_best(run))]
+    return [Callout("note", f"Step {best.step} was the best", text, _export_best_commands(run))]
 
 
 def _leak_callouts(run: RecordedRun) -> list[Callout]:
     """A call-out for each held-out split with documents that are also in the training data, from the audit of the data."""
     audit = read_json(run.directory / run.record.data_directory / AUDIT) if run.record.data_directory else {}
-    retry = _retry(run, "clean", "data.leakage.policy=drop_train")
-    found = []
+    retry_command = _retry_command(run, "clean", "data.leakage.policy=drop_train")
+    callouts = []
     for split, leaks in (audit.get("leakage") or {}).items():
-        documents_by_kind = leaks.get("train") or {}
-        num_documents = sum(documents_by_kind.get(kind) or 0 for kind in DOCUMENT_LEAK_KINDS)
+        num_documents_by_kind = leaks.get("train") or {}
+        num_documents = sum(num_documents_by_kind.get(kind) or 0 for kind in DOCUMENT_LEAK_KINDS)
         was_taken_out = leaks.get("policy") == "drop_train"  # before training, so that nothing of it was learned
         if not num_documents or was_taken_out:
             continue
         text = f"{num_documents:,} training documents are in the held-out data ({split}) too. "
         text += "Its numbers are better than those on new documents would be."
-        found.append(Callout("warning", "Training documents in the held-out data", text, (retry,)))
-    return found
+        callouts.append(Callout("warning", "Training documents in the held-out data", text, (retry_command,)))
+    return callouts
 
 
 def _straggler_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out if ranks were slower than the others, which had to wait for them."""
+    """A call-out if ranks were slower than the others, which had to wait for them; it names each of them."""
     outcome = run.record.outcome
     if outcome is None or not outcome.slow_ranks:
         return []
-    lines = [_slow_rank_text(slow_rank) for slow_rank in outcome.slow_ranks]
-    heading = "A rank held the others up" if len(lines) == 1 else f"{len(lines)} ranks held the others up"
-    return [Callout("warning", heading, f"{'. '.join(lines)}.", ("shardtune doctor",))]
+    sentences = [_slow_rank_text(slow_rank) for slow_rank in outcome.slow_ranks]
+    num_slow = len(sentences)
+    heading = "A rank held the others up" if num_slow == 1 else f"{num_slow} ranks held the others up"
+    return [Callout("warning", heading, f"{'. '.join(sentences)}.", ("shardtune doctor",))]
 
 
 def _slow_rank_text(slow_rank: dict[str, Any]) -> str:
-    """Such as `Rank 3 on node7 computes 1.8 times as long as the others, from step 40 to 90`."""
+    """A sentence on a slow rank: `Rank 3 on node7 computes 1.8 times as long as the others, from step 40 to 90`."""
     until = f" to {slow_rank['until_step']}" if slow_rank.get("until_step") else " on"
     factor = number(slow_rank.get("factor"), digits=2)
-    place = f"Rank {slow_rank.get('rank')} on {slow_rank.get('host')}"
-    return f"{place} computes {factor} times as long as the others, from step {slow_rank.get('from_step')}{until}"
+    rank_and_host = f"Rank {slow_rank.get('rank')} on {slow_rank.get('host')}"
+    return (
+        f"{rank_and_host} computes {factor} times as long as the others, from step {slow_rank.get('from_step')}{until}"
+    )
 
 
-def _gate_callouts(run: RecordedRun) -> list[Callout]:
-    """Why nothing was exported at the end of the run: a gate refused, files of the base changed, or the checkpoint is at fault.
+def _export_callouts(run: RecordedRun) -> list[Callout]:
+    """A call-out on the export at the end of the run. The first case that applies:
 
-    Also that gates were passed over. Empty if `shardtune export` has exported the run since.
+    - `shardtune export` has exported the run since: none.
+    - Nothing was exported, because files of the base model changed, the checkpoint is at fault, or a gate refused: the reason.
+    - It was exported although a gate refused, because the user gave a reason to pass it over: both reasons.
+    - Otherwise: none.
     """
     record = run.record
     if record.exports:
         return []
-    gates = record.gates or {}
-    refusals = [str(gate.get("says")) for gate in gates.get("gates") or [] if not gate.get("passed")]
-    override = gates.get("override")
-    text = ""
-    if record.not_exported:
-        text = f"Files of the base model changed while the run trained: {', '.join(record.not_exported[:3])}."
+    gates_record = record.gates or {}
+    refusals = [str(gate.get("says")) for gate in gates_record.get("gates") or [] if not gate.get("passed")]
+    override_reason = gates_record.get("override")
+    changed_base_files = record.not_exported
+    why_not_exported = ""
+    if changed_base_files:
+        why_not_exported = (
+            f"Files of the base model changed while the run trained: {', '.join(changed_base_files[:3])}."
+        )
     elif record.export_problem:
-        text = f"{record.export_problem}."
-    elif refusals and override is None:
-        text = f"A gate is not passed: {'; '.join(refusals)}."
-    if text:
-        return [Callout("bad", "Nothing was exported", text, (_export(run),))]
+        why_not_exported = f"{record.export_problem}."
+    elif refusals and override_reason is None:
+        why_not_exported = f"A gate is not passed: {'; '.join(refusals)}."
+    if why_not_exported:
+        return [Callout("bad", "Nothing was exported", why_not_exported, (_export_command(run),))]
     if refusals:
-        text = f"{'; '.join(refusals)}. The reason given: {override}."
+        text = f"{'; '.join(refusals)}. The reason given: {override_reason}."
         return [Callout("warning", "Exported although a gate is not passed", text)]
     return []
 
 
-def _course_callouts(run: RecordedRun) -> list[Callout]:
-    """Call-outs on what happened during the run: resumed, stopped early, steps that stood out, lines that cannot be read."""
-    found = []
-    if run.record.resumed_from:
-        text = f"From {run.record.resumed_from}. Duration, speed and memory are those of all attempts where they were recorded."
-        if run.record.accepted:
-            text += f" Accepted differences: {'; '.join(run.record.accepted)}."
-        starts = f"shardtune status {shlex.quote(str(run.directory))}"
-        found.append(Callout("note", "The run was resumed", text, (starts,)))
-    found += _stopped_early_callouts(run)
+def _resumed_callouts(run: RecordedRun) -> list[Callout]:
+    """A call-out if the run was resumed: from where, and which differences of its settings were accepted."""
+    if not run.record.resumed_from:
+        return []
+    text = f"From {run.record.resumed_from}. Duration, speed and memory are those of all attempts where they were recorded."
+    if run.record.accepted:
+        text += f" Accepted differences: {'; '.join(run.record.accepted)}."
+    status_command = f"shardtune status {shlex.quote(str(run.directory))}"
+    return [Callout("note", "The run was resumed", text, (status_command,))]
+
+
+def _outlier_callouts(run: RecordedRun) -> list[Callout]:
+    """A call-out if guards found steps that stood out, with the command that leaves such updates out if none was left out."""
     # What a detector found has a call-out of its own.
     outliers = [event for event in run.events if event.get("event") != "challenge"]
-    if outliers:
-        heading = "1 step stood out" if len(outliers) == 1 else f"{len(outliers)} steps stood out"
-        text = f"The last was step {outliers[-1]['step']}. What was done is told below."
-        commands: tuple[str, ...] = ()
-        if all(event.get("action") == Action.note for event in outliers):
-            text += " To leave the updates of such steps out:"
-            commands = (_retry(run, "guarded", "guards.loss=skip", "guards.grad_norm=skip"),)
-        found.append(Callout("note", heading, text, commands))
-    if run.unreadable_lines:
-        text = f"{run.unreadable_lines} lines of metrics.jsonl or events.jsonl are no rows, and are left out here."
-        found.append(Callout("warning", "Part of the run cannot be read", text))
-    return found
+    if not outliers:
+        return []
+    heading = "1 step stood out" if len(outliers) == 1 else f"{len(outliers)} steps stood out"
+    text = f"The last was step {outliers[-1]['step']}. What was done is told below."
+    commands: tuple[str, ...] = ()
+    were_only_noted = all(event.get("action") == Action.note for event in outliers)
+    if were_only_noted:
+        text += " To leave the updates of such steps out:"
+        commands = (_retry_command(run, "guarded", "guards.loss=skip", "guards.grad_norm=skip"),)
+    return [Callout("note", heading, text, commands)]
+
+
+def _unreadable_line_callouts(run: RecordedRun) -> list[Callout]:
+    """A call-out if lines of the run's metrics or events cannot be read."""
+    if not run.unreadable_lines:
+        return []
+    text = f"{run.unreadable_lines} lines of metrics.jsonl or events.jsonl are no rows, and are left out here."
+    return [Callout("warning", "Part of the run cannot be read", text)]
 
 
 def _stopped_early_callouts(run: RecordedRun) -> list[Callout]:
@@ -322,11 +364,15 @@ def _stopped_early_callouts(run: RecordedRun) -> list[Callout]:
         return []
     patience = run.config.get("evaluation.patience")
     challenges = run.record.challenges or {}
-    stops_overfitting = run.config.get("challenges.overfitting.action") == Reaction.stop
-    if stops_overfitting and "overfitting" in challenges and EARLY_STOPPING not in challenges:
+    stops_when_overfitting = run.config.get("challenges.overfitting.action") == Reaction.stop
+    was_stopped_for_overfitting = (
+        stops_when_overfitting and "overfitting" in challenges and EARLY_STOPPING not in challenges
+    )
+    if was_stopped_for_overfitting:
         text = "It overfits, and challenges.overfitting.action=stop ends such a run."
-        words = "challenges.overfitting.action=note"
+        override = "challenges.overfitting.action=note"
     else:
         text = f"The watched metric had not improved for {patience} evaluations."
-        words = f"evaluation.patience={2 * int(patience or 1)}"
-    return [Callout("note", "The run stopped early", f"{text} To wait longer:", (_retry(run, "longer", words),))]
+        override = f"evaluation.patience={2 * int(patience or 1)}"
+    command = _retry_command(run, "longer", override)
+    return [Callout("note", "The run stopped early", f"{text} To wait longer:", (command,))]

@@ -13,7 +13,7 @@ from launch.compare.run_page import contents, figures, page
 from launch.compare.run_page.answers import answer_pairs
 from launch.compare.run_page.held_out import MetricChange, best_step, metric_changes
 from launch.compare.run_page.rounds import shown_groups
-from launch.compare.run_page.verdict import callouts, verdict_on
+from launch.compare.run_page.verdict import run_callouts, run_verdict
 from launch.compare.settings import ComparisonRow
 from tests.helpers.launching import ROOT
 from trainer.monitors.kept_answers import FILE, GENERATED, MAX_ROWS, KeptAnswer, KeptAnswers
@@ -74,7 +74,7 @@ def test_verdicts_differ_by_how_a_run_ended(tmp_path):
         "failed": run_of(tmp_path / "failed", status={"state": "failed", "step": 7, "reason": "out of memory"}),
         "running": run_of(tmp_path / "running", status={"state": "running", "step": 7, "time": time.time()}),
     }
-    verdicts = {name: verdict_on(read(directory)) for name, directory in runs.items()}
+    verdicts = {name: run_verdict(read(directory)) for name, directory in runs.items()}
     assert {name: (verdict.tone, verdict.heading) for name, verdict in verdicts.items()} == {
         "good": ("good", "Held-out loss got better"),
         "diverged": ("bad", "The run diverged"),
@@ -91,7 +91,7 @@ def test_verdicts_differ_by_how_a_run_ended(tmp_path):
     assert verdicts["diverged"].commands == (again,)
     assert verdicts["overfit"].commands == (f"shardtune export {runs['overfit']} checkpoint=best",)
     for directory in runs.values():
-        assert verdict_on(read(directory)).heading in html(directory)
+        assert run_verdict(read(directory)).heading in html(directory)
 
 
 def test_what_a_reader_should_know_comes_worst_first(tmp_path):
@@ -110,7 +110,7 @@ def test_what_a_reader_should_know_comes_worst_first(tmp_path):
     config = CONFIG | {"evaluation": {"watch": "eval/loss", "patience": 3}}
     directory = run_of(tmp_path / "run", (3.0, 2.0, 2.5), config=config, **record)
     (directory / "events.jsonl").write_text(json.dumps({"step": 5, "action": "note", "values": {"loss": 9.5}}) + "\n")
-    found = callouts(read(directory))
+    found = run_callouts(read(directory))
     assert [(callout.tone, callout.heading) for callout in found] == [
         ("bad", "Nothing was exported"),
         ("warning", "The model forgets what it knew"),
@@ -136,7 +136,7 @@ def test_what_a_reader_should_know_comes_worst_first(tmp_path):
     assert all(command in text for callout in found for command in callout.commands)
     assert found[2].text.startswith("3 training documents")
     assert found[3].text == "Rank 3 on node7 computes 1.8 times as long as the others, from step 10 on."
-    assert callouts(read(run_of(tmp_path / "plain"))) == []
+    assert run_callouts(read(run_of(tmp_path / "plain"))) == []
     (data / "audit.json").write_text(json.dumps({"leakage": {"eval": leaks | {"policy": "drop_train"}}}))
     assert "Training documents in the held-out data" not in html(directory)
 
@@ -145,7 +145,7 @@ def test_callouts_name_the_words_that_go_with_their_cause(tmp_path):
     """Each of what a page can say of an end, an export or a step that stood out."""
 
     def only(name, held_out=(3.0, 2.5, 2.0), **run):
-        (callout,) = callouts(read(run_of(tmp_path / name, held_out, **run)))
+        (callout,) = run_callouts(read(run_of(tmp_path / name, held_out, **run)))
         return callout.heading, callout.commands
 
     def retry(name, ending, words):
@@ -160,9 +160,9 @@ def test_callouts_name_the_words_that_go_with_their_cause(tmp_path):
     patience = {"early_stopping": {"found": True, "step": 20, "says": "eval/loss has not improved"}}
     heading, commands = only("patience", config=config, challenges=patience, **ended)
     assert heading == "The run stopped early" and commands == retry("patience", "longer", "evaluation.patience=4")
-    assert verdict_on(read(tmp_path / "patience")).heading == "Better, but: early stopping"
+    assert run_verdict(read(tmp_path / "patience")).heading == "Better, but: early stopping"
     run_of(tmp_path / "overfit", (3.0, 2.0, 2.5), config=config, challenges={"overfitting": OVERFIT}, **ended)
-    stopped = next(each for each in callouts(read(tmp_path / "overfit")) if each.heading == "The run stopped early")
+    stopped = next(each for each in run_callouts(read(tmp_path / "overfit")) if each.heading == "The run stopped early")
     assert stopped.commands == retry("overfit", "longer", "challenges.overfitting.action=note")
 
     refused = {"metric": "eval/loss", "bound": "<1", "passed": False, "says": "eval/loss: is 2, must be below 1"}
@@ -171,28 +171,28 @@ def test_callouts_name_the_words_that_go_with_their_cause(tmp_path):
     assert only("refused", gates=gates) == refusal and "is 2, must be below 1" in html(tmp_path / "refused")
     passed_over = only("passed over", gates=gates | {"override": "a demo"})
     assert passed_over == ("Exported although a gate is not passed", ())
-    assert callouts(read(run_of(tmp_path / "later", gates=gates, exports=[{"gates": []}]))) == []
-    assert callouts(read(run_of(tmp_path / "passed", gates={"gates": [refused | {"passed": True}]}))) == []
+    assert run_callouts(read(run_of(tmp_path / "later", gates=gates, exports=[{"gates": []}]))) == []
+    assert run_callouts(read(run_of(tmp_path / "passed", gates={"gates": [refused | {"passed": True}]}))) == []
     assert only("damaged", export_problem="a file is damaged")[0] == "Nothing was exported"
 
     rolled_back = run_of(tmp_path / "rolled back")
     (rolled_back / "events.jsonl").write_text(json.dumps({"step": 5, "action": "rollback", "values": {"loss": 9.5}}))
-    (stood_out,) = callouts(read(rolled_back))
+    (stood_out,) = run_callouts(read(rolled_back))
     assert (stood_out.heading, stood_out.commands) == ("1 step stood out", ())
 
 
 def test_cards_before_and_after(tmp_path):
-    cards = contents.cards(compared(run_of(tmp_path / "run", (3.0, 2.0, 2.5))).points[0])
+    cards = contents.run_cards(compared(run_of(tmp_path / "run", (3.0, 2.0, 2.5))).points[0])
     shown = [(card.label, card.value, card.tone, card.arrow) for card in cards]
     assert shown == [
         ("Held-out loss", "2.500", "good", "down"),
         *(("Duration", "10 s", "", ""), ("Speed", "200", "", ""), ("Memory", "1.5 GiB", "", "")),
     ]
     assert cards[0].note == "before training 3.000, better, best 2.000 at step 10"
-    unevaluated = contents.cards(compared(run_of(tmp_path / "none", ())).points[0])
+    unevaluated = contents.run_cards(compared(run_of(tmp_path / "none", ())).points[0])
     assert unevaluated[0].label == "Training loss" and not unevaluated[0].tone
     device = {"device": "cuda", "receipt": {"predicted": {"device_gib": 1.6, "memory_gib": 1.4}}}
-    full = contents.cards(compared(run_of(tmp_path / "full", **device)).points[0])[-1]
+    full = contents.run_cards(compared(run_of(tmp_path / "full", **device)).points[0])[-1]
     assert full.tone == "warning" and full.note.startswith("93.8% of a card's 1.60 GiB")
 
 
@@ -211,7 +211,7 @@ def test_best_step_is_held_against_the_model_before_training(tmp_path):
     best = best_step(read(run_of(tmp_path / "worse", (2.0, 3.0, 2.5))))
     assert (best.step, best.beats_beginning, best.last_is_as_good) == (20, False, True)
     tied = best_step(read(run_of(tmp_path / "tied", (3.0, 2.0, 2.0))))
-    assert (tied.step, tied.last_is_as_good) == (10, True) and callouts(read(tmp_path / "tied")) == []
+    assert (tied.step, tied.last_is_as_good) == (10, True) and run_callouts(read(tmp_path / "tied")) == []
     config = CONFIG | {"evaluation": {"watch": "eval/loss", "greater_is_better": True}}
     best = best_step(read(run_of(tmp_path / "larger", (2.0, 3.0, 2.5), config=config)))
     assert (best.step, best.beats_beginning) == (10, True)
@@ -222,7 +222,7 @@ def test_best_step_is_held_against_the_model_before_training(tmp_path):
     assert best_step(read(unset)).step == 20
     metrics = unset / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace("eval/loss", "eval/reward"))
-    assert best_step(read(unset)).step == 10 and verdict_on(read(unset)).heading == "Held-out reward got better"
+    assert best_step(read(unset)).step == 10 and run_verdict(read(unset)).heading == "Held-out reward got better"
 
 
 def add_evaluations(directory, rows):
@@ -240,29 +240,31 @@ def test_direction_of_the_watched_metric_is_its_own_where_nobody_typed_it(tmp_pa
         directory = run_of(tmp_path / name, (), config=config, **record)
         add_evaluations(directory, [{"step": step, watch: value} for step, value in ((0, 0.5), (10, 0.9), (20, 0.8))])
         run = read(directory)
-        assert verdict_on(run).heading.endswith("got better") and best_step(run).step == 10
+        assert run_verdict(run).heading.endswith("got better") and best_step(run).step == 10
     unknown = run_of(tmp_path / "unknown", (), config=CONFIG | {"evaluation": {"watch": "eval/qa/x"}})
     add_evaluations(unknown, [{"step": 0, "eval/qa/x": 0.5}, {"step": 20, "eval/qa/x": 0.8}])
-    verdict = verdict_on(read(unknown))
+    verdict = run_verdict(read(unknown))
     assert (verdict.tone, verdict.heading) == ("note", "qa/x: 0.5000 to 0.8000") and best_step(read(unknown)) is None
 
 
 def test_a_watched_metric_that_is_no_number_any_more_is_told(tmp_path):
     directory = run_of(tmp_path / "run", (3.0, 2.0))
     add_evaluations(directory, [{"step": 30, "eval/loss": None, "eval/accuracy": 0.1}])
-    verdict = verdict_on(read(directory))
+    verdict = run_verdict(read(directory))
     assert (verdict.tone, verdict.heading) == ("bad", "Held-out loss is not a number at the end")
     assert verdict.commands == (f"shardtune export {directory} checkpoint=best",)
 
 
 def test_addresses_of_other_pages_are_quoted(tmp_path):
-    assert contents.address(tmp_path / "run", tmp_path / "data #1" / "audit.html") == "../data%20%231/audit.html"
+    assert (
+        contents.relative_address(tmp_path / "run", tmp_path / "data #1" / "audit.html") == "../data%20%231/audit.html"
+    )
 
 
 def test_links_lead_to_the_other_pages_of_a_run_that_are_there(tmp_path):
     directory = run_of(tmp_path / "run", data_directory=str(tmp_path / "data"))
     own = [("metrics", "metrics.jsonl"), ("run record", "run.json")]
-    assert contents.links(read(directory)) == own
+    assert contents.run_links(read(directory)) == own
     kept = {kind: keep_report(directory, kind, {"time": 1.0}) for kind in ("evaluation", "review")}
     for page_file in (
         tmp_path / "data" / "audit.html",
@@ -272,7 +274,7 @@ def test_links_lead_to_the_other_pages_of_a_run_that_are_there(tmp_path):
         page_file.parent.mkdir(exist_ok=True)
         page_file.write_text("page")
     reports = {kind: path.relative_to(directory).as_posix() for kind, path in kept.items()}
-    assert contents.links(read(directory)) == [
+    assert contents.run_links(read(directory)) == [
         ("audit of the data", "../data/audit.html"),
         ("evaluation", "evaluation.html"),
         ("newest evaluation report", reports["evaluation"]),
@@ -286,7 +288,7 @@ def test_links_lead_to_the_other_pages_of_a_run_that_are_there(tmp_path):
 
 def test_best_step_is_marked_in_the_plot_of_the_losses(tmp_path):
     def loss_plot(name, held_out):
-        return figures.figures(read(run_of(tmp_path / name, held_out)), {}, None)[0][0]
+        return figures.run_figures(read(run_of(tmp_path / name, held_out)), {}, None)[0][0]
 
     def marks_of(figure, kind):
         """(data, mark) of the layers of a kind of mark."""
@@ -406,7 +408,7 @@ def test_a_run_that_learns_from_rewards_shows_its_reward_and_what_it_wrote(tmp_p
     with_rewards(directory, 20)
     rounds_of(directory, {step: [0.2, 0.9, 0.5] for step in range(1, 21)})
     (directory / "rounds" / "round-000030.parquet").write_bytes(b"begun")
-    shown, closer = figures.figures(read(directory), {}, None)
+    shown, closer = figures.run_figures(read(directory), {}, None)
     assert [figure.name for figure in shown] == ["reward", "held-out"]
     assert [figure.name for figure in closer][:1] == ["loss"]
     values = shown[0].spec["data"]["values"]
@@ -472,14 +474,14 @@ def test_pages_of_runs_that_an_earlier_version_wrote(tmp_path):
     with tarfile.open(archive) as file:
         file.extractall(tmp_path, filter="data")
     headings = {
-        name: verdict_on(read(tmp_path / "runs" / name)).heading for name in ("finished", "classifier", "stopped")
+        name: run_verdict(read(tmp_path / "runs" / name)).heading for name in ("finished", "classifier", "stopped")
     }
     assert headings == {
         "finished": "Held-out loss got better",
         "classifier": "Trained, not evaluated",
         "stopped": "Stopped at step 1 of 12",
     }
-    settings = contents.settings(read(tmp_path / "runs" / "finished"))
+    settings = contents.run_settings(read(tmp_path / "runs" / "finished"))
     chosen = dict(settings.chosen)
     assert (chosen["budget.steps"], chosen["tuning.rank"], chosen["run.device"]) == ("4", "2", "cpu")
     assert chosen.keys() <= dict(settings.all).keys() and len(chosen) < 25
