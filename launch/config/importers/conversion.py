@@ -37,7 +37,7 @@ class SettingNote:
 
 @dataclass(slots=True)
 class ConvertedSettings:
-    """Another trainer's settings file in our words, with everything that did not become a setting."""
+    """Another trainer's settings file as settings of shardtune, with a note on everything that did not become one."""
 
     trainer: str
     """The trainer that the file was written for, such as `axolotl`."""
@@ -55,9 +55,12 @@ class ConvertedSettings:
     """Settings that the file names and leaves without a value."""
 
     def add_translation(self, setting: str, value: Any, translation: TranslatedSetting) -> None:
-        """Take over the translation of one setting of the file.
+        """Add the translation of one setting of the file, and what the user should know about it.
 
-        If two settings of the file contradict each other, the first one stays and the second becomes a note.
+        Each of our keys in the translation that an earlier setting of the file gave as well:
+
+        - with another value: the earlier value stays, and this setting is noted as unsupported;
+        - with the same value: this setting is named as a source too, if that is so for all keys of the translation.
         """
         source = ForeignValue(setting, cli_text_without_secrets(setting, value))
         new_overrides: dict[str, str] = {}
@@ -75,22 +78,22 @@ class ConvertedSettings:
             earlier_sources = " and ".join(str(earlier) for earlier in self.sources_by_key[key])
             why = f"{key}={text} here, but {earlier_sources} gave {key}={self.overrides[key]}, which stays"
             self.add_unsupported(setting, source.value, why)
-        # A second setting of the file that means the same: both are named as the source.
-        says_the_same_again = translation.overrides and not new_overrides and not contradicting_overrides
-        if says_the_same_again:
+        repeats_earlier_settings = translation.overrides and not new_overrides and not contradicting_overrides
+        if repeats_earlier_settings:
             last_key = list(translation.overrides)[-1]
             self.sources_by_key[last_key].append(source)
         self._add_note(source, translation)
 
     def _add_note(self, source: ForeignValue, translation: TranslatedSetting) -> None:
-        """Keep what the user should know about a translated setting: in `remarks`, `not_needed` or `unsupported`.
+        """Add what the user should know about a translated setting. The cases, in order:
 
-        A translation to settings of ours gets a remark if it has a note. One to none is unsupported if it has a note, unless it
-        says that none is needed.
+        - It has become settings of ours: its note, if it has one, goes to `remarks`.
+        - It needs none of ours, or has no note: `not_needed`.
+        - It has no equivalent: `unsupported`.
         """
         note = translation.note
         if translation.overrides:
-            # A note about several settings, such as one about a whole block, is shown once.
+            # Once only, because a note about a whole block comes with each of its settings.
             if note and all(remark.why != note for remark in self.remarks):
                 self.remarks.append(SettingNote(source.setting, source.value, note))
         elif translation.not_needed or not note:
@@ -129,7 +132,7 @@ def cli_text_without_secrets(setting: str, value: Any) -> str:
 
 
 def scalar_settings(tree: Mapping[str, Any]) -> dict[str, str]:
-    """The settings of one level of a file as command-line text, without nested blocks and settings without a value."""
+    """The settings at the outermost level of `tree` as command-line text, without blocks and settings that have no value."""
     values = {}
     for key, value in tree.items():
         if value is not None and not isinstance(value, dict):

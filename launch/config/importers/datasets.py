@@ -11,10 +11,10 @@ from typing import Any
 from launch.config.importers.conversion import ConvertedSettings, to_cli_text
 from launch.config.importers.equivalent import TranslatedSetting, list_entries
 
-FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".xz", ".bz2")
-LOADERS = ("json", "csv", "parquet", "text", "arrow")
+DATA_FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".xz", ".bz2")
+LOADER_NAMES = ("json", "csv", "parquet", "text", "arrow")
 """Names of readers of the library `datasets`. axolotl writes one of them in place of a data set."""
-FORMATS = {
+FORMAT_BY_AXOLOTL_TYPE = {
     "alpaca": "alpaca",
     "chat_template": "auto",
     "sharegpt": "sharegpt",
@@ -53,16 +53,20 @@ FACTORY_COLUMNS = {
 """LLaMA-Factory's columns, and ours, by what is read: a format, two answers to compare, or plain text."""
 
 
-def data_path(path: str, base: Path) -> str:
-    """The path or hub name of another trainer's data set as `data.path` takes it; `base`: where relative paths start."""
+def data_path_of_foreign(path: str, base: Path) -> str:
+    """The path of another trainer's data set as `data.path` takes it. `base`: the directory that relative paths start from.
+
+    - a file or directory that exists, in the working directory or below `base`: its path;
+    - the name of a data file, a local path or an address: as it is;
+    - anything else, such as `org/name`: a data set of the hub, `hub:org/name`.
+    """
     if exists(Path(path)):
         return path
     if exists(base / path):
         return str(base / path)
-    is_file_name = path.endswith(FILES)
+    is_file_name = path.endswith(DATA_FILE_SUFFIXES)
     is_local_path = path.startswith(("/", ".", "~"))
     is_address = path.startswith("hub:") or "://" in path
-    # Anything else can only be the name of a data set on the hub, such as `org/name`.
     return path if is_file_name or is_local_path or is_address else f"hub:{path}"
 
 
@@ -74,11 +78,15 @@ def exists(path: Path) -> bool:
         return False
 
 
-def add_axolotl_datasets(entries: Any, setting: str, conversion: ConvertedSettings, base: Path) -> None:
-    """Translate axolotl's `datasets:` as training data, or `test_datasets:` as evaluation data.
+def translate_axolotl_datasets(entries: Any, setting: str, conversion: ConvertedSettings, base: Path) -> None:
+    """Translate axolotl's `datasets:` as training data, or `test_datasets:` as evaluation data, into `conversion`.
 
     `entries`: what the file has under `setting`: one data set or a list, each a path or a block such as {"path": "a.jsonl",
-    "type": "alpaca"}. `base`: the directory that relative paths start from. Several data sets become `data.sources`.
+    "type": "alpaca"}. `base`: the directory that relative paths start from. Where the settings go:
+
+    - of a whole data set that is the only one: `data.*`;
+    - of one of several, or of a subset, split or revision: `data.sources.<name>.*`;
+    - of `test_datasets`: the paths together `data.eval_path`.
     """
     datasets = entries if isinstance(entries, list) else [entries]
     is_held_out = setting == "test_datasets"
@@ -91,7 +99,6 @@ def add_axolotl_datasets(entries: Any, setting: str, conversion: ConvertedSettin
             held_out_paths.append(path)
             _add_held_out_settings(entry, name, conversion)
             continue
-        # `data.path` alone takes a whole data set; a subset, split or revision needs a source of its own.
         has_other_split = entry.get("split") not in (None, "train")
         is_part_of_dataset = entry.get("name") or has_other_split or "revision" in entry
         needs_source = len(datasets) > 1 or is_part_of_dataset
@@ -104,15 +111,18 @@ def add_axolotl_datasets(entries: Any, setting: str, conversion: ConvertedSettin
 
 
 def _axolotl_path(entry: Mapping[str, Any], name: str, conversion: ConvertedSettings, base: Path) -> str:
-    """The path of a data set as `data.path` takes it. axolotl may name a reader in `path` and the file in `data_files`."""
+    """The path of an axolotl data set as `data.path` takes it: `data_files` if `path` only names a reader such as `json`.
+
+    `name`: the data set in messages. Any other `data_files` are noted as unsupported in `conversion`.
+    """
     path = to_cli_text(entry.get("path"))
     data_files = entry.get("data_files")
     if data_files is None:
-        return data_path(path, base)
-    if path in LOADERS:
+        return data_path_of_foreign(path, base)
+    if path in LOADER_NAMES:
         return to_cli_text(data_files)
     conversion.add_unsupported(f"{name}.data_files", data_files, "name the files themselves in data.path")
-    return data_path(path, base)
+    return data_path_of_foreign(path, base)
 
 
 def _one_or_list(paths: list[str]) -> str:
@@ -129,9 +139,9 @@ def _add_held_out_settings(entry: Mapping[str, Any], name: str, conversion: Conv
 
 
 def _add_axolotl_entry(entry: Mapping[str, Any], name: str, prefix: str, conversion: ConvertedSettings) -> None:
-    """Translate the settings of an axolotl data set other than its path.
+    """Translate the settings of an axolotl data set other than its path into `conversion`.
 
-    `prefix`: where they go here, `data`, or `data.sources.<name>` for one of several data sets.
+    `prefix`: what our settings of the data set begin with, `data` or `data.sources.<name>`. `name`: the data set in messages.
     """
     for key, value in entry.items():
         setting_name = f"{name}.{key}"
@@ -150,10 +160,10 @@ def _add_axolotl_entry(entry: Mapping[str, Any], name: str, prefix: str, convers
 
 
 def _translate_axolotl_setting(key: str, text: str, prefix: str) -> TranslatedSetting:
-    """Our settings for one setting of an axolotl data set: of `revision: v2` it is {"data.sources.<name>.revision": "v2"}.
+    """Our settings for one setting of an axolotl data set: `revision: v2` -> {"data.sources.<name>.revision": "v2"}.
 
-    `text`: its value as typed. `prefix`: where our settings of the data set stand, `data` or `data.sources.<name>`. Without an
-    equivalent the result has a note that says why, or that none is needed.
+    `text`: its value as typed. `prefix`: what our settings of the data set begin with, `data` or `data.sources.<name>`.
+    Without an equivalent the translation has a note that says why, or that none is needed.
     """
     is_named_source = prefix != "data"
     if key in AXOLOTL_COLUMNS:
@@ -166,7 +176,9 @@ def _translate_axolotl_setting(key: str, text: str, prefix: str) -> TranslatedSe
     if key == "revision" and is_named_source:
         return TranslatedSetting({f"{prefix}.revision": text})
     if key == "split":
-        if not is_named_source:  # `data.path` alone takes the training split, as this entry does
+        if (
+            not is_named_source
+        ):  # then the split is `train` (others have a source of their own), which `data.path` takes too
             return TranslatedSetting()
         return TranslatedSetting({f"{prefix}.split": text})
     if key in ("ds_type", "message_field_role", "message_field_content", "message_property_mappings"):
@@ -174,8 +186,9 @@ def _translate_axolotl_setting(key: str, text: str, prefix: str) -> TranslatedSe
             note="the ending of a file, and the keys of its turns, say how it is read", not_needed=True
         )
     if key == "roles_to_train":
-        our_names = {"gpt": "assistant", "human": "user"}
-        roles = [our_names.get(role, role) for role in list_entries(text)]
+        # `data.learn` has no prefix, because it holds for all sources together.
+        our_role_names = {"gpt": "assistant", "human": "user"}
+        roles = [our_role_names.get(role, role) for role in list_entries(text)]
         return TranslatedSetting({"data.learn.roles": f"[{','.join(roles)}]"})
     if key == "train_on_eos":
         return TranslatedSetting(note="the end of each learned turn is learned", not_needed=text in ("turn", "all"))
@@ -189,7 +202,7 @@ def _add_axolotl_type(value: Any, setting_name: str, prefix: str, conversion: Co
         conversion.add_unsupported(setting_name, value, why)
         return
     type_name, dot, _ = str(value).partition(".")
-    our_format = FORMATS.get(type_name, "")
+    our_format = FORMAT_BY_AXOLOTL_TYPE.get(type_name, "")
     if not our_format:
         why = "how rows are read is recognised by their columns; data.format names one of ours"
         conversion.add_unsupported(setting_name, value, why)
@@ -201,17 +214,15 @@ def _add_axolotl_type(value: Any, setting_name: str, prefix: str, conversion: Co
     conversion.add_translation(setting_name, value, TranslatedSetting(overrides, note))
 
 
-def add_factory_datasets(names: str, setting: str, directory: str, conversion: ConvertedSettings, base: Path) -> None:
+def translate_factory_datasets(
+    names: str, setting: str, directory: str, conversion: ConvertedSettings, base: Path
+) -> None:
     """Translate LLaMA-Factory's `dataset:` or `eval_dataset:`, which name entries of `dataset_info.json` in `directory`.
 
     `names`: the entries' names, separated by commas. `base`: where a relative `directory` starts, if it is not in the working
     directory. An entry looks like {"file_name": "alpaca.json", "split": "train", "columns": {...}}.
     """
-    # The first dataset_info.json that is there.
-    info_file = None
-    for folder in (Path(directory).expanduser(), base / directory):
-        if info_file is None and exists(folder / "dataset_info.json"):
-            info_file = folder / "dataset_info.json"
+    info_file = _find_dataset_info(directory, base)
     entries: dict[str, Any] = {}
     if info_file is not None:
         try:
@@ -246,6 +257,14 @@ def add_factory_datasets(names: str, setting: str, directory: str, conversion: C
         conversion.add_translation(setting, names, TranslatedSetting({"data.eval_path": paths}))
 
 
+def _find_dataset_info(directory: str, base: Path) -> Path | None:
+    """The `dataset_info.json` in `directory`, from the working directory or else from `base`; None if there is none."""
+    for folder in (Path(directory).expanduser(), base / directory):
+        if exists(folder / "dataset_info.json"):
+            return folder / "dataset_info.json"
+    return None
+
+
 def _factory_path(entry: Mapping[str, Any], directory: Path) -> str:
     """The file of an entry of `dataset_info.json`, which lies in `directory`, or the entry's data set on the hub."""
     if "file_name" in entry:
@@ -255,11 +274,12 @@ def _factory_path(entry: Mapping[str, Any], directory: Path) -> str:
 
 
 def _add_factory_entry(entry: Mapping[str, Any], name: str, prefix: str, conversion: ConvertedSettings) -> None:
-    """Translate an entry of LLaMA-Factory's `dataset_info.json` other than its path.
+    """Translate the settings of an entry of LLaMA-Factory's `dataset_info.json` other than its path into `conversion`.
 
-    `name`: the entry in messages. `prefix`: where its settings go here, `data` or `data.sources.<name>`.
+    `name`: the entry in messages. `prefix`: what our settings of it begin with, `data` or `data.sources.<name>`. The format,
+    and so the names of columns, are those of plain text under objective=pretrain, of a ranking if it is one, else of
+    `formatting`.
     """
-    # The format: the objective or a ranking decides the table of columns before `formatting` does.
     formatting = str(entry.get("formatting", "alpaca"))
     if conversion.overrides.get("objective") == "pretrain":
         column_table = "pretrain"
@@ -267,7 +287,7 @@ def _add_factory_entry(entry: Mapping[str, Any], name: str, prefix: str, convers
         column_table = "ranking"
     else:
         column_table = formatting
-    # A ranking has no format of its own: two answers are recognised by their columns.
+    # None for a ranking, because pairs of answers are recognised by their columns.
     our_format = {"pretrain": "text", "alpaca": "alpaca", "sharegpt": "sharegpt"}.get(column_table)
     format_overrides = {f"{prefix}.format": our_format} if our_format else {}
     conversion.add_translation(f"{name}.formatting", formatting, TranslatedSetting(format_overrides))
@@ -309,7 +329,10 @@ def _add_factory_columns(
 
 
 def source_name(path: str, conversion: ConvertedSettings) -> str:
-    """A name below `data.sources` for a data set, made from its path: lower case, and not taken by an earlier source."""
+    """A name below `data.sources` for a data set, from its path: `data/My chat.jsonl` -> `my_chat`.
+
+    A name that an earlier source of `conversion` has gets a number: `my_chat_2`.
+    """
     file_name = path.rstrip("/]").rsplit("/", 1)[-1]
     stem = re.sub(r"\.(json|jsonl|csv|tsv|parquet|arrow|txt)(\.\w+)?$", "", file_name)
     name = re.sub(r"\W+", "_", stem).strip("_").lower() or "source"

@@ -21,7 +21,7 @@ SCHEDULER_PARAMETERS = {
 NVME_PATH = "strategy.nvme_path"
 BLOCKS = ("zero_optimization", "bf16", "bfloat16", "fp16", "optimizer", "scheduler", "wandb", "tensorboard")
 """Blocks of the outermost level that have rules of their own."""
-TOP_LEVEL = {
+TOP_LEVEL_TRANSLATIONS = {
     "prescale_gradients gradient_predivide_factor communication_data_type sparse_gradients data_types": TranslatedSetting(
         note="gradients are averaged over all tokens of a step, in the precision that the strategy chooses"
     ),
@@ -32,7 +32,7 @@ TOP_LEVEL = {
         note="logging.step_parts=true tells the parts of a step", not_needed=True
     ),
 }
-ZERO_SETTINGS = {
+ZERO_TRANSLATIONS = {
     "reduce_bucket_size allgather_bucket_size": TranslatedSetting(
         note="strategy.bucket_mib sets both, in MiB instead of elements; it is chosen for the hardware otherwise"
     ),
@@ -52,21 +52,21 @@ NOT_PASSED_ON = "it is not passed on to DeepSpeed: what its engine is told is de
 def convert(
     tree: Mapping[str, Any],
     conversion: ConvertedSettings,
-    outer: Mapping[str, str] | None = None,
+    outer_values: Mapping[str, str] | None = None,
     prefix: str = "",
 ) -> None:
     """Translate every setting of a DeepSpeed configuration (`tree`, as read from JSON) into `conversion`.
 
-    `outer`: the settings of the trainer whose file names this one, which override it; None for a file of its own. `prefix`:
-    what stands before the names of settings in notes.
+    `outer_values`: the settings, by normalised name, of the trainer whose file names this one, which override it; None if no
+    other trainer names it. `prefix`: what stands before the names of settings in notes.
     """
-    foreign = ForeignSettings({**scalar_settings(tree), **(outer or {})})
+    foreign = ForeignSettings({**scalar_settings(tree), **(outer_values or {})})
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if _is_auto(value):
             conversion.without_value.append(name)
         elif key in BLOCKS and isinstance(value, dict):
-            _add_block(key, value, tree, conversion, name, is_own_file=outer is None)
+            _translate_block(key, value, tree, conversion, name, is_own_file=outer_values is None)
         elif key == "activation_checkpointing":
             why = "strategy.activation_checkpointing=full or selective recomputes activations"
             conversion.add_unsupported(name, value, why)
@@ -74,7 +74,7 @@ def convert(
             conversion.add_translation(name, value, _translate_top_level(key, value, foreign))
 
 
-def _add_block(
+def _translate_block(
     key: str,
     block: Mapping[str, Any],
     tree: Mapping[str, Any],
@@ -83,46 +83,50 @@ def _add_block(
     *,
     is_own_file: bool,
 ) -> None:
-    """Translate one of `BLOCKS` by the rules of its kind. `tree`: the whole file; `name`: the block in messages."""
+    """Translate one of `BLOCKS` into `conversion` by the rules for its `key`.
+
+    `tree`: the whole file. `name`: the block in messages. `is_own_file`: no other trainer names the file.
+    """
     if key == "zero_optimization":
-        _add_zero(block, conversion, name)
+        _translate_zero_block(block, conversion, name)
     elif key == "optimizer":
-        _add_optimizer(block, conversion, name)
+        _translate_optimizer_block(block, conversion, name)
     elif key == "scheduler":
-        _add_scheduler(block, conversion, name)
+        _translate_scheduler_block(block, conversion, name)
     elif key in ("wandb", "tensorboard"):
-        _add_tracker(key, block, conversion, name)
+        _translate_tracker_block(key, block, conversion, name)
     else:
-        _add_precision(key, block, tree, conversion, name, is_own_file=is_own_file)
+        _translate_precision_block(key, block, tree, conversion, name, is_own_file=is_own_file)
 
 
 def _translate_top_level(key: str, value: Any, foreign: ForeignSettings) -> TranslatedSetting:
     """Our settings for a setting of the outermost level that is no block with rules of its own."""
     if key == "steps_per_print":
         return TranslatedSetting({"logging.every_steps": to_cli_text(value)})
-    translation = _translation_in(TOP_LEVEL, key)
+    translation = _translation_in(TOP_LEVEL_TRANSLATIONS, key)
     if translation is None and not isinstance(value, dict) and str(key) in foreign.value_by_name:
         translation = translate(key, foreign)
     return translation or TranslatedSetting(note=NOT_PASSED_ON)
 
 
 def _is_auto(value: Any) -> bool:
-    """Whether a value leaves the setting to DeepSpeed's integration."""
+    """Whether a setting has no value of its own: `auto`, null or empty, which the trainer that calls DeepSpeed fills in."""
     return value is None or (isinstance(value, str) and value.lower() in ("auto", ""))
 
 
 def _translation_in(table: Mapping[str, TranslatedSetting], key: str) -> TranslatedSetting | None:
-    """The translation that a table has for a setting; None if it has none. A key of it is names with blanks between."""
+    """The translation of a setting in a table; None if it is not there. `table`: keyed by names with blanks between them."""
     for names, translation in table.items():
         if key in names.split():
             return translation
     return None
 
 
-def _add_zero(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
-    """Translate the block `zero_optimization`: the stage decides our strategy, and the meaning of the other settings.
+def _translate_zero_block(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
+    """Translate the block `zero_optimization` into `conversion`.
 
-    `name`: the block's full key in messages. A stage that is none of 0 to 3 is unsupported, and counts as 0 for the others.
+    The stage decides our strategy, and what the other settings mean. A stage that is none of 0 to 3 is noted as unsupported,
+    and the other settings are translated as under stage 0. `name`: the block's full key in messages.
     """
     # DeepSpeed's own default is stage 0: no sharding, which is ddp here.
     stage_text = to_cli_text(block.get("stage", 0))
@@ -143,13 +147,16 @@ def _add_zero(block: Mapping[str, Any], conversion: ConvertedSettings, name: str
         if _is_auto(value):
             conversion.without_value.append(full_name)
         elif key in ("offload_optimizer", "offload_param") and isinstance(value, dict):
-            _add_offload(key, value, zero_overrides, conversion, full_name)
+            _translate_offload_block(key, value, zero_overrides, conversion, full_name)
         else:
             conversion.add_translation(full_name, value, _translate_zero_setting(key, value, strategy))
 
 
 def _translate_zero_setting(key: str, value: Any, strategy: str) -> TranslatedSetting:
-    """Our settings for one setting of `zero_optimization`. `strategy`: our name for its stage, such as `zero3`."""
+    """Our settings for one setting of `zero_optimization`. `strategy`: our name for its stage, such as `zero3`.
+
+    Settings of stage 3 mean nothing under another stage. Those without an equivalent get a note.
+    """
     text = to_cli_text(value)
     if key == "cpu_offload":  # a switch of older versions of DeepSpeed
         if not is_true(text):
@@ -159,10 +166,10 @@ def _translate_zero_setting(key: str, value: Any, strategy: str) -> TranslatedSe
         return TranslatedSetting({"strategy.persistence_threshold": format_number(parse_number(text) or 0)})
     if key.startswith("stage3_") and strategy != "zero3":
         return TranslatedSetting(note="of stage 3 alone", not_needed=True)
-    return _translation_in(ZERO_SETTINGS, key) or TranslatedSetting(note=NOT_PASSED_ON)
+    return _translation_in(ZERO_TRANSLATIONS, key) or TranslatedSetting(note=NOT_PASSED_ON)
 
 
-def _add_offload(
+def _translate_offload_block(
     key: str, block: Mapping[str, Any], zero_overrides: Mapping[str, str], conversion: ConvertedSettings, name: str
 ) -> None:
     """Translate the block `offload_optimizer` or `offload_param` (`key`), such as {"device": "cpu", "pin_memory": true}.
@@ -186,7 +193,7 @@ def _add_offload(
             conversion.add_unsupported(full_name, value, NOT_PASSED_ON)
 
 
-def _add_precision(
+def _translate_precision_block(
     key: str,
     block: Mapping[str, Any],
     tree: Mapping[str, Any],
@@ -195,9 +202,10 @@ def _add_precision(
     *,
     is_own_file: bool,
 ) -> None:
-    """Translate a block `bf16` or `fp16`. `tree`: the whole file, which may have the other block too.
+    """Translate a block `bf16` or `fp16` (`key`), such as {"enabled": true}, to our `precision`.
 
-    `is_own_file`: no other trainer names the file; if one does, that trainer's own settings decide on the precision.
+    `tree`: the whole file, which may have the other block as well. `is_own_file`: no other trainer names the file; if one does,
+    that trainer's own settings decide on the precision. Settings beside `enabled` get a note. `name`: the block in messages.
     """
     precision = "fp16" if key == "fp16" else "bf16"
     is_on = is_true(to_cli_text(block.get("enabled")))
@@ -216,9 +224,11 @@ def _add_precision(
 
 
 def _translate_enabled(value: Any, precision: str, *, decides: bool) -> TranslatedSetting:
-    """Our `precision` for `enabled` of the block `fp16` or `bf16`: on, it is that one; off, fp32 if this `decides`, else nothing.
+    """Our `precision` for `enabled` of the block `fp16` or `bf16` (`precision`).
 
-    `decides`: whether nothing else in the settings names a precision.
+    - It is on: that precision.
+    - It is off and `decides` (nothing else in the settings names a precision): fp32.
+    - Otherwise nothing.
     """
     if is_true(to_cli_text(value)):
         return TranslatedSetting({"precision": precision})
@@ -248,7 +258,7 @@ def _parameters(block: Mapping[str, Any], conversion: ConvertedSettings, name: s
     return {}
 
 
-def _add_optimizer(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
+def _translate_optimizer_block(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
     """Translate a block `optimizer`, such as {"type": "AdamW", "params": {"lr": 1e-4}}, to `optim` and `optim.*`.
 
     An Adam without a rate gets DeepSpeed's default rate.
@@ -277,7 +287,7 @@ def _add_optimizer(block: Mapping[str, Any], conversion: ConvertedSettings, name
         conversion.add_unsupported(f"{name}.{key}", block[key], NOT_PASSED_ON)
 
 
-def _add_scheduler(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
+def _translate_scheduler_block(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
     """Translate a block `scheduler`, such as {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}, to `schedule`."""
     kind = to_cli_text(block.get("type"))
     parameters = _parameters(block, conversion, name)
@@ -305,7 +315,7 @@ def _add_scheduler(block: Mapping[str, Any], conversion: ConvertedSettings, name
             conversion.add_unsupported(full_name, value, why)
 
 
-def _add_tracker(key: str, block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
+def _translate_tracker_block(key: str, block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
     """Translate a block `wandb` or `tensorboard` (`key`) of DeepSpeed's settings to settings of `logging`.
 
     `block`: such as {"enabled": true, "project": "x"}. `name`: the block's full key in the imported file, for messages.

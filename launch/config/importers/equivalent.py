@@ -1,4 +1,4 @@
-"""One foreign setting in our words, and the settings of a foreign file that its translation may depend on."""
+"""One foreign setting as settings of shardtune, and the settings of a foreign file that its translation may depend on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TranslatedSetting:
     note: str = ""
     """What the user should know: why there is no equivalent, or how ours differs."""
     not_needed: bool = False
-    """Whether nothing is lost without a word of ours: it is so anyway, or it concerns the other trainer alone."""
+    """Whether no setting of ours is needed: shardtune does the same anyway, or it concerns the other trainer alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def is_true(value: str | None) -> bool:
 
 
 def parse_number(value: str | None) -> float | None:
-    """The number that is written; None if it is no number, or not finite."""
+    """The number that a text spells; None if it spells none, or is not finite."""
     try:
         parsed = float(str(value).replace("_", ""))
     except ValueError:

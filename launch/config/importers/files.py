@@ -21,7 +21,7 @@ FACTORY = "LLaMA-Factory"
 DEEPSPEED = "DeepSpeed"
 ACCELERATE = "accelerate"
 HUGGING_FACE = "Hugging Face's Trainer and TRL"
-MARKS = {
+SETTINGS_OF_TRAINER = {
     DEEPSPEED: (
         "zero_optimization",
         "train_micro_batch_size_per_gpu",
@@ -34,7 +34,7 @@ MARKS = {
     AXOLOTL: ("base_model", "sequence_len", "datasets", "micro_batch_size"),
     FACTORY: ("finetuning_type", "stage", "template", "cutoff_len", "dataset_dir"),
 }
-"""Settings by which a file is known; those of the first trainer that has one of them."""
+"""Settings by which the trainer of a file is known: the first trainer of which the file has one."""
 COMMON_DEFAULTS = {"learning_rate": "5e-5", "lr_scheduler_type": "linear", "num_train_epochs": "3", "warmup_steps": "0"}
 DEFAULTS = {
     AXOLOTL: {"sequence_len": "512", "num_epochs": "1", "micro_batch_size": "1", "lr_scheduler": "cosine"},
@@ -63,9 +63,18 @@ OVERRIDING_SETTINGS = {
     "lr_scheduler": ("lr_scheduler_type",),
 }
 """Settings in whose presence a default of theirs does not hold."""
-DECIDING_FIRST = ("pref_loss", "stage", "finetuning_type", "adapter", "use_peft", "load_in_4bit", "deepspeed", "fsdp")
-"""What decides on a whole group goes before what only sets a part of it."""
-FSDP_WRAPPING = {
+GROUP_DECIDING_SETTINGS = (
+    "pref_loss",
+    "stage",
+    "finetuning_type",
+    "adapter",
+    "use_peft",
+    "load_in_4bit",
+    "deepspeed",
+    "fsdp",
+)
+"""Settings that decide on a whole group of ours. They are translated before the settings within such a group."""
+FSDP_WRAPPING_SETTINGS = {
     *(
         "transformer_layer_cls_to_wrap",
         "auto_wrap_policy",
@@ -77,7 +86,7 @@ FSDP_WRAPPING = {
     *("limit_all_gathers", "forward_prefetch"),
 }
 """How FSDP is told of the model, and how it loads and saves."""
-PROCESS_STARTING = {
+PROCESS_STARTING_SETTINGS = {
     *(
         "compute_environment",
         "distributed_type",
@@ -110,7 +119,7 @@ def convert(path: Path, ranks: int | None = None) -> ConvertedSettings:
     if trainer == DEEPSPEED:
         deepspeed.convert(tree, conversion)
     else:
-        _convert(tree, conversion, path.parent, ranks)
+        _translate_tree(tree, conversion, path.parent, ranks)
     return conversion
 
 
@@ -143,35 +152,38 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def detect_trainer(tree: Mapping[str, Any]) -> str | None:
-    """The trainer that a settings file was written for, by the names in it; None if no name is known.
+    """The trainer that a settings file (`tree`) was written for, by the names of the settings in it.
 
-    The first trainer in `MARKS` of whose names the file has one; else Hugging Face's, if it has any name that is known.
+    The first trainer in `SETTINGS_OF_TRAINER` of whose settings the file has one; otherwise Hugging Face's, if any setting is
+    known; otherwise None.
     """
     setting_names = {str(key) for key in tree}
     for key, value in tree.items():
         if isinstance(value, dict):
             setting_names |= {f"{key}.{name}" for name in value}  # such as `zero_optimization.stage`
-    for trainer, marks in MARKS.items():
-        if setting_names & set(marks):
+    for trainer, telling_settings in SETTINGS_OF_TRAINER.items():
+        if setting_names & set(telling_settings):
             return trainer
     has_known_name = any(normalised_name(str(key)) in RULES_BY_FOREIGN_NAME for key in tree)
     return HUGGING_FACE if has_known_name else None
 
 
-def _convert(tree: Mapping[str, Any], conversion: ConvertedSettings, base: Path, ranks: int | None = None) -> None:
-    """Translate every setting of a trainer other than DeepSpeed, and that trainer's defaults where they differ from ours.
+def _translate_tree(
+    tree: Mapping[str, Any], conversion: ConvertedSettings, base: Path, ranks: int | None = None
+) -> None:
+    """Translate every setting of a trainer other than DeepSpeed into `conversion`, then its defaults that differ from ours.
 
-    `base`: the directory of the file, from which relative paths start.
+    `tree`: the settings of the file. `base`: the directory of the file, from which relative paths start.
     """
     typed_by_name = {normalised_name(key): value for key, value in scalar_settings(tree).items()}
     defaults = _defaults_that_hold(conversion.trainer, typed_by_name)
     foreign = ForeignSettings({**defaults, **typed_by_name}, ranks)
     if conversion.trainer == AXOLOTL and "adapter" not in typed_by_name:
         conversion.add_translation("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
-    # A setting that decides on a whole group goes first, since the first of two contradicting settings stays.
-    for key in sorted(tree, key=_sort_key):
+    # In this order, because the first of two contradicting settings stays.
+    for key in sorted(tree, key=_translation_order):
         _add_setting(str(key), tree, foreign, conversion, base)
-    # Their defaults last: what the file says stays.
+    # The defaults last, so that they do not go before what the file says.
     for key, value in defaults.items():
         translation = translate(key, foreign) or TranslatedSetting(not_needed=True)
         conversion.add_translation(key, f"{value} (what {conversion.trainer} does)", translation)
@@ -189,9 +201,9 @@ def _add_factory_lora_defaults(foreign: ForeignSettings, conversion: ConvertedSe
         conversion.add_translation("lora_alpha", "twice the rank (what LLaMA-Factory does)", translation)
 
 
-def _sort_key(key: str) -> int:
-    """The position of a setting in the order of translation: those of `DECIDING_FIRST` before all others."""
-    return DECIDING_FIRST.index(key) if key in DECIDING_FIRST else len(DECIDING_FIRST)
+def _translation_order(key: str) -> int:
+    """Where a setting stands in the order of translation: those of `GROUP_DECIDING_SETTINGS` in their order, then all others."""
+    return GROUP_DECIDING_SETTINGS.index(key) if key in GROUP_DECIDING_SETTINGS else len(GROUP_DECIDING_SETTINGS)
 
 
 def _defaults_that_hold(trainer: str, typed_by_name: Mapping[str, str]) -> dict[str, str]:
@@ -222,11 +234,11 @@ def _add_setting(
     if value is None or value in ("", [], {}):
         conversion.without_value.append(key)
     elif name in ("datasets", "test_datasets"):
-        datasets.add_axolotl_datasets(value, name, conversion, base)
+        datasets.translate_axolotl_datasets(value, name, conversion, base)
     elif name in ("dataset", "eval_dataset") and conversion.trainer == FACTORY:
         dataset_names = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         dataset_directory = str(tree.get("dataset_dir", "data"))
-        datasets.add_factory_datasets(dataset_names, name, dataset_directory, conversion, base)
+        datasets.translate_factory_datasets(dataset_names, name, dataset_directory, conversion, base)
     elif name == "deepspeed":
         _add_deepspeed(value, foreign, conversion, base)
     elif name in ("fsdp", "fsdp_config"):
@@ -238,34 +250,47 @@ def _add_setting(
 
 
 def _translate_setting(name: str, value: Any, foreign: ForeignSettings, base: Path) -> TranslatedSetting:
-    """Our settings for one setting of another trainer's file, or a note that says why there is none.
+    """Our settings for one setting of another trainer's file, or a note that says why there are none.
 
-    `name`: its normalised name. `foreign`: all settings of the file, on which a rule may depend. `base`: where relative paths
-    start.
+    `name`: its normalised name. `foreign`: all settings of the file, on which a rule may depend. `base`: the directory that
+    relative paths start from. The first cases are special; most settings have a rule in `RULES_BY_FOREIGN_NAME`.
     """
     if name == "dataset_dir":
         return TranslatedSetting(note="files are named whole in data.path", not_needed=True)
     if name in ("dataset", "dataset_name", "dataset_path"):
-        return TranslatedSetting({"data.path": datasets.data_path(to_cli_text(value), base)})
+        return TranslatedSetting({"data.path": datasets.data_path_of_foreign(to_cli_text(value), base)})
     if name == "gradient_checkpointing" and value in ("unsloth", "offload"):
         return TranslatedSetting(
             note="activations are recomputed, and never kept in host memory: strategy.activation_checkpointing=full"
         )
-    if name in PROCESS_STARTING:
+    if name in PROCESS_STARTING_SETTINGS:
         return TranslatedSetting(note="processes are started by launcher.*", not_needed=True)
     if name not in RULES_BY_FOREIGN_NAME:
         return TranslatedSetting(note=UNKNOWN_SETTING)
     if not isinstance(value, dict):
         return translate(name, foreign) or TranslatedSetting(note=UNKNOWN_SETTING)
-    # A block has no equivalent as a whole, but its rule may say why, or that it is not needed.
-    translation = translate(name, ForeignSettings({**foreign.value_by_name, name: to_cli_text(value)}))
+    return _note_on_block(name, value, foreign)
+
+
+def _note_on_block(name: str, block: dict[str, Any], foreign: ForeignSettings) -> TranslatedSetting:
+    """A translation to none of our settings for a block whose name has a rule.
+
+    The rule may say why there is no equivalent, or that none is needed. Settings of ours that it gives are left out, since a rule
+    reads one value and not a block.
+    """
+    translation = translate(name, ForeignSettings({**foreign.value_by_name, name: to_cli_text(block)}))
     if translation is None:
         return TranslatedSetting(note=NO_EQUIVALENT_OF_BLOCK)
     return TranslatedSetting(note=translation.note or NO_EQUIVALENT_OF_BLOCK, not_needed=translation.not_needed)
 
 
 def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: ConvertedSettings, base: Path) -> None:
-    """Translate `deepspeed`, which holds DeepSpeed's settings, the path of their file, or a file that is not here."""
+    """Translate the setting `deepspeed` of another trainer into `conversion`, by what its value is:
+
+    - a block of DeepSpeed's settings: each of them;
+    - the path of a file of such settings: each setting in the file;
+    - a file that is not here: the ZeRO stage, if the file's name says it.
+    """
     if isinstance(value, dict):
         deepspeed.convert(value, conversion, foreign.value_by_name, "deepspeed.")
         return
@@ -285,7 +310,7 @@ def _add_accelerate_deepspeed(
 ) -> None:
     """Translate `deepspeed_config` of accelerate, such as {"zero_stage": 3, "offload_optimizer_device": "cpu"}.
 
-    It has names of its own for some of DeepSpeed's settings, names that other trainers share, or names a file of DeepSpeed's.
+    It may name a file of DeepSpeed. Its other settings have names of accelerate (`deepspeed_names`), or names of other trainers.
     """
     deepspeed_names = {
         # accelerate's names, with DeepSpeed's in `zero_optimization`.
@@ -298,7 +323,7 @@ def _add_accelerate_deepspeed(
         if key == "deepspeed_config_file":
             _add_deepspeed(value, foreign, conversion, base)
         elif key in deepspeed_names:
-            # Written as DeepSpeed has it and converted on its own, so that the settings are exactly this setting's.
+            # As a block of DeepSpeed with this setting alone, so that the overrides are exactly those of this setting.
             zero_block: dict[str, Any] = {"stage": block.get("zero_stage", 2)}
             if key != "zero_stage":
                 zero_block[deepspeed_names[key]] = {"device": to_cli_text(value)}
@@ -315,10 +340,10 @@ def _add_accelerate_deepspeed(
 
 
 def _add_fsdp(key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings) -> None:
-    """Translate `fsdp` or `fsdp_config` (`key`) to a strategy.
+    """Translate `fsdp` or `fsdp_config` (`key`) of the file `tree` into `conversion`.
 
-    The two decide it together, so that our settings are added once: with `fsdp` if it is set, else with `fsdp_config`. Of the
-    block `fsdp_config`, each setting is then reported by itself: not needed, translated or unsupported.
+    The strategy follows from both together. It is added once: with `fsdp` if that is set, otherwise with `fsdp_config`. Then each
+    setting of the block `fsdp_config` gets a note: not needed, translated or unsupported.
     """
     has_fsdp = tree.get("fsdp") not in (None, "", [])
     block = tree.get("fsdp_config")
@@ -331,7 +356,7 @@ def _add_fsdp(key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conve
     for name, value in block.items():
         setting_name = f"fsdp_config.{name}"
         bare_name = name.removeprefix("fsdp_")
-        if bare_name in FSDP_WRAPPING:
+        if bare_name in FSDP_WRAPPING_SETTINGS:
             note = "the repeated blocks of the model are sharded, and export/ is written, without it"
             translation = TranslatedSetting(note=note, not_needed=True)
         elif bare_name in ("sharding_strategy", "offload_params", "reshard_after_forward"):
@@ -345,7 +370,7 @@ def _add_fsdp(key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conve
 
 
 def _fsdp_option_text(tree: Mapping[str, Any], block: Mapping[str, Any]) -> str:
-    """`fsdp` and the block `fsdp_config` together, as `fsdp` alone would say it: `full_shard,offload`."""
+    """The options that `fsdp` and the block `fsdp_config` ask for together, in the form of `fsdp`: `full_shard,offload`."""
     has_fsdp = tree.get("fsdp") not in (None, "", [])
     options = [to_cli_text(tree["fsdp"]).strip("[]") if has_fsdp else "full_shard"]
     # Each setting of the block has two spellings, with and without `fsdp_`, by the version of the other trainer.

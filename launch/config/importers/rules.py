@@ -89,7 +89,7 @@ def renamed_to(key: str) -> Rule:
 
 
 def switch(on: dict[str, str], off: dict[str, str] | None = None, note: str = "") -> Rule:
-    """A rule for a switch: the settings `on` if it is true, `off` if it is false. Without `off`, false needs nothing."""
+    """A rule for a switch: our settings are `on` if it is true, `off` if it is false; without `off`, false needs none."""
 
     def rule(value: str, _: ForeignSettings) -> TranslatedSetting:
         if is_true(value):
@@ -100,7 +100,10 @@ def switch(on: dict[str, str], off: dict[str, str] | None = None, note: str = ""
 
 
 def choice(key: str, table: dict[str, str], note: str = "") -> Rule:
-    """A rule for a setting with named choices. `table`: for each choice of `key`, the names that others use, with blanks."""
+    """A rule for a setting with named choices. `table`: for each choice of our setting `key`, the names that others use for it.
+
+    Such as {"adamw": "adamw_torch adamw_hf"}: the names have blanks between them.
+    """
 
     def rule(value: str, _: ForeignSettings) -> TranslatedSetting:
         for our_name, foreign_names in table.items():
@@ -124,8 +127,9 @@ def not_needed(why: str) -> Rule:
 def batch_sizes(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """Our `batch.micro` and `batch.global` from another trainer's batch size per device, accumulation steps and ranks.
 
-    2 per device, 8 accumulation steps and 4 ranks are batch.micro=2 batch.global=64. A global batch in the other trainer's
-    settings goes before that product. `value` is not read, since the rule is that of each of these settings.
+    2 per device, 8 accumulation steps and 4 ranks are batch.micro=2 batch.global=64. If the other trainer's settings have a
+    global batch, that is taken instead of the product. Without a batch per device there is only a note. `value` is not read,
+    because this is the rule of each of these settings, which are read together.
     """
     micro = parse_number(foreign.get(*MICRO_BATCH_NAMES))
     accumulation = parse_number(foreign.get("gradient_accumulation_steps")) or 1
@@ -139,10 +143,9 @@ def batch_sizes(value: str, foreign: ForeignSettings) -> TranslatedSetting:
         )
     ranks = foreign.ranks or 1
     overrides["batch.global"] = format_number(micro * accumulation * ranks)
-    rank_override = "ranks" if ranks > 1 else "rank"
+    ranks_text = f"{ranks} ranks" if ranks > 1 else f"{ranks} rank"
     note = (
-        f"batch.global: {format_number(micro)} per device x {format_number(accumulation)} accumulation x "
-        f"{ranks} {rank_override}"
+        f"batch.global: {format_number(micro)} per device x {format_number(accumulation)} accumulation x {ranks_text}"
     )
     if not foreign.ranks:
         note += "; with more ranks, times their number"
@@ -182,7 +185,10 @@ def held_out_share(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 def precision_switch(kind: str) -> Rule:
     """A rule for `fp16` or `bf16` (`kind`), which are two switches in other trainers and one setting, `precision`, here.
 
-    auto: `auto`. On: the kind. Off: nothing if the other switch is on or auto, else fp32.
+    - The switch is auto: precision=auto.
+    - It is on: precision=<kind>.
+    - It is off and the other one is on or auto: nothing, since the other one decides.
+    - It is off, and so is the other one: precision=fp32.
     """
 
     def rule(value: str, foreign: ForeignSettings) -> TranslatedSetting:
@@ -193,7 +199,7 @@ def precision_switch(kind: str) -> Rule:
         other_kind = "bf16" if kind == "fp16" else "fp16"
         is_other_auto = str(foreign.value_by_name.get(other_kind)).lower() == "auto"
         if is_true(foreign.get(other_kind)) or is_other_auto:
-            return TranslatedSetting(not_needed=True)  # the other switch decides
+            return TranslatedSetting(not_needed=True)
         return TranslatedSetting({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
 
     return rule
@@ -263,7 +269,7 @@ def adam_betas(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def warmup_length(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Warmup steps, or (below one) a share of all steps."""
+    """Our warmup for a number of steps, or a share of all steps if below 1. 0 is no warmup, unless `warmup_ratio` is set."""
     steps_or_share = parse_number(value)
     if steps_or_share is not None and 0 < steps_or_share < 1:
         return TranslatedSetting({"schedule.warmup_share": format_number(steps_or_share)})
@@ -275,7 +281,7 @@ def warmup_length(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def save_interval(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Steps between checkpoints."""
+    """Our `checkpoint.every_steps` for a number of steps; a note for a share of the run (below 1), which has no equivalent."""
     steps_or_share = parse_number(value)
     if steps_or_share is None or steps_or_share < 1:
         return TranslatedSetting(note="a share of the run; set checkpoint.every_steps or checkpoint.every_minutes")
@@ -283,7 +289,7 @@ def save_interval(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def evaluation_interval(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Steps between evaluations."""
+    """Our `evaluation.every_steps` for a number of steps; a note for a share of the run (below 1), which has no equivalent."""
     steps_or_share = parse_number(value)
     if steps_or_share is None or steps_or_share < 1:
         return TranslatedSetting(note="a share of the run; set evaluation.every_steps")
@@ -291,9 +297,10 @@ def evaluation_interval(value: str, foreign: ForeignSettings) -> TranslatedSetti
 
 
 def deepspeed_stage(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """The strategy for a DeepSpeed file (`value`, its path): by the ZeRO stage in it, or in its name if it is not here.
+    """The strategy for the settings file of DeepSpeed at the path `value`.
 
-    `ds_z3.json` is strategy=zero3. A note where the file cannot be read, or no stage is named.
+    - The file is here: by the ZeRO stage in it; a note if it cannot be read or has no such stage.
+    - It is not here: by the stage in its name, so that `ds_z3.json` is strategy=zero3; a note if the name says none.
     """
     path = Path(value).expanduser()
     tree = None
@@ -339,7 +346,7 @@ def zero_settings(zero_block: dict[str, object]) -> dict[str, str]:
 def fsdp_strategy(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     """The strategy for FSDP's options: `full_shard,offload` is strategy=fsdp2 strategy.cpu_offload=true.
 
-    fsdp2; hsdp for `hybrid`; ddp for `no_shard`; nothing if there are no options.
+    It is ddp for `no_shard`, hsdp for an option with `hybrid`, otherwise fsdp2. Nothing is needed if there are no options.
     """
     options = value.lower()
     if not list_entries(value) or options == "false":
@@ -355,7 +362,7 @@ def fsdp_strategy(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def train_on_prompts(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Our `data.learn.roles` for a switch that lets the loss cover prompts too."""
+    """Our `data.learn.roles` for a switch that lets the loss cover prompts as well as answers."""
     if not is_true(value):
         return TranslatedSetting(not_needed=True)
     return TranslatedSetting(
