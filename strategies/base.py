@@ -321,7 +321,7 @@ class FullParameters:
     sharded = False
     """Whether parameters are sharded, so that there is something to gather."""
     forward_is_collective = False
-    """Whether a forward pass sends tokens to other ranks even inside `gathered`, because experts are dealt over ranks."""
+    """Whether a forward pass sends tokens to other ranks even inside `gathered`, because of expert parallelism."""
 
     def gather_bytes(self) -> int | None:
         """Bytes that gathering takes on this rank's device, on top of its own shard. None if gathering is impossible."""

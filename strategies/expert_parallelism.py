@@ -1,9 +1,10 @@
-"""Experts of a mixture dealt over ranks, whole: who holds which, and how they are sharded and reduced.
+"""Expert parallelism: which rank holds which experts of a mixture, and how these are sharded and reduced.
 
-`parallel.experts=e` makes expert groups of `e` neighbouring ranks (`strategies.mesh.expert_mesh`). The rank with place p holds
-experts `p * E / e` to `(p + 1) * E / e` of each layer as parameters of its own, `[E / e, ...]`. The ranks with one place shard
-these along their first dimension. Tokens are sent to the ranks of their experts (`trainer/model/expert_exchange.py`).
-Parameters keep their names, and files hold them whole: no file knows how experts were dealt.
+`parallel.experts=e` makes expert groups of `e` neighbouring ranks (`strategies.mesh.expert_mesh`). The rank with index p in
+its group holds experts `p * E / e` to `(p + 1) * E / e` of each layer as parameters of its own, `[E / e, ...]`. The ranks with
+one index shard these along their first dimension. Tokens are sent to the ranks of their experts
+(`trainer/model/expert_exchange.py`). Parameters keep their names, and files hold them in full: no file depends on
+`parallel.experts`.
 """
 
 from __future__ import annotations

@@ -242,31 +242,32 @@ class Fsdp2Strategy:
         """
         refuse_fewer_experts_than_ranks(step_module, self.runtime.world_size // self.num_replicas, self.config.name)
         mesh = shard_mesh(self.runtime.device, self.runtime, self.num_replicas)
-        offload: OffloadPolicy = OffloadPolicy()
+        offload_policy: OffloadPolicy = OffloadPolicy()
         if self.config.cpu_offload:
-            offload = CPUOffloadPolicy(pin_memory=self.runtime.kind == "cuda")
+            offload_policy = CPUOffloadPolicy(pin_memory=self.runtime.kind == "cuda")
         if self.precision is Precision.fp32:
-            policy = MixedPrecisionPolicy()
+            mixed_precision = MixedPrecisionPolicy()
         else:
-            policy = MixedPrecisionPolicy(
+            mixed_precision = MixedPrecisionPolicy(
                 param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        settings: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload}
-        self._shard_experts(step_module, settings)
-        settings["mesh"] = mesh
+        fully_shard_settings: dict[str, Any] = {"mp_policy": mixed_precision, "offload_policy": offload_policy}
+        self._shard_experts(step_module, fully_shard_settings)
+        fully_shard_settings["mesh"] = mesh
         for block in [*step_module.shard_units(), *plan_of(step_module).further_units]:  # type: ignore[operator]
-            fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **settings)
+            fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **fully_shard_settings)
         # The root's own parameters (embeddings, norm, head) are needed first in the backward pass: keep them gathered.
-        fully_shard(step_module, reshard_after_forward=False, **settings)
+        fully_shard(step_module, reshard_after_forward=False, **fully_shard_settings)
         if self.runtime.simulated:
             gather_on(step_module, self.runtime.device)
         with real_tensors():
             return mesh["shard"].get_group()
 
-    def _shard_experts(self, step_module: nn.Module, settings: dict[str, Any]) -> None:
+    def _shard_experts(self, step_module: nn.Module, fully_shard_settings: dict[str, Any]) -> None:
         """With `parallel.experts`: let this rank keep its experts, and shard each module of experts separately from its block.
 
-        `settings`: the arguments of `fully_shard` except the mesh: experts are sharded over the ranks that hold the same ones.
+        `fully_shard_settings`: the arguments of `fully_shard` except the mesh: experts are sharded over the ranks that hold
+        the same ones.
         """
         plan = plan_of(step_module)
         if plan.expert_ranks == 1:
@@ -277,7 +278,9 @@ class Fsdp2Strategy:
         )
         reshard = self.config.reshard_after_forward
         for module in modules:
-            shard_experts(module, self.runtime.world_size, mesh=mesh, reshard_after_forward=reshard, **settings)
+            shard_experts(
+                module, self.runtime.world_size, mesh=mesh, reshard_after_forward=reshard, **fully_shard_settings
+            )
         self.expert_mesh = mesh
 
     def _use_shared_memory(self, memory: HostMemory, step_module: nn.Module) -> None:

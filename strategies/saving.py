@@ -37,7 +37,7 @@ class FlatRange:
 
     name: str
     numel: int
-    """Elements of the whole parameter."""
+    """Elements of the full parameter."""
     start: int
     """Index of the first element held here."""
     tensors: dict[str, torch.Tensor]

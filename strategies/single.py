@@ -1,4 +1,4 @@
-"""One process with whole parameters: the reference that every other strategy is compared with."""
+"""One process with full parameters: the reference that every other strategy is compared with."""
 
 from __future__ import annotations
 

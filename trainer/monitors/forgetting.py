@@ -168,18 +168,20 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
     )
 
 
-def student_t_quantile(share: float, freedom: int) -> float:
-    """The `share` quantile of Student's t distribution with `freedom` degrees of freedom.
+def student_t_quantile(probability: float, degrees_of_freedom: int) -> float:
+    """The value below which Student's t distribution has this `probability`.
 
     By expansion 26.7.5 of Abramowitz and Stegun: the standard library has only the normal distribution, whose quantile is the
     first term. One and two degrees, for which the expansion is too small, have closed forms.
     """
-    if freedom == 1:
-        return math.tan(math.pi * (share - 0.5))
-    if freedom == 2:
-        return (2 * share - 1) / math.sqrt(2 * share * (1 - share))
-    z = NormalDist().inv_cdf(share)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
+    if degrees_of_freedom == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if degrees_of_freedom == 2:
+        return (2 * probability - 1) / math.sqrt(2 * probability * (1 - probability))
+    z = NormalDist().inv_cdf(probability)
+    first_term = (z**3 + z) / 4
+    second_term = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third_term = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return (
+        z + first_term / degrees_of_freedom + second_term / degrees_of_freedom**2 + third_term / degrees_of_freedom**3
+    )

@@ -95,22 +95,22 @@ class ReplicaCheck:
         `checksum_by_name`: this rank's (shard, checksum) of each parameter; ranks with an equal shard should have equal
         checksums. `last_equal_step`: of the last comparison, in which all agreed.
         """
-        gathered = gather_objects((socket.gethostname(), checksum_by_name), self.runtime)  # by rank
-        hosts = [host for host, _ in gathered]
+        host_and_checksums_by_rank = gather_objects((socket.gethostname(), checksum_by_name), self.runtime)
+        hosts = [host for host, _ in host_and_checksums_by_rank]
         odd_ranks: set[int] = set()
         odd_parameters: list[str] = []
         for name in checksum_by_name:
-            ranks = _odd_ranks([rank_checksums[name] for _, rank_checksums in gathered])
+            ranks = _odd_ranks([rank_checksums[name] for _, rank_checksums in host_and_checksums_by_rank])
             if ranks:
                 odd_ranks |= ranks
                 odd_parameters.append(name)
-        named = ", ".join(odd_parameters[:MAX_NAMED])
+        parameter_names = ", ".join(odd_parameters[:MAX_NAMED])
         if len(odd_parameters) > MAX_NAMED:
-            named += f" and {len(odd_parameters) - MAX_NAMED} more"
+            parameter_names += f" and {len(odd_parameters) - MAX_NAMED} more"
         ranks_and_hosts = " and ".join(f"rank {rank} on {hosts[rank]}" for rank in sorted(odd_ranks))
         verb = "holds" if len(odd_ranks) == 1 else "hold"
         raise ReplicasDiffer(
-            f"step {step}: {ranks_and_hosts} {verb} other values of {named} than ranks that should hold the same, and "
+            f"step {step}: {ranks_and_hosts} {verb} other values of {parameter_names} than ranks that should hold the same, and "
             f"did after step {last_equal_step}: memory that flips bits, or hosts whose processors compute differently. No "
             "checkpoint was written since; the same command continues from the last one. Leave such a host out, or where hosts "
             "differ on purpose set guards.replicas_every_steps=0"
