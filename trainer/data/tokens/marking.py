@@ -14,7 +14,8 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import NamedTuple
 
 from strategies.errors import DataError
 from trainer.data.document import Message, RefusedDocument
@@ -26,8 +27,8 @@ END = RESERVED[1]
 """Stand around the content of a turn."""
 THOUGHT = RESERVED[2]
 """Stands where a thought begins."""
-_MARKS = re.compile(f"([{BEGIN}{END}{THOUGHT}])")
-_THOUGHT_AND_ANSWER = re.compile(r"(\s*<think>\s*)?(.*</think>\s*)(.*)", re.DOTALL)
+_MARK_REGEX = re.compile(f"([{BEGIN}{END}{THOUGHT}])")
+_THOUGHT_AND_ANSWER_REGEX = re.compile(r"(\s*<think>\s*)?(.*</think>\s*)(.*)", re.DOTALL)
 _MAX_SHAPES = 4096
 """Shapes of conversations that are remembered; more are forgotten all at once, so that memory stays bounded."""
 _MAX_MISSES = 8
@@ -35,14 +36,30 @@ _MAX_MISSES = 8
 _SKELETON_AT_USE = 2
 """A skeleton is made when its shape comes for the second time: it costs a few renderings, which one use does not pay back."""
 
-Apply = Callable[..., str]
-"""Renders messages, with the header of the turn to come if `prompt`."""
+Render = Callable[..., str]
+"""Renders messages as the chat template writes them; with `prompt=True`, with the header of the turn to come."""
+Marker = Callable[[str], str]
+"""Puts marks into the content of a message."""
 Spans = list[tuple[int, int]]
 """[begin, end) of each learned turn, ascending."""
 Shape = tuple[object, ...]
 """Roles, indices of learned turns, and the whitespace around each content."""
 ContentWhitespace = dict[int, tuple[str, str]]
 """Whitespace (before, after) the content of each turn that has some, by the turn's index."""
+
+
+class _SpanEdges(NamedTuple):
+    """Where a span begins and ends in a conversation of any contents: how much text is before it.
+
+    In the rendered conversation, the begin is at `characters_before_begin` plus the lengths of the first
+    `contents_before_begin` contents; the end likewise.
+    """
+
+    contents_before_begin: int
+    characters_before_begin: int
+    """Characters of the template's own text."""
+    contents_before_end: int
+    characters_before_end: int
 
 
 @dataclass(slots=True)
@@ -62,15 +79,14 @@ class _Skeleton:
     """n + 1 of them: before the first content, between the contents, after the last."""
     ending: str
     """What the last literal becomes once the last turn is closed."""
-    edges: list[tuple[int, int, int, int]]
-    """Per span: how many contents are before its begin, how many characters of literals; the same two for its end."""
+    edges: list[_SpanEdges]
+    """Of each learned span."""
 
     def fit(self, contents: list[str], text: str) -> tuple[str, Spans] | None:
-        """The supervised spans of a conversation, computed from this skeleton: (closed text, spans).
+        """(closed text, supervised spans in it) of a conversation; None if `text` isn't the skeleton filled with `contents`.
 
-        A skeleton is what the template writes around the contents of conversations with the same roles. `contents`: the messages'
-        texts without outer whitespace. `text`: the conversation as the template wrote it; if it isn't the skeleton filled with
-        `contents`, None. The closed text ends with an end-of-turn token even if the template writes none.
+        `contents`: the messages' texts without outer whitespace. `text`: the conversation as the template wrote it. The
+        closed text is the same with an end-of-turn token after the last turn, even if the template writes none.
         """
         pieces = [self.literals[0]]
         # lengths_before[n]: how many characters the first n contents have together.
@@ -84,8 +100,10 @@ class _Skeleton:
         if self.ending != last_literal:
             text = text[: len(text) - len(last_literal)] + self.ending
         spans = []
-        for contents_before_begin, begin, contents_before_end, end in self.edges:
-            spans.append((lengths_before[contents_before_begin] + begin, lengths_before[contents_before_end] + end))
+        for edges in self.edges:
+            begin = lengths_before[edges.contents_before_begin] + edges.characters_before_begin
+            end = lengths_before[edges.contents_before_end] + edges.characters_before_end
+            spans.append((begin, end))
         return text, spans
 
 
@@ -97,9 +115,9 @@ class SpanFinder:
     """
 
     def __init__(
-        self, apply: Apply, added_tokens: list[str], end_patterns: dict[str, re.Pattern[str]], eos: str
+        self, render: Render, added_tokens: list[str], end_patterns: dict[str, re.Pattern[str]], eos: str
     ) -> None:
-        self._apply = apply
+        self._render = render
         self._added_tokens = added_tokens
         self._end_patterns = end_patterns
         self._eos = eos
@@ -116,9 +134,10 @@ class SpanFinder:
     ) -> tuple[str, Spans]:
         """Find the characters of the supervised turns in a rendered conversation: (closed text, one span a turn).
 
-        `learned`: indices of the supervised turns. `text`: the conversation as the template rendered it; the closed text has an
-        end-of-turn token at its end, too. The fast way knows what the template writes around contents; `fast=False` renders the
-        conversation a second time, with marks, in any case. Errors: DataError, RefusedDocument.
+        `learned`: indices of the supervised turns. `text`: the conversation as the template rendered it; the closed text has
+        an end-of-turn token at its end, too. `location`: `file:line` of the row. The fast way knows what the template writes
+        around contents; `fast=False` renders the conversation a second time, with marks, in any case. Raises DataError if the
+        spans cannot be told, RefusedDocument if the thought of the last turn is lost.
         """
         text_and_spans = self._spans_by_skeleton(messages, learned, text) if fast else None
         if text_and_spans is None:
@@ -129,17 +148,17 @@ class SpanFinder:
         """(closed text, spans) without rendering again; None if the conversation must be rendered with marks.
 
         Conversations of one shape (roles, supervised turns, outer whitespace) share a skeleton: what the template writes around
-        their contents. It is kept and fitted to the contents.
+        their contents. It is remembered, and fitted to the contents.
         """
-        # Take the conversation apart into its shape and its contents.
         roles: list[str] = []
         contents: list[str] = []
         whitespace: ContentWhitespace = {}
         for index, message in enumerate(messages):
             content = message["content"]
             trimmed = content.strip()
-            # empty contents may be left out by a template, thoughts moved or hidden, other fields written as well
-            if not trimmed or "</think>" in trimmed or len(message) > 2:
+            # A template may leave empty contents out, move or hide thoughts, and write other fields as well.
+            has_fixed_surroundings = trimmed and "</think>" not in trimmed and len(message) == 2
+            if not has_fixed_surroundings:
                 return None
             if len(trimmed) != len(content):
                 before, _, after = content.partition(trimmed)
@@ -147,7 +166,6 @@ class SpanFinder:
             roles.append(message["role"])
             contents.append(trimmed)
         shape = (*roles, tuple(learned), *whitespace.items())
-        # The skeleton of this shape: kept, or made now.
         if shape in self._skeletons:
             skeleton = self._skeletons[shape]
         else:
@@ -155,24 +173,29 @@ class SpanFinder:
         if skeleton is None:
             return None
         text_and_spans = skeleton.fit(contents, text)
-        if text_and_spans is not None:
-            return text_and_spans
-        # Either the template writes the time, and a skeleton learned anew will fit; or it looks into contents, and none
-        # ever does. After `_MAX_MISSES` we assume the latter.
+        if text_and_spans is None:
+            self._forget_misfit(shape)
+        return text_and_spans
+
+    def _forget_misfit(self, shape: Shape) -> None:
+        """Forget the skeleton of a shape, which did not fit a conversation; after `_MAX_MISSES` times, for good.
+
+        Either the template writes the time, and a skeleton that is learned anew will fit; or the template looks into
+        contents, and none ever does. After `_MAX_MISSES` we assume the latter.
+        """
         self._misses[shape] = self._misses.get(shape, 0) + 1
         if self._misses[shape] < _MAX_MISSES:
             del self._skeletons[shape]
         else:
             self._skeletons[shape] = None
-        return None
 
     def _learn_skeleton(
         self, shape: Shape, roles: list[str], learned: list[int], whitespace: ContentWhitespace
     ) -> _Skeleton | None:
-        """Make the skeleton of a shape of conversation (see `_spans_by_skeleton`), by rendering placeholders as contents.
+        """Learn the skeleton of a shape of conversation (see `_spans_by_skeleton`) by rendering placeholders as contents.
 
-        Only a shape that has come `_SKELETON_AT_USE` times is worth it. None for a newer one, and if the template writes
-        something else than placeholders with a fixed text around them.
+        Remembers the skeleton, and returns it. None for a shape that has not come `_SKELETON_AT_USE` times yet, and if the
+        template writes something else than placeholders with a fixed text around them.
         """
         self._times_seen[shape] = self._times_seen.get(shape, 0) + 1
         if self._times_seen[shape] < _SKELETON_AT_USE:
@@ -190,7 +213,7 @@ class SpanFinder:
             messages.append({"role": role, "content": before + placeholder + after})
         self._skeletons[shape] = None
         try:
-            text = self._apply(messages)
+            text = self._render(messages)
             closed_text, spans = self._spans_by_marking(messages, learned, text, "")
             self._skeletons[shape] = self._cut_skeleton(placeholders, text, closed_text, spans)
         except Exception:  # noqa: BLE001 - a template that dislikes placeholders is asked about each conversation
@@ -202,84 +225,84 @@ class SpanFinder:
     ) -> tuple[str, Spans]:
         """(closed text, spans) by rendering the conversation a second time, with marks around the supervised contents.
 
-        Marks are private-use characters: where they come out in the rendered text, the contents begin and end.
+        Marks are private-use characters: where they come out in the rendered text, the contents begin and end. Raises
+        DataError and RefusedDocument as described at `find_spans`.
         """
         try:
             spans = self._content_spans(messages, learned, text, location)
         except DataError:
-            fresh_text = self._apply(messages)
-            if fresh_text == text:
+            # The template may write the time, so that `text` differs from a rendering of now.
+            text_now = self._render(messages)
+            if text_now == text:
                 raise
-            text = fresh_text  # the template writes the date, and a day ended between the two renderings
+            text = text_now
             spans = self._content_spans(messages, learned, text, location)
-        return self.close_turns(text, spans, [messages[i]["role"] for i in learned])
+        return self.close_turns(text, spans, [messages[index]["role"] for index in learned])
 
     def _content_spans(self, messages: list[Message], learned: list[int], text: str, location: str) -> Spans:
         """Spans of the supervised contents in `text`, by the first way of marking that leaves the rest of the text unchanged.
 
-        Errors: DataError if none does; RefusedDocument if a thought is lost.
+        Raises DataError if none does, RefusedDocument if the thought of the last turn is lost.
         """
         for mark_content in (mark_whole, mark_trimmed, mark_thought):
-            turns = render_marked(self._apply, messages, learned, text, [mark_content] * len(messages))
+            turns = render_marked(self._render, messages, learned, text, dict.fromkeys(learned, mark_content))
             if turns is None:
                 continue
             if mark_content is mark_trimmed:
-                self._include_kept_whitespace(messages, learned, text, turns)
+                turns = self._with_kept_whitespace(messages, learned, text, turns)
             spans = []
             for number, turn in enumerate(turns):
                 begin = self._learning_begin(messages, learned, text, number, turn, location)
                 spans.append((begin, turn.end))
             return spans
         role = messages[learned[-1]]["role"]
+        article = "an" if role == "assistant" else "a"
         raise DataError(
-            f"{location}: the chat template changes the text of {'an' if role == 'assistant' else 'a'} {role} turn (more than "
+            f"{location}: the chat template changes the text of {article} {role} turn (more than "
             "trimming it), so that what is to be learned cannot be told; give a template with {% generation %} blocks in "
             "model.chat_template"
         )
 
-    def _include_kept_whitespace(
+    def _with_kept_whitespace(
         self, messages: list[Message], learned: list[int], text: str, turns: list[_MarkedTurn]
-    ) -> None:
-        """Widen the span of each supervised turn, in place, by the outer whitespace of its content that the template keeps.
+    ) -> list[_MarkedTurn]:
+        """The turns, each widened by the outer whitespace of its content that the template keeps.
 
-        `turns`: the marked positions of the turns `learned`. A template may trim some turns only, or line ends only.
+        `turns`: the positions of the turns `learned`, found with trimmed contents. A template may trim some turns only, or
+        line ends only.
         """
+        widened_turns = []
         for number, index in enumerate(learned):
             content = messages[index]["content"]
-            trimmed_begin = len(content) - len(content.lstrip())
-            trimmed_end = trimmed_begin + len(content.strip())
+            turn = turns[number]
+            if content != content.strip():
+                find_turn = partial(self._find_turn_with_marks, messages, learned, text, number)
+                turn = _widest_turn(content, cache(find_turn)) or turn
+            widened_turns.append(turn)
+        return widened_turns
 
-            def try_marks(begin: int, end: int, number: int = number, index: int = index) -> bool:
-                """Whether marks around content[begin:end] leave the text unchanged; if so, the turn takes this span."""
-                markers: list[Callable[[str], str]] = [mark_trimmed] * len(messages)
-                markers[index] = partial(mark_between, begin=begin, end=end)
-                wider_turns = render_marked(self._apply, messages, learned, text, markers)
-                if wider_turns is not None:
-                    turns[number] = wider_turns[number]
-                return wider_turns is not None
-
-            if content == content.strip() or try_marks(0, len(content)):
-                continue
-            # A template trims a beginning or an end of the whitespace. A mark inside that part would keep it from being
-            # trimmed, and the text would differ. So the outermost mark that works is found by bisection.
-            begin = bisect_left(range(trimmed_begin), True, key=lambda position: try_marks(position, trimmed_end))
-            # The second search is for what `try_marks` does to the turn: the position that it finds is not needed.
-            length = len(content)
-            bisect_left(
-                range(length - trimmed_end), True, key=lambda num_trimmed: try_marks(begin, length - num_trimmed)
-            )
+    def _find_turn_with_marks(
+        self, messages: list[Message], learned: list[int], text: str, number: int, begin: int, end: int
+    ) -> _MarkedTurn | None:
+        """The turn `learned[number]`, found with marks around content[begin:end]; None if these marks change the text."""
+        markers: dict[int, Marker] = dict.fromkeys(learned, mark_trimmed)
+        markers[learned[number]] = partial(mark_between, begin=begin, end=end)
+        turns = render_marked(self._render, messages, learned, text, markers)
+        return None if turns is None else turns[number]
 
     def _learning_begin(
         self, messages: list[Message], learned: list[int], text: str, number: int, turn: _MarkedTurn, location: str
     ) -> int:
-        """Where supervision of the turn `learned[number]` begins in `text`: at its content, or, with a `<think>` part, where
-        generation would begin, since the template may write the opening tag itself.
+        """Where supervision of the turn `learned[number]` begins in `text`.
 
-        Errors: RefusedDocument if the template throws the thought of the last turn away, or has no such place.
+        - No mark of a thought came out: at the content. RefusedDocument if the last turn has a thought that the template
+          threw away.
+        - The turn has a `<think>` part: where generation would begin, since the template may write the opening tag itself.
+          RefusedDocument if there is no such place.
         """
-        has_thought = "</think>" in messages[learned[number]]["content"]
-        is_last = number == len(learned) - 1
         if turn.thought_begin is None:
+            has_thought = "</think>" in messages[learned[number]]["content"]
+            is_last = number == len(learned) - 1
             # Templates drop thoughts of earlier turns on purpose; without that of the last one there is nothing to learn.
             if has_thought and is_last and "</think>" not in text[turn.begin : turn.end]:
                 raise RefusedDocument(
@@ -289,7 +312,7 @@ class SpanFinder:
                     "or give another template in model.chat_template",
                 )
             return turn.begin
-        prompt = self._apply(messages[: learned[number]], prompt=True)
+        prompt = self._render(messages[: learned[number]], prompt=True)
         if not text.startswith(prompt) or len(prompt) > turn.thought_begin:
             message = f"cannot tell where assistant turn {number + 1} begins, with its <think> part"
             raise RefusedDocument(location, "thought_lost", message)
@@ -298,31 +321,34 @@ class SpanFinder:
     def close_turns(
         self, text: str, spans: Spans, roles: list[str], already_closed: tuple[str, ...] = ()
     ) -> tuple[str, Spans]:
-        """Widen supervised spans by the end-of-turn tokens that follow them, so that the model learns to stop: (text, spans).
+        """Widen supervised spans by the end-of-turn tokens that follow them, so that the model learns to stop:
 
-        `roles`: of the turns that the spans belong to. A span that ends with one of the tokens `already_closed` stays as it is.
-        EOS is appended to the text if nothing closes the last turn.
+        (closed text, spans).
+
+        `roles`: of the turns that the spans belong to. For each span:
+        - it ends with one of the tokens `already_closed`: it stays as it is;
+        - an end-of-turn token follows (after the last turn: any token of the tokenizer): the span is widened by that;
+        - nothing closes the last turn: the rest of the text and EOS, which is appended to the text, join the span.
         """
         closed_spans = []
         for number, ((begin, end), role) in enumerate(zip(spans, roles, strict=True)):
             is_final = number == len(spans) - 1
-            if not (already_closed and text[begin:end].rstrip().endswith(already_closed)):
-                pattern = self._any_token if is_final else self._end_patterns[role]
-                match = pattern.match(text, end)
-                if match:
-                    end = match.end()
-                elif is_final:  # only words or whitespace follow: what words the template adds are learned, then eos
+            is_closed = bool(already_closed) and text[begin:end].rstrip().endswith(already_closed)
+            if not is_closed:
+                end_pattern = self._any_token if is_final else self._end_patterns[role]
+                end_token = end_pattern.match(text, end)
+                if end_token:
+                    end = end_token.end()
+                elif is_final:
                     text = text[:end] + text[end:].rstrip() + self._eos
                     end = len(text)
             closed_spans.append((begin, end))
         return text, closed_spans
 
     def _cut_skeleton(self, placeholders: list[str], text: str, closed_text: str, spans: Spans) -> _Skeleton | None:
-        """Make a skeleton from a conversation whose contents are `placeholders`: the texts between them, and where spans lie.
+        """The skeleton of a conversation whose contents are `placeholders`; None unless the text has each of them once, in order.
 
-        `text`: as rendered. `spans`: supervised spans in `closed_text`, which ends with an end-of-turn token. Each edge of a span
-        is kept as (contents before it, characters of template text before it), which holds for contents of any length. None
-        unless the text has each placeholder once, in order.
+        `text`: as rendered. `spans`: supervised spans in `closed_text`, which ends with an end-of-turn token.
 
         Example, with <0> and <1> as placeholders: "U:<0>|A:<1>$" with the span "<1>$" gives the literals "U:", "|A:" and "$", and
         the edges (1, 5, 2, 6): one content and 5 characters before its begin, two contents and 6 characters before its end.
@@ -342,34 +368,67 @@ class SpanFinder:
             return None
         literals.append(text[position:])
 
-        def split_position(position: int) -> tuple[int, int] | None:
-            """(placeholders before a position, characters of literals before it); None inside a placeholder."""
-            num_before = bisect_left(placeholder_begins, position)
-            if num_before:
-                last = num_before - 1
-                if position < placeholder_begins[last] + len(placeholders[last]):
-                    return None
-            return num_before, position - sum(map(len, placeholders[:num_before]))
-
-        # The edges of the spans.
         edges = []
         for begin, end in spans:
-            begin_edge = split_position(begin)
-            end_edge = split_position(end)
-            if begin_edge is None or end_edge is None:
+            before_begin = _text_before(begin, placeholders, placeholder_begins)
+            before_end = _text_before(end, placeholders, placeholder_begins)
+            if before_begin is None or before_end is None:
                 return None
-            # A content that begins like a token must not be taken into the token that closes the turn before it.
-            contents_before_end = end_edge[0]
-            if contents_before_end < len(placeholders):
-                literal = literals[contents_before_end].lstrip()
-                if any(len(token) > len(literal) and token.startswith(literal) for token in self._added_tokens):
-                    return None
-            edges.append((*begin_edge, *end_edge))
+            contents_before_end, _ = before_end
+            if contents_before_end < len(placeholders) and self._may_become_token(literals[contents_before_end]):
+                return None
+            edges.append(_SpanEdges(*before_begin, *before_end))
         return _Skeleton(literals, closed_text[position:], edges)
+
+    def _may_become_token(self, literal: str) -> bool:
+        """Whether a literal is the beginning of an added token, which a content right behind it may complete.
+
+        Such a token would close the turn before it in one conversation and not in another, so that no skeleton holds for all.
+        """
+        trimmed = literal.lstrip()
+        return any(len(token) > len(trimmed) and token.startswith(trimmed) for token in self._added_tokens)
+
+
+def _text_before(position: int, placeholders: list[str], placeholder_begins: list[int]) -> tuple[int, int] | None:
+    """(number of placeholders before a position, characters of literals before it); None for a position inside a placeholder.
+
+    `placeholder_begins`: where each placeholder begins in the text, ascending.
+    """
+    num_before = bisect_left(placeholder_begins, position)
+    if num_before:
+        last = num_before - 1
+        if position < placeholder_begins[last] + len(placeholders[last]):
+            return None
+    return num_before, position - sum(map(len, placeholders[:num_before]))
+
+
+def _widest_turn(content: str, find_turn: Callable[[int, int], _MarkedTurn | None]) -> _MarkedTurn | None:
+    """The position of a turn with as much outer whitespace of its content as the template keeps; None if it keeps none.
+
+    `find_turn(begin, end)` finds the turn with marks around content[begin:end]; None if these marks change the text.
+
+    A template trims whitespace from the outside up to some character. A mark inside the trimmed part keeps it from being trimmed,
+    and changes the text. So the outermost marks that work are found by bisection.
+    """
+    length = len(content)
+    whole_turn = find_turn(0, length)
+    if whole_turn is not None:
+        return whole_turn
+    trimmed_begin = length - len(content.lstrip())
+    trimmed_end = trimmed_begin + len(content.strip())
+    # Each search ends at the first candidate that works; if none works, behind the last one, which cuts all whitespace.
+    begin = bisect_left(range(trimmed_begin), True, key=lambda position: find_turn(position, trimmed_end) is not None)
+    num_cut = bisect_left(
+        range(length - trimmed_end), True, key=lambda num_cut: find_turn(begin, length - num_cut) is not None
+    )
+    end = length - num_cut
+    if (begin, end) == (trimmed_begin, trimmed_end):
+        return None
+    return find_turn(begin, end)
 
 
 def render_marked(
-    apply: Apply, messages: list[Message], learned: list[int], text: str, markers: list[Callable[[str], str]]
+    render: Render, messages: list[Message], learned: list[int], text: str, markers: dict[int, Marker]
 ) -> list[_MarkedTurn] | None:
     """Render a conversation with marks in the learned contents, and return where they stand in `text`, one a learned turn.
 
@@ -381,7 +440,7 @@ def render_marked(
         message = messages[index]
         marked_messages[index] = {**message, "content": markers[index](message["content"])}
     # Text and marks alternate: pieces[0::2] is text, pieces[1::2] are marks.
-    pieces = _MARKS.split(apply(marked_messages))
+    pieces = _MARK_REGEX.split(render(marked_messages))
     if "".join(pieces[::2]) != text:
         return None
     turns: list[_MarkedTurn] = []
@@ -428,7 +487,7 @@ def mark_trimmed(content: str) -> str:
 
 def mark_thought(content: str) -> str:
     """A message's content with marks for templates that take a <think> part out and put it elsewhere, or nowhere."""
-    match = _THOUGHT_AND_ANSWER.fullmatch(content)
+    match = _THOUGHT_AND_ANSWER_REGEX.fullmatch(content)
     if match is None:
         return mark_trimmed(content)
     opening, thought, answer = match.groups()

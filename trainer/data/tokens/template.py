@@ -41,8 +41,8 @@ from trainer.data.tokens.tool_call_masks import Chat, TurnSpanFinder, template_r
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_RESERVED_CHARACTER = re.compile(f"[{RESERVED}]")
-_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_RESERVED_CHARACTER_REGEX = re.compile(f"[{RESERVED}]")
+_GENERATION_BLOCK_REGEX = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = ("system", "user", "assistant")
 MAX_CPU_SECONDS = 30
 """Processor seconds for one call of a template: thousands of times what a batch of conversations takes."""
@@ -96,7 +96,7 @@ class ChatTemplate:
             raise ConfigError(f"data.learn.roles={list(self.learn.roles)} must name one or more of {', '.join(ROLES)}")
         self.tokenizer = tokenizer
         self.source: str = tokenizer.get_chat_template()
-        self.has_generation_blocks = _GENERATION_BLOCK.search(self.source) is not None
+        self.has_generation_blocks = _GENERATION_BLOCK_REGEX.search(self.source) is not None
         self._added_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self.end_tokens, user_end_tokens = self._probe_end_tokens()
         """Tokens that close assistant turns."""
@@ -106,7 +106,7 @@ class ChatTemplate:
         end_patterns = {}
         for role, end_tokens in self._end_tokens_by_role.items():
             end_patterns[role] = leading_token_pattern([*end_tokens])
-        self._span_finder = SpanFinder(self._apply, self._added_tokens, end_patterns, str(tokenizer.eos_token))
+        self._span_finder = SpanFinder(self._render, self._added_tokens, end_patterns, str(tokenizer.eos_token))
 
     def fix_date(self, day: date) -> None:
         """Make the template write `day` as today's date."""
@@ -114,14 +114,17 @@ class ChatTemplate:
 
     @cached_property
     def _turn_span_finder(self) -> TurnSpanFinder:
-        return TurnSpanFinder(self._apply, self.learn.reasoning, self._added_tokens, self._end_tokens_by_role)
+        return TurnSpanFinder(self._render, self.learn.reasoning, self._added_tokens, self._end_tokens_by_role)
 
     def learned_turns(self, messages: Sequence[Message]) -> list[int]:
-        """Indices of the messages that are learned, ascending: by their own `train` field, else by `data.learn`."""
+        """Indices of the messages that are learned, ascending.
+
+        A message's own `train` goes before `data.learn.roles`. With `data.learn.turns=last`, only the last of them.
+        """
         learned = []
         for index, message in enumerate(messages):
-            own_setting = message.get("train")  # goes before data.learn.roles
-            if own_setting or (own_setting is None and message["role"] in self.learn.roles):
+            is_marked = message.get("train")  # None if the message does not say
+            if is_marked or (is_marked is None and message["role"] in self.learn.roles):
                 learned.append(index)
         if self.learn.turns is LearnTurns.last:
             return learned[-1:]
@@ -132,25 +135,19 @@ class ChatTemplate:
     ) -> list[RenderedText]:
         """Render conversations by the chat template: the text of each, and the character spans of it that are supervised.
 
-        `conversations`: (messages, `file:line` of the row, tools) of each. Turns after the last supervised one are left out. A
-        span is the content of a supervised turn and the end-of-turn token after it, whitespace between them included. Spans come
-        from the template's `{% generation %}` blocks if it has some, else from a second rendering with marks.
-        If the template does not close the last turn, the eos token is appended. `fast=False` renders every conversation twice.
+        `conversations`: (messages, `file:line` of the row, tools) of each. Turns after the last supervised one are left out.
+        A span is the content of a supervised turn and the end-of-turn token after it, whitespace between them included. Spans
+        come from the template's `{% generation %}` blocks if it has some, else from a second rendering with marks. If the
+        template does not close the last turn, the eos token is appended. `fast=False` renders every conversation twice.
         Raises RefusedDocument for one that cannot be used.
         """
         jobs = [self._make_job(messages, location, tools) for messages, location, tools in conversations]
         # Plain conversations are rendered in two batches, without and with the spans of generation blocks.
-        without_blocks: list[RenderJob] = []
-        with_blocks: list[RenderJob] = []
-        for job in jobs:
-            if job.chat is not None:
-                continue
-            if self._uses_blocks(job.messages, job.learned):
-                with_blocks.append(job)
-            else:
-                without_blocks.append(job)
-        plain_texts = iter(self._apply_all(without_blocks))
-        block_texts = iter(self._apply_all(with_blocks, return_assistant_tokens_mask=True))
+        plain_jobs = [job for job in jobs if job.chat is None]
+        without_blocks = [job for job in plain_jobs if not self._uses_blocks(job.messages, job.learned)]
+        with_blocks = [job for job in plain_jobs if self._uses_blocks(job.messages, job.learned)]
+        texts = iter(self._render_all_or_each(without_blocks))
+        texts_and_blocks = iter(self._render_all_or_each(with_blocks, return_assistant_tokens_mask=True))
 
         find_spans = partial(self._span_finder.find_spans, fast=fast)
         rendered = []
@@ -161,51 +158,52 @@ class ChatTemplate:
             if job.chat is not None:
                 rendered.append(self._guard(self._render_with_tools, job.chat, learned, location=location))
             elif self._uses_blocks(messages, learned):
-                text_and_blocks = next(block_texts)
                 rendered.append(
-                    self._guard(self._spans_of_blocks, messages, learned, location, text_and_blocks, location=location)
+                    self._guard(
+                        self._spans_of_blocks, messages, learned, location, next(texts_and_blocks), location=location
+                    )
                 )
-            elif not learned:
-                text, _ = next(plain_texts)
-                rendered.append(RenderedText(text, []))
             else:
-                text, _ = next(plain_texts)
-                closed_text, spans = self._guard(find_spans, messages, learned, text, location, location=location)
-                rendered.append(RenderedText(closed_text, spans))
+                text, _ = next(texts)
+                spans: Spans = []
+                if learned:
+                    text, spans = self._guard(find_spans, messages, learned, text, location, location=location)
+                rendered.append(RenderedText(text, spans))
         return rendered
 
     def render_text(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
         """A conversation as the template writes it, its last turn not closed. Raises RefusedDocument."""
         job = self._make_job(messages, location, tools)
         if job.chat is not None:
-            return self._guard(job.chat.apply, job.chat.messages, location=location)
-        text, _ = self._apply_all([job])[0]
+            return self._guard(job.chat.render, job.chat.messages, location=location)
+        text, _ = self._render_all_or_each([job])[0]
         return text
 
     def render_prompt(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
         """A conversation up to where the assistant would answer: with the header of the turn to come. Raises RefusedDocument."""
         job = self._make_job(messages, location, tools)
         if job.chat is not None:
-            return self._guard(partial(job.chat.apply, prompt=True), job.chat.messages, location=location)
-        text, _ = self._apply_all([job], add_generation_prompt=True)[0]
+            return self._guard(partial(job.chat.render, prompt=True), job.chat.messages, location=location)
+        text, _ = self._render_all_or_each([job], add_generation_prompt=True)[0]
         return text
 
     def first_content_begin(self, messages: Sequence[Message], location: str, tools: Tools = None) -> int | None:
         """The position in the rendered text, in characters, where the content of the first non-system message begins.
 
-        None if there is no such message, or if the template does not let us find out. `location`: `file:line` of the row.
+        None if there is no such message, or if marks around it change the text, so that the position cannot be found. `location`:
+        `file:line` of the row.
         """
         job = self._make_job(messages, location, tools)
-        first = next((index for index, message in enumerate(job.messages) if message["role"] != "system"), None)
-        if first is None:
+        first_index = next((index for index, message in enumerate(job.messages) if message["role"] != "system"), None)
+        if first_index is None:
             return None
 
         def find_begin() -> int | None:
             """Render with marks around that message's content."""
-            apply = self._apply if job.chat is None else job.chat.apply
-            text = apply(job.messages)
+            render = self._render if job.chat is None else job.chat.render
+            text = render(job.messages)
             for mark_content in (mark_whole, mark_trimmed):
-                turns = render_marked(apply, job.messages, [first], text, [mark_content] * len(job.messages))
+                turns = render_marked(render, job.messages, [first_index], text, {first_index: mark_content})
                 if turns is not None:
                     return turns[0].begin
             return None
@@ -215,41 +213,35 @@ class ChatTemplate:
     def _make_job(self, messages: Sequence[Message], location: str, tools: Tools) -> RenderJob:
         """Make a conversation ready for the template: its turns up to the last supervised one, without our own fields.
 
-        `chat` of the result is None for a plain conversation; one with tools, calls or unlearned thoughts is rendered in
-        another way. Raises RefusedDocument if it has reserved characters, which spans are found by.
+        Thoughts are taken out here if `data.learn.reasoning` is `drop`. Raises RefusedDocument if a text has reserved
+        characters, by which spans are found.
         """
         learned = self.learned_turns(messages)
         if learned:
             messages = messages[: learned[-1] + 1]
-        # Spans are found by private-use characters, which the texts must not have.
         for message in messages:
-            for text in message_texts(message):
-                if not text.isascii() and _RESERVED_CHARACTER.search(text):
-                    raise RefusedDocument(
-                        location,
-                        "reserved_character",
-                        "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it",
-                    )
+            _refuse_reserved_characters(message, location)
         turns = [_without_training_fields(message) if "train" in message else message for message in messages]
-        # Thoughts that are dropped must go before the template sees them.
         if self.learn.reasoning is Reasoning.drop:
             turns = [_without_thought(message, location) for message in turns]
-
-        # Plain conversations are rendered in batches, the others one by one.
-        has_unlearned_thought = False
-        if self.learn.reasoning is not Reasoning.learn:
-            has_unlearned_thought = any("</think>" in message["content"] for message in turns)
-        # More fields than role and content: calls, or a thought of its own.
-        has_calls_or_results = any(len(message) > 2 or message["role"] == "tool" for message in turns)
-        if not (tools or has_unlearned_thought or has_calls_or_results):
-            return RenderJob(turns, learned, location, None)
+        if not tools and self._is_plain(turns):
+            return RenderJob(turns, learned, location, chat=None)
         chat = self._guard(self._turn_span_finder.prepare_chat, turns, tools, location, location=location)
         return RenderJob(chat.messages, learned, location, chat)
 
-    def _apply_all(self, jobs: list[RenderJob], **options: Any) -> list[tuple[str, Spans]]:
-        """(text, spans of its generation blocks) of each conversation. `options`: see `_render_batch`.
+    def _is_plain(self, turns: list[Message]) -> bool:
+        """Whether all turns are a role and a content without thoughts to treat: these conversations are rendered in batches."""
+        for turn in turns:
+            has_further_fields = len(turn) > 2  # calls, or a thought of its own
+            has_unlearned_thought = self.learn.reasoning is not Reasoning.learn and "</think>" in turn["content"]
+            if has_further_fields or has_unlearned_thought or turn["role"] == "tool":
+                return False
+        return True
 
-        If the template refuses the batch, they are rendered one by one, to tell which conversation it refuses.
+    def _render_all_or_each(self, jobs: list[RenderJob], **options: Any) -> list[tuple[str, Spans]]:
+        """(text, spans of its generation blocks) of each plain conversation. `options`: see `_render_batch`.
+
+        All are rendered as one batch. If the template refuses the batch, each is rendered alone, to tell which one it refuses.
         """
         if not jobs:
             return []
@@ -257,7 +249,7 @@ class ChatTemplate:
             return self._render_batch([job.messages for job in jobs], **options)
         except TemplateLimitExceeded as error:
             raise self._limit_error(error, jobs[0].location, len(jobs)) from error
-        except Exception:  # noqa: BLE001 - whatever a template raises comes again below, with its place
+        except Exception:  # noqa: BLE001 - whatever a template raises comes again below, with its row
             render_batch = partial(self._render_batch, **options)
             rendered = []
             for job in jobs:
@@ -265,7 +257,12 @@ class ChatTemplate:
             return rendered
 
     def _guard(self, render: Callable[..., Any], *args: Any, location: str) -> Any:
-        """Call `render(*args)`, and turn what the template raises into errors about the row at `location` or the settings."""
+        """The result of `render(*args)`. Turns what the template raises into errors that say what to do.
+
+        - A DataError passes.
+        - The template took too much time or memory, or is no Jinja template: ConfigError about `model.chat_template`.
+        - Anything else: RefusedDocument for the row at `location`.
+        """
         from jinja2 import TemplateSyntaxError
 
         try:
@@ -273,7 +270,7 @@ class ChatTemplate:
         except DataError:
             raise
         except TemplateLimitExceeded as error:
-            raise self._limit_error(error, location, 1) from error
+            raise self._limit_error(error, location, num_conversations=1) from error
         except TemplateSyntaxError as error:
             raise ConfigError(f"the chat template is no Jinja template: {error}; mend model.chat_template") from error
         except Exception as error:
@@ -286,32 +283,35 @@ class ChatTemplate:
     def _render_with_tools(self, chat: Chat, learned: list[int]) -> RenderedText:
         """Text and supervised spans of a conversation with tools, tool calls or thoughts. `learned`: its supervised turns.
 
-        Raises RefusedDocument if the template leaves something of the conversation out.
+        The spans come from generation blocks if the template has some, else from marks. Raises RefusedDocument if the template
+        leaves something of the conversation out.
         """
-        text = self._turn_span_finder.render_checked(chat)
+        finder = self._turn_span_finder
+        text = finder.render_checked(chat)
         if not learned:
             return RenderedText(text, [])
         if not self._uses_blocks(chat.messages, learned):
-            return RenderedText(*self._turn_span_finder.find_spans(chat, learned, text, str(self.tokenizer.eos_token)))
-        self._turn_span_finder.check_thought(chat, learned[-1], text)
+            closed_text, spans = finder.find_spans(chat, learned, text, str(self.tokenizer.eos_token))
+            return RenderedText(closed_text, spans)
+        finder.refuse_lost_thought(chat, learned[-1], text)
         (text_and_blocks,) = self._render_batch([chat.messages], tools=chat.tools, return_assistant_tokens_mask=True)
         rendered = self._spans_of_blocks(chat.messages, learned, chat.location, text_and_blocks)
         if self.learn.reasoning is Reasoning.context:
             # Thoughts inside the blocks are shown, not learned.
-            spans = []
+            spans_behind_thoughts = []
             for turn, (begin, end) in zip(learned, rendered.spans, strict=True):
-                spans.append((thought_end(chat, turn, rendered.text, begin, end), end))
-            rendered.spans = spans
+                spans_behind_thoughts.append((thought_end(chat, turn, rendered.text, begin, end), end))
+            rendered.spans = spans_behind_thoughts
         return rendered
 
     @staticmethod
-    def _limit_error(error: TemplateLimitExceeded, location: str, num_conversations: int) -> ConfigError:
-        """The error about the settings for a template that took too much time or memory. `location`: the first conversation."""
-        what = f"a conversation ({location})"
+    def _limit_error(error: TemplateLimitExceeded, first_location: str, num_conversations: int) -> ConfigError:
+        """The error for a template that took too much time or memory. `first_location`: row of the first conversation it got."""
+        rendered = f"a conversation ({first_location})"
         if num_conversations > 1:
-            what = f"{num_conversations} conversations ({location} on)"
+            rendered = f"{num_conversations} conversations ({first_location} on)"
         return ConfigError(
-            f"the chat template {error} for {what}: it loops, or multiplies; give another in model.chat_template"
+            f"the chat template {error} for {rendered}: it loops, or multiplies; give another in model.chat_template"
         )
 
     def _render_batch(self, conversations: list[list[Message]], **options: Any) -> list[tuple[str, Spans]]:
@@ -324,13 +324,13 @@ class ChatTemplate:
             texts, blocks = render_conversations(conversations, self.source, **options, **special_tokens)
         return list(zip(texts, blocks, strict=True))
 
-    def _apply(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
+    def _render(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
         """The text of one conversation, with the header of the assistant turn to come if `prompt`."""
         ((text, _),) = self._render_batch([messages], add_generation_prompt=prompt, tools=tools)
         return text
 
     def _uses_blocks(self, messages: list[Message], learned: list[int]) -> bool:
-        """Whether the template's generation blocks tell the learned turns: they are about assistant turns alone."""
+        """Whether spans come from the template's generation blocks: it has some, and all learned turns are the assistant's."""
         if not self.has_generation_blocks or not learned:
             return False
         return all(messages[index]["role"] == "assistant" for index in learned)
@@ -341,14 +341,15 @@ class ChatTemplate:
         """Text and supervised spans of a conversation from the template's own `{% generation %}` blocks.
 
         `learned`: indices of the supervised turns. `text_and_blocks`: (text, character spans of the blocks) as `_render_batch`
-        gives them, one block an assistant turn. Errors: RefusedDocument if the blocks are empty, or not one for each turn.
+        gives them, one block an assistant turn. Raises RefusedDocument if a block is empty; or if only some assistant turns are
+        learned, and the template has not one block for each turn.
         """
         text, blocks = text_and_blocks
         spans = [(int(begin), int(end)) for begin, end in blocks]
         if not spans or any(begin >= end for begin, end in spans):
             raise template_refusal(location, "the {% generation %} blocks of the chat template are empty here")
         assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if assistant_turns != learned:  # some are not learned: one block must belong to each turn
+        if assistant_turns != learned:
             if len(spans) != len(assistant_turns):
                 raise template_refusal(
                     location,
@@ -359,33 +360,37 @@ class ChatTemplate:
             spans = [spans[assistant_turns.index(index)] for index in learned]
         roles = ["assistant"] * len(spans)
         # A block may or may not hold the end-of-turn token.
-        closed_text, closed_spans = self._span_finder.close_turns(text, spans, roles, tuple(self.end_tokens))
+        closed_text, closed_spans = self._span_finder.close_turns(
+            text, spans, roles, already_closed=tuple(self.end_tokens)
+        )
         return RenderedText(closed_text, closed_spans)
 
     def _probe_end_tokens(self) -> tuple[set[str], set[str]]:
         """(tokens with which the template closes assistant turns, in the middle and at the end; those of user turns).
 
-        Renders a conversation of four turns and looks at what follows each content.
+        Renders a conversation of four turns and looks at what follows each content. EOS always closes assistant turns. If the
+        template dislikes the conversation, that is all that is known.
         """
         end_tokens = {str(self.tokenizer.eos_token)}
-        # The template's own text before, between and behind four marked contents.
         roles = ("user", "assistant", "user", "assistant")
         text = self._render_probe([{"role": role, "content": f"{BEGIN}{role}{END}"} for role in roles])
         if text is None:
             return end_tokens, set()
-        any_token = leading_token_pattern(self._added_tokens)
+        # The template's own text before, between and behind the four contents.
         around_contents = re.split(f"{BEGIN}[^{END}]*{END}", text)
         if len(around_contents) != 5:  # the template left a content out, or wrote one twice
             return end_tokens, set()
         header, after_user, after_assistant, _, after_last = around_contents
 
-        # `after_assistant` closes an assistant turn and opens a user turn. What it has in common with the end of `header`, which
-        # opens the first user turn, is the opening.
-        shared = 0
-        shortest = min(len(header), len(after_assistant))
-        while shared < shortest and header[-shared - 1] == after_assistant[-shared - 1]:
-            shared += 1
-        closing_in_middle = after_assistant[: len(after_assistant) - shared]
+        # `after_assistant` closes an assistant turn and opens a user turn. The end of `header` opens the first user turn:
+        # what both end with is the opening, and the rest closes the assistant turn.
+        opening_length = 0
+        for character, other_character in zip(reversed(header), reversed(after_assistant), strict=False):
+            if character != other_character:
+                break
+            opening_length += 1
+        closing_in_middle = after_assistant[: len(after_assistant) - opening_length]
+        any_token = leading_token_pattern(self._added_tokens)
         # A template may close the last turn with another token than those in the middle.
         for closing in (closing_in_middle, after_last):
             match = any_token.match(closing)
@@ -405,13 +410,27 @@ class ChatTemplate:
         return end_tokens, {user_end.group(1)} if user_end else set()
 
     def _render_probe(self, messages: list[Message], *, prompt: bool = False) -> str | None:
-        """The probe as text; None for a template that dislikes it, which is left to the conversations themselves."""
+        """A small conversation as text; None if the template dislikes it, which says nothing about the conversations of the data.
+
+        Raises ConfigError if the template takes too much time or memory.
+        """
         try:
-            return self._apply(messages, prompt=prompt)
+            return self._render(messages, prompt=prompt)
         except TemplateLimitExceeded as error:
-            raise self._limit_error(error, "the first look at it", 1) from error
+            raise self._limit_error(error, "the first look at it", num_conversations=1) from error
         except Exception:  # noqa: BLE001 - a template may raise anything for a conversation that it dislikes
             return None
+
+
+def _refuse_reserved_characters(message: Message, location: str) -> None:
+    """Raise RefusedDocument if a text of a message has one of the private-use characters by which spans are found."""
+    for text in message_texts(message):
+        if not text.isascii() and _RESERVED_CHARACTER_REGEX.search(text):
+            raise RefusedDocument(
+                location,
+                "reserved_character",
+                "the text has one of the private-use characters U+10FB01 to U+10FB05; remove it",
+            )
 
 
 def _without_thought(message: Message, location: str) -> Message:
@@ -449,15 +468,16 @@ class TemplateLimitExceeded(BaseException):
 def resource_limits() -> Iterator[None]:
     """Raise TemplateLimitExceeded if the body takes too much memory or, in the main thread, processor time.
 
-    Signals reach the main thread of a process only, so time is not bounded elsewhere.
+    Signals reach the main thread of a process only, so time is not bounded in other threads. Sets the limit of the address space
+    and a timer, and restores both.
     """
-    limits_time = threading.current_thread() is threading.main_thread()
+    is_main_thread = threading.current_thread() is threading.main_thread()
     soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
-    address_space_pages = int(Path("/proc/self/statm").read_bytes().split()[0])
-    max_bytes = address_space_pages * resource.getpagesize() + MAX_EXTRA_BYTES
+    used_pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+    max_bytes = used_pages * resource.getpagesize() + MAX_EXTRA_BYTES
     if soft_limit != resource.RLIM_INFINITY:
         max_bytes = min(max_bytes, soft_limit)
-    if limits_time:
+    if is_main_thread:
         handler = signal.signal(signal.SIGVTALRM, _on_time_limit)
         signal.setitimer(signal.ITIMER_VIRTUAL, MAX_CPU_SECONDS)
     try:
@@ -468,7 +488,7 @@ def resource_limits() -> Iterator[None]:
     finally:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_AS, (soft_limit, hard_limit))
-        if limits_time:
+        if is_main_thread:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, handler)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.document import Message
-from trainer.data.tokens.marking import RESERVED, Apply
+from trainer.data.tokens.marking import RESERVED, Render
 
 CALL = RESERVED[3]
 """Stands before and after the name, the arguments and the keys of a call."""
@@ -33,12 +33,12 @@ class ToolCallDialect:
     """Tokens that close a turn with calls."""
 
 
-def probe_dialect(apply: Apply, added_tokens: list[str]) -> ToolCallDialect:
+def probe_dialect(render: Render, added_tokens: list[str]) -> ToolCallDialect:
     """How a chat template wants tool calls: the first way to give one in which it writes name and arguments whole.
 
-    Renders a small conversation with one call in each way: arguments as an object or as JSON text, the content beside the call
-    empty or None. `apply` renders messages; `added_tokens`: those of the tokenizer, among which the token that closes the call is
-    looked for. If no way works, the dialect is the default one.
+    Renders a small conversation with one call in each way: arguments as an object or as JSON text, the content beside the
+    call empty or None. `render` renders messages; `added_tokens`: those of the tokenizer, among which the token that closes
+    the call is looked for. If no way works, the dialect is the default one.
     """
     # Marks in them, so that no text of the template itself is taken for them.
     name = f"{CALL}name"
@@ -51,7 +51,7 @@ def probe_dialect(apply: Apply, added_tokens: list[str]) -> ToolCallDialect:
         turn = {"role": "assistant", "content": None if null_content else "", "tool_calls": calls}
         messages: list[Message] = [{"role": "user", "content": "q"}, turn]
         try:
-            text = apply(messages)
+            text = render(messages)
         except Exception:  # noqa: BLE001 - the next way may do; if none does, the conversation itself says why
             continue
         # Python's notation of a dictionary instead of JSON: the template printed an object it expected as text.
@@ -64,18 +64,18 @@ def probe_dialect(apply: Apply, added_tokens: list[str]) -> ToolCallDialect:
         return ToolCallDialect(
             arguments_as_text=arguments_as_text,
             null_content=null_content,
-            wraps_results=_wraps_tool_results(apply, messages),
+            wraps_results=_wraps_tool_results(render, messages),
             end_tokens=frozenset() if end_token is None else frozenset({end_token}),
         )
     return ToolCallDialect()
 
 
-def _wraps_tool_results(apply: Apply, messages: list[Message]) -> bool:
+def _wraps_tool_results(render: Render, messages: list[Message]) -> bool:
     """Whether the template writes `<tool_response>` around the answer to the call at the end of `messages`."""
     content = f"{EDGE}result"
     answer = {"role": "tool", "content": content, "name": "name", "tool_call_id": "abcdefghi"}
     try:
-        return f"<tool_response>\n{content}" in apply([*messages, answer])
+        return f"<tool_response>\n{content}" in render([*messages, answer])
     except Exception:  # noqa: BLE001 - a template that refuses results says so when a conversation has one
         return False
 
