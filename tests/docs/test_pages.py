@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import struct
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
@@ -181,6 +182,21 @@ def test_the_diagrams_are_those_of_their_script():
         assert (ROOT / "docs" / "pictures" / name).read_text(encoding="utf-8") == draw(), (
             "run: python docs/make_diagrams.py"
         )
+
+
+def test_there_is_a_picture_of_each_page_that_a_reader_can_load():
+    """One of each page that the script takes, whole, as wide as it says, at most 150 KB, and shown in the documentation."""
+    script = runpy.run_path(str(ROOT / "docs" / "make_pictures.py"), run_name="pictures")
+    pages = ROOT.joinpath("docs").rglob("*.md")
+    shown = {name for page in pages for name in re.findall(r"!\[[^\]]+\]\(\S*?pictures/(\w+)\.png\)", page.read_text())}
+    pictures = {path.stem: path for path in (ROOT / "docs" / "pictures").glob("*.png")}
+    assert pictures.keys() == script["PAGES"].keys() == shown
+    for name, path in pictures.items():
+        assert 10_000 < path.stat().st_size <= 150 * 1024, name
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82"), name
+        width, height = struct.unpack(">II", content[16:24])
+        assert width == script["WIDTH"] and 500 <= height <= script["PAGES"][name].height, name
 
 
 def test_the_table_of_optimizers_is_that_of_validation():
