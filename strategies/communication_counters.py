@@ -58,12 +58,12 @@ def count_bytes(collective: str, size: int) -> None:
         totals.bytes_by_collective[collective] += size
 
 
-def counted_collective(collective: str, full_argument: int) -> Callable[[Any], Any]:
+def counted_collective(collective: str, full_argument_index: int) -> Callable[[Any], Any]:
     """Decorator for methods that are collectives through shared memory: counts their bytes and seconds.
 
-    Counts only within a context of `count_communication`. `collective`: the name under which bytes are counted. `full_argument`:
-    the index of the method's tensor argument that is the full tensor, gathered or to be reduced. The method must return only
-    when the collective is over.
+    Counts only within a context of `count_communication`. `collective`: the name under which bytes are counted.
+    `full_argument_index`: which of the method's tensor arguments is the full tensor, gathered or to be reduced. The method must
+    return only when the collective is complete.
     """
 
     def decorate(method: Any) -> Any:
@@ -72,11 +72,11 @@ def counted_collective(collective: str, full_argument: int) -> Callable[[Any], A
             if not _active_totals:
                 method(self, *tensors, **kwargs)
                 return
-            start = time.perf_counter()
+            began_at = time.perf_counter()
             method(self, *tensors, **kwargs)
             for totals in _active_totals:
-                totals.waited_s = (totals.waited_s or 0.0) + time.perf_counter() - start
-            count_bytes(collective, tensors[full_argument].nbytes)
+                totals.waited_s = (totals.waited_s or 0.0) + time.perf_counter() - began_at
+            count_bytes(collective, tensors[full_argument_index].nbytes)
 
         return counted_method
 

@@ -8,6 +8,7 @@ exchange any (`AllToAllCounts`). In a simulation nobody answers, and a distribut
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -33,11 +34,11 @@ class RowCounts:
 class ExpertCounts(Protocol):
     """The source of a layer's row counts: exchanged between ranks, or assumed in a simulation."""
 
-    def row_counts(self, chosen: Tensor, rows: int) -> RowCounts:
-        """The row counts of a layer. All ranks of the group must call.
+    def row_counts(self, rows_by_expert: Tensor, num_rows: int) -> RowCounts:
+        """How many rows of a layer this rank sends to each rank of its group, and receives from each. All of them must call.
 
-        `chosen`: `[E]`, int64, on the device: how often this rank's router has chosen each of the layer's E experts, in the order
-        of the ranks that hold them. `rows`: the sum of `chosen`, which the host knows without waiting for the device.
+        `rows_by_expert`: `[E]`, int64, on the device: how often this rank's router has chosen each of the layer's E experts,
+        in the order of the ranks that hold them. `num_rows`: their sum, which the host knows without waiting for the device.
         """
 
 
@@ -48,9 +49,12 @@ class AllToAllCounts:
         self.group = group
         self.ranks = dist.get_world_size(group)
 
-    def row_counts(self, chosen: Tensor, rows: int) -> RowCounts:
-        """See `ExpertCounts.row_counts`. An all-to-all of E numbers; then the host waits for the device, to know the sizes."""
-        sent_by_expert = chosen.view(self.ranks, -1)
+    def row_counts(self, rows_by_expert: Tensor, num_rows: int) -> RowCounts:
+        """How many rows of a layer this rank sends and receives, by an all-to-all of E numbers. All ranks of the group must call.
+
+        `rows_by_expert`: `[E]`, how many rows this rank has for each of the layer's experts. The host waits for the device.
+        """
+        sent_by_expert = rows_by_expert.view(self.ranks, -1)
         received_by_expert = torch.empty_like(sent_by_expert)
         dist.all_to_all_single(received_by_expert, sent_by_expert, group=self.group)
         # One copy to the host for both.
@@ -73,14 +77,22 @@ class AssumedCounts:
     group: Any = None
     """The expert group; None on meta tensors, where no collectives are counted."""
 
-    def row_counts(self, chosen: Tensor, rows: int) -> RowCounts:
-        """See `ExpertCounts.row_counts`. `by_expert` has the right shape, but its values are not used."""
-        by_expert = chosen.view(self.ranks, -1)
+    def row_counts(self, rows_by_expert: Tensor, num_rows: int) -> RowCounts:
+        """The assumed counts of a layer for which this rank has `num_rows` rows. Their `by_expert` has only the right shape.
+
+        `rows_by_expert`: `[E]`, of the layer's E experts; its values are not used.
+        """
+        by_expert = rows_by_expert.view(self.ranks, -1)
         if self.group is not None:
+            # As a real rank does, so that a simulation records the collective and the wait for the device.
             dist.all_to_all_single(torch.empty_like(by_expert), by_expert, group=self.group)
             by_expert.sum().item()
-        arriving = round(rows * min(self.imbalance, self.ranks))
-        return RowCounts(_split_evenly(rows, self.ranks), _split_evenly(arriving, self.ranks), by_expert)
+        num_received = round(num_rows * min(self.imbalance, self.ranks))
+        return RowCounts(
+            sent=_split_evenly(num_rows, self.ranks),
+            received=_split_evenly(num_received, self.ranks),
+            by_expert=by_expert,
+        )
 
 
 def expert_counts_of_group(group: Any, ranks: int, *, imbalance: float | None) -> ExpertCounts:
@@ -88,6 +100,7 @@ def expert_counts_of_group(group: Any, ranks: int, *, imbalance: float | None) -
     return AllToAllCounts(group) if imbalance is None else AssumedCounts(ranks, imbalance, group)
 
 
-def _split_evenly(rows: int, ranks: int) -> list[int]:
-    """`rows` divided among `ranks` as evenly as whole numbers can be."""
-    return [rows * (rank + 1) // ranks - rows * rank // ranks for rank in range(ranks)]
+def _split_evenly(num_rows: int, num_ranks: int) -> list[int]:
+    """How many of `num_rows` rows each rank gets if they are divided as evenly as possible: 7 rows, 2 ranks -> [3, 4]."""
+    bounds = [num_rows * rank // num_ranks for rank in range(num_ranks + 1)]
+    return [stop - start for start, stop in pairwise(bounds)]

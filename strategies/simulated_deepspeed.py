@@ -94,20 +94,20 @@ def reduce_scatter_shapes(tensors: list[Tensor], group: Any = None) -> list[Tens
     Returns this rank's part of each gradient in `tensors`, with the buffers and the collective of DeepSpeed's function, but
     without its views of every rank's parts, which with many ranks would be most of the work of a simulated step.
     """
-    ranks = comm.get_world_size(group)
+    num_ranks = comm.get_world_size(group)
     rank = comm.get_rank(group)
     numels = [tensor.numel() for tensor in tensors]
-    part_sizes = [-(-numel // ranks) for numel in numels]
+    part_sizes = [-(-numel // num_ranks) for numel in numels]  # rounded up
     pieces: list[Tensor] = []
     for tensor, numel, part_size in zip(tensors, numels, part_sizes, strict=True):
         pieces.append(tensor.view(-1))
         # The parts of the last ranks may be shorter, or empty: they are padded to `part_size`.
-        for owner in range(numel // part_size, ranks):
+        for owner in range(numel // part_size, num_ranks):
             padding = part_size - min(part_size, max(0, numel - part_size * owner))
             if padding:
                 pieces.append(torch.empty(padding, dtype=tensor.dtype, device=tensor.device))
     flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    flat.div_(ranks)
+    flat.div_(num_ranks)  # the mean over ranks
     own_part = flat.narrow(0, rank * sum(part_sizes), sum(part_sizes))
     comm.reduce_scatter_fn(own_part, flat, group=group)
 

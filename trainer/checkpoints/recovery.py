@@ -44,17 +44,16 @@ class PartNote:
 
 def write_part_note(staging: Path, state: RankState, outcome: FileOutcome) -> None:
     """Write the note of what this rank has written into `staging`, durably. No collective. Errors: OSError."""
-    # (file, start, length, offset) by name, as `FilePart` has them.
-    parts = {}
+    part_rows = {}  # by name of the tensor, with the fields of `FilePart`
     for name, part in state.parts.items():
-        parts[name] = [part.file, part.start, part.length, part.offset]
-    file = None
+        part_rows[name] = [part.file, part.start, part.length, part.offset]
+    file_row = None  # with the fields of `WrittenFile`
     if outcome.written is not None:
-        file = [outcome.written.name, outcome.written.size, outcome.written.sha256]
+        file_row = [outcome.written.name, outcome.written.size, outcome.written.sha256]
     note = {
         "world_size": state.runtime.world_size,
-        "parts": parts,
-        "file": file,
+        "parts": part_rows,
+        "file": file_row,
         "progress": state.header.decode(),
         "attached": [[attached.name, attached.size, attached.sha256] for attached in outcome.attached],
     }
@@ -113,18 +112,26 @@ def _publish_if_complete(staging: Path, final: Path) -> bool:
 def _read_notes(staging: Path) -> list[PartNote]:
     """The notes in a staging directory, in which each rank says what it has written: from rank 0 up to the first missing one.
 
-    By them a checkpoint that all ranks had written can be published after a crash. Errors: OSError, Malformed.
+    By them a checkpoint that all ranks had written can be published after a crash. Raises OSError if a note cannot be read,
+    Malformed if it has another form than `write_part_note` writes.
     """
     notes: list[PartNote] = []
     while (path := staging / NOTE.format(len(notes))).exists():
         raw: Any = parse_json(atomic_io.read_bytes(path, max_bytes=MAX_NOTE_BYTES))
         try:
-            parts = {str(name): FilePart(*part) for name, part in raw["parts"].items()}
-            file = None
-            if raw["file"] is not None:
-                file = WrittenFile(*raw["file"])
-            attached = [WrittenFile(*written) for written in raw.get("attached", ())]
-            notes.append(PartNote(raw["world_size"], parts, file, raw["progress"], attached))
+            notes.append(_parsed_note(raw))
         except (KeyError, TypeError, AttributeError) as error:
             raise Malformed(f"{path.name} is no note of a rank") from error
     return notes
+
+
+def _parsed_note(raw: Any) -> PartNote:
+    """The note whose JSON is `raw`. Raises KeyError, TypeError or AttributeError if it is none."""
+    file_row = raw["file"]
+    return PartNote(
+        world_size=raw["world_size"],
+        parts={str(name): FilePart(*part_row) for name, part_row in raw["parts"].items()},
+        file=None if file_row is None else WrittenFile(*file_row),
+        progress=raw["progress"],
+        attached=[WrittenFile(*written_row) for written_row in raw.get("attached", ())],
+    )

@@ -34,13 +34,13 @@ MAX_RECORD_BYTES = 2**16
 def restore_replaced(checkpoint_dirs: list[Path]) -> None:
     """Undo a replacement of a checkpoint that a power cut has interrupted: the old one gets its name back, durably.
 
-    Where two names cannot be swapped at once, the old checkpoint is renamed before the new one gets its name. Errors: OSError,
-    StorageError.
+    If the file system cannot swap two names, `publish_directory_replacing` renames the old checkpoint before the new one gets its
+    name. Raises OSError if a checkpoint cannot be renamed, StorageError if a directory cannot be listed.
     """
     for _, path in checkpoints_in(checkpoint_dirs):
-        replaced = REPLACED_NAME.fullmatch(path.name)
-        if replaced:
-            atomic_io.disk.rename(path, path.with_name(replaced[1]))
+        replaced_match = REPLACED_NAME.fullmatch(path.name)
+        if replaced_match:
+            atomic_io.disk.rename(path, path.with_name(replaced_match[1]))
             atomic_io.sync_directory(path.parent)
 
 
@@ -123,14 +123,15 @@ def resume_problem(resume: str, checkpoint_dirs: list[Path]) -> str | None:
     # What the user may have meant: a run directory, or one that holds checkpoints.
     names = set(names_in(path))
     advice = "give a checkpoint directory (step-...), auto or never"
-    newest = _newest_with_manifest([path, *checkpoint_dirs])
-    if newest:
-        advice = f"give its newest: run.resume={newest}"
-    if names & {"config.yaml", "checkpoints"}:
+    newest_checkpoint = _newest_with_manifest([path, *checkpoint_dirs])
+    if newest_checkpoint:
+        advice = f"give its newest: run.resume={newest_checkpoint}"
+    is_run_directory = bool(names & {"config.yaml", "checkpoints"})
+    if is_run_directory:
         problem = "is a run directory, and no checkpoint"
-        if not newest:
+        if not newest_checkpoint:
             problem += "; it has none that can be used"
-    elif newest:
+    elif newest_checkpoint:
         problem = "is no checkpoint, but holds some"
     elif problem == MISSING_MANIFEST and not STEP_NAME.search(path.name):
         problem = f"is no checkpoint: it has no {MANIFEST}" if names else "is empty"

@@ -51,16 +51,16 @@ class KeptAnswers:
         The file has two sets: `first`, of the run's first evaluation, and `last`, which this replaces. A reader compares them.
         Errors: StorageError.
         """
-        pending = self._pending
+        answers_by_task = self._pending
         self._pending = {}
-        if self.path is None or not pending:
+        if self.path is None or not answers_by_task:
             return
-        newest = {"step": step, "tasks": pending}
-        content = read_kept_answers(self.path.parent)
+        newest_set = {"step": step, "tasks": answers_by_task}
+        sets = read_kept_answers(self.path.parent)
         # A run that starts anew in its directory, without a checkpoint, is evaluated at step 0 again.
-        if not content or step == 0:
-            content = {"first": newest}
-        write_text_atomic(self.path, json_text({**content, "last": newest}, ensure_ascii=False))
+        if not sets or step == 0:
+            sets = {"first": newest_set}
+        write_text_atomic(self.path, json_text({**sets, "last": newest_set}, ensure_ascii=False))
 
 
 def read_kept_answers(run_dir: Path) -> dict[str, Any]:

@@ -40,14 +40,14 @@ class RollingWindow:
         float64 [width]: of loss and gradient norm, as a rule. Robust: estimated by medians, which few outliers hardly move.
         NaN while the window holds too few steps, and if any value is not finite, which is reported by itself.
         """
-        middle = _median(self.window)
-        spread = DEVIATIONS_PER_MAD * _median((self.window - middle).abs())
-        spread = torch.maximum(spread, MIN_SPREAD * middle.abs())
+        middle = _median_of_columns(self.window)
+        deviation = DEVIATIONS_PER_MAD * _median_of_columns((self.window - middle).abs())
+        spread = torch.maximum(deviation, MIN_SPREAD * middle.abs())
         num_steps = (~self.window.isnan()).sum(0)
         widening = (self.steady_steps / num_steps.clamp(min=1).double()).clamp(min=1.0)
         scores = ((values - middle) / (spread * widening)).clamp(max=MAX_SCORE)
-        has_enough = num_steps >= MIN_STEPS
-        return torch.where(has_enough & values.isfinite().all(), scores, torch.nan)
+        has_enough_steps = num_steps >= MIN_STEPS
+        return torch.where(has_enough_steps & values.isfinite().all(), scores, torch.nan)
 
     def newest_scores(self) -> Tensor:
         """The scores of the newest step in the window, by the window that it is in: float64 [width]."""
@@ -64,14 +64,14 @@ class RollingWindow:
         return [row for row in self.window.tolist() if not math.isnan(row[0])]
 
 
-def _median(values: Tensor) -> Tensor:
-    """The median of each column of float64 [n, width], without NaN; NaN for a column that has nothing else.
+def _median_of_columns(values: Tensor) -> Tensor:
+    """The median of each column of float64 [n, width], without NaN: [width]. NaN for a column that has nothing else.
 
     `torch.nanmedian` takes the lower of the two middle values, not their mean.
     """
     ordered = values.sort(0).values  # NaN is sorted last
     counts = (~values.isnan()).sum(0)
-    # The two middle places of each column, which are one if the count is odd.
-    low = ((counts - 1).clamp(min=0) // 2)[None]
-    high = (counts // 2)[None].clamp(max=len(values) - 1)
-    return (ordered.gather(0, low) + ordered.gather(0, high))[0] / 2
+    # The indices of the two middle values of each column, which are the same if the count is odd.
+    low_index = ((counts - 1).clamp(min=0) // 2)[None]
+    high_index = (counts // 2)[None].clamp(max=len(values) - 1)
+    return (ordered.gather(0, low_index) + ordered.gather(0, high_index))[0] / 2

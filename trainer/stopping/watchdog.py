@@ -28,12 +28,12 @@ class Watchdog:
         self._process: subprocess.Popen[bytes] | None = None
         if sys.platform != "linux" or not sys.executable:
             return
-        mask = 0  # as /proc shows pending signals: bit n - 1 stands for signal n
+        signal_mask = 0  # as /proc shows pending signals: bit n - 1 stands for signal n
         for number in signals:
-            mask |= 1 << (number - 1)
+            signal_mask |= 1 << (number - 1)
         environment = dict(os.environ)
         environment.pop("RANK", None)  # it is no rank, and is not to be sent what ranks are sent
-        command = [sys.executable, "-I", "-S", __file__, f"{mask:x}", str(patience_s)]
+        command = [sys.executable, "-I", "-S", __file__, f"{signal_mask:x}", str(patience_s)]
         with suppress(OSError):  # no room for another process: the run continues without
             self._process = subprocess.Popen(
                 command,
@@ -55,7 +55,7 @@ class Watchdog:
         self._process = None
 
 
-def pending_signals(status: str) -> int:
+def pending_signal_mask(status: str) -> int:
     """The mask of signals that wait for any thread of a process, by the text of its `/proc/<pid>/status`."""
     for line in status.splitlines():
         name, _, value = line.partition(":")
@@ -69,13 +69,13 @@ def is_suspended(status: str) -> bool:
     return "\nState:\tT" in status or "\nState:\tt" in status
 
 
-def watch(pid: int, mask: int, patience_s: float) -> None:
-    """Kill process `pid`, our parent, once a signal of `mask` was pending for `patience_s`.
+def kill_parent_when_stuck(pid: int, signal_mask: int, patience_s: float) -> None:
+    """Kill process `pid`, our parent, once a signal of `signal_mask` was pending for `patience_s` seconds.
 
     Looks every `LOOK_EVERY_S` seconds. Returns when it has killed the parent, or when the parent needs no watchdog any more: it
-    has ended, or closed the pipe. `mask`: as in /proc, bit n - 1 for signal n (SIGTERM, 15: 0x4000).
+    has ended, or closed the pipe. `signal_mask`: as in /proc, bit n - 1 for signal n (SIGTERM, 15: 0x4000).
     """
-    waited_s = 0.0
+    pending_s = 0.0
     while os.getppid() == pid:
         readable, _, _ = select.select([sys.stdin], [], [], LOOK_EVERY_S)
         if readable:  # the pipe was closed
@@ -86,14 +86,14 @@ def watch(pid: int, mask: int, patience_s: float) -> None:
             return
         if is_suspended(status):  # it cannot take a signal now, and the time does not count
             continue
-        if not pending_signals(status) & mask:
-            waited_s = 0.0
+        if not pending_signal_mask(status) & signal_mask:
+            pending_s = 0.0
             continue
-        waited_s += LOOK_EVERY_S
-        if waited_s >= patience_s and os.getppid() == pid:
+        pending_s += LOOK_EVERY_S
+        if pending_s >= patience_s and os.getppid() == pid:
             os.kill(pid, signal.SIGKILL)
             return
 
 
 if __name__ == "__main__":
-    watch(os.getppid(), int(sys.argv[1], 16), float(sys.argv[2]))
+    kill_parent_when_stuck(os.getppid(), int(sys.argv[1], 16), float(sys.argv[2]))
