@@ -151,7 +151,7 @@ class NewFile:
                     self.path.unlink()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append all of `data` (bytes). Errors: OSError, after which the file is to be given up."""
+        """Append all of `data` (bytes). Raises OSError, after which the file is to be given up."""
         remaining = memoryview(data)
         self._hash.update(remaining)
         self.size += len(remaining)
@@ -168,14 +168,14 @@ class NewFile:
 
 
 def write_new(path: Path, data: bytes) -> WrittenFile:
-    """The file `path` with these bytes, synced. Its name is durable once its directory is synced. Errors: OSError."""
+    """Write `data` into the file `path` and sync it. Its name is durable once its directory is synced. Raises OSError."""
     with NewFile(path) as file:
         file.write(data)
     return file.written
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable: files that were created or renamed in it survive a power cut. Errors: OSError."""
+    """Sync a directory, so that files which were created or renamed in it survive a power cut. Raises OSError if that fails."""
     descriptor = disk.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         disk.sync(descriptor)
@@ -187,7 +187,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make what others wrote into a file durable. Errors: OSError."""
+    """Make what others wrote into a file durable. Raises OSError if that fails."""
     descriptor = disk.open(path, os.O_RDONLY)
     try:
         disk.sync(descriptor)
@@ -196,7 +196,7 @@ def sync_file(path: Path) -> None:
 
 
 def make_directories(path: Path) -> None:
-    """The directory `path` with those above it, durably; nothing where it exists. Errors: OSError."""
+    """The directory `path` with those above it, durably; nothing where it exists. Raises OSError if that fails."""
     missing = [directory for directory in (path, *path.parents) if not directory.exists()]
     for directory in reversed(missing):
         with suppress(FileExistsError):
@@ -205,7 +205,7 @@ def make_directories(path: Path) -> None:
 
 
 def publish_directory(source: Path, target: Path) -> None:
-    """Give a finished directory its name: what it holds is durable before the name is. Errors: OSError."""
+    """Give a finished directory its name: what it holds is durable before the name is. Raises OSError if that fails."""
     sync_directory(source)
     disk.rename(source, target)
     sync_directory(target.parent)
@@ -216,7 +216,7 @@ def publish_directory_replacing(source: Path, target: Path, replaced: Path) -> N
 
     The two names are swapped atomically, so a power cut leaves one of the directories under `target`, complete. If the file
     system cannot swap names, the old directory is first renamed to `replaced`, then the new one to `target`. After a power cut
-    between the two, the caller finds `replaced` and must rename it back. Errors: OSError.
+    between the two, the caller finds `replaced` and must rename it back. Raises OSError if that fails.
     """
     sync_directory(source)
     if replaced.exists():
@@ -313,7 +313,7 @@ class RetryingReader:
 def open_regular_file(path: Path) -> Iterator[tuple[int, int]]:
     """(descriptor, size in bytes) of a regular file, to be read.
 
-    Errors: OSError, also if it is a link, a pipe or a device: somebody else may have put it there.
+    Raises OSError, also if it is a link, a pipe or a device: somebody else may have put it there.
     """
     descriptor = disk.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
@@ -329,7 +329,7 @@ class OpenDirectory:
     """Keeps a directory open, so that it can be found after somebody has renamed it."""
 
     def __init__(self, path: Path) -> None:
-        """Errors: OSError."""
+        """Raises OSError if the directory cannot be opened."""
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.close = weakref.finalize(self, os.close, self._descriptor)
@@ -373,7 +373,7 @@ class OpenDirectory:
 
 
 def read_exactly(descriptor: int, into: memoryview, offset: int) -> None:
-    """Read exactly `len(into)` bytes from `offset` on. Errors: OSError, also if the file ends before."""
+    """Read exactly `len(into)` bytes from `offset` on. Raises OSError, also if the file ends before."""
     while len(into):
         num_read = disk.read(descriptor, into, offset)
         if num_read <= 0:
@@ -383,7 +383,7 @@ def read_exactly(descriptor: int, into: memoryview, offset: int) -> None:
 
 
 def read_bytes(path: Path, *, max_bytes: int, patient: bool = False) -> bytes:
-    """The content of a regular file of at most `max_bytes` bytes. Errors: OSError.
+    """The content of a regular file of at most `max_bytes` bytes. Raises OSError if that fails.
 
     `patient`: another host may have just written it, so wait until it is visible.
     """
@@ -406,7 +406,7 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
     buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, expected.size))))
 
     def compare() -> str | None:
-        """How the file differs; None if it does not. Reads it from its beginning. Errors: OSError."""
+        """How the file differs; None if it does not. Reads it from its beginning. Raises OSError if that fails."""
         digest = hashlib.sha256()
         with open_regular_file(directory / expected.name) as (descriptor, size):
             if size != expected.size:

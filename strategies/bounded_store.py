@@ -55,7 +55,7 @@ class BoundedStore:
         return time.monotonic() - self._answered_at
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Let the thread make a call, and wait for its answer up to the limit. Errors: Unanswered, and the call's own."""
+        """Let the thread make a call, and wait for its answer. Raises Unanswered after the limit, or the call's own error."""
         if self._late is not None and not self._late.done():
             raise Unanswered(f"the ranks' store has not answered for {self.unanswered_s():.0f} s")
         answer: Future[Any] = Future()

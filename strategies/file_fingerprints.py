@@ -11,7 +11,7 @@ MAX_BLOCKS = 64
 
 
 def sampled_digest(path: Path) -> str:
-    """`<bytes>:<SHA-256 of up to 64 blocks of 64 KiB>`, the first and the last among them. Errors: OSError.
+    """`<bytes>:<SHA-256 of up to 64 blocks of 64 KiB>`, the first and the last among them. Raises OSError if that fails.
 
     A file of up to 4 MiB is covered as a whole. In a larger file a change between the blocks is not noticed.
     """

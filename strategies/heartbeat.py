@@ -175,7 +175,7 @@ class HeartbeatMonitor:
     def ranks_without_heartbeat(self, wait_s: float) -> list[Heartbeat]:
         """The last heartbeats of the other ranks that send none for `wait_s` seconds: they were stopped, or have ended.
 
-        Waits for `wait_s` seconds. Errors: RuntimeError of the store.
+        Waits for `wait_s` seconds. Raises RuntimeError if the store has ended.
         """
         heartbeats_before = self._last_heartbeats()
         time.sleep(wait_s)
@@ -281,7 +281,7 @@ class HeartbeatMonitor:
         return absent_ranks
 
     def _last_heartbeats(self) -> list[Heartbeat]:
-        """The last heartbeat of every rank, in rank order. Errors: RuntimeError of the store."""
+        """The last heartbeat of every rank, in rank order. Raises RuntimeError if the store has ended."""
         last_heartbeats = []
         for rank in range(self.world_size):
             key = f"shardtune/beat/{rank}"
@@ -348,8 +348,8 @@ class HeartbeatMonitor:
     def _dump_stacks_and_last_collective(self) -> None:
         """Write the stacks of this rank's threads, and its last collective, into the stack file.
 
-        Also puts the collective into the store. Only the first call does so; later ones do nothing. Errors: RuntimeError of the
-        store.
+        Also puts the collective into the store. Only the first call does so; later ones do nothing. Raises RuntimeError if the
+        store has ended.
         """
         with self._report_lock:
             stack_dump_file = self._stack_dump_file

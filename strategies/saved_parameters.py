@@ -35,7 +35,8 @@ class SavedParameters(Mapping[str, Tensor]):
     ) -> None:
         """`shapes`: of every parameter that the run trains. `schedule_free_beta`: beta 1 of a schedule-free optimizer.
 
-        Reads the index. Errors: StorageError; ConfigError if the checkpoint is of a run that trains other parameters.
+        Reads the index. Raises StorageError if it cannot be read, ConfigError if the checkpoint is of a run that trains other
+        parameters.
         """
         self.checkpoint = checkpoint
         self._shapes = dict(shapes)
@@ -91,7 +92,7 @@ class SavedParameters(Mapping[str, Tensor]):
         return self.checkpoint.name
 
     def progress(self) -> Progress:
-        """How far the run was. Errors: StorageError."""
+        """How far the run was. Raises StorageError if that fails."""
         return read_header(self.checkpoint, patient=True).progress
 
 

@@ -1,6 +1,6 @@
 """Small files through which attempts at a run inform each other. Each appears complete or not at all, also on network disks.
 
-They are written through `strategies/atomic_io.py`. Errors: OSError.
+They are written through `strategies/atomic_io.py`, whose errors are OSError.
 """
 
 from __future__ import annotations

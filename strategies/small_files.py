@@ -98,7 +98,7 @@ def text_values_of(parsed: Any) -> Iterator[str]:
 
 
 def check_files_read_by_libraries(directory: Path) -> None:
-    """Look at every small file that a library would read in a model's or an adapter's directory. Raises ConfigError."""
+    """Raise ConfigError if a library could not read one of the small files in a model's or an adapter's directory."""
     for name in JSON_OBJECT_FILES:
         path = directory / name
         if path.exists() or path.is_symlink():

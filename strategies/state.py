@@ -67,7 +67,7 @@ class StateHeader:
 
 
 def read_header(path: Path, *, patient: bool = False) -> StateHeader:
-    """The header of a saved state, from a small JSON file; reads no tensors. Errors: StorageError.
+    """The header of a saved state, from a small JSON file; reads no tensors. Raises StorageError if that fails.
 
     `patient`: another host has seen the file, so wait until it is visible here.
     """
@@ -142,7 +142,7 @@ def _is_row_of_numbers(row: Any) -> bool:
 
 
 def read_index(path: Path, *, patient: bool = False) -> Index:
-    """The index of a saved state: its tensors, and where they are in the files. Errors: StorageError.
+    """The index of a saved state: its tensors, and where they are in the files. Raises StorageError if that fails.
 
     `patient`: another host has seen the file, so wait until it is visible here.
     """

@@ -57,7 +57,7 @@ class LocalElements:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON from a file that anybody may have written. Errors: Malformed."""
+    """Parse JSON from a file that anybody may have written. Raises Malformed if that fails."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -107,7 +107,7 @@ def planned_tensor_file(local: Iterable[LocalElements], file: str) -> PlannedFil
 
 
 def write_tensors(path: Path, head: bytes, local: Iterable[LocalElements]) -> WrittenFile:
-    """Write a safetensors file: `head`, from `planned_tensor_file` of the same tensors, then their values. Errors: OSError."""
+    """Write a safetensors file: `head`, from `planned_tensor_file` of the same tensors, then their values. Raises OSError."""
     with NewFile(path) as file:
         file.write(head)
         for elements in local:
@@ -133,7 +133,7 @@ def index_json(parts_by_rank: Iterable[Mapping[str, FilePart]]) -> bytes:
 
 
 def parse_index(data: bytes) -> Index:
-    """An index out of a file. Errors: Malformed, also where the parts of a tensor leave gaps or overlap."""
+    """An index out of a file. Raises Malformed, also where the parts of a tensor leave gaps or overlap."""
     raw = parse_json(data)
     if not isinstance(raw, dict):
         raise Malformed("is no table of tensors")
@@ -179,7 +179,7 @@ def read_tensors(directory: Path, index: Index, local: Iterable[LocalElements]) 
     """The saved values for each range of elements in `local`: new float32 tensors, 1-d, on the CPU.
 
     `index` says which files hold which elements; a range may lie across the files of several ranks that wrote them. Opens one
-    file after the other and reads each in the order of its bytes. Errors: OSError, Malformed.
+    file after the other and reads each in the order of its bytes. Raises OSError or Malformed if that fails.
     """
     buffers: list[Tensor] = []
     targets_by_file: dict[str, list[_ReadTarget]] = {}
@@ -217,7 +217,7 @@ class _ReadTarget(NamedTuple):
 
 
 def _fill_targets(file: Path, targets: list[_ReadTarget]) -> None:
-    """Fill each target tensor with the bytes of `file` from its offset on. Errors: OSError."""
+    """Fill each target tensor with the bytes of `file` from its offset on. Raises OSError if that fails."""
     with open_regular_file(file) as (descriptor, _):
         for target in targets:
             read_exactly(descriptor, target.values.numpy().data.cast("B"), target.offset)

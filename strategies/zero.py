@@ -229,7 +229,7 @@ class ZeroEngine:
     def load(self, path: Path) -> Progress:
         """Read a training state into weights and optimizer, whatever strategy and world size wrote it. All ranks must call.
 
-        Returns how far the run had come. Errors: see `Engine.load`.
+        Returns how far the run had come. Raises ConfigError if the state is another run's, StorageError if it cannot be read.
         """
         # The state is read into the tensors of the flat ranges, in place, so the optimizer's moments must exist before.
         self._ensure_moments()

@@ -34,7 +34,7 @@ def checkpoints_in(checkpoint_dirs: list[Path]) -> list[tuple[int, Path]]:
 
     If several directories have the same step, that of the first directory comes last, as the newest. A checkpoint that was
     renamed to `.step-<n>.replaced` for a successor is listed too, if the power failed before the successor got the name;
-    `resume_selection.restore_replaced` gives it its name back. Errors: StorageError if a directory exists and cannot be listed.
+    `resume_selection.restore_replaced` gives it its name back. Raises StorageError if a directory exists and cannot be listed.
     """
     sortable_checkpoints = []  # (step, minus the number of the directory, path)
     for dir_number, checkpoint_dir in enumerate(checkpoint_dirs):
@@ -53,12 +53,12 @@ def checkpoints_in(checkpoint_dirs: list[Path]) -> list[tuple[int, Path]]:
 
 
 def list_names(directory: Path) -> list[str]:
-    """The names in a directory. Waits for a stale NFS handle or a disk error that passes. Errors: OSError."""
+    """The names in a directory. Waits for a stale NFS handle or a disk error that passes. Raises OSError if that fails."""
     return atomic_io.RetryingReader().read(directory, lambda: atomic_io.disk.names(directory), (errno.ESTALE,))
 
 
 def names_in(directory: Path) -> list[str]:
-    """The names in a directory; none if it does not exist. Errors: StorageError if it exists and cannot be listed."""
+    """The names in a directory; none if it does not exist. Raises StorageError if it exists and cannot be listed."""
     try:
         return list_names(directory)
     except (FileNotFoundError, NotADirectoryError):

@@ -129,7 +129,7 @@ class Checkpoints:
                 self._move_aside(checkpoint_dir, paths_to_move)
 
     def _move_aside(self, checkpoint_dir: Path, checkpoints: list[Path]) -> None:
-        """Move checkpoints of one directory into a new directory `given-up-<n>` in it, durably. Errors: OSError."""
+        """Move checkpoints of one directory into a new directory `given-up-<n>` in it, durably. Raises OSError if that fails."""
         number = 1
         while (checkpoint_dir / GIVEN_UP.format(number)).exists():
             number += 1
@@ -150,11 +150,11 @@ class Checkpoints:
         )
 
     def has_any(self) -> bool:
-        """Whether there are checkpoints of this run. All ranks must call. Errors: StorageError on every rank."""
+        """Whether there are checkpoints of this run. All ranks must call. Raises StorageError on every rank if that fails."""
         return call_on_main(lambda: bool(checkpoints_in(self.checkpoint_dirs)), self.runtime)
 
     def has_checkpoint_of(self, step: int) -> bool:
-        """Whether this run has a checkpoint of a step. All ranks must call. Errors: StorageError on every rank."""
+        """Whether this run has a checkpoint of a step. All ranks must call. Raises StorageError on every rank if that fails."""
         return call_on_main(lambda: step in dict(checkpoints_in(self.checkpoint_dirs)), self.runtime)
 
     def roll_back(self, last_good_step: int) -> Path:
@@ -405,7 +405,7 @@ class Checkpoints:
         """Finish a checkpoint: let `write` complete its files, add the manifest, and give the directory its name (`step-<n>`).
 
         `write` takes the staging directory, in which the checkpoint was begun, and returns its files. Returns (the checkpoint's
-        path, bytes of all its files). All ranks must call. Errors: StorageError on every rank.
+        path, bytes of all its files). All ranks must call. Raises StorageError on every rank if that fails.
         """
         checkpoint_dir = checkpoint.checkpoint_dir
         staging = checkpoint.staging

@@ -39,7 +39,7 @@ OLD_FORMAT = (
 
 
 def write_manifest(directory: Path, files: Iterable[WrittenFile]) -> None:
-    """Write the manifest of a directory's files, durably. Errors: OSError."""
+    """Write the manifest of a directory's files, durably. Raises OSError if that fails."""
     write_new(directory / MANIFEST, _manifest_bytes({file.name: file for file in files}))
 
 
@@ -57,7 +57,7 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
     """Read and check the manifest of a checkpoint: name, size and SHA-256 that each of its files must have.
 
     The files themselves are only looked for, not read. `reader`: that of the checkpoint, which waits for a disk that stumbles.
-    Errors: Malformed, with what is wrong with the directory or its manifest.
+    Raises Malformed, with what is wrong with the directory or its manifest.
     """
     reader = reader or RetryingReader()
 
@@ -111,7 +111,7 @@ def manifest_fingerprint(directory: Path) -> str | None:
 
 
 def checkpoint_fingerprint_at_step(run_dir: Path, step: int, fallback_dir: str | None) -> str | None:
-    """The fingerprint of a run's checkpoint at a step; None if there is none. Errors: StorageError."""
+    """The fingerprint of a run's checkpoint at a step; None if there is none. Raises StorageError if that fails."""
     checkpoints = dict(checkpoints_in(checkpoint_dirs_of(run_dir, fallback_dir)))
     if step not in checkpoints:
         return None

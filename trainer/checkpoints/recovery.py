@@ -43,7 +43,7 @@ class PartNote:
 
 
 def write_part_note(staging: Path, state: RankState, outcome: FileOutcome) -> None:
-    """Write the note of what this rank has written into `staging`, durably. No collective. Errors: OSError."""
+    """Write the note of what this rank has written into `staging`, durably. No collective. Raises OSError if that fails."""
     part_rows = {}  # by name of the tensor, with the fields of `FilePart`
     for name, part in state.parts.items():
         part_rows[name] = [part.file, part.start, part.length, part.offset]
@@ -61,7 +61,7 @@ def write_part_note(staging: Path, state: RankState, outcome: FileOutcome) -> No
 
 
 def remove_part_notes(staging: Path, world_size: int) -> None:
-    """Remove the notes of all ranks from a checkpoint that is about to be published. Errors: OSError."""
+    """Remove the notes of all ranks from a checkpoint that is about to be published. Raises OSError if that fails."""
     for rank in range(world_size):
         (staging / NOTE.format(rank)).unlink(missing_ok=True)
 
@@ -92,7 +92,7 @@ def _publish_if_complete(staging: Path, final: Path) -> bool:
     """Finish the checkpoint `final` from its staging directory, if every rank had written its part; returns whether they had.
 
     Each rank leaves a note of what it has written. From the notes come the files that rank 0 would have written: index,
-    progress and manifest. Errors: OSError, Malformed.
+    progress and manifest. Raises OSError or Malformed if that fails.
     """
     notes = _read_notes(staging)
     is_complete = bool(notes) and len(notes) == notes[0].world_size

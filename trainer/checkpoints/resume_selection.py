@@ -48,7 +48,7 @@ def effective_resume(checkpoint_dirs: list[Path], resume: str) -> str:
     """`run.resume` as it applies to this start: `auto` if the run began from the named checkpoint before and has newer ones.
 
     So a requeued job, whose command names the same checkpoint again, does not go back to it. In all other cases `resume` itself:
-    `auto` and `never`, no record of a start from that path, another checkpoint at that path now, or no newer ones. Errors:
+    `auto` and `never`, no record of a start from that path, another checkpoint at that path now, or no newer ones. Raises
     StorageError if the record cannot be read.
     """
     if resume in ("auto", "never"):
@@ -78,7 +78,7 @@ def effective_resume(checkpoint_dirs: list[Path], resume: str) -> str:
 
 
 def record_resumed_checkpoint(checkpoint_dirs: list[Path], resume: str, resumed: Path) -> None:
-    """Record durably that the run begins from `resumed`, if that is the checkpoint that `run.resume` names. Errors: OSError."""
+    """Record durably that the run begins from `resumed`, if `run.resume` names that checkpoint. Raises OSError if that fails."""
     if resume in ("auto", "never") or Path(resume).expanduser().resolve() != resumed.resolve():
         return
     path = checkpoint_dirs[0].parent / RESUMED_FROM
@@ -91,8 +91,8 @@ def record_resumed_checkpoint(checkpoint_dirs: list[Path], resume: str, resumed:
 
 
 def _read_record(path: Path) -> dict[str, str] | None:
-    """The content of `resumed-from.json`: `path` and `manifest_sha256` of the checkpoint; None without the file. Errors:
-    OSError.
+    """The content of `resumed-from.json`: `path` and `manifest_sha256` of the checkpoint; None without the file. Raises
+    OSError if that fails.
     """
     try:
         record: dict[str, str] = json.loads(atomic_io.read_bytes(path, max_bytes=MAX_RECORD_BYTES))
@@ -112,7 +112,8 @@ def _manifest_sha256(directory: Path) -> str | None:
 def resume_problem(resume: str, checkpoint_dirs: list[Path]) -> str | None:
     """Why the directory that `run.resume` names cannot be resumed, and what to give instead; None if it may be a checkpoint.
 
-    `checkpoint_dirs`: where its checkpoints lie if it is a run directory. Reads its manifest, no tensors. Errors: StorageError.
+    `checkpoint_dirs`: where its checkpoints lie if it is a run directory. Reads its manifest, no tensors. Raises StorageError
+    if that fails.
     """
     path = Path(resume).expanduser()
     try:
@@ -159,7 +160,7 @@ class _ResumeCandidates(NamedTuple):
 
 
 def _resume_candidates(checkpoint_dirs: list[Path], resume: str, last_step: int | None) -> _ResumeCandidates:
-    """What a start with `run.resume=resume` may resume from. Called on rank 0 only. Errors: OSError, StorageError.
+    """What a start with `run.resume=resume` may resume from. Called on rank 0 only. Raises OSError or StorageError if that fails.
 
     The newest checkpoint comes first. With `last_step`, the newest up to this step comes first, then later ones from the oldest.
     Before looking, renames checkpoints back whose replacement was cut short.

@@ -39,7 +39,7 @@ class SampledDocuments(Protocol):
 
 
 class AnomalyLog:
-    """Called with each outlier, on rank 0 only. Errors: StorageError if the file cannot be written."""
+    """Called with each outlier, on rank 0 only. Raises StorageError if the file cannot be written."""
 
     def __init__(self, run_dir: Path, data: Path, loader: SampledDocuments, print_line: Callable[[str], None]) -> None:
         """`data`: directory of the prepared data set; `print_line`: prints a line on the screen."""
@@ -51,7 +51,7 @@ class AnomalyLog:
     def __call__(self, outlier: Outlier) -> None:
         """Append the outlier to `events.jsonl`, with the documents of its step, and print a warning that names some of them.
 
-        The guards call it on rank 0, as their `on_outlier`. Errors: StorageError if the file cannot be written.
+        The guards call it on rank 0, as their `on_outlier`. Raises StorageError if the file cannot be written.
         """
         document_numbers = self.loader.documents(outlier.first_sample)
         documents: list[dict[str, Any]] = []

@@ -304,13 +304,13 @@ class Challenges:
         return logged
 
     def _write_first_evaluation(self, values: dict[str, float]) -> None:
-        """Keep the evaluation before the first step. Errors: StorageError."""
+        """Keep the evaluation before the first step. Raises StorageError if that fails."""
         self.held_out_before = HeldOutEvaluation(_paired_metrics(values), self._batch_sums)
         if self.first_evaluation_file is not None:
             self.first_evaluation_file.write(self.held_out_before)
 
     def _write_last_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Keep the evaluation after `step` in place of the one before it. Errors: StorageError."""
+        """Keep the evaluation after `step` in place of the one before it. Raises StorageError if that fails."""
         if self.last_evaluation_file is not None and self._batch_sums:
             self.last_evaluation_file.write(HeldOutEvaluation(_paired_metrics(values), self._batch_sums, step))
 
@@ -400,7 +400,7 @@ class Challenges:
         self.on_record(self.record)
 
     def _report(self, finding: Finding, *, is_repeat: bool) -> None:
-        """Record a finding in `record`. If it stops the run, and none did before, set `stopping_finding`. Errors: StorageError.
+        """Record a finding in `record`. If it stops the run, and none did before, set `stopping_finding`.
 
         - `is_repeat`, the detector has reported at an earlier step: only its newest numbers are recorded.
         - Otherwise: it is recorded and printed. It is appended to `events.jsonl` unless it is there: a process that was killed
@@ -436,7 +436,7 @@ class Challenges:
             return []
 
     def _append_event(self, finding: Finding) -> None:
-        """Append a finding to `events.jsonl`. Errors: StorageError."""
+        """Append a finding to `events.jsonl`. Raises StorageError if that fails."""
         if self.events is not None:
             event = {"event": "challenge", "time": time.time(), "challenge": finding.detector, **finding.record()}
             try:
@@ -446,7 +446,7 @@ class Challenges:
                 raise StorageError(f"{self.events}: cannot be written ({error}); free space") from error
 
     def record_early_stopping(self, progress: Progress, reason: str) -> None:
-        """Record that early stopping ends the run, for this `reason`; the loop prints it. Errors: StorageError."""
+        """Record that early stopping ends the run, for this `reason`; the loop prints it. Raises StorageError if that fails."""
         message = reason.removeprefix("stopping early: ")
         numbers = {"best_step": float(progress.best_step or 0)}
         finding = Finding(

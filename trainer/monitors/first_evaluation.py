@@ -67,7 +67,7 @@ class HeldOutFile:
         return evaluation_of_rank_0
 
     def write(self, evaluation: HeldOutEvaluation) -> None:
-        """Replace the file, on rank 0 alone. Errors: StorageError."""
+        """Replace the file, on rank 0 alone. Raises StorageError if that fails."""
         if self.runtime.is_main:
             write_text_atomic(self.path, json_text(asdict(evaluation)) + "\n")
 

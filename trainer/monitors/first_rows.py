@@ -39,7 +39,7 @@ class FirstRows:
         return self._rows.get(task_name)
 
     def remember(self, task_name: str, rows: list[TaskRow]) -> None:
-        """Take `rows` for those of the first evaluation of a task, and write them into the file. Errors: StorageError."""
+        """Take `rows` for those of a task's first evaluation, and write them into the file. Raises StorageError if that fails."""
         self._rows[task_name] = rows
         if self.path is not None:
             rows_by_task = {}

@@ -49,7 +49,7 @@ class KeptAnswers:
         """Write the answers that were taken since the last call to the file, as those at this step.
 
         The file has two sets: `first`, of the run's first evaluation, and `last`, which this replaces. A reader compares them.
-        Errors: StorageError.
+        Raises StorageError if that fails.
         """
         answers_by_task = self._pending
         self._pending = {}

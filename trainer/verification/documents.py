@@ -36,8 +36,8 @@ def write_documents(
 ) -> None:
     """Write `number` random documents as a store into `directory`, which must not exist.
 
-    `labels`: number of labels. `multi_label`: a document may have several. `must_learn`: every document has a target. Errors:
-    OSError.
+    `labels`: number of labels. `multi_label`: a document may have several. `must_learn`: every document has a target. Raises
+    OSError if that fails.
     """
     # A label is drawn as one number; with several labels a document, it is a bit mask of them.
     label_values = 1 << labels if multi_label else labels

@@ -43,7 +43,7 @@ def write_small_models_and_documents(
 ) -> tuple[SmallModel, SmallRun]:
     """Write the small copies of model and teacher, and random documents, into `directory`. No collective.
 
-    `user_ranks`: ranks of the run itself; None if not known. Errors: ConfigError if the model or its teacher is not on this
+    `user_ranks`: ranks of the run itself; None if not known. Raises ConfigError if the model or its teacher is not on this
     machine, or no small copy can be made.
     """
     family = family_of(config.objective)
@@ -98,8 +98,8 @@ def verify_step_against_single_process(
 ) -> dict[str, Any]:
     """Compare a step of the run on all ranks with the same step by one process; returns the verdict as JSON values.
 
-    Empty on all ranks but 0. All ranks must call, after `write_small_models_and_documents` on one of them. Errors: those of
-    building the run, and of its engines.
+    Empty on all ranks but 0. All ranks must call, after `write_small_models_and_documents` on one of them. Raises the errors
+    of building the run, and of its engines.
     """
     small = small_run_of_directory(directory, config, user_ranks=user_ranks)
     runtime = with_sequence_parallelism(runtime, small.config.parallel.sequence)

@@ -84,7 +84,7 @@ def take_verified_step(
 ) -> TakenStep:
     """Build the engine of `config`, and take one step on the random documents. All ranks of `runtime` must call.
 
-    `directory`: for recorded log-probabilities of the reference model; another one for each step. Errors: ConfigError, and those
+    `directory`: for recorded log-probabilities of the reference model; another one for each step. Raises ConfigError, and those
     of the engines.
     """
     if "deepspeed" in sys.modules:
