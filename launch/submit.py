@@ -91,7 +91,7 @@ def _submit_one(arguments: SubmitArguments) -> int:
     """
     from launch.cluster.submission import Submission, refuse_unshared_model, submit
     from launch.config.compose import compose, default_run_dir, is_finished
-    from launch.runs.freeze import freeze
+    from launch.runs.freeze import write_run_config
 
     submitted: list[Submission] = []
     with stdout_to_stderr(arguments.as_json):
@@ -104,7 +104,7 @@ def _submit_one(arguments: SubmitArguments) -> int:
         run_dir = Path(typed_directory).expanduser() if typed_directory else default_run_dir(composed.sha256)
         finished = not arguments.print_only and is_finished(run_dir)
         if not arguments.print_only:
-            run_dir = freeze(composed, run_dir, may_change_strategy=True)
+            run_dir = write_run_config(composed, run_dir, may_change_strategy=True)
         # The later parts of a pipeline may be open although the training is done.
         if finished and not getattr(composed.config.launcher, "pipeline", []):
             print(f"{run_dir}: already finished with this configuration; nothing to do")

@@ -181,9 +181,9 @@ def run_result(run_dir: Path, code: int) -> dict[str, Any]:
 
     `code`: the exit code of the command.
     """
-    from launch.runs.stop_command import run_summary
+    from launch.runs.stop_command import stopped_run_summary
 
-    answer = {**run_summary(run_dir, None), "exit_code": code}
+    answer = {**stopped_run_summary(run_dir, None), "exit_code": code}
     # A run that failed, or that exports nothing, lacks these.
     for key, path in {"record": run_dir / "run.json", "export": run_dir / "export"}.items():
         answer[key] = str(path) if path.exists() else None
@@ -233,13 +233,13 @@ def launch_run(composed: Composed, run_dir: Path, *, isolate: bool = False) -> i
     `isolate`: train in processes of its own, so that a failure leaves this one intact (for the runs of a sweep).
     """
     from launch.config.compose import is_finished
-    from launch.runs.freeze import freeze
+    from launch.runs.freeze import write_run_config
     from trainer.config.run import LauncherName
 
     config = composed.config
-    # Looked up before `freeze`, which writes. Printed after it, once the directory is known to be this run's.
+    # Looked up before `write_run_config`, which writes. Printed after it, once the directory is known to be this run's.
     finished = is_finished(run_dir)
-    freeze(composed, run_dir, may_change_strategy=not isolate)
+    write_run_config(composed, run_dir, may_change_strategy=not isolate)
     if finished:
         print(f"{run_dir}: already finished with this configuration; nothing to do")
         return 0
@@ -317,7 +317,7 @@ def _run_of_rank(arguments: list[str], rank: int) -> RankRun:
         from launch.config.compose import compose, is_finished, load_frozen
         from launch.config.frozen import config_sha256
         from launch.config.resume import keep_earlier_defaults
-        from launch.runs.freeze import freeze
+        from launch.runs.freeze import write_run_config
 
     frozen_config = os.environ.get("SHARDTUNE_CONFIG")
     if frozen_config:
@@ -329,7 +329,7 @@ def _run_of_rank(arguments: list[str], rank: int) -> RankRun:
     run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
     finished = run_dir is not None and is_finished(run_dir)  # before freezing, which writes a new configuration
     if rank == 0:
-        run_dir = freeze(composed, run_dir or run_dir_of(composed), may_change_strategy=True)
+        run_dir = write_run_config(composed, run_dir or run_dir_of(composed), may_change_strategy=True)
     elif run_dir is not None:
         keep_earlier_defaults(composed, run_dir)
     return RankRun(config, run_dir, composed.sha256, finished)

@@ -15,7 +15,7 @@ from pathlib import Path
 from launch.cluster.long_steps import long_step_notes, longest_step_s
 from launch.cluster.sbatch_environment import environment_value
 from launch.config.prices import price_by_gpu_kind
-from launch.runs.slurm_time import clock, seconds
+from launch.runs.slurm_time import format_slurm_time, parse_slurm_time
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.config.sbatch_options import options_of
@@ -77,7 +77,7 @@ def _parse_partition(cells: list[str]) -> Partition:
     return Partition(
         name=name,
         is_default=marked_name.endswith("*"),
-        limit_s=seconds(time_limit),
+        limit_s=parse_slurm_time(time_limit),
         nodes=_leading_number(nodes),
         cpus=_leading_number(cpus),
         memory_mb=_leading_number(memory),
@@ -101,11 +101,11 @@ def check_job(config: RunConfig, run_dirs: list[Path]) -> list[str]:
     """
     assert isinstance(config.launcher, SlurmConfig)
     slurm = as_submitted(config.launcher)
-    limit_s = seconds(slurm.time)
+    limit_s = parse_slurm_time(slurm.time)
     # The signal to save comes `signal_lead_s` before the time limit.
     if slurm.signal_lead_s >= limit_s:
         raise ConfigError(
-            f"launcher.signal_lead_s={slurm.signal_lead_s}: launcher.time={slurm.time} ({clock(limit_s)}) is no "
+            f"launcher.signal_lead_s={slurm.signal_lead_s}: launcher.time={slurm.time} ({format_slurm_time(limit_s)}) is no "
             "longer, so that each start would be told to save before it has trained; give more time, or a shorter lead"
         )
     # Partitions: empty if sinfo cannot tell; then nothing is checked against them.
@@ -177,9 +177,9 @@ def _reasons_never_to_start(slurm: SlurmConfig, candidates: list[Partition]) -> 
     # Each resource by itself: what the job requests against the most that any of the partitions has.
     problems = []
     longest_s = max(partition.limit_s for partition in candidates)
-    if seconds(slurm.time) > longest_s:
+    if parse_slurm_time(slurm.time) > longest_s:
         problems.append(
-            f"launcher.time={slurm.time}: partition {names} gives {clock(longest_s)} at most: it would never start"
+            f"launcher.time={slurm.time}: partition {names} gives {format_slurm_time(longest_s)} at most: it would never start"
         )
     request = slurm.gpu_request
     gpus = 0 if request is None else request.count
@@ -233,16 +233,16 @@ def _time_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
 
     An example: "time    1-0:00:00 a start, 120 s before its end it saves and is requeued".
     """
-    limit_s = seconds(slurm.time)
+    limit_s = parse_slurm_time(slurm.time)
     consequence = "is requeued"
     if "no-requeue" in options_of(slurm.extra):
         consequence = "ends with 75, not requeued (launcher.extra: --no-requeue)"
-    line = f"time    {clock(limit_s)} a start, {slurm.signal_lead_s} s before its end it saves and {consequence}"
+    line = f"time    {format_slurm_time(limit_s)} a start, {slurm.signal_lead_s} s before its end it saves and {consequence}"
     if not slurm.signal_lead_s:
-        line = f"time    {clock(limit_s)} a start; nothing tells it to save before its end (launcher.signal_lead_s=0)"
+        line = f"time    {format_slurm_time(limit_s)} a start; nothing tells it to save before its end (launcher.signal_lead_s=0)"
     if candidates:
         longest_s = max(partition.limit_s for partition in candidates)
-        line += f"; partition {candidates[0].name} gives {clock(longest_s)} at most"
+        line += f"; partition {candidates[0].name} gives {format_slurm_time(longest_s)} at most"
     lines = [line]
     if candidates and not any(partition.is_up for partition in candidates):
         lines.append(
@@ -287,11 +287,12 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
     remaining_steps = max(0, total_steps - int(step_rows[-1]["step"]))
     remaining_s = remaining_steps * step_s
     # A start trains until SLURM's signal tells it to save.
-    start_s = max(1.0, seconds(slurm.time) - slurm.signal_lead_s)
+    start_s = max(1.0, parse_slurm_time(slurm.time) - slurm.signal_lead_s)
     restarts = max(0, math.ceil(remaining_s / start_s) - 1)
     plural = "" if restarts == 1 else "s"
     # SLURM's requeue after a save is what `launcher.retry` calls "preempted".
-    line = f"starts  {clock(remaining_s)} of steps are left at {step_s:.3g} s a step: {restarts} restart{plural} at the limit"
+    time_left = format_slurm_time(remaining_s)
+    line = f"starts  {time_left} of steps are left at {step_s:.3g} s a step: {restarts} restart{plural} at the limit"
     allowed = slurm.retry.get("preempted", 0)
     if restarts > allowed:
         line += f", but launcher.retry allows {allowed}"
@@ -321,7 +322,7 @@ def _price_lines(slurm: SlurmConfig, candidates: list[Partition], runs: int) -> 
     prices: set[float | None] = {price_by_gpu_kind(kind) for kind in gpu_kinds}  # US dollars an hour of a GPU
     # Known only if all kinds that the job may get cost the same.
     price = prices.pop() if len(prices) == 1 else None
-    gpu_hours = request.count * slurm.nodes * runs * seconds(slurm.time) / 3600
+    gpu_hours = request.count * slurm.nodes * runs * parse_slurm_time(slurm.time) / 3600
     if price is None:
         cards = ", ".join(sorted(gpu_kinds)) or "these cards"
         return [f"price   {gpu_hours:,.0f} GPU hours at most a start; what one costs is not known of {cards}"]

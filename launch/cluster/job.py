@@ -22,7 +22,7 @@ from launch.cluster import containers, pipeline_part, snapshot
 from launch.cluster.job_end import JobStart, end, job_name, record_lost_start
 from launch.config.process_role import master_port
 from launch.runs.job_record import record_job_end, record_job_start
-from launch.runs.queue import note_submitted
+from launch.runs.queue import write_submitted_job_ids
 from strategies.errors import ConfigError, NodesUnfit, ShardtuneError, StorageError
 from trainer.config.sbatch_options import ranks_per_node
 from trainer.reporting.code_revision import ROOT
@@ -120,7 +120,7 @@ def begin(overrides: list[str]) -> dict[str, Any]:
     refuse_in_use(run.directory, run.settings["run"]["lease_s"])
     # After the checks of the run directory: a start that they refuse must not replace the record of the run's own job.
     if started_by_train_sbatch:  # `submit` has left this record for its own jobs
-        note_submitted([run.directory], job.name)
+        write_submitted_job_ids([run.directory], job.name)
     record_job_start(run.directory, job.name, job.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
     report_idle_gpus(run.processes, os.environ)
     for cause, max_retries in launcher["retry"].items():
@@ -228,7 +228,7 @@ def load_or_compose_run(overrides: list[str], job: JobStart) -> FrozenRun:
     if submitted_config and not overrides:
         return FrozenRun.read(Path(submitted_config).parent)
     from launch.config.compose import compose
-    from launch.runs.freeze import freeze
+    from launch.runs.freeze import write_run_config
 
     problems = misplaced_override_problems(overrides)
     if problems:
@@ -239,7 +239,7 @@ def load_or_compose_run(overrides: list[str], job: JobStart) -> FrozenRun:
         raise ConfigError(f"launcher.nodes={nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out")
     run_dir = Path(composed.config.run.dir or "")
     # The strategy may change: an unfinished run resumes under another one, as it does with `shardtune submit`.
-    return FrozenRun.read(freeze(composed, run_dir, may_change_strategy=True))
+    return FrozenRun.read(write_run_config(composed, run_dir, may_change_strategy=True))
 
 
 def misplaced_override_problems(overrides: list[str]) -> list[str]:

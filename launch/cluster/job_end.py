@@ -135,7 +135,7 @@ def end(step_code: int, *, received_term: bool, has_started_ranks: bool = True) 
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     term = TermSignal()
     if has_started_ranks:
-        print(efficiency.record_start(run_dir, job.name, job.restart, step_code), flush=True)
+        print(efficiency.record_start_usage(run_dir, job.name, job.restart, step_code), flush=True)
     outcome = _determine_outcome(
         job, run_dir, step_code, received_term=received_term, has_started_ranks=has_started_ranks
     )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from launch.cluster import advice, containers, pipeline, snapshot
 from launch.cluster.sbatch_environment import refuse_gpus_of_environment, sbatch_environment, sort_sbatch_variables
 from launch.cluster.slurm import default_job_name, render, script_head
-from launch.runs.queue import note_submitted
+from launch.runs.queue import write_submitted_job_ids
 from strategies.errors import ConfigError, StorageError
 from trainer.config.parallel import ParallelConfig
 from trainer.config.resuming import flatten_settings, plain_settings
@@ -81,7 +81,7 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
     jobs = pipeline.submit_chain(script_paths, run_dirs[0], sbatch)
     job = dict(jobs)["train"]
     with contextlib.suppress(StorageError):  # SLURM has the job, and the script in its directory names the run too
-        note_submitted(run_dirs, job)
+        write_submitted_job_ids(run_dirs, job)
 
     print(f"submitted job {job}: {script_paths['train']}")
     if len(jobs) > 1:
@@ -253,7 +253,7 @@ def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
     """
     from launch.cluster.array_size import refuse_large_array
     from launch.config.frozen import is_finished
-    from launch.runs.freeze import freeze, job_with_same_config
+    from launch.runs.freeze import job_with_same_config, write_run_config
 
     runs = list(zip(composed, run_dirs, strict=True))
     if not getattr(composed[0].config.launcher, "pipeline", []):
@@ -269,7 +269,7 @@ def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
             print(f"{run_dir}: {job.description}; not submitted again")
             continue
         finished = is_finished(run_dir)  # before freezing, which writes a new configuration
-        freeze(run, run_dir)
+        write_run_config(run, run_dir)
         if finished:
             print(f"{run_dir}: already finished with this configuration; nothing to do")
         else:

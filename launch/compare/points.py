@@ -295,7 +295,7 @@ def run_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPa
     from launch.cluster.submission import submit_array
     from launch.compare.progress import RunsProgress
     from launch.config.frozen import is_finished
-    from launch.runs.freeze import freeze, job_with_same_config
+    from launch.runs.freeze import job_with_same_config, write_run_config
     from trainer.config.run import LauncherName
     from trainer.stopping.signals import unblock_signals
 
@@ -309,7 +309,7 @@ def run_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPa
         for run in runs:
             is_queued_unchanged = uses_slurm and job_with_same_config(run.point.composed, run.run_dir)
             if not is_queued_unchanged:
-                freeze(run.point.composed, run.run_dir)
+                write_run_config(run.point.composed, run.run_dir)
     except NotRunOwner:
         raise
     except ConfigError as error:

@@ -58,7 +58,7 @@ class CheckpointList:
 def list_checkpoints(run_dir: Path) -> CheckpointList:
     """The checkpoints of a run in the order of their steps, then those given up by a rollback. Never raises.
 
-    Only names, sizes and the best step are read: for their contents, see `find_damage`.
+    Only names, sizes and the best step are read: for their contents, see `verify_checkpoints`.
     """
     checkpoint_settings, evaluation_settings = _read_settings(run_dir)
     fallback = checkpoint_settings.get("fallback_dir")
@@ -115,7 +115,7 @@ def _best_step_and_metric(published_checkpoints: list[tuple[int, Path]]) -> tupl
     return None, None
 
 
-def find_damage(store: CheckpointList, report: Callable[[str], None]) -> dict[Path, str]:
+def verify_checkpoints(store: CheckpointList, report: Callable[[str], None]) -> dict[Path, str]:
     """Compare all files of every checkpoint with their checksums; returns what is wrong with each damaged checkpoint.
 
     `report` is called with the name and size of the checkpoint that is read next.

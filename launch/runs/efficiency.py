@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.prices import price_of
-from launch.runs.slurm_time import clock
+from launch.runs.slurm_time import format_slurm_time
 from trainer.reporting.results import add_to_run_record
 from trainer.reporting.run_record import readable_run_record
 
@@ -30,9 +30,9 @@ SACCT_ATTEMPTS = 3
 """Calls of sacct: the end of a job's step reaches SLURM's data base a moment later."""
 SACCT_RETRY_S = 1.0
 """Seconds between two calls of sacct."""
-CPU_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
-SIZE = re.compile(r"([\d.]+)([KMGT]?)")
-GPU_BUSY = re.compile(r"gres/gpuutil=(\d+)")
+CPU_TIME_REGEX = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
+SIZE_REGEX = re.compile(r"([\d.]+)([KMGT]?)")
+GPU_UTILISATION_REGEX = re.compile(r"gres/gpuutil=(\d+)")
 """In sacct's `TRESUsageInAve`, such as `cpu=00:01:30,gres/gpuutil=180`: per cent, summed over the GPUs."""
 
 
@@ -66,14 +66,14 @@ class StartUsage:
     """Why SLURM's figures are missing."""
 
 
-def record_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapping[str, str] = os.environ) -> str:
+def record_start_usage(run_dir: Path, job: str, start: int, exit_code: int, env: Mapping[str, str] = os.environ) -> str:
     """Measure what a start of a job used, add it to `jobs.jsonl` and `run.json`, and return a line on it for people.
 
     Called at the end of the start. `start`: 0 for the first one, then one more for each requeue. Never raises: a missing figure
     must not end the job script.
     """
     usage = measure_start(run_dir, job, start, exit_code, env)
-    line = describe_start(asdict(usage))
+    line = start_usage_text(asdict(usage))
     try:
         with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(usage)) + "\n")
@@ -86,14 +86,14 @@ def record_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mappi
 def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapping[str, str]) -> StartUsage:
     """What a start of a job used until now, from SLURM's variables in `env`, from sacct and from `run.json`."""
     # Time: as the variables say, or else as sacct measured the step of the ranks.
-    began = _number(env.get("SLURM_JOB_START_TIME"))
-    ends = _number(env.get("SLURM_JOB_END_TIME"))
+    began = _number_or_none(env.get("SLURM_JOB_START_TIME"))
+    ends = _number_or_none(env.get("SLURM_JOB_END_TIME"))
     elapsed_s = time.time() - began if began else None  # before sacct is called, which may take half a minute
     rows, why_unknown = _sacct_rows(env.get("SLURM_JOB_ID", job))
     ranks_row = next((row for row in rows if _is_ranks_step(row)), {})
     if not why_unknown and not ranks_row:
         why_unknown = "sacct knows no step of the job"
-    step_elapsed_s = _number(ranks_row.get("ElapsedRaw"))
+    step_elapsed_s = _number_or_none(ranks_row.get("ElapsedRaw"))
     if elapsed_s is None:
         elapsed_s = step_elapsed_s
     limit_s = None
@@ -101,9 +101,9 @@ def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapp
         limit_s = ends - began
 
     # CPUs and memory.
-    memory_asked_mib = _number(env.get("SLURM_MEM_PER_NODE"))
+    memory_asked_mib = _number_or_none(env.get("SLURM_MEM_PER_NODE"))
     cpus = int(ranks_row.get("AllocCPUS") or 0) or None
-    cpu_s = _cpu_s(ranks_row.get("TotalCPU", ""))
+    cpu_s = _parse_cpu_time(ranks_row.get("TotalCPU", ""))
     cpu_share = None
     if cpu_s is not None and step_elapsed_s and cpus:
         cpu_share = cpu_s / (step_elapsed_s * cpus)
@@ -115,7 +115,7 @@ def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapp
     price = None
     dollars = None
     if gpus:
-        busy_percent = GPU_BUSY.search(ranks_row.get("TRESUsageInAve", ""))  # summed over the GPUs
+        busy_percent = GPU_UTILISATION_REGEX.search(ranks_row.get("TRESUsageInAve", ""))  # summed over the GPUs
         if busy_percent:
             gpu_share = min(1.0, int(busy_percent[1]) / 100 / gpus)
         if run_record.device_name:
@@ -131,7 +131,7 @@ def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapp
         nodes=int(env.get("SLURM_JOB_NUM_NODES") or 0) or None,
         cpus=cpus,
         cpu_share=cpu_share,
-        memory_gib=_size_gib(ranks_row.get("MaxRSS", "")),
+        memory_gib=_parse_size_gib(ranks_row.get("MaxRSS", "")),
         memory_asked_gib=memory_asked_mib / 1024 if memory_asked_mib else None,
         gpus=gpus or None,
         gpu_share=gpu_share,
@@ -146,7 +146,7 @@ def _is_ranks_step(row: Mapping[str, str]) -> bool:
     return row["JobIDRaw"].endswith(".0")
 
 
-def describe_start(start: Mapping[str, Any]) -> str:
+def start_usage_text(start: Mapping[str, Any]) -> str:
     """A line for people on what a start used; `start` has the keys of `StartUsage`, as `recorded_starts` returns them."""
     clauses = [*_time_and_cpu_clauses(start), *_gpu_clauses(start)]
     if start.get("unknown"):
@@ -160,8 +160,8 @@ def _time_and_cpu_clauses(start: Mapping[str, Any]) -> list[str]:
     elapsed_s = start.get("elapsed_s")
     if elapsed_s is not None:
         limit_s = start.get("limit_s")
-        of_limit = f" of {clock(limit_s)} ({elapsed_s / limit_s:.0%})" if limit_s else ""
-        clauses.append(f"{clock(elapsed_s)}{of_limit}")
+        of_limit = f" of {format_slurm_time(limit_s)} ({elapsed_s / limit_s:.0%})" if limit_s else ""
+        clauses.append(f"{format_slurm_time(elapsed_s)}{of_limit}")
     if start.get("cpu_share") is not None:
         clauses.append(f"{start['cpu_share']:.0%} of {start['cpus']} CPUs")
     memory_gib = start.get("memory_gib")
@@ -226,7 +226,7 @@ def _sacct_rows(job: str) -> tuple[list[dict[str, str]], str | None]:
     return rows, None
 
 
-def _number(variable: str | None) -> float | None:
+def _number_or_none(variable: str | None) -> float | None:
     """The number in a variable or a field; None if it is not set or no number."""
     try:
         return float(variable) if variable else None
@@ -234,18 +234,18 @@ def _number(variable: str | None) -> float | None:
         return None
 
 
-def _cpu_s(cpu_time: str) -> float | None:
+def _parse_cpu_time(cpu_time: str) -> float | None:
     """Seconds of CPU time in sacct's format `[days-][hours:]minutes:seconds`; None for another text."""
-    match = CPU_TIME.fullmatch(cpu_time)
+    match = CPU_TIME_REGEX.fullmatch(cpu_time)
     if match is None:
         return None
     days, hours, minutes, seconds = match.groups(default="0")
     return int(days) * 86400 + int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
-def _size_gib(size: str) -> float | None:
+def _parse_size_gib(size: str) -> float | None:
     """GiB of a size in sacct's format, such as `676416K`; a number without a unit is bytes. None for another text."""
-    match = SIZE.fullmatch(size)
+    match = SIZE_REGEX.fullmatch(size)
     if match is None:
         return None
     exponent = "KMGT".index(match[2]) - 2 if match[2] else -3  # powers of 1024, relative to GiB

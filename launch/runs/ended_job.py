@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from launch.runs.job_record import JobRecord, read_job_record
-from launch.runs.queue import Queue, last_submitted_job
+from launch.runs.queue import Queue, read_submitted_job_id
 
 SLURM_TIMEOUT_S = 5.0
 """Seconds that sacct and scontrol may take."""
@@ -19,19 +19,19 @@ SLURM_CACHE_S = 60.0
 JOB_FIELDS = re.compile(r"\b(JobState|Reason|ExitCode)=(\S+)")
 
 
-def describe_end(run_dir: Path, queue: Queue) -> str | None:
+def ended_job_text(run_dir: Path, queue: Queue) -> str | None:
     """A line on how the last SLURM job of a run ended; None if it had none, ended well, or may still wait or run.
 
     The job's script says it in `job.json`. If the script never began, SLURM says it, as far as it still knows the job.
     """
-    submitted_job = last_submitted_job(run_dir)
+    submitted_job = read_submitted_job_id(run_dir)
     record = read_job_record(run_dir)
     # The record is of an earlier job if the run was submitted again since.
     if record is not None and submitted_job in (None, record.job):
         return _describe_record(record, queue)
     if submitted_job is None or queue.has_no_squeue or queue.problem is not None:
         return None
-    end = end_by_slurm(submitted_job)
+    end = slurm_end_text(submitted_job)
     if end is None:
         return (
             f"job {submitted_job} is not in the queue any more, and its script never started: it was cancelled (perhaps "
@@ -50,19 +50,19 @@ def _describe_record(record: JobRecord, queue: Queue) -> str | None:
     # No end is recorded: the script was killed, or it still runs, and only the queue could tell.
     if queue.has_no_squeue or queue.problem is not None:
         return None
-    end = end_by_slurm(record.job)
+    end = slurm_end_text(record.job)
     reason = f"SLURM says: {end}" if end else "it was killed or cancelled, or its node was lost"
     return f"{start}, on {record.nodes}: ended, and its script wrote no reason; {reason}"
 
 
-def end_by_slurm(job: str) -> str | None:
+def slurm_end_text(job: str) -> str | None:
     """State, reason and exit code of an ended job, as SLURM has them; None if it does not know the job."""
-    return _cached_end_by_slurm(job, int(time.monotonic() // SLURM_CACHE_S))
+    return _cached_slurm_end_text(job, int(time.monotonic() // SLURM_CACHE_S))
 
 
 @lru_cache(maxsize=4096)
-def _cached_end_by_slurm(job: str, cache_period: int) -> str | None:
-    """`end_by_slurm`, cached. `cache_period` is only part of the cache's key: it changes with time, so that answers expire."""
+def _cached_slurm_end_text(job: str, cache_period: int) -> str | None:
+    """`slurm_end_text`, cached. `cache_period` is only part of the cache's key: it changes with time, so that answers expire."""
     # sacct needs SLURM's accounting, which not every cluster has; scontrol forgets a job after some minutes.
     rows = _call_slurm(
         ["sacct", "--jobs", job, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode"]

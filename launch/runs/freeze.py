@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.config.frozen import Composed, is_finished, to_yaml
 from launch.config.resume import resume_or_refuse
 from launch.config.trusted_values import remember_config
-from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, read_queue, unfinished_job
+from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, read_queue, unfinished_job_id
 from strategies.errors import ConfigError
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.reporting.status import FROZEN, write_text_atomic
@@ -23,7 +23,7 @@ QUEUE_CACHE_S = 10.0
 """Seconds for which a reading of SLURM's queue is used again: hundreds of points are frozen one after another."""
 
 
-def freeze(composed: Composed, run_dir: Path, *, may_change_strategy: bool = False) -> Path:
+def write_run_config(composed: Composed, run_dir: Path, *, may_change_strategy: bool = False) -> Path:
     """Write the run's `config.yaml`, with its hash, atomically into its directory, and return the directory.
 
     With `may_change_strategy`, a run that is not done may continue under another strategy or micro-batch, and a message
@@ -53,7 +53,7 @@ def freeze(composed: Composed, run_dir: Path, *, may_change_strategy: bool = Fal
             has_progress=bool(checkpoints) or is_done,
             may_change_strategy=may_change_strategy and not is_done,
         )
-    refuse_queued(run_dir)
+    raise_if_queued(run_dir)
     refuse_in_use(run_dir, config.run.lease_s, is_signal_pending)
     rewards = getattr(config.objective, "rewards", {})
     if rewards:
@@ -67,7 +67,7 @@ def freeze(composed: Composed, run_dir: Path, *, may_change_strategy: bool = Fal
     return run_dir
 
 
-def refuse_queued(run_dir: Path) -> None:
+def raise_if_queued(run_dir: Path) -> None:
     """Raise InUse if another job in SLURM's queue is for this run directory: it would train with the settings frozen now.
 
     As long as squeue fails, a directory that was submitted before is refused as well.
@@ -102,7 +102,7 @@ def _job_in_queue(run_dir: Path) -> QueuedJob | None:
     cache_period = int(time.monotonic() // QUEUE_CACHE_S)
     queue = _cached_queue(cache_period)
     if queue.problem is not None:
-        submitted_job = unfinished_job(run_dir)
+        submitted_job = unfinished_job_id(run_dir)
         # A job for a finished run would find nothing to do.
         may_be_queued = submitted_job is not None and submitted_job not in own_job_ids and not is_finished(run_dir)
         if not may_be_queued:

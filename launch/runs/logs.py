@@ -8,14 +8,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.runs.queue import runs_of_script
+from launch.runs.queue import run_dirs_of_script
 from strategies import atomic_io
 from strategies.errors import ConfigError
 
-RANK_LOG = re.compile(r"rank-(\d+)\.log")
-JOB_OUTPUT = re.compile(r".+-(?:(?P<script>\d+(?:_\d+)?)\.out|(?P<node>\d+)-\d+\.log)")
+RANK_LOG_REGEX = re.compile(r"rank-(\d+)\.log")
+JOB_OUTPUT_REGEX = re.compile(r".+-(?:(?P<script>\d+(?:_\d+)?)\.out|(?P<node>\d+)-\d+\.log)")
 """`<name>-<job>.out` of the script, `<name>-<job>-<node>.log` of torchrun and its ranks on a node."""
-ARRAY_TASK_OUTPUT = re.compile(r"-\d+_\d+\.out$")
+ARRAY_TASK_OUTPUT_REGEX = re.compile(r"-\d+_\d+\.out$")
 """`<name>-<job>_<task>.out` of the script of one task of a job array."""
 TAIL_BYTES = 2**18
 """Bytes at the end of a file that are read for its last lines."""
@@ -32,7 +32,7 @@ class LogsRequest:
     """The id of a SLURM job, or `last`."""
 
 
-def choose_files(run_dir: Path, request: LogsRequest, failed_rank: int | None) -> list[Path]:
+def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | None) -> list[Path]:
     """The log files to show, the most important one last; empty if the run has written none. The first case that applies:
 
     - A job is requested, or the last one: its output files.
@@ -44,14 +44,14 @@ def choose_files(run_dir: Path, request: LogsRequest, failed_rank: int | None) -
     Raises ConfigError for a requested rank or job that has no file.
     """
     # Tasks of an array write into the directory of its first run, so most of these outputs belong to other runs.
-    files = [path for path in _list_directory(run_dir / "logs") if not ARRAY_TASK_OUTPUT.search(path.name)]
+    files = [path for path in _list_directory(run_dir / "logs") if not ARRAY_TASK_OUTPUT_REGEX.search(path.name)]
     files += _array_outputs(run_dir)
     log_by_rank = {}
     job_files = []
     for path in files:
-        if match := RANK_LOG.fullmatch(path.name):
+        if match := RANK_LOG_REGEX.fullmatch(path.name):
             log_by_rank[int(match[1])] = path
-        if match := JOB_OUTPUT.fullmatch(path.name):
+        if match := JOB_OUTPUT_REGEX.fullmatch(path.name):
             job_files.append((match["script"] or match["node"], path))
     newest_job_files = _newest_job_files(job_files)
 
@@ -166,7 +166,7 @@ def _last_writer(job_files: list[tuple[str, Path]]) -> str:
 
 def _array_outputs(run_dir: Path) -> list[Path]:
     """Output files of this run's task of a job array. They lie in the directory of the array's first run."""
-    runs = runs_of_script(run_dir / "train.sbatch")
+    runs = run_dirs_of_script(run_dir / "train.sbatch")
     if len(runs) < 2:
         return []
     task = next((number for number, run in enumerate(runs) if run.resolve() == run_dir.resolve()), None)

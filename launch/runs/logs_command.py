@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0 if argv else 64
     arguments = logs_arguments(argv)
-    from launch.runs.logs import LogsRequest, choose_files
+    from launch.runs.logs import LogsRequest, choose_log_files
     from trainer.reporting.status import State, read_failure, read_status
 
     if hasattr(sys.stdout, "reconfigure"):
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     if read_status(run_dir).get("state") in (None, State.failed):
         failure = read_failure(run_dir)
     failed_rank = failure.get("rank")
-    files = choose_files(run_dir, request, failed_rank if isinstance(failed_rank, int) else None)
+    files = choose_log_files(run_dir, request, failed_rank if isinstance(failed_rank, int) else None)
     shows_failure = bool(failure) and request.rank in (None, failed_rank) and request.job is None
 
     if arguments.as_json:
@@ -230,10 +230,10 @@ class FollowedRun:
 
     def _print_added(self, added: AddedText) -> None:
         """Print the lines that were added to the log files since the last call."""
-        from launch.runs.logs import choose_files
+        from launch.runs.logs import choose_log_files
 
         with suppress(ConfigError):  # the requested rank has no log yet
-            for path in choose_files(self.run_dir, self.request, failed_rank=None):
+            for path in choose_log_files(self.run_dir, self.request, failed_rank=None):
                 while lines := added.lines(path):
                     self.printer(path, lines)
 

@@ -27,7 +27,7 @@ class LeaseHolder:
     """The process that holds the lease; None if the attempt is over."""
     is_alive: bool | None
     """Whether the owner is a process of this host that lives; None if this host cannot tell."""
-    silent_s: float | None
+    heartbeat_age_s: float | None
     """Seconds since the owner's last heartbeat; None if there was none."""
 
     @property
@@ -36,26 +36,26 @@ class LeaseHolder:
         return BEATS_PER_PATIENCE * self.owner.beat_s if self.owner is not None else 0.0
 
     @property
-    def is_silent(self) -> bool:
+    def is_heartbeat_late(self) -> bool:
         """Whether the last heartbeat is too long ago, so that another attempt may take the lease over."""
-        return self.silent_s is None or self.silent_s > self.patience_s
+        return self.heartbeat_age_s is None or self.heartbeat_age_s > self.patience_s
 
     @property
-    def is_working(self) -> bool:
+    def seems_to_be_running(self) -> bool:
         """Whether the attempt seems to be running: not over, its process not ended, its heartbeat recent."""
-        return self.owner is not None and self.is_alive is not False and not self.is_silent
+        return self.owner is not None and self.is_alive is not False and not self.is_heartbeat_late
 
 
 def read_lease_holder(run_dir: Path) -> LeaseHolder:
     """Read the lease of a run: the newest attempt, and whether its process is alive. Errors: OSError if it cannot be read."""
     attempt_number, owner = latest_claim(run_dir / "lease")
     if owner is None:
-        return LeaseHolder(attempt_number, owner=None, is_alive=None, silent_s=None)
+        return LeaseHolder(attempt_number, owner=None, is_alive=None, heartbeat_age_s=None)
     return LeaseHolder(
         attempt_number,
         owner,
         is_alive=is_alive_here(owner, _this_process()),
-        silent_s=_seconds_since_heartbeat(run_dir / "lease", attempt_number),
+        heartbeat_age_s=_seconds_since_heartbeat(run_dir / "lease", attempt_number),
     )
 
 

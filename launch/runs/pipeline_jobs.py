@@ -72,7 +72,7 @@ def _part_state(run_dir: Path, queue: Queue, part_name: str, job_id: str, state_
     return "failed", "ended without a message (cancelled, out of time, or stopped before it began)"
 
 
-def failed_part(parts: list[PipelinePart]) -> PipelinePart | None:
+def first_failed_part(parts: list[PipelinePart]) -> PipelinePart | None:
     """The part at which a pipeline failed; None if none has. The parts after it are cancelled."""
     return next((part for part in parts if part.state == "failed"), None)
 

@@ -135,7 +135,7 @@ class Queue:
         """
         if not self.jobs:
             return None
-        submitted_job = last_submitted_job(run_dir)
+        submitted_job = read_submitted_job_id(run_dir)
         for known_id in filter(None, (job_id, submitted_job)):
             for job in self.jobs:
                 # A copy of a run names the job of the original, and somebody else's run could name any job.
@@ -148,7 +148,7 @@ class Queue:
         return job_with_script
 
 
-def note_submitted(run_dirs: list[Path], job: str) -> None:
+def write_submitted_job_ids(run_dirs: list[Path], job: str) -> None:
     """Write into each run's directory the id of the job (or task of an array) as which it was submitted.
 
     Errors: StorageError.
@@ -158,7 +158,7 @@ def note_submitted(run_dirs: list[Path], job: str) -> None:
         write_text_atomic(run_dir / SUBMITTED_FILE, f"{job_id}\n")
 
 
-def last_submitted_job(run_dir: Path) -> str | None:
+def read_submitted_job_id(run_dir: Path) -> str | None:
     """Id of the job as which a run was last submitted, as scancel takes it; None if it never was, or the file names none."""
     try:
         job_id = (run_dir / SUBMITTED_FILE).read_text(encoding="utf-8").strip()
@@ -168,9 +168,9 @@ def last_submitted_job(run_dir: Path) -> str | None:
     return job_id if JOB_ID.fullmatch(job_id) else None
 
 
-def unfinished_job(run_dir: Path) -> str | None:
+def unfinished_job_id(run_dir: Path) -> str | None:
     """Id of the job as which a run was last submitted; None if its script has recorded that it will not start again."""
-    submitted_job = last_submitted_job(run_dir)
+    submitted_job = read_submitted_job_id(run_dir)
     record = read_job_record(run_dir)
     if record is not None and record.job == submitted_job and record.is_over:
         return None
@@ -231,7 +231,7 @@ def _run_of_job(job: QueuedJob) -> Path | None:
     task_number = job.id.partition("_")[2]
     is_array_task = task_number.isdigit() and (script.parent / "config.yaml").exists()
     if is_array_task:
-        runs = runs_of_script(script)
+        runs = run_dirs_of_script(script)
         return runs[int(task_number)].resolve() if int(task_number) < len(runs) else None
     by_hand = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"
     return by_hand.resolve() if by_hand.is_dir() else script.parent.resolve()
@@ -244,7 +244,7 @@ def _is_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
     if script.name == "train.sbatch" and array_task.isdigit():
         # A run beside the script's directory counts as the job's: a later submission, for other runs there, may have
         # overwritten the script.
-        runs = {run.resolve() for run in runs_of_script(script)}
+        runs = {run.resolve() for run in run_dirs_of_script(script)}
         run = run_dir.resolve()
         is_sibling = run.is_relative_to(script.parent.resolve().parent)
         return bool(runs) and run not in runs and not is_sibling
@@ -255,7 +255,7 @@ def _is_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
         return False
 
 
-def runs_of_script(script: Path) -> list[Path]:
+def run_dirs_of_script(script: Path) -> list[Path]:
     """The run directories in a job script of `shardtune submit`, in the order of an array's tasks; empty if it has none."""
     try:
         with script.open(encoding="utf-8", errors="replace") as file:

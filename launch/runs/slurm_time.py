@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import re
 
-CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
+CLOCK_REGEX = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 
 
-def seconds(slurm_time: str) -> float:
+def parse_slurm_time(slurm_time: str) -> float:
     """Seconds of a time limit in SLURM's format: minutes, `minutes:seconds`, or `[days-]hours:minutes:seconds`.
 
     `infinite`, and a text that is no time, give infinity.
     """
-    match = CLOCK.fullmatch(slurm_time.strip())
+    match = CLOCK_REGEX.fullmatch(slurm_time.strip())
     if match is None:
         return math.inf
     numbers = [int(number) for number in match["clock"].split(":")]
@@ -26,7 +26,7 @@ def seconds(slurm_time: str) -> float:
     return sum(number * 60**power for power, number in enumerate(reversed(numbers)))
 
 
-def clock(duration_s: float) -> str:
+def format_slurm_time(duration_s: float) -> str:
     """A duration as SLURM writes it: `h:mm:ss`, with days if there are any (`1-2:03:04`); `any time` for infinity."""
     if math.isinf(duration_s):
         return "any time"

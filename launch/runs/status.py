@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.runs import job_record, metrics_tail
-from launch.runs.ended_job import describe_end
+from launch.runs.ended_job import ended_job_text
 from launch.runs.owner import LeaseHolder, read_lease_holder
-from launch.runs.pipeline_jobs import PipelinePart, failed_part, pipeline_parts
-from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, unfinished_job
+from launch.runs.pipeline_jobs import PipelinePart, first_failed_part, pipeline_parts
+from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, unfinished_job_id
 from strategies import atomic_io
 from trainer.reporting.run_record import RunRecord, readable_run_record
 from trainer.reporting.status import State, read_failure, read_status
@@ -28,14 +28,14 @@ MAX_DIRECTORIES = 5000
 """The search ends after so many directories, and says so: somebody may have named a home directory."""
 PARALLEL_READS = 16
 """Runs that are read at the same time: on a slow file system, most of the time is waiting."""
-SEAL = b"# sha256: "
+CONFIG_HASH_LINE = b"# sha256: "
 """A line at the head of every `config.yaml` that shardtune froze."""
 LOST = "lost"
 QUEUED = "queued"
 UNKNOWN = "unknown"
 NOT_STARTED = "not started"
-ENDED = (State.done, State.failed, State.preempted)
-STOPPED_OR_HANGS = "it was stopped, or hangs"
+ENDED_STATES = (State.done, State.failed, State.preempted)
+HANGING_REASON = "it was stopped, or hangs"
 """Reason of a run that is lost although its process lives. It must be stopped before it can continue."""
 
 
@@ -122,12 +122,12 @@ def find_runs(root: Path) -> RunSearch:
                 search.runs.append(directory)
             elif depth < MAX_DEPTH:
                 next_level += [directory / name for name, entry in entries.items() if _is_searched(entry, root)]
-        level = sorted(next_level, key=lambda path: name_order(path.name))
-    search.runs.sort(key=lambda path: [name_order(part) for part in path.parts])
+        level = sorted(next_level, key=lambda path: number_aware_order(path.name))
+    search.runs.sort(key=lambda path: [number_aware_order(part) for part in path.parts])
     return search
 
 
-def name_order(name: str) -> tuple[int, str]:
+def number_aware_order(name: str) -> tuple[int, str]:
     """Sort key of file names with 2 before 10: the points of `train -m` are called 0, 1, ... 10. Other names come first."""
     number = int(name) if name.isdecimal() else -1
     return (number, name)
@@ -153,7 +153,7 @@ def read_run_views(search: RunSearch, queue: Queue) -> list[RunView]:
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
         views = list(pool.map(lambda run: read_run_view(run, queue), search.runs))
     # A file config.yaml alone makes no run: another program may have written it.
-    views = [view for view in views if view.state != NOT_STARTED or is_frozen(view.directory)]
+    views = [view for view in views if view.state != NOT_STARTED or has_shardtune_config(view.directory)]
     for path, reason in search.unreadable.items():
         views.append(RunView(directory=path, state=UNKNOWN, why=f"cannot be read: {reason}"))
     return views
@@ -170,36 +170,36 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
     try:
         lease_holder = read_lease_holder(run_dir)
     except (OSError, ValueError) as error:
-        lease_holder = LeaseHolder(starts=0, owner=None, is_alive=None, silent_s=None)
+        lease_holder = LeaseHolder(starts=0, owner=None, is_alive=None, heartbeat_age_s=None)
         lease_problem = f"its lease cannot be read: {atomic_io.error_summary(error)}"
     owner = lease_holder.owner
     # A run that never started has no run.json: one file less to look for on a slow file system.
     has_started = status.get("state") is not None or lease_holder.starts > 0
     record = readable_run_record(run_dir) if has_started else RunRecord()
-    job_id = _as_text(owner.job if owner is not None else record.slurm_job_id)
+    job_id = _text_or_none(owner.job if owner is not None else record.slurm_job_id)
     job = queue.find_job(run_dir, job_id)
     parts = pipeline_parts(run_dir, queue)
 
     # Its state. Each source may correct the one before: files of the run, its last job, the other jobs of its pipeline.
-    state, why = _state(run_dir, status, lease_holder, job)
+    state, why = _state_from_files(run_dir, status, lease_holder, job)
     if job is None and state in (LOST, NOT_STARTED):
-        state, why = _state_from_job(run_dir, queue, state, why)
-    state, why = _state_from_pipeline(parts, state, why)
+        state, why = _corrected_by_last_job(run_dir, queue, state, why)
+    state, why = _corrected_by_pipeline(parts, state, why)
     if lease_problem and state == LOST:  # only the lease could have said whether it is lost
         state = UNKNOWN
         why = lease_problem
 
     # Who runs it, and the last heartbeat: while an attempt holds the lease, the lease says so; afterwards the status does.
-    host = _as_text(status.get("host"))
-    pid = _as_int(status.get("pid"))
+    host = _text_or_none(status.get("host"))
+    pid = _int_or_none(status.get("pid"))
     since = None
     if owner is not None:
         host = owner.host
         pid = owner.pid
         since = owner.since
-    last_seen_s = _seconds_since(status)
+    last_seen_s = _status_age_s(status)
     if owner is not None and state in (State.running, LOST):
-        last_seen_s = lease_holder.silent_s
+        last_seen_s = lease_holder.heartbeat_age_s
 
     # How far it is, from the last rows of its metrics. Rows of evaluations have no loss.
     rows = metrics_tail.last_rows(run_dir / "metrics.jsonl")
@@ -221,7 +221,7 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
         step_s=metrics_tail.recent_median(step_rows, "step_s"),
         memory_gib=max((peak for peak in memory_peaks if peak is not None), default=None),
         evaluated=_last_held_out_metrics(rows),
-        restarts=max(_as_int(status.get("restart")) or 0, lease_holder.starts - 1),
+        restarts=max(_int_or_none(status.get("restart")) or 0, lease_holder.starts - 1),
         host=host,
         pid=pid,
         job_id=job.id if job is not None else job_id,
@@ -232,7 +232,7 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
     )
 
 
-def _state(
+def _state_from_files(
     run_dir: Path, status: dict[str, Any], lease_holder: LeaseHolder, job: QueuedJob | None
 ) -> tuple[str, str | None]:
     """(state, reason) of a run, by its own files and its job in the queue. The first case that applies:
@@ -247,13 +247,13 @@ def _state(
     recorded_state = status.get("state")
     if job is not None and job.is_pending and recorded_state != State.done:
         return QUEUED, job.description
-    is_starting = recorded_state not in ENDED and lease_holder.owner is not None
+    is_starting = recorded_state not in ENDED_STATES and lease_holder.owner is not None
     if recorded_state == State.running or is_starting:
-        if lease_holder.is_working:
-            return State.running, _as_text(status.get("reason"))
-        return LOST, _why_lost(lease_holder)
+        if lease_holder.seems_to_be_running:
+            return State.running, _text_or_none(status.get("reason"))
+        return LOST, _lost_reason(lease_holder)
     failure = read_failure(run_dir) if recorded_state in (None, State.failed) else {}
-    if recorded_state in ENDED:
+    if recorded_state in ENDED_STATES:
         return str(recorded_state), one_line(failure.get("message") or status.get("reason"))
     if failure:
         return State.failed, one_line(failure.get("message"))
@@ -262,7 +262,7 @@ def _state(
     return NOT_STARTED, job.description if job is not None else None
 
 
-def _state_from_job(run_dir: Path, queue: Queue, state: str, why: str | None) -> tuple[str, str | None]:
+def _corrected_by_last_job(run_dir: Path, queue: Queue, state: str, why: str | None) -> tuple[str, str | None]:
     """(state, reason) of a run that is lost or has not started, corrected by how its last job ended.
 
     Called for a run that has no job in the queue any more. A run whose job ended before it could start has failed. If the queue
@@ -271,12 +271,12 @@ def _state_from_job(run_dir: Path, queue: Queue, state: str, why: str | None) ->
     was_submitted = (run_dir / job_record.JOB_RECORD_FILE).exists() or (run_dir / SUBMITTED_FILE).exists()
     if not was_submitted:
         return state, why
-    end = describe_end(run_dir, queue)
+    end = ended_job_text(run_dir, queue)
     if end is not None:
         if state == NOT_STARTED:
             return State.failed, end
         return state, f"{why}; {end}" if why else end
-    submitted_job = unfinished_job(run_dir)
+    submitted_job = unfinished_job_id(run_dir)
     is_queue_known = not queue.problem and not queue.has_no_squeue
     if submitted_job is None or is_queue_known:
         return state, why
@@ -285,13 +285,13 @@ def _state_from_job(run_dir: Path, queue: Queue, state: str, why: str | None) ->
     return state, f"{why}; {doubt}" if why else doubt
 
 
-def _state_from_pipeline(parts: list[PipelinePart], state: str, why: str | None) -> tuple[str, str | None]:
+def _corrected_by_pipeline(parts: list[PipelinePart], state: str, why: str | None) -> tuple[str, str | None]:
     """(state, reason) of a run, corrected by the other jobs of its pipeline.
 
     If one of them failed (preparing or evaluating, for example), the reason names it, and a run that has not begun has failed.
     Otherwise `state` and `why` are returned as they are.
     """
-    broken_part = failed_part(parts)
+    broken_part = first_failed_part(parts)
     if broken_part is None or broken_part.part == "train":
         return state, why
     reason = f"{broken_part.part} (job {broken_part.job}) {broken_part.description}"
@@ -302,27 +302,27 @@ def _state_from_pipeline(parts: list[PipelinePart], state: str, why: str | None)
     return state, reason
 
 
-def _why_lost(lease_holder: LeaseHolder) -> str:
+def _lost_reason(lease_holder: LeaseHolder) -> str:
     """Why a run is lost that should be running: its process ended, hangs, or sends no heartbeat."""
     owner = lease_holder.owner
     if owner is None:
         return "ended without a message: its status says running, but no process runs it"
     process = f"process {owner.pid} on {owner.host}"
     silence = "never gave a sign of life"
-    if lease_holder.silent_s is not None:
-        silence = f"no sign of life for {age(lease_holder.silent_s)}"
+    if lease_holder.heartbeat_age_s is not None:
+        silence = f"no sign of life for {age_text(lease_holder.heartbeat_age_s)}"
     if lease_holder.is_alive is False:
         return f"{process} ended without a message (killed, or its host went down)"
     if lease_holder.is_alive:
-        return f"{process} lives, but {silence}: {STOPPED_OR_HANGS}"
+        return f"{process} lives, but {silence}: {HANGING_REASON}"
     return f"{silence} from {process}"
 
 
-def is_frozen(run_dir: Path) -> bool:
+def has_shardtune_config(run_dir: Path) -> bool:
     """Whether shardtune wrote the `config.yaml` of a directory; True also if the file cannot be read."""
     try:
         with atomic_io.open_regular_file(run_dir / "config.yaml") as (descriptor, _):
-            return SEAL in os.pread(descriptor, 4096, 0)
+            return CONFIG_HASH_LINE in os.pread(descriptor, 4096, 0)
     except OSError:
         return True
 
@@ -341,7 +341,7 @@ def _last_held_out_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
-def _seconds_since(status: dict[str, Any]) -> float | None:
+def _status_age_s(status: dict[str, Any]) -> float | None:
     """Seconds since `status.json` was written; None if it does not say when."""
     written_at = status.get("time")
     if not isinstance(written_at, int | float):
@@ -349,11 +349,11 @@ def _seconds_since(status: dict[str, Any]) -> float | None:
     return max(0.0, time.time() - written_at)
 
 
-def _as_int(value: Any) -> int | None:
+def _int_or_none(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _as_text(value: Any) -> str | None:
+def _text_or_none(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
@@ -362,7 +362,7 @@ def one_line(message: Any) -> str | None:
     return " ".join(str(message).split()) if message else None
 
 
-def age(seconds: float) -> str:
+def age_text(seconds: float) -> str:
     """A duration rounded to one unit: `119 s`, `89 min`, `47 h`, `3 d`."""
     if seconds < 120:
         return f"{seconds:.0f} s"

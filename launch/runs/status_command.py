@@ -37,7 +37,7 @@ class StatusArguments(VerbArguments):
     root: Path | None = positional("name one directory; all runs below it are shown", required=False)
     document: str | None = option("show which runs were trained on this line of a file", example="train.jsonl:12")
     text: str | None = option("show which runs were trained on documents with this text", example="'Jane Roe'")
-    watch: bool = flag("repeat every two seconds, until Ctrl-C")
+    watch_runs_status: bool = flag("repeat every two seconds, until Ctrl-C")
     verify: bool = flag("read every checkpoint and compare it with its checksums; exit code 69 if one is damaged")
     as_json: bool = flag("print JSON; with --watch one object per line", key="--json")
 
@@ -75,16 +75,16 @@ def main(argv: list[str]) -> int:
     root = arguments.root or DEFAULT_RUNS_DIRECTORY
     if arguments.document is not None or arguments.text is not None:
         return status_lineage.main(root, arguments.document, arguments.text, as_json=arguments.as_json)
-    if arguments.watch:
-        watch(root, as_json=arguments.as_json)
-    from launch.runs.status_tables import as_dict, status_text
+    if arguments.watch_runs_status:
+        watch_runs_status(root, as_json=arguments.as_json)
+    from launch.runs.status_tables import status_as_dict, status_text
 
     runs_status = read_runs_status(root)
     damage = None  # not verified
     if arguments.verify:
         damage = _verify_checkpoints(runs_status, quiet=arguments.as_json)
     if arguments.as_json:
-        print(json.dumps(as_dict(runs_status, damage), indent=1, allow_nan=False))
+        print(json.dumps(status_as_dict(runs_status, damage), indent=1, allow_nan=False))
     else:
         print(status_text(runs_status, damage))
     return DAMAGED_EXIT_CODE if damage else 0
@@ -100,9 +100,9 @@ def status_arguments(argv: list[str]) -> StatusArguments:
     ]
     if len(lineage_arguments) > 1:
         problems.append(f"{' '.join(lineage_arguments)}: name one document, or one piece of text")
-    if lineage_arguments and (arguments.watch or arguments.verify):
+    if lineage_arguments and (arguments.watch_runs_status or arguments.verify):
         problems.append(f"{lineage_arguments[0]}: is looked for once; leave --watch and --verify out")
-    if arguments.watch and arguments.verify:
+    if arguments.watch_runs_status and arguments.verify:
         problems.append("--watch --verify: every look would read all checkpoints; give one of the two")
     if arguments.document is not None and FILE_AND_LINE.fullmatch(arguments.document) is None:
         problems.append(
@@ -148,14 +148,14 @@ def read_runs_status(root: Path, known_queue: Queue | None = None) -> RunsStatus
     return RunsStatus(root=root, runs=runs, queue=queue_now, is_cut=search.is_cut, details=details)
 
 
-def watch(root: Path, *, as_json: bool) -> None:
+def watch_runs_status(root: Path, *, as_json: bool) -> None:
     """Show the state of the runs every `WATCH_INTERVAL_S` seconds; ends with KeyboardInterrupt only."""
-    from launch.runs.status_tables import as_dict, status_text
+    from launch.runs.status_tables import status_as_dict, status_text
 
     if as_json or not sys.stdout.isatty():
-        for runs_status in repeat_runs_status(root):
+        for runs_status in runs_status_forever(root):
             if as_json:
-                print(json.dumps(as_dict(runs_status, None)), flush=True)
+                print(json.dumps(status_as_dict(runs_status, None)), flush=True)
             else:
                 print(status_text(runs_status, None) + "\n", flush=True)
     from rich.console import Console
@@ -166,11 +166,11 @@ def watch(root: Path, *, as_json: bool) -> None:
 
     # Not the alternate screen: after Ctrl-C, the last table stays in the terminal.
     with Live(console=Console(file=raw(sys.stdout), highlight=False), auto_refresh=False) as live:
-        for runs_status in repeat_runs_status(root):
+        for runs_status in runs_status_forever(root):
             live.update(Text(printable(status_text(runs_status, None, live=True))), refresh=True)
 
 
-def repeat_runs_status(root: Path) -> Iterator[RunsStatus]:
+def runs_status_forever(root: Path) -> Iterator[RunsStatus]:
     """The state of the runs every `WATCH_INTERVAL_S` seconds, without end; squeue is called every `QUEUE_INTERVAL_S` seconds."""
     queue = None
     queue_read_at = float("-inf")
@@ -189,7 +189,7 @@ def _verify_checkpoints(runs_status: RunsStatus, *, quiet: bool) -> dict[Path, s
 
     Prints on stderr which checkpoint is being read, unless `quiet`: that takes minutes for a large model.
     """
-    from launch.runs.checkpoints import find_damage, list_checkpoints
+    from launch.runs.checkpoints import list_checkpoints, verify_checkpoints
 
     def report(checkpoint: str) -> None:
         if not quiet:
@@ -198,5 +198,5 @@ def _verify_checkpoints(runs_status: RunsStatus, *, quiet: bool) -> dict[Path, s
     damage: dict[Path, str] = {}
     for run in runs_status.runs:
         store = runs_status.details.store if runs_status.details is not None else list_checkpoints(run.directory)
-        damage |= find_damage(store, report)
+        damage |= verify_checkpoints(store, report)
     return damage

@@ -37,7 +37,7 @@ def main(root: Path, document: str | None, piece: str | None, *, as_json: bool) 
         raise ConfigError(f"{root}: cannot be listed ({error.strerror})") from error
     exposures = document_exposures([(run, _load_config(run)) for run in runs], query)
     if as_json:
-        print(json.dumps(as_dict(query, exposures), indent=1))
+        print(json.dumps(lineage_as_dict(query, exposures), indent=1))
     else:
         print(lineage_text(root, query, exposures))
     return 0
@@ -95,7 +95,7 @@ def _exposure_sentence(exposure: DocumentExposure) -> str:
     return "; ".join(clauses)
 
 
-def as_dict(query: DocumentQuery, exposures: list[DocumentExposure]) -> dict[str, Any]:
+def lineage_as_dict(query: DocumentQuery, exposures: list[DocumentExposure]) -> dict[str, Any]:
     """What `status document= --json` prints: every run that was searched; `trained` is null if it cannot be told."""
     runs = []
     for exposure in exposures:

@@ -16,7 +16,7 @@ from launch.runs.checkpoints import CheckpointList, StoredCheckpoint
 from launch.runs.metrics_tail import loss_curve
 from launch.runs.queue import Queue, QueuedJob
 from launch.runs.sparkline import sparkline
-from launch.runs.status import LOST, NOT_STARTED, QUEUED, STOPPED_OR_HANGS, UNKNOWN, RunView, age, one_line
+from launch.runs.status import HANGING_REASON, LOST, NOT_STARTED, QUEUED, UNKNOWN, RunView, age_text, one_line
 from strategies.atomic_io import size_text
 from trainer.pages.numbers import duration
 from trainer.reporting.numbers import readable
@@ -137,7 +137,7 @@ def _row(run: RunView, root: Path, *, live: bool) -> TableRow:
         _rate(run.tokens_per_s),
         "-" if run.left_s is None else duration(run.left_s),
         _number(run.memory_gib, ".3g"),
-        "-" if run.last_seen_s is None else age(run.last_seen_s),
+        "-" if run.last_seen_s is None else age_text(run.last_seen_s),
     )
     notes = []
     location_and_reason = _location_and_reason(run)
@@ -249,7 +249,7 @@ def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
         # squeue says INVALID of a job that is past its limit, and is about to be ended for it.
         time_left = "past its time limit" if run.job.time_left == "INVALID" else f"{run.job.time_left} left"
         facts.append(("queue", f"{run.job.description}, {time_left} on {run.job.nodes}"))
-    facts += [("used", efficiency.describe_start(start)) for start in details.starts[-MAX_LISTED_STARTS:]]
+    facts += [("used", efficiency.start_usage_text(start)) for start in details.starts[-MAX_LISTED_STARTS:]]
     for part in run.parts:
         description = part.description.removeprefix(f"job {part.job} ")
         facts.append((part.part, f"job {part.job}: {description}"))
@@ -267,7 +267,7 @@ def _runner(run: RunView) -> list[str]:
         clauses.append(f"since {run.since}")
     if run.last_seen_s is not None:
         event = "last seen" if run.state in (State.running, LOST, UNKNOWN) else "ended"
-        clauses.append(f"{event} {age(run.last_seen_s)} ago")
+        clauses.append(f"{event} {age_text(run.last_seen_s)} ago")
     return clauses
 
 
@@ -279,7 +279,7 @@ def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     if run.state == State.failed:
         return ["", *_failure_advice(run, failure)]
     if run.state == LOST:
-        stop_first = "stop it, then " if run.why and STOPPED_OR_HANGS in run.why else ""
+        stop_first = "stop it, then " if run.why and HANGING_REASON in run.why else ""
         return ["", *fold(f"to do: {stop_first}{SAME_COMMAND}")]
     if run.state != State.preempted:
         return []
@@ -298,7 +298,7 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
 
     `failure`: its `failure.json`; empty if it has none.
     """
-    broken_part = pipeline_jobs.failed_part(list(run.parts))
+    broken_part = pipeline_jobs.first_failed_part(list(run.parts))
     if broken_part is not None and not failure:
         advice = f"shardtune logs {run.directory} job={broken_part.job} says why; submit the same words again"
         return [*fold(f"failed: {run.why}"), *fold(f"to do: {advice}")]
@@ -353,7 +353,7 @@ def _checkpoint_row(
     if checkpoint.elsewhere:  # on a line of its own, so that the directory can be pasted
         notes = fold(f"    in {checkpoint.path.parent}")
     size = size_text(checkpoint.size)
-    return TableRow((checkpoint.path.name, f"{age(checkpoint.age_s)} old", size, "; ".join(remarks)), notes)
+    return TableRow((checkpoint.path.name, f"{age_text(checkpoint.age_s)} old", size, "; ".join(remarks)), notes)
 
 
 def _number(number: float | None, number_format: str) -> str:
@@ -389,7 +389,7 @@ def _steps(steps: int | None) -> str:
     return str(steps) if steps < 1e5 else f"{steps / 1e3:,.0f}k"
 
 
-def as_dict(status: RunsStatus, damaged: Mapping[Path, str] | None) -> dict[str, Any]:
+def status_as_dict(status: RunsStatus, damaged: Mapping[Path, str] | None) -> dict[str, Any]:
     """What `status --json` prints, as JSON values. Times are seconds, memory GiB, sizes bytes, speeds of all ranks together."""
     run_jobs = _jobs_of_runs(status)
     runs = [_run_as_dict(run) for run in status.runs]

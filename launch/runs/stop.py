@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.runs.owner import LeaseHolder, launcher_process, read_lease_holder
-from launch.runs.queue import Queue, QueuedJob, unfinished_job
+from launch.runs.queue import Queue, QueuedJob, unfinished_job_id
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.reporting.status import State
 from trainer.session.lease import process_identity
 
-SCRIPT_MARK = "trap 'stopped=1"
+SHARDTUNE_SCRIPT_MARK = "trap 'stopped=1"
 """Text in the job scripts of shardtune, which handle TERM: the run saves and ends, and the job is not requeued."""
 SLURM_TIMEOUT_S = 60
 """Seconds that a command of SLURM's may take."""
 
 
-class CannotStop(ShardtuneError):
+class CannotStopError(ShardtuneError):
     """The run cannot be stopped from this host, or by this user; the message says what to type instead."""
 
     exit_code = 69
@@ -59,7 +59,7 @@ class SignalProcess:
         except ProcessLookupError:
             return False
         except PermissionError as error:
-            raise CannotStop(f"process {self.pid} is another user's: they have to stop it, or root") from error
+            raise CannotStopError(f"process {self.pid} is another user's: they have to stop it, or root") from error
         finally:
             os.close(pidfd)
         return True
@@ -88,7 +88,7 @@ class SignalJob:
     def send(self) -> None:
         """Send both signals. Raises CannotStop with scancel's message."""
         for command in self.commands:
-            call_slurm(command)
+            run_slurm_command(command)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class CancelJob:
 
     def send(self) -> None:
         """Take the job out of the queue. Raises CannotStop with scancel's message."""
-        call_slurm(["scancel", self.job.id])
+        run_slurm_command(["scancel", self.job.id])
 
 
 StopMethod = NotRunning | SignalProcess | SignalJob | CancelJob
@@ -133,51 +133,51 @@ def stop_method(run_dir: Path, queue: Queue, job: QueuedJob | None) -> StopMetho
         return SignalJob(job)
     owner = lease_holder.owner
     if owner is not None and lease_holder.is_alive:
-        _refuse_unrelated_process(run_dir, owner.pid)
+        _raise_if_unrelated_process(run_dir, owner.pid)
         launcher = launcher_process(owner)
         if launcher is not None:  # it passes the signal on to the ranks, and does not start them again
             return SignalProcess(*launcher)
         return SignalProcess(owner.pid, owner.process)
 
     if job is None:
-        return _without_local_process(run_dir, lease_holder, queue)
+        return _method_without_local_process(run_dir, lease_holder, queue)
     if job.is_pending:
-        raise CannotStop(
+        raise CannotStopError(
             f"{run_dir}: job {job.id} waits in the queue, and its script is none of shardtune's. If it is for this run, take it "
             f"out of the queue: scancel {job.id}"
         )
-    raise CannotStop(
+    raise CannotStopError(
         f"{run_dir}: job {job.id} does not run a script of shardtune's, so nobody knows how it reacts to a signal. To save "
         f"and end: scancel --signal=USR2 {job.id} if srun started the ranks, else scancel --full "
         f"--signal=USR2 {job.id}; or type `shardtune stop {run_dir.absolute()}` on the host of the run"
     )
 
 
-def refuse_unknown_job_state(run_dir: Path, queue: Queue, state: str) -> None:
+def raise_if_job_state_unknown(run_dir: Path, queue: Queue, state: str) -> None:
     """Refuse to report that a run is not running, if it was submitted and SLURM's queue cannot be read. Errors: CannotStop."""
-    job = unfinished_job(run_dir)
+    job = unfinished_job_id(run_dir)
     if job is None or state == State.done or not (queue.problem or queue.has_no_squeue):
         return
     reason = queue.problem or "squeue is not on PATH here"
-    raise CannotStop(
+    raise CannotStopError(
         f"{run_dir}: was submitted as job {job}; whether it still waits or runs is not known ({reason}). Try again when "
         f"squeue answers, or take the job out of the queue: scancel {job}"
     )
 
 
-def _refuse_unrelated_process(run_dir: Path, pid: int) -> None:
+def _raise_if_unrelated_process(run_dir: Path, pid: int) -> None:
     """Refuse to signal a process that has no file of the run's directory open. Errors: CannotStop.
 
     The lease in a copied run names the process of the other run, and in somebody else's run it can name any process.
     """
-    if not _has_file_open_in(run_dir, pid):
-        raise CannotStop(
+    if not _has_open_file_in(run_dir, pid):
+        raise CannotStopError(
             f"{run_dir}: process {pid} is named as its owner, and has no file of that directory open that this user can see. "
             f"If it is the run's, end it by: kill -TERM {pid}"
         )
 
 
-def _has_file_open_in(run_dir: Path, pid: int) -> bool:
+def _has_open_file_in(run_dir: Path, pid: int) -> bool:
     """Whether a process has the run's directory open, or a file in it; False if its files cannot be seen by this user."""
     resolved_run_dir = run_dir.resolve()
     try:
@@ -192,22 +192,22 @@ def _has_file_open_in(run_dir: Path, pid: int) -> bool:
     return False
 
 
-def _without_local_process(run_dir: Path, lease_holder: LeaseHolder, queue: Queue) -> StopMethod:
+def _method_without_local_process(run_dir: Path, lease_holder: LeaseHolder, queue: Queue) -> StopMethod:
     """`NotRunning` for a run that no process runs; CannotStop, with what to type, for one that runs on another host.
 
     Called for a run without a job in this host's queue and without a living process on this host.
     """
     owner = lease_holder.owner
-    if owner is None or lease_holder.is_alive is False or lease_holder.is_silent:
+    if owner is None or lease_holder.is_alive is False or lease_holder.is_heartbeat_late:
         return NotRunning()
     command = f"shardtune stop {shlex.quote(str(run_dir.absolute()))}"
     if owner.job is not None:
         queue_problem = f" ({queue.problem})" if queue.problem else ""
-        raise CannotStop(
+        raise CannotStopError(
             f"{run_dir}: SLURM job {owner.job} on {owner.host} runs it, and this host's queue does not have it as "
             f"yours{queue_problem}; where its user can call squeue, type: {command}"
         )
-    raise CannotStop(
+    raise CannotStopError(
         f"{run_dir}: process {owner.pid} on {owner.host} runs it, and no signal reaches it from here; "
         f"on {owner.host} type: {command}\n"
         f"  or, without shardtune there: kill -TERM {owner.pid}"
@@ -217,21 +217,21 @@ def _without_local_process(run_dir: Path, lease_holder: LeaseHolder, queue: Queu
 def _runs_our_script(job: QueuedJob) -> bool:
     """Whether a job runs a script of shardtune, however it was submitted: by the text of the script that SLURM keeps."""
     try:
-        return SCRIPT_MARK in call_slurm(["scontrol", "write", "batch_script", job.raw_id, "-"])
-    except CannotStop:  # an allocation without a script
+        return SHARDTUNE_SCRIPT_MARK in run_slurm_command(["scontrol", "write", "batch_script", job.raw_id, "-"])
+    except CannotStopError:  # an allocation without a script
         return False
 
 
-def call_slurm(command: list[str]) -> str:
+def run_slurm_command(command: list[str]) -> str:
     """What a command of SLURM's prints. Raises CannotStop with its message if it fails."""
     try:
         completed = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SLURM_TIMEOUT_S)
     except FileNotFoundError as error:
-        raise CannotStop(
+        raise CannotStopError(
             f"{command[0]} is not on PATH here; on a host that has it type: {shlex.join(command)}"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise CannotStop(f"{shlex.join(command)}: no answer within {SLURM_TIMEOUT_S} s; try again") from error
+        raise CannotStopError(f"{shlex.join(command)}: no answer within {SLURM_TIMEOUT_S} s; try again") from error
     if completed.returncode:
-        raise CannotStop(f"{shlex.join(command)}: {(completed.stderr or completed.stdout).strip()}")
+        raise CannotStopError(f"{shlex.join(command)}: {(completed.stderr or completed.stdout).strip()}")
     return completed.stdout

@@ -69,17 +69,17 @@ def main(argv: list[str]) -> int:
     with stdout_to_stderr(arguments.as_json):
         exit_code, method = stop(arguments.run, arguments.wait_s, dry_run=arguments.dry_run)
     if arguments.as_json:
-        print_json(run_summary(arguments.run, method))
+        print_json(stopped_run_summary(arguments.run, method))
     return exit_code
 
 
 def stop_arguments(argv: list[str]) -> StopArguments:
     """Read the arguments behind `shardtune stop`. Raises ConfigError with every problem at once."""
-    from launch.runs.status import is_frozen
+    from launch.runs.status import has_shardtune_config
 
     arguments, problems = read_arguments("stop", StopArguments, argv)
     run = arguments.run
-    if run is not None and not ((run / "config.yaml").is_file() and is_frozen(run)):
+    if run is not None and not ((run / "config.yaml").is_file() and has_shardtune_config(run)):
         problems.append(f"{run}: is no run directory (there is no configuration of a run in it)")
     if problems:
         raise ConfigError(problems)
@@ -93,27 +93,27 @@ def stop(run_dir: Path, wait_s: float, *, dry_run: bool) -> tuple[int, str | Non
     """
     from launch.runs.queue import read_queue_twice
     from launch.runs.status import read_run_view
-    from launch.runs.stop import NotRunning, refuse_unknown_job_state, stop_method
+    from launch.runs.stop import NotRunning, raise_if_job_state_unknown, stop_method
 
     queue = read_queue_twice()
     run = read_run_view(run_dir, queue)
     method = stop_method(run_dir, queue, run.job)
     if isinstance(method, NotRunning):
-        refuse_unknown_job_state(run_dir, queue, run.state)
+        raise_if_job_state_unknown(run_dir, queue, run.state)
         reason = f" ({run.why})" if run.why else ""
-        print(f"{run_dir}: is not running: {run.state}{reason}; {saved_text(run_dir, run.step)}")
+        print(f"{run_dir}: is not running: {run.state}{reason}; {saved_checkpoint_text(run_dir, run.step)}")
         return 0, None
     if dry_run:
         print(f"{run_dir}: {run.state} at step {run.step or 0}; would be stopped by: {method}")
         return 0, str(method)
     if method.send() is False:
-        print(f"{run_dir}: ended by itself; {saved_text(run_dir, run.step)}")
+        print(f"{run_dir}: ended by itself; {saved_checkpoint_text(run_dir, run.step)}")
         return 0, None
     print(f"{run_dir}: asked to save and to end ({method})", flush=True)
     return StopWait(run_dir, method, wait_s).until_ended(), str(method)
 
 
-def run_summary(run_dir: Path, method: str | None) -> dict[str, Any]:
+def stopped_run_summary(run_dir: Path, method: str | None) -> dict[str, Any]:
     """What `stop --json` prints: the state of the run now, and its newest checkpoint.
 
     `method` is the command that stopped the run or, with --dry-run, would; None if nothing was running.
@@ -135,7 +135,7 @@ def run_summary(run_dir: Path, method: str | None) -> dict[str, Any]:
     }
 
 
-def saved_text(run_dir: Path, last_step: int | None) -> str:
+def saved_checkpoint_text(run_dir: Path, last_step: int | None) -> str:
     """A clause on the checkpoint from which a run can continue, such as `saved at step 40: <path>`.
 
     `last_step` is None or 0 for a run that made no step: then a missing checkpoint is no loss.
@@ -207,7 +207,7 @@ class StopWait:
         status = read_status(self.run_dir)
         step = status.get("step")
         state = status.get("state")
-        saved = saved_text(self.run_dir, step)
+        saved = saved_checkpoint_text(self.run_dir, step)
         if isinstance(self.method, CancelJob):
             print(f"{self.run_dir}: job {self.method.job.id} was taken out of the queue; {saved}")
         elif state == State.done:
@@ -228,7 +228,7 @@ class StopWait:
 
     def _report_late(self) -> int:
         """Print that the run has not ended within `wait_s` seconds, or that this cannot be told; returns the exit code."""
-        saved = saved_text(self.run_dir, None)
+        saved = saved_checkpoint_text(self.run_dir, None)
         if self._queue_problem is not None:
             print(
                 f"{self.run_dir}: was asked to end; whether it has ended is not known ({self._queue_problem}); {saved}",

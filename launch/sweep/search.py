@@ -95,9 +95,9 @@ def start_trial(name: str, composed: Composed, run_dir: Path, progress: RunsProg
     Raises ConfigError where `run_dir` holds another run.
     """
     from launch.config.frozen import is_finished
-    from launch.runs.freeze import freeze
+    from launch.runs.freeze import write_run_config
 
-    freeze(composed, run_dir)
+    write_run_config(composed, run_dir)
     if is_finished(run_dir):  # the command that ran it was killed before it could report the result
         return 0
     return run_with_progress(name, composed, run_dir, progress, verb="train")

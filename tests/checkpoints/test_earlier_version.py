@@ -14,7 +14,7 @@ import yaml
 
 from launch.config.compose import compose
 from launch.config.frozen import load_frozen, record_own_choices
-from launch.runs.freeze import freeze
+from launch.runs.freeze import write_run_config
 from strategies.matmul import Matmul
 from tests.helpers.launching import command_here
 from trainer.config.run import MICRO_BATCH_KEY, settled_matmul
@@ -79,7 +79,7 @@ def test_earlier_version_run_may_share_its_rows_among_ranks(site, capsys):
     """Its files do not have `parallel`, which counts as its default, and is free to change."""
     assert "\nparallel:" not in (site / "runs/stopped/config.yaml").read_text()
     words = [*SAME_WORDS, "strategy=fsdp2", "launcher.processes=2", "parallel.sequence=2"]
-    run_dir = freeze(compose(words), site / "runs/stopped", may_change_strategy=True)
+    run_dir = write_run_config(compose(words), site / "runs/stopped", may_change_strategy=True)
     assert "parallel.sequence: 1 there, 2 here" in capsys.readouterr().err
     assert load_frozen(run_dir / "config.yaml").parallel.sequence == 2
 

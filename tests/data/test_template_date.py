@@ -10,7 +10,7 @@ import yaml
 
 from launch.config.compose import compose, recompose
 from launch.config.frozen import load_frozen
-from launch.runs.freeze import freeze
+from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError, Preempted
 from strategies.rendezvous import Rendezvous
 from tests.faults.runs import Runs
@@ -186,7 +186,7 @@ def test_template_date_of_a_run_is_kept(tmp_path, another_day, monkeypatch, caps
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "cache")
     resumed = compose(words)
-    freeze(resumed, run_dir)
+    write_run_config(resumed, run_dir)
     assert settled_template_date(resumed.config) == TemplateDate(date(2026, 1, 3))
 
     path = run_dir / "config.yaml"
@@ -202,11 +202,11 @@ def test_template_date_of_an_earlier_versions_run_is_that_of_its_oldest_file(tmp
 
     runs = Runs(tmp_path)
     words = runs.words("run")[4:]
-    checkpoint = freeze(compose(words), tmp_path / "run") / "checkpoints" / "step-000001"
+    checkpoint = write_run_config(compose(words), tmp_path / "run") / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "progress.json").write_text("{}")
     christmas = datetime(2025, 12, 25, 12).timestamp()
     os.utime(checkpoint / "progress.json", (christmas, christmas))
     resumed = compose(words)
-    freeze(resumed, tmp_path / "run")
+    write_run_config(resumed, tmp_path / "run")
     assert settled_template_date(resumed.config) == TemplateDate(CHRISTMAS, in_fingerprint=False)

@@ -5,7 +5,7 @@ import pytest
 from launch.cluster.oom_retry import write_smaller_settings
 from launch.config.compose import compose
 from launch.config.frozen import load_frozen, record_own_choices
-from launch.runs.freeze import freeze
+from launch.runs.freeze import write_run_config
 from tests.faults.runs import read
 from tests.helpers.nursery import FAULT
 from trainer.reporting.status import record_failure
@@ -68,7 +68,7 @@ def test_out_of_memory_retry_notes_the_asked_and_all_tried_micro_batches(runs, a
     name = asked.replace(" -> ", "-")
     micro = asked.rpartition(" ")[2]
     words = runs.words(name, "batch.global=72", f"batch.micro={asked.partition(' ')[0]}")[4:]
-    run_dir = freeze(compose(words), runs.root / name)
+    run_dir = write_run_config(compose(words), runs.root / name)
     if "auto" in asked:
         chosen = load_frozen(run_dir / "config.yaml")
         chosen.batch["micro"], chosen.substitutions["batch.micro"] = int(micro), f"{asked} (planned 2.00 of 3.00 GiB)"
@@ -81,4 +81,7 @@ def test_out_of_memory_retry_notes_the_asked_and_all_tried_micro_batches(runs, a
         if step < len(notes):
             assert str(frozen.substitutions["batch.micro"]).startswith(notes[step])
         # A job script that reads its words once more goes on from there, also before the first checkpoint.
-        assert load_frozen(freeze(compose(words), run_dir) / "config.yaml").batch["micro"] == frozen.batch["micro"]
+        assert (
+            load_frozen(write_run_config(compose(words), run_dir) / "config.yaml").batch["micro"]
+            == frozen.batch["micro"]
+        )

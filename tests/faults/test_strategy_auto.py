@@ -6,7 +6,7 @@ from launch.cluster.oom_retry import write_smaller_settings
 from launch.config.compose import compose
 from launch.config.frozen import load_frozen
 from launch.plan.command import composed as planned
-from launch.runs.freeze import freeze
+from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError, OutOfMemory
 from tests.faults.runs import read
 from tests.helpers.nursery import FAULT
@@ -39,7 +39,7 @@ def test_strategy_auto_takes_the_next_where_memory_runs_out_and_trains_as_if_typ
 def test_strategy_auto_asks_for_a_new_start_when_one_rank_alone_runs_out(runs):
     """The launcher writes down what was tried; the run stays the one that was asked for."""
     words = runs.words("auto-again", "strategy=auto", *WORDS)[4:]
-    run_dir = freeze(compose(words), runs.root / "auto-again")
+    run_dir = write_run_config(compose(words), runs.root / "auto-again")
     assert write_smaller_settings(run_dir) is None  # nothing has failed
     record_failure(
         run_dir, 0, RuntimeError("strategy=auto: with strategy=ddp rank 1 runs out"), "choosing the strategy"
@@ -51,7 +51,7 @@ def test_strategy_auto_asks_for_a_new_start_when_one_rank_alone_runs_out(runs):
         record_failure(run_dir, 0, error, "choosing the strategy")
         assert write_smaller_settings(run_dir) == f"without strategy={tried}"
         (run_dir / "failure.json").unlink()
-        frozen = load_frozen(freeze(compose(words), run_dir) / "config.yaml")
+        frozen = load_frozen(write_run_config(compose(words), run_dir) / "config.yaml")
         trials = frozen.resolution("strategy").tried
         assert [trial.choice for trial in trials] == ["ddp", "zero1"][:number]
         assert frozen.strategy.name == "auto"
@@ -59,9 +59,11 @@ def test_strategy_auto_asks_for_a_new_start_when_one_rank_alone_runs_out(runs):
 
 def test_strategy_auto_choice_is_replaced_by_a_strategy_typed_later(runs):
     words = runs.words("typed", "strategy=auto", *WORDS)[4:]
-    run_dir = freeze(compose(words), runs.root / "typed")
+    run_dir = write_run_config(compose(words), runs.root / "typed")
     told = compose([*(word for word in words if word != "strategy=auto"), "strategy=fsdp2"])
-    assert load_frozen(freeze(told, run_dir, may_change_strategy=True) / "config.yaml").strategy.name == "fsdp2"
+    assert (
+        load_frozen(write_run_config(told, run_dir, may_change_strategy=True) / "config.yaml").strategy.name == "fsdp2"
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from launch.cluster.advice import check_job, list_partitions, partitions_of_job,
 from launch.cluster.array_size import refuse_large_arrays
 from launch.config.prices import price_by_gpu_kind
 from launch.main import main
-from launch.runs.slurm_time import clock, seconds
+from launch.runs.slurm_time import format_slurm_time, parse_slurm_time
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.config.validate import problems_of
@@ -48,14 +48,16 @@ def advised(run: Path, **launcher) -> str:
     [("30", 1800), ("10:30", 630), ("1:00:00", 3600), ("2-12", 216000), ("1-00:30:10", 88210), ("infinite", math.inf)],
 )
 def test_slurm_times_are_read_as_slurm_writes_them(text, value):
-    assert seconds(text) == value
+    assert parse_slurm_time(text) == value
 
 
 def test_slurm_partitions_are_read_from_sinfo(sinfo):
     found = {(part.name, part.gpus): part for part in list_partitions()}
     assert found["gpu", 8].gpu_kinds == {"h100"} and found["gpu", 8].limit_s == 172800 and found["gpu", 4].nodes == 8
     assert (
-        found["main", 0].is_default and not found["gpu", 4].is_default and clock(found["free", 0].limit_s) == "any time"
+        found["main", 0].is_default
+        and not found["gpu", 4].is_default
+        and format_slurm_time(found["free", 0].limit_s) == "any time"
     )
 
 

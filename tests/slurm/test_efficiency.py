@@ -36,14 +36,14 @@ def test_efficiency_figures_of_a_job_are_recorded_and_shown(sacct, tmp_path, cap
     run = made(tmp_path, "run", state="done")
     about = {"total_steps": 10, "world_size": 2, "device_name": "NVIDIA H100 80GB HBM3"}
     (run / "run.json").write_text(json.dumps(about))
-    said = efficiency.record_start(run, "2", 0, 0, {**ENV, "SLURM_JOB_NUM_NODES": "2"})
+    said = efficiency.record_start_usage(run, "2", 0, 0, {**ENV, "SLURM_JOB_NUM_NODES": "2"})
     # An hour of two; 35.265 of 160 CPU seconds; 2 GPUs for an hour at $3.99; 142 % of 200.
     assert (
         said
         == "job 2, start 0: 1:00:00 of 2:00:00 (50%), 22% of 2 CPUs, 0.645 of 2 GiB of a node, 2 GPUs 71% busy, $7.98"
     )
     assert "--jobs 2" in (tmp_path / "asked").read_text()
-    efficiency.record_start(run, "2", 1, 0, ENV)
+    efficiency.record_start_usage(run, "2", 1, 0, ENV)
     record = json.loads((run / "run.json").read_text())
     assert record | about == record and [start["start"] for start in record["jobs"]] == [0, 1]
     (run / "jobs.jsonl").open("a").write('{"job": "2", "sta')  # torn
@@ -58,12 +58,14 @@ def test_efficiency_figures_of_a_job_are_recorded_and_shown(sacct, tmp_path, cap
 def test_efficiency_figures_that_slurm_does_not_know_are_named(sacct, tmp_path):
     run = made(tmp_path, "run")
     sacct.write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
-    said = efficiency.record_start(run, "2", 0, 1, ENV)
+    said = efficiency.record_start_usage(run, "2", 0, 1, ENV)
     assert said.startswith(
         "job 2, start 0: 1:00:00 of 2:00:00 (50%), sacct knows nothing (Slurm accounting storage is disabled)"
     )
     sacct.unlink()
-    assert "no sacct on this node" in efficiency.record_start(run, "2", 0, 1, ENV) or Path("/usr/bin/sacct").exists()
-    assert efficiency.record_start(tmp_path / "gone", "2", 0, 1, ENV).endswith(
+    assert (
+        "no sacct on this node" in efficiency.record_start_usage(run, "2", 0, 1, ENV) or Path("/usr/bin/sacct").exists()
+    )
+    assert efficiency.record_start_usage(tmp_path / "gone", "2", 0, 1, ENV).endswith(
         "not recorded (No such file or directory)"
     )

@@ -13,7 +13,7 @@ from launch.config.frozen import (
     record_own_choices,
 )
 from launch.config.resume import keep_earlier_defaults
-from launch.runs.freeze import freeze
+from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError, StorageError
 from trainer.evaluation.base import TaskConfig
 from trainer.reporting.resolution import Resolution
@@ -43,7 +43,7 @@ def composed(*words):
 )
 def test_a_frozen_configuration_reads_back_equal(tmp_path, words):
     one = composed(*words)
-    assert freeze(one, tmp_path / "run") == tmp_path / "run"
+    assert write_run_config(one, tmp_path / "run") == tmp_path / "run"
     again = load_frozen(tmp_path / "run" / "config.yaml")
     assert again == one.config
     assert type(again.strategy) is type(one.config.strategy)
@@ -76,7 +76,7 @@ def test_config_hash_differs_by_what_decides_the_result(word):
 
 
 def test_an_edited_file_is_refused(tmp_path):
-    path = freeze(composed(), tmp_path) / "config.yaml"
+    path = write_run_config(composed(), tmp_path) / "config.yaml"
     path.write_text(path.read_text().replace("seed: 42", "seed: 43"))
     with pytest.raises(ConfigError, match="was changed after the run began"):
         load_frozen(path)
@@ -93,7 +93,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize("key", ["substitutions", "batch", "run"])
 def test_a_file_that_lost_a_group_is_refused(tmp_path, key):
-    path = freeze(composed(), tmp_path) / "config.yaml"
+    path = write_run_config(composed(), tmp_path) / "config.yaml"
     tree = yaml.safe_load(path.read_text())
     del tree[key]
     header = path.read_text().partition("\n")[0]
@@ -107,16 +107,16 @@ def test_frozen_configuration_that_is_torn_names_the_way_out(tmp_path, content):
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.yaml: is torn, as by a power cut; delete it, and the same command"):
-        freeze(composed(), tmp_path)
+        write_run_config(composed(), tmp_path)
     (tmp_path / "config.yaml").unlink()
-    freeze(composed(), tmp_path)
+    write_run_config(composed(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["logs", "checkpoints", "lease"])
 def test_a_file_in_the_place_of_a_directory_is_named(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=f"{name}: is a file, where the run needs a directory; move it away"):
-        freeze(composed(), tmp_path)
+        write_run_config(composed(), tmp_path)
 
 
 def write_without(path, *keys):
@@ -141,45 +141,45 @@ def write_without(path, *keys):
 
 
 def test_a_prefix_run_of_a_version_without_a_choice_of_start_keeps_its_random_one(tmp_path):
-    path = freeze(composed("tuning=prefix"), tmp_path) / "config.yaml"
+    path = write_run_config(composed("tuning=prefix"), tmp_path) / "config.yaml"
     assert load_frozen(path).tuning.init == "zero"
     write_without(path, "tuning.init")
     assert load_frozen(path).tuning.init == "random"
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     today = composed("tuning=prefix")
-    freeze(today, tmp_path)
+    write_run_config(today, tmp_path)
     assert today.config.tuning.init == load_frozen(path).tuning.init == "random"
 
 
 def test_a_file_of_a_version_with_fewer_settings_still_reads(tmp_path):
-    path = freeze(composed(), tmp_path) / "config.yaml"
+    path = write_run_config(composed(), tmp_path) / "config.yaml"
     write_without(path, "optim.max_skipped_steps", "export.checkpoint")
     # A run of that version exports its last checkpoint, as it would have done then.
     assert load_frozen(path) == composed(f"run.dir={tmp_path}", "export.checkpoint=last").config
     write_status(tmp_path, "done")
-    freeze(composed(), tmp_path)  # and its directory can be continued
+    write_run_config(composed(), tmp_path)  # and its directory can be continued
     assert load_frozen(path).export.checkpoint == "last"
 
 
 def test_run_directory_of_another_run_is_refused_with_what_differs(tmp_path):
-    freeze(composed("optim.lr=1e-3"), tmp_path)
+    write_run_config(composed("optim.lr=1e-3"), tmp_path)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
-    freeze(composed("optim.lr=1e-3", "logging.every_steps=1"), tmp_path)  # the same run
+    write_run_config(composed("optim.lr=1e-3", "logging.every_steps=1"), tmp_path)  # the same run
     with pytest.raises(ConfigError) as caught:
-        freeze(composed("optim.lr=1e-4", "strategy=ddp"), tmp_path)
+        write_run_config(composed("optim.lr=1e-4", "strategy=ddp"), tmp_path)
     (problem,) = caught.value.problems  # not counted as three
     assert "optim.lr: 0.001 there, 0.0001 here" in problem and "strategy.name: single there, ddp here" in problem
 
 
 def test_frozen_default_that_changed_since_the_run_began_is_kept(tmp_path, capsys):
     words = ["optim.lr=1e-3", "logging.every_steps=1"]
-    freeze(with_earlier_default(composed(*words)), tmp_path)
+    write_run_config(with_earlier_default(composed(*words)), tmp_path)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     today = composed("optim.lr=1e-3", "logging.every_steps=2")
     assert today.config.optim.weight_decay != EARLIER_WEIGHT_DECAY
     of_another_rank = composed(*words)
     keep_earlier_defaults(of_another_rank, tmp_path)
-    freeze(today, tmp_path)
+    write_run_config(today, tmp_path)
     assert of_another_rank.sha256 == today.sha256
     assert today.config.optim.weight_decay == EARLIER_WEIGHT_DECAY
     assert today.config.logging.every_steps == 2
@@ -188,18 +188,18 @@ def test_frozen_default_that_changed_since_the_run_began_is_kept(tmp_path, capsy
         capsys.readouterr().err
     )
     with pytest.raises(ConfigError, match=r"optim\.weight_decay"):  # other words may mean another value
-        freeze(composed("optim.lr=1e-3", "optim.weight_decay=0.5"), tmp_path)
+        write_run_config(composed("optim.lr=1e-3", "optim.weight_decay=0.5"), tmp_path)
 
 
 def test_checkpoint_that_is_exported_may_be_named_when_a_run_goes_on(tmp_path):
     """Also where shardtune has changed a default since the run began, and for a run that began with another choice."""
-    freeze(with_earlier_default(composed("export.checkpoint=last")), tmp_path)
+    write_run_config(with_earlier_default(composed("export.checkpoint=last")), tmp_path)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     for words, exported in ([], "last"), (["export.checkpoint=best"], "best"), (["export.checkpoint=auto"], "auto"):
         today = composed(*words)
         of_another_rank = composed(*words)
         keep_earlier_defaults(of_another_rank, tmp_path)
-        freeze(today, tmp_path)
+        write_run_config(today, tmp_path)
         assert today.config.export.checkpoint == of_another_rank.config.export.checkpoint == exported
         assert today.config.optim.weight_decay == EARLIER_WEIGHT_DECAY
 
@@ -210,12 +210,12 @@ def test_frozen_paths_and_code_of_others_are_not_taken_over_as_earlier_defaults(
     theirs = composed()
     theirs.config.evaluation.tasks = {name: TaskConfig(kind="lm_eval", path="/theirs/task.yaml")}
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "author"))
-    freeze(theirs, tmp_path / "run")
+    write_run_config(theirs, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "reader"))
     mine = composed()
     with pytest.raises(ConfigError, match=r"different settings(?s:.)*/theirs/task\.yaml there"):
-        freeze(mine, tmp_path / "run")
+        write_run_config(mine, tmp_path / "run")
     assert mine.config.evaluation.tasks == {} and not (tmp_path / "reader").exists()
 
 
@@ -224,10 +224,10 @@ def test_frozen_words_are_another_run_if_files_or_variables_they_name_may_have_c
     monkeypatch.setenv("LENGTH", "128")
     (tmp_path / "mine.yaml").write_text("optim: {lr: 1e-3}")
     words = {"file": [str(tmp_path / "mine.yaml")], "variable": ["data.max_length=${oc.env:LENGTH}"]}[source]
-    freeze(with_earlier_default(composed(*words)), tmp_path / "run")
+    write_run_config(with_earlier_default(composed(*words)), tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
     with pytest.raises(ConfigError, match="different settings"):
-        freeze(composed(*words), tmp_path / "run")
+        write_run_config(composed(*words), tmp_path / "run")
 
 
 EARLIER_WEIGHT_DECAY = 0.125
@@ -241,7 +241,7 @@ def with_earlier_default(one):
 
 def test_choices_are_not_written_over_an_edited_file(tmp_path):
     config = composed().config
-    path = freeze(composed(), tmp_path / "run") / "config.yaml"
+    path = write_run_config(composed(), tmp_path / "run") / "config.yaml"
     header = path.read_text().splitlines()[:3]
     record_own_choices(path.parent, config)
     assert path.read_text().splitlines()[:3] == header
@@ -251,53 +251,53 @@ def test_choices_are_not_written_over_an_edited_file(tmp_path):
 
 
 def test_unfinished_run_may_go_on_with_another_strategy_and_micro_batch(tmp_path, capsys):
-    freeze(composed("strategy=single", "batch.micro=4"), tmp_path)
+    write_run_config(composed("strategy=single", "batch.micro=4"), tmp_path)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     way = composed("strategy=fsdp2", "batch.micro=2", "launcher.processes=2", "parallel.sequence=2")
     with pytest.raises(ConfigError, match="different settings"):
-        freeze(way, tmp_path)  # as a point of a comparison
-    freeze(way, tmp_path, may_change_strategy=True)
+        write_run_config(way, tmp_path)  # as a point of a comparison
+    write_run_config(way, tmp_path, may_change_strategy=True)
     assert "resumes in another way: batch.micro: 4 there, 2 here; " in (said := capsys.readouterr().err)
     assert "strategy.name: single there, fsdp2 here" in said and "parallel.sequence: 1 there, 2 here" in said
     assert load_frozen(tmp_path / "config.yaml") == way.config
     for words in (["strategy=fsdp2", "batch.micro=2", "optim.lr=1e-6"], ["batch.micro=2", "run.seed=1"]):
         with pytest.raises(ConfigError, match="different settings"):
-            freeze(composed(*words), tmp_path, may_change_strategy=True)
+            write_run_config(composed(*words), tmp_path, may_change_strategy=True)
     write_status(tmp_path, "done")
     with pytest.raises(ConfigError, match="different settings"):
-        freeze(composed("strategy=single", "batch.micro=4"), tmp_path, may_change_strategy=True)
+        write_run_config(composed("strategy=single", "batch.micro=4"), tmp_path, may_change_strategy=True)
 
 
 def test_run_directory_without_any_progress_takes_a_corrected_command(tmp_path):
-    freeze(composed("optim.lr=1e-3"), tmp_path)
-    freeze(composed("optim.lr=1e-4"), tmp_path)
+    write_run_config(composed("optim.lr=1e-3"), tmp_path)
+    write_run_config(composed("optim.lr=1e-4"), tmp_path)
     assert load_frozen(tmp_path / "config.yaml").optim.lr == 1e-4
     write_status(tmp_path, "done")
     with pytest.raises(ConfigError, match="different settings"):
-        freeze(composed("optim.lr=1e-3"), tmp_path)
+        write_run_config(composed("optim.lr=1e-3"), tmp_path)
 
 
 def test_resume_never_refuses_a_directory_with_checkpoints(tmp_path):
-    freeze(composed("run.resume=never"), tmp_path)
+    write_run_config(composed("run.resume=never"), tmp_path)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
-    freeze(composed(), tmp_path)
+    write_run_config(composed(), tmp_path)
     with pytest.raises(ConfigError, match=r"run\.resume=never"):
-        freeze(composed("run.resume=never"), tmp_path)
+        write_run_config(composed("run.resume=never"), tmp_path)
 
 
 def test_a_directory_in_use_is_refused_and_a_dead_owner_is_not(tmp_path):
-    freeze(composed(), tmp_path)
+    write_run_config(composed(), tmp_path)
     with Lease.acquire(tmp_path, 60), pytest.raises(ConfigError, match=f"process {os.getpid()} on .*, is running it"):
-        freeze(composed(), tmp_path)
-    freeze(composed(), tmp_path)  # it is over
+        write_run_config(composed(), tmp_path)
+    write_run_config(composed(), tmp_path)  # it is over
 
 
 def test_run_directory_that_cannot_be_one_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
-        freeze(composed(), tmp_path / "file")
+        write_run_config(composed(), tmp_path / "file")
     with pytest.raises(StorageError, match="cannot write"):
-        freeze(composed(), tmp_path / "file" / "below")
+        write_run_config(composed(), tmp_path / "file" / "below")
 
 
 def test_the_default_directory_survives_a_requeue(monkeypatch):
@@ -309,18 +309,18 @@ def test_the_default_directory_survives_a_requeue(monkeypatch):
 def test_micro_batch_chosen_by_the_run_belongs_to_the_same_words(tmp_path):
     """The same words find their run again, and its choice; a number that is typed, or edited in the file, is another."""
     asked = composed("batch.micro=auto")
-    directory = freeze(asked, tmp_path / "run")
+    directory = write_run_config(asked, tmp_path / "run")
     resolution = Resolution("batch.micro", "auto", 8, "planned")
     chosen = replace(asked.config, batch={"global": 32, "micro": 8}, substitutions={"batch.micro": resolution})
     record_own_choices(directory, chosen)
     assert config_sha256(chosen) == asked.sha256 and load_frozen(directory / "config.yaml") == chosen
     (directory / "checkpoints/step-000001").mkdir(parents=True)
     again = composed("batch.micro=auto")
-    freeze(again, directory)
+    write_run_config(again, directory)
     assert again.config.batch["micro"] == 8 and again.config.substitutions["batch.micro"] == resolution
     assert load_frozen(directory / "config.yaml").batch["micro"] == 8
     with pytest.raises(ConfigError, match=r"batch\.micro: auto there, 8 here"):
-        freeze(composed("batch.micro=8"), directory)
+        write_run_config(composed("batch.micro=8"), directory)
     text = (directory / "config.yaml").read_text()
     (directory / "config.yaml").write_text(text.replace("micro: 8", "micro: 4"))
     with pytest.raises(ConfigError, match="was changed after the run began"):

@@ -7,7 +7,7 @@ from launch.config import learning_rate
 from launch.config.compose import compose
 from launch.config.frozen import load_frozen
 from launch.main import main
-from launch.runs.freeze import freeze
+from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError
 from trainer.config.run import LEARNING_RATE_KEY
 from trainer.optim import rates
@@ -31,7 +31,7 @@ def rate(*words):
 
 def begun(run_dir, *words):
     """A run directory with a checkpoint."""
-    freeze(compose([*BASE, *words, f"run.dir={run_dir}"]), run_dir)
+    write_run_config(compose([*BASE, *words, f"run.dir={run_dir}"]), run_dir)
     (run_dir / "checkpoints" / "step-000005").mkdir(parents=True)
     return run_dir
 
@@ -99,20 +99,20 @@ def test_begun_run_keeps_its_rate_when_the_table_changes(tmp_path, monkeypatch):
     words = [*BASE, "tuning=lora"]
     assert compose(words).config.optim.lr == 7e-4
     # The same command, and one that starts another run from the checkpoint.
-    freeze(compose([*words, f"run.dir={run_dir}"]), run_dir)
+    write_run_config(compose([*words, f"run.dir={run_dir}"]), run_dir)
     assert load_frozen(run_dir / "config.yaml").optim.lr == 2e-4
     branch = compose([*words, f"run.resume={run_dir}/checkpoints/step-000005"], check=False).config
     assert branch.optim.lr == 2e-4 and "as this run began" in str(branch.resolution(LEARNING_RATE_KEY))
     # Another method has no rate to keep.
     assert rate("tuning=ia3", f"run.resume={run_dir}/checkpoints/step-000005") == 5e-3
     with pytest.raises(ConfigError, match=r"optim.lr: 0.0002 there, 0.001 here"):
-        freeze(compose([*words, "optim.lr=1e-3", f"run.dir={run_dir}"]), run_dir)
+        write_run_config(compose([*words, "optim.lr=1e-3", f"run.dir={run_dir}"]), run_dir)
 
 
 def test_run_with_a_typed_rate_is_not_taken_up_by_a_command_without_it(tmp_path):
     run_dir = begun(tmp_path / "run", "tuning=lora", "optim.lr=1e-3")
     with pytest.raises(ConfigError, match=r"optim.lr: 0.001 there, 0.0002 here"):
-        freeze(compose([*BASE, "tuning=lora", f"run.dir={run_dir}"]), run_dir)
+        write_run_config(compose([*BASE, "tuning=lora", f"run.dir={run_dir}"]), run_dir)
 
 
 def test_run_of_the_version_with_one_rate_an_optimizer_goes_on_with_it(tmp_path, monkeypatch):
@@ -123,9 +123,9 @@ def test_run_of_the_version_with_one_rate_an_optimizer_goes_on_with_it(tmp_path,
             earlier.setattr(learning_rate, "usual_rate", lambda *_: rates.UsualRate(2e-5, 1e-5, 5e-5, ""))
             one = compose([*BASE, *method, f"run.dir={run_dir}"])
         del one.config.substitutions[LEARNING_RATE_KEY]
-        freeze(one, run_dir)
+        write_run_config(one, run_dir)
         (run_dir / "checkpoints" / "step-000005").mkdir(parents=True)
-        freeze(compose([*BASE, *method, f"run.dir={run_dir}"]), run_dir)
+        write_run_config(compose([*BASE, *method, f"run.dir={run_dir}"]), run_dir)
         assert load_frozen(run_dir / "config.yaml").optim.lr == 2e-5
 
 

@@ -13,7 +13,7 @@ from launch.config.importers.names import RULES_BY_FOREIGN_NAME, translate
 from launch.config.overrides import all_settings, find_setting
 from launch.config.removed import REMOVED
 from launch.config.user_files import take_config_dirs
-from launch.runs.freeze import freeze
+from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError
 from tests.helpers.launching import command_here
 from trainer.config.validate import WRITTEN
@@ -286,7 +286,7 @@ def test_overrides_that_an_earlier_version_took_still_resume_a_run(tmp_path, mon
     words = ["model.path=m", f"data.path={tmp_path / 'train.jsonl'}", f"run.dir={run_dir}", "logging.name=my-project"]
     # That version took the one budget, and no variable called *_PASS for a secret.
     both = [*words, "budget={steps: 12}", "budget.epochs=2"]
-    freeze(Composed(compose([*words, "budget.epochs=2"], check=False).config, both), run_dir)
+    write_run_config(Composed(compose([*words, "budget.epochs=2"], check=False).config, both), run_dir)
     monkeypatch.setenv("SITE_PASS", "my-project")
 
     assert refused_groups(both) == set()

@@ -44,13 +44,13 @@ def made(root: Path, name: str, *, state: str | None = "running", steps: int = 3
     return run
 
 
-def owned(run: Path, number: int = 1, *, silent_s: float = 0, **about) -> Owner:
+def owned(run: Path, number: int = 1, *, heartbeat_age_s: float = 0, **about) -> Owner:
     """Claim the directory as another host's attempt does, which was last heard of so long ago."""
     owner = Owner(**{"host": "n1", "pid": 7, "process": "boot/namespace/1", **about})
     (run / "lease" / f"{number:06d}.json").write_text(json.dumps(asdict(owner)))
     beat = run / "lease" / f"{number:06d}.beat"
     beat.write_text("3")
-    os.utime(beat, (time.time() - silent_s,) * 2)
+    os.utime(beat, (time.time() - heartbeat_age_s,) * 2)
     return owner
 
 

@@ -197,7 +197,7 @@ def test_logs_following_ends_where_nothing_will_resume_the_run(tmp_path, capsys,
     monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", []))
     monkeypatch.setenv("STANDIN_CODE", "1")  # of a run that had no job its queue says nothing
     lost = made(tmp_path, "lost")
-    owned(lost, silent_s=10**6)
+    owned(lost, heartbeat_age_s=10**6)
     assert main(["logs", str(lost), "--follow"]) == 0
     assert "lost: lost at step 3: no sign of life for 12 d" in capsys.readouterr().err
 

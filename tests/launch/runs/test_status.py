@@ -10,7 +10,7 @@ import pytest
 from launch.main import main
 from launch.runs import status_command
 from launch.runs.job_record import record_job_end, record_job_start
-from launch.runs.queue import Queue, QueuedJob, last_submitted_job, note_submitted
+from launch.runs.queue import Queue, QueuedJob, read_submitted_job_id, write_submitted_job_ids
 from launch.runs.status import RunView, find_runs, read_run_view
 from launch.runs.status_tables import status_text
 from strategies import atomic_io
@@ -29,18 +29,18 @@ def seen(run: Path) -> RunView:
 
 def test_a_run_that_gives_no_sign_of_life_is_lost(tmp_path):
     lives = made(tmp_path, "lives")
-    owned(lives, silent_s=30)
+    owned(lives, heartbeat_age_s=30)
     assert (seen(lives).state, seen(lives).left_s) == ("running", 7 * 2.0)
     assert 29 < seen(lives).last_seen_s < 100
 
     silent = made(tmp_path, "silent")
-    owned(silent, 4, silent_s=3700)
+    owned(silent, 4, heartbeat_age_s=3700)
     found = seen(silent)
     assert (found.state, found.restarts, found.left_s) == ("lost", 3, None)
     assert found.why == "no sign of life for 62 min from process 7 on n1"
 
     hangs = made(tmp_path, "hangs")
-    owned(hangs, silent_s=600, **here(os.getpid()))
+    owned(hangs, heartbeat_age_s=600, **here(os.getpid()))
     assert seen(hangs).state == "lost" and "lives, but no sign of life for 10 min" in seen(hangs).why
 
     reused = made(tmp_path, "reused")  # the number of its process is another one's now
@@ -116,7 +116,7 @@ def test_status_shows_a_row_for_torn_empty_or_unreadable_records(tmp_path, capsy
 def test_hundreds_of_runs_are_read_from_few_bytes_of_few_files(tmp_path):
     for number in range(300):
         run = made(tmp_path, f"sweep/{number}", state="failed" if number % 3 == 0 else "running")
-        owned(run, silent_s=number * 10)
+        owned(run, heartbeat_age_s=number * 10)
         if number % 3 == 0:
             (run / "failure.json").write_text(json.dumps({"message": "no space\nleft", "rank": 1}))
         rows = (run / "metrics.jsonl").read_text()
@@ -176,7 +176,7 @@ def test_status_shows_which_runs_pend_in_the_queue_and_why(tmp_path, capsys, mon
     assert main(["status", str(works)]) == 0
     assert "job 31 RUNNING, 1:00:00 left on n1" in capsys.readouterr().out
     ended = made(tmp_path, "ended", state="preempted")
-    note_submitted([ended], "33")
+    write_submitted_job_ids([ended], "33")
     rows.append(["33", "33", "RUNNING", "None", tail[0], "INVALID", *tail[2:], "ended", f"{ended}/train.sbatch"])
     stand_in_for_squeue(tmp_path / "bin", rows)
     assert main(["status", str(ended)]) == 0
@@ -213,7 +213,7 @@ def test_status_of_a_job_that_ended_before_its_ranks_wrote_is_ended(tmp_path, ca
     }
     runs = {name: made(tmp_path, name, state=None, steps=0) for name in (*words, "fresh")}
     for number, name in enumerate(words):
-        note_submitted([runs[name]], str(41 + number))
+        write_submitted_job_ids([runs[name]], str(41 + number))
     record_job_end(runs["refused"], "41", 0, 69, reason="n10: does not see /data", will_restart=False)
     record_job_start(runs["killed"], "42", 1, "n[1-2]")
     assert main(["status", str(tmp_path), "--json"]) == 0
@@ -258,18 +258,18 @@ def test_which_job_a_run_is_for_is_replaced_whole(tmp_path, monkeypatch):
     def full(self, descriptor, content):
         raise OSError(28, "No space left on device")
 
-    note_submitted([tmp_path], "7")
+    write_submitted_job_ids([tmp_path], "7")
     monkeypatch.setattr(atomic_io.Disk, "write", full)
     with pytest.raises(StorageError, match="No space left"):
-        note_submitted([tmp_path], "8")
-    assert last_submitted_job(tmp_path) == "7"
+        write_submitted_job_ids([tmp_path], "8")
+    assert read_submitted_job_id(tmp_path) == "7"
 
 
 def test_status_watch_fits_the_terminal_and_begins_with_running_runs(tmp_path, monkeypatch):
     for number in range(40):
         made(tmp_path, f"{number}", state="done", time=number)
     owned(made(tmp_path, "works"))
-    owned(made(tmp_path, "lost"), silent_s=10**6)
+    owned(made(tmp_path, "lost"), heartbeat_age_s=10**6)
     found = status_command.read_runs_status(tmp_path)
     monkeypatch.setenv("LINES", "24")
     lines = status_text(found, None, live=True).splitlines()

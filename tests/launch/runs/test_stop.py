@@ -13,7 +13,7 @@ from launch.main import main
 from launch.runs import stop as ways
 from launch.runs import stop_command
 from launch.runs.job_record import record_job_end
-from launch.runs.queue import note_submitted
+from launch.runs.queue import write_submitted_job_ids
 from tests.launch.runs.made import here, made, owned, stand_in_for_squeue, without_torch
 from trainer.session.lease import process_identity
 
@@ -70,7 +70,7 @@ def test_stop_of_a_run_that_is_not_running_names_its_last_checkpoint(tmp_path, c
     done = made(tmp_path, "done", state="done")
     checkpoint(done, 3)
     silent = made(tmp_path, "silent")
-    owned(silent, silent_s=10**6)
+    owned(silent, heartbeat_age_s=10**6)
     begun = made(tmp_path, "begun", state=None, steps=0)
     for run, said in (
         (done, f"is not running: done; saved at step 3: {done}/checkpoints/step-000003"),
@@ -179,8 +179,8 @@ def test_stop_does_not_end_the_job_of_another_run_that_a_copy_names(tmp_path, ca
     """As a copied run does, or one of somebody else's."""
     mine, copied = made(tmp_path / "mine", "run"), made(tmp_path, "copied", state="preempted")
     log = slurm("20", state, mine)
-    note_submitted([copied], "20")
-    owned(copied, silent_s=10**6, job="21")
+    write_submitted_job_ids([copied], "20")
+    owned(copied, heartbeat_age_s=10**6, job="21")
     assert main(["stop", str(copied)]) == 0
     assert "is not running" in capsys.readouterr().out
     script = tmp_path / "script"
@@ -200,7 +200,7 @@ def test_stop_takes_a_held_job_out_of_the_queue(tmp_path, slurm, state):
 
 def test_stop_does_not_take_a_queue_that_gives_no_answer_for_an_empty_one(tmp_path, capsys, monkeypatch):
     run = made(tmp_path, "run", state="preempted")
-    note_submitted([run], "20")
+    write_submitted_job_ids([run], "20")
     monkeypatch.setenv("PATH", stand_in_for_squeue(tmp_path / "bin", []))
     assert main(["stop", str(run)]) == 0
     squeue = tmp_path / "bin" / "squeue"
@@ -221,7 +221,7 @@ def test_stop_does_not_take_a_queue_that_gives_no_answer_for_an_empty_one(tmp_pa
     (run / "submitted").write_text("20; touch /tmp/pasted\n")  # in somebody else's run
     main(["stop", str(run)])
     assert "pasted" not in "".join(capsys.readouterr())
-    note_submitted([run], "20")
+    write_submitted_job_ids([run], "20")
     record_job_end(run, "20", 0, 75, reason="state saved", will_restart=False)
     assert main(["stop", str(run)]) == 0, "the job's own script has said that it is over"
     assert main(["stop", str(made(tmp_path, "other", state="preempted"))]) == 0, "never submitted"
