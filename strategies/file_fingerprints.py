@@ -17,11 +17,11 @@ def sampled_digest(path: Path) -> str:
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size <= BLOCK_BYTES * MAX_BLOCKS:
+        file_size = os.fstat(file.fileno()).st_size
+        if file_size <= BLOCK_BYTES * MAX_BLOCKS:
             digest.update(file.read())
         else:
-            for number in range(MAX_BLOCKS):
-                file.seek((size - BLOCK_BYTES) * number // (MAX_BLOCKS - 1))
+            for block_index in range(MAX_BLOCKS):
+                file.seek((file_size - BLOCK_BYTES) * block_index // (MAX_BLOCKS - 1))
                 digest.update(file.read(BLOCK_BYTES))
-    return f"{size}:{digest.hexdigest()[:32]}"
+    return f"{file_size}:{digest.hexdigest()[:32]}"

@@ -204,8 +204,8 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
     None for a single rank, on a GPU, if `run.shared_memory` forbids it, or if some rank cannot map the regions of all others
     (ranks on several hosts, or in several containers).
     """
-    size = dist.get_world_size(group)
-    if size == 1 or runtime.kind != "cpu" or runtime.simulated or not runtime.shared_memory:
+    group_size = dist.get_world_size(group)
+    if group_size == 1 or runtime.kind != "cpu" or runtime.simulated or not runtime.shared_memory:
         return None
     descriptor = _create_region()
     try:
@@ -213,11 +213,11 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
         own_address = None
         if descriptor is not None:
             own_address = _RegionAddress(_process_namespace(), os.getpid(), descriptor)
-        address_by_rank: list[_RegionAddress | None] = [None] * size
+        address_by_rank: list[_RegionAddress | None] = [None] * group_size
         dist.all_gather_object(address_by_rank, own_address, group=group)
         # Map them, and use them only if every rank could.
         regions = _map_regions(address_by_rank)
-        mapped_by_rank = [False] * size
+        mapped_by_rank = [False] * group_size
         dist.all_gather_object(mapped_by_rank, regions is not None, group=group)
         if regions is None or not all(mapped_by_rank):
             return None

@@ -59,10 +59,10 @@ def state_bytes(
             world_size // num_replicas
         )
         return sizes.gathered_bytes + shard
-    total = sizes.frozen_bytes + sizes.num_trained * (4.0 + 4.0 + sizes.optimizer_bytes_per_element)
+    total_bytes = sizes.frozen_bytes + sizes.num_trained * (4.0 + 4.0 + sizes.optimizer_bytes_per_element)
     if precision is not Precision.fp32:
-        total += 2 * sizes.num_trained  # autocast's copies
-    return total
+        total_bytes += 2 * sizes.num_trained  # autocast's copies
+    return total_bytes
 
 
 def expert_parallel_parameters(step_module: nn.Module) -> dict[int, nn.Parameter]:

@@ -376,16 +376,16 @@ def call_on_main(function: Callable[[], Returned], runtime: Runtime) -> Returned
 
     If it raises OSError or StorageError, StorageError is raised on every rank, so that nobody waits for a rank that has left.
     """
-    result: Returned | None = None
+    own_result: Returned | None = None
     problem: str | None = None
     if runtime.is_main:
         try:
-            result = function()
+            own_result = function()
         except OSError as error:
             problem = error_summary(error)
         except StorageError as error:
             problem = str(error)
-    returned, problem = broadcast_object((result, problem), runtime)
+    returned, problem = broadcast_object((own_result, problem), runtime)
     if problem is not None:
         raise StorageError(problem)
     return returned  # type: ignore[no-any-return]

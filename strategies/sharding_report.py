@@ -48,15 +48,15 @@ def sharding_record(engine: Engine, runtime: Runtime) -> dict[str, Any]:
     """
     step_module = engine.step_module
     counts = element_counts(step_module)
-    total = sum(counts.values())
-    trainable = sum(counts[name] for name, parameter in named_parameters(step_module) if parameter.requires_grad)
+    num_parameters = sum(counts.values())
+    num_trainable = sum(counts[name] for name, parameter in named_parameters(step_module) if parameter.requires_grad)
     if engine.host_memory is not None:
-        exchange = "shared memory"
+        backend = "shared memory"
     else:
-        exchange = "nccl" if runtime.device.type == "cuda" else "gloo"
+        backend = "nccl" if runtime.device.type == "cuda" else "gloo"
     return {
-        "parameters": total,
-        "trainable_parameters": trainable,
-        "exchange": exchange,
+        "parameters": num_parameters,
+        "trainable_parameters": num_trainable,
+        "exchange": backend,
         "held_per_rank": gather_objects(held_elements(step_module), runtime),
     }

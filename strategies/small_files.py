@@ -71,7 +71,7 @@ def read_object(path: Path) -> dict[str, Any]:
     refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_OF.get(path.name, MAX_BYTES))
     refuse_lfs_pointer(path)
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        json_value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _unreadable(path, error) from error
     except RecursionError as error:
@@ -80,9 +80,9 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: is not valid JSON ({error}); it was cut off or changed: download it again"
         ) from error
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"{path}: holds a JSON {type(parsed).__name__}, not an object; download it again")
-    return parsed
+    if not isinstance(json_value, dict):
+        raise ConfigError(f"{path}: holds a JSON {type(json_value).__name__}, not an object; download it again")
+    return json_value
 
 
 def text_values_of(parsed: Any) -> Iterator[str]:

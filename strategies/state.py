@@ -72,19 +72,19 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
     `patient`: another host has seen the file, so wait until it is visible here.
     """
     try:
-        raw = parse_json(read_bytes(path / PROGRESS, max_bytes=MAX_PROGRESS_BYTES, patient=patient))
-        _refuse_other_fields(StateHeader, raw, except_field="progress")
-        _refuse_other_fields(Progress, raw.get("progress"), keys=PROGRESS_KEYS)
-        loss_scale = raw.get("loss_scale")
+        header_fields = parse_json(read_bytes(path / PROGRESS, max_bytes=MAX_PROGRESS_BYTES, patient=patient))
+        _refuse_other_fields(StateHeader, header_fields, except_field="progress")
+        _refuse_other_fields(Progress, header_fields.get("progress"), keys=PROGRESS_KEYS)
+        loss_scale = header_fields.get("loss_scale")
         if loss_scale is not None and not 0 < loss_scale < math.inf:
             raise Malformed("has a loss_scale that is none")
-        _refuse_other_rows(raw["progress"])
+        _refuse_other_rows(header_fields["progress"])
     except OSError as error:
         raise StorageError(f"{path / PROGRESS}: {error_summary(error)}") from error
     except Malformed as error:
         raise StorageError(f"{path / PROGRESS}: {error}; it is damaged, or was not written by shardtune") from error
-    raw["progress"] = Progress.from_json(raw["progress"])
-    return StateHeader(**raw)
+    header_fields["progress"] = Progress.from_json(header_fields["progress"])
+    return StateHeader(**header_fields)
 
 
 def _refuse_other_fields(

@@ -184,19 +184,19 @@ def read_tensors(directory: Path, index: Index, local: Iterable[LocalElements]) 
     buffers: list[Tensor] = []
     targets_by_file: dict[str, list[_ReadTarget]] = {}
     for elements in local:
-        size = elements.values.numel()
-        buffer = torch.empty(size, dtype=torch.float32)
-        filled = 0
+        num_elements = elements.values.numel()
+        buffer = torch.empty(num_elements, dtype=torch.float32)
+        num_filled = 0
         for part in index[elements.name]:
             # The overlap of the elements in the file and those of this rank.
             start = max(part.start, elements.start)
-            stop = min(part.start + part.length, elements.start + size)
+            stop = min(part.start + part.length, elements.start + num_elements)
             if start < stop:
                 offset = part.offset + (start - part.start) * ELEMENT_BYTES
                 target = buffer[start - elements.start : stop - elements.start]
                 targets_by_file.setdefault(part.file, []).append(_ReadTarget(offset, target))
-                filled += stop - start
-        if filled != size:
+                num_filled += stop - start
+        if num_filled != num_elements:
             raise Malformed(f"does not cover {elements.name[:80]}")
         buffers.append(buffer)
 

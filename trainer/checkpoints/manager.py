@@ -130,10 +130,10 @@ class Checkpoints:
 
     def _move_aside(self, checkpoint_dir: Path, checkpoints: list[Path]) -> None:
         """Move checkpoints of one directory into a new directory `given-up-<n>` in it, durably. Raises OSError if that fails."""
-        number = 1
-        while (checkpoint_dir / GIVEN_UP.format(number)).exists():
-            number += 1
-        given_up_dir = checkpoint_dir / GIVEN_UP.format(number)
+        directory_number = 1
+        while (checkpoint_dir / GIVEN_UP.format(directory_number)).exists():
+            directory_number += 1
+        given_up_dir = checkpoint_dir / GIVEN_UP.format(directory_number)
         atomic_io.disk.make_directory(given_up_dir)
         metrics_file = checkpoint_dir.parent / "metrics.jsonl"
         if metrics_file.is_file():  # the run will cut off the rows of the steps that it takes again
@@ -212,14 +212,14 @@ class Checkpoints:
         """
         if self._pending is None:
             return False
-        done = self._pending.is_written(step, self.runtime)
+        is_written = self._pending.is_written(step, self.runtime)
         written_s = time.monotonic() - self._pending.began_at
-        if not done and written_s >= self._reported_s + REPORT_EVERY_S:
+        if not is_written and written_s >= self._reported_s + REPORT_EVERY_S:
             self._reported_s = written_s
             self.print_line(
                 f"checkpoint {STEP_DIR.format(self._pending.step)}: still being written after {written_s:.0f} s"
             )
-        return done
+        return is_written
 
     def _patience(self, step: int, size: int) -> AbstractContextManager[None]:
         """Within it the ranks wait longer for each other, for a disk that takes `size` bytes."""

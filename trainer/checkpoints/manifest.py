@@ -75,15 +75,15 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
     # The manifest.
     present_names.remove(MANIFEST)
     try:
-        content = reader.read(
+        manifest_bytes = reader.read(
             directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
         )
-        files = _files_of_manifest(parse_json(content))
+        files = _files_of_manifest(parse_json(manifest_bytes))
     except OSError as error:
         raise Malformed(f"cannot be read ({error_summary(error)})") from error
     except Malformed as error:
         raise Malformed("has a damaged manifest") from error
-    if _manifest_bytes(files) != content:  # equal to the byte, so the manifest's hash of itself is right too
+    if _manifest_bytes(files) != manifest_bytes:  # equal to the byte, so the manifest's hash of itself is right too
         raise Malformed("has a damaged manifest")
 
     # The names against the manifest.
@@ -118,12 +118,13 @@ def checkpoint_fingerprint_at_step(run_dir: Path, step: int, fallback_dir: str |
     return manifest_fingerprint(checkpoints[step])
 
 
-def _files_of_manifest(raw: object) -> dict[str, WrittenFile]:
-    """The files that a checkpoint's manifest lists, by name, with size and SHA-256. `raw`: the manifest's parsed JSON.
+def _files_of_manifest(manifest_json: object) -> dict[str, WrittenFile]:
+    """The files that a checkpoint's manifest lists, by name, with size and SHA-256.
 
-    Raises Malformed if it has another form than `_manifest_bytes` writes: anybody may have written the file.
+    `manifest_json`: the manifest's parsed JSON. Raises Malformed if it has another form than `_manifest_bytes` writes: anybody
+    may have written the file.
     """
-    rows = raw.get("files") if isinstance(raw, dict) else None
+    rows = manifest_json.get("files") if isinstance(manifest_json, dict) else None
     if not isinstance(rows, dict):
         raise Malformed("is no manifest")
     files = {}

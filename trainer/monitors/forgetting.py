@@ -135,18 +135,23 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
         return None
 
     # Whether the worst task lost too much.
-    worst = max(compared, key=lambda task: task.lost)
+    worst_task = max(compared, key=lambda task: task.lost)
     limit = limit_of(config)
     level = LEVEL / evidence.task_evaluations  # Bonferroni: each evaluation that asks tasks is one more try
-    bound = worst.bound(level)
-    exceeds_limit = limit is not None and worst.lost > limit
-    is_clear = bound is not None and bound > 0 and worst.lost > MIN_LOST
+    bound = worst_task.bound(level)
+    exceeds_limit = limit is not None and worst_task.lost > limit
+    is_clear = bound is not None and bound > 0 and worst_task.lost > MIN_LOST
     is_problem = is_clear if limit is None else exceeds_limit
     if not is_problem:
         return None
 
     # What is reported of it; a bound and a limit only where there is one.
-    numbers = {"forgetting": worst.lost, "base": worst.base, "now": worst.now, "rows": float(worst.rows)}
+    numbers = {
+        "forgetting": worst_task.lost,
+        "base": worst_task.base,
+        "now": worst_task.now,
+        "rows": float(worst_task.rows),
+    }
     certainty = ""
     if bound is not None:
         numbers["bound"] = bound
@@ -159,8 +164,8 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
         detector="forgetting",
         step=evidence.step,
         message=(
-            f"{worst.name}: {worst.metric} went from {worst.base:.4f} (base) to {worst.now:.4f}: {worst.lost:+.2%} "
-            f"lost{certainty}{over_limit}; {worst.rows} rows"
+            f"{worst_task.name}: {worst_task.metric} went from {worst_task.base:.4f} (base) to {worst_task.now:.4f}: "
+            f"{worst_task.lost:+.2%} lost{certainty}{over_limit}; {worst_task.rows} rows"
         ),
         numbers=numbers,
         remedies=REMEDIES,

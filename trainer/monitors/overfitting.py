@@ -73,17 +73,17 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
     # If the training loss rises too, something else is wrong than overfitting.
     if rising_p_value([evaluation["train"] for evaluation in later_evaluations]) < 0.5:
         return None
-    best = min(evidence.history, key=lambda evaluation: evaluation["held_out"])
-    last = evidence.history[-1]
+    best_evaluation = min(evidence.history, key=lambda evaluation: evaluation["held_out"])
+    last_evaluation = evidence.history[-1]
     numbers = {key.rpartition("/")[2]: value for key, value in measured.items()}  # `gap`, `p_held_out`, `p_gap`
-    numbers["best_step"] = best["step"]
+    numbers["best_step"] = best_evaluation["step"]
     return Finding(
         detector="overfitting",
         step=evidence.step,
         message=(
-            f"the held-out loss rose from {best['held_out']:.4f} at step {best['step']:.0f} to {last['held_out']:.4f} while its "
-            f"gap to the training loss grew to {_gap(last):.4f}, in {len(later_evaluations)} "
-            f"evaluations (Mann-Kendall: p {p_held_out:.2g} and {p_gap:.2g})"
+            f"the held-out loss rose from {best_evaluation['held_out']:.4f} at step {best_evaluation['step']:.0f} to "
+            f"{last_evaluation['held_out']:.4f} while its gap to the training loss grew to {_gap(last_evaluation):.4f}, "
+            f"in {len(later_evaluations)} evaluations (Mann-Kendall: p {p_held_out:.2g} and {p_gap:.2g})"
         ),
         numbers=numbers,
         remedies=REMEDIES,

@@ -89,7 +89,7 @@ def add_step_to_blocks(blocks: list[dict[str, float]], row: Mapping[str, Any], c
     block_size = int(blocks[0][STEPS]) if len(blocks) > 1 else 1
     if not blocks or blocks[-1][STEPS] >= block_size:
         if len(blocks) == MOST_BLOCKS:
-            blocks[:] = [_joined_blocks(*blocks[number : number + 2]) for number in range(0, MOST_BLOCKS, 2)]
+            blocks[:] = [_joined_blocks(blocks[index], blocks[index + 1]) for index in range(0, MOST_BLOCKS, 2)]
             block_size *= 2
         blocks.append({STEPS: 0.0})
     block = blocks[-1]
@@ -250,8 +250,8 @@ def falls_beyond_noise(values: Sequence[float], level: float = FALLING_LEVEL) ->
     if p_value_without_autocorrelation(rising_p_value([-value for value in values]), values) > level:
         return False
     quarter = max(1, len(values) // 4)
-    first = float(np.mean(values[:quarter]))
-    last = float(np.mean(values[-quarter:]))
+    first_mean = float(np.mean(values[:quarter]))
+    last_mean = float(np.mean(values[-quarter:]))
     # Differences of neighbours have twice the variance of the noise, whatever the trend is.
     noise = float(np.std(np.diff(values))) / np.sqrt(2)
-    return first - last > noise
+    return first_mean - last_mean > noise

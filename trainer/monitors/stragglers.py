@@ -68,11 +68,11 @@ class Stragglers:
         all_timed = all(time.seconds > 0 for time in times)
         if not rows or len(times) < 2 or not all_timed:
             return
-        worst = max(times, key=lambda time: time.seconds)
+        slowest = max(times, key=lambda time: time.seconds)
         rows[0] |= {
             "blocks_s": median(time.seconds for time in times),
-            "blocks_s/worst": worst.seconds,
-            "blocks_s/rank": times.index(worst),
+            "blocks_s/worst": slowest.seconds,
+            "blocks_s/rank": times.index(slowest),
         }
         if self.factor:
             for rank in range(len(self._changed_factors)):
@@ -120,10 +120,10 @@ def slowness_factor(rank: int, times: list[RankTime]) -> float:
     The lesser of two ratios, in all and for a token: a rank with more tokens is not slow, nor is one whose few tokens each bear
     more of the fixed cost of a pass. 1 if the rank takes so little longer that it does not matter to the step.
     """
-    own = times[rank]
-    others = [*times[:rank], *times[rank + 1 :]]
-    usual_s = median(time.seconds for time in others)
-    usual_s_per_token = median(time.seconds_per_token for time in others)
-    if own.seconds - usual_s < MIN_SHARE * times[0].step_s:
+    own_time = times[rank]
+    other_times = [*times[:rank], *times[rank + 1 :]]
+    usual_s = median(time.seconds for time in other_times)
+    usual_s_per_token = median(time.seconds_per_token for time in other_times)
+    if own_time.seconds - usual_s < MIN_SHARE * times[0].step_s:
         return 1.0
-    return min(own.seconds / usual_s, own.seconds_per_token / usual_s_per_token)
+    return min(own_time.seconds / usual_s, own_time.seconds_per_token / usual_s_per_token)
