@@ -19,7 +19,7 @@ from trainer.data.config import ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
 from trainer.data.selection.near_duplicates import MAX_CHECKED, NearIndex, jaccard, ngrams
 from trainer.data.selection.signatures import Signer, compared_text, normalize, prompt_text
-from trainer.data.selection.splits import COPY_KINDS, find_duplicates, policies_of
+from trainer.data.selection.splits import COPY_KINDS, duplicate_policies, find_duplicates
 
 ROOT = Path(__file__).parents[2]
 NEAR = DuplicatesConfig(near=DuplicatePolicy.drop)
@@ -33,7 +33,7 @@ def text_document(text, line=1, **more):
 
 
 def decide(documents, config=NEAR):
-    columns, policies = Signer(config).sign(documents), policies_of(config)
+    columns, policies = Signer(config).sign(documents), duplicate_policies(config)
     found = find_duplicates(config, columns, lambda row: compared_text(documents[row], config.text))
     kinds = {kind: found.kind == 1 + COPY_KINDS.index(kind) for kind in policies}
     dropped = [copies for kind, copies in kinds.items() if policies[kind] is DuplicatePolicy.drop]

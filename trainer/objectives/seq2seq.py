@@ -200,7 +200,7 @@ class SourceTargetEncoder(Encoder):
         prompt_start = slice(min(prompt_length, max_source) - closing_length)
         shorten_prompt = slice(prompt_length - closing_length, prompt_length)
         answer_start = slice(prompt_length, prompt_length + max_answer)
-        return [sample.cut(prompt_start, shorten_prompt, answer_start)]
+        return [sample.keep_spans(prompt_start, shorten_prompt, answer_start)]
 
 
 def source_and_target(document: Document) -> tuple[str, str, float]:

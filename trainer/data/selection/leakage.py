@@ -20,6 +20,8 @@ from trainer.data.selection.near_duplicates import NearIndex
 
 LEAK_KINDS = ("exact", "normalized", "near", "prompt")
 """From the strictest on."""
+_DOCUMENT_LEAK_KINDS = ("exact", "normalized", "near")
+"""Kinds by which more than the prompt is shared. A shared prompt alone may be a fixed instruction, and is only reported."""
 _DIGEST_COLUMNS = {"exact": "digest", "normalized": "normal", "prompt": "prompt"}
 """The column of `Signer.sign` in which documents are equal that leak; near ones are found by their texts."""
 
@@ -37,16 +39,15 @@ class LeakedDocuments:
     incomplete: int = 0
     """Training documents whose comparisons for near leaks were cut short: among them, leaks may be unseen."""
 
-    def beyond_prompts(self) -> np.ndarray:
-        """The documents that leak by more than their prompt: a task's instruction is the prompt of every document."""
+    def sharing_more_than_prompt(self) -> np.ndarray:
+        """int64: the training documents that share more than their prompt, which may be an instruction of every document."""
         return self.train[self.kind != LEAK_KINDS.index("prompt")]
 
-    def report(self, location_of: Callable[[int], str]) -> dict[str, Any]:
-        """What the report says of documents that are in training and held-out data alike.
+    def to_report(self, location_of: Callable[[int], str]) -> dict[str, Any]:
+        """Counts and examples by kind of `LEAK_KINDS`, as the report of preparation has them.
 
-        Of the form {"train": {"exact": 2, ...}, "held_out": {"exact": 1, ...}, "examples": {"exact": [...], ...}, "incomplete":
-        0}: by kind of `LEAK_KINDS`, how many documents on each side, and the first pairs as "file:line = file:line".
-
+        {"train": {"exact": 2, ...}, "held_out": {"exact": 1, ...}, "examples": {"exact": ["a.jsonl:3 = b.jsonl:7"], ...},
+        "incomplete": 0}: how many documents leak on each side, and the first pairs (training document = held-out document).
         `location_of`: gives the `file:line` of a document.
         """
         train_counts: dict[str, int] = {}
@@ -58,11 +59,10 @@ class LeakedDocuments:
             held_out = self.held_out[is_kind]
             train_counts[kind] = len(train)
             held_out_counts[kind] = len(np.unique(held_out))
-            examples[kind] = []
-            for train_row, held_out_row in zip(
-                train[:MAX_EXAMPLES].tolist(), held_out[:MAX_EXAMPLES].tolist(), strict=True
-            ):
-                examples[kind].append(f"{location_of(train_row)} = {location_of(held_out_row)}")
+            first_pairs = zip(train[:MAX_EXAMPLES].tolist(), held_out[:MAX_EXAMPLES].tolist(), strict=True)
+            examples[kind] = [
+                f"{location_of(train_document)} = {location_of(other)}" for train_document, other in first_pairs
+            ]
         return {
             "train": train_counts,
             "held_out": held_out_counts,
@@ -79,50 +79,68 @@ def find_leaks(
     text_of: Callable[[int], str],
     directory: Path | None = None,
 ) -> LeakedDocuments:
-    """Find the training documents that are in held-out data too, by the columns of `Signer.sign`.
+    """Find the training documents that are in held-out data too, by the columns of `Signer.sign`, whatever their source.
 
-    `train` (int64[n]) and `held_out` (int64[m]) are numbers of documents, rows of `signatures`. `text_of` is called only if near
-    leaks are looked for. That takes the threshold of the search for duplicates and needs the column "verdict". Sources do not
-    matter. `directory`: where the search for near leaks keeps its files, see `NearIndex`.
+    `train` (int64[n]) and `held_out` (int64[m]): numbers of documents, rows of `signatures`. The kinds of leaks are looked for
+    from the strictest on: a document that was found by one is not looked for by the next. `text_of` gives the text of a document;
+    it is called only if near leaks are looked for, which takes the threshold of the search for duplicates and the column
+    "verdict". `directory`: where that search keeps its files, see `NearIndex`.
     """
     # The held-out document that each training document agrees with; -1 for none yet.
-    partner = np.full(len(train), -1, np.int64)
+    partners = np.full(len(train), -1, np.int64)
     # Index into LEAK_KINDS of how they agree.
-    kind = np.zeros(len(train), np.uint8)
-    incomplete = 0
-    # From the strictest kind on: a document that was found by one is not looked for by the next.
-    for kind_index, kind_name in enumerate(LEAK_KINDS):
-        rows = np.flatnonzero(partner < 0)  # positions in `train`
-        documents = train[rows]
-        if kind_name == "near":
+    kinds = np.zeros(len(train), np.uint8)
+    num_incomplete = 0
+    for kind_index, kind in enumerate(LEAK_KINDS):
+        positions = np.flatnonzero(partners < 0)  # in `train`: documents without a partner so far
+        documents = train[positions]
+        if kind == "near":
             if not config.leakage.near:
                 continue
-            # Positions in the index: held-out documents first.
-            both = np.concatenate([held_out, documents])
-            index = NearIndex(both, text_of, signatures["verdict"][both], config.duplicates.threshold, directory)
-            partners = np.full(len(rows), -1, np.int64)
-            # All held-out documents are in the index before the first training document is looked for.
-            for position in np.flatnonzero(index.may_be_near).tolist():
-                if position < len(held_out):
-                    index.add(position)
-                    continue
-                most_similar = index.find(position)
-                if most_similar is not None:
-                    partners[position - len(held_out)] = both[most_similar]
-            incomplete = index.report["incomplete"]
+            found_partners, num_incomplete = _near_partners(
+                documents, held_out, signatures["verdict"], text_of, config.duplicates.threshold, directory
+            )
         else:
-            digests = signatures[_DIGEST_COLUMNS[kind_name]]
-            partners = first_matching_documents(digests[documents], digests[held_out], held_out)
-            if kind_name == "prompt":  # 0 stands for no prompt
-                partners[digests[documents] == 0] = -1
-        partner[rows] = partners
-        kind[rows[partners >= 0]] = kind_index
-    leaking = np.flatnonzero(partner >= 0)
-    return LeakedDocuments(train[leaking], partner[leaking], kind[leaking], incomplete)
+            digests = signatures[_DIGEST_COLUMNS[kind]]
+            found_partners = first_matching_documents(digests[documents], digests[held_out], held_out)
+            if kind == "prompt":
+                has_prompt = digests[documents] != 0
+                found_partners[~has_prompt] = -1
+        partners[positions] = found_partners
+        kinds[positions[found_partners >= 0]] = kind_index
+    leaking = np.flatnonzero(partners >= 0)
+    return LeakedDocuments(train[leaking], partners[leaking], kinds[leaking], num_incomplete)
+
+
+def _near_partners(
+    train: np.ndarray,
+    held_out: np.ndarray,
+    verdicts: np.ndarray,
+    text_of: Callable[[int], str],
+    threshold: float,
+    directory: Path | None,
+) -> tuple[np.ndarray, int]:
+    """(most similar held-out document of each training document, how many searches were cut short).
+
+    int64 [train]; -1 if no held-out document has a Jaccard similarity of `threshold` or more. `verdicts` (by document): only
+    documents with equal ones are compared. `text_of` gives the text of a document.
+    """
+    # Positions in the index: held-out documents first. So all of them are in it before the first training document is looked for.
+    documents = np.concatenate([held_out, train])
+    index = NearIndex(documents, text_of, verdicts[documents], threshold, directory)
+    partners = np.full(len(train), -1, np.int64)
+    for position in np.flatnonzero(index.may_be_near).tolist():
+        if position < len(held_out):
+            index.add(position)
+            continue
+        most_similar = index.find(position)
+        if most_similar is not None:
+            partners[position - len(held_out)] = documents[most_similar]
+    return partners, index.report["incomplete"]
 
 
 def first_matching_documents(digests: np.ndarray, other_digests: np.ndarray, other_documents: np.ndarray) -> np.ndarray:
-    """For each digest (hash of a text) of `digests`, the first document of the other side with the same; -1 if there is none.
+    """For each digest (hash of a text), the first document of the other side with an equal digest; -1 if there is none.
 
     `other_documents[i]`: the number of the document with `other_digests[i]`. Returns int64 [len(digests)]: digests [5, 9] and
     other digests [9, 7] of the documents [30, 31] give [-1, 30].
@@ -132,29 +150,32 @@ def first_matching_documents(digests: np.ndarray, other_digests: np.ndarray, oth
     order = np.argsort(other_digests, kind="stable")  # stable, so that the first of equal ones stays the first
     sorted_digests = other_digests[order]
     positions = np.searchsorted(sorted_digests, digests)
-    positions = np.minimum(positions, len(other_digests) - 1)  # one behind the end, for a digest larger than all
+    positions = np.minimum(
+        positions, len(other_digests) - 1
+    )  # a digest larger than all gets the position behind the end
     return np.where(sorted_digests[positions] == digests, other_documents[order[positions]], -1)
 
 
 def apply_leakage_policy(
-    leaks: LeakedDocuments, policy: LeakagePolicy, num_train: int, location_of: Callable[[int], str]
+    leaks: LeakedDocuments, policy: LeakagePolicy, num_train_documents: int, location_of: Callable[[int], str]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Carry out `data.leakage.policy`: (numbers of the training documents to take out, report). `num_train`: all of them.
+    """What `data.leakage.policy` does about leaks: (numbers of the training documents to drop, counts for the report).
 
-    Raises DataError if the policy is `fail` and there are leaks, with the counts and the first examples.
+    With `drop_train` these are the documents that share more than their prompt, else none. Raises DataError if the policy is
+    `fail` and there are such documents, with counts and first examples. `location_of`: gives the `file:line` of a document.
     """
-    report = leaks.report(location_of)
-    leaked = leaks.beyond_prompts()
+    report = leaks.to_report(location_of)
+    leaked = leaks.sharing_more_than_prompt()
     if len(leaked) and policy is LeakagePolicy.fail:
         counts = ", ".join(f"{kind} {count}" for kind, count in report["train"].items() if count)
         examples: list[str] = []
-        for kind in LEAK_KINDS[:-1]:  # all but shared prompts
+        for kind in _DOCUMENT_LEAK_KINDS:
             examples += report["examples"][kind]
         raise DataError(
-            f"{len(leaked)} of {num_train} training documents are in the held-out data too ({counts}): "
+            f"{len(leaked)} of {num_train_documents} training documents are in the held-out data too ({counts}): "
             f"{'; '.join(examples[:MAX_EXAMPLES])}. Take them out of one of the two, or set data.leakage.policy=drop_train, "
             "or data.leakage.policy=report to train nevertheless"
         )
     if policy is LeakagePolicy.drop_train:
         return leaked, report
-    return leaked[:0], report
+    return np.zeros(0, np.int64), report

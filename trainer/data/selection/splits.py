@@ -86,13 +86,13 @@ class Duplicates:
     """What the search for near duplicates did."""
 
 
-def policies_of(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
-    """What to do with each kind of copy (exact, normalised, near) that is looked for: `report` or `drop`, for example.
+def duplicate_policies(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
+    """What to do with each kind of copy that is looked for, from strict to loose: {"exact": drop, "normalized": report}.
 
-    The kinds come from strict to loose. A near copy may be an exact one, so that a policy for a looser kind holds at least for
-    all stricter ones: with near=drop alone all three are dropped. A kind that nobody asked for is not in the result.
+    A near copy may be an exact one, so that the policy of a looser kind holds at least for all stricter ones: with near=drop
+    alone all three kinds are dropped. A kind that nobody asked for is not in the result.
     """
-    by_severity = list(DuplicatePolicy)  # from `none` on
+    by_severity = list(DuplicatePolicy)  # none, report, drop
     severities = [by_severity.index(policy) for policy in (config.exact, config.normalized, config.near)]
     policies = {}
     for index, kind in enumerate(COPY_KINDS):
@@ -104,30 +104,26 @@ def policies_of(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
 
 def find_duplicates(
     config: DuplicatesConfig,
-    columns: Mapping[str, np.ndarray],
+    signatures: Mapping[str, np.ndarray],
     text_of: Callable[[int], str],
     directory: Path | None = None,
 ) -> Duplicates:
-    """Which of the documents, in input order, are copies of an earlier one, and of what kind.
+    """Which of n documents, in input order, are copies of an earlier one, and of what kind.
 
-    `columns`: the hashes of `Signer.sign`, of all documents. `text_of(row)` gives `compared_text(document, config.text)`.
+    `signatures`: the hashes of `Signer.sign`, [n] each. `text_of(row)` gives `compared_text` of a document, for near copies.
     `directory`: where the search for near copies keeps its files, see `NearIndex`.
     """
-    rows = np.arange(len(columns["digest"]), dtype=np.int64)
+    rows = np.arange(len(signatures["digest"]), dtype=np.int64)
     duplicates = Duplicates(representative=rows.copy(), kind=np.zeros(len(rows), np.uint8))
-    for kind in policies_of(config):
+    for kind in duplicate_policies(config):
         is_original = duplicates.kind == 0  # so far
         if kind == "near":
             representative, duplicates.search = near_copies(
-                is_original, text_of, columns["verdict"], config.threshold, directory
+                is_original, text_of, signatures["verdict"], config.threshold, directory
             )
         else:
-            # Among the documents that are no copies so far, those with equal hashes.
-            representative = rows.copy()
-            digests = columns["digest" if kind == "exact" else "normal"][is_original]
-            _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-            # `first` is the first document of each digest, so copies point to the earliest one.
-            representative[is_original] = rows[is_original][first[inverse]]
+            digests = signatures["digest" if kind == "exact" else "normal"]
+            representative = _first_with_equal_digest(digests, is_original)
         is_copy = representative != rows
         duplicates.representative[is_copy] = representative[is_copy]
         duplicates.kind[is_copy] = 1 + COPY_KINDS.index(kind)
@@ -137,8 +133,21 @@ def find_duplicates(
     return duplicates
 
 
+def _first_with_equal_digest(digests: np.ndarray, is_compared: np.ndarray) -> np.ndarray:
+    """int64 [n]: for each document the first one with the same digest, itself included; for one that is not compared, itself.
+
+    Digests [7, 5, 7] of documents that are all compared give [0, 1, 0].
+    """
+    rows = np.arange(len(digests), dtype=np.int64)
+    compared_rows = rows[is_compared]
+    _, first_positions, digest_numbers = np.unique(digests[is_compared], return_index=True, return_inverse=True)
+    representative = rows.copy()
+    representative[is_compared] = compared_rows[first_positions[digest_numbers]]
+    return representative
+
+
 class _SplitChooser:
-    """Takes documents out step by step, and makes the splits: keeps which are still in, and what happened to the others."""
+    """Chooses the documents of each split step by step: `choose_splits` calls `drop_copies`, `hold_out` and so on in turn."""
 
     def __init__(self, config: DataConfig, columns: Columns, table: DocumentTable, seed: int, log: Log) -> None:
         self.config = config
@@ -155,9 +164,8 @@ class _SplitChooser:
         self.selection = Selection({})
 
     def drop(self, documents: np.ndarray, stage: str, reason: str) -> None:
-        """Take documents out, each counted and written down."""
-        # A document is dropped once, under the first reason.
-        for number in documents[self.is_kept[documents]].tolist():
+        """Take documents out: clear them in `is_kept`, and count and log each one that was still in."""
+        for number in documents[self.is_kept[documents]].tolist():  # a document is dropped once, under the first reason
             location = self.location_of(number)
             self.selection.tally.drop(stage, reason, location)
             self.log(stage, reason, location)
@@ -175,7 +183,8 @@ class _SplitChooser:
     def drop_copies(self) -> None:
         """Report, and by policy drop, exact, normalised and near copies within the training documents.
 
-        Copies also get the content hash of their original, so that `hold_out` puts all of them on the same side.
+        Copies also get the content hash of their original, so that `hold_out` puts all of them on the same side. Sets
+        `selection.report["duplicates"]`, such as {"exact": {"policy": "drop", "documents": 12, ...}}.
         """
         config = self.config.duplicates
         train = self.columns.of_split("train")
@@ -185,17 +194,14 @@ class _SplitChooser:
         signatures = {name: column[train] for name, column in self.columns.signatures.items()}
         duplicates = find_duplicates(config, signatures, lambda row: self.text(int(train[row])), self.table.directory)
         representatives = train[duplicates.representative]
-        # An original is its own representative, and keeps its hash.
-        self.content[train] = self.content[representatives]
-        # Counts and examples of each kind, such as {"exact": {"policy": "drop", "documents": 12, ...}}.
+        self.content[train] = self.content[representatives]  # an original is its own representative
         report: dict[str, Any] = {}
-        for kind, policy in policies_of(config).items():
+        for kind, policy in duplicate_policies(config).items():
             copies = np.flatnonzero(duplicates.kind == 1 + COPY_KINDS.index(kind))
             examples = []
             for copy in copies[:MAX_EXAMPLES].tolist():
-                examples.append(
-                    {"a": self.location_of(int(representatives[copy])), "b": self.location_of(int(train[copy]))}
-                )
+                original_location = self.location_of(int(representatives[copy]))
+                examples.append({"a": original_location, "b": self.location_of(int(train[copy]))})
             report[kind] = {
                 "policy": str(policy),
                 "documents": len(copies),
@@ -209,15 +215,14 @@ class _SplitChooser:
         self.selection.report["duplicates"] = report
 
     def hold_out(self) -> None:
-        """Make the splits: draw `data.eval_share` and `data.test_share` from the training documents that are left.
+        """Set `selection.splits`: held-out splits from files, held-out shares, and the training documents that are left.
 
-        A document's draw is a hash of its content and the seed, so that copies fall on the same side, and the smallest draws are
-        held out. If rows have groups (`data.group_by`), the draw is a hash of the group; copies in two groups may then fall
-        apart, and the search for leaks reports them.
+        `data.eval_share` and `data.test_share` take the documents with the smallest draws. A draw is a hash of the document's
+        content and the seed, so that copies fall on the same side. If rows have groups (`data.group_by`), it is a hash of the
+        group; copies in two groups may then fall apart, and the search for leaks reports them.
         """
         columns = self.columns
         splits = self.selection.splits
-        # Splits with files of their own, and all training documents that are left.
         for split in HELD_OUT:
             if split in columns.splits:
                 splits[split] = columns.of_split(split)
@@ -225,11 +230,9 @@ class _SplitChooser:
         train = splits["train"] = train[self.is_kept[train]]
         if not (self.config.eval_share or self.config.test_share):
             return
-        # A draw for each of these documents.
         hashed = self.content if self.groups is None else self.groups
         seed_term = np.uint64((self.seed * SEED_FACTOR + SEED_OFFSET) % 2**64)
         draws = mix_bits(hashed[train] + seed_term)
-        # Each held-out split takes the smallest draws that are still free.
         is_held_out = np.zeros(len(train), bool)
         for split in HELD_OUT:
             share = getattr(self.config, f"{split}_share")
@@ -238,50 +241,58 @@ class _SplitChooser:
             free = np.flatnonzero(~is_held_out)
             if not len(free):
                 break
-            num_wanted = min(len(free), max(1, round(share * len(train))))
-            if self.groups is None:
-                # The documents with the smallest draws; copies have equal draws, so they come together.
-                largest_draw = np.partition(draws[free], num_wanted - 1)[num_wanted - 1]
-                held_out = free[draws[free] <= largest_draw]
-            else:
-                held_out = free[take_whole_groups(draws[free], num_wanted)]
+            num_wanted = min(len(free), max(1, round(share * len(train))))  # at least one document
+            held_out = free[self._smallest_draws(draws[free], num_wanted)]
             is_held_out[held_out] = True
             splits[split] = train[held_out]
         if len(train) and is_held_out.all():
             self._refuse_empty_training(len(train), len(np.unique(draws)))
         splits["train"] = train[~is_held_out]
 
+    def _smallest_draws(self, draws: np.ndarray, num_wanted: int) -> np.ndarray:
+        """bool [n]: the documents with the smallest draws, about `num_wanted`. Documents with equal draws are taken together.
+
+        Without groups these are copies of each other, and all copies of the last one are taken. With groups, see
+        `take_whole_groups`.
+        """
+        if self.groups is not None:
+            return take_whole_groups(draws, num_wanted)
+        largest_draw = np.partition(draws, num_wanted - 1)[num_wanted - 1]
+        return draws <= largest_draw
+
     def _refuse_empty_training(self, num_documents: int, num_draws: int) -> None:
         """Raise DataError: the held-out shares leave no training document, since copies and members of a group stay together.
 
         `num_draws`: how many of the documents differ, or how many groups there are.
         """
-        settings = []
+        share_settings = []
         for split in HELD_OUT:
             share = getattr(self.config, f"{split}_share")
             if share:
-                settings.append(f"data.{split}_share={share:g}")
+                share_settings.append(f"data.{split}_share={share:g}")
         different = "of them different" if self.groups is None else f"groups by data.group_by={self.config.group_by}"
         raise DataError(
-            f"{' and '.join(settings)} leaves no training document: {num_documents} documents, {num_draws} {different}; "
+            f"{' and '.join(share_settings)} leaves no training document: {num_documents} documents, {num_draws} {different}; "
             "add data, or set it to 0"
         )
 
     def drop_leaks(self) -> None:
-        """Report, and by `data.leakage.policy` drop, training documents that are in a held-out split too."""
+        """Report, and by `data.leakage.policy` drop, training documents that are in a held-out split too.
+
+        Sets `selection.report["leakage"]`, by held-out set, and takes the dropped documents out of the training split.
+        """
         splits = self.selection.splits
         policy = self.config.leakage.policy
         report: dict[str, Any] = {}
-        for split, held_out in self._held_out_sets():
-            train = splits["train"]
+        for set_name, held_out in self._held_out_sets():
+            train = splits["train"]  # what earlier held-out sets have left
             if not len(train) or not len(held_out):
                 continue
             signatures = self.columns.signatures
             leaks = find_leaks(signatures, train, held_out, self.config, self.text, self.table.directory)
-            dropped, leak_report = apply_leakage_policy(leaks, policy, len(train), self.location_of)
-            report[split] = {"policy": str(policy), **leak_report}
-            self.drop(dropped, "leakage", f"in_{split}")
-            # Later held-out splits are compared with what is left.
+            dropped, counts = apply_leakage_policy(leaks, policy, len(train), self.location_of)
+            report[set_name] = {"policy": str(policy), **counts}
+            self.drop(dropped, "leakage", f"in_{set_name}")
             splits["train"] = np.setdiff1d(train, dropped)
         if report:
             self.selection.report["leakage"] = report
@@ -289,37 +300,52 @@ class _SplitChooser:
     def drop_shared_groups(self) -> None:
         """Report, and by policy drop, training documents whose group (`data.group_by`) is in a held-out split too.
 
-        That can only be so if the held-out split has files of its own: drawn shares never part a group.
+        That can only be so if the held-out split has files of its own: drawn shares never part a group. Sets
+        `selection.report["groups"]`, by split. Raises DataError if the policy is `fail` and a group is shared.
         """
         if self.groups is None:
             return
         splits = self.selection.splits
-        policy = self.config.leakage.policy
-        report: dict[str, Any] = {}
         held_out_sets = dict(self._held_out_sets())
-        for split, held_out in held_out_sets.items():
+        num_shared: dict[str, int] = {}
+        for set_name, held_out in held_out_sets.items():
             train = splits["train"]
             train_groups = self.groups[train]
-            is_shared = np.isin(train_groups, self.groups[held_out]) & (train_groups != 0)
-            report[split] = {"in_training": int(is_shared.sum())}
-            if policy is LeakagePolicy.fail and is_shared.any():
-                raise DataError(
-                    f"{int(is_shared.sum())} of {len(train)} training documents are of groups (data.group_by="
-                    f"{self.config.group_by}) that the {split} split has too: {self.location_of(int(train[is_shared][0]))} and "
-                    "others; take them out of one of the two, or set data.leakage.policy=drop_train, or report to continue"
-                )
-            if policy is LeakagePolicy.drop_train:
-                self.drop(train[is_shared], "leakage", f"group_in_{split}")
-                splits["train"] = train[~is_shared]
-        # How many documents and groups each split has; group 0 means none.
-        for split, documents in {"train": splits["train"], **held_out_sets}.items():
+            has_group = train_groups != 0
+            is_shared = np.isin(train_groups, self.groups[held_out]) & has_group
+            num_shared[set_name] = int(is_shared.sum())
+            self._apply_group_policy(train, is_shared, set_name)
+        report: dict[str, Any] = {}
+        for set_name, documents in {**held_out_sets, "train": splits["train"]}.items():
             groups = self.groups[np.unique(documents)]
-            counts = {"documents": len(groups), "groups": len(np.unique(groups[groups != 0]))}
-            report[split] = counts | report.get(split, {"in_training": 0})
+            report[set_name] = {
+                "documents": len(groups),
+                "groups": len(np.unique(groups[groups != 0])),
+                "in_training": num_shared.get(set_name, 0),
+            }
         self.selection.report["groups"] = report
 
+    def _apply_group_policy(self, train: np.ndarray, is_shared: np.ndarray, set_name: str) -> None:
+        """Carry out `data.leakage.policy` on the training documents (`is_shared`, bool) of groups that a held-out set has too.
+
+        `drop_train` takes them out of the training split; `fail` raises DataError if there are any.
+        """
+        policy = self.config.leakage.policy
+        if policy is LeakagePolicy.fail and is_shared.any():
+            raise DataError(
+                f"{int(is_shared.sum())} of {len(train)} training documents are of groups (data.group_by="
+                f"{self.config.group_by}) that the {set_name} split has too: {self.location_of(int(train[is_shared][0]))} and "
+                "others; take them out of one of the two, or set data.leakage.policy=drop_train, or report to continue"
+            )
+        if policy is LeakagePolicy.drop_train:
+            self.drop(train[is_shared], "leakage", f"group_in_{set_name}")
+            self.selection.splits["train"] = train[~is_shared]
+
     def _held_out_sets(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, documents) of each held-out split; evaluation is `eval/<set>` for each of its sets if these have names."""
+        """(name, documents) of each held-out set: each held-out split, but evaluation by its named sets if it has some.
+
+        A named set is called `eval/<name>`.
+        """
         columns = self.columns
         splits = self.selection.splits
         evaluation_sets = self.config.eval_path
@@ -335,25 +361,28 @@ class _SplitChooser:
                     yield f"{split}/{name}", splits[split][sources == columns.sources.index(name)]
 
     def balance(self) -> None:
-        """Resample the training documents to `data.balance`, and report label counts before and after."""
-        columns = self.columns
+        """Resample the training documents to `data.balance`, and report label counts before and after.
+
+        Sets `selection.report["balance"]` if balance is on, and `selection.report["labels"]` for data with labels. Raises
+        DataError if a document has no label by which to balance.
+        """
         splits = self.selection.splits
         config = self.config.balance
         train = splits["train"]
         labels_before = self._count_labels(train)
         if config.by is not BalanceBy.none and len(train):
+            names = self.columns.sources
+            group_of = self.columns.source[train]
             if config.by is BalanceBy.label:
-                names = columns.labels
-                group_of = columns.label[train]
-            else:
-                names = columns.sources
-                group_of = columns.source[train]
-            if not names or (group_of < 0).any():
+                names = self.columns.labels
+                group_of = self.columns.label[train]
+            has_group = group_of >= 0  # -1 stands for no label
+            if not names or not has_group.all():
                 raise DataError(f"data.balance.by={config.by}: not every training document has a label")
-            used, report = resample(names, group_of.astype(np.int64), config, self.seed)
-            left_out = np.setdiff1d(np.arange(len(train)), used)
-            self.drop(train[left_out], "balance", "left_out")
-            splits["train"] = train[used]
+            used_positions, report = resample(names, group_of.astype(np.int64), config, self.seed)
+            unused_positions = np.setdiff1d(np.arange(len(train)), used_positions)
+            self.drop(train[unused_positions], "balance", "left_out")
+            splits["train"] = train[used_positions]
             self.selection.report["balance"] = report
         if labels_before:
             self.selection.report["labels"] = {"before": labels_before, "after": self._count_labels(splits["train"])}
@@ -383,17 +412,17 @@ def choose_splits(config: DataConfig, columns: Columns, table: DocumentTable, *,
     return selection
 
 
-def take_whole_groups(draws: np.ndarray, number: int) -> np.ndarray:
-    """Which of n documents to hold out, bool [n]: about `number` of them, and of a group all members or none.
+def take_whole_groups(draws: np.ndarray, num_wanted: int) -> np.ndarray:
+    """Which of n documents to hold out, bool [n]: about `num_wanted` of them, and of a group all members or none.
 
-    Draws [7, 3, 7, 5] and number 2 give [False, True, False, True]: groups 3 and 5 have one member each.
+    Draws [7, 3, 7, 5] and 2 wanted give [False, True, False, True]: groups 3 and 5 have one member each.
 
-    `draws` (uint64 [n]): documents with the same draw are a group. Groups are taken in the order of their draws; one that would
-    be too much is passed over, and at least one is taken.
+    `draws` (uint64 [n]): documents with the same draw are a group. Groups are taken in the order of their draws. A group that is
+    larger than what is missing is passed over. If all are too large, the smallest group is taken.
     """
     _, group_of, sizes = np.unique(draws, return_inverse=True, return_counts=True)
     is_taken = np.zeros(len(sizes), bool)
-    num_missing = number
+    num_missing = num_wanted
     for group, size in enumerate(sizes.tolist()):
         if size <= num_missing:
             is_taken[group] = True

@@ -54,30 +54,30 @@ class Sample:
     """float32 [n], above 0 where a token is a target: what it counts for in the loss. None: each target counts as 1."""
 
     def target_weights(self) -> np.ndarray | None:
-        """float32 [targets]; None where each is 1."""
+        """float32 [targets]: what each target counts for in the loss; None if each counts as 1."""
         if self.weights is None:
             return None
+        # The first token is never a target.
         weights: np.ndarray = self.weights[1:][self.supervised[1:]]
         if (weights == 1).all():
             return None
         return weights
 
     def learned_weight(self) -> float:
-        """The targets, as they are counted for the loss: their number, or the sum of their weights where they have some."""
+        """What the targets count for in the loss, together: their number, or the sum of their weights if they have some."""
         weights = self.target_weights()
         if weights is None:
             return int(np.count_nonzero(self.supervised[1:]))
         return math.fsum(weights.tolist())
 
-    def cut(self, *spans: slice) -> Sample:
-        """A sample of these spans of the tokens, one after another, with the same marks (a label, a score: see `Sample`)."""
+    def keep_spans(self, *spans: slice) -> Sample:
+        """A copy with only these spans of the tokens, one after another, and the same marks (a label, a score: see `Sample`)."""
 
         def join(values: np.ndarray) -> np.ndarray:
             return np.concatenate([values[span] for span in spans])
 
         supervised = join(self.supervised)
-        # Nothing predicts the first token of what is left.
-        supervised[:1] = False
+        supervised[:1] = False  # nothing predicts the first token of what is left
         weights = None
         if self.weights is not None:
             weights = join(self.weights)
@@ -154,8 +154,7 @@ class TokenDataset:
         return list(self.manifest.get("sources", ()))
 
     def sample(self, index: int) -> Sample:
-        """Sequence `index`, as views into the mapped arrays. Raises DataError if somebody cut a file off meanwhile."""
-        # Somebody may delete or truncate the cache while a run reads it.
+        """Sequence `index`, as views into the mapped arrays. Raises DataError if a file was cut off while the run reads it."""
         for mapped in (self.tokens, self.supervised):
             _check_not_cut_off(mapped)
         begin = int(self.starts[index])
@@ -245,28 +244,25 @@ class Sequences:
     """float32 [T]; None if each target weighs 1."""
 
     @classmethod
-    def of(cls, samples: list[Sample], counts: Callable[[Sample], dict[str, float]]) -> Sequences:
+    def of(cls, samples: list[Sample], counts_of: Callable[[Sample], dict[str, float]]) -> Sequences:
         """Concatenate samples to the arrays that are written to disk. Changes the samples: the first token becomes no target.
 
-        `counts`: gives, for each term of the objective's loss, how many tokens or sequences of a sample it is divided by, such as
-        {"loss": 12}. Columns of the result, one number a sample: "supervised" (targets), "term.NAME" (these counts), "mark.NAME"
-        (marks, such as the label).
+        `counts_of`: gives, for each term of the objective's loss, what a sample adds to its denominator, such as {"loss":
+        12}. Columns of the result, one number a sample: "supervised" (number of targets), "term.NAME" (these counts),
+        "mark.NAME" (marks, such as the label).
         """
         for sample in samples:
             sample.supervised[:1] = False
         columns = {"supervised": np.array([np.count_nonzero(sample.supervised) for sample in samples], np.int64)}
-
-        # One column a term.
         counts_by_term: dict[str, list[float]] = {}
         for number, sample in enumerate(samples):
-            for term, count in counts(sample).items():
+            for term, count in counts_of(sample).items():
                 counts_by_term.setdefault(term, [0] * len(samples))[number] = count
-        for term, term_counts in counts_by_term.items():
+        for term, counts in counts_by_term.items():
             # Counts are whole unless turns have weights of their own. Whole numbers are summed without rounding.
-            are_whole = all(isinstance(count, int) for count in term_counts)
-            columns[TERM_PREFIX + term] = np.array(term_counts, np.int64 if are_whole else np.float64)
+            are_whole = all(isinstance(count, int) for count in counts)
+            columns[TERM_PREFIX + term] = np.array(counts, np.int64 if are_whole else np.float64)
 
-        # One column a mark.
         mark_names: set[str] = set()
         for sample in samples:
             mark_names.update(sample.marks)
@@ -320,49 +316,66 @@ class StoreWriter:
         self._write_weights(sequences)
         self.lengths.frombytes(sequences.lengths.astype(np.int64).tobytes())
         for name, numbers in sequences.columns.items():
-            # `q` is the array code of int64, `d` of float64: both have 8 bytes, and 8 zero bytes are 0 in both.
-            column = self.columns.setdefault(name, array("q", bytes(8 * sequences_before)))
-            # A column of whole numbers becomes one of floats with the first block that has floats in it.
-            if numbers.dtype.kind == "f" and column.typecode == "q":
-                column = array("d", column)
-                self.columns[name] = column
+            column = self._column_for(name, numbers, sequences_before)
             dtype = np.int64 if column.typecode == "q" else np.float64
-            # Zeros for earlier blocks that did not have the column.
-            zeros = bytes(8 * (sequences_before - len(column)))
-            column.frombytes(zeros + numbers.astype(dtype).tobytes())
+            column.frombytes(numbers.astype(dtype).tobytes())
+
+    def _column_for(self, name: str, numbers: np.ndarray, sequences_before: int) -> array[int] | array[float]:
+        """The array of a column to which `numbers` can be appended: with a number for each of the sequences before this block.
+
+        It is created if the column is new, filled up with zeros for blocks that did not have it, and turned into floats if it was
+        whole numbers and `numbers` are floats. The array codes: `q` is int64, `d` is float64.
+        """
+        column: array[int] | array[float] = self.columns.setdefault(name, array("q"))
+        if numbers.dtype.kind == "f" and column.typecode == "q":
+            column = self.columns[name] = array("d", column)
+        num_missing = sequences_before - len(column)
+        column.frombytes(bytes(8 * num_missing))  # 8 zero bytes are 0 in both types
+        return column
 
     def _write_weights(self, sequences: Sequences) -> None:
-        """Write the loss weights of a block's tokens, if it or one before it has some; most data has none, and no file.
+        """Write the loss weights of a block's tokens to `weights.bin`. Most data has no weights, and no such file.
 
-        At the first block that has some, those of all tokens before it are written too: targets there weigh 1, others 0.
+        - Neither this block nor one before it has weights: nothing is written.
+        - This is the first block that has some: the weights of all tokens before it are written too (targets weigh 1, others 0).
+        - A block without weights after that: its targets weigh 1.
         """
         if self._weights is None:
             if sequences.weights is None:
                 return
-            self._mask.flush()
             self._weights = (self.directory / WEIGHTS).open("wb")
-            tokens_before = int(sum(self.lengths))
-            mask = np.zeros(0, np.uint8)
-            if tokens_before:
-                mask = np.memmap(self._mask.name, np.uint8, "r")[:tokens_before]
-            for start in range(0, tokens_before, WEIGHTS_PER_WRITE):
-                self._weights.write(mask[start : start + WEIGHTS_PER_WRITE].astype(np.float32).tobytes())
+            self._write_weights_before(self._weights)
         weights = sequences.weights
         if weights is None:
             weights = sequences.supervised
         self._weights.write(weights.astype(np.float32).tobytes())
 
-    def column(self, name: str) -> np.ndarray:
-        """int64 or float64 [S] of what was appended so far; zeros where no block had it."""
-        numbers = np.array(self.columns.get(name, array("q")))
-        return np.concatenate([numbers, np.zeros(len(self.lengths) - len(numbers), numbers.dtype)])
+    def _write_weights_before(self, weights_file: IO[bytes]) -> None:
+        """Write the weights of all tokens so far, whose blocks have none: those of `supervised.bin`, 1 for a target."""
+        self._mask.flush()
+        num_tokens = int(sum(self.lengths))
+        if not num_tokens:  # an empty file cannot be mapped
+            return
+        mask = np.memmap(self._mask.name, np.uint8, "r")[:num_tokens]
+        for start in range(0, num_tokens, WEIGHTS_PER_WRITE):
+            weights_file.write(mask[start : start + WEIGHTS_PER_WRITE].astype(np.float32).tobytes())
 
-    def finish(self, **replaced: np.ndarray) -> None:
-        """Write the tables beside the tokens, and close the files; `replaced` columns (int64 [S]) replace appended ones."""
-        columns = {name: self.column(name) for name in self.columns} | replaced
+    def column(self, name: str) -> np.ndarray:
+        """A column of all sequences that were appended so far, int64 or float64 [S]; 0 for blocks that did not have it."""
+        numbers = np.array(self.columns.get(name, array("q")))
+        num_missing = len(self.lengths) - len(numbers)
+        return np.concatenate([numbers, np.zeros(num_missing, numbers.dtype)])
+
+    def finish(self, **replaced_columns: np.ndarray) -> None:
+        """Write `offsets.npy` and `columns.npz` beside the tokens, and close all files.
+
+        `replaced_columns` (int64 [S]) take the place of the columns of these names that were appended.
+        """
+        columns = {name: self.column(name) for name in self.columns} | replaced_columns
         lengths = np.frombuffer(self.lengths, dtype=np.int64)
-        # One more than there are sequences: the last is the number of tokens.
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        offsets = np.concatenate(
+            [[0], np.cumsum(lengths)]
+        )  # one more than there are sequences: the last is the end of all tokens
         for file in (self._tokens, self._mask, self._weights):
             if file is not None:
                 file.close()

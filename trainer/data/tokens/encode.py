@@ -479,4 +479,4 @@ def _add_affixes(
 
 def truncate_sample(sample: Sample, max_length: int, tail: int) -> Sample:
     """The first tokens of a sample, followed by its last `tail` tokens: `max_length` together."""
-    return sample.cut(slice(max_length - tail), slice(len(sample.input_ids) - tail, None))
+    return sample.keep_spans(slice(max_length - tail), slice(len(sample.input_ids) - tail, None))

@@ -157,7 +157,7 @@ def truncate_left(sample: Sample, max_length: int, head: int) -> Sample:
     head = min(head, max_length - 1)
     tail = max_length - head
     tail_begin = len(sample.input_ids) - tail
-    return sample.cut(slice(head), slice(tail_begin, None))
+    return sample.keep_spans(slice(head), slice(tail_begin, None))
 
 
 def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> Sample:
@@ -283,7 +283,7 @@ def _text_pieces(encoder: Encoder, sample: Sample, max_length: int) -> list[Samp
         begins[-1] -= 1
     ends = [*begins[1:], length]
     bos = slice(num_bos)
-    return [sample.cut(bos, slice(begin, end)) for begin, end in zip(begins, ends, strict=True)]
+    return [sample.keep_spans(bos, slice(begin, end)) for begin, end in zip(begins, ends, strict=True)]
 
 
 def _num_bos(encoder: Encoder, sample: Sample) -> int:
