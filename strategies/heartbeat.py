@@ -185,7 +185,7 @@ class HeartbeatMonitor:
                 silent_ranks.append(after)
         return silent_ranks
 
-    def cause_of_lost_peer(self, error: BaseException) -> SilentRank | CutOffRank | None:
+    def lost_peer_error(self, error: BaseException) -> SilentRank | CutOffRank | None:
         """The rank that is to blame for `error`, which this rank has met because it lost its connection to a peer.
 
         Watches the heartbeats of all ranks for a few seconds. Returns
@@ -235,7 +235,7 @@ class HeartbeatMonitor:
         except RuntimeError:
             return {}
 
-    def rank_absent_from_collective(
+    def absent_rank_error(
         self, error: BaseException, last_collectives: dict[int, CollectiveCall]
     ) -> LaggingRank | None:
         """The error about the rank that did not join the collective in which this rank failed with `error`.

@@ -8,7 +8,7 @@ The two libraries round differently, so one run must keep one library. `auto` th
 never measures, because other work on the host would influence the choice.
 
 oneDNN compiles a kernel for each shape. That pays for the products of layers and for long documents, but not inside the
-attention of one short document after another. `with_blas_from_here` and `with_chosen_library_from_here` bracket what stays
+attention of one short document after another. `switch_to_blas` and `switch_to_chosen_library` bracket what stays
 with BLAS.
 """
 
@@ -127,23 +127,23 @@ def use_default_library() -> None:
         _set_float32_library(onednn=False)
 
 
-def with_blas_from_here(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same tensors, after switching float32 products to BLAS, until `with_chosen_library_from_here`.
+def switch_to_blas(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Switch float32 products to BLAS, until `switch_to_chosen_library`. Returns the same tensors, for autograd's graph.
 
     The backward pass, which runs in the opposite order, switches at the same two places.
     """
     if not _must_switch_library(tensors[0]):
         return tensors
-    switch_to_onednn = False
-    return _LibrarySwitch.apply(switch_to_onednn, *tensors)  # type: ignore[no-any-return]
+    use_onednn = False
+    return _LibrarySwitch.apply(use_onednn, *tensors)  # type: ignore[no-any-return]
 
 
-def with_chosen_library_from_here(tensor: Tensor) -> Tensor:
-    """The same tensor, after switching float32 products back from BLAS to the library that this process has chosen."""
+def switch_to_chosen_library(tensor: Tensor) -> Tensor:
+    """Switch float32 products back from BLAS to the library that this process has chosen. Returns the same tensor."""
     if not _must_switch_library(tensor):
         return tensor
-    switch_to_onednn = True
-    (same_tensor,) = _LibrarySwitch.apply(switch_to_onednn, tensor)
+    use_onednn = True
+    (same_tensor,) = _LibrarySwitch.apply(use_onednn, tensor)
     return same_tensor  # type: ignore[no-any-return]
 
 

@@ -173,13 +173,13 @@ def test_failure_cause_is_only_a_rank_whose_count_stands_still(monkeypatch):
     monkeypatch.setattr(heartbeat, "time", types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     beats = [HeartbeatMonitor(store, 0, 2, lambda: ("training", 7)), HeartbeatMonitor(store, 1, 2, state)]
     lost, other = RuntimeError("Connection closed by peer [127.0.0.1]:1"), ValueError("the batch is bad")
-    assert beats[0].cause_of_lost_peer(other) is None and looked == []
-    assert beats[0].cause_of_lost_peer(lost) is None  # both live
+    assert beats[0].lost_peer_error(other) is None and looked == []
+    assert beats[0].lost_peer_error(lost) is None  # both live
     over.set()
     assert stands.wait(seconds(30))
-    found = beats[0].cause_of_lost_peer(lost)
+    found = beats[0].lost_peer_error(lost)
     assert (found.heartbeat.rank, found.heartbeat.phase, found.heartbeat.step, found.hung) == (1, "training", 7, False)
-    assert beats[0].cause_of_lost_peer(RuntimeError("Timed out waiting 15000ms for recv")).hung
+    assert beats[0].lost_peer_error(RuntimeError("Timed out waiting 15000ms for recv")).hung
     assert looked == [2.5, 2.5, 6]  # seconds; a beat comes each second
 
 
@@ -220,13 +220,13 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
         ({}, None),
     ):
         beats[0].world_size = 1 + max(others, default=1)
-        found = beats[0].rank_absent_from_collective(late, {0: exchange(12, 9.0), **others})
+        found = beats[0].absent_rank_error(late, {0: exchange(12, 9.0), **others})
         assert (found is None) == (said is None) and str(found).startswith(said or "None"), found
     beats[0].world_size = 2
     shared = RuntimeError("timed out: rank 0 waited 25 s for its peer 1 (run.timeout_s=25)")
-    assert "does not come to an exchange through shared memory" in str(beats[0].rank_absent_from_collective(shared, {}))
+    assert "does not come to an exchange through shared memory" in str(beats[0].absent_rank_error(shared, {}))
     assert "lives and does not come to gloo:all_reduce number 12 of default_pg (4x2)" in str(
-        beats[0].rank_absent_from_collective(late, {0: exchange(12, 9.0), 1: exchange(11)})
+        beats[0].absent_rank_error(late, {0: exchange(12, 9.0), 1: exchange(11)})
     )
 
 

@@ -65,7 +65,7 @@ def test_heartbeat_of_a_rank_cut_off_from_the_store_says_so_and_ends(server, mon
     beats.on_cut_off = end
     stop(process)
     # The exchange times out: whoever looks for its cause must not wait for the store, which is what kept such a rank for ever.
-    cause = beats.cause_of_lost_peer(RuntimeError("[gloo] Timed out waiting 30000ms for recv operation to complete"))
+    cause = beats.lost_peer_error(RuntimeError("[gloo] Timed out waiting 30000ms for recv operation to complete"))
     assert isinstance(cause, CutOffRank) and cause.retry == "node_fail"
     assert "is cut off: 10.0.0.1:29500, where the ranks meet, has not answered for" in str(cause)
     assert beats.collect_last_collectives(None) == {}

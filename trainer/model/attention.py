@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strategies.hardware import MAX_FLASH_HEAD, gpu_of_device
-from strategies.matmul import LONG_DOCUMENT, with_blas_from_here, with_chosen_library_from_here
+from strategies.matmul import LONG_DOCUMENT, switch_to_blas, switch_to_chosen_library
 from strategies.runtime import device_kind
 from trainer.model.compat import load_models_without_scipy
 from trainer.model.sequence_attention import over_slices
@@ -174,17 +174,15 @@ def _attend_by_document(
     documents are left to BLAS (`strategies/matmul.py`).
     """
     all_short = max(lengths, default=0) < LONG_DOCUMENT
-    row = (
-        with_blas_from_here(*operands) if all_short else operands
-    )  # one switch for the row, or one for each short document
+    row = switch_to_blas(*operands) if all_short else operands  # one switch for the row, or one for each short document
     pieces = []
     # Split, not sliced: the gradients of the parts are joined once instead of being added up in whole rows of zeros.
     for part, length in zip(zip(*(t.split(lengths, dim=2) for t in row), strict=True), lengths, strict=True):
         in_blas_alone = not all_short and length < LONG_DOCUMENT
-        piece = attend(*(with_blas_from_here(*part) if in_blas_alone else part))
-        pieces.append(with_chosen_library_from_here(piece) if in_blas_alone else piece)
+        piece = attend(*(switch_to_blas(*part) if in_blas_alone else part))
+        pieces.append(switch_to_chosen_library(piece) if in_blas_alone else piece)
     joined = torch.cat(pieces, dim=2)
-    return with_chosen_library_from_here(joined) if all_short else joined
+    return switch_to_chosen_library(joined) if all_short else joined
 
 
 @dataclass(frozen=True, slots=True)

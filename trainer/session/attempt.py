@@ -251,13 +251,13 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     # Find the rank that caused the failure, if it is another one.
     cause: SilentRank | CutOffRank | LaggingRank | None = None
     if attempt.heartbeat_monitor is not None:
-        cause = attempt.heartbeat_monitor.cause_of_lost_peer(error)
+        cause = attempt.heartbeat_monitor.lost_peer_error(error)
     timed_out = not isinstance(error, ShardtuneError) and TIMED_OUT.search(str(error)) is not None
     last_collectives: dict[int, CollectiveCall] | None = None
     if timed_out and cause is None and attempt.heartbeat_monitor is not None:
         # All ranks send heartbeats: the cause is the rank whose last collective comes first in their common order.
         last_collectives = attempt.heartbeat_monitor.collect_last_collectives(None)
-        cause = attempt.heartbeat_monitor.rank_absent_from_collective(error, last_collectives)
+        cause = attempt.heartbeat_monitor.absent_rank_error(error, last_collectives)
 
     # Record that rank with its phase and step, or else this rank.
     phase = attempt.phase
