@@ -164,10 +164,11 @@ def evaluate(run: Run | str | Path | None = None, *arguments: str, **settings: A
     """
     all_arguments = [*_run_arguments(run), *_arguments(arguments, settings)]
     _refuse_other_packages()
-    from launch.evaluate.arguments import make_plan, parse_arguments
+    from launch.evaluate.arguments import parse_evaluate_arguments
+    from launch.evaluate.plan import plan_evaluation
     from launch.notebook.results import EvaluationResult
 
-    directory = Path(make_plan(parse_arguments(all_arguments)).job.to).absolute()
+    directory = Path(plan_evaluation(parse_evaluate_arguments(all_arguments)).job.to).absolute()
     result = EvaluationResult(directory)
     _run("evaluate", all_arguments, run if isinstance(run, Run) else Run(directory), expected=(0, NOT_MET))
     return result

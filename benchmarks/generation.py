@@ -99,7 +99,8 @@ def rank(args: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    from launch.evaluate.arguments import make_plan, parse_arguments
+    from launch.evaluate.arguments import parse_evaluate_arguments
+    from launch.evaluate.plan import plan_evaluation
     from strategies.build import resolve_precision
     from strategies.runtime import gather_objects
     from trainer.build.parts import build_engine
@@ -128,7 +129,7 @@ def rank(args: argparse.Namespace) -> int:
         f"evaluation.batch={args.batch}",
     ]
     words += ["evaluation.tasks.one.kind=exact_match", f"evaluation.tasks.one.path={rows}", f"run.matmul={args.matmul}"]
-    config = make_plan(parse_arguments(words)).config
+    config = plan_evaluation(parse_evaluate_arguments(words)).config
     with rank_of_job(work / "job", config.run.lease_s) as (request, where):
         where.set_run_dir(work / "job", place)
         tokenizer = load_tokenizer(config.model)

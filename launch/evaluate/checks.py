@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
 
 
-def problems_of_test(against: str | None, settings: list[str]) -> Iterator[str]:
-    """What cannot be typed beside `split=test`, one line each: a comparison would choose by the test documents."""
+def test_split_problems(against: str | None, settings: list[str]) -> Iterator[str]:
+    """A problem for each argument that does not go with `split=test`: comparisons, tasks and a watched metric.
+
+    Nothing may be chosen by the test documents, so only the loss of the run's objective is measured on them.
+    """
     if against is not None:
         yield (
             f"against={against}: split=test measures one model, so that nothing is chosen by the test documents; compare "
@@ -29,17 +32,19 @@ def has_held_out(config: RunConfig) -> bool:
     return config.data.eval_path is not None or config.data.eval_share > 0
 
 
-def check_plan(config: RunConfig, typed: list[str], *, run: Path | None, trained: bool, split: str) -> None:
-    """Check an evaluation before a model is loaded: its settings, and the rows of its tasks. Errors: ConfigError, DataError.
+def check_evaluation(
+    config: RunConfig, cli_settings: list[str], *, run: Path | None, has_training_data: bool, split: str
+) -> None:
+    """Check an evaluation before a model is loaded: whether there is something to measure, its settings, the rows of its tasks.
 
-    `typed`: the settings on the command line. `run`: the evaluated run; None for a model without one. `trained`: whether there
-    is training data that tasks may read. `split`: "eval" runs tasks, "test" measures the run's test documents.
+    `run`: the evaluated run; None for a model without one. `has_training_data`: whether there is training data that tasks may
+    read. `split`: "eval" runs tasks, "test" measures the run's test documents. Raises ConfigError for settings, DataError for
+    rows.
     """
     from launch.config.compose import load_frozen, start_problems
     from trainer.evaluation.tasks.prepared import TaskContext, check_tasks
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
-    # Is there something to measure?
     context = TaskContext.from_settings(config.data, config.objective)
     if split == "test":
         if config.data.test_path is None and not config.data.test_share:
@@ -54,27 +59,30 @@ def check_plan(config: RunConfig, typed: list[str], *, run: Path | None, trained
             f"evaluation.tasks: not set, and {reason}; name a task with a file: evaluation.tasks.NAME.kind=KIND "
             f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(TASK_KINDS)}"
         )
-    # Settings. Problems with a run's training data do not count: it is read only if a task needs it, as the run recorded it.
-    written = None if run is None else load_frozen(run / "config.yaml")
+    run_config = None if run is None else load_frozen(run / "config.yaml")
     problems = []
-    for problem in start_problems(config, frozen_config=written):
+    # Problems with a run's training data do not count, because it is read only if a task needs it, and as the run recorded it.
+    for problem in start_problems(config, frozen_config=run_config):
         key = key_of_problem(problem)
         is_of_training = key == "evaluation.watch" or (run is not None and key.startswith("data."))
         if not is_of_training:
             problems.append(problem)
-    problems += _quantised_model_problems(config, typed)
+    problems += _quantised_model_problems(config, cli_settings)
     if problems:
         raise ConfigError(problems)
     check_tasks(
         config.evaluation.tasks,
         context,
         held_out=has_held_out(config),
-        trained=trained,
+        trained=has_training_data,
     )
 
 
-def _quantised_model_problems(config: RunConfig, typed: list[str]) -> Iterator[str]:
-    """Problems with settings that a model stored in 4 or 8 bits does not allow. `typed`: those on the command line."""
+def _quantised_model_problems(config: RunConfig, cli_settings: list[str]) -> Iterator[str]:
+    """Problems with settings that a model stored in 4 or 8 bits does not allow. `cli_settings`: those on the command line.
+
+    No problems for a model in full precision, or one that a server answers for.
+    """
     from strategies.base import StrategyName
     from trainer.evaluation.tasks.prepared import TaskContext
     from trainer.model.quantised_checkpoints import missing_library, quantising_library
@@ -91,7 +99,7 @@ def _quantised_model_problems(config: RunConfig, typed: list[str]) -> Iterator[s
             f"strategy={config.strategy.name}: model.path={path} lies in few bits ({library}), which every rank holds whole; "
             "set strategy=ddp, or launcher.processes=1"
         )
-    if any(argument.startswith("precision=") for argument in typed):
+    if any(argument.startswith("precision=") for argument in cli_settings):
         yield f"precision={config.precision}: model.path={path} computes in the types it is stored with; leave it out"
     if config.model.adapters:
         yield f"adapter={config.model.adapters[0]}: model.path={path} in few bits, nothing is folded into it; leave it out"

@@ -19,7 +19,7 @@ from strategies.imports import importing
 from trainer.stopping.signals import block_signals
 
 if TYPE_CHECKING:
-    from launch.evaluate.arguments import EvaluationPlan
+    from launch.evaluate.plan import EvaluationPlan
 
 CONFIG_FILE = "job.yaml"
 JOB_FILE = "job.json"
@@ -68,30 +68,31 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0 if argv else 64
     with importing("torch"):
-        from launch.evaluate.arguments import make_plan, parse_arguments
-        from launch.evaluate.reward_trial import is_trial, run_trial
+        from launch.evaluate.arguments import parse_evaluate_arguments
+        from launch.evaluate.plan import plan_evaluation
+        from launch.evaluate.reward_trial import should_try_rewards, try_rewards
         from strategies.errors import ConfigError
         from trainer.config.run import LauncherName
 
-    arguments = parse_arguments(argv)
-    if is_trial(arguments):
-        return run_trial(arguments)
-    evaluation_plan = make_plan(arguments)
+    arguments = parse_evaluate_arguments(argv)
+    if should_try_rewards(arguments):
+        return try_rewards(arguments)
+    evaluation_plan = plan_evaluation(arguments)
     if evaluation_plan.config.launcher.name is LauncherName.slurm:
-        from launch.evaluate.slurm import submit
+        from launch.evaluate.slurm import submit_evaluation
 
-        return submit(
+        return submit_evaluation(
             evaluation_plan, [argument for argument in argv if argument != "--print"], print_only=arguments.print_only
         )
     if arguments.print_only:
         raise ConfigError("--print: shows a job script; add launcher=slurm, or leave it out")
-    return run(evaluation_plan, as_json=arguments.as_json)
+    return run_and_report(evaluation_plan, as_json=arguments.as_json)
 
 
-def run(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
-    """Evaluate the model of a plan, and before it the one it is compared with, if any; print the report.
+def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
+    """Evaluate the model of a plan, and before it the one that it is compared with, if any; print the report.
 
-    Returns the exit code: 69 if a metric got worse by more than is allowed, that of the ranks if they failed, else 0.
+    Returns the exit code: that of the ranks if they failed, 69 if a metric got worse by more than is allowed, otherwise 0.
     """
     from launch.evaluate.answer import report_text
     from trainer.evaluation.report.record import PAGE, REPORT
@@ -99,7 +100,7 @@ def run(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     for next_plan in [evaluation_plan.other_plan, evaluation_plan]:
         if next_plan is None:
             continue
-        code = start(next_plan, quiet=as_json)
+        code = run_evaluation(next_plan, quiet=as_json)
         if code:
             return code
     if evaluation_plan.job.split == "test":
@@ -132,11 +133,11 @@ def _print_test_result(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int
     return 0
 
 
-def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
+def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     """Evaluate one model and write its report, in this process or with a rank for each GPU; returns the exit code.
 
-    The configuration and the job are written into the plan's directory first: there the ranks read them.
-    `quiet`: what would be printed goes to stderr, since stdout is for JSON.
+    First writes the configuration and the job into the plan's directory, where the ranks read them. `quiet`: print on stderr,
+    because stdout is for JSON.
     """
     from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
@@ -149,9 +150,8 @@ def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     config = evaluation_plan.config
     directory = evaluation_plan.directory
     if evaluation_plan.job.split == "test":
-        # The rewards of a run: the ranks run these copies, made now, and no file that lay in the directory before.
+        # Copied anew, so that the ranks run no reward file that lay in the directory before.
         copy_rewards(getattr(config.objective, "rewards", {}), directory)
-    # What the ranks read.
     sha256 = config_sha256(config)
     write_text_atomic(directory / JOB_FILE, json.dumps(asdict(evaluation_plan.job), indent=1) + "\n")
     write_text_atomic(
@@ -160,29 +160,31 @@ def start(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     with stdout_to_stderr(quiet):
         if config.launcher.in_place:  # this process is the only rank
             block_signals()  # signals that ask to stop wait until the evaluation can handle them
-            before = state_before_start(directory)
+            earlier_state = state_before_start(directory)
             code = 0
             try:
                 evaluate_worker(config, evaluation_plan.job, directory)
             except Preempted as stop:
+                # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
                 code = 130 if stop.signal_name == "SIGINT" else 0
-            return record_outcome(directory, code, before, verb="evaluate")
+            return record_outcome(directory, code, earlier_state, verb="evaluate")
         return run_supervised(config, directory, sha256, program=RankProgram("launch.evaluate", CONFIG_FILE))
 
 
 def run_as_rank(arguments: list[str]) -> int:
     """Run as one rank of an evaluation, started by our launcher, torchrun or srun; returns the exit code.
 
-    `arguments`: the command-line arguments, read only without our launcher, which leaves configuration and job in files.
-    Returns 0 also when asked to stop: another code would make torchrun or srun end the other ranks. Returns 70 after an error
-    that our launcher shows.
+    Configuration and job come from the files that our launcher has written, or without it from the command line (`arguments`).
+    Returns 0 also if asked to stop, because another code would make torchrun or srun end the other ranks. Returns 70 after an
+    error that our launcher shows.
     """
     block_signals()
     with importing("torch"):
         from launch.cluster.torchrun import die_with_parent
         from launch.config.compose import load_frozen
         from launch.config.process_role import export_torchrun_variables
-        from launch.evaluate.arguments import make_plan, parse_arguments
+        from launch.evaluate.arguments import parse_evaluate_arguments
+        from launch.evaluate.plan import plan_evaluation
         from strategies.errors import ConfigError, Preempted
         from trainer.evaluate import EvaluationJob, evaluate_worker
         from trainer.reporting.status import read_failure
@@ -190,14 +192,13 @@ def run_as_rank(arguments: list[str]) -> int:
     export_torchrun_variables()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    # What to evaluate: from the launcher's files, else from the command line.
-    frozen = os.environ.get("SHARDTUNE_CONFIG")
-    if frozen:
-        directory = Path(frozen).parent
-        config = load_frozen(frozen)
+    launcher_file = os.environ.get("SHARDTUNE_CONFIG")
+    if launcher_file:
+        directory = Path(launcher_file).parent
+        config = load_frozen(launcher_file)
         job = EvaluationJob(**json.loads((directory / JOB_FILE).read_text(encoding="utf-8")))
     else:
-        evaluation_plan = make_plan(parse_arguments(arguments))
+        evaluation_plan = plan_evaluation(parse_evaluate_arguments(arguments))
         if evaluation_plan.other_plan is not None:
             raise ConfigError(
                 f"against={evaluation_plan.job.against}: under torchrun one model is evaluated at a time; evaluate the other one "
@@ -214,7 +215,7 @@ def run_as_rank(arguments: list[str]) -> int:
         if "SHARDTUNE_LAUNCHER" in os.environ and read_failure(directory):
             return 70  # the launcher shows the first failure
         raise
-    if not frozen and os.environ["RANK"] == "0":
+    if not launcher_file and os.environ["RANK"] == "0":
         return _print_report(job)
     return 0
 

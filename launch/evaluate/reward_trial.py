@@ -32,10 +32,11 @@ COLUMNS = (
 SHOWN_GROUPS = 3
 
 
-def is_trial(arguments: EvaluateArguments) -> bool:
-    """Whether `shardtune evaluate` is to try rewards: its arguments name, or describe, a run that learns from rewards.
+def should_try_rewards(arguments: EvaluateArguments) -> bool:
+    """Whether `shardtune evaluate` tries rewards instead of running tasks.
 
-    Not if they name something else to evaluate: tasks, a server, against=, split=test, or a run that has tasks of its own.
+    True if its arguments name a run that learns from rewards and has no tasks, or describe such a run (objective=grpo). False if
+    they name something else to evaluate: tasks, a server, against= or split=test.
     """
     from launch.config.compose import compose
     from trainer.objectives.registry import FAMILIES, family_of
@@ -64,10 +65,11 @@ def _objective_without_tasks(run: Path) -> str:
     return "" if has_tasks else name
 
 
-def run_trial(arguments: EvaluateArguments) -> int:
+def try_rewards(arguments: EvaluateArguments) -> int:
     """Generate and score answers for the first prompts of the run's first round, print a report, and return the exit code.
 
-    Errors: ConfigError for settings that could not start the run.
+    The ranks write the report and their records into the output directory: `to=`, or the run's directory, or one below runs/ for
+    the run of another user. Raises ConfigError for settings that could not start the run.
     """
     from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
@@ -78,21 +80,18 @@ def run_trial(arguments: EvaluateArguments) -> int:
     from trainer.reward_trial import REPORT, RewardTrialJob, trial_worker
     from trainer.rollout.rewards.copies import copy_rewards
 
-    # The run, and where the report is written.
     job = RewardTrialJob()
     if arguments.run is None:
-        config = trial_config(arguments)
-        to = Path(arguments.to or Path("runs") / f"evaluate-{Path(str(config.model.path)).name}")
+        config = _config_of_new_run(arguments)
+        default_output_dir = Path("runs") / f"evaluate-{Path(str(config.model.path)).name}"
     else:
         config, job = _trial_of_run(arguments.run, arguments)
-        beside = (
-            arguments.run
-            if may_write_results(arguments.run)
-            else Path("runs") / f"evaluate-{arguments.run.resolve().name}"
-        )
-        to = Path(arguments.to or beside)
-    directory = to / "evaluation"
-    # The ranks run these copies, made now, and no file that lay in the directory before.
+        default_output_dir = arguments.run
+        if not may_write_results(arguments.run):
+            default_output_dir = Path("runs") / f"evaluate-{arguments.run.resolve().name}"
+    output_dir = Path(arguments.to or default_output_dir)
+    directory = output_dir / "evaluation"
+    # Copied anew, so that the ranks run no reward file that lay in the directory before.
     copy_rewards(getattr(config.objective, "rewards", {}), directory)
     write_text_atomic(directory / JOB_FILE, json.dumps(asdict(job)) + "\n")
     config.run.dir = str(directory)
@@ -103,50 +102,51 @@ def run_trial(arguments: EvaluateArguments) -> int:
     with stdout_to_stderr(arguments.as_json):
         if config.launcher.in_place:
             block_signals()
-            before = state_before_start(directory)
+            earlier_state = state_before_start(directory)
             code = 0
             try:
-                trial_worker(config, job, directory, to)
+                trial_worker(config, job, directory, output_dir)
             except Preempted as stop:
+                # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
                 code = 130 if stop.signal_name == "SIGINT" else 0
-            code = record_outcome(directory, code, before, verb="evaluate")
+            code = record_outcome(directory, code, earlier_state, verb="evaluate")
         else:
             code = run_supervised(
                 config, directory, sha256, program=RankProgram("launch.evaluate.reward_trial", CONFIG_FILE)
             )
     if code:
         return code
-    report: dict[str, Any] = json.loads((to / REPORT).read_text(encoding="utf-8"))
+    report: dict[str, Any] = json.loads((output_dir / REPORT).read_text(encoding="utf-8"))
     if arguments.as_json:
         print_json(report)
     else:
-        print(f"{trial_text(report)}\n\nwritten: {to / REPORT}", flush=True)
+        print(f"{reward_trial_text(report)}\n\nwritten: {output_dir / REPORT}", flush=True)
     return 0
 
 
 def _trial_of_run(run: Path, arguments: EvaluateArguments) -> tuple[RunConfig, RewardTrialJob]:
     """The configuration and job that try a checkpoint of a run by its rewards. Errors: ConfigError."""
-    from launch.evaluate.arguments import config_of_run
+    from launch.evaluate.plan import config_and_checkpoint_of_run
     from trainer.reward_trial import RewardTrialJob
 
-    config, checkpoint, _ = config_of_run(run, arguments)
-    return _settled(config), RewardTrialJob(checkpoint)
+    config, checkpoint, _ = config_and_checkpoint_of_run(run, arguments)
+    return _without_open_choices(config), RewardTrialJob(checkpoint)
 
 
-def trial_config(arguments: EvaluateArguments) -> RunConfig:
-    """The configuration of the run, as it would train, but that nothing is left to choose. Errors: ConfigError."""
+def _config_of_new_run(arguments: EvaluateArguments) -> RunConfig:
+    """The configuration of the run that the arguments describe, without open choices. Raises ConfigError if it cannot start."""
     from launch.config.compose import compose
 
     settings = list(arguments.settings)
     if not any(setting.startswith("budget") for setting in settings):
         settings.append("budget.steps=1")
-    return _settled(compose(settings).config)
+    return _without_open_choices(compose(settings).config)
 
 
-def _settled(config: RunConfig) -> RunConfig:
-    """Change `config` so that nothing is left to choose (`auto`) and no task runs; returns it.
+def _without_open_choices(config: RunConfig) -> RunConfig:
+    """Replace `auto` for strategy and micro-batch in `config`, and remove its evaluation tasks; returns it.
 
-    Errors: ConfigError for a job of SLURM, and for what these processes cannot share as the run did.
+    Raises ConfigError for launcher=slurm, and if these processes cannot be sharded as the run asks.
     """
     from launch.config.compose import world_size_of
     from strategies.base import AutoConfig, Fsdp2Config, SingleConfig
@@ -167,7 +167,7 @@ def _settled(config: RunConfig) -> RunConfig:
     return config
 
 
-def trial_text(report: dict[str, Any]) -> str:
+def reward_trial_text(report: dict[str, Any]) -> str:
     """The report of a trial of rewards for people: a table of the rewards, advice, and the best and worst answers of some groups.
 
     `report["groups"]`: [{"where": ..., "prompt": ..., "best": {"reward": 1.0, "answer": ...}, "worst": ...}, ...].

@@ -18,12 +18,12 @@ from trainer.config.run import SlurmConfig
 from trainer.reporting.code_revision import ROOT
 
 if TYPE_CHECKING:
-    from launch.evaluate.arguments import EvaluationPlan
+    from launch.evaluate.plan import EvaluationPlan
 
 SCRIPT = "evaluate.sbatch"
 
 
-def render(
+def evaluation_script(
     evaluation_plan: EvaluationPlan, arguments: list[str], *, clone: Path = ROOT, cwd: Path | None = None
 ) -> str:
     """The text of the sbatch script that evaluates on one node with the `arguments` of the command line.
@@ -64,12 +64,12 @@ def render(
     return "\n".join(lines) + "\n"
 
 
-def submit(evaluation_plan: EvaluationPlan, arguments: list[str], *, print_only: bool) -> int:
+def submit_evaluation(evaluation_plan: EvaluationPlan, arguments: list[str], *, print_only: bool) -> int:
     """Submit an evaluation as a SLURM job, or with `print_only` print its script; returns 0.
 
     The script lies beside the records of the evaluation. Errors: those of `sbatch`, StorageError.
     """
-    script_text = render(evaluation_plan, arguments)
+    script_text = evaluation_script(evaluation_plan, arguments)
     assert isinstance(evaluation_plan.config.launcher, SlurmConfig)
     ranks = advice.rank_layout_notes(evaluation_plan.config.launcher)
     if print_only:

@@ -20,7 +20,7 @@ from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.config.outside_values import OutsideValue
-    from launch.evaluate.arguments import EvaluationPlan
+    from launch.evaluate.plan import EvaluationPlan
     from trainer.config.review import ReviewConfig
     from trainer.config.run import RunConfig
 
@@ -231,7 +231,8 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
     `directory`: the arm's run or model; None for the run under review. The evaluation of that run also writes the answers of its
     base model, if this is among the arms.
     """
-    from launch.evaluate.arguments import make_plan, parse_arguments
+    from launch.evaluate.arguments import parse_evaluate_arguments
+    from launch.evaluate.plan import plan_evaluation
     from launch.review.sheet import BASE
 
     # The answers are what is wanted: the task scores them against a placeholder, and nobody reads the score.
@@ -260,10 +261,10 @@ def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> Evaluatio
     else:
         arguments.append(f"model.path={directory}")
 
-    evaluate_arguments = parse_arguments(arguments)
+    evaluate_arguments = parse_evaluate_arguments(arguments)
     evaluate_arguments.command = request.command
     evaluate_arguments.prefix = "" if directory is None else ARMS_PREFIX
-    plan = make_plan(evaluate_arguments)
+    plan = plan_evaluation(evaluate_arguments)
     plan.config.evaluation.tasks["answers"].write = copy.deepcopy(request.review.write)
     plan.job = replace(plan.job, kept=False)
     return plan

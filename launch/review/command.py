@@ -92,7 +92,7 @@ def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, lis
 
     An arm is one of the compared models; `tuned` comes first.
     """
-    from launch.evaluate.command import start
+    from launch.evaluate.command import run_evaluation
     from launch.review.arguments import arm_plan
     from launch.review.prompts import write_task_rows
     from launch.review.sheet import BASE, TUNED
@@ -104,7 +104,7 @@ def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, lis
         if directory is None and name == BASE:
             continue  # the evaluation of the tuned model also writes the answers of its base
         plan = arm_plan(request, name, directory)
-        if start(plan, quiet=False):
+        if run_evaluation(plan, quiet=False):
             return None
         for line in (Path(plan.job.to) / ROWS).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)

@@ -8,7 +8,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from launch.config.compose import compose
-from launch.evaluate.arguments import _set_evaluation_defaults
+from launch.evaluate.plan import _set_evaluation_defaults
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here

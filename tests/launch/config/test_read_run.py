@@ -19,7 +19,7 @@ from launch.config.compose import apply_overrides, compose, load_frozen, recompo
 from launch.config.frozen import _hash, _identifying_settings
 from launch.config.outside_values import outside_values
 from launch.config.read_run import may_write_results
-from launch.evaluate.arguments import GROUPS_BESIDE_RUN
+from launch.evaluate.plan import GROUPS_BESIDE_RUN
 from strategies.settings import Reach, setting
 from tests.helpers.building import model_dir
 from tests.helpers.endpoint import serving
@@ -447,7 +447,7 @@ def test_settings_say_at_their_own_field_what_they_reach():
 def test_verbs_read_a_run_through_one_function():
     """Who reads a frozen configuration without it starts or follows what this user has started, or compares texts with it.
 
-    `earlier_overrides.py` takes one of the budgets that were typed now. `arguments.py` of evaluate asks whether a value that
+    `earlier_overrides.py` takes one of the budgets that were typed now. `plan.py` of evaluate asks whether a value that
     counts as a secret now is the run's own. The page of a run asks which of its settings are no defaults.
     """
     allowed = {

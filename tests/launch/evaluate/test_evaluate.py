@@ -15,7 +15,8 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 
 from launch.cluster import torchrun
-from launch.evaluate.arguments import EvaluateArguments, make_plan
+from launch.evaluate.arguments import EvaluateArguments
+from launch.evaluate.plan import plan_evaluation
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, whole
 from tests.helpers.launching import clean_environment, command_here, free_port
@@ -392,4 +393,4 @@ def test_evaluate_names_a_missing_model_and_missing_documents_together(capsys):
 
 def test_evaluate_against_the_report_that_would_be_overwritten_is_refused(site, evaluated):
     with pytest.raises(Exception, match="is the report that this evaluation writes"):
-        make_plan(EvaluateArguments(run=site / "run", to=f"{site}/all", against=f"{site}/all/evaluation.json"))
+        plan_evaluation(EvaluateArguments(run=site / "run", to=f"{site}/all", against=f"{site}/all/evaluation.json"))

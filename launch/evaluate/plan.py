@@ -1,0 +1,427 @@
+"""Plans an evaluation: the configuration and the job that follow from its arguments, and what it is compared with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.evaluate.checks import check_evaluation, has_held_out
+from strategies.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launch.config.outside_values import OutsideValue
+    from trainer.config.run import RunConfig
+    from trainer.evaluate import EvaluationJob
+from launch.evaluate.arguments import AGAINST_PREFIX, EvaluateArguments
+
+GROUPS_BESIDE_RUN = frozenset({"evaluation", "strategy", "parallel", "launcher", "run", "precision", "logging"})
+"""Groups of settings that can be typed beside a run."""
+UNUSED_SETTINGS = {"model.download", "export.answers", "challenges.forgetting.data"}
+"""Settings that an evaluation of a run does without: a model that is in the cache needs no download."""
+DEFAULT_TASKS = ("loss", "bits_per_byte", "token_accuracy")
+"""Tasks of a language model's run if the user sets none."""
+
+
+@dataclass(slots=True)
+class EvaluationPlan:
+    """An evaluation that was checked and can start: its configuration, its job, and what it is compared with."""
+
+    config: RunConfig
+    job: EvaluationJob
+    other_plan: EvaluationPlan | None = None
+    """The evaluation of another model, which runs first so that this one can be compared with it."""
+
+    @property
+    def directory(self) -> Path:
+        """The directory in which the ranks of this evaluation keep their records."""
+        return Path(self.job.to) / "evaluation"
+
+
+def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
+    """Plan an evaluation, with that of the model it is compared with, and check it as far as possible without loading a model.
+
+    Raises ConfigError for settings, and DataError for rows of its tasks, that cannot be used.
+    """
+    run = evaluate_arguments.run
+    if run is not None:
+        config, job = _plan_for_run(run, evaluate_arguments)
+    else:
+        config, job = _plan_for_model(evaluate_arguments)
+    if Path(job.to).is_file():
+        raise ConfigError(f"to={job.to}: is a file; name a directory")
+    job = replace(job, split=evaluate_arguments.split)
+    evaluation_plan = EvaluationPlan(config, job)
+    config.run.dir = str(evaluation_plan.directory)
+    _set_evaluation_defaults(config, evaluate_arguments)
+
+    names_training_data = any(
+        argument.startswith(("data.path=", "data.sources")) for argument in evaluate_arguments.settings
+    )
+    has_training_data = run is not None or names_training_data
+    try:
+        check_evaluation(
+            config,
+            evaluate_arguments.settings,
+            run=run,
+            has_training_data=has_training_data,
+            split=evaluate_arguments.split,
+        )
+    except ConfigError as error:
+        raise ConfigError([*_missing_model_problem(config), *error.problems]) from None
+    if evaluate_arguments.against is not None:
+        _add_comparison(evaluation_plan, evaluate_arguments.against, evaluate_arguments)
+    return evaluation_plan
+
+
+def _plan_for_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, EvaluationJob]:
+    """The configuration and job that evaluate a checkpoint of a run. Raises ConfigError if there is none, or it may not be read.
+
+    The report goes to `to=`, or else into the run's directory. A run that may be somebody else's gets no files, and its
+    metrics are not recorded in it; its report goes to runs/evaluate-<name of the run>.
+    """
+    from launch.config.read_run import may_write_results
+    from trainer.evaluate import EvaluationJob
+
+    config, checkpoint, base_differences = config_and_checkpoint_of_run(run, evaluate_arguments)
+    is_own_run = may_write_results(run)
+    default_output_dir = run if is_own_run else Path("runs") / f"evaluate-{run.resolve().name}"
+    job = EvaluationJob(
+        to=evaluate_arguments.to or str(default_output_dir),
+        run=str(run),
+        checkpoint=checkpoint,
+        data_run=str(run),  # tasks on the run's documents read its own data
+        accept_data="data" in evaluate_arguments.accept,
+        accepted=base_differences,
+        recorded=is_own_run,
+    )
+    return config, job
+
+
+def _plan_for_model(evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, EvaluationJob]:
+    """The configuration and job that evaluate the model of `model.path=`, which belongs to no run. Errors: ConfigError."""
+    from trainer.evaluate import EvaluationJob
+
+    path = next(
+        argument.partition("=")[2] for argument in evaluate_arguments.settings if argument.startswith("model.path=")
+    )
+    default_output_dir = Path("runs") / f"evaluate-{Path(path).name}"
+    job = EvaluationJob(to=evaluate_arguments.to or str(default_output_dir))
+    config = _config_of_model(evaluate_arguments, path, Path(job.to) / "evaluation")
+    if evaluate_arguments.adapter is not None:
+        base_differences = _base_differences(
+            evaluate_arguments.adapter, path, accept="base" in evaluate_arguments.accept
+        )
+        job = replace(job, accepted=base_differences)
+    return config, job
+
+
+def _base_differences(adapter: str, base: str, *, accept: bool) -> list[str]:
+    """How the model `base` differs from the one that the adapter was trained on, as lines for the report; empty if it does not.
+
+    Raises ConfigError if it differs and the user does not accept that (`accept`). A model that is not on this machine is not
+    compared: it is refused with all else that is wrong.
+    """
+    from trainer.model.base_files import refuse_another_base
+    from trainer.model.config import ModelConfig
+    from trainer.model.loading import weights_directory
+
+    try:
+        directory = weights_directory(ModelConfig(path=base))
+    except ConfigError:
+        return []
+    return refuse_another_base(Path(adapter).expanduser(), directory, accept=accept)
+
+
+def _missing_model_problem(config: RunConfig) -> list[str]:
+    """A problem if `model.path` does not exist here, since a mistyped path may be the reason for other problems; else empty."""
+    path = config.model.path or ""
+    if Path(path).expanduser().exists():
+        return []
+    return [
+        f"model.path={path}: there is no such directory here; a hub id is right only if this machine has downloaded it"
+    ]
+
+
+def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, str, list[str]]:
+    """Read the configuration of a run, with the settings of the command line on top, and find the checkpoint to evaluate.
+
+    Returns (configuration, path of the checkpoint, lines on how the base model differs from that of the training). Raises
+    ConfigError if there is no such run or checkpoint, if a setting cannot be used, or if the base model differs and the user does
+    not accept that. Warns if checkpoint=best was worse than the base model.
+    """
+    from launch.config.compose import recompose
+    from launch.config.read_run import RunReader, read_run, use_trusted_copies
+    from launch.export.command import find_checkpoint, warn_if_base_was_better
+    from trainer.config.run import settled_matmul
+    from trainer.session.base_files import use_recorded_base
+
+    if not (run / "config.yaml").is_file():
+        what = "not a run directory (it has no config.yaml)" if run.exists() else "there is no such directory"
+        raise ConfigError(f"{run}: {what}; name a run, or a model with model.path={run}")
+    main_plan = evaluate_arguments.main_plan
+
+    def apply_settings_of_evaluation(run_config: RunConfig, overrides: list[str]) -> RunConfig:
+        """Change the run's configuration into that of its evaluation, with the overrides of the command line."""
+        run_config.run.dir = None
+        run_config.run.resume = "auto"
+        run_config.run.matmul = settled_matmul(run_config)
+        use_trusted_copies(run_config, run, evaluate_arguments.settings)
+        if main_plan is not None:
+            run_config.evaluation = copy.deepcopy(main_plan.config.evaluation)
+        return recompose(run_config, overrides, GROUPS_BESIDE_RUN)
+
+    # The run of `against=` gets the tasks of the main evaluation, whose values were checked there.
+    settled_groups = frozenset[str]() if main_plan is None else frozenset({"evaluation"})
+    reader = RunReader(
+        evaluate_arguments.command,
+        uses=partial(_is_used_by_evaluation, split=evaluate_arguments.split),
+        prefix=evaluate_arguments.prefix,
+        own_groups=GROUPS_BESIDE_RUN,
+        settled_groups=settled_groups,
+    )
+    config = read_run(run, reader, evaluate_arguments.settings, apply_settings_of_evaluation)
+    checkpoint = find_checkpoint(run, evaluate_arguments.checkpoint, config.checkpoint)
+    if evaluate_arguments.checkpoint == "best":
+        warn_if_base_was_better(run, checkpoint, config)
+    base_differences = use_recorded_base(
+        config, run, evaluate_arguments.accept, teacher=True, start=evaluate_arguments.against == "base"
+    )
+    return config, str(checkpoint), base_differences
+
+
+def _is_used_by_evaluation(value: OutsideValue, config: RunConfig, *, split: str = "eval") -> bool:
+    """Whether an evaluation uses a value of a run that reaches out of it: a path, an address or a tracker (`RunReader.uses`).
+
+    `value.settings`: the keys that have this value. The first case that fits decides:
+    - rewards: only without tasks, since the rewards themselves are tried then;
+    - the judge: if a task asks it, or test answers are scored by rewards;
+    - a tracker, or settings in `UNUSED_SETTINGS`: no;
+    - access to remote data, the data cache, streaming: if the run's rows are read (remote data: also if a task's path is there);
+    - the NVMe directory: if the strategy offloads to it;
+    - anything else: yes.
+    """
+    from strategies.settings import Reach
+    from trainer.evaluation.tasks.registry import asks_judge, reads_rows_of_run
+
+    # split=test runs no tasks: the test documents are measured by the run's own objective.
+    tasks = {} if split == "test" else config.evaluation.tasks
+    # The rows of a task's own file are few, and are prepared in the cache of the user who evaluates.
+    reads_data = not tasks or any(reads_rows_of_run(task) for task in tasks.values())
+    if any(key.startswith("objective.rewards.") for key in value.settings):
+        return not tasks  # then the rewards themselves are tried
+    if any(key.startswith("evaluation.judge.") for key in value.settings):
+        scores_rewards = split == "test" and bool(getattr(config.objective, "rewards", {}))
+        return scores_rewards or any(asks_judge(task) for task in tasks.values())
+    if value.reach is Reach.tracker or UNUSED_SETTINGS & value.settings.keys():
+        return False
+    if "data.remote" in value.settings:
+        return reads_data or any(str(task.path) in str(value.identity) for task in tasks.values() if task.path)
+    if "data.cache_dir" in value.settings or "data.streaming" in value.settings:
+        return reads_data
+    if "strategy.nvme_path" in value.settings:
+        strategy: Any = config.strategy
+        return "nvme" in (strategy.offload_optimizer, strategy.offload_parameters)
+    return True
+
+
+def _config_of_model(evaluate_arguments: EvaluateArguments, path: str, directory: Path) -> RunConfig:
+    """A configuration that evaluates the model at `path`, which belongs to no run.
+
+    Its objective follows from the model's config.json if the user sets none: classification, seq2seq, or the default for a causal
+    language model. Every configuration needs training data, so if none is named, a stand-in file is written into `directory`.
+    """
+    from launch.config.compose import compose
+    from trainer.model.rules import read_config
+    from trainer.reporting.status import write_text_atomic
+
+    model_config = read_config(path) or {}
+    arguments = ["budget.steps=1", *evaluate_arguments.settings]
+    architectures = model_config.get("architectures") or ()
+    is_classifier = any(str(name).endswith("ForSequenceClassification") for name in architectures)
+    labels: list[str] = []  # names of the classes, in the order of their ids
+    if is_classifier:
+        label_by_id = model_config.get("id2label") or {}
+        labels = [label_by_id[key] for key in sorted(label_by_id, key=int)]
+    if not any(argument.startswith("objective=") for argument in arguments):
+        if is_classifier:
+            arguments.append("objective=classification")
+        elif model_config.get("is_encoder_decoder"):
+            arguments.append("objective=seq2seq")
+    if evaluate_arguments.adapter is not None:
+        arguments.append(f"model.adapters=[{evaluate_arguments.adapter}]")
+
+    config = compose(arguments, check=False).config
+    has_unset_labels = hasattr(config.objective, "labels") and config.objective.labels is None
+    if labels and has_unset_labels:
+        config.objective.labels = labels  # type: ignore[attr-defined]
+    if config.data.path is None and not config.data.sources:
+        rows = [{"text": "a text", "label": label} for label in labels]
+        if not rows:
+            rows = [{"source": "a text", "target": "another"}]
+        stand_in_file = directory / "stand_in.jsonl"
+        write_text_atomic(stand_in_file, "".join(f"{json.dumps(row)}\n" for row in rows))
+        config.data.path = str(stand_in_file)
+    return config
+
+
+def _set_evaluation_defaults(config: RunConfig, evaluate_arguments: EvaluateArguments) -> None:
+    """Change the settings of a run into those of its evaluation.
+
+    Sets strategy and parallelism, unless the user has set them; turns off what is only done in training; and chooses tasks if
+    none are set. With split=test there are no tasks, because the run's own objective measures the test documents.
+    """
+    from launch.config.compose import world_size_of
+    from strategies.base import Precision
+    from trainer.config.run import Device
+    from trainer.evaluation.base import TaskConfig
+    from trainer.evaluation.tasks.prepared import TaskContext
+
+    world_size = world_size_of(config) or 1
+    _set_strategy_for_evaluation(config, world_size, evaluate_arguments.settings)
+    _turn_off_training(config, world_size)
+    if evaluate_arguments.split == "test":
+        config.evaluation.tasks = {}
+        return
+    # Not with split=test, because there answers are generated and scored as the run did it.
+    config.evaluation.generate.samples = 0
+    if config.run.device is Device.cpu and config.precision is Precision.fp16:
+        config.precision = Precision.fp32
+    if not config.evaluation.tasks and has_held_out(config):
+        context = TaskContext.from_settings(config.data, config.objective)
+        if context.is_language_model:
+            config.evaluation.tasks = {kind: TaskConfig(kind=kind) for kind in DEFAULT_TASKS}
+
+
+def _set_strategy_for_evaluation(config: RunConfig, world_size: int, cli_settings: list[str]) -> None:
+    """Set a strategy and parallel settings that fit `world_size` ranks. What the user has set (`cli_settings`) stays."""
+    from strategies.base import DdpConfig, SingleConfig
+    from trainer.config.parallel import parallel_for_evaluation
+    from trainer.config.sharding import number_of_replicas
+    from trainer.model.quantised_checkpoints import quantising_library
+
+    is_strategy_set_by_user = any(setting.startswith(("strategy=", "strategy.")) for setting in cli_settings)
+    if world_size == 1 and not is_strategy_set_by_user:
+        config.strategy = SingleConfig()
+    elif quantising_library(config.model.path) is not None and not is_strategy_set_by_user:
+        config.strategy = DdpConfig()  # a quantised model cannot be sharded
+
+    is_parallel_set_by_user = any(setting.startswith("parallel.") for setting in cli_settings)
+    if not is_parallel_set_by_user:
+        ranks_per_replica = max(1, world_size // number_of_replicas(config.strategy, config))
+        config.parallel = parallel_for_evaluation(config.parallel, config.strategy, ranks_per_replica)
+
+
+def _turn_off_training(config: RunConfig, world_size: int) -> None:
+    """Set the batch to its least size, and turn off export, watched metrics and challenges, since nothing is trained."""
+    from trainer.export.config import ExportedCheckpoint
+    from trainer.monitors.config import ChallengesConfig
+
+    # The batch of a run with rewards counts answers, in whole groups of `group_size`.
+    group_size = getattr(config.objective, "group_size", 1)
+    config.batch = {"global": world_size * group_size, "micro": 1}
+    config.export.at_end = False
+    config.export.checkpoint = ExportedCheckpoint.last
+    config.evaluation.watch = "eval/loss"
+    config.evaluation.greater_is_better = None
+    config.evaluation.every_steps = 0
+    config.evaluation.patience = 0
+    config.challenges = ChallengesConfig()
+
+
+def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_arguments: EvaluateArguments) -> None:
+    """Set in the plan what it is compared with (`other_plan`, and fields of `job`), by the value of `against`:
+
+    - "base" for a run: its base model is evaluated in the same process;
+    - "base" for a model with an adapter: the model without it is evaluated first;
+    - a file: an earlier report (evaluation.json); a metric that got worse makes the exit code 69;
+    - the directory of a run or a model: it is evaluated first;
+    - anything else, also the report that this evaluation writes itself: ConfigError.
+    """
+    from trainer.evaluation.report.record import REPORT, read_report
+
+    job = evaluation_plan.job
+    path = Path(against).expanduser()
+    if against == "base":
+        if job.run is None and not evaluation_plan.config.model.adapters:
+            raise ConfigError(
+                "against=base: a model as it is has no base to compare with; add adapter=..., or name a run"
+            )
+        if job.run is not None:  # its base is evaluated in the same process
+            evaluation_plan.job = replace(job, base=True, against="base")
+            return
+        model_without_adapters = replace(evaluation_plan.config.model, adapters=[])
+        base_config = replace(evaluation_plan.config, model=model_without_adapters)
+        evaluation_plan.other_plan = _plan_other_model(evaluation_plan, base_config, "base")
+    elif path.is_file():
+        own_report = Path(job.to) / REPORT
+        if path.resolve() == own_report.resolve():
+            raise ConfigError(
+                f"against={against}: is the report that this evaluation writes; give to=<another directory>, or keep a copy of "
+                "the old one in a directory of its own"
+            )
+        read_report(path, "against")
+        evaluation_plan.job = replace(job, report=str(path), gate=True, against=against)
+    elif (path / "config.yaml").is_file():
+        run_plan = plan_evaluation(_other_run_arguments(path, evaluation_plan, evaluate_arguments))
+        run_plan.config.evaluation = copy.deepcopy(evaluation_plan.config.evaluation)
+        run_plan.job = replace(run_plan.job, asked_first=True)
+        evaluation_plan.other_plan = run_plan
+        evaluation_plan.job = replace(job, report=str(Path(run_plan.job.to) / REPORT), against=against)
+    elif (path / "config.json").is_file():
+        from trainer.model.config import ModelConfig
+        from trainer.tuning.base import FullConfig
+
+        model = ModelConfig(path=str(path), download=False)
+        model_config = replace(copy.deepcopy(evaluation_plan.config), model=model, tuning=FullConfig())
+        evaluation_plan.other_plan = _plan_other_model(evaluation_plan, model_config, against)
+    else:
+        what = "is neither a run, a model nor a report" if path.exists() else "there is no such file or directory"
+        raise ConfigError(
+            f"against={against}: {what}; it can be base, the directory of a run or of a model, or the {REPORT} of an evaluation"
+        )
+
+
+def _plan_other_model(evaluation_plan: EvaluationPlan, config: RunConfig, name_in_report: str) -> EvaluationPlan:
+    """Plan the same evaluation, on the same rows, for another model, that of `config`.
+
+    Sets in `evaluation_plan.job` that it is compared with the other report. `name_in_report`: what the report calls the other
+    model.
+    """
+    from trainer.evaluate import EvaluationJob
+    from trainer.evaluation.report.record import REPORT
+
+    job = evaluation_plan.job
+    other_directory = Path(job.to) / "against"
+    other_job = EvaluationJob(
+        to=str(other_directory), data_run=job.data_run, accept_data=job.accept_data, asked_first=True
+    )
+    other_plan = EvaluationPlan(copy.deepcopy(config), other_job)
+    other_plan.config.run.dir = str(other_plan.directory)
+    evaluation_plan.job = replace(job, report=str(other_directory / REPORT), against=name_in_report)
+    return other_plan
+
+
+def _other_run_arguments(
+    run: Path, evaluation_plan: EvaluationPlan, evaluate_arguments: EvaluateArguments
+) -> EvaluateArguments:
+    """The arguments that evaluate the run of `against=`, with the processes, device and strategy of this evaluation."""
+    config = evaluation_plan.config
+    settings = [
+        f"launcher.processes={config.launcher.processes}",
+        f"run.device={config.run.device}",
+        f"strategy={config.strategy.name}",
+        *evaluate_arguments.settings_for_other_run,
+    ]
+    return EvaluateArguments(
+        run=run,
+        to=str(Path(evaluation_plan.job.to) / "against"),
+        accept=evaluate_arguments.accept,
+        settings=settings,
+        command=evaluate_arguments.command,
+        prefix=AGAINST_PREFIX,
+        main_plan=evaluation_plan,
+    )
