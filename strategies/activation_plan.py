@@ -95,6 +95,7 @@ class _ActivationCounter(TorchDispatchMode):
     """Adds up, block by block, the bytes that autograd saves and the bytes that costly operations make."""
 
     def __init__(self, blocks: list[nn.Module], parameters: list[Tensor]) -> None:
+        """`blocks`: the model's transformer blocks. `parameters`: its parameters and buffers, which do not count."""
         super().__init__()
         # Bytes by block. The last entry is for everything outside the blocks.
         self.saved_bytes = [0.0] * (len(blocks) + 1)
@@ -121,6 +122,10 @@ class _ActivationCounter(TorchDispatchMode):
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation `func`, and count the bytes of its output: torch calls this for each operation in the context.
+
+        Bytes count if selective checkpointing keeps the output of `func`, and, outside the blocks, as the largest tensor there.
+        """
         if func is GROUPED_PRODUCT.default:
             out = _shape_of_grouped_product(*args, **(kwargs or {}))
         else:

@@ -188,8 +188,8 @@ class StepPlan:
     """What the tuning method does around each optimizer step; None if it does nothing."""
     further_units: list[nn.Module] = field(default_factory=list)
     """Modules that are gathered one at a time as the blocks are, but that no training step computes; inner ones first."""
-    keeps_start: bool = False
-    """Whether the engine keeps a copy of the trained weights as they begin, for `Engine.inference(at_start=True)`."""
+    keeps_initial_weights: bool = False
+    """Whether the engine keeps a copy of the trained weights as they begin, for `Engine.inference(with_initial_weights=True)`."""
 
 
 def plan_of(step_module: nn.Module) -> StepPlan:
@@ -365,11 +365,14 @@ class Engine(Protocol):
         updates stay as they are. The filter is called whenever the gradients are finite.
         """
 
-    def inference(self, *, averaged: bool = True, at_start: bool = False) -> AbstractContextManager[nn.Module]:
+    def inference(
+        self, *, averaged: bool = True, with_initial_weights: bool = False
+    ) -> AbstractContextManager[nn.Module]:
         """The step module in eval mode, for forward passes without gradients. Restores training mode. All ranks must enter.
 
         If the run averages weights, the averages are in place inside the context; with `averaged=False`, the trained weights.
-        With `at_start` they are those that the run began with, which the engine has if the plan says `keeps_start`.
+        With `with_initial_weights` they are those that the run began with, which the engine has if the plan says
+        `keeps_initial_weights`.
         """
 
     def state(self, progress: Progress) -> RankState:

@@ -67,6 +67,8 @@ def counted_collective(collective: str, full_argument_index: int) -> Callable[[A
     """
 
     def decorate(method: Any) -> Any:
+        """The method with counters around each call; without an entered context, they count nothing."""
+
         @wraps(method)
         def counted_method(self: Any, *tensors: Tensor, **kwargs: Any) -> None:
             if not _active_totals:

@@ -162,6 +162,10 @@ class Fsdp2Engine(NativeEngine):
         return mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
 
     def _full_parameter(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """The full tensor of a parameter, gathered from its shards and, if it holds experts, from the expert ranks.
+
+        All ranks must call. A parameter that is not sharded is returned as it is.
+        """
         tensor: Tensor = parameter
         if not isinstance(tensor, DTensor):
             return tensor

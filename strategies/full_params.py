@@ -29,6 +29,9 @@ class FsdpFullParameters(FullParameters):
         reshard_after_forward: bool,
         forward_is_collective: bool = False,
     ) -> None:
+        """`wrapped`: the step module after `fully_shard`. `reshard_after_forward`: whether its blocks release their full weights
+        after each forward pass, as set when it was wrapped. `forward_is_collective`: see `FullParameters`.
+        """
         self.wrapped = wrapped
         self.dtype = dtype
         self.forward_is_collective = forward_is_collective
@@ -53,22 +56,22 @@ class FsdpFullParameters(FullParameters):
 
         from strategies.compat.fsdp import without_fsdp_hooks
 
-        # Not those of a teacher or of reward models: only the trained model writes answers.
-        student_parts: list[FSDPModule] = []
+        # Without those of a teacher or of reward models: only the trained model generates answers.
+        sharded_modules: list[FSDPModule] = []
         for name, module in self.wrapped.named_modules():
             if isinstance(module, FSDPModule) and not name.startswith(FROZEN_MODEL_PREFIXES):
-                student_parts.append(module)
+                sharded_modules.append(module)
         root: Any = self.wrapped
         try:
-            for part in student_parts:
-                part.set_reshard_after_forward(False, recurse=False)
-                part.unshard()
-            with without_fsdp_hooks([part for part in student_parts if part is not root]):
+            for module in sharded_modules:
+                module.set_reshard_after_forward(False, recurse=False)
+                module.unshard()
+            with without_fsdp_hooks([module for module in sharded_modules if module is not root]):
                 yield
         finally:
-            for part in student_parts:
-                part.set_reshard_after_forward(part is not root and self.reshard_after_forward, recurse=False)
-                part.reshard()
+            for module in sharded_modules:
+                module.set_reshard_after_forward(module is not root and self.reshard_after_forward, recurse=False)
+                module.reshard()
 
 
 class ZeroFullParameters(FullParameters):

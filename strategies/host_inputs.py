@@ -44,6 +44,10 @@ class HostInputs:
         """
 
         def checkpoint_from_host(function: Callable[..., Any], *inputs: Any) -> Any:
+            """`checkpoint(function, *inputs)` with the hidden states among the inputs saved on the host.
+
+            Raises ConfigError if no input is a floating-point tensor. Inputs that are on the host already stay as they are.
+            """
             hidden = next((tensor for tensor in inputs if _is_float(tensor)), None)
             if hidden is None:
                 raise ConfigError(

@@ -51,18 +51,16 @@ def state_bytes(
     sizes = _model_sizes(step_module, _compute_bytes(precision))
     if isinstance(config, ZeroConfig):
         return _zero_bytes(sizes, config, precision, world_size)
+    # A weight that trains, and its gradient, take four bytes each.
+    unsharded_bytes = sizes.frozen_bytes + sizes.num_trained * (4.0 + 4.0 + sizes.optimizer_bytes_per_element)
     if isinstance(config, Fsdp2Config):
         if config.cpu_offload:
             return sizes.gathered_bytes
-        # Weights and gradients that train take four bytes each.
-        shard = (sizes.frozen_bytes + sizes.num_trained * (4 + 4 + sizes.optimizer_bytes_per_element)) / (
-            world_size // num_replicas
-        )
-        return sizes.gathered_bytes + shard
-    total_bytes = sizes.frozen_bytes + sizes.num_trained * (4.0 + 4.0 + sizes.optimizer_bytes_per_element)
+        num_shards = world_size // num_replicas
+        return sizes.gathered_bytes + unsharded_bytes / num_shards
     if precision is not Precision.fp32:
-        total_bytes += 2 * sizes.num_trained  # autocast's copies
-    return total_bytes
+        unsharded_bytes += 2 * sizes.num_trained  # autocast's copies
+    return unsharded_bytes
 
 
 def expert_parallel_parameters(step_module: nn.Module) -> dict[int, nn.Parameter]:

@@ -74,6 +74,7 @@ class NativeEngine:
         runtime: Runtime,
         strategy: str,
     ) -> None:
+        """`wrapped`: `step_module` as the strategy has wrapped it. `strategy`: its name, which saved states record."""
         self.step_module = step_module
         self.wrapped = wrapped
         self.runtime = runtime
@@ -102,7 +103,7 @@ class NativeEngine:
             self.average = WeightAverage(plan.ema_decay, weights)
         self.initial_weights: WeightAverage | None = None
         """The trained weights as they began, if the run keeps them: an average that is never updated."""
-        if plan.keeps_start:
+        if plan.keeps_initial_weights:
             weights = [self._local_part(parameter.detach()) for _, parameter in self.trainable]
             self.initial_weights = WeightAverage(1.0, weights)
 
@@ -128,15 +129,18 @@ class NativeEngine:
         loss.backward()
 
     @contextmanager
-    def inference(self, *, averaged: bool = True, at_start: bool = False) -> Iterator[nn.Module]:
-        """The step module in eval mode, without gradients. All ranks enter."""
+    def inference(self, *, averaged: bool = True, with_initial_weights: bool = False) -> Iterator[nn.Module]:
+        """The step module in eval mode, without gradients, with the weights that the arguments say. All ranks enter.
+
+        See `Engine.inference`.
+        """
         self.step_module.eval()
-        weights: AbstractContextManager[None] = self._averaged() if averaged else nullcontext()
-        if at_start:
-            assert self.initial_weights is not None, "the plan does not say `keeps_start`"
-            weights = self._swapped(self.initial_weights)
+        weights_in_place: AbstractContextManager[None] = self._averaged() if averaged else nullcontext()
+        if with_initial_weights:
+            assert self.initial_weights is not None, "the plan does not say `keeps_initial_weights`"
+            weights_in_place = self._swapped(self.initial_weights)
         try:
-            with torch.no_grad(), self._autocast(), weights:
+            with torch.no_grad(), self._autocast(), weights_in_place:
                 yield self.step_module
         finally:
             self.step_module.train()
@@ -331,7 +335,7 @@ class NativeEngine:
         if any(self.optimizer.state.values()):
             return
         groups = self.optimizer.param_groups
-        settings_before = [dict(group) for group in groups]
+        original_settings = [dict(group) for group in groups]
         for group in groups:
             group["lr"] = 0.0
         for _, parameter in self.trainable:
@@ -340,7 +344,7 @@ class NativeEngine:
             self.optimizer.found_inf = self._on_parameter_device(torch.zeros(()))  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for group, settings in zip(groups, settings_before, strict=True):
+        for group, settings in zip(groups, original_settings, strict=True):
             group.update(settings)
         self._set_update_count(0)
 

@@ -200,9 +200,8 @@ def load_parameter_cooperatively(parameter: torch.Tensor, name: str, source: Par
     if runtime.world_size == 1 or num_elements < MIN_COOPERATIVE_ELEMENTS or not parameter.is_floating_point():
         flat.copy_(source.read_slice(name, parameter.shape, 0, num_elements))
         return
-    part_size = math.ceil(
-        num_elements / runtime.world_size
-    )  # the last parts are padded, since all must have the same size
+    # All parts have the same size, as the all-gather requires: the last ones are padded.
+    part_size = math.ceil(num_elements / runtime.world_size)
     start = min(runtime.rank * part_size, num_elements)
     stop = min(start + part_size, num_elements)
     own_part = torch.empty(part_size, dtype=parameter.dtype, device=parameter.device)

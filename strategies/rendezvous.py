@@ -45,6 +45,7 @@ class Rendezvous:
         timeout_s: float,
         why_lost: Callable[[], str | None] = lambda: None,
     ) -> None:
+        """`store`: torch's store of the job; None for a job of one rank. `timeout_s`: longest wait for the other ranks."""
         self.store = store
         self.rank = rank
         self.world_size = world_size

@@ -71,6 +71,9 @@ class RankState:
     """
 
     def __init__(self, flat_ranges: Iterable[FlatRange], header: bytes, runtime: Runtime) -> None:
+        """`flat_ranges`: what this rank holds of each saved tensor; those that another rank writes (`write` is false) are
+        left out.
+        """
         self.local: list[LocalElements] = []
         for flat_range in flat_ranges:
             if flat_range.write:

@@ -61,6 +61,7 @@ class ZeroEngine:
     host_memory: HostMemory | None = None
 
     def __init__(self, step_module: nn.Module, engine: Any, config: ZeroConfig, runtime: Runtime) -> None:
+        """`engine`: the DeepSpeed engine that holds `step_module` and its optimizer."""
         self.step_module = step_module
         self.engine = engine
         self.config = config
@@ -130,15 +131,18 @@ class ZeroEngine:
         return StepResult(grad_norm=norm, skipped=torch.tensor(float(skipped), device=device))
 
     @contextmanager
-    def inference(self, *, averaged: bool = True, at_start: bool = False) -> Iterator[nn.Module]:
-        """The step module in eval mode, without gradients; stage 3 gathers each layer as it runs. All ranks enter."""
+    def inference(self, *, averaged: bool = True, with_initial_weights: bool = False) -> Iterator[nn.Module]:
+        """The step module in eval mode, without gradients, with the weights that the arguments say. All ranks enter.
+
+        See `Engine.inference`. Stage 3 gathers each layer as it runs.
+        """
         self.step_module.eval()
-        weights: AbstractContextManager[None] = self._averaged() if averaged else nullcontext()
-        if at_start:
-            assert self.initial_weights is not None, "the plan does not say `keeps_start`"
-            weights = self._swapped(self.initial_weights)
+        weights_in_place: AbstractContextManager[None] = self._averaged() if averaged else nullcontext()
+        if with_initial_weights:
+            assert self.initial_weights is not None, "the plan does not say `keeps_initial_weights`"
+            weights_in_place = self._swapped(self.initial_weights)
         try:
-            with torch.no_grad(), weights:
+            with torch.no_grad(), weights_in_place:
                 yield self.step_module
         finally:
             self.step_module.train()
@@ -381,7 +385,7 @@ class ZeroStrategy:
         ema_decay = plan_of(step_module).ema_decay
         if ema_decay:
             zero_engine.average = WeightAverage(ema_decay, zero_engine._flat_masters())
-        if plan_of(step_module).keeps_start:
+        if plan_of(step_module).keeps_initial_weights:
             zero_engine.initial_weights = WeightAverage(1.0, zero_engine._flat_masters())
         return zero_engine
 

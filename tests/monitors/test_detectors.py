@@ -14,7 +14,7 @@ from trainer.monitors.config import (
     OutputConfig,
     OverfittingConfig,
     Reaction,
-    limit_of,
+    forgetting_limit,
 )
 from trainer.monitors.detectors import Challenges
 
@@ -73,7 +73,7 @@ def test_forgetting_limit_is_compared_with_the_number_itself():
     assert noted is not None and not noted.stops
     for odd in ("three", "-1%", True, "nan"):
         with pytest.raises(ValueError, match=r"."):
-            limit_of(ForgettingWatchConfig(limit=odd))
+            forgetting_limit(ForgettingWatchConfig(limit=odd))
 
 
 GOOD = [f"The answer to number {n} is written in plain words and ends here." for n in range(12)]

@@ -48,8 +48,8 @@ def attach_frozen(
         check_head(step.model, f"objective={family.name}")
     elif tuning.adapter:
         if not _starts_as_base(tuning, tuning_config):
-            step.plan.keeps_start = True
-            step.objective = build_objective(objective, ReferenceModels(keeps_start=True))
+            step.plan.keeps_initial_weights = True
+            step.objective = build_objective(objective, ReferenceModels(keeps_initial_weights=True))
         return
     has_teacher = family.teacher(objective) is not None
     if not has_teacher and tuning.keeps_base:

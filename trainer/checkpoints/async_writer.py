@@ -156,11 +156,11 @@ class PendingCheckpoint:
     ) -> PendingCheckpoint:
         """A checkpoint of `state`, which was copied when the run stood at `progress`."""
         return cls(
-            progress.step,
-            progress.best_step,
-            state,
-            began_at,
-            list(checkpoint_dirs),
+            step=progress.step,
+            best_step=progress.best_step,
+            state=state,
+            began_at=began_at,
+            untried_dirs=list(checkpoint_dirs),
             _next_query_step=progress.step + 1,
         )
 

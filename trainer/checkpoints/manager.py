@@ -55,16 +55,16 @@ class Checkpoints:
         """The last checkpoint of this process; None before the first."""
         self.state_buffer = StateBuffer(runtime)
         self._pending: PendingCheckpoint | None = None
-        self._reported_s = 0.0
+        self._reported_age_s = 0.0
         """Age of the pending checkpoint, in seconds, when the last message said that it is still being written."""
-        self._verified: set[Path] = set()
+        self._complete_checkpoints: set[Path] = set()
         """Checkpoints of this branch that are known to be complete: the one resumed from, and those written by this process."""
         self.look_back_steps = 0
         """Steps before the newest checkpoint within which all are kept, and one more from before: for a rollback that goes
         further back than to the last one."""
-        self._failures = 0
+        self._num_failures_in_a_row = 0
         """Checkpoints in a row that could not be written."""
-        self._undeletable: set[Path] = set()
+        self._undeletable_dirs: set[Path] = set()
         """Old checkpoints that could not be deleted, each of which was warned of once."""
 
     # -- at the start ----------------------------------------------------------------------------------------------------
@@ -112,11 +112,11 @@ class Checkpoints:
             if path.resolve() == resumed_path:
                 resumed_step = step
                 break
-        self._verified = set()
+        self._complete_checkpoints = set()
         given_up_paths = []
         for step, path in checkpoints:
             if path.resolve() == resumed_path:
-                self._verified.add(path)
+                self._complete_checkpoints.add(path)
             elif resumed_step is None or step >= resumed_step:  # also one of the same step in another directory
                 given_up_paths.append(path)
         for checkpoint_dir in self.checkpoint_dirs:
@@ -185,7 +185,7 @@ class Checkpoints:
             return new_dir if checkpoint_dir == old_dir else checkpoint_dir
 
         self.checkpoint_dirs[0] = new_dir
-        self._verified = {moved(path.parent) / path.name for path in self._verified}
+        self._complete_checkpoints = {moved(path.parent) / path.name for path in self._complete_checkpoints}
         if self._pending is not None:
             self._pending.untried_dirs = [moved(checkpoint_dir) for checkpoint_dir in self._pending.untried_dirs]
             self._pending.checkpoint_dir = moved(self._pending.checkpoint_dir)
@@ -214,8 +214,8 @@ class Checkpoints:
             return False
         is_written = self._pending.is_written(step, self.runtime)
         written_s = time.monotonic() - self._pending.began_at
-        if not is_written and written_s >= self._reported_s + REPORT_EVERY_S:
-            self._reported_s = written_s
+        if not is_written and written_s >= self._reported_age_s + REPORT_EVERY_S:
+            self._reported_age_s = written_s
             self.print_line(
                 f"checkpoint {STEP_DIR.format(self._pending.step)}: still being written after {written_s:.0f} s"
             )
@@ -271,7 +271,7 @@ class Checkpoints:
         if must_succeed or not self.config.background or not self._copy_state(checkpoint.state):
             return self._save_in_step(checkpoint, must_succeed=must_succeed)
         self._pending = checkpoint
-        self._reported_s = 0.0
+        self._reported_age_s = 0.0
         problems: list[str] = []
         begun = self._start_writing(checkpoint, problems)
         # Training has waited for the copy so far; publishing adds its own wait later.
@@ -374,30 +374,29 @@ class Checkpoints:
 
     def _note_success(self, checkpoint: PendingCheckpoint, saved: SavedCheckpoint) -> None:
         """After a checkpoint got its name: report it, and delete older ones that `checkpoint.keep` no longer keeps."""
-        self._failures = 0
+        self._num_failures_in_a_row = 0
         self.last = saved
         self._report(saved)
         if not self.runtime.is_main:
             return
         # The same step may have been written in another directory before.
-        for path in list(self._verified):
+        for path in list(self._complete_checkpoints):
             if path.name == saved.path.name and path != saved.path:
                 self._delete(path)
-        self._verified.add(saved.path)
+        self._complete_checkpoints.add(saved.path)
         if checkpoint.replaces_older:
             self._delete_old(checkpoint.best_step)
 
     def _note_failure(self, problems: list[str], *, must_succeed: bool) -> None:
         """Count a failed checkpoint. Raises StorageError if it had to succeed, or if too many failed in a row."""
-        self._failures += 1
-        if must_succeed or self._failures > self.config.max_failures:
+        self._num_failures_in_a_row += 1
+        failed, may_fail = self._num_failures_in_a_row, self.config.max_failures
+        if must_succeed or failed > may_fail:
             problem_text = f"{'; '.join(problems)}."
             if not must_succeed:
-                problem_text += f" {self._failures} checkpoints in a row failed (checkpoint.max_failures)."
+                problem_text += f" {failed} checkpoints in a row failed (checkpoint.max_failures)."
             raise StorageError(f"{problem_text} Earlier checkpoints are intact.")
-        self.print_line(
-            f"the run continues without this checkpoint ({self._failures} failed in a row, {self.config.max_failures} may)"
-        )
+        self.print_line(f"the run continues without this checkpoint ({failed} failed in a row, {may_fail} may)")
 
     def _seal_and_publish(
         self, checkpoint: PendingCheckpoint, write: Callable[[Path], list[WrittenFile]]
@@ -421,7 +420,7 @@ class Checkpoints:
             """Write the manifest, by which all files are checked later, and give the checkpoint its name. On rank 0."""
             remove_part_notes(staging, self.runtime.world_size)
             write_manifest(staging, files)
-            if final in self._verified and final.exists():
+            if final in self._complete_checkpoints and final.exists():
                 # This branch wrote the same step before, when it still owed an evaluation.
                 atomic_io.publish_directory_replacing(staging, final, final.with_name(REPLACED.format(final.name)))
                 return
@@ -473,7 +472,7 @@ class Checkpoints:
             self.print_line(f"warning: old checkpoints could not be looked for ({error})")
             return
         # Only checkpoints that are known to be complete count, ascending: a damaged one would replace an intact one.
-        verified_steps = [step for step, path in checkpoints if path in self._verified]
+        verified_steps = [step for step, path in checkpoints if path in self._complete_checkpoints]
         if len(verified_steps) < self.config.keep:
             return
         oldest_kept_step = verified_steps[-self.config.keep]
@@ -492,9 +491,9 @@ class Checkpoints:
         temporary_path = path.with_name(f".{path.name}.deleting")
         try:
             atomic_io.disk.rename(path, temporary_path)  # so that nobody finds half of it under its name
-            self._verified.discard(path)
+            self._complete_checkpoints.discard(path)
             atomic_io.disk.remove_tree(temporary_path)
         except OSError as error:
-            if path not in self._undeletable:
+            if path not in self._undeletable_dirs:
                 self.print_line(f"warning: the old checkpoint {path} could not be deleted ({error_summary(error)})")
-            self._undeletable.add(path)
+            self._undeletable_dirs.add(path)

@@ -44,6 +44,7 @@ class Schedule:
     """
 
     def __init__(self, config: CheckpointConfig, runtime: Runtime, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock`: returns seconds. The interval to the first checkpoint begins now."""
         self.config = config
         self.runtime = runtime
         self.clock = clock

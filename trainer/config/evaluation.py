@@ -23,7 +23,7 @@ from trainer.monitors.config import (
     CHAT_QUESTIONS,
     GENERAL,
     Reaction,
-    limit_of,
+    forgetting_limit,
 )
 from trainer.objectives.registry import FAMILIES, build_objective, family_of
 from trainer.objectives.rollouts import RoundsConfig
@@ -164,7 +164,7 @@ def _forgetting(config: RunConfig) -> Iterator[str]:
     key = "challenges.forgetting"
     watched = config.challenges.forgetting
     try:
-        limit = limit_of(watched)
+        limit = forgetting_limit(watched)
     except ValueError:
         limit = None
         yield f"{key}.limit={watched.limit}: must be a share of the base's metric, at least 0, as 3% or 0.03"

@@ -34,6 +34,7 @@ class BaseRows:
     def __init__(
         self, evaluator: TaskEvaluator, names: list[str], run_dir: Path, print_line: Callable[[str], None]
     ) -> None:
+        """`names`: of the evaluation tasks that measure forgetting. `run_dir`: where the results are kept in a file."""
         self.evaluator = evaluator
         self.names = names
         self.path = run_dir / FILE

@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 from trainer.evaluation.tasks.base import Metric, TaskRow
 from trainer.monitors.base import Evidence, Finding
-from trainer.monitors.config import ForgettingWatchConfig, Reaction, limit_of
+from trainer.monitors.config import ForgettingWatchConfig, Reaction, forgetting_limit
 
 LEVEL = 0.05
 """How often, at most, a run that forgets nothing is said to forget."""
@@ -136,7 +136,7 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
 
     # Whether the worst task lost too much.
     worst_task = max(compared, key=lambda task: task.lost)
-    limit = limit_of(config)
+    limit = forgetting_limit(config)
     level = LEVEL / evidence.task_evaluations  # Bonferroni: each evaluation that asks tasks is one more try
     bound = worst_task.bound(level)
     exceeds_limit = limit is not None and worst_task.lost > limit

@@ -138,6 +138,7 @@ def find_problems(
     stops = config.action is Reaction.stop
 
     def finding(verdict: str, message: str, **numbers: float) -> Finding:
+        """A finding at `step` with the remedies of its verdict."""
         return Finding(
             detector=NAME,
             step=step,

@@ -95,8 +95,8 @@ class ReferenceModels:
     """Switches the tuned model's adapter off; None if no adapter can be switched off."""
     teacher: nn.Module | None = None
     """A second, frozen model; None without one."""
-    keeps_start: bool = False
-    """Whether the engine has a copy of the trained weights as the run began (`StepPlan.keeps_start`)."""
+    keeps_initial_weights: bool = False
+    """Whether the engine has a copy of the trained weights as the run began (`StepPlan.keeps_initial_weights`)."""
 
 
 def _no_problems(config: Any, other_settings: OtherSettings) -> Iterator[str]:

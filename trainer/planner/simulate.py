@@ -273,10 +273,10 @@ class RecordedEngine:
         return self.engine.forward(batch, last=last)
 
     @contextmanager
-    def inference(self, *, averaged: bool = True, at_start: bool = False) -> Iterator[nn.Module]:
+    def inference(self, *, averaged: bool = True, with_initial_weights: bool = False) -> Iterator[nn.Module]:
         """A pass without gradients before the step's own: counted with the first forward pass."""
         self.set_phase("forward")
-        with self.engine.inference(averaged=averaged, at_start=at_start) as module:
+        with self.engine.inference(averaged=averaged, with_initial_weights=with_initial_weights) as module:
             yield module
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -25,7 +25,7 @@ LOGPS = "logps"
 class RowScorer(Protocol):
     """Stands in for the objective during a pass."""
 
-    at_start: bool
+    uses_initial_weights: bool
     """Whether the trained weights of the pass are those that the run began with."""
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ class RowScorer(Protocol):
 class PolicyLogps:
     """Log-probabilities under the weights that are being trained."""
 
-    at_start = False
+    uses_initial_weights = False
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
@@ -56,13 +56,13 @@ class ReferenceLogps(PolicyLogps):
     def __init__(self, temperature: float, references: ReferenceModels) -> None:
         super().__init__(temperature)
         has_model = references.teacher is not None or references.reference is not None
-        assert references.keeps_start or has_model, "the run has no reference"
+        assert references.keeps_initial_weights or has_model, "the run has no reference"
         self.references = references
-        self.at_start = references.keeps_start
+        self.uses_initial_weights = references.keeps_initial_weights
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """See `RowScorer`."""
-        if self.at_start:
+        if self.uses_initial_weights:
             return super().terms(model, batch)
         if self.references.teacher is not None:
             return super().terms(self.references.teacher, batch)
@@ -90,7 +90,7 @@ def answer_logps(
     """
     # This rank's (number of the answer, log-probabilities of its tokens).
     own_logps: list[tuple[int, np.ndarray]] = []
-    with engine.inference(averaged=False, at_start=scorer.at_start) as module:
+    with engine.inference(averaged=False, with_initial_weights=scorer.uses_initial_weights) as module:
         # Through the root module's own forward: a sharding engine gathers parameters only there.
         step: Any = module
         training_objective = step.objective
