@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ BAD_FINDINGS = {"diverged", "worse than before training"}
 """Findings after which the last weights are of no use. The others are warnings."""
 EARLY_STOPPING = "early_stopping"
 """Finding of a run that patience ended. It has a call-out about the run's course, and none among the findings."""
+SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=[\w.]+(?=$|[ ,;])")
+"""How a remedy begins that is a setting with its value, such as `evaluation.patience=3 (stop at the best)`."""
 LOWER_RATE_FACTOR = 0.1
 """The learning rate that is proposed after a divergence, as a share of the run's own."""
 
@@ -187,10 +190,19 @@ def _remedy_commands(run: RecordedRun, finding: RecordedFinding) -> tuple[str, .
 
     - The run diverged: train again with a lower learning rate.
     - Any other finding: export the best checkpoint, if that helps (`_export_best_commands`).
+    - Otherwise train again with the first remedy that is a lower learning rate or a setting; none if no remedy is.
     """
     if finding.name == "diverged":
         return (_retry_with_lower_rate_command(run),)
-    return _export_best_commands(run)
+    if _export_best_commands(run):
+        return _export_best_commands(run)
+    for remedy in finding.remedies:
+        if remedy.startswith("a lower optim.lr"):
+            return (_retry_with_lower_rate_command(run),)
+        setting = SETTING.match(remedy)
+        if setting is not None:
+            return (_retry_command(run, "again", setting[0]),)
+    return ()
 
 
 def _retry_with_lower_rate_command(run: RecordedRun) -> str:
