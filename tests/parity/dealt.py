@@ -1,6 +1,5 @@
 """Experts dealt over ranks (`parallel.experts`) against one process. Part of the parity job (`job.py`)."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -10,11 +9,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from strategies import dealt_experts, expert_counts, fsdp2
+from strategies import expert_counts, expert_parallelism, fsdp2
 from strategies import runtime as processes
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.communication_counters import ALL_GATHER, count_communication
@@ -25,7 +22,6 @@ from strategies.sequence import with_sequence_parallelism
 from strategies.sharding_report import sharding_record
 from tests.helpers import writing
 from tests.helpers.building import GLOBAL_BATCH, model_dir, run_config, take_steps, trainer_for
-from tests.models.tiny import tiny_config
 from tests.parity.base import Curve, Job, values_of
 from tests.parity.sequences import SHARDING, curve, data_of, objective_by_name
 from tests.parity.sequences import Case as RowsCase
@@ -39,12 +35,10 @@ from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.generate import AnswerGenerator
 from trainer.evaluation.loss import LossEvaluator
 from trainer.model import expert_exchange, experts
-from trainer.model.compat import grouped_experts
 from trainer.model.config import ModelConfig, Quantisation
 from trainer.model.loading import generation_config, load_tokenizer
 from trainer.monitors.replicas import ReplicaCheck, replicated_parameters
 from trainer.tuning.base import FullConfig, LoraConfig
-from trainer.tuning.expert_parts import expert_modules
 
 EXPERTS = 8
 COUNT_NAMES = {"qwen3_moe": "num_experts", "mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}
@@ -89,7 +83,7 @@ def compare(job: Job, *case: Any) -> dict[str, Any]:
     asked = Case(*case)
     config, data = run_of(job, asked)
     trainer = trainer_for(config, data, with_sequence_parallelism(job.runtime, asked.sequence))
-    with _in_chunks() if asked.feature.startswith("chunks") else nullcontext():
+    with in_chunks() if asked.feature.startswith("chunks") else nullcontext():
         found = curve(trainer, job.runtime.world_size)
     expected, averages, lag = _of_one_process(job, asked, config, data)
     compared: dict[str, Any] = {"found": found, "expected": expected}
@@ -177,7 +171,7 @@ def _strategy_of(case: Case) -> Any:
 
 
 @contextmanager
-def _in_chunks(chunk: int = 64) -> Iterator[None]:
+def in_chunks(chunk: int = 64) -> Iterator[None]:
     """Experts compute `chunk` rows at a time, and again in the backward pass."""
     with mock.patch.object(expert_exchange, "LEAST_CHUNK", chunk), mock.patch.object(expert_exchange, "MOST_KEPT", 0):
         yield
@@ -188,7 +182,7 @@ def _in_chunks(chunk: int = 64) -> Iterator[None]:
 
 def _factor_by_the_mesh() -> Any:
     """Gradients of experts are divided by the ranks that share them, as torch would by itself."""
-    right = dealt_experts.shard_experts
+    right = expert_parallelism.shard_experts
 
     def shard(module: Any, ranks: int, **settings: Any) -> None:
         right(module, settings["mesh"].size(), **settings)
@@ -237,115 +231,6 @@ def planted(job: Job, fault: str) -> dict[str, Curve]:
     with FAULTS[fault]():
         found = compare(job)["found"]
     return {"found": found, "expected": expected}
-
-
-# -- one layer --------------------------------------------------------------------------------------------------------
-
-
-def layer(job: Job, kind: str, ranks: int, beside: str, family: str = "qwen3_moe") -> list[float]:
-    """Largest relative differences of one layer of experts over ranks from `beside`: output, gradients of inputs and weights.
-
-    `beside`: `whole`, all experts in one process, or `transformers`, its own exchange. `kind`: `spread`, `to one rank` (and so
-    none to the others), `none` (a rank without tokens), `beyond` (some choices compute nothing), `chunks`.
-    """
-    rank, world = job.runtime.rank, job.runtime.world_size
-    generator = torch.Generator().manual_seed(11)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), experts_implementation="grouped_mm", dtype="float32")
-    whole: Any = next(iter(expert_modules(model).values()))
-    num_experts = whole.num_experts
-    width = model.config.get_text_config().hidden_size
-    inputs = []
-    for other in range(world):
-        num_tokens = 0 if kind == "none" and other == 2 else 7 + 3 * other
-        hidden = torch.randn(num_tokens, width, generator=generator)
-        scores = torch.rand(num_tokens, num_experts, generator=generator)
-        weights, chosen = scores.topk(2)
-        if kind == "to one rank":
-            chosen = chosen % (num_experts // ranks)
-        if kind == "beyond":
-            chosen[1::3, 1] = num_experts
-        inputs.append((hidden, chosen, weights, torch.randn(num_tokens, width, generator=generator)))
-    with torch.no_grad():
-        for parameter in whole.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-
-    dealt = copy.deepcopy(whole)
-    dealt_experts.distribute_experts([dealt], torch.device("cpu"), job.runtime, replicate=1, expert_ranks=ranks)
-    share = dealt.expert_share
-    own = num_experts // ranks
-    held = slice(share.group_rank * own, (share.group_rank + 1) * own)
-    for name, parameter in dealt.named_parameters():
-        parameter.data = whole.get_parameter(name).data[held].clone()
-
-    def exchanged(hidden: Any, chosen: Any, weights: Any) -> Any:
-        with _in_chunks(5) if kind == "chunks" else nullcontext():
-            return expert_exchange.exchanged_experts(dealt, share, hidden, chosen, weights, None)
-
-    found = _pass(exchanged, dealt, inputs[rank])
-    if beside == "transformers":
-        other = _by_transformers(whole, held, own, share.group)
-        expected = _pass(*other, inputs[rank])
-    else:
-        first = rank - share.group_rank
-        expected = _whole_pass(whole, inputs, range(first, first + ranks), rank, held)
-    differences = []
-    for one, other_tensor in zip(found, expected, strict=True):
-        largest = float(other_tensor.abs().max()) if other_tensor.numel() else 1.0
-        difference = float((one - other_tensor).abs().max()) if one.numel() else 0.0
-        differences.append(difference / max(largest, 1e-3))
-    by_rank = processes.gather_objects(differences, job.runtime)
-    return [max(column) for column in zip(*by_rank, strict=True)]
-
-
-def _pass(compute: Any, module: Any, inputs: Any) -> list[torch.Tensor]:
-    """Output of a rank's tokens, and the gradients of hidden states, router weights and parameters."""
-    hidden, chosen, weights, direction = inputs
-    hidden = hidden.clone().requires_grad_()
-    weights = weights.clone().requires_grad_()
-    output = compute(hidden, chosen, weights)
-    (output * direction).sum().backward()
-    return [output.detach(), hidden.grad, weights.grad, *(parameter.grad for parameter in module.parameters())]
-
-
-def _whole_pass(whole: Any, inputs: list[Any], group: range, rank: int, held: slice) -> list[torch.Tensor]:
-    """The same by one process: parameters get the gradients of all tokens of the group."""
-    whole.zero_grad()
-    found: list[torch.Tensor] = []
-    for other in group:
-
-        def compute(hidden: Any, chosen: Any, weights: Any) -> Any:
-            # A choice beyond the experts adds nothing.
-            is_expert = chosen < whole.num_experts
-            return grouped_experts(whole, hidden, chosen.clamp(max=whole.num_experts - 1), weights * is_expert)
-
-        passed = _pass(compute, whole, inputs[other])
-        if other == rank:
-            found = passed[:3]
-    return [*found, *(parameter.grad[held] for parameter in whole.parameters())]
-
-
-def _by_transformers(whole: Any, held: slice, own: int, group: Any) -> tuple[Any, Any]:
-    """The exchange of `AllToAllEP`, and the experts of this rank that it computes with."""
-    from transformers.distributed.expert_parallel import AllToAllEP
-
-    local = copy.deepcopy(whole)
-    for name, parameter in whole.named_parameters():
-        setattr(local, name, torch.nn.Parameter(parameter.data[held].clone()))
-    local.num_experts = own
-    local._is_expert_parallel = True
-    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-
-    class Mesh:
-        def __init__(self, group: Any) -> None:
-            self.group = group
-
-        def size(self) -> int:
-            return dist.get_world_size(self.group)
-
-        def get_group(self) -> Any:
-            return self.group
-
-    return AllToAllEP(local, Mesh(group), Mesh(alone)), local
 
 
 # -- more than curves -------------------------------------------------------------------------------------------------

@@ -19,7 +19,18 @@ from tests.parity.base import Job
 
 PARTS = (
     *("matrix", "methods", "features", "optimizers", "bases", "pairs", "two_sides", "teachers", "experts"),
-    *("guards", "remedies", "resuming", "sequences", "verifying", "pooled", "rounds", "reward_models", "dealt"),
+    *(
+        "guards",
+        "remedies",
+        "resuming",
+        "sequences",
+        "verifying",
+        "pooled",
+        "rounds",
+        "reward_models",
+        "dealt",
+        "expert_layers",
+    ),
 )
 
 

@@ -114,24 +114,6 @@ def test_planted_fault_in_dealt_experts_shows(ranks, fault):
         assert_close(curves["found"], curves["expected"])
 
 
-@pytest.mark.parametrize("kind", ("spread", "to one rank", "none", "beyond", "chunks"))
-@pytest.mark.parametrize("degree", (2, 4))
-def test_one_layer_makes_what_the_whole_layer_makes(ranks, kind, degree):
-    assert max(ranks[4].ask("dealt", "layer", kind, degree, "whole")) < EXACT
-
-
-@pytest.mark.parametrize("family", ("gpt_oss", "nemotron_h"))
-def test_experts_with_biases_and_without_gates_are_dealt_likewise(ranks, family):
-    """One is transposed and has biases, the other has no gates. All further families compute as `qwen3_moe` does."""
-    assert max(ranks[4].ask("dealt", "layer", "spread", 4, "whole", family)) < EXACT
-
-
-@pytest.mark.parametrize("kind", ("spread", "to one rank"))
-@pytest.mark.parametrize("degree", (2, 4))
-def test_one_layer_makes_what_the_exchange_of_transformers_makes(ranks, kind, degree):
-    assert max(ranks[4].ask("dealt", "layer", kind, degree, "transformers")) < EXACT
-
-
 @pytest.mark.parametrize("degree", (pytest.param(2, marks=whole("a place has several ranks there")), 4))
 def test_one_rank_may_get_all_tokens_and_the_others_none(ranks, degree):
     run = ranks[4].ask("dealt", "crowded", degree)
