@@ -208,7 +208,7 @@ def fetch_piece(piece: HubPiece) -> FetchedPiece:
         from trainer.data.read.origin import Origin
 
         origin = Origin(piece.key, [Path(f"hub:{piece.name}")], piece.subset, piece.split, piece.commit)
-        cache_files = origin.dataset(Path(f"hub:{piece.name}")).cache_files
+        cache_files = origin.load_hub_split(Path(f"hub:{piece.name}")).cache_files
         paths = [Path(cache_file["filename"]) for cache_file in cache_files]
         directory = paths[0].parent if paths else Path()
     files: list[dict[str, Any]] = []

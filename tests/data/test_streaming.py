@@ -104,7 +104,7 @@ def test_streaming_that_breaks_off_is_an_error_and_no_end(monkeypatch):
             yield pa.table({"a": ["x"]})
             raise ConnectionError("reset by peer")
 
-    monkeypatch.setattr(Origin, "dataset", lambda *_: Broken())
+    monkeypatch.setattr(Origin, "load_hub_split", lambda *_: Broken())
     rows = Origin("data.path", [Path("hub:org/x")], revision=COMMIT, streaming=True).rows()
     next(rows)
     with pytest.raises(DataError, match=r"hub:org/x/train cannot be loaded: reset by peer"):

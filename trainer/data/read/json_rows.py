@@ -26,11 +26,11 @@ MAX_DEPTH = 100
 """Deepest nesting of lists and objects in a row. Fixed, so that it does not hang on the depth of the caller's stack."""
 MAX_DIGITS = 4300
 """Longest whole number in digits: the limit of Python's own conversion."""
-_EXACT = 2.0**63
+_LEAST_ROUNDED = 2.0**63
 """From here on `orjson` may have rounded a whole number to a float."""
 _TOO_DEEP = Fault("nested_too_deep", f"lists and objects are nested deeper than {MAX_DEPTH} levels")
 _LONE_SURROGATE = Fault("lone_surrogate", "half a surrogate pair (\\ud800 to \\udfff), which is no character")
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)[ \t\r\n]*+|[][{},]', re.DOTALL)
+_TOKEN_REGEX = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)[ \t\r\n]*+|[][{},]', re.DOTALL)
 """A text and the blanks after it, or a sign that nests or separates values.
 
 Group 1 is None for a sign, empty for a text whose closing quote has not been read yet, else the closing quote.
@@ -58,21 +58,22 @@ class Line(Row):
 
 
 def read_json_lines(path: File) -> Iterator[Row | Rejected]:
-    """One row for each line that is not blank, unparsed. A line above 64 MiB is a bad row. Raises DataError."""
+    """One unparsed row for each line that is not blank. A line longer than `MAX_ROW_BYTES` is a bad row. Raises DataError."""
     name = str(path)
-    number = 0
+    line_number = 0
     with open_text(path) as stream:
         while raw := stream.readline(MAX_ROW_BYTES + 1):
-            number += 1
+            line_number += 1
             if len(raw) > MAX_ROW_BYTES:
-                yield too_long_row(name, number, raw[:1000], _skip_line(stream, raw))
+                yield too_long_row(name, line_number, raw[:1000], _skip_rest_of_line(stream, raw))
             elif not raw.isspace():
-                yield Line(name, number, raw=raw)
+                yield Line(name, line_number, raw=raw)
 
 
-def _skip_line(stream: BinaryIO, raw: bytes) -> int:
-    """Skip the rest of a line that begins with `raw`; returns the length of the whole line in bytes."""
-    length = len(raw)
+def _skip_rest_of_line(stream: BinaryIO, beginning: bytes) -> int:
+    """Read on to the end of a line, of which `beginning` was read already; returns the length of the whole line in bytes."""
+    length = len(beginning)
+    raw = beginning
     while not raw.endswith(b"\n") and (raw := stream.readline(BUFFER_BYTES)):
         length += len(raw)
     return length
@@ -80,9 +81,9 @@ def _skip_line(stream: BinaryIO, raw: bytes) -> int:
 
 def read_json(path: File) -> Iterator[Row | Rejected]:
     """Rows of a `.json` file: the elements of a list, or one object a line. Raises DataError with the line."""
-    number, first_line = _first_line(path)
+    line_number, first_line = _first_filled_line(path)
     if first_line.startswith(b"["):
-        return _list_rows(path)
+        return _read_list(path)
     if first_line.startswith(b"{") and first_line.endswith(b"}"):
         return read_json_lines(path)
     if not first_line:
@@ -90,102 +91,135 @@ def read_json(path: File) -> Iterator[Row | Rejected]:
     hint = ""
     if first_line.startswith(b"{"):
         hint = "; it begins with one object spread over several lines: wrap the object in [ ], or save only the list inside it"
-    raise DataError(f"{path}:{number}: a .json file must hold a list of objects, or one object a line{hint}")
+    raise DataError(f"{path}:{line_number}: a .json file must hold a list of objects, or one object a line{hint}")
 
 
-def _first_line(path: File) -> tuple[int, bytes]:
-    """(number of the first line that is not blank, its bytes without blanks around them); empty bytes if there is none."""
-    number = 0
+def _first_filled_line(path: File) -> tuple[int, bytes]:
+    """(number of the first line that is not blank, its bytes without outer blanks); empty bytes if all lines are blank."""
+    line_number = 0
     with open_text(path) as stream:
         while raw := stream.readline(MAX_ROW_BYTES):
-            number += 1
+            line_number += 1
             if not raw.isspace():
-                return number, raw.strip()
-    return number, b""
+                return line_number, raw.strip()
+    return line_number, b""
 
 
-def _list_rows(path: File) -> Iterator[Row | Rejected]:
-    """One row for each element of a list, unparsed: the bytes between its commas. An element that is not JSON is a bad row.
+def _read_list(path: File) -> Iterator[Row | Rejected]:
+    """One unparsed row for each element of the list in a file. An element that is not JSON is a bad row, as is one too long.
 
-    Goes from token to token and counts brackets. Raises DataError if one element cannot be separated from the next.
+    Raises DataError if one element cannot be separated from the next.
     """
-    buffer = b""  # what was read, from the current element on
-    begin = 0  # where the element begins in `buffer`
-    position = 0  # where to look for the next token
-    line = 1  # of buffer[begin] in the file
-    depth = -1  # -1 before the list's own bracket, 0 between its elements
-    has_elements = False
+    name = str(path)
     with open_text(path) as stream:
+        for line_number, raw in _ListSplitter(path, stream).elements():
+            if len(raw) <= MAX_ROW_BYTES:
+                yield Line(name, line_number, raw=raw)
+            else:
+                yield too_long_row(name, line_number, raw[:1000], len(raw))
+
+
+class _ListSplitter:
+    """Splits a JSON list into the bytes of its elements, without parsing them: goes from token to token and counts brackets."""
+
+    def __init__(self, path: File, stream: BinaryIO) -> None:
+        self.path = path
+        self.stream = stream
+        self.buffer = b""
+        """What was read from the file; what is before the current element may be dropped."""
+        self.begin = 0
+        """Where the current element begins in `buffer`."""
+        self.position = 0
+        """Where to look for the next token in `buffer`."""
+        self.line = 1
+        """The line of the file on which the current element begins."""
+
+    def elements(self) -> Iterator[tuple[int, bytes]]:
+        """(line on which an element begins, its bytes without outer blanks) of each element.
+
+        Raises DataError for a list that is cut off, for commas and brackets in wrong places, and for text behind the list.
+        """
+        self._open_list()
+        num_elements = 0
+        sign_behind = b","
+        while sign_behind != b"]":
+            element, sign_behind = self._next_element()
+            content = element.strip()
+            if content:
+                num_elements += 1
+                blanks_before = element[: element.index(content)]
+                yield self.line + blanks_before.count(b"\n"), content
+            elif sign_behind == b"," or num_elements:  # nothing at all is allowed in []
+                following = "another" if sign_behind == b"," else "the closing bracket"
+                raise _broken_list(self.path, self.line, element, f"a comma before {following} is not allowed")
+            self._begin_element()
+        _require_end(self.path, self.stream, self.buffer[self.begin :], self.line)
+
+    def _open_list(self) -> None:
+        """Pass over the bracket that opens the list. It is there, since `read_json` saw it."""
+        while (bracket := self.buffer.find(b"[")) < 0:
+            self._read_on(keep_from=len(self.buffer))
+        self.position = bracket + 1
+        self._begin_element()
+
+    def _begin_element(self) -> None:
+        """Let the next element begin at `position`, which is behind the sign that ended the last one."""
+        self.line += self.buffer.count(b"\n", self.begin, self.position)
+        self.begin = self.position
+
+    def _next_element(self) -> tuple[bytes, bytes]:
+        """(bytes of the current element, the "," or "]" behind it). Leaves `position` behind that sign."""
+        depth = 0  # of nesting inside the element
+        # One loop without calls for each token: it runs over every byte of the file.
         while True:
-            token = _TOKEN.search(buffer, position)
+            token = _TOKEN_REGEX.search(self.buffer, self.position)
             # A text at the very end of the buffer may go on, or be followed by something that is yet to be read.
-            if token is None or token[1] == b"" or (token[1] and token.end() == len(buffer)):
-                next_token = len(buffer) if token is None else token.start()
-                position = next_token - begin
-                buffer = _read_more(path, stream, buffer[begin:], line)
-                begin = 0
+            if token is None or token[1] == b"" or (token[1] and token.end() == len(self.buffer)):
+                self._read_on(keep_from=len(self.buffer) if token is None else token.start())
                 continue
-            if token[1] and buffer[token.end()] not in _AFTER_TEXT:
+            if token[1] and self.buffer[token.end()] not in _AFTER_TEXT:
                 message = (
                     "after the text that starts here ',', ':' or a bracket is expected; a quote is never closed, or one "
                     "too many"
                 )
-                raise _broken_list(path, line, buffer[begin : token.start()], message)
-
+                raise _broken_list(self.path, self.line, self.buffer[self.begin : token.start()], message)
             sign = token[0]
-            position = token.end()
-            if depth > 0:  # inside an element
+            self.position = token.end()
+            if depth > 0:
                 depth += _DEPTH_CHANGE.get(sign, 0)
                 continue
+            element = self.buffer[self.begin : token.start()]
+            if sign in (b",", b"]"):
+                return element, sign
+            # A text or an opening bracket can only begin an element.
+            if element.strip() or sign == b"}":
+                raise _broken_list(self.path, self.line, element, "',' and an object, or ']' expected")
+            depth += _DEPTH_CHANGE.get(sign, 0)
 
-            element = buffer[begin : token.start()]
-            if depth < 0:
-                depth = 0  # the bracket that `read_json` saw
-            elif sign not in (b",", b"]"):  # an element goes on
-                if element.strip() or sign == b"}":
-                    raise _broken_list(path, line, element, "',' and an object, or ']' expected")
-                depth += _DEPTH_CHANGE.get(sign, 0)
-                continue
-            elif raw := element.strip():  # an element ends
-                has_elements = True
-                blanks_before = element[: element.index(raw)]
-                number = line + blanks_before.count(b"\n")
-                if len(raw) <= MAX_ROW_BYTES:
-                    yield Line(str(path), number, raw=raw)
-                else:
-                    yield too_long_row(str(path), number, raw[:1000], len(raw))
-            elif sign == b"," or has_elements:
-                following = "another" if sign == b"," else "the closing bracket"
-                raise _broken_list(path, line, element, f"a comma before {following} is not allowed")
-            begin = position
-            line += element.count(b"\n")
-            if sign == b"]":
-                break
-        _require_end(path, stream, buffer[begin:], line)
+    def _read_on(self, keep_from: int) -> None:
+        """Append the following bytes of the file to `buffer`, and drop what is before the current element.
 
-
-def _read_more(path: File, stream: BinaryIO, element: bytes, line: int) -> bytes:
-    """Read on in a list of rows: `element`, what was read of a row so far, with the bytes that follow it in `stream`.
-
-    `line`: the line on which the element begins, for messages. Raises DataError at the end of the file.
-    """
-    blanks = element[: len(element) - len(element.lstrip())]
-    if len(element) > 2 * MAX_ROW_BYTES:
-        limit_mib = MAX_ROW_BYTES >> 20
-        raise _broken_list(
-            path, line, blanks, f"the element that starts here is longer than {limit_mib} MiB or never ends"
-        )
-    # Reads double each time, because a long element is looked at again from its beginning.
-    following = stream.read(max(BUFFER_BYTES, len(element)))
-    if not following:
-        raise _broken_list(
-            path, line, blanks, "what starts here is cut off, or a quote or a bracket of it is never closed"
-        )
-    return element + following
+        `keep_from`: where the search for tokens goes on, in the present `buffer`. Raises DataError at the end of the file, and
+        for an element that is far too long.
+        """
+        element = self.buffer[self.begin :]
+        blanks = element[: len(element) - len(element.lstrip())]
+        if len(element) > 2 * MAX_ROW_BYTES:
+            limit_mib = MAX_ROW_BYTES >> 20
+            message = f"the element that starts here is longer than {limit_mib} MiB or never ends"
+            raise _broken_list(self.path, self.line, blanks, message)
+        # Reads double each time, because a long element is looked at again from its beginning.
+        following = self.stream.read(max(BUFFER_BYTES, len(element)))
+        if not following:
+            message = "what starts here is cut off, or a quote or a bracket of it is never closed"
+            raise _broken_list(self.path, self.line, blanks, message)
+        self.position = keep_from - self.begin
+        self.buffer = element + following
+        self.begin = 0
 
 
 def _require_end(path: File, stream: BinaryIO, following: bytes, line: int) -> None:
-    """Raise DataError if anything but blanks follows the list. `following`, which begins on `line`, was read already."""
+    """Raise DataError if anything but blanks follows the list. `following`: what was read already, which begins on `line`."""
     while not following.strip():
         line += following.count(b"\n")
         following = stream.read(BUFFER_BYTES)
@@ -195,9 +229,9 @@ def _require_end(path: File, stream: BinaryIO, following: bytes, line: int) -> N
     raise _broken_list(path, line, blanks, "text after the end of the list")
 
 
-def _broken_list(path: File, line: int, before: bytes, message: str) -> DataError:
-    """The error of a list with a mistake after the bytes `before`, which begin on `line`."""
-    error_line = line + before.count(b"\n")
+def _broken_list(path: File, line: int, bytes_before: bytes, message: str) -> DataError:
+    """The error of a list with a mistake behind `bytes_before`, which begin on `line`."""
+    error_line = line + bytes_before.count(b"\n")
     return DataError(f"{path}:{error_line}: not valid JSON: {message}; rows from here on cannot be separated")
 
 
@@ -208,9 +242,10 @@ class _ObjectWithDoubledKeys(dict[str, Any]):
 
 
 def decode_line(raw: bytes) -> dict[str, Any]:
-    """The one JSON object in `raw`, its faulty columns as `Fault`. Raises Refusal if it is not one object.
+    """The one JSON object in `raw`, with a `Fault` in place of each column that cannot be used.
 
-    Example: b'{"a": 1, "b": NaN}' -> {"a": 1, "b": Fault("nan", ...)}.
+    Example: b'{"a": 1, "b": NaN}' -> {"a": 1, "b": Fault("nan", ...)}. Raises Refusal if it is not one object, or if the name
+    of a column is faulty.
     """
     try:
         row = orjson.loads(raw)
@@ -219,41 +254,46 @@ def decode_line(raw: bytes) -> dict[str, Any]:
     # The fast way, for nearly all rows.
     if type(row) is dict and _lost_nothing(row, raw):
         return row
-    # The json module decodes more slowly, and reports what orjson hides.
-    text = decode_utf8(raw)
-    try:
-        row = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        position = f"column {error.colno}"
-        if error.lineno > 1:
-            position = f"line {error.lineno} of the row, {position}"
-        raise Refusal("not_json", f"not valid JSON: {error.msg} ({position}){_hint(text, error)}") from None
-    except RecursionError:
-        raise Refusal(_TOO_DEEP.reason, _TOO_DEEP.message) from None
-    if not isinstance(row, dict):
-        raise Refusal("not_an_object", f"a row must be an object with named fields, and is {show_value(row)}")
-    # A fault in a column's name spoils the row, one in its value the column alone.
-    fault = _first_fault([*row])
-    if fault is not None:
-        raise Refusal(fault.reason, fault.message)
+    row = _decode_strictly(decode_utf8(raw))
+    name_fault = _first_fault([*row])
+    if name_fault is not None:
+        raise Refusal(name_fault.reason, name_fault.message)
     fields = {name: _first_fault(column) or column for name, column in row.items()}
     for name in getattr(row, "doubled_keys", ()):
         fields[name] = _duplicate_key(name)
     return fields
 
 
-def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
-    """Whether `orjson` lost nothing when it read `raw`: no key that was there twice, no rounded number; and no deep nesting.
+def _decode_strictly(text: str) -> dict[str, Any]:
+    """The one JSON object in a text, by the json module, which is slower than orjson and reports what orjson hides.
 
-    Every key has a colon behind it, and texts may contain more. If the bytes have as many colons as that, no key is missing:
-    {"a": "x:y"} has two, one for its key and one in its text. Only an escaped colon (`\\u003a`) in a text could make up for a
-    lost one.
+    Raises Refusal for a text that is no JSON, is nested too deeply, or is no object.
+    """
+    try:
+        row = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        position = f"column {error.colno}"
+        if error.lineno > 1:
+            position = f"line {error.lineno} of the row, {position}"
+        raise Refusal("not_json", f"not valid JSON: {error.msg} ({position}){_mistake_hint(text, error)}") from None
+    except RecursionError:
+        raise Refusal(_TOO_DEEP.reason, _TOO_DEEP.message) from None
+    if not isinstance(row, dict):
+        raise Refusal("not_an_object", f"a row must be an object with named fields, and is {show_value(row)}")
+    return row
+
+
+def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
+    """Whether `orjson` read `raw` exactly as `fields`: no key that was there twice, no rounded number; and no deep nesting.
+
+    Every key has a colon behind it, and texts may contain more. If the bytes have as many colons as the keys and texts of
+    `fields`, no key is missing: {"a": "x:y"} has two. Only an escaped colon (`\\u003a`) in a text could make up for a lost key.
     """
     num_colons = 0
     num_containers = 0
-    stack: list[Any] = [fields]
-    while stack:
-        container = stack.pop()
+    containers: list[Any] = [fields]
+    while containers:
+        container = containers.pop()
         num_containers += 1
         if type(container) is dict:
             num_colons += len(container)
@@ -263,8 +303,8 @@ def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
             if node_type is str:
                 num_colons += node.count(":")
             elif node_type is dict or node_type is list:
-                stack.append(node)
-            elif node_type is float and not -_EXACT < node < _EXACT:
+                containers.append(node)
+            elif node_type is float and not -_LEAST_ROUNDED < node < _LEAST_ROUNDED:
                 return False
     # So few containers cannot be nested too deeply, which is the usual case.
     is_shallow = num_containers <= MAX_DEPTH or all(_first_fault(column) is None for column in fields.values())
@@ -307,34 +347,34 @@ def _has_lone_surrogate(text: str) -> bool:
     return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _hint(text: str, error: json.JSONDecodeError) -> str:
+def _mistake_hint(row: str, error: json.JSONDecodeError) -> str:
     """A hint at the mistake that whoever wrote the row probably made; empty if the position of the error does not tell.
 
-    `text`: the row. `error`: what the json module found wrong with it, and where.
+    `error`: what the json module found wrong with the row, and where.
     """
     position = error.pos
-    character = text[position : position + 1]
-    end = len(text.rstrip())
+    character = row[position : position + 1]
+    is_at_end = position >= len(row.rstrip())
     # Something follows the object: {"a": 1},
     if error.msg == "Extra data":
-        if "\r" in text.strip():
+        if "\r" in row.strip():
             return "; the line holds carriage returns: end lines with a line feed"
         return "; remove the comma after the object" if character == "," else "; a line holds one object"
     # {"a": 1,}
-    follows_comma = text[:position].rstrip().endswith(",") and character in ("}", "]")
+    follows_comma = row[:position].rstrip().endswith(",") and character in ("}", "]")
     if follows_comma or error.msg.startswith("Illegal trailing comma"):  # as Python says it since 3.13
         return "; a comma before the closing bracket is not allowed"
     # {'a': 1}
     if character == "'":
         return "; JSON takes double quotes"
     # {"a": True}
-    if text.startswith(("True", "False", "None"), position):
+    if row.startswith(("True", "False", "None"), position):
         return "; JSON writes true, false and null"
     # A line break within a text.
-    if error.msg.startswith("Invalid control") and position < end:
+    if error.msg.startswith("Invalid control") and not is_at_end:
         return "; inside a text, write line breaks and tabs as \\n and \\t"
     # {"a": 1
-    if position >= end or error.msg.startswith("Unterminated"):
+    if is_at_end or error.msg.startswith("Unterminated"):
         return "; the object is cut off, or spread over several lines"
     return ""
 
@@ -365,7 +405,7 @@ def _parse_int(digits: str) -> int | Fault:
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object as the json module hands it over, one that remembers its keys that are there twice."""
+    """The object of these pairs; if a key is there twice, an `_ObjectWithDoubledKeys`, which remembers such keys."""
     fields = dict(pairs)
     if len(fields) == len(pairs):
         return fields

@@ -79,15 +79,15 @@ def require_regular(path: Path) -> None:
         raise DataError(f"{path}: is {file_type}; data is read more than once, so write it to a regular file first")
 
 
-def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises DataError with what to do about a file that has none."""
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises DataError, which ends with `remedy`, for a file that has none."""
     try:
-        content = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); {remedy}") from error
-    if not isinstance(content, dict):
+    if not isinstance(value, dict):
         raise DataError(f"{path}: must hold a JSON object; {remedy}")
-    return content
+    return value
 
 
 def refuse_lfs_pointer(path: File, head: bytes) -> None:
@@ -100,10 +100,13 @@ def refuse_lfs_pointer(path: File, head: bytes) -> None:
 
 
 def identify_content(head: bytes) -> str | None:
-    """What the first bytes of a file say it is, as a phrase; None for UTF-8 or other 8-bit text, or nothing known."""
-    for pattern, name in _SIGNATURES:
+    """What the first bytes of a file say that it is, such as "a Parquet file"; None for UTF-8 or other 8-bit text.
+
+    Also None if nothing known begins like that.
+    """
+    for pattern, content in _SIGNATURES:
         if pattern.match(head):
-            return name
+            return content
     # UTF-16 without a byte order mark: in Latin text every other byte is 0.
     if len(head) < 4:
         return None
@@ -126,32 +129,36 @@ def open_binary(path: File) -> io.BufferedReader:
 def open_text(path: File) -> Iterator[io.BufferedReader]:
     """A stream of the file's bytes, decompressed, positioned after a UTF-8 byte order mark.
 
-    Raises DataError if the file cannot be read, is not compressed as its name says or the other way round, or is an image, UTF-16
-    and so on. Also, while the caller reads, if it is cut off or damaged.
+    Raises DataError if the file is empty, cannot be read, is compressed in another way than its name says, or holds no text but
+    an image, UTF-16 and so on. Also, while the caller reads, if it is cut off or damaged.
     """
     try:
         with open_binary(path) as file:
-            # The bytes as they stand in the file: are they compressed as its name says?
             head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
             if not head:
                 raise DataError(f"{path}:1: the file is empty (0 bytes)")
             refuse_lfs_pointer(path, head)
             compression = compression_of(path)
-            content = identify_content(head)
-            if compression and content != COMPRESSION[compression]:
-                fault = f"it holds {content}" if content else "it is not compressed"
-                raise DataError(f"{path}: the name says that it is {COMPRESSION[compression]}, but {fault}; rename it")
+            _refuse_wrong_compression(path, compression, head)
             with _decompressed(path, file, compression) as stream:
                 # Again after decompression: a compressed image is an image.
                 head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
                 content = identify_content(head)
                 if content:
-                    raise DataError(f"{path}: holds {content}{_remedy(path, content)}")
+                    raise DataError(f"{path}: holds {content}{_content_remedy(path, content)}")
                 if head.startswith(BOM):
                     stream.read(len(BOM))
                 yield stream
     except _UNREADABLE as error:
         raise unreadable_file(path, error) from error
+
+
+def _refuse_wrong_compression(path: File, compression: str, head: bytes) -> None:
+    """Raise DataError if the name of a file ends in `compression`, and its first bytes are not of that kind."""
+    content = identify_content(head)
+    if compression and content != COMPRESSION[compression]:
+        fault = f"it holds {content}" if content else "it is not compressed"
+        raise DataError(f"{path}: the name says that it is {COMPRESSION[compression]}, but {fault}; rename it")
 
 
 def _decompressed(path: File, file: io.BufferedReader, compression: str) -> io.BufferedReader:
@@ -179,9 +186,9 @@ def _decompressed(path: File, file: io.BufferedReader, compression: str) -> io.B
 
 
 def decompression_ratio(path: Path) -> float:
-    """How many decompressed bytes a byte of the file stands for, judged by its first MiB; 1 for a file that is not compressed.
+    """About how many decompressed bytes a byte of the file stands for; 1 for a file that is not compressed. Raises DataError.
 
-    Raises DataError.
+    A zip archive says it; of other files, the first MiB is decompressed.
     """
     suffix = compression_of(path)
     if not suffix:
@@ -189,7 +196,7 @@ def decompression_ratio(path: Path) -> float:
     decompressed_bytes = 0
     try:
         with open_binary(path) as file:
-            if suffix == ".zip":  # the table of contents stands at its end
+            if suffix == ".zip":
                 sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
                 return sum(sizes) / max(1, path.stat().st_size)
             head = file.read(BUFFER_BYTES)
@@ -239,7 +246,7 @@ class _MemberReader(io.RawIOBase):
                 return len(decompressed)
 
     def _next_member(self) -> bytes:
-        """The first bytes after a member that has ended, without padding; empty at the end of the file."""
+        """The first bytes of the next member, behind the padding of the one that has ended; empty at the end of the file."""
         following = self.decompressor.unused_data.lstrip(b"\0")
         while not following:
             block = self.file.read(BUFFER_BYTES)
@@ -267,8 +274,14 @@ def too_long_row(name: str, line: int, start: bytes | str, size_bytes: int) -> R
     return Rejected(name, line, "too_long", message, excerpt(start))
 
 
-def _remedy(path: File, content: str) -> str:
-    """Part of an error message: what to do about a text file that holds `content`, which is an answer of `identify_content`."""
+def _content_remedy(path: File, content: str) -> str:
+    """Part of an error message: what to do about a file that should be text and holds `content`, see `identify_content`.
+
+    - UTF-16 or UTF-32: save it as UTF-8;
+    - compressed data: decompress it, or give it its suffix;
+    - a table: give it its suffix;
+    - anything else cannot be read.
+    """
     if content.startswith(("UTF-16", "UTF-32")):
         return "; save the file as UTF-8"
     is_compressed = bool(compression_of(path))
@@ -277,15 +290,15 @@ def _remedy(path: File, content: str) -> str:
         return " inside the compression; decompress it once" if is_compressed else f"; name it {path.name}{suffix}"
     if suffix:
         return f"; name it {suffix}"
-    promised = path.suffixes[-2] if is_compressed else path.suffix
-    return f", not the text that {promised} promises; export it as text first, or remove it"
+    suffix_of_text = path.suffixes[-2] if is_compressed else path.suffix
+    return f", not the text that {suffix_of_text} promises; export it as text first, or remove it"
 
 
 def unreadable_file(path: File, error: BaseException) -> DataError:
-    """The error for a file that the operating system or a decompressor cannot read, with the file and what to do."""
+    """The error for a file that the operating system or a decompressor cannot read, with what to do about it."""
     if isinstance(error, EOFError) or "Truncated compressed stream" in str(error):
         return DataError(f"{path}: the compressed file is cut off before its end; copy or make it again")
-    # An OSError without a message of the system comes from a decompressor.
+    # The system's errors have a message in `strerror`; without one, an OSError comes from a decompressor.
     is_from_decompressor = isinstance(error, OSError) and not error.strerror
     if isinstance(error, (gzip.BadGzipFile, *_DAMAGED)) or is_from_decompressor:
         return DataError(f"{path}: the compressed data is damaged ({error}); copy or make the file again")

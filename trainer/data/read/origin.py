@@ -35,7 +35,7 @@ _READERS: dict[str, Callable[..., Iterator[Row | Rejected]]] = {
 }
 UNREACHED_ERRORS = {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException", "Timeout"}
 """Errors that mean that no hub answered."""
-_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 @dataclass(slots=True)
@@ -55,9 +55,10 @@ class Origin:
     """Whether hub data sets are read from the hub, by their commit, and not from a copy in its cache."""
 
     def rows(self, needed_columns: Collection[str] | None = None) -> Iterator[Row | Rejected]:
-        """All rows, in order, streamed; of tables only the columns `needed_columns` (None: all). Rows of JSON come unparsed.
+        """All rows of all files, in order, streamed. Rows of JSON come unparsed, see `Row.parse`.
 
-        Raises DataError, with the file, if a file as a whole cannot be used, or its further rows cannot be told apart.
+        Of tables, only the columns `needed_columns` are read (None: all). Raises DataError, with the file, if a file has no rows,
+        cannot be used as a whole, or its further rows cannot be told apart.
         """
         for path in self.paths:
             num_rows = 0
@@ -68,39 +69,43 @@ class Origin:
                 raise DataError(f"{path}:1: the file holds no rows; fill it, or take it out of {self.key}")
 
     def _rows_of_file(self, path: File, needed_columns: Collection[str] | None) -> Iterator[Row | Rejected]:
-        """Rows of one file or hub data set, by the reader of its kind."""
+        """Rows of one file or hub data set, by the reader for its suffix. Only readers of tables take `needed_columns`."""
         if is_hub_path(path):
             return self._hub_rows(path, needed_columns)
-        kind = file_kind(path) or ""  # `expand` lets no other names pass
-        if kind in COLUMN_KINDS:
-            return _READERS[kind](path, needed_columns)
-        return _READERS[kind](path)
+        suffix = file_kind(path) or ""  # it has one: `expand_paths` lets no other names pass
+        if suffix in COLUMN_KINDS:
+            return _READERS[suffix](path, needed_columns)
+        return _READERS[suffix](path)
 
-    def identity(self, digest: Callable[[Path], str]) -> list[tuple[str, str]]:
-        """What the fingerprint of prepared data covers: (kind, content) of each file. `digest` gives the SHA-256 of a file.
+    def identity(self, digest_of: Callable[[Path], str]) -> list[tuple[str, str]]:
+        """What the fingerprint of prepared data covers: (kind, content identity) of each file or hub data set.
 
-        The kind is the suffix with that of the compression; of a text file it is the whole name, which becomes the title. Of a
-        remote file, the content is a text that changes with it. Of a hub data set, it is the name, the loaded version and the
-        size, or, if it is streamed, the commit.
+        - A local file: its suffixes, such as `.jsonl.gz`, and its SHA-256, which `digest_of` gives.
+        - A remote file: its suffixes, and a text that changes with its content.
+        - A text file, local or remote: its whole name in place of the suffixes, because the name becomes the title.
+        - A hub data set: see `_hub_identity`.
         """
         identities = []
         for path in self.paths:
             if is_hub_path(path):
                 identities.append(self._hub_identity(path))
                 continue
-            content = path.identity() if isinstance(path, RemoteFile) else digest(path)
-            kind_in_identity = f"{file_kind(path)}{compression_of(path)}"
-            if file_kind(path) in TEXT_KINDS:
-                kind_in_identity = path.name
-            identities.append((kind_in_identity, content))
+            content_identity = path.identity() if isinstance(path, RemoteFile) else digest_of(path)
+            is_text_file = file_kind(path) in TEXT_KINDS
+            kind = path.name if is_text_file else f"{file_kind(path)}{compression_of(path)}"
+            identities.append((kind, content_identity))
         return identities
 
     def _hub_identity(self, path: File) -> tuple[str, str]:
-        """(kind, a text that differs between versions of a hub data set); see `identity`."""
+        """(kind, a text that differs between versions of a hub data set).
+
+        If it is streamed, the commit says all, and the hub need not be reached. Else the data set is loaded: the text has its
+        name, split, version, fingerprint and number of rows.
+        """
         name = str(path).removeprefix(HUB_PREFIX)
-        if self.streaming:  # the commit says all, and the hub need not be reached
+        if self.streaming:
             return "hub stream", _join_with_colons(name, self.subset, self.split, self.revision)
-        dataset = self.dataset(path)
+        dataset = self.load_hub_split(path)
         version = dataset.version if dataset.version is not None else ""
         split = dataset.split or self.split
         content = content_fingerprint(dataset)
@@ -111,24 +116,27 @@ class Origin:
         return sum(HUB_SIZE_BYTES if is_hub_path(path) else _file_bytes(path) for path in self.paths)
 
     def extent(self) -> tuple[float, int]:
-        """How much there is to read: (bytes of text, decompressed, an estimate; rows of tables, whose bytes tell little)."""
+        """How much there is to read: (decompressed bytes of text files, estimated; rows of tables and hub data sets).
+
+        Tables count by rows, because the bytes of their files tell little.
+        """
         text_bytes = 0.0
-        table_rows = 0
+        num_table_rows = 0
         for path in self.paths:
             if is_hub_path(path):
-                table_rows += self._num_rows(self.dataset(path))
+                num_table_rows += self._num_rows(self.load_hub_split(path))
             elif isinstance(path, RemoteFile):
                 text_bytes += path.size()
             elif file_kind(path) in COLUMN_KINDS:
-                table_rows += count_rows(path)
+                num_table_rows += count_rows(path)
             else:
                 text_bytes += _file_bytes(path) * decompression_ratio(path)
-        return text_bytes, table_rows
+        return text_bytes, num_table_rows
 
-    def files(self, digest: Callable[[Path], str]) -> list[dict[str, Any]]:
-        """{"path", "bytes", "sha256"} of each file, as far as they are known, for the audit.
+    def file_records(self, digest_of: Callable[[Path], str]) -> list[dict[str, Any]]:
+        """{"path", "bytes", "sha256"} of each file, for the audit. Remote files lack "sha256", hub data sets all but "path".
 
-        A local file has all three, a remote one no "sha256", a hub data set the path alone. `digest` gives the SHA-256 of a file.
+        `digest_of` gives the SHA-256 of a local file.
         """
         records: list[dict[str, Any]] = []
         for path in self.paths:
@@ -136,13 +144,13 @@ class Origin:
             if not is_hub_path(path):
                 record["bytes"] = _file_bytes(path)
                 if isinstance(path, Path):
-                    record["sha256"] = digest(path)
+                    record["sha256"] = digest_of(path)
             records.append(record)
         return records
 
     def _hub_rows(self, path: File, needed_columns: Collection[str] | None) -> Iterator[Row | Rejected]:
         """Rows of a hub data set, numbered from 1, with values as in `columnar`."""
-        dataset = self.dataset(path)
+        dataset = self.load_hub_split(path)
         split = str(dataset.split or self.split or "")
         # What stands in place of a file name in messages: hub:NAME/SUBSET/SPLIT.
         full_name = "/".join(filter(None, (str(path), self.subset, split)))
@@ -170,8 +178,11 @@ class Origin:
         split_info = (dataset.info.splits or {}).get(str(dataset.split))
         return int(split_info.num_examples or 0) if split_info is not None else 0
 
-    def dataset(self, path: File) -> Any:
-        """One split of a hub data set as `datasets` loads it. Raises DataError that says what to do about it."""
+    def load_hub_split(self, path: File) -> Any:
+        """One split of a hub data set as `datasets` loads it. Raises DataError that says what to do about it.
+
+        If the settings name no split, the data set must have only one.
+        """
         import datasets
 
         name = hub_name(str(path), self.key)
@@ -181,8 +192,8 @@ class Origin:
                 f"{path}: a local {name} exists here and would be read instead; to read it, write ./{name} as the path, "
                 "otherwise start in another directory"
             )
+        # Progress bars of the library would stand between our own lines.
         had_progress_bars = datasets.utils.logging.is_progress_bar_enabled()
-        # Their bars would stand between our own lines.
         datasets.disable_progress_bars()
         try:
             loaded: Any = datasets.load_dataset(
@@ -190,7 +201,7 @@ class Origin:
             )
         except Exception as error:
             options = {"config": self.subset, "split": self.split, "revision": self.revision}
-            shown_options = ", ".join(f"{name} {option!r}" for name, option in options.items() if option)
+            shown_options = ", ".join(f"{option} {value!r}" for option, value in options.items() if value)
             full_name = f"{path} ({shown_options})" if shown_options else str(path)
             raise _load_error(full_name, error, streaming=self.streaming) from error
         finally:
@@ -221,31 +232,35 @@ def _load_error(full_name: str, error: Exception, *, streaming: bool = False) ->
     """
     text = str(error).strip()
     cause = text.splitlines()[0][:300] if text else type(error).__name__
+    return DataError(f"{full_name} cannot be loaded: {cause}; {_load_remedy(error, text, cause, streaming=streaming)}")
+
+
+def _load_remedy(error: Exception, text: str, cause: str, *, streaming: bool) -> str:
+    """What to do about a hub data set that could not be loaded, by the kind of error. `cause`: the first line of its `text`."""
     # By name, because the classes live in several libraries, which are not imported here.
     class_names = {error_class.__name__ for error_class in type(error).__mro__}
-    is_offline = any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE)
+    is_offline = any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE_VARIABLES)
     is_unreached = is_offline or bool(class_names & UNREACHED_ERRORS)
+    # Such as "Config name is missing", "BuilderConfig 'x' not found".
+    is_about_config = "onfig" in cause and "ValueError" in class_names and "ConnectionError" not in class_names
     if "DatasetNotFoundError" in class_names and not is_offline:
-        remedy = "check the name; for a private or gated data set, log in with a token that has access (HF_TOKEN)"
-    # "Config name is missing", "BuilderConfig 'x' not found"
-    elif "onfig" in cause and "ValueError" in class_names and "ConnectionError" not in class_names:
-        remedy = f"name one of its configs; the message says which there are: {' '.join(text.split())[:600]}"
-    elif "split" in cause.lower():
-        remedy = "name a split that it has"
-    elif "scripts are no longer supported" in text:
-        remedy = (
+        return "check the name; for a private or gated data set, log in with a token that has access (HF_TOKEN)"
+    if is_about_config:
+        return f"name one of its configs; the message says which there are: {' '.join(text.split())[:600]}"
+    if "split" in cause.lower():
+        return "name a split that it has"
+    if "scripts are no longer supported" in text:
+        return (
             "it needs code from the hub, which is not run; use a copy converted to Parquet (often refs/convert/parquet)"
         )
-    elif streaming and is_unreached:
-        remedy = (
+    if streaming and is_unreached:
+        return (
             "data.streaming=true reads from the hub, which is not reached here; run shardtune prepare where it is, into a "
             "data.cache_dir that is seen here, or set data.streaming=false"
         )
-    elif is_unreached:
-        remedy = (
+    if is_unreached:
+        return (
             "no hub was reached and the data set is not in the local cache; load it once on a machine with internet "
             "(the cache is HF_HOME), or download its files and give their path"
         )
-    else:
-        remedy = "download its files and give their path if this keeps happening"
-    return DataError(f"{full_name} cannot be loaded: {cause}; {remedy}")
+    return "download its files and give their path if this keeps happening"

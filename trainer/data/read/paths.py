@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, DataError
-from trainer.data.read.opening import COMPRESSION, File, compression_of, read_object, require_regular
+from trainer.data.read.opening import COMPRESSION, File, compression_of, read_json_object, require_regular
 from trainer.data.read.remote import remote_files
 
 TEXT_KINDS = (".txt", ".md")
@@ -85,22 +85,22 @@ def expand_paths(path_setting: Any, key: str, *, remote: bool = False) -> list[F
     for path in paths:
         if not isinstance(path, str | os.PathLike) or not str(path):
             raise DataError(f"{key}={path!r} is not a path; give a file, a directory, a glob or a list of these")
-        typed_path = str(path)
-        if "\0" in typed_path:
-            raise DataError(f"{key}={typed_path!r} holds a NUL character, which no path may")
-        if is_hub_path(typed_path):
-            hub_name(typed_path, key)
+        path_text = str(path)
+        if "\0" in path_text:
+            raise DataError(f"{key}={path_text!r} holds a NUL character, which no path may")
+        if is_hub_path(path_text):
+            hub_name(path_text, key)  # raises if it cannot be one
             files.setdefault(Path(path), Path(path))
-        elif is_remote_address(typed_path):
+        elif is_remote_address(path_text):
             if not remote:
                 raise DataError(
                     f"{key}={path} is an address; set data.remote=true to read it over the network, or download the file, "
                     "or write hub:ORGANISATION/NAME"
                 )
-            for remote_file in remote_files(typed_path, key, file_kind):
+            for remote_file in remote_files(path_text, key, file_kind):
                 files[remote_file] = remote_file
         else:
-            for file in _expand_local(typed_path.removeprefix("file://"), key):
+            for file in _expand_local(path_text.removeprefix("file://"), key):
                 files.setdefault(file.resolve(), file)
     return list(files.values())
 
@@ -111,8 +111,8 @@ def held_out_sets(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
     Example: {"law": "law.jsonl"} of `eval` -> {"law": ("data.eval_path.law", "law.jsonl")}; "test.jsonl" of `test` ->
     {"test": ("data.test_path", "test.jsonl")}.
 
-    `path_setting`: what `data.<split>_path` holds. A split has one set, named like it; that of evaluation may have several.
-    Raises ConfigError for a name that cannot be one.
+    `path_setting`: the value of `data.<split>_path`. Files without names are one set, which is named like the split. Only
+    evaluation may have sets with names of their own. Raises ConfigError for names elsewhere, and for a name that cannot be one.
     """
     key = f"data.{split}_path"
     if path_setting is None:
@@ -124,7 +124,8 @@ def held_out_sets(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
         raise ConfigError(f"{key}={dict(path_setting)}: name files{example}")
     sets: dict[str, tuple[str, Any]] = {}
     for name, files in path_setting.items():
-        if not re.fullmatch(r"[\w.-]+", str(name)) or name == split:
+        is_valid_name = re.fullmatch(r"[\w.-]+", str(name)) is not None
+        if not is_valid_name or name == split:
             raise ConfigError(
                 f"{key}.{name}: is no name of a set; take letters, digits, dots and dashes, and not {split}"
             )
@@ -132,36 +133,35 @@ def held_out_sets(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
     return sets
 
 
-def _expand_local(typed_path: str, key: str) -> list[Path]:
-    """The files that one path of the setting `key` names: itself, those of a directory, or those that match a glob.
+def _expand_local(path_text: str, key: str) -> list[Path]:
+    """The files that one local path of the setting `key` names. Raises DataError, with a hint at what may be meant.
 
-    Raises DataError if there are none, with a hint at what may be meant.
+    - A directory or a file of that very name: the files in it, or itself.
+    - Else it is read as a glob: the files that match.
     """
-    path = Path(typed_path).expanduser()
-    # A directory or a file of that very name.
+    path = Path(path_text).expanduser()
     try:
         if path.is_dir():
             return _directory_files(path, key)
         if path.exists():
             return [_require_readable(path, key)]
     except OSError as error:
-        raise DataError(f"{key}={typed_path}: {error.strerror}") from error
+        raise DataError(f"{key}={path_text}: {error.strerror}") from error
     if path.is_symlink():
-        raise DataError(f"{key}={typed_path}: {_describe_broken_link(path)}")
-    # A glob.
+        raise DataError(f"{key}={path_text}: {_describe_broken_link(path)}")
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
     files = [_require_readable(match, key) for match in matches if not match.is_dir()]
     if files:
         return files
     if matches:
         raise DataError(
-            f"{key}={typed_path} matches only directories; write {typed_path.rstrip('/')}/**/*.jsonl or the like"
+            f"{key}={path_text} matches only directories; write {path_text.rstrip('/')}/**/*.jsonl or the like"
         )
-    # Nothing: "a,b" may be meant as a list; else there may be a close name, or a hub data set of that name.
-    hint = _list_hint(typed_path)
+    # "a,b" may be meant as a list; else there may be a close name, or a hub data set of that name.
+    hint = _list_hint(path_text)
     if not hint:
-        hint = _close_name_hint(path) + _hub_hint(typed_path)
-    raise DataError(f"{key}={typed_path} does not exist{hint}")
+        hint = _close_name_hint(path) + _hub_hint(path_text)
+    raise DataError(f"{key}={path_text} does not exist{hint}")
 
 
 def _require_readable(path: Path, key: str) -> Path:
@@ -236,13 +236,13 @@ def _walk(directory: Path, key: str, parents: tuple[Path, ...]) -> Iterator[Path
 
 
 def _saved_files(directory: Path, key: str) -> list[Path] | None:
-    """Arrow files, in order, of a directory that `datasets.save_to_disk` made; None for any other directory.
+    """The Arrow files, in order, of a directory that `datasets.save_to_disk` wrote; None for any other directory.
 
-    Raises DataError if it holds several splits, or a selection of rows that the files do not show.
+    A saved DatasetDict has a directory for each split: its only one is taken. Raises DataError if there are several splits, or if
+    the data set is a selection of rows, which the files do not show.
     """
-    # A saved DatasetDict has a directory for each split: only one can be meant.
     if (directory / "dataset_dict.json").is_file():
-        splits = list(read_object(directory / "dataset_dict.json", "save the data set again").get("splits", []))
+        splits = list(read_json_object(directory / "dataset_dict.json", "save the data set again").get("splits", []))
         if len(splits) != 1:
             names = ", ".join(splits)
             example = directory / (splits[0] if splits else "train")
@@ -252,7 +252,7 @@ def _saved_files(directory: Path, key: str) -> list[Path] | None:
     state_file = directory / "state.json"
     if not (state_file.is_file() and (directory / "dataset_info.json").is_file()):
         return None
-    state = read_object(state_file, "save the data set again")
+    state = read_json_object(state_file, "save the data set again")
     if state.get("_indices_data_files"):
         raise DataError(
             f"{key}={directory} was saved with a selection of rows; call flatten_indices() and save it again"
@@ -264,17 +264,20 @@ def _saved_files(directory: Path, key: str) -> list[Path] | None:
 
 
 def _close_name_hint(path: Path) -> str:
-    """A hint for a path that does not exist: a name like the first missing one in the directory that does exist."""
+    """A hint for a path that does not exist: a name in the last directory that does, like the first part that is missing.
+
+    Empty if that directory cannot be listed.
+    """
     missing = path.absolute()
     while not missing.parent.exists() and missing.parent != missing:
         missing = missing.parent
     if not missing.parent.is_dir():
         return ""
     try:
-        names = [sibling.name for sibling in missing.parent.iterdir()]
+        existing_names = [sibling.name for sibling in missing.parent.iterdir()]
     except OSError:
         return ""
-    close_names = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
+    close_names = difflib.get_close_matches(missing.name, existing_names, n=1, cutoff=0.5)
     if close_names:
         return f"; did you mean {missing.parent / close_names[0]}?"
     return f"; nothing like it in {missing.parent}"

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from strategies.errors import DataError
 
-_TAGS = ("ETag", "Content-MD5", "Digest")
+_CONTENT_TAGS = ("ETag", "Content-MD5", "Digest")
 """What a web server may say about a file's content."""
 BLOCK_BYTES = 8 << 20
 """Bytes asked for at a time."""
@@ -60,11 +60,16 @@ class RemoteFile:
         return int(_query(self.url, lambda files, path: files.info(path)).get("size") or 0)
 
     def identity(self) -> str:
-        """A text that changes with the file's content: what its file system tells, or the bytes' SHA-256. Raises DataError."""
+        """A text that changes with the file's content. Raises DataError.
+
+        - Not on a web server: what its file system tells of the content (`ukey` of fsspec).
+        - On a web server that says something of the content: size and tags.
+        - On any other web server: the SHA-256 of its bytes, which are read for it.
+        """
         if not self.url.startswith("http"):
             return f"{self.url}:{_query(self.url, lambda files, path: files.ukey(path))}"
         file_info = _query(self.url, lambda files, path: files.info(path))
-        tags = [str(file_info[tag]) for tag in _TAGS if file_info.get(tag)]
+        tags = [str(file_info[tag]) for tag in _CONTENT_TAGS if file_info.get(tag)]
         if tags:
             return f"{self.url}:{file_info.get('size')}:{':'.join(tags)}"
         digest = hashlib.sha256()
@@ -77,14 +82,16 @@ class RemoteFile:
 def remote_files(address: str, key: str, kind_of: Callable[[RemoteFile], str | None]) -> list[RemoteFile]:
     """The files of an address in the setting `key`: one file, those that match a pattern with `*`, or all below a directory.
 
-    `kind_of` says how a file is read, None if it cannot be; that tells a file from a directory. Raises DataError.
+    `kind_of`: the suffix that says how a file is read; None if it cannot be read, as for a directory. Raises DataError.
     """
-    if kind_of(RemoteFile(address)) and "*" not in address:
+    is_pattern = "*" in address
+    if kind_of(RemoteFile(address)) and not is_pattern:
         RemoteFile(address).size()  # raises if there is none
         return [RemoteFile(address)]
 
     def list_urls(files: Any, path: str) -> list[str]:
-        names = files.glob(path) if "*" in address else files.find(path)
+        """Addresses of the files that match, or that are below the directory. `files`: the file system of fsspec."""
+        names = files.glob(path) if is_pattern else files.find(path)
         return [files.unstrip_protocol(name) for name in sorted(names)]
 
     candidates = [RemoteFile(url) for url in _query(address, list_urls)]

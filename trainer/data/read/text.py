@@ -88,27 +88,32 @@ def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Reject
             return
         except csv.Error as error:
             raise _malformed(path, line, lines, error) from error
-        # A blank line is no record.
-        if not cells or (len(cells) == 1 and lines.number == line and lines.first.isspace()):
+        is_blank_line = not cells or (len(cells) == 1 and lines.number == line and lines.first.isspace())
+        if is_blank_line:
             continue
         if header is None:
-            header = _header(path, line, cells, delimiter, lines.fault)
+            header = _parse_header(path, line, cells, delimiter, lines.fault)
         elif lines.fault is not None:
             yield Rejected(name, line, lines.fault.reason, lines.fault.message, excerpt(lines.first))
         elif len(cells) != len(header):
-            num_cells = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
-            columns = ", ".join(header[:8])
-            if len(header) > 8:
-                columns += ", ..."
-            message = (
-                f"{num_cells} where the header has {len(header)} ({columns}); quote cells that hold "
-                f"{_SEPARATORS[delimiter]} or line breaks"
-            )
+            message = _wrong_cell_count(cells, header, delimiter)
             yield Rejected(name, line, "wrong_cell_count", message, excerpt(lines.first))
         else:
             # a cell's own line breaks are line feeds, whatever ends the file's lines
             texts = [cell.replace("\r\n", "\n") for cell in cells]
             yield Row(name, line, dict(zip(header, texts, strict=True)))
+
+
+def _wrong_cell_count(cells: list[str], header: list[str], delimiter: str) -> str:
+    """The message for a record with more or fewer cells than the header."""
+    num_cells = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+    columns = ", ".join(header[:8])
+    if len(header) > 8:
+        columns += ", ..."
+    return (
+        f"{num_cells} where the header has {len(header)} ({columns}); quote cells that hold "
+        f"{_SEPARATORS[delimiter]} or line breaks"
+    )
 
 
 def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataError:
@@ -126,27 +131,28 @@ def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataEr
     return DataError(f"{path}:{line}: not valid CSV: {fault}; rows from here on cannot be separated")
 
 
-def _header(path: File, line: int, cells: list[str], delimiter: str, fault: Refusal | None) -> list[str]:
-    """The names of the columns, from the first record. `fault`: what is wrong with its bytes, or None.
+def _parse_header(path: File, line: int, cells: list[str], delimiter: str, fault: Refusal | None) -> list[str]:
+    """The names of the columns, from the first record of a file. `fault`: what is wrong with its bytes, or None.
 
-    Raises DataError for a header that cannot be one.
+    A first column without a name, as pandas writes a table's index, is called `INDEX`. Raises DataError for a header that cannot
+    be one: a wrong separator, Excel's `sep=` line, doubled or missing names.
     """
     if fault is not None:
         raise DataError(f"{path}:{line}: in the header: {fault.message}")
     header = [name.strip() for name in cells]
-    if len(header) > 1 and header[0] == "" and INDEX not in header:  # a table's index, as pandas writes it
+    if len(header) > 1 and header[0] == "" and INDEX not in header:
         header[0] = INDEX
     if len(header) == 1:
         _refuse_other_separator(path, line, cells[0], delimiter)
     if header[0].lower().startswith("sep="):
         raise DataError(f"{path}:{line}: the first line is {','.join(header)!r}, which Excel writes; delete this line")
     doubled_names = sorted({name for name in header if header.count(name) > 1})
-    if doubled_names or "" in header:
-        defect = (
-            f"column {header.index('') + 1} without a name"
-            if "" in header
-            else f"the column {doubled_names[0]!r} twice"
-        )
+    defect = ""
+    if "" in header:
+        defect = f"column {header.index('') + 1} without a name"
+    elif doubled_names:
+        defect = f"the column {doubled_names[0]!r} twice"
+    if defect:
         raise DataError(f"{path}:{line}: the header has {defect}; every column needs a name of its own")
     return header
 
@@ -190,10 +196,10 @@ def read_text_file(path: File) -> Iterator[Row | Rejected]:
         return
     # Only after decoding: a lone carriage return is a line end in old texts.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    yield Row(name, 1, {"text": text, "title": title(path)}, derived_columns=("title",))
+    yield Row(name, 1, {"text": text, "title": file_title(path)}, derived_columns=("title",))
 
 
-def title(path: File) -> str:
-    """The file's name without its suffixes."""
+def file_title(path: File) -> str:
+    """The file's name without its suffixes: `a/notes.md.gz` -> "notes"."""
     name = path.name.removesuffix(path.suffix) if compression_of(path) else path.name
     return PurePath(name).stem

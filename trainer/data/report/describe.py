@@ -211,7 +211,7 @@ class ReportWriter:
     ) -> audit_schema.Source:
         """Rows and tokens that one input gave, with sizes and digests of its files. `dataset`: its split; None if it is empty."""
         files = []
-        for file in source_input.origin.files(self.digests):
+        for file in source_input.origin.file_records(self.digests):
             num_rows = totals.rows_of_file.get(file["path"])
             files.append(audit_schema.SourceFile(**file, rows=num_rows))
         num_tokens = num_supervised = 0

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from strategies.errors import ConfigError, DataError
-from trainer.data.read.opening import read_object
+from trainer.data.read.opening import read_json_object
 from trainer.data.report.audit import make_histogram, split_sizes
 from trainer.data.report.wording import escape_control_characters, percent
 from trainer.data.store.documents import DOCUMENTS_FILE, DocumentTable
@@ -82,7 +82,7 @@ def find_prepared(path: Path) -> PreparedEntry:
     directories = {directory.name: directory for directory in splits}
     if not directories:  # a store without splits is read as one
         directories = {path.name: path}
-    return PreparedEntry(path, read_object(path / "manifest.json", PREPARE_AGAIN), directories)
+    return PreparedEntry(path, read_json_object(path / "manifest.json", PREPARE_AGAIN), directories)
 
 
 def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray:
