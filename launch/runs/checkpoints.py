@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies import atomic_io
 from strategies.errors import ConfigError, StorageError
@@ -61,31 +61,23 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
     Only names, sizes and the best step are read: for their contents, see `verify_checkpoints`.
     """
     checkpoint_settings, evaluation_settings = _read_settings(run_dir)
-    fallback = checkpoint_settings.get("fallback_dir")
-    monitored_metric = evaluation_settings.get("watch")
-    directories = checkpoint_dirs_of(run_dir, fallback if isinstance(fallback, str) else None)
-
-    # Their paths. Checkpoints that a rollback gave up are moved into `given-up-<n>/`.
-    given_up_paths = []
+    fallback_dir = checkpoint_settings.get("fallback_dir")
+    directories = checkpoint_dirs_of(run_dir, fallback_dir if isinstance(fallback_dir, str) else None)
     try:
         published_checkpoints = checkpoints_in(directories)
-        for directory in directories:
-            for path in sorted(directory.glob("given-up-*/step-*")):
-                if STEP_NAME.fullmatch(path.name):
-                    given_up_paths.append(path)
+        given_up_paths = _given_up_paths(directories)
     except StorageError as error:
         return CheckpointList((), monitored_metric=None, problem=str(error))
     except OSError as error:
         return CheckpointList((), monitored_metric=None, problem=f"cannot be listed: {atomic_io.error_summary(error)}")
 
-    # Their sizes and ages.
-    best_step, best_metric = _best_step_and_metric(published_checkpoints)
+    best = _best_checkpoint(published_checkpoints)
     problem = None
     checkpoints: list[StoredCheckpoint] = []
-    entries = [(step, path, False) for step, path in published_checkpoints]
-    entries += [(_step(path), path, True) for path in given_up_paths]
+    entries = [(step, path, False) for step, path in published_checkpoints]  # (step, path, whether given up)
+    entries += [(_step_of_directory(path), path, True) for path in given_up_paths]
     for step, path, given_up in entries:
-        is_best = step == best_step and not given_up
+        is_best = step == best.step and not given_up
         try:
             checkpoints.append(
                 StoredCheckpoint(
@@ -93,7 +85,7 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
                     step=step,
                     age_s=max(0.0, time.time() - path.stat().st_mtime),
                     size=sum(file.stat().st_size for file in path.iterdir()),
-                    best=best_metric if is_best else None,
+                    best=best.metric if is_best else None,
                     elsewhere=len(directories) > 1 and directories[1] in path.parents,
                     given_up=given_up,
                 )
@@ -102,38 +94,61 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
             continue
         except OSError as error:
             problem = f"{path.name} cannot be read: {atomic_io.error_summary(error)}"
+    monitored_metric = evaluation_settings.get("watch")
     return CheckpointList(tuple(checkpoints), monitored_metric if isinstance(monitored_metric, str) else None, problem)
 
 
-def _best_step_and_metric(published_checkpoints: list[tuple[int, Path]]) -> tuple[int | None, float | None]:
-    """(step, metric) of the best checkpoint, as the newest checkpoint with a readable `progress.json` says; None if unknown."""
+def _given_up_paths(checkpoint_dirs: list[Path]) -> list[Path]:
+    """The checkpoints that a rollback gave up, and moved into `given-up-<n>/`. Errors: OSError."""
+    paths = []
+    for directory in checkpoint_dirs:
+        for path in sorted(directory.glob("given-up-*/step-*")):
+            if STEP_NAME.fullmatch(path.name):
+                paths.append(path)
+    return paths
+
+
+class _BestCheckpoint(NamedTuple):
+    """Which checkpoint of a run is the best."""
+
+    step: int | None
+    metric: float | None
+    """Value of the held-out metric by which it was chosen."""
+
+
+def _best_checkpoint(published_checkpoints: list[tuple[int, Path]]) -> _BestCheckpoint:
+    """The best checkpoint, as the newest checkpoint with a readable `progress.json` says; its fields are None if none does.
+
+    `published_checkpoints`: (step, path) of each, in the order of the steps.
+    """
     for _, path in reversed(published_checkpoints):
         progress = _read_progress(path)
         if progress:
             metric = progress.get("best_metric")
-            return progress.get("best_step"), metric if isinstance(metric, int | float) else None
-    return None, None
+            return _BestCheckpoint(progress.get("best_step"), metric if isinstance(metric, int | float) else None)
+    return _BestCheckpoint(step=None, metric=None)
 
 
-def verify_checkpoints(store: CheckpointList, report: Callable[[str], None]) -> dict[Path, str]:
+def verify_checkpoints(store: CheckpointList, report_start: Callable[[str], None]) -> dict[Path, str]:
     """Compare all files of every checkpoint with their checksums; returns what is wrong with each damaged checkpoint.
 
-    `report` is called with the name and size of the checkpoint that is read next.
+    `report_start` is called with the name and size of each checkpoint before it is read: `step-000040, 1.2 GB`.
     """
     from trainer.checkpoints.manifest import checkpoint_problem
 
     damage_by_checkpoint = {}
     for checkpoint in store.checkpoints:
-        report(f"{checkpoint.path.name}, {atomic_io.size_text(checkpoint.size)}")
+        report_start(f"{checkpoint.path.name}, {atomic_io.size_text(checkpoint.size)}")
         damage = checkpoint_problem(checkpoint.path)
-        if damage is not None and checkpoint.path.is_dir():  # else deleted meanwhile, beyond checkpoint.keep
+        was_deleted_meanwhile = not checkpoint.path.is_dir()  # beyond checkpoint.keep
+        if damage is not None and not was_deleted_meanwhile:
             damage_by_checkpoint[checkpoint.path] = damage
     return damage_by_checkpoint
 
 
-def _step(path: Path) -> int:
-    """The step in a checkpoint's directory name, `step-000040`."""
-    return int(path.name.removeprefix("step-"))
+def _step_of_directory(checkpoint_dir: Path) -> int:
+    """The step in the name of a checkpoint's directory: `step-000040` -> 40."""
+    return int(checkpoint_dir.name.removeprefix("step-"))
 
 
 def _read_progress(checkpoint: Path) -> dict[str, Any]:
@@ -147,14 +162,14 @@ def _read_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_settings(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the group `checkpoint`, the group `evaluation`) of the run's configuration; empty if they cannot be read."""
+    """(settings of the group `checkpoint`, settings of the group `evaluation`) of a run; empty if they cannot be read."""
     try:
         tree = read_tree(run_dir / "config.yaml")
     except ConfigError:
         return {}, {}
-    groups = []
-    for name in ("checkpoint", "evaluation"):
-        group = tree.get(name)
-        groups.append(group if isinstance(group, dict) else {})
-    checkpoint_settings, evaluation_settings = groups
-    return checkpoint_settings, evaluation_settings
+    checkpoint_settings = tree.get("checkpoint")
+    evaluation_settings = tree.get("evaluation")
+    return (
+        checkpoint_settings if isinstance(checkpoint_settings, dict) else {},
+        evaluation_settings if isinstance(evaluation_settings, dict) else {},
+    )

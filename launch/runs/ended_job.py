@@ -22,32 +22,36 @@ JOB_FIELDS = re.compile(r"\b(JobState|Reason|ExitCode)=(\S+)")
 def ended_job_text(run_dir: Path, queue: Queue) -> str | None:
     """A line on how the last SLURM job of a run ended; None if it had none, ended well, or may still wait or run.
 
-    The job's script says it in `job.json`. If the script never began, SLURM says it, as far as it still knows the job.
+    The job's script says how it ended in `job.json`. If the script never began, SLURM says it, as long as it knows the job.
     """
-    submitted_job = read_submitted_job_id(run_dir)
+    submitted_job_id = read_submitted_job_id(run_dir)
     record = read_job_record(run_dir)
     # The record is of an earlier job if the run was submitted again since.
-    if record is not None and submitted_job in (None, record.job):
-        return _describe_record(record, queue)
-    if submitted_job is None or queue.has_no_squeue or queue.problem is not None:
+    if record is not None and submitted_job_id in (None, record.job):
+        return _recorded_end_text(record, queue)
+    if submitted_job_id is None or queue.has_no_squeue or queue.problem is not None:
         return None
-    end = slurm_end_text(submitted_job)
+    end = slurm_end_text(submitted_job_id)
     if end is None:
         return (
-            f"job {submitted_job} is not in the queue any more, and its script never started: it was cancelled (perhaps "
+            f"job {submitted_job_id} is not in the queue any more, and its script never started: it was cancelled (perhaps "
             "because a job that it waited for failed), or it failed before"
         )
-    return f"job {submitted_job} ended before its script began; SLURM says: {end}"
+    return f"job {submitted_job_id} ended before its script began; SLURM says: {end}"
 
 
-def _describe_record(record: JobRecord, queue: Queue) -> str | None:
-    """A line on how the last start of a job ended, by its `job.json`; None if it succeeded, restarts, or may still run."""
+def _recorded_end_text(record: JobRecord, queue: Queue) -> str | None:
+    """A line on how the last start of a job ended, by its `job.json`. The first case that applies:
+
+    - An end is recorded: its reason and exit code; None if the start succeeded, or SLURM starts the job again.
+    - The queue is not known: None, because the script may still be running.
+    - Otherwise: that the script was killed, with what SLURM says of it.
+    """
     start = f"job {record.job}, start {record.start}"
     if record.ended is not None:
         if record.code == 0 or record.will_restart:
             return None
         return f"{start}: {record.reason or 'ended'} (exit code {record.code})"
-    # No end is recorded: the script was killed, or it still runs, and only the queue could tell.
     if queue.has_no_squeue or queue.problem is not None:
         return None
     end = slurm_end_text(record.job)
@@ -55,22 +59,26 @@ def _describe_record(record: JobRecord, queue: Queue) -> str | None:
     return f"{start}, on {record.nodes}: ended, and its script wrote no reason; {reason}"
 
 
-def slurm_end_text(job: str) -> str | None:
-    """State, reason and exit code of an ended job, as SLURM has them; None if it does not know the job."""
-    return _cached_slurm_end_text(job, int(time.monotonic() // SLURM_CACHE_S))
+def slurm_end_text(job_id: str) -> str | None:
+    """How a job ended, as SLURM has it: `FAILED NonZeroExitCode, exit code 1:0`; None if SLURM does not know the job.
+
+    An answer is kept for `SLURM_CACHE_S` seconds.
+    """
+    cache_period = int(time.monotonic() // SLURM_CACHE_S)
+    return _cached_slurm_end_text(job_id, cache_period)
 
 
 @lru_cache(maxsize=4096)
-def _cached_slurm_end_text(job: str, cache_period: int) -> str | None:
+def _cached_slurm_end_text(job_id: str, cache_period: int) -> str | None:
     """`slurm_end_text`, cached. `cache_period` is only part of the cache's key: it changes with time, so that answers expire."""
     # sacct needs SLURM's accounting, which not every cluster has; scontrol forgets a job after some minutes.
-    rows = _call_slurm(
-        ["sacct", "--jobs", job, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode"]
+    rows = _slurm_output(
+        ["sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode"]
     )
     if rows:
         state, _, exit_code = rows.splitlines()[-1].partition("|")
         return f"{state}, exit code {exit_code}" if state else None
-    fields = dict(JOB_FIELDS.findall(_call_slurm(["scontrol", "--oneliner", "show", "job", job])))
+    fields = dict(JOB_FIELDS.findall(_slurm_output(["scontrol", "--oneliner", "show", "job", job_id])))
     if "JobState" not in fields:
         return None
     state = fields["JobState"]
@@ -80,8 +88,8 @@ def _cached_slurm_end_text(job: str, cache_period: int) -> str | None:
     return f"{state}, exit code {fields.get('ExitCode', '-')}"
 
 
-def _call_slurm(command: list[str]) -> str:
-    """What a command of SLURM's prints; empty if it fails."""
+def _slurm_output(command: list[str]) -> str:
+    """What a command of SLURM prints; empty if the command fails or takes longer than `SLURM_TIMEOUT_S`."""
     # The user's SACCT_FORMAT and the like would change what is printed.
     env = {name: value for name, value in os.environ.items() if not name.startswith("SACCT_")}
     try:

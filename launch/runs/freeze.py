@@ -26,25 +26,21 @@ QUEUE_CACHE_S = 10.0
 def write_run_config(composed: Composed, run_dir: Path, *, may_change_strategy: bool = False) -> Path:
     """Write the run's `config.yaml`, with its hash, atomically into its directory, and return the directory.
 
-    With `may_change_strategy`, a run that is not done may continue under another strategy or micro-batch, and a message
-    says so. Errors: ConfigError if the directory holds another run, one that is still running or that SLURM will start, or
-    checkpoints that `run.resume=never` refuses; StorageError.
+    Sets `run.dir` of the configuration, and renews the run's copies of its reward functions. With `may_change_strategy`, a run
+    that is not done may continue under another strategy or micro-batch, and a message says so. Raises
+
+    - ConfigError if the directory holds another run, or checkpoints that `run.resume=never` refuses,
+    - InUse if the run is still running, or SLURM will start it,
+    - StorageError if a file cannot be written.
     """
     run_dir = Path(run_dir).expanduser()
-    config_file = run_dir / "config.yaml"
-    # Nothing may be in the way: no file, no checkpoints that must not be resumed, no other run, and no job or process.
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"run.dir={run_dir}: is a file; name a directory")
-    for directory in (run_dir / "logs", run_dir / "checkpoints", run_dir / "lease"):
-        if directory.exists() and not directory.is_dir():
-            raise ConfigError(
-                f"{directory}: is a file, where the run needs a directory; move it away, or choose another run.dir"
-            )
     config = composed.config
+    _raise_if_files_in_the_way(run_dir)
     checkpoints = checkpoints_in(checkpoint_dirs_of(run_dir, config.checkpoint.fallback_dir))
     # An incomplete checkpoint counts, too: another attempt may be writing it.
     if config.run.resume == "never" and (checkpoints or any((run_dir / "checkpoints").glob("*"))):
         raise ConfigError(f"run.resume=never: {run_dir} has checkpoints; choose another run.dir, or run.resume=auto")
+    config_file = run_dir / "config.yaml"
     if config_file.exists():
         is_done = is_finished(run_dir)
         resume_or_refuse(
@@ -65,6 +61,17 @@ def write_run_config(composed: Composed, run_dir: Path, *, may_change_strategy: 
     write_text_atomic(config_file, header + to_yaml(config))
     remember_config(config)
     return run_dir
+
+
+def _raise_if_files_in_the_way(run_dir: Path) -> None:
+    """Raise ConfigError if there is a file where the run needs a directory."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run.dir={run_dir}: is a file; name a directory")
+    for directory in (run_dir / "logs", run_dir / "checkpoints", run_dir / "lease"):
+        if directory.exists() and not directory.is_dir():
+            raise ConfigError(
+                f"{directory}: is a file, where the run needs a directory; move it away, or choose another run.dir"
+            )
 
 
 def raise_if_queued(run_dir: Path) -> None:
@@ -94,34 +101,41 @@ def job_with_same_config(composed: Composed, run_dir: Path) -> QueuedJob | None:
 
 
 def _job_in_queue(run_dir: Path) -> QueuedJob | None:
-    """The job in SLURM's queue that is for a run; None if there is none, it is about to end, or this process is part of it.
+    """The job in SLURM's queue that is for a run. None if
 
-    If squeue fails, it is called once more. If it fails again and the run was submitted before, InUse is raised.
+    - there is none,
+    - it is about to end,
+    - it is the job that this process is part of,
+    - or squeue fails, and the run was never submitted, is finished, or was submitted as the job of this process.
+
+    If squeue fails twice for any other run, InUse is raised: the run may be queued.
     """
     own_job_ids = _own_job_ids()
     cache_period = int(time.monotonic() // QUEUE_CACHE_S)
-    queue = _cached_queue(cache_period)
+    queue = _cached_queue(cache_period, attempt=1)
     if queue.problem is not None:
-        submitted_job = unfinished_job_id(run_dir)
+        submitted_job_id = unfinished_job_id(run_dir)
         # A job for a finished run would find nothing to do.
-        may_be_queued = submitted_job is not None and submitted_job not in own_job_ids and not is_finished(run_dir)
+        may_be_queued = (
+            submitted_job_id is not None and submitted_job_id not in own_job_ids and not is_finished(run_dir)
+        )
         if not may_be_queued:
             return None
-        queue = _cached_queue(cache_period, again=True)
+        queue = _cached_queue(cache_period, attempt=2)
         if queue.problem is not None:
             raise InUse(
-                f"run.dir={run_dir}: was submitted as job {submitted_job}; whether it still waits or runs is not known "
-                f"({queue.problem}). Try again when squeue answers; if job {submitted_job} is over, remove "
+                f"run.dir={run_dir}: was submitted as job {submitted_job_id}; whether it still waits or runs is not known "
+                f"({queue.problem}). Try again when squeue answers; if job {submitted_job_id} is over, remove "
                 f"{run_dir / SUBMITTED_FILE}; or choose another run.dir"
             )
-    job = queue.find_job(run_dir, None)
+    job = queue.find_job(run_dir, job_id=None)
     if job is None or job.raw_id in own_job_ids or job.state == "COMPLETING":
         return None
     return job
 
 
 def _own_job_ids() -> set[str]:
-    """The ids of the SLURM job that this process is part of, also as a task of an array (`17_3`)."""
+    """The ids of the SLURM job that this process is part of: `17`, and `16_3` for a task of an array."""
     env = os.environ
     array_task_id = f"{env.get('SLURM_ARRAY_JOB_ID')}_{env.get('SLURM_ARRAY_TASK_ID')}"  # None_None outside of an array
     job_ids = {env.get("SLURM_JOB_ID"), array_task_id}
@@ -129,9 +143,9 @@ def _own_job_ids() -> set[str]:
 
 
 @lru_cache(maxsize=2)
-def _cached_queue(cache_period: int, again: bool = False) -> Queue:
-    """SLURM's queue, cached: squeue is called once in each `cache_period`, and once more with `again`.
+def _cached_queue(cache_period: int, attempt: int) -> Queue:
+    """SLURM's queue, cached: squeue is called once for each `attempt` in each `cache_period`.
 
-    The arguments are only the cache's key.
+    The arguments are only the cache's key: the period changes with time, so that a reading expires.
     """
     return read_queue()

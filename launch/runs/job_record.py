@@ -53,35 +53,42 @@ def read_job_record(run_dir: Path) -> JobRecord | None:
     """The `job.json` of a run; None if there is none that can be read."""
     try:
         contents = json.loads(atomic_io.read_bytes(run_dir / JOB_RECORD_FILE, max_bytes=MAX_FILE_BYTES))
-        known_fields = {}
+        values_by_field = {}
         for field in fields(JobRecord):
             key = FILE_KEYS.get(field.name, field.name)
-            if key in contents:  # a file of another version may lack some, or have others
-                known_fields[field.name] = contents[key]
-        record = JobRecord(**known_fields)
+            if key in contents:  # a file of another version may lack some keys; further keys are ignored
+                values_by_field[field.name] = contents[key]
+        record = JobRecord(**values_by_field)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return record if isinstance(record.job, str) and isinstance(record.start, int) else None
 
 
-def record_job_start(run_dir: Path, job: str, start: int, nodes: str) -> None:
-    """Write into `job.json` that a start of a job now works on the run. Errors: StorageError."""
-    earlier = read_job_record(run_dir)
-    record = JobRecord(job=job, start=start, nodes=nodes, began=time.time())
-    # A requeue of the same job goes on counting; a job that was submitted anew begins at 0.
-    if earlier is not None and earlier.job == job:
-        record = replace(record, step=earlier.step, idle_starts=earlier.idle_starts)
-    _write(run_dir, record)
+def record_job_start(run_dir: Path, job_id: str, start: int, nodes: str) -> None:
+    """Write into `job.json` that a start of a job now works on the run. Errors: StorageError.
+
+    `start`: 0 for the first start, then one more for each requeue.
+    """
+    earlier_record = read_job_record(run_dir)
+    record = JobRecord(job=job_id, start=start, nodes=nodes, began=time.time())
+    # A requeue of the same job goes on counting idle starts; a job that was submitted anew begins at 0.
+    if earlier_record is not None and earlier_record.job == job_id:
+        record = replace(record, step=earlier_record.step, idle_starts=earlier_record.idle_starts)
+    _write_job_record(run_dir, record)
 
 
-def record_job_end(run_dir: Path, job: str, start: int, exit_code: int, **facts: object) -> None:
-    """Write into `job.json` how a start of a job ended; `facts` are further fields of `JobRecord`. Errors: StorageError."""
+def record_job_end(run_dir: Path, job_id: str, start: int, exit_code: int, **more_fields: object) -> None:
+    """Write into `job.json` how a start of a job ended. Errors: StorageError.
+
+    `more_fields`: further fields of `JobRecord`, such as `reason` and `will_restart`.
+    """
     record = read_job_record(run_dir)
-    if record is None or (record.job, record.start) != (job, start):  # its beginning could not be written
-        record = JobRecord(job=job, start=start)
-    _write(run_dir, replace(record, ended=time.time(), code=exit_code, **facts))  # type: ignore[arg-type]
+    is_of_this_start = record is not None and (record.job, record.start) == (job_id, start)
+    if record is None or not is_of_this_start:  # the beginning of this start could not be written
+        record = JobRecord(job=job_id, start=start)
+    _write_job_record(run_dir, replace(record, ended=time.time(), code=exit_code, **more_fields))  # type: ignore[arg-type]
 
 
-def _write(run_dir: Path, record: JobRecord) -> None:
-    contents = {FILE_KEYS.get(name, name): fact for name, fact in asdict(record).items()}
+def _write_job_record(run_dir: Path, record: JobRecord) -> None:
+    contents = {FILE_KEYS.get(name, name): value for name, value in asdict(record).items()}
     write_text_atomic(run_dir / JOB_RECORD_FILE, json.dumps(contents) + "\n")

@@ -22,53 +22,58 @@ RECENT_ROWS = 20
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last rows of `metrics.jsonl`, oldest first: of steps, which have the key `loss`, and of evaluations."""
+    """The last rows of `metrics.jsonl`, oldest first: of steps, which have the key `loss`, and of evaluations.
+
+    Empty if the file cannot be read.
+    """
     try:
         with atomic_io.open_regular_file(path) as (descriptor, size):
             start = max(0, size - TAIL_BYTES)
             lines = os.pread(descriptor, TAIL_BYTES, start).split(b"\n")
     except OSError:
         return []
-    whole_lines = lines[1:] if start else lines  # from the middle of the file, the first line is torn
-    return rows_in(whole_lines)
+    begins_within_line = start > 0
+    return rows_in(lines[1:] if begins_within_line else lines)
 
 
-def loss_curve(path: Path, points: int) -> list[float]:
-    """About `points` losses from evenly spread positions of `metrics.jsonl`, in the order of the steps.
+def loss_curve(path: Path, num_samples: int) -> list[float]:
+    """Losses from `num_samples` evenly spread positions of `metrics.jsonl`, in the order of the steps.
 
-    Only a few KiB are read at each position. Losses that are not finite are left out.
+    Only a few KiB are read at each position. There are fewer losses if positions have the same row, or none with a finite loss.
+    Empty if the file cannot be read.
     """
-    loss_at_step: dict[int, float] = {}
+    loss_by_step: dict[int, float] = {}
     try:
         with atomic_io.open_regular_file(path) as (descriptor, size):
-            for number in range(points):
-                start = size * number // points
+            for sample_index in range(num_samples):
+                start = size * sample_index // num_samples
                 lines = os.pread(descriptor, SAMPLE_BYTES, start).split(b"\n")
-                whole_lines = lines[1:] if start else lines  # from the middle of the file, the first line is torn
-                step_row = next((row for row in rows_in(whole_lines) if "loss" in row), None)
+                begins_within_line = start > 0
+                rows = rows_in(lines[1:] if begins_within_line else lines)
+                step_row = next((row for row in rows if "loss" in row), None)  # the row of an evaluation has none
                 if step_row is None:
                     continue
                 loss = finite_number(step_row, "loss")
                 if loss is not None:
-                    loss_at_step[step_row["step"]] = loss
+                    loss_by_step[step_row["step"]] = loss
     except OSError:
         return []
-    return [loss_at_step[step] for step in sorted(loss_at_step)]
+    return [loss_by_step[step] for step in sorted(loss_by_step)]
 
 
 def finite_number(row: dict[str, Any], key: str) -> float | None:
-    """The number of a row under `key`; None if it has none. NaN and infinity are null in the file."""
+    """The number of a row under `key`; None if it has none, or one that is not finite, which is null in the file."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value
 
 
-def recent_median(step_rows: list[dict[str, Any]], key: str) -> float | None:
-    """The median of a metric over the last `RECENT_ROWS` rows of steps; None if no row has it."""
-    metrics = []
+def recent_median(step_rows: list[dict[str, Any]], metric: str) -> float | None:
+    """The median of a metric over the last `RECENT_ROWS` rows of steps; None if none of these rows has it."""
+    values = []
     for row in step_rows[-RECENT_ROWS:]:
-        metric = finite_number(row, key)
-        if metric is not None:
-            metrics.append(metric)
-    return median(metrics) if metrics else None
+        value = finite_number(row, metric)
+        if value is not None:
+            values.append(value)
+    return median(values) if values else None

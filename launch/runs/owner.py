@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer.session.lease import BEATS_PER_PATIENCE, Owner, is_alive_here, latest_claim, process_identity, this_process
 
@@ -59,10 +60,20 @@ def read_lease_holder(run_dir: Path) -> LeaseHolder:
     )
 
 
-def launcher_process(owner: Owner) -> tuple[int, str] | None:
-    """(process id, `process_identity`) of the launcher on this host that started the owner's ranks and waits for them.
+class LauncherProcess(NamedTuple):
+    """A launcher on this host, which starts the ranks of a run and waits for them."""
 
-    None if the owner is on another host, has ended, or was started without a launcher.
+    pid: int
+    identity: str
+    """`process_identity` of the process: its pid may be another process's later."""
+
+
+def launcher_process(owner: Owner) -> LauncherProcess | None:
+    """The launcher on this host that started the owner's ranks; None if the owner
+
+    - is on another host,
+    - has ended,
+    - or was started without a launcher.
     """
     if is_alive_here(owner, _this_process()) is not True:
         return None
@@ -70,18 +81,18 @@ def launcher_process(owner: Owner) -> tuple[int, str] | None:
         environment = Path(f"/proc/{owner.pid}/environ").read_bytes().split(b"\0")
         variable = next(entry for entry in environment if entry.startswith(LAUNCHER_VARIABLE))
         launcher_pid = int(variable.removeprefix(LAUNCHER_VARIABLE))
-        if not _is_ancestor(launcher_pid, owner.pid):  # the variable is an older run's, handed down by a shell
+        if not _is_same_or_ancestor(launcher_pid, owner.pid):  # the variable is an older run's, handed down by a shell
             return None
     except (OSError, StopIteration, ValueError):
         return None
     identity = process_identity(launcher_pid)
-    return (launcher_pid, identity) if identity else None
+    return LauncherProcess(launcher_pid, identity) if identity else None
 
 
-def _is_ancestor(pid: int, descendant_pid: int) -> bool:
-    """Whether process `pid` is the other process or one of its ancestors. Errors: OSError if one of these has ended."""
+def _is_same_or_ancestor(pid: int, descendant_pid: int) -> bool:
+    """Whether process `pid` is process `descendant_pid` or one of its ancestors. Errors: OSError if one of these has ended."""
     ancestor_pid = descendant_pid
-    while ancestor_pid > 1 and ancestor_pid != pid:
+    while ancestor_pid > 1 and ancestor_pid != pid:  # process 1 has no parent
         stat = Path(f"/proc/{ancestor_pid}/stat").read_text(encoding="utf-8")
         # Behind the name in parentheses, which may hold blanks and parentheses: the state, then the parent's number.
         ancestor_pid = int(stat.rpartition(")")[2].split()[1])
@@ -90,14 +101,15 @@ def _is_ancestor(pid: int, descendant_pid: int) -> bool:
 
 @cache
 def _this_process() -> Owner:
+    """This process as an owner of a lease, by which `is_alive_here` knows this host."""
     return this_process(1.0)
 
 
 def _seconds_since_heartbeat(lease_dir: Path, attempt_number: int) -> float | None:
-    """Seconds since an attempt wrote its heartbeat file, or else its claim; None if it wrote neither."""
-    for name in (f"{attempt_number:06d}.beat", f"{attempt_number:06d}.json"):
+    """Seconds since an attempt wrote its heartbeat file or, if there is none yet, its claim; None if it wrote neither."""
+    for file_name in (f"{attempt_number:06d}.beat", f"{attempt_number:06d}.json"):
         try:
-            return max(0.0, time.time() - (lease_dir / name).stat().st_mtime)
+            return max(0.0, time.time() - (lease_dir / file_name).stat().st_mtime)
         except FileNotFoundError:
             continue
     return None

@@ -38,38 +38,38 @@ def pipeline_parts(run_dir: Path, queue: Queue) -> list[PipelinePart]:
         return parts
     for entry in entries:
         if isinstance(entry, dict) and {"part", "job"} <= entry.keys():
-            name = str(entry["part"])
-            job_id = str(entry["job"])
-            state_before = parts[-1].state if parts else None
-            state, description = _part_state(run_dir, queue, name, job_id, state_before)
-            parts.append(PipelinePart(name, job_id, state, description))
+            previous_state = parts[-1].state if parts else None
+            parts.append(_pipeline_part(run_dir, queue, str(entry["part"]), str(entry["job"]), previous_state))
     return parts
 
 
-def _part_state(run_dir: Path, queue: Queue, part_name: str, job_id: str, state_before: str | None) -> tuple[str, str]:
-    """(state, description) of one part of a pipeline. The first case that applies:
+def _pipeline_part(run_dir: Path, queue: Queue, name: str, job_id: str, previous_state: str | None) -> PipelinePart:
+    """One part of a pipeline with its state. The first case that applies:
 
     - It left a file with its exit code: done or failed.
     - Its job is in the queue: queued or running.
-    - The part before it failed: cancelled, as SLURM does.
+    - The previous part failed or was cancelled: cancelled, as SLURM does.
     - The queue cannot be read: unknown.
     - Otherwise its job has ended without a file: failed.
+
+    `previous_state`: that of the previous part; None for the first one.
     """
-    end = _read_json(run_dir / PART_RESULTS_DIRECTORY / f"{part_name}.json")
+    end = _read_json(run_dir / PART_RESULTS_DIRECTORY / f"{name}.json")
     if isinstance(end, dict) and end.get("job") == job_id:  # else the file is of an earlier submission
         exit_code = end.get("code")
         if exit_code:
-            return "failed", f"failed with exit code {exit_code}"
+            return PipelinePart(name, job_id, "failed", f"failed with exit code {exit_code}")
         if exit_code is not None:
-            return "done", "done"
+            return PipelinePart(name, job_id, "done", "done")
     for job in queue.jobs:
         if job_id in (job.id, job.raw_id):
-            return "queued" if job.is_pending else "running", job.description
-    if state_before in ("failed", "cancelled"):
-        return "cancelled", "cancelled, since one before it failed"
+            return PipelinePart(name, job_id, "queued" if job.is_pending else "running", job.description)
+    if previous_state in ("failed", "cancelled"):
+        return PipelinePart(name, job_id, "cancelled", "cancelled, since one before it failed")
     if queue.problem:
-        return "unknown", queue.problem
-    return "failed", "ended without a message (cancelled, out of time, or stopped before it began)"
+        return PipelinePart(name, job_id, "unknown", queue.problem)
+    description = "ended without a message (cancelled, out of time, or stopped before it began)"
+    return PipelinePart(name, job_id, "failed", description)
 
 
 def first_failed_part(parts: list[PipelinePart]) -> PipelinePart | None:

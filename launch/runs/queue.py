@@ -55,9 +55,9 @@ LIMIT_USED_UP_REASON = re.compile(r"(?P<whose>QOS|Assoc)(Grp|Max)\w+|MaxCpuPerAc
 """squeue's reasons for a job that waits until other jobs within the same limit have ended."""
 
 
-def reason_text(reason: str, job_id: str) -> str:
+def reason_text(slurm_reason: str, job_id: str) -> str:
     """A sentence on why a job waits, from squeue's reason such as `Priority`; an unknown reason is returned as it is."""
-    name = reason.split(",")[0].strip("()")  # squeue may give several, and put them in parentheses
+    name = slurm_reason.split(",")[0].strip("()")  # squeue may give several, and put them in parentheses
     if name in HELD_REASONS:
         return HELD_TEXT.format(id=job_id)
     if name in REASON_TEXTS:
@@ -67,7 +67,7 @@ def reason_text(reason: str, job_id: str) -> str:
         return f"asks for more than a limit of its QOS or account ({name}): it never starts; lower {setting}, or set launcher.qos"
     if LIMIT_USED_UP_REASON.fullmatch(name):
         return f"a limit of its QOS or account is used up ({name}): it starts when other jobs have ended"
-    return reason
+    return slurm_reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,34 +128,38 @@ class Queue:
     """Whether this host has no squeue: it has no SLURM, or is a compute node without SLURM's commands."""
 
     def find_job(self, run_dir: Path, job_id: str | None) -> QueuedJob | None:
-        """The job of a run; None if it has none in the queue.
+        """The job of a run; None if it has none in the queue. It is found by the first of these that finds one:
 
-        It is found by `job_id`, which the run's own records name, or else by the id that `shardtune submit` noted in the run
-        directory, or else by the job's script, which is in the run directory.
+        - `job_id`, which the run's own records name; None if they name none.
+        - The id that `shardtune submit` wrote into the run directory.
+        - The job's script, which is in the run directory or names it.
         """
         if not self.jobs:
             return None
-        submitted_job = read_submitted_job_id(run_dir)
-        for known_id in filter(None, (job_id, submitted_job)):
+        submitted_job_id = read_submitted_job_id(run_dir)
+        for known_id in filter(None, (job_id, submitted_job_id)):
             for job in self.jobs:
                 # A copy of a run names the job of the original, and somebody else's run could name any job.
-                if known_id in (job.raw_id, job.id) and not _is_of_another_run(job, run_dir):
+                if known_id in (job.raw_id, job.id) and not _is_known_to_be_of_another_run(job, run_dir):
                     return job
         job_with_script = self.job_by_run.get(run_dir.resolve())
-        if job_with_script is not None and submitted_job and "_" in job_with_script.id:
+        if job_with_script is None:
+            return None
+        is_array_task = "_" in job_with_script.id
+        if is_array_task and submitted_job_id:
             # The run was submitted as another job since. This is an earlier array, whose script was overwritten meanwhile.
             return None
         return job_with_script
 
 
-def write_submitted_job_ids(run_dirs: list[Path], job: str) -> None:
-    """Write into each run's directory the id of the job (or task of an array) as which it was submitted.
+def write_submitted_job_ids(run_dirs: list[Path], job_id: str) -> None:
+    """Write into each run's directory the id of the job as which it was submitted. Errors: StorageError.
 
-    Errors: StorageError.
+    Several runs are the tasks of a job array: the id is then `17_0` for the first, `17_1` for the second, and so on.
     """
-    for task, run_dir in enumerate(run_dirs):
-        job_id = f"{job}_{task}" if len(run_dirs) > 1 else job
-        write_text_atomic(run_dir / SUBMITTED_FILE, f"{job_id}\n")
+    for task_number, run_dir in enumerate(run_dirs):
+        job_or_task_id = f"{job_id}_{task_number}" if len(run_dirs) > 1 else job_id
+        write_text_atomic(run_dir / SUBMITTED_FILE, f"{job_or_task_id}\n")
 
 
 def read_submitted_job_id(run_dir: Path) -> str | None:
@@ -170,11 +174,11 @@ def read_submitted_job_id(run_dir: Path) -> str | None:
 
 def unfinished_job_id(run_dir: Path) -> str | None:
     """Id of the job as which a run was last submitted; None if its script has recorded that it will not start again."""
-    submitted_job = read_submitted_job_id(run_dir)
+    submitted_job_id = read_submitted_job_id(run_dir)
     record = read_job_record(run_dir)
-    if record is not None and record.job == submitted_job and record.is_over:
+    if record is not None and record.job == submitted_job_id and record.is_over:
         return None
-    return submitted_job
+    return submitted_job_id
 
 
 def read_queue_twice() -> Queue:
@@ -203,27 +207,33 @@ def read_queue() -> Queue:
     if completed.returncode:
         error_lines = (completed.stderr or completed.stdout).strip().splitlines() or ["without a message"]
         return Queue(problem=f"squeue failed: {error_lines[-1].removeprefix('squeue: ')}")
+    return _parse_squeue_output(completed.stdout)
 
+
+def _parse_squeue_output(output: str) -> Queue:
+    """The queue that squeue printed, a line for each job with the `SQUEUE_FIELDS`; other lines are ignored."""
     jobs = []
     job_by_run = {}
-    for row in completed.stdout.splitlines():
-        cells = row.split(SEPARATOR)
-        if len(cells) != len(SQUEUE_FIELDS):
+    for line in output.splitlines():
+        field_values = line.split(SEPARATOR)
+        if len(field_values) != len(SQUEUE_FIELDS):
             continue
-        job = QueuedJob(*cells)
+        job = QueuedJob(*field_values)
         jobs.append(job)
-        run_dir = _run_of_job(job)
+        run_dir = _run_dir_of_job(job)
         if run_dir is not None:
             job_by_run[run_dir] = job
     return Queue(tuple(jobs), job_by_run)
 
 
-def _run_of_job(job: QueuedJob) -> Path | None:
-    """The run directory that a job was submitted for, resolved; None if its script is not shardtune's.
+def _run_dir_of_job(job: QueuedJob) -> Path | None:
+    """The run directory that a job was submitted for, resolved. The first case that applies:
 
-    - A task of an array: the script is in the directory of the first run, and lists the runs by task number.
-    - A single job: the script is in the run directory.
-    - slurm/train.sbatch, submitted by hand without `shardtune submit`: it makes the directory `runs/slurm-<job>`.
+    - The script is not shardtune's: None.
+    - A task of an array: the script is in the directory of the first run, and lists the runs by task number. None if it has no
+      run with this number.
+    - slurm/train.sbatch, submitted by hand without `shardtune submit`: the directory `runs/slurm-<job>` that it makes.
+    - Otherwise a single job: the script is in the run directory.
     """
     script = Path(job.command)
     if script.name != "train.sbatch":
@@ -231,37 +241,46 @@ def _run_of_job(job: QueuedJob) -> Path | None:
     task_number = job.id.partition("_")[2]
     is_array_task = task_number.isdigit() and (script.parent / "config.yaml").exists()
     if is_array_task:
-        runs = run_dirs_of_script(script)
-        return runs[int(task_number)].resolve() if int(task_number) < len(runs) else None
-    by_hand = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"
-    return by_hand.resolve() if by_hand.is_dir() else script.parent.resolve()
+        run_dirs = run_dirs_of_script(script)
+        return run_dirs[int(task_number)].resolve() if int(task_number) < len(run_dirs) else None
+    dir_made_by_hand_submission = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"
+    if dir_made_by_hand_submission.is_dir():
+        return dir_made_by_hand_submission.resolve()
+    return script.parent.resolve()
 
 
-def _is_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
-    """Whether the script of a job shows that the job was submitted for another run than `run_dir`; False if that is unknown."""
+def _is_known_to_be_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
+    """Whether the script of a job shows that the job was submitted for another run than `run_dir`. The first case that applies:
+
+    - A task of an array: whether its script lists runs, but neither this one nor one beside the script's directory.
+    - Any other job: whether it was submitted for the directory of another run.
+    - Nothing is known, or a directory cannot be read: False.
+    """
     script = Path(job.command)
-    array_task = job.id.partition("_")[2]
-    if script.name == "train.sbatch" and array_task.isdigit():
-        # A run beside the script's directory counts as the job's: a later submission, for other runs there, may have
-        # overwritten the script.
-        runs = {run.resolve() for run in run_dirs_of_script(script)}
+    task_number = job.id.partition("_")[2]
+    if script.name == "train.sbatch" and task_number.isdigit():
+        listed_runs = {listed_dir.resolve() for listed_dir in run_dirs_of_script(script)}
         run = run_dir.resolve()
-        is_sibling = run.is_relative_to(script.parent.resolve().parent)
-        return bool(runs) and run not in runs and not is_sibling
-    job_run = _run_of_job(job)
+        # It counts as one of the job's: a later submission, for other runs there, may have overwritten the script.
+        is_beside_script_dir = run.is_relative_to(script.parent.resolve().parent)
+        return bool(listed_runs) and run not in listed_runs and not is_beside_script_dir
+    run_of_job = _run_dir_of_job(job)
     try:
-        return job_run is not None and (job_run / "config.yaml").is_file() and not job_run.samefile(run_dir)
+        return run_of_job is not None and (run_of_job / "config.yaml").is_file() and not run_of_job.samefile(run_dir)
     except OSError:
         return False
 
 
 def run_dirs_of_script(script: Path) -> list[Path]:
-    """The run directories in a job script of `shardtune submit`, in the order of an array's tasks; empty if it has none."""
+    """The run directories in a job script of `shardtune submit`, in the order of an array's tasks; empty if it has none.
+
+    They are in a line like `runs=(runs/sweep/0 runs/sweep/1)`.
+    """
     try:
         with script.open(encoding="utf-8", errors="replace") as file:
             match = RUNS_IN_SCRIPT.search(file.read(MAX_SCRIPT_BYTES))
         if match is None:
             return []
-        return [Path(run) for run in shlex.split(match[1])]
+        return [Path(run_dir) for run_dir in shlex.split(match[1])]
     except (OSError, ValueError):
         return []

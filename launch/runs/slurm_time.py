@@ -9,18 +9,22 @@ CLOCK_REGEX = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 
 
 def parse_slurm_time(slurm_time: str) -> float:
-    """Seconds of a time limit in SLURM's format: minutes, `minutes:seconds`, or `[days-]hours:minutes:seconds`.
+    """Seconds of a time limit in SLURM's format:
 
-    `infinite`, and a text that is no time, give infinity.
+    - `90`: minutes
+    - `90:30`: minutes and seconds
+    - `1:30:00`: hours, minutes and seconds
+    - `2-12`, `2-12:30` or `2-12:30:00`: days and hours, with minutes and seconds
+    - `infinite`, or a text that is no time: infinity
     """
     match = CLOCK_REGEX.fullmatch(slurm_time.strip())
     if match is None:
         return math.inf
     numbers = [int(number) for number in match["clock"].split(":")]
-    if match["days"] is not None:  # days-hours[:minutes[:seconds]]
-        hours, minutes, rest_s = (*numbers, 0, 0)[:3]
-        return int(match["days"]) * 86400 + hours * 3600 + minutes * 60 + rest_s
-    if len(numbers) == 1:  # minutes alone
+    if match["days"] is not None:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+        return int(match["days"]) * 86400 + hours * 3600 + minutes * 60 + seconds
+    if len(numbers) == 1:
         return numbers[0] * 60
     # The last number is seconds; each one before it is worth 60 times as much.
     return sum(number * 60**power for power, number in enumerate(reversed(numbers)))

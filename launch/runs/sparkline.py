@@ -10,15 +10,18 @@ ASCII_BARS = "_.-~=+*#"
 MOST_POINTS = 60
 
 
-def sparkline(points: list[float]) -> str:
-    """A curve as one line of block characters, lowest to highest; only the first `MOST_POINTS` points are drawn."""
-    if not points:
+def sparkline(values: list[float]) -> str:
+    """A curve as one line of block characters, the lowest value as the lowest block: `▁▃▅█`.
+
+    Only the first `MOST_POINTS` values are drawn. Empty without values.
+    """
+    if not values:
         return ""
     bars = BARS if is_utf8() else ASCII_BARS
-    low = min(points)
-    span = (max(points) - low) or 1  # a flat curve
+    lowest = min(values)
+    span = (max(values) - lowest) or 1  # a flat curve would be divided by 0
     characters = []
-    for point in points[:MOST_POINTS]:
-        height = int((point - low) / span * (len(bars) - 1))
-        characters.append(bars[height])
+    for value in values[:MOST_POINTS]:
+        bar_index = int((value - lowest) / span * (len(bars) - 1))
+        characters.append(bars[bar_index])
     return "".join(characters)

@@ -141,7 +141,7 @@ def read_runs_status(root: Path, known_queue: Queue | None = None) -> RunsStatus
         details = RunDetails(
             store=checkpoints.list_checkpoints(root),
             failure=read_failure(root),
-            curve=loss_curve(root / "metrics.jsonl", points=60),
+            curve=loss_curve(root / "metrics.jsonl", num_samples=60),
             logs=root / "logs",
             starts=recorded_starts(root),
         )

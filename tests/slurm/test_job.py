@@ -15,7 +15,7 @@ from launch.config.compose import compose
 from launch.config.frozen import to_yaml
 from launch.config.process_role import expand_hosts, master_port
 from launch.main import main
-from launch.runs import write_run_config
+from launch.runs import freeze
 from launch.runs.job_record import read_job_record, record_job_end, record_job_start
 from launch.runs.queue import write_submitted_job_ids
 from strategies.errors import ConfigError, OutOfMemory
@@ -140,10 +140,10 @@ def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_p
     (run / "train.sbatch").write_text(f"runs=('{run}')\n")
     row = ["17", "17", "PENDING", "Resources", "N/A", "1:00", "", str(tmp_path), "run", f"{run}/train.sbatch"]
     monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [row])}:{os.environ['PATH']}")
-    write_run_config._cached_queue.cache_clear()
+    freeze._cached_queue.cache_clear()
     monkeypatch.delenv("SLURM_JOB_ID")
     with pytest.raises(InUse, match=r"job 17 is for this run, .* \(it is pending: waits for nodes to become free\)"):
-        write_run_config.raise_if_queued(run)
+        freeze.raise_if_queued(run)
     tiny_model_dir(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
     words = [
@@ -155,31 +155,31 @@ def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_p
     assert main(["submit", *words]) == 64
     assert f"`shardtune stop {run}` ends it" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job itself may
-    write_run_config.raise_if_queued(run)
-    write_run_config._cached_queue.cache_clear()
+    freeze.raise_if_queued(run)
+    freeze._cached_queue.cache_clear()
 
 
 def test_submitted_directory_is_refused_while_the_queue_gives_no_answer(run, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [])}:{os.environ['PATH']}")
     squeue = tmp_path / "tools" / "squeue"
     squeue.write_text(f"#!/bin/sh\necho asked >>{tmp_path}/asked\necho 'squeue: error: timed out' >&2; exit 1\n")
-    write_run_config._cached_queue.cache_clear()
+    freeze._cached_queue.cache_clear()
     monkeypatch.delenv("SLURM_JOB_ID")
-    write_run_config.raise_if_queued(run)
+    freeze.raise_if_queued(run)
     assert (tmp_path / "asked").read_text().count("asked") == 1, "at once: nobody submitted this directory"
     write_submitted_job_ids([run], "17")
     with pytest.raises(InUse, match=f"was submitted as job 17; .* if job 17 is over, remove {run}/submitted"):
-        write_run_config.raise_if_queued(run)
+        freeze.raise_if_queued(run)
     assert (tmp_path / "asked").read_text().count("asked") == 2
     write_status(run, "done", step=9)  # a job that still waits would find nothing to do
-    write_run_config.raise_if_queued(run)
+    freeze.raise_if_queued(run)
     write_status(run, "failed", step=9)
     monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job itself may
-    write_run_config.raise_if_queued(run)
+    freeze.raise_if_queued(run)
     monkeypatch.delenv("SLURM_JOB_ID")
     record_job_end(run, "17", 0, 70, reason="failed", will_restart=False)
-    write_run_config.raise_if_queued(run)
-    write_run_config._cached_queue.cache_clear()
+    freeze.raise_if_queued(run)
+    freeze._cached_queue.cache_clear()
 
 
 def test_job_script_hosts_are_from_the_slurm_variable_and_unlike_parts_are_refused(run, capfd, monkeypatch):

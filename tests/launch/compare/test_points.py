@@ -17,7 +17,7 @@ import pytest
 from launch.compare import progress
 from launch.compare.points import plan_points
 from launch.main import main
-from launch.runs import write_run_config
+from launch.runs import freeze
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import clean_environment
@@ -296,7 +296,7 @@ def test_compare_points_by_slurm_are_one_job_array_of_those_not_done(site, tmp_p
     (tmp_path / "queue").touch()
     (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/queue\n")
     (tmp_path / "squeue").chmod(0o755)
-    write_run_config._cached_queue.cache_clear()
+    freeze._cached_queue.cache_clear()
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     asked = [
         f"model.path={site / 'llama'}",
@@ -332,7 +332,7 @@ def test_compare_points_by_slurm_are_one_job_array_of_those_not_done(site, tmp_p
     ]
     (tmp_path / "queue").write_text("\x1f".join(row) + "\n")
     script.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/asked\necho 8\n')
-    write_run_config._cached_queue.cache_clear()
+    freeze._cached_queue.cache_clear()
     assert main(["compare", *asked, new]) == 0
     assert f"{tmp_path / 'new/fsdp2'}: job 7_0 pending: waits for nodes" in capsys.readouterr().err
     asked_for = (tmp_path / "asked").read_text().splitlines()[2:]
@@ -340,13 +340,13 @@ def test_compare_points_by_slurm_are_one_job_array_of_those_not_done(site, tmp_p
     # All wait: fsdp2 by the array whose script it has, zero2 by its own job.
     own_job = ["8", "8", "RUNNING", *row[3:-1], submitted.replace("ddp", "zero2")]
     (tmp_path / "queue").write_text("\x1f".join(row) + "\n" + "\x1f".join(own_job) + "\n")
-    write_run_config._cached_queue.cache_clear()
+    freeze._cached_queue.cache_clear()
     assert main(["compare", *asked, new]) == 0
     assert "zero2: job 8 RUNNING; not submitted again" in capsys.readouterr().err
     assert (tmp_path / "asked").read_text().splitlines()[2:] == asked_for
     (tmp_path / "squeue").unlink()
     (tmp_path / "asked").write_text("1\n2\n")
-    write_run_config._cached_queue.cache_clear()
+    freeze._cached_queue.cache_clear()
     assert main(["compare", *asked, "launcher.nodes=1,2", f"to={tmp_path / 'other'}"]) == 0
     scripts = [Path(line).read_text() for line in (tmp_path / "asked").read_text().splitlines()[2:]]
     requests = [re.findall(r"^#SBATCH --(?:array|nodes)=(\S+)$", script, re.MULTILINE) for script in scripts]
