@@ -44,7 +44,9 @@ def test_gradient_sync_waits_where_whole_gradients_fit_beside_everything_else(ma
     built, work = made
     trained = sum(p.numel() for _, p in named_parameters(built.step_module))
     activations = measured_activations(built, work, Precision.bf16)
-    need = model_state(built, FSDP2, Precision.bf16, RANKS) + activations.total(2 * [FSDP2.activation_checkpointing])
+    need = model_state(built, FSDP2, Precision.bf16, RANKS) + activations.peak_bytes(
+        2 * [FSDP2.activation_checkpointing]
+    )
     need += 4 * trained * 7 / 8
     for slack, decision in ((1.01, True), (0.99, False)):
         found, said = planned(made, replace(FSDP2, memory_gib=slack * need / 2**30), monkeypatch)

@@ -80,7 +80,7 @@ def test_a_process_holds_one_file_and_one_group(runtime, tmp_path, monkeypatch):
     tiny_tokenizer().save_pretrained(base)
     model = model_of(*trained(base, FullConfig(), runtime, steps=0), base, tmp_path / "checkpoint")
     held, peak = 0, 0
-    state = SavedParameters.state
+    state = SavedParameters.saved_tensor
 
     def forget(size):
         nonlocal held
@@ -94,7 +94,7 @@ def test_a_process_holds_one_file_and_one_group(runtime, tmp_path, monkeypatch):
         weakref.finalize(values.untyped_storage(), forget, values.nbytes)
         return values
 
-    monkeypatch.setattr(SavedParameters, "state", counted)
+    monkeypatch.setattr(SavedParameters, "saved_tensor", counted)
     values = ModelValues(model)
     plan = plan_files(values, torch.float32, PER_FILE)
     (tmp_path / "out" / RECORDS).mkdir(parents=True)

@@ -97,8 +97,8 @@ def generate(job: Job, case: str) -> dict[str, Any]:
         ),
         runtime=job.runtime,
     )
-    written, write = [], evaluator.answers
-    evaluator.answers = lambda engine: written.extend(write(engine)) or written  # type: ignore[method-assign]
+    written, write = [], evaluator.answer_documents
+    evaluator.answer_documents = lambda engine: written.extend(write(engine)) or written  # type: ignore[method-assign]
     values = dict(evaluator.run(engine))
     answers = [[one.document, one.answer] for one in written]
     expected, lengths = job.oracle(

@@ -93,7 +93,7 @@ def test_a_plan_counts_whole_experts_and_holds_what_the_step_holds(place):
     card = card_named("NVIDIA H100 80GB HBM3")
     (exchange,) = costs[1].token_all_to_alls
     waited = token_all_to_all_s(costs[1], length, card)
-    of_links = costs[1].exchanged_bytes(exchange, length) * 3 / 4 / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
+    of_links = costs[1].all_to_all_bytes(exchange, length) * 3 / 4 / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
     assert waited == pytest.approx(of_links + exchange.calls * COLLECTIVE_LATENCY_S)
     alone = replace(costs[1], token_all_to_alls=())
     load = MicroBatchLoad(length, length**2, 3)

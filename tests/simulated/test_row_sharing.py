@@ -76,7 +76,7 @@ def test_bytes_of_the_exchange_are_those_of_the_formula(model):
     cost = simulate_cost_model_of_run(config_of(model, RANKS), TOKENS // 2, accumulation=1, world_size=RANKS)
     (exchange,) = cost.token_all_to_alls
     assert exchange.calls == BLOCKS * 4 * 3 and exchange.ranks == RANKS
-    assert cost.exchanged_bytes(exchange, TOKENS) == BLOCKS * 3 * 2 * elements
+    assert cost.all_to_all_bytes(exchange, TOKENS) == BLOCKS * 3 * 2 * elements
     assert not any(name.startswith(ALL_TO_ALL) for name, *_ in cost.collective_totals)
 
 
@@ -129,7 +129,7 @@ def test_the_exchange_of_rows_is_waited_for(model):
     alone = replace(cost, token_all_to_alls=())
     load = MicroBatchLoad(TOKENS, TOKENS**2, 3)
     waited = token_all_to_all_s(cost, TOKENS, card)
-    size = cost.exchanged_bytes(exchange, TOKENS)
+    size = cost.all_to_all_bytes(exchange, TOKENS)
     of_links = size * 7 / 8 / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
     assert waited == pytest.approx(of_links + exchange.calls * COLLECTIVE_LATENCY_S)
     times = [step_time(each, load, card, "bf16", ranks_per_node=RANKS) for each in (cost, alone)]

@@ -7,11 +7,11 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING
 from tests.simulated.cases import Case, simulated
-from trainer.monitors.anomalies import WATCHED
+from trainer.monitors.anomalies import WATCHED_METRICS
 from trainer.monitors.guard_config import GuardsConfig
 from trainer.planner import memory_tracker, simulate
 
-WINDOW = GuardsConfig().window * len(WATCHED) * 8
+WINDOW = GuardsConfig().window * len(WATCHED_METRICS) * 8
 """Bytes of what the guards compare a step with, in float64."""
 FEW = WINDOW + 64
 """Bytes at most that live beside what torch's tracker is told of: that, a frequency table, a sum of losses, some numbers."""

@@ -17,8 +17,8 @@ def test_ranks_among_which_a_parameter_lies():
     with simulated_rank(0, 8, local_world_size=4) as runtime:
         for name, asked, shards in SHARDS:
             config = Fsdp2Config(name=StrategyName(name), replicate=asked)
-            replicate = Fsdp2Strategy(config, Precision.bf16, runtime).replicate
-            mesh = shard_mesh(runtime.device, runtime, replicate)
+            num_replicas = Fsdp2Strategy(config, Precision.bf16, runtime).num_replicas
+            mesh = shard_mesh(runtime.device, runtime, num_replicas)
             found = mesh.size(mesh.mesh_dim_names.index("shard"))
             assert (found, 8 // replica_count(config, 8, 2)) == (shards, shards), (name, asked)
 

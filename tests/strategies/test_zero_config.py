@@ -63,5 +63,5 @@ def test_stage_1_keeps_whole_gradients(precision, size, tmp_path):
     trained = sum(p.numel() for _, p in named_parameters(step))
     parameters = trained * (4 if precision is Precision.fp32 else 2)
     sharded = trained * (4 + 8) / 8  # masters and the moments of AdamW
-    found = state_bytes(step, ZERO1, precision, world_size=8, replicate=1)
+    found = state_bytes(step, ZERO1, precision, world_size=8, num_replicas=1)
     assert found == parameters + size * trained + sharded

@@ -246,7 +246,7 @@ def test_quantised_memory_estimate_counts_bytes(base, runtime):
         stored = sum(p.nbytes for p in parameters)
         moving = sum(p.numel() * (4 + 8) for p in parameters if p.requires_grad)  # gradients, and moments of AdamW
         state = {
-            type(strategy): state_bytes(engine.step_module, strategy, Precision.fp32, world_size=2, replicate=1)
+            type(strategy): state_bytes(engine.step_module, strategy, Precision.fp32, world_size=2, num_replicas=1)
             for strategy in (SingleConfig(), Fsdp2Config())
         }
         assert state[SingleConfig] == stored + moving
