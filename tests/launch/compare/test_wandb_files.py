@@ -37,7 +37,7 @@ def run(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def inspected_once():
     """W&B's command takes a second, and prints the same of the same files."""
-    inspect, printed = wandb_files._inspect, {}
+    inspect, printed = wandb_files._run_wandb_inspect, {}
 
     def once(part):
         files = tuple((file, file.stat().st_mtime_ns) for file in part.absolute().glob("*.wandb"))
@@ -47,7 +47,7 @@ def inspected_once():
         return completed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wandb_files, "_inspect", once)
+        patch.setattr(wandb_files, "_run_wandb_inspect", once)
         yield
 
 

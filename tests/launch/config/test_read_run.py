@@ -412,7 +412,7 @@ def test_training_goes_on_where_allowed_values_cannot_be_stored(site, monkeypatc
     assert "cannot be written" in line and "will ask" in line
     place = site.root / "reader" / "shardtune" / "typed"
     monkeypatch.setenv("XDG_STATE_HOME", str(site.root / "reader"))
-    monkeypatch.setattr(trusted_values, "MOST_VALUES", 3)
+    monkeypatch.setattr(trusted_values, "MAX_VALUES", 3)
     trusted_values.remember_config(config)
     assert len([*place.iterdir()]) == 3
     place.chmod(0o777)
