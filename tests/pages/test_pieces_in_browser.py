@@ -68,6 +68,10 @@ def test_every_piece_in_the_browser(browser, tmp_path, plots):
     assert not page.is_too_wide()
     assert page.tab.locator(".scroll-hint").first.is_visible()
     assert page.evaluate("document.querySelector('.facts th').innerHTML") == "tuning.<wbr>rank"
+    assert page.evaluate("document.querySelector('.facts .unbroken').textContent") == "lr1e-3", (
+        "no line ends in a minus"
+    )
+    assert page.evaluate("document.querySelectorAll('.facts td')[1].textContent") == "lora-lr1e-3"
     assert page.evaluate("document.querySelector('caption span').getBoundingClientRect().right") < 400
     assert axe_problems(page) == []
 

@@ -1,18 +1,35 @@
 "use strict";
 // Long names break behind a character that joins their words (exact_|match, data.|eval_|path), and not amid a word.
 const JOINT = /(?<=[\w\])][_/=:+]|[A-Za-z0-9\])][.,])(?=[A-Za-z[(])/;
-const breakNames = () => {
+const EXPONENT = /(\w*\de-\d+)/;  // a browser breaks 1e-3 behind its minus
+const textsWith = (isFound) => {
   const texts = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
   const found = [];
   while (texts.nextNode()) {
-    const isName = /\S{10}/.test(texts.currentNode.data) && JOINT.test(texts.currentNode.data);
-    if (isName && !texts.currentNode.parentElement.closest("pre, script, style, svg, select, textarea")) found.push(texts.currentNode);
+    const isProse = !texts.currentNode.parentElement.closest("pre, script, style, svg, select, textarea");
+    if (isProse && isFound(texts.currentNode.data)) found.push(texts.currentNode);
   }
-  for (const text of found) {
+  return found;
+};
+const keepExponents = () => {
+  for (const text of textsWith((data) => EXPONENT.test(data))) {
+    const parts = text.data.split(EXPONENT).map((part, place) => {
+      if (place % 2 === 0) return part;
+      const whole = document.createElement("span");
+      whole.className = "unbroken";
+      whole.textContent = part;
+      return whole;
+    });
+    text.replaceWith(...parts);
+  }
+};
+const breakNames = () => {
+  for (const text of textsWith((data) => /\S{10}/.test(data) && JOINT.test(data))) {
     const parts = text.data.split(JOINT).flatMap((part) => [document.createElement("wbr"), part]);
     text.replaceWith(...parts.slice(1));
   }
 };
+keepExponents();
 breakNames();
 for (const table of document.querySelectorAll("table.sortable")) {
   const headings = [...table.querySelectorAll("th[data-column]")];
