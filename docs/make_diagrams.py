@@ -111,14 +111,21 @@ def schedules() -> str:
 
 
 def memory() -> str:
-    """Bytes a parameter takes on each of four GPUs, by the formula of the ZeRO paper for Adam in mixed precision."""
+    """Bytes a trained parameter takes on each of four GPUs in bf16, as README's table of strategies has them.
+
+    Weights, gradients and the two moments of Adam are fp32. DeepSpeed computes with a copy of the weights in bf16, and keeps the
+    fp32 weights with the optimizer's state.
+    """
     ranks = 4
-    weights, gradients, optimizer = 2.0, 2.0, 12.0
+    weights, gradients, moments = 4.0, 4.0, 8.0
+    bf16_copy = 2.0
+    deepspeed_state = (weights + moments) / ranks
     strategies = {
-        "ddp": (weights, gradients, optimizer),
-        "zero1": (weights, gradients, optimizer / ranks),
-        "zero2": (weights, gradients / ranks, optimizer / ranks),
-        "zero3, fsdp2": (weights / ranks, gradients / ranks, optimizer / ranks),
+        "ddp": (weights, gradients, moments),
+        "zero1": (bf16_copy, gradients, deepspeed_state),
+        "zero2": (bf16_copy, gradients / ranks, deepspeed_state),
+        "zero3": (bf16_copy / ranks, gradients / ranks, deepspeed_state),
+        "fsdp2": (weights / ranks, gradients / ranks, moments / ranks),
     }
     left, scale = 130, 30
     parts = []
@@ -132,9 +139,9 @@ def memory() -> str:
         parts.append(text(x + 8, y + 20, f"{sum(sizes):g} bytes"))
     for index, label in enumerate(("weights", "gradients", "optimizer state")):
         x = left + 150 * index
-        parts.append(f'<rect x="{x}" y="212" width="14" height="14" fill="{COLORS[index]}"/>')
-        parts.append(text(x + 20, 224, label))
-    return drawing(240, "Bytes per parameter on each of four GPUs, by strategy", parts)
+        parts.append(f'<rect x="{x}" y="258" width="14" height="14" fill="{COLORS[index]}"/>')
+        parts.append(text(x + 20, 270, label))
+    return drawing(286, "Bytes per trained parameter on each of four GPUs, by strategy", parts)
 
 
 def batch() -> str:
@@ -199,7 +206,7 @@ def learning_curves() -> str:
         "healthy": measured_curves("curves", "healthy"),
         "overfitting": measured_curves("early_stopping", "to the end"),
         "rate too high": measured_curves("curves", "rate too high"),
-        "asked what it knew": measured_curves("curves", "with questions of a chat"),
+        "forgetting": measured_curves("curves", "forgetting"),
     }
     labels = {"training": "training loss", "held_out": "held-out loss", "chat": "loss on a chat's questions"}
     width, height, top = 135, 120, 40
@@ -224,7 +231,7 @@ def learning_curves() -> str:
         parts += [line([(x, 205), (x + 40, 205)], index), text(x + 48, 210, label)]
     return drawing(
         225,
-        "The losses of four real runs: healthy, overfitting, a rate too high, and one that is asked a chat's questions",
+        "The losses of four real runs: healthy, overfitting, a rate too high, and one that forgets a chat's answers",
         parts,
     )
 

@@ -426,9 +426,9 @@ EXPERIMENTS = _table(
     ),
     Experiment(
         "curves",
-        "What do the losses of a healthy run look like, of one with a rate too high, of one that is asked what it knew?",
-        f"{ENCODER}, full tuning on questions. For the last row {MODEL}, LoRA at 3e-3 on notes, which is asked twenty chat "
-        "questions as well.",
+        "What do the losses of a healthy run look like, of one with a rate too high, of one that forgets?",
+        f"{ENCODER}, full tuning on questions. For the last two rows {MODEL} on notes, which is asked twenty chat questions as "
+        "well: LoRA at 3e-3, then full tuning at 1e-3.",
         data.questions_and_notes,
         (),
         {
@@ -443,6 +443,15 @@ EXPERIMENTS = _table(
                 "evaluation.every_steps=3",
                 "challenges.forgetting.chat=true",
             ),
+            "forgetting": (
+                *NOTES,
+                "data.path={data}/train-notes-{seed}.jsonl",
+                "data.eval_path={data}/held-out-notes.jsonl",
+                "budget.steps=12",
+                "tuning=full",
+                "evaluation.every_steps=3",
+                "challenges.forgetting.chat=true",
+            ),
         },
         (
             HELD_OUT_LOSS,
@@ -450,8 +459,9 @@ EXPERIMENTS = _table(
             Column("best step", "best/step", 0, greater_is_better=None),
             Column("training loss", "train_loss", greater_is_better=None),
         ),
-        "The run with a rate too high never gets below the loss of a guess among four, 1.39. The run on notes was asked twenty "
-        "chat questions too: their loss fell from 1.57 to 1.22, so it forgot nothing of them.",
+        "The run with a rate too high never gets below the loss of a guess among four, 1.39. The two runs on notes were asked "
+        "twenty chat questions too. Under LoRA their loss fell from 1.57 to 1.22: it forgot nothing of them. Under full tuning "
+        "at 1e-3 it rose from 1.56 to 1.91, while the held-out loss of the notes fell: that is forgetting.",
         "How often runs look like this. One seed each: they are examples. `early_stopping` has the run that overfits.",
         look=loss_curves,
         seeds=(1,),

@@ -68,7 +68,7 @@ def faults(text: str) -> list[str]:
     words = len(prose(MADE.sub("", text)).split())
     if words > MAX_WORDS:
         found.append(f"{words} words")
-    lines = MADE.sub("", text).count("\n")
+    lines = ANSWER.sub("", MADE.sub("", text)).count("\n")
     if lines > MAX_LINES:
         found.append(f"{lines} lines")
     for block in MAKER["blocks_of"](text):
