@@ -43,7 +43,7 @@ class DocumentExposure:
     """Whether and how often one run was trained on the documents."""
 
     run: Path
-    documents: dict[str, int] = field(default_factory=dict)
+    num_documents_by_split: dict[str, int] = field(default_factory=dict)
     """How many of them are in the run's data, by split."""
     shown_documents: tuple[str, ...] = ()
     """The first of them, as file:line."""
@@ -57,38 +57,49 @@ class DocumentExposure:
     """Why the exposure cannot be determined; None if it can."""
 
     @property
-    def trained(self) -> bool:
+    def was_trained_on(self) -> bool:
         """Whether the run's weights have seen one of the documents, in its own training or in that of an earlier run."""
         return self.times_trained > 0 or self.earlier_run is not None
 
 
 def document_exposures(runs: Iterable[tuple[Path, RunConfig | str]], query: DocumentQuery) -> list[DocumentExposure]:
-    """The exposure of each run to the documents of the query: by its own training, or by that of a run before it.
+    """The exposure of each run to the documents of the query: by its own training, or by that of an earlier run.
 
-    `runs` are (run directory, its frozen configuration, or a message that says why it cannot be read). A run that began with the
+    `runs`: (run directory, its frozen configuration, or a message that says why it cannot be read). A run that began with the
     weights of an earlier run has seen what the earlier run was trained on.
     """
-    configs = dict(runs)
-    exposures = {run: _exposure(run, config, query) for run, config in configs.items()}
-    predecessors = {run: _predecessors(run, config, configs) for run, config in configs.items()}
-    for run in configs:
-        # Breadth first through the predecessors, so that the nearest one that was trained on a document is named.
-        visited = {run}
-        to_visit = list(predecessors[run])
-        while to_visit:
-            predecessor = to_visit.pop(0)
-            if predecessor in visited:
-                continue
-            if exposures[predecessor].times_trained:
-                exposures[run] = replace(exposures[run], earlier_run=predecessor)
-                break
-            visited.add(predecessor)
-            to_visit += predecessors[predecessor]
-    return list(exposures.values())
+    config_by_run = dict(runs)
+    own_exposures = {run: _own_exposure(run, config, query) for run, config in config_by_run.items()}
+    predecessors = {run: _predecessors(run, config, config_by_run) for run, config in config_by_run.items()}
+    exposures = []
+    for run, exposure in own_exposures.items():
+        earlier_run = _nearest_exposed_predecessor(run, predecessors, own_exposures)
+        exposures.append(exposure if earlier_run is None else replace(exposure, earlier_run=earlier_run))
+    return exposures
 
 
-def _predecessors(run: Path, config: RunConfig | str, runs: Iterable[Path]) -> list[Path]:
-    """The runs (of `runs`) whose exports this one loaded: as base model, as merged adapters, or as the adapter it began with."""
+def _nearest_exposed_predecessor(
+    run: Path, predecessors: dict[Path, list[Path]], own_exposures: dict[Path, DocumentExposure]
+) -> Path | None:
+    """The nearest earlier run that was trained on a document and whose weights reached `run`; None if there is none.
+
+    The search is breadth first, through the predecessors of the predecessors.
+    """
+    visited = {run}
+    to_visit = list(predecessors[run])
+    while to_visit:
+        predecessor = to_visit.pop(0)
+        if predecessor in visited:
+            continue
+        if own_exposures[predecessor].times_trained:
+            return predecessor
+        visited.add(predecessor)
+        to_visit += predecessors[predecessor]
+    return None
+
+
+def _predecessors(run: Path, config: RunConfig | str, all_runs: Iterable[Path]) -> list[Path]:
+    """The runs (of `all_runs`) whose exports this run loaded: as base model, as adapters, or as the adapter it began with."""
     record = readable_run_record(run)
     loaded_paths = [record.tuning_from.path if record.tuning_from else None, record.base_model]
     if not isinstance(config, str):
@@ -97,13 +108,15 @@ def _predecessors(run: Path, config: RunConfig | str, runs: Iterable[Path]) -> l
     for path in filter(None, loaded_paths):
         export_dir = Path(str(path)).expanduser().resolve()
         # An export is in the directory of its run. If runs are within runs, the innermost one made it.
-        enclosing_runs = [other for other in runs if other != run and export_dir.is_relative_to(other.resolve())]
+        enclosing_runs = [
+            any_run for any_run in all_runs if any_run != run and export_dir.is_relative_to(any_run.resolve())
+        ]
         if enclosing_runs:
-            predecessors.append(max(enclosing_runs, key=lambda other: len(other.parts)))
+            predecessors.append(max(enclosing_runs, key=lambda enclosing_run: len(enclosing_run.parts)))
     return predecessors
 
 
-def _exposure(run: Path, config: RunConfig | str, query: DocumentQuery) -> DocumentExposure:
+def _own_exposure(run: Path, config: RunConfig | str, query: DocumentQuery) -> DocumentExposure:
     """The exposure of one run by its own training alone; if it cannot be determined, `why_unknown` says why."""
     record = readable_run_record(run)
     if isinstance(config, str):
@@ -155,7 +168,7 @@ def _exposure_from_prepared_data(
         times_trained = _times_trained(train, config, samples, skipped_ranges, rows_by_split["train"])
     return DocumentExposure(
         run=run,
-        documents={name: len(rows) for name, rows in rows_by_split.items() if len(rows)},
+        num_documents_by_split={name: len(rows) for name, rows in rows_by_split.items() if len(rows)},
         shown_documents=tuple(f"{document['file']}:{document['line']}" for document in shown_documents),
         times_trained=times_trained,
         step=step,
@@ -194,20 +207,20 @@ def _times_trained(
 
 
 def matching_rows(document_table: Any, query: DocumentQuery) -> np.ndarray:
-    """Rows of the table of prepared documents that match the query: int64, in increasing order."""
+    """Row numbers of the documents that match the query, in the table of prepared documents: int64, in increasing order."""
     rows = []
-    first_row = 0
+    first_row_of_batch = 0
     for batch in document_table.batches:
         if query.file is not None:
-            matches = _matches_file_and_line(batch, query)
+            is_match = _is_from_file_and_line(batch, query)
         else:
-            matches = _contains_text(batch, str(query.text))
-        rows.append(first_row + np.flatnonzero(matches))
-        first_row += batch.num_rows
+            is_match = _contains_text(batch, str(query.text))
+        rows.append(first_row_of_batch + np.flatnonzero(is_match))
+        first_row_of_batch += batch.num_rows
     return np.concatenate(rows) if rows else np.zeros(0, np.int64)
 
 
-def _matches_file_and_line(batch: pa.RecordBatch, query: DocumentQuery) -> np.ndarray:
+def _is_from_file_and_line(batch: pa.RecordBatch, query: DocumentQuery) -> np.ndarray:
     """Which documents of a batch come from the file and line of the query: a boolean for each row.
 
     The file matches if it is named as in the run's settings, by the end of its path, or by a path from the current directory.
@@ -226,19 +239,19 @@ def _contains_text(batch: pa.RecordBatch, text: str) -> np.ndarray:
     """Which documents of a batch contain the text, in a column or in a message of a conversation: a boolean for each row."""
     import pyarrow.compute as pc
 
-    from trainer.data.store.documents import TURNS
+    from trainer.data.store.documents import TURNS as CONVERSATION_COLUMNS
 
-    def has_text(column: Any) -> np.ndarray:
+    def cells_with_text(column: Any) -> np.ndarray:
         return np.asarray(pc.fill_null(pc.match_substring(column, text), False))
 
-    matches = np.zeros(batch.num_rows, bool)
-    for name in ("prompt", "completion", "text"):
-        matches |= has_text(batch.column(name))
-    for name in TURNS:
-        turns = batch.column(name)
-        messages = pc.list_flatten(turns)  # the messages of all rows, one after another
-        row_of_message = np.asarray(pc.list_parent_indices(turns))
+    is_match = np.zeros(batch.num_rows, bool)
+    for text_column in ("prompt", "completion", "text"):
+        is_match |= cells_with_text(batch.column(text_column))
+    for conversation_column in CONVERSATION_COLUMNS:
+        conversations = batch.column(conversation_column)
+        messages = pc.list_flatten(conversations)  # the messages of all rows, one after another
+        row_of_message = np.asarray(pc.list_parent_indices(conversations))
         for key in ("content", "reasoning_content", "tool_calls"):
-            rows_with_text = row_of_message[has_text(pc.struct_field(messages, key))]
-            matches[rows_with_text] = True
-    return matches
+            is_message_match = cells_with_text(pc.struct_field(messages, key))
+            is_match[row_of_message[is_message_match]] = True
+    return is_match

@@ -146,43 +146,46 @@ def _is_ranks_step(row: Mapping[str, str]) -> bool:
     return row["JobIDRaw"].endswith(".0")
 
 
-def start_usage_text(start: Mapping[str, Any]) -> str:
-    """A line for people on what a start used; `start` has the keys of `StartUsage`, as `recorded_starts` returns them."""
-    clauses = [*_time_and_cpu_clauses(start), *_gpu_clauses(start)]
-    if start.get("unknown"):
-        clauses.append(str(start["unknown"]))
-    return f"job {start.get('job')}, start {start.get('start')}: {', '.join(clauses) or 'nothing is known'}"
+def start_usage_text(usage: Mapping[str, Any]) -> str:
+    """A line for people on what a start used, such as `job 17, start 0: 1:02:03 of 2:00:00 (52%), 8 GPUs 91% busy, $12.34`.
+
+    `usage` has the keys of `StartUsage`, as `recorded_starts` returns them.
+    """
+    clauses = [*_time_and_cpu_clauses(usage), *_gpu_clauses(usage)]
+    if usage.get("unknown"):
+        clauses.append(str(usage["unknown"]))
+    return f"job {usage.get('job')}, start {usage.get('start')}: {', '.join(clauses) or 'nothing is known'}"
 
 
-def _time_and_cpu_clauses(start: Mapping[str, Any]) -> list[str]:
+def _time_and_cpu_clauses(usage: Mapping[str, Any]) -> list[str]:
     """Clauses on the time, CPUs and memory that a start used; what is not known has none."""
     clauses = []
-    elapsed_s = start.get("elapsed_s")
+    elapsed_s = usage.get("elapsed_s")
     if elapsed_s is not None:
-        limit_s = start.get("limit_s")
+        limit_s = usage.get("limit_s")
         of_limit = f" of {format_slurm_time(limit_s)} ({elapsed_s / limit_s:.0%})" if limit_s else ""
         clauses.append(f"{format_slurm_time(elapsed_s)}{of_limit}")
-    if start.get("cpu_share") is not None:
-        clauses.append(f"{start['cpu_share']:.0%} of {start['cpus']} CPUs")
-    memory_gib = start.get("memory_gib")
+    if usage.get("cpu_share") is not None:
+        clauses.append(f"{usage['cpu_share']:.0%} of {usage['cpus']} CPUs")
+    memory_gib = usage.get("memory_gib")
     if memory_gib is not None:
-        asked_gib = start.get("memory_asked_gib")
-        of_asked = f" of {asked_gib:.3g}" if asked_gib else ""
-        clauses.append(f"{memory_gib:.3g}{of_asked} GiB of a node")
+        requested_gib = usage.get("memory_asked_gib")
+        of_requested = f" of {requested_gib:.3g}" if requested_gib else ""
+        clauses.append(f"{memory_gib:.3g}{of_requested} GiB of a node")
     return clauses
 
 
-def _gpu_clauses(start: Mapping[str, Any]) -> list[str]:
+def _gpu_clauses(usage: Mapping[str, Any]) -> list[str]:
     """Clauses on how busy the GPUs of a start were, and what they cost; none for a start without GPUs."""
-    if not start.get("gpus"):
+    if not usage.get("gpus"):
         return []
-    gpus = f"{start['gpus']} GPUs, how busy is not known"
-    if start.get("gpu_share") is not None:
-        gpus = f"{start['gpus']} GPUs {start['gpu_share']:.0%} busy"
+    utilisation = f"{usage['gpus']} GPUs, how busy is not known"
+    if usage.get("gpu_share") is not None:
+        utilisation = f"{usage['gpus']} GPUs {usage['gpu_share']:.0%} busy"
     price = "price not known"
-    if start.get("dollars") is not None:
-        price = f"${start['dollars']:,.2f}"
-    return [gpus, price]
+    if usage.get("dollars") is not None:
+        price = f"${usage['dollars']:,.2f}"
+    return [utilisation, price]
 
 
 def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:
@@ -197,15 +200,15 @@ def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:
     return starts
 
 
-def _sacct_rows(job: str) -> tuple[list[dict[str, str]], str | None]:
-    """(rows that sacct has of a job, by `SACCT_FIELDS`; why there are none, or None).
+def _sacct_rows(job_id: str) -> tuple[list[dict[str, str]], str | None]:
+    """(rows that sacct has of a job, by `SACCT_FIELDS`; why sacct has none, or None if it was asked successfully).
 
     Calls sacct up to `SACCT_ATTEMPTS` times, until it knows how the ranks' step ended.
     """
-    command = ["sacct", "--jobs", job, "--noheader", "--parsable2", f"--format={','.join(SACCT_FIELDS)}"]
+    command = ["sacct", "--jobs", job_id, "--noheader", "--parsable2", f"--format={','.join(SACCT_FIELDS)}"]
     rows: list[dict[str, str]] = []
     for attempt in range(SACCT_ATTEMPTS):
-        if attempt:
+        if attempt > 0:
             time.sleep(SACCT_RETRY_S)
         try:
             completed = subprocess.run(
@@ -221,21 +224,22 @@ def _sacct_rows(job: str) -> tuple[list[dict[str, str]], str | None]:
             return [], f"sacct knows nothing ({reason}): CPU, memory and GPUs are not known"
         rows = [dict(zip(SACCT_FIELDS, line.split("|"), strict=False)) for line in completed.stdout.splitlines()]
         for row in rows:
-            if _is_ranks_step(row) and not row.get("State", "").startswith("RUNNING"):
+            has_ended = not row.get("State", "").startswith("RUNNING")
+            if _is_ranks_step(row) and has_ended:
                 return rows, None
     return rows, None
 
 
-def _number_or_none(variable: str | None) -> float | None:
-    """The number in a variable or a field; None if it is not set or no number."""
+def _number_or_none(text: str | None) -> float | None:
+    """The number that a text holds; None for None, for an empty text, and for one that is no number."""
     try:
-        return float(variable) if variable else None
+        return float(text) if text else None
     except ValueError:
         return None
 
 
 def _parse_cpu_time(cpu_time: str) -> float | None:
-    """Seconds of CPU time in sacct's format `[days-][hours:]minutes:seconds`; None for another text."""
+    """Seconds of CPU time from sacct's format `[days-][hours:]minutes:seconds`; None for another text."""
     match = CPU_TIME_REGEX.fullmatch(cpu_time)
     if match is None:
         return None
@@ -244,9 +248,10 @@ def _parse_cpu_time(cpu_time: str) -> float | None:
 
 
 def _parse_size_gib(size: str) -> float | None:
-    """GiB of a size in sacct's format, such as `676416K`; a number without a unit is bytes. None for another text."""
+    """GiB from a size in sacct's format: `676416K` -> 0.645; a number without a unit is bytes. None for another text."""
     match = SIZE_REGEX.fullmatch(size)
     if match is None:
         return None
-    exponent = "KMGT".index(match[2]) - 2 if match[2] else -3  # powers of 1024, relative to GiB
-    return float(match[1]) * 1024.0**exponent
+    unit = match[2]
+    power_of_1024 = "KMGT".index(unit) - 2 if unit else -3  # relative to GiB
+    return float(match[1]) * 1024.0**power_of_1024

@@ -80,7 +80,8 @@ def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | Non
 
 def _rank_list(ranks: Collection[int]) -> str:
     """Rank numbers for a message: `0 to 7` if there are no gaps, else each of them."""
-    if len(ranks) == max(ranks) + 1:
+    has_no_gaps = len(ranks) == max(ranks) + 1
+    if has_no_gaps:
         return f"0 to {max(ranks)}"
     return ", ".join(map(str, sorted(ranks)))
 
@@ -135,42 +136,58 @@ def _as_terminal_shows(line: bytes) -> str:
 
 
 def _newest_job_files(job_files: list[tuple[str, Path]]) -> list[Path]:
-    """The output files of the job that wrote last; `job_files` are (job id, file) of all jobs.
+    """The output files of the job that wrote last, the most important one last. `job_files`: (job id, file) of all jobs.
 
-    A task of an array has two ids: the file of its script is named by `17_3`, and the logs of its nodes by another number.
-    Nothing says which two belong together, so the newest files of the other kind are added.
+    The output of a job's script and the logs of its nodes have the same id in their names, except for a task of an array: its
+    script writes `train-17_3.out`, and its nodes write `train-18-0.log`. Nothing says that 17_3 and 18 belong together. So, for
+    the job that wrote last:
+
+    - The script of an array task: the newest node logs are put before its output.
+    - Node logs without the output of a script: the newest output of an array task is put behind them.
+    - Any other job: its own files.
     """
     if not job_files:
         return []
-    newest_job = _last_writer(job_files)
-    files = [path for job, path in job_files if job == newest_job]
-    is_script_of_task = "_" in newest_job
-    if is_script_of_task:
-        node_logs = [(job, path) for job, path in job_files if path.suffix == ".log"]
-        if node_logs:
-            newest_on_nodes = _last_writer(node_logs)
-            files = [path for job, path in node_logs if job == newest_on_nodes] + files
-        return files
+    newest_job_id = _last_writing_job_id(job_files)
+    files = [path for job_id, path in job_files if job_id == newest_job_id]
+    is_array_task = "_" in newest_job_id
+    if is_array_task:
+        return [*_newest_node_logs(job_files), *files]
     has_script_output = any(path.suffix == ".out" for path in files)
-    task_outputs = [path for job, path in job_files if "_" in job]
+    task_outputs = [path for job_id, path in job_files if "_" in job_id]
     if task_outputs and not has_script_output:
-        files.append(max(task_outputs, key=_modified_at))
+        return [*files, max(task_outputs, key=_modified_at)]
     return files
 
 
-def _last_writer(job_files: list[tuple[str, Path]]) -> str:
-    """The id of the job whose file was written to last."""
-    job, _ = max(job_files, key=lambda job_and_path: _modified_at(job_and_path[1]))
-    return job
+def _newest_node_logs(job_files: list[tuple[str, Path]]) -> list[Path]:
+    """The node logs of the job whose nodes wrote last; empty if there are none."""
+    node_logs = [(job_id, path) for job_id, path in job_files if path.suffix == ".log"]
+    if not node_logs:
+        return []
+    newest_job_id = _last_writing_job_id(node_logs)
+    return [path for job_id, path in node_logs if job_id == newest_job_id]
+
+
+def _last_writing_job_id(job_files: list[tuple[str, Path]]) -> str:
+    """The id of the job whose file was written to last; `job_files`: (job id, file), at least one."""
+    job_id, _ = max(job_files, key=lambda job_and_path: _modified_at(job_and_path[1]))
+    return job_id
 
 
 def _array_outputs(run_dir: Path) -> list[Path]:
-    """Output files of this run's task of a job array. They lie in the directory of the array's first run."""
-    runs = run_dirs_of_script(run_dir / "train.sbatch")
-    if len(runs) < 2:
+    """Output files of this run's task of a job array. They are in the directory of the array's first run.
+
+    Empty if the run is not a task of an array.
+    """
+    run_dirs = run_dirs_of_script(run_dir / "train.sbatch")
+    if len(run_dirs) < 2:
         return []
-    task = next((number for number, run in enumerate(runs) if run.resolve() == run_dir.resolve()), None)
-    return [path for path in _list_directory(runs[0] / "logs") if path.name.endswith(f"_{task}.out")]
+    resolved_run_dir = run_dir.resolve()
+    task_number = next(
+        (number for number, task_dir in enumerate(run_dirs) if task_dir.resolve() == resolved_run_dir), None
+    )
+    return [path for path in _list_directory(run_dirs[0] / "logs") if path.name.endswith(f"_{task_number}.out")]
 
 
 def _list_directory(directory: Path) -> list[Path]:
