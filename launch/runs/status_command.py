@@ -37,7 +37,7 @@ class StatusArguments(VerbArguments):
     root: Path | None = positional("name one directory; all runs below it are shown", required=False)
     document: str | None = option("show which runs were trained on this line of a file", example="train.jsonl:12")
     text: str | None = option("show which runs were trained on documents with this text", example="'Jane Roe'")
-    watch_runs_status: bool = flag("repeat every two seconds, until Ctrl-C")
+    watch: bool = flag("repeat every two seconds, until Ctrl-C")
     verify: bool = flag("read every checkpoint and compare it with its checksums; exit code 69 if one is damaged")
     as_json: bool = flag("print JSON; with --watch one object per line", key="--json")
 
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     root = arguments.root or DEFAULT_RUNS_DIRECTORY
     if arguments.document is not None or arguments.text is not None:
         return status_lineage.main(root, arguments.document, arguments.text, as_json=arguments.as_json)
-    if arguments.watch_runs_status:
+    if arguments.watch:
         watch_runs_status(root, as_json=arguments.as_json)
     from launch.runs.status_tables import status_as_dict, status_text
 
@@ -100,9 +100,9 @@ def status_arguments(argv: list[str]) -> StatusArguments:
     ]
     if len(lineage_arguments) > 1:
         problems.append(f"{' '.join(lineage_arguments)}: name one document, or one piece of text")
-    if lineage_arguments and (arguments.watch_runs_status or arguments.verify):
+    if lineage_arguments and (arguments.watch or arguments.verify):
         problems.append(f"{lineage_arguments[0]}: is looked for once; leave --watch and --verify out")
-    if arguments.watch_runs_status and arguments.verify:
+    if arguments.watch and arguments.verify:
         problems.append("--watch --verify: every look would read all checkpoints; give one of the two")
     if arguments.document is not None and FILE_AND_LINE.fullmatch(arguments.document) is None:
         problems.append(
