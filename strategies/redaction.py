@@ -75,11 +75,11 @@ def redacted(text: str) -> str:
     for _, value in _secrets_of_environment():
         text = text.replace(value, HIDDEN)
     for pattern in _PATTERNS.values():
-        text = pattern.sub(_hide, text)
+        text = pattern.sub(_redacted_match, text)
     return text
 
 
-def _hide(match: re.Match[str]) -> str:
+def _redacted_match(match: re.Match[str]) -> str:
     """The replacement of a match: its named group is hidden, and the words around it stay."""
     if not _is_secret(match):
         return match[0]

@@ -55,7 +55,7 @@ class Range:
     above: float = -math.inf
     below: float = math.inf
 
-    def holds(self, number: float) -> bool:
+    def contains(self, number: float) -> bool:
         """Whether a finite `number` lies inside."""
         return math.isfinite(number) and self.least <= number <= self.most and self.above < number < self.below
 

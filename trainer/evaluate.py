@@ -219,7 +219,9 @@ def _evaluate_test(
             judge = None
             if config.evaluation.judge.url:
                 judge = Judge(config.evaluation.judge, runtime, watch_for_stop())
-            scorer = open_scorer(config.objective, runtime, job_dir, stop_asked=agreement.asked_here, judge=judge)
+            scorer = open_scorer(
+                config.objective, runtime, job_dir, stop_asked=agreement.is_asked_on_this_rank, judge=judge
+            )
             at_end.callback(scorer.close)
         evaluators = build_test_evaluators(config, data, built, tokenizer, engine, runtime, scorer, watch_for_stop)
         metrics = metrics_on_test(evaluators, engine)

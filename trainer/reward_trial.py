@@ -68,7 +68,7 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     judge = None
     if config.evaluation.judge.url:
         judge = Judge(config.evaluation.judge, runtime, agreement.for_loop().ask_and_wait)
-    scorer = open_scorer(settings, runtime, attempt.run_dir, stop_asked=agreement.asked_here, judge=judge)
+    scorer = open_scorer(settings, runtime, attempt.run_dir, stop_asked=agreement.is_asked_on_this_rank, judge=judge)
     attempt.at_end.callback(scorer.close)
     attempt.phase = "building the model"
     engine, built, _ = build_engine(

@@ -65,7 +65,7 @@ class ServeConfig:
         for field in fields(self):
             traits = setting_metadata(ServeConfig, field.name)
             setting = getattr(self, field.name)
-            if traits.bounds is not None and not traits.bounds.holds(setting):
+            if traits.bounds is not None and not traits.bounds.contains(setting):
                 yield f"serve.{field.name}={setting}: must be {traits.bounds}; {traits.advice}"
         if self.python is not None and self.engine is EngineKind.transformers:
             yield f"serve.python={self.python}: is for vLLM, and serve.engine=transformers needs none; leave one of them out"

@@ -76,11 +76,11 @@ def send(number, until):
 
 class Breaks(StopRequest):
     broken = False
-    def _note(self, number, frame):
+    def _remember_first(self, number, frame):
         if not self.broken:
             self.broken = True
             raise RuntimeError("the waiting thread ends")
-        super()._note(number, frame)
+        super()._remember_first(number, frame)
 
 block_signals()
 with Breaks() as request:  # a thread that died is replaced

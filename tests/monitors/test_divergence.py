@@ -72,9 +72,9 @@ def test_the_training_side_takes_the_median_of_the_last_steps_and_their_deviatio
     assert change.deviations == pytest.approx((np.median(logs) - math.log(0.1)) / max(around, between), rel=1e-3)
     assert training_change(1.0, noisy[:9], 10) is None and training_change(None, noisy, 10) is None
     falling = [781, 500, 300, 250, 200, 180, 160, 150, 130, 127]  # after an explosion, far above its beginning
-    assert training_change(10.9, falling, 10).rose(0.25)
+    assert training_change(10.9, falling, 10).rose_by(0.25)
     runs = [np.exp(drawn.normal(0, 0.5, 31)) for _ in range(200)]
-    alarms = [training_change(run[0], list(run), 10).rose(0.25) for run in runs]
+    alarms = [training_change(run[0], list(run), 10).rose_by(0.25) for run in runs]
     assert sum(alarms) <= 2  # of 200: an easy first batch is no divergence
 
 
@@ -131,7 +131,9 @@ def test_divergence_of_a_student_that_begins_as_its_own_teacher_is_none():
     nearly = held_out_change("eval/loss", (0.0, 0.002), (sums, [0.08] * 12), 0.05)
     assert nearly.bound is None and not nearly.is_worse
     assert held_out_change("eval/loss", (1e-6, 3.0), ([1e-5] * 12, [90.0] * 12), 0.05).is_worse
-    assert not training_change(0.0, [0.002] * 20, 10).rose(0.25) and training_change(0.0, [3.0] * 20, 10).rose(0.25)
+    assert not training_change(0.0, [0.002] * 20, 10).rose_by(0.25) and training_change(0.0, [3.0] * 20, 10).rose_by(
+        0.25
+    )
 
 
 def test_divergence_of_held_out_losses_that_only_hover_is_none():

@@ -54,7 +54,7 @@ class StateBuffer:
             return False
         buffer_is_large_enough = self._buffer is not None and self._buffer.numel() >= state.num_elements
         needed_bytes = 0 if buffer_is_large_enough else state.num_elements * FLOAT32_BYTES
-        self.refusal_reason = self._why_no_room(needed_bytes)
+        self.refusal_reason = self._no_room_reason(needed_bytes)
         if self.refusal_reason is not None:
             return False
         # An error of one rank must not end it before the collective that the others call: the collective tells them of it.
@@ -73,7 +73,7 @@ class StateBuffer:
         """Free the buffer. Nothing may be writing from it. No collective."""
         self._buffer = None
 
-    def _why_no_room(self, needed_bytes: int) -> str | None:
+    def _no_room_reason(self, needed_bytes: int) -> str | None:
         """Why one of the hosts has no memory for its ranks' copies of the training state; None if all have. All ranks must call.
 
         A copy lets training go on while a checkpoint is written. `needed_bytes`: memory for this rank's copy, beyond the buffer

@@ -40,7 +40,7 @@ def _problems_below(settings: Any, key: str, better_advice: Mapping[str, str] | 
         elif isinstance(content, str) and traits.words:
             if content not in traits.words:
                 yield f"{own_key}={content}: must be a whole number, or {' or '.join(traits.words)}; {traits.advice}"
-        elif traits.bounds is not None and content is not None and not traits.bounds.holds(content):
+        elif traits.bounds is not None and content is not None and not traits.bounds.contains(content):
             yield f"{own_key}={content:g}: must be {traits.bounds}; {traits.advice}"
 
 
@@ -59,5 +59,5 @@ def _entry_problems(table: dict[str, Any], table_key: str, entries: type) -> Ite
             continue
         if isinstance(size, bool) or not isinstance(size, int):
             yield f"{key}={size}: {key} must be a whole number{', or auto' if key == MICRO_BATCH_KEY else ''}"
-        elif bounds is not None and not bounds.holds(size):
+        elif bounds is not None and not bounds.contains(size):
             yield f"{key}={size:g}: must be {bounds}; {setting_metadata(entries, field.name).advice}"

@@ -219,7 +219,7 @@ class Guards:
                     spike_scores[name] = score
                     row[OUTLIER_KEYS[name]] = score
             if spike_scores:
-                self._report_or_roll_back(self._spike(row, spike_scores, first_sample))
+                self._report_or_roll_back(self._outlier_of_spike(row, spike_scores, first_sample))
             for level in self.level_shifts.add_step(row, first_sample, reported_names=list(spike_scores)):
                 row[OUTLIER_KEYS[level.name]] = level.score
                 self._report_or_roll_back(self._outlier_of_level(level, row["step"], first_sample))
@@ -251,7 +251,7 @@ class Guards:
             scores_by_step.append(self._judge_and_remember(values).scores.tolist())
         return scores_by_step
 
-    def _spike(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> Outlier:
+    def _outlier_of_spike(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> Outlier:
         """The record of a single step that stands out, with what is to be done about it (`guards.loss`, `guards.grad_norm`).
 
         `row`: the step's metrics. `scores`: of the loss, the gradient norm or both, whichever stand out; if both do, the

@@ -111,7 +111,7 @@ class TrainingChange:
     steps: int
     """How many last steps that are."""
 
-    def rose(self, share: float) -> bool:
+    def rose_by(self, share: float) -> bool:
         """Whether the training loss rose by this share of the first one, and beyond what batches differ by."""
         limit = self.first + share * _reference_loss(self.first)
         return self.now > limit and self.deviations > DEVIATIONS
@@ -236,13 +236,13 @@ def divergence_verdict(training: TrainingChange | None, held_out: HeldOutChange 
     """
     is_worse = None if held_out is None else held_out.is_worse
     if is_worse is None:
-        training_diverged = training is not None and training.rose(TRAINING_RISE_ALONE)
+        training_diverged = training is not None and training.rose_by(TRAINING_RISE_ALONE)
         return Verdict.diverged if training_diverged else None
     if not is_worse:
         return None
     # A model whose held-out loss is no number any more has not overfitted, however low its training loss is.
     is_broken = held_out is not None and not math.isfinite(held_out.now)
-    diverged = is_broken or (training is not None and training.rose(TRAINING_RISE))
+    diverged = is_broken or (training is not None and training.rose_by(TRAINING_RISE))
     return Verdict.diverged if diverged else Verdict.worse
 
 

@@ -101,7 +101,7 @@ class LevelShiftDetector:
             return None
         median_now = median(values[-LEVEL_STEPS:])
         median_before = median(values_before)
-        score = _score(median_now, values_before)
+        score = _robust_score(median_now, values_before)
         rose_enough = median_now - median_before >= MIN_RISE[name] * abs(median_before)
         if score <= self._limit or not rose_enough:
             return None
@@ -122,7 +122,7 @@ class LevelShiftDetector:
             values = [row[name] for row in self.rows]
             if len(values) <= MIN_BEFORE:
                 continue
-            if _score(values[-1], values) > RISE:
+            if _robust_score(values[-1], values) > RISE:
                 first_steps.append(self._first_step_above(name, median(values)))
         return min(first_steps, default=None)
 
@@ -143,7 +143,7 @@ class LevelShiftDetector:
         return None
 
 
-def _score(value: float, earlier_values: Sequence[float]) -> float:
+def _robust_score(value: float, earlier_values: Sequence[float]) -> float:
     """How many robust standard deviations `value` is above the median of `earlier_values`; 0 if these do not vary at all.
 
     The deviation of fewer than `STEADY_STEPS` numbers may be small by chance, and is widened. If all are positive, logarithms

@@ -41,15 +41,15 @@ def logged_metrics(evidence: Evidence) -> dict[str, float]:
     """
     if not evidence.history or evidence.history[-1]["step"] == 0:
         return {}
-    metrics = {"overfitting/gap": _gap(evidence.history[-1])}
+    metrics = {"overfitting/gap": _loss_gap(evidence.history[-1])}
     later = _after_lowest(evidence.history)
     if len(later) >= MIN_EVALUATIONS:
         metrics["overfitting/p_held_out"] = rising_p_value([evaluation["held_out"] for evaluation in later])
-        metrics["overfitting/p_gap"] = rising_p_value([_gap(evaluation) for evaluation in later])
+        metrics["overfitting/p_gap"] = rising_p_value([_loss_gap(evaluation) for evaluation in later])
     return metrics
 
 
-def _gap(evaluation: dict[str, float]) -> float:
+def _loss_gap(evaluation: dict[str, float]) -> float:
     """How far the held-out loss is above the training loss."""
     return evaluation["held_out"] - evaluation["train"]
 
@@ -82,7 +82,7 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
         step=evidence.step,
         message=(
             f"the held-out loss rose from {best_evaluation['held_out']:.4f} at step {best_evaluation['step']:.0f} to "
-            f"{last_evaluation['held_out']:.4f} while its gap to the training loss grew to {_gap(last_evaluation):.4f}, "
+            f"{last_evaluation['held_out']:.4f} while its gap to the training loss grew to {_loss_gap(last_evaluation):.4f}, "
             f"in {len(later_evaluations)} evaluations (Mann-Kendall: p {p_held_out:.2g} and {p_gap:.2g})"
         ),
         numbers=numbers,

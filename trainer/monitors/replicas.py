@@ -100,9 +100,9 @@ class ReplicaCheck:
         odd_ranks: set[int] = set()
         odd_parameters: list[str] = []
         for name in checksum_by_name:
-            ranks = _odd_ranks([rank_checksums[name] for _, rank_checksums in host_and_checksums_by_rank])
-            if ranks:
-                odd_ranks |= ranks
+            odd_here = _odd_ranks([rank_checksums[name] for _, rank_checksums in host_and_checksums_by_rank])
+            if odd_here:
+                odd_ranks |= odd_here
                 odd_parameters.append(name)
         parameter_names = ", ".join(odd_parameters[:MAX_NAMED])
         if len(odd_parameters) > MAX_NAMED:
@@ -117,14 +117,15 @@ class ReplicaCheck:
         )
 
 
-def _odd_ranks(sums: list[tuple[Shard, int]]) -> set[int]:
+def _odd_ranks(checksum_of_each_rank: list[tuple[Shard, int]]) -> set[int]:
     """Ranks whose checksum is not that of most ranks with the same shard; all ranks of a shard if there is no majority.
 
-    `sums`: (shard, checksum) of one parameter, by rank. A shard is a rank's position in the device mesh, as far as the parameter
-    is split over it: ranks at the same position hold copies of the same part. Of [((0,), 7), ((0,), 7), ((0,), 9)] rank 2 is odd.
+    `checksum_of_each_rank`: (shard, checksum) of one parameter, by rank. A shard is a rank's position in the device mesh, as
+    far as the parameter is split over it: ranks at the same position hold copies of the same part. Of [((0,), 7), ((0,), 7),
+    ((0,), 9)] rank 2 is odd.
     """
     checksums_by_shard: dict[Shard, dict[int, int]] = {}  # of each rank with that shard
-    for rank, (shard, rank_checksum) in enumerate(sums):
+    for rank, (shard, rank_checksum) in enumerate(checksum_of_each_rank):
         checksums_by_shard.setdefault(shard, {})[rank] = rank_checksum
     odd_ranks: set[int] = set()
     for checksum_by_rank in checksums_by_shard.values():

@@ -35,7 +35,7 @@ class SlowRank:
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} computes {self.factor:.1f} times as long as the other ranks"
 
-    def since(self) -> str:
+    def text_with_steps(self) -> str:
         """The rank and its factor, with the steps from which and until which it was slow."""
         end = f"to {self.until_step}" if self.until_step else "on"
         return f"{self}, from step {self.from_step} {end}"
@@ -84,7 +84,7 @@ class Stragglers:
         `factor`: how many times as long as the others it took in this interval. Calls `on_change` on rank 0. A collective if the
         rank becomes slow.
         """
-        slow_rank = next((slow for slow in self._slow_now() if slow.rank == rank), None)
+        slow_rank = next((slow for slow in self._slow_ranks_now() if slow.rank == rank), None)
         was_slow = slow_rank is not None
         is_slow = factor > self.factor
         changed_factors = self._changed_factors[rank]
@@ -103,9 +103,9 @@ class Stragglers:
             self.slow.append(slow_rank)
         changed_factors.clear()
         if self.runtime.is_main:
-            self.on_change(slow_rank, self._slow_now(), step)
+            self.on_change(slow_rank, self._slow_ranks_now(), step)
 
-    def _slow_now(self) -> list[SlowRank]:
+    def _slow_ranks_now(self) -> list[SlowRank]:
         """The ranks that are slow at this moment."""
         return [slow for slow in self.slow if slow.until_step is None]
 

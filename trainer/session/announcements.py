@@ -128,7 +128,7 @@ def slow_rank_reporter(context: RunContext) -> ReportSlow:
         reasons = []
         if context.attempt.note:
             reasons.append(context.attempt.note)
-        reasons += [slow_rank.since() for slow_rank in slow_ranks]
+        reasons += [slow_rank.text_with_steps() for slow_rank in slow_ranks]
         reason = "; ".join(reasons) or None
         rows = [asdict(slow_rank) for slow_rank in slow_ranks]
         with suppress(ShardtuneError):  # if the disk is full, a file that must be written will say so

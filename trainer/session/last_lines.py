@@ -41,7 +41,7 @@ def end_text(
     lines += _answer_lines(outcome)
     if outcome.closing:
         lines.append(f"overfits?   {outcome.closing}")
-    lines += [f"slow:       {SlowRank(**slow_rank).since()}" for slow_rank in outcome.slow_ranks]
+    lines += [f"slow:       {SlowRank(**slow_rank).text_with_steps()}" for slow_rank in outcome.slow_ranks]
     if export is not None:
         lines.append(f"model:      {export}{_which_weights(record)}")
     elif outcome.export_follows:

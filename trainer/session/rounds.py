@@ -51,7 +51,11 @@ def open_rounds(
     if config.evaluation.judge.url:
         judge = Judge(config.evaluation.judge, context.runtime, watch_for_stop())
     scorer = open_scorer(
-        config.objective, context.runtime, context.run_dir, stop_asked=context.agreement.asked_here, judge=judge
+        config.objective,
+        context.runtime,
+        context.run_dir,
+        stop_asked=context.agreement.is_asked_on_this_rank,
+        judge=judge,
     )
     context.attempt.at_end.callback(scorer.close)
     scorer.model_scorer = open_model_scorer(config, engine, context.runtime, watch_for_stop())

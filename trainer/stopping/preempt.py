@@ -35,7 +35,7 @@ class Agreement:
         """Steps between two questions."""
         self._asked_at = time.monotonic()
 
-    def asked_here(self) -> bool:
+    def is_asked_on_this_rank(self) -> bool:
         """Whether this process was asked to stop. No collective: the other ranks may not know yet."""
         return self._request.signal_name is not None
 

@@ -117,7 +117,7 @@ def _measured_step(config: RunConfig, data: PreparedData, engine: Engine, built:
     loader, _ = build_loader(config, data, built, engine, runtime)
     trainer = minimal_trainer(engine)
     trainer.settings = replace(trainer.settings, seed=config.run.seed, schedule=config.schedule)
-    weights_before = _weights(engine)
+    weights_before = _trained_weights(engine)
     with closing(loader.steps(0, 1)) as batches:
         batch = next(batches)
     record = trainer.train_step(batch)
@@ -128,7 +128,7 @@ def _measured_step(config: RunConfig, data: PreparedData, engine: Engine, built:
                 break
             trainer.progress.step = 0
             record = trainer.train_step(batch)
-    weights_after = _weights(engine)
+    weights_after = _trained_weights(engine)
     gradients = {}
     for name, weight_before in weights_before.items():
         gradients[name] = (weight_before - weights_after[name]) / GRADIENT_READING_LR
@@ -150,7 +150,7 @@ def _measured_step(config: RunConfig, data: PreparedData, engine: Engine, built:
     )
 
 
-def _weights(engine: Engine) -> dict[str, Tensor]:
+def _trained_weights(engine: Engine) -> dict[str, Tensor]:
     """A copy of every trained parameter in float32; empty on all ranks but 0. All ranks must call."""
     weights = {}
     for name, weight in engine.gather(trainable_only=True):
