@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.compose import compose
-from launch.plan.command import read_plan
+from launch.plan.command import read_plan_request
 from strategies.base import Precision
 from trainer.planner.cost_model import CostModel
 from trainer.planner.hardware import fit_in_memory
@@ -138,7 +138,7 @@ def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Co
         path = place / asked.model
         path.mkdir(exist_ok=True)
         (path / "config.json").write_text(json.dumps(MODELS[asked.model]), encoding="utf-8")
-        request = read_plan([f"hardware={CARDS[asked.gpu]}"])
+        request = read_plan_request([f"hardware={CARDS[asked.gpu]}"])
         card, settings = request.card, request.settings
         words = [f"model.path={path}", f"strategy={asked.strategy}", f"tuning={asked.tuning}", "precision=bf16"]
         words += [f"strategy.activation_checkpointing={asked.recompute}", "launcher=slurm", "run.device=cuda"]

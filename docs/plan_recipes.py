@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 from recipe_files import recipe_tree  # noqa: E402
 from recipe_table import RECIPES, Recipe  # noqa: E402
 
-from launch.plan.command import composed, read_plan  # noqa: E402
+from launch.plan.command import compose_planned_run, read_plan_request  # noqa: E402
 from launch.plan.job import job_of  # noqa: E402
 from strategies.errors import ConfigError  # noqa: E402
 from trainer.model.known_shapes import read_shape  # noqa: E402
@@ -56,8 +56,8 @@ def plan_words(recipe: Recipe) -> list[str]:
 
 def plan_recipe(recipe: Recipe) -> dict[str, Any]:
     """The planned numbers of a recipe whose file exists, as JSON values. Errors: ConfigError if it cannot be planned."""
-    request = read_plan(plan_words(recipe))
-    config, typed = composed(request.of_run, request.card)
+    request = read_plan_request(plan_words(recipe))
+    config, typed = compose_planned_run(request.run_overrides, request.card)
     ranks = recipe.nodes * recipe.gpus
     variants, refused = run_variants(config, request.settings, typed, ranks)
     job = job_of(config, request.card)

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from launch.cluster.long_steps import long_step_notes
 from launch.output import Column, TableRow, fold, fold_all, table
+from launch.plan.planned_command import command_lines
 from launch.plan.round_lines import round_facts, round_lines
-from trainer.config.run import LauncherConfig
 from trainer.model.config import Quantisation
 from trainer.planner.hardware import GIB, fit_in_memory
 from trainer.planner.plan import Choice, PlannedRun, RunVariant
 from trainer.planner.predicted_vs_measured import checkpoint_bytes
 from trainer.planner.sweep import PlanAnswer
 
-COLUMNS = (Column("strategy"), Column("recompute"), Column("stored"), Column("micro", is_number=True))
+CHOICE_COLUMNS = (Column("strategy"), Column("recompute"), Column("stored"), Column("micro", is_number=True))
 """Columns that name a choice, in both tables of a plan."""
 
 
-def text(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...] = ()) -> str:
+def plan_text(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...] = ()) -> str:
     """What `shardtune plan` prints: the job, a table of the ways to run it, the best one in detail, and the limits.
 
-    `overrides` are those that were typed. `calibrated` are lines on what a run of `from=` has measured; empty without one.
+    `overrides`: those of the command line. `calibrated`: lines on what a run of `from=` has measured; empty without one.
     """
     job = answer.job
     cost_model = answer.cost_model
@@ -39,23 +37,23 @@ def text(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...] =
         "",
         *_table_of_ways(answer),
         "",
-        *_best(answer, overrides),
+        *_best_choice_lines(answer, overrides),
         *_peer_table(answer),
     ]
     if cost_model.notes:
         lines += ["", "chosen for you:", *fold_all(cost_model.notes)]
     if answer.refused:
-        left_out = [f"{ways}: {reason}" for reason, ways in by_reason(answer).items()]
+        left_out = [f"{ways}: {reason}" for reason, ways in refused_ways_by_reason(answer).items()]
         lines += ["", "left out:", *fold_all(left_out)]
-    measured = ""
+    measured_clause = ""
     if calibrated:
         lines += ["", *fold_all(calibrated, indent=0)]
-        measured = "; the figures above were measured"
+        measured_clause = "; the figures above were measured"
     closing = (
         "Expected, not measured: the memory of tensors is simulated, what is beside them and all speeds are "
-        f"reckoned{measured} (docs/planning.md)."
+        f"reckoned{measured_clause} (docs/planning.md)."
     )
-    return "\n".join([*lines, "", *fold(closing, 0)])
+    return "\n".join([*lines, "", *fold(closing, indent=0)])
 
 
 def _plural(noun: str, count: int) -> str:
@@ -63,9 +61,9 @@ def _plural(noun: str, count: int) -> str:
 
 
 def _table_of_ways(answer: PlanAnswer) -> list[str]:
-    """A table with a row for the best choice of each way to run: its memory, what is left, its speed, and why it stands there."""
+    """A table with a row for the best choice of each way to run: memory, memory left, largest micro-batch, speed, verdict."""
     columns = (
-        *COLUMNS,
+        *CHOICE_COLUMNS,
         Column("GiB", is_number=True),
         Column(f"of {answer.job.card.memory_gib:.1f}", is_number=True),
         Column("largest", is_number=True),
@@ -74,31 +72,46 @@ def _table_of_ways(answer: PlanAnswer) -> list[str]:
     )
     rows = []
     for choice in answer.best_choices:
-        total = f"{choice.fit.total / GIB:.1f}"
-        margin = f"{choice.fit.margin / GIB:+.1f}"
-        speed = f"{choice.tokens_per_s:,.0f}" if choice.fits else "-"
-        rows.append(TableRow((*_name_of(choice), total, margin, str(choice.largest_micro), speed, why(choice, answer))))
+        needed_gib = f"{choice.fit.total / GIB:.1f}"
+        margin_gib = f"{choice.fit.margin / GIB:+.1f}"
+        tokens_per_s = f"{choice.tokens_per_s:,.0f}" if choice.fits else "-"
+        rows.append(
+            TableRow(
+                (
+                    *_choice_cells(choice),
+                    needed_gib,
+                    margin_gib,
+                    str(choice.largest_micro),
+                    tokens_per_s,
+                    verdict_on(choice, answer),
+                )
+            )
+        )
     return table(columns, rows)
 
 
-def _name_of(choice: Choice) -> tuple[str, str, str, str]:
-    """The cells of a choice in the columns `COLUMNS`: strategy, recomputation, storage, micro-batch."""
+def _choice_cells(choice: Choice) -> tuple[str, str, str, str]:
+    """The cells of a choice in the columns `CHOICE_COLUMNS`: strategy, recomputation, storage, micro-batch."""
     recompute = str(choice.variant.config.strategy.activation_checkpointing)
-    return choice.variant.name, recompute, stored(choice.variant), str(choice.micro)
+    return choice.variant.name, recompute, storage_text(choice.variant), str(choice.micro)
 
 
-def by_reason(answer: PlanAnswer) -> dict[str, str]:
+def refused_ways_by_reason(answer: PlanAnswer) -> dict[str, str]:
     """The names of ways to run that were left out, by the reason: {reason: "fsdp2, full; ddp, none"}."""
     names_by_reason: dict[str, list[str]] = {}
     for variant, reason in answer.refused:
         mode = str(variant.config.strategy.activation_checkpointing)
-        parts = [part for part in (variant.name, mode, stored(variant)) if part]
+        parts = [part for part in (variant.name, mode, storage_text(variant)) if part]
         names_by_reason.setdefault(reason, []).append(", ".join(parts))
     return {reason: "; ".join(dict.fromkeys(names)) for reason, names in names_by_reason.items()}
 
 
-def stored(variant: RunVariant) -> str:
-    """What is stored otherwise than whole and on the card: rows that ranks share, tiles, offload, a quantised base."""
+def storage_text(variant: RunVariant) -> str:
+    """How a way to run saves memory, as a cell of a table: `rows/2+offload+nf4`; empty if everything is whole and on the card.
+
+    `experts/N` and `rows/N`: sharded over N ranks. `tiles`: MLPs by tiles of tokens. `inputs`: inputs of recomputed blocks in
+    host memory. `offload`: states in host memory. Last, how a frozen base is quantised.
+    """
     parts = []
     config = variant.config
     if config.parallel.experts > 1:
@@ -118,8 +131,8 @@ def stored(variant: RunVariant) -> str:
 
 
 def _peer_table(answer: PlanAnswer) -> list[str]:
-    """A section on the memory that another trainer, the peer, would need for each choice; no lines without `plan.theirs`."""
-    smallest_part = 0.05 * GIB  # smaller ones would be shown as 0.0
+    """A table of the memory that another trainer (the peer) would need for each choice; empty without `plan.theirs`."""
+    smallest_shown_part = 0.05 * GIB  # smaller ones would be shown as 0.0
     rows = []
     for choice in answer.best_choices:
         peer = choice.peer_memory
@@ -127,31 +140,31 @@ def _peer_table(answer: PlanAnswer) -> list[str]:
             continue
         our_gib = f"{choice.peak.total / GIB:.1f}"
         peer_gib = f"{peer.total / GIB:.1f}"
-        fits = "yes" if fit_theirs(choice, answer.job) <= answer.job.card.memory_gib else "no"
-        parts = [f"{part} {size / GIB:.1f}" for part, size in peer.parts.items() if size >= smallest_part]
-        peak = f"{peer.phase}: {', '.join(parts)}" if parts else peer.phase
-        rows.append(TableRow((*_name_of(choice), our_gib, peer_gib, fits, peak)))
+        fits = "yes" if peer_memory_gib(choice, answer.job) <= answer.job.card.memory_gib else "no"
+        parts = [f"{part} {size / GIB:.1f}" for part, size in peer.parts.items() if size >= smallest_shown_part]
+        peer_peak = f"{peer.phase}: {', '.join(parts)}" if parts else peer.phase
+        rows.append(TableRow((*_choice_cells(choice), our_gib, peer_gib, fits, peer_peak)))
     if not rows:
         return []
-    numbers = (Column("ours", is_number=True), Column("theirs", is_number=True))
+    gib_columns = (Column("ours", is_number=True), Column("theirs", is_number=True))
     return [
         "",
-        *fold("as another trainer would hold it (plan.theirs); reckoned, and of no account above:", 0),
-        *table((*COLUMNS, *numbers, Column("fits"), Column("theirs, at its peak")), rows),
-        *fold("GiB of tensors; what is beside them counts in whether it fits.", 0),
+        *fold("as another trainer would hold it (plan.theirs); reckoned, and of no account above:", indent=0),
+        *table((*CHOICE_COLUMNS, *gib_columns, Column("fits"), Column("theirs, at its peak")), rows),
+        *fold("GiB of tensors; what is beside them counts in whether it fits.", indent=0),
     ]
 
 
-def fit_theirs(choice: Choice, job: PlannedRun) -> float:
-    """GiB that a choice takes on the card in another trainer: its tensors, and what a process holds beside them."""
+def peer_memory_gib(choice: Choice, job: PlannedRun) -> float:
+    """GiB that a choice would take on the card in another trainer: its tensors, and what a process holds beside them."""
     assert choice.peer_memory is not None
     tensor_bytes = round(job.card.tensors * choice.peer_memory.total)  # `tensors`: measured over simulated, usually 1
-    fit = fit_in_memory(tensor_bytes, 0, job.card.memory_gib, job.card.allocator)
-    return (fit.total + choice.fit.nccl_buffers) / GIB
+    peer_fit = fit_in_memory(tensor_bytes, 0, job.card.memory_gib, job.card.allocator)
+    return (peer_fit.total + choice.fit.nccl_buffers) / GIB
 
 
-def why(choice: Choice, answer: PlanAnswer) -> str:
-    """Why a choice is or is not the best: `fastest`, `too large`, `as fast`, or its speed relative to the best (`0.85 x`)."""
+def verdict_on(choice: Choice, answer: PlanAnswer) -> str:
+    """How a choice compares with the best one: `fastest`, `too large`, `as fast`, or its relative speed (`0.85 x`)."""
     best = answer.best
     if choice is best:
         return "fastest"
@@ -159,111 +172,111 @@ def why(choice: Choice, answer: PlanAnswer) -> str:
         return "too large"
     assert best is not None
     relative_speed = choice.tokens_per_s / best.tokens_per_s
-    # Two digits are shown: 1.00 x would look like a difference.
+    # `as fast` from where two digits would show 1.00 x.
     return "as fast" if relative_speed > 0.995 else f"{relative_speed:.2f} x"
 
 
-def _best(answer: PlanAnswer, overrides: list[str]) -> list[str]:
-    """The command of the best choice, and where its memory and its time go; why nothing fits if there is no best choice."""
+def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
+    """Lines with the command of the best choice and where its memory and time go, or with why nothing fits."""
     best, job = answer.best, answer.job
     if best is None:
         return [*_nothing_fits(answer.best_choices[0]), *fold_all(expert_notes(answer), indent=0)]
     step = best.step
     return [
-        *command_of(overrides, best, job),
+        *command_lines(overrides, best, job),
         "",
-        *_memory(best),
+        *_memory_tables(best),
         *fold(
             f"host memory about {best.host_gib:.0f} GiB a node; a checkpoint is {checkpoint_gib(answer, best):.2f} GiB, "
             f"{checkpoint_s(answer, best):,.0f} s to write",
-            2,
+            indent=2,
         ),
         *fold(
             f"a step takes {step.total_s:.2f} s: products {step.products_s:.2f}, what memory bounds {step.moves_s:.2f}, "
             f"exchange {step.exposed_s:.2f} (of {step.collective_s:.2f}, the rest hidden), update {step.update_s:.2f}",
-            2,
+            indent=2,
         ),
-        *_round(best, job),
-        *fold_all(costs(best, job), indent=0),
+        *_round_lines(best, job),
+        *fold_all(cost_lines(best, job), indent=0),
         *fold_all(expert_notes(answer), indent=0),
         *fold_all(_long_step_notes(answer, best), indent=0),
     ]
 
 
-def _round(best: Choice, job: PlannedRun) -> list[str]:
-    """Lines on the seconds of a round (answers written, scored, trained on); none if the run writes no answers."""
+def _round_lines(best: Choice, job: PlannedRun) -> list[str]:
+    """Lines on the seconds of a round (answers generated, scored, trained on); empty if the run generates no answers."""
     if job.round is None or best.round is None:
         return []
-    folded = []
-    for entry in round_lines(job.round, best.round):
-        folded += fold(entry, 2)
-    return folded
+    lines = []
+    for line in round_lines(job.round, best.round):
+        lines += fold(line, indent=2)
+    return lines
 
 
 def _nothing_fits(least: Choice) -> list[str]:
-    """What the smallest choice lacks, and what would help."""
+    """Lines on what the smallest choice lacks, host memory or GPU memory, and what would help."""
     overrides = " ".join(least.overrides)
     if least.node_gib is not None and not least.fits_host:
         return fold(
             f"Nothing fits: the smallest, {overrides}, takes {least.host_gib:,.0f} GiB of a node's {least.node_gib:,.0f} GiB of "
             "host memory. Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out; "
             "launcher.mem and hardware.node_memory_gib say what a node has.",
-            0,
+            indent=0,
         )
     return fold(
         f"Nothing fits: the smallest, {overrides}, is {-least.fit.margin / GIB:.1f} GiB too much. Take more cards "
         "(launcher.nodes, launcher.gpus_per_node), a smaller data.max_length, tuning=lora, a card with more memory, or look "
         "at plan.offload=true.",
-        0,
+        indent=0,
     )
 
 
 def _imbalance_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
-    """Notes on what a plan assumes of the busiest rank of an expert group.
+    """Notes on how many tokens the plan assumes for the busiest rank of an expert group.
 
-    `degrees`: the values of `parallel.experts` (ranks in a group) in the plan. A run of `from=` has measured one of them; of
-    fewer and of more ranks there is a note each.
+    `degrees`: the values of `parallel.experts` (ranks in a group) in the plan. Without `from=` there is one note. With it,
+    there is one on the degree that the run has measured, and one each on smaller and larger degrees, if the plan has any.
     """
     gets = f"the busiest rank is assumed to get {job.expert_imbalance:.3g} times the mean of tokens in every layer"
-    measured_over = job.imbalance_measured_over
-    if measured_over is None:
+    measured_degree = job.imbalance_measured_over
+    if measured_degree is None:
         return [f"with parallel.experts, {gets} (plan.expert_imbalance)"]
-    notes = [f"with parallel.experts={measured_over}, {gets}, as the run of from= measured"]
-    fewer = sorted(degree for degree in degrees if degree < measured_over)
-    if fewer:
-        numbers = " and ".join(map(str, fewer))
+    notes = [f"with parallel.experts={measured_degree}, {gets}, as the run of from= measured"]
+    smaller_degrees = sorted(degree for degree in degrees if degree < measured_degree)
+    if smaller_degrees:
+        numbers = " and ".join(map(str, smaller_degrees))
         notes.append(f"with {numbers}, which the run did not measure, the same: its groups can only be more even")
-    more = sorted(degree for degree in degrees if degree > measured_over)
-    if more:
-        numbers = " and ".join(map(str, more))
+    larger_degrees = sorted(degree for degree in degrees if degree > measured_degree)
+    if larger_degrees:
+        numbers = " and ".join(map(str, larger_degrees))
         notes.append(
-            f"with {numbers}, which the run did not measure, {job.imbalance_over(more[0]):.3g} times the mean: fewer experts a "
-            "rank are less even (plan.expert_imbalance)"
+            f"with {numbers}, which the run did not measure, {job.imbalance_over(larger_degrees[0]):.3g} times the mean: "
+            "fewer experts a rank are less even (plan.expert_imbalance)"
         )
     return notes
 
 
 def expert_notes(answer: PlanAnswer) -> list[str]:
-    """Notes on whether sharding experts over ranks (`parallel.experts`) pays, and what the plan assumes of it.
+    """Notes on whether expert parallelism (`parallel.experts`) pays, and what the plan assumes of it; empty if no way uses it.
 
-    None if no way to run shards them. Ways that don't shard them gather all experts of a layer on each rank.
+    Ways without it gather all experts of a layer on each rank.
     """
-    # The fastest choice comes first in both lists.
-    dealing = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts > 1]
+    expert_parallel = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts > 1]
     gathering = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts == 1]
-    if not dealing:
+    if not expert_parallel:
         return []
-    # The speed of the fastest of each kind.
     notes = []
-    dealt = dealing[0]
-    typed = f"parallel.experts={dealt.variant.config.parallel.experts}"
-    if gathering and dealt.fits and gathering[0].fits:
-        factor = dealt.tokens_per_s / gathering[0].tokens_per_s
-        faster = f"{factor:.2f} times as fast as" if factor >= 1 else f"slower, {factor:.2f} times the speed of"
-        notes.append(f"{typed} is {faster} the fastest way that gathers all experts of a layer on each rank")
-    elif gathering and dealt.fits:
-        notes.append(f"{typed} fits, and nothing does that gathers all experts of a layer on each rank")
-    notes += _imbalance_notes(answer.job, {choice.variant.config.parallel.experts for choice in dealing})
+    fastest = expert_parallel[0]  # both lists begin with the fastest choice
+    override = f"parallel.experts={fastest.variant.config.parallel.experts}"
+    if gathering and fastest.fits and gathering[0].fits:
+        relative_speed = fastest.tokens_per_s / gathering[0].tokens_per_s
+        comparison = f"{relative_speed:.2f} times as fast as"
+        if relative_speed < 1:
+            comparison = f"slower, {relative_speed:.2f} times the speed of"
+        notes.append(f"{override} is {comparison} the fastest way that gathers all experts of a layer on each rank")
+    elif gathering and fastest.fits:
+        notes.append(f"{override} fits, and nothing does that gathers all experts of a layer on each rank")
+    notes += _imbalance_notes(answer.job, {choice.variant.config.parallel.experts for choice in expert_parallel})
     if answer.worst_imbalance is not None:
         worst = answer.worst_imbalance
         verdict = "fits" if worst.margin >= 0 else f"is {-worst.margin / GIB:.1f} GiB too much"
@@ -276,26 +289,26 @@ def _long_step_notes(answer: PlanAnswer, best: Choice) -> list[str]:
     return long_step_notes(best.variant.config, best.step.total_s, checkpoint_s(answer, best))
 
 
-def _memory(best: Choice) -> list[str]:
-    """Tables of what makes the peak: tensors by kind, largest first, and what the process holds beside them."""
+def _memory_tables(best: Choice) -> list[str]:
+    """Two tables of memory at the peak: tensors by kind, largest first, and what the process holds beside them."""
     columns = (Column(), Column(is_number=True), Column())
     kinds = sorted(best.peak.kinds.items(), key=lambda kind_and_size: -kind_and_size[1])
     smallest_size = 0.005 * GIB  # smaller ones would be shown as 0.00
-    tensors = [TableRow((str(kind), _gib(size), "")) for kind, size in kinds if size >= smallest_size]
+    tensors = [TableRow((str(kind), _gib_text(size), "")) for kind, size in kinds if size >= smallest_size]
     beside = [
-        TableRow(("process", _gib(best.fit.context), "context and libraries")),
-        TableRow(("allocator", _gib(best.fit.allocator), "reserved beyond what is allocated")),
-        TableRow(("NCCL", _gib(best.fit.nccl_buffers), "buffers of its groups")),
+        TableRow(("process", _gib_text(best.fit.context), "context and libraries")),
+        TableRow(("allocator", _gib_text(best.fit.allocator), "reserved beyond what is allocated")),
+        TableRow(("NCCL", _gib_text(best.fit.nccl_buffers), "buffers of its groups")),
     ]
     return [
-        f"its peak, {_gib(best.peak.total)} of tensors, in {best.peak.phase}:",
+        f"its peak, {_gib_text(best.peak.total)} of tensors, in {best.peak.phase}:",
         *table(columns, tensors, indent=2),
         "beside them, reckoned:",
         *table(columns, beside, indent=2),
     ]
 
 
-def _gib(size: float) -> str:
+def _gib_text(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
@@ -309,8 +322,10 @@ def number_of_cards(job: PlannedRun) -> str:
     return "1 card" if job.ranks == 1 else f"{job.ranks} cards"
 
 
-def costs(best: Choice, job: PlannedRun) -> list[str]:
-    """Lines on the hours and the price of the budget or, if these are not known, on which settings would tell them."""
+def cost_lines(best: Choice, job: PlannedRun) -> list[str]:
+    """Lines on the hours and the price of the budget. If one is not known, a line on which setting would tell it, or the price of
+    a million tokens.
+    """
     epochs = best.variant.config.budget.epochs
     price_per_hour = job.card.price_per_hour  # of one card
     lines = []
@@ -332,57 +347,6 @@ def costs(best: Choice, job: PlannedRun) -> list[str]:
     return lines
 
 
-def command_of(overrides: list[str], best: Choice, job: PlannedRun) -> list[str]:
-    """The command that runs the best choice, quoted for a shell, in lines of at most 80 columns where its arguments allow.
-
-    `overrides`: the run's settings on the command line of the plan; those that the plan has chosen (`best.overrides`) replace
-    them. The last line names what is missing: ["shardtune train model.path=... \\", "    strategy=fsdp2", "(with a budget
-    ...)"].
-    """
-    typed_keys = {override.split("=")[0] for override in overrides}
-    chosen_keys = {override.split("=")[0] for override in best.overrides}
-    is_for_cluster = _on_a_cluster(overrides, job)
-    command_arguments = [override for override in overrides if override.split("=")[0] not in chosen_keys]
-    # Without a number of ranks, a run takes all GPUs there are, and under SLURM none.
-    ranks_key = "launcher.gpus_per_node" if is_for_cluster else "launcher.processes"
-    if ranks_key not in typed_keys:
-        command_arguments.append(f"{ranks_key}={job.ranks_per_node}")
-
-    # Broken into lines.
-    lines = []
-    line = "shardtune submit" if is_for_cluster else "shardtune train"
-    for override in [*command_arguments, *best.overrides]:
-        quoted = shlex.quote(override)
-        if len(line) + len(quoted) + 3 > 80:
-            lines.append(f"{line} \\")
-            line = "   "
-        line += f" {quoted}"
-    lines.append(line)
-
-    missing = []
-    budget = best.variant.config.budget
-    if not any((budget.steps, budget.epochs, budget.tokens)):
-        missing.append("a budget")
-    data = best.variant.config.data
-    if not data.path and not data.sources:
-        missing.append("data.path")
-    if missing:
-        lines.append(f"(with {' and '.join(missing)} of your own)")
-    return lines
-
-
-def _on_a_cluster(overrides: list[str], job: PlannedRun) -> bool:
-    """Whether the command of the plan is for SLURM (`submit`) and not for this machine (`train`).
-
-    A typed `launcher=` decides. Without it, SLURM is meant by several nodes, and by settings that only its launcher has.
-    """
-    if "launcher=local" in overrides or "launcher=slurm" in overrides:
-        return "launcher=slurm" in overrides
-    common_settings = {f"launcher.{setting.name}" for setting in fields(LauncherConfig)}
-    typed_settings = {override.split("=")[0] for override in overrides if override.startswith("launcher.")}
-    return job.nodes > 1 or not typed_settings <= common_settings
-
-
 def checkpoint_gib(answer: PlanAnswer, best: Choice) -> float:
     """GiB of a checkpoint: of the trained parameters, their weights in fp32 and the optimizer's state."""
     return checkpoint_bytes(answer.cost_model.trained, str(best.variant.config.optim.name)) / GIB
@@ -394,7 +358,7 @@ def checkpoint_s(answer: PlanAnswer, best: Choice) -> float:
     return checkpoint_gib(answer, best) * GIB / bytes_per_s
 
 
-def as_dict(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...] = ()) -> dict[str, Any]:
+def plan_as_json(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...] = ()) -> dict[str, Any]:
     """What `plan --json` prints, as JSON values. Sizes are GiB, times seconds or hours, prices US dollars."""
     job = answer.job
     cost_model = answer.cost_model
@@ -440,8 +404,8 @@ def as_dict(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...
             "notes": expert_notes(answer),
         },
         "resting_gib": _in_gib(cost_model.resting),
-        "ways": [_choice(choice, answer) for choice in answer.best_choices],
-        "all": [_choice(choice, answer) for choice in answer.all_choices],
+        "ways": [_choice_as_json(choice, answer) for choice in answer.best_choices],
+        "all": [_choice_as_json(choice, answer) for choice in answer.all_choices],
         "left_out": [{"words": list(variant.overrides), "why": reason} for variant, reason in answer.refused],
     }
 
@@ -451,7 +415,7 @@ def _in_gib(sizes: Mapping[Any, int]) -> dict[str, float]:
     return {str(key): size / GIB for key, size in sizes.items()}
 
 
-def _choice(choice: Choice, answer: PlanAnswer) -> dict[str, Any]:
+def _choice_as_json(choice: Choice, answer: PlanAnswer) -> dict[str, Any]:
     """A choice as JSON values. The keys are read by scripts: they stay, whatever the attributes are called."""
     peer_gib = None
     if choice.peer_memory is not None:
@@ -459,13 +423,13 @@ def _choice(choice: Choice, answer: PlanAnswer) -> dict[str, Any]:
             "total": choice.peer_memory.total / GIB,
             "at": choice.peer_memory.phase,
             "parts": _in_gib(choice.peer_memory.parts),
-            "with_beside": fit_theirs(choice, answer.job),
+            "with_beside": peer_memory_gib(choice, answer.job),
         }
     return {
         "words": list(choice.overrides),
         "strategy": choice.variant.name,
         "fits": choice.fits,
-        "why": why(choice, answer),
+        "why": verdict_on(choice, answer),
         "margin_gib": choice.fit.margin / GIB,
         "peak_gib": choice.peak.total / GIB,
         "peak_at": str(choice.peak.phase),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from strategies.errors import ConfigError
 from strategies.imports import importing
 
 if TYPE_CHECKING:
-    from launch.plan.from_run import Calibrated
+    from launch.plan.from_run import CalibratedCard
     from trainer.config.run import RunConfig
     from trainer.planner.hardware import Card
     from trainer.planner.plan import PlanConfig
@@ -42,7 +43,7 @@ class PlanArguments(VerbArguments):
         example="<card>",
         advice_if_missing=f"give the card to plan for, one of {', '.join(CARDS)}",
     )
-    measured: str | None = option(
+    measured_run: str | None = option(
         "use what that run measured on this card: step time, memory, checkpoints", key="from", example="runs/first"
     )
     to: Path | None = option("also write plan.html, a page of the plan, into this directory", example="<directory>")
@@ -52,13 +53,13 @@ class PlanArguments(VerbArguments):
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """The arguments of `shardtune plan`, sorted into those of the card, of the plan and of the run."""
+    """The arguments of `shardtune plan`, sorted into those of the verb, of the card (GPU), of the planner and of the run."""
 
     arguments: PlanArguments
     card: Card
     settings: PlanConfig
-    of_run: list[str]
-    """The arguments of the run that is planned, as `train` would take them."""
+    run_overrides: list[str]
+    """The overrides of the run that is planned, as `train` would take them."""
 
 
 OF_GROUPS = {
@@ -95,82 +96,86 @@ def main(argv: list[str]) -> int:
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
-    request = read_plan(argv)
+    request = read_plan_request(argv)
     from launch.config.compose import launched_ranks
-    from launch.plan.answer import as_dict, text
+    from launch.plan.answer import plan_as_json, plan_text
     from launch.plan.job import job_of
     from trainer.model.known_shapes import shape_in_use, shape_note
     from trainer.model.loading import load_model_config
     from trainer.planner.plan import FURTHER_SETTINGS, further_variants, run_variants, with_imbalance
     from trainer.planner.sweep import plan_variants, with_further, with_worst_imbalance
 
-    config, typed = composed(request.of_run, request.card)
-    # Whatever can be known to be wrong is reported before the data is prepared, which may take an hour.
-    variants, refused = run_variants(config, request.settings, typed, launched_ranks(config))
+    config, fixed_keys = compose_planned_run(request.run_overrides, request.card)
+    # First, because what is wrong with the settings must be reported before the data is prepared, which may take an hour.
+    variants, refused = run_variants(config, request.settings, fixed_keys, launched_ranks(config))
     load_model_config(config.model)
     shape = shape_in_use(config.model)
-    measured = measured_by(request, ["plan", *argv])
-    job = with_imbalance(job_of(config, measured.card), request.settings, measured.expert_imbalance)
-    micro = config.batch["micro"] if "batch.micro" in typed else None
-    answer = plan_variants(variants, refused, job, micro, request.settings, _progress())
-    # What nothing fits otherwise is long rows as a rule: then ranks may share them.
+    calibration = calibrated_card(request, ["plan", *argv])
+    job = with_imbalance(job_of(config, calibration.card), request.settings, calibration.expert_imbalance)
+    micro_batch = config.batch["micro"] if "batch.micro" in fixed_keys else None
+    answer = plan_variants(variants, refused, job, micro_batch, request.settings, _progress_printer())
+    # If nothing fits, the reason is as a rule that rows are long. Then ways in which ranks share a row are tried.
     for long_rows in FURTHER_SETTINGS:
         if answer.best is not None:
             break
-        variants, refused = further_variants(config, request.settings, typed, job.ranks, long_rows)
+        variants, refused = further_variants(config, request.settings, fixed_keys, job.ranks, long_rows)
         if variants:
             print(f"nothing fits: looking at {len(variants)} further ways, with rows that ranks share", file=sys.stderr)
-            answer = with_further(answer, variants, refused, job, micro, request.settings, _progress())
+            answer = with_further(answer, variants, refused, job, micro_batch, request.settings, _progress_printer())
     answer = with_worst_imbalance(answer, request.settings)
     if shape is not None:
         notes = (shape_note(shape, config.model.path), *answer.cost_model.notes)
         answer = replace(answer, cost_model=replace(answer.cost_model, notes=notes))
     if request.arguments.as_json:
-        print_json(as_dict(answer, request.of_run, measured.lines))
+        print_json(plan_as_json(answer, request.run_overrides, calibration.lines))
     else:
-        print(text(answer, request.of_run, measured.lines), flush=True)
+        print(plan_text(answer, request.run_overrides, calibration.lines), flush=True)
     if request.arguments.to is not None:
         from launch.plan.page import PAGE_FILE, plan_page
         from trainer.reporting.status import write_text_atomic
 
         page = request.arguments.to.expanduser() / PAGE_FILE
-        write_text_atomic(page, plan_page(answer, request.of_run, measured.lines))
+        write_text_atomic(page, plan_page(answer, request.run_overrides, calibration.lines))
         print(f"written: {page}", file=sys.stderr if request.arguments.as_json else sys.stdout, flush=True)
     return 0 if answer.best is not None else 69
 
 
-def measured_by(request: PlanRequest, command: list[str]) -> Calibrated:
-    """The card (GPU) with the figures that the run of `from=` measured; without `from=`, as its file says. Errors: ConfigError.
+def calibrated_card(request: PlanRequest, command: list[str]) -> CalibratedCard:
+    """The card (GPU) to plan for. With `from=<run>` it has the figures that this run measured, else those of the card's file.
 
-    With `from=`, that run is simulated, which takes a while. `command` is the command line, for messages.
+    That run is simulated, which takes a while. `from.<setting>=<value>` allows a value with which the run reads something
+    outside of its directory, as in `from=runs/first from.model.trust_remote_code=true`. `command`: the command line, for
+    messages. Raises ConfigError for another `from.` argument, and for one without `from=`.
     """
     from launch.config.read_run import split_allowing_arguments
-    from launch.plan.from_run import ALLOWING, Calibrated, calibrated
+    from launch.plan.from_run import PERMISSION_PREFIX, CalibratedCard, calibrate_card
 
-    run_dir = request.arguments.measured
-    allowing_arguments = [setting for setting in request.arguments.settings if setting.startswith(ALLOWING)]
-    allowing, unknown = split_allowing_arguments(allowing_arguments, ALLOWING)
-    if unknown:
-        raise ConfigError(f"{unknown[0]}: allows nothing; from.* takes what the run of from= reaches out to")
+    run_dir = request.arguments.measured_run
+    from_arguments = [setting for setting in request.arguments.settings if setting.startswith(PERMISSION_PREFIX)]
+    permissions, unknown_arguments = split_allowing_arguments(from_arguments, PERMISSION_PREFIX)
+    if unknown_arguments:
+        raise ConfigError(f"{unknown_arguments[0]}: allows nothing; from.* takes what the run of from= reaches out to")
     if run_dir is None:
-        if allowing:
-            raise ConfigError(f"{ALLOWING}{allowing[0]}: there is no run that it allows something; name one with from=")
-        return Calibrated(request.card)
+        if permissions:
+            raise ConfigError(
+                f"{PERMISSION_PREFIX}{permissions[0]}: there is no run that it allows something; name one with from="
+            )
+        return CalibratedCard(request.card)
     print(f"simulating {run_dir} as it ran", file=sys.stderr, flush=True)
-    return calibrated(request.card, run_dir, request.settings, allowing, command)
+    return calibrate_card(request.card, run_dir, request.settings, permissions, command)
 
 
-def read_plan(argv: list[str]) -> PlanRequest:
-    """Read the command line of `shardtune plan`, and the file of the GPU that `hardware=` names ("card").
+def read_plan_request(argv: list[str]) -> PlanRequest:
+    """Read the command line of `shardtune plan`, and the file of the GPU ("card") that `hardware=` names.
 
-    The settings are taken in turn: hardware.* change the card, plan.* the planner, and the rest are the run's.
-    Errors: ConfigError with every problem at once.
+    `hardware.*` changes figures of the card, `plan.*` are settings of the planner, and the rest are overrides of the run. Raises
+    ConfigError with every problem at once.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from launch.plan.from_run import ALLOWING
+    from launch.plan.from_run import PERMISSION_PREFIX
     from trainer.planner.hardware import Card
     from trainer.planner.plan import PlanConfig
 
@@ -182,12 +187,12 @@ def read_plan(argv: list[str]) -> PlanRequest:
         except OSError as error:
             problems.append(f"hardware={arguments.hardware}: {str(error).splitlines()[0]}; one of {', '.join(CARDS)}")
         except (OmegaConfBaseException, ValueError, YAMLError) as error:
-            # OmegaConf appends lines with the full key and type: the first sentence says it all.
+            # Without the lines with the full key and type that OmegaConf appends.
             reason = " ".join(str(error).split("\n    full_key")[0].split())
             problems.append(f"hardware={arguments.hardware}: {reason}; write it as those of conf/hardware/ are")
-    card_of_file = OmegaConf.to_object(card_settings)
-    assert isinstance(card_of_file, Card)
-    card, other_arguments, hardware_problems = read_setting_group("hardware", card_of_file, arguments.settings)
+    card_in_file = OmegaConf.to_object(card_settings)
+    assert isinstance(card_in_file, Card)
+    card, other_arguments, hardware_problems = read_setting_group("hardware", card_in_file, arguments.settings)
     settings, run_arguments, plan_problems = read_setting_group("plan", PlanConfig(), other_arguments)
     problems += hardware_problems + plan_problems
     if settings.workers < 0:
@@ -197,12 +202,12 @@ def read_plan(argv: list[str]) -> PlanRequest:
             f"plan.expert_imbalance={settings.expert_imbalance:g}: must be at least 1, where all ranks get as many rows; 2 is "
             "assumed without it"
         )
-    # Only without other problems: a card whose file could not be read lacks every figure.
+    # Only without other problems, because a card whose file could not be read lacks every figure.
     problems = problems or _card_problems(card)
     if problems:
         raise ConfigError(problems)
-    of_run = [argument for argument in run_arguments if not argument.startswith(ALLOWING)]
-    return PlanRequest(arguments, card, settings, of_run)
+    run_overrides = [argument for argument in run_arguments if not argument.startswith(PERMISSION_PREFIX)]
+    return PlanRequest(arguments, card, settings, run_overrides)
 
 
 def _card_file(name: str) -> Path:
@@ -261,12 +266,13 @@ def _card_problems(card: Card) -> list[str]:
     return problems
 
 
-def composed(arguments: list[str], card: Card) -> tuple[RunConfig, set[str]]:
-    """(configuration of a run on GPUs that need not be here, the keys and groups that `arguments` set). Raises ConfigError.
+def compose_planned_run(overrides: list[str], card: Card) -> tuple[RunConfig, set[str]]:
+    """Compose a run for GPUs that need not be here: (its configuration, the keys that the plan must not change).
 
-    For ["strategy=fsdp2", "data.max_length=4096", "batch.micro=auto"], these are {"strategy", "data.max_length"}.
-    If they are not set, `batch.micro` is 1 and `batch.global` the next multiple that the ranks can share. The settings
-    are not validated here: `trainer.planner.plan.run_variants` does that for each way to run.
+    Those are the keys and groups that `overrides` set, except to `auto`: for ["strategy=fsdp2", "data.max_length=4096",
+    "batch.micro=auto"] they are {"strategy", "data.max_length"}. If they are not set, `batch.micro` becomes 1, and
+    `batch.global` is rounded up to a multiple that the ranks can share. The settings are not validated here:
+    `trainer.planner.plan.run_variants` does that for each way to run. Raises ConfigError for overrides that cannot be used.
     """
     with importing("torch"):
         from launch.config.compose import compose, launched_ranks
@@ -275,33 +281,32 @@ def composed(arguments: list[str], card: Card) -> tuple[RunConfig, set[str]]:
         from trainer.config.parallel import readers_of
         from trainer.config.run import AUTO, MICRO_BATCH_KEY, STRATEGY_KEY, Device
 
-    parsed = parse_overrides(arguments)
-    # `auto` does not count as typed: the plan tries all values that it could become.
-    typed = {group for group, choice in parsed.choices.items() if (group, choice) != (STRATEGY_KEY, AUTO)}
-    typed |= {setting.key for setting in parsed.values if (setting.key, setting.value) != (MICRO_BATCH_KEY, AUTO)}
-    # SLURM's launcher takes nothing from this machine, and knows gpus_per_node.
-    default_launcher = [] if "launcher" in typed else ["launcher=slurm"]
-    config = compose([*arguments, *default_launcher], check=False).config
-    if "launcher.gpus_per_node" in typed and getattr(config.launcher, "gpus_per_node", 1) == 0:
+    parsed = parse_overrides(overrides)
+    # `auto` fixes nothing, because the plan tries all values that it could become.
+    fixed_keys = {group for group, choice in parsed.choices.items() if (group, choice) != (STRATEGY_KEY, AUTO)}
+    fixed_keys |= {setting.key for setting in parsed.values if (setting.key, setting.value) != (MICRO_BATCH_KEY, AUTO)}
+    # The default is SLURM's launcher, because it takes nothing from this machine and has gpus_per_node.
+    default_launcher = [] if "launcher" in fixed_keys else ["launcher=slurm"]
+    config = compose([*overrides, *default_launcher], check=False).config
+    if "launcher.gpus_per_node" in fixed_keys and getattr(config.launcher, "gpus_per_node", 1) == 0:
         raise ConfigError("launcher.gpus_per_node=0: asks for nodes without GPUs; give the cards of a node to plan for")
     config.run.device = Device.cuda
     if config.optim.lr is None:
         config.optim.lr = 1.0  # no usual rate is known, and a plan does not depend on it
-    # launcher=local resolves `auto` for this machine; the plan is for another one.
+    # launcher=local has resolved `auto` for this machine, but the plan is for another one.
     precision = Precision.auto if "precision" in config.substitutions else config.precision
     config = replace(config, precision=card.precision(precision))
-    if MICRO_BATCH_KEY not in typed:
+    if MICRO_BATCH_KEY not in fixed_keys:
         config.batch["micro"] = 1
     smallest_batch = config.batch["micro"] * readers_of(config, launched_ranks(config) or 0)
-    if "batch.global" not in typed and smallest_batch > 0:
-        # Rounded up to a multiple that all ranks can share.
-        accumulation = -(-config.batch["global"] // smallest_batch)
-        config.batch["global"] = accumulation * smallest_batch
-    return config, typed
+    if "batch.global" not in fixed_keys and smallest_batch > 0:
+        accumulation_steps = math.ceil(config.batch["global"] / smallest_batch)
+        config.batch["global"] = accumulation_steps * smallest_batch
+    return config, fixed_keys
 
 
-def _progress() -> Any:
-    """Make a function that prints on stderr how many ways to run are simulated, from (done, total, name of the last one).
+def _progress_printer() -> Any:
+    """A function that prints progress on stderr, to be called with (ways simulated, all ways, name of the last one).
 
     In a terminal it writes over one line; in a log file it prints a single line at the end.
     """

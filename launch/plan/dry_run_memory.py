@@ -39,7 +39,7 @@ class DryRunNumbers:
     ranks: int
     parameters: int
     """Of the tuned model, adapters included."""
-    trained: int
+    num_trained_parameters: int
     tokens_per_step: float
     steps: int | None
     rate: LearningRate | None
@@ -75,7 +75,7 @@ def dry_run_answer(
         "tuning": str(config.tuning.name),
         "ranks": numbers.ranks,
         "parameters": numbers.parameters,
-        "trainable_parameters": numbers.trained,
+        "trainable_parameters": numbers.num_trained_parameters,
         "batch": {
             "global": config.batch["global"],
             "micro": config.batch["micro"],
@@ -93,9 +93,10 @@ def dry_run_answer(
 
 
 def simulated_memory(config: RunConfig, lengths: list[int], world_size: int) -> SimulatedMemory:
-    """The memory of a step with a micro-batch of sequences of `lengths` tokens on `world_size` ranks, simulated.
+    """Simulate a step with one micro-batch of sequences of `lengths` tokens on `world_size` ranks; returns its memory per rank.
 
-    If the step cannot be simulated, the result says why, and whether that looks like a defect (`SimulatedMemory.defect`).
+    As lines for people (the kinds of memory, largest first) and as facts for scripts. If the step cannot be simulated, both
+    say why, and `SimulatedMemory.defect` says whether that looks like a fault of the code.
     """
     on_gpu = str(config.run.device) == "cuda"
     try:
@@ -116,7 +117,6 @@ def simulated_memory(config: RunConfig, lengths: list[int], world_size: int) -> 
                 "or of the model's code, and training may fail likewise; exit code 70"
             )
         return SimulatedMemory([f"memory per rank: {reason}"], {"unknown": reason}, defect=is_defect)
-    # As lines for people: the total, and kinds of memory from the largest on.
     unit_bytes = 2**20
     unit = "MiB"
     if step.total >= 2**30:
@@ -140,13 +140,15 @@ def simulated_memory(config: RunConfig, lengths: list[int], world_size: int) -> 
     return SimulatedMemory(lines, {"bytes": step.total, "peak": str(step.peak), "kinds": kinds})
 
 
-def deferred_gradient_lines(strategy: StrategyConfig, trained: int, *, accumulation: int) -> list[str]:
-    """A line on the memory of whole gradients, if FSDP2 reduces them only after the last micro-batch of a step.
+def deferred_gradient_lines(strategy: StrategyConfig, num_trained_parameters: int, *, accumulation: int) -> list[str]:
+    """A line on the memory of whole gradients, if FSDP2 reduces them only after the last micro-batch of a step; else empty.
 
-    The simulation is of a single micro-batch, so its estimate does not have them.
+    The simulated step has a single micro-batch, so its estimate lacks them. `strategy.defer_sync`: False never defers, True
+    always, None if the gradients fit.
     """
-    if not isinstance(strategy, Fsdp2Config) or accumulation == 1 or strategy.defer_sync is False:
+    never_defers = not isinstance(strategy, Fsdp2Config) or accumulation == 1 or strategy.defer_sync is False
+    if never_defers:
         return []
     when = "wait" if strategy.defer_sync else "wait only where they fit"
-    gradients_gib = 4 * trained / 2**30  # in fp32
+    gradients_gib = 4 * num_trained_parameters / 2**30  # in fp32
     return [f"  gradients, whole until the last micro-batch: {gradients_gib:.2f} GiB more at most; they {when}"]

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from trainer.planner.plan import Choice, MeasuredImbalance, PlanConfig
 
 
-ALLOWING = "from."
+PERMISSION_PREFIX = "from."
 """Prefix of words that allow the run of `from=` to use files or hosts outside of its directory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Calibrated:
+class CalibratedCard:
     """A card with figures that a run has measured."""
 
     card: Card
@@ -38,7 +38,9 @@ class Calibrated:
     """What was measured by which run, and what could not be; empty for a card as its file says."""
 
 
-def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[str], command: list[str]) -> Calibrated:
+def calibrate_card(
+    card: Card, run_dir: str, settings: PlanConfig, allowing: list[str], command: list[str]
+) -> CalibratedCard:
     """The card with the figures that the run in `run_dir` measured, relative to a simulation of that run.
 
     `allowing` are overrides that allow the run to use something outside of its directory. `command` is the command as it was
@@ -105,7 +107,7 @@ def calibrated(card: Card, run_dir: str, settings: PlanConfig, allowing: list[st
     heading = f"from {run_dir} ({record.strategy}, {record.world_size} x {gpu}):"
     calibrated_lines = [f"  {line}" for line in lines]
     missing_lines = [f"  not calibrated: {reason}" for reason in missing]
-    return Calibrated(card, expert_imbalance, (heading, *calibrated_lines, *missing_lines))
+    return CalibratedCard(card, expert_imbalance, (heading, *calibrated_lines, *missing_lines))
 
 
 def _measured_imbalance(record: RunRecord, expert_ranks: int) -> MeasuredImbalance | None:
@@ -181,7 +183,7 @@ def _read_measured_run(
         raise ConfigError(
             f"from={run_dir}: not a run directory (there is no config.yaml in it); name one of a run on GPUs"
         )
-    config = read_run(run_dir, RunReader(command, uses_model_alone, ALLOWING), allowing)
+    config = read_run(run_dir, RunReader(command, uses_model_alone, PERMISSION_PREFIX), allowing)
     try:
         record = read_run_record(run_dir)
     except (OSError, ValueError, RecursionError) as error:

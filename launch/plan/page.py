@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launch.plan.answer import (
-    by_reason,
     checkpoint_gib,
     checkpoint_s,
-    command_of,
-    costs,
+    cost_lines,
     dollars,
     expert_notes,
     number_of_cards,
-    stored,
-    why,
+    refused_ways_by_reason,
+    storage_text,
+    verdict_on,
 )
+from launch.plan.planned_command import planned_command
 from strategies.tensor_inventory import MemoryKind
 from trainer.pages.numbers import duration, number
 from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable
@@ -29,7 +29,7 @@ MAX_BARS = 40
 """Ways whose memory is drawn; the table has all."""
 LONGEST_BAR = 1.6
 """What a bar may be at most, as a multiple of the card's memory. Longer ones are cut, and say so."""
-PARTS: dict[str, str] = {
+NAME_BY_MEMORY_PART: dict[str, str] = {
     MemoryKind.parameters: "parameters",
     MemoryKind.gathered: "gathered parameters",
     MemoryKind.gradients: "gradients",
@@ -41,7 +41,7 @@ PARTS: dict[str, str] = {
     "process": "process, allocator, NCCL",
 }
 """Parts of a card's memory from left to right, with their names on the page."""
-SMALLEST_GIB = 0.005
+SMALLEST_SHOWN_GIB = 0.005
 """Smaller parts are left out: they would be shown as 0.00."""
 
 
@@ -61,22 +61,22 @@ class MemoryBar:
 def plan_page(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...] = ()) -> str:
     """The page of a plan as HTML. `overrides` are those that were typed; `calibrated` are lines on what `from=` has measured."""
     bars = memory_bars(answer)
-    refused = [(ways, reason) for reason, ways in by_reason(answer).items()]
+    refused = [(ways, reason) for reason, ways in refused_ways_by_reason(answer).items()]
     return render(
         "launch.plan",
         "page.html.j2",
-        about=_about(answer),
+        about=_job_line(answer),
         verdict=_verdict(answer, overrides),
-        cards=_cards(answer),
+        cards=_page_cards(answer),
         notes=_notes(answer),
         bars=bars,
         legend=_legend(bars),
         left_out_bars=len(answer.best_choices) - len(bars),
         card_gib=answer.job.card.memory_gib,
-        card_position=100 / _scale(answer),
-        ways=_ways_table(answer),
+        card_position=100 / _axis_in_card_memories(answer),
+        ways=_table_of_ways(answer),
         refused=refused,
-        facts=_facts(answer, overrides),
+        facts=_inputs(answer, overrides),
         calibrated=[line.strip() for line in calibrated],
     )
 
@@ -90,7 +90,7 @@ def _legend(bars: list[MemoryBar]) -> list[tuple[int, str]]:
     return sorted(shown.items())
 
 
-def _about(answer: PlanAnswer) -> str:
+def _job_line(answer: PlanAnswer) -> str:
     """The job in one line: the model, the cards, a step."""
     job = answer.job
     cost_model = answer.cost_model
@@ -106,7 +106,7 @@ def way_name(choice: Choice) -> str:
     """A way to run in words: `fsdp2, full recomputation, micro-batch 8`."""
     mode = str(choice.variant.config.strategy.activation_checkpointing)
     parts = [choice.variant.name, "nothing recomputed" if mode == "none" else f"{mode} recomputation"]
-    kept = stored(choice.variant)
+    kept = storage_text(choice.variant)
     parts += [kept] if kept else []
     return ", ".join([*parts, f"micro-batch {choice.micro}"])
 
@@ -122,15 +122,13 @@ def _verdict(answer: PlanAnswer, overrides: list[str]) -> Callout:
             lacks = f"{number(least.host_gib, 3)} GiB of a node's memory, which has {number(least.node_gib, 3)}"
             advice = "Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out."
         return Callout("bad", "Nothing fits", f"The smallest way, {way_name(least)}, takes {lacks}. {advice}")
-    lines = command_of(overrides, best, answer.job)
-    command = [line for line in lines if not line.startswith("(")]
-    missing = [line.strip("()") for line in lines if line.startswith("(")]
+    command = planned_command(overrides, best, answer.job)
     text = f"The fastest way that fits, {number(round(best.tokens_per_s))} tokens a second of all cards"
-    text = f"{text} ({missing[0]})." if missing else f"{text}."
-    return Callout("good", f"Take {way_name(best)}", text, ["\n".join(command)])
+    text = f"{text} ({command.missing})." if command.missing else f"{text}."
+    return Callout("good", f"Take {way_name(best)}", text, ["\n".join(command.lines)])
 
 
-def _cards(answer: PlanAnswer) -> list[PageCard]:
+def _page_cards(answer: PlanAnswer) -> list[PageCard]:
     """Cards with memory, speed, time and price of the best way to run; of the first of `best_choices` if none fits.
 
     "Card" has two meanings here: a `PageCard` is a box on the page, `job.card` is the GPU.
@@ -180,91 +178,107 @@ def _notes(answer: PlanAnswer) -> list[Callout]:
     if answer.cost_model.notes:
         notes.append(Callout("note", "Chosen for you", "; ".join(answer.cost_model.notes)))
     if answer.best is not None and answer.best.hours is None:
-        notes.append(Callout("note", "What the run costs", "; ".join(costs(answer.best, answer.job))))
+        notes.append(Callout("note", "What the run costs", "; ".join(cost_lines(answer.best, answer.job))))
     if of_experts := expert_notes(answer):
         notes.append(Callout("note", "Experts over ranks", "; ".join(of_experts)))
     return notes
 
 
 def memory_parts(choice: Choice) -> dict[str, float]:
-    """GiB on a GPU by part, under the keys of `PARTS` as text. Their sum is the memory that this way to run needs."""
-    # A run of `from=` may have measured more tensors than the simulation has: each kind gets its share of that.
-    factor = choice.fit.live / max(choice.peak.total, 1) / GIB
-    parts = {str(kind): factor * size for kind, size in choice.peak.kinds.items()}
-    parts["process"] = (choice.fit.context + choice.fit.allocator + choice.fit.nccl_buffers) / GIB
-    return parts
+    """GiB on a GPU by part, under the keys of `NAME_BY_MEMORY_PART`: {"parameters": 12.5, ..., "process": 1.8}.
+
+    Their sum is the memory that this way to run needs. A run of `from=` may have measured more tensors than the simulation
+    has; each kind of tensor then gets its share of the difference.
+    """
+    measured_over_simulated = choice.fit.live / max(choice.peak.total, 1)
+    gib_by_part = {str(kind): measured_over_simulated * size / GIB for kind, size in choice.peak.kinds.items()}
+    gib_by_part["process"] = (choice.fit.context + choice.fit.allocator + choice.fit.nccl_buffers) / GIB
+    return gib_by_part
 
 
-def _scale(answer: PlanAnswer) -> float:
-    """How long the axis of the bars is, as a multiple of the card's memory."""
+def _axis_in_card_memories(answer: PlanAnswer) -> float:
+    """The length of the axis of the bars, as a multiple of the card's memory: from 1.1 to LONGEST_BAR."""
     largest = max(choice.fit.total for choice in answer.best_choices[:MAX_BARS]) / GIB
     return min(LONGEST_BAR, max(1.1, 1.04 * largest / answer.job.card.memory_gib))
 
 
 def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
     """A bar for each way to run, in the order of the answer: its parts of memory side by side, cut at the end of the axis."""
-    axis_gib = _scale(answer) * answer.job.card.memory_gib
+    axis_gib = _axis_in_card_memories(answer) * answer.job.card.memory_gib
     bars = []
     for choice in answer.best_choices[:MAX_BARS]:
-        by_part = memory_parts(choice)
-        # Segments of the bar: (index of the colour, name, GiB, % of the axis).
-        drawn = []
+        gib_by_part = memory_parts(choice)
+        segments: list[tuple[int, str, float, float]] = []  # see `MemoryBar.parts`
         position_gib = 0.0
-        for index, (part, name) in enumerate(PARTS.items()):
-            size_gib = by_part.get(str(part), 0.0)
-            if size_gib < SMALLEST_GIB:
+        for index, (part, name) in enumerate(NAME_BY_MEMORY_PART.items()):
+            size_gib = gib_by_part.get(str(part), 0.0)
+            if size_gib < SMALLEST_SHOWN_GIB:
                 continue
             end_gib = min(position_gib + size_gib, axis_gib)
-            drawn.append((index, name, size_gib, 100 * (end_gib - position_gib) / axis_gib))
+            segments.append((index, name, size_gib, 100 * (end_gib - position_gib) / axis_gib))
             position_gib = end_gib
         total_gib = choice.fit.total / GIB
         bars.append(
-            MemoryBar(way_name(choice), drawn, total_gib, total_gib > axis_gib, choice.fits, why(choice, answer))
+            MemoryBar(
+                way_name(choice), segments, total_gib, total_gib > axis_gib, choice.fits, verdict_on(choice, answer)
+            )
         )
     return bars
 
 
-def _ways_table(answer: PlanAnswer) -> PageTable:
-    """A table of every way to run, with its memory, speed, and the parts of memory that are not tiny in all of them."""
-    # GiB by part, for each choice.
-    parts = [memory_parts(choice) for choice in answer.best_choices]
-    shown = []
-    for part in PARTS:
-        largest = max(by_part.get(str(part), 0.0) for by_part in parts)
-        if largest >= SMALLEST_GIB:
-            shown.append(part)
-    # The columns. Why a way does not fit stands beside its name, where a phone shows it without scrolling.
-    columns = [PageColumn("strategy"), PageColumn("speed"), PageColumn("tokens/s", best="largest")]
-    columns += [PageColumn("recomputed"), PageColumn("stored"), PageColumn("micro-batch")]
-    columns += [
+def _table_of_ways(answer: PlanAnswer) -> PageTable:
+    """A table of every way to run: memory, speed, and those parts of memory that are large enough to show in some way."""
+    gib_by_part_of_ways = [memory_parts(choice) for choice in answer.best_choices]
+    shown_parts = []
+    for part in NAME_BY_MEMORY_PART:
+        largest_gib = max(gib_by_part.get(str(part), 0.0) for gib_by_part in gib_by_part_of_ways)
+        if largest_gib >= SMALLEST_SHOWN_GIB:
+            shown_parts.append(str(part))
+    columns = [
+        PageColumn("strategy"),
+        PageColumn("speed"),
+        PageColumn("tokens/s", best="largest"),
+        PageColumn("recomputed"),
+        PageColumn("stored"),
+        PageColumn("micro-batch"),
         PageColumn("needs", "memory of a card, GiB", best="smallest"),
         PageColumn("left", "memory of a card, GiB"),
+        *(PageColumn(NAME_BY_MEMORY_PART[part], "of that, GiB") for part in shown_parts),
     ]
-    columns += [PageColumn(PARTS[part], "of that, GiB") for part in shown]
-    # A row for each way; the second value of a cell is what the column is sorted by.
     rows = []
-    for choice, by_part in zip(answer.best_choices, parts, strict=True):
-        mode = str(choice.variant.config.strategy.activation_checkpointing)
-        total = choice.fit.total / GIB
-        left = choice.fit.margin / GIB
-        speed = PageCell("\N{EN DASH}")
-        if choice.fits:
-            speed = PageCell(number(round(choice.tokens_per_s)), choice.tokens_per_s)
-        kept = stored(choice.variant) or "whole"
-        reason = why(choice, answer)
-        row = [PageCell(choice.variant.name, choice.variant.name)]
-        row += [PageCell(reason, reason, tone="" if choice.fits else "bad"), speed]
-        row += [PageCell(mode, mode), PageCell(kept, kept)]
-        row.append(PageCell(str(choice.micro), choice.micro, note=f"largest {choice.largest_micro}"))
-        row += [PageCell(f"{total:.1f}", total), PageCell(f"{left:+.1f}", left)]
-        for part in shown:
-            size = max(by_part.get(str(part), 0.0), 0.0)
-            row.append(PageCell(f"{size:.2f}", size))
-        rows.append(row)
+    for choice, gib_by_part in zip(answer.best_choices, gib_by_part_of_ways, strict=True):
+        part_cells = []
+        for part in shown_parts:
+            size_gib = max(gib_by_part.get(part, 0.0), 0.0)
+            part_cells.append(PageCell(f"{size_gib:.2f}", size_gib))
+        rows.append([*_cells_of_way(choice, answer), *part_cells])
     return PageTable(columns, rows, "Every way with its best micro-batch.")
 
 
-def _facts(answer: PlanAnswer, overrides: list[str]) -> list[tuple[str, str]]:
+def _cells_of_way(choice: Choice, answer: PlanAnswer) -> list[PageCell]:
+    """The cells of a way to run in `_table_of_ways`, up to its parts of memory. The second value of a cell is sorted by."""
+    needed_gib = choice.fit.total / GIB
+    left_gib = choice.fit.margin / GIB
+    speed = PageCell("\N{EN DASH}")
+    if choice.fits:
+        speed = PageCell(number(round(choice.tokens_per_s)), choice.tokens_per_s)
+    recomputation = str(choice.variant.config.strategy.activation_checkpointing)
+    storage = storage_text(choice.variant) or "whole"
+    # The verdict (`too large`) stands beside the name, where a phone shows it without scrolling.
+    verdict = verdict_on(choice, answer)
+    return [
+        PageCell(choice.variant.name, choice.variant.name),
+        PageCell(verdict, verdict, tone="" if choice.fits else "bad"),
+        speed,
+        PageCell(recomputation, recomputation),
+        PageCell(storage, storage),
+        PageCell(str(choice.micro), choice.micro, note=f"largest {choice.largest_micro}"),
+        PageCell(f"{needed_gib:.1f}", needed_gib),
+        PageCell(f"{left_gib:+.1f}", left_gib),
+    ]
+
+
+def _inputs(answer: PlanAnswer, overrides: list[str]) -> list[tuple[str, str]]:
     """What the plan was made from, for the folded part at the end."""
     job: PlannedRun = answer.job
     card = job.card

@@ -15,7 +15,7 @@ from launch.compare.points import plan_points
 from launch.config.choices import choices_by_group
 from launch.config.compose import compose
 from launch.main import EXIT_CODES, VERBS, module_of
-from launch.plan.command import composed, read_plan
+from launch.plan.command import compose_planned_run, read_plan_request
 from launch.sweep.sweeper import is_search, plan_search
 from tests.helpers.covering import chosen
 from tests.helpers.launching import ROOT
@@ -271,8 +271,8 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
         for key, _, value in (word.partition("="),)
     ]
     if words[:2] == ["shardtune", "plan"]:
-        request = read_plan([word.replace("<card>", "l4") for word in settings])
-        composed(request.of_run, request.card)
+        request = read_plan_request([word.replace("<card>", "l4") for word in settings])
+        compose_planned_run(request.run_overrides, request.card)
         return
     for number in range(max(map(len, choices))):
         compose([values[min(number, len(values) - 1)] for values in choices])

@@ -5,7 +5,7 @@ import pytest
 from launch.cluster.oom_retry import write_smaller_settings
 from launch.config.compose import compose
 from launch.config.frozen import load_frozen
-from launch.plan.command import composed as planned
+from launch.plan.command import compose_planned_run as planned
 from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError, OutOfMemory
 from tests.faults.runs import read

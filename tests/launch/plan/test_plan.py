@@ -14,9 +14,10 @@ import torch
 from launch import main as command
 from launch.cluster import long_steps
 from launch.config.compose import compose, launched_ranks
-from launch.plan.answer import by_reason, command_of, costs, dollars, number_of_cards, stored
-from launch.plan.command import CARDS, composed, read_plan
+from launch.plan.answer import cost_lines, dollars, number_of_cards, refused_ways_by_reason, storage_text
+from launch.plan.command import CARDS, compose_planned_run, read_plan_request
 from launch.plan.job import job_of
+from launch.plan.planned_command import command_lines
 from strategies.base import Fsdp2Config, Precision, StrategyName
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
@@ -61,7 +62,7 @@ def plan(capsys, model, *words):
 
 @pytest.mark.parametrize("name", CARDS)
 def test_plan_card_has_every_figure_that_a_plan_needs(name):
-    card = read_plan([f"hardware={name}"]).card
+    card = read_plan_request([f"hardware={name}"]).card
     assert card.name in PEAK_TFLOPS
     said = " ".join(card.sources)
     assert card.date and [key for key in FIGURES if key not in said] == []
@@ -71,12 +72,12 @@ def test_plan_card_has_every_figure_that_a_plan_needs(name):
 
 
 def test_plan_card_figures_can_be_replaced(tmp_path):
-    asked = read_plan(["hardware=l4", "hardware.price_per_hour=0.5", "plan.offload=true"])
+    asked = read_plan_request(["hardware=l4", "hardware.price_per_hour=0.5", "plan.offload=true"])
     card, settings = asked.card, asked.settings
     assert card.price_per_hour == 0.5 and settings.offload
     (tmp_path / "mine.yaml").write_text("name: NVIDIA L4\ncapability: [8, 9]\nmemory_gib: 20\n")
     with pytest.raises(ConfigError, match=r"hardware\.memory_gb_s=0: must be above 0"):
-        read_plan([f"hardware={tmp_path / 'mine.yaml'}"])
+        read_plan_request([f"hardware={tmp_path / 'mine.yaml'}"])
 
 
 @pytest.mark.parametrize(
@@ -158,8 +159,8 @@ def test_plan_refuses_once_what_train_would_refuse_before_data_is_prepared(
 
 
 def test_plan_looks_at_all_values_of_an_automatic_micro_batch(model):
-    card = read_plan(["hardware=l4"]).card
-    config, typed = composed([f"model.path={model}", "batch.micro=auto"], card)
+    card = read_plan_request(["hardware=l4"]).card
+    config, typed = compose_planned_run([f"model.path={model}", "batch.micro=auto"], card)
     assert config.batch["micro"] == 1 and "batch.micro" not in typed
 
 
@@ -236,7 +237,7 @@ def test_the_words_to_paste_make_a_run(capsys, model):
     ]
     best = answer["ways"][0]
     assert sum(best["kinds_gib"].values()) == pytest.approx(best["peak_gib"], rel=1e-3, abs=1e-5)
-    card = read_plan(["hardware=a10g"]).card
+    card = read_plan_request(["hardware=a10g"]).card
     assert best["hours"] > 0 and best["price"] == pytest.approx(best["hours"] * 8 * card.price_per_hour)
     assert {one["micro"] for one in answer["all"]} == {1, 2, 4}
 
@@ -255,13 +256,13 @@ def test_the_words_to_paste_make_a_run(capsys, model):
 )
 def test_the_command_starts_as_many_ranks_as_were_planned(model, asked, verb, ranks):
     """Wherever it is pasted: a host may have more GPUs, and jobs of SLURM get none that are not asked for."""
-    card = read_plan(["hardware=a10g"]).card
+    card = read_plan_request(["hardware=a10g"]).card
     words = [f"model.path={model}", "budget.steps=1", "precision=bf16", *asked]
-    config, _ = composed(words, card)
+    config, _ = compose_planned_run(words, card)
     best = SimpleNamespace(
         overrides=["strategy=ddp", "batch.global=32", "batch.micro=2"], variant=RunVariant(config, ())
     )
-    said = "\n".join(command_of(words, best, job_of(config, card)))
+    said = "\n".join(command_lines(words, best, job_of(config, card)))
     starts, *typed = pasted(said)
     assert (starts, *refused_by_train(starts, *typed)) == (verb, ranks, [])
     assert verb == "train" or compose([*typed, "launcher=slurm"], check=False).config.launcher.gpus_per_node > 0
@@ -315,9 +316,9 @@ def killed(config, *asked):
 def test_a_simulation_that_is_killed_ends_no_plan(model, monkeypatch):
     """Those that were done by then stay; one after the other, so that it is known which."""
     monkeypatch.setattr(sweep, "_simulate", killed)
-    asked = read_plan(["hardware=l4", "plan.workers=1"])
+    asked = read_plan_request(["hardware=l4", "plan.workers=1"])
     card, settings = asked.card, asked.settings
-    config, typed = composed([f"model.path={model}", "strategy.activation_checkpointing=none"], card)
+    config, typed = compose_planned_run([f"model.path={model}", "strategy.activation_checkpointing=none"], card)
     found, _ = run_variants(config, settings, typed, 1)
     told = []
     forms = sweep.simulate_variants(found, job(card), [1] * len(found), settings, lambda *said: told.append(said))
@@ -340,15 +341,17 @@ def job(card, *, nodes=2, per_node=4, batch=32):
 
 
 def test_plan_variants_are_all_but_those_typed_or_ruled_out(model):
-    card = read_plan(["hardware=l4"]).card
-    config, typed = composed([f"model.path={model}", *GPUS, "tuning=lora"], card)
+    card = read_plan_request(["hardware=l4"]).card
+    config, typed = compose_planned_run([f"model.path={model}", *GPUS, "tuning=lora"], card)
     found, refused = run_variants(config, PlanConfig(), typed, 8)
     assert {way.name for way in found} == {"ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"}
     assert len(found) == 18
     assert {way.name for way, _ in refused} == {"single"} and "runs in one process" in refused[0][1]
     found, _ = run_variants(config, PlanConfig(offload=True), typed, 8)
     assert {way.name for way in found if way.offload} == {"fsdp2", "hsdp", "zero1", "zero2", "zero3"}
-    config, typed = composed([f"model.path={model}", "strategy=zero2", "strategy.activation_checkpointing=full"], card)
+    config, typed = compose_planned_run(
+        [f"model.path={model}", "strategy=zero2", "strategy.activation_checkpointing=full"], card
+    )
     assert [way.name for way in run_variants(config, PlanConfig(), typed, 1)[0]] == ["zero2"]
 
 
@@ -367,14 +370,14 @@ def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name,
 
     monkeypatch.setattr(plan_module, "deferred_gradient_bytes", heard)
     strategy = Fsdp2Config(name=StrategyName(name), replicate=asked)
-    card = read_plan(["hardware=l4"]).card
+    card = read_plan_request(["hardware=l4"]).card
     with pytest.raises(LookupError) as found:
         rank_choices(RunVariant(RunConfig(strategy=strategy), ()), RowsAlone(), job(card), [1])
     assert found.value.args == (shards,)
 
 
 def test_micro_batches_divide_the_part_of_a_rank():
-    card = read_plan(["hardware=l4"]).card
+    card = read_plan_request(["hardware=l4"]).card
     assert micro_batches(job(card, batch=96), None) == [1, 2, 3, 4, 6, 12]
     assert micro_batches(job(card, batch=96), 4) == [4]
     assert micro_batches(job(card, batch=96), 5) == []
@@ -382,11 +385,11 @@ def test_micro_batches_divide_the_part_of_a_rank():
 
 
 def test_plan_rows_name_all_settings_stored_otherwise(model):
-    card = read_plan(["hardware=l4"]).card
-    config, typed = composed([f"model.path={model}", "tuning=lora", "strategy=fsdp2"], card)
+    card = read_plan_request(["hardware=l4"]).card
+    config, typed = compose_planned_run([f"model.path={model}", "tuning=lora", "strategy=fsdp2"], card)
     settings = PlanConfig(offload=True, quantisation=[Quantisation.none, Quantisation.nf4])
     found, _ = run_variants(config, settings, typed, 1)
-    labels = {(way.offload, str(way.config.model.quantisation)): stored(way) for way in found}
+    labels = {(way.offload, str(way.config.model.quantisation)): storage_text(way) for way in found}
     assert labels == {
         (False, "none"): "",
         (True, "none"): "offload",
@@ -395,7 +398,7 @@ def test_plan_rows_name_all_settings_stored_otherwise(model):
     }
     form = SimpleNamespace(parameters=1, trained=1, layout="padded", notes=())
     answer = PlanAnswer(job(card), [], [], [(way, "too odd") for way in found], form)
-    assert by_reason(answer)["too odd"].count(", none, offload+nf4") == 1
+    assert refused_ways_by_reason(answer)["too odd"].count(", none, offload+nf4") == 1
 
 
 def test_a_small_job_costs_less_than_a_cent_on_one_card():
@@ -422,12 +425,12 @@ def test_a_small_job_costs_less_than_a_cent_on_one_card():
     ],
 )
 def test_plan_says_what_the_cost_of_a_run_lacks(model, words, card, said):
-    a10g = read_plan(["hardware=a10g", *card]).card
-    config, _ = composed([f"model.path={model}", *GPUS, *words], a10g)
+    a10g = read_plan_request(["hardware=a10g", *card]).card
+    config, _ = compose_planned_run([f"model.path={model}", *GPUS, *words], a10g)
     hours = 0.0125 if "budget.steps=3" in words else None
     price = None if hours is None or card else 0.1
     found = SimpleNamespace(variant=RunVariant(config, ()), hours=hours, price=price, tokens_per_s=1e4)
-    told = " ".join(costs(found, job(a10g)))
+    told = " ".join(cost_lines(found, job(a10g)))
     assert all(part in told for part in said), told
     assert told.replace("the price of the whole run", "").count("price") == len(card) + (
         "give hardware.price_per_hour" in told
@@ -435,7 +438,7 @@ def test_plan_says_what_the_cost_of_a_run_lacks(model, words, card, said):
 
 
 def test_rates_of_groups_within_and_between_nodes():
-    card = replace(read_plan(["hardware=h100_80g"]).card, link_gb_s=450.0, node_gb_s=400.0, gpus_per_node=8)
+    card = replace(read_plan_request(["hardware=h100_80g"]).card, link_gb_s=450.0, node_gb_s=400.0, gpus_per_node=8)
     assert ring_bytes_per_s(card, 8, 1) == 450e9 * LINK_EFFICIENCY
     assert ring_bytes_per_s(card, 32, 4) == 400e9 * LINK_EFFICIENCY  # a ring leaves a node by all its ports
     assert ring_bytes_per_s(card, 4, 4) == 50e9 * LINK_EFFICIENCY  # one rank a node has one of them
@@ -460,7 +463,7 @@ class Form:
 
 
 def test_plan_hides_exchange_behind_arithmetic_where_there_is_enough():
-    card = replace(read_plan(["hardware=h100_80g"]).card, link_gb_s=400.0)
+    card = replace(read_plan_request(["hardware=h100_80g"]).card, link_gb_s=400.0)
     one = 4 * COLLECTIVE_LATENCY_S + 7 / 8 * 8e9 / (400e9 * LINK_EFFICIENCY)
     inside, after = collective_s(Form(0.0), 4, card)
     assert inside == pytest.approx(4 * one) and after == pytest.approx(COLLECTIVE_LATENCY_S, rel=1e-3)

@@ -1,0 +1,71 @@
+"""The command that runs the best choice of a plan."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields
+from typing import NamedTuple
+
+from trainer.config.run import LauncherConfig
+from trainer.planner.plan import Choice, PlannedRun
+
+
+class PlannedCommand(NamedTuple):
+    """The command that runs a choice of a plan."""
+
+    lines: list[str]
+    """The command, quoted for a shell: ["shardtune train model.path=... \\", "    strategy=fsdp2"]."""
+    missing: str
+    """What the user must add, such as `with a budget of your own`; empty if it is complete."""
+
+
+def command_lines(overrides: list[str], best: Choice, job: PlannedRun) -> list[str]:
+    """The lines of `planned_command`, then one in brackets on what the user must add, if anything."""
+    command = planned_command(overrides, best, job)
+    return [*command.lines, f"({command.missing})"] if command.missing else command.lines
+
+
+def planned_command(overrides: list[str], best: Choice, job: PlannedRun) -> PlannedCommand:
+    """The command that runs the best choice, in lines of at most 80 columns where its arguments allow.
+
+    `overrides`: those on the command line of the plan. Those that the plan has chosen (`best.overrides`) replace them.
+    """
+    cli_keys = {override.split("=")[0] for override in overrides}
+    chosen_keys = {override.split("=")[0] for override in best.overrides}
+    is_for_cluster = _is_for_slurm(overrides, job)
+    arguments = [override for override in overrides if override.split("=")[0] not in chosen_keys]
+    # Added, because without a number of ranks a run takes all GPUs of the host, and under SLURM none.
+    ranks_key = "launcher.gpus_per_node" if is_for_cluster else "launcher.processes"
+    if ranks_key not in cli_keys:
+        arguments.append(f"{ranks_key}={job.ranks_per_node}")
+
+    lines = []
+    line = "shardtune submit" if is_for_cluster else "shardtune train"
+    for argument in [*arguments, *best.overrides]:
+        quoted = shlex.quote(argument)
+        if len(line) + len(quoted) + 3 > 80:
+            lines.append(f"{line} \\")
+            line = "   "
+        line += f" {quoted}"
+    lines.append(line)
+
+    missing = []
+    budget = best.variant.config.budget
+    if not any((budget.steps, budget.epochs, budget.tokens)):
+        missing.append("a budget")
+    data = best.variant.config.data
+    if not data.path and not data.sources:
+        missing.append("data.path")
+    return PlannedCommand(lines, f"with {' and '.join(missing)} of your own" if missing else "")
+
+
+def _is_for_slurm(overrides: list[str], job: PlannedRun) -> bool:
+    """Whether the command of the plan is for SLURM (`submit`) and not for this machine (`train`).
+
+    An override `launcher=` decides. Without it, several nodes mean SLURM, and so do settings that only its launcher has.
+    """
+    if "launcher=local" in overrides or "launcher=slurm" in overrides:
+        return "launcher=slurm" in overrides
+    common_settings = {f"launcher.{setting.name}" for setting in fields(LauncherConfig)}
+    launcher_keys = {override.split("=")[0] for override in overrides if override.startswith("launcher.")}
+    return job.nodes > 1 or not launcher_keys <= common_settings
