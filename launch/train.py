@@ -31,7 +31,7 @@ from launch.config.verb_arguments import (
 from launch.output import print_json, stdout_to_stderr
 from strategies.compat.python import end_process, run_exit_functions
 from strategies.errors import ConfigError
-from strategies.imports import importing
+from strategies.imports import importing_without_gc
 from trainer.stopping.signals import block_signals, unblock_signals
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _train_or_show(arguments: TrainArguments) -> int:
     - --dry-run: what the run would be is printed;
     - none of them: the run is trained; with --json, its result is printed.
     """
-    with importing("torch"):
+    with importing_without_gc("torch"):
         from launch.config.compose import compose
         from launch.sweep.sweeper import is_search
 
@@ -140,7 +140,7 @@ def _train_or_show(arguments: TrainArguments) -> int:
     if arguments.dry_run:
         return _dry_run(settings, as_json=arguments.as_json)
     with stdout_to_stderr(arguments.as_json):
-        with importing("hydra"):
+        with importing_without_gc("hydra"):
             composed = compose(settings)
         run_dir = run_dir_of(composed)
         code = launch_run(composed, run_dir)
@@ -313,7 +313,7 @@ def _run_of_rank(arguments: list[str], rank: int) -> RankRun:
     Our launcher has frozen it (`SHARDTUNE_CONFIG` names the file); else, as under torchrun, it is composed from the settings on
     the command line (`arguments`), and rank 0 freezes it into its directory. Errors: ConfigError, StorageError.
     """
-    with importing("torch"):
+    with importing_without_gc("torch"):
         from launch.config.compose import compose, is_finished, load_frozen
         from launch.config.frozen import config_sha256
         from launch.config.resume import keep_earlier_defaults
@@ -378,7 +378,7 @@ def _train_recording_failure(config: RunConfig, run_dir: Path | None, sha256: st
     from strategies.errors import NotRunOwner, Preempted
     from trainer.reporting.status import record_failure
 
-    with importing("trainer.run"):
+    with importing_without_gc("trainer.run"):
         from trainer.run import run_worker
 
     try:

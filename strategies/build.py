@@ -13,7 +13,8 @@ from strategies.runtime import NO_NETWORK, Runtime, gather_objects
 def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtime) -> Strategy:
     """The strategy that `config` names; only its library is imported, since DeepSpeed takes seconds.
 
-    Raises ConfigError if it cannot run with these processes, or on a host without a network.
+    Raises ConfigError in these cases: a strategy of several ranks on a host without a network; `auto`, which only a training run
+    resolves; `single` with several processes.
     """
     communicates = config.name not in (StrategyName.single, StrategyName.auto)
     if communicates and not runtime.simulated and dist.get_backend(runtime.control_group) == NO_NETWORK:

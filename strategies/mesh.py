@@ -56,8 +56,8 @@ def shard_mesh(device: torch.device, runtime: Runtime, num_replicas: int) -> Dev
             return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
         ranks = torch.arange(runtime.world_size).view(num_replicas, -1)
         row, column = divmod(runtime.rank, ranks.shape[1])
-        replicate_group = _own_group(ranks[:, column], device, runtime)
-        shard_group = _own_group(ranks[row], device, runtime)
+        replicate_group = _new_group_of(ranks[:, column], device, runtime)
+        shard_group = _new_group_of(ranks[row], device, runtime)
         groups = [replicate_group, shard_group]  # in the order of the dimensions' names
         return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
@@ -77,11 +77,11 @@ def expert_mesh(
         ranks = torch.arange(runtime.world_size).view(num_replicas, -1, expert_ranks)
         own_position = torch.unravel_index(torch.tensor(runtime.rank), ranks.shape)
         replica, group, group_rank = (int(index) for index in own_position)
-        expert_group = _own_group(ranks[replica, group], device, runtime)
-        shard_group = _own_group(ranks[replica, :, group_rank], device, runtime)
+        expert_group = _new_group_of(ranks[replica, group], device, runtime)
+        shard_group = _new_group_of(ranks[replica, :, group_rank], device, runtime)
         if num_replicas == 1:
             return expert_group, DeviceMesh.from_group(shard_group, device.type, mesh_dim_names=("shard",))
-        replicate_group = _own_group(ranks[:, group, group_rank], device, runtime)
+        replicate_group = _new_group_of(ranks[:, group, group_rank], device, runtime)
         mesh = DeviceMesh.from_group(
             [replicate_group, shard_group],
             device.type,
@@ -91,7 +91,7 @@ def expert_mesh(
         return expert_group, mesh
 
 
-def _own_group(members: torch.Tensor, device: torch.device, runtime: Runtime) -> dist.ProcessGroup:
+def _new_group_of(members: torch.Tensor, device: torch.device, runtime: Runtime) -> dist.ProcessGroup:
     """A new process group of the ranks `members`, of which this rank is one. Only its members must call."""
     group = dist.new_group(
         members.tolist(),

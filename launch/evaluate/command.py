@@ -15,7 +15,7 @@ from launch.config.verb_arguments import asks_for_help, help_rows
 from launch.evaluate.arguments import EvaluateArguments
 from launch.evaluate.kinds import KINDS_READ
 from launch.output import print_json, stdout_to_stderr
-from strategies.imports import importing
+from strategies.imports import importing_without_gc
 from trainer.stopping.signals import block_signals
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     if asks or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    with importing("torch"):
+    with importing_without_gc("torch"):
         from launch.evaluate.arguments import parse_evaluate_arguments
         from launch.evaluate.plan import plan_evaluation
         from launch.evaluate.reward_trial import should_try_rewards, try_rewards
@@ -179,7 +179,7 @@ def run_as_rank(arguments: list[str]) -> int:
     error that our launcher shows.
     """
     block_signals()
-    with importing("torch"):
+    with importing_without_gc("torch"):
         from launch.cluster.torchrun import die_with_parent
         from launch.config.compose import load_frozen
         from launch.config.process_role import export_torchrun_variables

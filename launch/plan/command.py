@@ -23,7 +23,7 @@ from launch.config.verb_arguments import (
 from launch.output import print_json
 from launch.streams import draw
 from strategies.errors import ConfigError
-from strategies.imports import importing
+from strategies.imports import importing_without_gc
 
 if TYPE_CHECKING:
     from launch.plan.from_run import CalibratedCard
@@ -274,7 +274,7 @@ def compose_planned_run(overrides: list[str], card: Card) -> tuple[RunConfig, se
     `batch.global` is rounded up to a multiple that the ranks can share. The settings are not validated here:
     `trainer.planner.plan.run_variants` does that for each way to run. Raises ConfigError for overrides that cannot be used.
     """
-    with importing("torch"):
+    with importing_without_gc("torch"):
         from launch.config.compose import compose, launched_ranks
         from launch.config.overrides import parse_overrides
         from strategies.base import Precision

@@ -25,7 +25,7 @@ from launch.config.verb_arguments import (
 )
 from strategies.compat.python import end_process
 from strategies.errors import ConfigError, Preempted, key_of_problem
-from strategies.imports import importing
+from strategies.imports import importing_without_gc
 
 if TYPE_CHECKING:
     from trainer.data.prepare import PreparedData
@@ -107,7 +107,7 @@ def _prepare(arguments: list[str], shard: tuple[int, int] | None) -> PreparedDat
 
     With `shard`, (number, count), only that part is prepared, and None returned: a later call merges the parts.
     """
-    with importing("torch"):
+    with importing_without_gc("torch"):
         from launch.config.compose import compose
         from trainer.config.validate import problems_of
 
@@ -117,7 +117,7 @@ def _prepare(arguments: list[str], shard: tuple[int, int] | None) -> PreparedDat
     problems = [problem for problem in problems_of(config) if key_of_problem(problem).startswith(relevant_keys)]
     if problems:
         raise ConfigError(problems)
-    with importing("trainer.build.parts"):
+    with importing_without_gc("trainer.build.parts"):
         from trainer.build.parts import prepare_data, prepare_shard
         from trainer.model.loading import load_tokenizer
         from trainer.stopping.signals import StopRequest

@@ -28,10 +28,10 @@ def wrap_checkpoints(model: nn.Module, wrap: Callable[[Callable[..., Any]], Call
     Replaces `_gradient_checkpointing_func`, which the public `activation_checkpointing_enable` has set. That method itself can
     keep inputs on the host (`offload=True`), but not block by block, and it does not count them.
     """
-    wrapped = 0
+    num_wrapped = 0
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
             recompute: Any = module._gradient_checkpointing_func
             module._gradient_checkpointing_func = wrap(recompute)  # type: ignore[assignment]
-            wrapped += 1
-    return wrapped
+            num_wrapped += 1
+    return num_wrapped

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from strategies.imports import importing
+from strategies.imports import importing_without_gc
 
 PROGRAM = """
 import gc, sys
@@ -39,10 +39,10 @@ def test_models_are_loaded_without_scipy_and_detection_finds_it_when_it_is_calle
 def test_garbage_is_looked_for_again_after_an_import_that_fails(monkeypatch):
     kept = []
     monkeypatch.setattr(gc, "freeze", lambda: kept.append(gc.isenabled()))
-    with pytest.raises(ImportError), importing("not_there"):
+    with pytest.raises(ImportError), importing_without_gc("not_there"):
         assert not gc.isenabled()
         raise ImportError
     assert gc.isenabled() and kept == [True]
-    with importing("sys"):
+    with importing_without_gc("sys"):
         assert gc.isenabled(), "nothing is imported"
     assert len(kept) == 1

@@ -32,7 +32,7 @@ def load_models_without_scipy() -> None:
     """
     from transformers import utils
 
-    from strategies.imports import importing
+    from strategies.imports import importing_without_gc
 
     if "transformers.loss.loss_utils" in sys.modules:
         return
@@ -43,7 +43,7 @@ def load_models_without_scipy() -> None:
 
     utils.is_scipy_available = is_hidden
     try:
-        with importing("transformers.modeling_utils", freeze=False):
+        with importing_without_gc("transformers.modeling_utils", freeze=False):
             import_module("transformers.modeling_utils")
     finally:
         utils.is_scipy_available = is_scipy_available

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, is_panic, tokenizer_panic
-from strategies.imports import importing
+from strategies.imports import importing_without_gc
 from strategies.small_files import check_files_read_by_libraries, read_object, refuse_lfs_pointer
 from trainer.model.config import ModelConfig
 from trainer.model.files import SafetensorsFiles
@@ -223,7 +223,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     Raises ConfigError if there is none that can be loaded, or if an added token is in the vocabulary already.
     """
-    with importing("transformers"):
+    with importing_without_gc("transformers"):
         from transformers import AutoTokenizer
 
     # Load it.

@@ -31,8 +31,7 @@ class Agreement:
         """[1.0 if a rank was asked to stop, seconds that a step took since the last question]: maxima over the ranks."""
         self._work: dist.Work | None = None
         self._steps_since_asked = 0
-        self._interval = 1
-        """Steps between two questions."""
+        self._steps_between_questions = 1
         self._asked_at = time.monotonic()
 
     def is_asked_on_this_rank(self) -> bool:
@@ -46,14 +45,14 @@ class Agreement:
     def ask(self) -> None:
         """Start a collective on whether any rank was asked to stop, if it is due. All ranks must call, then `stop_now`.
 
-        It is due every `_interval` steps, which `stop_now` sets by the slowest rank's seconds of a step.
+        It is due every `_steps_between_questions` steps, which `stop_now` sets by the slowest rank's seconds of a step.
         """
         is_asked = self._request.signal_name is not None
         if self._runtime.world_size == 1:
             self._answer[0] = float(is_asked)
             return
         self._steps_since_asked += 1
-        if self._steps_since_asked < self._interval:
+        if self._steps_since_asked < self._steps_between_questions:
             return
         now = time.monotonic()
         mean_step_s = (now - self._asked_at) / self._steps_since_asked
@@ -76,6 +75,6 @@ class Agreement:
             self._work.wait()
             self._work = None
             slowest_step_s = max(1e-9, float(self._answer[1]))
-            steps = int(MAX_SECONDS_BETWEEN / slowest_step_s)
-            self._interval = max(1, min(MAX_STEPS_BETWEEN, steps))
+            max_steps = min(MAX_STEPS_BETWEEN, int(MAX_SECONDS_BETWEEN / slowest_step_s))
+            self._steps_between_questions = max(1, max_steps)
         return bool(self._answer[0])

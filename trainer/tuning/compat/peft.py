@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strategies.imports import importing
+from strategies.imports import importing_without_gc
 
 
 def load_peft() -> ModuleType:
@@ -27,7 +27,7 @@ def load_peft() -> ModuleType:
     Neither library has a setting for it.
     """
     # The model that gets an adapter is there already.
-    with importing("peft", freeze=False), _compile_at_first_call():
+    with importing_without_gc("peft", freeze=False), _compile_at_first_call():
         import peft
     return peft
 
