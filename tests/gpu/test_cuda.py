@@ -224,7 +224,7 @@ def test_a_prompt_computed_once_for_its_answers_gives_the_same_steps_on_a_gpu(tm
         config = round_config(tmp_path, model_dir(tmp_path), "single", micro=16, rollout={"share_prompts": shares})
         config = replace(config, precision=Precision.bf16)
         trainer = round_trainer(config, prompts_of(config), runtime)
-        assert trainer.loader.round_builder.dealer.shares_prompts is shares
+        assert trainer.loader.round_builder.batcher.shares_prompts is shares
         curves.append(take_steps(trainer, 2))
     for (loss, norm), (right_loss, right_norm) in zip(*curves, strict=True):
         assert loss == pytest.approx(right_loss, abs=2e-2)

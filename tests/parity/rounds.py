@@ -34,7 +34,7 @@ from trainer.optim.schedule import ScheduleConfig, ScheduleName
 from trainer.planner.minimal_step import minimal_trainer
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.prompts import PromptReader
-from trainer.rollout.round import rewards_of
+from trainer.rollout.round import stack_rewards
 from trainer.rollout.types import Group, GroupScores, Prompt
 from trainer.verification.gradients import gradient_distances_by_kind, kinds_of_parameters
 
@@ -200,7 +200,7 @@ def size_of_loss(loader: RolloutLoader, tokens: float) -> float:
     """The sum of |advantage| times length over the round, a token: what nearly cancels in the loss."""
     made = loader.current
     lengths = np.array([[len(answer.ids) for answer in group.answers] for group in made.groups])
-    assert np.isfinite(rewards_of(made.scores)).any()
+    assert np.isfinite(stack_rewards(made.scores)).any()
     return float((np.abs(made.advantages) * lengths).sum() / tokens)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies.errors import DataError
 from tests.helpers.covering import examples
 from trainer.objectives.grpo_config import Baseline, Normalise, Scale
-from trainer.rollout.groups import advantages, answer_weights, idle, normalised_sum
+from trainer.rollout.groups import advantages, answer_weights, is_idle_group, normalised_sum
 
 NAN = math.nan
 ROUND = np.array(
@@ -64,7 +64,7 @@ def test_several_rewards_become_the_advantages_of_trl():
             found = advantages(total, Baseline.group, Scale.std)
         else:
             combined = normalised_sum(by_reward, weights, total)
-            assert idle(combined).tolist() == [False, False, True, False, False]
+            assert is_idle_group(combined).tolist() == [False, False, True, False, False]
             found = advantages(combined, Baseline.batch, Scale.batch_std)
         np.testing.assert_allclose(found, case["advantages"], rtol=1e-6, atol=1e-6)
 
@@ -114,9 +114,9 @@ def test_advantages_of_a_group_sum_to_nothing_and_do_not_depend_on_place_or_offs
 
 
 def test_a_group_is_idle_if_its_scored_answers_score_alike():
-    assert idle(ROUND).tolist() == [False, True, False, True, True]
+    assert is_idle_group(ROUND).tolist() == [False, True, False, True, True]
     nearly = np.array([[0.1 + 0.2, 0.3, 0.3], [0.3, 0.3, 0.3001]])
-    assert idle(nearly).tolist() == [True, False]
+    assert is_idle_group(nearly).tolist() == [True, False]
 
 
 def test_dividing_by_a_negative_mean_is_an_error():

@@ -25,7 +25,7 @@ from trainer.objectives.rollouts import IdleGroups
 from trainer.reporting.tracking import Trackers
 from trainer.rollout.round_file import ROUND_FILE
 from trainer.rollout.round_table import round_table
-from trainer.rollout.writer import left_out
+from trainer.rollout.writer import ignored_generation_settings
 
 CLOSE = 1e-3
 """Distance of the two best noisy scores of a draw above which no rounding of float32 changes it."""
@@ -84,7 +84,11 @@ def test_how_a_model_wants_to_be_drawn_from_does_not_hold_while_it_learns_and_is
     own = GenerationConfig.from_pretrained(model)
     own.update(do_sample=True, temperature=0.1, repetition_penalty=5.0, top_p=0.5, top_k=2)
     own.save_pretrained(model)
-    assert left_out(GenerationConfig.from_pretrained(model)) == ["repetition_penalty=5.0", "top_k=2", "top_p=0.5"]
+    assert ignored_generation_settings(GenerationConfig.from_pretrained(model)) == [
+        "repetition_penalty=5.0",
+        "top_k=2",
+        "top_p=0.5",
+    ]
     texts = []
     for directory in (root / "llama", model):
         config = round_config(root, directory, "single", micro=16)
@@ -105,9 +109,9 @@ def test_a_prompt_computed_once_for_its_answers_gives_the_same_steps(tmp_path, r
         trainer = round_trainer(
             config := round_config(tmp_path, model, "single", micro=micro), prompts_of(config), runtime
         )
-        dealer = trainer.loader.round_builder.dealer
-        assert dealer.shares_prompts
-        trainer.loader.round_builder.dealer = replace(dealer, shares_prompts=shares)
+        batcher = trainer.loader.round_builder.batcher
+        assert batcher.shares_prompts
+        trainer.loader.round_builder.batcher = replace(batcher, shares_prompts=shares)
         curves.append(take_steps(trainer, 3))
         batch = next(trainer.loader.steps(12, 1))
         tokens.append(sum(micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches))

@@ -31,13 +31,13 @@ from trainer.objectives.causal import plain_model
 from trainer.objectives.grpo import without_effect
 from trainer.objectives.grpo_config import GrpoConfig
 from trainer.objectives.registry import family_of
-from trainer.rollout.dealing import Dealer
+from trainer.rollout.dealing import AnswerBatcher
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.maker import RoundBuilder
 from trainer.rollout.prompts import PromptReader
 from trainer.rollout.rewards.model_files import BATCH_TOKENS
 from trainer.rollout.types import RewardScorer
-from trainer.rollout.writer import EngineGroupGenerator, left_out
+from trainer.rollout.writer import EngineGroupGenerator, ignored_generation_settings
 from trainer.step import Built
 
 MOST_ROWS = {"cpu": 64, "cuda": 256}
@@ -126,7 +126,7 @@ def build_round_loader(
 
     # Notes on settings that have no effect.
     generation = generation_config(config.model, built.config, None)
-    ignored = left_out(generation)
+    ignored = ignored_generation_settings(generation)
     if ignored:
         built.substitutions["generation_config.json"] = (
             f"only its end tokens hold while training, without {', '.join(ignored)}: answers are drawn by the probabilities that "
@@ -159,7 +159,7 @@ def build_round_loader(
         prompts=PromptReader(data.train, DocumentTable(data.directory), order),
         group_generator=group_generator,
         scorer=inputs.scorer,
-        dealer=Dealer(
+        batcher=AnswerBatcher(
             share.micro_batch,
             share.dp_rank,
             share.dp_size,

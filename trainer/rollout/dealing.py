@@ -1,10 +1,10 @@
-"""Deals the answers of a step to ranks and micro-batches, by their tokens."""
+"""Divides the answers of a step among ranks and micro-batches, so that all take about as many tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,104 +16,132 @@ from trainer.objectives.answers import AnswerCollator, AnswerSample
 
 
 @dataclass(frozen=True, slots=True)
-class DealtMicroBatch:
-    """One micro-batch of this reader, on the CPU."""
+class AnswerMicroBatch:
+    """One micro-batch of this rank, on the CPU."""
 
     batch: dict[str, Any]
-    positions: list[int | None]
-    """Which of the dealt answers its sequences are; None for one that only fills up."""
+    answer_indices: list[int | None]
+    """For each sequence of the batch, the index of its answer among the samples of the step; None for a filler."""
+
+
+class GroupChunks(NamedTuple):
+    """How a group of answers to one prompt is divided so that each chunk fits into a micro-batch."""
+
+    num_chunks: int
+    chunk_size: int
+    """Answers of the largest chunk."""
 
 
 @dataclass(frozen=True, slots=True)
-class Dealer:
-    """How answers are divided among readers and micro-batches. Every rank deals all answers of a step alike."""
+class AnswerBatcher:
+    """Divides answers among data-parallel ranks and micro-batches. Every rank divides all answers of a step alike."""
 
     micro_batch: int
-    """Most answers in one forward pass of one reader."""
-    reader: int
-    readers: int
+    """Most answers in one forward pass of one data-parallel rank."""
+    dp_rank: int
+    dp_size: int
+    """Data-parallel ranks; those that split rows of tokens (`parallel.sequence`) count as one."""
     cut: Cut | None
+    """Which slice of each row this rank has, if ranks split rows."""
     collator: AnswerCollator
     device: torch.device
     shares_prompts: bool = False
-    """Whether answers to one prompt lie behind it once, in one micro-batch as far as that holds them."""
+    """Whether the model computes a prompt once for all of its answers in a micro-batch."""
 
     def num_micro_batches(self, num_answers: int, group_size: int) -> int:
-        """Micro-batches of each reader for so many answers, `group_size` to a prompt; at least one."""
+        """Micro-batches of each data-parallel rank in a step of `num_answers` answers, `group_size` to a prompt; at least one."""
         if not self.shares_prompts:
-            return max(1, -(-num_answers // (self.micro_batch * self.readers)))
-        parts, size = self._parts_of_group(group_size)
-        num_parts = -(-num_answers // group_size) * parts
-        return max(1, -(-num_parts // (self.micro_batch // size * self.readers)))
+            return max(1, _divide_up(num_answers, self.micro_batch * self.dp_size))
+        chunks = self._chunks_of_group(group_size)
+        num_chunks = _divide_up(num_answers, group_size) * chunks.num_chunks
+        chunks_per_micro_batch = self.micro_batch // chunks.chunk_size
+        return max(1, _divide_up(num_chunks, chunks_per_micro_batch * self.dp_size))
 
-    def _parts_of_group(self, group_size: int) -> tuple[int, int]:
-        """(parts that a group is divided into, answers of the largest part): as few as micro-batches hold."""
-        parts = -(-group_size // self.micro_batch)
-        return parts, -(-group_size // parts)
+    def _chunks_of_group(self, group_size: int) -> GroupChunks:
+        """The fewest chunks of about equal size into which a group is divided so that each fits into a micro-batch.
 
-    def deal(self, samples: Sequence[AnswerSample], filler: AnswerSample) -> tuple[list[DealtMicroBatch], float]:
-        """Spread the answers of a step over the ranks that read rows of their own (readers), so that all take about as long.
-
-        Returns (this reader's micro-batches, balance of the whole step: mean over the readers' costs as a share of the highest,
-        which is 1.0 if all take equally long). Answers that share a prompt's computation stay together as a unit. Every reader
-        gets as many micro-batches as the others; one without an answer has only `filler`, whose tokens have no target.
+        10 answers with micro-batches of 4 -> 3 chunks of at most 4.
         """
-        # A unit is a list of positions in `samples`, a slot the units of one micro-batch.
-        units = self._units(samples)
-        costs = np.array([self._cost(samples, unit) for unit in units], dtype=np.int64)  # tokens of each unit
-        per_slot = self.micro_batch // max(map(len, units), default=1)
-        num_slots = max(1, -(-len(units) // (per_slot * self.readers))) * self.readers
-        # Sorted by load, so that the readers' m-th micro-batches weigh about the same and none waits long.
-        slots = assign_to_slots(costs, num_slots, per_slot)
-        loads = np.array([costs[slot].sum() for slot in slots], dtype=np.float64).reshape(-1, self.readers)
-        balance = float(loads.mean(axis=1).sum() / max(1.0, loads.max(axis=1).sum()))
+        num_chunks = _divide_up(group_size, self.micro_batch)
+        return GroupChunks(num_chunks, chunk_size=_divide_up(group_size, num_chunks))
+
+    def divide(self, samples: Sequence[AnswerSample], filler: AnswerSample) -> tuple[list[AnswerMicroBatch], float]:
+        """Divide the answers of a step among the data-parallel ranks, so that all take about as many tokens.
+
+        Returns (this rank's micro-batches, balance of the step). The balance is the mean of the ranks' tokens as a share of the
+        highest, summed over micro-batches: 1.0 if no rank waits for another. Answers that share a prompt's computation stay in
+        one micro-batch. Every rank has the same number of micro-batches. One without an answer has only `filler`, whose tokens
+        have no target.
+        """
+        # A unit is the answers that stay together; a slot is the units of one micro-batch.
+        units = self._units_of_answers(samples)
+        unit_tokens = np.array([self._num_tokens(samples, unit) for unit in units], dtype=np.int64)
+        units_per_slot = self.micro_batch // max(map(len, units), default=1)
+        num_slots = max(1, _divide_up(len(units), units_per_slot * self.dp_size)) * self.dp_size
+        # `assign_to_slots` sorts slots by their tokens, so the micro-batches that ranks compute at the same time have about as
+        # many.
+        slots = assign_to_slots(unit_tokens, num_slots, units_per_slot)
+        slot_tokens = np.array([unit_tokens[slot].sum() for slot in slots], dtype=np.float64)
+        tokens_by_rank = slot_tokens.reshape(-1, self.dp_size)  # [micro-batches, ranks]
+        balance = float(tokens_by_rank.mean(axis=1).sum() / max(1.0, tokens_by_rank.max(axis=1).sum()))
 
         own_micro_batches = []
-        for slot in slots[self.reader :: self.readers]:
-            positions: list[int] = []
+        for slot in slots[self.dp_rank :: self.dp_size]:
+            answer_indices: list[int] = []
             for unit in slot:
-                positions += units[unit]
-            own_micro_batches.append(self._collate(samples, positions, filler))
+                answer_indices += units[unit]
+            own_micro_batches.append(self._collate(samples, answer_indices, filler))
         return own_micro_batches, balance
 
-    def _units(self, samples: Sequence[AnswerSample]) -> list[list[int]]:
-        """Positions in `samples` of the answers that stay in one micro-batch: each alone, or those to one prompt.
+    def _units_of_answers(self, samples: Sequence[AnswerSample]) -> list[list[int]]:
+        """Indices in `samples` of the answers that stay in one micro-batch.
 
-        Answers to one prompt are together if the model computes their prompt once; a large group is split in parts that fit.
+        - The model does not share prompts: each answer alone.
+        - It does: all answers to a prompt, or chunks of them if they are more than a micro-batch holds.
         """
         if not self.shares_prompts:
-            return [[position] for position in range(len(samples))]
-        by_prompt: dict[int, list[int]] = {}
-        for position, sample in enumerate(samples):
-            by_prompt.setdefault(sample.prompt, []).append(position)
+            return [[index] for index in range(len(samples))]
+        indices_by_prompt: dict[int, list[int]] = {}
+        for index, sample in enumerate(samples):
+            indices_by_prompt.setdefault(sample.prompt, []).append(index)
         units: list[list[int]] = []
-        for positions in by_prompt.values():
-            _, size = self._parts_of_group(len(positions))
-            units += [positions[start : start + size] for start in range(0, len(positions), size)]
+        for indices in indices_by_prompt.values():
+            size = self._chunks_of_group(len(indices)).chunk_size
+            units += [indices[start : start + size] for start in range(0, len(indices), size)]
         return units
 
-    def _cost(self, samples: Sequence[AnswerSample], unit: list[int]) -> int:
-        """Tokens that are computed for a unit."""
+    def _num_tokens(self, samples: Sequence[AnswerSample], unit: list[int]) -> int:
+        """Tokens that are computed for a unit: the prompt once, and each answer."""
         first = samples[unit[0]]
-        tokens = len(first.input_ids)
-        for position in unit[1:]:
-            tokens += len(samples[position].input_ids) - first.answer_begin()
-        return tokens
+        num_tokens = len(first.input_ids)
+        for index in unit[1:]:
+            num_tokens += len(samples[index].input_ids) - first.answer_begin()
+        return num_tokens
 
-    def _collate(self, samples: Sequence[AnswerSample], slot: list[int], filler: AnswerSample) -> DealtMicroBatch:
-        """The micro-batch of the answers at these positions."""
-        if not slot:
+    def _collate(
+        self, samples: Sequence[AnswerSample], answer_indices: list[int], filler: AnswerSample
+    ) -> AnswerMicroBatch:
+        """The micro-batch of the answers with these indices; of `filler` without targets if there are none."""
+        if not answer_indices:
             blank = self.collator.without_targets(filler)
-            return DealtMicroBatch(pin_batch(self.collator([blank], self.cut), self.device), [None])
-        dealt = [samples[position] for position in slot]
-        batch = self.collator.with_shared_prompts(dealt) if self.shares_prompts else self.collator(dealt, self.cut)
-        return DealtMicroBatch(pin_batch(batch, self.device), [*slot])
+            return AnswerMicroBatch(pin_batch(self.collator([blank], self.cut), self.device), [None])
+        chosen = [samples[index] for index in answer_indices]
+        if self.shares_prompts:
+            batch = self.collator.with_shared_prompts(chosen)
+        else:
+            batch = self.collator(chosen, self.cut)
+        return AnswerMicroBatch(pin_batch(batch, self.device), list(answer_indices))
 
-    def local_tokens(self, dealt: Sequence[DealtMicroBatch]) -> int:
-        """Tokens that this rank computes, fillers included."""
-        tokens = 0
-        for micro_batch in dealt:
-            mask = micro_batch.batch.get("attention_mask")
+    def num_local_tokens(self, micro_batches: Sequence[AnswerMicroBatch]) -> int:
+        """Tokens that this rank computes in these micro-batches, fillers included and padding excluded."""
+        num_tokens = 0
+        for micro_batch in micro_batches:
+            mask = micro_batch.batch.get("attention_mask")  # missing if there is no padding
             ids = micro_batch.batch["input_ids"]
-            tokens += ids.numel() if mask is None else int(mask.sum())
-        return tokens
+            num_tokens += ids.numel() if mask is None else int(mask.sum())
+        return num_tokens
+
+
+def _divide_up(number: int, divisor: int) -> int:
+    """The quotient, rounded up."""
+    return -(-number // divisor)

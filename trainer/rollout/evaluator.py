@@ -60,12 +60,12 @@ class RewardEvaluator:
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call. Raises DataError and Interrupted on all or none."""
         written = self.answer_generator.generate_answers(engine, [prompt.ids for prompt in self.prompts], self.writing)
-        self.groups = groups_of(self.prompts, written)
+        self.groups = group_by_prompt(self.prompts, written)
         self.scores = self.scorer.score(self.groups, step=0)
         yield from reward_metrics(self.groups, self.scores, self.writing.draws).items()
 
 
-def groups_of(prompts: Sequence[Prompt], written: Sequence[GeneratedAnswer]) -> list[Group]:
+def group_by_prompt(prompts: Sequence[Prompt], written: Sequence[GeneratedAnswer]) -> list[Group]:
     """The answers to each prompt, draw by draw. Their log-probabilities are not known, and are nan."""
     answers: list[list[Answer]] = [[] for _ in prompts]
     for answer in written:

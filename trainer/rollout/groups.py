@@ -1,4 +1,4 @@
-"""What the rewards of a round become before anything is learned: advantages, groups without spread, weights of answers.
+"""What the rewards of a round become before anything is learned: advantages, idle groups, weights of answers in the loss.
 
 Numpy alone, in float64, from the rewards of the whole round: every rank that has them comes to the same numbers.
 """
@@ -19,10 +19,11 @@ NO_SPREAD = 1e-9
 
 
 def advantages(rewards: np.ndarray, baseline: Baseline, scale: Scale) -> np.ndarray:
-    """Advantages, by which the loss weighs each answer's tokens: how much better it scored than what it is compared with.
+    """Advantages, float64 [groups, answers]: how much better each answer scored than its baseline; 0 for unscored answers.
 
-    float64 [groups, answers], 0 for unscored answers. A group is all answers to one prompt. `baseline` is what a reward is
-    compared with (the mean of its group, of the others in it, of the batch), `scale` what the difference is divided by.
+    The loss multiplies the tokens of an answer by its advantage. A group is all answers to one prompt. `baseline`: what is
+    subtracted from a reward (the mean of its group, of the others in it, of the batch). `scale`: what the difference is divided
+    by.
 
     `rewards`, float64 [groups, answers]: nan for an answer that no reward applied to. Unscored answers count in no mean.
     Raises DataError if `scale` is the mean reward of a group and a reward is negative: dividing by a negative mean would
@@ -33,16 +34,16 @@ def advantages(rewards: np.ndarray, baseline: Baseline, scale: Scale) -> np.ndar
     deviation of the whole batch are REINFORCE++'s (Hu et al. 2025, arXiv:2501.03262); dividing by the mean is MaxRL's.
     """
     is_scored = ~np.isnan(rewards)
-    known = np.where(is_scored, rewards, 0.0)
-    differences = _minus_baseline(known, is_scored, baseline)
-    scaled = differences / _divisor(known, is_scored, scale)
+    known_rewards = np.where(is_scored, rewards, 0.0)
+    differences = _subtract_baseline(known_rewards, is_scored, baseline)
+    scaled = differences / _divisor(known_rewards, is_scored, scale)
     return np.where(is_scored, scaled, 0.0)
 
 
 def normalised_sum(
     by_reward: Mapping[str, np.ndarray], weights: Mapping[str, float], rewards: np.ndarray
 ) -> np.ndarray:
-    """float64 [groups, answers]: the weighted sum of rewards, each less its mean in the group and divided by its deviation there.
+    """float64 [groups, answers]: the weighted sum of rewards, each normalised by mean and standard deviation in its group.
 
     Rewards of other ranges and spreads then weigh as their weights say: the first half of GDPO (Liu et al. 2026,
     arXiv:2601.05242), which divides the sum by its deviation in the round too (`Baseline.batch` and `Scale.batch_std`). TRL calls
@@ -55,15 +56,18 @@ def normalised_sum(
     for name, reward_values in by_reward.items():
         if weights[name] == 0:
             continue
-        scored = np.where(np.isnan(rewards), np.nan, reward_values)
-        normalised = advantages(scored, Baseline.group, Scale.std)
-        # Equal rewards become exactly 0, without what rounding leaves of them.
-        total += weights[name] * np.where(idle(scored)[:, None], 0.0, normalised)
+        values_of_scored = np.where(np.isnan(rewards), np.nan, reward_values)
+        normalised = advantages(values_of_scored, Baseline.group, Scale.std)
+        # Equal rewards of a group become exactly 0: without this, rounding would leave small values.
+        total += weights[name] * np.where(is_idle_group(values_of_scored)[:, None], 0.0, normalised)
     return np.where(np.isnan(rewards), np.nan, total)
 
 
-def idle(rewards: np.ndarray) -> np.ndarray:
-    """bool [groups]: whether the scored answers of a group all have the same reward, or fewer than two are scored."""
+def is_idle_group(rewards: np.ndarray) -> np.ndarray:
+    """bool [groups]: whether nothing can be learned from a group, float64 [groups, answers], nan for unscored answers.
+
+    A group is idle if fewer than two of its answers are scored, or all scored ones have the same reward, up to `NO_SPREAD`.
+    """
     is_scored = ~np.isnan(rewards)
     highest = np.where(is_scored, rewards, -np.inf).max(axis=1)
     lowest = np.where(is_scored, rewards, np.inf).min(axis=1)
@@ -73,68 +77,91 @@ def idle(rewards: np.ndarray) -> np.ndarray:
 
 
 def answer_weights(lengths: np.ndarray, normalise: Normalise, max_new_tokens: int) -> tuple[np.ndarray, float]:
-    """How the loss of a step averages over tokens and answers: (weight of each token of an answer, divisor of the step's sum).
+    """How the loss of a step averages over tokens and answers: (weight of each token, float64 [answers]; divisor of the sum).
 
-    `objective.normalise` says whether each token, each answer or a constant length counts alike. `lengths`, int64 [answers]:
-    tokens of each answer of the step, all ranks together; 0 for an answer that is left out of the loss, which counts in neither.
-    The weights are float64 [answers]. The divisor is 0 if no answer is left.
+    The loss is the sum of (weight of its answer times loss) over all tokens, divided by the divisor. By `normalise`
+    (`objective.normalise`):
+    - token: all tokens count alike. Weight 1, divided by the number of tokens.
+    - answer: all answers count alike, whatever their length. Weight 1 / length, divided by the number of answers.
+    - constant: a token counts the same in every step. Weight 1 / max_new_tokens, divided by the number of answers.
+    - sum: the tokens of an answer are summed. Weight 1, divided by the number of answers.
+
+    `lengths`, int64 [answers]: tokens of each answer of the step, all ranks together; 0 for an answer that is left out of the
+    loss, whose weight is 0 and which is not counted. The divisor is 0 if no answer is left.
     """
     is_learned = lengths > 0
     num_learned = float(is_learned.sum())
     weights = is_learned.astype(np.float64)
-    if normalise is Normalise.token:
-        return weights, float(lengths.sum())
-    if normalise is Normalise.answer:
-        return weights / np.maximum(lengths, 1), num_learned
-    if normalise is Normalise.constant:
-        return weights / max_new_tokens, num_learned
-    return weights, num_learned
+    match normalise:
+        case Normalise.token:
+            return weights, float(lengths.sum())
+        case Normalise.answer:
+            return weights / np.maximum(lengths, 1), num_learned
+        case Normalise.constant:
+            return weights / max_new_tokens, num_learned
+        case Normalise.sum:
+            return weights, num_learned
 
 
-def _minus_baseline(known: np.ndarray, is_scored: np.ndarray, baseline: Baseline) -> np.ndarray:
-    """Rewards minus their baseline, float64 [groups, answers]; `known`: rewards, 0 where unscored (`is_scored` False)."""
+def _subtract_baseline(known_rewards: np.ndarray, is_scored: np.ndarray, baseline: Baseline) -> np.ndarray:
+    """Rewards minus their baseline, float64 [groups, answers].
+
+    - none: nothing is subtracted.
+    - batch: the mean of all scored rewards.
+    - group: the mean of the scored rewards of the group.
+    - others: the mean of the other scored rewards of the group (leave-one-out).
+
+    `known_rewards`: 0 where `is_scored` is False.
+    """
     if baseline is Baseline.none:
-        return known
+        return known_rewards
     if baseline is Baseline.batch:
-        return known - _mean(known, is_scored, axis=None)
-    from_mean = known - _mean(known, is_scored, axis=1)
+        return known_rewards - _mean_of_scored(known_rewards, is_scored, axis=None)
+    distance_from_mean = known_rewards - _mean_of_scored(known_rewards, is_scored, axis=1)
     if baseline is Baseline.group:
-        return from_mean
-    # r - (sum - r) / (n - 1) is n / (n - 1) times the distance from the mean of all n. A lone answer has no others.
-    number = is_scored.sum(axis=1, keepdims=True)
-    return from_mean * number / np.maximum(number - 1, 1)
+        return distance_from_mean
+    # The distance of r from the mean of the n - 1 others, r - (sum - r) / (n - 1), is n / (n - 1) times its distance from the
+    # mean of all n. A lone answer has no others: max(..., 1) avoids a division by zero, and its distance is 0.
+    num_scored = is_scored.sum(axis=1, keepdims=True)
+    return distance_from_mean * num_scored / np.maximum(num_scored - 1, 1)
 
 
-def _divisor(known: np.ndarray, is_scored: np.ndarray, scale: Scale) -> np.ndarray:
-    """What differences from the baseline are divided by, float64 [groups, 1] or [1, 1] for the whole batch.
+def _divisor(known_rewards: np.ndarray, is_scored: np.ndarray, scale: Scale) -> np.ndarray:
+    """What differences from the baseline are divided by, float64 [groups, 1], or [1, 1] if it is the same for all groups.
 
-    `known`: rewards [groups, answers], 0 where unscored. Raises DataError for a negative reward if `scale` is the mean.
+    - none: 1.
+    - batch_std: the standard deviation of all scored rewards, plus `STD_EPSILON`.
+    - std: the standard deviation of the scored rewards of the group, plus `STD_EPSILON`.
+    - mean: the mean of the scored rewards of the group, or 1 if all are 0. Raises DataError for a negative reward.
+
+    `known_rewards`: float64 [groups, answers], 0 where `is_scored` is False.
     """
     if scale is Scale.none:
         return np.ones((1, 1))
     if scale is Scale.batch_std:
-        return _std(known, is_scored, axis=None) + STD_EPSILON
+        return _std_of_scored(known_rewards, is_scored, axis=None) + STD_EPSILON
     if scale is Scale.std:
-        return _std(known, is_scored, axis=1) + STD_EPSILON
-    lowest = float(known.min(initial=0.0))
+        return _std_of_scored(known_rewards, is_scored, axis=1) + STD_EPSILON
+    lowest = float(known_rewards.min(initial=0.0))
     if lowest < 0:
         raise DataError(
             f"objective.scale=mean: a reward is {lowest:g}, and dividing by a negative mean would favour the worse answers; "
             "give rewards of at least 0, or set objective.scale=std"
         )
-    mean = _mean(known, is_scored, axis=1)
-    # All rewards of such a group are 0, and so are its differences.
+    mean = _mean_of_scored(known_rewards, is_scored, axis=1)
+    # If the mean is 0, all rewards of the group are 0, and so are its differences.
     return np.where(mean > 0, mean, 1.0)
 
 
-def _mean(known: np.ndarray, is_scored: np.ndarray, axis: int | None) -> np.ndarray:
-    """The mean of the scored rewards of each group (axis 1) or of all (None); 0 without any."""
-    number = is_scored.sum(axis=axis, keepdims=True)
-    return known.sum(axis=axis, keepdims=True) / np.maximum(number, 1)
+def _mean_of_scored(known_rewards: np.ndarray, is_scored: np.ndarray, axis: int | None) -> np.ndarray:
+    """The mean of the scored rewards of each group (axis 1, [groups, 1]) or of all (None, [1, 1]); 0 if none is scored."""
+    num_scored = is_scored.sum(axis=axis, keepdims=True)
+    return known_rewards.sum(axis=axis, keepdims=True) / np.maximum(num_scored, 1)
 
 
-def _std(known: np.ndarray, is_scored: np.ndarray, axis: int | None) -> np.ndarray:
+def _std_of_scored(known_rewards: np.ndarray, is_scored: np.ndarray, axis: int | None) -> np.ndarray:
     """The unbiased standard deviation of the scored rewards of each group (axis 1) or of all (None); 0 of fewer than two."""
-    from_mean = np.where(is_scored, known - _mean(known, is_scored, axis), 0.0)
-    number = is_scored.sum(axis=axis, keepdims=True)
-    return np.sqrt((from_mean**2).sum(axis=axis, keepdims=True) / np.maximum(number - 1, 1))
+    mean = _mean_of_scored(known_rewards, is_scored, axis)
+    distances = np.where(is_scored, known_rewards - mean, 0.0)
+    num_scored = is_scored.sum(axis=axis, keepdims=True)
+    return np.sqrt((distances**2).sum(axis=axis, keepdims=True) / np.maximum(num_scored - 1, 1))

@@ -20,7 +20,7 @@ from trainer.data.batches.order import Order
 from trainer.objectives.policy import WRITER_DIFFERENCE
 from trainer.rollout.maker import RoundBuilder
 from trainer.rollout.round import Round
-from trainer.rollout.round_file import ROUND_FILE, round_bytes, round_of
+from trainer.rollout.round_file import ROUND_FILE, deserialize_round, serialize_round
 
 ROUND_STEP = "round_step"
 """Metric of a run whose rounds are several steps: the number of the step in its round, from 0."""
@@ -39,7 +39,7 @@ class RolloutLoader:
     progress: Progress
     """Of the run: how many steps it has taken, and how many of the round it stands in."""
     most_difference: float = math.inf
-    """Mean difference in nats between log-probabilities of writing and of learning beyond which the run ends."""
+    """The run ends if log-probabilities of generation and of training differ by more than this on average, in nats a token."""
     current: Round | None = None
     """The round whose steps are being taken; a resumed run begins with that of its checkpoint."""
 
@@ -50,10 +50,10 @@ class RolloutLoader:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of each reader in a step in which every answer is learned."""
+        """Micro-batches of each data-parallel rank in a step in which every answer is learned."""
         settings = self.round_builder.settings
-        answers = self.round_builder.prompts_per_round * settings.group_size // settings.rollout.steps
-        return self.round_builder.dealer.num_micro_batches(answers, settings.group_size)
+        answers_per_step = self.round_builder.prompts_per_round * settings.group_size // settings.rollout.steps
+        return self.round_builder.batcher.num_micro_batches(answers_per_step, settings.group_size)
 
     @property
     def samples_per_step(self) -> float:
@@ -68,28 +68,32 @@ class RolloutLoader:
         return lengths + self.round_builder.settings.rollout.max_new_tokens
 
     def documents(self, first_sample: int) -> list[int]:
-        """Rows of `documents.arrow` of the prompts of the round that begins after `first_sample`, ascending."""
+        """Row numbers in `documents.arrow` of the prompts of the round after `first_sample` consumed prompts, ascending."""
         units = self.order.units(first_sample, self.share.global_batch)
         return [int(row) for row in np.unique(self.round_builder.prompts.dataset.documents[units])]
 
     def attachments(self) -> dict[str, bytes]:
-        """The round that the run stands in, as a file of a checkpoint; nothing between two rounds, where it is written again."""
-        if self.current is None or not self.progress.round_step:
+        """The unfinished round, as a file for a checkpoint: {"round.safetensors": content}; {} if no round is unfinished."""
+        if self.current is None or not self.progress.round_step:  # the next step begins a round of its own
             return {}
-        return {ROUND_FILE: round_bytes(self.current)}
+        return {ROUND_FILE: serialize_round(self.current)}
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on with the round of a checkpoint that the engine has loaded. All ranks must call. Errors: StorageError."""
+        """Set `current` to the unfinished round in the directory `checkpoint`, which the engine has loaded; None if it has none.
+
+        All ranks must call. Raises StorageError if the file is missing or damaged.
+        """
         self.current = None
         if self.progress.round_step:
             path = checkpoint / ROUND_FILE
             content: bytes = call_on_main(path.read_bytes, self.round_builder.runtime)
-            self.current = round_of(content, str(path))
+            self.current = deserialize_round(content, str(path))
 
     def check_rows(self, rows: list[dict[str, Any]]) -> None:
-        """Raise Diverged, on all ranks alike, if a step learned from answers that its own weights did not write.
+        """Raise Diverged, on all ranks alike, if a step learned from answers that other weights generated.
 
-        `rows`: of the steps since the last call, equal on all ranks.
+        That is so if the log-probabilities of generation and of training differ by more than `most_difference`. `rows`: the
+        metrics of each step since the last call, equal on all ranks.
         """
         for row in rows:
             difference = row.get(WRITER_DIFFERENCE, 0.0)
@@ -101,13 +105,15 @@ class RolloutLoader:
                 )
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
-        """Batches of `num_steps` steps. A round of answers is written and scored when the one before it is used up.
+        """The batches of `num_steps` optimizer steps. Builds the next round when all steps of the current one are taken.
 
-        A round gives `rollout.steps` batches, and is gone through `rollout.iterations` times: with 2 and 3, its 6 steps learn
-        from parts 0, 1, 0, 1, 0, 1. It is written with the weights as they are then, so all ranks must take the batches in step.
-        `first_sample`: prompts consumed before. Errors: those of `RoundBuilder.build_round`.
+        A round is divided into `rollout.steps` batches, and used `rollout.iterations` times: with 2 and 3, its 6 steps learn from
+        the batches 0, 1, 0, 1, 0, 1. It is generated with the weights of that moment, so the caller must take each step before
+        it asks for the next batch. `first_sample`: prompts consumed before. All ranks must iterate together. Raises, on all ranks
+        alike, DataError if a reward fails or no group has rewards that differ, and Interrupted if the run is asked to stop.
         """
         rollout = self.round_builder.settings.rollout
+        steps_per_round = rollout.steps * rollout.iterations
         step_of_round = self.progress.round_step  # 0: the next step begins a round
         for _ in range(num_steps):
             began = time.perf_counter()
@@ -118,10 +124,10 @@ class RolloutLoader:
             batch.facts = dict(self.current.facts)
             if not step_of_round:  # the first step of the round also reports what the round cost
                 batch.facts |= self.current.costs
-            if rollout.steps * rollout.iterations > 1:
+            if steps_per_round > 1:
                 batch.facts[ROUND_STEP] = step_of_round
             step_of_round += 1
-            if step_of_round == rollout.steps * rollout.iterations:  # the last step: its prompts count as consumed
+            if step_of_round == steps_per_round:  # with the last step of a round, its prompts count as consumed
                 step_of_round = 0
                 batch.samples = self.current.num_prompts
                 first_sample += self.current.num_prompts
@@ -129,25 +135,24 @@ class RolloutLoader:
             batch.round_s = time.perf_counter() - began
             yield batch
 
-    def step_batch(self, rollout_round: Round, part: int) -> StepBatch:
-        """The batch of one step of a round, on the device. `part`: which of the `rollout.steps` parts of its answers.
+    def step_batch(self, rollout_round: Round, index: int) -> StepBatch:
+        """The batch of one step of a round, on the device. `index`: which of the round's `rollout.steps` batches.
 
         It counts no prompts as consumed: `steps` does so with the last step of the round.
         """
         settings = self.round_builder.settings
-        numbers = rollout_round.part(part, settings.rollout.steps)
-        samples, totals = rollout_round.samples(numbers, settings.normalise, settings.rollout.max_new_tokens)
-        filler = rollout_round.sequence(0)
-        dealer = self.round_builder.dealer
-        own_micro_batches, balance = dealer.deal(samples, filler)
+        answers = rollout_round.answers_of_step(index, settings.rollout.steps)
+        samples, totals = rollout_round.samples(answers, settings.normalise, settings.rollout.max_new_tokens)
+        batcher = self.round_builder.batcher
+        own_micro_batches, balance = batcher.divide(samples, filler=rollout_round.sequence(0))
         micro_batches = []
         for micro_batch in own_micro_batches:
-            micro_batches.append(to_device({**micro_batch.batch, "totals": totals}, dealer.device))
+            micro_batches.append(to_device({**micro_batch.batch, "totals": totals}, batcher.device))
         return StepBatch(
             micro_batches=micro_batches,
             totals=totals,
             tokens=sum(len(sample.input_ids) for sample in samples),
-            local_tokens=dealer.local_tokens(own_micro_batches),
+            local_tokens=batcher.num_local_tokens(own_micro_batches),
             supervised_tokens=int(totals["tokens"]),
             samples=0,
             balance=balance,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer.rollout.round import rewards_of
+from trainer.rollout.round import stack_rewards
 from trainer.rollout.types import Group, GroupScores, all_answers
 
 
@@ -18,7 +18,7 @@ def round_metrics(groups: Sequence[Group], scores: Sequence[GroupScores], is_idl
     A group is all answers to one prompt; `scores` has one entry a group. `is_idle`, bool [groups]: groups whose answers all
     score alike, and so teach nothing.
     """
-    rewards = rewards_of(scores)
+    rewards = stack_rewards(scores)
     metrics = {
         "reward": _mean(rewards),
         "reward_std": _mean(_spread(rewards, axis=1)),

@@ -33,15 +33,15 @@ class Round:
     advantages: np.ndarray
     """float64 [groups, answers]."""
     is_learned: np.ndarray
-    """bool [groups, answers]: whether an answer is learned; the others count in no sum of a step."""
+    """bool [groups, answers]: whether an answer counts in the loss."""
     old_logps: dict[int, np.ndarray] = field(default_factory=dict)
-    """float32 [tokens] by number of the answer; empty if the round is one step."""
+    """float32 [tokens] by number of the answer: log-probabilities by the weights that generated it; empty without need."""
     reference_logps: dict[int, np.ndarray] = field(default_factory=dict)
-    """Likewise; empty without a reference."""
+    """float32 [tokens] by number of the answer: log-probabilities by the reference model; empty without one."""
     facts: dict[str, float] = field(default_factory=dict)
     """Metrics of its answers, for the row of each of its steps."""
     costs: dict[str, float] = field(default_factory=dict)
-    """Metrics of how it was made, for the row of its first step."""
+    """Metrics of how long it took to build, for the row of its first step."""
 
     @property
     def group_size(self) -> int:
@@ -53,19 +53,22 @@ class Round:
         group, draw = divmod(number, self.group_size)
         return self.groups[group], self.groups[group].answers[draw]
 
-    def part(self, index: int, parts: int) -> list[int]:
-        """Numbers of the answers of part `index` when whole groups are divided into `parts`, one after another."""
-        first = len(self.groups) * index // parts * self.group_size
-        end = len(self.groups) * (index + 1) // parts * self.group_size
-        return list(range(first, end))
+    def answers_of_step(self, index: int, num_steps: int) -> list[int]:
+        """Numbers of the answers of step `index`, if the groups are divided into `num_steps` consecutive blocks.
+
+        6 groups of 2 answers in 3 steps: step 1 has the answers 4, 5, 6, 7.
+        """
+        first_group = len(self.groups) * index // num_steps
+        end_group = len(self.groups) * (index + 1) // num_steps
+        return list(range(first_group * self.group_size, end_group * self.group_size))
 
     def learned(self, numbers: Sequence[int]) -> list[int]:
-        """Those of the answers that are learned."""
+        """The numbers of those answers among `numbers` that count in the loss."""
         is_learned = self.is_learned.ravel()
         return [number for number in numbers if is_learned[number]]
 
     def sequence(self, number: int) -> AnswerSample:
-        """A prompt with answer `number`, without what a loss reads beside the tokens."""
+        """The tokens of answer `number` after those of its prompt, of which only the answer is supervised; `rows` is not set."""
         group, answer = self.answer(number)
         ids = np.array([*group.prompt.ids, *answer.ids], dtype=np.int32)
         supervised = np.zeros(len(ids), dtype=bool)
@@ -75,15 +78,16 @@ class Round:
     def samples(
         self, numbers: Sequence[int], normalise: Normalise, max_new_tokens: int
     ) -> tuple[list[AnswerSample], dict[str, float]]:
-        """The data of one optimizer step: (sequences of the answers that count in the loss, counts of the step).
+        """The data of one optimizer step: (sequences of the answers that count in the loss, denominators of the step).
 
-        `numbers`: the answers of the step, numbered over all groups of the round. The `rows` of a sequence have a number for each
-        token of its answer: advantage, loss weight, and the log-probabilities that the loss compares. The counts, over all ranks,
-        are what sums are divided by: {"loss": 512.0, "tokens": 512, "answers": 8}.
+        `numbers`: numbers of the step's answers in the round. Each sequence has `rows`, with a float32 for each token of its
+        answer: advantage, loss weight, and the log-probabilities that the loss compares. The denominators, over all ranks, are
+        what summed terms are divided by: {"loss": 512.0, "tokens": 512, "answers": 8}. `normalise`, `max_new_tokens`: see
+        `answer_weights`.
         """
         learned = self.learned(numbers)
         lengths = np.array([len(self.answer(number)[1].ids) for number in learned], dtype=np.int64)
-        weights, loss_count = answer_weights(lengths, normalise, max_new_tokens)
+        weights, loss_denominator = answer_weights(lengths, normalise, max_new_tokens)
         advantages = self.advantages.ravel()
         samples = []
         for number, weight in zip(learned, weights.tolist(), strict=True):
@@ -100,9 +104,9 @@ class Round:
             if self.reference_logps:
                 sample.rows[REFERENCE_LOGPS] = self.reference_logps[number]
             samples.append(sample)
-        return samples, {"loss": loss_count, "tokens": int(lengths.sum()), "answers": len(learned)}
+        return samples, {"loss": loss_denominator, "tokens": int(lengths.sum()), "answers": len(learned)}
 
 
-def rewards_of(scores: Sequence[GroupScores]) -> np.ndarray:
-    """float64 [groups, answers]: the reward of each answer, nan where it is unscored."""
+def stack_rewards(scores: Sequence[GroupScores]) -> np.ndarray:
+    """The weighted reward of each answer, float64 [groups, answers]; nan where it is unscored."""
     return np.stack([score.total for score in scores])

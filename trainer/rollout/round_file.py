@@ -14,7 +14,7 @@ from trainer.rollout.types import Answer, Group, GroupScores, Prompt, all_answer
 ROUND_FILE = "round.safetensors"
 
 
-def round_bytes(rollout_round: Round) -> bytes:
+def serialize_round(rollout_round: Round) -> bytes:
     """A round as the content of `ROUND_FILE`: tokens, rewards, advantages and log-probabilities, but no texts.
 
     Rows of unequal length are stored one after another with their lengths: prompts [5, 6] and [7] are `prompt_ids` [5, 6, 7] and
@@ -54,8 +54,8 @@ def round_bytes(rollout_round: Round) -> bytes:
     return save(arrays)
 
 
-def round_of(content: bytes, where: str) -> Round:
-    """The round that `round_bytes` made `content` of, but without the texts of prompts and answers, which are empty.
+def deserialize_round(content: bytes, where: str) -> Round:
+    """The round that `serialize_round` made `content` of, but without the texts of prompts and answers, which are empty.
 
     `where`: the file, for the error. Raises StorageError if the content is damaged.
     """

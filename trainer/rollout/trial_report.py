@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.rollout.groups import idle
 from trainer.rollout.record import prompt_text
-from trainer.rollout.round import rewards_of
+from trainer.rollout.round import stack_rewards
 from trainer.rollout.types import Group, GroupScores
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
@@ -23,7 +22,7 @@ def trial_report(groups: Sequence[Group], scores: Sequence[GroupScores]) -> dict
     was scored. Nested values: `reward` is a summary of the totals, `rewards` such a summary by reward ({"maths": {"mean": 0.4,
     ...}}), `idle_share_by_group_size` the expected share by size ({"2": 0.8, "4": 0.6, ...}).
     """
-    rewards = rewards_of(scores)
+    rewards = stack_rewards(scores)
     answers: list[Any] = []
     for group in groups:
         answers += group.answers
@@ -62,7 +61,7 @@ def _summary(rewards: np.ndarray) -> dict[str, float | None]:
         "least": float(known.min()) if len(known) else None,
         "most": float(known.max()) if len(known) else None,
         "spread": float(np.mean(spreads)) if spreads else None,
-        "idle_share": float(idle(rewards).mean()),
+        "idle_share": float(is_idle_group(rewards).mean()),
         "unscored": int(np.isnan(rewards).sum()),
     }
 

@@ -77,7 +77,7 @@ def end_tokens_only(generation_config: Any) -> Any:
     return GenerationConfig(**{name: ids for name, ids in kept.items() if ids is not None})
 
 
-def left_out(generation_config: Any) -> list[str]:
+def ignored_generation_settings(generation_config: Any) -> list[str]:
     """What of a model's generation_config does not hold while answers are written to learn from, as `name=value`."""
     changed = generation_config.to_diff_dict()
     names = [name for name in sorted(changed) if name not in (*END_SETTINGS, *WITHOUT_EFFECT)]
