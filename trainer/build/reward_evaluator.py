@@ -15,7 +15,7 @@ from trainer.evaluation.base import Evaluator
 from trainer.evaluation.generate import AnswerGenerator
 from trainer.model.loading import generation_config
 from trainer.objectives.rollouts import RoundsConfig
-from trainer.rollout.evaluator import RewardEvaluator, evaluation_writing
+from trainer.rollout.evaluator import RewardEvaluator, evaluation_decoding
 from trainer.rollout.prompts import has_sources, read_prompt
 from trainer.rollout.types import RewardScorer
 from trainer.step import Built
@@ -56,4 +56,4 @@ def build_reward_evaluators(
         batch=config.evaluation.batch,
         stop_now=stop_now,
     )
-    return [RewardEvaluator(prompts, answer_generator, scorer, evaluation_writing(settings.rollout, generate))]
+    return [RewardEvaluator(prompts, answer_generator, scorer, evaluation_decoding(settings.rollout, generate))]

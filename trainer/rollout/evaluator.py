@@ -10,21 +10,21 @@ import numpy as np
 
 from trainer.evaluation.base import DecodingConfig, GenerateConfig
 from trainer.evaluation.tasks.pass_at_k import PASS_PREFIX, sample_counts_for_pass_at_k
-from trainer.rollout.types import Answer, Group, GroupScores, Prompt, RewardScorer
+from trainer.rollout.types import Answer, Group, GroupScores, Prompt, RewardScorer, all_answers
 
 if TYPE_CHECKING:
     from strategies.base import Engine
     from trainer.evaluation.generate import AnswerGenerator, GeneratedAnswer
     from trainer.objectives.rollouts import RolloutConfig
 
-REWARD = "eval/reward"
+REWARD_METRIC = "eval/reward"
 """The metric that is watched if nothing else is asked for."""
 
 
-def evaluation_writing(rollout: RolloutConfig, generate: GenerateConfig) -> DecodingConfig:
-    """How answers to held-out prompts are written: as long as those of training, and drawn as `evaluation.generate` says.
+def evaluation_decoding(rollout: RolloutConfig, generate: GenerateConfig) -> DecodingConfig:
+    """How answers to held-out prompts are generated: length and stop strings of training, all else of `evaluation.generate`.
 
-    That is greedily, one answer a prompt, unless its temperature and draws are set.
+    Its defaults are greedy decoding and one answer to each prompt.
     """
     return DecodingConfig(
         max_new_tokens=rollout.max_new_tokens,
@@ -39,88 +39,93 @@ def evaluation_writing(rollout: RolloutConfig, generate: GenerateConfig) -> Deco
 
 
 class RewardEvaluator:
-    """Writes answers to held-out prompts and scores them by the rewards of training."""
+    """Generates answers to held-out prompts and scores them by the rewards of training."""
 
     def __init__(
         self,
         prompts: Sequence[Prompt],
         answer_generator: AnswerGenerator,
         scorer: RewardScorer,
-        writing: DecodingConfig,
+        decoding: DecodingConfig,
     ) -> None:
-        """`prompts`: all that are answered, the same on all ranks."""
+        """`prompts`: all prompts that are answered, the same on all ranks."""
         self.prompts = prompts
         self.answer_generator = answer_generator
         self.scorer = scorer
-        self.writing = writing
+        self.decoding = decoding
         self.groups: list[Group] = []
+        """The answers of the last evaluation."""
         self.scores: list[GroupScores] = []
-        """What the last evaluation wrote, and its scores."""
+        """Their scores, one entry for each group."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:
-        """Yield (name, value), equal on all ranks. All ranks must call. Raises DataError and Interrupted on all or none."""
-        written = self.answer_generator.generate_answers(engine, [prompt.ids for prompt in self.prompts], self.writing)
-        self.groups = group_by_prompt(self.prompts, written)
+        """Yield the metrics as (name, value), such as ("eval/reward", 0.4), equal on all ranks. Sets `groups` and `scores`.
+
+        All ranks must call. Raises, on all ranks or none, DataError if a reward fails, Interrupted if the run is asked to stop.
+        """
+        answers = self.answer_generator.generate_answers(engine, [prompt.ids for prompt in self.prompts], self.decoding)
+        self.groups = group_by_prompt(self.prompts, answers)
         self.scores = self.scorer.score(self.groups, step=0)
-        yield from reward_metrics(self.groups, self.scores, self.writing.draws).items()
+        yield from reward_metrics(self.groups, self.scores, self.decoding.draws).items()
 
 
-def group_by_prompt(prompts: Sequence[Prompt], written: Sequence[GeneratedAnswer]) -> list[Group]:
-    """The answers to each prompt, draw by draw. Their log-probabilities are not known, and are nan."""
-    answers: list[list[Answer]] = [[] for _ in prompts]
-    for answer in written:
-        unknown = np.full(len(answer.ids), np.nan, np.float32)
-        answers[answer.prompt_index].append(
-            Answer(answer.sample_index, answer.ids, unknown, answer.text, answer.has_ended)
+def group_by_prompt(prompts: Sequence[Prompt], generated: Sequence[GeneratedAnswer]) -> list[Group]:
+    """A group for each prompt, with the answers to it, sample by sample. Their log-probabilities are unknown, and so nan."""
+    groups = [Group(prompt, []) for prompt in prompts]
+    for answer in generated:
+        unknown_logprobs = np.full(len(answer.ids), np.nan, np.float32)
+        groups[answer.prompt_index].answers.append(
+            Answer(answer.sample_index, answer.ids, unknown_logprobs, text=answer.text, has_ended=answer.has_ended)
         )
-    return [Group(prompt, of_prompt) for prompt, of_prompt in zip(prompts, answers, strict=True)]
+    return groups
 
 
-def reward_metrics(groups: Sequence[Group], scores: Sequence[GroupScores], draws: int) -> dict[str, float]:
-    """The metrics of an evaluation, by name. Answers without a score count nowhere; without any score a mean is nan.
+def reward_metrics(groups: Sequence[Group], scores: Sequence[GroupScores], num_samples: int) -> dict[str, float]:
+    """The metrics of an evaluation by name, such as {"eval/reward": 0.4, "eval/completions/mean_length": 112.0, ...}.
 
-    `eval/pass_at_K` is the expected best reward of K answers, of the prompts whose answers all have a score. For rewards of 0 and
-    1 that is pass@k (Chen et al. 2021).
+    `scores` has one entry for each group. Answers without a score count in no mean; a mean without any score is nan.
+    `eval/pass_at_K` is the mean over prompts of the expected best reward of K answers; only prompts whose answers all have a
+    score count. For rewards of 0 and 1 that is pass@k (Chen et al. 2021). `num_samples`: answers to each prompt.
     """
     totals = np.concatenate([group_scores.total for group_scores in scores])
-    metrics = {REWARD: _mean(totals)}
+    metrics = {REWARD_METRIC: _nan_mean(totals)}
     for name in scores[0].by_reward:
         reward_values = np.concatenate([group_scores.by_reward[name] for group_scores in scores])
-        metrics[f"eval/rewards/{name}/mean"] = _mean(reward_values)
-    answers: list[Answer] = []
-    for group in groups:
-        answers += group.answers
+        metrics[f"eval/rewards/{name}/mean"] = _nan_mean(reward_values)
+    answers = all_answers(groups)
     metrics["eval/completions/mean_length"] = float(np.mean([len(answer.ids) for answer in answers]))
     metrics["eval/completions/clipped_ratio"] = float(np.mean([not answer.has_ended for answer in answers]))
     metrics["eval/answers/unscored"] = float(np.isnan(totals).sum())
     metrics |= _means_by_source(groups, scores)
-    # Of each prompt whose answers all have a score: these scores.
+    # The totals of each group whose answers all have a score.
     complete_totals = [group_scores.total for group_scores in scores if not np.isnan(group_scores.total).any()]
-    for k in sample_counts_for_pass_at_k(draws):
+    for k in sample_counts_for_pass_at_k(num_samples):
         best_of_k = [expected_best(total, k) for total in complete_totals]
-        metrics[f"eval/{PASS_PREFIX}{k}"] = _mean(np.array(best_of_k))
+        metrics[f"eval/{PASS_PREFIX}{k}"] = _nan_mean(np.array(best_of_k))
     return metrics
 
 
 def _means_by_source(groups: Sequence[Group], scores: Sequence[GroupScores]) -> Mapping[str, float]:
-    """The mean reward of each source, as `eval/reward/NAME`; none where there is one source."""
+    """The mean reward of each source, {"eval/reward/NAME": 0.4}; {} if the prompts name no sources, as with a single one."""
     by_source: dict[str, list[np.ndarray]] = {}
     for group, group_scores in zip(groups, scores, strict=True):
         if group.prompt.source:
             by_source.setdefault(group.prompt.source, []).append(group_scores.total)
-    return {f"{REWARD}/{source}": _mean(np.concatenate(totals)) for source, totals in sorted(by_source.items())}
+    return {
+        f"{REWARD_METRIC}/{source}": _nan_mean(np.concatenate(totals)) for source, totals in sorted(by_source.items())
+    }
 
 
 def expected_best(rewards: np.ndarray, k: int) -> float:
-    """The expected maximum of k of these rewards, drawn without repetition: the unbiased estimate for k fresh answers."""
+    """The expected maximum of k of these rewards, chosen without repetition: the unbiased estimate for k fresh answers."""
     ordered = np.sort(rewards)
-    draws = len(ordered)
-    # The i-th smallest is the maximum of as many choices as there are of k - 1 among those below it.
-    choices = [comb(rank, k - 1) for rank in range(draws)]
-    return float(np.dot(ordered, choices) / comb(draws, k))
+    num_rewards = len(ordered)
+    # A reward is the maximum of k chosen ones if the k - 1 others are among the `rank` smaller ones.
+    num_choices_with_maximum = [comb(rank, k - 1) for rank in range(num_rewards)]
+    return float(np.dot(ordered, num_choices_with_maximum) / comb(num_rewards, k))
 
 
-def _mean(values: np.ndarray) -> float:
-    """The mean of the values that are no nan; nan without any."""
+def _nan_mean(values: np.ndarray) -> float:
+    """The mean of the values that are not nan; nan if all are."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")

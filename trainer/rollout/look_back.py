@@ -1,7 +1,8 @@
-"""Passes over written answers without gradients: their log-probabilities under the weights of now, and under the reference.
+"""Forward passes over generated answers: their log-probabilities under the present weights, and under the reference model.
 
-The old log-probabilities are needed where a round is used for several updates; those of the reference, where the divergence
-from it has a weight. Micro-batches are those of the training pass, so that both passes round alike.
+Those under the present weights (the old log-probabilities) are needed if a round is used for several updates; those under the
+reference model, if the KL divergence from it has a weight. Micro-batches are those of the training pass, so that both passes
+round alike.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ LOGPS = "logps"
 
 
 class RowScorer(Protocol):
-    """Stands in for the objective during a pass."""
+    """Takes the place of the objective in a step module: returns log-probabilities instead of a loss."""
 
     uses_initial_weights: bool
-    """Whether the trained weights of the pass are those that the run began with."""
+    """Whether the forward pass uses the weights that the run began with."""
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`LOGPS`, float32 `[N]`: the log-probability of the token of each supervised row."""
+        """{LOGPS: float32 [N]}: the log-probability of each of the N target tokens of a micro-batch."""
 
 
 class PolicyLogps:
@@ -47,10 +48,10 @@ class PolicyLogps:
 
 
 class ReferenceLogps(PolicyLogps):
-    """Log-probabilities under the policy as the run began.
+    """Log-probabilities under the reference model: the policy as the run began.
 
-    It is the model with the adapter's first values, where the engine keeps them. Else it is a frozen copy if there is one, and
-    without one the model with its adapter off.
+    The first of these that the run has: the model with the adapter's initial values, which the engine keeps; a frozen copy of the
+    model (`references.teacher`); the model with its adapter disabled (`references.reference`).
     """
 
     def __init__(self, temperature: float, references: ReferenceModels) -> None:
@@ -79,36 +80,31 @@ def answer_logps(
     runtime: Runtime,
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[int, np.ndarray]:
-    """The log-probability of each token of answers that were written before, by the present (or reference) weights.
+    """The log-probability of each token of generated answers: {answer number: float32 [tokens]}, the same on all ranks.
 
-    Returns {number of the answer in the round: float32 [tokens of the answer]}, the same on all ranks.
-
-    `batches`: this rank's micro-batches, on the device; every rank must call with as many. `answers`: for each micro-batch the
-    number of the answer in each of its sequences, or None if a sequence only fills it up, such as [[0, 4], [9, None]]. Ranks that
-    share rows have the same answers. `scorer`: a stand-in for the objective that returns log-probabilities instead of a loss.
-    `check_stop` is called after each micro-batch and may raise, on all ranks alike.
+    All ranks must call, with as many micro-batches each. `batches`: this rank's micro-batches, on the device. `answers`: for each
+    micro-batch the number of the answer in each of its sequences, or None for a filler: [[0, 4], [9, None]]. Ranks that split
+    rows have the same answers. `scorer`: by which weights. `check_stop` is called after each micro-batch; it may raise, on all
+    ranks alike.
     """
-    # This rank's (number of the answer, log-probabilities of its tokens).
-    own_logps: list[tuple[int, np.ndarray]] = []
+    own_logps: list[tuple[int, np.ndarray]] = []  # (answer number, log-probabilities of its tokens)
     with engine.inference(averaged=False, with_initial_weights=scorer.uses_initial_weights) as module:
-        # Through the root module's own forward: a sharding engine gathers parameters only there.
+        # The model is called through the root module's own forward, because only there a sharding engine gathers parameters.
         step: Any = module
         training_objective = step.objective
         step.objective = scorer
         try:
             for batch, numbers in zip(batches, answers, strict=True):
                 logps = step(batch)[LOGPS].float().cpu().numpy()
-                row_sequence = (
-                    batch["row_sequence"].cpu().numpy()
-                )  # of each token with a target: which sequence it is in
+                sequence_of_target = batch["row_sequence"].cpu().numpy()
                 for sequence, number in enumerate(numbers):
                     if number is not None:
-                        own_logps.append((number, logps[row_sequence == sequence]))
+                        own_logps.append((number, logps[sequence_of_target == sequence]))
                 check_stop()
         finally:
             step.objective = training_objective
 
-    # Ranks that share a row have a slice of the answer each, in the order of the ranks.
+    # Ranks that split a row have a slice of the answer each, in the order of the ranks.
     slices_by_answer: dict[int, list[np.ndarray]] = {}
     for rank_logps in gather_objects(own_logps, runtime):
         for number, logps in rank_logps:

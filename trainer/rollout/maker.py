@@ -1,5 +1,4 @@
-"""Builds a round: prompts in the order of the run, answers, rewards, and log-probabilities to compare with. All ranks must
-call."""
+"""Builds a round: prompts in the order of the run, answers, rewards, and log-probabilities to compare with."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class PromptReader:
         self._has_sources = has_sources(dataset)
 
     def read(self, first_sample: int, count: int) -> list[Prompt]:
-        """The prompts that are consumed as number `first_sample` up to `first_sample + count`."""
+        """The next `count` prompts of a run that has consumed `first_sample` prompts."""
         units = self.order.units(first_sample, count).tolist()
         return [self.prompt(unit, first_sample + number) for number, unit in enumerate(units)]
 
@@ -48,23 +48,22 @@ def read_prompt(
     return Prompt(
         prompt_number=prompt_number,
         ids=dataset.sample(sequence).input_ids.tolist(),
-        text=text_of(document),
+        text=prompt_of_document(document),
         columns=document.columns or {},
         origin=document.location,
         source=dataset.source_names[int(dataset.sources[sequence])] if names_source else "",
     )
 
 
-def text_of(document: Document) -> str | list[dict[str, Any]]:
-    """The prompt of a document as rewards see it: messages up to the last answer, where it is a conversation, else a text."""
+def prompt_of_document(document: Document) -> str | list[dict[str, Any]]:
+    """The prompt of a document as rewards see it.
+
+    - A conversation: its messages without the assistant's at the end, and without the keys that say how a turn is trained on.
+    - Else: its prompt, or its text.
+    """
     if document.messages is None:
         return document.prompt or document.text or ""
     turns = document.messages
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
-    return [_as_written(turn) for turn in turns]
-
-
-def _as_written(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn without what says how it is learned."""
-    return {name: part for name, part in turn.items() if name not in ("train", "weight")}
+    return [{name: value for name, value in turn.items() if name not in ("train", "weight")} for turn in turns]

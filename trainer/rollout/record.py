@@ -7,6 +7,7 @@ with the rows of `metrics.jsonl`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,10 @@ from strategies.errors import StorageError
 if TYPE_CHECKING:
     from trainer.rollout.round import Round
 
-DIRECTORY = "rounds"
-EXTRA = "extra/"
-"""How the names of columns begin that reward functions gave themselves (`log_extra`)."""
-_NAME = re.compile(r"round-(\d+)\.parquet")
+ROUNDS_DIRECTORY = "rounds"
+EXTRA_PREFIX = "extra/"
+"""The names of columns that reward functions add (`log_extra`) begin with it."""
+_FILE_NAME_REGEX = re.compile(r"round-(\d+)\.parquet")
 
 
 class RoundRecord:
@@ -27,27 +28,26 @@ class RoundRecord:
 
     def __init__(self, run_dir: Path, most_groups: int | None = None) -> None:
         """`most_groups`: groups of each round that are recorded, the first ones; None: all, 0: none."""
-        self.directory = run_dir / DIRECTORY
+        self.directory = run_dir / ROUNDS_DIRECTORY
         self.most_groups = most_groups
 
-    def take_back(self, step: int) -> None:
-        """Remove the rounds that begin after `step` steps. Errors: StorageError."""
-        for number, file in recorded_rounds(self.directory.parent).items():
-            if number > step:
+    def remove_after(self, step: int) -> None:
+        """Remove the files of the rounds that begin after `step` steps. Raises StorageError if one cannot be removed."""
+        for first_step, file in recorded_rounds(self.directory.parent).items():
+            if first_step > step:
                 try:
                     file.unlink(missing_ok=True)
                 except OSError as error:
                     raise StorageError(f"{file}: cannot be removed ({error.strerror})") from error
 
     def write(self, rollout_round: Round, step: int) -> None:
-        """Write a round that begins after `step` steps. Errors: StorageError."""
+        """Write the file of a round that begins after `step` steps, unless no groups are recorded. Raises StorageError."""
         if self.most_groups == 0:
             return
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        rows = rows_of(rollout_round, self.most_groups)
-        table = pa.Table.from_pylist(rows)
+        table = pa.Table.from_pylist(answer_rows(rollout_round, self.most_groups))
         file = self.directory / f"round-{step + 1:06d}.parquet"
         unfinished = file.with_suffix(".unfinished")
         try:
@@ -61,16 +61,16 @@ class RoundRecord:
             ) from error
 
 
-def rows_of(rollout_round: Round, most_groups: int | None = None) -> list[dict[str, Any]]:
-    """The answers of a round as rows for a Parquet file or a table: prompt, answer, rewards, advantage.
+def answer_rows(rollout_round: Round, most_groups: int | None = None) -> list[dict[str, Any]]:
+    """A row for each answer of a round, for a Parquet file or a table: prompt, answer, rewards, advantage.
 
-    Only the first `most_groups` groups (all answers to one prompt); None: all.
+    `most_groups`: only the first groups (a group is all answers to one prompt); None: all.
     """
     rows = []
-    for number, (group, scores) in enumerate(zip(rollout_round.groups, rollout_round.scores, strict=True)):
-        if most_groups is not None and number >= most_groups:
+    for group_index, (group, scores) in enumerate(zip(rollout_round.groups, rollout_round.scores, strict=True)):
+        if most_groups is not None and group_index >= most_groups:
             break
-        for place, answer in enumerate(group.answers):
+        for index, answer in enumerate(group.answers):
             row: dict[str, Any] = {
                 "place": group.prompt.prompt_number,
                 "where": group.prompt.origin,
@@ -80,20 +80,21 @@ def rows_of(rollout_round: Round, most_groups: int | None = None) -> list[dict[s
                 "answer": answer.text,
                 "ids": [int(token) for token in answer.ids],
                 "ended": answer.has_ended,
-                "reward": _number(scores.total[place]),
-                "advantage": _number(rollout_round.advantages[number, place]),
-                "learned": bool(rollout_round.is_learned[number, place]),
+                "reward": _none_if_nan(scores.total[index]),
+                "advantage": _none_if_nan(rollout_round.advantages[group_index, index]),
+                "learned": bool(rollout_round.is_learned[group_index, index]),
             }
             for name, reward_values in scores.by_reward.items():
-                row[f"rewards/{name}"] = _number(reward_values[place])
+                row[f"rewards/{name}"] = _none_if_nan(reward_values[index])
             for name, values in scores.extra.items():
-                row[f"{EXTRA}{name}"] = values[place]
+                row[f"{EXTRA_PREFIX}{name}"] = values[index]
             rows.append(row)
-    return _with_alike_columns(rows)
+    _unify_extra_columns(rows)
+    return rows
 
 
-def _with_alike_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, changed in place so that each has the same `extra/` columns, with values of one type, as Parquet needs.
+def _unify_extra_columns(rows: list[dict[str, Any]]) -> None:
+    """Change rows in place so that all have the same `extra/` columns, with values of one type, as Parquet needs.
 
     A row that lacks a column gets None in it. A column with numbers only becomes floats, any other one texts: a reward function
     may log 1 for one answer and "none" for another, which become "1" and "none".
@@ -101,7 +102,7 @@ def _with_alike_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     values_by_column: dict[str, list[Any]] = {}
     for row in rows:
         for column, value in row.items():
-            if column.startswith(EXTRA):
+            if column.startswith(EXTRA_PREFIX):
                 values_by_column.setdefault(column, []).append(value)
     for column, values in values_by_column.items():
         known = [value for value in values if value is not None]
@@ -110,7 +111,6 @@ def _with_alike_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             value = row.setdefault(column, None)
             if value is not None:
                 row[column] = float(value) if is_numeric else str(value)
-    return rows
 
 
 def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
@@ -118,17 +118,17 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
-def _number(value: Any) -> float | None:
-    """A reward as a number; None where it did not apply."""
+def _none_if_nan(value: Any) -> float | None:
+    """A reward or an advantage as a number; None for nan, which stands for an answer without a reward."""
     number = float(value)
-    return None if number != number else number  # nan alone differs from itself
+    return None if math.isnan(number) else number
 
 
 def recorded_rounds(run_dir: Path) -> dict[int, Path]:
-    """The files of a run's rounds by the number of their first step, ascending."""
+    """The Parquet files of a run's rounds, {first step of the round: file}, ascending."""
     files = {}
-    for file in sorted((run_dir / DIRECTORY).glob("round-*.parquet")):
-        match = _NAME.fullmatch(file.name)
+    for file in sorted((run_dir / ROUNDS_DIRECTORY).glob("round-*.parquet")):
+        match = _FILE_NAME_REGEX.fullmatch(file.name)
         if match is not None:
             files[int(match[1])] = file
     return dict(sorted(files.items()))

@@ -15,10 +15,10 @@ ROUND_FILE = "round.safetensors"
 
 
 def serialize_round(rollout_round: Round) -> bytes:
-    """A round as the content of `ROUND_FILE`: tokens, rewards, advantages and log-probabilities, but no texts.
+    """A round as the content of `ROUND_FILE`: tokens, rewards, advantages, log-probabilities and metrics, but no texts.
 
-    Rows of unequal length are stored one after another with their lengths: prompts [5, 6] and [7] are `prompt_ids` [5, 6, 7] and
-    `prompt_lengths` [2, 1].
+    Sequences of unequal length are stored as one array and one of lengths: prompts [5, 6] and [7] are `prompt_ids` [5, 6, 7] and
+    `prompt_lengths` [2, 1]. `deserialize_round` is the inverse.
     """
     from safetensors.numpy import save
 
@@ -31,9 +31,9 @@ def serialize_round(rollout_round: Round) -> bytes:
             [rollout_round.first_sample, rollout_round.num_prompts, rollout_round.group_size], np.int64
         ),
         "prompt_lengths": _lengths(prompt_ids),
-        "prompt_ids": _joined(prompt_ids, np.int32),
+        "prompt_ids": _concatenate(prompt_ids, np.int32),
         "answer_lengths": _lengths(answer_ids),
-        "answer_ids": _joined(answer_ids, np.int32),
+        "answer_ids": _concatenate(answer_ids, np.int32),
         "rewards": np.stack([scores.total for scores in rollout_round.scores]),
         "advantages": rollout_round.advantages,
         "is_learned": rollout_round.is_learned.astype(np.uint8),
@@ -45,17 +45,17 @@ def serialize_round(rollout_round: Round) -> bytes:
     arrays["facts"] = np.array([*rollout_round.facts.values()], np.float64)
     arrays["places"] = np.array([prompt.prompt_number for prompt in prompts], np.int64)
     arrays["ended"] = np.array([answer.has_ended for answer in answers], np.uint8)
-    arrays["writer_logps"] = _joined([answer.logprobs for answer in answers], np.float32)
+    arrays["writer_logps"] = _concatenate([answer.logprobs for answer in answers], np.float32)
     # Log-probabilities of the answers that have any, in the order of the answers' numbers.
     for name, logps_by_answer in (("old", rollout_round.old_logps), ("reference", rollout_round.reference_logps)):
         numbers = sorted(logps_by_answer)
         arrays[f"{name}_answers"] = np.array(numbers, np.int64)
-        arrays[f"{name}_logps"] = _joined([logps_by_answer[number] for number in numbers], np.float32)
+        arrays[f"{name}_logps"] = _concatenate([logps_by_answer[number] for number in numbers], np.float32)
     return save(arrays)
 
 
 def deserialize_round(content: bytes, where: str) -> Round:
-    """The round that `serialize_round` made `content` of, but without the texts of prompts and answers, which are empty.
+    """The round of a file's content, which `serialize_round` wrote; the texts of its prompts and answers are empty.
 
     `where`: the file, for the error. Raises StorageError if the content is damaged.
     """
@@ -73,16 +73,21 @@ def deserialize_round(content: bytes, where: str) -> Round:
         has_ended = arrays["ended"].astype(bool).tolist()
         prompt_ids = _split(arrays["prompt_ids"], arrays["prompt_lengths"])
         groups = []
-        for number, (place, ids) in enumerate(zip(arrays["places"].tolist(), prompt_ids, strict=True)):
+        prompt_numbers = arrays["places"].tolist()
+        for group_index, (prompt_number, ids) in enumerate(zip(prompt_numbers, prompt_ids, strict=True)):
             answers = []
-            for draw in range(group_size):
-                answer = number * group_size + draw  # its number in the round
+            for sample_index in range(group_size):
+                answer = group_index * group_size + sample_index  # its number in the round
                 answers.append(
                     Answer(
-                        draw, answer_ids[answer].tolist(), writer_logps[answer], text="", has_ended=has_ended[answer]
+                        sample_index,
+                        answer_ids[answer].tolist(),
+                        logprobs=writer_logps[answer],
+                        text="",
+                        has_ended=has_ended[answer],
                     )
                 )
-            prompt = Prompt(place, ids.tolist(), text="", columns={}, origin="")
+            prompt = Prompt(prompt_number, ids.tolist(), text="", columns={}, origin="")
             groups.append(Group(prompt, answers))
 
         # By "old" and "reference": log-probabilities of each token, by the answer's number in the round.
@@ -114,13 +119,13 @@ def _lengths(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return np.array([len(row) for row in rows], np.int64)
 
 
-def _joined(rows: Sequence[Sequence[int] | np.ndarray], dtype: type) -> np.ndarray:
-    """Rows one after another."""
+def _concatenate(rows: Sequence[Sequence[int] | np.ndarray], dtype: type) -> np.ndarray:
+    """The values of all rows in one array; an empty array if there are no rows."""
     return np.concatenate([np.asarray(row, dtype) for row in rows]) if rows else np.zeros(0, dtype)
 
 
 def _split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """The rows of these lengths that lie one after another in `flat`."""
+    """The rows of these lengths that `_concatenate` joined in `flat`. Raises ValueError if the lengths do not fit."""
     if int(lengths.sum()) != len(flat):
         raise ValueError(f"{len(flat)} numbers for rows of {int(lengths.sum())}")
     return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []

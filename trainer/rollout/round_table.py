@@ -6,19 +6,19 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.reporting.trackers.base import Table
-from trainer.rollout.record import EXTRA, rows_of
+from trainer.rollout.record import EXTRA_PREFIX, answer_rows
 
 if TYPE_CHECKING:
     from trainer.rollout.round import Round
 
-NAME = "rounds"
-"""Of the table in trackers."""
-MOST_GROUPS = 4
+TABLE_NAME = "rounds"
+"""The name of the table in trackers."""
+MAX_GROUPS = 4
 """Groups of a round that a table has."""
-MOST_CHARACTERS = 1000
-"""Of a prompt or an answer in a table."""
-REWARDS = "rewards/"
-"""How the columns of single rewards begin in the rows of a round."""
+MAX_CHARACTERS = 1000
+"""Longer prompts and answers are cut to so many characters in a table."""
+REWARD_PREFIX = "rewards/"
+"""The names of the columns of single rewards begin with it in the rows of a round."""
 
 
 def round_table(rollout_round: Round, step: int) -> Table:
@@ -26,35 +26,41 @@ def round_table(rollout_round: Round, step: int) -> Table:
 
     `step`: the first step that learns from the round.
     """
-    rows = rows_of(rollout_round, MOST_GROUPS)
-    by_reward = [column for column in rows[0] if column.startswith((REWARDS, EXTRA))]
-    columns = ["step", "prompt", "place", "reward", "answer", *by_reward, "advantage", "ended"]
+    rows = answer_rows(rollout_round, MAX_GROUPS)
+    reward_columns = [column for column in rows[0] if column.startswith((REWARD_PREFIX, EXTRA_PREFIX))]
+    columns = ["step", "prompt", "place", "reward", "answer", *reward_columns, "advantage", "ended"]
     cells = []
     for group in groups_of_rows(rows):
-        for number, row in enumerate(group):
-            # Groups are sorted: their first answer is the best. The column `place`, which in recorded rows is the number of the
-            # prompt, says this in the table.
-            place = {0: "best", len(group) - 1: "worst"}.get(number, "")
-            shown = {"step": step, "place": place, "prompt": _cut(row["prompt"]), "answer": _cut(row["answer"])}
-            cells.append([{**row, **shown}[column] for column in columns])
+        for index, row in enumerate(group):
+            # Groups are sorted: their first answer is the best. The column `place` says so in the table, while in recorded rows
+            # it is the number of the prompt.
+            place = {0: "best", len(group) - 1: "worst"}.get(index, "")
+            shown = {
+                "step": step,
+                "place": place,
+                "prompt": _truncate(row["prompt"]),
+                "answer": _truncate(row["answer"]),
+            }
+            shown_row = row | shown
+            cells.append([shown_row[column] for column in columns])
     return Table(columns, cells)
 
 
 def groups_of_rows(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """The rows of each group of a recorded round, the best answer first, unscored ones last."""
-    by_place: dict[int, list[dict[str, Any]]] = {}
+    rows_by_prompt: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
-        by_place.setdefault(int(row["place"]), []).append(row)
-    for group in by_place.values():
-        yield sorted(group, key=_reward_or_least, reverse=True)
+        rows_by_prompt.setdefault(int(row["place"]), []).append(row)
+    for group in rows_by_prompt.values():
+        yield sorted(group, key=_reward_or_minus_infinity, reverse=True)
 
 
-def _reward_or_least(row: dict[str, Any]) -> float:
-    """The reward of an answer; below all others without one."""
+def _reward_or_minus_infinity(row: dict[str, Any]) -> float:
+    """The reward of an answer; minus infinity for an unscored one, so that it sorts below all others."""
     reward = row.get("reward")
     return float("-inf") if reward is None else float(reward)
 
 
-def _cut(text: str) -> str:
-    """A text of at most `MOST_CHARACTERS` characters, its beginning kept."""
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+def _truncate(text: str) -> str:
+    """The first `MAX_CHARACTERS` characters of a text, with "…" if it is longer."""
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"

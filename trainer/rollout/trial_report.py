@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from trainer.rollout.groups import is_idle_group
 from trainer.rollout.record import prompt_text
 from trainer.rollout.round import stack_rewards
-from trainer.rollout.types import Group, GroupScores
+from trainer.rollout.types import Group, GroupScores, all_answers
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 SHOWN_CHARACTERS = 300
@@ -18,95 +19,100 @@ SHOWN_CHARACTERS = 300
 def trial_report(groups: Sequence[Group], scores: Sequence[GroupScores]) -> dict[str, Any]:
     """What a trial of the rewards shows before training, as JSON values: rewards, idle groups, lengths, and some answers.
 
-    A group is all answers to one prompt; it is idle if all score alike. `scores`: one entry a group. A number is None if nothing
-    was scored. Nested values: `reward` is a summary of the totals, `rewards` such a summary by reward ({"maths": {"mean": 0.4,
-    ...}}), `idle_share_by_group_size` the expected share by size ({"2": 0.8, "4": 0.6, ...}).
+    A group is all answers to one prompt; it is idle if all score alike. `scores`: one entry for each group. A number is None if
+    nothing was scored. Nested values: `reward` is a summary of the totals, `rewards` such a summary by reward ({"maths": {"mean":
+    0.4, ...}}), `idle_share_by_group_size` the expected share of idle groups by size ({"2": 0.8, "4": 0.6, ...}), `groups` one
+    entry for each group (`_group_record`).
     """
     rewards = stack_rewards(scores)
-    answers: list[Any] = []
-    for group in groups:
-        answers += group.answers
+    answers = all_answers(groups)
     lengths = np.array([len(answer.ids) for answer in answers])
     by_reward: dict[str, Any] = {}
     for name in scores[0].by_reward:
         reward_values = np.stack([score.by_reward[name] for score in scores])  # [groups, answers]
-        by_reward[name] = _summary(reward_values)
-    truncated = [not answer.has_ended for answer in answers]
-    idle_shares = {str(size): idle_share(rewards, size) for size in GROUP_SIZES}
-    shown_groups = [_shown_group(group, score) for group, score in zip(groups, scores, strict=True)]
+        by_reward[name] = _reward_summary(reward_values)
+    is_truncated = [not answer.has_ended for answer in answers]
+    idle_shares = {str(size): expected_idle_share(rewards, size) for size in GROUP_SIZES}
+    group_records = [_group_record(group, group_scores) for group, group_scores in zip(groups, scores, strict=True)]
     return {
         "prompts": len(groups),
         "draws": len(groups[0].answers),
-        "reward": _summary(rewards),
+        "reward": _reward_summary(rewards),
         "rewards": by_reward,
         "timed_out": sum(score.timed_out for score in scores),
         "idle_share_by_group_size": idle_shares,
         "mean_length": float(lengths.mean()),
         "longest": int(lengths.max()),
-        "truncated_share": float(np.mean(truncated)),
-        "groups": shown_groups,
+        "truncated_share": float(np.mean(is_truncated)),
+        "groups": group_records,
     }
 
 
-def _summary(rewards: np.ndarray) -> dict[str, float | None]:
-    """Mean, range, spread within groups, idle groups and unscored answers of `rewards [groups, answers]`, nan where unscored."""
+def _reward_summary(rewards: np.ndarray) -> dict[str, float | None]:
+    """Mean, range, mean deviation within groups, share of idle groups and number of unscored answers, by name.
+
+    `rewards`: float64 [groups, answers], nan where unscored. A number is None if nothing was scored.
+    """
     known = rewards[~np.isnan(rewards)]
-    spreads = []
-    for group in rewards:
-        scored = group[~np.isnan(group)]
+    deviations = []
+    for group_rewards in rewards:
+        scored = group_rewards[~np.isnan(group_rewards)]
         if len(scored) > 1:
-            spreads.append(float(scored.std(ddof=1)))
+            deviations.append(float(scored.std(ddof=1)))
     return {
         "mean": float(known.mean()) if len(known) else None,
         "least": float(known.min()) if len(known) else None,
         "most": float(known.max()) if len(known) else None,
-        "spread": float(np.mean(spreads)) if spreads else None,
+        "spread": float(np.mean(deviations)) if deviations else None,
         "idle_share": float(is_idle_group(rewards).mean()),
         "unscored": int(np.isnan(rewards).sum()),
     }
 
 
-def idle_share(rewards: np.ndarray, size: int) -> float | None:
-    """The expected share of groups of `size` answers that all score alike, by the rates seen; None where nothing was scored.
+def expected_idle_share(rewards: np.ndarray, group_size: int) -> float | None:
+    """The expected share of groups of `group_size` answers that all score alike; None if nothing was scored.
 
-    `rewards`: float64 [groups, answers]. Answers to a prompt are taken as independent, so the chance is the sum of the rate of
-    each score to the power of `size`. That of rare scores is underestimated by few answers.
+    `rewards`: float64 [groups, answers], nan where unscored. Answers to a prompt are assumed to be independent: if a share p of
+    them has some score, all `group_size` have it with the chance p ** group_size. Few answers underestimate rare scores.
     """
-    shares = []
-    for group in rewards:
-        scored = group[~np.isnan(group)]
+    chances = []  # for each prompt, that all answers score alike
+    for group_rewards in rewards:
+        scored = group_rewards[~np.isnan(group_rewards)]
         if len(scored):
             _, counts = np.unique(scored, return_counts=True)
-            rates = counts / len(scored)
-            shares.append(float((rates**size).sum()))
-    return float(np.mean(shares)) if shares else None
+            score_shares = counts / len(scored)
+            chances.append(float((score_shares**group_size).sum()))
+    return float(np.mean(chances)) if chances else None
 
 
-def _shown_group(group: Group, scores: GroupScores) -> dict[str, Any]:
-    """A group (all answers to one prompt) for the report, with its best and its worst answer; without these if unscored.
+def _group_record(group: Group, scores: GroupScores) -> dict[str, Any]:
+    """A group (all answers to one prompt) as JSON values, with its mean reward, best and worst answer, unless none is scored.
 
     {"where": "prompts.jsonl:3", "prompt": "2 + 2?", "mean": 0.5, "best": {"reward": 1.0, "rewards": {"maths": 1.0}, "ended":
     true, "answer": "4"}, "worst": ...}.
     """
-    shown: dict[str, Any] = {"where": group.prompt.origin, "prompt": prompt_text(group.prompt.text)[-SHOWN_CHARACTERS:]}
-    scored = np.flatnonzero(~np.isnan(scores.total))  # numbers of the scored answers
+    record: dict[str, Any] = {
+        "where": group.prompt.origin,
+        "prompt": prompt_text(group.prompt.text)[-SHOWN_CHARACTERS:],
+    }
+    scored = np.flatnonzero(~np.isnan(scores.total))  # indices of the scored answers
     if not len(scored):
-        return shown
-    shown["mean"] = float(scores.total[scored].mean())
+        return record
+    record["mean"] = float(scores.total[scored].mean())
     best = int(scored[np.argmax(scores.total[scored])])
     worst = int(scored[np.argmin(scores.total[scored])])
-    for name, number in (("best", best), ("worst", worst)):
-        answer = group.answers[number]
-        answer_rewards = {reward: _number(values[number]) for reward, values in scores.by_reward.items()}
-        shown[name] = {
-            "reward": float(scores.total[number]),
+    for name, index in (("best", best), ("worst", worst)):
+        answer = group.answers[index]
+        answer_rewards = {reward: _none_if_nan(values[index]) for reward, values in scores.by_reward.items()}
+        record[name] = {
+            "reward": float(scores.total[index]),
             "rewards": answer_rewards,
             "ended": answer.has_ended,
             "answer": answer.text[:SHOWN_CHARACTERS],
         }
-    return shown
+    return record
 
 
-def _number(reward: float) -> float | None:
+def _none_if_nan(reward: float) -> float | None:
     """A reward as a JSON value: None for nan."""
     return None if np.isnan(reward) else float(reward)

@@ -1,4 +1,4 @@
-"""What the parts of a round hand to each other: prompts, written answers, their rewards, and who writes and who scores."""
+"""What the parts of a round hand to each other: prompts, generated answers, their scores, and the interfaces of both."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Prompt:
     """One prompt of a round."""
 
     prompt_number: int
-    """Number of the prompt among all that the run has consumed, from 0. The draws of its answers belong to this number."""
+    """Number of the prompt among all that the run consumes, from 0. It seeds the samples of its answers."""
     ids: list[int]
     """Tokens, with the generation prefix of the chat template."""
     text: str | list[dict[str, Any]]
     """The prompt as rewards see it: a text, or the messages of a conversation."""
     columns: dict[str, Any]
-    """The columns of its row that rewards may name."""
+    """The columns of its data row that rewards read."""
     origin: str
     """Where its row stands, as `file:line`."""
     source: str = ""
@@ -32,14 +32,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer that was written to a prompt."""
+    """One generated answer to a prompt."""
 
     sample_index: int
-    """Number of the answer in its group, from 0."""
+    """Index of the answer in its group, from 0."""
     ids: list[int]
-    """Tokens, with the end token that ended it. Never empty."""
+    """Token ids, including the end token. Never empty."""
     logprobs: np.ndarray
-    """float32 [len(ids)]: log-probability of each drawn token at the temperature of writing."""
+    """float32 [len(ids)]: log-probability of each token when it was sampled, at the temperature of generation."""
     text: str
     """The answer as text, without special tokens and without the stop string that ended it."""
     has_ended: bool
@@ -93,10 +93,10 @@ class RewardScorer(Protocol):
 
 
 class GroupGenerator(Protocol):
-    """Writes the answers of a round with the weights that are being trained."""
+    """Generates the answers of a round with the weights that are being trained."""
 
-    def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], draws: int) -> list[Group]:
-        """`draws` answers to each prompt, in the order of the prompts, the same on all ranks.
+    def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], num_samples: int) -> list[Group]:
+        """A group of `num_samples` answers for each prompt, in the order of the prompts, the same on all ranks.
 
         All ranks must call with the same prompts. Raises Interrupted, on all ranks alike, if the run is asked to stop.
         """

@@ -1,4 +1,4 @@
-"""Writes the answers of a round with the run's own engine, under every strategy, with the weights as they are now."""
+"""Generates the answers of a round with the run's own engine, under every strategy, with the present weights."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from trainer.rollout.types import Answer, Group, Prompt
 if TYPE_CHECKING:
     from strategies.base import Engine
 
-END_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-"""What is taken of a model's generation_config while training."""
-WITHOUT_EFFECT = ("do_sample", "temperature", "max_length", "max_new_tokens", "transformers_version", "use_cache")
-"""Settings of a generation_config that a run replaces, or that change no draw: nobody needs to be told of them."""
+TOKEN_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""The settings of a model's generation_config that hold while training."""
+UNREPORTED_SETTINGS = ("do_sample", "temperature", "max_length", "max_new_tokens", "transformers_version", "use_cache")
+"""Settings of a generation_config that a run replaces, or that change no sample: nobody needs to be told of them."""
 
 
 class EngineGroupGenerator:
     """A `GroupGenerator` on the run's own engine.
 
-    The draws of an answer belong to (seed of the run, place of its prompt in the order, number of the answer): neither ranks,
-    nor strategy, nor rows at a time change them, but by rounding.
+    The random numbers of an answer depend on (seed of the run, number of its prompt, index of the answer) alone: ranks, strategy
+    and rows at a time change an answer only by rounding.
     """
 
     def __init__(
@@ -38,47 +38,53 @@ class EngineGroupGenerator:
         rows: int,
         stop_now: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`rows`: most answers that this rank writes at a time. `stop_now`, asked on all ranks after each batch, ends it."""
+        """`rows`: most answers that this rank generates at a time. `stop_now`: asked on all ranks after each batch."""
         self.settings = settings
         self.seed = seed
         self._answer_generator = SharedPromptGenerator(
             tokenizer, end_tokens_only(generation_config), runtime, batch=rows, stop_now=stop_now
         )
 
-    def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], draws: int) -> list[Group]:
+    def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], num_samples: int) -> list[Group]:
         """See `GroupGenerator.generate_groups`. Also raises DataError for a prompt that leaves no position for an answer."""
         settings = DecodingConfig(
             max_new_tokens=self.settings.max_new_tokens,
             temperature=self.settings.temperature,
             stop=list(self.settings.stop),
-            draws=draws,
+            draws=num_samples,
         )
         seeds = []
         for prompt in prompts:
-            seeds.append([derived_seed(self.seed, "answer", prompt.prompt_number, draw) for draw in range(draws)])
-        # The weights that train, not their average: what is learned is how likely these weights made the answers.
-        written = self._answer_generator.generate_samples(engine, [prompt.ids for prompt in prompts], settings, seeds)
+            seeds.append(
+                [derived_seed(self.seed, "answer", prompt.prompt_number, sample) for sample in range(num_samples)]
+            )
+        # The trained weights generate, not their average: the loss compares with the log-probabilities of these weights.
+        answers = self._answer_generator.generate_samples(engine, [prompt.ids for prompt in prompts], settings, seeds)
         groups = [Group(prompt, []) for prompt in prompts]
-        for answer in written:
-            assert answer.logprobs is not None
-            drawn = Answer(answer.sample_index, answer.ids, answer.logprobs, answer.text, answer.has_ended)
-            groups[answer.prompt_index].answers.append(drawn)
+        for answer in answers:
+            assert answer.logprobs is not None, "`generate_samples` keeps them"
+            group_answer = Answer(answer.sample_index, answer.ids, answer.logprobs, answer.text, answer.has_ended)
+            groups[answer.prompt_index].answers.append(group_answer)
         return groups
 
 
 def end_tokens_only(generation_config: Any) -> Any:
-    """A generation_config with the end tokens of a model's own and nothing else.
+    """A transformers GenerationConfig with only the special tokens of a model's own (`TOKEN_SETTINGS`).
 
-    A repetition penalty, top_p or top_k changes what is drawn, but not the probabilities that are learned.
+    All else is left out, because a repetition penalty, top_p or top_k would change what is sampled, but not the probabilities
+    that are trained.
     """
     from transformers import GenerationConfig
 
-    kept = {name: getattr(generation_config, name, None) for name in END_SETTINGS}
+    kept = {name: getattr(generation_config, name, None) for name in TOKEN_SETTINGS}
     return GenerationConfig(**{name: ids for name, ids in kept.items() if ids is not None})
 
 
 def ignored_generation_settings(generation_config: Any) -> list[str]:
-    """What of a model's generation_config does not hold while answers are written to learn from, as `name=value`."""
+    """The settings of a model's generation_config that do not hold while training, as texts: ["top_k=2", "top_p=0.5"].
+
+    Only settings that differ from transformers' defaults and are neither empty nor 0.
+    """
     changed = generation_config.to_diff_dict()
-    names = [name for name in sorted(changed) if name not in (*END_SETTINGS, *WITHOUT_EFFECT)]
+    names = [name for name in sorted(changed) if name not in (*TOKEN_SETTINGS, *UNREPORTED_SETTINGS)]
     return [f"{name}={changed[name]}" for name in names if changed[name] and not name.startswith("_")]

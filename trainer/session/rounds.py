@@ -65,7 +65,7 @@ def open_rounds(
     loader, steps = build_round_loader(config, inputs.data, built, engine, context.runtime, round_inputs)
     # The record of rounds. A resumed run forgets the rounds after its checkpoint.
     record = RoundRecord(context.run_dir, config.objective.rollout.record)
-    processes.call_on_main(lambda: record.take_back(progress.step), context.runtime)
+    processes.call_on_main(lambda: record.remove_after(progress.step), context.runtime)
     loader.round_builder.on_round.append(
         lambda rollout_round, step: processes.call_on_main(lambda: record.write(rollout_round, step), context.runtime)
     )
@@ -89,8 +89,10 @@ def show_rounds(config: RunConfig, loader: StepLoader | RolloutLoader, trackers:
     """Let trackers show the answers of each round as a table, if `logging.tables` asks for it. On rank 0 alone."""
     if not isinstance(loader, RolloutLoader) or not config.logging.tables or not context.runtime.is_main:
         return
-    from trainer.rollout.round_table import NAME, round_table
+    from trainer.rollout.round_table import TABLE_NAME, round_table
 
     loader.round_builder.on_round.append(
-        lambda rollout_round, step: trackers.show_with_row(NAME, round_table(rollout_round, step + 1), step=step + 1)
+        lambda rollout_round, step: trackers.show_with_row(
+            TABLE_NAME, round_table(rollout_round, step + 1), step=step + 1
+        )
     )

@@ -11,7 +11,7 @@ from launch.compare.run_files import RecordedRun
 from launch.compare.run_page.answers import shorten_at_start
 from trainer.pages.numbers import UNKNOWN, number
 from trainer.rollout.record import recorded_rounds
-from trainer.rollout.round_table import REWARDS, groups_of_rows
+from trainer.rollout.round_table import REWARD_PREFIX, groups_of_rows
 
 MAX_ANSWERS = 4
 """Answers of a group that are shown: the best ones and the worst ones."""
@@ -118,12 +118,12 @@ def _shown_group(title: str, mean_reward: float, rows: Sequence[dict[str, Any]])
 def _shown_answer(row: dict[str, Any]) -> ShownAnswer:
     """An answer as the page shows it, from its row of a recorded round. With several rewards, each is named with its score."""
     total_reward = row.get("reward")
-    reward_columns = [column for column in row if column.startswith(REWARDS)]
+    reward_columns = [column for column in row if column.startswith(REWARD_PREFIX)]
     named_scores = []
     if len(reward_columns) > 1:
         for column in reward_columns:
             score = row[column]
-            named_scores.append(f"{column.removeprefix(REWARDS)} {UNKNOWN if score is None else number(score)}")
+            named_scores.append(f"{column.removeprefix(REWARD_PREFIX)} {UNKNOWN if score is None else number(score)}")
     return ShownAnswer(
         text=shorten_at_start(str(row.get("answer") or "")),
         reward="not scored" if total_reward is None else number(total_reward),
