@@ -36,7 +36,7 @@ from strategies.errors import ConfigError, key_of_problem
 from trainer.config.resuming import plain_settings
 from trainer.config.run import TEMPLATE_DATE_KEY, Device, RunConfig
 from trainer.config.validate import problems_of
-from trainer.export.config import settle_merge
+from trainer.export.config import set_default_merge
 from trainer.objectives.registry import family_of
 from trainer.optim.schedule import ScheduleConfig
 from trainer.reporting.settings_file import literal
@@ -65,7 +65,7 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
         # Defaults that depend on other settings, and on which keys the user has set.
         keys_set_by_user = {value.key for value in parsed.values}
         config.substitutions |= adopt_adapter_settings(config.tuning, keys_set_by_user)
-        config.substitutions |= settle_merge(config.export, config.tuning)
+        config.substitutions |= set_default_merge(config.export, config.tuning)
         settle_rate(config)
         keep_rate_of_checkpoint(config)
         if config.evaluation.watch is None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.data.prepare import PreparedData
     from trainer.export.gguf import Converter, GgufType
-    from trainer.export.quantised import FewBits
+    from trainer.export.quantised import QuantisedFormat
     from trainer.session.run_data import RowsNeeded
 
 CONVERTER_KEYS = ("gguf", "gguf.converter", "gguf.python")
@@ -108,7 +108,7 @@ def _refuse_adapter(argument: str, config: RunConfig) -> None:
 class QuantisedRequest:
     """The type that `bits=` asks for."""
 
-    kind: FewBits
+    kind: QuantisedFormat
     python: str | None
     """Python of the environment that stores it, if that is not this one."""
 
@@ -117,17 +117,17 @@ def quantised_request(arguments: ExportArguments, config: RunConfig) -> Quantise
     """The quantised copy that `bits=` requests, and the Python that computes it; None without it. Errors: ConfigError."""
     if arguments.bits is None:
         return None
-    from trainer.export.llm_compressor import find_python
-    from trainer.export.quantised import check_few_bits
+    from trainer.export.llm_compressor import find_llm_compressor_python
+    from trainer.export.quantised import parse_quantised_format
 
-    kind = check_few_bits(arguments.bits)
+    kind = parse_quantised_format(arguments.bits)
     _refuse_adapter(f"bits={arguments.bits}", config)
     # llm-compressor runs in an environment of its own.
-    python = find_python(arguments.bits_python) if kind.stored_by_other_python else None
+    python = find_llm_compressor_python(arguments.bits_python) if kind.stored_by_other_python else None
     return QuantisedRequest(kind, python)
 
 
-def refuse_unsupported_sizes(kind: FewBits, config: RunConfig) -> None:
+def refuse_unsupported_sizes(kind: QuantisedFormat, config: RunConfig) -> None:
     """Refuse nf4 for a model whose matrices bitsandbytes could not multiply here, before anything is written.
 
     Errors: ConfigError.
@@ -170,7 +170,7 @@ def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedDa
     """
     from launch.serve.exported import find_export
     from trainer.export.llm_compressor import Compressor
-    from trainer.export.quantised import MAX_CALIBRATION_DOCUMENTS, MAX_DOCUMENTS, MAX_TOKENS, write_few_bits
+    from trainer.export.quantised import MAX_CALIBRATION_DOCUMENTS, MAX_DOCUMENTS, MAX_TOKENS, write_quantised_model
 
     kind = request.kind
     if find_export(str(directory)).base is not None:
@@ -187,7 +187,7 @@ def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedDa
             calibration_rows.append(data.train.sample(index).input_ids[:MAX_TOKENS].tolist())
         compressor = Compressor(request.python, calibration_rows)
     split_name = "training" if data.evaluation is None else "held-out"
-    folder, cost = write_few_bits(directory, kind, samples, split_name, compressor)
+    folder, cost = write_quantised_model(directory, kind, samples, split_name, compressor)
     print(f"{kind}: {folder}, {_weights_bytes(folder):,} bytes of {_weights_bytes(directory):,}; {cost}")
     return folder
 

@@ -205,7 +205,7 @@ def _reference(
     from strategies.parameters import element_counts
     from strategies.runtime import broadcast_object, longer_timeout
     from trainer.build.parts import build_engine
-    from trainer.export.routing_choices import Choices
+    from trainer.export.routing_choices import RoutingRecorder
     from trainer.export.trained_model import TrainedValues
     from trainer.export.verify import Reference, take_reference
     from trainer.export.write import SLOWEST_DISK_BYTES_PER_S
@@ -233,7 +233,7 @@ def _reference(
             reference = take_reference(engine, built, model.tokenizer, alone)
             engine.close()
         broadcast_object(None, runtime)  # the others wait here
-    return reference or Reference([], None, Choices())
+    return reference or Reference([], None, RoutingRecorder())
 
 
 def _export_precision(config: RunConfig, record: RunRecord, run_dir: Path) -> Precision:

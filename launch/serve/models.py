@@ -115,9 +115,9 @@ def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> C
 
 def _end_tokens(tokenizer: Any, generation_config: Any) -> list[int] | None:
     """The ids of the tokens that end an answer; None if there are none."""
-    from trainer.export.end_tokens import ending_tokens
+    from trainer.export.end_tokens import end_token_ids
 
-    return ending_tokens(tokenizer, generation_config) or None
+    return end_token_ids(tokenizer, generation_config) or None
 
 
 def _torch_dtype(name: str) -> Any:

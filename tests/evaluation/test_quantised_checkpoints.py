@@ -12,7 +12,7 @@ from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from trainer.data.store.sequences import Sample
-from trainer.export.quantised import FewBits, write_few_bits
+from trainer.export.quantised import QuantisedFormat, write_quantised_model
 from trainer.model import quantised_checkpoints
 
 pytestmark = pytest.mark.skipif(not all(map(find_spec, ("bitsandbytes", "torchao"))), reason="needs qlora and torchao")
@@ -61,18 +61,18 @@ def test_quantised_model_that_cannot_be_multiplied_here_is_refused_before_it_is_
 
     monkeypatch.chdir(site)
     samples = [Sample(np.arange(3, 20, dtype=np.int32), np.arange(17) > 4)]
-    folder, _ = write_few_bits(site / "llama", FewBits.nf4, samples, "held-out")
+    folder, _ = write_quantised_model(site / "llama", QuantisedFormat.nf4, samples, "held-out")
     monkeypatch.setattr(functional, "has_avx512bf16", lambda: True)
     monkeypatch.setattr(quantised_checkpoints, "PACKED_VALUES", 128)  # of another version: this model's 64 do not do
     assert command_here(["evaluate", *words(site, folder)]) == 64
     assert "on a processor with avx512_bf16 bitsandbytes multiplies 4-bit matrices" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", [FewBits.nf4, FewBits.int8, FewBits.torchao_int8])
+@pytest.mark.parametrize("kind", [QuantisedFormat.nf4, QuantisedFormat.int8, QuantisedFormat.torchao_int8])
 def test_quantised_checkpoint_has_the_numbers_of_transformers_on_the_same_files(site, kind, monkeypatch):
     monkeypatch.chdir(site)
     samples = [Sample(np.arange(3, 20, dtype=np.int32), np.arange(17) > 4)]
-    folder, _ = write_few_bits(site / "llama", kind, samples, "held-out")
+    folder, _ = write_quantised_model(site / "llama", kind, samples, "held-out")
     assert command_here(["evaluate", *words(site, folder), f"against={site}/llama"]) == 0
     report = json.loads((site / "told" / "evaluation.json").read_text())
     rows = [json.loads(line) for line in (site / "told" / "evaluation_rows.jsonl").read_text().splitlines()]
@@ -94,7 +94,7 @@ def test_quantised_checkpoint_has_the_numbers_of_transformers_on_the_same_files(
     changed = report["against"]["tasks"]["loss"]["metrics"]["loss"]["difference"]
     assert abs(changed) > 5e-3 and found == pytest.approx(total / count, abs=abs(changed) / 5)
     assert [row["answer"].strip() for row in rows if row["task"] == "said"] == [each.strip() for each in answers]
-    assert report["precision"] == ("fp16" if kind is FewBits.int8 else "bf16")
+    assert report["precision"] == ("fp16" if kind is QuantisedFormat.int8 else "bf16")
 
 
 def test_quantised_checkpoint_refuses_unsuitable_settings_at_once(site, capsys, monkeypatch):

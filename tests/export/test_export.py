@@ -275,10 +275,10 @@ def test_an_export_that_drifts_is_not_published(bases, runtime, tmp_path, monkey
 
     base = bases("llama")
     parts = trained(base, FullConfig(), runtime)
-    make_group = module.make_group
+    convert_group = module.convert_group
 
     def tampering(*given):
-        return {n: t * 1.1 if "down_proj" in n else t for n, t in make_group(*given).items()}
+        return {n: t * 1.1 if "down_proj" in n else t for n, t in convert_group(*given).items()}
 
     monkeypatch.setattr(module, "make_group", tampering)
     with pytest.raises(DriftError):
@@ -304,5 +304,7 @@ def test_export_names_a_hub_snapshot_as_the_hub_does():
 )
 def test_export_error_suggests_free_space_only_where_it_would_help(runtime, tmp_path, code, said):
     with pytest.raises(StorageError) as refused:
-        export_write._raise_on_all_ranks(OSError(code, os.strerror(code)), tmp_path / "aside", tmp_path / "to", runtime)
+        export_write.raise_if_any_rank_failed(
+            OSError(code, os.strerror(code)), tmp_path / "aside", tmp_path / "to", runtime
+        )
     assert said in str(refused.value)

@@ -20,8 +20,8 @@ from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.data.store.sequences import Sample
 from trainer.export import quantised
-from trainer.export.llm_compressor import Compressor, find_python
-from trainer.export.quantised import FewBits, write_few_bits
+from trainer.export.llm_compressor import Compressor, find_llm_compressor_python
+from trainer.export.quantised import QuantisedFormat, write_quantised_model
 from trainer.export.verify import DriftError, probe_ids
 
 STAND_IN = """#!{python}
@@ -60,18 +60,18 @@ def test_llm_compressor_is_called_offline_with_training_rows_and_its_files_are_r
     ids = probe_ids(tiny_tokenizer())
     logits = plain(torch.tensor([ids])).logits[0].detach()
     save_file({"logits": logits}, tmp_path / "probe.safetensors")
-    compressor = Compressor(find_python(str(python)), ROWS)
-    folder, cost = write_few_bits(directory, FewBits.llmcompressor_w8a8, SAMPLES, "held-out", compressor)
+    compressor = Compressor(find_llm_compressor_python(str(python)), ROWS)
+    folder, cost = write_quantised_model(directory, QuantisedFormat.llmcompressor_w8a8, SAMPLES, "held-out", compressor)
     job = json.loads((tmp_path / "job.json").read_text())
     assert job["scheme"] == "W8A8" and job["rows"] == ROWS and job["probe"] == list(ids)
     assert cost.before == cost.after and cost.max_logit_difference < 1e-6 and (folder / "tokenizer.json").is_file()
     assert "By llm-compressor, in `llmcompressor_w8a8/`: loss" in (folder / "README.md").read_text()
 
     with pytest.raises(ShardtuneError, match=r"llm-compressor cannot store.*failed with 1: .*size 40 is not divisible"):
-        write_few_bits(directory, FewBits.llmcompressor_w4a16, SAMPLES, "held-out", compressor)
+        write_quantised_model(directory, QuantisedFormat.llmcompressor_w4a16, SAMPLES, "held-out", compressor)
     save_file({"logits": logits * 1.2}, tmp_path / "probe.safetensors")
     with pytest.raises(DriftError, match="its files compute something else"):
-        write_few_bits(directory, FewBits.llmcompressor_fp8, SAMPLES, "held-out", compressor)
+        write_quantised_model(directory, QuantisedFormat.llmcompressor_fp8, SAMPLES, "held-out", compressor)
     assert [path.name for path in directory.iterdir() if path.is_dir()] == ["llmcompressor_w8a8"]
 
 
@@ -104,20 +104,24 @@ def test_llm_compressor_refuses_unsuitable_exports_before_anything_is_written(wo
     "SHARDTUNE_LLM_COMPRESSOR" not in os.environ or find_spec("compressed_tensors") is None,
     reason="needs llm-compressor's Python (SHARDTUNE_LLM_COMPRESSOR) and compressed-tensors here",
 )
-@pytest.mark.parametrize("kind", [kind for kind in FewBits if kind.stored_by_other_python])
+@pytest.mark.parametrize("kind", [kind for kind in QuantisedFormat if kind.stored_by_other_python])
 def test_llm_compressor_stores_the_values_of_its_scheme(tmp_path, kind):
     directory = made(tmp_path, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
     rows = [list(range(5, 5 + size)) for size in (30, 200, 90, 9)]
-    compressor = Compressor(find_python(os.environ["SHARDTUNE_LLM_COMPRESSOR"]), rows)
-    folder, cost = write_few_bits(directory, kind, SAMPLES, "held-out", compressor)
+    compressor = Compressor(find_llm_compressor_python(os.environ["SHARDTUNE_LLM_COMPRESSOR"]), rows)
+    folder, cost = write_quantised_model(directory, kind, SAMPLES, "held-out", compressor)
     assert 0 < abs(cost.after - cost.before) < 0.2
     name = "model.layers.1.mlp.down_proj.weight"
     plain, there = load_file(directory / "model.safetensors")[name].float(), load_file(folder / "model.safetensors")
     scale = there[f"{name}_scale"].float()
-    if kind is FewBits.llmcompressor_w4a16:  # eight values in 32 bits, the first one lowest
+    if kind is QuantisedFormat.llmcompressor_w4a16:  # eight values in 32 bits, the first one lowest
         codes = torch.stack([(there[f"{name}_packed"] >> 4 * place) & 15 for place in range(8)], dim=-1).float() - 8
         stored = (codes.reshape(128, 2, 128) * scale[..., None]).reshape(128, 256)
     else:
         stored = there[name].float() * scale
-    steps = {FewBits.llmcompressor_w4a16: 15, FewBits.llmcompressor_w8a8: 255, FewBits.llmcompressor_fp8: 448}[kind]
+    steps = {
+        QuantisedFormat.llmcompressor_w4a16: 15,
+        QuantisedFormat.llmcompressor_w8a8: 255,
+        QuantisedFormat.llmcompressor_fp8: 448,
+    }[kind]
     assert 0 < (stored - plain).abs().mean() < 2 * plain.abs().amax() / steps

@@ -12,7 +12,7 @@ from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.data.store.sequences import Sample
 from trainer.export import quantised
-from trainer.export.quantised import FewBits, write_few_bits
+from trainer.export.quantised import QuantisedFormat, write_quantised_model
 from trainer.export.verify import DriftError
 
 pytestmark = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed (the extra torchao)")
@@ -55,9 +55,11 @@ def nvfp4(weights):
     return (grid[nearest] * blocks.sign() * scale).reshape(weights.shape)
 
 
-@pytest.mark.parametrize(("kind", "by_hand"), [(FewBits.torchao_int8, eight_bits), (FewBits.torchao_nvfp4, nvfp4)])
+@pytest.mark.parametrize(
+    ("kind", "by_hand"), [(QuantisedFormat.torchao_int8, eight_bits), (QuantisedFormat.torchao_nvfp4, nvfp4)]
+)
 def test_quantised_export_has_the_values_of_its_scheme_and_the_cost_of_its_files(export, samples, kind, by_hand):
-    folder, cost = write_few_bits(export, kind, samples, "held-out")
+    folder, cost = write_quantised_model(export, kind, samples, "held-out")
     plain, read = (AutoModelForCausalLM.from_pretrained(each).eval() for each in (export, folder))
     stored, mine = (
         read.get_parameter(MATRIX).dequantize().float(),
@@ -95,15 +97,15 @@ def test_quantised_export_that_computes_something_else_is_not_written(export, sa
     monkeypatch.setattr(quantised, "_load_model", damaged)
     before = {path.name: path.stat().st_mtime_ns for path in export.rglob("*")}
     with pytest.raises(DriftError, match=r"logits differ by 2\.0e-01 of the largest"):
-        write_few_bits(export, FewBits.torchao_int8, samples, "held-out")
+        write_quantised_model(export, QuantisedFormat.torchao_int8, samples, "held-out")
     assert {path.name: path.stat().st_mtime_ns for path in export.rglob("*") if path.name in before} == before
 
 
 @pytest.mark.parametrize(
     ("architecture", "shape", "kind", "told"),
     [
-        ("llama", {"intermediate_size": 40}, FewBits.torchao_nvfp4, "divisible by 16"),
-        ("gpt2", {}, FewBits.torchao_int8, "stores none of its matrices in few bits"),
+        ("llama", {"intermediate_size": 40}, QuantisedFormat.torchao_nvfp4, "divisible by 16"),
+        ("gpt2", {}, QuantisedFormat.torchao_int8, "stores none of its matrices in few bits"),
     ],
 )
 def test_quantised_export_of_an_unsuitable_model_is_refused(tmp_path, samples, architecture, shape, kind, told):
@@ -111,5 +113,5 @@ def test_quantised_export_of_an_unsuitable_model_is_refused(tmp_path, samples, a
     with pytest.raises(
         ShardtuneError, match=rf"bits={kind}: torchao cannot store this model so \(.*{told}.*another type"
     ):
-        write_few_bits(directory, kind, samples, "training")
+        write_quantised_model(directory, kind, samples, "training")
     assert not [path for path in directory.iterdir() if path.is_dir()]

@@ -6,7 +6,7 @@ import torch
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models import tiny
 from trainer.export.load import load_export
-from trainer.export.routing_choices import Choices, KeptChoices
+from trainer.export.routing_choices import RoutingRecorder, RoutingReplay
 from trainer.export.verify import DriftError, probe_ids, verify_export
 
 IDS = probe_ids(tiny_tokenizer())
@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
             gate = layer.mlp.gate.weight
             gate[1] = gate[0] + 1e-4 * torch.randn_like(gate[0])
     directory = tmp_path_factory.mktemp("mixtral")
-    with torch.no_grad(), Choices() as choices:
+    with torch.no_grad(), RoutingRecorder() as choices:
         logits = model(torch.tensor([IDS])).logits[0]
     tiny_tokenizer().save_pretrained(directory)
     model.to(torch.bfloat16).save_pretrained(directory)
@@ -48,9 +48,9 @@ def test_routing_choices_do_not_hide_swapped_experts(trained, tmp_path):
 
 
 def test_routing_choices_of_another_sequence_are_not_applied():
-    with Choices() as choices:
+    with RoutingRecorder() as choices:
         torch.arange(6.0).view(2, 3).topk(2)
-    with KeptChoices(choices) as kept:
+    with RoutingReplay(choices) as kept:
         values, indices = torch.topk(torch.tensor([[5.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), 2)
         assert indices.tolist() == [[2, 1], [2, 1]] and values.tolist() == [[0.0, 1.0], [2.0, 1.0]]
         assert (kept.calls_match, kept.replaced) == (True, 2)

@@ -27,7 +27,7 @@ from tests.helpers.warm import command_warm
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.export import write as write_module
 from trainer.export.config import ExportConfig
-from trainer.export.files import RECORDS, ExportInUse, share_of, sole_export, write_file
+from trainer.export.files import RECORDS_DIRECTORY, ExportInUse, files_of_writer, sole_export, write_file
 from trainer.export.plan import PlannedFile, PlannedTensor, plan_files
 from trainer.export.trained_model import ModelValues
 from trainer.export.write import write_export
@@ -97,10 +97,10 @@ def test_a_process_holds_one_file_and_one_group(runtime, tmp_path, monkeypatch):
     monkeypatch.setattr(SavedParameters, "saved_tensor", counted)
     values = ModelValues(model)
     plan = plan_files(values, torch.float32, PER_FILE)
-    (tmp_path / "out" / RECORDS).mkdir(parents=True)
+    (tmp_path / "out" / RECORDS_DIRECTORY).mkdir(parents=True)
     for file in plan.files:
         write_file(plan, file, values, tmp_path / "out")
-    assert len(plan.files) > 6 and 0 < peak <= plan.process_bytes < plan.size / 2
+    assert len(plan.files) > 6 and 0 < peak <= plan.process_bytes < plan.num_bytes / 2
 
 
 def test_next_start_keeps_the_files_that_were_complete(model, runtime, tmp_path, monkeypatch, capsys):
@@ -210,16 +210,16 @@ def test_next_start_of_another_export_keeps_nothing(change, model, runtime, tmp_
     complete = len(list(directory.glob("*.safetensors")))
     assert len(written) == (complete - 3 if change == "stale" else complete)
     assert others.read_bytes() == b"of somebody else" and not (directory / "papers").exists()
-    assert not (directory / RECORDS).exists() and not staging.exists()
+    assert not (directory / RECORDS_DIRECTORY).exists() and not staging.exists()
 
 
 def test_files_are_dealt_by_their_bytes():
     sizes = [5, 5, 5, 1, 1, 3, 4]
     files = [PlannedFile(f"{number}", [PlannedTensor("t", size, 0)]) for number, size in enumerate(sizes)]
     for writers in (1, 2, 3, 9):
-        shares = [share_of(files, writer, writers) for writer in range(writers)]
+        shares = [files_of_writer(files, writer, writers) for writer in range(writers)]
         assert sorted(file.name for share in shares for file in share) == [file.name for file in files]
-        loads = [sum(file.size for file in share) for share in shares]
+        loads = [sum(file.num_bytes for file in share) for share in shares]
         assert max(loads) <= sum(sizes) / writers + max(sizes)
 
 

@@ -49,7 +49,7 @@ class ExportConfig:
     """Reload the export and compare its logits with the trained model's, which needs the whole model in memory; a drift fails."""
 
 
-def settle_merge(export: ExportConfig, tuning: TuningConfig) -> dict[str, str]:
+def set_default_merge(export: ExportConfig, tuning: TuningConfig) -> dict[str, str]:
     """Choose `merge` where it was left open, and set it.
 
     Returns what was chosen and why, by the setting's key, if it is not an adapter's usual export.

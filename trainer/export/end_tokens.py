@@ -10,17 +10,17 @@ GENERATION = "generation_config.json"
 _ANSWER = "an answer"
 
 
-def ending_tokens(tokenizer: Any, generation: Any = None) -> list[int]:
+def end_token_ids(tokenizer: Any, generation: Any = None) -> list[int]:
     """Ids, in ascending order; `generation` is a GenerationConfig or None."""
     # The generation settings state one id or several.
     stated = getattr(generation, "eos_token_id", None)
     if not isinstance(stated, list | tuple):
         stated = [stated]
-    end_ids = {*stated, tokenizer.eos_token_id, turn_end(tokenizer)}
+    end_ids = {*stated, tokenizer.eos_token_id, turn_end_token(tokenizer)}
     return sorted(end_id for end_id in end_ids if end_id is not None)
 
 
-def turn_end(tokenizer: Any) -> int | None:
+def turn_end_token(tokenizer: Any) -> int | None:
     """The id of the control token that the chat template writes right after an answer (such as `<|im_end|>`), or None."""
     if tokenizer.chat_template is None:
         return None
@@ -39,12 +39,12 @@ def turn_end(tokenizer: Any) -> int | None:
     return None
 
 
-def write_endings(tokenizer: Any, directory: Path, base_path: str) -> None:
+def write_end_tokens(tokenizer: Any, directory: Path, base_path: str) -> None:
     """Add the token that closes a turn to `generation_config.json`, so that every inference engine stops there.
 
     If the base's settings name it already, the file in `directory` stays as it is.
     """
-    end_id = turn_end(tokenizer)
+    end_id = turn_end_token(tokenizer)
     if end_id is None:
         return
     file = directory / GENERATION

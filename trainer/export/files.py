@@ -31,17 +31,17 @@ from strategies.atomic_io import (
     read_exactly,
 )
 from strategies.errors import ConfigError
-from trainer.export.plan import ExportPlan, PlannedFile, make_group
+from trainer.export.plan import ExportPlan, PlannedFile, convert_group
 from trainer.export.trained_model import ModelValues
 
-RECORDS = ".written"
-ORIGIN = "origin.json"
+RECORDS_DIRECTORY = ".written"
+ORIGIN_FILE = "origin.json"
 MAX_RECORD_BYTES = 2**24
 """Bytes of such a record; more is not read."""
 MAX_HOLDER_BYTES = 200
 """Bytes that a lock file says about its holder."""
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+UNSUPPORTED_LOCK_ERRNOS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without locks answers, such as Lustre that was mounted without `flock`."""
 
 
@@ -53,32 +53,32 @@ class ExportInUse(ConfigError):
 def sole_export(destination: Path) -> Iterator[None]:
     """Inside the context, no other process writes an export to `destination`, on this host or over NFS.
 
-    The kernel releases the lock when its holder dies, so the file of a process that was killed stops nobody, whoever made it.
-    A file system without locks is gone without. Errors: ExportInUse; OSError.
+    The kernel releases the lock when its holder dies, so the lock file of a killed process stops nobody. On a file system without
+    locks nothing is locked. Raises ExportInUse if another process holds the lock, OSError if the lock file cannot be opened.
     """
     path = destination.with_name(f".{destination.name}.lock")
     make_directories(path.parent)
-    # Lock the file; again, if it was removed between opening and locking.
+    # Lock the file. Again, if it was removed between opening and locking: a lock on a removed file protects nothing.
     while True:
         descriptor = _open_lock(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = _holder(descriptor)
+            holder = _holder_text(descriptor)
             os.close(descriptor)
             raise ExportInUse(
                 f"{destination}: another export is being written there{holder}; wait until it has ended, or choose another "
                 "directory (to=)"
             ) from error
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in UNSUPPORTED_LOCK_ERRNOS:
                 os.close(descriptor)
                 raise
         # Locked: is the file still the one that has this name?
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break
-        os.close(descriptor)  # the holder before has removed it: nobody else would meet this one
+        os.close(descriptor)
     try:
         _write_holder(descriptor)
         yield
@@ -89,12 +89,12 @@ def sole_export(destination: Path) -> Iterator[None]:
 
 
 def _open_lock(path: Path) -> int:
-    """Open a lock file for locking; a new one can be opened by all users. Returns its descriptor.
+    """Open a lock file for locking, or create it so that all users can open it; returns its descriptor.
 
-    Errors: ExportInUse if it is another user's, and may not be opened; OSError.
+    Raises ExportInUse if the file belongs to another user and may not be opened, OSError if it cannot be created.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW  # NFS locks only what is open for writing
-    while True:
+    while True:  # again, if another process creates or removes the file in between
         # First without O_CREAT: in /tmp, Linux refuses to "create" what another user has made.
         with suppress(FileNotFoundError):
             try:
@@ -112,61 +112,64 @@ def _open_lock(path: Path) -> int:
             return descriptor
 
 
-def _user_name(number: int) -> str:
-    """The name of a user; a user who has none, as in many containers, is called by the number."""
+def _user_name(user_id: int) -> str:
+    """The name of a user; a user who has none, as in many containers, is called "user 1000"."""
     try:
-        return pwd.getpwuid(number).pw_name
+        return pwd.getpwuid(user_id).pw_name
     except KeyError:
-        return f"user {number}"
+        return f"user {user_id}"
 
 
 def _write_holder(descriptor: int) -> None:
-    """Write into a lock file who holds it, as far as that goes: it only tells others whom to ask."""
-    text = f"{_user_name(os.getuid())} on {socket.gethostname()}, process {os.getpid()}"
+    """Write into a lock file who holds it: "me on gpu01, process 4711". A failure is no error, since it only informs others."""
+    holder = f"{_user_name(os.getuid())} on {socket.gethostname()}, process {os.getpid()}"
     with suppress(OSError):
         status = os.fstat(descriptor)
         # A file that somebody has linked to this name is no lock file, and keeps what it says.
-        if status.st_nlink == 1 and status.st_size <= MAX_HOLDER_BYTES:
+        is_lock_file = status.st_nlink == 1 and status.st_size <= MAX_HOLDER_BYTES
+        if is_lock_file:
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, text.encode(), 0)
+            os.pwrite(descriptor, holder.encode(), 0)
 
 
-def _holder(descriptor: int) -> str:
-    """Who wrote into a lock file that it holds the lock, in brackets for a message; empty if nobody did."""
+def _holder_text(descriptor: int) -> str:
+    """Who holds the lock by the content of its lock file, for a message: " (me on gpu01, process 4711)"; empty if unknown."""
     with suppress(OSError):
-        written = os.pread(descriptor, MAX_HOLDER_BYTES, 0).decode("utf-8", "replace")
-        if written and written.isprintable():
-            return f" ({written})"
+        holder = os.pread(descriptor, MAX_HOLDER_BYTES, 0).decode("utf-8", "replace")
+        if holder and holder.isprintable():
+            return f" ({holder})"
     return ""
 
 
-def share_of(files: list[PlannedFile], writer: int, writers: int) -> list[PlannedFile]:
-    """The files that one of several writers writes, so that every writer has about as many bytes.
+def files_of_writer(files: list[PlannedFile], writer_index: int, num_writers: int) -> list[PlannedFile]:
+    """The files that one of several writers writes, by name, so that every writer has about as many bytes.
 
-    From the largest file on, each goes to the writer that has the fewest bytes so far. All writers come to the same shares.
+    From the largest file on, each goes to the writer that has the fewest bytes so far. Every writer computes the same shares.
     """
-    bytes_of_writer = [0] * writers
-    share = []
-    for file in sorted(files, key=lambda file: (-file.size, file.name)):
-        chosen = bytes_of_writer.index(min(bytes_of_writer))
-        bytes_of_writer[chosen] += file.size
-        if chosen == writer:
-            share.append(file)
-    return sorted(share, key=lambda file: file.name)
+    bytes_by_writer = [0] * num_writers
+    own_files = []
+    for file in sorted(files, key=lambda file: (-file.num_bytes, file.name)):
+        least_loaded_writer = bytes_by_writer.index(min(bytes_by_writer))
+        bytes_by_writer[least_loaded_writer] += file.num_bytes
+        if least_loaded_writer == writer_index:
+            own_files.append(file)
+    return sorted(own_files, key=lambda file: file.name)
 
 
-def open_staging(staging_dir: Path, plan: ExportPlan, origin: dict[str, Any]) -> bool:
-    """Make the staging directory of an export. Returns whether files of an earlier start of this very export are kept in it.
+def open_export_staging(staging_dir: Path, plan: ExportPlan, origin: dict[str, Any]) -> bool:
+    """Open the staging directory of an export; returns whether complete files of an earlier start may be in it.
 
-    `origin`: all that the files depend on, as JSON. Anything else that lies under this name is removed. Errors: OSError.
+    - It was begun for this very export (`origin`): its files are kept, and everything that is not of the plan is removed.
+    - Anything else lies under this name, or nothing: it is removed, and an empty directory with the record of `origin` created.
+    `origin`: all that the files depend on, as JSON values. Raises OSError.
     """
-    text = json.dumps(origin, indent=1, sort_keys=True) + "\n"
-    if not _holds(staging_dir, text):
-        clear(staging_dir)
-        make_directories(staging_dir / RECORDS)
-        atomic_io.write_new(staging_dir / RECORDS / ORIGIN, text.encode())
+    origin_text = json.dumps(origin, indent=1, sort_keys=True) + "\n"
+    if not _is_staging_of(staging_dir, origin_text):
+        remove_leftovers(staging_dir)
+        make_directories(staging_dir / RECORDS_DIRECTORY)
+        atomic_io.write_new(staging_dir / RECORDS_DIRECTORY / ORIGIN_FILE, origin_text.encode())
         return False
-    kept_names = {RECORDS, *(file.name for file in plan.files)}
+    kept_names = {RECORDS_DIRECTORY, *(file.name for file in plan.files)}
     for entry in list(staging_dir.iterdir()):
         if entry.is_dir() and entry.name not in kept_names:
             shutil.rmtree(entry)
@@ -175,18 +178,18 @@ def open_staging(staging_dir: Path, plan: ExportPlan, origin: dict[str, Any]) ->
     return True
 
 
-def clear(directory: Path) -> None:
-    """Remove what an earlier export left under this name, as far as that goes; of a link nothing but the link.
+def remove_leftovers(directory: Path) -> None:
+    """Remove what an earlier export left under this name. Files that cannot be removed stay, which is no error.
 
-    A downloaded run can hold a link there, and the export would be written over the files that it leads to.
+    Of a link only the link is removed: a downloaded run can hold one, and it may lead to the user's files.
     """
     if directory.is_symlink():
         directory.unlink()
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _holds(staging_dir: Path, origin: str) -> bool:
-    """Whether a staging directory was begun for the same export, and holds nothing but ordinary files."""
+def _is_staging_of(staging_dir: Path, origin_text: str) -> bool:
+    """Whether a staging directory was begun for the export with this origin, and holds nothing but ordinary files."""
     if staging_dir.is_symlink() or not staging_dir.is_dir():
         return False
     entries = list(staging_dir.rglob("*"))
@@ -194,16 +197,18 @@ def _holds(staging_dir: Path, origin: str) -> bool:
     if any(entry.is_symlink() or not (entry.is_file() or entry.is_dir()) for entry in entries):
         return False
     try:
-        recorded = atomic_io.read_bytes(staging_dir / RECORDS / ORIGIN, max_bytes=MAX_RECORD_BYTES)
+        recorded_origin = atomic_io.read_bytes(
+            staging_dir / RECORDS_DIRECTORY / ORIGIN_FILE, max_bytes=MAX_RECORD_BYTES
+        )
     except OSError:
         return False
-    return recorded == origin.encode()
+    return recorded_origin == origin_text.encode()
 
 
-def is_complete(staging_dir: Path, file: PlannedFile) -> bool:
+def is_file_complete(staging_dir: Path, file: PlannedFile) -> bool:
     """Whether a file is in the staging directory with the size and the SHA-256 that its record has. Reads all of it."""
     try:
-        record = json.loads(atomic_io.read_bytes(_record_of(staging_dir, file), max_bytes=MAX_RECORD_BYTES))
+        record = json.loads(atomic_io.read_bytes(_record_file(staging_dir, file), max_bytes=MAX_RECORD_BYTES))
         written = WrittenFile(file.name, int(record["bytes"]), str(record["sha256"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
@@ -211,45 +216,47 @@ def is_complete(staging_dir: Path, file: PlannedFile) -> bool:
 
 
 def write_file(plan: ExportPlan, file: PlannedFile, values: ModelValues, staging_dir: Path) -> None:
-    """Write one file of a plan, durably, and its record. Holds one file and one group of tensors at a time.
+    """Write one file of a plan durably, and then its record, which says that it is complete.
 
-    Errors: OSError, SafetensorError, and those of `make_group`.
+    Holds one file and one group of tensors at a time. Raises OSError and SafetensorError for the file, StorageError and
+    ConfigError for the values that it is made from.
     """
     from safetensors.torch import save_file
 
-    save_file(dict(_tensors_of(plan, file, values)), staging_dir / file.name, {"format": "pt"})
+    tensors = dict(_stored_tensors(plan, file, values))
+    save_file(tensors, staging_dir / file.name, {"format": "pt"})
     atomic_io.sync_file(staging_dir / file.name)
-    written = _hashed(staging_dir / file.name)
+    written = _hash_file(staging_dir / file.name)
     record = json.dumps({"bytes": written.size, "sha256": written.sha256}) + "\n"
-    atomic_io.write_new(_record_of(staging_dir, file), record.encode())
+    atomic_io.write_new(_record_file(staging_dir, file), record.encode())
 
 
-def _tensors_of(plan: ExportPlan, file: PlannedFile, values: ModelValues) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor as it is stored) of a file. A group may have tensors in other files too, which are dropped."""
-    number: int | None = None
-    stored: dict[str, Tensor] = {}
+def _stored_tensors(plan: ExportPlan, file: PlannedFile, values: ModelValues) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor as it is stored) of each tensor of a file. A group's tensors that belong to other files are dropped."""
+    group_index: int | None = None
+    tensors_of_group: dict[str, Tensor] = {}
     for planned in file.tensors:
-        if planned.group != number:
-            number = planned.group
-            stored = {}  # free the group before: two at once would take twice the memory
-            stored = make_group(plan, number, values)
-        tensor = stored.pop(planned.name)
+        if planned.group_index != group_index:
+            group_index = planned.group_index
+            tensors_of_group = {}  # free the group before: two at once would take twice the memory
+            tensors_of_group = convert_group(plan, group_index, values)
+        tensor = tensors_of_group.pop(planned.name)
         if tensor.is_floating_point():
             tensor = tensor.to(plan.dtype)
         tensor = tensor.contiguous()
         # A view into a larger buffer would be refused, or keep the buffer alive.
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()
-        assert tensor.nbytes == planned.size, (planned, tensor.shape, tensor.dtype)
+        assert tensor.nbytes == planned.num_bytes, (planned, tensor.shape, tensor.dtype)
         yield planned.name, tensor
 
 
-def _record_of(staging_dir: Path, file: PlannedFile) -> Path:
+def _record_file(staging_dir: Path, file: PlannedFile) -> Path:
     """The record of a complete file."""
-    return staging_dir / RECORDS / f"{file.name}.json"
+    return staging_dir / RECORDS_DIRECTORY / f"{file.name}.json"
 
 
-def _hashed(path: Path) -> WrittenFile:
+def _hash_file(path: Path) -> WrittenFile:
     """Size and SHA-256 of a file. Errors: OSError."""
     digest = hashlib.sha256()
     with open_regular_file(path) as (descriptor, size):
@@ -262,6 +269,6 @@ def _hashed(path: Path) -> WrittenFile:
 
 
 def remove_records(staging_dir: Path) -> None:
-    """Remove the records of a finished export, which are nobody's but ours."""
+    """Remove the records of a finished export, which its users do not need. A failure is no error."""
     with suppress(OSError):
-        shutil.rmtree(staging_dir / RECORDS)
+        shutil.rmtree(staging_dir / RECORDS_DIRECTORY)

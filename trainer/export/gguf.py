@@ -12,7 +12,7 @@ from typing import Any
 
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.export.end_tokens import GENERATION
-from trainer.export.ollama import modelfile
+from trainer.export.ollama import modelfile_text
 from trainer.export.subprocesses import last_lines, run_in_own_environment
 
 COMMAND = "convert-hf-to-gguf"
@@ -98,7 +98,7 @@ def write_gguf(directory: Path, name: str, kind: GgufType, converter: Converter)
     generation = GenerationConfig()
     if (directory / GENERATION).is_file():
         generation = GenerationConfig.from_pretrained(directory)
-    text, missing = modelfile(file.name, tokenizer, generation)
+    text, missing = modelfile_text(file.name, tokenizer, generation)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     return file, missing
 

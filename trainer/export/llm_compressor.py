@@ -30,8 +30,12 @@ class Compressor:
     rows: list[list[int]]
     """Token ids of the rows that the rounding is calibrated on."""
 
-    def store(self, directory: Path, to: Path, scheme: str, probe: list[int]) -> Tensor:
-        """Store the model of `directory` in `to`; returns its logits on `probe`, float32 `[T, V]`. Raises ShardtuneError."""
+    def quantise(self, directory: Path, to: Path, scheme: str, probe: list[int]) -> Tensor:
+        """Quantise the model in `directory` and save it in `to`; returns its logits on `probe`, float32 `[T, V]`.
+
+        `scheme`: llm-compressor's name of the format, such as "W4A16". `probe`: token ids. Raises ShardtuneError if the program
+        cannot be started, or fails.
+        """
         from safetensors.torch import load_file
 
         with TemporaryDirectory() as job_dir:
@@ -46,18 +50,18 @@ class Compressor:
             job_file.write_text(json.dumps(job), encoding="utf-8")
             command = [self.python, compress.__file__, str(job_file)]
             try:
-                finished = run_in_own_environment(command, Path(job_dir))
+                process = run_in_own_environment(command, Path(job_dir))
             except OSError as error:
                 raise ShardtuneError(f"bits.python={self.python}: cannot be started ({error})") from error
-            if finished.returncode:
-                raise ShardtuneError(f"it failed with {finished.returncode}: {last_lines(finished)}")
+            if process.returncode:
+                raise ShardtuneError(f"it failed with {process.returncode}: {last_lines(process)}")
             return load_file(job_file.with_name("probe.safetensors"))["logits"]
 
 
-def find_python(python: str | None) -> str:
+def find_llm_compressor_python(python: str | None) -> str:
     """The path of the Python program `python`, after starting it to see that it has llm-compressor. Nothing is installed.
 
-    Raises ConfigError if it is not set, is no program, cannot be started, or does not have it.
+    `python`: the setting `bits.python`. Raises ConfigError if it is None, is no program, cannot be started, or does not have it.
     """
     if python is None:
         raise ConfigError(
@@ -67,11 +71,11 @@ def find_python(python: str | None) -> str:
     if executable is None:
         raise ConfigError(f"bits.python={python}: there is no such program; {HOW_TO_NAME_PYTHON}")
     try:
-        finished = subprocess.run(
+        check = subprocess.run(
             [executable, "-c", _LIBRARY_CHECK], capture_output=True, check=False, env={"PATH": os.defpath}
         )
     except OSError as error:
         raise ConfigError(f"bits.python={python}: cannot be started ({error}); {HOW_TO_NAME_PYTHON}") from error
-    if finished.returncode:
+    if check.returncode:
         raise ConfigError(f"bits.python={python}: is no Python that has llmcompressor; {HOW_TO_NAME_PYTHON}")
     return executable

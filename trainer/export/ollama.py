@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.export.end_tokens import ending_tokens
+from trainer.export.end_tokens import end_token_ids
 
 _PROBE_TEXTS = ("SystemText", "UserText", "AnswerText", "SecondUserText")
 """Contents of the messages that a template is rendered with, found again in its text."""
@@ -135,7 +135,7 @@ def _renders_alike(turns: Turns, tokenizer: Any, messages: list[dict[str, str]])
     )
 
 
-def modelfile(file: str, tokenizer: Any, generation: Any) -> tuple[str, str | None]:
+def modelfile_text(file: str, tokenizer: Any, generation: Any) -> tuple[str, str | None]:
     """(the text of an Ollama Modelfile for the GGUF file `file`, a note on what it lacks or None).
 
     Lines `FROM`, `TEMPLATE` and `SYSTEM` (if the chat template can be written so), `PARAMETER stop` and those of sampling.
@@ -151,7 +151,7 @@ def modelfile(file: str, tokenizer: Any, generation: Any) -> tuple[str, str | No
         lines.append(f'TEMPLATE """{turns.template()}"""')
         if turns.default_system is not None:
             lines.append(f'SYSTEM """{turns.default_system}"""')
-    for token in tokenizer.convert_ids_to_tokens(ending_tokens(tokenizer, generation)):
+    for token in tokenizer.convert_ids_to_tokens(end_token_ids(tokenizer, generation)):
         lines.append(f'PARAMETER stop "{token}"')
     if generation.do_sample:
         for name in SAMPLING:

@@ -26,9 +26,8 @@ class PlannedTensor:
 
     name: str
     """In the file."""
-    size: int
-    """Bytes."""
-    group: int
+    num_bytes: int
+    group_index: int
     """The index in `ExportPlan.groups` of what it is made from."""
 
 
@@ -40,9 +39,9 @@ class PlannedFile:
     tensors: list[PlannedTensor] = field(default_factory=list)
 
     @property
-    def size(self) -> int:
+    def num_bytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(tensor.size for tensor in self.tensors)
+        return sum(tensor.num_bytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class ExportPlan:
     """The files of a whole model, in order."""
 
     dtype: torch.dtype
-    """In which floating-point tensors are stored."""
+    """The type in which floating-point tensors are stored."""
     groups: list[StoredGroup]
     """What stored tensors are made from. A weight that the architecture ignores is a group without members."""
     group_bytes: list[int]
@@ -58,67 +57,70 @@ class ExportPlan:
     files: list[PlannedFile]
 
     @property
-    def size(self) -> int:
+    def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(file.size for file in self.files)
+        return sum(file.num_bytes for file in self.files)
 
     @property
     def process_bytes(self) -> int:
         """The most bytes that a process holds: one file and one group."""
-        largest_file = max((file.size for file in self.files), default=0)
-        return largest_file + max(self.group_bytes, default=0)
+        largest_file_bytes = max((file.num_bytes for file in self.files), default=0)
+        return largest_file_bytes + max(self.group_bytes, default=0)
 
     def index_json(self) -> str | None:
-        """The index that names the file of each tensor, as transformers writes it; None for a single file."""
+        """The index that names the file of each tensor, as transformers writes it; None for a single file, which needs none."""
         if len(self.files) == 1:
             return None
-        weight_map = {}
+        file_by_tensor = {}
         for file in self.files:
-            weight_map.update({tensor.name: file.name for tensor in file.tensors})
-        return json.dumps({"metadata": {"total_size": self.size}, "weight_map": weight_map}, indent=1)
+            file_by_tensor.update({tensor.name: file.name for tensor in file.tensors})
+        return json.dumps({"metadata": {"total_size": self.num_bytes}, "weight_map": file_by_tensor}, indent=1)
 
     def digest(self) -> str:
-        """SHA-256 of the names, sizes and files of all tensors."""
+        """SHA-256 of the type, and of the names, sizes and files of all tensors."""
         rows: list[tuple[str, str, int]] = []
         for file in self.files:
-            rows += [(file.name, tensor.name, tensor.size) for tensor in file.tensors]
+            rows += [(file.name, tensor.name, tensor.num_bytes) for tensor in file.tensors]
         return hashlib.sha256(json.dumps([str(self.dtype), rows]).encode()).hexdigest()
 
 
-def plan_files(values: ModelValues, dtype: torch.dtype, max_bytes: int) -> ExportPlan:
-    """Plan the files of a whole model: each at most `max_bytes`, or one larger tensor. Reads only headers of the base's files.
+def plan_files(values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> ExportPlan:
+    """Plan the files of a whole model: each has at most `max_file_bytes`, or one larger tensor.
 
-    First the model's parameters, converted back to the names and shapes of the base's files, group by group; then stored weights
-    that the architecture ignores. Floating-point tensors are stored as `dtype`. Errors: ConfigError for a conversion that fails.
+    Reads only headers of the base's files. First the model's parameters, converted back to the names and shapes of the base's files, group by group; then stored weights
+    that the architecture ignores. Floating-point tensors are stored as `dtype`. Raises ConfigError if a conversion fails.
     """
     conversions = values.base.conversions
     groups = conversions.stored_groups(values.names())
     group_bytes: list[int] = []
     tensors: list[PlannedTensor] = []
-    for number, group in enumerate(groups):
-        members = {name: values.on_meta(name) for name in group.members}
-        stored = conversions.convert_back(group, members)
-        for name, tensor in stored.items():
-            tensors.append(PlannedTensor(name, _stored_bytes(tensor, dtype), number))
-        group_bytes.append(_bytes_of_group(members, stored))
+    for group_index, group in enumerate(groups):
+        members = {name: values.meta_tensor(name) for name in group.members}
+        stored_tensors = conversions.convert_back(group, members)
+        for name, tensor in stored_tensors.items():
+            tensors.append(PlannedTensor(name, _stored_bytes(tensor, dtype), group_index))
+        # A conversion that joins tensors holds both the members and what is made of them.
+        held_tensors = [*members.values(), *stored_tensors.values()]
+        group_bytes.append(sum(tensor.nbytes for tensor in held_tensors))
     for name in conversions.carried():
         tensor = conversions.files.on_meta(name)
-        tensors.append(PlannedTensor(name, _stored_bytes(tensor, dtype), len(groups)))
-        groups.append(StoredGroup([], name))
+        tensors.append(PlannedTensor(name, _stored_bytes(tensor, dtype), group_index=len(groups)))
+        groups.append(StoredGroup(members=[], name=name))
         group_bytes.append(tensor.nbytes)
-    return ExportPlan(dtype, groups, group_bytes, _files_of(tensors, max_bytes))
+    return ExportPlan(dtype, groups, group_bytes, _distribute_over_files(tensors, max_file_bytes))
 
 
-def make_group(plan: ExportPlan, number: int, values: ModelValues) -> dict[str, Tensor]:
-    """The stored tensors of a group by name, not yet in the plan's type.
+def convert_group(plan: ExportPlan, group_index: int, values: ModelValues) -> dict[str, Tensor]:
+    """The stored tensors of a group by name, in full, not yet in the plan's type.
 
-    Errors: StorageError, ConfigError, and those of reading the base.
+    A group without members is a stored weight that the architecture ignores: it is read as it is.
+    Raises StorageError if the checkpoint cannot be read, ConfigError if a conversion fails.
     """
     conversions: Conversions = values.base.conversions
-    group = plan.groups[number]
+    group = plan.groups[group_index]
     if not group.members:
         return {group.name: conversions.files.rows(group.name)}
-    members = {name: values.value(name) for name in group.members}
+    members = {name: values.full_tensor(name) for name in group.members}
     return conversions.convert_back(group, members)
 
 
@@ -128,25 +130,19 @@ def _stored_bytes(tensor: Tensor, dtype: torch.dtype) -> int:
     return tensor.numel() * item_bytes
 
 
-def _bytes_of_group(members: dict[str, Tensor], stored: dict[str, Tensor]) -> int:
-    """Bytes of a group in float32 with what is made of it: a conversion that joins tensors holds both at once."""
-    sources = sum(tensor.nbytes for tensor in members.values())
-    return sources + sum(tensor.nbytes for tensor in stored.values())
+def _distribute_over_files(tensors: list[PlannedTensor], max_file_bytes: int) -> list[PlannedFile]:
+    """Distribute tensors over files in their order: a file ends before the tensor that would make it larger than the limit.
 
-
-def _files_of(tensors: list[PlannedTensor], max_bytes: int) -> list[PlannedFile]:
-    """Distribute tensors over files in their order: a file ends before the tensor that would make it larger than `max_bytes`.
-
-    A single file is named `SINGLE_FILE`, several have numbers.
+    A tensor larger than `max_file_bytes` has a file of its own. A single file is named `SINGLE_FILE`, several have numbers.
     """
     files = [PlannedFile()]
-    size = 0
+    file_bytes = 0
     for tensor in tensors:
-        if files[-1].tensors and size + tensor.size > max_bytes:
+        if files[-1].tensors and file_bytes + tensor.num_bytes > max_file_bytes:
             files.append(PlannedFile())
-            size = 0
+            file_bytes = 0
         files[-1].tensors.append(tensor)
-        size += tensor.size
+        file_bytes += tensor.num_bytes
     if len(files) == 1:
         files[0].name = SINGLE_FILE
         return files

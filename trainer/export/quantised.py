@@ -25,7 +25,7 @@ MAX_CALIBRATION_DOCUMENTS = 256
 """Most training documents for calibration, in schemes that calibrate their rounding."""
 
 
-class FewBits(StrEnum):
+class QuantisedFormat(StrEnum):
     """How the matrices of the blocks are stored.
 
     By bitsandbytes: NF4 in blocks (Dettmers et al. 2023, arXiv:2305.14314), or LLM.int8() (2022, arXiv:2208.07339). By
@@ -65,16 +65,16 @@ class FewBits(StrEnum):
 
 NVFP4_BLOCK = 16
 """Values that share a scale in NVFP4."""
-SCHEMES = {
-    FewBits.llmcompressor_w4a16: "W4A16",
-    FewBits.llmcompressor_w8a8: "W8A8",
-    FewBits.llmcompressor_fp8: "FP8_DYNAMIC",
+LLM_COMPRESSOR_SCHEMES = {
+    QuantisedFormat.llmcompressor_w4a16: "W4A16",
+    QuantisedFormat.llmcompressor_w8a8: "W8A8",
+    QuantisedFormat.llmcompressor_fp8: "FP8_DYNAMIC",
 }
-"""llm-compressor's names."""
+"""llm-compressor's names of its formats."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class QuantisationCost:
     """The loss at supervised tokens, before and after."""
 
     before: float
@@ -96,110 +96,139 @@ class Cost:
         )
 
 
-def check_few_bits(kind: str) -> FewBits:
-    """The type of this name. Raises ConfigError if there is none, or if its library is not installed."""
-    if kind not in [*FewBits]:
-        raise ConfigError(f"bits={kind}: must be one of {', '.join(FewBits)}")
-    missing = missing_library(FewBits(kind).loading_library)
+def parse_quantised_format(name: str) -> QuantisedFormat:
+    """The format of this name, such as "nf4". Raises ConfigError if there is none, or if its library is not installed."""
+    if name not in [*QuantisedFormat]:
+        raise ConfigError(f"bits={name}: must be one of {', '.join(QuantisedFormat)}")
+    quantised_format = QuantisedFormat(name)
+    missing = missing_library(quantised_format.loading_library)
     if missing:
-        raise ConfigError(f"bits={kind}: {missing}")
-    return FewBits(kind)
+        raise ConfigError(f"bits={name}: {missing}")
+    return quantised_format
 
 
-def write_few_bits(
-    directory: Path, kind: FewBits, samples: list[Sample], split: str, compressor: Compressor | None = None
-) -> tuple[Path, Cost]:
-    """Store an export in few bits too: (`<directory>/<type>`, the cost in loss), which both model cards state.
+def write_quantised_model(
+    directory: Path,
+    quantised_format: QuantisedFormat,
+    samples: list[Sample],
+    split: str,
+    compressor: Compressor | None = None,
+) -> tuple[Path, QuantisationCost]:
+    """Write a quantised copy of an export; returns (`<directory>/<format>`, the cost in loss), which both model cards state.
 
-    The loss is that of the files, loaded again, on `samples`, which are of `split` (`held-out` or `training`). `compressor`:
-    for types that another Python stores. Errors: ShardtuneError if the library cannot store this model, DriftError if the
-    files compute something else than the model that they were written from. The export itself stays complete.
+    The copy is loaded again: its logits are compared with those of the quantised model in memory, and its loss is measured on
+    `samples`, which are of `split` (`held-out` or `training`). `compressor`: for formats that another Python computes.
+    Raises ShardtuneError if the library cannot quantise this model, DriftError if the files compute something else than the model
+    in memory. The export itself stays complete.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = directory / kind
-    staging_dir = directory / f".{kind}.writing"
+    copy_dir = directory / quantised_format
+    staging_dir = directory / f".{quantised_format}.writing"
     shutil.rmtree(staging_dir, ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     try:
-        # Store, read back, compare logits, and measure the loss before and after.
-        stored_logits = _store(directory, staging_dir, kind, tokenizer, compressor)
+        quantised_logits = _quantise_and_save(directory, staging_dir, quantised_format, tokenizer, compressor)
         tokenizer.save_pretrained(staging_dir)
         exported: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
-        loss_before = loss_of(exported, samples)
+        loss_before = mean_loss(exported, samples)
         reloaded = _load_model(staging_dir)
-        difference = _check_read_back(stored_logits, _probe_logits(reloaded, tokenizer), kind, folder)
-        cost = Cost(loss_before, loss_of(reloaded, samples), len(samples), split, difference)
+        difference = _checked_difference(
+            quantised_logits, _probe_logits(reloaded, tokenizer), quantised_format, copy_dir
+        )
+        cost = QuantisationCost(loss_before, mean_loss(reloaded, samples), len(samples), split, difference)
         # State the cost in both model cards, and put the directory in its place.
         card = directory / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        cost_note = f"By {kind.storing_library}, in `{kind}/`: {cost}. At most {MAX_TOKENS} tokens of each document."
-        section = f"\n## In {kind}\n\n{cost_note}\n"
-        (staging_dir / "README.md").write_text(text + section, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        staging_dir.rename(folder)
-        card.write_text(text + section, encoding="utf-8")
+        card_text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        cost_note = f"By {quantised_format.storing_library}, in `{quantised_format}/`: {cost}. At most {MAX_TOKENS} tokens of each document."
+        section = f"\n## In {quantised_format}\n\n{cost_note}\n"
+        (staging_dir / "README.md").write_text(card_text + section, encoding="utf-8")
+        shutil.rmtree(copy_dir, ignore_errors=True)
+        staging_dir.rename(copy_dir)
+        card.write_text(card_text + section, encoding="utf-8")
     finally:
         shutil.rmtree(staging_dir, ignore_errors=True)
-    return folder, cost
+    return copy_dir, cost
 
 
-def _store(directory: Path, staging_dir: Path, kind: FewBits, tokenizer: Any, compressor: Compressor | None) -> Tensor:
-    """Store the model of `directory` in few bits in `staging_dir`; returns its logits on the probe text, to compare with later.
+def _quantise_and_save(
+    directory: Path,
+    staging_dir: Path,
+    quantised_format: QuantisedFormat,
+    tokenizer: Any,
+    compressor: Compressor | None,
+) -> Tensor:
+    """Quantise the model in `directory` and save it in `staging_dir`; returns its logits on the probe, float32 `[T, V]`.
 
-    `compressor`: stores it instead of transformers, for the kinds that need that. Raises ShardtuneError if this model cannot be
-    stored so.
+    `compressor`: quantises it in another Python, for the formats that need that; otherwise transformers does so while loading.
+    Raises ShardtuneError if this model cannot be stored in this format.
     """
-    from torch.nn import Parameter
-
     from trainer.export.verify import probe_ids
 
     try:
         if compressor is not None:
-            return compressor.store(directory, staging_dir, SCHEMES[kind], probe_ids(tokenizer))
-        if kind is FewBits.torchao_nvfp4:
-            unsuitable = _matrices_not_of_whole_blocks(directory)
-            if unsuitable:
-                raise ValueError(
-                    f"it needs matrices whose sides are divisible by {NVFP4_BLOCK}: {', '.join(unsuitable[:3])} are not"
-                )
-        model = _load_model(directory, quantization_config=_quantisation_config(kind), dtype=_compute_dtype(kind))
-        # Quantised matrices are parameters of other classes.
-        if all(type(parameter) is Parameter for parameter in model.parameters()):
-            raise ValueError("it stores none of its matrices in few bits")
+            scheme = LLM_COMPRESSOR_SCHEMES[quantised_format]
+            return compressor.quantise(directory, staging_dir, scheme, probe_ids(tokenizer))
+        model = _quantise_while_loading(directory, quantised_format)
         model.save_pretrained(staging_dir)
     except (RuntimeError, ValueError, NotImplementedError, ShardtuneError) as error:
         reason = " ".join(str(error).split())[:400]
-        others = ", ".join(other for other in FewBits if other is not kind)
+        other_formats = ", ".join(name for name in QuantisedFormat if name is not quantised_format)
         raise ShardtuneError(
-            f"bits={kind}: {kind.storing_library} cannot store this model so ({reason}); the export in {directory} is whole, and "
-            f"another type ({others}) may do"
+            f"bits={quantised_format}: {quantised_format.storing_library} cannot store this model so ({reason}); the export in "
+            f"{directory} is whole, and another type ({other_formats}) may do"
         ) from error
     return _probe_logits(model, tokenizer)
 
 
-def _matrices_not_of_whole_blocks(directory: Path) -> list[str]:
-    """The matrices with a side that is not divisible by NVFP4's block: their names and shapes, for an error."""
+def _quantise_while_loading(directory: Path, quantised_format: QuantisedFormat) -> Any:
+    """Load the model in `directory` quantised, by bitsandbytes or torchao.
+
+    Raises ValueError if NVFP4 does not fit its matrices, or if the library left all of them in full precision.
+    """
+    from torch.nn import Parameter
+
+    if quantised_format is QuantisedFormat.torchao_nvfp4:
+        unsuitable_matrices = _matrices_unsuitable_for_nvfp4(directory)
+        if unsuitable_matrices:
+            raise ValueError(
+                f"it needs matrices whose sides are divisible by {NVFP4_BLOCK}: {', '.join(unsuitable_matrices[:3])} are not"
+            )
+    model = _load_model(
+        directory, quantization_config=_quantisation_config(quantised_format), dtype=_compute_dtype(quantised_format)
+    )
+    # Quantised matrices are parameters of other classes.
+    is_unchanged = all(type(parameter) is Parameter for parameter in model.parameters())
+    if is_unchanged:
+        raise ValueError("it stores none of its matrices in few bits")
+    return model
+
+
+def _matrices_unsuitable_for_nvfp4(directory: Path) -> list[str]:
+    """The matrices with a side that is not divisible by NVFP4's block: ["model.layers.0.mlp.up_proj (60, 24)", ...].
+
+    The output head does not count, since it is not quantised. The weights are not read.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
-    unsuitable = []
+    unsuitable_matrices = []
     for name, module in model.named_modules():
-        # The head is not stored in few bits.
-        if not isinstance(module, torch.nn.Linear) or module is model.get_output_embeddings():
+        is_quantised = isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+        if not is_quantised:
             continue
         shape = tuple(module.weight.shape)
         if any(side % NVFP4_BLOCK for side in shape):
-            unsuitable.append(f"{name} {shape}")
-    return unsuitable
+            unsuitable_matrices.append(f"{name} {shape}")
+    return unsuitable_matrices
 
 
 def _probe_logits(model: Any, tokenizer: Any) -> Tensor:
-    """Logits of a fixed sentence, float32 `[T, V]`, on the CPU."""
+    """Logits of the model on the probe, a fixed sentence (`verify.probe_ids`): float32 `[T, V]`, on the CPU."""
     import torch
 
     from trainer.export.verify import probe_ids
@@ -209,15 +238,20 @@ def _probe_logits(model: Any, tokenizer: Any) -> Tensor:
     return logits.float().cpu()
 
 
-def _check_read_back(stored_logits: Tensor, read_logits: Tensor, kind: FewBits, folder: Path) -> float:
-    """The largest difference of a logit, relative to the largest logit. Raises DriftError if it is too large."""
+def _checked_difference(
+    quantised_logits: Tensor, reloaded_logits: Tensor, quantised_format: QuantisedFormat, copy_dir: Path
+) -> float:
+    """The largest difference of a logit between the model in memory and its files, relative to the largest logit.
+
+    Raises DriftError if it is larger than rounding in the type that the model computes in explains.
+    """
     from trainer.export.verify import TOLERANCE, DriftError
 
-    difference = float((stored_logits - read_logits).abs().max() / stored_logits.abs().max())
-    allowed = TOLERANCE[_compute_dtype(kind)]
+    difference = float((quantised_logits - reloaded_logits).abs().max() / quantised_logits.abs().max())
+    allowed = TOLERANCE[_compute_dtype(quantised_format)]
     if not difference <= allowed:  # a NaN fails too
         raise DriftError(
-            f"{folder}: not written, since its files compute something else than the model that they were written from: logits "
+            f"{copy_dir}: not written, since its files compute something else than the model that they were written from: logits "
             f"differ by {difference:.1e} of the largest (allowed {allowed:.0e})"
         )
     return difference
@@ -232,29 +266,29 @@ def _load_model(directory: Path, **settings: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, device_map=device, local_files_only=True, **settings).eval()
 
 
-def _compute_dtype(kind: FewBits) -> Any:
-    """The torch type that a model in this type multiplies in."""
+def _compute_dtype(quantised_format: QuantisedFormat) -> Any:
+    """The torch type in which a model of this format multiplies."""
     import torch
 
-    if kind is FewBits.int8:
+    if quantised_format is QuantisedFormat.int8:
         return torch.float16
     return torch.bfloat16
 
 
-def _quantisation_config(kind: FewBits) -> Any:
-    """The transformers configuration that loads and stores a model in this type."""
+def _quantisation_config(quantised_format: QuantisedFormat) -> Any:
+    """The transformers configuration with which a model is quantised while it is loaded, by bitsandbytes or torchao."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    if kind is FewBits.int8:
+    if quantised_format is QuantisedFormat.int8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    if kind is FewBits.nf4:
+    if quantised_format is QuantisedFormat.nf4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=_compute_dtype(kind),
+            bnb_4bit_compute_dtype=_compute_dtype(quantised_format),
         )
-    if kind is FewBits.torchao_int8:
+    if quantised_format is QuantisedFormat.torchao_int8:
         from torchao.quantization import Int8WeightOnlyConfig
 
         return TorchAoConfig(Int8WeightOnlyConfig(version=2))
@@ -263,8 +297,11 @@ def _quantisation_config(kind: FewBits) -> Any:
     return TorchAoConfig(NVFP4WeightOnlyConfig())
 
 
-def loss_of(model: Any, samples: list[Sample]) -> float:
-    """Mean over the supervised tokens of all documents, each token weighing the same."""
+def mean_loss(model: Any, samples: list[Sample]) -> float:
+    """Mean cross-entropy over the supervised tokens of all documents, each token weighing the same; 0.0 without any.
+
+    Of each document the first `MAX_TOKENS` tokens count.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 TOPK = (torch.topk, torch.Tensor.topk)
 
 
-class Choices(TorchFunctionMode):
+class RoutingRecorder(TorchFunctionMode):
     """Records the indices that every `topk` of a forward pass chooses, in order of the calls."""
 
     def __init__(self) -> None:
@@ -29,10 +29,10 @@ class Choices(TorchFunctionMode):
         return output
 
 
-class KeptChoices(TorchFunctionMode):
+class RoutingReplay(TorchFunctionMode):
     """Makes every `topk` of the same model return the recorded indices, with the scores of its own pass."""
 
-    def __init__(self, choices: Choices) -> None:
+    def __init__(self, choices: RoutingRecorder) -> None:
         super().__init__()
         self.remaining = list(choices.recorded)
         self.replaced = 0

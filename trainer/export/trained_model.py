@@ -72,7 +72,7 @@ class TrainedValues:
         self.trained = trained
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
+        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU: trained, or as the run began."""
         if name in self.trained:
             return self.trained[name].reshape(-1)[start:stop]
         return self.source.read_slice(name, shape, start, stop)
@@ -92,10 +92,12 @@ def one_thread() -> Iterator[None]:
 class ModelValues:
     """The parameters and persistent buffers of a whole model by their base names, adapters merged in.
 
-    Keeps the adapted layer and the group of stored tensors that were read last, and nothing else.
+    A base name is a parameter's name in the plain model (`model.layers.0.mlp.up_proj.weight`). Its plain name is that in the
+    run's module, where an adapter may be around it. Keeps the adapted layer and the group of stored tensors that were read last.
     """
 
     def __init__(self, model: TrainedModel) -> None:
+        """Describes the values of `model` and opens the base's files. Sets `seed` of an adapter's tuning."""
         self.model = model
         self.base = model.base_weights()
         """Also the reader of stored weights that the architecture ignores."""
@@ -104,46 +106,58 @@ class ModelValues:
         if tuning.adapter:
             tuning.seed = model.seed  # which an engine sets when it asks for initial values
             self._merger = AdapterMerger(tuning, model.built.step_module.model, model.trained, self.base)
-        self._plain_names: dict[str, str] = {}
-        """Plain names of parameters by base name, in the order in which the model holds them."""
-        for name, _ in named_parameters(model.built.step_module):
-            is_replaced = self._merger is not None and ".original_module." in name  # by a copy that trained in full
-            if not tuning.owns(name) and not is_replaced:
-                self._plain_names[tuning.base_name(name)] = name
+        self._plain_name_by_base_name: dict[str, str] = {}
+        """The name of a parameter in the run's module, by its name in the base, in the order in which the model holds them."""
+        for plain_name, _ in named_parameters(model.built.step_module):
+            # By a copy that trained in full.
+            is_replaced = self._merger is not None and ".original_module." in plain_name
+            if not tuning.owns(plain_name) and not is_replaced:
+                self._plain_name_by_base_name[tuning.base_name(plain_name)] = plain_name
         self._parameters = dict(named_parameters(model.built.step_module))
+        """By plain name, on the meta device."""
         self._buffers: dict[str, Tensor] = {}
         """Persistent buffers by base name."""
-        for name, buffer in persistent_buffers(model.built.step_module.model):
-            if not tuning.owns(name):
-                self._buffers[tuning.base_name(name)] = buffer.detach()
+        for plain_name, buffer in persistent_buffers(model.built.step_module.model):
+            if not tuning.owns(plain_name):
+                self._buffers[tuning.base_name(plain_name)] = buffer.detach()
 
     def names(self) -> list[str]:
         """Base names of all values: parameters, then buffers, in the order in which the model holds them."""
-        return [*self._plain_names, *self._buffers]
+        return [*self._plain_name_by_base_name, *self._buffers]
 
-    def on_meta(self, name: str) -> Tensor:
-        """A tensor with the shape of a value, and with a floating-point type if the value has one. Reads nothing."""
-        if name in self._buffers:
-            return self._buffers[name].to("meta")
-        if name in self.base.quantised:
-            return torch.empty(self.base.quantised[name], device="meta")
-        parameter = self._parameters[self._plain_names[name]]
+    def meta_tensor(self, base_name: str) -> Tensor:
+        """An empty tensor on the meta device with the shape of a value; nothing is read.
+
+        A floating-point value counts as float32, in which it is merged. Any other parameter, and a buffer, keeps its type.
+        """
+        if base_name in self._buffers:
+            return self._buffers[base_name].to("meta")
+        if base_name in self.base.quantised:
+            return torch.empty(self.base.quantised[base_name], device="meta")
+        parameter = self._parameters[self._plain_name_by_base_name[base_name]]
         dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
         return torch.empty(parameter.shape, dtype=dtype, device="meta")
 
-    def value(self, name: str) -> Tensor:
-        """A value in full, on the CPU. Errors: StorageError, ConfigError, and those of reading the base."""
-        if name in self._buffers:
-            return self._buffers[name].cpu()
-        plain_name = self._plain_names[name]
+    def full_tensor(self, base_name: str) -> Tensor:
+        """The full tensor of a buffer or parameter, on the CPU. Reads only what it needs.
+
+        - a buffer: that of the model;
+        - a parameter that trained: from the checkpoint;
+        - a frozen parameter: from the base, with the adapter merged in if there is one.
+        Raises StorageError if the checkpoint cannot be read, ConfigError if a conversion of the base's files fails.
+        """
+        if base_name in self._buffers:
+            return self._buffers[base_name].cpu()
+        plain_name = self._plain_name_by_base_name[base_name]
         if plain_name in self.model.trained:
             return self.model.trained[plain_name]
-        frozen = self._frozen(name, plain_name)
+        frozen = self._frozen_tensor(base_name, plain_name)
         if self._merger is None:
             return frozen
         with one_thread():
             merged = self._merger.tensor(plain_name, frozen)
-        assert merged is not None, "modules that trained in full are left out above"
+        # None only for the original of a module that trained in full, which `__init__` leaves out.
+        assert merged is not None
         return merged
 
     def close(self) -> None:
@@ -151,12 +165,17 @@ class ModelValues:
         self.base.close()
         self.model.source.close()
 
-    def _frozen(self, name: str, plain_name: str) -> Tensor:
-        """The base's own value of a parameter that does not train, or the run's of one that the base does not have."""
-        if name in self.base.quantised:
-            return self.base.full_tensor(name)
+    def _frozen_tensor(self, base_name: str, plain_name: str) -> Tensor:
+        """The value of a parameter that does not train, without an adapter.
+
+        - the base holds it quantised: its full-precision values;
+        - the base does not have it, or has it in another shape (a grown vocabulary): as the run began;
+        - else: that of the base.
+        """
+        if base_name in self.base.quantised:
+            return self.base.full_tensor(base_name)
         shape = self._parameters[plain_name].shape
-        if self.base.resolve(name) is None or self.base.shape(name) != tuple(shape):
-            values = self.model.source.read_slice(plain_name, shape, 0, shape.numel())
-            return values.view(shape).to(self.model.frozen_dtype)
-        return self.base.read_slice(name, 0, math.prod(shape)).view(shape)
+        if self.base.resolve(base_name) is None or self.base.shape(base_name) != tuple(shape):
+            initial_values = self.model.source.read_slice(plain_name, shape, 0, shape.numel())
+            return initial_values.view(shape).to(self.model.frozen_dtype)
+        return self.base.read_slice(base_name, 0, math.prod(shape)).view(shape)

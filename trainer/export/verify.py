@@ -13,7 +13,7 @@ from strategies.errors import ShardtuneError
 from strategies.runtime import Runtime
 from trainer.data.config import Layout
 from trainer.export.load import load_export
-from trainer.export.routing_choices import Choices, KeptChoices
+from trainer.export.routing_choices import RoutingRecorder, RoutingReplay
 from trainer.export.tensors import stored_type
 from trainer.model import flex
 from trainer.model.compat import without_kernel_packages
@@ -139,7 +139,7 @@ def verify_export(
     reference: Tensor,
     decoder_start: int | None = None,
     quantised_base: BaseWeights | None = None,
-    choices: Choices | None = None,
+    choices: RoutingRecorder | None = None,
 ) -> Verification:
     """Reload `directory` and compare its logits on `token_ids` with `reference [T, V]`, the trained model's own.
 
@@ -160,7 +160,7 @@ def verify_export(
     # Half precision can change which experts a router takes. Compare once more with the choices of the trained model.
     is_half_precision = tolerance > TOLERANCE[torch.float32]
     if not verification.is_close and choices is not None and choices.recorded and is_half_precision:
-        with KeptChoices(choices) as kept_choices:
+        with RoutingReplay(choices) as kept_choices:
             logits = _logits(model, token_ids, decoder_start)
         if kept_choices.calls_match and kept_choices.replaced:
             verification = replace(_compare(logits, reference, tolerance), held_choices=kept_choices.replaced)
@@ -233,14 +233,14 @@ class Reference:
     token_ids: list[int]
     logits: Tensor | None
     """`[T, V]`, or `[1, labels]` of a classifier, on the CPU; None on ranks other than 0."""
-    choices: Choices
+    choices: RoutingRecorder
     """The experts and keys that it chose."""
 
 
 def take_reference(engine: Engine, built: Built, tokenizer: Any, runtime: Runtime) -> Reference:
     """Let the trained model compute the probe, for `verify_written`. The engine is not needed after. All ranks must call."""
     token_ids = probe_ids(tokenizer)
-    with Choices() as choices:
+    with RoutingRecorder() as choices:
         logits = reference_logits(engine, built, token_ids, runtime)
     return Reference(token_ids, logits, choices)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from strategies.atomic_io import error_summary, make_directories, publish_direct
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.runtime import Runtime, call_on_main, first_rank_error, free_host_memory, gather_objects, longer_timeout
 from trainer.export.config import ExportConfig, ExportType
-from trainer.export.end_tokens import write_endings
+from trainer.export.end_tokens import write_end_tokens
 from trainer.export.files import (
     ExportInUse,
-    clear,
-    is_complete,
-    open_staging,
+    files_of_writer,
+    is_file_complete,
+    open_export_staging,
+    remove_leftovers,
     remove_records,
-    share_of,
     sole_export,
     write_file,
 )
@@ -60,59 +60,43 @@ def write_export(
     runtime: Runtime,
     reference: Reference | None = None,
 ) -> Path:
-    """Write `destination` and return it; an earlier export there is replaced. All ranks must call.
+    """Write an export to `destination` and return it; an earlier export there is replaced. All ranks must call.
 
-    Full tuning and `config.merge` give a whole model, adapters a peft directory beside the unchanged base. `reference`: what
-    the trained model computes, to compare the export with; None: it is not compared. Errors, on every rank: StorageError
-    (nothing half-written stays), ConfigError for a merge that is not possible, ExportInUse if another process writes there,
-    DriftError for an export that computes something else.
+    Full tuning and `config.merge` give a whole model, adapters a peft directory beside the unchanged base. `facts`: what the
+    documents say; completed here. `reference`: what the trained model computes, to compare the export with; None: it is not
+    compared. Raises, on every rank: StorageError (nothing half-written stays), ConfigError for a merge that is not possible or a
+    base that cannot be read, ExportInUse if another process writes there, DriftError for an export that computes something else.
     """
     writes_adapter = model.built.tuning.adapter and not config.merge
     staging_dir = destination.with_name(f".{destination.name}.writing")
-    error: BaseException | None = None
     values: ModelValues | None = None
     plan: ExportPlan | None = None
     # Plan the files, if a whole model is written.
-    try:
+    with _errors_on_all_ranks(destination, runtime):
         if config.merge and model.built.tuning.adapter:
-            _check_mergeable(model)
+            _refuse_unmergeable(model)
         if not writes_adapter:
             values = ModelValues(model)
-            dtype = _dtype(config, model.base_path)
-            plan = plan_files(values, dtype, max_bytes=int(config.max_shard_gib * 2**30))
-    except Exception as caught:  # noqa: BLE001 - all ranks are told
-        error = caught
-    _raise_on_all_ranks(error, None, destination, runtime)
+            dtype = _stored_dtype(config, model.base_path)
+            plan = plan_files(values, dtype, max_file_bytes=int(config.max_shard_gib * 2**30))
 
     # Ranks wait for the slowest of them, and for rank 0, which loads what was written.
-    most_bytes = bytes_needed(model, plan)
-    with longer_timeout(runtime, most_bytes / SLOWEST_DISK_BYTES_PER_S), _locked(destination, runtime):
-        # Write the weights or the adapter, then the small files.
+    wait_s = bytes_needed(model, plan) / SLOWEST_DISK_BYTES_PER_S
+    with longer_timeout(runtime, wait_s), _locked(destination, runtime):
         if plan is not None and values is not None:
             _write_weights(plan, values, staging_dir, destination, runtime)
-        try:
+        with _errors_on_all_ranks(destination, runtime, staging_dir):
             if runtime.is_main and plan is None:
                 _write_adapter(model, staging_dir, facts)
             if runtime.is_main:
                 _write_small_files(model, plan, staging_dir, config, facts)
-        except Exception as caught:  # noqa: BLE001 - safetensors and peft have error types of their own; all ranks are told
-            error = caught
-        _raise_on_all_ranks(error, staging_dir, destination, runtime)
-
-        # Compare with the trained model, and put the directory in its place.
-        try:
+        with _errors_on_all_ranks(destination, runtime, staging_dir):
             if runtime.is_main and reference is not None:
                 verify_written(reference, model.built, staging_dir, model.base_path, adapter=writes_adapter)
-        except Exception as caught:  # noqa: BLE001 - transformers and peft have error types of their own; all ranks are told
-            error = caught
-        _raise_on_all_ranks(error, staging_dir, destination, runtime)
-        try:
+        with _errors_on_all_ranks(destination, runtime, staging_dir, caught=OSError):
             if runtime.is_main:
                 remove_records(staging_dir)
                 _publish(staging_dir, destination)
-        except OSError as caught:
-            error = caught
-        _raise_on_all_ranks(error, staging_dir, destination, runtime)
         return destination
 
 
@@ -120,16 +104,12 @@ def write_export(
 def _locked(destination: Path, runtime: Runtime) -> Iterator[None]:
     """Inside the context no other export is written to `destination`. All ranks must call.
 
-    Errors, on every rank: ExportInUse, StorageError.
+    Raises, on every rank: ExportInUse if another process writes there, StorageError if it cannot be locked.
     """
     with ExitStack() as lock:
-        error: BaseException | None = None
-        try:
+        with _errors_on_all_ranks(destination, runtime, caught=(ExportInUse, OSError)):
             if runtime.is_main:
                 lock.enter_context(sole_export(destination))
-        except (ExportInUse, OSError) as caught:
-            error = caught
-        _raise_on_all_ranks(error, None, destination, runtime)
         yield
 
 
@@ -141,6 +121,7 @@ class _Staging:
     """What rank 0 found when it opened the staging directory."""
 
     keeps_files: bool
+    """Whether complete files of an earlier start of the same export may be in it."""
     problem: str | None
     """Why nothing can be written; None if it can."""
 
@@ -148,88 +129,104 @@ class _Staging:
 def _write_weights(
     plan: ExportPlan, values: ModelValues, staging_dir: Path, destination: Path, runtime: Runtime
 ) -> None:
-    """Write the files of a plan, each rank its share. All ranks must call. Errors, on every rank: those of `write_export`."""
-    writers = _writers(plan, runtime)
-    origin = _origin(plan, values.model)
+    """Write the files of a plan, each writing rank its share, and close `values`. All ranks must call.
 
-    def open_here() -> _Staging:
-        """Make the staging directory, or keep its files from an earlier start of the same export; check the space. On rank 0."""
-        keeps_files = open_staging(staging_dir, plan, origin)
+    Raises, on every rank: StorageError if there is too little space or the disk fails, ConfigError if the base cannot be read.
+    The staging directory is removed then.
+    """
+    writer_ranks = _writer_ranks(plan, runtime)
+    staging = _open_staging_on_main(plan, values.model, staging_dir, destination, runtime)
+    if runtime.is_main:
+        _print_writers(plan, writer_ranks, runtime)
+    with _errors_on_all_ranks(destination, runtime, staging_dir), closing(values):
+        if runtime.rank not in writer_ranks:
+            return
+        for file in files_of_writer(plan.files, writer_ranks.index(runtime.rank), len(writer_ranks)):
+            if staging.keeps_files and is_file_complete(staging_dir, file):
+                print(f"export: {file.name} is kept from an earlier start", flush=True)
+            else:
+                write_file(plan, file, values, staging_dir)
+
+
+def _open_staging_on_main(
+    plan: ExportPlan, model: TrainedModel, staging_dir: Path, destination: Path, runtime: Runtime
+) -> _Staging:
+    """Open the staging directory on rank 0, and check its free space; returns what was found, on every rank.
+
+    All ranks must call. Raises StorageError on every rank if the directory cannot be opened, or if the export does not fit. Then
+    the directory is removed.
+    """
+    origin = _export_origin(plan, model)
+
+    def open_and_check_space() -> _Staging:
+        keeps_files = open_export_staging(staging_dir, plan, origin)
         kept_bytes = sum(file.stat().st_size for file in staging_dir.glob("*.safetensors"))
-        problem = space_problem(staging_dir, SMALL_FILES_BYTES + plan.size - kept_bytes)
+        problem = space_problem(staging_dir, SMALL_FILES_BYTES + plan.num_bytes - kept_bytes)
         return _Staging(keeps_files, problem)
 
-    error: BaseException | None = None
     try:
-        staging = call_on_main(open_here, runtime)
-    except StorageError as caught:
-        raise StorageError(f"{caught}; writing the export {destination} failed: {_REMEDY}") from caught
+        staging = call_on_main(open_and_check_space, runtime)
+    except StorageError as error:
+        raise StorageError(f"{error}; writing the export {destination} failed: {_REMEDY}") from error
     if staging.problem:
         if runtime.is_main:
-            clear(staging_dir)
+            remove_leftovers(staging_dir)
         raise StorageError(f"{staging.problem}; {_REMEDY}")
-    if runtime.is_main:
-        _print_writers(plan, writers, runtime)
-    try:
-        if runtime.rank in writers:
-            for file in share_of(plan.files, writers.index(runtime.rank), len(writers)):
-                if staging.keeps_files and is_complete(staging_dir, file):
-                    print(f"export: {file.name} is kept from an earlier start", flush=True)
-                    continue
-                write_file(plan, file, values, staging_dir)
-    except Exception as caught:  # noqa: BLE001 - safetensors has an error type of its own; all ranks are told
-        error = caught
-    values.close()
-    _raise_on_all_ranks(error, staging_dir, destination, runtime)
+    return staging
 
 
-def _writers(plan: ExportPlan, runtime: Runtime) -> list[int]:
-    """The ranks that write: as many of each host as its memory has room for, at least one. All ranks must call."""
+def _writer_ranks(plan: ExportPlan, runtime: Runtime) -> list[int]:
+    """The ranks that write, at most one for each file: as many of each host as its memory has room for, at least one.
+
+    All ranks must call.
+    """
     free_bytes = free_host_memory()
-    most_of_host = runtime.local_world_size
+    max_writers_of_host = runtime.local_world_size
     if free_bytes is not None:
-        most_of_host = max(1, min(most_of_host, free_bytes // max(1, plan.process_bytes)))
-    is_able = gather_objects(runtime.local_rank < most_of_host, runtime)
-    able = [rank for rank, able_here in enumerate(is_able) if able_here]
-    return able[: len(plan.files)]
+        max_writers_of_host = max(1, min(max_writers_of_host, free_bytes // max(1, plan.process_bytes)))
+    has_room_by_rank = gather_objects(runtime.local_rank < max_writers_of_host, runtime)
+    ranks_with_room = [rank for rank, has_room in enumerate(has_room_by_rank) if has_room]
+    return ranks_with_room[: len(plan.files)]
 
 
-def _print_writers(plan: ExportPlan, writers: list[int], runtime: Runtime) -> None:
-    """Say how much is written, and by whom, if it is more than one file."""
+def _print_writers(plan: ExportPlan, writer_ranks: list[int], runtime: Runtime) -> None:
+    """Print how much is written, by how many processes, and why not by more; nothing for an export of one file."""
     num_files = len(plan.files)
     if num_files == 1:
         return
-    line = f"export: {size_text(plan.size)} in {num_files} files"
+    line = f"export: {size_text(plan.num_bytes)} in {num_files} files"
     if runtime.world_size > 1:
-        line += f", written by {len(writers)} of {runtime.world_size} processes"
-    if len(writers) < min(num_files, runtime.world_size):
+        line += f", written by {len(writer_ranks)} of {runtime.world_size} processes"
+    if len(writer_ranks) < min(num_files, runtime.world_size):
         line += f": each holds up to {size_text(plan.process_bytes)}, and the host has no room for more"
     print(line, flush=True)
 
 
-def _origin(plan: ExportPlan, model: TrainedModel) -> dict[str, Any]:
+def _export_origin(plan: ExportPlan, model: TrainedModel) -> dict[str, Any]:
     """All that the files of an export depend on, as JSON."""
     return {**model.origin, "plan": plan.digest(), "torch": torch.__version__}
 
 
 def bytes_needed(model: TrainedModel, plan: ExportPlan | None) -> int:
-    """About how many bytes an export takes: its tensors, and a little for all else. `plan`: of a whole model."""
+    """About how many bytes an export takes: its tensors, and a little for all other files.
+
+    `plan`: of a whole model; None for an adapter, whose parameters take at most 4 bytes each.
+    """
     if plan is not None:
-        return SMALL_FILES_BYTES + plan.size
-    # Each element of an adapter takes at most 4 bytes.
-    num_trained = sum(shape.numel() for shape in trained_shapes(model.built).values())
-    return SMALL_FILES_BYTES + 4 * num_trained
+        return SMALL_FILES_BYTES + plan.num_bytes
+    num_trained_parameters = sum(shape.numel() for shape in trained_shapes(model.built).values())
+    return SMALL_FILES_BYTES + 4 * num_trained_parameters
 
 
-def _dtype(config: ExportConfig, base_path: str) -> torch.dtype:
-    """The type in which a whole model is stored."""
+def _stored_dtype(config: ExportConfig, base_path: str) -> torch.dtype:
+    """The type in which a whole model is stored: that of the base if `export.dtype=auto`."""
     if config.dtype is ExportType.auto:
         return stored_type(Path(base_path))
     return getattr(torch, str(config.dtype))  # type: ignore[no-any-return]
 
 
-def _check_mergeable(model: TrainedModel) -> None:
-    """Raise ConfigError if the adapter cannot be merged into the base."""
+def _refuse_unmergeable(model: TrainedModel) -> None:
+    """Raise ConfigError if the adapter cannot be merged: its method cannot, or merging would change other layers too."""
     from trainer.tuning.adapter_files import check_mergeable
     from trainer.tuning.table import method_of
 
@@ -243,63 +240,74 @@ def _check_mergeable(model: TrainedModel) -> None:
 
 
 def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) -> None:
-    """Write the adapter's files. One that started by rewriting the base (as PiSSA does) becomes a plain LoRA of double rank."""
+    """Write the adapter's files into a new staging directory. Raises StorageError if there is too little space.
+
+    An adapter that started by rewriting the base (as PiSSA does) is written as a plain LoRA of double rank. If training changed
+    the positions of the base, its config.json is written too: loaders of the adapter build the base by that.
+    """
     from trainer.tuning.adapter import Adapter
     from trainer.tuning.adapter_files import as_plain_lora, write_adapter
 
-    clear(staging_dir)
+    remove_leftovers(staging_dir)
     make_directories(staging_dir)
-    too_little_space = space_problem(staging_dir, bytes_needed(model, None))
+    too_little_space = space_problem(staging_dir, bytes_needed(model, plan=None))
     if too_little_space:
         raise StorageError(f"{too_little_space}; {_REMEDY}")
     tuning: Any = model.built.tuning
-    tuned = model.built.step_module.model
+    tuned_model = model.built.step_module.model
     trained = {name: model.trained[name] for name in model.trained}
+    hub_id, commit = hub_name(model.base_path)
     # peft's methods are written through peft, others by themselves.
     if isinstance(tuning, Adapter):
         tuning.seed = model.seed
-        tuning.update_peft_settings(tuned, trained, model.trained.saved_tensor)
+        tuning.update_peft_settings(tuned_model, trained, model.trained.saved_tensor)
         if tuning.needs_conversion:
             with one_thread():
                 trained = as_plain_lora(tuning, trained, model.base_weights())
-        write_adapter(tuned, trained, staging_dir, *hub_name(model.base_path), double_rank=tuning.needs_conversion)
+        write_adapter(tuned_model, trained, staging_dir, hub_id, commit, double_rank=tuning.needs_conversion)
     else:
-        tuning.write(tuned, trained, staging_dir, *hub_name(model.base_path))
-    write_record(staging_dir, (facts.run.identity or {}).get("base") or {})
+        tuning.write(tuned_model, trained, staging_dir, hub_id, commit)
+    base_identity = (facts.run.identity or {}).get("base") or {}
+    write_record(staging_dir, base_identity)
     if model.built.base_config is not None:
-        # The base's own has other positions. Loaders of the adapter build the base by this one.
         model.built.base_config.save_pretrained(str(staging_dir))
 
 
 def _write_small_files(
     model: TrainedModel, plan: ExportPlan | None, staging_dir: Path, config: ExportConfig, facts: ModelFacts
 ) -> None:
-    """Write the files beside the weights: settings, tokenizer, card and documents. `plan`: of a whole model; None: an adapter.
+    """Write the files beside the weights: settings, tokenizer, model card and documents.
 
-    Also completes `facts`, of which the documents are written (`own_class`, `resize_to`).
+    `plan`: of a whole model, which also gets its index, config.json and generation settings; None for an adapter.
+    Sets `own_class` and `resize_to` of `facts`, of which the documents are written.
     """
+    is_adapter = plan is None
     if plan is not None:
-        index = plan.index_json()
-        if index is not None:
-            (staging_dir / INDEX_FILE).write_text(index, encoding="utf-8")
+        index_json = plan.index_json()
+        if index_json is not None:
+            (staging_dir / INDEX_FILE).write_text(index_json, encoding="utf-8")
         _write_settings(model, plan.dtype, staging_dir, facts)
     model.tokenizer.save_pretrained(str(staging_dir))
-    if model.built.two_sides is None and model.plain_model.can_generate():
-        write_endings(model.tokenizer, staging_dir, model.base_path)
-    _note_added_tokens(model, facts, adapter=plan is None)
+    writes_chats = model.built.two_sides is None and model.plain_model.can_generate()
+    if writes_chats:
+        write_end_tokens(model.tokenizer, staging_dir, model.base_path)
+    facts.resize_to = _num_tokens_to_resize_to(model) if is_adapter else None
     if needs_own_class(type(model.built.config)):
         facts.own_class = type(model.plain_model).__name__
-    write_documents(staging_dir, config.papers, facts, adapter=plan is None, base_path=model.base_path)
+    write_documents(staging_dir, config.papers, facts, adapter=is_adapter, base_path=model.base_path)
 
 
 def _write_settings(model: TrainedModel, dtype: torch.dtype, staging_dir: Path, facts: ModelFacts) -> None:
-    """Write the `config.json` of a whole model, and the base's generation settings."""
+    """Write the `config.json` of a whole model, and copy the base's generation settings if it has any.
+
+    The config is that of the run, with the stored type, the labels of a classifier, and without quantisation: the files hold the
+    numbers that the quantised ones stood for.
+    """
     settings = copy.deepcopy(model.built.config)
     # Of the types in TEXT_MODEL_ONLY only the text part is in memory, but the files hold the whole model.
     if settings.model_type not in TEXT_MODEL_ONLY or not settings.architectures:
         settings.architectures = [type(model.plain_model).__name__]
     settings.dtype = dtype
-    # What is written are the numbers that the quantised ones stood for.
     if getattr(settings, "quantization_config", None) is not None:
         del settings.quantization_config
     label_names = facts.run.label_names
@@ -307,56 +315,92 @@ def _write_settings(model: TrainedModel, dtype: torch.dtype, staging_dir: Path, 
         settings.id2label = dict(enumerate(label_names))
         settings.label2id = {label: number for number, label in enumerate(label_names)}
     settings.save_pretrained(str(staging_dir))
-    generation = Path(model.base_path) / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, staging_dir / generation.name)
+    generation_file = Path(model.base_path) / "generation_config.json"
+    if generation_file.is_file():
+        shutil.copyfile(generation_file, staging_dir / generation_file.name)
 
 
-def _note_added_tokens(model: TrainedModel, facts: ModelFacts, *, adapter: bool) -> None:
-    """Set `facts.resize_to` for the model card: how many tokens loaders of an adapter must resize the base to, or None."""
-    # A base with spare rows holds the new tokens without a resize.
+def _num_tokens_to_resize_to(model: TrainedModel) -> int | None:
+    """How many tokens loaders of an adapter must resize the base to, for the model card; None if the base holds the new tokens.
+
+    A base with spare rows in its embeddings holds new tokens without a resize.
+    """
     num_tokens = len(model.tokenizer)
     has_grown = bool(model.built.new_token_ids) and text_settings(model.built.config).vocab_size == num_tokens
-    facts.resize_to = num_tokens if adapter and has_grown else None
+    return num_tokens if has_grown else None
 
 
 # -- errors, and the end -----------------------------------------------------------------------------------------------
 
 
-def _raise_on_all_ranks(
+@contextmanager
+def _errors_on_all_ranks(
+    destination: Path,
+    runtime: Runtime,
+    staging_dir: Path | None = None,
+    *,
+    caught: type[Exception] | tuple[type[Exception], ...] = Exception,
+) -> Iterator[None]:
+    """Raise an error of the block on every rank, whichever rank met it. All ranks must call; a rank may have nothing to do.
+
+    safetensors, transformers and peft have error types of their own, so by default every Exception is `caught`. What is raised,
+    and when `staging_dir` is removed: see `raise_if_any_rank_failed`.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except caught as raised:
+        error = raised
+    raise_if_any_rank_failed(error, staging_dir, destination, runtime)
+
+
+def raise_if_any_rank_failed(
     error: BaseException | None, staging_dir: Path | None, destination: Path, runtime: Runtime
 ) -> None:
     """Raise on every rank the error of any rank (`error`: this rank's, or None); return if no rank has one. All ranks must call.
 
-    Before raising, rank 0 deletes `staging_dir`. Errors of reading the base become ConfigError, those of writing StorageError.
+    - Its own error, on the rank that has one. Errors of reading the base become ConfigError, those of writing StorageError.
+    - On the other ranks, an error with the same text: of the same type for StorageError, ConfigError and ExportInUse, else a
+      ShardtuneError.
+    Before raising, rank 0 removes `staging_dir`.
     """
-    # This rank's error, with advice.
-    if error is not None and _is_read_error(error):
-        unreadable = ConfigError(
-            f"writing the export {destination} failed: a weight file of the base cannot be read "
-            f"({error_summary(error)}); bring it back"
-        )
-        unreadable.__cause__ = error
-        error = unreadable
-    elif error is not None and (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
-        cause = error
-        remedy = _REMEDY
-        if isinstance(cause, OSError) and cause.errno is not None and not shared_files.remedy(cause):
-            # Space would not help, for example on a read-only disk.
-            remedy = remedy.replace("free space", "choose another directory (to=)")
-        error = StorageError(f"{error_summary(cause)}; writing the export {destination} failed: {remedy}")
-        error.__cause__ = cause
-    # Exchange it with the other ranks.
-    failure = first_rank_error(error, runtime)
-    if failure is None:
+    if error is not None:
+        error = _with_advice(error, destination)
+    first_failure = first_rank_error(error, runtime)
+    if first_failure is None:
         return
     if runtime.is_main and staging_dir is not None:
-        clear(staging_dir)
+        remove_leftovers(staging_dir)
     if error is not None:
         raise error
     # Another rank met it: only the name of its type and its text are known here.
     error_types = {"StorageError": StorageError, "ConfigError": ConfigError, "ExportInUse": ExportInUse}
-    raise error_types.get(failure.kind, ShardtuneError)(failure.text)
+    raise error_types.get(first_failure.kind, ShardtuneError)(first_failure.text)
+
+
+def _with_advice(error: BaseException, destination: Path) -> BaseException:
+    """The error of an export as it is shown to the user.
+
+    - The base cannot be read: ConfigError.
+    - The export cannot be written: StorageError that says what to do. To free space is advised only if that would help.
+    - Anything else: the error itself.
+    """
+    shown_error: BaseException
+    if _is_read_error(error):
+        shown_error = ConfigError(
+            f"writing the export {destination} failed: a weight file of the base cannot be read "
+            f"({error_summary(error)}); bring it back"
+        )
+    elif isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+        remedy = _REMEDY
+        if isinstance(error, OSError) and error.errno is not None and not shared_files.remedy(error):
+            # Space would not help, for example on a read-only disk.
+            remedy = remedy.replace("free space", "choose another directory (to=)")
+        shown_error = StorageError(f"{error_summary(error)}; writing the export {destination} failed: {remedy}")
+    else:
+        return error
+    shown_error.__cause__ = error
+    return shown_error
 
 
 def _is_read_error(error: BaseException) -> bool:
@@ -372,9 +416,9 @@ def _publish(staging_dir: Path, destination: Path) -> None:
         if file.is_file():
             file.chmod(mode)
             sync_file(file)
-    old = destination.with_name(f".{destination.name}.old")
+    earlier_export = destination.with_name(f".{destination.name}.old")
     if destination.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        atomic_io.disk.rename(destination, old)
+        shutil.rmtree(earlier_export, ignore_errors=True)
+        atomic_io.disk.rename(destination, earlier_export)
     publish_directory(staging_dir, destination)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(earlier_export, ignore_errors=True)
