@@ -87,8 +87,9 @@ class ExportPlan:
 def plan_files(values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> ExportPlan:
     """Plan the files of a whole model: each has at most `max_file_bytes`, or one larger tensor.
 
-    Reads only headers of the base's files. First the model's parameters, converted back to the names and shapes of the base's files, group by group; then stored weights
-    that the architecture ignores. Floating-point tensors are stored as `dtype`. Raises ConfigError if a conversion fails.
+    First come the model's parameters, converted back to the names and shapes of the base's files, group by group; then stored
+    weights that the architecture ignores. Floating-point tensors are stored as `dtype`. Reads only headers of the base's files.
+    Raises ConfigError if a conversion fails.
     """
     conversions = values.base.conversions
     groups = conversions.stored_groups(values.names())

@@ -142,7 +142,10 @@ def write_quantised_model(
         # State the cost in both model cards, and put the directory in its place.
         card = directory / "README.md"
         card_text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        cost_note = f"By {quantised_format.storing_library}, in `{quantised_format}/`: {cost}. At most {MAX_TOKENS} tokens of each document."
+        cost_note = (
+            f"By {quantised_format.storing_library}, in `{quantised_format}/`: {cost}. "
+            f"At most {MAX_TOKENS} tokens of each document."
+        )
         section = f"\n## In {quantised_format}\n\n{cost_note}\n"
         (staging_dir / "README.md").write_text(card_text + section, encoding="utf-8")
         shutil.rmtree(copy_dir, ignore_errors=True)
