@@ -280,7 +280,7 @@ def test_an_export_that_drifts_is_not_published(bases, runtime, tmp_path, monkey
     def tampering(*given):
         return {n: t * 1.1 if "down_proj" in n else t for n, t in convert_group(*given).items()}
 
-    monkeypatch.setattr(module, "make_group", tampering)
+    monkeypatch.setattr(module, "convert_group", tampering)
     with pytest.raises(DriftError):
         export(parts, base, tmp_path / "export", runtime, verify=True)
     assert not list(tmp_path.iterdir())

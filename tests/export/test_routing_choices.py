@@ -33,7 +33,7 @@ def test_routing_choices_of_nearly_tied_experts_are_kept_in_verification(trained
     with pytest.raises(DriftError, match="does not compute what was trained"):
         verify_export(directory, token_ids=IDS, reference=logits)
     found = verify_export(directory, token_ids=IDS, reference=logits, choices=choices)
-    assert found.held_choices > 0 and f"{found.held_choices} of which rounding would change" in str(found)
+    assert found.num_replayed_choices > 0 and f"{found.num_replayed_choices} of which rounding would change" in str(found)
 
 
 def test_routing_choices_do_not_hide_swapped_experts(trained, tmp_path):
@@ -53,6 +53,6 @@ def test_routing_choices_of_another_sequence_are_not_applied():
     with RoutingReplay(choices) as kept:
         values, indices = torch.topk(torch.tensor([[5.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), 2)
         assert indices.tolist() == [[2, 1], [2, 1]] and values.tolist() == [[0.0, 1.0], [2.0, 1.0]]
-        assert (kept.calls_match, kept.replaced) == (True, 2)
+        assert (kept.calls_match, kept.num_replaced) == (True, 2)
         assert torch.topk(torch.tensor([3.0, 4.0]), 1).indices.item() == 1
     assert not kept.calls_match

@@ -232,7 +232,7 @@ def test_a_host_with_little_memory_has_fewer_writers(free_files, expected, model
     able = []
     for rank in range(4):
         runtime = Runtime(rank, 4, rank, 4, torch.device("cpu"), None, simulated=True)
-        able.append(bool(write_module._writers(plan, runtime)))
+        able.append(bool(write_module._writer_ranks(plan, runtime)))
     assert able == [rank < expected for rank in range(4)]
 
 

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CALIBRATED = ("W4A16", "W8A8")
+CALIBRATED_SCHEMES = ("W4A16", "W8A8")
 """Schemes whose rounding is fitted to rows (GPTQ, Frantar et al. 2023); others look at the weights alone."""
 
 
-def main(path: Path) -> None:
-    """Store the model of the job in the JSON file `path` in few bits, and write its logits on the probe beside that file.
+def main(job_file: Path) -> None:
+    """Quantise the model that a job names, save it, and write its logits on the probe to `probe.safetensors` beside the job file.
 
     The job: `{"model": directory, "to": directory, "scheme": "W4A16", "rows": token ids to calibrate on, "probe": token ids}`.
     """
@@ -27,9 +27,9 @@ def main(path: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    job: dict[str, Any] = json.loads(job_file.read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16, local_files_only=True)
-    is_calibrated = job["scheme"] in CALIBRATED
+    is_calibrated = job["scheme"] in CALIBRATED_SCHEMES
     modifier_class = GPTQModifier if is_calibrated else QuantizationModifier
     modifier = modifier_class(targets="Linear", scheme=job["scheme"], ignore=["lm_head"])
     calibration: dict[str, Any] = {}
@@ -45,7 +45,7 @@ def main(path: Path) -> None:
     oneshot(model=model, recipe=modifier, **calibration)
     with torch.no_grad():
         logits = model(torch.tensor([job["probe"]], device=model.device)).logits[0].float().cpu()
-    save_file({"logits": logits.contiguous()}, path.with_name("probe.safetensors"))
+    save_file({"logits": logits.contiguous()}, job_file.with_name("probe.safetensors"))
     model.save_pretrained(job["to"], save_compressed=True)
 
 

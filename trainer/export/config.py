@@ -50,9 +50,9 @@ class ExportConfig:
 
 
 def set_default_merge(export: ExportConfig, tuning: TuningConfig) -> dict[str, str]:
-    """Choose `merge` where it was left open, and set it.
+    """Set `export.merge` if it was left open (`null`): True if experts or a router are adapted, else False.
 
-    Returns what was chosen and why, by the setting's key, if it is not an adapter's usual export.
+    Returns what was chosen and why, by the setting's key, if that is True; else an empty dictionary, since False is usual.
     """
     if export.merge is not None:
         return {}

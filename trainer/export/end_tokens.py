@@ -6,52 +6,58 @@ import json
 from pathlib import Path
 from typing import Any
 
-GENERATION = "generation_config.json"
-_ANSWER = "an answer"
+GENERATION_FILE = "generation_config.json"
+_PROBE_ANSWER = "an answer"
 
 
-def end_token_ids(tokenizer: Any, generation: Any = None) -> list[int]:
-    """Ids, in ascending order; `generation` is a GenerationConfig or None."""
+def end_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
+    """The ids of the tokens that end an answer, in ascending order; empty if none is known.
+
+    Those of `generation_config` (transformers' GenerationConfig or None), the tokenizer's own, and the one that closes a turn of
+    the chat template.
+    """
     # The generation settings state one id or several.
-    stated = getattr(generation, "eos_token_id", None)
-    if not isinstance(stated, list | tuple):
-        stated = [stated]
-    end_ids = {*stated, tokenizer.eos_token_id, turn_end_token(tokenizer)}
+    stated_ids = getattr(generation_config, "eos_token_id", None)
+    if not isinstance(stated_ids, list | tuple):
+        stated_ids = [stated_ids]
+    end_ids = {*stated_ids, tokenizer.eos_token_id, turn_end_token(tokenizer)}
     return sorted(end_id for end_id in end_ids if end_id is not None)
 
 
 def turn_end_token(tokenizer: Any) -> int | None:
-    """The id of the control token that the chat template writes right after an answer (such as `<|im_end|>`), or None."""
+    """The id of the control token that the chat template writes right after an answer, such as that of `<|im_end|>`.
+
+    None without a chat template, if the template refuses a short conversation or leaves its answer out, or if no control token
+    follows the answer.
+    """
     if tokenizer.chat_template is None:
         return None
-    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _PROBE_ANSWER}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # noqa: BLE001 - a template may refuse anything, in its own words; then it tells no end
+    except Exception:  # noqa: BLE001 - a template may refuse anything, by errors of its own
         return None
-    _, separator, after_answer = text.rpartition(_ANSWER)
-    if not separator:
+    _, found_answer, after_answer = text.rpartition(_PROBE_ANSWER)
+    if not found_answer:
         return None
     ids = tokenizer(after_answer.lstrip(), add_special_tokens=False)["input_ids"]
-    control_tokens = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    if ids and ids[0] in control_tokens:
+    control_token_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if ids and ids[0] in control_token_ids:
         return ids[0]  # type: ignore[no-any-return]
     return None
 
 
 def write_end_tokens(tokenizer: Any, directory: Path, base_path: str) -> None:
-    """Add the token that closes a turn to `generation_config.json`, so that every inference engine stops there.
+    """Add the token that closes a turn to `generation_config.json` in `directory`, so that every inference engine stops there.
 
-    If the base's settings name it already, the file in `directory` stays as it is.
+    An adapter's directory has no such file yet: then it begins with the settings of the base. Nothing is written if the chat
+    template closes turns with no token of its own, or if the settings name that token already.
     """
     end_id = turn_end_token(tokenizer)
     if end_id is None:
         return
-    file = directory / GENERATION
-    # An adapter's directory has no settings of its own yet.
-    source = file
-    if not file.is_file():
-        source = Path(base_path) / GENERATION
+    file = directory / GENERATION_FILE
+    source = file if file.is_file() else Path(base_path) / GENERATION_FILE
     settings = {}
     if source.is_file():
         settings = json.loads(source.read_text(encoding="utf-8"))

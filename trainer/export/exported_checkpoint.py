@@ -46,51 +46,59 @@ def choose_exported(setting: ExportedCheckpoint, outcome: Outcome, saved_steps: 
     progress = outcome.progress
     last_step = progress.step
     best_step = progress.best_step
-    best = progress.best_metric
-    last = outcome.after.get(outcome.watch)
+    best_metric = progress.best_metric
+    last_metric = outcome.after.get(outcome.watch)
     if setting is ExportedCheckpoint.last:
         return ChosenCheckpoint(last_step, "last", "export.checkpoint=last")
-    if best is None or best_step is None or last is None:
+    if best_metric is None or best_step is None or last_metric is None:
         return ChosenCheckpoint(last_step, "last", "nothing held out says which is the best")
-    is_worse = _is_better(best, last, outcome)
-    is_better = _is_better(last, best, outcome)
     if best_step == last_step:
-        return ChosenCheckpoint(last_step, "last", _reason_of_last_and_best(outcome, last))
+        return ChosenCheckpoint(last_step, "last", _reason_if_last_is_best(outcome, last_metric))
 
-    comparison = f"{outcome.watch} was {readable(best)} there, and {readable(last)} at the last step, {last_step}"
-    takes_best = is_worse or (outcome.stopped_early and not is_better) or setting is ExportedCheckpoint.best
+    ended_worse = _is_better(best_metric, last_metric, outcome)
+    ended_better = _is_better(last_metric, best_metric, outcome)
+    # A run that was stopped early went on for some steps without getting better: a tie counts for the best.
+    takes_best = ended_worse or (outcome.stopped_early and not ended_better) or setting is ExportedCheckpoint.best
     if not takes_best:
         return ChosenCheckpoint(last_step, "last", f"no earlier checkpoint has a better {outcome.watch}")
     if best_step not in saved_steps:
         return ChosenCheckpoint(last_step, "last", f"step {best_step} was better, and its checkpoint is not there")
+    comparison = (
+        f"{outcome.watch} was {readable(best_metric)} there, and {readable(last_metric)} at the last step, {last_step}"
+    )
     return ChosenCheckpoint(best_step, "best", comparison)
 
 
-def _is_better(value: float, other: float, outcome: Outcome) -> bool:
-    """Whether one value of the watched metric is better than another. Nothing is worse than nan."""
-    if math.isnan(other):
-        return not math.isnan(value)
-    return value > other if outcome.greater_is_better else value < other
+def _is_better(metric: float, reference: float, outcome: Outcome) -> bool:
+    """Whether one value of the watched metric is better than another. Any number is better than NaN, and NaN than nothing."""
+    if math.isnan(reference):
+        return not math.isnan(metric)
+    return metric > reference if outcome.greater_is_better else metric < reference
 
 
-def _reason_of_last_and_best(outcome: Outcome, last: float) -> str:
-    """Why the last checkpoint is taken if no saved one is better."""
-    seen = outcome.progress.seen_metric
-    if seen is not None and _is_better(seen, last, outcome):
+def _reason_if_last_is_best(outcome: Outcome, last_metric: float) -> str:
+    """Why the last checkpoint is taken if it is also the best one that was saved.
+
+    Either a step between two checkpoints had a better metric ("step 40 had a better eval/loss (1.2), and was not saved ..."), or
+    it is the best of all.
+    """
+    best_seen_metric = outcome.progress.seen_metric
+    if best_seen_metric is not None and _is_better(best_seen_metric, last_metric, outcome):
         step = outcome.progress.seen_step
         return (
-            f"step {step} had a better {outcome.watch} ({readable(seen)}), and was not saved (checkpoint.every_minutes)"
+            f"step {step} had a better {outcome.watch} ({readable(best_seen_metric)}), and was not saved "
+            "(checkpoint.every_minutes)"
         )
-    return f"it is also the best by {outcome.watch} ({readable(last)})"
+    return f"it is also the best by {outcome.watch} ({readable(last_metric)})"
 
 
 def recorded_step(run_record: Mapping[str, Any]) -> int | None:
     """The step that a run exported, from the content of its `run.json`.
 
-    None if it did not get so far, or is of an earlier version.
+    None if the run did not get so far, or is of an earlier version, or if the entry is no whole number.
     """
-    chosen = run_record.get(RECORD_KEY)
-    if not isinstance(chosen, Mapping):
+    exported_checkpoint = run_record.get(RECORD_KEY)
+    if not isinstance(exported_checkpoint, Mapping):
         return None
-    step = chosen.get("step")
+    step = exported_checkpoint.get("step")
     return step if isinstance(step, int) and not isinstance(step, bool) else None

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, ShardtuneError
-from trainer.export.end_tokens import GENERATION
+from trainer.export.end_tokens import GENERATION_FILE
 from trainer.export.ollama import modelfile_text
 from trainer.export.subprocesses import last_lines, run_in_own_environment
 
-COMMAND = "convert-hf-to-gguf"
+CONVERTER_COMMAND = "convert-hf-to-gguf"
 """Name of the converter where it is installed as a program."""
-FOLDER = "gguf"
+GGUF_FOLDER = "gguf"
 """Folder of the GGUF files inside an export."""
 HOW_TO_NAME_CONVERTER = (
     "name llama.cpp's convert_hf_to_gguf.py, or a program that is it, with gguf.converter=<file>, and the Python of its "
@@ -47,15 +47,17 @@ class Converter:
 
 
 def find_converter(converter: str | None, python: str | None) -> Converter:
-    """The command of llama.cpp's converter: `converter`, or the one on this machine. Raises ConfigError if it is missing.
+    """The command of llama.cpp's converter: the file `converter` if that is given, else the program `convert-hf-to-gguf`.
 
-    A `.py` file is run by `python`, or by this Python; another program runs by itself, or by `python` if that is given.
+    - a `.py` file: run by `python`, or by this Python;
+    - another program: run by `python` if that is given, else by itself.
+    Raises ConfigError if `python` or the converter is missing, or the converter cannot be run.
     """
     if python is not None and shutil.which(Path(python).expanduser()) is None:
         raise ConfigError(f"gguf.python={python}: there is no such program; {HOW_TO_NAME_CONVERTER}")
-    file = converter or shutil.which(COMMAND)
+    file = converter or shutil.which(CONVERTER_COMMAND)
     if file is None:
-        raise ConfigError(f"gguf: no {COMMAND} is found on this machine; {HOW_TO_NAME_CONVERTER}")
+        raise ConfigError(f"gguf: no {CONVERTER_COMMAND} is found on this machine; {HOW_TO_NAME_CONVERTER}")
     path = Path(file).expanduser()
     if not path.is_file():
         raise ConfigError(f"gguf.converter={file}: there is no such file; {HOW_TO_NAME_CONVERTER}")
@@ -68,53 +70,55 @@ def find_converter(converter: str | None, python: str | None) -> Converter:
     return Converter([str(path)])
 
 
-def write_gguf(directory: Path, name: str, kind: GgufType, converter: Converter) -> tuple[Path, str | None]:
-    """Convert the export in `directory`, and write a Modelfile beside the GGUF file.
+def write_gguf(directory: Path, name: str, gguf_type: GgufType, converter: Converter) -> tuple[Path, str | None]:
+    """Convert the export in `directory` to a GGUF file, and write a Modelfile for Ollama beside it.
 
-    Returns (`<directory>/gguf/<name>-<type>.gguf`, what the Modelfile lacks or None). Raises ShardtuneError.
+    Returns (the file `<directory>/gguf/<name>-<type>.gguf`, what the Modelfile lacks or None). Raises ShardtuneError if the
+    converter cannot be started, or fails. The export itself stays as it is.
     """
     from transformers import AutoTokenizer, GenerationConfig
 
-    folder = directory / FOLDER
+    folder = directory / GGUF_FOLDER
     folder.mkdir(exist_ok=True)
-    file = folder / f"{name}-{kind}.gguf"
+    file = folder / f"{name}-{gguf_type}.gguf"
     staging_file = folder / f".{file.name}.writing"
-    command = [*converter.command, str(directory), "--outfile", str(staging_file), "--outtype", str(kind)]
+    command = [*converter.command, str(directory), "--outfile", str(staging_file), "--outtype", str(gguf_type)]
     try:
-        finished = run_in_own_environment(command)
-        if finished.returncode or not staging_file.is_file():
+        process = run_in_own_environment(command)
+        if process.returncode or not staging_file.is_file():
             raise ShardtuneError(
-                f"gguf={kind}: the converter failed ({finished.returncode}: {last_lines(finished)}); the export in "
+                f"gguf={gguf_type}: the converter failed ({process.returncode}: {last_lines(process)}); the export in "
                 f"{directory} is whole. Mend the converter and repeat the command: it only converts then. The converter was "
                 f"called as: {' '.join(command)}"
             )
         # Under its own name only once it is complete.
         staging_file.rename(file)
     except OSError as error:
-        raise ShardtuneError(f"gguf={kind}: the converter cannot be started ({error})") from error
+        raise ShardtuneError(f"gguf={gguf_type}: the converter cannot be started ({error})") from error
     finally:
         staging_file.unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    generation = GenerationConfig()
-    if (directory / GENERATION).is_file():
-        generation = GenerationConfig.from_pretrained(directory)
-    text, missing = modelfile_text(file.name, tokenizer, generation)
+    generation_config = GenerationConfig()
+    if (directory / GENERATION_FILE).is_file():
+        generation_config = GenerationConfig.from_pretrained(directory)
+    text, missing_part = modelfile_text(file.name, tokenizer, generation_config)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return file, missing
+    return file, missing_part
 
 
-def verify_gguf(file: Path, kind: GgufType) -> str:
-    """Compare the file, read by transformers, with the export that it was made from.
+def verify_gguf(file: Path, gguf_type: GgufType) -> str:
+    """Compare a GGUF file, read by transformers, with the export that it was made from; returns a line for the screen.
 
-    Returns a line for the screen. Raises DriftError if they differ by more than the type allows.
+    The line begins with "verified: ", or with "not verified: " if transformers cannot read the file. Raises DriftError if logits
+    differ by more than the type allows (`ALLOWED_DIFFERENCE`).
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trainer.export.load import load_export
-    from trainer.export.verify import PROBE, DriftError
+    from trainer.export.verify import PROBE_SENTENCE, DriftError
 
-    directory = file.parent.parent
+    export_dir = file.parent.parent
     try:
         gguf_model: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
@@ -123,21 +127,21 @@ def verify_gguf(file: Path, kind: GgufType) -> str:
         return (
             f"not verified: transformers cannot read it ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
         )
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    ids = torch.tensor([tokenizer(PROBE, add_special_tokens=False)["input_ids"]])
+    tokenizer = AutoTokenizer.from_pretrained(export_dir, local_files_only=True)
+    ids = torch.tensor([tokenizer(PROBE_SENTENCE, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
-        export_output = load_export(directory)(ids, labels=ids)
+        export_output = load_export(export_dir)(ids, labels=ids)
         gguf_output = gguf_model(ids, labels=ids)
     # Other shapes cannot be compared, and count as a difference as large as the largest logit.
     difference = 1.0
     if export_output.logits.shape == gguf_output.logits.shape:
-        largest = float(export_output.logits.abs().max())
-        difference = float((export_output.logits - gguf_output.logits).abs().max()) / largest
+        largest_logit = float(export_output.logits.abs().max())
+        difference = float((export_output.logits - gguf_output.logits).abs().max()) / largest_logit
     loss_change = float(gguf_output.loss - export_output.loss)
-    allowed = ALLOWED_DIFFERENCE[kind]
+    allowed = ALLOWED_DIFFERENCE[gguf_type]
     comparison = (
         f"logits differ by at most {difference:.1e} of the largest (allowed {allowed:.0e}), loss by {loss_change:+.4f}"
     )
     if not difference <= allowed:  # a NaN fails too
-        raise DriftError(f"{file}: computes something else than {directory}: {comparison}")
+        raise DriftError(f"{file}: computes something else than {export_dir}: {comparison}")
     return f"verified: {comparison}, on a sentence of {ids.shape[1]} tokens"

@@ -32,9 +32,9 @@ def load_export(
     """The exported model in eval mode, through nothing but transformers and peft.
 
     `base_path`: where an adapter's base is; default: where the adapter says. `quantised_base`: the base that the adapter was
-    trained on, where that was quantised: its values replace those of the plain model. `dtype`: a type, or `auto` for the stored
-    one. `for_generation`: virtual tokens are put before the inputs by our own loader, since peft loses them from the cache of
-    `generate`, and the plain model with the adapter inside is returned. Errors: ConfigError where it is no export.
+    trained on, if that was quantised: its values replace those of the plain model. `dtype`: a torch type, or `auto` for the
+    stored one. `for_generation`: returns the plain model with the adapter inside, and virtual tokens are put before the inputs by
+    our own loader, since peft loses them from the KV cache of `generate`. Raises ConfigError if the directory holds no export.
     """
     import transformers
 
@@ -42,11 +42,18 @@ def load_export(
     shows_bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, put_adapter_on = _load_base(directory, base_path, dtype, for_generation)
+        settings_file = _adapter_settings_file(directory)
+        if settings_file is None:
+            model = _load_whole_model(directory, dtype)
+        else:
+            model = _load_base(directory, read_object(settings_file), base_path, dtype)
         if quantised_base is not None:
             for name in quantised_base.quantised:
                 model.get_parameter(name).data.copy_(quantised_base.full_tensor(name))
-        model = put_adapter_on(model, directory).eval()
+        if settings_file is not None:
+            add_adapter = _adapter_loader(settings_file, for_generation=for_generation)
+            model = add_adapter(model, directory)
+        model = model.eval()
         if for_generation and hasattr(model, "get_base_model"):
             return model.get_base_model()
         return model
@@ -55,37 +62,37 @@ def load_export(
             transformers.utils.logging.enable_progress_bar()
 
 
-def _load_base(
-    directory: Path, base_path: str | None, dtype: Any, for_generation: bool
-) -> tuple[Any, Callable[[Any, Path], Any]]:
-    """Load the whole model in `directory`, or the base of the adapter in it, in `dtype`.
+def _adapter_settings_file(directory: Path) -> Path | None:
+    """The file with the settings of the adapter in a directory: peft's or a bottleneck's; None if it holds no adapter."""
+    from trainer.tuning import bottleneck
 
-    Returns (the model, a function that takes it and `directory`, adds the adapter, and returns the result). For a whole model the
-    function returns it unchanged.
+    # A bottleneck has both files.
+    for name in (bottleneck.CONFIG_FILE, "adapter_config.json"):
+        if (directory / name).is_file():
+            return directory / name
+    return None
+
+
+def _load_whole_model(directory: Path, dtype: Any) -> Any:
+    """Load the whole model in a directory, in `dtype`. Raises ConfigError if there is none."""
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"{directory}: holds neither config.json nor adapter_config.json; give an export directory")
+    return _auto_class(directory).from_pretrained(directory, dtype=dtype, local_files_only=True)
+
+
+def _load_base(directory: Path, settings: dict[str, Any], base_path: str | None, dtype: Any) -> Any:
+    """Load the base of the adapter in a directory, in `dtype`, as a model for the adapter's task.
+
+    It has the positions of the training, the labels of a classifier, and rows for all tokens of the adapter's tokenizer.
+    `settings`: the adapter's. `base_path`: where the base is; default: where the settings say.
     """
     import transformers
 
-    from trainer.tuning import bottleneck, virtual
-    from trainer.tuning.adapter_files import load_adapter
-
-    settings_file = directory / "adapter_config.json"
-    if (directory / bottleneck.CONFIG_FILE).is_file():
-        settings_file = directory / bottleneck.CONFIG_FILE
-    if not settings_file.is_file():
-        if not (directory / "config.json").is_file():
-            raise ConfigError(
-                f"{directory}: holds neither config.json nor adapter_config.json; give an export directory"
-            )
-        model = _auto_class(directory).from_pretrained(directory, dtype=dtype, local_files_only=True)
-        # A whole model needs no adapter.
-        return model, lambda model, directory: model
-    # The adapter's base, as a model for its task.
-    settings = read_object(settings_file)
     base = base_path or settings["base_model_name_or_path"]
     # Positions may be those of the training, which the base's own config.json does not know.
     config_source = adapter_config_source(directory, base)
     if settings["task_type"] == "SEQ_CLS":
-        num_labels = settings.get("num_labels") or _head_rows(directory)
+        num_labels = settings.get("num_labels") or _num_labels_of_adapter(directory)
         auto: Any = transformers.AutoModelForSequenceClassification
         base_config = transformers.AutoConfig.from_pretrained(
             config_source, local_files_only=True, num_labels=num_labels
@@ -101,16 +108,31 @@ def _load_base(
     num_tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
     if num_tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    # The function that adds the adapter.
+    return model
+
+
+def _adapter_loader(settings_file: Path, *, for_generation: bool) -> Callable[[Any, Path], Any]:
+    """The function that takes (a base model, the adapter's directory) and returns the model with the adapter.
+
+    - a bottleneck adapter: our own loader;
+    - virtual tokens, for generation: our own loader, since peft loses them from the KV cache;
+    - any other adapter: peft's loader.
+    """
+    from trainer.tuning import bottleneck, virtual
+    from trainer.tuning.adapter_files import load_adapter
+
     if settings_file.name == bottleneck.CONFIG_FILE:
-        return model, bottleneck.load
-    if for_generation and settings.get("peft_type") in VIRTUAL_TOKEN_METHODS:
-        return model, virtual.load
-    return model, load_adapter
+        return bottleneck.load
+    if for_generation and read_object(settings_file).get("peft_type") in VIRTUAL_TOKEN_METHODS:
+        return virtual.load
+    return load_adapter
 
 
-def _head_rows(directory: Path) -> int:
-    """Number of labels of a saved adapter: the rows of its classification head (`score` or `classifier`). Errors: ConfigError."""
+def _num_labels_of_adapter(directory: Path) -> int:
+    """Number of labels of a saved adapter: the rows of its classification head (`score` or `classifier`).
+
+    Raises ConfigError if it has no such head.
+    """
     from safetensors import safe_open
 
     with safe_open(str(directory / "adapter_model.safetensors"), framework="pt") as handle:
@@ -119,12 +141,13 @@ def _head_rows(directory: Path) -> int:
                 continue
             module_name = key.split(".")[-2]
             if module_name in ("score", "classifier"):
-                return int(handle.get_slice(key).get_shape()[0])
+                num_rows, *_ = handle.get_slice(key).get_shape()
+                return int(num_rows)
     raise ConfigError(f"{directory}: adapter_model.safetensors holds no classification head; export the adapter again")
 
 
 def _auto_class(directory: Path) -> Any:
-    """The class of transformers that loads the whole model in `directory`."""
+    """The class of transformers that loads the whole model in `directory`: for a classifier, encoder-decoder or causal model."""
     import transformers
 
     settings = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)

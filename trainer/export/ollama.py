@@ -14,7 +14,7 @@ from trainer.export.end_tokens import end_token_ids
 
 _PROBE_TEXTS = ("SystemText", "UserText", "AnswerText", "SecondUserText")
 """Contents of the messages that a template is rendered with, found again in its text."""
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
+SAMPLING_PARAMETERS = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
 """Ollama's parameters that the generation settings may state."""
 
 
@@ -32,16 +32,18 @@ class Turns:
     """The system message that the template writes if there is none."""
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """A conversation and the opening of its answer, as Ollama writes it."""
+        """A conversation and the opening of its answer, as Ollama writes it with `template`."""
         around_role = {"user": self.user, "assistant": self.assistant, "system": self.system or ("", "")}
         if self.default_system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default_system}, *messages]
-        # `join` puts the content between the text before it and the text after it.
-        turns = [message["content"].join(around_role[message["role"]]) for message in messages]
+        turns = []
+        for message in messages:
+            text_before, text_after = around_role[message["role"]]
+            turns.append(f"{text_before}{message['content']}{text_after}")
         return "".join(turns) + self.answer_opening
 
     def template(self) -> str:
-        """The chat template in Go's language."""
+        """The chat template in Go's language: one case for each role, with the text around the content of its turn."""
         roles = [("user", self.user), ("assistant", self.assistant)]
         if self.system:
             roles.append(("system", self.system))
@@ -97,10 +99,13 @@ def turns_of_template(tokenizer: Any) -> Turns | None:
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], *, opens_answer: bool = False) -> str | None:
-    """The text that the model's own template makes, without the first token; None if the template refuses the messages."""
+    """The text that the model's own template makes, without the first token; None if the template refuses the messages.
+
+    `opens_answer`: with the opening of the next answer at the end.
+    """
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
-    except Exception:  # noqa: BLE001 - a template refuses in words of its own
+    except Exception:  # noqa: BLE001 - a template refuses by errors of its own
         return None
     return str(text).removeprefix(first_token(tokenizer))
 
@@ -114,17 +119,23 @@ def first_token(tokenizer: Any) -> str:
 
 
 def _text_around(shorter: str, longer: str, content: str) -> tuple[str, str] | None:
-    """What is before and after `content` in the part of `longer` that follows `shorter`; None if there is no such part."""
+    """(text before, text after) `content` in what `longer` adds to `shorter`; None if it does not go on from `shorter`.
+
+    "<u>a", "<u>a<m>b<e>", "b" -> ("<m>", "<e>"). None also if the added text does not have the content.
+    """
     if not longer.startswith(shorter):
         return None
-    before, found, after = longer.removeprefix(shorter).partition(content)
-    if not found:
+    before, found_content, after = longer.removeprefix(shorter).partition(content)
+    if not found_content:
         return None
     return before, after
 
 
 def _renders_alike(turns: Turns, tokenizer: Any, messages: list[dict[str, str]]) -> bool:
-    """Whether the parts render conversations of one to three turns to the template's own text."""
+    """Whether the parts render conversations of one to three questions to the same text as the model's own template.
+
+    `messages`: one of the system, a question, an answer and a second question, of which the conversations are made.
+    """
     system, user, answer, second_user = messages
     conversations = [[user], [user, answer, second_user], [user, answer, second_user, answer, user]]
     if turns.system:
@@ -135,30 +146,35 @@ def _renders_alike(turns: Turns, tokenizer: Any, messages: list[dict[str, str]])
     )
 
 
-def modelfile_text(file: str, tokenizer: Any, generation: Any) -> tuple[str, str | None]:
-    """(the text of an Ollama Modelfile for the GGUF file `file`, a note on what it lacks or None).
+def modelfile_text(gguf_file: str, tokenizer: Any, generation_config: Any) -> tuple[str, str | None]:
+    """(the text of an Ollama Modelfile for a GGUF file, a note on what it lacks or None).
 
-    Lines `FROM`, `TEMPLATE` and `SYSTEM` (if the chat template can be written so), `PARAMETER stop` and those of sampling.
+    - `FROM`: the file.
+    - `TEMPLATE`, and `SYSTEM` for a default system message; left out, with a note, if the chat template cannot be written so.
+    - `PARAMETER stop`: for each token that ends an answer.
+    - parameters of sampling if `generation_config` samples, else `PARAMETER temperature 0`.
     """
-    lines = [f"FROM ./{file}"]
-    missing = None
+    lines = [f"FROM ./{gguf_file}"]
+    missing_part = None
     turns = turns_of_template(tokenizer)
     if turns is None:
-        missing = "its chat template is no row of turns that Ollama's language has; Ollama guesses one from the file"
+        missing_part = (
+            "its chat template is no row of turns that Ollama's language has; Ollama guesses one from the file"
+        )
     elif '"""' in turns.template():
-        missing = 'its chat template has """ in it, which a Modelfile cannot'
+        missing_part = 'its chat template has """ in it, which a Modelfile cannot'
     else:
         lines.append(f'TEMPLATE """{turns.template()}"""')
         if turns.default_system is not None:
             lines.append(f'SYSTEM """{turns.default_system}"""')
-    for token in tokenizer.convert_ids_to_tokens(end_token_ids(tokenizer, generation)):
+    for token in tokenizer.convert_ids_to_tokens(end_token_ids(tokenizer, generation_config)):
         lines.append(f'PARAMETER stop "{token}"')
-    if generation.do_sample:
-        for name in SAMPLING:
-            transformers_name = "repetition_penalty" if name == "repeat_penalty" else name
-            setting = getattr(generation, transformers_name, None)
+    if generation_config.do_sample:
+        for parameter in SAMPLING_PARAMETERS:
+            transformers_name = "repetition_penalty" if parameter == "repeat_penalty" else parameter
+            setting = getattr(generation_config, transformers_name, None)
             if setting is not None:
-                lines.append(f"PARAMETER {name} {setting}")
+                lines.append(f"PARAMETER {parameter} {setting}")
     else:
         lines.append("PARAMETER temperature 0")
-    return "\n".join(lines) + "\n", missing
+    return "\n".join(lines) + "\n", missing_part

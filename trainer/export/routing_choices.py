@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-TOPK = (torch.topk, torch.Tensor.topk)
+TOPK_FUNCTIONS = (torch.topk, torch.Tensor.topk)
 
 
 class RoutingRecorder(TorchFunctionMode):
@@ -24,7 +24,7 @@ class RoutingRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **kwargs or {})
-        if func in TOPK:
+        if func in TOPK_FUNCTIONS:
             self.recorded.append(output.indices.detach().cpu())
         return output
 
@@ -35,32 +35,37 @@ class RoutingReplay(TorchFunctionMode):
     def __init__(self, choices: RoutingRecorder) -> None:
         super().__init__()
         self.remaining = list(choices.recorded)
-        self.replaced = 0
+        self.num_replaced = 0
         """How many indices this pass would have chosen differently."""
         self.calls_match = True
         """Whether the calls had the same order and shapes as the recorded ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function; of a `topk`, return the recorded indices instead of its own, with the scores at these indices."""
+        """Run a function of torch, and replace the indices that a `topk` chooses.
+
+        - another function: its own output;
+        - a `topk` without a recorded call of the same shape: its own output, and `calls_match` becomes False;
+        - any other `topk`: the recorded indices, with this pass's scores at them; `num_replaced` grows by those that differ.
+        """
         output = func(*args, **kwargs or {})
-        if func not in TOPK:
+        if func not in TOPK_FUNCTIONS:
             return output
         own_indices = output.indices
         if not self.remaining:
             self.calls_match = False
             return output
-        # The recorded choice of this call, if it is one of the same shape.
-        recorded = self.remaining.pop(0).to(own_indices.device)
-        if recorded.numel() != own_indices.numel() or recorded.shape[-1] != own_indices.shape[-1]:
+        recorded_indices = self.remaining.pop(0).to(own_indices.device)
+        has_same_size = recorded_indices.numel() == own_indices.numel()
+        if not has_same_size or recorded_indices.shape[-1] != own_indices.shape[-1]:
             self.calls_match = False
             return output
         # The same tokens, perhaps with and without a dimension for the sequence.
-        recorded = recorded.view_as(own_indices)
+        recorded_indices = recorded_indices.view_as(own_indices)
         scores, dim = _scores_and_dim(*args, **kwargs or {})
         # Sorted, since the order of the chosen experts does not matter.
-        differs = recorded.sort(dim).values != own_indices.sort(dim).values
-        self.replaced += int(differs.sum())
-        return torch.return_types.topk((scores.gather(dim, recorded), recorded))
+        differs = recorded_indices.sort(dim).values != own_indices.sort(dim).values
+        self.num_replaced += int(differs.sum())
+        return torch.return_types.topk((scores.gather(dim, recorded_indices), recorded_indices))
 
 
 def _scores_and_dim(scores: Tensor, k: int, dim: int = -1, **_: Any) -> tuple[Tensor, int]:

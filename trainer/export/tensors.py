@@ -10,24 +10,28 @@ from strategies.small_files import read_object
 
 
 def hub_name(base_path: str) -> tuple[str, str | None]:
-    """(hub id, commit) of a snapshot in the hub's cache, or (the directory itself, None)."""
+    """(hub id, commit) of a model directory: of a snapshot in the hub's cache, ("org/name", "abc123"); else (the path, None)."""
     path = Path(base_path)
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+    is_hub_snapshot = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
+    if is_hub_snapshot:
         return path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name
     return base_path, None
 
 
 def stored_type(directory: Path) -> torch.dtype:
-    """The floating-point type that most tensors of a checkpoint's first file have; bfloat16 if they are quantised."""
+    """The floating-point type that most tensors of a checkpoint's first file have.
+
+    bfloat16 if they are quantised, float32 for a type that is not known here.
+    """
     from safetensors import safe_open
 
-    settings = directory / "config.json"
-    if settings.is_file() and read_object(settings).get("quantization_config"):
+    settings_file = directory / "config.json"
+    if settings_file.is_file() and read_object(settings_file).get("quantization_config"):
         return torch.bfloat16
-    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    dtype_by_name = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     first_file = min(directory.glob("*.safetensors"))
     with safe_open(str(first_file), framework="pt") as handle:
-        stored = [handle.get_slice(key).get_dtype() for key in handle.keys()]  # noqa: SIM118 - no mapping
+        type_names = [handle.get_slice(key).get_dtype() for key in handle.keys()]  # noqa: SIM118 - no mapping
     # Sorted, so that the same one of two that are equally frequent is taken each time.
-    most_frequent = max(sorted(set(stored)), key=stored.count)
-    return dtypes.get(most_frequent, torch.float32)
+    most_frequent = max(sorted(set(type_names)), key=type_names.count)
+    return dtype_by_name.get(most_frequent, torch.float32)

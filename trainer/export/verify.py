@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 About six rounding steps of that type, since both sides round in every layer. That of float32 is larger, because sums may be
 taken in another order.
 """
-PROBE = "The export of a model must compute exactly what was trained: question 17, answer 42."
+PROBE_SENTENCE = "The export of a model must compute exactly what was trained: question 17, answer 42."
 
 
 class DriftError(ShardtuneError):
@@ -49,7 +49,7 @@ class Verification:
     """Share of positions whose most likely token is the same, 0 to 1."""
     tolerance: float
     """Largest `max_abs_difference / largest_logit` allowed."""
-    held_choices: int = 0
+    num_replayed_choices: int = 0
     """Choices of experts or keys that differed by rounding alone, and were replaced by training's for the comparison."""
 
     @property
@@ -60,8 +60,10 @@ class Verification:
     def __str__(self) -> str:
         """The comparison in one sentence, for the screen and for errors."""
         routing_note = ""
-        if self.held_choices:
-            routing_note = f"; with the experts that training chose, {self.held_choices} of which rounding would change"
+        if self.num_replayed_choices:
+            routing_note = (
+                f"; with the experts that training chose, {self.num_replayed_choices} of which rounding would change"
+            )
         return (
             f"logits differ by at most {self.max_abs_difference:.2e} (largest logit {self.largest_logit:.1f}, allowed "
             f"{self.tolerance:.0e} of it), argmax agrees at {self.argmax_agreement:.1%} of positions{routing_note}"
@@ -69,14 +71,15 @@ class Verification:
 
 
 def probe_ids(tokenizer: Any) -> list[int]:
-    """Token ids to compare on: a fixed sentence, and every token that was added to the vocabulary last."""
-    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    return [*ids, len(tokenizer) - 1]
+    """Token ids to compare on: a fixed sentence, and the last token of the vocabulary, which may be an added one."""
+    ids = tokenizer(PROBE_SENTENCE, add_special_tokens=False)["input_ids"]
+    last_token_id = len(tokenizer) - 1
+    return [*ids, last_token_id]
 
 
-def shift_right(ids: Tensor, start: int) -> Tensor:
-    """The decoder's input for the targets `ids [S, T]`: `start`, then all ids but the last."""
-    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+def shift_right(target_ids: Tensor, start_id: int) -> Tensor:
+    """The decoder's input for the targets `[S, T]`: `start_id`, then all ids but the last."""
+    return torch.cat([torch.full_like(target_ids[:, :1], start_id), target_ids[:, :-1]], dim=1)
 
 
 class _PlainLogits:
@@ -89,34 +92,22 @@ class _PlainLogits:
 
 
 def _no_cache(model: Any) -> dict[str, bool]:
-    """The keyword by which a model computes without a cache, as in training; empty for a model that never makes one.
+    """The keyword by which a model computes without a KV cache, as in training; empty for a model that never makes one.
 
     transformers 5.24 cannot tell how far a cache has come in which no layer is attention, and layers that are called more than
     once would see their own keys twice.
     """
     plain: Any = plain_model(model)
-    return {"use_cache": False} if getattr(plain.config.get_text_config(), "use_cache", None) is not None else {}
+    has_cache = getattr(plain.config.get_text_config(), "use_cache", None) is not None
+    return {"use_cache": False} if has_cache else {}
 
 
 def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime: Runtime) -> Tensor | None:
     """Logits of the trained model `[T, V]` (`[1, labels]` for classifiers), on the CPU; None on other ranks than 0.
 
-    All ranks must call.
+    All ranks must call. Until it returns, the objective of the module is replaced by one that returns logits.
     """
-    # The text as a batch of training has it.
-    ids = torch.tensor([token_ids], device=runtime.device)
-    batch: dict[str, Any] = {"input_ids": ids}
-    if built.two_sides is not None:
-        batch["decoder_input_ids"] = shift_right(ids, built.two_sides.decoder_start)
-    if built.layout is Layout.padded:
-        batch["attention_mask"] = torch.ones_like(ids)
-    else:
-        # One packed document: these are the inputs of attention over documents of different lengths.
-        length = ids.shape[1]
-        bounds = torch.tensor([0, length], dtype=torch.int32, device=runtime.device)
-        batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "document_bounds": [0, length]}
-        batch |= {"max_length_q": length, "max_length_k": length}
-        batch["position_ids"] = torch.arange(length, device=runtime.device)[None]
+    batch = _batch_of_one_document(built, torch.tensor([token_ids], device=runtime.device))
     with engine.inference() as module:
         # The model is called through the root module's own forward: only there are its parameters gathered.
         step: Any = module
@@ -131,6 +122,27 @@ def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime
     return logits.reshape(-1, logits.shape[-1]).cpu()
 
 
+def _batch_of_one_document(built: Built, ids: Tensor) -> dict[str, Any]:
+    """The token ids `[1, T]` of one document as a batch of training has them.
+
+    - an encoder-decoder model: the decoder gets the same tokens, shifted;
+    - padded layout: an attention mask of ones;
+    - packed layout: positions, and the bounds of the one document, which attention over documents of different lengths takes.
+    """
+    batch: dict[str, Any] = {"input_ids": ids}
+    if built.two_sides is not None:
+        batch["decoder_input_ids"] = shift_right(ids, built.two_sides.decoder_start)
+    if built.layout is Layout.padded:
+        batch["attention_mask"] = torch.ones_like(ids)
+    else:
+        length = ids.shape[1]
+        bounds = torch.tensor([0, length], dtype=torch.int32, device=ids.device)
+        batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "document_bounds": [0, length]}
+        batch |= {"max_length_q": length, "max_length_k": length}
+        batch["position_ids"] = torch.arange(length, device=ids.device)[None]
+    return batch
+
+
 def verify_export(
     directory: Path,
     *,
@@ -141,36 +153,37 @@ def verify_export(
     quantised_base: BaseWeights | None = None,
     choices: RoutingRecorder | None = None,
 ) -> Verification:
-    """Reload `directory` and compare its logits on `token_ids` with `reference [T, V]`, the trained model's own.
+    """Reload an export and compare its logits on `token_ids` with `reference [T, V]`, the trained model's own.
 
-    They may differ by `TOLERANCE` of the coarsest type among the reference and the stored tensors. `decoder_start`: of
-    encoder-decoder models, which read and write the tokens. `quantised_base`: see `load_export`. `choices`: what the trained
-    model chose; if half precision took part, an export that differs is compared once more with these. Raises DriftError if
-    the difference is larger.
+    They may differ by `TOLERANCE` of the coarsest type among the reference and the stored tensors. Half precision can change
+    which experts a router takes: then an export that differs is compared once more with the `choices` of the trained model.
+    `base_path`, `quantised_base`: the adapter's base, as `load_export` takes it. `decoder_start`: the first token of an
+    encoder-decoder's decoder. Raises DriftError if shapes or logits differ.
     """
     model = load_export(directory, base_path, quantised_base)
     tolerance = max(TOLERANCE[reference.dtype], TOLERANCE[stored_type(Path(directory))])
     reference = reference.float()
-    logits = _logits(model, token_ids, decoder_start)
+    logits = _export_logits(model, token_ids, decoder_start)
     if logits.shape != reference.shape:
         raise DriftError(
             f"{directory}: computes logits of shape {tuple(logits.shape)}, training {tuple(reference.shape)}"
         )
-    verification = _compare(logits, reference, tolerance)
-    # Half precision can change which experts a router takes. Compare once more with the choices of the trained model.
+    verification = _compare_logits(logits, reference, tolerance)
     is_half_precision = tolerance > TOLERANCE[torch.float32]
     if not verification.is_close and choices is not None and choices.recorded and is_half_precision:
-        with RoutingReplay(choices) as kept_choices:
-            logits = _logits(model, token_ids, decoder_start)
-        if kept_choices.calls_match and kept_choices.replaced:
-            verification = replace(_compare(logits, reference, tolerance), held_choices=kept_choices.replaced)
+        with RoutingReplay(choices) as replay:
+            logits = _export_logits(model, token_ids, decoder_start)
+        if replay.calls_match and replay.num_replaced:
+            verification = replace(
+                _compare_logits(logits, reference, tolerance), num_replayed_choices=replay.num_replaced
+            )
     if not verification.is_close:
-        cause = _changed_by_loading(directory, model)
+        cause = _loading_differences(directory, model)
         raise DriftError(f"{directory}: the export does not compute what was trained: {verification}{cause}")
     return verification
 
 
-def _logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tensor:
+def _export_logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tensor:
     """Logits of an export on the T tokens of the probe, float32 `[T, V]`, or `[1, labels]` of a classifier.
 
     `decoder_start`: the decoder's first token; None for a model that is no encoder-decoder.
@@ -188,42 +201,43 @@ def _logits(model: Any, token_ids: list[int], decoder_start: int | None) -> Tens
     return logits.reshape(-1, logits.shape[-1]).float()
 
 
-def _compare(logits: Tensor, reference: Tensor, tolerance: float) -> Verification:
-    """Compare float32 logits of the same shape. `tolerance` is relative to the largest logit of `reference`."""
-    agrees = logits.argmax(-1) == reference.argmax(-1)
+def _compare_logits(logits: Tensor, reference: Tensor, tolerance: float) -> Verification:
+    """Compare float32 logits of the same shape `[T, V]`. `tolerance` is relative to the largest logit of `reference`."""
+    same_argmax = logits.argmax(-1) == reference.argmax(-1)
     return Verification(
         max_abs_difference=float((logits - reference).abs().max()),
         largest_logit=float(reference.abs().max()),
-        argmax_agreement=float(agrees.float().mean()),
+        argmax_agreement=float(same_argmax.float().mean()),
         tolerance=tolerance,
     )
 
 
-def _changed_by_loading(directory: Path, model: Any) -> str:
-    """Which tensors of a whole model, and which of their rows, differ after loading from what is stored, to append to an error.
+def _loading_differences(directory: Path, model: Any) -> str:
+    """Which tensors of a whole model differ after loading from what is stored, and in which rows, to append to an error.
 
-    Such as `; loaded otherwise than stored: lm_head.weight (rows 0, 7)`; empty for an adapter, and where nothing differs.
+    Such as "; loaded otherwise than stored: lm_head.weight (rows 0, 7)". Empty for an adapter, and if nothing differs. Tensors
+    that are stored under no name, or in another shape, are not compared.
     """
     from trainer.model.weights import Checkpoint
 
     if (directory / "adapter_config.json").exists():
         return ""
     checkpoint = Checkpoint(directory, model)
-    changed = []
+    differing_tensors = []
     for name, parameter in model.named_parameters():
         if checkpoint.resolve(name) is None or checkpoint.shape(name) != tuple(parameter.shape):
             continue
         differs = checkpoint.full_tensor(name).to(parameter.dtype) != parameter.detach()
         rows = differs.reshape(len(parameter), -1).any(1).nonzero()[:, 0].tolist()
         if rows:
-            listed = ", ".join(map(str, rows[:5]))
+            row_list = ", ".join(map(str, rows[:5]))
             if len(rows) > 5:
-                listed += f" and {len(rows) - 5} more"
-            changed.append(f"{name} (rows {listed})")
+                row_list += f" and {len(rows) - 5} more"
+            differing_tensors.append(f"{name} (rows {row_list})")
     checkpoint.close()
-    if not changed:
+    if not differing_tensors:
         return ""
-    return f"; loaded otherwise than stored: {', '.join(changed[:5])}"
+    return f"; loaded otherwise than stored: {', '.join(differing_tensors[:5])}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,16 +260,17 @@ def take_reference(engine: Engine, built: Built, tokenizer: Any, runtime: Runtim
 
 
 def verify_written(reference: Reference, built: Built, directory: Path, base_path: str, *, adapter: bool) -> None:
-    """Compare a written export with the trained model, on rank 0. `built`: the model that was trained.
+    """Compare an export that was just written with the trained model, and print the result. Only rank 0 may call.
 
-    Errors: DriftError if they differ; transformers and peft have error types of their own for files that they cannot load.
+    `built`: the model that was trained. `base_path`: its base. `adapter`: whether the export is an adapter.
+    Raises DriftError if they differ; transformers and peft have error types of their own for files that they cannot load.
     """
     assert reference.logits is not None
     decoder_start = built.two_sides.decoder_start if built.two_sides else None
     quantised_base = None
     if adapter and built.quantised:
         quantised_base = built.base_weights(Path(base_path))
-    report = verify_export(
+    verification = verify_export(
         directory,
         base_path=base_path,
         token_ids=reference.token_ids,
@@ -264,4 +279,4 @@ def verify_written(reference: Reference, built: Built, directory: Path, base_pat
         quantised_base=quantised_base,
         choices=reference.choices,
     )
-    print(f"export verified: {report}", flush=True)
+    print(f"export verified: {verification}", flush=True)
