@@ -33,7 +33,9 @@ def test_routing_choices_of_nearly_tied_experts_are_kept_in_verification(trained
     with pytest.raises(DriftError, match="does not compute what was trained"):
         verify_export(directory, token_ids=IDS, reference=logits)
     found = verify_export(directory, token_ids=IDS, reference=logits, choices=choices)
-    assert found.num_replayed_choices > 0 and f"{found.num_replayed_choices} of which rounding would change" in str(found)
+    assert found.num_replayed_choices > 0 and f"{found.num_replayed_choices} of which rounding would change" in str(
+        found
+    )
 
 
 def test_routing_choices_do_not_hide_swapped_experts(trained, tmp_path):

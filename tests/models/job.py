@@ -148,7 +148,7 @@ class Job:
 
     def _export(self, trainer: Any, built: Any, directory: Path, tuning: str) -> None:
         """Write the export and compare its logits, reloaded by plain transformers and peft, with the trained model's."""
-        with stock.RoutingRecorder() as choices:
+        with stock.Choices() as choices:
             try:
                 tokenizer = load_tokenizer(ModelConfig(path=str(directory)))
                 runtime = alone(self.runtime)
@@ -204,7 +204,7 @@ class Job:
         key = f"{directory} {tuning}"
         if key not in self._curves:
             lone = self._config(directory, "single", tuning)
-            with stock.RoutingRecorder() as choices:
+            with stock.Choices() as choices:
                 curve = _steps(built_trainer(lone, self.data, alone(self.runtime))[0], 2)
             self._curves = {key: (curve, choices.gap)}
         return self._curves[key]
