@@ -55,17 +55,19 @@ model's config.json, and neither weights nor data.
 {help_rows(DoctorArguments)}
 
 exit codes: 0 a run can start, 69 something prevents it, or --verify found a difference"""
-UNFIT = 69
+EXIT_UNFIT = 69
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune doctor` with the arguments `argv`, or be one rank of `--verify`; returns the exit code. Errors: ConfigError.
+    """Run `shardtune doctor` with the arguments `argv`; returns the exit code. Raises ConfigError for arguments it cannot use.
 
+    - started by `doctor --verify` as one of its ranks: take the steps of that rank;
     - --verify: compare a small copy of the run on several ranks with one process;
     - settings, such as launcher=slurm: check the nodes that they describe;
     - neither: examine this machine.
     """
-    if "SHARDTUNE_CONFIG" in os.environ and is_worker(os.environ):
+    is_rank_of_verification = "SHARDTUNE_CONFIG" in os.environ and is_worker(os.environ)
+    if is_rank_of_verification:
         from launch.doctor import verify_rank
 
         return verify_rank.main()
@@ -87,33 +89,33 @@ def main(argv: list[str]) -> int:
     if arguments.as_json:
         print_json({**machine.facts, "problems": machine.problems, "notes": machine.notes})
     else:
-        print("\n".join(text(machine.facts, machine.problems, machine.notes)))
-    return UNFIT if machine.problems else 0
+        print("\n".join(machine_report_lines(machine.facts, machine.problems, machine.notes)))
+    return EXIT_UNFIT if machine.problems else 0
 
 
-def preflight(arguments: list[str], as_json: bool) -> int:
-    """Check the nodes that the settings (`arguments`) describe, and print the result; returns the exit code.
+def preflight(overrides: list[str], as_json: bool) -> int:
+    """Check the nodes that the overrides describe, and print the result; returns 0, or `EXIT_UNFIT` if there are problems.
 
-    Errors: ConfigError, StorageError.
+    Raises ConfigError for launcher settings that are wrong, StorageError if the run directory cannot be written.
     """
     from launch.cluster.preflight.answer import preflight_json, report_text
     from launch.cluster.preflight.coordinator import run_preflight
     from launch.cluster.preflight.targets import preflight_targets
 
-    targets = preflight_targets(arguments)
+    targets = preflight_targets(overrides)
     request = targets.request
     reports, verdict = run_preflight(request, targets.commands, targets.hosts, is_queued=targets.is_queued)
     if as_json:
         print_json(preflight_json(request, reports, verdict))
     else:
         print(report_text(request, reports, verdict))
-    return UNFIT if verdict.problems else 0
+    return EXIT_UNFIT if verdict.problems else 0
 
 
-def text(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[str]:
-    """The answer for a person, as lines."""
-    facts_by_name = [*_packages(facts), *_hardware(facts), *_surroundings(facts)]
-    lines = table((Column(), Column()), [TableRow(fact) for fact in facts_by_name])
+def machine_report_lines(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[str]:
+    """What doctor found on this machine as lines for people: a table of facts, then notes, then problems."""
+    rows = [*_package_rows(facts), *_hardware_rows(facts), *_surroundings_rows(facts)]
+    lines = table((Column(), Column()), [TableRow(row) for row in rows])
     for title, sentences in (("notes", notes), ("problems", problems)):
         if sentences:
             lines += ["", f"{title}:", *fold_all(sentences)]
@@ -122,30 +124,30 @@ def text(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[s
     return lines
 
 
-def _packages(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, text) of Python, the packages and the extras."""
+def _package_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of the host, Python, the packages and the extras; the last two only if shardtune is installed."""
     rows = [("host", f"{facts['host']}, {facts['system']}"), ("python", facts["python"])]
     if "packages" not in facts:
         return rows
     versions = [f"{name} {version or '(missing)'}" for name, version in facts["packages"].items()]
     rows += [("shardtune", facts["shardtune"]), ("packages", ", ".join(versions))]
-    for extra, about in facts["extras"].items():
+    for extra, extra_facts in facts["extras"].items():
         state = "here"
-        if about["lacks"]:
-            state = f"{'; '.join(about['lacks'])} ({install_command(extra)})"
-        rows.append((f"[{extra}]", f"{about['brings']}: {state}"))
+        if extra_facts["lacks"]:
+            state = f"{'; '.join(extra_facts['lacks'])} ({install_command(extra)})"
+        rows.append((f"[{extra}]", f"{extra_facts['brings']}: {state}"))
     return rows
 
 
-def _hardware(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _hardware_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of cores, memory and GPUs; empty if torch could not be imported."""
     if "cores" not in facts:
         return []
     memory = f"{facts['memory_gib']:.1f} GiB, {facts['memory_free_gib']:.1f} GiB free"
-    return [("cores", str(facts["cores"])), ("memory", memory), *_gpus(facts)]
+    return [("cores", str(facts["cores"])), ("memory", memory), *_gpu_rows(facts)]
 
 
-def _surroundings(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _surroundings_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of directories, SLURM, and variables that keep libraries offline."""
     rows = []
     for name, place in facts["places"].items():
@@ -159,7 +161,7 @@ def _surroundings(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _gpus(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _gpu_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of CUDA and of each GPU."""
     if not facts["gpus"]:
         return [("gpus", f"none; precision=auto is {facts['precision']}")]

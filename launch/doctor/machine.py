@@ -39,13 +39,13 @@ EXTRAS = {
     "qlora": "bases and exports in 4 and 8 bits by bitsandbytes, 8-bit AdamW",
 }
 """Extras that users ask for, and what each brings."""
-OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE")
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE")
 """Variables that keep libraries from the network."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SHARDTUNE_RUN_DIR")
 """Variables that a launcher sets for a rank."""
-LEAST_SHARED_GIB = 1.0
+LOW_SHARED_MEMORY_GIB = 1.0
 """Free shared memory below which a note says so."""
-LEAST_CACHE_GIB = 5.0
+LOW_FREE_SPACE_GIB = 5.0
 """Free space of a directory below which a note says so."""
 
 
@@ -65,15 +65,15 @@ def examine(env: Mapping[str, str]) -> Machine:
     machine = Machine()
     machine.facts["host"] = socket.gethostname()
     machine.facts["system"] = platform.platform()
-    _packages(machine)
-    _torch(machine)
-    _places(machine, env)
-    _slurm(machine)
-    _environment(machine, env)
+    _add_packages(machine)
+    _add_hardware(machine)
+    _add_directories(machine, env)
+    _add_slurm(machine)
+    _add_environment(machine, env)
     return machine
 
 
-def _packages(machine: Machine) -> None:
+def _add_packages(machine: Machine) -> None:
     """Add the versions of required packages to the machine's facts, with what each extra lacks; a problem for each unmet one.
 
     facts["packages"]: {"torch": "2.8.0"}. facts["extras"]: {"gpu": {"brings": "FlashAttention", "lacks": [messages]}}.
@@ -90,12 +90,12 @@ def _packages(machine: Machine) -> None:
     required, required_by_extra = _requirements(about.get_all("Provides-Extra") or [])
     machine.facts["packages"] = {name: installed_version(name) for name, _ in required}
     for name, versions in required:
-        problem = _unmet(name, versions)
+        problem = _package_problem(name, versions)
         if problem:
             machine.problems.append(f"{problem}: pip install '{name}{versions}'")
     machine.facts["extras"] = {}
     for extra, brings in EXTRAS.items():
-        problems = [_unmet(name, versions) for name, versions in required_by_extra.get(extra, [])]
+        problems = [_package_problem(name, versions) for name, versions in required_by_extra.get(extra, [])]
         machine.facts["extras"][extra] = {"brings": brings, "lacks": [problem for problem in problems if problem]}
 
 
@@ -118,7 +118,7 @@ def _requirements(extras: list[str]) -> tuple[list[tuple[str, Any]], dict[str, l
     return required, required_by_extra
 
 
-def _unmet(name: str, versions: Any) -> str | None:
+def _package_problem(name: str, versions: Any) -> str | None:
     """What is wrong with an installed package; None if its version is among the allowed ones."""
     version = installed_version(name)
     if version is None:
@@ -128,9 +128,9 @@ def _unmet(name: str, versions: Any) -> str | None:
     return f"{name} is {version}, and {versions} is needed"
 
 
-def _torch(machine: Machine) -> None:
+def _add_hardware(machine: Machine) -> None:
     """Add cores, memory and GPUs to the machine's facts, and problems with torch to its problems."""
-    driver = _driver()
+    driver = _nvidia_driver_version()
     try:
         import torch
 
@@ -151,7 +151,7 @@ def _torch(machine: Machine) -> None:
     machine.facts["driver"] = driver
     machine.facts["gpus"] = []
     if torch.cuda.is_available():
-        _gpus(machine)
+        _add_gpus(machine)
         machine.facts["precision"] = machine.facts["gpus"][0]["precision"]
         return
     # No GPU for torch, although the driver has one.
@@ -165,7 +165,7 @@ def _torch(machine: Machine) -> None:
     machine.facts["precision"] = str(best_precision(None))
 
 
-def _gpus(machine: Machine) -> None:
+def _add_gpus(machine: Machine) -> None:
     """Add each GPU that torch sees to the machine's facts, and a note if other processes use its memory."""
     import torch
 
@@ -187,13 +187,13 @@ def _gpus(machine: Machine) -> None:
             machine.notes.append(f"GPU {number}: other processes use {used_gib:.1f} of its {total_bytes / GIB:.1f} GiB")
 
 
-def _driver() -> str | None:
+def _nvidia_driver_version() -> str | None:
     """The version of NVIDIA's driver; None if no GPU has one."""
     rows = nvidia_smi("gpu", ("driver_version",))
     return rows[0][0] if rows else None
 
 
-def _places(machine: Machine, env: Mapping[str, str]) -> None:
+def _add_directories(machine: Machine, env: Mapping[str, str]) -> None:
     """Add the directories that runs use to the machine's facts, with their free space, and problems or notes if it is little.
 
     facts["places"]: {"cache": {"path": "/home/me/.cache/shardtune", "free_gib": 120.0, "exists": True}, ...}.
@@ -217,7 +217,7 @@ def _places(machine: Machine, env: Mapping[str, str]) -> None:
             machine.problems.append(f"{path}: cannot be looked at ({error.strerror})")
             continue
         machine.facts["places"][name] = {"path": str(path), "free_gib": free_gib, "exists": path.exists()}
-        least_gib = LEAST_SHARED_GIB if name == "shared" else LEAST_CACHE_GIB
+        least_gib = LOW_SHARED_MEMORY_GIB if name == "shared" else LOW_FREE_SPACE_GIB
         if not os.access(existing, os.W_OK) and name != "models":
             machine.problems.append(f"{path}: cannot be written")
         elif free_gib < least_gib:
@@ -225,7 +225,7 @@ def _places(machine: Machine, env: Mapping[str, str]) -> None:
     machine.facts["models"] = len(list(Path(hub).expanduser().glob("models--*")))
 
 
-def _slurm(machine: Machine) -> None:
+def _add_slurm(machine: Machine) -> None:
     """Add to the machine's facts whether SLURM is here, and a note if it does not answer."""
     from launch.runs.queue import read_queue
 
@@ -235,9 +235,9 @@ def _slurm(machine: Machine) -> None:
         machine.notes.append(f"SLURM's commands are here, and its controller is not: {problem}")
 
 
-def _environment(machine: Machine, env: Mapping[str, str]) -> None:
+def _add_environment(machine: Machine, env: Mapping[str, str]) -> None:
     """Note variables that change what a run does, and packages that have our names and are not ours."""
-    machine.facts["offline"] = {name: env[name] for name in OFFLINE if name in env}
+    machine.facts["offline"] = {name: env[name] for name in OFFLINE_VARIABLES if name in env}
     left_over = [name for name in RANK_VARIABLES if name in env and "SLURM_STEP_ID" not in env]
     if left_over:
         machine.notes.append(

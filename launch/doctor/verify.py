@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.verification.small_run import SmallRun
 
-DIFFERS = 69
+EXIT_DIFFERS = 69
 """Exit code if loss or gradients are further apart than rounding explains."""
-MATTERS = (
+CHECKED_SETTINGS = (
     "model",
     "tuning",
     "objective",
@@ -31,8 +31,8 @@ MATTERS = (
     "data.layout",
 )
 """Settings whose problems refuse a verification. It needs neither data nor a budget nor a place for a run."""
-LOG = "ranks.log"
-LAST_LINES = 20
+LOG_FILE = "ranks.log"
+NUM_SHOWN_LINES = 20
 """Lines of the ranks' own output that are shown if they ended without an answer."""
 
 
@@ -61,8 +61,8 @@ def verify(arguments: list[str], *, as_json: bool) -> int:
     if as_json:
         print_json(report)
     else:
-        print("\n".join(text(report)))
-    return 0 if report["agrees"] else DIFFERS
+        print("\n".join(verification_lines(report)))
+    return 0 if report["agrees"] else EXIT_DIFFERS
 
 
 def _report(arguments: list[str], directory: Path) -> dict[str, Any] | None:
@@ -112,7 +112,7 @@ def settings_to_compare(arguments: list[str]) -> tuple[RunConfig, list[str]]:
             "strategy=auto: becomes one of the others when the run starts; give --verify that one, as in strategy=fsdp2"
         )
     else:
-        problems += [problem for problem in problems_of(config) if key_of_problem(problem).startswith(MATTERS)]
+        problems += [problem for problem in problems_of(config) if key_of_problem(problem).startswith(CHECKED_SETTINGS)]
     if problems:
         raise ConfigError(problems)
     notes = []
@@ -179,7 +179,7 @@ def run_ranks(config: RunConfig, small: SmallRun, directory: Path, user_ranks: i
     (directory / REQUEST).write_text(json.dumps(request), encoding="utf-8")
     print(f"starting {small.ranks} processes", file=sys.stderr, flush=True)
     progress = _Progress(directory / PROGRESS)
-    output = RedirectedOutput(directory / LOG, progress.poll)
+    output = RedirectedOutput(directory / LOG_FILE, progress.poll)
     program = RankProgram("launch.doctor", CONFIG)
     code, _ = start(small.config, directory, sha256[:8], output, program=program)
     if code == 130:
@@ -191,8 +191,8 @@ def run_ranks(config: RunConfig, small: SmallRun, directory: Path, user_ranks: i
     failure = read_failure(directory)
     if failure.get("user_error"):
         raise VerificationFailed(failure["message"], failure["exit_code"])
-    lines = (directory / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-    reason = failure.get("traceback") or "\n".join(lines[-LAST_LINES:])
+    lines = (directory / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    reason = failure.get("traceback") or "\n".join(lines[-NUM_SHOWN_LINES:])
     who = f"rank {failure['rank']}" if failure else "the ranks"
     raise VerificationFailed(f"{reason.rstrip()}\n--verify: {who} failed before there was anything to compare", 70)
 
@@ -231,12 +231,12 @@ def what_is_compared(config: RunConfig, small: SmallRun) -> dict[str, Any]:
     }
 
 
-def text(report: dict[str, Any]) -> list[str]:
+def verification_lines(report: dict[str, Any]) -> list[str]:
     """The report for people, as lines.
 
     Read here: kernels ({"name of a pass": kernels}), notes and problems (lists of messages), agrees (a bool).
     """
-    lines = [*_summary(report), "", *_differences(report), "", "kernels of each pass:"]
+    lines = [*_summary_lines(report), "", *_difference_lines(report), "", "kernels of each pass:"]
     passes = report["kernels"]
     if len(set(passes.values())) == 1:
         passes = {"every pass": next(iter(passes.values()))}
@@ -250,7 +250,7 @@ def text(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _summary(report: dict[str, Any]) -> list[str]:
+def _summary_lines(report: dict[str, Any]) -> list[str]:
     """Lines on what is compared, and on which copy of the model.
 
     report["model"]: {"model_type": "llama", "elements": 100000, "kept": {"heads": 4}, "changed": {"layers": {"model": 32, "copy":
@@ -281,7 +281,7 @@ def _summary(report: dict[str, Any]) -> list[str]:
     return table((Column(), Column()), [TableRow(row) for row in rows])
 
 
-def _differences(report: dict[str, Any]) -> list[str]:
+def _difference_lines(report: dict[str, Any]) -> list[str]:
     """The table of differences: a row for each quantity, and two columns for each precision: the difference and its bound.
 
     report["differences"]: [{"quantity": "loss", "precision": "fp32", "distance": 1e-6, "bound": 1e-4, "exceeded": False}, ...].
@@ -294,7 +294,7 @@ def _differences(report: dict[str, Any]) -> list[str]:
     cells: dict[str, list[str]] = {}  # by quantity
     beyond = set()
     for row in report["differences"]:
-        cells.setdefault(row["quantity"], []).extend([_number(row["distance"]), _number(row["bound"])])
+        cells.setdefault(row["quantity"], []).extend([_distance_text(row["distance"]), _distance_text(row["bound"])])
         if row["exceeded"]:
             beyond.add(row["quantity"])
     rows = []
@@ -303,7 +303,7 @@ def _differences(report: dict[str, Any]) -> list[str]:
     return table(columns, rows)
 
 
-def _number(distance: float | str | None) -> str:
+def _distance_text(distance: float | str | None) -> str:
     """A distance or bound as a cell."""
     if distance is None:
         return "no gradient"

@@ -102,40 +102,48 @@ def read_gates(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     return gates, unusable
 
 
-def refuse_no_run(run: Path) -> None:
-    """Refuse a directory that holds no run. Errors: ConfigError."""
-    if not (run / "config.yaml").is_file():
-        what = "not a run directory (it has no config.yaml)" if run.exists() else "there is no such directory"
-        raise ConfigError(f"{run}: {what}; name a run, as in shardtune export runs/x")
+def refuse_no_run(directory: Path) -> None:
+    """Raise ConfigError for a directory that holds no run, or that does not exist."""
+    if not (directory / "config.yaml").is_file():
+        what = "not a run directory (it has no config.yaml)" if directory.exists() else "there is no such directory"
+        raise ConfigError(f"{directory}: {what}; name a run, as in shardtune export runs/x")
 
 
-def destination(run_dir: Path, to: str | None, *, holds_it: bool = False) -> Path:
-    """The directory that the export is written to: `to`, or `export` in the run directory.
+def export_destination(run_dir: Path, to: str | None, *, holds_this_export: bool = False) -> Path:
+    """The directory that the export is written to: `to`, or `export` in the run directory if that is None.
 
-    `holds_it`: whether it holds this very export already. Errors: ConfigError for a directory that holds anything else.
+    Raises ConfigError if `to` exists and is not an empty directory, unless it holds this very export already.
     """
     if to is None:
         return run_dir / "export"
     path = Path(to).expanduser()
-    if path.exists() and not holds_it and (not path.is_dir() or any(path.iterdir())):
+    is_free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not is_free and not holds_this_export:
         raise ConfigError(f"to={path}: exists and is not empty; name a new directory")
     return path
 
 
 def unfinished_remark(run_dir: Path, checkpoint: Path | None) -> str:
-    """A remark for the export's message that the run is not finished, or trained on after the checkpoint; else empty."""
+    """What the message about an export says of the run, to append to it.
+
+    - the run is not done: "; the run is not done: preempted", with its reason if it has one;
+    - the run is done, and trained on after `checkpoint`: "; the run ended at step 200";
+    - else, and for a mean of checkpoints (`checkpoint` is None) of a run that is done: "".
+    """
     from trainer.reporting.status import State, read_status
 
     status = read_status(run_dir)
     if status.get("state") != State.done:
         return f"; the run is not done: {status.get('reason') or status.get('state')}"
-    last = status.get("step")
-    behind = checkpoint is not None and isinstance(last, int) and last > int(checkpoint.name.rpartition("-")[2])
-    return f"; the run ended at step {last}" if behind else ""
+    last_step = status.get("step")
+    if checkpoint is None or not isinstance(last_step, int):
+        return ""
+    checkpoint_step = int(checkpoint.name.rpartition("-")[2])  # the directory is called step-200
+    return f"; the run ended at step {last_step}" if last_step > checkpoint_step else ""
 
 
 def required_run_record(run_dir: Path) -> RunRecord:
-    """The record of a run (run.json), which an export cannot do without. Errors: ConfigError if it cannot be read."""
+    """The record of a run (run.json), which an export cannot do without. Raises ConfigError if it cannot be read."""
     try:
         return read_run_record(run_dir)
     except (OSError, ValueError, RecursionError) as error:

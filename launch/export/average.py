@@ -13,36 +13,37 @@ if TYPE_CHECKING:
 
 
 def checkpoints_to_average(run_dir: Path, average: str, config: RunConfig) -> list[Path]:
-    """The checkpoints that `average` names, oldest first, each checked to be complete.
+    """The checkpoints that `average=` names, oldest first, each checked to be complete.
 
-    "last:3" -> the newest three; "[100,200]" -> those of steps 100 and 200. `config`: the run's. Errors: ConfigError.
+    "last:3" -> the newest three; "[100,200]" -> those of steps 100 and 200. `config`: the run's.
+    Raises ConfigError for any other form, a checkpoint that is missing or damaged, and for the schedule-free optimizer.
     """
     from trainer.optim.config import OptimName
 
     if config.optim.name is OptimName.schedule_free:
         raise ConfigError(f"average={average}: optim=schedule_free exports an average already; leave it out")
-    checkpoints = _checkpoint_by_step(run_dir, config.checkpoint)
-    known = (
-        f"{run_dir} has {', '.join(map(str, checkpoints)) or 'none'}; more are kept with checkpoint.keep and "
+    checkpoint_by_step = _checkpoint_by_step(run_dir, config.checkpoint)
+    known_steps = (
+        f"{run_dir} has {', '.join(map(str, checkpoint_by_step)) or 'none'}; more are kept with checkpoint.keep and "
         "checkpoint.every_steps"
     )
-    keyword, _, count = average.partition(":")
-    names_newest = keyword == "last" and count.isdigit() and int(count) > 1
+    keyword, _, count_text = average.partition(":")
+    names_newest = keyword == "last" and count_text.isdigit() and int(count_text) > 1
     if names_newest:
-        number = int(count)
-        steps = sorted(checkpoints)[-number:]
-        if len(steps) < number:
-            raise ConfigError(f"average={average}: there are not so many checkpoints; {known}")
+        count = int(count_text)
+        steps = sorted(checkpoint_by_step)[-count:]
+        if len(steps) < count:
+            raise ConfigError(f"average={average}: there are not so many checkpoints; {known_steps}")
     else:
         step_texts = [text.strip() for text in average.removeprefix("[").removesuffix("]").split(",")]
         has_only_numbers = all(text.isdigit() for text in step_texts)
         if len(set(step_texts)) < 2 or not has_only_numbers or not average.startswith("["):
-            raise ConfigError(f"average={average}: must be last:<n> of two or more, or a list of steps; {known}")
+            raise ConfigError(f"average={average}: must be last:<n> of two or more, or a list of steps; {known_steps}")
         steps = sorted({int(text) for text in step_texts})
-        missing = [step for step in steps if step not in checkpoints]
-        if missing:
-            raise ConfigError(f"average={average}: there is no checkpoint of step {missing[0]}; {known}")
-    return [_check_complete(checkpoints[step], average) for step in steps]
+        missing_steps = [step for step in steps if step not in checkpoint_by_step]
+        if missing_steps:
+            raise ConfigError(f"average={average}: there is no checkpoint of step {missing_steps[0]}; {known_steps}")
+    return [_intact_checkpoint(checkpoint_by_step[step], average) for step in steps]
 
 
 def _checkpoint_by_step(run_dir: Path, config: CheckpointConfig) -> dict[int, Path]:
@@ -52,7 +53,7 @@ def _checkpoint_by_step(run_dir: Path, config: CheckpointConfig) -> dict[int, Pa
     return dict(checkpoints_in(checkpoint_dirs_of(run_dir, config.fallback_dir)))
 
 
-def _check_complete(path: Path, average: str) -> Path:
+def _intact_checkpoint(path: Path, average: str) -> Path:
     """The path of a checkpoint whose files fit their checksums. Errors: ConfigError if it is damaged."""
     from trainer.checkpoints.manifest import checkpoint_problem
 

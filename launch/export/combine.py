@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.verb_arguments import VerbArguments, flag, option, read_arguments
-from launch.export.arguments import destination
+from launch.export.arguments import export_destination
 from strategies.errors import ConfigError
 from trainer.export.config import ExportType
 
@@ -53,21 +53,19 @@ def asks_to_combine(argv: list[str]) -> bool:
     return any(argument.startswith("adapters=") for argument in argv)
 
 
-def run(argv: list[str]) -> dict[str, Any]:
-    """Combine LoRA adapters as the command line says, and write the model; returns the answer for `--json`.
+def combine_adapters_command(argv: list[str]) -> dict[str, Any]:
+    """Combine LoRA adapters as the command line says, write the model and print where; returns the answer for `--json`.
 
-    Errors: ConfigError with every argument that cannot be used, DriftError if the written model computes other logits.
+    Raises ConfigError with every argument that cannot be used, DriftError if the written model computes other logits.
     """
     arguments, problems = read_arguments("export adapters=", CombineArguments, argv)
-    if arguments.text_by_key.get("adapters") and not arguments.adapters:
-        problems.append(
-            f"adapters={arguments.text_by_key['adapters']}: names no adapter; write adapters=[runs/a/export]"
-        )
+    adapters_text = arguments.text_by_key.get("adapters")
+    if adapters_text and not arguments.adapters:
+        problems.append(f"adapters={adapters_text}: names no adapter; write adapters=[runs/a/export]")
 
     import torch
 
-    from trainer.export.combine import Combination, CombineSettings, combine
-    from trainer.export.combine import problems as combine_problems
+    from trainer.export.combine import Combination, CombineSettings, combination_problems, write_combination
 
     settings = CombineSettings(
         adapters=arguments.adapters,
@@ -77,13 +75,14 @@ def run(argv: list[str]) -> dict[str, Any]:
         seed=arguments.seed,
         base=arguments.base,
     )
-    problems += combine_problems(settings)
+    problems += combination_problems(settings)
     if problems:
         raise ConfigError(problems)
 
     dtype = None if arguments.dtype is ExportType.auto else getattr(torch, arguments.dtype)
-    model_directory = destination(Path(), str(arguments.to))
-    combine(
+    # There is no run directory here: `to=` is required.
+    model_directory = export_destination(Path(), str(arguments.to))
+    write_combination(
         settings,
         model_directory,
         merge=arguments.merge,

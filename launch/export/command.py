@@ -17,7 +17,7 @@ from launch.export import gguf as export_gguf
 from launch.export import hub as export_hub
 from launch.export.arguments import (
     ExportArguments,
-    destination,
+    export_destination,
     read_gates,
     refuse_no_run,
     unfinished_remark,
@@ -59,8 +59,8 @@ With adapters=, export combines several LoRA adapters into one model:
 
 {help_rows(CombineArguments)}"""
 
-MOST_LOOKS = 10
-"""Checkpoints that may be deleted one after the other while each is read."""
+MAX_CHOICES = 10
+"""How often a checkpoint is chosen again if the chosen one is deleted while it is read."""
 
 
 @dataclass(slots=True)
@@ -93,14 +93,14 @@ def main(argv: list[str]) -> int:
 
     Errors: ConfigError, StorageError, DriftError.
     """
-    if writing.is_writer(os.environ):
+    if writing.is_export_rank(os.environ):
         return writing.run_as_rank()
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
     as_json = JSON_FLAG in argv
     with stdout_to_stderr(as_json):
-        answer = combine.run(argv) if combine.asks_to_combine(argv) else run(argv)
+        answer = combine.combine_adapters_command(argv) if combine.asks_to_combine(argv) else export_command(argv)
     if as_json:
         print_json(answer)
     return 0
@@ -125,13 +125,13 @@ def read_export_arguments(argv: list[str]) -> tuple[ExportArguments, dict[str, A
     return arguments, gates
 
 
-def run(argv: list[str]) -> dict[str, Any]:
+def export_command(argv: list[str]) -> dict[str, Any]:
     """Export a checkpoint of a run as the command line says; returns the answer for `--json`: where everything was written.
 
     Errors: ConfigError, StorageError, DriftError.
     """
     from launch.config.read_run import RunReader, read_run, split_allowing_arguments
-    from trainer.export.gates.judge import record
+    from trainer.export.gates.judge import record_gate_decision
     from trainer.session.base_files import use_recorded_base
 
     allowing, argv_of_verb = split_allowing_arguments(argv)
@@ -152,7 +152,9 @@ def run(argv: list[str]) -> dict[str, Any]:
     only_convert = False
     if gguf is not None and bits is None and hub is None and arguments.to is not None:
         only_convert = export_gguf.lacks_only_gguf(Path(arguments.to).expanduser(), arguments, averaged or [last])
-    export_directory = hub.folder if hub is not None else destination(run_dir, arguments.to, holds_it=only_convert)
+    export_directory = (
+        hub.folder if hub is not None else export_destination(run_dir, arguments.to, holds_this_export=only_convert)
+    )
     request = ExportRequest(
         run_dir,
         last,
@@ -182,7 +184,7 @@ def run(argv: list[str]) -> dict[str, Any]:
         register_in_tracker(config, request)
     if request.gates is not None:
         export_record = {"to": str(request.to), "checkpoint": request.checkpoint.name, "time": time.time()}
-        record(run_dir, request.gates, export_record)
+        record_gate_decision(run_dir, request.gates, export_record)
     print(f"model: {request.to}")
 
     # What is made of the export: a GGUF file, a quantised model, a push to the hub.
@@ -190,7 +192,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     answer: dict[str, Any] = {"run": str(run_dir), "checkpoints": names, "model": str(request.to)}
     if gguf is not None:
         export_gguf.mark_gguf_missing(request.to, arguments, averaged or [last])
-        answer["gguf"] = str(export_gguf.write(gguf, request.to, verify=config.export.verify))
+        answer["gguf"] = str(export_gguf.write_and_verify_gguf(gguf, request.to, verify=config.export.verify))
         export_gguf.unmark_gguf_missing(request.to)
     if bits is not None and data is not None:
         answer[str(bits.kind)] = str(export_gguf.write_quantised(bits, request.to, data))
@@ -201,16 +203,16 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 
 def register_in_tracker(config: RunConfig, request: ExportRequest) -> None:
-    """Register the export in a run's directory as a W&B artifact, if the run asks for it and left it to a job.
+    """Register the export in a run's directory as a W&B artifact, if `logging.artifacts` asks for it.
 
-    A run without `export` in `launcher.pipeline` exports itself, and has registered its own. Reads no checkpoint: after the
-    export the run may have deleted it.
+    Only if the run left its export to a job (`export` in `launcher.pipeline`): any other run exports itself, and has registered
+    that. Reads no checkpoint: after the export the run may have deleted it.
     """
     from trainer.config.launching import leaves_export_to_job
     from trainer.session.announcements import track_export
 
-    is_of_run = request.to.resolve() == (request.run_dir / "export").resolve()
-    if not config.logging.artifacts or not leaves_export_to_job(config) or not is_of_run:
+    is_in_run_dir = request.to.resolve() == (request.run_dir / "export").resolve()
+    if not config.logging.artifacts or not leaves_export_to_job(config) or not is_in_run_dir:
         return
     track_export(config, request.to, request.trained_wandb_id, lambda line: print(line, flush=True))
 
@@ -218,6 +220,9 @@ def register_in_tracker(config: RunConfig, request: ExportRequest) -> None:
 def _is_used_by_export(arguments: ExportArguments, value: OutsideValue, config: RunConfig) -> bool:
     """Whether an export uses a value of the run that reaches out of it: a path, an address or a tracker (for `RunReader.uses`).
 
+    - the run's answers for documents: unless the command line names others;
+    - the cache and the source of the data: only with `bits=`, whose rounding is calibrated on rows;
+    - else: what everything that only uses the model needs.
     `value.settings`: the keys that have this value.
     """
     from launch.config.read_run import uses_model_alone
@@ -225,15 +230,18 @@ def _is_used_by_export(arguments: ExportArguments, value: OutsideValue, config: 
     if "export.answers" in value.settings:
         return arguments.answers is None
     if any(key in value.settings for key in ("data.cache_dir", "data.remote", "data.streaming")):
-        return arguments.bits is not None  # its rounding is calibrated on rows
+        return arguments.bits is not None
     return uses_model_alone(value, config)
 
 
 def _exporting_line(request: ExportRequest) -> str:
-    """The message that says what is exported where, with a remark if the run is not finished or trained on."""
+    """The message that says what is exported where, with a remark if the run is not finished or trained on.
+
+    "exporting runs/a/checkpoints/step-100 to runs/a/export; the run ended at step 200"
+    """
     if request.averaged:
         names = ", ".join(path.name for path in request.averaged)
-        return f"exporting the mean of {names} to {request.to}{unfinished_remark(request.run_dir, None)}"
+        return f"exporting the mean of {names} to {request.to}{unfinished_remark(request.run_dir, checkpoint=None)}"
     return f"exporting {request.checkpoint} to {request.to}{unfinished_remark(request.run_dir, request.checkpoint)}"
 
 
@@ -246,7 +254,7 @@ def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest
     """
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
     from trainer.export.gates.bounds import OVERRIDE
-    from trainer.export.gates.judge import GateRefused, judge, refuse, weights_at
+    from trainer.export.gates.judge import GateRefused, judge, refuse_failed_gates, weights_at
 
     # A gate of the run was set before its results were known: a typed one may add to it, but not replace it.
     problems = []
@@ -278,7 +286,7 @@ def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest
     checkpoints = checkpoints_in(checkpoint_dirs_of(request.run_dir, fallback_dir))
     step = next(step for step, path in checkpoints if path == request.checkpoint)
     gate_verdicts = judge(gates, weights_at(request.run_dir, step, fallback_dir), config.evaluation.tasks)
-    refuse(gate_verdicts, f"{request.run_dir}, {request.checkpoint.name}")
+    refuse_failed_gates(gate_verdicts, f"{request.run_dir}, {request.checkpoint.name}")
     for line in gate_verdicts.refused:
         print(f"gate passed over ({gate_verdicts.override}): {line}", flush=True)
     return gate_verdicts
@@ -307,7 +315,7 @@ def apply_export_arguments(config: RunConfig, arguments: ExportArguments) -> Non
     config.run.device = Device.cpu
 
 
-def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, looks: int = MOST_LOOKS) -> Path:
+def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, looks: int = MAX_CHOICES) -> Path:
     """The directory of a run's complete checkpoint `which`: `auto`, `last`, `best` or a step.
 
     `auto` is the one that the run exported at its end, and the last one if it is not done or of an earlier version. A run that
@@ -366,30 +374,30 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
 def warn_if_base_was_better(run_dir: Path, checkpoint: Path, config: RunConfig) -> None:
     """Print a warning if the model was at least as good before the first step as at its best `checkpoint`.
 
-    Then training gained nothing by the watched metric. Both numbers come from `metrics.jsonl`.
+    Then training gained nothing by the watched metric. Both values come from `metrics.jsonl`; if one is missing, nothing is said.
     """
     from trainer.config.evaluation import more_is_better
     from trainer.reporting.results import at_step
 
-    watch = config.evaluation.watched
-    step = int(checkpoint.name.rpartition("-")[2])
-    before = at_step(run_dir, 0).get(watch)
-    best = at_step(run_dir, step).get(watch)
-    if before is None or best is None:
+    watched_metric = config.evaluation.watched
+    best_step = int(checkpoint.name.rpartition("-")[2])  # the directory is called step-200
+    base_value = at_step(run_dir, 0).get(watched_metric)
+    best_value = at_step(run_dir, best_step).get(watched_metric)
+    if base_value is None or best_value is None:
         return
-    gain = best - before if more_is_better(config) else before - best
+    gain = best_value - base_value if more_is_better(config) else base_value - best_value
     if gain <= 0:
         print(
-            f"checkpoint=best: no evaluation was better than the one before the first step ({watch} {before:.4f}; step {step} "
-            f"has {best:.4f}): the base does at least as well",
+            f"checkpoint=best: no evaluation was better than the one before the first step ({watched_metric} {base_value:.4f}; "
+            f"step {best_step} has {best_value:.4f}): the base does at least as well",
             flush=True,
         )
 
 
 def next_checkpoint(request: ExportRequest, config: RunConfig) -> Path:
-    """The checkpoint to export in place of one that the run, which still trains, deleted after it was chosen.
+    """The checkpoint to export in place of `request.checkpoint`, which the run, still training, deleted after it was chosen.
 
-    Errors: ConfigError if there is none, or if the gates judged the one that is gone.
+    Raises ConfigError if there is no other, or if gates judged the deleted one: their verdict holds for no other.
     """
     if request.gates is not None:
         raise ConfigError(
@@ -437,7 +445,7 @@ def export(config: RunConfig, request: ExportRequest, num_processes: int) -> Pre
             kept.enter_context(kept_from_pruning(request.checkpoint))
         if config.logging.artifacts:
             request.trained_wandb_id = read_header(request.checkpoint).progress.wandb_id or ""
-        job = writing.WritingJob(
+        job = writing.ExportJob(
             run=str(request.run_dir),
             checkpoints=[str(path) for path in request.averaged or [request.checkpoint]],
             to=str(request.to),
@@ -449,6 +457,6 @@ def export(config: RunConfig, request: ExportRequest, num_processes: int) -> Pre
         )
         # Rows are needed for `bits=`, which is made of them in this process afterwards.
         if num_processes == 1 or request.rows_needed is not None:
-            return writing.write_in_place(config, job)
-        writing.write_in_processes(config, job, num_processes)
+            return writing.export_in_this_process(config, job)
+        writing.export_in_processes(config, job, num_processes)
         return None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CONVERTER_KEYS = ("gguf", "gguf.converter", "gguf.python")
 """Arguments that may be mended before an export goes on."""
-MARKER = ".waits-for-gguf.json"
+PENDING_GGUF_FILE = ".waits-for-gguf.json"
 """In an export whose GGUF file could not be made: which export it is, so that the same command only converts it."""
 
 
@@ -38,7 +38,7 @@ class GgufRequest:
 def gguf_request(arguments: ExportArguments, config: RunConfig) -> GgufRequest | None:
     """The GGUF file that `gguf=` requests on the command line; None without it.
 
-    Errors: ConfigError for an adapter that is not merged, or without a converter, before anything is written.
+    Raises ConfigError if the export would be an adapter, or if there is no converter, before anything is written.
     """
     if arguments.gguf is None:
         return None
@@ -46,45 +46,50 @@ def gguf_request(arguments: ExportArguments, config: RunConfig) -> GgufRequest |
 
     _refuse_adapter(f"gguf={arguments.gguf}", config)
     converter = find_converter(arguments.gguf_converter, arguments.gguf_python)
-    return GgufRequest(arguments.gguf, converter, arguments.run.resolve().name)
+    return GgufRequest(arguments.gguf, converter, name=arguments.run.resolve().name)
 
 
 def lacks_only_gguf(directory: Path, arguments: ExportArguments, checkpoints: list[Path]) -> bool:
-    """Whether an earlier start of the same command has written the whole export, and only its GGUF file is missing."""
+    """Whether `directory` holds this very export, and only its GGUF file is missing since its conversion failed."""
     try:
-        waiting_export = json.loads((directory / MARKER).read_text(encoding="utf-8"))
+        pending_export = json.loads((directory / PENDING_GGUF_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(waiting_export == _export_key(arguments, checkpoints))
+    return bool(pending_export == _export_identity(arguments, checkpoints))
 
 
 def mark_gguf_missing(directory: Path, arguments: ExportArguments, checkpoints: list[Path]) -> None:
-    """Record in the directory which export it holds before it is converted, for `lacks_only_gguf`."""
-    (directory / MARKER).write_text(json.dumps(_export_key(arguments, checkpoints)), encoding="utf-8")
+    """Write into the directory which export it holds, before it is converted, for `lacks_only_gguf`."""
+    identity = _export_identity(arguments, checkpoints)
+    (directory / PENDING_GGUF_FILE).write_text(json.dumps(identity), encoding="utf-8")
 
 
 def unmark_gguf_missing(directory: Path) -> None:
     """Remove the record of `mark_gguf_missing`, once the GGUF file is there."""
-    (directory / MARKER).unlink(missing_ok=True)
+    (directory / PENDING_GGUF_FILE).unlink(missing_ok=True)
 
 
-def _export_key(arguments: ExportArguments, checkpoints: list[Path]) -> dict[str, Any]:
-    """What identifies an export: its checkpoints, and the arguments except for those of the converter, which may be mended."""
+def _export_identity(arguments: ExportArguments, checkpoints: list[Path]) -> dict[str, Any]:
+    """What identifies an export, as JSON values: the names of its checkpoints, and the arguments that decide its files.
+
+    The arguments of the converter do not count: they may be mended before the command is repeated.
+    """
     deciding_texts = {key: text for key, text in arguments.text_by_key.items() if key not in CONVERTER_KEYS}
     return {"words": deciding_texts, "checkpoints": [path.name for path in checkpoints]}
 
 
-def write(request: GgufRequest, directory: Path, *, verify: bool) -> Path:
+def write_and_verify_gguf(request: GgufRequest, directory: Path, *, verify: bool) -> Path:
     """Convert an export to a GGUF file, verify it, and print how ollama uses it; returns the file.
 
-    Errors: ConfigError for an adapter, ShardtuneError if the converter fails, DriftError.
+    Raises ConfigError for an adapter, ShardtuneError if the converter fails, DriftError if the file computes something else.
     """
     from trainer.export.gguf import verify_gguf, write_gguf
     from trainer.tuning.bottleneck import CONFIG_FILE
     from trainer.tuning.initial_adapter import SETTINGS
 
     # Not told by config.json: an adapter has one, too, if its training changed the base's positions.
-    if (directory / SETTINGS).is_file() or (directory / CONFIG_FILE).is_file():
+    is_adapter = (directory / SETTINGS).is_file() or (directory / CONFIG_FILE).is_file()
+    if is_adapter:
         raise ConfigError(
             f"gguf={request.kind}: {directory} is an adapter, and this method cannot be folded into its base"
         )
@@ -97,7 +102,7 @@ def write(request: GgufRequest, directory: Path, *, verify: bool) -> Path:
 
 
 def _refuse_adapter(argument: str, config: RunConfig) -> None:
-    """Refuse an argument that needs a whole model, if the export would be an adapter. Errors: ConfigError."""
+    """Raise ConfigError if the export would be an adapter, for an argument such as "bits=nf4" that needs a whole model."""
     from trainer.tuning.base import LoraConfig
 
     if isinstance(config.tuning, LoraConfig) and not config.export.merge:

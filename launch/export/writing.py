@@ -32,7 +32,7 @@ STOPPED_CODES = (75, 130)
 """Exit codes after a signal and after Ctrl-C."""
 
 
-class WritersFailed(ShardtuneError):
+class ExportProcessesFailed(ShardtuneError):
     """The processes that write an export have failed; what they met is on the screen."""
 
     def __init__(self, exit_code: int) -> None:
@@ -42,7 +42,7 @@ class WritersFailed(ShardtuneError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WritingJob:
+class ExportJob:
     """What is written where, and what its model card must say. Processes read it as JSON, by the names of these fields."""
 
     run: str
@@ -63,23 +63,26 @@ class WritingJob:
     """Whether today's rows may be used if those of the training are gone."""
 
 
-def write_in_place(config: RunConfig, job: WritingJob) -> PreparedData:
-    """Write the export in this process, on the CPU; returns the run's data. Errors: those of `write_as_rank`."""
-    from strategies import runtime as processes
+def export_in_this_process(config: RunConfig, job: ExportJob) -> PreparedData:
+    """Write the export in this process, on the CPU; returns the run's data, of which `bits=` measures a loss.
+
+    Raises the errors of `write_as_rank`.
+    """
+    from strategies.runtime import join_job, leave_job
     from trainer.config.run import settled_matmul
 
     run = config.run
-    runtime = processes.join_job("cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=settled_matmul(config))
+    runtime = join_job("cpu", timeout_s=run.timeout_s, threads=run.threads, matmul=settled_matmul(config))
     try:
         return write_as_rank(config, job, runtime)
     finally:
-        processes.leave_job()
+        leave_job()
 
 
-def write_in_processes(config: RunConfig, job: WritingJob, num_processes: int) -> None:
+def export_in_processes(config: RunConfig, job: ExportJob, num_processes: int) -> None:
     """Write the export in several processes of this host, which read configuration and job from a temporary directory.
 
-    Errors: WritersFailed, after their message was shown.
+    Raises ExportProcessesFailed if their exit code is not 0, also if they were stopped; their message is on the screen then.
     """
     from launch.cluster.supervisor import run_supervised
     from launch.cluster.torchrun import RankProgram
@@ -94,14 +97,15 @@ def write_in_processes(config: RunConfig, job: WritingJob, num_processes: int) -
     header = f"# Written by shardtune export.\n# sha256: {sha256}\n"
     (job_dir / CONFIG_FILE).write_text(header + to_yaml(config), encoding="utf-8")
     code = run_supervised(config, job_dir, sha256, program=RankProgram("launch.export", CONFIG_FILE))
-    if code in (0, *STOPPED_CODES):
+    has_failed = code not in (0, *STOPPED_CODES)
+    if not has_failed:
         shutil.rmtree(job_dir, ignore_errors=True)
     if code:
-        raise WritersFailed(code)
+        raise ExportProcessesFailed(code)
 
 
-def is_writer(environment: Mapping[str, str]) -> bool:
-    """Whether this process is one of those that write an export, started by `write_in_processes`."""
+def is_export_rank(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of those that write an export, started by `export_in_processes`."""
     return "RANK" in environment and Path(environment.get("SHARDTUNE_CONFIG", "")).name == CONFIG_FILE
 
 
@@ -124,7 +128,7 @@ def run_as_rank() -> int:
     frozen = Path(os.environ["SHARDTUNE_CONFIG"])
     job_dir = frozen.parent
     config = load_frozen(frozen)
-    job = WritingJob(**json.loads((job_dir / JOB_FILE).read_text(encoding="utf-8")))
+    job = ExportJob(**json.loads((job_dir / JOB_FILE).read_text(encoding="utf-8")))
     run = config.run
     try:
         with rank_of_job(job_dir, run.lease_s) as (_, attempt):
@@ -145,7 +149,7 @@ def run_as_rank() -> int:
     return 0
 
 
-def write_as_rank(config: RunConfig, job: WritingJob, runtime: Runtime) -> PreparedData:
+def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> PreparedData:
     """Describe the run's model and write its export, this process its share; returns the run's data. All ranks must call.
 
     Errors: those of building the model, of reading the checkpoint, and of writing.
@@ -237,19 +241,20 @@ def _reference(
 
 
 def _export_precision(config: RunConfig, record: RunRecord, run_dir: Path) -> Precision:
-    """The precision in which the export is built and verified: that of the training, if a CPU can compute in it.
+    """The precision in which the export is built and verified: that of the training, if a CPU can compute in it, else fp32.
 
-    Errors: ConfigError if the run's record names no precision.
+    A CPU cannot compute in fp16; the parameters that a run in fp16 trains are float32 anyway.
+    Raises ConfigError if the run's record names no precision.
     """
     from strategies.base import Precision
 
-    trained_in = record.precision or config.precision
-    if trained_in not in [*Precision]:
+    precision_name = record.precision or config.precision
+    if precision_name not in [*Precision]:
         raise ConfigError(
-            f"{run_dir / RUN_RECORD}: its precision is {trained_in}, which is none of {', '.join(Precision)}; "
+            f"{run_dir / RUN_RECORD}: its precision is {precision_name}, which is none of {', '.join(Precision)}; "
             "bring it back"
         )
-    precision = Precision(trained_in)
+    precision = Precision(precision_name)
     if precision in (Precision.auto, Precision.fp16):
-        return Precision.fp32  # fp16 cannot be computed on a CPU, and masters are float32 anyway
+        return Precision.fp32
     return precision

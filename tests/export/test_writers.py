@@ -14,7 +14,7 @@ import torch
 from launch.cluster import supervisor
 from launch.config.compose import compose
 from launch.export.command import find_checkpoint
-from launch.export.writing import WritersFailed, WritingJob, write_in_processes
+from launch.export.writing import ExportJob, ExportProcessesFailed, export_in_processes
 from strategies import atomic_io
 from strategies.runtime import Runtime
 from strategies.saved_parameters import SavedParameters
@@ -28,7 +28,7 @@ from trainer.checkpoints.config import CheckpointConfig
 from trainer.export import write as write_module
 from trainer.export.config import ExportConfig
 from trainer.export.files import RECORDS_DIRECTORY, ExportInUse, files_of_writer, sole_export, write_file
-from trainer.export.plan import PlannedFile, PlannedTensor, plan_files
+from trainer.export.plan import ExportFile, ExportTensor, plan_files
 from trainer.export.trained_model import ModelValues
 from trainer.export.write import write_export
 from trainer.reporting.documents.facts import ModelFacts
@@ -215,7 +215,7 @@ def test_next_start_of_another_export_keeps_nothing(change, model, runtime, tmp_
 
 def test_files_are_dealt_by_their_bytes():
     sizes = [5, 5, 5, 1, 1, 3, 4]
-    files = [PlannedFile(f"{number}", [PlannedTensor("t", size, 0)]) for number, size in enumerate(sizes)]
+    files = [ExportFile(f"{number}", [ExportTensor("t", size, 0)]) for number, size in enumerate(sizes)]
     for writers in (1, 2, 3, 9):
         shares = [files_of_writer(files, writer, writers) for writer in range(writers)]
         assert sorted(file.name for share in shares for file in share) == [file.name for file in files]
@@ -327,9 +327,9 @@ def test_export_that_was_stopped_leaves_no_settings_behind(code, stays, tmp_path
         return code
 
     monkeypatch.setattr(supervisor, "run_supervised", ended)
-    job = WritingJob(run=str(tmp_path), checkpoints=[], to=str(tmp_path / "out"))
-    with pytest.raises(WritersFailed, match="failed" if stays else "were stopped"):
-        write_in_processes(compose(words_of(tmp_path)).config, job, 2)
+    job = ExportJob(run=str(tmp_path), checkpoints=[], to=str(tmp_path / "out"))
+    with pytest.raises(ExportProcessesFailed, match="failed" if stays else "were stopped"):
+        export_in_processes(compose(words_of(tmp_path)).config, job, 2)
     assert directories[0].exists() == stays
     shutil.rmtree(directories[0], ignore_errors=True)
 

@@ -99,7 +99,9 @@ def test_export_job_of_a_pipeline_registers_the_model_that_the_run_left_to_it(si
 
     monkeypatch.setattr("strategies.state.read_header", read_header)
     # Once it is exported, the run may delete the checkpoint before the model is registered.
-    monkeypatch.setattr("launch.export.writing.write_in_place", lambda config, job: shutil.rmtree(job.checkpoints[0]))
+    monkeypatch.setattr(
+        "launch.export.writing.export_in_this_process", lambda config, job: shutil.rmtree(job.checkpoints[0])
+    )
     request = ExportRequest(run_dir, checkpoint, run_dir / "export")
     export(compose(words(site, "chained", "logging.artifacts=true")).config, request, 1)
     for parts in ("[train]", "[train,export]"):

@@ -31,9 +31,9 @@ class Combination(StrEnum):
     dare_ties = "dare_ties"
 
 
-PRUNING = (Combination.ties, Combination.dare_linear, Combination.dare_ties)
+PRUNING_COMBINATIONS = (Combination.ties, Combination.dare_linear, Combination.dare_ties)
 """Those that drop entries, so that `density` has a meaning."""
-COMBINED = "combined"
+COMBINED_ADAPTER_NAME = "combined"
 """peft's name for the adapter that is made."""
 
 
@@ -55,70 +55,68 @@ class CombineSettings:
     """Model directory; default: the one that the adapters name."""
 
 
-def problems(settings: CombineSettings) -> list[str]:
-    """What is wrong with the settings and the directories, one line each; reads only their JSON."""
-    lines = []
-    # Each adapter by itself.
-    settings_by_adapter = {}
-    """peft's settings by directory, of the adapters that can be combined."""
+def combination_problems(settings: CombineSettings) -> list[str]:
+    """What is wrong with the settings and the adapters' directories, one line each; reads only their JSON.
+
+    First each adapter by itself (unreadable, no LoRA, DoRA), then the settings, then the adapters with each other: of different
+    ranks, bases or tasks.
+    """
+    problems = []
+    peft_settings_by_directory = {}  # of the adapters that can be combined
     for directory in settings.adapters:
-        adapter = read_settings(directory)
-        if isinstance(adapter, str):
-            why_unreadable = adapter
-            lines.append(f"adapters={directory}: {why_unreadable}")
-        elif adapter.get("peft_type") != "LORA":
-            method = str(adapter.get("peft_type")).lower()
-            lines.append(f"adapters={directory}: was made by {method}; only LoRA adapters can be combined")
-        elif adapter.get("use_dora"):
-            lines.append(f"adapters={directory}: has magnitudes (DoRA), which do not add up; merge it alone")
+        peft_settings = read_settings(directory)
+        if isinstance(peft_settings, str):
+            why_unreadable = peft_settings
+            problems.append(f"adapters={directory}: {why_unreadable}")
+        elif peft_settings.get("peft_type") != "LORA":
+            method = str(peft_settings.get("peft_type")).lower()
+            problems.append(f"adapters={directory}: was made by {method}; only LoRA adapters can be combined")
+        elif peft_settings.get("use_dora"):
+            problems.append(f"adapters={directory}: has magnitudes (DoRA), which do not add up; merge it alone")
         else:
-            settings_by_adapter[directory] = adapter
-    # The settings, then the adapters with each other.
+            peft_settings_by_directory[directory] = peft_settings
     if settings.weights and len(settings.weights) != len(settings.adapters):
-        lines.append(
+        problems.append(
             f"weights={settings.weights}: {len(settings.weights)} for {len(settings.adapters)} adapters; give one for each"
         )
     if not 0 < settings.density <= 1:
-        lines.append(f"density={settings.density:g}: must be above 0 and at most 1; 0.5 as a rule")
-    ranks = {directory: adapter["r"] for directory, adapter in settings_by_adapter.items()}
-    if settings.combination is not Combination.cat and len(set(ranks.values())) > 1:
-        lines.append(f"combine={settings.combination}: needs adapters of one rank, not {ranks}; use combine=cat")
-    bases = {adapter.get("base_model_name_or_path") for adapter in settings_by_adapter.values()}
+        problems.append(f"density={settings.density:g}: must be above 0 and at most 1; 0.5 as a rule")
+    rank_by_directory = {directory: adapter["r"] for directory, adapter in peft_settings_by_directory.items()}
+    if settings.combination is not Combination.cat and len(set(rank_by_directory.values())) > 1:
+        problems.append(
+            f"combine={settings.combination}: needs adapters of one rank, not {rank_by_directory}; use combine=cat"
+        )
+    bases = {adapter.get("base_model_name_or_path") for adapter in peft_settings_by_directory.values()}
     if settings.base is None and len(bases) > 1:
-        lines.append(f"adapters: name different bases ({', '.join(map(str, bases))}); give base=<dir>")
-    tasks = {adapter.get("task_type") for adapter in settings_by_adapter.values()}
+        problems.append(f"adapters: name different bases ({', '.join(map(str, bases))}); give base=<dir>")
+    tasks = {adapter.get("task_type") for adapter in peft_settings_by_directory.values()}
     if tasks - {"CAUSAL_LM"}:
-        lines.append(f"adapters: of {', '.join(map(str, tasks))}; only those of causal language models can be combined")
-    return lines
+        problems.append(
+            f"adapters: of {', '.join(map(str, tasks))}; only those of causal language models can be combined"
+        )
+    return problems
 
 
-def combine(
-    settings: CombineSettings, to: Path, *, merge: bool, dtype: torch.dtype | None, max_shard_gib: float
+def write_combination(
+    settings: CombineSettings, output_dir: Path, *, merge: bool, dtype: torch.dtype | None, max_shard_gib: float
 ) -> str:
-    """Write the merged model (or with `merge` off the one adapter) into the empty directory `to`; returns the base's path.
+    """Write the combination of adapters into the empty directory `output_dir`; returns the base's path.
 
-    `dtype`: stored type of a merged model; default: that of the base. Reloads what it wrote and compares logits.
-    Errors: ConfigError, DriftError, OSError.
+    `merge`: writes the merged model, else one adapter. `dtype`: stored type of a merged model; default: that of the base.
+    What was written is loaded again, and its logits are compared. Raises ConfigError for settings with problems or a base that
+    cannot be loaded, DriftError if the logits differ, OSError if the disk fails.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from trainer.export.tensors import stored_type
     from trainer.export.verify import probe_ids, verify_export
-    from trainer.model.architecture import auto_class
-    from trainer.model.config import ModelKind
 
-    lines = problems(settings)
-    if lines:
-        raise ConfigError(lines)
-    # Load the base.
-    first = read_object(Path(settings.adapters[0]).expanduser() / SETTINGS)
-    base = str(settings.base or first["base_model_name_or_path"])
-    try:
-        base_config = AutoConfig.from_pretrained(_config_source(settings, base), local_files_only=True)
-        auto = auto_class(ModelKind.causal, base_config)
-        base_model = auto.from_pretrained(base, config=base_config, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"base={base}: cannot be loaded ({str(error)[:200]}); give base=<model directory>") from error
+    problems = combination_problems(settings)
+    if problems:
+        raise ConfigError(problems)
+    first_peft_settings = read_object(Path(settings.adapters[0]).expanduser() / SETTINGS)
+    base = str(settings.base or first_peft_settings["base_model_name_or_path"])
+    base_config, base_model = _load_base(settings, base)
     tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if _has_tokenizer(settings) else base)
     if len(tokenizer) > base_model.get_input_embeddings().weight.shape[0]:
         base_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -126,22 +124,41 @@ def combine(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         model = _combine_adapters(settings, base_model)
-        ids = probe_ids(tokenizer)
+        token_ids = probe_ids(tokenizer)
         with torch.no_grad():
-            reference = model(input_ids=torch.tensor([ids])).logits[0].float()
-        to.mkdir(parents=True, exist_ok=True)
+            reference = model(input_ids=torch.tensor([token_ids])).logits[0].float()
+        output_dir.mkdir(parents=True, exist_ok=True)
         if merge:
-            merged = model.merge_and_unload(adapter_names=[COMBINED], safe_merge=True)
+            merged = model.merge_and_unload(adapter_names=[COMBINED_ADAPTER_NAME], safe_merge=True)
             merged.to(dtype or stored_type(Path(base)))
-            merged.save_pretrained(to, max_shard_size=int(max_shard_gib * 2**30))
+            merged.save_pretrained(output_dir, max_shard_size=int(max_shard_gib * 2**30))
         else:
-            _save_adapter(model, base, to)
+            _save_adapter(model, base, output_dir)
             if _config_source(settings, base) != base:
-                base_config.save_pretrained(str(to))
-    tokenizer.save_pretrained(str(to))
-    verification = verify_export(to, base_path=base, token_ids=ids, reference=reference)
+                base_config.save_pretrained(str(output_dir))
+    tokenizer.save_pretrained(str(output_dir))
+    verification = verify_export(output_dir, base_path=base, token_ids=token_ids, reference=reference)
     print(f"export verified: {verification}", flush=True)
     return base
+
+
+def _load_base(settings: CombineSettings, base: str) -> tuple[Any, Any]:
+    """Load the base of the adapters in float32; returns (its configuration with the positions of the training, the model).
+
+    Raises ConfigError if it cannot be loaded, or if the adapters were trained with different positions.
+    """
+    from transformers import AutoConfig
+
+    from trainer.model.architecture import auto_class
+    from trainer.model.config import ModelKind
+
+    try:
+        config = AutoConfig.from_pretrained(_config_source(settings, base), local_files_only=True)
+        model_class = auto_class(ModelKind.causal, config)
+        model = model_class.from_pretrained(base, config=config, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base={base}: cannot be loaded ({str(error)[:200]}); give base=<model directory>") from error
+    return config, model
 
 
 def _combine_adapters(settings: CombineSettings, base_model: Any) -> Any:
@@ -152,19 +169,19 @@ def _combine_adapters(settings: CombineSettings, base_model: Any) -> Any:
     from peft import PeftModel
 
     names = [f"adapter_{number}" for number in range(len(settings.adapters))]
-    pruning: dict[str, Any] = {}
-    if settings.combination in PRUNING:
-        pruning["density"] = settings.density
+    density_argument = {"density": settings.density} if settings.combination in PRUNING_COMBINATIONS else {}
     model: Any = PeftModel.from_pretrained(base_model, settings.adapters[0], adapter_name=names[0])
     for name, directory in zip(names[1:], settings.adapters[1:], strict=True):
         model.load_adapter(directory, adapter_name=name)
+    weights = settings.weights or [1.0] * len(names)
+    torch.manual_seed(settings.seed)
     try:
-        weights = settings.weights or [1.0] * len(names)
-        torch.manual_seed(settings.seed)
-        model.add_weighted_adapter(names, weights, COMBINED, combination_type=str(settings.combination), **pruning)
+        model.add_weighted_adapter(
+            names, weights, COMBINED_ADAPTER_NAME, combination_type=str(settings.combination), **density_argument
+        )
     except ValueError as error:
         raise ConfigError(f"combine={settings.combination}: peft refuses: {' '.join(str(error).split())}") from error
-    model.set_adapter(COMBINED)
+    model.set_adapter(COMBINED_ADAPTER_NAME)
     return model.eval()
 
 
@@ -173,11 +190,11 @@ def _save_adapter(model: Any, base: str, to: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    state = get_peft_model_state_dict(model, adapter_name=COMBINED, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, adapter_name=COMBINED_ADAPTER_NAME, save_embedding_layers=False)
     # Copies, since safetensors refuses tensors that share memory.
     tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, to / WEIGHTS, {"format": "pt"})
-    settings = model.peft_config[COMBINED]
+    settings = model.peft_config[COMBINED_ADAPTER_NAME]
     settings.base_model_name_or_path = base
     settings.inference_mode = True
     settings.save_pretrained(str(to))
@@ -190,14 +207,16 @@ def _config_source(settings: CombineSettings, base: str) -> str:
     trained with different positions: no one model computes what each of them learned.
     """
     sources = [adapter_config_source(Path(directory).expanduser(), base) for directory in settings.adapters]
-    positions = []
+    positions_of_adapters = []
     for source in sources:
         config = read_object(Path(source) / CONFIG) if Path(source).is_dir() else {}
-        text = config.get("text_config") or config
+        text_config = config.get("text_config") or config
         # (number of positions, rope parameters)
-        positions.append((text.get("max_position_embeddings"), text.get("rope_parameters")))
-    for directory, source, own in zip(settings.adapters, sources, positions, strict=True):
-        if (source == base) != (sources[0] == base) or own != positions[0]:
+        positions_of_adapters.append((text_config.get("max_position_embeddings"), text_config.get("rope_parameters")))
+    first_uses_base = sources[0] == base
+    for directory, source, positions in zip(settings.adapters, sources, positions_of_adapters, strict=True):
+        uses_base = source == base
+        if uses_base != first_uses_base or positions != positions_of_adapters[0]:
             raise ConfigError(
                 f"adapters={directory}: was trained under other positions (model.positions, model.rope) than "
                 f"{settings.adapters[0]}; combine adapters of the same positions"

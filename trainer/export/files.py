@@ -31,7 +31,7 @@ from strategies.atomic_io import (
     read_exactly,
 )
 from strategies.errors import ConfigError
-from trainer.export.plan import ExportPlan, PlannedFile, convert_group
+from trainer.export.plan import ExportFile, ExportPlan, convert_group
 from trainer.export.trained_model import ModelValues
 
 RECORDS_DIRECTORY = ".written"
@@ -141,7 +141,7 @@ def _holder_text(descriptor: int) -> str:
     return ""
 
 
-def files_of_writer(files: list[PlannedFile], writer_index: int, num_writers: int) -> list[PlannedFile]:
+def files_of_writer(files: list[ExportFile], writer_index: int, num_writers: int) -> list[ExportFile]:
     """The files that one of several writers writes, by name, so that every writer has about as many bytes.
 
     From the largest file on, each goes to the writer that has the fewest bytes so far. Every writer computes the same shares.
@@ -205,7 +205,7 @@ def _is_staging_of(staging_dir: Path, origin_text: str) -> bool:
     return recorded_origin == origin_text.encode()
 
 
-def is_file_complete(staging_dir: Path, file: PlannedFile) -> bool:
+def is_file_complete(staging_dir: Path, file: ExportFile) -> bool:
     """Whether a file is in the staging directory with the size and the SHA-256 that its record has. Reads all of it."""
     try:
         record = json.loads(atomic_io.read_bytes(_record_file(staging_dir, file), max_bytes=MAX_RECORD_BYTES))
@@ -215,7 +215,7 @@ def is_file_complete(staging_dir: Path, file: PlannedFile) -> bool:
     return file_difference(staging_dir, written) is None
 
 
-def write_file(plan: ExportPlan, file: PlannedFile, values: ModelValues, staging_dir: Path) -> None:
+def write_file(plan: ExportPlan, file: ExportFile, values: ModelValues, staging_dir: Path) -> None:
     """Write one file of a plan durably, and then its record, which says that it is complete.
 
     Holds one file and one group of tensors at a time. Raises OSError and SafetensorError for the file, StorageError and
@@ -231,7 +231,7 @@ def write_file(plan: ExportPlan, file: PlannedFile, values: ModelValues, staging
     atomic_io.write_new(_record_file(staging_dir, file), record.encode())
 
 
-def _stored_tensors(plan: ExportPlan, file: PlannedFile, values: ModelValues) -> Iterator[tuple[str, Tensor]]:
+def _stored_tensors(plan: ExportPlan, file: ExportFile, values: ModelValues) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor as it is stored) of each tensor of a file. A group's tensors that belong to other files are dropped."""
     group_index: int | None = None
     tensors_of_group: dict[str, Tensor] = {}
@@ -251,7 +251,7 @@ def _stored_tensors(plan: ExportPlan, file: PlannedFile, values: ModelValues) ->
         yield planned.name, tensor
 
 
-def _record_file(staging_dir: Path, file: PlannedFile) -> Path:
+def _record_file(staging_dir: Path, file: ExportFile) -> Path:
     """The record of a complete file."""
     return staging_dir / RECORDS_DIRECTORY / f"{file.name}.json"
 

@@ -21,7 +21,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedTensor:
+class ExportTensor:
     """One stored tensor of an export."""
 
     name: str
@@ -32,11 +32,11 @@ class PlannedTensor:
 
 
 @dataclass(slots=True)
-class PlannedFile:
+class ExportFile:
     """One file of an export."""
 
     name: str = ""
-    tensors: list[PlannedTensor] = field(default_factory=list)
+    tensors: list[ExportTensor] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
@@ -54,7 +54,7 @@ class ExportPlan:
     """What stored tensors are made from. A weight that the architecture ignores is a group without members."""
     group_bytes: list[int]
     """About how many bytes a process holds while it makes the tensors of each group."""
-    files: list[PlannedFile]
+    files: list[ExportFile]
 
     @property
     def num_bytes(self) -> int:
@@ -94,18 +94,18 @@ def plan_files(values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> 
     conversions = values.base.conversions
     groups = conversions.stored_groups(values.names())
     group_bytes: list[int] = []
-    tensors: list[PlannedTensor] = []
+    tensors: list[ExportTensor] = []
     for group_index, group in enumerate(groups):
         members = {name: values.meta_tensor(name) for name in group.members}
         stored_tensors = conversions.convert_back(group, members)
         for name, tensor in stored_tensors.items():
-            tensors.append(PlannedTensor(name, _stored_bytes(tensor, dtype), group_index))
+            tensors.append(ExportTensor(name, _stored_bytes(tensor, dtype), group_index))
         # A conversion that joins tensors holds both the members and what is made of them.
         held_tensors = [*members.values(), *stored_tensors.values()]
         group_bytes.append(sum(tensor.nbytes for tensor in held_tensors))
     for name in conversions.carried():
         tensor = conversions.files.on_meta(name)
-        tensors.append(PlannedTensor(name, _stored_bytes(tensor, dtype), group_index=len(groups)))
+        tensors.append(ExportTensor(name, _stored_bytes(tensor, dtype), group_index=len(groups)))
         groups.append(StoredGroup(members=[], name=name))
         group_bytes.append(tensor.nbytes)
     return ExportPlan(dtype, groups, group_bytes, _distribute_over_files(tensors, max_file_bytes))
@@ -131,16 +131,16 @@ def _stored_bytes(tensor: Tensor, dtype: torch.dtype) -> int:
     return tensor.numel() * item_bytes
 
 
-def _distribute_over_files(tensors: list[PlannedTensor], max_file_bytes: int) -> list[PlannedFile]:
+def _distribute_over_files(tensors: list[ExportTensor], max_file_bytes: int) -> list[ExportFile]:
     """Distribute tensors over files in their order: a file ends before the tensor that would make it larger than the limit.
 
     A tensor larger than `max_file_bytes` has a file of its own. A single file is named `SINGLE_FILE`, several have numbers.
     """
-    files = [PlannedFile()]
+    files = [ExportFile()]
     file_bytes = 0
     for tensor in tensors:
         if files[-1].tensors and file_bytes + tensor.num_bytes > max_file_bytes:
-            files.append(PlannedFile())
+            files.append(ExportFile())
             file_bytes = 0
         files[-1].tensors.append(tensor)
         file_bytes += tensor.num_bytes

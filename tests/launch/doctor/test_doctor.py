@@ -29,7 +29,7 @@ def looked(capsys, code: int = 0) -> dict:
 def alone(monkeypatch, tmp_path):
     """No SLURM, no driver, and an environment without a job."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    for name in (*machine.RANK_VARIABLES, *machine.OFFLINE):
+    for name in (*machine.RANK_VARIABLES, *machine.OFFLINE_VARIABLES):
         monkeypatch.delenv(name, raising=False)
 
 

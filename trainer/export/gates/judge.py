@@ -148,16 +148,15 @@ def _verdict_on(bound: Bound, matched: list[MeasuredMetric]) -> GateVerdict:
     worst = max(matched, key=lambda metric: bound.badness(metric.value))
     passed = all(bound.holds(metric.value) for metric in matched)
     if math.isnan(worst.value):
-        value = None
-        measured = "has no value"
+        reported_value = None
+        measured_text = "has no value"
     else:
-        value = worst.value
-        measured = f"{value:.4g}{_interval_text(worst)}"
-    full_name = ""
-    if worst.name not in (bound.metric, bound.metric.removeprefix("eval/")):
-        full_name = f" ({worst.name})"
-    text = f"{bound.metric}: {measured}{full_name}, {bound}; {worst.where}"
-    return GateVerdict(bound.metric, bound.text, passed, value, worst.where, text)
+        reported_value = worst.value
+        measured_text = f"{worst.value:.4g}{_interval_text(worst)}"
+    is_called_otherwise = worst.name not in (bound.metric, bound.metric.removeprefix("eval/"))
+    full_name = f" ({worst.name})" if is_called_otherwise else ""
+    text = f"{bound.metric}: {measured_text}{full_name}, {bound}; {worst.where}"
+    return GateVerdict(bound.metric, bound.text, passed, reported_value, worst.where, text)
 
 
 def _interval_text(metric: MeasuredMetric) -> str:
@@ -219,7 +218,7 @@ def _measuring_command(metric: str, weights: Weights, tasks: Mapping[str, Any]) 
     )
 
 
-def refuse(gates: JudgedGates, checkpoint: str) -> None:
+def refuse_failed_gates(gates: JudgedGates, checkpoint: str) -> None:
     """Raise GateRefused with every gate that is not passed, unless the user overrides them. `checkpoint` names the weights."""
     if gates.refused and gates.override is None:
         lines = "\n  ".join(gates.refused)
@@ -229,7 +228,10 @@ def refuse(gates: JudgedGates, checkpoint: str) -> None:
         )
 
 
-def record(run_dir: Path, gates: JudgedGates, about: dict[str, Any]) -> None:
-    """Add the decision about an export, described by `about`, to the run's `run.json`. Errors: StorageError."""
+def record_gate_decision(run_dir: Path, gates: JudgedGates, export_entry: dict[str, Any]) -> None:
+    """Add the gates' decision about an export to the list `exports` in the run's `run.json`.
+
+    `export_entry`: which export it was, as JSON values. Raises StorageError if the file cannot be written.
+    """
     earlier_exports = read_json(run_dir / "run.json").get("exports") or []
-    add_to_run_record(run_dir, "exports", [*earlier_exports, {**about, **gates.record()}])
+    add_to_run_record(run_dir, "exports", [*earlier_exports, {**export_entry, **gates.record()}])

@@ -56,24 +56,26 @@ class MeasuredMetric:
 def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> list[MeasuredMetric]:
     """All metrics that a run has measured: those of evaluation reports, newest first, then those that training logged.
 
-    `step`, `artefact`: step and hash of the weights that are to be exported; None where unknown. Metrics of these weights have
-    `of_these_weights` set: reports by the hash (a test report without one by
-    its step), training's by the step.
+    `step`, `artefact`: step and hash of the weights that are to be exported; None if unknown. `of_these_weights` is set by the
+    hash for a report, and by the step for training's evaluations and for a test report without a hash.
     """
-    # Reports: each kind is read by a function of its own.
     metrics: list[MeasuredMetric] = []
-    metrics_of = {EVALUATION: _metrics_of_evaluation, REVIEW: _metrics_of_review, TEST: _metrics_of_test}
+    metrics_by_report_kind = {EVALUATION: _metrics_of_evaluation, REVIEW: _metrics_of_review, TEST: _metrics_of_test}
     for report in kept_reports(run_dir):
         of_these_weights = artefact is not None and report.artefact == artefact
         if report.artefact is None and report.kind == TEST:  # of a run that wrote no checkpoint of its last step
             of_these_weights = artefact is None and step == (report.report.get("model") or {}).get("step")
-        metrics += metrics_of[report.kind](report, of_these_weights)
-    # Training's evaluations, in the run's metrics.
+        metrics += metrics_by_report_kind[report.kind](report, of_these_weights)
+    return metrics + _metrics_of_training(run_dir, step)
+
+
+def _metrics_of_training(run_dir: Path, step: int | None) -> list[MeasuredMetric]:
+    """The metrics of the evaluations that training logged: those at `step` first, then the others from the newest."""
     evaluated_steps = []
     for row in rows(run_dir):
         if any(name.startswith("eval/") for name in row):
             evaluated_steps.append(row["step"])
-    # The requested step first, then the others from the newest.
+    metrics = []
     for evaluated_step in dict.fromkeys([step, *reversed(evaluated_steps)]):
         if evaluated_step is None:
             continue
@@ -84,23 +86,24 @@ def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> l
             # Training's evaluations know neither tasks nor kinds.
             names = MetricNames(short_name, metric=short_name.rpartition("/")[2])
             where = f"training's evaluation at step {evaluated_step}"
-            metrics.append(MeasuredMetric(names, float(value), where, evaluated_step == step))
+            metrics.append(MeasuredMetric(names, float(value), where, of_these_weights=evaluated_step == step))
     return metrics
 
 
-def matching_metrics(gate: str, metrics: list[MeasuredMetric]) -> list[MeasuredMetric]:
-    """The metrics that a gate's name stands for, the newest of each; empty if none does.
+def matching_metrics(gate_name: str, metrics: list[MeasuredMetric]) -> list[MeasuredMetric]:
+    """The metrics that a gate's name stands for, the newest of each; empty if none does. `metrics`: newest first.
 
-    Forms of names are tried in the order of `MetricNames`: the first form that any metric has decides. `metrics`: newest first.
+    The forms of names are tried in the order of `MetricNames`. The first form in which any metric has this name decides: "loss"
+    is a metric of that full name if there is one, else the metric `loss` of every task.
     """
-    name = gate.removeprefix("eval/") or gate
-    for form in range(len(MetricNames._fields)):
-        newest: dict[str, MeasuredMetric] = {}
+    name = gate_name.removeprefix("eval/") or gate_name
+    for form_index in range(len(MetricNames._fields)):
+        newest_by_name: dict[str, MeasuredMetric] = {}
         for metric in metrics:
-            if metric.names[form] == name:
-                newest.setdefault(metric.name, metric)
-        if newest:
-            return [*newest.values()]
+            if metric.names[form_index] == name:
+                newest_by_name.setdefault(metric.name, metric)
+        if newest_by_name:
+            return [*newest_by_name.values()]
     return []
 
 
@@ -120,16 +123,17 @@ def _metrics_of_evaluation(kept_report: KeptReport, of_these_weights: bool) -> I
                 yield _measured(kept_report, names, entry, of_these_weights)
         if against.get("what") == "base" and task.startswith(GENERAL_TASK_PREFIXES):
             comparison = (against.get("tasks") or {}).get(task) or {}
-            forgotten = _forgotten(task_report, comparison)
+            forgotten = _forgotten_share(task_report, comparison)
             if forgotten:
                 names = MetricNames(f"{task}/{FORGETTING}", metric=FORGETTING)
                 yield _measured(kept_report, names, forgotten, of_these_weights)
 
 
-def _forgotten(task_report: dict[str, Any], comparison: dict[str, Any]) -> dict[str, Any]:
-    """How much worse the first metric is than the base's, as a share of the base's value; empty if that is unknown.
+def _forgotten_share(task_report: dict[str, Any], comparison: dict[str, Any]) -> dict[str, Any]:
+    """How much worse the first metric of a task is than the base's, as a share of the base's value; empty if that is unknown.
 
-    Returns an entry like those of a report's metrics: `value`, `low`, `high`.
+    Returns an entry like those of a report's metrics: {"value": 0.03, "low": 0.01, "high": 0.05}.
+    `comparison`: the same task in the comparison with the base.
     """
     metric = next(iter(task_report.get("metrics") or {}), None)
     if metric is None:
@@ -139,6 +143,7 @@ def _forgotten(task_report: dict[str, Any], comparison: dict[str, Any]) -> dict[
     if not difference or not difference.get("value"):
         return {}
     greater_is_better = task_report["metrics"][metric].get("greater_is_better", True)
+    # A fall is worse if greater is better, a rise otherwise.
     sign = -1 if greater_is_better else 1
     scale = sign / abs(difference["value"])
     # A negative scale swaps the ends of the interval.
