@@ -250,12 +250,14 @@ def test_adapter_combinations_other_than_cat_are_those_of_peft(base, made, tmp_p
 def test_words_that_cannot_be_used(base, made, tmp_path, typed, part):
     second = made("lora other", r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], seed=5)
     with pytest.raises(ConfigError) as caught:
-        combine.run([f"adapters=[{made('lora')},{second}]", f"to={tmp_path / 'x'}", *typed.split()])
+        combine.combine_adapters_command(
+            [f"adapters=[{made('lora')},{second}]", f"to={tmp_path / 'x'}", *typed.split()]
+        )
     assert part in str(caught.value)
     assert not (tmp_path / "x").exists()
 
 
 def test_only_lora_is_combined(base, made, tmp_path):
     with pytest.raises(ConfigError, match="was made by ia3; only LoRA"):
-        combine.run([f"adapters=[{made('lora')},{made('ia3')}]", f"to={tmp_path / 'x'}"])
+        combine.combine_adapters_command([f"adapters=[{made('lora')},{made('ia3')}]", f"to={tmp_path / 'x'}"])
     assert Ia3Config().name == "ia3"

@@ -58,7 +58,7 @@ def test_a_planted_fault_gives_69_in_words_and_json(capsys, model, monkeypatch):
     beyond = {row["quantity"]: row["distance"] for row in found["differences"] if row["exceeded"]}
     assert set(beyond) == {"attention", "MLP", "norms", "embeddings", "head"}
     assert all(distance == pytest.approx(0.5, rel=1e-3) for distance in beyond.values())
-    shown = verify.text(found)
+    shown = verify.verification_lines(found)
     assert [line.split()[0] for line in shown if line.endswith("  differs")] == list(beyond)
     assert not any("computes what" in line for line in shown)
 
@@ -76,7 +76,7 @@ def test_a_planted_factor_of_dealt_experts_gives_69(capsys, tmp_path, monkeypatc
     assert {"num_experts": 8, "num_local_experts": 8}.items() & kept.items() and kept["num_experts_per_tok"] == 2
     beyond = {row["quantity"]: row["distance"] for row in found["differences"] if row["exceeded"]}
     assert set(beyond) == {"experts"} and beyond["experts"] == pytest.approx(1.0, rel=1e-3), "twice what it should be"
-    shown = " ".join(" ".join(verify.text(found)).split())
+    shown = " ".join(" ".join(verify.verification_lines(found)).split())
     assert "parallel.experts=2 on 4 ranks" in shown and "parallel.experts=4 -> 2: the fewest ranks" in shown
 
 
