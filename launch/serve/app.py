@@ -25,16 +25,20 @@ def refuse_missing_packages() -> None:
 
 
 def application(chat_model: ChatModel, config: ServeConfig) -> TransformersMiddleware:
-    """The ASGI application that answers OpenAI-compatible requests with `chat_model`: transformers' server behind our checks."""
+    """The ASGI application that answers OpenAI-compatible requests with `chat_model`: transformers' server behind our checks.
+
+    - without batching: one answer at a time, so that each has the seed of its own request;
+    - with batching: no request can choose how it is sampled. Sets the model to greedy decoding, unless the export's own settings
+      sample.
+    """
     # Imported here: the packages that it needs are checked first.
     from launch.serve.compat import SingleModelManager, seed_by_request, text_server
 
     manager = SingleModelManager(chat_model.name, chat_model.model, chat_model.tokenizer, chat_model.context_length)
-    app, shut_down = text_server(manager, batching=config.batching)
+    server = text_server(manager, batching=config.batching)
     if not config.batching:
-        # One answer at a time, so that each can have the seed of its own request.
         seed_by_request(chat_model.model)
-    elif not chat_model.samples_by_default:  # with batching no request can choose: all are greedy
+    elif not chat_model.samples_by_default:
         generation_config = chat_model.generation_config
         generation_config.do_sample = False
         generation_config.temperature = None
@@ -48,6 +52,6 @@ def application(chat_model: ChatModel, config: ServeConfig) -> TransformersMiddl
         samples_by_default=chat_model.samples_by_default,
         batching=config.batching,
     )
-    middleware = TransformersMiddleware(app, served_model, config)
-    middleware.close = shut_down
+    middleware = TransformersMiddleware(server.application, served_model, config)
+    middleware.close = server.shut_down
     return middleware

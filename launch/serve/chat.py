@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch.config.help_text import show_help
 from launch.config.verb_arguments import (
@@ -23,6 +23,7 @@ from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.serve.conversation import Conversation
+    from launch.serve.exported import ExportedModel
 
 
 @dataclass(kw_only=True)
@@ -97,41 +98,53 @@ def main(argv: list[str]) -> int:
     conversations = _load_conversations(exported, other_export, against, arguments)
     if prompt is None:
         return _converse(conversations)
-    _one_answer(conversations, prompt, arguments.as_json)
+    _print_answers(conversations, prompt, as_json=arguments.as_json)
     return 0
 
 
-def _load_conversations(exported: Any, other_export: Any, against: str, arguments: ChatArguments) -> list[Conversation]:
+def _load_conversations(
+    exported: ExportedModel, other_export: ExportedModel | None, against: str, arguments: ChatArguments
+) -> list[Conversation]:
     """Load the models that answer, with a conversation each: the tuned one last, and before it the one to compare with.
 
-    `exported`: the export to chat with. `against`: what it is compared with: `base`, `none`, or the directory of `other_export`.
-    Without an `against=` on the command line, a base that is not on this machine is left out. Errors: ConfigError.
+    `against`: what `exported` is compared with:
+    - `base`: its base model. If that is not on this machine: ConfigError if `against=base` was set by the user, else a message,
+      and the tuned model answers alone;
+    - `none`: nothing;
+    - the directory of `other_export`: that export.
     """
     from launch.serve.conversation import ChatSettings, Conversation
-    from launch.serve.models import load, load_base
+    from launch.serve.models import load_base_chat_model, load_chat_model
 
     settings = ChatSettings(
         max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=arguments.seed, system=arguments.system
     )
-    placement = {"device": arguments.device, "dtype": str(arguments.dtype)}
-    tuned = load(exported, **placement)
-    other_model = None
+    device = arguments.device
+    dtype = str(arguments.dtype)
+    tuned_model = load_chat_model(exported, device=device, dtype=dtype)
+    compared_model = None
     if against == "base":
-        other_model = load_base(exported, **placement)
-        if other_model is None and arguments.against is not None:
+        compared_model = load_base_chat_model(exported, device=device, dtype=dtype)
+        is_set_by_user = arguments.against is not None
+        if compared_model is None and is_set_by_user:
             raise ConfigError(
                 f"against=base: the base of {exported.path} is not on this machine; name another export, or against=none"
             )
-        if other_model is None:
+        if compared_model is None:
             print("(the base model is not on this machine: only the tuned model answers)", file=sys.stderr)
     elif other_export is not None:
-        other_model = load(other_export, **placement)
-    chat_models = [tuned] if other_model is None else [other_model, tuned]
+        compared_model = load_chat_model(other_export, device=device, dtype=dtype)
+    chat_models = [tuned_model] if compared_model is None else [compared_model, tuned_model]
     return [Conversation(chat_model, settings) for chat_model in chat_models]
 
 
-def _one_answer(conversations: list[Conversation], prompt: str, as_json: bool) -> None:
-    """Print the answer of each model to one prompt, as one JSON object if `as_json`."""
+def _print_answers(conversations: list[Conversation], prompt: str, *, as_json: bool) -> None:
+    """Print the answer of each model to one prompt.
+
+    - `as_json`: one JSON object, {"prompt": ..., "answers": [{"model", "text", "tokens", "cut"}, ...]};
+    - a terminal, and two models: side by side;
+    - else: one after the other, below their names if there are two.
+    """
     from launch.serve.chat_screen import stream_in_columns
 
     if as_json:
@@ -149,15 +162,16 @@ def _one_answer(conversations: list[Conversation], prompt: str, as_json: bool) -
             )
         print(json.dumps({"prompt": prompt, "answers": answers}, ensure_ascii=False))
         return
-    if sys.stdout.isatty() and len(conversations) > 1:
+    in_terminal = sys.stdout.isatty()
+    if in_terminal and len(conversations) > 1:
         stream_in_columns(conversations, prompt)
         return
     for conversation in conversations:
         if len(conversations) > 1:
             print(f"{conversation.chat_model.name}:")
         for piece in conversation.stream_answer(prompt):
-            # A terminal would obey control characters that the model writes; a file gets them as they are.
-            print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+            # A terminal would obey control characters that the model generates; a file gets them as they are.
+            print(printable(piece) if in_terminal else piece, end="", flush=True)
         print()
         if conversation.is_cut:
             print(f"(cut at max_tokens={conversation.settings.max_tokens})", file=sys.stderr)

@@ -20,9 +20,9 @@ def stream_in_columns(conversations: list[Conversation], prompt: str, console: A
     console = console or Console()
     answers = _Answers(conversations, prompt)
     with Live(answers.table(), console=console, refresh_per_second=10, vertical_overflow="visible") as live:
-        while answers.are_being_written():
+        while answers.are_being_generated():
             try:
-                answers.wait()
+                answers.wait_briefly()
             except KeyboardInterrupt:
                 for conversation in conversations:
                     conversation.stop()
@@ -69,11 +69,11 @@ class _Answers:
         except BaseException as error:  # noqa: BLE001 - raised in the thread that shows the answers
             self.errors.append(error)
 
-    def are_being_written(self) -> bool:
+    def are_being_generated(self) -> bool:
         """Whether any answer is still being generated."""
         return any(thread.is_alive() for thread in self._threads)
 
-    def wait(self) -> None:
+    def wait_briefly(self) -> None:
         """Wait a moment for each thread."""
         for thread in self._threads:
             thread.join(0.05)

@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     exported = find_export(arguments.export)
     for line in compare_base(exported, accept="base" in arguments.accept):
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
-    engine = chosen_engine(config, exported)
+    engine = choose_engine(config, exported)
     if arguments.dry_run or arguments.print_only or arguments.as_json:
         return print_plan(exported, config, engine, arguments)
     if engine == "vllm":
@@ -99,13 +99,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def chosen_engine(config: ServeConfig, exported: ExportedModel) -> str:
-    """The engine that will serve an export: `vllm` or `transformers`; sets `config.python` to the Python that has vLLM, if given.
+def choose_engine(config: ServeConfig, exported: ExportedModel) -> str:
+    """The engine that will serve an export: "vllm" or "transformers". Sets `config.python` to the full path of that Python.
 
     - serve.engine=transformers: that;
     - vLLM is requested by serve.engine=vllm or serve.python: vLLM;
     - neither: vLLM if it is installed and can serve this export, else transformers.
-    Errors: ConfigError if vLLM is requested, and is not installed or cannot serve this adapter.
+    Raises ConfigError if vLLM is requested, and is not installed or cannot serve this adapter.
     """
     from launch.serve.other_servers import vllm_command
     from launch.serve.vllm_environment import find_vllm_python
@@ -117,25 +117,25 @@ def chosen_engine(config: ServeConfig, exported: ExportedModel) -> str:
     else:
         config.python = find_vllm_python(config.python)
         is_installed = True
-    is_asked_for = config.engine == "vllm" or config.python is not None
-    is_supported = vllm_command(exported, config) is not None
-    if is_asked_for and not is_installed:
+    is_requested = config.engine == "vllm" or config.python is not None
+    can_serve_export = vllm_command(exported, config) is not None
+    if is_requested and not is_installed:
         raise ConfigError(
             "serve.engine=vllm: vLLM is not installed in this environment, and its releases up to 0.32 ask for an older "
             "transformers than shardtune; install it in an environment of its own and set serve.python=<its Python>, or set "
             "serve.engine=transformers"
         )
-    if is_asked_for and not is_supported:
+    if is_requested and not can_serve_export:
         raise ConfigError(
             f"serve.engine=vllm: vLLM takes no {exported.settings.get('peft_type', 'such')} adapter; export with merge=true, or "
             "serve.engine=transformers"
         )
-    return "vllm" if is_installed and is_supported else "transformers"
+    return "vllm" if is_installed and can_serve_export else "transformers"
 
 
 def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, arguments: ServeArguments) -> int:
     """Print what `serve` would start (`--dry-run`), or the commands for vLLM and SGLang (`--print`); returns the exit code 0."""
-    from launch.serve.other_servers import computed_type, sglang_command, shell_text, vllm_command
+    from launch.serve.other_servers import compute_type_name, sglang_command, shell_text, vllm_command
 
     # Values of "vllm" and "sglang": the command as text, "" if the server does not take the adapter.
     plan = {
@@ -143,7 +143,7 @@ def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, argume
         "directory": str(exported.path),
         "base": exported.base,
         "engine": engine,
-        "dtype": computed_type(exported, config),
+        "dtype": compute_type_name(exported, config),
         "address": f"http://{config.host}:{config.port}/v1",
         "key": config.key_env,
         "vllm": shell_text(vllm_command(exported, config)),
@@ -165,15 +165,15 @@ def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, argume
 
 def start_vllm(exported: ExportedModel, config: ServeConfig) -> int:
     """Replace this process by vLLM, with our middleware in front of all its addresses; never returns."""
-    from launch.serve.other_servers import computed_type, shell_text, vllm_command, vllm_environment
+    from launch.serve.other_servers import compute_type_name, shell_text, vllm_command, vllm_environment
     from launch.serve.vllm_environment import gateway_directory
 
     command = vllm_command(exported, config, middleware=True)
-    assert command is not None  # `chosen_engine` made sure
+    assert command is not None  # `choose_engine` made sure
     environment = os.environ | vllm_environment(exported, config)
     if config.python is not None:
         environment["PYTHONPATH"] = str(gateway_directory())
-    print(f"computes in {computed_type(exported, config)} (serve.dtype)", flush=True)
+    print(f"computes in {compute_type_name(exported, config)} (serve.dtype)", flush=True)
     print(f"starting {shell_text(command)}", flush=True)
     os.execvpe(command[0], command, environment)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -64,28 +64,37 @@ class SingleModelManager(ModelManager):
         return [self._listed]
 
 
-def text_server(manager: SingleModelManager, *, batching: bool) -> tuple[Any, Callable[[], None]]:
-    """(the ASGI application that writes chats and texts with the one model, what ends its computing).
+class TextServer(NamedTuple):
+    """transformers' server around one model."""
 
-    `batching`: many requests are computed at once. Uses `build_server`, `GenerationState` and the handlers of chats and texts.
-    A request's seed travels with the request's own settings; `seed_by_request` has it take effect.
+    application: Any
+    """The ASGI application that answers chats and completions."""
+    shut_down: Callable[[], None]
+    """Ends the threads that generate."""
+
+
+def text_server(manager: SingleModelManager, *, batching: bool) -> TextServer:
+    """transformers' server that answers chats and completions with the one model of `manager`.
+
+    `batching`: many requests are computed at once. Uses `build_server`, `GenerationState` and the handlers of chats and
+    completions. A request's seed travels with the request's own settings; `seed_by_request` has it take effect.
     """
     logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)  # else a warning for each request
     state = GenerationState(continuous_batching=batching)
     closed: Any = _ClosedHandler()  # has the one method that the server calls of the handlers it stands for
     application = build_server(
         manager,
-        chat_handler=_seeded(ChatCompletionHandler)(manager, state),
-        completion_handler=_seeded(CompletionHandler)(manager, state),
+        chat_handler=_keeping_seed(ChatCompletionHandler)(manager, state),
+        completion_handler=_keeping_seed(CompletionHandler)(manager, state),
         response_handler=closed,
         transcription_handler=closed,
         systemone_handler=closed,
         generation_state=state,
     )
-    return application, state.shutdown
+    return TextServer(application, state.shutdown)
 
 
-def _seeded(handler: type[BaseHandler]) -> Any:
+def _keeping_seed(handler: type[BaseHandler]) -> Any:
     """A subclass of transformers' handler that does not seed the process when a request arrives, but keeps the seed for later.
 
     Another answer may be being generated when a request arrives, and there is one seed for the whole process. Overrides

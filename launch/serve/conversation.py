@@ -55,19 +55,20 @@ class Conversation:
         self.messages.clear()
 
     def stop(self) -> None:
-        """End the answer that is being written after its next token."""
+        """End the answer that is being generated, after its next token."""
         self._stop.set()
 
     def stream_answer(self, prompt: str) -> Iterator[str]:
-        """Generate the answer to a prompt and yield it in pieces; the turn is added to `messages` at its end.
+        """Generate the answer to a prompt and yield it in pieces; at its end the turn is added to `messages`.
 
-        Errors: ConfigError if the prompt does not fit into the model's context, or the chat template refuses it.
+        A model without a chat template keeps no turns. Raises ConfigError if the prompt does not fit into the model's context, or
+        if the chat template refuses it.
         """
         messages = [*self.messages, {"role": "user", "content": prompt}]
         prompt_ids = self._prompt_ids(messages, prompt)
         context_length = self.chat_model.context_length
-        room = context_length - len(prompt_ids)
-        if room < 1:
+        max_answer_tokens = context_length - len(prompt_ids)
+        if max_answer_tokens < 1:
             remedy = "shorten it, or start again with /new" if self.messages else "shorten it"
             raise ConfigError(
                 f"the prompt has {len(prompt_ids)} tokens and {self.chat_model.name} takes {context_length}, "
@@ -75,16 +76,18 @@ class Conversation:
             )
         self._stop.clear()
         pieces = []
-        for piece in self._generate(prompt_ids, min(room, self.settings.max_tokens)):
+        for piece in self._generate(prompt_ids, min(max_answer_tokens, self.settings.max_tokens)):
             pieces.append(piece)
             yield piece
         if self.has_template:
             self.messages[:] = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def _prompt_ids(self, messages: list[dict[str, str]], prompt: str) -> list[int]:
-        """The token ids that the model gets: `messages` in its chat template, or without a template the prompt alone.
+        """The token ids that the model gets, with the system prompt first if there is one.
 
-        The system prompt, if there is one, comes first. Errors: ConfigError if the template refuses the messages.
+        - with a chat template: all `messages`, and the opening of the answer;
+        - without: `prompt` alone, which is the last of them.
+        Raises ConfigError if the template refuses the messages.
         """
         tokenizer = self.chat_model.tokenizer
         system = self.settings.system

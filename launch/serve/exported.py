@@ -41,27 +41,27 @@ class ExportedModel:
 def compare_base(exported: ExportedModel, *, accept: bool) -> list[str]:
     """How the base model of an adapter differs from the one that it was trained on, as lines for the user.
 
-    Empty for a whole model, and for a base that is not on this machine: loading it will fail with a message of its own. Errors:
-    ConfigError that names the files, if the base differs and `accept` is not set.
+    Empty for a whole model, and for a base that is not on this machine: loading it will fail with a message of its own.
+    Raises ConfigError that names the files, if the base differs and `accept` is False.
     """
     from trainer.model.base_files import refuse_another_base
 
     if exported.base is None:
         return []
-    base = Path(exported.base).expanduser()
-    if not base.is_dir():
+    base_dir = Path(exported.base).expanduser()
+    if not base_dir.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
             revision = exported.settings.get("revision")
-            base = Path(snapshot_download(exported.base, revision=revision, local_files_only=True))
+            base_dir = Path(snapshot_download(exported.base, revision=revision, local_files_only=True))
         except Exception:  # noqa: BLE001 - whatever the hub's client says of it, it is not here
             return []
-    return refuse_another_base(exported.path, base, accept=accept)
+    return refuse_another_base(exported.path, base_dir, accept=accept)
 
 
-def stored_type(exported: ExportedModel) -> str | None:
-    """The type in which the weights of a whole model, or of an adapter's base, are stored, such as `float32`.
+def stored_type_name(exported: ExportedModel) -> str | None:
+    """The type in which the weights of a whole model, or of an adapter's base, are stored, such as "float32".
 
     None if its config.json does not say, or the base is not a directory here.
     """
@@ -69,11 +69,11 @@ def stored_type(exported: ExportedModel) -> str | None:
     if not (directory / MODEL_FILE).is_file():
         return None
     settings = read_object(directory / MODEL_FILE)
-    # transformers 5 writes `dtype`, earlier versions wrote `torch_dtype`. A larger model has it in the part for text.
-    for part in (settings, settings.get("text_config") or {}):
-        for key in ("dtype", "torch_dtype"):
-            if part.get(key):
-                return str(part[key])
+    text_settings = settings.get("text_config") or {}  # a model for more than text has it there
+    for section in (settings, text_settings):
+        for key in ("dtype", "torch_dtype"):  # of transformers 5, and of earlier versions
+            if section.get(key):
+                return str(section[key])
     return None
 
 
@@ -133,7 +133,7 @@ def _read_export(path: Path, file: str, name: str) -> ExportedModel:
 
 
 def _task_type(settings: dict[str, Any]) -> str | None:
-    """The kind of a whole model by its config.json, in peft's words; None for a causal language model."""
+    """The task of a whole model by its config.json, by peft's name: "SEQ_2_SEQ_LM", "SEQ_CLS"; None for a causal model."""
     if settings.get("is_encoder_decoder"):
         return "SEQ_2_SEQ_LM"
     architectures = [str(architecture) for architecture in settings.get("architectures") or []]

@@ -45,7 +45,10 @@ class GatewayMiddleware:
             await _send_refusal(send, refused)
 
     async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Admit a request, check its body, and pass it on to the application. Raises RefusedRequest."""
+        """Admit a request, check its body, and pass it on to the application. Raises RefusedRequest.
+
+        Raises it with status 429 if `serve.max_requests` requests with a body are under way already.
+        """
         headers = {}
         for name, value in scope["headers"]:
             headers[name.decode("latin-1").lower()] = value.decode("latin-1")
@@ -60,7 +63,8 @@ class GatewayMiddleware:
         self.active_requests += 1
         try:
             content = await self._body(receive, headers)
-            await self._pass_on(scope, receive, send, self._checked_body(scope["path"], content))
+            checked_body = self._checked_body(scope["path"], content)
+            await self._call_application(scope, receive, send, checked_body)
         finally:
             self.active_requests -= 1
 
@@ -115,7 +119,7 @@ class GatewayMiddleware:
         """Wrap `send`, so that answers can be changed on their way out. `request_body`: what the application was given."""
         return _RefusalFormatter(send)
 
-    async def _pass_on(self, scope: Message, receive: Receive, send: Send, body: dict[str, Any]) -> None:
+    async def _call_application(self, scope: Message, receive: Receive, send: Send, body: dict[str, Any]) -> None:
         """Call the application with the checked body in place of the one that was received."""
         content = json.dumps(body).encode()
         # The application would name its answer by the client's x-request-id.
@@ -186,26 +190,27 @@ class _RefusalFormatter:
 
         An answer is one message that begins it, with status and headers, and one or more with its body.
         """
-        if message["type"] == "http.response.start" and self._is_buffered(message):
+        if message["type"] == "http.response.start" and self._must_be_buffered(message):
             self._start = message
             return
-        if self._start is None:
+        if self._start is None:  # the answer is passed on as it comes
             await self.send(message)
             return
         self._content += message.get("body", b"")
-        if message.get("more_body"):
+        is_complete = not message.get("more_body")
+        if not is_complete:
             return
-        content = self.rewritten(self._start["status"], self._content)
+        body = self.rewrite_body(self._start["status"], self._content)
         headers = [header for header in self._start["headers"] if header[0].lower() != b"content-length"]
-        headers.append((b"content-length", str(len(content)).encode()))
+        headers.append((b"content-length", str(len(body)).encode()))
         await self.send({**self._start, "headers": headers})
-        await self.send({"type": "http.response.body", "body": content})
+        await self.send({"type": "http.response.body", "body": body})
 
-    def _is_buffered(self, begin: Message) -> bool:
-        """Whether an answer is kept until it is complete, by the message that begins it."""
-        return bool(begin["status"] >= 400)
+    def _must_be_buffered(self, start_message: Message) -> bool:
+        """Whether an answer must be kept until it is complete, by the message that begins it: an error must."""
+        return bool(start_message["status"] >= 400)
 
-    def rewritten(self, status: int, content: bytes) -> bytes:
+    def rewrite_body(self, status: int, content: bytes) -> bytes:
         """The body of an answer as it is sent to the client: an error in OpenAI's format, anything else unchanged.
 
         The message of an error comes from the fields `detail` or `error`, else it is the whole body.
@@ -232,12 +237,12 @@ class _StopCuttingResponse(_RefusalFormatter):
         super().__init__(send)
         self.stops = stops
 
-    def _is_buffered(self, begin: Message) -> bool:
+    def _must_be_buffered(self, begin: Message) -> bool:
         return True
 
-    def rewritten(self, status: int, content: bytes) -> bytes:
+    def rewrite_body(self, status: int, content: bytes) -> bytes:
         """The body of an answer, with the text of each choice cut before the first stop sequence."""
-        content = super().rewritten(status, content)
+        content = super().rewrite_body(status, content)
         if status >= 400:
             return content
         answer = json.loads(content)

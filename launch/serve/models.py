@@ -29,12 +29,12 @@ class ChatModel:
         return self.model.generation_config
 
 
-def load(exported: ExportedModel, *, device: str = "auto", dtype: str = "auto") -> ChatModel:
+def load_chat_model(exported: ExportedModel, *, device: str = "auto", dtype: str = "auto") -> ChatModel:
     """Load an exported model with its tokenizer. Errors: ConfigError if files, base or device are not there."""
     return _load(exported.name, exported.path, exported.base, device, dtype)
 
 
-def load_base(exported: ExportedModel, *, device: str = "auto", dtype: str = "auto") -> ChatModel | None:
+def load_base_chat_model(exported: ExportedModel, *, device: str = "auto", dtype: str = "auto") -> ChatModel | None:
     """Load the model that an export was tuned from: an adapter's base, or the model of the run that wrote the export.
 
     None if it is not known or not on this machine. A base without a chat template gets that of the export, so that both answer
@@ -61,15 +61,15 @@ def load_base(exported: ExportedModel, *, device: str = "auto", dtype: str = "au
     return base
 
 
-def _base_of_run(export: Path) -> str | None:
-    """`model.path` of the run whose directory an export lies in; None if it lies in none."""
+def _base_of_run(export_dir: Path) -> str | None:
+    """`model.path` of the run in whose directory an export lies; None if it lies in none, or if that cannot be read."""
     import yaml
 
-    frozen = export.parent / "config.yaml"
-    if not frozen.is_file():
+    config_file = export_dir.parent / "config.yaml"
+    if not config_file.is_file():
         return None
     try:
-        base = yaml.safe_load(frozen.read_text(encoding="utf-8"))["model"]["path"]
+        base = yaml.safe_load(config_file.read_text(encoding="utf-8"))["model"]["path"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
     return str(base) if base else None
@@ -81,10 +81,9 @@ def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> C
     If the export's own settings sample, they stay. Else they become plain sampling (temperature 1, no top_p or top_k), which a
     request can change or turn off. `base`: the base model if `path` is an adapter, for messages. Errors: ConfigError.
     """
+    from trainer.export.load_chat_model import load_export
     from transformers import AutoTokenizer
     from transformers.utils import logging
-
-    from trainer.export.load import load_export
 
     logging.set_verbosity_error()  # else lines about settings that do not matter while an answer is shown
     torch_device = chosen_device(device)

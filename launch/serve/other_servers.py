@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from launch.serve.config import ServeConfig, ServedType
-from launch.serve.exported import MODEL_FILE, ExportedModel, stored_type
+from launch.serve.exported import MODEL_FILE, ExportedModel, stored_type_name
 from strategies.small_files import read_object
 
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -29,15 +29,7 @@ def vllm_command(exported: ExportedModel, config: ServeConfig, *, middleware: bo
     if exported.base is None:
         command = [*vllm, "serve", str(exported.path), "--served-model-name", name]
     elif exported.is_plain_lora:
-        lora_rank = int(exported.settings.get("r", 8))
-        max_rank = next((rank for rank in VLLM_LORA_RANKS if rank >= lora_rank), VLLM_LORA_RANKS[-1])
-        adapter = json.dumps({"name": name, "path": str(exported.path)})
-        command = [*vllm, "serve", exported.base, "--tokenizer", str(exported.path)]
-        command += ["--served-model-name", f"{name}-base"]
-        command += ["--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules", adapter]
-        position_overrides = _position_overrides(exported)
-        if position_overrides is not None:
-            command += ["--hf-overrides", position_overrides]
+        command = [*vllm, "serve", exported.base, *_vllm_adapter_arguments(exported, name)]
     else:
         return None
     # An adapter's own generation settings; else vLLM would take those of the base.
@@ -47,6 +39,19 @@ def vllm_command(exported: ExportedModel, config: ServeConfig, *, middleware: bo
     command += ["--override-generation-config", json.dumps({"max_new_tokens": config.max_tokens})]
     command += _type_arguments(exported, config)
     return [*command, "--middleware", MIDDLEWARE] if middleware else command
+
+
+def _vllm_adapter_arguments(exported: ExportedModel, name: str) -> list[str]:
+    """The arguments by which vLLM serves a LoRA adapter as `name`, beside its base as `<name>-base`."""
+    lora_rank = int(exported.settings.get("r", 8))
+    max_rank = next((rank for rank in VLLM_LORA_RANKS if rank >= lora_rank), VLLM_LORA_RANKS[-1])
+    adapter = json.dumps({"name": name, "path": str(exported.path)})
+    arguments = ["--tokenizer", str(exported.path), "--served-model-name", f"{name}-base"]
+    arguments += ["--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules", adapter]
+    position_overrides = _position_overrides(exported)
+    if position_overrides is not None:
+        arguments += ["--hf-overrides", position_overrides]
+    return arguments
 
 
 def sglang_command(exported: ExportedModel, config: ServeConfig) -> list[str] | None:
@@ -66,17 +71,17 @@ def sglang_command(exported: ExportedModel, config: ServeConfig) -> list[str] | 
     return command + _type_arguments(exported, config)
 
 
-def computed_type(exported: ExportedModel, config: ServeConfig) -> str:
+def compute_type_name(exported: ExportedModel, config: ServeConfig) -> str:
     """The type in which another server shall compute: `serve.dtype`, else that of the stored weights; `auto` if not known."""
     if config.dtype is not ServedType.auto:
         return str(config.dtype)
-    stored = stored_type(exported)
+    stored = stored_type_name(exported)
     return stored if stored in tuple(ServedType) else str(ServedType.auto)
 
 
 def _type_arguments(exported: ExportedModel, config: ServeConfig) -> list[str]:
     """The type as an argument of vLLM or SGLang. Left to themselves, both compute a float32 model in 16 bits."""
-    dtype = computed_type(exported, config)
+    dtype = compute_type_name(exported, config)
     return [] if dtype == ServedType.auto else ["--dtype", dtype]
 
 

@@ -58,7 +58,7 @@ class RefusedRequest(Exception):
         }
 
 
-def field_refusal(param: str, message: str, code: str | None = None) -> RefusedRequest:
+def refused_field(param: str, message: str, code: str | None = None) -> RefusedRequest:
     """The HTTP error 400 about one field of a request."""
     return RefusedRequest(400, f"{param}: {message}", param, code)
 
@@ -101,7 +101,7 @@ def check_request(path: str, request: dict[str, Any], served: ServedTextModel) -
     _move_sampling(body, engine_body, served)
     _move_lengths(body, engine_body, served, prompt_tokens, path)
     if body:
-        raise field_refusal(min(body), "this server knows no such field")
+        raise refused_field(min(body), "this server knows no such field")
     return engine_body
 
 
@@ -111,7 +111,7 @@ def _drop_neutral_fields(body: dict[str, Any]) -> None:
         value = body.pop(key)
         if not any(_is_same(value, neutral) for neutral in NEUTRAL_VALUES[key]):
             allowed = " or ".join(json.dumps(neutral) for neutral in NEUTRAL_VALUES[key])
-            raise field_refusal(key, f"this server computes only {allowed}", "unsupported_value")
+            raise refused_field(key, f"this server computes only {allowed}", "unsupported_value")
 
 
 def _is_same(value: Any, neutral: Any) -> bool:
@@ -120,18 +120,22 @@ def _is_same(value: Any, neutral: Any) -> bool:
 
 
 def _checked_field(
-    value: Any, kind: type | tuple[type, ...], param: str, rule: str, holds: Callable[[Any], bool] | None = None
+    value: Any,
+    expected_type: type | tuple[type, ...],
+    param: str,
+    rule: str,
+    is_valid: Callable[[Any], bool] | None = None,
 ) -> Any:
-    """The value of a field, if it has the type `kind` and `holds` returns true for it.
+    """The value of a field, if it has the expected type, and `is_valid` returns True for it.
 
-    Else raises RefusedRequest with the `rule` that it breaks; `param`: the field's name in the message.
+    Otherwise raises RefusedRequest: "<param>: must be <rule>, not <value>". `param`: the field's name in the request.
     """
     # In Python a bool is an int.
-    has_kind = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not has_kind or (holds is not None and not holds(value)):
-        text = json.dumps(value)
-        shown_value = text if len(text) < 60 else type(value).__name__
-        raise field_refusal(param, f"must be {rule}, not {shown_value}")
+    has_type = isinstance(value, expected_type) and (expected_type is bool or not isinstance(value, bool))
+    if not has_type or (is_valid is not None and not is_valid(value)):
+        value_text = json.dumps(value)
+        shown_value = value_text if len(value_text) < 60 else type(value).__name__
+        raise refused_field(param, f"must be {rule}, not {shown_value}")
     return value
 
 
@@ -149,16 +153,16 @@ def _move_messages(body: dict[str, Any], engine_body: dict[str, Any], served: Se
     tools = _checked_field(body.pop("tools", []), list, "tools", "a list of functions")
     for number, tool in enumerate(tools):
         if not isinstance(tool, dict) or not isinstance((tool.get("function") or {}).get("name"), str):
-            raise field_refusal(f"tools[{number}]", "must be {type: function, function: {name, ...}}")
+            raise refused_field(f"tools[{number}]", "must be {type: function, function: {name, ...}}")
     if choice not in ("auto", "none"):
-        raise field_refusal("tool_choice", "this server computes only auto or none", "unsupported_value")
+        raise refused_field("tool_choice", "this server computes only auto or none", "unsupported_value")
     if tools and choice == "auto":
         engine_body["tools"] = tools
     if "chat_template_kwargs" in body:
         engine_body["chat_template_kwargs"] = _checked_template_arguments(
             body.pop("chat_template_kwargs"), served.tokenizer
         )
-    return _prompt_length(engine_body, served)
+    return _num_prompt_tokens(engine_body, served)
 
 
 def _checked_template_arguments(arguments: Any, tokenizer: Any) -> dict[str, Any]:
@@ -168,7 +172,7 @@ def _checked_template_arguments(arguments: Any, tokenizer: Any) -> dict[str, Any
     _checked_field(arguments, dict, "chat_template_kwargs", "an object of the template's own words")
     for key, value in arguments.items():
         if key in own_parameters or not isinstance(value, bool | str | int | float):
-            raise field_refusal(f"chat_template_kwargs.{key}", "is no word of a template, or has no plain value")
+            raise refused_field(f"chat_template_kwargs.{key}", "is no word of a template, or has no plain value")
     return arguments
 
 
@@ -186,7 +190,7 @@ def _check_message(message: Any, param: str) -> None:
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise field_refusal(f"{param}.content", "this model reads text: parts must be {type: text, text: ...}")
+                raise refused_field(f"{param}.content", "this model reads text: parts must be {type: text, text: ...}")
         return
     _checked_field(content, str, f"{param}.content", "a text")
 
@@ -195,10 +199,10 @@ def _check_tool_call(call: Any, param: str) -> None:
     """Refuse a tool call without a name or with arguments that are no JSON object. Raises RefusedRequest."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise field_refusal(param, "each must be {function: {name, arguments}}")
+        raise refused_field(param, "each must be {function: {name, arguments}}")
     arguments = function.get("arguments")
     if not isinstance(arguments, str | dict):
-        raise field_refusal(param, "each must be {function: {name, arguments}}")
+        raise refused_field(param, "each must be {function: {name, arguments}}")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
@@ -207,20 +211,27 @@ def _check_tool_call(call: Any, param: str) -> None:
     _checked_field(arguments, dict, param, "calls with arguments that are a JSON object")
 
 
-def _prompt_length(engine_body: dict[str, Any], served: ServedTextModel) -> int:
-    """The number of tokens of a chat in the model's chat template. Raises RefusedRequest if the template refuses it."""
+def _num_prompt_tokens(engine_body: dict[str, Any], served: ServedTextModel) -> int:
+    """The number of tokens of a chat in the model's chat template.
+
+    Raises RefusedRequest if the model has no template, or if the template refuses the messages.
+    """
     if served.tokenizer.chat_template is None:
         raise RefusedRequest(
             400, f"{served.name} has no chat template; send the whole prompt to {COMPLETION_PATH}", "messages"
         )
     messages = [_as_templates_read(message) for message in engine_body["messages"]]
-    words = engine_body.get("chat_template_kwargs", {})
+    template_arguments = engine_body.get("chat_template_kwargs", {})
     try:
         ids = served.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tools=engine_body.get("tools"), return_dict=False, **words
+            messages,
+            add_generation_prompt=True,
+            tools=engine_body.get("tools"),
+            return_dict=False,
+            **template_arguments,
         )
-    except Exception as error:  # noqa: BLE001 - what a template refuses it tells in types of its own
-        raise field_refusal(
+    except Exception as error:  # noqa: BLE001 - a template refuses by errors of its own types
+        raise refused_field(
             "messages", f"the model's chat template refuses them ({' '.join(str(error).split())})"
         ) from None
     return len(ids)
@@ -253,13 +264,13 @@ def _move_prompt(body: dict[str, Any], engine_body: dict[str, Any], served: Serv
         body.pop("prompt", None), str, "prompt", "a text (this server takes no lists and no token ids)"
     )
     if "suffix" in body:
-        raise field_refusal("suffix", "this server fills no gaps; leave it out", "unsupported_value")
+        raise refused_field("suffix", "this server fills no gaps; leave it out", "unsupported_value")
     try:
         ids = served.tokenizer(engine_body["prompt"])["input_ids"]
     except Exception as error:  # noqa: BLE001 - a text that is no Unicode has an error type of the tokenizer's
-        raise field_refusal("prompt", f"cannot be read as text ({' '.join(str(error).split())[:80]})") from None
+        raise refused_field("prompt", f"cannot be read as text ({' '.join(str(error).split())[:80]})") from None
     if not ids:
-        raise field_refusal("prompt", "is empty")
+        raise refused_field("prompt", "is empty")
     return len(ids)
 
 
@@ -295,7 +306,7 @@ def _move_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: Se
     # What does not fit this server, and what is added.
     if sampling and served.batching:
         why = "this server answers many requests at once (serve.batching=true), all sampled as the export says"
-        raise field_refusal(min(sampling), f"{why}; leave it out", "unsupported_value")
+        raise refused_field(min(sampling), f"{why}; leave it out", "unsupported_value")
     if not served.batching and "temperature" not in sampling and not served.samples_by_default:
         # A client that sends top_p or a seed wants samples; else the answer is greedy, as the export's own settings are.
         sampling["temperature"] = 1.0 if "top_p" in sampling or "seed" in sampling else 0.0
@@ -305,25 +316,27 @@ def _move_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: Se
 def _move_lengths(
     body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel, prompt_tokens: int, path: str
 ) -> None:
-    """Check the length of the answer and move it to the engine's body as `max_tokens`; without one, it is the longest that fits.
+    """Check the requested length of the answer and move it to the engine's body as `max_tokens`.
 
-    Raises RefusedRequest if prompt and answer do not fit into the model's context.
+    Without one it is the longest that fits, at most `serve.max_tokens`. In a chat, `max_completion_tokens` counts before
+    `max_tokens`.
+    Raises RefusedRequest for a wrong length, or if prompt and answer do not fit into the model's context.
     """
-    room = served.context_length - prompt_tokens
+    max_answer_tokens = served.context_length - prompt_tokens
     key = "max_tokens"
     if path == CHAT_PATH and "max_completion_tokens" in body:
         key = "max_completion_tokens"
-    requested = body.pop(key, None)
+    requested_tokens = body.pop(key, None)
     body.pop("max_tokens", None)  # if a client sends both, the newer name counts
-    if requested is not None:
+    if requested_tokens is not None:
         rule = f"a whole number from 1 to {served.max_tokens} (serve.max_tokens)"
-        _checked_field(requested, int, key, rule, lambda tokens: 1 <= tokens <= served.max_tokens)
-    if room < (requested or 1):
+        _checked_field(requested_tokens, int, key, rule, lambda tokens: 1 <= tokens <= served.max_tokens)
+    if max_answer_tokens < (requested_tokens or 1):
         raise RefusedRequest(
             400,
-            f"the prompt has {prompt_tokens} tokens, the answer {requested or 'at least 1'}; "
+            f"the prompt has {prompt_tokens} tokens, the answer {requested_tokens or 'at least 1'}; "
             f"the model takes {served.context_length} together",
             "messages" if path == CHAT_PATH else "prompt",
             "context_length_exceeded",
         )
-    engine_body["max_tokens"] = requested or int(min(served.max_tokens, room))
+    engine_body["max_tokens"] = requested_tokens or int(min(served.max_tokens, max_answer_tokens))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.serve.config import ServeConfig
 from strategies.errors import ConfigError
@@ -30,37 +30,47 @@ def bind_socket(config: ServeConfig) -> socket.socket:
     return listener
 
 
-def address(config: ServeConfig, listener: socket.socket) -> str:
+def server_url(config: ServeConfig, listener: socket.socket) -> str:
     """The URL that clients use, with the port that the socket got."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http://{host}:{listener.getsockname()[1]}/v1"
 
 
-def load_server(exported: ExportedModel, config: ServeConfig, listener: socket.socket) -> tuple[Any, str]:
-    """Load the model and set up uvicorn's server; returns (the server, the model's name).
+class LoadedServer(NamedTuple):
+    """uvicorn's server with a loaded model behind it."""
+
+    server: Any
+    model_name: str
+
+
+def load_server(exported: ExportedModel, config: ServeConfig, listener: socket.socket) -> LoadedServer:
+    """Load the model and set up uvicorn's server, which does not run yet. Raises ConfigError if the model cannot be loaded.
 
     From now on connections to the socket wait until the server takes them.
     """
     import uvicorn
 
     from launch.serve.app import application
-    from launch.serve.models import load
+    from launch.serve.models import load_chat_model
 
-    chat_model = load(exported, device=config.device, dtype=config.dtype)
+    chat_model = load_chat_model(exported, device=config.device, dtype=config.dtype)
     if config.name:
         chat_model.name = config.name
     app = application(chat_model, config)
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
-    listener.listen(settings.backlog)
-    return uvicorn.Server(settings), chat_model.name
+    uvicorn_config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
+    listener.listen(uvicorn_config.backlog)
+    return LoadedServer(uvicorn.Server(uvicorn_config), chat_model.name)
 
 
 def serve(exported: ExportedModel, config: ServeConfig) -> None:
-    """Serve an exported model until a signal ends the process. Errors: ConfigError."""
+    """Serve an exported model until a signal ends the process.
+
+    Raises ConfigError if the address is taken or the model cannot be loaded.
+    """
     listener = bind_socket(config)
-    server, name = load_server(exported, config, listener)
+    server, model_name = load_server(exported, config, listener)
     key = f"the key in {config.key_env}" if config.key_env else "no key"
-    print(f"serving {name} at {address(config, listener)} (transformers, {key}); Ctrl-C ends it", flush=True)
+    print(f"serving {model_name} at {server_url(config, listener)} (transformers, {key}); Ctrl-C ends it", flush=True)
     try:
         server.run(sockets=[listener])
     finally:

@@ -27,8 +27,8 @@ class StopScanner:
     def add_text(self, text: str) -> str:
         """Take the next piece of the answer; returns the text that may be sent now, of this piece and of what was held back.
 
-        Held back is what may be the beginning of a stop text. After a whole one, `is_cut` is set and nothing is sent any more.
-        With the stop text "END": "a E" -> "a ", then "x" -> "Ex", then "END b" -> "".
+        Held back is what may be the beginning of a stop sequence. After a complete one, `is_cut` is set and nothing is sent any
+        more. With the stop sequence "END": "a E" -> "a ", then "x" -> "Ex", then "END b" -> "".
         """
         if self.is_cut:
             return ""
@@ -36,14 +36,14 @@ class StopScanner:
         stop_positions = [self._held.find(stop) for stop in self.stops if stop in self._held]
         if stop_positions:
             self.is_cut = True
-            ready = self._held[: min(stop_positions)]
+            ready_text = self._held[: min(stop_positions)]
             self._held = ""
-            return ready
-        held_length = max(self._length_of_begun(stop) for stop in self.stops)
-        ready_length = len(self._held) - held_length
-        ready = self._held[:ready_length]
-        self._held = self._held[ready_length:]
-        return ready
+            return ready_text
+        num_held = max(self._num_begun_characters(stop) for stop in self.stops)
+        num_ready = len(self._held) - num_held
+        ready_text = self._held[:num_ready]
+        self._held = self._held[num_ready:]
+        return ready_text
 
     def flush_text(self) -> str:
         """The text that is still held when the answer ends by itself: no stop sequence came after all."""
@@ -51,8 +51,8 @@ class StopScanner:
         self._held = ""
         return held
 
-    def _length_of_begun(self, stop: str) -> int:
-        """How many characters at the end of the held text are the beginning of a stop sequence."""
+    def _num_begun_characters(self, stop: str) -> int:
+        """How many characters at the end of the held text are the beginning of a stop sequence: "a EN", "END" -> 2."""
         for length in range(min(len(stop) - 1, len(self._held)), 0, -1):
             if self._held.endswith(stop[:length]):
                 return length
@@ -64,12 +64,16 @@ class StopCuttingStream:
 
     def __init__(self, send: Send, stops: list[str]) -> None:
         self.send = send
-        self._text = StopScanner(stops)
+        self._scanner = StopScanner(stops)
         self._buffer = b""
         self._is_over = False
 
     async def __call__(self, message: Message) -> None:
-        """Pass on a message of the application, with the events in it changed."""
+        """Pass on a message of the application, with the events in it rewritten.
+
+        Once a stop sequence was found, the end of the stream is sent and everything after it is dropped. That tells the
+        application that nobody reads any more, and so ends the computation.
+        """
         if self._is_over:
             return
         if message["type"] != "http.response.body":
@@ -78,43 +82,46 @@ class StopCuttingStream:
         # A message may end within an event: the rest waits for the next message.
         self._buffer += message.get("body", b"")
         *events, self._buffer = self._buffer.split(EVENT_END)
-        body = b"".join(self._changed(event) for event in events)
-        if self._text.is_cut:
-            # The end of the stream tells the application that nobody reads any more, and so ends the computation.
+        body = b"".join(self._rewrite_event(event) for event in events)
+        if self._scanner.is_cut:
             self._is_over = True
             await self.send({**message, "body": body + DATA + DONE + EVENT_END, "more_body": False})
             return
-        if not message.get("more_body"):
+        is_last_message = not message.get("more_body")
+        if is_last_message:
             body += self._buffer
             self._buffer = b""
         await self.send({**message, "body": body})
 
-    def _changed(self, event: bytes) -> bytes:
-        """One event of the stream as it is sent to the client; empty if it is held or dropped.
+    def _rewrite_event(self, event: bytes) -> bytes:
+        """One event of the stream as it is sent to the client.
 
-        An event is `data: {"choices": [...]}`. What is no such chunk passes as it is: the end of the stream (`DONE`), the token
-        counts, an error. After a stop text was found, everything is dropped.
+        - after a stop sequence was found: nothing;
+        - no chunk of an answer (the end of the stream, the token counts, an error): as it is;
+        - a chunk, `data: {"choices": [...]}`: with the text that may be sent now; nothing if all of it is held back.
         """
-        if self._text.is_cut:
+        if self._scanner.is_cut:
             return b""
+        unchanged_event = event + EVENT_END
         content = event.removeprefix(DATA)
         if content == event or content.strip() == DONE:
-            return event + EVENT_END
+            return unchanged_event
         try:
             chunk = json.loads(content)
         except ValueError:
-            return event + EVENT_END
+            return unchanged_event
         if not isinstance(chunk, dict) or not chunk.get("choices"):
-            return event + EVENT_END  # the usage, or an error
+            return unchanged_event
         (choice,) = chunk["choices"]  # this server computes one (`n` is 1)
-        if not self._cut(choice):
+        if not self._cut_choice(choice):
             return b""
         return DATA + json.dumps(chunk).encode() + EVENT_END
 
-    def _cut(self, choice: dict[str, Any]) -> bool:
-        """Replace the text of a `choice` by what may be sent of it now; returns whether the event is to be sent at all.
+    def _cut_choice(self, choice: dict[str, Any]) -> bool:
+        """Replace the text of a chunk's `choice` by what may be sent now; returns whether the event is to be sent at all.
 
-        `finish_reason` becomes "stop" if a stop text was found.
+        Sets `finish_reason` to "stop" if a stop sequence was found. At the end of the answer, what was held back is sent too.
+        Not sent are events all of whose text is held back. Events that had no text are sent: they tell the role or a tool call.
         """
         # A chat has its text in choice.delta.content, a completion in choice.text.
         text_holder = choice
@@ -122,13 +129,12 @@ class StopCuttingStream:
         if "delta" in choice:
             text_holder = choice["delta"]
             text_key = "content"
-        ready = self._text.add_text(text_holder.get(text_key) or "")
-        if self._text.is_cut:
+        ready_text = self._scanner.add_text(text_holder.get(text_key) or "")
+        if self._scanner.is_cut:
             choice["finish_reason"] = "stop"
         elif choice.get("finish_reason") is not None:
-            ready += self._text.flush_text()
+            ready_text += self._scanner.flush_text()
         had_text = bool(text_holder.get(text_key))
-        if had_text or ready:
-            text_holder[text_key] = ready
-        # Events without text tell the role or a tool call.
-        return bool(ready) or not had_text or choice.get("finish_reason") is not None
+        if had_text or ready_text:
+            text_holder[text_key] = ready_text
+        return bool(ready_text) or not had_text or choice.get("finish_reason") is not None

@@ -29,23 +29,23 @@ HOW_TO_SET_UP = "set serve.python to the Python of an environment that has vLLM 
 
 
 def find_vllm_python(python: str) -> str:
-    """The path of a Python that has vLLM, from the setting `serve.python`.
+    """The path of a Python that has vLLM, from the setting `serve.python`. Starts it to see that.
 
-    Errors: ConfigError if there is no such program, it does not start, it is too old, or it has no vLLM.
+    Raises ConfigError if there is no such program, it does not start, it is too old, or it has no vLLM.
     """
-    typed = f"serve.python={python}"
+    setting = f"serve.python={python}"
     executable = shutil.which(str(Path(python).expanduser()))
     if executable is None:
-        raise ConfigError(f"{typed}: there is no such program; {HOW_TO_SET_UP}")
+        raise ConfigError(f"{setting}: there is no such program; {HOW_TO_SET_UP}")
     try:
         # Without this process's variables, such as PYTHONPATH, which would show it the packages of this environment.
-        finished = subprocess.run([executable, "-c", CHECK], capture_output=True, check=False, env={"PATH": os.defpath})
+        check = subprocess.run([executable, "-c", CHECK], capture_output=True, check=False, env={"PATH": os.defpath})
     except OSError as error:
-        raise ConfigError(f"{typed}: cannot be started ({error}); {HOW_TO_SET_UP}") from error
-    if finished.returncode == TOO_OLD:
-        raise ConfigError(f"{typed}: the gateway needs Python 3.11 or later; {HOW_TO_SET_UP}")
-    if finished.returncode:
-        raise ConfigError(f"{typed}: is no Python that has vLLM; {HOW_TO_SET_UP}")
+        raise ConfigError(f"{setting}: cannot be started ({error}); {HOW_TO_SET_UP}") from error
+    if check.returncode == TOO_OLD:
+        raise ConfigError(f"{setting}: the gateway needs Python 3.11 or later; {HOW_TO_SET_UP}")
+    if check.returncode:
+        raise ConfigError(f"{setting}: is no Python that has vLLM; {HOW_TO_SET_UP}")
     return executable
 
 

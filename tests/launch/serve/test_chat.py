@@ -6,15 +6,15 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from trainer.export.load_chat_model import load_export
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.serve.chat_screen import stream_in_columns
 from launch.serve.conversation import ChatSettings, Conversation
 from launch.serve.exported import find_export
-from launch.serve.models import load, load_base
+from launch.serve.models import load_base_chat_model, load_chat_model
 from strategies.errors import ConfigError
 from tests.helpers.launching import command_here
-from trainer.export.load import load_export
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_chat_seed_decides_the_sampled_text(site, capsys):
 def test_side_by_side_in_a_terminal_and_turns_are_remembered(site):
     exported = find_export(str(site / "lora"))
     settings = ChatSettings(max_tokens=6)
-    talks = [Conversation(load_base(exported), settings), Conversation(load(exported), settings)]
+    talks = [Conversation(load_base_chat_model(exported), settings), Conversation(load_chat_model(exported), settings)]
     screen = Console(file=io.StringIO(), width=80, force_terminal=True)
     stream_in_columns(talks, "hello you", screen)
     shown = screen.file.getvalue()
@@ -80,7 +80,7 @@ def test_side_by_side_in_a_terminal_and_turns_are_remembered(site):
 
 
 def test_chat_with_a_model_without_a_template_continues_the_text(site):
-    talking = load(find_export(str(site / "full")))
+    talking = load_chat_model(find_export(str(site / "full")))
     talking.tokenizer.chat_template = None
     talk = Conversation(talking, ChatSettings(max_tokens=5))
     ids = torch.tensor([talking.tokenizer("you are")["input_ids"]])
@@ -91,7 +91,7 @@ def test_chat_with_a_model_without_a_template_continues_the_text(site):
 
 
 def test_chat_that_is_stopped_in_an_answer_ends(site):
-    talk = Conversation(load(find_export(str(site / "full"))), ChatSettings(max_tokens=400, temperature=2.0))
+    talk = Conversation(load_chat_model(find_export(str(site / "full"))), ChatSettings(max_tokens=400, temperature=2.0))
     talk.chat_model.generation_config.eos_token_id = [0]
     pieces = talk.stream_answer("hello")
     next(pieces)

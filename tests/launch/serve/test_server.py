@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from launch.serve.config import ServeConfig
 from launch.serve.exported import find_export
-from launch.serve.run import address, bind_socket, load_server
+from launch.serve.run import bind_socket, load_server, server_url
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
 from trainer.export.load import load_export
@@ -38,16 +38,16 @@ def started(export, **settings):
     thread = threading.Thread(target=lambda: running.run(sockets=[listening]), daemon=True)
     thread.start()
     try:
-        yield address(config, listening), running
+        yield server_url(config, listening), running
     finally:
         running.should_exit = True
         thread.join(seconds(30))
         listening.close()
 
 
-def asked(method, address, **given):
+def asked(method, server_url, **given):
     """What the server answers."""
-    return httpx.request(method, address, timeout=seconds(PATIENCE_S), **given)
+    return httpx.request(method, server_url, timeout=seconds(PATIENCE_S), **given)
 
 
 @pytest.fixture(scope="module", name="place")
