@@ -151,7 +151,7 @@ def print_prepared(directory: Path, arguments: PrintArguments) -> int:
     if tokenizer is not None:
         for row in rows:
             sample = inspection.render_sample(
-                prepared, split, row, tokenizer, console, document=arguments.documents, max_lines=arguments.lines
+                prepared, split, row, tokenizer, console, show_document=arguments.documents, max_lines=arguments.lines
             )
             console.print(sample)
     elif match_count is None:

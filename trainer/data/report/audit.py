@@ -28,6 +28,8 @@ SCHEMA = 4
 AUDIT = "audit.json"
 DOCUMENT_LEAK_KINDS = ("exact", "normalized", "near")
 """Kinds of leakage that are a document seen in training; a shared prompt with another answer is none by itself."""
+_REPORTED_FIELDS = ("conserved", "flow", "duplicates", "leakage", "groups", "privacy", "unread_columns", "samples")
+"""Fields of an audit that a run records, if they are not empty. Its settings and files are recorded elsewhere."""
 
 
 class _Strict:
@@ -263,18 +265,19 @@ class Audit(_Strict):
             ) from error
 
     def report(self) -> dict[str, Any]:
-        """What a run records and prints of the audit: each split under its name, and those parts that are not empty.
+        """What a run records and prints of the audit: each split under its name without histograms, and `_REPORTED_FIELDS`.
 
-        Settings, files and histograms are left out.
+        Empty fields are left out. Example: {"train": {"documents": 12, ...}, "conserved": {"rows_in": 12, ...}, "flow": [...]}.
         """
         fields = asdict(self)
         report: dict[str, Any] = {}
-        for split_name, split in fields["splits"].items():
-            report[split_name] = {key: field for key, field in split.items() if not key.endswith("_histogram")}
-        parts = ("conserved", "flow", "duplicates", "leakage", "groups", "privacy", "unread_columns", "samples")
-        for part in parts:
-            if fields[part]:
-                report[part] = fields[part]
+        for split_name, split_fields in fields["splits"].items():
+            report[split_name] = {
+                name: value for name, value in split_fields.items() if not name.endswith("_histogram")
+            }
+        for name in _REPORTED_FIELDS:
+            if fields[name]:
+                report[name] = fields[name]
         return report
 
 
@@ -287,7 +290,7 @@ def _audit_adapter() -> TypeAdapter[Audit]:
 
 
 def split_sizes(dataset: TokenDataset) -> dict[str, Any]:
-    """Sizes and lengths of a split, counted from its arrays: the first fields of `Split`."""
+    """Sizes of a split and lengths of its sequences in tokens, counted from its arrays: the first fields of `Split`, by name."""
     lengths = dataset.lengths
     num_tokens = int(lengths.sum())
     num_supervised = int(dataset.num_supervised.sum())
@@ -313,24 +316,28 @@ def split_sizes(dataset: TokenDataset) -> dict[str, Any]:
 
 
 def make_histogram(numbers: np.ndarray, bins: int = 25, *, shares: bool = False) -> Histogram:
-    """A histogram of whole numbers in at most `bins` equal bins, and one more for outliers.
+    """A histogram in at most `bins` bins of equal width, and one more for outliers.
 
-    There are outliers if the largest number is more than twice the 98th percentile. With `shares` the numbers lie between 0 and
-    1, and the bins are always the same.
+    - Whole numbers: the width of a bin is a whole number, so that every bin covers as many values as the others. There are
+      outliers if the largest number is more than twice the 98th percentile: a few very long documents would otherwise push all
+      others into the first bin.
+    - `shares`, numbers from 0 to 1: the bins are the same in every report, so that reports can be compared.
     """
+    if shares:
+        return _count_into_bins(numbers, np.linspace(0, 1, bins + 1).round(4))
     lowest = percentile_98 = highest = 0
     if len(numbers):
         lowest, percentile_98, highest = map(int, np.quantile(numbers, (0, 0.98, 1)))
-    # A few very long documents would otherwise push all others into the first bin.
     has_outliers = highest > 2 * percentile_98
     end = (percentile_98 if has_outliers else highest) + 1
-    # Whole numbers wide, so that every bin covers as many lengths as the others.
     width = max(1, math.ceil((end - lowest) / bins))
     edges: np.ndarray = np.arange(lowest, end + width, width)
-    if shares:
-        # Shares get the same bins in every report, so that reports can be compared.
-        edges = np.linspace(0, 1, bins + 1).round(4)
-    elif has_outliers:
+    if has_outliers:
         edges = np.append(edges, highest + 1)
+    return _count_into_bins(numbers, edges)
+
+
+def _count_into_bins(numbers: np.ndarray, edges: np.ndarray) -> Histogram:
+    """How many numbers lie between each edge and the next."""
     counts, _ = np.histogram(numbers, bins=edges)
     return Histogram(edges=edges.astype(float).tolist(), counts=counts.tolist())

@@ -31,8 +31,8 @@ from trainer.data.transforms.filters import count_languages
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FIRST_PASS = ("read", "checks", "cleaning", "filters", "privacy", "decontamination", "tokenise")
-SECOND_PASS = ("duplicates", "leakage", "balance")
+FIRST_PASS_STAGES = ("read", "checks", "cleaning", "filters", "privacy", "decontamination", "tokenise")
+SECOND_PASS_STAGES = ("duplicates", "leakage", "balance")
 MAX_JUDGED_DOCUMENTS = 1000
 """Documents whose language is judged."""
 MAX_COUNTED_DOCUMENTS = 2000
@@ -68,14 +68,13 @@ class ReportWriter:
     def write(
         self, totals: Totals, columns: Columns, selection: Selection, data_spec: DataSpec, label_names: list[str] | None
     ) -> dict[str, Any]:
-        """Write `audit.json`, `audit.html` and `datacard.md`; returns what a run records of the audit.
+        """Write `audit.json`, `audit.html` and `datacard.md`; returns what a run records of the audit (`Audit.report`).
 
         `data_spec` says what samples are; `label_names` are in the order of their ids. Raises DataError for data that would teach
-        nothing.
+        nothing, and for a held-out set of which no row could be kept.
         """
         samples = self._decode_samples(TokenDataset.open(self.directory / "train"), data_spec, label_names)
-        audit = self.audit(totals, columns, selection)
-        audit.samples = samples
+        audit = self._make_audit(totals, columns, selection, samples)
         for name, split in audit.splits.items():
             self._refuse_useless_split(name, split, audit.flow, has_answers=data_spec.has_answers)
         # An empty evaluation file would otherwise be noticed only at the first evaluation.
@@ -92,128 +91,115 @@ class ReportWriter:
         (self.directory / "datacard.md").write_text(datacard_text(audit, self.config.card), encoding="utf-8")
         return audit.report()
 
-    def audit(self, totals: Totals, columns: Columns, selection: Selection) -> audit_schema.Audit:
-        """The audit of the store, without samples. Raises AssertionError if a row was neither kept nor dropped.
+    def _make_audit(
+        self,
+        totals: Totals,
+        columns: Columns,
+        selection: Selection,
+        samples: list[audit_schema.DecodedSample],
+    ) -> audit_schema.Audit:
+        """The audit of the store. `totals`: what was counted while rows were read. `columns`: what is known of each document.
 
-        `totals`: what was counted while rows were read. `columns`: what is known of each document. `selection`: which documents
-        each split has, and what was dropped to make the splits.
+        `selection`: which documents each split has, and what was dropped to make the splits. `samples`: a few decoded sequences.
+        Raises AssertionError if a row was neither kept nor dropped.
         """
-        # Every row read is either kept or dropped.
-        num_rows = totals.rows.total()
-        num_dropped = _num_dropped(totals.tally) + _num_dropped(selection.tally)
-        # Balance may repeat documents, which are kept once all the same.
-        num_kept = len(np.unique(np.concatenate(list(selection.splits.values()))))
-        if num_rows != num_kept + num_dropped:
-            raise AssertionError(
-                f"{num_rows} rows in, {num_kept} kept and {num_dropped} dropped: some are unaccounted for"
-            )
-
-        # Sizes, by split and by source.
+        conserved = _count_conserved(totals, selection)
         datasets = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
-        splits = {}
-        for split, dataset in datasets.items():
-            splits[split] = self._split(dataset, selection.splits[split])
+        splits = {split: self._split(dataset, selection.splits[split]) for split, dataset in datasets.items()}
         sources = []
         for source_input in self.inputs:
             sources.append(self._source(source_input, totals, columns, datasets.get(source_input.split)))
         languages = {}
         if self.config.languages:
             languages = count_languages(self._some_documents(selection.splits["train"], MAX_JUDGED_DOCUMENTS))
-        # What the selection reported: counts by kind of copy ("exact", "near", ...) and by held-out split.
-        selection_report = selection.report
-        duplicates = selection_report.get("duplicates", {})
-        leakage = selection_report.get("leakage", {})
-        groups = selection_report.get("groups", {})
         return audit_schema.Audit(
             schema=audit_schema.SCHEMA,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            shardtune=_version(),
+            shardtune=_shardtune_version(),
             fingerprint=self.fingerprint,
-            words=_dotted_settings(asdict(self.config), "data"),
-            conserved={"rows_in": num_rows, "kept": num_kept, "dropped": num_dropped},
-            flow=_flow(num_rows, totals.tally, selection.tally),
+            words=_settings_by_key(asdict(self.config), "data"),
+            conserved=conserved,
+            flow=_stage_reports(conserved["rows_in"], totals.tally, selection.tally),
             quarantine={"rows": totals.bad_reasons.total(), "file": QUARANTINE},
             splits=splits,
             sources=sources,
             unread_columns={source: shown_names(names) for source, names in totals.unread.items() if names},
             mixing=self._mixing(datasets["train"]),
-            labels=selection_report.get("labels", {}),
-            balance=selection_report.get("balance", {}),
-            duplicates={kind: audit_schema.Copies(**counts) for kind, counts in duplicates.items()},
-            leakage={split: audit_schema.Leaks(**counts) for split, counts in leakage.items()},
-            groups={split: audit_schema.Groups(**counts) for split, counts in groups.items()},
+            **_selection_fields(selection),
             privacy=self._privacy(totals),
             languages=languages,
-            samples=[],
+            samples=samples,
         )
 
     def _split(self, dataset: TokenDataset, documents: np.ndarray) -> audit_schema.Split:
         """Sizes, end tokens and distributions of one split. `documents`: the numbers of its documents."""
-        lengths = dataset.lengths
-        bos = self.tokenizer.bos_token_id
-        num_doubled_bos = 0
-        if bos is not None and len(dataset):
-            begins = dataset.starts[lengths > 1]
-            # A template that writes BOS and a tokenizer that adds another: the model would see what it never saw in
-            # pretraining.
-            is_doubled = (dataset.tokens[begins] == bos) & (dataset.tokens[begins + 1] == bos)
-            num_doubled_bos = int(is_doubled.sum())
         counted_documents = self._some_documents(documents, MAX_COUNTED_DOCUMENTS)
         num_turns = np.array([len(document.turns()) for document in counted_documents], np.int64)
-        supervised_shares = dataset.num_supervised / np.maximum(lengths, 1)
+        supervised_shares = dataset.num_supervised / np.maximum(dataset.lengths, 1)
         return audit_schema.Split(
             **audit_schema.split_sizes(dataset),
             ends_supervised=dataset.num_ended,
-            doubled_bos=num_doubled_bos,
-            length_histogram=audit_schema.make_histogram(lengths),
+            doubled_bos=self._num_doubled_bos(dataset),
+            length_histogram=audit_schema.make_histogram(dataset.lengths),
             supervised_histogram=audit_schema.make_histogram(supervised_shares, shares=True),
             turns_histogram=audit_schema.make_histogram(num_turns) if num_turns.any() else None,
         )
+
+    def _num_doubled_bos(self, dataset: TokenDataset) -> int:
+        """How many sequences begin with two BOS: one of the template and one of the tokenizer, which no pretraining text has."""
+        bos = self.tokenizer.bos_token_id
+        if bos is None or not len(dataset):
+            return 0
+        begins = dataset.starts[dataset.lengths > 1]
+        is_doubled = (dataset.tokens[begins] == bos) & (dataset.tokens[begins + 1] == bos)
+        return int(is_doubled.sum())
 
     def _refuse_useless_split(
         self, name: str, split: audit_schema.Split, flow: list[audit_schema.StageReport], *, has_answers: bool
     ) -> None:
         """Raise DataError if a split would teach nothing: no document is left, or too few tokens are supervised.
 
-        `flow` tells which stage took most documents, so that the error can name its setting. `has_answers`: see `DataSpec`.
+        `flow`: what each stage dropped. `has_answers`: whether the data has what is learned, see `DataSpec`.
         """
         has_own_files = getattr(self.config, f"{name}_path", None) is not None
         key = f"data.{name}_path" if has_own_files else "data.path"
-        # First fault: no document is left. The message lists all drops and advises on the stage that took most.
         if not split.documents:
-            drop_counts: list[str] = []  # such as "tokenise/too_long 12"
-            reasons: set[str] = set()
-            for stage in flow:
-                for reason, count in stage.dropped.items():
-                    drop_counts.append(f"{stage.stage}/{reason} {count}")
-                    reasons.add(reason)
-            worst_stage = max(flow, key=lambda stage: sum(stage.dropped.values())).stage
-            setting = STAGE_SETTINGS.get(worst_stage)
-            advice = ""
-            if setting:
-                advice = f"loosen {setting} or "
-            elif reasons & {"nothing_to_learn", "same_answers", "too_long"}:
-                advice = f"raise data.max_length={self.config.max_length} or "
             missing = "has a supervised token to learn" if has_answers else "is left as a prompt"
-            raise DataError(
-                f"{key}: no document of the {name} split {missing} "
-                f"(dropped: {', '.join(drop_counts) or 'none'}); {advice}fix the data"
-            )
-        # Second fault: too few tokens are supervised.
+            raise DataError(f"{key}: no document of the {name} split {missing} {self._advice_for_drops(flow)}")
         if has_answers and not split.labelled and split.supervised_share < self.config.min_supervised_share:
             raise DataError(
                 f"{key}: only {split.supervised_share:.4%} of the {name} tokens are supervised, less than "
                 f"data.min_supervised_share={self.config.min_supervised_share}; fix the data or lower the limit"
             )
 
+    def _advice_for_drops(self, flow: list[audit_schema.StageReport]) -> str:
+        """The end of an error message: all drops, and the setting to loosen, which is that of the stage that dropped most.
+
+        Example: "(dropped: tokenise/too_long 12); raise data.max_length=64 or fix the data".
+        """
+        drop_counts: list[str] = []
+        reasons: set[str] = set()
+        for stage in flow:
+            for reason, count in stage.dropped.items():
+                drop_counts.append(f"{stage.stage}/{reason} {count}")
+                reasons.add(reason)
+        worst_stage = max(flow, key=lambda stage: sum(stage.dropped.values())).stage
+        setting = STAGE_SETTINGS.get(worst_stage)
+        advice = ""
+        if setting:
+            advice = f"loosen {setting} or "
+        elif reasons & {"nothing_to_learn", "same_answers", "too_long"}:
+            advice = f"raise data.max_length={self.config.max_length} or "
+        return f"(dropped: {', '.join(drop_counts) or 'none'}); {advice}fix the data"
+
     def _source(
         self, source_input: Input, totals: Totals, columns: Columns, dataset: TokenDataset | None
     ) -> audit_schema.Source:
         """Rows and tokens that one input gave, with sizes and digests of its files. `dataset`: its split; None if it is empty."""
         files = []
-        for file in source_input.origin.file_records(self.digests):
-            num_rows = totals.rows_of_file.get(file["path"])
-            files.append(audit_schema.SourceFile(**file, rows=num_rows))
+        for record in source_input.origin.file_records(self.digests):
+            num_rows = totals.rows_of_file.get(record["path"])
+            files.append(audit_schema.SourceFile(**record, rows=num_rows))
         num_tokens = num_supervised = 0
         if source_input.source in columns.sources and dataset is not None:
             is_of_source = dataset.sources == columns.sources.index(source_input.source)
@@ -244,7 +230,7 @@ class ReportWriter:
         return {name: shares for name, shares in realised.items() if name in self.config.sources}
 
     def _privacy(self, totals: Totals) -> audit_schema.PersonalData | None:
-        """What the search for personal data found; None if it was switched off."""
+        """What the search for personal data found, by type, the most frequent first; None if it was switched off."""
         config = self.config.privacy
         if config.mode is PrivacyMode.none:
             return None
@@ -253,26 +239,28 @@ class ReportWriter:
 
         findings = totals.tally.findings
         types: dict[str, audit_schema.PersonalType] = {}
-        most_frequent_first = sorted(findings.counts.items(), key=lambda entry: (-entry[1], entry[0]))
+        most_frequent_first = sorted(
+            findings.counts.items(), key=lambda type_and_count: (-type_and_count[1], type_and_count[0])
+        )
         for type_, count in most_frequent_first:
             types[type_] = audit_schema.PersonalType(
                 findings=count,
                 documents=findings.documents_by_type[type_],
                 examples=findings.examples.get(type_, []),
             )
-        with_findings = {source: number for source, number in sorted(findings.documents.items()) if number}
+        documents_with_findings = {source: number for source, number in sorted(findings.documents.items()) if number}
         return audit_schema.PersonalData(
             mode=str(config.mode),
             preset=str(config.preset),
             engine=str(config.engine),
             **privacy_coverage(config),
             documents_scanned=dict(sorted(findings.scanned.items())),
-            documents_with_findings=with_findings,
+            documents_with_findings=documents_with_findings,
             types=types,
         )
 
     def _some_documents(self, numbers: np.ndarray, about: int) -> Iterator[Document]:
-        """About so many of the documents with these numbers, spread evenly over all of them."""
+        """About `about` of the documents with these numbers, spread evenly over all of them."""
         table = DocumentTable(self.directory)
         stride = max(1, len(numbers) // about)
         for number in numbers[::stride]:
@@ -281,10 +269,10 @@ class ReportWriter:
     def _decode_samples(
         self, dataset: TokenDataset, data_spec: DataSpec, label_names: list[str] | None
     ) -> list[audit_schema.DecodedSample]:
-        """A few documents of a split as text, for a reader of the audit; of a pair both answers, one sample each.
+        """The sequences of `NUM_SAMPLES` documents as text, for people who read the audit; both answers of a pair.
 
-        They are spread over the whole split, since files are often sorted. `data_spec` gives the heading of each sequence of a
-        document ("chosen", "rejected") and a note on it; `label_names` are in the order of their ids.
+        The documents are spread over the whole split, since files are often sorted. `data_spec` gives the heading of each
+        sequence of a document ("chosen", "rejected") and a note on it; `label_names` are in the order of their ids.
         """
         table = DocumentTable(self.directory)
         samples: list[audit_schema.DecodedSample] = []
@@ -292,68 +280,96 @@ class ReportWriter:
         num_documents = len(dataset) // per_document
         shown_documents = np.linspace(0, num_documents - 1, min(NUM_SAMPLES, num_documents)).astype(int)
         first_sequences = (shown_documents * per_document).tolist()
-        for first in first_sequences:
-            location = table.document(int(dataset.documents[first])).location
+        for first_sequence in first_sequences:
+            location = table.document(int(dataset.documents[first_sequence])).location
             # The sequences of one document follow one another in the data set.
-            for index, heading in enumerate(data_spec.headings(), start=first):
-                sample = dataset.sample(index)
+            for sequence, heading in enumerate(data_spec.headings(), start=first_sequence):
+                sample = dataset.sample(sequence)
                 notes = (heading.rstrip(":\n"), data_spec.note(sample, label_names))
-                pieces = [_piece(text, weight) for text, weight in decode_pieces(sample, self.tokenizer)]
+                pieces = [_piece_fields(text, weight) for text, weight in decode_pieces(sample, self.tokenizer)]
                 samples.append(
                     audit_schema.DecodedSample(where=location, note=" ".join(filter(None, notes)), pieces=pieces)
                 )
         return samples
 
 
+def _count_conserved(totals: Totals, selection: Selection) -> dict[str, int]:
+    """{"rows_in", "kept", "dropped"}: what became of all rows. Raises AssertionError if a row was neither kept nor dropped."""
+    num_rows = totals.rows.total()
+    num_dropped = _num_dropped(totals.tally) + _num_dropped(selection.tally)
+    # Balance may repeat documents, which are kept once all the same.
+    num_kept = len(np.unique(np.concatenate(list(selection.splits.values()))))
+    if num_rows != num_kept + num_dropped:
+        raise AssertionError(f"{num_rows} rows in, {num_kept} kept and {num_dropped} dropped: some are unaccounted for")
+    return {"rows_in": num_rows, "kept": num_kept, "dropped": num_dropped}
+
+
+def _selection_fields(selection: Selection) -> dict[str, Any]:
+    """The fields of an `Audit` that report the choice of splits: labels, balance, duplicates, leakage and groups."""
+    report = selection.report
+    duplicates = {kind: audit_schema.Copies(**counts) for kind, counts in report.get("duplicates", {}).items()}
+    leakage = {split: audit_schema.Leaks(**counts) for split, counts in report.get("leakage", {}).items()}
+    groups = {split: audit_schema.Groups(**counts) for split, counts in report.get("groups", {}).items()}
+    return {
+        "labels": report.get("labels", {}),
+        "balance": report.get("balance", {}),
+        "duplicates": duplicates,
+        "leakage": leakage,
+        "groups": groups,
+    }
+
+
 def _num_dropped(tally: Tally) -> int:
-    """Documents that all stages dropped."""
-    return sum(reasons.total() for reasons in tally.dropped.values())
+    """How many documents all stages dropped."""
+    return sum(counts_by_reason.total() for counts_by_reason in tally.dropped.values())
 
 
-def _flow(num_rows: int, first_pass: Tally, second_pass: Tally) -> list[audit_schema.StageReport]:
-    """How many of the rows went into and came out of each stage that dropped or noted any, in order."""
-    unknown_stages = {*first_pass.dropped, *second_pass.dropped} - {*FIRST_PASS, *SECOND_PASS}
+def _stage_reports(num_rows: int, first_pass: Tally, second_pass: Tally) -> list[audit_schema.StageReport]:
+    """How many of the rows went into and came out of each stage, in order; of stages that dropped or noted any, and "read".
+
+    Each pass has a tally of its own.
+    """
+    unknown_stages = {*first_pass.dropped, *second_pass.dropped} - {*FIRST_PASS_STAGES, *SECOND_PASS_STAGES}
     assert not unknown_stages, f"stages without a place in the flow: {unknown_stages}"
-    flow: list[audit_schema.StageReport] = []
+    reports: list[audit_schema.StageReport] = []
     rows_in = num_rows
-    for stage in (*FIRST_PASS, *SECOND_PASS):
-        # The passes keep tallies of their own.
-        tally = second_pass if stage in SECOND_PASS else first_pass
+    for stage in (*FIRST_PASS_STAGES, *SECOND_PASS_STAGES):
+        tally = second_pass if stage in SECOND_PASS_STAGES else first_pass
         dropped = dict(tally.dropped.get(stage, {}))
         noted = dict(tally.noted.get(stage, {}))
         examples = {reason: tally.examples.get(f"{stage}/{reason}", []) for reason in (*dropped, *noted)}
         rows_out = rows_in - sum(dropped.values())
         if dropped or noted or stage == "read":
-            flow.append(
+            reports.append(
                 audit_schema.StageReport(
                     stage=stage, rows_in=rows_in, rows_out=rows_out, dropped=dropped, noted=noted, examples=examples
                 )
             )
         rows_in = rows_out
-    return flow
+    return reports
 
 
-def _piece(text: str, weight: float) -> dict[str, Any]:
-    """A piece of a decoded sample, as `DecodedSample` of the audit has it."""
-    piece: dict[str, Any] = {"text": text, "learned": weight > 0}
+def _piece_fields(text: str, weight: float) -> dict[str, Any]:
+    """A piece of a decoded sample as `DecodedSample.pieces` has it: {"text": "Hi", "learned": True}, and "weight" if below 1."""
+    fields: dict[str, Any] = {"text": text, "learned": weight > 0}
     if 0 < weight < 1:
-        piece["weight"] = weight
-    return piece
+        fields["weight"] = weight
+    return fields
 
 
-def _dotted_settings(setting: Any, key: str) -> dict[str, Any]:
-    """Nested settings by dotted name below `key`, members of enumerations as their values."""
-    if not isinstance(setting, dict) or not setting:
-        return {key: getattr(setting, "value", setting)}
+def _settings_by_key(value: Any, key: str) -> dict[str, Any]:
+    """Nested settings by dotted key: {"a": {"b": 1}} below "data" -> {"data.a.b": 1}. Members of enumerations as their values."""
+    if not isinstance(value, dict) or not value:
+        return {key: getattr(value, "value", value)}
     settings: dict[str, Any] = {}
-    for name, inner in setting.items():
-        settings |= _dotted_settings(inner, f"{key}.{name}")
+    for name, inner_value in value.items():
+        settings |= _settings_by_key(inner_value, f"{key}.{name}")
     return settings
 
 
-def _version() -> str:
-    """The installed version of shardtune."""
+def _shardtune_version() -> str:
+    """The installed version of shardtune; "unknown" if it runs from a clone that is not installed."""
     try:
         return version("shardtune")
-    except PackageNotFoundError:  # run from a clone that is not installed
+    except PackageNotFoundError:
         return "unknown"

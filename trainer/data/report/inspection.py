@@ -58,7 +58,7 @@ class PreparedEntry:
 
 
 def find_prepared(path: Path) -> PreparedEntry:
-    """The data set at `path`: its directory, or one of its splits, which is then the `requested_split` of the result.
+    """The prepared data set at `path`: its directory, or that of one of its splits, which is then the `requested_split`.
 
     Raises ConfigError if there is none, DataError if a file of it cannot be read.
     """
@@ -76,13 +76,12 @@ def find_prepared(path: Path) -> PreparedEntry:
         entry = find_prepared(path.parent)
         entry.requested_split = path.name
         return entry
-    # The directories of the splits, in the order in which they are shown.
-    splits = [directory for directory in path.iterdir() if (directory / "manifest.json").is_file()]
-    splits.sort(key=lambda directory: (SPLIT_ORDER.get(directory.name, len(SPLIT_ORDER)), directory.name))
-    directories = {directory.name: directory for directory in splits}
-    if not directories:  # a store without splits is read as one
-        directories = {path.name: path}
-    return PreparedEntry(path, read_json_object(path / "manifest.json", PREPARE_AGAIN), directories)
+    directories = [directory for directory in path.iterdir() if (directory / "manifest.json").is_file()]
+    directories.sort(key=lambda directory: (SPLIT_ORDER.get(directory.name, len(SPLIT_ORDER)), directory.name))
+    splits = {directory.name: directory for directory in directories}
+    if not splits:  # a store without splits is read as one
+        splits = {path.name: path}
+    return PreparedEntry(path, read_json_object(path / "manifest.json", PREPARE_AGAIN), splits)
 
 
 def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray:
@@ -100,7 +99,7 @@ def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray
     first_row = 0
     try:
         for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
-            matching_documents.append(np.flatnonzero(_contains_anywhere(batch, text)) + first_row)
+            matching_documents.append(np.flatnonzero(_rows_that_contain(batch, text)) + first_row)
             first_row += batch.num_rows
     except pa.ArrowException as error:
         raise DataError(f"{path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
@@ -109,25 +108,25 @@ def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray
     return np.flatnonzero(is_match).astype(np.int64)
 
 
-def _contains_anywhere(batch: Any, text: str) -> np.ndarray:
-    """bool [rows of the Arrow batch]: whether a document contains `text` in any of its columns."""
+def _rows_that_contain(batch: Any, text: str) -> np.ndarray:
+    """bool [rows of the Arrow batch]: whether a document contains `text`, whatever its case, in any of its columns."""
     import pyarrow.compute as pc
 
-    matches = np.zeros(batch.num_rows, bool)
+    is_match = np.zeros(batch.num_rows, bool)
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if name in ("prompt", "completion", "text", "label", "tools"):
-            matches |= _contains(pc, column, text)
+            is_match |= _texts_that_contain(pc, column, text)
         elif name in ("messages", "chosen", "rejected"):
             # A list of turns in each row: search the turns of all rows at once, then go back to their rows.
             turns = pc.list_flatten(column)
             row_of_turn = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
             for key in ("content", "reasoning_content", "tool_calls"):
-                matches[row_of_turn[_contains(pc, pc.struct_field(turns, key), text)]] = True
-    return matches
+                is_match[row_of_turn[_texts_that_contain(pc, pc.struct_field(turns, key), text)]] = True
+    return is_match
 
 
-def _contains(pc: Any, column: Any, text: str) -> np.ndarray:
-    """bool [n]: whether each text of an Arrow column contains `text`; null does not. `pc`: `pyarrow.compute`."""
+def _texts_that_contain(pc: Any, column: Any, text: str) -> np.ndarray:
+    """bool [n]: whether each text of an Arrow column contains `text` in any case; null does not. `pc`: `pyarrow.compute`."""
     return np.asarray(pc.fill_null(pc.match_substring(column, text, ignore_case=True), False))
 
 
@@ -183,10 +182,10 @@ def groups_table(prepared: PreparedEntry, split: str) -> RenderableType | None:
         for number, name in enumerate(dataset.source_names):
             groups.append(("source", name, dataset.sources == number))
     if dataset.labels is not None:
-        names = prepared.manifest.get("label_names")
-        if not names:  # labels without names are shown as their numbers
-            names = list(range(int(dataset.labels.max(initial=-1)) + 1))
-        for number, name in enumerate(names):
+        label_names = prepared.manifest.get("label_names")
+        if not label_names:  # labels without names are shown as their numbers
+            label_names = list(range(int(dataset.labels.max(initial=-1)) + 1))
+        for number, name in enumerate(label_names):
             groups.append(("label", str(name), dataset.labels == number))
     if not groups:
         return None
@@ -232,32 +231,33 @@ def render_sample(
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
     *,
-    document: bool = False,
+    show_document: bool = False,
     max_lines: int = 40,
 ) -> RenderableType:
-    """Sequence `index` as text, with what is learned in green on a terminal or between ⟦ and ⟧.
+    """Sequence `index` as text, with what is learned in green on a terminal or between ⟦ and ⟧, below a heading.
 
-    `document`: show the row that it was made of, too. `max_lines`: of a longer text, the middle is left out.
+    `show_document`: show the document that it was made of, too. `max_lines`: of a longer text, the middle is left out.
     """
     from trainer.data.report.preview import preview_text  # needs torch and pyarrow, and the sizes of a data set do not
 
     dataset = prepared.split(split)
+    # The heading names where the document comes from, so that its row is read in any case.
     row: dict[str, Any] | None = None
     if (prepared.directory / DOCUMENTS_FILE).is_file():
         row = DocumentTable(prepared.directory).row(int(dataset.documents[index]))
+    heading = _sample_heading(prepared, split, index, row)
     colour = console.is_terminal and not console.no_color
     decoded = preview_text(dataset, tokenizer, width=console.width, index=index, colour=colour, max_lines=max_lines)
-    decoded_text = Text.from_ansi(decoded, no_wrap=True, overflow="fold")
-    heading = _sample_heading(prepared, split, index, row)
-    title = Rule(Text(heading, style="bold", overflow="fold"), align="left")
-    if not document:
-        return Group(title, decoded_text)
-    if row is None:
-        return Group(
-            title, decoded_text, _plain_text("(no documents.arrow in this data set: its rows cannot be shown)")
-        )
-    document_text = Padding(_document_text(row, max_lines), (0, 0, 0, 2))
-    return Group(title, decoded_text, Text("document:", style="bold"), document_text)
+    parts: list[RenderableType] = [
+        Rule(Text(heading, style="bold", overflow="fold"), align="left"),
+        Text.from_ansi(decoded, no_wrap=True, overflow="fold"),
+    ]
+    if show_document and row is None:
+        parts.append(_plain_text("(no documents.arrow in this data set: its rows cannot be shown)"))
+    elif show_document and row is not None:
+        parts.append(Text("document:", style="bold"))
+        parts.append(Padding(_document_text(row, max_lines), (0, 0, 0, 2)))
+    return Group(*parts)
 
 
 def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[str, Any] | None) -> str:
@@ -285,18 +285,21 @@ def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[s
 
 
 def _document_text(row: Mapping[str, Any], max_lines: int) -> RenderableType:
-    """A row as text: turns with their roles, other fields by name; the middle of a long one is left out."""
-    # (line, its style)
-    lines: list[tuple[str, str]] = []
-    for heading, body in _headings_and_texts(row):
-        lines.append((heading, "bold"))
-        lines += [(line, "") for line in escape_control_characters(body).split("\n")]
-    if len(lines) > max_lines:
-        num_tail = max_lines // 2
-        note = (f"[... {len(lines) - max_lines} lines ...]", "dim")
-        tail = lines[-num_tail:] if num_tail else []
-        lines = [*lines[: max_lines - num_tail], note, *tail]
-    return Text("\n", overflow="fold").join(Text(escape_control_characters(line), style=style) for line, style in lines)
+    """A row of `documents.arrow` as text: turns with their roles, other fields by name; the middle of a long one is left out."""
+    lines_and_styles: list[tuple[str, str]] = []
+    for heading, text in _headings_and_texts(row):
+        lines_and_styles.append((heading, "bold"))
+        lines_and_styles += [(line, "") for line in escape_control_characters(text).split("\n")]
+    num_left_out = len(lines_and_styles) - max_lines
+    if num_left_out > 0:
+        num_last = max_lines // 2
+        num_first = max_lines - num_last
+        note = (f"[... {num_left_out} lines ...]", "dim")
+        last_lines = lines_and_styles[-num_last:] if num_last else []
+        lines_and_styles = [*lines_and_styles[:num_first], note, *last_lines]
+    return Text("\n", overflow="fold").join(
+        Text(escape_control_characters(line), style=style) for line, style in lines_and_styles
+    )
 
 
 def _headings_and_texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:

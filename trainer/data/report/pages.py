@@ -47,7 +47,7 @@ def audit_page_html(audit: Audit, stated: CardConfig) -> str:
         "trainer.data.report",
         "page.html.j2",
         filters=PAGE_FILTERS,
-        finalize=_shown,
+        finalize=_shorten_plain_text,
         audit=audit,
         cards=cards,
         tone=TONES[level],
@@ -63,8 +63,8 @@ TONES: dict[Level, Tone] = {Level.good: "good", Level.look: "warning", Level.act
 """How a level is tinted."""
 
 
-def _shown(expression: Any) -> Any:
-    """What the page inserts for an expression of its template: a text as `_shorten` has it; all else as it is."""
+def _shorten_plain_text(expression: Any) -> Any:
+    """What the page inserts for an expression of its template: a plain text as `_shorten` returns it; all else as it is."""
     from markupsafe import Markup
 
     is_plain_text = isinstance(expression, str) and not isinstance(expression, Markup)
@@ -81,31 +81,31 @@ def _shorten(text: str) -> str:
 def sample_runs(sample: DecodedSample, max_characters: int = MAX_SAMPLE_CHARACTERS) -> list[tuple[Any, str]]:
     """A decoded sample as runs for the page: (escaped text, its CSS class "learned", "context" or "cut").
 
-    Example: [("Hi", "context"), ("Hello", "learned")]; "cut" is a note of the page's own, such as "… 900 characters …".
-    Of a sample with more than `max_characters`, two thirds of what is shown are its beginning and one third its end.
+    Example: [("Hi", "context"), ("Hello", "learned")]; "cut" is a note of the page's own, such as "… 900 characters …". If a
+    sample has more than `max_characters`, two thirds of what is shown are its beginning and one third its end.
     """
     from markupsafe import escape
 
     num_characters = sum(len(piece["text"]) for piece in sample.pieces)
-    # Characters [head_end, tail_begin) of the sample are left out.
-    head_end = tail_begin = num_characters
+    # Characters [gap_begin, gap_end) of the sample are left out.
+    gap_begin = gap_end = num_characters
     if num_characters > max_characters:
-        head_end = max_characters * 2 // 3
-        tail_begin = num_characters - max_characters // 3
+        gap_begin = max_characters * 2 // 3
+        gap_end = num_characters - max_characters // 3
     page_runs: list[tuple[Any, str]] = []
     position = 0  # of the piece in the sample
     for piece in sample.pieces:
         text = piece["text"]
         css_class = "learned" if piece["learned"] else "context"
-        # What of the piece lies before the gap, the gap itself, and what lies behind it.
-        head = text[: max(head_end - position, 0)]
-        if head:
-            page_runs.append((escape(escape_control_characters(head)), css_class))
-        if position <= head_end < position + len(text) and head_end < tail_begin:
-            page_runs.append((f"… {tail_begin - head_end:,} characters …", "cut"))
-        tail = text[max(tail_begin - position, 0) :]
-        if tail:
-            page_runs.append((escape(escape_control_characters(tail)), css_class))
+        text_before_gap = text[: max(gap_begin - position, 0)]
+        if text_before_gap:
+            page_runs.append((escape(escape_control_characters(text_before_gap)), css_class))
+        gap_begins_here = position <= gap_begin < position + len(text)
+        if gap_begins_here and gap_begin < gap_end:
+            page_runs.append((f"… {gap_end - gap_begin:,} characters …", "cut"))
+        text_behind_gap = text[max(gap_end - position, 0) :]
+        if text_behind_gap:
+            page_runs.append((escape(escape_control_characters(text_behind_gap)), css_class))
         # A weight below 1 is shown behind the piece, as "*0.5".
         if "weight" in piece and page_runs[-1][1] == "learned":
             page_runs.append((f"*{piece['weight']:g}", "cut"))
@@ -120,7 +120,7 @@ PAGE_FILTERS: dict[str, Callable[..., Any]] = {
     "runs": sample_runs,
 }
 """What the page's template has beside the filters of all pages."""
-HUB_LICENCES = re.compile(
+HUB_LICENCES_REGEX = re.compile(
     r"(apache-2\.0|mit|openrail|bigscience-.*|creativeml-.*|bsd(-.*)?|cc(-.*)?|cc0-1\.0|[al]?gpl(-.*)?|mpl-2\.0|odc-by|"
     r"odbl|pddl|cdla-.*|gfdl|isc|unlicense|wtfpl|zlib|llama.*|gemma|etalab-2\.0|afl-3\.0|artistic-2\.0|bsl-1\.0|"
     r"eupl-.*|epl-.*|ecl-2\.0|ms-pl|ncsa|osl-3\.0|postgresql|lppl-1\.3c|ofl-1\.1|unknown|other)"
@@ -131,10 +131,13 @@ SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M"
 
 
 def hub_licence(licence: str | None) -> tuple[str | None, str | None]:
-    """(`license`, `license_name`) of a card; a licence that the hub has no identifier for is `other` with its name."""
+    """(`license`, `license_name`) of a data card: "MIT" -> ("mit", None), "My terms" -> ("other", "My terms"); without, two None.
+
+    The hub knows a licence by its identifier; any other one is `other`, with its name.
+    """
     if not licence:
         return None, None
-    if HUB_LICENCES.fullmatch(licence.lower()):
+    if HUB_LICENCES_REGEX.fullmatch(licence.lower()):
         return licence.lower(), None
     return "other", licence
 

@@ -39,14 +39,15 @@ def preview_text(
     colour: bool | None = None,
     max_lines: int = 40,
 ) -> str:
-    """The document that begins at sequence `index` as text, under the headings and above the notes of `data_spec`.
+    """The document that begins at sequence `index` as text for the terminal, see `render_pieces`.
 
-    See `render_pieces`; without one, that one sequence alone.
+    With a `data_spec`, all sequences of the document, each under its heading and above its note; without one, the sequence alone.
+    `label_names`: in the order of their ids, for the notes.
     """
     headings = data_spec.headings() if data_spec is not None else [""]
     texts = []
-    for number, heading in enumerate(headings, start=index):
-        sample = dataset.sample(number)
+    for sequence, heading in enumerate(headings, start=index):
+        sample = dataset.sample(sequence)
         pieces = decode_pieces(sample, tokenizer)
         text = heading + render_pieces(pieces, width=width, colour=colour, max_lines=max_lines)
         note = data_spec.note(sample, label_names) if data_spec is not None else ""
@@ -59,59 +60,67 @@ def preview_text(
 def render_pieces(
     pieces: list[tuple[str, float]], *, width: int, colour: bool | None = None, max_lines: int = 40
 ) -> str:
-    """A decoded sample for the terminal: what is learned is green, or between ⟦ and ⟧, with its weight behind it if not 1.
+    """A decoded sample for the terminal: what is learned is green, or between ⟦ and ⟧, with its weight behind it if below 1.
 
-    `pieces`: those of `decode_pieces`. `width`: the longest line in characters. `colour` of None: as the terminal allows. Of a
-    text with more than `max_lines` lines, the middle is left out.
+    `pieces`: those of `decode_pieces`. `width`: the longest line in characters. `colour` of None: as the terminal allows. If
+    there are more than `max_lines` lines, the middle is left out.
     """
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    # Characters with whether each is learned, in lines of `width`, of which the first and the last are kept.
-    lines, num_left_out = _ends(_wrap(_cells(pieces, marks=not colour), max(width, 1)), max_lines)
+    cells = _cells(pieces, has_brackets=not colour)
+    lines, num_left_out = _first_and_last_lines(_wrap(cells, max(width, 1)), max_lines)
     if num_left_out:
         note = [(character, False) for character in f"[... {num_left_out} lines ...]"]
-        lines.insert(max_lines - max_lines // 2, note)
+        num_first_lines = max_lines - max_lines // 2
+        lines.insert(num_first_lines, note)
     line_to_text = _in_colour if colour else _without_colour
     return "\n".join(map(line_to_text, lines))
 
 
-def _cells(pieces: list[tuple[str, float]], *, marks: bool) -> Iterator[Cell]:
-    """The characters of `decode_pieces`. With `marks`, what is learned stands between ⟦ and ⟧."""
+def _cells(pieces: list[tuple[str, float]], *, has_brackets: bool) -> Iterator[Cell]:
+    """The characters of `decode_pieces`, each with whether it is learned.
+
+    With `has_brackets`, ⟦ and ⟧ stand around learned pieces.
+
+    A weight below 1 is shown behind the piece, as "*0.5".
+    """
     for text, weight in pieces:
         is_learned = weight > 0
-        marked_text = f"⟦{text}⟧" if marks and is_learned else text
+        shown_text = f"⟦{text}⟧" if has_brackets and is_learned else text
         if 0 < weight < 1:
-            marked_text += f"*{weight:g}"
-        for character in marked_text:
+            shown_text += f"*{weight:g}"
+        for character in shown_text:
             yield character, is_learned
 
 
-def _ends(lines: Iterator[list[Cell]], max_lines: int) -> tuple[list[list[Cell]], int]:
-    """(the first and the last lines, `max_lines` at most; how many were left out between them).
+def _first_and_last_lines(lines: Iterator[list[Cell]], max_lines: int) -> tuple[list[list[Cell]], int]:
+    """(the first and the last lines, `max_lines` together at most; how many were left out between them).
 
-    Holds no more lines than that: a document may have a million tokens.
+    Never holds more lines than that, because a document may have a million tokens.
     """
-    num_tail = max_lines // 2
-    head = list(islice(lines, max_lines - num_tail))
-    tail: deque[list[Cell]] = deque(maxlen=num_tail)
-    num_lines = len(head)
+    num_last = max_lines // 2
+    first_lines = list(islice(lines, max_lines - num_last))
+    last_lines: deque[list[Cell]] = deque(maxlen=num_last)
+    num_lines = len(first_lines)
     for line in lines:
-        tail.append(line)
+        last_lines.append(line)
         num_lines += 1
-    return [*head, *tail], num_lines - len(head) - len(tail)
+    return [*first_lines, *last_lines], num_lines - len(first_lines) - len(last_lines)
 
 
 def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
-    """A sample as text, in pieces (text, weight) of tokens that are all context (weight 0) or all learned with one weight.
+    """A sample as text, in pieces (text, weight); the tokens of a piece are all context (0) or all learned with one weight.
 
-    Characters that a terminal or a page would act on instead of showing are spelled as \\xNN.
+    Example: [("Question: ", 0.0), ("Answer", 1.0)]. Characters that a terminal or a page would act on instead of showing are
+    spelled as \\xNN.
     """
-    # Such as [("Question: ", 0.0), ("Answer", 1.0)]. A token of context has weight 0, so one array tells context, learned and
-    # weighted tokens apart.
+    # A token of context has weight 0, so that one array tells context, learned and weighted tokens apart.
     weights = sample.supervised * (np.float32(1) if sample.weights is None else sample.weights)
-    edges = np.flatnonzero(np.diff(weights)) + 1
+    piece_begins = np.flatnonzero(np.diff(weights)) + 1
     pieces = []
-    for ids, piece_weights in zip(np.split(sample.input_ids, edges), np.split(weights, edges), strict=True):
+    for ids, piece_weights in zip(
+        np.split(sample.input_ids, piece_begins), np.split(weights, piece_begins), strict=True
+    ):
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         # Rounded to what a float32 distinguishes, so that 0.1 is not shown as 0.10000000149.
         weight = float(f"{piece_weights[0]:.6g}") if len(piece_weights) else 0.0
@@ -157,16 +166,13 @@ def _in_colour(line: list[Cell]) -> str:
 def summary_text(report: dict[str, Any]) -> str:
     """A few lines on prepared data: rows lost, every split, what was dropped or changed and why. `report`: `Audit.report`.
 
-    Raises DataError if documents of a split begin with two BOS.
+    Raises DataError if sequences of a split begin with two BOS.
     """
-    for split in ("train", "eval", "test"):
-        doubled_bos = report.get(split, {}).get("doubled_bos")
-        if doubled_bos:
-            raise DataError(f"{split}: {doubled_bos} documents begin with two BOS; check model.chat_template")
+    _refuse_doubled_bos(report)
     template = template_environment(escape_control_characters, autoescape=False).get_template("terminal.txt.j2")
     text = template.render(
         report=report,
-        said=REASON_TEXTS,
+        reason_texts=REASON_TEXTS,
         not_asked=NOT_ASKED,
         is_prompts_alone=is_prompts_alone,
         few_ends_learned=few_ends_learned,
@@ -174,9 +180,17 @@ def summary_text(report: dict[str, Any]) -> str:
     return text.rstrip("\n")
 
 
-def is_prompts_alone(split: dict[str, Any]) -> bool:
-    """Whether the model writes the answers of a split while it trains. `split`: its part of `Audit.report`.
+def _refuse_doubled_bos(report: dict[str, Any]) -> None:
+    """Raise DataError if sequences of a split begin with two BOS, which no pretraining text does."""
+    for split in ("train", "eval", "test"):
+        num_doubled_bos = report.get(split, {}).get("doubled_bos")
+        if num_doubled_bos:
+            raise DataError(f"{split}: {num_doubled_bos} documents begin with two BOS; check model.chat_template")
 
-    Preparation refuses a split without anything to learn, unless its documents are prompts or have labels.
+
+def is_prompts_alone(split_report: dict[str, Any]) -> bool:
+    """Whether a split has prompts alone, whose answers the model generates while it trains. `split_report`: see `Audit.report`.
+
+    Preparation refuses a split without supervised tokens, unless its documents are prompts or have labels.
     """
-    return not split.get("labelled") and split.get("supervised_tokens") == 0
+    return not split_report.get("labelled") and split_report.get("supervised_tokens") == 0

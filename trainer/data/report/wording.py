@@ -42,13 +42,16 @@ def _visible_character(character: str) -> str:
     return f"\\x{ord(character):02x}"
 
 
-def plural(amount: int, word: str) -> str:
-    """`1 row`, `2 rows`; with thousands separators."""
-    return f"{amount:,} {word if amount == 1 else word + 's'}"
+def plural(amount: int, noun: str) -> str:
+    """An amount with its noun: "1 row", "2,000 rows"."""
+    return f"{amount:,} {noun if amount == 1 else noun + 's'}"
 
 
 def reason_text(code: str) -> str:
-    """A reason for dropping or noting a document, in words where the code alone would not tell."""
+    """The reason for which a document was dropped or noted, in words: "too_long" -> "longer than data.max_length".
+
+    A code that speaks for itself gets blanks in place of its underscores.
+    """
     return REASON_TEXTS.get(code, code.replace("_", " "))
 
 
@@ -66,24 +69,24 @@ REASON_TEXTS = {
 
 
 @cache
-def template_environment(shown: Callable[[str], str], *, autoescape: bool) -> Environment:
-    """Jinja's environment for the templates of this package: every text goes through `shown` before it is inserted, but Markup.
+def template_environment(escape: Callable[[str], str], *, autoescape: bool) -> Environment:
+    """Jinja's environment for the templates of this package. Every text is inserted as `escape(text)`, unless it is Markup.
 
-    Cached by `shown`, since to compile the templates takes longer than to fill them.
+    One environment is made for each `escape` and kept, since to compile the templates takes longer than to fill them.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    def finalize(expression: Any) -> Any:
+    def escape_plain_text(expression: Any) -> Any:
         """What is inserted for an expression of a template."""
         is_plain_text = isinstance(expression, str) and not isinstance(expression, Markup)
-        return shown(expression) if is_plain_text else expression
+        return escape(expression) if is_plain_text else expression
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,  # a name that is not in the audit is an error, never an empty place
+        undefined=StrictUndefined,  # an unknown name is an error, never an empty place
         autoescape=autoescape,
-        finalize=finalize,
+        finalize=escape_plain_text,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -155,7 +158,10 @@ def audit_tiles(audit: Audit) -> list[Tile]:
 
 
 def overall_level(all_tiles: list[Tile]) -> tuple[Level, str]:
-    """(level of the whole data set, a sentence that names the tiles that made it so)."""
+    """(level of the whole data set, a sentence that names the tiles that made it so): (Level.look, "Worth a look: leakage").
+
+    The level is the gravest of any tile.
+    """
     for level, verdict in ((Level.act, "Calls for action"), (Level.look, "Worth a look")):
         names = [tile.what.lower() for tile in all_tiles if tile.level is level]
         if names:
@@ -163,7 +169,7 @@ def overall_level(all_tiles: list[Tile]) -> tuple[Level, str]:
     return Level.good, "Nothing stands out"
 
 
-def _level(share: float, look_above: float, act_above: float) -> Level:
+def _level_of_share(share: float, look_above: float, act_above: float) -> Level:
     """The level of a share that is the worse the larger it is: good up to `look_above`, look up to `act_above`, act beyond."""
     if share > act_above:
         return Level.act
@@ -182,36 +188,55 @@ def few_ends_learned(num_ends: int, num_documents: int) -> bool:
 
 
 def _rows_lost_tile(audit: Audit) -> Tile:
-    """The tile for rows that are not in the data set: how many, and the most frequent reason."""
+    """The tile for rows that are not in the data set: how many, and the most frequent reason.
+
+    The level goes by rows that no setting asked to drop: more than 1 % calls for a look, more than 10 % for action. Half of all
+    rows gone may be a surprise even if a setting asked for it: look.
+    """
     num_rows = audit.conserved["rows_in"]
     num_dropped = audit.conserved["dropped"]
     num_unrequested = 0
     for stage in audit.flow:
         if stage.stage in UNREQUESTED_STAGES:
             num_unrequested += sum(stage.dropped.values())
-    level = _level(num_unrequested / max(num_rows, 1), look_above=0.01, act_above=0.1)
-    # Rows that settings asked to drop are no fault, but half of them gone may be a surprise.
+    level = _level_of_share(num_unrequested / max(num_rows, 1), look_above=0.01, act_above=0.1)
     if level is Level.good and audit.lost_share > 0.5:
         level = Level.look
     note = f"{num_dropped:,} of {plural(num_rows, 'row')}"
     advice = ""
     if num_dropped:
-        # If rows are lost that no setting asked to drop, only their stages are named: these have to be looked at.
-        drops: list[tuple[int, str, str]] = []  # (rows, reason, stage), such as (12, "too_long", "tokenise")
-        for stage in audit.flow:
-            if stage.stage in UNREQUESTED_STAGES or not num_unrequested:
-                drops += [(count, reason, stage.stage) for reason, count in stage.dropped.items()]
-        count, reason, stage_name = max(drops)
-        cause = reason_text(reason) if stage_name in UNREQUESTED_STAGES else f"{stage_name}, {reason_text(reason)}"
-        note += f"; most: {cause} ({count:,})"
-        advice = f"see the places below, and {STAGE_SETTINGS.get(stage_name, 'quarantine.jsonl and dropped.jsonl')}"
-        if reason == "too_long":
-            advice = "raise data.max_length, or set data.over_length=truncate or split"
+        cause, advice = _cause_and_advice_of_most_drops(audit, only_unrequested=num_unrequested > 0)
+        note += f"; most: {cause}"
     return Tile("Rows lost", percent(audit.lost_share), note, level, "rows", advice)
 
 
+def _cause_and_advice_of_most_drops(audit: Audit, *, only_unrequested: bool) -> tuple[str, str]:
+    """(reason for which most rows were dropped and their number, what to do): ("longer than data.max_length (12)", "raise ...").
+
+    `only_unrequested`: of the stages whose drops no setting asked for, since these have to be looked at.
+    """
+    drops: list[tuple[int, str, str]] = []  # (rows, reason, stage), such as (12, "too_long", "tokenise")
+    for stage in audit.flow:
+        if stage.stage in UNREQUESTED_STAGES or not only_unrequested:
+            drops += [(count, reason, stage.stage) for reason, count in stage.dropped.items()]
+    count, reason, stage_name = max(drops)
+    cause = reason_text(reason)
+    if stage_name not in UNREQUESTED_STAGES:
+        cause = f"{stage_name}, {cause}"
+    advice = f"see the places below, and {STAGE_SETTINGS.get(stage_name, 'quarantine.jsonl and dropped.jsonl')}"
+    if reason == "too_long":
+        advice = "raise data.max_length, or set data.over_length=truncate or split"
+    return f"{cause} ({count:,})", advice
+
+
 def _learned_tile(audit: Audit) -> Tile:
-    """The tile for the share of the training tokens that is learned."""
+    """The tile for the share of the training tokens that is learned.
+
+    - The data has labels: how many; good.
+    - Documents begin with two BOS: act.
+    - Few documents teach the model where to stop: look.
+    - 5 % or more: good. Less: look, because the prompts are much longer than the answers, or the mask is wrong. None: act.
+    """
     train = audit.splits["train"]
     if train.labelled:
         return Tile("Learned", plural(train.documents, "label"), "one a document", Level.good, "splits")
@@ -223,7 +248,6 @@ def _learned_tile(audit: Audit) -> Tile:
         note = f"only {train.ends_supervised:,} of {plural(train.documents, 'document')} teach where to stop"
         advice = "check the end of turn in model.chat_template, and data.max_length"
         return Tile("Learned tokens", share, note, Level.look, "splits", advice)
-    # Below 5 % the prompts are much longer than the answers, or the mask is wrong.
     if train.supervised_share >= 0.05:
         level = Level.good
     elif train.supervised_share > 0:
@@ -234,13 +258,13 @@ def _learned_tile(audit: Audit) -> Tile:
 
 
 def _truncated_tile(audit: Audit) -> Tile:
-    """The tile for documents that lost something to `data.max_length`."""
+    """The tile for documents that lost something to `data.max_length`: good if there are none, act above 10 %, else look."""
     if not audit.truncated:
         return Tile("Truncated", "0", "every document is whole", Level.good, "splits")
     share = audit.truncated / max(audit.conserved["kept"], 1)
     note = f"{plural(audit.truncated, 'document')} cut to data.max_length={audit.words['data.max_length']}"
     advice = "raise data.max_length, or choose data.over_length; a cut answer does not teach to stop"
-    level = _level(share, look_above=0, act_above=0.1)
+    level = _level_of_share(share, look_above=0, act_above=0.1)
     return Tile("Truncated", percent(share), note, level, "splits", advice)
 
 
@@ -299,7 +323,7 @@ def _duplicates_tile(audit: Audit) -> Tile:
     share = num_left_in / max(audit.conserved["rows_in"], 1)
     advice = ", ".join(f"data.duplicates.{kind}=drop" for kind in left_in) + " takes them out"
     note = f"still in the data, {percent(share)} of the rows"
-    level = _level(share, look_above=0.01, act_above=0.1)
+    level = _level_of_share(share, look_above=0.01, act_above=0.1)
     return Tile("Duplicates", f"{num_left_in:,}", note, level, "duplicates", advice)
 
 
@@ -333,8 +357,11 @@ def _personal_data_tile(audit: Audit) -> Tile:
 
 
 def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
-    """What is not known about the data set, as short sentences; first what only its owner can tell."""
-    # What the owner did not state; then what the tiles of the page say is not good; then what was not looked for.
+    """What is not known about the data set, as short sentences.
+
+    In order: what its owner did not state; what it lacks; what the tiles of the page say is not good; what was not looked for.
+    `stated`: what the owner states in `data.card`.
+    """
     gaps = _unstated_gaps(audit, stated)
     if "eval" not in audit.splits:
         gaps.append("there is no evaluation split")
@@ -346,9 +373,10 @@ def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
         if tile.level is not Level.good:
             shown_value = "" if tile.level is Level.none else tile.value
             gaps.append(f"{tile.what.lower()}: {shown_value} {tile.note}")
-    if audit.leakage and audit.words["data.leakage.near"] in (False, "none"):
+    switched_off = (False, "none")
+    if audit.leakage and audit.words["data.leakage.near"] in switched_off:
         gaps.append("near leaks were not looked for (data.leakage.near)")
-    if audit.duplicates and audit.words["data.duplicates.near"] in (False, "none"):
+    if audit.duplicates and audit.words["data.duplicates.near"] in switched_off:
         gaps.append("near copies were not looked for (data.duplicates.near)")
     for source, names in audit.unread_columns.items():
         gaps.append(f"unused columns of {source}: {', '.join(names)}")
@@ -356,8 +384,8 @@ def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
 
 
 def _unstated_gaps(audit: Audit, stated: CardConfig) -> list[str]:
-    """What the owner did not state in `data.card`, and what nobody detected either."""
-    questions = {
+    """What the owner did not state in `data.card`, and what nobody detected either: questions, licences, languages."""
+    question_by_field = {
         "description": "what it was made for",
         "source_description": "how the data was collected",
         "intended_use": "what it may be used for",
@@ -365,9 +393,10 @@ def _unstated_gaps(audit: Audit, stated: CardConfig) -> list[str]:
         "licence": "the licence of the whole",
     }
     gaps = []
-    for name, question in questions.items():
-        if not (getattr(stated, name) or "").strip():
-            gaps.append(f"not stated: {question} (data.card.{name})")
+    for field_name, question in question_by_field.items():
+        answer = getattr(stated, field_name) or ""
+        if not answer.strip():
+            gaps.append(f"not stated: {question} (data.card.{field_name})")
     unlicensed = [source.name for source in audit.sources if not source.licence]
     if unlicensed:
         more = " and others" if len(unlicensed) > 10 else ""
@@ -378,14 +407,14 @@ def _unstated_gaps(audit: Audit, stated: CardConfig) -> list[str]:
 
 
 def _privacy_gaps(audit: Audit) -> list[str]:
-    """What the search for personal data left out."""
+    """What the search for personal data left out: documents, names of people and places, columns that are kept for rewards."""
     gaps = []
     privacy = audit.privacy
-    documents = sum(split.documents for split in audit.splits.values())
+    num_documents = sum(split.documents for split in audit.splits.values())
     if privacy is None or not privacy.scanned:
         gaps.append("personal data was not looked for")
-    elif privacy.scanned < documents:
-        gaps.append(f"personal data was looked for in {privacy.scanned:,} of {plural(documents, 'document')}")
+    elif privacy.scanned < num_documents:
+        gaps.append(f"personal data was looked for in {privacy.scanned:,} of {plural(num_documents, 'document')}")
     if privacy is not None and not privacy.people_and_places:
         gaps.append("names of people, places and organisations were not looked for (data.privacy.engine=presidio)")
     if any(source.format == DataFormat.prompt for source in audit.sources):
