@@ -185,7 +185,9 @@ def small_png(png: bytes) -> bytes:
     image = Image.open(io.BytesIO(png)).convert("RGB")
     for num_colors in COLORS:
         file = io.BytesIO()
-        image.quantize(num_colors, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        # Which keeps rare colours, such as those of thin curves, as they are.
+        palette = image.quantize(num_colors, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        palette.save(file, "PNG", optimize=True)
         if len(file.getvalue()) <= MAX_BYTES:
             return file.getvalue()
     raise ValueError(f"no palette makes the picture smaller than {MAX_BYTES} bytes: show less of the page")
