@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from launch.config.verb_arguments import VerbArguments, flag, forwarded_settings, option, positional, read_arguments
 from launch.evaluate.checks import test_split_problems
 from strategies.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launch.evaluate.plan import EvaluationPlan
 
 AGAINST_PREFIX = "against."
 """Before a setting: it allows what the run of `against=` reaches out to."""
@@ -64,8 +61,11 @@ class EvaluateArguments(VerbArguments):
     """The verb and all arguments as they were typed, for messages."""
     prefix: str = ""
     """What arguments that allow a value of this run begin with in `command`: `against.` for the other run of a comparison."""
-    main_plan: EvaluationPlan | None = None
-    """The main evaluation, if this one runs for its comparison (`against=`) and so has its tasks; None: this is the main one."""
+    main_plan: Any = None
+    """The main evaluation, if this one runs for its comparison (`against=`) and so has its tasks; None: this is the main one.
+
+    An `EvaluationPlan`, whose file imports this one. The type of each field is looked up while arguments are read.
+    """
 
 
 def parse_evaluate_arguments(argv: list[str]) -> EvaluateArguments:
