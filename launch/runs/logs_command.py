@@ -25,6 +25,7 @@ from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.runs.logs import AddedText, LogsRequest
+    from launch.runs.owner import LauncherProcess
     from launch.runs.queue import Queue
     from launch.runs.status import RunView
 
@@ -154,14 +155,17 @@ class JsonPrinter(Printer):
             print(json.dumps({"file": str(path), "line": line}, ensure_ascii=False), flush=True)
 
 
-def show_last_lines(files: list[Path], count: int, printer: Printer) -> dict[Path, int]:
-    """Print the last `count` lines of each file; returns the byte offset in each file behind what was shown."""
+def show_last_lines(files: list[Path], num_lines: int, printer: Printer) -> dict[Path, int]:
+    """Print the last `num_lines` lines of each file; returns the byte offset in each file behind what was printed.
+
+    For a file that cannot be read, the reason is printed, and it has no offset.
+    """
     from launch.runs.logs import last_lines
 
     offsets = {}
     for path in files:
         try:
-            lines, offsets[path] = last_lines(path, count)
+            lines, offsets[path] = last_lines(path, num_lines)
         except OSError as error:
             lines = [f"(cannot be read: {error.strerror or error})"]
         printer(path, lines)
@@ -169,7 +173,11 @@ def show_last_lines(files: list[Path], count: int, printer: Printer) -> dict[Pat
 
 
 def failure_text(run_dir: Path) -> str:
-    """Where and why a run failed, for the end of its logs: rank, phase, message; a traceback unless the error is the user's."""
+    """Where and why a run failed, for the end of its logs, from its `failure.json`: rank, phase, and
+
+    - the message, if the error is in the user's settings or data,
+    - else the traceback, or the message if there is none.
+    """
     from trainer.reporting.status import read_failure
 
     failure = read_failure(run_dir)
@@ -190,8 +198,9 @@ class FollowedRun:
     request: LogsRequest
     printer: Printer
     offsets: dict[Path, int]
-    _launcher: tuple[int, str] | None = None
-    """(process id, identity) of the process on this host that would start the ranks again; None if there is none."""
+    """Byte offset in each log file up to which it was printed."""
+    _launcher: LauncherProcess | None = None
+    """The process on this host that would start the ranks again; None if there is none."""
     _last_notice: str = ""
     """What the run was last reported to wait for."""
 
@@ -200,11 +209,11 @@ class FollowedRun:
         from launch.runs.logs import AddedText
         from launch.runs.queue import Queue, read_queue
 
-        added = AddedText(self.offsets)
+        added_text = AddedText(self.offsets)
         queue = Queue()
         queue_read_at = float("-inf")
         state_read_at = float("-inf")
-        ended_at: float | None = None  # since when the run is over; None while it is not
+        over_since: float | None = None  # None while the run is not over
         while True:
             # Read the state, and the queue less often: while the run trains, nothing depends on the queue.
             now = time.monotonic()
@@ -217,28 +226,28 @@ class FollowedRun:
                     run = self._read_view(queue)
                 self._report_waiting(run)
                 if not self._is_over(run, queue):
-                    ended_at = None
-                elif ended_at is None:
-                    ended_at = now
+                    over_since = None
+                elif over_since is None:
+                    over_since = now
             # Print before the end is reported, so that the last lines are shown.
-            self._print_added(added)
+            self._print_added_lines(added_text)
             # A run that has not succeeded may still be started again, for a moment.
-            if ended_at is not None and (run.state == "done" or now - ended_at > RESTART_WAIT_S):
+            if over_since is not None and (run.state == "done" or now - over_since > RESTART_WAIT_S):
                 self._report_end(run)
                 return
             time.sleep(READ_INTERVAL_S)
 
-    def _print_added(self, added: AddedText) -> None:
+    def _print_added_lines(self, added_text: AddedText) -> None:
         """Print the lines that were added to the log files since the last call."""
         from launch.runs.logs import choose_log_files
 
         with suppress(ConfigError):  # the requested rank has no log yet
             for path in choose_log_files(self.run_dir, self.request, failed_rank=None):
-                while lines := added.lines(path):
+                while lines := added_text.lines(path):
                     self.printer(path, lines)
 
     def _read_view(self, queue: Queue) -> RunView:
-        """The state of the run now. Also notes the run's launcher, which cannot be found any more once the run has ended."""
+        """The state of the run now. Sets `_launcher`, which cannot be found any more once the run has ended."""
         from launch.runs.owner import launcher_process, read_lease_holder
         from launch.runs.status import read_run_view
 
@@ -258,12 +267,12 @@ class FollowedRun:
             return True
         if run.state not in ("failed", "preempted", "lost") or run.job is not None:
             return False
-        if run.job_id is not None and queue.problem is not None:  # its job may be waiting there
+        may_be_queued = run.job_id is not None and queue.problem is not None
+        if may_be_queued:
             return False
         if self._launcher is None:
             return True
-        launcher_pid, identity = self._launcher
-        return process_identity(launcher_pid) != identity  # it has ended
+        return process_identity(self._launcher.pid) != self._launcher.identity  # whether the launcher has ended, too
 
     def _report_waiting(self, run: RunView) -> None:
         """Print on stderr what the run waits for, if that has changed: a job in the queue, or its first heartbeat."""

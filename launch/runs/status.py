@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.runs import job_record, metrics_tail
 from launch.runs.ended_job import ended_job_text
@@ -100,30 +100,30 @@ def find_runs(root: Path) -> RunSearch:
     A directory with a `config.yaml` is a run, and nothing below it is searched. Raises OSError if `root` cannot be listed.
     """
     search = RunSearch()
-    directories_read = 0
+    num_directories_read = 0
     # Level by level, so that a search that stops early has found the runs nearest to `root`.
-    level = [root]
+    directories_of_level = [root]
     for depth in range(MAX_DEPTH + 1):
         next_level: list[Path] = []
-        for directory in level:
-            directories_read += 1
-            if directories_read > MAX_DIRECTORIES:
+        for directory in directories_of_level:
+            num_directories_read += 1
+            if num_directories_read > MAX_DIRECTORIES:
                 search.is_cut = True
                 break
             try:
                 with os.scandir(directory) as scan:
-                    entries = {entry.name: entry for entry in scan}
+                    entry_by_name = {entry.name: entry for entry in scan}
             except OSError as error:
                 if directory == root:
                     raise
                 search.unreadable[directory] = error.strerror or str(error)
                 continue
-            if "config.yaml" in entries:
+            if "config.yaml" in entry_by_name:
                 search.runs.append(directory)
             elif depth < MAX_DEPTH:
-                next_level += [directory / name for name, entry in entries.items() if _is_searched(entry, root)]
-        level = sorted(next_level, key=lambda path: number_aware_order(path.name))
-    search.runs.sort(key=lambda path: [number_aware_order(part) for part in path.parts])
+                next_level += [directory / name for name, entry in entry_by_name.items() if _is_searched(entry, root)]
+        directories_of_level = sorted(next_level, key=lambda path: number_aware_order(path.name))
+    search.runs.sort(key=lambda path: [number_aware_order(name) for name in path.parts])
     return search
 
 
@@ -134,9 +134,11 @@ def number_aware_order(name: str) -> tuple[int, str]:
 
 
 def _is_searched(entry: os.DirEntry[str], root: Path) -> bool:
-    """Whether runs are searched in a directory entry: in directories that are not hidden.
+    """Whether runs are searched in a directory entry. They are in every directory, except
 
-    A link to a directory below `root` is left out, because the search meets that directory anyway.
+    - hidden ones,
+    - links to a directory below `root`, because the search meets that directory anyway,
+    - links that lead to themselves, and what cannot be read.
     """
     if entry.name.startswith("."):
         return False
@@ -149,9 +151,12 @@ def _is_searched(entry: os.DirEntry[str], root: Path) -> bool:
 
 
 def read_run_views(search: RunSearch, queue: Queue) -> list[RunView]:
-    """The state of each run of the search, then a row of state `unknown` for each directory that cannot be read."""
+    """The state of each run of the search, then a row of state `unknown` for each directory that cannot be read.
+
+    A directory whose `config.yaml` is not shardtune's is left out if nothing was started in it.
+    """
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
-        views = list(pool.map(lambda run: read_run_view(run, queue), search.runs))
+        views = list(pool.map(lambda run_dir: read_run_view(run_dir, queue), search.runs))
     # A file config.yaml alone makes no run: another program may have written it.
     views = [view for view in views if view.state != NOT_STARTED or has_shardtune_config(view.directory)]
     for path, reason in search.unreadable.items():
@@ -232,10 +237,17 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
     )
 
 
+class StateAndReason(NamedTuple):
+    """The state of a run, and why it is in this state on one line, or None."""
+
+    state: str
+    reason: str | None
+
+
 def _state_from_files(
     run_dir: Path, status: dict[str, Any], lease_holder: LeaseHolder, job: QueuedJob | None
-) -> tuple[str, str | None]:
-    """(state, reason) of a run, by its own files and its job in the queue. The first case that applies:
+) -> StateAndReason:
+    """The state of a run, by its own files and its job in the queue. The first case that applies:
 
     - Its job waits in the queue, and it is not done: queued.
     - Its status says running, or it holds its lease (a run that starts has no status yet): running, or lost without heartbeats.
@@ -246,64 +258,73 @@ def _state_from_files(
     """
     recorded_state = status.get("state")
     if job is not None and job.is_pending and recorded_state != State.done:
-        return QUEUED, job.description
+        return StateAndReason(QUEUED, job.description)
     is_starting = recorded_state not in ENDED_STATES and lease_holder.owner is not None
     if recorded_state == State.running or is_starting:
         if lease_holder.seems_to_be_running:
-            return State.running, _text_or_none(status.get("reason"))
-        return LOST, _lost_reason(lease_holder)
+            return StateAndReason(State.running, _text_or_none(status.get("reason")))
+        return StateAndReason(LOST, _lost_reason(lease_holder))
+    # If the run was started again after a failure, its failure.json is out of date.
     failure = read_failure(run_dir) if recorded_state in (None, State.failed) else {}
     if recorded_state in ENDED_STATES:
-        return str(recorded_state), one_line(failure.get("message") or status.get("reason"))
+        return StateAndReason(str(recorded_state), one_line(failure.get("message") or status.get("reason")))
     if failure:
-        return State.failed, one_line(failure.get("message"))
+        return StateAndReason(State.failed, one_line(failure.get("message")))
     if (run_dir / "status.json").exists():
-        return UNKNOWN, "its status.json cannot be read"
-    return NOT_STARTED, job.description if job is not None else None
+        return StateAndReason(UNKNOWN, "its status.json cannot be read")
+    return StateAndReason(NOT_STARTED, job.description if job is not None else None)
 
 
-def _corrected_by_last_job(run_dir: Path, queue: Queue, state: str, why: str | None) -> tuple[str, str | None]:
-    """(state, reason) of a run that is lost or has not started, corrected by how its last job ended.
+def _corrected_by_last_job(run_dir: Path, queue: Queue, state: str, reason: str | None) -> StateAndReason:
+    """The state of a run that is lost or has not started, corrected by how its last job ended. The first case that applies:
 
-    Called for a run that has no job in the queue any more. A run whose job ended before it could start has failed. If the queue
-    cannot be read, the job may still be waiting, and the reason says so. Otherwise `state` and `why` are returned as they are.
+    - It was never submitted: unchanged.
+    - Its job ended: a run that has not started has failed; a lost run gets the end as a further reason.
+    - Its job may still be waiting, because the queue cannot be read: the reason says so.
+    - Otherwise: unchanged.
+
+    Called for a run that has no job in the queue any more.
     """
     was_submitted = (run_dir / job_record.JOB_RECORD_FILE).exists() or (run_dir / SUBMITTED_FILE).exists()
     if not was_submitted:
-        return state, why
+        return StateAndReason(state, reason)
     end = ended_job_text(run_dir, queue)
     if end is not None:
         if state == NOT_STARTED:
-            return State.failed, end
-        return state, f"{why}; {end}" if why else end
-    submitted_job = unfinished_job_id(run_dir)
+            return StateAndReason(State.failed, end)
+        return StateAndReason(state, f"{reason}; {end}" if reason else end)
+    submitted_job_id = unfinished_job_id(run_dir)
     is_queue_known = not queue.problem and not queue.has_no_squeue
-    if submitted_job is None or is_queue_known:
-        return state, why
-    problem = queue.problem or "this host has no squeue"
-    doubt = f"was submitted as job {submitted_job}; whether it still waits or runs is not known: {problem}"
-    return state, f"{why}; {doubt}" if why else doubt
+    if submitted_job_id is None or is_queue_known:
+        return StateAndReason(state, reason)
+    queue_problem = queue.problem or "this host has no squeue"
+    doubt = f"was submitted as job {submitted_job_id}; whether it still waits or runs is not known: {queue_problem}"
+    return StateAndReason(state, f"{reason}; {doubt}" if reason else doubt)
 
 
-def _corrected_by_pipeline(parts: list[PipelinePart], state: str, why: str | None) -> tuple[str, str | None]:
-    """(state, reason) of a run, corrected by the other jobs of its pipeline.
+def _corrected_by_pipeline(parts: list[PipelinePart], state: str, reason: str | None) -> StateAndReason:
+    """The state of a run, corrected by the other jobs of its pipeline (those that prepare or evaluate, for example).
 
-    If one of them failed (preparing or evaluating, for example), the reason names it, and a run that has not begun has failed.
-    Otherwise `state` and `why` are returned as they are.
+    If one of them failed, the reason names it, and a run that has not begun has failed. Otherwise the state is unchanged.
     """
-    broken_part = first_failed_part(parts)
-    if broken_part is None or broken_part.part == "train":
-        return state, why
-    reason = f"{broken_part.part} (job {broken_part.job}) {broken_part.description}"
-    if why and state != NOT_STARTED:
-        reason += f"; {why}"
-    if state in (NOT_STARTED, QUEUED):
-        state = State.failed
-    return state, reason
+    failed_part = first_failed_part(parts)
+    if failed_part is None or failed_part.part == "train":
+        return StateAndReason(state, reason)
+    corrected_reason = f"{failed_part.part} (job {failed_part.job}) {failed_part.description}"
+    if reason and state != NOT_STARTED:
+        corrected_reason += f"; {reason}"
+    has_not_begun = state in (NOT_STARTED, QUEUED)
+    return StateAndReason(State.failed if has_not_begun else state, corrected_reason)
 
 
 def _lost_reason(lease_holder: LeaseHolder) -> str:
-    """Why a run is lost that should be running: its process ended, hangs, or sends no heartbeat."""
+    """Why a run is lost that should be running. The first case that applies:
+
+    - No process holds the lease: it ended without a message.
+    - The process is on this host and has ended: it was killed.
+    - The process is on this host and lives, without heartbeats: it was stopped, or hangs.
+    - The process is on another host: since when it sends no heartbeat.
+    """
     owner = lease_holder.owner
     if owner is None:
         return "ended without a message: its status says running, but no process runs it"
@@ -334,10 +355,10 @@ def _last_held_out_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
         return {}
     last_row = evaluation_rows[-1]
     metrics = {}
-    for key in last_row:
-        metric = metrics_tail.finite_number(last_row, key)
-        if key not in ("tokens", "epoch") and metric is not None:
-            metrics[key] = metric
+    for name in last_row:
+        value = metrics_tail.finite_number(last_row, name)
+        if name not in ("tokens", "epoch") and value is not None:
+            metrics[name] = value
     return metrics
 
 

@@ -27,7 +27,7 @@ from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.runs.queue import Queue
-    from launch.runs.status_tables import RunsStatus
+    from launch.runs.status_tables import RunDetails, RunsStatus
 
 
 @dataclass(kw_only=True)
@@ -118,10 +118,9 @@ def read_runs_status(root: Path, known_queue: Queue | None = None) -> RunsStatus
 
     `known_queue`: a queue that was read before; None calls squeue. Raises ConfigError if the directory cannot be listed.
     """
-    from launch.runs import checkpoints, queue
-    from launch.runs.metrics_tail import loss_curve
+    from launch.runs import queue
     from launch.runs.status import RunSearch, find_runs, read_run_views
-    from launch.runs.status_tables import RunDetails, RunsStatus
+    from launch.runs.status_tables import RunsStatus
 
     with ThreadPoolExecutor(1) as pool:  # squeue runs while the directories are searched
         queue_future = pool.submit(lambda: known_queue or queue.read_queue())
@@ -133,19 +132,26 @@ def read_runs_status(root: Path, known_queue: Queue | None = None) -> RunsStatus
             raise ConfigError(f"{root}: cannot be listed ({error.strerror})") from error
         queue_now = queue_future.result()
     runs = read_run_views(search, queue_now)
-    details = None
-    if search.runs == [root] and runs:
-        from launch.runs.efficiency import recorded_starts
-        from trainer.reporting.status import read_failure
-
-        details = RunDetails(
-            store=checkpoints.list_checkpoints(root),
-            failure=read_failure(root),
-            curve=loss_curve(root / "metrics.jsonl", num_samples=60),
-            logs=root / "logs",
-            starts=recorded_starts(root),
-        )
+    is_single_run = search.runs == [root] and bool(runs)
+    details = _read_run_details(root) if is_single_run else None
     return RunsStatus(root=root, runs=runs, queue=queue_now, is_cut=search.is_cut, details=details)
+
+
+def _read_run_details(run_dir: Path) -> RunDetails:
+    """What `status` shows only for a single run: checkpoints, failure, loss curve, logs, and what its jobs used."""
+    from launch.runs import checkpoints
+    from launch.runs.efficiency import recorded_starts
+    from launch.runs.metrics_tail import loss_curve
+    from launch.runs.status_tables import RunDetails
+    from trainer.reporting.status import read_failure
+
+    return RunDetails(
+        store=checkpoints.list_checkpoints(run_dir),
+        failure=read_failure(run_dir),
+        curve=loss_curve(run_dir / "metrics.jsonl", num_samples=60),
+        logs=run_dir / "logs",
+        starts=recorded_starts(run_dir),
+    )
 
 
 def watch_runs_status(root: Path, *, as_json: bool) -> None:
@@ -171,12 +177,15 @@ def watch_runs_status(root: Path, *, as_json: bool) -> None:
 
 
 def runs_status_forever(root: Path) -> Iterator[RunsStatus]:
-    """The state of the runs every `WATCH_INTERVAL_S` seconds, without end; squeue is called every `QUEUE_INTERVAL_S` seconds."""
+    """Yields the state of the runs every `WATCH_INTERVAL_S` seconds, without end.
+
+    Calls squeue every `QUEUE_INTERVAL_S` seconds.
+    """
     queue = None
     queue_read_at = float("-inf")
     while True:
         if time.monotonic() - queue_read_at >= QUEUE_INTERVAL_S:
-            queue = None
+            queue = None  # read anew below
             queue_read_at = time.monotonic()
         runs_status = read_runs_status(root, queue)
         queue = runs_status.queue
@@ -185,18 +194,18 @@ def runs_status_forever(root: Path) -> Iterator[RunsStatus]:
 
 
 def _verify_checkpoints(runs_status: RunsStatus, *, quiet: bool) -> dict[Path, str]:
-    """Read every checkpoint of the runs, and return what is wrong with each damaged one.
+    """Read every checkpoint of the runs; returns {damaged checkpoint: what is wrong with it}, empty if all are intact.
 
     Prints on stderr which checkpoint is being read, unless `quiet`: that takes minutes for a large model.
     """
     from launch.runs.checkpoints import list_checkpoints, verify_checkpoints
 
-    def report(checkpoint: str) -> None:
+    def report_start(checkpoint: str) -> None:
         if not quiet:
             print(f"reading {checkpoint}", file=sys.stderr, flush=True)
 
-    damage: dict[Path, str] = {}
+    damage_by_checkpoint: dict[Path, str] = {}
     for run in runs_status.runs:
         store = runs_status.details.store if runs_status.details is not None else list_checkpoints(run.directory)
-        damage |= verify_checkpoints(store, report)
-    return damage
+        damage_by_checkpoint |= verify_checkpoints(store, report_start)
+    return damage_by_checkpoint

@@ -98,9 +98,9 @@ def status_text(status: RunsStatus, damaged: Mapping[Path, str] | None, *, live:
 def _runs_table(status: RunsStatus, *, live: bool) -> list[str]:
     """The table with a row for each run, and below it the number of runs in each state."""
     if live:
-        lines = _most_urgent_runs(status)
+        lines = _most_urgent_runs_table(status)
     else:
-        lines = table(COLUMNS, [_row(run, status.root, live=False) for run in status.runs])
+        lines = table(COLUMNS, [_table_row(run, status.root, live=False) for run in status.runs])
     counts = Counter(run.state for run in status.runs)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     runs = "1 run" if len(status.runs) == 1 else f"{len(status.runs)} runs"
@@ -112,20 +112,20 @@ def _runs_table(status: RunsStatus, *, live: bool) -> list[str]:
     return lines
 
 
-def _most_urgent_runs(status: RunsStatus) -> list[str]:
+def _most_urgent_runs_table(status: RunsStatus) -> list[str]:
     """The table of the runs that fit on the terminal, most urgent first; a last line counts the others."""
     max_lines = max(1, shutil.get_terminal_size((80, 24)).lines - LINES_BELOW)
     runs = sorted(status.runs, key=_urgency)
-    rows = [_row(run, status.root, live=True) for run in runs[:max_lines]]
+    rows = [_table_row(run, status.root, live=True) for run in runs[:max_lines]]
     lines = table(COLUMNS, rows)
     while len(lines) > max_lines and len(rows) > 1:
         rows.pop()  # a run takes several lines if its name is folded or it has notes
         lines = table(COLUMNS, rows)
-    hidden = len(runs) - len(rows)
-    return [*lines, f"... and {hidden} more"] if hidden else lines
+    num_hidden = len(runs) - len(rows)
+    return [*lines, f"... and {num_hidden} more"] if num_hidden else lines
 
 
-def _row(run: RunView, root: Path, *, live: bool) -> TableRow:
+def _table_row(run: RunView, root: Path, *, live: bool) -> TableRow:
     """A run's row of the table, with notes below it: where it runs, why it is in its state and, if `live`, its loss curve."""
     is_below_root = run.directory.is_relative_to(root) and run.directory != root
     name = run.directory.relative_to(root) if is_below_root else run.directory
@@ -159,7 +159,10 @@ def _urgency(run: RunView) -> tuple[int, float]:
 
 
 def _location_and_reason(run: RunView) -> str:
-    """The note below a run's row, such as `on node7, job 17: <reason>`; empty if there is nothing to say."""
+    """The note below a run's row, such as `on node7, job 17, 2 restarts: <reason>`; empty if there is nothing to say.
+
+    The host is shown of a running run, its job of one that is running or lost, its restarts unless it is done.
+    """
     if run.state in (State.done, NOT_STARTED) and not run.why:
         return ""
     location = []
@@ -240,7 +243,7 @@ def _training_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
 def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
     """(name, text) of who runs a run, its job in the queue, what its starts used, and the jobs of its pipeline."""
     facts = []
-    runner = ", ".join(_runner(run))
+    runner = ", ".join(_runner_clauses(run))
     if runner:
         facts.append(("run by", runner))
     if run.restarts:
@@ -249,14 +252,15 @@ def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
         # squeue says INVALID of a job that is past its limit, and is about to be ended for it.
         time_left = "past its time limit" if run.job.time_left == "INVALID" else f"{run.job.time_left} left"
         facts.append(("queue", f"{run.job.description}, {time_left} on {run.job.nodes}"))
-    facts += [("used", efficiency.start_usage_text(start)) for start in details.starts[-MAX_LISTED_STARTS:]]
+    for start_usage in details.starts[-MAX_LISTED_STARTS:]:
+        facts.append(("used", efficiency.start_usage_text(start_usage)))
     for part in run.parts:
         description = part.description.removeprefix(f"job {part.job} ")
         facts.append((part.part, f"job {part.job}: {description}"))
     return facts
 
 
-def _runner(run: RunView) -> list[str]:
+def _runner_clauses(run: RunView) -> list[str]:
     """Clauses on which process and job run the run, or did, since when, and when it was last seen."""
     clauses = []
     if run.host:
@@ -272,14 +276,21 @@ def _runner(run: RunView) -> list[str]:
 
 
 def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
-    """What the user can do about a run that failed, is lost or was preempted; no lines for other states.
+    """What the user can do about a run. The first case that applies:
+
+    - It failed: see `_failure_advice`.
+    - It is lost: give the same command again; if its process lives, stop it first.
+    - It was preempted and its job is still running: nothing, the job starts it again.
+    - It was preempted: give the same command again.
+    - Otherwise: no lines.
 
     `failure` is the run's `failure.json`; empty if it has none.
     """
     if run.state == State.failed:
         return ["", *_failure_advice(run, failure)]
     if run.state == LOST:
-        stop_first = "stop it, then " if run.why and HANGING_REASON in run.why else ""
+        has_living_process = run.why is not None and HANGING_REASON in run.why
+        stop_first = "stop it, then " if has_living_process else ""
         return ["", *fold(f"to do: {stop_first}{SAME_COMMAND}")]
     if run.state != State.preempted:
         return []

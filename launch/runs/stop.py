@@ -127,9 +127,9 @@ def stop_method(run_dir: Path, queue: Queue, job: QueuedJob | None) -> StopMetho
             f"{run_dir / 'lease'}: cannot be read ({error.strerror}), so nobody knows who runs it"
         ) from error
     if job is not None and job.is_pending:
-        if queue.job_by_run.get(run_dir.resolve()) is job or _runs_our_script(job):
+        if queue.job_by_run.get(run_dir.resolve()) is job or _runs_shardtune_script(job):
             return CancelJob(job)
-    elif job is not None and _runs_our_script(job):
+    elif job is not None and _runs_shardtune_script(job):
         return SignalJob(job)
     owner = lease_holder.owner
     if owner is not None and lease_holder.is_alive:
@@ -154,19 +154,23 @@ def stop_method(run_dir: Path, queue: Queue, job: QueuedJob | None) -> StopMetho
 
 
 def raise_if_job_state_unknown(run_dir: Path, queue: Queue, state: str) -> None:
-    """Refuse to report that a run is not running, if it was submitted and SLURM's queue cannot be read. Errors: CannotStop."""
-    job = unfinished_job_id(run_dir)
-    if job is None or state == State.done or not (queue.problem or queue.has_no_squeue):
+    """Raise CannotStopError if a run that nothing seems to run may still be waiting in SLURM's queue.
+
+    It may if it was submitted, is not done, and the queue cannot be read.
+    """
+    submitted_job_id = unfinished_job_id(run_dir)
+    is_queue_known = not queue.problem and not queue.has_no_squeue
+    if submitted_job_id is None or state == State.done or is_queue_known:
         return
     reason = queue.problem or "squeue is not on PATH here"
     raise CannotStopError(
-        f"{run_dir}: was submitted as job {job}; whether it still waits or runs is not known ({reason}). Try again when "
-        f"squeue answers, or take the job out of the queue: scancel {job}"
+        f"{run_dir}: was submitted as job {submitted_job_id}; whether it still waits or runs is not known ({reason}). Try again "
+        f"when squeue answers, or take the job out of the queue: scancel {submitted_job_id}"
     )
 
 
 def _raise_if_unrelated_process(run_dir: Path, pid: int) -> None:
-    """Refuse to signal a process that has no file of the run's directory open. Errors: CannotStop.
+    """Raise CannotStopError if a process has no file of the run's directory open, so that it must not be signalled.
 
     The lease in a copied run names the process of the other run, and in somebody else's run it can name any process.
     """
@@ -193,9 +197,10 @@ def _has_open_file_in(run_dir: Path, pid: int) -> bool:
 
 
 def _method_without_local_process(run_dir: Path, lease_holder: LeaseHolder, queue: Queue) -> StopMethod:
-    """`NotRunning` for a run that no process runs; CannotStop, with what to type, for one that runs on another host.
+    """How to stop a run without a job in this host's queue and without a living process on this host.
 
-    Called for a run without a job in this host's queue and without a living process on this host.
+    - No process seems to run it: `NotRunning`.
+    - A job or process on another host runs it: CannotStopError, with what to type there.
     """
     owner = lease_holder.owner
     if owner is None or lease_holder.is_alive is False or lease_holder.is_heartbeat_late:
@@ -214,16 +219,20 @@ def _method_without_local_process(run_dir: Path, lease_holder: LeaseHolder, queu
     )
 
 
-def _runs_our_script(job: QueuedJob) -> bool:
+def _runs_shardtune_script(job: QueuedJob) -> bool:
     """Whether a job runs a script of shardtune, however it was submitted: by the text of the script that SLURM keeps."""
     try:
-        return SHARDTUNE_SCRIPT_MARK in run_slurm_command(["scontrol", "write", "batch_script", job.raw_id, "-"])
+        script = run_slurm_command(["scontrol", "write", "batch_script", job.raw_id, "-"])
     except CannotStopError:  # an allocation without a script
         return False
+    return SHARDTUNE_SCRIPT_MARK in script
 
 
 def run_slurm_command(command: list[str]) -> str:
-    """What a command of SLURM's prints. Raises CannotStop with its message if it fails."""
+    """Run a command of SLURM, and return what it prints.
+
+    Raises CannotStopError, because stopping a run needs the command: if it is not on this host, does not answer, or fails.
+    """
     try:
         completed = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SLURM_TIMEOUT_S)
     except FileNotFoundError as error:

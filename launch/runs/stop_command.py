@@ -165,10 +165,10 @@ class StopWait:
 
         began_at = reported_at = time.monotonic()
         try:
-            while not self._ended():
+            while not self._has_ended():
                 now = time.monotonic()
                 if now - began_at > self.wait_s:
-                    return self._report_late()
+                    return self._report_timeout()
                 if now - reported_at > REPORT_INTERVAL_S:
                     reported_at = now
                     step = read_status(self.run_dir).get("step")
@@ -179,8 +179,12 @@ class StopWait:
             raise
         return self._report_end()
 
-    def _ended(self) -> bool:
-        """Whether the run has ended and nothing will start it again: its process ended, or its job left the queue."""
+    def _has_ended(self) -> bool:
+        """Whether the run has ended and nothing will start it again: its process ended, or its job left the queue.
+
+        squeue is called every `QUEUE_INTERVAL_S` seconds at most; in between, the answer for a job is False. If the job was
+        requeued nevertheless, it is cancelled.
+        """
         from launch.runs.queue import read_queue
         from launch.runs.stop import CancelJob, SignalProcess
 
@@ -226,9 +230,9 @@ class StopWait:
             return FAILED_EXIT_CODE
         return 0
 
-    def _report_late(self) -> int:
+    def _report_timeout(self) -> int:
         """Print that the run has not ended within `wait_s` seconds, or that this cannot be told; returns the exit code."""
-        saved = saved_checkpoint_text(self.run_dir, None)
+        saved = saved_checkpoint_text(self.run_dir, last_step=None)
         if self._queue_problem is not None:
             print(
                 f"{self.run_dir}: was asked to end; whether it has ended is not known ({self._queue_problem}); {saved}",
