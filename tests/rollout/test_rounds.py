@@ -207,7 +207,7 @@ def test_a_rollback_into_a_round_leaves_out_the_round_that_stands_out(root, runt
     take_steps(trainer, step - 1)
     first_sample = 0 if step == 2 else 8
     outlier = Outlier(step=step, values={}, scores={}, action=Action.rollback, first_sample=first_sample, began=step)
-    trainer.checkpoints = SimpleNamespace(pending=None, roll_back=lambda last_good_step: tmp_path)
+    trainer.checkpoints = SimpleNamespace(pending_step=None, roll_back=lambda last_good_step: tmp_path)
     trainer._roll_back(outlier)
     assert (trainer.progress.step, trainer.progress.round_step) == (1, int(step == 3))
     scorer = trainer.loader.round_builder.scorer
