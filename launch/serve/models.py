@@ -81,9 +81,10 @@ def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> C
     If the export's own settings sample, they stay. Else they become plain sampling (temperature 1, no top_p or top_k), which a
     request can change or turn off. `base`: the base model if `path` is an adapter, for messages. Errors: ConfigError.
     """
-    from trainer.export.load_chat_model import load_export
     from transformers import AutoTokenizer
     from transformers.utils import logging
+
+    from trainer.export.load import load_export
 
     logging.set_verbosity_error()  # else lines about settings that do not matter while an answer is shown
     torch_device = chosen_device(device)

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from trainer.export.load_chat_model import load_export
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.serve.chat_screen import stream_in_columns
@@ -15,6 +14,7 @@ from launch.serve.exported import find_export
 from launch.serve.models import load_base_chat_model, load_chat_model
 from strategies.errors import ConfigError
 from tests.helpers.launching import command_here
+from trainer.export.load import load_export
 
 
 @pytest.fixture(autouse=True)
