@@ -17,7 +17,7 @@ from launch.plan.answer import (
 )
 from launch.plan.planned_command import planned_command
 from strategies.tensor_inventory import MemoryKind
-from trainer.pages.numbers import duration, number
+from trainer.pages.numbers import byte_size, duration, number
 from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable
 from trainer.pages.render import render
 from trainer.planner.hardware import GIB
@@ -154,7 +154,7 @@ def _page_cards(answer: PlanAnswer) -> list[PageCard]:
         price = "price not known" if choice.price is None else f"{dollars(choice.price)} for {number_of_cards(job)}"
         cards.append(PageCard("The budget", duration(3600 * choice.hours), price))
     checkpoint = f"{duration(checkpoint_s(answer, choice))} to write"
-    cards.append(PageCard("A checkpoint", number(checkpoint_gib(answer, choice), 3), checkpoint, unit="GiB"))
+    cards.append(PageCard("A checkpoint", byte_size(checkpoint_gib(answer, choice) * GIB), checkpoint))
     cards.append(PageCard("Host memory", number(choice.host_gib, 3), "of a node, about", unit="GiB"))
     return cards
 

@@ -149,7 +149,8 @@ def test_plan_page_stacks_memory_against_the_card(browser, tmp_path):
     )
     assert page.evaluate(f"{boxes}.length") == 2
     assert ends[0]["end"] < ends[0]["limit"] and ends[1]["end"] > ends[1]["limit"]
-    assert "4,605 tokens/s" in " ".join(page.texts(".card .value"))
+    values = " ".join(page.texts(".card .value"))
+    assert "4,605 tokens/s" in values and "480.7 MiB" in values  # 12 bytes for each trained parameter
     check(page)
 
 
