@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from trainer.config.combinations import COMPILED, FEATURES, NOT_COMPILED, summary  # noqa: E402
-from trainer.config.combinations import rows as all_methods  # noqa: E402
+from trainer.config.combinations import methods_by_row as all_methods  # noqa: E402
 from trainer.tuning.base import FullConfig, LoraConfig, TuningConfig  # noqa: E402
 from trainer.tuning.build import build_tuning  # noqa: E402
 from trainer.tuning.config import (  # noqa: E402
@@ -139,7 +139,7 @@ def parameters(config: TuningConfig) -> tuple[int, int]:
     return sum(p.numel() for p in tuned.parameters() if p.requires_grad), size
 
 
-def rows(table: dict[str, Method], key: str) -> list[str]:
+def methods_by_row(table: dict[str, Method], key: str) -> list[str]:
     """What each method is, one line each."""
     lines = ["| choice | what it is | export | merge | trained |", "|---|---|---|---|---|"]
     for name, method in table.items():
@@ -269,12 +269,12 @@ def page() -> str:
         f"The column *trained* is counted on a small Llama (2 blocks, width 64, vocabulary 256; {size:,} parameters). If a",
         "setting is shown there, the count is with this setting. Without one, the method has its default settings.",
         "",
-        *rows(METHODS, "tuning"),
+        *methods_by_row(METHODS, "tuning"),
         "",
         "`tuning=peft tuning.type=<name>` takes another method of peft. `tuning.options.<option>=<value>` sets one of peft's",
         "own options. An option that peft does not know is an error.",
         "",
-        *rows(PEFT_METHODS, "tuning.type"),
+        *methods_by_row(PEFT_METHODS, "tuning.type"),
         "",
         EXPERTS,
         "",

@@ -19,7 +19,7 @@ from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.quantised_model import build_as_stored
 from trainer.build.rounds import steps_of_run
 from trainer.checkpoints.manifest import manifest_fingerprint
-from trainer.config.evaluation import asked_tasks
+from trainer.config.evaluation import tasks_to_run
 from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.batches.mixing import build_order
 from trainer.data.prepare import ChooseDate, PreparedData
@@ -270,7 +270,7 @@ class _RunData:
         if self.job.data_run is None:
             return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
         self.record = data_record(Path(self.job.data_run))
-        keys = tasks_on_run_documents(asked_tasks(config))
+        keys = tasks_on_run_documents(tasks_to_run(config))
         needed = RowsNeeded(f"{', '.join(keys)}: asks the run's own documents", GIVE_FILE) if keys else None
         if self.job.split == TEST:
             needed = RowsNeeded("split=test: asks the run's test documents", "Leave split=test out")

@@ -35,7 +35,7 @@ from launch.config.secrets import secret_problems
 from strategies.errors import ConfigError, key_of_problem
 from trainer.config.resuming import plain_settings
 from trainer.config.run import TEMPLATE_DATE_KEY, Device, RunConfig
-from trainer.config.validate import problems_of
+from trainer.config.validate import config_problems
 from trainer.export.config import set_default_merge
 from trainer.objectives.registry import family_of
 from trainer.optim.schedule import ScheduleConfig
@@ -187,7 +187,7 @@ def start_problems(config: RunConfig, *, frozen_config: RunConfig | None = None)
     `frozen_config`: what the run's config.yaml holds already; a secret among its values is not refused again.
     """
     return [
-        *problems_of(config, world_size=world_size_of(config)),
+        *config_problems(config, world_size=world_size_of(config)),
         *rate_problems(config),
         *device_problems(config),
         *secret_problems(config, frozen_config),

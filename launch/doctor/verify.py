@@ -98,7 +98,7 @@ def settings_to_compare(arguments: list[str]) -> tuple[RunConfig, list[str]]:
     from launch.config.compose import compose
     from strategies.base import Precision, StrategyName
     from trainer.config.run import Device, LauncherName
-    from trainer.config.validate import problems_of
+    from trainer.config.validate import config_problems
 
     config = compose(arguments, check=False).config
     problems = []
@@ -112,7 +112,9 @@ def settings_to_compare(arguments: list[str]) -> tuple[RunConfig, list[str]]:
             "strategy=auto: becomes one of the others when the run starts; give --verify that one, as in strategy=fsdp2"
         )
     else:
-        problems += [problem for problem in problems_of(config) if key_of_problem(problem).startswith(CHECKED_SETTINGS)]
+        problems += [
+            problem for problem in config_problems(config) if key_of_problem(problem).startswith(CHECKED_SETTINGS)
+        ]
     if problems:
         raise ConfigError(problems)
     notes = []

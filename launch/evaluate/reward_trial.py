@@ -152,7 +152,7 @@ def _without_open_choices(config: RunConfig) -> RunConfig:
     from strategies.base import AutoConfig, Fsdp2Config, SingleConfig
     from strategies.errors import ConfigError
     from trainer.config.run import AUTO, LauncherName
-    from trainer.config.sharding import problems as sharding_problems
+    from trainer.config.sharding import sharding_problems
 
     if config.launcher.name is LauncherName.slurm:
         raise ConfigError("launcher=slurm: rewards are tried on this machine; leave it out, or allocate one with srun")

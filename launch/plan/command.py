@@ -278,7 +278,7 @@ def compose_planned_run(overrides: list[str], card: Card) -> tuple[RunConfig, se
         from launch.config.compose import compose, launched_ranks
         from launch.config.overrides import parse_overrides
         from strategies.base import Precision
-        from trainer.config.parallel import readers_of
+        from trainer.config.parallel import dp_size_of
         from trainer.config.run import AUTO, MICRO_BATCH_KEY, STRATEGY_KEY, Device
 
     parsed = parse_overrides(overrides)
@@ -298,7 +298,7 @@ def compose_planned_run(overrides: list[str], card: Card) -> tuple[RunConfig, se
     config = replace(config, precision=card.precision(precision))
     if MICRO_BATCH_KEY not in fixed_keys:
         config.batch["micro"] = 1
-    smallest_batch = config.batch["micro"] * readers_of(config, launched_ranks(config) or 0)
+    smallest_batch = config.batch["micro"] * dp_size_of(config, launched_ranks(config) or 0)
     if "batch.global" not in fixed_keys and smallest_batch > 0:
         accumulation_steps = math.ceil(config.batch["global"] / smallest_batch)
         config.batch["global"] = accumulation_steps * smallest_batch

@@ -25,7 +25,7 @@ from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
 from trainer.build.rounds import documents_per_step, steps_of_run, writing_lines
-from trainer.config.parallel import accumulation_steps, readers_of
+from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import LEARNING_RATE_KEY, MICRO_BATCH_KEY, STRATEGY_KEY, RunConfig, SlurmConfig
 from trainer.data.report.preview import is_prompts_alone, preview_text, summary_text
 from trainer.model.known_shapes import shape_in_use
@@ -62,7 +62,7 @@ def describe(config: RunConfig) -> DryRun:
     samples = sampled_lengths(config, data.train, sequences)
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
-    readers = name_of_readers(readers_of(config, world_size), config.parallel.sequence)
+    readers = name_of_readers(dp_size_of(config, world_size), config.parallel.sequence)
     accumulation = accumulation_steps(config, world_size)
     steps = steps_of_run(config, samples.order, samples.tokens)
     epochs = steps * documents_per_step(config) / samples.order.num_units

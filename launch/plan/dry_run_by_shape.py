@@ -21,7 +21,7 @@ from strategies.parameters import element_counts, meta_context, named_parameters
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_step
 from trainer.build.sequence import step_layout
-from trainer.config.parallel import accumulation_steps, readers_of
+from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import LEARNING_RATE_KEY, RunConfig
 from trainer.model.known_shapes import KnownShape, shape_note
 from trainer.objectives.registry import data_spec_of, family_of, written_tokens
@@ -44,7 +44,7 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
     accumulation = accumulation_steps(config, world_size)
-    readers = name_of_readers(readers_of(config, world_size), config.parallel.sequence)
+    readers = name_of_readers(dp_size_of(config, world_size), config.parallel.sequence)
     data_spec = data_spec_of(config.objective)
     sequences = data_spec.sequences_per_document
     longest = data_spec.longest_sequence(config.data.max_length) + written_tokens(config.objective)

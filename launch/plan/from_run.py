@@ -208,7 +208,7 @@ def _plan_as_it_ran(
     """
     from launch.plan.job import job_of
     from strategies.base import ActivationCheckpointing, Precision
-    from trainer.config.parallel import readers_of
+    from trainer.config.parallel import dp_size_of
     from trainer.config.run import Device
     from trainer.planner.plan import RunVariant, rank_choices, with_imbalance
     from trainer.planner.sweep import simulate_variants
@@ -230,7 +230,7 @@ def _plan_as_it_ran(
     config.run.device = Device.cuda
     job = with_imbalance(job_of(config, card), settings, expert_imbalance)
     micro = record.micro_batch
-    accumulation = 2 if job.global_batch > readers_of(config, job.ranks) * micro else 1
+    accumulation = 2 if job.global_batch > dp_size_of(config, job.ranks) * micro else 1
     variant = RunVariant(config, overrides=())
     # One variant, one micro-batch: one choice.
     (cost_model,) = simulate_variants([variant], job, [accumulation], settings, lambda *_: None)

@@ -109,12 +109,12 @@ def _prepare(arguments: list[str], shard: tuple[int, int] | None) -> PreparedDat
     """
     with importing_without_gc("torch"):
         from launch.config.compose import compose
-        from trainer.config.validate import problems_of
+        from trainer.config.validate import config_problems
 
     config = compose(arguments, check=False).config
     # Preparing needs no budget or batch, so what is wrong with other settings does not matter here.
     relevant_keys = ("data.", "model.", "objective")
-    problems = [problem for problem in problems_of(config) if key_of_problem(problem).startswith(relevant_keys)]
+    problems = [problem for problem in config_problems(config) if key_of_problem(problem).startswith(relevant_keys)]
     if problems:
         raise ConfigError(problems)
     with importing_without_gc("trainer.build.parts"):

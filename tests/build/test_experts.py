@@ -27,7 +27,7 @@ from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, workload
 from trainer.build.recomputation import activations_of, counted_activations, model_state
 from trainer.config.parallel import ParallelConfig, parallel_for_evaluation
-from trainer.config.sharding import problems as sharding_problems
+from trainer.config.sharding import sharding_problems
 from trainer.model.config import Quantisation
 from trainer.model.loading import load_tokenizer
 from trainer.objectives.base import TeacherConfig

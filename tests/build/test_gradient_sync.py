@@ -14,7 +14,7 @@ from trainer.build import gradient_sync
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.parts import build_model, workload
 from trainer.build.recomputation import activations_of, measured_activations, model_state
-from trainer.config.validate import problems_of
+from trainer.config.validate import config_problems
 from trainer.model.loading import load_tokenizer
 
 RANKS = Runtime(3, 8, 3, 8, torch.device("cpu"), None)
@@ -91,7 +91,7 @@ def test_activations_that_cannot_be_counted_are_estimated(made, monkeypatch):
 def test_memory_gib_is_accepted_where_something_plans_with_it(tmp_path):
     def said(strategy):
         config = run_config(model_dir(tmp_path), strategy, "full", micro=4)
-        return [line for line in problems_of(config) if "memory_gib" in line]
+        return [line for line in config_problems(config) if "memory_gib" in line]
 
     assert not said(Fsdp2Config(memory_gib=4.0))
     assert said(Fsdp2Config(memory_gib=4.0, defer_sync=True)) and said(DdpConfig(memory_gib=4.0))

@@ -34,7 +34,7 @@ from trainer.build.recomputation import (
     measured_activations,
     tokens_of_longest,
 )
-from trainer.config.validate import problems_of
+from trainer.config.validate import config_problems
 from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.model.config import Quantisation
@@ -182,7 +182,7 @@ def test_pinned_memory_is_rounded_up_to_a_power_of_two(size, pinned):
 
 def test_a_budget_without_a_plan_is_a_problem(tmp_path):
     config = run_config(model_dir(tmp_path), SingleConfig(memory_gib=4.0), "full", micro=4)
-    (problem,) = (line for line in problems_of(config) if "memory_gib" in line)
+    (problem,) = (line for line in config_problems(config) if "memory_gib" in line)
     assert problem.startswith("strategy.memory_gib=4:") and "activation_checkpointing=auto" in problem
 
 

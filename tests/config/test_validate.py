@@ -18,7 +18,7 @@ from strategies.settings import Range, SettingMetadata, number, setting_metadata
 from tests.helpers.covering import chosen
 from trainer.config.run import RunConfig
 from trainer.config.tree import VARIANTS, keyed_fields, traits_by_key
-from trainer.config.validate import problems_of
+from trainer.config.validate import config_problems
 from trainer.optim.config import OptimName
 
 RANGED = [key for key, traits in traits_by_key().items() if traits.bounds is not None]
@@ -38,7 +38,7 @@ def here(tmp_path, monkeypatch):
 def problems(*words, world_size=1):
     base = ["model.path=model", "data.path=train.jsonl", "run.device=cpu"]
     budget = [] if any(word.startswith("budget.") for word in words) else ["budget.steps=10"]
-    return problems_of(compose([*base, *budget, *words], check=False).config, world_size=world_size)
+    return config_problems(compose([*base, *budget, *words], check=False).config, world_size=world_size)
 
 
 def test_smallest_command_of_a_run_is_legal():
@@ -473,5 +473,5 @@ def test_sources_are_named_on_the_command_line():
 def test_a_huge_batch_is_answered_at_once():
     """Not by trying every micro-batch below it, which would take minutes."""
     config = RunConfig(batch={"global": 10**12 - 1, "micro": 10**11})
-    [said] = [line for line in problems_of(config, world_size=1) if line.startswith("batch.global=")]
+    [said] = [line for line in config_problems(config, world_size=1) if line.startswith("batch.global=")]
     assert "set batch.global=900000000000 or batch.global=1000000000000, or batch.micro=" in said

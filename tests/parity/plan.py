@@ -17,7 +17,7 @@ from tests.helpers.building import STRATEGIES
 from tests.helpers.covering import EVERYTHING, SEED, cover, takes
 from tests.helpers.methods import CASES as PARTIAL
 from tests.parity.optimizers import INSTALLED
-from trainer.config.combinations import Cell, CellState, cell, row_of, rows
+from trainer.config.combinations import Cell, CellState, combination_verdict, method_row, methods_by_row
 from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
 from trainer.data.config import Layout
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def row(self) -> str:
-        return row_of(CASES[self.case])
+        return method_row(CASES[self.case])
 
     @property
     def legal(self) -> bool:
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def verdict(self) -> Cell:
-        return cell(self.row, StrategyName(self.strategy), self.feature, INSTALLED[self.optim].name)
+        return combination_verdict(self.row, StrategyName(self.strategy), self.feature, INSTALLED[self.optim].name)
 
     def config(self, base: RunConfig) -> RunConfig:
         """The settings of the run out of those of a plain one."""
@@ -121,7 +121,7 @@ def main_cases() -> dict[str, str]:
     """The first case of each row, by row."""
     found: dict[str, str] = {}
     for case, config in CASES.items():
-        found.setdefault(row_of(config), case)
+        found.setdefault(method_row(config), case)
     return found
 
 
@@ -196,7 +196,7 @@ def plan() -> list[Run]:
 
 def missing(runs: list[Run], *, axes: tuple[str, ...]) -> list[str]:
     """Rows without a case, and what a method could have met along an axis (a field of `Run`) and has not."""
-    gaps = [f"{row}: no case in tests/helpers/methods.py" for row in rows() if row not in main_cases()]
+    gaps = [f"{row}: no case in tests/helpers/methods.py" for row in methods_by_row() if row not in main_cases()]
     for row, case in main_cases().items():
         met = [run for run in runs if run.case == case]
         for axis in axes:

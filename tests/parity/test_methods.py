@@ -10,8 +10,8 @@ from tests.helpers.ranks import CASE_S
 from tests.parity import plan as planned
 from tests.parity.methods import FEWER, RESUMED, STEPS
 from tests.parity.plan import CASES, GATHERING, covering, engine_of, everything, kind_of, main_cases, missing, plan
-from trainer.config.combinations import FEATURES, CellState, cell, rows
-from trainer.config.validate import problems_of
+from trainer.config.combinations import FEATURES, CellState, combination_verdict, methods_by_row
+from trainer.config.validate import config_problems
 from trainer.optim.support import SUPPORT
 from trainer.tuning.table import METHODS, Method
 
@@ -119,7 +119,7 @@ def test_methods_that_the_table_refuses_are_refused_when_composed_and_no_others(
 
     def compare(run: planned.Run) -> None:
         world_size = 4 if run.feature == "experts" else 2  # under hsdp a replica has two ranks then
-        found, verdict = problems_of(run.config(base), world_size=world_size), run.verdict
+        found, verdict = config_problems(run.config(base), world_size=world_size), run.verdict
         if verdict.state is CellState.refused:
             assert any(verdict.reason in line and verdict.instead in line for line in found), (run, found)
         elif verdict.state is CellState.tested:
@@ -134,11 +134,11 @@ def test_methods_that_the_table_refuses_are_refused_when_composed_and_no_others(
 
 def test_only_known_words_are_refused_and_legal_choices_are_named():
     words = {feature.word for feature in FEATURES.values()} - {""}
-    for row, method in rows().items():
+    for row, method in methods_by_row().items():
         assert set(method.refused) <= words | {"quantised"}, row
         assert set(method.optimizers) <= set(map(str, SUPPORT)), row
         for strategy in STRATEGIES:
             for feature in FEATURES:
-                verdict = cell(row, strategy, feature)
+                verdict = combination_verdict(row, strategy, feature)
                 assert (verdict.state is CellState.refused) == bool(verdict.instead)
                 assert (verdict.state is CellState.tested) == (not verdict.reason)

@@ -72,7 +72,7 @@ def test_strategy_auto_on_an_unknown_device_shards_least_of_what_fits(shared, at
         str(each.name): needed_gib(
             planner.simulate_cost_model(each, each.activation_checkpointing), 4, planner.lengths, 16.0
         )
-        for each in strategy_module.candidates(config, 3)[0]
+        for each in strategy_module.runnable_strategies(config, 3)[0]
     }
     assert needed["fsdp2"] < needed["ddp"]
     assert names(proposed((needed["fsdp2"] + needed["ddp"]) / 2)) == ["fsdp2", "ddp"]

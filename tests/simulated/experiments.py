@@ -4,7 +4,7 @@ import re
 
 from launch.config.choices import CONF_DIR
 from launch.config.compose import compose
-from trainer.config.parallel import readers_of
+from trainer.config.parallel import dp_size_of
 from trainer.planner.depth_extrapolation import ExtrapolatedStep
 from trainer.planner.simulation import simulate_depth
 
@@ -22,6 +22,6 @@ def simulated_experiment(name: str, *more: str) -> ExtrapolatedStep:
     text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
     world = int(re.search(r"^# Hardware: (\d+) GPUs", text, re.MULTILINE)[1])
     config.launcher.processes = world
-    config.batch["global"] = config.batch["micro"] * readers_of(config, world)
+    config.batch["global"] = config.batch["micro"] * dp_size_of(config, world)
     lengths = [config.data.max_length] * config.batch["micro"]
     return simulate_depth(config, lengths, rank=world - 1, world_size=world, local_world_size=world)

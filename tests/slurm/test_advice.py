@@ -13,7 +13,7 @@ from launch.main import main
 from launch.runs.slurm_time import format_slurm_time, parse_slurm_time
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
-from trainer.config.validate import problems_of
+from trainer.config.validate import config_problems
 
 SINFO = """\
 main*|main|1:00:00|10:00|3|4|4000|(null)|up
@@ -176,12 +176,12 @@ def test_slurm_advice_names_a_partition_that_is_down_and_refuses_too_large_a_swe
 
 def test_slurm_options_that_contradict_the_script_are_refused_by_name(sinfo, tmp_path):
     extra = ["--array=0-2", "-o /tmp/x", "--no-requeue", "--sig=B:USR2@60", "-N2"]
-    problems = "\n".join(problems_of(RunConfig(launcher=SlurmConfig(extra=extra, nodes=3)), world_size=3))
+    problems = "\n".join(config_problems(RunConfig(launcher=SlurmConfig(extra=extra, nodes=3)), world_size=3))
     for option in ("--array=0-2", "--output=/tmp/x", "--signal=B:USR2@60", "--nodes=2"):
         assert f"launcher.extra: {option}: " in problems
     assert "requeue:" not in problems
     uneven = RunConfig(launcher=SlurmConfig(extra=["--gpus=10"], nodes=4))
-    assert "--gpus=10 cannot be shared evenly by launcher.nodes=4" in "\n".join(problems_of(uneven, world_size=8))
+    assert "--gpus=10 cannot be shared evenly by launcher.nodes=4" in "\n".join(config_problems(uneven, world_size=8))
     said = advised(tmp_path, extra=["--no-requeue", "--time=2:00:00", "--partition=gpu"])
     assert "time    2:00:00 a start, 180 s before its end it saves and ends with 75, not requeued" in said
     assert "partition gpu gives 2-0:00:00" in said

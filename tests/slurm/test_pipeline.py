@@ -18,7 +18,7 @@ from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from tests.launch.runs.made import made, stand_in_for_squeue
 from tests.slurm.cluster import Cluster
-from trainer.config.launching import problems
+from trainer.config.launching import launcher_problems
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.model.config import ModelConfig
 from trainer.tuning.base import LoraConfig
@@ -166,7 +166,7 @@ def test_pipeline_part_that_sbatch_refuses_cancels_the_others(site, capsys, monk
     ],
 )
 def test_chains_that_make_no_sense_are_refused(asked, said):
-    found = list(problems(RunConfig(launcher=SlurmConfig(pipeline=asked))))
+    found = list(launcher_problems(RunConfig(launcher=SlurmConfig(pipeline=asked))))
     assert len(found) == 1 and said in found[0], found
 
 

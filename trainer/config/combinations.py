@@ -13,7 +13,14 @@ from enum import StrEnum
 
 from strategies.base import StrategyConfig, StrategyName
 from strategies.registry import STRATEGIES
-from trainer.config.parallel import DEALING, GATHERED, NO_DEALT_EXPERTS, ONE_PROCESS, UNPROVEN_MATRICES, UNSHARED
+from trainer.config.parallel import (
+    EXPERT_PARALLEL_ADVICE,
+    NO_EXPERT_PARALLELISM,
+    NO_EXPERT_PARALLELISM_SETTING,
+    NO_MATRIX_OPTIMIZER_REASON,
+    NO_SEQUENCE_PARALLELISM_SETTING,
+    ONE_PROCESS_REASON,
+)
 from trainer.optim.config import OptimConfig, OptimName
 from trainer.optim.support import SUPPORT, Needs
 from trainer.tuning.base import TuningConfig
@@ -65,7 +72,9 @@ FEATURES: dict[str, Feature] = {
     "fp16": Feature("fp16", "precision=fp16", "half", "fp32 or strategy=ddp", SHARDED),
     "quantised": Feature("a quantised base", "model.quantisation=nf4", "quantised", "model.quantisation=none"),
     "sequence": Feature("rows that several ranks share", "parallel.sequence=2", "sequence", "parallel.sequence=1"),
-    "experts": Feature("experts of a mixture that are dealt over ranks", "parallel.experts=2", "experts", GATHERED),
+    "experts": Feature(
+        "experts of a mixture that are dealt over ranks", "parallel.experts=2", "experts", NO_EXPERT_PARALLELISM_SETTING
+    ),
     "compile": Feature("torch.compile", "strategy.compile=true", instead="strategy.compile=false"),
     "rounds": Feature("answers that the model writes", "objective=grpo"),
 }
@@ -89,25 +98,27 @@ class Cell:
     """The nearest legal choice of one that is refused."""
 
 
-def rows() -> dict[str, Method]:
+def methods_by_row() -> dict[str, Method]:
     """Every method by the name of its row: the choice of `tuning=`, or of `tuning.type` under `tuning=peft`."""
     return {**METHODS, **PEFT_METHODS}
 
 
-def row_of(config: TuningConfig) -> str:
+def method_row(config: TuningConfig) -> str:
     """The row of a method's settings."""
     return str(config.type) if isinstance(config, PeftConfig) else str(config.name)
 
 
-def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimName = OptimName.adamw) -> Cell:
+def combination_verdict(
+    row: str, strategy: StrategyName, feature: str = "plain", optim: OptimName = OptimName.adamw
+) -> Cell:
     """The verdict on one combination: refused, with the reason and what to use instead; testable on GPUs only; or tested.
 
-    `row` and `feature` are keys of `rows()` (tuning methods) and `FEATURES`. The first reason for a refusal counts:
+    `row` and `feature` are keys of `methods_by_row()` (tuning methods) and `FEATURES`. The first reason for a refusal counts:
     - the method does not run under the strategy, or the optimizer does not
     - the method refuses the feature, or the feature by itself does not go with strategy, optimizer or method
     - the method refuses the optimizer
     """
-    method = rows()[row]
+    method = methods_by_row()[row]
     asked_feature = FEATURES[feature]
     support = SUPPORT[optim]
     reason = method.strategies.get(str(strategy))
@@ -119,7 +130,7 @@ def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimN
     concerns_strategy = not asked_feature.only_under or strategy in asked_feature.only_under
     if reason and concerns_strategy:
         return Cell(CellState.refused, reason, asked_feature.instead)
-    without_feature = _without_feature(row, strategy, feature, optim)
+    without_feature = _feature_refusal(row, strategy, feature, optim)
     if without_feature is not None:
         return without_feature
     reason = method.optimizers.get(str(optim))
@@ -130,43 +141,43 @@ def cell(row: str, strategy: StrategyName, feature: str = "plain", optim: OptimN
     return Cell(CellState.tested)
 
 
-def _without_feature(row: str, strategy: StrategyName, feature: str, optim: OptimName) -> Cell | None:
+def _feature_refusal(row: str, strategy: StrategyName, feature: str, optim: OptimName) -> Cell | None:
     """The verdict if a feature itself does not go with the strategy, the optimizer or the method; None if it does."""
     if feature == "sequence" and strategy is StrategyName.single:
-        return Cell(CellState.refused, ONE_PROCESS, UNSHARED)
-    if feature == "experts" and strategy in NO_DEALT_EXPERTS:
-        return Cell(CellState.refused, NO_DEALT_EXPERTS[strategy], DEALING)
+        return Cell(CellState.refused, ONE_PROCESS_REASON, NO_SEQUENCE_PARALLELISM_SETTING)
+    if feature == "experts" and strategy in NO_EXPERT_PARALLELISM:
+        return Cell(CellState.refused, NO_EXPERT_PARALLELISM[strategy], EXPERT_PARALLEL_ADVICE)
     if feature == "experts" and SUPPORT[optim].needs is Needs.matrices:
-        return Cell(CellState.refused, UNPROVEN_MATRICES, "optim=adamw")
+        return Cell(CellState.refused, NO_MATRIX_OPTIMIZER_REASON, "optim=adamw")
     if feature == "compile" and row not in COMPILED:
         return Cell(CellState.refused, NOT_COMPILED, FEATURES["compile"].instead)
     return None
 
 
-def problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig) -> Iterator[str]:
+def combination_problems(tuning: TuningConfig, strategy: StrategyConfig, optim: OptimConfig) -> Iterator[str]:
     """Error messages for what a tuning method refuses and no other check reports, one line each: `key=value: reason; what to do`.
 
     That is the strategy, compiled blocks, full activation checkpointing, and the optimizer.
     """
-    row = row_of(tuning)
-    if row not in rows():
+    row = method_row(tuning)
+    if row not in methods_by_row():
         return
-    method = rows()[row]
-    tuning_word = f"tuning.type={row}" if row in PEFT_METHODS else f"tuning={row}"
+    method = methods_by_row()[row]
+    tuning_text = f"tuning.type={row}" if row in PEFT_METHODS else f"tuning={row}"
     reason = method.strategies.get(str(strategy.name))
     if reason:
-        yield f"strategy={strategy.name} with {tuning_word}: {reason}; use {INSTEAD}"
+        yield f"strategy={strategy.name} with {tuning_text}: {reason}; use {INSTEAD}"
     if strategy.compile and row not in COMPILED:
         proven = " or ".join(f"tuning={name}" for name in COMPILED)
         instead = FEATURES["compile"].instead
-        yield f"strategy.compile=true with {tuning_word}: {NOT_COMPILED}; set {instead}, or use {proven}"
+        yield f"strategy.compile=true with {tuning_text}: {NOT_COMPILED}; set {instead}, or use {proven}"
     reason = method.refused.get("checkpointing")
     if strategy.activation_checkpointing == "full" and reason:
         instead = FEATURES["checkpointing"].instead
-        yield f"strategy.activation_checkpointing=full with {tuning_word}: {reason}; set {instead}"
+        yield f"strategy.activation_checkpointing=full with {tuning_text}: {reason}; set {instead}"
     reason = method.optimizers.get(str(optim.name))
     if reason:
-        yield f"optim={optim.name} with {tuning_word}: {reason}; use optim=adamw"
+        yield f"optim={optim.name} with {tuning_text}: {reason}; use optim=adamw"
 
 
 def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw) -> str:
@@ -176,8 +187,8 @@ def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.ad
     """
     names = [name for name in STRATEGIES if name not in SUPPORT[optim].refused]
     if feature != "plain" or optim is not OptimName.adamw:
-        names = [name for name in names if str(name) not in rows()[row].strategies]
-    states = {name: cell(row, name, feature, optim).state for name in names}
+        names = [name for name in names if str(name) not in methods_by_row()[row].strategies]
+    states = {name: combination_verdict(row, name, feature, optim).state for name in names}
     if len(set(states.values())) == 1:
         return str(next(iter(states.values())))
     parts = []

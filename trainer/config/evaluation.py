@@ -28,15 +28,15 @@ from trainer.monitors.config import (
 from trainer.objectives.registry import FAMILIES, build_objective, family_of
 from trainer.objectives.rollouts import RoundsConfig
 
-FORGOTTEN = ("forgetting",)
+FORGETTING_METRICS = ("forgetting",)
 """What `challenges.forgetting` yields; less is better."""
-REWARDS = ("eval/reward", "eval/pass_at_")
+REWARD_METRIC_PREFIXES = ("eval/reward", "eval/pass_at_")
 """Beginnings of the metrics of objectives whose batches are rounds; more is better."""
-GENERATED = ("eval/bleu", "eval/rougeL")
+GENERATION_METRICS = ("eval/bleu", "eval/rougeL")
 """Metrics of answers that are generated; more is better."""
 
 
-def problems(config: RunConfig) -> Iterator[str]:
+def evaluation_problems(config: RunConfig) -> Iterator[str]:
     """Error messages about `evaluation` and what depends on it, one line each; reads no rows."""
     evaluation = config.evaluation
     has_data = config.data.eval_path is not None or config.data.eval_share > 0
@@ -70,7 +70,7 @@ def problems(config: RunConfig) -> Iterator[str]:
             f"evaluation.watch={evaluation.watched}: the test documents are measured once, when training has ended, and nothing "
             "may be chosen by them; watch a metric of the evaluation documents, such as eval/loss"
         )
-    elif not re.fullmatch(r"eval/[\w./-]+", evaluation.watched) and evaluation.watched not in FORGOTTEN:
+    elif not re.fullmatch(r"eval/[\w./-]+", evaluation.watched) and evaluation.watched not in FORGETTING_METRICS:
         yield f"evaluation.watch={evaluation.watched}: must name an evaluation metric, such as eval/loss or eval/accuracy"
     elif evaluation.greater_is_better not in (None, more_is_better(config)):
         typed = str(evaluation.greater_is_better).lower()
@@ -81,10 +81,10 @@ def problems(config: RunConfig) -> Iterator[str]:
             f"it out, or set it to {right}"
         )
     if evaluation.tasks or has_general:
-        yield from _watched_task(config, has_data=has_data)
-    yield from _tasks(config)
-    yield from _forgetting(config)
-    yield from _generate(config, has_data=has_data)
+        yield from _watched_task_problems(config, has_data=has_data)
+    yield from _tasks_problems(config)
+    yield from _forgetting_problems(config)
+    yield from _generate_problems(config, has_data=has_data)
     is_of_task = evaluation.watched in registry.metric_directions(evaluation.tasks)
     is_f1 = evaluation.watched.rpartition("/")[2].startswith("f1_")
     if is_f1 and not is_of_task and not family_of(config.objective).scores_labels:
@@ -100,8 +100,12 @@ def is_held_out_loss(config: RunConfig) -> bool:
         return False  # all its metrics are of answers that are written
     watch = config.evaluation.watched
     has_data = config.data.eval_path is not None or config.data.eval_share > 0
-    of_tasks = registry.metric_directions(asked_tasks(config))
-    is_written = watch in (*GENERATED, *FORGOTTEN) or watch.startswith(REWARDS) or watch in of_tasks
+    of_tasks = registry.metric_directions(tasks_to_run(config))
+    is_written = (
+        watch in (*GENERATION_METRICS, *FORGETTING_METRICS)
+        or watch.startswith(REWARD_METRIC_PREFIXES)
+        or watch in of_tasks
+    )
     return has_data and not is_written
 
 
@@ -111,18 +115,20 @@ def more_is_better(config: RunConfig) -> bool:
     In this order: what the task says that has the metric; rewards; losses; else what any objective says of its metrics.
     """
     watch = config.evaluation.watched
-    larger_by_task = registry.metric_directions(asked_tasks(config)).get(watch)
+    larger_by_task = registry.metric_directions(tasks_to_run(config)).get(watch)
     if larger_by_task is not None:
         return larger_by_task
-    if watch.startswith(REWARDS):
+    if watch.startswith(REWARD_METRIC_PREFIXES):
         return True
     name = watch.removeprefix("eval/").rpartition("/")[2]  # that of a named set stands before
     if "loss" in (name, *watch.split("/")[1:2]):
         return False
-    return f"eval/{name}" in GENERATED or any(name in family.better_when_larger for family in FAMILIES.values())
+    return f"eval/{name}" in GENERATION_METRICS or any(
+        name in family.better_when_larger for family in FAMILIES.values()
+    )
 
 
-def asked_tasks(config: RunConfig) -> dict[str, TaskConfig]:
+def tasks_to_run(config: RunConfig) -> dict[str, TaskConfig]:
     """The tasks of each evaluation by name: those of the user, and those that forgetting is measured by."""
     watched = config.challenges.forgetting
     tasks = dict(config.evaluation.tasks)
@@ -156,7 +162,7 @@ def _learns_to_chat(config: RunConfig) -> bool:
     return family.kind is ModelKind.causal and family.generates_answers and build_objective(config.objective).perplexity
 
 
-def _forgetting(config: RunConfig) -> Iterator[str]:
+def _forgetting_problems(config: RunConfig) -> Iterator[str]:
     """Error messages for `challenges.forgetting`: its limit, the tasks it names, its chat questions, and its file of plain text.
 
     Looks for the files of `challenges.forgetting.data` on this machine.
@@ -175,7 +181,7 @@ def _forgetting(config: RunConfig) -> Iterator[str]:
             known = ", ".join(config.evaluation.tasks) or "none"
             yield f"{key}.tasks=[{name}]: there is no such task in evaluation.tasks, which has {known}"
     if watched.chat:
-        yield from _chat_questions(config)
+        yield from _chat_questions_problems(config)
     if watched.data is None:
         return
 
@@ -189,10 +195,10 @@ def _forgetting(config: RunConfig) -> Iterator[str]:
     try:
         expand_paths(watched.data, f"{key}.data", remote=config.data.remote)
     except ShardtuneError as error:
-        yield _of_file(f"{key}.data={watched.data}", error)
+        yield _file_problem(f"{key}.data={watched.data}", error)
 
 
-def _chat_questions(config: RunConfig) -> Iterator[str]:
+def _chat_questions_problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with asking the questions that come with shardtune."""
     key = "challenges.forgetting.chat=true"
     if not _learns_to_chat(config):
@@ -202,16 +208,16 @@ def _chat_questions(config: RunConfig) -> Iterator[str]:
             yield f"evaluation.tasks.{name}: is the name of a task that {key} makes; call yours otherwise"
 
 
-def _of_file(word: str, error: ShardtuneError) -> str:
+def _file_problem(word: str, error: ShardtuneError) -> str:
     """An error about the files that a setting names, with that setting (`data.eval_path=x`) in front of it once."""
     return f"{word}: {str(error).removeprefix(word).lstrip(': ')}"
 
 
-def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
+def _generate_problems(config: RunConfig, *, has_data: bool) -> Iterator[str]:
     """Error messages about `evaluation.generate`, the answers that are written to held-out prompts."""
     samples = config.evaluation.generate.samples
     watch = config.evaluation.watched
-    if watch in GENERATED and not samples:
+    if watch in GENERATION_METRICS and not samples:
         yield f"evaluation.watch={watch}: needs answers to score; set evaluation.generate.samples=100"
     if samples and not has_data:
         yield (
@@ -223,7 +229,7 @@ def _generate(config: RunConfig, *, has_data: bool) -> Iterator[str]:
     yield from config.evaluation.generate.problems("evaluation.generate")
 
 
-def _tasks(config: RunConfig) -> Iterator[str]:
+def _tasks_problems(config: RunConfig) -> Iterator[str]:
     """Error messages about the evaluation tasks, their judge and their server, one line each.
 
     Looks for the tasks' files, without reading their rows.
@@ -232,8 +238,8 @@ def _tasks(config: RunConfig) -> Iterator[str]:
     family = family_of(config.objective)
     yield from registry.task_problems(tasks)
     yield from config.evaluation.judge.problems("evaluation.judge")
-    yield from _server(config)
-    judged = [name for name, task in tasks.items() if _needs_judge(name, task)]
+    yield from _server_problems(config)
+    judged = [name for name, task in tasks.items() if _task_needs_judge(name, task)]
     if judged and config.evaluation.judge.url is None:
         yield (
             f"evaluation.tasks.{judged[0]}.kind={tasks[judged[0]].kind}: asks a judge, and there is none; give "
@@ -253,16 +259,16 @@ def _tasks(config: RunConfig) -> Iterator[str]:
             try:
                 expand_paths(task.path, f"{key}.path", remote=config.data.remote)
             except ShardtuneError as error:
-                yield _of_file(f"{key}.path={task.path}", error)
+                yield _file_problem(f"{key}.path={task.path}", error)
 
 
-def _needs_judge(name: str, task: TaskConfig) -> bool:
+def _task_needs_judge(name: str, task: TaskConfig) -> bool:
     """Whether a task asks a judge (`evaluation.judge`)."""
     kind = registry.TASK_KINDS.get(task.kind)
     return kind is not None and kind(name, task).needs_judge
 
 
-def _server(config: RunConfig) -> Iterator[str]:
+def _server_problems(config: RunConfig) -> Iterator[str]:
     """Error messages for settings that do not go with `evaluation.server`, a server that writes the answers of the tasks."""
     server = config.evaluation.server
     yield from server.problems("evaluation.server")
@@ -284,9 +290,9 @@ def _server(config: RunConfig) -> Iterator[str]:
             yield f"{key}.write.beams={task.write.beams}: servers of this kind search no beams; set it to 1"
 
 
-def _watched_task(config: RunConfig, *, has_data: bool) -> Iterator[str]:
+def _watched_task_problems(config: RunConfig, *, has_data: bool) -> Iterator[str]:
     """An error message if there are tasks, and `evaluation.watch` names neither a metric of theirs nor one of held-out data."""
-    tasks = asked_tasks(config)
+    tasks = tasks_to_run(config)
     metrics = registry.metric_directions(tasks)
     watch = config.evaluation.watched
     if watch in metrics:

@@ -17,7 +17,7 @@ def document_problems(config: RunConfig) -> Iterator[str]:
     yield from read_answers(config.export.answers)[1]
 
 
-def problems(config: RunConfig) -> Iterator[str]:
+def gate_problems(config: RunConfig) -> Iterator[str]:
     """Error messages about the gates, bounds on metrics for an export such as {"qa/accuracy": ">0.6"}, one line each.
 
     A gate on a metric of a configured task must name one that the task has. Any other metric may be measured later.

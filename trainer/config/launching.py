@@ -9,11 +9,11 @@ from dataclasses import asdict
 from trainer.config.run import RETRIES, LauncherConfig, RunConfig, SlurmConfig
 from trainer.config.sbatch_options import options_of, total_gpus
 
-SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
-JOB_NAME = re.compile(r"[\w.-]+")
-PARTS = ("prepare", "train", "evaluate", "export")
-HOST = re.compile(r"[\w\[][\w.@:%\[\]-]*")
-NOT_EXTRA = {
+SLURM_TIME_REGEX = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
+JOB_NAME_REGEX = re.compile(r"[\w.-]+")
+PIPELINE_PARTS = ("prepare", "train", "evaluate", "export")
+HOST_REGEX = re.compile(r"[\w\[][\w.@:%\[\]-]*")
+ADVICE_BY_FORBIDDEN_OPTION = {
     "array": "the script is for one run, or for those of -m; launcher.array_limit bounds how many run at a time",
     "nodes": "the ranks are counted by launcher.nodes; set that",
     "output": "`shardtune logs` reads <run>/logs; leave it out",
@@ -22,10 +22,10 @@ NOT_EXTRA = {
     "signal": "the script expects USR2 at the time of launcher.signal_lead_s; set that",
 }
 """Options of sbatch that `launcher.extra` must not have, and what to do in their place."""
-JOBS = re.compile(r"\d+(_\d+)?(:\d+(_\d+)?)*")
+JOB_IDS_REGEX = re.compile(r"\d+(_\d+)?(:\d+(_\d+)?)*")
 
 
-def problems(config: RunConfig) -> Iterator[str]:
+def launcher_problems(config: RunConfig) -> Iterator[str]:
     """Error messages about the settings of `launcher`, one line each."""
     launcher = config.launcher
     for cause, times in launcher.retry.items():
@@ -36,27 +36,27 @@ def problems(config: RunConfig) -> Iterator[str]:
     if launcher.stage is not None and not launcher.stage.startswith(("/", "~", "$")):
         yield f"launcher.stage={launcher.stage}: must be the same on every node: an absolute path, or a variable of the node's"
     if isinstance(launcher, SlurmConfig):
-        yield from _slurm(launcher)
-        yield from _pipeline(config, launcher)
+        yield from _slurm_problems(launcher)
+        yield from _pipeline_problems(config, launcher)
     else:
-        yield from _local(config, launcher)
+        yield from _local_problems(config, launcher)
 
 
-def _local(config: RunConfig, launcher: LauncherConfig) -> Iterator[str]:
+def _local_problems(config: RunConfig, launcher: LauncherConfig) -> Iterator[str]:
     """Error messages for launcher=local: one host, hosts over ssh, or the same command on each of several hosts."""
     if launcher.ssh and not launcher.hosts:
         yield f"launcher.ssh=[{','.join(launcher.ssh)}]: no host is reached over ssh; name them in launcher.hosts=[n1,n2]"
     if launcher.hosts:
-        yield from _over_ssh(launcher)
+        yield from _ssh_problems(launcher)
     elif launcher.nodes > 1:
-        yield from _several_starts(config, launcher)
+        yield from _manual_start_problems(config, launcher)
     if launcher.rdzv is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", launcher.rdzv):
         yield f"launcher.rdzv={launcher.rdzv}: must be host:port, such as node1:29400"
     if launcher.node_rank is not None and launcher.node_rank >= launcher.nodes > 0 and not launcher.hosts:
         yield f"launcher.node_rank={launcher.node_rank}: must be below launcher.nodes={launcher.nodes}"
 
 
-def _several_starts(config: RunConfig, launcher: LauncherConfig) -> Iterator[str]:
+def _manual_start_problems(config: RunConfig, launcher: LauncherConfig) -> Iterator[str]:
     """What is missing if the same command is to be started on each of several hosts."""
     if launcher.rdzv is None:
         yield (
@@ -72,27 +72,27 @@ def _several_starts(config: RunConfig, launcher: LauncherConfig) -> Iterator[str
         )
 
 
-def _over_ssh(launcher: LauncherConfig) -> Iterator[str]:
+def _ssh_problems(launcher: LauncherConfig) -> Iterator[str]:
     """What is wrong if the hosts are reached over ssh."""
-    hosts_word = f"launcher.hosts=[{','.join(launcher.hosts)}]"
+    hosts_text = f"launcher.hosts=[{','.join(launcher.hosts)}]"
     if launcher.nodes != len(launcher.hosts):
-        yield f"launcher.nodes={launcher.nodes}: {hosts_word} are {len(launcher.hosts)}; leave launcher.nodes out"
+        yield f"launcher.nodes={launcher.nodes}: {hosts_text} are {len(launcher.hosts)}; leave launcher.nodes out"
     for host in launcher.hosts:
-        if not HOST.fullmatch(host):
-            yield f"{hosts_word}: `{host}` is no host; give names or addresses as ssh takes them, such as [n1,me@n2]"
+        if not HOST_REGEX.fullmatch(host):
+            yield f"{hosts_text}: `{host}` is no host; give names or addresses as ssh takes them, such as [n1,me@n2]"
     if len({*launcher.hosts}) < len(launcher.hosts):
-        yield f"{hosts_word}: a host is named twice; its number of ranks is launcher.processes"
+        yield f"{hosts_text}: a host is named twice; its number of ranks is launcher.processes"
     for key in ("address", "node_rank"):
         value = getattr(launcher, key)
         if value is not None:
-            yield f"launcher.{key}={value}: {hosts_word} says it of each host; leave it out"
+            yield f"launcher.{key}={value}: {hosts_text} says it of each host; leave it out"
 
 
-def _slurm(launcher: SlurmConfig) -> Iterator[str]:
+def _slurm_problems(launcher: SlurmConfig) -> Iterator[str]:
     """Error messages about the settings of a SLURM job, each with what to set in its place."""
     if launcher.hosts:
         yield f"launcher.hosts=[{','.join(launcher.hosts)}]: SLURM chooses the nodes; launcher=local takes hosts, over ssh"
-    if not SLURM_TIME.fullmatch(launcher.time):
+    if not SLURM_TIME_REGEX.fullmatch(launcher.time):
         yield f"launcher.time={launcher.time}: must be [days-]hours:minutes:seconds, such as 24:00:00"
     if launcher.address is not None:
         yield (
@@ -101,16 +101,16 @@ def _slurm(launcher: SlurmConfig) -> Iterator[str]:
         )
     if launcher.node_rank is not None:
         yield f"launcher.node_rank={launcher.node_rank}: SLURM numbers the nodes; leave it out"
-    if launcher.job_name is not None and not JOB_NAME.fullmatch(launcher.job_name):
+    if launcher.job_name is not None and not JOB_NAME_REGEX.fullmatch(launcher.job_name):
         yield f"launcher.job_name={launcher.job_name}: names log files, too; use letters, digits, `.`, `_` and `-`"
-    if launcher.after is not None and not JOBS.fullmatch(launcher.after):
+    if launcher.after is not None and not JOB_IDS_REGEX.fullmatch(launcher.after):
         yield f"launcher.after={launcher.after}: must be the id of a job, as in launcher.after=17; several: 17:18"
     if launcher.mail_user is not None and launcher.mail is None:
         yield f"launcher.mail_user={launcher.mail_user}: nothing is mailed; say what: launcher.mail=END,FAIL"
-    yield from _extra(launcher)
+    yield from _sbatch_option_problems(launcher)
 
 
-def _extra(launcher: SlurmConfig) -> Iterator[str]:
+def _sbatch_option_problems(launcher: SlurmConfig) -> Iterator[str]:
     """Error messages for sbatch's options in `launcher.extra` that the job's script or the launcher sets itself, and for GPUs.
 
     GPUs of the whole job (`--gpus`) must be a multiple of the nodes.
@@ -119,9 +119,9 @@ def _extra(launcher: SlurmConfig) -> Iterator[str]:
     words_by_key |= {f"launcher.part_options.{part}": words for part, words in launcher.part_options.items()}
     for key, words in words_by_key.items():
         for option, argument in options_of(words).items():
-            if option in NOT_EXTRA:
+            if option in ADVICE_BY_FORBIDDEN_OPTION:
                 word = f"--{option}={argument}" if argument else f"--{option}"
-                yield f"{key}: {word}: {NOT_EXTRA[option]}"
+                yield f"{key}: {word}: {ADVICE_BY_FORBIDDEN_OPTION[option]}"
     gpus = total_gpus(asdict(launcher))
     if gpus is not None and launcher.nodes > 1 and gpus % launcher.nodes:
         yield (
@@ -130,23 +130,23 @@ def _extra(launcher: SlurmConfig) -> Iterator[str]:
         )
 
 
-def _pipeline(config: RunConfig, launcher: SlurmConfig) -> Iterator[str]:
+def _pipeline_problems(config: RunConfig, launcher: SlurmConfig) -> Iterator[str]:
     """Error messages about `launcher.pipeline`, the jobs that follow each other, such as [prepare, train, evaluate]."""
     parts = launcher.pipeline
-    pipeline_word = f"launcher.pipeline=[{','.join(parts)}]"
-    in_order = [part for part in PARTS if part in parts]
+    pipeline_text = f"launcher.pipeline=[{','.join(parts)}]"
+    in_order = [part for part in PIPELINE_PARTS if part in parts]
     if parts and (parts != in_order or "train" not in parts):
-        yield f"{pipeline_word}: must be train and others of [{','.join(PARTS)}], in this order, each once"
+        yield f"{pipeline_text}: must be train and others of [{','.join(PIPELINE_PARTS)}], in this order, each once"
     if "evaluate" in parts:
         held_out = config.data.eval_path is not None or config.data.eval_share > 0
         if not config.evaluation.tasks and not held_out:
             yield (
-                f"{pipeline_word}: there is nothing to evaluate; give data.eval_path or data.eval_share, or tasks: "
+                f"{pipeline_text}: there is nothing to evaluate; give data.eval_path or data.eval_share, or tasks: "
                 "evaluation.tasks=[...] (docs/evaluation.md)"
             )
-    unknown = sorted(launcher.part_options.keys() - set(PARTS))
+    unknown = sorted(launcher.part_options.keys() - set(PIPELINE_PARTS))
     if unknown:
-        yield f"launcher.part_options: {', '.join(unknown)}: no part of a pipeline; they are {', '.join(PARTS)}"
+        yield f"launcher.part_options: {', '.join(unknown)}: no part of a pipeline; they are {', '.join(PIPELINE_PARTS)}"
 
 
 def leaves_export_to_job(config: RunConfig) -> bool:

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 from strategies.base import Fsdp2Config, StrategyConfig, StrategyName
 from strategies.settings import number
 
-ONE_PROCESS = "strategy=single is one process, and a row is shared by several"
-UNSHARED = "parallel.sequence=1, or use strategy=fsdp2"
+ONE_PROCESS_REASON = "strategy=single is one process, and a row is shared by several"
+NO_SEQUENCE_PARALLELISM_SETTING = "parallel.sequence=1, or use strategy=fsdp2"
 """Why `strategy=single` shares no rows, and what to set instead."""
-NO_DEALT_EXPERTS = {
+NO_EXPERT_PARALLELISM = {
     StrategyName.single: "it is one process, and experts are dealt over several",
     StrategyName.ddp: "every rank holds the whole model, and so all experts",
     **dict.fromkeys(
@@ -26,11 +26,13 @@ NO_DEALT_EXPERTS = {
     ),
 }
 """Strategies that deal no experts over ranks, and why."""
-DEALING = "strategy=fsdp2 or hsdp, or set parallel.experts=1"
+EXPERT_PARALLEL_ADVICE = "strategy=fsdp2 or hsdp, or set parallel.experts=1"
 """What to use where a strategy deals no experts."""
-UNPROVEN_MATRICES = "it needs whole matrices, and is not proven where ranks hold other experts than their neighbours"
+NO_MATRIX_OPTIMIZER_REASON = (
+    "it needs whole matrices, and is not proven where ranks hold other experts than their neighbours"
+)
 """Why an optimizer of matrices does not train dealt experts."""
-GATHERED = "parallel.experts=1"
+NO_EXPERT_PARALLELISM_SETTING = "parallel.experts=1"
 """What to set if experts cannot be dealt."""
 
 
@@ -69,29 +71,29 @@ def parallel_for_evaluation(
     return ParallelConfig(experts=math.gcd(training.experts, ranks_of_replica))
 
 
-def readers_of(config: BatchedRun, world_size: int) -> int:
+def dp_size_of(config: BatchedRun, world_size: int) -> int:
     """How many read documents of their own among `world_size` ranks: each rank, or each sequence-parallel group."""
     return world_size // config.parallel.sequence
 
 
 def accumulation_steps(config: BatchedRun, world_size: int) -> int:
     """Micro-batches of each reader in one optimizer step. Written answers (`objective=grpo`) need not divide evenly."""
-    documents_per_pass = config.batch["micro"] * readers_of(config, world_size)
+    documents_per_pass = config.batch["micro"] * dp_size_of(config, world_size)
     return -(-int(config.batch["global"]) // documents_per_pass)
 
 
-def samples_per_reader(config: BatchedRun, world_size: int) -> int:
+def samples_per_dp_rank(config: BatchedRun, world_size: int) -> int:
     """Documents or answers of a step that each reader takes, at most."""
-    return -(-int(config.batch["global"]) // readers_of(config, world_size))
+    return -(-int(config.batch["global"]) // dp_size_of(config, world_size))
 
 
-def problems(config: BatchedRun, world_size: int | None, strategy_name: str) -> Iterator[str]:
+def sequence_parallel_problems(config: BatchedRun, world_size: int | None, strategy_name: str) -> Iterator[str]:
     """What is wrong with `parallel`, one line each. `world_size` is the number of ranks, None if it is not known."""
     degree = config.parallel.sequence
     if degree == 1:
         return
     if strategy_name == "single":
-        yield f"parallel.sequence={degree}: {ONE_PROCESS}; set {UNSHARED}"
+        yield f"parallel.sequence={degree}: {ONE_PROCESS_REASON}; set {NO_SEQUENCE_PARALLELISM_SETTING}"
     elif world_size is not None and world_size % degree:
         legal = [str(divisor) for divisor in range(1, world_size + 1) if world_size % divisor == 0]
         yield (

@@ -15,40 +15,40 @@ def range_problems(settings: Any, key: str = "") -> list[str]:
 
     `settings` is a whole `RunConfig`, or the settings of one group, which stands at `key`.
     """
-    return list(_problems_below(settings, key))
+    return list(_range_problems(settings, key))
 
 
-def _problems_below(settings: Any, key: str, better_advice: Mapping[str, str] | None = None) -> Iterator[str]:
+def _range_problems(settings: Any, key: str, advice_override: Mapping[str, str] | None = None) -> Iterator[str]:
     """A line for each number out of its range, in `settings` and the groups inside of it: "optim.lr=-1: must be above 0; ...".
 
-    `key`: under which the settings stand, such as `optim`; empty for the whole. `better_advice`: advice by name of a number,
-    which the field that holds `settings` gives in place of the number's own.
+    `key`: under which the settings stand, such as `optim`; empty for the whole. `advice_override`: the advice for some fields, by
+    name, from the group that holds `settings`; it replaces the field's own advice.
     """
     for field in fields(settings):
         own_key = f"{key}.{field.name}" if key else field.name
-        content = getattr(settings, field.name)
-        # What the field declares: bounds of its number, words that are allowed instead, advice, the class of a table's entries.
-        traits = setting_metadata(type(settings), field.name, better_advice)
-        if is_dataclass(content):
-            yield from _problems_below(content, own_key, traits.advice_below)
-        elif traits.entries is not None:
-            yield from _entry_problems(content, own_key, traits.entries)
-        elif isinstance(content, dict):  # settings by name, such as `data.sources`
-            for name, entry in content.items():
+        value = getattr(settings, field.name)
+        # What the field declares: bounds of its number, texts that are allowed instead (`auto`), advice.
+        traits = setting_metadata(type(settings), field.name, advice_override)
+        if is_dataclass(value):  # a group, such as `optim`
+            yield from _range_problems(value, own_key, traits.advice_below)
+        elif traits.entries is not None:  # `batch`, a dictionary whose entries are declared by a class
+            yield from _entry_problems(value, own_key, traits.entries)
+        elif isinstance(value, dict):  # a table whose names the user chooses, such as `data.sources`
+            for name, entry in value.items():
                 if is_dataclass(entry):
-                    yield from _problems_below(entry, f"{own_key}.{name}")
-        elif isinstance(content, str) and traits.words:
-            if content not in traits.words:
-                yield f"{own_key}={content}: must be a whole number, or {' or '.join(traits.words)}; {traits.advice}"
-        elif traits.bounds is not None and content is not None and not traits.bounds.contains(content):
-            yield f"{own_key}={content:g}: must be {traits.bounds}; {traits.advice}"
+                    yield from _range_problems(entry, f"{own_key}.{name}")
+        elif isinstance(value, str) and traits.words:
+            if value not in traits.words:
+                yield f"{own_key}={value}: must be a whole number, or {' or '.join(traits.words)}; {traits.advice}"
+        elif traits.bounds is not None and value is not None and not traits.bounds.contains(value):
+            yield f"{own_key}={value:g}: must be {traits.bounds}; {traits.advice}"
 
 
 def _entry_problems(table: dict[str, Any], table_key: str, entries: type) -> Iterator[str]:
-    """A line for each entry of a table that is no whole number, or out of its range; the table is `batch`.
+    """A line for each entry of the dictionary `batch` that is no whole number, or out of its range.
 
-    `entries`: the class whose fields declare the ranges. A field is called like its entry, with a `_` behind a Python keyword
-    (`global_`). Nothing has checked the types of the entries yet.
+    `entries`: the class whose fields declare the ranges; the entry `global` is declared by the field `global_`, because
+    `global` is a keyword of Python. Types are checked as well, because Hydra does not check those in a dictionary.
     """
     for field in fields(entries):
         name = field.name.removesuffix("_")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from strategies.errors import ConfigError, ShardtuneError
-from trainer.config.evaluation import FORGOTTEN, REWARDS, asked_tasks
+from trainer.config.evaluation import FORGETTING_METRICS, REWARD_METRIC_PREFIXES, tasks_to_run
 from trainer.config.run import RunConfig
 from trainer.data.config import DataFormat
 from trainer.data.document import Row
@@ -20,7 +20,7 @@ from trainer.rollout.rewards.kinds import KINDS, JudgeReward, kind_problems
 from trainer.rollout.rewards.model_files import reward_model_problems
 
 
-def problems(config: RunConfig) -> Iterator[str]:
+def reward_problems(config: RunConfig) -> Iterator[str]:
     """Error messages about the rewards of a run, one line each. Reads the syntax of reward files, and first rows of the data.
 
     Columns are only compared with the data if the rewards have no other problem.
@@ -43,7 +43,7 @@ def problems(config: RunConfig) -> Iterator[str]:
             )
     own_problems: list[str] = []
     for name, reward in objective.rewards.items():
-        own_problems += _of_reward(name, reward)
+        own_problems += _single_reward_problems(name, reward)
         if reward.kind == JudgeReward.kind and config.evaluation.judge.url is None:
             own_problems.append(
                 f"objective.rewards.{name}.kind=judge: asks a judge, and there is none; give "
@@ -59,9 +59,9 @@ def problems(config: RunConfig) -> Iterator[str]:
 def _watch_problems(config: RunConfig) -> Iterator[str]:
     """An error message if `evaluation.watch` is a metric of rewards and the objective has none, or the other way round."""
     watch = config.evaluation.watched
-    if watch in metric_directions(asked_tasks(config)) or watch in FORGOTTEN:
+    if watch in metric_directions(tasks_to_run(config)) or watch in FORGETTING_METRICS:
         return
-    is_of_rewards = watch.startswith((*REWARDS, "eval/completions/"))
+    is_of_rewards = watch.startswith((*REWARD_METRIC_PREFIXES, "eval/completions/"))
     name = config.objective.name
     if isinstance(config.objective, RoundsConfig):
         if not is_of_rewards:
@@ -70,15 +70,18 @@ def _watch_problems(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.watch={watch}: objective={name} has no rewards; leave it out, or set evaluation.watch=eval/loss"
 
 
-def _of_reward(name: str, reward: RewardEntry) -> Iterator[str]:
-    """Error messages about one reward by itself: its name, that it is exactly one of kind, function and path, and that one."""
+def _single_reward_problems(name: str, reward: RewardEntry) -> Iterator[str]:
+    """Error messages about one reward by itself: its name, and which of `kind`, `function` and `path` are set.
+
+    If exactly one of them is, then the problems of that one.
+    """
     key = f"objective.rewards.{name}"
     if not name.replace("-", "_").isidentifier():
         yield f"{key}: the name stands in metrics (rewards/{name}/mean); use letters, digits, - and _"
-    given = [word for word in ("kind", "function", "path") if getattr(reward, word)]
-    if len(given) != 1:
-        said = " and ".join(f"{key}.{word}" for word in given) or key
-        yield f"{said}: give one of kind ({', '.join(KINDS)}), function (FILE.py:NAME) and path"
+    set_fields = [field for field in ("kind", "function", "path") if getattr(reward, field)]
+    if len(set_fields) != 1:
+        set_keys = " and ".join(f"{key}.{field}" for field in set_fields) or key
+        yield f"{set_keys}: give one of kind ({', '.join(KINDS)}), function (FILE.py:NAME) and path"
     elif reward.path is not None:
         yield from reward_model_problems(reward, key)
     elif reward.function is not None:
@@ -90,13 +93,14 @@ def _of_reward(name: str, reward: RewardEntry) -> Iterator[str]:
 def _column_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str]:
     """An error message for each reward that needs a column which the data lacks.
 
-    Reads the first row of each input that is on this machine. What is on others, or cannot be read, is passed over.
+    Reads the first row of each input that is on this machine. Inputs that are elsewhere, or cannot be read, are not checked here:
+    preparing the data looks at them.
     """
-    if config.data.remote:  # its files are looked at when the data is prepared
+    if config.data.remote:
         return
     try:
         inputs = find_inputs(config.data)
-    except ShardtuneError:  # other rules, or the preparation, say what is wrong with the data
+    except ShardtuneError:
         return
     for data_input in inputs:
         columns = _first_columns(data_input)
@@ -106,12 +110,12 @@ def _column_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str
             missing = _missing_columns(name, reward, columns)
             if not missing:
                 continue
-            has = ", ".join(sorted(columns))
-            needs = ", ".join(f'"{column}"' for column in missing)
+            known_columns = ", ".join(sorted(columns))
+            missing_columns = ", ".join(f'"{column}"' for column in missing)
             setting = "data.columns" if data_input.source == "data" else f"data.sources.{data_input.source}.columns"
             yield (
-                f"objective.rewards.{name}: needs the column {needs}; {data_input.key} has {has}; rename one with "
-                f"{setting}.{missing[0]}=NAME"
+                f"objective.rewards.{name}: needs the column {missing_columns}; {data_input.key} has {known_columns}; "
+                f"rename one with {setting}.{missing[0]}=NAME"
             )
 
 

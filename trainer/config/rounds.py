@@ -1,4 +1,4 @@
-"""Rules for objectives whose batches are rounds of answers that the model writes: what a run must not combine them with."""
+"""Rules for objectives whose batches are rounds of answers that the model generates: what a run must not combine them with."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from trainer.objectives.registry import family_of
 from trainer.objectives.rollouts import IdleGroups, RoundsConfig
 
 
-def problems(config: RunConfig) -> Iterator[str]:
-    """What is wrong with a run that writes what it learns from, one line each; nothing for other runs."""
+def round_problems(config: RunConfig) -> Iterator[str]:
+    """Error messages for a run that learns from answers it generates, as objective=grpo does; none for other runs."""
     settings = config.objective
     if family_of(settings).rollout is None:
         return
     assert isinstance(settings, RoundsConfig)
-    yield from _budget(config, settings)
-    yield from _data(config)
-    yield from _noise(config)
+    yield from _budget_problems(config, settings)
+    yield from _data_problems(config)
+    yield from _noise_problems(config)
 
 
 def answer_batch_problems(config: RunConfig) -> Iterator[str]:
@@ -27,23 +27,23 @@ def answer_batch_problems(config: RunConfig) -> Iterator[str]:
     """
     settings = config.objective
     assert isinstance(settings, RoundsConfig)
-    answers = config.batch["global"]
-    size = settings.group_size
-    if size < 1 or answers % size == 0:
+    num_answers = config.batch["global"]
+    group_size = settings.group_size
+    if group_size < 1 or num_answers % group_size == 0:
         return
-    below = answers // size * size
-    sizes = [below, below + size] if below else [size]
-    legal = " or ".join(f"batch.global={size}" for size in sizes)
-    divisors = [str(number) for number in range(2, min(answers, 64) + 1) if answers % number == 0]
+    next_smaller = num_answers // group_size * group_size
+    legal_batches = [next_smaller, next_smaller + group_size] if next_smaller else [group_size]
+    legal = " or ".join(f"batch.global={batch}" for batch in legal_batches)
+    divisors = [str(number) for number in range(2, min(num_answers, 64) + 1) if num_answers % number == 0]
     if divisors:
         legal += f", or objective.group_size={' or '.join(divisors[-4:])}"
     yield (
-        f"batch.global={answers}: counts answers, and must be a multiple of objective.group_size={size}, the answers to one "
-        f"prompt; set {legal}"
+        f"batch.global={num_answers}: counts answers, and must be a multiple of objective.group_size={group_size}, the answers "
+        f"to one prompt; set {legal}"
     )
 
 
-def _budget(config: RunConfig, settings: RoundsConfig) -> Iterator[str]:
+def _budget_problems(config: RunConfig, settings: RoundsConfig) -> Iterator[str]:
     """Error messages for budgets that cannot be turned into steps."""
     if config.budget.tokens is not None:
         yield (
@@ -57,15 +57,15 @@ def _budget(config: RunConfig, settings: RoundsConfig) -> Iterator[str]:
         )
 
 
-def _data(config: RunConfig) -> Iterator[str]:
+def _data_problems(config: RunConfig) -> Iterator[str]:
     """An error message for packing, which does not go with prompts."""
     data = config.data
     if data.packing:
         yield "data.packing=true: the rows of a step are answers that the model writes; set data.packing=false"
 
 
-def _noise(config: RunConfig) -> Iterator[str]:
-    """Error messages for noise in training (embeddings, dropout), without which the answers are written."""
+def _noise_problems(config: RunConfig) -> Iterator[str]:
+    """Error messages for noise in training (on embeddings, dropout), since the answers are generated without it."""
     reason = "answers are written without it, so the model would learn about answers that it did not write; set it to 0"
     if config.model.neftune_alpha:
         yield f"model.neftune_alpha={config.model.neftune_alpha:g}: {reason}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SHORT_NAMES = {
+LONG_NAME_BY_SHORT = {
     "-A": "account",
     "-C": "constraint",
     "-D": "chdir",
@@ -23,7 +23,7 @@ SHORT_NAMES = {
     "-t": "time",
 }
 LONG_NAMES = (
-    *SHORT_NAMES.values(),
+    *LONG_NAME_BY_SHORT.values(),
     *("gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres", "gres-flags", "tres-per-task"),
     *("mem", "mem-per-cpu", "mem-per-gpu"),
     *("no-requeue", "requeue", "signal", "open-mode", "wrap", "reservation", "wait-all-nodes"),
@@ -35,33 +35,33 @@ MEMORY_OPTIONS = frozenset({"mem", "mem-per-cpu", "mem-per-gpu"})
 """Options that ask for memory, of which sbatch takes one."""
 
 
-def options_of(words: Iterable[str]) -> dict[str, str]:
+def options_of(arguments: Iterable[str]) -> dict[str, str]:
     """Values of sbatch's options by long name: ["-t 10", "--gres=gpu:8"] gives {"time": "10", "gres": "gpu:8"}.
 
     "" for an option without a value. Of an option given twice the last one counts, as for sbatch.
     """
     options: dict[str, str] = {}
-    for word in words:
+    for argument in arguments:
         name = None
-        for piece in _pieces(word):
+        for piece in _shell_split(argument):
             if piece.startswith("--"):
                 key, _, value = piece[2:].partition("=")
                 name = _long_name(key)
                 options[name] = value
-            elif piece[:2] in SHORT_NAMES:
-                name = SHORT_NAMES[piece[:2]]
+            elif piece[:2] in LONG_NAME_BY_SHORT:
+                name = LONG_NAME_BY_SHORT[piece[:2]]
                 options[name] = piece[2:].removeprefix("=")
             elif name is not None and not options[name]:
                 options[name] = piece  # `--time 10` and `-t 10`
     return options
 
 
-def _pieces(word: str) -> list[str]:
-    """A word as a shell splits it: `--time 10` is two."""
+def _shell_split(argument: str) -> list[str]:
+    """The parts of an argument as a shell splits it: `--time 10` has two."""
     try:
-        return shlex.split(word)
+        return shlex.split(argument)
     except ValueError:  # an open quote: sbatch will say so
-        return word.split()
+        return argument.split()
 
 
 def _long_name(key: str) -> str:
@@ -94,19 +94,19 @@ def gpu_request(launcher: Mapping[str, Any]) -> GpuRequest | None:
     train_options = launcher.get("part_options", {}).get("train", []) if launcher.get("pipeline") else []
     extra = options_of([*launcher.get("extra", []), *train_options])  # such as {"gres": "gpu:h100:8"}
     if "gpus-per-node" in extra:
-        return _request("gpus-per-node", extra, nodes=1)
+        return _request_of_option("gpus-per-node", extra, nodes=1)
     if launcher.get("gpus_per_node"):
         count = int(launcher["gpus_per_node"])
-        return GpuRequest(count, f"launcher.gpus_per_node={count}", _gres_gpus(launcher.get("gres") or "")[1])
+        return GpuRequest(count, f"launcher.gpus_per_node={count}", _gpus_in_gres(launcher.get("gres") or "")[1])
     gres_setting = "launcher.extra: --gres" if "gres" in extra else "launcher.gres"
     gres = extra.get("gres", launcher.get("gres") or "")
-    count, kind = _gres_gpus(gres)
+    count, kind = _gpus_in_gres(gres)
     if count:
         return GpuRequest(count, f"{gres_setting}={gres}", kind)
     if "gpus-per-task" in extra:  # a job script has one task a node
-        return _request("gpus-per-task", extra, nodes=1)
+        return _request_of_option("gpus-per-task", extra, nodes=1)
     if "gpus" in extra:
-        return _request("gpus", extra, nodes=max(1, int(launcher.get("nodes") or 1)))
+        return _request_of_option("gpus", extra, nodes=max(1, int(launcher.get("nodes") or 1)))
     return None
 
 
@@ -118,35 +118,38 @@ def ranks_per_node(launcher: Mapping[str, Any]) -> int:
     return request.count if request is not None else 1
 
 
-def without_gpus(words: Iterable[str]) -> list[str]:
-    """The words that ask for something else than GPUs."""
-    return [word for word in words if not GPU_OPTIONS & options_of([word]).keys()]
+def without_gpus(arguments: Iterable[str]) -> list[str]:
+    """The arguments of sbatch that do not ask for GPUs."""
+    return [argument for argument in arguments if not GPU_OPTIONS & options_of([argument]).keys()]
 
 
-def without_memory(words: Iterable[str]) -> list[str]:
-    """The words that ask for something else than memory."""
-    return [word for word in words if not MEMORY_OPTIONS & options_of([word]).keys()]
+def without_memory(arguments: Iterable[str]) -> list[str]:
+    """The arguments of sbatch that do not ask for memory."""
+    return [argument for argument in arguments if not MEMORY_OPTIONS & options_of([argument]).keys()]
 
 
 def total_gpus(launcher: Mapping[str, Any]) -> int | None:
     """The GPUs of the whole job that `--gpus` in `launcher.extra` asks for; None if it does not."""
     extra = options_of(launcher.get("extra", []))
-    return _count_and_kind(extra["gpus"])[0] if "gpus" in extra else None
+    return _gpus_in_option(extra["gpus"])[0] if "gpus" in extra else None
 
 
-def _request(option: str, extra: Mapping[str, str], nodes: int) -> GpuRequest | None:
-    """The GPUs per node that an option of `launcher.extra` asks for, which counts those of `nodes` nodes together.
+def _request_of_option(option: str, extra: Mapping[str, str], nodes: int) -> GpuRequest | None:
+    """The GPUs per node that an option in `launcher.extra` (`extra`) asks for; None if there is less than one per node.
 
-    None if there is less than one for each node.
+    `nodes`: over how many nodes the number in the option counts; 1 for an option that counts per node.
     """
-    count, kind = _count_and_kind(extra[option])
+    count, kind = _gpus_in_option(extra[option])
     if count < nodes:
         return None
     return GpuRequest(count // nodes, f"launcher.extra: --{option}={extra[option]}", kind)
 
 
-def _count_and_kind(value: str) -> tuple[int, str | None]:
-    """(the number of GPUs, their kind) of `8`, `h100:8` or `h100:4,a100:4`; what is no number counts as none."""
+def _gpus_in_option(value: str) -> tuple[int, str | None]:
+    """(number of GPUs, their kind) in the value of an option such as `--gpus`: `h100:8` -> (8, "h100").
+
+    A part that is no number counts as none. The kind is None if the GPUs have none, or several.
+    """
     count = 0
     kinds = set()
     for part in value.split(","):
@@ -154,27 +157,31 @@ def _count_and_kind(value: str) -> tuple[int, str | None]:
         if number.isdecimal():
             count += int(number)
             kinds.add(kind)
-    return count, _only(kinds)
+    return count, _single_kind(kinds)
 
 
-def _gres_gpus(gres: str) -> tuple[int, str | None]:
-    """(the number of GPUs, their kind) of `gpu`, `gpu:8`, `gpu:h100:8` and lists of them; shards and MPS are no GPUs."""
+def _gpus_in_gres(gres: str) -> tuple[int, str | None]:
+    """(number of GPUs, their kind) that a list of generic resources asks for: `gpu:h100:8` -> (8, "h100").
+
+    `gres`: such as `gpu`, `gpu:8`, `gres/gpu=4` or `gpu:h100:4,gpu:a100:4`; other resources, such as shards, are not counted.
+    The kind is None if the GPUs have none, or several.
+    """
     count = 0
     kinds = set()
     for resource in gres.split(","):
-        name, *rest = resource.strip().removeprefix("gres/").removeprefix("gres:").replace("=", ":").split(":")
+        name, *fields = resource.strip().removeprefix("gres/").removeprefix("gres:").replace("=", ":").split(":")
         if name != "gpu":
             continue
         number = 1
-        if rest and rest[-1].isdecimal():
-            number = int(rest.pop())
+        if fields and fields[-1].isdecimal():
+            number = int(fields.pop())
         count += number
-        kinds.add(rest[0] if rest else "")
-    return count, _only(kinds)
+        kinds.add(fields[0] if fields else "")  # empty: of any kind
+    return count, _single_kind(kinds)
 
 
-def _only(kinds: set[str]) -> str | None:
-    """The one kind of card; None if there are several, or it has no name."""
+def _single_kind(kinds: set[str]) -> str | None:
+    """The kind of all GPUs; None if there are several kinds, or if it is empty."""
     if len(kinds) != 1:
         return None
     return next(iter(kinds)) or None

@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, StrategyName, ZeroConfig
-from trainer.config.parallel import DEALING, GATHERED, NO_DEALT_EXPERTS, UNPROVEN_MATRICES
-from trainer.config.parallel import problems as parallel_problems
+from trainer.config.parallel import (
+    EXPERT_PARALLEL_ADVICE,
+    NO_EXPERT_PARALLELISM,
+    NO_EXPERT_PARALLELISM_SETTING,
+    NO_MATRIX_OPTIMIZER_REASON,
+    sequence_parallel_problems,
+)
 from trainer.config.run import Device, RunConfig
 from trainer.data.config import Layout
 from trainer.model.config import Attention, ModelKind
@@ -15,7 +20,7 @@ from trainer.objectives.registry import family_of
 from trainer.optim.support import SUPPORT, Needs
 
 
-def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
+def sharding_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
     """Error messages for everything that does not fit the strategy.
 
     `world_size` is the number of ranks; None if it is not known, which leaves out the rules about it.
@@ -23,11 +28,11 @@ def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
     strategy = config.strategy
     if strategy.name is StrategyName.single and world_size is not None and world_size > 1:
         yield f"strategy=single: runs in one process, not {world_size}; take strategy=ddp, or launcher.processes=1"
-    yield from parallel_problems(config, world_size, str(strategy.name))
+    yield from sequence_parallel_problems(config, world_size, str(strategy.name))
     if config.parallel.sequence > 1:
-        yield from _shared_rows(config)
+        yield from _sequence_parallel_conflicts(config)
     if config.parallel.experts > 1:
-        yield from _dealt_experts(config, world_size)
+        yield from _expert_parallel_problems(config, world_size)
     on_cpu = config.run.device is Device.cpu
     if config.precision is Precision.fp16 and on_cpu:
         yield "precision=fp16: not supported on CPUs; set precision=bf16 or precision=fp32"
@@ -39,14 +44,14 @@ def problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"strategy.memory_gib={strategy.memory_gib:g}: is what strategy.activation_checkpointing=auto, and "
             "strategy.defer_sync=null under fsdp2 and hsdp, plan for; set one of them, or strategy.memory_gib=null"
         )
-    yield from _long_rows(strategy)
+    yield from _long_rows_problems(strategy)
     if isinstance(strategy, Fsdp2Config):
-        yield from _replicas(strategy, config, world_size)
+        yield from _replicas_problems(strategy, config, world_size)
     if isinstance(strategy, ZeroConfig):
-        yield from _zero(strategy)
+        yield from _zero_problems(strategy)
 
 
-def _long_rows(strategy: StrategyConfig) -> Iterator[str]:
+def _long_rows_problems(strategy: StrategyConfig) -> Iterator[str]:
     """Error messages for settings that the two options for long rows do not go with.
 
     These are the MLP computed in tiles of tokens (`strategy.mlp_tokens`), and inputs of blocks that wait on the host
@@ -79,7 +84,7 @@ def _long_rows(strategy: StrategyConfig) -> Iterator[str]:
             )
 
 
-def _shared_rows(config: RunConfig) -> Iterator[str]:
+def _sequence_parallel_conflicts(config: RunConfig) -> Iterator[str]:
     """Error messages if ranks cannot share rows of documents (`parallel.sequence`).
 
     What depends on the model is checked when its files are read.
@@ -101,7 +106,7 @@ def _shared_rows(config: RunConfig) -> Iterator[str]:
         yield f"{typed}: is not proven with compiled blocks; set strategy.compile=false, or parallel.sequence=1"
 
 
-def _dealt_experts(config: RunConfig, world_size: int | None) -> Iterator[str]:
+def _expert_parallel_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
     """Error messages if the experts of an MoE model cannot be spread over groups of `parallel.experts` ranks.
 
     What depends on the model is checked when its files are read. The last rule, that the groups divide the ranks of a replica, is
@@ -110,13 +115,14 @@ def _dealt_experts(config: RunConfig, world_size: int | None) -> Iterator[str]:
     expert_ranks = config.parallel.experts
     typed = f"parallel.experts={expert_ranks}"
     strategy = config.strategy
-    if strategy.name in NO_DEALT_EXPERTS:
-        yield f"{typed} with strategy={strategy.name}: {NO_DEALT_EXPERTS[strategy.name]}; use {DEALING}"
+    if strategy.name in NO_EXPERT_PARALLELISM:
+        yield f"{typed} with strategy={strategy.name}: {NO_EXPERT_PARALLELISM[strategy.name]}; use {EXPERT_PARALLEL_ADVICE}"
         return
     if SUPPORT[config.optim.name].needs is Needs.matrices:
-        yield f"{typed} with optim={config.optim.name}: {UNPROVEN_MATRICES}; use optim=adamw, or set {GATHERED}"
+        remedy = f"use optim=adamw, or set {NO_EXPERT_PARALLELISM_SETTING}"
+        yield f"{typed} with optim={config.optim.name}: {NO_MATRIX_OPTIMIZER_REASON}; {remedy}"
     if strategy.compile:
-        yield f"{typed}: is not proven with compiled blocks; set strategy.compile=false, or {GATHERED}"
+        yield f"{typed}: is not proven with compiled blocks; set strategy.compile=false, or {NO_EXPERT_PARALLELISM_SETTING}"
     if not isinstance(strategy, Fsdp2Config):  # it is chosen later
         return
 
@@ -130,7 +136,7 @@ def _dealt_experts(config: RunConfig, world_size: int | None) -> Iterator[str]:
     # Remedies: another size of the groups, or other replicas.
     ranks = "the ranks of a replica" if replicas > 1 else "the number of ranks"
     legal = [str(divisor) for divisor in range(2, sharded_over + 1) if sharded_over % divisor == 0]
-    remedy = f"set one of {', '.join(legal)}" if legal else f"set {GATHERED}"
+    remedy = f"set one of {', '.join(legal)}" if legal else f"set {NO_EXPERT_PARALLELISM_SETTING}"
     if world_size % expert_ranks == 0:
         fewer_replicas = world_size // expert_ranks
         remedy += f", or strategy.replicate={fewer_replicas}" if fewer_replicas > 1 else ", or strategy=fsdp2"
@@ -147,7 +153,7 @@ def number_of_replicas(strategy: StrategyConfig, config: RunConfig) -> int:
     return strategy.replicate or max(2, config.launcher.nodes)
 
 
-def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) -> Iterator[str]:
+def _replicas_problems(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) -> Iterator[str]:
     """Error messages if the ranks do not divide into replicas, or if the strategy (fsdp2) has none."""
     if strategy.name is StrategyName.fsdp2:
         if strategy.replicate != 1:
@@ -160,7 +166,7 @@ def _replicas(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) 
         yield f"strategy.replicate={replicas}: must divide the number of ranks, {world_size}; {remedy}"
 
 
-def _zero(strategy: ZeroConfig) -> Iterator[str]:
+def _zero_problems(strategy: ZeroConfig) -> Iterator[str]:
     """Error messages for a stage that is not that of the strategy, and for offloading that the stage cannot do."""
     places = ("none", "cpu", "nvme")
     if strategy.name.value != f"zero{strategy.stage}":

@@ -59,18 +59,18 @@ def settings_below(hint: Any) -> tuple[type, str] | None:
 
 
 def keyed_fields(
-    settings: type, prefix: str = "", better_advice: Mapping[str, str] | None = None
+    settings: type, prefix: str = "", advice_override: Mapping[str, str] | None = None
 ) -> Iterator[KeyedField]:
     """Every field of a settings class and of the groups in it, each group before what it holds.
 
     Keys are full, such as `optim.lr`; `*` in one stands for a name that the user chooses, as in `data.sources.*.path`. `prefix`:
-    the key of the settings themselves. `better_advice`: advice by field, which the group that holds the settings gives.
+    the key of the settings themselves. `advice_override`: advice by field, which the group that holds the settings gives.
     """
     hints = get_type_hints(settings)
     for field in fields(settings):
         hint = hints[field.name]
         key = f"{prefix}.{field.name}" if prefix else field.name
-        traits = setting_metadata(settings, field.name, better_advice)
+        traits = setting_metadata(settings, field.name, advice_override)
         below = settings_below(hint)
         yield KeyedField(key, hint, traits, is_group=below is not None or traits.entries is not None)
         if below is not None:

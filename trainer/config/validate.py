@@ -1,6 +1,6 @@
 """What a configuration must satisfy before any process starts: ranges of single settings, and rules between settings.
 
-`problems_of` returns one line a problem (key and value, the constraint, what to do), all of them; an empty list is a
+`config_problems` returns one line a problem (key and value, the constraint, what to do), all of them; an empty list is a
 configuration that may run. It reads the file system for paths and nothing else.
 """
 
@@ -18,20 +18,17 @@ from strategies.errors import ConfigError, DataError, StorageError, key_of_probl
 from strategies.registry import every_strategy
 from trainer.checkpoints.layout import checkpoint_dirs_of
 from trainer.checkpoints.resume_selection import effective_resume, resume_problem
-from trainer.config.combinations import problems as combination_problems
-from trainer.config.combinations import row_of, rows
-from trainer.config.evaluation import problems as evaluation_problems
-from trainer.config.gates import document_problems
-from trainer.config.gates import problems as gate_problems
-from trainer.config.launching import problems as launcher_problems
-from trainer.config.parallel import readers_of
+from trainer.config.combinations import combination_problems, method_row, methods_by_row
+from trainer.config.evaluation import evaluation_problems
+from trainer.config.gates import document_problems, gate_problems
+from trainer.config.launching import launcher_problems
+from trainer.config.parallel import dp_size_of
 from trainer.config.ranges import range_problems
 from trainer.config.resuming import KINDS, flatten_settings, plain_settings
-from trainer.config.rewards import problems as reward_problems
-from trainer.config.rounds import answer_batch_problems
-from trainer.config.rounds import problems as round_problems
+from trainer.config.rewards import reward_problems
+from trainer.config.rounds import answer_batch_problems, round_problems
 from trainer.config.run import AUTO, Device, LauncherName, RunConfig
-from trainer.config.sharding import problems as sharding_problems
+from trainer.config.sharding import sharding_problems
 from trainer.data.read.paths import expand_paths, held_out_sets, is_hub_path, is_remote_address
 from trainer.data.sources import data_problems
 from trainer.model.config import ModelKind, Quantisation, may_be_hub_id
@@ -48,7 +45,7 @@ from trainer.tuning.check import problems as tuning_problems
 from trainer.tuning.initial_adapter import merge_problems
 from trainer.tuning.table import needs_padded_rows
 
-WRITTEN = (
+OUTPUT_DIRECTORY_KEYS = (
     "run.dir",
     "data.cache_dir",
     "checkpoint.fallback_dir",
@@ -57,50 +54,50 @@ WRITTEN = (
     "launcher.stage",
 )
 """Settings that name a directory to write to."""
-MOST_TRIED = 4096
+MAX_TRIED_MICRO_BATCH = 4096
 """Micro-batches up to which one is looked for that would do."""
 
 
-def problems_of(config: RunConfig, *, world_size: int | None = None) -> list[str]:
+def config_problems(config: RunConfig, *, world_size: int | None = None) -> list[str]:
     """Every problem of a configuration as an error message, such as "budget: not set: ..."; empty if it can run.
 
-    `world_size` is the number of ranks, None if it is not known. `strategy=auto` can run if one of the strategies can that it
-    stands for. Batches and shards are not checked while a number of theirs is out of its range.
+    `world_size` is the number of ranks, None if it is not known. `strategy=auto` can run if one of the strategies that it
+    stands for can. Batches and sharding are not checked if a number in `batch`, `launcher` or `strategy` is out of its range.
     """
     if isinstance(config.strategy, AutoConfig):
-        return candidates(config, world_size)[1]
+        return runnable_strategies(config, world_size)[1]
     out_of_range = range_problems(config)
     problems = [
         *out_of_range,
-        *_budget(config),
-        *_model(config),
-        *_data(config),
+        *_budget_problems(config),
+        *_model_problems(config),
+        *_data_problems(config),
         *evaluation_problems(config),
         *round_problems(config),
         *reward_problems(config),
         *gate_problems(config),
         *document_problems(config),
         *config.review.problems(),
-        *_run(config),
+        *_run_problems(config),
     ]
-    problems += [*_base(config), *_schedule(config)]
+    problems += [*_base_problems(config), *_schedule_problems(config)]
     if not any(key_of_problem(problem).startswith(("batch.", "launcher.", "strategy.")) for problem in out_of_range):
-        problems += [*_batch(config, world_size), *sharding_problems(config, world_size)]
-    here = config.launcher.name is LauncherName.local  # else other machines decide which packages there are
-    problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=here)
+        problems += [*_batch_problems(config, world_size), *sharding_problems(config, world_size)]
+    runs_here = config.launcher.name is LauncherName.local  # else other machines decide which packages there are
+    problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=runs_here)
     problems += combination_problems(config.tuning, config.strategy, config.optim)
-    problems += tracker_problems(config.logging) if here else []
-    problems += energy_problems(config.logging, here=here)
+    problems += tracker_problems(config.logging) if runs_here else []
+    problems += energy_problems(config.logging, here=runs_here)
     problems += profile_problems(config.profile, config.budget.steps)
-    return [*problems, *_tuning(config), *launcher_problems(config)]
+    return [*problems, *_tuning_problems(config), *launcher_problems(config)]
 
 
-def candidates(config: RunConfig, world_size: int | None) -> tuple[list[StrategyConfig], list[str]]:
-    """What `strategy=auto` may become on `world_size` ranks (None: not known yet): (the strategies that can run, problems).
+def runnable_strategies(config: RunConfig, world_size: int | None) -> tuple[list[StrategyConfig], list[str]]:
+    """The strategies that `strategy=auto` may become on `world_size` ranks (None: not known yet); returns (strategies, problems).
 
-    A problem that every strategy has, such as a missing data file, is no reason against one of them: it is returned as a problem,
-    beside the strategies that have no other. If each has a problem of its own and they share none, no strategy is returned, and
-    the problems name the first one under each.
+    - Problems that every strategy has, such as a missing data file: they are returned, with the strategies that have no other.
+    - Each strategy has a problem and they share none: no strategy, and the first problem under each.
+    - Otherwise the strategies without a problem, and no problems.
     """
     strategies = every_strategy(config.strategy)
     if world_size == 1:  # one rank has nothing to share
@@ -108,24 +105,26 @@ def candidates(config: RunConfig, world_size: int | None) -> tuple[list[Strategy
     elif world_size is not None:
         strategies = [strategy for strategy in strategies if strategy.name is not StrategyName.single]
     # The problems under each strategy, in the order of `strategies`.
-    problem_lists = [problems_of(replace(config, strategy=strategy), world_size=world_size) for strategy in strategies]
+    problem_lists = [
+        config_problems(replace(config, strategy=strategy), world_size=world_size) for strategy in strategies
+    ]
     shared_problems = []
     for problem in problem_lists[0]:
         if all(problem in problems for problems in problem_lists):
             shared_problems.append(problem)
-    legal = []
+    runnable = []
     first_problems = []
     for strategy, problems in zip(strategies, problem_lists, strict=True):
         if set(problems) <= set(shared_problems):
-            legal.append(strategy)
+            runnable.append(strategy)
         else:
             first_problems.append(f"under {strategy.name}: {problems[0]}")
-    if shared_problems or legal:
-        return legal, shared_problems
+    if shared_problems or runnable:
+        return runnable, shared_problems
     return [], ["strategy=auto: no strategy can run this", *first_problems]
 
 
-def _budget(config: RunConfig) -> Iterator[str]:
+def _budget_problems(config: RunConfig) -> Iterator[str]:
     """An error message unless exactly one of steps, epochs and tokens is set."""
     rule = "exactly one of budget.steps, budget.epochs and budget.tokens says how long to train"
     budgets = {name: getattr(config.budget, name) for name in ("steps", "epochs", "tokens")}
@@ -133,11 +132,11 @@ def _budget(config: RunConfig) -> Iterator[str]:
     if not set_names:
         yield f"budget: not set: {rule}, as in budget.epochs=3"
     elif len(set_names) > 1:
-        words = " ".join(f"budget.{name}={budgets[name]}" for name in set_names)
-        yield f"{words}: {rule}; remove one, or set it to null (budget.{set_names[-1]}=null)"
+        overrides = " ".join(f"budget.{name}={budgets[name]}" for name in set_names)
+        yield f"{overrides}: {rule}; remove one, or set it to null (budget.{set_names[-1]}=null)"
 
 
-def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
+def _batch_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
     """Error messages if sizes of batches are missing or unknown, or if micro-batches and ranks do not divide the global batch.
 
     `world_size` is None if the number of ranks is not known; then one rank counts. With batch.global=30 and batch.micro=4 on 2
@@ -152,43 +151,46 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield "batch: needs both batch.global and batch.micro"
         return
     if world_size is not None and world_size % config.parallel.sequence:
-        return  # reported by itself; who reads documents of their own is open until it is mended
+        return  # reported by itself; the number of data-parallel ranks is not known until it is mended
     if family_of(config.objective).rollout is not None:
         yield from answer_batch_problems(config)
         return
 
-    # Ranks that share their rows (`parallel.sequence`) count as one reader of documents.
-    readers = max(1, readers_of(config, world_size or 1))
-    named_readers = "the ranks" if world_size is None else name_of_readers(readers, config.parallel.sequence)
+    # Ranks that share their rows (`parallel.sequence`) count as one data-parallel rank.
+    dp_size = max(1, dp_size_of(config, world_size or 1))
+    dp_ranks_text = "the ranks" if world_size is None else name_of_readers(dp_size, config.parallel.sequence)
     if micro_batch == AUTO:  # a legal one is chosen later, if there can be any
-        if global_batch % readers:
-            legal = _nearest_multiples(global_batch, readers)
-            yield f"batch.global={global_batch}: must be a multiple of the {named_readers}; set {legal}"
+        if global_batch % dp_size:
+            legal = _nearest_multiples(global_batch, dp_size)
+            yield f"batch.global={global_batch}: must be a multiple of the {dp_ranks_text}; set {legal}"
         return
-    forward_pass = micro_batch * readers  # documents in one forward pass of all ranks
-    if global_batch % forward_pass:
-        legal = _nearest_multiples(global_batch, forward_pass)
-        largest = min(micro_batch, global_batch // readers, MOST_TRIED)
-        legal_micros = [str(micro) for micro in range(1, largest + 1) if global_batch % (micro * readers) == 0]
+    documents_per_pass = micro_batch * dp_size
+    if global_batch % documents_per_pass:
+        legal = _nearest_multiples(global_batch, documents_per_pass)
+        largest = min(micro_batch, global_batch // dp_size, MAX_TRIED_MICRO_BATCH)
+        legal_micros = [str(micro) for micro in range(1, largest + 1) if global_batch % (micro * dp_size) == 0]
         if legal_micros:
             legal += f", or batch.micro={' or '.join(legal_micros[-4:])}"
         yield (
-            f"batch.global={global_batch}: must be a multiple of batch.micro={micro_batch} x {named_readers} = "
-            f"{forward_pass}; set {legal}"
+            f"batch.global={global_batch}: must be a multiple of batch.micro={micro_batch} x {dp_ranks_text} = "
+            f"{documents_per_pass}; set {legal}"
         )
 
 
 def _nearest_multiples(global_batch: int, divisor: int) -> str:
-    """The words that set the next smaller and the next larger global batch that `divisor` divides; `global_batch` is none."""
+    """The overrides for the next smaller and the next larger multiple of `divisor`: `batch.global=24 or batch.global=32`.
+
+    Only for the larger one, if there is no smaller one above 0.
+    """
     below = global_batch // divisor * divisor
     sizes = [below, below + divisor] if below else [divisor]
     return " or ".join(f"batch.global={size}" for size in sizes)
 
 
-def _model(config: RunConfig) -> Iterator[str]:
-    """Error messages if the model or the tokenizer is not there, or does not fit the objective.
+def _model_problems(config: RunConfig) -> Iterator[str]:
+    """Error messages if the model or the tokenizer does not exist here, or does not fit the objective.
 
-    Only this machine's files are looked at: whether a hub id exists shows when it is loaded.
+    Only files of this machine are looked at. Whether a hub id exists shows when the model is loaded.
     """
     model = config.model
     if model.path is None:
@@ -216,13 +218,13 @@ def _model(config: RunConfig) -> Iterator[str]:
     yield from model_problems(config.objective, config, read_config(model.path))
     yield from position_problems(model)
     if model.neftune_alpha:
-        yield from _noise(config)
+        yield from _noise_problems(config)
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield f"model.chat_template={model.chat_template}: no such file; give a file with a Jinja template"
 
 
-def _noise(config: RunConfig) -> Iterator[str]:
-    """Error messages for `model.neftune_alpha`, noise on embeddings, where none can be added."""
+def _noise_problems(config: RunConfig) -> Iterator[str]:
+    """Error messages for `model.neftune_alpha` (noise on embeddings) with a model or a tuning method that cannot have it."""
     key = f"model.neftune_alpha={config.model.neftune_alpha:g}"
     if family_of(config.objective).kind is ModelKind.encoder_decoder:
         yield f"{key}: is not for encoder-decoder models, whose two sides share embeddings; set it to 0"
@@ -230,17 +232,17 @@ def _noise(config: RunConfig) -> Iterator[str]:
         yield f"{key}: tuning={config.tuning.name} puts tokens of its own before a document's; set it to 0, or use tuning=lora"
 
 
-def _base(config: RunConfig) -> Iterator[str]:
-    """Error messages about what is done to the base as it is loaded: quantisation, and adapters that are merged into it."""
+def _base_problems(config: RunConfig) -> Iterator[str]:
+    """Error messages about what is done to the base model on loading: quantisation, and adapters that are merged into it."""
     model = config.model
-    starts_here = config.launcher.name is LauncherName.local
-    if model.quantisation is not Quantisation.none and starts_here:
+    runs_here = config.launcher.name is LauncherName.local
+    if model.quantisation is not Quantisation.none and runs_here:
         missing = missing_package()
         if missing is not None:
             yield f"model.quantisation={model.quantisation}: {missing}, or set model.quantisation=none"
     for directory in model.adapters:
         yield from merge_problems(directory)
-    method = rows().get(row_of(config.tuning))
+    method = methods_by_row().get(method_row(config.tuning))
     if model.adapters and method is not None and method.adapter and config.export.at_end and not config.export.merge:
         merge = "" if method.no_merge else "set export.merge=true, or "
         yield (
@@ -249,8 +251,8 @@ def _base(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _data(config: RunConfig) -> Iterator[str]:
-    """Error messages if files of the data are not there, or do not fit the objective."""
+def _data_problems(config: RunConfig) -> Iterator[str]:
+    """Error messages if files of the data are missing, or do not fit the objective."""
     data = config.data
     paths = {"data.path": data.path}  # by setting: a path or glob, a list of them, or None
     for split in ("eval", "test"):
@@ -266,13 +268,13 @@ def _data(config: RunConfig) -> Iterator[str]:
         for pattern in path_or_list if isinstance(path_or_list, list) else [path_or_list]:
             # Composing reaches no network: whether an address or a data set of the hub exists shows when it is read.
             if not (data.remote and is_remote_address(str(pattern))) and not is_hub_path(str(pattern)):
-                yield from _missing_files(key, pattern)
+                yield from _missing_file_problems(key, pattern)
     yield from data_problems(data)
     yield from objective_problems(config.objective, config)
 
 
-def _missing_files(key: str, pattern: object) -> Iterator[str]:
-    """A line if no file matches a path or glob on this machine."""
+def _missing_file_problems(key: str, pattern: object) -> Iterator[str]:
+    """A line if no file on this machine matches a path or glob, the value of the setting `key`."""
     path = Path(str(pattern)).expanduser()
     if path.exists() or glob.glob(str(path), recursive=True):  # noqa: PTH207
         return
@@ -283,8 +285,8 @@ def _missing_files(key: str, pattern: object) -> Iterator[str]:
         yield f"{key}={pattern}: {reason}; paths are relative to {Path.cwd()}"
 
 
-def _resume(config: RunConfig) -> Iterator[str]:
-    """An error message if the checkpoint to resume from is not there, whether it or its run directory was named."""
+def _resume_problems(config: RunConfig) -> Iterator[str]:
+    """An error message if the checkpoint to resume from (`run.resume`, or the newest in the run's directory) cannot be used."""
     resume = config.run.resume
     run_dir = config.run.dir
     try:
@@ -301,10 +303,10 @@ def _resume(config: RunConfig) -> Iterator[str]:
         yield str(error)
 
 
-def _written(config: RunConfig) -> Iterator[str]:
+def _output_directory_problems(config: RunConfig) -> Iterator[str]:
     """A line for each directory to write to that is an address: it would become a local directory called `s3:`."""
     settings = flatten_settings(plain_settings(config))
-    for key in WRITTEN:
+    for key in OUTPUT_DIRECTORY_KEYS:
         directory = settings.get(key)
         if directory is None or "://" not in directory:
             continue
@@ -315,10 +317,10 @@ def _written(config: RunConfig) -> Iterator[str]:
         yield f"{key}={directory}: is an address, and only local directories are written to; {remedy}"
 
 
-def _run(config: RunConfig) -> Iterator[str]:
+def _run_problems(config: RunConfig) -> Iterator[str]:
     """Error messages about the run directory, its checkpoints and its device, one setting after the other."""
-    yield from _resume(config)
-    yield from _written(config)
+    yield from _resume_problems(config)
+    yield from _output_directory_problems(config)
     for kind in set(config.run.accept) - set(KINDS):
         closest = difflib.get_close_matches(kind, KINDS, n=1)
         yield f"run.accept=[{kind}]: there is no such kind of change; {closest[0] if closest else 'one of ' + ', '.join(KINDS)}"
@@ -330,25 +332,25 @@ def _run(config: RunConfig) -> Iterator[str]:
             f"checkpoint.every_minutes={checkpoint.every_minutes:g}: checkpoint.every_steps={checkpoint.every_steps} says "
             "already when; set one of the two"
         )
-    starts_here = config.launcher.name is LauncherName.local  # else the disks are those of other machines
+    runs_here = config.launcher.name is LauncherName.local  # else the disks are those of other machines
     fallback_dir = checkpoint.fallback_dir
     if fallback_dir is not None:
-        is_usable = bool(fallback_dir.strip()) and (not starts_here or _writable(Path(fallback_dir).expanduser()))
+        is_usable = bool(fallback_dir.strip()) and (not runs_here or _is_writable(Path(fallback_dir).expanduser()))
         if not is_usable:
             yield (
                 f"checkpoint.fallback_dir={fallback_dir}: must be a directory on another disk that this user can write, or null"
             )
     if config.run.must_fit and config.run.device is Device.cpu:
         yield "run.must_fit=true: asks for the memory of GPUs, and run.device=cpu has none; leave it out"
-    if config.run.device is Device.cuda and starts_here:
+    if config.run.device is Device.cuda and runs_here:
         import torch
 
         if not torch.cuda.is_available():
             yield "run.device=cuda: no CUDA device is visible here; set run.device=cpu, or check CUDA_VISIBLE_DEVICES"
 
 
-def _writable(directory: Path) -> bool:
-    """Whether it is a directory that can be written, or could be made."""
+def _is_writable(directory: Path) -> bool:
+    """Whether this user can write a directory, or create it."""
     try:
         nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
@@ -356,7 +358,7 @@ def _writable(directory: Path) -> bool:
         return False
 
 
-def _schedule(config: RunConfig) -> Iterator[str]:
+def _schedule_problems(config: RunConfig) -> Iterator[str]:
     """Error messages if warmup and decay do not fit into the run."""
     schedule = config.schedule
     steps = config.budget.steps
@@ -369,8 +371,8 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         yield f"schedule.warmup_steps={schedule.warmup_steps}: more than budget.steps={steps}; lower it"
 
 
-def _tuning(config: RunConfig) -> Iterator[str]:
-    """What the tuning method cannot do with the rest of the run."""
+def _tuning_problems(config: RunConfig) -> Iterator[str]:
+    """Error messages about what the tuning method does not go with: strategy, precision, data, objective and others."""
     kind = family_of(config.objective).kind
     run_facts = RunFacts(
         strategy=config.strategy,

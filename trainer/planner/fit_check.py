@@ -16,7 +16,7 @@ from strategies.parent_death import die_with_parent
 from strategies.runtime import Runtime, broadcast_object, gather_objects
 from trainer.build.parts import workload
 from trainer.build.recomputation import device_gib, longest_lengths
-from trainer.config.parallel import accumulation_steps, readers_of
+from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.model.config import Quantisation
@@ -67,7 +67,7 @@ def single_step_config(config: RunConfig, world_size: int, *, mode_if_auto: Acti
         strategy = replace(strategy, activation_checkpointing=mode_if_auto)
     micro = config.batch["micro"]
     accumulation = min(2, accumulation_steps(config, world_size))  # more micro-batches hold no more
-    global_batch = micro * readers_of(config, world_size) * max(1, accumulation)
+    global_batch = micro * dp_size_of(config, world_size) * max(1, accumulation)
     return replace(config, strategy=strategy, batch={"global": global_batch, "micro": micro})
 
 

@@ -16,7 +16,7 @@ import torch
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.errors import DoesNotFit
 from strategies.runtime import SIMULATED, Runtime, broadcast_object, gather_objects
-from trainer.config.parallel import samples_per_reader
+from trainer.config.parallel import samples_per_dp_rank
 from trainer.config.run import AUTO, MICRO_BATCH_KEY, RunConfig, requested_micro_batch
 from trainer.data.prepare import PreparedData
 from trainer.objectives.registry import data_spec_of
@@ -43,7 +43,7 @@ def resolve_micro_batch(
     runtime = inputs.runtime
     batch, earlier_resolution = broadcast_object((config.batch, config.resolution(MICRO_BATCH_KEY)), runtime)
     config = _with_micro(config, batch["micro"], earlier_resolution)
-    samples = samples_per_reader(config, runtime.world_size)
+    samples = samples_per_dp_rank(config, runtime.world_size)
     if batch["micro"] != AUTO:
         # The user's own number stays. An earlier start's choice stays if it divides each reader's samples: their number differs
         # if this start has another number of ranks.
@@ -142,7 +142,7 @@ def propose_micro(
     sequences = data_spec_of(config.objective).sequences_per_document
     lengths = sampled_lengths(config, prepared.train, sequences).lengths(config.data, sequences)
     longest = int(lengths.longest[0]) // sequences
-    micros = divisors(samples_per_reader(config, world_size))
+    micros = divisors(samples_per_dp_rank(config, world_size))
     reason = ""
     for mode in recomputation_modes(config.strategy.activation_checkpointing):
         step_config = single_step_config(_with_micro(config, 1, None), world_size, mode_if_auto=mode)
@@ -177,7 +177,7 @@ def try_simulate_cost_model(config: RunConfig, length: int, ranks: tuple[int, in
     from trainer.planner.simulation import simulate_cost_model_of_run
 
     device = SIMULATED if kind == "cuda" else torch.device("cpu")
-    accumulation = samples_per_reader(config, ranks[0])
+    accumulation = samples_per_dp_rank(config, ranks[0])
     try:
         return simulate_cost_model_of_run(
             config, length, accumulation=accumulation, world_size=ranks[0], local_world_size=ranks[1], device=device

@@ -25,9 +25,9 @@ from strategies.mesh import replica_count
 from strategies.registry import every_strategy
 from trainer.build.rounds import documents_per_step
 from trainer.build.sequence import sequence_problems
-from trainer.config.parallel import readers_of
+from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
-from trainer.config.validate import problems_of
+from trainer.config.validate import config_problems
 from trainer.model.config import ModelKind as ModelKind
 from trainer.model.config import Quantisation
 from trainer.objectives.registry import family_of
@@ -276,7 +276,9 @@ def further_variants(
 def _problems(config: RunConfig, world_size: int | None) -> list[str]:
     """The problems of a run that rule it out in a plan as well; those that only keep it from starting here are left out."""
     return [
-        problem for problem in problems_of(config, world_size=world_size) if not problem.startswith(RUN_ONLY_PROBLEMS)
+        problem
+        for problem in config_problems(config, world_size=world_size)
+        if not problem.startswith(RUN_ONLY_PROBLEMS)
     ]
 
 
@@ -365,7 +367,7 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
     """
     card = job.card
     strategy = variant.config.strategy
-    accumulation = job.global_batch // (readers_of(variant.config, job.ranks) * micro)
+    accumulation = job.global_batch // (dp_size_of(variant.config, job.ranks) * micro)
     units = float(micro) if cost_model.rows else job.lengths.tokens_of_longest(micro)
     overrides = [*variant.overrides, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
     # Memory, by the longest documents.

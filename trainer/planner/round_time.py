@@ -12,7 +12,7 @@ from typing import Any
 
 from strategies.base import Fsdp2Config, Precision, StrategyConfig, ZeroConfig
 from trainer.build.rounds import MOST_ROWS, prompts_per_round
-from trainer.config.parallel import readers_of
+from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
 from trainer.evaluation.full_weights import USABLE_SHARE, kv_cache_size_bytes
 from trainer.objectives.registry import family_of, written_tokens
@@ -167,7 +167,7 @@ def round_time(
         most_rows //= 2
 
     # The batches of answers that a rank writes one after the other.
-    readers = readers_of(config, ranks)  # ranks that write answers to different prompts
+    readers = dp_size_of(config, ranks)  # ranks that write answers to different prompts
     rows_per_part = min(most_rows, load.group_size)
     parts_per_batch = max(1, most_rows // rows_per_part)
     parts = load.prompts * -(-load.group_size // rows_per_part)

@@ -21,10 +21,10 @@ from strategies.errors import DoesNotFit, OutOfMemory
 from strategies.hardware import gpu_of_device
 from strategies.registry import common_settings
 from strategies.runtime import Runtime, broadcast_object, gather_objects
-from trainer.config.parallel import readers_of
+from trainer.config.parallel import dp_size_of
 from trainer.config.run import AUTO, STRATEGY_KEY, RunConfig, requested_micro_batch
-from trainer.config.sharding import problems as sharding_problems
-from trainer.config.validate import candidates
+from trainer.config.sharding import sharding_problems
+from trainer.config.validate import runnable_strategies
 from trainer.data.prepare import PreparedData
 from trainer.objectives.registry import data_spec_of
 from trainer.planner.cost_model import CostModel
@@ -139,7 +139,7 @@ def preview_strategy(config: RunConfig, prepared: PreparedData) -> RunConfig:
     ranks_per_host = config.launcher.per_node
     ranks = ranks_per_host * config.launcher.nodes
     if device_kind == "cuda" and not torch.cuda.is_available() and ranks > 1:
-        possible = {str(strategy.name): strategy for strategy in candidates(config, ranks)[0]}
+        possible = {str(strategy.name): strategy for strategy in runnable_strategies(config, ranks)[0]}
         placeholder = possible.get("fsdp2") or next(iter(possible.values()))
         note = (
             f"{AUTO} -> the fastest that fits, on the host with the GPUs; the figures here are for {placeholder.name}"
@@ -165,7 +165,7 @@ def _batch_for_ranks(config: RunConfig, ranks: int) -> dict[str, Any]:
     is_earlier_choice = batch["micro"] != AUTO and requested_micro_batch(batch, config.substitutions) == AUTO
     if not is_earlier_choice:
         return batch
-    is_divisor = (batch["global"] // readers_of(config, ranks)) % batch["micro"] == 0
+    is_divisor = (batch["global"] // dp_size_of(config, ranks)) % batch["micro"] == 0
     return batch if is_divisor else {**batch, "micro": AUTO}
 
 
@@ -224,7 +224,7 @@ def proposals(
     On a GPU of known speed, all are simulated at once and ordered by speed. On other devices, each is simulated only when the
     caller asks for it, the one that shards least first. `timeout_s`: how long one simulation may take.
     """
-    possible = {str(strategy.name): strategy for strategy in candidates(config, devices.ranks)[0]}
+    possible = {str(strategy.name): strategy for strategy in runnable_strategies(config, devices.ranks)[0]}
     least_sharded_first = [possible[name] for name in LEAST_SHARDED_FIRST if name in possible]
     if devices.ranks == 1 or len(least_sharded_first) == 1:
         reason = "one rank has nothing to share" if devices.ranks == 1 else "the only one that can run this"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from strategies.errors import ConfigError
 from strategies.parent_death import die_with_parent
-from trainer.config.parallel import readers_of
+from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import simulable, why_not_simulated
@@ -65,7 +65,7 @@ def plan_variants(
     micros_by_variant = [micro_batches(job, micro, variant.config.parallel.sequence) for variant in variants]
     accumulations = []
     for variant, micros in zip(variants, micros_by_variant, strict=True):
-        readers = readers_of(variant.config, job.ranks)
+        readers = dp_size_of(variant.config, job.ranks)
         accumulations.append(2 if job.global_batch // (readers * micros[0]) > 1 else 1)
     cost_models = simulate_variants(variants, job, accumulations, settings, on_progress)
 

@@ -9,7 +9,7 @@ from typing import Any
 from strategies import runtime as processes
 from strategies.base import Engine
 from trainer.build.reward_evaluator import build_reward_evaluators
-from trainer.config.evaluation import asked_tasks
+from trainer.config.evaluation import tasks_to_run
 from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
@@ -57,7 +57,7 @@ def build_run_evaluators(
         )
         return add_task_evaluator(config, challenges, reward_evaluators, tasks, make_model_interface, context)
     evaluators = build_evaluators(
-        replace(config.evaluation, tasks=asked_tasks(config)),
+        replace(config.evaluation, tasks=tasks_to_run(config)),
         config.model,
         data.evaluation,
         built,

@@ -7,7 +7,7 @@ from typing import Any
 
 from strategies.base import Engine
 from strategies.errors import ConfigError, Interrupted, Preempted
-from trainer.config.evaluation import asked_tasks
+from trainer.config.evaluation import tasks_to_run
 from trainer.config.run import RunConfig
 from trainer.evaluation.base import Evaluator, TaskConfig
 from trainer.evaluation.generation import GenerationEvaluator
@@ -65,7 +65,7 @@ def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConf
 
     Errors: ConfigError if the user asks for them all the same.
     """
-    tasks = asked_tasks(config)
+    tasks = tasks_to_run(config)
     if tokenizer.chat_template is not None or CHAT not in tasks:
         return tasks
     if config.challenges.forgetting.chat:

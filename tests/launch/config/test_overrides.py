@@ -16,7 +16,7 @@ from launch.config.user_files import take_config_dirs
 from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError
 from tests.helpers.launching import command_here
-from trainer.config.validate import WRITTEN
+from trainer.config.validate import OUTPUT_DIRECTORY_KEYS
 
 
 def expand(words):
@@ -307,7 +307,7 @@ def refused_groups(words):
 
 def test_a_directory_to_write_to_is_no_address(tmp_path, monkeypatch):
     """It would become a local directory called `s3:`, which goes with the host."""
-    spelled = {setting: f"{setting}=s3://bucket/x" for setting in WRITTEN}
+    spelled = {setting: f"{setting}=s3://bucket/x" for setting in OUTPUT_DIRECTORY_KEYS}
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
     given = [f"data.path={tmp_path / 'train.jsonl'}", "model.path=m", "budget.steps=1", "strategy=zero3"]
     with pytest.raises(ConfigError) as caught:
@@ -319,7 +319,7 @@ def test_a_directory_to_write_to_is_no_address(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"run\.dir=s3://bucket/x: .*; the local directory s3:/bucket/x .* rename it"):
         compose([*given, spelled["run.dir"]])
     places = {key for key in all_settings() if re.search(r"[._]dir$|nvme_path$|^launcher.stage$", key)}
-    assert places == set(WRITTEN), "which directories are written to?"
+    assert places == set(OUTPUT_DIRECTORY_KEYS), "which directories are written to?"
     for verb in ("export", "evaluate", "compare", "init"):
         assert command_here([verb, "to=gs://bucket/x"]) == 64
 

@@ -25,7 +25,7 @@ from tests.helpers.tokenizers import write_chat_data
 from tests.strategies.test_mesh import SHARDS
 from trainer.build.parts import prepare_data
 from trainer.config.run import RunConfig
-from trainer.config.validate import problems_of
+from trainer.config.validate import config_problems
 from trainer.model.config import Quantisation
 from trainer.model.loading import load_tokenizer
 from trainer.planner import plan as plan_module
@@ -174,7 +174,7 @@ def refused_by_train(verb, *words):
     """(ranks, what its validation says of the words, but for data that is not there)."""
     config = compose([*words, *(["launcher=slurm"] if verb == "submit" else [])], check=False).config
     world = launched_ranks(config)
-    return world, [p for p in problems_of(config, world_size=world) if not p.startswith("data.path: not set")]
+    return world, [p for p in config_problems(config, world_size=world) if not p.startswith("data.path: not set")]
 
 
 def test_where_nothing_fits_ranks_may_share_rows(capsys, tmp_path):
