@@ -30,7 +30,7 @@ def test_metrics_leave_out_answers_without_a_score():
     second = GroupScores(
         np.array([0.0, 0.0, 0.0, np.nan]), {"right": np.array([0.0, 0.0, 0.0, np.nan]), "brief": np.full(4, 2.0)}
     )
-    metrics = reward_metrics(groups, [first, second], draws=4)
+    metrics = reward_metrics(groups, [first, second], num_samples=4)
     assert metrics == {
         "eval/reward": pytest.approx(3 / 7),
         "eval/rewards/right/mean": pytest.approx(3 / 7),
