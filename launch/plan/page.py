@@ -9,12 +9,12 @@ from launch.plan.answer import (
     checkpoint_s,
     cost_lines,
     dollars,
-    expert_notes,
     number_of_cards,
     refused_ways_by_reason,
     storage_text,
     verdict_on,
 )
+from launch.plan.expert_notes import expert_notes
 from launch.plan.planned_command import planned_command
 from strategies.tensor_inventory import MemoryKind
 from trainer.pages.numbers import byte_size, duration, number

@@ -43,12 +43,22 @@ def plan_expert_parallelism(built: Built, config: RunConfig, runtime: Runtime) -
         raise ConfigError(problems)
     built.step_module.plan.expert_parallel_modules = tuple(expert_modules(built.step_module))
     built.step_module.plan.expert_ranks = config.parallel.experts
-    if runtime.local_world_size % config.parallel.experts and runtime.hosts > 1:
-        # Groups are neighbouring ranks, so all of them lie within hosts if the degree divides the ranks of a host.
-        built.substitutions["parallel.experts"] = (
-            f"groups of {config.parallel.experts} ranks cross hosts of {runtime.local_world_size}: tokens go to their experts "
-            "over the network and back, in every layer"
-        )
+    note = groups_across_hosts_note(config.parallel.experts, runtime.local_world_size, runtime.hosts)
+    if note is not None:
+        built.substitutions["parallel.experts"] = note
+
+
+def groups_across_hosts_note(expert_ranks: int, ranks_per_host: int, hosts: int) -> str | None:
+    """What it means that groups of `expert_ranks` ranks do not lie within hosts; None if they do.
+
+    Groups are neighbouring ranks, so all of them lie within hosts if their size divides the ranks of a host.
+    """
+    if hosts == 1 or ranks_per_host % expert_ranks == 0:
+        return None
+    return (
+        f"groups of {expert_ranks} ranks cross hosts of {ranks_per_host}: tokens go to their experts over the network and back, "
+        "in every layer"
+    )
 
 
 def expert_parallel_lines(built: Built, precision: Precision, sharded_over: int) -> list[str]:

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from launch import main as command
 from launch.config.compose import compose
-from launch.plan.answer import _imbalance_notes
+from launch.plan.expert_notes import expert_notes, imbalance_notes
 from launch.plan.from_run import _measured_imbalance
 from strategies.base import Precision
 from tests.helpers.building import model_dir
@@ -93,16 +94,16 @@ def test_the_imbalance_that_a_run_measured_is_taken():
 
 def test_a_plan_says_of_which_groups_the_imbalance_was_not_measured():
     job = PlannedRun(card_named("NVIDIA L4"), Precision.bf16, 1, 8, 8, DocumentLengths.uniform(64, 1))
-    assert _imbalance_notes(job, {2, 4})[0].endswith("(plan.expert_imbalance)")
+    assert imbalance_notes(job, {2, 4})[0].endswith("(plan.expert_imbalance)")
     measured = replace(job, expert_imbalance=1.7, imbalance_measured_over=4)
-    notes = _imbalance_notes(measured, {2, 4, 8})
+    notes = imbalance_notes(measured, {2, 4, 8})
     assert [("1.7 times" in note, "did not measure" in note) for note in notes] == [
         (True, False),
         (False, True),
         (False, True),
     ]
     assert notes[1].startswith("with 2, ") and notes[2].startswith("with 8, ") and "2 times the mean" in notes[2]
-    assert len(_imbalance_notes(measured, {4})) == 1
+    assert len(imbalance_notes(measured, {4})) == 1
 
 
 def test_a_plan_deals_no_experts_that_its_teacher_cannot(model, tmp_path):
@@ -120,3 +121,44 @@ def test_a_plan_deals_no_experts_that_its_teacher_cannot(model, tmp_path):
         (dealt,) = with_expert_parallelism([config], 4)
         degrees[name] = [way.parallel.experts for way in dealt]
     assert degrees == {"six": [2], "dense": [2, 4]}
+
+
+def answer_of(*choices, nodes=1):
+    """A plan of `(parallel.experts, whether it fits, tokens a second)`, the best first."""
+    best_choices = []
+    for degree, fits, speed in choices:
+        config = SimpleNamespace(parallel=SimpleNamespace(experts=degree))
+        best_choices.append(SimpleNamespace(variant=SimpleNamespace(config=config), fits=fits, tokens_per_s=speed))
+    job = PlannedRun(card_named("NVIDIA L4"), Precision.bf16, nodes, 8, 8, DocumentLengths.uniform(64, 1))
+    return SimpleNamespace(best_choices=best_choices, job=job, worst_imbalance=None)
+
+
+def test_a_plan_says_where_groups_cross_hosts():
+    def crossing(*degrees, nodes):
+        answer = answer_of(*((degree, True, 1.0) for degree in degrees), nodes=nodes)
+        return [note for note in expert_notes(answer) if "cross hosts" in note]
+
+    (note,) = crossing(8, 16, nodes=4)
+    assert note.startswith("parallel.experts=16: groups of 16 ranks cross hosts of 8: ")
+    assert "over the network" in note
+    assert crossing(2, 8, nodes=4) == []
+    assert crossing(8, nodes=1) == []
+
+
+def test_a_plan_of_groups_that_cross_hosts_prints_the_note(capsys, model):
+    code, out, err = planned(capsys, model, "parallel.experts=8", "launcher.nodes=2")
+    assert code == 0, err
+    assert "groups of 8 ranks cross hosts of 4" in " ".join(out.split())
+
+
+def test_a_plan_offers_expert_parallelism_where_nothing_else_fits():
+    """The branch of a layer that is too large to be gathered; and those beside it."""
+    only = "parallel.experts=4 fits, and nothing does that gathers all experts of a layer on each rank"
+    assert expert_notes(answer_of((4, True, 100.0), (1, False, 50.0)))[0] == only
+    both = expert_notes(answer_of((4, True, 100.0), (1, True, 50.0)))
+    assert both[0].startswith("parallel.experts=4 is 2.00 times as fast as the fastest way that gathers")
+    slower = expert_notes(answer_of((1, True, 100.0), (4, True, 50.0)))
+    assert slower[0].startswith("parallel.experts=4 is slower, 0.50 times the speed of the fastest way that gathers")
+    for notes in (expert_notes(answer_of((4, False, 1.0), (1, False, 1.0))), both, slower):
+        assert only not in notes
+    assert expert_notes(answer_of((1, True, 100.0))) == []

@@ -1,0 +1,73 @@
+"""What a plan says of expert parallelism (`parallel.experts`): whether it pays, and what is assumed of it."""
+
+from __future__ import annotations
+
+from trainer.build.experts import groups_across_hosts_note
+from trainer.planner.hardware import GIB
+from trainer.planner.plan import PlannedRun
+from trainer.planner.sweep import PlanAnswer
+
+
+def imbalance_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
+    """Notes on how many tokens the plan assumes for the busiest rank of an expert group.
+
+    `degrees`: the values of `parallel.experts` (ranks in a group) in the plan. Without `from=` there is one note. With it,
+    there is one on the degree that the run has measured, and one each on smaller and larger degrees, if the plan has any.
+    """
+    gets = f"the busiest rank is assumed to get {job.expert_imbalance:.3g} times the mean of tokens in every layer"
+    measured_degree = job.imbalance_measured_over
+    if measured_degree is None:
+        return [f"with parallel.experts, {gets} (plan.expert_imbalance)"]
+    notes = [f"with parallel.experts={measured_degree}, {gets}, as the run of from= measured"]
+    smaller_degrees = sorted(degree for degree in degrees if degree < measured_degree)
+    if smaller_degrees:
+        numbers = " and ".join(map(str, smaller_degrees))
+        notes.append(f"with {numbers}, which the run did not measure, the same: its groups can only be more even")
+    larger_degrees = sorted(degree for degree in degrees if degree > measured_degree)
+    if larger_degrees:
+        numbers = " and ".join(map(str, larger_degrees))
+        notes.append(
+            f"with {numbers}, which the run did not measure, {job.imbalance_over(larger_degrees[0]):.3g} times the mean: "
+            "fewer experts a rank are less even (plan.expert_imbalance)"
+        )
+    return notes
+
+
+def _cross_host_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
+    """A note for each expert group size in `degrees` (`parallel.experts`) whose groups do not lie within hosts."""
+    notes = []
+    for degree in sorted(degrees):
+        note = groups_across_hosts_note(degree, job.ranks_per_node, job.nodes)
+        if note is not None:
+            notes.append(f"parallel.experts={degree}: {note}")
+    return notes
+
+
+def expert_notes(answer: PlanAnswer) -> list[str]:
+    """Notes on whether expert parallelism (`parallel.experts`) pays, and what the plan assumes of it; empty if no way uses it.
+
+    Ways without it gather all experts of a layer on each rank.
+    """
+    expert_parallel = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts > 1]
+    gathering = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts == 1]
+    if not expert_parallel:
+        return []
+    notes = []
+    fastest = expert_parallel[0]  # both lists begin with the fastest choice
+    override = f"parallel.experts={fastest.variant.config.parallel.experts}"
+    if gathering and fastest.fits and gathering[0].fits:
+        relative_speed = fastest.tokens_per_s / gathering[0].tokens_per_s
+        comparison = f"{relative_speed:.2f} times as fast as"
+        if relative_speed < 1:
+            comparison = f"slower, {relative_speed:.2f} times the speed of"
+        notes.append(f"{override} is {comparison} the fastest way that gathers all experts of a layer on each rank")
+    elif gathering and fastest.fits:
+        notes.append(f"{override} fits, and nothing does that gathers all experts of a layer on each rank")
+    degrees = {choice.variant.config.parallel.experts for choice in expert_parallel}
+    notes += _cross_host_notes(answer.job, degrees)
+    notes += imbalance_notes(answer.job, degrees)
+    if answer.worst_imbalance is not None:
+        worst = answer.worst_imbalance
+        verdict = "fits" if worst.margin >= 0 else f"is {-worst.margin / GIB:.1f} GiB too much"
+        notes.append(f"if one rank got all tokens, this way would take {worst.total / GIB:.1f} GiB, which {verdict}")
+    return notes
