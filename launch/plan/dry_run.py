@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from launch.cluster.advice import as_submitted, gpu_kinds_of_job, list_partitions, partitions_of_job
 from launch.cluster.long_steps import estimated_step_s, long_step_notes
 from launch.plan.dry_run_by_shape import describe_by_shape
@@ -14,13 +12,11 @@ from launch.plan.dry_run_memory import (
     dry_run_answer,
     simulated_memory,
 )
+from launch.plan.expert_notes import expert_lines_of_dry_run
 from launch.plan.round_lines import dry_run_lines
 from strategies.base import Precision
 from strategies.hardware import slow_precision_warning
-from strategies.mesh import replica_count
 from strategies.parameters import element_counts, meta_context, named_parameters
-from strategies.runtime import Runtime
-from trainer.build.experts import expert_parallel_lines, plan_expert_parallelism
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
@@ -55,9 +51,7 @@ def describe(config: RunConfig) -> DryRun:
     config = preview_micro(preview_strategy(config, data), data)
     built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu, scores_answers=True)
     world_size = config.launcher.per_node * config.launcher.nodes
-    plan_expert_parallelism(
-        built, config, Runtime(0, world_size, 0, world_size // config.launcher.nodes, torch.device("cpu"), None)
-    )
+    expert_lines = expert_lines_of_dry_run(config, built, world_size)
     sequences = built.data_spec.sequences_per_document
     samples = sampled_lengths(config, data.train, sequences)
     global_batch = config.batch["global"]
@@ -83,7 +77,7 @@ def describe(config: RunConfig) -> DryRun:
         f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
         f"tokens per step: {approximation} {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {documents:,} documents",
-        *_expert_parallel_lines(config, built, world_size),
+        *expert_lines,
         *rate_lines(rate, steps),
         *writing_lines(config, built, int(data.train.lengths.max(initial=0))),
         *dry_run_lines(config, built, data.train.lengths, samples.mean, _gpu_kinds(config), (total, trained)),
@@ -102,18 +96,6 @@ def describe(config: RunConfig) -> DryRun:
     lines.append("nothing was trained (--dry-run)")
     numbers = DryRunNumbers(world_size, total, trained, tokens_per_step, steps, rate, epochs, documents)
     return dry_run_answer(lines, config, numbers, memory, built.substitutions)
-
-
-def _expert_parallel_lines(config: RunConfig, built: Built, world_size: int) -> list[str]:
-    """Over how many ranks the experts of a mixture are dealt, and what tokens exchange; nothing if they are not."""
-    if config.parallel.experts == 1:
-        return []
-    precision = config.precision
-    if precision is Precision.auto:
-        precision = Precision.bf16 if str(config.run.device) == "cuda" else Precision.fp32
-    return expert_parallel_lines(
-        built, precision, world_size // replica_count(config.strategy, world_size, config.launcher.nodes)
-    )
 
 
 def _gpu_kinds(config: RunConfig) -> set[str]:

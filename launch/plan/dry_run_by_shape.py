@@ -15,6 +15,7 @@ from launch.plan.dry_run_memory import (
     dry_run_answer,
     simulated_memory,
 )
+from launch.plan.expert_notes import expert_lines_of_dry_run
 from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.parameters import element_counts, meta_context, named_parameters
@@ -28,6 +29,7 @@ from trainer.objectives.registry import data_spec_of, family_of, written_tokens
 from trainer.planner.simulation import NoTokenizer
 from trainer.reporting.numbers import name_of_readers
 from trainer.session.rate_text import learning_rate_of, rate_lines
+from trainer.step import Built
 
 
 def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
@@ -39,8 +41,11 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
     _refuse_choices_by_data(config)
     check_parallel(config)
     # The numbers.
-    total, trained = _parameter_counts(config)
+    built = _build_on_meta(config)
+    total = sum(element_counts(built.step_module).values())
+    trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     world_size = config.launcher.per_node * config.launcher.nodes
+    expert_lines = expert_lines_of_dry_run(config, built, world_size)
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
     accumulation = accumulation_steps(config, world_size)
@@ -59,6 +64,7 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
         f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
         f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
         f"tokens per step: at most {tokens_per_step:,} (the data is not read without a tokenizer)",
+        *expert_lines,
     ]
     rate = None
     if steps is None:
@@ -69,9 +75,10 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
     lines += [*memory.lines, *deferred_gradient_lines(config.strategy, trained, accumulation=accumulation)]
     if LEARNING_RATE_KEY in config.substitutions:
         lines.append(f"resolved: {LEARNING_RATE_KEY}: {config.substitutions[LEARNING_RATE_KEY]}")
+    lines += [f"resolved: {key}: {note}" for key, note in built.substitutions.items()]
     lines.append("nothing was trained (--dry-run)")
     numbers = DryRunNumbers(world_size, total, trained, tokens_per_step, steps, rate)
-    answer = dry_run_answer(lines, config, numbers, memory, {"model.path": note})
+    answer = dry_run_answer(lines, config, numbers, memory, {"model.path": note, **built.substitutions})
     shape_facts = {"name": shape.name, "source": shape.source, "date": shape.date}
     return replace(answer, facts={"shape": shape_facts, **answer.facts})
 
@@ -89,9 +96,9 @@ def _refuse_choices_by_data(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def _parameter_counts(config: RunConfig) -> tuple[int, int]:
-    """(parameters of the tuned model, those of them that train)."""
-    built = build_step(
+def _build_on_meta(config: RunConfig) -> Built:
+    """The step module of the run without values, and what is known of its model."""
+    return build_step(
         config.model,
         objective_config=config.objective,
         tuning_config=config.tuning,
@@ -101,9 +108,6 @@ def _parameter_counts(config: RunConfig) -> tuple[int, int]:
         context=meta_context(),
         half_on_gpu=str(config.run.device) == "cuda" and config.precision is not Precision.fp32,
     )
-    total = sum(element_counts(built.step_module).values())
-    trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
-    return total, trained
 
 
 def _steps_of_budget(config: RunConfig, tokens_per_step: int) -> int | None:

@@ -1,11 +1,33 @@
-"""What a plan says of expert parallelism (`parallel.experts`): whether it pays, and what is assumed of it."""
+"""What a plan and `--dry-run` say of expert parallelism (`parallel.experts`): whether it pays, and what is assumed of it."""
 
 from __future__ import annotations
 
-from trainer.build.experts import groups_across_hosts_note
+import torch
+
+from strategies.base import Precision
+from strategies.mesh import replica_count
+from strategies.runtime import Runtime
+from trainer.build.experts import expert_parallel_lines, groups_across_hosts_note, plan_expert_parallelism
+from trainer.config.run import RunConfig
 from trainer.planner.hardware import GIB
 from trainer.planner.plan import PlannedRun
 from trainer.planner.sweep import PlanAnswer
+from trainer.step import Built
+
+
+def expert_lines_of_dry_run(config: RunConfig, built: Built, world_size: int) -> list[str]:
+    """The lines of the start screen about expert parallelism, for `built` on meta and `world_size` ranks; none without it.
+
+    If groups of experts cross hosts, `built.substitutions` gets a note. Raises ConfigError for experts that cannot be divided.
+    """
+    if config.parallel.experts == 1:
+        return []
+    nodes = config.launcher.nodes
+    plan_expert_parallelism(built, config, Runtime(0, world_size, 0, world_size // nodes, torch.device("cpu"), None))
+    precision = config.precision
+    if precision is Precision.auto:
+        precision = Precision.bf16 if str(config.run.device) == "cuda" else Precision.fp32
+    return expert_parallel_lines(built, precision, world_size // replica_count(config.strategy, world_size, nodes))
 
 
 def imbalance_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
