@@ -13,6 +13,7 @@ from strategies.errors import ConfigError, DoesNotFit
 from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config
 from tests.helpers.tokenizers import write_chat_data
+from trainer.config.parallel import ParallelConfig
 from trainer.objectives.kto import KtoConfig
 from trainer.planner import fit_check
 from trainer.planner.fit_check import SimulatedPeak, must_fit
@@ -75,6 +76,33 @@ def test_fit_check_counts_the_memory_of_process_groups(made, monkeypatch):
     card(monkeypatch, 2.1 + 0.75 + 0.79)
     with pytest.raises(DoesNotFit):
         must_fit(*made, Precision.bf16, rank(), print)
+
+
+def test_fit_check_simulates_expert_parallelism(tmp_path, monkeypatch):
+    """With experts over two ranks, of which the busiest gets twice the mean of rows."""
+    config = run_config(model_dir(tmp_path, "qwen3_moe", num_experts=8), "fsdp2", "lora", micro=4)
+    config = replace(
+        config, parallel=ParallelConfig(experts=2), batch={"global": 8, "micro": 4}, precision=Precision.bf16
+    )
+    config.run.must_fit = True
+    data = data_set(tmp_path, uneven=False)
+    two_ranks = Runtime(0, 2, 0, 2, torch.device("cuda:0"), None)
+    monkeypatch.setattr(fit_check, "gather_objects", lambda value, runtime: [value, value])
+    monkeypatch.setattr(fit_check, "broadcast_object", lambda value, runtime: value)
+    monkeypatch.setattr(fit_check, "simulate_in_process", lambda *given: fit_check._simulate(*given[:3]))
+    card(monkeypatch, 80.0)
+    told = must_fit(config, data, Precision.bf16, two_ranks, print)["must_fit"]
+    lengths = sorted(data.train.lengths.tolist())[-4:][::-1]
+    live = {}
+    for experts, imbalance in ((2, 2.0), (2, 1.0), (1, 1.0)):
+        way = replace(config, parallel=ParallelConfig(experts=experts))
+        found = simulate_depth(way, lengths, world_size=2, local_world_size=2, expert_imbalance=imbalance)
+        live[experts, imbalance] = found.total / GIB
+    assert told.live_gib == live[2, 2.0]
+    assert len(set(live.values())) == 3
+    card(monkeypatch, told.needed_gib - 1e-6)
+    with pytest.raises(DoesNotFit, match=r"run.must_fit=true: the run needs"):
+        must_fit(config, data, Precision.bf16, two_ranks, print)
 
 
 def test_fit_check_that_cannot_be_simulated_is_refused_with_the_reason(made, monkeypatch):

@@ -8,10 +8,12 @@ import pytest
 
 from launch import main as command
 from launch.config.compose import compose
+from launch.plan.dry_run import describe
 from launch.plan.expert_notes import expert_notes, imbalance_notes
 from launch.plan.from_run import _measured_imbalance
 from strategies.base import Precision
 from tests.helpers.building import model_dir
+from tests.helpers.tokenizers import write_chat_data
 from trainer.planner.dealt_experts import with_expert_parallelism
 from trainer.planner.hardware import card_named
 from trainer.planner.lengths import DocumentLengths
@@ -162,3 +164,30 @@ def test_a_plan_offers_expert_parallelism_where_nothing_else_fits():
     for notes in (expert_notes(answer_of((4, False, 1.0), (1, False, 1.0))), both, slower):
         assert only not in notes
     assert expert_notes(answer_of((1, True, 100.0))) == []
+
+
+def test_dry_run_of_a_local_model_says_how_experts_are_spread(model, tmp_path):
+    data = write_chat_data(tmp_path / "train.jsonl", 16)
+    words = [f"model.path={model}", f"data.path={data}", f"data.cache_dir={tmp_path / 'cache'}", "budget.steps=2"]
+    words += ["strategy=fsdp2", "parallel.experts=2", "launcher.processes=4", "run.device=cpu"]
+    dry_run = describe(compose([*words, "batch.global=8", "batch.micro=2"]).config)
+    assert dry_run.exit_code == 0
+    held = "experts: 2 layers of 8 are dealt over 2 ranks (parallel.experts); each rank holds 4 of a layer, which 2 ranks shard"
+    assert held in dry_run.text and "each token goes to its 2 experts and back: about " in dry_run.text
+    assert "memory per rank" in dry_run.text and "cross hosts" not in dry_run.text
+
+
+def test_dry_run_of_a_published_shape_says_how_experts_are_spread(tmp_path):
+    """Also that groups cross hosts, where they do."""
+    data = write_chat_data(tmp_path / "train.jsonl", 2)
+    words = ["model=qwen3_30b_a3b", f"data.path={data}", "data.max_length=64", "tuning=lora", "strategy=fsdp2"]
+    words += ["strategy.activation_checkpointing=full", "parallel.experts=8", "launcher=slurm", "launcher.nodes=2"]
+    words += ["launcher.gpus_per_node=4", "batch.global=8", "batch.micro=1", "budget.steps=1"]
+    dry_run = describe(compose(words).config)
+    assert dry_run.exit_code == 0
+    assert (
+        "experts: 48 layers of 128 are dealt over 8 ranks (parallel.experts); each rank holds 16 of a layer"
+        in dry_run.text
+    )
+    assert "resolved: parallel.experts: groups of 8 ranks cross hosts of 4: " in dry_run.text
+    assert "cross hosts" in dry_run.facts["substitutions"]["parallel.experts"]
