@@ -19,6 +19,7 @@ from tests.parity.base import Curve, Job, lone_steps
 from tests.parity.features import HostReads
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.manager import Checkpoints
+from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepBatch
 from trainer.data.config import DataConfig
@@ -37,9 +38,13 @@ FLIPPED, HIT = 7, "layers.1.post_attention_layernorm.weight"
 """The documents of step ODD say one word again and again, so that their gradients add up to ten times the usual norm."""
 
 
-def config_of(job: Job, strategy: str, **changes: object) -> RunConfig:
-    model = job.first_here(lambda: model_dir(job.root))
-    config = run_config(model, strategy, "full", micro=2, steps=STEPS)
+def config_of(job: Job, strategy: str, experts: int = 1, **changes: object) -> RunConfig:
+    """A run of twelve steps. `experts`: ranks over which experts are distributed. Above 1 the model is a mixture."""
+    mixture = experts > 1
+    model = job.first_here(
+        lambda: model_dir(job.root / "guarded", "qwen3_moe", num_experts=8) if mixture else model_dir(job.root)
+    )
+    config = run_config(model, strategy, "full", micro=2, steps=STEPS, parallel=ParallelConfig(experts=experts))
     return replace(config, batch={"global": BATCH, "micro": 2}, data=DataConfig(shuffle=False), **changes)
 
 
@@ -64,9 +69,35 @@ def documents(job: Job, *, odd: bool) -> PreparedData:
     return job.first_here(made)
 
 
-def skipped(job: Job, strategy: str) -> dict:
+def skipped(job: Job, strategy: str, experts: int = 1) -> dict:
     """Rows of a run that skips, host reads of its updates, and the curve of a lone process that never makes the odd update."""
-    return _skipped(job, config_of(job, strategy), documents(job, odd=True))
+    return _skipped(job, config_of(job, strategy, experts), documents(job, odd=True))
+
+
+def not_finite(job: Job, strategy: str, experts: int) -> dict:
+    """The same of a run in which a gradient of one rank's own experts is not a number in the odd step."""
+    config, data = config_of(job, strategy, experts), documents(job, odd=True)
+    trainer = job.trainer(config, data)
+    real = trainer.engine.step
+
+    def step(factor: float, update_filter: object = None) -> StepResult:
+        if trainer.progress.step + 1 == ODD and job.runtime.rank == 1:
+            parameters = dict(named_parameters(trainer.engine.step_module))
+            gradient = next(value.grad for name, value in parameters.items() if ".experts." in name)
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            local.view(-1)[0] = float("nan")
+        return real(factor, update_filter)  # type: ignore[arg-type]
+
+    trainer.engine.step = step  # type: ignore[method-assign, assignment]
+    for batch in trainer.loader.steps(0, STEPS):
+        trainer.meter.add(trainer.train_step(batch))
+    rows = trainer.meter.flush()
+    key = ("guards", "skipped", experts > 1)
+    return {
+        "found": [[row["loss"], row["grad_norm"]] for row in rows],
+        "skipped": [row["step"] for row in rows if row.get("skipped")],
+        "expected": job.oracle(key, lambda: _never_updated(job, config, data), elsewhere=[]),
+    }
 
 
 def skipped_on_device(job: Job) -> dict:
@@ -84,6 +115,7 @@ def _skipped(job: Job, config: RunConfig, data: PreparedData) -> dict:
         trainer.meter.add(trainer.train_step(batch))
     rows = trainer.meter.flush()
     trainer.guards.mark_outliers(rows)
+    key = ("guards", "skipped", config.parallel.experts > 1)
     return {
         "found": [[row["loss"], row["grad_norm"]] for row in rows],
         "skipped": [row["step"] for row in rows if row.get("skipped")],
@@ -91,7 +123,7 @@ def _skipped(job: Job, config: RunConfig, data: PreparedData) -> dict:
         "window": len(trainer.guards.recent_steps()),
         "updates": int(trainer.engine._num_updates),  # type: ignore[attr-defined]
         "reads": reads,
-        "expected": job.oracle(("guards", "skipped"), lambda: _never_updated(job, config, data), elsewhere=[]),
+        "expected": job.oracle(key, lambda: _never_updated(job, config, data), elsewhere=[]),
     }
 
 
@@ -108,9 +140,9 @@ class Rows:
         pass
 
 
-def rolled_back(job: Job, strategy: str) -> dict:
+def rolled_back(job: Job, strategy: str, experts: int = 1) -> dict:
     """The rows of a run that goes back for the odd step, and the curve of a lone process on data that never had its documents."""
-    config = config_of(job, strategy)
+    config = config_of(job, strategy, experts)
     trainer = job.trainer(
         replace(config, guards=GuardsConfig(grad_norm=Action.rollback, window=10)), documents(job, odd=True)
     )
@@ -123,7 +155,7 @@ def rolled_back(job: Job, strategy: str) -> dict:
     never_had = documents(job, odd=False)
 
     def never_seen() -> Curve:
-        lone = job.lone_trainer(config, never_had)
+        lone = job.lone_trainer(replace(config, parallel=ParallelConfig()), never_had)
         lone.loader.share = replace(lone.loader.share, global_batch=BATCH, micro_batch=BATCH)
         return lone_steps(lone, STEPS)
 
@@ -131,7 +163,7 @@ def rolled_back(job: Job, strategy: str) -> dict:
         "found": [[row["loss"], row["grad_norm"]] for _, row in sorted(rows.rows.items())],
         "progress": [progress.step, progress.rollbacks, progress.skipped_samples, progress.samples],
         "told": processes.gather_objects([progress.rollbacks, progress.skipped_samples], job.runtime),
-        "expected": job.oracle(("guards", "never seen"), never_seen, elsewhere=[]),
+        "expected": job.oracle(("guards", "never seen", experts > 1), never_seen, elsewhere=[]),
     }
 
 
@@ -182,7 +214,7 @@ def _count_reads(trainer: Trainer) -> list[int]:
 
 def _never_updated(job: Job, config: RunConfig, data: PreparedData) -> Curve:
     """The lone process's curve; at the odd step its gradients are dropped, by nobody's judgement."""
-    trainer = job.lone_trainer(config, data)
+    trainer = job.lone_trainer(replace(config, parallel=ParallelConfig()), data)
     trainer.loader.share = replace(trainer.loader.share, global_batch=BATCH, micro_batch=BATCH)
     real = trainer.engine.step
 

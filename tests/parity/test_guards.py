@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.covering import EVERYTHING
+from tests.helpers.covering import EVERYTHING, whole
 from tests.parity.guards import BATCH, FLIPPED, HIT, ODD, STEPS
 
 EXACT = 1e-5
@@ -27,6 +27,26 @@ def test_a_skipped_step_moves_nothing_under_any_strategy(ask, strategy):
         assert found["reads"] == [0] * STEPS
 
 
+@whole("one rank's gradients that are not finite are left out by all ranks, which the next test shows")
+def test_a_skipped_step_moves_nothing_with_expert_parallelism(ask):
+    found = ask("guards", "skipped", "fsdp2", 2)
+    assert_close(found["found"], found["expected"], EXACT)
+    assert found["skipped"] == found["outliers"] == [ODD]
+    assert (found["updates"], found["window"]) == (STEPS - 1, 10)
+
+
+def test_a_step_whose_experts_of_one_rank_are_not_finite_is_left_out_by_all(ask):
+    """Each of two ranks has half of the experts, and one value of the gradient of one of them is not a number."""
+    found = ask("guards", "not_finite", "fsdp2", 2)
+    assert_close(found["found"], found["expected"], EXACT)
+    assert found["skipped"] == [ODD]
+
+
+@whole("a rollback loads a checkpoint, as tests/parity/test_matrix_experts.py does, and passes samples over")
+def test_a_rollback_is_the_run_that_never_saw_the_samples_with_expert_parallelism(ask):
+    assert_never_seen(ask("guards", "rolled_back", "fsdp2", 2))
+
+
 def test_zero2_in_bf16_skips_without_the_host(ask):
     found = ask("guards", "skipped_on_device")
     assert found["reads"] == [0] * STEPS
@@ -36,7 +56,11 @@ def test_zero2_in_bf16_skips_without_the_host(ask):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_rollback_is_the_run_that_never_saw_the_samples_under_any_strategy(ask, strategy):
-    found = ask("guards", "rolled_back", strategy)
+    assert_never_seen(ask("guards", "rolled_back", strategy))
+
+
+def assert_never_seen(found):
+    """The steps of a process that never had the samples, told alike on both ranks."""
     assert len(found["found"]) == STEPS
     for step, (mine, theirs) in enumerate(zip(found["found"], found["expected"], strict=True), 1):
         assert mine == pytest.approx(theirs, rel=EXACT), step
