@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.compose import compose
-from launch.plan.command import read_plan
+from launch.plan.command import read_plan_request
 from strategies.base import Precision
 from trainer.planner.cost_model import CostModel
 from trainer.planner.lengths import DocumentLengths
@@ -72,7 +72,7 @@ KIMI_K2 = {
 
 def cost_model_of(words: list[str], hardware: str, nodes: int, length: int, imbalance: float) -> tuple[Any, ...]:
     """(variant, cost model, job) of one way to run, one document of `length` tokens in a micro-batch, eight ranks a node."""
-    request = read_plan([f"hardware={hardware}"])
+    request = read_plan_request([f"hardware={hardware}"])
     shared = ["strategy=fsdp2", "precision=bf16", "launcher=slurm", "run.device=cuda", f"data.max_length={length}"]
     config = compose([*words, *shared], check=False).config
     config.launcher.nodes = nodes
