@@ -19,7 +19,7 @@ from trainer.data.tokens.encode import Encoder
 
 FIRST_ROWS = 100
 """Rows of each input that are looked at."""
-_EXCHANGE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+_QUESTION_AND_ANSWER = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,16 @@ class TurnTokens:
 
     @classmethod
     def of(cls, encoder: Encoder) -> TurnTokens:
-        """Find the control tokens that the chat template writes around turns, by rendering a small conversation.
+        """The control tokens that the chat template writes around turns, found by rendering a small conversation.
 
-        A row of text that spells them was probably rendered by a chat template already.
+        If the template refuses that, its end-of-turn tokens alone.
         """
         tokenizer = encoder.tokenizer
         rendered = ""
         if encoder.template is not None:
             try:
-                rendered = encoder.template.render_text(_EXCHANGE * 2, "the chat template")
-            except DataError:  # a template that refuses this conversation is known by its ends of turns alone
+                rendered = encoder.template.render_text(_QUESTION_AND_ANSWER * 2, "the chat template")
+            except DataError:
                 rendered = "".join(encoder.template.all_end_tokens)
         inside = []
         for token in encoder.escaper.tokens:
@@ -53,16 +53,15 @@ class TurnTokens:
         return cls(tuple(inside), tokenizer.bos_token, tokenizer.eos_token)
 
     def find_token(self, document: Document) -> str | None:
-        """The token that makes a document's prompt or text look rendered; None if there is none.
+        """The token that makes a document's prompt or text look as if a chat template had rendered it; None if there is none.
 
-        A prompt or a text looks rendered with a token of `inside` anywhere; a text also with BOS at its beginning, or EOS at its
-        end.
+        A token of `inside` anywhere; in a text also BOS at its beginning, or EOS at its end. These two tell nothing of a prompt.
         """
         text = document.prompt or document.text or ""
         for token in self.inside:
             if token in text:
                 return token
-        if document.prompt is not None:  # BOS and EOS at its ends tell of a text alone
+        if document.prompt is not None:
             return None
         stripped = text.strip()
         if self.first is not None and stripped.startswith(self.first):
@@ -73,22 +72,27 @@ class TurnTokens:
 
 
 def refuse_rendered_rows(inputs: list[Input], readers: dict[tuple[str, str], RowReader], encoder: Encoder) -> None:
-    """Raise DataError if most of an input's first texts or prompts already hold a rendered chat template."""
+    """Raise DataError if most of an input's first texts or prompts look as if a chat template had rendered them.
+
+    Conversations do not count, nor labelled texts, which are only read to tell their label.
+    """
     turn_tokens = TurnTokens.of(encoder)
     for source_input in inputs:
         num_texts = 0
         num_rendered = 0
-        example: tuple[Document, str] | None = None
+        first_rendered: tuple[Document, str] | None = None
         for document in _first_documents(source_input, readers[source_input.id]):
-            if document.prompt is None and (document.text is None or document.label is not None):
-                continue  # a conversation, or a text that is only read to tell its label
+            is_learned_text = document.text is not None and document.label is None
+            if document.prompt is None and not is_learned_text:
+                continue
             num_texts += 1
             token = turn_tokens.find_token(document)
             if token is not None:
                 num_rendered += 1
-                example = example or (document, token)
-        if example is not None and num_rendered > num_texts / 2:
-            explanation = _explain_rendered(*example, turn_tokens)
+                first_rendered = first_rendered or (document, token)
+        if first_rendered is not None and num_rendered > num_texts / 2:
+            document, token = first_rendered
+            explanation = _explain_rendered(document, token, turn_tokens)
             raise DataError(f"{source_input.key}: {num_rendered} of the first {num_texts} {explanation}")
 
 

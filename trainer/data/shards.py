@@ -127,41 +127,56 @@ class Assembly:
         Blocks number labels and documents from 0; here these become the numbers of the whole data set. Raises DataError as soon
         as too many rows are bad.
         """
-        # Counts, bad rows and drops.
         self._count(block)
-        for bad in block.bad:
-            self._quarantine.write(json.dumps({"source": block.source, **asdict(bad)}, ensure_ascii=False) + "\n")
+        for bad_row in block.bad:
+            self._quarantine.write(json.dumps({"source": block.source, **asdict(bad_row)}, ensure_ascii=False) + "\n")
         for drop in block.tally.drops:
             self.log_drop(*drop)
-
-        # Give up early if too many rows are bad.
-        num_bad = self.totals.bad_reasons.total()
-        # Shares of the first rows say little: a run that allows some bad rows reads on for a while.
-        judged_rows = max(self.totals.rows.total(), 10 * GIVE_UP_ROWS)
-        if num_bad > GIVE_UP_ROWS and num_bad > self.max_bad_share * judged_rows:
-            self.refuse_bad_rows()
+        self._give_up_early()
 
         assert block.sequences is not None and block.documents is not None
         num_documents = len(block.pieces)
-        split = self._split_numbers.setdefault(block.split, len(self._split_numbers))
         source = self._source_numbers.setdefault(block.source, len(self._source_numbers))
-
-        # Columns of sequences, in the numbers of the whole data set.
+        labels = self._renumber_labels(block, block.sequences)
         sequence_columns = block.sequences.columns
-        labels = np.full(num_documents, -1, np.int64)
-        if LABEL_COLUMN in sequence_columns:
-            label_numbers = []
-            for name in block.labels:
-                label_numbers.append(self._label_numbers.setdefault(name, len(self._label_numbers)))
-            sequence_columns[LABEL_COLUMN] = np.array(label_numbers, np.int64)[sequence_columns[LABEL_COLUMN]]
-            first_sequences = np.cumsum(block.pieces) - block.pieces
-            labels = sequence_columns[LABEL_COLUMN][first_sequences]
         document_numbers = np.arange(self._num_documents, self._num_documents + num_documents)
         sequence_columns["document"] = np.repeat(document_numbers, block.pieces)
         sequence_columns["source"] = np.full(len(block.sequences.lengths), source, np.int64)
         self._num_documents += num_documents
+        self._append_document_columns(block, source, labels)
 
-        # Columns of documents, one entry a document.
+        # Tokens are written once, here; splits refer to them by number.
+        self.store.append(block.sequences)
+        if num_documents:
+            self._documents.write_batch(block.documents)
+
+    def _give_up_early(self) -> None:
+        """Raise DataError if more rows are bad than the run allows, before all are read.
+
+        Shares of the first rows say little: a run that allows some bad rows reads on until there are `GIVE_UP_ROWS` bad ones.
+        """
+        num_bad = self.totals.bad_reasons.total()
+        num_judged = max(self.totals.rows.total(), 10 * GIVE_UP_ROWS)
+        if num_bad > GIVE_UP_ROWS and num_bad > self.max_bad_share * num_judged:
+            self.refuse_bad_rows()
+
+    def _renumber_labels(self, block: Block, sequences: Sequences) -> np.ndarray:
+        """Give a block's labels their numbers in the whole data set, in place. Returns them: int64 [documents], -1 for none."""
+        labels = np.full(len(block.pieces), -1, np.int64)
+        if LABEL_COLUMN not in sequences.columns:
+            return labels
+        new_numbers = []
+        for name in block.labels:
+            new_numbers.append(self._label_numbers.setdefault(name, len(self._label_numbers)))
+        label_of_sequence = np.array(new_numbers, np.int64)[sequences.columns[LABEL_COLUMN]]
+        sequences.columns[LABEL_COLUMN] = label_of_sequence
+        first_sequences = np.cumsum(block.pieces) - block.pieces
+        return label_of_sequence[first_sequences]
+
+    def _append_document_columns(self, block: Block, source: int, labels: np.ndarray) -> None:
+        """Add the columns of a block's documents, one entry a document, to those of earlier blocks."""
+        num_documents = len(block.pieces)
+        split = self._split_numbers.setdefault(block.split, len(self._split_numbers))
         document_columns = {
             "split": np.full(num_documents, split, np.int16),
             "source": np.full(num_documents, source, np.int16),
@@ -173,16 +188,8 @@ class Assembly:
         for name, column in document_columns.items():
             self._columns.setdefault(name, []).append(column)
 
-        # Tokens are written once, here; splits refer to them by number.
-        self.store.append(block.sequences)
-        if num_documents:
-            self._documents.write_batch(block.documents)
-
     def _count(self, block: Block) -> None:
-        """Add the counts of a block (a range of rows that became documents and tokens) to the totals for the report.
-
-        Raises AssertionError if a row was neither kept nor dropped.
-        """
+        """Add the counts of a block to `totals`, which are for the report. Raises AssertionError if a row was lost count of."""
         totals = self.totals
         input_id = (block.split, block.source)
         num_documents = len(block.pieces)
@@ -197,9 +204,9 @@ class Assembly:
         unread_names = totals.unread.setdefault(block.source, {})
         if len(unread_names) < MAX_REMEMBERED_NAMES:
             unread_names.update(dict.fromkeys(block.unread))
-        totals.bad_reasons.update(bad.reason for bad in block.bad)
-        num_missing_examples = MAX_EXAMPLES - len(totals.bad)
-        totals.bad += block.bad[:num_missing_examples]
+        totals.bad_reasons.update(bad_row.reason for bad_row in block.bad)
+        num_free_examples = MAX_EXAMPLES - len(totals.bad)
+        totals.bad += block.bad[:num_free_examples]
 
     def log_drop(self, stage: str, reason: str, location: str) -> None:
         """Write one dropped document down in `dropped.jsonl`."""
@@ -208,7 +215,7 @@ class Assembly:
     def refuse_bad_rows(self) -> None:
         """Raise DataError if too many rows are bad, or all are of a kind that the objective cannot learn from.
 
-        The list of bad rows is kept although the data set is refused.
+        Writes the list of bad rows to `rejected_file` first, because the data set's directory is about to be removed.
         """
         reasons = self.totals.bad_reasons
         num_rows = self.totals.rows.total()
@@ -216,28 +223,28 @@ class Assembly:
         if not num_rows:
             return
         is_above_limit = num_bad / num_rows > self.max_bad_share
-        if not is_above_limit and reasons[WRONG_KIND_REASON] < num_rows:
+        are_all_of_wrong_kind = reasons[WRONG_KIND_REASON] >= num_rows
+        if not is_above_limit and not are_all_of_wrong_kind:
             return
-        # The data set's directory is about to be removed, the list of its bad rows is not.
         self._quarantine.flush()
         self.rejected_file.parent.mkdir(parents=True, exist_ok=True)
         self.rejected_file.write_bytes((self.directory / QUARANTINE).read_bytes())
-        counts = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
+        counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
         allowed = f", more than data.max_bad_share={self.max_bad_share:g} allows" if is_above_limit else ""
         lines = "\n".join([*self._example_lines(num_bad), self._advice(num_bad, num_rows)])
         raise DataError(f"{num_bad} of {num_rows} rows cannot be used ({counts}){allowed}:\n{lines}")
 
     def _example_lines(self, num_bad: int) -> list[str]:
-        """The first bad row of each message, and how many more there are."""
+        """Lines of the error: the first bad row of each message, and how many more there are of all `num_bad`."""
         reasons = self.totals.bad_reasons
-        first_by_message: dict[str, Rejected] = {}
-        for bad in self.totals.bad:
-            first_by_message.setdefault(bad.message, bad)
-        lines = [f"  {bad}" for bad in first_by_message.values()]
+        first_row_by_message: dict[str, Rejected] = {}
+        for bad_row in self.totals.bad:
+            first_row_by_message.setdefault(bad_row.message, bad_row)
+        lines = [f"  {bad_row}" for bad_row in first_row_by_message.values()]
         num_more = num_bad - len(lines)
         if num_more > 0:
-            like_it = " like it" if len(lines) == len(reasons) == 1 else ""
-            lines.append(f"  ... and {num_more:,} more{like_it}")
+            are_all_alike = len(lines) == len(reasons) == 1
+            lines.append(f"  ... and {num_more:,} more{' like it' if are_all_alike else ''}")
         return lines
 
     def _advice(self, num_bad: int, num_rows: int) -> str:
@@ -253,7 +260,10 @@ class Assembly:
         return advice
 
     def columns(self) -> Columns:
-        """Everything known of the documents. Call once, after the last block. Raises DataError if too many rows were bad."""
+        """What is known of every document, once the last block is written. Closes `documents.arrow`: call it once.
+
+        Raises DataError if too many rows were bad, or if there are no rows.
+        """
         self.refuse_bad_rows()
         self._documents.close()
         joined = {name: np.concatenate(arrays) for name, arrays in self._columns.items()}
@@ -271,15 +281,15 @@ class Assembly:
         )
 
     def finish(self, label_ids: np.ndarray | None) -> None:
-        """Write the tables of the store. Empty logs are removed.
+        """Write the tables of the store and close all files. Removes logs that are empty.
 
-        `label_ids` (int64 [L]): the final number of each label, by the number that it has so far; None without labels.
+        `label_ids` (int64 [L]): the final id of each label, by the number that it has so far; None without labels.
         """
-        renumbered_columns = {}
+        replaced_columns = {}
         if label_ids is not None:
-            renumbered_columns[LABEL_COLUMN] = label_ids[self.store.column(LABEL_COLUMN)]
+            replaced_columns[LABEL_COLUMN] = label_ids[self.store.column(LABEL_COLUMN)]
         self.close()
-        self.store.finish(**renumbered_columns)
+        self.store.finish(**replaced_columns)
         for name in (QUARANTINE, DROPPED):
             if not (self.directory / name).stat().st_size:
                 (self.directory / name).unlink()
@@ -295,7 +305,7 @@ JSON_FIELDS = ("number", "split", "source", "rows", "rows_of_file", "unread", "l
 
 
 def save_block(block: Block, path: Path) -> None:
-    """Write a block (a range of rows that became documents and tokens) to an `.npz` file, for another job. Raises OSError."""
+    """Write a block to an `.npz` file, for another job, which reads it with `load_block`. Raises OSError."""
     assert block.sequences is not None and block.documents is not None
     json_fields = {name: getattr(block, name) for name in (*JSON_FIELDS, "bad", "tally")}
     arrays: dict[str, Any] = {
@@ -333,7 +343,7 @@ def load_block(path: Path) -> Block:
     )
     return Block(
         **{name: json_fields[name] for name in JSON_FIELDS},
-        bad=[Rejected(**bad) for bad in json_fields["bad"]],
+        bad=[Rejected(**rejected_fields) for rejected_fields in json_fields["bad"]],
         tally=Tally(**tally_fields),
         documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), schema()),
         pieces=arrays["pieces"],

@@ -85,48 +85,61 @@ class BlockMaker:
         documents = self._read(row_range, block)
         for stage in self._stages(row_range):
             documents = self._run_stage(stage, documents, block)
-        documents = self._tokenise(documents, block)
-        block.documents = to_record_batch(documents)
-        block.signatures = self.signer.sign(documents)
+        tokenised_documents = self._tokenise(documents, block)
+        block.documents = to_record_batch(tokenised_documents)
+        block.signatures = self.signer.sign(tokenised_documents)
         if self.config.group_by is not None:
-            groups = [group_digest(document.group) for document in documents]
-            block.signatures["group"] = np.array(groups, np.uint64)
+            group_digests = [group_digest(document.group) for document in tokenised_documents]
+            block.signatures["group"] = np.array(group_digests, np.uint64)
         return block
 
     def _read(self, row_range: RowRange, block: Block) -> list[Document]:
-        """Turn rows into documents; rows that cannot be read, or that the objective cannot use, go to `block.bad`."""
+        """Turn rows into documents. Rows that cannot be read, or that the objective cannot use, go to `block.bad`.
+
+        Sets `block.unread`, the columns that nothing read.
+        """
         reader = self.readers[row_range.split, row_range.source]
         reader.unread.names.clear()
         documents: list[Document] = []
         for row in row_range.rows:
-            document = reader(row.parse())
-            if isinstance(document, Document):
-                refusal = self.data_spec.refusal_of(document)
-                if refusal is None:
-                    documents.append(document)
-                    continue
-                reason, message = refusal
-                text = document.text or content_json(document)
-                document = Rejected(document.file, document.line, reason, message, text)
-            self._quarantine(block, document, "read")
+            document = self._refuse_if_unusable(reader(row.parse()))
+            if isinstance(document, Rejected):
+                self._quarantine(block, document, "read")
+            else:
+                documents.append(document)
         block.unread = list(reader.unread.names)
         return documents
 
+    def _refuse_if_unusable(self, document: Document | Rejected) -> Document | Rejected:
+        """The document, or why the objective cannot use it. What was rejected before stays as it is."""
+        if isinstance(document, Rejected):
+            return document
+        refusal = self.data_spec.refusal_of(document)
+        if refusal is None:
+            return document
+        reason, message = refusal
+        text = document.text or content_json(document)
+        return Rejected(document.file, document.line, reason, message, text)
+
     def _run_stage(self, stage: Stage, documents: list[Document], block: Block) -> list[Document]:
-        """The documents that a stage keeps. Drops are counted in the block's tally; those of checks go to quarantine."""
-        drops_before = len(block.tally.drops)
+        """The documents that a stage keeps. Drops are counted in the block's tally; those of checks go to `block.bad` as well.
+
+        Raises AssertionError if the stage counted another number of drops than it made.
+        """
+        num_drops_before = len(block.tally.drops)
         remaining: list[Document] = []
         for document in documents:
             changed = stage(document, block.tally)
             if changed is not None:
                 remaining.append(changed)
             elif stage.name == "checks":
-                # The drop that the stage has just counted: (stage, reason, location).
-                _, reason, _ = block.tally.drops[-1]
+                _, reason, _ = block.tally.drops[
+                    -1
+                ]  # (stage, reason, location) of the drop that the stage has just counted
                 excerpt = content_json(document)[:EXCERPT_CHARACTERS]
                 block.bad.append(Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt))
         num_dropped = len(documents) - len(remaining)
-        if num_dropped != len(block.tally.drops) - drops_before:
+        if num_dropped != len(block.tally.drops) - num_drops_before:
             raise AssertionError(f"{block.source}: stage {stage.name} lost count of a document")
         return remaining
 
@@ -155,11 +168,12 @@ class BlockMaker:
     def _tokenise(self, documents: list[Document], block: Block) -> list[Document]:
         """Tokenise documents into `block.sequences`; returns the documents that became at least one sequence.
 
-        `block.pieces` says how many sequences each became: a long document may be split in several pieces.
+        Also sets `block.pieces`, how many sequences each of these became (a long document may be split in several pieces), and
+        `block.labels`.
         """
         encoder = self.encoder
         samples: list[Sample] = []
-        pieces: list[int] = []
+        num_pieces: list[int] = []
         tokenised: list[Document] = []
         # Labels get numbers of the block's own, because no worker knows those of the others; `Assembly` renumbers them.
         block.labels = sorted({document.label for document in documents if document.label is not None})
@@ -173,10 +187,9 @@ class BlockMaker:
                 for sample in sequences:
                     sample.marks[REPLAY] = is_replay
             samples += sequences
-            pieces.append(len(sequences))
+            num_pieces.append(len(sequences))
             tokenised.append(document)
-        # One entry a document in `pieces`, one a sequence in the columns of `sequences`.
-        block.pieces = np.array(pieces, np.int64)
+        block.pieces = np.array(num_pieces, np.int64)
         block.sequences = Sequences.of(samples, self.data_spec.counts)
         is_ended = [last_learned_id(sample) in encoder.end_ids for sample in samples]
         block.sequences.columns["ended"] = np.array(is_ended, np.int64)
@@ -185,10 +198,9 @@ class BlockMaker:
     def _make_sequences(self, documents: list[Document], block: Block) -> Iterator[tuple[Document, list[Sample]]]:
         """(document, its sequences) of each document that has any. Drops go to the block's tally, lost rows to its bad ones.
 
-        If the objective refuses one of the documents, each is tried alone.
+        All documents are tokenised together. If the objective refuses one of them, each is tokenised alone, to tell which.
         """
-        # All documents at once. A tally of its own, which is thrown away if they are tokenised again one by one.
-        tally = Tally()
+        tally = Tally()  # not that of the block: it is thrown away if the documents are tokenised again one by one
         try:
             documents_and_sequences = list(self.data_spec.sequences(self.encoder, documents, self.config, tally))
         except RefusedDocument as refused:
@@ -202,12 +214,12 @@ class BlockMaker:
             return
         block.tally.merge(tally)
         block.tally.drops += tally.drops
-        # Documents without sequences were dropped; those that are lost by no setting go among the bad rows.
         reason_by_location = {location: reason for _, reason, location in tally.drops}
         for document, sequences in documents_and_sequences:
             if sequences:
                 yield document, sequences
                 continue
+            # It was dropped. If no setting asked for that, it goes among the bad rows.
             reason = reason_by_location[document.location]
             if reason in LOST_REASONS:
                 message = LOST_REASONS[reason].format(self.config.max_length)
@@ -268,29 +280,30 @@ def ordered_map(
     workers: int,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[Returned]:
-    """Results of `function` in the order of `arguments`, of which few more are taken than there are workers.
+    """Results of `function` in the order of `arguments`, computed by `workers` processes.
 
-    `workers` processes are forked from this one, so that `function` may hold anything. `check` is called about once a second
-    while a result is waited for, and may raise. An exception, and closing this generator, kills the workers amid their work.
-    An exception of the function is raised here, and ends the workers; a worker that dies raises ShardtuneError.
+    The processes are forked from this one, so that `function` may hold anything. Few more arguments are taken than there are
+    workers. `check` is called about once a second while a result is waited for, and may raise. An exception of the function is
+    raised here. Any exception, and closing this generator, kills the workers amid their work. Raises ShardtuneError if a worker
+    dies.
     """
     global _function
     _function = function
     # Forked, not spawned: the tokenizer and the evaluation texts are inherited instead of being pickled for each
     # worker.
     pool = ProcessPoolExecutor(workers, mp_context=WorkerContext(), initializer=_start_worker, initargs=(os.getpid(),))
-    pending: deque[Future[Returned]] = deque()
+    pending_results: deque[Future[Returned]] = deque()
     processes: list[Worker] = []
     try:
         for argument in arguments:
-            pending.append(pool.submit(_call_function, argument))
+            pending_results.append(pool.submit(_call_function, argument))
             if not processes:  # the pool forks all of them with the first call
                 processes = [child for child in active_children() if isinstance(child, Worker)]
             # Two calls for each worker keep all of them busy; more would only fill the memory with rows.
-            if len(pending) > 2 * workers:
-                yield _wait_for(pending.popleft(), pool, processes, check)
-        while pending:
-            yield _wait_for(pending.popleft(), pool, processes, check)
+            if len(pending_results) > 2 * workers:
+                yield _wait_for(pending_results.popleft(), pool, processes, check)
+        while pending_results:
+            yield _wait_for(pending_results.popleft(), pool, processes, check)
     except BrokenProcessPool as error:
         raise ShardtuneError(
             "a worker process of the data preparation was killed; SIGKILL often means that the host ran out of memory: "

@@ -89,20 +89,21 @@ class Encoder:
         return [], []
 
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
-        """Samples in the order of the documents, untruncated; of preference pairs, the preferred answer.
+        """(document, its sample) in order, untruncated; of preference pairs, the sample of the preferred answer.
 
         `fast=False` takes no short cuts: the same samples, found the long way. Raises DataError with file and line.
         """
         remaining = iter(documents)
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
-            answers = [(document, _messages(document)) for document in batch]
-            yield from zip(batch, self.encode_answers(answers, fast=fast), strict=True)
+            documents_and_turns = [(document, _preferred_messages(document)) for document in batch]
+            yield from zip(batch, self.encode_answers(documents_and_turns, fast=fast), strict=True)
 
     def encode_prompts(self, documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
         """(document, tokens of its prompt as int32 [n]) in order; the prompt ends where the model would begin to answer.
 
-        Of a conversation that ends in an answer, the prompt is what stands before it. The chat template writes the header of the
-        answer to come; without a template it is the text, or the prompt and its separator, after BOS. Errors: those of `encode`.
+        - A conversation: without its last answers, with the chat template's header of the answer to come.
+        - A text, or without a template a prompt with its separator: the text, after BOS if the tokenizer writes one by itself.
+        Raises DataError with file and line.
         """
         remaining = iter(documents)
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
@@ -110,19 +111,15 @@ class Encoder:
             encodings, _ = self.tokenize(rendered)
             for document, encoding in zip(batch, encodings, strict=True):
                 ids = np.array(encoding.ids, dtype=np.int32)
-                # A template writes BOS itself; else it is put there, if the tokenizer has it and the prompt lacks it.
-                has_template = self.template is not None and document.text is None
-                adds_bos = not has_template and self.opening[:1] == [self.bos_id] and ids[:1].tolist() != [self.bos_id]
-                if adds_bos:
+                template_writes_bos = self.template is not None and document.text is None
+                tokenizer_adds_bos = self.opening[:1] == [self.bos_id]
+                if not template_writes_bos and tokenizer_adds_bos and ids[:1].tolist() != [self.bos_id]:
                     ids = np.concatenate([np.array(self.opening[:1], np.int32), ids])
                 yield document, ids
 
     def _render_prompt(self, document: Document) -> RenderedText:
-        """The text of a document up to where the model would begin to answer, without supervised spans.
-
-        For `encode_prompts`. A conversation loses its last answers and is rendered with the header of the answer to come.
-        """
-        turns = _messages(document)
+        """The text of a document up to where the model would begin to answer, without supervised spans; see `encode_prompts`."""
+        turns = _preferred_messages(document)
         if turns is None and document.prompt is not None and self.template is not None:
             turns = document.conversation()
         if turns is None:
@@ -132,10 +129,10 @@ class Encoder:
             self.template = ChatTemplate(self.tokenizer)  # raises the ConfigError that says what the tokenizer lacks
         while turns and turns[-1]["role"] == "assistant":
             turns = turns[:-1]
-        unlearned = [{**turn, "train": False} for turn in turns]
-        escaped = self._escape_messages(document, unlearned)
-        text = self.template.render_prompt(escaped, document.location, document.tools)
-        return RenderedText(text, [], escaped=escaped is not unlearned)
+        context_turns = [{**turn, "train": False} for turn in turns]
+        escaped_turns = self._escape_messages(document, context_turns)
+        text = self.template.render_prompt(escaped_turns, document.location, document.tools)
+        return RenderedText(text, [], escaped=escaped_turns is not context_turns)
 
     def encode_answers(self, answers: list[DocumentTurns], *, fast: bool = True) -> list[Sample]:
         """A sample of each document, made of the messages beside it; see `DocumentTurns`."""
@@ -161,28 +158,29 @@ class Encoder:
                 yield document, chosen, rejected
 
     def num_tokens_before_first(self, document: Document) -> int | None:
-        """How many tokens of a conversation come before the content of its first turn after the system turns.
+        """How many tokens of a conversation come before the content of its first turn that is no system turn.
 
         These stay when a conversation that is too long loses its beginning. None if the template does not let us tell.
         """
         if self.template is None:
             return None
-        rendered = self._render_all([(document, _messages(document))], fast=True)[0]
+        (rendered,) = self._render_all([(document, _preferred_messages(document))], fast=True)
         turns = self._escape_messages(document, document.messages or [])
         content_begin = self.template.first_content_begin(turns, document.location, document.tools)
         if content_begin is None:
             return None
         # What stands before the content, as one span, to be found again in the text that is tokenised.
-        before_content = RenderedText(rendered.text, [(0, content_begin)], rendered.escaped)
-        (encoding,), (encoded_text,) = self.tokenize([before_content])
-        _, characters_before = encoded_text.spans[0]
+        text_with_span = RenderedText(rendered.text, [(0, content_begin)], rendered.escaped)
+        (encoding,), (encoded_text,) = self.tokenize([text_with_span])
+        _, num_characters_before = encoded_text.spans[0]
         token_ends = np.array(encoding.offsets, dtype=np.int64)[:, 1]
-        return int(np.count_nonzero(token_ends <= characters_before))
+        return int(np.count_nonzero(token_ends <= num_characters_before))
 
     def escape_text(self, document: Document, text: str) -> str:
-        """A text of a document with the control tokens that it spells escaped; the same object if it spells none.
+        """A text of a document with the control tokens that it spells escaped; the same object if nothing is to be escaped.
 
-        Raises RefusedDocument as `data.control_tokens` says, or for a text that cannot be escaped.
+        Raises RefusedDocument if it spells some and `data.control_tokens` is `refuse`, or if the document has the escape mark
+        itself.
         """
         if self.control_tokens is ControlTokens.keep or not self.escaper.spelled_in(text):
             return text
@@ -216,7 +214,7 @@ class Encoder:
 
     def context_texts(self, document: Document) -> list[str]:
         """The texts of a document that are neither answers nor learned turns."""
-        turns = _messages(document) or []
+        turns = _preferred_messages(document) or []
         texts = [turns[number]["content"] for number in self._context_turns(turns)]
         return texts + [text for text in (document.prompt, document.text) if text is not None]
 
@@ -225,12 +223,13 @@ class Encoder:
         return len(self.closing) if document.label is not None else 0
 
     def _render_all(self, batch: list[DocumentTurns], *, fast: bool) -> list[RenderedText]:
-        """The text of each document and the character spans of it that are supervised.
+        """The text of each document and the character spans of it that are supervised, in the order of `batch`.
 
-        `batch`: (document, messages) of each; a conversation is rendered by the chat template, and a document without messages
-        as plain text. `fast=False` renders every conversation twice, to find the spans without a shortcut.
+        `batch`: (document, messages) of each; a conversation is rendered by the chat template, and a document without
+        messages as plain text. A prompt with its completion is a conversation if there is a template. `fast=False` renders
+        every conversation twice, to find the spans without a shortcut.
         """
-        # Which documents are conversations: (messages, messages with escaped control tokens); None for any other.
+        # Of each document (messages, messages with escaped control tokens); None if it is no conversation.
         turns_of_documents: list[tuple[list[Message], list[Message]] | None] = []
         conversations = []
         for document, messages in batch:
@@ -248,7 +247,6 @@ class Encoder:
             template = ChatTemplate(self.tokenizer)  # raises the ConfigError that says what the tokenizer lacks
         rendered_conversations = iter(template.render_all(conversations, fast=fast) if template else [])
 
-        # Put both kinds together again, in the order of `batch`.
         rendered = []
         for turns, (document, _) in zip(turns_of_documents, batch, strict=True):
             if turns is None or template is None:
@@ -268,10 +266,10 @@ class Encoder:
         escaped_messages: list[Message],
         rendered: RenderedText,
     ) -> None:
-        """Set the loss weights of a rendered conversation's spans, and refuse it if escaping changed what the template wrote.
+        """Set `weights` and `escaped` of a rendered conversation, and refuse it if escaping changed what the template wrote.
 
         Escaping marks control tokens that the data only spells, so that they become ordinary characters. `escaped_messages` is
-        what was rendered; it is `messages` itself if nothing had to be escaped. Errors: RefusedDocument.
+        what was rendered; it is `messages` itself if nothing had to be escaped. Raises RefusedDocument.
         """
         if any("weight" in message for message in escaped_messages):
             learned = template.learned_turns(escaped_messages)
@@ -282,8 +280,8 @@ class Encoder:
         # A template may look for a control token in a content, and then write something else than it does for the escaped one.
         unescaped_text = template.render_text(messages, document.location, document.tools).rstrip()
         if not rendered.text.replace(ESCAPE, "").startswith(unescaped_text):
-            reason = "the chat template looks for a control token that a text spells; remove it from the text"
-            raise RefusedDocument(document.location, "refused_by_template", reason)
+            message = "the chat template looks for a control token that a text spells; remove it from the text"
+            raise RefusedDocument(document.location, "refused_by_template", message)
 
     def _escape_messages(self, document: Document, messages: list[Message]) -> list[Message]:
         """Messages with the control tokens that they spell escaped, except in answers and supervised turns.
@@ -309,16 +307,21 @@ class Encoder:
         return context_turns
 
     def _render_plain(self, document: Document) -> RenderedText:
-        """A document's text without a chat template, and its supervised spans: the completion, or the whole of a plain text."""
+        """A document's text without a chat template, and its supervised span.
+
+        - A prompt with its completion: the completion. It is not escaped, because the model is to learn the tokens that it
+          spells.
+        - A text: all of it. A labelled text has no span, since only its label is learned.
+        """
         if document.prompt is not None:
             escaped_prompt = self.escape_text(document, document.prompt)
             prompt = escaped_prompt + document.separator
             text = prompt + (document.completion or "")
-            return RenderedText(text, [(len(prompt), len(text))], escaped=escaped_prompt is not document.prompt)
-        original = document.text or ""
-        text = self.escape_text(document, original)
-        spans = [(0, len(text))] if document.label is None else []  # of a labelled text only the label is learned
-        return RenderedText(text, spans, escaped=text != original)
+            return RenderedText(text, [(len(prompt), len(text))], escaped=escaped_prompt != document.prompt)
+        original_text = document.text or ""
+        text = self.escape_text(document, original_text)
+        spans = [(0, len(text))] if document.label is None else []
+        return RenderedText(text, spans, escaped=text != original_text)
 
     def _to_samples(self, documents: list[Document], rendered: list[RenderedText]) -> list[Sample]:
         """The sample of each document: tokens of its rendered text, and the special tokens that belong around them.
@@ -386,10 +389,10 @@ def learned_tokens(encoding: Encoding, rendered: RenderedText) -> tuple[np.ndarr
     if not len(input_ids):
         return input_ids, supervised, weights
     for number, (begin, end) in enumerate(rendered.spans):
-        tokens = _tokens_of_span(encoding, begin, end)
-        supervised[tokens] = True
+        span_tokens = _tokens_of_span(encoding, begin, end)
+        supervised[span_tokens] = True
         if weights is not None and rendered.weights is not None:
-            weights[tokens] = rendered.weights[number]
+            weights[span_tokens] = rendered.weights[number]
     return input_ids, supervised, weights
 
 
@@ -435,7 +438,7 @@ def span_weights(
     return weights
 
 
-def _messages(document: Document) -> list[Message] | None:
+def _preferred_messages(document: Document) -> list[Message] | None:
     """The conversation of a document; of a preference pair, the one with the preferred answer."""
     if document.chosen is None:
         return document.messages
@@ -445,8 +448,8 @@ def _messages(document: Document) -> list[Message] | None:
 def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
     """Let the supervised tokens of both answers of a preference pair begin at the same position, after the same prompt tokens.
 
-    Changes the masks of the samples in place. Raises RefusedDocument if an answer has no supervised token, or if the prompts
-    differ.
+    Changes the masks of the samples in place: if one answer merges with the end of the prompt into one token, the other learns
+    the token it has there. Raises RefusedDocument if an answer has no supervised token, or if the prompts differ.
     """
     for name, sample in (("chosen", chosen), ("rejected", rejected)):
         if not sample.supervised.any():
@@ -462,7 +465,6 @@ def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
             "the chat template writes the prompt differently before the chosen and the rejected answer, so that they "
             "cannot be compared; give another template in model.chat_template",
         )
-    # If one answer merges with the end of the prompt into one token, the other learns the token it has there.
     chosen.supervised[prompt_length:chosen_begin] = True
     rejected.supervised[prompt_length:rejected_begin] = True
 

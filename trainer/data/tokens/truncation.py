@@ -6,7 +6,9 @@ Cuts keep what the rest needs to make sense: BOS, the system turn, the closing t
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -29,14 +31,14 @@ def keep_learnable(
         tally.drop("tokenise", "too_long", document.location)
         return []
     was_cut = len(pieces) > 1 or len(pieces[0].input_ids) < len(sample.input_ids)
-    learnable = [piece for piece in pieces if LABEL in piece.marks or piece.supervised.any()]
-    if not learnable:
+    learnable_pieces = [piece for piece in pieces if LABEL in piece.marks or piece.supervised.any()]
+    if not learnable_pieces:
         tally.drop("tokenise", "nothing_to_learn", document.location)
         return []
     if was_cut:
-        tally.note("tokenise", "split" if len(learnable) > 1 else "truncated", document.location)
+        tally.note("tokenise", "split" if len(learnable_pieces) > 1 else "truncated", document.location)
     note_oddities(encoder, document, sample, tally, was_cut=was_cut)
-    return learnable
+    return learnable_pieces
 
 
 def fit_answers(
@@ -44,37 +46,37 @@ def fit_answers(
 ) -> list[Sample]:
     """The answers of a document (one, or a preference pair), cut to `data.max_length` tokens as `data.over_length` says.
 
-    Empty, with the reason counted in `tally`, if an answer has no supervised token left, if both are the same, or if the policy
-    is `drop`. Raises DataError if the policy is `fail`.
+    Empty, with the reason counted in `tally`, if an answer has no supervised token left, if both are the same, or if one is too
+    long and the policy is `drop`. Raises DataError if one is too long and the policy is `fail`.
     """
     max_length = config.max_length
-    length = max(len(sample.input_ids) for sample in answers)
-    is_too_long = length > max_length
+    longest = max(len(answer.input_ids) for answer in answers)
+    is_too_long = longest > max_length
     if is_too_long:
         if config.over_length is OverLength.fail:
-            raise _too_long(document, length, max_length, "truncate or drop")
+            raise _too_long(document, longest, max_length, "truncate or drop")
         if config.over_length is OverLength.drop:
             tally.drop("tokenise", "too_long", document.location)
             return []
         assert config.over_length is OverLength.truncate, (
             "the other policies separate an answer from its prompt: the config layer refuses them"
         )
-    # Cut each answer, then see whether what is left still teaches something.
-    fitted = []
+    fitted_answers = []
     for answer in answers:
         is_longer = len(answer.input_ids) > max_length
-        fitted.append(truncate_sample(answer, max_length, tail=0) if is_longer else answer)
-    if not all(sample.supervised.any() for sample in fitted):
+        fitted_answers.append(truncate_sample(answer, max_length, tail=0) if is_longer else answer)
+    if not all(answer.supervised.any() for answer in fitted_answers):
         tally.drop("tokenise", "nothing_to_learn", document.location)
         return []
-    if len(fitted) == 2 and np.array_equal(fitted[0].input_ids, fitted[1].input_ids):
+    is_pair = len(fitted_answers) == 2
+    if is_pair and np.array_equal(fitted_answers[0].input_ids, fitted_answers[1].input_ids):
         tally.drop("tokenise", "same_answers", document.location)
         return []
     if is_too_long:
         tally.note("tokenise", "truncated", document.location)
     # Of a pair, the preferred answer stands for both.
     note_oddities(encoder, document, answers[0], tally, was_cut=is_too_long)
-    return fitted
+    return fitted_answers
 
 
 def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: Tally, *, was_cut: bool) -> None:
@@ -86,30 +88,27 @@ def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: T
 
 def last_learned_id(sample: Sample) -> int:
     """Id of the last token of a sample that is learned; -1 if none is."""
-    if not len(sample.supervised):
-        return -1
-    from_the_end = sample.supervised[::-1]
-    last_learned = int(from_the_end.argmax())
-    if not from_the_end[last_learned]:
-        return -1
-    return int(sample.input_ids[-1 - last_learned])
+    learned_positions = np.flatnonzero(sample.supervised)
+    return int(sample.input_ids[learned_positions[-1]]) if len(learned_positions) else -1
 
 
 def oddity_codes(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
-    """What a user should look at in a sample, as codes that the data report counts.
+    """What a user should look at in a sample, as codes that the data report counts:
 
-    `no_supervised`: no token has a target; `missing_eos`: the last learned token closes no turn, so that a model would not learn
-    to stop; `control_tokens_in_text`: the data spells control tokens; `control_tokens_as_text`: they became ordinary
-    characters, but for those of answers.
+    - `no_supervised`: no token has a target;
+    - `missing_eos`: the last learned token closes no turn, so that a model would not learn to stop;
+    - `control_tokens_in_text`: the data spells control tokens;
+    - `control_tokens_as_text`: outside answers, they became ordinary characters.
     """
     codes: list[str] = []
-    spelled_in = encoder.escaper.spelled_in
+    spells_control_tokens = encoder.escaper.spelled_in
     last_id = last_learned_id(sample)
     if LABEL not in sample.marks and last_id not in encoder.end_ids:
         codes.append("no_supervised" if last_id < 0 else "missing_eos")
-    if any(map(spelled_in, document.texts())):
+    if any(map(spells_control_tokens, document.texts())):
         codes.append("control_tokens_in_text")
-        if encoder.control_tokens is ControlTokens.text and any(map(spelled_in, encoder.context_texts(document))):
+        becomes_text = encoder.control_tokens is ControlTokens.text
+        if becomes_text and any(map(spells_control_tokens, encoder.context_texts(document))):
             codes.append("control_tokens_as_text")
     return codes
 
@@ -161,7 +160,13 @@ def truncate_left(sample: Sample, max_length: int, head: int) -> Sample:
 
 
 def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> Sample:
-    """The policy `truncate_left` (see `fit_length`): the last `max_length` tokens, with BOS or the system turn before them."""
+    """The policy `truncate_left` (see `fit_length`): the last `max_length` tokens, with what they need before them.
+
+    - A labelled text: the tokenizer's opening tokens.
+    - A conversation: as many of its last exchanges as fit, behind the system turn. If the last one alone is too long, its first
+      turn loses its beginning, and what stands before that turn stays.
+    - Anything else: BOS, if there is one.
+    """
     if document.label is not None:
         head = min(len(encoder.opening), max_length - len(encoder.closing))
         return truncate_left(sample, max_length, head)
@@ -170,7 +175,6 @@ def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_
         document, sample = _last_exchanges_that_fit(encoder, document, max_length)
         if len(sample.input_ids) <= max_length:
             return sample
-        # The last exchange alone is too long: its first turn loses its beginning, what stands before it stays.
         head_tokens = encoder.num_tokens_before_first(document)
         if head_tokens is not None and head_tokens < max_length:
             return truncate_left(sample, max_length, head_tokens)
@@ -183,20 +187,20 @@ def _last_exchanges_that_fit(encoder: Encoder, document: Document, max_length: i
     If none fits, the last exchange alone, which is too long. Call it for a document that is too long with all its exchanges.
     """
     system, exchanges = _split_exchanges(encoder, document)
-    # What was tried, by the number of exchanges that are left out at the beginning.
-    candidates: dict[int, tuple[Document, Sample]] = {}
 
-    def fits(left_out: int) -> bool:
-        """Whether the rest fits; keeps what it encoded in `candidates`."""
-        candidates[left_out] = _encode_exchanges(encoder, document, system, exchanges[left_out:])
-        _, sample = candidates[left_out]
+    @cache
+    def encode_without(num_left_out: int) -> tuple[Document, Sample]:
+        """The document without its first exchanges."""
+        return _encode_exchanges(encoder, document, system, exchanges[num_left_out:])
+
+    def fits(num_left_out: int) -> bool:
+        _, sample = encode_without(num_left_out)
         return len(sample.input_ids) <= max_length
 
-    # by bisection: fewer exchanges never make it longer
-    left_out = 1 + bisect_left(range(1, len(exchanges)), True, key=fits)
-    if left_out < len(exchanges):
-        return candidates[left_out]
-    return _encode_exchanges(encoder, document, system, exchanges[-1:])
+    # By bisection: fewer exchanges never make it longer.
+    num_left_out = 1 + bisect_left(range(1, len(exchanges)), True, key=fits)
+    last_exchange = len(exchanges) - 1
+    return encode_without(min(num_left_out, last_exchange))
 
 
 def _exchange_windows(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> list[Sample]:
@@ -205,34 +209,47 @@ def _exchange_windows(encoder: Encoder, document: Document, sample: Sample, max_
     Each window has the system turns before it. Windows that teach nothing are left out; if all are, the sample is truncated.
     """
     system, exchanges = _split_exchanges(encoder, document)
-    samples: list[Sample] = []
+
+    def encode_window(begin: int, end: int) -> Sample:
+        _, window = _encode_exchanges(encoder, document, system, exchanges[begin:end])
+        return window
+
+    windows: list[Sample] = []
     begin = 0
     while begin < len(exchanges):
-        # The window is exchanges[begin:end], encoded.
-        end = begin + 1
-        _, window = _encode_exchanges(encoder, document, system, exchanges[begin:end])
-        shortest_end = begin + 2
-        longest_end = len(exchanges)
-        if len(window.input_ids) > max_length:
-            window = truncate_sample(window, max_length, tail=0)
-            longest_end = begin  # nothing more fits: skip the search
-        # Doubling steps, then halving ones, find the last exchange that still fits.
-        step = 1
-        while shortest_end <= longest_end:
-            tried_end = min(shortest_end + step - 1, longest_end)
-            _, longer_window = _encode_exchanges(encoder, document, system, exchanges[begin:tried_end])
-            if len(longer_window.input_ids) <= max_length:
-                end = tried_end
-                window = longer_window
-                shortest_end = tried_end + 1
-                step *= 2
-            else:
-                longest_end = tried_end - 1
-                step = max(1, step // 2)
+        window, begin = _longest_window(encode_window, begin, len(exchanges), max_length)
         if window.supervised.any():
-            samples.append(window)
-        begin = end
-    return samples or [truncate_sample(sample, max_length, tail=0)]
+            windows.append(window)
+    return windows or [truncate_sample(sample, max_length, tail=0)]
+
+
+def _longest_window(
+    encode_window: Callable[[int, int], Sample], begin: int, num_exchanges: int, max_length: int
+) -> tuple[Sample, int]:
+    """(sample of the most exchanges from `begin` on that fit in `max_length` tokens, where the next window begins).
+
+    An exchange that is too long alone is truncated. `encode_window(begin, end)` encodes exchanges. Doubling steps, then halving
+    ones, find the last exchange that still fits.
+    """
+    end = begin + 1
+    window = encode_window(begin, end)
+    if len(window.input_ids) > max_length:
+        return truncate_sample(window, max_length, tail=0), end
+    shortest_end = begin + 2
+    longest_end = num_exchanges
+    step = 1
+    while shortest_end <= longest_end:
+        tried_end = min(shortest_end + step - 1, longest_end)
+        longer_window = encode_window(begin, tried_end)
+        if len(longer_window.input_ids) <= max_length:
+            end = tried_end
+            window = longer_window
+            shortest_end = tried_end + 1
+            step *= 2
+        else:
+            longest_end = tried_end - 1
+            step = max(1, step // 2)
+    return window, end
 
 
 def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message], list[list[Message]]]:
@@ -253,7 +270,8 @@ def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message
     exchanges: list[list[Message]] = []
     previous_role = None
     for turn in turns[num_system:]:
-        if not exchanges or (turn["role"] == "user" and previous_role != "user"):
+        begins_exchange = turn["role"] == "user" and previous_role != "user"
+        if begins_exchange or not exchanges:
             exchanges.append([])
         exchanges[-1].append(turn)
         previous_role = turn["role"]
