@@ -59,7 +59,7 @@ class TrainStep(nn.Module):
         # The pass before a step's first backward pass that only counts what the routers choose (`objectives/step_totals.py`).
         if "choices_alone" in batch:
             return self.added_losses.choices(self.model, batch)
-        return self.added_losses.terms(self.model, lambda: self.objective.terms(self.model, batch), batch)
+        return self.added_losses.with_added_terms(self.model, lambda: self.objective.terms(self.model, batch), batch)
 
     def add_block_classes(self, classes: set[str]) -> None:
         """Add classes of repeated blocks, by name: the teacher's, which may be another architecture."""

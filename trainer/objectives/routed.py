@@ -43,34 +43,36 @@ class AddedLosses:
         """Whether anything is added to the loss."""
         return bool(self.router_losses or self.logit_z)
 
-    def terms(
+    def with_added_terms(
         self, model: nn.Module, compute: Callable[[], dict[str, Tensor]], batch: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """The objective's terms, which `compute` gives; in training also `ADDED_LOSS`, its parts, and the tokens by expert.
+        """The loss terms of a micro-batch: those of the objective, and those that the model adds. All ranks must call.
 
-        While `compute` runs, hooks record router logits, hidden states and chosen experts.
-        All ranks must call: with a balancing loss, they add up their choices if the batch does not have the step's yet.
+        `compute` returns the objective's terms by running the model's forward pass. Without gradients, they are all. In training,
+        hooks record router logits, hidden states and chosen experts while it runs, and these terms are added:
+
+        - `EXPERT_TOKENS`: how many tokens chose each expert, `[layers, experts]`, if the model has experts;
+        - `ADDED_LOSS`: what the objective adds to its loss, if a router loss or the z-loss of the logits has a weight;
+        - the router losses and `logits/z_loss`, each without its weight, for the metrics.
+
+        With a balancing loss, ranks sum the choices of experts here, unless the batch has those of the whole step already.
         """
         if not torch.is_grad_enabled():
             return compute()
-        ids = batch["input_ids"]
-        expert_tokens = self._empty_expert_tokens(ids) if self.experts_by_layer else None
+        token_ids = batch["input_ids"]
+        expert_tokens = self._empty_expert_tokens(token_ids) if self.experts_by_layer else None
         with watching(RoutingRecord(_token_mask(batch), expert_tokens)) as record:
             terms = compute()
         if expert_tokens is not None:
-            terms[EXPERT_TOKENS] = expert_tokens
-        step_tokens = batch.get("step_tokens", ids.numel())
+            terms[EXPERT_TOKENS] = expert_tokens  # the hooks have counted into it
+        # A batch outside the training loop has no count of the whole step: its own tokens stand for it.
+        step_tokens = batch.get("step_tokens", token_ids.numel())
         if self.router_losses:
             terms |= self.router_losses.terms(record, self._expert_choices(record, batch), step_tokens)
         if self.logit_z:
-            head: nn.Module = plain_model(model).get_output_embeddings()  # type: ignore[operator]
-            z_parts = []
-            for hidden in record.hidden:
-                rows = hidden.reshape(-1, hidden.shape[-1])
-                z_parts.append(squared_logsumexp(head, rows, record.token_mask(len(rows))))
-            z = torch.stack(z_parts).sum() / float(step_tokens)
-            terms[ADDED_LOSS] = self.logit_z * z + terms.get(ADDED_LOSS, 0.0)
-            terms["logits/z_loss"] = z.detach()
+            z_loss = _logit_z_loss(model, record, step_tokens)
+            terms[ADDED_LOSS] = self.logit_z * z_loss + terms.get(ADDED_LOSS, 0.0)
+            terms["logits/z_loss"] = z_loss.detach()
         return terms
 
     def _empty_expert_tokens(self, ids: Tensor) -> Tensor:
@@ -120,6 +122,20 @@ class AddedLosses:
         if self.num_frozen_biases:
             lines.append("routers: the biases that balance their experts stay as they were loaded")
         return lines
+
+
+def _logit_z_loss(model: nn.Module, record: RoutingRecord, step_tokens: float) -> Tensor:
+    """The sum of log(Z)^2 over the recorded tokens, divided by the tokens of the whole step. Z is the sum of
+    the exponentiated logits.
+
+    The head computes the logits anew from the recorded hidden states.
+    """
+    head: nn.Module = plain_model(model).get_output_embeddings()  # type: ignore[operator]
+    sums = []
+    for hidden in record.hidden:
+        rows = hidden.reshape(-1, hidden.shape[-1])  # [tokens, width]
+        sums.append(squared_logsumexp(head, rows, record.token_mask(len(rows))))
+    return torch.stack(sums).sum() / float(step_tokens)
 
 
 def _token_mask(batch: dict[str, Any]) -> Tensor | None:

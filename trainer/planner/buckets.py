@@ -48,25 +48,32 @@ class _RecordedBuckets:
         self.recorder = recorder
         self.full_trained_elements = full_trained_elements
         self._reduce: Callable[..., None] = optimizer.reduce_ipg_grads
-        self._ready: Callable[..., None] = optimizer.reduce_ready_partitions_and_remove_grads
+        self._mark_ready: Callable[..., None] = optimizer.reduce_ready_partitions_and_remove_grads
         self._ranks = torch.distributed.get_world_size(optimizer.dp_process_group)
         self._has_several_buckets = False
         """Whether the gradients of the full model fill more than one bucket."""
         if full_trained_elements is not None:
             self._has_several_buckets = full_trained_elements > optimizer.reduce_bucket_size
-        self._in_a_block = False
+        self._is_in_block = False
+        """Whether DeepSpeed handles a gradient of a block at the moment."""
 
     def on_gradient(self, param: Any, group: int) -> None:
-        """DeepSpeed calls this for each gradient that is ready. In a block it counts as if it filled a bucket."""
-        # The place is the index of the block that computes, or a text outside blocks (`before`, `head`, `after`).
-        self._in_a_block = isinstance(self.recorder.phase.place, int)
-        if self._has_several_buckets and self._in_a_block:
+        """DeepSpeed calls this when the gradient of `param` is complete; `group` is its optimizer group.
+
+        In a shallow model, a gradient of a block makes the recorder note the peak that the reduction of a full bucket would cause
+        at this moment, because in the full model any gradient of a block may be the one that fills the bucket.
+        """
+        is_in_block = isinstance(self.recorder.phase.place, int)  # outside blocks it is a text: before, head, after
+        full_elements = self.full_trained_elements
+        if full_elements is not None and self._has_several_buckets and is_in_block:
             # A gradient that is larger than a bucket is reduced alone.
             large_gradients = [gradient.numel() for gradient in self.optimizer.extra_large_param_to_reduce.values()]
             largest = max(large_gradients, default=self.optimizer.reduce_bucket_size)
-            self.recorder.note_peak_with(self._reduction_bytes(largest, self.full_trained_elements or 0))
-        self._ready(param, group)
-        self._in_a_block = False
+            self.recorder.note_peak_with(self._reduction_bytes(largest, full_elements))
+        # DeepSpeed may call `reduce` from here: it must know that a block computes.
+        self._is_in_block = is_in_block
+        self._mark_ready(param, group)
+        self._is_in_block = False
 
     def reduce(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed calls this to reduce the gradients in its buckets. In a shallow model they count as full buckets.
@@ -84,7 +91,7 @@ class _RecordedBuckets:
             full_elements = max(bucket_elements, min(self.full_trained_elements, self.optimizer.reduce_bucket_size))
             full_bytes = self._reduction_bytes(full_elements, self.full_trained_elements)
             recorder.extra_bytes = full_bytes - self._reduction_bytes(bucket_elements, trained)
-            recorder.ignored = self._has_several_buckets and self._in_a_block
+            recorder.ignored = self._has_several_buckets and self._is_in_block
         self._reduce(*args, **kwargs)
         recorder.new_kind = earlier_kind
         recorder.extra_bytes = 0
