@@ -344,7 +344,7 @@ def _telling_of_finished(unfinished: UnfinishedReport | None, console: Console) 
     try:
         yield
     except BaseException:
-        names = [] if unfinished is None else unfinished.names()
+        names = [] if unfinished is None else unfinished.finished_task_names()
         if unfinished is not None and names:
             console.print_line(f"finished before that: {', '.join(names)}; see {unfinished.directory / UNFINISHED}")
         raise
@@ -464,7 +464,7 @@ def _report(
         rows_of_other[task.name] = other_rows or []
         comparisons[task.name] = comparison.compare_task(task, model, resampled, other_rows, other_metrics, bootstrap)
         if job.gate:
-            regressions += comparison.regressions(task, comparisons[task.name]["metrics"])
+            regressions += comparison.regression_lines(task, comparisons[task.name]["metrics"])
     report = {**about, "method": bootstrap.description(paired=bool(comparisons)), "tasks": task_records}
     if job.against is not None:
         missing = [task.name for task in tasks if task.name not in comparisons]
@@ -475,7 +475,7 @@ def _report(
     record.write_report(directory, report, models)
     if job.run is not None and job.kept and job.recorded and not job.accepted:
         keep_report(Path(job.run), EVALUATION, report)
-    write_text_atomic(directory / record.PAGE, page.render_page(report, tasks, models, rows_of_other))
+    write_text_atomic(directory / record.PAGE_FILE, page.render_page(report, tasks, models, rows_of_other))
     return report, shown_tables
 
 

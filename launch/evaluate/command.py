@@ -95,7 +95,7 @@ def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     Returns the exit code: that of the ranks if they failed, 69 if a metric got worse by more than is allowed, otherwise 0.
     """
     from launch.evaluate.answer import report_text
-    from trainer.evaluation.report.record import PAGE, REPORT
+    from trainer.evaluation.report.record import PAGE_FILE, REPORT_FILE
 
     for next_plan in [evaluation_plan.other_plan, evaluation_plan]:
         if next_plan is None:
@@ -106,12 +106,12 @@ def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     if evaluation_plan.job.split == "test":
         return _print_test_result(evaluation_plan, as_json=as_json)
     results_directory = Path(evaluation_plan.job.to)
-    report_file = results_directory / REPORT
+    report_file = results_directory / REPORT_FILE
     report: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
     if as_json:
         print_json(report)
     else:
-        print(f"{report_text(report)}\n\nwritten: {report_file}, {results_directory / PAGE}", flush=True)
+        print(f"{report_text(report)}\n\nwritten: {report_file}, {results_directory / PAGE_FILE}", flush=True)
     if report.get("regressions"):
         print(f"shardtune evaluate: fell against {report['against']['what']}:", file=sys.stderr)
         print(*(f"  {line}" for line in report["regressions"]), sep="\n", file=sys.stderr, flush=True)
@@ -224,12 +224,12 @@ def _print_report(job: Any) -> int:
     """Print the report of an evaluation whose ranks were not started by our launcher; returns the exit code."""
     from launch.evaluate.answer import report_text, test_text
     from trainer.evaluate import TEST_FILE
-    from trainer.evaluation.report.record import REPORT
+    from trainer.evaluation.report.record import REPORT_FILE
 
     if job.split == "test":
         result = json.loads((Path(job.to) / "evaluation" / TEST_FILE).read_text(encoding="utf-8"))
         print(test_text(result), flush=True)
         return 0
-    report = json.loads((Path(job.to) / REPORT).read_text(encoding="utf-8"))
+    report = json.loads((Path(job.to) / REPORT_FILE).read_text(encoding="utf-8"))
     print(report_text(report), flush=True)
     return 69 if report.get("regressions") else 0

@@ -341,7 +341,7 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
     - the directory of a run or a model: it is evaluated first;
     - anything else, also the report that this evaluation writes itself: ConfigError.
     """
-    from trainer.evaluation.report.record import REPORT, read_report
+    from trainer.evaluation.report.record import REPORT_FILE, read_report
 
     job = evaluation_plan.job
     path = Path(against).expanduser()
@@ -357,7 +357,7 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
         base_config = replace(evaluation_plan.config, model=model_without_adapters)
         evaluation_plan.other_plan = _plan_other_model(evaluation_plan, base_config, "base")
     elif path.is_file():
-        own_report = Path(job.to) / REPORT
+        own_report = Path(job.to) / REPORT_FILE
         if path.resolve() == own_report.resolve():
             raise ConfigError(
                 f"against={against}: is the report that this evaluation writes; give to=<another directory>, or keep a copy of "
@@ -370,7 +370,7 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
         run_plan.config.evaluation = copy.deepcopy(evaluation_plan.config.evaluation)
         run_plan.job = replace(run_plan.job, asked_first=True)
         evaluation_plan.other_plan = run_plan
-        evaluation_plan.job = replace(job, report=str(Path(run_plan.job.to) / REPORT), against=against)
+        evaluation_plan.job = replace(job, report=str(Path(run_plan.job.to) / REPORT_FILE), against=against)
     elif (path / "config.json").is_file():
         from trainer.model.config import ModelConfig
         from trainer.tuning.base import FullConfig
@@ -381,7 +381,8 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
     else:
         what = "is neither a run, a model nor a report" if path.exists() else "there is no such file or directory"
         raise ConfigError(
-            f"against={against}: {what}; it can be base, the directory of a run or of a model, or the {REPORT} of an evaluation"
+            f"against={against}: {what}; it can be base, the directory of a run or of a model, or the {REPORT_FILE} of an "
+            "evaluation"
         )
 
 
@@ -392,7 +393,7 @@ def _plan_other_model(evaluation_plan: EvaluationPlan, config: RunConfig, name_i
     model.
     """
     from trainer.evaluate import EvaluationJob
-    from trainer.evaluation.report.record import REPORT
+    from trainer.evaluation.report.record import REPORT_FILE
 
     job = evaluation_plan.job
     other_directory = Path(job.to) / "against"
@@ -401,7 +402,7 @@ def _plan_other_model(evaluation_plan: EvaluationPlan, config: RunConfig, name_i
     )
     other_plan = EvaluationPlan(copy.deepcopy(config), other_job)
     other_plan.config.run.dir = str(other_plan.directory)
-    evaluation_plan.job = replace(job, report=str(other_directory / REPORT), against=name_in_report)
+    evaluation_plan.job = replace(job, report=str(other_directory / REPORT_FILE), against=name_in_report)
     return other_plan
 
 

@@ -153,10 +153,10 @@ class EvaluationResult:
     @property
     def report(self) -> dict[str, Any]:
         """`evaluation.json`; empty as long as the evaluation has not ended, as when SLURM has only queued it."""
-        from trainer.evaluation.report.record import REPORT
+        from trainer.evaluation.report.record import REPORT_FILE
 
         try:
-            content = json.loads((self.directory / REPORT).read_text(encoding="utf-8"))
+            content = json.loads((self.directory / REPORT_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
@@ -164,9 +164,9 @@ class EvaluationResult:
     @property
     def page(self) -> Path:
         """The page for a browser."""
-        from trainer.evaluation.report.record import PAGE
+        from trainer.evaluation.report.record import PAGE_FILE
 
-        return self.directory / PAGE
+        return self.directory / PAGE_FILE
 
     @property
     def regressions(self) -> list[str]:
@@ -183,10 +183,10 @@ class EvaluationResult:
         """One row for each question and model (`arm` is `tuned` or `base`): prompt, answer, reference and scores."""
         import pandas as pd
 
-        from trainer.evaluation.report.record import ROWS
+        from trainer.evaluation.report.record import ROWS_FILE
 
         try:
-            lines = (self.directory / ROWS).read_text(encoding="utf-8").splitlines()
+            lines = (self.directory / ROWS_FILE).read_text(encoding="utf-8").splitlines()
         except OSError:
             return pd.DataFrame()
         rows = []

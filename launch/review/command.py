@@ -96,7 +96,7 @@ def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, lis
     from launch.review.arguments import arm_plan
     from launch.review.prompts import write_task_rows
     from launch.review.sheet import BASE, TUNED
-    from trainer.evaluation.report.record import ROWS
+    from trainer.evaluation.report.record import ROWS_FILE
 
     write_task_rows(request.to / "answers" / "prompts.jsonl", prompts)
     answers: dict[str, list[str]] = {}
@@ -106,7 +106,7 @@ def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, lis
         plan = arm_plan(request, name, directory)
         if run_evaluation(plan, quiet=False):
             return None
-        for line in (Path(plan.job.to) / ROWS).read_text(encoding="utf-8").splitlines():
+        for line in (Path(plan.job.to) / ROWS_FILE).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             arm = row["arm"] if directory is None else name
             answers.setdefault(arm, []).append(row["answer"])

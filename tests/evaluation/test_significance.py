@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.report.intervals import share_counts, unpaired_difference, wilson_interval
-from trainer.evaluation.report.permutation_test import family_p
+from trainer.evaluation.report.intervals import ShareCounts, share_counts, unpaired_difference, wilson_interval
+from trainer.evaluation.report.permutation_test import family_p_values
 from trainer.evaluation.tasks import counterfactual
 from trainer.evaluation.tasks.base import Metric, TaskRow
 from trainer.evaluation.tasks.counterfactual import _row
@@ -53,7 +53,7 @@ def test_significance_between_equal_models_is_seldom_found_by_any_group():
         kind, base = shipped(drawn)
         common = [{name[3:]: value for name, value in row.scores.items() if name.startswith("of_")} for row in base]
         sides = [shipped(drawn, more, common)[1] for more in (apart, 0.0)]
-        return family_p(kind, kind.metrics_for(base)[1:], *sides, seed)
+        return family_p_values(kind, kind.metrics_for(base)[1:], *sides, seed)
 
     assert (
         sum(min(judged(seed, 0.0).values()) < 0.05 for seed in range(60)) <= 9
@@ -77,7 +77,9 @@ def test_significance_corrected_p_is_that_of_all_exchanges():
     spread = np.sqrt((chance**2).mean(0))
     wanted = (np.abs(chance / spread).max(1)[:, None] >= np.abs(found.sum(0)) / spread - 1e-12).mean(0)
     metrics = [metric for metric in kind.metrics_for(sides[0]) if metric.in_family]
-    assert list(family_p(kind, metrics, *sides, 0).values()) == pytest.approx(wanted, abs=0.04)  # 2,000 draws of eight
+    assert list(family_p_values(kind, metrics, *sides, 0).values()) == pytest.approx(
+        wanted, abs=0.04
+    )  # 2,000 draws of eight
 
 
 def test_a_family_of_metrics_that_are_no_ratio_is_exchanged_too():
@@ -90,14 +92,14 @@ def test_a_family_of_metrics_that_are_no_ratio_is_exchanged_too():
             scores = {"right": 0.0, "disambiguated": 1.0, "lean_disambiguated": lean, "named_disambiguated": 1.0}
             side.append(TaskRow(f"a:{number}", "", "", "", scores, "AB"[number % 2]))
     metrics = [each for each in kind.metrics_for(sides[0]) if each.name.startswith("bias_disambiguated_")]
-    assert len(metrics) == 2 and max(family_p(kind, metrics, *sides, 0).values()) < 0.01
-    same = family_p(kind, metrics, sides[0], sides[0], 0)
+    assert len(metrics) == 2 and max(family_p_values(kind, metrics, *sides, 0).values()) < 0.01
+    same = family_p_values(kind, metrics, sides[0], sides[0], 0)
     assert list(same.values()) == [1.0, 1.0]
 
 
 def test_significance_against_a_fixed_number_has_wider_intervals_for_a_family():
     mine = np.random.default_rng(0).normal(2.2, 1.0, 10000)
-    alone, many = (unpaired_difference(2.2, 0.0, mine, greater=None, family_size=size) for size in (1, 20))
+    alone, many = (unpaired_difference(2.2, 0.0, mine, greater_is_better=None, family_size=size) for size in (1, 20))
     assert (alone.verdict, many.verdict) == ("differs", "no difference shown") and alone.low == many.low
 
 
@@ -107,7 +109,9 @@ def test_shares_have_the_interval_of_wilson(successes, cases):
 
     for level in (0.05, 0.05 / 20):
         theirs = binomtest(successes, cases).proportion_ci(confidence_level=1 - level, method="wilson")
-        assert wilson_interval(successes, cases, level) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+        assert wilson_interval(ShareCounts(successes, cases), level) == pytest.approx(
+            (theirs.low, theirs.high), abs=1e-12
+        )
 
 
 def test_only_rows_that_are_right_or_wrong_are_a_share():

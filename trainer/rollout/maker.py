@@ -224,11 +224,11 @@ class RoundBuilder:
             rollout_round.reference_logps = self._compute_logps(rollout_round, answers, reference)
         if kl_in_reward:
             rewards = self._subtract_divergence(rewards, old_logps, rollout_round.reference_logps)
-        baseline, scale = settings.baseline, settings.scale
         if settings.combine is Combine.normalised:
             # Each reward was already normalised within its group (`_learned_rewards`); here their sum is, over the batch.
-            baseline, scale = Baseline.batch, Scale.batch_std
-        rollout_round.advantages = advantages(rewards, baseline, scale)
+            rollout_round.advantages = advantages(rewards, Baseline.batch, Scale.batch_std)
+        else:
+            rollout_round.advantages = advantages(rewards, settings.baseline, settings.scale)
 
     def _learned_rewards(self, scores: Sequence[GroupScores]) -> np.ndarray:
         """The reward of each answer that advantages are computed from, float64 [groups, answers], nan where unscored.

@@ -66,4 +66,9 @@ def prompt_of_document(document: Document) -> str | list[dict[str, Any]]:
     turns = document.messages
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
-    return [{name: value for name, value in turn.items() if name not in ("train", "weight")} for turn in turns]
+    return [_without_training_keys(turn) for turn in turns]
+
+
+def _without_training_keys(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn without the keys that say how it is trained on."""
+    return {name: value for name, value in turn.items() if name not in ("train", "weight")}

@@ -10,7 +10,7 @@ from typing import Any
 from trainer.pages.numbers import percent
 from trainer.pages.pieces import IntervalBar, Tone
 
-REACHES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SCALE_REACHES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Ends that a scale may have, as shares; one that needs more ends at 100 %."""
 
 
@@ -33,12 +33,13 @@ class Change:
         """
         if difference is None:
             return None
-        larger = max(abs(metric["value"]), abs(difference["value"]))
-        sign = -1 if metric["greater_is_better"] is False else 1
+        larger_value = max(abs(metric["value"]), abs(difference["value"]))
+        lower_is_better = metric["greater_is_better"] is False  # None: neither direction is better
+        sign = -1 if lower_is_better else 1
         numbers = [sign * difference[name] for name in ("low", "difference", "high")]
-        if larger == 0 or not all(math.isfinite(number) for number in (larger, *numbers)):
+        if larger_value == 0 or not all(math.isfinite(number) for number in (larger_value, *numbers)):
             return None
-        low, value, high = (number / larger for number in numbers)
+        low, value, high = (number / larger_value for number in numbers)
         return cls(min(low, high), value, max(low, high))
 
 
@@ -50,12 +51,12 @@ class ChangeScale:
 
     @classmethod
     def over(cls, changes: Iterable[Change | None]) -> ChangeScale:
-        """The smallest scale that shows these changes whole, if one of `REACHES` does."""
+        """The smallest scale that shows these changes whole, if one of `SCALE_REACHES` does."""
         farthest = 0.0
         for change in changes:
             if change is not None:
                 farthest = max(farthest, abs(change.low), abs(change.high))
-        return cls(next((reach for reach in REACHES if reach >= farthest), REACHES[-1]))
+        return cls(next((reach for reach in SCALE_REACHES if reach >= farthest), SCALE_REACHES[-1]))
 
     @property
     def labels(self) -> tuple[str, str, str]:
@@ -66,8 +67,8 @@ class ChangeScale:
         """The picture of a change; None without one. What is beyond the scale ends at its edge."""
         if change is None:
             return None
-        words = "better" if change.value > 0 else "worse"
-        label = f"{percent(abs(change.value))} {words}, between {_signed(change.low)} and {_signed(change.high)}"
+        direction = "better" if change.value > 0 else "worse"
+        label = f"{percent(abs(change.value))} {direction}, between {_signed(change.low)} and {_signed(change.high)}"
         return IntervalBar(change.low, change.value, change.high, -self.reach, self.reach, tone=tone, label=label)
 
 

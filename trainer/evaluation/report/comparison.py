@@ -20,7 +20,7 @@ from trainer.evaluation.report.intervals import (
     unpaired_share_difference,
     with_corrected_p,
 )
-from trainer.evaluation.report.permutation_test import family_p
+from trainer.evaluation.report.permutation_test import family_p_values
 from trainer.evaluation.report.record import EvaluatedModel, same_rows
 from trainer.evaluation.tasks.base import Metric, Task, TaskRow, shorten_prompt
 
@@ -57,7 +57,7 @@ def compare_task(
     metric_records = {}
     for metric in common_metrics:
         record = asdict(differences[metric.name])
-        if _number_of_cases(metric, rows) < metric.min_cases:
+        if _num_cases(metric, rows) < metric.min_cases:
             record["verdict"] = TOO_FEW_CASES
         metric_records[metric.name] = record
     comparison: dict[str, Any] = {"paired": paired_rows is not None, "metrics": metric_records}
@@ -86,7 +86,7 @@ def _paired_differences(
     family = [metric for metric in metrics if metric.in_family]
     corrected_p = {}
     if len(family) > 1:
-        corrected_p = family_p(task, family, rows, other_rows, bootstrap.seed)
+        corrected_p = family_p_values(task, family, rows, other_rows, bootstrap.seed)
     differences = {}
     for metric in metrics:
         name = metric.name
@@ -95,10 +95,10 @@ def _paired_differences(
             other_metrics[name],
             resampled[name],
             other_resampled[name],
-            greater=metric.greater_is_better,
+            greater_is_better=metric.greater_is_better,
         )
         if name in corrected_p:
-            difference = with_corrected_p(difference, corrected_p[name], greater=metric.greater_is_better)
+            difference = with_corrected_p(difference, corrected_p[name], greater_is_better=metric.greater_is_better)
         differences[name] = difference
     return differences
 
@@ -120,22 +120,29 @@ def _unpaired_differences(
     for metric in metrics:
         name = metric.name
         value = model.metrics[task.name][name]
-        greater = metric.greater_is_better
         family_size = num_in_family if metric.in_family else 1
         counts = share_counts(metric, rows)
         if counts is None:
             differences[name] = unpaired_difference(
-                value, other_metrics[name], resampled[name], greater=greater, family_size=family_size
+                value,
+                other_metrics[name],
+                resampled[name],
+                greater_is_better=metric.greater_is_better,
+                family_size=family_size,
             )
         else:
             differences[name] = unpaired_share_difference(
-                value, other_metrics[name], counts, greater=greater, family_size=family_size
+                value,
+                other_metrics[name],
+                counts,
+                greater_is_better=metric.greater_is_better,
+                family_size=family_size,
             )
     return differences
 
 
-def _number_of_cases(metric: Metric, rows: Sequence[TaskRow]) -> int:
-    """How many rows are cases of a metric: those with its case score above 0, and without such a score all of them."""
+def _num_cases(metric: Metric, rows: Sequence[TaskRow]) -> int:
+    """How many rows are cases of a metric: those with its `case_score`, else its denominator, above 0; without either, all."""
     case_score = metric.case_score
     if case_score is None and metric.ratio is not None:
         _, case_score = metric.ratio  # the denominator
@@ -145,7 +152,10 @@ def _number_of_cases(metric: Metric, rows: Sequence[TaskRow]) -> int:
 
 
 def right_or_wrong_score(task: Task, rows: Sequence[TaskRow]) -> str | None:
-    """The score that says whether a row is right (1) or wrong (0): that of the first metric. None if it has other values."""
+    """The name of the score that says whether a row is right (1) or wrong (0): the numerator of the task's first metric.
+
+    None if that metric is not the mean of a score over all rows, or the score has other values than 0 and 1.
+    """
     first_metric = task.metrics_for(rows)[0]
     if first_metric.ratio is None:
         return None
@@ -157,18 +167,26 @@ def right_or_wrong_score(task: Task, rows: Sequence[TaskRow]) -> str | None:
 
 
 def changed_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], score: str) -> dict[str, Any]:
-    """Rows that one of two models has right and the other wrong: `won` by this model, `lost` to the other.
+    """Rows that one of two models has right and the other wrong, as `evaluation.json` has them.
 
-    Both models answered the same rows, in the same order. `score`: the name of the score that is 1 for a right row. The keys are
-    those of `evaluation.json`.
+    {"num_won": 1, "num_lost": 0, "won": [{"where": "rows.jsonl:3", "prompt": "2 + 2?", "answer": "4", "other": "5"}], "lost":
+    []}: `won` are rows that only this model has right, `lost` those that only the other one has; the lists have the first
+    `MAX_CHANGED_ROWS`. Both models answered the same rows, in the same order. `score`: the name of the score that is 1 for a
+    right row.
     """
     changed: dict[str, list[dict[str, str]]] = {"won": [], "lost": []}
-    for row, other in zip(rows, other_rows, strict=True):
-        if row.scores[score] == other.scores[score]:
+    for row, other_row in zip(rows, other_rows, strict=True):
+        if row.scores[score] == other_row.scores[score]:
             continue
-        side = "won" if row.scores[score] > other.scores[score] else "lost"
-        prompt = shorten_prompt(row.prompt)
-        changed[side].append({"where": row.where, "prompt": prompt, "answer": row.answer, "other": other.answer})
+        side = "won" if row.scores[score] > other_row.scores[score] else "lost"
+        changed[side].append(
+            {
+                "where": row.where,
+                "prompt": shorten_prompt(row.prompt),
+                "answer": row.answer,
+                "other": other_row.answer,
+            }
+        )
     return {
         "num_won": len(changed["won"]),
         "num_lost": len(changed["lost"]),
@@ -177,11 +195,14 @@ def changed_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], score: 
     }
 
 
-def regressions(task: Task, metrics: dict[str, dict[str, Any]]) -> list[str]:
-    """The metrics of a task that became worse than allowed, a line each.
+def regression_lines(task: Task, metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each metric of a task that became worse than allowed.
 
-    A metric may lose `limit` if that is set. Else it is worse if the whole interval of the difference is on the worse side.
-    `metrics`: records of `compare_task` by name.
+    - The task has a `limit` for the metric: it is worse by more than the limit. If neither direction is better, any change
+      counts.
+    - Else: the whole 95 % interval of the difference is on the worse side.
+
+    `metrics`: the records that `compare_task` returns under `metrics`. A metric without a record is left out.
     """
     lines = []
     for metric in task.metrics:
@@ -190,14 +211,14 @@ def regressions(task: Task, metrics: dict[str, dict[str, Any]]) -> list[str]:
             continue
         change = difference["difference"]
         if metric.greater_is_better is None:
-            loss = abs(change)
+            worsening = abs(change)
         else:
-            loss = -change if metric.greater_is_better else change
+            worsening = -change if metric.greater_is_better else change
         limit = task.config.limit.get(metric.name)
         new_value = difference["value"] + change
         line = f"{task.name}: {metric.name} {new_value:.4g}, was {difference['value']:.4g}"
-        if limit is not None and loss > limit:
-            lines.append(f"{line}: worse by {loss:.4g}, more than {task.config_key}.limit.{metric.name}={limit:g}")
+        if limit is not None and worsening > limit:
+            lines.append(f"{line}: worse by {worsening:.4g}, more than {task.config_key}.limit.{metric.name}={limit:g}")
         elif limit is None and difference["verdict"] == WORSE:
             interval = f"[{difference['low']:.4g}, {difference['high']:.4g}]"
             lines.append(f"{line}: the 95 % interval of the difference, {interval}, is wholly on the worse side")

@@ -13,15 +13,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
 from trainer.evaluation.tasks.base import Metric, Task, TaskRow, score_array
 from trainer.evaluation.tasks.significance import LEVEL
 
-DRAWN_COUNTS = 1 << 22
-"""Counts of rows that are drawn at a time, which bounds the memory."""
-ROUNDING = 1e-5
+MAX_COUNTS_IN_MEMORY = 1 << 22
+"""Counts of rows (resamples times rows) that are sampled at a time, which bounds the memory."""
+ROUNDING_TOLERANCE = 1e-5
 """Relative difference up to which two values count as equal: other batches and ranks round all rows the same other way."""
 # Verdicts on a difference, as `evaluation.json` has them.
 BETTER = "better"
@@ -50,28 +51,28 @@ class Bootstrap:
 
 
 def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) -> dict[str, np.ndarray]:
-    """Bootstrap: the value of each metric in each resample of the rows, float64 [resamples] by name.
+    """Bootstrap: the value of each metric in each resample of the rows, {name: float64 [resamples]}.
 
-    NaN if a resample has no value. A metric that is no ratio of sums has `task.max_resamples` values at most, since each one is
-    computed from scratch.
+    The value is NaN if a resample has none. A metric that is no ratio of sums has `task.max_resamples` values at most, because
+    each one is computed from scratch.
     """
     rng = np.random.default_rng([bootstrap.seed, len(rows)])
-    chunk_resamples = max(1, DRAWN_COUNTS // len(rows))
+    chunk_resamples = max(1, MAX_COUNTS_IN_MEMORY // len(rows))
     equal_chances = np.full(len(rows), 1 / len(rows))
-    weighted_metric_functions = task.weighted_metric_functions(rows)
+    metric_functions = task.weighted_metric_functions(rows)
     metrics = task.metrics_for(rows)
     scores = _scores_of_ratios(metrics, rows)
     chunks: dict[str, list[np.ndarray]] = {metric.name: [] for metric in metrics}
-    drawn = 0
-    while drawn < bootstrap.resamples:
-        resamples = min(chunk_resamples, bootstrap.resamples - drawn)
+    num_sampled = 0
+    while num_sampled < bootstrap.resamples:
+        num_resamples = min(chunk_resamples, bootstrap.resamples - num_sampled)
         # How often each row counts in each resample, [resamples, rows].
-        weights = rng.multinomial(len(rows), equal_chances, resamples).astype(float)
+        weights = rng.multinomial(len(rows), equal_chances, num_resamples).astype(float)
         for metric in metrics:
             if metric.ratio is None:
-                slow_weights = weights[: max(0, task.max_resamples - drawn)]
-                metric_of_weights = weighted_metric_functions[metric.name]
-                values = np.array([metric_of_weights(row_weights) for row_weights in slow_weights])
+                first_weights = weights[: max(0, task.max_resamples - num_sampled)]
+                metric_of_weights = metric_functions[metric.name]
+                values = np.array([metric_of_weights(row_weights) for row_weights in first_weights])
             else:
                 numerator, denominator = metric.ratio
                 if denominator is None:  # every resample has as many rows
@@ -80,12 +81,12 @@ def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) 
                     denominators = weights @ scores[denominator]
                 values = metric.from_sums(weights @ scores[numerator], denominators)
             chunks[metric.name].append(values)
-        drawn += len(weights)
+        num_sampled += len(weights)
     return {name: np.concatenate(metric_chunks) for name, metric_chunks in chunks.items()}
 
 
 def _scores_of_ratios(metrics: Sequence[Metric], rows: Sequence[TaskRow]) -> dict[str, np.ndarray]:
-    """The scores that ratios are made of, by name, float64 [rows]."""
+    """The scores that are numerators or denominators of metrics, {name: float64 [rows]}."""
     scores = {}
     for metric in metrics:
         for name in metric.ratio or ():
@@ -95,7 +96,7 @@ def _scores_of_ratios(metrics: Sequence[Metric], rows: Sequence[TaskRow]) -> dic
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """The interval that holds the middle 95 % of resamples."""
+    """(low, high) of the interval that has the middle 95 % of the values of all resamples; NaN values are left out."""
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -108,14 +109,21 @@ def confidence_intervals(
     intervals = {}
     for name, values in resampled.items():
         counts = share_counts(metrics[name], rows)
-        intervals[name] = percentile_interval(values) if counts is None else wilson_interval(*counts)
+        intervals[name] = percentile_interval(values) if counts is None else wilson_interval(counts)
     return intervals
 
 
-def share_counts(metric: Metric, rows: Sequence[TaskRow]) -> tuple[float, float] | None:
-    """(successes, cases) of a metric that is a share of rows with scores of 0 or 1, such as (7.0, 10.0); None for any other.
+class ShareCounts(NamedTuple):
+    """The counts behind a metric that is a share of rows, such as 7 right ones of 10."""
 
-    It is no share if a row has another score, or a success without being a case.
+    successes: float
+    cases: float
+
+
+def share_counts(metric: Metric, rows: Sequence[TaskRow]) -> ShareCounts | None:
+    """Successes and cases of a metric that is a share of rows with scores of 0 or 1; None for any other metric.
+
+    It is no share if a row has another score, or a success without being a case, or if there are no cases.
     """
     if metric.ratio is None or metric.exponential:
         return None
@@ -129,22 +137,23 @@ def share_counts(metric: Metric, rows: Sequence[TaskRow]) -> tuple[float, float]
             return None
         successes += success
         cases += case
-    return (successes, cases) if cases else None
+    return ShareCounts(successes, cases) if cases else None
 
 
-def wilson_interval(successes: float, cases: float, level: float = LEVEL) -> tuple[float, float]:
-    """The interval of a share of `successes` among `cases` (Wilson 1927), for a confidence of 1 - `level`.
+def wilson_interval(counts: ShareCounts, alpha: float = LEVEL) -> tuple[float, float]:
+    """(low, high) of Wilson's confidence interval of a share (Wilson 1927), for a confidence of 1 - `alpha`.
 
-    Unlike that of resamples, it has a width if every row is right, or none is.
+    Unlike an interval of resamples, it has a width if every row is right, or none is. 7 successes of 10 -> (0.40, 0.89).
     """
+    successes, cases = counts
     share = successes / cases
-    z = NormalDist().inv_cdf(1 - level / 2)
-    shrinkage = 1 + z**2 / cases
-    middle = (share + z**2 / (2 * cases)) / shrinkage
-    half_width = z / shrinkage * math.sqrt(share * (1 - share) / cases + (z / (2 * cases)) ** 2)
-    # Exact ends, since rounding could leave 0 % or 100 % just outside the interval.
-    low = 0.0 if successes == 0 else middle - half_width
-    high = 1.0 if successes == cases else middle + half_width
+    z = NormalDist().inv_cdf(1 - alpha / 2)
+    denominator = 1 + z**2 / cases
+    centre = (share + z**2 / (2 * cases)) / denominator
+    half_width = z / denominator * math.sqrt(share * (1 - share) / cases + (z / (2 * cases)) ** 2)
+    # Exact ends, because rounding could leave 0 % or 100 % just outside the interval.
+    low = 0.0 if successes == 0 else centre - half_width
+    high = 1.0 if successes == cases else centre + half_width
     return low, high
 
 
@@ -172,69 +181,86 @@ def paired_difference(
     resampled: np.ndarray,
     other_resampled: np.ndarray,
     *,
-    greater: bool | None,
+    greater_is_better: bool | None,
 ) -> MetricDifference:
     """The difference of two models in one metric on the same rows, tested by a paired bootstrap.
 
-    `resampled`, `other_resampled`: each model's metric in the same resamples (float64 [resamples]). `greater`: whether a greater
-    value is better, None if neither is.
+    `value`, `other_value`: the metric of this model and of the other. `resampled`, `other_resampled`: the same in each resample,
+    float64 [resamples]; both models have the same resamples. `greater_is_better`: None if neither direction is better.
     """
     differences = resampled - other_resampled
     low, high = percentile_interval(differences)
-    # A resample with exactly no difference supports neither side, so it counts against both.
-    num_against_gain = int((differences <= 0).sum())
-    num_against_loss = int((differences >= 0).sum())
-    num_against = min(num_against_gain, num_against_loss)
-    p = min(1.0, 2 * (num_against + 1) / (len(differences) + 1))  # two-sided
-    verdict = _verdict(other_value, low, high, greater=greater)
+    # Two-sided p: twice the share of resamples on the rarer side of zero. A resample without a difference counts on both sides.
+    num_not_greater = int((differences <= 0).sum())
+    num_not_smaller = int((differences >= 0).sum())
+    num_on_rarer_side = min(num_not_greater, num_not_smaller)
+    p = min(1.0, 2 * (num_on_rarer_side + 1) / (len(differences) + 1))
+    verdict = _verdict_of_interval(low, high, other_value, greater_is_better=greater_is_better)
     return MetricDifference(other_value, value - other_value, low, high, p, verdict)
 
 
-def with_corrected_p(difference: MetricDifference, p: float, *, greater: bool | None) -> MetricDifference:
-    """The difference judged as one of a family of metrics, by its p-value corrected for their number.
+def with_corrected_p(difference: MetricDifference, p: float, *, greater_is_better: bool | None) -> MetricDifference:
+    """The difference with p and verdict of a test of a whole family of metrics; `p` is corrected for their number.
 
     The interval stays that of the metric alone.
     """
-    significant = difference.difference if p < LEVEL else 0.0
-    verdict = _verdict(difference.value, significant, significant, greater=greater)
+    # The verdict goes by p: the difference itself if it is significant, else none.
+    significant_difference = difference.difference if p < LEVEL else 0.0
+    verdict = _verdict_of_interval(
+        significant_difference, significant_difference, difference.value, greater_is_better=greater_is_better
+    )
     return replace(difference, p=p, verdict=verdict)
 
 
 def unpaired_difference(
-    value: float, other_value: float, resampled: np.ndarray, *, greater: bool | None, family_size: int = 1
+    value: float,
+    other_value: float,
+    resampled: np.ndarray,
+    *,
+    greater_is_better: bool | None,
+    family_size: int = 1,
 ) -> MetricDifference:
-    """The difference from a number whose rows are not known: is that number outside this model's own interval?
+    """The difference of this model's metric from another model's, whose rows are not known.
 
-    For one of `family_size` metrics, the verdict uses a wider interval (Bonferroni).
+    The interval is that of this model alone, minus the other value: the verdict says whether that value is outside. For one of
+    `family_size` metrics, the verdict uses a wider interval (Bonferroni). `resampled`: this model's metric, float64 [resamples].
     """
     low, high = percentile_interval(resampled - other_value)
     tail_percent = 100 * LEVEL / 2 / family_size
     wide_low, wide_high = np.nanpercentile(resampled - other_value, [tail_percent, 100 - tail_percent])
-    verdict = _verdict(other_value, float(wide_low), float(wide_high), greater=greater)
+    verdict = _verdict_of_interval(float(wide_low), float(wide_high), other_value, greater_is_better=greater_is_better)
     return MetricDifference(other_value, value - other_value, low, high, None, verdict)
 
 
 def unpaired_share_difference(
-    value: float, other_value: float, counts: tuple[float, float], *, greater: bool | None, family_size: int = 1
+    value: float,
+    other_value: float,
+    counts: ShareCounts,
+    *,
+    greater_is_better: bool | None,
+    family_size: int = 1,
 ) -> MetricDifference:
-    """The difference from a share whose rows are not known: is that share outside this model's own interval (Wilson's)?
-
-    `counts`: this model's (successes, cases). For one of `family_size` metrics, the verdict uses a wider interval (Bonferroni).
-    """
-    low, high = wilson_interval(*counts)
-    wide_low, wide_high = wilson_interval(*counts, LEVEL / family_size)
-    verdict = _verdict(other_value, wide_low - other_value, wide_high - other_value, greater=greater)
+    """As `unpaired_difference`, for a metric that is a share of rows: the interval is Wilson's, from this model's `counts`."""
+    low, high = wilson_interval(counts)
+    wide_low, wide_high = wilson_interval(counts, alpha=LEVEL / family_size)
+    verdict = _verdict_of_interval(
+        wide_low - other_value, wide_high - other_value, other_value, greater_is_better=greater_is_better
+    )
     return MetricDifference(other_value, value - other_value, low - other_value, high - other_value, None, verdict)
 
 
-def _verdict(other_value: float, low: float, high: float, *, greater: bool | None) -> str:
-    """What an interval of the difference says; `greater`: whether a greater value is better, None if neither is."""
-    tolerance = ROUNDING * abs(other_value)
-    if greater is None:
+def _verdict_of_interval(low: float, high: float, other_value: float, *, greater_is_better: bool | None) -> str:
+    """The verdict on a difference (this model's metric minus `other_value`) whose 95 % interval is (low, high).
+
+    An interval that touches zero, up to `ROUNDING_TOLERANCE` of the other value, shows no difference. `greater_is_better`: None
+    if neither direction is better; then an interval beyond zero says "differs".
+    """
+    tolerance = ROUNDING_TOLERANCE * abs(other_value)
+    if greater_is_better is None:
         excludes_zero = low > tolerance or high < -tolerance
         return DIFFERS if excludes_zero else NO_DIFFERENCE
     if low > tolerance:
-        return BETTER if greater else WORSE
+        return BETTER if greater_is_better else WORSE
     if high < -tolerance:
-        return WORSE if greater else BETTER
+        return WORSE if greater_is_better else BETTER
     return NO_DIFFERENCE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.evaluation.report.change_scale import Change, ChangeScale
 from trainer.evaluation.report.intervals import BETTER, DIFFERS, NO_DIFFERENCE, TOO_FEW_CASES, WORSE
@@ -24,12 +24,12 @@ from trainer.pages.pieces import (
 )
 from trainer.pages.render import render
 
-BARS = (
+BARS_CAPTION = (
     "Bars are on one scale: the change in percent of the larger of both values, with its interval. Right of the middle is "
     "better."
 )
 """What a table says of its bars."""
-MOST_LABELS = 40
+MAX_MATRIX_LABELS = 40
 """A confusion matrix with more labels is not shown."""
 TONES: dict[str, Tone] = {BETTER: "good", WORSE: "bad", DIFFERS: "note", TOO_FEW_CASES: "warning", NO_DIFFERENCE: ""}
 """How a verdict is tinted."""
@@ -38,8 +38,8 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class TaskPart:
-    """What the page shows of one task, folded."""
+class TaskSection:
+    """What the page shows of one task, in a section that is folded at first."""
 
     name: str
     anchor: str
@@ -61,30 +61,24 @@ def render_page(
 ) -> str:
     """The report's page as HTML. Texts of rows are escaped, and cut so that the page stays below 1.5 MB.
 
-    `models`: the evaluated models by arm (tuned or base). `other_rows`: those of the model that is compared with, by task, as
-    far as they are known.
+    `report`: the content of `evaluation.json`. `models`: the evaluated models by arm, "tuned" or "base". `other_rows`: rows of
+    the model that is compared with, by task; tasks whose rows are not known are missing.
     """
     compared_tasks = report.get("against", {}).get("tasks", {})
     all_rows = shown_rows(tasks, models[TUNED].rows, other_rows or {}, compared_tasks)
-    # One part of the page for each task.
-    parts = []
+    sections = []
     for index, task in enumerate(tasks):
-        matrix = None
-        if isinstance(task, ClassificationTask):
-            matrix = confusion(models[TUNED].rows[task.name])
-        if matrix is not None and len(matrix[0]) > MOST_LABELS:  # (label names, counts): too many labels to show
-            matrix = None
         task_record = report["tasks"][task.name]
         compared = compared_tasks.get(task.name)
-        parts.append(
-            TaskPart(
+        sections.append(
+            TaskSection(
                 name=task.name,
                 anchor=f"task-{index}",
                 headline=_headline(task_record, compared),
-                about=f"{task_record['kind']}, {number(task_record['num_rows'])} rows of {_source(task_record)}",
-                metrics=_metrics_table(task_record, compared, _other_name(report)),
-                notes=_notes(task_record, compared),
-                matrix=matrix,
+                about=f"{task_record['kind']}, {number(task_record['num_rows'])} rows of {_rows_source_text(task_record)}",
+                metrics=_metrics_table(task_record, compared, _other_model_label(report)),
+                notes=_task_notes(task_record, compared),
+                matrix=_confusion_matrix(task, models[TUNED]),
                 rows=all_rows[task.name],
             )
         )
@@ -98,15 +92,23 @@ def render_page(
         verdict=report_verdict(report),
         cards=report_cards(report),
         callouts=report_callouts(report),
-        overview=_overview(report, parts),
-        parts=parts,
-        other=_other_name(report),
+        overview=_overview_table(report, sections),
+        parts=sections,
+        other=_other_model_label(report),
         facts=_facts(report),
     )
 
 
+def _confusion_matrix(task: Task, model: EvaluatedModel) -> tuple[list[str], list[list[int]]] | None:
+    """(labels, counts by true and predicted label) of a classification; None for other tasks, or with too many labels to show."""
+    if not isinstance(task, ClassificationTask):
+        return None
+    labels, counts = confusion(model.rows[task.name])
+    return (labels, counts) if len(labels) <= MAX_MATRIX_LABELS else None
+
+
 def _title(model: Record) -> str:
-    """The evaluated model in words: its run or path, checkpoint and adapters."""
+    """The evaluated model for the page's title: "runs/a, step-000100 with adapters/b"."""
     title = str(model["run"] or model["path"])
     if model["checkpoint"]:
         title += f", {model['checkpoint']}"
@@ -115,33 +117,42 @@ def _title(model: Record) -> str:
     return title
 
 
-def _other_name(report: Record) -> str:
-    """What the compared model is called in headings; empty if nothing is compared."""
+def _other_model_label(report: Record) -> str:
+    """What the compared model is called in headings, "base" or "other"; "" if nothing is compared."""
     if "against" not in report:
         return ""
     return "base" if report["against"]["what"] == "base" else "other"
 
 
-def _source(task_record: Record) -> str:
-    """Where the rows of a task come from."""
+def _rows_source_text(task_record: Record) -> str:
+    """Where the rows of a task come from, in words: its path, or what stands for it."""
     if task_record["path"]:
         return str(task_record["path"])
     return "data that lm-eval makes" if task_record["kind"] == "lm_eval" else "the run's evaluation documents"
 
 
-def _leading(task_record: Record, compared: Record | None) -> tuple[str, Record, Record | None]:
-    """(name, record, comparison) of the metric that stands for a task: its first one. The comparison is None without one."""
-    name, metric = next(iter(task_record["metrics"].items()))
-    return name, metric, None if compared is None else compared["metrics"].get(name)
+class LeadingMetric(NamedTuple):
+    """The metric that stands for a task: its first one."""
+
+    name: str
+    record: Record
+    difference: Record | None
+    """Its difference from the other model; None if it is not compared."""
 
 
-def _verdicts(report: Record) -> dict[str, str]:
-    """The verdict on the leading metric of each compared task, by task."""
+def _leading_metric(task_record: Record, compared: Record | None) -> LeadingMetric:
+    """The first metric of a task. `compared`: the task's record in the comparison; None without one."""
+    name, record = next(iter(task_record["metrics"].items()))
+    return LeadingMetric(name, record, None if compared is None else compared["metrics"].get(name))
+
+
+def _leading_verdicts(report: Record) -> dict[str, str]:
+    """The verdict on the leading metric of each compared task, by task: {"facts": "better"}."""
     verdicts = {}
-    for name, compared in report.get("against", {}).get("tasks", {}).items():
-        _, _, difference = _leading(report["tasks"][name], compared)
-        if difference is not None:
-            verdicts[name] = difference["verdict"]
+    for task, compared in report.get("against", {}).get("tasks", {}).items():
+        leading = _leading_metric(report["tasks"][task], compared)
+        if leading.difference is not None:
+            verdicts[task] = leading.difference["verdict"]
     return verdicts
 
 
@@ -149,56 +160,101 @@ def report_verdict(report: Record) -> Callout:
     """The box at the top of the page: in how many tasks the model is better or worse than the other one.
 
     - No comparison in the report: a note that says how to make one.
-    - No task in common: a note.
-    - Metrics that became worse than allowed ("regressions"): bad.
-    - Else the numbers of tasks; bad if some are worse and none better, a warning if both, good if some are only better.
+    - The two models have no task in common: a note.
+    - A metric became worse than allowed (`regressions`): a bad one.
+    - Else: the numbers of tasks by verdict (`_counts_callout`).
     """
     if "against" not in report:
-        run = report["model"]["run"]
-        text = "Intervals show how far chance reaches. A comparison with the base shows whether tuning made the model better."
-        commands = [f"shardtune evaluate {shlex.quote(str(run))} against=base"] if run else []
-        if not run:
-            text = (
-                "Intervals show how far chance reaches. Give against=<run or model> to compare this model with another."
-            )
-        return Callout("note", f"{_tasks(len(report['tasks']))} measured, and compared with nothing", text, commands)
-    what = report["against"]["what"]
-    verdicts = list(_verdicts(report).values())
-    num_better = verdicts.count(BETTER)
-    num_worse = verdicts.count(WORSE)
-    num_different = verdicts.count(DIFFERS)
-    unclear = len(verdicts) - num_better - num_worse - num_different
-    if not verdicts:
-        return Callout("note", f"Nothing could be compared with {what}", "The two have no task in common.")
-    # For example ["better in 2", "no difference shown in 1"]; empty if no task shows a difference.
-    phrases = [f"better in {num_better}"] if num_better else []
-    phrases += [f"worse in {num_worse}"] if num_worse else []
-    phrases += [f"different in {num_different}"] if num_different else []  # neither direction of their metric is better
-    phrases += [f"no difference shown in {unclear}"] if unclear and phrases else []
+        return _nothing_compared_callout(report)
+    other = report["against"]["what"]
+    counts = VerdictCounts.of(list(_leading_verdicts(report).values()))
+    if not counts.total:
+        return Callout("note", f"Nothing could be compared with {other}", "The two have no task in common.")
     if report.get("regressions"):
-        counts = f"{', '.join(phrases)} of {_tasks(len(verdicts))}. " if phrases else ""
-        text = f"{counts[:1].upper()}{counts[1:]}These metrics became worse:"
-        return Callout("bad", f"Worse than {what}", text)
-    heading = f"Against {what}: {', '.join(phrases)} of {_tasks(len(verdicts))}"
-    if not phrases:
-        heading = f"Against {what}: no difference shown in any of {_tasks(len(verdicts))}"
-    text = "A task counts by its first metric, and as better or worse only if the whole 95 % interval of the difference is."
+        sentence = ""
+        if counts.phrases:
+            sentence = f"{', '.join(counts.phrases)} of {_num_tasks_text(counts.total)}. "
+            sentence = sentence[:1].upper() + sentence[1:]
+        return Callout("bad", f"Worse than {other}", f"{sentence}These metrics became worse:")
+    return _counts_callout(counts, other)
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictCounts:
+    """How many compared tasks have which verdict, by the first metric of each."""
+
+    better: int
+    worse: int
+    different: int
+    """Tasks that differ in a metric of which neither direction is better."""
+    unclear: int
+    """Tasks without a difference that was shown, or with too few cases."""
+
+    @classmethod
+    def of(cls, verdicts: Sequence[str]) -> VerdictCounts:
+        """The counts of these verdicts, as `evaluation.json` has them."""
+        better = verdicts.count(BETTER)
+        worse = verdicts.count(WORSE)
+        different = verdicts.count(DIFFERS)
+        return cls(better, worse, different, unclear=len(verdicts) - better - worse - different)
+
+    @property
+    def total(self) -> int:
+        """All compared tasks."""
+        return self.better + self.worse + self.different + self.unclear
+
+    @property
+    def phrases(self) -> list[str]:
+        """The counts in words, ["better in 2", "no difference shown in 1"]; [] if no task shows a difference."""
+        phrases = []
+        if self.better:
+            phrases.append(f"better in {self.better}")
+        if self.worse:
+            phrases.append(f"worse in {self.worse}")
+        if self.different:
+            phrases.append(f"different in {self.different}")
+        if self.unclear and phrases:
+            phrases.append(f"no difference shown in {self.unclear}")
+        return phrases
+
+
+def _nothing_compared_callout(report: Record) -> Callout:
+    """The verdict of a report without a comparison: how to compare, with the command if the model is of a run."""
+    heading = f"{_num_tasks_text(len(report['tasks']))} measured, and compared with nothing"
+    run = report["model"]["run"]
+    if run:
+        text = "Intervals show how far chance reaches. A comparison with the base shows whether tuning made the model better."
+        return Callout("note", heading, text, [f"shardtune evaluate {shlex.quote(str(run))} against=base"])
+    text = "Intervals show how far chance reaches. Give against=<run or model> to compare this model with another."
+    return Callout("note", heading, text, [])
+
+
+def _counts_callout(counts: VerdictCounts, other: str) -> Callout:
+    """The verdict of a comparison without forbidden losses; `other`: what the model is compared with.
+
+    Bad if tasks are worse and none is better, a warning if some are worse and some better, good if some are only better, else a
+    note.
+    """
+    heading = f"Against {other}: {', '.join(counts.phrases)} of {_num_tasks_text(counts.total)}"
+    if not counts.phrases:
+        heading = f"Against {other}: no difference shown in any of {_num_tasks_text(counts.total)}"
     tone: Tone = "note"
-    if num_worse:
-        tone = "warning" if num_better else "bad"
-    elif num_better:
+    if counts.worse:
+        tone = "warning" if counts.better else "bad"
+    elif counts.better:
         tone = "good"
+    text = "A task counts by its first metric, and as better or worse only if the whole 95 % interval of the difference is."
     return Callout(tone, heading, text)
 
 
-def _tasks(count: int) -> str:
+def _num_tasks_text(count: int) -> str:
     return f"{count} task" if count == 1 else f"{count} tasks"
 
 
 def report_cards(report: Record) -> list[PageCard]:
-    """How many tasks have which verdict; without a comparison the number of tasks. Then how many rows were asked."""
+    """The cards below the verdict: the number of tasks for each verdict, if there is a comparison, then that of asked rows."""
     names_by_verdict: dict[str, list[str]] = {}
-    for name, verdict in _verdicts(report).items():
+    for name, verdict in _leading_verdicts(report).items():
         names_by_verdict.setdefault(verdict, []).append(name)
     cards = []
     for verdict, tone in TONES.items():
@@ -206,36 +262,37 @@ def report_cards(report: Record) -> list[PageCard]:
         # A verdict without tasks has no card, except "worse": that none became worse is good news.
         if names or (verdict == WORSE and names_by_verdict):
             shown_tone = tone if names else ""
-            cards.append(PageCard(verdict.capitalize(), str(len(names)), _some(names), shown_tone))
+            cards.append(PageCard(verdict.capitalize(), str(len(names)), _list_some(names), shown_tone))
     num_rows = sum(task["num_rows"] for task in report["tasks"].values())
     seconds = sum(task["seconds"] for task in report["tasks"].values())
-    about = f"of {_tasks(len(report['tasks']))}, in {duration(seconds)}"
-    cards.append(PageCard("Rows asked", number(num_rows), about))
+    rows_note = f"of {_num_tasks_text(len(report['tasks']))}, in {duration(seconds)}"
+    cards.append(PageCard("Rows asked", number(num_rows), rows_note))
     return cards
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+def _list_some(names: Sequence[str]) -> str:
+    """The first four names, and how many more there are: "a, b, c, d and 3 more"."""
     shown = ", ".join(names[:4])
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
 
 
 def report_callouts(report: Record) -> list[Callout]:
-    """The boxes below the verdict.
+    """The boxes below the verdict, each only if it has something to show.
 
-    They show further metrics of tasks that became worse, in what the model or its data differs from those of the run (which the
-    user has accepted), and tasks that were not compared, as the other model has not run them.
+    - Metrics that became worse, other than the first ones of their tasks.
+    - In what the model or its data differs from those of the run (`run.accept`).
+    - Tasks that were not compared, because the other model has not run them.
     """
     callouts = []
     against = report.get("against")
     worse = []
     for name, compared in (against["tasks"] if against else {}).items():
-        leading, _, _ = _leading(report["tasks"][name], compared)
+        leading = _leading_metric(report["tasks"][name], compared)
         for metric, difference in compared["metrics"].items():
-            if metric != leading and difference["verdict"] == WORSE:
+            if metric != leading.name and difference["verdict"] == WORSE:
                 worse.append(f"{name}: {metric}")
     if worse:
-        text = f"{_some(worse)}. These are no first metrics of their tasks, which the verdict goes by."
+        text = f"{_list_some(worse)}. These are no first metrics of their tasks, which the verdict goes by."
         callouts.append(Callout("warning", "Worse in further metrics", text))
     accepted = report["model"].get("accepted") or []
     if accepted:
@@ -246,16 +303,17 @@ def report_callouts(report: Record) -> list[Callout]:
     return callouts
 
 
-def _overview(report: Record, parts: Sequence[TaskPart]) -> PageTable:
+def _overview_table(report: Record, sections: Sequence[TaskSection]) -> PageTable:
     """The table of all tasks, each by its first metric; with a comparison, also its difference from the other model.
 
     `report`: the content of `evaluation.json`.
     """
-    other = _other_name(report)
+    other = _other_model_label(report)
     compared_tasks = report["against"]["tasks"] if other else {}
-    # (name, record, comparison) of each task's first metric.
-    leading = [_leading(report["tasks"][part.name], compared_tasks.get(part.name)) for part in parts]
-    scale = ChangeScale.over(Change.of(metric, difference) for _, metric, difference in leading)
+    leading_metrics = []
+    for section in sections:
+        leading_metrics.append(_leading_metric(report["tasks"][section.name], compared_tasks.get(section.name)))
+    scale = ChangeScale.over(Change.of(leading.record, leading.difference) for leading in leading_metrics)
     # The verdict stands beside the name, where a phone shows it without scrolling.
     columns = [PageColumn("task")]
     if other:
@@ -266,30 +324,33 @@ def _overview(report: Record, parts: Sequence[TaskPart]) -> PageTable:
         columns += [PageColumn("metric"), PageColumn("value"), PageColumn("95 % interval")]
     columns += [PageColumn("better is"), PageColumn("rows")]
     rows = []
-    for part, (name, metric, difference) in zip(parts, leading, strict=True):
-        num_rows = report["tasks"][part.name]["num_rows"]
-        row = [PageCell(part.name, part.name, href=f"#{part.anchor}")]
+    for section, (name, metric, difference) in zip(sections, leading_metrics, strict=True):
+        num_rows = report["tasks"][section.name]["num_rows"]
+        row = [PageCell(section.name, section.name, href=f"#{section.anchor}")]
         if other:
             row += [_verdict_cell(difference), PageCell(name, name), *_difference_cells(metric, difference, scale)]
         else:
             row += [PageCell(name, name), PageCell(number(metric["value"]), metric["value"]), _interval_cell(metric)]
-        direction = _direction(metric["greater_is_better"])
+        direction = _better_direction(metric["greater_is_better"])
         rows.append([*row, PageCell(direction, direction), PageCell(number(num_rows), num_rows)])
     caption = "Every task by its first metric."
     if other:
-        caption += f" {BARS}"
+        caption += f" {BARS_CAPTION}"
     return PageTable(columns, rows, caption, id="all-tasks")
 
 
 def _verdict_cell(difference: Record | None) -> PageCell:
-    """The verdict on a compared metric."""
+    """The cell with the verdict on a metric; "not compared" if `difference` is None."""
     if difference is None:
         return PageCell("not compared", "not compared")
     return PageCell(difference["verdict"], difference["verdict"], tone=TONES.get(difference["verdict"], ""))
 
 
 def _difference_cells(metric: Record, difference: Record | None, scale: ChangeScale) -> list[PageCell]:
-    """The cells of a comparison: value of the other model, value, difference, interval."""
+    """Four cells of a compared metric: the other model's value, this model's value, difference, interval of the difference.
+
+    Without a `difference`, only this model's value is known. `scale`: that of the bars in the table.
+    """
     value = PageCell(number(metric["value"]), metric["value"])
     if difference is None:
         nothing = PageCell(UNKNOWN)
@@ -302,40 +363,43 @@ def _difference_cells(metric: Record, difference: Record | None, scale: ChangeSc
 
 
 def _value_cell(metric: Record) -> PageCell:
-    """A value, with its interval below."""
+    """The cell with the value of a metric, and its interval below if it has one."""
     interval = _interval_cell(metric).text if metric.get("low") is not None else ""
     return PageCell(number(metric["value"]), metric["value"], note=interval)
 
 
 def _interval_cell(metric: Record) -> PageCell:
-    """The interval of a value; without a picture, since values of different metrics share no scale."""
+    """The cell with the interval of a value, "0.41 to 0.57". No bar, because values of different metrics share no scale."""
     if metric.get("low") is None:
         return PageCell("\N{EN DASH}")
     return PageCell(f"{number(metric['low'])} to {number(metric['high'])}", metric["low"])
 
 
-def _direction(greater_is_better: bool | None) -> str:
-    """Which way a metric gets better, in a word."""
+def _better_direction(greater_is_better: bool | None) -> str:
+    """Which values of a metric are better, in a word: "higher", "lower" or "neither"."""
     if greater_is_better is None:
         return "neither"
     return "higher" if greater_is_better else "lower"
 
 
-def _metrics_table(task_record: Record, compared: Record | None, other: str) -> PageTable:
-    """Every metric of a task, with what it is; with a comparison, also its difference from the other model.
+def _metrics_table(task_record: Record, compared: Record | None, other_label: str) -> PageTable:
+    """The table of all metrics of a task, with what each means; with a comparison, also its difference from the other model.
 
-    `task_record`, `compared`: the task's records in `evaluation.json`, of this model and of the comparison. `other`: the name of
-    the other model.
+    `task_record`, `compared`: the task's records in `evaluation.json`, of this model and of the comparison (None without one).
+    `other_label`: the heading of the other model's column.
     """
     if compared is None:
         rows = [[_metric_cell(name, metric), _value_cell(metric)] for name, metric in task_record["metrics"].items()]
         return PageTable([PageColumn("metric"), PageColumn("value")], rows)
-    pairs = [(metric, compared["metrics"].get(name)) for name, metric in task_record["metrics"].items()]
-    scale = ChangeScale.over(Change.of(metric, difference) for metric, difference in pairs)
-    columns = [PageColumn("metric"), PageColumn("verdict"), PageColumn("value"), PageColumn(other)]
+    differences = [compared["metrics"].get(name) for name in task_record["metrics"]]
+    metrics = list(task_record["metrics"].items())
+    scale = ChangeScale.over(
+        Change.of(metric, difference) for (_, metric), difference in zip(metrics, differences, strict=True)
+    )
+    columns = [PageColumn("metric"), PageColumn("verdict"), PageColumn("value"), PageColumn(other_label)]
     columns += [PageColumn("difference"), PageColumn("its 95 % interval", scale=scale.labels), PageColumn("p")]
     rows = []
-    for name, (metric, difference) in zip(task_record["metrics"], pairs, strict=True):
+    for (name, metric), difference in zip(metrics, differences, strict=True):
         other_value, _, change, interval = _difference_cells(metric, difference, scale)
         p = None if difference is None else difference["p"]
         row = [
@@ -347,17 +411,21 @@ def _metrics_table(task_record: Record, compared: Record | None, other: str) -> 
             interval,
         ]
         rows.append([*row, PageCell(number(p, 2), p)])
-    return PageTable(columns, rows, BARS)
+    return PageTable(columns, rows, BARS_CAPTION)
 
 
 def _metric_cell(name: str, metric: Record) -> PageCell:
-    """The name of a metric, with what it is below."""
-    about = [metric["says"], f"{_direction(metric['greater_is_better'])} is better", metric.get("signature", "")]
-    return PageCell(name, name, note="; ".join(filter(None, about)))
+    """The cell with the name of a metric; below it what it means, its better direction and its signature."""
+    note_parts = [
+        metric["says"],
+        f"{_better_direction(metric['greater_is_better'])} is better",
+        metric.get("signature", ""),
+    ]
+    return PageCell(name, name, note="; ".join(filter(None, note_parts)))
 
 
-def _notes(task_record: Record, compared: Record | None) -> list[str]:
-    """What a reader must know about the numbers of a task."""
+def _task_notes(task_record: Record, compared: Record | None) -> list[str]:
+    """The notes of a task, and one more if it was compared with a model whose rows are others or not known."""
     notes = list(task_record.get("notes", ()))
     if compared is not None and not compared["paired"]:
         notes.append(
@@ -368,8 +436,8 @@ def _notes(task_record: Record, compared: Record | None) -> list[str]:
 
 
 def _headline(task_record: Record, compared: Record | None) -> str:
-    """The leading metric of a task in a few words: `exact_match 0.62, base 0.01: better`."""
-    name, metric, difference = _leading(task_record, compared)
+    """The leading metric of a task in a few words: "exact_match 0.62, was 0.01: better"; without a comparison the value alone."""
+    name, metric, difference = _leading_metric(task_record, compared)
     headline = f"{name} {number(metric['value'])}"
     if difference is None:
         return headline
@@ -377,7 +445,7 @@ def _headline(task_record: Record, compared: Record | None) -> str:
 
 
 def _facts(report: Record) -> list[tuple[str, str]]:
-    """How the numbers came about, for the folded part at the end."""
+    """(name, value) of what the numbers depend on, for the folded section at the end: model, processes, method, versions."""
     model = report["model"]
     facts = [
         ("model", str(model["path"])),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,40 +63,47 @@ def shown_rows(
     other_rows: Mapping[str, Sequence[TaskRow]],
     compared_tasks: Mapping[str, Any],
 ) -> dict[str, TaskRows]:
-    """The rows that the page shows, by task.
+    """The rows that the page shows, by task: the worst ones, and those that one model has right and the other wrong.
 
-    `other_rows`: those of the other model, by task, as far as they are known. `compared_tasks`: the comparison record of each
-    task in `evaluation.json`, whose key `changed` has the rows that one model has right and the other wrong.
+    `other_rows`: rows of the other model, by task; tasks whose rows are not known are missing. `compared_tasks`: the comparison
+    record of each task in `evaluation.json`, which has the changed rows under `changed`.
     """
     # A task shows up to three kinds of rows: the worst, lost and won. The limit holds for each kind.
     limit = min(max(MAX_ROWS // (3 * max(len(tasks), 1)), 3), MAX_WORST_ROWS)
-    chosen = {}
+    rows_of_tasks = {}
     for task in tasks:
         changed = compared_tasks.get(task.name, {}).get("changed", {})
-        chosen[task.name] = _chosen_rows(task, rows_by_task[task.name], other_rows.get(task.name, ()), changed, limit)
+        rows_of_tasks[task.name] = _choose_rows(
+            task, rows_by_task[task.name], other_rows.get(task.name, ()), changed, limit
+        )
+    _truncate_texts(rows_of_tasks.values())
+    return rows_of_tasks
+
+
+def _truncate_texts(rows_of_tasks: Collection[TaskRows]) -> None:
+    """Cut the texts of all shown rows, in place, to the length that `_text_limit` allows; of a prompt the end is kept."""
     texts: list[str] = []
-    for found in chosen.values():
-        for row in found.rows:
+    for task_rows in rows_of_tasks:
+        for row in task_rows.rows:
             texts += row.texts.values()
     text_limit = _text_limit(texts)
-    for found in chosen.values():
-        for row in found.rows:
+    for task_rows in rows_of_tasks:
+        for row in task_rows.rows:
             for name, text in row.texts.items():
-                row.texts[name] = _cut(text, text_limit, keep_end=name == "prompt")
-    return chosen
+                row.texts[name] = _truncate(text, text_limit, keep_end=name == "prompt")
 
 
 def _text_limit(texts: Sequence[str]) -> int:
     """The largest of `TEXT_LIMITS` with which all texts together are at most `MAX_TEXT_BYTES`; else the smallest."""
-    sizes = [(len(text), len(text.encode())) for text in texts if text]
+    sizes = [(len(text), len(text.encode())) for text in texts if text]  # (characters, bytes)
     for limit in TEXT_LIMITS:
-        num_bytes = sum(size * min(1.0, limit / length) for length, size in sizes)
-        if num_bytes <= MAX_TEXT_BYTES:
+        expected_bytes = sum(num_bytes * min(1.0, limit / num_characters) for num_characters, num_bytes in sizes)
+        if expected_bytes <= MAX_TEXT_BYTES:
             return limit
     return TEXT_LIMITS[-1]
 
 
-def _chosen_rows(
+def _choose_rows(
     task: Task, rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], changed: dict[str, Any], limit: int
 ) -> TaskRows:
     """The rows of one task to show, the worst first: the `limit` with the worst score, and up to `limit` each of lost and won.
@@ -107,7 +114,7 @@ def _chosen_rows(
     `changed`: lost and won rows as `changed_rows` returns them: {"lost": [{"where": "rows.jsonl:3", "other": "the other model's
     answer", ...}], "num_lost": 1, "won": [], "num_won": 0}. Empty without a comparison.
     """
-    score_name, score_of_row = row_value(task, rows)
+    score_name, score_of_row = first_metric_score(task, rows)
     other_answers = {row.where: row.answer for row in other_rows}
     right_score = right_or_wrong_score(task, rows)
 
@@ -150,7 +157,7 @@ def _chosen_rows(
 
 
 def _shown_row(row: TaskRow, sides: tuple[str, ...], value: str, other_answer: str) -> ShownRow:
-    """A row with its texts still whole."""
+    """A row as the page shows it, its texts not yet cut. `value`: what the page shows as its score."""
     texts = {
         "prompt": row.prompt,
         "answer": row.answer,
@@ -165,15 +172,15 @@ def _shown_row(row: TaskRow, sides: tuple[str, ...], value: str, other_answer: s
 
 
 def short(text: str) -> str:
-    """The beginning of a text on one line."""
+    """The first `SHORT_CHARACTERS` characters of a text, on one line."""
     return _one_line(text, keep_end=False)
 
 
 def _one_line(text: str, *, keep_end: bool) -> str:
-    return _cut(" ".join(text.split()), SHORT_CHARACTERS, keep_end=keep_end)
+    return _truncate(" ".join(text.split()), SHORT_CHARACTERS, keep_end=keep_end)
 
 
-def _cut(text: str, limit: int, *, keep_end: bool) -> str:
+def _truncate(text: str, limit: int, *, keep_end: bool) -> str:
     """At most `limit` characters of a text, its first or its last ones."""
     if len(text) <= limit:
         return text
@@ -181,18 +188,20 @@ def _cut(text: str, limit: int, *, keep_end: bool) -> str:
 
 
 def worst_rows_first(task: Task, rows: Sequence[TaskRow]) -> list[TaskRow]:
-    """The rows of a task from bad to good, by what each contributes to the first metric (`row_value`)."""
+    """The rows of a task from bad to good, by what each contributes to the first metric (`first_metric_score`)."""
     metric = task.metrics_for(rows)[0]
-    _, score_of_row = row_value(task, rows)
-    small_is_bad = metric.ratio is None or metric.greater_is_better
-    sign = 1 if small_is_bad else -1
+    _, score_of_row = first_metric_score(task, rows)
+    low_is_bad = metric.ratio is None or metric.greater_is_better
+    sign = 1 if low_is_bad else -1
     return sorted(rows, key=lambda row: sign * score_of_row(row))
 
 
-def row_value(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callable[[TaskRow], float]]:
-    """What a row contributes to the first metric: its name, and a function that computes it.
+def first_metric_score(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callable[[TaskRow], float]]:
+    """(name, function of a row) of what a row contributes to the task's first metric.
 
-    A loss is divided by the targets of the row, so that it compares with the loss over all rows.
+    - The metric is no ratio of sums: the row's first score.
+    - It is the mean of a score over rows: that score.
+    - It divides two summed scores, such as loss by targets: the metric of the row alone.
     """
     metric = task.metrics_for(rows)[0]
     if metric.ratio is None:

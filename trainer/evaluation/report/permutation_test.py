@@ -15,60 +15,61 @@ import numpy as np
 from trainer.evaluation.tasks.base import Metric, Task, TaskRow, score_array
 from trainer.evaluation.tasks.significance import max_statistic_p
 
-WeightedMetrics = dict[str, Callable[[np.ndarray], float]]
-EXCHANGES = 2000
-"""How often rows are exchanged; half as often if a metric is no ratio of sums, since each one is computed from scratch."""
-DRAWN_NUMBERS = 1 << 22
-"""Random numbers that are drawn at a time, which bounds the memory."""
+MetricFunctions = dict[str, Callable[[np.ndarray], float]]
+"""Functions of row weights, float64 [rows], by metric."""
+NUM_PERMUTATIONS = 2000
+"""How often rows are exchanged; half as often if a metric is no ratio of sums, because each one is computed from scratch."""
+MAX_NUMBERS_IN_MEMORY = 1 << 22
+"""Random numbers (permutations times rows) that are generated at a time, which bounds the memory."""
 
 
-def family_p(
+def family_p_values(
     task: Task, metrics: Sequence[Metric], rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], seed: int
 ) -> dict[str, float]:
     """p-value of the difference of two models in each metric of a family, by name, corrected for the number of metrics.
 
     Both models must have answered the same rows. If they are equally good, the answers to any row may be exchanged between
-    them: the test compares the largest difference of the family with those after random exchanges. `seed`: of the exchanges.
+    them: the test compares the differences with the largest ones of the family after random exchanges. `seed`: seeds these.
     """
     rng = np.random.default_rng([seed, len(rows)])
-    chunk_exchanges = max(1, DRAWN_NUMBERS // len(rows))
-    exchanges = EXCHANGES if all(metric.ratio for metric in metrics) else EXCHANGES // 2
-    weighted_metric_functions = task.weighted_metric_functions([*rows, *other_rows])
+    chunk_size = max(1, MAX_NUMBERS_IN_MEMORY // len(rows))
+    all_are_ratios = all(metric.ratio for metric in metrics)
+    num_permutations = NUM_PERMUTATIONS if all_are_ratios else NUM_PERMUTATIONS // 2
+    metric_functions = task.weighted_metric_functions([*rows, *other_rows])
 
-    # The differences of the models as they are, then after each exchange: [1 + exchanges, metrics].
     nothing_exchanged = np.zeros((1, len(rows)))
-    chunks = [_differences(metrics, rows, other_rows, weighted_metric_functions, nothing_exchanged)]
-    for begin in range(0, exchanges, chunk_exchanges):
-        num_draws = min(chunk_exchanges, exchanges - begin)
-        exchanged = rng.integers(0, 2, (num_draws, len(rows))).astype(float)  # 1 where a row's answers change sides
-        chunks.append(_differences(metrics, rows, other_rows, weighted_metric_functions, exchanged))
-    differences = np.nan_to_num(np.concatenate(chunks))
-    observed = differences[0]  # nothing was exchanged in the first row
-    by_chance = differences[1:]
+    observed = _metric_differences(metrics, rows, other_rows, metric_functions, nothing_exchanged)[0]  # [metrics]
+    chunks = []
+    for begin in range(0, num_permutations, chunk_size):
+        num_in_chunk = min(chunk_size, num_permutations - begin)
+        exchanged = rng.integers(0, 2, (num_in_chunk, len(rows))).astype(float)  # 1 where a row's answers change sides
+        chunks.append(_metric_differences(metrics, rows, other_rows, metric_functions, exchanged))
+    by_chance = np.nan_to_num(np.concatenate(chunks))  # [permutations, metrics]
+    observed = np.nan_to_num(observed)
     p_values = max_statistic_p(observed, by_chance).tolist()
     names = [metric.name for metric in metrics]
     return dict(zip(names, p_values, strict=True))
 
 
-def _differences(
+def _metric_differences(
     metrics: Sequence[Metric],
     rows: Sequence[TaskRow],
     other_rows: Sequence[TaskRow],
-    weighted_metric_functions: WeightedMetrics,
+    metric_functions: MetricFunctions,
     exchanged: np.ndarray,
 ) -> np.ndarray:
-    """This model's metrics minus the other's, float64 [draws, metrics].
+    """This model's metrics minus the other model's after each permutation, float64 [permutations, metrics].
 
-    In each draw, the rows where `exchanged` (float64 [draws, rows]) is 1 are those of the other model.
+    `exchanged`: float64 [permutations, rows], 1 where the two models' rows are exchanged, else 0.
     """
     columns = []
     for metric in metrics:
         if metric.ratio is None:
-            # Weights over the rows of both models: 1 for the half that counts as this model's, 0 for the rest.
-            metric_of_weights = weighted_metric_functions[metric.name]
+            # The function takes weights of the rows of both models: 1 for those that count as this model's, 0 for the others.
+            metric_of_weights = metric_functions[metric.name]
             differences = []
-            for draw in exchanged:
-                own_weights = np.concatenate([1 - draw, draw])
+            for is_exchanged in exchanged:
+                own_weights = np.concatenate([1 - is_exchanged, is_exchanged])
                 differences.append(metric_of_weights(own_weights) - metric_of_weights(1 - own_weights))
             columns.append(np.array(differences))
         else:
@@ -85,11 +86,12 @@ def _ratio_after_exchange(
     other_rows: Sequence[TaskRow],
     exchanged: np.ndarray,
 ) -> np.ndarray:
-    """The metric of the first model after each exchange of rows, float64 [draws].
+    """The metric of the model of `rows` after each permutation, float64 [permutations].
 
-    An exchanged row adds the other model's score to the sum instead of the own one.
+    An exchanged row adds the other model's score to the sum instead of the own one. `ratio`: names of the scores that are
+    numerator and denominator; a denominator of None is the number of rows.
     """
-    sums = []  # numerator and denominator, float64 [draws] each
+    sums = []  # numerator and denominator, float64 [permutations] each
     for score in ratio:
         own_scores = _score_array(rows, score)
         other_scores = _score_array(other_rows, score)

@@ -17,7 +17,9 @@ from trainer.reporting.status import write_text_atomic
 if TYPE_CHECKING:
     from trainer.evaluation.generate import GenerationThroughput
 
-REPORT, ROWS, PAGE = "evaluation.json", "evaluation_rows.jsonl", "evaluation.html"
+REPORT_FILE = "evaluation.json"
+ROWS_FILE = "evaluation_rows.jsonl"
+PAGE_FILE = "evaluation.html"
 VERSION = 1
 TUNED, BASE = "tuned", "base"
 
@@ -43,8 +45,8 @@ class EarlierEvaluation:
     """By task; empty if they are no longer next to the report."""
 
 
-def rows_hash(rows: Sequence[TaskRow]) -> str:
-    """SHA-256 of what was asked: `file:line` of each row and its reference. Equal hashes mean that rows can be compared."""
+def rows_sha256(rows: Sequence[TaskRow]) -> str:
+    """SHA-256, as hex, of what was asked: `file:line` and reference of each row. Rows of equal hashes can be compared."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.where, row.reference]).encode())
@@ -59,13 +61,16 @@ def same_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow]) -> bool:
 
 
 def task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tuple[float, float]]) -> dict[str, Any]:
-    """What `evaluation.json` says of one task; `intervals` are the 95 % intervals by metric."""
+    """The record of one task in `evaluation.json`: kind, rows, settings, metrics, notes.
+
+    `intervals`: the 95 % interval (low, high) of each metric by name.
+    """
     rows = model.rows[task.name]
     record: dict[str, Any] = {
         "kind": task.kind,
         "path": task.data_source,
         "num_rows": len(rows),
-        "rows_sha256": rows_hash(rows),
+        "rows_sha256": rows_sha256(rows),
         "seconds": round(model.seconds[task.name], 3),
     }
     if task.name in model.throughput:
@@ -81,18 +86,18 @@ def task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tuple[fl
 def _metric_records(
     task: Task, rows: Sequence[TaskRow], values: dict[str, float], intervals: dict[str, tuple[float, float]]
 ) -> dict[str, dict[str, Any]]:
-    """What `evaluation.json` says of each metric of a task, by name: value, interval, and what decides the number.
+    """The record of each metric of a task in `evaluation.json`, by name: value, interval, and what decides the number.
 
     `values`: the metrics by name; a name may end in `/SOURCE`. {"accuracy": 0.8} -> {"accuracy": {"value": 0.8,
     "greater_is_better": true, "says": "share of ...", "low": 0.7, "high": 0.88}}, with `stderr` and `signature` if there are any.
     """
     signatures = task.signatures()
     standard_errors = task.standard_errors(rows)
-    # Reversed, so that of two metrics with one name the first one stays.
-    known_metrics = {metric.name: metric for metric in reversed(task.metrics_for(rows))}
+    # Reversed, so that of two metrics with the same name the first one is taken.
+    metric_by_name = {metric.name: metric for metric in reversed(task.metrics_for(rows))}
     records = {}
     for name, value in values.items():
-        metric = known_metrics.get(name) or known_metrics[name.partition("/")[0]]
+        metric = metric_by_name.get(name) or metric_by_name[name.partition("/")[0]]
         record = {"value": value, "greater_is_better": metric.greater_is_better, "says": metric.description}
         if name in intervals:
             record["low"], record["high"] = intervals[name]
@@ -105,7 +110,7 @@ def _metric_records(
 
 
 def _throughput_record(throughput: GenerationThroughput) -> dict[str, Any]:
-    """How answers were written, under the keys that reports have had from the first version on."""
+    """The speed of generation as `evaluation.json` has it, under keys that stay as they are for older reports."""
     gathering = throughput.gathering
     return {
         "tokens": throughput.tokens,
@@ -119,9 +124,9 @@ def _throughput_record(throughput: GenerationThroughput) -> dict[str, Any]:
 
 
 def write_report(directory: Path, report: dict[str, Any], models: dict[str, EvaluatedModel]) -> None:
-    """Write `evaluation.json` and `evaluation_rows.jsonl` into a directory. Errors: StorageError.
+    """Write `evaluation.json` and `evaluation_rows.jsonl` into a directory. Raises StorageError if a file cannot be written.
 
-    `models`: the evaluated models by arm (tuned or base).
+    `models`: the evaluated models by arm, "tuned" or "base".
     """
     lines = []
     for arm, model in models.items():
@@ -129,34 +134,41 @@ def write_report(directory: Path, report: dict[str, Any], models: dict[str, Eval
             for row in rows:
                 lines.append(json_text({"task": task, "arm": arm, **asdict(row)}, ensure_ascii=False))
     # The rows come first: a report without its rows could not be compared row by row.
-    write_text_atomic(directory / ROWS, "".join(f"{line}\n" for line in lines))
-    write_text_atomic(directory / REPORT, json_text(report, indent=1, ensure_ascii=False) + "\n")
+    write_text_atomic(directory / ROWS_FILE, "".join(f"{line}\n" for line in lines))
+    write_text_atomic(directory / REPORT_FILE, json_text(report, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_report(path: Path, key: str) -> EarlierEvaluation:
-    """An earlier evaluation: `path` is its `evaluation.json`, and its rows are read if they are next to it.
+def read_report(path: Path, setting: str) -> EarlierEvaluation:
+    """An earlier evaluation from its `evaluation.json` (`path`), and the rows of the tuned model from the file next to it.
 
-    `key`: the setting that names the file. Errors: ConfigError if it is no report of this version.
+    Rows are left out if the file is missing, or if their hash differs from the report's, because they are another report's.
+    `setting`: the setting that names the report, for the error. Raises ConfigError if `path` cannot be read or is no report of
+    this version.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(report, dict) and isinstance(report["tasks"], dict) and report["version"] == VERSION
     except OSError as error:
-        raise ConfigError(f"{key}={path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, AssertionError):
+        raise ConfigError(f"{setting}={path}: cannot be read ({error.strerror})") from error
+    except ValueError:
+        report = None
+    if not _is_report(report):
         raise ConfigError(
-            f"{key}={path}: is no report of shardtune evaluate of this version; name the {REPORT} of one"
-        ) from None
-    rows = _read_rows(path.parent / ROWS)
+            f"{setting}={path}: is no report of shardtune evaluate of this version; name the {REPORT_FILE} of one"
+        )
+    rows_by_task = _read_tuned_rows(path.parent / ROWS_FILE)
     for name, task in report["tasks"].items():
-        # The directory may hold the rows of another report, which must not be paired with this one's.
-        if name in rows and rows_hash(rows[name]) != task["rows_sha256"]:
-            del rows[name]
-    return EarlierEvaluation(str(path), report, rows)
+        if name in rows_by_task and rows_sha256(rows_by_task[name]) != task["rows_sha256"]:
+            del rows_by_task[name]
+    return EarlierEvaluation(str(path), report, rows_by_task)
 
 
-def _read_rows(path: Path) -> dict[str, list[TaskRow]]:
-    """The rows of the tuned model by task; none if the file is missing or cannot be read."""
+def _is_report(report: Any) -> bool:
+    """Whether the content of a JSON file is an evaluation's report of this version."""
+    return isinstance(report, dict) and isinstance(report.get("tasks"), dict) and report.get("version") == VERSION
+
+
+def _read_tuned_rows(path: Path) -> dict[str, list[TaskRow]]:
+    """The rows of the tuned model by task, from `evaluation_rows.jsonl`; {} if the file is missing or cannot be read."""
     rows: dict[str, list[TaskRow]] = {}
     try:
         with path.open(encoding="utf-8") as file:

@@ -5,37 +5,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trainer.evaluation.report.comparison import changed_rows, right_or_wrong_score
-from trainer.evaluation.report.page_rows import MAX_WORST_ROWS, row_value, worst_rows_first
+from trainer.evaluation.report.page_rows import MAX_WORST_ROWS, first_metric_score, worst_rows_first
 from trainer.evaluation.tasks.base import Task, TaskRow, shorten_prompt
 from trainer.reporting.trackers.base import Table
 
 
 def row_tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> dict[str, Table]:
-    """Tables of one task for the trackers, by name: its worst rows, and those that turned right or wrong.
+    """Tables of one task for the trackers, by name.
 
-    `before`: the same rows answered by another model, or earlier in the training; None at the first evaluation.
+    - "eval/NAME/worst_rows", if there are rows.
+    - "eval/NAME/changed_rows", the rows that turned from right to wrong or back, if `before` has the same rows and each row is
+      right or wrong.
+
+    `before`: rows that were answered by another model, or earlier in the training; None at the first evaluation.
     """
     name = f"eval/{task.name}"
     tables = {}
     if rows:
         tables[f"{name}/worst_rows"] = worst_rows_table(task, rows, before)
     if before is None or [row.where for row in rows] != [row.where for row in before]:
-        return tables  # rows that are not the same cannot have changed
+        return tables  # only the same rows can be compared
     score = right_or_wrong_score(task, [*rows, *before])
     if score is None:
         return tables
     changed = changed_rows(rows, before, score)
     cells = []
-    for now, side in (("wrong", "lost"), ("right", "won")):
+    for present_state, side in (("wrong", "lost"), ("right", "won")):
         for row in changed[side]:
-            cells.append([now, row["where"], row["prompt"], row["answer"], row["other"]])
+            cells.append([present_state, row["where"], row["prompt"], row["answer"], row["other"]])
     tables[f"{name}/changed_rows"] = Table(["now", "row", "prompt", "answer", "answer before"], cells)
     return tables
 
 
 def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> Table:
     """A table of the task's `MAX_WORST_ROWS` worst rows, the worst one first, with the earlier answer beside the new one."""
-    score_name, score_of_row = row_value(task, rows)
+    score_name, score_of_row = first_metric_score(task, rows)
     answers_before = {row.where: row.answer for row in before or ()}
     cells = []
     for row in worst_rows_first(task, rows)[:MAX_WORST_ROWS]:

@@ -14,7 +14,8 @@ from trainer.reporting.status import write_text_atomic
 if TYPE_CHECKING:
     from trainer.evaluation.task_evaluator import FinishedTask
 
-UNFINISHED_FILE, ROWS = "evaluation_unfinished.json", "evaluation_unfinished_rows.jsonl"
+UNFINISHED_FILE = "evaluation_unfinished.json"
+UNFINISHED_ROWS_FILE = "evaluation_unfinished_rows.jsonl"
 """Files next to the report. The report of an earlier evaluation is not touched until this one is complete."""
 
 
@@ -28,42 +29,47 @@ class UnfinishedReport:
         self._finished: dict[str, dict[str, Any]] = {}
         """By arm (which model: tuned or base) and task: {"base": {"facts": {"metrics": ..., "num_rows": 50, "seconds": 3.2}}}."""
 
-    def add(self, arm: str, done: FinishedTask) -> None:
-        """Append the rows of a finished task to the file, and its metrics to the unfinished report. Errors: StorageError.
+    def add(self, arm: str, finished: FinishedTask) -> None:
+        """Append the rows of a finished task to the rows' file, and write the unfinished report anew with its metrics.
 
-        `arm`: which model has answered, tuned or base.
+        The first call also removes the files of an earlier evaluation. `arm`: which model has answered, "tuned" or "base".
+        Raises StorageError if a file cannot be written.
         """
-        task = done.prepared.task
+        task = finished.prepared.task
         if not self._finished:
             # Not earlier: if this evaluation finishes no task, the files of an earlier one stay.
             self.discard()
         lines = []
-        for row in done.rows:
+        for row in finished.rows:
             lines.append(json_text({"task": task.name, "arm": arm, **asdict(row)}, ensure_ascii=False))
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with (self.directory / ROWS).open("a", encoding="utf-8") as file:
+            with (self.directory / UNFINISHED_ROWS_FILE).open("a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in lines)
         except OSError as error:
             raise StorageError(
-                f"{self.directory / ROWS}: cannot be written ({error}); free space, or give another to="
+                f"{self.directory / UNFINISHED_ROWS_FILE}: cannot be written ({error}); free space, or give another to="
             ) from error
         tasks = self._finished.setdefault(arm, {})
-        tasks[task.name] = {"metrics": done.metrics, "num_rows": len(done.rows), "seconds": round(done.seconds, 3)}
+        tasks[task.name] = {
+            "metrics": finished.metrics,
+            "num_rows": len(finished.rows),
+            "seconds": round(finished.seconds, 3),
+        }
         # The key is not `tasks`, as in a report, so that nothing reads this part as a complete evaluation.
         report = {"version": VERSION, "unfinished": True, "model": self.model, "finished": self._finished}
         write_text_atomic(self.directory / UNFINISHED_FILE, json_text(report, indent=1, ensure_ascii=False) + "\n")
 
-    def names(self) -> list[str]:
-        """The tasks that are written, such as `base: facts`."""
+    def finished_task_names(self) -> list[str]:
+        """The tasks whose rows are written, with the arm that answered: ["base: facts", "tuned: facts"]."""
         names = []
         for arm, tasks in self._finished.items():
             names += [f"{arm}: {task}" for task in tasks]
         return names
 
     def discard(self) -> None:
-        """Remove both files: those of an earlier evaluation, or of this one once its report is written. Errors: StorageError."""
-        for name in (UNFINISHED_FILE, ROWS):
+        """Remove both files, of an earlier evaluation or of this one once its report is written. Raises StorageError."""
+        for name in (UNFINISHED_FILE, UNFINISHED_ROWS_FILE):
             try:
                 (self.directory / name).unlink(missing_ok=True)
             except OSError as error:
