@@ -75,6 +75,7 @@ class LevelShiftDetector:
         if row.get("skipped") or not all(math.isfinite(number) for number in numbers.values()):
             return []
         newest = {"step": float(row["step"]), "samples": float(first_sample), **numbers}
+        # The key `told/<name>` marks a step that was reported for this metric, alone or as part of a level.
         newest |= {f"told/{name}": 1.0 for name in reported_names}
         self.rows = [*self.rows, newest][-self._window :]
         new_levels = []
