@@ -346,9 +346,9 @@ def test_router_counts_leave_out_recomputed_blocks_references_and_evaluations():
     assert tokens.sum(1).tolist() == [24, 24]
     routed = AddedLosses(RouterLosses(balance=1.0, top_k=2), experts)
     with torch.no_grad():
-        assert routed.terms(model, lambda: {"loss": model(input_ids=ids).logits.sum()}, {"input_ids": ids}).keys() == {
-            "loss"
-        }
+        assert routed.with_added_terms(
+            model, lambda: {"loss": model(input_ids=ids).logits.sum()}, {"input_ids": ids}
+        ).keys() == {"loss"}
 
 
 def test_router_counts_leave_out_padding_and_virtual_tokens():
