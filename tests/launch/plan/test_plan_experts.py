@@ -150,7 +150,8 @@ def test_a_plan_says_where_groups_cross_hosts():
 def test_a_plan_of_groups_that_cross_hosts_prints_the_note(capsys, model):
     code, out, err = planned(capsys, model, "parallel.experts=8", "launcher.nodes=2")
     assert code == 0, err
-    assert "groups of 8 ranks cross hosts of 4" in " ".join(out.split())
+    # The note of the plan: what the run itself notes under "chosen for you" has no number.
+    assert "parallel.experts=8: groups of 8 ranks cross hosts of 4" in " ".join(out.split())
 
 
 def test_a_plan_offers_expert_parallelism_where_nothing_else_fits():
