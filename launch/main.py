@@ -256,7 +256,14 @@ def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int
 
 
 def _run_verb(verb: str, argv: list[str]) -> int:
-    """Check what all verbs need of the environment and the arguments, and run one verb; returns the exit code."""
+    """Check the environment and the arguments, and run one verb; returns the exit code. Raises ConfigError for:
+
+    - Python without docstrings (`python -OO`), under which no model can be loaded;
+    - arguments with bytes that are no text, which could not be written into files;
+    - an address behind `to=`.
+
+    The first two are not checked for READ_ONLY_VERBS, which load no model and write no file of text.
+    """
     from importlib import import_module
 
     from launch.config.user_files import take_config_dirs
@@ -265,7 +272,8 @@ def _run_verb(verb: str, argv: list[str]) -> int:
         streams.refuse_stripped_docstrings()
         streams.refuse_undecodable_arguments(argv)
     _refuse_addresses(argv)
-    return int(import_module(module_of(verb)).main(take_config_dirs(argv)) or 0)
+    remaining_arguments = take_config_dirs(argv)
+    return int(import_module(module_of(verb)).main(remaining_arguments) or 0)
 
 
 def _report_failure(arguments: list[str], problems: list[str], code: int) -> int:

@@ -90,15 +90,19 @@ COMMON_SETTINGS = {
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune train` with the arguments `argv`, as a launcher or as one rank; returns the exit code.
+    """Run `shardtune train` with the arguments `argv`; returns the exit code. The first of these that applies:
 
-    Errors: ConfigError, and whatever the run itself raises.
+    - `--help` prints the usage;
+    - arguments that cannot be used raise ConfigError;
+    - `--info` prints how the configuration is composed;
+    - a process that torchrun or srun has started trains as one rank;
+    - otherwise this process launches the run or the sweep, or prints what it would be.
     """
     arguments, problems = read_arguments("train", TrainArguments, argv)
     needs_help = asks_for_help(argv)
-    # Signals are held from the start of the process, so that a run can save. Here there is nothing to save (yet).
+    # Signals are blocked from the start of the process, so that a run can save. These commands have nothing to save (yet).
     if needs_help or problems or arguments.only_shows or arguments.as_json:
-        unblock_signals()  # a signal ends the process at once; with --json, training holds signals again
+        unblock_signals()  # a signal ends the process at once; with --json, training blocks them again
     if needs_help:
         show_help(usage())
         return 0
@@ -112,7 +116,8 @@ def main(argv: list[str]) -> int:
     if arguments.info is not None:
         print("\n".join(show_config.composition_lines(arguments.settings)))
         return 0
-    if is_worker(os.environ) and not arguments.only_shows and not arguments.as_json and not arguments.multirun:
+    launches_nothing = not (arguments.only_shows or arguments.as_json or arguments.multirun)
+    if launches_nothing and is_worker(os.environ):
         return run_as_rank(arguments.settings)
     return _train_or_show(arguments)
 
@@ -156,19 +161,19 @@ def _multirun(arguments: TrainArguments) -> int:
 
     print_point = None
     if arguments.shown_config is not None or arguments.dry_run:
-        print_point = partial(show, shown_config=arguments.shown_config)
+        print_point = partial(show_point, shown_config=arguments.shown_config)
     if is_search(arguments.settings):
         return _search(arguments.settings, print_point)
     return multirun(arguments.settings, launch=launch_run, show=print_point, check=arguments.shown_config is None)
 
 
-def _dry_run(arguments: list[str], *, as_json: bool) -> int:
+def _dry_run(overrides: list[str], *, as_json: bool) -> int:
     """Print what a run would do (`--dry-run`); returns the exit code, 70 if a defect of ours prevents simulating its step."""
     with stdout_to_stderr(as_json):
         from launch.config.compose import compose
         from launch.plan.dry_run import describe
 
-        description = describe(compose(arguments).config)
+        description = describe(compose(overrides).config)
     if as_json:
         print_json({**description.facts, "exit_code": description.exit_code})
     else:
@@ -209,7 +214,7 @@ def _search(arguments: list[str], print_point: Callable[[Composed], None] | None
     return run_search(search, search.directory, start_trial)
 
 
-def show(composed: Composed, *, shown_config: str | None) -> None:
+def show_point(composed: Composed, *, shown_config: str | None) -> None:
     """Print the run's whole configuration if `--cfg` asks for one (`shown_config`: job, hydra or all), else its dry run."""
     if shown_config:
         show_config.print_config(composed, shown_config)
@@ -238,9 +243,9 @@ def launch_run(composed: Composed, run_dir: Path, *, isolate: bool = False) -> i
 
     config = composed.config
     # Looked up before `write_run_config`, which writes. Printed after it, once the directory is known to be this run's.
-    finished = is_finished(run_dir)
+    was_finished = is_finished(run_dir)
     write_run_config(composed, run_dir, may_change_strategy=not isolate)
-    if finished:
+    if was_finished:
         print(f"{run_dir}: already finished with this configuration; nothing to do")
         return 0
     if config.launcher.name is LauncherName.slurm:
@@ -353,21 +358,22 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     from launch.compare import run_report
     from strategies.errors import NotRunOwner, Preempted
 
-    before = state_before_start(run_dir)
+    earlier_state = state_before_start(run_dir)
     code = 0
     print("starting 1 process", file=sys.stderr, flush=True)  # before the libraries are loaded, which takes seconds
     try:
         _train_recording_failure(config, run_dir, sha256, 0)
     except Preempted as stop:
+        # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
         code = 130 if stop.signal_name == "SIGINT" else 0
-    except NotRunOwner:  # the directory is another attempt's: no report either
+    except NotRunOwner:  # without a report, because the directory belongs to another attempt
         raise
     except Exception:  # the command line says what it is
-        run_report.write_report_at_end(config, find_run_directory(run_dir, before))
+        run_report.write_report_at_end(config, find_run_directory(run_dir, earlier_state))
         raise
-    code = record_outcome(run_dir, code, before)
+    code = record_outcome(run_dir, code, earlier_state)
     if code != 130:  # who pressed Ctrl-C waits for nothing more
-        run_report.write_report_at_end(config, find_run_directory(run_dir, before))
+        run_report.write_report_at_end(config, find_run_directory(run_dir, earlier_state))
     return code
 
 

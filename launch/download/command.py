@@ -22,7 +22,7 @@ from launch.config.verb_arguments import (
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.download.pieces import FetchedPiece, HubPiece
+    from launch.download.pieces import FetchedAsset, HubAsset
 
 DAMAGED_EXIT_CODE = 69
 
@@ -76,47 +76,50 @@ def main(argv: list[str]) -> int:
 
 
 def _download(arguments: list[str], target: Path, *, dry_run: bool, as_json: bool) -> int:
-    """Fetch the models and data sets that a run with these settings needs from the hub ("pieces"); returns the exit code.
+    """Fetch the models and data sets that a run with these settings takes from the hub ("assets"); returns the exit code.
 
-    Then the settings file `target` is written, in which they are pinned to their commits, and beside it a manifest of the files.
-    With `dry_run`, only print what would be fetched.
+    Then writes the settings file `target`, in which they are pinned to their commits, and beside it a manifest of the fetched
+    files. With `dry_run`, only prints what would be fetched.
     """
     from launch.config.compose import compose
-    from launch.download.pieces import check_free_space, fetch_piece, hub_pieces, resolve
+    from launch.download.pieces import check_free_space, fetch_asset, hub_assets, with_commit_and_size
 
     config = compose(arguments, check=False).config
-    # What is to be fetched.
-    pieces = [resolve(piece) for piece in hub_pieces(config)]
-    missing_bytes = sum(piece.missing_bytes for piece in pieces)
+    assets = [with_commit_and_size(asset) for asset in hub_assets(config)]
+    missing_bytes = sum(asset.missing_bytes for asset in assets)
     if dry_run:
         if as_json:
-            entries = [piece.manifest_entry() for piece in pieces]
+            entries = [asset.manifest_entry() for asset in assets]
             print(json.dumps({"pieces": entries, "lacking_bytes": missing_bytes}))
         else:
-            print("\n".join([*map(_plan_line, pieces), f"to fetch: {_size_text(missing_bytes)}"]))
+            print("\n".join([*map(_asset_line, assets), f"to fetch: {_size_text(missing_bytes)}"]))
         return 0
-    # Fetch it. A disk that fills up after an hour would leave half a model, so the space is checked first.
+    # Checked first, because a disk that fills up after an hour would leave half a model.
     check_free_space(missing_bytes)
-    fetched_pieces = []
-    for piece in pieces:
-        print(_plan_line(piece), file=sys.stderr, flush=True)
-        fetched_pieces.append(fetch_piece(piece))
-    settings, manifest = _write_pinned_files(target, fetched_pieces)
+    fetched_assets = []
+    for asset in assets:
+        print(_asset_line(asset), file=sys.stderr, flush=True)
+        fetched_assets.append(fetch_asset(asset))
+    settings_path, manifest_path = _write_pinned_files(target, fetched_assets)
     if as_json:
-        print(json.dumps({"settings": str(settings), "manifest": str(manifest), **_as_dict(fetched_pieces)}))
+        print(
+            json.dumps(
+                {"settings": str(settings_path), "manifest": str(manifest_path), **_manifest_contents(fetched_assets)}
+            )
+        )
         return 0
-    for fetched in fetched_pieces:
+    for fetched in fetched_assets:
         total_bytes = sum(file["bytes"] for file in fetched.files)
-        print(f"{fetched.piece.key}: {len(fetched.files)} files, {_size_text(total_bytes)}, in {fetched.directory}")
-    print(f"settings: {settings}  (shardtune train {settings} ...)\nmanifest: {manifest}")
+        print(f"{fetched.asset.key}: {len(fetched.files)} files, {_size_text(total_bytes)}, in {fetched.directory}")
+    print(f"settings: {settings_path}  (shardtune train {settings_path} ...)\nmanifest: {manifest_path}")
     return 0
 
 
-def _plan_line(piece: HubPiece) -> str:
+def _asset_line(asset: HubAsset) -> str:
     """A line about a model or data set: its commit, its size, and how much of it is not in the cache."""
-    size = _size_text(piece.total_bytes) if piece.total_bytes else "a size that the server does not give"
-    to_fetch = f"{_size_text(piece.missing_bytes)} to fetch" if piece.missing_bytes else "all of it is here"
-    return f"{piece.key}: {piece.kind} {piece.name} at {piece.commit[:12]}: {size}, {to_fetch}"
+    size = _size_text(asset.total_bytes) if asset.total_bytes else "a size that the server does not give"
+    to_fetch = f"{_size_text(asset.missing_bytes)} to fetch" if asset.missing_bytes else "all of it is here"
+    return f"{asset.key}: {asset.kind} {asset.name} at {asset.commit[:12]}: {size}, {to_fetch}"
 
 
 def _size_text(size_bytes: int) -> str:
@@ -127,60 +130,62 @@ def _size_text(size_bytes: int) -> str:
     return f"{size_bytes} bytes"
 
 
-def _as_dict(fetched_pieces: list[FetchedPiece]) -> dict[str, Any]:
+def _manifest_contents(fetched_assets: list[FetchedAsset]) -> dict[str, Any]:
     """The contents of the manifest: each fetched model and data set, its directory, and its files with sizes and hashes."""
     entries = []
-    for fetched in fetched_pieces:
-        entries.append({**fetched.piece.manifest_entry(), "directory": str(fetched.directory), "files": fetched.files})
+    for fetched in fetched_assets:
+        entries.append({**fetched.asset.manifest_entry(), "directory": str(fetched.directory), "files": fetched.files})
     return {"pieces": entries}
 
 
-def _write_pinned_files(target: Path, fetched_pieces: list[FetchedPiece]) -> tuple[Path, Path]:
+def _write_pinned_files(target: Path, fetched_assets: list[FetchedAsset]) -> tuple[Path, Path]:
     """Write the settings file with the pinned commits, and the manifest beside it; returns both paths. Errors: StorageError."""
     import yaml
 
     from strategies.errors import StorageError
 
     settings: dict[str, Any] = {}
-    for fetched in fetched_pieces:
-        for key_path, value in fetched.piece.pinned_settings():
+    for fetched in fetched_assets:
+        for key_path, value in fetched.asset.pinned_settings():
             block = settings
             for name in key_path[:-1]:
                 block = block.setdefault(name, {})
             block[key_path[-1]] = value
-    manifest = target.with_suffix(".json")
-    head = f"# Pinned by `shardtune download`; {manifest.name} has the files. A bare word of every verb.\n"
+    manifest_path = target.with_suffix(".json")
+    head = f"# Pinned by `shardtune download`; {manifest_path.name} has the files. A bare word of every verb.\n"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        manifest.write_text(json.dumps(_as_dict(fetched_pieces), indent=1) + "\n", encoding="utf-8")
+        manifest_path.write_text(json.dumps(_manifest_contents(fetched_assets), indent=1) + "\n", encoding="utf-8")
         target.write_text(head + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"to={target}: cannot be written ({error.strerror}); the files were fetched") from error
-    return target, manifest
+    return target, manifest_path
 
 
 def _verify(arguments: list[str], as_json: bool) -> int:
     """Read all fetched files again, and compare them with their manifest; returns the exit code. Errors: ConfigError.
 
-    `arguments` must be the path of one settings file that download wrote. Its manifest, beside it with the suffix .json, is
+    `arguments` must be the path of one settings file that download wrote. Its manifest_path, beside it with the suffix .json, is
     {"pieces": [{"key": ..., "directory": ..., "files": [{"path": ..., "bytes": ..., "sha256": ...}]}]}.
     """
     from launch.download.pieces import file_damage
 
     if len(arguments) != 1:
         raise ConfigError(f"--verify: name one file, not {len(arguments)}: shardtune download --verify pinned.yaml")
-    manifest = Path(arguments[0]).expanduser().with_suffix(".json")
+    manifest_path = Path(arguments[0]).expanduser().with_suffix(".json")
     file_count = 0
     damaged = []
     try:
-        for piece in json.loads(manifest.read_text(encoding="utf-8"))["pieces"]:
-            for file in piece["files"]:
+        for asset in json.loads(manifest_path.read_text(encoding="utf-8"))["pieces"]:
+            for file in asset["files"]:
                 file_count += 1
-                damage = file_damage(Path(piece["directory"]), file)
+                damage = file_damage(Path(asset["directory"]), file)
                 if damage:
-                    damaged.append(f"{piece['key']}: {damage}")
+                    damaged.append(f"{asset['key']}: {damage}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{manifest}: is no list that download wrote ({type(error).__name__}: {error})") from error
+        raise ConfigError(
+            f"{manifest_path}: is no list that download wrote ({type(error).__name__}: {error})"
+        ) from error
     if as_json:
         print(json.dumps({"files": file_count, "damaged": damaged}))
     else:

@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class HubPiece:
+class HubAsset:
     """A model, tokenizer or data set of the hub that a run takes."""
 
     key: str
@@ -30,7 +30,7 @@ class HubPiece:
     subset: str | None = None
     split: str | None = None
     commit: str = ""
-    """The commit to which the revision points; empty before `resolve`."""
+    """The commit to which the revision points; empty before `with_commit_and_size`."""
     total_bytes: int = 0
     """Size of what a run takes of it; 0 if the hub does not say before it is fetched."""
     missing_bytes: int = 0
@@ -56,23 +56,23 @@ class HubPiece:
 
 
 @dataclass(frozen=True, slots=True)
-class FetchedPiece:
+class FetchedAsset:
     """A model or data set of the hub that is in the cache now."""
 
-    piece: HubPiece
+    asset: HubAsset
     directory: Path
     files: list[dict[str, Any]]
     """Entries of the manifest: `path` in the directory, `bytes` and `sha256` of each file."""
 
 
-def hub_pieces(config: RunConfig) -> list[HubPiece]:
+def hub_assets(config: RunConfig) -> list[HubAsset]:
     """The models and data sets that the configuration names by hub ids, not yet resolved to commits.
 
     Errors: ConfigError if there are none, or if one cannot be pinned to a commit.
     """
     from trainer.data.read.paths import is_hub_path
 
-    pieces = [*_models(config), *_training_data(config)]
+    assets = [*_model_assets(config), *_training_data_assets(config)]
     # What cannot be pinned: evaluation and test data, and two repositories under one revision.
     problems = []
     for split in ("eval_path", "test_path"):
@@ -84,47 +84,47 @@ def hub_pieces(config: RunConfig) -> list[HubPiece]:
                     f"(data.{split.removesuffix('_path')}_share=0.05), or give files"
                 )
     # model.revision is one setting: it cannot be the commit of two repositories.
-    model_names = {piece.name for piece in pieces if piece.kind == "model"}
+    model_names = {asset.name for asset in assets if asset.kind == "model"}
     if config.model.tokenizer and len(model_names) > 1 and config.model.revision:
         problems.append(
             f"model.revision={config.model.revision}: is asked of model.path and of model.tokenizer={config.model.tokenizer}; "
             "give the tokenizer as a directory"
         )
-    if not pieces and not problems:
+    if not assets and not problems:
         problems.append(
             "nothing here is named by a hub id: give model.path=<organisation>/<name> or data.path=hub:<name>; "
             "files and directories are taken where they lie"
         )
     if problems:
         raise ConfigError(problems)
-    return pieces
+    return assets
 
 
-def _models(config: RunConfig) -> list[HubPiece]:
+def _model_assets(config: RunConfig) -> list[HubAsset]:
     """The model and the tokenizer, unless they are directories on this machine."""
-    pieces = []
+    assets = []
     for key in ("path", "tokenizer"):
         name = getattr(config.model, key)
         if name and not Path(name).expanduser().exists():
-            pieces.append(HubPiece(f"model.{key}", "model", name, config.model.revision))
-    return pieces
+            assets.append(HubAsset(f"model.{key}", "model", name, config.model.revision))
+    return assets
 
 
-def _training_data(config: RunConfig) -> list[HubPiece]:
+def _training_data_assets(config: RunConfig) -> list[HubAsset]:
     """The hub data sets in `data.sources` and `data.path`. Errors: ConfigError for a `hub:` that names none."""
     from trainer.data.read.paths import hub_name, is_hub_path
 
-    pieces = []
+    assets = []
     for source_name, source in config.data.sources.items():
         key = f"data.sources.{source_name}.path"
         for path in _as_paths(source.path):
             if is_hub_path(path):
                 dataset = hub_name(path, key)
-                pieces.append(HubPiece(key, "dataset", dataset, source.revision, source.subset, source.split))
+                assets.append(HubAsset(key, "dataset", dataset, source.revision, source.subset, source.split))
     for path in _as_paths(config.data.path):
         if is_hub_path(path):
-            pieces.append(HubPiece("data.path", "dataset", hub_name(path, "data.path"), None))
-    return pieces
+            assets.append(HubAsset("data.path", "dataset", hub_name(path, "data.path"), None))
+    return assets
 
 
 def _as_paths(path_or_list: Any) -> list[str]:
@@ -139,7 +139,7 @@ def _source_name(dataset: str) -> str:
     return "".join(character if character.isalnum() else "_" for character in name).strip("_").lower()
 
 
-def resolve(piece: HubPiece) -> HubPiece:
+def with_commit_and_size(asset: HubAsset) -> HubAsset:
     """Ask the hub for the commit to which a piece's revision points now and a model's size; returns the piece with them.
 
     The size is that of all files, and of those that the cache lacks. Errors: ConfigError if the hub does not give the piece.
@@ -149,26 +149,26 @@ def resolve(piece: HubPiece) -> HubPiece:
     from trainer.model.loading import HUB_PATTERNS
 
     try:
-        commit = HfApi().repo_info(piece.name, repo_type=piece.kind, revision=piece.revision).sha
+        commit = HfApi().repo_info(asset.name, repo_type=asset.kind, revision=asset.revision).sha
         if commit is None:
             raise ValueError("the hub names no commit")
-        if piece.kind == "dataset":  # its loader decides which of its files are read
-            return replace(piece, commit=commit)
-        files = snapshot_download(piece.name, revision=commit, allow_patterns=[*HUB_PATTERNS], dry_run=True)
+        if asset.kind == "dataset":  # its loader decides which of its files are read
+            return replace(asset, commit=commit)
+        files = snapshot_download(asset.name, revision=commit, allow_patterns=[*HUB_PATTERNS], dry_run=True)
     except Exception as error:  # the hub client has a dozen error types; all mean that it is not to be had
-        raise _not_available_error(piece, error) from error
+        raise _not_available_error(asset, error) from error
     total_bytes = sum(file.file_size or 0 for file in files)
     missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
-    return replace(piece, commit=commit, total_bytes=total_bytes, missing_bytes=missing_bytes)
+    return replace(asset, commit=commit, total_bytes=total_bytes, missing_bytes=missing_bytes)
 
 
-def _not_available_error(piece: HubPiece, error: Exception) -> ConfigError:
+def _not_available_error(asset: HubAsset, error: Exception) -> ConfigError:
     """The error to raise if the hub does not give a piece, with the first line of the client's message."""
-    revision = f" (revision {piece.revision})" if piece.revision else ""
+    revision = f" (revision {asset.revision})" if asset.revision else ""
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
     return ConfigError(
-        f"{piece.key}={piece.name}{revision}: cannot be had from the hub ({reason[:200]}); check the name, whether this machine "
+        f"{asset.key}={asset.name}{revision}: cannot be had from the hub ({reason[:200]}); check the name, whether this machine "
         "reaches it (HF_ENDPOINT, HF_HUB_OFFLINE), and for a gated or private one the token (HF_TOKEN)"
     )
 
@@ -188,7 +188,7 @@ def check_free_space(missing_bytes: int) -> None:
         )
 
 
-def fetch_piece(piece: HubPiece) -> FetchedPiece:
+def fetch_asset(asset: HubAsset) -> FetchedAsset:
     """Fetch a model or data set at its commit into the hub's cache; returns its files there, with their hashes.
 
     Errors: ConfigError, DataError.
@@ -197,25 +197,25 @@ def fetch_piece(piece: HubPiece) -> FetchedPiece:
 
     from trainer.model.loading import HUB_PATTERNS
 
-    if piece.kind == "model":
+    if asset.kind == "model":
         try:
-            directory = Path(snapshot_download(piece.name, revision=piece.commit, allow_patterns=[*HUB_PATTERNS]))
+            directory = Path(snapshot_download(asset.name, revision=asset.commit, allow_patterns=[*HUB_PATTERNS]))
         except Exception as error:
-            raise _not_available_error(piece, error) from error
+            raise _not_available_error(asset, error) from error
         paths = sorted(path for path in directory.rglob("*") if path.is_file())
     else:
         # Through the reader that training uses, so that the very files are fetched that a run will open.
         from trainer.data.read.origin import Origin
 
-        origin = Origin(piece.key, [Path(f"hub:{piece.name}")], piece.subset, piece.split, piece.commit)
-        cache_files = origin.load_hub_split(Path(f"hub:{piece.name}")).cache_files
+        origin = Origin(asset.key, [Path(f"hub:{asset.name}")], asset.subset, asset.split, asset.commit)
+        cache_files = origin.load_hub_split(Path(f"hub:{asset.name}")).cache_files
         paths = [Path(cache_file["filename"]) for cache_file in cache_files]
         directory = paths[0].parent if paths else Path()
     files: list[dict[str, Any]] = []
     for path in paths:
         relative_path = str(path.relative_to(directory))
         files.append({"path": relative_path, "bytes": path.stat().st_size, "sha256": _sha256(path)})
-    return FetchedPiece(piece, directory, files)
+    return FetchedAsset(asset, directory, files)
 
 
 def _sha256(path: Path) -> str:

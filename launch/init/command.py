@@ -70,7 +70,7 @@ class InitResult:
     to_settle: list[str] = field(default_factory=list)
     """Problems for which `train` would refuse the file as it is; the user has to settle them."""
     replaced: list[str] = field(default_factory=list)
-    """Settings of the other trainer's file that a typed argument overrides."""
+    """Settings of the other trainer's file that a setting of the command line overrides."""
 
 
 def main(argv: list[str]) -> int:
@@ -89,10 +89,10 @@ def main(argv: list[str]) -> int:
     if arguments.source is not None:
         result, contents = _file_from_other_trainer(arguments.source, arguments.settings, arguments.to)
     else:
-        result, contents = _file_from_arguments(arguments.settings, arguments.to)
+        result, contents = _file_from_settings(arguments.settings, arguments.to)
     _write_new_file(arguments.to, contents)
     if arguments.as_json:
-        print_json(as_dict(result))
+        print_json(init_result_as_json(result))
     else:
         print("\n".join(result_lines(result)))
     return 0
@@ -108,7 +108,7 @@ def _target_problems(to: Path) -> Iterator[str]:
         yield f"to={to}: there is no directory {to.parent}; make it first"
 
 
-def _file_from_arguments(arguments: list[str], target: Path) -> tuple[InitResult, str]:
+def _file_from_settings(arguments: list[str], target: Path) -> tuple[InitResult, str]:
     """(result, text of the settings file) from settings alone. Raises ConfigError if a run could not start with them."""
     from launch.config.compose import compose
 
@@ -118,22 +118,23 @@ def _file_from_arguments(arguments: list[str], target: Path) -> tuple[InitResult
     return _build_file(arguments, target, None, head)
 
 
-def _file_from_other_trainer(source: str, typed: list[str], target: Path) -> tuple[InitResult, str]:
-    """(result, text of the settings file) from the file `source` of another trainer, whose settings `typed` ones override.
+def _file_from_other_trainer(source: str, cli_settings: list[str], target: Path) -> tuple[InitResult, str]:
+    """(result, text of the settings file) from the file `source` of another trainer, whose settings `cli_settings` ones override.
 
     The file may still have problems for which a run is refused: they are listed, and do not keep it from being written.
-    Errors: ConfigError if the file cannot be read, or a typed setting cannot be used.
+    Errors: ConfigError if the file cannot be read, or a setting of the command line cannot be used.
     """
     from launch.config.compose import compose
     from launch.config.hints import ranks_in_settings
     from launch.config.importers.files import convert
 
-    _refuse_resets(typed)
-    # The other trainer's batch is that of a rank: the number of ranks gives our global batch.
-    ranks = ranks_in_settings(dict(argument.partition("=")[::2] for argument in typed), {})
+    _refuse_resets(cli_settings)
+    values_by_key = dict(setting.partition("=")[::2] for setting in cli_settings)
+    # The number of ranks is needed, because the other trainer's batch is that of a rank, and ours of all.
+    ranks = ranks_in_settings(values_by_key, {})
     converted = convert(Path(source), ranks)
-    replaced = _drop_overridden(converted, typed)
-    arguments = _overrides_that_compose(converted, typed)
+    replaced = _drop_overridden_settings(converted, cli_settings)
+    arguments = _overrides_that_compose(converted, cli_settings)
     to_settle: list[str] = []
     try:
         compose(arguments)
@@ -151,34 +152,34 @@ def _file_from_other_trainer(source: str, typed: list[str], target: Path) -> tup
     return result, contents
 
 
-def _overrides_that_compose(converted: ConvertedSettings, typed: list[str]) -> list[str]:
-    """Settings ("key=value") from the other trainer's file, then the typed ones, without those of the file that cannot be used.
+def _overrides_that_compose(converted: ConvertedSettings, cli_settings: list[str]) -> list[str]:
+    """The overrides of the other trainer's file, without those that cannot be used, then those of the command line.
 
     Those are withdrawn from `converted`, each with its reason, until the rest composes to a configuration.
-    Errors: ConfigError if a typed setting cannot be used.
+    Errors: ConfigError if a setting of the command line cannot be used.
     """
     from launch.config.compose import compose
 
-    # One pass may not suffice: a value that could not be read may have hidden a problem of another setting.
+    # Repeated, because a value that could not be read may have hidden a problem of another setting.
     while True:
         file_overrides = _escaped_overrides(converted)
-        arguments = [f"{key}={value}" for key, value in file_overrides.items()] + typed
+        arguments = [f"{key}={value}" for key, value in file_overrides.items()] + cli_settings
         try:
             compose(arguments, check=False)
         except ConfigError as error:
             problems = error.problems
         else:
             return arguments
-        reasons: dict[str, str] = {}
+        reason_by_key: dict[str, str] = {}
         for problem in problems:
             key = key_of_problem(problem)
             if key in file_overrides:
                 without_key = problem.removeprefix(f"{key}={file_overrides[key]}").removeprefix(key)
-                reasons[key] = without_key.removeprefix(": ")
-        if not reasons:
+                reason_by_key[key] = without_key.removeprefix(": ")
+        if not reason_by_key:  # then the problems are those of the command line
             raise ConfigError(problems)
-        for key in [key for key in file_overrides if key in reasons]:
-            converted.withdraw(key, reasons[key])
+        for key in [key for key in file_overrides if key in reason_by_key]:
+            converted.withdraw(key, reason_by_key[key])
 
 
 HOW_TO_EDIT = [
@@ -195,28 +196,28 @@ def _refuse_resets(arguments: list[str]) -> None:
 
 
 def _escaped_overrides(converted: ConvertedSettings) -> dict[str, str]:
-    """Values by key from the other trainer's file. `${...}` in them stays text: it must not read variables of this machine."""
+    """Values by key from the other trainer's file. `${...}` in them is escaped, so that it reads no variables of this machine."""
     from trainer.reporting.settings_file import literal
 
     return {key: literal(value) for key, value in converted.overrides.items()}
 
 
-def _drop_overridden(converted: ConvertedSettings, typed: list[str]) -> list[str]:
-    """Remove from the converted file what the `typed` settings override: the same key, another budget, other data.
+def _drop_overridden_settings(converted: ConvertedSettings, cli_settings: list[str]) -> list[str]:
+    """Remove from the converted file what `cli_settings` override: the same key, another budget, other data.
 
     Returns the names that these settings have in the other trainer's file.
     """
-    typed_keys = {argument.lstrip("+").partition("=")[0] for argument in typed if "=" in argument}
-    has_budget = any(key.startswith("budget.") for key in typed_keys)
-    has_sources = any(key.startswith("data.sources.") for key in typed_keys)
+    cli_keys = {argument.lstrip("+").partition("=")[0] for argument in cli_settings if "=" in argument}
+    has_budget = any(key.startswith("budget.") for key in cli_keys)
+    has_sources = any(key.startswith("data.sources.") for key in cli_keys)
     replaced: list[str] = []
     for key in list(converted.overrides):
         is_overridden = (
-            key in typed_keys
+            key in cli_keys
             or (key.startswith("budget.") and has_budget)
-            or (key.startswith("data.sources.") and "data.path" in typed_keys)
+            or (key.startswith("data.sources.") and "data.path" in cli_keys)
             or (key == "data.path" and has_sources)
-            or (key == "data.eval_share" and "data.eval_path" in typed_keys)
+            or (key == "data.eval_share" and "data.eval_path" in cli_keys)
         )
         if is_overridden:
             del converted.overrides[key]
@@ -239,11 +240,11 @@ def _build_file(
     from launch.init.file import as_comments, settings_file_text
 
     parsed = parse_overrides(arguments)
-    origin = {}
+    foreign_text_by_key = {}  # such as {"optim.lr": "learning_rate: 2e-5"}
     if converted is not None:
-        origin = {key: "; ".join(map(str, sources)) for key, sources in converted.sources_by_key.items()}
+        foreign_text_by_key = {key: "; ".join(map(str, sources)) for key, sources in converted.sources_by_key.items()}
     tail = _closing_sentences(converted, to_settle or [])
-    contents = settings_file_text(as_comments(head), parsed, origin, as_comments(tail))
+    contents = settings_file_text(as_comments(head), parsed, foreign_text_by_key, as_comments(tail))
     settings: dict[str, Any] = dict(parsed.choices)
     for setting in parsed.values:
         settings[setting.key.removesuffix("_")] = setting.value
@@ -258,13 +259,13 @@ def _closing_sentences(converted: ConvertedSettings | None, to_settle: list[str]
     if converted is None:
         return []
     lines: list[str] = []
-    for title, entries in _sections(converted, to_settle):
+    for title, entries in _report_sections(converted, to_settle):
         if entries:
             lines += ["", f"{title}:", *(f"- {entry}" for entry in entries)]
     return lines[1:]  # an empty line stands between sections, not before the first one
 
 
-def _sections(converted: ConvertedSettings, to_settle: list[str]) -> list[tuple[str, list[str]]]:
+def _report_sections(converted: ConvertedSettings, to_settle: list[str]) -> list[tuple[str, list[str]]]:
     """(title, entries) of what the user should know about a converted file, the most important first; entries may be empty."""
     return [
         ("to settle before it trains", to_settle),
@@ -286,7 +287,7 @@ def _write_new_file(path: Path, contents: str) -> None:
         raise StorageError(f"to={path}: cannot be written ({error.strerror})") from error
 
 
-def as_dict(result: InitResult) -> dict[str, Any]:
+def init_result_as_json(result: InitResult) -> dict[str, Any]:
     """What `init --json` prints: the file, its settings and, for a converted file, what became of each setting."""
     answer: dict[str, Any] = {"to": result.to, "settings": result.settings}
     converted = result.converted
@@ -307,14 +308,14 @@ def as_dict(result: InitResult) -> dict[str, Any]:
 def result_lines(result: InitResult) -> list[str]:
     """What `init` prints, in 80 columns: the file, the command that trains with it, and what to know of a converted file."""
     converted = result.converted
-    of_trainer = f" of {converted.trainer}" if converted else ""
-    lines = [f"{result.to}: written, {len(result.settings)} settings{of_trainer}", f"  shardtune train {result.to}"]
+    trainer_text = f" of {converted.trainer}" if converted else ""
+    lines = [f"{result.to}: written, {len(result.settings)} settings{trainer_text}", f"  shardtune train {result.to}"]
     if converted is None:
         return lines
-    for title, entries in [("typed instead", result.replaced), *_sections(converted, result.to_settle)]:
+    for title, entries in [("typed instead", result.replaced), *_report_sections(converted, result.to_settle)]:
         if not entries:
             continue
-        if title == NOT_NEEDED_TITLE:  # usually dozens: the names are enough here, the file has the reasons
+        if title == NOT_NEEDED_TITLE:  # only the names, because there are usually dozens; the file has the reasons
             title = f"{title} (why: {result.to})"
             entries = [", ".join(note.setting for note in converted.not_needed)]
         lines.append(f"{title}:")

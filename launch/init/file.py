@@ -29,11 +29,11 @@ evaluation.every_steps evaluation.patience checkpoint.every_steps checkpoint.eve
 logging.every_steps logging.wandb logging.project launcher.processes launcher.nodes launcher.partition launcher.account
 launcher.time launcher.gpus_per_node
 """
-SHOWN = frozenset(OFTEN_CHANGED.split())
+SHOWN_KEYS = frozenset(OFTEN_CHANGED.split())
 """Settings that the file shows as comments if they are not set, unless the choices of the file do not have them."""
 
 
-def defaults_of(choices: Mapping[str, str]) -> RunConfig:
+def default_config(choices: Mapping[str, str]) -> RunConfig:
     """Every setting with its default under these choices (`{"tuning": "lora"}`), `auto` not resolved yet."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
@@ -46,48 +46,50 @@ def defaults_of(choices: Mapping[str, str]) -> RunConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class FileContent:
-    """What every part of the settings file is written from."""
+class FileContext:
+    """What every part of a settings file is written from."""
 
     choices: Mapping[str, str]
     """The choices that were typed, by group."""
     defaults: RunConfig
     """Every setting under these choices, with its default."""
-    origin: Mapping[str, str]
-    """What a setting was in another trainer's file, by our key."""
+    foreign_text_by_key: Mapping[str, str]
+    """What each setting was in another trainer's file, by our key: {"optim.lr": "learning_rate: 2e-5"}."""
 
 
-def settings_file_text(head: list[str], parsed: ParsedOverrides, origin: Mapping[str, str], tail: list[str]) -> str:
+def settings_file_text(
+    head: list[str], parsed: ParsedOverrides, foreign_text_by_key: Mapping[str, str], tail: list[str]
+) -> str:
     """The text of a settings file (YAML): a block for each group of settings, with comments that explain them.
 
-    `parsed`: the settings, which must compose. `origin` is what a setting was in another trainer's file, by our key. `head` and
-    `tail` are lines of comments.
+    `parsed`: the settings, which must compose. `foreign_text_by_key` is what a setting was in another trainer's file, by our
+    key. `head` and `tail` are lines of comments.
     """
-    content = FileContent(parsed.choices, defaults_of(parsed.choices), origin)
+    context = FileContext(parsed.choices, default_config(parsed.choices), foreign_text_by_key)
     set_values = nested_values(parsed)
     lines = [*head, ""]
-    # The other choices stand in the block of their group, as `name`.
-    plain_choices = {group: choice for group, choice in parsed.choices.items() if group not in CHOSEN_BY_NAME}
-    if plain_choices:
-        lines += ["defaults:", *(f"  - {group}: {choice}" for group, choice in plain_choices.items()), ""]
+    # Without the groups in CHOSEN_BY_NAME, whose choice stands in their block, as `name`.
+    listed_choices = {group: choice for group, choice in parsed.choices.items() if group not in CHOSEN_BY_NAME}
+    if listed_choices:
+        lines += ["defaults:", *(f"  - {group}: {choice}" for group, choice in listed_choices.items()), ""]
     sentences = docstrings(RunConfig)  # the explanation of each group, by its name
     for name, annotation in get_type_hints(RunConfig).items():
         if name == "substitutions":  # what a run resolved itself: no setting
             continue
         if is_dataclass(annotation) or name in settings_classes():
             assert isinstance(annotation, type)
-            block = _group_lines(name, annotation, set_values.get(name, {}), content)
+            block = _lines_of_group(name, annotation, set_values.get(name, {}), context)
         elif name == "batch":
             block = [
                 *_comment_lines(sentences[name], ""),
                 "batch:",
-                *_batch_lines(set_values.get("batch", {}), content),
+                *_lines_of_batch(set_values.get("batch", {}), context),
             ]
         else:
-            default = getattr(content.defaults, name)
+            default = getattr(context.defaults, name)
             block = [
                 *_comment_lines(sentences[name], ""),
-                *_setting_lines(name, name, set_values, default, "", content),
+                *_lines_of_setting(name, name, set_values, default, "", context),
             ]
         if block:
             lines += [*block, ""]
@@ -111,7 +113,7 @@ def nested_values(parsed: ParsedOverrides) -> dict[str, Any]:
 
 
 def yaml_value(value: Any) -> str:
-    """A value in YAML, on one line."""
+    """A value in YAML on one line: `[q_proj, v_proj]`, `2.0e-05`, `null`."""
     import yaml
 
     document = yaml.safe_dump(
@@ -132,42 +134,41 @@ def _without_enums(value: Any) -> Any:
     return value
 
 
-def _group_lines(name: str, annotation: type, set_values: dict[str, Any], content: FileContent) -> list[str]:
+def _lines_of_group(name: str, annotation: type, set_values: dict[str, Any], context: FileContext) -> list[str]:
     """The lines of one group of settings, such as `optim`; empty if nothing in it is set or shown.
 
     `annotation` is the group's class, `set_values` are its values that are set. For example:
     ["# <docstring of the class>", "budget:", "  # <docstring of the setting>", "  steps: 100"]
     """
-    group_defaults = getattr(content.defaults, name)
+    group_defaults = getattr(context.defaults, name)
     settings_class = annotation
     lines: list[str] = []
-    # A group of which one choice is made, such as `optim=adamw`: that is its `name`, and decides about the class.
+    # The choice of a group such as `optim` is written as its `name`, and decides which class its settings have.
     if name in CHOSEN_BY_NAME:
-        typed_choice = content.choices.get(name)
-        choice = typed_choice or str(yaml_value(group_defaults.name))
+        chosen = context.choices.get(name)
+        choice = chosen or str(yaml_value(group_defaults.name))
         if name in settings_classes():
             settings_class = settings_class_of(name, choice)
         choices = ", ".join(choices_by_group()[name])
         lines += _comment_lines(f"One of {choices}; docs/config.md lists the settings of each.", "  ")
-        if typed_choice:
-            lines.append(f"  name: {choice}{_origin_comment(name, content)}")
+        if chosen:
+            lines.append(f"  name: {choice}{_origin_comment(name, context)}")
         else:
             lines.append(f"  # name: {choice}")
-    lines += _block_lines(name, settings_class, group_defaults, set_values, content, depth=1)
+    lines += _lines_of_block(name, settings_class, group_defaults, set_values, context, depth=1)
     if not lines:
         return []
-    # Above the group: the first paragraph of the class's docstring.
-    about = []
+    heading = []
     if settings_class.__doc__:
         first_paragraph = settings_class.__doc__.strip().split("\n\n")[0]
-        about = _comment_lines(first_paragraph, "")
+        heading = _comment_lines(first_paragraph, "")
     if not lines[0]:  # an empty line stands between settings, not before the first one
         lines = lines[1:]
-    return [*about, f"{name}:", *lines]
+    return [*heading, f"{name}:", *lines]
 
 
-def _block_lines(
-    prefix: str, settings_class: type, defaults: Any, set_values: dict[str, Any], content: FileContent, *, depth: int
+def _lines_of_block(
+    prefix: str, settings_class: type, defaults: Any, set_values: dict[str, Any], context: FileContext, *, depth: int
 ) -> list[str]:
     """The lines of the settings of a class that are set or shown; an inner class is there if something in it is set.
 
@@ -182,53 +183,53 @@ def _block_lines(
         name = setting.name.removesuffix("_")  # a field whose name is a Python keyword ends with _
         key = f"{prefix}.{name}"
         is_choice = depth == 1 and name == "name" and prefix in CHOSEN_BY_NAME
-        # Left out: the group's `name`, which `_group_lines` writes, and what is neither set nor always shown.
-        if is_choice or (name not in set_values and key not in SHOWN):
+        # Left out: the group's `name`, which `_lines_of_group` writes, and what is neither set nor always shown.
+        if is_choice or (name not in set_values and key not in SHOWN_KEYS):
             continue
         default = getattr(defaults, setting.name)
         annotation = annotations[setting.name]
         if is_dataclass(annotation):
             assert isinstance(annotation, type)
-            inner_lines = _block_lines(key, annotation, default, set_values[name], content, depth=depth + 1)
+            inner_lines = _lines_of_block(key, annotation, default, set_values[name], context, depth=depth + 1)
             if inner_lines:
                 lines += ["", *_comment_lines(sentences[setting.name], indent), f"{indent}{name}:", *inner_lines[1:]]
         else:
             lines += ["", *_comment_lines(sentences[setting.name], indent)]
-            lines += _setting_lines(key, name, set_values, default, indent, content)
+            lines += _lines_of_setting(key, name, set_values, default, indent, context)
     return lines
 
 
-def _batch_lines(set_values: dict[str, Any], content: FileContent) -> list[str]:
+def _lines_of_batch(set_values: dict[str, Any], context: FileContext) -> list[str]:
     """The lines of the group `batch`, which is a dictionary and no class: both of its settings, set or commented out."""
     lines = []
     for name in ("global", "micro"):
-        lines += _setting_lines(f"batch.{name}", name, set_values, content.defaults.batch[name], "  ", content)
+        lines += _lines_of_setting(f"batch.{name}", name, set_values, context.defaults.batch[name], "  ", context)
     return lines
 
 
-def _setting_lines(
-    key: str, name: str, set_values: Mapping[str, Any], default: Any, indent: str, content: FileContent
+def _lines_of_setting(
+    key: str, name: str, set_values: Mapping[str, Any], default: Any, indent: str, context: FileContext
 ) -> list[str]:
-    """The lines of one setting: its value if it is set, else its default as a comment. A dictionary has a line an entry.
+    """The lines of one setting: its value if it is set, otherwise its default as a comment.
 
-    `name` is its name in `set_values`, `key` its full dotted key.
+    A dictionary has a line for its name and one for each entry. `key`: the full key. `name`: the name in `set_values`.
     """
     if name not in set_values:
         return [f"{indent}# {name}: {yaml_value(default)}"]
     value = set_values[name]
     if not isinstance(value, dict) or not value:
-        return [f"{indent}{yaml_value(name)}: {yaml_value(value)}{_origin_comment(key, content)}"]
-    lines = [f"{indent}{yaml_value(name)}:{_origin_comment(key, content)}"]
+        return [f"{indent}{yaml_value(name)}: {yaml_value(value)}{_origin_comment(key, context)}"]
+    lines = [f"{indent}{yaml_value(name)}:{_origin_comment(key, context)}"]
     for entry_name in value:
-        lines += _setting_lines(f"{key}.{entry_name}", entry_name, value, None, f"{indent}  ", content)
+        lines += _lines_of_setting(f"{key}.{entry_name}", entry_name, value, None, f"{indent}  ", context)
     return lines
 
 
-def _origin_comment(key: str, content: FileContent) -> str:
-    """A comment on what a setting was in another trainer's file; empty if it was typed."""
-    if key not in content.origin:
+def _origin_comment(key: str, context: FileContext) -> str:
+    """A comment on what a setting was in another trainer's file: `  # learning_rate: 2e-5`; empty if it comes from elsewhere."""
+    if key not in context.foreign_text_by_key:
         return ""
-    one_line = " ".join(content.origin[key].split())
+    one_line = " ".join(context.foreign_text_by_key[key].split())
     return f"  # {one_line}"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from launch.config.compose import compose
 from launch.config.overrides import all_settings
-from launch.init.file import SHOWN
+from launch.init.file import SHOWN_KEYS
 from launch.main import main
 from tests.helpers.building import model_dir
 from tests.helpers.launching import clean_environment
@@ -66,12 +66,12 @@ def test_init_sets_what_is_typed_and_shows_the_defaults(tmp_path, capsys):
     for line in text.splitlines():  # every mark taken away
         block = line.removesuffix(":") if re.fullmatch(r"\w+:", line) else block
         found = re.fullmatch(r"( *)# ((\w+): .*)", line)
-        shown = found and (found[3] == "name" or {found[3], f"{block}.{found[3]}"} & SHOWN)
+        shown = found and (found[3] == "name" or {found[3], f"{block}.{found[3]}"} & SHOWN_KEYS)
         lines.append(found[1] + found[2] if found and shown else line)
     (tmp_path / "all.yaml").write_text("\n".join(lines))
     assert len(set(text.splitlines()) - set(lines)) > 25
     assert compose(["all.yaml"], check=False).yaml == typed.yaml
-    assert set(all_settings()) >= SHOWN
+    assert set(all_settings()) >= SHOWN_KEYS
     assert "# merge: null" in text and "# processes: null" in text and "# precision" not in text
     assert "# Peak learning rate; null takes the usual one" in text
 
