@@ -156,7 +156,7 @@ def _train_or_show(arguments: TrainArguments) -> int:
 
 def _multirun(arguments: TrainArguments) -> int:
     """Train the runs of a sweep or a search, or print them; returns the exit code."""
-    from launch.sweep.multirun import multirun
+    from launch.sweep.multirun import run_all_points
     from launch.sweep.sweeper import is_search
 
     print_point = None
@@ -164,7 +164,7 @@ def _multirun(arguments: TrainArguments) -> int:
         print_point = partial(show_point, shown_config=arguments.shown_config)
     if is_search(arguments.settings):
         return _search(arguments.settings, print_point)
-    return multirun(arguments.settings, launch=launch_run, show=print_point, check=arguments.shown_config is None)
+    return run_all_points(arguments.settings, launch=launch_run, show=print_point, check=arguments.shown_config is None)
 
 
 def _dry_run(overrides: list[str], *, as_json: bool) -> int:
@@ -201,11 +201,11 @@ def _search(arguments: list[str], print_point: Callable[[Composed], None] | None
     With `print_point`, print the plan of the search, and its first run by that function, instead.
     """
     from launch.sweep.search import run_search, start_trial
-    from launch.sweep.sweeper import chosen_sweeper, plan_search, search_listing
-    from launch.sweep.wandb_sweep_file import write_sweep
+    from launch.sweep.sweeper import chosen_sweeper_name, plan_search, search_listing
+    from launch.sweep.wandb_sweep_file import write_sweep_file
 
-    if chosen_sweeper(arguments) == "wandb":
-        return write_sweep(arguments, print_only=print_point is not None)
+    if chosen_sweeper_name(arguments) == "wandb":
+        return write_sweep_file(arguments, print_only=print_point is not None)
     search = plan_search(arguments)
     if print_point is not None:
         print(f"# {search_listing(search)}\n# the first one could be:".replace("\n  ", "\n#   "))

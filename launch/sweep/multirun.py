@@ -25,7 +25,9 @@ class RunPoint(Protocol):
     def __call__(self, composed: Composed, run_dir: Path, *, isolate: bool) -> int: ...
 
 
-def multirun(arguments: list[str], *, launch: RunPoint, show: Callable[[Composed], None] | None, check: bool) -> int:
+def run_all_points(
+    arguments: list[str], *, launch: RunPoint, show: Callable[[Composed], None] | None, check: bool
+) -> int:
     """Run every combination of the settings' values (a point) by `launch`; returns the first exit code that is not 0.
 
     `arguments`: the arguments of the command. `show`: called with each point instead of running it. `check`: whether each
@@ -75,7 +77,7 @@ def multirun(arguments: list[str], *, launch: RunPoint, show: Callable[[Composed
         from launch.cluster.submission import submit_array
 
         exit_code = submit_array(composed_points, run_dirs)
-        _print_workspace(run_dirs)  # each job that ends writes it anew, with what is known then
+        _write_workspace_and_print(run_dirs)  # each job that ends writes it anew, with what is known then
         return exit_code
     return _run_one_by_one(composed_points, run_dirs, labels, launch)
 
@@ -89,25 +91,26 @@ def _run_one_by_one(composed_points: list[Composed], run_dirs: list[Path], label
     for composed, run_dir, label in zip(composed_points, run_dirs, labels, strict=True):
         print(f"[{len(exit_codes) + 1}/{len(composed_points)}] {label} -> {run_dir}", flush=True)
         try:
-            exit_codes.append(launch(composed, run_dir, isolate=True))
+            exit_code = launch(composed, run_dir, isolate=True)
         except ShardtuneError as error:
             print(f"shardtune train: {error}", file=sys.stderr)
-            exit_codes.append(error.exit_code)
-        was_stopped = exit_codes[-1] in (75, 130)  # preempted, or Ctrl-C: the later points are not wanted now
+            exit_code = error.exit_code
+        exit_codes.append(exit_code)
+        was_stopped = exit_code in (75, 130)  # preempted, or Ctrl-C: the later points are not wanted now
         if was_stopped:
             break
     from launch.sweep.multirun_answer import points_table
 
     print(f"\n{points_table(labels, run_dirs, exit_codes)}")
-    _print_workspace(run_dirs)
+    _write_workspace_and_print(run_dirs)
     return next((exit_code for exit_code in exit_codes if exit_code), 0)
 
 
-def _print_workspace(run_dirs: list[Path]) -> None:
+def _write_workspace_and_print(run_dirs: list[Path]) -> None:
     """Write the script that shows the points in W&B into their common directory, and print a line about it."""
     from launch.compare.workspace import write_workspace_of_runs
     from launch.output import fold
 
-    in_wandb = write_workspace_of_runs(run_dirs, run_dirs[0].parent)
-    if in_wandb is not None:
-        print("\n".join(fold(in_wandb, 0)))
+    workspace_line = write_workspace_of_runs(run_dirs, run_dirs[0].parent)
+    if workspace_line is not None:
+        print("\n".join(fold(workspace_line, 0)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launch.compare.run_files import RecordedRun, measure_run, read_recorded_run
 from launch.output import Column, TableRow, fold_all
-from launch.output import table as draw_table
+from launch.output import table as text_table
 from strategies.errors import ConfigError
 
 COLUMNS = (
@@ -28,8 +28,8 @@ def points_table(labels: list[str], run_dirs: list[Path], exit_codes: list[int])
     `exit_codes` are those of the points that were started, in their order; it is shorter if the command was stopped.
     """
     rows = []
-    for number, (label, run_dir) in enumerate(zip(labels, run_dirs, strict=True)):
-        exit_code = exit_codes[number] if number < len(exit_codes) else None
+    for index, (label, run_dir) in enumerate(zip(labels, run_dirs, strict=True)):
+        exit_code = exit_codes[index] if index < len(exit_codes) else None  # None for a point that was not started
         run = None
         reason = None
         if exit_code is not None:
@@ -39,12 +39,15 @@ def points_table(labels: list[str], run_dirs: list[Path], exit_codes: list[int])
             except ConfigError as error:
                 reason = " ".join(error.problems)
         notes = fold_all([reason], indent=REASON_INDENT) if reason else []
-        rows.append(TableRow((_state(exit_code, run), *_metric_cells(run), label), notes))
-    return "\n".join([*draw_table(COLUMNS, rows), "", f"side by side: shardtune compare {run_dirs[0].parent}"])
+        rows.append(TableRow((_state_cell(exit_code, run), *_metric_cells(run), label), notes))
+    return "\n".join([*text_table(COLUMNS, rows), "", f"side by side: shardtune compare {run_dirs[0].parent}"])
 
 
-def _state(exit_code: int | None, run: RecordedRun | None) -> str:
-    """The state of a point: `done`, `failed`, `stopped`, `not run`, or `exit <code>` if its run left no status."""
+def _state_cell(exit_code: int | None, run: RecordedRun | None) -> str:
+    """The state of a point: `done`, `failed`, `stopped`, `not run`, or `exit <code>` if its run left no status.
+
+    `exit_code`: None for a point that was not started. `run`: None if its run cannot be read.
+    """
     if exit_code is None:
         return "not run"
     if exit_code == 0:
@@ -58,16 +61,16 @@ def _metric_cells(run: RecordedRun | None) -> tuple[str, ...]:
     """Steps, loss, held-out metric, tokens/s and GiB of a point; dashes if it took no step."""
     if run is None or not run.steps:
         return ("-",) * 5
-    metrics = measure_run(run)
+    measured = measure_run(run)
     monitored_metric = str(run.config.get("evaluation.watch") or "eval/loss")
     return (
         str(max(run.steps)),
-        _number(metrics.loss, ".4f"),
-        _number(metrics.after.get(monitored_metric), ".4f"),
-        _number(metrics.tokens_per_s, ",.0f"),
-        _number(metrics.memory_gib, ".3g"),
+        _number_cell(measured.loss, ".4f"),
+        _number_cell(measured.after.get(monitored_metric), ".4f"),
+        _number_cell(measured.tokens_per_s, ",.0f"),
+        _number_cell(measured.memory_gib, ".3g"),
     )
 
 
-def _number(value: float | None, number_format: str) -> str:
+def _number_cell(value: float | None, number_format: str) -> str:
     return "-" if value is None else format(value, number_format)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.compare.progress import RunsProgress, run_with_progress
 from launch.sweep.sweeper import Prune, Search, search_listing
@@ -63,7 +63,8 @@ class SearchProgress(RunsProgress):
     def update(self) -> None:
         """Print how far the trial is, and report new evaluations; called many times a second.
 
-        A trial that is to be pruned, or whose evaluations lack the metric, is asked to save and end, as by `shardtune stop`.
+        A trial that is to be pruned, or whose evaluations lack the metric, is asked to save and end, as by `shardtune stop`. Sets
+        `pruned` if it is to be pruned.
         """
         super().update()
         metrics_file = self._trial_dir / "metrics.jsonl"
@@ -72,21 +73,22 @@ class SearchProgress(RunsProgress):
             if size_bytes == self._reported_file_bytes:
                 return  # nothing new was written
             self._reported_file_bytes = size_bytes
-            self.report()
+            self.report_evaluations()
             if self._was_asked_to_end:
                 return
             self.pruned = self._prune and self._trial.should_prune()
-            if self.pruned or missing_metric(self._trial_dir, self._metric):
+            if self.pruned or missing_metric_problem(self._trial_dir, self._metric):
                 self._was_asked_to_end = True
                 os.kill(os.getpid(), signal.SIGTERM)  # this process passes it on to the run, and starts nothing again
 
-    def report(self) -> None:
+    def report_evaluations(self) -> None:
         """Report evaluations to Optuna, each once. The one before the first step is the same for all trials, and left out."""
-        for step, metric in evaluations(self._trial_dir, self._metric).items():
-            if step < 1 or step in self._reported_steps:
+        for step, metric_value in evaluations_by_step(self._trial_dir, self._metric).items():
+            is_before_training = step < 1
+            if is_before_training or step in self._reported_steps:
                 continue
             self._reported_steps.add(step)
-            self._trial.report(metric, step)
+            self._trial.report(metric_value, step)
 
 
 def start_trial(name: str, composed: Composed, run_dir: Path, progress: RunsProgress) -> int:
@@ -103,19 +105,24 @@ def start_trial(name: str, composed: Composed, run_dir: Path, progress: RunsProg
     return run_with_progress(name, composed, run_dir, progress, verb="train")
 
 
-def evaluations(run_dir: Path, metric: str) -> dict[int, float]:
-    """The values of a held-out metric by step; step 0 is the evaluation before training. Empty if there are none yet."""
-    metric_by_step = {}
+def evaluations_by_step(run_dir: Path, metric: str) -> dict[int, float]:
+    """The values of a held-out metric by step; step 0 is the evaluation before training. Empty if there are none yet.
+
+    A value that is not finite is NaN.
+    """
+    value_by_step = {}
     for row in _evaluation_rows(run_dir):
         if metric in row:
-            # A value that is not finite is null in the file.
-            is_finite = isinstance(row[metric], int | float)
-            metric_by_step[int(row["step"])] = float(row[metric]) if is_finite else math.nan
-    return metric_by_step
+            is_finite = isinstance(row[metric], int | float)  # else it is null in the file
+            value_by_step[int(row["step"])] = float(row[metric]) if is_finite else math.nan
+    return value_by_step
 
 
-def missing_metric(run_dir: Path, metric: str) -> str | None:
-    """A message if the run's evaluations lack the metric by which trials are judged; None if not, or before the first one."""
+def missing_metric_problem(run_dir: Path, metric: str) -> str | None:
+    """An error message if the run's evaluations lack the metric by which trials are judged; None if they have it.
+
+    None also before the first evaluation.
+    """
     evaluation_rows = _evaluation_rows(run_dir)
     if not evaluation_rows or any(metric in row for row in evaluation_rows):
         return None
@@ -170,32 +177,38 @@ def open_study(search: Search, search_dir: Path) -> Study:
         raise ConfigError(
             f"{search_dir / JOURNAL_FILE}: is damaged ({error}); choose another run.dir, or move it away"
         ) from error
-    _refuse_another_search(study, search.identity(), search_dir)
+    _raise_if_another_search(study, search.search_identity(), search_dir)
     return study
 
 
-def _refuse_another_search(study: Study, identity: dict[str, str], search_dir: Path) -> None:
-    """Raise ConfigError, with every difference, if the study is of another search; write `identity` into a new study.
+def _raise_if_another_search(study: Study, identity: dict[str, str], search_dir: Path) -> None:
+    """Raise ConfigError, with every difference, if the study in `search_dir` is of another search.
 
-    `identity`: see `Search.identity`.
+    If the study is new, `identity` is written into it. `identity`: what must be the same, see `Search.search_identity`.
     """
-    recorded = study.user_attrs.get("asked")
-    if recorded is None:  # the study is new
+    recorded_identity = study.user_attrs.get("asked")
+    if recorded_identity is None:  # the study is new
         study.set_user_attr("asked", identity)
         return
-    if recorded == identity:
+    if recorded_identity == identity:
         return
     lines = [f"run.dir={search_dir}: holds another search; choose another run.dir, or undo:"]
-    for key in {**recorded, **identity}:
-        if recorded.get(key) != identity.get(key):
-            lines.append(f"{key}: {recorded.get(key, '-')} there, {identity.get(key, '-')} here")
+    for key in {**recorded_identity, **identity}:
+        if recorded_identity.get(key) != identity.get(key):
+            lines.append(f"{key}: {recorded_identity.get(key, '-')} there, {identity.get(key, '-')} here")
     raise ConfigError("\n    ".join(lines))
 
 
 def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
-    """Run the trials that are left, each by `run_trial`, print the table of all trials, and return the exit code.
+    """Run the trials that are left, each by `run_trial`, print their table, write the pages, and return the exit code.
 
-    The exit code is 0 if the search has a result. Raises ConfigError, StorageError.
+    It is, by the first case that applies:
+
+    - A trial was stopped, or ended the whole search: its exit code.
+    - Any trial has a result: 0.
+    - Otherwise the search has failed, with the exit code of its first failed trial.
+
+    Raises ConfigError, and StorageError if the journal of the search cannot be written.
     """
     from launch.compare.workspace import write_workspace_of_runs
     from launch.output import fold
@@ -212,16 +225,15 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
     if exit_code in STOP_EXIT_CODES:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
     trials = study.get_trials(deepcopy=False)
-    in_wandb = write_workspace_of_runs([search_dir / str(trial.number) for trial in trials], search_dir)
-    if in_wandb is not None:  # before the table: its last line is the one to copy
-        print("\n".join(fold(in_wandb, 0)), file=sys.stderr, flush=True)
+    workspace_line = write_workspace_of_runs([search_dir / str(trial.number) for trial in trials], search_dir)
+    if workspace_line is not None:  # before the table: its last line is the one to copy
+        print("\n".join(fold(workspace_line, 0)), file=sys.stderr, flush=True)
     print(search_table(study, search, search_dir), flush=True)
     page = write_search_page(study, search, search_dir)
     if page is not None:
         print(f"written: {page}", file=sys.stderr, flush=True)
     if exit_code or any(trial.state.name == "COMPLETE" for trial in trials):
         return exit_code
-    # Without any result the search has failed, with the exit code of its first failed trial.
     for trial in trials:
         if trial.user_attrs.get("code"):
             return trial.user_attrs["code"]
@@ -235,13 +247,20 @@ def write_search_page(study: Study, search: Search, search_dir: Path) -> Path | 
     """
     from launch.sweep.page import PAGE_FILE, search_page
 
-    page = search_dir / PAGE_FILE
+    page_path = search_dir / PAGE_FILE
     try:
-        write_text_atomic(page, search_page(study, search, search_dir))
+        write_text_atomic(page_path, search_page(study, search, search_dir))
     except Exception as error:  # noqa: BLE001 - hours of trials are still to come
         print(f"no {PAGE_FILE}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return None
-    return page
+    return page_path
+
+
+class _ClaimedTrial(NamedTuple):
+    """A trial that this command runs, and the lease that keeps other commands from running it."""
+
+    trial: Trial
+    lease: Lease
 
 
 def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTrial) -> int:
@@ -249,17 +268,16 @@ def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTr
 
     Returns 0, 75 if this command was asked to stop, or the exit code of a trial that was stopped or that ends the whole search.
     """
-    unfinished = [trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
+    unfinished_numbers = [trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
     while not is_signal_pending():
-        claimed = _take_over_trial(study, search, search_dir, unfinished)
+        claimed = _take_over_unfinished_trial(study, search, search_dir, unfinished_numbers)
         if claimed is None:
-            claimed = _draw_trial(study, search, search_dir)
+            claimed = _start_new_trial(study, search, search_dir)
         if claimed is None:
             return 0
-        trial, lease = claimed
-        with lease:
+        with claimed.lease:
             try:
-                exit_code = _run_trial(trial, search, search_dir, run_trial)
+                exit_code = _run_trial(claimed.trial, search, search_dir, run_trial)
             except KeyboardInterrupt:  # between two runs
                 exit_code = 130
         write_search_page(study, search, search_dir)  # after each trial, so that the page can be followed
@@ -268,37 +286,42 @@ def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTr
     return 75
 
 
-def _take_over_trial(
-    study: Study, search: Search, search_dir: Path, unfinished: list[int]
-) -> tuple[Trial, Lease] | None:
-    """(trial, its lease) of the first unfinished trial that no other command runs any more; None if there is none.
+def _take_over_unfinished_trial(
+    study: Study, search: Search, search_dir: Path, unfinished_numbers: list[int]
+) -> _ClaimedTrial | None:
+    """Claim the first unfinished trial that no other command runs any more; None if there is none.
 
-    `unfinished`: numbers of such trials; each number that was tried is removed from the list.
+    Removes each number that was tried from `unfinished_numbers`, the numbers of unfinished trials. A trial whose command was
+    killed before all of its values were drawn is reported as failed.
     """
-    from optuna.trial import Trial
-
-    while unfinished:
-        number = unfinished.pop(0)
-        lease = _claim_trial(search, search_dir, number)
+    while unfinished_numbers:
+        number = unfinished_numbers.pop(0)
+        lease = _acquire_trial_lease(search, search_dir, number)
         if lease is None:
             continue
-        trial = study.get_trials(deepcopy=False)[number]
-        is_unfinished = trial.state.name == "RUNNING"
-        has_all_values = len(trial.params) == len(search.space)
+        recorded_trial = study.get_trials(deepcopy=False)[number]
+        is_unfinished = recorded_trial.state.name == "RUNNING"  # another command may have finished it meanwhile
+        has_all_values = len(recorded_trial.params) == len(search.searched_settings)
         if is_unfinished and has_all_values:
-            # Optuna has no call that continues a trial: this is how it makes one from its own records.
-            storage = _open_journal(search_dir)
-            study_id = storage.get_study_id_from_name(study.study_name)
-            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
-            return Trial(study, trial_id), lease  # its run is resumed in its directory
-        if is_unfinished:  # its command was killed while the values were drawn
+            return _ClaimedTrial(_trial_to_continue(study, search_dir, number), lease)  # resumed in its directory
+        if is_unfinished:
             study.tell(number, state=_trial_state("FAIL"))
         lease.release()
     return None
 
 
-def _draw_trial(study: Study, search: Search, search_dir: Path) -> tuple[Trial, Lease] | None:
-    """(a new trial with its values, its lease); None if the search has enough trials.
+def _trial_to_continue(study: Study, search_dir: Path, number: int) -> Trial:
+    """Optuna's trial `number`, to report to it again. Optuna has no call for that: this is how it makes one from its records."""
+    from optuna.trial import Trial
+
+    storage = _open_journal(search_dir)
+    study_id = storage.get_study_id_from_name(study.study_name)
+    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+    return Trial(study, trial_id)
+
+
+def _start_new_trial(study: Study, search: Search, search_dir: Path) -> _ClaimedTrial | None:
+    """Draw the values of a new trial and claim it; None if the search has enough trials.
 
     A lock lets one command draw at a time, because all commands that work on the search share the number of trials.
     """
@@ -315,15 +338,15 @@ def _draw_trial(study: Study, search: Search, search_dir: Path) -> tuple[Trial, 
             # The seed depends on the trial's number, so that a command that continues draws what the first would have drawn.
             sampler_seed = (search.settings.seed * SEED_STRIDE + number) % 2**32
             study.sampler = TPESampler(seed=sampler_seed)
-            trial = study.ask({setting.key: setting.distribution() for setting in search.space})
+            trial = study.ask({setting.key: setting.distribution() for setting in search.searched_settings})
         finally:
             lock.release()
-        lease = _claim_trial(search, search_dir, trial.number)
-        if lease is not None:
-            return trial, lease
+        lease = _acquire_trial_lease(search, search_dir, trial.number)
+        if lease is not None:  # else another command has taken the trial over already
+            return _ClaimedTrial(trial, lease)
 
 
-def _claim_trial(search: Search, search_dir: Path, number: int) -> Lease | None:
+def _acquire_trial_lease(search: Search, search_dir: Path, number: int) -> Lease | None:
     """The lease that allows this command to run trial `number`; None if another command holds it."""
     lease_dir = search_dir / "commands" / str(number)
     try:
@@ -348,7 +371,7 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     study = trial.study
     arguments = search.trial_arguments(trial.params)
     # Rounded values and choices may be drawn twice.
-    twin = _earlier_trial_with_same_arguments(study, arguments, search)
+    twin = _completed_twin(study, arguments, search)
     if twin is not None:
         trial.set_user_attr("twin", twin.number)
         study.tell(trial.number, twin.value)
@@ -360,7 +383,7 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     name = point_label(dict(argument.split("=", 1) for argument in arguments))  # type: ignore[arg-type]
     reason = None
     try:
-        composed = compose([*search.fixed, *arguments])
+        composed = compose([*search.shared_arguments, *arguments])
         name_in_trackers(composed.config.logging, search_dir, name, arguments)
         exit_code = run_trial(name, composed, run_dir, progress)
         if exit_code and exit_code not in STOP_EXIT_CODES:
@@ -373,10 +396,10 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
         reason = str(error)
         print(f"{run_dir}: {reason}", file=sys.stderr, flush=True)
 
-    lacks_metric = missing_metric(run_dir, search.metric)
+    lacks_metric = missing_metric_problem(run_dir, search.metric)
     if lacks_metric:
         raise ConfigError(lacks_metric)
-    progress.report()
+    progress.report_evaluations()
     was_stopped = exit_code in STOP_EXIT_CODES
     if was_stopped and progress.pruned:
         study.tell(trial.number, state=_trial_state("PRUNED"))
@@ -393,27 +416,28 @@ def _report_result(trial: Trial, search: Search, run_dir: Path, exit_code: int, 
     The result is the metric of its last evaluation; without a finite one the trial has failed with exit code 70. `reason` says
     why the run failed, if it did.
     """
-    metrics = list(evaluations(run_dir, search.metric).values())
-    last_metric = metrics[-1] if metrics else math.nan
-    if exit_code == 0 and not math.isfinite(last_metric):
+    metric_values = list(evaluations_by_step(run_dir, search.metric).values())
+    last_value = metric_values[-1] if metric_values else math.nan
+    if exit_code == 0 and not math.isfinite(last_value):
         exit_code = 70
-        reason = f"{search.metric} is not a number" if metrics else "it was never evaluated"
-    if exit_code:
+        reason = f"{search.metric} is not a number" if metric_values else "it was never evaluated"
+    has_failed = exit_code != 0
+    if has_failed:
         trial.set_user_attr("code", exit_code)
         reason_line = " ".join(str(reason or f"ended with {exit_code}").split())
         trial.set_user_attr("reason", reason_line)
         trial.study.tell(trial.number, state=_trial_state("FAIL"))
         return exit_code
-    trial.study.tell(trial.number, last_metric)
-    print(f"trial {trial.number}: {search.metric} {last_metric:.6g}", file=sys.stderr, flush=True)
+    trial.study.tell(trial.number, last_value)
+    print(f"trial {trial.number}: {search.metric} {last_value:.6g}", file=sys.stderr, flush=True)
     return 0
 
 
-def _earlier_trial_with_same_arguments(study: Study, arguments: list[str], search: Search) -> FrozenTrial | None:
-    """A trial that is done and had the same arguments, so that running again would give the same result; None without one."""
-    for earlier in study.get_trials(deepcopy=False):
-        if earlier.state.name == "COMPLETE" and search.trial_arguments(earlier.params) == arguments:
-            return earlier
+def _completed_twin(study: Study, arguments: list[str], search: Search) -> FrozenTrial | None:
+    """A completed trial with the same arguments, so that running them again would give the same result; None without one."""
+    for earlier_trial in study.get_trials(deepcopy=False):
+        if earlier_trial.state.name == "COMPLETE" and search.trial_arguments(earlier_trial.params) == arguments:
+            return earlier_trial
     return None
 
 

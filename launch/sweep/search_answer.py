@@ -3,42 +3,57 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.output import Column, TableRow, fold
-from launch.output import table as draw_table
+from launch.output import table as text_table
 from launch.sweep.sweeper import Search
 
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-STATES = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "not done", "WAITING": "not done"}
+STATE_BY_OPTUNA_STATE = {
+    "COMPLETE": "done",
+    "PRUNED": "pruned",
+    "FAIL": "failed",
+    "RUNNING": "not done",
+    "WAITING": "not done",
+}
+
+
+def completed_trials_best_first(trials: Sequence[FrozenTrial], search: Search) -> list[FrozenTrial]:
+    """The trials with a result, the best first; equal ones in the order of their numbers."""
+    completed = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None]
+    # Sorting is ascending: with the sign, the best trial comes first.
+    sign = -1 if search.greater_is_better else 1
+    return sorted(completed, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
 
 
 def search_table(study: Study, search: Search, search_dir: Path) -> str:
     """What is printed after a search: a table of all trials, the best first, and the arguments of the best one."""
-    # Sorting is ascending: with the sign, the best trial comes first.
-    sign = -1 if search.greater_is_better else 1
     trials = study.get_trials(deepcopy=False)
-    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    complete.sort(key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+    completed = completed_trials_best_first(trials, search)
     unfinished = [trial for trial in trials if trial.state.name != "COMPLETE"]
     columns = (Column("trial", is_number=True), Column(search.metric, is_number=True), Column("state"), Column("words"))
-    rows = [_row(trial, search) for trial in [*complete, *unfinished]]
-    lines = [*draw_table(columns, rows), ""]
-    if not complete:
+    rows = [_trial_row(trial, search) for trial in [*completed, *unfinished]]
+    lines = [*text_table(columns, rows), ""]
+    if not completed:
         return "\n".join([*lines, "no trial is done: there is no best one"])
-    best = complete[0]
+    best = completed[0]
     # A trial with the arguments of an earlier one was not run: its run is that of its twin.
     run_dir = search_dir / str(best.user_attrs.get("twin", best.number))
     lines += fold(f"best: trial {best.number}, {search.metric} {best.value:.6g}, in {run_dir}; its words:", 0)
     return "\n".join([*lines, f"  {shlex.join(search.trial_arguments(best.params))}"])
 
 
-def _row(trial: FrozenTrial, search: Search) -> TableRow:
-    """A trial's row of the table: number, metric, state and arguments; of a pruned trial the metric of its last evaluation."""
+def _trial_row(trial: FrozenTrial, search: Search) -> TableRow:
+    """A trial's row of the table: number, metric, state and arguments, and below the arguments how it ended.
+
+    The metric of a pruned trial is that of its last evaluation.
+    """
     metric = trial.value
     cell_lines = [" ".join(search.trial_arguments(trial.params))]
     if trial.state.name == "PRUNED" and trial.intermediate_values:
@@ -51,4 +66,4 @@ def _row(trial: FrozenTrial, search: Search) -> TableRow:
     if trial.state.name == "FAIL":
         cell_lines.append(trial.user_attrs.get("reason", "its command was killed while it was drawn"))
     metric_cell = "-" if metric is None else f"{metric:.6g}"
-    return TableRow((str(trial.number), metric_cell, STATES[trial.state.name], "\n".join(cell_lines)))
+    return TableRow((str(trial.number), metric_cell, STATE_BY_OPTUNA_STATE[trial.state.name], "\n".join(cell_lines)))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 EXAMPLES = "interval(1e-5,1e-3), tag(log,interval(1e-5,1e-3)), range(1,9,2), choice(a,b), or a,b"
-DIGITS = 6
+SIGNIFICANT_DIGITS = 6
 """Significant digits to which a drawn value is rounded, so that the run has the very value that is shown and can be pasted."""
 RANGE_TOLERANCE = 1e-9
 """Share of a step by which rounding may miss a whole number of steps: (0.3 - 0) / 0.1 is 2.9999999999999996."""
@@ -47,17 +47,19 @@ class SearchedSetting:
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
+    def value_text(self, value: Any) -> str:
+        """A drawn value as on the command line: a choice as it is, a number with `SIGNIFICANT_DIGITS`, such as `0.0002`."""
+        if self.choices:
+            return str(value)
+        if self.is_integer:
+            return str(int(value))
+        # Rounding errors, for example of a logarithm, must not lead out of the interval.
+        in_interval = min(max(value, self.low), self.high)
+        return f"{in_interval:.{SIGNIFICANT_DIGITS}g}"
+
     def argument(self, value: Any) -> str:
         """The argument that gives the setting a drawn value, such as `optim.lr=0.0002`."""
-        if self.choices:
-            text = value
-        elif self.is_integer:
-            text = int(value)
-        else:
-            # Rounding errors, for example of a logarithm, must not lead out of the interval.
-            in_interval = min(max(value, self.low), self.high)
-            text = f"{in_interval:.{DIGITS}g}"
-        return f"{self.key}={text}"
+        return f"{self.key}={self.value_text(value)}"
 
     def arguments_at_ends(self) -> list[str]:
         """An argument for each choice, or for both ends of the numbers: if these are legal, so is every value between them."""
@@ -72,7 +74,7 @@ def read_space(arguments: list[str]) -> tuple[list[SearchedSetting], list[str]]:
     """
     problems: list[str] = []
     space: list[SearchedSetting] = []
-    fixed: list[str] = []
+    shared_arguments: list[str] = []
     for argument in arguments:
         try:
             setting = _read_setting(argument)
@@ -80,18 +82,18 @@ def read_space(arguments: list[str]) -> tuple[list[SearchedSetting], list[str]]:
             problems += error.problems
             continue
         if setting is None:
-            fixed.append(argument)
+            shared_arguments.append(argument)
         else:
             space.append(setting)
 
     keys = [setting.key for setting in space]
-    keys += [argument.partition("=")[0] for argument in fixed]
+    keys += [argument.partition("=")[0] for argument in shared_arguments]
     for setting in space:
         if keys.count(setting.key) > 1:
             problems.append(f"{setting.key}={setting.text}: {setting.key} is given twice")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return space, fixed
+    return space, shared_arguments
 
 
 def _read_setting(argument: str) -> SearchedSetting | None:
@@ -103,10 +105,10 @@ def _read_setting(argument: str) -> SearchedSetting | None:
     if len(points) == 1:
         return None
     choices = [point.partition("=")[2] for point in points]
-    return SearchedSetting(key, values_text, _unique(choices))
+    return SearchedSetting(key, values_text, _without_duplicates(choices))
 
 
-def _unique(choices: list[str]) -> tuple[str, ...]:
+def _without_duplicates(choices: list[str]) -> tuple[str, ...]:
     """The choices in their order, each once."""
     return tuple(dict.fromkeys(choices))
 
@@ -143,18 +145,18 @@ def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedS
         if tags:
             raise ConfigError(f"{argument}: log is of numbers between two ends; write tag(log,interval(1e-5,1e-3))")
         choices = [point.partition("=")[2] for point in read_axes([argument]).alternatives[0]]
-        return SearchedSetting(key, values_text, _unique(choices))
+        return SearchedSetting(key, values_text, _without_duplicates(choices))
     if isinstance(sweep, IntervalSweep):
-        return _interval(argument, SearchedSetting(key, values_text, log="log" in tags), sweep.start, sweep.end)
+        return _interval_setting(argument, SearchedSetting(key, values_text, log="log" in tags), sweep.start, sweep.end)
     assert isinstance(sweep, RangeSweep)
     if tags:
         raise ConfigError(
             f"{argument}: a range has steps, which a logarithm has not; write tag(log,interval(...)), or choice(...)"
         )
-    return _range(argument, SearchedSetting(key, values_text), sweep.start, sweep.stop, sweep.step)
+    return _range_setting(argument, SearchedSetting(key, values_text), sweep.start, sweep.stop, sweep.step)
 
 
-def _interval(argument: str, setting: SearchedSetting, low: Any, high: Any) -> SearchedSetting:
+def _interval_setting(argument: str, setting: SearchedSetting, low: Any, high: Any) -> SearchedSetting:
     """The setting with `low` and `high` as the ends of its interval. Raises ConfigError if these are not ends of one.
 
     Only whole numbers are drawn if the setting takes no others, or if both ends are written as whole numbers. `argument` is for
@@ -172,7 +174,7 @@ def _interval(argument: str, setting: SearchedSetting, low: Any, high: Any) -> S
     return replace(setting, low=low, high=high, is_integer=is_integer)
 
 
-def _range(argument: str, setting: SearchedSetting, start: Any, stop: Any, step: Any) -> SearchedSetting:
+def _range_setting(argument: str, setting: SearchedSetting, start: Any, stop: Any, step: Any) -> SearchedSetting:
     """The setting with the numbers of a range, without `stop`, as in Python and Hydra. Raises ConfigError if there is none.
 
     `argument` is for messages.

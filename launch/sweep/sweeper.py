@@ -18,7 +18,7 @@ from strategies.extras import install_command
 if TYPE_CHECKING:
     from launch.config.frozen import Composed
 
-SWEEPERS = ("optuna", "wandb")
+SWEEPER_NAMES = ("optuna", "wandb")
 
 
 class Prune(Enum):
@@ -47,8 +47,8 @@ class Search:
     """A hyperparameter search that has been checked and can be started."""
 
     settings: SweeperConfig
-    space: tuple[SearchedSetting, ...]
-    fixed: tuple[str, ...]
+    searched_settings: tuple[SearchedSetting, ...]
+    shared_arguments: tuple[str, ...]
     """The arguments that all trials share."""
     first_trial: Composed
     """The configuration with the first value of each searched setting. All trials have its values of the other settings."""
@@ -65,12 +65,16 @@ class Search:
 
         return more_is_better(self.first_trial.config)
 
-    def identity(self) -> dict[str, str]:
-        """What must be the same so that another command may continue this search in its directory; also shown in messages."""
+    def search_identity(self) -> dict[str, str]:
+        """What must be the same so that another command may continue this search in its directory; also shown in messages.
+
+        For example `{"optim.lr=": "interval(1e-5,1e-3)", "metric": "eval/loss, smaller is better", ...}`.
+        """
         identity = {}
-        for setting in sorted(
-            self.space, key=lambda setting: setting.key
-        ):  # the order of the arguments does not matter
+        settings_by_key = sorted(
+            self.searched_settings, key=lambda setting: setting.key
+        )  # in whatever order they were given
+        for setting in settings_by_key:
             identity[f"{setting.key}="] = setting.text
         better = "larger" if self.greater_is_better else "smaller"
         identity["metric"] = f"{self.metric}, {better} is better"
@@ -80,7 +84,7 @@ class Search:
 
     def trial_arguments(self, params: dict[str, Any]) -> list[str]:
         """The arguments of a trial, such as `optim.lr=0.0002`; `params` are the values that Optuna drew, by setting."""
-        return [setting.argument(params[setting.key]) for setting in self.space if setting.key in params]
+        return [setting.argument(params[setting.key]) for setting in self.searched_settings if setting.key in params]
 
     @property
     def directory(self) -> Path:
@@ -88,7 +92,7 @@ class Search:
         configured_dir = self.first_trial.config.run.dir
         if configured_dir:
             return Path(configured_dir).expanduser()
-        digest = hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.search_identity()).encode()).hexdigest()
         return Path("runs") / f"search-{digest[:8]}"
 
 
@@ -97,12 +101,12 @@ def is_search(arguments: list[str]) -> bool:
     return any(argument.partition("=")[0].split(".")[0] == "sweeper" for argument in arguments)
 
 
-def chosen_sweeper(arguments: list[str]) -> str:
+def chosen_sweeper_name(arguments: list[str]) -> str:
     """The value of the last argument `sweeper=`, which names what draws the trials; `optuna` if there is none."""
     for argument in reversed(arguments):
         if argument.startswith("sweeper="):
             return argument.partition("=")[2]
-    return SWEEPERS[0]
+    return SWEEPER_NAMES[0]
 
 
 def plan_search(all_arguments: list[str]) -> Search:
@@ -113,10 +117,11 @@ def plan_search(all_arguments: list[str]) -> Search:
     from launch.config.compose import compose
 
     settings, run_arguments = read_sweeper_settings(all_arguments)
-    space, fixed = read_space(run_arguments)
-    if not space:
+    searched_settings, shared_arguments = read_space(run_arguments)
+    if not searched_settings:
         raise ConfigError(
-            f"sweeper={chosen_sweeper(all_arguments)}: no word has several values to search; write one as <setting>={EXAMPLES}"
+            f"sweeper={chosen_sweeper_name(all_arguments)}: no word has several values to search; write one as "
+            f"<setting>={EXAMPLES}"
         )
     argument_by_key = {argument.partition("=")[0]: argument for argument in run_arguments}
     if settings.metric is not None:
@@ -126,30 +131,30 @@ def plan_search(all_arguments: list[str]) -> Search:
             given = argument_by_key["evaluation.watch"]
             raise ConfigError(f"sweeper.metric={settings.metric}: and {given}; give one of them")
         if "evaluation.watch" not in argument_by_key:
-            fixed.append(watch)
+            shared_arguments.append(watch)
     if "export.at_end" not in argument_by_key:  # most trials are thrown away
-        fixed.append("export.at_end=false")
-    searched_keys = {setting.key for setting in space}
+        shared_arguments.append("export.at_end=false")
+    searched_keys = {setting.key for setting in searched_settings}
     for key in ("run.dir", "evaluation.watch", "evaluation.greater_is_better", "launcher"):
         if key in searched_keys:
             raise ConfigError(f"{argument_by_key[key]}: is the same for all trials; give one value")
 
     # Not every combination is composed: settings are assumed not to depend on each other. First the first values of all
     # settings together, then each other end or choice of one setting with the first values of the others.
-    arguments_by_setting = [setting.arguments_at_ends() for setting in space]
+    arguments_by_setting = [setting.arguments_at_ends() for setting in searched_settings]
     first_arguments = [arguments[0] for arguments in arguments_by_setting]
-    first_trial = compose([*fixed, *first_arguments])
-    problems = _search_problems(first_trial, settings, chosen_sweeper(all_arguments))
+    first_trial = compose([*shared_arguments, *first_arguments])
+    problems = _search_problems(first_trial, settings, chosen_sweeper_name(all_arguments))
     for number, arguments in enumerate(arguments_by_setting):
         other_arguments = first_arguments[:number] + first_arguments[number + 1 :]
         for argument in arguments[1:]:
             try:
-                compose([*fixed, *other_arguments, argument])
+                compose([*shared_arguments, *other_arguments, argument])
             except ConfigError as error:
                 problems += [f"with {argument}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    return Search(settings, tuple(space), tuple(fixed), first_trial)
+    return Search(settings, tuple(searched_settings), tuple(shared_arguments), first_trial)
 
 
 def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list[str]]:
@@ -167,7 +172,7 @@ def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list
         else:
             run_arguments.append(argument)
     for argument in sweeper_arguments:
-        if argument.partition("=")[2] not in SWEEPERS:
+        if argument.partition("=")[2] not in SWEEPER_NAMES:
             problems.append(
                 f"{argument}: there is no such sweeper; sweeper=optuna searches, sweeper=wandb writes a file for W&B's agent, "
                 "and without it -m runs all points"
@@ -179,7 +184,7 @@ def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list
     if not sweeper_arguments:  # sweeper.trials=20 alone would start no search
         setting_argument = next(argument for argument in all_arguments if argument.startswith("sweeper"))
         problems.append(f"{setting_argument}: is of a search; add sweeper=optuna")
-    if chosen_sweeper(all_arguments) == "optuna" and find_spec("optuna") is None:
+    if chosen_sweeper_name(all_arguments) == "optuna" and find_spec("optuna") is None:
         problems.append(f"sweeper=optuna: needs the package optuna; {install_command('search')}")
     if problems:
         raise ConfigError(problems)
@@ -187,9 +192,13 @@ def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list
 
 
 def _search_problems(first_trial: Composed, settings: SweeperConfig, sweeper: str) -> list[str]:
-    """Why a legal configuration cannot be a trial of a search: no metric to judge it by, or SLURM as its launcher.
+    """Why a legal configuration cannot be a trial of a search, as error messages:
 
-    `first_trial` stands for all trials. `sweeper` is for messages.
+    - There is no evaluation data by which trials could be judged.
+    - Trials are to be pruned, but the metric is not measured during training.
+    - SLURM is the launcher.
+
+    `first_trial` stands for all trials. `sweeper` is its name for messages.
     """
     from trainer.config.evaluation import is_held_out_loss
     from trainer.config.run import LauncherName
@@ -199,16 +208,17 @@ def _search_problems(first_trial: Composed, settings: SweeperConfig, sweeper: st
     config = first_trial.config
     problems = []
     has_evaluation_data = config.data.eval_path is not None or config.data.eval_share
-    if not has_evaluation_data and config.evaluation.watched not in metric_directions(config.evaluation.tasks):
+    is_metric_of_task = config.evaluation.watched in metric_directions(config.evaluation.tasks)
+    if not has_evaluation_data and not is_metric_of_task:
         problems.append(
             f"sweeper={sweeper}: there is no evaluation data that trials could be judged by ({config.evaluation.watched}); give "
             "data.eval_path or data.eval_share=0.05"
         )
-    every = config.evaluation.every_steps
-    is_measured_during_training = bool(every) and (every != AUTO or is_held_out_loss(config))
+    every_steps = config.evaluation.every_steps
+    is_measured_during_training = bool(every_steps) and (every_steps != AUTO or is_held_out_loss(config))
     if settings.prune is Prune.median and not is_measured_during_training:
         problems.append(
-            f"sweeper.prune=median: judges trials amid their way, where evaluation.every_steps={every} does not measure "
+            f"sweeper.prune=median: judges trials amid their way, where evaluation.every_steps={every_steps} does not measure "
             f"{config.evaluation.watched}; set evaluation.every_steps to a number of steps, or leave it out"
         )
     if config.launcher.name is LauncherName.slurm:
@@ -224,6 +234,6 @@ def search_listing(search: Search) -> str:
     better = "larger" if search.greater_is_better else "smaller"
     trials = search.settings.trials
     lines = [f"sweeper.trials={trials} in {search.directory}, {search.metric} ({better} is better), of"]
-    for setting in search.space:
+    for setting in search.searched_settings:
         lines.append(f"  {setting.key}={setting.text}")
     return "\n".join(lines)

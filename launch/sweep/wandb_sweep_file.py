@@ -25,7 +25,7 @@ MAX_LISTED_VALUES = 1000
 """Values of a range that are listed in a sweep file at most."""
 
 
-def write_sweep(arguments: list[str], *, print_only: bool = False) -> int:
+def write_sweep_file(arguments: list[str], *, print_only: bool = False) -> int:
     """Write `sweep.yaml` into the directory of the search, and print how the sweep is started; returns the exit code.
 
     `workspace.py` is written beside it: a script that shows the trials in W&B. With `print_only`, `sweep.yaml` is printed, and
@@ -36,7 +36,7 @@ def write_sweep(arguments: list[str], *, print_only: bool = False) -> int:
     from trainer.reporting.status import write_text_atomic
 
     search = plan_search(arguments)
-    sweep_yaml = yaml.safe_dump(sweep_config(search), sort_keys=False, width=1000)
+    sweep_yaml = yaml.safe_dump(wandb_sweep_config(search), sort_keys=False, width=1000)
     if print_only:
         print(sweep_yaml, end="")
         return 0
@@ -44,14 +44,14 @@ def write_sweep(arguments: list[str], *, print_only: bool = False) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, sweep_yaml)
     view = path.with_name(WORKSPACE_FILE)
-    write_text_atomic(view, sweep_workspace(search))
+    write_text_atomic(view, trials_workspace_script(search))
     print(f"written: {path}\nbegin it:   wandb sweep {shlex.quote(str(path))}")
     print("work on it: wandb agent <the name it tells>   (as often as you like, where the model and the data are)")
     print(f"look at it: python {shlex.quote(str(view))}   (makes a view and a report of the trials in W&B)")
     return 0
 
 
-def sweep_config(search: Search) -> dict[str, Any]:
+def wandb_sweep_config(search: Search) -> dict[str, Any]:
     """The search as W&B's sweep configuration: parameters, metric, and the command that runs a trial.
 
     Raises ConfigError for settings that W&B's agent does not have.
@@ -70,36 +70,36 @@ def sweep_config(search: Search) -> dict[str, Any]:
         raise ConfigError(problems)
     # Left to the agent: W&B names the directory of a trial, and must receive its metrics.
     agent_settings = ("run.dir=", "logging.wandb=")
-    fixed = [argument for argument in search.fixed if not argument.startswith(agent_settings)]
+    shared_arguments = [argument for argument in search.shared_arguments if not argument.startswith(agent_settings)]
     if logging.group is None:
-        fixed.append(f"logging.group={trials_group(search)}")
+        shared_arguments.append(f"logging.group={trials_group_name(search)}")
     sweep: dict[str, Any] = {"project": logging.project or "shardtune"}
     if logging.entity is not None:
         sweep["entity"] = logging.entity
     sweep["method"] = "bayes"
     sweep["metric"] = {"name": search.metric, "goal": "maximize" if search.greater_is_better else "minimize"}
     sweep["run_cap"] = settings.trials
-    sweep["parameters"] = {setting.key: sweep_parameter(setting) for setting in search.space}
-    sweep["command"] = ["${env}", "shardtune", "train", *fixed, "logging.wandb=online", "${args_no_hyphens}"]
+    sweep["parameters"] = {setting.key: wandb_sweep_parameter(setting) for setting in search.searched_settings}
+    sweep["command"] = ["${env}", "shardtune", "train", *shared_arguments, "logging.wandb=online", "${args_no_hyphens}"]
     return sweep
 
 
-def trials_group(search: Search) -> str:
+def trials_group_name(search: Search) -> str:
     """The group of the trials in W&B, by which `workspace.py` finds them."""
     return search.first_trial.config.logging.group or search.directory.resolve().name
 
 
-def sweep_workspace(search: Search) -> str:
+def trials_workspace_script(search: Search) -> str:
     """The script that shows the trials in W&B: a view and a report.
 
     Unlike the script that `launch/compare/workspace.py` writes, it has no results: the trials run on the hosts of W&B's agents.
     """
     logging = search.first_trial.config.logging
-    columns = {setting.key: COLUMNS.get(setting.key, f"config.{setting.key}") for setting in search.space}
+    columns = {setting.key: COLUMNS.get(setting.key, f"config.{setting.key}") for setting in search.searched_settings}
     direction = "largest" if search.greater_is_better else "smallest"
     final = f"final/{search.metric}"
     points = ["| setting | searched |", "|---|---|"]
-    points += [f"| {setting.key} | {markdown_cell(setting.text)} |" for setting in search.space]
+    points += [f"| {setting.key} | {markdown_cell(setting.text)} |" for setting in search.searched_settings]
     return script_text(
         [
             ("Which settings are best?", list(SETTINGS_PANELS)),
@@ -109,13 +109,13 @@ def sweep_workspace(search: Search) -> str:
             ("What does each cost?", list(COST_PANELS)),
         ],
         install=install_command("workspace"),
-        filters=f'ws.Metric("Group").isin([{trials_group(search)!r}])',
+        filters=f'ws.Metric("Group").isin([{trials_group_name(search)!r}])',
         title=search.directory.resolve().name,
         entity=logging.entity,
         project=logging.project or "shardtune",
         columns=list(columns.values()),
         # A number that each trial has for itself would make groups of one run.
-        group_by=[columns[setting.key] for setting in search.space if setting.choices],
+        group_by=[columns[setting.key] for setting in search.searched_settings if setting.choices],
         baseline=None,
         summary=list(dict.fromkeys(["final/loss", final, *SUMMARY_COLUMNS])),
         answer=[],
@@ -134,8 +134,15 @@ def sweep_workspace(search: Search) -> str:
     )
 
 
-def sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:
-    """A searched setting as a parameter of W&B's sweep configuration. Raises ConfigError for a range of too many values."""
+def wandb_sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:
+    """A searched setting as a parameter of W&B's sweep configuration. The first case that applies:
+
+    - Choices: their values.
+    - A range whose step is not 1: all of its values, because W&B's steps are multiples of the step, and ours begin at the lower
+      end. Raises ConfigError if there are more than `MAX_LISTED_VALUES`.
+    - Numbers on a logarithmic scale, whole ones or any.
+    - Numbers from the lower to the upper end, whole ones or any.
+    """
     if setting.choices:
         return {"values": [_number_or_text(choice) for choice in setting.choices]}
     low: float = setting.low
@@ -143,15 +150,15 @@ def sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:
     if setting.is_integer:
         low = int(low)
         high = int(high)
-    if setting.step is not None and not (setting.is_integer and setting.step == 1):
-        # W&B's steps are multiples of the step, ours count from the lower end: list all values.
-        count = int((setting.high - setting.low) / setting.step + RANGE_TOLERANCE) + 1
-        if count > MAX_LISTED_VALUES:
-            raise ConfigError(f"{setting.key}={setting.text}: has {count:,} values; write interval({low},{high})")
+    has_step_of_one = setting.is_integer and setting.step == 1
+    if setting.step is not None and not has_step_of_one:
+        num_values = int((setting.high - setting.low) / setting.step + RANGE_TOLERANCE) + 1
+        if num_values > MAX_LISTED_VALUES:
+            raise ConfigError(f"{setting.key}={setting.text}: has {num_values:,} values; write interval({low},{high})")
         values = []
-        for index in range(count):
-            argument = setting.argument(setting.low + index * setting.step)
-            values.append(_number_or_text(argument.partition("=")[2]))
+        for index in range(num_values):
+            value_text = setting.value_text(setting.low + index * setting.step)
+            values.append(_number_or_text(value_text))
         return {"values": values}
     bounds = {"min": low, "max": high}
     if setting.log and setting.is_integer:

@@ -10,7 +10,7 @@ from launch.config.compose import compose
 from launch.main import main
 from launch.sweep.space import read_space
 from launch.sweep.sweeper import plan_search
-from launch.sweep.wandb_sweep_file import sweep_config, sweep_parameter
+from launch.sweep.wandb_sweep_file import wandb_sweep_config, wandb_sweep_parameter
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
@@ -33,12 +33,12 @@ def test_wandb_reads_the_space_that_was_typed(words):
     from wandb.sdk.sweeps.scheduler.optuna import search_space_from_sweep_config
 
     search = plan_search([*words, *SPACE])
-    theirs = search_space_from_sweep_config(sweep_config(search)["parameters"])
+    theirs = search_space_from_sweep_config(wandb_sweep_config(search)["parameters"])
     numbers = {one.key: one.distribution() for one in search.space if not one.choices}
     assert {key: theirs[key] for key in numbers} == numbers and len(numbers) == 3
     assert theirs["tuning.rank"].choices == (8, 16)
     assert theirs["tuning.targets"].choices == ("[q_proj]", "[v_proj,k_proj]")
-    assert sweep_config(search)["metric"] == {"name": "eval/loss", "goal": "minimize"}
+    assert wandb_sweep_config(search)["metric"] == {"name": "eval/loss", "goal": "minimize"}
 
 
 def test_wandb_sweep_agent_starts_commands_that_compose(words, capsys):
@@ -83,7 +83,7 @@ def test_wandb_sweep_dry_run_prints_the_file_and_refuses_what_wandb_lacks(words,
     assert main(["train", "-m", *words, *SPACE[:1], "--dry-run"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["method"] == "bayes"
     with pytest.raises(ConfigError) as caught:
-        sweep_config(
+        wandb_sweep_config(
             plan_search([*words, *SPACE[:1], "sweeper.prune=median", "sweeper.seed=3", "evaluation.every_steps=1"])
         )
     assert [line.partition(":")[0] for line in caught.value.problems] == ["sweeper.prune=median", "sweeper.seed=3"]
@@ -93,6 +93,6 @@ def test_wandb_sweep_dry_run_prints_the_file_and_refuses_what_wandb_lacks(words,
 
 def test_ranges_are_listed_from_their_lower_end():
     (steps, many), _ = read_space(["optim.warmup=range(1,9,3)", "optim.x=range(0,90000,3)"])
-    assert sweep_parameter(steps) == {"values": [1, 4, 7]}
+    assert wandb_sweep_parameter(steps) == {"values": [1, 4, 7]}
     with pytest.raises(ConfigError, match=r"has 30,000 values; write interval\("):
-        sweep_parameter(many)
+        wandb_sweep_parameter(many)
