@@ -26,7 +26,7 @@ from strategies.errors import ConfigError
 from strategies.settings import Reach
 from trainer.config.reach import OF_EACH_START, reach_of
 from trainer.config.resuming import flatten_settings, plain_settings
-from trainer.rollout.rewards.copies import copied_functions
+from trainer.rollout.rewards.copies import function_locations
 from trainer.session.base_files import pin_commit
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def use_trusted_copies(config: RunConfig, run: Path, settings: list[str]) -> Non
     sets on the command line (`settings`, such as `objective.rewards.maths.function=...`) is left alone.
     """
     rewards: dict[str, RewardEntry] = getattr(config.objective, "rewards", {})
-    for name, (file, function) in copied_functions(rewards, run).items():
+    for name, (file, function) in function_locations(rewards, run).items():
         is_set_by_user = any(setting.startswith(f"objective.rewards.{name}.") for setting in settings)
         if not is_set_by_user and trusted_values.is_remembered(reward_code_identity(file)):
             rewards[name].function = f"{file}:{function}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from launch.config.outside_values import reward_code_identity
 from launch.config.trusted_values import is_remembered
 from trainer.objectives.reward_functions import split_function, use_stand_ins
-from trainer.rollout.rewards.copies import stand_ins
+from trainer.rollout.rewards.copies import copies_of_missing_files
 
 
 def use_reward_copies(overrides: list[str]) -> None:
@@ -27,5 +27,5 @@ def use_reward_copies(overrides: list[str]) -> None:
             files += [split_function(entry.strip())[0] for entry in text.strip("[]").split(",") if ".py" in entry]
     if run_dir is None or all(file.exists() for file in files):
         return
-    copies = stand_ins(run_dir, files)
+    copies = copies_of_missing_files(run_dir, files)
     use_stand_ins({file: copy for file, copy in copies.items() if is_remembered(reward_code_identity(copy))})

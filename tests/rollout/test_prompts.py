@@ -15,7 +15,13 @@ from trainer.data.formats import RowReader
 from trainer.data.store.documents import DOCUMENTS_FILE, schema, to_record_batch
 from trainer.objectives.reward_functions import functions_of, kept_columns, problems_of_function
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
-from trainer.rollout.rewards.copies import copied_functions, copy_rewards, digests_of, imported_files, renew_copies
+from trainer.rollout.rewards.copies import (
+    copy_rewards,
+    function_locations,
+    imported_files,
+    renew_copies,
+    source_digests,
+)
 from trainer.rollout.rewards.row_check import check_reward_rows
 
 SOURCE = """
@@ -125,13 +131,13 @@ def test_copies_hold_what_the_file_imports_and_are_what_runs(reward_file, tmp_pa
     assert names == ["more.py", "package/inner.py", "rewards.py", "words.py"]
     rewards = {"right": RewardEntry(function=f"{reward_file}:right"), "maths": RewardEntry(kind="maths")}
     copy_rewards(rewards, run_dir)
-    ((file, name),) = copied_functions(rewards, run_dir).values()
+    ((file, name),) = function_locations(rewards, run_dir).values()
     assert (file, name) == (run_dir / "rewards/0/rewards.py", "right")
     assert file.read_text() == SOURCE
     # A file that has changed is another reward: refused once there is progress, and copied where it is accepted.
-    before = digests_of(rewards)
+    before = source_digests(rewards)
     (tmp_path / "more.py").write_text("changed = True\n")
-    assert digests_of(rewards) != before
+    assert source_digests(rewards) != before
     with pytest.raises(ConfigError, match=r"more.py differs .*run.accept=\[rewards\]"):
         renew_copies(rewards, run_dir, has_progress=True, accept=[])
     assert (run_dir / "rewards/0/more.py").read_text() == "import words\n"

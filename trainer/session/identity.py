@@ -30,7 +30,7 @@ from trainer.config.tree import kind_of
 from trainer.data.config import identifying
 from trainer.data.prepare import PreparedData
 from trainer.reporting.status import write_text_atomic
-from trainer.rollout.rewards.copies import recorded_digests
+from trainer.rollout.rewards.copies import copy_digests
 from trainer.session.base_files import IDENTITY, base_files
 
 ACCEPTED = "accepted"
@@ -69,7 +69,7 @@ def identity_of(config: RunConfig, data: PreparedData, *, files: bool = True) ->
         identity["base"] |= base_files(config)
         identity["code"] = {"source": source_digest()}
         if config.run.dir is not None:
-            identity["rewards"] |= recorded_digests(Path(config.run.dir))
+            identity["rewards"] |= copy_digests(Path(config.run.dir))
         identity["rewards"] |= reward_model_digests(config.objective)
     else:
         identity["base"] = {}

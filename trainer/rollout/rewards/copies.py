@@ -21,12 +21,13 @@ from trainer.objectives.reward_functions import split_function, use_stand_ins
 if TYPE_CHECKING:
     from trainer.objectives.rollouts import RewardEntry
 
-DIRECTORY = "rewards"
-MANIFEST = "rewards.json"
+COPIES_DIRECTORY = "rewards"
+"""The directory with the copies below a run directory; also what `run.accept` calls changed reward files."""
+MANIFEST_FILE = "rewards.json"
 
 
 def reward_files(rewards: Mapping[str, RewardEntry]) -> dict[Path, list[Path]]:
-    """The files that reward functions need, by the directory that they are imported from, in the order of the rewards' names.
+    """The files that reward functions need, by the directory that they are imported from, in the order of the reward names.
 
     {Path("/home/me/rewards"): [Path("/home/me/rewards/maths.py"), Path("/home/me/rewards/units.py")]}: units.py is imported.
 
@@ -49,16 +50,16 @@ def reward_files(rewards: Mapping[str, RewardEntry]) -> dict[Path, list[Path]]:
 
 def imported_files(file: Path) -> list[Path]:
     """A Python file and those beside it that it imports, directly or through others; of a package all its Python files."""
-    found: list[Path] = []
-    waiting = [file]
-    while waiting:
-        current = waiting.pop()
-        if current in found:
+    visited: list[Path] = []
+    to_visit = [file]
+    while to_visit:
+        current = to_visit.pop()
+        if current in visited:
             continue
-        found.append(current)
+        visited.append(current)
         for module in _imported_modules(current):
-            waiting += _files_of_module(file.parent, module)
-    return sorted(found)
+            to_visit += _module_files(file.parent, module)
+    return sorted(visited)
 
 
 def _imported_modules(file: Path) -> Iterator[str]:
@@ -75,8 +76,8 @@ def _imported_modules(file: Path) -> Iterator[str]:
             yield node.module.partition(".")[0]
 
 
-def _files_of_module(directory: Path, module: str) -> list[Path]:
-    """The files of a module that lies in a directory; none if it does not."""
+def _module_files(directory: Path, module: str) -> list[Path]:
+    """The Python files of a module or package in a directory; [] if the directory does not have it."""
     if (directory / f"{module}.py").is_file():
         return [directory / f"{module}.py"]
     if (directory / module).is_dir():
@@ -84,10 +85,11 @@ def _files_of_module(directory: Path, module: str) -> list[Path]:
     return []
 
 
-def digests_of(rewards: Mapping[str, RewardEntry]) -> dict[str, str]:
-    """SHA-256 of each file that reward functions need, by its path in the copy: {"0/maths.py": "9f86d0..."}.
+def source_digests(rewards: Mapping[str, RewardEntry]) -> dict[str, str]:
+    """SHA-256 of each file that reward functions need, by the path that its copy has: {"0/maths.py": "9f86d0..."}.
 
-    The number is that of the directory in `reward_files`. Raises ConfigError, OSError.
+    The number is the index of the file's directory in `reward_files`. Raises ConfigError if a reward's file is missing, OSError
+    if a file cannot be read.
     """
     digests = {}
     for number, (directory, files) in enumerate(reward_files(rewards).items()):
@@ -97,7 +99,7 @@ def digests_of(rewards: Mapping[str, RewardEntry]) -> dict[str, str]:
 
 
 def code_digest(file: Path) -> str:
-    """SHA-256 of a reward file and of what it imports from beside, names included. Raises OSError."""
+    """One SHA-256 of a reward file and of the files beside it that it imports, names included. Raises OSError."""
     digest = hashlib.sha256()
     for needed in imported_files(file):
         content = hashlib.sha256(needed.read_bytes()).hexdigest()
@@ -106,12 +108,15 @@ def code_digest(file: Path) -> str:
 
 
 def copy_rewards(rewards: Mapping[str, RewardEntry], run_dir: Path) -> None:
-    """Copy the files of reward functions into a run directory, in place of earlier copies. Raises ConfigError, StorageError."""
-    target = run_dir / DIRECTORY
+    """Copy the files of reward functions into a run directory, in place of earlier copies; nothing without such functions.
+
+    Raises ConfigError if something else would be replaced or a file is missing, StorageError if the copies cannot be written.
+    """
+    target = run_dir / COPIES_DIRECTORY
     by_directory = reward_files(rewards)
     if not by_directory:
         return
-    _refuse_to_replace(target, by_directory)
+    _raise_if_copying_loses_files(target, by_directory)
     try:
         _replace_copies(rewards, by_directory, target)
     except OSError as error:
@@ -121,14 +126,17 @@ def copy_rewards(rewards: Mapping[str, RewardEntry], run_dir: Path) -> None:
 
 
 def _replace_copies(rewards: Mapping[str, RewardEntry], by_directory: dict[Path, list[Path]], target: Path) -> None:
-    """Copy files (`reward_files`) into `target`, which appears whole or not at all. Raises OSError."""
-    draft = target.with_name(f"{DIRECTORY}.unfinished")
+    """Copy the files of `by_directory` (`reward_files`) into `target` and write its manifest. Raises OSError.
+
+    `target` is replaced only once the new copies are complete.
+    """
+    draft = target.with_name(f"{COPIES_DIRECTORY}.unfinished")
     shutil.rmtree(draft, ignore_errors=True)
     # Each source directory becomes a numbered one: /home/me/rewards/maths.py -> rewards/0/maths.py.
-    numbers = {directory: number for number, directory in enumerate(by_directory)}
+    number_by_directory = {directory: number for number, directory in enumerate(by_directory)}
     for directory, files in by_directory.items():
         for file in files:
-            copy = draft / str(numbers[directory]) / file.relative_to(directory)
+            copy = draft / str(number_by_directory[directory]) / file.relative_to(directory)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
     # The manifest: where each reward's function is in the copy, and the digests of all files.
@@ -137,16 +145,19 @@ def _replace_copies(rewards: Mapping[str, RewardEntry], by_directory: dict[Path,
         if reward.function is not None:
             file, function = split_function(reward.function)
             file = file.resolve()
-            functions[name] = {"file": f"{numbers[file.parent]}/{file.name}", "function": function}
-    manifest = {"functions": functions, "sha256": digests_of(rewards)}
-    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            functions[name] = {"file": f"{number_by_directory[file.parent]}/{file.name}", "function": function}
+    manifest = {"functions": functions, "sha256": source_digests(rewards)}
+    (draft / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)
 
 
-def _refuse_to_replace(target: Path, sources: Iterable[Path]) -> None:
-    """Raise ConfigError if what lies where copies go is not a run's copies, or is what is to be copied (`sources`)."""
-    for directory in sources:
+def _raise_if_copying_loses_files(target: Path, source_directories: Iterable[Path]) -> None:
+    """Raise ConfigError if copies in `target` would replace files that are not a run's copies.
+
+    That is so if a source directory is below `target`, or if `target` exists without a manifest.
+    """
+    for directory in source_directories:
         if directory.is_relative_to(target.resolve()):
             raise ConfigError(
                 f"objective.rewards: {directory} lies where the run keeps its copies of reward files, which are replaced; move "
@@ -154,15 +165,18 @@ def _refuse_to_replace(target: Path, sources: Iterable[Path]) -> None:
             )
     if target.exists() and read_manifest(target.parent) is None:
         raise ConfigError(
-            f"{target}: is there, and has no {MANIFEST} of an earlier run; the run would replace it by its copies of reward "
+            f"{target}: is there, and has no {MANIFEST_FILE} of an earlier run; the run would replace it by its copies of reward "
             "files: move it away, or choose another run.dir"
         )
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any] | None:
-    """What `copy_rewards` wrote; None if the run has no copies, or a file that says something else."""
+    """The manifest of a run's copies; None if it has none, or one that cannot be read.
+
+    {"functions": {"maths": {"file": "0/maths.py", "function": "score"}}, "sha256": {"0/maths.py": "9f86d0..."}}.
+    """
     try:
-        manifest = json.loads((run_dir / DIRECTORY / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((run_dir / COPIES_DIRECTORY / MANIFEST_FILE).read_text(encoding="utf-8"))
         functions = {}
         for name, copy in manifest["functions"].items():
             functions[name] = {"file": str(copy["file"]), "function": str(copy["function"])}
@@ -171,59 +185,63 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def copied_functions(rewards: Mapping[str, RewardEntry], run_dir: Path | None) -> dict[str, tuple[Path, str]]:
-    """(file, function) of each reward that is a function: the run's copy if there is one, else the file itself."""
+def function_locations(rewards: Mapping[str, RewardEntry], run_dir: Path | None) -> dict[str, tuple[Path, str]]:
+    """(file, name of the function) of each reward that is a function: the run's copy if there is one, else the file itself."""
     manifest = None if run_dir is None else read_manifest(run_dir)
     functions = {}
     for name, reward in rewards.items():
         if reward.function is None:
             continue
-        copied = None if manifest is None else manifest["functions"].get(name)
-        if copied is not None and run_dir is not None:
-            functions[name] = (run_dir.resolve() / DIRECTORY / copied["file"], copied["function"])
+        copy = None if manifest is None else manifest["functions"].get(name)
+        if copy is not None and run_dir is not None:
+            functions[name] = (run_dir.resolve() / COPIES_DIRECTORY / copy["file"], copy["function"])
         else:
             file, function = split_function(reward.function)
             functions[name] = (file.resolve(), function)
     return functions
 
 
-def stand_ins(run_dir: Path, files: Iterable[Path]) -> dict[Path, Path]:
-    """The run's copies of reward files that don't exist any more: {file: copy}. Files that exist or have no copy are left out.
+def copies_of_missing_files(run_dir: Path, files: Iterable[Path]) -> dict[Path, Path]:
+    """The run's copies of those reward files that do not exist any more: {file: copy}.
 
-    A file is found by its name alone. If a run has copies of two files with that name, neither is taken.
+    A copy is found by the name of the file alone. Files that exist, that have no copy, or whose name two copies have are left
+    out.
     """
     manifest = read_manifest(run_dir)
     if manifest is None:
         return {}
     copies_by_name: dict[str, set[Path]] = {}
     for copy in manifest["functions"].values():
-        path = run_dir.resolve() / DIRECTORY / copy["file"]
+        path = run_dir.resolve() / COPIES_DIRECTORY / copy["file"]
         copies_by_name.setdefault(path.name, set()).add(path)
-    found = {}
+    copy_by_file = {}
     for file in files:
         copies = copies_by_name.get(file.name, set())
         if not file.exists() and len(copies) == 1:
             (copy_path,) = copies
             if copy_path.is_file():
-                found[file] = copy_path
-    return found
+                copy_by_file[file] = copy_path
+    return copy_by_file
 
 
 def use_copies_of_run(rewards: Mapping[str, RewardEntry], run_dir: Path) -> None:
-    """Let the run's own copies stand in for reward files that are gone, in this process."""
+    """From now on read the run's own copies in place of reward files that are missing, in this process (`use_stand_ins`)."""
     files = [split_function(reward.function)[0] for reward in rewards.values() if reward.function is not None]
-    use_stand_ins(stand_ins(run_dir, files))
+    use_stand_ins(copies_of_missing_files(run_dir, files))
 
 
-def recorded_digests(run_dir: Path) -> dict[str, str]:
-    """SHA-256 of each copied file as it is now, by its path; empty if the run has no copies."""
-    target = run_dir / DIRECTORY
+def copy_digests(run_dir: Path) -> dict[str, str]:
+    """SHA-256 of each copy of a reward file in a run directory, by its path: {"0/maths.py": "9f86d0..."}; {} without copies.
+
+    The digests are computed from the files, because copies may have been changed since the manifest was written: the copies are
+    what is run. A missing copy has the digest "missing".
+    """
     manifest = read_manifest(run_dir)
     if manifest is None:
         return {}
     digests = {}
     for name in sorted(manifest["sha256"]):
-        file = target / name
+        file = run_dir / COPIES_DIRECTORY / name
         digests[name] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
     return digests
 
@@ -232,33 +250,35 @@ def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progr
     """Copy the reward files of a run that is about to start into its directory, unless it must keep the copies that it has.
 
     - No reward is a function: nothing is done.
-    - A file is gone of which there is a copy, and `run.accept` does not name rewards: the copies are kept.
+    - A file is missing of which there is a copy, and `run.accept` does not name rewards: the copies are kept.
     - There are no copies, the run has made no step, or `run.accept` names rewards: the files are copied.
     - A file cannot be read now: the copies are kept.
     - A file differs from its copy: ConfigError, since the same run would be scored by two functions.
-    - All are as they were: they are copied again.
+    - No file differs: the files are copied again.
 
-    `has_progress`: whether the run has made steps. `accept`: what `run.accept` names. Raises StorageError too.
+    `has_progress`: whether the run has made steps. `accept`: what `run.accept` names. Also raises StorageError if the copies
+    cannot be written.
     """
     files = [split_function(reward.function)[0] for reward in rewards.values() if reward.function is not None]
     if not files:
         return
     manifest = read_manifest(run_dir)
-    if manifest is not None and DIRECTORY not in accept and stand_ins(run_dir, files):
+    if manifest is not None and COPIES_DIRECTORY not in accept and copies_of_missing_files(run_dir, files):
         return
-    if manifest is None or not has_progress or DIRECTORY in accept:
+    if manifest is None or not has_progress or COPIES_DIRECTORY in accept:
         copy_rewards(rewards, run_dir)
         return
     try:
-        current = digests_of(rewards)
+        current = source_digests(rewards)
     except (ConfigError, OSError):
         return
-    recorded = recorded_digests(run_dir)
-    changed = [name for name in sorted(recorded.keys() | current.keys()) if recorded.get(name) != current.get(name)]
+    copied = copy_digests(run_dir)
+    changed = [name for name in sorted(copied.keys() | current.keys()) if copied.get(name) != current.get(name)]
     if changed:
         changed_files = ", ".join(name.partition("/")[2] for name in changed)
         raise ConfigError(
-            f"objective.rewards: {changed_files} differs from the copy in {run_dir / DIRECTORY} that scored this run until now; "
+            f"objective.rewards: {changed_files} differs from the copy in "
+            f"{run_dir / COPIES_DIRECTORY} that scored this run until now; "
             "add run.accept=[rewards] to go on with the new one, or put the old one back"
         )
     # Copied again, though they are the same: only this replaces other files that somebody may have put there, which would be run.

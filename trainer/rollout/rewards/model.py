@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +36,8 @@ class RewardModelReader:
     batch_tokens: int
     """Tokens of a micro-batch, padding included."""
 
-    def tokens_of(self, group: Group) -> list[list[int] | None]:
-        """The tokens of a group's prompt with each answer; None for one that the model has too few positions for.
+    def encode_group(self, group: Group) -> list[list[int] | None]:
+        """The token ids of a group's prompt with each answer; None where the model has too few positions.
 
         The chat template writes prompt and answer as a conversation; a prompt that is a text is a user's turn. Control tokens
         such as <|im_end|> in an answer are plain text, as in prompts: else a policy could learn to write turns of its own.
@@ -47,34 +47,39 @@ class RewardModelReader:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         rendered = []
         for answer in group.answers:
-            text = self._rendered(turns, answer.text, group.prompt.origin)
+            text = self._render_conversation(turns, answer.text, group.prompt.origin)
             rendered.append(RenderedText(text, [], escaped=ESCAPE in text))
         encodings, _ = self.encoder.tokenize(rendered)
-        tokens: list[list[int] | None] = []
+        ids_of_answers: list[list[int] | None] = []
         for encoding in encodings:
-            self._refuse_unknown(encoding.ids, group.prompt.origin)
+            self._raise_if_unknown_token(encoding.ids, group.prompt.origin)
             fits = self.positions is None or len(encoding.ids) <= self.positions
-            tokens.append(list(encoding.ids) if fits else None)
-        return tokens
+            ids_of_answers.append(list(encoding.ids) if fits else None)
+        return ids_of_answers
 
-    def _refuse_unknown(self, token_ids: Sequence[int], place: str) -> None:
-        """Raise DataError, which begins with `place`, for a token that the model has no row for."""
+    def _raise_if_unknown_token(self, token_ids: Sequence[int], origin: str) -> None:
+        """Raise DataError for a token id that the model has no embedding for. `origin`: what has the token, for the message."""
         largest = max(token_ids, default=0)
         if largest >= self.vocabulary:
             raise DataError(
-                f"{place}: the reward model's tokenizer makes token {largest} of it, and the model has {self.vocabulary} rows of "
+                f"{origin}: the reward model's tokenizer makes token {largest} of it, and the model "
+                f"has {self.vocabulary} rows of "
                 "embeddings; give it the tokenizer that it was trained with"
             )
 
-    def _rendered(self, turns: Sequence[Mapping[str, Any]], answer: str, origin: str) -> str:
-        """A conversation as the chat template writes it, with the control tokens that its texts spell escaped."""
+    def _render_conversation(self, turns: Sequence[Mapping[str, Any]], answer: str, origin: str) -> str:
+        """The text of a prompt's turns and an answer by the chat template, with control tokens in their texts escaped.
+
+        Control tokens in the turns are handled by the policy for prompts (`data.control_tokens`); those in the answer are always
+        escaped. `origin`: row of the prompt, for errors. Raises DataError if the template refuses the conversation.
+        """
         assert self.encoder.template is not None, "checked when the reader was made"
         conversation = []
         for turn in turns:
             content = str(turn["content"])
             escaped = self.encoder.escape_text(Document(origin, 0, text=content), content)
             conversation.append({**turn, "content": escaped})
-        # Whatever holds for prompts. The character that escapes is private, and of no use in an answer.
+        # `ESCAPE`, a private character that marks escaped text, is removed from the answer, which could else forge the mark.
         answer = answer.replace(ESCAPE, "")
         if self.encoder.escaper.spelled_in(answer):
             answer = self.encoder.escaper.escape(answer)
@@ -90,7 +95,7 @@ class RewardModelReader:
             )
         answer = "An answer."
         try:
-            text = self._rendered([{"role": "user", "content": "A question?"}], answer, "a question")
+            text = self._render_conversation([{"role": "user", "content": "A question?"}], answer, "a question")
         except ShardtuneError as error:
             raise ConfigError(
                 f"{setting}: its chat template cannot write a question with its answer ({error})"
@@ -102,24 +107,27 @@ class RewardModelReader:
             )
         encodings, _ = self.encoder.tokenize([RenderedText(text, [], escaped=ESCAPE in text)])
         try:
-            self._refuse_unknown(encodings[0].ids, "a question and its answer")
+            self._raise_if_unknown_token(encodings[0].ids, "a question and its answer")
         except DataError as error:
             raise ConfigError(f"{setting}: {error}") from error
 
-    def micro_batches(self, tokens: Sequence[list[int]]) -> list[list[int]]:
-        """Numbers of the texts of each micro-batch: texts of like lengths together, as many as `batch_tokens` holds."""
+    def micro_batch_indices(self, texts: Sequence[list[int]]) -> list[list[int]]:
+        """Indices of the texts (token ids) of each micro-batch, the longest texts first.
+
+        A micro-batch has at most `batch_tokens` tokens, padding included, but at least one text.
+        """
         batches: list[list[int]] = []
         current: list[int] = []
-        # The first one is the longest, and all are padded to it.
-        for number in sorted(range(len(tokens)), key=lambda text: len(tokens[text]), reverse=True):
-            if current and (len(current) + 1) * len(tokens[current[0]]) > self.batch_tokens:
+        for index in sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True):
+            # All texts of a batch are padded to the first one, which is the longest.
+            if current and (len(current) + 1) * len(texts[current[0]]) > self.batch_tokens:
                 batches.append(current)
                 current = []
-            current.append(number)
+            current.append(index)
         return [*batches, current] if current else batches
 
-    def batch(self, texts: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, int64 `[texts, longest]`, padded on the right."""
+    def padded_batch(self, texts: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` of some texts, int64 [texts, longest], padded on the right."""
         longest = max(map(len, texts))
         input_ids = torch.full((len(texts), longest), self.pad_token_id, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
@@ -139,6 +147,17 @@ class _ModelScores:
         """`SCORES`, float32 `[texts]`; the trained model is not asked."""
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return {SCORES: logits[:, 0].float()}
+
+
+class _AnswerText(NamedTuple):
+    """A prompt with an answer that this rank scores."""
+
+    group: int
+    """Index of the group."""
+    answer: int
+    """Index of the answer in its group."""
+    ids: list[int]
+    """Token ids of prompt and answer."""
 
 
 class RewardModelScorer:
@@ -163,54 +182,60 @@ class RewardModelScorer:
         All ranks must call, with the same groups. Raises on all ranks alike: DataError for a conversation that the chat template
         does not write, Interrupted if the run is asked to stop.
         """
-        # This rank's texts: (number of the group, number of the answer, tokens).
-        own: list[tuple[int, int, list[int]]] = []
+        own_texts: list[_AnswerText] = []
         problem: str | None = None
         try:
-            own = self._own_texts(name, groups)
+            own_texts = self._own_texts(name, groups)
         except ShardtuneError as error:
             problem = str(error)
         problems = [message for message in gather_objects(problem, self.runtime) if message is not None]
         if problems:
             raise DataError(f"objective.rewards.{name}: {problems[0]}")
-        own_scores = self._run(name, [ids for _, _, ids in own])
-        scored = [(group, answer, score) for (group, answer, _), score in zip(own, own_scores, strict=True)]
+        own_scores = self._score_texts(name, [text.ids for text in own_texts])
+        own_results = []
+        for text, score in zip(own_texts, own_scores, strict=True):
+            own_results.append((text.group, text.answer, score))
         scores = [np.full(len(group.answers), np.nan) for group in groups]
-        for rank_scores in gather_objects(scored, self.runtime):
-            for group_number, answer_number, score in rank_scores:
-                scores[group_number][answer_number] = score
+        for rank_results in gather_objects(own_results, self.runtime):
+            for group_index, answer_index, score in rank_results:
+                scores[group_index][answer_index] = score
         return scores
 
-    def _own_texts(self, name: str, groups: Sequence[Group]) -> list[tuple[int, int, list[int]]]:
-        """(number of the group, number of the answer, tokens) of the texts that this rank scores."""
+    def _own_texts(self, name: str, groups: Sequence[Group]) -> list[_AnswerText]:
+        """The texts that this rank scores: prompts with answers of every `world_size`-th group, without those that are too
+        long."""
         texts = []
-        for number in range(self.runtime.rank, len(groups), self.runtime.world_size):
-            for answer, ids in enumerate(self.readers[name].tokens_of(groups[number])):
+        for group_index in range(self.runtime.rank, len(groups), self.runtime.world_size):
+            for answer_index, ids in enumerate(self.readers[name].encode_group(groups[group_index])):
                 if ids:
-                    texts.append((number, answer, ids))
+                    texts.append(_AnswerText(group_index, answer_index, ids))
         return texts
 
-    def _run(self, name: str, texts: Sequence[list[int]]) -> list[float]:
-        """The score of each text of this rank. All ranks must call: each makes as many forward passes as the others."""
+    def _score_texts(self, name: str, texts: Sequence[list[int]]) -> list[float]:
+        """The score of each text (token ids) of this rank by reward model `name`.
+
+        All ranks must call, and each makes as many forward passes as the rank with the most texts. Raises Interrupted if the
+        run is asked to stop.
+        """
         reader = self.readers[name]
-        batches = reader.micro_batches(texts)
-        most = max(gather_objects(len(batches), self.runtime))
+        batches = reader.micro_batch_indices(texts)
+        num_passes = max(gather_objects(len(batches), self.runtime))
+        filler = [[reader.pad_token_id]]  # read by a rank that has no batch left, because the pass is a collective
         scores = [0.0] * len(texts)
         with self.engine.inference(averaged=False) as module:
-            # Through the root module's own forward: a sharding engine gathers parameters only there.
+            # The model is called through the root module's own forward, because only there a sharding engine gathers parameters.
             step: Any = module
             training_objective = step.objective
             added_losses = step.added_losses
             step.objective = _ModelScores(step.reward_models[name])
             step.added_losses = None
             try:
-                for turn in range(most):
-                    numbers = batches[turn] if turn < len(batches) else []  # of texts
-                    filler = [[reader.pad_token_id]]  # read by a rank that has no batch left, so that all make the pass
-                    batch = reader.batch([texts[number] for number in numbers] or filler, self.runtime.device)
+                for number in range(num_passes):
+                    indices = batches[number] if number < len(batches) else []
+                    batch = reader.padded_batch([texts[index] for index in indices] or filler, self.runtime.device)
                     batch_scores = step(batch)[SCORES].tolist()
-                    for number, score in zip(numbers, batch_scores, strict=False):  # that of a filler is dropped
-                        scores[number] = score
+                    for index, score in zip(indices, batch_scores, strict=False):  # that of a filler is dropped
+                        scores[index] = score
                     if self.stop_now():
                         raise Interrupted
             finally:

@@ -18,11 +18,11 @@ BATCH_TOKENS = 8192
 """Tokens, padding included, that a reward model reads at a time."""
 OPTIONS: dict[str, Any] = {"chat_template": None, "batch_tokens": BATCH_TOKENS}
 """Options of a reward that is a model, with their defaults."""
-CLASSIFIER = "ForSequenceClassification"
+CLASSIFIER_CLASS_SUFFIX = "ForSequenceClassification"
 """How transformers' classes end that have a head of scores."""
-HEADS = ("score", "classifier")
+SCORE_HEAD_NAMES = ("score", "classifier")
 """Names of such a head, which an adapter of a reward model brings along."""
-ADAPTER_SETTINGS = "adapter_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,26 +41,26 @@ def reward_model_files(path: str, key: str) -> RewardModelFiles:
 
     `key`: the setting `objective.rewards.NAME.path`. Raises ConfigError for what is no reward model.
     """
-    directory = _exported(Path(path).expanduser(), key)
-    if (directory / ADAPTER_SETTINGS).is_file():
-        settings = _read(directory / ADAPTER_SETTINGS, key)
+    directory = _model_or_export_directory(Path(path).expanduser(), key)
+    if (directory / ADAPTER_CONFIG_FILE).is_file():
+        settings = _read_json_object(directory / ADAPTER_CONFIG_FILE, key)
         heads = set(settings.get("modules_to_save") or ())
-        if settings.get("task_type") != "SEQ_CLS" and heads.isdisjoint(HEADS):
+        if settings.get("task_type") != "SEQ_CLS" and heads.isdisjoint(SCORE_HEAD_NAMES):
             raise ConfigError(
                 f"{key}={path}: is an adapter of a language model, which gives no scores; give one that objective=reward trained"
             )
         return RewardModelFiles(directory, str(settings.get("base_model_name_or_path")), directory)
     if not (directory / "config.json").is_file():
         raise ConfigError(
-            f"{key}={path}: has neither config.json nor {ADAPTER_SETTINGS}, so it is no model; give the export of a run of "
+            f"{key}={path}: has neither config.json nor {ADAPTER_CONFIG_FILE}, so it is no model; give the export of a run of "
             "objective=reward"
         )
-    _refuse_other_models(_read(directory / "config.json", key), f"{key}={path}")
+    _require_reward_model(_read_json_object(directory / "config.json", key), f"{key}={path}")
     return RewardModelFiles(directory, str(directory))
 
 
-def _exported(directory: Path, key: str) -> Path:
-    """The directory itself, or the export of the run that it is. Raises ConfigError where there is none."""
+def _model_or_export_directory(directory: Path, key: str) -> Path:
+    """The directory itself, or its `export` if it is a run directory. Raises ConfigError if there is neither."""
     if not directory.is_dir():
         raise ConfigError(
             f"{key}={directory}: is no directory; give the export of a run of objective=reward, or fetch a reward model with "
@@ -73,28 +73,33 @@ def _exported(directory: Path, key: str) -> Path:
     return directory / "export"
 
 
-def _read(file: Path, key: str) -> dict[str, Any]:
-    """A JSON object of a reward model's directory. Raises ConfigError."""
+def _read_json_object(file: Path, key: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises ConfigError, which begins with the setting `key`, if it cannot be read."""
     try:
         return read_object(file)
     except (OSError, ValueError, ConfigError) as error:
         raise ConfigError(f"{key}: {file} cannot be read ({error}); write it again") from None
 
 
-def _refuse_other_models(settings: Mapping[str, Any], said: str) -> None:
-    """Raise ConfigError for the config.json of a model that does not give one score. `said`: the setting, for the message."""
+def _require_reward_model(settings: Mapping[str, Any], setting_text: str) -> None:
+    """Raise ConfigError unless the settings of a config.json are those of a classifier with one label, which gives one score.
+
+    `setting_text`: the setting that names the model with its value, for the message.
+    """
     architectures = settings.get("architectures") or []
-    if not any(str(name).endswith(CLASSIFIER) for name in architectures):
+    if not any(str(name).endswith(CLASSIFIER_CLASS_SUFFIX) for name in architectures):
         kind = ", ".join(map(str, architectures)) or "of no class that its config.json names"
         raise ConfigError(
-            f"{said}: is {kind}, and a reward model is ...{CLASSIFIER} with one label; train one with objective=reward"
+            f"{setting_text}: is {kind}, and a reward model is ...{CLASSIFIER_CLASS_SUFFIX} with one "
+            "label; train one with objective=reward"
         )
-    # transformers counts the names of the labels, and takes two if a file says nothing.
-    names = settings.get("id2label")
-    labels = len(names) if isinstance(names, dict) else int(settings.get("num_labels") or 2)
-    if labels != 1:
+    # As in transformers: the number of label names counts, and a file that says nothing has two labels.
+    label_names = settings.get("id2label")
+    num_labels = len(label_names) if isinstance(label_names, dict) else int(settings.get("num_labels") or 2)
+    if num_labels != 1:
         raise ConfigError(
-            f"{said}: has {labels} labels, and a reward model has one; train one with objective=reward, or call a classifier "
+            f"{setting_text}: has {num_labels} labels, and a reward model has one; train one with "
+            "objective=reward, or call a classifier "
             "in a reward function"
         )
 

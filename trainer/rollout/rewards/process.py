@@ -28,25 +28,32 @@ ROOT = Path(__file__).resolve().parents[3]
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 RANK_PREFIXES = ("MASTER_", "SLURM_", "SRUN_", "PMI_", "PMIX_", "TORCHELASTIC_", "NCCL_")
 """Variables by which libraries take a process for a rank of the job."""
-ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-NO_GPU = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-LOAD_S = 300.0
+THREAD_COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+GPU_VISIBILITY_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+LOAD_TIMEOUT_S = 300.0
 """Seconds that the reward files may take to be imported."""
-POLL_S = 0.2
-HOPELESS_TIMEOUTS = 8
+POLL_INTERVAL_S = 0.2
+"""Seconds after which a waiting rank looks whether it was asked to stop."""
+MAX_TIMEOUTS_WITHOUT_SUCCESS = 8
 """If so many calls of a reward took too long and none was in time, in a round or since the workers began, the run ends."""
 
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a worker: no rank of the job, no GPU, one thread, and sets in the same order every time."""
+    """The environment of a worker process, from that of the rank that starts it.
+
+    Without variables that say which rank of the job it is; no GPU is visible, libraries use one thread, the hash seed is fixed so
+    that sets have the same order every time, and this code base comes first on PYTHONPATH.
+    """
     cleaned = {}
     for name, value in environment.items():
         if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES):
             cleaned[name] = value
-    cleaned |= dict.fromkeys(ONE_THREAD, "1") | dict.fromkeys(NO_GPU, "")
+    cleaned |= dict.fromkeys(THREAD_COUNT_VARIABLES, "1") | dict.fromkeys(GPU_VISIBILITY_VARIABLES, "")
     cleaned["TOKENIZERS_PARALLELISM"] = "false"
     cleaned["PYTHONHASHSEED"] = "0"
-    search_path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    search_path = [str(ROOT)]
+    if environment.get("PYTHONPATH"):
+        search_path.append(environment["PYTHONPATH"])
     cleaned["PYTHONPATH"] = os.pathsep.join(search_path)
     return cleaned
 
@@ -63,7 +70,8 @@ class RewardProcess:
         self._setup = {"rewards": rewards, "log": str(log)}
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
-        self._pending = b""
+        self._received = b""
+        """Bytes of messages that have not arrived completely."""
 
     @property
     def is_running(self) -> bool:
@@ -71,7 +79,10 @@ class RewardProcess:
         return self._process is not None
 
     def start(self) -> None:
-        """Start the process, unless it runs. Its first message says that the rewards are loaded, or why not."""
+        """Start the process unless it runs, and send it the rewards to load.
+
+        Its first message will say that they are loaded, or why not.
+        """
         if self._process is not None:
             return
         call_read, call_write = os.pipe()
@@ -97,7 +108,7 @@ class RewardProcess:
         os.close(answer_write)
         self._calls = os.fdopen(call_write, "wb")
         self.answer_fd = answer_read
-        self._pending = b""
+        self._received = b""
         with contextlib.suppress(BrokenPipeError):  # it died at once: `read` says how
             send(self._calls, self._setup)
 
@@ -107,25 +118,25 @@ class RewardProcess:
             send(self._calls, call)
 
     def read(self) -> dict[str, Any] | None:
-        """The next message, if all of it has arrived; else None, and what has arrived is kept for the next call.
+        """Receive bytes from the worker. Returns its next message if all of it has arrived, else None.
 
-        Call it once `answer_fd` can be read, so that it does not wait. Raises WorkerDied.
+        Call it when `answer_fd` can be read, so that it does not wait. Raises WorkerDied if the process has ended.
         """
         chunk = os.read(self.answer_fd, 1 << 20)
         if not chunk:
             raise WorkerDied(self._cause_of_death())
-        self._pending += chunk
-        if len(self._pending) < LENGTH_BYTES:
+        self._received += chunk
+        if len(self._received) < LENGTH_BYTES:
             return None
-        length = int.from_bytes(self._pending[:LENGTH_BYTES], "little")
-        if len(self._pending) < LENGTH_BYTES + length:
+        length = int.from_bytes(self._received[:LENGTH_BYTES], "little")
+        if len(self._received) < LENGTH_BYTES + length:
             return None
-        message: dict[str, Any] = json.loads(self._pending[LENGTH_BYTES : LENGTH_BYTES + length])
-        self._pending = self._pending[LENGTH_BYTES + length :]
+        message: dict[str, Any] = json.loads(self._received[LENGTH_BYTES : LENGTH_BYTES + length])
+        self._received = self._received[LENGTH_BYTES + length :]
         return message
 
     def _cause_of_death(self) -> str:
-        """How the process ended."""
+        """How the process ended, in words: its exit code, or the signal that ended it."""
         assert self._process is not None
         code = self._process.wait()
         if code >= 0:
@@ -173,7 +184,18 @@ class Reply:
 
 
 class Stopped(Exception):
-    """The run was asked to stop while calls were waited for."""
+    """The run was asked to stop while this rank waited for replies."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RunningCall:
+    """A call that a worker is making."""
+
+    worker: RewardProcess
+    number: int
+    """Index of the call in its round."""
+    deadline: float
+    """Moment of `time.monotonic` after which the worker is killed."""
 
 
 class WorkerPool:
@@ -196,13 +218,16 @@ class WorkerPool:
             self._wait_until_ready(worker)
 
     def _wait_until_ready(self, worker: RewardProcess) -> None:
-        """Wait for a worker that was just started. Raises DataError, and Stopped."""
-        deadline = time.monotonic() + LOAD_S
+        """Wait until a worker that was just started has loaded the rewards.
+
+        Raises DataError if it cannot load them or takes longer than `LOAD_TIMEOUT_S`, and Stopped.
+        """
+        deadline = time.monotonic() + LOAD_TIMEOUT_S
         with selectors.DefaultSelector() as selector:
             selector.register(worker.answer_fd, selectors.EVENT_READ)
             while time.monotonic() < deadline:
                 self._check_stop()
-                if not selector.select(POLL_S):
+                if not selector.select(POLL_INTERVAL_S):
                     continue
                 try:
                     message = worker.read()
@@ -216,63 +241,70 @@ class WorkerPool:
                 raise DataError(f"objective.rewards.{message['reward']}: {message['problem']}\n{trace}")
         worker.kill()
         raise DataError(
-            f"objective.rewards: the files took longer than {LOAD_S:.0f} s to be imported; import less in them"
+            f"objective.rewards: the files took longer than {LOAD_TIMEOUT_S:.0f} s to be imported; import less in them"
         )
 
     def run(self, calls: Sequence[Call]) -> list[Reply]:
-        """Have the workers make these calls, and return the reply to each, in the order of the calls.
+        """Have the workers make these calls. Returns the reply to each, in the order of the calls.
 
-        A worker whose call takes longer than its time limit is killed and started again; the reply then says so. A call during
-        which the worker dies is tried once more. Raises DataError for a reward that fails, with the row, and Stopped.
+        A worker whose call takes longer than its time limit is killed and started again; the reply then has no scores. A call
+        during which the worker dies is tried once more. Raises DataError, with the row, for a reward that fails, and Stopped.
         """
         round_of_calls = _RoundOfCalls(calls, self._never_in_time)
-        busy: dict[
-            int, tuple[RewardProcess, int, float]
-        ] = {}  # by file descriptor: worker, number of its call, deadline
-        idle = [self._alive(worker) for worker in self._workers]
+        idle_workers = [self._started(worker) for worker in self._workers]
+        running: dict[int, _RunningCall] = {}  # by file descriptor of the worker's answers
         with selectors.DefaultSelector() as selector:
-            while round_of_calls.waiting or busy:
+            while round_of_calls.waiting or running:
                 self._check_stop()
                 # Give calls to idle workers.
-                while idle and round_of_calls.waiting:
-                    worker = idle.pop()
-                    number = round_of_calls.waiting.popleft()
-                    worker.ask({"reward": calls[number].reward, "answers": calls[number].answers})
-                    selector.register(worker.answer_fd, selectors.EVENT_READ)
-                    busy[worker.answer_fd] = (worker, number, time.monotonic() + calls[number].timeout_s)
-                # Take replies, for at most `POLL_S` seconds.
-                for key, _ in selector.select(POLL_S):
-                    worker, number, _ = busy[key.fd]
-                    if self._take_reply(round_of_calls, worker, number):
-                        selector.unregister(key.fd)
-                        del busy[key.fd]
-                        idle.append(self._alive(worker))
-                # Kill workers that are past their deadline.
+                while idle_workers and round_of_calls.waiting:
+                    call = self._send_call(idle_workers.pop(), round_of_calls)
+                    selector.register(call.worker.answer_fd, selectors.EVENT_READ)
+                    running[call.worker.answer_fd] = call
+                # Receive replies, for at most `POLL_INTERVAL_S` seconds, then end calls that are past their deadline.
+                finished = []
+                for key, _ in selector.select(POLL_INTERVAL_S):
+                    if self._receive_reply(round_of_calls, running[key.fd]):
+                        finished.append(key.fd)
+                for fd in finished:  # before workers are started again, which may get the same file descriptors
+                    selector.unregister(fd)
+                for fd in finished:
+                    idle_workers.append(self._started(running.pop(fd).worker))
                 now = time.monotonic()
-                for fd, (worker, number, deadline) in list(busy.items()):
-                    if now > deadline:
-                        selector.unregister(fd)
-                        del busy[fd]
-                        worker.kill()
-                        idle.append(self._alive(worker))
-                        round_of_calls.note_timeout(number)
+                overdue = [fd for fd, call in running.items() if now > call.deadline]
+                for fd in overdue:
+                    selector.unregister(fd)
+                    call = running.pop(fd)
+                    call.worker.kill()
+                    idle_workers.append(self._started(call.worker))
+                    round_of_calls.note_timeout(call.number)
         return [reply for reply in round_of_calls.replies if reply is not None]
 
-    def _take_reply(self, round_of_calls: _RoundOfCalls, worker: RewardProcess, number: int) -> bool:
-        """Read what a worker has sent; returns whether it is done with its call `number`, by a reply or by its death."""
+    def _send_call(self, worker: RewardProcess, round_of_calls: _RoundOfCalls) -> _RunningCall:
+        """Take the next waiting call of the round and send it to a worker."""
+        number = round_of_calls.waiting.popleft()
+        call = round_of_calls.calls[number]
+        worker.ask({"reward": call.reward, "answers": call.answers})
+        return _RunningCall(worker, number, deadline=time.monotonic() + call.timeout_s)
+
+    def _receive_reply(self, round_of_calls: _RoundOfCalls, call: _RunningCall) -> bool:
+        """Read what a worker has sent. Returns whether its call is over: it has replied, or the process has died.
+
+        Notes the reply in `round_of_calls`, or the death, after which the process is killed for good.
+        """
         try:
-            message = worker.read()
+            message = call.worker.read()
         except WorkerDied as death:
-            worker.kill()
-            round_of_calls.note_death(number, f"{death}; its log is {worker.log}")
+            call.worker.kill()
+            round_of_calls.note_death(call.number, f"{death}; its log is {call.worker.log}")
             return True
         if message is None:
             return False
-        round_of_calls.note_reply(number, message)
+        round_of_calls.note_reply(call.number, message)
         return True
 
-    def _alive(self, worker: RewardProcess) -> RewardProcess:
-        """The worker, started again if it was killed."""
+    def _started(self, worker: RewardProcess) -> RewardProcess:
+        """The worker, after it was started again if it was killed."""
         if not worker.is_running:
             worker.start()
             self._wait_until_ready(worker)
@@ -314,7 +346,8 @@ class _RoundOfCalls:
     def note_timeout(self, number: int) -> None:
         """Leave the answers of a call unscored, and count it.
 
-        Raises DataError if `HOPELESS_TIMEOUTS` calls of the reward took too long and none was in time, in this round or in all.
+        Raises DataError if `MAX_TIMEOUTS_WITHOUT_SUCCESS` calls of the reward took too long and none was in time, in this round
+        or in all.
         """
         call = self.calls[number]
         self._timeouts[call.reward] += 1
@@ -323,9 +356,10 @@ class _RoundOfCalls:
         self.replies[number] = Reply(None, {}, {})
         # A round of few groups has few calls: a reward that always hangs is known after several rounds.
         timeouts = max(self._timeouts[call.reward], self._never_in_time[call.reward])
-        if call.reward not in self._in_time and timeouts >= HOPELESS_TIMEOUTS:
+        if call.reward not in self._in_time and timeouts >= MAX_TIMEOUTS_WITHOUT_SUCCESS:
             raise DataError(
-                f"objective.rewards.{call.reward}: {HOPELESS_TIMEOUTS} calls took longer than timeout_s={call.timeout_s:g}, and "
+                f"objective.rewards.{call.reward}: {MAX_TIMEOUTS_WITHOUT_SUCCESS} calls took longer "
+                f"than timeout_s={call.timeout_s:g}, and "
                 f"none was in time (the last one: {call.origin}); does it wait for something that never comes? Mend it, or "
                 f"raise objective.rewards.{call.reward}.timeout_s"
             )

@@ -11,7 +11,7 @@ import numpy as np
 from strategies.errors import DataError, Interrupted
 from strategies.runtime import Runtime, gather_objects, longer_timeout, usable_cores
 from trainer.objectives.reward_functions import Convention, function_of
-from trainer.rollout.rewards.copies import copied_functions
+from trainer.rollout.rewards.copies import function_locations
 from trainer.rollout.rewards.judged import VerdictSource, judge_answers
 from trainer.rollout.rewards.kinds import JudgeReward
 from trainer.rollout.rewards.process import Call, Reply, Stopped, WorkerPool
@@ -43,7 +43,7 @@ class WorkerScorer:
         """
         self.rewards: Mapping[str, RewardEntry] = config.rewards
         self.runtime = runtime
-        functions = copied_functions(config.rewards, run_dir)
+        functions = function_locations(config.rewards, run_dir)
         # What workers load, by reward: {"file": "/runs/a/rewards/0/maths.py", "function": "score", "options": {}} for a function,
         # {"kind": "length", "options": {"limit": 512}} for a built-in reward.
         setup: dict[str, dict[str, Any]] = {}
