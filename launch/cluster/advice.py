@@ -23,9 +23,9 @@ from trainer.config.sbatch_options import options_of
 SINFO_FORMAT = "%R|%l|%L|%D|%c|%m|%G|%a"
 """Fields of a line of sinfo: name, time limit, default time, nodes, CPUs, memory in MB, GPUs and the like, availability."""
 SINFO_TIMEOUT_S = 5.0
-MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
+MEMORY_REGEX = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
 """`launcher.mem` as SLURM takes it: `64G`, `1024`."""
-GPUS = re.compile(r"gpu(?::(?P<kind>[^:,()]+))?:(?P<count>\d+)")
+GPUS_REGEX = re.compile(r"gpu(?::(?P<kind>[^:,()]+))?:(?P<count>\d+)")
 """GPUs among the generic resources of a node: `gpu:h100:8`, `gpu:4`."""
 
 
@@ -66,12 +66,15 @@ def list_partitions() -> list[Partition]:
 
 
 def _parse_partition(cells: list[str]) -> Partition:
-    """One line of sinfo, split into its cells: the name, marked with `*` for the default partition, then `SINFO_FORMAT`."""
+    """The partition in one line of sinfo, split into its cells.
+
+    The first cell is the name, marked with `*` for the default partition; the others are those of `SINFO_FORMAT`.
+    """
     marked_name, name, time_limit, _, nodes, cpus, memory, generic_resources, availability = cells
-    gpus = 0
+    num_gpus = 0
     gpu_kinds = set()
-    for gpu in GPUS.finditer(generic_resources):
-        gpus += int(gpu["count"])
+    for gpu in GPUS_REGEX.finditer(generic_resources):
+        num_gpus += int(gpu["count"])
         if gpu["kind"]:
             gpu_kinds.add(gpu["kind"])
     return Partition(
@@ -81,7 +84,7 @@ def _parse_partition(cells: list[str]) -> Partition:
         nodes=_leading_number(nodes),
         cpus=_leading_number(cpus),
         memory_mb=_leading_number(memory),
-        gpus=gpus,
+        gpus=num_gpus,
         gpu_kinds=frozenset(gpu_kinds),
         is_up=availability.strip() == "up",
     )
@@ -220,7 +223,7 @@ def mebibytes(memory: str | None) -> float:
 
     0.0 if no memory is requested or its form is not known here. To SLURM, 0 means all memory of the node.
     """
-    size = MEMORY.fullmatch((memory or "").strip())
+    size = MEMORY_REGEX.fullmatch((memory or "").strip())
     if size is None:
         return 0.0
     unit = size["unit"].upper() or "M"
@@ -313,19 +316,22 @@ def gpu_kinds_of_job(slurm: SlurmConfig, candidates: list[Partition]) -> set[str
     return {kind for partition in candidates for kind in partition.gpu_kinds}
 
 
-def _price_lines(slurm: SlurmConfig, candidates: list[Partition], runs: int) -> list[str]:
-    """A line on the most that one start of all `runs` costs, in GPU hours and US dollars; empty for a job without GPUs."""
+def _price_lines(slurm: SlurmConfig, candidates: list[Partition], num_runs: int) -> list[str]:
+    """A line on the most that one start of `num_runs` runs costs, in GPU hours and US dollars; empty for a job without GPUs.
+
+    The price of a GPU hour is known only if all kinds of GPU that the job may get cost the same.
+    """
     request = slurm.gpu_request
     if request is None:
         return []
     gpu_kinds = gpu_kinds_of_job(slurm, candidates)
-    prices: set[float | None] = {price_by_gpu_kind(kind) for kind in gpu_kinds}  # US dollars an hour of a GPU
-    # Known only if all kinds that the job may get cost the same.
-    price = prices.pop() if len(prices) == 1 else None
-    gpu_hours = request.count * slurm.nodes * runs * parse_slurm_time(slurm.time) / 3600
-    if price is None:
+    gpu_hour_prices: set[float | None] = {price_by_gpu_kind(kind) for kind in gpu_kinds}
+    gpu_hour_price = gpu_hour_prices.pop() if len(gpu_hour_prices) == 1 else None
+    gpu_hours = request.count * slurm.nodes * num_runs * parse_slurm_time(slurm.time) / 3600
+    if gpu_hour_price is None:
         cards = ", ".join(sorted(gpu_kinds)) or "these cards"
         return [f"price   {gpu_hours:,.0f} GPU hours at most a start; what one costs is not known of {cards}"]
     return [
-        f"price   ${gpu_hours * price:,.0f} at most a start: {gpu_hours:,.0f} GPU hours of ${price:.2f} (conf/hardware)"
+        f"price   ${gpu_hours * gpu_hour_price:,.0f} at most a start: {gpu_hours:,.0f} GPU hours of ${gpu_hour_price:.2f} "
+        "(conf/hardware)"
     ]

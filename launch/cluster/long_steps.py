@@ -36,13 +36,14 @@ def long_step_notes(config: RunConfig, step_s: float | None, save_s: float = 0.0
 
 
 def _timeout_notes(config: RunConfig, step_s: float) -> list[str]:
-    """A note if `run.timeout_s` is too short for exchanges that wait for a whole step; else none.
+    """A note if `run.timeout_s` is too short for collectives that wait for a whole step of `step_s` seconds; else none.
 
-    NCCL counts from the moment at which an exchange is queued, and a host may queue a step's exchanges long before the GPU comes
-    to them.
+    NCCL counts from the moment at which a collective is queued, and a host may queue those of a step long before the GPU comes to
+    them.
     """
-    ranks = config.launcher.per_node * config.launcher.nodes
-    if ranks == 1 or step_s <= LATE_SHARE * config.run.timeout_s:
+    world_size = config.launcher.per_node * config.launcher.nodes
+    leaves_room = step_s <= LATE_SHARE * config.run.timeout_s
+    if world_size == 1 or leaves_room:
         return []
     return [
         f"a step takes about {step_s:,.0f} s, and run.timeout_s={config.run.timeout_s} ends a job whose exchange takes longer, "
@@ -69,38 +70,40 @@ def _lead_notes(config: RunConfig, step_s: float, save_s: float) -> list[str]:
 
 
 def sufficient_signal_lead_s(step_s: float, save_s: float) -> int:
-    """`launcher.signal_lead_s` for steps and saves of so many seconds: a step plus two saves, with room, in whole minutes.
+    """`launcher.signal_lead_s` that suffices for steps and saves of so many seconds, in whole minutes.
 
-    One minute more, since SLURM may send its signal so late.
+    A step that is longer than expected (`STEP_MARGIN`), two saves, and one minute, since SLURM may send its signal so late.
     """
     return MINUTE_S * (math.ceil((STEP_MARGIN * step_s + 2 * save_s) / MINUTE_S) + 1)
 
 
 def sufficient_timeout_s(step_s: float) -> int:
-    """`run.timeout_s` for steps of so many seconds, in whole minutes: no exchange of a step is then taken for late."""
+    """`run.timeout_s` that suffices for steps of so many seconds, in whole minutes: no collective is then taken for late."""
     return MINUTE_S * (math.ceil(STEP_MARGIN * step_s / LATE_SHARE / MINUTE_S) + 1)
 
 
 def estimated_step_s(
-    config: RunConfig, flops_per_token: float, tokens: float, gpu_kinds: Iterable[str]
+    config: RunConfig, flops_per_token: float, num_tokens: float, gpu_kinds: Iterable[str]
 ) -> float | None:
-    """Seconds of a step of `tokens` (of all ranks together), computed for the slowest of the GPUs in `gpu_kinds`.
+    """Seconds of a step of `num_tokens` (of all ranks together), computed for the slowest of the GPUs in `gpu_kinds`.
 
     `flops_per_token`: floating-point operations of forward and backward; recomputation comes on top. `gpu_kinds`: the cluster's
-    names for the GPUs, such as "h100". None if a GPU or its speed is not known.
+    names for the GPUs, such as "h100". None if there is no GPU, or the speed of one is not known.
     """
-    rates = [_tflops(kind, config.precision) for kind in gpu_kinds]
-    if not rates or not all(rates):
+    peak_tflops_of_kinds = [_peak_tflops(kind, config.precision) for kind in gpu_kinds]
+    if not peak_tflops_of_kinds or not all(peak_tflops_of_kinds):
         return None
-    ranks = config.launcher.per_node * config.launcher.nodes
-    # A second forward pass: forward is a third of forward and backward.
-    recomputed = 4 / 3 if config.strategy.activation_checkpointing is ActivationCheckpointing.full else 1.0
-    return recomputed * flops_per_token * tokens / (ranks * REACHED_PEAK_SHARE * min(rates) * 1e12)
+    world_size = config.launcher.per_node * config.launcher.nodes
+    # Recomputation is a second forward pass, and forward is a third of forward and backward.
+    recomputes = config.strategy.activation_checkpointing is ActivationCheckpointing.full
+    recomputation_factor = 4 / 3 if recomputes else 1.0
+    reached_flops_per_s = world_size * REACHED_PEAK_SHARE * min(peak_tflops_of_kinds) * 1e12
+    return recomputation_factor * flops_per_token * num_tokens / reached_flops_per_s
 
 
-def _tflops(kind: str, precision: Precision) -> float:
-    """The least peak rate among the cards that a site's word may name, in TFLOP/s; 0 if it is not known."""
-    cards = cards_by_gpu_kind(kind)
+def _peak_tflops(gpu_kind: str, precision: Precision) -> float:
+    """The least peak rate among the cards that a site's name such as "a100" may mean, in TFLOP/s; 0 if it is not known."""
+    cards = cards_by_gpu_kind(gpu_kind)
     if precision is Precision.fp32:
         return min((float(card["fp32_tflops"]) for card in cards), default=0.0)
     return min((peak_tflops(card["name"]) or 0.0 for card in cards), default=0.0)
@@ -113,31 +116,35 @@ def longest_step_s(config: RunConfig, gpu_kinds: Iterable[str]) -> float | None:
     names for the GPUs that the job may get.
     """
     settings = read_config(config.model.path) or {}
-    text = settings.get("text_config") or settings
-    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
-    if not all(isinstance(text.get(name), int) for name in names):
+    text_settings = settings.get("text_config") or settings
+    needed_keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    if not all(isinstance(text_settings.get(key), int) for key in needed_keys):
         return None
-    width: int = text["hidden_size"]
-    layers: int = text["num_hidden_layers"]
-    weights = _weights_per_token(text)
+    hidden_size: int = text_settings["hidden_size"]
+    num_layers: int = text_settings["num_hidden_layers"]
     # Operations of a weight on a token: 2 forward, 2 for the gradient of its input, 2 for its own, which frozen weights lack.
-    per_weight = 6.0 if isinstance(config.tuning, FullConfig) else 4.0
-    length = config.data.max_length
-    tokens = config.batch["global"] * length
-    flops_per_token = per_weight * weights + 6.0 * layers * width * length
-    return estimated_step_s(config, flops_per_token, tokens, gpu_kinds)
+    flops_per_weight = 6.0 if isinstance(config.tuning, FullConfig) else 4.0
+    document_tokens = config.data.max_length
+    attention_flops_per_token = 6.0 * num_layers * hidden_size * document_tokens
+    flops_per_token = flops_per_weight * _weights_per_token(text_settings) + attention_flops_per_token
+    num_tokens = config.batch["global"] * document_tokens
+    return estimated_step_s(config, flops_per_token, num_tokens, gpu_kinds)
 
 
-def _weights_per_token(text: dict[str, Any]) -> float:
-    """How many weights of a decoder each token is multiplied by, from the sizes in its config.json."""
-    width = text["hidden_size"]
-    heads = text.get("num_attention_heads") or 1
-    key_value_heads = text.get("num_key_value_heads") or heads
-    head_size = text.get("head_dim") or width // heads
-    # Weights of a layer.
-    attention = 2 * width * head_size * (heads + key_value_heads)
-    mlp = 3 * width * text["intermediate_size"]
-    experts_per_token = text.get("num_experts_per_tok")
+def _weights_per_token(text_settings: dict[str, Any]) -> float:
+    """How many weights of a decoder each token is multiplied by, from the sizes in its config.json.
+
+    Of a mixture of experts, only the experts that a token is sent to count.
+    """
+    hidden_size = text_settings["hidden_size"]
+    num_heads = text_settings.get("num_attention_heads") or 1
+    num_key_value_heads = text_settings.get("num_key_value_heads") or num_heads
+    head_size = text_settings.get("head_dim") or hidden_size // num_heads
+    attention_weights = 2 * hidden_size * head_size * (num_heads + num_key_value_heads)
+    mlp_weights = 3 * hidden_size * text_settings["intermediate_size"]
+    experts_per_token = text_settings.get("num_experts_per_tok")
     if isinstance(experts_per_token, int):
-        mlp = 3 * width * (text.get("moe_intermediate_size") or text["intermediate_size"]) * experts_per_token
-    return float(text["num_hidden_layers"] * (attention + mlp) + width * text["vocab_size"])
+        expert_size = text_settings.get("moe_intermediate_size") or text_settings["intermediate_size"]
+        mlp_weights = 3 * hidden_size * expert_size * experts_per_token
+    layer_weights = text_settings["num_hidden_layers"] * (attention_weights + mlp_weights)
+    return float(layer_weights + hidden_size * text_settings["vocab_size"])

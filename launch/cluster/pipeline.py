@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from launch.cluster.export_part import export_resources
 from launch.output import Column, TableRow
@@ -31,7 +32,7 @@ COLUMNS = (
     Column("partition"),
     Column("starts"),
 )
-WITHOUT_GPUS = ("prepare", "export")
+PARTS_WITHOUT_GPUS = ("prepare", "export")
 """Parts that compute nothing on a GPU."""
 PART_BODY = r"""
 set -e
@@ -43,13 +44,21 @@ exec "$python" -m launch.job part "$part" "$run" "$processes"
 """
 
 
+class PartJob(NamedTuple):
+    """A job of a chain that SLURM has taken."""
+
+    part: str
+    """prepare, train, evaluate or export."""
+    job_id: str
+
+
 def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
     """The launcher settings of one job of the chain. `part`: prepare, train, evaluate or export.
 
     - train: the run's own settings;
-    - a part that computes on GPUs: one node with the run's GPUs;
-    - a part in `WITHOUT_GPUS`: one node without GPUs, in `launcher.cpu_partition` if that is set;
-    - export: as that, with the cores and the memory of its own processes.
+    - evaluate: one node with the run's GPUs;
+    - prepare: one node without GPUs, in `launcher.cpu_partition` if that is set;
+    - export: as prepare, with the cores and the memory of its own processes.
     Each adds its options of `launcher.part_options`.
     """
     slurm = config.launcher
@@ -65,7 +74,7 @@ def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
         signal_lead_s=0,
         array_limit=None,
     )
-    if part not in WITHOUT_GPUS:
+    if part not in PARTS_WITHOUT_GPUS:
         return settings
     settings = replace(
         settings,
@@ -75,80 +84,104 @@ def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
         exclusive=False,
     )
     if part == "export":
-        # The settings of the run are those of the nodes that train.
-        resources = export_resources(config)
-        if resources is None:
-            settings = replace(settings, processes=1)
-        else:
-            # sbatch takes one option of memory: the user's for this part, or ours in place of that for training.
-            has_own_memory = bool(MEMORY_OPTIONS & options_of(part_options).keys())
-            settings = replace(
-                settings,
-                processes=resources.processes,
-                cpus_per_task=resources.processes,
-                mem=None if has_own_memory else f"{resources.memory_gib}G",
-                extra=[*without_memory(without_gpus(slurm.extra)), *part_options],
-            )
+        settings = _with_export_resources(settings, config, slurm, part_options)
     if slurm.cpu_partition:  # the constraint names nodes of the other partition
         return replace(settings, partition=slurm.cpu_partition, constraint=None)
     return settings
 
 
-def part_script(config: RunConfig, part: str, run_dir: Path, head: Callable[[RunConfig, list[Path]], list[str]]) -> str:
-    """The job script of a part other than training. `head` makes the beginning of a script, up to its function `setup`."""
+def _with_export_resources(
+    settings: SlurmConfig, config: RunConfig, slurm: SlurmConfig, part_options: list[str]
+) -> SlurmConfig:
+    """The settings of the export's job with the cores and memory that the export takes; one process if that is not known.
+
+    The memory in the run's own settings (`slurm`) is that of the nodes that train. sbatch takes one option of memory: that of the
+    user for this part (in `part_options`), else the computed one.
+    """
+    resources = export_resources(config)
+    if resources is None:
+        return replace(settings, processes=1)
+    has_own_memory = bool(MEMORY_OPTIONS & options_of(part_options).keys())
+    return replace(
+        settings,
+        processes=resources.processes,
+        cpus_per_task=resources.processes,
+        mem=None if has_own_memory else f"{resources.memory_gib}G",
+        extra=[*without_memory(without_gpus(slurm.extra)), *part_options],
+    )
+
+
+def part_script(
+    config: RunConfig, part: str, run_dir: Path, script_head: Callable[[RunConfig, list[Path]], list[str]]
+) -> str:
+    """The job script of a part other than training.
+
+    `script_head`: takes (the configuration of the part, run directories) and returns the lines of a script up to its function
+    `setup`.
+    """
     launcher = part_settings(config, part, run_dir)
     part_config = replace(config, launcher=launcher)
-    ranks = 1 if part == "prepare" else launcher.per_node
-    lines = [*head(part_config, [run_dir]), f"run=${{runs[0]}} part={part} processes={ranks}"]
+    processes = 1 if part == "prepare" else launcher.per_node
+    lines = [*script_head(part_config, [run_dir]), f"run=${{runs[0]}} part={part} processes={processes}"]
     return "\n".join(lines) + PART_BODY
 
 
 def submit_chain(
-    scripts: dict[str, Path], run_dir: Path, sbatch: Callable[[Path, list[str]], str]
-) -> list[tuple[str, str]]:
-    """Submit the script of each part, to start after the one before has succeeded; returns (part, job id) of all.
+    script_by_part: dict[str, Path], run_dir: Path, sbatch: Callable[[Path, list[str]], str]
+) -> list[PartJob]:
+    """Submit the script of each part, to start after the one before has succeeded, and record the chain; returns its jobs.
 
-    `sbatch`: submits a script with options and returns the job id. If SLURM refuses one part, those before it are cancelled.
-    Errors: ConfigError, StorageError.
+    `sbatch`: submits a script with options and returns the job id. Raises ConfigError if SLURM refuses a part: then the jobs
+    before it are cancelled. Raises StorageError if the chain cannot be recorded.
     """
-    jobs: list[tuple[str, str]] = []  # (part, job id)
-    for part, script in scripts.items():
-        dependency = []
+    jobs: list[PartJob] = []
+    for part, script in script_by_part.items():
+        dependency_options = []
         if jobs:
-            _, previous_job = jobs[-1]
-            dependency = [f"--dependency=afterok:{previous_job}", "--kill-on-invalid-dep=yes"]
+            dependency_options = [f"--dependency=afterok:{jobs[-1].job_id}", "--kill-on-invalid-dep=yes"]
         try:
-            jobs.append((part, sbatch(script, dependency)))
+            jobs.append(PartJob(part, sbatch(script, dependency_options)))
         except ConfigError as error:
             if jobs:
-                subprocess.run(["scancel", *(job for _, job in jobs)], capture_output=True)
+                subprocess.run(["scancel", *(job.job_id for job in jobs)], capture_output=True)
             raise ConfigError([f"{part}: {problem}; nothing was submitted" for problem in error.problems]) from error
-    # Record the chain, as [{"part": "prepare", "job": "1234"}, ...].
-    record_file = run_dir / PIPELINE_FILE
-    try:
-        if len(jobs) == 1:  # no chain: a record that is there is of an earlier submission
-            record_file.unlink(missing_ok=True)
-            return jobs
-        rows = [{"part": part, "job": job} for part, job in jobs]
-        write_text_atomic(record_file, json.dumps(rows) + "\n")
-    except OSError as error:
-        raise StorageError(f"{record_file}: cannot be written ({error.strerror or error})") from error
+    _record_chain(jobs, run_dir)
     return jobs
 
 
-def chain_table(jobs: list[tuple[str, str]], config: RunConfig, run_dir: Path) -> str:
-    """A table for people of the chain's jobs, given as (part, job id), with what each asks for and when it starts."""
+def _record_chain(jobs: list[PartJob], run_dir: Path) -> None:
+    """Write the jobs of a chain into `<run>/pipeline.json`: [{"part": "prepare", "job": "1234"}, ...].
+
+    A single job is no chain: then the record of an earlier submission is removed. Raises StorageError.
+    """
+    record_file = run_dir / PIPELINE_FILE
+    try:
+        if len(jobs) == 1:
+            record_file.unlink(missing_ok=True)
+            return
+        rows = [{"part": job.part, "job": job.job_id} for job in jobs]
+        write_text_atomic(record_file, json.dumps(rows) + "\n")
+    except OSError as error:
+        raise StorageError(f"{record_file}: cannot be written ({error.strerror or error})") from error
+
+
+def chain_table(jobs: list[PartJob], config: RunConfig, run_dir: Path) -> str:
+    """A table for people of the jobs of a chain, with what each asks for and when it starts."""
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
     rows = []
-    starts = f"when job {slurm.after} has ended well" if slurm.after else "when SLURM has the nodes"
-    for part, job in jobs:
+    for index, (part, job_id) in enumerate(jobs):
         settings = part_settings(config, part, run_dir)
-        request = settings.gpu_request
-        gpus = request.count * settings.nodes if request is not None else 0
-        cells = (job, part, str(settings.nodes), str(gpus or "-"), settings.partition or "default", starts)
-        rows.append(TableRow(cells))
-        starts = f"when {part} has ended well"  # the next one
+        gpu_request = settings.gpu_request
+        num_gpus = gpu_request.count * settings.nodes if gpu_request is not None else 0
+        if index > 0:
+            start_condition = f"when {jobs[index - 1].part} has ended well"
+        elif slurm.after:
+            start_condition = f"when job {slurm.after} has ended well"
+        else:
+            start_condition = "when SLURM has the nodes"
+        partition = settings.partition or "default"
+        rows.append(TableRow((job_id, part, str(settings.nodes), str(num_gpus or "-"), partition, start_condition)))
     lines = draw_table(COLUMNS, rows)
     return "\n".join([*lines, f"a part that fails ends the rest; shardtune status {shlex.quote(str(run_dir))}"])
 

@@ -16,7 +16,7 @@ from trainer.reporting.status import write_text_atomic
 
 
 def pipeline_command(part: str, run_dir: Path, processes: int) -> list[str]:
-    """The arguments of `shardtune` that do one part of a frozen run: prepare, evaluate or export.
+    """The arguments of `shardtune` that do one part of a submitted run: prepare, evaluate or export.
 
     "export", runs/first, 2 -> ["export", "runs/first", "launcher.processes=2"].
     `processes`: ranks of an evaluation, or processes that write an export.
@@ -29,7 +29,10 @@ def pipeline_command(part: str, run_dir: Path, processes: int) -> list[str]:
 
 
 def run_part(part: str, run_dir: Path, processes: int) -> int:
-    """Run one part of the chain within its job, and record how it ended; returns the exit code. Errors: StorageError."""
+    """Run one part of the chain within its job, and record how it ended; returns the exit code.
+
+    Raises ConfigError if the run's container cannot be started here, StorageError if the end cannot be recorded.
+    """
     command = [*_interpreter_command(run_dir), "-m", "launch.main", *pipeline_command(part, run_dir, processes)]
     # With these variables the verb would take itself for a rank that srun started.
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_NTASKS", "SLURM_PROCID"))}
@@ -49,19 +52,23 @@ def record_part_end(part: str, run_dir: Path, code: int) -> None:
 
 
 def _interpreter_command(run_dir: Path) -> list[str]:
-    """The command that starts the run's Python, in its container if it has one. Errors: ConfigError."""
-    tree = read_tree(run_dir / "config.yaml")
-    launcher = tree["launcher"]
+    """The command that starts the run's Python: this interpreter, or srun with the container of the run.
+
+    Raises ConfigError if the container cannot be started here.
+    """
+    settings = read_tree(run_dir / "config.yaml")
+    launcher = settings["launcher"]
     if containers.container_runtime(launcher) is None:
         return [sys.executable]
     containers.refuse_unavailable_container(launcher)
-    srun_options, prefix = containers.container_command(tree, [ROOT, run_dir])
+    container = containers.container_command(settings, [ROOT, run_dir])
     srun = [
         "srun",
         f"--export=ALL,{containers.INSIDE_CONTAINER}=1",
         "--ntasks=1",
         "--cpu-bind=none",
-        *srun_options,
+        *container.srun_options,
     ]
+    # The last "setup" is $0 of the script: its arguments begin after it.
     shell = ["bash", "-c", 'set -e; eval "$SHARDTUNE_SETUP"; setup; exec "$@"', "setup"]
-    return [*srun, *prefix, *shell, launcher.get("python") or "python3"]
+    return [*srun, *container.prefix, *shell, launcher.get("python") or "python3"]

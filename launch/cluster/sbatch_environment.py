@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from strategies.errors import ConfigError
 from trainer.config.sbatch_options import GPU_OPTIONS, options_of
 
-PREFIX = "SBATCH_"
-OTHER_NAMES = {"TIMELIMIT": "time", "ARRAY_INX": "array", "MEM_PER_NODE": "mem"}
+SBATCH_PREFIX = "SBATCH_"
+OPTION_BY_SUFFIX = {"TIMELIMIT": "time", "ARRAY_INX": "array", "MEM_PER_NODE": "mem"}
 """Variables that are not called like their option."""
-ALWAYS_THE_SCRIPTS = {
+REASON_BY_SCRIPT_OPTION = {
     "array": "one job has one run, and -m makes arrays",
     "error": "the logs lie in the run's directory",
     "open-mode": "a requeued job appends to its logs",
@@ -61,7 +61,7 @@ def sort_sbatch_variables(text: str, environment: Mapping[str, str] = os.environ
     options = script_options(text)
     variables = SbatchVariables()
     for name, value in sorted(environment.items()):
-        if not name.startswith(PREFIX):
+        if not name.startswith(SBATCH_PREFIX):
             continue
         reason = _reason_to_drop(_option_of_variable(name), options)
         if reason is None:
@@ -73,30 +73,31 @@ def sort_sbatch_variables(text: str, environment: Mapping[str, str] = os.environ
 
 def _option_of_variable(variable: str) -> str:
     """The option of sbatch that a variable `SBATCH_*` sets: "SBATCH_MEM_PER_CPU" -> "mem-per-cpu"."""
-    suffix = variable.removeprefix(PREFIX)
-    return OTHER_NAMES.get(suffix, suffix.lower().replace("_", "-"))
+    suffix = variable.removeprefix(SBATCH_PREFIX)
+    return OPTION_BY_SUFFIX.get(suffix, suffix.lower().replace("_", "-"))
 
 
-def _reason_to_drop(option: str, options: Mapping[str, str]) -> str | None:
-    """Why the environment may not set an `option` of sbatch for a script that has `options`; None if it may. Not in these cases:
+def _reason_to_drop(option: str, script_options: Mapping[str, str]) -> str | None:
+    """Why the environment may not set an `option` of sbatch for a script with `script_options`; None if it may.
 
-    - an option that is always the script's;
+    It may not in these cases:
+    - the option is always the script's (`REASON_BY_SCRIPT_OPTION`);
     - the script sets it itself;
-    - it requests GPUs;
+    - it requests GPUs, because ranks are counted by the run's GPUs;
     - the script sets another option that excludes it (`EXCLUSIVE_GROUPS`).
     """
-    if option in ALWAYS_THE_SCRIPTS:
-        return ALWAYS_THE_SCRIPTS[option]
-    if option in options:
-        value_text = f"={options[option]}" if options[option] else ""
+    if option in REASON_BY_SCRIPT_OPTION:
+        return REASON_BY_SCRIPT_OPTION[option]
+    if option in script_options:
+        value_text = f"={script_options[option]}" if script_options[option] else ""
         return f"the run says --{option}{value_text}"
     if option in GPU_OPTIONS:
         return "the ranks are counted by the run's GPUs"
     for group in EXCLUSIVE_GROUPS:
-        set_by_script = [name for name in group if name in options]
-        if option in group and set_by_script:
-            other = set_by_script[0]
-            return f"the run says --{other}={options[other]}"
+        excluding_options = [name for name in group if name in script_options]
+        if option in group and excluding_options:
+            excluding_option = excluding_options[0]
+            return f"the run says --{excluding_option}={script_options[excluding_option]}"
     return None
 
 
@@ -104,7 +105,7 @@ def sbatch_environment(text: str, environment: Mapping[str, str] = os.environ) -
     """The environment in which sbatch is called for a job script of this `text`, without variables that the script decides."""
     if "SLURM_JOB_ID" in environment:
         # Submitted from within a job: the variables of that job would give the new one its limits.
-        prefixes = ("SLURM_", "SRUN_", PREFIX)
+        prefixes = ("SLURM_", "SRUN_", SBATCH_PREFIX)
         env = {}
         for name, value in environment.items():
             # SLURM_CONF says where the cluster's configuration is, and is no job's.
@@ -116,22 +117,25 @@ def sbatch_environment(text: str, environment: Mapping[str, str] = os.environ) -
 
 
 def environment_value(option: str, environment: Mapping[str, str] = os.environ) -> str | None:
-    """What sbatch takes from `SBATCH_*` for an option that the run leaves open; None if that is not set, or within a job."""
+    """The value that a variable `SBATCH_*` gives an option of sbatch that the run leaves open: "time" -> "1:00:00".
+
+    None if no variable sets it, or within a job, whose variables do not count for another.
+    """
     if "SLURM_JOB_ID" in environment:
         return None
     for name, value in environment.items():
-        if name.startswith(PREFIX) and _option_of_variable(name) == option:
+        if name.startswith(SBATCH_PREFIX) and _option_of_variable(name) == option:
             return value
     return None
 
 
 def refuse_gpus_of_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse GPUs that only the environment asks for, since no rank would be counted for them. Errors: ConfigError."""
+    """Raise ConfigError for GPUs that only a variable `SBATCH_*` asks for, since no rank would be counted for them."""
     if "SLURM_JOB_ID" in environment:
         return
     gpu_variables = []
     for name, value in sorted(environment.items()):
-        if name.startswith(PREFIX) and _option_of_variable(name) in GPU_OPTIONS:
+        if name.startswith(SBATCH_PREFIX) and _option_of_variable(name) in GPU_OPTIONS:
             gpu_variables.append(f"{name}={value}")
     if gpu_variables:
         raise ConfigError(

@@ -105,7 +105,8 @@ def script_head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Pa
     """The lines of a job script up to the function `setup`: the options of sbatch, the runs, the interpreter and the code.
 
     The body of the script (`BODY`) reads the shell variables that are set here: runs, patience, python, inside, container,
-    within and arguments. Parameters and errors as for `render`.
+    within and words. `clone`: the directory of the code that the job runs. `cwd`: where relative paths of the settings start;
+    default: the current directory. Raises ConfigError for settings that are not SLURM's, or that a script cannot carry.
     """
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig):
@@ -149,13 +150,13 @@ def _interpreter_lines(config: RunConfig, slurm: SlurmConfig, directories: list[
         lines.append(f"export {variable}={shlex.quote(_checked_path(trusted_directory, variable))}")
     host_python = shlex.quote(checked_line(sys.executable, "the interpreter"))
     rank_python = shlex.quote(checked_line(slurm.python or "python3", "launcher.python"))
-    srun_options, prefix = containers.container_command(plain_settings(config), directories)
+    container = containers.container_command(plain_settings(config), directories)
     return [
         *lines,
         f"python={host_python} # asks SLURM, on the host",
         f"inside={rank_python} # of the ranks, in the container",
-        f"container=({_shell_arguments(srun_options)})",
-        f"within=({_shell_arguments(prefix)})",
+        f"container=({_shell_arguments(container.srun_options)})",
+        f"within=({_shell_arguments(container.prefix)})",
     ]
 
 
@@ -266,14 +267,20 @@ def default_job_name(runs: list[str]) -> str:
 
 
 def checked_line(text: str, setting: str) -> str:
-    """The text, which is to stand in one line of a job script. Errors: ConfigError for line breaks and control characters."""
+    """The text itself, checked to fit into one line of a job script.
+
+    Raises ConfigError for line breaks and control characters. `setting`: where the text comes from, such as "launcher.setup".
+    """
     if any(ord(character) < 32 for character in text):
         raise ConfigError(f"{setting} is {text!r}: a job script cannot carry line breaks or control characters in it")
     return text
 
 
 def _checked_path(path: Path | str, setting: str) -> str:
-    """The path as text for a job script. Errors: ConfigError for a backslash: in SLURM's file names it switches patterns off."""
+    """The path as text, checked to fit into one line of a job script and into SLURM's file names.
+
+    Raises ConfigError for line breaks, control characters, and a backslash, which switches patterns off in SLURM's file names.
+    """
     if "\\" in str(path):
         raise ConfigError(
             f"{setting} is {str(path)!r}: SLURM's file names cannot carry a backslash; choose another path"

@@ -16,7 +16,7 @@ from strategies.errors import ConfigError, StorageError
 from trainer.reporting.code_revision import MANIFEST, ROOT, manifest, revision
 
 COPIED_PATHS = ("conf", "launch", "strategies", "trainer", "slurm", "shardtune.py")
-DIRECTORY = "code"
+COPIES_DIRECTORY = "code"
 
 
 def read_code(root: Path = ROOT) -> dict[str, bytes]:
@@ -36,66 +36,66 @@ def read_code(root: Path = ROOT) -> dict[str, bytes]:
     return files
 
 
-def code_digest(files: dict[str, bytes]) -> str:
-    """SHA-256 of the names and contents of `files`, independent of their order."""
+def code_digest(content_by_path: dict[str, bytes]) -> str:
+    """SHA-256 of the relative paths and contents of files, independent of their order."""
     sha256 = hashlib.sha256()
-    for name, content in sorted(files.items()):
+    for path, content in sorted(content_by_path.items()):
         # With the length between them, no two sets of files give the same bytes.
-        sha256.update(f"{name}\0{len(content)}\0".encode() + content)
+        sha256.update(f"{path}\0{len(content)}\0".encode() + content)
     return sha256.hexdigest()
 
 
 def code_copy_dir(run_dir: Path, sha256: str) -> Path:
     """Where a run keeps its copy of the code with this digest."""
-    return run_dir.absolute() / DIRECTORY / sha256[:12]
+    return run_dir.absolute() / COPIES_DIRECTORY / sha256[:12]
 
 
 def copy_code(run_dir: Path, root: Path = ROOT) -> Path:
-    """Copy shardtune's code from `root` into the run directory, unless the same copy is there; returns the copy's directory.
+    """Copy shardtune's code from `root` into the run directory, unless an intact copy is there; returns the copy's directory.
 
-    Earlier copies stay, because jobs may still run them. Errors: StorageError.
+    Marks the copy as the newest. Earlier copies stay, because jobs may still run them. Raises StorageError.
     """
-    files = read_code(root)
-    sha256 = code_digest(files)
-    copy = code_copy_dir(run_dir, sha256)
-    unfinished = copy.parent / f".{copy.name}-{os.getpid()}"
+    content_by_path = read_code(root)
+    sha256 = code_digest(content_by_path)
+    copy_dir = code_copy_dir(run_dir, sha256)
+    # Written beside its place and renamed when it is complete, since another process may read or write the same copy.
+    staging_dir = copy_dir.parent / f".{copy_dir.name}-{os.getpid()}"
     record = {"sha256": sha256, "revision": revision(root), "source": str(root)}
     try:
-        is_intact = manifest(copy).get("sha256") == sha256 and code_digest(read_code(copy)) == sha256
+        is_intact = manifest(copy_dir).get("sha256") == sha256 and code_digest(read_code(copy_dir)) == sha256
         if not is_intact:
-            # Written beside its place and renamed whole, since another process may read or write the same copy.
-            shutil.rmtree(unfinished, ignore_errors=True)
-            for name, content in files.items():
-                file = unfinished / name
+            shutil.rmtree(staging_dir, ignore_errors=True)
+            for path, content in content_by_path.items():
+                file = staging_dir / path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
-            (unfinished / MANIFEST).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            shutil.rmtree(copy, ignore_errors=True)
-            unfinished.rename(copy)
-        os.utime(copy / MANIFEST)  # the newest is the one in use
+            (staging_dir / MANIFEST).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            shutil.rmtree(copy_dir, ignore_errors=True)
+            staging_dir.rename(copy_dir)
+        os.utime(copy_dir / MANIFEST)  # the newest is the one in use
     except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(staging_dir, ignore_errors=True)
         raise StorageError(
-            f"{copy}: the code cannot be copied there ({error.strerror or error}); free space, choose another run.dir, or "
+            f"{copy_dir}: the code cannot be copied there ({error.strerror or error}); free space, choose another run.dir, or "
             "run the clone itself: launcher.code=clone"
         ) from error
-    return copy
+    return copy_dir
 
 
 def newest_code_copy(run_dir: Path) -> Path | None:
     """The copy of the code in a run directory that was made or used last; None if there is none."""
-    manifests = (run_dir.absolute() / DIRECTORY).glob(f"[!.]*/{MANIFEST}")  # a dot begins an unfinished copy
+    manifests = (run_dir.absolute() / COPIES_DIRECTORY).glob(f"[!.]*/{MANIFEST}")  # a dot begins an unfinished copy
     newest = max(manifests, key=lambda path: path.stat().st_mtime_ns, default=None)
     return None if newest is None else newest.parent
 
 
 def refuse_changed_code(root: Path = ROOT) -> None:
-    """Refuse a copy of the code that was changed since the job was submitted. A clone has no manifest and may change.
+    """Raise ConfigError if the code in `root` is a copy that was changed since its job was submitted.
 
-    Errors: ConfigError.
+    A clone has no manifest, and may change.
     """
-    recorded = manifest(root).get("sha256")
-    if recorded is not None and code_digest(read_code(root)) != recorded:
+    submitted_sha256 = manifest(root).get("sha256")
+    if submitted_sha256 is not None and code_digest(read_code(root)) != submitted_sha256:
         raise ConfigError(
             f"{root}: changed since the job was submitted, and so no longer the code that it was submitted with; submit the run "
             "again, or run the clone itself: launcher.code=clone"

@@ -30,7 +30,7 @@ from trainer.reporting.status import write_text_atomic
 if TYPE_CHECKING:
     from launch.config.frozen import Composed
 
-JOB_ID = re.compile(r"\d+(;.*)?")
+JOB_ID_REGEX = re.compile(r"\d+(;.*)?")
 """What `sbatch --parsable` prints of a job."""
 
 
@@ -79,19 +79,20 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
         snapshot.copy_code(run_dirs[0])
     script_paths = _write_scripts(run_dirs, scripts)
     jobs = pipeline.submit_chain(script_paths, run_dirs[0], sbatch)
-    job = dict(jobs)["train"]
+    job_by_part = {job.part: job.job_id for job in jobs}
+    train_job = job_by_part["train"]
     with contextlib.suppress(StorageError):  # SLURM has the job, and the script in its directory names the run too
-        write_submitted_job_ids(run_dirs, job)
+        write_submitted_job_ids(run_dirs, train_job)
 
-    print(f"submitted job {job}: {script_paths['train']}")
+    print(f"submitted job {train_job}: {script_paths['train']}")
     if len(jobs) > 1:
         print(pipeline.chain_table(jobs, config, run_dirs[0]))
     for line in [f"code    {code_line(code, is_copied=is_copied)}", *notes]:
         print(f"  {line}")
-    _print_next_steps(slurm, run_dirs, job)
+    _print_next_steps(slurm, run_dirs, train_job)
     return [
         Submission(
-            jobs=dict(jobs),
+            jobs=job_by_part,
             runs=[str(run_dir.absolute()) for run_dir in run_dirs],
             scripts={part: str(path) for part, path in script_paths.items()},
             code=str(code),
@@ -102,7 +103,8 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
 def refuse_unshared_model(config: RunConfig) -> None:
     """Raise ConfigError if ranks cannot share rows or experts of the run's models as `parallel` asks for it.
 
-    If one of them is not on this host, the job itself finds out, before it prepares data.
+    The models are the trained one, a teacher and reward models. If any of them is not on this host, nothing is checked here: the
+    job itself finds out, before it prepares data.
     """
     if config.parallel == ParallelConfig():
         return
@@ -118,16 +120,17 @@ def refuse_unshared_model(config: RunConfig) -> None:
         check_parallel(config)
 
 
-def _print_scripts(slurm: SlurmConfig, scripts: dict[str, str]) -> None:
+def _print_scripts(slurm: SlurmConfig, script_by_part: dict[str, str]) -> None:
     """Print the job scripts (text by part, such as "train") instead of submitting them.
 
-    Each script of a chain stands below the sbatch command that would submit it, with its dependency on the part before.
+    Each script of a chain stands below the sbatch command that would submit it, with its dependency on the part before. Notes on
+    the ranks go to stderr, so that stdout is a script alone.
     """
-    for line in advice.rank_layout_notes(slurm):
-        print(f"# {line}", file=sys.stderr)
+    for note in advice.rank_layout_notes(slurm):
+        print(f"# {note}", file=sys.stderr)
     previous_part: str | None = None
-    for part, script in scripts.items():
-        if len(scripts) > 1:
+    for part, script in script_by_part.items():
+        if len(script_by_part) > 1:
             dependency = ""
             if previous_part is not None:
                 dependency = f" --dependency=afterok:<job of {previous_part}> --kill-on-invalid-dep=yes"
@@ -147,20 +150,20 @@ def _prepare_container(config: RunConfig) -> None:
     Path(config.data.cache_dir).expanduser().mkdir(parents=True, exist_ok=True)
 
 
-def _write_scripts(run_dirs: list[Path], scripts: dict[str, str]) -> dict[str, Path]:
-    """Write all job scripts into each run directory; returns the paths in the first, by part: those are submitted.
+def _write_scripts(run_dirs: list[Path], script_by_part: dict[str, str]) -> dict[str, Path]:
+    """Write all job scripts (text by part) into each run directory; returns the paths in the first one, by part.
 
-    Errors: StorageError.
+    Those in the first directory are submitted. Also creates the directories `logs`. Raises StorageError.
     """
     try:
         for run_dir in run_dirs:
             # Older SLURM fails a job without a message if the directory of its output is missing.
             (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-            for part, text in scripts.items():
+            for part, text in script_by_part.items():
                 write_text_atomic(run_dir / f"{part}.sbatch", text)
     except OSError as error:
         raise StorageError(f"cannot write the job script: {error}; choose another run.dir") from error
-    return {part: run_dirs[0].absolute() / f"{part}.sbatch" for part in scripts}
+    return {part: run_dirs[0].absolute() / f"{part}.sbatch" for part in script_by_part}
 
 
 def render_scripts(config: RunConfig, run_dirs: list[Path], code: Path) -> dict[str, str]:
@@ -211,7 +214,10 @@ def code_line(code: Path, *, is_copied: bool) -> str:
 
 
 def sbatch(script: Path, options: list[str]) -> str:
-    """Submit a job script with `options` of sbatch; returns the job id. Errors: ConfigError with the message of `sbatch`."""
+    """Submit a job script with `options` of sbatch; returns the job id.
+
+    Raises ConfigError without the command sbatch, with sbatch's message if it refuses the script, or if it prints no job id.
+    """
     env = sbatch_environment(script.read_text(encoding="utf-8"))
     command = ["sbatch", "--parsable", *options, str(script)]
     try:
@@ -230,53 +236,56 @@ def sbatch(script: Path, options: list[str]) -> str:
     return parse_job_id(process.stdout, script)
 
 
-def parse_job_id(output: str, script: Path) -> str:
+def parse_job_id(sbatch_output: str, script: Path) -> str:
     """The job id in the output of `sbatch --parsable`: "welcome\\n1234;cluster\\n" -> "1234".
 
-    A cluster may print lines of its own before or after it. Errors: ConfigError if no line, or several, could be the id.
+    A cluster may print lines of its own before or after it. Raises ConfigError if no line, or several, could be the id.
     """
-    stripped_lines = [line.strip() for line in output.splitlines()]
-    ids = [line for line in stripped_lines if JOB_ID.fullmatch(line)]
-    if len(ids) != 1:
-        printed = " ".join(output.split()) or "nothing"
+    lines = [line.strip() for line in sbatch_output.splitlines()]
+    id_lines = [line for line in lines if JOB_ID_REGEX.fullmatch(line)]
+    if len(id_lines) != 1:
+        shown_output = " ".join(sbatch_output.split()) or "nothing"
         raise ConfigError(
-            f"sbatch took {script}, but no job id is in what it printed: {printed}; the job may be in the queue: squeue --me"
+            f"sbatch took {script}, but no job id is in what it printed: {shown_output}; the job may be in the queue: squeue --me"
         )
-    return ids[0].partition(";")[0]  # "id" or "id;cluster"
+    job_id, _, _ = id_lines[0].partition(";")  # "id" or "id;cluster"
+    return job_id
 
 
-def submit_array(composed: list[Composed], run_dirs: list[Path]) -> int:
-    """Freeze the runs of a sweep and submit those that are neither finished nor in the queue; returns 0 (the exit code).
+def submit_array(composed_runs: list[Composed], run_dirs: list[Path]) -> int:
+    """Write the configurations of a sweep's runs and submit those that are neither finished nor in the queue; returns 0.
 
-    `run_dirs`: the directory of each run of `composed`. Runs with the same launcher settings become one job array.
-    Errors: ConfigError, before anything is frozen, if an array would be too large or ranks cannot share a run's model.
+    `run_dirs`: the directory of each of `composed_runs`. Runs with the same launcher settings become one job array. 0 is the exit
+    code of the command. Raises ConfigError, before anything is written, if an array would be too large or ranks cannot share a
+    run's model.
     """
     from launch.cluster.array_size import refuse_large_array
     from launch.config.frozen import is_finished
     from launch.runs.freeze import job_with_same_config, write_run_config
 
-    runs = list(zip(composed, run_dirs, strict=True))
-    if not getattr(composed[0].config.launcher, "pipeline", []):
+    runs = list(zip(composed_runs, run_dirs, strict=True))
+    is_pipeline = bool(getattr(composed_runs[0].config.launcher, "pipeline", []))
+    if not is_pipeline:
         arrays = group_by_request(runs)
         refuse_large_array(max(len(array) for array in arrays))
-    for run in composed:
-        refuse_unshared_model(run.config)
-    # Freeze the runs, and keep those that are to be submitted.
-    remaining: list[tuple[Composed, Path]] = []
-    for run, run_dir in runs:
-        job = job_with_same_config(run, run_dir)
+    for composed in composed_runs:
+        refuse_unshared_model(composed.config)
+    # Write the configurations, and keep the runs that are to be submitted.
+    remaining_runs: list[tuple[Composed, Path]] = []
+    for composed, run_dir in runs:
+        job = job_with_same_config(composed, run_dir)
         if job is not None:
             print(f"{run_dir}: {job.description}; not submitted again")
             continue
-        finished = is_finished(run_dir)  # before freezing, which writes a new configuration
-        write_run_config(run, run_dir)
-        if finished:
+        was_finished = is_finished(run_dir)  # asked before `write_run_config`, which writes a new configuration
+        write_run_config(composed, run_dir)
+        if was_finished:
             print(f"{run_dir}: already finished with this configuration; nothing to do")
         else:
-            remaining.append((run, run_dir))
-    for array in group_by_request(remaining):
-        first_run, _ = array[0]
-        submit(first_run.config, [run_dir for _, run_dir in array], print_only=False)
+            remaining_runs.append((composed, run_dir))
+    for array in group_by_request(remaining_runs):
+        first_composed, _ = array[0]
+        submit(first_composed.config, [run_dir for _, run_dir in array], print_only=False)
     return 0
 
 
@@ -285,12 +294,11 @@ def group_by_request(runs: list[tuple[Composed, Path]]) -> list[list[tuple[Compo
 
     For three runs (a, b, c), of which b has another `launcher.time`: [[a, c], [b]].
     """
-    # By the JSON of the launcher's settings and the timeout.
-    groups: dict[str, list[tuple[Composed, Path]]] = {}
+    runs_by_request: dict[str, list[tuple[Composed, Path]]] = {}
     for composed, run_dir in runs:
         settings = flatten_settings(plain_settings(composed.config))
         launcher_settings = {key: value for key, value in settings.items() if key.startswith("launcher.")}
-        # The script's patience with slow ranks comes from the timeout.
+        # With the timeout, because the script's patience with slow ranks comes from it.
         request = json.dumps([launcher_settings, composed.config.run.timeout_s], sort_keys=True)
-        groups.setdefault(request, []).append((composed, run_dir))
-    return list(groups.values())
+        runs_by_request.setdefault(request, []).append((composed, run_dir))
+    return list(runs_by_request.values())
