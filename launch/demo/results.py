@@ -7,15 +7,15 @@ from typing import Any
 
 
 def num_processes() -> int:
-    """Two ranks on a CPU, or as many GPUs as divide a batch of eight."""
+    """How many ranks a demo trains with: as many GPUs as divide a batch of eight, or two ranks on a CPU."""
     import torch
 
-    devices = torch.cuda.device_count() or 2  # without a GPU: two ranks on the CPU
-    return next(divisor for divisor in (8, 4, 2, 1) if divisor <= devices)
+    num_devices = torch.cuda.device_count() or 2  # without a GPU: two ranks on the CPU
+    return next(divisor for divisor in (8, 4, 2, 1) if divisor <= num_devices)
 
 
 def run_dir_of(arguments: list[str]) -> Path:
-    """The run directory of a `train` command. The last word counts, so that a typed `run.dir=` overrides that of a demo."""
+    """The run directory of a `train` command. The last `run.dir=` counts, so that the user's overrides that of a demo."""
     directories = [argument.removeprefix("run.dir=") for argument in arguments if argument.startswith("run.dir=")]
     return Path(directories[-1])
 
@@ -27,21 +27,24 @@ def load_tokenizer(model: Path) -> Any:
     return AutoTokenizer.from_pretrained(model, local_files_only=True)
 
 
-def evaluations(run_dir: Path, metric: str) -> list[dict[str, float]]:
-    """The held-out metrics of each evaluation that has `metric`, in order, from the run's `metrics.jsonl`."""
+def held_out_evaluations(run_dir: Path, metric: str) -> list[dict[str, float]]:
+    """The held-out metrics of each evaluation that has `metric`, in order, from the run's `metrics.jsonl`.
+
+    [{"eval/loss": 2.1, "eval/perplexity": 8.2}, ...]
+    """
     from trainer.reporting.results import rows
 
-    evaluated = [row for row in rows(run_dir) if metric in row]
-    return [_metrics_in(row) for row in evaluated]
+    evaluation_rows = [row for row in rows(run_dir) if metric in row]
+    return [_held_out_metrics(row) for row in evaluation_rows]
 
 
-def _metrics_in(row: dict[str, Any]) -> dict[str, float]:
+def _held_out_metrics(row: dict[str, Any]) -> dict[str, float]:
     """The held-out metrics of a row, without its step and tokens."""
     return {name: metric for name, metric in row.items() if name.startswith("eval/")}
 
 
 def greedy_answer(model: Any, tokenizer: Any, question: str, max_new_tokens: int) -> str:
-    """The model's greedy answer on one line; one that is cut off at `max_new_tokens` ends in three dots."""
+    """The model's greedy answer on one line. An answer that is cut off at `max_new_tokens` ends in three dots."""
     import torch
 
     prompt_ids = tokenizer.apply_chat_template(
@@ -57,5 +60,5 @@ def greedy_answer(model: Any, tokenizer: Any, question: str, max_new_tokens: int
         )
     answer_ids = output_ids[0, prompt_ids.shape[1] :]
     answer = " ".join(tokenizer.decode(answer_ids, skip_special_tokens=True).split())
-    is_cut = len(answer_ids) == max_new_tokens and answer_ids[-1] != tokenizer.eos_token_id
-    return f"{answer} ..." if is_cut else answer
+    is_cut_off = len(answer_ids) == max_new_tokens and answer_ids[-1] != tokenizer.eos_token_id
+    return f"{answer} ..." if is_cut_off else answer

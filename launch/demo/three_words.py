@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.config.help_text import show_help
 from launch.demo.embedded import MODEL_NAME, embedded_model
-from launch.demo.results import evaluations, greedy_answer, load_tokenizer, num_processes, run_dir_of
+from launch.demo.results import greedy_answer, held_out_evaluations, load_tokenizer, num_processes, run_dir_of
 from strategies.cache_dir import cache_directory
 from strategies.errors import ShardtuneError
 
@@ -63,7 +63,7 @@ HELD_OUT_SUBJECTS = [
     "a teacher",
     "the stars",
 ]
-REWARDS = '''"""The reward of `shardtune demo objective=grpo`: three words, and an end."""
+REWARD_SOURCE = '''"""The reward of `shardtune demo objective=grpo`: three words, and an end."""
 
 
 def three_words(completions, truncated):
@@ -75,7 +75,7 @@ def three_words(completions, truncated):
         scores.append(0.0 if was_cut else score)
     return scores
 '''
-CHEATABLE_REWARDS = '''"""A reward with a hole: an answer that is cut off after three words counts as three words."""
+CHEATABLE_REWARD_SOURCE = '''"""A reward with a hole: an answer that is cut off after three words counts as three words."""
 
 
 def three_words(completions):
@@ -91,15 +91,15 @@ def ended(completions, truncated):
 GROUP_SIZE = 8
 PROMPTS_PER_STEP = 8
 STEPS = 20
-ANSWER_TOKENS = 12
+MAX_ANSWER_TOKENS = 12
 """Most tokens of an answer; one that is longer is cut off."""
-CHEATABLE_ANSWER_TOKENS = 5
+MAX_CHEATABLE_ANSWER_TOKENS = 5
 """The same for the reward that can be cheated. Answers must be cut off often, or the model never meets the hole."""
 MIN_RISE = 0.25
 """`eval/reward` must rise by this much from the base model to the end of the run."""
-NUM_SHOWN = 6
+NUM_SHOWN_PROMPTS = 6
 """Held-out prompts whose answers are printed at the end."""
-METRIC = "eval/reward"
+REWARD_METRIC = "eval/reward"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
     files = write_files(cache_directory() / "demo" / "three-words")
     arguments = [*training_arguments(model, files, Path("runs") / time.strftime("three-words-%Y%m%d-%H%M%S")), *argv]
     run_dir = run_dir_of(arguments)
-    indented_rewards = REWARDS.rstrip("\n").replace("\n", "\n  | ")
+    indented_rewards = REWARD_SOURCE.rstrip("\n").replace("\n", "\n  | ")
     print(
         f"demo: {MODEL_NAME} learns to answer in exactly three words. Nobody shows it such an answer: a reward scores those "
         f"that it writes.\n{files.rewards}:\n  | {indented_rewards}\n"
@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
         return exit_code
     print_answers(run_dir / "export")
     # The mean reward of each evaluation, from the base model on.
-    rewards = [metrics[METRIC] for metrics in evaluations(run_dir, METRIC)]
+    rewards = [metrics[REWARD_METRIC] for metrics in held_out_evaluations(run_dir, REWARD_METRIC)]
     print(closing_text(run_dir, time.monotonic() - started_at))
     cheatable = [
         *training_arguments(model, files, Path(f"{run_dir}-cheatable"), cheatable=True),
@@ -156,10 +156,10 @@ def main(argv: list[str]) -> int:
     ]
     print(
         "\nThe same with a reward that can be cheated: it does not look whether an answer ends, and answers are cut off after "
-        f"{CHEATABLE_ANSWER_TOKENS} tokens. Watch rewards/ended/mean, a control:\n$ shardtune train {shlex.join(cheatable)}",
+        f"{MAX_CHEATABLE_ANSWER_TOKENS} tokens. Watch rewards/ended/mean, a control:\n$ shardtune train {shlex.join(cheatable)}",
         flush=True,
     )
-    require_rise(rewards[0], rewards[-1])
+    refuse_small_rise(rewards[0], rewards[-1])
     return 0
 
 
@@ -176,8 +176,8 @@ def write_files(directory: Path) -> DemoFiles:
     for path, subjects in ((files.train, TRAINED_SUBJECTS), (files.held_out, HELD_OUT_SUBJECTS)):
         lines = [json.dumps({"prompt": prompt_about(subject)}) + "\n" for subject in subjects]
         write_text_atomic(path, "".join(lines))
-    write_text_atomic(files.rewards, REWARDS)
-    write_text_atomic(files.cheatable_rewards, CHEATABLE_REWARDS)
+    write_text_atomic(files.rewards, REWARD_SOURCE)
+    write_text_atomic(files.cheatable_rewards, CHEATABLE_REWARD_SOURCE)
     return files
 
 
@@ -194,9 +194,9 @@ def training_arguments(model: Path, files: DemoFiles, run_dir: Path, *, cheatabl
     answers_per_step = PROMPTS_PER_STEP * GROUP_SIZE
     processes = num_processes()
     rewards = [f"objective.rewards={files.rewards}"]
-    answer_tokens = ANSWER_TOKENS
+    answer_tokens = MAX_ANSWER_TOKENS
     if cheatable:
-        answer_tokens = CHEATABLE_ANSWER_TOKENS
+        answer_tokens = MAX_CHEATABLE_ANSWER_TOKENS
         rewards = [
             f"objective.rewards.three_words.function={files.cheatable_rewards}:three_words",
             f"objective.rewards.ended.function={files.cheatable_rewards}:ended",
@@ -228,26 +228,27 @@ def training_arguments(model: Path, files: DemoFiles, run_dir: Path, *, cheatabl
     ]
 
 
-def without_run_dir(argv: list[str]) -> list[str]:
-    """Typed arguments for another run beside this one."""
-    return [argument for argument in argv if not argument.startswith("run.dir=")]
+def without_run_dir(arguments: list[str]) -> list[str]:
+    """The arguments without `run.dir=`, for another run beside this one."""
+    return [argument for argument in arguments if not argument.startswith("run.dir=")]
 
 
 def print_answers(export: Path) -> None:
-    """Print what the base and the tuned model answer to held-out prompts.
+    """Print what the base and the tuned model answer to the first held-out prompts.
 
-    `export` is loaded by plain transformers and peft, which shows that it needs nothing of shardtune.
+    `export`: the directory of the run's adapter. It is loaded by plain transformers and peft, which shows that it needs nothing
+    of shardtune.
     """
     from trainer.export.load import load_export
 
     model = load_export(export)
     tokenizer = load_tokenizer(export)
     print("\nthe export through plain transformers and peft, greedy answers to held-out prompts:", flush=True)
-    for subject in HELD_OUT_SUBJECTS[:NUM_SHOWN]:
+    for subject in HELD_OUT_SUBJECTS[:NUM_SHOWN_PROMPTS]:
         prompt = prompt_about(subject)
         with model.disable_adapter():
-            base_answer = greedy_answer(model, tokenizer, prompt, ANSWER_TOKENS)
-        tuned_answer = greedy_answer(model, tokenizer, prompt, ANSWER_TOKENS)
+            base_answer = greedy_answer(model, tokenizer, prompt, MAX_ANSWER_TOKENS)
+        tuned_answer = greedy_answer(model, tokenizer, prompt, MAX_ANSWER_TOKENS)
         print(f"\n  {prompt}\n    base model:  {base_answer}\n    tuned model: {tuned_answer}", flush=True)
 
 
@@ -255,21 +256,21 @@ def closing_text(run_dir: Path, duration_s: float) -> str:
     """The last lines of the demo: rewards by step, held-out metrics before and after, what that shows, and where all is."""
     from trainer.reporting.results import rows
 
-    held_out = evaluations(run_dir, METRIC)
-    before = held_out[0]
-    after = held_out[-1]
-    steps = [row for row in rows(run_dir) if "reward" in row]
+    evaluations = held_out_evaluations(run_dir, REWARD_METRIC)
+    base_metrics = evaluations[0]
+    tuned_metrics = evaluations[-1]
+    step_rows = [row for row in rows(run_dir) if "reward" in row]
     lines = [
         f"\ndemo finished in {duration_s / 60:.1f} minutes",
-        f"mean reward of the answers that were learned from, by step: {rewards_by_step(steps)}",
+        f"mean reward of the answers that were learned from, by step: {rewards_by_step_text(step_rows)}",
         f"held-out, {len(HELD_OUT_SUBJECTS)} greedy answers     base     tuned",
     ]
-    for label, name in (
-        ("reward", METRIC),
+    for label, metric in (
+        ("reward", REWARD_METRIC),
         ("tokens of an answer", "eval/completions/mean_length"),
         ("share cut off", "eval/completions/clipped_ratio"),
     ):
-        lines.append(f"  {label:<24} {before[name]:>9.4f} {after[name]:>9.4f}")
+        lines.append(f"  {label:<24} {base_metrics[metric]:>9.4f} {tuned_metrics[metric]:>9.4f}")
     lines += [
         "This shows that the model learned a form from a reward alone: answers of three words that end. It does not show that",
         "they describe well, for the reward does not look, and eight prompts tell only large differences.",
@@ -280,17 +281,17 @@ def closing_text(run_dir: Path, duration_s: float) -> str:
     return "\n".join(lines)
 
 
-def rewards_by_step(steps: list[dict[str, Any]], every: int = 4) -> str:
-    """The reward of the first step, of each `every`-th, and of the last, as `1: 0.06, 4: 0.41, ...`."""
-    last_step = steps[-1]["step"]
-    shown = [row for row in steps if row["step"] in (1, last_step) or row["step"] % every == 0]
-    return ", ".join(f"{row['step']}: {row['reward']:.2f}" for row in shown)
+def rewards_by_step_text(step_rows: list[dict[str, Any]], every_steps: int = 4) -> str:
+    """The reward of the first step, of every `every_steps`-th, and of the last: "1: 0.06, 4: 0.41, ..."."""
+    last_step = step_rows[-1]["step"]
+    shown_rows = [row for row in step_rows if row["step"] in (1, last_step) or row["step"] % every_steps == 0]
+    return ", ".join(f"{row['step']}: {row['reward']:.2f}" for row in shown_rows)
 
 
-def require_rise(before: float, after: float) -> None:
+def refuse_small_rise(base_reward: float, tuned_reward: float) -> None:
     """Raise NothingLearned if the held-out reward did not rise by `MIN_RISE`."""
-    if after - before < MIN_RISE:
+    if tuned_reward - base_reward < MIN_RISE:
         raise NothingLearned(
-            f"demo: {METRIC} went from {before:.4f} to {after:.4f}; it should rise by {MIN_RISE}. With the demo's own settings "
-            "this is a defect."
+            f"demo: {REWARD_METRIC} went from {base_reward:.4f} to {tuned_reward:.4f}; it should rise by {MIN_RISE}. With the "
+            "demo's own settings this is a defect."
         )

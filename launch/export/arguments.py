@@ -88,7 +88,7 @@ class ExportArguments(VerbArguments):
 
 def read_gates(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Read the gates among the arguments of `export`; returns (bounds by metric, a problem for each argument that is no gate)."""
-    from trainer.export.gates.bounds import problems, read_word
+    from trainer.export.gates.bounds import gate_problems, read_word
 
     gates: dict[str, Any] = {}
     unusable: list[str] = []
@@ -97,7 +97,7 @@ def read_gates(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
         if typed_gates is None:
             unusable.append(problem)
             continue
-        unusable += problems(typed_gates)
+        unusable += gate_problems(typed_gates)
         gates |= typed_gates
     return gates, unusable
 

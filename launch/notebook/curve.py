@@ -13,13 +13,13 @@ LEFT = 52
 RIGHT = 12
 TOP = 10
 BOTTOM = 34
-MOST_POINTS = 300
+MAX_POINTS = 300
 """Points of a drawn line at most: a picture has no more columns that an eye tells apart."""
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#AA3377", "#FF8FA3")
+CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#AA3377", "#FF8FA3")
 """Colours that the colour-blind tell apart, the first six of Okabe and Ito; yellow and black would vanish on one background."""
-DASHES = ("", "7 4", "2 4", "9 4 2 4")
+CURVE_DASHES = ("", "7 4", "2 4", "9 4 2 4")
 """Each line has the next one, so that of two lines on top of each other both are seen."""
-LOGARITHMIC_FROM = 30.0
+MIN_LOGARITHMIC_RATIO = 30.0
 """Largest over smallest value from which on the axis is logarithmic: the later steps would be one flat line."""
 
 
@@ -63,7 +63,7 @@ def picture(curves: Sequence[Curve], *, x_title: str, description: str) -> Pictu
     """The picture of these curves; None if none of them has two points to draw a line through.
 
     Left out are points that are not finite, and curves with a single point unless they are drawn as dots. The y axis is
-    logarithmic if all values are positive and far apart (`LOGARITHMIC_FROM`).
+    logarithmic if all values are positive and far apart (`MIN_LOGARITHMIC_RATIO`).
     """
     finite = [(curve, _finite(curve.points)) for curve in curves]
     drawable = [(curve, points) for curve, points in finite if len(points) > 1 or (points and curve.style == "dots")]
@@ -74,7 +74,7 @@ def picture(curves: Sequence[Curve], *, x_title: str, description: str) -> Pictu
     for _, points in drawable:
         all_points += points
     y_values = [y for _, y in all_points]
-    is_logarithmic = min(y_values) > 0 and max(y_values) / min(y_values) >= LOGARITHMIC_FROM
+    is_logarithmic = min(y_values) > 0 and max(y_values) / min(y_values) >= MIN_LOGARITHMIC_RATIO
     x_axis = _Axis.over([x for x, _ in all_points], LEFT, WIDTH - RIGHT)
     y_axis = _Axis.over(y_values, HEIGHT - BOTTOM, TOP, is_logarithmic=is_logarithmic)
 
@@ -88,8 +88,8 @@ def picture(curves: Sequence[Curve], *, x_title: str, description: str) -> Pictu
                 label=curve.label,
                 polyline=" ".join(f"{x},{y}" for x, y in positions),
                 dots=positions if curve.style == "dots" else [],
-                colour=COLOURS[number % len(COLOURS)],
-                dash="" if curve.style == "faint" else DASHES[number % len(DASHES)],
+                colour=CURVE_COLOURS[number % len(CURVE_COLOURS)],
+                dash="" if curve.style == "faint" else CURVE_DASHES[number % len(CURVE_DASHES)],
                 is_faint=curve.style == "faint",
             )
         )
@@ -104,14 +104,15 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     Points are (x, y). Those that are not finite are left out.
     """
     window = max(1, len(points) // 50)
+    finite_points = _finite(points)
     means = []
-    total = 0.0
-    values = [y for _, y in _finite(points)]
-    for index, (x, y) in enumerate(_finite(points)):
-        total += y
+    window_sum = 0.0
+    for index, (x, y) in enumerate(finite_points):
+        window_sum += y
         if index >= window:
-            total -= values[index - window]
-        means.append((x, total / min(index + 1, window)))
+            _, dropped_y = finite_points[index - window]
+            window_sum -= dropped_y
+        means.append((x, window_sum / min(index + 1, window)))
     return means
 
 
@@ -120,15 +121,15 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about `MOST_POINTS` of the points (x, y): of each stretch the lowest and the highest, so that a spike stays."""
-    if len(points) <= MOST_POINTS:
+    """At most about `MAX_POINTS` of the points (x, y): of each stretch the lowest and the highest, so that a spike stays."""
+    if len(points) <= MAX_POINTS:
         return points
-    stretch = math.ceil(2 * len(points) / MOST_POINTS)
+    stretch_length = math.ceil(2 * len(points) / MAX_POINTS)  # two points are kept of each
     kept = []
-    for start in range(0, len(points), stretch):
-        part = points[start : start + stretch]
-        lowest = min(part, key=lambda point: point[1])
-        highest = max(part, key=lambda point: point[1])
+    for start in range(0, len(points), stretch_length):
+        stretch = points[start : start + stretch_length]
+        lowest = min(stretch, key=lambda point: point[1])
+        highest = max(stretch, key=lambda point: point[1])
         kept += sorted({lowest, highest})
     return kept
 
@@ -146,6 +147,7 @@ class _Axis:
 
     @classmethod
     def over(cls, values: list[float], start: float, stop: float, *, is_logarithmic: bool = False) -> _Axis:
+        """An axis from the smallest to the largest of `values`, drawn from position `start` to `stop`."""
         low = min(values)
         high = max(values)
         if low == high:  # a flat line lies in the middle
@@ -155,6 +157,7 @@ class _Axis:
         return cls(low, high, start, stop, is_logarithmic)
 
     def position(self, value: float) -> float:
+        """Where a value lies in the picture."""
         if self.is_logarithmic:
             share = math.log(value / self.low) / math.log(self.high / self.low)
         else:
@@ -167,16 +170,19 @@ class _Axis:
         return [(f"{self.position(value):.1f}", f"{value:g}") for value in values]
 
     def _round_values(self) -> list[float]:
-        rough = (self.high - self.low) / 4
-        magnitude = 10.0 ** math.floor(math.log10(rough))
-        step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= rough)
-        first = math.ceil(self.low / step)
-        last = math.floor(self.high / step)
+        """Multiples of a round step (1, 2 or 5 times a power of ten) within the axis: about four."""
+        least_step = (self.high - self.low) / 4
+        magnitude = 10.0 ** math.floor(math.log10(least_step))
+        step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= least_step)
+        first_multiple = math.ceil(self.low / step)
+        last_multiple = math.floor(self.high / step)
         # Rounded, or 0.1 + 0.2 would be the text of a mark.
-        return [round(number * step, 12) for number in range(first, last + 1)]
+        return [round(multiple * step, 12) for multiple in range(first_multiple, last_multiple + 1)]
 
     def _powers_of_ten(self) -> list[float]:
-        first = math.ceil(math.log10(self.low))
-        last = math.floor(math.log10(self.high))
-        every = max(1, (last - first) // 4)
-        return [10.0**exponent for exponent in range(first, last + 1, every)] or [self.low, self.high]
+        """Powers of ten within a logarithmic axis, at most about five; its two ends if there are none."""
+        first_exponent = math.ceil(math.log10(self.low))
+        last_exponent = math.floor(math.log10(self.high))
+        exponent_step = max(1, (last_exponent - first_exponent) // 4)
+        exponents = range(first_exponent, last_exponent + 1, exponent_step)
+        return [10.0**exponent for exponent in exponents] or [self.low, self.high]

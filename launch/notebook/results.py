@@ -86,7 +86,7 @@ class ComparisonResult:
             lead=Callout(tone, heading, text) if conclusion.sentences else None,
             cards=recommendation_cards(conclusion),
             callouts=worst_first(point_callouts(self.comparison)),
-            lines=_lines_below(conclusion.to_learn_more) if conclusion.sentences else self.verdict,
+            lines=_lines_below_answer(conclusion.to_learn_more) if conclusion.sentences else self.verdict,
             tables=[_table_of_runs(self.comparison.points)],
             picture=picture(curves, x_title="steps", description="Training loss of each run over its steps"),
             footer=f"{MOST_CURVES} runs are drawn" if len(self.comparison.begun_points) > MOST_CURVES else "",
@@ -96,15 +96,15 @@ class ComparisonResult:
 MOST_CURVES = 16
 
 
-def _lines_below(to_learn_more: str) -> list[str]:
-    """What stands below the answer: what to run if it shows no difference."""
+def _lines_below_answer(to_learn_more: str) -> list[str]:
+    """The line below the answer that says what to run if it shows no difference; none if there is nothing to run."""
     return [to_learn_more] if to_learn_more else []
 
 
 def _table_of_runs(runs: tuple[ComparedPoint, ...]) -> PageTable:
-    """What was reached and what it took, a row for each run; columns that no run has a number in are left out.
+    """What was reached and what it took, a row for each run; columns in which no run has a number are left out.
 
-    No cell is marked as the best: the answer names one only where chance does not explain the difference.
+    No cell is marked as the best: the answer names one only if chance does not explain the difference.
     """
     columns = [
         PageColumn("run"),
@@ -116,12 +116,11 @@ def _table_of_runs(runs: tuple[ComparedPoint, ...]) -> PageTable:
         PageColumn("memory", unit="GiB"),
     ]
     rows = [_cells_of_run(run) for run in runs]
-    # Which columns are shown: run and state always, the others if any run has a number there.
-    known = []
+    is_shown = []  # for each column: run and state always, the others if any run has a number there
     for index in range(len(columns)):
-        known.append(index < 2 or any(row[index].text != UNKNOWN for row in rows))
-    shown_rows = [list(compress(row, known)) for row in rows]
-    return PageTable(list(compress(columns, known)), shown_rows)
+        is_shown.append(index < 2 or any(row[index].text != UNKNOWN for row in rows))
+    shown_rows = [list(compress(row, is_shown)) for row in rows]
+    return PageTable(list(compress(columns, is_shown)), shown_rows)
 
 
 def _cells_of_run(run: ComparedPoint) -> list[PageCell]:

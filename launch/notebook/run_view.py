@@ -32,21 +32,21 @@ def run_view(run_dir: Path) -> str:
         cards=run_cards(compared),
         lead=Callout(verdict.tone, verdict.heading, verdict.text, verdict.commands),
         callouts=run_callouts(run),
-        picture=_losses(run),
+        picture=_loss_picture(run),
         footer=f"page with all plots and settings: {report}" if report.is_file() else "",
     )
 
 
-def _losses(run: RecordedRun) -> Picture | None:
-    """Training loss, smoothed over its own faint line, and held-out loss."""
+def _loss_picture(run: RecordedRun) -> Picture | None:
+    """Training loss, smoothed over its own faint line, and held-out loss over the steps; None if there is no line to draw."""
     losses = [(step, row["loss"]) for step, row in run.steps.items() if row["loss"] is not None]
-    held_out = []
+    held_out_losses = []
     for step, metrics in run.evaluations.items():
         if metrics.get("eval/loss") is not None:
-            held_out.append((step, metrics["eval/loss"]))
+            held_out_losses.append((step, metrics["eval/loss"]))
     curves = [
         Curve("training loss of a step", losses, style="faint"),
         Curve("training loss", smoothed(losses)),
-        Curve("held-out loss", held_out, style="dots"),
+        Curve("held-out loss", held_out_losses, style="dots"),
     ]
     return picture(curves, x_title="steps", description="Training loss and held-out loss over the steps of the run")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch.compare.page import IMAGE_CONFIG
-from launch.notebook.curve import COLOURS
+from launch.notebook.curve import CURVE_COLOURS
 from tests.helpers.launching import ROOT
 
 SIGHT = {
@@ -117,7 +117,7 @@ def test_difference_of_colours_is_that_of_its_published_examples():
 
 @pytest.mark.parametrize("palette", ["dark", "light", "plan, dark", "plan, light", "notebook"])
 def test_no_two_colours_of_a_palette_look_alike_to_the_colour_blind(palette):
-    known = {**themes(), "plan, dark": bars("dark"), "plan, light": bars("light"), "notebook": COLOURS}
+    known = {**themes(), "plan, dark": bars("dark"), "plan, light": bars("light"), "notebook": CURVE_COLOURS}
     colors = known[palette]
     assert len({*colors}) == len(colors) == (9 if palette.startswith("plan") else 8)
     assert nearest(colors)[0] >= nearest(OKABE_AND_ITO)[0] - 1e-9, nearest(colors)

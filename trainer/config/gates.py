@@ -22,7 +22,7 @@ def gate_problems(config: RunConfig) -> Iterator[str]:
 
     A gate on a metric of a configured task must name one that the task has. Any other metric may be measured later.
     """
-    yield from bounds.problems(config.gates)
+    yield from bounds.gate_problems(config.gates)
     for bound in bounds.bounds_of(config.gates):
         task_name, _, metric = bound.metric.removeprefix("eval/").partition("/")
         task_config = config.evaluation.tasks.get(task_name)

@@ -6,7 +6,7 @@ import pytest
 
 from launch.config.compose import compose
 from strategies.errors import ConfigError
-from trainer.export.gates.bounds import Bound, parse_bound, problems, read_word
+from trainer.export.gates.bounds import Bound, gate_problems, parse_bound, read_word
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_gate_bound_holds_on_its_side_alone(written, passes, fails):
 
 @pytest.mark.parametrize("word", ["about 2", "<", "<2.1.1", True, None, [1], "<inf", "2<"])
 def test_gate_word_that_is_no_bound_is_refused_with_an_example(word):
-    (line,) = problems({"eval/loss": word})
+    (line,) = gate_problems({"eval/loss": word})
     assert line.startswith(f"gates: eval/loss: {word}") and '"<2.1"' in line
 
 

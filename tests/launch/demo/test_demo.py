@@ -7,7 +7,7 @@ import pytest
 
 from launch.config.compose import compose
 from launch.demo import command as demo
-from launch.demo.results import evaluations
+from launch.demo.results import held_out_evaluations
 from strategies.errors import DataError
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer
@@ -34,12 +34,15 @@ def prepare(notes, folder):
 
 def test_demo_documents_are_split_within_the_budget_and_the_same_every_time(notes, tmp_path):
     data = prepare(notes, tmp_path / "a")
-    train, held_out = (path.read_text().splitlines() for path in (data.train, data.held_out))
-    assert len(train) == data.train_documents and len(held_out) == data.held_out_documents
+    train, held_out = (path.read_text().splitlines() for path in (data.train_file, data.held_out_file))
+    assert len(train) == data.num_train_documents and len(held_out) == data.num_held_out_documents
     assert len(set(train) | set(held_out)) == 12, "the long one is left out, no other, and no document is in both"
-    assert 300 <= data.held_out_tokens < 300 + demo.MAX_DOCUMENT_TOKENS
+    assert 300 <= data.num_held_out_tokens < 300 + demo.MAX_DOCUMENT_TOKENS
     again = prepare(notes, tmp_path / "b")
-    assert again.train.read_text() == data.train.read_text() and again.held_out.read_text() == data.held_out.read_text()
+    assert (
+        again.train_file.read_text() == data.train_file.read_text()
+        and again.held_out_file.read_text() == data.held_out_file.read_text()
+    )
     user, assistant = json.loads(train[0])["messages"]
     assert user["content"].startswith("Write the allergies section") and "\nPatient: No" in user["content"]
     assert assistant["role"] == "assistant" and assistant["content"].startswith("None known ")
@@ -64,7 +67,7 @@ def test_the_command_is_a_legal_run(notes, tmp_path, monkeypatch):
 def test_evaluations_are_reported_in_order(tmp_path):
     rows = [{"step": 0, "eval/loss": 3.0}, {"step": 1, "loss": 2.5}, {"step": 1, "eval/loss": 2.0, "tokens": 9}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert evaluations(tmp_path, "eval/loss") == [{"eval/loss": 3.0}, {"eval/loss": 2.0}]
+    assert held_out_evaluations(tmp_path, "eval/loss") == [{"eval/loss": 3.0}, {"eval/loss": 2.0}]
 
 
 def test_the_first_conversation_of_each_shown_section_is_answered():

@@ -29,9 +29,9 @@ def test_the_rewards_score_words_and_only_one_of_them_can_be_cheated():
         "Luminescent wildernesses beyond",
     ]
     was_cut = [False, False, True, True]
-    honest = functions_of(three_words.REWARDS)["three_words"](answers, was_cut)
+    honest = functions_of(three_words.REWARD_SOURCE)["three_words"](answers, was_cut)
     assert honest == pytest.approx([1, 2 / 3, 0, 0])
-    cheatable = functions_of(three_words.CHEATABLE_REWARDS)
+    cheatable = functions_of(three_words.CHEATABLE_REWARD_SOURCE)
     assert cheatable["three_words"](answers) == pytest.approx([1, 2 / 3, 0, 1])
     assert cheatable["ended"](answers, was_cut) == [1, 1, 0, 0]
 
@@ -61,7 +61,7 @@ def test_the_demo_shows_everything_and_fails_if_nothing_was_learned(model, tmp_p
     assert failed.value.exit_code == 69
     printed = capsys.readouterr().out
     assert "def three_words(completions, truncated):" in printed, "the reward is printed"
-    assert printed.count("base model:") == printed.count("tuned model:") == three_words.NUM_SHOWN
+    assert printed.count("base model:") == printed.count("tuned model:") == three_words.NUM_SHOWN_PROMPTS
     trained = next(row for row in rows(tmp_path / "runs" / "tiny") if "reward" in row)
     assert f"by step: 1: {trained['reward']:.2f}\n" in printed
     assert "prompts: the model writes the answers to learn from while it trains" in printed
@@ -70,6 +70,6 @@ def test_the_demo_shows_everything_and_fails_if_nothing_was_learned(model, tmp_p
 
 
 def test_a_rise_as_large_as_stated_is_enough():
-    three_words.require_rise(0.0, three_words.MIN_RISE)
+    three_words.refuse_small_rise(0.0, three_words.MIN_RISE)
     with pytest.raises(three_words.NothingLearned):
-        three_words.require_rise(0.5, 0.7)
+        three_words.refuse_small_rise(0.5, 0.7)

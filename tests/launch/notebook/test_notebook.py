@@ -8,7 +8,7 @@ import pytest
 
 from launch.compare.comparison import compare
 from launch.compare.settings import ComparisonRow
-from launch.notebook.curve import MOST_POINTS, Curve, picture, smoothed
+from launch.notebook.curve import MAX_POINTS, Curve, picture, smoothed
 from launch.notebook.fragment import fragment
 from launch.notebook.results import ComparisonResult, EvaluationResult, PlanResult
 from strategies.errors import ConfigError
@@ -69,7 +69,7 @@ def test_curve_of_a_long_run_keeps_its_spikes():
     points = [(step, 1000.0 if step == 54_321 else 2.0 + step % 7 / 10) for step in range(100_000)]
     drawn = picture([Curve("loss", points)], x_title="steps", description="a loss").curves[0]
     positions = [tuple(map(float, pair.split(","))) for pair in drawn.polyline.split()]
-    assert len(positions) <= MOST_POINTS + 2
+    assert len(positions) <= MAX_POINTS + 2
     heights = sorted(height for _, height in positions)
     assert heights[0] < heights[1] - 50, "one point is far above the others"
     assert [x for x, _ in positions] == sorted(x for x, _ in positions)

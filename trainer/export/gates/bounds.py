@@ -10,9 +10,11 @@ from typing import Any
 
 OVERRIDE = "override"
 """The key among gates that is no gate: why an export goes on although they are not passed."""
-METRIC_NAME = re.compile(r"\w[\w.@-]*(/[\w.@-]+)*")
-BOUND = re.compile(r"(?P<sign><=|>=|==|<|>|=)?\s*(?P<number>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*(?P<percent>%)?")
-SIGNS = {"<": "below", "<=": "at most", ">": "above", ">=": "at least", "=": "equal to"}
+METRIC_NAME_REGEX = re.compile(r"\w[\w.@-]*(/[\w.@-]+)*")
+BOUND_REGEX = re.compile(
+    r"(?P<sign><=|>=|==|<|>|=)?\s*(?P<number>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*(?P<percent>%)?"
+)
+TEXT_BY_SIGN = {"<": "below", "<=": "at most", ">": "above", ">=": "at least", "=": "equal to"}
 BOUND_FORM = 'a number (it must be that), or a text such as "<2.1", ">=0.5" or "<3%"'
 """How a bound is written, for errors."""
 
@@ -23,7 +25,7 @@ class Bound:
 
     metric: str
     sign: str
-    """One of `SIGNS`."""
+    """One of `TEXT_BY_SIGN`."""
     limit: float
     """A percentage is stored as a share: 0.03 for `<3%`."""
     text: str
@@ -41,22 +43,28 @@ class Bound:
             "=": measured == self.limit,
         }[self.sign]
 
-    def badness(self, value: float) -> float:
-        """A number that grows the worse a value is for this bound. Of several measurements, the worst one counts."""
-        if math.isnan(value):
+    def badness(self, measured: float) -> float:
+        """A number that grows the worse a value is for this bound: of several measurements, the worst one counts.
+
+        An upper bound: the value; a lower bound: its negative; an equation: the distance. NaN is the worst.
+        """
+        if math.isnan(measured):
             return math.inf
         if self.sign.startswith("<"):
-            return value
+            return measured
         if self.sign.startswith(">"):
-            return -value
-        return abs(value - self.limit)
+            return -measured
+        return abs(measured - self.limit)
 
     def __str__(self) -> str:
-        return f"must be {SIGNS[self.sign]} {self.text.lstrip('<>= ')}"
+        return f"must be {TEXT_BY_SIGN[self.sign]} {self.text.lstrip('<>= ')}"
 
 
 def bounds_of(gates: Mapping[str, Any]) -> list[Bound]:
-    """The gates of a configuration without problems, in its order."""
+    """The gates of a configuration as bounds, in its order: {"eval/loss": "<2.1"} -> one bound below 2.1.
+
+    The entry `OVERRIDE`, and a value that is no bound, are left out.
+    """
     bounds = []
     for metric, value in gates.items():
         if metric == OVERRIDE:
@@ -75,12 +83,11 @@ def parse_bound(metric: str, value: Any) -> Bound | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     text = str(value).strip()
-    match = BOUND.fullmatch(text)
+    match = BOUND_REGEX.fullmatch(text)
     if match is None:
         return None
     limit = float(match["number"])
-    # 1e999 is read as infinity.
-    if not math.isfinite(limit):
+    if not math.isfinite(limit):  # 1e999 is read as infinity
         return None
     if match["percent"]:
         limit /= 100
@@ -90,10 +97,10 @@ def parse_bound(metric: str, value: Any) -> Bound | None:
     return Bound(metric, sign, limit, text)
 
 
-def problems(gates: Mapping[str, Any]) -> list[str]:
+def gate_problems(gates: Mapping[str, Any]) -> list[str]:
     """What is wrong with gates (bound by metric, such as `{"eval/loss": "<2.1"}`), one line each.
 
-    The entry `OVERRIDE` is no gate: it holds the reason for exporting although gates fail.
+    The entry `OVERRIDE` is no gate: it must hold the reason for exporting although gates fail.
     """
     problems = []
     for metric, value in gates.items():
@@ -102,7 +109,7 @@ def problems(gates: Mapping[str, Any]) -> list[str]:
                 problems.append(
                     f'gates.{OVERRIDE}={value}: must say why, as in gates.{OVERRIDE}="agreed with the clinic"'
                 )
-        elif not METRIC_NAME.fullmatch(metric):
+        elif not METRIC_NAME_REGEX.fullmatch(metric):
             problems.append(f"gates: {metric}: must be the name of a metric, such as eval/loss, bias/gap or memorised")
         elif isinstance(value, Mapping):
             problems.append(
