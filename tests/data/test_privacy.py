@@ -482,7 +482,7 @@ def test_presidio_adds_names_without_a_network(caplog, monkeypatch):
 
 
 def test_presidio_that_is_missing_is_a_clear_error(monkeypatch):
-    monkeypatch.setattr(rule, "_analyzer", rule._analyzer.__wrapped__)  # another test may have loaded it
+    monkeypatch.setattr(rule, "_load_analyzer", rule._load_analyzer.__wrapped__)  # another test may have loaded it
     monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
     with pytest.raises(ConfigError, match=r"\[pii\]"):
         PersonalDataFinder(config(engine="presidio", types=["EMAIL"]))

@@ -119,9 +119,9 @@ class Decontaminator:
             )
 
     def match(self, text: str) -> tuple[str, float] | None:
-        """The evaluation text of which `text` contains most: (its `file:line`, share of its n-grams of words that are in `text`).
+        """(`file:line` of the evaluation text of which `text` holds most, the share of its runs of words that are in `text`).
 
-        None if `text` shares no n-gram with any.
+        None if `text` shares no run of words with any evaluation text.
         """
         word_hashes = _hash_words(text)
         ngrams = np.concatenate([_hash_ngrams(word_hashes, length) for length in self._ngram_lengths])
@@ -129,14 +129,14 @@ class Decontaminator:
         begins = np.searchsorted(self._ngrams, ngrams, "left")
         ends = np.searchsorted(self._ngrams, ngrams, "right")
         is_shared = begins < ends
-        shared_counts = np.zeros(len(self._ngrams_per_text), np.int64)
+        num_shared_by_text = np.zeros(len(self._ngrams_per_text), np.int64)
         for begin, end in zip(begins[is_shared].tolist(), ends[is_shared].tolist(), strict=True):
-            shared_counts[self._text_of_ngram[begin:end]] += 1
-        shares = shared_counts / np.maximum(self._ngrams_per_text, 1)
-        largest = int(np.argmax(shares))
-        if shares[largest] == 0:
+            num_shared_by_text[self._text_of_ngram[begin:end]] += 1
+        shares = num_shared_by_text / np.maximum(self._ngrams_per_text, 1)
+        best_text = int(np.argmax(shares))
+        if shares[best_text] == 0:
             return None
-        return self._locations[largest], float(shares[largest])
+        return self._locations[best_text], float(shares[best_text])
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """Count, and by policy drop, a document that holds evaluation text; its texts are looked at as one."""

@@ -31,7 +31,7 @@ UNJUDGED = "unjudged"
 
 
 @functools.cache
-def _identifier() -> Any:
+def _language_identifier() -> Any:
     """The language model, loaded once a process (0.5 s): naive Bayes over byte n-grams (Lui and Baldwin, langid.py, ACL 2012)."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -53,7 +53,7 @@ def detect_text_language(text: str) -> tuple[str, float] | None:
     text = FENCED.sub("", text)[:JUDGED_CHARACTERS].strip()
     if len(text) < MIN_JUDGED_CHARACTERS:
         return None
-    language, probability = _identifier().classify(text)
+    language, probability = _language_identifier().classify(text)
     if language == NO_LANGUAGE:
         return None
     return str(language), float(probability)
@@ -82,10 +82,11 @@ def learned_answers(document: Document) -> list[str]:
 
 
 def has_echo(document: Document) -> bool:
-    """Whether an answer of some length is its question again, but for case, punctuation and white space."""
+    """Whether a learned answer of some length only says its question again, but for case, punctuation and white space."""
     for turn, next_turn in itertools.pairwise(document.conversation()):
-        is_answer = turn["role"] == "user" and next_turn["role"] == "assistant" and next_turn.get("train", True)
-        if not is_answer:
+        is_question = turn["role"] == "user"
+        is_learned_answer = next_turn["role"] == "assistant" and next_turn.get("train", True)
+        if not (is_question and is_learned_answer):
             continue
         answer = _letters_and_digits(next_turn["content"])
         if len(answer) >= MIN_ECHO_CHARACTERS and answer == _letters_and_digits(turn["content"]):
@@ -117,10 +118,10 @@ class Filters:
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """The document, or None if one of the filters drops it, which `tally` then counts under the filter's reason.
 
-        Filters in order: length of all texts, what is learned, language.
+        Filters in order: length of all texts; what is learned, unless the row is marked undesirable; language.
         """
         reason = self._drop_reason_by_length(document)
-        remark = ""
+        remark = ""  # on the location, for the list of drops
         if reason is None and document.desirable is not False:
             reason = self._drop_reason_by_learned_text(document)
         if reason is None and self.config.languages:
@@ -174,10 +175,14 @@ def filter_problems(config: FilterConfig) -> Iterator[str]:
         )
     if any(not phrase.strip() for phrase in config.drop_phrases):
         yield "data.filters.drop_phrases has an empty phrase, which every text contains; remove it"
-    if not config.languages:
-        return
-    known_codes = {str(code) for code in _identifier().labels} - {NO_LANGUAGE}
-    for code in config.languages:
+    if config.languages:
+        yield from _language_problems(config.languages)
+
+
+def _language_problems(languages: list[str]) -> Iterator[str]:
+    """A problem for each language code that the detector does not know, with the code that is probably meant."""
+    known_codes = {str(code) for code in _language_identifier().labels} - {NO_LANGUAGE}
+    for code in languages:
         if code in known_codes:
             continue
         two_letters = code[:2].lower()  # of a code with a region, such as de-AT, or of an English name

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from trainer.data.transforms.privacy.patterns import is_npi
 from trainer.data.transforms.privacy.rule import (
@@ -24,6 +25,9 @@ from trainer.data.transforms.privacy.rule import (
     rule,
     words,
 )
+
+if TYPE_CHECKING:
+    from phonenumbers import PhoneNumberMatch
 
 CODE = r"(?=[\w./-]*\d)[A-Za-z0-9](?:[\w./-]{1,28}[A-Za-z0-9])(?![\w-])"
 """A number as offices give it: a digit in it, three characters or more."""
@@ -208,11 +212,7 @@ def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding
     """Telephone numbers in a text, with a score from 0 to 1 for how certain each is; those right after the word fax as FAX.
 
     `regions`: countries (ISO 3166-1 alpha-2) whose national numbers are looked for. The score is the certainty that the number's
-    spelling gives, changed by the first case that applies:
-    - a word before it speaks against it ("order"), and it is not written internationally: lowered;
-    - the word fax stands before it: at least `FAX_CERTAINTY`;
-    - a word for telephone before it, or its kind behind it ("(home)"): at least `USUAL_GROUPS_CERTAINTY`;
-    - it is written like a large number (1.000.000): lowered.
+    spelling gives, changed by what stands around it, see `_score_in_context`.
     """
     findings = []
     for match in PHONE_CANDIDATE.finditer(text):
@@ -221,7 +221,6 @@ def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding
         if not 7 <= num_digits <= 17 or DATE.match(candidate):
             continue
         numbers = _valid_numbers(candidate, tuple(regions))
-        # From characters of the candidate to characters of the text, then the score by what stands around.
         for index, (start_in_candidate, end_in_candidate, certainty) in enumerate(numbers):
             start = match.start(1) + start_in_candidate
             end = match.start(1) + end_in_candidate
@@ -231,39 +230,61 @@ def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding
             before = text[max(0, start - CHARACTERS_BEFORE) : start]
             after = text[end : end + CHARACTERS_AFTER]
             is_fax = FAX_WORDS.search(before) is not None
-            score = certainty
-            if certainty < INTERNATIONAL_CERTAINTY and NOT_PERSONAL.search(before):
-                score = SCORE_IF_AGAINST
-            elif is_fax:
-                score = max(certainty, FAX_CERTAINTY)
-            elif PHONE_WORDS.search(before) or KIND_OF_PHONE.match(after):
-                score = max(certainty, USUAL_GROUPS_CERTAINTY)
-            elif THOUSANDS.match(candidate):
-                score = SCORE_IF_AGAINST
+            score = _score_in_context(candidate, certainty, before, after, is_fax=is_fax)
             findings.append(PrivacyFinding("FAX" if is_fax else "PHONE", start, end, score))
     return findings
+
+
+def _score_in_context(candidate: str, certainty: float, before: str, after: str, *, is_fax: bool) -> float:
+    """How certain a telephone number is, from 0 to 1, by the first case that applies:
+
+    - a word before it speaks against it ("order"), and it is not written internationally: lowered;
+    - the word fax stands before it: at least `FAX_CERTAINTY`;
+    - a word for telephone before it, or its kind behind it ("(home)"): at least `USUAL_GROUPS_CERTAINTY`;
+    - it is written like a large number (1.000.000): lowered;
+    - else the `certainty` that its spelling gives.
+    `before`, `after`: the text around it.
+    """
+    is_international = certainty >= INTERNATIONAL_CERTAINTY
+    if not is_international and NOT_PERSONAL.search(before):
+        return SCORE_IF_AGAINST
+    if is_fax:
+        return max(certainty, FAX_CERTAINTY)
+    if PHONE_WORDS.search(before) or KIND_OF_PHONE.match(after):
+        return max(certainty, USUAL_GROUPS_CERTAINTY)
+    if THOUSANDS.match(candidate):
+        return SCORE_IF_AGAINST
+    return certainty
 
 
 @lru_cache(maxsize=4096)
 def _valid_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, float], ...]:
     """The valid telephone numbers in a run of digits: (start, end, certainty from 0 to 1), by characters of `candidate`.
 
-    Example: "+49 30 123456" -> ((0, 13, 0.95),).
-
-    If it is valid in several of the countries `regions`, it is read as in the one that is most certain.
+    Example: "+49 30 123456" -> ((0, 13, 0.95),). Written internationally, it needs no country. Else it is read as a number of the
+    country of `regions` in which it is most certain.
     """
+    numbers = _international_numbers(candidate) if candidate.startswith(("+", "00")) else ()
+    return numbers or _most_certain_national_numbers(candidate, regions)
+
+
+def _international_numbers(candidate: str) -> tuple[tuple[int, int, float], ...]:
+    """The valid numbers in a run of digits that begins with + or 00, see `_valid_numbers`."""
     import phonenumbers
 
-    if candidate.startswith(("+", "00")):
-        # Without a country the library does not know that 00 is the international prefix.
-        with_plus = "+" + candidate[2:] if candidate.startswith("00") else candidate
-        shift = len(candidate) - len(with_plus)
-        numbers = []
-        for match in phonenumbers.PhoneNumberMatcher(with_plus, None):
-            start = match.start + shift if match.start else 0
-            numbers.append((start, match.end + shift, INTERNATIONAL_CERTAINTY))
-        if numbers:
-            return tuple(numbers)
+    # Without a country the library does not know that 00 is the international prefix.
+    with_plus = "+" + candidate[2:] if candidate.startswith("00") else candidate
+    shift = len(candidate) - len(with_plus)
+    numbers = []
+    for match in phonenumbers.PhoneNumberMatcher(with_plus, None):
+        start = match.start + shift if match.start else 0
+        numbers.append((start, match.end + shift, INTERNATIONAL_CERTAINTY))
+    return tuple(numbers)
+
+
+def _most_certain_national_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, float], ...]:
+    """The valid numbers in a run of digits, read as in the country of `regions` that makes one of them most certain."""
+    import phonenumbers
 
     best_numbers: tuple[tuple[int, int, float], ...] = ()
     best_certainty = 0.0
@@ -279,23 +300,24 @@ def _valid_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[tuple[int,
     return best_numbers
 
 
-def _national_certainty(match: object) -> float:
-    """How certain a number of phonenumbers is that is not written internationally.
+def _national_certainty(match: PhoneNumberMatch) -> float:
+    """How certain a telephone number is that is not written internationally, from 0 to 1.
 
-    Most if the digits are grouped as its country groups them, less with a national prefix or brackets, least otherwise.
+    0.75 if the digits are grouped as its country groups them (555-0123 in the US, 01 23 45 67 89 in France); 0.55 if they are in
+    groups and begin with a national prefix, a bracket or the code of the country; else 0.4.
     """
     import phonenumbers
     from phonenumbers import PhoneNumberFormat
 
-    number = match.number  # type: ignore[attr-defined]
-    raw = match.raw_string  # type: ignore[attr-defined]
-    # Every country groups its digits in its own way: 555-0123 is written in the US, 01 23 45 67 89 in France.
+    number = match.number
+    raw = match.raw_string
     groups = re.findall(r"\d+", raw)
     for style in (PhoneNumberFormat.NATIONAL, PhoneNumberFormat.INTERNATIONAL):
         usual_groups = re.findall(r"\d+", phonenumbers.format_number(number, style))
         if groups == usual_groups and len(groups) > 1:
             return USUAL_GROUPS_CERTAINTY
-    if len(groups) > 1 and (raw.startswith(("0", "(")) or groups[0] == str(number.country_code)):
+    has_prefix = raw.startswith(("0", "(")) or groups[0] == str(number.country_code)
+    if len(groups) > 1 and has_prefix:
         return NATIONAL_PREFIX_CERTAINTY
     return BARE_CERTAINTY
 

