@@ -134,14 +134,14 @@ def print_completion(arguments: list[str]) -> int:
 
     `arguments` are like `--shell-completion bash` or `--shell-completion=bash`.
     """
-    from launch.config.completion import script
+    from launch.config.completion import completion_script
     from strategies.errors import ConfigError
 
     shell = arguments[0].partition("=")[2]
     if not shell and len(arguments) > 1:
         shell = arguments[1]
     try:
-        print(script(shell, VERBS, declared_arguments()), end="")
+        print(completion_script(shell, VERBS, declared_arguments()), end="")
     except ConfigError as error:
         print(f"shardtune: {error}", file=sys.stderr)
         return error.exit_code

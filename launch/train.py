@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launch.config import show_config
 from launch.config.choices import choices_by_group
 from launch.config.help_text import show_help
-from launch.config.process_role import is_worker, seems_a_worker
+from launch.config.process_role import has_rank_variables, is_worker
 from launch.config.verb_arguments import (
     VerbArguments,
     asks_for_help,
@@ -443,7 +443,7 @@ def exit_process(code: int) -> NoReturn:
     """
     is_one_of_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     succeeded_as_rank = code == 0 and is_one_of_several
-    failed_as_rank = code != 0 and seems_a_worker(os.environ)
+    failed_as_rank = code != 0 and has_rank_variables(os.environ)
     if succeeded_as_rank or failed_as_rank:
         if code == 0:
             run_exit_functions()

@@ -18,14 +18,14 @@ from strategies.errors import ConfigError
 from strategies.small_files import text_values_of
 from trainer.model.config import ModelConfig
 
-MOST_FILES = 20_000
+MAX_FILES = 20_000
 """Most files and folders of a directory. A larger one gets no digest, so its code must be allowed at each start."""
-MOST_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
 """Most bytes of one file of code, or of one that names code."""
-CODE_OF_MODELS = (".py",)
-VERSIONED_CONFIGS = "config.*.json"
+CODE_SUFFIXES = (".py",)
+VERSIONED_CONFIG_PATTERN = "config.*.json"
 """Configurations for some versions of transformers, which config.json names and which take its place."""
-REPOSITORY_MARK = "--"
+REPOSITORY_SEPARATOR = "--"
 """Separates repository and class if `auto_map` names code of another repository: `org/model--modeling.Model`."""
 
 
@@ -36,7 +36,8 @@ class NoDigest(Exception):
 def model_directory(config: ModelConfig, path: str | None, revision: str | None) -> Path | None:
     """The directory of a model's or tokenizer's files on this machine; None if they are not here.
 
-    `path`: a directory, or a hub id that is looked up in the hub's cache, never over the network.
+    `path`: a directory, or a hub id that is looked up in the hub's cache, never over the network. `config`: for the options of
+    looking up; its own path and revision are not used.
     """
     from dataclasses import replace
 
@@ -50,20 +51,20 @@ def model_directory(config: ModelConfig, path: str | None, revision: str | None)
         return None
 
 
-def digest_of_model(directory: Path, *, download: bool = False) -> str | None:
+def model_code_digest(directory: Path, *, download: bool = False) -> str | None:
     """SHA-256 of the Python code that `trust_remote_code` would run for a model's directory; None if there is no code.
 
     Code of another repository that `auto_map` in config.json names counts too. `download`: whether such a repository would be
     fetched if it is not on this machine. Raises NoDigest if code may lie anywhere, is not here yet, or cannot be read.
     """
-    # A reference: `modeling.Net` in this directory, `owner/name--modeling.Net` in another repository.
+    # Such as `modeling.Net` in this directory, or `owner/name--modeling.Net` in another repository.
     references = sorted({*_auto_map_references(directory)})
-    files = dict(_code_files(directory, CODE_OF_MODELS))
+    files = dict(_code_files(directory, CODE_SUFFIXES))
     if not references and not files:
         return None
-    digests_elsewhere: dict[str, str] = {}
+    digest_by_reference: dict[str, str] = {}  # of code in other repositories
     for reference in references:
-        repository, mark, class_name = reference.rpartition(REPOSITORY_MARK)
+        repository, mark, class_name = reference.rpartition(REPOSITORY_SEPARATOR)
         class_path = Path(class_name)
         if class_path.is_absolute() or ".." in class_path.parts:
             raise NoDigest(reference)  # a file that may lie anywhere
@@ -71,44 +72,44 @@ def digest_of_model(directory: Path, *, download: bool = False) -> str | None:
             continue  # code of this directory, which is among `files`
         other_directory = model_directory(ModelConfig(), repository, None)
         if other_directory is None and download:
-            raise NoDigest(reference)  # nobody has seen what would be fetched
+            raise NoDigest(reference)  # its code would be fetched later, so it is not known now
         if other_directory is None:
-            digests_elsewhere[reference] = "absent"
+            digest_by_reference[reference] = "absent"
         else:
-            digests_elsewhere[reference] = _digest(dict(_code_files(other_directory, CODE_OF_MODELS)))
-    auto_map = json.dumps([references, digests_elsewhere]).encode()
+            digest_by_reference[reference] = _digest(dict(_code_files(other_directory, CODE_SUFFIXES)))
+    auto_map = json.dumps([references, digest_by_reference]).encode()
     return _digest({**files, "auto_map": auto_map})
 
 
-def digest_of_task(path: Path) -> str:
+def task_code_digest(path: Path) -> str:
     """SHA-256 of an lm_eval task: its YAML (or each YAML in a directory), what they include, and the Python code beside them.
 
     For a single YAML, only the Python files of its own folder count: it may lie above runs, whose files change all the time.
     Errors: NoDigest.
     """
-    top = path.resolve()
-    if top.is_dir():
-        pending = sorted(top.rglob("*.yaml"))
-        contents = dict(_code_files(top, CODE_OF_MODELS))
+    directory = path.resolve()
+    if directory.is_dir():
+        files_to_read = sorted(directory.rglob("*.yaml"))
+        contents = dict(_code_files(directory, CODE_SUFFIXES))
     else:
-        pending = [top]
-        top = top.parent
-        contents = {file.name: _read_code_file(file) for file in sorted(top.glob("*.py"))}
-    # Read the files, and those that they name in turn. `seen`: two that include each other are read once.
-    seen = {*pending}
-    while pending:
-        file = pending.pop()
+        files_to_read = [directory]
+        directory = directory.parent
+        contents = {file.name: _read_code_file(file) for file in sorted(directory.glob("*.py"))}
+    # Files that are named by others are read as well, each once, because two may include each other.
+    seen = {*files_to_read}
+    while files_to_read:
+        file = files_to_read.pop()
         content = _read_code_file(file)
-        contents[os.path.relpath(file, top)] = content
-        if file.suffix in CODE_OF_MODELS:
+        contents[os.path.relpath(file, directory)] = content
+        if file.suffix in CODE_SUFFIXES:
             continue
         try:
             named_files = {named.resolve() for named in _files_named_by(file, content)}
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise NoDigest(str(file)) from error
-        pending += sorted(named_files - seen)
+        files_to_read += sorted(named_files - seen)
         seen |= named_files
-        if len(seen) > MOST_FILES:
+        if len(seen) > MAX_FILES:
             raise NoDigest(str(path))
     return _digest(contents)
 
@@ -164,13 +165,13 @@ def _include_values(tree: Any) -> Iterator[str]:
 def _code_files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
     """(relative name, content) of each file below a directory with one of `suffixes`, in alphabetical order.
 
-    Errors: NoDigest if there are more than `MOST_FILES` files and folders, or a file cannot be read.
+    Errors: NoDigest if there are more than `MAX_FILES` files and folders, or a file cannot be read.
     """
     seen = 0
     for parent, folders, names in os.walk(directory, followlinks=True):  # a linked folder is imported like any other
         folders.sort()
         seen += len(folders) + len(names)
-        if seen > MOST_FILES:
+        if seen > MAX_FILES:
             raise NoDigest(str(directory))
         for name in sorted(names):
             file = Path(parent, name)
@@ -180,7 +181,7 @@ def _code_files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[st
 
 def _auto_map_references(directory: Path) -> Iterator[str]:
     """The Python classes that a model's config files name in `auto_map`. Errors: NoDigest for a file that is no JSON."""
-    for file in sorted({*directory.glob("*config.json"), *directory.glob(VERSIONED_CONFIGS)}):
+    for file in sorted({*directory.glob("*config.json"), *directory.glob(VERSIONED_CONFIG_PATTERN)}):
         try:
             settings = json.loads(_read_code_file(file))  # not searched as text: JSON can spell `auto_map` with escapes
         except (ValueError, RecursionError) as error:
@@ -192,7 +193,7 @@ def _auto_map_references(directory: Path) -> Iterator[str]:
 def _read_code_file(file: Path) -> bytes:
     """The bytes of a file. Errors: NoDigest if it cannot be read or is too large to be code."""
     try:
-        if not file.is_file() or file.stat().st_size > MOST_BYTES:
+        if not file.is_file() or file.stat().st_size > MAX_BYTES:
             raise NoDigest(str(file))
         return file.read_bytes()
     except OSError as error:

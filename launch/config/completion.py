@@ -88,32 +88,31 @@ compdef _shardtune shardtune 2>/dev/null
 """
 
 
-def script(shell: str, verbs: dict[str, str], declared: dict[str, list[type[VerbArguments]]]) -> str:
+def completion_script(shell: str, verbs: dict[str, str], classes_by_verb: dict[str, list[type[VerbArguments]]]) -> str:
     """The completion script for bash, zsh or fish. Errors: ConfigError for another shell.
 
-    `verbs`: the description of each verb. `declared`: the classes that declare the arguments and flags of each verb.
+    `verbs`: the description of each verb. `classes_by_verb`: the classes that declare the arguments and flags of each verb.
     """
     shell = shell.removeprefix("install=")
     if shell not in SHELLS:
         raise ConfigError(f"--shell-completion {shell}: give one of {', '.join(SHELLS)}")
-    values_by_key = values_of_settings()
+    values_by_key = possible_values_by_key()
     if shell == "fish":
-        return _fish(values_by_key, verbs, declared)
+        return _fish_script(values_by_key, verbs, classes_by_verb)
 
     # bash and zsh share the form of their `case` branches: the values of each setting, the arguments of each verb.
     value_cases = []
     for key, values in values_by_key.items():
         if values:
             value_cases.append(f'                {key}) candidates="{" ".join(values)}" ;;')
-    word_cases = []
-    for verb, declarations in declared.items():
-        word_cases.append(f'        {verb}) candidates="{" ".join(option_keys(declarations))}" ;;')
+    argument_cases = []
+    for verb, declarations in classes_by_verb.items():
+        argument_cases.append(f'        {verb}) candidates="{" ".join(option_keys(declarations))}" ;;')
 
-    # What stands in place of the marks in the script's text.
-    replacements = {
+    replacements = {  # by mark in the text of the script
         "@VERBS@": " ".join(verbs),
-        "@FLAGS@": " ".join(flags_of(declared)),
-        "@OWN@": "\n".join(word_cases),
+        "@FLAGS@": " ".join(flags_of(classes_by_verb)),
+        "@OWN@": "\n".join(argument_cases),
         "@PATHS@": PATH_KEYS if shell == "zsh" else "=*|".join(PATH_KEYS.split("|")),
         "@VALUES@": "\n".join(value_cases),
         "@KEYS@": " ".join(values_by_key),
@@ -134,17 +133,17 @@ def option_keys(declarations: list[type[VerbArguments]]) -> list[str]:
     return keys
 
 
-def flags_of(declared: dict[str, list[type[VerbArguments]]]) -> list[str]:
+def flags_of(classes_by_verb: dict[str, list[type[VerbArguments]]]) -> list[str]:
     """The flags of all verbs: every argument that begins with a dash, each once."""
     flags = [*COMMON_FLAGS]
-    for declarations in declared.values():
+    for declarations in classes_by_verb.values():
         for declaration in declarations:
             for spec in argument_specs(declaration).values():
                 flags += [key for key in (spec.key, *spec.aliases) if key.startswith("-")]
     return list(dict.fromkeys(flags))
 
 
-def values_of_settings() -> dict[str, list[str]]:
+def possible_values_by_key() -> dict[str, list[str]]:
     """The possible values of every group and setting, by the key as typed; an empty list if they cannot be listed.
 
     Such as {"tuning": ["full", "lora"], "run.must_fit": ["true", "false"], "optim.lr": []}. Left out: settings whose key holds a
@@ -166,13 +165,13 @@ def values_of_settings() -> dict[str, list[str]]:
     return values_by_key
 
 
-def _fish(
-    values_by_key: dict[str, list[str]], verbs: dict[str, str], declared: dict[str, list[type[VerbArguments]]]
+def _fish_script(
+    values_by_key: dict[str, list[str]], verbs: dict[str, str], classes_by_verb: dict[str, list[type[VerbArguments]]]
 ) -> str:
     """The completion script for fish. It defines a function that prints the candidates for the word under the cursor.
 
-    `values_by_key`: possible values of each setting. `verbs`: one line of help for each verb. `declared`: the declarations of the
-    verb's own words, by verb.
+    `values_by_key`: possible values of each setting. `verbs`: one line of help for each verb. `classes_by_verb`: the
+    declarations of the verb's own arguments, by verb.
     """
     # Verbs, with their help.
     lines = [
@@ -207,12 +206,12 @@ def _fish(
         "complete -c shardtune -n 'not __fish_use_subcommand' -a '(__shardtune_words)'",
     ]
     # Arguments of single verbs, and flags.
-    for verb, declarations in declared.items():
+    for verb, declarations in classes_by_verb.items():
         keys = option_keys(declarations)
         if keys:
             arguments = " ".join(f"{key}=" for key in keys)
             lines.append(f"complete -c shardtune -n '__fish_seen_subcommand_from {verb}' -a '{arguments}'")
-    for flag in flags_of(declared):
+    for flag in flags_of(classes_by_verb):
         if flag.startswith("--"):
             lines.append(f"complete -c shardtune -n 'not __fish_use_subcommand' -l {flag.removeprefix('--')}")
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launch.config.frozen import load_frozen
-from launch.config.process_role import seems_a_worker
+from launch.config.process_role import has_rank_variables
 from launch.config.resume import has_same_overrides
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig
@@ -38,7 +38,7 @@ def keep_first_budget(config: RunConfig, earlier_config: RunConfig) -> None:
     if len(typed_budgets) < 2 or len(kept_budgets) != 1 or not kept_budgets.items() <= typed_budgets.items():
         return
     config.budget = earlier_config.budget
-    if seems_a_worker(os.environ):  # the other ranks would print the same
+    if has_rank_variables(os.environ):  # the other ranks would print the same
         return
     ignored = {name: value for name, value in typed_budgets.items() if name not in kept_budgets}
     print(

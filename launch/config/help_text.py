@@ -6,14 +6,14 @@ import re
 import textwrap
 
 COLUMNS = 80
-ROW = re.compile(r"(?P<head> +\S.*?(?: {2,}|(?<==) ))(?P<text>\S.*)")
+TABLE_ROW_REGEX = re.compile(r"(?P<head> +\S.*?(?: {2,}|(?<==) ))(?P<text>\S.*)")
 """A line of a table: an indented word or more, a gap, and what it means. A group's `experiment=` may fill its column."""
-CONTINUED = re.compile(r" {10,}\S")
+CONTINUED_ROW_REGEX = re.compile(r" {10,}\S")
 """The further lines of a row."""
-COMMAND = re.compile(r" +(\w+=\S+ )*(shardtune|torchrun|sbatch) ")
-MOST_UNBROKEN = 60
+COMMAND_REGEX = re.compile(r" +(\w+=\S+ )*(shardtune|torchrun|sbatch) ")
+MAX_UNBROKEN_COLUMNS = 60
 """Columns up to which what stands in brackets is kept in one line."""
-WIDEST_HEAD = 36
+WIDEST_ALIGNED_HEAD = 36
 """Columns of a row's head up to which its text begins in the same line."""
 
 
@@ -22,8 +22,8 @@ def fold_help(text: str) -> str:
     # Commands that the source has over several lines become one line each, and are folded again.
     lines = re.sub(r" *\\\n *", " ", text).split("\n")
     folded_lines: list[str] = []
-    for block in _blocks(lines):
-        folded_lines += _fold(block)
+    for block in _join_continued_lines(lines):
+        folded_lines += _fold_block(block)
     return "\n".join(folded_lines)
 
 
@@ -32,7 +32,7 @@ def show_help(text: str) -> None:
     print(fold_help(text))
 
 
-def _blocks(lines: list[str]) -> list[str]:
+def _join_continued_lines(lines: list[str]) -> list[str]:
     """The paragraphs and table rows of a help text, each as one long line, from the lines of its source.
 
     A line continues the one before it if that is a row of a table and this one is indented as its text, or if both are prose and
@@ -41,7 +41,7 @@ def _blocks(lines: list[str]) -> list[str]:
     blocks: list[str] = []
     previous = ""
     for line in lines:
-        is_row_continued = CONTINUED.match(line) and ROW.fullmatch(previous or " ")
+        is_row_continued = CONTINUED_ROW_REGEX.match(line) and TABLE_ROW_REGEX.fullmatch(previous or " ")
         is_paragraph_continued = len(previous) > COLUMNS and _is_prose(previous) and _is_prose(line)
         if is_row_continued or is_paragraph_continued:
             blocks[-1] = f"{blocks[-1]} {line.strip()}"
@@ -53,11 +53,11 @@ def _blocks(lines: list[str]) -> list[str]:
 
 
 def _is_prose(line: str) -> bool:
-    """Whether a line is of a paragraph, not of a table, a command or the usage."""
+    """Whether a line belongs to a paragraph, and not to a table, a command or the usage."""
     return bool(line) and not line.startswith((" ", "usage:"))
 
 
-def _fold(block: str) -> list[str]:
+def _fold_block(block: str) -> list[str]:
     """One paragraph, table row, usage line or command in lines of at most 80 columns; a short one stays as it is.
 
     A row has a head (`batch.micro=4`) and a text in a column of its own; under a wide head the text starts on the next line.
@@ -67,15 +67,15 @@ def _fold(block: str) -> list[str]:
     indent = len(block) - len(block.lstrip())
     if block.startswith(("usage:", "       shardtune")):
         return _fill(_unbreakable_pieces(block), indent=11)
-    if COMMAND.match(block):
+    if COMMAND_REGEX.match(block):
         return _fold_command(block, indent)
-    row = ROW.fullmatch(block)
+    row = TABLE_ROW_REGEX.fullmatch(block)
     if row is None:
         hanging_indent = indent + 2 if indent else 0
         return _fill(_unbreakable_pieces(block), indent=hanging_indent)
     head = row["head"]
-    if len(head) > WIDEST_HEAD:
-        return [*_fold(head.rstrip()), *_indented(row["text"])]
+    if len(head) > WIDEST_ALIGNED_HEAD:
+        return [*_fold_block(head.rstrip()), *_indented_lines(row["text"])]
     # The head keeps its column: it is padded as one piece, less the blank that `_fill` puts behind it.
     padded_head = head.rstrip().ljust(len(head) - 1)
     return _fill([padded_head, *row["text"].split(" ")], indent=len(head))
@@ -84,7 +84,9 @@ def _fold(block: str) -> list[str]:
 def _fold_command(block: str, indent: int) -> list[str]:
     """An example command in lines that end in backslashes, as a shell takes them, and below it what it does.
 
-    A synopsis, with optional parts in brackets, gets no backslashes: nobody types it as it is.
+    `block`: the command, two spaces, and what it does, which may be missing. `indent`: the columns before the command; the
+    lines that continue it are indented by 4 more. A synopsis, with optional parts in brackets, gets no backslashes, because
+    nobody types it as it is.
     """
     command, _, meaning = block.strip().partition("  ")
     is_synopsis = " [" in command
@@ -92,11 +94,11 @@ def _fold_command(block: str, indent: int) -> list[str]:
     pieces = _unbreakable_pieces(" " * indent + command)
     lines = _fill(pieces, indent=indent + 4, width=COLUMNS - len(line_end))
     continued_lines = [line + line_end for line in lines[:-1]]
-    return [*continued_lines, lines[-1], *_indented(meaning.strip())]
+    return [*continued_lines, lines[-1], *_indented_lines(meaning.strip())]
 
 
-def _indented(text: str) -> list[str]:
-    """Lines of a text that stands below what it explains."""
+def _indented_lines(text: str) -> list[str]:
+    """The lines of a text that stands, indented by 6, below what it explains."""
     return textwrap.wrap(text, COLUMNS, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
@@ -106,7 +108,7 @@ def _unbreakable_pieces(text: str) -> list[str]:
     pieces: list[str] = []
     depth = 0
     for word in text.split():
-        if depth > 0 and len(pieces[-1]) + len(word) < MOST_UNBROKEN:
+        if depth > 0 and len(pieces[-1]) + len(word) < MAX_UNBROKEN_COLUMNS:
             pieces[-1] = f"{pieces[-1]} {word}"
         else:
             pieces.append(word)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config.code_digest import NoDigest, digest_of_model, digest_of_task, model_directory
+from launch.config.code_digest import NoDigest, model_code_digest, model_directory, task_code_digest
 from strategies.settings import Reach
 from trainer.config.reach import NAMED_TABLES, OF_EACH_START, reach_of
 from trainer.config.resuming import default_settings, flatten_settings, plain_settings
@@ -246,7 +246,7 @@ def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
         effect = f"runs the Python code in {path}"
         # By its digest, because other code at the same path must be allowed anew.
         try:
-            digest = digest_of_model(directory, download=config.model.download)
+            digest = model_code_digest(directory, download=config.model.download)
         except NoDigest:
             yield OutsideValue(Reach.code, {key: True}, None, effect)
             continue
@@ -319,7 +319,7 @@ def _task_code_value(key: str, path: str) -> OutsideValue:
     """The Python functions that the YAML of an lm_eval task names, as a value that runs code."""
     identity: dict[str, Any] | None
     try:
-        identity = {"code": digest_of_task(Path(path).expanduser())}
+        identity = {"code": task_code_digest(Path(path).expanduser())}
     except NoDigest:
         identity = None
     return OutsideValue(Reach.code, {key: path}, identity, f"runs the functions that the task in {path} names")

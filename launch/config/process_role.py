@@ -15,8 +15,8 @@ from strategies.errors import ConfigError
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMERIC_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 UNSET_COMMAND = f"`unset {' '.join(RANK_VARIABLES)}`"
-BRACKETS = re.compile(r"\[([^\[\]]*)\]")
-COMMA_OUTSIDE_BRACKETS = re.compile(r",(?![^\[]*\])")
+BRACKETS_REGEX = re.compile(r"\[([^\[\]]*)\]")
+COMMA_OUTSIDE_BRACKETS_REGEX = re.compile(r",(?![^\[]*\])")
 INTERACTIVE_STEP_ID = str(0xFFFFFFFA)
 """SLURM's number for the step in which salloc puts a shell on the first node."""
 
@@ -30,14 +30,14 @@ def is_worker(env: Mapping[str, str]) -> bool:
     refuse_lone_host(env)
     if "RANK" in env or "WORLD_SIZE" in env:
         refuse_incomplete_variables(env)
-    return seems_a_worker(env)
+    return has_rank_variables(env)
 
 
-def seems_a_worker(env: Mapping[str, str]) -> bool:
+def has_rank_variables(env: Mapping[str, str]) -> bool:
     """Whether the environment has the variables of a rank, whether or not their values make sense."""
     if "RANK" in env or "WORLD_SIZE" in env:
         return True
-    return "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _tasks_of_step(env) > 1
+    return "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _num_tasks_of_step(env) > 1
 
 
 def refuse_non_numbers(env: Mapping[str, str]) -> None:
@@ -54,10 +54,15 @@ def refuse_non_numbers(env: Mapping[str, str]) -> None:
 
 
 def refuse_lone_host(env: Mapping[str, str]) -> None:
-    """Raise ConfigError if this process trains on one host of a SLURM allocation of several.
+    """Raise ConfigError if this process would train on only one host of a SLURM allocation of several.
 
-    The other hosts would idle, or be waited for in vain. The process is not alone if srun started it, if torchrun was started on
-    several hosts, or if it is one of several tasks of a step in a terminal. `env`: its environment variables.
+    The other hosts would idle, or be waited for in vain. No error if:
+
+    - the allocation has one host, or srun started this process;
+    - torchrun was started on several hosts, by ssh for example (WORLD_SIZE is above LOCAL_WORLD_SIZE);
+    - this process is one of several tasks of a step in a terminal (`srun --pty`).
+
+    `env`: the environment variables of the process.
     """
     nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
     in_terminal = env.get("SLURM_STEP_ID") == INTERACTIVE_STEP_ID or "SLURM_PTY_PORT" in env
@@ -66,11 +71,11 @@ def refuse_lone_host(env: Mapping[str, str]) -> None:
         return
     world_size = int(env.get("WORLD_SIZE", 1))
     if world_size > int(env.get("LOCAL_WORLD_SIZE", world_size)):
-        return  # torchrun was started on each host by other means than srun (ssh, pdsh)
-    if in_terminal and _tasks_of_step(env) > 1:
+        return
+    if in_terminal and _num_tasks_of_step(env) > 1:
         return
     place = "in a terminal on one" if in_terminal else "outside srun, on the first"
-    # The terminal holds the resources of its step: without --overlap another srun would wait for it to end.
+    # Without --overlap, srun would wait for the terminal's own step to end, which holds the resources.
     overlap = "--overlap " if in_terminal else ""
     raise ConfigError(
         f"SLURM_NNODES={nodes}: this process runs {place} of {nodes} hosts only; start it with `srun --nodes={nodes} "
@@ -100,7 +105,7 @@ def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
     """
     if "RANK" in env:
         return {}
-    tasks = _tasks_of_step(env)
+    tasks = _num_tasks_of_step(env)
     tasks_per_node = env.get("SLURM_NTASKS_PER_NODE") or env.get("SLURM_STEP_TASKS_PER_NODE") or str(tasks)
     node_index = int(env.get("SLURM_NODEID", 0))
     variables = {
@@ -121,28 +126,30 @@ def master_port(env: Mapping[str, str]) -> int:
     job = int(env.get("SLURM_JOB_ID") or 0)
     restart = int(env.get("SLURM_RESTART_COUNT") or 0)
     step = int(env.get("SLURM_STEP_ID") or 0)
-    # The factors keep apart what may share a host: two jobs, two starts of a job, two steps of one. 20000 to 29999 lies below
-    # the ports that the kernel gives out to connections.
+    # The factors give two jobs, two starts of a job and two steps of a job different ports, because they may share a host.
+    # 20000 to 29999 lies below the ports that the kernel assigns to connections.
     return 20000 + (job * 7 + restart + step * 131) % 10000
 
 
 def tasks_on_node(counts: str, node: int) -> str:
-    """The number of tasks on the node with this index, from SLURM's shorthand: `4(x3),2` is 4, 4, 4 and 2."""
+    """The number of tasks on the node with this index, from SLURM's shorthand: `4(x3),2` is 4, 4, 4 and 2.
+
+    The last number holds for all further nodes, since `SLURM_NTASKS_PER_NODE=4` is one number for all.
+    """
     count_by_node: list[str] = []
-    for part in counts.split(","):
-        count, _, repeat = part.partition("(x")
-        count_by_node += [count] * int(repeat.rstrip(")") or 1)
-    # `SLURM_NTASKS_PER_NODE=4` is one number for all nodes.
+    for group in counts.split(","):
+        count, _, num_nodes = group.partition("(x")
+        count_by_node += [count] * int(num_nodes.rstrip(")") or 1)
     return count_by_node[min(node, len(count_by_node) - 1)]
 
 
-def _tasks_of_step(env: Mapping[str, str]) -> int:
-    """Tasks of this step of the job."""
+def _num_tasks_of_step(env: Mapping[str, str]) -> int:
+    """How many tasks this step of the job has."""
     return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of SLURM's shorthand. Raises ConfigError."""
+    """The first host in SLURM's shorthand: `n[08-10]` -> n08. Raises ConfigError if there is none."""
     # The name, not an address: `hostname --ip-address` gives loopback, or several words, on some sites.
     hosts = expand_hosts(nodelist)
     if not hosts:
@@ -154,13 +161,13 @@ def expand_hosts(nodelist: str) -> list[str]:
     """The hosts of SLURM's shorthand in its order: `n[08-10],gpu1` is n08, n09, n10 and gpu1. Errors: ConfigError."""
     # `scontrol show hostnames` could do it as well, but its answer may stand among words that a site prints.
     hosts: list[str] = []
-    for entry in COMMA_OUTSIDE_BRACKETS.split(nodelist.strip()):
+    for entry in COMMA_OUTSIDE_BRACKETS_REGEX.split(nodelist.strip()):
         if not entry:
             continue
         # Alternating: literal text, the inside of brackets, literal text ...; `n[1-4]` is "n", "1-4", "".
-        pieces = BRACKETS.split(entry)
+        pieces = BRACKETS_REGEX.split(entry)
         if any(set(piece) & set("[] \t") for piece in pieces):
-            raise ConfigError(_malformed_node_list(nodelist))
+            raise ConfigError(_malformed_node_list_message(nodelist))
         choices: list[list[str]] = []  # what each piece may be: ["n"], ["1", "2", "3", "4"], [""]
         for number, piece in enumerate(pieces):
             is_inside_brackets = number % 2 == 1
@@ -172,7 +179,7 @@ def expand_hosts(nodelist: str) -> list[str]:
     return hosts
 
 
-def _malformed_node_list(nodelist: str) -> str:
+def _malformed_node_list_message(nodelist: str) -> str:
     """The error message about a list of hosts that is not written in SLURM's shorthand."""
     return f"SLURM_JOB_NODELIST={nodelist}: is not written as SLURM writes hosts, such as n[1-4,7]"
 
@@ -180,10 +187,10 @@ def _malformed_node_list(nodelist: str) -> str:
 def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
     """`08-10,12` as 08, 09, 10, 12: numbers keep the width of the first one of their range. Errors: ConfigError."""
     numbers: list[str] = []
-    for part in ranges.split(","):
-        first, dash, last = part.partition("-")
+    for range_text in ranges.split(","):
+        first, dash, last = range_text.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ConfigError(_malformed_node_list(nodelist))
+            raise ConfigError(_malformed_node_list_message(nodelist))
         stop = int(last) if dash else int(first)
         numbers += [f"{number:0{len(first)}d}" for number in range(int(first), stop + 1)]
     return numbers

@@ -11,12 +11,12 @@ from trainer.rollout.rewards.copies import copies_of_missing_files
 
 
 def use_reward_copies(overrides: list[str]) -> None:
-    """Let a run's own copies stand in for reward files that are gone, in this process from here on.
+    """Let a run's own copies stand in for reward files that are missing, for the rest of this process.
 
-    `overrides`: the command line. Nothing happens unless it names a `run.dir`, and a reward file that does not exist. Only copies
-    count whose code this user has used before: the directory may be somebody else's.
+    Nothing happens unless `overrides` name a `run.dir` and a reward file that does not exist, as in
+    `objective.rewards=[a.py,b.py:brief]` or `objective.rewards.x.function=a.py:x`. Only copies are used whose code this user has
+    allowed before, because the directory may be somebody else's.
     """
-    # The run, and the reward files: `objective.rewards=[a.py,b.py:brief]` or `objective.rewards.x.function=a.py:x`.
     run_dir = None
     files: list[Path] = []
     for override in overrides:

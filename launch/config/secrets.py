@@ -10,15 +10,15 @@ from trainer.config.resuming import flatten_settings
 from trainer.config.run import RunConfig
 
 
-def secret_problems(config: RunConfig, written: RunConfig | None) -> Iterator[str]:
-    """A problem for each value that looks like a password or token, except for those that `written` holds already.
+def secret_problems(config: RunConfig, frozen_config: RunConfig | None) -> Iterator[str]:
+    """A problem for each value that looks like a password or token, except for those that `frozen_config` holds already.
 
-    Typed values are written into config.yaml, the run record and the model card, and are sent to trackers. `written`: the
-    configuration that the run's config.yaml holds; None if there is none yet.
+    The values of a configuration are written into config.yaml, the run record and the model card, and are sent to trackers.
+    `frozen_config`: the configuration in the config.yaml of the run; None if there is none yet.
     """
-    written_values = {} if written is None else flatten_settings(asdict(written))  # by dotted key
+    frozen_values = {} if frozen_config is None else flatten_settings(asdict(frozen_config))  # by dotted key
     for key, value in flatten_settings(asdict(config)).items():
-        if key in written_values and written_values[key] == value:
+        if key in frozen_values and frozen_values[key] == value:
             continue
         entries = value if isinstance(value, list) else [value]
         for entry in entries:

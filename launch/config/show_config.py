@@ -20,8 +20,8 @@ INFO_KINDS = ("all", "config", "defaults", "searchpath", "plugins")
 def print_config(composed: Composed, kind: str) -> None:
     """Print what `kind` names: the configuration of the run (`job`), Hydra's own (`hydra`), or both (`all`).
 
-    Errors: ConfigError for values out of range, after printing. Nothing else is checked: a configuration can be looked at while
-    its model or data is still missing.
+    Then raises ConfigError for values out of range. Nothing else is checked, so that a configuration can be looked at before its
+    model and data exist.
     """
     from trainer.config.ranges import range_problems
 

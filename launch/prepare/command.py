@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
     Errors: ConfigError, DataError, StorageError.
     """
-    if "--print" in argv:  # has arguments of its own, which read_words would refuse
+    if "--print" in argv:  # has arguments of its own, which `read_arguments` would refuse
         from launch.prepare import print_documents
 
         other_arguments = [argument for argument in argv if argument != "--print"]
@@ -88,14 +88,14 @@ def main(argv: list[str]) -> int:
     if arguments.as_json:
         print(json.dumps({"directory": str(directory), "cached": cached, "report": report}, ensure_ascii=False))
     else:
-        print_report(report, directory, cached=cached)
+        print_audit(report, directory, cached=cached)
     return 0
 
 
 def prepared_data(arguments: list[str]) -> tuple[dict[str, Any], Path, bool]:
-    """(audit report, directory, whether it was in the cache) of the data that a run with the settings `arguments` reads.
+    """Prepare the data of a run, unless it is in the cache; returns (audit report, directory, whether it was in the cache).
 
-    The data is prepared if it is not in the cache.
+    `arguments`: the settings of the run.
     """
     data = _prepare(arguments, None)
     assert data is not None
@@ -103,9 +103,10 @@ def prepared_data(arguments: list[str]) -> tuple[dict[str, Any], Path, bool]:
 
 
 def _prepare(arguments: list[str], shard: tuple[int, int] | None) -> PreparedData | None:
-    """Prepare the data that a run with these arguments takes, or take it from the cache.
+    """Prepare the data of a run with these arguments, or take it from the cache.
 
-    With `shard`, (number, count), only that part is prepared, and None returned: a later call merges the parts.
+    `shard`: (index, number of shards) of the only part to prepare, which a later call merges with the others; None is returned
+    then. Raises ConfigError for settings of the data, the model or the objective that cannot be used.
     """
     with importing_without_gc("torch"):
         from launch.config.compose import compose
@@ -145,7 +146,7 @@ def _end_stuck_process(signal_name: str) -> None:
     end_process(Preempted.exit_code)
 
 
-def print_report(report: dict[str, Any], directory: Path, *, cached: bool) -> None:
+def print_audit(report: dict[str, Any], directory: Path, *, cached: bool) -> None:
     """Print the summary of the audit, the first document with what is learned of it, and where the prepared data is."""
     from trainer.data.report.preview import render_pieces, summary_text
     from trainer.data.report.wording import escape_control_characters

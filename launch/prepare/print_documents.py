@@ -63,7 +63,7 @@ first. Text that the model learns is green, or stands between ⟦ and ⟧.
 {help_rows(PrintArguments)}"""
 
 
-def print_arguments(argv: list[str]) -> PrintArguments:
+def read_print_arguments(argv: list[str]) -> PrintArguments:
     """Read the arguments typed after `shardtune prepare --print`. Raises ConfigError with every problem at once."""
     arguments, problems = read_arguments("prepare --print", PrintArguments, argv)
     selections = [f"{key}=" for key in ("rows", "random", "find") if key in arguments.text_by_key]
@@ -74,24 +74,24 @@ def print_arguments(argv: list[str]) -> PrintArguments:
     return arguments
 
 
-def named_directory(arguments: list[str]) -> Path | None:
-    """The directory if `arguments` is the path of one; None if they are settings of a run. Errors: ConfigError for a mixture.
+def directory_in_arguments(arguments: list[str]) -> Path | None:
+    """The directory if `arguments` is the path of one; None if they are settings of a run. Raises ConfigError for a mixture.
 
     ["runs/first"] -> Path("runs/first"); ["data.path=a.jsonl", "settings.yaml"] -> None.
     """
-    positionals = []
+    paths = []
     for argument in arguments:
         is_setting = "=" in argument and not Path(argument).is_dir()  # a directory may have an equals sign in its name
         if not is_setting and not argument.endswith(".yaml"):  # a settings file belongs to a run
-            positionals.append(argument)
-    is_one_path = len(positionals) == len(arguments) == 1 and not positionals[0].startswith("-")
+            paths.append(argument)
+    is_one_path = len(paths) == len(arguments) == 1 and not paths[0].startswith("-")
     if is_one_path:
-        return Path(positionals[0]).expanduser()
-    if not positionals:
+        return Path(paths[0]).expanduser()
+    if not paths:
         return None
     known_keys = [spec.key for spec in argument_specs(PrintArguments).values() if spec.kind == "option"]
-    # A mixture. If the first argument is the directory, the others are wrong beside it.
-    wrong_arguments = arguments[1:] if arguments[0] in positionals else arguments
+    # If the first argument is the directory, the others are wrong beside it; otherwise all are named.
+    wrong_arguments = arguments[1:] if arguments[0] in paths else arguments
     problems = []
     for argument in wrong_arguments:
         key = argument.partition("=")[0]
@@ -108,8 +108,8 @@ def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
-    arguments = print_arguments(argv)
-    directory = named_directory(arguments.data)
+    arguments = read_print_arguments(argv)
+    directory = directory_in_arguments(arguments.data)
     if directory is None:
         directory = prepare(arguments.data)
     return print_prepared(directory, arguments)
@@ -118,7 +118,8 @@ def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
 def print_prepared(directory: Path, arguments: PrintArguments) -> int:
     """Print splits, lengths and decoded sequences of prepared data, as `arguments` says; returns the exit code.
 
-    `directory` is that of the data or of a run. Nothing is printed before all of it is known to be possible.
+    `directory`: of prepared data, or of a run. Everything that can be refused is looked up before the first line is printed.
+    Raises ConfigError for a split or sequence that does not exist.
     """
     from rich.console import Console
     from rich.text import Text
@@ -126,12 +127,12 @@ def print_prepared(directory: Path, arguments: PrintArguments) -> int:
     from trainer.data.report import inspection
     from trainer.data.report.inspection import find_prepared, load_tokenizer
 
-    # Which split, and which of its sequences (`match_count`: how many hold the text of find=; None without it).
+    # Which split, and which of its sequences (`num_matches`: how many contain the text of find=; None without it).
     if (directory / RUN_RECORD).is_file():
         directory = data_directory_of(directory)
     prepared = find_prepared(directory)
     split = arguments.split or prepared.requested_split or next(iter(prepared.splits))
-    rows, match_count = _rows_to_show(prepared, split, arguments)
+    rows, num_matches = _sequences_to_show(prepared, split, arguments)
     tokenizer = load_tokenizer(prepared, arguments.tokenizer) if rows else None
 
     # Print. In a pipe, rich would take 80 columns whatever COLUMNS says.
@@ -145,16 +146,16 @@ def print_prepared(directory: Path, arguments: PrintArguments) -> int:
             console.print(groups)
         if arguments.find is None:
             console.print(inspection.length_histogram(prepared, split, min(console.width, 100)))
-    if match_count is not None:
-        more = f", the first {len(rows)} shown; limit= shows more" if match_count > len(rows) else ""
-        console.print(f"{match_count:,} of {len(prepared.split(split)):,} sequences of {split} hold it{more}")
+    if num_matches is not None:
+        more = f", the first {len(rows)} shown; limit= shows more" if num_matches > len(rows) else ""
+        console.print(f"{num_matches:,} of {len(prepared.split(split)):,} sequences of {split} hold it{more}")
     if tokenizer is not None:
         for row in rows:
             sample = inspection.render_sample(
                 prepared, split, row, tokenizer, console, show_document=arguments.documents, max_lines=arguments.lines
             )
             console.print(sample)
-    elif match_count is None:
+    elif num_matches is None:
         console.print("\nsamples: rows=[0,1]  random=3  find=text; with documents=true the rows beside them")
     return 0
 
@@ -182,10 +183,16 @@ def data_directory_of(run_dir: Path) -> Path:
     )
 
 
-def _rows_to_show(prepared: PreparedEntry, split: str, arguments: PrintArguments) -> tuple[list[int], int | None]:
+def _sequences_to_show(prepared: PreparedEntry, split: str, arguments: PrintArguments) -> tuple[list[int], int | None]:
     """(numbers of the sequences to decode, how many sequences contain the text of `find=`; None without `find=`).
 
-    The first of these that is set decides: rows=, random=, find=, documents=true (then the first sequence); else there are none.
+    The first of these that is set decides which:
+
+    - `rows=`: those of these numbers;
+    - `random=`: that many, sampled by `seed=`;
+    - `find=`: the first `limit=` that contain the text;
+    - `documents=true`: the first one;
+    - otherwise none.
     """
     from trainer.data.report.inspection import find_sequences
 
@@ -195,13 +202,13 @@ def _rows_to_show(prepared: PreparedEntry, split: str, arguments: PrintArguments
     if arguments.random is not None:
         import numpy as np
 
-        count = min(arguments.random, len(sequences), MAX_ROWS)
-        drawn = np.random.default_rng(arguments.seed).choice(len(sequences), count, replace=False)
-        return sorted(drawn.tolist()), None
+        num_samples = min(arguments.random, len(sequences), MAX_ROWS)
+        sampled = np.random.default_rng(arguments.seed).choice(len(sequences), num_samples, replace=False)
+        return sorted(sampled.tolist()), None
     if arguments.find is not None:
         matches = find_sequences(prepared, split, arguments.find)
         return matches[: arguments.limit].tolist(), len(matches)
-    if arguments.documents and len(sequences):  # documents=true alone shows the first
+    if arguments.documents and len(sequences):
         return [0], None
     return [], None
 

@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.config import overrides, trusted_values
-from launch.config.code_digest import NoDigest, digest_of_task
+from launch.config.code_digest import NoDigest, task_code_digest
 from launch.config.compose import apply_overrides, compose, load_frozen, recompose
 from launch.config.frozen import _hash, _identifying_settings
 from launch.config.outside_values import outside_values
@@ -310,18 +310,18 @@ def test_foreign_run_lm_eval_task_is_known_by_all_that_it_loads_and_nothing_else
     task.write_text(f"include: ../beside/common.txt\ntask: mine\ndoc_to_target: !function {deep}.target\n")
     for path in (task, folder):
         for file in (beside / "common.txt", beside / "called.py", beside / "deep.py", task):
-            before = digest_of_task(path)
+            before = task_code_digest(path)
             file.write_text(file.read_text() + "# more\n")
-            assert digest_of_task(path) != before, (path, file)
-    before = digest_of_task(task)
+            assert task_code_digest(path) != before, (path, file)
+    before = task_code_digest(task)
     (folder / "runs" / "config.yaml").write_text("a run of the user's")
-    assert digest_of_task(task) == before, "the own task would be asked for after each run"
+    assert task_code_digest(task) == before, "the own task would be asked for after each run"
     (folder / "again.yaml").write_text("a: &a [*a]\n")
-    digest_of_task(folder)
+    task_code_digest(folder)
     for broken in ("a: [", 'include: "\\0"'):
         (beside / "common.txt").write_text(broken)
         with pytest.raises(NoDigest):
-            digest_of_task(task)
+            task_code_digest(task)
 
 
 def test_foreign_run_task_name_does_not_pass_for_a_setting():
