@@ -7,7 +7,7 @@ import pytest
 from rensa import RMinHash, RMinHashLSH
 
 from tests.data.test_duplicates import NEAR, WORDS, plain_ngrams, text_document
-from trainer.data.selection.near_duplicates import MINHASH_SEED, choose_bands, ngrams, recall
+from trainer.data.selection.near_duplicates import MINHASH_SEED, band_recall, choose_bands, ngrams
 from trainer.data.selection.signatures import Signer, normal_digest, normalize
 
 
@@ -21,9 +21,9 @@ def test_minhash_bands_find_pairs_as_the_formula_says():
     assert choose_bands(0.8) == (18, 7)
     for threshold in (0.3, 0.5, 0.7, 0.8, 0.9, 0.99, 1.0):
         bands, rows = choose_bands(threshold)
-        assert bands * rows <= 128 and recall(threshold, bands, rows) >= 0.97
+        assert bands * rows <= 128 and band_recall(threshold, bands, rows) >= 0.97
         more = rows + 1
-        assert more > 128 or recall(threshold, 128 // more, more) < 0.97
+        assert more > 128 or band_recall(threshold, 128 // more, more) < 0.97
     draw = random.Random(5)
     expected, hits = 0.0, 0
     for _ in range(500):
@@ -36,7 +36,7 @@ def test_minhash_bands_find_pairs_as_the_formula_says():
             sketch.update(ngrams(normalize(text)))
         index.insert(0, sketches[0])
         a, b = plain_ngrams(first), plain_ngrams(second)
-        expected += recall(len(a & b) / len(a | b), 18, 7)
+        expected += band_recall(len(a & b) / len(a | b), 18, 7)
         hits += bool(index.query(sketches[1]))
     assert 150 < expected < 450 and abs(hits - expected) < 40
 

@@ -39,22 +39,21 @@ def resample(
     (arXiv:1910.10683, section 3.5.2), and the result. A group with a share above 0 keeps at least one document. Raises
     ConfigError for settings that cannot be met; a target missed because of `cap` or `max_repeats` is stated in the report.
     """
-    # What each group has, and what it should have.
     sizes_before = np.bincount(group_of, minlength=len(groups)).astype(np.int64)
     capped_sizes = sizes_before if config.cap is None else np.minimum(sizes_before, config.cap)
     target_shares = _target_shares(groups, capped_sizes, config)
     sizes = _target_sizes(capped_sizes, target_shares, config)
-    # What the settings allow; the last setting that bounds a group is the one that is reported.
+    # The last setting that bounds a group is the one that is reported.
     limited_by: list[str | None] = [None] * len(groups)
-    for setting, largest in (("cap", config.cap), ("max_repeats", sizes_before * config.max_repeats)):
-        if largest is None:
+    for setting, largest_sizes in (("cap", config.cap), ("max_repeats", sizes_before * config.max_repeats)):
+        if largest_sizes is None:
             continue
-        for group in np.flatnonzero(sizes > largest).tolist():
+        for group in np.flatnonzero(sizes > largest_sizes).tolist():
             limited_by[group] = setting
-        sizes = np.minimum(sizes, largest)
-    uses = _uses_of_documents(group_of, sizes_before, sizes, seed)
-    chosen = np.repeat(np.arange(len(group_of)), uses)
-    return chosen, _report(groups, group_of, uses, target_shares, limited_by)
+        sizes = np.minimum(sizes, largest_sizes)
+    num_uses = _uses_of_documents(group_of, sizes_before, sizes, seed)
+    used_documents = np.repeat(np.arange(len(group_of)), num_uses)
+    return used_documents, _report(groups, group_of, num_uses, target_shares, limited_by)
 
 
 def _target_shares(groups: list[str], sizes: np.ndarray, config: BalanceConfig) -> np.ndarray:

@@ -119,34 +119,11 @@ class NearIndex:
         """True comparisons, and documents whose comparisons were cut short: among them, copies may be left."""
 
     def find(self, position: int) -> int | None:
-        """The position of the most similar document that was added, if its Jaccard similarity is `threshold` or more.
+        """The position of the most similar document that was added, if their Jaccard similarity is `threshold` or more.
 
-        The similarity is that of their word n-grams. Documents without words are never near copies.
+        The similarity is that of their runs of words. A document without words is no near copy of any.
         """
         runs, sketch = self._texts.runs_and_sketch(position)
-        return self._find(position, runs, sketch)
-
-    def add(self, position: int, *, unless_found: bool = False) -> int | None:
-        """Add a document to the index, so that later ones are compared with it. `position`: its number in the index.
-
-        With `unless_found` it is added only if the index has no near copy of it yet; else that document is returned.
-        """
-        near_copy = self.find(position) if unless_found else None
-        if near_copy is None:
-            # Text that thousands of documents share (a licence, a template) would make each search compare with all
-            # of them.
-            if len(self._index.find(position)) < MAX_CANDIDATES:
-                self._index.keep(position)
-            else:
-                self.report["incomplete"] += 1
-        return near_copy
-
-    def _find(self, position: int, runs: list[bytes], sketch: Any) -> int | None:
-        """The document of the index that this one is a near copy of; None if there is none. Counts comparisons in `report`.
-
-        `runs`: its n-grams of words. `sketch`: its MinHash, which estimates the Jaccard similarity of two sets of n-grams. The
-        candidates that share a band of it are compared exactly, the most similar by estimate first.
-        """
         # (minus the estimated similarity, position), so that the most similar comes first.
         candidates: list[tuple[float, int]] = []
         for candidate in self._index.find(position):
@@ -161,9 +138,19 @@ class NearIndex:
             self.report["incomplete"] += 1
         return None
 
+    def add(self, position: int) -> None:
+        """Let a document be found from now on, unless too many earlier ones share a band with it.
+
+        Text that thousands of documents share (a licence, a template) would make each search compare with all of them.
+        """
+        if len(self._index.find(position)) < MAX_CANDIDATES:
+            self._index.keep(position)
+        else:
+            self.report["incomplete"] += 1
+
 
 def near_copies(
-    alive: np.ndarray,
+    is_compared: np.ndarray,
     text_of: Callable[[int], str],
     partition: np.ndarray,
     threshold: float,
@@ -171,19 +158,21 @@ def near_copies(
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Find the documents that are near copies of an earlier one: (representatives, report of the search).
 
-    `representatives` (int64 [n]) has the number of that earlier document, or the document's own number if it is no copy. A copy
-    represents no other document. `alive` (bool [n]): which are compared, exact copies being out already. `text_of`: gives the
-    text of a document. `partition` (uint64 [n]): only documents with equal numbers, as of a label, can be copies. `directory`:
-    see `NearIndex`.
+    `representatives` (int64 [n]): the number of that earlier document, or the document's own number if it is no copy. A copy
+    represents no other document. `is_compared` (bool [n]): False for documents that are known as copies already. `text_of`: gives
+    the text of a document. `partition` (uint64 [n]): only documents with equal numbers, as of a label, can be copies.
+    `directory`: see `NearIndex`.
     """
-    rows = np.flatnonzero(alive)
+    rows = np.flatnonzero(is_compared)
     index = NearIndex(rows, text_of, partition[rows], threshold, directory)
-    representative = np.arange(len(alive), dtype=np.int64)
+    representatives = np.arange(len(is_compared), dtype=np.int64)
     for position in np.flatnonzero(index.may_be_near).tolist():
-        earlier = index.add(position, unless_found=True)
-        if earlier is not None:
-            representative[rows[position]] = rows[earlier]
-    return representative, index.report
+        earlier_position = index.find(position)
+        if earlier_position is None:
+            index.add(position)
+        else:
+            representatives[rows[position]] = rows[earlier_position]
+    return representatives, index.report
 
 
 def jaccard(first: set[bytes], second: set[bytes]) -> float:
@@ -193,8 +182,8 @@ def jaccard(first: set[bytes], second: set[bytes]) -> float:
     return num_shared / max(num_all, 1)
 
 
-def recall(similarity: float, bands: int, rows: int) -> float:
-    """Probability that two texts of this Jaccard similarity share at least one band: 1 - (1 - s**rows)**bands."""
+def band_recall(similarity: float, bands: int, rows: int) -> float:
+    """Probability that two texts of this Jaccard similarity share at least one of the bands, of `rows` MinHash values each."""
     return 1 - (1 - similarity**rows) ** bands
 
 
@@ -208,7 +197,7 @@ def choose_bands(threshold: float) -> tuple[int, int]:
     """
     for rows in range(MAX_MINHASH_VALUES, 0, -1):
         bands = MAX_MINHASH_VALUES // rows
-        if recall(threshold, bands, rows) >= MIN_RECALL:
+        if band_recall(threshold, bands, rows) >= MIN_RECALL:
             return bands, rows
     raise AssertionError(f"no bands for a threshold of {threshold}: one row a band finds enough of any above 0.03")
 

@@ -26,7 +26,10 @@ _UNSPACED = re.compile(
 
 
 def mix_bits(numbers: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 in which every bit depends on every bit (the finaliser of splitmix64, Steele et al. 2014)."""
+    """Hash uint64 numbers so that every bit of the result depends on every bit of the number. Different numbers stay different.
+
+    This is the finaliser of splitmix64 (Steele et al. 2014).
+    """
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))
@@ -121,10 +124,11 @@ def content_json(document: Document) -> str:
 
 
 def compared_text(document: Document, which: ComparedText) -> str:
-    """The text of a document that `data.duplicates.text` (`which`) asks for; the whole document if that is missing or empty.
+    """The text of a document by which copies are found, as `data.duplicates.text` (`which`) asks.
 
-    The whole document is its texts in reading order. The words of a rejected answer are marked, because two preference
-    pairs with the answers the other way round teach opposite things.
+    - `prompt` or `completion`: that text, unless it is missing or blank;
+    - else the texts of the whole document in reading order. The words of a rejected answer are marked with ~, because two
+      preference pairs with the answers the other way round teach opposite things.
     """
     requested_text = None
     if which is ComparedText.prompt:
@@ -140,19 +144,20 @@ def compared_text(document: Document, which: ComparedText) -> str:
     marked_texts = []
     for text in rejected_texts:
         marked_texts.append(" ".join("~" + word for word in text.split()))
-    num_others = len(texts) - len(rejected_texts)
-    return "\n".join([*texts[:num_others], *marked_texts])
+    num_unmarked = len(texts) - len(rejected_texts)
+    return "\n".join([*texts[:num_unmarked], *marked_texts])
 
 
 def prompt_text(document: Document) -> str | None:
-    """What an answer is given to: the turns before the last answer without system turns, or a labelled text.
+    """The text that an answer is given to: the turns before the last answer without system turns, or a labelled text.
 
     None for a text without a label.
     """
     if document.text is not None:
         return document.text if document.label is not None else None
-    turns, _ = _split_answer(document)
-    return "\n".join(_texts_of_turns([turn for turn in turns if turn["role"] != "system"]))
+    turns_before_answer, _ = _split_answer(document)
+    without_system = [turn for turn in turns_before_answer if turn["role"] != "system"]
+    return "\n".join(_texts_of_turns(without_system))
 
 
 def _split_answer(document: Document) -> tuple[list[Message], list[Message]]:
@@ -171,6 +176,18 @@ def _texts_of_turns(turns: list[Message]) -> list[str]:
     for turn in turns:
         texts += message_texts(turn)
     return texts
+
+
+def _prompt_digest(document: Document) -> int:
+    """64 bits of the words of a document's prompt; 0 without a prompt, or if it has no words."""
+    prompt = prompt_text(document)
+    return 0 if prompt is None else normal_digest(normalize(prompt)) or 0
+
+
+def _verdict_digest(document: Document) -> int:
+    """64 bits of a document's label and verdict; 0 if it has neither."""
+    verdict = (document.label, document.desirable)
+    return 0 if verdict == (None, None) else digest64(json.dumps(verdict).encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,38 +214,28 @@ class Signer:
         digests: list[int] = []
         normal_digests: list[int] = []
         prompt_digests: list[int] = []
-        verdict_digests = np.zeros(len(documents), dtype=np.uint64)
+        verdict_digests: list[int] = []
         compares_whole = self.config.text is ComparedText.document
         looks_for_near = self.near or self.config.near is not DuplicatePolicy.none
         needs_words = self.held_out or looks_for_near or self.config.normalized is not DuplicatePolicy.none
-        for row, document in enumerate(documents):
+        for document in documents:
             text = ""  # making it takes time, and is left out if nobody looks
             if needs_words or not compares_whole:
                 text = compared_text(document, self.config.text)
-
-            # For exact copies.
             identity = content_json(document) if compares_whole else text
             digest = digest64(identity.encode("utf-8", "surrogatepass"))
             digests.append(digest)
-
-            # Equal texts with different labels are no copies of each other.
-            verdict = (document.label, document.desirable)
-            if compares_whole and verdict != (None, None):
-                verdict_digests[row] = digest64(json.dumps(verdict).encode())
-
-            # For copies that differ in case, spaces and the like.
             words_digest = normal_digest(normalize(text)) if needs_words else None
             normal_digests.append(digest if words_digest is None else words_digest)
-
-            # For leaks of prompts into held-out data.
-            prompt = prompt_text(document) if self.held_out else None
-            prompt_digest = None if prompt is None else normal_digest(normalize(prompt))
-            prompt_digests.append(prompt_digest or 0)
+            prompt_digests.append(_prompt_digest(document) if self.held_out else 0)
+            # Equal texts with different labels are no copies of each other.
+            verdict_digests.append(_verdict_digest(document) if compares_whole else 0)
+        verdicts = np.array(verdict_digests, dtype=np.uint64)
         columns = {
             "digest": np.array(digests, dtype=np.uint64),
-            "normal": np.array(normal_digests, dtype=np.uint64) ^ verdict_digests,
+            "normal": np.array(normal_digests, dtype=np.uint64) ^ verdicts,
             "prompt": np.array(prompt_digests, dtype=np.uint64),
         }
         if looks_for_near:
-            columns["verdict"] = verdict_digests
+            columns["verdict"] = verdicts
         return columns

@@ -56,9 +56,9 @@ class Checks:
         self._is_bad: Callable[[str], bool] = is_bad
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """Look for defects in a document: the document itself, or None if one of `data.checks.quarantine` was found.
+        """The document itself, or None if it has a problem that `data.checks.quarantine` names.
 
-        `tally` counts each kind of problem for the data report, with the row's location.
+        `tally` counts each kind of problem under its location: as a drop if it is dropped, else as a note.
         """
         problems = self._first_problems(document)
         for kind, position in problems.items():
@@ -70,13 +70,16 @@ class Checks:
         return document
 
     def _first_problems(self, document: Document) -> dict[str, str]:
-        """Kinds of problems, in the order of `CHECK_KINDS`, each with its first position in the document."""
-        positions: dict[str, str] = {}
+        """The first position in the document of each kind of problem that it has, in the order of `CHECK_KINDS`.
+
+        Example: {"system_late": "turn 3 of chosen"}.
+        """
+        first_positions: dict[str, str] = {}
         for kind, position in self._all_problems(document):
-            positions.setdefault(kind, position)
-        if not positions:
-            return positions
-        return {kind: positions[kind] for kind in CHECK_KINDS if kind in positions}
+            first_positions.setdefault(kind, position)
+        if not first_positions:  # the usual case
+            return first_positions
+        return {kind: first_positions[kind] for kind in CHECK_KINDS if kind in first_positions}
 
     def _all_problems(self, document: Document) -> Iterator[tuple[str, str]]:
         """(kind of problem, its position in the document, such as `turn 2 of chosen`)."""
@@ -239,20 +242,20 @@ class Cleaner:
         return document
 
     def clean(self, text: str) -> tuple[str, set[str]]:
-        """(cleaned text, the switches of `data.cleaning` that changed it).
+        """(cleaned text, the switches of `data.cleaning` that changed it): ("a b", {"control_characters"}).
 
-        The steps are repeated until none changes the text any more. If they never settle, it is left as it was: {"unsettled"}.
+        All steps are repeated until a pass changes nothing. If that takes more than `MAX_PASSES`, the text stays as it was, with
+        {"unsettled"}. A switch counts if its step ever changed the text, also if a later step undid it.
         """
         switches: set[str] = set()
-        current = text
+        cleaned = text
         for _ in range(MAX_PASSES):
-            before_pass = current
+            before_pass = cleaned
             for switch, step in self.steps:
-                changed = step(current)
-                # A switch is counted if it ever changed the text, also if a later one undid it.
-                if changed != current:
+                changed = step(cleaned)
+                if changed != cleaned:
                     switches.add(switch)
-                    current = changed
-            if current == before_pass:
-                return current, switches
+                    cleaned = changed
+            if cleaned == before_pass:
+                return cleaned, switches
         return text, {"unsettled"}
