@@ -43,7 +43,7 @@ def test_a_real_shell_completes(shell, tmp_path):
     (tmp_path / "my.yaml").touch()
     file = tmp_path / "completion"
     file.write_text(completion_script(shell, VERBS, declared_arguments()))
-    commands = ASK[shell].format(completion_script=file, directory=tmp_path)
+    commands = ASK[shell].format(script=file, directory=tmp_path)
     done = subprocess.run([shell, "-c", commands], capture_output=True, text=True, timeout=seconds(60))
     verbs, keys, choices, switch, flags, own, none, paths, files = done.stdout.splitlines()
     assert verbs.split() == ["train"]
