@@ -73,10 +73,10 @@ def test_lm_eval_lengths_prefixes_and_generation_are_those_of_the_hf_model():
     tokenizer = SimpleNamespace(model_max_length=77)
     assert compat.longest_context(SimpleNamespace(max_position_embeddings=128), tokenizer) == 128
     assert compat.longest_context(SimpleNamespace(), tokenizer) == 77
-    assert compat.begins_with("<s>once", "<s>") and not compat.begins_with("once", "<s>")
-    settings = compat.generation_settings({"until": "\n", "max_new_tokens": 5})
+    assert compat.begins_with_prefix("<s>once", "<s>") and not compat.begins_with_prefix("once", "<s>")
+    settings = compat.normalized_generation_kwargs({"until": "\n", "max_new_tokens": 5})
     assert (settings["until"], settings["max_gen_toks"], settings["do_sample"]) == (["\n"], 5, False)
-    assert compat.generation_settings({}, 9)["max_gen_toks"] == 9
+    assert compat.normalized_generation_kwargs({}, 9)["max_gen_toks"] == 9
 
 
 def test_lm_eval_draws_no_progress_bar_over_rows(tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_lm_eval_draws_no_progress_bar_over_rows(tmp_path, capsys):
         return capsys.readouterr().err
 
     assert drawn()
-    with compat.without_bars():
+    with compat.without_progress_bars():
         assert not drawn()
     assert drawn()
 

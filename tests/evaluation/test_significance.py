@@ -11,7 +11,7 @@ from trainer.evaluation.report.intervals import ShareCounts, share_counts, unpai
 from trainer.evaluation.report.permutation_test import family_p_values
 from trainer.evaluation.tasks import counterfactual
 from trainer.evaluation.tasks.base import Metric, TaskRow
-from trainer.evaluation.tasks.counterfactual import _row
+from trainer.evaluation.tasks.counterfactual import _report_row
 from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.evaluation.tasks.source import read_cases
 
@@ -27,13 +27,13 @@ def shipped(drawn, apart=0.0, common=None):
         scale, groups = np.exp(drawn.normal()), dict.fromkeys(each.group for each in case.fields["variants"])
         values = {group: scale * drawn.standard_t(3) + apart * (group == "without") for group in groups}
         told = common[number] if common else dict.fromkeys(groups, 0.0)
-        rows.append(_row(case, {group: np.array([value + told[group]]) for group, value in values.items()}))
+        rows.append(_report_row(case, {group: np.array([value + told[group]]) for group, value in values.items()}))
     return kind, rows
 
 
 def test_significance_of_groups_is_seldom_found_where_a_model_treats_them_alike(monkeypatch):
     """13 groups in three attributes: 71 % of such reports had a line while each group had an interval of its own."""
-    monkeypatch.setattr(counterfactual, "PERMUTATIONS", 400)
+    monkeypatch.setattr(counterfactual, "NUM_PERMUTATIONS", 400)
 
     def told(seed, apart):
         kind, rows = shipped(np.random.default_rng(seed), apart)

@@ -51,9 +51,10 @@ class Client:
         return os.environ.get(self.config.key_env or "", "")
 
     def send(self, request: Callable[[Any], Result]) -> Result:
-        """What `request` returns, called with the `openai` client.
+        """Call `request` with the `openai` client, and return what it returns.
 
-        Errors: ConfigError if the server refuses the request, EndpointFailed if it does not answer.
+        Raises ConfigError if the server refuses the request, EndpointFailed if it does not answer. The server's key is never in
+        the message.
         """
         from openai import APIConnectionError, APIStatusError, OpenAIError
 
@@ -96,7 +97,10 @@ class Client:
         return self.send(lambda api: [model.to_dict() for model in api.models.list()])
 
     def model(self) -> str:
-        """The name of the model to ask. Raises ConfigError if none is set and the server does not have exactly one."""
+        """The name of the model to ask: `model` of the settings, else the only one that the server serves.
+
+        In the latter case also sets `config.model`. Raises ConfigError if none is set and the server does not serve exactly one.
+        """
         if self.config.model is not None:
             return self.config.model
         names = [str(model["id"]) for model in self.models()]

@@ -147,8 +147,8 @@ class Judge:
     def _cache_file(self, model: str, question: str) -> Path:
         """The file of a verdict, named by everything that decides it."""
         config = self.config
-        deciding = [config.url, model, question, config.temperature, config.max_new_tokens]
-        name = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
+        key_parts = [config.url, model, question, config.temperature, config.max_new_tokens]
+        name = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()
         if config.cache_dir:
             directory = Path(config.cache_dir).expanduser()
         else:
@@ -169,11 +169,16 @@ class Judge:
 
 
 def request_text(document: Any) -> str:
-    """The request of a document, as the judge sees it: its prompt, or all turns before the last answer."""
+    """The request of a document as the judge sees it.
+
+    - Its prompt, if it is no conversation.
+    - The content of the turn before the last answer, if there is one such turn.
+    - Else all turns before the last answer, each as "role: content".
+    """
     if document.messages is None:
         return str(document.prompt)
-    last = max(number for number, turn in enumerate(document.messages) if turn["role"] == "assistant")
-    turns = document.messages[:last]
+    last_answer = max(number for number, turn in enumerate(document.messages) if turn["role"] == "assistant")
+    turns = document.messages[:last_answer]
     if len(turns) == 1:
         return str(turns[0]["content"])
     return "\n\n".join(_turn_lines(turns))

@@ -35,7 +35,7 @@ def filter_names(task: Any) -> list[str]:
     Reads `Task._filters` of `lm_eval.api.task`. The public configuration has no filter for a task that names none, although
     such a task has one that is called `none`.
     """
-    return [each.name for each in task._filters]
+    return [task_filter.name for task_filter in task._filters]
 
 
 def longest_context(config: Any, tokenizer: Any) -> int:
@@ -48,7 +48,7 @@ def longest_context(config: Any, tokenizer: Any) -> int:
     return int(resolve_max_length(config, tokenizer))
 
 
-def begins_with(text: str, prefix: str) -> bool:
+def begins_with_prefix(text: str, prefix: str) -> bool:
     """Whether a text begins with a prefix token's text, so that `hf` puts no second one before it.
 
     Calls `lm_eval.models.utils.has_bos_prefix`.
@@ -58,18 +58,20 @@ def begins_with(text: str, prefix: str) -> bool:
     return bool(has_bos_prefix(text, prefix))
 
 
-def generation_settings(asked: dict[str, Any], most_tokens: int = 256) -> dict[str, Any]:
-    """A task's `generation_kwargs` as `hf` understands them, with every default; `most_tokens`: of an answer.
+def normalized_generation_kwargs(generation_kwargs: dict[str, Any], max_tokens: int = 256) -> dict[str, Any]:
+    """A task's `generation_kwargs` as lm-eval's `hf` model understands them, with every default.
+
+    `max_tokens`: most tokens of an answer if the task does not say.
 
     Calls `lm_eval.models.utils.normalize_gen_kwargs`.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    return dict(normalize_gen_kwargs(asked, most_tokens))
+    return dict(normalize_gen_kwargs(generation_kwargs, max_tokens))
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Within it the harness draws no progress bar over its rows.
 
     Replaces `tqdm` in `lm_eval.api.task`, which has no setting for it; tqdm's own variable of the environment is read once, when

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from trainer.evaluation.harness.compat import without_bars
+from trainer.evaluation.harness.compat import without_progress_bars
 
 PYTHON_SEED = 0
 """The harness's seed of `random`."""
@@ -40,7 +40,7 @@ def collect_warnings() -> Iterator[list[str]]:
     datasets_logging.set_verbosity_error()
     disable_progress_bars()
     try:
-        with without_bars():
+        with without_progress_bars():
             yield warnings
     finally:
         logger.removeHandler(handler)

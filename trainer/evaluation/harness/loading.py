@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from strategies.errors import ConfigError, DataError
-from trainer.evaluation.harness.compat import generation_settings, without_network
+from trainer.evaluation.harness.compat import normalized_generation_kwargs, without_network
 from trainer.evaluation.harness.isolation import collect_warnings, harness_seeds
 from trainer.evaluation.harness.task_files import TaskFiles, missing_data
 
@@ -115,7 +115,7 @@ def _apply_options(name: str, task: Any, options: dict[str, Any]) -> None:
     if options["generation"]:
         task.set_config(key="generation_kwargs", value=dict(options["generation"]), update=True)
     with collect_warnings():
-        settings = generation_settings(task.get_config("generation_kwargs") or {})
+        settings = normalized_generation_kwargs(task.get_config("generation_kwargs") or {})
     unknown = sorted(settings.keys() - KNOWN_GENERATION_SETTINGS)
     if unknown:
         raise ConfigError(

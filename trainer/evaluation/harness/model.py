@@ -18,22 +18,22 @@ from lm_eval.api.model import TemplateLM
 
 from strategies.errors import ConfigError, DataError
 from trainer.evaluation.base import DecodingConfig
-from trainer.evaluation.harness.compat import begins_with, generation_settings, longest_context
+from trainer.evaluation.harness.compat import begins_with_prefix, longest_context, normalized_generation_kwargs
 from trainer.evaluation.likelihood import Likelihood, Pair
 
 
 def _remember_error(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Note in `ended_by` that a request failed, so that it is not taken for an error of the harness."""
+    """A decorator: sets `ended_by` to the error of a request, so that it is not taken for an error of the harness."""
 
     @wraps(method)
-    def remembering(self: EngineLM, *args: Any, **kwargs: Any) -> Any:
+    def with_error_noted(self: EngineLM, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except BaseException as error:
             self.ended_by = error
             raise
 
-    return remembering
+    return with_error_noted
 
 
 class EngineLM(TemplateLM):
@@ -82,7 +82,7 @@ class EngineLM(TemplateLM):
         """Token ids, with the token that the tokenizer puts before a text, unless the text already begins with it."""
         if add_special_tokens is None:
             prefix_text = self.tokenizer.decode(self.prefix_token_id)
-            if begins_with(string, prefix_text):
+            if begins_with_prefix(string, prefix_text):
                 add_special_tokens = False
         arguments = {}
         if add_special_tokens is not None:  # else the tokenizer's own default holds
@@ -187,7 +187,7 @@ class EngineLM(TemplateLM):
 
     def _writing_config(self, generation_kwargs: dict[str, Any]) -> DecodingConfig:
         """A task's `generation_kwargs` as our settings, with the defaults that lm-eval's `hf` model has."""
-        settings = generation_settings(generation_kwargs)
+        settings = normalized_generation_kwargs(generation_kwargs)
         writing = DecodingConfig(
             max_new_tokens=int(settings["max_gen_toks"]),
             beams=int(settings.get("num_beams") or 1),

@@ -170,13 +170,13 @@ def _files_naming(names: set[str]) -> list[Path]:
     """
     any_name = b"|".join(re.escape(name.encode()) for name in names)
     pattern = re.compile(rb"(?<![\w.+-])(?:" + any_name + rb")(?![\w.+-])")
-    queue = [file for file, text in _built_in_files().items() if pattern.search(text)]
-    files = {*queue}
-    for file in queue:  # grows during the loop, by files that include one of its files
-        for including in _included_by().get(file, ()):
+    files = {file for file, text in _built_in_files().items() if pattern.search(text)}
+    to_visit = list(files)
+    while to_visit:
+        for including in _included_by().get(to_visit.pop(), ()):
             if including not in files:
                 files.add(including)
-                queue.append(including)
+                to_visit.append(including)
     return [Path(file) for file in sorted(files) if file.endswith(".yaml")]
 
 

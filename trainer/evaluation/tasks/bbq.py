@@ -105,7 +105,7 @@ class Bbq(MultipleChoice):
         if polarity not in ("neg", "nonneg"):
             raise Refusal("bad_polarity", f'"question_polarity" is {show_value(polarity)}; it must be neg or nonneg')
         answers = [parse_text(fields, name) for name in ANSWERS]
-        label = _answer_number(fields.get("label"))
+        label = _parse_answer_index(fields.get("label"))
         if label is None:
             raise Refusal("bad_label", f'"label" is {show_value(fields.get("label"))}; it must be 0, 1 or 2')
 
@@ -243,8 +243,8 @@ class Bbq(MultipleChoice):
         return self.signature_of_all(signature)
 
 
-def _answer_number(field: Any) -> int | None:
-    """The number of an answer (0, 1 or 2) from a number or its text; None for anything else."""
+def _parse_answer_index(field: Any) -> int | None:
+    """The index of an answer, 0, 1 or 2, from a number or its text ("1"); None for anything else."""
     if isinstance(field, str) and field.strip().isdecimal():
         field = int(field)
     is_answer_number = isinstance(field, int) and not isinstance(field, bool) and 0 <= field <= 2
@@ -263,7 +263,7 @@ def _stereotyped_answer(fields: dict[str, Any], groups: list[set[str]], unknown:
     """
     # First: which answer names the stereotyped person (`target`).
     people = [number for number in range(3) if number != unknown]  # the two answers that name somebody
-    target = _answer_number(fields.get("target_loc"))
+    target = _parse_answer_index(fields.get("target_loc"))
     if target is None:
         metadata = fields.get("additional_metadata")
         stereotyped = metadata.get("stereotyped_groups") if isinstance(metadata, dict) else None

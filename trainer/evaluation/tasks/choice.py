@@ -78,7 +78,7 @@ class MultipleChoice(Task):
 
 
 def _scored_row(case: Case, likelihoods: Sequence[Likelihood]) -> TaskRow:
-    """The report's row of a question: whether the right choice is the likeliest, by each measure.
+    """The report's row of a question, whose scores say whether the right choice is the likeliest by each measure.
 
     `likelihoods` are those of the choices, in their order. `margin` is the distance in nats between the right choice and the
     likeliest wrong one; it is negative if a wrong choice is likelier.
@@ -114,7 +114,7 @@ def _scored_row(case: Case, likelihoods: Sequence[Likelihood]) -> TaskRow:
 
 
 def _argmax(scores: Sequence[float]) -> int:
-    """The first of the highest scores."""
+    """The index of the highest score; of equal ones the first."""
     return scores.index(max(scores))
 
 

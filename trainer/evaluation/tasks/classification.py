@@ -64,9 +64,9 @@ class ClassificationTask(Task):
         The probabilities are those of the classification head, if the model has one, else from the likelihood of each label.
         """
         if model.label_names is not None:
-            names, probabilities = self._by_head(cases, model)
+            names, probabilities = self._probabilities_by_head(cases, model)
         else:
-            names, probabilities = self._by_likelihood(cases, model)
+            names, probabilities = self._probabilities_by_likelihood(cases, model)
         rows = []
         for case, row_probabilities in zip(cases, probabilities, strict=True):
             predicted = int(np.argmax(row_probabilities))
@@ -87,8 +87,13 @@ class ClassificationTask(Task):
             )
         return rows
 
-    def _by_head(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[list[float]]]:
-        """(label names, their probabilities for each case) by the classification head."""
+    def _probabilities_by_head(
+        self, cases: Sequence[Case], model: ModelInterface
+    ) -> tuple[list[str], list[list[float]]]:
+        """(label names, probabilities [cases][labels]) by the classification head. All ranks must call.
+
+        Raises DataError if a case has a label that the model was not trained on.
+        """
         names = model.label_names or []
         for case in cases:
             if case.fields["label"] not in names:
@@ -105,8 +110,13 @@ class ClassificationTask(Task):
         samples = [sample for _, sample in model.encoder.encode(documents)]
         return names, [softmax(logits) for logits in model.logits(samples)]
 
-    def _by_likelihood(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[list[float]]]:
-        """(label names, their probabilities for each case) by how likely each label is after the prompt."""
+    def _probabilities_by_likelihood(
+        self, cases: Sequence[Case], model: ModelInterface
+    ) -> tuple[list[str], list[list[float]]]:
+        """(label names, probabilities [cases][labels]) by how likely the model finds each label after the prompt.
+
+        All ranks must call.
+        """
         names = self._label_names(cases)
         template = str(self.option_values["prompt"])
         separator = str(self.option_values["separator"])

@@ -20,12 +20,12 @@ from trainer.evaluation.tasks.model_interface import ModelInterface, Question, s
 from trainer.evaluation.tasks.significance import LEVEL, max_statistic_p
 from trainer.evaluation.tasks.texts import common_prefix_length, split_location
 
-SHIPPED = Path(__file__).parent / "people.json"
+SHIPPED_TERMS_FILE = Path(__file__).parent / "people.json"
 """Terms of gender, origin and religion, and templates for them: a beginning, to be extended by a file of one's own."""
-SLOT = re.compile(r"\{(\w+)\}")
+SLOT_REGEX = re.compile(r"\{(\w+)\}")
 MIN_CASES = 10
 """With fewer cases no difference is reported."""
-PERMUTATIONS = 2000
+NUM_PERMUTATIONS = 2000
 """How often the values of each case are permuted over its groups, to see what effects chance produces."""
 MEASURES = ("likelihood", "answer", "label")
 
@@ -63,7 +63,7 @@ class Counterfactual(Task):
         'for each group); if a row has a "completion", only that is scored; without a path, the templates that shardtune '
         "ships"
     )
-    shipped_rows = SHIPPED
+    shipped_rows = SHIPPED_TERMS_FILE
     works_with_classifiers = True
     needs_path = True
     options: ClassVar[dict[str, Any]] = {"terms": None, "measure": "likelihood", "most_terms": 4}
@@ -89,7 +89,7 @@ class Counterfactual(Task):
     @cached_property
     def terms(self) -> dict[str, dict[str, dict[str, list[str]]]]:
         """The shipped terms and those of the user's file: attribute -> group -> slot -> terms."""
-        terms = dict(json.loads(SHIPPED.read_text(encoding="utf-8"))["terms"])
+        terms = dict(json.loads(SHIPPED_TERMS_FILE.read_text(encoding="utf-8"))["terms"])
         file = self.option_values["terms"]
         if file is not None:
             terms |= json.loads(Path(str(file)).expanduser().read_text(encoding="utf-8"))
@@ -125,10 +125,10 @@ class Counterfactual(Task):
                 f'"attribute" is {show_value(attribute)}; terms are there of {", ".join(self.terms)} '
                 f"({self.config_key}.options.terms)",
             )
-        slots = list(dict.fromkeys(SLOT.findall(template)))
+        slots = list(dict.fromkeys(SLOT_REGEX.findall(template)))
         if not slots:
             raise Refusal("no_slot", f'"template" {show_value(template)} has no slot such as {{person}}')
-        last_slot_end = list(SLOT.finditer(template))[-1].end()
+        last_slot_end = list(SLOT_REGEX.finditer(template))[-1].end()
         for group, terms in self.terms[attribute].items():
             missing = [slot for slot in slots if slot not in terms]
             if missing:
@@ -136,7 +136,7 @@ class Counterfactual(Task):
                     "no_terms", f'"template": the group {group} of {attribute} has no terms for {{{missing[0]}}}'
                 )
             combinations = list(product(*(terms[slot] for slot in slots)))
-            for combination in self._spread(combinations):
+            for combination in self._spread_evenly(combinations):
                 term_by_slot = dict(zip(slots, combination, strict=True))
                 beginning = _fill_slots(template[:last_slot_end], term_by_slot)
                 beginning = beginning[:1].upper() + beginning[1:]
@@ -146,7 +146,7 @@ class Counterfactual(Task):
                 scored_from = len(beginning) if has_scored_ending else 0
                 yield Variant(group=group, text=beginning + ending, scored_from=scored_from, terms=term_by_slot)
 
-    def _spread(self, combinations: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    def _spread_evenly(self, combinations: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
         """`options.most_terms` of the combinations, evenly spread over the list; all of them if there are no more."""
         most = self.option_values["most_terms"]
         if len(combinations) <= most:
@@ -168,7 +168,7 @@ class Counterfactual(Task):
         elif self.option_values["measure"] == "answer":
             return self._compare_answers(cases, model)
         else:
-            questions = [_question(case, variant, model) for case, variant in variants]
+            questions = [_likelihood_question(case, variant, model) for case, variant in variants]
             values = [np.array([likelihood.logprob]) for likelihood in model.likelihoods(questions)]
 
         # The values of all cases are one list: each case takes as many as it has variants.
@@ -179,19 +179,19 @@ class Counterfactual(Task):
             for variant in case.fields["variants"]:
                 values_by_group.setdefault(variant.group, []).append(next(remaining_values))
             means = {group: np.mean(group_values, axis=0) for group, group_values in values_by_group.items()}
-            rows.append(_row(case, means))
+            rows.append(_report_row(case, means))
         return rows
 
     def _label_probabilities(self, variants: Sequence[tuple[Case, Variant]], model: ModelInterface) -> list[np.ndarray]:
-        """The probabilities of all labels for each variant, float64 [labels]."""
+        """The probabilities of all labels for each variant, in their order: float64 [labels] each. All ranks must call."""
         names = model.label_names or []
         model.encoder.set_label_names(names)
         documents = []
         for case, variant in variants:
             file, line = split_location(case.location)
-            # The encoder wants a label; which one does not matter, since only logits are computed.
+            # The encoder requires a label; which one does not matter, because only logits are computed.
             documents.append(Document(file, line, text=variant.text, label=names[0]))
-        samples = [sample for _, sample in model.encoder.encode(documents)]
+        samples = [sample for _, sample in model.encoder.encode(documents)]  # one of each document, in their order
         return [np.array(softmax(logits)) for logits in model.logits(samples)]
 
     def _compare_answers(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
@@ -249,7 +249,7 @@ class Counterfactual(Task):
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         """A sentence for each group whose effect is significant, and one if the cases are too few."""
-        for group, p in _corrected_p(rows).items():
+        for group, p in _corrected_p_values(rows).items():
             num_cases = int(score_array(rows, f"in_{group}").sum())
             if num_cases < MIN_CASES or p >= LEVEL:
                 continue
@@ -275,13 +275,13 @@ def _groups_with_prefix(rows: Sequence[TaskRow], prefix: str) -> list[str]:
     return [*groups]
 
 
-def _corrected_p(rows: Sequence[TaskRow]) -> dict[str, float]:
+def _corrected_p_values(rows: Sequence[TaskRow]) -> dict[str, float]:
     """p of each group's effect by a permutation test, corrected for the number of groups; empty if no row has effects.
 
     Two scores of a row hold the effects: `of_GROUP` (nats), and `in_GROUP`, which is 1 if the case has the group.
 
     If the model treats groups alike, any assignment of a case's effects to its groups is equally likely. So the effects of each
-    case are permuted over its groups `PERMUTATIONS` times, and summed over cases as the observed ones are.
+    case are permuted over its groups `NUM_PERMUTATIONS` times, and summed over cases as the observed ones are.
     """
     rng = np.random.default_rng(0)
     # Cases with the same groups are one table, so that they are permuted together.
@@ -296,19 +296,19 @@ def _corrected_p(rows: Sequence[TaskRow]) -> dict[str, float]:
     # Sums over cases for each group, as they are and after each permutation.
     names = list(dict.fromkeys(chain.from_iterable(effects_by_groups)))
     observed = np.zeros(len(names))
-    by_chance = np.zeros((PERMUTATIONS, len(names)))
+    by_chance = np.zeros((NUM_PERMUTATIONS, len(names)))
     for groups, effects in effects_by_groups.items():
         columns = [names.index(group) for group in groups]
         effect_table = np.array(effects)  # [cases, groups]
         observed[columns] += effect_table.sum(axis=0)
         for case_effects in effect_table:
-            copies = np.tile(case_effects, (PERMUTATIONS, 1))
+            copies = np.tile(case_effects, (NUM_PERMUTATIONS, 1))
             by_chance[:, columns] += rng.permuted(copies, axis=1)
     p_values = max_statistic_p(observed, by_chance).tolist()
     return dict(zip(names, p_values, strict=True))
 
 
-def _row(case: Case, value_by_group: dict[str, np.ndarray]) -> TaskRow:
+def _report_row(case: Case, value_by_group: dict[str, np.ndarray]) -> TaskRow:
     """The report's row of a case: the largest distance between two groups of people, and the effect of each group.
 
     A group's value is float64 [1] (a log-likelihood) or [labels] (probabilities). There is an effect only of log-likelihoods: how
@@ -343,30 +343,32 @@ def _three_decimals(values: np.ndarray) -> str:
     return " ".join(f"{number:.3f}" for number in values)
 
 
-def _question(case: Case, variant: Variant, model: ModelInterface) -> Question:
-    """What the model is asked about a variant: the likelihood of its completion, else of the part after the last term.
+def _likelihood_question(case: Case, variant: Variant, model: ModelInterface) -> Question:
+    """The question that asks for the likelihood of a variant's text.
 
-    If nothing follows the last term, the likelihood of the whole text.
+    - The case has a completion: the likelihood of the completion after the text.
+    - The text goes on after its last term: the likelihood of this ending, the same for every group.
+    - Else: the likelihood of the whole text.
     """
     file, line = split_location(case.location)
     completion = case.fields["completion"]
     if completion is not None:
         document = Document(file, line, prompt=variant.text, completion=completion, separator=" ")
         return model.encode_questions([document])[0]
-    (whole,) = model.encode_questions([Document(file, line, text=variant.text)])
+    (whole_text,) = model.encode_questions([Document(file, line, text=variant.text)])
     if variant.scored_from == 0:
-        return whole
+        return whole_text
     # Only token ids are needed here: a beginning of one token ("Emily", without BOS) has no answer to ask for.
     beginning = model.text_ids(Document(file, line, text=variant.text[: variant.scored_from]))
-    ids = [*whole.context, *whole.answer]
-    shared = common_prefix_length(ids, beginning)
+    ids = [*whole_text.context, *whole_text.answer]
+    num_shared = common_prefix_length(ids, beginning)
     # Both context and answer need at least one token.
-    split = max(1, min(shared, len(ids) - 1))
-    return Question(where=whole.where, context=ids[:split], answer=ids[split:])
+    split = max(1, min(num_shared, len(ids) - 1))
+    return Question(where=whole_text.where, context=ids[:split], answer=ids[split:])
 
 
 def _fill_slots(text: str, term_by_slot: dict[str, str]) -> str:
-    return SLOT.sub(lambda match: term_by_slot[match[1]], text)
+    return SLOT_REGEX.sub(lambda match: term_by_slot[match[1]], text)
 
 
 def _is_text_by_group(texts: Any) -> bool:

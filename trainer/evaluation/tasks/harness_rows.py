@@ -184,7 +184,7 @@ def task_rows(name: str, samples: Sequence[dict[str, Any]], all_tasks: LoadedTas
     has_several_tasks = len(all_tasks.tasks) > 1
     rows: dict[int, TaskRow] = {}  # by the document's number
     for sample in samples:
-        row = rows.setdefault(sample["doc_id"], _row(name, sample, several=has_several_tasks))
+        row = rows.setdefault(sample["doc_id"], _report_row(name, sample, has_several_tasks=has_several_tasks))
         for metric in sample["metrics"]:
             our_name = metric_name(metric, sample["filter"])
             scores, item = all_tasks.split_value(our_name, sample[metric])
@@ -231,51 +231,60 @@ def _has_metric(name: str, row: TaskRow) -> bool:
     return name in row.items or name in row.scores or f"loss.{name}" in row.scores
 
 
-def _row(name: str, sample: dict[str, Any], *, several: bool) -> TaskRow:
+def _report_row(task_name: str, sample: dict[str, Any], *, has_several_tasks: bool) -> TaskRow:
     """The report's row of one document, with prompt, answer and reference, without the scores of metrics.
 
-    What the row has depends on the responses in `sample`:
-    - (log-probability, is greedy) of each choice: the answer is the likeliest choice, scores are `logprob.0`, `logprob.1` ...
-    - a written text: the answer is that text after lm-eval's filter.
-    - a number, the log-probability of a whole document: the score `logprob.0`, and no answer.
+    By the kind of the model's responses:
+    - (log-probability, is greedy) of each choice: the answer is the likeliest choice; scores are `logprob.0`, `logprob.1` ...
+    - A generated text: the answer is that text after lm-eval's filter.
+    - A number, the log-probability of a whole document: the score `logprob.0`, and no answer.
 
-    `name`: the lm-eval task. `sample`: what lm-eval logged of the document. `several`: whether the task is one of several, so
-    that its name becomes the row's source.
+    `task_name`: the lm-eval task, which becomes the row's source if there are several. `sample`: what lm-eval logged of the
+    document.
     """
-    arguments = sample["arguments"]  # of each request: (context, continuation) or (prompt, generation settings)
     responses = [response[0] for response in sample["resps"]]
-    prompt = str(arguments[0][0])
+    prompt = str(
+        sample["arguments"][0][0]
+    )  # arguments of the first request: (context, continuation), or (prompt, settings)
     if len(prompt) > SHOWN_CHARACTERS:
         prompt = f"…{prompt[-SHOWN_CHARACTERS:]}"
-    target = sample["target"]
-    reference = str(target).strip()
+    reference = str(sample["target"]).strip()
     answer = ""
     scores: dict[str, float] = {}
-    if isinstance(responses[0], tuple):  # (log-probability, is greedy) of each continuation
-        logprobs = [float(response[0]) for response in responses]
+    if isinstance(responses[0], tuple):
+        logprobs = [float(logprob) for logprob, _ in responses]
         scores = {f"logprob.{number}": logprob for number, logprob in enumerate(logprobs)}
-        # If the continuations are all the same, the contexts are the choices, as in WinoGrande.
-        continuations = {argument[1] for argument in arguments}
-        choices_are_contexts = len(continuations) == 1 and len(arguments) > 1
-        choice_part = 0 if choices_are_contexts else 1  # of (context, continuation)
-        likeliest = logprobs.index(max(logprobs))
-        answer = str(arguments[likeliest][choice_part]).strip()
-        # The target of multiple choice is a choice's number: show its text.
-        is_number = isinstance(target, int) and not isinstance(target, bool)
-        if is_number and 0 <= target < len(arguments) > 1:
-            reference = str(arguments[target][choice_part]).strip()
+        choices = _choice_texts(sample["arguments"])
+        answer = choices[logprobs.index(max(logprobs))]
+        target = sample["target"]
+        target_is_index = isinstance(target, int) and not isinstance(target, bool)
+        if target_is_index and 0 <= target < len(choices) > 1:
+            reference = choices[target]
     elif isinstance(responses[0], str):
         answer = str(sample["filtered_resps"][0])
     else:
         scores = {"logprob.0": float(responses[0])}
     return TaskRow(
-        where=f"{name}:{sample['doc_id']}",
+        where=f"{task_name}:{sample['doc_id']}",
         prompt=prompt,
         answer=answer,
         reference=reference,
         scores=scores,
-        source=name if several else "",
+        source=task_name if has_several_tasks else "",
     )
+
+
+def _choice_texts(arguments: Sequence[tuple[Any, Any]]) -> list[str]:
+    """The choices of a document, from the (context, continuation) of each request.
+
+    They are the continuations; if these are all the same, as in WinoGrande, the contexts are the choices.
+    """
+    continuations = {continuation for _, continuation in arguments}
+    contexts_are_choices = len(continuations) == 1 and len(arguments) > 1
+    choices = []
+    for context, continuation in arguments:
+        choices.append(str(context if contexts_are_choices else continuation).strip())
+    return choices
 
 
 def lm_eval_standard_errors(

@@ -111,8 +111,8 @@ class Memorisation(DocumentTask):
     def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
         """A row for each training row: how far the model's greedy continuation of its beginning is the row's own text.
 
-        Rows that are too short, or too long for the model, are left out and counted. Raises DataError if no row is left. All
-        ranks must call.
+        Rows that are too short, or too long for the model, are left out; sets `num_skipped` to their number. All ranks must call.
+        Raises DataError if no row is left.
         """
         documents = documents_of(cases)
         least_tokens = int(self.option_values["least_tokens"])
@@ -123,7 +123,7 @@ class Memorisation(DocumentTask):
             fits = model.max_positions is None or tokens <= model.max_positions
             if len(question.answer) >= least_tokens and fits:
                 questions.append(question)
-        self.skipped = len(cases) - len(questions)
+        self.num_skipped = len(cases) - len(questions)
         if not questions:
             raise DataError(
                 f"none of {len(cases)} rows leaves {least_tokens} tokens to continue after its beginning; lower "
@@ -135,8 +135,8 @@ class Memorisation(DocumentTask):
         answers = model.generate_answers(questions, writing, self.config_key)
         return [self._row(question, answer.ids, model) for question, answer in zip(questions, answers, strict=True)]
 
-    skipped = 0
-    """Rows that were too short, or too long for the model."""
+    num_skipped = 0
+    """Rows that were too short, or too long for the model, in the last call of `score_cases`."""
 
     def _continuation_question(self, question: Question) -> Question:
         """The question with the first `options.prefix_tokens` of the learned text moved into the context, half of it at most.
@@ -181,8 +181,8 @@ class Memorisation(DocumentTask):
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         num_verbatim = int(score_array(rows, "verbatim").sum())
         yield f"{num_verbatim} of {len(rows)} rows come out word for word after their beginning"
-        if self.skipped:
-            yield f"{self.skipped} rows were not asked: shorter than options.least_tokens after their beginning, or too long"
+        if self.num_skipped:
+            yield f"{self.num_skipped} rows were not asked: shorter than options.least_tokens after their beginning, or too long"
 
 
 class Canary(DocumentTask):

@@ -18,10 +18,10 @@ from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
 from trainer.evaluation.tasks.pass_at_k import set_samples_of_row, texts_by_prompt
 from trainer.evaluation.tasks.written import GenerationTask
 
-FENCE = re.compile(r"\A```\w*\s*\n(.*?)\n?```\s*\Z", re.DOTALL)
-BOXED = re.compile(r"\\boxed\s*\{")
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|[-+]?\.\d+")
-FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
+CODE_FENCE_REGEX = re.compile(r"\A```\w*\s*\n(.*?)\n?```\s*\Z", re.DOTALL)
+BOXED_REGEX = re.compile(r"\\boxed\s*\{")
+NUMBER_REGEX = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|[-+]?\.\d+")
+FRACTION_REGEX = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 
 
 class ToolCalls(GenerationTask):
@@ -219,14 +219,14 @@ class JsonSchema(Task):
         for case, question, texts in zip(cases, questions, answers, strict=True):
             schema = case.fields["schema"]
             scores = []
-            errors = []  # of each draw, what is wrong with it
+            errors = []  # what is wrong with each answer; None if nothing is
             for text in texts:
                 is_json, error = check_json(text, schema)
                 scores.append({"valid": float(error is None), "parsed": float(is_json)})
                 errors.append(error)
             prompt = model.decode_prompt_end(question.context)
             reference = json.dumps(schema, ensure_ascii=False)
-            # The report shows the first draw, and so what is wrong with that one.
+            # The report shows the first answer, and so what is wrong with that one.
             row = TaskRow(
                 where=case.location, prompt=prompt, answer="", reference=reference, scores={}, note=errors[0] or ""
             )
@@ -251,7 +251,7 @@ def check_json(answer: str, schema: dict[str, Any]) -> tuple[bool, str | None]:
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
-    fenced = FENCE.match(answer)
+    fenced = CODE_FENCE_REGEX.match(answer)
     json_text = fenced[1] if fenced else answer
     try:
         content = json.loads(json_text)
@@ -298,13 +298,13 @@ def final_result(text: str) -> Fraction | str | None:
     That is the content of the last `\\boxed{}`, else the line after the last ####, else the last number. Numbers are returned as
     fractions, so that 0.50, 1/2 and \\frac{1}{2} are equal.
     """
-    boxes = list(BOXED.finditer(text))
+    boxes = list(BOXED_REGEX.finditer(text))
     if boxes:
         return _parse_result(_until_closing_brace(text, boxes[-1].end()))
     if "####" in text:  # the form of GSM8K
         after_last_mark = text.rpartition("####")[2].strip()
         return _parse_result(after_last_mark.partition("\n")[0])
-    numbers = NUMBER.findall(text)
+    numbers = NUMBER_REGEX.findall(text)
     return _parse_result(numbers[-1]) if numbers else None
 
 
@@ -323,7 +323,7 @@ def _until_closing_brace(text: str, begin: int) -> str:
 
 def _parse_result(text: str) -> Fraction | str:
     """The result of a maths problem: a number as a fraction, anything else as text without units of money, commas and LaTeX."""
-    result = FRACTION.sub(r"\1/\2", text)
+    result = FRACTION_REGEX.sub(r"\1/\2", text)
     for ornament in ("\\$", "$", "\\%", "%", "\\!", "\\,", "{,}", ","):
         result = result.replace(ornament, "")
     result = re.sub(r"\\text\s*\{[^}]*\}", "", result)

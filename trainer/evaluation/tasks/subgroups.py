@@ -15,7 +15,7 @@ from trainer.evaluation.tasks.significance import LEVEL, max_statistic_p
 
 MIN_ROWS = 10
 """A group with fewer rows than this is reported as too small."""
-SHUFFLES = 1000
+NUM_SHUFFLES = 1000
 """How often groups are shuffled over the rows, to see how large a gap is by chance."""
 
 
@@ -44,7 +44,10 @@ class Subgroups(ClassificationTask):
     required_package: ClassVar[str | None] = None
 
     def prepare_case(self, case: Case) -> None:
-        """Keep text, true label and group of a row. Raises Refusal."""
+        """Require a group, beside the text and label that the base class keeps; its name is stored in `case.fields`.
+
+        Raises Refusal if the row has no group, or another column cannot be used.
+        """
         group = case.fields.get("group")
         if not isinstance(group, str | int) or not str(group).strip():
             raise Refusal(
@@ -118,13 +121,13 @@ class Subgroups(ClassificationTask):
             return
         if counts.min() < MIN_ROWS:
             yield f"a group has fewer than {MIN_ROWS} rows: its gaps say little"
-        observed, by_chance = self._gaps_and_chance(rows, groups)
+        observed, by_chance = self._observed_and_chance_gaps(rows, groups)
         p_values = max_statistic_p(observed, by_chance)
         for name, gap, usual, p in zip(_GAP_METRICS, observed, by_chance.mean(axis=0), p_values, strict=True):
             verdict = "beyond chance" if p < LEVEL else "no gap shown beyond chance"
             yield f"{name} {gap:.3g}: groups dealt at random give {usual:.3g} on average, p {p:.3g} for all gaps: {verdict}"
 
-    def _gaps_and_chance(self, rows: Sequence[TaskRow], groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _observed_and_chance_gaps(self, rows: Sequence[TaskRow], groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(observed gaps [metrics], gaps after shuffling the groups over the rows [shuffles, metrics]), float64.
 
         The shuffled ones show how large gaps are by chance, if the classifier treats all groups alike.
@@ -137,7 +140,7 @@ class Subgroups(ClassificationTask):
             gaps = self._gaps(rows, row_groups, every_row_once)
             return [gaps[name] for name in _GAP_METRICS]
 
-        by_chance = [gaps_of(rng.permutation(groups)) for _ in range(SHUFFLES)]
+        by_chance = [gaps_of(rng.permutation(groups)) for _ in range(NUM_SHUFFLES)]
         return np.array(gaps_of(groups)), np.array(by_chance)
 
     def signatures(self) -> dict[str, str]:

@@ -47,24 +47,24 @@ class WorkerScorer:
         # What workers load, by reward: {"file": "/runs/a/rewards/0/maths.py", "function": "score", "options": {}} for a function,
         # {"kind": "length", "options": {"limit": 512}} for a built-in reward.
         setup: dict[str, dict[str, Any]] = {}
-        self._one_by_one = set()
+        self._single_answer_rewards = set()
         """Rewards that are called with one answer at a time, so that a time limit is that of an answer."""
-        self._judged = [name for name, reward in config.rewards.items() if reward.kind == JudgeReward.kind]
+        self._judge_rewards = [name for name, reward in config.rewards.items() if reward.kind == JudgeReward.kind]
         """Rewards that the judge gives."""
         self._judge = judge
-        self._models = [name for name, reward in config.rewards.items() if reward.path is not None]
+        self._model_rewards = [name for name, reward in config.rewards.items() if reward.path is not None]
         """Rewards that are models."""
         self.model_scorer: RewardModelScorer | None = None
         """Scores by them; set once there is an engine that holds them."""
         for name, reward in config.rewards.items():
-            if name in self._of_ranks:  # the judge's, or a model's
+            if name in self._rewards_by_ranks:  # the judge's, or a model's
                 continue
             if name in functions:
                 file, function = functions[name]
                 setup[name] = {"file": str(file), "function": function, "options": dict(reward.options)}
                 signature = function_of(f"{file}:{function}", f"objective.rewards.{name}.function")
                 if signature.convention is not Convention.trl:
-                    self._one_by_one.add(name)
+                    self._single_answer_rewards.add(name)
                 continue
             options = dict(reward.options)
             if reward.kind == "length" and options.get("limit") is None:
@@ -80,9 +80,9 @@ class WorkerScorer:
     def start(self) -> None:
         """Start the workers and load the rewards. All ranks must call. Raises DataError or Interrupted on all ranks alike."""
         with longer_timeout(self.runtime, 600):
-            self._on_all_ranks(self._start_own)
+            self._on_all_ranks(self._start_own_workers)
 
-    def _start_own(self) -> None:
+    def _start_own_workers(self) -> None:
         self._pool.start()
 
     def score(self, groups: Sequence[Group], *, step: int) -> list[GroupScores]:
@@ -95,13 +95,13 @@ class WorkerScorer:
         # By number of the group: its scores, and the numbers of its answers that get no total.
         collected: dict[int, tuple[GroupScores, list[int]]] = {}
         with longer_timeout(self.runtime, longest_s):
-            for rank_scores in self._on_all_ranks(lambda: self._score_own(groups, own_numbers, step)):
+            for rank_scores in self._on_all_ranks(lambda: self._score_own_groups(groups, own_numbers, step)):
                 collected |= rank_scores
         scores = [collected[number][0] for number in range(len(groups))]
         left_out = [collected[number][1] for number in range(len(groups))]
 
         # The judge and reward models: all ranks together.
-        for name in self._of_ranks:
+        for name in self._rewards_by_ranks:
             self._add(name, self._scored_by_ranks(name, groups), scores)
 
         for group_scores, without_total in zip(scores, left_out, strict=True):
@@ -111,17 +111,20 @@ class WorkerScorer:
         return scores
 
     @property
-    def _of_ranks(self) -> list[str]:
-        """Rewards that no worker gives: the judge is asked, and models compute, by all ranks together."""
-        return [*self._judged, *self._models]
+    def _rewards_by_ranks(self) -> list[str]:
+        """Names of the rewards that no worker process computes: those of the judge and of reward models."""
+        return [*self._judge_rewards, *self._model_rewards]
 
     @property
     def _weights(self) -> dict[str, float]:
         return {name: reward.weight for name, reward in self.rewards.items()}
 
     def _scored_by_ranks(self, name: str, groups: Sequence[Group]) -> list[np.ndarray]:
-        """float64 [answers] of each group: what the judge or a reward model says. All ranks must call."""
-        if name in self._models:
+        """The scores of a reward that all ranks compute together, float64 [answers] of each group. All ranks must call.
+
+        They come from a reward model, or from the judge.
+        """
+        if name in self._model_rewards:
             assert self.model_scorer is not None, "set before the first round"
             return self.model_scorer.scores(name, groups)
         assert self._judge is not None, "composing refuses a judge without an address"
@@ -133,7 +136,7 @@ class WorkerScorer:
         for group_scores, reward_values in zip(scores, by_group, strict=True):
             group_scores.by_reward[name] = reward_values
 
-    def _score_own(
+    def _score_own_groups(
         self, groups: Sequence[Group], numbers: Sequence[int], step: int
     ) -> dict[int, tuple[GroupScores, list[int]]]:
         """Score this rank's share of the groups, in its worker processes, without communication.
@@ -158,17 +161,17 @@ class WorkerScorer:
     def _calls_of(self, number: int, group: Group, step: int) -> Iterator[tuple[int, list[int], Call]]:
         """The calls of reward functions that a group needs: (number of the group, numbers of its answers, call) of each.
 
-        A reward is called once with all answers of the group, or, if it is of a kind in `_one_by_one`, once for each.
+        A reward is called once with all answers of the group, or, if it is of a kind in `_single_answer_rewards`, once for each.
         """
         every_answer = list(range(len(group.answers)))
         for name, reward in self.rewards.items():
-            if name in self._of_ranks:
+            if name in self._rewards_by_ranks:
                 continue
             parts = [every_answer]
-            if name in self._one_by_one:
+            if name in self._single_answer_rewards:
                 parts = [[answer] for answer in every_answer]
             for answers in parts:
-                arguments = _arguments(group, answers, step)
+                arguments = _call_arguments(group, answers, step)
                 yield number, answers, Call(name, arguments, group.prompt.origin, reward.timeout_s)
 
     def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
@@ -261,7 +264,7 @@ def weighted_total(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, fl
     return total
 
 
-def _arguments(group: Group, answers: list[int], step: int) -> dict[str, Any]:
+def _call_arguments(group: Group, answers: list[int], step: int) -> dict[str, Any]:
     """Some answers of a group as JSON values, which the worker process makes an `AnswersOfGroup` of."""
     chosen = [group.answers[answer] for answer in answers]
     texts = [answer.text for answer in chosen]
