@@ -258,7 +258,7 @@ CASES = [
 def test_lm_eval_task_or_data_that_is_missing_is_refused_before_a_model_is_loaded(
     site, words, told, capsys, monkeypatch
 ):
-    monkeypatch.setattr("launch.evaluate.command.start", lambda *_, **__: pytest.fail("was started"))
+    monkeypatch.setattr("launch.evaluate.command.run_evaluation", lambda *_, **__: pytest.fail("was started"))
     monkeypatch.setattr(
         "trainer.evaluation.harness.task_files._full_index", lambda: {"arc_easy": None}
     )  # which takes 10 s

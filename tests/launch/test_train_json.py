@@ -69,7 +69,7 @@ def test_json_error_is_an_object_with_its_exit_code(tmp_path, capfd, monkeypatch
         assert command_here(["train", "model.path=m", "--json"]) == 64
         assert "RANK=x: no whole number" in json.loads(capfd.readouterr().out)["error"]
     for error, code in ((RuntimeError("broken"), 70), (KeyboardInterrupt(), 130)):
-        monkeypatch.setattr("launch.runs.status_command.read_words", Mock(side_effect=error))
+        monkeypatch.setattr("launch.runs.status_command.read_arguments", Mock(side_effect=error))
         assert command_here(["status", "--json", "--watch"]) == code
         line = capfd.readouterr().out
         assert json.loads(line)["exit_code"] == code

@@ -377,7 +377,7 @@ def test_evaluate_a_classifier_without_training_it(site, tmp_path, capsys):
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(site, words, code, told, capsys, monkeypatch):
-    monkeypatch.setattr("launch.evaluate.command.start", lambda *_, **__: pytest.fail("was started"))
+    monkeypatch.setattr("launch.evaluate.command.run_evaluation", lambda *_, **__: pytest.fail("was started"))
     (site / "empty.jsonl").write_text("")
     assert command_here(["evaluate", f"{site}/run", *(word.replace("{site}", str(site)) for word in words)]) == code
     assert told in capsys.readouterr().err
