@@ -194,7 +194,7 @@ def test_bootstrap_is_that_of_scipy_and_resamples_both_models_alike():
     wanted = bootstrap((one,), np.mean, n_resamples=10000, method="percentile", rng=2).confidence_interval
     assert percentile_interval(mine) == pytest.approx((wanted.low, wanted.high), abs=0.01)
     apart = bootstrap((one - other,), np.mean, n_resamples=10000, method="percentile", rng=2).confidence_interval
-    found = paired_difference(one.mean(), other.mean(), mine, theirs, greater=True)
+    found = paired_difference(one.mean(), other.mean(), mine, theirs, greater_is_better=True)
     assert (found.low, found.high) == pytest.approx((apart.low, apart.high), abs=0.01)
 
 
@@ -204,7 +204,7 @@ def test_bootstrap_difference_is_reported_only_beyond_chance_and_rounding():
 
     def verdict(one, other, greater=True):
         drawn = [resample_metrics(kind, rows(each), how)["exact_match"] for each in (one, other)]
-        return paired_difference(np.mean(one), np.mean(other), *drawn, greater=greater).verdict
+        return paired_difference(np.mean(one), np.mean(other), *drawn, greater_is_better=greater).verdict
 
     assert (verdict(good, bad), verdict(bad, good), verdict(good, bad, greater=False)) == (BETTER, WORSE, WORSE)
     assert verdict(bad, bad) == verdict(bad, np.roll(bad, 1)) == NO_DIFFERENCE

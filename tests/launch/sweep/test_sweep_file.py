@@ -34,7 +34,7 @@ def test_wandb_reads_the_space_that_was_typed(words):
 
     search = plan_search([*words, *SPACE])
     theirs = search_space_from_sweep_config(wandb_sweep_config(search)["parameters"])
-    numbers = {one.key: one.distribution() for one in search.space if not one.choices}
+    numbers = {one.key: one.distribution() for one in search.searched_settings if not one.choices}
     assert {key: theirs[key] for key in numbers} == numbers and len(numbers) == 3
     assert theirs["tuning.rank"].choices == (8, 16)
     assert theirs["tuning.targets"].choices == ("[q_proj]", "[v_proj,k_proj]")
