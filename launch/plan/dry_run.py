@@ -27,8 +27,8 @@ from trainer.data.report.preview import is_prompts_alone, preview_text, summary_
 from trainer.model.known_shapes import shape_in_use
 from trainer.model.loading import load_tokenizer
 from trainer.planner.lengths import SampledLengths, sampled_lengths
-from trainer.planner.micro_batch import preview_micro
-from trainer.planner.strategy_choice import preview_strategy
+from trainer.planner.micro_batch import with_proposed_micro_batch
+from trainer.planner.strategy_choice import with_proposed_strategy
 from trainer.reporting.numbers import name_of_readers
 from trainer.session.rate_text import learning_rate_of, rate_lines
 from trainer.session.run_facts import model_flops_per_token, repetition_warning
@@ -48,7 +48,7 @@ def describe(config: RunConfig) -> DryRun:
     check_parallel(config)
     data = prepare_data(config, tokenizer)
     half_on_gpu = str(config.run.device) == "cuda" and config.precision is not Precision.fp32
-    config = preview_micro(preview_strategy(config, data), data)
+    config = with_proposed_micro_batch(with_proposed_strategy(config, data), data)
     built, _ = build_model(config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu, scores_answers=True)
     world_size = config.launcher.per_node * config.launcher.nodes
     expert_lines = expert_lines_of_dry_run(config, built, world_size)

@@ -65,7 +65,7 @@ def formed(model, case, layout, rows, length):
         config = replace(config, strategy=replace(config.strategy, defer_sync=False))
     config.batch["micro"], config.batch["global"] = rows, rows * world * case.accumulation
     form = simulate_cost_model_of_run(config, length, accumulation=case.accumulation, world_size=world)
-    return config, form, form.peak_at(rows if form.rows else rows * length)
+    return config, form, form.peak_at(rows if form.counts_rows else rows * length)
 
 
 def both(model, case, layout, rows, length):
@@ -94,10 +94,10 @@ def dear(one):
 @pytest.mark.parametrize(("case", "layout"), chosen(MATRIX, marks, dear), ids=str)
 def test_cost_model_equals_the_simulation_of_any_micro_batch(model, case, layout):
     form, taken, found = both(model, case, layout, 4, 512)
-    assert form.layout == layout and form.rows == (layout == "padded")
+    assert form.layout == layout and form.counts_rows == (layout == "padded")
     assert taken.total == pytest.approx(found.total, rel=WITHIN)
     assert sum(taken.kinds.values()) == pytest.approx(taken.total, rel=1e-3)
-    assert form.work(2048 if not form.rows else 4, 4 * 512**2)[0] * case.accumulation == pytest.approx(
+    assert form.work(2048 if not form.counts_rows else 4, 4 * 512**2)[0] * case.accumulation == pytest.approx(
         found.flops, rel=WITHIN
     )
     calls = {name: 0 for name, *_ in found.collective_totals}

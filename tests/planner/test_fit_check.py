@@ -89,7 +89,7 @@ def test_fit_check_simulates_expert_parallelism(tmp_path, monkeypatch):
     two_ranks = Runtime(0, 2, 0, 2, torch.device("cuda:0"), None)
     monkeypatch.setattr(fit_check, "gather_objects", lambda value, runtime: [value, value])
     monkeypatch.setattr(fit_check, "broadcast_object", lambda value, runtime: value)
-    monkeypatch.setattr(fit_check, "simulate_in_process", lambda *given: fit_check._simulate(*given[:3]))
+    monkeypatch.setattr(fit_check, "simulate_in_process", lambda *given: fit_check._simulate_peak(*given[:3]))
     card(monkeypatch, 80.0)
     told = must_fit(config, data, Precision.bf16, two_ranks, print)["must_fit"]
     lengths = sorted(data.train.lengths.tolist())[-4:][::-1]

@@ -27,9 +27,15 @@ from trainer.planner import micro_batch as micro_module
 from trainer.planner import oom_probe, simulation
 from trainer.planner.hardware import GIB
 from trainer.planner.lengths import divisors
-from trainer.planner.micro_batch import _trial_of, preview_micro, propose_micro, resolve_micro_batch
+from trainer.planner.micro_batch import (
+    _trial_description,
+    propose_micro_batch,
+    resolve_micro_batch,
+    with_proposed_micro_batch,
+)
 from trainer.planner.oom_probe import TrialInputs, take_probe_steps
 from trainer.planner.oom_report import is_out_of_memory
+from trainer.planner.rank_devices import DeviceMemory, RankCounts
 from trainer.planner.simulation import simulate_depth
 from trainer.reporting.resolution import resolution_of
 
@@ -77,7 +83,7 @@ def test_micro_batch_proposed_is_the_largest_that_fits(made, monkeypatch):
     assert needed[8] - CONTEXT > 1.2 * (needed[4] - CONTEXT), "else another micro-batch could be the answer"
 
     def choice(gib):
-        return propose_micro(config, data, Precision.fp32, (1, 1), ("cpu", gib), 1.0)
+        return propose_micro_batch(config, data, Precision.fp32, RankCounts(1, 1), DeviceMemory("cpu", gib), 1.0)
 
     least = 0.05  # what a form may be off by, of what is simulated
     assert choice(needed[4] + least * (needed[4] - CONTEXT))[0] == 4
@@ -91,26 +97,26 @@ def test_micro_batch_choice_is_described_by_a_dry_run(made, monkeypatch):
     at_once(monkeypatch)
     here = {"run": replace(made[0].run, device=Device.cpu), "launcher": LauncherConfig(processes=2)}
     config = replace(made[0], strategy=DdpConfig(), **here)
-    told = preview_micro(config, made[1])
+    told = with_proposed_micro_batch(config, made[1])
     assert told.batch["micro"] == 8
     assert re.fullmatch(
         r"auto -> 8 \(planned .* GiB; 2 steps .* will be tried\)", str(told.substitutions[MICRO_BATCH_KEY])
     )
-    unseen = preview_micro(replace(config, run=replace(config.run, device=Device.cuda)), made[1])
+    unseen = with_proposed_micro_batch(replace(config, run=replace(config.run, device=Device.cuda)), made[1])
     assert unseen.batch["micro"] == 1 and "on the host with the GPUs" in unseen.substitutions[MICRO_BATCH_KEY]
 
 
 def test_micro_batch_that_cannot_be_simulated_is_tried(made, monkeypatch):
     monkeypatch.setattr(micro_module, "call_in_process", lambda *_: "its step cannot be simulated yet (KeyError: x)")
     config, data = made
-    micro, why = propose_micro(config, data, Precision.fp32, (1, 1), ("cpu", 10.0), 1.0)
+    micro, why = propose_micro_batch(config, data, Precision.fp32, RankCounts(1, 1), DeviceMemory("cpu", 10.0), 1.0)
     assert (micro, why) == (4, "not planned: its step cannot be simulated yet (KeyError: x)")
 
 
 def test_micro_batch_of_a_model_right_for_one_document_is_one(made, monkeypatch):
     at_once(monkeypatch)
     monkeypatch.setattr(simulation, "needs_one_row_batches", lambda built, objective: True)
-    micro, why = propose_micro(*made, Precision.fp32, (1, 1), ("cpu", 10.0), 1.0)
+    micro, why = propose_micro_batch(*made, Precision.fp32, RankCounts(1, 1), DeviceMemory("cpu", 10.0), 1.0)
     assert micro == 1 and "one document at a time" in why
 
 
@@ -130,7 +136,7 @@ def running_out(monkeypatch, above, error=None):
 
 def test_micro_batch_is_lowered_when_memory_runs_out_and_the_run_is_as_if_typed(made, given, monkeypatch):
     config, data = made
-    monkeypatch.setattr(micro_module, "propose_micro", lambda *_: (16, "planned"))
+    monkeypatch.setattr(micro_module, "propose_micro_batch", lambda *_, **__: (16, "planned"))
     taken, said, frozen = running_out(monkeypatch, above=4), [], []
     settled = resolve_micro_batch(config, given, said.append, frozen.append)
     assert taken == [16, 8, 4] and settled.batch == {"global": 16, "micro": 4} and frozen == [settled]
@@ -168,7 +174,7 @@ def losses(trainer):
 
 
 def test_micro_batch_trials_that_all_run_out_end_the_run(made, given, monkeypatch):
-    monkeypatch.setattr(micro_module, "propose_micro", lambda *_: (2, "planned 2.00 of 1.00 GiB"))
+    monkeypatch.setattr(micro_module, "propose_micro_batch", lambda *_, **__: (2, "planned 2.00 of 1.00 GiB"))
     running_out(
         monkeypatch,
         above=0,
@@ -179,7 +185,7 @@ def test_micro_batch_trials_that_all_run_out_end_the_run(made, given, monkeypatc
 
 
 def test_micro_batch_trial_does_not_take_another_error_for_memory(made, given, monkeypatch):
-    monkeypatch.setattr(micro_module, "propose_micro", lambda *_: (2, "planned"))
+    monkeypatch.setattr(micro_module, "propose_micro_batch", lambda *_, **__: (2, "planned"))
     running_out(monkeypatch, above=0, error=RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
         resolve_micro_batch(made[0], given, print, None)
@@ -206,7 +212,7 @@ def test_micro_batch_is_agreed_on_by_all_ranks_or_the_run_ends(monkeypatch, answ
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=seconds(30)))
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    trial = _trial_of(8)
+    trial = _trial_description(8)
     told = {}
 
     def rank(number, answer):

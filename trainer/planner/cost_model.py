@@ -85,7 +85,7 @@ class CostModel:
     blocks: int
     accumulation: int
     """Micro-batches that were simulated; more of them hold no more."""
-    rows: bool
+    counts_rows: bool
     """Whether sizes are counted in rows, which are as long as the longest sequence; else in tokens."""
     sizes: tuple[MicroBatchSize, MicroBatchSize]
     phases: tuple[dict[StepPhase, PhasePeak], dict[StepPhase, PhasePeak]]
@@ -122,41 +122,49 @@ class CostModel:
     """How documents lie in a row."""
     notes: tuple[str, ...] = ()
     """What was chosen while the model was built."""
-    alone: bool = False
+    needs_single_rows: bool = False
     """Whether the model is right for one row at a time only."""
 
     def peak_at(self, units: float) -> MemoryPeak:
-        """The peak memory of a rank's step, if its micro-batches have `units` units (rows or tokens, as `rows` says)."""
+        """The peak memory of a rank's step with micro-batches of `units` rows (if `counts_rows`) or tokens.
+
+        The live bytes of each phase lie on the line through the two simulated sizes; the phase with the most bytes is the peak.
+        """
         small_phases, large_phases = self.phases
-        totals: dict[StepPhase, float] = {}
+        bytes_by_phase: dict[StepPhase, float] = {}
         for phase, large_peak in large_phases.items():
             # At another size, another operation of the phase may be its highest.
             candidates = [(small_phases[phase].total, large_peak.total), *self.peak_candidates[phase]]
-            totals[phase] = max(self._at_units(small, large, units) for small, large in candidates)
-        phase = max(totals, key=lambda phase: totals[phase])
-        total = totals[phase]
-        kinds = dict(large_phases[phase].kinds)
-        growth = total - large_phases[phase].total  # what grows with the tokens are activations: logits come in chunks
-        kinds[MemoryKind.activations] = kinds.get(MemoryKind.activations, 0) + round(growth)
-        if isinstance(phase.place, int) and phase.place < 0:  # counted from the last block
-            phase = replace(phase, place=self.blocks + phase.place)
-        return MemoryPeak(round(total), phase, kinds)
+            bytes_by_phase[phase] = max(self._interpolated(small, large, units) for small, large in candidates)
+        peak_phase = max(bytes_by_phase, key=lambda phase: bytes_by_phase[phase])
+        peak_bytes = bytes_by_phase[peak_phase]
+        # The kinds are those of the larger size. What grows from there are activations, because logits come in chunks.
+        bytes_by_kind = dict(large_phases[peak_phase].kinds)
+        growth = peak_bytes - large_phases[peak_phase].total
+        bytes_by_kind[MemoryKind.activations] = bytes_by_kind.get(MemoryKind.activations, 0) + round(growth)
+        block = peak_phase.place
+        if isinstance(block, int) and block < 0:  # counted from the last block
+            peak_phase = replace(peak_phase, place=self.blocks + block)
+        return MemoryPeak(round(peak_bytes), peak_phase, bytes_by_kind)
 
     def largest_units(self, limit: float) -> float:
-        """The largest micro-batch, in units, whose peak fits in `limit` bytes of device memory; 0 if an empty one does not."""
+        """The largest micro-batch, in rows or tokens, whose peak fits in `limit` bytes of device memory.
+
+        0 if not even an empty one fits; infinite if no phase takes more memory with a larger micro-batch.
+        """
         small_phases, large_phases = self.phases
         # Every peak is linear in the units: each candidate gives a bound, and the lowest one counts.
-        units = float("inf")
+        most_units = float("inf")
         for phase, large_peak in large_phases.items():
-            highest = (small_phases[phase].total, large_peak.total)
-            if self._at_units(*highest, units=0) > limit:
+            simulated_peak = (small_phases[phase].total, large_peak.total)
+            if self._interpolated(*simulated_peak, units=0) > limit:
                 return 0.0
-            for small, large in [highest, *self.peak_candidates[phase]]:
-                empty = self._at_units(small, large, units=0)
-                bytes_per_unit = (large - empty) / self.sizes[1].units
+            for small, large in [simulated_peak, *self.peak_candidates[phase]]:
+                bytes_of_empty = self._interpolated(small, large, units=0)
+                bytes_per_unit = (large - bytes_of_empty) / self.sizes[1].units
                 if bytes_per_unit > 0:
-                    units = min(units, (limit - empty) / bytes_per_unit)
-        return units
+                    most_units = min(most_units, (limit - bytes_of_empty) / bytes_per_unit)
+        return most_units
 
     def work(self, units: float, squares: float) -> tuple[float, float, float]:
         """The work of one micro-batch of `units` units, whose sequences' squared lengths add up to `squares`.
@@ -166,46 +174,48 @@ class CostModel:
         """
         small, large = self.sizes
         determinant = small.units * large.squares - large.units * small.squares
-        # Rows of one length: attention grows with their number, as everything else does.
-        if self.rows or not determinant:
-            flops = self._at_units(*self.flops, units)
+        # If all rows have one length, attention grows with the number of rows, as everything else does.
+        if self.counts_rows or not determinant:
+            flops = self._interpolated(*self.flops, units)
         else:
-            # flops = linear * units + square * squares, solved for the two simulated sizes.
+            # Solve flops = flops_per_unit * units + flops_per_square * squares for the two simulated sizes.
             small_flops, large_flops = self.flops
-            linear = (small_flops * large.squares - large_flops * small.squares) / determinant
-            square = (small.units * large_flops - large.units * small_flops) / determinant
-            flops = linear * units + square * squares
-        return flops, self._at_units(*self.moved_bytes, units), self._at_units(*self.host_copy_bytes, units)
+            flops_per_unit = (small_flops * large.squares - large_flops * small.squares) / determinant
+            flops_per_square = (small.units * large_flops - large.units * small_flops) / determinant
+            flops = flops_per_unit * units + flops_per_square * squares
+        return flops, self._interpolated(*self.moved_bytes, units), self._interpolated(*self.host_copy_bytes, units)
 
     def all_to_all_bytes(self, all_to_all: TokenAllToAll, units: float) -> float:
-        """Bytes of one of `token_all_to_alls` in micro-batches of so many units."""
-        return self._at_units(*all_to_all.size, units)
+        """Bytes of all calls of one of `token_all_to_alls` in a micro-batch of `units` rows or tokens."""
+        return self._interpolated(*all_to_all.size, units)
 
     def pinned_bytes(self, units: float) -> int:
-        """Bytes of pinned host memory for the inputs of blocks, in micro-batches of so many units."""
-        small, large = self.host_inputs
-        return large.pinned(self._at_units(small.size, large.size, units))
+        """Bytes of pinned host memory for the offloaded inputs of blocks, in a micro-batch of `units` rows or tokens."""
+        small_inputs, large_inputs = self.host_inputs
+        return large_inputs.pinned(self._interpolated(small_inputs.size, large_inputs.size, units))
 
     def units_in_host_memory(self, limit: float) -> float:
-        """The largest micro-batch, in units, whose block inputs fit in `limit` bytes of pinned host memory.
+        """The largest micro-batch, in rows or tokens, whose block inputs fit in `limit` bytes of pinned host memory.
 
-        Inputs wait there with `strategy.offload_activations`; infinite without it.
+        Inputs wait there only with `strategy.offload_activations`: infinite without it. 0 if `limit` has not a byte per tensor.
         """
-        small, large = self.host_inputs
-        if not large.tensors:
+        small_inputs, large_inputs = self.host_inputs
+        num_tensors = large_inputs.tensors
+        if not num_tensors:
             return math.inf
         # Pinned memory is allocated in powers of two: find the largest power that all tensors may have.
-        bytes_per_tensor = int(limit // large.tensors)
-        if bytes_per_tensor < 1:
+        most_bytes_per_tensor = int(limit // num_tensors)
+        if most_bytes_per_tensor < 1:
             return 0.0
-        largest_power = 1 << (bytes_per_tensor.bit_length() - 1)
-        largest_size = large.tensors * largest_power
+        allocated_bytes_per_tensor = 1 << (most_bytes_per_tensor.bit_length() - 1)
+        allocated_bytes = num_tensors * allocated_bytes_per_tensor
         # Invert the line through the two simulated sizes.
-        bytes_per_unit = (large.size - small.size) / (self.sizes[1].units - self.sizes[0].units)
-        return self.sizes[1].units + (largest_size - large.size) / bytes_per_unit
+        small_units, large_units = self.sizes[0].units, self.sizes[1].units
+        bytes_per_unit = (large_inputs.size - small_inputs.size) / (large_units - small_units)
+        return large_units + (allocated_bytes - large_inputs.size) / bytes_per_unit
 
-    def _at_units(self, small: float, large: float, units: float) -> float:
-        """The value at `units`, on the line through the values at the two simulated sizes."""
+    def _interpolated(self, small: float, large: float, units: float) -> float:
+        """The value at `units` rows or tokens, on the line through `small` and `large`, the values at the two simulated sizes."""
         small_units = self.sizes[0].units
         large_units = self.sizes[1].units
         return large + (large - small) * (units - large_units) / (large_units - small_units)
@@ -344,7 +354,7 @@ def fit_cost_model(
     return CostModel(
         blocks=blocks,
         accumulation=accumulation,
-        rows=rows,
+        counts_rows=rows,
         sizes=(sizes[0], sizes[1]),
         phases=(small_phases, large_phases),
         peak_candidates={phase: peak_candidates(small_phases[phase], peak) for phase, peak in large_phases.items()},
@@ -368,10 +378,12 @@ def fit_cost_model(
 
 
 def _as_simulated(_shallow: int, deep: int) -> int:
+    """In place of an extrapolation, if the whole model was simulated: its own amount."""
     return deep
 
 
 def _moved_before_update(step: SimulatedStep) -> int:
+    """Bytes that the forward and backward passes of a step read and write, outside matrix products."""
     return sum(moved for phase, moved in step.moved.items() if phase != "update")
 
 

@@ -22,6 +22,7 @@ from trainer.data.prepare import PreparedData
 from trainer.model.config import Quantisation
 from trainer.objectives.registry import data_spec_of
 from trainer.planner.hardware import GIB, MemoryFit, fit_in_memory, group_count
+from trainer.planner.rank_devices import RankCounts
 from trainer.reporting.run_record import MemoryCheck
 from trainer.stopping.signals import SIGNALS
 from trainer.tuning.base import TuningName
@@ -42,8 +43,11 @@ class SimulatedPeak:
     """Groups of ranks that exchange something: NCCL takes memory for each."""
 
 
-def simulable(strategy: StrategyConfig) -> StrategyConfig:
-    """The strategy in a form that can be simulated: not compiled, and gradients are reduced in each micro-batch if it is open."""
+def strategy_for_simulation(strategy: StrategyConfig) -> StrategyConfig:
+    """The strategy in a form that can be simulated: not compiled.
+
+    If FSDP2 may choose when it reduces gradients (`defer_sync` is None), it reduces them in each micro-batch.
+    """
     uncompiled = replace(strategy, compile=False)
     if isinstance(uncompiled, Fsdp2Config) and uncompiled.defer_sync is None:
         return replace(uncompiled, defer_sync=False)
@@ -57,18 +61,19 @@ def why_not_simulated(error: Exception) -> str:
 
 
 def single_step_config(config: RunConfig, world_size: int, *, mode_if_auto: ActivationCheckpointing) -> RunConfig:
-    """The run with a step of at most two micro-batches, uncompiled, which takes as much memory as its real step.
+    """The run with a step of at most two micro-batches, not compiled, which takes as much memory as its real step.
 
     `world_size`: ranks of the run. `mode_if_auto`: the recomputation to simulate if the run chooses by memory which blocks it
     recomputes (`strategy.activation_checkpointing=auto`).
     """
-    strategy = simulable(config.strategy)
+    strategy = strategy_for_simulation(config.strategy)
     if strategy.activation_checkpointing is ActivationCheckpointing.auto:
         strategy = replace(strategy, activation_checkpointing=mode_if_auto)
-    micro = config.batch["micro"]
-    accumulation = min(2, accumulation_steps(config, world_size))  # more micro-batches hold no more
-    global_batch = micro * dp_size_of(config, world_size) * max(1, accumulation)
-    return replace(config, strategy=strategy, batch={"global": global_batch, "micro": micro})
+    micro_batch = config.batch["micro"]
+    # The second micro-batch adds to the gradients that the first left; a third one would take no more memory.
+    num_micro_batches = min(2, accumulation_steps(config, world_size))
+    global_batch = micro_batch * dp_size_of(config, world_size) * num_micro_batches
+    return replace(config, strategy=strategy, batch={"global": global_batch, "micro": micro_batch})
 
 
 def must_fit(
@@ -91,8 +96,8 @@ def must_fit(
         step_config = single_step_config(config, runtime.world_size, mode_if_auto=ActivationCheckpointing.full)
         step_config = replace(step_config, precision=precision)
         lengths = longest_lengths(data_spec_of(config.objective), workload(config, prepared))
-        ranks = runtime.world_size, runtime.local_world_size
-        peak_of_rank_0 = simulate_in_process(step_config, lengths, ranks, TIMEOUT_SHARE * config.run.timeout_s)
+        timeout_s = TIMEOUT_SHARE * config.run.timeout_s
+        peak_of_rank_0 = simulate_in_process(step_config, lengths, RankCounts.of_job(runtime), timeout_s)
     peak: SimulatedPeak | str = broadcast_object(peak_of_rank_0, runtime)
     if isinstance(peak, str):
         raise DoesNotFit(
@@ -110,13 +115,14 @@ def must_fit(
 def does_not_fit_message(fit: MemoryFit, peak: SimulatedPeak, config: RunConfig) -> str:
     """The message of a run that does not fit: what it needs, what the GPU has, and which settings would take less.
 
-    `fit`: the parts of a rank's memory. `peak`: where in the step most is live. Settings that the run has are not proposed.
+    `fit`: a rank's memory by what takes it. `peak`: where in the step most is live. A setting that the run has already is not
+    proposed.
     """
-    micro = config.batch["micro"]
+    micro_batch = config.batch["micro"]
     mode = config.strategy.activation_checkpointing
     remedies = []
-    if micro > 1:
-        remedies.append(f"batch.micro below {micro}")
+    if micro_batch > 1:
+        remedies.append(f"batch.micro below {micro_batch}")
     remedies.append(f"data.max_length below {config.data.max_length}")
     if mode not in (ActivationCheckpointing.full, ActivationCheckpointing.auto):
         remedies.append("strategy.activation_checkpointing=full")
@@ -134,27 +140,28 @@ def does_not_fit_message(fit: MemoryFit, peak: SimulatedPeak, config: RunConfig)
 
 
 def simulate_in_process(
-    config: RunConfig, lengths: list[int], ranks: tuple[int, int], timeout_s: float
+    config: RunConfig, lengths: list[int], rank_counts: RankCounts, timeout_s: float
 ) -> SimulatedPeak | str:
-    """The peak memory of a step with sequences of `lengths` tokens, or a text that says why it could not be simulated.
+    """The peak memory of a rank's step, simulated in a new process, or a text that says why it could not be simulated.
 
-    `ranks`: (all ranks, ranks of a host).
+    `lengths`: tokens of each sequence of a micro-batch.
     """
-    peak: SimulatedPeak | str = call_in_process(_simulate, (config, lengths, ranks), timeout_s)
+    peak: SimulatedPeak | str = call_in_process(_simulate_peak, (config, lengths, rank_counts), timeout_s)
     return peak
 
 
 def call_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> Any:
-    """The result of `function(*arguments)` in a new process, or a text that says why it did not return.
+    """The value of `function(*arguments)` in a new process, or a text that says why it did not return.
 
-    For simulations, which a process that is part of a job, or holds a GPU, cannot run itself. `function` must be defined at the
-    top of a module, so that the new process can import it.
+    The text tells of two cases: the call took more than `timeout_s` seconds, or the process ended before it sent a value. For
+    simulations, which a process that is part of a job, or holds a GPU, cannot run itself. `function` must be defined at the top
+    of a module, so that the new process can import it.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_answer_in_child, args=(sender, function, arguments), daemon=True)
+    child = context.Process(target=_send_call_result, args=(sender, function, arguments), daemon=True)
     child.start()
-    sender.close()  # the child has its own: without it here, its end is seen as EOFError
+    sender.close()  # the child has its own copy; with this one closed, `recv` raises EOFError when the child ends
     try:
         if not receiver.poll(timeout_s):
             return f"its simulation took more than {timeout_s:.0f} s (of run.timeout_s)"
@@ -167,24 +174,30 @@ def call_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], ti
         receiver.close()
 
 
-def _answer_in_child(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """What the new process of `call_in_process` does: leave the job and its GPU, then send the result of the call."""
+def _send_call_result(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Call `function(*arguments)` in the new process of `call_in_process`, and send what it returns.
+
+    Before that the process leaves the job: it dies with its parent, ignores the job's signals, and sees neither the job's
+    environment variables nor its GPUs.
+    """
     parent = multiprocessing.parent_process()
     die_with_parent(None if parent is None else parent.pid)
-    for number in (*SIGNALS, signal.SIGINT):  # meant for the run, which saves and ends
-        signal.signal(number, signal.SIG_IGN)
-    for name in JOB_VARIABLES:
-        os.environ.pop(name, None)
+    for signal_number in (*SIGNALS, signal.SIGINT):  # they are meant for the run, which saves and ends
+        signal.signal(signal_number, signal.SIG_IGN)
+    for variable in JOB_VARIABLES:
+        os.environ.pop(variable, None)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # its context would take memory of the run's card
     sender.send(function(*arguments))
 
 
-def _simulate(config: RunConfig, lengths: list[int], ranks: tuple[int, int]) -> SimulatedPeak | str:
-    """`simulate_in_process`, within the new process."""
+def _simulate_peak(config: RunConfig, lengths: list[int], rank_counts: RankCounts) -> SimulatedPeak | str:
+    """The peak memory of a rank's step, or why it cannot be simulated. `simulate_in_process` calls it in its new process."""
     from trainer.planner.simulation import simulate_depth
 
     try:
-        step = simulate_depth(config, lengths, world_size=ranks[0], local_world_size=ranks[1])
+        step = simulate_depth(
+            config, lengths, world_size=rank_counts.world_size, local_world_size=rank_counts.ranks_per_host
+        )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that is an answer
         return f"its step {why_not_simulated(error)}"
     return SimulatedPeak(step.total, str(step.peak), group_count(step))

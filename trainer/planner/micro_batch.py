@@ -1,4 +1,4 @@
-"""`batch.micro=auto`: the largest micro-batch that fits in memory, chosen once and frozen into the configuration.
+"""`batch.micro=auto`: the largest micro-batch that fits in memory, chosen once and written into the run's configuration file.
 
 The run's own step is simulated for every micro-batch. The largest that should fit is tried by two real steps of the
 longest documents, on all ranks. If any rank runs out of memory, the next smaller one is tried. What a trial built is
@@ -25,6 +25,7 @@ from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_ste
 from trainer.planner.hardware import GIB, fit_in_memory, group_count
 from trainer.planner.lengths import DocumentLengths, divisors, sampled_lengths
 from trainer.planner.oom_probe import PROBE_STEPS, TrialDescription, TrialInputs, memory_gib, runs_out_of_memory
+from trainer.planner.rank_devices import DeviceMemory, RankCounts
 from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
 
 UNPLANNED_MICRO = 4
@@ -32,40 +33,48 @@ UNPLANNED_MICRO = 4
 
 
 def resolve_micro_batch(
-    config: RunConfig, inputs: TrialInputs, announce: Callable[[str], None], freeze: Callable[[RunConfig], None]
+    config: RunConfig, inputs: TrialInputs, announce: Callable[[str], None], write_config: Callable[[RunConfig], None]
 ) -> RunConfig:
-    """Resolve `batch.micro=auto`: choose the largest micro-batch that fits in memory. Any other number stays.
+    """Resolve `batch.micro=auto`: choose the largest micro-batch that fits in memory. All ranks must call.
 
-    `announce` prints a line for the user. `freeze` writes the choice to the run directory, so that a later start takes the same
-    one. All ranks must call; they follow rank 0, which may have read an earlier start's choice. Raises DoesNotFit on every rank
-    if not even the smallest fits, or if some ranks run out of memory and others do not.
+    - The user's own number stays.
+    - An earlier start's choice stays, if it divides the samples that a data-parallel rank takes in a step.
+    - Else rank 0 proposes a micro-batch by simulation, and all ranks try it by real steps, then the next smaller divisor each
+      time memory runs out. `write_config` writes the choice to the run directory, so that a later start takes the same one.
+
+    `announce` prints a line for the user. All ranks follow rank 0, which may have read an earlier start's choice. Raises
+    DoesNotFit on every rank if not even the smallest fits, or if some ranks run out of memory and others do not.
     """
     runtime = inputs.runtime
     batch, earlier_resolution = broadcast_object((config.batch, config.resolution(MICRO_BATCH_KEY)), runtime)
     config = _with_micro(config, batch["micro"], earlier_resolution)
-    samples = samples_per_dp_rank(config, runtime.world_size)
+    dp_rank_samples = samples_per_dp_rank(config, runtime.world_size)
     if batch["micro"] != AUTO:
-        # The user's own number stays. An earlier start's choice stays if it divides each reader's samples: their number differs
-        # if this start has another number of ranks.
         is_users_choice = requested_micro_batch(batch, config.substitutions) != AUTO
-        if is_users_choice or samples % batch["micro"] == 0:
+        # An earlier start's choice may not divide the samples of a rank, if this start has another number of ranks.
+        if is_users_choice or dp_rank_samples % batch["micro"] == 0:
             return config
 
     # Rank 0 simulates a step. All ranks take the same micro-batch, so the smallest device decides.
     announce("choosing the micro-batch (batch.micro=auto): simulating a step")
     least_gib = min(gather_objects(memory_gib(runtime), runtime))
-    proposal: tuple[int, str] = (0, "")
+    own_proposal: tuple[int, str] | None = None
     if runtime.is_main:
-        ranks = runtime.world_size, runtime.local_world_size
-        timeout_s = TIMEOUT_SHARE * runtime.timeout_s
-        proposal = propose_micro(config, inputs.data, inputs.precision, ranks, (runtime.kind, least_gib), timeout_s)
-    micro, plan_summary = broadcast_object(proposal, runtime)
+        own_proposal = propose_micro_batch(
+            config,
+            inputs.data,
+            inputs.precision,
+            RankCounts.of_job(runtime),
+            DeviceMemory(runtime.kind, least_gib),
+            timeout_s=TIMEOUT_SHARE * runtime.timeout_s,
+        )
+    micro, plan_summary = broadcast_object(own_proposal, runtime)
 
     # The simulation may be too optimistic: try real steps, with a smaller micro-batch each time they run out of memory.
     failed_trials: list[OutOfMemoryTrial] = []
-    while runs_out_of_memory(_with_micro(config, micro, None), inputs, _trial_of(micro)):
+    while runs_out_of_memory(_with_micro(config, micro, None), inputs, _trial_description(micro)):
         failed_trials.append(OutOfMemoryTrial(micro))
-        smaller_micros = [divisor for divisor in divisors(samples) if divisor < micro]
+        smaller_micros = [divisor for divisor in divisors(dp_rank_samples) if divisor < micro]
         if not smaller_micros:
             raise DoesNotFit(
                 f"batch.micro=auto: a step of one document in each forward pass runs out of memory ({plan_summary}); shorten "
@@ -76,33 +85,40 @@ def resolve_micro_batch(
         micro = smaller_micros[-1]
     reason = f"{plan_summary}; {PROBE_STEPS} steps of the longest documents held"
     resolved_config = _with_micro(config, micro, Resolution(MICRO_BATCH_KEY, AUTO, micro, reason, tuple(failed_trials)))
-    freeze(resolved_config)
+    write_config(resolved_config)
     return resolved_config
 
 
-def preview_micro(config: RunConfig, prepared: PreparedData) -> RunConfig:
-    """The run with the micro-batch that `auto` would try first on devices like those of this host. Nothing is tried.
+def with_proposed_micro_batch(config: RunConfig, prepared: PreparedData) -> RunConfig:
+    """The configuration with the micro-batch that `auto` would try first on devices like those of this host.
 
-    For commands that show a run before it starts, when there are no ranks yet.
+    For commands that show a run before it starts, when there are no ranks yet: a step is simulated, and no real step is taken.
+
+    - A configuration whose micro-batch is a number is returned as it is.
+    - For GPUs, on a host without any, the micro-batch is 1, with a note that the real choice is made on the host with the GPUs.
+    - Else it is the proposal of `propose_micro_batch`, with its reason.
     """
     if config.batch["micro"] != AUTO:
         return config
     device_kind = str(config.run.device)
     if device_kind == "cuda" and not torch.cuda.is_available():
-        return _with_micro(
-            config, 1, f"{AUTO} -> as memory allows, on the host with the GPUs; the figures here are for 1"
-        )
-    ranks_per_host = config.launcher.per_node
-    ranks = ranks_per_host * config.launcher.nodes
-    runtime = Runtime(0, ranks, 0, ranks_per_host, torch.device("cuda" if device_kind == "cuda" else "cpu"), None)
-    device = (runtime.kind, memory_gib(runtime))
-    timeout_s = TIMEOUT_SHARE * config.run.timeout_s
-    micro, plan_summary = propose_micro(config, prepared, config.precision, (ranks, ranks_per_host), device, timeout_s)
+        note = f"{AUTO} -> as memory allows, on the host with the GPUs; the figures here are for 1"
+        return _with_micro(config, 1, note)
+    runtime = runtime_of_first_rank(config)
+    micro, plan_summary = propose_micro_batch(
+        config,
+        prepared,
+        config.precision,
+        RankCounts.of_job(runtime),
+        DeviceMemory(runtime.kind, memory_gib(runtime)),
+        timeout_s=TIMEOUT_SHARE * config.run.timeout_s,
+    )
     reason = f"{plan_summary}; {PROBE_STEPS} steps of the longest documents will be tried"
     return _with_micro(config, micro, Resolution(MICRO_BATCH_KEY, AUTO, micro, reason))
 
 
-def _trial_of(micro: int) -> TrialDescription:
+def _trial_description(micro: int) -> TrialDescription:
+    """The trial of a micro-batch, as the messages of the trial name it."""
     return TrialDescription(
         MICRO_BATCH_KEY, f"{micro} documents in each forward pass", "give batch.micro a smaller number"
     )
@@ -117,6 +133,19 @@ def _with_micro(config: RunConfig, micro: Any, note: Resolution | str | None) ->
     return replace(config, batch={**config.batch, "micro": micro}, substitutions=substitutions)
 
 
+def runtime_of_first_rank(config: RunConfig) -> Runtime:
+    """The runtime that rank 0 of the configured job would have, without a process group: no job is started."""
+    ranks_per_host = config.launcher.per_node
+    return Runtime(
+        rank=0,
+        world_size=ranks_per_host * config.launcher.nodes,
+        local_rank=0,
+        local_world_size=ranks_per_host,
+        device=torch.device("cuda" if str(config.run.device) == "cuda" else "cpu"),
+        control_group=None,
+    )
+
+
 def recomputation_modes(requested: ActivationCheckpointing) -> tuple[ActivationCheckpointing, ...]:
     """Modes to plan with. `auto` recomputes only if nothing fits without."""
     if requested is ActivationCheckpointing.auto:
@@ -124,63 +153,82 @@ def recomputation_modes(requested: ActivationCheckpointing) -> tuple[ActivationC
     return (requested,)
 
 
-def propose_micro(
+def propose_micro_batch(
     config: RunConfig,
     prepared: PreparedData,
     precision: Precision,
-    ranks: tuple[int, int],
-    device: tuple[str, float],
+    rank_counts: RankCounts,
+    device: DeviceMemory,
     timeout_s: float,
 ) -> tuple[int, str]:
-    """(the largest micro-batch that fits according to a simulated step, the reason as a sentence).
+    """(the largest micro-batch that fits according to a simulated step, the reason as a sentence). Nothing is tried.
 
-    `ranks`: (all ranks, those of a host). `device`: (`cuda` or `cpu`, GiB of each device). If the step cannot be simulated,
-    a small number is proposed; if nothing fits, 1. Real steps test the proposal afterwards.
+    Modes of recomputation are simulated in order, without recomputation first, until one of these cases ends the search:
+
+    - the step cannot be simulated: the largest micro-batch up to UNPLANNED_MICRO;
+    - the model is right for one row at a time only: 1;
+    - some micro-batch fits: the largest of them.
+
+    If none fits with any mode, 1 is proposed. `timeout_s`: how long one simulation may take.
     """
-    world_size = ranks[0]
-    kind, available_gib = device
     sequences = data_spec_of(config.objective).sequences_per_document
     lengths = sampled_lengths(config, prepared.train, sequences).lengths(config.data, sequences)
-    longest = int(lengths.longest[0]) // sequences
-    micros = divisors(samples_per_dp_rank(config, world_size))
+    longest_sequence = int(lengths.longest[0]) // sequences
+    micro_batches = divisors(samples_per_dp_rank(config, rank_counts.world_size))
     reason = ""
     for mode in recomputation_modes(config.strategy.activation_checkpointing):
-        step_config = single_step_config(_with_micro(config, 1, None), world_size, mode_if_auto=mode)
-        arguments = (replace(step_config, precision=precision), longest, ranks, kind)
+        step_config = single_step_config(_with_micro(config, 1, None), rank_counts.world_size, mode_if_auto=mode)
+        arguments = (replace(step_config, precision=precision), longest_sequence, rank_counts, device.kind)
         cost_model: CostModel | str = call_in_process(try_simulate_cost_model, arguments, timeout_s)
         if isinstance(cost_model, str):
-            first_tried = max(micro for micro in micros if micro <= UNPLANNED_MICRO)
+            first_tried = max(micro for micro in micro_batches if micro <= UNPLANNED_MICRO)
             return first_tried, f"not planned: {cost_model}"
-        if cost_model.alone:
+        if cost_model.needs_single_rows:
             return 1, "the model is right for one document at a time only"
-        gib_by_micro = {micro: needed_gib(cost_model, micro, lengths, available_gib) for micro in micros}
-        fitting_micros = [micro for micro in micros if gib_by_micro[micro] <= available_gib]
-        largest = fitting_micros[-1] if fitting_micros else 1
-        reason = f"planned {gib_by_micro[largest]:.2f} of {available_gib:.2f} GiB"
-        if fitting_micros:
+        largest = _largest_fitting(cost_model, micro_batches, lengths, device.available_gib)
+        planned_gib = needed_gib(cost_model, largest or 1, lengths, device.available_gib)
+        reason = f"planned {planned_gib:.2f} of {device.available_gib:.2f} GiB"
+        if largest is not None:
             return largest, reason
-    return 1, reason
+    return 1, reason  # the reason of the last mode, which recomputes most
+
+
+def _largest_fitting(
+    cost_model: CostModel, micro_batches: list[int], lengths: DocumentLengths, available_gib: float
+) -> int | None:
+    """The largest of the micro-batches whose step fits in a device of `available_gib` GiB; None if none fits."""
+    fitting = [
+        micro for micro in micro_batches if needed_gib(cost_model, micro, lengths, available_gib) <= available_gib
+    ]
+    return max(fitting, default=None)
 
 
 def needed_gib(cost_model: CostModel, micro: int, lengths: DocumentLengths, available_gib: float) -> float:
-    """GiB that a rank needs with `micro` documents in each forward pass, the longest ones; `available_gib`: of its device."""
-    peak = cost_model.peak_at(float(micro) if cost_model.rows else lengths.tokens_of_longest(micro))
-    return fit_in_memory(peak.total, group_count(cost_model), available_gib).total / GIB
+    """GiB that a rank needs if each forward pass takes the `micro` longest documents, beside what its process takes.
+
+    `available_gib`: memory of its device.
+    """
+    units = float(micro) if cost_model.counts_rows else lengths.tokens_of_longest(micro)
+    live_bytes = cost_model.peak_at(units).total
+    return fit_in_memory(live_bytes, group_count(cost_model), available_gib).total / GIB
 
 
-def try_simulate_cost_model(config: RunConfig, length: int, ranks: tuple[int, int], kind: str) -> CostModel | str:
+def try_simulate_cost_model(config: RunConfig, length: int, rank_counts: RankCounts, kind: str) -> CostModel | str:
     """The cost model of a rank's step, or a text that says why the step cannot be simulated.
 
-    `length`: tokens of each sequence. `ranks`: (all ranks, those of a host). `kind`: `cuda` or `cpu`. To be called through
-    `call_in_process`, since a process that is part of a job cannot simulate.
+    `length`: tokens of each sequence. `kind`: `cuda` or `cpu`. To be called through `call_in_process`, since a process that is
+    part of a job cannot simulate.
     """
     from trainer.planner.simulation import simulate_cost_model_of_run
 
-    device = SIMULATED if kind == "cuda" else torch.device("cpu")
-    accumulation = samples_per_dp_rank(config, ranks[0])
     try:
         return simulate_cost_model_of_run(
-            config, length, accumulation=accumulation, world_size=ranks[0], local_world_size=ranks[1], device=device
+            config,
+            length,
+            accumulation=samples_per_dp_rank(config, rank_counts.world_size),
+            world_size=rank_counts.world_size,
+            local_world_size=rank_counts.ranks_per_host,
+            device=SIMULATED if kind == "cuda" else torch.device("cpu"),
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that is an answer
         return f"its step {why_not_simulated(error)}"

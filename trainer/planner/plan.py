@@ -368,7 +368,7 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
     card = job.card
     strategy = variant.config.strategy
     accumulation = job.global_batch // (dp_size_of(variant.config, job.ranks) * micro)
-    units = float(micro) if cost_model.rows else job.lengths.tokens_of_longest(micro)
+    units = float(micro) if cost_model.counts_rows else job.lengths.tokens_of_longest(micro)
     overrides = [*variant.overrides, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
     # Memory, by the longest documents.
     peak = cost_model.peak_at(units)
@@ -440,7 +440,7 @@ def peer_memory_of(
     choice: Choice, cost_model: CostModel, job: PlannedRun, peer_settings: Sequence[PeerSetting]
 ) -> PeerMemory:
     """What a rank of another trainer would hold in the step of `choice`, if it shards weights, gradients and moments alike."""
-    if cost_model.rows:
+    if cost_model.counts_rows:
         units = float(choice.micro)
         tokens = choice.micro * float(job.lengths.longest[0])
     else:
@@ -472,7 +472,7 @@ def _peer_problems(config: RunConfig, peer_settings: Sequence[PeerSetting]) -> l
 
 def _average_load(cost_model: CostModel, job: PlannedRun, micro: int, accumulation: int) -> MicroBatchLoad:
     """The size of a micro-batch of `micro` documents of average length, and how many of them a step has (`accumulation`)."""
-    units = float(micro) if cost_model.rows else micro * job.lengths.mean
+    units = float(micro) if cost_model.counts_rows else micro * job.lengths.mean
     return MicroBatchLoad(units, micro * job.lengths.mean_square, accumulation)
 
 
@@ -483,7 +483,7 @@ def _largest_micro(cost_model: CostModel, job: PlannedRun) -> int:
         units = min(
             units, cost_model.units_in_host_memory(room_for_inputs(cost_model, job.ranks_per_node, job.node_gib))
         )
-    return int(min(units, LARGEST_MICRO)) if cost_model.rows else job.lengths.units_within(units)
+    return int(min(units, LARGEST_MICRO)) if cost_model.counts_rows else job.lengths.units_within(units)
 
 
 def _budget_hours(config: RunConfig, job: PlannedRun, step_s: float, tokens: float) -> float | None:

@@ -213,13 +213,13 @@ def simulate_cost_model_of_run(
 
 
 def _fields_of_any_depth(built: Built, objective: ObjectiveConfig) -> dict[str, Any]:
-    """The fields `notes`, `layout` and `alone` of a cost model, which are the same at any depth of the simulated model."""
+    """The fields `notes`, `layout` and `needs_single_rows` of a cost model, which are the same at any depth."""
     # Without the note on attention kernels: they were chosen for this machine, not for the GPU of the plan.
     notes = [f"{key}: {note}" for key, note in built.substitutions.items() if key != "model.attention"]
     return {
         "notes": tuple(notes),
         "layout": str(built.layout),
-        "alone": needs_one_row_batches(built, objective),
+        "needs_single_rows": needs_one_row_batches(built, objective),
     }
 
 

@@ -53,7 +53,7 @@ class MicroBatchLoad:
     """A rank's micro-batches, as they are on average."""
 
     units: float
-    """Tokens, or rows if `CostModel.rows`."""
+    """Tokens, or rows if `CostModel.counts_rows`."""
     squares: float
     """Sum of the squared lengths of a micro-batch's sequences."""
     micro_batches: int

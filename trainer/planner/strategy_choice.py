@@ -1,4 +1,4 @@
-"""`strategy=auto`: the fastest strategy that fits, chosen once and frozen into the configuration.
+"""`strategy=auto`: the fastest strategy that fits, chosen once and written into the run's configuration file.
 
 If the ranks' GPU is in `conf/hardware/`, all strategies are planned on it as by `shardtune plan`, and tried in order
 of speed. The rates of other devices are unknown: there the strategy that shards least is taken of those that fit,
@@ -31,9 +31,15 @@ from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config
 from trainer.planner.hardware import GIB, Card, card_named
 from trainer.planner.lengths import DocumentLengths, sampled_lengths
-from trainer.planner.micro_batch import needed_gib, recomputation_modes, try_simulate_cost_model
+from trainer.planner.micro_batch import (
+    needed_gib,
+    recomputation_modes,
+    runtime_of_first_rank,
+    try_simulate_cost_model,
+)
 from trainer.planner.oom_probe import PROBE_STEPS, TrialDescription, TrialInputs, memory_gib, runs_out_of_memory
 from trainer.planner.plan import Choice, PlannedRun, RunVariant, micro_batches, rank_choices
+from trainer.planner.rank_devices import RankCounts
 from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
 
 LEAST_SHARDED_FIRST = ("single", "ddp", "zero1", "zero2", "hsdp", "fsdp2", "zero3")
@@ -46,7 +52,7 @@ PARALLEL_SIMULATIONS = 4
 class Devices:
     """The devices of a run's ranks."""
 
-    ranks: int
+    world_size: int
     ranks_per_host: int
     kind: str
     """`cuda` or `cpu`."""
@@ -54,6 +60,11 @@ class Devices:
     """Memory of the smallest device."""
     card: Card | None
     """The GPU's rates; None on CPUs, and for GPUs that are of several kinds or not in `conf/hardware/`."""
+
+    @property
+    def rank_counts(self) -> RankCounts:
+        """How many ranks there are, and how many on each host."""
+        return RankCounts(self.world_size, self.ranks_per_host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +81,22 @@ class Proposal:
 
 
 def resolve_strategy(
-    config: RunConfig, inputs: TrialInputs, announce: Callable[[str], None], freeze: Callable[[RunConfig], None]
+    config: RunConfig, inputs: TrialInputs, announce: Callable[[str], None], write_config: Callable[[RunConfig], None]
 ) -> RunConfig:
-    """Resolve `strategy=auto`: choose the fastest strategy that fits in memory. Any other strategy stays.
+    """Resolve `strategy=auto`: choose the fastest strategy that fits in memory. All ranks must call.
 
-    `announce` prints a line for the user. `freeze` writes the choice to the run directory, so that a later start takes the same
-    one. All ranks must call; they follow rank 0, which may have read an earlier start's choice. Raises DoesNotFit on every rank
-    if no strategy fits; OutOfMemory if some ranks run out and others do not, after which a new start may take the next
-    strategy.
+    - The user's own strategy stays.
+    - An earlier start's choice stays, if it is possible for this number of ranks.
+    - Else rank 0 plans the strategies, and all ranks try them by real steps in its order, until memory does not run out.
+      `write_config` writes the choice to the run directory, so that a later start takes the same one.
+
+    `announce` prints a line for the user. All ranks follow rank 0, which may have read an earlier start's choice. Raises
+    DoesNotFit on every rank if no strategy fits; OutOfMemory if some ranks run out and others do not, after which a new start
+    may take the next strategy.
     """
     runtime = inputs.runtime
-    own_values = (config.strategy, config.resolution(STRATEGY_KEY), _batch_for_ranks(config, runtime.world_size))
-    strategy, earlier_resolution, batch = broadcast_object(own_values, runtime)
+    values_of_rank = (config.strategy, config.resolution(STRATEGY_KEY), _batch_for_ranks(config, runtime.world_size))
+    strategy, earlier_resolution, batch = broadcast_object(values_of_rank, runtime)
     config = replace(_with_strategy(config, strategy, earlier_resolution), batch=batch)
     if not isinstance(strategy, AutoConfig):
         is_earlier_choice = earlier_resolution is not None and (
@@ -98,7 +113,7 @@ def resolve_strategy(
     failed_trials = [] if earlier_resolution is None else list(earlier_resolution.tried)
     proposals_in_order: Iterator[Proposal] = iter(())
     if runtime.is_main:
-        simulating = ": simulating steps" if devices.ranks > 1 else ""
+        simulating = ": simulating steps" if devices.world_size > 1 else ""
         announce(f"choosing the strategy (strategy=auto){simulating}")
         timeout_s = TIMEOUT_SHARE * runtime.timeout_s
         proposals_in_order = proposals(config, inputs.data, inputs.precision, devices, timeout_s)
@@ -115,57 +130,63 @@ def resolve_strategy(
                 "lower batch.micro or data.max_length, recompute (strategy.activation_checkpointing=full), take more GPUs "
                 "or tuning=lora; `shardtune plan` compares them"
             )
-        if devices.ranks == 1 or not _runs_out_of_memory(config, proposal, inputs):
+        if devices.world_size == 1 or not _runs_out_of_memory(config, proposal, inputs):
             break
         announce(f"strategy={proposal.name} runs out of memory; trying the next")
         failed_trials.append(OutOfMemoryTrial(proposal.name))
     reason = proposal.reason
-    if devices.ranks > 1:
+    if devices.world_size > 1:
         reason += f"; {PROBE_STEPS} steps of the longest documents held"
     resolution = Resolution(STRATEGY_KEY, AUTO, proposal.name, reason, tuple(failed_trials))
     resolved_config = _with_strategy(config, proposal.strategy, resolution)
-    freeze(resolved_config)
+    write_config(resolved_config)
     return resolved_config
 
 
-def preview_strategy(config: RunConfig, prepared: PreparedData) -> RunConfig:
-    """The run with the strategy that `auto` would try first on devices like those of this host.
+def with_proposed_strategy(config: RunConfig, prepared: PreparedData) -> RunConfig:
+    """The configuration with the strategy that `auto` would try first on devices like those of this host.
 
-    For commands that show a run before it starts, when there are no ranks yet: nothing is tried, the strategy is planned.
+    For commands that show a run before it starts, when there are no ranks yet: steps are simulated, and no real step is taken.
+
+    - A configuration that names a strategy is returned as it is.
+    - For several GPUs, on a host without any, it gets FSDP2 (or else the first strategy that can run it), with a note that the
+      real choice is made on the host with the GPUs.
+    - Else it gets the first proposal of `proposals`, with its reason.
     """
     if not isinstance(config.strategy, AutoConfig):
         return config
     device_kind = str(config.run.device)
-    ranks_per_host = config.launcher.per_node
-    ranks = ranks_per_host * config.launcher.nodes
-    if device_kind == "cuda" and not torch.cuda.is_available() and ranks > 1:
-        possible = {str(strategy.name): strategy for strategy in runnable_strategies(config, ranks)[0]}
-        placeholder = possible.get("fsdp2") or next(iter(possible.values()))
+    runtime = runtime_of_first_rank(config)
+    world_size = runtime.world_size
+    if device_kind == "cuda" and not torch.cuda.is_available() and world_size > 1:
+        runnable, _ = runnable_strategies(config, world_size)
+        strategy_by_name = {str(strategy.name): strategy for strategy in runnable}
+        placeholder = strategy_by_name.get("fsdp2") or runnable[0]
         note = (
             f"{AUTO} -> the fastest that fits, on the host with the GPUs; the figures here are for {placeholder.name}"
         )
         return _with_strategy(config, placeholder, note)
-    device = torch.device("cuda" if device_kind == "cuda" else "cpu")
-    runtime = Runtime(0, ranks, 0, ranks_per_host, device, None)
-    devices = Devices(ranks, ranks_per_host, device_kind, memory_gib(runtime), _card(gpu_name(runtime)))
+    card = _card(gpu_name(runtime))
+    devices = Devices(world_size, runtime.local_world_size, device_kind, memory_gib(runtime), card)
     timeout_s = TIMEOUT_SHARE * config.run.timeout_s
     first = next(proposals(config, prepared, config.precision, devices, timeout_s))
     reason = first.reason
-    if ranks > 1:
+    if world_size > 1:  # a single rank needs no trial
         reason += f"; {PROBE_STEPS} steps of the longest documents will be tried"
     return _with_strategy(config, first.strategy, Resolution(STRATEGY_KEY, AUTO, first.name, reason))
 
 
-def _batch_for_ranks(config: RunConfig, ranks: int) -> dict[str, Any]:
-    """`batch`, with `micro` set back to `auto` if an earlier start chose a number that is not possible for `ranks` ranks.
+def _batch_for_ranks(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """`config.batch`, with `micro` set back to `auto` if an earlier start chose a number that `world_size` ranks cannot take.
 
-    Trial steps could not be divided into it. `resolve_micro_batch`, which is called after the strategy is chosen, chooses again.
+    They cannot if it does not divide the samples of a data-parallel rank, into which trial steps are divided.
+    `resolve_micro_batch`, which is called after the strategy is chosen, then chooses again.
     """
     batch = config.batch
     is_earlier_choice = batch["micro"] != AUTO and requested_micro_batch(batch, config.substitutions) == AUTO
     if not is_earlier_choice:
         return batch
-    is_divisor = (batch["global"] // dp_size_of(config, ranks)) % batch["micro"] == 0
+    is_divisor = (batch["global"] // dp_size_of(config, world_size)) % batch["micro"] == 0
     return batch if is_divisor else {**batch, "micro": AUTO}
 
 
@@ -179,7 +200,7 @@ def _with_strategy(config: RunConfig, strategy: StrategyConfig, note: Resolution
 
 
 def gpu_name(runtime: Runtime) -> str | None:
-    """What the driver calls this rank's card; None for a CPU."""
+    """The driver's name of this rank's GPU, such as `NVIDIA A100-SXM4-80GB`; None for a CPU."""
     gpu = gpu_of_device(runtime.device)
     return None if gpu is None else gpu.name
 
@@ -188,14 +209,13 @@ def devices_of(runtime: Runtime) -> Devices:
     """The devices of all ranks, for a plan: the memory of the smallest, and the GPU if all are alike. All ranks must call."""
     memory_and_name_by_rank = gather_objects((memory_gib(runtime), gpu_name(runtime)), runtime)
     names = {name for _, name in memory_and_name_by_rank}
-    card = None
-    if len(names) == 1:
-        card = _card(names.pop())
+    card = _card(names.pop()) if len(names) == 1 else None
     least_gib = min(memory for memory, _ in memory_and_name_by_rank)
     return Devices(runtime.world_size, runtime.local_world_size, runtime.kind, least_gib, card)
 
 
 def _card(name: str | None) -> Card | None:
+    """The rates of a GPU by its driver's name; None for a CPU (None), and for a GPU that is not in `conf/hardware/`."""
     return None if name is None else card_named(name)
 
 
@@ -221,20 +241,24 @@ def proposals(
 ) -> Iterator[Proposal]:
     """Strategies that can run this configuration, in the order in which they are to be tried, each with the reason.
 
-    On a GPU of known speed, all are simulated at once and ordered by speed. On other devices, each is simulated only when the
-    caller asks for it, the one that shards least first. `timeout_s`: how long one simulation may take.
+    - One rank, or a single strategy that can run it: without a simulation.
+    - A GPU of known speed: all are simulated at once and ordered by speed.
+    - Other devices: each is simulated only when the caller asks for the next one, the one that shards least first.
+
+    `timeout_s`: how long one simulation may take.
     """
-    possible = {str(strategy.name): strategy for strategy in runnable_strategies(config, devices.ranks)[0]}
-    least_sharded_first = [possible[name] for name in LEAST_SHARDED_FIRST if name in possible]
-    if devices.ranks == 1 or len(least_sharded_first) == 1:
-        reason = "one rank has nothing to share" if devices.ranks == 1 else "the only one that can run this"
+    runnable, _ = runnable_strategies(config, devices.world_size)
+    strategy_by_name = {str(strategy.name): strategy for strategy in runnable}
+    least_sharded_first = [strategy_by_name[name] for name in LEAST_SHARDED_FIRST if name in strategy_by_name]
+    if devices.world_size == 1 or len(least_sharded_first) == 1:
+        reason = "one rank has nothing to share" if devices.world_size == 1 else "the only one that can run this"
         yield from (Proposal(strategy, reason) for strategy in least_sharded_first)
         return
     planner = Planner(config, prepared, precision, devices, timeout_s)
     if planner.rates_known:
-        yield from planner.fastest(least_sharded_first)
+        yield from planner.strategies_by_speed(least_sharded_first)
     else:
-        yield from planner.least_sharded(least_sharded_first)
+        yield from planner.strategies_by_sharding(least_sharded_first)
 
 
 class Planner:
@@ -259,45 +283,64 @@ class Planner:
         card = self.devices.card
         return card is not None and card.tflops(self.precision) > 0
 
-    def least_sharded(self, strategies: list[StrategyConfig]) -> Iterator[Proposal]:
+    def strategies_by_sharding(self, strategies: list[StrategyConfig]) -> Iterator[Proposal]:
         """Strategies to try on a device of unknown speed, each with the reason.
 
         First those that fit according to a simulation, in the order given; then those that cannot be simulated; last the one that
         needs least memory. Each is simulated with every mode of recomputation that is open, without recomputation first.
         """
         available_gib = self.devices.memory_gib
-        unplanned: dict[str, Proposal] = {}
+        unplanned_by_name: dict[str, Proposal] = {}  # a strategy that fails with several modes is proposed once
         too_large: list[tuple[float, StrategyConfig]] = []
         for mode in self.modes:
             for strategy in strategies:
                 cost_model = self.simulate_cost_model(strategy, mode)
                 if isinstance(cost_model, str):
-                    unplanned[str(strategy.name)] = Proposal(strategy, f"not planned: {cost_model}")
+                    unplanned_by_name[str(strategy.name)] = Proposal(strategy, f"not planned: {cost_model}")
                     continue
-                needed = needed_gib(cost_model, self.micro or 1, self.lengths, available_gib)
-                if needed > available_gib:
-                    too_large.append((needed, strategy))
+                planned_gib = needed_gib(cost_model, self.micro or 1, self.lengths, available_gib)
+                if planned_gib > available_gib:
+                    too_large.append((planned_gib, strategy))
                     continue
-                memory = f"planned {needed:.2f} of {available_gib:.2f} GiB"
+                memory = f"planned {planned_gib:.2f} of {available_gib:.2f} GiB"
                 yield Proposal(strategy, f"{memory}; this device's rates are not known: of what fits it shards least")
-        yield from unplanned.values()
+        yield from unplanned_by_name.values()
         if too_large:
-            needed, strategy = min(too_large, key=lambda needed_and_strategy: needed_and_strategy[0])
-            yield Proposal(strategy, f"planned {needed:.2f} of {available_gib:.2f} GiB, the least of all")
+            planned_gib, strategy = min(too_large, key=lambda gib_and_strategy: gib_and_strategy[0])
+            yield Proposal(strategy, f"planned {planned_gib:.2f} of {available_gib:.2f} GiB, the least of all")
 
-    def fastest(self, strategies: list[StrategyConfig]) -> Iterator[Proposal]:
-        """Strategies to try on a GPU of known speed, each with the reason.
+    def strategies_by_speed(self, strategies: list[StrategyConfig]) -> Iterator[Proposal]:
+        """Strategies to try on a GPU of known speed, each with the reason. The caller takes the next one if memory runs out.
 
         First those that fit according to a simulation, the fastest first; then those that cannot be simulated; last the one that
         needs least memory.
         """
-        # Simulate all of them. Each thread only waits for the process that simulates.
+        assert self.devices.card is not None
+        fitting, too_large, unplanned = self._planned_by_fit(strategies)
+        for strategy, choice in sorted(fitting, key=lambda planned: -planned[1].tokens_per_s):
+            speed = f"{choice.tokens_per_s:,.0f} tokens/s on {self.devices.card.name}"
+            # A strategy is only asked for after all faster ones ran out of memory.
+            yield Proposal(
+                strategy, f"planned {_gib_text(choice)} GiB and {speed}: the fastest of what fits and was not tried"
+            )
+        yield from unplanned
+        if too_large:
+            strategy, choice = max(too_large, key=lambda planned: planned[1].fit.margin)
+            yield Proposal(strategy, f"planned {_gib_text(choice)} GiB, the least of all")
+
+    def _planned_by_fit(
+        self, strategies: list[StrategyConfig]
+    ) -> tuple[list[tuple[StrategyConfig, Choice]], list[tuple[StrategyConfig, Choice]], list[Proposal]]:
+        """Simulate every strategy with every mode of recomputation: (those that fit, those that are too large, the unplanned).
+
+        The first two are pairs of a strategy and its cost; the last are proposals of those that cannot be simulated.
+        """
+        # Each thread only waits for the process that simulates.
         combinations = [(strategy, mode) for strategy in strategies for mode in self.modes]
         threads = min(PARALLEL_SIMULATIONS, len(combinations), len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(threads) as pool:
             cost_models = list(pool.map(self.simulate_cost_model, *zip(*combinations, strict=True)))
 
-        # Group them by the result.
         fitting: list[tuple[StrategyConfig, Choice]] = []
         too_large: list[tuple[StrategyConfig, Choice]] = []
         unplanned: list[Proposal] = []
@@ -310,26 +353,16 @@ class Planner:
                 fitting.append((strategy, choice))
             else:
                 too_large.append((strategy, choice))
-
-        assert self.devices.card is not None
-        for strategy, choice in sorted(fitting, key=lambda planned: -planned[1].tokens_per_s):
-            speed = f"{choice.tokens_per_s:,.0f} tokens/s on {self.devices.card.name}"
-            yield Proposal(
-                strategy, f"planned {_gib_text(choice)} GiB and {speed}: the fastest of what fits and was not tried"
-            )
-        yield from unplanned
-        if too_large:
-            strategy, choice = max(too_large, key=lambda planned: planned[1].fit.margin)
-            yield Proposal(strategy, f"planned {_gib_text(choice)} GiB, the least of all")
+        return fitting, too_large, unplanned
 
     def simulate_cost_model(self, strategy: StrategyConfig, mode: ActivationCheckpointing) -> CostModel | str:
         """The cost model under a strategy, simulated in a process of its own, or why it cannot be."""
         devices = self.devices
         config = replace(self.config, strategy=strategy, batch={**self.config.batch, "micro": 1}, substitutions={})
-        step_config = single_step_config(config, devices.ranks, mode_if_auto=mode)
+        step_config = single_step_config(config, devices.world_size, mode_if_auto=mode)
         step_config = replace(step_config, precision=self.precision)
-        length = int(self.lengths.longest[0]) // self.lengths.sequences_per_unit
-        arguments = (step_config, length, (devices.ranks, devices.ranks_per_host), devices.kind)
+        longest_sequence = int(self.lengths.longest[0]) // self.lengths.sequences_per_unit
+        arguments = (step_config, longest_sequence, devices.rank_counts, devices.kind)
         cost_model: CostModel | str = call_in_process(try_simulate_cost_model, arguments, self.timeout_s)
         return cost_model
 
@@ -342,14 +375,17 @@ class Planner:
         job = PlannedRun(
             card=replace(self.devices.card, memory_gib=self.devices.memory_gib),
             precision=self.precision,
-            nodes=self.devices.ranks // self.devices.ranks_per_host,
+            nodes=self.devices.world_size // self.devices.ranks_per_host,
             ranks_per_node=self.devices.ranks_per_host,
             global_batch=self.config.batch["global"],
             lengths=self.lengths,
         )
         variant = RunVariant(replace(self.config, strategy=replace(strategy, activation_checkpointing=mode)), ())
-        micros = [1] if cost_model.alone else micro_batches(job, self.micro, self.config.parallel.sequence)
-        return rank_choices(variant, cost_model, job, micros)[0]
+        candidates = micro_batches(job, self.micro, self.config.parallel.sequence)
+        if cost_model.needs_single_rows:
+            candidates = [1]
+        best, *_ = rank_choices(variant, cost_model, job, candidates)
+        return best
 
 
 def _gib_text(choice: Choice) -> str:

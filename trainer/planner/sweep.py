@@ -16,7 +16,7 @@ from strategies.parent_death import die_with_parent
 from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
 from trainer.planner.cost_model import CostModel
-from trainer.planner.fit_check import simulable, why_not_simulated
+from trainer.planner.fit_check import strategy_for_simulation, why_not_simulated
 from trainer.planner.hardware import MemoryFit
 from trainer.planner.plan import Choice, PlanConfig, PlannedRun, RunVariant, choice_of, micro_batches, rank_choices
 
@@ -228,7 +228,7 @@ def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedRun
     gc.collect()
     gc.freeze()
     # Reductions in the last micro-batch alone are computed afterwards from this cost model (`with_deferred_reduction`).
-    config = replace(config, strategy=simulable(config.strategy), precision=job.precision)
+    config = replace(config, strategy=strategy_for_simulation(config.strategy), precision=job.precision)
     sequences_per_unit = job.lengths.sequences_per_unit
     try:
         return simulate_cost_model_of_run(
