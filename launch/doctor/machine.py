@@ -77,22 +77,23 @@ def _add_packages(machine: Machine) -> None:
     """Add the versions of required packages to the machine's facts, with what each extra lacks; a problem for each unmet one.
 
     facts["packages"]: {"torch": "2.8.0"}. facts["extras"]: {"gpu": {"brings": "FlashAttention", "lacks": [messages]}}.
+    If shardtune is not installed, its requirements are not known: a note says so, and these facts are not set.
     """
     machine.facts["python"] = platform.python_version()
     try:
-        about = metadata.metadata(DISTRIBUTION)
+        own_metadata = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         machine.notes.append(
             f"{DISTRIBUTION} is not installed, so what it needs was not looked up: pip install -e . in the clone"
         )
         return
     machine.facts[DISTRIBUTION] = metadata.version(DISTRIBUTION)
-    required, required_by_extra = _requirements(about.get_all("Provides-Extra") or [])
+    required, required_by_extra = _requirements(own_metadata.get_all("Provides-Extra") or [])
     machine.facts["packages"] = {name: installed_version(name) for name, _ in required}
-    for name, versions in required:
-        problem = _package_problem(name, versions)
+    for name, allowed_versions in required:
+        problem = _package_problem(name, allowed_versions)
         if problem:
-            machine.problems.append(f"{problem}: pip install '{name}{versions}'")
+            machine.problems.append(f"{problem}: pip install '{name}{allowed_versions}'")
     machine.facts["extras"] = {}
     for extra, brings in EXTRAS.items():
         problems = [_package_problem(name, versions) for name, versions in required_by_extra.get(extra, [])]
@@ -100,15 +101,18 @@ def _add_packages(machine: Machine) -> None:
 
 
 def _requirements(extras: list[str]) -> tuple[list[tuple[str, Any]], dict[str, list[tuple[str, Any]]]]:
-    """(name, allowed versions) of the packages that are always needed, and of those that each extra adds."""
+    """The packages that shardtune needs, each as (name, allowed versions): (those needed always, those by extra).
+
+    ([("torch", ">=2.8")], {"gpu": [("flash-attn", ">=2.7")]}); the versions are SpecifierSets of `packaging`.
+    """
     from packaging.requirements import Requirement
 
     required: list[tuple[str, Any]] = []
     required_by_extra: dict[str, list[tuple[str, Any]]] = {}
-    for text in metadata.requires(DISTRIBUTION) or []:
-        requirement = Requirement(text)
+    for requirement_text in metadata.requires(DISTRIBUTION) or []:
+        requirement = Requirement(requirement_text)
         package = (requirement.name, requirement.specifier)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):  # needed without any extra
             required.append(package)
             continue
         for extra in extras:
@@ -118,14 +122,14 @@ def _requirements(extras: list[str]) -> tuple[list[tuple[str, Any]], dict[str, l
     return required, required_by_extra
 
 
-def _package_problem(name: str, versions: Any) -> str | None:
-    """What is wrong with an installed package; None if its version is among the allowed ones."""
+def _package_problem(name: str, allowed_versions: Any) -> str | None:
+    """What is wrong with a package that is needed: not installed, or another version; None if nothing is."""
     version = installed_version(name)
     if version is None:
         return f"{name} is not installed"
-    if versions.contains(version, prereleases=True):
+    if allowed_versions.contains(version, prereleases=True):
         return None
-    return f"{name} is {version}, and {versions} is needed"
+    return f"{name} is {version}, and {allowed_versions} is needed"
 
 
 def _add_hardware(machine: Machine) -> None:
@@ -194,54 +198,61 @@ def _nvidia_driver_version() -> str | None:
 
 
 def _add_directories(machine: Machine, env: Mapping[str, str]) -> None:
-    """Add the directories that runs use to the machine's facts, with their free space, and problems or notes if it is little.
+    """Add the directories that runs use to the machine's facts, with their free space, and the number of models in the cache.
 
     facts["places"]: {"cache": {"path": "/home/me/.cache/shardtune", "free_gib": 120.0, "exists": True}, ...}.
+    Problems: a directory whose disk cannot be looked at, or that cannot be written (except that of models). Notes: little space.
     """
     from strategies.cache_dir import cache_directory
 
-    hub = env.get("HF_HUB_CACHE") or Path(env.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
-    places = {
+    hub_cache = env.get("HF_HUB_CACHE") or Path(env.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
+    path_by_name = {
         "cache": cache_directory(),
-        "models": Path(hub).expanduser(),
+        "models": Path(hub_cache).expanduser(),
         "here": Path.cwd(),
         "shared": Path("/dev/shm"),
     }
     machine.facts["places"] = {}
-    for name, path in places.items():
-        # Of a directory that is not there yet, the nearest parent tells the disk.
-        existing = next(directory for directory in (path, *path.parents) if directory.exists())
+    for name, path in path_by_name.items():
+        # The nearest directory that exists tells the disk.
+        existing_dir = next(directory for directory in (path, *path.parents) if directory.exists())
         try:
-            free_gib = shutil.disk_usage(existing).free / GIB
+            free_gib = shutil.disk_usage(existing_dir).free / GIB
         except OSError as error:
             machine.problems.append(f"{path}: cannot be looked at ({error.strerror})")
             continue
         machine.facts["places"][name] = {"path": str(path), "free_gib": free_gib, "exists": path.exists()}
-        least_gib = LOW_SHARED_MEMORY_GIB if name == "shared" else LOW_FREE_SPACE_GIB
-        if not os.access(existing, os.W_OK) and name != "models":
+        low_gib = LOW_SHARED_MEMORY_GIB if name == "shared" else LOW_FREE_SPACE_GIB
+        if not os.access(existing_dir, os.W_OK) and name != "models":
             machine.problems.append(f"{path}: cannot be written")
-        elif free_gib < least_gib:
+        elif free_gib < low_gib:
             machine.notes.append(f"{path}: {free_gib:.1f} GiB are free")
-    machine.facts["models"] = len(list(Path(hub).expanduser().glob("models--*")))
+    machine.facts["models"] = len(list(Path(hub_cache).expanduser().glob("models--*")))
 
 
 def _add_slurm(machine: Machine) -> None:
-    """Add to the machine's facts whether SLURM is here, and a note if it does not answer."""
+    """Add to the machine's facts whether SLURM's commands are here, and a note if its controller does not answer."""
     from launch.runs.queue import read_queue
 
-    machine.facts["slurm"] = shutil.which("sbatch") is not None
-    problem = read_queue().problem if machine.facts["slurm"] else None
+    has_slurm = shutil.which("sbatch") is not None
+    machine.facts["slurm"] = has_slurm
+    problem = read_queue().problem if has_slurm else None
     if problem:
         machine.notes.append(f"SLURM's commands are here, and its controller is not: {problem}")
 
 
 def _add_environment(machine: Machine, env: Mapping[str, str]) -> None:
-    """Note variables that change what a run does, and packages that have our names and are not ours."""
+    """Add the variables that keep libraries offline to the machine's facts, and check the environment for two mistakes.
+
+    - a note on variables of a rank that are left over from a job;
+    - a problem for each package of another author that hides one of ours, since it has the same name.
+    """
     machine.facts["offline"] = {name: env[name] for name in OFFLINE_VARIABLES if name in env}
-    left_over = [name for name in RANK_VARIABLES if name in env and "SLURM_STEP_ID" not in env]
-    if left_over:
+    is_slurm_step = "SLURM_STEP_ID" in env
+    rank_variables = [] if is_slurm_step else [name for name in RANK_VARIABLES if name in env]
+    if rank_variables:
         machine.notes.append(
-            f"{', '.join(left_over)} in the environment: left over from a job? A run here would take itself for a rank"
+            f"{', '.join(rank_variables)} in the environment: left over from a job? A run here would take itself for a rank"
         )
     import conf
     import strategies

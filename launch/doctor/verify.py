@@ -204,16 +204,16 @@ class _Progress:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.printed = 0
+        self.num_printed = 0
 
     def poll(self) -> None:
-        """Print the whole lines since the last call."""
+        """Print the complete lines that were added since the last call."""
         if not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        for line in lines[self.printed :]:
+        *complete_lines, _ = self.path.read_text(encoding="utf-8").split("\n")
+        for line in complete_lines[self.num_printed :]:
             print(f"  {line}", file=sys.stderr, flush=True)
-        self.printed = len(lines)
+        self.num_printed = len(complete_lines)
 
 
 def what_is_compared(config: RunConfig, small: SmallRun) -> dict[str, Any]:
@@ -293,20 +293,21 @@ def _difference_lines(report: dict[str, Any]) -> list[str]:
     for precision in precisions:
         columns += [Column(precision, is_number=True), Column("at most", is_number=True)]
     columns.append(Column())
-    cells: dict[str, list[str]] = {}  # by quantity
-    beyond = set()
+    cells_by_quantity: dict[str, list[str]] = {}
+    differing_quantities = set()
     for row in report["differences"]:
-        cells.setdefault(row["quantity"], []).extend([_distance_text(row["distance"]), _distance_text(row["bound"])])
+        cells = cells_by_quantity.setdefault(row["quantity"], [])
+        cells += [_distance_text(row["distance"]), _distance_text(row["bound"])]
         if row["exceeded"]:
-            beyond.add(row["quantity"])
+            differing_quantities.add(row["quantity"])
     rows = []
-    for quantity, numbers in cells.items():
-        rows.append(TableRow((quantity, *numbers, "differs" if quantity in beyond else "")))
+    for quantity, cells in cells_by_quantity.items():
+        rows.append(TableRow((quantity, *cells, "differs" if quantity in differing_quantities else "")))
     return table(columns, rows)
 
 
 def _distance_text(distance: float | str | None) -> str:
-    """A distance or bound as a cell."""
+    """A distance or bound as a cell: 1e-6 -> "1.0e-06", None -> "no gradient", a text as it is."""
     if distance is None:
         return "no gradient"
     return distance if isinstance(distance, str) else f"{distance:.1e}"

@@ -160,7 +160,7 @@ def export_command(argv: list[str]) -> dict[str, Any]:
         last,
         export_directory,
         averaged,
-        benchmarks=export_hub.benchmarks_of(arguments.benchmarks or "{}"),
+        benchmarks=export_hub.parse_benchmarks(arguments.benchmarks or "{}"),
         named=arguments.checkpoint,
     )
     if request.named == "best":
@@ -197,7 +197,7 @@ def export_command(argv: list[str]) -> dict[str, Any]:
     if bits is not None and data is not None:
         answer[str(bits.kind)] = str(export_gguf.write_quantised(bits, request.to, data))
     if hub is not None:
-        answer["pushed"] = export_hub.push(hub)
+        answer["pushed"] = export_hub.push_or_list(hub)
     print_serve_commands(request.to)
     return answer
 

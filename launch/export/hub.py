@@ -15,7 +15,7 @@ from launch.export.arguments import ExportArguments
 from launch.output import Column, TableRow, table
 from strategies.errors import ConfigError, ShardtuneError
 
-PREFIX = "hub:"
+HUB_PREFIX = "hub:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,12 @@ def hub_target(arguments: ExportArguments) -> HubTarget | None:
     Errors: ConfigError for a bad name, or a repository that could not be pushed to.
     """
     to = arguments.to or ""
-    if not to.startswith(PREFIX):
+    if not to.startswith(HUB_PREFIX):
         return None
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    name = to.removeprefix(PREFIX)
+    name = to.removeprefix(HUB_PREFIX)
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -60,22 +60,22 @@ def hub_target(arguments: ExportArguments) -> HubTarget | None:
     return HubTarget(name, private=is_private, folder=folder, is_dry_run=False, exists=exists)
 
 
-def benchmarks_of(typed: str) -> dict[str, str]:
-    """The hub's data sets behind evaluation tasks, by task, for the model card: `{facts: owner/name}`. Errors: ConfigError.
+def parse_benchmarks(text: str) -> dict[str, str]:
+    """The hub's data sets behind evaluation tasks, by task, for the model card: "{facts: owner/name}" -> {"facts": "owner/name"}.
 
-    `typed`: the value of `benchmarks=`.
+    `text`: the value of `benchmarks=`, as YAML. Raises ConfigError if it is anything else.
     """
     import yaml
 
     try:
-        data_sets = yaml.safe_load(typed)
-        assert isinstance(data_sets, dict)
-        assert all(str(data_set).count("/") in (1, 2) for data_set in data_sets.values())
+        data_set_by_task = yaml.safe_load(text)
+        assert isinstance(data_set_by_task, dict)
+        assert all(str(data_set).count("/") in (1, 2) for data_set in data_set_by_task.values())
     except (yaml.YAMLError, AssertionError):
         raise ConfigError(
-            f"benchmarks={typed}: must be data sets of the hub by task, as benchmarks='{{facts: owner/name}}' or owner/name/task"
+            f"benchmarks={text}: must be data sets of the hub by task, as benchmarks='{{facts: owner/name}}' or owner/name/task"
         ) from None
-    return {str(task): str(data_set) for task, data_set in data_sets.items()}
+    return {str(task): str(data_set) for task, data_set in data_set_by_task.items()}
 
 
 def _is_offline() -> bool:
@@ -84,9 +84,10 @@ def _is_offline() -> bool:
 
 
 def _repository_exists(name: str, private: bool) -> bool:
-    """Whether a repository exists on the hub. Errors, before anything is written, if it could not be pushed to.
+    """Whether a repository exists on the hub, after checking that it could be pushed to. Asks the hub.
 
-    ConfigError without a token, or for a public repository if `private` is set; ShardtuneError if the hub cannot be reached.
+    Raises ConfigError without a token, for a token that may not write, or for a public repository if `private` is set;
+    ShardtuneError if the hub cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -121,24 +122,25 @@ def _hub_error(name: str, endpoint: str, error: Exception) -> ShardtuneError:
     )
 
 
-def push(target: HubTarget) -> str | None:
+def push_or_list(target: HubTarget) -> str | None:
     """Print the files of an export's folder, and push them to the hub unless it is a dry run.
 
-    Returns the address of the commit; None for a dry run. Errors: ShardtuneError if the push fails.
+    Returns the address of the commit; None for a dry run. Raises ShardtuneError if the push fails, ConfigError if the token may
+    not write.
     """
     files = sorted(path for path in target.folder.rglob("*") if path.is_file())
-    size_by_name = {path.relative_to(target.folder).as_posix(): path.stat().st_size for path in files}
-    rows = [TableRow((f"{size_bytes:,}", name)) for name, size_bytes in size_by_name.items()]
+    bytes_by_name = {path.relative_to(target.folder).as_posix(): path.stat().st_size for path in files}
+    rows = [TableRow((f"{num_bytes:,}", name)) for name, num_bytes in bytes_by_name.items()]
     print("\n".join(table((Column(is_number=True), Column()), rows, indent=2)))
-    what = f"{len(files)} files, {sum(size_by_name.values()):,} bytes"
+    amount = f"{len(files)} files, {sum(bytes_by_name.values()):,} bytes"
     visibility = "private" if target.private else "public"
     if target.is_dry_run:
         change = "without --dry-run" if not _is_offline() else "with a network, without HF_HUB_OFFLINE"
         print(
-            f"not pushed: {what} would go to the {visibility} repository {target.name}; the same command {change} pushes them"
+            f"not pushed: {amount} would go to the {visibility} repository {target.name}; the same command {change} pushes them"
         )
         return None
-    print(f"pushing {what} to the {visibility} repository {target.name}", flush=True)
+    print(f"pushing {amount} to the {visibility} repository {target.name}", flush=True)
     commit_url = str(_push_folder(target))
     print(f"pushed: {commit_url}")
     return commit_url

@@ -81,11 +81,13 @@ def find_export(argument: str) -> ExportedModel:
     """The export that a command-line argument names: a run directory, or the directory of an export.
 
     "runs/first" and "runs/first/export" are both the export of that run, called "first".
-    Errors: ConfigError if there is none, or it generates no text.
+    Raises ConfigError if there is none, or if it generates no text.
     """
     path = Path(argument).expanduser()
     name = path.resolve().name
-    if (path / "config.yaml").is_file() and not any((path / file).is_file() for file in (MODEL_FILE, ADAPTER_FILE)):
+    holds_model = any((path / file).is_file() for file in (MODEL_FILE, ADAPTER_FILE))
+    is_run_dir = (path / "config.yaml").is_file() and not holds_model
+    if is_run_dir:
         path = path / "export"
         if not path.is_dir():
             raise ConfigError(f"{argument}: this run has no export; write it first: shardtune export {argument}")
@@ -96,9 +98,9 @@ def find_export(argument: str) -> ExportedModel:
             f"{argument}: there is no such directory; name a run or an export, as runs/x or runs/x/export"
         )
     # Adapters first: their directory may hold a config.json too.
-    for file in (ADAPTER_FILE, BOTTLENECK_FILE, MODEL_FILE):
-        if (path / file).is_file():
-            return _read_export(path, file, name)
+    for settings_file in (ADAPTER_FILE, BOTTLENECK_FILE, MODEL_FILE):
+        if (path / settings_file).is_file():
+            return _read_export(path, settings_file, name)
     raise ConfigError(f"{path}: holds neither {MODEL_FILE} nor {ADAPTER_FILE}; name a run or an export")
 
 

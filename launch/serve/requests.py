@@ -177,14 +177,19 @@ def _checked_template_arguments(arguments: Any, tokenizer: Any) -> dict[str, Any
 
 
 def _check_message(message: Any, param: str) -> None:
-    """Refuse a message that no template could render; `param`: its place in the request. Raises RefusedRequest."""
+    """Raise RefusedRequest for a message that no chat template could render. `param`: its place, such as "messages[2]".
+
+    - its role must be one of `ROLES`;
+    - with tool calls: each must name a function; content is not needed;
+    - else its content must be a text, or a list of parts that are texts.
+    """
     _checked_field(message, dict, param, "an object with role and content")
     _checked_field(message.get("role"), str, f"{param}.role", f"one of {', '.join(ROLES)}", lambda role: role in ROLES)
-    calls = message.get("tool_calls")
-    if calls:  # then it needs no content
-        _checked_field(calls, list, f"{param}.tool_calls", "a list")
-        for call in calls:
-            _check_tool_call(call, f"{param}.tool_calls")
+    tool_calls = message.get("tool_calls")
+    if tool_calls:
+        _checked_field(tool_calls, list, f"{param}.tool_calls", "a list")
+        for tool_call in tool_calls:
+            _check_tool_call(tool_call, f"{param}.tool_calls")
         return
     content = message.get("content")
     if isinstance(content, list):
@@ -245,17 +250,17 @@ def _as_templates_read(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
         content = " ".join(part["text"] for part in content)
-    rendered = {**message, "content": content or ""}
-    calls = []
-    for call in message.get("tool_calls") or []:
-        function = call.get("function") or {}
+    template_message = {**message, "content": content or ""}
+    tool_calls = []
+    for tool_call in message.get("tool_calls") or []:
+        function = tool_call.get("function") or {}
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            call = {**call, "function": {**function, "arguments": json.loads(arguments)}}
-        calls.append(call)
-    if calls:
-        rendered["tool_calls"] = calls
-    return rendered
+            tool_call = {**tool_call, "function": {**function, "arguments": json.loads(arguments)}}
+        tool_calls.append(tool_call)
+    if tool_calls:
+        template_message["tool_calls"] = tool_calls
+    return template_message
 
 
 def _move_prompt(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> int:

@@ -128,6 +128,6 @@ def test_hub_push_reports_the_checkpoint_that_is_exported(run):
     report = json.loads((run / "evaluation.json").read_text())
     assert report["model"]["artefact"] == manifest_fingerprint(max((run / "checkpoints").glob("step-*")))
     with pytest.raises(ConfigError):
-        from launch.export.hub import benchmarks_of
+        from launch.export.hub import parse_benchmarks
 
-        benchmarks_of("{a: b}")
+        parse_benchmarks("{a: b}")
