@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -36,6 +36,10 @@ READABLE = ("fp8", "mxfp4")
 """Published kinds of quantised weights that are read (and trained on as the numbers they stand for)."""
 
 
+ONLY_RENAMED = ""
+"""The key in `ConversionGroup.sources` of a stored tensor that no pattern collected, since it is only renamed."""
+
+
 @dataclass(slots=True)
 class ConversionGroup:
     """Stored tensors that become one parameter, or several at once."""
@@ -45,12 +49,18 @@ class ConversionGroup:
     converter: Any = None
     """transformers' own `WeightConverter`; None where a tensor is only renamed."""
     sources: dict[str, list[str]] = field(default_factory=dict)
-    """Stored names by the pattern that collected them, in the order in which they are joined."""
+    """Stored names by the pattern that collected them (or `ONLY_RENAMED`), in the order in which they are joined."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of what the group makes, by name in the model."""
     row_source: str = "whole"
     """What rows of the result are made of: `direct` the tensor's own rows, `list` as many of its tensors, `rows` the same
     rows of each source, `whole` everything."""
+
+    @property
+    def renamed_source(self) -> str:
+        """The stored name of the one tensor of a group that is only renamed (its `converter` is None)."""
+        (stored_name,) = self.sources[ONLY_RENAMED]
+        return stored_name
 
 
 def _unchanged(name: str) -> str:
@@ -69,6 +79,15 @@ class StoredGroup:
     """What makes the stored tensors of the members; None where nothing but the name changes."""
     stored_name: Callable[[str], str] = _unchanged
     """The name in the files of what the conversion makes."""
+
+
+class _StoredPlace(NamedTuple):
+    """What a parameter or buffer of the model becomes in the files."""
+
+    key: str
+    """Its stored name without the prefix of the files, if it is only renamed; else the key of the group that converts it."""
+    pattern: str | None
+    """The pattern of the conversion that takes it; None if it is only renamed."""
 
 
 class Conversions:
@@ -114,7 +133,7 @@ class Conversions:
                 group = firsts.setdefault(name, ConversionGroup(name, converter_of[pattern]))
                 group.sources.setdefault(pattern, []).append(stored)
             elif name not in firsts:
-                firsts[name] = ConversionGroup(name, None, {"": [stored]})
+                firsts[name] = ConversionGroup(name, None, {ONLY_RENAMED: [stored]})
         return rules, firsts, unused
 
     def _plan_group(self, group: ConversionGroup) -> None:
@@ -123,8 +142,7 @@ class Conversions:
         The conversion is run on meta tensors, so that nothing is read but shapes.
         """
         if group.converter is None:
-            (stored,) = group.sources[""]
-            self._read_directly(group, self.files.shape(stored))
+            self._read_directly(group, self.files.shape(group.renamed_source))
             return
         meta_tensors = self._read_sources(group, self.files.on_meta)
         all_tensors = [tensor for tensors in meta_tensors.values() for tensor in tensors]
@@ -213,45 +231,54 @@ class Conversions:
     def stored_groups(self, names: Iterable[str]) -> list[StoredGroup]:
         """The groups in which parameters and buffers become stored tensors again, in the order in which they are complete.
 
-        `names`: of the model, in the order in which their values come. A group that lacks one of its names is left out. Reads
-        no values. Only transforms that were used on the way in are taken back.
+        A tensor that is only renamed is a group of its own. Tensors that are converted together are a group once all of them have
+        come; a group that lacks one is left out. `names`: of the model, in the order in which their values come. Reads no values.
+        Only transforms that were used on the way in are taken back.
         """
-        rules = self._rules if self.quantizer is None else self._group_stored_tensors(None)[0]
+        rules = self._rules
+        if self.quantizer is not None:  # an export is stored in full precision: by the rules without a quantisation
+            rules, _, _ = self._group_stored_tensors(None)
         reverse_rules = rules.reversed()
-        converter_of = reverse_rules.converter_of()
-        # By name in the model: (stored name or the group's key, pattern of the conversion or None).
-        places: dict[str, tuple[str, str | None]] = {}
-        members_of_group: dict[str, set[str]] = {}
+        converter_by_pattern = reverse_rules.converter_of()
+        place_by_name = self._stored_places(reverse_rules)
+        members_by_key: dict[str, set[str]] = {}
+        for name, place in place_by_name.items():
+            if place.pattern is not None:
+                members_by_key.setdefault(place.key, set()).add(name)
+        prefix = self._stored_prefix(place_by_name)
+
+        def stored_name(converted_name: str) -> str:
+            return prefix + reverse_rules.renamed(converted_name)
+
+        groups: list[StoredGroup] = []
+        arrived_by_key: dict[str, set[str]] = {}  # the members of incomplete groups that have come so far
+        for name in names:
+            key, pattern = place_by_name.get(name, _StoredPlace(name, pattern=None))
+            if pattern is None:
+                groups.append(StoredGroup([name], prefix + key))
+                continue
+            arrived = arrived_by_key.setdefault(key, set())
+            arrived.add(name)
+            is_complete = not arrived < members_by_key[key]
+            if not is_complete:
+                continue
+            # Converters join tensors by position, in the loader's order.
+            members = in_loading_order(arrived_by_key.pop(key))
+            conversion = ConversionGroup(key, converter_by_pattern[pattern])
+            for member in members:
+                conversion.sources.setdefault(str(place_by_name[member].pattern), []).append(member)
+            groups.append(StoredGroup(members, key, conversion, stored_name))
+        return groups
+
+    def _stored_places(self, reverse_rules: ConversionRules) -> dict[str, _StoredPlace]:
+        """What each parameter and buffer becomes in the files by the reversed rules, by its name in the model."""
+        place_by_name = {}
         for name in in_loading_order(self.plain.state_dict()):
             key, pattern = reverse_rules.converted_name(name)
             if pattern is None:
                 key = reverse_rules.renamed(name)
-            else:
-                members_of_group.setdefault(key, set()).add(name)
-            places[name] = key, pattern
-        prefix = self._stored_prefix(places)
-
-        def stored_name(converted: str) -> str:
-            return prefix + reverse_rules.renamed(converted)
-
-        groups: list[StoredGroup] = []
-        incomplete: dict[str, set[str]] = {}  # members that have come so far, by the group's key
-        for name in names:
-            key, pattern = places.get(name, (name, None))
-            if pattern is None:
-                groups.append(StoredGroup([name], prefix + key))
-                continue
-            seen = incomplete.setdefault(key, set())
-            seen.add(name)
-            if seen < members_of_group[key]:
-                continue
-            # Converters join tensors by position, in the loader's order.
-            members = in_loading_order(incomplete.pop(key))
-            conversion = ConversionGroup(key, converter_of[pattern])
-            for member in members:
-                conversion.sources.setdefault(str(places[member][1]), []).append(member)
-            groups.append(StoredGroup(members, key, conversion, stored_name))
-        return groups
+            place_by_name[name] = _StoredPlace(key, pattern)
+        return place_by_name
 
     def convert_back(self, group: StoredGroup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The stored tensors of a group by stored name, in the order in which they are written.
@@ -265,15 +292,19 @@ class Conversions:
         converted = self._convert(group.conversion, sources)
         return {group.stored_name(name): tensor for name, tensor in converted.items()}
 
-    def _stored_prefix(self, places: dict[str, tuple[str, str | None]]) -> str:
-        """What the files' names begin with if the model is a part of theirs: `language_model.` of Llama 4; else empty."""
+    def _stored_prefix(self, place_by_name: dict[str, _StoredPlace]) -> str:
+        """What the files' names begin with if the model is a part of theirs: `language_model.` of Llama 4; else empty.
+
+        Found by tensors that are only renamed: what stands before the name that the rules give them. Empty if they disagree.
+        """
         prefixes = set()
-        for name, (key, _) in places.items():
+        for name, place in place_by_name.items():
             group = self.groups.get(name)
             if group is None or group.converter is not None:
                 continue
-            stored = group.sources[""][0]
-            prefixes.add(stored.removesuffix(key) if stored.endswith(f".{key}") else "")
+            stored_name = group.renamed_source
+            has_prefix = stored_name.endswith(f".{place.key}")
+            prefixes.add(stored_name.removesuffix(place.key) if has_prefix else "")
         return prefixes.pop() if len(prefixes) == 1 else ""
 
     def carried(self) -> list[str]:
