@@ -68,22 +68,22 @@ def count_rows(path: Path) -> int:
         return sum(batch.num_rows for batch in read_batches([]))
 
 
-def _format_of(path: File) -> str:
-    """The format that the name of a table says: `Parquet` or `Arrow`."""
+def _format_by_name(path: File) -> str:
+    """The format that a table has by its name: "Parquet" or "Arrow"."""
     return "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
 
 
 @contextmanager
 def _open_table(path: File) -> Iterator[tuple[pa.Schema, Callable[[list[str]], Iterator[pa.RecordBatch]]]]:
-    """(schema of a file, a function that reads its batches). The function takes the names of columns.
+    """Yields (schema of a file, a function that reads its batches, given the names of the columns that are wanted).
 
     Of Parquet, only these columns are read. Batches of Arrow have all columns: they are mapped, and those that nobody looks at
-    cost nothing. Errors: DataError.
+    cost nothing. Raises DataError if the file is damaged, also while the body reads batches.
     """
     import pyarrow as pa
 
     try:
-        if _format_of(path) == "Parquet":
+        if _format_by_name(path) == "Parquet":
             import pyarrow.parquet as pq
 
             with open_binary(path) as source, pq.ParquetFile(source) as file:
@@ -125,11 +125,11 @@ def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.Reco
 
 
 def split_columns(names: list[str], needed_columns: Collection[str] | None) -> tuple[list[str], tuple[str, ...]]:
-    """(columns to read, the other columns). All are read if `needed_columns` is None, or if the file has none of these."""
-    read_columns = names
+    """(columns of a file to read, its other columns). All are read if `needed_columns` is None, or none of them is there."""
+    columns_to_read = names
     if needed_columns is not None:
-        read_columns = [name for name in names if name in needed_columns] or names
-    return read_columns, tuple(name for name in names if name not in read_columns)
+        columns_to_read = [name for name in names if name in needed_columns] or names
+    return columns_to_read, tuple(name for name in names if name not in columns_to_read)
 
 
 def _require_first_bytes(path: File) -> None:
@@ -142,7 +142,7 @@ def _require_first_bytes(path: File) -> None:
     if not head:
         raise DataError(f"{path}:1: the file is empty (0 bytes)")
     refuse_lfs_pointer(path, head)
-    file_format = _format_of(path)
+    file_format = _format_by_name(path)
     if head.startswith(FIRST_BYTES[file_format]):
         return
     content = identify_content(head)
@@ -158,7 +158,7 @@ def _damaged_file(path: File, error: BaseException) -> DataError:
     lines = str(error).strip().splitlines()
     cause = lines[0] if lines else type(error).__name__
     return DataError(
-        f"{path}: the {_format_of(path)} file is damaged or cut off ({cause[:200]}); copy or make it again"
+        f"{path}: the {_format_by_name(path)} file is damaged or cut off ({cause[:200]}); copy or make it again"
     )
 
 
@@ -201,13 +201,13 @@ def _validate(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             try:
                 column.validate(full=True)
             except pa.ArrowInvalid as error:
-                # Only a text column whose encoding alone is wrong may pass.
                 is_text = types.is_string(column.type) or types.is_large_string(column.type)
-                if "UTF8" not in str(error) or not is_text:
+                is_wrong_encoding = is_text and "UTF8" in str(error)
+                if not is_wrong_encoding:
                     raise
                 # The same buffers as bytes: everything but the encoding is checked again.
-                as_bytes = pa.binary() if types.is_string(column.type) else pa.large_binary()
-                column.view(as_bytes).validate(full=True)
+                bytes_type = pa.binary() if types.is_string(column.type) else pa.large_binary()
+                column.view(bytes_type).validate(full=True)
         yield batch
 
 
@@ -239,13 +239,13 @@ def _column_values(column: pa.Array) -> list[Any]:
 
 
 def _scalar_value(scalar: pa.Scalar) -> Any:
-    """An Arrow scalar as JSON has it, or as a `Fault`."""
+    """An Arrow scalar as JSON has it; a `Fault` for a text that is not UTF-8, a map with a key twice, or what JSON lacks."""
     try:
         return _to_json(scalar.as_py(maps_as_pydicts="strict"))
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         return Fault("not_utf8", f"byte 0x{byte:02x} in a text column is not UTF-8; write the column anew")
-    except KeyError:
+    except KeyError:  # what pyarrow raises for the map
         return Fault("duplicate_key", "a map has the same key twice; only one can be meant")
     except Refusal as refusal:
         return Fault(refusal.reason, refusal.message)

@@ -62,20 +62,20 @@ class ControlTokenEscaper:
         it, and one that the template wrote has none. `backend` knows control tokens with the mark in front, so the marks in the
         spelled ones are removed, and each real control token gets one. With ^ for the mark: "<s>Hi <^s^>" -> "^<s>Hi <s>".
         """
-        # (position in `text`, by how many characters everything behind it moves)
         shifts: list[tuple[int, int]] = []
+        # (position in `text`, by how many characters all that is behind it moves)
 
-        def replace_match(match: re.Match[str]) -> str:
-            is_escape = match.group() == ESCAPE
-            shifts.append((match.start(), -1 if is_escape else 1))
-            return "" if is_escape else ESCAPE + match.group()
+        def add_or_remove_mark(match: re.Match[str]) -> str:
+            is_mark = match.group() == ESCAPE
+            shifts.append((match.start(), -1 if is_mark else 1))
+            return "" if is_mark else ESCAPE + match.group()
 
-        backend_text = self._escape_or_token.sub(replace_match, text)
+        backend_text = self._escape_or_token.sub(add_or_remove_mark, text)
 
-        def moved(position: int) -> int:
+        def moved_position(position: int) -> int:
             return position + sum(shift for start, shift in shifts if start < position)
 
-        return backend_text, [(moved(begin), moved(end)) for begin, end in spans]
+        return backend_text, [(moved_position(begin), moved_position(end)) for begin, end in spans]
 
     @cached_property
     def backend(self) -> Tokenizer:
@@ -103,14 +103,14 @@ class ControlTokenEscaper:
         try:
             backend = Tokenizer.from_str(json.dumps(settings))
         except Exception as error:  # the library raises no other; merges may be made of such tokens
-            raise _not_distinguishable(self.tokens[0]) from error
+            raise _indistinguishable_token_error(self.tokens[0]) from error
         for token in self.tokens:
             if backend.token_to_id(ESCAPE + token) != self._backend.token_to_id(token):
-                raise _not_distinguishable(token)
+                raise _indistinguishable_token_error(token)
         return backend
 
 
-def _not_distinguishable(token: str) -> ConfigError:
+def _indistinguishable_token_error(token: str) -> ConfigError:
     """The error for a tokenizer that has no way to read a control token as ordinary characters."""
     return ConfigError(
         f"data.control_tokens=text: {token!r} cannot be told from its spelling with this tokenizer; set "

@@ -36,31 +36,26 @@ class ToolCallDialect:
 def probe_dialect(render: Render, added_tokens: list[str]) -> ToolCallDialect:
     """How a chat template wants tool calls: the first way to give one in which it writes name and arguments whole.
 
-    Renders a small conversation with one call in each way: arguments as an object or as JSON text, the content beside the
-    call empty or None. `render` renders messages; `added_tokens`: those of the tokenizer, among which the token that closes
-    the call is looked for. If no way works, the dialect is the default one.
+    Renders a small conversation with one call in each way: arguments as an object or as JSON text, the content beside the call
+    empty or None. `added_tokens`: those of the tokenizer, among which the token that closes the call is looked for. If no way
+    works, the dialect is the default one.
     """
     # Marks in them, so that no text of the template itself is taken for them.
     name = f"{CALL}name"
     argument = f"{EDGE}value"
     for arguments_as_text, null_content in ((False, False), (False, True), (True, False), (True, True)):
-        arguments: Any = {"key": argument}
-        if arguments_as_text:
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        calls = [{"id": "abcdefghi", "type": "function", "function": {"name": name, "arguments": arguments}}]
-        turn = {"role": "assistant", "content": None if null_content else "", "tool_calls": calls}
-        messages: list[Message] = [{"role": "user", "content": "q"}, turn]
+        messages = _conversation_with_call(
+            name, argument, arguments_as_text=arguments_as_text, null_content=null_content
+        )
         try:
             text = render(messages)
         except Exception:  # noqa: BLE001 - the next way may do; if none does, the conversation itself says why
             continue
         # Python's notation of a dictionary instead of JSON: the template printed an object it expected as text.
-        if name not in text or argument not in text or f"{{'key': '{argument}" in text:
+        printed_object = f"{{'key': '{argument}" in text
+        if name not in text or argument not in text or printed_object:
             continue
-        # The token that closes the turn is the one that ends last behind the arguments.
-        after_arguments = text[text.rindex(argument) + len(argument) :]
-        candidates = [token for token in added_tokens if token in after_arguments]
-        end_token = max(candidates, key=lambda token: after_arguments.rindex(token) + len(token), default=None)
+        end_token = _last_token(text[text.rindex(argument) + len(argument) :], added_tokens)
         return ToolCallDialect(
             arguments_as_text=arguments_as_text,
             null_content=null_content,
@@ -68,6 +63,22 @@ def probe_dialect(render: Render, added_tokens: list[str]) -> ToolCallDialect:
             end_tokens=frozenset() if end_token is None else frozenset({end_token}),
         )
     return ToolCallDialect()
+
+
+def _conversation_with_call(name: str, argument: str, *, arguments_as_text: bool, null_content: bool) -> list[Message]:
+    """A question, and an assistant turn with one call of the function `name`, whose argument "key" is `argument`."""
+    arguments: Any = {"key": argument}
+    if arguments_as_text:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    calls = [{"id": "abcdefghi", "type": "function", "function": {"name": name, "arguments": arguments}}]
+    turn = {"role": "assistant", "content": None if null_content else "", "tool_calls": calls}
+    return [{"role": "user", "content": "q"}, turn]
+
+
+def _last_token(text: str, tokens: list[str]) -> str | None:
+    """The one of `tokens` that ends last in a text; None if the text has none of them."""
+    found_tokens = [token for token in tokens if token in text]
+    return max(found_tokens, key=lambda token: text.rindex(token) + len(token), default=None)
 
 
 def _wraps_tool_results(render: Render, messages: list[Message]) -> bool:
