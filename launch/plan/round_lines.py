@@ -60,7 +60,7 @@ def dry_run_lines(
 ) -> list[str]:
     """Lines on the seconds of a round (answers written, scored and trained on) for a run that is not started.
 
-    None if the run writes no answers. `prompts`: lengths of the prompts in tokens. `mean_length`: tokens of a prompt with its
+    Empty if the run generates no answers. `prompts`: lengths of the prompts in tokens. `mean_length`: tokens of a prompt with its
     answer. `gpu_kinds`: the cluster's names for the GPUs of the job, such as "h100"; without any, the GPU of this machine counts.
     `parameters`: how many the model has, and how many of them are trained.
     """

@@ -104,7 +104,7 @@ def methods_by_row() -> dict[str, Method]:
 
 
 def method_row(config: TuningConfig) -> str:
-    """The row of a method's settings."""
+    """The row of a method's settings in `methods_by_row`: its name, or its type under tuning=peft."""
     return str(config.type) if isinstance(config, PeftConfig) else str(config.name)
 
 
@@ -130,9 +130,9 @@ def combination_verdict(
     concerns_strategy = not asked_feature.only_under or strategy in asked_feature.only_under
     if reason and concerns_strategy:
         return Cell(CellState.refused, reason, asked_feature.instead)
-    without_feature = _feature_refusal(row, strategy, feature, optim)
-    if without_feature is not None:
-        return without_feature
+    feature_refusal = _feature_refusal(row, strategy, feature, optim)
+    if feature_refusal is not None:
+        return feature_refusal
     reason = method.optimizers.get(str(optim))
     if reason:
         return Cell(CellState.refused, reason, "optim=adamw")
@@ -142,7 +142,7 @@ def combination_verdict(
 
 
 def _feature_refusal(row: str, strategy: StrategyName, feature: str, optim: OptimName) -> Cell | None:
-    """The verdict if a feature itself does not go with the strategy, the optimizer or the method; None if it does."""
+    """The refusal of a feature that does not go with the strategy, the optimizer or the method; None if it does."""
     if feature == "sequence" and strategy is StrategyName.single:
         return Cell(CellState.refused, ONE_PROCESS_REASON, NO_SEQUENCE_PARALLELISM_SETTING)
     if feature == "experts" and strategy in NO_EXPERT_PARALLELISM:

@@ -73,18 +73,18 @@ def evaluation_problems(config: RunConfig) -> Iterator[str]:
     elif not re.fullmatch(r"eval/[\w./-]+", evaluation.watched) and evaluation.watched not in FORGETTING_METRICS:
         yield f"evaluation.watch={evaluation.watched}: must name an evaluation metric, such as eval/loss or eval/accuracy"
     elif evaluation.greater_is_better not in (None, more_is_better(config)):
-        typed = str(evaluation.greater_is_better).lower()
-        right = str(more_is_better(config)).lower()
-        word = "larger" if more_is_better(config) else "smaller"
+        value = str(evaluation.greater_is_better).lower()
+        correct_value = str(more_is_better(config)).lower()
+        better_value = "larger" if more_is_better(config) else "smaller"
         yield (
-            f"evaluation.greater_is_better={typed}: with evaluation.watch={evaluation.watched} a {word} value is better; leave "
-            f"it out, or set it to {right}"
+            f"evaluation.greater_is_better={value}: with evaluation.watch={evaluation.watched} a {better_value} value is "
+            f"better; leave it out, or set it to {correct_value}"
         )
     if evaluation.tasks or has_general:
         yield from _watched_task_problems(config, has_data=has_data)
-    yield from _tasks_problems(config)
+    yield from _task_problems(config)
     yield from _forgetting_problems(config)
-    yield from _generate_problems(config, has_data=has_data)
+    yield from _generation_problems(config, has_data=has_data)
     is_of_task = evaluation.watched in registry.metric_directions(evaluation.tasks)
     is_f1 = evaluation.watched.rpartition("/")[2].startswith("f1_")
     if is_f1 and not is_of_task and not family_of(config.objective).scores_labels:
@@ -94,25 +94,29 @@ def evaluation_problems(config: RunConfig) -> Iterator[str]:
 def is_held_out_loss(config: RunConfig) -> bool:
     """Whether the watched metric comes from the forward pass over evaluation documents, as `eval/loss` and `eval/accuracy` do.
 
-    Then `evaluation.every_steps=auto` measures it on the way.
+    False for metrics of generated answers and of tasks. A metric for which it is true is measured by
+    `evaluation.every_steps=auto` during training, and not only at its start and end.
     """
     if isinstance(config.objective, RoundsConfig):
-        return False  # all its metrics are of answers that are written
+        return False  # all metrics of such an objective are of generated answers
     watch = config.evaluation.watched
     has_data = config.data.eval_path is not None or config.data.eval_share > 0
-    of_tasks = registry.metric_directions(tasks_to_run(config))
-    is_written = (
+    task_metrics = registry.metric_directions(tasks_to_run(config))
+    needs_generation_or_task = (
         watch in (*GENERATION_METRICS, *FORGETTING_METRICS)
         or watch.startswith(REWARD_METRIC_PREFIXES)
-        or watch in of_tasks
+        or watch in task_metrics
     )
-    return has_data and not is_written
+    return has_data and not needs_generation_or_task
 
 
 def more_is_better(config: RunConfig) -> bool:
-    """Whether a larger value of `evaluation.watch` is better: of a loss it is not, of a reward it is.
+    """Whether a larger value of `evaluation.watch` is better. The first of these that applies:
 
-    In this order: what the task says that has the metric; rewards; losses; else what any objective says of its metrics.
+    - a metric of a task: what the task declares;
+    - a metric of rewards: yes;
+    - a loss: no;
+    - otherwise yes for BLEU and ROUGE, and for metrics of which an objective declares it.
     """
     watch = config.evaluation.watched
     larger_by_task = registry.metric_directions(tasks_to_run(config)).get(watch)
@@ -129,12 +133,12 @@ def more_is_better(config: RunConfig) -> bool:
 
 
 def tasks_to_run(config: RunConfig) -> dict[str, TaskConfig]:
-    """The tasks of each evaluation by name: those of the user, and those that forgetting is measured by."""
+    """The tasks of each evaluation by name: those of the user, and those that measure forgetting (`challenges.forgetting`)."""
     watched = config.challenges.forgetting
     tasks = dict(config.evaluation.tasks)
     if watched.data is not None and watched.action is not Reaction.off:
         tasks[GENERAL] = TaskConfig(kind="loss", path=watched.data, max_rows=watched.max_rows)
-    if _asks_chat_questions(config):
+    if _runs_chat_tasks(config):
         questions = TaskConfig(kind="loss", path=str(CHAT_QUESTIONS), format=DataFormat.messages)
         writing = DecodingConfig(max_new_tokens=ANSWER_TOKENS)
         tasks[CHAT] = questions
@@ -142,10 +146,14 @@ def tasks_to_run(config: RunConfig) -> dict[str, TaskConfig]:
     return tasks
 
 
-def _asks_chat_questions(config: RunConfig) -> bool:
-    """Whether the questions that come with shardtune are asked, by `challenges.forgetting.chat`.
+def _runs_chat_tasks(config: RunConfig) -> bool:
+    """Whether forgetting is measured by the chat questions that come with shardtune (`challenges.forgetting.chat`).
 
-    None, the default, asks them if forgetting is measured anyway, the model learns to chat, and no task has their names.
+    - Forgetting is off, or `chat` is false: no.
+    - `chat` is null, the default: if forgetting is measured by something else too, the model learns to chat, and no task of
+    the user
+      has the name of one of these.
+    - `chat` is true: yes.
     """
     watched = config.challenges.forgetting
     if watched.action is Reaction.off or watched.chat is False:
@@ -163,9 +171,9 @@ def _learns_to_chat(config: RunConfig) -> bool:
 
 
 def _forgetting_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages for `challenges.forgetting`: its limit, the tasks it names, its chat questions, and its file of plain text.
+    """Error messages for `challenges.forgetting`: its limit, its tasks, its chat questions, and its file of plain text (`data`).
 
-    Looks for the files of `challenges.forgetting.data` on this machine.
+    Checks that the file exists on this machine.
     """
     key = "challenges.forgetting"
     watched = config.challenges.forgetting
@@ -181,11 +189,11 @@ def _forgetting_problems(config: RunConfig) -> Iterator[str]:
             known = ", ".join(config.evaluation.tasks) or "none"
             yield f"{key}.tasks=[{name}]: there is no such task in evaluation.tasks, which has {known}"
     if watched.chat:
-        yield from _chat_questions_problems(config)
+        yield from _chat_question_problems(config)
     if watched.data is None:
         return
 
-    # A task is made from the file of plain text.
+    # The file of plain text becomes a task named GENERAL, which needs a language model's loss.
     if GENERAL in config.evaluation.tasks:
         yield f"evaluation.tasks.{GENERAL}: is the name of the task that {key}.data makes; call yours otherwise"
     if family_of(config.objective).kind is ModelKind.classifier or not build_objective(config.objective).perplexity:
@@ -198,8 +206,8 @@ def _forgetting_problems(config: RunConfig) -> Iterator[str]:
         yield _file_problem(f"{key}.data={watched.data}", error)
 
 
-def _chat_questions_problems(config: RunConfig) -> Iterator[str]:
-    """What is wrong with asking the questions that come with shardtune."""
+def _chat_question_problems(config: RunConfig) -> Iterator[str]:
+    """Error messages for `challenges.forgetting.chat=true`, the chat questions that come with shardtune."""
     key = "challenges.forgetting.chat=true"
     if not _learns_to_chat(config):
         yield f"{key}: objective={config.objective.name} trains no model that answers in a chat; leave it out"
@@ -208,13 +216,13 @@ def _chat_questions_problems(config: RunConfig) -> Iterator[str]:
             yield f"evaluation.tasks.{name}: is the name of a task that {key} makes; call yours otherwise"
 
 
-def _file_problem(word: str, error: ShardtuneError) -> str:
-    """An error about the files that a setting names, with that setting (`data.eval_path=x`) in front of it once."""
-    return f"{word}: {str(error).removeprefix(word).lstrip(': ')}"
+def _file_problem(setting_text: str, error: ShardtuneError) -> str:
+    """The message of an error about files, with the setting that names them in front: `data.eval_path=x: no such file`."""
+    return f"{setting_text}: {str(error).removeprefix(setting_text).lstrip(': ')}"
 
 
-def _generate_problems(config: RunConfig, *, has_data: bool) -> Iterator[str]:
-    """Error messages about `evaluation.generate`, the answers that are written to held-out prompts."""
+def _generation_problems(config: RunConfig, *, has_data: bool) -> Iterator[str]:
+    """Error messages about `evaluation.generate`: answers that are generated to held-out prompts."""
     samples = config.evaluation.generate.samples
     watch = config.evaluation.watched
     if watch in GENERATION_METRICS and not samples:
@@ -229,7 +237,7 @@ def _generate_problems(config: RunConfig, *, has_data: bool) -> Iterator[str]:
     yield from config.evaluation.generate.problems("evaluation.generate")
 
 
-def _tasks_problems(config: RunConfig) -> Iterator[str]:
+def _task_problems(config: RunConfig) -> Iterator[str]:
     """Error messages about the evaluation tasks, their judge and their server, one line each.
 
     Looks for the tasks' files, without reading their rows.
@@ -269,7 +277,7 @@ def _task_needs_judge(name: str, task: TaskConfig) -> bool:
 
 
 def _server_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages for settings that do not go with `evaluation.server`, a server that writes the answers of the tasks."""
+    """Error messages for settings that do not go with `evaluation.server`, a server that generates the answers of the tasks."""
     server = config.evaluation.server
     yield from server.problems("evaluation.server")
     if server.url is None:
@@ -291,7 +299,7 @@ def _server_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _watched_task_problems(config: RunConfig, *, has_data: bool) -> Iterator[str]:
-    """An error message if there are tasks, and `evaluation.watch` names neither a metric of theirs nor one of held-out data."""
+    """An error message if `evaluation.watch` is neither a metric of a task nor a metric of held-out data that can exist."""
     tasks = tasks_to_run(config)
     metrics = registry.metric_directions(tasks)
     watch = config.evaluation.watched

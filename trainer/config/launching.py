@@ -57,7 +57,7 @@ def _local_problems(config: RunConfig, launcher: LauncherConfig) -> Iterator[str
 
 
 def _manual_start_problems(config: RunConfig, launcher: LauncherConfig) -> Iterator[str]:
-    """What is missing if the same command is to be started on each of several hosts."""
+    """Error messages if the user starts the same command on each of several hosts, and settings for that are missing."""
     if launcher.rdzv is None:
         yield (
             f"launcher.nodes={launcher.nodes}: needs launcher.rdzv=<first host>:<port>, the same everywhere; or name the "
@@ -73,7 +73,7 @@ def _manual_start_problems(config: RunConfig, launcher: LauncherConfig) -> Itera
 
 
 def _ssh_problems(launcher: LauncherConfig) -> Iterator[str]:
-    """What is wrong if the hosts are reached over ssh."""
+    """Error messages about settings of hosts that are reached over ssh (`launcher.hosts`)."""
     hosts_text = f"launcher.hosts=[{','.join(launcher.hosts)}]"
     if launcher.nodes != len(launcher.hosts):
         yield f"launcher.nodes={launcher.nodes}: {hosts_text} are {len(launcher.hosts)}; leave launcher.nodes out"
@@ -111,21 +111,22 @@ def _slurm_problems(launcher: SlurmConfig) -> Iterator[str]:
 
 
 def _sbatch_option_problems(launcher: SlurmConfig) -> Iterator[str]:
-    """Error messages for sbatch's options in `launcher.extra` that the job's script or the launcher sets itself, and for GPUs.
+    """Error messages for options of sbatch that the job's script or the launcher sets itself, and for an uneven number of GPUs.
 
-    GPUs of the whole job (`--gpus`) must be a multiple of the nodes.
+    The options are those in `launcher.extra` and `launcher.part_options`. GPUs of the whole job (`--gpus`) must be a multiple
+    of the nodes.
     """
-    words_by_key = {"launcher.extra": launcher.extra}
-    words_by_key |= {f"launcher.part_options.{part}": words for part, words in launcher.part_options.items()}
-    for key, words in words_by_key.items():
-        for option, argument in options_of(words).items():
+    arguments_by_key = {"launcher.extra": launcher.extra}
+    arguments_by_key |= {f"launcher.part_options.{part}": extra for part, extra in launcher.part_options.items()}
+    for key, arguments in arguments_by_key.items():
+        for option, value in options_of(arguments).items():
             if option in ADVICE_BY_FORBIDDEN_OPTION:
-                word = f"--{option}={argument}" if argument else f"--{option}"
-                yield f"{key}: {word}: {ADVICE_BY_FORBIDDEN_OPTION[option]}"
-    gpus = total_gpus(asdict(launcher))
-    if gpus is not None and launcher.nodes > 1 and gpus % launcher.nodes:
+                option_text = f"--{option}={value}" if value else f"--{option}"
+                yield f"{key}: {option_text}: {ADVICE_BY_FORBIDDEN_OPTION[option]}"
+    num_gpus = total_gpus(asdict(launcher))
+    if num_gpus is not None and launcher.nodes > 1 and num_gpus % launcher.nodes:
         yield (
-            f"launcher.extra: --gpus={gpus} cannot be shared evenly by launcher.nodes={launcher.nodes}; "
+            f"launcher.extra: --gpus={num_gpus} cannot be shared evenly by launcher.nodes={launcher.nodes}; "
             "each node needs the same number of ranks: set launcher.gpus_per_node"
         )
 
@@ -155,5 +156,5 @@ def leaves_export_to_job(config: RunConfig) -> bool:
 
 
 def exports_at_end(config: RunConfig) -> bool:
-    """Whether the processes that train also write the export: they hold the GPUs, so a job for it does it in their place."""
+    """Whether the processes that train also write the export; not if a job of the pipeline does, so that GPUs are released."""
     return config.export.at_end and not leaves_export_to_job(config)

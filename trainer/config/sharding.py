@@ -36,7 +36,6 @@ def sharding_problems(config: RunConfig, world_size: int | None) -> Iterator[str
     on_cpu = config.run.device is Device.cpu
     if config.precision is Precision.fp16 and on_cpu:
         yield "precision=fp16: not supported on CPUs; set precision=bf16 or precision=fp32"
-    # Whether anything is left to plan for a memory budget.
     plans_by_memory = strategy.activation_checkpointing is ActivationCheckpointing.auto
     plans_by_memory |= isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None
     if strategy.memory_gib is not None and not plans_by_memory:
@@ -52,10 +51,10 @@ def sharding_problems(config: RunConfig, world_size: int | None) -> Iterator[str
 
 
 def _long_rows_problems(strategy: StrategyConfig) -> Iterator[str]:
-    """Error messages for settings that the two options for long rows do not go with.
+    """Error messages for settings that conflict with one of the two options for long rows.
 
-    These are the MLP computed in tiles of tokens (`strategy.mlp_tokens`), and inputs of blocks that wait on the host
-    (`strategy.offload_activations`).
+    These are the MLP computed in tiles of tokens (`strategy.mlp_tokens`), and inputs of recomputed blocks that are kept in host
+    memory (`strategy.offload_activations`).
     """
     mode = strategy.activation_checkpointing
     recomputation = f"strategy.activation_checkpointing={mode}"
