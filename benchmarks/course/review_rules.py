@@ -50,14 +50,14 @@ def make_review(seed: int) -> Any:
     """The sheet of 30 pairs, drawn by the seed. The right option has the place of the tuned model, a wrong one of the base."""
     from benchmarks.course.data import short_pairs
     from launch.review.prompts import ReviewPrompt
-    from launch.review.sheet import BASE, TUNED, make_sheet
+    from launch.review.sheet import BASE, TUNED, make_review_sheet
     from trainer.config.review import ReviewConfig
 
     pairs = random.Random(seed).sample(short_pairs(), PAIRS)
     prompts = [ReviewPrompt(f"pair {number}", pair["prompt"], None) for number, pair in enumerate(pairs)]
     answers = {TUNED: [pair["chosen"] for pair in pairs], BASE: [pair["rejected"] for pair in pairs]}
     config = ReviewConfig(n=PAIRS, seed=seed, repeats=REPEATS)
-    return make_sheet(prompts, answers, {"run": "", "model": {}}, config, salt=f"review_rules {seed}")
+    return make_review_sheet(prompts, answers, {"run": "", "model": {}}, config, salt=f"review_rules {seed}")
 
 
 def write_votes(sheet: Any, rule: str, seed: int, directory: Path) -> Path:

@@ -15,16 +15,19 @@ Votes = dict[tuple[str, str], str]
 """Votes on one question, by (reviewer, item id): `TUNED_WINS`, `OTHER_WINS` or `TIE`."""
 
 
-def winner(choice: str, item: KeyItem) -> str:
-    """Which model's answer a reviewer preferred: `choice` is `a`, `b` or `tie`; `item` says on which side each model was."""
+def preferred_model(choice: str, item: KeyItem) -> str:
+    """Which model's answer a reviewer preferred: `TUNED_WINS`, `OTHER_WINS` or `TIE`.
+
+    `choice` is a side, `a` or `b`, or `tie`. `item` says on which side the answer of the tuned model was.
+    """
     if choice == TIE:
         return TIE
     return TUNED_WINS if choice == item["tuned"] else OTHER_WINS
 
 
-def alpha(votes: Votes) -> float | None:
-    """Krippendorff's nominal alpha over the items that several reviewers judged; None if all votes are the same."""
-    votes_by_item: dict[str, list[tuple[str, str]]] = {}
+def krippendorff_alpha(votes: Votes) -> float | None:
+    """Krippendorff's nominal alpha over the items that several reviewers judged; None if all of their votes are the same."""
+    votes_by_item: dict[str, list[tuple[str, str]]] = {}  # (reviewer, vote) of each item
     for (reviewer, item_id), vote in votes.items():
         votes_by_item.setdefault(item_id, []).append((reviewer, vote))
     rows = []  # (reviewer, item id, vote), the form that nltk reads
@@ -39,26 +42,29 @@ def alpha(votes: Votes) -> float | None:
     return float(AnnotationTask(data=rows).alpha())
 
 
-def kappa(votes: list[str], other_votes: list[str]) -> float | None:
-    """Cohen's kappa of two reviewers; `votes[i]` and `other_votes[i]` are on the same item.
+def cohen_kappa(first_votes: list[str], second_votes: list[str]) -> float | None:
+    """Cohen's kappa of two reviewers; `first_votes[i]` and `second_votes[i]` are on the same item.
 
     None without votes, or if all votes of both are the same: two reviewers who answer at random would agree as well.
     """
-    if not votes or len({*votes, *other_votes}) < 2:
+    if not first_votes or len({*first_votes, *second_votes}) < 2:
         return None
     from nltk.metrics.agreement import AnnotationTask
 
-    rows = [("1", str(number), vote) for number, vote in enumerate(votes)]
-    rows += [("2", str(number), vote) for number, vote in enumerate(other_votes)]
+    # (reviewer, item, vote), the form that nltk reads.
+    rows = [("1", str(item_number), vote) for item_number, vote in enumerate(first_votes)]
+    rows += [("2", str(item_number), vote) for item_number, vote in enumerate(second_votes)]
     return float(AnnotationTask(data=rows).kappa_pairwise("1", "2"))
 
 
 def pairwise_kappas(votes: Votes) -> list[dict[str, Any]]:
     """Cohen's kappa of every two reviewers, on the items that both judged: names, number of items, kappa."""
     kappas = []
-    for first, second in combinations(sorted({reviewer for reviewer, _ in votes}), 2):
-        shared = [item_id for reviewer, item_id in votes if reviewer == first and (second, item_id) in votes]
-        first_votes = [votes[first, item_id] for item_id in shared]
-        second_votes = [votes[second, item_id] for item_id in shared]
-        kappas.append({"reviewers": [first, second], "items": len(shared), "kappa": kappa(first_votes, second_votes)})
+    reviewers = sorted({reviewer for reviewer, _ in votes})
+    for first, second in combinations(reviewers, 2):
+        shared_item_ids = [item_id for reviewer, item_id in votes if reviewer == first and (second, item_id) in votes]
+        first_votes = [votes[first, item_id] for item_id in shared_item_ids]
+        second_votes = [votes[second, item_id] for item_id in shared_item_ids]
+        kappa = cohen_kappa(first_votes, second_votes)
+        kappas.append({"reviewers": [first, second], "items": len(shared_item_ids), "kappa": kappa})
     return kappas

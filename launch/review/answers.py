@@ -13,8 +13,8 @@ from launch.review.sheet import CHOICES, VERSION, ReviewKey
 from strategies.errors import DataError
 from trainer.config.review import OVERALL
 
-CHOICE_BY_SPELLING = {"a": "a", "b": "b", "tie": "tie", "equal": "tie", "same": "tie", "": None}
-"""The choice that a cell of the table means, by what people write, in lower case; None for no answer."""
+CHOICE_BY_SPELLING = {"a": "a", "b": "b", "tie": "tie", "equal": "tie", "same": "tie"}
+"""The choice that a cell of the table means, by what people write, in lower case. An empty cell is no answer."""
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ def read_reviewers(paths: list[Path], review_id: str, key: ReviewKey) -> list[Re
     for path in paths:
         try:
             reviewer = _read_reviewer(path, review_id)
-            _check_answers(reviewer, item_ids, questions)
+            _raise_if_unknown_answers(reviewer, item_ids, questions)
         except DataError as error:
             problems.append(str(error))
             continue
@@ -92,7 +92,7 @@ def _parse_page_file(path: Path, contents: str, review_id: str) -> Reviewer:
     items = saved.get("items") if isinstance(saved, dict) else None
     if not isinstance(items, dict) or not saved.get("reviewer"):
         raise DataError(f"{path}: is no file of answers; it must be the one that the page saved")
-    _check_review_id(str(path), saved.get("review"), review_id)
+    _raise_if_other_review(str(path), saved.get("review"), review_id)
     if saved.get("version") != VERSION:
         raise DataError(f"{path}: is of version {saved.get('version')} of reviews, and this one reads {VERSION}")
     answers = {}
@@ -100,11 +100,11 @@ def _parse_page_file(path: Path, contents: str, review_id: str) -> Reviewer:
         if not isinstance(item, dict) or not isinstance(item.get("answers"), dict):
             raise DataError(f"{path}: item {item_id} has no answers; it must be the file that the page saved")
         comment = str(item.get("comment") or "")
-        answers[item_id] = ReviewerAnswer(dict(item["answers"]), comment, _seconds(item.get("seconds")))
+        answers[item_id] = ReviewerAnswer(dict(item["answers"]), comment, _duration_or_none(item.get("seconds")))
     return Reviewer(str(saved["reviewer"]).strip(), path, answers)
 
 
-def _seconds(value: Any) -> float | None:
+def _duration_or_none(value: Any) -> float | None:
     """The seconds that a page measured; None for a value that is no duration."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and value >= 0 else None
@@ -126,7 +126,7 @@ def _parse_csv(path: Path, contents: str, review_id: str) -> Reviewer:
     answers: dict[str, ReviewerAnswer] = {}
     for row in rows:
         location = f"{path}:{rows.line_num}"
-        _check_review_id(location, row["review"], review_id)
+        _raise_if_other_review(location, row["review"], review_id)
         name = (row["reviewer"] or "").strip()
         if name:
             names.add(name)
@@ -141,28 +141,35 @@ def _parse_csv(path: Path, contents: str, review_id: str) -> Reviewer:
 
 
 def _parse_choices(row: dict[str, Any], questions: list[str], location: str) -> dict[str, str]:
-    """`a`, `b` or `tie` by question, from a row of the CSV; a question with an empty cell is left out. Errors: DataError."""
-    choices = {}
+    """`a`, `b` or `tie` by question, from a row of the CSV; a question with an empty cell is left out.
+
+    Raises DataError, with the `location` of the row, for a cell that is none of the spellings of a choice.
+    """
+    choice_by_question = {}
     for question in questions:
         spelling = (row[question] or "").strip().lower()
+        if not spelling:
+            continue
         if spelling not in CHOICE_BY_SPELLING:
             raise DataError(
                 f"{location}: {question} is {row[question]!r}; it must be one of {', '.join(CHOICES)}, or empty"
             )
-        choice = CHOICE_BY_SPELLING[spelling]
-        if choice is not None:
-            choices[question] = choice
-    return choices
+        choice_by_question[question] = CHOICE_BY_SPELLING[spelling]
+    return choice_by_question
 
 
-def _check_review_id(location: str, named_id: Any, review_id: str) -> None:
-    """Raise DataError if answers are of another review; `named_id` is the id that the file has at `location`."""
-    if named_id != review_id:
-        other = f"of the review {str(named_id)[:12]}" if named_id else "of no review that it names"
-        raise DataError(f"{location}: is {other}, and this one is {review_id[:12]}; give the answers of this review")
+def _raise_if_other_review(location: str, answered_review_id: Any, review_id: str) -> None:
+    """Raise DataError if answers are of another review; `answered_review_id` is the id that the file has at `location`."""
+    if answered_review_id != review_id:
+        which_review = "of no review that it names"
+        if answered_review_id:
+            which_review = f"of the review {str(answered_review_id)[:12]}"
+        raise DataError(
+            f"{location}: is {which_review}, and this one is {review_id[:12]}; give the answers of this review"
+        )
 
 
-def _check_answers(reviewer: Reviewer, item_ids: set[str], questions: set[str]) -> None:
+def _raise_if_unknown_answers(reviewer: Reviewer, item_ids: set[str], questions: set[str]) -> None:
     """Raise DataError for an item, question or choice that the review does not have, and if nothing was judged."""
     for item_id, answer in reviewer.items.items():
         if item_id not in item_ids:

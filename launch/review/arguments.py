@@ -225,46 +225,55 @@ def _read_arms(arms: list[str]) -> tuple[dict[str, str | None], list[str]]:
     return directory_by_arm, problems
 
 
-def arm_plan(request: MakeRequest, arm: str, directory: str | None) -> EvaluationPlan:
+def arm_plan(request: MakeRequest, arm: str, model_dir: str | None) -> EvaluationPlan:
     """The plan of an evaluation in which one arm (compared model) answers the prompts of the review.
 
-    `directory`: the arm's run or model; None for the run under review. The evaluation of that run also writes the answers of its
-    base model, if this is among the arms.
+    `model_dir`: the directory of the arm's run or model; None for the run under review. The evaluation of that run also writes
+    the answers of its base model, if this is among the arms.
     """
     from launch.evaluate.arguments import parse_evaluate_arguments
     from launch.evaluate.plan import plan_evaluation
-    from launch.review.sheet import BASE
 
+    is_run_under_review = model_dir is None
     # The answers are what is wanted: the task scores them against a placeholder, and nobody reads the score.
-    task = "evaluation.tasks.answers"
-    is_run = directory is None or (Path(directory) / "config.yaml").is_file()
+    task_key = "evaluation.tasks.answers"
     arguments = [
         "evaluation.tasks=[]",
-        f"{task}.kind=exact_match",
-        f"{task}.path={request.to / 'answers' / 'prompts.jsonl'}",
+        f"{task_key}.kind=exact_match",
+        f"{task_key}.path={request.to / 'answers' / 'prompts.jsonl'}",
         "evaluation.resamples=1",
         f"to={request.to / 'answers' / arm}",
     ]
-    if directory is None:
+    if is_run_under_review:
         arguments += request.settings
     else:
         arguments += [*_without_allowing_arguments(request.settings), *request.allowing]
-    if request.accept and is_run:
-        arguments.append(request.accept)
-    if directory is None:
-        step = int(request.checkpoint.name.rpartition("-")[2])  # step-000040
-        arguments += [str(request.run), f"checkpoint={step}"]
-        if BASE in request.arms:
-            arguments.append(f"against={BASE}")
-    elif is_run:
-        arguments.append(directory)
-    else:
-        arguments.append(f"model.path={directory}")
+    arguments += _arm_model_arguments(request, model_dir)
 
     evaluate_arguments = parse_evaluate_arguments(arguments)
     evaluate_arguments.command = request.command
-    evaluate_arguments.prefix = "" if directory is None else ARMS_PREFIX
+    evaluate_arguments.prefix = "" if is_run_under_review else ARMS_PREFIX
     plan = plan_evaluation(evaluate_arguments)
     plan.config.evaluation.tasks["answers"].write = copy.deepcopy(request.review.write)
     plan.job = replace(plan.job, kept=False)
     return plan
+
+
+def _arm_model_arguments(request: MakeRequest, model_dir: str | None) -> list[str]:
+    """The arguments of `evaluate` that name the model of an arm, and the base models that are accepted for it.
+
+    - The run under review (`model_dir` is None): its checkpoint, with its base model if that is among the arms.
+    - Another run: its directory.
+    - A model: its directory, as `model.path`.
+    """
+    from launch.review.sheet import BASE
+
+    accept_argument = [request.accept] if request.accept else []
+    if model_dir is None:
+        step = int(request.checkpoint.name.rpartition("-")[2])  # step-000040
+        arguments = [*accept_argument, str(request.run), f"checkpoint={step}"]
+        if BASE in request.arms:
+            arguments.append(f"against={BASE}")
+        return arguments
+    is_run = (Path(model_dir) / "config.yaml").is_file()
+    return [*accept_argument, model_dir] if is_run else [f"model.path={model_dir}"]

@@ -39,15 +39,15 @@ def carelessness_flags(reviewer: Reviewer, key: ReviewKey, majority: dict[str, s
         if OVERALL in answer.answers:
             choices[item_id] = answer.answers[OVERALL]
     flags = (
-        _disagrees_with_itself(choices, items),
-        _always_same_side(choices),
-        _reads_too_fast(reviewer, items),
-        _agrees_by_chance(choices, items, majority),
+        _inconsistency_flag(choices, items),
+        _same_side_flag(choices),
+        _speed_flag(reviewer, items),
+        _chance_agreement_flag(choices, items, majority),
     )
     return [flag for flag in flags if flag is not None]
 
 
-def _disagrees_with_itself(choices: dict[str, str], items: dict[str, KeyItem]) -> str | None:
+def _inconsistency_flag(choices: dict[str, str], items: dict[str, KeyItem]) -> str | None:
     """The flag of a reviewer who judges repeated items differently the second time; None if the rule is kept.
 
     Some items come twice, the second time with the sides exchanged. `choices` are `a`, `b` or `tie` by item id.
@@ -65,7 +65,7 @@ def _disagrees_with_itself(choices: dict[str, str], items: dict[str, KeyItem]) -
     return f"repeats: agrees with itself in {agreed} of {repeated} repeated items"
 
 
-def _always_same_side(choices: dict[str, str]) -> str | None:
+def _same_side_flag(choices: dict[str, str]) -> str | None:
     """The flag of a reviewer who nearly always chooses the same side, or a tie; None if the rule is kept.
 
     Sides are drawn at random, so a careful reviewer has no reason to prefer one.
@@ -78,7 +78,7 @@ def _always_same_side(choices: dict[str, str]) -> str | None:
     return f"side: says {choice} in {count} of {len(choices)} items"
 
 
-def _reads_too_fast(reviewer: Reviewer, items: dict[str, KeyItem]) -> str | None:
+def _speed_flag(reviewer: Reviewer, items: dict[str, KeyItem]) -> str | None:
     """The flag of a reviewer who chooses faster than anybody can read; None if the rule is kept.
 
     The speed is the words of prompt and answers over the seconds until the choice, which only the page measures.
@@ -92,7 +92,7 @@ def _reads_too_fast(reviewer: Reviewer, items: dict[str, KeyItem]) -> str | None
     return f"time: {median(words_per_s):.0f} words a second in the middle one of {len(words_per_s)} items"
 
 
-def _agrees_by_chance(choices: dict[str, str], items: dict[str, KeyItem], majority: dict[str, str]) -> str | None:
+def _chance_agreement_flag(choices: dict[str, str], items: dict[str, KeyItem], majority: dict[str, str]) -> str | None:
     """The flag of a reviewer who agrees with the majority of the others no better than by chance; None if the rule is kept.
 
     Cohen's kappa is about 0 for somebody who answers without reading.
@@ -100,11 +100,11 @@ def _agrees_by_chance(choices: dict[str, str], items: dict[str, KeyItem], majori
     shared = [item_id for item_id in choices if item_id in majority]
     if len(shared) < MIN_ITEMS:
         return None
-    from launch.review.agreement import kappa, winner
+    from launch.review.agreement import cohen_kappa, preferred_model
 
-    own_votes = [winner(choices[item_id], items[item_id]) for item_id in shared]
+    own_votes = [preferred_model(choices[item_id], items[item_id]) for item_id in shared]
     majority_votes = [majority[item_id] for item_id in shared]
-    agreement = kappa(own_votes, majority_votes)
+    agreement = cohen_kappa(own_votes, majority_votes)
     if agreement is None or agreement > 0:
         return None
     return f"others: kappa {agreement:.2f} with the majority of the others on {len(shared)} items"

@@ -59,7 +59,15 @@ def make_review(argv: list[str]) -> int:
     """
     from launch.review.arguments import read_make_arguments
     from launch.review.prompts import draw_prompts
-    from launch.review.sheet import KEY_FILE, PAGE_FILE, TABLE_FILE, make_sheet, review_csv, review_page, write_key
+    from launch.review.sheet import (
+        KEY_FILE,
+        PAGE_FILE,
+        TABLE_FILE,
+        make_review_sheet,
+        review_csv,
+        review_page,
+        write_key,
+    )
     from trainer.reporting.status import write_text_atomic
 
     request = read_make_arguments(argv)
@@ -69,28 +77,30 @@ def make_review(argv: list[str]) -> int:
             f"{request.prompts} has {len(prompts)} prompts that differ, and not {request.review.n}: all are taken",
             flush=True,
         )
-    answers = _generate_answers(request, prompts)
-    if answers is None:
+    answers_by_arm = _generate_answers(request, prompts)
+    if answers_by_arm is None:
         return 75
-    sheet = make_sheet(prompts, answers, {"run": str(request.run), "model": request.model}, request.review)
+    key_origin = {"run": str(request.run), "model": request.model}
+    sheet = make_review_sheet(prompts, answers_by_arm, key_origin, request.review)
 
-    page_file = request.to / PAGE_FILE
-    table_file = request.to / TABLE_FILE
-    write_key(request.to, sheet)
+    output_dir = request.to
+    page_file = output_dir / PAGE_FILE
+    table_file = output_dir / TABLE_FILE
+    write_key(output_dir, sheet)
     write_text_atomic(page_file, review_page(sheet, request.review))
     # With a byte order mark, by which spreadsheets recognise UTF-8.
     write_text_atomic(table_file, "\ufeff" + review_csv(sheet, request.review))
     print(_sheet_summary(sheet, request))
     print(f"send to reviewers: {page_file}, or {table_file}")
-    print(f"keep, and send to nobody: {request.to / KEY_FILE}")
+    print(f"keep, and send to nobody: {output_dir / KEY_FILE}")
     print(f"then: shardtune review score {request.run} <answers>")
     return 0
 
 
 def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, list[str]] | None:
-    """Let every model answer the prompts, and return {arm: answers in the order of the prompts}; None if it was stopped.
+    """Let every compared model (arm) answer the prompts: {arm: answers in the order of the prompts}, `tuned` first.
 
-    An arm is one of the compared models; `tuned` comes first.
+    Writes the prompts and the answers below `answers/` in the output directory. None if it was stopped.
     """
     from launch.evaluate.command import run_evaluation
     from launch.review.arguments import arm_plan
@@ -99,19 +109,21 @@ def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, lis
     from trainer.evaluation.report.record import ROWS_FILE
 
     write_task_rows(request.to / "answers" / "prompts.jsonl", prompts)
-    answers: dict[str, list[str]] = {}
-    for name, directory in request.arms.items():
-        if directory is None and name == BASE:
+    answers_by_arm: dict[str, list[str]] = {}
+    for arm, model_dir in request.arms.items():
+        is_run_under_review = model_dir is None
+        if is_run_under_review and arm == BASE:
             continue  # the evaluation of the tuned model also writes the answers of its base
-        plan = arm_plan(request, name, directory)
+        plan = arm_plan(request, arm, model_dir)
         if run_evaluation(plan, quiet=False):
             return None
         for line in (Path(plan.job.to) / ROWS_FILE).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            arm = row["arm"] if directory is None else name
-            answers.setdefault(arm, []).append(row["answer"])
+            # The rows of the run under review say whether the tuned model or its base answered.
+            answering_arm = row["arm"] if is_run_under_review else arm
+            answers_by_arm.setdefault(answering_arm, []).append(row["answer"])
     other_arms = [arm for arm in request.arms if arm != TUNED]
-    return {arm: answers[arm] for arm in (TUNED, *other_arms)}
+    return {arm: answers_by_arm[arm] for arm in (TUNED, *other_arms)}
 
 
 def _sheet_summary(sheet: Sheet, request: MakeRequest) -> str:

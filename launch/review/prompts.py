@@ -14,9 +14,9 @@ from trainer.data.read.paths import expand_paths, is_hub_path
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 
-COLUMNS = ("messages", "prompt", "instruction", "question")
+PROMPT_COLUMNS = ("messages", "prompt", "instruction", "question")
 """Columns that may hold the prompt, in the order in which they are tried."""
-NO_ANSWER = "-"
+PLACEHOLDER_ANSWER = "-"
 """The expected answer in the rows of the evaluation task: reviewers judge, so there is none, but the format needs one."""
 
 
@@ -61,26 +61,26 @@ def write_task_rows(path: Path, prompts: list[ReviewPrompt]) -> None:
     lines = []
     for prompt in prompts:
         if all_plain:
-            row: dict[str, Any] = {"prompt": prompt.text, "completion": NO_ANSWER}
+            row: dict[str, Any] = {"prompt": prompt.text, "completion": PLACEHOLDER_ANSWER}
         else:
             turns = prompt.turns or [{"role": "user", "content": prompt.text}]
-            row = {"messages": [*turns, {"role": "assistant", "content": NO_ANSWER}]}
+            row = {"messages": [*turns, {"role": "assistant", "content": PLACEHOLDER_ANSWER}]}
         lines.append(f"{json_text(row, ensure_ascii=False)}\n")
     write_text_atomic(path, "".join(lines))
 
 
 def _prompt_of_row(row: Row) -> ReviewPrompt:
-    """The prompt in a row of data, from the first of `COLUMNS` that the row has. Raises DataError if it has none.
+    """The prompt in a row of data, from the first of `PROMPT_COLUMNS` that the row has. Raises DataError if it has none.
 
     `messages` is a conversation. A `prompt` or `question` is a plain text. An `instruction` is a user's turn, with the column
     `input` below it if there is one.
     """
     location = f"{row.file}:{row.line}"
     fields = row.fields
-    column = next((name for name in COLUMNS if fields.get(name)), None)
+    column = next((name for name in PROMPT_COLUMNS if fields.get(name)), None)
     if column is None:
         raise DataError(
-            f"{location}: has no prompt; it needs one of {', '.join(COLUMNS)}, and has {', '.join(sorted(fields))}"
+            f"{location}: has no prompt; it needs one of {', '.join(PROMPT_COLUMNS)}, and has {', '.join(sorted(fields))}"
         )
     content = fields[column]
     if column == "messages":

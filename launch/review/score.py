@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.review.agreement import TIE, TUNED_WINS, Votes, alpha, pairwise_kappas, winner
+from launch.review.agreement import TIE, TUNED_WINS, Votes, krippendorff_alpha, pairwise_kappas, preferred_model
 from launch.review.answers import Reviewer
 from launch.review.careless_reviewers import RULES, carelessness_flags
 from launch.review.sheet import BASE, TUNED, ReviewKey
@@ -38,7 +38,7 @@ def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], drop
     # Signs of careless answers, also of dropped reviewers: the record shows why they were dropped.
     flags_by_name = {}
     for reviewer in reviewers:
-        flags_by_name[reviewer.name] = carelessness_flags(reviewer, key, _majority(reviewer, reviewers, key))
+        flags_by_name[reviewer.name] = carelessness_flags(reviewer, key, _majority_of_others(reviewer, reviewers, key))
     unflagged = [reviewer for reviewer in counted_reviewers if not flags_by_name[reviewer.name]]
     without_flagged = None
     if 0 < len(unflagged) < len(counted_reviewers):
@@ -76,7 +76,7 @@ def _votes(reviewers: Iterable[Reviewer], key: ReviewKey, question: str) -> Vote
     for reviewer in reviewers:
         for item_id, answer in reviewer.items.items():
             if item_id in items and question in answer.answers:
-                votes[reviewer.name, item_id] = winner(answer.answers[question], items[item_id])
+                votes[reviewer.name, item_id] = preferred_model(answer.answers[question], items[item_id])
     return votes
 
 
@@ -89,24 +89,25 @@ def _metrics(votes_by_question: dict[str, Votes], key: ReviewKey, arms: list[str
     metrics: dict[str, dict[str, Any]] = {}
     for arm in arms:
         for question, votes in votes_by_question.items():
-            metrics[f"win_rate/{arm}{_suffix(question)}"] = _win_rate(votes, key, arm)
+            metrics[f"win_rate/{arm}{_metric_suffix(question)}"] = _win_rate(votes, key, arm)
 
-    def win_rate_order(arm: str) -> tuple[bool, float]:
+    def order_by_win_rate(arm: str) -> tuple[bool, float]:
         win_rate = metrics[f"win_rate/{arm}"]["value"]
         return win_rate is None, win_rate or 0  # an arm that nobody judged comes last
 
-    main_arm = BASE if BASE in arms else min(arms, key=win_rate_order)
+    main_arm = BASE if BASE in arms else min(arms, key=order_by_win_rate)
     for question, votes in votes_by_question.items():
-        suffix = _suffix(question)
+        suffix = _metric_suffix(question)
         metrics[f"win_rate{suffix}"] = metrics[f"win_rate/{main_arm}{suffix}"]
-        metrics[f"alpha{suffix}"] = {"value": alpha(votes)}
+        metrics[f"alpha{suffix}"] = {"value": krippendorff_alpha(votes)}
     num_reviewers = len({reviewer for reviewer, _ in votes_by_question[OVERALL]})
     metrics["num_reviewers"] = {"value": float(num_reviewers)}
+    # `win_rate` first, then the metrics without an arm, then those of an arm, then those of an arm and a question.
     sorted_names = sorted(metrics, key=lambda name: (name.count("/"), name != "win_rate", name))
     return {name: metrics[name] for name in sorted_names}
 
 
-def _suffix(question: str) -> str:
+def _metric_suffix(question: str) -> str:
     """What a question adds to the name of a metric: nothing for the overall question."""
     return "" if question == OVERALL else f"/{question}"
 
@@ -142,18 +143,18 @@ def _win_rate(votes: Votes, key: ReviewKey, arm: str) -> dict[str, Any]:
     return {**rate, "num_prompts": len(means), "num_equal": num_equal, **outcomes}
 
 
-def _majority(reviewer: Reviewer, reviewers: list[Reviewer], key: ReviewKey) -> dict[str, str]:
-    """The vote of most of the other reviewers than `reviewer`, by item id; only items that at least two of them judged."""
-    votes = _votes([other for other in reviewers if other is not reviewer], key, OVERALL)
+def _majority_of_others(reviewer: Reviewer, reviewers: list[Reviewer], key: ReviewKey) -> dict[str, str]:
+    """The vote of most reviewers other than `reviewer`, by item id; only items that at least two of them judged."""
+    other_reviewers = [any_reviewer for any_reviewer in reviewers if any_reviewer is not reviewer]
     counts_by_item: dict[str, Counter[str]] = {}
-    for (_, item_id), vote in votes.items():
+    for (_, item_id), vote in _votes(other_reviewers, key, OVERALL).items():
         counts_by_item.setdefault(item_id, Counter())[vote] += 1
-    majority = {}
+    majority_by_item = {}
     for item_id, counts in counts_by_item.items():
         if counts.total() > 1:
             most_common_vote, _ = counts.most_common(1)[0]
-            majority[item_id] = most_common_vote
-    return majority
+            majority_by_item[item_id] = most_common_vote
+    return majority_by_item
 
 
 def _reviewer_summary(reviewer: Reviewer, key: ReviewKey, flags: list[str], is_dropped: bool) -> dict[str, Any]:
@@ -174,28 +175,32 @@ def _reviewer_summary(reviewer: Reviewer, key: ReviewKey, flags: list[str], is_d
 
 
 def _disagreements(votes: Votes, reviewers: list[Reviewer], key: ReviewKey) -> list[dict[str, Any]]:
-    """Items on which reviewers prefer opposite answers, with votes and comments; the most even ones first."""
+    """Items on which reviewers prefer opposite answers, with votes and comments; those with the most even votes first.
+
+    At most `MAX_LISTED` items.
+    """
     rows_with_imbalance = []
     for item in key["items"]:
         vote_by_reviewer = {reviewer: vote for (reviewer, item_id), vote in votes.items() if item_id == item["id"]}
-        decided_votes = [vote for vote in vote_by_reviewer.values() if vote != TIE]
-        if len(set(decided_votes)) < 2:
+        votes_without_ties = [vote for vote in vote_by_reviewer.values() if vote != TIE]
+        is_disputed = len(set(votes_without_ties)) > 1
+        if not is_disputed:
             continue
-        # |wins - losses|: 0 if both answers are preferred by the same number of reviewers.
-        imbalance = abs(2 * decided_votes.count(TUNED_WINS) - len(decided_votes))
+        num_wins = votes_without_ties.count(TUNED_WINS)
+        num_losses = len(votes_without_ties) - num_wins
         row = {
             "item": item["id"],
             "prompt": item["prompt"],
             "other": item["other"],
             "votes": vote_by_reviewer,
-            "comments": _comments(item["id"], reviewers),
+            "comments": _comments_on_item(item["id"], reviewers),
         }
-        rows_with_imbalance.append((imbalance, row))
+        rows_with_imbalance.append((abs(num_wins - num_losses), row))
     rows_with_imbalance.sort(key=lambda entry: entry[0])
     return [row for _, row in rows_with_imbalance[:MAX_LISTED]]
 
 
-def _comments(item_id: str, reviewers: list[Reviewer]) -> dict[str, str]:
+def _comments_on_item(item_id: str, reviewers: list[Reviewer]) -> dict[str, str]:
     """The comments on one item by reviewer; reviewers without a comment are left out."""
     comments = {}
     for reviewer in reviewers:

@@ -63,83 +63,86 @@ class Sheet:
     key: ReviewKey
 
 
-def make_sheet(
+def make_review_sheet(
     prompts: list[ReviewPrompt],
-    answers: dict[str, list[str]],
-    about: dict[str, Any],
+    answers_by_arm: dict[str, list[str]],
+    key_origin: dict[str, Any],
     config: ReviewConfig,
     salt: str = "",
 ) -> Sheet:
     """Pair the tuned model's answers with those of each other arm (compared model), in random order and on random sides.
 
-    `answers`: by arm, in the order of the prompts. `about`: further entries of the key. `salt`: random unless a test gives one.
-    Pairs of equal answers are not shown and count as ties. A share `review.repeats` of the items is shown a second time with the
-    sides exchanged.
+    `answers_by_arm`: in the order of the prompts. `key_origin`: entries of the key that say what is judged. `salt`: random
+    unless a test gives one. Pairs of equal answers are not shown and count as ties. A share `review.repeats` of the items is
+    shown a second time with the sides exchanged.
     """
     salt = salt or secrets.token_hex(16)
     rng = random.Random(f"sides {config.seed} {salt}")
     # The order of the draws from `rng` must not change: the same seed and salt give the same review.
-    pairs, same = _pair_answers(prompts, answers, rng)
+    pairs, equal_pairs = _pair_answers(prompts, answers_by_arm, rng)
     pair_order = list(range(len(pairs)))
     rng.shuffle(pair_order)
     num_repeated = min(len(pair_order), round(config.repeats * len(pair_order)))
-    repeated = sorted(rng.sample(pair_order, num_repeated), key=pair_order.index)
+    repeated_pairs = sorted(rng.sample(pair_order, num_repeated), key=pair_order.index)
 
     items: list[SheetItem] = []
-    key_rows: list[KeyItem] = []
-    for item_number, pair_number in enumerate([*pair_order, *repeated]):
-        pair = pairs[pair_number]
-        row = dict(pair.key_row)
+    key_items: list[KeyItem] = []
+    for item_number, pair_index in enumerate([*pair_order, *repeated_pairs]):
+        pair = pairs[pair_index]
+        key_item = dict(pair.key_item)
         is_repeat = item_number >= len(pair_order)
         if is_repeat:
-            row["repeats"] = key_rows[pair_order.index(pair_number)]["id"]
-            row[TUNED] = "b" if row[TUNED] == "a" else "a"
-        row["id"] = hashlib.sha256(f"{salt} {item_number}".encode()).hexdigest()[:12]
-        if row[TUNED] == "a":
-            item = SheetItem(row["id"], pair.prompt, a=pair.tuned, b=pair.other)
-        else:
-            item = SheetItem(row["id"], pair.prompt, a=pair.other, b=pair.tuned)
-        row["sha256"] = _item_hash(item)
+            key_item["repeats"] = key_items[pair_order.index(pair_index)]["id"]
+            key_item[TUNED] = "b" if key_item[TUNED] == "a" else "a"
+        key_item["id"] = hashlib.sha256(f"{salt} {item_number}".encode()).hexdigest()[:12]
+        is_tuned_on_side_a = key_item[TUNED] == "a"
+        item = SheetItem(
+            key_item["id"],
+            pair.prompt,
+            a=pair.tuned_answer if is_tuned_on_side_a else pair.other_answer,
+            b=pair.other_answer if is_tuned_on_side_a else pair.tuned_answer,
+        )
+        key_item["sha256"] = _item_hash(item)
         items.append(item)
-        key_rows.append(row)
-    key = {"version": VERSION, **about, "rubric": config.rubric, "seed": config.seed, "salt": salt, "arms": [*answers]}
-    key |= {"num_prompts": len(prompts), "same": same, "items": key_rows}
-    return Sheet(review_id(key), items, key)
+        key_items.append(key_item)
+    key = {"version": VERSION, **key_origin, "rubric": config.rubric, "seed": config.seed, "salt": salt}
+    key |= {"arms": [*answers_by_arm], "num_prompts": len(prompts), "same": equal_pairs, "items": key_items}
+    return Sheet(review_id_of_key(key), items, key)
 
 
 @dataclass(frozen=True, slots=True)
 class _AnswerPair:
-    """Two different answers to one prompt, and their row of the key."""
+    """Two different answers to one prompt, and what the key says of them."""
 
     prompt: str
-    tuned: str
-    other: str
-    key_row: KeyItem
+    tuned_answer: str
+    other_answer: str
+    key_item: KeyItem
 
 
 def _pair_answers(
-    prompts: list[ReviewPrompt], answers: dict[str, list[str]], rng: random.Random
+    prompts: list[ReviewPrompt], answers_by_arm: dict[str, list[str]], rng: random.Random
 ) -> tuple[list[_AnswerPair], list[dict[str, Any]]]:
-    """(pairs whose answers differ, key rows of the pairs whose answers are equal), with a random side for the tuned model.
+    """(pairs whose answers differ, key entries of the pairs whose answers are equal), with a random side for the tuned model.
 
     `rng` also draws a side for pairs of equal answers, so that the sides of the other pairs do not depend on how many there are.
     """
     pairs = []
-    same = []
-    for arm in answers:
+    equal_pairs = []
+    for arm, arm_answers in answers_by_arm.items():
         if arm == TUNED:
             continue
-        for prompt_number, prompt in enumerate(prompts):
-            tuned = answers[TUNED][prompt_number]
-            other = answers[arm][prompt_number]
-            side = rng.choice(SIDES)
-            if tuned.strip() == other.strip():
-                same.append({"prompt": prompt_number, "other": arm})
+        for prompt_index, prompt in enumerate(prompts):
+            tuned_answer = answers_by_arm[TUNED][prompt_index]
+            other_answer = arm_answers[prompt_index]
+            tuned_side = rng.choice(SIDES)
+            if tuned_answer.strip() == other_answer.strip():
+                equal_pairs.append({"prompt": prompt_index, "other": arm})
                 continue
-            num_words = sum(len(text.split()) for text in (prompt.text, tuned, other))
-            key_row = {"prompt": prompt_number, "other": arm, TUNED: side, "repeats": None, "words": num_words}
-            pairs.append(_AnswerPair(prompt.text, tuned, other, key_row))
-    return pairs, same
+            num_words = sum(len(text.split()) for text in (prompt.text, tuned_answer, other_answer))
+            key_item = {"prompt": prompt_index, "other": arm, TUNED: tuned_side, "repeats": None, "words": num_words}
+            pairs.append(_AnswerPair(prompt.text, tuned_answer, other_answer, key_item))
+    return pairs, equal_pairs
 
 
 def _item_hash(item: SheetItem) -> str:
@@ -147,7 +150,7 @@ def _item_hash(item: SheetItem) -> str:
     return hashlib.sha256(json.dumps([item.prompt, item.a, item.b]).encode()).hexdigest()
 
 
-def review_id(key: ReviewKey) -> str:
+def review_id_of_key(key: ReviewKey) -> str:
     """The id of the review with this key: the SHA-256 of the key, so that a key changed later has another id."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
@@ -173,7 +176,7 @@ def read_key(directory: Path) -> tuple[str, ReviewKey]:
         ) from error
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path}: is no key of a review; restore the file that review make wrote") from None
-    actual_id = review_id(key)
+    actual_id = review_id_of_key(key)
     if actual_id != recorded_id:
         raise DataError(
             f"{path}: was changed since review make wrote it: its hash is {actual_id[:12]}, and not {recorded_id[:12]}; "

@@ -8,7 +8,7 @@ import pytest
 
 from launch.plan.page import plan_page
 from launch.review.prompts import ReviewPrompt
-from launch.review.sheet import make_sheet, review_page
+from launch.review.sheet import make_review_sheet, review_page
 from launch.sweep.page import search_page
 from launch.sweep.space import SearchedSetting
 from strategies.tensor_inventory import MemoryKind
@@ -75,7 +75,7 @@ def test_review_page_shows_what_was_chosen_and_folds_long_prompts(browser, tmp_p
     prompts = [ReviewPrompt(f"p:{n}", f"Why {n}? " + "and so on " * 100 * (n == 0), None) for n in range(4)]
     answers = {"tuned": ["because", "so", "", "x"], "base": ["a longer answer " * 20, "no", "it is", "y"]}
     config = ReviewConfig(rubric={"kind": "Which one is kinder?"}, repeats=0.0)
-    sheet = make_sheet(prompts, answers, {}, config, salt="1")
+    sheet = make_review_sheet(prompts, answers, {}, config, salt="1")
     path = tmp_path / "page.html"
     path.write_text(review_page(sheet, config))
     page = browser.open(path)
@@ -170,7 +170,7 @@ def searched():
             )
         )  # fmt: skip
     search = SimpleNamespace(
-        space=space, fixed=("tuning=lora",), metric="eval/loss", greater_is_better=False,
+        searched_settings=space, shared_arguments=("tuning=lora",), metric="eval/loss", greater_is_better=False,
         settings=SimpleNamespace(trials=6), trial_arguments=lambda params: [each.argument(params[each.key]) for each in space],
     )  # fmt: skip
     return SimpleNamespace(get_trials=lambda deepcopy: trials), search

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.review.agreement import alpha, kappa
+from launch.review.agreement import cohen_kappa, krippendorff_alpha
 from launch.review.answers import Reviewer, ReviewerAnswer
 from launch.review.careless_reviewers import carelessness_flags
 
@@ -20,13 +20,13 @@ def test_alpha_is_that_of_the_published_example():
     votes = {
         (who, str(unit)): said for who, row in rows.items() for unit, said in enumerate(row.split()) if said != "."
     }
-    assert alpha(votes) == pytest.approx(0.743, abs=5e-4)
+    assert krippendorff_alpha(votes) == pytest.approx(0.743, abs=5e-4)
 
 
 def test_agreement_is_undefined_where_nobody_could_have_disagreed():
-    assert alpha({("a", "1"): "tie", ("b", "1"): "tie"}) is None
-    assert alpha({("a", "1"): "tuned", ("b", "2"): "other"}) is None
-    assert kappa(["tie"] * 3, ["tie"] * 3) is None and kappa([], []) is None
+    assert krippendorff_alpha({("a", "1"): "tie", ("b", "1"): "tie"}) is None
+    assert krippendorff_alpha({("a", "1"): "tuned", ("b", "2"): "other"}) is None
+    assert cohen_kappa(["tie"] * 3, ["tie"] * 3) is None and cohen_kappa([], []) is None
 
 
 def test_kappa_is_that_of_scikit_learn():
@@ -34,7 +34,7 @@ def test_kappa_is_that_of_scikit_learn():
     drawn = random.Random(0)
     one = drawn.choices(["tuned", "other", "tie"], k=40)
     other = [vote if drawn.random() < 0.6 else drawn.choice(["tuned", "other", "tie"]) for vote in one]
-    assert kappa(one, other) == pytest.approx(metrics.cohen_kappa_score(one, other))
+    assert cohen_kappa(one, other) == pytest.approx(metrics.cohen_kappa_score(one, other))
 
 
 def sheet(drawn, number, repeats):

@@ -181,7 +181,7 @@ def test_review_files_that_cannot_be_scored_are_all_named(run, capsys):
 
 
 def test_review_key_that_was_changed_is_refused_also_with_its_own_hash(run, capsys):
-    from launch.review.sheet import review_id
+    from launch.review.sheet import review_id_of_key
 
     good, key = save(run, "ada", lambda item: "tuned"), key_of(run)
     for item in key["key"]["items"]:
@@ -189,7 +189,7 @@ def test_review_key_that_was_changed_is_refused_also_with_its_own_hash(run, caps
     (run / "review" / "key.json").write_text(json.dumps(key))
     assert command_here(["review", "score", str(run), good]) == 65
     assert "was changed since review make wrote it" in capsys.readouterr().err
-    (run / "review" / "key.json").write_text(json.dumps({"review": review_id(key["key"]), "key": key["key"]}))
+    (run / "review" / "key.json").write_text(json.dumps({"review": review_id_of_key(key["key"]), "key": key["key"]}))
     assert command_here(["review", "score", str(run), good]) == 65
     assert "ada.json: is of the review" in capsys.readouterr().err
 
