@@ -180,7 +180,7 @@ def answers(row: dict[str, str], form: CostModel, job: PlannedRun) -> dict[str, 
     """What is predicted for a row: as this trainer would run, and as the row's did."""
     micro = int(row["micro_batch"] or 1)
     tokens = micro * int(row["seq"])
-    units = micro if form.rows else tokens
+    units = micro if form.counts_rows else tokens
     taken, shards = form.peak_at(units), int(row["gpus"])
     other = peer_memory(form, units, tokens * form.vocabulary, theirs_of(row), ShardCounts(shards, shards, shards))
     step = step_time(
