@@ -3,7 +3,7 @@
 `crossover`: the micro-batch (tokens of a rank) below which `parallel.experts=8` sends fewer bytes, and takes less time, than
 gathering all experts: Qwen3-30B-A3B on eight H100 of one host. `large`: memory and seconds of a step of Kimi K2 and DeepSeek V3
 with LoRA on 256 H200. Nothing is measured; every figure is of `trainer/planner`. Writes benchmarks/results/mixtures.json, which
-docs/mixtures.md quotes (`tests/benchmarks/test_mixtures.py` compares them).
+docs/evidence/expert-parallelism.md quotes (`tests/benchmarks/test_mixtures.py` compares them).
 """
 
 from __future__ import annotations

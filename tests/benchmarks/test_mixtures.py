@@ -1,4 +1,4 @@
-"""docs/mixtures.md quotes what benchmarks/mixtures.py has planned, and the planner still plans it."""
+"""docs/evidence/expert-parallelism.md quotes what benchmarks/mixtures.py has planned, and the planner still plans it."""
 
 import json
 
@@ -8,7 +8,7 @@ from benchmarks.mixtures import DEGREE, QWEN, RESULTS, cost_model_of, crossover,
 from tests.helpers.covering import whole
 from tests.helpers.launching import ROOT
 
-PAGE = (ROOT / "docs" / "mixtures.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "evidence" / "expert-parallelism.md").read_text(encoding="utf-8")
 PLANNED = json.loads(RESULTS.read_text(encoding="utf-8"))
 RECOMPUTED = {"none": "none", "full": "whole blocks"}
 

@@ -156,7 +156,7 @@ HOW_TOS = [
         "adapters",
         "run-page",
     ),
-    *("review", "gates", "papers"),
+    *("review", "gates", "papers", "mixtures", "router-losses"),
 ]
 """Pages that somebody reads to do one thing. All cases and limits belong into docs/reference, measurements into docs/evidence."""
 
