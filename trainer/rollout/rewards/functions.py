@@ -105,7 +105,7 @@ class FunctionReward:
                 "truncated": answers.truncated,
             }
             every_answer = range(len(answers.texts))
-            result.scores = _score_list(call(columns, given, every_answer), len(answers.texts))
+            result.scores = _parse_score_list(call(columns, given, every_answer), len(answers.texts))
             return result
         for number, completion in enumerate(answers.completions()):
             given = {"completion_ids": answers.ids[number], "truncated": answers.truncated[number]}
@@ -114,7 +114,7 @@ class FunctionReward:
             else:
                 given |= {"prompt": answers.prompt, "completion": completion}
             returned = call(answers.columns, given, range(number, number + 1))
-            result.scores.append(_score_of_answer(returned, result, number, len(answers.texts)))
+            result.scores.append(_parse_answer_score(returned, result, number, len(answers.texts)))
         return result
 
     def _call(
@@ -141,11 +141,11 @@ class FunctionReward:
             is_list = hasattr(values, "__len__") and not isinstance(values, str | bytes | dict)
             if not is_list or len(values) != len(numbers):
                 raise BadScore(
-                    f"called log_extra({str(column)!r}, {_shown(values)}); it takes a list with a value for each of "
+                    f"called log_extra({str(column)!r}, {_short_repr(values)}); it takes a list with a value for each of "
                     f"{len(numbers)} answers"
                 )
             for number, value in zip(numbers, values, strict=True):
-                _put_extra(result, column, number, len(answers.texts), value)
+                _set_extra_value(result, column, number, len(answers.texts), value)
 
         given |= {"step": answers.step, "log_metric": log_metric, "log_extra": log_extra}
         available = {**columns, **given, **self.options}
@@ -164,42 +164,52 @@ async def _wait_for(awaitable: Any) -> Any:
     return await awaitable
 
 
-def _score_list(returned: Any, answers: int) -> list[float | None]:
-    """The scores of a function that scores all answers at once. Raises BadScore."""
+def _parse_score_list(returned: Any, num_answers: int) -> list[float | None]:
+    """The scores that a function returned which scores all answers at once; None where the reward does not apply.
+
+    Raises BadScore if it did not return a list with a number or None for each answer.
+    """
     if isinstance(returned, str | bytes | dict) or not hasattr(returned, "__len__"):
         raise BadScore(
-            f"returned {_shown(returned)}; it must be a list with a number or None for each of {answers} answers"
+            f"returned {_short_repr(returned)}; it must be a list with a number or None for each of {num_answers} answers"
         )
-    if len(returned) != answers:
-        raise BadScore(f"returned {len(returned)} scores for {answers} answers")
-    return [score_of(score) for score in returned]
+    if len(returned) != num_answers:
+        raise BadScore(f"returned {len(returned)} scores for {num_answers} answers")
+    return [parse_score(score) for score in returned]
 
 
-def _put_extra(result: CallResult, column: Any, number: int, answers: int, value: Any) -> None:
-    """Put the value of answer `number` into a further column of the record, as JSON holds it: else as a text."""
+def _set_extra_value(result: CallResult, column: Any, number: int, num_answers: int, value: Any) -> None:
+    """Set the value of answer `number` in a further column of the record, `result.extra`; as a text if JSON has no such type.
+
+    Creates the column, with None for each of the `num_answers` answers, if it is new.
+    """
     if hasattr(value, "item") and getattr(value, "size", None) == 1:  # of numpy and torch
         value = value.item()
     is_plain = value is None or isinstance(value, str | bool | int | float)
-    values = result.extra.setdefault(str(column), [None] * answers)
+    values = result.extra.setdefault(str(column), [None] * num_answers)
     values[number] = value if is_plain else str(value)
 
 
-def _score_of_answer(returned: Any, result: CallResult, number: int, answers: int) -> float | None:
-    """The score of answer `number`. Of verl's dictionaries it is `score`; what else they hold is logged. Raises BadScore."""
+def _parse_answer_score(returned: Any, result: CallResult, number: int, num_answers: int) -> float | None:
+    """The score of answer `number` that a function returned which scores one answer at a time.
+
+    It is a score, or a dictionary as of verl, {"score": 1.0, "steps": 3}: then the other values are added to `extra` of
+    `result`, and the numbers among them to `logged`. Raises BadScore if there is no score.
+    """
     if not isinstance(returned, dict):
-        return score_of(returned)
+        return parse_score(returned)
     if "score" not in returned:
-        raise BadScore(f'returned {_shown(returned)}; a dictionary must have "score"')
+        raise BadScore(f'returned {_short_repr(returned)}; a dictionary must have "score"')
     for name, value in returned.items():
         if name == "score":
             continue
-        _put_extra(result, name, number, answers, value)
+        _set_extra_value(result, name, number, num_answers, value)
         if isinstance(value, Real):
             result.logged.setdefault(str(name), []).append(float(value))
-    return score_of(returned["score"])
+    return parse_score(returned["score"])
 
 
-def score_of(returned: Any) -> float | None:
+def parse_score(returned: Any) -> float | None:
     """A score as a float; None where the reward does not apply. Raises BadScore for a text, and for NaN and infinities."""
     if returned is None:
         return None
@@ -210,12 +220,12 @@ def score_of(returned: Any) -> float | None:
         score = math.nan
     if not math.isfinite(score):
         raise BadScore(
-            f"returned {_shown(returned)} as a score; it must be a finite number, or None if it does not apply"
+            f"returned {_short_repr(returned)} as a score; it must be a finite number, or None if it does not apply"
         )
     return score
 
 
-def _shown(returned: Any) -> str:
-    """A returned value for a message."""
+def _short_repr(returned: Any) -> str:
+    """The representation of a returned value for a message, at most 80 characters of it."""
     text = repr(returned)
     return text if len(text) <= 80 else f"{text[:80]}..."

@@ -31,8 +31,8 @@ def judge_answers(judge: VerdictSource, options: Mapping[str, Any], groups: Sequ
     reward = JudgeReward(options)
     questions = []
     for group in groups:
-        reference = _reference(reward, group.prompt)
-        request = _request(group.prompt)
+        reference = _reference_answer(reward, group.prompt)
+        request = _request_text(group.prompt)
         for answer in group.answers:
             questions.append(grading_prompt(reward.option_values["rubric"], request, reference, answer.text.strip()))
     verdicts = iter(judge.verdicts(questions))
@@ -44,15 +44,15 @@ def judge_answers(judge: VerdictSource, options: Mapping[str, Any], groups: Sequ
     return scores
 
 
-def _reference(reward: JudgeReward, prompt: Prompt) -> str | None:
-    """The right answer of a row, which the judge sees; None if it has none."""
+def _reference_answer(reward: JudgeReward, prompt: Prompt) -> str | None:
+    """The right answer in the row of a prompt, which the judge sees; None if the row has none."""
     try:
         return reward.references(prompt.columns)[0]
     except BadScore:
         return None
 
 
-def _request(prompt: Prompt) -> str:
+def _request_text(prompt: Prompt) -> str:
     """The prompt as the judge sees it: its text, or each turn as `role: content`."""
     if isinstance(prompt.text, str):
         return prompt.text

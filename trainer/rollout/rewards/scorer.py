@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trainer.rollout.rewards.model import RewardModelScorer
 
 
-MOST_WORKERS = 4
+MAX_WORKERS = 4
 """Worker processes of a rank if the settings say nothing: each imports the reward files, and some are large."""
 
 
@@ -92,7 +92,7 @@ class WorkerScorer:
         # Ranks wait for the one whose calls take longest, at worst until each has reached its time limit.
         answers = sum(len(group.answers) for group in groups)
         longest_s = sum(reward.timeout_s for reward in self.rewards.values()) * answers
-        # By number of the group: its scores, and the numbers of its answers that get no total.
+        # By index of the group: its scores, and the indices of its answers that get no total.
         collected: dict[int, tuple[GroupScores, list[int]]] = {}
         with longer_timeout(self.runtime, longest_s):
             for rank_scores in self._on_all_ranks(lambda: self._score_own_groups(groups, own_numbers, step)):
@@ -151,7 +151,7 @@ class WorkerScorer:
         replies = self._pool.run([call for _, _, call in calls])
         by_number = {}
         for number in numbers:
-            by_number[number] = _Collected(len(groups[number].answers), self.rewards)
+            by_number[number] = _GroupScoreCollector(len(groups[number].answers), self.rewards)
         for (number, answers, call), reply in zip(calls, replies, strict=True):
             by_number[number].add(call.reward, answers, reply)
         return {
@@ -206,7 +206,7 @@ class WorkerScorer:
         self._pool.close()
 
 
-class _Collected:
+class _GroupScoreCollector:
     """The scores of one group, as they come in."""
 
     def __init__(self, answers: int, rewards: Mapping[str, RewardEntry]) -> None:
@@ -244,7 +244,7 @@ class _Collected:
 
 def default_workers(runtime: Runtime) -> int:
     """Worker processes of a rank: its share of the processors that this process may use, at least one and at most four."""
-    return max(1, min(MOST_WORKERS, usable_cores() // runtime.local_world_size))
+    return max(1, min(MAX_WORKERS, usable_cores() // runtime.local_world_size))
 
 
 def weighted_total(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:

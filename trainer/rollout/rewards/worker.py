@@ -92,11 +92,11 @@ def answer_call(rewards: dict[str, Reward], call: dict[str, Any]) -> dict[str, A
     except BadScore as error:
         return {"problem": str(error)}
     except BaseException:  # noqa: BLE001 - also SystemExit: whatever it is, the run ends with it
-        return {"problem": "raised an exception", "traceback": shown_traceback()}
+        return {"problem": "raised an exception", "traceback": short_traceback()}
     return {"scores": result.scores, "logged": result.logged, "extra": result.extra}
 
 
-def shown_traceback() -> str:
+def short_traceback() -> str:
     """The exception that is being handled as text: its last `TRACEBACK_LINES` lines, without the frames of this program."""
     kind, error, trace = sys.exc_info()
     own_files = (__file__, str(Path(__file__).with_name("functions.py")))
@@ -128,7 +128,7 @@ def main(read_fd: int, write_fd: int, parent: int) -> None:
             try:
                 rewards[name] = load_reward(settings)
             except BaseException:  # noqa: BLE001 - whatever a file raises is told
-                send(answers, {"reward": name, "problem": "cannot be loaded", "traceback": shown_traceback()})
+                send(answers, {"reward": name, "problem": "cannot be loaded", "traceback": short_traceback()})
                 return
         send(answers, {"ready": True})
         # Calls, until the trainer closes its end.
