@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainer.config.run import LEARNING_RATE_KEY, RunConfig
 from trainer.optim.config import OptimName
-from trainer.optim.rates import missing_rate, usual_rate
+from trainer.optim.rates import missing_rate_message, usual_rate
 from trainer.reporting.resolution import Resolution
 
 EARLIER_DEFAULTS = {OptimName.lion: 3e-6, OptimName.adafactor: 1e-3, OptimName.sgd: 1e-2}
@@ -28,7 +28,7 @@ def rate_problems(config: RunConfig) -> list[str]:
     """The problem of a run whose rate is not set and in no table; empty if it has a rate."""
     if config.optim.lr is not None:
         return []
-    return [missing_rate(config.optim, config.tuning.method, str(config.objective.name))]
+    return [missing_rate_message(config.optim, config.tuning.method, str(config.objective.name))]
 
 
 def keep_rate_of_run(config: RunConfig, earlier_config: RunConfig) -> None:

@@ -125,7 +125,7 @@ def _base_differences(adapter: str, base: str, *, accept: bool) -> list[str]:
     Raises ConfigError if it differs and the user does not accept that (`accept`). A model that is not on this machine is not
     compared: it is refused with all else that is wrong.
     """
-    from trainer.model.base_files import refuse_another_base
+    from trainer.model.base_files import check_adapter_base
     from trainer.model.config import ModelConfig
     from trainer.model.loading import weights_directory
 
@@ -133,7 +133,7 @@ def _base_differences(adapter: str, base: str, *, accept: bool) -> list[str]:
         directory = weights_directory(ModelConfig(path=base))
     except ConfigError:
         return []
-    return refuse_another_base(Path(adapter).expanduser(), directory, accept=accept)
+    return check_adapter_base(Path(adapter).expanduser(), directory, accept=accept)
 
 
 def _missing_model_problem(config: RunConfig) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from strategies.errors import ConfigError
 from strategies.small_files import check_files_read_by_libraries, read_object
-from trainer.tuning.adapter_fields import wrong_field
+from trainer.tuning.adapter_fields import wrong_type_message
 
 ADAPTER_FILE = "adapter_config.json"
 BOTTLENECK_FILE = "bottleneck_config.json"
@@ -44,7 +44,7 @@ def compare_base(exported: ExportedModel, *, accept: bool) -> list[str]:
     Empty for a whole model, and for a base that is not on this machine: loading it will fail with a message of its own.
     Raises ConfigError that names the files, if the base differs and `accept` is False.
     """
-    from trainer.model.base_files import refuse_another_base
+    from trainer.model.base_files import check_adapter_base
 
     if exported.base is None:
         return []
@@ -57,7 +57,7 @@ def compare_base(exported: ExportedModel, *, accept: bool) -> list[str]:
             base_dir = Path(snapshot_download(exported.base, revision=revision, local_files_only=True))
         except Exception:  # noqa: BLE001 - whatever the hub's client says of it, it is not here
             return []
-    return refuse_another_base(exported.path, base_dir, accept=accept)
+    return check_adapter_base(exported.path, base_dir, accept=accept)
 
 
 def stored_type_name(exported: ExportedModel) -> str | None:
@@ -112,7 +112,7 @@ def _read_export(path: Path, file: str, name: str) -> ExportedModel:
     """
     check_files_read_by_libraries(path)
     settings = read_object(path / file)
-    if file == ADAPTER_FILE and (wrong := wrong_field(settings)) is not None:
+    if file == ADAPTER_FILE and (wrong := wrong_type_message(settings)) is not None:
         raise ConfigError(f"{path / file}: has {wrong}; write the adapter again")
     if file == MODEL_FILE:
         base = None

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data, write_jsonl
-from trainer.model.base_files import files_of_model
+from trainer.model.base_files import digests_of_loaded_files
 from trainer.model.config import ModelConfig
 from trainer.session.base_files import at_commit
 
@@ -134,9 +134,9 @@ def test_base_is_the_same_beside_files_that_no_loader_reads(trained, tmp_path):
     finally:
         more.unlink()
     digests = {"config.json": "1:a", "model-1.safetensors": "9:b", "consolidated.safetensors": "9:c"}
-    assert files_of_model(digests, tmp_path) == digests  # without an index every file of weights is read
+    assert digests_of_loaded_files(digests, tmp_path) == digests  # without an index every file of weights is read
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"norm.weight": "model-1.safetensors"}}')
-    assert files_of_model(digests, tmp_path) == {"config.json": "1:a", "model-1.safetensors": "9:b"}
+    assert digests_of_loaded_files(digests, tmp_path) == {"config.json": "1:a", "model-1.safetensors": "9:b"}
 
 
 def test_an_adapter_that_a_run_went_on_from_may_be_written_again(trained, tmp_path, capsys):

@@ -32,7 +32,7 @@ def whole_model(engine, built, base):
     if tuning.adapter:
         merger = AdapterMerger(tuning, model, dict(engine.gather(trainable_only=True)), base)
     for name, tensor in engine.gather(trainable_only=False):
-        if tuning.owns(name):
+        if tuning.is_added_parameter(name):
             continue
         if name in trainable_names:
             yield tuning.base_name(name), tensor
@@ -43,7 +43,7 @@ def whole_model(engine, built, base):
         if weight is not None:
             yield tuning.base_name(name), weight
     for name, buffer in persistent_buffers(model):
-        if not tuning.owns(name):
+        if not tuning.is_added_parameter(name):
             yield tuning.base_name(name), buffer.detach().cpu()
 
 

@@ -46,7 +46,7 @@ def experts():
 def kept_and_gradient(experts, received, monkeypatch):
     """(bytes that a forward pass keeps for the backward pass, the gradient of the experts' first weight)."""
     monkeypatch.setattr(expert_exchange, "AllToAll", Echo)
-    monkeypatch.setattr(expert_exchange, "LEAST_CHUNK", 1)
+    monkeypatch.setattr(expert_exchange, "MIN_CHUNK_ROWS", 1)
     share = ExpertShare(2, 0, None, Flooded(received))
     module = expert_exchange.OwnExperts(experts, 2 * experts.num_experts)
     generator = torch.Generator().manual_seed(3)
@@ -60,7 +60,7 @@ def kept_and_gradient(experts, received, monkeypatch):
 
     experts.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = expert_exchange.exchanged_experts(module, share, hidden, chosen, torch.ones(SENT, 1), None)
+        output = expert_exchange.expert_parallel_forward(module, share, hidden, chosen, torch.ones(SENT, 1), None)
     output.sum().backward()
     return sum(kept.values()), next(iter(experts.parameters())).grad.clone()
 
@@ -71,8 +71,8 @@ def test_what_experts_make_is_kept_for_twice_the_rows_that_are_sent_and_no_more(
     for received in (3 * SENT, 8 * SENT):
         kept, gradient = kept_and_gradient(experts, received, monkeypatch)
         assert kept < kept_at_most + 3 * received * row_bytes  # what arrives and what goes back lie there in any case
-        monkeypatch.setattr(expert_exchange, "MOST_KEPT", 100)
+        monkeypatch.setattr(expert_exchange, "MAX_KEPT_RATIO", 100)
         kept_whole, gradient_of_whole = kept_and_gradient(experts, received, monkeypatch)
-        monkeypatch.setattr(expert_exchange, "MOST_KEPT", 2)
+        monkeypatch.setattr(expert_exchange, "MAX_KEPT_RATIO", 2)
         assert kept_whole > kept + received * row_bytes, "nothing would be kept anyway"
         torch.testing.assert_close(gradient, gradient_of_whole, rtol=1e-4, atol=1e-5)

@@ -32,7 +32,7 @@ def pair(request):
     torch.manual_seed(0)
     made = [
         transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param](), experts_implementation=how)
-        for how in ("eager", experts.NAME)
+        for how in ("eager", experts.EXPERTS_FUNCTION)
     ]
     made[1].load_state_dict(made[0].state_dict())
     return made

@@ -173,7 +173,7 @@ def _strategy_of(case: Case) -> Any:
 @contextmanager
 def in_chunks(chunk: int = 64) -> Iterator[None]:
     """Experts compute `chunk` rows at a time, and again in the backward pass."""
-    with mock.patch.object(expert_exchange, "LEAST_CHUNK", chunk), mock.patch.object(expert_exchange, "MOST_KEPT", 0):
+    with mock.patch.object(expert_exchange, "MIN_CHUNK_ROWS", chunk), mock.patch.object(expert_exchange, "MAX_KEPT_RATIO", 0):
         yield
 
 
@@ -192,12 +192,12 @@ def _factor_by_the_mesh() -> Any:
 
 def _weighted_by_the_receiver() -> Any:
     """The router's weights go with the rows, and no gradient comes back to them."""
-    right = expert_exchange.exchanged_experts
+    right = expert_exchange.expert_parallel_forward
 
     def exchanged(module: Any, share: Any, hidden: Any, chosen: Any, weights: Any, low_rank: Any) -> Any:
         return right(module, share, hidden, chosen, weights.detach(), low_rank)
 
-    return mock.patch.object(experts, "exchanged_experts", exchanged)
+    return mock.patch.object(experts, "expert_parallel_forward", exchanged)
 
 
 def _counts_over_ranks() -> Any:

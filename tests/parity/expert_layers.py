@@ -92,7 +92,7 @@ def _compared(job: Job, whole: Any, kind: str, ranks: int, beside: str) -> list[
 
     def exchanged(hidden: Any, chosen: Any, weights: Any) -> Any:
         with in_chunks(5) if kind == "chunks" else nullcontext():
-            return expert_exchange.exchanged_experts(spread, share, hidden, chosen, weights, None)
+            return expert_exchange.expert_parallel_forward(spread, share, hidden, chosen, weights, None)
 
     found = _pass(exchanged, spread, inputs[rank])
     if beside == "transformers":

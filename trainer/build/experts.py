@@ -183,8 +183,8 @@ def _model_problem(config: RunConfig, setting: str, model: nn.Module, ranks: tup
             f"{degree}: {setting} has no experts that transformers' experts functions compute; set parallel.experts=1"
         )
     for name, module in modules.items():
-        computed_by = getattr(module.config, "_experts_implementation", experts.NAME)
-        if computed_by != experts.NAME:
+        computed_by = getattr(module.config, "_experts_implementation", experts.EXPERTS_FUNCTION)
+        if computed_by != experts.EXPERTS_FUNCTION:
             return (
                 f"{degree}: {setting} is loaded with trust_remote_code=true, and so its experts are computed by {computed_by}, "
                 "which sends no tokens; leave trust_remote_code out, or set parallel.experts=1"

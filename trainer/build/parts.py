@@ -17,7 +17,7 @@ from strategies.parameters import named_parameters
 from trainer.build.experts import plan_expert_parallelism
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.recomputation import Workload, check_host_memory, expect_memory, longest_lengths, plan_checkpointing
-from trainer.build.references import attach_frozen, reference_models
+from trainer.build.references import attach_reference_model, reference_models
 from trainer.build.reward_models import attach_reward_models
 from trainer.build.sequence import sequence_notes, step_layout
 from trainer.config.parallel import accumulation_steps
@@ -267,7 +267,7 @@ def build_model(
     source.check(shapes, head_prefixes=built.head_prefixes)
 
     # The frozen models beside it: reference model and reward models.
-    attach_frozen(built, config.model, objective, config.tuning, source, tokenizer)
+    attach_reference_model(built, config.model, objective, config.tuning, source, tokenizer)
     if scores_answers:
         attach_reward_models(built.step_module, objective, source, half_on_gpu=half_on_gpu)
     tile(built, config)

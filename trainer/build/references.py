@@ -21,7 +21,7 @@ def reference_models(tuning: Tuning, teacher: Any = None) -> ReferenceModels:
     return ReferenceModels(tuning.reference if tuning.keeps_base else None, teacher)
 
 
-def attach_frozen(
+def attach_reference_model(
     built: Built,
     config: ModelConfig,
     objective: ObjectiveConfig,
@@ -42,12 +42,12 @@ def attach_frozen(
     step = built.step_module
     tuning = built.tuning
     compares_distributions = family.compares_distributions(objective)
-    if not compares_distributions and not family.compares_with_start(objective):
+    if not compares_distributions and not family.compares_with_initial_model(objective):
         return
     if compares_distributions:
         check_head(step.model, f"objective={family.name}")
     elif tuning.adapter:
-        if not _starts_as_base(tuning, tuning_config):
+        if not _base_is_initial_model(tuning, tuning_config):
             step.plan.keeps_initial_weights = True
             step.objective = build_objective(objective, ReferenceModels(keeps_initial_weights=True))
         return
@@ -59,12 +59,12 @@ def attach_frozen(
     initial_adapter = None if has_teacher else merge_initial_adapter(built.plain, tuning_config)
     frozen = frozen_model(config, objective, built.config, built.arrangement, source, initial_adapter, tokenizer)
     step.teacher = frozen.model
-    source.beside[TEACHER_PREFIX] = frozen.weights
+    source.frozen_sources[TEACHER_PREFIX] = frozen.weights
     step.objective = build_objective(objective, reference_models(tuning, frozen.model))
     step.add_block_classes(frozen.block_classes)
 
 
-def _starts_as_base(tuning: Tuning, config: TuningConfig) -> bool:
+def _base_is_initial_model(tuning: Tuning, config: TuningConfig) -> bool:
     """Whether an untrained adapter changes nothing, so that the model with the adapter off is the model before training.
 
     True for LoRA, one factor of which starts at zero. False for other methods, some of which start with random values.

@@ -16,7 +16,7 @@ from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.config import Layout
 from trainer.data.tokens.encode import Encoder
 from trainer.model.architecture import text_settings
-from trainer.model.base_files import digests_of, refuse_another_base
+from trainer.model.base_files import model_file_digests, check_adapter_base
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
 from trainer.model.weights import BaseWeights, StartingWeights, WeightSource
@@ -59,12 +59,12 @@ def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: An
         key = _key(name)
         with _errors_naming(key):
             files = reward_model_files(str(reward.path), key)
-            model, weights = _frozen_classifier(files, key, half_on_gpu=half_on_gpu)
+            model, weights = _frozen_reward_model(files, key, half_on_gpu=half_on_gpu)
         step.add_reward_model(name, model, block_class_names(model))
-        source.beside[f"{REWARD_MODELS_PREFIX}{name}."] = weights
+        source.frozen_sources[f"{REWARD_MODELS_PREFIX}{name}."] = weights
 
 
-def _frozen_classifier(
+def _frozen_reward_model(
     files: RewardModelFiles, key: str, *, half_on_gpu: bool
 ) -> tuple[Any, WeightSource | StartingWeights]:
     """(the reward model on meta, frozen, the source of its values). `key`: the setting that names it. Errors: ConfigError."""
@@ -83,7 +83,7 @@ def _frozen_classifier(
     directory = weights_directory(config)
     merged = None
     if files.adapter is not None:
-        refuse_another_base(files.adapter, directory, accept=False)
+        check_adapter_base(files.adapter, directory, accept=False)
         merged = MergedAdapters(model, [str(files.adapter)], key)
     base_weights = WeightSource(BaseWeights(directory, copy.deepcopy(model)), Full(), seed=0, init_std=0.0)
     # The base must have every parameter, except those that the adapter has itself, such as the head: none is initialised.
@@ -165,7 +165,7 @@ def reward_model_digests(objective: ObjectiveConfig) -> dict[str, str]:
             if files.adapter is not None:
                 directories[f"{name}/base"] = weights_directory(_model_config(files, {}))
         for prefix, directory in directories.items():
-            for file, digest in digests_of(directory).items():
+            for file, digest in model_file_digests(directory).items():
                 digests[f"{prefix}/{file}"] = digest
     return digests
 

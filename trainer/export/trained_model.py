@@ -111,14 +111,14 @@ class ModelValues:
         for plain_name, _ in named_parameters(model.built.step_module):
             # By a copy that trained in full.
             is_replaced = self._merger is not None and ".original_module." in plain_name
-            if not tuning.owns(plain_name) and not is_replaced:
+            if not tuning.is_added_parameter(plain_name) and not is_replaced:
                 self._plain_name_by_base_name[tuning.base_name(plain_name)] = plain_name
         self._parameters = dict(named_parameters(model.built.step_module))
         """By plain name, on the meta device."""
         self._buffers: dict[str, Tensor] = {}
         """Persistent buffers by base name."""
         for plain_name, buffer in persistent_buffers(model.built.step_module.model):
-            if not tuning.owns(plain_name):
+            if not tuning.is_added_parameter(plain_name):
                 self._buffers[tuning.base_name(plain_name)] = buffer.detach()
 
     def names(self) -> list[str]:

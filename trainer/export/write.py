@@ -266,7 +266,7 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
                 trained = as_plain_lora(tuning, trained, model.base_weights())
         write_adapter(tuned_model, trained, staging_dir, hub_id, commit, double_rank=tuning.needs_conversion)
     else:
-        tuning.write(tuned_model, trained, staging_dir, hub_id, commit)
+        tuning.save_adapter(tuned_model, trained, staging_dir, hub_id, commit)
     base_identity = (facts.run.identity or {}).get("base") or {}
     write_record(staging_dir, base_identity)
     if model.built.base_config is not None:

@@ -141,7 +141,7 @@ def build_options(config: ModelConfig) -> dict[str, Any]:
     """Options of every `from_config` of transformers, beside the attention."""
     options = {"trust_remote_code": config.trust_remote_code, "dtype": "float32"}
     if not config.trust_remote_code:  # code of its own need not know the word
-        options["experts_implementation"] = experts.NAME
+        options["experts_implementation"] = experts.EXPERTS_FUNCTION
     return options
 
 

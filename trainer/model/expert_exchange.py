@@ -18,10 +18,10 @@ from strategies.sequence import AllToAll
 from trainer.model.compat import grouped_experts
 from trainer.tuning.low_rank import LowRank, frozen_experts
 
-MOST_KEPT = 2
+MAX_KEPT_RATIO = 2
 """Rows that a rank computes at once, over those that it sends: of twice the mean, what experts make is kept for the backward
 pass. Of more it is computed again there, chunk by chunk, so that a rank to which all tokens go does not run out of memory."""
-LEAST_CHUNK = 4096
+MIN_CHUNK_ROWS = 4096
 """Rows that are computed at once however few a rank sends."""
 
 
@@ -36,7 +36,7 @@ class OwnExperts:
         return getattr(self._module, name)
 
 
-def exchanged_experts(
+def expert_parallel_forward(
     module: Any,
     share: ExpertShare,
     hidden: Tensor,
@@ -57,7 +57,7 @@ def exchanged_experts(
 
     order = order[: sum(counts.sent)]
     arrived = send_rows(hidden[order // experts_per_token], counts.sent, counts.received, share)
-    made = _by_own_experts(module, share, arrived, counts, low_rank)
+    made = _forward_own_experts(module, share, arrived, counts, low_rank)
     returned = send_rows(made, counts.received, counts.sent, share)
 
     # Back to the order of tokens, where the k experts of a token are added up.
@@ -80,7 +80,7 @@ def send_rows(rows: Tensor, sent: list[int], received: list[int], share: ExpertS
     return flat.view(-1, width)
 
 
-def _by_own_experts(
+def _forward_own_experts(
     module: Any, share: ExpertShare, rows: Tensor, counts: RowCounts, low_rank: dict[str, LowRank] | None
 ) -> Tensor:
     """Compute the experts that this rank holds on the hidden states `rows [N, H]` that arrived from its group: `[N, H]`.
@@ -108,7 +108,7 @@ def _by_own_experts(
     # The expert of each row: rows come rank by rank, and within a rank expert by expert.
     ids = torch.arange(num_own, device=rows.device).repeat(share.group_size)
     ids = ids.repeat_interleave(counts.by_expert.reshape(-1), output_size=len(rows))
-    most_rows = max(LEAST_CHUNK, MOST_KEPT * sum(counts.sent))
+    most_rows = max(MIN_CHUNK_ROWS, MAX_KEPT_RATIO * sum(counts.sent))
     if len(rows) <= most_rows:
         return compute(rows, ids)
     chunks = zip(rows.split(most_rows), ids.split(most_rows), strict=True)

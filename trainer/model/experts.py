@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.compat import grouped_experts, register_experts
-from trainer.model.expert_exchange import exchanged_experts
+from trainer.model.expert_exchange import expert_parallel_forward
 from trainer.model.routing import note_chosen_experts
 from trainer.tuning.low_rank import LowRank, frozen_experts
 
-NAME = "shardtune_experts"
+EXPERTS_FUNCTION = "shardtune_experts"
 
 
 def register() -> None:
-    """Make the function known to transformers under `NAME`. Idempotent."""
-    register_experts(NAME, experts_forward)
+    """Make the function known to transformers under `EXPERTS_FUNCTION`. Idempotent."""
+    register_experts(EXPERTS_FUNCTION, experts_forward)
 
 
 class _CastExperts:
@@ -56,7 +56,7 @@ def experts_forward(
         module, hidden = _CastExperts(module, dtype), hidden.to(dtype)
     share = getattr(module, "expert_share", None)
     if share is not None:
-        return exchanged_experts(module, share, hidden, expert_indices, weights, low_rank)
+        return expert_parallel_forward(module, share, hidden, expert_indices, weights, low_rank)
     if low_rank is not None or hasattr(module, "packed_experts"):
         return frozen_experts(module, hidden, expert_indices, weights, low_rank)
     return grouped_experts(module, hidden, expert_indices, weights)

@@ -124,7 +124,7 @@ def _positions_of(positions: Tensor) -> Tensor:
     return (places - row.bounds[documents - 1])[None]
 
 
-def _has_no_values(device: torch.device) -> bool:
+def _is_meta_or_simulated(device: torch.device) -> bool:
     return device.type == "meta" or device == SIMULATED
 
 
@@ -171,7 +171,7 @@ def block_mask(
             same_branch = (branch[key] == 0) | (branch[key] == branch[query])
             return same_document(batch, head, place[query], place[key]) & same_branch
 
-    if _has_no_values(device):
+    if _is_meta_or_simulated(device):
         return flex_shapes.block_mask(visible, batch_size, q_length, kv_length, device)
     build_mask = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
     return build_mask(visible, batch_size, None, q_length, kv_length, device=str(device))
@@ -205,7 +205,7 @@ def flex_attention(
     groups = query.shape[1] // key.shape[1]
     if groups & (groups - 1):  # the kernel shares keys among powers of two
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if _has_no_values(query.device):
+    if _is_meta_or_simulated(query.device):
         attend: Callable[..., tuple[Tensor, Tensor]] = _attend_on_shapes
     else:
         attend = _attend_by_kernel if query.device.type == "cuda" else _attend_over_pairs

@@ -211,7 +211,7 @@ def _original_positions(text: Any, parameters: dict[str, Any], own_positions: in
     return None if parameters.get("rope_type") == RopeScaling.linear else own_positions
 
 
-def _names(config: ModelConfig) -> str:
+def _position_settings_text(config: ModelConfig) -> str:
     """The settings that are set, as they are typed."""
     rope = config.rope
     settings = {

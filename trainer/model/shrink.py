@@ -21,11 +21,11 @@ from trainer.model.kept_layers import KeptLayers, choices, depth_of, layer_kinds
 VOCABULARY = 128
 WINDOW = 8
 """Tokens that a sliding window or a chunk of attention is shrunk to."""
-CAPS, CAP = ("softcapping", "softcap", "soft_cap"), 0.1
+SOFTCAP_SUFFIXES, MAX_SOFTCAP = ("softcapping", "softcap", "soft_cap"), 0.1
 """How settings end that bound scores and logits, and a bound that small random weights come near."""
-PATCH_ENTROPY = 0.97 * math.log(VOCABULARY)
+PATCHING_THRESHOLD = 0.97 * math.log(VOCABULARY)
 """An entropy that what small random weights predict has in about half of all places: patches of bytes begin there."""
-LAYER_CHOICES = 3
+MAX_LAYER_CHOICES = 3
 """Choices of layers that are tried at most."""
 
 SIZES: dict[str, int] = {
@@ -79,7 +79,7 @@ SIZES: dict[str, int] = {
 }
 """What a size becomes at most, by the name of its setting; positions and windows too where what begins with them would be
 longer than the documents."""
-IMAGE_TOKENS = "vocabulary_map"
+IMAGE_TOKENS_SETTING = "vocabulary_map"
 """The setting of tokens for images, by name: of those that differ in their number alone one is kept."""
 HEADS = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
 HEAD_SIZES = ("mamba_d_head", "mamba_head_dim", "mamba_headdim", "head_dim")
@@ -123,9 +123,9 @@ def small_copies(config: Any, plain: nn.Module, *, keep_counts: bool = False) ->
     copies = 0
     reason = ""
     for shrink_sizes in ways:
-        for choice in range(LAYER_CHOICES):
+        for choice in range(MAX_LAYER_CHOICES):
             try:
-                small_config = cls.from_dict(_shrunk(settings, cls, plain, shrink_sizes, choice))
+                small_config = cls.from_dict(_small_settings(settings, cls, plain, shrink_sizes, choice))
             except Exception as error:  # noqa: BLE001 - whatever a configuration class finds wrong with itself
                 if not reason:
                     message = (str(error) or "no message").splitlines()[-1]
@@ -192,7 +192,7 @@ def _nested_settings(
             yield from _nested_settings(full[name], small[name], inner_cls)
 
 
-def _shrunk(
+def _small_settings(
     settings: dict[str, Any], cls: Any, plain: nn.Module, shrink_sizes: Callable[..., Any], choice: int
 ) -> dict[str, Any]:
     """The settings of a small copy of a model: fewer layers, sizes by `shrink_sizes`, and bounds and ids that fit these.
@@ -205,18 +205,18 @@ def _shrunk(
     sub_configs = getattr(cls, "sub_configs", None) or {}
     for name, value in small.items():
         if isinstance(value, dict) and name in sub_configs:
-            small[name] = _shrunk(settings[name], sub_configs[name], plain, shrink_sizes, choice)
-        elif name.endswith(CAPS) and isinstance(value, float) and value:
-            small[name] = min(CAP, value)
+            small[name] = _small_settings(settings[name], sub_configs[name], plain, shrink_sizes, choice)
+        elif name.endswith(SOFTCAP_SUFFIXES) and isinstance(value, float) and value:
+            small[name] = min(MAX_SOFTCAP, value)
         elif name == "patching_threshold" and isinstance(value, float):
-            small[name] = PATCH_ENTROPY
+            small[name] = PATCHING_THRESHOLD
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             small[name] = min(value, 3)
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, list):
             small[name] = [min(token_id, 3) for token_id in value]
         elif name == "per_layer_config":
             small[name] = {index: _layer_settings(own, settings, small) for index, own in value.items()}
-        elif name == IMAGE_TOKENS and value:
+        elif name == IMAGE_TOKENS_SETTING and value:
             small[name] = _few_image_tokens(value)
     small.pop("quantization_config", None)  # the copy has drawn weights, which are not quantised
     return small

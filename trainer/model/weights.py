@@ -240,7 +240,7 @@ class WeightSource:
         """Row that is zero whatever the checkpoint has there, by base name."""
         self.initialised: list[str] = []
         """Base parameters that the checkpoint does not have and that were drawn instead."""
-        self.beside: dict[str, WeightSource | StartingWeights] = {}
+        self.frozen_sources: dict[str, WeightSource | StartingWeights] = {}
         """Where the parameters of frozen models beside the tuned one come from, by the beginning of their names."""
         self._mean_rows: dict[str, Tensor] = {}
 
@@ -252,7 +252,7 @@ class WeightSource:
         """
         problems = []
         for name, model_shape in named_shapes.items():
-            if self.tuning.owns(name):
+            if self.tuning.is_added_parameter(name):
                 continue
             base = self.tuning.base_name(name)
             shape = self.checkpoint.quantised.get(base, model_shape)
@@ -289,10 +289,10 @@ class WeightSource:
         In the last two a row in `zeroed` (as a rule the padding token's) is set to zero.
         """
         if name.startswith(FROZEN_MODEL_PREFIXES):
-            for prefix, frozen in self.beside.items():
+            for prefix, frozen in self.frozen_sources.items():
                 if name.startswith(prefix):
                     return frozen.read_slice(name.removeprefix(prefix), shape, start, stop)
-        if self.tuning.owns(name) or self.tuning.rewrites(name):
+        if self.tuning.is_added_parameter(name) or self.tuning.rewrites(name):
             return self.tuning.initial_value(name, tuple(shape), self, self.seed).reshape(-1)[start:stop]
         base = self.tuning.base_name(name)
         stored = self.checkpoint.resolve(base)
@@ -315,7 +315,7 @@ class WeightSource:
     def close(self) -> None:
         """Free what was read: the model has its values."""
         self.checkpoint.close()
-        for frozen in self.beside.values():
+        for frozen in self.frozen_sources.values():
             frozen.close()
 
     def full_tensor(self, name: str) -> Tensor:

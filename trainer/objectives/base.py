@@ -128,7 +128,7 @@ class Family:
     was put in their place, by key."""
     compares_distributions: Callable[[Any], bool] = lambda config: False
     """Whether it compares distributions over the vocabulary, with a teacher or with the model as it was."""
-    compares_with_start: Callable[[Any], bool] = lambda config: False
+    compares_with_initial_model: Callable[[Any], bool] = lambda config: False
     """Whether it compares log-probabilities of texts that are not known beforehand with those of the model as the run began. That
     model is then kept: as the tuned one with its adapter off, or as a frozen copy."""
     teacher: Callable[[Any], TeacherConfig | None] = lambda config: None

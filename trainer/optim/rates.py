@@ -157,7 +157,7 @@ def _adamw_rate(method: str, objective: str) -> UsualRate | None:
     )
 
 
-def missing_rate(optim: OptimConfig, method: str, objective: str) -> str:
+def missing_rate_message(optim: OptimConfig, method: str, objective: str) -> str:
     """The message for a run that sets no `optim.lr`, where no table has a usual rate: it names the rates of similar runs."""
     neighbours: list[str] = []  # such as "0.0002 with optim=adamw and lora"
     # (optimizer, method): one of the two as in this run, then neither.

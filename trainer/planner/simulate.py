@@ -35,7 +35,7 @@ class ShapesOnly:
     """A `ParameterSource` without values."""
 
     def __init__(self) -> None:
-        self.beside: dict[str, Any] = {}
+        self.frozen_sources: dict[str, Any] = {}
         """As in `WeightSource`; nothing is read of it."""
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:

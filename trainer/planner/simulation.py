@@ -23,7 +23,7 @@ from strategies.zero_config import MAX_LIVE_PARAMETERS
 from trainer.build.experts import plan_expert_parallelism
 from trainer.build.parts import build_step, needs_one_row_batches, tile
 from trainer.build.recomputation import micro_batch_of
-from trainer.build.references import attach_frozen
+from trainer.build.references import attach_reference_model
 from trainer.build.reward_models import attach_reward_models
 from trainer.build.sequence import heads_of, step_layout
 from trainer.config.parallel import ParallelConfig, accumulation_steps
@@ -381,7 +381,7 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
         half_on_gpu=half_on_gpu,
     )
     built.step_module.plan.ema_decay = config.optim.ema_decay
-    attach_frozen(built, config.model, config.objective, config.tuning, weight_source, tokenizer)  # type: ignore[arg-type]
+    attach_reference_model(built, config.model, config.objective, config.tuning, weight_source, tokenizer)  # type: ignore[arg-type]
     attach_reward_models(built.step_module, config.objective, weight_source, half_on_gpu=half_on_gpu)
     tile(built, config)
     plan_expert_parallelism(built, config, runtime)

@@ -16,7 +16,7 @@ from strategies.atomic_io import error_summary
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.export.tensors import hub_name
-from trainer.model.base_files import changes, digests_of, files_of_model
+from trainer.model.base_files import changed_file_lines, model_file_digests, digests_of_loaded_files
 from trainer.model.config import ModelConfig
 from trainer.model.loading import weights_directory
 from trainer.objectives.frozen_model import teacher_model
@@ -51,7 +51,7 @@ def base_files(config: RunConfig, *, teacher: bool = True) -> dict[str, str]:
         directories[f"adapter {number}"] = Path(path).expanduser()
     digests: dict[str, str] = {}
     for role, directory in directories.items():
-        for name, digest in digests_of(directory).items():
+        for name, digest in model_file_digests(directory).items():
             digests[f"{role}/{name}"] = digest
     return digests
 
@@ -94,7 +94,7 @@ def changed_files(config: RunConfig, recorded: dict[str, str], *, teacher: bool,
         ignored_prefixes.append(f"{TEACHER}/")
     if not _needs_first_adapter(config, teacher=teacher, start=start):
         ignored_prefixes.append(f"{START}/")
-    return changes(_without(loaded_then, ignored_prefixes), _without(loaded_now, ignored_prefixes))
+    return changed_file_lines(_without(loaded_then, ignored_prefixes), _without(loaded_now, ignored_prefixes))
 
 
 def _files_that_load(digests: dict[str, str], directory: Path) -> dict[str, str]:
@@ -105,7 +105,7 @@ def _files_that_load(digests: dict[str, str], directory: Path) -> dict[str, str]
         if name.startswith(prefix):
             base_digests[name.removeprefix(prefix)] = digest
     loaded = _without(digests, [prefix])
-    for name, digest in files_of_model(base_digests, directory).items():
+    for name, digest in digests_of_loaded_files(base_digests, directory).items():
         loaded[f"{prefix}{name}"] = digest
     return loaded
 
@@ -126,7 +126,7 @@ def _needs_first_adapter(config: RunConfig, *, teacher: bool, start: bool) -> bo
     if not checkpoint_has_all:
         return True
     family = family_of(config.objective)
-    compares = family.compares_distributions(config.objective) or family.compares_with_start(config.objective)
+    compares = family.compares_distributions(config.objective) or family.compares_with_initial_model(config.objective)
     return start or (teacher and compares)
 
 

@@ -239,7 +239,7 @@ class Adapter:
             name = name.replace(wrapper, "")
         return name
 
-    def owns(self, name: str) -> bool:
+    def is_added_parameter(self, name: str) -> bool:
         """Whether peft added this parameter or buffer. Modules that train in full are not owned: they start as copies."""
         return name in self._owned or name in self._buffers
 

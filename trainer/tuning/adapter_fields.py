@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-NUMBERS = ("r", "lora_alpha", "alpha", "lora_dropout", "oft_block_size", "boft_block_size", "num_virtual_tokens")
-TEXTS = ("peft_type", "task_type", "bias", "base_model_name_or_path")
-TABLES = ("rank_pattern", "alpha_pattern")
-NAMES = ("target_modules", "modules_to_save", "target_parameters")
+NUMBER_FIELDS = ("r", "lora_alpha", "alpha", "lora_dropout", "oft_block_size", "boft_block_size", "num_virtual_tokens")
+TEXT_FIELDS = ("peft_type", "task_type", "bias", "base_model_name_or_path")
+DICT_FIELDS = ("rank_pattern", "alpha_pattern")
+NAME_LIST_FIELDS = ("target_modules", "modules_to_save", "target_parameters")
 """A list of names, or one regular expression."""
 
 
-def wrong_field(settings: dict[str, Any]) -> str | None:
+def wrong_type_message(settings: dict[str, Any]) -> str | None:
     """Describe the first field of an adapter_config.json whose value has the wrong type; None if all are right.
 
     `settings`: the file's JSON, which anybody may have written. Null is right for every field. `{"r": "8"}` gives
@@ -22,13 +22,13 @@ def wrong_field(settings: dict[str, Any]) -> str | None:
         if value is None:
             continue
         assignment = f"{name}={json.dumps(value)[:80]}"
-        if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if name in NUMBER_FIELDS and (isinstance(value, bool) or not isinstance(value, int | float)):
             return f"{assignment}, which is no number"
-        if name in TEXTS and not isinstance(value, str):
+        if name in TEXT_FIELDS and not isinstance(value, str):
             return f"{assignment}, which is no text"
-        if name in TABLES and not isinstance(value, dict):
+        if name in DICT_FIELDS and not isinstance(value, dict):
             return f"{assignment}, which is no table of numbers by names"
-        if name in NAMES and not _are_names(value):
+        if name in NAME_LIST_FIELDS and not _are_names(value):
             return f"{assignment}, which is no list of names"
     return None
 

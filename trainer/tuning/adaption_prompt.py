@@ -91,7 +91,7 @@ class AdaptionPrompt(AddedParameters):
             return torch.zeros(shape)
         return torch.randn(shape, generator=torch.Generator().manual_seed(derived_seed(seed, name)))
 
-    def write(
+    def save_adapter(
         self, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
     ) -> None:
         """Write peft's files into `directory`. Errors: OSError, SafetensorError."""

@@ -125,7 +125,7 @@ class Tuning(Protocol):
     def base_name(self, name: str) -> str:
         """The name a parameter of the tuned model has in the base model's checkpoint."""
 
-    def owns(self, name: str) -> bool:
+    def is_added_parameter(self, name: str) -> bool:
         """Whether the method added this parameter, so that the base checkpoint does not have it."""
 
     def rewrites(self, name: str) -> bool:

@@ -98,7 +98,7 @@ class Bottleneck(AddedParameters):
             torch.default_generator.manual_seed(derived_seed(seed, layer))
             return nn.Linear(width, size).get_parameter(key).detach()
 
-    def write(
+    def save_adapter(
         self, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
     ) -> None:
         """Write `bottleneck_config.json` and `adapter_model.safetensors` into `directory`, for `load`.

@@ -20,11 +20,11 @@ from trainer.tuning.config import (
     PromptInit,
     VirtualConfig,
 )
-from trainer.tuning.freeze import LAYERS
-from trainer.tuning.initial_adapter import problems as start_problems
+from trainer.tuning.freeze import LAYER_RANGE_REGEX
+from trainer.tuning.initial_adapter import problems as initial_adapter_problems
 from trainer.tuning.table import METHODS, PEFT_METHODS, SHARDED, UNSUPPORTED_TYPES, Method, method_of, rewrites_base
 
-INITS = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d*|olora")
+INIT_REGEX = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d*|olora")
 
 
 CHOICE_BY_PEFT_NAME = {
@@ -59,7 +59,7 @@ class RunFacts:
 
 def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
     """Every problem of a method's settings, alone and with the rest of the run, as `key=value: constraint; what to do`."""
-    yield from _problems_alone(tuning)
+    yield from _problems_by_themselves(tuning)
     if isinstance(tuning, PeftConfig) and tuning.type not in PEFT_METHODS:
         return  # an unknown method has no row in the table
     method = method_of(tuning)
@@ -84,11 +84,11 @@ def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
         yield f"export.merge=true with {method_setting}: {method.no_merge}; use export.merge=false"
 
 
-def _problems_alone(tuning: TuningConfig) -> Iterator[str]:
+def _problems_by_themselves(tuning: TuningConfig) -> Iterator[str]:
     """What is wrong with the settings of `tuning` by themselves, whatever the rest of the run, one line each."""
     if isinstance(tuning, AdapterConfig):
         yield from _target_problems(tuning)
-        yield from start_problems(tuning)
+        yield from initial_adapter_problems(tuning)
     if isinstance(tuning, FreezeConfig):
         yield from _freeze_problems(tuning)
     if isinstance(tuning, LoraConfig):
@@ -243,7 +243,7 @@ def _freeze_problems(tuning: FreezeConfig) -> Iterator[str]:
             "tuning=freeze: nothing is chosen to train; set tuning.layers=last-2, or one of tuning.modules, "
             "tuning.embeddings, tuning.bias_only and tuning.norm_only"
         )
-    if tuning.layers is not None and not LAYERS.fullmatch(tuning.layers):
+    if tuning.layers is not None and not LAYER_RANGE_REGEX.fullmatch(tuning.layers):
         yield f"tuning.layers={tuning.layers}: must be last-<n> or <first>-<last>, such as last-2 or 4-7"
     if tuning.modules is not None:
         yield from _regex_problems("tuning.modules", tuning.modules, r"such as .*\.mlp for all feed-forward parts")
@@ -254,7 +254,7 @@ def _lora_problems(tuning: LoraConfig) -> Iterator[str]:
 
     `tuning.rank_pattern` and `tuning.alpha_pattern` hold a number by regular expression, such as `{"q_proj": 16}`.
     """
-    if not INITS.fullmatch(tuning.init):
+    if not INIT_REGEX.fullmatch(tuning.init):
         examples = ["default", "gaussian", "pissa", "pissa_niter_4", "olora"]
         close_matches = difflib.get_close_matches(tuning.init, examples, n=1)
         hint = f"; did you mean {close_matches[0]}?" if close_matches else ""

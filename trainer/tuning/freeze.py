@@ -13,7 +13,7 @@ from trainer.tuning.compat.transformers import block_class_names
 from trainer.tuning.config import FreezeConfig
 from trainer.tuning.full import Full
 
-LAYERS = re.compile(r"last-(\d+)|(\d+)-(\d+)")
+LAYER_RANGE_REGEX = re.compile(r"last-(\d+)|(\d+)-(\d+)")
 """A value of `tuning.layers`: `last-<n>` or `<first>-<last>`."""
 
 
@@ -110,7 +110,7 @@ def _blocks(model: Any, layers: str) -> list[nn.Module]:
     """
     class_names = block_class_names(model)
     blocks = [module for module in model.modules() if type(module).__name__ in class_names]
-    match = LAYERS.fullmatch(layers)
+    match = LAYER_RANGE_REGEX.fullmatch(layers)
     assert match is not None, layers
     num_blocks = len(blocks)
     if num_blocks == 0:

@@ -33,7 +33,7 @@ class Full:
         """The name a parameter has in the base model's checkpoint."""
         return name
 
-    def owns(self, name: str) -> bool:
+    def is_added_parameter(self, name: str) -> bool:
         """False: every parameter is the base's."""
         return False
 

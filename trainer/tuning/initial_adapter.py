@@ -9,7 +9,7 @@ from typing import Any
 
 from strategies.errors import ConfigError
 from strategies.small_files import read_object
-from trainer.tuning.adapter_fields import wrong_field
+from trainer.tuning.adapter_fields import wrong_type_message
 from trainer.tuning.base import AdapterConfig, LoraConfig, TuningConfig
 from trainer.tuning.config import (
     BoftConfig,
@@ -91,7 +91,7 @@ def read_settings(directory: str | Path) -> dict[str, Any] | str:
         settings = read_object(path / SETTINGS)
     except ConfigError as error:
         return f"its {SETTINGS} cannot be read ({error}); write the adapter again"
-    if (wrong := wrong_field(settings)) is not None:
+    if (wrong := wrong_type_message(settings)) is not None:
         return f"its {SETTINGS} has {wrong}; write the adapter again"
     return settings
 

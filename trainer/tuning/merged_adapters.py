@@ -61,12 +61,12 @@ class _MergedAdapter:
         self.stored = StoredAdapter(path, key)
         self.stored.match_names(self.model)
         self.stored.fill_buffers(self.model)
-        self.replaced: dict[str, str] = {}
+        self.fully_trained_names: dict[str, str] = {}
         """Full names of modules that trained in full, by their base names: they replace the base's."""
         for name in self.stored.names:
             if f".modules_to_save.{ADAPTER}." in name:
-                self.replaced[self.tuning.base_name(name)] = name
-        self.changed_names = self.tuning.changed_names() | set(self.replaced)
+                self.fully_trained_names[self.tuning.base_name(name)] = name
+        self.changed_names = self.tuning.changed_names() | set(self.fully_trained_names)
         self._refuse_unmergeable(f"{key}={directory}")
         self._cached_layer = ""
         self._cached_parameters: dict[str, Tensor] = {}
@@ -78,10 +78,10 @@ class _MergedAdapter:
         `setting`: key and directory, which begin the message.
         """
         # Tensors that are no part of an adapter.
-        fully_trained = set(self.replaced.values())
+        fully_trained = set(self.fully_trained_names.values())
         unmergeable = []
         for name in self.stored.names:
-            if not self.tuning.owns(name) and name not in fully_trained:
+            if not self.tuning.is_added_parameter(name) and name not in fully_trained:
                 unmergeable.append(name)
         if unmergeable:
             base_name = self.tuning.base_name(min(unmergeable))
@@ -107,8 +107,8 @@ class _MergedAdapter:
         - not changed by the adapter: the base's value.
         - else: its layer is merged, and kept for the layer's next parameter.
         """
-        if name in self.replaced:
-            return self.stored.tensor(self.replaced[name])
+        if name in self.fully_trained_names:
+            return self.stored.tensor(self.fully_trained_names[name])
         if name not in self.changed_names:
             return base.full_tensor(name)
         layer, key = self.tuning.layer_of(name)

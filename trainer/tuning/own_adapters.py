@@ -61,7 +61,7 @@ class AddedParameters:
             name = name.replace(part, "")
         return name
 
-    def owns(self, name: str) -> bool:
+    def is_added_parameter(self, name: str) -> bool:
         """Whether the method added this parameter."""
         return name in self._owned
 

@@ -198,7 +198,7 @@ class Virtual(AddedParameters):
         repeats = -(-self.num_tokens // len(ids))  # rounded up
         return (ids * repeats)[: self.num_tokens]
 
-    def write(
+    def save_adapter(
         self, model: Any, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
     ) -> None:
         """Write peft's files into `directory`: the encoder's output as `prompt_embeddings`, and modules trained in full.

@@ -44,7 +44,7 @@ def kinds_of_parameters(built: Built, names: list[str]) -> dict[str, str]:
     kinds = {}
     for name in names:
         plain_name = built.tuning.base_name(name)
-        if built.tuning.owns(name):
+        if built.tuning.is_added_parameter(name):
             kinds[name] = f"{ADAPTERS}, {_kind_of_adapted_weight(name)}"
         elif plain_name in routers:
             kinds[name] = "router"

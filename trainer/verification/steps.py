@@ -69,7 +69,7 @@ class NonzeroValues:
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
-        if not self.source.tuning.owns(name):
+        if not self.source.tuning.is_added_parameter(name):
             return self.source.read_slice(name, shape, start, stop)
         full = self.source.read_slice(name, shape, 0, shape.numel())
         is_zero = full.is_floating_point() and not bool(full.any())
