@@ -173,7 +173,10 @@ def _strategy_of(case: Case) -> Any:
 @contextmanager
 def in_chunks(chunk: int = 64) -> Iterator[None]:
     """Experts compute `chunk` rows at a time, and again in the backward pass."""
-    with mock.patch.object(expert_exchange, "MIN_CHUNK_ROWS", chunk), mock.patch.object(expert_exchange, "MAX_KEPT_RATIO", 0):
+    with (
+        mock.patch.object(expert_exchange, "MIN_CHUNK_ROWS", chunk),
+        mock.patch.object(expert_exchange, "MAX_KEPT_RATIO", 0),
+    ):
         yield
 
 

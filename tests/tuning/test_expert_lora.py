@@ -44,7 +44,9 @@ def plain_model(architecture, how=None):
     experts.register()
     torch.manual_seed(0)
     config = CONFIGS[architecture]()
-    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation=how or experts.EXPERTS_FUNCTION)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, experts_implementation=how or experts.EXPERTS_FUNCTION
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and ("gate" in name or "router" in name):

@@ -37,8 +37,8 @@ def plan_expert_parallelism(built: Built, config: RunConfig, runtime: Runtime) -
     """
     if config.parallel.experts == 1:
         return
-    ranks = (runtime.world_size, runtime.hosts)
-    problems = problems_of_models(config, _models_of_step(built.step_module, config), ranks)
+    models = _models_of_step(built.step_module, config)
+    problems = expert_problems_of_models(config, models, num_ranks=runtime.world_size, num_hosts=runtime.hosts)
     if problems:
         raise ConfigError(problems)
     built.step_module.plan.expert_parallel_modules = tuple(expert_modules(built.step_module))
@@ -112,9 +112,10 @@ def expert_problems(config: RunConfig, *, scores_answers: bool = True) -> list[s
     """
     if config.parallel.experts == 1:
         return []
-    nodes = config.launcher.nodes
+    num_hosts = config.launcher.nodes
+    num_ranks = num_hosts * config.launcher.per_node
     models = models_on_meta(config, scores_answers=scores_answers)
-    return problems_of_models(config, models, (nodes * config.launcher.per_node, nodes))
+    return expert_problems_of_models(config, models, num_ranks=num_ranks, num_hosts=num_hosts)
 
 
 def models_on_meta(config: RunConfig, *, scores_answers: bool = True) -> dict[str, nn.Module]:
@@ -133,18 +134,20 @@ def models_on_meta(config: RunConfig, *, scores_answers: bool = True) -> dict[st
     return models
 
 
-def problems_of_models(config: RunConfig, models: dict[str, nn.Module], ranks: tuple[int, int]) -> list[str]:
-    """Why expert parallelism is not possible with these models, a line each; empty if it is.
+def expert_problems_of_models(
+    config: RunConfig, models: dict[str, nn.Module], *, num_ranks: int, num_hosts: int
+) -> list[str]:
+    """Why expert parallelism is not possible with these models, one line for each such model; empty if it is possible.
 
-    `models`: the trained one first, each by the setting that names it. A frozen model without experts is no problem. `ranks`:
-    (ranks, hosts); 0 if not known yet.
+    `models`: the trained one first, each by the setting that names it, such as `model.path=<path>`. A frozen model without
+    experts is no problem. `num_ranks`, `num_hosts`: of the whole run; 0 if not known yet.
     """
     problems = []
     for index, (setting, model) in enumerate(models.items()):
         is_frozen = index > 0
         if is_frozen and not expert_modules(model):
             continue
-        problem = _model_problem(config, setting, model, ranks)
+        problem = _model_problem(config, setting, model, num_ranks, num_hosts)
         if problem is not None:
             problems.append(problem)
     return problems
@@ -159,7 +162,7 @@ def model_on_meta(model: ModelConfig, kind: ModelKind) -> nn.Module:
     return plain
 
 
-def _model_problem(config: RunConfig, setting: str, model: nn.Module, ranks: tuple[int, int]) -> str | None:
+def _model_problem(config: RunConfig, setting: str, model: nn.Module, num_ranks: int, num_hosts: int) -> str | None:
     """Why expert parallelism is not possible with one model; None if it is. The first of these that applies:
 
     - the model's class computes its experts with code of its own, which cannot send tokens to other ranks;
@@ -168,7 +171,7 @@ def _model_problem(config: RunConfig, setting: str, model: nn.Module, ranks: tup
     - experts share a parameter, so that it cannot be divided among ranks;
     - the experts cannot be divided evenly.
 
-    `setting`: names the model in messages, such as `model.path=<path>`. `ranks`: (ranks, hosts); 0 if not known yet.
+    `setting`: names the model in messages, such as `model.path=<path>`. `num_ranks`, `num_hosts`: 0 if not known yet.
     """
     degree = f"parallel.experts={config.parallel.experts}"
     unsupported = unsupported_experts(model)
@@ -183,6 +186,7 @@ def _model_problem(config: RunConfig, setting: str, model: nn.Module, ranks: tup
             f"{degree}: {setting} has no experts that transformers' experts functions compute; set parallel.experts=1"
         )
     for name, module in modules.items():
+        # A configuration without the attribute was not loaded with another function, so ours computes the experts.
         computed_by = getattr(module.config, "_experts_implementation", experts.EXPERTS_FUNCTION)
         if computed_by != experts.EXPERTS_FUNCTION:
             return (
@@ -195,30 +199,37 @@ def _model_problem(config: RunConfig, setting: str, model: nn.Module, ranks: tup
                 "parallel.experts=1"
             )
         for key, parameter in module.named_parameters(recurse=False):
-            has_row_per_expert = parameter.dim() > 0 and len(parameter) % module.num_experts == 0
-            if not has_row_per_expert:
+            # Each expert must have equally many rows of it.
+            has_rows_per_expert = parameter.dim() > 0 and len(parameter) % module.num_experts == 0
+            if not has_rows_per_expert:
                 return f"{degree}: {setting} has a parameter for all experts together ({name}.{key}); set parallel.experts=1"
-    return _division_problem(config, setting, [module.num_experts for module in modules.values()], *ranks)
+    expert_counts = [module.num_experts for module in modules.values()]
+    return _division_problem(config, setting, expert_counts, num_ranks, num_hosts)
 
 
 def _division_problem(
-    config: RunConfig, setting: str, expert_counts: list[int], world_size: int, hosts: int
+    config: RunConfig, setting: str, expert_counts: list[int], num_ranks: int, num_hosts: int
 ) -> str | None:
     """Why the experts of a model cannot be divided evenly among ranks; None if they can.
 
-    `expert_counts`: experts of each layer. `world_size`: all ranks; 0 if not known. Each rank must get equally many experts of a
-    layer, and those that several ranks share are sharded as whole experts, so there must be one for each.
+    Each rank must get equally many experts of a layer. Ranks that share the same experts shard them as whole experts, so a layer
+    must have at least one expert for each rank of a replica.
+
+    `expert_counts`: number of experts of each layer. `num_ranks`: all ranks of the run; 0 if not known, and then only the first
+    rule is checked.
     """
     expert_ranks = config.parallel.experts
     common_divisor = math.gcd(*expert_counts)
     fewest_experts = min(expert_counts)
-    sharded_over = world_size // replica_count(config.strategy, world_size, hosts) if world_size else 1
+    sharded_over = 1  # ranks of one replica
+    if num_ranks:
+        sharded_over = num_ranks // replica_count(config.strategy, num_ranks, num_hosts)
     divides_evenly = common_divisor % expert_ranks == 0
     has_expert_for_each = fewest_experts >= sharded_over
     if divides_evenly and has_expert_for_each:
         return None
 
-    possible = _possible_settings(common_divisor, fewest_experts, world_size or expert_ranks)
+    possible = _possible_settings(common_divisor, fewest_experts, num_ranks or expert_ranks)
     remedy = "set parallel.experts=1" if possible is None else f"set {possible}"
     if not divides_evenly:
         layers = f"layers of {sorted(set(expert_counts))} experts"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from typing import Any
 
 from strategies.parameters import TEACHER_PREFIX
 from trainer.model.config import ModelConfig
 from trainer.model.weights import WeightSource
-from trainer.objectives.base import ObjectiveConfig, ReferenceModels
+from trainer.objectives.base import Family, ObjectiveConfig, ReferenceModels
 from trainer.objectives.frozen_model import frozen_model
 from trainer.objectives.registry import build_objective, family_of
 from trainer.objectives.teacher import check_head
@@ -21,6 +22,19 @@ def reference_models(tuning: Tuning, teacher: Any = None) -> ReferenceModels:
     return ReferenceModels(tuning.reference if tuning.keeps_base else None, teacher)
 
 
+class ReferenceSource(Enum):
+    """Where the outputs come from that an objective compares the trained model with."""
+
+    no_reference = auto()
+    """The objective compares nothing."""
+    adapter_off = auto()
+    """From the trained model with its adapter off, which is the model before training. No copy is needed."""
+    initial_adapter = auto()
+    """From the trained model with the adapter's initial values, of which the engine keeps a copy."""
+    frozen_model = auto()
+    """From a second, frozen model: a teacher, or a copy of the model before training."""
+
+
 def attach_reference_model(
     built: Built,
     config: ModelConfig,
@@ -29,33 +43,29 @@ def attach_reference_model(
     source: WeightSource,
     tokenizer: Any,
 ) -> None:
-    """Give the step module the reference model that its objective compares with, if it needs one that is not there already.
+    """Give the step module of `built` the reference that its objective compares with, by the case of `ReferenceSource`:
 
-    - An objective that compares nothing needs none.
-    - The model before training is there without a copy if a new adapter is trained: it is the model with the adapter off. With an
-      adapter trained before (`tuning.from`), the engine keeps the adapter's first values, if only log-probabilities are compared.
-    - Otherwise a frozen model is added: a teacher, or a copy of the model before training.
+    - `no_reference`, `adapter_off`: nothing changes.
+    - `initial_adapter`: sets `keeps_initial_weights` in the step's plan, so that the engine keeps the values.
+    - `frozen_model`: adds a frozen model to the step module, and where its weights come from to `source`.
 
-    Raises ConfigError if a teacher has another vocabulary, or a head that cannot be compared.
+    Raises ConfigError if a teacher has another vocabulary, or if the trained model has a head whose distributions cannot be
+    compared.
     """
     family = family_of(objective)
     step = built.step_module
     tuning = built.tuning
-    compares_distributions = family.compares_distributions(objective)
-    if not compares_distributions and not family.compares_with_initial_model(objective):
-        return
-    if compares_distributions:
+    if family.compares_distributions(objective):
         check_head(step.model, f"objective={family.name}")
-    elif tuning.adapter:
-        if not _base_is_initial_model(tuning, tuning_config):
-            step.plan.keeps_initial_weights = True
-            step.objective = build_objective(objective, ReferenceModels(keeps_initial_weights=True))
-        return
-    has_teacher = family.teacher(objective) is not None
-    if not has_teacher and tuning.keeps_base:
+    reference_source = _reference_source(family, objective, tuning, tuning_config)
+    if reference_source is ReferenceSource.initial_adapter:
+        step.plan.keeps_initial_weights = True
+        step.objective = build_objective(objective, ReferenceModels(keeps_initial_weights=True))
+    if reference_source is not ReferenceSource.frozen_model:
         return
 
-    # A frozen model. A teacher has weights of its own; a copy begins with the adapter of `tuning.from`, if there is one.
+    has_teacher = family.teacher(objective) is not None
+    # A teacher has weights of its own; a copy begins with the adapter of `tuning.from`, if there is one.
     initial_adapter = None if has_teacher else merge_initial_adapter(built.plain, tuning_config)
     frozen = frozen_model(config, objective, built.config, built.arrangement, source, initial_adapter, tokenizer)
     step.teacher = frozen.model
@@ -64,9 +74,27 @@ def attach_reference_model(
     step.add_block_classes(frozen.block_classes)
 
 
+def _reference_source(
+    family: Family, objective: ObjectiveConfig, tuning: Tuning, tuning_config: TuningConfig
+) -> ReferenceSource:
+    """Where an objective's reference outputs come from, without a second model if that is possible."""
+    compares_distributions = family.compares_distributions(objective)
+    if not compares_distributions and not family.compares_with_initial_model(objective):
+        return ReferenceSource.no_reference
+    if not compares_distributions and tuning.adapter:
+        # Only log-probabilities are compared, which an engine can also compute with the adapter's initial values.
+        if _base_is_initial_model(tuning, tuning_config):
+            return ReferenceSource.adapter_off
+        return ReferenceSource.initial_adapter
+    if family.teacher(objective) is None and tuning.keeps_base:
+        return ReferenceSource.adapter_off
+    return ReferenceSource.frozen_model
+
+
 def _base_is_initial_model(tuning: Tuning, config: TuningConfig) -> bool:
     """Whether an untrained adapter changes nothing, so that the model with the adapter off is the model before training.
 
-    True for LoRA, one factor of which starts at zero. False for other methods, some of which start with random values.
+    True for new LoRA adapters, one factor of which starts at zero. False for other methods, some of which start with random
+    values, and for an adapter that was trained before (`tuning.from`).
     """
     return tuning.keeps_base and isinstance(config, LoraConfig)

@@ -16,7 +16,7 @@ from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.config import Layout
 from trainer.data.tokens.encode import Encoder
 from trainer.model.architecture import text_settings
-from trainer.model.base_files import model_file_digests, check_adapter_base
+from trainer.model.base_files import check_adapter_base, model_file_digests
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
 from trainer.model.weights import BaseWeights, StartingWeights, WeightSource
@@ -45,31 +45,35 @@ def reward_model_settings(objective: ObjectiveConfig) -> dict[str, ModelConfig]:
     """
     settings = {}
     for name, reward in reward_models_of(objective).items():
-        key = _key(name)
-        settings[f"{key}={reward.path}"] = _model_config(reward_model_files(str(reward.path), key), {})
+        key = _path_setting(name)
+        settings[f"{key}={reward.path}"] = _model_config(reward_model_files(str(reward.path), key), options={})
     return settings
 
 
 def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: Any, *, half_on_gpu: bool) -> None:
-    """Add the reward models to a step module on meta, and the sources of their values to `source` (a `WeightSource`).
+    """Add the reward models to a step module on meta, frozen, and the sources of their values to `source` (a `WeightSource`).
 
     Reads only headers of files. Raises ConfigError if one cannot be built, or its weights do not fit.
     """
     for name, reward in reward_models_of(objective).items():
-        key = _key(name)
+        key = _path_setting(name)
         with _errors_naming(key):
             files = reward_model_files(str(reward.path), key)
-            model, weights = _frozen_reward_model(files, key, half_on_gpu=half_on_gpu)
+            model = _reward_model_on_meta(files, half_on_gpu=half_on_gpu)
+            weights = _reward_model_weights(files, key, model)
+            model.requires_grad_(False)
+            model.eval()
         step.add_reward_model(name, model, block_class_names(model))
         source.frozen_sources[f"{REWARD_MODELS_PREFIX}{name}."] = weights
 
 
-def _frozen_reward_model(
-    files: RewardModelFiles, key: str, *, half_on_gpu: bool
-) -> tuple[Any, WeightSource | StartingWeights]:
-    """(the reward model on meta, frozen, the source of its values). `key`: the setting that names it. Errors: ConfigError."""
-    # The architecture.
-    config = _model_config(files, {})
+def _reward_model_on_meta(files: RewardModelFiles, *, half_on_gpu: bool) -> Any:
+    """The architecture of a reward model, a classifier of one output for padded rows, without values.
+
+    `half_on_gpu`: whether it computes in half precision on a GPU, which decides its attention. Raises ConfigError if it
+    cannot be built.
+    """
+    config = _model_config(files, options={})
     settings = load_model_config(config)
     settings.num_labels = 1
     if settings.pad_token_id is None:  # by which transformers finds the last token of a text
@@ -78,24 +82,29 @@ def _frozen_reward_model(
         ModelKind.classifier, config, settings, Layout.padded, meta_context(), "reward", half_on_gpu=half_on_gpu
     )
     model.tie_weights()
+    return model
 
-    # Its values: those of the base, with the adapter merged into them, if there is one.
-    directory = weights_directory(config)
+
+def _reward_model_weights(files: RewardModelFiles, key: str, model: Any) -> WeightSource | StartingWeights:
+    """Where the weights of a reward model are read: in its base, with the adapter of `files` merged in, if there is one.
+
+    `key`: the setting that names the reward model. `model`: the reward model on meta. Raises ConfigError if a weight is missing
+    or has another shape, or if the adapter was trained on another base.
+    """
+    directory = weights_directory(_model_config(files, options={}))
     merged = None
     if files.adapter is not None:
         check_adapter_base(files.adapter, directory, accept=False)
         merged = MergedAdapters(model, [str(files.adapter)], key)
     base_weights = WeightSource(BaseWeights(directory, copy.deepcopy(model)), Full(), seed=0, init_std=0.0)
     # The base must have every parameter, except those that the adapter has itself, such as the head: none is initialised.
-    adapter_names = () if merged is None else tuple(merged.changed_names())
-    shapes = {}
+    adapter_names = set() if merged is None else merged.changed_names()
+    base_shapes = {}
     for name, parameter in model.named_parameters():
         if name not in adapter_names:
-            shapes[name] = tuple(parameter.shape)
-    base_weights.check(shapes, head_prefixes=())
-    model.requires_grad_(False)
-    model.eval()
-    return model, base_weights if merged is None else StartingWeights(base_weights, merged)
+            base_shapes[name] = tuple(parameter.shape)
+    base_weights.check(base_shapes, head_prefixes=())
+    return base_weights if merged is None else StartingWeights(base_weights, merged)
 
 
 def check_reward_models(config: RunConfig) -> None:
@@ -106,7 +115,7 @@ def check_reward_models(config: RunConfig) -> None:
 
 def _reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardModelReader:
     """The reader that tokenises prompts and answers for a reward model. Raises ConfigError if it has no usable chat template."""
-    key = _key(name)
+    key = _path_setting(name)
     options = {**OPTIONS, **reward.options}
     with _errors_naming(key):
         model_config = _model_config(reward_model_files(str(reward.path), key), options)
@@ -158,12 +167,12 @@ def reward_model_digests(objective: ObjectiveConfig) -> dict[str, str]:
     """
     digests: dict[str, str] = {}
     for name, reward in reward_models_of(objective).items():
-        key = _key(name)
+        key = _path_setting(name)
         with _errors_naming(key):
             files = reward_model_files(str(reward.path), key)
             directories = {name: files.tokenizer}
             if files.adapter is not None:
-                directories[f"{name}/base"] = weights_directory(_model_config(files, {}))
+                directories[f"{name}/base"] = weights_directory(_model_config(files, options={}))
         for prefix, directory in directories.items():
             for file, digest in model_file_digests(directory).items():
                 digests[f"{prefix}/{file}"] = digest
@@ -180,8 +189,8 @@ def _model_config(files: RewardModelFiles, options: dict[str, Any]) -> ModelConf
     )
 
 
-def _key(name: str) -> str:
-    """The setting that names a reward model."""
+def _path_setting(name: str) -> str:
+    """The setting that names a reward model: `helpful` -> `objective.rewards.helpful.path`."""
     return f"objective.rewards.{name}.path"
 
 

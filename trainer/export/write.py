@@ -39,7 +39,7 @@ from trainer.export.tensors import hub_name, stored_type
 from trainer.export.trained_model import ModelValues, TrainedModel, one_thread, trained_shapes
 from trainer.export.verify import Reference, verify_written
 from trainer.model.architecture import TEXT_MODEL_ONLY, text_settings
-from trainer.model.base_files import write_record
+from trainer.model.base_files import write_base_record
 from trainer.model.compat import needs_own_class
 from trainer.reporting.documents.card import write_documents
 from trainer.reporting.documents.facts import ModelFacts
@@ -268,7 +268,7 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
     else:
         tuning.save_adapter(tuned_model, trained, staging_dir, hub_id, commit)
     base_identity = (facts.run.identity or {}).get("base") or {}
-    write_record(staging_dir, base_identity)
+    write_base_record(staging_dir, base_identity)
     if model.built.base_config is not None:
         model.built.base_config.save_pretrained(str(staging_dir))
 

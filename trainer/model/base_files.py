@@ -16,36 +16,37 @@ ARCHITECTURE_FILE = "config.json"
 
 
 def model_file_digests(directory: Path) -> dict[str, str]:
-    """`<bytes>:<sampled SHA-256>` of each weight file and configuration in a directory, by file name. Errors: OSError."""
+    """`<bytes>:<sampled SHA-256>` of each weight file and configuration in a directory, by file name. Raises OSError."""
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("*config.json")])
     return {path.name: sampled_digest(path) for path in files if path.name not in UNRELATED_CONFIG_FILES}
 
 
 def digests_of_loaded_files(digests: Mapping[str, str], directory: Path) -> dict[str, str]:
-    """The entries of `digests` (hash by file name) whose files a loader of the model in `directory` reads.
+    """The entries of `digests` (digest by file name) whose files are read when the model in `directory` is loaded.
 
-    A directory may hold more of a model on one machine than on another: the same weights in another format beside the index,
-    or a preprocessor's settings that another program has fetched into the cache of the hub. Errors: ConfigError for an index
-    that is not JSON.
+    Those are `config.json` and the weight files: the ones that the index names, or all if there is no index. A directory may hold
+    more of a model on one machine than on another: the same weights in another format beside the index, or a preprocessor's
+    settings that another program has fetched into the cache of the hub. Raises ConfigError if the index is not JSON.
     """
     from trainer.model.files import INDEX
 
-    listing = directory / INDEX
-    weight_map = read_object(listing).get("weight_map") if listing.exists() else None
-    shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else None
+    index_file = directory / INDEX
+    weight_map = read_object(index_file).get("weight_map") if index_file.exists() else None
+    indexed_files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else None
 
     def is_read(name: str) -> bool:
         if name.endswith(".safetensors"):
-            return shards is None or name in shards
+            return indexed_files is None or name in indexed_files
         return name == ARCHITECTURE_FILE
 
     return {name: digest for name, digest in digests.items() if is_read(name)}
 
 
 def changed_file_lines(recorded: Mapping[str, str], present: Mapping[str, str]) -> list[str]:
-    """Sentences that say how a base model's files differ from those a run trained on: missing, new or changed ones.
+    """How a base model's files differ from those that a run trained on: a line for each missing, new or changed file.
 
-    Both arguments are digests by file name: as the run recorded them, and as they are now.
+    `recorded`, `present`: digests by file name, as the run recorded them and as they are now. Such a line is
+    `config.json: is missing`.
     """
     lines = []
     for name in sorted(recorded.keys() | present.keys()):
@@ -59,6 +60,7 @@ def changed_file_lines(recorded: Mapping[str, str], present: Mapping[str, str]) 
 
 
 def _difference(recorded: str, present: str) -> str:
+    """How two different digests of a file, `<bytes>:<sampled SHA-256>`, differ, as the end of a line."""
     recorded_bytes, present_bytes = recorded.partition(":")[0], present.partition(":")[0]
     if recorded_bytes != present_bytes:
         return f"has {present_bytes} bytes, and had {recorded_bytes} when the run trained"
@@ -66,31 +68,46 @@ def _difference(recorded: str, present: str) -> str:
 
 
 BASE_RECORD_FILE = "base_files.json"
-"""In the directory of an adapter: the digests of the base that it was trained on. Loaders of adapters do not look at it."""
+"""A file in the directory of an adapter: digests of the base that it was trained on. Loaders of adapters do not read it."""
 _BASE_PREFIX = "base/"
 
 
-def write_record(directory: Path, kind: Mapping[str, str]) -> None:
-    """Write the digests of the base among what `identity.json` has of the kind `base` beside an adapter. Errors: OSError."""
-    files = {name.removeprefix(_BASE_PREFIX): digest for name, digest in kind.items() if name.startswith(_BASE_PREFIX)}
-    if files:
-        (directory / BASE_RECORD_FILE).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+def write_base_record(directory: Path, input_digests: Mapping[str, str]) -> None:
+    """Write `base_files.json` into the directory of an adapter: the digests of its base model. No file if there are none.
+
+    `input_digests`: the digests that `identity.json` has under `base`. Only those whose name begins with `base/` are of the base
+    model; others are of adapters and reward models, for instance. Raises OSError.
+    """
+    base_digests = {}
+    for name, digest in input_digests.items():
+        if name.startswith(_BASE_PREFIX):
+            base_digests[name.removeprefix(_BASE_PREFIX)] = digest
+    if base_digests:
+        (directory / BASE_RECORD_FILE).write_text(json.dumps(base_digests, indent=1) + "\n", encoding="utf-8")
 
 
 def check_adapter_base(adapter: Path, base: Path, *, accept: bool) -> list[str]:
-    """How a base differs from the one that an adapter was trained on, if `accept` takes it; an old export says nothing of it.
+    """Check that `base` is the model that the adapter in `adapter` was trained on. Returns the accepted differences:
 
-    Errors: ConfigError that names each file, for a difference that is not accepted.
+    - the adapter has no readable record of its base, as exports of earlier versions, or the base cannot be read: empty.
+    - the files are the same: empty.
+    - they differ, and `accept`: a line for each file.
+
+    Raises ConfigError that names each file, if they differ and `accept` is False.
     """
     try:
         recorded = json.loads((adapter / BASE_RECORD_FILE).read_text(encoding="utf-8"))
-        changed = changed_file_lines(digests_of_loaded_files(recorded, base), digests_of_loaded_files(model_file_digests(base), base))
+        recorded_digests = digests_of_loaded_files(recorded, base)
+        present_digests = digests_of_loaded_files(model_file_digests(base), base)
+        differences = changed_file_lines(recorded_digests, present_digests)
     except (OSError, ValueError, AttributeError, RecursionError, ConfigError):
-        return []  # an export from before there was this record, or a base whose loading says what is wrong with it
-    if not changed or accept:
-        return changed
+        # Valid JSON that is no mapping raises AttributeError, JSON nested too deeply RecursionError. If the base cannot be
+        # read, loading it says why.
+        return []
+    if not differences or accept:
+        return differences
     refusal = (
         f"{adapter}: was trained on another base than {base}. Give the base of the training, or continue with this one: "
         "accept=[base]"
     )
-    raise ConfigError("\n    ".join([refusal, *changed]))
+    raise ConfigError("\n    ".join([refusal, *differences]))

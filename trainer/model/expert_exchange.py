@@ -19,14 +19,14 @@ from trainer.model.compat import grouped_experts
 from trainer.tuning.low_rank import LowRank, frozen_experts
 
 MAX_KEPT_RATIO = 2
-"""Rows that a rank computes at once, over those that it sends: of twice the mean, what experts make is kept for the backward
-pass. Of more it is computed again there, chunk by chunk, so that a rank to which all tokens go does not run out of memory."""
+"""If a rank receives at most this many times the rows that it sends, it keeps the experts' activations for the backward pass.
+If it receives more, it computes them again there, chunk by chunk: a rank to which all tokens go does not run out of memory."""
 MIN_CHUNK_ROWS = 4096
-"""Rows that are computed at once however few a rank sends."""
+"""So many rows are computed without chunks, however few rows a rank sends."""
 
 
 class OwnExperts:
-    """A module of experts as that of the experts of this rank alone, whose parameters it has already."""
+    """A view of a module of experts that counts only this rank's experts, whose parameters are all that the module has."""
 
     def __init__(self, module: Any, num_experts: int) -> None:
         self._module = module
@@ -44,38 +44,44 @@ def expert_parallel_forward(
     weights: Tensor,
     low_rank: dict[str, LowRank] | None,
 ) -> Tensor:
-    """What `experts_forward` returns, `[T, H]`, of experts dealt over ranks. All ranks of the share's group must call.
+    """The output `[T, H]` of experts that are sharded over ranks, for `hidden [T, H]`. All ranks of the group must call.
 
-    `expert_indices` count the experts of the layer. Those beyond them compute nothing and add nothing.
+    1. Send each token's hidden state to the ranks of its experts.
+    2. Compute the own experts on the rows that arrived.
+    3. Send the outputs back, weight them and add up the k outputs of each token.
+
+    `expert_indices`, `weights`: `[T, k]`. An index that is no expert's, beyond the last one, adds nothing to the output.
+    `low_rank`: LoRA updates of the experts' weights, by the weight's name.
     """
     experts_per_token = expert_indices.shape[-1]
-    # Rows of one expert stand together, and experts in the order of the ranks that hold them.
+    # Sorted by expert, and so by the rank that holds the expert.
     row_experts, order = torch.sort(expert_indices.reshape(-1), stable=True)
     all_experts = torch.arange(module.num_experts, device=row_experts.device)
     ends = torch.searchsorted(row_experts, all_experts, right=True)
     counts = share.counts.row_counts(ends.diff(prepend=ends.new_zeros(1)), len(row_experts))
 
-    order = order[: sum(counts.sent)]
-    arrived = send_rows(hidden[order // experts_per_token], counts.sent, counts.received, share)
-    made = _forward_own_experts(module, share, arrived, counts, low_rank)
-    returned = send_rows(made, counts.received, counts.sent, share)
+    order = order[: sum(counts.sent)]  # without the choices that stand for no expert, which are sorted to the end
+    received_rows = send_rows(hidden[order // experts_per_token], counts.sent, counts.received, share)
+    own_outputs = _forward_own_experts(module, share, received_rows, counts, low_rank)
+    returned_rows = send_rows(own_outputs, counts.received, counts.sent, share)
 
     # Back to the order of tokens, where the k experts of a token are added up.
-    weighted = returned * weights.reshape(-1)[order, None]
+    weighted_rows = returned_rows * weights.reshape(-1)[order, None]
     width = hidden.shape[-1]
-    by_choice = weighted.new_zeros(expert_indices.numel(), width)
-    by_choice.index_copy_(0, order, weighted)
-    return by_choice.view(*expert_indices.shape, width).sum(dim=1).to(hidden.dtype)
+    output_of_choice = weighted_rows.new_zeros(expert_indices.numel(), width)
+    output_of_choice.index_copy_(0, order, weighted_rows)
+    return output_of_choice.view(*expert_indices.shape, width).sum(dim=1).to(hidden.dtype)
 
 
 def send_rows(rows: Tensor, sent: list[int], received: list[int], share: ExpertShare) -> Tensor:
-    """The rows that ranks of the group send to this one, in rank order; with gradients. All ranks of the group must call.
+    """Exchange rows all-to-all, with gradients; returns the received rows `[sum(received), H]` in the order of the senders.
 
-    `rows [sum(sent), H]` go to the ranks in their order, `sent[r]` of them to rank r.
+    `rows [sum(sent), H]` go to the ranks in their order: `sent[r]` to rank r, from which `received[r]` come. All ranks of the group
+    must call.
     """
     width = rows.shape[-1]
-    sent_elements = [number * width for number in sent]
-    received_elements = [number * width for number in received]
+    sent_elements = [num_rows * width for num_rows in sent]
+    received_elements = [num_rows * width for num_rows in received]
     flat: Tensor = AllToAll.apply(rows.reshape(-1), sent_elements, received_elements, share.group)
     return flat.view(-1, width)
 
@@ -85,34 +91,39 @@ def _forward_own_experts(
 ) -> Tensor:
     """Compute the experts that this rank holds on the hidden states `rows [N, H]` that arrived from its group: `[N, H]`.
 
+    More than `max_kept_rows` rows are computed in chunks, whose activations are computed again in the backward pass.
+
     `share`: which experts of the layer are its own. `counts`: how many rows came from each rank for each expert. `low_rank`:
-    LoRA updates of the experts' weights, by the weight's name.
+    LoRA updates of the weights of all experts, by the weight's name.
     """
     num_own = module.num_experts // share.group_size
     own_experts = OwnExperts(module, num_own)
-    first = share.group_rank * num_own
     own_low_rank = None
     if low_rank is not None:
-        own_low_rank = {name: update.of_experts(first, first + num_own) for name, update in low_rank.items()}
+        first_own = share.group_rank * num_own
+        own_low_rank = {name: update.of_experts(first_own, first_own + num_own) for name, update in low_rank.items()}
 
-    def compute(rows: Tensor, ids: Tensor) -> Tensor:
-        ones = rows.new_ones(len(rows), 1)
+    def compute(rows: Tensor, expert_of_row: Tensor) -> Tensor:
+        routing_weights = rows.new_ones(len(rows), 1)  # the rank that sent a row applies its weight
         if own_low_rank is not None or hasattr(module, "packed_experts"):
-            return frozen_experts(own_experts, rows, ids[:, None], ones, own_low_rank)
-        return grouped_experts(own_experts, rows, ids[:, None], ones)
+            return frozen_experts(own_experts, rows, expert_of_row[:, None], routing_weights, own_low_rank)
+        return grouped_experts(own_experts, rows, expert_of_row[:, None], routing_weights)
 
     if len(rows) == 0:
-        # A row of zeros: without one, the parameters would have no part in the graph, and other ranks wait for their gradients.
-        no_expert = torch.zeros(1, dtype=torch.int64, device=rows.device)
-        return compute(rows.sum(dim=0, keepdim=True), no_expert)[:0]
-    # The expert of each row: rows come rank by rank, and within a rank expert by expert.
-    ids = torch.arange(num_own, device=rows.device).repeat(share.group_size)
-    ids = ids.repeat_interleave(counts.by_expert.reshape(-1), output_size=len(rows))
-    most_rows = max(MIN_CHUNK_ROWS, MAX_KEPT_RATIO * sum(counts.sent))
-    if len(rows) <= most_rows:
-        return compute(rows, ids)
-    chunks = zip(rows.split(most_rows), ids.split(most_rows), strict=True)
-    made = []
-    for chunk in chunks:
-        made.append(torch.utils.checkpoint.checkpoint(compute, *chunk, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(made)
+        # One row of zeros: without it, the parameters would not be in the graph, and other ranks would wait for their gradients.
+        zero_row = rows.sum(dim=0, keepdim=True)
+        first_expert = torch.zeros(1, dtype=torch.int64, device=rows.device)
+        return compute(zero_row, first_expert)[:0]
+
+    # Rows come rank by rank, and those of a rank expert by expert.
+    expert_of_count = torch.arange(num_own, device=rows.device).repeat(share.group_size)
+    expert_of_row = expert_of_count.repeat_interleave(counts.by_expert.reshape(-1), output_size=len(rows))
+    max_kept_rows = max(MIN_CHUNK_ROWS, MAX_KEPT_RATIO * sum(counts.sent))
+    if len(rows) <= max_kept_rows:
+        return compute(rows, expert_of_row)
+    outputs = []
+    for chunk in zip(rows.split(max_kept_rows), expert_of_row.split(max_kept_rows), strict=True):
+        outputs.append(
+            torch.utils.checkpoint.checkpoint(compute, *chunk, use_reentrant=False, preserve_rng_state=False)
+        )
+    return torch.cat(outputs)

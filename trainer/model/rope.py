@@ -78,7 +78,8 @@ def _check_taken(text: Any, config: ModelConfig) -> None:
     except (ValueError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())
     if reason is not None:
-        raise ConfigError(f"{_names(config)}: not for a {text.model_type} (model.path={config.path}): {reason}")
+        overrides = _position_overrides(config)
+        raise ConfigError(f"{overrides}: not for a {text.model_type} (model.path={config.path}): {reason}")
 
 
 def is_set(config: ModelConfig) -> bool:
@@ -96,8 +97,9 @@ def check_rotates(model: Any, config: ModelConfig) -> None:
         # A model of several parts may have a configuration for each, beside the one that was changed (BLT).
         if rotates and getattr(getattr(module, "config", None), "rope_parameters", None) == parameters:
             return
+    overrides = _position_overrides(config)
     raise ConfigError(
-        f"{_names(config)}: a {model.config.model_type} as model.path={config.path} configures it rotates nothing by its "
+        f"{overrides}: a {model.config.model_type} as model.path={config.path} configures it rotates nothing by its "
         "rope_parameters; leave them at null"
     )
 
@@ -137,22 +139,23 @@ def _rope_parameters(text: Any, config: ModelConfig) -> dict[str, Any]:
     of its own, or with none for full attention.
     """
     parameters: dict[str, Any] | None = getattr(text, "rope_parameters", None)
+    overrides = _position_overrides(config)
     if not parameters or getattr(text, "alibi", False):
         raise ConfigError(
-            f"{_names(config)}: the positions of a {text.model_type} (model.path={config.path}) are not rotary: a table of "
+            f"{overrides}: the positions of a {text.model_type} (model.path={config.path}) are not rotary: a table of "
             "learned positions cannot grow, and other kinds have no such setting; leave them at null, or choose a model with "
             "rotary positions, such as Llama or Qwen"
         )
     if not type(text).__module__.startswith("transformers."):
         raise ConfigError(
-            f"{_names(config)}: model.path={config.path} brings code of its own, which need not read rope_parameters; set them "
+            f"{overrides}: model.path={config.path} brings code of its own, which need not read rope_parameters; set them "
             "in its config.json as its authors say, and leave these at null"
         )
     if not text.nested_rope_parameter_keys(parameters):
         return parameters
     if not parameters.get(FULL_ATTENTION):
         raise ConfigError(
-            f"{_names(config)}: a {text.model_type} has rope parameters for {', '.join(parameters)}, and none for "
+            f"{overrides}: a {text.model_type} has rope parameters for {', '.join(parameters)}, and none for "
             f"{FULL_ATTENTION}, which alone is changed; set them in its config.json, and leave these at null"
         )
     full_attention: dict[str, Any] = parameters[FULL_ATTENTION]
@@ -211,8 +214,8 @@ def _original_positions(text: Any, parameters: dict[str, Any], own_positions: in
     return None if parameters.get("rope_type") == RopeScaling.linear else own_positions
 
 
-def _position_settings_text(config: ModelConfig) -> str:
-    """The settings that are set, as they are typed."""
+def _position_overrides(config: ModelConfig) -> str:
+    """The settings of positions that are set, as a user types them: `model.positions=32768, model.rope.type=yarn`."""
     rope = config.rope
     settings = {
         "model.positions": config.positions,

@@ -158,16 +158,20 @@ def _adamw_rate(method: str, objective: str) -> UsualRate | None:
 
 
 def missing_rate_message(optim: OptimConfig, method: str, objective: str) -> str:
-    """The message for a run that sets no `optim.lr`, where no table has a usual rate: it names the rates of similar runs."""
-    neighbours: list[str] = []  # such as "0.0002 with optim=adamw and lora"
-    # (optimizer, method): one of the two as in this run, then neither.
-    candidates = [(optim, "lora"), (optim, "full"), (OptimConfig(), method), (OptimConfig(), "lora")]
-    for other_optim, other_method in candidates:
-        rate = usual_rate(other_optim, other_method, objective)
-        combination = f"optim={other_optim.name} and {other_method}"
-        if rate is not None and not any(combination in neighbour for neighbour in neighbours):
-            neighbours.append(f"{rate.usual:g} with {combination}")
-    near = f"; usual rates nearby: {', '.join(neighbours)}" if neighbours else ""
+    """The message for a run that sets no `optim.lr` and for which no table has a usual rate. It names the rates of similar runs.
+
+    Similar runs have this run's optimizer with another method, the default optimizer with this run's method, or the default
+    optimizer with LoRA, in this order.
+    """
+    default_optim = OptimConfig()
+    similar_runs = [(optim, "lora"), (optim, "full"), (default_optim, method), (default_optim, "lora")]
+    rate_by_run: dict[str, float] = {}  # such as {"optim=adamw and lora": 0.0002}; a run may be in the list twice
+    for similar_optim, similar_method in similar_runs:
+        rate = usual_rate(similar_optim, similar_method, objective)
+        if rate is not None:
+            rate_by_run[f"optim={similar_optim.name} and {similar_method}"] = rate.usual
+    rate_texts = [f"{usual:g} with {run}" for run, usual in rate_by_run.items()]
+    near = f"; usual rates nearby: {', '.join(rate_texts)}" if rate_texts else ""
     return (
         f"optim.lr: not set, and no usual rate is known for optim={optim.name}, {method} and objective={objective}; give "
         f"one, as in optim.lr=1e-4{near}"

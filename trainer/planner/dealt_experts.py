@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from strategies.base import Fsdp2Config
-from trainer.build.experts import models_on_meta, problems_of_models
+from trainer.build.experts import expert_problems_of_models, models_on_meta
 from trainer.config.run import RunConfig
 from trainer.tuning.expert_parts import expert_modules
 
@@ -37,6 +37,6 @@ def with_expert_parallelism(configs: list[RunConfig], world_size: int) -> list[l
             continue
         for degree in degrees:
             variant = replace(config, parallel=replace(config.parallel, experts=degree))
-            if not problems_of_models(variant, models, (world_size, config.launcher.nodes)):
+            if not expert_problems_of_models(variant, models, num_ranks=world_size, num_hosts=config.launcher.nodes):
                 variants[index].append(variant)
     return variants

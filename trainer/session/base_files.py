@@ -16,7 +16,7 @@ from strategies.atomic_io import error_summary
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.export.tensors import hub_name
-from trainer.model.base_files import changed_file_lines, model_file_digests, digests_of_loaded_files
+from trainer.model.base_files import changed_file_lines, digests_of_loaded_files, model_file_digests
 from trainer.model.config import ModelConfig
 from trainer.model.loading import weights_directory
 from trainer.objectives.frozen_model import teacher_model

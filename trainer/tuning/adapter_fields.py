@@ -9,11 +9,11 @@ NUMBER_FIELDS = ("r", "lora_alpha", "alpha", "lora_dropout", "oft_block_size", "
 TEXT_FIELDS = ("peft_type", "task_type", "bias", "base_model_name_or_path")
 DICT_FIELDS = ("rank_pattern", "alpha_pattern")
 NAME_LIST_FIELDS = ("target_modules", "modules_to_save", "target_parameters")
-"""A list of names, or one regular expression."""
+"""Fields that hold a list of names, or one regular expression."""
 
 
 def wrong_type_message(settings: dict[str, Any]) -> str | None:
-    """Describe the first field of an adapter_config.json whose value has the wrong type; None if all are right.
+    """Which field of an adapter_config.json has a value of the wrong type: the first one; None if all types are right.
 
     `settings`: the file's JSON, which anybody may have written. Null is right for every field. `{"r": "8"}` gives
     `r="8", which is no number`.

@@ -86,6 +86,7 @@ def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
 
 def _problems_by_themselves(tuning: TuningConfig) -> Iterator[str]:
     """What is wrong with the settings of `tuning` by themselves, whatever the rest of the run, one line each."""
+    # Several cases may hold: the settings of LoRA are those of an adapter too, and AdaLoRA's are those of LoRA.
     if isinstance(tuning, AdapterConfig):
         yield from _target_problems(tuning)
         yield from initial_adapter_problems(tuning)
@@ -255,8 +256,8 @@ def _lora_problems(tuning: LoraConfig) -> Iterator[str]:
     `tuning.rank_pattern` and `tuning.alpha_pattern` hold a number by regular expression, such as `{"q_proj": 16}`.
     """
     if not INIT_REGEX.fullmatch(tuning.init):
-        examples = ["default", "gaussian", "pissa", "pissa_niter_4", "olora"]
-        close_matches = difflib.get_close_matches(tuning.init, examples, n=1)
+        valid_examples = ["default", "gaussian", "pissa", "pissa_niter_4", "olora"]
+        close_matches = difflib.get_close_matches(tuning.init, valid_examples, n=1)
         hint = f"; did you mean {close_matches[0]}?" if close_matches else ""
         yield f"tuning.init={tuning.init}: must be default, gaussian, pissa, pissa_niter_<n> or olora{hint}"
     elif rewrites_base(tuning.init) and tuning.dora:
@@ -266,15 +267,15 @@ def _lora_problems(tuning: LoraConfig) -> Iterator[str]:
         )
     if tuning.experts or tuning.router:
         yield from _expert_problems(tuning)
-    for name, rank in tuning.rank_pattern.items():
-        key = f"tuning.rank_pattern.{name}"
-        yield from _regex_problems(key, name, "name a module, such as q_proj")
-        if not rank >= 1:
+    for module_regex, rank in tuning.rank_pattern.items():
+        key = f"tuning.rank_pattern.{module_regex}"
+        yield from _regex_problems(key, module_regex, "name a module, such as q_proj")
+        if not rank >= 1:  # true for NaN too, unlike `rank < 1`
             yield f"{key}={rank:g}: must be at least 1; leave the module out for tuning.rank"
-    for name, alpha in tuning.alpha_pattern.items():
-        key = f"tuning.alpha_pattern.{name}"
-        yield from _regex_problems(key, name, "name a module, such as q_proj")
-        if not alpha > 0:
+    for module_regex, alpha in tuning.alpha_pattern.items():
+        key = f"tuning.alpha_pattern.{module_regex}"
+        yield from _regex_problems(key, module_regex, "name a module, such as q_proj")
+        if not alpha > 0:  # true for NaN too
             yield f"{key}={alpha:g}: must be above 0; leave the module out for tuning.alpha"
 
 
@@ -299,7 +300,7 @@ def _expert_problems(tuning: LoraConfig) -> Iterator[str]:
 
 
 def _adalora_problems(tuning: AdaLoraConfig) -> Iterator[str]:
-    """What is wrong with AdaLoRA's ranks, or its shares of the run before and after ranks are removed, one line each."""
+    """What is wrong with AdaLoRA's ranks, or with the shares of the run before and after ranks are pruned, one line each."""
     if tuning.target_rank >= tuning.init_rank:
         yield (
             f"tuning.target_rank={tuning.target_rank}: must be below tuning.init_rank={tuning.init_rank}, from which ranks "

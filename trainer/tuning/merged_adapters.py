@@ -62,35 +62,40 @@ class _MergedAdapter:
         self.stored.match_names(self.model)
         self.stored.fill_buffers(self.model)
         self.fully_trained_names: dict[str, str] = {}
-        """Full names of modules that trained in full, by their base names: they replace the base's."""
+        """Full names of parameters that trained in full, by their base names: they replace the base's."""
         for name in self.stored.names:
             if f".modules_to_save.{ADAPTER}." in name:
                 self.fully_trained_names[self.tuning.base_name(name)] = name
         self.changed_names = self.tuning.changed_names() | set(self.fully_trained_names)
-        self._refuse_unmergeable(f"{key}={directory}")
+        self._refuse_foreign_tensors(f"{key}={directory}")
+        self._refuse_shared_parameters(f"{key}={directory}")
         self._cached_layer = ""
         self._cached_parameters: dict[str, Tensor] = {}
         """The merged parameters of `_cached_layer`, the layer that was merged last: they are asked for one by one."""
 
-    def _refuse_unmergeable(self, setting: str) -> None:
-        """Raise ConfigError for stored tensors that cannot be merged, or that would change another module too.
+    def _refuse_foreign_tensors(self, setting: str) -> None:
+        """Raise ConfigError if the files hold tensors that are neither of an adapter nor of a module that trained in full.
 
-        `setting`: key and directory, which begin the message.
+        `setting`: key and directory, which begin the message, such as `model.adapters=/path`.
         """
-        # Tensors that are no part of an adapter.
         fully_trained = set(self.fully_trained_names.values())
-        unmergeable = []
+        foreign_names = []
         for name in self.stored.names:
             if not self.tuning.is_added_parameter(name) and name not in fully_trained:
-                unmergeable.append(name)
-        if unmergeable:
-            base_name = self.tuning.base_name(min(unmergeable))
+                foreign_names.append(name)
+        if foreign_names:
+            base_name = self.tuning.base_name(min(foreign_names))
             raise ConfigError(
                 f"{setting}: holds {base_name}, which is no part of an adapter (bias=all or lora_only); "
                 "merge it with peft, and give the merged model as model.path"
             )
-        # Parameters that are one object under several names, such as tied embeddings, change together.
-        first_names: dict[int, str] = {}
+
+    def _refuse_shared_parameters(self, setting: str) -> None:
+        """Raise ConfigError if the adapter changes a parameter that another module shares, such as tied embeddings.
+
+        A shared parameter is one object under several names, so the other module would change too.
+        """
+        first_names: dict[int, str] = {}  # by the id of the parameter
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             base_name = self.tuning.base_name(name)
             first_name = first_names.setdefault(id(parameter), base_name)
