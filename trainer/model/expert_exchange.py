@@ -76,8 +76,8 @@ def expert_parallel_forward(
 def send_rows(rows: Tensor, sent: list[int], received: list[int], share: ExpertShare) -> Tensor:
     """Exchange rows all-to-all, with gradients; returns the received rows `[sum(received), H]` in the order of the senders.
 
-    `rows [sum(sent), H]` go to the ranks in their order: `sent[r]` to rank r, from which `received[r]` come. All ranks of the group
-    must call.
+    `rows [sum(sent), H]` go to the ranks in their order: `sent[r]` to rank r, from which `received[r]` come. All ranks of the
+    group must call.
     """
     width = rows.shape[-1]
     sent_elements = [num_rows * width for num_rows in sent]
