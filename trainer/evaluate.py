@@ -53,7 +53,7 @@ from trainer.session.announcements import track_evaluation
 from trainer.session.attempt import Attempt, rank_of_job
 from trainer.session.evaluators import build_test_evaluators, model_interface_for_run
 from trainer.session.looks_at_test_set import CheckpointWeights, keep_result, metrics_on_test, num_documents
-from trainer.session.run_data import DataRecord, RowsNeeded, data_of_run, data_record
+from trainer.session.run_data import DataRecord, ReasonToReadRows, data_record, load_run_data
 from trainer.session.run_facts import versions
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
@@ -271,20 +271,24 @@ class _RunData:
             return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
         self.record = data_record(Path(self.job.data_run))
         keys = tasks_on_run_documents(tasks_to_run(config))
-        needed = RowsNeeded(f"{', '.join(keys)}: asks the run's own documents", GIVE_FILE) if keys else None
+        reason_to_read = None
+        if keys:
+            reason_to_read = ReasonToReadRows(f"{', '.join(keys)}: asks the run's own documents", GIVE_FILE)
         if self.job.split == TEST:
-            needed = RowsNeeded("split=test: asks the run's test documents", "Leave split=test out")
-        # An objective is changed in place: the model is built from the same configuration.
-        config.objective, data, self.accepted = data_of_run(
+            reason_to_read = ReasonToReadRows("split=test: asks the run's test documents", "Leave split=test out")
+        run_data = load_run_data(
             config,
             self.record,
             tokenizer,
-            needed=needed,
-            accept=self.job.accept_data,
+            reason_to_read=reason_to_read,
+            accept_changed_rows=self.job.accept_data,
             stop=stop,
             print_line=print_line,
         )
-        return data
+        # The objective is changed in place, because the model is built from the same configuration.
+        config.objective = run_data.objective
+        self.accepted = run_data.accepted_differences
+        return run_data.data
 
 
 def _tell_length(

@@ -22,7 +22,7 @@ from trainer.config.run import (
     requested_micro_batch,
     requested_strategy,
 )
-from trainer.data.config import identifying
+from trainer.data.config import identifying_data_settings
 from trainer.export.config import ExportedCheckpoint
 from trainer.reporting import settings_file
 from trainer.reporting.status import FROZEN, State, read_status, write_text_atomic
@@ -185,7 +185,7 @@ def _identifying_settings(tree: Any) -> dict[str, Any]:
     # What was asked for, and not what the run has resolved `auto` to, because it is still the same run.
     identifying_tree["batch"] = {**tree["batch"], "micro": requested_micro_batch(tree["batch"], tree["substitutions"])}
     identifying_tree["strategy"] = requested_strategy(tree["strategy"], tree["substitutions"])
-    identifying_tree["data"] = identifying(tree["data"])
+    identifying_tree["data"] = identifying_data_settings(tree["data"])
     if "teacher" in tree["objective"]:
         # Whether the teacher's code may run decides no result, and earlier runs did not record it.
         teacher = dict(tree["objective"]["teacher"])

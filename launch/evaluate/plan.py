@@ -188,7 +188,11 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
     if evaluate_arguments.checkpoint == "best":
         warn_if_base_was_better(run, checkpoint, config)
     base_differences = use_recorded_base(
-        config, run, evaluate_arguments.accept, teacher=True, start=evaluate_arguments.against == "base"
+        config,
+        run,
+        evaluate_arguments.accept,
+        with_teacher=True,
+        needs_initial_model=evaluate_arguments.against == "base",
     )
     return config, str(checkpoint), base_differences
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.data.prepare import PreparedData
     from trainer.export.gates.judge import JudgedGates
-    from trainer.session.run_data import RowsNeeded
+    from trainer.session.run_data import ReasonToReadRows
 
 GATE_HELP = {
     'gates={eval/loss: "<2.1"}': "more gates, beside those of the run",
@@ -80,7 +80,7 @@ class ExportRequest:
     """The checkpoint as it was typed: `auto`, `last`, `best` or a step."""
     accepted: list[str] = field(default_factory=list)
     """How the base differs from the one that the run was trained on, if the user accepts that."""
-    rows_needed: RowsNeeded | None = None
+    rows_needed: ReasonToReadRows | None = None
     """Why the run's own rows are read; None if nothing needs them."""
     accept_data: bool = False
     """Whether today's rows may be used if those of the training are gone."""
@@ -165,7 +165,7 @@ def export_command(argv: list[str]) -> dict[str, Any]:
     )
     if request.named == "best":
         warn_if_base_was_better(run_dir, last, config)
-    request.accepted = use_recorded_base(config, run_dir, arguments.accept, teacher=False)
+    request.accepted = use_recorded_base(config, run_dir, arguments.accept, with_teacher=False)
     request.accept_data = "data" in arguments.accept
     if bits is not None:
         request.rows_needed = export_gguf.rows_needed(bits)

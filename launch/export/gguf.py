@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trainer.data.prepare import PreparedData
     from trainer.export.gguf import Converter, GgufType
     from trainer.export.quantised import QuantisedFormat
-    from trainer.session.run_data import RowsNeeded
+    from trainer.session.run_data import ReasonToReadRows
 
 CONVERTER_KEYS = ("gguf", "gguf.converter", "gguf.python")
 """Arguments that may be mended before an export goes on."""
@@ -156,15 +156,15 @@ def refuse_unsupported_sizes(kind: QuantisedFormat, config: RunConfig) -> None:
     refuse_unsupported_4bit(f"bits={kind}", model, device)
 
 
-def rows_needed(request: QuantisedRequest) -> RowsNeeded:
+def rows_needed(request: QuantisedRequest) -> ReasonToReadRows:
     """What a quantised type needs rows of the run for, for the error message if they are gone."""
     from trainer.export.quantised import MAX_CALIBRATION_DOCUMENTS, MAX_DOCUMENTS
-    from trainer.session.run_data import RowsNeeded
+    from trainer.session.run_data import ReasonToReadRows
 
     purpose = f"bits={request.kind} measures its loss on {MAX_DOCUMENTS} held-out documents of the run, or on as many of training"
     if request.kind.stored_by_other_python:
         purpose += f", and fits its roundings to the first {MAX_CALIBRATION_DOCUMENTS} documents of training"
-    return RowsNeeded(purpose, f"Leave bits={request.kind} out")
+    return ReasonToReadRows(purpose, f"Leave bits={request.kind} out")
 
 
 def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedData) -> Path:

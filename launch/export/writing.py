@@ -58,7 +58,7 @@ class ExportJob:
     accepted: list[str] = field(default_factory=list)
     """How the base differs from the one that the run was trained on, if the user accepts that."""
     rows_needed: dict[str, str] | None = None
-    """Why the run's own rows are read (`RowsNeeded`); None if nothing needs them."""
+    """Why the run's own rows are read (`ReasonToReadRows`); None if nothing needs them."""
     accept_data: bool = False
     """Whether today's rows may be used if those of the training are gone."""
 
@@ -161,16 +161,22 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
     from trainer.reporting.documents.questions import read_answers
     from trainer.reporting.results import at_step
     from trainer.session.exported_model import describe_trained_model
-    from trainer.session.run_data import RowsNeeded, data_of_run, data_record
+    from trainer.session.run_data import ReasonToReadRows, data_record, load_run_data
 
     run_dir = Path(job.run)
     tokenizer = load_tokenizer(config.model)
     record = required_run_record(run_dir)
     precision = _export_precision(config, record, run_dir)
-    rows_needed = None if job.rows_needed is None else RowsNeeded(**job.rows_needed)
-    config.objective, data, accepted_rows = data_of_run(
-        config, data_record(run_dir), tokenizer, needed=rows_needed, accept=job.accept_data
+    run_data = load_run_data(
+        config,
+        data_record(run_dir),
+        tokenizer,
+        reason_to_read=None if job.rows_needed is None else ReasonToReadRows(**job.rows_needed),
+        accept_changed_rows=job.accept_data,
     )
+    config.objective = run_data.objective
+    data = run_data.data
+    accepted_rows = run_data.accepted_differences
     if runtime.is_main:
         for line in accepted_rows:
             print(f"accepted: {line}", flush=True)

@@ -112,7 +112,7 @@ def _long_step_notes(config: RunConfig, built: Built, samples: SampledLengths) -
         return []
     gpu_kinds = _gpu_kinds(config)
     # A token's attention is as long as its document: on average over tokens, not over documents.
-    mean_length = float(samples.squares.sum()) / float(samples.tokens.sum())
+    mean_length = float(samples.squared_tokens.sum()) / float(samples.tokens.sum())
     flops = model_flops_per_token(built, mean_length, 0.5)
     step_s = estimated_step_s(config, flops, samples.mean * config.batch["global"], gpu_kinds)
     return [f"warning: {note}" for note in long_step_notes(config, step_s)]

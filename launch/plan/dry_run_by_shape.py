@@ -25,7 +25,7 @@ from trainer.build.sequence import step_layout
 from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import LEARNING_RATE_KEY, RunConfig
 from trainer.model.known_shapes import KnownShape, shape_note
-from trainer.objectives.registry import data_spec_of, family_of, written_tokens
+from trainer.objectives.registry import data_spec_of, family_of, max_generated_tokens
 from trainer.planner.simulation import NoTokenizer
 from trainer.reporting.numbers import name_of_readers
 from trainer.session.rate_text import learning_rate_of, rate_lines
@@ -52,7 +52,7 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
     readers = name_of_readers(dp_size_of(config, world_size), config.parallel.sequence)
     data_spec = data_spec_of(config.objective)
     sequences = data_spec.sequences_per_document
-    longest = data_spec.longest_sequence(config.data.max_length) + written_tokens(config.objective)
+    longest = data_spec.longest_sequence(config.data.max_length) + max_generated_tokens(config.objective)
     tokens_per_step = longest * sequences * global_batch
     memory = simulated_memory(config, [longest] * sequences * micro, world_size)
     steps = _steps_of_budget(config, tokens_per_step)

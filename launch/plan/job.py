@@ -11,7 +11,7 @@ from trainer.build.parallel import check_parallel
 from trainer.build.parts import prepare_data
 from trainer.config.run import RunConfig
 from trainer.model.loading import load_model_config, load_tokenizer
-from trainer.objectives.registry import data_spec_of, written_tokens
+from trainer.objectives.registry import data_spec_of, max_generated_tokens
 from trainer.planner.hardware import Card
 from trainer.planner.lengths import DocumentLengths, sampled_lengths
 from trainer.planner.plan import PlannedRun
@@ -42,7 +42,7 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
         longest_prompt = int(data.train.lengths.max())
     else:
         # Behind a prompt stands the answer that the model writes, if the data has none.
-        longest = data_spec.longest_sequence(config.data.max_length) + written_tokens(config.objective)
+        longest = data_spec.longest_sequence(config.data.max_length) + max_generated_tokens(config.objective)
         lengths = DocumentLengths.uniform(longest, sequences_per_document)
     return PlannedRun(
         card=card,

@@ -127,7 +127,7 @@ def read_make_arguments(argv: list[str]) -> MakeRequest:
     reading_verb = RunReader(command, _uses_outside_value, own_groups=SETTABLE_GROUPS)
     config = read_run(run, reading_verb, settings, compose_for_review)
     checkpoint = find_checkpoint(run, arguments.checkpoint, config.checkpoint)
-    accepted = use_recorded_base(config, run, arguments.accept, teacher=True, start=True)
+    accepted = use_recorded_base(config, run, arguments.accept, with_teacher=True, needs_initial_model=True)
 
     # What the review compares, and where it is written.
     review = config.review

@@ -159,12 +159,12 @@ class TwoRanks:
     ],
 )
 def test_identity_error_on_rank_0_fails_alike_on_all_ranks(tmp_path, monkeypatch, broken, kind, said):
-    def found(*_, files):
-        if files and broken == "base":
+    def found(*_, reads_files):
+        if reads_files and broken == "base":
             raise FileNotFoundError(2, "No such file or directory", "model.safetensors")
         return {kind: {} for kind in KINDS} | {"base": {"model": "1"}, "code": {"source": "1"}}
 
-    monkeypatch.setattr(identity, "identity_of", found)
+    monkeypatch.setattr(identity, "run_identity", found)
     monkeypatch.setattr(identity, "_run_of_checkpoint", lambda *_: tmp_path if broken == "read" else None)
     if broken == "written":
         (tmp_path / "identity.json").mkdir()
@@ -231,14 +231,14 @@ def test_identity_setting_unknown_to_an_earlier_version_counts_as_its_default(mo
     monkeypatch.setattr(identity, "base_files", lambda config: {})
     config = RunConfig()
     data = SimpleNamespace(train=FakeDocuments())
-    today = identity.identity_of(config, data)
+    today = identity.run_identity(config, data)
     earlier = {kind: dict(values) for kind, values in today.items()}
     del earlier["data"]["data.max_length"]
     del earlier["optimizer"]["optim.weight_decay"]
     assert differences(identity._with_later_settings(earlier, config), today, accept=[]) == []
 
     config.optim.weight_decay = 0.5
-    today = identity.identity_of(config, data)
+    today = identity.run_identity(config, data)
     changed = differences(identity._with_later_settings(earlier, config), today, accept=[])
     assert [str(difference) for difference in changed] == ["optimizer: optim.weight_decay: 0.0 there, 0.5 here"]
 

@@ -29,7 +29,7 @@ def config(tmp_path_factory):
 
 def planned(config, model=LARGE, card=CARD, *, ranks=8, step_s=4.0, other_bytes=0.0, key_bytes=131_072.0):
     load = round_load(config, load_model_config(config.model), 100.0, 200)
-    load = replace(load, key_bytes=key_bytes)
+    load = replace(load, kv_cache_bytes_per_token=key_bytes)
     return round_time(load, model, config, card, ranks=ranks, nodes=1, step_s=step_s, other_bytes=other_bytes)
 
 
@@ -39,8 +39,8 @@ def test_the_load_of_a_round_is_that_of_its_settings(config):
     )
     load = round_load(replace(config, objective=objective), load_model_config(config.model), 100.0, 200)
     assert (load.prompts, load.group_size, load.answers, load.new_tokens) == (128, 8, 1024, 256)
-    assert (load.steps, load.passes) == (6, 2)
-    assert round_load(config, load_model_config(config.model), 100.0, 200).passes == 0
+    assert (load.steps, load.extra_forward_passes) == (6, 2)
+    assert round_load(config, load_model_config(config.model), 100.0, 200).extra_forward_passes == 0
 
 
 def test_a_large_model_writes_as_fast_as_memory_reads_its_weights(config):

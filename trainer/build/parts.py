@@ -59,7 +59,7 @@ from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.causal import plain_model
 from trainer.objectives.frozen_model import common_layout, teacher_model
 from trainer.objectives.layout_choice import causal_model, padded_model
-from trainer.objectives.registry import build_objective, data_spec_of, family_of, written_tokens
+from trainer.objectives.registry import build_objective, data_spec_of, family_of, max_generated_tokens
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.objectives.routed import added_losses
 from trainer.optim.build import build_optimizer
@@ -210,7 +210,7 @@ def build_engine(
 def workload(config: RunConfig, data: PreparedData, cut: Cut | None = None) -> Workload:
     """The largest forward pass that a rank of this run makes, of whole rows or of the slice that `cut` takes."""
     row_tokens = config.data.max_length if config.data.packing else None
-    return Workload(data.train, config.batch["micro"], row_tokens, cut, written_tokens(config.objective))
+    return Workload(data.train, config.batch["micro"], row_tokens, cut, max_generated_tokens(config.objective))
 
 
 def build_model(
@@ -299,7 +299,7 @@ def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
     family = family_of(config.objective)
     # Each side of an encoder-decoder has positions of its own, which are checked below.
     if family.kind is not ModelKind.encoder_decoder:
-        written = written_tokens(config.objective)
+        written = max_generated_tokens(config.objective)
         longest = int(data.train.lengths.max(initial=0)) + written
         if written and data.evaluation is not None:  # answers are written to held-out prompts too
             longest = max(longest, int(data.evaluation.lengths.max(initial=0)) + written)

@@ -337,7 +337,7 @@ class DataConfig:
     """What only people know about the data, for its data card."""
 
 
-def identifying(settings: dict[str, Any]) -> dict[str, Any]:
+def identifying_data_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of data, by name, as identities and fingerprints have them.
 
     `control_tokens=auto` prepares the same bytes as `text`, its only meaning before there was `auto`: both are one run.

@@ -39,7 +39,7 @@ from trainer.data.config import (
     OverLength,
     PrivacyMode,
     Verify,
-    identifying,
+    identifying_data_settings,
 )
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
@@ -185,7 +185,7 @@ class Preparation:
         The seed is None if no setting draws by it.
         """
         config = self.config
-        settings = identifying(asdict(config))
+        settings = identifying_data_settings(asdict(config))
         for key in SETTINGS_NOT_IN_FINGERPRINT:
             del settings[key]
         draws_by_seed = config.eval_share or config.test_share or config.balance.by is not BalanceBy.none

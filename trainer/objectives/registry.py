@@ -44,7 +44,7 @@ def family_of(config: ObjectiveConfig) -> Family:
     return FAMILIES[config.name]
 
 
-def written_tokens(config: ObjectiveConfig) -> int:
+def max_generated_tokens(config: ObjectiveConfig) -> int:
     """Tokens of the longest answer that the model writes behind a document to learn from it; 0 if the data has the answers."""
     rollout = family_of(config).rollout
     return 0 if rollout is None else int(rollout(config).max_new_tokens)

@@ -11,7 +11,7 @@ from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import Order
 from trainer.data.config import DataConfig
 from trainer.data.store.sequences import TokenDataset
-from trainer.objectives.registry import written_tokens
+from trainer.objectives.registry import max_generated_tokens
 
 LARGEST_MICRO = 1024
 """Largest micro-batch that a plan considers."""
@@ -37,12 +37,13 @@ class DocumentLengths:
 
     @classmethod
     def uniform(cls, length: int, sequences_per_unit: int) -> DocumentLengths:
-        """Without data: as long as `data.max_length` allows, `sequences_per_unit` sequences each."""
+        """The lengths to plan with if no data is given: each unit has `sequences_per_unit` sequences of `length` tokens."""
+        unit_tokens = length * sequences_per_unit
         return cls(
-            np.array([length * sequences_per_unit]),
-            float(length * sequences_per_unit),
-            float(sequences_per_unit * length**2),
-            sequences_per_unit,
+            longest=np.array([unit_tokens]),
+            mean=float(unit_tokens),
+            mean_square=float(sequences_per_unit * length**2),
+            sequences_per_unit=sequences_per_unit,
         )
 
     def tokens_of_longest(self, count: int) -> float:
@@ -60,13 +61,13 @@ class DocumentLengths:
 
 @dataclass(frozen=True, slots=True)
 class SampledLengths:
-    """Prepared data as a run draws it."""
+    """The lengths of the units that a run draws from prepared data, and the order in which it draws them."""
 
     order: Order
     tokens: np.ndarray
     """int64: tokens of each unit."""
-    squares: np.ndarray
-    """int64: the sum of the squared lengths of each unit's documents."""
+    squared_tokens: np.ndarray
+    """int64: the sum of the squared lengths of each unit's documents, with which the work of attention grows."""
 
     @property
     def mean(self) -> float:
@@ -79,20 +80,22 @@ class SampledLengths:
         # Another epoch may have fuller packs, so packs count as full.
         longest = np.array([config.max_length]) if config.packing else np.sort(self.tokens)[::-1]
         return DocumentLengths(
-            longest, self.mean, float(self.squares[epoch_units].mean()), sequences_per_unit, self.order.num_units
+            longest, self.mean, float(self.squared_tokens[epoch_units].mean()), sequences_per_unit, self.order.num_units
         )
 
 
 def sampled_lengths(config: RunConfig, train: TokenDataset, sequences_per_document: int) -> SampledLengths:
     """The lengths of prepared data in the units that a run draws: packs if it packs, else single documents (or pairs).
 
+    If the model generates answers to the documents, each counts with an answer of the greatest length.
     `sequences_per_document`: 2 for an objective over pairs of answers, else 1. Raises what `build_order` raises.
     """
-    # What the model writes is learned behind its prompt: at most as long as it may be.
-    lengths = train.lengths.astype(np.int64) + written_tokens(config.objective)
-    units, order = build_order(config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed)
-    if units is None:  # each document is drawn alone
-        return SampledLengths(order, lengths, lengths**2)
-    tokens = np.array([lengths[documents].sum() for documents in units])
-    squares = np.array([(lengths[documents] ** 2).sum() for documents in units])
-    return SampledLengths(order, tokens, squares)
+    document_tokens = train.lengths.astype(np.int64) + max_generated_tokens(config.objective)
+    packs, order = build_order(config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed)
+    if packs is None:  # each document (or pair) is a unit of its own
+        return SampledLengths(order, tokens=document_tokens, squared_tokens=document_tokens**2)
+    return SampledLengths(
+        order,
+        tokens=np.array([document_tokens[documents].sum() for documents in packs]),
+        squared_tokens=np.array([(document_tokens[documents] ** 2).sum() for documents in packs]),
+    )

@@ -26,32 +26,33 @@ ON_GPU = "tensors (memory_gib) and what the allocator reserved for them, since t
 ON_CPU = "resident set of the process, libraries included, since it began"
 
 
-def checkpoint_bytes(trained: int, optimizer: str) -> int:
-    """Bytes of a checkpoint: of what trains, the weights in fp32 and the optimizer's state."""
-    return trained * (4 + STATE_BYTES[optimizer])
+def checkpoint_bytes(num_trained_parameters: int, optimizer: str) -> int:
+    """Bytes of a checkpoint: the trained weights in fp32, and their optimizer state. `optimizer`: a key of STATE_BYTES."""
+    return num_trained_parameters * (4 + STATE_BYTES[optimizer])
 
 
-def predicted(built: Built, record: RunRecord, optimizer: str, device_gib: float) -> PredictedCost:
-    """The predicted cost of a run: memory, seconds of a step, bytes of a checkpoint, each with a text that names the method.
+def predicted_cost(built: Built, record: RunRecord, optimizer: str, device_gib: float) -> PredictedCost:
+    """The predicted cost of a run: memory, seconds of a step, bytes of a checkpoint; the first two with a text on their method.
 
-    `built.expected`: (bytes of weights and optimizer state, bytes of activations), by arithmetic. `record`: the run's record at
-    the start. `optimizer`: its name, a key of STATE_BYTES. `device_gib`: memory of this rank's device. The seconds do not include
-    communication.
+    - Memory: from the simulated step of `run.must_fit` if there was one, else by arithmetic.
+    - Seconds of a step, without communication: None for a device whose peak is not known, with the reason instead of a method.
+
+    `record`: the run's record at the start. `optimizer`: a key of STATE_BYTES. `device_gib`: memory of this rank's device.
     """
     assert built.expected is not None
-    state_bytes, activation_bytes = built.expected
-    if record.must_fit:  # a simulated step is more precise than either estimate
-        memory_gib = record.must_fit.live_gib
+    state_bytes, activation_bytes = built.expected  # by arithmetic; the first are of weights and optimizer state
+    simulated_step = record.must_fit
+    if simulated_step is not None:  # more precise than the arithmetic
+        memory_gib = simulated_step.live_gib
         memory_by = SIMULATED
     else:
         memory_gib = (state_bytes + activation_bytes) / GIB
         memory_by = BY_RULE if built.activations is None else BY_SHAPES
     step_s = None
-    step_by = record.reference_tflops_source
-    peak_tflops = record.reference_tflops
-    if peak_tflops:
-        flops = record.flops_per_token * record.tokens_per_step / record.world_size
-        step_s = flops / (PRODUCT_EFFICIENCY * peak_tflops * 1e12)
+    step_by = record.reference_tflops_source  # without a peak, this text says why none is known
+    if record.reference_tflops:
+        flops_per_rank = record.flops_per_token * record.tokens_per_step / record.world_size
+        step_s = flops_per_rank / (PRODUCT_EFFICIENCY * record.reference_tflops * 1e12)
         step_by = STEP_BY
     return PredictedCost(
         memory_gib=memory_gib,
@@ -65,41 +66,42 @@ def predicted(built: Built, record: RunRecord, optimizer: str, device_gib: float
     )
 
 
-def memory_text(record: RunRecord) -> list[str]:
+def memory_lines(record: RunRecord) -> list[str]:
     """Lines on memory for the start screen: the simulated need, or a warning if the estimate exceeds the device; else none."""
-    simulated = record.must_fit
-    if simulated:
-        gib = f"{simulated.needed_gib:.2f} of {simulated.device_gib:.2f} GiB"
-        return [f"memory: {gib}, simulated (run.must_fit), most in {simulated.when}"]
-    expected = record.receipt.predicted if record.receipt else None
-    if expected is None or expected.memory_gib is None or expected.device_gib is None:
+    simulated_step = record.must_fit
+    if simulated_step:
+        gib = f"{simulated_step.needed_gib:.2f} of {simulated_step.device_gib:.2f} GiB"
+        return [f"memory: {gib}, simulated (run.must_fit), most in {simulated_step.when}"]
+    prediction = record.receipt.predicted if record.receipt else None
+    if prediction is None or prediction.memory_gib is None or prediction.device_gib is None:
         return []
-    if expected.memory_gib <= expected.device_gib:
+    if prediction.memory_gib <= prediction.device_gib:
         return []
     return [
-        f"warning: a rank is estimated to need {expected.memory_gib:.2f} GiB, and has {expected.device_gib:.2f}: lower "
+        f"warning: a rank is estimated to need {prediction.memory_gib:.2f} GiB, and has {prediction.device_gib:.2f}: lower "
         "batch.micro or data.max_length, recompute (strategy.activation_checkpointing=full) or shard more; "
         "run.must_fit=true simulates it on GPUs"
     ]
 
 
-def measured(meter: Meter, device: torch.device, checkpoint: SavedCheckpoint | None) -> MeasuredCost:
-    """What the run has taken since this start of it: memory, seconds of a step, exchanged bytes, checkpoints.
+def measured_cost(meter: Meter, device: torch.device, checkpoint: SavedCheckpoint | None) -> MeasuredCost:
+    """What the run has taken since its last start: memory, seconds of a step, bytes of collectives, start, checkpoints.
 
     `meter`: measurements of the steps that were logged. `checkpoint`: the last one that was written; None before the first.
+    Values that were not measured stay None: those of collectives with a single rank, the start before the first step.
     """
     if meter.peaks:
-        peaks = meter.peaks
-        where = "on the worst rank"
+        peaks_gib = meter.peaks
+        ranks_text = "on the worst rank"
     else:
-        peaks = peak_memory_gib(device)
-        where = "on rank 0, since no step was logged"
-    on_gpu = device.type == "cuda"
+        peaks_gib = peak_memory_gib(device)
+        ranks_text = "on rank 0, since no step was logged"
+    is_gpu = device.type == "cuda"
     cost = MeasuredCost(
-        memory_gib=peaks.get("memory_gib"),
-        memory_reserved_gib=peaks.get("memory_reserved_gib"),
-        device_name=torch.cuda.get_device_name(device) if on_gpu else None,
-        memory_of=f"{ON_GPU if on_gpu else ON_CPU}, {where}",
+        memory_gib=peaks_gib.get("memory_gib"),
+        memory_reserved_gib=peaks_gib.get("memory_reserved_gib"),
+        device_name=torch.cuda.get_device_name(device) if is_gpu else None,
+        memory_of=f"{ON_GPU if is_gpu else ON_CPU}, {ranks_text}",
         step_s=meter.step_s(),
     )
     if meter.communication_totals is not None:
@@ -107,7 +109,9 @@ def measured(meter: Meter, device: torch.device, checkpoint: SavedCheckpoint | N
         cost.exposed_s = meter.communication_totals.waited_s
     if meter.start_s is not None:
         cost.start_s = meter.start_s
-        cost.evaluation_before_s = meter.evaluation_s
+        cost.evaluation_before_s = (
+            meter.evaluation_s
+        )  # of the evaluation before the first step, which `start_s` includes
     if checkpoint is not None:
         cost.checkpoint_bytes = checkpoint.size
         cost.checkpoint_s = checkpoint.took_s

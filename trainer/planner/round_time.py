@@ -15,7 +15,7 @@ from trainer.build.rounds import MOST_ROWS, prompts_per_round
 from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
 from trainer.evaluation.full_weights import USABLE_SHARE, kv_cache_size_bytes
-from trainer.objectives.registry import family_of, written_tokens
+from trainer.objectives.registry import family_of, max_generated_tokens
 from trainer.planner.hardware import Card
 from trainer.planner.speed import MEMORY_EFFICIENCY, PRODUCT_EFFICIENCY, ring_bytes_per_s
 
@@ -37,23 +37,23 @@ class RoundLoad:
     """Prompts of a round."""
     group_size: int
     """Answers to a prompt."""
-    rows: int
-    """Most answers that a rank writes at a time."""
+    max_rows: int
+    """Most answers that a rank generates at a time."""
     may_lower_rows: bool
-    """Whether the run halves `rows` until their keys fit; not if `objective.rollout.rows` is set."""
+    """Whether the run halves `max_rows` until their KV cache fits; not if `objective.rollout.rows` is set."""
     prompt_tokens: float
     """Mean length of a prompt."""
     longest_prompt: int
     """Tokens of the longest one."""
     new_tokens: int
     """Longest answer in tokens."""
-    key_bytes: float
+    kv_cache_bytes_per_token: float
     """Bytes of the keys and values of one token in all layers."""
-    parts: int
-    """Optimizer steps that the answers of a round make, each taken once."""
+    steps_per_iteration: int
+    """Optimizer steps that go through all answers of a round once."""
     iterations: int
-    """How often each of these steps is taken."""
-    passes: int
+    """How often a round goes through its answers."""
+    extra_forward_passes: int
     """Passes without gradients over all answers of a round, for log-probabilities of the policy and of the reference model."""
 
     @property
@@ -64,10 +64,10 @@ class RoundLoad:
     @property
     def steps(self) -> int:
         """Optimizer steps of a round, repeated ones included."""
-        return self.parts * self.iterations
+        return self.steps_per_iteration * self.iterations
 
     def with_answers_of(self, tokens: float) -> RoundLoad:
-        """The same round with answers of so many tokens."""
+        """The same round with answers of at most `tokens` tokens (rounded, at least 1)."""
         return replace(self, new_tokens=max(1, round(tokens)))
 
 
@@ -115,30 +115,31 @@ class RoundTime:
 
 
 def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longest_prompt: int) -> RoundLoad | None:
-    """The sizes of a round, in which the model writes answers and then learns from them; None for objectives without rounds.
+    """The sizes of a round, in which the model generates answers and then learns from them; None for objectives without rounds.
 
-    `prompt_tokens`: mean length of a prompt. `longest_prompt`: tokens of the longest one. `model_config`: of transformers.
+    `model_config`: the model's configuration of transformers. `prompt_tokens`: mean length of a prompt. `longest_prompt`: tokens
+    of the longest one.
     """
     if family_of(config.objective).rollout is None:
         return None
-    settings: Any = config.objective
-    rollout = settings.rollout
-    prompts = prompts_per_round(config)
-    itemsize = 4 if config.precision is Precision.fp32 else 2
-    has_reference = settings.kl.weight > 0
-    takes_several_steps = rollout.steps * rollout.iterations > 1
+    objective: Any = config.objective
+    rollout = objective.rollout
+    bytes_per_value = 4 if config.precision is Precision.fp32 else 2
+    # From the second step on, the policy is not the one that generated the answers, so its own log-probabilities are kept.
+    needs_old_logprobs = rollout.steps * rollout.iterations > 1
+    needs_reference_logprobs = objective.kl.weight > 0
     return RoundLoad(
-        prompts=prompts,
-        group_size=int(settings.group_size),
-        rows=rollout.rows or MOST_ROWS["cuda"],
+        prompts=prompts_per_round(config),
+        group_size=int(objective.group_size),
+        max_rows=rollout.rows or MOST_ROWS["cuda"],
         may_lower_rows=not rollout.rows,
         prompt_tokens=prompt_tokens,
         longest_prompt=longest_prompt,
-        new_tokens=written_tokens(config.objective),
-        key_bytes=float(kv_cache_size_bytes(model_config, 1, 1, itemsize)),
-        parts=int(rollout.steps),
+        new_tokens=max_generated_tokens(config.objective),
+        kv_cache_bytes_per_token=float(kv_cache_size_bytes(model_config, rows=1, tokens=1, itemsize=bytes_per_value)),
+        steps_per_iteration=int(rollout.steps),
         iterations=int(rollout.iterations),
-        passes=int(takes_several_steps) + int(has_reference),
+        extra_forward_passes=int(needs_old_logprobs) + int(needs_reference_logprobs),
     )
 
 
@@ -155,14 +156,14 @@ def round_time(
 ) -> RoundTime:
     """The seconds of a round on `ranks` cards of `nodes` hosts: writing answers, scoring them and learning from them.
 
-    A rank writes in batches of at most `load.rows` answers. The answers to one prompt are a part of a batch, or several
+    A rank writes in batches of at most `load.max_rows` answers. The answers to one prompt are a part of a batch, or several
     parts if they are more than a batch holds. `step_s`: seconds of an optimizer step. `other_bytes`: what a rank holds
     between two steps, whole weights not counted.
     """
     # As a run does it (`trainer/build/rounds.py: answers_in_memory`): answers are halved until their keys fit beside all weights.
     usable_bytes = USABLE_SHARE * (card.memory_gib * 2**30 - other_bytes)
-    answer_bytes = load.key_bytes * (load.longest_prompt + load.new_tokens)
-    most_rows = load.rows
+    answer_bytes = load.kv_cache_bytes_per_token * (load.longest_prompt + load.new_tokens)
+    most_rows = load.max_rows
     while load.may_lower_rows and most_rows > 1 and most_rows * answer_bytes > usable_bytes - model.weight_bytes:
         most_rows //= 2
 
@@ -184,7 +185,8 @@ def round_time(
 
     # Seconds to write: for each new token the slower of decoding and gathering; before that, the prompts (prefill).
     mean_tokens = load.prompt_tokens + load.new_tokens / 2  # whose keys are read for a token, halfway through an answer
-    token_s = decode_s(model, card, config.precision, rows=rows, key_bytes=rows * load.key_bytes * mean_tokens)
+    kv_cache_bytes = rows * load.kv_cache_bytes_per_token * mean_tokens
+    token_s = decode_step_s(model, card, config.precision, rows=rows, kv_cache_bytes=kv_cache_bytes)
     # A prompt is computed once for its group if the rank has all weights, else for each of its answers.
     prompts_per_rank = load.prompts / readers * (1 if gathers_once else load.group_size)
     flops = 2 * model.parameters * prompts_per_rank * load.prompt_tokens
@@ -197,22 +199,26 @@ def round_time(
     return RoundTime(
         write_s=card.writing_pace * write_s,
         score_s=score_s,
-        train_s=step_s * (load.steps + load.passes * FORWARD_SHARE * load.parts),
+        train_s=step_s * (load.steps + load.extra_forward_passes * FORWARD_SHARE * load.steps_per_iteration),
         gathers_once=gathers_once,
         writing_bytes=writing_bytes,
         steps=load.steps,
     )
 
 
-def decode_s(model: WritingModel, card: Card, precision: Precision, *, rows: int, key_bytes: float) -> float:
-    """Seconds in which a rank writes one token of each of `rows` answers, whose keys take `key_bytes` bytes.
+def decode_step_s(model: WritingModel, card: Card, precision: Precision, *, rows: int, kv_cache_bytes: float) -> float:
+    """Seconds of a decode step, in which a rank generates one token of each of `rows` answers.
 
-    The slowest of three: memory traffic, matrix products, and the launches of kernels.
+    It takes as long as the slowest of three: memory traffic, matrix products, and the launches of kernels. `kv_cache_bytes`:
+    bytes of the KV cache of all rows.
     """
-    moved_bytes = model.weight_bytes + KEY_COPIES * key_bytes + LOGIT_PASSES * 4 * rows * model.vocabulary
-    moves_s = moved_bytes / (card.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
-    products_s = 2 * model.parameters * rows / (card.tflops(precision) * 1e12 * PRODUCT_EFFICIENCY)
-    return max(moves_s, products_s, model.blocks * BLOCK_LAUNCH_S)
+    logit_bytes = 4 * rows * model.vocabulary  # fp32
+    moved_bytes = model.weight_bytes + KEY_COPIES * kv_cache_bytes + LOGIT_PASSES * logit_bytes
+    memory_s = moved_bytes / (card.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
+    flops = 2 * model.parameters * rows  # a multiplication and an addition for each weight and row
+    products_s = flops / (card.tflops(precision) * 1e12 * PRODUCT_EFFICIENCY)
+    launches_s = model.blocks * BLOCK_LAUNCH_S
+    return max(memory_s, products_s, launches_s)
 
 
 def shards_weights(strategy: StrategyConfig) -> bool:

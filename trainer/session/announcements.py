@@ -21,7 +21,7 @@ from trainer.data.report.preview import preview_text, summary_text
 from trainer.monitors.divergence import Verdict
 from trainer.monitors.stragglers import ReportSlow, SlowRank
 from trainer.objectives.registry import data_spec_of
-from trainer.planner.predicted_vs_measured import measured
+from trainer.planner.predicted_vs_measured import measured_cost
 from trainer.reporting.config import LoggingConfig
 from trainer.reporting.console import Console
 from trainer.reporting.energy import energy_of_run, metering
@@ -214,7 +214,7 @@ def record_measured(record: RunRecord, meter: Meter, checkpoints: Checkpoints, c
         if no_background_reason is not None:
             record.substitutions["checkpoint.background"] = f"false: {no_background_reason}"
         assert record.receipt is not None  # since `run_facts`
-        record.receipt.measured = measured(meter, context.runtime.device, checkpoints.last)
+        record.receipt.measured = measured_cost(meter, context.runtime.device, checkpoints.last)
         # An error here would hide what ended the run. A run that succeeds writes the file once more.
         with suppress(OSError, ShardtuneError):
             if context.attempt.lease is not None:

@@ -29,35 +29,36 @@ IDENTITY = "identity.json"
 BASE = "base"
 """The word that accepts another base. Also the kind in `identity.json` that holds the digests, and a place in it."""
 TEACHER = "teacher"
-START = "tuning.from"
+INITIAL_ADAPTER = "tuning.from"
 """Places in `identity.json` of files that are not the base's: the teacher's, and the adapter's that training began from."""
 
 
-def base_files(config: RunConfig, *, teacher: bool = True) -> dict[str, str]:
-    """Digests of the files that a run's model is made of (base, adapters and teacher), by `<role>/<file name>`.
+def base_files(config: RunConfig, *, with_teacher: bool = True) -> dict[str, str]:
+    """Digests of the files that a run's model is made of (base, adapters and teacher), such as {"base/config.json": "ab12"}.
 
-    The roles are `base`, `teacher`, `tuning.from` and `adapter 0`, `adapter 1`, ... `teacher`: whether the teacher's files are
-    read too. Errors: ConfigError for a base that is not on this machine, OSError for a file that cannot be read.
+    A key is `<role>/<file name>`. The roles are `base`, `teacher`, `tuning.from` and `adapter 0`, `adapter 1`, ...
+    `with_teacher`: whether the teacher's files are read too. Raises ConfigError for a base that is not on this machine, OSError
+    for a file that cannot be read.
     """
-    directories = {BASE: weights_directory(config.model)}
-    if teacher:
-        model = teacher_model(config.model, config.objective)
-        if model is not None:
-            directories[TEACHER] = weights_directory(model)
-    first_adapter = getattr(config.tuning, "from_", None)
-    if first_adapter:
-        directories[START] = Path(first_adapter).expanduser()
+    directory_by_role = {BASE: weights_directory(config.model)}
+    if with_teacher:
+        teacher = teacher_model(config.model, config.objective)
+        if teacher is not None:
+            directory_by_role[TEACHER] = weights_directory(teacher)
+    initial_adapter = getattr(config.tuning, "from_", None)  # other methods than adapters have no `tuning.from`
+    if initial_adapter:
+        directory_by_role[INITIAL_ADAPTER] = Path(initial_adapter).expanduser()
     for number, path in enumerate(config.model.adapters):
-        directories[f"adapter {number}"] = Path(path).expanduser()
+        directory_by_role[f"adapter {number}"] = Path(path).expanduser()
     digests: dict[str, str] = {}
-    for role, directory in directories.items():
+    for role, directory in directory_by_role.items():
         for name, digest in model_file_digests(directory).items():
             digests[f"{role}/{name}"] = digest
     return digests
 
 
 def recorded_files(run_dir: Path) -> dict[str, str]:
-    """The digests that `base_files` gave when the run was last started. Errors: ConfigError if the record cannot be read."""
+    """The digests that `base_files` gave when the run was last started. Raises ConfigError if the record cannot be read."""
     path = run_dir / IDENTITY
     try:
         base_identity = json.loads(path.read_text(encoding="utf-8"))[BASE]
@@ -74,89 +75,106 @@ def files_among(base_identity: dict[str, str]) -> dict[str, str]:
     return {name: digest for name, digest in base_identity.items() if "/" in name}
 
 
-def changed_files(config: RunConfig, recorded: dict[str, str], *, teacher: bool, start: bool) -> list[str]:
-    """Differences between the recorded base and the files that lie there now, one line a file. No collective.
+def base_difference_lines(
+    config: RunConfig, recorded_digests: dict[str, str], *, with_teacher: bool, needs_initial_model: bool
+) -> list[str]:
+    """Differences between a run's recorded base and the files that lie there now, one line a file. No collective.
 
-    `teacher`: whether the teacher's files matter too. An export has nothing of a teacher. `start`: whether the model before
-    training is needed, so that the adapter that training began from matters.
+    `recorded_digests`: what `base_files` gave when the run was started. `with_teacher`: whether the teacher's files matter too;
+    not for an export, which has nothing of a teacher. `needs_initial_model`: whether the model before training is needed, so
+    that the adapter from which training began matters. Files that cannot be found or read are a difference, too.
     """
     try:
-        present = base_files(config, teacher=teacher)
-        directory = weights_directory(config.model)
-        loaded_then = _files_that_load(recorded, directory)
-        loaded_now = _files_that_load(present, directory)
+        present_digests = base_files(config, with_teacher=with_teacher)
+        base_dir = weights_directory(config.model)
+        recorded_loadable = _without_unloaded_base_files(recorded_digests, base_dir)
+        present_loadable = _without_unloaded_base_files(present_digests, base_dir)
     except ConfigError as error:
         return [str(error)]
     except OSError as error:
         return [f"{error.filename}: cannot be read ({error_summary(error)})"]
     ignored_prefixes = []
-    if not teacher:
+    if not with_teacher:
         ignored_prefixes.append(f"{TEACHER}/")
-    if not _needs_first_adapter(config, teacher=teacher, start=start):
-        ignored_prefixes.append(f"{START}/")
-    return changed_file_lines(_without(loaded_then, ignored_prefixes), _without(loaded_now, ignored_prefixes))
+    if not _needs_initial_adapter(config, with_teacher=with_teacher, needs_initial_model=needs_initial_model):
+        ignored_prefixes.append(f"{INITIAL_ADAPTER}/")
+    return changed_file_lines(
+        _without(recorded_loadable, ignored_prefixes), _without(present_loadable, ignored_prefixes)
+    )
 
 
-def _files_that_load(digests: dict[str, str], directory: Path) -> dict[str, str]:
-    """The digests without those of files in the base's `directory` that the model's loader does not read. Errors: ConfigError."""
-    prefix = f"{BASE}/"
+def _without_unloaded_base_files(digests: dict[str, str], base_dir: Path) -> dict[str, str]:
+    """The digests of a run's files, without the base's files that the model's loader does not read.
+
+    `digests`: by `<role>/<file name>`. `base_dir`: where the base's files lie. Raises ConfigError.
+    """
+    base_prefix = f"{BASE}/"
     base_digests = {}
     for name, digest in digests.items():
-        if name.startswith(prefix):
-            base_digests[name.removeprefix(prefix)] = digest
-    loaded = _without(digests, [prefix])
-    for name, digest in digests_of_loaded_files(base_digests, directory).items():
-        loaded[f"{prefix}{name}"] = digest
+        if name.startswith(base_prefix):
+            base_digests[name.removeprefix(base_prefix)] = digest
+    loaded = _without(digests, [base_prefix])
+    for name, digest in digests_of_loaded_files(base_digests, base_dir).items():
+        loaded[f"{base_prefix}{name}"] = digest
     return loaded
 
 
 def _without(digests: dict[str, str], prefixes: list[str]) -> dict[str, str]:
-    """The digests of files whose names begin with none of these prefixes."""
+    """The digests of those files whose names begin with none of the prefixes."""
     return {name: digest for name, digest in digests.items() if not name.startswith(tuple(prefixes))}
 
 
-def _needs_first_adapter(config: RunConfig, *, teacher: bool, start: bool) -> bool:
+def _needs_initial_adapter(config: RunConfig, *, with_teacher: bool, needs_initial_model: bool) -> bool:
     """Whether the adapter that `tuning.from` names is still needed once the run has a checkpoint.
 
     A checkpoint has every tensor of plain LoRA, since all are trained. So the adapter's own files are needed only for the model
-    before training: if `start` asks for it, or if the objective compares with it. Other methods read tensors from the adapter's
-    file that no checkpoint has, and PiSSA and OLoRA read the part that they split off the base.
+    before training: if `needs_initial_model`, or if the objective compares with it. Other methods read tensors from the
+    adapter's file that no checkpoint has, and PiSSA and OLoRA read the part that they split off the base.
     """
-    checkpoint_has_all = isinstance(config.tuning, LoraConfig) and not rewrites_base(config.tuning.init)
-    if not checkpoint_has_all:
+    checkpoint_has_all_tensors = isinstance(config.tuning, LoraConfig) and not rewrites_base(config.tuning.init)
+    if not checkpoint_has_all_tensors:
         return True
     family = family_of(config.objective)
-    compares = family.compares_distributions(config.objective) or family.compares_with_initial_model(config.objective)
-    return start or (teacher and compares)
+    compares_with_initial_model = family.compares_distributions(config.objective) or family.compares_with_initial_model(
+        config.objective
+    )
+    return needs_initial_model or (with_teacher and compares_with_initial_model)
 
 
 def use_recorded_base(
-    config: RunConfig, run_dir: Path, accept: Collection[str], *, teacher: bool, start: bool = False
+    config: RunConfig,
+    run_dir: Path,
+    accept: Collection[str],
+    *,
+    with_teacher: bool,
+    needs_initial_model: bool = False,
 ) -> list[str]:
-    """Set `config` to the base model that the run in `run_dir` was trained on, and compare its files with the recorded digests.
+    """Pin `config` to the base that the run in `run_dir` was trained on, and compare the base's files with the recorded digests.
 
-    A hub id is read at the commit that the run resolved it to. `teacher` and `start` are those of `changed_files`. Returns the
-    differences that were accepted. Errors: ConfigError, with each file, if the base is another one and `accept` has no `base`;
-    and for a base that is not on this machine.
+    Sets `config.model.revision` of a hub id to the commit that the run resolved it to. `with_teacher` and `needs_initial_model`
+    are those of `base_difference_lines`. Returns the differences that were accepted, as lines. Raises ConfigError, with a line for
+    each file, if the base is another one and `accept` has no `base`; and for a base that is not on this machine.
     """
     pin_commit(config, run_dir)
     weights_directory(config.model)  # a missing base is an error that `accept` does not cover
     try:
-        recorded = recorded_files(run_dir)
+        recorded_digests = recorded_files(run_dir)
     except ConfigError as error:
         if BASE in accept:
             return [f"{BASE}: {run_dir.name}/{IDENTITY} could not be read, and the base was taken as it was"]
         raise error
-    changed = changed_files(config, recorded, teacher=teacher, start=start)
-    if not changed:
+    changed_lines = base_difference_lines(
+        config, recorded_digests, with_teacher=with_teacher, needs_initial_model=needs_initial_model
+    )
+    if not changed_lines:
         return []
     if BASE in accept:
-        return [f"{BASE}: {line}" for line in changed]
+        return [f"{BASE}: {line}" for line in changed_lines]
     refusal = (
         f"{run_dir}: its base is not the one that it was trained on (base: {config.model.path}). Bring these files back, "
         f"or continue with what lies there now: accept=[{BASE}]"
     )
-    raise ConfigError("\n    ".join([refusal, *changed]))
+    raise ConfigError("\n    ".join([refusal, *changed_lines]))
 
 
 def pin_commit(config: RunConfig, run_dir: Path, *, may_fetch: bool = True) -> None:

@@ -18,7 +18,7 @@ from trainer.export.write import write_export
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.run_record import RunRecord
 from trainer.session.announcements import RunContext
-from trainer.session.base_files import BASE, at_commit, changed_files, files_among
+from trainer.session.base_files import BASE, at_commit, base_difference_lines, files_among
 from trainer.session.exported_model import describe_trained_model
 from trainer.session.result import TrainedRun
 
@@ -121,8 +121,8 @@ def _changed_base_files(config: RunConfig, model_facts: ModelFacts, context: Run
     """
 
     def compare() -> list[str]:
-        recorded = files_among((model_facts.run.identity or {})[BASE])
-        return changed_files(config, recorded, teacher=False, start=False)
+        recorded_digests = files_among((model_facts.run.identity or {})[BASE])
+        return base_difference_lines(config, recorded_digests, with_teacher=False, needs_initial_model=False)
 
     changed = call_on_main(compare, context.runtime)
     if changed:

@@ -60,7 +60,7 @@ def describe_trained_model(
         frozen_dtype=COMPUTE_DTYPE[precision],
         origin={
             "checkpoints": [manifest_fingerprint(path) for path in checkpoints],
-            "base": base_files(config, teacher=False),
+            "base": base_files(config, with_teacher=False),
             "merge": bool(config.export.merge),
         },
     )

@@ -27,7 +27,7 @@ from trainer.checkpoints.resume_selection import effective_resume
 from trainer.config.resuming import KINDS, default_settings, flatten_settings, plain_settings
 from trainer.config.run import RunConfig
 from trainer.config.tree import kind_of
-from trainer.data.config import identifying
+from trainer.data.config import identifying_data_settings
 from trainer.data.prepare import PreparedData
 from trainer.reporting.status import write_text_atomic
 from trainer.rollout.rewards.copies import copy_digests
@@ -52,20 +52,17 @@ Identity = dict[str, dict[str, Any]]
 """Everything that decides a run's result: kind (`KINDS`), then key, then value."""
 
 
-def identity_of(config: RunConfig, data: PreparedData, *, files: bool = True) -> Identity:
+def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = True) -> Identity:
     """Everything that decides a run's result, by kind (`KINDS`) and key, as JSON values. No collective.
 
-    `files`: whether the files of base, source and reward models are read and digested. If not, their kinds have no digests.
+    For example {"data": {"data.seed": 0, "fingerprint": "a1b2"}, "code": {"source": "c3d4"}, "versions": {"torch": "2.9"}}.
+    `reads_files`: whether the files of base, source and reward models are read and digested. If not, `base` and `code` are
+    empty, without the settings of the base too, and `rewards` has settings alone.
     """
-    identity: Identity = {kind: {} for kind in KINDS if kind != "unknown"}
-    settings = plain_settings(config)
-    settings["data"] = identifying(settings["data"])
-    for key, value in flatten_settings(settings).items():
-        kind = kind_of(key)
-        if kind:
-            identity[kind][key] = value
+    identity = _identifying_settings(config)
     identity["data"] |= {"documents": len(data.train), "fingerprint": data.train.fingerprint}
-    if files:
+    identity["versions"] = _versions()
+    if reads_files:
         identity["base"] |= base_files(config)
         identity["code"] = {"source": source_digest()}
         if config.run.dir is not None:
@@ -74,10 +71,21 @@ def identity_of(config: RunConfig, data: PreparedData, *, files: bool = True) ->
     else:
         identity["base"] = {}
         identity["code"] = {}
-    identity["versions"] = _versions()
     # Through JSON once, so that it compares equal to what is read from the file.
     as_json_values: Identity = json.loads(json.dumps(identity, default=str))
     return as_json_values
+
+
+def _identifying_settings(config: RunConfig) -> Identity:
+    """The settings that decide a run's result, by kind (`KINDS`) and key. A kind without such settings is empty."""
+    identity: Identity = {kind: {} for kind in KINDS if kind != "unknown"}  # nothing is recorded under `unknown`
+    settings = plain_settings(config)
+    settings["data"] = identifying_data_settings(settings["data"])
+    for key, value in flatten_settings(settings).items():
+        kind = kind_of(key)
+        if kind is not None:  # None: the setting does not decide the result
+            identity[kind][key] = value
+    return identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +151,7 @@ def compare_identity(config: RunConfig, data: PreparedData, run_dir: Path, runti
     own_identity: Identity = {}
     error: ConfigError | StorageError | None = None
     try:
-        own_identity = identity_of(config, data, files=runtime.local_rank == 0)  # one rank of a host reads files
+        own_identity = run_identity(config, data, reads_files=runtime.local_rank == 0)  # one rank of each host
     except (ConfigError, StorageError) as caught:
         error = caught
     except OSError as caught:
@@ -180,11 +188,11 @@ def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runti
 
 def _compare_ranks(identity_by_rank: list[tuple[str, Identity]], accept: list[str]) -> None:
     """Raise ConfigError if a rank's identity differs from rank 0's. `identity_by_rank`: (host, identity) of each rank."""
-    first_host, first = identity_by_rank[0]
+    first_host, first_identity = identity_by_rank[0]
     for rank, (host, identity) in enumerate(identity_by_rank):
-        expected = first
-        if not identity["code"]:  # this rank read no files
-            expected = {**first, "base": {}, "code": {}, "rewards": {}}
+        expected = first_identity
+        if not identity["code"]:  # this rank read no files, so only what it has is compared
+            expected = {**first_identity, "base": {}, "code": {}, "rewards": {}}
         changed = differences(expected, identity, accept=accept)
         if changed:
             refusal = (
@@ -204,7 +212,7 @@ def _compare_with_earlier_start(config: RunConfig, current: Identity, run_dir: P
     if earlier_run is None:
         return []
     try:
-        recorded, accepted_earlier = _read(earlier_run / IDENTITY)
+        recorded, accepted_earlier = _read_identity(earlier_run / IDENTITY)
     except (OSError, ValueError) as error:
         if "unknown" in config.run.accept:
             return [f"unknown: {earlier_run / IDENTITY} cannot be read"]
@@ -213,7 +221,7 @@ def _compare_with_earlier_start(config: RunConfig, current: Identity, run_dir: P
             "beside it were trained on; keep checkpoints in their run's directory, or accept it: run.accept=[unknown]"
         ) from error
     # An earlier version did not record the settings that were added since.
-    recorded = _with_later_settings(recorded, config)
+    recorded = _with_defaults_of_new_settings(recorded, config)
     not_accepted = differences(recorded, current, accept=config.run.accept)
     if not_accepted:
         refusal = (
@@ -221,12 +229,12 @@ def _compare_with_earlier_start(config: RunConfig, current: Identity, run_dir: P
             f"run.resume, or accept the change: {_accept_setting(not_accepted, config.run.accept)}"
         )
         raise ConfigError("\n    ".join([refusal, *_first_lines(not_accepted)]))
-    # `run.accept` names the kinds of all differences, so they are accepted by this start. Each is listed once.
+    # None is left, so `run.accept` names the kinds of all differences. They are accepted by this start; each is listed once.
     accepted_now = [str(difference) for difference in differences(recorded, current, accept=[])]
     return list(dict.fromkeys([*accepted_earlier, *accepted_now]))
 
 
-def _with_later_settings(recorded: Identity, config: RunConfig) -> Identity:
+def _with_defaults_of_new_settings(recorded: Identity, config: RunConfig) -> Identity:
     """`recorded` with the default of each setting that the version which wrote it did not have.
 
     An earlier version behaved as a new setting's default does. So a run of that version is refused only if the setting has
@@ -242,19 +250,26 @@ def _with_later_settings(recorded: Identity, config: RunConfig) -> Identity:
     return completed
 
 
-def _read(path: Path) -> tuple[Identity, list[str]]:
-    """(the kinds, the accepted differences) of an `identity.json`. Raises OSError, and ValueError for a file of another form."""
-    kinds = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(kinds, dict) or not all(isinstance(kinds.get(kind, {}), dict) for kind in KINDS):
+def _read_identity(path: Path) -> tuple[Identity, list[str]]:
+    """(the identity, the accepted differences as lines) in an `identity.json`.
+
+    Raises OSError if it cannot be read, and ValueError for a file of another form.
+    """
+    identity = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(identity, dict) or not all(isinstance(identity.get(kind, {}), dict) for kind in KINDS):
         raise ValueError("it does not say what belongs to each kind")
-    accepted = kinds.pop(ACCEPTED, [])
+    accepted = identity.pop(ACCEPTED, [])
     if not isinstance(accepted, list) or not all(isinstance(line, str) for line in accepted):
         raise ValueError("it does not list what was accepted")
-    return kinds, accepted
+    return identity, accepted
 
 
 def _run_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
-    """The run directory whose checkpoint will be loaded; None if the run starts afresh."""
+    """The directory of the run whose checkpoint will be loaded; None if the run starts afresh.
+
+    That is `run_dir` for `run.resume=auto` and for a path among its own checkpoints. For a path elsewhere, it is the directory
+    above with an `identity.json`.
+    """
     checkpoint_dirs = checkpoint_dirs_of(run_dir, config.checkpoint.fallback_dir)
     resume = effective_resume(checkpoint_dirs, config.run.resume)
     if resume == "never":
@@ -262,11 +277,12 @@ def _run_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
     if resume == "auto":
         return run_dir if checkpoints_in(checkpoint_dirs) else None
     checkpoint = Path(resume).expanduser().absolute()
-    if checkpoint.parent in [directory.absolute() for directory in checkpoint_dirs]:
+    is_own_checkpoint = checkpoint.parent in [directory.absolute() for directory in checkpoint_dirs]
+    if is_own_checkpoint:
         return run_dir
     # Two levels above <run>/checkpoints/step-000005, or three above <run>/checkpoints/given-up-1/step-000005.
     candidates = list(checkpoint.parents)[1:3] or [checkpoint]
-    return next((run for run in candidates if (run / IDENTITY).is_file()), candidates[0])
+    return next((directory for directory in candidates if (directory / IDENTITY).is_file()), candidates[0])
 
 
 def _accept_setting(changed: list[IdentityDifference], accept: list[str] | None = None) -> str:

@@ -10,60 +10,59 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from strategies.errors import StorageError
 from strategies.matmul import Matmul, MatmulChoice
-from strategies.runtime import Runtime, broadcast_object, first_rank_error, with_matmul
+from strategies.runtime import Runtime, call_on_main, with_matmul
 from trainer.config.run import AUTO, MATMUL_KEY, RunConfig, settled_matmul
 from trainer.reporting.resolution import Resolution, resolution_of
 from trainer.reporting.shared_choice import shared_choice
 
 
 def resolve_matmul(
-    config: RunConfig, run_dir: Path, runtime: Runtime, freeze: Callable[[Path, RunConfig], None]
+    config: RunConfig, run_dir: Path, runtime: Runtime, write_config: Callable[[Path, RunConfig], None]
 ) -> tuple[RunConfig, Runtime]:
-    """Choose the library that multiplies float32 matrices on CPUs, if `run.matmul` is auto. All ranks must call.
+    """Resolve `run.matmul=auto`: choose the library that multiplies float32 matrices on CPUs. All ranks must call.
 
-    Returns the configuration with the choice among its substitutions, and the runtime that uses it. The first start chooses by
-    the processor, or takes the choice of the comparison that the run belongs to, and writes the configuration with that note
-    by `freeze`. Errors: StorageError on every rank.
+    Returns the configuration with the choice and its reason among its substitutions, and the runtime that uses the library. On
+    GPUs, and if the user named a library, both are returned as they are. Rank 0 chooses for all ranks: see
+    `_choose_matmul_library`. Raises StorageError on every rank if the choice cannot be written.
     """
-    if runtime.matmul is None or config.run.matmul is not Matmul.auto:
+    own_choice = runtime.matmul  # by this host's processor; None on GPUs
+    if own_choice is None or config.run.matmul is not Matmul.auto:
         return config, runtime
-    # Rank 0 chooses, and an error of it is raised on all ranks.
-    resolution: Resolution | None = None
-    error = None
-    if runtime.is_main:
-        try:
-            resolution = _resolution_of_run(config, run_dir, runtime.matmul, freeze)
-        except StorageError as caught:
-            error = caught
-    failure = first_rank_error(error, runtime)
-    if failure is not None:
-        raise StorageError(failure.text)
-    resolution = broadcast_object(resolution, runtime)
-    config = replace(config, substitutions={**config.substitutions, MATMUL_KEY: resolution})
-    return config, _with_library(settled_matmul(config), runtime)
+    resolution = call_on_main(lambda: _choose_matmul_library(config, run_dir, own_choice, write_config), runtime)
+    config = _with_matmul_resolution(config, resolution)
+    return config, _runtime_with_library(settled_matmul(config), runtime)
 
 
-def _resolution_of_run(
-    config: RunConfig, run_dir: Path, choice: MatmulChoice, freeze: Callable[[Path, RunConfig], None]
+def _choose_matmul_library(
+    config: RunConfig, run_dir: Path, own_choice: MatmulChoice, write_config: Callable[[Path, RunConfig], None]
 ) -> Resolution:
-    """Which library this run uses, and why: that of its earlier start, else that of its comparison, else `choice`. On rank 0.
+    """Which library this run uses, and why. Called on rank 0 alone.
 
-    A new choice is written into the frozen configuration.
+    - The library of an earlier start of this run, which is in the configuration already.
+    - Else that of the comparison to which the run belongs, which its first run decides.
+    - Else `own_choice`, by the processor of this host.
+
+    In the last two cases it also calls `write_config(run_dir, config)` with the choice in the configuration, which writes
+    `config.yaml`. Raises StorageError.
     """
     earlier = config.resolution(MATMUL_KEY)
     if earlier is not None and settled_matmul(config) is not Matmul.auto:
         return earlier
-    own_resolution = Resolution(MATMUL_KEY, AUTO, str(choice.library), choice.reason)
+    own_resolution = Resolution(MATMUL_KEY, asked=AUTO, chosen=str(own_choice.library), reason=own_choice.reason)
     shared = shared_choice(run_dir, MATMUL_KEY, asdict(own_resolution))
     resolution = resolution_of(MATMUL_KEY, shared) or own_resolution
-    freeze(run_dir, replace(config, substitutions={**config.substitutions, MATMUL_KEY: resolution}))
+    write_config(run_dir, _with_matmul_resolution(config, resolution))
     return resolution
 
 
-def _with_library(library: Matmul, runtime: Runtime) -> Runtime:
-    """The runtime with the library that the run began with.
+def _with_matmul_resolution(config: RunConfig, resolution: Resolution) -> RunConfig:
+    """The configuration with that choice of `run.matmul` among its substitutions."""
+    return replace(config, substitutions={**config.substitutions, MATMUL_KEY: resolution})
+
+
+def _runtime_with_library(library: Matmul, runtime: Runtime) -> Runtime:
+    """The runtime with the library that the run began with; the same runtime if it uses that library already.
 
     If this rank's host does not have that library, the runtime uses BLAS, with the reason in `runtime.matmul.reason`.
     """

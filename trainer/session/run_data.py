@@ -47,12 +47,16 @@ class DataRecord:
     """In the order of their numbers; None without labels."""
     total_steps: int | None
     """Steps of the run's budget; None if the run's record does not say."""
-    is_whole: bool
-    """Whether `run.json` could be read. Without it, the label names have to come from the prepared data."""
+    has_label_names: bool
+    """Whether `run.json` could be read, so that `label_names` is what the run had (None: no labels). Without it, the label
+    names have to come from the prepared data."""
 
 
 def data_record(run_dir: Path) -> DataRecord:
-    """What the run in a directory recorded of its data. Errors: ConfigError if neither `run.json` nor `identity.json` says it."""
+    """What the run in `run_dir` recorded of its data.
+
+    Raises ConfigError if neither `run.json` nor `identity.json` has the fingerprint of the data.
+    """
     record = readable_run_record(run_dir)
     identity = _read_object(run_dir / IDENTITY)
     # Either file may be damaged: both have the fingerprint.
@@ -62,21 +66,18 @@ def data_record(run_dir: Path) -> DataRecord:
             f"{run_dir}: neither run.json nor {IDENTITY} can be read, and they alone say which data the run was trained on; "
             "bring one of them back"
         )
-    directory = None
-    if record.data_directory:
-        directory = Path(record.data_directory)
     return DataRecord(
         run_dir=run_dir,
         fingerprint=str(fingerprint),
-        directory=directory,
+        directory=Path(record.data_directory) if record.data_directory else None,
         label_names=record.label_names,
         total_steps=record.total_steps or None,
-        is_whole="label_names" in record.keys,
+        has_label_names="label_names" in record.keys,
     )
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is none."""
+    """The JSON object in a file; empty if the file is missing, cannot be read, or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -85,37 +86,61 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class RowsNeeded:
+class ReasonToReadRows:
     """Why an export or an evaluation reads the run's own documents."""
 
     purpose: str
     """A clause on what needs them, such as `split=test: asks the run's test documents`."""
     way_out: str
-    """What to do if they are gone, as a command to the user."""
+    """What to do if they are missing, as a command to the user, such as `Leave split=test out`."""
 
 
-def data_of_run(
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """What the model of an earlier run is built with, beside its configuration."""
+
+    objective: ObjectiveConfig
+    """The objective of the configuration, without class weights if the data is a stand-in."""
+    data: PreparedData
+    """The run's own documents, or a stand-in that only gives shapes."""
+    accepted_differences: list[str]
+    """What differs from the data of the training and was accepted, as lines; empty if it is the same data."""
+
+
+def load_run_data(
     config: RunConfig,
     record: DataRecord,
     tokenizer: Any,
     *,
-    needed: RowsNeeded | None,
-    accept: bool,
+    reason_to_read: ReasonToReadRows | None,
+    accept_changed_rows: bool,
     stop: Callable[[], bool] = lambda: False,
     print_line: PrintLine = print_on_rank_0,
-) -> tuple[ObjectiveConfig, PreparedData, list[str]]:
-    """(objective, data, accepted differences) to build the model of an earlier run with. No collective.
+) -> RunData:
+    """The data to build the model of an earlier run with. No collective.
 
-    `needed`: why the run's own documents are read; None if nothing needs them, and then the data is a stand-in that only gives
-    shapes. Errors: DataError if the documents are needed and do not exist any more, unless `accept` takes the present rows.
+    - Nothing needs the run's own documents (`reason_to_read` is None): a stand-in.
+    - The same, but `run.json` cannot be read: the documents all the same, since the names of the labels come from them.
+    - Else the documents that the run was trained on. Raises DataError if they do not exist any more, unless
+      `accept_changed_rows` takes the rows that are there now.
     """
-    if needed is None and record.is_whole:
-        return *stand_in_data(config, record), []
-    if needed is None:
-        needed = RowsNeeded("run.json cannot be read, and the labels' names come from the rows", "Bring run.json back")
-    return config.objective, *training_documents(
-        config, record, tokenizer, needed, accept=accept, stop=stop, print_line=print_line
+    if reason_to_read is None and record.has_label_names:
+        objective, data = stand_in_data(config, record)
+        return RunData(objective, data, accepted_differences=[])
+    if reason_to_read is None:
+        reason_to_read = ReasonToReadRows(
+            purpose="run.json cannot be read, and the labels' names come from the rows", way_out="Bring run.json back"
+        )
+    documents, accepted_differences = training_documents(
+        config,
+        record,
+        tokenizer,
+        reason_to_read,
+        accept_changed_rows=accept_changed_rows,
+        stop=stop,
+        print_line=print_line,
     )
+    return RunData(config.objective, documents, accepted_differences)
 
 
 def stand_in_data(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig, PreparedData]:
@@ -129,14 +154,18 @@ def stand_in_data(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfi
         objective = replace(objective, class_weights=None)
     # The data set keeps its files open, so that it can be read after they were deleted.
     with tempfile.TemporaryDirectory(prefix="shardtune-") as directory:
-        train = _one_document(Path(directory), data_spec_of(config.objective), record.fingerprint)
-    return objective, PreparedData(
+        train = _data_set_of_one_document(Path(directory), data_spec_of(config.objective), record.fingerprint)
+    data = PreparedData(
         train, None, Path(directory), {}, record.label_names, date=settled_template_date(config), has_rows=False
     )
+    return objective, data
 
 
-def _one_document(directory: Path, data_spec: DataSpec, fingerprint: str) -> TokenDataset:
-    """An open data set of one document without meaning. Its files in `directory` may be deleted afterwards."""
+def _data_set_of_one_document(directory: Path, data_spec: DataSpec, fingerprint: str) -> TokenDataset:
+    """An open data set of one document without meaning. Writes its files to `directory`; they may be deleted afterwards.
+
+    The document has as many sequences as `data_spec` asks for, each of STAND_IN_TOKENS tokens that all count for the loss.
+    """
     num_sequences = data_spec.sequences_per_document
     samples = []
     for _ in range(num_sequences):
@@ -156,16 +185,16 @@ def training_documents(
     config: RunConfig,
     record: DataRecord,
     tokenizer: Any,
-    needed: RowsNeeded,
+    reason_to_read: ReasonToReadRows,
     *,
-    accept: bool,
+    accept_changed_rows: bool,
     stop: Callable[[], bool] = lambda: False,
     print_line: PrintLine = print_on_rank_0,
 ) -> tuple[PreparedData, list[str]]:
     """(the prepared documents that the run was trained on, accepted differences). No collective.
 
-    They come from the prepared data of the training if that still exists, else from the rows of `data.path`. Errors: DataError if
-    neither has them, unless `accept` takes the present rows.
+    They come from the prepared data of the training if that still exists, else from the rows of `data.path`. Raises DataError
+    if neither has them, unless `accept_changed_rows` takes the rows that are there now.
     """
     # The prepared data of the training: where the run made it, or in the cache of this host, by its fingerprint.
     cached_directory = Path(config.data.cache_dir).expanduser() / record.fingerprint[:32]
@@ -173,9 +202,9 @@ def training_documents(
         if directory is not None and _is_prepared(directory, record):
             prepared = open_prepared(directory, verify=config.data.verify)
             prepared.date = settled_template_date(config)
-            return _checked_label_names(prepared, record, needed), []
+            return _data_with_checked_labels(prepared, record, reason_to_read), []
 
-    # It is gone. Prepare the rows again, if they are still the same.
+    # It does not exist any more. Prepare the rows again, if they are still the same.
     data_spec = data_spec_of(config.objective)
     try:
         preparation = Preparation(
@@ -189,24 +218,23 @@ def training_documents(
         )
     except (ConfigError, DataError) as error:
         raise DataError(
-            f"{error}\n    {record.run_dir}: {needed.purpose}, and the prepared data of the training is gone, too. "
-            f"{needed.way_out}, or bring the rows back"
+            f"{error}\n    {record.run_dir}: {reason_to_read.purpose}, and the prepared data of the training is gone, too. "
+            f"{reason_to_read.way_out}, or bring the rows back"
         ) from error
     # The fingerprint is known before anything is prepared. It covers the rows and everything that prepares them.
     has_changed = f"{preparation.fingerprint}/train" != record.fingerprint
-    if has_changed and not accept:
+    if has_changed and not accept_changed_rows:
         raise DataError(
-            f"{record.run_dir}: {needed.purpose}. The rows of data.path, of data.eval_path or data.test_path, or what prepares "
-            f"them, have changed since the training, and the data that was prepared then is gone. {needed.way_out}, bring the "
-            "rows back, or take those of today: "
-            f"accept=[{DATA}]"
+            f"{record.run_dir}: {reason_to_read.purpose}. The rows of data.path, of data.eval_path or data.test_path, or what "
+            "prepares them, have changed since the training, and the data that was prepared then is gone. "
+            f"{reason_to_read.way_out}, bring the rows back, or take those of today: accept=[{DATA}]"
         )
     prepared = preparation.open_or_prepare()
     data_spec.check(prepared.train)
     accepted = []
     if has_changed:
         accepted.append(f"{DATA}: other rows than the run was trained on")
-    return _checked_label_names(prepared, record, needed), accepted
+    return _data_with_checked_labels(prepared, record, reason_to_read), accepted
 
 
 def _is_prepared(directory: Path, record: DataRecord) -> bool:
@@ -215,11 +243,14 @@ def _is_prepared(directory: Path, record: DataRecord) -> bool:
     return f"{manifest.get('fingerprint')}/train" == record.fingerprint
 
 
-def _checked_label_names(data: PreparedData, record: DataRecord, needed: RowsNeeded) -> PreparedData:
-    """Return `data` itself if its label names are the run's. Raises DataError otherwise: a label id would mean another label."""
-    if record.is_whole and data.label_names != record.label_names:
+def _data_with_checked_labels(data: PreparedData, record: DataRecord, reason_to_read: ReasonToReadRows) -> PreparedData:
+    """Return `data` itself. Raises DataError if its label names are not those of the run: a label id would mean another label.
+
+    If the record does not have the run's label names, they are not compared.
+    """
+    if record.has_label_names and data.label_names != record.label_names:
         raise DataError(
             f"{record.run_dir}: was trained with the labels {record.label_names}, and the rows of today have {data.label_names}. "
-            f"{needed.way_out}"
+            f"{reason_to_read.way_out}"
         )
     return data

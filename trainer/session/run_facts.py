@@ -30,7 +30,7 @@ from trainer.data.report.preview import is_prompts_alone
 from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
 from trainer.planner.communication_volume import expected_bytes
-from trainer.planner.predicted_vs_measured import memory_text, predicted
+from trainer.planner.predicted_vs_measured import memory_lines, predicted_cost
 from trainer.reporting.code_revision import revision
 from trainer.reporting.documents.facts import ModelFacts, gather
 from trainer.reporting.documents.questions import read_answers
@@ -94,7 +94,7 @@ def run_facts(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts
     record = _record_without_prediction(config, checked, run_parts)
     built = run_parts.built
     runtime = run_parts.runtime
-    prediction = predicted(built, record, str(config.optim.name), device_gib(runtime))
+    prediction = predicted_cost(built, record, str(config.optim.name), device_gib(runtime))
     loader = run_parts.loader
     tokens_per_micro_batch = float(loader.unit_tokens.mean()) * config.batch["micro"]
     prediction.exchanged_bytes = expected_bytes(
@@ -324,7 +324,7 @@ def start_text(record: RunRecord) -> str:
     ]
     lines += rate_lines(LearningRate(**record.learning_rate), record.total_steps)
     lines += repetition_warning(record.global_batch, record.epochs, record.total_steps)
-    lines += memory_text(record)
+    lines += memory_lines(record)
     if record.advice:
         lines.append(f"advice: {record.advice}")
     if record.quantisation:

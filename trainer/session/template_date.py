@@ -54,11 +54,13 @@ def record_template_date(
     date: TemplateDate | None,
     run_dir: Path,
     runtime: Runtime,
-    freeze: Callable[[Path, RunConfig], None],
+    write_config: Callable[[Path, RunConfig], None],
 ) -> RunConfig:
-    """The configuration with the date among its substitutions, passed to `freeze` if the date is new. All ranks must call.
+    """The configuration with the date among its substitutions. All ranks must call.
 
-    `date` is None, on all ranks, if the template writes no date. Errors: StorageError on every rank.
+    If the configuration did not have that date yet, rank 0 also calls `write_config(run_dir, config)`, which writes
+    `config.yaml`. `date` is None, on all ranks, if the template writes no date: then an earlier date is removed from the
+    substitutions, and nothing is written. Raises StorageError on every rank.
     """
     substitutions = {key: note for key, note in config.substitutions.items() if key != TEMPLATE_DATE_KEY}
     if date is None:
@@ -66,9 +68,10 @@ def record_template_date(
     dated_config = replace(config, substitutions={**substitutions, TEMPLATE_DATE_KEY: str(date)})
     # An error of rank 0 is raised on all ranks, which would otherwise wait for it.
     error = None
-    if runtime.is_main and settled_template_date(config) != date:
+    is_new_date = settled_template_date(config) != date
+    if runtime.is_main and is_new_date:
         try:
-            freeze(run_dir, dated_config)
+            write_config(run_dir, dated_config)
         except StorageError as caught:
             error = caught
     failure = first_rank_error(error, runtime)
