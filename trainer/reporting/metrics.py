@@ -61,12 +61,12 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankTime:
-    """What one rank computed in the step of an interval that is looked at."""
+    """What one rank computed in the first step of an interval."""
 
     seconds: float
-    """In its blocks' forward passes, without what they wait for; 0 where they are not timed."""
+    """In its blocks' forward passes, without what they wait for; 0 if they are not timed."""
     tokens: float
-    """Its own of that step."""
+    """Tokens of this rank in that step."""
     step_s: float
     """Seconds of a step in the interval before, as this rank took its time; 0 in the first."""
 
@@ -74,6 +74,31 @@ class RankTime:
     def seconds_per_token(self) -> float:
         """Seconds for a token."""
         return self.seconds / max(1.0, self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankMeasurements:
+    """What one rank measured of itself in an interval, as a row of numbers that a reduction can carry to all ranks."""
+
+    peaks_gib: dict[str, float]
+    """Peaks of memory in GiB, as `peak_memory_gib` names them; every rank has the same names in the same order."""
+    time: RankTime
+    gpu_means: list[float]
+    """`GpuWatcher.means`; empty if the rank has no GPU."""
+
+    def to_row(self) -> list[float]:
+        """The numbers in the order peaks, time, GPU."""
+        return [*self.peaks_gib.values(), self.time.seconds, self.time.tokens, self.time.step_s, *self.gpu_means]
+
+    def of_row(self, row: list[float]) -> RankMeasurements:
+        """The measurements of another rank, from its `to_row`. Its peaks have the same names as this rank's."""
+        num_peaks = len(self.peaks_gib)
+        seconds, tokens, step_s = row[num_peaks : num_peaks + 3]
+        return RankMeasurements(
+            peaks_gib=dict(zip(self.peaks_gib, row[:num_peaks], strict=True)),
+            time=RankTime(seconds=seconds, tokens=tokens, step_s=step_s),
+            gpu_means=row[num_peaks + 3 :],
+        )
 
 
 @dataclass(slots=True)
@@ -185,7 +210,8 @@ class Meter:
         host_columns = self._host_columns(records)
         num_host_columns = host_columns.shape[1]
         table = torch.cat([table, host_columns.to(table.device)], dim=1)
-        table, memory = self._sum_over_ranks(table, records[0].local_tokens)
+        table, measurements_by_rank = self._sum_and_gather(table, self._own_measurements(records[0].local_tokens))
+        self._keep_measurements(measurements_by_rank)
         grad_norms = torch.stack([record.result.grad_norm for record in records]).tolist()
         skipped = torch.stack([record.result.skipped for record in records]).tolist()
 
@@ -220,7 +246,7 @@ class Meter:
             # Without timed parts there is nothing to zip: the means over ranks of what was timed.
             for part, seconds in zip(PARTS, part_seconds[number], strict=False):
                 row[part] = seconds / self.runtime.world_size
-            row |= memory
+            row |= self.peaks
             if skipped[number]:
                 row["skipped"] = 1
             rows.append(row)
@@ -256,37 +282,39 @@ class Meter:
             step_columns.append([*seconds, record.wait_s, float(record.local_tokens)])
         return torch.tensor(step_columns, dtype=torch.float64)
 
-    def _sum_over_ranks(self, table: Tensor, tokens: int) -> tuple[Tensor, dict[str, float]]:
-        """(the sum of all ranks' `table`, on the host; the largest peaks of memory of any rank, GiB by name). A collective.
+    def _own_measurements(self, tokens: int) -> RankMeasurements:
+        """What this rank measured of itself since the last flush. `tokens`: its tokens of the interval's first step."""
+        return RankMeasurements(
+            peaks_gib=peak_memory_gib(self.runtime.device),
+            time=RankTime(
+                seconds=0.0 if self.block_timer is None else self.block_timer.read(),
+                tokens=tokens,
+                step_s=self._intervals[-1][-1] if self._intervals else 0.0,
+            ),
+            gpu_means=[] if self.gpu is None else self.gpu.means(),
+        )
 
-        Also sets `peaks`, `by_rank` and `_gpu_metrics`.
-        `tokens`: this rank's tokens of the interval's first step. The same reduction gathers what each rank measured of
-        itself, for `by_rank`: a table with a row for each rank, in which each rank fills its own row and leaves the others 0,
-        so that the sum is the gathered table.
+    def _sum_and_gather(self, table: Tensor, own: RankMeasurements) -> tuple[Tensor, list[RankMeasurements]]:
+        """(the sum of all ranks' `table`, on the host; each rank's measurements, in rank order). All ranks must call.
+
+        One reduction does both. To gather by a sum, each rank fills its own row of a table of zeros with a row for each rank.
         """
-        peaks = peak_memory_gib(self.runtime.device)
-        compute_s = 0.0 if self.block_timer is None else self.block_timer.read()
-        last_step_s = self._intervals[-1][-1] if self._intervals else 0.0
-        gpu_values = [] if self.gpu is None else self.gpu.means()
+        own_row = own.to_row()
+        rows = torch.zeros(self.runtime.world_size, len(own_row), dtype=table.dtype)
+        rows[self.runtime.rank] = torch.tensor(own_row, dtype=table.dtype)
+        reduced = dist_sum(torch.cat([table.view(-1), rows.view(-1).to(table.device)])).cpu()
+        summed_table, gathered_rows = reduced.split([table.numel(), rows.numel()])
+        measurements_by_rank = [own.of_row(row) for row in gathered_rows.view_as(rows).tolist()]
+        return summed_table.view(table.shape), measurements_by_rank
 
-        # This rank's row of `by_rank`, in one reduction with `table`.
-        own_row = [*peaks.values(), compute_s, tokens, last_step_s, *gpu_values]
-        by_rank = torch.zeros(self.runtime.world_size, len(own_row), dtype=table.dtype)
-        by_rank[self.runtime.rank] = torch.tensor(own_row, dtype=table.dtype)
-        reduced = dist_sum(torch.cat([table.view(-1), by_rank.view(-1).to(table.device)])).cpu()
-        summed, gathered = reduced.split([table.numel(), by_rank.numel()])
-        gathered = gathered.view_as(by_rank)
-
-        # The gathered columns apart again: memory, then blocks' seconds, tokens and seconds of a step, then the GPU.
-        self.peaks = dict(zip(peaks, gathered.amax(0).tolist(), strict=False))  # the first columns
-        gpu_start = len(own_row) - len(gpu_values)
-        self.by_rank = []
-        for rank_seconds, rank_tokens, rank_step_s in gathered[:, len(peaks) : gpu_start].tolist():
-            self.by_rank.append(RankTime(seconds=rank_seconds, tokens=rank_tokens, step_s=rank_step_s))
-        self._gpu_metrics = {}
-        if gpu_values:
-            self._gpu_metrics = gpu_meters.row_metrics(gathered[:, gpu_start:].tolist())
-        return summed.view(table.shape), self.peaks
+    def _keep_measurements(self, measurements_by_rank: list[RankMeasurements]) -> None:
+        """Set `peaks`, `by_rank` and `_gpu_metrics` to what all ranks measured in this interval."""
+        self.peaks = {}
+        for name in measurements_by_rank[0].peaks_gib:
+            self.peaks[name] = max(measurements.peaks_gib[name] for measurements in measurements_by_rank)
+        self.by_rank = [measurements.time for measurements in measurements_by_rank]
+        gpu_means_by_rank = [measurements.gpu_means for measurements in measurements_by_rank]
+        self._gpu_metrics = gpu_meters.row_metrics(gpu_means_by_rank) if gpu_means_by_rank[0] else {}
 
     def speed(self) -> dict[str, float]:
         """Tokens a second, MFU and seconds of a step: medians over logging intervals. Empty before the first flush.
@@ -311,7 +339,7 @@ class Meter:
         return median(step_s for *_, step_s in intervals) if intervals else None
 
     def _counted_intervals(self) -> list[tuple[float, float, float]]:
-        """Those whose speed counts. The first has caches to fill and kernels to choose."""
+        """The intervals whose speed counts: all but the first if there are others, since it fills caches and chooses kernels."""
         return self._intervals[1:] or self._intervals
 
     def _rates(self, tokens: float, step_s: float) -> dict[str, float]:
@@ -334,7 +362,7 @@ class Meter:
         `sums`: each term of the loss (`loss`, `kl`, `loss/SOURCE`), summed over tokens and ranks, and the shares `router/...` and
         `logits/...`. `wait_s`: seconds that all ranks together waited for data. `step_s`: mean seconds of a step in the interval.
         """
-        loss_count = record.counts["loss"] or 1
+        loss_count = record.counts["loss"] or 1  # a step without a single target has a loss of 0
         row: dict[str, Any] = {
             "step": record.step,
             "loss": sums["loss"] / loss_count,
@@ -381,7 +409,9 @@ def process_age_s() -> float | None:
 def reference_tflops(configured: float | None, device: torch.device) -> tuple[float | None, str]:
     """The peak speed that MFU is measured against: (TFLOP/s of one device, where the figure comes from).
 
-    `configured`: `logging.reference_tflops`. The figure is None for a GPU that is not known. On a CPU it is measured now.
+    - `configured` (`logging.reference_tflops`), if it is set.
+    - On a GPU, the figure of its data sheet; None if the GPU is not known, with what to set instead of the source.
+    - On a CPU, the speed of a matrix product, which is measured now.
     """
     if configured is not None:
         return configured, REFERENCE_TFLOPS
@@ -396,12 +426,12 @@ def reference_tflops(configured: float | None, device: torch.device) -> tuple[fl
 
 def measured_matmul_tflops(size: int = 768) -> float:
     """TFLOP/s of a matrix product [size, size] x [size, size] in fp32 on this CPU, the best of four."""
-    a = torch.randn(size, size)
-    b = torch.randn(size, size)
+    left = torch.randn(size, size)
+    right = torch.randn(size, size)
     best_s = float("inf")
     for _ in range(4):  # the first one wakes threads up, and others share the machine
         start = time.perf_counter()
-        a @ b
+        left @ right
         best_s = min(best_s, time.perf_counter() - start)
     flops = 2 * size**3  # a multiplication and an addition for each of size^3 products
     return flops / best_s / 1e12
@@ -416,5 +446,5 @@ def flops_per_token(
     backward pass for the gradient of its input; a trained one 2 more for its own gradient.
     """
     frozen_matmul_parameters = matmul_parameters - trainable_matmul_parameters
-    attention = 6.0 * layers * width * mean_length
-    return 6.0 * trainable_matmul_parameters + 4.0 * frozen_matmul_parameters + attention
+    attention_flops = 6.0 * layers * width * mean_length
+    return 6.0 * trainable_matmul_parameters + 4.0 * frozen_matmul_parameters + attention_flops

@@ -34,7 +34,7 @@ class WandbRun:
     def __init__(self, tracked_run: TrackedRun) -> None:
         """Begin the run: online if that is asked for and the server answers, else in files. `note` says why not online."""
         self._tracked_run = tracked_run
-        self._home = Path(os.environ.get("WANDB_DIR") or tracked_run.run_dir).absolute()
+        self._wandb_dir = Path(os.environ.get("WANDB_DIR") or tracked_run.run_dir).absolute()
         """W&B's own process may have been started elsewhere."""
         self.note: str | None = None
         """Why it is offline where online was asked for."""
@@ -68,7 +68,7 @@ class WandbRun:
         tracked_run = self._tracked_run
         config = tracked_run.config
         try:
-            self._home.mkdir(parents=True, exist_ok=True)
+            self._wandb_dir.mkdir(parents=True, exist_ok=True)
             self._run = wandb.init(
                 project=tracked_run.project,
                 entity=config.entity,
@@ -80,7 +80,7 @@ class WandbRun:
                 id=tracked_run.run_id,
                 resume="allow" if mode == "online" else None,
                 mode=mode,  # type: ignore[arg-type]
-                dir=str(self._home),
+                dir=str(self._wandb_dir),
                 config=tracked_run.settings,
                 # The command line may hold what should not leave the machine; the resolved config says it all.
                 settings=wandb.Settings(
@@ -100,19 +100,25 @@ class WandbRun:
         return None
 
     def _set_hint(self, *, is_online: bool) -> None:
-        """Set the address that shows the run, or the command that uploads its files: one directory for each start."""
+        """Set `hint`, the line that is printed for the user: the run's URL, or offline the command that uploads its files."""
         if is_online:
             self.hint = ("W&B", str(self._run.url))
-            return
-        offline_runs: list[Path] = []
-        for home in sorted({self._home, self._tracked_run.run_dir.absolute()}):
-            offline_runs += home.glob(f"wandb/offline-run-*-{self._tracked_run.run_id}")
-        offline_runs.sort(key=lambda directory: directory.name)  # the name begins with the time
-        names = shlex.join(_relative_to_here(directory) for directory in offline_runs)
-        self.hint = ("W&B", f"wandb sync {names}")
+        else:
+            directories = shlex.join(_relative_to_here(directory) for directory in self._offline_run_dirs())
+            self.hint = ("W&B", f"wandb sync {directories}")
+
+    def _offline_run_dirs(self) -> list[Path]:
+        """The directories of all offline starts of this run, the earliest first: W&B's client makes a new one for each start.
+
+        An earlier start may have logged to the run directory, if it had another `WANDB_DIR`.
+        """
+        directories: list[Path] = []
+        for wandb_dir in sorted({self._wandb_dir, self._tracked_run.run_dir.absolute()}):
+            directories += wandb_dir.glob(f"wandb/offline-run-*-{self._tracked_run.run_id}")
+        return sorted(directories, key=lambda directory: directory.name)  # the name begins with the time
 
     def _use_data_artifact(self, directory: Path, *, is_online: bool) -> None:
-        """Register the prepared data as an artifact that this run used."""
+        """Register the prepared data in `directory` as an artifact that this run used. Offline it only prints that it cannot."""
         if not is_online:
             self._tracked_run.print_line(
                 "logging.artifacts: W&B notes what data a run has used online only; the export is registered"
@@ -124,7 +130,7 @@ class WandbRun:
         self._run.use_artifact(artifact)
 
     def _define_axes(self) -> None:
-        """Draw all metrics over what `logging.x` names, and no panels of counters."""
+        """Tell W&B to draw all metrics over what `logging.x` names, and to draw no panels of counters."""
         if self._tracked_run.metric_names == FIRST_EDITION:  # drawn over tokens, whatever `logging.x` says
             self._run.define_metric("tokens")
             self._run.define_metric("*", step_metric="tokens")
@@ -187,7 +193,7 @@ class WandbRun:
         """Log a table. A column with any cell that is no number becomes texts throughout."""
         import wandb
 
-        # Columns have one type each, and one that is empty has none: texts where not all are numbers.
+        # A column of W&B has one type: it becomes texts unless all its cells are numbers.
         columns = []
         for cells in zip(*table.rows, strict=True):
             is_numeric = all(isinstance(cell, int | float) for cell in cells)
