@@ -118,13 +118,13 @@ def version() -> str:
     """The text of `--version`: shardtune's version, its git revision and directory, and the version of Python."""
     from importlib import metadata
 
-    from trainer.reporting.code_revision import ROOT, revision
+    from trainer.reporting.code_revision import ROOT, code_revision
 
     try:
         number = metadata.version("shardtune")
     except metadata.PackageNotFoundError:
         number = "(not installed)"
-    commit = revision()
+    commit = code_revision()
     revision_text = f", revision {commit}" if commit else ""
     return f"shardtune {number}{revision_text} ({ROOT}), Python {sys.version.split()[0]}"
 

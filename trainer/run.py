@@ -57,7 +57,7 @@ from trainer.session.announcements import (
     record_end,
     slow_rank_reporter,
 )
-from trainer.session.attempt import Attempt, rank_of_job, refuse_replaced
+from trainer.session.attempt import Attempt, rank_of_job, refuse_replaced_config
 from trainer.session.evaluation_interval import EvaluationInterval, resolve_evaluation_interval
 from trainer.session.evaluators import build_run_evaluators
 from trainer.session.export_at_end import export_at_end
@@ -86,7 +86,7 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Fre
     with rank_of_job(run_dir, config.run.lease_s) as (request, attempt):
         if attempt.lease is not None:
             home = attempt.lease.home
-            refuse_replaced(home, sha256)
+            refuse_replaced_config(home, sha256)
             publish_complete_staging_dirs(
                 checkpoint_dirs_of(home, config.checkpoint.fallback_dir), partial(print, flush=True)
             )

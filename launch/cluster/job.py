@@ -28,7 +28,7 @@ from trainer.config.sbatch_options import ranks_per_node
 from trainer.reporting.code_revision import ROOT
 from trainer.reporting.settings_file import read_tree
 from trainer.reporting.status import State, read_status
-from trainer.session.lease import SILENT, refuse_in_use
+from trainer.session.lease import SILENT_OWNER_VARIABLE, refuse_in_use
 
 SBATCH_DECIDES = (
     "is asked of SLURM when a job is submitted; give it to sbatch before the script's name, or use shardtune submit"
@@ -125,7 +125,11 @@ def begin(overrides: list[str]) -> dict[str, Any]:
     report_idle_gpus(run.processes, os.environ)
     for cause, max_retries in launcher["retry"].items():
         shell_variables[f"retry_{cause}"] = max_retries
-    shell_variables |= {"processes": run.processes, "threads": run.threads, "silent": os.environ.get(SILENT, "")}
+    shell_variables |= {
+        "processes": run.processes,
+        "threads": run.threads,
+        "silent": os.environ.get(SILENT_OWNER_VARIABLE, ""),
+    }
     rendezvous = choose_rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or launcher["rdzv"])
     if len(job.nodes) > 1 and launcher.get("preflight", "none") != "none":
         refuse_unfit_nodes(run, job, rendezvous)

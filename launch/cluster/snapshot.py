@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from strategies.errors import ConfigError, StorageError
-from trainer.reporting.code_revision import MANIFEST, ROOT, manifest, revision
+from trainer.reporting.code_revision import MANIFEST, ROOT, code_revision, copy_manifest
 
 COPIED_PATHS = ("conf", "launch", "strategies", "trainer", "slurm", "shardtune.py")
 COPIES_DIRECTORY = "code"
@@ -60,9 +60,9 @@ def copy_code(run_dir: Path, root: Path = ROOT) -> Path:
     copy_dir = code_copy_dir(run_dir, sha256)
     # Written beside its place and renamed when it is complete, since another process may read or write the same copy.
     staging_dir = copy_dir.parent / f".{copy_dir.name}-{os.getpid()}"
-    record = {"sha256": sha256, "revision": revision(root), "source": str(root)}
+    record = {"sha256": sha256, "revision": code_revision(root), "source": str(root)}
     try:
-        is_intact = manifest(copy_dir).get("sha256") == sha256 and code_digest(read_code(copy_dir)) == sha256
+        is_intact = copy_manifest(copy_dir).get("sha256") == sha256 and code_digest(read_code(copy_dir)) == sha256
         if not is_intact:
             shutil.rmtree(staging_dir, ignore_errors=True)
             for path, content in content_by_path.items():
@@ -94,7 +94,7 @@ def refuse_changed_code(root: Path = ROOT) -> None:
 
     A clone has no manifest, and may change.
     """
-    submitted_sha256 = manifest(root).get("sha256")
+    submitted_sha256 = copy_manifest(root).get("sha256")
     if submitted_sha256 is not None and code_digest(read_code(root)) != submitted_sha256:
         raise ConfigError(
             f"{root}: changed since the job was submitted, and so no longer the code that it was submitted with; submit the run "

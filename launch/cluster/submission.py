@@ -24,7 +24,7 @@ from strategies.errors import ConfigError, StorageError
 from trainer.config.parallel import ParallelConfig
 from trainer.config.resuming import flatten_settings, plain_settings
 from trainer.config.run import Code, RunConfig, SlurmConfig
-from trainer.reporting.code_revision import ROOT, revision
+from trainer.reporting.code_revision import ROOT, code_revision
 from trainer.reporting.status import write_text_atomic
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def environment_lines(script: str) -> list[str]:
 
 def code_line(code: Path, *, is_copied: bool) -> str:
     """Which code the job will run, for the output of `submit`: a copy, or the clone as it is when the job starts."""
-    current = revision()
+    current = code_revision()
     revision_text = f" at {current}" if current else ""
     if is_copied:
         return f"{code}: a copy of the code{revision_text}; later changes do not reach the job"

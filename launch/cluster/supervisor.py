@@ -14,7 +14,7 @@ from strategies import atomic_io
 from strategies.errors import StorageError
 from trainer.config.run import RunConfig
 from trainer.reporting.status import STARTED_AGAIN, State, clear_failure, read_failure, read_status, write_status
-from trainer.session.lease import other_owner
+from trainer.session.lease import possible_owner_text
 
 if TYPE_CHECKING:
     from launch.cluster.torchrun import RankProgram, RedirectedOutput
@@ -147,7 +147,7 @@ def record_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: 
         return EXIT_INTERRUPTED if was_interrupted else EXIT_PREEMPTED
     owner = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide the failure
-        owner = other_owner(directory)
+        owner = possible_owner_text(directory)
     if owner is not None:
         print(f"{directory}: ended here; its records are left to {owner}", file=sys.stderr)
         return EXIT_INTERRUPTED if was_interrupted else EXIT_FAILED

@@ -25,7 +25,7 @@ from trainer.config.run import (
 from trainer.data.config import identifying_data_settings
 from trainer.export.config import ExportedCheckpoint
 from trainer.reporting import settings_file
-from trainer.reporting.status import FROZEN, State, read_status, write_text_atomic
+from trainer.reporting.status import CONFIG_SHA256_REGEX, State, read_status, write_text_atomic
 from trainer.tuning.config import PrefixConfig, PrefixInit
 
 EXPORTED_CHECKPOINT_KEY = "export.checkpoint"
@@ -93,7 +93,7 @@ def record_own_choices(run_dir: Path, config: RunConfig) -> None:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); is it still there?") from error
     # The comments in the head: who wrote the file, the hash, and the overrides.
     header = "".join(line for line in content.splitlines(keepends=True)[:3] if line[0] == "#")
-    recorded_hash = FROZEN.search(header)
+    recorded_hash = CONFIG_SHA256_REGEX.search(header)
     # The file is loaded only if it must be, because that takes a tenth of a second.
     if recorded_hash is not None and not _has_all_settings(path, content, config, recorded_hash[1]):
         header = header.replace(recorded_hash[1], config_sha256(load_frozen(path)))
@@ -124,7 +124,7 @@ def load_frozen(path: Path | str) -> RunConfig:
 
     path = Path(path)
     text = settings_file.read_text(path)
-    recorded_hash = FROZEN.search(text)
+    recorded_hash = CONFIG_SHA256_REGEX.search(text)
     raw = settings_file.tree_of(path, text)
     try:
         tree = OmegaConf.structured(RunConfig)

@@ -44,7 +44,7 @@ from trainer.evaluation.interval import EVERY_STEPS
 from trainer.export.config import ExportedCheckpoint
 from trainer.reporting import settings_file
 from trainer.reporting.resolution import Resolution
-from trainer.reporting.status import FROZEN
+from trainer.reporting.status import CONFIG_SHA256_REGEX
 
 SHOWN_DIFFERENCES = 12
 """Settings that an error lists before it only counts the others."""
@@ -99,7 +99,7 @@ def _load_unless_replaceable(path: Path, *, has_progress: bool) -> RunConfig | N
     except ConfigError as error:
         if not has_progress:
             return None
-        if FROZEN.search(path.read_text(encoding="utf-8", errors="replace")) is None:
+        if CONFIG_SHA256_REGEX.search(path.read_text(encoding="utf-8", errors="replace")) is None:
             raise ConfigError(
                 f"{path}: is torn, as by a power cut; delete it, and the same command writes it again and continues"
             ) from error

@@ -14,7 +14,7 @@ from launch.config.trusted_values import remember_config
 from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, read_queue, unfinished_job_id
 from strategies.errors import ConfigError
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
-from trainer.reporting.status import FROZEN, write_text_atomic
+from trainer.reporting.status import CONFIG_SHA256_REGEX, write_text_atomic
 from trainer.rollout.rewards import copies
 from trainer.session.lease import InUse, refuse_in_use
 from trainer.stopping.signals import is_signal_pending
@@ -92,7 +92,7 @@ def raise_if_queued(run_dir: Path) -> None:
 def job_with_same_config(composed: Composed, run_dir: Path) -> QueuedJob | None:
     """The job in SLURM's queue that runs, or will run, exactly this configuration in this directory; None if there is none."""
     try:
-        frozen_hash = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        frozen_hash = CONFIG_SHA256_REGEX.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except OSError:
         return None
     if frozen_hash is None or frozen_hash[1] != composed.sha256:

@@ -12,7 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.session.lease import BEATS_PER_PATIENCE, Owner, is_alive_here, latest_claim, process_identity, this_process
+from trainer.session.lease import (
+    HEARTBEATS_PER_TIMEOUT,
+    Owner,
+    is_alive_here,
+    latest_claim,
+    owner_of_this_process,
+    process_identity,
+)
 
 LAUNCHER_VARIABLE = b"SHARDTUNE_LAUNCHER="
 """Environment variable by which a launcher tells its ranks its process id."""
@@ -32,14 +39,14 @@ class LeaseHolder:
     """Seconds since the owner's last heartbeat; None if there was none."""
 
     @property
-    def patience_s(self) -> float:
+    def lease_timeout_s(self) -> float:
         """Seconds without a heartbeat after which another attempt may take the lease over."""
-        return BEATS_PER_PATIENCE * self.owner.beat_s if self.owner is not None else 0.0
+        return HEARTBEATS_PER_TIMEOUT * self.owner.beat_s if self.owner is not None else 0.0
 
     @property
     def is_heartbeat_late(self) -> bool:
         """Whether the last heartbeat is too long ago, so that another attempt may take the lease over."""
-        return self.heartbeat_age_s is None or self.heartbeat_age_s > self.patience_s
+        return self.heartbeat_age_s is None or self.heartbeat_age_s > self.lease_timeout_s
 
     @property
     def seems_to_be_running(self) -> bool:
@@ -102,7 +109,7 @@ def _is_same_or_ancestor(pid: int, descendant_pid: int) -> bool:
 @cache
 def _this_process() -> Owner:
     """This process as an owner of a lease, by which `is_alive_here` knows this host."""
-    return this_process(1.0)
+    return owner_of_this_process(1.0)
 
 
 def _seconds_since_heartbeat(lease_dir: Path, attempt_number: int) -> float | None:

@@ -9,7 +9,7 @@ from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data, write_jsonl
 from trainer.objectives.registry import FAMILIES, data_spec_of
-from trainer.session.run_data import _one_document
+from trainer.session.run_data import _data_set_of_one_document
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,6 @@ def test_data_changed_later_is_refused_for_tasks_on_the_runs_documents(unprepare
 @pytest.mark.parametrize("objective", sorted(FAMILIES))
 def test_data_of_each_objective_can_be_replaced_by_one_document(tmp_path, objective):
     data_spec = data_spec_of(FAMILIES[objective].settings())
-    data = _one_document(tmp_path, data_spec, "print/train")
+    data = _data_set_of_one_document(tmp_path, data_spec, "print/train")
     assert len(data) == data_spec.sequences_per_document and data.fingerprint == "print/train"
     assert set(data.marks) == set(data_spec.marks)

@@ -24,7 +24,7 @@ from trainer.reporting.status import record_failure
 from trainer.session import announcements as telling
 from trainer.session import lease as lease_module
 from trainer.session.attempt import Attempt, run_attempt
-from trainer.session.lease import InUse, Lease, LeaseLost, Owner, other_owner
+from trainer.session.lease import InUse, Lease, LeaseLost, Owner, possible_owner_text
 from trainer.stopping.signals import StopRequest
 
 
@@ -81,17 +81,17 @@ PATIENCE_S = 60.0
 def another_host(monkeypatch):
     """Owners are judged by their signs of life alone, as between hosts, which come twelve times a second."""
     monkeypatch.setattr(lease_module, "process_identity", lambda pid: "")
-    monkeypatch.setattr(lease_module, "BEATS_PER_PATIENCE", 12 * PATIENCE_S)
+    monkeypatch.setattr(lease_module, "HEARTBEATS_PER_TIMEOUT", 12 * PATIENCE_S)
 
 
 def test_lease_between_hosts_is_decided_by_signs_of_life_only(tmp_path, another_host):
     owner = Lease.acquire(tmp_path, PATIENCE_S)
     with pytest.raises(InUse, match="is running it"):
         Lease.acquire(tmp_path, PATIENCE_S)
-    assert other_owner(tmp_path) is not None
+    assert possible_owner_text(tmp_path) is not None
     owner.check()
     owner.release()
-    assert other_owner(tmp_path) is None
+    assert possible_owner_text(tmp_path) is None
     begun = time.monotonic()
     with Lease.acquire(tmp_path, 10**6):  # what is over is not waited for
         assert time.monotonic() - begun < seconds(60)
@@ -99,7 +99,7 @@ def test_lease_between_hosts_is_decided_by_signs_of_life_only(tmp_path, another_
 
 HIDDEN = """
 import os, subprocess, time
-from trainer.session.lease import Owner, is_alive_here, process_identity, this_process
+from trainer.session.lease import Owner, is_alive_here, process_identity, owner_of_this_process
 def become(user):
     os.setgroups([])
     os.setgid(user)
@@ -108,7 +108,7 @@ there = os.fork()
 if not there:
     become(4711)
     time.sleep(3600)
-owner, mine = Owner(pid=there, process=process_identity(there)), this_process(1)
+owner, mine = Owner(pid=there, process=process_identity(there)), owner_of_this_process(1)
 subprocess.run(["mount", "-t", "proc", "-o", "hidepid=2", "proc", "/proc"], check=True)
 asker = os.fork()
 if not asker:

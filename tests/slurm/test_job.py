@@ -24,7 +24,7 @@ from tests.helpers.models import tiny_model_dir
 from tests.launch.runs.made import stand_in_for_squeue
 from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
 from trainer.reporting.status import record_failure, write_status
-from trainer.session.lease import InUse, this_process
+from trainer.session.lease import InUse, owner_of_this_process
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def test_ranks_that_slurm_kills_for_memory_are_started_again_with_half(run, capf
 def test_the_owner_is_named_with_array_task_and_start(run, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    assert ", SLURM job 5_1, start 2, since" in this_process(1.0).describe()
+    assert ", SLURM job 5_1, start 2, since" in owner_of_this_process(1.0).describe()
 
 
 def test_a_finished_run_is_not_submitted_again(run, monkeypatch, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 
 from launch.cluster import snapshot
 from strategies.errors import ConfigError
-from trainer.reporting.code_revision import revision
+from trainer.reporting.code_revision import code_revision
 
 CLONE = Path(__file__).parents[2]
 
@@ -36,9 +36,9 @@ def test_code_snapshot_imports_by_itself_and_says_where_it_is_from(clone: Path, 
     assert place == snapshot.code_copy_dir(tmp_path / "run", snapshot.code_digest(snapshot.read_code(clone)))
     assert (place / "slurm/env.sh").read_text() == "export SITE=here\n" and not list(place.rglob("__pycache__"))
     shutil.rmtree(clone)
-    head = revision(place)
+    head = code_revision(place)
     assert head and len(head) == 12, head
-    code = "from trainer.reporting.code_revision import ROOT, revision; print(ROOT, revision())"
+    code = "from trainer.reporting.code_revision import ROOT, code_revision; print(ROOT, code_revision())"
     said = subprocess.run([sys.executable, "-c", code], cwd="/", env={"PYTHONPATH": str(place)}, capture_output=True)
     assert said.stdout.decode().split() == [str(place), head], said.stderr
 

@@ -10,31 +10,36 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 """The directory that holds the packages."""
 MANIFEST = "CODE.json"
-"""Beside the packages of a copy: `sha256` of its files, `revision` of the clone they are from, `source`, its place."""
+"""Beside the packages of a copy: `sha256` of its files, `revision` of the clone they are from, `source`, its path."""
 
 
-def manifest(root: Path = ROOT) -> dict[str, Any]:
-    """The content of a copy's `CODE.json`; empty for a clone or an installation."""
+def copy_manifest(root: Path = ROOT) -> dict[str, Any]:
+    """The content of `CODE.json` in a job's copy of the code, such as {"sha256": "ab12", "revision": "cd34", "source": "/clone"}.
+
+    Empty for a clone or an installation, which have no such file, and if it cannot be read.
+    """
     try:
-        manifest_content = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return manifest_content if isinstance(manifest_content, dict) else {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
-def revision(root: Path = ROOT) -> str | None:
-    """The git revision of the code that runs, with `-dirty` if files were changed; None for an installed package.
+def code_revision(root: Path = ROOT) -> str | None:
+    """The revision of the code that runs, such as `3f2a91c07b1e` or `3f2a91c07b1e-dirty`.
 
-    A job may run a copy of a clone: then it is the revision of that clone, or the hash of the files if it had none.
+    - A job's copy of a clone: the revision of that clone when it was copied; `code <hash of the files>` if it had none.
+    - A clone: its git revision, with `-dirty` if files were changed.
+    - An installed package, or a clone whose git fails: None.
     """
-    copied_from = manifest(root)
-    if copied_from:
-        return copied_from.get("revision") or f"code {str(copied_from.get('sha256'))[:12]}"
+    manifest = copy_manifest(root)
+    if manifest:
+        return manifest.get("revision") or f"code {str(manifest.get('sha256'))[:12]}"
     if not (root / ".git").exists():
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        completed = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return completed.stdout.strip() or None

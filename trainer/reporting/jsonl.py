@@ -17,8 +17,7 @@ from trainer.reporting.metric_rows import UnreadableLine, read_rows
 
 UNREADABLE = "metrics.unreadable.jsonl"
 """Beside the file of rows: lines of it that were no rows when a start read it, each with its number and what is wrong."""
-MAX_NAMED = 3
-"""Lines that are named in a warning."""
+MAX_LINES_IN_WARNING = 3
 
 
 class JsonlTracker:
@@ -31,7 +30,7 @@ class JsonlTracker:
         self._warned = False
         try:
             if path.exists():  # rows after the checkpoint belong to a future that is now done again
-                self._keep_up_to(resume_step or -1)  # a new start keeps no row, not even that of step 0
+                self._rewrite_up_to(resume_step or -1)  # a new start keeps no row, not even that of step 0
             self._file = self._open()
             atomic_io.sync_directory(path.parent)
         except OSError as error:
@@ -39,14 +38,14 @@ class JsonlTracker:
                 f"{path}: cannot be written ({atomic_io.error_summary(error)}); free space, or set run.dir"
             ) from error
 
-    def _keep_up_to(self, step: int) -> None:
+    def _rewrite_up_to(self, step: int) -> None:
         """Rewrite the file with its rows up to this step alone, durably, and set `earlier` to what they measured.
 
         Lines that are no rows are moved to `metrics.unreadable.jsonl`, with a warning. Raises OSError with all rows still there.
         """
         content = read_rows(self.path)
         if content.unreadable:
-            self._set_aside(content.unreadable)
+            self._save_unreadable_lines(content.unreadable)
         kept_rows = []
         kept_lines = []
         for row, line in zip(content.rows, content.lines, strict=True):
@@ -60,18 +59,21 @@ class JsonlTracker:
         atomic_io.disk.rename(temporary, self.path)
         self.earlier = earlier_results(kept_rows)
 
-    def _set_aside(self, unreadable: list[UnreadableLine]) -> None:
-        """Append lines that are no rows to `metrics.unreadable.jsonl`, durably, and print which they are. Errors: OSError."""
+    def _save_unreadable_lines(self, unreadable: list[UnreadableLine]) -> None:
+        """Append lines that are no rows to `metrics.unreadable.jsonl`, durably, and print which they are. Raises OSError.
+
+        The caller removes them from `metrics.jsonl`.
+        """
         unreadable_file = self.path.with_name(UNREADABLE)
         with unreadable_file.open("a", encoding="utf-8") as file:
-            for broken in unreadable:
+            for line in unreadable:
                 # Bytes that are not UTF-8 stand as lone surrogates, which Python turns back into the same bytes.
-                text = broken.line.decode(errors="surrogateescape")
-                file.write(json.dumps({"line": broken.number, "reason": broken.reason, "text": text}) + "\n")
+                text = line.line.decode(errors="surrogateescape")
+                file.write(json.dumps({"line": line.number, "reason": line.reason, "text": text}) + "\n")
         atomic_io.sync_file(unreadable_file)
-        named_lines = ", ".join(map(str, unreadable[:MAX_NAMED]))
-        if len(unreadable) > MAX_NAMED:
-            named_lines += f" and {len(unreadable) - MAX_NAMED} more"
+        named_lines = ", ".join(str(line) for line in unreadable[:MAX_LINES_IN_WARNING])  # such as `line 3 is no JSON`
+        if len(unreadable) > MAX_LINES_IN_WARNING:
+            named_lines += f" and {len(unreadable) - MAX_LINES_IN_WARNING} more"
         print(
             f"warning: {self.path}: {named_lines}; what cannot be read was moved to {unreadable_file.name}, and the run "
             "continues without it",
@@ -79,9 +81,9 @@ class JsonlTracker:
         )
 
     def rewind(self, step: int) -> None:
-        """Forget the rows after a step."""
+        """Remove the rows after `step` from the file, because training continues from there."""
         self._file.close()
-        self._keep_up_to(step)
+        self._rewrite_up_to(step)
         self._file = self._open()
 
     def _open(self) -> TextIO:
@@ -91,13 +93,13 @@ class JsonlTracker:
     def _write_again_if_deleted(self) -> None:
         """Put all rows back under their name, durably, if somebody deleted the file. Errors: OSError."""
         try:
-            # A whole directory that is gone was renamed or deleted, which its owner finds out.
+            # A missing directory was renamed or deleted, which the lease of the run finds out.
             is_deleted = not self.path.exists() and self.path.parent.is_dir()
         except OSError:  # a network mount that fails for a moment; the file is open, and takes the row
             return
         if not is_deleted:
             return
-        # The open file still has its content, although its name is gone.
+        # The open file still has its content, although no directory lists it any more.
         self._file.seek(0)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(self._file.read(), encoding="utf-8")
@@ -113,7 +115,7 @@ class JsonlTracker:
         row = {"step": step, **metrics, **not_finite(metrics)}
         is_first_row = os.fstat(self._file.fileno()).st_size == 0
         if is_first_row:
-            # The version is one more key: a row of its own would be no row to those who read the file.
+            # The version is one more key of the first row: a row of its own would not be a row of metrics.
             row[VERSION_KEY] = FILE_VERSION
         self._file.write(json_text(row) + "\n")
         self._file.flush()
@@ -153,12 +155,12 @@ def json_text(content: Any, **dumps_arguments: Any) -> str:
     return json.dumps(_with_null(content), allow_nan=False, **dumps_arguments)
 
 
-def _with_null(content: Any) -> Any:
-    """The same JSON values, with None for each number that is not finite."""
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, dict):
-        return {key: _with_null(inner) for key, inner in content.items()}
-    if isinstance(content, list | tuple):
-        return [_with_null(inner) for inner in content]
-    return content
+def _with_null(value: Any) -> Any:
+    """The same JSON values, at any depth, with None for each number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _with_null(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(inner) for inner in value]
+    return value

@@ -22,7 +22,7 @@ from strategies import atomic_io, shared_files
 from strategies.errors import OutOfMemory, ShardtuneError, StorageError
 from strategies.redaction import redacted
 
-FROZEN = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
+CONFIG_SHA256_REGEX = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
 """The line of a run's `config.yaml` with the hash of its configuration."""
 
 

@@ -28,7 +28,7 @@ from strategies.redaction import redacted
 from strategies.rendezvous import Rendezvous
 from strategies.runtime import Runtime, broadcast_object
 from trainer.reporting.status import (
-    FROZEN,
+    CONFIG_SHA256_REGEX,
     State,
     clear_failure,
     read_failure,
@@ -89,11 +89,11 @@ class Attempt:
             raise
 
     def set_phase(self, phase: str) -> None:
-        """Note what the attempt is doing now, such as `data preparation`."""
+        """Note what the attempt is doing now, such as `data preparation`, for the record of a failure."""
         self.phase = phase
 
     def at_step(self, step: int) -> None:
-        """Note the step that is being taken."""
+        """Note the step that is being taken, for the record of a failure."""
         self.step = step
 
     def set_run_dir(self, run_dir: Path, rank: int) -> Path:
@@ -139,17 +139,18 @@ class Attempt:
             notify(home)
 
 
-def refuse_replaced(run_dir: Path, sha256: str) -> None:
-    """Raise ConfigError if another start has replaced the configuration that this attempt froze in the directory.
+def refuse_replaced_config(run_dir: Path, config_sha256: str) -> None:
+    """Raise ConfigError if another start has replaced the `config.yaml` that this attempt wrote into the directory.
 
-    Two starts at the same moment may both freeze their configurations before one of them owns the directory. So the owner calls
-    this when it has the lease. `sha256`: of this attempt's configuration.
+    Two starts at the same moment may both write their configurations before one of them owns the directory. So the owner calls
+    this when it has the lease. `config_sha256`: hash of this attempt's configuration. A `config.yaml` that is missing or has no
+    hash in it passes.
     """
     try:
-        frozen = FROZEN.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        recorded_hash = CONFIG_SHA256_REGEX.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except OSError:
-        return  # nothing was frozen there
-    if frozen is not None and frozen[1] != sha256:
+        return  # no configuration was written there
+    if recorded_hash is not None and recorded_hash[1] != config_sha256:
         raise ConfigError(
             f"run.dir={run_dir}: another start has frozen another configuration there meanwhile; start one of the two again, "
             "or give each a run.dir of its own"
@@ -157,7 +158,7 @@ def refuse_replaced(run_dir: Path, sha256: str) -> None:
 
 
 @contextlib.contextmanager
-def rank_of_job(run_dir: Path | None, lease_s: int) -> Iterator[tuple[StopRequest, Attempt]]:
+def rank_of_job(run_dir: Path | None, lease_timeout_s: int) -> Iterator[tuple[StopRequest, Attempt]]:
     """A context for this process as one rank of the job that its environment describes, around everything that it records.
 
     Within it, signals become a request to stop, and this attempt owns the run directory (`run_attempt`). At its end, the
@@ -167,7 +168,7 @@ def rank_of_job(run_dir: Path | None, lease_s: int) -> Iterator[tuple[StopReques
     is_single_rank = int(os.environ.get("WORLD_SIZE", 1)) == 1  # a terminal's Ctrl-C goes to the launcher of several
     with StopRequest(interrupts=is_single_rank) as request:  # over when everything is written down
         try:
-            with run_attempt(run_dir, lease_s, request) as attempt:
+            with run_attempt(run_dir, lease_timeout_s, request) as attempt:
                 yield request, attempt
         except Preempted as stop:
             stop.signal_name = request.signal_name
@@ -180,7 +181,7 @@ def rank_of_job(run_dir: Path | None, lease_s: int) -> Iterator[tuple[StopReques
 
 
 @contextlib.contextmanager
-def run_attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterator[Attempt]:
+def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest) -> Iterator[Attempt]:
     """A context around this rank's attempt. `run_dir` is needed on rank 0 only, which owns it until the context ends.
 
     The first failing rank leaves `failure.json`, which a success and the next attempt remove. `status.json` says how it
@@ -189,9 +190,9 @@ def run_attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Ite
     """
     attempt = Attempt(run_dir=run_dir)
     rank = int(os.environ.get("RANK", 0))
-    # The first rank of each host reports to that host's launcher. On a shared disk, all of them write the same file.
+    # The first rank of each host reports to that host's launcher. On a shared disk, all of these ranks write the same file.
     writes_status = run_dir is not None and int(os.environ.get("LOCAL_RANK", 0)) == 0
-    with _own_directory(run_dir if rank == 0 else None, lease_s, request) as attempt.lease:
+    with _own_directory(run_dir if rank == 0 else None, lease_timeout_s, request) as attempt.lease:
         try:
             if attempt.lease is not None and run_dir is not None:
                 clear_failure(run_dir)
@@ -216,7 +217,7 @@ def run_attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Ite
             if not isinstance(error, Preempted | KeyboardInterrupt):
                 _record_failure(attempt, rank, error)
             elif writes_status:
-                _write_stopped(attempt, error)
+                _write_stopped_status(attempt, error)
             if error is caught:
                 raise
             raise error from caught
@@ -224,13 +225,11 @@ def run_attempt(run_dir: Path | None, lease_s: int, request: StopRequest) -> Ite
             attempt.at_end.close()
 
 
-def _write_stopped(attempt: Attempt, error: BaseException) -> None:
-    """Write into `status.json` that a signal or Ctrl-C stopped the run."""
+def _write_stopped_status(attempt: Attempt, error: BaseException) -> None:
+    """Write into `status.json` that a signal (Preempted) or Ctrl-C (which counts as failed) stopped the run."""
     if attempt.run_dir is None:
         return
-    state = State.failed
-    if isinstance(error, Preempted):
-        state = State.preempted
+    state = State.preempted if isinstance(error, Preempted) else State.failed
     reason = str(error) or "interrupted"
     if attempt.renamed_from is not None:
         reason = f"the directory was renamed from {attempt.renamed_from} while the run was under way; {reason}"
@@ -344,53 +343,59 @@ def _end_cut_off(attempt: Attempt, rank: int, error: CutOffRank) -> None:
 
 
 def first_sentence(text: str) -> str:
-    """The first line of a message. After a line that ends with a colon, the next one is added."""
-    sentence = []
+    """The first line of a message that is not blank. After a line that ends with a colon, the next one is added.
+
+    For example "no room\\nat step 3" -> "no room", and "bad rows:\\na.jsonl:1\\nb.jsonl:2" -> "bad rows: a.jsonl:1".
+    """
+    sentence_lines = []
     for line in text.splitlines():
         line = line.strip()
         if not line:
             continue
-        sentence.append(line)
+        sentence_lines.append(line)
         if not line.endswith(":"):
             break
-    return " ".join(sentence)
+    return " ".join(sentence_lines)
 
 
 def _hang_details(run_dir: Path, error: BaseException, last_collectives: dict[int, CollectiveCall]) -> dict[str, Any]:
-    """Fields of `failure.json` for a hang: the last collective of each rank, and the files with the stacks of their threads."""
-    stacks = []
+    """Fields of `failure.json` for a hang: the last collective of each rank, and the files with the stacks of their threads.
+
+    `message` is the error with both added as lines.
+    """
+    stack_files = []
     for path in sorted((run_dir / "logs").glob("rank-*.stacks")):
         if path.stat().st_size:
-            stacks.append(str(path.relative_to(run_dir)))
+            stack_files.append(str(path.relative_to(run_dir)))
     lines = [redacted(str(error))]
     for rank, collective in sorted(last_collectives.items()):
         relation = "last exchange" if collective.is_complete else "waits in"
         lines.append(f"  rank {rank}: {relation} {collective}")
-    if stacks:
-        more = " ..." if len(stacks) > SHOWN_FILES else ""
-        lines.append(f"  where the threads of ranks were: {', '.join(stacks[:SHOWN_FILES])}{more}")
-    message = "\n".join(lines)
+    if stack_files:
+        more = " ..." if len(stack_files) > SHOWN_FILES else ""
+        lines.append(f"  where the threads of ranks were: {', '.join(stack_files[:SHOWN_FILES])}{more}")
     return {
-        "message": message,
+        "message": "\n".join(lines),
         "exchanges": {rank: str(collective) for rank, collective in last_collectives.items()},
-        "stacks": stacks,
+        "stacks": stack_files,
     }
 
 
 @contextlib.contextmanager
-def _own_directory(run_dir: Path | None, lease_s: int, request: StopRequest) -> Iterator[Lease | None]:
-    """A context in which this process owns the run directory. If the directory is lost or renamed, `request` asks to stop.
+def _own_directory(run_dir: Path | None, lease_timeout_s: int, stop_request: StopRequest) -> Iterator[Lease | None]:
+    """A context in which this process owns the run directory. If the directory is lost or renamed, `stop_request` is set.
 
-    Without a directory there is no lease.
+    Yields the lease; None without a directory. `lease_timeout_s`: seconds without heartbeats after which an owner counts as dead.
+    Raises the errors of `Lease.acquire`.
     """
     if run_dir is None:
         yield None
         return
     with Lease.acquire(
         run_dir,
-        lease_s,
-        stop=lambda: request.signal_name is not None,
-        on_loss=lambda: request.ask("the directory was taken over"),
-        on_move=lambda home: request.ask(f"the directory was renamed to {home}"),
+        lease_timeout_s,
+        stop=lambda: stop_request.signal_name is not None,
+        on_loss=lambda: stop_request.ask("the directory was taken over"),
+        on_move=lambda home: stop_request.ask(f"the directory was renamed to {home}"),
     ) as lease:
         yield lease

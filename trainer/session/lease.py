@@ -7,7 +7,7 @@ last attempt
 - is over,
 - is a process of this host that is gone,
 - is an earlier start of the same SLURM job,
-- or has not counted up for `patience_s` by the observer's own clock.
+- or has not counted up for `lease_timeout_s` by the observer's own clock.
 
 It then removes the old claim, so that the old owner, if it still lives, notices when it looks.
 
@@ -35,11 +35,11 @@ from strategies import atomic_io, shared_files
 from strategies.errors import ConfigError, NotRunOwner, Preempted, StorageError
 
 CLAIM = re.compile(r"(\d{6})\.json")
-BEATS_PER_PATIENCE = 12
+HEARTBEATS_PER_TIMEOUT = 12
 """Heartbeats that an owner writes within the time after which it is taken for dead."""
 REMOVAL_S = 2.0
 """Seconds to wait before a second look at a directory that seems to be under removal. A new claim would only hinder `rm`."""
-SILENT = "SHARDTUNE_SILENT"
+SILENT_OWNER_VARIABLE = "SHARDTUNE_SILENT"
 """Environment variable with the last heartbeat of an owner that was found dead, so that other ranks need not watch it too."""
 
 
@@ -67,6 +67,7 @@ class Owner:
     since: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
     """Local time, to be read by people."""
     beat_s: float = 10.0
+    """Seconds between two heartbeats."""
 
     def describe(self) -> str:
         """The attempt in words, for a message."""
@@ -75,16 +76,24 @@ class Owner:
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
 
-def this_process(patience_s: float) -> Owner:
-    """The claim of this process."""
+def owner_of_this_process(lease_timeout_s: float) -> Owner:
+    """This process as the owner of a run directory: its host, process and SLURM job.
+
+    It promises a heartbeat so often that an owner without any for `lease_timeout_s` can be taken for dead. `task` is set only
+    for a job of an array, such as `4711_3`.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     task = None
     if job and array:
         task = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
-    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    identity = process_identity(os.getpid())
-    return Owner(process=identity, job=job, task=task, restart=restart, beat_s=patience_s / BEATS_PER_PATIENCE)
+    return Owner(
+        process=process_identity(os.getpid()),
+        job=job,
+        task=task,
+        restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        beat_s=lease_timeout_s / HEARTBEATS_PER_TIMEOUT,
+    )
 
 
 def process_identity(pid: int) -> str:
@@ -139,26 +148,26 @@ class Lease:
     def acquire(
         cls,
         run_dir: Path,
-        patience_s: float,
+        lease_timeout_s: float,
         *,
         stop: Callable[[], bool] = lambda: False,
         on_loss: Callable[[], None] = lambda: None,
         on_move: Callable[[Path], None] = lambda home: None,
     ) -> Lease:
-        """Claim the directory. Waits up to `patience_s` if only time tells whether the last owner lives.
+        """Claim the directory. Waits up to `lease_timeout_s` if only time tells whether the last owner lives.
 
         `on_loss` is called, by another thread, when the directory turns out to be another attempt's or deleted. `on_move` is
         called, by any thread, with the new path when it was renamed. Raises InUse, with the owner, if one lives; Preempted if
         `stop` says so; StorageError if the directory cannot be written.
         """
-        own = this_process(patience_s)
+        own = owner_of_this_process(lease_timeout_s)
         directory = run_dir / "lease"
         try:
             directory.mkdir(parents=True, exist_ok=True)
             while True:
                 # Read the number before looking for a living owner: if anybody claims in between, our number is taken.
                 number, _ = latest_claim(directory)
-                refuse_in_use(run_dir, patience_s, stop)
+                refuse_in_use(run_dir, lease_timeout_s, stop)
                 if not shared_files.claim(_claim_path(directory, number + 1), _json_bytes(asdict(own)), own.token):
                     continue  # somebody was faster, or this host's view of the directory is old
                 if latest_claim(directory)[0] == number + 1:
@@ -203,31 +212,34 @@ class Lease:
         self.release()
 
     def _find_loss(self) -> str | None:
-        """Why the directory is not this attempt's any more, even if it cannot be read; None if it is.
+        """Why the directory is not this attempt's any more; None if it is.
 
-        May repair a claim that somebody deleted, and follow a rename. An unreadable directory counts as lost only after so long
-        that others may take this attempt for dead.
+        Also makes a claim again that somebody deleted, and follows a rename. A directory that cannot be read counts as lost only
+        after so long that others may take this attempt for dead.
         """
         try:
             with self._look_lock:
-                return self._check_claim()
+                return self._check_or_restore_claim()
         except OSError as error:
             silent_s = time.monotonic() - self._beaten_at
-            if silent_s <= self.owner.beat_s * BEATS_PER_PATIENCE:
+            if silent_s <= self.owner.beat_s * HEARTBEATS_PER_TIMEOUT:
                 return None
             return f"unreadable for {silent_s:.0f} s ({error.strerror})"
 
-    def _check_claim(self) -> str | None:
-        """Why the directory is not this attempt's any more; None if it is. Errors: OSError if it cannot be read.
+    def _check_or_restore_claim(self) -> str | None:
+        """Why the directory is not this attempt's any more; None if it is. Raises OSError if it cannot be read.
 
-        If this attempt's claim is missing, looks for a renamed directory first, and then makes the claim again.
+        - The claim exists: None, unless another attempt has made a later one.
+        - It is missing and the directory was deleted: that is the reason.
+        - It is missing because the directory was renamed: follows it (sets `home`, calls `on_move`), and looks there.
+        - It is still missing: makes it again, unless another attempt has taken the directory over.
         """
         number, owner = latest_claim(self.directory)
         if self._claim_exists():
             if number > self.number and owner is not None:
                 return f"{owner.describe()} took it over"
             return None
-        # The claim is gone: the directory was renamed, deleted or emptied, or another attempt has removed the claim.
+        # The directory was renamed, deleted or emptied, or another attempt has removed the claim.
         home = self._find_home()
         if home is None:
             return "the directory was deleted"
@@ -257,7 +269,7 @@ class Lease:
         return home
 
     def _restore_claim(self, latest_number: int, latest_owner: Owner | None) -> str | None:
-        """Make this attempt's missing claim again; returns None, or why the directory is another attempt's by now.
+        """Make this attempt's missing claim again; returns None, or why the directory is now another attempt's.
 
         `latest_number` and `latest_owner` are those of the latest claim in the directory, in the order of the cases:
 
@@ -298,7 +310,7 @@ class Lease:
                 self._beaten_at = time.monotonic()
             except OSError as error:
                 # An error may pass. It counts only when others may soon take this attempt for dead.
-                if time.monotonic() - self._beaten_at > self.owner.beat_s * (BEATS_PER_PATIENCE - 2):
+                if time.monotonic() - self._beaten_at > self.owner.beat_s * (HEARTBEATS_PER_TIMEOUT - 2):
                     self._loss_reason = f"no sign of life could be written for too long ({error.strerror or error})"
             self._loss_reason = self._loss_reason or self._find_loss()
             if self._loss_reason is not None:
@@ -334,25 +346,28 @@ def latest_claim(directory: Path) -> tuple[int, Owner | None]:
     return number, owner
 
 
-def refuse_in_use(run_dir: Path, patience_s: float, stop: Callable[[], bool] = lambda: False) -> None:
-    """Raise InUse if a living attempt owns the directory. Raises Preempted as `living_owner` does, and StorageError."""
+def refuse_in_use(run_dir: Path, lease_timeout_s: float, stop: Callable[[], bool] = lambda: False) -> None:
+    """Raise InUse if a living attempt owns the directory.
+
+    Raises Preempted if `stop` says so while it waits, and StorageError if the directory cannot be read.
+    """
     try:
-        living = living_owner(run_dir, patience_s, stop)
+        living = living_owner_text(run_dir, lease_timeout_s, stop)
     except OSError as error:
         raise StorageError(f"{run_dir / 'lease'}: cannot be read ({error.strerror or error}); set run.dir") from error
     if living:
         raise InUse(f"run.dir={run_dir}: {living}; stop it, or choose another run.dir")
 
 
-def living_owner(run_dir: Path, patience_s: float, stop: Callable[[], bool] = lambda: False) -> str | None:
+def living_owner_text(run_dir: Path, lease_timeout_s: float, stop: Callable[[], bool] = lambda: False) -> str | None:
     """The living owner of the directory, in words; None if the directory may be claimed.
 
     The cases in order, the cheap ones first: nobody has a claim; it is an earlier start of this SLURM job; its process is, or
-    was, on this host; it is on another host. In the last case, its heartbeats are watched for up to `patience_s`, or until
+    was, on this host; it is on another host. In the last case, its heartbeats are watched for up to `lease_timeout_s`, or until
     `stop` says that this process shall end (Preempted).
     """
     directory = run_dir / "lease"
-    own = this_process(patience_s)
+    own = owner_of_this_process(lease_timeout_s)
     number, owner = latest_claim(directory)
     if owner is None:
         return None
@@ -364,9 +379,9 @@ def living_owner(run_dir: Path, patience_s: float, stop: Callable[[], bool] = la
         return f"{owner.describe()}, is running it" if is_alive else None
     # It is on another host: watch whether the count in its file of heartbeats still grows.
     first_beat = _read_beat(directory, number)
-    if os.environ.get(SILENT) == f"{owner.token}:{first_beat}":
+    if os.environ.get(SILENT_OWNER_VARIABLE) == f"{owner.token}:{first_beat}":
         return None  # watched already, by this process or the one that started it
-    wait_s = max(patience_s, 3 * owner.beat_s)
+    wait_s = max(lease_timeout_s, 3 * owner.beat_s)
     print(
         f"{run_dir}: {owner.describe()}, left no word of its end; watching for a sign of life, up to {wait_s:.0f} s",
         flush=True,
@@ -378,10 +393,10 @@ def living_owner(run_dir: Path, patience_s: float, stop: Callable[[], bool] = la
         time.sleep(min(1.0, owner.beat_s))
         newest, current_owner = latest_claim(directory)
         if newest != number or current_owner is None:  # somebody else claimed it, or the owner has ended
-            return living_owner(run_dir, patience_s, stop)
+            return living_owner_text(run_dir, lease_timeout_s, stop)
         if _read_beat(directory, number) != first_beat:
             return f"{owner.describe()}, is running it"
-    os.environ[SILENT] = f"{owner.token}:{first_beat}"
+    os.environ[SILENT_OWNER_VARIABLE] = f"{owner.token}:{first_beat}"
     return None
 
 
@@ -392,16 +407,16 @@ def is_alive_here(owner: Owner, own: Owner) -> bool | None:
     same_host = len(owner_identity) == 3 and owner_identity[:2] == own_identity[:2]
     if not same_host:  # another host, the same one before a reboot, or another container
         return None
-    identity_now = process_identity(owner.pid)
-    if not identity_now and _hidden(owner.pid):
+    identity_now = process_identity(owner.pid)  # empty if there is no such process, or /proc does not show it
+    if not identity_now and _is_process_of_other_user(owner.pid):
         return None
     return identity_now == owner.process
 
 
-def _hidden(pid: int) -> bool:
+def _is_process_of_other_user(pid: int) -> bool:
     """Whether a process exists and is another user's: /proc may not show those (`hidepid`)."""
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # sends no signal, only checks that one could be sent
     except PermissionError:
         return True
     except OSError:
@@ -409,19 +424,21 @@ def _hidden(pid: int) -> bool:
     return False
 
 
-def other_owner(run_dir: Path) -> str | None:
+def possible_owner_text(run_dir: Path) -> str | None:
     """The attempt that may own the directory now that this host's own has ended, in words; None if none does. Does not wait."""
     _, owner = latest_claim(run_dir / "lease")
-    if owner is None or is_alive_here(owner, this_process(1)) is False:
+    if owner is None or is_alive_here(owner, owner_of_this_process(1)) is False:
         return None
     return owner.describe()
 
 
 def _claim_path(directory: Path, number: int) -> Path:
+    """The file of a claim, such as `lease/000007.json`."""
     return directory / f"{number:06d}.json"
 
 
 def _beat_path(directory: Path, number: int) -> Path:
+    """The file of the heartbeats of a claim's owner, such as `lease/000007.beat`."""
     return directory / f"{number:06d}.beat"
 
 

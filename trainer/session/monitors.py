@@ -39,7 +39,7 @@ def build_detectors(
 
     Only rank 0 writes their events. They are also registered with the attempt, so that they follow a renamed run directory.
     """
-    planned_evaluations = 1  # at the end
+    planned_evaluations = 1  # without an interval, one at the end
     if interval.steps:
         planned_evaluations = -(-total_steps // interval.steps)  # rounded up
     events = context.run_dir / EVENTS if context.runtime.is_main else None
@@ -53,6 +53,7 @@ def build_detectors(
     challenges.loss_window = divergence.num_steps_of_loss_median(total_steps)
     challenges.first_judged_step = divergence.first_judged_step(warmup_steps(config.schedule, total_steps))
     if isinstance(config.objective, RoundsConfig):
+        # A reward without a weight does not train the model, so it tells whether the others are gamed.
         rewards = config.objective.rewards
         challenges.control_metrics = [f"rewards/{name}/mean" for name, reward in rewards.items() if reward.weight == 0]
     challenges.on_record = challenge_reporter(context)
@@ -61,9 +62,9 @@ def build_detectors(
 
 
 def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConfig]:
-    """The tasks of each evaluation. The questions of a chat are left out if the tokenizer has no chat template.
+    """The tasks of each evaluation, by name. Chat questions are left out if the tokenizer has no chat template.
 
-    Errors: ConfigError if the user asks for them all the same.
+    Raises ConfigError in that case if the user has asked for them (`challenges.forgetting.chat=true`).
     """
     tasks = tasks_to_run(config)
     if tokenizer.chat_template is not None or CHAT not in tasks:
@@ -76,16 +77,17 @@ def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConf
     return {name: task for name, task in tasks.items() if name not in (CHAT, CHAT_ANSWERS)}
 
 
-def last_answers(challenges: Challenges, engine: Engine, *, asks_again: bool) -> list[dict[str, str]]:
-    """The two chat questions of the last lines of a run, with the answers of base and tuned model; empty if they are not asked.
+def final_chat_answers(challenges: Challenges, engine: Engine, *, refresh: bool) -> list[dict[str, str]]:
+    """Two chat questions for the end of a run's output, each with the answers of the base and of the tuned model.
 
-    `asks_again`: ask them now, since `engine` has other weights than in the last evaluation. All ranks must call. Raises
-    Preempted, on all ranks or on none.
+    Empty if the run asks no chat questions. The answers are those of the last evaluation. If there are none, or with `refresh`
+    (the engine has other weights since), the questions are asked now. All ranks must call. Raises Preempted, on all ranks or on
+    none, if the run is asked to stop meanwhile.
     """
-    if asks_again or not challenges.chat_rows:
+    if refresh or not challenges.chat_rows:
         try:
             challenges.ask_chat_again(engine)
-        except Interrupted:
+        except Interrupted:  # the generation of answers was stopped
             raise Preempted(
                 "stopped while two answers were written; start the same command again to continue"
             ) from None

@@ -29,7 +29,7 @@ from trainer.session.announcements import RunContext
 from trainer.session.closing import closing_sentence
 from trainer.session.evaluators import build_test_evaluators
 from trainer.session.looks_at_test_set import CheckpointWeights, result_at_end
-from trainer.session.monitors import last_answers
+from trainer.session.monitors import final_chat_answers
 from trainer.session.run_facts import model_facts
 from trainer.step import Built
 
@@ -71,7 +71,7 @@ def choose_and_measure_checkpoint(run: TrainedRun, record: RunRecord) -> ModelFa
     chosen, tokens = load_checkpoint_to_export(run)
     record.exported_checkpoint = asdict(chosen)
     weights_changed = chosen.step != run.outcome.progress.step
-    run.outcome.answers = last_answers(run.challenges, run.engine, asks_again=weights_changed)
+    run.outcome.answers = final_chat_answers(run.challenges, run.engine, refresh=weights_changed)
 
     # Evaluate it on the test documents.
     run.context.attempt.phase = "evaluating the test documents"
@@ -82,20 +82,21 @@ def choose_and_measure_checkpoint(run: TrainedRun, record: RunRecord) -> ModelFa
 
 
 def load_checkpoint_to_export(run: TrainedRun) -> tuple[ChosenCheckpoint, int]:
-    """(the checkpoint to export, the tokens it was trained on); afterwards the engine has its weights.
+    """Choose the checkpoint to export, and load it into the engine; returns (the checkpoint, the tokens it was trained on).
 
-    All ranks must call. Errors: StorageError if the best checkpoint cannot be read: `export.checkpoint=last` does without it.
+    Nothing is loaded if it is the last one, whose weights the engine has already. All ranks must call. Raises StorageError on
+    every rank if the best checkpoint cannot be read: a run with `export.checkpoint=last` does not need it.
     """
     runtime = run.context.runtime
     print_line = run.context.console.print_line
-    directories = dict(call_on_main(lambda: checkpoints_in(run.checkpoints.checkpoint_dirs), runtime))
-    chosen = choose_exported(run.config.export.checkpoint, run.outcome, directories)
+    checkpoint_dir_by_step = dict(call_on_main(lambda: checkpoints_in(run.checkpoints.checkpoint_dirs), runtime))
+    chosen = choose_exported(run.config.export.checkpoint, run.outcome, checkpoint_dir_by_step)
     if chosen.step == run.outcome.progress.step:
         return chosen, run.outcome.progress.tokens
     print_line(f"taking the weights of {chosen}")
-    path = directories[chosen.step]
-    with waiting_for_disk("reading the best checkpoint", 0, runtime, print_line):
-        problem = checkpoint_problem_on_all_ranks(path, runtime)  # it may be of an earlier start, and damaged since
+    path = checkpoint_dir_by_step[chosen.step]
+    with waiting_for_disk("reading the best checkpoint", size_bytes=0, runtime=runtime, print_line=print_line):
+        problem = checkpoint_problem_on_all_ranks(path, runtime)  # an earlier start may have written it
         if problem is not None:
             raise StorageError(
                 f"{path}: {problem}; it is the best checkpoint, and is to be exported: bring it back, or export the last one "
@@ -106,11 +107,9 @@ def load_checkpoint_to_export(run: TrainedRun) -> tuple[ChosenCheckpoint, int]:
 
 
 def measure_test_documents(run: TrainedRun, step: int) -> dict[str, Any] | None:
-    """Evaluate the weights of `step`, which the engine has, on the test documents; the result is what `run.json` has of them.
+    """Evaluate the engine's weights, which are those after `step`, on the test documents; returns `test` of `run.json`.
 
-    None without test documents.
-
-    All ranks must call. Errors: StorageError, Preempted, those of rewards.
+    None without test documents. All ranks must call. Raises StorageError, Preempted, and the errors of rewards.
     """
     context = run.context
     weights = CheckpointWeights(

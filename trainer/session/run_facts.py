@@ -31,7 +31,7 @@ from trainer.model.architecture import text_settings, width_and_blocks
 from trainer.model.weights import WeightSource
 from trainer.planner.communication_volume import expected_bytes
 from trainer.planner.predicted_vs_measured import memory_lines, predicted_cost
-from trainer.reporting.code_revision import revision
+from trainer.reporting.code_revision import code_revision
 from trainer.reporting.documents.facts import ModelFacts, gather
 from trainer.reporting.documents.questions import read_answers
 from trainer.reporting.energy import energy_of_run
@@ -169,7 +169,7 @@ def _record_without_prediction(config: RunConfig, checked: Mapping[str, Any], ru
         reference_tflops=tflops,
         reference_tflops_source=tflops_source,
         versions=versions(),
-        git_revision=revision(),
+        git_revision=code_revision(),
         slurm_job_id=os.environ.get("SLURM_JOB_ID"),
         command=Path(sys.argv[0]).name,
         **checked,
