@@ -182,7 +182,7 @@ def test_flex_attention_proves_sinks_soft_caps_and_chunks_on_this_gpu(kind, kern
     config = tiny.tiny_config(kind)
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
-    found = forward_path._prove(config, lambda: plain, kernel, on_gpu=True)
+    found = forward_path._prove_paths(config, lambda: plain, kernel, on_gpu=True)
     assert found.padding_free is not None, found.reason
 
 

@@ -55,7 +55,7 @@ def proven(kind):
     config = CONFIGS[kind]()
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
-    return forward_path._prove(config, lambda: plain, flex.NAME, on_gpu=False), plain, config
+    return forward_path._prove_paths(config, lambda: plain, flex.NAME, on_gpu=False), plain, config
 
 
 @pytest.mark.parametrize("kind", ["sinks", "caps", "chunks"])
@@ -133,7 +133,7 @@ def counted(tmp_path, monkeypatch, name, kernel, micro):
     data = data_set(tmp_path, uneven=False)
     config = run_config(directory, "single", "full", micro=micro)
     config = replace(config, model=replace(config.model, attention=Attention(kernel)))
-    monkeypatch.setattr(layout_choice, "_kernels", lambda *_, **__: KernelChoices("no", None))
+    monkeypatch.setattr(layout_choice, "_kernel_choices", lambda *_, **__: KernelChoices("no", None))
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
     return measured_activations(built, workload(config, data), Precision.bf16)
 
@@ -197,7 +197,7 @@ def test_flex_attention_that_is_asked_for_is_taken_or_refused():
     with pytest.raises(ConfigError, match=r"model.attention=flex: is for padding-free rows"):
         chosen(kernels, EVERY, Attention.flex, Layout.padded)
     with pytest.raises(ConfigError, match=r"model.attention=flex: flex attention needs a GPU.*model.attention=auto"):
-        layout_choice.causal_model(
+        layout_choice.build_causal_model(
             ModelConfig(path="x", attention=Attention.flex),
             copy.deepcopy(CONFIGS["sinks"]()),
             Layout.auto,
@@ -215,7 +215,7 @@ def test_a_run_takes_the_steps_of_the_built_in_kernel(tuning, tmp_path, runtime,
     data = data_set(tmp_path, uneven=True)
     full = SingleConfig(activation_checkpointing=ActivationCheckpointing.full)
     config = replace(run_config(model, full, tuning, micro=GLOBAL_BATCH), precision=Precision.fp32)
-    monkeypatch.setattr(layout_choice, "_kernels", lambda *_, **__: KernelChoices("no", None))
+    monkeypatch.setattr(layout_choice, "_kernel_choices", lambda *_, **__: KernelChoices("no", None))
     found = {}
     for kernel, name in ((Attention.flex, FLEX), (Attention.varlen, OURS)):
         asked = replace(config, model=replace(config.model, attention=kernel))

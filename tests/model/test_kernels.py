@@ -46,7 +46,7 @@ else:
     sys.exit("the stand-in was not called at all")
 with without_kernel_packages():
     model(input_ids=ids, use_cache=False)
-found = forward_path._prove(config, lambda: plain, attention.NAME, on_gpu=False)
+found = forward_path._prove_paths(config, lambda: plain, attention.NAME, on_gpu=False)
 print(found.padded, kernels.missing_kernels(plain))
 """
 
@@ -91,7 +91,7 @@ def test_kernel_packages_are_on_the_start_screen_of_a_gpu_alone(installed, monke
     right = forward_path.ProvenPaths(padding_free=FUSED_PATH, padded=FUSED_PATH)
     monkeypatch.setattr(layout_choice, "proven_paths", lambda *_, **__: right)
     for on_gpu in (False, True):
-        _, found = layout_choice.causal_model(
+        _, found = layout_choice.build_causal_model(
             ModelConfig(path="x"),
             tiny.tiny_config("qwen3_next"),
             Layout.padded,

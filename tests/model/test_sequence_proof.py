@@ -17,7 +17,7 @@ from trainer.model.architecture import auto_class
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.objectives import forward_path
 from trainer.objectives.causal import FORWARD_PATHS, FUSED_PATH, supervised_rows
-from trainer.objectives.layout_choice import causal_model
+from trainer.objectives.layout_choice import build_causal_model
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 LENGTHS = (5, 23, 14)
@@ -36,13 +36,13 @@ def problem_of(config, path=FUSED_PATH):
     """What the proof says of an architecture, whatever layout it trains in."""
     with meta_context():
         plain = auto_class(ModelKind.causal, config).from_config(config, attn_implementation="eager")
-    return forward_path._proof_of(config, plain)._sequence_problem(path, "")
+    return forward_path._first_runnable_proof(config, plain)._sequence_problem(path, "")
 
 
 def arranged(config, layout=Layout.auto):
     """The arrangement that a run would take."""
     model = ModelConfig(path="model")
-    return causal_model(model, config, layout, needs_padding=False, half_on_gpu=False, context=meta_context())[1]
+    return build_causal_model(model, config, layout, needs_padding=False, half_on_gpu=False, context=meta_context())[1]
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "gemma3_text", "deepseek_v3", "gpt2"])

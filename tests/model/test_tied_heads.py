@@ -49,16 +49,16 @@ def test_tied_head_model_is_built_again_only_where_values_differ_and_files_are_c
     config = ModelConfig(path=str(directory))
 
     def arrange():
-        return layout_choice.causal_model(
+        return layout_choice.build_causal_model(
             config, loaded(config), Layout.auto, needs_padding=False, half_on_gpu=False, context=meta_context()
         )
 
     arrange()  # what is proven of it is known now
     calls, opened, real, checkpoint = [], [], layout_choice.architecture, tied_heads.Checkpoint
 
-    def architecture(*args):
+    def architecture(*args, **kwargs):
         calls.append(args)
-        return real(*args)
+        return real(*args, **kwargs)
 
     def noted(*args):
         opened.append(checkpoint(*args))

@@ -51,7 +51,7 @@ def test_published_model_size_is_proven_as_its_tiny_model(whole):
     attention.register()
     name, config, plain = whole
     row = TABLE[WHOLE[name][0]]["full"]
-    found = forward_path._prove(config, lambda: plain, attention.NAME, on_gpu=False)
+    found = forward_path._prove_paths(config, lambda: plain, attention.NAME, on_gpu=False)
     assert found.tried, found.reason
     assert found.causal == (row["outcome"] != "refused")
     if found.causal:
@@ -81,7 +81,7 @@ def test_shrunk_model_that_lacks_a_kind_of_layer_is_refused(gemma, monkeypatch):
     config, plain = gemma
     monkeypatch.setattr("trainer.model.shrink.choices", lambda *_: iter([KeptLayers((0, 1), 35)]))
     with pytest.raises(NotShrinkable, match=r"a small copy lacks [1-9] of its kinds of layers"):
-        forward_path._proof_of(config, plain)
+        forward_path._first_runnable_proof(config, plain)
 
 
 def test_where_names_do_not_do_widths_are_divided(monkeypatch):
@@ -89,7 +89,7 @@ def test_where_names_do_not_do_widths_are_divided(monkeypatch):
     attention.register()
     config, plain = built("Mixtral-8x22B")
     monkeypatch.setattr("trainer.model.shrink._sizes_by_name", lambda made, full: made | {"num_key_value_heads": 3})
-    found = forward_path._prove(config, lambda: plain, attention.NAME, on_gpu=False)
+    found = forward_path._prove_paths(config, lambda: plain, attention.NAME, on_gpu=False)
     assert found.padding_free is not None, found.reason
 
 

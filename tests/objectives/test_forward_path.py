@@ -16,7 +16,7 @@ from trainer.model import attention
 from trainer.model.config import Attention, ModelConfig
 from trainer.objectives import forward_path
 from trainer.objectives.causal import FORWARD_PATHS, FUSED_PATH, ForwardPath
-from trainer.objectives.layout_choice import causal_model
+from trainer.objectives.layout_choice import build_causal_model
 
 SIZES = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 WINDOWED = {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 4096, "intermediate_size": 11008}
@@ -50,7 +50,7 @@ def home(tmp_path, monkeypatch):
 
 def arranged(kind, **settings):
     model = ModelConfig(path=kind, **settings)
-    return causal_model(
+    return build_causal_model(
         model, CONFIGS[kind](), Layout.auto, needs_padding=False, half_on_gpu=False, context=meta_context()
     )
 
@@ -150,9 +150,9 @@ def test_forward_path_proof_finds_an_unknown_factor_on_the_logits(monkeypatch):
     config = transformers.GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0)
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
-    assert forward_path._prove(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED_PATH
+    assert forward_path._prove_paths(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED_PATH
     monkeypatch.setattr("trainer.losses.fuse.head_transform", lambda _config: (None, 1.0))
-    found = forward_path._prove(config, lambda: plain, attention.NAME, on_gpu=False)
+    found = forward_path._prove_paths(config, lambda: plain, attention.NAME, on_gpu=False)
     assert found.padding_free == ForwardPath(fused=False, positions=True)
 
 
@@ -160,7 +160,7 @@ def test_forward_path_proof_is_cached_and_done_again_if_damaged(home, monkeypatc
     first = arranged("mistral")[1]
     (file,) = (home / "proofs").iterdir()
     with monkeypatch.context() as patched:
-        patched.setattr(forward_path, "_prove", None)
+        patched.setattr(forward_path, "_prove_paths", None)
         assert arranged("mistral")[1] == first
         elsewhere = CONFIGS["mistral"]()
         elsewhere._name_or_path = "another/directory"
@@ -172,10 +172,10 @@ def test_forward_path_proof_is_cached_and_done_again_if_damaged(home, monkeypatc
 
 def test_forward_path_of_a_model_that_cannot_be_shrunk_is_not_proven_and_noted(monkeypatch):
     config = transformers.MistralConfig(**SIZES, **WINDOWED)
-    assert forward_path._prove(config, lambda: torch.nn.Linear(1, 1), attention.NAME, on_gpu=False).causal
+    assert forward_path._prove_paths(config, lambda: torch.nn.Linear(1, 1), attention.NAME, on_gpu=False).causal
     broken = copy.deepcopy(config)
     monkeypatch.setattr(type(broken), "from_dict", classmethod(lambda *_: 1 / 0))
-    found = forward_path._prove(broken, lambda: torch.nn.Linear(1, 1), attention.NAME, on_gpu=False)
+    found = forward_path._prove_paths(broken, lambda: torch.nn.Linear(1, 1), attention.NAME, on_gpu=False)
     assert found.padding_free is None and "takes no small sizes" in found.reason
 
 
@@ -183,7 +183,9 @@ def test_forward_path_proof_on_a_card_counts_for_that_card_and_its_packages(monk
     """One cache may be shared by hosts with several cards: an older one has no bf16 in flex attention, and a newer one has."""
     asked, config = [], CONFIGS["mistral"]()
     card, packages = [Gpu("H100", (9, 0))], [{}]
-    monkeypatch.setattr(forward_path, "_prove", lambda *_, on_gpu: asked.append(on_gpu) or forward_path.ProvenPaths())
+    monkeypatch.setattr(
+        forward_path, "_prove_paths", lambda *_, on_gpu: asked.append(on_gpu) or forward_path.ProvenPaths()
+    )
     monkeypatch.setattr(forward_path, "gpu_of_device", lambda _: card[0])
     monkeypatch.setattr(forward_path, "kernel_versions", lambda: packages[0])
 

@@ -176,11 +176,11 @@ def test_the_gradient_of_k2_is_that_of_the_reverse_divergence_and_k3s_is_not():
     reference = torch.randn(50, dtype=torch.float64, generator=generator).log_softmax(-1)
     now = logits.log_softmax(-1)
     (wanted,) = torch.autograd.grad((now.exp() * (now - reference)).sum(), logits, retain_graph=True)
-    from trainer.objectives.policy import _divergence
+    from trainer.objectives.policy import _kl_estimates
 
     found = {}
     for estimator in (KlEstimator.k2, KlEstimator.k3):
-        estimates = _divergence(reference - now, torch.ones_like(now), estimator)
+        estimates = _kl_estimates(reference - now, torch.ones_like(now), estimator)
         (found[estimator],) = torch.autograd.grad((now.detach().exp() * estimates).sum(), logits, retain_graph=True)
     torch.testing.assert_close(found[KlEstimator.k2], wanted)
     assert (found[KlEstimator.k3] - wanted).norm() > 0.1 * wanted.norm()

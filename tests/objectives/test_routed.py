@@ -27,7 +27,14 @@ from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.model.balance import FUNCTION, RouterLosses, losses_of
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.experts import NAME, register
-from trainer.model.routing import ADDED_LOSS, RoutingRecord, number_experts, record_logits, recorded_routers, watching
+from trainer.model.routing import (
+    ADDED_LOSS,
+    RoutingRecord,
+    number_experts,
+    record_logits,
+    recorded_routers,
+    recording_routing,
+)
 from trainer.objectives import routed as routed_module
 from trainer.objectives.causal import STOCK_PATH
 from trainer.objectives.classification import ClassificationConfig
@@ -243,7 +250,7 @@ def test_the_loss_is_that_of_every_class(model_type):
     record_logits(model, routers)
     ids, mask = torch.randint(10, 300, (3, 12)), torch.ones(3, 12, dtype=torch.int64)
     mask[1, 7:] = mask[2, 4:] = 0
-    with watching(RoutingRecord(mask)) as seen:
+    with recording_routing(RoutingRecord(mask)) as seen:
         expected = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
     found = losses.terms(seen, losses.choices(seen), int(mask.sum()))[ADDED_LOSS]
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
@@ -337,7 +344,7 @@ def test_router_counts_leave_out_recomputed_blocks_references_and_evaluations():
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.arange(12)[None]
     tokens = torch.zeros(2, 4, dtype=torch.int64)
-    with watching(RoutingRecord(None, tokens)) as seen:
+    with recording_routing(RoutingRecord(None, tokens)) as seen:
         with torch.no_grad():
             model(input_ids=ids)
         out = model(input_ids=ids).logits

@@ -58,7 +58,7 @@ from trainer.model.weights import WeightSource, fill_buffers
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.causal import plain_model
 from trainer.objectives.frozen_model import common_layout, teacher_model
-from trainer.objectives.layout_choice import causal_model, padded_model
+from trainer.objectives.layout_choice import build_causal_model, build_padded_model
 from trainer.objectives.registry import build_objective, data_spec_of, family_of, max_generated_tokens
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.objectives.routed import added_losses
@@ -373,11 +373,11 @@ def build_step(
         describe_head(model_config, outputs, tokenizer.pad_token_id, several=family.multi_label(objective_config))
     if family.kind is ModelKind.causal:
         needs_padding = needs_padded_rows(tuning_config)
-        model, arrangement = causal_model(
+        model, arrangement = build_causal_model(
             config, model_config, layout, needs_padding=needs_padding, half_on_gpu=half_on_gpu, context=context
         )
     else:
-        model, arrangement = padded_model(
+        model, arrangement = build_padded_model(
             family.kind, config, model_config, layout, context, family.name, half_on_gpu=half_on_gpu
         )
     model.tie_weights()

@@ -21,7 +21,7 @@ from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
 from trainer.model.weights import BaseWeights, StartingWeights, WeightSource
 from trainer.objectives.base import ObjectiveConfig
-from trainer.objectives.layout_choice import padded_model
+from trainer.objectives.layout_choice import build_padded_model
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
 from trainer.rollout.rewards.model import RewardModelReader, RewardModelScorer
 from trainer.rollout.rewards.model_files import OPTIONS, RewardModelFiles, reward_model_files
@@ -78,7 +78,7 @@ def _reward_model_on_meta(files: RewardModelFiles, *, half_on_gpu: bool) -> Any:
     settings.num_labels = 1
     if settings.pad_token_id is None:  # by which transformers finds the last token of a text
         settings.pad_token_id = _pad_token_id(settings, load_tokenizer(config))
-    model, _ = padded_model(
+    model, _ = build_padded_model(
         ModelKind.classifier, config, settings, Layout.padded, meta_context(), "reward", half_on_gpu=half_on_gpu
     )
     model.tie_weights()

@@ -1,6 +1,6 @@
 """Observes routers and experts in a forward pass: the tokens of each expert, and the routers' logits.
 
-Nothing here changes what a model computes. Outside `watching` nothing is recorded, so that blocks which are
+Nothing here changes what a model computes. Outside `recording_routing` nothing is recorded, so that blocks which are
 recomputed in a backward pass count once.
 """
 
@@ -69,7 +69,7 @@ class _Recording:
 
 
 @contextmanager
-def watching(record: RoutingRecord) -> Iterator[RoutingRecord]:
+def recording_routing(record: RoutingRecord) -> Iterator[RoutingRecord]:
     """Note in `record` what routers and experts do while entered."""
     before = _Recording.record
     _Recording.record = record

@@ -123,7 +123,7 @@ class LabelDataSpec(DataSpec):
         if not is_number or any(name.isdecimal() for name in names):
             return label
         label_id = int(label)
-        if label_id >= len(names):  # no id either: `refuses` reports it
+        if label_id >= len(names):  # not an id either: `refusal_of` reports it
             return label
         return names[label_id]
 
@@ -216,7 +216,7 @@ def number_labels(
     if multi_label:
         label_sets = [split_labels(label) for label in columns.labels]
     if names is None:
-        names = _names_of_training(columns, table, label_sets, multi_label=multi_label)
+        names = _training_label_names(columns, table, label_sets, multi_label=multi_label)
     if not multi_label:
         return names, np.array([names.index(label) for label in columns.labels], np.int64)
     if len(names) > MAX_LABELS:
@@ -232,7 +232,7 @@ def number_labels(
     return names, np.array(bits, np.int64)
 
 
-def _names_of_training(
+def _training_label_names(
     columns: Columns, table: DocumentTable, label_sets: list[list[str]], *, multi_label: bool
 ) -> list[str]:
     """The sorted labels of the training split. Raises DataError if another split has other labels, or if they are too few.
@@ -245,7 +245,7 @@ def _names_of_training(
     for number in train_texts:
         if number >= 0:
             train_labels |= set(label_sets[number])
-    names = _sorted(train_labels)
+    names = _sorted_labels(train_labels)
     # A label that only the evaluation split has could never be predicted.
     unknown_texts = [number for number, label_set in enumerate(label_sets) if not set(label_set) <= train_labels]
     rows = np.flatnonzero(np.isin(columns.label, unknown_texts))
@@ -265,8 +265,8 @@ def _names_of_training(
     return names
 
 
-def _sorted(labels: set[str]) -> list[str]:
-    """By number if all are whole numbers, else by name."""
+def _sorted_labels(labels: set[str]) -> list[str]:
+    """The labels in the order of their ids: by number if all are whole numbers, else by name."""
     numeric = all(label.lstrip("-").isdecimal() for label in labels)
     return sorted(labels, key=int) if numeric else sorted(labels)
 
@@ -306,8 +306,10 @@ class Classification(Objective):
         """(the summed loss, which labels are predicted, which are true), the latter two bool [rows, labels]."""
         weight = self._weights_on(logits)
         loss = F.cross_entropy(logits, labels, weight=weight, reduction="sum", ignore_index=-100)
-        numbers = torch.arange(logits.shape[1], device=logits.device)
-        return loss, logits.argmax(-1, keepdim=True) == numbers, labels[:, None] == numbers
+        label_ids = torch.arange(logits.shape[1], device=logits.device)
+        is_predicted = logits.argmax(-1, keepdim=True) == label_ids
+        is_true = labels[:, None] == label_ids
+        return loss, is_predicted, is_true
 
     def _weights_on(self, logits: Tensor) -> Tensor | None:
         """The class weights on the device of `logits`; None without weights. Raises ConfigError for another number of labels."""
@@ -330,11 +332,13 @@ class MultiLabel(Classification):
     """
 
     def _loss_and_predictions(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Bit i of a document's integer is set if it has label i; a filler row has -100, whose loss is left out below.
         is_true = (labels[:, None] >> torch.arange(logits.shape[1], device=logits.device)) & 1 > 0
         loss = F.binary_cross_entropy_with_logits(
             logits, is_true.float(), pos_weight=self._weights_on(logits), reduction="none"
         )
-        return (loss * (labels >= 0)[:, None]).sum(), logits > 0, is_true
+        is_document = (labels >= 0)[:, None]
+        return (loss * is_document).sum(), logits > 0, is_true
 
 
 def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: bool) -> list[float]:

@@ -76,8 +76,9 @@ class ProvenPaths:
 
 
 def proven_paths(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> ProvenPaths:
-    """What is proven of an architecture: from this host's cache, else proven now, which takes about a second.
+    """What is proven of an architecture: read from this host's cache, else proven now, which takes about a second.
 
+    A proof is written to the cache, unless no small copy of the model could be run: that may be different next time.
     `config`: transformers' configuration. `build` makes its model on meta. `attention`: the kernel for documents in one row.
     """
     # Hosts with other cards may share the cache, and packages come and go.
@@ -86,16 +87,16 @@ def proven_paths(config: Any, build: Callable[[], nn.Module], attention: str, *,
     stored = read_proof(file)
     if stored is not None:
         try:
-            return _from_cache(stored)
-        except (TypeError, KeyError):  # of other fields
+            return _paths_from_cache(stored)
+        except (TypeError, KeyError):  # another version wrote it, with other fields: prove again
             pass
-    paths = _prove(config, build, attention, on_gpu=on_gpu)
+    paths = _prove_paths(config, build, attention, on_gpu=on_gpu)
     if paths.tried:  # else the reason may pass, such as too little memory: try again next time
         keep_proof(file, asdict(paths))
     return paths
 
 
-def _from_cache(stored: dict[str, Any]) -> ProvenPaths:
+def _paths_from_cache(stored: dict[str, Any]) -> ProvenPaths:
     """The proven paths of a cached JSON object. Errors: KeyError, TypeError for other fields than today's."""
     fields = dict(stored)
     for key in ("padding_free", "padded"):
@@ -104,16 +105,17 @@ def _from_cache(stored: dict[str, Any]) -> ProvenPaths:
     return ProvenPaths(**fields)
 
 
-def _prove(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> ProvenPaths:
-    """Find the forward paths that compute what transformers' own does, on a small copy; never raises: a failure is a reason.
+def _prove_paths(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> ProvenPaths:
+    """Find, on a small copy of the model, the forward paths that compute what transformers' own does.
 
-    The random state and the default type are left as they were.
+    If no copy can be run, nothing is proven: the result has `tried=False` and the error as reasons, and nothing is raised. The
+    random state and the default type are left as they were.
     """
     rng_state = torch.random.get_rng_state()
     default_dtype = torch.get_default_dtype()
     try:
         torch.default_generator.manual_seed(0)  # of the CPU alone: a GPU's is not ours to change
-        return _proof_of(config, build()).find_paths(attention, on_gpu=on_gpu)
+        return _first_runnable_proof(config, build()).find_paths(attention, on_gpu=on_gpu)
     except NotShrinkable as error:
         return ProvenPaths(tried=False, reason=str(error), sequence_problem=str(error))
     except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; what it cannot do is not proven
@@ -124,15 +126,16 @@ def _prove(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gp
         torch.set_default_dtype(default_dtype)
 
 
-def _proof_of(config: Any, plain: Any) -> _Proof:
+def _first_runnable_proof(config: Any, plain: Any) -> _Proof:
     """A proof on the first small copy that can be run. If none can, raises the error of the first."""
     return on_small_copy(config, plain, partial(_Proof, config, plain))
 
 
 def on_small_copy(config: Any, plain: nn.Module, compute: Callable[[Any, torch.dtype], Proved]) -> Proved:
-    """`compute(small configuration, type)` of the first small copy for which it succeeds; if there is none, the first error.
+    """What `compute(small configuration, type)` returns for the first small copy of a model for which it does not fail.
 
-    In float64, and in float32 if that fails: the code of some models fixes a type.
+    Each copy is tried in float64, and in float32 if that fails, since the code of some models fixes a type. If all fail, raises
+    the first error. `config`: transformers' configuration. `plain`: its model on meta.
     """
     first_error: Exception | None = None
     with without_kernel_packages():
@@ -165,7 +168,7 @@ class _Proof:
         self.config = small
         set_dropout(self.config, 0.0)
         self.vocabulary = min(text_settings(self.config).vocab_size, VOCABULARY)
-        self._check_copy(config, plain)
+        self._refuse_unfit_copy(config, plain)
         # The stock model, on which other paths are measured.
         stock = self._build("eager", dtype)
         with torch.no_grad():
@@ -188,8 +191,8 @@ class _Proof:
         options = {"attn_implementation": attention, "experts_implementation": "eager", "dtype": dtype}
         return self.auto.from_config(copy.deepcopy(self.config), **options)
 
-    def _check_copy(self, config: Any, plain: Any) -> None:
-        """Raise NotShrinkable for a copy that is not small, or has not every kind of layer."""
+    def _refuse_unfit_copy(self, config: Any, plain: Any) -> None:
+        """Raise NotShrinkable if the copy is too large to run, or lacks a kind of layer that the model has."""
         with torch.device("meta"):
             small = self._build("eager", torch.float32)
         size = sum(p.numel() for p in small.parameters())
@@ -231,16 +234,16 @@ class _Proof:
             logits = stock(input_ids=ids[None], use_cache=False).logits[0, :-1]
             loss = loss + F.cross_entropy(logits.double(), targets, reduction="sum")
         loss.backward()
-        return loss.detach(), _gradients(stock)
+        return loss.detach(), _gradients_by_name(stock)
 
     def find_paths(self, attention: str, *, on_gpu: bool) -> ProvenPaths:
         """Find for both layouts of rows the fastest forward path that computes what transformers' own does.
 
         Each is tried on a small copy of the model. `attention` is the kernel for padding-free rows.
         """
-        padding_free, reason = self._fastest_right_path(Layout.padding_free, attention, on_gpu=on_gpu)
+        padding_free, reason = self._fastest_correct_path(Layout.padding_free, attention, on_gpu=on_gpu)
         for stock in ("sdpa", "eager"):
-            padded, padded_reason = self._fastest_right_path(Layout.padded, stock, on_gpu=False)
+            padded, padded_reason = self._fastest_correct_path(Layout.padded, stock, on_gpu=False)
             if padded is not None:
                 break
         return ProvenPaths(
@@ -254,9 +257,10 @@ class _Proof:
         )
 
     def _sequence_problem(self, path: ForwardPath | None, reason: str) -> str | None:
-        """Why rows may not be cut along the sequence; None if they may. Compared on the CPU, in the copy's type.
+        """Why rows may not be cut along the sequence, so that ranks share them; None if they may. Compared on the CPU.
 
-        `path` is the one that is proven for documents in one row. None: no path is, and `reason` says why.
+        `path` is the one that is proven for documents in one row; None if none is, for the given `reason`. If the comparison
+        fails on several documents in a row, it is made on a row with one document, whose reason tells a user more.
         """
         if path is None:
             return f"it is not proven padding-free ({reason})"
@@ -298,11 +302,11 @@ class _Proof:
 
         return sequence_proof.sequence_problem(forward, row, attention)
 
-    def _fastest_right_path(self, layout: Layout, attention: str, *, on_gpu: bool) -> tuple[ForwardPath | None, str]:
-        """(the fastest path that is right, empty text), or (None, why the fastest path is not right).
+    def _fastest_correct_path(self, layout: Layout, attention: str, *, on_gpu: bool) -> tuple[ForwardPath | None, str]:
+        """(the fastest path that is correct, empty text), or (None, why the fastest path is not correct).
 
-        A path is right if its loss and gradients agree with the stock model's in one of the types that are tried. Running out of
-        GPU memory is raised: it proves nothing.
+        A path is correct if its loss and gradients agree with the stock model's in one of the types that are tried. Running out
+        of GPU memory is raised: it proves nothing.
         """
         paths = list(FORWARD_PATHS)  # the fastest first
         if layout is Layout.padding_free:  # only positions tell the model where a document begins
@@ -325,19 +329,20 @@ class _Proof:
         return None, reasons[0]
 
     def _difference_from_stock(self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype) -> str:
-        """How a path differs from the stock model, in words; empty if it does not."""
+        """How a path's loss or gradients differ from the stock model's, as a sentence; empty if they do not.
+
+        In bfloat16 (on a GPU) packages with kernels are used as in a run; in other types, torch's own code.
+        """
         if dtype is not torch.bfloat16:
             with without_kernel_packages():
                 return self._compare_with_stock(layout, path, attention, dtype)
         return self._compare_with_stock(layout, path, attention, dtype)
 
     def _compare_with_stock(self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype) -> str:
-        """Run a path on the documents together, and describe how its loss or gradients differ; empty if they do not."""
+        """`_difference_from_stock`, with the kernels that can be imported now."""
         # Build the model on this path, with the stock model's weights.
         in_half = dtype is torch.bfloat16
-        tolerance = TOLERANCE
-        if in_half:
-            tolerance = HALF_TOLERANCE
+        tolerance = HALF_TOLERANCE if in_half else TOLERANCE
         model = self._build(attention, dtype)
         model.load_state_dict(self.weights)
         model.forward_path = path
@@ -362,7 +367,7 @@ class _Proof:
         difference = abs(float(loss) - float(self.stock_loss)) / float(self.stock_loss)
         if not difference <= tolerance:  # a NaN is no agreement
             return f"the loss differs by {difference:.1e} from that of the documents in separate rows"
-        difference = self._gradient_distance(_gradients(plain_model(model)))
+        difference = self._gradient_distance(_gradients_by_name(plain_model(model)))
         if difference <= tolerance or (difference <= MAX_ROUNDING and difference <= self._stock_rounding()):
             return ""
         return f"gradients differ by {difference:.1e} from those of the documents in separate rows"
@@ -390,11 +395,11 @@ class _Proof:
         return self._rounding
 
 
-def fails_on_tokens(plain: Any) -> str:
-    """The error of a model (on meta) that is given tokens and nothing else; empty if it accepts them.
+def error_on_tokens_alone(plain: Any) -> str:
+    """The error that a model (on meta) raises if it is given tokens and nothing else; empty if it accepts them.
 
-    A decoder that reads another model's states refuses, for example. Errors that come from having no values on meta do
-    not count.
+    A decoder that reads another model's states raises one, for example. Only ValueError and TypeError count: others come from
+    tensors that have no values on meta.
     """
     try:
         plain.train()(input_ids=torch.zeros(1, 23, dtype=torch.int64, device="meta"), use_cache=False)
@@ -405,5 +410,6 @@ def fails_on_tokens(plain: Any) -> str:
     return ""
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def _gradients_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients of a model's parameters; a parameter without one is left out."""
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

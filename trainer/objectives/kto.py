@@ -127,8 +127,8 @@ class RatedDataSpec(UnlabelledDataSpec):
 
     def check(self, train: TokenDataset) -> None:
         """Raise DataError if all answers have the same verdict: nothing could be told apart, and a column may be read wrongly."""
-        desirable = _count(train, DESIRABLE)
-        undesirable = _count(train, UNDESIRABLE)
+        desirable = _num_answers_with_verdict(train, DESIRABLE)
+        undesirable = _num_answers_with_verdict(train, UNDESIRABLE)
         if (desirable and undesirable) or not len(train):
             return
         verdict = UNDESIRABLE
@@ -151,8 +151,8 @@ class RatedDataSpec(UnlabelledDataSpec):
         return f"verdict: {DESIRABLE if sample.marks[DESIRABLE] else UNDESIRABLE}"
 
 
-def _count(train: TokenDataset, verdict: str) -> int:
-    """How many answers of a prepared split have a verdict."""
+def _num_answers_with_verdict(train: TokenDataset, verdict: str) -> int:
+    """How many answers of a prepared split have the verdict, `desirable` or `undesirable`."""
     if verdict not in train.counts:
         return 0
     return int(train.counts[verdict].sum())
@@ -204,15 +204,15 @@ def partner_index(dataset: TokenDataset, index: int) -> int:
 def mismatched_sample(dataset: TokenDataset, index: int) -> Sample:
     """The prompt of sequence `index` with the answer of its partner, no longer than the longest sequence of the data."""
     prompt = _prompt_ids(dataset.sample(index))
-    donor = dataset.sample(partner_index(dataset, index))
-    answer_begin = len(_prompt_ids(donor))
-    room = max(1, int(dataset.lengths.max()) - len(prompt))
-    answer = donor.input_ids[answer_begin:][:room]
-    answer_supervised = donor.supervised[answer_begin:][:room]
+    partner = dataset.sample(partner_index(dataset, index))
+    answer_begin = len(_prompt_ids(partner))
+    max_answer_tokens = max(1, int(dataset.lengths.max()) - len(prompt))
+    answer = partner.input_ids[answer_begin:][:max_answer_tokens]
+    answer_supervised = partner.supervised[answer_begin:][:max_answer_tokens]
     marks = {}
-    recorded = dataset.marks.get(REFERENCE_AHEAD)
-    if recorded is not None:
-        marks[REFERENCE] = recorded[index].item()
+    recorded_logps = dataset.marks.get(REFERENCE_AHEAD)  # of mismatched samples, under the reference model
+    if recorded_logps is not None:
+        marks[REFERENCE] = recorded_logps[index].item()
     input_ids = np.concatenate([prompt, answer])
     supervised = np.concatenate([np.zeros(len(prompt), np.bool_), answer_supervised])
     return Sample(input_ids, supervised, marks)

@@ -23,7 +23,7 @@ from trainer.model.kernels import missing_kernels
 from trainer.model.layout import KERNELS_BY_SETTING, AttentionLayout, KernelChoices, resolve_layout
 from trainer.model.tied_heads import untied_as_stored
 from trainer.objectives.causal import STOCK_PATH, ForwardPath
-from trainer.objectives.forward_path import ProvenPaths, fails_on_tokens, proven_paths
+from trainer.objectives.forward_path import ProvenPaths, error_on_tokens_alone, proven_paths
 from trainer.objectives.pooled_proof import pooling_problem
 
 
@@ -62,7 +62,10 @@ class Proofs:
     def eager_model(self) -> Any:
         """The model on meta, with dropout as the run has it, in eager attention."""
         with meta_context():
-            return architecture(ModelKind.causal, copy.deepcopy(self.settings), self.config, "eager", "sft")[0]
+            model, _ = architecture(
+                ModelKind.causal, copy.deepcopy(self.settings), self.config, attention="eager", objective="sft"
+            )
+        return model
 
     def choose_path(self, arrangement: AttentionLayout) -> ForwardPath:
         """The proven forward path of an arrangement. Adds notes to `arrangement.notes`, for example if it is not the fastest.
@@ -101,7 +104,7 @@ class Proofs:
 
     def _refuse_without_tokens(self) -> None:
         """Raise ConfigError for a model that cannot be given tokens and nothing else."""
-        refusal = fails_on_tokens(self.eager_model())
+        refusal = error_on_tokens_alone(self.eager_model())
         if refusal:
             raise ConfigError(
                 f"model.path={self.config.path}: a {self.settings.model_type} cannot be trained on texts alone: plain "
@@ -111,7 +114,7 @@ class Proofs:
 
 
 def _alternatives_to_causal(settings: Any) -> list[str]:
-    """Texts of what can be done instead of predicting tokens with a model that sees ahead, such as `take a causal model`."""
+    """What to do instead with a model whose tokens see what follows them, as texts for an error: `take a causal model`."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     alternatives = ["take a causal model"]
@@ -122,25 +125,26 @@ def _alternatives_to_causal(settings: Any) -> list[str]:
     return alternatives
 
 
-def _kernels(
+def _kernel_choices(
     config: ModelConfig, settings: Any, build_eager: Callable[[], Any] | None, *, half_on_gpu: bool
 ) -> KernelChoices:
-    """Which attention kernels could run this model on this machine, or on a GPU that a plan means, and why others could not.
+    """Why FlashAttention and FlexAttention cannot run this model, each None if it can; and which of them is to be tried first.
 
-    `build_eager` builds a causal model on meta; None for other kinds of models, which use no FlexAttention.
+    Asked for this machine, or for the GPU that a plan means. `settings`: transformers' configuration. `build_eager` builds a
+    causal model on meta; None for other kinds of models, which use no FlexAttention.
     """
     gpu = gpu_of_device(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
     no_flash = why_not_flash(settings, gpu, half=half_on_gpu, dropout=config.dropout)
     if build_eager is None:
         return KernelChoices(no_flash, "it is for objectives over next tokens")
-    if not half_on_gpu:  # without building the model
+    if not half_on_gpu:  # FlexAttention needs half precision on a GPU, so the model need not be looked at
         return KernelChoices(no_flash, flex.REQUIREMENTS)
     model = build_eager()
     no_flex = flex.why_not_flex(model, head_sizes(settings), dropout=config.dropout)
     return KernelChoices(no_flash, no_flex, flex_first=flex.needs_eager(model, text_settings(settings)))
 
 
-def causal_model(
+def build_causal_model(
     config: ModelConfig,
     settings: Any,
     layout: Layout,
@@ -149,9 +153,11 @@ def causal_model(
     half_on_gpu: bool,
     context: AbstractContextManager[None],
 ) -> tuple[Any, AttentionLayout]:
-    """(the plain model on meta with its forward path set, its arrangement).
+    """Choose layout, attention kernel and forward path of a causal model, and build it; returns (the plain model, those).
 
-    `needs_padding`: the tuning method needs a row for each document, and hidden states. Raises ConfigError.
+    The model is built within `context`, which puts it on meta. Sets its attributes `forward_path` and `beside_text`.
+    `settings`: transformers' configuration. `layout`: that of the settings. `needs_padding`: the tuning method needs a row for
+    each document, and hidden states. Raises ConfigError.
     """
     # The layout of documents in rows, the kernel and the forward path.
     proofs = Proofs(config, settings, half_on_gpu=half_on_gpu)
@@ -161,7 +167,7 @@ def causal_model(
         settings.model_type,
         unproven=proofs.why_not_one_row,
         needs_padding=needs_padding,
-        kernels=_kernels(config, settings, proofs.eager_model, half_on_gpu=half_on_gpu),
+        kernels=_kernel_choices(config, settings, proofs.eager_model, half_on_gpu=half_on_gpu),
     )
     if arrangement.layout is Layout.padded and config.attention is Attention.auto:
         arrangement = replace(arrangement, attention=proofs.paths(NAME).stock)
@@ -195,7 +201,7 @@ def causal_model(
     return model, replace(arrangement, attention=kernel)
 
 
-def padded_model(
+def build_padded_model(
     kind: ModelKind,
     config: ModelConfig,
     settings: Any,
@@ -205,20 +211,21 @@ def padded_model(
     *,
     half_on_gpu: bool,
 ) -> tuple[Any, AttentionLayout]:
-    """(a classifier or encoder-decoder model on meta, the layout of its rows and its attention kernel): one document a row.
+    """Build a classifier or an encoder-decoder model; returns (the model, the layout of its rows and its attention kernel).
 
-    Only a classifier with `layout` padding_free has rows of several documents (`pooled_model`), which ranks may share.
-    `settings`: transformers' configuration. The model is built within `context`. Raises ConfigError.
+    Each row is one document. Only a classifier with `layout` padding_free has rows of several documents
+    (`build_pooled_model`), which ranks may share. The model is built within `context`, which puts it on meta. `settings`:
+    transformers' configuration. Raises ConfigError.
     """
     if kind is ModelKind.classifier and layout is Layout.padding_free:
-        return pooled_model(config, settings, context, objective)
+        return build_pooled_model(config, settings, context, objective)
     arrangement = resolve_layout(
         config,
         layout,
         settings.model_type,
         unproven=lambda _: "",
         needs_padding=True,
-        kernels=_kernels(config, settings, None, half_on_gpu=half_on_gpu),
+        kernels=_kernel_choices(config, settings, None, half_on_gpu=half_on_gpu),
     )
     with context:
         model, kernel = architecture(kind, settings, config, arrangement.attention, objective)
@@ -227,15 +234,16 @@ def padded_model(
     return model, replace(arrangement, attention=kernel)
 
 
-def why_not_shared(config: ModelConfig, settings: Any, *, half_on_gpu: bool) -> str | None:
-    """Why ranks cannot share rows of a causal model (`parallel.sequence`); None if they can, with one of the kernels here.
+def why_rows_cannot_be_shared(config: ModelConfig, settings: Any, *, half_on_gpu: bool) -> str | None:
+    """Why ranks cannot share rows of a causal model (`parallel.sequence`); None if they can with one of the attention kernels.
 
+    The kernels are that of `model.attention`, or for `auto` all that could run the model here; the reason is that of the first.
     `settings`: transformers' configuration of the model.
     """
     proofs = Proofs(config, settings, half_on_gpu=half_on_gpu)
     kernels = KERNELS_BY_SETTING.get(config.attention)
     if kernels is None:
-        kernels = _kernels(config, settings, proofs.eager_model, half_on_gpu=half_on_gpu).in_order()
+        kernels = _kernel_choices(config, settings, proofs.eager_model, half_on_gpu=half_on_gpu).in_order()
     problems = []
     for kernel in kernels:
         problem = proofs.paths(kernel).sequence_problem
@@ -245,7 +253,7 @@ def why_not_shared(config: ModelConfig, settings: Any, *, half_on_gpu: bool) -> 
     return problems[0]
 
 
-def why_not_pooled(config: ModelConfig, settings: Any, objective: str) -> str | None:
+def why_pooled_rows_cannot_be_shared(config: ModelConfig, settings: Any, objective: str) -> str | None:
     """Why ranks cannot share rows of a classifier (`parallel.sequence`); None if they can.
 
     `settings`: transformers' configuration of the model.
@@ -255,22 +263,24 @@ def why_not_pooled(config: ModelConfig, settings: Any, objective: str) -> str | 
 
     def build() -> Any:
         with meta_context():
-            return architecture(ModelKind.classifier, copy.deepcopy(settings), config, "eager", objective)[0]
+            model, _ = architecture(ModelKind.classifier, copy.deepcopy(settings), config, "eager", objective)
+        return model
 
     if config.attention not in (Attention.auto, Attention.varlen):
         return f"a classifier has the built-in attention kernel alone, and model.attention={config.attention}"
     return pooling_problem(settings, build, NAME)
 
 
-def pooled_model(
+def build_pooled_model(
     config: ModelConfig, settings: Any, context: AbstractContextManager[None], objective: str
 ) -> tuple[Any, AttentionLayout]:
-    """(a classifier for documents one after another in a row, its arrangement): the model on meta.
+    """Build a classifier for rows of several documents; returns (the model, the layout of its rows and its attention kernel).
 
-    For `parallel.sequence`, where ranks share the rows. `settings`: transformers' configuration. The model is built within
-    `context`. If the architecture is not proven for it, the arrangement says why.
+    For `parallel.sequence`, with which ranks share the rows. The model is built within `context`, which puts it on meta.
+    `settings`: transformers' configuration. If the architecture is not proven for such rows, the second value's
+    `sequence_problem` says why.
     """
-    problem = why_not_pooled(config, settings, objective)
+    problem = why_pooled_rows_cannot_be_shared(config, settings, objective)
     with context:
         model, kernel = architecture(ModelKind.classifier, settings, config, NAME, objective)
     return model, AttentionLayout(Layout.padding_free, kernel, {}, sequence_problem=problem)

@@ -66,65 +66,69 @@ class Policy(Objective):
         """The terms that the class lists. All ranks that share rows must call. A micro-batch may hold no learned token."""
         config = self.config
         head, hidden, targets = supervised_rows(model, batch)
-        now, entropy = row_logps(head, hidden, targets, config.rollout.temperature)
-        # The probability of each token now over that before the update, or over whole answers.
+        logps, entropy = row_logps(head, hidden, targets, config.rollout.temperature)
+        # The probability of each token now over that before the round's first update, or over whole answers.
         advantages = batch[ADVANTAGES]
-        old = batch.get(OLD_LOGPS)
-        if old is None:
-            old = now.detach()
-        log_ratio = now - old
+        old_logps = batch.get(OLD_LOGPS)
+        if old_logps is None:  # a round of one step, which no update precedes
+            old_logps = logps.detach()
+        log_ratio = logps - old_logps
         if config.importance_level is ImportanceLevel.sequence:
             log_ratio = _answer_means(log_ratio, batch)
         ratio = log_ratio.exp()
 
         # The loss of each token, and what is only logged.
-        losses = self._policy_losses(ratio, now, advantages)
-        token_means = {ENTROPY: entropy, WRITER_DIFFERENCE: (old - batch[WRITER_LOGPS]).abs()}
+        losses = self._policy_losses(ratio, logps, advantages)
+        token_means = {ENTROPY: entropy, WRITER_DIFFERENCE: (old_logps - batch[WRITER_LOGPS]).abs()}
         if self.uses_kl:
-            difference = batch[REFERENCE_LOGPS] - now
-            token_means[KL] = _k3(difference)
+            reference_log_ratio = batch[REFERENCE_LOGPS] - logps
+            token_means[KL] = _k3_estimate(reference_log_ratio)
             if config.kl.place is KlPlace.loss:
-                losses = losses + config.kl.weight * _divergence(difference, ratio, config.kl.estimator)
-        low, high = self._clipped(ratio, advantages)
-        token_means |= {LOW_CLIPPED: low, HIGH_CLIPPED: high, CLIPPED: low + high}
+                losses = losses + config.kl.weight * _kl_estimates(reference_log_ratio, ratio, config.kl.estimator)
+        is_low_clipped, is_high_clipped = self._clipped_masks(ratio, advantages)
+        token_means |= {
+            LOW_CLIPPED: is_low_clipped,
+            HIGH_CLIPPED: is_high_clipped,
+            CLIPPED: is_low_clipped + is_high_clipped,
+        }
 
         # The loop divides each term by the step's count of `loss`; this factor makes it a mean over learned tokens instead.
         totals = batch["totals"]
-        factor = totals["loss"] / max(1, totals["tokens"])
+        mean_factor = totals["loss"] / max(1, totals["tokens"])
         terms = {"loss": (losses * batch[LOSS_WEIGHTS]).sum()}
         for name, values in token_means.items():
-            terms[name] = values.detach().float().sum() * factor
+            terms[name] = values.detach().float().sum() * mean_factor
         return terms
 
-    def _policy_losses(self, ratio: Tensor, now: Tensor, advantages: Tensor) -> Tensor:
-        """`[N]`: each token's loss, without the divergence from the reference.
+    def _policy_losses(self, ratio: Tensor, logps: Tensor, advantages: Tensor) -> Tensor:
+        """`[N]`: each token's loss, without the divergence from the reference, by `clip_form` (formulas: see the module).
 
-        `ratio`: probability of the token now over that when it was written. `now`: its log-probability now. `advantages`: how
-        much better its answer scored than others.
+        `ratio`: the token's probability now over that before the round's first update. `logps`: its log-probability now.
+        `advantages`: how much better its answer scored than others.
         """
         config = self.config
         if config.clip_form is ClipForm.none:
             return -ratio * advantages
         if config.clip_form is ClipForm.cispo:
-            return -ratio.detach().clamp(max=config.upper_clip) * advantages * now
-        bounded = ratio.clamp(1 - config.clip, 1 + config.upper_clip)
+            return -ratio.detach().clamp(max=config.upper_clip) * advantages * logps
+        clipped_ratio = ratio.clamp(1 - config.clip, 1 + config.upper_clip)
         if config.clip_negative is not None:
             # With a positive advantage the minimum takes the tighter bound above anyway.
             ratio = ratio.clamp(max=config.clip_negative)
-        return -torch.minimum(ratio * advantages, bounded * advantages)
+        return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
 
-    def _clipped(self, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        """(below, above), `[N]` bool each: whether clipping at that bound takes the gradient from a token.
+    def _clipped_masks(self, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        """(at the lower bound, at the upper bound), `[N]` bool each: whether clipping takes the gradient from a token.
 
         - `none`: no token. `cispo`: above the upper bound, with a positive advantage.
         - else, as PPO: below the lower bound with a negative advantage, above the upper one with a positive advantage.
         """
         config = self.config
-        none = torch.zeros_like(ratio, dtype=torch.bool)
+        no_token = torch.zeros_like(ratio, dtype=torch.bool)
         if config.clip_form is ClipForm.none:
-            return none, none
+            return no_token, no_token
         if config.clip_form is ClipForm.cispo:
-            return none, (ratio > config.upper_clip) & (advantages > 0)
+            return no_token, (ratio > config.upper_clip) & (advantages > 0)
         low = (ratio < 1 - config.clip) & (advantages < 0)
         high = (ratio > 1 + config.upper_clip) & (advantages > 0)
         return low, high
@@ -142,16 +146,22 @@ def _answer_means(values: Tensor, batch: dict[str, Any]) -> Tensor:
     return (sums / batch[ANSWER_LENGTHS].clamp(min=1))[row_sequence]
 
 
-def _k3(difference: Tensor) -> Tensor:
-    """The estimate of KL(now, reference) whose gradient GRPO takes, for `difference` = reference - now; never negative."""
-    return torch.expm1(difference) - difference
+def _k3_estimate(reference_log_ratio: Tensor) -> Tensor:
+    """`[N]`: Schulman's estimate k3 of KL(policy, reference) for each token, exp(d) - 1 - d; never negative.
+
+    `reference_log_ratio` (d): the token's log-probability under the reference model minus that under the policy.
+    """
+    return torch.expm1(reference_log_ratio) - reference_log_ratio
 
 
-def _divergence(difference: Tensor, ratio: Tensor, estimator: KlEstimator) -> Tensor:
-    """`[N]`: the estimate of the divergence that is added to the loss."""
+def _kl_estimates(reference_log_ratio: Tensor, ratio: Tensor, estimator: KlEstimator) -> Tensor:
+    """`[N]`: the estimate of KL(policy, reference) that is added to each token's loss.
+
+    `ratio`: the token's probability now over that before the round's first update.
+    """
     if estimator is KlEstimator.k2:
-        return difference.square() / 2
+        return reference_log_ratio.square() / 2
     if estimator is KlEstimator.k3_corrected:
-        # The expectation is over the old policy, which wrote the answer (DeepSeek-V3.2, arXiv:2512.02556).
-        return _k3(difference) * ratio
-    return _k3(difference)
+        # The expectation is over the old policy, which generated the answer (DeepSeek-V3.2, arXiv:2512.02556).
+        return _k3_estimate(reference_log_ratio) * ratio
+    return _k3_estimate(reference_log_ratio)

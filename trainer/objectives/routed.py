@@ -21,7 +21,7 @@ from trainer.model.routing import (
     number_experts,
     record_hidden,
     record_logits,
-    watching,
+    recording_routing,
 )
 from trainer.objectives.causal import forward_pass, plain_model
 
@@ -35,13 +35,13 @@ class AddedLosses:
     """Number of experts of each layer that has some."""
     num_frozen_biases: int = 0
     """Number of biases that balance experts; they are frozen."""
-    logit_z: float = 0.0
+    logit_z_coefficient: float = 0.0
     """Weight of the z-loss of the output's logits; 0 leaves it out."""
 
     @property
     def changes_loss(self) -> bool:
         """Whether anything is added to the loss."""
-        return bool(self.router_losses or self.logit_z)
+        return bool(self.router_losses or self.logit_z_coefficient)
 
     def with_added_terms(
         self, model: nn.Module, compute: Callable[[], dict[str, Tensor]], batch: dict[str, Any]
@@ -61,7 +61,7 @@ class AddedLosses:
             return compute()
         token_ids = batch["input_ids"]
         expert_tokens = self._empty_expert_tokens(token_ids) if self.experts_by_layer else None
-        with watching(RoutingRecord(_token_mask(batch), expert_tokens)) as record:
+        with recording_routing(RoutingRecord(_token_mask(batch), expert_tokens)) as record:
             terms = compute()
         if expert_tokens is not None:
             terms[EXPERT_TOKENS] = expert_tokens  # the hooks have counted into it
@@ -69,9 +69,9 @@ class AddedLosses:
         step_tokens = batch.get("step_tokens", token_ids.numel())
         if self.router_losses:
             terms |= self.router_losses.terms(record, self._expert_choices(record, batch), step_tokens)
-        if self.logit_z:
+        if self.logit_z_coefficient:
             z_loss = _logit_z_loss(model, record, step_tokens)
-            terms[ADDED_LOSS] = self.logit_z * z_loss + terms.get(ADDED_LOSS, 0.0)
+            terms[ADDED_LOSS] = self.logit_z_coefficient * z_loss + terms.get(ADDED_LOSS, 0.0)
             terms["logits/z_loss"] = z_loss.detach()
         return terms
 
@@ -84,9 +84,10 @@ class AddedLosses:
         return expert_tokens
 
     def _expert_choices(self, record: RoutingRecord, batch: dict[str, Any]) -> Tensor | None:
-        """[experts]: how many tokens of the whole step chose each expert; None without a balancing loss.
+        """[experts]: how many tokens of the whole step chose each expert, for the balancing loss; None without that loss.
 
-        All ranks must call.
+        With one micro-batch, the counts of this forward pass (`record`) are summed over ranks. With several, they were counted
+        before the step, in `batch["choices"]`. All ranks must call.
         """
         if not self.router_losses.balance:
             return None
@@ -99,7 +100,7 @@ class AddedLosses:
 
     def choices(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """How many tokens of a micro-batch chose each expert, in a forward pass of its own without gradients."""
-        with watching(RoutingRecord(_token_mask(batch), without_gradients=True)) as record:
+        with recording_routing(RoutingRecord(_token_mask(batch), without_gradients=True)) as record:
             forward_pass(model, batch)
         return {"choices": self.router_losses.choices(record)}
 
@@ -115,9 +116,9 @@ class AddedLosses:
             )
         if self.router_losses.z:
             lines.append(f"routers: z-loss times {self.router_losses.z:g}, the mean over tokens and layers")
-        if self.logit_z:
+        if self.logit_z_coefficient:
             lines.append(
-                f"logits: z-loss times {self.logit_z:g}, the mean over tokens, as the model's configuration asks"
+                f"logits: z-loss times {self.logit_z_coefficient:g}, the mean over tokens, as the model's configuration asks"
             )
         if self.num_frozen_biases:
             lines.append("routers: the biases that balance their experts stay as they were loaded")
@@ -147,11 +148,12 @@ def _token_mask(batch: dict[str, Any]) -> Tensor | None:
 def added_losses(
     config: ModelConfig, settings: Any, plain: nn.Module, model: nn.Module, kind: ModelKind
 ) -> tuple[AddedLosses | None, dict[str, str]]:
-    """Hook the tuned `model` so that its added losses can be computed, and freeze biases that balance experts.
+    """Add hooks to the tuned `model` so that its added losses can be computed, and freeze the biases that balance experts.
 
-    Returns (the added losses, notes). The first is None for an encoder-decoder model, and if nothing is added and the model has
-    no experts. Notes, by setting, say what the configuration asks for and does not get. `settings`: transformers' configuration.
-    `plain`: the model before tuning. Raises ConfigError for settings that the model cannot follow.
+    Returns (the added losses, notes). The first is None for an encoder-decoder model, which gets neither hooks nor frozen biases,
+    and for a model without experts to which nothing is added. Notes, by setting, say what the configuration asks for and does
+    not get. `settings`: transformers' configuration. `plain`: the model before tuning. Raises ConfigError for settings that the
+    model cannot follow.
     """
     router_losses, routers, notes = losses_of(config, settings, plain, kind)
     if kind is ModelKind.encoder_decoder:
@@ -159,20 +161,26 @@ def added_losses(
     root = plain_model(model)
     if router_losses:
         record_logits(root, routers)
-    logit_z = 0.0
+    logit_z_coefficient = 0.0
     if kind is ModelKind.causal:
-        logit_z = logit_z_weight(settings)
-    if logit_z and not root.forward_path.fused:  # type: ignore[union-attr]
-        notes["model.z_loss_coefficient"] = f"0 instead of {logit_z:g}: the model's own forward pass makes its logits"
-        logit_z = 0.0
-    if logit_z:
+        logit_z_coefficient = logit_z_weight(settings)
+    if logit_z_coefficient and not root.forward_path.fused:  # type: ignore[union-attr]
+        notes["model.z_loss_coefficient"] = (
+            f"0 instead of {logit_z_coefficient:g}: the model's own forward pass makes its logits"
+        )
+        logit_z_coefficient = 0.0
+    if logit_z_coefficient:
         record_hidden(root.get_decoder())  # type: ignore[operator]
-    biases = balancing_biases(root)
+    bias_names = balancing_biases(root)
     for name, parameter in root.named_parameters():
-        if name in biases:
+        if name in bias_names:
             parameter.requires_grad_(False)
-    experts = number_experts(root)
-    added = AddedLosses(router_losses, experts, len(biases), logit_z)
-    if added.changes_loss or experts or biases:
+    added = AddedLosses(
+        router_losses=router_losses,
+        experts_by_layer=number_experts(root),
+        num_frozen_biases=len(bias_names),
+        logit_z_coefficient=logit_z_coefficient,
+    )
+    if added.changes_loss or added.experts_by_layer or bias_names:
         return added, notes
     return None, notes

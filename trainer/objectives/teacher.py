@@ -14,13 +14,17 @@ from trainer.objectives.causal import plain_model, supervised_rows
 
 
 class Teacher(Protocol):
-    """Gives the hidden states (and the head) from which the teacher's distribution over the vocabulary is made.
+    """Gives the hidden states (and the head) from which the teacher's distribution over the vocabulary is computed.
 
-    Not the distribution itself: the loss makes it inside the head, a chunk of rows at a time.
+    Not the distribution itself: the loss computes it inside the head, a chunk of rows at a time.
     """
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
-        """(head, None for the student's own; states `[M, H]` at the supervised rows of `batch`), without gradients."""
+        """(the teacher's head, its hidden states), without gradients. `model` is the student.
+
+        The head is None if the teacher has the student's own. The states are `[M, H]`: M supervised rows of `batch`, which
+        predict a target, and H the width of the model.
+        """
 
 
 class NoTeacher:
@@ -50,19 +54,20 @@ class AdapterOff:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
-        """(the head, hidden states `[M, H]`) of the base model, without gradients; no head (None) if it is not trained.
+        """(the head before training, hidden states), as `Teacher`: those of `model` with its adapters off, without dropout.
 
-        The base model is `model` with its adapters off and without dropout.
+        The head is None if it is not trained, since then the student's is the same.
         """
-        training = model.training
+        was_training = model.training
         model.eval()
         try:
             with self.reference(model):
                 head, hidden, _ = supervised_rows(model, batch)
         finally:
-            model.train(training)
-        # Where the head trains in full (`modules_to_save`), peft keeps the original beside the trained copy.
-        return getattr(head, "original_module", None), hidden
+            model.train(was_training)
+        # peft wraps a head that trains in full (`modules_to_save`), and keeps the original beside the trained copy.
+        head_before_training = getattr(head, "original_module", None)
+        return head_before_training, hidden
 
 
 def teacher_of(references: ReferenceModels) -> Teacher:
@@ -82,8 +87,8 @@ def check_head(model: nn.Module, setting: str) -> None:
     head: Any = plain_model(model).get_output_embeddings()  # type: ignore[operator]
     if isinstance(head, LossHead):
         return
-    copies = getattr(head, "modules_to_save", {})  # of a head that peft trains in full
-    if len(copies) and all(isinstance(copy, LossHead) for copy in copies.values()):
+    trained_copies = getattr(head, "modules_to_save", {})  # of a head that peft trains in full
+    if len(trained_copies) and all(isinstance(copy, LossHead) for copy in trained_copies.values()):
         return
     raise ConfigError(
         f"{setting}: compares distributions inside the output head, which here is no plain linear layer "
