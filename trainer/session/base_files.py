@@ -152,8 +152,8 @@ def use_recorded_base(
     """Pin `config` to the base that the run in `run_dir` was trained on, and compare the base's files with the recorded digests.
 
     Sets `config.model.revision` of a hub id to the commit that the run resolved it to. `with_teacher` and `needs_initial_model`
-    are those of `base_difference_lines`. Returns the differences that were accepted, as lines. Raises ConfigError, with a line for
-    each file, if the base is another one and `accept` has no `base`; and for a base that is not on this machine.
+    are those of `base_difference_lines`. Returns the differences that were accepted, as lines. Raises ConfigError, with a line
+    for each file, if the base is another one and `accept` has no `base`; and for a base that is not on this machine.
     """
     pin_commit(config, run_dir)
     weights_directory(config.model)  # a missing base is an error that `accept` does not cover
