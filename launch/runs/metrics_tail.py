@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from strategies import atomic_io
-from trainer.reporting.metric_rows import rows_in
+from trainer.reporting.metric_rows import readable_rows
 
 TAIL_BYTES = 2**16
 """Bytes at the end of the file that are read for the last rows."""
@@ -33,7 +33,7 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
     except OSError:
         return []
     begins_within_line = start > 0
-    return rows_in(lines[1:] if begins_within_line else lines)
+    return readable_rows(lines[1:] if begins_within_line else lines)
 
 
 def loss_curve(path: Path, num_samples: int) -> list[float]:
@@ -49,7 +49,7 @@ def loss_curve(path: Path, num_samples: int) -> list[float]:
                 start = size * sample_index // num_samples
                 lines = os.pread(descriptor, SAMPLE_BYTES, start).split(b"\n")
                 begins_within_line = start > 0
-                rows = rows_in(lines[1:] if begins_within_line else lines)
+                rows = readable_rows(lines[1:] if begins_within_line else lines)
                 step_row = next((row for row in rows if "loss" in row), None)  # the row of an evaluation has none
                 if step_row is None:
                     continue

@@ -7,7 +7,7 @@ import pytest
 from strategies.errors import ConfigError
 from trainer.reporting.file_version import FILE_VERSION, version_of
 from trainer.reporting.jsonl import JsonlTracker
-from trainer.reporting.metric_rows import read_rows, rows_in
+from trainer.reporting.metric_rows import read_rows, readable_rows
 
 
 @pytest.mark.parametrize(("tree", "version"), [({}, 0), ({"version": 0}, 0), ({"version": FILE_VERSION}, FILE_VERSION)])
@@ -55,7 +55,7 @@ def test_metrics_version_is_taken_for_a_metric_by_no_reader(tmp_path):
     assert metrics.version == FILE_VERSION
     assert (
         metrics.rows
-        == rows_in(path.read_bytes().splitlines())
+        == readable_rows(path.read_bytes().splitlines())
         == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1 / 3}]
     )
 

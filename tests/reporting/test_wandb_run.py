@@ -33,7 +33,7 @@ from trainer.reporting.status import State
 from trainer.reporting.trackers import reachable, weights_and_biases
 from trainer.reporting.trackers.base import RunEnding
 from trainer.reporting.trackers.environment import apply_environment
-from trainer.reporting.trackers.reachable import unreachable
+from trainer.reporting.trackers.reachable import unreachable_reason
 from trainer.reporting.tracking import open_trackers, summary_of
 from trainer.session.lease import LeaseLost
 
@@ -297,12 +297,14 @@ def test_wandb_online_without_a_network_is_offline_and_says_so(site):
 def test_wandb_server_that_accepts_and_never_answers_is_unreachable(monkeypatch):
     monkeypatch.setattr(reachable, "ANSWER_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        assert "no answer within" in unreachable(f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert "no answer within" in unreachable_reason(f"http://127.0.0.1:{server.getsockname()[1]}")
     monkeypatch.setattr(reachable, "LIMIT_S", 0.2)
     found = threading.Event()
     monkeypatch.setattr(reachable, "_request_problem", lambda address: found.wait() and None)
     try:
-        assert "no answer within" in unreachable("http://name.of.a.dead.server"), "while its name is still looked up"
+        assert "no answer within" in unreachable_reason("http://name.of.a.dead.server"), (
+            "while its name is still looked up"
+        )
     finally:
         found.set()
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from strategies.compat.modules import is_compiled
-from trainer.reporting.step_times import now, seconds_between
+from trainer.reporting.step_times import moment_on_device, seconds_between
 
 
 def timed_modules(blocks: list[nn.Module], *, has_collectives_inside: bool) -> list[nn.Module]:
@@ -35,12 +35,12 @@ def timed_modules(blocks: list[nn.Module], *, has_collectives_inside: bool) -> l
         # DeepSpeed marks the parameters that it partitions by an id.
         is_partitioned = is_partitioned or any(hasattr(parameter, "ds_id") for parameter in block.parameters())
         modules += block.modules()
-    # A module of spread experts has an `expert_share`.
-    own_parts = [module for module in modules if not hasattr(module, "expert_share")]
-    has_spread_experts = len(own_parts) < len(modules)
+    # A module of experts that are spread over ranks has an `expert_share`.
+    without_spread_experts = [module for module in modules if not hasattr(module, "expert_share")]
+    has_spread_experts = len(without_spread_experts) < len(modules)
     if not is_partitioned and not has_collectives_inside and not has_spread_experts:
         return blocks
-    return [module for module in own_parts if next(module.parameters(recurse=False), None) is not None]
+    return [module for module in without_spread_experts if next(module.parameters(recurse=False), None) is not None]
 
 
 @dataclass(slots=True)
@@ -49,11 +49,13 @@ class BlockTimer:
 
     device: torch.device
     is_on: bool = False
-    _begun: dict[nn.Module, Any] = field(default_factory=dict)
+    _start_by_module: dict[nn.Module, Any] = field(default_factory=dict)
+    """When each module began the pass that is under way."""
     _passes: list[tuple[Any, Any]] = field(default_factory=list)
+    """(start, end) of each pass since the last `read`; moments of `moment_on_device`."""
 
     def watch(self, blocks: list[nn.Module], *, has_collectives_inside: bool) -> None:
-        """Time these blocks from now on, inside of what strategies do around them."""
+        """Add hooks that time the passes of these blocks while `is_on`, without what strategies do around them."""
         for module in timed_modules(blocks, has_collectives_inside=has_collectives_inside):
             module.register_forward_pre_hook(self._begin)
             # First of all hooks, so that what strategies do after the block is not timed.
@@ -63,16 +65,18 @@ class BlockTimer:
         """Seconds of the passes timed since the last call; 0 if none were. Waits for the device."""
         passes = self._passes
         self._passes = []
-        self._begun.clear()
-        return sum(seconds_between(self.device, begun, ended) for begun, ended in passes)
+        self._start_by_module.clear()
+        return sum(seconds_between(self.device, start, end) for start, end in passes)
 
     def _begin(self, module: nn.Module, _: Any) -> None:
+        """The hook before a forward pass."""
         if self.is_on:
-            self._begun[module] = now(self.device)
+            self._start_by_module[module] = moment_on_device(self.device)
 
     def _end(self, module: nn.Module, *_: Any) -> None:
+        """The hook after a forward pass."""
         if not self.is_on:
             return
-        begun = self._begun.pop(module, None)
-        if begun is not None:  # None if timing was turned on during the pass
-            self._passes.append((begun, now(self.device)))
+        start = self._start_by_module.pop(module, None)
+        if start is not None:  # None if timing was turned on during the pass
+            self._passes.append((start, moment_on_device(self.device)))

@@ -75,13 +75,13 @@ class Console:
 
         `row`: the step's metrics, as in `metrics.jsonl`.
         """
-        line = " | ".join(_fields(row, schedule))
+        line = " | ".join(_progress_fields(row, schedule))
         self.note(line)
         if not self._live:
             if self.enabled:
                 print(line, flush=True)
             return
-        self._draw(_bar(row, schedule, self.width - 1))
+        self._draw(_progress_bar(row, schedule, self.width - 1))
         if row["step"] >= schedule.total_steps:
             self.leave()
 
@@ -92,14 +92,14 @@ class Console:
             self._bar = ""
 
     def _draw(self, bar: str) -> None:
-        """Put this text in the place of the bar; empty for none."""
+        """Replace the bar by this text, on the same line of the terminal; an empty text leaves none."""
         self._bar = bar
         if bar:
             sys.stdout.write(CLEAR + bar)
             sys.stdout.flush()
 
 
-def _fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
+def _progress_fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
     """The fields of a step in the order of a log's line, such as ["step 10/100", "loss 2.3100", "grad 0.912", ...].
 
     `row`: the step's metrics, as in `metrics.jsonl`; what it lacks is left out.
@@ -128,17 +128,17 @@ def _fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
     return fields
 
 
-def _bar(row: dict[str, Any], schedule: RunSchedule, width: int) -> str:
+def _progress_bar(row: dict[str, Any], schedule: RunSchedule, width: int) -> str:
     """A progress bar with the most important fields of a step beside it, as many as `width` columns have room for."""
     from rich.console import Console as Terminal
     from rich.progress_bar import ProgressBar
 
-    field_by_name = {field.split()[0]: field for field in _fields(row, schedule)}
+    field_by_name = {field.split()[0]: field for field in _progress_fields(row, schedule)}
     step_field = field_by_name["step"]
-    # Columns beside the step and a short bar, with a blank on either side of it.
+    # Columns that are left beside the step and a short bar, which has a blank on either side.
     room = width - MIN_BAR_WIDTH - 2 - len(step_field)
     other_fields = ""
-    for field in _by_importance(row, schedule, field_by_name):
+    for field in _bar_fields_by_importance(row, schedule, field_by_name):
         if len(other_fields) + 2 + len(field) > room:
             break
         other_fields += f"  {field}"
@@ -153,8 +153,11 @@ def _bar(row: dict[str, Any], schedule: RunSchedule, width: int) -> str:
     return f"{step_field} {drawn.get().rstrip()}{other_fields}"
 
 
-def _by_importance(row: dict[str, Any], schedule: RunSchedule, field_by_name: dict[str, str]) -> list[str]:
-    """Fields beside the bar, the most important first. `field_by_name`: a log line's, such as {"loss": "loss 2.3100"}."""
+def _bar_fields_by_importance(row: dict[str, Any], schedule: RunSchedule, field_by_name: dict[str, str]) -> list[str]:
+    """The fields beside the progress bar, the most important first; a field that the step does not have is left out.
+
+    `field_by_name`: the fields of the step's log line by their first word, such as {"loss": "loss 2.3100"}.
+    """
     next_evaluation = ""
     steps_left = schedule.total_steps - row["step"]
     if schedule.evaluate_every and steps_left > 0:

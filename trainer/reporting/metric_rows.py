@@ -69,25 +69,25 @@ def read_rows(path: Path) -> MetricRows:
                 content.unreadable.append(UnreadableLine(number, str(error), line))
             continue
         if VERSION_KEY in row:
-            content.version = _known_version(row, path)
+            content.version = _readable_version(row, path)
             del row[VERSION_KEY]
         content.rows.append(row)
         content.lines.append(line)
     return content
 
 
-def rows_in(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+def readable_rows(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     """The rows among some lines of a `metrics.jsonl`; lines that are cut off or broken are left out."""
     rows = []
     for line in lines:
         try:
-            rows.append(row_of(line))
+            rows.append(parse_row(line))
         except ValueError:
             continue
     return rows
 
 
-def _known_version(row: dict[str, Any], path: Path) -> int:
+def _readable_version(row: dict[str, Any], path: Path) -> int:
     """The version of the file, from its first row. Raises ConfigError if this code cannot read it."""
     try:
         return version_of(row)
@@ -95,7 +95,7 @@ def _known_version(row: dict[str, Any], path: Path) -> int:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
-def row_of(line: bytes) -> dict[str, Any]:
+def parse_row(line: bytes) -> dict[str, Any]:
     """The row that a line is, without the file's version. Raises ValueError with what is wrong, to follow "line 7"."""
     row = _parse_line(line)
     row.pop(VERSION_KEY, None)

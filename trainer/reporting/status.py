@@ -113,7 +113,7 @@ def _overwrite_in_place(path: Path, content: bytes) -> bool:
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """The content of `status.json`, empty where there is none that can be read."""
-    return _read(Path(run_dir) / "status.json")
+    return _read_json_object(Path(run_dir) / "status.json")
 
 
 def record_failure(
@@ -124,13 +124,14 @@ def record_failure(
     step: int | None = None,
     *,
     replace: bool = False,
-    **about: Any,
+    **process_fields: Any,
 ) -> bool:
     """Write why a run failed into `failure.json`, unless another rank was first; returns whether it was written.
 
     The first rank that fails is the cause, and the others fail because of it. The file appears whole or not at all; nothing is
     raised if the disk fails. `phase`: what the rank was doing. `replace`: overwrite what is there. The launcher does so if a rank
-    was killed, of which only its peers could write. `about`: fields of another process, if that one is the cause.
+    was killed, of which only its peers could write. `process_fields`: fields such as `host` and `pid` of another process, if that
+    one is the cause; they override those of this process.
     """
     record = {
         "rank": rank,
@@ -147,7 +148,7 @@ def record_failure(
         "traceback": redacted("".join(traceback.format_exception(error))),
         **start_of_job(),
         "time": time.time(),
-        **about,
+        **process_fields,
     }
     path = Path(run_dir) / "failure.json"
     content = json.dumps(record, indent=1).encode() + b"\n"
@@ -162,7 +163,7 @@ def record_failure(
 
 def read_failure(run_dir: Path) -> dict[str, Any]:
     """The content of `failure.json`, empty where there is none that can be read."""
-    return _read(Path(run_dir) / "failure.json")
+    return _read_json_object(Path(run_dir) / "failure.json")
 
 
 def clear_failure(run_dir: Path) -> None:
@@ -170,7 +171,8 @@ def clear_failure(run_dir: Path) -> None:
     (Path(run_dir) / "failure.json").unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if the file is missing, cannot be read, or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

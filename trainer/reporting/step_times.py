@@ -19,8 +19,11 @@ PARTS = ("forward_s", "backward_s", "optimizer_s")
 """Seconds of all micro-batches of a step, and of its update with clipping; communication is part of where it is waited for."""
 
 
-def now(device: torch.device) -> Any:
-    """This moment, for `seconds_between`: on a GPU an event of its stream, which waits for nothing, else the clock."""
+def moment_on_device(device: torch.device) -> Any:
+    """A mark of this moment, for `seconds_between`: a recorded event on a GPU, else the clock's seconds.
+
+    The event is reached when the GPU has computed what was queued before it. Recording it waits for nothing.
+    """
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -28,12 +31,12 @@ def now(device: torch.device) -> Any:
     return event
 
 
-def seconds_between(device: torch.device, begun: Any, ended: Any) -> float:
-    """Seconds between two moments of `now`. Waits for the device."""
+def seconds_between(device: torch.device, start: Any, end: Any) -> float:
+    """Seconds between two moments of `moment_on_device`. Waits until the device has reached `end`."""
     if device.type != "cuda":
-        return float(ended - begun)
-    ended.synchronize()
-    return float(begun.elapsed_time(ended)) / 1000
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000  # of milliseconds
 
 
 @dataclass(slots=True)
@@ -42,28 +45,28 @@ class PartTimes:
 
     device: torch.device
     _current_step: list[tuple[str, Any, Any]] = field(default_factory=list)
-    """(part, its begin, its end) of each pass of the step that is under way."""
+    """(part, its start, its end) of each pass of the step that is under way; moments of `moment_on_device`."""
     _steps: list[list[tuple[str, Any, Any]]] = field(default_factory=list)
 
     @contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        """Within it a pass of this part (one of `PARTS`) is timed; the update ends the step."""
-        begun = now(self.device)
+    def time_pass(self, part: str) -> Iterator[None]:
+        """A context in which one pass is timed. `part`: which of `PARTS` it is; the last of them (the update) ends the step."""
+        start = moment_on_device(self.device)
         yield
-        self._current_step.append((part, begun, now(self.device)))
+        self._current_step.append((part, start, moment_on_device(self.device)))
         if part == PARTS[-1]:
             self._steps.append(self._current_step)
             self._current_step = []
 
     def read(self) -> list[list[float]]:
-        """For each step since the last call its seconds in the order of `PARTS`. Waits for the device."""
+        """The seconds of each step since the last call: a list in the order of `PARTS`. Waits for the device."""
         steps = self._steps
         self._steps = []
         seconds_by_step = []
         for passes in steps:
             seconds = dict.fromkeys(PARTS, 0.0)
-            for part, begun, ended in passes:
-                seconds[part] += seconds_between(self.device, begun, ended)
+            for part, start, end in passes:
+                seconds[part] += seconds_between(self.device, start, end)
             seconds_by_step.append(list(seconds.values()))
         return seconds_by_step
 
@@ -79,15 +82,15 @@ class _TimedEngine:
         return getattr(self._engine, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._parts.of("forward_s"):
+        with self._parts.time_pass("forward_s"):
             return self._engine.forward(*args, **kwargs)
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
-        with self._parts.of("backward_s"):
+        with self._parts.time_pass("backward_s"):
             self._engine.backward(*args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._parts.of("optimizer_s"):
+        with self._parts.time_pass("optimizer_s"):
             return self._engine.step(*args, **kwargs)
 
 

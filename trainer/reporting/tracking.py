@@ -60,15 +60,18 @@ class Trackers:
                 self._rows.log(metrics, step=step)
             except OSError as error:
                 raise StorageError(f"{self._rows.path}: cannot be written ({error}); free space") from error
-        tracked = metrics
+        tracked_metrics = metrics  # a run of the first edition has the names of the file in its trackers
         if self._metric_names != FIRST_EDITION:
             self._training_s += float(metrics.get("step_s") or 0.0)
-            tracked = tracked_row(metrics, step=step, training_s=self._training_s, edition=self._metric_names)
-        self._for_each(lambda tracker: tracker.log(tracked, step=step))
-        due = {name: table for name, (of_step, table) in self._waiting_tables.items() if of_step <= step}
-        for name in due:
+            tracked_metrics = tracked_row(metrics, step=step, training_s=self._training_s, edition=self._metric_names)
+        self._call_each_tracker(lambda tracker: tracker.log(tracked_metrics, step=step))
+        due_tables = {}
+        for name, (table_step, table) in self._waiting_tables.items():
+            if table_step <= step:
+                due_tables[name] = table
+        for name in due_tables:
             del self._waiting_tables[name]
-        self.tables(due, step=step)
+        self.tables(due_tables, step=step)
 
     def show_with_row(self, name: str, table: Table, *, step: int) -> None:
         """Show a table once the row of its step is recorded, in place of an earlier one that still waits.
@@ -80,19 +83,19 @@ class Trackers:
     def tables(self, tables: dict[str, Table], *, step: int) -> None:
         """Show tables of one step, by name, in the trackers."""
         for name, table in tables.items():
-            self._for_each(lambda tracker, name=name, table=table: tracker.table(name, table, step=step))  # type: ignore[misc]
+            self._call_each_tracker(lambda tracker, name=name, table=table: tracker.log_table(name, table, step=step))  # type: ignore[misc]
 
     def summarise(self, values: dict[str, Any]) -> None:
         """Set numbers of the whole run in the trackers."""
-        self._for_each(lambda tracker: tracker.summarise(values))
+        self._call_each_tracker(lambda tracker: tracker.summarise(values))
 
-    def _for_each(self, call: Callable[[Tracker], None]) -> None:
+    def _call_each_tracker(self, call: Callable[[Tracker], None]) -> None:
         """Call a function with each tracker. One that raises is dropped with a message: the run goes on without it."""
         for tracker in list(self._trackers):
             try:
                 call(tracker)
             except Exception as error:  # noqa: BLE001  (whatever a tracker's library raises)
-                self._print_line(f"{type(tracker).__name__} stopped working and is dropped: {_one_line(error)}")
+                self._print_line(f"{type(tracker).__name__} stopped working and is dropped: {_error_line(error)}")
                 self._trackers.remove(tracker)
 
     def rewind(self, step: int) -> None:
@@ -111,7 +114,7 @@ class Trackers:
             self._rows.path = run_dir / self._rows.path.name
 
     def sync(self) -> None:
-        """Make the rows so far outlive a power cut."""
+        """Sync `metrics.jsonl` to the disk, so that the rows so far outlive a power cut."""
         if self._rows is not None:
             self._rows.sync()
 
@@ -129,13 +132,13 @@ class Trackers:
         """Close all of them. A tracker that fails to is named, and does not hide how the run ended."""
         if self._rows is not None:
             self._rows.close()
-        self._for_each(lambda tracker: tracker.close(ended))
+        self._call_each_tracker(lambda tracker: tracker.close(ended))
         self._hints = [tracker.hint for tracker in self._trackers if tracker.hint is not None]
         self._rows = None
         self._trackers = []
 
 
-def _one_line(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     """Type and first line of an error, without secrets."""
     first_line = next(iter(str(error).splitlines()), "")
     return redacted(f"{type(error).__name__}: {first_line}")
@@ -159,7 +162,7 @@ def summary_of(last_row: dict[str, Any], speed: dict[str, float], evaluated: dic
 
 @dataclass(slots=True)
 class OpenedTrackers:
-    """What rank 0 records to."""
+    """The trackers that rank 0 opened, and what was decided while they were opened."""
 
     trackers: Trackers
     run_id: str | None
@@ -188,7 +191,7 @@ def open_without_rows(tracked_run: TrackedRun, environment: dict[str, str] | Non
 
     A tracker that cannot be opened is left out, and `substitutions` has the reason by its setting, such as `logging.mlflow`.
     """
-    # The settings and the run's id, as W&B's variables complete them.
+    # Environment variables such as WANDB_PROJECT complete the settings, and may give the run's id.
     if environment is None:
         environment = dict(os.environ)
     logging = apply_environment(tracked_run.config, environment)
@@ -209,7 +212,7 @@ def open_without_rows(tracked_run: TrackedRun, environment: dict[str, str] | Non
         try:
             tracker = kind.open(tracked_run)
         except Exception as error:  # noqa: BLE001  (whatever a tracker's library raises)
-            opened.substitutions[f"logging.{kind.setting}"] = f"left out ({_one_line(error)})"
+            opened.substitutions[f"logging.{kind.setting}"] = f"left out ({_error_line(error)})"
             continue
         note = getattr(tracker, "note", None)  # of W&B, why it is offline
         if note:

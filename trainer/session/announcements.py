@@ -196,18 +196,21 @@ def record_end(
             for name, link in trackers.hints:
                 context.console.print_line(f"{name + ':':<11} {link}")
         record.challenges = outcome.challenges
-        record_measured(record, meter, checkpoints, context)
+        record_measured_cost(record, meter, checkpoints, context)
 
 
 def _with_divergence(ending: RunEnding, outcome: Outcome) -> RunEnding:
-    """The ending, marked as diverged if the losses at the end are worse than at the run's beginning."""
+    """The ending, marked as diverged if the detectors found that the losses at the end are worse than at the beginning.
+
+    The finding becomes the reason if the ending has none.
+    """
     for finding in findings_in(outcome.challenges):
         if finding.name == Verdict.diverged:
             return replace(ending, diverged=True, reason=ending.reason or finding.text)
     return ending
 
 
-def record_measured(record: RunRecord, meter: Meter, checkpoints: Checkpoints, context: RunContext) -> None:
+def record_measured_cost(record: RunRecord, meter: Meter, checkpoints: Checkpoints, context: RunContext) -> None:
     """Write into `run.json` what the run took, however it ended. On rank 0 alone; no collective."""
     if context.runtime.is_main:
         no_background_reason = checkpoints.state_buffer.refusal_reason
@@ -269,7 +272,7 @@ def track_evaluation(
     opened.trackers.log(metrics, step=step)
     opened.trackers.tables(tables, step=step)
     opened.trackers.summarise(metrics)
-    _close(opened, RunEnding(State.done), print_line)
+    _close_trackers(opened, RunEnding(State.done), print_line)
 
 
 def track_export(config: RunConfig, exported: Path, trained_id: str, print_line: Callable[[str], None]) -> None:
@@ -289,7 +292,7 @@ def track_export(config: RunConfig, exported: Path, trained_id: str, print_line:
         print_line=print_line,
         trained_id=trained_id,
     )
-    _close(opened, RunEnding(State.done, exported=exported), print_line)
+    _close_trackers(opened, RunEnding(State.done, exported=exported), print_line)
 
 
 def _open_own_wandb_run(
@@ -333,8 +336,8 @@ def _open_own_wandb_run(
     return opened
 
 
-def _close(opened: OpenedTrackers, ending: RunEnding, print_line: Callable[[str], None]) -> None:
-    """End a tracker's run, and print where it is."""
+def _close_trackers(opened: OpenedTrackers, ending: RunEnding, print_line: Callable[[str], None]) -> None:
+    """Close the trackers, and print for each where its run can be seen."""
     opened.trackers.close(ending)
     for tracker, link in opened.trackers.hints:
         print_line(f"{tracker}: {link}")

@@ -37,20 +37,22 @@ def end_text(
         lines.append(f"  {name:<{width}} {readable(metric_value)}{before_text}")
     lines += _test_lines(record, width)
     lines += _finding_lines(outcome)
-    lines += _best_lines(record, run_dir, outcome)
+    lines += _better_weights_lines(record, run_dir, outcome)
     lines += _answer_lines(outcome)
     if outcome.closing:
         lines.append(f"overfits?   {outcome.closing}")
     lines += [f"slow:       {SlowRank(**slow_rank).text_with_steps()}" for slow_rank in outcome.slow_ranks]
     if export is not None:
-        lines.append(f"model:      {export}{_which_weights(record)}")
+        lines.append(f"model:      {export}{_exported_checkpoint_suffix(record)}")
     elif outcome.export_follows:
-        lines.append(f"model:      by the export job of this pipeline{_which_weights(record)}")
+        lines.append(f"model:      by the export job of this pipeline{_exported_checkpoint_suffix(record)}")
     elif record.exported_checkpoint is not None:
-        lines.append(f"not exported: {_why_not_exported(record)}; chosen was {_named(record.exported_checkpoint)}")
+        lines.append(
+            f"not exported: {_reason_not_exported(record)}; chosen was {_chosen_checkpoint_text(record.exported_checkpoint)}"
+        )
     lines += [f"run record: {run_dir / RUN_RECORD}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
     lines += [f"{name + ':':<11} {link}" for name, link in hints]
-    next_step = _next_step(record, run_dir, outcome, export)
+    next_step = _next_action(record, run_dir, outcome, export)
     if next_step is not None:
         lines.append(f"next:       {next_step}")
     return "\n".join(lines)
@@ -84,8 +86,11 @@ def _answer_lines(outcome: Outcome) -> list[str]:
     return lines
 
 
-def _best_lines(record: RunRecord, run_dir: Path, outcome: Outcome) -> list[str]:
-    """One line if better weights exist than the exported ones: those of an earlier step, or the model before training."""
+def _better_weights_lines(record: RunRecord, run_dir: Path, outcome: Outcome) -> list[str]:
+    """One line if better weights exist than the exported ones, by the monitored metric; else none.
+
+    The better weights are the model before training, or those of an earlier step.
+    """
     best = outcome.progress.best_metric
     if outcome.watch not in outcome.after or best is None:
         return []
@@ -98,7 +103,7 @@ def _best_lines(record: RunRecord, run_dir: Path, outcome: Outcome) -> list[str]
     return []
 
 
-def _why_not_exported(record: RunRecord) -> str:
+def _reason_not_exported(record: RunRecord) -> str:
     """A pointer to what was printed about the export, or the setting that asked for none."""
     gates = (record.gates or {}).get("gates") or []
     was_refused = any(not gate["passed"] for gate in gates)
@@ -107,13 +112,13 @@ def _why_not_exported(record: RunRecord) -> str:
     return "export.at_end=false"
 
 
-def _which_weights(record: RunRecord) -> str:
+def _exported_checkpoint_suffix(record: RunRecord) -> str:
     """Which checkpoint was exported and why, in brackets; empty if nothing was chosen."""
     chosen = record.exported_checkpoint
-    return "" if chosen is None else f" ({_named(chosen)})"
+    return "" if chosen is None else f" ({_chosen_checkpoint_text(chosen)})"
 
 
-def _named(chosen: Mapping[str, Any]) -> str:
+def _chosen_checkpoint_text(chosen: Mapping[str, Any]) -> str:
     """A chosen checkpoint in words, and why it was chosen."""
     return f"step {chosen['step']}, the {chosen['which']}: {chosen['reason']}"
 
@@ -146,7 +151,7 @@ def _export_of_best(run_dir: Path) -> str:
     return f"shardtune export {shlex.quote(str(run_dir))} checkpoint=best"
 
 
-def _next_step(record: RunRecord, run_dir: Path, outcome: Outcome, export: Path | None) -> str | None:
+def _next_action(record: RunRecord, run_dir: Path, outcome: Outcome, export: Path | None) -> str | None:
     """What the user does next, as a command if there is one; None if gates kept the model from being exported.
 
     In this order, since a model that is worse is not worth a chat: train again if training made it worse; export an earlier step

@@ -245,7 +245,7 @@ def serving(part, monkeypatch):
             return has
 
     monkeypatch.setattr(wandb, "Api", Api)
-    monkeypatch.setattr(wandb_server, "unreachable", lambda _: None)
+    monkeypatch.setattr(wandb_server, "unreachable_reason", lambda _: None)
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     return has
 

@@ -99,7 +99,7 @@ class Tracker(Protocol):
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         """Record numbers of one step."""
 
-    def table(self, name: str, table: Table, *, step: int) -> None:
+    def log_table(self, name: str, table: Table, *, step: int) -> None:
         """Show a table of one step, where the tracker has a place for one."""
 
     def summarise(self, values: dict[str, Any]) -> None:

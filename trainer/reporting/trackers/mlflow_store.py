@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.reporting.status import State
 from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
-from trainer.reporting.trackers.reachable import unreachable
+from trainer.reporting.trackers.reachable import unreachable_reason
 
 MAX_PARAMETERS = 100
 """Parameters that a server takes at once."""
@@ -32,19 +32,17 @@ class MlflowRun:
         address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
         is_server = address.startswith("http")
         # The client would try for minutes to reach a server that is not there.
-        problem = unreachable(address) if is_server else None
+        problem = unreachable_reason(address) if is_server else None
         if problem is not None:
             raise ConnectionError(f"{address} cannot be reached: {problem}")
         self._client = MlflowClient(tracking_uri=address)
-        self._id = self._begin(tracked_run)
+        self._id = self._find_or_create_run(tracked_run)
         self._step = tracked_run.resumed_at
-        how_to_see = address
-        if not is_server:
-            how_to_see = f"mlflow ui --backend-store-uri {shlex.quote(address)}"
-        self.hint: tuple[str, str] | None = ("MLflow", how_to_see)
+        view_hint = address if is_server else f"mlflow ui --backend-store-uri {shlex.quote(address)}"
+        self.hint: tuple[str, str] | None = ("MLflow", view_hint)
 
-    def _begin(self, tracked_run: TrackedRun) -> str:
-        """Find the run again that is resumed, else create one with its settings as parameters; returns MLflow's id of it."""
+    def _find_or_create_run(self, tracked_run: TrackedRun) -> str:
+        """Find the MLflow run of a resumed run, else create one with the settings as its parameters; returns its MLflow id."""
         client = self._client
         experiment = client.get_experiment_by_name(tracked_run.project)
         if experiment:
@@ -68,7 +66,7 @@ class MlflowRun:
         created = client.create_run(experiment_id, run_name=tracked_run.name, tags=set_tags)
         run_id = str(created.info.run_id)
         parameters = []
-        for key, setting in _leaves(tracked_run.settings).items():
+        for key, setting in _settings_by_dotted_key(tracked_run.settings).items():
             parameters.append(Param(key, str(setting)[:MAX_CHARACTERS]))
         for first in range(0, len(parameters), MAX_PARAMETERS):
             client.log_batch(run_id, params=parameters[first : first + MAX_PARAMETERS])
@@ -86,7 +84,7 @@ class MlflowRun:
                 numbers.append(Metric(name, float(number), now_ms, step))
         self._client.log_batch(self._id, metrics=numbers)
 
-    def table(self, name: str, table: Table, *, step: int) -> None:
+    def log_table(self, name: str, table: Table, *, step: int) -> None:
         """Left out: it keeps numbers."""
 
     def summarise(self, values: dict[str, Any]) -> None:
@@ -99,16 +97,19 @@ class MlflowRun:
         self._client.set_terminated(self._id, STATES[ending.state])
 
 
-def _leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every single setting in nested ones, by its dotted key; characters that MLflow does not take in names become `_`."""
-    leaves: dict[str, Any] = {}
+def _settings_by_dotted_key(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level: {"optim": {"lr": 0.1}} -> {"optim.lr": 0.1}. An empty dict stays as a value.
+
+    Characters that MLflow does not take in names become `_`. `prefix`: what the keys begin with, such as `optim.`.
+    """
+    flat_settings: dict[str, Any] = {}
     for key, setting in settings.items():
         name = prefix
         for character in str(key):
             is_allowed = character.isalnum() or character in "_-./ "
             name += character if is_allowed else "_"
         if isinstance(setting, dict) and setting:
-            leaves |= _leaves(setting, f"{name}.")
+            flat_settings |= _settings_by_dotted_key(setting, f"{name}.")
         else:
-            leaves[name] = setting
-    return leaves
+            flat_settings[name] = setting
+    return flat_settings

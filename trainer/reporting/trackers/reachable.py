@@ -16,7 +16,7 @@ DOWN = (502, 503, 504)
 """HTTP codes of a gateway whose server is down."""
 
 
-def unreachable(address: str) -> str | None:
+def unreachable_reason(address: str) -> str | None:
     """Why nobody answers at an http(s) address; None if somebody does, whatever the answer.
 
     Returns after `LIMIT_S` at the latest: the request is made in a thread, since looking up a name has no timeout of its own.

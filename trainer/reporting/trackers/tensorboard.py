@@ -22,11 +22,11 @@ class TensorboardFiles:
             if isinstance(value, int | float):
                 self._writer.add_scalar(key, value, step)
 
-    def table(self, name: str, table: Table, *, step: int) -> None:
+    def log_table(self, name: str, table: Table, *, step: int) -> None:
         """Log a table as Markdown, which TensorBoard shows under its texts."""
         lines = []
-        rule = ["---"] * len(table.columns)
-        for row in (table.columns, rule, *table.rows):
+        separator = ["---"] * len(table.columns)
+        for row in (table.columns, separator, *table.rows):
             cells = []
             for cell in row:
                 escaped = str(cell).replace("|", "\\|")

@@ -35,7 +35,7 @@ class TrackioRun:
         self._step = step
         self._run.log({name: number for name, number in metrics.items() if name != "step"}, step=step)
 
-    def table(self, name: str, table: Table, *, step: int) -> None:
+    def log_table(self, name: str, table: Table, *, step: int) -> None:
         """Left out: it keeps numbers."""
 
     def summarise(self, values: dict[str, Any]) -> None:

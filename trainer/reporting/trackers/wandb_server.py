@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strategies.errors import ConfigError
-from trainer.reporting.trackers.reachable import unreachable
+from trainer.reporting.trackers.reachable import unreachable_reason
 
 TIMEOUT_S = 30
 """Seconds for each answer of a server that is there."""
@@ -84,7 +84,7 @@ def no_server() -> str | None:
     has_key_in_environment = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
     if not has_key_in_environment and not wandb.api.api_key:
         return "no W&B API key is configured"
-    problem = unreachable(address())
+    problem = unreachable_reason(address())
     return f"{address()} cannot be reached: {problem}" if problem else None
 
 

@@ -189,7 +189,7 @@ class WandbRun:
         self._run.summary.update(self._summary)
         self._set_hint(is_online=is_online)
 
-    def table(self, name: str, table: Table, *, step: int) -> None:
+    def log_table(self, name: str, table: Table, *, step: int) -> None:
         """Log a table. A column with any cell that is no number becomes texts throughout."""
         import wandb
 
