@@ -7,18 +7,18 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from strategies.base import Engine, Progress
 from strategies.errors import Interrupted, Preempted, ReplicasDiffer
 from strategies.runtime import broadcast_object, seed_dropout_of_step
-from trainer.evaluation.base import Evaluator
-from trainer.evaluation.best import check_watched_metric, early_stopping_reason, record_evaluation
+from trainer.evaluation.base import Evaluator, evaluators_on_the_way, tables_of
+from trainer.evaluation.best import check_watched_metric, early_stopping_reason, record_evaluation, restore_best
 from trainer.loop_types import BatchLoader, LoopSettings, Monitors, Sinks, WrittenCheckpoint
-from trainer.model.routing import ADDED_LOSS, EXPERT_TOKENS
+from trainer.model.routing import EXPERT_TOKENS
 from trainer.monitors.anomalies import OUTLIER_KEYS, Outlier, RollBack
 from trainer.monitors.levels import LOOK_BACK
-from trainer.objectives.step_totals import look_ahead, routing_context
+from trainer.objectives.step_totals import look_ahead, pop_loss, routing_context
 from trainer.optim.schedule import lr_factor_at
 from trainer.reporting.console import RunSchedule
 from trainer.reporting.expert_load import load_by_layer
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.data.batches.loader import StepBatch
-    from trainer.reporting.trackers.base import Table
 
 
 class Trainer:
@@ -78,7 +77,7 @@ class Trainer:
         self._saved_step = progress.step if progress.step else -1
         self._being_saved = replace(progress)
         """`progress` as it was when the last checkpoint was begun."""
-        self._on_disk = replace(progress)
+        self._published = replace(progress)
         """`progress` of the last checkpoint that was published: the best step in it is on the disk."""
         self._reported_checkpoint: WrittenCheckpoint | None = None
         """The last checkpoint whose cost stands in a row."""
@@ -98,7 +97,7 @@ class Trainer:
             self.progress.stale_evaluations = 0
 
         evaluation_began = time.perf_counter()
-        self._ask_base_model()
+        self._measure_base_model()
         if self.progress.step == 0 and self.settings.evaluation.at_start:
             self.outcome.before = self._evaluate(self.evaluators)
         evaluation_s = time.perf_counter() - evaluation_began
@@ -114,7 +113,7 @@ class Trainer:
         gc.collect()
         gc.freeze()
         evaluate_every = self.settings.evaluate_every if self.evaluators else 0
-        self._course = RunSchedule(self.settings.total_steps, self._first_step, time.perf_counter(), evaluate_every)
+        self._schedule = RunSchedule(self.settings.total_steps, self._first_step, time.perf_counter(), evaluate_every)
         self.meter.begin(evaluation_s)
         try:
             while True:
@@ -177,7 +176,7 @@ class Trainer:
         self._flush()
 
     def _steps(self, num_steps: int) -> Generator[StepBatch, None, None]:
-        """The loader's batches. A stop while one is made, as a round of answers is, saves and ends the run."""
+        """Yield the loader's next `num_steps` batches. A signal during a round of generation saves and raises Preempted."""
         try:
             yield from self.loader.steps(self.progress.samples, num_steps)
         except Interrupted:
@@ -211,7 +210,7 @@ class Trainer:
             # Most engines exchange gradients on the last micro-batch alone; before it they add up locally.
             last = index == len(batch.micro_batches) - 1
             terms = self.engine.forward({**micro_batch, **step_context}, last=last)
-            self.engine.backward(self._loss_of(terms, scale), last=last)
+            self.engine.backward(pop_loss(terms, scale, self.engine.world_size), last=last)
             # Sums for the log stay on the device, where the meter reads them once an interval.
             for name, value in terms.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
@@ -251,15 +250,6 @@ class Trainer:
     def _epoch(self) -> float:
         """Passes over the training data so far, as a fraction: 2.5 is the middle of the third."""
         return self.progress.samples / self.loader.order.num_units
-
-    def _loss_of(self, terms: dict[str, Tensor], scale: float) -> Tensor:
-        """The loss of a micro-batch for the backward pass; takes the model's own part out of `terms`."""
-        loss = terms["loss"] * scale
-        added = terms.pop(ADDED_LOSS, None)
-        if added is None:
-            return loss
-        # Already a part of the step's mean. Engines average over ranks, so it is multiplied by their number as well.
-        return loss + added * self.engine.world_size
 
     # -- rollbacks -------------------------------------------------------------------------------------------------------
 
@@ -301,7 +291,7 @@ class Trainer:
             self.progress.round_step = 0
         self.loader.restore(checkpoint)
         self._saved_step = self.progress.step
-        self._being_saved = self._on_disk = replace(self.progress)
+        self._being_saved = self._published = replace(self.progress)
 
         self._restore_from_progress()
         self.metrics.rewind(self.progress.step)
@@ -310,13 +300,18 @@ class Trainer:
     # -- what happens between steps ------------------------------------------------------------------------------
 
     def _flush(self) -> None:
-        """Read the buffered steps from the device and record them. Raises Diverged, and RollBack with nothing recorded."""
+        """Read the steps since the last flush from the device, and record a row of metrics for each. All ranks must call.
+
+        - `guards.mark_outliers` raises RollBack, before anything is recorded: the steps will be taken again.
+        - `_compare_replicas` raises ReplicasDiffer, also without new steps.
+        - `loader.check_rows` and `guards.raise_if_diverged` end the run after its rows are recorded, so that they show why.
+        """
         rows = self.meter.flush()
         self.guards.mark_outliers(rows)
         self.stragglers.judge_interval(rows, self.meter.by_rank)
         self._compare_replicas()
         if rows:
-            self._report_checkpoint(rows)
+            self._add_checkpoint_cost(rows)
         for row in rows:
             self.metrics.log(row, step=row["step"])
             self.progress.skipped_steps += int(bool(row.get("skipped")))
@@ -325,17 +320,17 @@ class Trainer:
         if not rows:
             return
         self.outcome.last_row = rows[-1]
-        self.display.progress(rows[-1], self._course)
+        self.display.progress(rows[-1], self._schedule)
         self.loader.check_rows(rows)
         self.guards.raise_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.places)
 
-    def _report_checkpoint(self, rows: list[dict]) -> None:
-        """Add what the last checkpoint cost to the first row after it."""
-        saved = self.checkpoints.last
-        if saved is None or saved is self._reported_checkpoint:
+    def _add_checkpoint_cost(self, rows: list[dict]) -> None:
+        """Add the cost of the last checkpoint (its seconds and bytes) to the first of `rows`, once for each checkpoint."""
+        checkpoint = self.checkpoints.last
+        if checkpoint is None or checkpoint is self._reported_checkpoint:
             return
-        self._reported_checkpoint = saved
-        rows[0] = {**rows[0], **saved.row}
+        self._reported_checkpoint = checkpoint
+        rows[0] = {**rows[0], **checkpoint.row}
 
     def _evaluate_if_due(self, is_last: bool) -> bool:
         """Evaluate on the schedule; whether the watched metric has improved, so that its checkpoint should be saved."""
@@ -345,15 +340,11 @@ class Trainer:
             return False
         return self._evaluate_and_record(is_last) and every > 0
 
-    def _evaluators_at(self, is_last: bool) -> list[Evaluator]:
-        """The evaluators of this step's evaluation: all of them, or on the way perhaps those of the held-out loss alone."""
-        if is_last or not self.settings.loss_on_the_way:
-            return self.evaluators
-        return [evaluator for evaluator in self.evaluators if getattr(evaluator, "on_the_way", False)]
-
     def _evaluate_and_record(self, is_last: bool) -> bool:
         """Run the evaluators of this step; whether the watched metric is the best so far. All ranks must call."""
-        evaluators = self._evaluators_at(is_last)
+        evaluators = self.evaluators
+        if not is_last and self.settings.loss_on_the_way:
+            evaluators = evaluators_on_the_way(self.evaluators)
         if not evaluators:
             return False
         self._flush()
@@ -401,17 +392,15 @@ class Trainer:
             return values
         step = self.progress.step
         self.metrics.log({**values, "tokens": self.progress.tokens, "epoch": self._epoch()}, step=step)
-        tables: dict[str, Table] = {}
-        for evaluator in evaluators:
-            tables.update(getattr(evaluator, "tables", {}))
-        self.metrics.tables(tables, step=step)
+        self.metrics.tables(tables_of(evaluators), step=step)
         shown = "  ".join(f"{name} {readable(value)}" for name, value in values.items())
         self.display.print_line(f"evaluation at step {step}:  {shown}")
         if len(evaluators) == len(self.evaluators):
             check_watched_metric(self.settings.evaluation, values)
         return values
 
-    def _ask_base_model(self) -> None:
+    def _measure_base_model(self) -> None:
+        """Let the evaluation monitor measure the base model before training. A signal meanwhile raises Preempted."""
         try:
             self.evaluation_monitor.begin(self.engine, self.progress)
         except Interrupted:
@@ -444,7 +433,8 @@ class Trainer:
         self.display.print_line(reason)
         return True
 
-    def _stop_for_signal(self) -> None:
+    def _stop_for_signal(self) -> NoReturn:
+        """Save a checkpoint, unless no step was taken, and raise Preempted. All ranks must call."""
         self.check_ownership()
         self._flush()
         if self.progress.step:
@@ -477,28 +467,31 @@ class Trainer:
                 replaces_older=replaces_older,
                 attachments=attachments,
             )
-            self._note_saved(saved)
+            self._record_saved(saved)
         self.meter.restart_clock()
 
     def _settle(self) -> None:
         """Publish the checkpoint that is pending, if there is one. All ranks must call."""
         if self.checkpoints.pending_step is not None:
             self.check_ownership()
-            self._note_saved(self.checkpoints.publish_pending())
+            self._record_saved(self.checkpoints.publish_pending())
 
-    def _note_saved(self, succeeded: bool) -> None:
-        """Record whether the last save succeeded. If it failed, the best metric is again that of the checkpoint on disk."""
+    def _record_saved(self, succeeded: bool) -> None:
+        """Set the step of the last checkpoint after a save has begun, succeeded or failed:
+
+        - published: the state on the disk is that of this save.
+        - begun, and pending: nothing more, since it may still fail.
+        - failed: if it was the best step, the best metric is again that of the checkpoint on the disk.
+        """
         step = self._being_saved.step
         self._saved_step = step if succeeded else -1
         if succeeded and self.checkpoints.pending_step is None:
-            self._on_disk = self._being_saved
+            self._published = self._being_saved
         elif not succeeded and self.progress.best_step == step:
-            self.progress.best_metric = self._on_disk.best_metric
-            self.progress.best_step = self._on_disk.best_step
-            self.progress.seen_metric = self._on_disk.seen_metric
-            self.progress.seen_step = self._on_disk.seen_step
+            restore_best(self.progress, self._published)
 
     def _compare_replicas(self, *, now: bool = False) -> None:
+        """Compare the weights of the replicas if that is due, or `now`. Raises ReplicasDiffer. All ranks must call."""
         try:
             self.guards.replicas.compare(self.engine, self.progress.step, now=now)
         except ReplicasDiffer:

@@ -33,6 +33,7 @@ from tests.helpers.objectives import variants_of
 from tests.helpers.stores import write
 from tests.parity.base import Curve, Job
 from tests.parity.teachers import objective_of
+from trainer import loop
 from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
 from trainer.data.batches.collate import Collator
@@ -206,8 +207,8 @@ def curve(trainer: Trainer, world: int, first_step: int = 0, steps: int = STEPS)
 
 def _scaled_by_readers(degree: int) -> Any:
     """The loss times the number of readers, as if gradients were averaged over them."""
-    right = Trainer._loss_of
-    return mock.patch.object(Trainer, "_loss_of", lambda self, terms, scale: right(self, terms, scale) / degree)
+    right = loop.pop_loss
+    return mock.patch.object(loop, "pop_loss", lambda terms, scale, world: right(terms, scale, world) / degree)
 
 
 def _identity_as_adjoint(_: int) -> Any:

@@ -13,6 +13,7 @@ from trainer.evaluation.interval import AUTO
 
 if TYPE_CHECKING:
     from strategies.base import Engine
+    from trainer.reporting.trackers.base import Table
 
 
 @dataclass(kw_only=True, slots=True)
@@ -159,3 +160,16 @@ class Evaluator(Protocol):
 
     def run(self, engine: Engine) -> Iterable[tuple[str, float]]:
         """Yield (name, value), equal on all ranks. All ranks must call. What it leaves in `tables` is shown too."""
+
+
+def evaluators_on_the_way(evaluators: list[Evaluator]) -> list[Evaluator]:
+    """Those that also run in the evaluations before the last step of `evaluation.every_steps=auto`: the held-out loss."""
+    return [evaluator for evaluator in evaluators if getattr(evaluator, "on_the_way", False)]
+
+
+def tables_of(evaluators: list[Evaluator]) -> dict[str, Table]:
+    """The tables that these evaluators left in their attribute `tables`, by name; many evaluators have none."""
+    tables: dict[str, Table] = {}
+    for evaluator in evaluators:
+        tables.update(getattr(evaluator, "tables", {}))
+    return tables

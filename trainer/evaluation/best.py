@@ -55,3 +55,11 @@ def early_stopping_reason(settings: EvaluationConfig, progress: Progress) -> str
         f"stopping early: {settings.watched} has not improved for {settings.patience} evaluations "
         f"(best {best:.4f} at step {step})"
     )
+
+
+def restore_best(progress: Progress, saved: Progress) -> None:
+    """Set the best evaluation in `progress` back to that of `saved`, an earlier state of it, whose weights are on the disk."""
+    progress.best_metric = saved.best_metric
+    progress.best_step = saved.best_step
+    progress.seen_metric = saved.seen_metric
+    progress.seen_step = saved.seen_step

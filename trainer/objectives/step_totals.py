@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from strategies.runtime import dist_sum
+from trainer.model.routing import ADDED_LOSS
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -70,3 +71,16 @@ def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
             total = dist_sum(total)
         context["choices"] = total
     return context
+
+
+def pop_loss(terms: dict[str, torch.Tensor], scale: float, world_size: int) -> torch.Tensor:
+    """The loss of a micro-batch for the backward pass, 0-d. Removes the loss that the model itself adds from `terms`.
+
+    `scale`: turns the sum `terms["loss"]` into its part of the step's mean, times `world_size`, because engines average gradients
+    over ranks. The model's added loss is a part of that mean already, so it is multiplied by `world_size` alone.
+    """
+    loss = terms["loss"] * scale
+    added_loss = terms.pop(ADDED_LOSS, None)
+    if added_loss is None:
+        return loss
+    return loss + added_loss * world_size
