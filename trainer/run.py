@@ -216,7 +216,7 @@ def meet(
         own_rows = data if data.has_rows else None
         tasks = prepare_tasks(tasks_for_tokenizer(config, tokenizer), task_context, own_rows, tokenizer, stop=stop)
         attempt.phase = "copying to the disk of the node"
-        staged = stage(config, data, stop=stop)
+        staged = stage(config, data, should_stop=stop)
         attempt.phase = "start of the processes"
         if not rendezvous.wait_for_all(is_told_to_stop):
             raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")

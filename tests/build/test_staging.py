@@ -31,7 +31,7 @@ def made(tmp_path):
         config = SimpleNamespace(
             launcher=LauncherConfig(stage=str(place)), model=ModelConfig(path=str(tmp_path / "model"))
         )
-        return stage(config, SimpleNamespace(directory=tmp_path / "data", has_rows=True), stop=stop)
+        return stage(config, SimpleNamespace(directory=tmp_path / "data", has_rows=True), should_stop=stop)
 
     at.root = tmp_path / "disk" / f"shardtune-{os.getuid()}"
     at.source = tmp_path

@@ -99,11 +99,11 @@ class Staged:
         self.copies = {}
 
 
-def stage(config: RunConfig, data: PreparedData, *, stop: Callable[[], bool]) -> Staged:
+def stage(config: RunConfig, data: PreparedData, *, should_stop: Callable[[], bool]) -> Staged:
     """Make the copies that `launcher.stage` asks for on this node's disk, or use those that exist.
 
-    `stop`: called now and then; True if the run shall stop. Errors: ConfigError for a directory with a variable that this node
-    does not have, StorageError if the disk has no room or cannot be written, Preempted if `stop` says so.
+    `should_stop`: called now and then; True if the run shall stop. Raises ConfigError for a directory with a variable that this
+    node does not have, StorageError if the disk has no room or cannot be written, Preempted if `should_stop` says so.
     """
     if config.launcher.stage is None:
         return Staged()
@@ -113,7 +113,7 @@ def stage(config: RunConfig, data: PreparedData, *, stop: Callable[[], bool]) ->
         files_to_stage["data"] = _token_files(data.directory)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root, stop):
+        with _locked(root, should_stop):
             copies: dict[str, Copy] = {}
             missing: dict[str, _Files] = {}
             for content, files in files_to_stage.items():
@@ -124,7 +124,7 @@ def stage(config: RunConfig, data: PreparedData, *, stop: Callable[[], bool]) ->
                     copies[content] = valid_copy
             _make_room(root, config.launcher.stage, missing, keep={copy.path for copy in copies.values()})
             for content, files in missing.items():
-                copies[content] = _copy(root, content, files, stop)
+                copies[content] = _copy_files(root, content, files, should_stop)
     except OSError as error:
         raise StorageError(
             f"launcher.stage={config.launcher.stage}: {error.filename or root} on {socket.gethostname()}: "
@@ -195,10 +195,11 @@ def _valid_copy(root: Path, content: str, files: _Files) -> Copy | None:
     return None
 
 
-def _copy(root: Path, content: str, files: _Files, stop: Callable[[], bool]) -> Copy:
-    """Copy files, and compare the copy with its source. `content`: `model` or `data`. Errors: OSError, StorageError, Preempted.
+def _copy_files(root: Path, content: str, files: _Files, should_stop: Callable[[], bool]) -> Copy:
+    """Copy files to `root`, compare each with its source, and return the copy, locked. It gets its final name when complete.
 
-    The copy gets its final name when it is complete.
+    `content`: `model` or `data`. `should_stop`: asked while bytes are copied. Raises OSError, StorageError if a copied file
+    differs from its source, and Preempted if `should_stop` says so; an incomplete copy is then deleted.
     """
     path = root / f"{content}-{files.key[:16]}"
     partial = root / f".{path.name}.partial"
@@ -209,7 +210,8 @@ def _copy(root: Path, content: str, files: _Files, stop: Callable[[], bool]) -> 
         flush=True,
     )
     try:
-        digests = {name: _copy_file(files.source / name, partial / name, stop) for name in files.names}
+        digests = {name: _copy_file(files.source / name, partial / name, should_stop) for name in files.names}
+        # `of` names the source for whoever looks at the disk; the digests are checked before the copy is used.
         record = {"of": str(files.source), "bytes": files.size, "digests": digests}
         (partial / COPY_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         partial.rename(path)
@@ -219,12 +221,12 @@ def _copy(root: Path, content: str, files: _Files, stop: Callable[[], bool]) -> 
     return Copy(content, files.source, path, files.size, _lock_for_use(path, fcntl.LOCK_SH))
 
 
-def _copy_file(source: Path, target: Path, stop: Callable[[], bool]) -> str:
+def _copy_file(source: Path, target: Path, should_stop: Callable[[], bool]) -> str:
     """Copy a file, and return the sampled digest of both. Errors: OSError, StorageError if they differ, Preempted."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as read, target.open("wb") as write:
         while piece := read.read(CHUNK_BYTES):
-            if stop():
+            if should_stop():
                 raise Preempted("interrupted while copying model and data; the copy will start over")
             write.write(piece)
     digest = sampled_digest(source)
@@ -306,14 +308,14 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _locked(root: Path, stop: Callable[[], bool]) -> Iterator[None]:
+def _locked(root: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
     """Inside the context this is the only process of the node that stages. Raises Preempted if it must stop while it waits."""
     with (root / ".lock").open("a", encoding="utf-8") as file:
         while True:
             with suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            if stop():
+            if should_stop():
                 raise Preempted("interrupted while copying model and data; the copy will start over")
             time.sleep(0.05)
         yield

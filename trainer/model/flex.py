@@ -39,12 +39,12 @@ class PackedRow:
     bounds: Tensor
     """Where each document begins in the row, and where the last one ends, int32 `[documents + 1]`."""
     length: int | None
-    """Tokens of the row, if the model is given a slice of them; None if it is given all."""
+    """Tokens of the whole row, if the model is given a slice of it; None if it is given all of it."""
     branches: list[list[int]] | None = None
     """Where the branches of each document begin, counted from the document's begin; None if there are none."""
 
     def length_of(self, given: int) -> int:
-        """Tokens of the row, where the model is `given` so many."""
+        """Tokens of the whole row, if the model is given `given` tokens of it."""
         return given if self.length is None else self.length
 
     def documents(self, given: int) -> Tensor:
@@ -125,6 +125,7 @@ def _positions_of(positions: Tensor) -> Tensor:
 
 
 def _is_meta_or_simulated(device: torch.device) -> bool:
+    """Whether tensors on this device have shapes, but no values."""
     return device.type == "meta" or device == SIMULATED
 
 
@@ -189,9 +190,10 @@ def flex_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention by the model's own mask; q `[B, H, T, D]`, k and v `[B, G, T, D]` -> `[B, T, H, D]`.
+    """Attention by the model's own mask; `query [B, H, T, D]`, `key` and `value [B, KV, T, D]` -> `[B, T, H, D]`.
 
-    Raises ValueError for what it does not compute.
+    KV divides H: each head of keys serves H / KV heads of queries. Raises ValueError for what is not computed: a mask that is no
+    BlockMask, dropout, or a position bias.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -199,12 +201,14 @@ def flex_attention(
         raise ValueError(f"attention '{NAME}' needs a mask of blocks, and this architecture makes none")
     if dropout or kwargs.get("position_bias") is not None:
         raise ValueError(f"attention '{NAME}' has no {'dropout' if dropout else 'position_bias'}")
-    # Sinks: a learned score for each head that takes weight away from the keys.
+    # Sinks `[H]`: a learned score for each head that takes weight away from the keys. Models use one of two names for them.
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave them wider under autocast
-    groups = query.shape[1] // key.shape[1]
-    if groups & (groups - 1):  # the kernel shares keys among powers of two
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    queries_per_key = query.shape[1] // key.shape[1]
+    is_power_of_two = queries_per_key & (queries_per_key - 1) == 0
+    if not is_power_of_two:  # the kernel shares keys among powers of two only
+        key = key.repeat_interleave(queries_per_key, dim=1)
+        value = value.repeat_interleave(queries_per_key, dim=1)
     if _is_meta_or_simulated(query.device):
         attend: Callable[..., tuple[Tensor, Tensor]] = _attend_on_shapes
     else:
@@ -269,11 +273,14 @@ def _attend_on_shapes(
 def _attend_over_pairs(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, _: bool
 ) -> tuple[Tensor, Tensor]:
-    """What FlexAttention's kernel computes, in plain products over all pairs of positions: for devices without the kernel."""
+    """Attention as FlexAttention's kernel computes it, by plain products over all pairs of positions, for a CPU.
+
+    Returns (output `[B, H, T, D]`, logarithm of the sum of exp(score) of each query `[B, H, T]`).
+    """
     from torch.nn.attention.flex_attention import create_mask
 
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    queries_per_key = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(queries_per_key, dim=1), v.repeat_interleave(queries_per_key, dim=1)
     scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
     if softcap is not None:
         scores = _softcap_scores(softcap)(scores)

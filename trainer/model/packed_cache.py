@@ -27,14 +27,16 @@ FORMAT_VERSION = 1
 SMALLEST_BYTES = 64 * 2**20
 """Bytes packed below which nothing is kept: packing takes a second."""
 SAMPLES, SAMPLE_BYTES = 16, 2**16
-"""Places of a file that its fingerprint reads, and bytes at each."""
-KEY = "packed"
+"""Samples that a fingerprint reads of each file, and bytes of each."""
+TENSOR_KEY = "packed"
+"""Name of the only tensor in a file of the cache."""
 
 
 def fingerprint(directories: list[Path], scheme: Scheme) -> str:
-    """A digest of the weights in these directories and of the scheme that they are packed by.
+    """32 hex digits that identify the weights in these directories and the scheme that they are quantised by.
 
-    Files count by name, size, time of change and samples of their bytes: reading all would take as long as packing.
+    The digest covers each file's name, size, time of change and `SAMPLES` samples of its bytes, since reading all would take as
+    long as packing. It also covers the versions of the libraries that pack.
     """
     digest = hashlib.sha256(f"{FORMAT_VERSION} {scheme} {version('bitsandbytes')} {version('transformers')}".encode())
     for directory in directories:
@@ -42,14 +44,16 @@ def fingerprint(directories: list[Path], scheme: Scheme) -> str:
             stat = file.stat()
             digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
             with file.open("rb") as weights_file:
+                # The samples are spread evenly: the first one at the begin of the file, the last one at its end.
+                last_offset = max(0, stat.st_size - SAMPLE_BYTES)
                 for index in range(SAMPLES):
-                    weights_file.seek(index * max(0, stat.st_size - SAMPLE_BYTES) // (SAMPLES - 1))
+                    weights_file.seek(index * last_offset // (SAMPLES - 1))
                     digest.update(weights_file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:32]
 
 
 def directory_of(key: str) -> Path:
-    """Where what goes by a fingerprint is kept."""
+    """The directory of the cached weights with this fingerprint."""
     return cache_directory() / "packed" / key
 
 
@@ -145,19 +149,22 @@ class PackedWeights:
         return file.exists() and file.stat().st_size > self.sizes[name]
 
     def _read(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Bytes `[start, stop)` of a packed weight from its file; None if there is no file, or it is broken."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(str(self._file(name)), framework="pt") as opened:
-                view = opened.get_slice(KEY)
-                return view[start:stop] if view.get_shape() == [self.sizes[name]] else None
+                view = opened.get_slice(TENSOR_KEY)
+                is_complete = view.get_shape() == [self.sizes[name]]
+                return view[start:stop] if is_complete else None
         except (FileNotFoundError, SafetensorError):
             return None
 
     def _pack_into_cache(self, name: str, *, wait: bool) -> None:
-        """Pack a weight into its file, unless it is there.
+        """Pack a weight into its file in the cache, unless the file is there. Raises OSError.
 
-        If another process is packing it: wait, then pack it again if the file cannot be read (`wait`), or return at once.
+        Another process may be packing the weight. With `wait` this call waits for it, and packs the weight again if the file
+        cannot be read. Without `wait` it returns at once.
         """
         from safetensors.torch import save
 
@@ -174,7 +181,7 @@ class PackedWeights:
             temporary = self._file(name).with_suffix(f".{socket.gethostname()}.{os.getpid()}")
             try:
                 with temporary.open("wb") as file:
-                    file.write(save({KEY: self.pack(name)}))
+                    file.write(save({TENSOR_KEY: self.pack(name)}))
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(self._file(name))

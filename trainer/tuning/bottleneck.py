@@ -27,7 +27,7 @@ from trainer.tuning.base import BaseReader
 from trainer.tuning.config import Activation, BottleneckConfig, Placement
 from trainer.tuning.own_adapters import AddedParameters
 
-NAME = "bottleneck"
+ADAPTER_MODULE = "bottleneck"
 CONFIG_FILE = "bottleneck_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ATTENTION_NAMES = ("self_attn", "attn", "self_attention", "attention")
@@ -122,9 +122,10 @@ class Bottleneck(AddedParameters):
 
 
 def load(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Put the exported adapters of `directory` into a base model that transformers loaded, and return that model.
+    """Put the exported adapters of `directory` into a base model that transformers loaded, in place, and return that model.
 
-    Errors: ConfigError if the files do not fit the model.
+    Heads that were trained with the adapters replace the model's own; files without heads leave these as they are. Raises
+    ConfigError if the model lacks a module of the files, or if an adapter lacks its values in the files.
     """
     from safetensors.torch import load_file
 
@@ -141,11 +142,10 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
     insert(model, settings)
     # Not strict: the file has the adapters (and heads) alone, so that every weight of the base is missing in it.
     load_report = model.load_state_dict(load_file(directory / WEIGHTS_FILE), strict=False)
-    missing = [name for name in load_report.missing_keys if f".{NAME}." in name]
-    if missing or load_report.unexpected_keys:
-        raise ConfigError(
-            f"{directory}: the adapter does not fit this model ({(missing + load_report.unexpected_keys)[0]})"
-        )
+    missing_keys = [name for name in load_report.missing_keys if f".{ADAPTER_MODULE}." in name]
+    differing_keys = missing_keys + load_report.unexpected_keys
+    if differing_keys:
+        raise ConfigError(f"{directory}: the adapter does not fit this model ({differing_keys[0]})")
     return model
 
 
@@ -176,9 +176,9 @@ def insert(
             layer = BottleneckLayer(model.config.hidden_size, config.size, config.activation, config.dropout)
             layer.to(device=device or weight.device, dtype=torch.float32 if device else weight.dtype)
             # As a child of the module that it follows, so that a sharding engine gathers both together.
-            adapted.add_module(NAME, layer)
+            adapted.add_module(ADAPTER_MODULE, layer)
             adapted.register_forward_hook(partial(_apply_adapter, is_active))
-            added[f"{block}.{adapted_name}.{NAME}"] = layer
+            added[f"{block}.{adapted_name}.{ADAPTER_MODULE}"] = layer
     return added
 
 
@@ -186,7 +186,7 @@ def _apply_adapter(is_active: Callable[[], bool], owner: nn.Module, _args: Any, 
     """A forward hook: the adapter of `owner` on its output, or on the first of several outputs."""
     if not is_active():
         return output
-    layer: Any = owner.get_submodule(NAME)
+    layer: Any = owner.get_submodule(ADAPTER_MODULE)
     if isinstance(output, tuple):
         return (layer(output[0]), *output[1:])
     return layer(output)

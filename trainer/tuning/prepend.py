@@ -61,11 +61,14 @@ class Prepend:
     def _prepend_tokens(
         self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """A forward hook of the decoder: returns its inputs, all as keywords, with the virtual tokens before them.
+        """A forward pre-hook of the decoder: returns its inputs as (no positional arguments, all arguments by name).
 
-        They stay as they are while inactive (for a reference, the base alone). In generation only the mask and the positions
-        change after the first pass, whose cache has the virtual tokens. Returns (no positional arguments, all arguments by
-        name).
+        - inactive, so that the base alone computes (a reference): the inputs as they are.
+        - the cache holds tokens already (generation after its first pass): only the mask and the positions change, since the
+          cache has the virtual tokens.
+        - else: the virtual tokens stand before the inputs, as embeddings or as keys and values.
+
+        Raises ValueError for a row of several documents, each of which would need virtual tokens of its own.
         """
         inputs = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
         self.added_rows = 0
@@ -117,22 +120,19 @@ class Prepend:
         self.added_rows = self.num_tokens
 
     def _prepend_prefix(self, inputs: dict[str, Any], cache: Any, shape: PrefixShape) -> None:
-        """Give every layer the keys and values of the virtual tokens: in the caller's cache, or in one of our own.
+        """Let every layer attend to the keys and values of the virtual tokens, through the decoder's KV cache:
+
+        - the caller gives a cache, which is empty in the first pass: the prefix is put into it.
+        - no cache, and none is wanted (training): a read-only one, so that a recomputed block does not find its own keys in it.
+        - no cache, but `use_cache` (generation): a new one, to which the decoder appends.
 
         `inputs`: keyword arguments of the decoder, changed in place. `cache`: the caller's, or None. `shape`: layers
         and heads of the prefix, which the encoder makes as one row for each virtual token.
         """
-        model_input = inputs.get("input_ids")
-        if model_input is None:
-            model_input = inputs["inputs_embeds"]
-        batch_size = model_input.shape[0]
-        encoded = self.encoder(torch.arange(self.num_tokens, device=model_input.device)[None])
-        # [layers, 2 (keys, values), B, heads, tokens, width of a head]
-        by_layer = encoded.view(1, self.num_tokens, shape.layers, 2, shape.heads, -1).permute(2, 3, 0, 4, 1, 5)
-        by_layer = by_layer.expand(-1, -1, batch_size, -1, -1, -1)
+        by_layer = self._encode_prefix(inputs, shape)
         assert self.cache_argument is not None, "checked when the method was applied"
         if cache is None and not inputs.get("use_cache"):
-            inputs[self.cache_argument] = prefix_cache(by_layer)
+            inputs[self.cache_argument] = read_only_cache(by_layer)
             return
         if cache is None:
             from transformers import DynamicCache
@@ -141,6 +141,17 @@ class Prepend:
         for layer, (keys, values) in enumerate(by_layer):
             cache.update(keys, values, layer)
 
+    def _encode_prefix(self, inputs: dict[str, Any], shape: PrefixShape) -> Tensor:
+        """The keys and values of the P virtual tokens, `[layers, 2, B, heads, P, width of a head]`; keys come first."""
+        model_input = inputs.get("input_ids")
+        if model_input is None:
+            model_input = inputs["inputs_embeds"]
+        batch_size = model_input.shape[0]
+        encoded = self.encoder(torch.arange(self.num_tokens, device=model_input.device)[None])
+        by_token = encoded.view(1, self.num_tokens, shape.layers, 2, shape.heads, -1)
+        by_layer = by_token.permute(2, 3, 0, 4, 1, 5)
+        return by_layer.expand(-1, -1, batch_size, -1, -1, -1)
+
 
 def cache_argument(decoder: nn.Module) -> str | None:
     """Name of the decoder's argument for keys and values from outside, which transformers renamed; None without one."""
@@ -148,7 +159,7 @@ def cache_argument(decoder: nn.Module) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
-def prefix_cache(by_layer: Tensor) -> Any:
+def read_only_cache(by_layer: Tensor) -> Any:
     """A transformers Cache that holds the keys and values of P virtual tokens, and never grows.
 
     `by_layer`: `[layers, 2 (keys, values), B, heads, P, width]`.

@@ -59,7 +59,7 @@ class Virtual(AddedParameters):
         self._embedding_weight = ""
         """Name of the base's token embeddings."""
         self._vocabulary_size = 0
-        self._settings: Any = None
+        self._peft_config: Any = None
         """peft's config."""
         self._encoder_class: Callable[..., nn.Module] = nn.Module
         self._initial_encoder: nn.Module | None = None
@@ -99,14 +99,14 @@ class Virtual(AddedParameters):
         # The encoder that makes the tokens: its parameters are ours to start, and the hook runs it.
         encoder = tuned.prompt_encoder[ADAPTER]
         self._owned = {f"{ENCODER}.{name}" for name, _ in encoder.named_parameters()}
-        self._settings = copy.deepcopy(tuned.peft_config[ADAPTER])
-        self._encoder_class = PEFT_TYPE_TO_TUNER_MAPPING[self._settings.peft_type]
+        self._peft_config = copy.deepcopy(tuned.peft_config[ADAPTER])
+        self._encoder_class = PEFT_TYPE_TO_TUNER_MAPPING[self._peft_config.peft_type]
         for module in encoder.modules():
             if isinstance(module, nn.LSTM):
                 module.__class__ = EncoderLstm
         prefix = None
         if self.is_prefix:
-            prefix = PrefixShape(self._settings.num_layers, self._settings.num_attention_heads)
+            prefix = PrefixShape(self._peft_config.num_layers, self._peft_config.num_attention_heads)
         Prepend(decoder, encoder, embeddings, self.num_tokens, prefix, is_active=lambda: self.active)
         return tuned
 
@@ -161,10 +161,10 @@ class Virtual(AddedParameters):
                 start_values = base.rows(self._embedding_weight, token_ids)
                 encoder.embedding.weight = nn.Parameter(start_values)  # type: ignore[union-attr]
             if isinstance(self.config, PrefixConfig) and self.config.init is PrefixInit.zero:
-                self._part_keys(encoder)
+                self._spread_initial_keys(encoder)
         return encoder
 
-    def _part_keys(self, encoder: nn.Module) -> None:
+    def _spread_initial_keys(self, encoder: nn.Module) -> None:
         """Give the tokens of a prefix that starts at zero different keys, which add nothing as long as the values are zero.
 
         Equal tokens would get equal gradients: all of them would stay copies of one. A network (`tuning.projection`) has
@@ -174,15 +174,15 @@ class Virtual(AddedParameters):
         if self.config.projection:
             return
         weight = cast(Tensor, encoder.embedding.weight).data  # type: ignore[union-attr]
-        keys_and_values = weight.view(self.num_tokens, self._settings.num_layers, 2, -1)
+        keys_and_values = weight.view(self.num_tokens, self._peft_config.num_layers, 2, -1)
         keys_and_values[:, :, 0].normal_(std=KEY_SPREAD)
 
     def _new_encoder(self) -> nn.Module:
         """peft's encoder for these settings, with values from the default generator."""
         if isinstance(self.config, PromptConfig):
             # peft's class takes word embeddings too, which only a start at a text reads.
-            return self._encoder_class(self._settings, None)
-        return self._encoder_class(self._settings)
+            return self._encoder_class(self._peft_config, None)
+        return self._encoder_class(self._peft_config)
 
     def _initial_token_ids(self, config: PromptConfig) -> list[int]:
         """The token of the vocabulary at whose embedding each virtual token starts, chosen as peft does.
@@ -201,29 +201,36 @@ class Virtual(AddedParameters):
     def save_adapter(
         self, model: Any, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
     ) -> None:
-        """Write peft's files into `directory`: the encoder's output as `prompt_embeddings`, and modules trained in full.
+        """Write peft's `adapter_model.safetensors` and `adapter_config.json` into `directory`.
 
-        `trained` holds the full trainable tensors under plain names. Errors: OSError, SafetensorError.
+        The tensors are the virtual tokens (`prompt_embeddings`), and modules that were trained in full. `trained` holds the full
+        trainable tensors under their names in `model`; `base_name` and `revision` say which base the adapter belongs to. Raises
+        OSError, SafetensorError.
         """
         from safetensors.torch import save_file
 
+        # peft's files have the encoder's output, not its weights: loaders need no encoder.
+        prompt_encoder = self._trained_encoder(trained)
+        with torch.no_grad():
+            tensors = {"prompt_embeddings": prompt_encoder(torch.arange(self.num_tokens)[None])[0]}
+        tensors |= fully_trained_tensors(model, trained, ADAPTER)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, directory / "adapter_model.safetensors", {"format": "pt"})
+        peft_config = copy.deepcopy(self._peft_config)
+        peft_config.base_model_name_or_path = base_name
+        peft_config.revision = revision
+        peft_config.inference_mode = True
+        peft_config.save_pretrained(str(directory))
+
+    def _trained_encoder(self, trained: dict[str, Tensor]) -> nn.Module:
+        """The encoder of the virtual tokens with its trained values, in evaluation mode. `trained`: tensors by full name."""
         encoder = self._new_encoder().eval()
         encoder_state = {}
-        for name, value in trained.items():
+        for name, tensor in trained.items():
             if name in self._owned:
-                encoder_state[name.removeprefix(f"{ENCODER}.")] = value
+                encoder_state[name.removeprefix(f"{ENCODER}.")] = tensor
         encoder.load_state_dict(encoder_state)
-        # peft's files have the encoder's output, not its weights: loaders need no encoder.
-        with torch.no_grad():
-            state = {"prompt_embeddings": encoder(torch.arange(self.num_tokens)[None])[0]}
-        state |= fully_trained_tensors(model, trained, ADAPTER)
-        contiguous = {name: value.contiguous() for name, value in state.items()}
-        save_file(contiguous, directory / "adapter_model.safetensors", {"format": "pt"})
-        settings = copy.deepcopy(self._settings)
-        settings.base_model_name_or_path = base_name
-        settings.revision = revision
-        settings.inference_mode = True
-        settings.save_pretrained(str(directory))
+        return encoder
 
 
 class _LoadedTokens(nn.Embedding):
