@@ -25,7 +25,7 @@ from launch.config.choices import (
 from strategies.errors import ConfigError
 from trainer.export.gates.bounds import read_word
 from trainer.model.known_shapes import read_shape
-from trainer.objectives.reward_functions import WHAT_IS_A_REWARD, functions_of, split_function
+from trainer.objectives.reward_functions import WHAT_IS_A_REWARD, reward_functions_in_file, split_function
 from trainer.optim.schedule import MEANT_UNDER
 
 TASKS_TABLE = "evaluation.tasks"
@@ -401,7 +401,7 @@ def _add_rewards(parsed: ParsedOverrides, entries: list[str], source_text: str) 
         names = [function]
         if not function:
             try:
-                names = [*functions_of(path)]
+                names = [*reward_functions_in_file(path)]
             except ConfigError as error:
                 parsed.problems += [f"{source_text}: {problem}" for problem in error.problems]
                 parsed.meant_keys.add(REWARDS_TABLE)

@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
     from trainer.model.known_shapes import shape_in_use, shape_note
     from trainer.model.loading import load_model_config
     from trainer.planner.plan import FURTHER_SETTINGS, further_variants, run_variants, with_imbalance
-    from trainer.planner.sweep import plan_variants, with_further, with_worst_imbalance
+    from trainer.planner.sweep import plan_variants, with_further_variants, with_worst_imbalance
 
     config, fixed_keys = compose_planned_run(request.run_overrides, request.card)
     # First, because what is wrong with the settings must be reported before the data is prepared, which may take an hour.
@@ -121,7 +121,9 @@ def main(argv: list[str]) -> int:
         variants, refused = further_variants(config, request.settings, fixed_keys, job.ranks, long_rows)
         if variants:
             print(f"nothing fits: looking at {len(variants)} further ways, with rows that ranks share", file=sys.stderr)
-            answer = with_further(answer, variants, refused, job, micro_batch, request.settings, _progress_printer())
+            answer = with_further_variants(
+                answer, variants, refused, job, micro_batch, request.settings, _progress_printer()
+            )
     answer = with_worst_imbalance(answer, request.settings)
     if shape is not None:
         notes = (shape_note(shape, config.model.path), *answer.cost_model.notes)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.helpers.launching import ROOT, clean_environment
-from trainer.reporting.console import Console, RunSchedule, _fields
+from trainer.reporting.console import Console, RunSchedule, _progress_fields
 
 SAYS = """
 from types import SimpleNamespace
@@ -114,6 +114,6 @@ def test_console_shows_the_reward_before_the_loss():
     row = {"step": 1, "loss": 0.01, "reward": 0.5, "grad_norm": 1.0, "lr": 1e-4, "tokens_per_s": 9.0}
     row |= {"memory_gib": 1.0, "data_wait_s": 0.0}
     schedule = RunSchedule(total_steps=2, first_step=0, started_at=0.0, evaluate_every=0)
-    assert _fields(row, schedule)[:3] == ["step 1/2", "reward 0.500", "loss 0.0100"]
+    assert _progress_fields(row, schedule)[:3] == ["step 1/2", "reward 0.500", "loss 0.0100"]
     del row["reward"]
-    assert _fields(row, schedule)[:2] == ["step 1/2", "loss 0.0100"]
+    assert _progress_fields(row, schedule)[:2] == ["step 1/2", "loss 0.0100"]

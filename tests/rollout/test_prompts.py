@@ -13,7 +13,7 @@ from trainer.data.document import Document, Rejected, Row
 from trainer.data.fields import KeptColumns
 from trainer.data.formats import RowReader
 from trainer.data.store.documents import DOCUMENTS_FILE, schema, to_record_batch
-from trainer.objectives.reward_functions import functions_of, kept_columns, problems_of_function
+from trainer.objectives.reward_functions import kept_columns, reward_function_problems, reward_functions_in_file
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
 from trainer.rollout.rewards.copies import (
     copy_rewards,
@@ -94,7 +94,7 @@ def test_kept_columns_are_json_in_the_table():
 
 
 def test_signatures_are_read_without_running_the_file(reward_file):
-    functions = functions_of(reward_file)
+    functions = reward_functions_in_file(reward_file)
     assert {name: function.convention.name for name, function in functions.items()} == {
         "right": "trl",
         "brief": "verifiers",
@@ -120,7 +120,7 @@ def test_signatures_are_read_without_running_the_file(reward_file):
 )
 def test_wrong_functions_are_told(reward_file, setting, options, pattern):
     reward = RewardEntry(function=f"{reward_file}:{setting}" if setting else str(reward_file), options=options)
-    (problem,) = problems_of_function("mine", reward)
+    (problem,) = reward_function_problems("mine", reward)
     assert problem.startswith("objective.rewards.mine.")
     assert pattern in problem
 

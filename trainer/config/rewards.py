@@ -14,7 +14,7 @@ from trainer.data.read.paths import is_hub_path, is_remote_address
 from trainer.data.sources import Input, find_inputs
 from trainer.evaluation.tasks.registry import metric_directions
 from trainer.objectives.base import formats_of
-from trainer.objectives.reward_functions import function_of, problems_of_function
+from trainer.objectives.reward_functions import find_reward_function, reward_function_problems
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
 from trainer.rollout.rewards.kinds import KINDS, JudgeReward, kind_problems
 from trainer.rollout.rewards.model_files import reward_model_problems
@@ -85,7 +85,7 @@ def _single_reward_problems(name: str, reward: RewardEntry) -> Iterator[str]:
     elif reward.path is not None:
         yield from reward_model_problems(reward, key)
     elif reward.function is not None:
-        yield from problems_of_function(name, reward)
+        yield from reward_function_problems(name, reward)
     else:
         yield from kind_problems(reward.kind, reward.options, key)
 
@@ -147,7 +147,7 @@ def _missing_columns(name: str, reward: RewardEntry, columns: set[str]) -> list[
     """
     if reward.function is not None:
         try:
-            function = function_of(reward.function, f"objective.rewards.{name}.function")
+            function = find_reward_function(reward.function, f"objective.rewards.{name}.function")
         except ConfigError:
             return []
         needed = [column for column, is_required in function.columns.items() if is_required]

@@ -13,7 +13,7 @@ from trainer.data.batches.cutting import IGNORED_TARGET
 from trainer.evaluation.decoding import stock_attention
 from trainer.losses.row_scores import row_scores
 from trainer.objectives.causal import plain_model, supervised_rows
-from trainer.objectives.seq2seq import answer_rows
+from trainer.objectives.seq2seq import supervised_answer_rows
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """(token ids of a context, token ids of the continuation that is scored after it)."""
@@ -43,7 +43,7 @@ class ScoreContinuations:
         bias: Tensor | None = None
         with stock_attention(causal_model):
             if causal_model.config.is_encoder_decoder:
-                head, hidden, targets, bias = answer_rows(model, batch)
+                head, hidden, targets, bias = supervised_answer_rows(model, batch)
             else:
                 head, hidden, targets = supervised_rows(model, batch)
             token_logprobs, is_argmax = row_scores(head, hidden, targets, bias)

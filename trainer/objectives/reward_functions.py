@@ -84,34 +84,34 @@ _STAND_INS: dict[Path, Path] = {}
 
 
 def use_stand_ins(copies: Mapping[Path, Path]) -> None:
-    """Read reward functions from these copies wherever the file itself, the key, is gone."""
+    """From now on, read reward functions from a file's copy if the file is missing. `copies`: the copy by the file's path."""
     for path, copy in copies.items():
         _STAND_INS[path.resolve()] = copy
 
 
-def present_file(path: Path) -> Path:
+def file_or_its_copy(path: Path) -> Path:
     """The file itself if it is there, else its copy in the directory of the run, if that is known; else the file's path."""
     return path if path.exists() else _STAND_INS.get(path.resolve(), path)
 
 
-def functions_of(path: Path) -> dict[str, RewardFunction]:
+def reward_functions_in_file(path: Path) -> dict[str, RewardFunction]:
     """The public reward functions of a file by name, in its order: those with a parameter of one of the conventions.
 
     Raises ConfigError for a file that cannot be read, or is no Python.
     """
-    path = present_file(path)
+    path = file_or_its_copy(path)
     try:
         modified_ns = path.stat().st_mtime_ns
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); give a Python file with reward functions"
         ) from None
-    return _functions_of(path, modified_ns)
+    return _parse_reward_functions(path, modified_ns)
 
 
 @lru_cache(maxsize=32)
-def _functions_of(path: Path, modified_ns: int) -> dict[str, RewardFunction]:
-    """The public reward functions of a file by name, as `functions_of`, found in its syntax tree: nothing of it is run.
+def _parse_reward_functions(path: Path, modified_ns: int) -> dict[str, RewardFunction]:
+    """`reward_functions_in_file`: finds the functions in the syntax tree of the file, of which nothing is run.
 
     `modified_ns`: when the file was changed, so that the cache (keyed by the arguments) reads a changed file again.
     """
@@ -148,10 +148,13 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> RewardFunction |
     return RewardFunction(node.name, convention, parameters, tuple(required), takes_all=arguments.kwarg is not None)
 
 
-def function_of(setting: str, key: str) -> RewardFunction:
-    """The function that `FILE.py:NAME` names. `key`: the setting, for messages. Raises ConfigError if there is none."""
+def find_reward_function(setting: str, key: str) -> RewardFunction:
+    """The reward function that `setting`, a text FILE.py:NAME, names. Raises ConfigError if there is none.
+
+    `key`: the key of the setting, for messages.
+    """
     path, name = split_function(setting)
-    functions = functions_of(path)
+    functions = reward_functions_in_file(path)
     if name in functions:
         return functions[name]
     known = ", ".join(functions) or "none"
@@ -164,21 +167,28 @@ def function_of(setting: str, key: str) -> RewardFunction:
 
 
 def kept_columns(rewards: Mapping[str, RewardEntry]) -> KeptColumns:
-    """The columns that rewards read. Raises ConfigError for a reward function that cannot be found."""
-    required: dict[str, None] = {}
-    optional: dict[str, None] = {}
+    """The columns of the data that rewards read: required ones, optional ones, and whether a reward takes all.
+
+    A column that one reward requires is no optional one of another. Raises ConfigError for a reward function that cannot be
+    found.
+    """
+    required: set[str] = set()
+    optional: set[str] = set()
     takes_all = False
     for name, reward in rewards.items():
         if reward.function is None:
-            optional.update(dict.fromkeys(columns_of_kind(reward)))
+            optional.update(columns_of_built_in_reward(reward))
             continue
-        function = function_of(reward.function, f"objective.rewards.{name}.function")
+        function = find_reward_function(reward.function, f"objective.rewards.{name}.function")
         takes_all |= function.takes_all
         for column, is_required in function.columns.items():
-            if column not in reward.options:
-                (required if is_required else optional)[column] = None
-    only_optional = tuple(sorted(optional.keys() - required.keys()))
-    return KeptColumns(tuple(sorted(required)), only_optional, takes_all)
+            if column in reward.options:  # the settings give this parameter its value
+                continue
+            if is_required:
+                required.add(column)
+            else:
+                optional.add(column)
+    return KeptColumns(tuple(sorted(required)), tuple(sorted(optional - required)), takes_all)
 
 
 def prompt_spec(config: RoundsConfig) -> PromptDataSpec:
@@ -206,18 +216,18 @@ KIND_COLUMNS = {
 """Columns that a built-in kind may read."""
 
 
-def columns_of_kind(reward: RewardEntry) -> tuple[str, ...]:
-    """The columns that a built-in reward may read: that of `options.reference`, if it is set."""
+def columns_of_built_in_reward(reward: RewardEntry) -> tuple[str, ...]:
+    """The columns that a built-in reward may read: the one that `options.reference` names, else those of its kind."""
     column = reward.options.get("reference")
     return (str(column),) if column else KIND_COLUMNS.get(reward.kind, ())
 
 
-def problems_of_function(name: str, reward: RewardEntry) -> Iterator[str]:
+def reward_function_problems(name: str, reward: RewardEntry) -> Iterator[str]:
     """What is wrong with a reward function as its file defines it, one line each."""
     key = f"objective.rewards.{name}"
     assert reward.function is not None
     try:
-        function = function_of(reward.function, f"{key}.function")
+        function = find_reward_function(reward.function, f"{key}.function")
     except ConfigError as error:
         yield from error.problems
         return

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -152,23 +152,24 @@ class SourceTargetEncoder(Encoder):
         """Samples in the order of the documents, untruncated. Raises RefusedDocument."""
         remaining = iter(documents)
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
-            sides = [source_and_target(document) for document in batch]
+            examples = [source_and_target(document) for document in batch]
             rendered_prompts = []
-            for document, (prompt_text, _, _) in zip(batch, sides, strict=True):
-                escaped = self.escape_text(document, prompt_text)
-                rendered_prompts.append(RenderedText(self.prefix + escaped, [], escaped != prompt_text))
-            prompts = self._texts(rendered_prompts)
-            answers = self._texts([RenderedText(answer, []) for _, answer, _ in sides])
-            for document, prompt, answer, (_, _, weight) in zip(batch, prompts, answers, sides, strict=True):
+            for document, example in zip(batch, examples, strict=True):
+                escaped = self.escape_text(document, example.prompt)
+                rendered_prompts.append(RenderedText(self.prefix + escaped, [], escaped != example.prompt))
+            prompts = self._encode_texts(rendered_prompts)
+            answers = self._encode_texts([RenderedText(example.answer, []) for example in examples])
+            for document, prompt, answer, example in zip(batch, prompts, answers, examples, strict=True):
                 input_ids = np.concatenate([prompt, answer])
                 in_answer = np.arange(len(input_ids)) >= len(prompt)
                 # Weights of 0 and 1 need no column: the mask says the same.
                 weights = None
-                if 0 < weight < 1:
-                    weights = in_answer.astype(np.float32) * np.float32(weight)
-                yield document, Sample(input_ids, in_answer & (weight > 0), weights=weights)
+                if 0 < example.answer_weight < 1:
+                    weights = in_answer.astype(np.float32) * np.float32(example.answer_weight)
+                yield document, Sample(input_ids, in_answer & (example.answer_weight > 0), weights=weights)
 
-    def _texts(self, texts: list[RenderedText]) -> Iterator[np.ndarray]:
+    def _encode_texts(self, texts: list[RenderedText]) -> Iterator[np.ndarray]:
+        """The token ids of each text (int32), between the tokenizer's opening and closing tokens."""
         for encoding in self.tokenize(texts)[0]:
             yield np.array([*self.opening, *encoding.ids, *self.closing], dtype=np.int32)
 
@@ -198,13 +199,22 @@ class SourceTargetEncoder(Encoder):
         if prompt_length > max_source:
             closing_length = min(len(self.closing), max_source - 1)
         prompt_start = slice(min(prompt_length, max_source) - closing_length)
-        shorten_prompt = slice(prompt_length - closing_length, prompt_length)
+        prompt_closing = slice(prompt_length - closing_length, prompt_length)
         answer_start = slice(prompt_length, prompt_length + max_answer)
-        return [sample.keep_spans(prompt_start, shorten_prompt, answer_start)]
+        return [sample.keep_spans(prompt_start, prompt_closing, answer_start)]
 
 
-def source_and_target(document: Document) -> tuple[str, str, float]:
-    """(prompt, answer, weight of the answer). A weight of 0 means that it is not learned.
+class TwoSidedText(NamedTuple):
+    """The two texts of a document, which encoder and decoder read."""
+
+    prompt: str
+    answer: str
+    answer_weight: float
+    """What each token of the answer counts for in the loss; with 0 it is not learned."""
+
+
+def source_and_target(document: Document) -> TwoSidedText:
+    """The prompt of a document for the encoder, and its answer for the decoder.
 
     - A row of prompt and completion: both as they are, with the weight 1. Their separator is left out, since the two sides are
       separate sequences.
@@ -213,7 +223,7 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
     - Any other document, tool calls or thoughts in it, or a weight of an earlier turn: RefusedDocument is raised.
     """
     if document.prompt is not None:
-        return document.prompt, document.completion or "", 1.0
+        return TwoSidedText(document.prompt, document.completion or "", answer_weight=1.0)
     turns = [*(document.messages or []), *(document.chosen or [])]
     if len(turns) > 1:
         *system, user, assistant = turns
@@ -246,7 +256,7 @@ def source_and_target(document: Document) -> tuple[str, str, float]:
         raise RefusedDocument(document.location, "bad_weight", f"{problem}, or name weight in data.ignore_columns")
     # A turn may have a weight, or `train: false`, which is the weight 0.
     weight = float(assistant.get("weight", assistant.get("train", True)))
-    return prompt, str(assistant["content"]), weight
+    return TwoSidedText(prompt, str(assistant["content"]), weight)
 
 
 class TwoSidedCollator(Collator):
@@ -268,18 +278,18 @@ class TwoSidedCollator(Collator):
 def pad_two_sides(samples: Sequence[Sample], *, pad_token_id: int, start_token_id: int) -> dict[str, Any]:
     """One row a document on each side, padded on the right: `input_ids` and `attention_mask [S, N]` for the encoder;
     `decoder_input_ids` (the start token, then the answer without its last) and `targets` (the answer) `[S, M]`."""
-    cuts = [sample.answer_begin() for sample in samples]
-    answers = [sample.input_ids[cut:] for sample, cut in zip(samples, cuts, strict=True)]
-    ids = np.full((len(samples), max(cuts)), pad_token_id, dtype=np.int64)
+    prompt_lengths = [sample.answer_begin() for sample in samples]
+    answers = [sample.input_ids[length:] for sample, length in zip(samples, prompt_lengths, strict=True)]
+    ids = np.full((len(samples), max(prompt_lengths)), pad_token_id, dtype=np.int64)
     mask = np.zeros_like(ids)
-    longest_answer = max(1, *map(len, answers), 1)
+    longest_answer = max(1, *map(len, answers))
     decoder = np.full((len(samples), longest_answer), pad_token_id, dtype=np.int64)
     targets = np.full_like(decoder, IGNORED_TARGET)
     # The decoder sees the answer shifted by one: position i predicts the answer's token i.
     decoder[:, 0] = start_token_id
-    for row, (sample, cut, answer) in enumerate(zip(samples, cuts, answers, strict=True)):
-        ids[row, :cut] = sample.input_ids[:cut]
-        mask[row, :cut] = 1
+    for row, (sample, prompt_length, answer) in enumerate(zip(samples, prompt_lengths, answers, strict=True)):
+        ids[row, :prompt_length] = sample.input_ids[:prompt_length]
+        mask[row, :prompt_length] = 1
         decoder[row, 1 : len(answer)] = answer[:-1]
         targets[row, : len(answer)] = answer
     return {
@@ -298,7 +308,7 @@ def deal_two_sides(dataset: TokenDataset, documents: np.ndarray, num_slots: int,
     """
     answers = dataset.num_supervised[documents]
     prompts = dataset.lengths[documents] - answers
-    best: list[np.ndarray] = []
+    best_slots: list[np.ndarray] = []
     least_cost = None
     # `lexsort` sorts by its last key first.
     for keys in ((answers, prompts), (prompts, answers), (prompts, prompts + answers)):
@@ -308,8 +318,8 @@ def deal_two_sides(dataset: TokenDataset, documents: np.ndarray, num_slots: int,
         if least_cost is None or total_cost < least_cost:
             least_cost = total_cost
             by_cost = sorted(range(num_slots), key=lambda number: (-costs[number], number))
-            best = [slots[number] for number in by_cost]
-    return [sorted(slot.tolist()) for slot in best]
+            best_slots = [slots[number] for number in by_cost]
+    return [sorted(slot.tolist()) for slot in best_slots]
 
 
 class Seq2seq(Objective):
@@ -319,7 +329,7 @@ class Seq2seq(Objective):
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the encoder on `input_ids [S, N]`, the decoder on `decoder_input_ids [S, M]`, the head on `target_rows`."""
-        head, hidden, targets, bias = answer_rows(model, batch)
+        head, hidden, targets, bias = supervised_answer_rows(model, batch)
         counting = loss_counting(batch)
         if computes_loss(head):
             loss_terms = head(hidden, targets=targets, counting=counting, added_bias=bias)
@@ -329,7 +339,7 @@ class Seq2seq(Objective):
         return next_token_terms(batch, *loss_terms)
 
 
-def answer_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor, Tensor | None]:
+def supervised_answer_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor, Tensor | None]:
     """Run encoder and decoder: (output head, hidden states `[N, H]` for it, targets `[N]`, bias `[V]` or None).
 
     N counts the answers' positions that are learned. The bias is what the model adds to the head's output.

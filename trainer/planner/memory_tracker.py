@@ -261,6 +261,7 @@ class LiveBytes(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _track_output(self, func: Any, args: Any, out: Any) -> None:
+        """Track the tensors that an operation returned. The copy of a parameter in another type counts as gathered."""
         if isinstance(out, Tensor):
             self.track(out)
             if func is _TO_COPY and self._is_parameter(args[0]):
@@ -270,6 +271,7 @@ class LiveBytes(TorchDispatchMode):
                 self._track_output(None, (), tensor)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
+        """Whether a tensor's storage is known to hold parameters."""
         live_storage = self._live.get(storage_key(tensor.untyped_storage()))
         return live_storage is not None and live_storage.kind is MemoryKind.parameters
 

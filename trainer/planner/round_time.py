@@ -168,12 +168,12 @@ def round_time(
         most_rows //= 2
 
     # The batches of answers that a rank writes one after the other.
-    readers = dp_size_of(config, ranks)  # ranks that write answers to different prompts
+    dp_size = dp_size_of(config, ranks)  # ranks that write answers to different prompts
     rows_per_part = min(most_rows, load.group_size)
     parts_per_batch = max(1, most_rows // rows_per_part)
     parts = load.prompts * -(-load.group_size // rows_per_part)
-    rows = min(parts_per_batch, -(-parts // readers)) * rows_per_part
-    batches = -(-parts // (parts_per_batch * readers))
+    rows = min(parts_per_batch, -(-parts // dp_size)) * rows_per_part
+    batches = -(-parts // (parts_per_batch * dp_size))
 
     # Sharded weights are gathered once a round if memory allows it, else again for each token that is written.
     writing_bytes = model.weight_bytes + round(rows * answer_bytes)
@@ -188,7 +188,7 @@ def round_time(
     kv_cache_bytes = rows * load.kv_cache_bytes_per_token * mean_tokens
     token_s = decode_step_s(model, card, config.precision, rows=rows, kv_cache_bytes=kv_cache_bytes)
     # A prompt is computed once for its group if the rank has all weights, else for each of its answers.
-    prompts_per_rank = load.prompts / readers * (1 if gathers_once else load.group_size)
+    prompts_per_rank = load.prompts / dp_size * (1 if gathers_once else load.group_size)
     flops = 2 * model.parameters * prompts_per_rank * load.prompt_tokens
     prefill_s = flops / (card.tflops(config.precision) * 1e12 * PRODUCT_EFFICIENCY)
     if gathers_once:

@@ -108,7 +108,7 @@ def record_steps(parts: StepParts, runtime: Runtime, *, warmup_steps: int = 1, r
     after them, the lowest peak of each phase counts: threads of real process groups free tensors late in some steps.
     """
     with recording_engine(parts, runtime) as recorded:
-        return _lowest_of_steps(parts, recorded, warmup_steps, repeat)
+        return _report_lowest_peaks(parts, recorded, warmup_steps, repeat)
 
 
 @contextmanager
@@ -150,7 +150,7 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _lowest_of_steps(parts: StepParts, recorded: RecordedEngine, warmup_steps: int, repeat: int) -> SimulatedStep:
+def _report_lowest_peaks(parts: StepParts, recorded: RecordedEngine, warmup_steps: int, repeat: int) -> SimulatedStep:
     """Take `warmup_steps` steps, then 1 + `repeat` steps of which each phase's lowest peak is reported.
 
     Collectives and arithmetic are those of the first counted step. Simulated steps must all have the same peaks (RuntimeError).
@@ -330,6 +330,7 @@ class RecordedEngine:
 
 
 def _tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors in the output of a module: itself, or those in nested tuples and lists."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, tuple | list):

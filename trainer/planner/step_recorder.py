@@ -81,27 +81,29 @@ class Recorder(LiveBytes):
         In a simulation, tensors have no values and no other rank exists: a host read returns a placeholder (0 or False), and a
         collective returns its input at once.
         """
-        traits = _operation_traits(func)
-        if traits.is_collective:
+        properties = _operation_properties(func)
+        if properties.is_collective:
             self._record_collective(func, args)
-        if traits.is_reduce_scatter:
+        if properties.is_reduce_scatter:
             self._count_gloo_copy(func, args)
-        if traits.reads_on_host:
+        if properties.reads_on_host:
             if device_of(args[0]) == self.device:
                 self.record.host_reads[_calling_line()] += 1
             if hasattr(args[0], "fake_device"):
                 return _harmless_value(args[0].dtype)
-        if traits.returns_input_and_work and op_cache.simulating():
+        if properties.returns_input_and_work and op_cache.simulating():
             # As torch's kernel for fake tensors would return it, but faster.
             return args[0], Work.boxed(FakeWork())
-        output, flops, moved = self._cached_or_run(func, args, kwargs, traits)
-        if traits.copies:
+        output, flops, moved = self._cached_or_run(func, args, kwargs, properties)
+        if properties.copies:
             self._record_host_copy(func, args, output)
         self.record.flops += flops
         self.record.moved[self.phase.name] += moved
         return output
 
-    def _cached_or_run(self, func: Any, args: Any, kwargs: Any, traits: _OperationTraits) -> tuple[Any, float, int]:
+    def _cached_or_run(
+        self, func: Any, args: Any, kwargs: Any, properties: _OperationProperties
+    ) -> tuple[Any, float, int]:
         """Run an operation, or build its output from the cache: a step repeats the same operations in block after block.
 
         Returns (output, floating-point operations, bytes read and written on the device).
@@ -113,11 +115,11 @@ class Recorder(LiveBytes):
                 return op_cache.rebuild(cached, operation), cached.flops, cached.moved_bytes
         output = func(*args, **kwargs)
         flops = 0.0
-        if traits.has_flops:
+        if properties.has_flops:
             flops = self._flops(func, args, kwargs, output)
         # The cost of a product is its arithmetic: its bytes would count it twice.
         moved = 0
-        if not flops and not traits.uncounted:
+        if not flops and not properties.moves_no_counted_bytes:
             moved = self._device_bytes(args) + self._device_bytes(output)
         if operation is not None:
             op_cache.store(operation, output, flops, moved)
@@ -200,7 +202,9 @@ class Recorder(LiveBytes):
         return 0.0
 
 
-_UNCOUNTED = frozenset({"empty", "empty_strided", "empty_like", "new_empty", "detach", "alias", "_unsafe_view"})
+_OPERATIONS_WITHOUT_TRAFFIC = frozenset(
+    {"empty", "empty_strided", "empty_like", "new_empty", "detach", "alias", "_unsafe_view"}
+)
 """Operations beside views that read and write no values."""
 _ATTENTION = ("torch_attn::_varlen_attn", flex_shapes.FORWARD)
 _PRODUCTS = (torch.ops.aten.addmm_, GROUPED_PRODUCT)
@@ -208,7 +212,7 @@ _COPIES = (CAST.default, torch.ops.aten.copy_.default)
 
 
 @dataclass(frozen=True, slots=True)
-class _OperationTraits:
+class _OperationProperties:
     """What is known of an operation, whatever its operands are."""
 
     is_collective: bool
@@ -220,21 +224,21 @@ class _OperationTraits:
     copies: bool
     has_flops: bool
     """Whether it may be a product or attention."""
-    uncounted: bool
+    moves_no_counted_bytes: bool
 
 
 @cache
-def _operation_traits(func: Any) -> _OperationTraits:
+def _operation_properties(func: Any) -> _OperationProperties:
     """The properties of a torch operation that `Recorder` needs. Cached, since they do not depend on the operands."""
     packet = func.overloadpacket  # the operation without its overload
-    return _OperationTraits(
+    return _OperationProperties(
         is_collective=func in collective_ops and func not in sync_ops,
         is_reduce_scatter=_qualified_name(func) == "c10d::_reduce_scatter_base_",
         returns_input_and_work=func in CollectiveOp.WK_ARG_1 and func.namespace == "c10d",
         reads_on_host=func is READ_ON_HOST.default,
         copies=func in _COPIES,
         has_flops=_qualified_name(func).startswith(_ATTENTION) or packet in _PRODUCTS or packet in flop_registry,
-        uncounted=_is_uncounted(func),
+        moves_no_counted_bytes=_moves_no_counted_bytes(func),
     )
 
 
@@ -243,10 +247,10 @@ def _qualified_name(func: Any) -> str:
     return str(func.name()).partition(".")[0]
 
 
-def _is_uncounted(func: Any) -> bool:
+def _moves_no_counted_bytes(func: Any) -> bool:
     """Whether an operation reads and writes nothing on the device, or is counted as a collective."""
     namespace, _, name = _qualified_name(func).partition("::")
-    return func.is_view or func in collective_ops or namespace == "prim" or name in _UNCOUNTED
+    return func.is_view or func in collective_ops or namespace == "prim" or name in _OPERATIONS_WITHOUT_TRAFFIC
 
 
 def _harmless_value(dtype: torch.dtype) -> bool | float | int:

@@ -65,8 +65,8 @@ def plan_variants(
     micros_by_variant = [micro_batches(job, micro, variant.config.parallel.sequence) for variant in variants]
     accumulations = []
     for variant, micros in zip(variants, micros_by_variant, strict=True):
-        readers = dp_size_of(variant.config, job.ranks)
-        accumulations.append(2 if job.global_batch // (readers * micros[0]) > 1 else 1)
+        dp_size = dp_size_of(variant.config, job.ranks)
+        accumulations.append(2 if job.global_batch // (dp_size * micros[0]) > 1 else 1)
     cost_models = simulate_variants(variants, job, accumulations, settings, on_progress)
 
     # Rank the micro-batches of each variant; a variant that cannot be simulated is refused.
@@ -95,7 +95,7 @@ def plan_variants(
     )
 
 
-def with_further(
+def with_further_variants(
     answer: PlanAnswer,
     variants: list[RunVariant],
     refused: list[tuple[RunVariant, str]],
@@ -178,7 +178,7 @@ def simulate_variants(
         process_count, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
     ) as pool:
         # The slowest simulations first, so that no worker is busy alone at the end.
-        slowest_first = sorted(range(len(variants)), key=lambda index: -_expected_duration(variants[index]))
+        slowest_first = sorted(range(len(variants)), key=lambda index: -_duration_rank(variants[index]))
         index_by_future: dict[Future[CostModel | str], int] = {}
         for index in slowest_first:
             config = variants[index].config
@@ -198,7 +198,7 @@ def simulate_variants(
     return cost_models
 
 
-def _expected_duration(variant: RunVariant) -> int:
+def _duration_rank(variant: RunVariant) -> int:
     """A number that is larger for variants whose simulation takes longer: ZeRO-3, then other stages of ZeRO, then the rest."""
     if variant.name == "zero3":
         return 2

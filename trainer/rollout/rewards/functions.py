@@ -17,7 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from trainer.objectives.reward_functions import Convention, RewardFunction, functions_of
+from trainer.objectives.reward_functions import Convention, RewardFunction, reward_functions_in_file
 
 
 class BadScore(Exception):
@@ -84,7 +84,7 @@ class FunctionReward:
     @classmethod
     def load(cls, file: Path, name: str, options: Mapping[str, Any]) -> FunctionReward:
         """Run the file, and take the function from it. Raises what the file raises."""
-        return cls(load_function(file, name), functions_of(file)[name], options)
+        return cls(load_function(file, name), reward_functions_in_file(file)[name], options)
 
     def __call__(self, answers: AnswersOfGroup) -> CallResult:
         """The scores of the answers. Raises BadScore, and what the function raises.

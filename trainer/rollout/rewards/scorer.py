@@ -10,7 +10,7 @@ import numpy as np
 
 from strategies.errors import DataError, Interrupted
 from strategies.runtime import Runtime, gather_objects, longer_timeout, usable_cores
-from trainer.objectives.reward_functions import Convention, function_of
+from trainer.objectives.reward_functions import Convention, find_reward_function
 from trainer.rollout.rewards.copies import function_locations
 from trainer.rollout.rewards.judged import VerdictSource, judge_answers
 from trainer.rollout.rewards.kinds import JudgeReward
@@ -62,7 +62,7 @@ class WorkerScorer:
             if name in functions:
                 file, function = functions[name]
                 setup[name] = {"file": str(file), "function": function, "options": dict(reward.options)}
-                signature = function_of(f"{file}:{function}", f"objective.rewards.{name}.function")
+                signature = find_reward_function(f"{file}:{function}", f"objective.rewards.{name}.function")
                 if signature.convention is not Convention.trl:
                     self._single_answer_rewards.add(name)
                 continue
