@@ -52,7 +52,12 @@ from trainer.run import meet
 from trainer.session.announcements import track_evaluation
 from trainer.session.attempt import Attempt, rank_of_job
 from trainer.session.evaluators import build_test_evaluators, model_interface_for_run
-from trainer.session.looks_at_test_set import CheckpointWeights, keep_result, metrics_on_test, num_documents
+from trainer.session.looks_at_test_set import (
+    CheckpointWeights,
+    measure_test_metrics,
+    num_test_documents,
+    record_test_result,
+)
 from trainer.session.run_data import DataRecord, ReasonToReadRows, data_record, load_run_data
 from trainer.session.run_facts import versions
 from trainer.step import Built
@@ -224,7 +229,7 @@ def _evaluate_test(
             )
             at_end.callback(scorer.close)
         evaluators = build_test_evaluators(config, data, built, tokenizer, engine, runtime, scorer, watch_for_stop)
-        metrics = metrics_on_test(evaluators, engine)
+        metrics = measure_test_metrics(evaluators, engine)
     weights = CheckpointWeights(
         run_dir=Path(job.run),
         step=progress.step,
@@ -232,7 +237,7 @@ def _evaluate_test(
         artefact=None if job.accepted else manifest_fingerprint(Path(job.checkpoint)),
     )
     if runtime.is_main:
-        result = keep_result(weights, metrics, num_documents(data), recorded=job.recorded)
+        result = record_test_result(weights, metrics, num_test_documents(data), recorded=job.recorded)
         write_text_atomic(job_dir / TEST_FILE, json_text(result, indent=1) + "\n")
     processes.barrier(runtime)
 

@@ -126,19 +126,25 @@ class Preference(Objective):
         if reference is None:
             reference = torch.zeros_like(logps)
         # Sequences alternate: the chosen answer of a pair, then its rejected one.
+        chosen_logps, rejected_logps = logps.view(-1, 2).unbind(1)
+        chosen_tokens, rejected_tokens = num_tokens.view(-1, 2).unbind(1)
+        reference_chosen, reference_rejected = reference.view(-1, 2).unbind(1)
         pairs = Pairs(
-            *logps.view(-1, 2).unbind(1),
-            *num_tokens.view(-1, 2).unbind(1),
-            *reference.view(-1, 2).unbind(1),
+            chosen=chosen_logps,
+            rejected=rejected_logps,
+            chosen_tokens=chosen_tokens,
+            rejected_tokens=rejected_tokens,
+            reference_chosen=reference_chosen,
+            reference_rejected=reference_rejected,
         )
-        losses, chosen, rejected = self.losses(pairs)
+        losses, chosen_rewards, rejected_rewards = self.losses(pairs)
         has_both = (pairs.chosen_tokens > 0) & (pairs.rejected_tokens > 0)
         is_counted = has_both.float() * counted_here(batch)
-        return pair_terms(losses, chosen, rejected, is_counted)
+        return pair_terms(losses, chosen_rewards, rejected_rewards, is_counted)
 
     @abstractmethod
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """Each pair's loss, and the rewards of its answers, `[P]` each."""
+        """(the loss of each pair, the reward of its chosen answer, the reward of its rejected one), `[P]` each."""
 
 
 class Dpo(Preference):
@@ -171,7 +177,8 @@ class Dpo(Preference):
         else:
             losses = smoothed_logistic(config.beta * ratio_difference, config.label_smoothing)
         if config.sft_weight:
-            losses = losses - config.sft_weight * pairs.mean_logps()[0]
+            chosen_mean_logps, _ = pairs.mean_logps()
+            losses = losses - config.sft_weight * chosen_mean_logps
         return losses, config.beta * chosen_ratio, config.beta * rejected_ratio
 
 
@@ -181,12 +188,18 @@ class Orpo(Preference):
     config: OrpoConfig
 
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """Rewards are beta times the mean log-probability of a token, as in TRL."""
-        chosen, rejected = pairs.mean_logps()
-        log_odds_ratio = (chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected))
+        """(loss, reward of the chosen answer, reward of the rejected one) of each pair, `[P]` each.
+
+        A reward is beta times the mean log-probability of a token, as in TRL.
+        """
+        chosen_logps, rejected_logps = pairs.mean_logps()
+        # The odds of a probability p are p / (1 - p).
+        log_odds_ratio = (chosen_logps - rejected_logps) - (
+            _log_complement(chosen_logps) - _log_complement(rejected_logps)
+        )
         beta = self.config.beta
-        losses = -chosen - beta * F.logsigmoid(log_odds_ratio)
-        return losses, beta * chosen, beta * rejected
+        losses = -chosen_logps - beta * F.logsigmoid(log_odds_ratio)
+        return losses, beta * chosen_logps, beta * rejected_logps
 
 
 class Simpo(Preference):
@@ -195,13 +208,18 @@ class Simpo(Preference):
     config: SimpoConfig
 
     def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen answer's reward should exceed the rejected one's by gamma."""
+        """(loss, reward of the chosen answer, reward of the rejected one) of each pair, `[P]` each.
+
+        The chosen answer's reward should exceed the rejected one's by gamma. With `sft_weight` the loss also has the chosen
+        answer's loss per token.
+        """
         config = self.config
-        chosen, rejected = pairs.mean_logps()
-        losses = smoothed_logistic(config.beta * (chosen - rejected) - config.gamma, config.label_smoothing)
+        chosen_logps, rejected_logps = pairs.mean_logps()
+        reward_margin = config.beta * (chosen_logps - rejected_logps)
+        losses = smoothed_logistic(reward_margin - config.gamma, config.label_smoothing)
         if config.sft_weight:
-            losses = losses - config.sft_weight * chosen
-        return losses, config.beta * chosen, config.beta * rejected
+            losses = losses - config.sft_weight * chosen_logps
+        return losses, config.beta * chosen_logps, config.beta * rejected_logps
 
 
 def smoothed_logistic(logits: Tensor, smoothing: float) -> Tensor:
@@ -213,7 +231,7 @@ def smoothed_logistic(logits: Tensor, smoothing: float) -> Tensor:
 
 
 def _log_complement(logp: Tensor) -> Tensor:
-    """log(1 - exp(logp)) without cancellation (Maechler 2012)."""
+    """log(1 - exp(logp)) without cancellation, by one of two forms on either side of log(1/2) (Maechler 2012)."""
     logp = logp.clamp(max=MAX_MEAN_LOGP)
     return torch.where(logp < -0.6931472, torch.log1p(-torch.exp(logp)), torch.log(-torch.expm1(logp)))
 

@@ -47,6 +47,18 @@ class RecordingSettings:
     """Text of everything that decides the initial model and the tokens: part of the file's name."""
 
 
+@dataclass(frozen=True, slots=True)
+class _ReferenceColumn:
+    """A column of recorded log-probabilities, one for each sequence of a data set."""
+
+    name: str
+    """Of the column in the data set."""
+    file_prefix: str
+    """Tells its file from those of the other columns."""
+    sample_of: AheadOf
+    """Gives for each sequence of the data set the sample whose log-probability is recorded."""
+
+
 def record_reference_logps(
     datasets: dict[str, TokenDataset | None],
     engine: Engine,
@@ -54,7 +66,7 @@ def record_reference_logps(
     runtime: processes.Runtime,
     stop_now: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Give each split its reference columns, from `settings.directory`, or by a pass of `engine`'s initial model.
+    """Attach the reference columns to each split: read from `settings.directory`, else computed by `engine` and written there.
 
     Call before a checkpoint is loaded: afterwards the model is no longer the initial one. All ranks must call. Raises
     StorageError on all ranks alike, and Preempted if `stop_now`, asked on all ranks after each micro-batch, says so.
@@ -64,17 +76,18 @@ def record_reference_logps(
             continue
         # A file of another name belongs to another model, or to other tokens.
         name = hashlib.sha256(f"{settings.key}/{dataset.fingerprint}".encode()).hexdigest()[:16]
-        # (prefix of the file's name, name of the column, which sample it holds for each sequence)
-        columns: list[tuple[str, str, AheadOf]] = [("", REFERENCE, TokenDataset.sample)]
+        columns = [_ReferenceColumn(REFERENCE, file_prefix="", sample_of=TokenDataset.sample)]
         if settings.look_ahead_of is not None:
-            columns.append(("mismatched-", REFERENCE_AHEAD, settings.look_ahead_of))
-        for prefix, column_name, sample_of in columns:
-            path = settings.directory / f"{split}-{prefix}{name}.npy"
-            column = _read_column(path, len(dataset), runtime)
-            if column is None:
-                column = _compute_logps(dataset, engine, settings, sample_of, runtime, stop_now)
-                _write_column(path, column, runtime)
-            dataset.attach(column_name, column)
+            columns.append(
+                _ReferenceColumn(REFERENCE_AHEAD, file_prefix="mismatched-", sample_of=settings.look_ahead_of)
+            )
+        for column in columns:
+            path = settings.directory / f"{split}-{column.file_prefix}{name}.npy"
+            logps = _read_column(path, len(dataset), runtime)
+            if logps is None:
+                logps = _compute_logps(dataset, engine, settings, column.sample_of, runtime, stop_now)
+                _write_column(path, logps, runtime)
+            dataset.attach(column.name, logps)
 
 
 class RecordLogps:
@@ -82,7 +95,8 @@ class RecordLogps:
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """`logps`, `[S]` float32."""
-        return {"logps": sequence_logps(model, batch)[0]}
+        logps, _ = sequence_logps(model, batch)
+        return {"logps": logps}
 
 
 def _compute_logps(
@@ -123,11 +137,11 @@ def _compute_logps(
     return _sum_over_ranks(logps_by_sequence, runtime).astype(np.float32)
 
 
-def _sum_over_ranks(local: torch.Tensor, runtime: processes.Runtime) -> np.ndarray:
-    """The sum over the ranks of this run, on every rank. All ranks must call."""
+def _sum_over_ranks(local_values: torch.Tensor, runtime: processes.Runtime) -> np.ndarray:
+    """The sum of all ranks' values, on every rank. All ranks must call."""
     if runtime.world_size > 1:
-        local = processes.dist_sum(local)
-    return local.cpu().numpy()
+        local_values = processes.dist_sum(local_values)
+    return local_values.cpu().numpy()
 
 
 def _read_column(path: Path, length: int, runtime: processes.Runtime) -> np.ndarray | None:
@@ -144,10 +158,10 @@ def _read_column(path: Path, length: int, runtime: processes.Runtime) -> np.ndar
     if not processes.broadcast_object(column is not None and column.shape == (length,), runtime):
         return None
     # Zeros on all ranks but 0, so that the sum is rank 0's column.
-    values = torch.zeros(length, device=runtime.device)
+    own_column = torch.zeros(length, device=runtime.device)
     if column is not None:
-        values.copy_(torch.from_numpy(column))
-    return _sum_over_ranks(values, runtime)
+        own_column.copy_(torch.from_numpy(column))
+    return _sum_over_ranks(own_column, runtime)
 
 
 def _write_column(path: Path, column: np.ndarray, runtime: processes.Runtime) -> None:

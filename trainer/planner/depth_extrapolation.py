@@ -91,20 +91,19 @@ def _extrapolate_peak(shallow: PhasePeak, deep: PhasePeak, extrapolate: Callable
         return PhasePeak(total, 0, kinds, [])
     live_after_operation = [*map(extrapolate, shallow.live_after_operation, deep.live_after_operation)]
     highest = max(live_after_operation, default=total)
-    if (
-        highest != total and kinds
-    ):  # bytes by kind are known at the simulated peak only: the difference counts as activations
+    # Bytes by kind are known at the simulated peak only: the difference to the highest operation counts as activations.
+    if highest != total and kinds:
         kinds[MemoryKind.activations] = kinds.get(MemoryKind.activations, 0) + highest - total
     return PhasePeak(highest, 0, kinds, live_after_operation)
 
 
 def extrapolation_to(depths: tuple[int, int], blocks: int) -> Callable[[int, int], int]:
-    """A function that takes an amount at the two depths and returns the amount at `blocks` blocks.
+    """A function that takes an amount at the two depths (shallower, deeper) and returns the amount at `blocks` blocks.
 
     Each further period of blocks adds as much as the deeper model has more than the shallower one.
     """
     further_periods = (blocks - depths[1]) / (depths[1] - depths[0])
-    return lambda first, second: round(second + (second - first) * further_periods)
+    return lambda shallow, deep: round(deep + (deep - shallow) * further_periods)
 
 
 def extrapolate_by_key(
@@ -139,9 +138,9 @@ def extrapolate_step(
     """The step of a model of `blocks` blocks, from the steps of two shallow models of `depths` blocks."""
     phases = phases_at_depth(shallow, deep, depths, blocks, ends)
     extrapolate = extrapolation_to(depths, blocks)
-    peak, phase_peak = max(phases.items(), key=lambda phase_and_peak: phase_and_peak[1].total)
-    if isinstance(peak.place, int) and peak.place < 0:  # counted from the last block
-        peak = replace(peak, place=blocks + peak.place)
+    peak_phase, phase_peak = max(phases.items(), key=lambda phase_and_peak: phase_and_peak[1].total)
+    if isinstance(peak_phase.place, int) and peak_phase.place < 0:  # counted from the last block
+        peak_phase = replace(peak_phase, place=blocks + peak_phase.place)
     shallow_totals = _totals_by_collective(shallow.collectives)
     deep_totals = _totals_by_collective(deep.collectives)
     collective_totals = {}
@@ -151,7 +150,7 @@ def extrapolate_step(
         collective_totals[key] = (extrapolate(shallow_calls, deep_calls), extrapolate(shallow_bytes, deep_bytes))
     return ExtrapolatedStep(
         blocks=blocks,
-        peak=peak,
+        peak=peak_phase,
         total=phase_peak.total,
         kinds=phase_peak.kinds,
         resting=extrapolate_by_key(shallow.resting, deep.resting, extrapolate),
@@ -175,10 +174,10 @@ def host_inputs_at_depth(
 
 def full_depth_step(step: SimulatedStep, blocks: int) -> ExtrapolatedStep:
     """`step` of a model that was simulated with all its `blocks` blocks, in the form of an extrapolated step."""
-    peak, phase_peak = step.peak
+    peak_phase, phase_peak = step.peak
     return ExtrapolatedStep(
         blocks=blocks,
-        peak=peak,
+        peak=peak_phase,
         total=phase_peak.total,
         kinds=phase_peak.kinds,
         resting=step.resting,

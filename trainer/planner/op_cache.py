@@ -133,6 +133,10 @@ def _slice_from_start(tensor: Any, dim: int = 0, start: Any = None, end: Any = N
 
 @cache
 def _depends_on_metadata(func: Any) -> bool:
+    """Whether the shape, strides and type of an operation's output follow from its operands' metadata, not their values.
+
+    Indexing does, unless an index is a mask, which the caller checks.
+    """
     if func.namespace not in _CACHED_NAMESPACES or any(tag in func.tags for tag in _UNCACHED_TAGS):
         return False
     if torch.Tag.dynamic_output_shape in func.tags and func is not torch.ops.aten.index.Tensor:
@@ -169,11 +173,11 @@ def _append_to_key(argument: Any, key: list[Any], tensors: list[Any]) -> None:
 
 
 def cached_result(operation: Operation) -> OperationResult | None:
-    """The result of an earlier operation with the same key."""
+    """The result of an earlier operation with the same key; None if there was none."""
     return _RESULTS.get(operation.key)
 
 
-def rebuild(cached: OperationResult, operation: Operation) -> Any:
+def rebuild_output(cached: OperationResult, operation: Operation) -> Any:
     """The output of a cached result as new tensors, for the operands of `operation`."""
     with within_no_dispatch_mode():
         return _rebuild_output(cached.output, operation)
@@ -207,7 +211,7 @@ def _rebuild_output(template: Any, operation: Operation) -> Any:
     return tensor
 
 
-def store(operation: Operation, output: Any, flops: float, moved_bytes: int) -> None:
+def store_result(operation: Operation, output: Any, flops: float, moved_bytes: int) -> None:
     """Cache a result, unless a rebuilt output would differ from it."""
     try:
         template = _template_of(output, operation, set())
@@ -217,7 +221,7 @@ def store(operation: Operation, output: Any, flops: float, moved_bytes: int) -> 
 
 
 def _template_of(output: Any, operation: Operation, new_storages: set[int]) -> Any:
-    """An operation's output as it is cached: each tensor as the description from which `rebuild` makes one like it.
+    """An operation's output as it is cached: each tensor as the description from which `rebuild_output` makes one like it.
 
     `new_storages`: storages of the outputs that came before it in the same list. Two new tensors that share a storage could
     not be rebuilt. Raises _NotCacheable for these, and if a rebuilt tensor would differ in any way.
@@ -242,7 +246,7 @@ def _template_of(output: Any, operation: Operation, new_storages: set[int]) -> A
     if output.requires_grad or key in new_storages:
         raise _NotCacheable
     # Rebuild it once: it is cached only if that gives the same tensor.
-    rebuilt = rebuild(OperationResult(template, 0, 0), operation)
+    rebuilt = rebuild_output(OperationResult(template, 0, 0), operation)
     if template.storage_of_operand is None:
         new_storages.add(key)
         if rebuilt.untyped_storage().nbytes() != storage.nbytes() or template.offset:
@@ -264,15 +268,19 @@ def _shared_storage(output: FakeTensor, key: int, operation: Operation) -> dict[
 
     `key`: of the output's storage. Raises _NotCacheable if several operands share it: another time, they may not share one.
     """
-    sharing = [index for index, tensor in enumerate(operation.tensors) if storage_key(tensor.untyped_storage()) == key]
-    if len(sharing) > 1:
+    sharing_operands = []
+    for index, tensor in enumerate(operation.tensors):
+        if storage_key(tensor.untyped_storage()) == key:
+            sharing_operands.append(index)
+    if len(sharing_operands) > 1:
         raise _NotCacheable
     offset = int(output.storage_offset())
-    if not sharing:
+    if not sharing_operands:
         return {"same_as_operand": None, "storage_of_operand": None, "offset": offset}
-    operand = operation.tensors[sharing[0]]
+    (operand_index,) = sharing_operands
+    operand = operation.tensors[operand_index]
     return {
-        "same_as_operand": sharing[0] if operand is output else None,
-        "storage_of_operand": sharing[0],
+        "same_as_operand": operand_index if operand is output else None,
+        "storage_of_operand": operand_index,
         "offset": offset - int(operand.storage_offset()) - operation.slice_start,
     }

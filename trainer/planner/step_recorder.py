@@ -112,7 +112,7 @@ class Recorder(LiveBytes):
         if operation is not None:
             cached = op_cache.cached_result(operation)
             if cached is not None:
-                return op_cache.rebuild(cached, operation), cached.flops, cached.moved_bytes
+                return op_cache.rebuild_output(cached, operation), cached.flops, cached.moved_bytes
         output = func(*args, **kwargs)
         flops = 0.0
         if properties.has_flops:
@@ -122,7 +122,7 @@ class Recorder(LiveBytes):
         if not flops and not properties.moves_no_counted_bytes:
             moved = self._device_bytes(args) + self._device_bytes(output)
         if operation is not None:
-            op_cache.store(operation, output, flops, moved)
+            op_cache.store_result(operation, output, flops, moved)
         return output, flops, moved
 
     def _device_bytes(self, value: Any) -> int:

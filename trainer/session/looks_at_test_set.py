@@ -53,7 +53,7 @@ class ResultOnTest:
     """How often anything was measured on the test documents, this time included."""
 
 
-def metrics_on_test(evaluators: Sequence[Evaluator], engine: Engine) -> dict[str, float]:
+def measure_test_metrics(evaluators: Sequence[Evaluator], engine: Engine) -> dict[str, float]:
     """Metrics of the test documents, by names such as `test/loss`. All ranks must call. Raises Preempted on all or none."""
     metrics = {}
     try:
@@ -67,7 +67,7 @@ def metrics_on_test(evaluators: Sequence[Evaluator], engine: Engine) -> dict[str
     return metrics
 
 
-def result_at_end(
+def test_result_at_end(
     data: PreparedData,
     weights: CheckpointWeights,
     runtime: Runtime,
@@ -81,37 +81,37 @@ def result_at_end(
     """
     if data.test is None or len(data.test) == 0:
         return None
-    metrics = broadcast_object(_metrics_on_record(weights) if runtime.is_main else None, runtime)
-    is_new = metrics is None
+    metrics = broadcast_object(_recorded_metrics(weights) if runtime.is_main else None, runtime)
+    is_new_look = metrics is None
     if metrics is None:
-        metrics = metrics_on_test(make_evaluators(), engine)
-    documents = num_documents(data)
+        metrics = measure_test_metrics(make_evaluators(), engine)
+    documents = num_test_documents(data)
 
-    def keep() -> int:
-        if is_new:
-            keep_look(weights, metrics, documents, BY_RUN)
+    def record_and_count_looks() -> int:
+        if is_new_look:
+            record_test_look(weights, metrics, documents, BY_RUN)
         return num_looks(weights.run_dir)
 
-    looks = call_on_main(keep, runtime)
+    looks = call_on_main(record_and_count_looks, runtime)
     return asdict(ResultOnTest(metrics=metrics, step=weights.step, documents=documents, looks=looks))
 
 
-def num_documents(data: PreparedData) -> int:
+def num_test_documents(data: PreparedData) -> int:
     """The number of test documents; the sequences of one document, as of a preference pair, count once."""
     assert data.test is not None
     return len(set(data.test.documents.tolist()))
 
 
-def _metrics_on_record(weights: CheckpointWeights) -> dict[str, float] | None:
-    """The test metrics that the run has measured of these weights before; None if it has not."""
-    for report in kept_reports(weights.run_dir, TEST):
-        is_same_checkpoint = weights.artefact is not None and report.artefact == weights.artefact
-        if is_same_checkpoint and report.report.get("measured_by") == BY_RUN:
-            return dict(report.report.get("metrics") or {})
+def _recorded_metrics(weights: CheckpointWeights) -> dict[str, float] | None:
+    """The test metrics that the run itself has measured of the same checkpoint before; None if it has not."""
+    for kept_report in kept_reports(weights.run_dir, TEST):
+        is_same_checkpoint = weights.artefact is not None and kept_report.artefact == weights.artefact
+        if is_same_checkpoint and kept_report.report.get("measured_by") == BY_RUN:
+            return dict(kept_report.report.get("metrics") or {})
     return None
 
 
-def keep_look(
+def record_test_look(
     weights: CheckpointWeights, metrics: dict[str, float], documents: int, measured_by: str
 ) -> dict[str, Any]:
     """Write the record of a look at the test documents into `reports/` of the run; returns it.
@@ -134,7 +134,7 @@ def keep_look(
     return report
 
 
-def keep_result(
+def record_test_result(
     weights: CheckpointWeights, metrics: dict[str, float], documents: int, *, recorded: bool
 ) -> dict[str, Any]:
     """The test result of `shardtune evaluate` as JSON values, which is written into the run directory if `recorded`.
@@ -142,7 +142,7 @@ def keep_result(
     `recorded` is false for a run of another user, whose directory is not written. On rank 0 alone. Errors: StorageError.
     """
     if recorded:
-        keep_look(weights, metrics, documents, BY_COMMAND)
+        record_test_look(weights, metrics, documents, BY_COMMAND)
     result = ResultOnTest(metrics=metrics, step=weights.step, documents=documents, looks=num_looks(weights.run_dir))
     if recorded:
         # The metrics that the run itself measured at its end stay in `run.json`; only the number of looks grows.

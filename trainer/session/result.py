@@ -28,7 +28,7 @@ from trainer.rollout.loader import RolloutLoader
 from trainer.session.announcements import RunContext
 from trainer.session.closing import closing_sentence
 from trainer.session.evaluators import build_test_evaluators
-from trainer.session.looks_at_test_set import CheckpointWeights, result_at_end
+from trainer.session.looks_at_test_set import CheckpointWeights, test_result_at_end
 from trainer.session.monitors import final_chat_answers
 from trainer.session.run_facts import model_facts
 from trainer.step import Built
@@ -129,4 +129,4 @@ def measure_test_documents(run: TrainedRun, step: int) -> dict[str, Any] | None:
             run.config, run.inputs.data, run.built, tokenizer, run.engine, context.runtime, scorer, watch_for_stop
         )
 
-    return result_at_end(run.inputs.data, weights, context.runtime, make_evaluators, run.engine)
+    return test_result_at_end(run.inputs.data, weights, context.runtime, make_evaluators, run.engine)
