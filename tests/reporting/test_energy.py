@@ -53,7 +53,7 @@ def test_energy_meter_that_fails_is_reported_and_ends_nothing(site, monkeypatch,
     def broken(self):
         raise RuntimeError("no such counter")
 
-    monkeypatch.setattr(energy._Meter, "_tracker", broken)
+    monkeypatch.setattr(energy._Meter, "_create_tracker", broken)
     assert command_here(["train", *words(site, "broken", "export.at_end=false")]) == 0
     assert "energy is not measured on" in (said := capsys.readouterr().out) and "no such counter" in said
     assert json.loads((site / "broken" / "run.json").read_text())["energy"] is None

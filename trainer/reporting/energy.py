@@ -49,10 +49,10 @@ def problems(config: LoggingConfig, *, here: bool) -> Iterator[str]:
 
 @contextmanager
 def metering(country: str | None, run_dir: Path, runtime: Runtime, print_line: Callable[[str], None]) -> Iterator[None]:
-    """Within it the energy of this host is measured by codecarbon, on one rank of each host.
+    """A context in which codecarbon measures the energy of this host, on its first rank; other ranks measure nothing.
 
-    `country`: three letters (ISO 3166), whose electricity decides the emissions; None measures nothing. If it fails, `print_line`
-    gets the reason, and the run trains on. No collective.
+    Writes the totals to a file in `energy/` of the run directory. `country`: three letters (ISO 3166), whose electricity decides
+    the emissions; None measures nothing. If it fails, `print_line` gets the reason, and the run trains on. No collective.
     """
     if country is None or runtime.local_rank != 0:
         yield
@@ -76,7 +76,7 @@ def energy_of_run(run_dir: Path) -> dict[str, Any] | None:
     for path in sorted((run_dir / FOLDER).glob("*.json")):
         try:
             measurements.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):  # a host that was killed as it wrote its first
+        except (OSError, ValueError):  # its host was killed while it wrote the file for the first time
             continue
     if not measurements:
         return None
@@ -101,7 +101,7 @@ class _Meter(threading.Thread):
     def run(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.tracker = self._tracker()
+            self.tracker = self._create_tracker()
             self.tracker.start()
         except Exception as error:  # noqa: BLE001 - whatever a meter lacks, the run trains on
             self.tracker = None
@@ -122,7 +122,7 @@ class _Meter(threading.Thread):
                 one_line = " ".join(str(error).split())
                 self.print_line(f"energy: the last look failed on {socket.gethostname()}: {one_line}")
 
-    def _tracker(self) -> Any:
+    def _create_tracker(self) -> Any:
         """codecarbon's tracker of this host, which hands its totals to `write` every `EVERY_S * WRITTEN_EVERY` seconds."""
         from codecarbon import OfflineEmissionsTracker
         from codecarbon.output import BaseOutput
@@ -148,10 +148,10 @@ class _Meter(threading.Thread):
 
     def write(self, total: Any) -> None:
         """Replace the host's file by its totals since the start. `total`: codecarbon's `EmissionsData`."""
-        measured_parts = [total.cpu_model, "memory"]
+        measured_devices = [total.cpu_model, "memory"]
         if total.gpu_count:
-            measured_parts.insert(0, f"{total.gpu_count} x {total.gpu_model}")
-        measured = {
+            measured_devices.insert(0, f"{total.gpu_count} x {total.gpu_model}")
+        measurement = {
             "host": socket.gethostname(),
             "kwh": total.energy_consumed,
             "gpu_kwh": total.gpu_energy,
@@ -160,7 +160,7 @@ class _Meter(threading.Thread):
             "kg_co2e": total.emissions,
             "hours": total.duration / 3600,
             "country": total.country_iso_code,
-            "of": ", ".join(part for part in measured_parts if part),
+            "of": ", ".join(device for device in measured_devices if device),
             "by": f"codecarbon {total.codecarbon_version}",
         }
-        write_text_atomic(self.path, json.dumps(measured, indent=1) + "\n")
+        write_text_atomic(self.path, json.dumps(measurement, indent=1) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 COMMUNICATION = re.compile(
@@ -63,8 +64,18 @@ def summarise(events: list[dict[str, Any]]) -> dict[str, Any]:
         "exposed_s": (busy_us - computed_us) / 1e6,  # what is neither idle nor computation
         "idle_s": (window_us - busy_us) / 1e6,
         "operators": operators,
-        "memory": _memory(events),
+        "memory": _memory_curve(events),
     }
+
+
+@dataclass(slots=True)
+class _OpenEvent:
+    """An event that has begun and not ended, as of the moment that is looked at."""
+
+    event: dict[str, Any]
+    end_us: float
+    self_us: float
+    """Its duration without the events that it has called so far."""
 
 
 def _self_times(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], float]]:
@@ -77,17 +88,18 @@ def _self_times(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], 
     for event in events:
         events_by_thread[event.get("pid"), event.get("tid")].append(event)
     for thread_events in events_by_thread.values():
-        # [event, what is left of its duration], the outermost first.
-        open_events: list[list[Any]] = []
+        open_events: list[_OpenEvent] = []  # the outermost first
         # Of two events that begin together, the longer one is around the other.
         for event in sorted(thread_events, key=lambda event: (event["ts"], -event["dur"])):
             # Those that ended before this one begins are complete.
-            while open_events and open_events[-1][0]["ts"] + open_events[-1][0]["dur"] <= event["ts"]:
-                yield tuple(open_events.pop())  # type: ignore[misc]
+            while open_events and open_events[-1].end_us <= event["ts"]:
+                complete = open_events.pop()
+                yield complete.event, complete.self_us
             if open_events:  # the innermost one has called this one
-                open_events[-1][1] -= event["dur"]
-            open_events.append([event, event["dur"]])
-        yield from (tuple(entry) for entry in open_events)  # type: ignore[misc]
+                open_events[-1].self_us -= event["dur"]
+            open_events.append(_OpenEvent(event, end_us=event["ts"] + event["dur"], self_us=event["dur"]))
+        for left_open in open_events:
+            yield left_open.event, left_open.self_us
 
 
 def _merged(spans: Spans) -> Spans:
@@ -106,7 +118,7 @@ def _total_length(spans: Spans) -> float:
     return sum(end - begin for begin, end in spans)
 
 
-def _memory(events: list[dict[str, Any]]) -> list[dict[str, float]]:
+def _memory_curve(events: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Allocated memory over time, as about `MEMORY_POINTS` points such as {"s": 0.25, "gib": 1.5}, seconds since the first one.
 
     It is the GPU's memory if there is a GPU; else the CPU's, of which only what was allocated since the trace began is known.
@@ -118,19 +130,23 @@ def _memory(events: list[dict[str, Any]]) -> list[dict[str, float]]:
             recorded.append((event["ts"], event["args"]))
     device_types = {args.get("Device Type") for _, args in recorded}
     device_type = max(device_types - {None}, default=0)  # 1 is CUDA, 0 the CPU
-    points = sorted((at, args["Total Allocated"]) for at, args in recorded if args.get("Device Type") == device_type)
+    points = []  # (microseconds, allocated bytes)
+    for time_us, args in recorded:
+        if args.get("Device Type") == device_type:
+            points.append((time_us, args["Total Allocated"]))
+    points.sort()
     if not points:
         return []
 
-    first_at = points[0][0]
-    duration_us = points[-1][0] - first_at
+    first_us = points[0][0]
+    duration_us = points[-1][0] - first_us
     stretch_us = duration_us / MEMORY_POINTS or 1.0
     peak_by_stretch: dict[int, tuple[float, float]] = {}
-    for at, allocated_bytes in points:
-        stretch = int((at - first_at) / stretch_us)
+    for time_us, allocated_bytes in points:
+        stretch = int((time_us - first_us) / stretch_us)
         if stretch not in peak_by_stretch or allocated_bytes > peak_by_stretch[stretch][1]:
-            peak_by_stretch[stretch] = (at, allocated_bytes)
-    course = []
-    for at, allocated_bytes in peak_by_stretch.values():
-        course.append({"s": (at - first_at) / 1e6, "gib": allocated_bytes / 2**30})
-    return course
+            peak_by_stretch[stretch] = (time_us, allocated_bytes)
+    curve = []
+    for time_us, allocated_bytes in peak_by_stretch.values():
+        curve.append({"s": (time_us - first_us) / 1e6, "gib": allocated_bytes / 2**30})
+    return curve

@@ -70,7 +70,7 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> Path | None:
 
     # The base and the checkpoint.
     config = replace(config, model=at_commit(config.model, model_facts.run.base_commit))
-    changed_base_files = _changed_base_files(config, model_facts, context)
+    changed_base_files = _print_changed_base_files(config, model_facts, context)
     if changed_base_files:
         model_facts.run.not_exported = changed_base_files
         return None
@@ -105,33 +105,32 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> Path | None:
             runtime=context.runtime,
             reference=reference,
         )
-    except (
-        ExportInUse
-    ) as error:  # somebody runs `shardtune export` on this run: no reason to fail the run, which is done
+    except ExportInUse as error:
+        # Somebody runs `shardtune export` on this run: no reason to fail the run, which is done.
         context.console.print_line(f"not exported: {error}")
         model_facts.run.export_problem = str(error)
         return None
 
 
-def _changed_base_files(config: RunConfig, model_facts: ModelFacts, context: RunContext) -> list[str]:
-    """Files of the base that have changed since this run started, one line each; mostly empty. All ranks must call.
+def _print_changed_base_files(config: RunConfig, model_facts: ModelFacts, context: RunContext) -> list[str]:
+    """Print which files of the base have changed since this run started; returns a line for each. All ranks must call.
 
-    An export copies the base or merges into it: with another base it would be a model that nobody trained. The run itself
-    is done, so a changed base is only printed: it neither fails the run nor starts it again.
+    Nothing is printed if none has changed. An export copies the base or merges into it: with another base it would be a model
+    that nobody trained. The run itself is done, so a changed base neither fails the run nor starts it again.
     """
 
     def compare() -> list[str]:
         recorded_digests = files_among((model_facts.run.identity or {})[BASE])
         return base_difference_lines(config, recorded_digests, with_teacher=False, needs_initial_model=False)
 
-    changed = call_on_main(compare, context.runtime)
-    if changed:
+    changed_lines = call_on_main(compare, context.runtime)
+    if changed_lines:
         message = (
             "not exported: the base has changed since this run started; its checkpoints are whole. Bring these files back and "
             f"run `shardtune export {context.run_dir}`, or add accept=[{BASE}] to export with the base that lies there then"
         )
-        context.console.print_line("\n    ".join([message, *changed]))
-    return changed
+        context.console.print_line("\n    ".join([message, *changed_lines]))
+    return changed_lines
 
 
 def _readable_checkpoint(config: RunConfig, step: int, context: RunContext) -> tuple[Path | None, str]:

@@ -13,7 +13,16 @@ from trainer.reporting.config import COLUMNS
 from trainer.reporting.numbers import short
 from trainer.reporting.run_record import RunRecord
 
-FACTS = ("world_size", "hosts", "accumulation", "total_steps", "attention", "layout", "device_name", "metric_names")
+RECORD_FIELDS = (
+    "world_size",
+    "hosts",
+    "accumulation",
+    "total_steps",
+    "attention",
+    "layout",
+    "device_name",
+    "metric_names",
+)
 """Fields of `run.json` on how steps are computed, and under which names they are logged, that become columns."""
 PATHS = ("model.path", "data.path")
 MAX_PATH_CHARACTERS = 80
@@ -31,9 +40,9 @@ def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
     settings = flatten_settings(nested_settings)  # by dotted key
     columns: dict[str, Any] = {}
     for key, name in COLUMNS.items():
-        columns[name] = _column_content(key, settings.get(key))
-    for key in FACTS:
-        columns[key] = getattr(record, key)
+        columns[name] = _column_value(key, settings.get(key))
+    for field_name in RECORD_FIELDS:
+        columns[field_name] = getattr(record, field_name)
     columns["parameters"] = record.sharding.parameters
     columns["trainable"] = record.sharding.trainable_parameters
     columns["rank"] = settings.get("tuning.rank")  # of an adapter
@@ -67,12 +76,17 @@ def chosen_columns(column_specs: list[str], settings: Mapping[str, Any]) -> dict
         setting = key if key in settings else f"{key}.name"
         if setting in settings and setting not in COLUMNS:  # those are there anyway
             column_name = re.sub(r"\W", "_", key.strip("_"))
-            columns[column_name] = _column_content(setting, settings[setting])
+            columns[column_name] = _column_value(setting, settings[setting])
     return columns
 
 
-def _column_content(key: str, setting_value: Any) -> Any:
-    """A value as a column shows it: numbers as they are, paths by their last part, lists as one text."""
+def _column_value(key: str, setting_value: Any) -> Any:
+    """The value of a setting as a column shows it.
+
+    - Paths (a key of PATHS) by their last part: ["/a/base", "/b/more"] -> "base+more".
+    - Other lists as one text: [1, 2] -> "1,2".
+    - Anything else as it is.
+    """
     if key in PATHS and setting_value is not None:
         paths = setting_value if isinstance(setting_value, list) else [setting_value]
         names = [Path(str(path)).name or str(path) for path in paths]

@@ -99,7 +99,7 @@ class ModelFacts:
         for split, recorded in self.run.data_report.items():
             if not isinstance(recorded, Mapping):  # an entry about all splits
                 continue
-            split_counts = _counts_of(recorded)
+            split_counts = _split_counts(recorded)
             if split_counts:
                 counts_by_split[split] = split_counts
         return counts_by_split
@@ -136,7 +136,7 @@ class ModelFacts:
         """
         newest: dict[str, dict[str, Any]] = {}
         for report in self.reports_of_kind(EVALUATION):
-            for metric in _metrics_in(report.report):
+            for metric in _report_metrics(report.report):
                 newest_metric = newest.setdefault(metric["name"], metric)
                 # A newer report without the base does not hide what an older one measured of it on the same rows.
                 if newest_metric["base"] is None and newest_metric["rows_sha256"] == metric["rows_sha256"]:
@@ -163,8 +163,9 @@ class ModelFacts:
     @property
     def elsewhere(self) -> int:
         """How many of the run's reports, looks at the test documents aside, are about other weights than these."""
-        others = [report for report in self.reports if report.kind != TEST]
-        return len(others) - sum(report.kind != TEST for report in self._reports_on_these_weights())
+        num_reports = sum(report.kind != TEST for report in self.reports)
+        num_on_these_weights = sum(report.kind != TEST for report in self._reports_on_these_weights())
+        return num_reports - num_on_these_weights
 
     def reports_of_kind(self, kind: str) -> list[KeptReport]:
         """Reports of one kind (`evaluation` or `review`) on these very weights, the newest first."""
@@ -177,7 +178,7 @@ class ModelFacts:
         return [report for report in self.reports if report.artefact == self.artefact]
 
 
-def _counts_of(recorded: Mapping[str, Any]) -> dict[str, int]:
+def _split_counts(recorded: Mapping[str, Any]) -> dict[str, int]:
     """Counts of one split of the data report: its sizes, then how many rows had each problem, if any had.
 
     {"documents": 9, "tokens": 800, "too_long": {"count": 2}} gives {"documents": 9, "tokens": 800, "too_long": 2}.
@@ -192,7 +193,7 @@ def _counts_of(recorded: Mapping[str, Any]) -> dict[str, int]:
     return counts
 
 
-def _metrics_in(report: dict[str, Any]) -> list[dict[str, Any]]:
+def _report_metrics(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Every metric of one evaluation report as a dictionary for the templates, with that of the base if the report has it.
 
     A report looks like {"tasks": {"qa": {"num_rows": 200, "metrics": {"accuracy": {"value": 0.7}}}}, "against": {"what": "base",
