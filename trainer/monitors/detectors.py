@@ -114,9 +114,8 @@ class Challenges:
 
         If overfitting has ended the run at that step, `stopping_finding` is set again: no further step could find it again.
         """
-        for (
-            event
-        ) in self._recorded_events():  # such as {"event": "challenge", "challenge": "divergence", "step": 40, ...}
+        # An event is {"event": "challenge", "challenge": "divergence", "step": 40, ...}, for example.
+        for event in self._recorded_events():
             if event.get("event") == "challenge" and event["step"] <= progress.step:
                 finding_record = {key: event[key] for key in event if key not in EVENT_KEYS}
                 self.record.setdefault(str(event["challenge"]), finding_record)

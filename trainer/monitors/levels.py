@@ -145,10 +145,11 @@ class LevelShiftDetector:
 
 
 def _robust_score(value: float, earlier_values: Sequence[float]) -> float:
-    """How many robust standard deviations `value` is above the median of `earlier_values`; 0 if these do not vary at all.
+    """How many robust standard deviations `value` is above the median of `earlier_values`.
 
     The deviation of fewer than `STEADY_STEPS` numbers may be small by chance, and is widened. If all are positive, logarithms
-    are compared: gradient norms vary by factors, and a high one is less odd than it looks.
+    are compared: gradient norms vary by factors, and a high one is less odd than it looks. The deviation is never taken for
+    smaller than `MIN_SPREAD` of the median; the score is 0 if it is still 0, because most earlier values are 0.
     """
     compared_value = value
     compared_earlier = list(earlier_values)

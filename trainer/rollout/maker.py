@@ -32,8 +32,7 @@ MAX_PROMPTS_RATIO = 3
 """Most prompts answered for a round with `idle_groups=replace`, as a multiple of those that the round needs."""
 MIN_SPREAD_SHARE = 0.25
 """Share of groups with differing rewards that is expected at least, so that no attempt answers more than four times as many
-prompts
-as are missing."""
+prompts as are missing."""
 MAX_IDLE_ATTEMPTS = 10
 """Attempts without one group of differing rewards after which the run ends: its rewards tell no answers apart."""
 
@@ -95,9 +94,8 @@ class RoundBuilder:
         replaced_metrics: dict[str, float] = {}
         kept = _KeptGroups(scored, self.prompts_per_round)
         if self.settings.idle_groups is IdleGroups.replace:
-            kept = self._replace_idle_groups(
-                scored, first_sample, step
-            )  # appends the groups of further prompts to `scored`
+            # Appends the groups of further prompts to `scored`.
+            kept = self._replace_idle_groups(scored, first_sample, step)
             num_kept = len(kept.groups.groups)
             replaced_metrics["groups/replaced"] = kept.num_consumed_prompts - num_kept
             replaced_metrics["groups/missing"] = self.prompts_per_round - num_kept

@@ -243,9 +243,8 @@ def _report_row(task_name: str, sample: dict[str, Any], *, has_several_tasks: bo
     document.
     """
     responses = [response[0] for response in sample["resps"]]
-    prompt = str(
-        sample["arguments"][0][0]
-    )  # arguments of the first request: (context, continuation), or (prompt, settings)
+    # Arguments of a request are (context, continuation), or (prompt, generation settings).
+    prompt = str(sample["arguments"][0][0])
     if len(prompt) > SHOWN_CHARACTERS:
         prompt = f"…{prompt[-SHOWN_CHARACTERS:]}"
     reference = str(sample["target"]).strip()
