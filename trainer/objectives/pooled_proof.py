@@ -39,13 +39,13 @@ def pooling_problem(config: Any, build: Callable[[], nn.Module], attention: str)
     file = proof_file(config, attention=attention, subject="pooled classifier")
     stored = read_proof(file)
     if stored is not None and "problem" in stored:
-        known: str | None = stored["problem"]
-        return known
+        stored_problem: str | None = stored["problem"]
+        return stored_problem
     rng_state = torch.random.get_rng_state()
     default_dtype = torch.get_default_dtype()
     try:
         torch.default_generator.manual_seed(0)
-        problem = _first_answer(config, build(), attention)
+        problem = _prove_pooling(config, build(), attention)
     except Exception as error:  # noqa: BLE001 - an architecture may fail in any way. Not kept: the reason may pass
         return f"its small copy fails: {error_line(error)}"
     finally:
@@ -55,8 +55,11 @@ def pooling_problem(config: Any, build: Callable[[], nn.Module], attention: str)
     return problem
 
 
-def _first_answer(config: Any, plain: nn.Module, attention: str) -> str | None:
-    """The answer of the first small copy that can be run. If none can, raises the error of the first."""
+def _prove_pooling(config: Any, plain: nn.Module, attention: str) -> str | None:
+    """Why ranks may not share rows of a classifier, by the first small copy of it that can be run; None if they may.
+
+    If no copy can be run, raises the error of the first. `plain`: the classifier on meta.
+    """
     if not isinstance(getattr(plain, HEAD, None), nn.Module):
         return f"its classifier ({type(plain).__name__}) does not score the last token"
     return on_small_copy(

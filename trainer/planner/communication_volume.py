@@ -41,9 +41,9 @@ def expected_bytes(
     # All-to-alls in each micro-batch, between ranks that share rows or experts.
     token_bytes = 0.0
     if runtime.sequence_size > 1:
-        token_bytes += _row_bytes(built, strategy, precision, runtime.sequence_size, tokens_of_row)
+        token_bytes += _shared_row_bytes(built, strategy, precision, runtime.sequence_size, tokens_of_row)
     if built.step_module.plan.expert_ranks > 1:
-        token_bytes += _expert_bytes(built, strategy, precision, tokens_of_row / runtime.sequence_size)
+        token_bytes += _expert_exchange_bytes(built, strategy, precision, tokens_of_row / runtime.sequence_size)
     if token_bytes:
         bytes_by_collective[ALL_TO_ALL] = token_bytes * micro_batches
     return bytes_by_collective
@@ -134,7 +134,9 @@ def _full_elements(module: Any) -> dict[int, int]:
     return elements
 
 
-def _row_bytes(built: Built, strategy: StrategyConfig, precision: Precision, degree: int, tokens: float) -> float:
+def _shared_row_bytes(
+    built: Built, strategy: StrategyConfig, precision: Precision, degree: int, tokens: float
+) -> float:
     """Bytes that rank 0 exchanges in a micro-batch with the ranks that share its row (`parallel.sequence`).
 
     Outside attention, each rank has a slice of the row with all heads; in attention, the full row with some heads. So there is an
@@ -152,7 +154,7 @@ def _row_bytes(built: Built, strategy: StrategyConfig, precision: Precision, deg
     return elements * (4 if precision is Precision.fp32 else 2)
 
 
-def _expert_bytes(built: Built, strategy: StrategyConfig, precision: Precision, tokens: float) -> float:
+def _expert_exchange_bytes(built: Built, strategy: StrategyConfig, precision: Precision, tokens: float) -> float:
     """Bytes that a rank exchanges in a micro-batch of `tokens` tokens with the ranks that hold its layer's other experts.
 
     For each expert that the router chooses for a token, the token's hidden state (a row) is sent to the rank of the expert and
@@ -164,17 +166,16 @@ def _expert_bytes(built: Built, strategy: StrategyConfig, precision: Precision, 
     rows = tokens * experts_per_token(built.config)
     itemsize = 4 if precision is Precision.fp32 else 2
     forward_passes = _forward_passes(built, strategy)
-    size = 0.0
+    exchanged_bytes = 0.0
     for name in step.plan.expert_parallel_modules:
-        if name.startswith(
-            FROZEN_MODEL_PREFIXES
-        ):  # a teacher's sizes are its own, and reward models run between steps: not counted
+        # A teacher's sizes are its own, and reward models run between steps: not counted.
+        if name.startswith(FROZEN_MODEL_PREFIXES):
             continue
-        row_bytes = 2 * rows * text.hidden_size * itemsize
+        row_bytes = 2 * rows * text.hidden_size * itemsize  # to the experts and back
         experts: Any = step.get_submodule(name)
-        count_bytes = 8 * experts.num_experts
-        size += row_bytes * (forward_passes + 1) + count_bytes * forward_passes
-    return size
+        count_bytes = 8 * experts.num_experts  # an int64 for each expert
+        exchanged_bytes += row_bytes * (forward_passes + 1) + count_bytes * forward_passes  # 1: the backward pass
+    return exchanged_bytes
 
 
 def _forward_passes(built: Built, strategy: StrategyConfig) -> float:

@@ -47,14 +47,17 @@ def reporting_out_of_memory(trainer: Trainer, config: RunConfig, record: RunReco
             raise
         batch = trainer.current_batch  # None outside training steps
         if batch:
-            where = f"step {trainer.progress.step + 1}"
+            current_work = f"step {trainer.progress.step + 1}"
         else:
-            where = f"the evaluation at step {trainer.progress.step}"
+            current_work = f"the evaluation at step {trainer.progress.step}"
         prediction = record.receipt.predicted if record.receipt else None
-        lines = [f"{where}: {_who_ran_out(error, runtime)}", f"  {_memory_so_far(runtime)}{_prediction(prediction)}"]
+        lines = [
+            f"{current_work}: {_out_of_memory_summary(error, runtime)}",
+            f"  {_memory_line(runtime)}{_prediction_clause(prediction)}",
+        ]
         if batch:
-            lines.append(f"  {_largest_micro_batch(batch)}")
-        lines.append(f"  {_remedies(config, runtime, training=batch is not None)}")
+            lines.append(f"  {_micro_batch_line(batch)}")
+        lines.append(f"  {_remedies_line(config, runtime, training=batch is not None)}")
         # OutOfMemory lets the launcher start again with less; DoesNotFit ends the job.
         may_retry_smaller = batch is not None and config.batch["micro"] > 1
         error_class = OutOfMemory if may_retry_smaller else DoesNotFit
@@ -74,46 +77,51 @@ def reporting_evaluation_out_of_memory(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        sharded = str(config.strategy.name) in ("fsdp2", "zero3")
         remedies = [
             f"evaluation.batch below {config.evaluation.batch}, or a task's write.batch_tokens: the result depends on neither",
             "a smaller write.max_new_tokens",
-            "more ranks (launcher.processes)" if sharded else "strategy=fsdp2 or zero3 on more ranks",
+            "more ranks (launcher.processes)" if _is_fully_sharded(config) else "strategy=fsdp2 or zero3 on more ranks",
         ]
         lines = [
-            f"{current_work()}: {_who_ran_out(error, runtime)}",
-            f"  {_memory_so_far(runtime)}",
+            f"{current_work()}: {_out_of_memory_summary(error, runtime)}",
+            f"  {_memory_line(runtime)}",
             f"  what helps: {'; '.join(remedies)}",
         ]
         raise DoesNotFit("\n".join(lines)) from error
 
 
-def _prediction(cost: PredictedCost | None) -> str:
+def _is_fully_sharded(config: RunConfig) -> bool:
+    """Whether weights, gradients and optimizer state are sharded over all ranks, so that each further rank saves memory."""
+    return str(config.strategy.name) in ("fsdp2", "zero3")
+
+
+def _prediction_clause(cost: PredictedCost | None) -> str:
     """A clause with the predicted memory, such as `; expected 5.20 (estimate: ...)`; empty without a prediction."""
     return "" if cost is None else f"; expected {cost.memory_gib:.2f} ({cost.memory_by})"
 
 
-def _who_ran_out(error: BaseException, runtime: Runtime) -> str:
+def _out_of_memory_summary(error: BaseException, runtime: Runtime) -> str:
     """Rank and host that ran out of memory, with the first line of the error."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     return f"rank {runtime.rank} on {socket.gethostname()} ran out of memory ({lines[0][:200]})"
 
 
-def _memory_so_far(runtime: Runtime) -> str:
+def _memory_line(runtime: Runtime) -> str:
     """A line of the message: this rank's peak memory so far and free memory; on a GPU also what torch has reserved."""
     peaks = peak_memory_gib(runtime.device)
     if runtime.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(runtime.device)
-        where = f"{peaks['memory_reserved_gib']:.2f} reserved, {free / GIB:.2f} of {total / GIB:.2f} free"
+        free_bytes, total_bytes = torch.cuda.mem_get_info(runtime.device)
+        free_text = f"{free_bytes / GIB:.2f} of {total_bytes / GIB:.2f} free"
+        details = f"{peaks['memory_reserved_gib']:.2f} reserved, {free_text}"
     else:
-        where = "with libraries"
-        free_bytes = free_host_memory()
-        if free_bytes is not None:
-            where += f", {free_bytes / GIB:.2f} free on the host"
-    return f"memory in GiB: {peaks['memory_gib']:.2f} at most so far ({where})"
+        details = "with libraries"  # a CPU's peak is that of the whole process
+        free_host_bytes = free_host_memory()
+        if free_host_bytes is not None:
+            details += f", {free_host_bytes / GIB:.2f} free on the host"
+    return f"memory in GiB: {peaks['memory_gib']:.2f} at most so far ({details})"
 
 
-def _largest_micro_batch(batch: StepBatch) -> str:
+def _micro_batch_line(batch: StepBatch) -> str:
     """A line of the message: how many micro-batches this rank's step has, and the shape of the largest one."""
     shapes = [micro_batch["input_ids"].shape for micro_batch in batch.micro_batches if "input_ids" in micro_batch]
     rows, width = max(shapes, key=lambda shape: shape.numel()) if shapes else (0, 0)
@@ -121,7 +129,7 @@ def _largest_micro_batch(batch: StepBatch) -> str:
     return f"its micro-batches: {len(batch.micro_batches)}, the largest {shape} with what was padded"
 
 
-def _remedies(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
+def _remedies_line(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
     """The line of the message that names settings which take less memory, as far as this run has not set them.
 
     `training`: whether a training step ran out, not an evaluation. `runtime.dp_size`: ranks that read different samples
@@ -146,8 +154,7 @@ def _remedies(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
         remedies.append(
             f"parallel.sequence={doubled_sequence}, if single documents are too long (docs/long-context.md)"
         )
-    is_sharded = str(config.strategy.name) in ("fsdp2", "zero3")
-    remedies.append("more ranks" if is_sharded else "strategy=fsdp2 or zero3 on more ranks")
+    remedies.append("more ranks" if _is_fully_sharded(config) else "strategy=fsdp2 or zero3 on more ranks")
     return (
         f"what helps: {'; '.join(remedies)}. `shardtune plan` compares them; the run continues from its last checkpoint"
     )
