@@ -35,7 +35,7 @@ from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.grpo_config import GrpoConfig
 from trainer.objectives.rollouts import RewardEntry
 from trainer.optim.config import AdafactorConfig, MuonConfig
-from trainer.planner.communication_volume import _expert_bytes
+from trainer.planner.communication_volume import _expert_exchange_bytes
 from trainer.session.run_facts import model_flops_per_token
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.expert_parts import expert_modules
@@ -276,7 +276,10 @@ def test_the_bytes_that_a_step_exchanges_leave_reward_models_out(root):
     for _ in range(2):
         plan_expert_parallelism(built, config, ranks)
         found.append(
-            (len(step.plan.expert_parallel_modules), _expert_bytes(built, config.strategy, Precision.bf16, 100.0))
+            (
+                len(step.plan.expert_parallel_modules),
+                _expert_exchange_bytes(built, config.strategy, Precision.bf16, 100.0),
+            )
         )
         step.add_reward_model("judge", copy.deepcopy(built.plain), set())
     assert found[1] == (2 * found[0][0], found[0][1])
