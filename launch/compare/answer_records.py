@@ -69,6 +69,7 @@ def _run_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
     loss_difference = None
     if point.loss_difference is not None:
         loss_difference = point.loss_difference.as_json()
+    differing_values = {setting.key: setting.values[point_index] for setting in comparison.differences}
     return {
         "name": point.name,
         "directory": run_dirs[0] if run_dirs else None,
@@ -81,7 +82,7 @@ def _run_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
         "loss_difference": loss_difference,
         "not_comparable": [str(difference) for difference in point.identity_differences],
         "verdict": point.verdict,
-        "differing": {setting.key: setting.values[point_index] for setting in comparison.differences},
+        "differing": differing_values,
     }
 
 

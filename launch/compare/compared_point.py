@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.compare.curves import IdentityDifference, LossDifference
+from launch.compare.curves import IncomparableSetting, LossDifference
 from launch.compare.repeats import MeasuredPoint, RepeatsSummary
 from launch.compare.run_files import RecordedRun, RunMeasurements
 from launch.compare.settings import ComparisonRow
@@ -20,7 +20,7 @@ class ComparedPoint:
     """The point whose loss this one's is compared with; None for the first point, and for a refused one."""
     loss_difference: LossDifference | None
     """How far the losses are from the baseline's; None without a baseline, and if the loss curves cannot be compared."""
-    identity_differences: tuple[IdentityDifference, ...]
+    identity_differences: tuple[IncomparableSetting, ...]
     """Why the loss curves of the point and its baseline cannot be compared; empty if they can, or without a baseline."""
     is_same_job: bool = False
     """Whether this point trains the same job as its baseline with the same seed, so that both must have the same loss."""

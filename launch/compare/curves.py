@@ -140,7 +140,7 @@ def first_non_finite_loss_step(run: RecordedRun) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class IdentityDifference:
+class IncomparableSetting:
     """A setting because of which the losses of two runs cannot be compared."""
 
     setting: str
@@ -152,7 +152,7 @@ class IdentityDifference:
         return f"{self.setting}: {self.values_text}"
 
 
-def identity_differences(baseline: RecordedRun, run: RecordedRun) -> list[IdentityDifference]:
+def identity_differences(baseline: RecordedRun, run: RecordedRun) -> list[IncomparableSetting]:
     """Why the losses of two runs cannot be compared: the differences of their data, its order or the objective.
 
     Empty if the losses can be compared. The `identity.json` files of the two runs are compared, or the settings of the runs if
@@ -195,7 +195,7 @@ def _identity_from_config(run: RecordedRun) -> dict[str, Any]:
     return identity
 
 
-def _differing_values(baseline_identity: dict[str, Any], run_identity: dict[str, Any]) -> list[IdentityDifference]:
+def _differing_values(baseline_identity: dict[str, Any], run_identity: dict[str, Any]) -> list[IncomparableSetting]:
     """The keys whose values differ between two identities; the value of a missing key is `-`."""
     differences = []
     for key in sorted(baseline_identity.keys() | run_identity.keys()):
@@ -204,7 +204,7 @@ def _differing_values(baseline_identity: dict[str, Any], run_identity: dict[str,
         if baseline_value != run_value:
             setting = "prepared data" if key == "fingerprint" else key
             values_text = f"{_shortened_value(baseline_value)} and {_shortened_value(run_value)}"
-            differences.append(IdentityDifference(setting, values_text))
+            differences.append(IncomparableSetting(setting, values_text))
     return differences
 
 

@@ -62,13 +62,15 @@ def points_table(comparison: Comparison) -> PageTable:
     measures = _measures(comparison)
     held_out_measures = [measure for measure in measures if measure.group == HELD_OUT_GROUP]
     other_measures = [measure for measure in measures if measure.group != HELD_OUT_GROUP]
+    name_cells = [_name_cell(point) for point in points]
+    state_cells = [_state_cell(point) for point in points]
     filled_columns = [
-        _FilledColumn(PageColumn("point"), [_name_cell(point) for point in points]),
+        _FilledColumn(PageColumn("point"), name_cells),
         # The held-out metrics come right after the name, so that a phone shows the first of them without scrolling.
         *_measure_columns(held_out_measures, points),
         *_axis_columns(comparison),
         *_measure_columns(other_measures, points),
-        _FilledColumn(PageColumn("state"), [_state_cell(point) for point in points]),
+        _FilledColumn(PageColumn("state"), state_cells),
     ]
     columns = [filled.column for filled in filled_columns]
     cells_by_column = [filled.cells for filled in filled_columns]

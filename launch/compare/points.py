@@ -41,7 +41,7 @@ class RequestedPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedRun:
+class RunOfPoint:
     """One run of a comparison: a repeat of a point."""
 
     point: RequestedPoint
@@ -110,7 +110,7 @@ class PointsPlan:
             command_keys=setting_keys(self.arguments),
         )
 
-    def planned_runs(self, comparison_dir: Path) -> Iterator[PlannedRun]:
+    def planned_runs(self, comparison_dir: Path) -> Iterator[RunOfPoint]:
         """The runs of all points that are not refused, one for each repeat, in the order in which they are started.
 
         Every second repeat goes through the points backwards, so that no point is always the later one: a machine that gets warm
@@ -123,7 +123,7 @@ class PointsPlan:
                 # configuration.
                 composed_copy = replace(point.composed, config=deepcopy(point.composed.config))
                 run_dir = self._run_dirs(point, comparison_dir)[repeat_index]
-                yield PlannedRun(replace(point, composed=composed_copy), run_dir)
+                yield RunOfPoint(replace(point, composed=composed_copy), run_dir)
 
 
 def plan_points(arguments: list[str]) -> PointsPlan:
@@ -329,7 +329,7 @@ def run_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPa
     return _run_one_by_one(unfinished_runs, RunsProgress(len(runs), num_finished, periodic_page))
 
 
-def _run_one_by_one(runs: list[PlannedRun], progress: RunsProgress) -> int:
+def _run_one_by_one(runs: list[RunOfPoint], progress: RunsProgress) -> int:
     """Start the runs one after another, and wait for each. Further repeats of a point that failed are skipped.
 
     Returns the exit code: that of a run that was stopped, 130 after Ctrl-C between two runs, the first point's code if all

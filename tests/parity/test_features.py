@@ -252,7 +252,7 @@ def test_generated_answers_and_scores_are_those_of_one_process(ask, case):
     assert found["greedy"] == [] and found["whole"] is (sharded and case.endswith("gathered"))
     assert found["scores"][0] == pytest.approx(found["scores"][1], rel=1e-5)
     drawn, expected = found["drawn"]
-    assert [(one["prompt"], one["draw"]) for one in drawn] == [(n, d) for n in range(9) for d in (0, 1)]
+    assert [(one["prompt_index"], one["sample_index"]) for one in drawn] == [(n, d) for n in range(9) for d in (0, 1)]
     # Rounding decides where two noisy scores nearly meet, which happens to few of 18 draws on any machine.
     assert sum(one["ids"] == other["ids"] for one, other in zip(drawn, expected, strict=True)) >= 16
     assert len({one["text"] for one in drawn}) > 9

@@ -390,13 +390,14 @@ class Checkpoints:
     def _note_failure(self, problems: list[str], *, must_succeed: bool) -> None:
         """Count a failed checkpoint. Raises StorageError if it had to succeed, or if too many failed in a row."""
         self._num_failures_in_a_row += 1
-        failed, may_fail = self._num_failures_in_a_row, self.config.max_failures
-        if must_succeed or failed > may_fail:
+        failed = self._num_failures_in_a_row
+        if must_succeed or failed > self.config.max_failures:
             problem_text = f"{'; '.join(problems)}."
             if not must_succeed:
                 problem_text += f" {failed} checkpoints in a row failed (checkpoint.max_failures)."
             raise StorageError(f"{problem_text} Earlier checkpoints are intact.")
-        self.print_line(f"the run continues without this checkpoint ({failed} failed in a row, {may_fail} may)")
+        limits = f"{failed} failed in a row, {self.config.max_failures} may"
+        self.print_line(f"the run continues without this checkpoint ({limits})")
 
     def _seal_and_publish(
         self, checkpoint: PendingCheckpoint, write: Callable[[Path], list[WrittenFile]]

@@ -128,10 +128,12 @@ def _read_notes(staging: Path) -> list[PartNote]:
 def _parsed_note(raw: Any) -> PartNote:
     """The note whose JSON is `raw`. Raises KeyError, TypeError or AttributeError if it is none."""
     file_row = raw["file"]
+    parts = {str(name): FilePart(*part_row) for name, part_row in raw["parts"].items()}
+    attached = [WrittenFile(*written_row) for written_row in raw.get("attached", ())]
     return PartNote(
         world_size=raw["world_size"],
-        parts={str(name): FilePart(*part_row) for name, part_row in raw["parts"].items()},
+        parts=parts,
         file=None if file_row is None else WrittenFile(*file_row),
         progress=raw["progress"],
-        attached=[WrittenFile(*written_row) for written_row in raw.get("attached", ())],
+        attached=attached,
     )

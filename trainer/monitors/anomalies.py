@@ -26,7 +26,7 @@ OUTLIER_KEYS = {name: f"outlier/{name}" for name in WATCHED_METRICS}
 """For each watched number, the key of a row with its score if it stands out."""
 
 
-class TakenStep(NamedTuple):
+class UnjudgedStep(NamedTuple):
     """A step that was taken and not judged yet."""
 
     first_sample: int
@@ -118,7 +118,7 @@ class Guards:
         """Step of the checkpoint that the run went back to last; -1 if it never did."""
         self._num_fruitless_rollbacks = 0
         """How often in a row the very next step after that checkpoint stood out again."""
-        self._unjudged_steps: list[TakenStep] = []
+        self._unjudged_steps: list[UnjudgedStep] = []
         """The steps since the last call of `mark_outliers`."""
         self._scores_before_update: Tensor | None = None
         """The scores of the step that is being taken, once its update filter was called."""
@@ -171,7 +171,7 @@ class Guards:
 
     def record_step(self, first_sample: int) -> None:
         """Remember a step that was taken, with its scores if it was judged before its update, for `mark_outliers`."""
-        self._unjudged_steps.append(TakenStep(first_sample, self._scores_before_update))
+        self._unjudged_steps.append(UnjudgedStep(first_sample, self._scores_before_update))
         self._scores_before_update = None
 
     def _judge_and_remember(self, values: Tensor) -> JudgedStep:
@@ -232,7 +232,7 @@ class Guards:
         else:
             self._skipped_in_a_row = []
 
-    def _scores_by_step(self, rows: list[dict[str, Any]], taken_steps: list[TakenStep]) -> list[list[float]]:
+    def _scores_by_step(self, rows: list[dict[str, Any]], taken_steps: list[UnjudgedStep]) -> list[list[float]]:
         """The scores of each step of an interval as floats on the host: [steps][2], loss and gradient norm (`WATCHED_METRICS`).
 
         - Updates may be left out: the scores were computed before the update, and are in `taken_steps`. NaN, which never stands

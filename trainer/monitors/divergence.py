@@ -211,7 +211,9 @@ def _bound_of_margin_drop(pairs: Sequence[tuple[float, float]], level: float) ->
 
 def _bound_of_loss_rise(rise: float, pairs: Sequence[tuple[float, float]], level: float) -> float:
     """The one-sided lower bound of the `rise` of a loss, as a share. `pairs`: (sum before, sum now) over each micro-batch."""
-    standard_error = forgetting.standard_error_of_ratio([old for old, _ in pairs], [new for _, new in pairs])
+    sums_before = [before for before, _ in pairs]
+    sums_now = [now for _, now in pairs]
+    standard_error = forgetting.standard_error_of_ratio(sums_before, sums_now)
     return rise - _quantile(pairs, level) * standard_error
 
 

@@ -210,7 +210,8 @@ class CostModel:
         allocated_bytes_per_tensor = 1 << (most_bytes_per_tensor.bit_length() - 1)
         allocated_bytes = num_tensors * allocated_bytes_per_tensor
         # Invert the line through the two simulated sizes.
-        small_units, large_units = self.sizes[0].units, self.sizes[1].units
+        small_units = self.sizes[0].units
+        large_units = self.sizes[1].units
         bytes_per_unit = (large_inputs.size - small_inputs.size) / (large_units - small_units)
         return large_units + (allocated_bytes - large_inputs.size) / bytes_per_unit
 
@@ -250,7 +251,8 @@ def micro_batches_to_simulate(
     if in_tiles:
         return False, [[-(-length // 2)] * per_document, [length] * per_document]
     if fills_chunks:
-        short, long = 2 * chunk_tokens // per_document, 3 * chunk_tokens // per_document
+        short = 2 * chunk_tokens // per_document
+        long = 3 * chunk_tokens // per_document
         return False, [[short] * per_document, [long] * per_document]
     return False, [[length] * per_document, [2 * length] * per_document]
 

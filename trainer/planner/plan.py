@@ -12,13 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from strategies.base import (
-    ActivationCheckpointing,
-    Fsdp2Config,
-    Precision,
-    StrategyConfig,
-    ZeroConfig,
-)
+from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, ZeroConfig
 from strategies.errors import ConfigError
 from strategies.expert_counts import ASSUMED_IMBALANCE
 from strategies.mesh import replica_count

@@ -188,14 +188,14 @@ def _start_without_evaluation_s(measured: RunMeasurements) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class RunSettings:
+class ShownSettings:
     """A run's settings as (key, value as on the command line): those that were chosen, and all."""
 
     chosen: list[tuple[str, str]]
     all: list[tuple[str, str]]
 
 
-def run_settings(run: RecordedRun) -> RunSettings:
+def run_settings(run: RecordedRun) -> ShownSettings:
     """The settings of a run: all of them, and those that were chosen. The others are
 
     - equal to their default,
@@ -215,7 +215,7 @@ def run_settings(run: RecordedRun) -> RunSettings:
         is_no_choice = is_default or is_empty or key in PATH_KEYS or key.startswith(RESOLVED_KEY_PREFIX)
         if defaults and not is_no_choice:
             chosen.append((key, _value_on_command_line(value)))
-    return RunSettings(chosen, all_settings)
+    return ShownSettings(chosen, all_settings)
 
 
 def _value_on_command_line(value: Any) -> str:
