@@ -44,8 +44,8 @@ INDEX_LISTS = ("cross_attention_layers", "attn_layer_indices", "full_attn_idxs",
 """Lists of layers by their index."""
 ONE_BASED_LISTS = ("ple_layer_ids",)
 """Such lists that count from one."""
-FEWEST, LONG_PREFIX = 2, 12
-"""Layers of a small copy at least, and where another choice of them is tried first."""
+MIN_LAYERS, LONG_PREFIX = 2, 12
+"""The fewest layers of a small copy, and the longest prefix of layers that is tried before one layer of each kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class KeptLayers:
     indices: tuple[int, ...]
     depth: int
 
-    def before(self, index: int) -> int:
+    def num_before(self, index: int) -> int:
         """How many kept layers lie before the layer `index` of the full model."""
         return sum(kept < index for kept in self.indices)
 
@@ -68,13 +68,13 @@ class KeptLayers:
         changed: dict[str, Any] = {}
         for name, value in settings.items():
             if name in DEPTHS and isinstance(value, int):
-                changed[name] = len(self.indices) if value == self.depth else min(FEWEST, value)
+                changed[name] = len(self.indices) if value == self.depth else min(MIN_LAYERS, value)
             elif name in BORDERS_FROM_START and isinstance(value, int):
-                changed[name] = self.before(value)
+                changed[name] = self.num_before(value)
             elif name in BORDERS_FROM_END and isinstance(value, int):
-                changed[name] = len(self.indices) - self.before(self.depth - value)
+                changed[name] = len(self.indices) - self.num_before(self.depth - value)
             elif name == "moe_layer_end_index" and isinstance(value, int) and value >= 0:
-                changed[name] = self.before(value + 1) - 1
+                changed[name] = self.num_before(value + 1) - 1
             elif name in INDEX_LISTS and isinstance(value, list):
                 changed[name] = [position for position, index in enumerate(self.indices) if index in value]
             elif name in ONE_BASED_LISTS and isinstance(value, list):
@@ -88,17 +88,17 @@ class KeptLayers:
         return changed
 
     def _kept_entries(self, by_index: dict[Any, Any]) -> dict[str, Any]:
-        """Settings by the index of a layer, under the indices that the kept layers get."""
+        """The settings of the kept layers, by the index that each gets in the small copy. `by_index`: of all layers."""
         position_by_index = {index: str(position) for position, index in enumerate(self.indices)}
-        kept = {}
+        settings_by_position = {}
         for index, settings in by_index.items():
             if int(index) in position_by_index:
-                kept[position_by_index[int(index)]] = copy.deepcopy(settings)
-        return kept
+                settings_by_position[position_by_index[int(index)]] = copy.deepcopy(settings)
+        return settings_by_position
 
 
-def choices(plain: nn.Module, settings: dict[str, Any]) -> Iterator[KeptLayers]:
-    """Choices of layers that keep every kind of layer of `plain`, a model on meta of these settings, the likeliest first:
+def layer_choices(full_model: nn.Module, settings: dict[str, Any]) -> Iterator[KeptLayers]:
+    """Choices of layers that keep every kind of layer of `full_model`, a model on meta of these settings, the likeliest first:
 
     - the shortest prefix with all kinds, which keeps what recurs with a period.
     - one layer of each kind: tried before the prefix if that has more than `LONG_PREFIX` layers.
@@ -107,12 +107,12 @@ def choices(plain: nn.Module, settings: dict[str, Any]) -> Iterator[KeptLayers]:
     The first layers alone if nothing tells layers apart.
     """
     depth = depth_of(settings)
-    kinds = kinds_of(plain, settings, depth)
+    kinds = kinds_of(full_model, settings, depth)
     if not kinds:
-        yield KeptLayers(tuple(range(min(FEWEST, depth))), depth)
+        yield KeptLayers(tuple(range(min(MIN_LAYERS, depth))), depth)
         return
     prefix = _shortest_prefix(kinds, times=1)
-    short_prefix = tuple(range(max(prefix, min(FEWEST, depth))))
+    short_prefix = tuple(range(max(prefix, min(MIN_LAYERS, depth))))
     # A layer may share weights with another one of its kind: then two of each are needed.
     long_prefix = tuple(range(_shortest_prefix(kinds, times=2)))
     if prefix <= LONG_PREFIX:
@@ -124,7 +124,7 @@ def choices(plain: nn.Module, settings: dict[str, Any]) -> Iterator[KeptLayers]:
 
 
 def _shortest_prefix(kinds: list[tuple[Any, ...]], times: int) -> int:
-    """How many of the first layers have every kind so many times; all, if not even they do."""
+    """How many layers from the start contain every kind at least `times` times; all of them, if no shorter prefix does."""
     for length in range(1, len(kinds)):
         counts = Counter(kinds[:length])
         if all(counts[kind] >= times for kind in kinds):
@@ -133,34 +133,34 @@ def _shortest_prefix(kinds: list[tuple[Any, ...]], times: int) -> int:
 
 
 def _one_of_each(kinds: list[tuple[Any, ...]]) -> tuple[int, ...]:
-    """Indices of the first layer of each kind, and of further ones from the start until there are `FEWEST`: (0, 3)."""
+    """Indices of the first layer of each kind, and of further ones from the start until there are `MIN_LAYERS`: (0, 3)."""
     first_of_kind: dict[Any, int] = {}
     for index, kind in enumerate(kinds):
         first_of_kind.setdefault(kind, index)
     indices = set(first_of_kind.values())
     for index in range(len(kinds)):
-        if len(indices) >= FEWEST:
+        if len(indices) >= MIN_LAYERS:
             break
         indices.add(index)
     return tuple(sorted(indices))
 
 
 def depth_of(settings: dict[str, Any]) -> int:
-    """How many layers settings say; 0 where they say nothing."""
+    """The number of layers in `settings` of a configuration, the largest if there are several; 0 if it has none."""
     return max((settings[name] for name in DEPTHS if isinstance(settings.get(name), int)), default=0)
 
 
-def layer_kinds(plain: nn.Module, depth: int) -> list[tuple[Any, ...]]:
+def layer_kinds(full_model: nn.Module, depth: int) -> list[tuple[Any, ...]]:
     """What tells each of `depth` layers from the others, by index; layers with equal entries are built alike. Empty if unknown.
 
     An entry has a part for each list of `depth` layers that the model has (encoder and decoder, as a rule), where several shorter
     lists of one module that have `depth` layers together count as one.
     """
     layer_lists = []
-    for module in plain.modules():
+    for module in full_model.modules():
         lists = []
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) and _repeats(child):
+            if isinstance(child, nn.ModuleList) and len(child) and _is_layer_list(child):
                 lists.append(list(child))
         if len(lists) != 1:
             lists.append([layer for layers in lists for layer in layers])
@@ -173,13 +173,13 @@ def layer_kinds(plain: nn.Module, depth: int) -> list[tuple[Any, ...]]:
     return kinds
 
 
-def kinds_of(plain: nn.Module, settings: dict[str, Any], depth: int) -> list[tuple[Any, ...]]:
+def kinds_of(full_model: nn.Module, settings: dict[str, Any], depth: int) -> list[tuple[Any, ...]]:
     """What tells each layer from the others, by index; layers with equal entries can stand for each other in a small copy.
 
     An entry has the layer's modules, what lists such as `layer_types` call it, its own settings, and the stretch of layers that
     it lies in, as settings such as `n_input_layers` divide them.
     """
-    kinds = layer_kinds(plain, depth) or [()] * depth
+    kinds = layer_kinds(full_model, depth) or [()] * depth
     named_kinds = []  # lists such as `layer_types`
     for setting in settings.values():
         if isinstance(setting, list) and len(setting) == depth and isinstance(setting[0], str):
@@ -188,11 +188,11 @@ def kinds_of(plain: nn.Module, settings: dict[str, Any], depth: int) -> list[tup
     described = []
     for index, kind in enumerate(kinds):
         names = [layer_names[index] for layer_names in named_kinds]
-        described.append((kind, *names, own_settings.get(index), _stretch(settings, depth, index)))
+        described.append((kind, *names, own_settings.get(index), _sides_of_borders(settings, depth, index)))
     return described
 
 
-def _stretch(settings: dict[str, Any], depth: int, index: int) -> tuple[bool, ...]:
+def _sides_of_borders(settings: dict[str, Any], depth: int, index: int) -> tuple[bool, ...]:
     """For each setting of `STRETCHES` that is there: whether layer `index` lies at or behind the border that it sets.
 
     With 8 layers and `n_output_layers` 2 the border is 6: layers 6 and 7 give True.
@@ -208,19 +208,21 @@ def _stretch(settings: dict[str, Any], depth: int, index: int) -> tuple[bool, ..
     return tuple(sides)
 
 
-def _repeats(modules: nn.ModuleList) -> bool:
-    """Whether these are layers: modules of many parts, not experts or single projections."""
+def _is_layer_list(modules: nn.ModuleList) -> bool:
+    """Whether a list of modules is one of layers: these have more than three modules each, unlike experts or projections."""
     return sum(1 for _ in modules[0].modules()) > 3
 
 
 def _kind_of_layer(layer: nn.Module) -> frozenset[Any]:
-    """What tells a layer from another: its parts, their classes, their switches, and whether they have a window."""
-    parts = set()
+    """What tells a layer from another: name, class and switches of each of its modules.
+
+    Numbers in names do not count, so that a layer with more experts is of the same kind.
+    """
+    module_kinds = set()
     for name, module in layer.named_modules():
-        # A layer of more experts is of the same kind.
         numberless_name = re.sub(r"\d+", "#", name)
-        parts.add((numberless_name, type(module).__name__, _switches(module)))
-    return frozenset(parts)
+        module_kinds.add((numberless_name, type(module).__name__, _switches(module)))
+    return frozenset(module_kinds)
 
 
 def _switches(module: nn.Module) -> tuple[Any, ...]:

@@ -16,17 +16,22 @@ from typing import Any
 
 from torch import nn
 
-from trainer.model.kept_layers import KeptLayers, choices, depth_of, layer_kinds
+from trainer.model.kept_layers import KeptLayers, depth_of, layer_choices, layer_kinds
 
 VOCABULARY = 128
 WINDOW = 8
 """Tokens that a sliding window or a chunk of attention is shrunk to."""
-SOFTCAP_SUFFIXES, MAX_SOFTCAP = ("softcapping", "softcap", "soft_cap"), 0.1
-"""How settings end that bound scores and logits, and a bound that small random weights come near."""
+SOFTCAP_SUFFIXES = ("softcapping", "softcap", "soft_cap")
+"""How the names of settings end that bound scores and logits."""
+MAX_SOFTCAP = 0.1
+"""A bound that the scores of small random weights come near, so that its effect is seen."""
+MAX_TOKEN_ID = 3
+"""Ids of special tokens are at most this in a small copy, whose vocabulary has `VOCABULARY` entries."""
 PATCHING_THRESHOLD = 0.97 * math.log(VOCABULARY)
-"""An entropy that what small random weights predict has in about half of all places: patches of bytes begin there."""
+"""For models of patches of bytes (BLT), where a patch begins if the predicted entropy is above this: about half of all positions
+with small random weights."""
 MAX_LAYER_CHOICES = 3
-"""Choices of layers that are tried at most."""
+"""How many choices of layers are tried at most (`kept_layers.py`)."""
 
 SIZES: dict[str, int] = {
     **dict.fromkeys(
@@ -108,33 +113,35 @@ class NotShrinkable(Exception):
     """A configuration of which no small copy could be made; says why."""
 
 
-def small_copies(config: Any, plain: nn.Module, *, keep_counts: bool = False) -> Iterator[Any]:
-    """Small copies of `config`, of which `plain` is the model on meta, the likeliest first; none is tried out.
+def small_copies(config: Any, full_model: nn.Module, *, keep_counts: bool = False) -> Iterator[Any]:
+    """Yield small copies of `config`, of which `full_model` is the model on meta, the likeliest to work first; none is tried out.
 
-    `keep_counts`: the first ones keep the numbers of heads and of experts (`COUNTS`). Raises NotShrinkable if not one of them
-    is a configuration of its class.
+    There is one for each way to shrink sizes and each choice of layers, without those that the configuration's class refuses.
+    `keep_counts`: the first ones keep the numbers of heads and of experts (`COUNTS`). Raises NotShrinkable, with the first
+    refusal, if the class refuses all of them.
     """
-    # How sizes are chosen. Each is tried with several choices of layers.
-    ways: list[Callable[..., Any]] = [_sizes_by_name, _sizes_in_proportion]
+    shrink_functions: list[Callable[..., Any]] = [_sizes_by_name, _sizes_in_proportion]
     if keep_counts:
-        ways = [partial(_sizes_with_counts, widened=False), partial(_sizes_with_counts, widened=True), *ways]
+        with_counts = [partial(_sizes_with_counts, widened=False), partial(_sizes_with_counts, widened=True)]
+        shrink_functions = [*with_counts, *shrink_functions]
     settings = _settings(config)
-    cls = type(config)
-    copies = 0
-    reason = ""
-    for shrink_sizes in ways:
-        for choice in range(MAX_LAYER_CHOICES):
+    config_class = type(config)
+    num_copies = 0
+    first_refusal = ""
+    for shrink_sizes in shrink_functions:
+        for layer_choice in range(MAX_LAYER_CHOICES):
             try:
-                small_config = cls.from_dict(_small_settings(settings, cls, plain, shrink_sizes, choice))
+                small_settings = _small_settings(settings, config_class, full_model, shrink_sizes, layer_choice)
+                small_config = config_class.from_dict(small_settings)
             except Exception as error:  # noqa: BLE001 - whatever a configuration class finds wrong with itself
-                if not reason:
+                if not first_refusal:
                     message = (str(error) or "no message").splitlines()[-1]
-                    reason = f"{cls.__name__} takes no small sizes: {message[:120]}"
+                    first_refusal = f"{config_class.__name__} takes no small sizes: {message[:120]}"
                 continue
-            copies += 1
+            num_copies += 1
             yield small_config
-    if not copies:
-        raise NotShrinkable(reason)
+    if num_copies == 0:
+        raise NotShrinkable(first_refusal)
 
 
 def changed_sizes(config: Any, small_config: Any) -> dict[str, tuple[Any, Any]]:
@@ -158,11 +165,11 @@ def kept_counts(config: Any, small_config: Any) -> dict[str, int]:
     return kept
 
 
-def lost_kinds(config: Any, plain: nn.Module, small_config: Any, small: nn.Module) -> int:
-    """How many kinds of layers `plain` has that `small`, built of the small copy, lacks."""
+def lost_kinds(config: Any, full_model: nn.Module, small_config: Any, small: nn.Module) -> int:
+    """How many kinds of layers the model `full_model` of `config` has that the model `small` of `small_config` lacks; both on meta."""
     lost = 0
     for full_settings, small_settings in _nested_settings(_settings(config), _settings(small_config), type(config)):
-        kinds = set(layer_kinds(plain, depth_of(full_settings)))
+        kinds = set(layer_kinds(full_model, depth_of(full_settings)))
         small_kinds = set(layer_kinds(small, depth_of(small_settings)))
         if len(kinds) > 1 and small_kinds:
             lost += len(kinds - small_kinds)
@@ -170,68 +177,87 @@ def lost_kinds(config: Any, plain: nn.Module, small_config: Any, small: nn.Modul
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """The settings of a configuration object, as in `to_dict()`, but with the values of its attributes where these differ."""
+    """The settings of a configuration object, as in `to_dict()`, but numbers and lists as its attributes have them.
+
+    Configurations within it are dictionaries in the same way.
+    """
     settings = config.to_dict()
     sub_configs = getattr(config, "sub_configs", None) or {}
-    for name, written in settings.items():
-        attribute = vars(config).get(name)  # a property may refuse to be read, as of what varies by layer
-        if isinstance(written, dict) and name in sub_configs and hasattr(attribute, "to_dict"):
+    for name, dict_value in settings.items():
+        attribute = vars(config).get(name)  # not getattr: a property may raise, as for a value that varies by layer
+        if isinstance(dict_value, dict) and name in sub_configs and hasattr(attribute, "to_dict"):
             settings[name] = _settings(attribute)
-        elif isinstance(attribute, int | list) and type(attribute) is type(written):
+        elif isinstance(attribute, int | list) and type(attribute) is type(dict_value):
             settings[name] = attribute
     return settings
 
 
 def _nested_settings(
-    full: dict[str, Any], small: dict[str, Any], cls: Any
+    full: dict[str, Any], small: dict[str, Any], config_class: Any
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(full, small) settings of a configuration, and of each configuration in it."""
+    """Yield (full, small) settings of a configuration, and then of each configuration within it, at any depth."""
     yield full, small
-    for name, inner_cls in (getattr(cls, "sub_configs", None) or {}).items():
+    sub_configs = getattr(config_class, "sub_configs", None) or {}
+    for name, inner_class in sub_configs.items():
         if isinstance(full.get(name), dict) and isinstance(small.get(name), dict):
-            yield from _nested_settings(full[name], small[name], inner_cls)
+            yield from _nested_settings(full[name], small[name], inner_class)
 
 
 def _small_settings(
-    settings: dict[str, Any], cls: Any, plain: nn.Module, shrink_sizes: Callable[..., Any], choice: int
+    settings: dict[str, Any],
+    config_class: Any,
+    full_model: nn.Module,
+    shrink_sizes: Callable[..., Any],
+    layer_choice: int,
 ) -> dict[str, Any]:
-    """The settings of a small copy of a model: fewer layers, sizes by `shrink_sizes`, and bounds and ids that fit these.
+    """The settings of a small copy of a model, made from `settings` in three steps:
 
-    `choice`: number of the choice of layers that is tried. Configurations within (of a text model, say) are shrunk as well.
+    1. Fewer layers: the choice number `layer_choice` of those that keep every kind of layer of `full_model` (on meta).
+    2. Smaller sizes, by `shrink_sizes(settings to shrink, full settings)`.
+    3. Settings that must fit these: soft caps, thresholds, ids of special tokens, settings of single layers, image tokens.
+
+    Configurations within this one (of a text model, say; `config_class.sub_configs`) are shrunk in the same way.
     """
-    kept_layers = _kept_layers(settings, plain, choice)
+    kept_layers = _kept_layers(settings, full_model, layer_choice)
     small = dict(settings) | kept_layers.by_layer(settings)
     small |= shrink_sizes(small, settings)
-    sub_configs = getattr(cls, "sub_configs", None) or {}
+    sub_configs = getattr(config_class, "sub_configs", None) or {}
     for name, value in small.items():
         if isinstance(value, dict) and name in sub_configs:
-            small[name] = _small_settings(settings[name], sub_configs[name], plain, shrink_sizes, choice)
+            small[name] = _small_settings(settings[name], sub_configs[name], full_model, shrink_sizes, layer_choice)
         elif name.endswith(SOFTCAP_SUFFIXES) and isinstance(value, float) and value:
             small[name] = min(MAX_SOFTCAP, value)
         elif name == "patching_threshold" and isinstance(value, float):
             small[name] = PATCHING_THRESHOLD
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
-            small[name] = min(value, 3)
+            small[name] = min(value, MAX_TOKEN_ID)
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, list):
-            small[name] = [min(token_id, 3) for token_id in value]
+            small[name] = [min(token_id, MAX_TOKEN_ID) for token_id in value]
         elif name == "per_layer_config":
-            small[name] = {index: _layer_settings(own, settings, small) for index, own in value.items()}
+            small_by_layer = {}
+            for index, layer_settings in value.items():
+                small_by_layer[index] = _small_layer_settings(layer_settings, settings, small)
+            small[name] = small_by_layer
         elif name == IMAGE_TOKENS_SETTING and value:
             small[name] = _few_image_tokens(value)
     small.pop("quantization_config", None)  # the copy has drawn weights, which are not quantised
     return small
 
 
-def _kept_layers(settings: dict[str, Any], plain: nn.Module, choice: int) -> KeptLayers:
-    candidates = list(islice(choices(plain, settings), choice + 1))
+def _kept_layers(settings: dict[str, Any], full_model: nn.Module, layer_choice: int) -> KeptLayers:
+    """The choice number `layer_choice` of layers to keep, counted from 0; the last one if there are fewer choices."""
+    candidates = list(islice(layer_choices(full_model, settings), layer_choice + 1))
     return candidates[-1]
 
 
 def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """The small size of each setting that `SIZES` names; sizes that depend on each other are adapted.
+    """The small size of each setting that `SIZES` names. Sizes that depend on each other are adapted:
 
-    That is: keys and values without groups keep as many heads as queries; heads times their size stays the width of attention,
-    and of the inner layer of a state-space model, where it was. `settings`: to be shrunk; `full`: the model's own.
+    - without groups of queries, keys and values have as many heads as queries.
+    - the size of a head keeps its ratio to the size of its rotated share.
+    - heads times their size is the width of attention, and the inner width of a state-space layer, if it is in `full`.
+
+    `settings`: to be shrunk; `full`: the model's own.
     """
     small: dict[str, Any] = {}
     heads_name = _first_set(full, ("num_attention_heads", "n_head", "n_heads"))
@@ -241,9 +267,9 @@ def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, 
             small[name] = SIZES["num_attention_heads"]  # no groups
         elif name in SIZES:
             small[name] = _at_most(SIZES[name], value)
-    rope = full.get("qk_rope_head_dim")
-    if rope and full.get("head_dim"):  # both are the same size, or one is a share of the other
-        small["head_dim"] = max(1, small["qk_rope_head_dim"] * full["head_dim"] // rope)
+    rotated_size = full.get("qk_rope_head_dim")
+    if rotated_size and full.get("head_dim"):  # both are the same size, or one is a share of the other
+        small["head_dim"] = max(1, small["qk_rope_head_dim"] * full["head_dim"] // rotated_size)
     return small | _attention_width(small, full) | _inner_width(settings | small, full)
 
 
@@ -269,12 +295,15 @@ def _sizes_with_counts(settings: dict[str, Any], full: dict[str, Any], *, widene
 
 
 def _first_set(settings: dict[str, Any], names: Iterable[str]) -> str | None:
-    """The first of these names under which settings have something."""
+    """The first of these names whose value in `settings` is set and not 0; None if there is no such name."""
     return next((name for name in names if settings.get(name)), None)
 
 
 def _attention_width(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """The width of attention if it is not the model's: the same share of the model's width as in the full model."""
+    """Small sizes of an attention that has a width of its own: its ratio to the model's width is that of the `full` model.
+
+    Empty if `full` names no width of attention. The size of a head follows, if in `full` heads times their size is this width.
+    """
     attention_width = full.get("attention_hidden_size")
     if not attention_width or not full.get("hidden_size"):
         return {}
@@ -287,7 +316,7 @@ def _attention_width(small: dict[str, Any], full: dict[str, Any]) -> dict[str, A
 
 
 def _at_most(limit: int, value: Any) -> Any:
-    """`value`, or each number of a list, bounded by `limit`; what is no number stays."""
+    """`value`, or each number of a list, or of lists within it, bounded by `limit`. Other values (texts, flags, floats) stay."""
     if isinstance(value, list):
         return [_at_most(limit, element) for element in value]
     if isinstance(value, int) and not isinstance(value, bool):
@@ -339,26 +368,38 @@ def _sizes_in_proportion(settings: dict[str, Any], full: dict[str, Any]) -> dict
     return small | divided
 
 
-def _layer_settings(own_settings: dict[str, Any], full: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
-    """Small settings of one layer that has its own: a size keeps its share of the common size.
+def _small_layer_settings(
+    layer_settings: dict[str, Any], full: dict[str, Any], small: dict[str, Any]
+) -> dict[str, Any]:
+    """Small settings of one layer that has some of its own (`per_layer_config`).
 
-    With 512 for this layer where the full model has 1024 and the small one 64, it gets 32.
+    - a size that the whole model has too: keeps its ratio to it. A layer's 512 in a model of 1024 that shrinks to 64 becomes 32.
+    - another value: at most what `SIZES` has for its name, or unchanged.
+
+    `full`, `small`: settings of the full and of the small model.
     """
-    shrunk = {}
-    for name, value in own_settings.items():
-        full_value = full.get(name)
-        small_value = small.get(name)
-        both_known = isinstance(full_value, int) and isinstance(small_value, int)
-        if isinstance(value, int) and both_known and name in SIZES and full_value:
-            shrunk[name] = max(1, small_value * value // full_value)  # type: ignore[operator]
+    small_layer_settings = {}
+    for name, value in layer_settings.items():
+        full_size = full.get(name)
+        small_size = small.get(name)
+        is_size_of_both = name in SIZES and isinstance(full_size, int) and isinstance(small_size, int)
+        if isinstance(value, int) and is_size_of_both and full_size:
+            small_layer_settings[name] = max(1, small_size * value // full_size)  # type: ignore[operator]
+        elif name in SIZES:
+            small_layer_settings[name] = _at_most(SIZES[name], value)
         else:
-            shrunk[name] = _at_most(SIZES.get(name, 2**62), value)
-    return shrunk
+            small_layer_settings[name] = value
+    return small_layer_settings
 
 
-def _few_image_tokens(tokens: dict[str, int]) -> dict[str, int]:
-    """Tokens with names in brackets, at the first places; of those that differ in a six-digit number alone, one is kept."""
-    special = [name for name in tokens if name.startswith("<") and name.endswith(">")]
-    # Reversed, so that the first of each stays.
-    one_of_each = {re.sub(r"\d{6}", "#", name): name for name in reversed(special)}
-    return {name: 3 + place % (VOCABULARY - 3) for place, name in enumerate(sorted(one_of_each.values()))}
+def _few_image_tokens(token_ids: dict[str, int]) -> dict[str, int]:
+    """The special tokens among `token_ids` (id by token), with new ids from 3 on that fit the small vocabulary.
+
+    Special tokens stand in angle brackets. Of those that differ only in a six-digit number (`<image 000000>`), the first is kept.
+    """
+    special_tokens = [token for token in token_ids if token.startswith("<") and token.endswith(">")]
+    # Reversed, so that the first of each pattern overwrites the others.
+    token_by_pattern = {re.sub(r"\d{6}", "#", token): token for token in reversed(special_tokens)}
+    kept_tokens = sorted(token_by_pattern.values())
+    num_ids = VOCABULARY - MAX_TOKEN_ID
+    return {token: MAX_TOKEN_ID + position % num_ids for position, token in enumerate(kept_tokens)}
