@@ -71,7 +71,7 @@ from trainer.session.template_date import record_template_date, template_date_ch
 from trainer.step import Built
 from trainer.stopping.preempt import Agreement
 from trainer.stopping.signals import StopRequest
-from trainer.tuning.initial_adapter import adapter_hash
+from trainer.tuning.initial_adapter import adapter_sha256
 
 Freeze = Callable[[Path, RunConfig], None]
 """Writes down a configuration again, with what the run has chosen itself."""
@@ -353,7 +353,7 @@ def record_reference(config: RunConfig, data: PreparedData, engine: Engine, buil
         max_batch=max(config.batch["micro"], config.evaluation.batch),
         directory=context.run_dir / "reference",
         # What decides the initial model: the configuration, and the weights of the adapter that it begins from.
-        key=context.sha256 if first_adapter is None else f"{context.sha256}/{adapter_hash(first_adapter)}",
+        key=context.sha256 if first_adapter is None else f"{context.sha256}/{adapter_sha256(first_adapter)}",
     )
     splits = {"train": data.train, "eval": data.evaluation, "test": data.test}
     try:

@@ -20,7 +20,7 @@ from strategies.parameters import element_counts, meta_context, named_parameters
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
-from trainer.build.rounds import documents_per_step, steps_of_run, writing_lines
+from trainer.build.rounds import documents_per_step, generation_memory_lines, steps_of_run
 from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import LEARNING_RATE_KEY, MICRO_BATCH_KEY, STRATEGY_KEY, RunConfig, SlurmConfig
 from trainer.data.report.preview import is_prompts_alone, preview_text, summary_text
@@ -79,7 +79,7 @@ def describe(config: RunConfig) -> DryRun:
         f"{epochs:,.2f} of {documents:,} documents",
         *expert_lines,
         *rate_lines(rate, steps),
-        *writing_lines(config, built, int(data.train.lengths.max(initial=0))),
+        *generation_memory_lines(config, built, int(data.train.lengths.max(initial=0))),
         *dry_run_lines(config, built, data.train.lengths, samples.mean, _gpu_kinds(config), (total, trained)),
         *repetition_warning(global_batch, epochs, steps),
         *_long_step_notes(config, built, samples),

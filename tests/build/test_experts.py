@@ -25,7 +25,7 @@ from trainer.build.experts import expert_parallel_lines, expert_problems, plan_e
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, workload
-from trainer.build.recomputation import activations_of, counted_activations, model_state
+from trainer.build.recomputation import activation_peak_bytes, expected_activation_bytes, model_state_bytes
 from trainer.config.parallel import ParallelConfig, parallel_for_evaluation
 from trainer.config.sharding import sharding_problems
 from trainer.model.config import Quantisation
@@ -198,7 +198,7 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
     ranks = Runtime(3, 8, 3, 8, torch.device("cpu"), None)
     step = built.step_module
-    state = {1: model_state(built, config.strategy, Precision.bf16, ranks)}
+    state = {1: model_state_bytes(built, config.strategy, Precision.bf16, ranks)}
     assert expert_parallel_lines(built, Precision.bf16, 8) == []
     plan_expert_parallelism(built, config, ranks)
     holds, sends = expert_parallel_lines(built, Precision.bf16, 8)
@@ -208,17 +208,19 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     # There and back, forward and backward, in bf16; a quarter stays on the rank.
     of_token = 4 * built.config.num_experts_per_tok * built.config.hidden_size * 2 * 3 / 4 / 1000
     assert f"its {built.config.num_experts_per_tok} experts and back: about {of_token:.1f} kB to and from" in sends
-    state[4] = model_state(built, config.strategy, Precision.bf16, ranks)
+    state[4] = model_state_bytes(built, config.strategy, Precision.bf16, ranks)
     modules = expert_modules(step)
     row_counts = sum(parameter.numel() for parameter in next(iter(modules.values())).parameters())
     assert state[1] - state[4] == 2 * 2 * row_counts * 3 / 4
 
     work = workload(config, data)
-    activations = counted_activations(built, work, config.strategy.activation_checkpointing, Precision.bf16)
+    activations = activation_peak_bytes(built, work, config.strategy.activation_checkpointing, Precision.bf16)
     trained = sum(parameter.numel() for parameter in step.parameters())
     of_rank = trained - len(modules) * row_counts * 3 / 4
     built.activations = activations
-    need = state[4] + activations_of(built, work, config.strategy, Precision.bf16) + 4 * (of_rank - trained / 8)
+    need = (
+        state[4] + expected_activation_bytes(built, work, config.strategy, Precision.bf16) + 4 * (of_rank - trained / 8)
+    )
     for slack in (1.01, 0.99):
         strategy = replace(config.strategy, defer_sync=None, memory_gib=slack * need / 2**30)
         plan_reduction(built, work, strategy, Precision.bf16, ranks, micro_batches=2)

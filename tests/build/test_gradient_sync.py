@@ -13,7 +13,7 @@ from tests.helpers.building import data_set, model_dir, run_config
 from trainer.build import gradient_sync
 from trainer.build.gradient_sync import plan_reduction
 from trainer.build.parts import build_model, workload
-from trainer.build.recomputation import activations_of, measured_activations, model_state
+from trainer.build.recomputation import expected_activation_bytes, measured_activations, model_state_bytes
 from trainer.config.validate import config_problems
 from trainer.model.loading import load_tokenizer
 
@@ -44,7 +44,7 @@ def test_gradient_sync_waits_where_whole_gradients_fit_beside_everything_else(ma
     built, work = made
     trained = sum(p.numel() for _, p in named_parameters(built.step_module))
     activations = measured_activations(built, work, Precision.bf16)
-    need = model_state(built, FSDP2, Precision.bf16, RANKS) + activations.peak_bytes(
+    need = model_state_bytes(built, FSDP2, Precision.bf16, RANKS) + activations.peak_bytes(
         2 * [FSDP2.activation_checkpointing]
     )
     need += 4 * trained * 7 / 8
@@ -78,11 +78,13 @@ def test_gradient_sync_is_not_planned_where_there_is_no_choice(made, monkeypatch
 
 
 def test_activations_that_cannot_be_counted_are_estimated(made, monkeypatch):
-    monkeypatch.setattr(gradient_sync, "counted_activations", lambda *_: None)
+    monkeypatch.setattr(gradient_sync, "activation_peak_bytes", lambda *_: None)
     built, work = made
     built.activations = None
     trained = sum(p.numel() for _, p in named_parameters(built.step_module))
-    need = model_state(built, FSDP2, Precision.bf16, RANKS) + activations_of(built, work, FSDP2, Precision.bf16)
+    need = model_state_bytes(built, FSDP2, Precision.bf16, RANKS) + expected_activation_bytes(
+        built, work, FSDP2, Precision.bf16
+    )
     need += 4 * trained * 7 / 8
     assert planned(made, replace(FSDP2, memory_gib=1.01 * need / 2**30), monkeypatch)[0] is True
     assert planned(made, replace(FSDP2, memory_gib=0.99 * need / 2**30), monkeypatch)[0] is False

@@ -79,7 +79,7 @@ def gemma():
 
 def test_shrunk_model_that_lacks_a_kind_of_layer_is_refused(gemma, monkeypatch):
     config, plain = gemma
-    monkeypatch.setattr("trainer.model.shrink.choices", lambda *_: iter([KeptLayers((0, 1), 35)]))
+    monkeypatch.setattr("trainer.model.shrink.layer_choices", lambda *_: iter([KeptLayers((0, 1), 35)]))
     with pytest.raises(NotShrinkable, match=r"a small copy lacks [1-9] of its kinds of layers"):
         forward_path._first_runnable_proof(config, plain)
 

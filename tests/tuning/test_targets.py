@@ -7,7 +7,7 @@ import transformers
 
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context
-from trainer.model.architecture import auto_class, beside_text
+from trainer.model.architecture import auto_class, modules_beside_text
 from trainer.model.config import ModelKind
 from trainer.tuning.adapter import Adapter
 from trainer.tuning.base import LoraConfig
@@ -28,7 +28,7 @@ def adapted(config):
     """Names of the layers that LoRA on every linear layer adapts."""
     with meta_context():
         model = auto_class(ModelKind.causal, config).from_config(config)
-    model.beside_text = beside_text(model)
+    model.modules_beside_text = modules_beside_text(model)
     tuned = Adapter(LoraConfig(rank=2)).apply(model)
     return {
         re.sub(r"^.*?layers\.", "", name.split(".lora_A")[0])

@@ -10,10 +10,10 @@ from strategies.parameters import trainable_parameters
 from trainer.build.recomputation import (
     USABLE_SHARE,
     Workload,
-    activations_of,
-    counted_activations,
+    activation_peak_bytes,
     device_gib,
-    model_state,
+    expected_activation_bytes,
+    model_state_bytes,
 )
 from trainer.step import Built
 
@@ -58,9 +58,9 @@ def plan_reduction(
     reason = f"whole gradients take {extra_bytes / 2**30:.2f} GiB more"
     if not defer_sync:
         if built.activations is None:
-            built.activations = counted_activations(built, work, strategy.activation_checkpointing, precision)
-        state_bytes = model_state(built, strategy, precision, runtime)
-        peak_bytes = state_bytes + activations_of(built, work, strategy, precision) + extra_bytes
+            built.activations = activation_peak_bytes(built, work, strategy.activation_checkpointing, precision)
+        state_bytes = model_state_bytes(built, strategy, precision, runtime)
+        peak_bytes = state_bytes + expected_activation_bytes(built, work, strategy, precision) + extra_bytes
         defer_sync = peak_bytes <= budget
         reason += f"; estimated peak with them {peak_bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB"
     built.step_module.plan.defer_sync = defer_sync

@@ -452,7 +452,7 @@ def _base_config(config: ModelConfig, tuning_config: TuningConfig) -> Any:
 def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement: AttentionLayout) -> None:
     """Freeze what gets no gradient or must not train: fixed tables, towers for images and sound, and indexers of keys."""
     encoder_decoder.freeze_fixed(model)
-    freeze_beside_text(model, tuning, getattr(plain, "beside_text", ()))
+    freeze_beside_text(model, tuning, getattr(plain, "modules_beside_text", ()))
     indexers = freeze_key_selectors(model)
     if indexers:
         arrangement.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(indexers)}"

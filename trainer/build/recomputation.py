@@ -47,12 +47,17 @@ def longest_micro_batch(built: Built, work: Workload) -> dict[str, Any]:
 
 
 def longest_lengths(data_spec: DataSpec, work: Workload) -> list[int]:
-    """Lengths in tokens of the sequences of a micro-batch as large as any of the run can be."""
+    """Lengths in tokens of the sequences of a micro-batch as large as any of the run can be:
+
+    - packed documents: each sequence is a full pack.
+    - generated completions: the longest prompt with the longest completion, for every sequence.
+    - else: the longest documents of the data, the longest first.
+    """
     if work.row_tokens is not None:
         return [work.row_tokens] * work.micro_batch
     lengths = np.asarray(work.train.lengths)
     if work.written_tokens:
-        # All answers of a micro-batch may be to one prompt.
+        # All completions of a micro-batch may be of one prompt.
         return [int(lengths.max(initial=0)) + work.written_tokens] * work.micro_batch
     num_sequences = min(work.micro_batch * data_spec.sequences_per_document, len(lengths))
     longest = np.partition(lengths, -num_sequences)[-num_sequences:]
@@ -105,10 +110,10 @@ def measured_activations(built: Built, work: Workload, precision: Precision) -> 
         ) from error
 
 
-def counted_activations(
+def activation_peak_bytes(
     built: Built, work: Workload, mode: ActivationCheckpointing, precision: Precision
 ) -> float | None:
-    """Peak bytes of activations of the longest micro-batch if all blocks recompute by `mode`; None if they cannot be counted."""
+    """Peak bytes of activations in the longest micro-batch if all blocks recompute by `mode`; None if a count is not possible."""
     try:
         activations = measured_activations(built, work, precision)
     except ConfigError:
@@ -116,15 +121,15 @@ def counted_activations(
     return activations.peak_bytes([mode] * activations.num_blocks)
 
 
-def activations_of(built: Built, work: Workload, strategy: StrategyConfig, precision: Precision) -> float:
-    """Bytes of activations of the longest micro-batch: the counted ones if a plan has counted them, else by a rule of thumb."""
+def expected_activation_bytes(built: Built, work: Workload, strategy: StrategyConfig, precision: Precision) -> float:
+    """Bytes of activations of the longest micro-batch: as `plan_checkpointing` counted them, or else by a rule of thumb."""
     if built.activations is not None:
         return built.activations
     tokens = tokens_of_longest(built, work)
-    width, blocks = width_and_blocks(built.plain)
+    width, num_blocks = width_and_blocks(built.plain)
     if strategy.offload_activations and strategy.activation_checkpointing is ActivationCheckpointing.full:
-        blocks = 0  # their inputs are kept on the host
-    return activations_by_rule(tokens, width, blocks, strategy.activation_checkpointing, precision)
+        num_blocks = 0  # the inputs of blocks, all that is kept of them, lie in host memory
+    return activations_by_rule(tokens, width, num_blocks, strategy.activation_checkpointing, precision)
 
 
 def plan_checkpointing(
@@ -132,30 +137,32 @@ def plan_checkpointing(
 ) -> None:
     """Resolve `activation_checkpointing=auto`: choose for each block what it recomputes, so that the step fits in memory.
 
-    Writes the modes into the plan of the step module, and the reason into the substitutions. All ranks must call; they follow
-    rank 0.
+    Sets `recomputation` in the plan of the step module (a mode for each block), `built.activations` (peak bytes), and a line for
+    the user in `built.substitutions`. Does nothing for another setting than `auto`. All ranks must call; they follow rank 0.
     """
     if strategy.activation_checkpointing is not ActivationCheckpointing.auto:
         return
     activations = measured_activations(built, work, precision)
     if strategy.offload_activations:
         activations = activations.with_inputs_on_host()
-    state_size = model_state(built, strategy, precision, runtime)
-    budget = strategy.memory_gib or device_gib(runtime) * USABLE_SHARE
-    modes, fits = choose_recomputation(activations, budget * 2**30 - state_size)
+    state_size = model_state_bytes(built, strategy, precision, runtime)
+    budget_gib = strategy.memory_gib or device_gib(runtime) * USABLE_SHARE
+    modes, fits = choose_recomputation(activations, budget_gib * 2**30 - state_size)
     modes = processes.broadcast_object(modes, runtime)
     built.step_module.plan.recomputation = modes
     built.activations = activations.peak_bytes(modes)
-    counts = {mode: modes.count(mode) for mode in ActivationCheckpointing}
-    parts = [f"{mode} in {count} of {len(modes)} blocks" for mode, count in counts.items() if count]
+    blocks_by_mode = {mode: modes.count(mode) for mode in ActivationCheckpointing}
+    mode_texts = [f"{mode} in {count} of {len(modes)} blocks" for mode, count in blocks_by_mode.items() if count]
     peak_gib = (state_size + built.activations) / 2**30
     warning = "" if fits else "; more than there is: lower batch.micro or data.max_length, or shard more"
     built.substitutions["strategy.activation_checkpointing"] = (
-        f"auto -> {', '.join(parts) or 'none'} (estimated peak {peak_gib:.2f} of {budget:.2f} GiB{warning})"
+        f"auto -> {', '.join(mode_texts) or 'none'} (estimated peak {peak_gib:.2f} of {budget_gib:.2f} GiB{warning})"
     )
 
 
-def model_state(built: Built, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime) -> float:
+def model_state_bytes(
+    built: Built, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+) -> float:
     """Bytes of parameters, gradients and optimizer state on one rank, copies in the compute type included."""
     return state_bytes(
         built.step_module,
@@ -210,6 +217,9 @@ def check_host_memory(
 def expect_memory(
     built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
-    """Set `built.expected`, the estimated memory of a rank. To be called before the model is sharded. No collective."""
-    bytes_of_state = model_state(built, strategy, precision, runtime)
-    built.expected = (bytes_of_state, activations_of(built, work, strategy, precision))
+    """Set `built.expected`: estimated bytes of a rank for (model state, activations). Must be called before the model is sharded.
+
+    No collective.
+    """
+    bytes_of_state = model_state_bytes(built, strategy, precision, runtime)
+    built.expected = (bytes_of_state, expected_activation_bytes(built, work, strategy, precision))

@@ -40,10 +40,11 @@ from trainer.rollout.types import RewardScorer
 from trainer.rollout.writer import EngineGroupGenerator, ignored_generation_settings
 from trainer.step import Built
 
-MOST_ROWS = {"cpu": 64, "cuda": 256}
-"""Most answers that a rank writes at a time, by type of device: more are no faster."""
-MOST_DIFFERENCE = {Precision.fp32: 0.001, Precision.bf16: 0.1, Precision.fp16: 0.1}
-"""Nats between the log-probabilities of writing and of learning: in float32 about 1e-5 by rounding, in bf16 about 0.01."""
+MAX_GENERATION_ROWS = {"cpu": 64, "cuda": 256}
+"""The most completions that a rank generates at a time, by type of device: more are no faster."""
+MAX_LOGP_DIFFERENCE = {Precision.fp32: 0.001, Precision.bf16: 0.1, Precision.fp16: 0.1}
+"""The most nats by which log-probabilities in generation and in training may differ. By rounding they differ by about 1e-5 in
+float32, and by about 0.01 in bf16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,14 @@ class RoundInputs:
 
 
 def prompts_per_round(config: RunConfig) -> int:
-    """Prompts whose answers make the steps of a round."""
+    """How many prompts a round has: the completions of its batches over the completions of each prompt (`group_size`)."""
     settings: Any = config.objective
-    answers: int = config.batch["global"] * settings.rollout.steps
-    return answers // int(settings.group_size)
+    num_completions: int = config.batch["global"] * settings.rollout.steps
+    return num_completions // int(settings.group_size)
 
 
 def documents_per_step(config: RunConfig) -> float:
-    """Documents that a step consumes; if the model writes the answers, prompts of a round divided by its optimizer steps."""
+    """Documents that an optimizer step consumes, on average. If the model generates what it learns, documents are prompts."""
     global_batch: int = config.batch["global"]
     if family_of(config.objective).rollout is None:
         return global_batch
@@ -78,7 +79,13 @@ def documents_per_step(config: RunConfig) -> float:
 
 
 def steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -> int:
-    """Optimizer steps of the budget. With rounds, `budget.epochs` are passes over the prompts, and the last round is complete."""
+    """Optimizer steps of the run's budget.
+
+    - no rounds of generation, or `budget.steps` is set: as the budget says.
+    - rounds: `budget.epochs` are passes over the prompts, rounded so that the last round is complete.
+
+    `order`: that of the samples. `unit_tokens`: tokens of each document or pack.
+    """
     if family_of(config.objective).rollout is None or config.budget.steps is not None:
         return steps_from_budget(config.budget, order, unit_tokens, config.batch["global"])
     settings: Any = config.objective
@@ -86,31 +93,33 @@ def steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -> in
     return rounds * int(settings.rollout.steps * settings.rollout.iterations)
 
 
-def writing_lines(config: RunConfig, built: Built, longest_prompt: int) -> list[str]:
-    """Lines on the memory for writing and scoring the answers of a round, for a dry run; empty for objectives without rounds.
+def generation_memory_lines(config: RunConfig, built: Built, longest_prompt: int) -> list[str]:
+    """Lines for a dry run on the memory that generating and scoring completions takes; empty for an objective without rounds.
 
-    Computed from sizes: while a rank writes, it has all weights, if they fit, and the keys of the answers.
+    One line says the size of the KV cache and of the gathered weights that a rank holds while it generates. Another one for each
+    reward model says the size of its weights. All are computed from sizes of parameters. `longest_prompt`: in tokens.
     """
     if family_of(config.objective).rollout is None:
         return []
     settings: Any = config.objective
     rollout = settings.rollout
-    answers = config.batch["global"] * rollout.steps
-    rows = rollout.rows or min(answers, MOST_ROWS["cpu" if str(config.run.device) == "cpu" else "cuda"])
+    num_completions = config.batch["global"] * rollout.steps
+    device_type = "cpu" if str(config.run.device) == "cpu" else "cuda"
+    rows = rollout.rows or min(num_completions, MAX_GENERATION_ROWS[device_type])
     tokens = longest_prompt + rollout.max_new_tokens
     itemsize = 4 if config.precision is Precision.fp32 else 2
-    weights = sum(p.numel() for p in built.plain.parameters()) * itemsize / 2**30
-    keys = kv_cache_size_bytes(built.config, rows, tokens, itemsize) / 2**30
+    weights_gib = sum(p.numel() for p in built.plain.parameters()) * itemsize / 2**30
+    kv_cache_gib = kv_cache_size_bytes(built.config, rows, tokens, itemsize) / 2**30
     lines = [
         f"writing: {prompts_per_round(config)} prompts x {settings.group_size} answers a round, at most {rows} at a time: "
-        f"keys of {rows} x {tokens:,} tokens take {keys:.2f} GiB, and whole weights {weights:.2f} GiB"
+        f"keys of {rows} x {tokens:,} tokens take {kv_cache_gib:.2f} GiB, and whole weights {weights_gib:.2f} GiB"
     ]
     for name, model in built.step_module.reward_models.items():
-        size = sum(p.numel() for p in model.parameters()) * itemsize / 2**30
-        read_at_a_time = settings.rewards[name].options.get("batch_tokens", BATCH_TOKENS)
+        size_gib = sum(p.numel() for p in model.parameters()) * itemsize / 2**30
+        tokens_at_a_time = settings.rewards[name].options.get("batch_tokens", BATCH_TOKENS)
         lines.append(
-            f"scoring: reward model {name} has {size:.2f} GiB of weights, shared among ranks as strategy={config.strategy.name} "
-            f"does, and reads {read_at_a_time:,} tokens at a time"
+            f"scoring: reward model {name} has {size_gib:.2f} GiB of weights, shared among ranks as "
+            f"strategy={config.strategy.name} does, and reads {tokens_at_a_time:,} tokens at a time"
         )
     return lines
 
@@ -147,7 +156,7 @@ def build_round_loader(
         settings.rollout,
         runtime,
         seed=config.run.seed,
-        rows=settings.rollout.rows or answers_in_memory(built, engine, runtime, longest_row),
+        rows=settings.rollout.rows or max_concurrent_completions(built, engine, runtime, longest_row),
         stop_now=inputs.watch_for_stop(),
     )
     collator: Any = built.collator
@@ -177,7 +186,7 @@ def build_round_loader(
     # The loader, and the run's steps.
     most_difference = settings.rollout.most_difference
     if most_difference is None:
-        most_difference = MOST_DIFFERENCE[inputs.precision]
+        most_difference = MAX_LOGP_DIFFERENCE[inputs.precision]
     loader = RolloutLoader(round_builder, share, inputs.progress, most_difference)
     steps = steps_of_run(config, order, loader.unit_tokens)
     if built.step_module.plan.optimizer_hooks is not None:
@@ -223,19 +232,21 @@ def _prompt_sharing_problem(config: RunConfig, built: Built, cut: Cut | None) ->
     return None
 
 
-def answers_in_memory(built: Built, engine: Engine, runtime: Runtime, tokens: int) -> int:
-    """Answers that a rank writes at a time: the largest power of two whose keys and values fit beside the full weights.
+def max_concurrent_completions(built: Built, engine: Engine, runtime: Runtime, tokens: int) -> int:
+    """How many completions a rank generates at a time: the largest power of two whose KV cache fits beside the gathered weights.
 
-    `tokens`: of the longest prompt with its answer. The number follows from the size of the devices, not from the memory that
-    is free at the moment: a resumed run must write in batches of the same size, so that it rounds alike. All ranks must call;
-    the rank with the least memory decides.
+    At least 1, and at most `MAX_GENERATION_ROWS`. `tokens`: of the longest prompt with its completion. The number follows from
+    the size of the devices, not from the memory that is free at the moment: a resumed run must generate in batches of the same
+    size, so that it rounds alike. All ranks must call; the rank with the least memory decides.
     """
     itemsize = min(p.element_size() for p in built.step_module.parameters() if p.is_floating_point())
-    allocated = torch.cuda.memory_allocated(runtime.device) if runtime.device.type == "cuda" else 0
-    gathered = engine.full_parameters.gather_bytes() or 0
-    own_room = USABLE_SHARE * device_gib(runtime) * 2**30 - allocated - gathered
-    least_room = min(gather_objects(own_room, runtime))
-    answers = MOST_ROWS[runtime.device.type]
-    while answers > 1 and kv_cache_size_bytes(built.config, answers, tokens, itemsize) > least_room:
-        answers //= 2
-    return answers
+    allocated_bytes = torch.cuda.memory_allocated(runtime.device) if runtime.device.type == "cuda" else 0
+    gathered_bytes = engine.full_parameters.gather_bytes() or 0
+    own_free_bytes = USABLE_SHARE * device_gib(runtime) * 2**30 - allocated_bytes - gathered_bytes
+    least_free_bytes = min(gather_objects(own_free_bytes, runtime))
+    num_completions = MAX_GENERATION_ROWS[runtime.device.type]
+    while (
+        num_completions > 1 and kv_cache_size_bytes(built.config, num_completions, tokens, itemsize) > least_free_bytes
+    ):
+        num_completions //= 2
+    return num_completions

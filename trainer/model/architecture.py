@@ -115,7 +115,7 @@ def _check_class(kind: ModelKind, model_config: Any, config: ModelConfig, object
     )
 
 
-def beside_text(model: Any) -> tuple[str, ...]:
+def modules_beside_text(model: Any) -> tuple[str, ...]:
     """Names of the modules that a causal model has beside its text model and head: towers for images and sound, projectors.
 
     Such as `("model.vision_tower", "model.multi_modal_projector")`; empty for a model of text alone.
@@ -146,9 +146,10 @@ def build_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def _build(kind: ModelKind, model_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
-    """(the model, the attention that it got).
+    """(the model, the attention that it got): `attention`, or else `eager`.
 
-    That is `attention`, or eager if the setting is `auto`, SDPA was chosen for it, and the class has none.
+    Eager replaces SDPA if the setting is `auto` and the model's class has no SDPA. Raises ValueError if the class does not have
+    an attention that the user chose.
     """
     options = build_options(config)
     model_class = auto_class(kind, model_config)
@@ -196,7 +197,7 @@ def text_settings(model_config: Any) -> Any:
 
 
 def experts_per_token(settings: Any) -> int:
-    """How many experts each token takes."""
+    """How many experts compute each token; 2 if no setting of the configuration says it."""
     text = text_settings(settings)
     names = ("num_experts_per_tok", "numexperts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")
     return next((getattr(text, name) for name in names if isinstance(getattr(text, name, None), int)), 2)
@@ -269,7 +270,7 @@ def freeze_key_selectors(model: nn.Module) -> list[str]:
 
 
 def head_names(model: Any) -> tuple[str, ...]:
-    """What the architecture has at its top beside its base model."""
+    """Names of the modules with parameters at the top of a model, beside its base model: `("lm_head",)`, `("score",)`."""
     names = []
     for name, module in model.named_children():
         has_parameters = next(module.parameters(), None) is not None
@@ -283,6 +284,6 @@ def vocabulary_names(model: Any) -> frozenset[str]:
     vocabulary_modules = (model.get_input_embeddings(), model.get_output_embeddings())
     names: set[str] = set()
     for name, module in model.named_modules():
-        if any(module is wanted for wanted in vocabulary_modules):
+        if any(module is vocabulary_module for vocabulary_module in vocabulary_modules):
             names.update(f"{name}.{key}" for key in own_parameters(module))
     return frozenset(names)

@@ -166,7 +166,7 @@ def kept_counts(config: Any, small_config: Any) -> dict[str, int]:
 
 
 def lost_kinds(config: Any, full_model: nn.Module, small_config: Any, small: nn.Module) -> int:
-    """How many kinds of layers the model `full_model` of `config` has that the model `small` of `small_config` lacks; both on meta."""
+    """How many kinds of layers of `full_model` (built of `config`) are missing in `small` (of `small_config`); both on meta."""
     lost = 0
     for full_settings, small_settings in _nested_settings(_settings(config), _settings(small_config), type(config)):
         kinds = set(layer_kinds(full_model, depth_of(full_settings)))

@@ -46,7 +46,7 @@ def tile_mlps(step_module: nn.Module, model_config: Any, plain: nn.Module, kind:
         return
     setting = f"strategy.mlp_tokens={tokens}"
     classes = block_class_names(plain)
-    reason = _why_not(plain, classes) or _proven_reason(model_config, plain, kind)
+    reason = _untileable_reason(plain, classes) or _cached_proof(model_config, plain, kind)
     if reason:
         raise ConfigError(f"{setting}: {reason}; set strategy.mlp_tokens=null")
     # A teacher of the same architecture is tiled too: it makes no gradients, but widens its tokens likewise.
@@ -76,12 +76,12 @@ def _blocks(model: nn.Module, classes: set[str]) -> Iterator[nn.Module]:
 
 
 def _mlp_of(block: nn.Module) -> nn.Module | None:
-    """A block's MLP; None if it has none by one of `NAMES`."""
+    """The child of a block that is its MLP, by one of `NAMES`; None if the block has no such child."""
     children = dict(block.named_children())
     return next((children[name] for name in NAMES if name in children), None)
 
 
-def _why_not(plain: nn.Module, classes: set[str]) -> str:
+def _untileable_reason(plain: nn.Module, classes: set[str]) -> str:
     """Why the MLPs of a model cannot be tiled, by the names of their modules; empty if they may be."""
     blocks = list(_blocks(plain, classes))
     if not blocks:
@@ -98,16 +98,19 @@ def _why_not(plain: nn.Module, classes: set[str]) -> str:
     return ""
 
 
-def _proven_reason(model_config: Any, plain: nn.Module, kind: ModelKind) -> str:
-    """Why tiles would change what a model computes, or cannot be tried; empty if they are proven on a small copy."""
+def _cached_proof(model_config: Any, plain: nn.Module, kind: ModelKind) -> str:
+    """As `_difference_of_small_copy`, computed once for each architecture, because a plan asks for each of its simulations."""
     key = json.dumps([kind, model_config.to_dict()], sort_keys=True, default=str)
     if key not in _proofs:
-        _proofs[key] = _prove(model_config, plain, kind)
+        _proofs[key] = _difference_of_small_copy(model_config, plain, kind)
     return _proofs[key]
 
 
-def _prove(model_config: Any, plain: nn.Module, kind: ModelKind) -> str:
-    """Compare a small random copy of the model with itself in tiles. Leaves the random state as it was."""
+def _difference_of_small_copy(model_config: Any, plain: nn.Module, kind: ModelKind) -> str:
+    """Why a small random copy of the model does not compute the same in tiles, or fails; empty if it computes the same.
+
+    Leaves the random state as it was.
+    """
     with torch.random.fork_rng(devices=[]), without_kernel_packages():
         torch.default_generator.manual_seed(0)  # of the CPU alone
         try:
@@ -138,17 +141,17 @@ def _difference_in_tiles(small: Any) -> str:
     """How the outputs of a small model change when its MLPs take tiles; empty if they do not."""
     vocabulary = min(text_settings(small.config).vocab_size, VOCABULARY)
     ids = torch.arange(PROOF_TOKENS)[None] * 7 % vocabulary
-    whole = small(input_ids=ids, use_cache=False)[0]
-    tiled = 0
+    plain_output = small(input_ids=ids, use_cache=False)[0]
+    num_tiled = 0
     for block in _blocks(small, block_class_names(small)):
         mlp = _mlp_of(block)
         if mlp is not None:
             mlp.forward = partial(_in_tiles, mlp.forward, PROOF_TILE)  # type: ignore[method-assign]
-            tiled += 1
-    if not tiled:
+            num_tiled += 1
+    if num_tiled == 0:
         return "its small copy has no MLP that could be tiled"
-    in_tiles = small(input_ids=ids, use_cache=False)[0]
-    difference = float((in_tiles - whole).abs().max() / whole.abs().max())
+    tiled_output = small(input_ids=ids, use_cache=False)[0]
+    difference = float((tiled_output - plain_output).abs().max() / plain_output.abs().max())
     if difference <= TOLERANCE:  # a NaN is no agreement
         return ""
     return f"its MLP looks at more than one token: with tiles, outputs of a small copy change by {difference:.1e}"

@@ -15,7 +15,7 @@ from strategies.hardware import gpu_of_device
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.model import attention, experts, flex
-from trainer.model.architecture import architecture, beside_text, text_settings
+from trainer.model.architecture import architecture, modules_beside_text, text_settings
 from trainer.model.attention import NAME
 from trainer.model.config import Attention, ModelConfig, ModelKind
 from trainer.model.flash import head_sizes, why_not_flash
@@ -155,7 +155,7 @@ def build_causal_model(
 ) -> tuple[Any, AttentionLayout]:
     """Choose layout, attention kernel and forward path of a causal model, and build it; returns (the plain model, those).
 
-    The model is built within `context`, which puts it on meta. Sets its attributes `forward_path` and `beside_text`.
+    The model is built within `context`, which puts it on meta. Sets its attributes `forward_path` and `modules_beside_text`.
     `settings`: transformers' configuration. `layout`: that of the settings. `needs_padding`: the tuning method needs a row for
     each document, and hidden states. Raises ConfigError.
     """
@@ -195,9 +195,9 @@ def build_causal_model(
             arrangement.notes["model.kernels"] = missing
     # Read by `supervised_rows` and by the choice of adapter targets.
     model.forward_path = path
-    model.beside_text = beside_text(model)
-    if model.beside_text:
-        arrangement.notes["tuning"] = f"frozen beside the text model: {', '.join(model.beside_text)}"
+    model.modules_beside_text = modules_beside_text(model)
+    if model.modules_beside_text:
+        arrangement.notes["tuning"] = f"frozen beside the text model: {', '.join(model.modules_beside_text)}"
     return model, replace(arrangement, attention=kernel)
 
 

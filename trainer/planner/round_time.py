@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from strategies.base import Fsdp2Config, Precision, StrategyConfig, ZeroConfig
-from trainer.build.rounds import MOST_ROWS, prompts_per_round
+from trainer.build.rounds import MAX_GENERATION_ROWS, prompts_per_round
 from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
 from trainer.evaluation.full_weights import USABLE_SHARE, kv_cache_size_bytes
@@ -131,7 +131,7 @@ def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longe
     return RoundLoad(
         prompts=prompts_per_round(config),
         group_size=int(objective.group_size),
-        max_rows=rollout.rows or MOST_ROWS["cuda"],
+        max_rows=rollout.rows or MAX_GENERATION_ROWS["cuda"],
         may_lower_rows=not rollout.rows,
         prompt_tokens=prompt_tokens,
         longest_prompt=longest_prompt,
@@ -160,7 +160,7 @@ def round_time(
     parts if they are more than a batch holds. `step_s`: seconds of an optimizer step. `other_bytes`: what a rank holds
     between two steps, whole weights not counted.
     """
-    # As a run does it (`trainer/build/rounds.py: answers_in_memory`): answers are halved until their keys fit beside all weights.
+    # As a run does it (`max_concurrent_completions`): answers are halved until their keys fit beside all weights.
     usable_bytes = USABLE_SHARE * (card.memory_gib * 2**30 - other_bytes)
     answer_bytes = load.kv_cache_bytes_per_token * (load.longest_prompt + load.new_tokens)
     most_rows = load.max_rows

@@ -55,7 +55,7 @@ from trainer.session.base_files import base_commit
 from trainer.session.identity import versions_of
 from trainer.session.rate_text import LearningRate, learning_rate_of, rate_lines
 from trainer.step import Built
-from trainer.tuning.initial_adapter import adapter_hash
+from trainer.tuning.initial_adapter import adapter_sha256
 
 PACKAGES = (
     *("torch", "transformers", "peft", "deepspeed", "datasets", "hydra-core", "wandb", "accelerate", "flash-attn"),
@@ -118,7 +118,7 @@ def _record_without_prediction(config: RunConfig, checked: Mapping[str, Any], ru
     first_adapter = getattr(config.tuning, "from_", None)
     tuning_from = None
     if first_adapter is not None:
-        tuning_from = TuningStart(path=first_adapter, sha256=adapter_hash(first_adapter))
+        tuning_from = TuningStart(path=first_adapter, sha256=adapter_sha256(first_adapter))
     device_name = None
     if runtime.device.type == "cuda":
         device_name = torch.cuda.get_device_name(runtime.device)
@@ -150,7 +150,7 @@ def _record_without_prediction(config: RunConfig, checked: Mapping[str, Any], ru
         base_commit=base_commit(config),
         quantisation=None if built.scheme is None else str(built.scheme),
         quantised_experts=sum(len(shape) == 3 for shape in built.quantised.values()),
-        folded_adapters={path: adapter_hash(path) for path in config.model.adapters},
+        folded_adapters={path: adapter_sha256(path) for path in config.model.adapters},
         tuning_from=tuning_from,
         data_fingerprint=data.train.fingerprint,
         data_directory=str(data.directory),

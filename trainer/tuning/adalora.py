@@ -41,7 +41,7 @@ class AdaLora(Adapter):
     ) -> None:
         """Tell peft which ranks are left, so that it writes only these. If the run stopped before they settled, it writes all."""
         self.allocation.restore_masks(saved_state)
-        model.peft_config[ADAPTER].rank_pattern = self.allocation.pattern_of(trained)  # type: ignore[index,union-attr]
+        model.peft_config[ADAPTER].rank_pattern = self.allocation.rank_pattern_of(trained)  # type: ignore[index,union-attr]
 
 
 class RankAllocation:
@@ -61,7 +61,7 @@ class RankAllocation:
         """Optimizer steps of the run; 0 before `begin`."""
 
     def begin(self, total_steps: int) -> None:
-        """Set AdaLoRA's phases for a run of `total_steps`: `tinit` steps before the first rank is taken, `tfinal` after the last.
+        """Set AdaLoRA's phases for a run of `total_steps`: `tinit` steps before the first pruning, and `tfinal` after the last.
 
         The two shares sum to less than 1, so at least one step lies between.
         """
@@ -92,21 +92,21 @@ class RankAllocation:
             parameter.grad.add_(gradient)
 
     def after_update(self, step: int, *, finite: bool) -> None:
-        """After each optimizer step of AdaLoRA: update how important each rank is, and remove the least important ones.
+        """After each optimizer step of AdaLoRA: update how important each rank is, and prune the least important ones.
 
         Importance comes from the gradients that were just applied. `step` counts from 1. `finite`: whether the optimizer took the
         step; it skips one whose gradients are not finite. The last allocation, `tfinal` steps before the end, makes the ranks
         final (`_settled`). Cases, in order:
-        - after the last allocation, the ranks are final: set removed entries back to zero.
+        - after the last allocation, the ranks are final: set pruned entries back to zero.
         - before the last allocation, the step was skipped: nothing.
         - the last allocation is due, no step has measured importance, and this one was skipped too: wait for the next.
-        - else: update importance and remove ranks; from the last allocation on, the ranks are final.
+        - else: update importance and prune ranks; from the last allocation on, the ranks are final.
         """
         assert self._total_steps > 0, "begin was not called"
         self._create_missing_state()
         last_allocation = self._total_steps - self.settings.tfinal
         if step > last_allocation and self._settled:
-            # The optimizer may have moved removed entries away from zero.
+            # The optimizer may have moved pruned entries away from zero.
             for name, parameter in self._adapter_parameters():
                 if name in self._masks:
                     parameter.masked_fill_(self._masks[name] == 0, 0.0)
@@ -121,11 +121,11 @@ class RankAllocation:
                 return
             self.allocator.update_ipt(self.tuner.model)
 
-        # peft leaves `rank_pattern` at None if this step removes no rank; else it is {name: [True, False, ...]}, by rank.
+        # peft leaves `rank_pattern` at None if this step prunes no rank; else it is {name: [True, False, ...]}, by rank.
         self.settings.rank_pattern = None
         self.tuner.update_and_allocate(min(step, last_allocation))
-        for name, is_left in (self.settings.rank_pattern or {}).items():
-            self._masks[name].copy_(torch.tensor(is_left, dtype=torch.float32)[:, None])
+        for name, kept_ranks in (self.settings.rank_pattern or {}).items():
+            self._masks[name].copy_(torch.tensor(kept_ranks, dtype=torch.float32)[:, None])
         if step >= last_allocation:
             self._settled = True
             self._create_missing_state()
@@ -146,20 +146,20 @@ class RankAllocation:
 
     def restored(self) -> None:
         """Called after a checkpoint filled the tensors of `state_of`: the ranks are final if no more are left than the target."""
-        entries_left = sum(int(mask.sum()) for mask in self._masks.values())
-        self._settled = entries_left <= self.allocator.target_bgt
+        num_kept_ranks = sum(int(mask.sum()) for mask in self._masks.values())
+        self._settled = num_kept_ranks <= self.allocator.target_bgt
 
     def restore_masks(self, saved_state: Callable[[str, str], Tensor]) -> None:
-        """Read which entries a checkpoint has left, for a model on meta. `saved_state`: see `update_peft_settings`."""
+        """Set the masks of kept ranks from a checkpoint, for a model on meta. `saved_state`: see `update_peft_settings`."""
         for name, _ in self._adapter_parameters():
             if "lora_E" in name:
                 self._masks[name] = saved_state(PREFIX + name, "kept")
 
-    def pattern_of(self, trained: dict[str, Tensor]) -> dict[str, list[bool]] | None:
-        """AdaLoRA's result for peft's files (`rank_pattern`): which ranks of each adapter are left, by name in the base model.
+    def rank_pattern_of(self, trained: dict[str, Tensor]) -> dict[str, list[bool]] | None:
+        """The `rank_pattern` of peft's files: which ranks of each adapter are kept, such as `{"h.0.attn.lora_E": [True, False]}`.
 
-        AdaLoRA writes an update as P E Q with a diagonal E, and takes a rank by setting its entry of E to zero. `trained`:
-        gathered values by plain name. None if no rank was taken, or if an entry that was taken is not zero.
+        AdaLoRA writes an update as P E Q with a diagonal E, and prunes a rank by setting its entry of E to zero. None, so that
+        all ranks are written, if no rank is pruned, or if a pruned entry is not zero. `trained`: gathered values by plain name.
         """
         self._create_missing_state()
         masks = {name: mask.cpu() > 0 for name, mask in self._masks.items()}
@@ -194,7 +194,7 @@ class RankAllocation:
 
 
 def _is_matrix(name: str) -> bool:
-    """Whether a parameter is an A or a B, which the penalty concerns; E is a diagonal."""
+    """Whether a parameter is a matrix A or B, whose orthogonality is penalised; E is a diagonal."""
     return "lora_A" in name or "lora_B" in name
 
 

@@ -96,16 +96,16 @@ def read_settings(directory: str | Path) -> dict[str, Any] | str:
     return settings
 
 
-def adapter_hash(directory: str | Path) -> str:
-    """SHA-256 of an adapter's tensors as they lie in the file. Errors: OSError."""
+def adapter_sha256(directory: str | Path) -> str:
+    """SHA-256 of the adapter's file of tensors in `directory`, as hex digits. Raises OSError."""
     with (Path(directory).expanduser() / WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def adopt_adapter_settings(tuning: TuningConfig, typed: set[str]) -> dict[str, str]:
+def adopt_adapter_settings(tuning: TuningConfig, cli_keys: set[str]) -> dict[str, str]:
     """Change settings in `tuning` that the user left at their defaults to those of the adapter that `tuning.from` names.
 
-    `typed`: keys that the user set, such as `tuning.rank`. Returns what changed, by key, for messages:
+    `cli_keys`: keys that the user set, such as `tuning.rank`. Returns what changed, by key, for messages:
     `{"tuning.rank": "8 -> 16 (of tuning.from)"}`. Nothing changes without `tuning.from`, or if its directory cannot be read or
     holds an adapter of another method: `problems` reports that.
     """
@@ -123,7 +123,7 @@ def adopt_adapter_settings(tuning: TuningConfig, typed: set[str]) -> dict[str, s
     for field, peft_key in peft_keys.items():
         current = getattr(tuning, field)
         stored_value: Any = stored.get(peft_key)
-        if f"tuning.{field}" in typed or current != getattr(defaults, field):
+        if f"tuning.{field}" in cli_keys or current != getattr(defaults, field):
             continue  # the user chose it
         if stored_value is None or _comparable(stored_value) == _comparable(current):
             continue  # the adapter has no such setting, or the same value

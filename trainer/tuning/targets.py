@@ -33,8 +33,8 @@ def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> 
 
     `settings`: peft's config.
     """
-    # `beside_text`: the names of a multimodal model's towers.
-    tower_names = tuple(getattr(model, "beside_text", ()))
+    # `modules_beside_text`: the names of a multimodal model's towers.
+    tower_names = tuple(getattr(model, "modules_beside_text", ()))
     patterns = [rf"{re.escape(name)}(\..*)?" for name in tower_names]
     if not every_linear:
         return "|".join(patterns) or None, ""
@@ -57,7 +57,7 @@ def linear_sizes(model: nn.Module) -> dict[str, int]:
 
     The output head, towers for images or sound, and routers of experts do not count.
     """
-    tower_names = tuple(getattr(model, "beside_text", ()))
+    tower_names = tuple(getattr(model, "modules_beside_text", ()))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     sizes = {}
     for name, module in model.named_modules():
