@@ -1,6 +1,6 @@
 """`shardtune compare`: sets runs side by side, from the files in their directories. Needs no torch.
 
-Five arguments, from small to large:
+Five terms, from small to large:
 
 - A *run* is one training run with a directory of its own (`RecordedRun`).
 - A *repeat* is one of several runs with the same settings and the same seed: `compare.repeats=3` makes three of each point.

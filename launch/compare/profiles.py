@@ -16,8 +16,8 @@ OPERATOR_HEADINGS = ["operator", "ms", "share", "calls"]
 """Headings of the table with a row for each operator."""
 RankSummary = dict[str, Any]
 """One rank's `rank-*.summary.json`: `rank`, `steps` (first and last), `of` (`device` or `operators`), `window_s` (profiled time),
-`operators` (`name`, `self_s`, `calls`), `memory` (`s`, `gib`), and seconds of the window: `communication_s`,
-`exposed_communication_s` (communication during which nothing was computed), `idle_s` (neither).
+`operators` (`name`, `self_s`, `calls`), `memory` (`s`, `gib`), and seconds of the window: `communication_s`, `exposed_s`
+(communication during which nothing was computed), `idle_s` (neither).
 """
 SUMMARY_KEYS = {"rank", "steps", "of", "operators", "memory", "window_s"}
 """Keys of `rank-*.summary.json`; a file that lacks one is ignored."""

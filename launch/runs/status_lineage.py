@@ -79,7 +79,7 @@ def lineage_text(root: Path, query: DocumentQuery, exposures: list[DocumentExpos
 def _exposure_sentence(exposure: DocumentExposure) -> str:
     """A sentence on one run: how often it trained on the documents, which it holds out, and which earlier run saw them.
 
-    For example `in its training data, trained on twice by step 40; began with the weights of runs/first`. If there are several
+    For example `in its training data, trained on 2 times by step 40; began with the weights of runs/first`. If there are several
     documents, the first of them are named at its end.
     """
     num_training = exposure.num_documents_by_split.get("train", 0)

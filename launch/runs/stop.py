@@ -46,7 +46,7 @@ class SignalProcess:
         return f"kill -TERM {self.pid}"
 
     def send(self) -> bool:
-        """Send TERM; returns whether the process was still there. Raises CannotStop if it is another user's."""
+        """Send TERM; returns whether the process was still there. Raises CannotStopError if it is another user's."""
         try:
             pidfd = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -86,7 +86,7 @@ class SignalJob:
         return "; ".join(shlex.join(command) for command in self.commands)
 
     def send(self) -> None:
-        """Send both signals. Raises CannotStop with scancel's message."""
+        """Send both signals. Raises CannotStopError with scancel's message."""
         for command in self.commands:
             run_slurm_command(command)
 
@@ -102,7 +102,7 @@ class CancelJob:
         return f"scancel {self.job.id}"
 
     def send(self) -> None:
-        """Take the job out of the queue. Raises CannotStop with scancel's message."""
+        """Take the job out of the queue. Raises CannotStopError with scancel's message."""
         run_slurm_command(["scancel", self.job.id])
 
 
@@ -115,8 +115,8 @@ def stop_method(run_dir: Path, queue: Queue, job: QueuedJob | None) -> StopMetho
     - A pending job with a script of shardtune's: cancel the job.
     - A running job with such a script: signal the job. Another script may react to a signal in any way.
     - A process on this host: signal its launcher, or the process itself.
-    - No job and no process on this host: nothing runs, or CannotStop says on which host to stop it.
-    - A job with another script: CannotStop says what to do.
+    - No job and no process on this host: nothing runs, or CannotStopError says on which host to stop it.
+    - A job with another script: CannotStopError says what to do.
 
     Raises ConfigError if the lease cannot be read.
     """

@@ -61,7 +61,7 @@ FAILED_EXIT_CODE = 70
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune stop` with the arguments behind it; returns the exit code. Errors: ConfigError, CannotStop."""
+    """Run `shardtune stop` with the arguments behind it; returns the exit code. Errors: ConfigError, CannotStopError."""
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else 64
@@ -89,7 +89,7 @@ def stop_arguments(argv: list[str]) -> StopArguments:
 def stop(run_dir: Path, wait_s: float, *, dry_run: bool) -> tuple[int, str | None]:
     """Ask a run to save and to end, and wait up to `wait_s` seconds until it has; with `dry_run`, only print how.
 
-    Returns (exit code, shell command that does the same, or None if nothing was running). Errors: CannotStop.
+    Returns (exit code, shell command that does the same, or None if nothing was running). Errors: CannotStopError.
     """
     from launch.runs.queue import read_queue_twice
     from launch.runs.status import read_run_view

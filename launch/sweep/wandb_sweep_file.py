@@ -138,8 +138,8 @@ def wandb_sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:
     """A searched setting as a parameter of W&B's sweep configuration. The first case that applies:
 
     - Choices: their values.
-    - A range whose step is not 1: all of its values, because W&B's steps are multiples of the step, and ours begin at the lower
-      end. Raises ConfigError if there are more than `MAX_LISTED_VALUES`.
+    - A range, unless of whole numbers with step 1: all of its values, because W&B's steps are multiples of the step, and ours
+      begin at the lower end. Raises ConfigError if there are more than `MAX_LISTED_VALUES`.
     - Numbers on a logarithmic scale, whole ones or any.
     - Numbers from the lower to the upper end, whole ones or any.
     """
