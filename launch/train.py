@@ -116,8 +116,10 @@ def main(argv: list[str]) -> int:
     if arguments.info is not None:
         print("\n".join(show_config.composition_lines(arguments.settings)))
         return 0
-    launches_nothing = not (arguments.only_shows or arguments.as_json or arguments.multirun)
-    if launches_nothing and is_worker(os.environ):
+    # Asked in every case: variables that are left over from a job are also refused with --cfg, --dry-run and -m.
+    is_rank = is_worker(os.environ)
+    only_trains = not (arguments.only_shows or arguments.as_json or arguments.multirun)
+    if is_rank and only_trains:
         return run_as_rank(arguments.settings)
     return _train_or_show(arguments)
 

@@ -218,6 +218,14 @@ def test_rank_variables_left_over_from_a_job_are_refused(left):
         process_role.is_worker(left)
 
 
+@pytest.mark.parametrize("flag", ["--cfg", "--dry-run", "--json", "-m"])
+def test_rank_variables_left_over_from_a_job_are_refused_whatever_train_does(monkeypatch, flag):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match="left over from a job"):
+        train.main([flag, "model.path=models/llama"])
+
+
 @pytest.mark.parametrize("shell", [{"SLURM_STEP_ID": "4294967290"}, {"SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "41000"}])
 def test_slurm_shell_on_one_node_of_several_is_refused(shell):
     step = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
