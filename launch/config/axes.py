@@ -181,7 +181,7 @@ def _swept_arguments(argument: str) -> list[str]:
     - `run.seed=range(0,3)`: a function of Hydra;
     - anything else: itself alone.
 
-    Raises ConfigError for an empty value between commas, and for a glob that matches nothing.
+    Raises ConfigError for an empty value between commas, and for a glob or a function that stands for nothing.
     """
     key = key_of(argument)
     value_text = value_of(argument)
@@ -201,6 +201,7 @@ def _arguments_by_hydra(argument: str) -> list[str]:
     """The arguments that a function of Hydra stands for: `run.seed=range(0,3)` -> run.seed=0, run.seed=1, run.seed=2.
 
     Empty for text that only looks like a function. If it is a mistake, composing the configuration reports it later.
+    Raises ConfigError for a function without a value, such as `range(5,5)`.
     """
     # Imported here, because Hydra's parser takes long to load and few arguments need it.
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -210,9 +211,13 @@ def _arguments_by_hydra(argument: str) -> list[str]:
         parsed_override = OverridesParser.create().parse_override(argument)
         if not parsed_override.is_sweep_override():
             return []
-        return [f"{parsed_override.get_key_element()}={value}" for value in parsed_override.sweep_string_iterator()]
+        key = parsed_override.get_key_element()
+        arguments = [f"{key}={value}" for value in parsed_override.sweep_string_iterator()]
     except (HydraException, NotImplementedError):
         return []
+    if not arguments:
+        raise ConfigError(f"{argument}: stands for no value")
+    return arguments
 
 
 def _glob_matches(whole_argument: str, key: str, glob_text: str) -> list[str]:

@@ -444,6 +444,11 @@ def test_a_quoted_comma_is_part_of_the_value():
     assert compose(point, check=False).config.data.path == "a,b.jsonl"
 
 
+def test_sweep_function_without_a_value_is_an_error():
+    with pytest.raises(ConfigError, match=r"run.seed=range\(5,5\): stands for no value"):
+        read_axes(["run.seed=range(5,5)"])
+
+
 def test_sweep_with_nothing_between_commas_is_an_error():
     with pytest.raises(ConfigError, match="strategy=ddp,: nothing stands between two commas"):
         expand(["strategy=ddp,"])
