@@ -1,10 +1,12 @@
 """A checkpoint that an export reads is not pruned by the run, which goes on."""
 
+import errno
 import os
 import time
+from pathlib import Path
 
 from tests.checkpoints.test_manager import Made
-from trainer.checkpoints.in_use import MAX_MARK_AGE_S, kept_from_pruning
+from trainer.checkpoints.in_use import MAX_MARK_AGE_S, is_in_use, kept_from_pruning, remove_stale_marks
 
 
 def steps(made):
@@ -40,3 +42,20 @@ def test_checkpoint_in_a_directory_that_cannot_be_written_is_read_all_the_same(t
     with kept_from_pruning(tmp_path / "missing" / "step-000001"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_mark_whose_age_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
+    mark = tmp_path / ".step-000001.in-use-elsewhere-17"
+    mark.touch()
+    read_status = Path.stat
+
+    def fail_for_the_mark(path, **options):
+        if path == mark:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read_status(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", fail_for_the_mark)
+        remove_stale_marks(tmp_path / "step-000001")
+        assert not is_in_use(tmp_path / "step-000001")
+    assert mark.exists()

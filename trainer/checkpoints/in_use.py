@@ -56,7 +56,11 @@ def is_in_use(checkpoint: Path) -> bool:
 
     A process that reads it keeps a mark beside it (`kept_from_pruning`), which is at most `MAX_MARK_AGE_S` old.
     """
-    return any(_is_fresh(mark) for mark in _marks_of(checkpoint))
+    for mark in _marks_of(checkpoint):
+        with suppress(OSError):  # removed meanwhile
+            if _is_fresh(mark):
+                return True
+    return False
 
 
 def remove_stale_marks(checkpoint: Path) -> None:
@@ -72,8 +76,5 @@ def _marks_of(checkpoint: Path) -> list[Path]:
 
 
 def _is_fresh(mark: Path) -> bool:
-    """Whether a mark was touched within the last `MAX_MARK_AGE_S`; False if it was removed meanwhile."""
-    try:
-        return time.time() - mark.stat().st_mtime < MAX_MARK_AGE_S
-    except OSError:
-        return False
+    """Whether a mark was touched within the last `MAX_MARK_AGE_S`. Raises OSError if its age cannot be read."""
+    return time.time() - mark.stat().st_mtime < MAX_MARK_AGE_S
