@@ -94,14 +94,14 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
 
     # Do points of the same job have the same loss?
     same_job_points = [point for point in points if point.is_same_job]
-    diverging_points = [
+    points_with_other_loss = [
         point
         for point in same_job_points
         if point.loss_difference is not None and not point.loss_difference.is_same_loss
     ]
     sentences = {
         "unfinished": _unfinished_sentence(points),
-        "parity": _parity_sentence(same_job_points, diverging_points),
+        "parity": _parity_sentence(same_job_points, points_with_other_loss),
         "rates": _learning_rates_sentence(points, differences),
     }
 
@@ -119,7 +119,7 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
 
     # Which point is the fastest, and which takes the least memory, of those that are not shown to be worse?
     arguments_by_name = {point.name: point_arguments(differences, index) for index, point in enumerate(points)}
-    candidates = recommendation_candidates(points, diverging_points, ranked)
+    candidates = recommendation_candidates(points, points_with_other_loss, ranked)
     sentences["cost"], recommendations = recommend_cheapest(candidates, arguments_by_name)
     if ranked is not None and is_quality_difference_shown:
         cheapest_names = [recommendation.point.name for recommendation in recommendations]
@@ -128,7 +128,7 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
         sentences["cost"] = _limited_to_best_quality(sentences["cost"])
 
     tone: Tone = "note"
-    if diverging_points:
+    if points_with_other_loss:
         tone = "bad"
     elif is_quality_difference_shown or any(point.loss_difference is not None for point in same_job_points):
         tone = "good"
@@ -139,7 +139,7 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
         to_learn_more=TO_LEARN_MORE if ranked is not None and not is_quality_difference_shown else "",
         ranked=ranked,
         unfinished=sentences["unfinished"],
-        headline=_headline(sentences, is_parity_broken=bool(diverging_points)),
+        headline=_headline(sentences, is_parity_broken=bool(points_with_other_loss)),
     )
 
 
@@ -222,16 +222,16 @@ def _unfinished_sentence(points: Sequence[ComparedPoint]) -> str:
     return " ".join(sentences)
 
 
-def _parity_sentence(same_job_points: Sequence[ComparedPoint], diverging_points: Sequence[ComparedPoint]) -> str:
+def _parity_sentence(same_job_points: Sequence[ComparedPoint], points_with_other_loss: Sequence[ComparedPoint]) -> str:
     """A sentence on whether the points that train the same job as an earlier point have the same loss as that point.
 
     `same_job_points`: the points that train the same job as their baseline; without any, the sentence is empty.
-    `diverging_points`: the `same_job_points` whose loss differs from the baseline's.
+    `points_with_other_loss`: the `same_job_points` whose loss differs from the baseline's.
     """
     if not same_job_points:
         return ""
-    if diverging_points:
-        return _broken_parity_sentence(diverging_points, num_same_job_points=len(same_job_points))
+    if points_with_other_loss:
+        return _broken_parity_sentence(points_with_other_loss, num_same_job_points=len(same_job_points))
     differences = [
         point.loss_difference.largest_early for point in same_job_points if point.loss_difference is not None
     ]
@@ -246,22 +246,22 @@ def _parity_sentence(same_job_points: Sequence[ComparedPoint], diverging_points:
     return f"Strategies do not change the loss: {len(names)} points agree with the first one of the same settings, {within}."
 
 
-def _broken_parity_sentence(diverging_points: Sequence[ComparedPoint], num_same_job_points: int) -> str:
+def _broken_parity_sentence(points_with_other_loss: Sequence[ComparedPoint], num_same_job_points: int) -> str:
     """A sentence on the points whose loss differs from that of the earlier point of the same job: how far, and at which step.
 
     At most `MAX_NAMES` points are named. `num_same_job_points`: how many points should have had the loss of an earlier one.
     """
     clauses = []
-    for point in diverging_points[:MAX_NAMES]:
+    for point in points_with_other_loss[:MAX_NAMES]:
         difference = point.loss_difference
         assert difference is not None  # else it would not be known to differ
         amount = f"by {format_difference(difference.largest_early)} at step {difference.largest_early_step}"
         clauses.append(f"{point.name} differs from {point.baseline_name} {amount}")
-    num_diverging = len(diverging_points)
-    more = f", and {num_diverging - MAX_NAMES} more" if num_diverging > MAX_NAMES else ""
-    verb = "has" if num_diverging == 1 else "have"
+    num_with_other_loss = len(points_with_other_loss)
+    more = f", and {num_with_other_loss - MAX_NAMES} more" if num_with_other_loss > MAX_NAMES else ""
+    verb = "has" if num_with_other_loss == 1 else "have"
     return (
-        f"{num_diverging} of {num_same_job_points} points that should only compute elsewhere {verb} another loss: "
+        f"{num_with_other_loss} of {num_same_job_points} points that should only compute elsewhere {verb} another loss: "
         f"{'; '.join(clauses)}{more}. Find out why before you use them."
     )
 

@@ -74,15 +74,17 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def recommendation_candidates(
-    points: Sequence[ComparedPoint], diverging_points: Sequence[ComparedPoint], ranked: RankedJobs | None
+    points: Sequence[ComparedPoint], points_with_other_loss: Sequence[ComparedPoint], ranked: RankedJobs | None
 ) -> list[ComparedPoint]:
     """The points that may be recommended: done, not diverged, with the loss of their job, and of a job not shown to be worse.
 
-    `diverging_points`: points whose loss differs from that of an earlier point of the same job. `ranked`: the jobs by quality;
-    None if the quality was not compared.
+    `points_with_other_loss`: points whose loss differs from that of an earlier point of the same job. `ranked`: the jobs by
+    quality; None if the quality was not compared.
     """
     candidates = [
-        point for point in points if point.measured.steps and point not in diverging_points and is_recommendable(point)
+        point
+        for point in points
+        if point.measured.steps and point not in points_with_other_loss and is_recommendable(point)
     ]
     if ranked is None:
         return candidates

@@ -252,7 +252,7 @@ def _run_dir_of_job(job: QueuedJob) -> Path | None:
 def _is_known_to_be_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
     """Whether the script of a job shows that the job was submitted for another run than `run_dir`. The first case that applies:
 
-    - A task of an array: whether its script lists runs, but neither this one nor one beside the script's directory.
+    - A task of an array: whether its script lists runs, this run is none of them, and it is not beside the script's directory.
     - Any other job: whether it was submitted for the directory of another run.
     - Nothing is known, or a directory cannot be read: False.
     """

@@ -111,7 +111,7 @@ def _without_missing(candidates: list[Figure | None]) -> list[Figure]:
 
 
 def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
-    """Training and held-out loss in one plot, with the best step marked; None if no step has a finite loss."""
+    """Training and held-out loss in one plot, with the best step marked; None if no drawn step has a finite loss."""
     training_rows = _training_loss_rows(run, positions)
     if not training_rows:
         return None
