@@ -122,7 +122,7 @@ def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
 def _print_test_result(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     """Print what was measured on the test documents; returns the exit code."""
     from launch.evaluate.answer import test_text
-    from trainer.evaluate import TEST_FILE
+    from trainer.evaluation.job import TEST_FILE
 
     file = evaluation_plan.directory / TEST_FILE
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -186,7 +186,8 @@ def run_as_rank(arguments: list[str]) -> int:
         from launch.evaluate.arguments import parse_evaluate_arguments
         from launch.evaluate.plan import plan_evaluation
         from strategies.errors import ConfigError, Preempted
-        from trainer.evaluate import EvaluationJob, evaluate_worker
+        from trainer.evaluate import evaluate_worker
+        from trainer.evaluation.job import EvaluationJob
         from trainer.reporting.status import read_failure
 
     export_torchrun_variables()
@@ -223,7 +224,7 @@ def run_as_rank(arguments: list[str]) -> int:
 def _print_report(job: Any) -> int:
     """Print the report of an evaluation whose ranks were not started by our launcher; returns the exit code."""
     from launch.evaluate.answer import report_text, test_text
-    from trainer.evaluate import TEST_FILE
+    from trainer.evaluation.job import TEST_FILE
     from trainer.evaluation.report.record import REPORT_FILE
 
     if job.split == "test":

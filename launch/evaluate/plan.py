@@ -15,7 +15,7 @@ from strategies.errors import ConfigError
 if TYPE_CHECKING:
     from launch.config.outside_values import OutsideValue
     from trainer.config.run import RunConfig
-    from trainer.evaluate import EvaluationJob
+    from trainer.evaluation.job import EvaluationJob
 from launch.evaluate.arguments import AGAINST_PREFIX, EvaluateArguments
 
 GROUPS_BESIDE_RUN = frozenset({"evaluation", "strategy", "parallel", "launcher", "run", "precision", "logging"})
@@ -84,7 +84,7 @@ def _plan_for_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[Run
     metrics are not recorded in it; its report goes to runs/evaluate-<name of the run>.
     """
     from launch.config.read_run import may_write_results
-    from trainer.evaluate import EvaluationJob
+    from trainer.evaluation.job import EvaluationJob
 
     config, checkpoint, base_differences = config_and_checkpoint_of_run(run, evaluate_arguments)
     is_own_run = may_write_results(run)
@@ -103,7 +103,7 @@ def _plan_for_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[Run
 
 def _plan_for_model(evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, EvaluationJob]:
     """The configuration and job that evaluate the model of `model.path=`, which belongs to no run. Errors: ConfigError."""
-    from trainer.evaluate import EvaluationJob
+    from trainer.evaluation.job import EvaluationJob
 
     path = next(
         argument.partition("=")[2] for argument in evaluate_arguments.settings if argument.startswith("model.path=")
@@ -396,7 +396,7 @@ def _plan_other_model(evaluation_plan: EvaluationPlan, config: RunConfig, name_i
     Sets in `evaluation_plan.job` that it is compared with the other report. `name_in_report`: what the report calls the other
     model.
     """
-    from trainer.evaluate import EvaluationJob
+    from trainer.evaluation.job import EvaluationJob
     from trainer.evaluation.report.record import REPORT_FILE
 
     job = evaluation_plan.job

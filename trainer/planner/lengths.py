@@ -94,8 +94,6 @@ def sampled_lengths(config: RunConfig, train: TokenDataset, sequences_per_docume
     packs, order = build_order(config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed)
     if packs is None:  # each document (or pair) is a unit of its own
         return SampledLengths(order, tokens=document_tokens, squared_tokens=document_tokens**2)
-    return SampledLengths(
-        order,
-        tokens=np.array([document_tokens[documents].sum() for documents in packs]),
-        squared_tokens=np.array([(document_tokens[documents] ** 2).sum() for documents in packs]),
-    )
+    pack_tokens = np.array([document_tokens[documents].sum() for documents in packs])
+    pack_squares = np.array([(document_tokens[documents] ** 2).sum() for documents in packs])
+    return SampledLengths(order, tokens=pack_tokens, squared_tokens=pack_squares)
