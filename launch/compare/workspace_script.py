@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from string import Template
 
-SCRIPT_TEMPLATE = Template('''"""These runs in W&B: a saved view of the project's workspace, and a report. Made by shardtune
-compare.
+SCRIPT_TEMPLATE = Template(
+    '''"""These runs in W&B: a saved view of the project's workspace, and a report. Made by shardtune compare.
 
     $install && wandb login
     python workspace.py              # or: python workspace.py <team or user>
@@ -116,7 +116,8 @@ if __name__ == "__main__":
     owner = sys.argv[1] if len(sys.argv) > 1 else ENTITY or wandb.Api().default_entity
     print("workspace:", workspace(owner).save().url)
     print("report:   ", report(owner).save(draft=True).url)
-''')
+'''
+)
 
 SPEED_PANELS = (
     'wr.BarPlot(title="tokens/s, median", metrics=["final/tokens_per_s"])',
