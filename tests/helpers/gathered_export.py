@@ -7,7 +7,7 @@ import json
 import math
 
 from strategies.compat.modules import persistent_buffers
-from trainer.model.conversions import ConversionGroup, in_loading_order
+from trainer.model.conversions import ConversionGroup, _StoredPlace, in_loading_order
 from trainer.tuning.adapter_files import AdapterMerger
 
 
@@ -69,7 +69,7 @@ def stored_again(conversions, tensors):
         else:
             members_of_group.setdefault(key, set()).add(name)
         places[name] = key, pattern
-    prefix = conversions._stored_prefix(places)
+    prefix = conversions._stored_prefix({name: _StoredPlace(*place) for name, place in places.items()})
     incomplete = {}
     for name, tensor in tensors:
         key, pattern = places.get(name, (name, None))
