@@ -245,7 +245,7 @@ def test_trackers_show_answers_of_a_round_with_the_row_of_its_step(root, runtime
 
     seen = []
     tracker = SimpleNamespace(
-        log=lambda row, step: seen.append(step), table=lambda name, table, step: seen.append((name, step))
+        log=lambda row, step: seen.append(step), log_table=lambda name, table, step: seen.append((name, step))
     )
     trackers = Trackers(None, [tracker])
     trackers.show_with_row("rounds", table, step=11)
