@@ -26,7 +26,7 @@ from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.model.balance import FUNCTION, RouterLosses, losses_of
 from trainer.model.config import ModelConfig, ModelKind
-from trainer.model.experts import NAME, register
+from trainer.model.experts import EXPERTS_FUNCTION, register
 from trainer.model.routing import (
     ADDED_LOSS,
     RoutingRecord,
@@ -337,7 +337,8 @@ def test_router_counts_leave_out_recomputed_blocks_references_and_evaluations():
     register()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
-        transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4), experts_implementation=NAME
+        transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
+        experts_implementation=EXPERTS_FUNCTION,
     ).train()
     experts = number_experts(model)
     record_logits(model, {"model.layers.0.mlp.gate": 0, "model.layers.1.mlp.gate": 0})
