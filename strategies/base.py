@@ -330,7 +330,7 @@ class FullParameters:
     def gathered(self) -> AbstractContextManager[None]:
         """Inside the context every rank holds all parameters: forward passes without gradients then gather nothing.
 
-        They need no other rank, unless the engine `forward_is_collective`.
+        Such a pass needs no other rank, unless `forward_is_collective` is true.
 
         All ranks must enter and leave it together, and may take no optimizer step inside.
         """

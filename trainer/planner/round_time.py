@@ -7,7 +7,7 @@ long as the slowest of the three. What rewards take is not known before they hav
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from strategies.base import Fsdp2Config, Precision, StrategyConfig, ZeroConfig
@@ -65,10 +65,6 @@ class RoundLoad:
     def steps(self) -> int:
         """Optimizer steps of a round, repeated ones included."""
         return self.steps_per_iteration * self.iterations
-
-    def with_answers_of(self, tokens: float) -> RoundLoad:
-        """The same round with answers of at most `tokens` tokens (rounded, at least 1)."""
-        return replace(self, new_tokens=max(1, round(tokens)))
 
 
 @dataclass(frozen=True, slots=True)

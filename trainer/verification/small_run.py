@@ -70,8 +70,8 @@ def small_expert_ranks(config: RunConfig) -> int:
 def num_ranks_for_verification(config: RunConfig) -> int:
     """The fewest ranks that exercise every kind of communication of the run.
 
-    There are two readers (each a rank, or a group of ranks that share rows); with hsdp, two replicas of two shards; with expert
-    parallelism, two ranks for each expert, in one replica or in two.
+    There are two data-parallel ranks, each of which is one process or a group of processes that share rows. With hsdp there are
+    two replicas of two shards. With expert parallelism, two ranks have each expert, in one replica or in two.
     """
     ranks = NUM_DP_RANKS * small_sequence_degree(config)
     if config.strategy.name is StrategyName.hsdp:
