@@ -59,10 +59,18 @@ class Page:
     def themed(self, *, dark: bool) -> None:
         """The page in the other theme, as if the reader had changed that of the system."""
         self.tab.emulate_media(color_scheme="dark" if dark else "light")
+        self._wait_until_drawn()
 
     def resized(self, width: int) -> None:
         """The page in a window of another width, in pixels."""
         self.tab.set_viewport_size({"width": width, "height": HEIGHT})
+        self._wait_until_drawn()
+
+    def _wait_until_drawn(self) -> None:
+        """Until no plot is about to be drawn anew: that replaces its menus, which a test may be going through."""
+        # The page hears of a new width or theme before the next frame.
+        self.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.wait("!document.querySelector('[aria-busy=true]')")
 
     def is_too_wide(self) -> bool:
         """Whether the page as a whole scrolls sideways: what is wide has to scroll inside a box of its own."""

@@ -112,12 +112,15 @@ if (window.vegaEmbed) {
   const keepChoices = (spec, view) => {  // what the reader has chosen in the menus of the plot that is replaced
     for (const param of spec.params || []) if (param.bind && param.bind.input) param.value = view.signal(param.name);
   };
+  const MENUS = "select, input, summary";
+  const focusedMenu = (drawing) => [...drawing.querySelectorAll(MENUS)].indexOf(document.activeElement);
   const draw = async (anew) => {
     for (const figure of document.querySelectorAll("figure.plot")) {
       const drawing = figure.querySelector(".drawing"), old = plots[figure.id];
       if (!drawing.clientWidth || (old && !anew)) continue;  // in a folded part: drawn when it is opened
       const spec = JSON.parse(figure.querySelector("script").textContent);
       spec.description = figure.querySelector("h2").textContent;
+      const focused = focusedMenu(drawing);
       if (old) {
         keepChoices(spec, old.view);
         old.finalize();
@@ -125,16 +128,24 @@ if (window.vegaEmbed) {
       plots[figure.id] = await vegaEmbed(drawing, fitted(spec, drawing.clientWidth), {renderer: "svg", config: theme(), mode: "vega-lite",
         actions: {export: true, source: false, compiled: false, editor: false}});
       drawing.querySelector("details > summary")?.setAttribute("aria-label", "Save this plot: " + spec.description);
+      if (focused >= 0) drawing.querySelectorAll(MENUS)[focused]?.focus();  // whoever was in a menu stays in it
     }
   };
-  let drawn = draw(false), width = innerWidth, waiting = 0;
-  const again = (anew) => { drawn = drawn.then(() => draw(anew)); };
+  let drawn = draw(false), width = innerWidth, waiting = 0, draws = 0;
+  // A plot's menus are replaced when it is drawn anew. aria-busy tells it to screen readers until that has happened.
+  const setBusy = (isBusy) => document.querySelectorAll("figure.plot").forEach((figure) => figure.setAttribute("aria-busy", isBusy));
+  const again = (anew) => {
+    draws += 1;
+    setBusy(true);
+    drawn = drawn.then(() => draw(anew)).finally(() => { draws -= 1; if (!draws && !waiting) setBusy(false); });
+  };
   isDark.addEventListener("change", () => again(true));
   document.addEventListener("toggle", (event) => { if (event.target.querySelector("figure.plot")) again(false); }, true);
   addEventListener("resize", () => {
     if (innerWidth === width) return;  // a phone's address bar changes the height alone
     width = innerWidth;
+    setBusy(true);
     clearTimeout(waiting);
-    waiting = setTimeout(() => again(true), 200);
+    waiting = setTimeout(() => { waiting = 0; again(true); }, 200);
   });
 }
