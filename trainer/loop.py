@@ -272,8 +272,8 @@ class Trainer:
         global_batch = self.loader.share.global_batch
         num_consumed = self.progress.samples - outlier.first_sample
         num_samples = min(outlier.num_steps * global_batch, max(num_consumed, global_batch))
-        skipped_now = self.loader.order.places(outlier.first_sample, num_samples)
-        self.guards.raise_if_diverged(rollbacks, self.progress.samples, self.loader.order.places)
+        skipped_now = self.loader.order.position_ranges(outlier.first_sample, num_samples)
+        self.guards.raise_if_diverged(rollbacks, self.progress.samples, self.loader.order.position_ranges)
 
         self._settle()  # a checkpoint that is being written is of a step before this one
         checkpoint = self.checkpoints.roll_back(outlier.last_good_step)
@@ -322,7 +322,7 @@ class Trainer:
         self.outcome.last_row = rows[-1]
         self.display.progress(rows[-1], self._schedule)
         self.loader.check_rows(rows)
-        self.guards.raise_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.places)
+        self.guards.raise_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.position_ranges)
 
     def _add_checkpoint_cost(self, rows: list[dict]) -> None:
         """Add the cost of the last checkpoint (its seconds and bytes) to the first of `rows`, once for each checkpoint."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from strategies.runtime import Runtime
-    from trainer.data.batches.loader import Share, StepBatch
+    from trainer.data.batches.loader import BatchShare, StepBatch
     from trainer.monitors.levels import LevelShiftDetector
     from trainer.reporting.console import RunSchedule
     from trainer.reporting.earlier_rows import EarlierResults
@@ -62,16 +62,16 @@ class LoopSettings:
 
 
 class SampleOrder(Protocol):
-    """The order in which a run consumes its samples. Places are positions in it, counted from 0."""
+    """The order in which a run consumes its samples. A position in it is counted from 0."""
 
     num_units: int
     """Samples of an epoch."""
 
-    def set_skipped(self, places: Iterable[tuple[int, int]]) -> None:
-        """Leave out exactly these places, each as (first, count); replaces what was set before."""
+    def set_skipped(self, position_ranges: Iterable[tuple[int, int]]) -> None:
+        """Leave out exactly these ranges of positions, each as (first, count); replaces what was set before."""
 
-    def places(self, start: int, count: int) -> list[tuple[int, int]]:
-        """Where the samples that are consumed as number `start` up to `start + count` lie, as runs of (first, count)."""
+    def position_ranges(self, first_sample: int, num_samples: int) -> list[tuple[int, int]]:
+        """Where consecutive samples of the run are in the order: ranges of positions as (first, count)."""
 
 
 class BatchLoader(Protocol):
@@ -81,7 +81,7 @@ class BatchLoader(Protocol):
     def order(self) -> SampleOrder: ...
 
     @property
-    def share(self) -> Share:
+    def share(self) -> BatchShare:
         """Sizes of the global batch and the micro-batch, in samples."""
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
@@ -308,7 +308,7 @@ class StepGuards(Protocol):
     ) -> None:
         """Raise Diverged after too many rollbacks, or too many updates in a row that were left out.
 
-        `samples`: consumed so far; `places`: `SampleOrder.places`, for the error's text.
+        `samples`: consumed so far; `places`: `SampleOrder.position_ranges`, for the error's text.
         """
 
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers.stores import write
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.loader import EvalShare, Share, StepLoader, eval_batches
+from trainer.data.batches.loader import BatchShare, EvalShare, StepLoader, eval_batches
 from trainer.data.batches.mixing import best_fit_decreasing
 from trainer.data.batches.order import GlobalOrder
 from trainer.data.config import Layout
@@ -47,7 +47,7 @@ def loader(
         dataset,
         order=order,
         units=units,
-        share=Share(batch, micro, rank, size),
+        share=BatchShare(batch, micro, rank, size),
         collator=kind(layout, 0),
         device="cpu",
     )

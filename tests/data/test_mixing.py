@@ -22,7 +22,7 @@ def quotas(units, tokens, weights, over=MixOver.documents, epoch=EpochEnd.first,
 
 
 def realised(units, tokens, weights, got, **more):
-    return mix(units, tokens, weights, **more).realised(got)
+    return mix(units, tokens, weights, **more).report_by_source(got)
 
 
 SOURCES = st.integers(1, 4).flatmap(

@@ -32,7 +32,7 @@ def test_order_without_skipped_samples_is_as_if_they_had_never_been_there(num, p
     ]
     order.set_skipped(passed)
     assert order.units(start, count).tolist() == left[start : start + count]
-    where = [place for first, size in order.places(start, count) for place in range(first, first + size)]
+    where = [place for first, size in order.position_ranges(start, count) for place in range(first, first + size)]
     assert [whole[place] for place in where] == left[start : start + count]
 
 

@@ -7,7 +7,7 @@ import torch
 from tests.helpers.building import model_dir, samples
 from tests.helpers.stores import write
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.loader import Share, StepLoader
+from trainer.data.batches.loader import BatchShare, StepLoader
 from trainer.data.batches.mixing import best_fit_decreasing
 from trainer.data.batches.order import GlobalOrder
 from trainer.data.config import Layout
@@ -42,7 +42,7 @@ def gradients(path, data, layout, units):
         data,
         order=GlobalOrder(num, seed=1, shuffle=True),
         units=units,
-        share=Share(num, 1 if units is not None else 4, 0, 1),
+        share=BatchShare(num, 1 if units is not None else 4, 0, 1),
         collator=Collator(layout, 0),
         device="cpu",
     )

@@ -8,7 +8,7 @@ from strategies.errors import DataError
 from tests.helpers.building import pair_set
 from tests.helpers.tokenizers import pair_rows, tiny_tokenizer, write_chat_data, write_jsonl, write_pairs
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.loader import EvalShare, Share, StepLoader, eval_batches
+from trainer.data.batches.loader import BatchShare, EvalShare, StepLoader, eval_batches
 from trainer.data.batches.order import GlobalOrder
 from trainer.data.config import DataConfig, Layout, OverLength
 from trainer.data.prepare import Preparation
@@ -132,7 +132,7 @@ def test_pairs_stay_together_on_every_rank(tmp_path, size, micro, layout):
             data,
             order=order,
             units=units,
-            share=Share(12, micro, rank, size),
+            share=BatchShare(12, micro, rank, size),
             collator=Collator(layout, 0),
             device="cpu",
         )

@@ -68,7 +68,7 @@ class Held:
 
 def test_named_sets_are_scored_each(monkeypatch):
     share = EvalShare(2, 0, 1, 2, by_source=True)
-    assert share.documents(Held()).tolist() == [0, 1, 2, 3], "two of each"
+    assert share.covered_documents(Held()).tolist() == [0, 1, 2, 3], "two of each"
     settings, runtime = GenerateConfig(samples=2), SimpleNamespace(is_main=True, world_size=1)
     monkeypatch.setattr(generation, "broadcast_object", lambda value, runtime: value)
     answers = [

@@ -182,6 +182,6 @@ def test_the_loss_of_each_source_is_that_of_transformers(tmp_path, runtime, mode
             expected = sum(float(total.detach()) for total, _, _ in sums) / sum(weight for _, _, weight in sums)
             assert row[f"loss/{name}"] == pytest.approx(expected, rel=1e-5)
     again = trainer_for(settings, data, runtime)
-    again.loader.sources = {}
+    again.loader.source_name_by_number = {}
     assert take_steps(again, 3) == [(row["loss"], row["grad_norm"]) for row in found]
     assert not any("row_source" in micro for batch in again.loader.steps(0, 1) for micro in batch.micro_batches)

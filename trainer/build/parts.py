@@ -23,7 +23,7 @@ from trainer.build.sequence import sequence_notes, step_layout
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.batches.cutting import Cut, sequence_cut
-from trainer.data.batches.loader import Share, StepLoader
+from trainer.data.batches.loader import BatchShare, StepLoader
 from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import steps_from_budget
 from trainer.data.config import Layout
@@ -133,7 +133,7 @@ def build_loader(
         data.train,
         order=order,
         units=units,
-        share=Share(
+        share=BatchShare(
             global_batch,
             config.batch["micro"],
             runtime.dp_rank,

@@ -47,7 +47,7 @@ def build_reward_evaluators(
     table = DocumentTable(data.directory)
     names_source = has_sources(held_out)
     prompts = []
-    for number, sequence in enumerate(share.sequences(held_out).tolist()):
+    for number, sequence in enumerate(share.covered_sequences(held_out).tolist()):
         prompts.append(read_prompt(held_out, table, sequence, number, names_source=names_source))
     answer_generator = AnswerGenerator(
         tokenizer,

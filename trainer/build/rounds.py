@@ -15,7 +15,7 @@ from strategies.runtime import Runtime, gather_objects
 from trainer.build.recomputation import device_gib
 from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import Cut, sequence_cut
-from trainer.data.batches.loader import Share
+from trainer.data.batches.loader import BatchShare
 from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import Order, steps_from_budget
 from trainer.data.config import Layout
@@ -148,7 +148,7 @@ def build_round_loader(
         )
 
     # What writes answers, and what makes rounds of them.
-    share = Share(num_prompts, config.batch["micro"], runtime.dp_rank, runtime.dp_size, sequence_cut(runtime))
+    share = BatchShare(num_prompts, config.batch["micro"], runtime.dp_rank, runtime.dp_size, sequence_cut(runtime))
     longest_row = int(data.train.lengths.max(initial=0)) + settings.rollout.max_new_tokens
     group_generator = EngineGroupGenerator(
         inputs.tokenizer,

@@ -12,7 +12,7 @@ from strategies.base import Engine
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime
 from trainer.data.batches.cutting import sequence_cut
-from trainer.data.batches.loader import EvalShare, eval_batches, sources_in
+from trainer.data.batches.loader import EvalShare, eval_batches, source_name_by_number
 from trainer.data.store.sequences import TokenDataset, exact_sum
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import EvaluationConfig, Evaluator
@@ -58,7 +58,7 @@ def build_evaluators(
         cut=sequence_cut(runtime),
     )
     batches = partial(eval_batches, held_out, share, built.collator, runtime.device)
-    sequences = share.sequences(held_out)
+    sequences = share.covered_sequences(held_out)
 
     # Groups of token positions, such as 1024, 2048, 4096, if the loss is reported by position.
     loss_batches = batches
@@ -127,7 +127,7 @@ def _raise_if_watched_metric_is_missing(
     if config.watched not in {*data_metrics, *metric_directions(config.tasks)}:
         known = f"of their parts there are {', '.join(data_metrics)}"
         if not data_metrics:
-            known = f"all {len(held_out)} are of one source ({', '.join(sources_in(held_out).values())}); "
+            known = f"all {len(held_out)} are of one source ({', '.join(source_name_by_number(held_out).values())}); "
             known += "watch eval/loss, draw others by run.seed, hold out more, or name sets in data.eval_path"
         raise ConfigError(f"evaluation.watch={config.watched}: the evaluation documents have no such part; {known}")
 
@@ -183,7 +183,7 @@ def source_metric_names(held_out: TokenDataset, *, generates: bool = False) -> d
     Metrics whose terms depend on counts of the whole set are left out. `generates`: whether answers are generated, so that named
     sets also get BLEU and ROUGE-L.
     """
-    name_by_source = sources_in(held_out)
+    name_by_source = source_name_by_number(held_out)
     if held_out.manifest.get("sets"):  # named in data.eval_path: reported by name even if there is one alone
         metrics = ["loss", "perplexity", "accuracy", "f1_macro", "f1_micro"]
         if generates:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.runtime import Runtime, broadcast_object
-from trainer.data.batches.loader import EvalShare, sources_in
+from trainer.data.batches.loader import EvalShare, source_name_by_number
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.evaluation.generate import AnswerGenerator
 
@@ -58,7 +58,7 @@ class GenerationEvaluator:
         self.answer_generator = AnswerGenerator(
             tokenizer, generation_config, runtime, batch=share.batch, stop_now=stop_now
         )
-        self._named_sets = sources_in(dataset) if share.by_source else {}
+        self._named_sets = source_name_by_number(dataset) if share.by_source else {}
         """Names of the sets in `data.eval_path`, by source index; empty if they have no scores of their own."""
         self.on_answers: Callable[[list[AnswerWithReference]], None] = lambda answers: None
         """Called after each evaluation, on every rank, with the answers to all documents."""
@@ -91,7 +91,9 @@ class GenerationEvaluator:
     def answer_documents(self, engine: Engine) -> list[AnswerWithReference]:
         """The model's answer to each evaluation document, in their order, the same on every rank. All ranks must call."""
         # Every rank has the prompts of all evaluated documents; `generate_answers` splits them over the ranks.
-        documents = [int(document) for document in self.share.documents(self.dataset)]  # indices in the data set
+        documents = [
+            int(document) for document in self.share.covered_documents(self.dataset)
+        ]  # indices in the data set
         samples = [self.dataset.sample(document) for document in documents]
         prompts = [sample.input_ids[: sample.answer_begin()].tolist() for sample in samples]
         answers = []

@@ -329,9 +329,9 @@ class Guards:
     ) -> None:
         """Raise Diverged, on all ranks, if the run went back too often, or too many updates in a row were left out.
 
-        `rollbacks`: how often the run went back. `samples`: how many it has consumed. `places`: `SampleOrder.places(first,
-        count)`. It maps consumed samples to ranges (first, count) in the run's order of samples, which differ once a rollback
-        has passed over some; the error names samples by that order.
+        `rollbacks`: how often the run went back. `samples`: how many it has consumed. `places`: `SampleOrder.position_ranges`,
+        which maps consumed samples to ranges (first, count) in the run's order of samples. The two differ once a rollback has
+        passed over some; the error names samples by that order.
         """
         # Too many returns to a checkpoint.
         if rollbacks > self.config.max_rollbacks:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from strategies.errors import StorageError
-from trainer.data.batches.loader import Share
+from trainer.data.batches.loader import BatchShare
 from trainer.data.batches.order import Order
 from trainer.data.store.documents import DocumentTable, schema
 from trainer.monitors.anomalies import Outlier
@@ -32,7 +32,7 @@ class SampledDocuments(Protocol):
     def order(self) -> Order: ...
 
     @property
-    def share(self) -> Share: ...
+    def share(self) -> BatchShare: ...
 
     def documents(self, first_sample: int) -> list[int]:
         """Rows of `documents.arrow` of what begins after `first_sample` consumed samples: a global batch, or a round."""
@@ -59,7 +59,7 @@ class AnomalyLog:
             table = DocumentTable(self.data)
             documents = [_document_record(table, number) for number in document_numbers]
         num_samples = outlier.num_steps * self.loader.share.global_batch
-        sample_ranges = self.loader.order.places(outlier.first_sample, num_samples)
+        sample_ranges = self.loader.order.position_ranges(outlier.first_sample, num_samples)
         event = {
             "event": "outlier",
             "time": time.time(),

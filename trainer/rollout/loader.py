@@ -15,7 +15,7 @@ from strategies.base import Progress
 from strategies.errors import Diverged
 from strategies.runtime import call_on_main
 from trainer.data.batches.collate import to_device
-from trainer.data.batches.loader import Share, StepBatch
+from trainer.data.batches.loader import BatchShare, StepBatch
 from trainer.data.batches.order import Order
 from trainer.objectives.policy import WRITER_DIFFERENCE
 from trainer.rollout.maker import RoundBuilder
@@ -35,7 +35,7 @@ class RolloutLoader:
     """
 
     round_builder: RoundBuilder
-    share: Share
+    share: BatchShare
     progress: Progress
     """Of the run: how many steps it has taken, and how many of the round it stands in."""
     most_difference: float = math.inf

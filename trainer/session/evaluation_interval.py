@@ -63,7 +63,7 @@ def resolve_evaluation_interval(
     size = RunSize(
         total_steps=total_steps,
         tokens_per_step=float(loader.unit_tokens.mean()) * config.batch["global"],
-        held_out_tokens=int(held_out.lengths[eval_share.sequences(held_out)].sum()),
+        held_out_tokens=int(held_out.lengths[eval_share.covered_sequences(held_out)].sum()),
     )
     # A run that was too short for any evaluation on the way may have been extended. Every other number stays.
     if not progress.evaluate_every:

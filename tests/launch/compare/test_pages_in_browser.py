@@ -118,7 +118,9 @@ def test_page_of_one_run_in_the_browser(site, browser):
     page.tab.locator("#loss select").nth(1).focus()
     page.resized(1200)
     page.themed(dark=True)
-    assert page.evaluate("document.activeElement.name") == "smoothing"  # drawn anew twice, and the reader is where they were
+    assert (
+        page.evaluate("document.activeElement.name") == "smoothing"
+    )  # drawn anew twice, and the reader is where they were
     assert not page.tab.locator("#settings td").first.is_visible()
     assert keyboard_problems(page) == [] and unaligned_cells(page) == []
     page.wait("document.querySelectorAll('figure.plot svg.marks').length === 4")

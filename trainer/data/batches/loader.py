@@ -7,6 +7,7 @@ thread makes the tensors of the next steps.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -60,7 +61,7 @@ class StepBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class BatchShare:
     """How a global batch is divided among data-parallel ranks and micro-batches.
 
     `global_batch` and `micro_batch` count units: documents, packs, or pairs of answers.
@@ -76,7 +77,7 @@ class Share:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of each data-parallel rank in a step."""
+        """How many micro-batches each data-parallel rank computes in a step: batch 16 in micro-batches of 2 on 4 ranks -> 2."""
         assert self.global_batch % (self.micro_batch * self.dp_size) == 0, (
             "the config layer reports what does not divide"
         )
@@ -96,7 +97,7 @@ class StepLoader:
         *,
         order: Order,
         units: list[list[int]] | None,
-        share: Share,
+        share: BatchShare,
         collator: Collator,
         device: torch.device | str,
         ahead: Callable[[TokenDataset, int], Sample] | None = None,
@@ -110,7 +111,7 @@ class StepLoader:
         self.collator = collator
         self.ahead = ahead
         self.device = torch.device(device)
-        self.sources = sources_in(dataset)
+        self.source_name_by_number = source_name_by_number(dataset)
         self.unit_tokens: np.ndarray = dataset.lengths
         """int64 [units]."""
         # The sequences of all units in one row, and where each unit begins in it: the global batch is counted by arrays.
@@ -122,7 +123,7 @@ class StepLoader:
             sequences = list(itertools.chain.from_iterable(units))
         self._unit_begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._unit_sequences = np.array(sequences, dtype=np.int64)
-        # The cost decides which rank gets which unit, see `_unit_slots`.
+        # The cost decides which rank gets which unit, see `_units_by_slot`.
         self._unit_costs = self.unit_tokens
 
     @property
@@ -144,32 +145,35 @@ class StepLoader:
     def plan(self, first_sample: int) -> list[list[list[int]]]:
         """Sequence numbers of the step that begins after `first_sample` samples, as [dp_rank][micro-batch][sequence].
 
-        No tensors are made.
+        On two ranks with one micro-batch of two sequences each: [[[3, 0]], [[1, 2]]]. No tensors are made.
         """
-        slots = self._unit_slots(first_sample)
-        return [self._micro_batches_of_rank(slots, dp_rank) for dp_rank in range(self.share.dp_size)]
+        units_by_slot = self._units_by_slot(first_sample)
+        return [self._micro_batches_of_rank(units_by_slot, dp_rank) for dp_rank in range(self.share.dp_size)]
 
     def documents(self, first_sample: int) -> list[int]:
         """The documents of the global batch that begins after `first_sample` samples: rows of `documents.arrow`, ascending."""
         sequences = self._sequences_of_units(self.order.units(first_sample, self.share.global_batch))
         return [int(row) for row in np.unique(self.dataset.documents[sequences])]
 
-    def _unit_slots(self, first_sample: int) -> np.ndarray:
+    def _units_by_slot(self, first_sample: int) -> np.ndarray:
         """The units of a step's global batch, spread over micro-batches (slots): int64 [slots, units of a slot].
 
         A unit is a document, or what stays together: a pack, a pair of answers. Slot m * dp_size + r is the m-th micro-batch
         of data-parallel rank r. The slots come sorted by cost, so that the ranks' m-th micro-batches cost about the same and
         none waits long.
         """
-        share = self.share
-        units = self.order.units(first_sample, share.global_batch)
-        shape = share.global_batch // share.micro_batch, share.micro_batch
-        positions = self.collator.assign_to_slots(self.dataset, units, self._unit_costs[units], shape)
-        return units[np.array(positions, dtype=np.int64)]
+        units = self.order.units(first_sample, self.share.global_batch)
+        num_slots = self.share.global_batch // self.share.micro_batch
+        positions_by_slot = self.collator.assign_to_slots(
+            self.dataset, units, self._unit_costs[units], shape=(num_slots, self.share.micro_batch)
+        )
+        return units[np.array(positions_by_slot, dtype=np.int64)]
 
-    def _micro_batches_of_rank(self, slots: np.ndarray, dp_rank: int) -> list[list[int]]:
-        """Sequence numbers of each micro-batch of one data-parallel rank. `slots`: see `_unit_slots`."""
-        return [self._sequences_of_units(slot).tolist() for slot in slots[dp_rank :: self.share.dp_size]]
+    def _micro_batches_of_rank(self, units_by_slot: np.ndarray, dp_rank: int) -> list[list[int]]:
+        """Sequence numbers of each micro-batch of one data-parallel rank. `units_by_slot`: int64 [slots, units of a slot]."""
+        # Slot m * dp_size + r is the m-th micro-batch of rank r.
+        units_by_micro_batch = units_by_slot[dp_rank :: self.share.dp_size]
+        return [self._sequences_of_units(units).tolist() for units in units_by_micro_batch]
 
     def _sequences_of_units(self, units: np.ndarray) -> np.ndarray:
         """The sequence numbers of `units` (int64 [U]), one unit after another: int64."""
@@ -193,7 +197,7 @@ class StepLoader:
 
         Close the iterator (or exhaust it) to stop its thread. Errors of the thread are raised here.
         """
-        batches = (self._step(first_sample + step * self.share.global_batch) for step in range(num_steps))
+        batches = (self._make_step_batch(first_sample + step * self.share.global_batch) for step in range(num_steps))
         with closing(prefetch(batches)) as prefetched:
             for _ in range(num_steps):
                 started_at = time.perf_counter()
@@ -203,7 +207,7 @@ class StepLoader:
                 step_batch.wait_s = time.perf_counter() - started_at
                 yield step_batch
 
-    def _step(self, first_sample: int) -> StepBatch:
+    def _make_step_batch(self, first_sample: int) -> StepBatch:
         """This rank's batch of the step that begins after `first_sample` consumed samples, still on the CPU.
 
         Runs in the background thread. If the objective looks at other samples before the first backward pass, `ahead` of the
@@ -211,9 +215,9 @@ class StepLoader:
         """
         dataset = self.dataset
         # Which sequences the step has: those of this rank by micro-batch, and those of all ranks.
-        slots = self._unit_slots(first_sample)
-        own_micro_batches = self._micro_batches_of_rank(slots, self.share.dp_rank)
-        global_sequences = self._sequences_of_units(slots.ravel())
+        units_by_slot = self._units_by_slot(first_sample)
+        own_micro_batches = self._micro_batches_of_rank(units_by_slot, self.share.dp_rank)
+        global_sequences = self._sequences_of_units(units_by_slot.ravel())
         # Counted over the whole global batch on every rank, so the loss is divided by the same number everywhere
         # without a collective.
         totals = {term: exact_sum(counts[global_sequences]) for term, counts in dataset.counts.items()}
@@ -242,7 +246,7 @@ class StepLoader:
             samples=self.share.global_batch,
             source_tokens={name: int(tokens) for name, tokens in source_tokens.items()},
             source_counts=self._sum_by_source(dataset.counts["loss"], global_sequences),
-            balance=self._balance(slots),
+            balance=self._parallel_efficiency(units_by_slot),
         )
 
     def _num_local_tokens(self, sequences: list[int]) -> int:
@@ -259,11 +263,14 @@ class StepLoader:
 
         `counts`: [N], one for each sequence of the data set. `sequences`: numbers of sequences.
         """
-        if len(self.sources) < 2:
+        if len(self.source_name_by_number) < 2:
             return {}
         batch_counts = counts[sequences]
         batch_sources = self.dataset.sources[sequences]
-        return {name: exact_sum(batch_counts[batch_sources == number]) for number, name in self.sources.items()}
+        return {
+            name: exact_sum(batch_counts[batch_sources == number])
+            for number, name in self.source_name_by_number.items()
+        }
 
     def _collate(self, samples: list[Sample], sequences: list[int] | None = None) -> dict[str, Any]:
         """Samples as a micro-batch, in pinned memory if it goes to a GPU.
@@ -273,20 +280,22 @@ class StepLoader:
         the loss can be logged by source. A supervised row is a position with a target.
         """
         batch = self.collator(samples, self.share.cut)
-        if sequences is not None and len(self.sources) > 1:
-            source_of_sample = np.searchsorted(np.array([*self.sources]), self.dataset.sources[sequences])
+        if sequences is not None and len(self.source_name_by_number) > 1:
+            source_numbers = np.array([*self.source_name_by_number])  # ascending
+            source_index_by_sample = np.searchsorted(source_numbers, self.dataset.sources[sequences])
             # By the rows of this rank: with a cut, other ranks hold the rest of a sequence's rows.
-            batch["row_source"] = torch.from_numpy(source_of_sample)[batch["row_sequence"]]
-            batch["source_names"] = [*self.sources.values()]
+            batch["row_source"] = torch.from_numpy(source_index_by_sample)[batch["row_sequence"]]
+            batch["source_names"] = [*self.source_name_by_number.values()]
         return pin_batch(batch, self.device)
 
-    def _balance(self, slots: np.ndarray) -> float:
-        """The share of all ranks' time that is work, if time goes with costs.
+    def _parallel_efficiency(self, units_by_slot: np.ndarray) -> float:
+        """The share of all ranks' time in a step in which they work and do not wait, if time is proportional to cost.
 
-        The ranks wait for each other in every micro-batch. 1 if all ranks' micro-batches cost the same; 0.75 if one of two
-        ranks has half the work of the other.
+        `units_by_slot` (int64 [slots, units of a slot]): the documents or packs of each micro-batch of each rank. The ranks wait
+        for each other in every micro-batch. 1.0 if all ranks' micro-batches cost the same; 0.75 if one of two ranks has half the
+        work of the other.
         """
-        slot_costs = self._unit_costs[slots].sum(axis=1)
+        slot_costs = self._unit_costs[units_by_slot].sum(axis=1)
         # Slot m * dp_size + r is the m-th micro-batch of rank r.
         costs = slot_costs.reshape(self.accumulation, self.share.dp_size)
         mean_costs = costs.mean(axis=1)
@@ -302,6 +311,7 @@ class EvalShare:
     """
 
     batch: int
+    """Documents in one micro-batch."""
     dp_rank: int
     dp_size: int
     max_documents: int | None = None
@@ -312,61 +322,73 @@ class EvalShare:
     cut: Cut | None = None
     """Which slice of its rows this rank takes; None if it takes them whole."""
 
-    def groups(self, dataset: TokenDataset) -> np.ndarray:
-        """int64 [documents]: the source of each document if `by_source`, else 0."""
+    def group_of_documents(self, dataset: TokenDataset) -> np.ndarray:
+        """int64 [documents]: the number of each document's source if `by_source`, else 0, so that all are one group."""
         per_document = self.sequences_per_document
         num_documents = len(dataset) // per_document
-        sources = dataset.sources if self.by_source else np.zeros(len(dataset), np.int64)
-        return sources[: num_documents * per_document : per_document]
+        source_of_sequence = dataset.sources if self.by_source else np.zeros(len(dataset), np.int64)
+        return source_of_sequence[: num_documents * per_document : per_document]
 
-    def documents(self, dataset: TokenDataset) -> np.ndarray:
-        """int64: the documents that the pass covers, all ranks together, ascending."""
-        groups = self.groups(dataset)
-        # `max_documents` bounds each source by itself.
-        documents_by_group = [np.flatnonzero(groups == group)[: self.max_documents] for group in np.unique(groups)]
-        if not documents_by_group:
+    def covered_documents(self, dataset: TokenDataset) -> np.ndarray:
+        """int64: the numbers of the documents that the pass covers, all ranks together, ascending."""
+        group_of_document = self.group_of_documents(dataset)
+        covered_by_group: list[np.ndarray] = []
+        for group in np.unique(group_of_document):
+            # `max_documents` bounds each source by itself.
+            covered_by_group.append(np.flatnonzero(group_of_document == group)[: self.max_documents])
+        if not covered_by_group:
             return np.zeros(0, np.int64)
-        return np.sort(np.concatenate(documents_by_group))
+        return np.sort(np.concatenate(covered_by_group))
 
-    def sequences(self, dataset: TokenDataset) -> np.ndarray:
-        """int64: the sequences of the documents that the pass covers; document d has n of them, from d * n on."""
+    def covered_sequences(self, dataset: TokenDataset) -> np.ndarray:
+        """int64: the sequences of the documents that the pass covers: of documents 0 and 2 with two each [0, 1, 4, 5]."""
         per_document = self.sequences_per_document
-        return (self.documents(dataset)[:, None] * per_document + np.arange(per_document)).ravel()
+        first_sequences = self.covered_documents(dataset) * per_document
+        return (first_sequences[:, None] + np.arange(per_document)).ravel()
 
 
-def sources_in(dataset: TokenDataset) -> dict[int, str]:
-    """Names of the sources from which a data set has sequences, by their number."""
+def source_name_by_number(dataset: TokenDataset) -> dict[int, str]:
+    """Names of the sources from which a data set has sequences, by their number, ascending: {0: "wiki", 2: "code"}."""
     return {number: dataset.source_names[number] for number in np.unique(dataset.sources).tolist()}
 
 
 def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
     """The sequence numbers of each micro-batch of this rank in an evaluation; an empty list once the rank has run out.
 
-    All ranks get the same number of micro-batches, because each micro-batch is a collective forward pass. Within a group
-    (source), the longest documents come first, `share.batch` in a micro-batch. Micro-batch i goes to data-parallel rank i
-    modulo `share.dp_size`. A document has `share.sequences_per_document` sequences (2 for a pair of answers), which stay
-    together.
+    All ranks get the same number of micro-batches, because each micro-batch is a collective forward pass. Micro-batch i goes to
+    data-parallel rank i modulo `share.dp_size`. A document has `share.sequences_per_document` sequences (2 for a pair of
+    answers), which stay together.
     """
     per_document = share.sequences_per_document
-    documents = share.documents(dataset)
-    groups = share.groups(dataset)
-    tokens = dataset.lengths[share.sequences(dataset)].reshape(-1, per_document).sum(axis=1)
-    longest_first = documents[np.lexsort((-tokens, groups[documents]))]  # within a group; groups follow one another
-    group_begins = np.flatnonzero(np.diff(groups[longest_first])) + 1
-    batches: list[list[int]] = []
-    for group_documents in np.split(longest_first, group_begins):
-        for start in range(0, len(group_documents), share.batch):
-            batches.append(group_documents[start : start + share.batch].tolist())
-
-    num_turns = -(-len(batches) // share.dp_size)  # rounded up
+    batches = _documents_by_eval_batch(dataset, share)
+    num_turns = math.ceil(len(batches) / share.dp_size)
     for turn in range(num_turns):
-        number = turn * share.dp_size + share.dp_rank
-        batch = batches[number] if number < len(batches) else []
+        batch_number = turn * share.dp_size + share.dp_rank
+        documents = batches[batch_number] if batch_number < len(batches) else []
         sequences: list[int] = []
-        for document in batch:
+        for document in documents:
             first_sequence = document * per_document
             sequences += range(first_sequence, first_sequence + per_document)
         yield sequences
+
+
+def _documents_by_eval_batch(dataset: TokenDataset, share: EvalShare) -> list[list[int]]:
+    """The document numbers of each micro-batch of an evaluation, all ranks together, `share.batch` in each.
+
+    A micro-batch has documents of one group (source) only. Within a group, the longest documents come first.
+    """
+    documents = share.covered_documents(dataset)
+    group_of_document = share.group_of_documents(dataset)
+    sequence_lengths = dataset.lengths[share.covered_sequences(dataset)]
+    tokens = sequence_lengths.reshape(-1, share.sequences_per_document).sum(axis=1)
+    # By group, then by falling length: lexsort takes its last key first.
+    documents = documents[np.lexsort((-tokens, group_of_document[documents]))]
+    group_begins = np.flatnonzero(np.diff(group_of_document[documents])) + 1
+    batches: list[list[int]] = []
+    for group_documents in np.split(documents, group_begins):
+        for start in range(0, len(group_documents), share.batch):
+            batches.append(group_documents[start : start + share.batch].tolist())
+    return batches
 
 
 def eval_batches(
@@ -378,15 +400,14 @@ def eval_batches(
 ) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches of an evaluation, on the device. Over all ranks every document comes exactly once.
 
-    A background thread makes the batches, as in training. Every rank gets the same number of micro-batches, see `eval_plan`; a
-    rank that has run out gets document 0 with nothing to score (targets and labels -100). `ahead`: gives for each sequence
-    another sample, which takes its place. If sources are told apart (`share.by_source`), `source` of a batch is the number of
-    its source.
+    A background thread makes the batches, as in training. Every rank gets the same number of micro-batches; a rank that has run
+    out gets document 0 with nothing to score (targets and labels -100). `ahead`: gives for each sequence another sample, which
+    takes its place. If sources are told apart (`share.by_source`), `source` of a batch is the number of its source.
     """
     device = torch.device(device)
     # What the loss is divided by: counts over all ranks' sequences, by term of the loss.
-    covered = share.sequences(dataset)
-    totals = {term: exact_sum(counts[covered]) for term, counts in dataset.counts.items()}
+    covered_sequences = share.covered_sequences(dataset)
+    totals = {term: exact_sum(counts[covered_sequences]) for term, counts in dataset.counts.items()}
     sample_of = ahead or TokenDataset.sample
 
     def make_batch(sequences: list[int]) -> dict[str, Any]:

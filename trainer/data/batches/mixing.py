@@ -81,7 +81,7 @@ class Mix:
         tokens: np.ndarray,
         documents: np.ndarray | None = None,
     ) -> Mix:
-        """The sizes of each source, added up over the units (documents or packs) that are drawn, with the weights of `config`.
+        """A mix whose sizes by source are added up over the units (documents or packs) that are drawn; weights are of `config`.
 
         `sources`: int [units], the source of each unit as an index into `source_names`. `tokens`: int [units]. `documents`: int
         [units], how many documents are in each unit; None: one in each.
@@ -102,37 +102,24 @@ class Mix:
     def quotas(self, mixing: MixingConfig) -> np.ndarray:
         """How many units (documents or packs) of each source one epoch holds, int64 [sources].
 
+        Two sources of 100 and 300 documents with equal weights give 100 each, or with `EpochEnd.all` 300 each.
+
         The sources' shares of documents or tokens (`mixing.over`) come as near to the weights as whole units allow, by the
         largest remainder; a source with a weight above 0 gives at least one unit, so that none vanishes by rounding. An epoch
         ends when the first source has been seen once, or all have (`mixing.epoch`). Raises DataError for a weighted source
         without documents or without tokens, ConfigError for an epoch that is too long.
         """
-        # Two sources of 100 and 300 documents with equal weights: 100 of each, or with EpochEnd.all 300 of each.
-        amounts = self.tokens if mixing.over is MixOver.tokens else self.documents
-        # Units of each source per unit of epoch length: its share, divided by what one of its units holds on average.
-        rates: list[Fraction] = []
-        # The length of an epoch in which all units of a source have been seen once.
-        seen_once: dict[str, Fraction] = {}
-        for name, weight, units, amount in zip(self.names, self.weights, self.units, amounts, strict=True):
-            size = int(units)
-            share = Fraction(repr(float(weight)))  # the decimal number the user wrote
-            if share == 0:
-                # A source of weight 0 is left out of the epoch.
-                rates.append(share)
-                continue
-            if size < 1 or amount < 1:
-                lacking = "documents" if size < 1 else str(mixing.over)
-                raise DataError(
-                    f"data.sources.{name}.weight={float(share):g}: the source has no {lacking} to mix in; "
-                    "set its weight to 0 or look at what cleaning dropped"
-                )
-            rate = share * size / int(amount)
-            rates.append(rate)
-            seen_once[name] = size / rate
-        length = min(seen_once.values()) if mixing.epoch is EpochEnd.first else max(seen_once.values())
-        quotas = _round_by_largest_remainder([length * rate for rate in rates])
+        units_per_length = self._units_per_epoch_length(mixing)
+        # By source with a weight: the length of an epoch in which all of its units are seen once.
+        length_seen_once: dict[str, Fraction] = {}
+        for name, num_units, rate in zip(self.names, self.units, units_per_length, strict=True):
+            if rate:
+                length_seen_once[name] = int(num_units) / rate
+        choose_length = min if mixing.epoch is EpochEnd.first else max
+        epoch_length = choose_length(length_seen_once.values())
+        quotas = _round_by_largest_remainder([epoch_length * rate for rate in units_per_length])
         if sum(quotas) > MAX_EPOCH_UNITS:
-            smallest = min(seen_once, key=lambda name: (seen_once[name], name))
+            smallest = min(length_seen_once, key=lambda name: (length_seen_once[name], name))
             raise ConfigError(
                 f"data.mixing.epoch={mixing.epoch}: an epoch would hold {sum(quotas):,} units, more than {MAX_EPOCH_UNITS:,}, "
                 f"for {smallest} is repeated until every source has been seen; set data.mixing.epoch=first or weights nearer "
@@ -140,20 +127,44 @@ class Mix:
             )
         return np.array(quotas, dtype=np.int64)
 
-    def realised(self, quotas: np.ndarray) -> dict[str, dict[str, float]]:
+    def _units_per_epoch_length(self, mixing: MixingConfig) -> list[Fraction]:
+        """How many units of each source an epoch holds per length 1: weight / (documents or tokens in one unit, on average).
+
+        The length of an epoch is its number of documents or tokens (`mixing.over`), divided by the sum of all weights. A source
+        of weight 0 has 0. Raises DataError for a source that has a weight, but no documents or no tokens.
+        """
+        amounts = self.tokens if mixing.over is MixOver.tokens else self.documents
+        units_per_length: list[Fraction] = []
+        for name, weight, num_units, amount in zip(self.names, self.weights, self.units, amounts, strict=True):
+            exact_weight = Fraction(repr(float(weight)))  # the decimal number the user wrote
+            if exact_weight == 0:
+                units_per_length.append(Fraction(0))
+                continue
+            if num_units < 1 or amount < 1:
+                lacking = "documents" if num_units < 1 else str(mixing.over)
+                raise DataError(
+                    f"data.sources.{name}.weight={float(exact_weight):g}: the source has no {lacking} to mix in; "
+                    "set its weight to 0 or look at what cleaning dropped"
+                )
+            units_per_length.append(exact_weight * int(num_units) / int(amount))
+        return units_per_length
+
+    def report_by_source(self, quotas: np.ndarray) -> dict[str, dict[str, float]]:
         """For the report, by name of the source: the share of an epoch that was requested, and what the source gives.
 
-        `quotas`: units of each source in an epoch. Of a source: its `weight` as set, the share `requested` of an epoch,
-        `units` (documents or packs) of one epoch, means over epochs of `documents` and `tokens`, `share_documents` and
-        `share_tokens`, and `passes`: how often a document is seen in an epoch.
+        `quotas`: units of each source in an epoch. Of a source:
+        - `weight` as set, and the share `requested` of an epoch;
+        - `units` (documents or packs) of one epoch;
+        - means over epochs of `documents` and `tokens`, and their shares of an epoch, `share_documents` and `share_tokens`;
+        - `passes`: how often a document is seen in an epoch.
         """
         # All lists are by the source's number.
         passes: list[float] = []
         for quota, num_units in zip(quotas, self.units, strict=True):
             passes.append(int(quota) / int(num_units) if num_units else 0.0)
-        documents = [times * int(number) for times, number in zip(passes, self.documents, strict=True)]
-        tokens = [times * int(number) for times, number in zip(passes, self.tokens, strict=True)]
-        columns = {
+        documents = [num_passes * int(count) for num_passes, count in zip(passes, self.documents, strict=True)]
+        tokens = [num_passes * int(count) for num_passes, count in zip(passes, self.tokens, strict=True)]
+        column_by_key = {
             "weight": self.weights,
             "requested": _shares_of_sum(self.weights),
             "units": quotas.tolist(),
@@ -165,14 +176,14 @@ class Mix:
         }
         by_name: dict[str, dict[str, float]] = {}
         for source, name in enumerate(self.names):
-            by_name[name] = {key: column[source] for key, column in columns.items()}
+            by_name[name] = {key: column[source] for key, column in column_by_key.items()}
         return by_name
 
 
 def _round_by_largest_remainder(amounts: list[Fraction]) -> list[int]:
-    """Whole numbers whose sum is the rounded sum of `amounts`, each at most 1 from its amount; an amount above 0 is at least 1.
+    """Round `amounts` to whole numbers with the same (rounded) sum: those with the largest remainders are rounded up.
 
-    Example: [1.6, 2.2, 0.2] -> [2, 2, 1]; the last is raised to 1, so that the sum may be larger by that.
+    An amount above 0 becomes at least 1, by which the sum may grow: [1.6, 2.2, 0.2] -> [2, 2, 1].
     """
     whole = [math.floor(amount) for amount in amounts]
     rounded_sum = math.floor(sum(amounts, Fraction(0)) + Fraction(1, 2))
@@ -208,15 +219,15 @@ def pack_by_source(
     lengths = np.asarray(lengths, dtype=np.int64)
     sources = np.asarray(source_of_document, dtype=np.int64)
     packs: list[list[int]] = []
-    source_of_pack = []
-    for source in np.unique(sources):
+    source_of_pack: list[int] = []
+    for source in np.unique(sources).tolist():
         documents = np.flatnonzero(sources == source)
         document_numbers = documents.tolist()
-        packs_of_source = best_fit_decreasing(lengths[documents], capacity)
-        for positions in packs_of_source:
+        # Positions are indices into `documents`.
+        for positions in best_fit_decreasing(lengths[documents], capacity):
             packs.append([document_numbers[position] for position in positions])
-        source_of_pack.append(np.full(len(packs_of_source), source, dtype=np.int64))
-    return packs, np.concatenate(source_of_pack) if source_of_pack else np.zeros(0, dtype=np.int64)
+            source_of_pack.append(source)
+    return packs, np.array(source_of_pack, dtype=np.int64)
 
 
 def source_weights(config: DataConfig, source_names: list[str]) -> list[float]:

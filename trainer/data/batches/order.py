@@ -38,40 +38,43 @@ class Order(ABC):
         self.population = population
         self.seed = seed
         self.shuffle = shuffle
-        self._cached: tuple[int, np.ndarray] | None = None
-        self._skipped: list[tuple[int, int]] = []
+        # The epoch that was asked for last: (its number, its units in order).
+        self._cached_epoch: tuple[int, np.ndarray] | None = None
+        # Ranges of positions that are left out, as (first position, count): ascending, without overlap.
+        self._skipped_ranges: list[tuple[int, int]] = []
 
-    def set_skipped(self, places: Iterable[tuple[int, int]]) -> None:
+    def set_skipped(self, position_ranges: Iterable[tuple[int, int]]) -> None:
         """Leave out exactly these ranges of the order, each as (first position, count). Replaces what was left out before.
 
         Call it between two uses of the order. Ranges may overlap.
         """
-        self._skipped = []
+        self._skipped_ranges = []
         covered_end = 0  # positions before this one are in an earlier range, so that overlapping ranges count once
-        for first, count in sorted(places):
+        for first, count in sorted(position_ranges):
             end = max(first + count, covered_end)
             first = max(first, covered_end)
-            self._skipped.append((first, end - first))
+            self._skipped_ranges.append((first, end - first))
             covered_end = end
 
-    def places(self, start: int, count: int) -> list[tuple[int, int]]:
-        """The positions of the run's samples [start, start + count) in the endless order of all epochs, as (first, count) ranges.
+    def position_ranges(self, first_sample: int, num_samples: int) -> list[tuple[int, int]]:
+        """Where consecutive samples of the run are in the endless order of all epochs: ranges as (first position, count).
 
         Positions that `set_skipped` left out belong to no sample. With the positions 3 and 4 left out, the samples 2 to 4 are
         at [(2, 1), (5, 2)].
         """
-        positions = np.arange(start, start + count, dtype=np.int64)
-        for first_skipped, num_skipped in self._skipped:
+        positions = np.arange(first_sample, first_sample + num_samples, dtype=np.int64)
+        # The skipped ranges are ascending, and each one moves on all samples from its first position.
+        for first_skipped, num_skipped in self._skipped_ranges:
             positions[positions >= first_skipped] += num_skipped
         range_begins = np.flatnonzero(np.diff(positions) != 1) + 1
-        return [(int(part[0]), len(part)) for part in np.split(positions, range_begins) if len(part)]
+        return [(int(block[0]), len(block)) for block in np.split(positions, range_begins) if len(block)]
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Unit numbers of one epoch in order, int64 [num_units]. The epoch that was asked for last is cached."""
         # The loader's thread and the trainer ask for epochs at the same time, so the cache is read once.
-        cached = self._cached
+        cached = self._cached_epoch
         if cached is None or cached[0] != epoch:
-            cached = self._cached = (epoch, self._order_epoch(epoch))
+            cached = self._cached_epoch = (epoch, self._order_epoch(epoch))
         _, units = cached
         return units
 
@@ -88,15 +91,15 @@ class Order(ABC):
 
         They may span epochs. Positions that `set_skipped` left out are passed over.
         """
-        parts = []
-        for position, num_left in self.places(start, count):
+        unit_blocks = []
+        for position, num_left in self.position_ranges(start, count):
             while num_left > 0:
                 epoch, offset = divmod(position, self.num_units)
-                part = self.epoch(epoch)[offset : offset + num_left]
-                parts.append(part)
-                position += len(part)
-                num_left -= len(part)
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+                units_of_epoch = self.epoch(epoch)[offset : offset + num_left]
+                unit_blocks.append(units_of_epoch)
+                position += len(units_of_epoch)
+                num_left -= len(units_of_epoch)
+        return np.concatenate(unit_blocks) if unit_blocks else np.zeros(0, dtype=np.int64)
 
 
 class GlobalOrder(Order):
@@ -130,9 +133,11 @@ class MixedOrder(Order):
         sources = np.asarray(source_of_unit, dtype=np.int64)
         self.quotas = np.asarray(quotas, dtype=np.int64)
         # Stable, so that the units of a source keep the order of the input.
-        by_source = np.argsort(sources, kind="stable")
-        sizes = np.bincount(sources, minlength=len(self.quotas))
-        self._units_of_source = np.split(by_source, np.cumsum(sizes)[:-1]) if len(sizes) else []
+        units_by_source = np.argsort(sources, kind="stable")
+        num_units_of_source = np.bincount(sources, minlength=len(self.quotas))
+        self._units_of_source: list[np.ndarray] = []
+        if len(num_units_of_source):
+            self._units_of_source = np.split(units_by_source, np.cumsum(num_units_of_source)[:-1])
         self._last_pass: dict[int, tuple[int, np.ndarray]] = {}
         """By source, the pass that was asked for last: (its number, its units in order)."""
         super().__init__(int(self.quotas.sum()), len(sources), seed, shuffle)
@@ -145,11 +150,11 @@ class MixedOrder(Order):
         units = self._units_of_source[source]
         if not self.shuffle:
             return units
-        last_pass = self._last_pass.get(source)
-        if last_pass is None or last_pass[0] != pass_number:
+        cached_pass = self._last_pass.get(source)
+        if cached_pass is None or cached_pass[0] != pass_number:
             entropy = np.random.SeedSequence(self.seed, spawn_key=(_PASS_STREAM, source, pass_number))
-            last_pass = self._last_pass[source] = (pass_number, units[shuffle_numbers(len(units), entropy)])
-        _, units_in_order = last_pass
+            cached_pass = self._last_pass[source] = (pass_number, units[shuffle_numbers(len(units), entropy)])
+        _, units_in_order = cached_pass
         return units_in_order
 
     def _units_in_passes(self, source: int, begin: int, count: int) -> np.ndarray:
@@ -158,14 +163,14 @@ class MixedOrder(Order):
         Of a source with 10 units, [8, 13) are the last two of pass 0 and the first three of pass 1.
         """
         num_units = len(self._units_of_source[source])
-        parts = []
+        unit_blocks = []
         while count > 0:
             pass_number, offset = divmod(begin, num_units)
-            part = self._shuffled_units(source, pass_number)[offset : offset + count]
-            parts.append(part)
-            begin += len(part)
-            count -= len(part)
-        return np.concatenate(parts)
+            units_of_pass = self._shuffled_units(source, pass_number)[offset : offset + count]
+            unit_blocks.append(units_of_pass)
+            begin += len(units_of_pass)
+            count -= len(units_of_pass)
+        return np.concatenate(unit_blocks)
 
     def _order_epoch(self, epoch: int) -> np.ndarray:
         """The units of an epoch in order, int64 [num_units]: `quotas[s]` of each source s.
@@ -263,7 +268,12 @@ def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, t
     tokens_left = tokens - tokens_before(last_epoch)
     units_of_last_epoch = int(np.searchsorted(cumulative_tokens, tokens_left, side="left")) + 1
     num_units = last_epoch * order.num_units + units_of_last_epoch
-    return -(-num_units // global_batch)  # rounded up
+    return _round_up_division(num_units, global_batch)
+
+
+def _round_up_division(dividend: int, divisor: int) -> int:
+    """`dividend` / `divisor`, rounded up, in exact integer arithmetic: 7 / 3 -> 3."""
+    return -(-dividend // divisor)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -288,4 +298,5 @@ def steps_from_budget(budget: BudgetConfig, order: Order, unit_tokens: np.ndarra
     if budget.tokens is not None:
         return steps_for_tokens(order, unit_tokens, global_batch, budget.tokens)
     epochs = budget.epochs if budget.epochs is not None else 1.0
-    return max(1, -(-round(epochs * order.num_units) // global_batch))
+    # A budget below one step still takes one.
+    return max(1, _round_up_division(round(epochs * order.num_units), global_batch))

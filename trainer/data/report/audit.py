@@ -220,7 +220,7 @@ class Audit(_Strict):
     unread_columns: dict[str, list[str]]
     """Columns of the files that nobody read, by source."""
     mixing: dict[str, dict[str, float | None]]
-    """Of each weighted source what `batches.mixing.Mix.realised` says."""
+    """Of each weighted source what `batches.mixing.Mix.report_by_source` says."""
     labels: dict[str, dict[str, int]]
     """{"before", "after"}: training documents of each label."""
     balance: dict[str, dict[str, float | str | None]]

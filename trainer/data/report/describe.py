@@ -226,7 +226,7 @@ class ReportWriter:
         if all(source.weight is None for source in self.config.sources.values()):
             return {}
         mix = Mix.of(self.config, train.source_names, train.sources, train.lengths)
-        realised = mix.realised(mix.quotas(self.config.mixing))
+        realised = mix.report_by_source(mix.quotas(self.config.mixing))
         return {name: shares for name, shares in realised.items() if name in self.config.sources}
 
     def _privacy(self, totals: Totals) -> audit_schema.PersonalData | None:
