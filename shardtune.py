@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-    from launch.config.frozen import Composed
+    from launch.config.frozen import ComposedConfig
     from launch.notebook.results import ComparisonResult, EvaluationResult, PlanResult
 
 __all__ = ["Run", "RunFailed", "compare", "compose", "evaluate", "main", "plan", "train"]
@@ -128,7 +128,7 @@ class Run:
         return content if isinstance(content, dict) else {}
 
 
-def compose(*arguments: str, check: bool = True, **settings: Any) -> Composed:
+def compose(*arguments: str, check: bool = True, **settings: Any) -> ComposedConfig:
     """The configuration that these arguments make: `.config` (typed), `.yaml`, `.sha256`. Nothing is started.
 
     `arguments` are as typed (`"optim.lr=2e-4"`, `"my.yaml"`). A keyword names a setting with `_` for its dots (`model_path`),
@@ -188,7 +188,7 @@ def compare(*runs: Run | str | Path, to: str | Path | None = None, **settings: A
     _refuse_other_packages()
     from launch.compare.command import rows_from_arguments
     from launch.compare.comparison import compare as compare_rows
-    from launch.config.prices import price_of
+    from launch.config.prices import gpu_hour_price
     from launch.notebook.results import ComparisonResult
     from strategies.errors import ConfigError
 
@@ -207,7 +207,7 @@ def compare(*runs: Run | str | Path, to: str | Path | None = None, **settings: A
     if to is not None and not is_new:
         to = Path(to).expanduser()
         _run("compare", [*arguments, f"to={to}"], Run(to))
-    return ComparisonResult(compare_rows(rows, price_of))
+    return ComparisonResult(compare_rows(rows, gpu_hour_price))
 
 
 def plan(*arguments: str, **settings: Any) -> PlanResult:

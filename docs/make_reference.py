@@ -25,7 +25,7 @@ from launch.config.choices import (  # noqa: E402
     MODEL_GROUP,
     choices_by_group,
     settings_class_of,
-    settings_classes,
+    settings_classes_by_group,
 )
 from launch.config.overrides import describe_type  # noqa: E402
 from strategies.settings import SettingMetadata, setting_metadata  # noqa: E402
@@ -131,8 +131,8 @@ def variant_group(group: str) -> list[str]:
     lines = [f"## {group}", "", *choices(group)]
     if shared:
         lines += ["With every choice:", "", *table(group, base, shared)]
-    for name, settings in settings_classes()[group].items():
-        parents = [parent for parent in settings.__mro__[1:] if parent in settings_classes()[group].values()]
+    for name, settings in settings_classes_by_group()[group].items():
+        parents = [parent for parent in settings.__mro__[1:] if parent in settings_classes_by_group()[group].values()]
         known = [f.name for parent in parents for f in fields(parent)]
         own = [f.name for f in fields(settings) if f.name not in (*known, *shared, "name")]
         typed = [c for c in choices_by_group()[group] if settings_class_of(group, c) is settings]
@@ -164,7 +164,7 @@ def page() -> str:
             continue
         if name == "batch":
             lines += ["## batch", "", *table(name, BatchSettings, [f.name for f in fields(BatchSettings)])]
-        elif name in settings_classes():
+        elif name in settings_classes_by_group():
             lines += variant_group(name)
         elif is_dataclass(hint):
             assert isinstance(hint, type)
@@ -206,7 +206,7 @@ def conf_files() -> dict[Path, type]:
             if group == MODEL_GROUP and choice in shape_names():
                 continue  # the choice is a published shape and no file
             files[CONF_DIR / group / f"{choice}.yaml"] = (
-                settings_class_of(group, choice) if group in settings_classes() else hints[group]
+                settings_class_of(group, choice) if group in settings_classes_by_group() else hints[group]
             )
     return files
 

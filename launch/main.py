@@ -293,11 +293,11 @@ def _report_failure(arguments: list[str], problems: list[str], code: int) -> int
 
 def _is_rank() -> bool:
     """Whether a launcher started this process as a rank. False if its variables make no sense: then the verb refused them."""
-    from launch.config.process_role import is_worker
+    from launch.config.process_role import is_rank_process
     from strategies.errors import ConfigError
 
     try:
-        return is_worker(os.environ)
+        return is_rank_process(os.environ)
     except ConfigError:
         return False
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launch.config import show_config
 from launch.config.choices import choices_by_group
 from launch.config.help_text import show_help
-from launch.config.process_role import has_rank_variables, is_worker
+from launch.config.process_role import has_rank_variables, is_rank_process
 from launch.config.verb_arguments import (
     VerbArguments,
     asks_for_help,
@@ -35,7 +35,7 @@ from strategies.imports import importing_without_gc
 from trainer.stopping.signals import block_signals, unblock_signals
 
 if TYPE_CHECKING:
-    from launch.config.frozen import Composed
+    from launch.config.frozen import ComposedConfig
     from trainer.config.run import RunConfig
 
 
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> int:
         print("\n".join(show_config.composition_lines(arguments.settings)))
         return 0
     # Asked in every case: variables that are left over from a job are also refused with --cfg, --dry-run and -m.
-    is_rank = is_worker(os.environ)
+    is_rank = is_rank_process(os.environ)
     only_trains = not (arguments.only_shows or arguments.as_json or arguments.multirun)
     if is_rank and only_trains:
         return run_as_rank(arguments.settings)
@@ -197,7 +197,7 @@ def run_result(run_dir: Path, code: int) -> dict[str, Any]:
     return answer
 
 
-def _search(arguments: list[str], print_point: Callable[[Composed], None] | None) -> int:
+def _search(arguments: list[str], print_point: Callable[[ComposedConfig], None] | None) -> int:
     """Search hyperparameters by Optuna or W&B as the arguments say; returns the exit code.
 
     With `print_point`, print the plan of the search, and its first run by that function, instead.
@@ -216,7 +216,7 @@ def _search(arguments: list[str], print_point: Callable[[Composed], None] | None
     return run_search(search, search.directory, start_trial)
 
 
-def show_point(composed: Composed, *, shown_config: str | None) -> None:
+def show_point(composed: ComposedConfig, *, shown_config: str | None) -> None:
     """Print the run's whole configuration if `--cfg` asks for one (`shown_config`: job, hydra or all), else its dry run."""
     if shown_config:
         show_config.print_config(composed, shown_config)
@@ -226,7 +226,7 @@ def show_point(composed: Composed, *, shown_config: str | None) -> None:
     print(describe(composed.config).text)
 
 
-def run_dir_of(composed: Composed) -> Path:
+def run_dir_of(composed: ComposedConfig) -> Path:
     """The directory of a run: `run.dir`, or the default one below `runs/`."""
     from launch.config.compose import default_run_dir
 
@@ -234,7 +234,7 @@ def run_dir_of(composed: Composed) -> Path:
     return Path(typed_directory).expanduser() if typed_directory else default_run_dir(composed.sha256)
 
 
-def launch_run(composed: Composed, run_dir: Path, *, isolate: bool = False) -> int:
+def launch_run(composed: ComposedConfig, run_dir: Path, *, isolate: bool = False) -> int:
     """Freeze a configuration into its run directory, and train it to the end or submit it to SLURM; returns the exit code.
 
     `isolate`: train in processes of its own, so that a failure leaves this one intact (for the runs of a sweep).
@@ -321,14 +321,14 @@ def _run_of_rank(arguments: list[str], rank: int) -> RankRun:
     the command line (`arguments`), and rank 0 freezes it into its directory. Errors: ConfigError, StorageError.
     """
     with importing_without_gc("torch"):
-        from launch.config.compose import compose, is_finished, load_frozen
+        from launch.config.compose import compose, is_finished, load_frozen_config
         from launch.config.frozen import config_sha256
         from launch.config.resume import keep_earlier_defaults
         from launch.runs.freeze import write_run_config
 
     frozen_config = os.environ.get("SHARDTUNE_CONFIG")
     if frozen_config:
-        config = load_frozen(frozen_config)
+        config = load_frozen_config(frozen_config)
         directory = Path(frozen_config).parent
         return RankRun(config, directory, config_sha256(config), is_finished(directory))
     composed = compose(arguments)
@@ -381,7 +381,7 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
 
 def _train_recording_failure(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
     """Train as rank `rank`; an error is recorded in the run directory, unless another rank was first, and raised again."""
-    from launch.config.frozen import record_own_choices
+    from launch.config.frozen import rewrite_config_with_own_choices
     from launch.config.trusted_values import remember_config
     from strategies.errors import NotRunOwner, Preempted
     from trainer.reporting.status import record_failure
@@ -390,7 +390,7 @@ def _train_recording_failure(config: RunConfig, run_dir: Path | None, sha256: st
         from trainer.run import run_worker
 
     try:
-        run_worker(config, run_dir, sha256, record_own_choices)
+        run_worker(config, run_dir, sha256, rewrite_config_with_own_choices)
     except Preempted:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise

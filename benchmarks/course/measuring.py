@@ -208,13 +208,13 @@ def compare_runs(experiment: Experiment, seeds: Sequence[int], directory: Path, 
     from launch.compare.answer import as_markdown
     from launch.compare.command import rows_from_arguments
     from launch.compare.comparison import compare
-    from launch.config.prices import price_of
+    from launch.config.prices import gpu_hour_price
 
     rows, problems = rows_from_arguments(finished)
     if problems:
         raise RuntimeError("; ".join(problems))
     to.mkdir(parents=True, exist_ok=True)
-    text = without_directories(as_markdown(compare(rows, price_of)))
+    text = without_directories(as_markdown(compare(rows, gpu_hour_price)))
     (to / "compare.md").write_text(text, encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.cluster.long_steps import long_step_notes, longest_step_s
 from launch.cluster.sbatch_environment import environment_value
-from launch.config.prices import price_by_gpu_kind
+from launch.config.prices import gpu_hour_price_of_kind
 from launch.runs.slurm_time import format_slurm_time, parse_slurm_time
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
@@ -325,7 +325,7 @@ def _price_lines(slurm: SlurmConfig, candidates: list[Partition], num_runs: int)
     if request is None:
         return []
     gpu_kinds = gpu_kinds_of_job(slurm, candidates)
-    gpu_hour_prices: set[float | None] = {price_by_gpu_kind(kind) for kind in gpu_kinds}
+    gpu_hour_prices: set[float | None] = {gpu_hour_price_of_kind(kind) for kind in gpu_kinds}
     gpu_hour_price = gpu_hour_prices.pop() if len(gpu_hour_prices) == 1 else None
     gpu_hours = request.count * slurm.nodes * num_runs * parse_slurm_time(slurm.time) / 3600
     if gpu_hour_price is None:

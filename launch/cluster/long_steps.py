@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from launch.config.prices import cards_by_gpu_kind
+from launch.config.prices import cards_of_gpu_kind
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.heartbeat import LATE_SHARE
 from trainer.config.run import RunConfig, SlurmConfig
@@ -103,7 +103,7 @@ def estimated_step_s(
 
 def _peak_tflops(gpu_kind: str, precision: Precision) -> float:
     """The least peak rate among the cards that a site's name such as "a100" may mean, in TFLOP/s; 0 if it is not known."""
-    cards = cards_by_gpu_kind(gpu_kind)
+    cards = cards_of_gpu_kind(gpu_kind)
     if precision is Precision.fp32:
         return min((float(card["fp32_tflops"]) for card in cards), default=0.0)
     return min((peak_tflops(card["name"]) or 0.0 for card in cards), default=0.0)

@@ -139,10 +139,10 @@ def run_ranks(job: dict[str, Any], rendezvous: dict[str, Any]) -> int:
     the hosts, `rdzv` (host:port at which the ranks meet), and `run_id`.
     """
     from launch.cluster.torchrun import RankProgram, start
-    from launch.config.frozen import load_frozen
+    from launch.config.frozen import load_frozen_config
 
     config_file = Path(job["config"])
-    config = load_frozen(config_file)
+    config = load_frozen_config(config_file)
     config.launcher.node_rank = rendezvous["rank"]
     config.launcher.rdzv = rendezvous["rdzv"]
     program = RankProgram(job["module"], config_file.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from launch.config.frozen import load_frozen, record_own_choices
+from launch.config.frozen import load_frozen_config, rewrite_config_with_own_choices
 from strategies.base import AutoConfig
 from trainer.config.run import AUTO, MICRO_BATCH_KEY, STRATEGY_KEY, RunConfig, requested_micro_batch
 from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
@@ -25,7 +25,7 @@ def write_smaller_settings(run_dir: Path) -> str | None:
     The file keeps the requested value beside the one in use, so that it stays the same run. Raises ConfigError if it cannot be
     read, StorageError if it cannot be written.
     """
-    config = load_frozen(run_dir / "config.yaml")
+    config = load_frozen_config(run_dir / "config.yaml")
     if isinstance(config.strategy, AutoConfig):
         return _exclude_tried_strategy(run_dir, config)
     micro = config.batch["micro"]
@@ -33,7 +33,7 @@ def write_smaller_settings(run_dir: Path) -> str | None:
         return None
     trial = OutOfMemoryTrial(micro, read_failure(run_dir).get("step"))
     smaller_config = _with_micro(config, _half_micro(micro), trial)
-    record_own_choices(run_dir, smaller_config)
+    rewrite_config_with_own_choices(run_dir, smaller_config)
     return f"{MICRO_BATCH_KEY}: {micro} -> {smaller_config.batch['micro']}"
 
 
@@ -49,7 +49,7 @@ def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
     earlier_resolution = config.resolution(STRATEGY_KEY) or Resolution(STRATEGY_KEY, AUTO)
     trials = (*earlier_resolution.tried, OutOfMemoryTrial(strategy))
     substitutions = {**config.substitutions, STRATEGY_KEY: replace(earlier_resolution, tried=trials)}
-    record_own_choices(run_dir, replace(config, substitutions=substitutions))
+    rewrite_config_with_own_choices(run_dir, replace(config, substitutions=substitutions))
     return f"without strategy={strategy}"
 
 

@@ -28,7 +28,7 @@ from trainer.reporting.code_revision import ROOT, code_revision
 from trainer.reporting.status import write_text_atomic
 
 if TYPE_CHECKING:
-    from launch.config.frozen import Composed
+    from launch.config.frozen import ComposedConfig
 
 JOB_ID_REGEX = re.compile(r"\d+(;.*)?")
 """What `sbatch --parsable` prints of a job."""
@@ -252,7 +252,7 @@ def parse_job_id(sbatch_output: str, script: Path) -> str:
     return job_id
 
 
-def submit_array(composed_runs: list[Composed], run_dirs: list[Path]) -> int:
+def submit_array(composed_runs: list[ComposedConfig], run_dirs: list[Path]) -> int:
     """Write the configurations of a sweep's runs and submit those that are neither finished nor in the queue; returns 0.
 
     `run_dirs`: the directory of each of `composed_runs`. Runs with the same launcher settings become one job array. 0 is the exit
@@ -271,7 +271,7 @@ def submit_array(composed_runs: list[Composed], run_dirs: list[Path]) -> int:
     for composed in composed_runs:
         refuse_unshared_model(composed.config)
     # Write the configurations, and keep the runs that are to be submitted.
-    remaining_runs: list[tuple[Composed, Path]] = []
+    remaining_runs: list[tuple[ComposedConfig, Path]] = []
     for composed, run_dir in runs:
         job = job_with_same_config(composed, run_dir)
         if job is not None:
@@ -289,12 +289,12 @@ def submit_array(composed_runs: list[Composed], run_dirs: list[Path]) -> int:
     return 0
 
 
-def group_by_request(runs: list[tuple[Composed, Path]]) -> list[list[tuple[Composed, Path]]]:
+def group_by_request(runs: list[tuple[ComposedConfig, Path]]) -> list[list[tuple[ComposedConfig, Path]]]:
     """Group runs, given with their directories, that request the same of SLURM: all tasks of an array have the same options.
 
     For three runs (a, b, c), of which b has another `launcher.time`: [[a, c], [b]].
     """
-    runs_by_request: dict[str, list[tuple[Composed, Path]]] = {}
+    runs_by_request: dict[str, list[tuple[ComposedConfig, Path]]] = {}
     for composed, run_dir in runs:
         settings = flatten_settings(plain_settings(composed.config))
         launcher_settings = {key: value for key, value in settings.items() if key.startswith("launcher.")}

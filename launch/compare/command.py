@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from launch.compare.settings import CompareConfig
 from launch.config.help_text import show_help
-from launch.config.prices import price_of
+from launch.config.prices import gpu_hour_price
 from launch.config.verb_arguments import (
     VerbArguments,
     asks_for_help,
     flag,
     forwarded_settings,
-    group_rows,
     help_rows,
     option,
     positionals,
     read_arguments,
+    setting_group_help_rows,
 )
 from launch.output import Column, TableRow, fold, fold_all, table
 from strategies.errors import ConfigError, StorageError
@@ -65,7 +65,7 @@ All points use the same data, seed and global batch. They run one after another,
 launcher=slurm. A point that fails or is refused stays in the table with its reason. After Ctrl-C, or with more
 repeats, the same command continues: finished points are not run again, and failed ones are tried once more.
 
-{help_rows(CompareArguments, group_rows("compare", CompareConfig))}
+{help_rows(CompareArguments, setting_group_help_rows("compare", CompareConfig))}
 
 With run directories, compare reads runs that exist and computes nothing anew. The first run is the baseline. A
 directory that holds runs (from `train -m` or `compare`) stands for all of them. You can also name a run by W&B's own
@@ -175,7 +175,7 @@ def _write_page(rows: list[ComparisonRow], page_path: Path, reload_after_s: floa
     from launch.compare.comparison import compare
     from trainer.reporting.status import write_text_atomic
 
-    comparison = compare(rows, price_of)
+    comparison = compare(rows, gpu_hour_price)
     write_text_atomic(page_path, as_html(comparison, reload_after_s=reload_after_s))
 
 
@@ -252,7 +252,7 @@ def print_and_write_comparison(rows: list[ComparisonRow], output_dir: Path | Non
     from launch.compare.answer_records import as_dict
     from launch.compare.comparison import compare
 
-    comparison = compare(rows, price_of)
+    comparison = compare(rows, gpu_hour_price)
     comparison_json = as_dict(comparison)
     written_files: list[str] = []
     run_page_path = None

@@ -82,13 +82,15 @@ class Comparison:
         return _are_one_peak(_mfu_peaks(runs))
 
 
-def compare(rows: Sequence[ComparisonRow], price_of: Callable[[str], float | None] = lambda name: None) -> Comparison:
+def compare(
+    rows: Sequence[ComparisonRow], gpu_hour_price: Callable[[str], float | None] = lambda name: None
+) -> Comparison:
     """Read the runs of every point, compare each point with its baseline, and conclude which one to take.
 
-    `rows` say for each point where its runs are. `price_of` maps the driver's name of a card to US dollars an hour, or None if
-    its price is not known. Raises ConfigError if a directory holds no run.
+    `rows` say for each point where its runs are. `gpu_hour_price` maps the driver's name of a card to US dollars an hour, or None
+    if its price is not known. Raises ConfigError if a directory holds no run.
     """
-    measured_points = [read_repeats(row, price_of) for row in rows]
+    measured_points = [read_repeats(row, gpu_hour_price) for row in rows]
     first_repeats = [measured.first_repeat for measured in measured_points]
     differences = setting_differences(first_repeats)
     # A name that the row has wins over the one made from the settings that differ.

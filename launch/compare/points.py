@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from launch.cluster.array_size import refuse_large_arrays
 from launch.compare.settings import CompareConfig, ComparisonRow, setting_keys, write_comparison_file
-from launch.config.axes import Axes, excluded_points, name_in_trackers, point_label, read_axes
+from launch.config.axes import Axes, point_exclusion_flags, point_label, read_axes, set_point_name_in_trackers
 from launch.config.verb_arguments import read_setting_group
 from strategies.errors import ConfigError, NotRunOwner
 
 if TYPE_CHECKING:
     from launch.compare.follow import PeriodicPage
     from launch.compare.progress import RunsProgress
-    from launch.config.frozen import Composed
+    from launch.config.frozen import ComposedConfig
 
 STOP_EXIT_CODES = (75, 130)
 """Exit codes of a run that was asked to stop (preempted, Ctrl-C): the points after it are not wanted now."""
@@ -35,7 +35,7 @@ class RequestedPoint:
     name: str
     arguments: tuple[str, ...]
     """Its values on the axes, as arguments such as `strategy=ddp`."""
-    composed: Composed
+    composed: ComposedConfig
     refusals: tuple[str, ...]
     """Why it cannot be run."""
 
@@ -136,7 +136,7 @@ def plan_points(arguments: list[str]) -> PointsPlan:
     settings, run_arguments = read_compare_settings(arguments)
     axes = read_axes(run_arguments)
     default_arguments = _default_arguments(axes, settings)
-    is_left_out = excluded_points(axes, settings.skip, settings.where)  # for each of `axes.points()`
+    is_left_out = point_exclusion_flags(axes, settings.skip, settings.where)  # for each of `axes.points()`
     arguments_of_points = [
         point_arguments for point_arguments, left_out in zip(axes.points(), is_left_out, strict=True) if not left_out
     ]
@@ -155,7 +155,7 @@ def plan_points(arguments: list[str]) -> PointsPlan:
         points=tuple(points),
         num_left_out=sum(is_left_out),
         arguments=tuple(arguments),
-        partial_settings=tuple(axes.lines_about_partial_settings()),
+        partial_settings=tuple(axes.partial_setting_lines()),
     )
 
 
@@ -181,8 +181,8 @@ def _default_arguments(axes: Axes, settings: CompareConfig) -> list[str]:
     `compare.steps` is the budget, nothing is exported, and the parts of a step are timed. A setting that is on the command line
     keeps its value there. Raises ConfigError if the command line has `run.dir`, or a budget beside `compare.steps`.
     """
-    # The alternatives of a setting are its arguments, one for each value: they have the same key.
-    cli_keys = {alternatives[0].partition("=")[0] for alternatives in axes.alternatives}
+    # The alternative_arguments of a setting are its arguments, one for each value: they have the same key.
+    cli_keys = {alternative_arguments[0].partition("=")[0] for alternative_arguments in axes.alternative_arguments}
     budget_keys = sorted(key for key in cli_keys if key.startswith("budget."))
     problems = []
     if "run.dir" in cli_keys:
@@ -301,7 +301,9 @@ def run_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPa
 
     runs = list(plan.planned_runs(comparison_dir))
     for run in runs:
-        name_in_trackers(run.point.composed.config.logging, comparison_dir, run.run_dir.name, run.point.arguments)
+        set_point_name_in_trackers(
+            run.point.composed.config.logging, comparison_dir, run.run_dir.name, run.point.arguments
+        )
     unfinished_runs = [run for run in runs if not is_finished(run.run_dir)]
     uses_slurm = any(run.point.composed.config.launcher.name == LauncherName.slurm for run in runs)
     # Every config.yaml is written before the first run starts: a directory that holds another run ends the command here.

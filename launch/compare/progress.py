@@ -20,7 +20,7 @@ from trainer.reporting.run_record import readable_run_record
 
 if TYPE_CHECKING:
     from launch.compare.follow import PeriodicPage
-    from launch.config.frozen import Composed
+    from launch.config.frozen import ComposedConfig
 
 UPDATE_INTERVAL_S = 1.0
 """Seconds between two looks at a run's files."""
@@ -181,7 +181,7 @@ def _last_step(run_dir: Path) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
-def run_with_progress(name: str, composed: Composed, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
+def run_with_progress(name: str, composed: ComposedConfig, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
     """Start the run whose `config.yaml` is in `run_dir`, and wait for it; returns its exit code.
 
     The output of the run is appended to `logs/output.log` in the run directory, and the screen shows `progress` alone. `verb`:

@@ -97,11 +97,11 @@ class MeasuredPoint:
         return None
 
 
-def read_repeats(row: ComparisonRow, price_of: Callable[[str], float | None]) -> MeasuredPoint:
+def read_repeats(row: ComparisonRow, gpu_hour_price: Callable[[str], float | None]) -> MeasuredPoint:
     """Read the runs of a point, one for each repeat, and combine their numbers.
 
-    `price_of` maps the driver's name of a card to US dollars an hour, or to None if its price is not known. Raises ConfigError
-    if a directory holds no run, or one of its files is damaged.
+    `gpu_hour_price` maps the driver's name of a card to US dollars an hour, or to None if its price is not known. Raises
+    ConfigError if a directory holds no run, or one of its files is damaged.
     """
     runs = _read_runs(row)
     measurements = [measure_run(run, row.warmup) for run in runs]
@@ -119,7 +119,7 @@ def read_repeats(row: ComparisonRow, price_of: Callable[[str], float | None]) ->
         tokens_per_s_repeats=tuple(speeds),
         memory_gib_repeats=tuple(memory_peaks),
         parts_s=_step_parts_s(runs, row.warmup, combined.step_s),
-        dollars_per_million=_dollars_per_million(row, runs[0].record, combined.tokens_per_s, price_of),
+        dollars_per_million=_dollars_per_million(row, runs[0].record, combined.tokens_per_s, gpu_hour_price),
     )
     return MeasuredPoint(row, runs, combined, summary)
 
@@ -202,7 +202,7 @@ def _step_parts_s(runs: tuple[RecordedRun, ...], warmup_steps: int, step_s: floa
 
 
 def _dollars_per_million(
-    row: ComparisonRow, record: RunRecord, tokens_per_s: float | None, price_of: Callable[[str], float | None]
+    row: ComparisonRow, record: RunRecord, tokens_per_s: float | None, gpu_hour_price: Callable[[str], float | None]
 ) -> float | None:
     """US dollars for a million tokens; None if the card's price, the speed or the number of devices is not known.
 
@@ -210,7 +210,7 @@ def _dollars_per_million(
     """
     price_per_hour = row.price_per_hour
     if price_per_hour is None and record.device_name:
-        price_per_hour = price_of(record.device_name)
+        price_per_hour = gpu_hour_price(record.device_name)
     if price_per_hour is None or not tokens_per_s or not record.world_size:
         return None
     dollars_per_second = price_per_hour * record.world_size / 3600

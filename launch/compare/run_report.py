@@ -48,10 +48,10 @@ def write_report_at_end(config: RunConfig, run_dir: Path | None) -> None:
     from launch.compare.page import missing_packages
     from launch.compare.settings import ComparisonRow
     from launch.compare.workspace import rewrite_array_workspace
-    from launch.config.prices import price_of
+    from launch.config.prices import gpu_hour_price
 
     try:
-        comparison = compare([ComparisonRow((run_dir,))], price_of)
+        comparison = compare([ComparisonRow((run_dir,))], gpu_hour_price)
         print(f"report:     {write_run_report(run_dir, comparison)}", flush=True)
         no_plots_reason = missing_packages(f"{REPORT_FILE} with plots")
         if no_plots_reason is not None:

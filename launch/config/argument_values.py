@@ -68,13 +68,13 @@ def parse_value(text: str, annotation: Any, spec: ArgumentSpec | None = None) ->
             return None
     if get_origin(annotation) is list:
         (entry_type,) = get_args(annotation)
-        return [parse_value(entry, entry_type, spec) for entry in split_list(text)]
+        return [parse_value(entry, entry_type, spec) for entry in unquoted_list_entries(text)]
     if annotation is bool:
         if text.lower() not in BOOLEAN_BY_SPELLING:
             raise ValueError("must be true or false")
         return BOOLEAN_BY_SPELLING[text.lower()]
     if annotation in (int, float):
-        return _number_in_bounds(text, annotation, spec)
+        return _parse_number_in_bounds(text, annotation, spec)
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         # By its name: that is how the settings of a run are typed.
         _check_choice(text, tuple(member.name for member in annotation))
@@ -84,7 +84,7 @@ def parse_value(text: str, annotation: Any, spec: ArgumentSpec | None = None) ->
     return Path(text).expanduser() if annotation is Path else text
 
 
-def split_list(text: str) -> list[str]:
+def unquoted_list_entries(text: str) -> list[str]:
     """The entries of `[a,b]`, or of one entry without brackets, without the quotes around any of them."""
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     entries = []
@@ -95,13 +95,13 @@ def split_list(text: str) -> list[str]:
     return entries
 
 
-def did_you_mean(typed: str, known: Iterable[str], *, end: str = "") -> str:
+def suggestion_of_similar_name(typed: str, known: Iterable[str], *, end: str = "") -> str:
     """`; did you mean ...?` with the known word that is most like the typed one; empty if none is. `end` is put behind it."""
     similar = difflib.get_close_matches(typed, list(known), n=1)
     return f"; did you mean {similar[0]}{end}?" if similar else ""
 
 
-def _number_in_bounds(text: str, annotation: type, spec: ArgumentSpec) -> float:
+def _parse_number_in_bounds(text: str, annotation: type, spec: ArgumentSpec) -> float:
     """The typed number as `annotation` (`int` or `float`), within its bounds. Raises ValueError with the bounds."""
     number = _parse_number(text, annotation)
     if number is not None:
@@ -133,4 +133,4 @@ def _parse_number(text: str, annotation: type) -> float | None:
 def _check_choice(text: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError with the choices unless the typed text is one of them."""
     if text not in choices:
-        raise ValueError(f"must be one of {', '.join(choices)}{did_you_mean(text, choices)}")
+        raise ValueError(f"must be one of {', '.join(choices)}{suggestion_of_similar_name(text, choices)}")

@@ -35,16 +35,16 @@ class Axes:
     Two axes of two and three values span six points. A point is one run.
     """
 
-    alternatives: tuple[tuple[str, ...], ...]
+    alternative_arguments: tuple[tuple[str, ...], ...]
     """For each typed argument, in order: the `key=value` arguments that it stands for, one for each of its values."""
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The values of each axis, by its key."""
         values_by_key = {}
-        for arguments in self.alternatives:
+        for arguments in self.alternative_arguments:
             if len(arguments) > 1:
-                values_by_key[key_of(arguments[0])] = tuple(value_of(argument) for argument in arguments)
+                values_by_key[argument_key(arguments[0])] = tuple(argument_value(argument) for argument in arguments)
         return values_by_key
 
     def points(self) -> list[list[str]]:
@@ -53,15 +53,15 @@ class Axes:
         A setting that only some choices of an axis have is left out of the other points. Points that become equal by this
         are one point: `tuning=full,lora tuning.rank=4,8` has three.
         """
-        limits = self._limits_of_partial_settings()
+        limits = self._required_choices_by_key()
         points: list[list[str]] = []
         shortened_points: set[tuple[str, ...]] = set()
-        for full_point in itertools.product(*self.alternatives):
+        for full_point in itertools.product(*self.alternative_arguments):
             # `full_point` has an argument for each key, also those with one value.
-            values = {key_of(argument): value_of(argument) for argument in full_point}
+            values = {argument_key(argument): argument_value(argument) for argument in full_point}
             arguments_to_keep = []
             for argument in full_point:
-                limit = limits.get(key_of(argument))
+                limit = limits.get(argument_key(argument))
                 if limit is None or values[limit.axis] in limit.choices:
                     arguments_to_keep.append(argument)
             point = tuple(arguments_to_keep)
@@ -76,33 +76,35 @@ class Axes:
     def values_on_axes(self, point: list[str]) -> dict[str, str]:
         """The values of a point, by axis. An axis that the point lacks is left out."""
         axes = self.axes
-        return {key_of(argument): value_of(argument) for argument in point if key_of(argument) in axes}
+        return {
+            argument_key(argument): argument_value(argument) for argument in point if argument_key(argument) in axes
+        }
 
     def describe_point(self, point: list[str]) -> str:
         """The arguments in which a point differs from the others, such as `tuning=lora optim.lr=1e-4`, or "only point"."""
         arguments = [f"{key}={value}" for key, value in self.values_on_axes(point).items()]
         return " ".join(arguments) or "only point"
 
-    def lines_about_partial_settings(self) -> list[str]:
+    def partial_setting_lines(self) -> list[str]:
         """A line such as `tuning.rank: only where tuning is lora` for each setting that some points lack."""
         axes = self.axes
         sentences = []
-        for key, limit in self._limits_of_partial_settings().items():
+        for key, limit in self._required_choices_by_key().items():
             choices = [choice for choice in axes[limit.axis] if choice in limit.choices]
             sentences.append(f"{key}: only where {limit.axis} is {' or '.join(choices)}")
         return sentences
 
-    def _limits_of_partial_settings(self) -> dict[str, SettingLimit]:
+    def _required_choices_by_key(self) -> dict[str, RequiredChoices]:
         """For each setting of the command line that only some choices of an axis have: these choices, by the setting's key.
 
-        `tuning=full,lora tuning.rank=8` -> {"tuning.rank": SettingLimit("tuning", ("lora", ...))}, since `full` has no rank.
+        `tuning=full,lora tuning.rank=8` -> {"tuning.rank": RequiredChoices("tuning", ("lora", ...))}, since `full` has no rank.
         """
         from launch.config.overrides import all_settings, find_setting
 
         axes = self.axes
         limits = {}
-        for arguments in self.alternatives:
-            key = key_of(arguments[0])
+        for arguments in self.alternative_arguments:
+            key = argument_key(arguments[0])
             group = key.partition(".")[0]
             if key == group or group not in axes:
                 continue
@@ -112,24 +114,24 @@ class Axes:
             num_choices_with_setting = sum(choice in setting.available_under for choice in axes[group])
             # A setting that no choice of the axis has stays in every point, so that composing the points refuses it.
             if 0 < num_choices_with_setting < len(axes[group]):
-                limits[key] = SettingLimit(group, setting.available_under)
+                limits[key] = RequiredChoices(group, setting.available_under)
         return limits
 
 
 @dataclass(frozen=True, slots=True)
-class SettingLimit:
+class RequiredChoices:
     """The choices of an axis under which a setting exists, such as `tuning.rank` under `tuning=lora`."""
 
     axis: str
     choices: tuple[str, ...]
 
 
-def key_of(argument: str) -> str:
+def argument_key(argument: str) -> str:
     """The key of an argument `key=value`."""
     return argument.partition("=")[0]
 
 
-def value_of(argument: str) -> str:
+def argument_value(argument: str) -> str:
     """The value of an argument `key=value`, as text."""
     return argument.partition("=")[2]
 
@@ -140,15 +142,15 @@ def read_axes(arguments: list[str]) -> Axes:
     Errors: ConfigError for an empty value, as in `optim.lr=1e-4,,2e-4`.
     """
     problems: list[str] = []
-    alternatives: list[tuple[str, ...]] = []
+    alternative_arguments: list[tuple[str, ...]] = []
     for argument in arguments:
         try:
-            alternatives.append(tuple(_swept_arguments(argument)))
+            alternative_arguments.append(tuple(_single_value_arguments(argument)))
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return Axes(tuple(alternatives))
+    return Axes(tuple(alternative_arguments))
 
 
 def split_at_commas(text: str) -> list[str]:
@@ -173,7 +175,7 @@ def split_at_commas(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def _swept_arguments(argument: str) -> list[str]:
+def _single_value_arguments(argument: str) -> list[str]:
     """The arguments, one for each value, that one argument of a sweep stands for:
 
     - `optim.lr=1e-4,2e-4`: values between commas;
@@ -183,8 +185,8 @@ def _swept_arguments(argument: str) -> list[str]:
 
     Raises ConfigError for an empty value between commas, and for a glob or a function that stands for nothing.
     """
-    key = key_of(argument)
-    value_text = value_of(argument)
+    key = argument_key(argument)
+    value_text = argument_value(argument)
     values = split_at_commas(value_text)
     if len(values) > 1:
         if not all(values):
@@ -193,11 +195,11 @@ def _swept_arguments(argument: str) -> list[str]:
     if value_text.startswith("glob(") and value_text.endswith(")"):
         return [f"{key}={match}" for match in _glob_matches(argument, key, value_text)]
     if SWEEP_FUNCTION_REGEX.fullmatch(value_text):
-        return _arguments_by_hydra(argument) or [argument]
+        return _arguments_of_hydra_function(argument) or [argument]
     return [argument]
 
 
-def _arguments_by_hydra(argument: str) -> list[str]:
+def _arguments_of_hydra_function(argument: str) -> list[str]:
     """The arguments that a function of Hydra stands for: `run.seed=range(0,3)` -> run.seed=0, run.seed=1, run.seed=2.
 
     Empty for text that only looks like a function. If it is a mistake, composing the configuration reports it later.
@@ -259,7 +261,7 @@ def _matches_of_pattern(key: str, pattern: str) -> list[str]:
     return glob(pattern, recursive=True)  # noqa: PTH207 - absolute patterns too
 
 
-def excluded_points(axes: Axes, skip: list[str], where: list[str]) -> list[bool]:
+def point_exclusion_flags(axes: Axes, skip: list[str], where: list[str]) -> list[bool]:
     """For each point of a sweep (a run: one value for each axis), in order: whether a condition excludes it.
 
     A condition is arguments joined by `+`, such as `tuning=lora+optim.lr=2e-4`.
@@ -307,8 +309,8 @@ def _read_condition(name: str, text: str, axes: Axes, problems: list[str]) -> li
     """
     pairs = []
     for argument in CONDITION_SEPARATOR_REGEX.split(text.strip().strip("'\"")):
-        key = key_of(argument)
-        value = value_of(argument)
+        key = argument_key(argument)
+        value = argument_value(argument)
         values = axes.axes.get(key)
         if values is None:
             axis_names = ", ".join(axes.axes) or "none"
@@ -330,7 +332,7 @@ def point_label(values: dict[str, str]) -> str:
     return joined[:MAX_LABEL_CHARACTERS].strip("-.") or "point"
 
 
-def name_in_trackers(logging: LoggingConfig, base: Path, name: str, arguments: Iterable[str]) -> None:
+def set_point_name_in_trackers(logging: LoggingConfig, base: Path, name: str, arguments: Iterable[str]) -> None:
     """Set `logging.group`, `.name` and `.columns` so that W&B and other trackers show the points of a sweep as one group.
 
     `base`: the directory of the sweep, whose name the group gets, unless the user or WANDB_RUN_GROUP names one. `name`: that of
@@ -340,7 +342,7 @@ def name_in_trackers(logging: LoggingConfig, base: Path, name: str, arguments: I
     logging.name = f"{logging.name}-{name}" if logging.name else name
     columns = list(logging.columns)
     for argument in arguments:
-        key = key_of(argument)
+        key = argument_key(argument)
         # `experiment=x` is no setting of the run, so there is no value to look up: the whole argument is the column.
         columns.append(argument if key in WHOLE_RUN_GROUPS else key)
     logging.columns = list(dict.fromkeys(columns))

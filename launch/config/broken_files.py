@@ -7,7 +7,7 @@ import yaml
 from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS
 
 
-def suspected_files(choices: dict[str, str]) -> str:
+def suspected_files_text(choices: dict[str, str]) -> str:
     """The files that may be at fault if Hydra cannot compose these choices (by group), as "conf/debug/x.yaml or my/a.yaml".
 
     Only files of the user and those that hold settings of every group are named: the groups that we ship are tested.
@@ -27,7 +27,7 @@ def suspected_files(choices: dict[str, str]) -> str:
     return " or ".join(files)
 
 
-def composition_problem(error: Exception) -> str:
+def composition_problem_line(error: Exception) -> str:
     """An error of Hydra, OmegaConf or the YAML reader as one line for the user, with the setting in front if one is to blame."""
     from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 

@@ -30,14 +30,14 @@ def choices_by_group() -> dict[str, list[str]]:
 
     For example `tuning` has `full`, `lora` and others: the names of the files in `conf/tuning`.
     """
-    all_choices = dict(shipped_choices())
+    all_choices = dict(shipped_choices_by_group())
     for directory in USER_CONFIG_DIRS:
         for group, choices in all_choices.items():
             all_choices[group] = sorted({*choices, *_choices_in(directory / group)})
     return all_choices
 
 
-def means_a_shape(group: str, choice: str) -> bool:
+def is_published_shape_choice(group: str, choice: str) -> bool:
     """Whether a choice is the name of a published shape, as in `model=llama3_8b`. A file `model/llama3_8b.yaml` counts first."""
     if group != MODEL_GROUP or choice not in shape_names():
         return False
@@ -55,7 +55,7 @@ def _choices_in(directory: Path) -> list[str]:
 
 
 @cache
-def shipped_choices() -> dict[str, list[str]]:
+def shipped_choices_by_group() -> dict[str, list[str]]:
     """The choices of every group of `conf/`, without those of the user's own directories."""
     shipped: dict[str, list[str]] = {}
     for directory in sorted(CONF_DIR.iterdir()):
@@ -76,7 +76,7 @@ def add_user_config_dir(directory: Path) -> None:
     """
     from strategies.errors import ConfigError
 
-    user_choices = {group: _choices_in(directory / group) for group in shipped_choices()}
+    user_choices = {group: _choices_in(directory / group) for group in shipped_choices_by_group()}
     if not any(user_choices.values()):
         raise ConfigError(
             f"--config-dir {directory}: has no <group>/<choice>.yaml, such as tuning/mine.yaml or experiment/mine.yaml; a whole "
@@ -97,19 +97,19 @@ def add_user_config_dir(directory: Path) -> None:
     choices_by_group.cache_clear()
 
 
-def settings_classes() -> dict[str, dict[str, type]]:
+def settings_classes_by_group() -> dict[str, dict[str, type]]:
     """The settings class of each choice, by group and name, for the groups whose choices differ in their settings."""
     from trainer.config.tree import VARIANTS
 
     return VARIANTS
 
 
-SHARED_SETTINGS = {
+SETTINGS_BORROWED_FROM_CHOICE = {
     "strategy": {"hsdp": "fsdp2", "zero1": "zero", "zero2": "zero", "zero3": "zero"},
     "objective": dict.fromkeys(("dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "cispo", "max_rl"), "grpo"),
 }
 """Choices that have the settings of another one, by group."""
-REGISTRIES = {
+REGISTRY_LOCATION_BY_GROUP = {
     "strategy": "VARIANTS in trainer/config/tree.py",
     "tuning": "TUNINGS in trainer/tuning/config.py",
     "objective": "FAMILIES in trainer/objectives/registry.py",
@@ -122,18 +122,18 @@ REGISTRIES = {
 def settings_class_of(group: str, name: str) -> type:
     """The settings dataclass of a group's choice, such as `LoraConfig` for `tuning`, `lora`.
 
-    Some choices share the class of another one, as zero1, zero2 and zero3 share that of `zero` (SHARED_SETTINGS). Raises
-    ConfigError for a file of `conf/` without a class.
+    Some choices share the class of another one (SETTINGS_BORROWED_FROM_CHOICE): zero1, zero2 and zero3 have the class of `zero`.
+    Raises ConfigError for a file of `conf/` without a class.
     """
-    classes = settings_classes()[group]
+    classes = settings_classes_by_group()[group]
     if name not in classes:
-        name = SHARED_SETTINGS.get(group, {}).get(name, name)
+        name = SETTINGS_BORROWED_FROM_CHOICE.get(group, {}).get(name, name)
     if name not in classes:
         from strategies.errors import ConfigError
 
         raise ConfigError(
-            f"conf/{group}/{name}.yaml: no settings of that name ({', '.join(classes)}); add its class to {REGISTRIES[group]}, "
-            "or remove the file"
+            f"conf/{group}/{name}.yaml: no settings of that name ({', '.join(classes)}); add its class to "
+            f"{REGISTRY_LOCATION_BY_GROUP[group]}, or remove the file"
         )
     return classes[name]
 
@@ -147,7 +147,7 @@ def register_schemas() -> None:
 
     store: Any = ConfigStore.instance()
     store.store(name="schema_run", node=RunConfig)
-    for group, nodes in settings_classes().items():
+    for group, nodes in settings_classes_by_group().items():
         for name, settings in nodes.items():
             store.store(group=group, name=f"schema_{name}", node=settings)
 

@@ -18,9 +18,9 @@ from strategies.errors import ConfigError
 from strategies.small_files import text_values_of
 from trainer.model.config import ModelConfig
 
-MAX_FILES = 20_000
+MAX_FILES_AND_FOLDERS = 20_000
 """Most files and folders of a directory. A larger one gets no digest, so its code must be allowed at each start."""
-MAX_BYTES = 64 * 2**20
+MAX_CODE_FILE_BYTES = 64 * 2**20
 """Most bytes of one file of code, or of one that names code."""
 CODE_SUFFIXES = (".py",)
 VERSIONED_CONFIG_PATTERN = "config.*.json"
@@ -33,7 +33,7 @@ class NoDigest(Exception):
     """A directory is too large, unreadable or names code elsewhere, so its code cannot be identified by a digest."""
 
 
-def model_directory(config: ModelConfig, path: str | None, revision: str | None) -> Path | None:
+def local_model_directory(config: ModelConfig, path: str | None, revision: str | None) -> Path | None:
     """The directory of a model's or tokenizer's files on this machine; None if they are not here.
 
     `path`: a directory, or a hub id that is looked up in the hub's cache, never over the network. `config`: for the options of
@@ -59,7 +59,7 @@ def model_code_digest(directory: Path, *, download: bool = False) -> str | None:
     """
     # Such as `modeling.Net` in this directory, or `owner/name--modeling.Net` in another repository.
     references = sorted({*_auto_map_references(directory)})
-    files = dict(_code_files(directory, CODE_SUFFIXES))
+    files = dict(_code_content_by_name(directory, CODE_SUFFIXES))
     if not references and not files:
         return None
     digest_by_reference: dict[str, str] = {}  # of code in other repositories
@@ -70,15 +70,17 @@ def model_code_digest(directory: Path, *, download: bool = False) -> str | None:
             raise NoDigest(reference)  # a file that may lie anywhere
         if not mark:
             continue  # code of this directory, which is among `files`
-        other_directory = model_directory(ModelConfig(), repository, None)
+        other_directory = local_model_directory(ModelConfig(), repository, None)
         if other_directory is None and download:
             raise NoDigest(reference)  # its code would be fetched later, so it is not known now
         if other_directory is None:
             digest_by_reference[reference] = "absent"
         else:
-            digest_by_reference[reference] = _digest(dict(_code_files(other_directory, CODE_SUFFIXES)))
+            digest_by_reference[reference] = _sha256_of_files(
+                dict(_code_content_by_name(other_directory, CODE_SUFFIXES))
+            )
     auto_map = json.dumps([references, digest_by_reference]).encode()
-    return _digest({**files, "auto_map": auto_map})
+    return _sha256_of_files({**files, "auto_map": auto_map})
 
 
 def task_code_digest(path: Path) -> str:
@@ -90,7 +92,7 @@ def task_code_digest(path: Path) -> str:
     directory = path.resolve()
     if directory.is_dir():
         files_to_read = sorted(directory.rglob("*.yaml"))
-        contents = dict(_code_files(directory, CODE_SUFFIXES))
+        contents = dict(_code_content_by_name(directory, CODE_SUFFIXES))
     else:
         files_to_read = [directory]
         directory = directory.parent
@@ -109,9 +111,9 @@ def task_code_digest(path: Path) -> str:
             raise NoDigest(str(file)) from error
         files_to_read += sorted(named_files - seen)
         seen |= named_files
-        if len(seen) > MAX_FILES:
+        if len(seen) > MAX_FILES_AND_FOLDERS:
             raise NoDigest(str(path))
-    return _digest(contents)
+    return _sha256_of_files(contents)
 
 
 class _FunctionNameLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -122,12 +124,12 @@ class _FunctionNameLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # typ
         self.functions: list[str] = []
 
 
-def _note_function(loader: _FunctionNameLoader, node: yaml.Node) -> None:
+def _collect_function_name(loader: _FunctionNameLoader, node: yaml.Node) -> None:
     """Called by the loader at each `!function module.name`."""
     loader.functions.append(str(node.value))
 
 
-_FunctionNameLoader.add_constructor("!function", _note_function)
+_FunctionNameLoader.add_constructor("!function", _collect_function_name)
 
 
 def _files_named_by(file: Path, content: bytes) -> Iterator[Path]:
@@ -162,16 +164,16 @@ def _include_values(tree: Any) -> Iterator[str]:
             pending += node
 
 
-def _code_files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+def _code_content_by_name(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
     """(relative name, content) of each file below a directory with one of `suffixes`, in alphabetical order.
 
-    Errors: NoDigest if there are more than `MAX_FILES` files and folders, or a file cannot be read.
+    Errors: NoDigest if there are more than `MAX_FILES_AND_FOLDERS` files and folders, or a file cannot be read.
     """
     seen = 0
     for parent, folders, names in os.walk(directory, followlinks=True):  # a linked folder is imported like any other
         folders.sort()
         seen += len(folders) + len(names)
-        if seen > MAX_FILES:
+        if seen > MAX_FILES_AND_FOLDERS:
             raise NoDigest(str(directory))
         for name in sorted(names):
             file = Path(parent, name)
@@ -193,14 +195,14 @@ def _auto_map_references(directory: Path) -> Iterator[str]:
 def _read_code_file(file: Path) -> bytes:
     """The bytes of a file. Errors: NoDigest if it cannot be read or is too large to be code."""
     try:
-        if not file.is_file() or file.stat().st_size > MAX_BYTES:
+        if not file.is_file() or file.stat().st_size > MAX_CODE_FILE_BYTES:
             raise NoDigest(str(file))
         return file.read_bytes()
     except OSError as error:
         raise NoDigest(str(file)) from error
 
 
-def _digest(files: dict[str, bytes]) -> str:
+def _sha256_of_files(files: dict[str, bytes]) -> str:
     """SHA-256 over the names and contents of `files`, independent of their order."""
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):

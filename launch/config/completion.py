@@ -5,16 +5,18 @@ from __future__ import annotations
 from enum import Enum
 
 from launch.config.choices import choices_by_group
-from launch.config.user_files import CHOSEN_BY_NAME
+from launch.config.user_files import GROUPS_CHOSEN_BY_NAME
 from launch.config.verb_arguments import VerbArguments, argument_specs
 from strategies.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
-PATH_KEYS = "model.path|model.tokenizer|data.path|data.eval_path|data.test_path|run.dir|run.resume|tuning.from|to|from"
+PATH_KEYS_ALTERNATIVES = (
+    "model.path|model.tokenizer|data.path|data.eval_path|data.test_path|run.dir|run.resume|tuning.from|to|from"
+)
 COMMON_FLAGS = ("--help", "--config-dir")
 """Flags that are read before the verb."""
 
-BASH = r"""# Completion of shardtune in bash. Written by: shardtune --shell-completion bash
+BASH_TEMPLATE = r"""# Completion of shardtune in bash. Written by: shardtune --shell-completion bash
 _shardtune() {
     local line="${COMP_LINE:0:COMP_POINT}" word verb candidates key
     word="${line##*[[:space:]]}"
@@ -49,7 +51,7 @@ _shardtune() {
 }
 complete -F _shardtune shardtune
 """
-ZSH = r"""#compdef shardtune
+ZSH_TEMPLATE = r"""#compdef shardtune
 # Completion of shardtune in zsh. Written by: shardtune --shell-completion zsh
 _shardtune() {
     local word="${words[CURRENT]}" key candidates
@@ -107,23 +109,23 @@ def completion_script(shell: str, verbs: dict[str, str], classes_by_verb: dict[s
             value_cases.append(f'                {key}) candidates="{" ".join(values)}" ;;')
     argument_cases = []
     for verb, declarations in classes_by_verb.items():
-        argument_cases.append(f'        {verb}) candidates="{" ".join(option_keys(declarations))}" ;;')
+        argument_cases.append(f'        {verb}) candidates="{" ".join(option_keys_of_verb(declarations))}" ;;')
 
     replacements = {  # by mark in the text of the script
         "@VERBS@": " ".join(verbs),
-        "@FLAGS@": " ".join(flags_of(classes_by_verb)),
+        "@FLAGS@": " ".join(flags_of_all_verbs(classes_by_verb)),
         "@OWN@": "\n".join(argument_cases),
-        "@PATHS@": PATH_KEYS if shell == "zsh" else "=*|".join(PATH_KEYS.split("|")),
+        "@PATHS@": PATH_KEYS_ALTERNATIVES if shell == "zsh" else "=*|".join(PATH_KEYS_ALTERNATIVES.split("|")),
         "@VALUES@": "\n".join(value_cases),
         "@KEYS@": " ".join(values_by_key),
     }
-    script_text = BASH if shell == "bash" else ZSH
+    script_text = BASH_TEMPLATE if shell == "bash" else ZSH_TEMPLATE
     for mark, replacement in replacements.items():
         script_text = script_text.replace(mark, replacement)
     return script_text
 
 
-def option_keys(declarations: list[type[VerbArguments]]) -> list[str]:
+def option_keys_of_verb(declarations: list[type[VerbArguments]]) -> list[str]:
     """The keys of a verb's own `key=value` arguments, as they are typed."""
     keys = []
     for declaration in declarations:
@@ -133,7 +135,7 @@ def option_keys(declarations: list[type[VerbArguments]]) -> list[str]:
     return keys
 
 
-def flags_of(classes_by_verb: dict[str, list[type[VerbArguments]]]) -> list[str]:
+def flags_of_all_verbs(classes_by_verb: dict[str, list[type[VerbArguments]]]) -> list[str]:
     """The flags of all verbs: every argument that begins with a dash, each once."""
     flags = [*COMMON_FLAGS]
     for declarations in classes_by_verb.values():
@@ -154,7 +156,7 @@ def possible_values_by_key() -> dict[str, list[str]]:
     values_by_key: dict[str, list[str]] = {group: list(choices) for group, choices in choices_by_group().items()}
     for key, setting in all_settings().items():
         name = key.removesuffix("_")
-        is_choice = name.endswith(".name") and name.split(".")[0] in CHOSEN_BY_NAME
+        is_choice = name.endswith(".name") and name.split(".")[0] in GROUPS_CHOSEN_BY_NAME
         if "*" in name or is_choice:
             continue
         values_by_key[name] = []
@@ -182,7 +184,7 @@ def _fish_script(
         description = text.replace("'", "\\'")
         lines.append(f"complete -c shardtune -n __fish_use_subcommand -a {verb} -d '{description}'")
     # The function: files after keys of paths, else values of the key, else keys.
-    path_patterns = " ".join(f"'{key}=*'" for key in PATH_KEYS.split("|"))
+    path_patterns = " ".join(f"'{key}=*'" for key in PATH_KEYS_ALTERNATIVES.split("|"))
     lines += [
         "function __shardtune_words",
         "    set -l word (commandline -ct)",
@@ -207,11 +209,11 @@ def _fish_script(
     ]
     # Arguments of single verbs, and flags.
     for verb, declarations in classes_by_verb.items():
-        keys = option_keys(declarations)
+        keys = option_keys_of_verb(declarations)
         if keys:
             arguments = " ".join(f"{key}=" for key in keys)
             lines.append(f"complete -c shardtune -n '__fish_seen_subcommand_from {verb}' -a '{arguments}'")
-    for flag in flags_of(classes_by_verb):
+    for flag in flags_of_all_verbs(classes_by_verb):
         if flag.startswith("--"):
             lines.append(f"complete -c shardtune -n 'not __fish_use_subcommand' -l {flag.removeprefix('--')}")
     return "\n".join(lines) + "\n"

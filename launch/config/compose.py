@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launch.config import hints, overrides
-from launch.config.broken_files import composition_problem, suspected_files
+from launch.config.broken_files import composition_problem_line, suspected_files_text
 from launch.config.choices import (
     CONF_DIR,
     USER_CONFIG_DIRS,
     add_table_entry,
     register_schemas,
     settings_class_of,
-    settings_classes,
+    settings_classes_by_group,
 )
 from launch.config.earlier_overrides import earlier_config_of_same_overrides, keep_first_budget
-from launch.config.frozen import Composed, default_run_dir, is_finished, load_frozen
-from launch.config.host_devices import device_problems, resolve_auto
-from launch.config.learning_rate import keep_rate_of_run, rate_problems, settle_rate
-from launch.config.resume import keep_rate_of_checkpoint
-from launch.config.reward_copies import use_reward_copies
+from launch.config.frozen import ComposedConfig, default_run_dir, is_finished, load_frozen_config
+from launch.config.host_devices import device_problems, resolve_auto_for_this_host
+from launch.config.learning_rate import keep_learning_rate_of_run, learning_rate_problems, set_usual_learning_rate
+from launch.config.resume import keep_learning_rate_of_checkpoint
+from launch.config.reward_copies import use_copies_of_missing_reward_files
 from launch.config.secrets import secret_problems
 from strategies.errors import ConfigError, key_of_problem
 from trainer.config.resuming import plain_settings
@@ -45,29 +45,29 @@ from trainer.tuning.initial_adapter import adopt_adapter_settings
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["Composed", "compose", "default_run_dir", "is_finished", "load_frozen"]
+__all__ = ["ComposedConfig", "compose", "default_run_dir", "is_finished", "load_frozen_config"]
 
 
-def compose(argv: list[str], *, check: bool = True) -> Composed:
+def compose(argv: list[str], *, check: bool = True) -> ComposedConfig:
     """Compose command-line overrides (`key=value`) into the configuration of a run, and validate it unless `check` is off.
 
     Raises ConfigError with every problem found.
     """
-    use_reward_copies(argv)
+    use_copies_of_missing_reward_files(argv)
     # Every stage adds to the problems instead of raising, so that the user sees all of them at once.
     parsed = overrides.parse_overrides(argv)
     tree, problems = _compose_choices(parsed.choices)
     problems = parsed.problems + problems
     problems += _apply_values(tree, parsed)
-    config = _to_config(tree, problems)
+    config = _config_from_tree(tree, problems)
     if config is not None:
-        resolve_auto(config)
+        resolve_auto_for_this_host(config)
         # Defaults that depend on other settings, and on which keys the user has set.
         keys_set_by_user = {value.key for value in parsed.values}
         config.substitutions |= adopt_adapter_settings(config.tuning, keys_set_by_user)
         config.substitutions |= set_default_merge(config.export, config.tuning)
-        settle_rate(config)
-        keep_rate_of_checkpoint(config)
+        set_usual_learning_rate(config)
+        keep_learning_rate_of_checkpoint(config)
         if config.evaluation.watch is None:
             config.evaluation.watch = family_of(config.objective).watched_metric
         if check:
@@ -76,7 +76,7 @@ def compose(argv: list[str], *, check: bool = True) -> Composed:
                     problems.append(problem)
     if problems or config is None:
         raise ConfigError(problems)
-    return Composed(config, list(argv))
+    return ComposedConfig(config, list(argv))
 
 
 def _repeats_problem_of_override(problem: str, meant_keys: set[str]) -> bool:
@@ -91,7 +91,7 @@ def _repeats_problem_of_override(problem: str, meant_keys: set[str]) -> bool:
     return key in meant_keys or key in groups or is_below_meant_key
 
 
-def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> RunConfig:
+def recompose_frozen_config(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> RunConfig:
     """The frozen configuration of a run with command-line overrides on top, for this process: its own launcher and devices.
 
     `allowed`: the groups of settings that overrides may set, such as `launcher`. Raises ConfigError with every problem, also
@@ -104,11 +104,11 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
     for key, override in override_by_key.items():
         group = key.split(".")[0]
         if group not in allowed:
-            problems.append(_problem_beside_run(key, override, allowed))
+            problems.append(_unsettable_override_problem(key, override, allowed))
 
     # The groups of this start replace those of the frozen configuration.
-    tree = _as_omegaconf(config)
-    for group in {"launcher", *parsed.choices} & {*settings_classes()}:
+    tree = _frozen_config_as_tree(config)
+    for group in {"launcher", *parsed.choices} & {*settings_classes_by_group()}:
         tree[group] = composed_tree[group]
     # The run may have trained elsewhere: this process looks for its own device.
     tree.run.device = Device.auto
@@ -117,30 +117,30 @@ def recompose(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> Ru
     if not problems:
         problems = _apply_values(tree, parsed)
     problems = parsed.problems + problems
-    recomposed = _to_config(tree, problems)
+    recomposed = _config_from_tree(tree, problems)
     if recomposed is None or problems:
         raise ConfigError(problems)
-    resolve_auto(recomposed)
+    resolve_auto_for_this_host(recomposed)
     return recomposed
 
 
 def apply_overrides(config: RunConfig, argv: list[str]) -> RunConfig:
     """A copy of a frozen configuration with overrides on top; everything else stays. Raises ConfigError with every problem."""
     parsed = overrides.parse_overrides(argv)
-    tree = _as_omegaconf(config)
+    tree = _frozen_config_as_tree(config)
     problems = parsed.problems or _apply_values(tree, parsed)
-    changed_config = _to_config(tree, problems)
+    changed_config = _config_from_tree(tree, problems)
     if changed_config is None or problems:
         raise ConfigError(problems)
     return changed_config
 
 
-def _as_omegaconf(config: RunConfig) -> Any:
+def _frozen_config_as_tree(config: RunConfig) -> Any:
     """A frozen configuration as an OmegaConf tree. `${...}` in it stays text: somebody else may have written it."""
     from omegaconf import OmegaConf
 
     tree = OmegaConf.structured(RunConfig)
-    for group in settings_classes():
+    for group in settings_classes_by_group():
         tree[group] = OmegaConf.structured(type(getattr(config, group)))
     return OmegaConf.merge(tree, literal(plain_settings(config)))
 
@@ -153,13 +153,13 @@ def keys_set_by(argv: list[str]) -> set[str]:
     return value_keys | parsed.replaced_tables | reset_keys
 
 
-def _problem_beside_run(key: str, override: str, allowed: frozenset[str]) -> str:
+def _unsettable_override_problem(key: str, override: str, allowed: frozenset[str]) -> str:
     """The problem with an override of a frozen run's configuration whose group is not in `allowed`.
 
     Its key does not exist, or it is a setting that the run keeps as it was.
     """
     settings_by_key = overrides.all_settings()
-    if overrides.find_setting(settings_by_key, key) is None and key not in settings_classes():
+    if overrides.find_setting(settings_by_key, key) is None and key not in settings_classes_by_group():
         return hints.explain_unknown_key(key, override, settings_by_key).problem
     return f"{override}: is the run's, and stays as it was; beside a run one can set {', '.join(sorted(allowed))}"
 
@@ -177,7 +177,7 @@ def _start_problems_unless_resumed(config: RunConfig, argv: list[str]) -> list[s
     if earlier_config is None:
         return problems
     keep_first_budget(config, earlier_config)
-    keep_rate_of_run(config, earlier_config)
+    keep_learning_rate_of_run(config, earlier_config)
     return start_problems(config, frozen_config=earlier_config)
 
 
@@ -188,7 +188,7 @@ def start_problems(config: RunConfig, *, frozen_config: RunConfig | None = None)
     """
     return [
         *config_problems(config, world_size=world_size_of(config)),
-        *rate_problems(config),
+        *learning_rate_problems(config),
         *device_problems(config),
         *secret_problems(config, frozen_config),
     ]
@@ -201,10 +201,10 @@ def world_size_of(config: RunConfig) -> int | None:
     """
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    return launched_ranks(config)
+    return num_launched_ranks(config)
 
 
-def launched_ranks(config: RunConfig) -> int | None:
+def num_launched_ranks(config: RunConfig) -> int | None:
     """How many ranks the launcher will start; None if its settings leave the number open."""
     nodes = config.launcher.nodes
     ranks_per_node = config.launcher.per_node
@@ -251,7 +251,7 @@ def _compose_choices_cached(
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             default_tree = OmegaConf.structured(RunConfig)
             OmegaConf.set_struct(default_tree, True)
-            return default_tree, [f"{suspected_files(dict(choices))}: {composition_problem(error)}"]
+            return default_tree, [f"{suspected_files_text(dict(choices))}: {composition_problem_line(error)}"]
 
 
 def hydra_arguments(choices: dict[str, str]) -> list[str]:
@@ -280,13 +280,13 @@ def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[s
 
     settings_by_key = overrides.all_settings()
     problems: list[str] = []
-    current_choices = {group: str(tree[group].name) for group in (*settings_classes(), "schedule")}
+    current_choices = {group: str(tree[group].name) for group in (*settings_classes_by_group(), "schedule")}
     has_begun = _run_has_begun(parsed)
     # Tables and defaults first, so that an override of one entry of the table is set after them.
     for table in parsed.replaced_tables:
         OmegaConf.update(tree, table, {}, merge=False)
     for key, _ in parsed.resets:
-        _set_default(tree, key, current_choices)
+        _reset_to_default(tree, key, current_choices)
 
     for key, value, source_text, _ in parsed.values:
         setting = overrides.find_setting(settings_by_key, key)
@@ -294,9 +294,9 @@ def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[s
             unknown = hints.explain_unknown_key(key, source_text, settings_by_key)
             problems.append(unknown.problem)
             parsed.meant_keys |= unknown.meant_keys
-        elif _is_of_another_choice(setting, key, value, current_choices, has_begun=has_begun):
+        elif _needs_another_choice(setting, key, value, current_choices, has_begun=has_begun):
             problems.append(overrides.needed_choice_problem(key, source_text, setting))
-        elif key.endswith(".name") and key.split(".")[0] in settings_classes():
+        elif key.endswith(".name") and key.split(".")[0] in settings_classes_by_group():
             # `tuning.name=lora` would keep the settings class of another choice; `tuning=lora` is what works.
             problems.append(hints.explain_unknown_key(key, source_text, settings_by_key).problem)
         else:
@@ -305,11 +305,11 @@ def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[s
             except (OmegaConfBaseException, ValueError):
                 problems.append(f"{source_text}: {key} must be {overrides.describe_type(setting.type)}")
                 parsed.meant_keys.add(key)
-    _keep_one_budget(tree, parsed)
+    _drop_outranked_budgets(tree, parsed)
     return problems
 
 
-def _set_default(tree: DictConfig, key: str, current_choices: dict[str, str]) -> None:
+def _reset_to_default(tree: DictConfig, key: str, current_choices: dict[str, str]) -> None:
     """Set a setting or table of `tree` back to its default in the code, for the override `~key`. Does nothing for an unknown key.
 
     `current_choices`: the choice of each group, such as {"tuning": "lora"}; the defaults of a group are those of its choice.
@@ -326,7 +326,7 @@ def _set_default(tree: DictConfig, key: str, current_choices: dict[str, str]) ->
         OmegaConf.update(tree, key, OmegaConf.select(defaults, key), merge=False)
 
 
-def _keep_one_budget(tree: DictConfig, parsed: overrides.ParsedOverrides) -> None:
+def _drop_outranked_budgets(tree: DictConfig, parsed: overrides.ParsedOverrides) -> None:
     """Set to None the budgets in `tree` that one of higher precedence replaces, since a run has one of steps, epochs and tokens.
 
     The command line goes before a file of the user, and that before an experiment. Two budgets of the command line both stay, and
@@ -343,7 +343,7 @@ def _keep_one_budget(tree: DictConfig, parsed: overrides.ParsedOverrides) -> Non
             OmegaConf.update(tree, budget, None)
 
 
-def _is_of_another_choice(
+def _needs_another_choice(
     setting: overrides.Setting, key: str, value: Any, current_choices: dict[str, str], *, has_begun: bool
 ) -> bool:
     """Whether a setting has no meaning under the current choice of its group, such as `tuning.rank` under `tuning=full`.
@@ -385,7 +385,7 @@ def _set_value(tree: DictConfig, key: str, value: Any) -> None:
     OmegaConf.update(tree, key, value, merge=True, force_add=takes_new_names)
 
 
-def _to_config(tree: DictConfig, problems: list[str]) -> RunConfig | None:
+def _config_from_tree(tree: DictConfig, problems: list[str]) -> RunConfig | None:
     """The tree as a `RunConfig`; None if it cannot be built, with the reason appended to `problems`.
 
     Also None if `problems` says already that a file could not be composed: the tree then lacks the settings of some groups.
@@ -407,7 +407,7 @@ def _to_config(tree: DictConfig, problems: list[str]) -> RunConfig | None:
         problems.append(" ".join(str(error).split()))
         return None
     assert isinstance(config, RunConfig)
-    for group in settings_classes():
+    for group in settings_classes_by_group():
         settings = getattr(config, group)
         has_class_of_choice = isinstance(settings, settings_class_of(group, str(settings.name)))
         if problems and not has_class_of_choice:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from launch.config.frozen import load_frozen
+from launch.config.frozen import load_frozen_config
 from launch.config.process_role import has_rank_variables
 from launch.config.resume import has_same_overrides
 from strategies.errors import ConfigError
@@ -24,7 +24,7 @@ def earlier_config_of_same_overrides(overrides: list[str], run_dir: str | None) 
         return None
     with suppress(ConfigError):  # `freeze` reads the file again later, and says what is wrong with it
         if has_same_overrides(overrides, path):
-            return load_frozen(path)
+            return load_frozen_config(path)
     return None
 
 
@@ -33,26 +33,27 @@ def keep_first_budget(config: RunConfig, earlier_config: RunConfig) -> None:
 
     Earlier versions took one of several budgets silently; such a run is resumed with it, and a message names the others.
     """
-    typed_budgets = _budgets(config)
-    kept_budgets = _budgets(earlier_config)
+    typed_budgets = _set_budget_by_name(config)
+    kept_budgets = _set_budget_by_name(earlier_config)
     if len(typed_budgets) < 2 or len(kept_budgets) != 1 or not kept_budgets.items() <= typed_budgets.items():
         return
     config.budget = earlier_config.budget
     if has_rank_variables(os.environ):  # the other ranks would print the same
         return
     ignored = {name: value for name, value in typed_budgets.items() if name not in kept_budgets}
+    kept_text = _budget_overrides_text(kept_budgets)
+    ignored_text = _budget_overrides_text(ignored)
     print(
-        f"{config.run.dir}: keeps {_budget_words(kept_budgets)}, with which it began; {_budget_words(ignored)} had no effect, "
-        "leave it out",
+        f"{config.run.dir}: keeps {kept_text}, with which it began; {ignored_text} had no effect, leave it out",
         file=sys.stderr,
     )
 
 
-def _budget_words(budgets: dict[str, float]) -> str:
+def _budget_overrides_text(budgets: dict[str, float]) -> str:
     """Budgets as they are typed: `budget.steps=100 budget.epochs=3`."""
     return " ".join(f"budget.{name}={value:g}" for name, value in budgets.items())
 
 
-def _budgets(config: RunConfig) -> dict[str, float]:
+def _set_budget_by_name(config: RunConfig) -> dict[str, float]:
     """The budgets of a run that are set, by name: steps, epochs or tokens."""
     return {name: value for name, value in asdict(config.budget).items() if value is not None}

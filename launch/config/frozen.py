@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.config.choices import settings_class_of, settings_classes
+from launch.config.choices import settings_class_of, settings_classes_by_group
 from strategies.errors import ConfigError
 from trainer.config.resuming import flatten_settings, plain_settings
 from trainer.config.run import (
@@ -35,7 +35,7 @@ GROUPS_WITHOUT_EFFECT_ON_RESULT = ("logging", "profile", "launcher", "gates", "r
 
 
 @dataclass(frozen=True, slots=True)
-class Composed:
+class ComposedConfig:
     """The configuration of a run, with the command-line overrides that it was composed from."""
 
     config: RunConfig
@@ -50,7 +50,7 @@ class Composed:
     @property
     def yaml(self) -> str:
         """The whole configuration, defaults included, as YAML."""
-        return to_yaml(self.config)
+        return config_yaml(self.config)
 
 
 def config_sha256(config: RunConfig) -> str:
@@ -59,10 +59,10 @@ def config_sha256(config: RunConfig) -> str:
     Left out: `run.*` except for the seed, the groups of `GROUPS_WITHOUT_EFFECT_ON_RESULT`, and the substitutions. Where a run
     is started, how it is called, what it reports and what its export must pass may change when it is requeued or resumed.
     """
-    return _hash(_identifying_settings(plain_settings(config)))
+    return _settings_sha256(_identifying_settings(plain_settings(config)))
 
 
-def to_yaml(config: RunConfig) -> str:
+def config_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML, defaults included."""
     from omegaconf import OmegaConf
 
@@ -79,7 +79,7 @@ def is_finished(run_dir: Path) -> bool:
     return read_status(run_dir).get("state") == State.done
 
 
-def record_own_choices(run_dir: Path, config: RunConfig) -> None:
+def rewrite_config_with_own_choices(run_dir: Path, config: RunConfig) -> None:
     """Rewrite a run's `config.yaml` with what the run has chosen itself, such as its micro-batch; it stays the same run.
 
     A file of an earlier version lacks the settings that were added since. They are written with their defaults, so the hash
@@ -96,8 +96,8 @@ def record_own_choices(run_dir: Path, config: RunConfig) -> None:
     recorded_hash = CONFIG_SHA256_REGEX.search(header)
     # The file is loaded only if it must be, because that takes a tenth of a second.
     if recorded_hash is not None and not _has_all_settings(path, content, config, recorded_hash[1]):
-        header = header.replace(recorded_hash[1], config_sha256(load_frozen(path)))
-    write_text_atomic(path, header + to_yaml(config))
+        header = header.replace(recorded_hash[1], config_sha256(load_frozen_config(path)))
+    write_text_atomic(path, header + config_yaml(config))
 
 
 def _has_all_settings(path: Path, content: str, config: RunConfig, recorded_hash: str) -> bool:
@@ -107,13 +107,13 @@ def _has_all_settings(path: Path, content: str, config: RunConfig, recorded_hash
     head of the file. An edited file has another hash than the recorded one, a file that lacks settings another than `config`.
     """
     try:
-        hash_of_content = _hash(_identifying_settings(settings_file.tree_of(path, content)))
+        hash_of_content = _settings_sha256(_identifying_settings(settings_file.tree_of(path, content)))
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
     return recorded_hash == hash_of_content == config_sha256(config)
 
 
-def load_frozen(path: Path | str) -> RunConfig:
+def load_frozen_config(path: Path | str) -> RunConfig:
     """The configuration in a frozen `config.yaml`.
 
     Settings that the file lacks have their defaults, except for two that were added later, which get the value that all runs had
@@ -128,7 +128,7 @@ def load_frozen(path: Path | str) -> RunConfig:
     raw = settings_file.tree_of(path, text)
     try:
         tree = OmegaConf.structured(RunConfig)
-        for group in settings_classes():
+        for group in settings_classes_by_group():
             tree[group] = OmegaConf.structured(settings_class_of(group, raw[group]["name"]))
         config: Any = OmegaConf.to_object(OmegaConf.merge(tree, settings_file.literal(raw)))
         # What was done before there were these settings.
@@ -137,7 +137,7 @@ def load_frozen(path: Path | str) -> RunConfig:
         if isinstance(config.tuning, PrefixConfig) and "init" not in raw["tuning"]:
             config.tuning.init = PrefixInit.random
         # The hash is of what the file says, because this version may have more settings.
-        sha256 = _hash(_identifying_settings(raw))
+        sha256 = _settings_sha256(_identifying_settings(raw))
     except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a configuration of this version ({' '.join(str(error).split())})") from error
     if recorded_hash is None or recorded_hash[1] != sha256:
@@ -197,6 +197,6 @@ def _identifying_settings(tree: Any) -> dict[str, Any]:
     return identifying_tree
 
 
-def _hash(tree: dict[str, Any]) -> str:
+def _settings_sha256(tree: dict[str, Any]) -> str:
     """SHA-256 of settings as JSON. The order of keys does not count."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -11,18 +11,27 @@ from launch.config import misspelled
 from launch.config.choices import MODEL_GROUP, choices_by_group
 from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, parse_number
 from launch.config.importers.names import RULES_BY_FOREIGN_NAME, normalised_name, translate
-from launch.config.importers.rules import CHOICES
-from launch.config.removed import NOT_OFFERED, REMOVED
+from launch.config.importers.rules import RULE_BY_GROUP
+from launch.config.removed import REASON_BY_NOT_OFFERED_KEY, SUCCESSOR_BY_REMOVED_KEY
 
 SettingsByKey = Mapping[str, Any]
 """Every setting of a run (`overrides.Setting`) by its full key, such as `optim.lr`."""
-FLAGS = ("--help", "--cfg", "--info", "--config-dir", "--dry-run", "--multirun", "--version")
-SAME_IN_SUBMITIT = ("partition", "account", "qos", "cpus_per_task", "gpus_per_node", "nodes", "constraint", "exclusive")
+KNOWN_FLAGS = ("--help", "--cfg", "--info", "--config-dir", "--dry-run", "--multirun", "--version")
+NAMES_SHARED_WITH_SUBMITIT = (
+    "partition",
+    "account",
+    "qos",
+    "cpus_per_task",
+    "gpus_per_node",
+    "nodes",
+    "constraint",
+    "exclusive",
+)
 """Settings of Hydra's submitit launcher that `launcher.*` has under the same name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Hint:
+class OverrideHint:
     """The message about a command-line override that cannot be used."""
 
     override: str
@@ -39,7 +48,7 @@ class Hint:
         return f"{self.override}: {self.reason}"
 
 
-class ForeignArguments:
+class ForeignOverrides:
     """The overrides of a command line that are settings of other trainers.
 
     They are collected first, because the translation of one may depend on another: a batch size on the number of ranks.
@@ -81,9 +90,9 @@ class ForeignArguments:
         for override in overrides:
             key, _, value = override.lstrip("+").partition("=")
             cli_values[key] = value
-        self._ranks = ranks_in_settings(cli_values, self._foreign_values)
+        self._ranks = num_requested_ranks(cli_values, self._foreign_values)
 
-    def hint(self, override: str) -> Hint | None:
+    def hint(self, override: str) -> OverrideHint | None:
         """What to type instead of an override of another trainer's setting; None if it is no such setting, or not known here."""
         name = self._foreign_name_by_override.get(override)
         if name is None:
@@ -93,10 +102,10 @@ class ForeignArguments:
             return None
         # Validation will say that no budget or batch size is set, which repeats this problem as well.
         groups = {key.split(".")[0] for key in translation.overrides if key.startswith(("budget.", "batch."))}
-        return Hint(override, translation_text(translation), frozenset(translation.overrides) | groups)
+        return OverrideHint(override, translation_sentence(translation), frozenset(translation.overrides) | groups)
 
 
-def translation_text(translation: TranslatedSetting) -> str:
+def translation_sentence(translation: TranslatedSetting) -> str:
     """The translation of another trainer's setting as a sentence: `here it is optim.lr=1e-4`."""
     if translation.overrides:
         note = f" ({translation.note})" if translation.note else ""
@@ -119,8 +128,8 @@ def explain_unknown_choice(group: str, choice: str, override: str) -> str:
     - a stage of ZeRO, for `strategy=deepspeed`;
     - otherwise a similar choice, if there is one.
     """
-    if group in CHOICES:
-        overrides = CHOICES[group](choice, ForeignSettings({})).overrides
+    if group in RULE_BY_GROUP:
+        overrides = RULE_BY_GROUP[group](choice, ForeignSettings({})).overrides
         if overrides:  # another trainer's name for one of our choices
             return f"{override}: no such choice; here it is {_overrides_text(overrides)}"
     choices = choices_by_group()[group]
@@ -176,7 +185,7 @@ def _submitit_setting(name: str, value: str) -> str:
     renamed = {"timeout_min": f"time={value}:00", "mem_gb": f"mem={value}G", "tasks_per_node": f"processes={value}"}
     if name in renamed:
         return renamed[name]
-    return f"{name}={value}" if name in SAME_IN_SUBMITIT else "<key>=<value>"
+    return f"{name}={value}" if name in NAMES_SHARED_WITH_SUBMITIT else "<key>=<value>"
 
 
 def needed_choice(key: str, choices: tuple[str, ...]) -> str:
@@ -194,7 +203,7 @@ def explain_argument_without_value(argument: str) -> str:
     - a group without a choice, such as `tuning`;
     - a mistyped flag, or anything else.
     """
-    from launch.config.choices import settings_classes
+    from launch.config.choices import settings_classes_by_group
 
     name = argument.lstrip("-")
     if name in misspelled.OTHER_LAUNCHERS_FLAGS:
@@ -204,11 +213,11 @@ def explain_argument_without_value(argument: str) -> str:
     if name != argument and "=" in name:
         return f"{argument}: settings have no dashes; type {name}"
     if name in choices_by_group():
-        choices = [*settings_classes().get(name, choices_by_group()[name])]
+        choices = [*settings_classes_by_group().get(name, choices_by_group()[name])]
         if not choices:
             return f"{argument}: no choices"
         return f"{argument}: give its choice, as in {name}={choices[0]}"
-    similar = difflib.get_close_matches(argument, FLAGS, n=1)
+    similar = difflib.get_close_matches(argument, KNOWN_FLAGS, n=1)
     hint = f"; did you mean {similar[0]}?" if similar else ""
     return f"{argument}: not of the form key=value{hint}"
 
@@ -265,11 +274,11 @@ def _is_setting_typed_as_flag(argument: str, settings_by_key: SettingsByKey) -> 
         return False
     last_names = {setting_key.rpartition(".")[2] for setting_key in settings_by_key}
     is_setting = key in settings_by_key or key in last_names
-    return is_setting and not difflib.get_close_matches(argument, FLAGS, n=1, cutoff=0.8)
+    return is_setting and not difflib.get_close_matches(argument, KNOWN_FLAGS, n=1, cutoff=0.8)
 
 
 @dataclass(frozen=True, slots=True)
-class UnknownKey:
+class UnknownKeyMessage:
     """The message about a command-line override whose key does not exist."""
 
     override: str
@@ -288,7 +297,7 @@ class UnknownKey:
         return set() if self.meant_key is None else {self.meant_key}
 
 
-def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey) -> UnknownKey:
+def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey) -> UnknownKeyMessage:
     """The message about an override whose key does not exist. The first of these that applies:
 
     - The setting was removed, is not offered, or is commonly confused with one of ours: what there is instead.
@@ -298,28 +307,28 @@ def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey)
     """
     missing = f"there is no setting {key}"
     value = override.partition("=")[2]
-    if key in REMOVED:
-        return UnknownKey(override, f"{missing} any more: {REMOVED[key]}")
-    if key in NOT_OFFERED:
-        return UnknownKey(override, f"{missing}: {NOT_OFFERED[key]}")
+    if key in SUCCESSOR_BY_REMOVED_KEY:
+        return UnknownKeyMessage(override, f"{missing} any more: {SUCCESSOR_BY_REMOVED_KEY[key]}")
+    if key in REASON_BY_NOT_OFFERED_KEY:
+        return UnknownKeyMessage(override, f"{missing}: {REASON_BY_NOT_OFFERED_KEY[key]}")
     replacement = misspelled.replacement_text(key, value)
     if replacement is not None:
-        return UnknownKey(override, f"{missing}; {replacement}")
+        return UnknownKeyMessage(override, f"{missing}; {replacement}")
     group = key.split(".")[0]
     last_part = key.split(".")[-1]
     if last_part == "name" and group in choices_by_group():
         choices = ", ".join(choices_by_group()[group])
-        return UnknownKey(override, f"chosen as a group; type {group}=<choice>, one of {choices}")
+        return UnknownKeyMessage(override, f"chosen as a group; type {group}=<choice>, one of {choices}")
     settings_below = sorted(name for name in settings_by_key if name.startswith(f"{key}."))
     if settings_below:
-        return UnknownKey(override, f"{key} is not one value; set {', '.join(settings_below[:8])}")
+        return UnknownKeyMessage(override, f"{key} is not one value; set {', '.join(settings_below[:8])}")
     similar_group = _similar_group(key, value, settings_by_key)
     if similar_group is not None:
-        return UnknownKey(override, f"{missing}; {similar_group}")
+        return UnknownKeyMessage(override, f"{missing}; {similar_group}")
 
     similar_keys = _similar_keys(key, settings_by_key)
     if not similar_keys:
-        return UnknownKey(override, missing)
+        return UnknownKeyMessage(override, missing)
     suggestions = []
     for similar_key in similar_keys[:3]:
         choices_with_key = settings_by_key[similar_key].available_under
@@ -327,7 +336,7 @@ def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey)
         if choices_with_key:
             suggestion = f"{similar_key} (with {needed_choice(similar_key, choices_with_key)})"
         suggestions.append(suggestion)
-    return UnknownKey(override, f"{missing}; did you mean {' or '.join(suggestions)}?", similar_keys[0])
+    return UnknownKeyMessage(override, f"{missing}; did you mean {' or '.join(suggestions)}?", similar_keys[0])
 
 
 def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
@@ -375,7 +384,7 @@ def _similar_group(key: str, value: str, settings_by_key: SettingsByKey) -> str 
     return f"did you mean {group}=<choice>, one of {', '.join(choices_by_group()[group])}?"
 
 
-def ranks_in_settings(cli_values: Mapping[str, str], foreign_values: Mapping[str, str]) -> int | None:
+def num_requested_ranks(cli_values: Mapping[str, str], foreign_values: Mapping[str, str]) -> int | None:
     """The number of ranks that the overrides ask for; None if they do not say.
 
     `cli_values`: the values of the command line by our keys. `foreign_values`: those of other trainers' settings by normalised

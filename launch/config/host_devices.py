@@ -13,7 +13,7 @@ from strategies.runtime import missing_cuda
 from trainer.config.run import Device, LauncherName, RunConfig
 
 
-def resolve_auto(config: RunConfig) -> None:
+def resolve_auto_for_this_host(config: RunConfig) -> None:
     """Replace `auto` for device, precision and processes by what this host has, with a note in `config.substitutions`.
 
     A note is such as {"run.device": "auto -> cuda"}. With `launcher.hosts` the number of nodes becomes that of the hosts. Nothing

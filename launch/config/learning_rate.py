@@ -7,11 +7,11 @@ from trainer.optim.config import OptimName
 from trainer.optim.rates import missing_rate_message, usual_rate
 from trainer.reporting.resolution import Resolution
 
-EARLIER_DEFAULTS = {OptimName.lion: 3e-6, OptimName.adafactor: 1e-3, OptimName.sgd: 1e-2}
+EARLIER_DEFAULT_RATE_BY_OPTIMIZER = {OptimName.lion: 3e-6, OptimName.adafactor: 1e-3, OptimName.sgd: 1e-2}
 """What an unset rate was in run directories of versions that had one rate for each optimizer; 2e-5 for all others."""
 
 
-def settle_rate(config: RunConfig) -> None:
+def set_usual_learning_rate(config: RunConfig) -> None:
     """Set `optim.lr` to the usual rate, with a note in `config.substitutions`, if it is not set and a usual rate is known."""
     if config.optim.lr is not None:
         return
@@ -24,14 +24,14 @@ def settle_rate(config: RunConfig) -> None:
         )
 
 
-def rate_problems(config: RunConfig) -> list[str]:
+def learning_rate_problems(config: RunConfig) -> list[str]:
     """The problem of a run whose rate is not set and in no table; empty if it has a rate."""
     if config.optim.lr is not None:
         return []
     return [missing_rate_message(config.optim, config.tuning.method, str(config.objective.name))]
 
 
-def keep_rate_of_run(config: RunConfig, earlier_config: RunConfig) -> None:
+def keep_learning_rate_of_run(config: RunConfig, earlier_config: RunConfig) -> None:
     """Set the learning rate with which the run of `earlier_config` began, if neither of them has a rate that a user has set.
 
     The table of usual rates may have changed since, and a run must not change its rate when it is resumed. Nothing is changed if
@@ -43,7 +43,7 @@ def keep_rate_of_run(config: RunConfig, earlier_config: RunConfig) -> None:
     )
     if is_set_by_user or our_choices != earlier_choices:
         return
-    earlier_default = EARLIER_DEFAULTS.get(earlier_config.optim.name, 2e-5)
+    earlier_default = EARLIER_DEFAULT_RATE_BY_OPTIMIZER.get(earlier_config.optim.name, 2e-5)
     was_set_by_user = (
         earlier_config.resolution(LEARNING_RATE_KEY) is None and earlier_config.optim.lr != earlier_default
     )

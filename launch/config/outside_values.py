@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config.code_digest import NoDigest, model_code_digest, model_directory, task_code_digest
+from launch.config.code_digest import NoDigest, local_model_directory, model_code_digest, task_code_digest
 from strategies.settings import Reach
-from trainer.config.reach import NAMED_TABLES, OF_EACH_START, reach_of
+from trainer.config.reach import GROUPS_OF_EACH_START, NAMED_TABLES, reach_of
 from trainer.config.resuming import default_settings, flatten_settings, plain_settings
 from trainer.data.read.paths import is_hub_path, is_remote_address
 from trainer.rollout.rewards.copies import code_digest
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HARNESS_KIND = "lm_eval"
 """The kind of task whose YAML may name functions."""
-VALUES_WITHOUT_REACH = (None, False, "")
+EMPTY_VALUES = (None, False, "")
 """Values with which no setting reaches out."""
 SILENT_TRACKER_MODES = ("auto", "disabled")
 """Values of a tracker's switch with which only a tracker of the reader's own choice hears of the run."""
@@ -69,11 +69,11 @@ def shell_argument(override: str) -> str:
     """An override quoted for a shell. One with control characters becomes `$'...\\x1b...'`, which is printable."""
     if override.isprintable():
         return shlex.quote(override)
-    escaped = "".join(_escaped(char) for char in override)
+    escaped = "".join(_escaped_for_shell(char) for char in override)
     return f"$'{escaped}'"
 
 
-def _escaped(char: str) -> str:
+def _escaped_for_shell(char: str) -> str:
     """A character within `$'...'` of a shell."""
     if char in "\\'":
         return f"\\{char}"
@@ -109,8 +109,8 @@ def outside_values(config: RunConfig) -> list[OutsideValue]:
     Such as the file in `objective.rewards.x.function`, which is Python code that the run executes.
     """
     values: list[OutsideValue] = []
-    for key, value in _settings_that_reach_out(config).items():
-        values += _outside_values_of(config, key, value, reach_of(key))
+    for key, value in _settings_with_outside_effect(config).items():
+        values += _outside_values_of_setting(config, key, value, reach_of(key))
     return values
 
 
@@ -132,7 +132,7 @@ def _table_entry(table: dict[str, Any], name: str) -> Any:
     return table[name] if name in table else list(table.values())[int(name)]
 
 
-def _settings_that_reach_out(config: RunConfig) -> dict[str, Any]:
+def _settings_with_outside_effect(config: RunConfig) -> dict[str, Any]:
     """The settings of a run, by full key, that reach out of it: {"data.path": "/data/a.jsonl", ...}.
 
     Left out: settings that are empty or at their default, those that each start sets anew (such as `launcher.*`), and trackers
@@ -141,9 +141,9 @@ def _settings_that_reach_out(config: RunConfig) -> dict[str, Any]:
     defaults = default_settings(config)
     reaching_settings = {}
     for key, value in flatten_settings(_with_undotted_names(plain_settings(config))).items():
-        if value in VALUES_WITHOUT_REACH or value in ([], {}) or value == defaults.get(key):
+        if value in EMPTY_VALUES or value in ([], {}) or value == defaults.get(key):
             continue
-        if key.partition(".")[0] in OF_EACH_START:
+        if key.partition(".")[0] in GROUPS_OF_EACH_START:
             continue
         reach = reach_of(key)
         is_silent_tracker = reach is Reach.tracker and value in SILENT_TRACKER_MODES
@@ -165,13 +165,13 @@ def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _outside_values_of(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[OutsideValue]:
+def _outside_values_of_setting(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[OutsideValue]:
     """The values of one setting that reaches out of the run; several for a list of paths, or a flag that allows several things.
 
     `reach`: in which way the setting reaches out; each way is described and remembered differently.
     """
     if reach is Reach.address:
-        yield from _endpoint_value(config, key)
+        yield from _server_address_values(config, key)
     elif reach is Reach.code and key.endswith(".function"):
         yield _reward_code_value(key, str(value))
     elif reach is Reach.code:
@@ -186,7 +186,7 @@ def _outside_values_of(config: RunConfig, key: str, value: Any, reach: Reach) ->
         yield OutsideValue(reach, {key: value}, {key: value}, "sends to a tracker, or decides who gets its messages")
 
 
-def _endpoint_value(config: RunConfig, key: str) -> Iterator[OutsideValue]:
+def _server_address_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
     """A server's address (`key` ends in `.url`) and the environment variable that is sent to it as its key, as one value."""
     group, _, name = key.rpartition(".")
     if name != "url":
@@ -236,7 +236,7 @@ def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
     for path, revision in dict.fromkeys(sources):
         if path is None:
             continue
-        directory = model_directory(config.model, path, revision)
+        directory = local_model_directory(config.model, path, revision)
         if config.model.download and not Path(path).expanduser().is_dir():
             # Even if code is in the cache, files that are missing there are still fetched.
             effect = f"fetches and runs the Python code of {path}"

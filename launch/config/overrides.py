@@ -17,10 +17,10 @@ from launch.config.choices import (
     MODEL_GROUP,
     WHOLE_RUN_GROUPS,
     choices_by_group,
-    means_a_shape,
+    is_published_shape_choice,
     settings_class_of,
-    settings_classes,
-    shipped_choices,
+    settings_classes_by_group,
+    shipped_choices_by_group,
 )
 from strategies.errors import ConfigError
 from trainer.export.gates.bounds import read_word
@@ -32,14 +32,14 @@ TASKS_TABLE = "evaluation.tasks"
 """A table for which a list of kinds can be typed: `[json,json:strict]` makes the entries `json` and `strict` of kind json."""
 REWARDS_TABLE = "objective.rewards"
 """A table for which Python files and kinds can be typed: `rewards.py` makes an entry of each reward function of the file."""
-GATES = "gates"
+GATES_GROUP = "gates"
 """A table of bounds such as `eval/loss<2`, which Hydra's grammar cannot read."""
-RESOLVED_BY_EACH_RANK = re.compile(r"\$\{\s*(now|hydra)\s*:")
+RESOLVED_BY_EACH_RANK_REGEX = re.compile(r"\$\{\s*(now|hydra)\s*:")
 """Interpolations that every process would resolve for itself, each at its own time."""
-RANKS_DISAGREE = "could differ between processes; write the value itself"
-MODEL_PATH = "model.path"
+RANKS_DISAGREE_REASON = "could differ between processes; write the value itself"
+MODEL_PATH_KEY = "model.path"
 """What `model=<name of a published shape>` sets."""
-NO_TARGET = "`_target_` is not used here and never runs anything; remove it"
+NO_TARGET_REASON = "`_target_` is not used here and never runs anything; remove it"
 OVERRIDE_REGEX = re.compile(r"[+]{0,2}(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
 
 
@@ -92,7 +92,7 @@ def all_settings() -> dict[str, Setting]:
     from trainer.config.tree import keyed_fields
 
     settings_by_key: dict[str, Setting] = {}
-    groups_with_classes = settings_classes()  # groups whose choices have different settings, such as `tuning`
+    groups_with_classes = settings_classes_by_group()  # groups whose choices have different settings, such as `tuning`
     for keyed_field in keyed_fields(RunConfig):
         group, _, key_in_group = keyed_field.key.partition(".")
         if group in groups_with_classes and not key_in_group:
@@ -101,7 +101,7 @@ def all_settings() -> dict[str, Setting]:
             settings_by_key[keyed_field.key] = Setting(keyed_field.type)
     for key, setting in settings_by_key.items():
         # A setting that every choice of its group has needs none of them.
-        all_choices = shipped_choices().get(key.split(".")[0], ())
+        all_choices = shipped_choices_by_group().get(key.split(".")[0], ())
         if set(setting.available_under) == set(all_choices):
             settings_by_key[key] = Setting(setting.type)
     # The schedules share one class, in which some settings mean something under some of them only.
@@ -120,9 +120,9 @@ def _settings_under_choices(group: str) -> dict[str, Setting]:
     from trainer.config.tree import keyed_fields
 
     # In the order of the classes, and not of the alphabet, because messages list the choices in this order.
-    ordered_choices = [*settings_classes()[group], *shipped_choices()[group]]
+    ordered_choices = [*settings_classes_by_group()[group], *shipped_choices_by_group()[group]]
     settings_by_key: dict[str, Setting] = {}
-    for choice in sorted(shipped_choices()[group], key=ordered_choices.index):
+    for choice in sorted(shipped_choices_by_group()[group], key=ordered_choices.index):
         for keyed_field in keyed_fields(settings_class_of(group, choice), group):
             if keyed_field.is_group:
                 continue
@@ -174,11 +174,11 @@ def parse_overrides(overrides: list[str]) -> ParsedOverrides:
     parsed = ParsedOverrides()
     settings_by_key = all_settings()
     overrides, parsed.problems = hints.take_out_split_settings(overrides, settings_by_key)
-    foreign = hints.ForeignArguments(overrides, lambda key: find_setting(settings_by_key, key) is not None)
+    foreign = hints.ForeignOverrides(overrides, lambda key: find_setting(settings_by_key, key) is not None)
     # Files first, because the last value of a key counts, and the command line goes before a file.
     for override in overrides:
         if user_files.is_settings_file(override):
-            _add_file(parsed, settings_by_key, override)
+            _add_settings_file(parsed, settings_by_key, override)
     parsed.num_file_values = len(parsed.values)
     for override in foreign.overrides:
         if user_files.is_settings_file(override):
@@ -191,7 +191,7 @@ def parse_overrides(overrides: list[str]) -> ParsedOverrides:
             _add_reset(parsed, settings_by_key, override)
         else:
             _add_override(parsed, settings_by_key, override)
-    parsed.problems += _contradictions(parsed)
+    parsed.problems += _contradiction_problems(parsed)
     return parsed
 
 
@@ -209,14 +209,14 @@ def _add_override(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], 
     if re.match(r"hydra([./]|$)", key):
         parsed.problems.append(hints.explain_hydra_setting(key, value, override))
     elif "_target_" in override:
-        parsed.problems.append(f"{override}: {NO_TARGET}")
+        parsed.problems.append(f"{override}: {NO_TARGET_REASON}")
     elif key in choices_by_group():
         _add_choice(parsed, key, value, override)
     else:
         _add_setting(parsed, settings_by_key, key, value, override)
 
 
-def _contradictions(parsed: ParsedOverrides) -> list[str]:
+def _contradiction_problems(parsed: ParsedOverrides) -> list[str]:
     """A problem for each two overrides of which one would be ignored: `~key` beside `key=...`, or two names of the model."""
     cli_values = parsed.values[parsed.num_file_values :]
     problems = _two_models_problems(cli_values)
@@ -232,14 +232,14 @@ def _two_models_problems(values: list[SettingValue]) -> list[str]:
 
     `values`: those of the command line, or those of one file. A file and the command line may name two: the latter counts.
     """
-    model_values = [value for value in values if value.key == MODEL_PATH]
+    model_values = [value for value in values if value.key == MODEL_PATH_KEY]
     shapes = [value.source_text for value in model_values if value.is_published_shape]
     paths = [value.source_text for value in model_values if not value.is_published_shape]
     if not paths or not shapes:
         return []
     return [
-        f"{shapes[-1]}: {paths[-1]} names another model; leave {shapes[-1]} out to take the model of {MODEL_PATH}, or "
-        f"leave {MODEL_PATH} out to take the published model of that name"
+        f"{shapes[-1]}: {paths[-1]} names another model; leave {shapes[-1]} out to take the model of {MODEL_PATH_KEY}, or "
+        f"leave {MODEL_PATH_KEY} out to take the published model of that name"
     ]
 
 
@@ -262,7 +262,7 @@ def describe_type(annotation: Any) -> str:
     return names.get(annotation, "a value")
 
 
-def _add_file(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
+def _add_settings_file(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
     """Add the choices and values of the settings file that `override` names (`my.yaml`) to `parsed`, or problems.
 
     Problems: a file that cannot be read, an unknown group, a setting of another trainer, an interpolation that differs between
@@ -285,17 +285,17 @@ def _add_file(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], over
     def is_ours(key: str) -> bool:
         return find_setting(settings_by_key, field_key(settings_by_key, key)) is not None
 
-    foreign = hints.ForeignArguments([f"{key}={value}" for key, value in values], is_ours)
+    foreign = hints.ForeignOverrides([f"{key}={value}" for key, value in values], is_ours)
     for key, value in values:
         source_text = f"{override}: {key}: {value}"
         hint = foreign.hint(f"{key}={value}")
         if hint is not None:
             parsed.problems.append(f"{source_text}: {hint.reason}")
             parsed.meant_keys |= hint.meant_keys
-        elif RESOLVED_BY_EACH_RANK.search(str(value)):
-            parsed.problems.append(f"{source_text}: {RANKS_DISAGREE}")
+        elif RESOLVED_BY_EACH_RANK_REGEX.search(str(value)):
+            parsed.problems.append(f"{source_text}: {RANKS_DISAGREE_REASON}")
         elif "_target_" in source_text:
-            parsed.problems.append(f"{source_text}: {NO_TARGET}")
+            parsed.problems.append(f"{source_text}: {NO_TARGET_REASON}")
         elif key in (TASKS_TABLE, REWARDS_TABLE) and isinstance(value, list):
             # Such a list has a syntax of its own, which is read in the form that it has on the command line.
             _add_setting(parsed, settings_by_key, key, f"[{','.join(map(str, value))}]", source_text)
@@ -332,9 +332,9 @@ def _add_choice(parsed: ParsedOverrides, group: str, choice: str, source_text: s
 
     A published shape (`model=llama3_8b`) becomes a value of `model.path`. Several choices, and an unknown one, are problems.
     """
-    if means_a_shape(group, choice):
+    if is_published_shape_choice(group, choice):
         hub_id = read_shape(choice).hub[0]
-        parsed.values.append(SettingValue(MODEL_PATH, hub_id, source_text, is_published_shape=True))
+        parsed.values.append(SettingValue(MODEL_PATH_KEY, hub_id, source_text, is_published_shape=True))
     elif choice in choices_by_group()[group] or (group in WHOLE_RUN_GROUPS and choice == "null"):
         parsed.choices[group] = choice
     elif "," in choice:
@@ -351,15 +351,15 @@ def _add_setting(
 
     Gates, and lists of tasks or rewards, have a syntax of their own. `source_text`: what sets it, for messages.
     """
-    if RESOLVED_BY_EACH_RANK.search(text):
-        parsed.problems.append(f"{source_text}: {RANKS_DISAGREE}")
+    if RESOLVED_BY_EACH_RANK_REGEX.search(text):
+        parsed.problems.append(f"{source_text}: {RANKS_DISAGREE_REASON}")
         return
     # Gates such as `gates={eval/loss: "<3"}`, since `<` and `>` are no characters of Hydra's grammar.
-    if key.split(".")[0] == GATES:
+    if key.split(".")[0] == GATES_GROUP:
         gates, problem = read_word(source_text.lstrip("+"))
         if gates is None:
             parsed.problems.append(problem)
-        parsed.values.append(SettingValue(GATES, gates or {}, source_text))
+        parsed.values.append(SettingValue(GATES_GROUP, gates or {}, source_text))
         return
     # Tasks such as `evaluation.tasks=[json,json:strict]`: each is a kind, with a name behind a colon if it is used twice.
     task_kinds = _list_entries(text) if key == TASKS_TABLE else None

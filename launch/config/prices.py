@@ -19,7 +19,7 @@ def cards() -> dict[str, dict[str, Any]]:
     return {file.stem: yaml.load(file.read_text(encoding="utf-8"), loader) for file in files}
 
 
-def price_of(device: str) -> float | None:
+def gpu_hour_price(device: str) -> float | None:
     """US dollars per hour for a card, by its driver's name; None if conf/hardware does not say."""
     for card in cards().values():
         if card.get("name") == device:
@@ -27,16 +27,16 @@ def price_of(device: str) -> float | None:
     return None
 
 
-def price_by_gpu_kind(word: str) -> float | None:
+def gpu_hour_price_of_kind(word: str) -> float | None:
     """US dollars per hour by a cluster's own name for a card, such as the `h100` of SLURM's `gpu:h100:8`.
 
     None if the name fits no card of conf/hardware, or cards of several prices.
     """
-    prices = {card.get("price_per_hour") for card in cards_by_gpu_kind(word)}
+    prices = {card.get("price_per_hour") for card in cards_of_gpu_kind(word)}
     return prices.pop() if len(prices) == 1 else None
 
 
-def cards_by_gpu_kind(word: str) -> list[dict[str, Any]]:
+def cards_of_gpu_kind(word: str) -> list[dict[str, Any]]:
     """The cards of `conf/hardware` that a cluster's own name may mean, such as the `h100` of SLURM's `gpu:h100:8`."""
     normalised_word = re.sub(r"[^a-z0-9]", "", word.lower())
     if not normalised_word:

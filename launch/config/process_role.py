@@ -21,7 +21,7 @@ INTERACTIVE_STEP_ID = str(0xFFFFFFFA)
 """SLURM's number for the step in which salloc puts a shell on the first node."""
 
 
-def is_worker(env: Mapping[str, str]) -> bool:
+def is_rank_process(env: Mapping[str, str]) -> bool:
     """Whether torchrun or srun started this process as one rank of a job.
 
     Errors: ConfigError if it would train on one host of many, or has variables that are left over from another job.
@@ -65,18 +65,18 @@ def refuse_lone_host(env: Mapping[str, str]) -> None:
     `env`: the environment variables of the process.
     """
     nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
-    in_terminal = env.get("SLURM_STEP_ID") == INTERACTIVE_STEP_ID or "SLURM_PTY_PORT" in env
-    started_by_srun = "SLURM_STEP_ID" in env and not in_terminal
-    if nodes == 1 or started_by_srun:
+    is_in_terminal = env.get("SLURM_STEP_ID") == INTERACTIVE_STEP_ID or "SLURM_PTY_PORT" in env
+    was_started_by_srun = "SLURM_STEP_ID" in env and not is_in_terminal
+    if nodes == 1 or was_started_by_srun:
         return
     world_size = int(env.get("WORLD_SIZE", 1))
     if world_size > int(env.get("LOCAL_WORLD_SIZE", world_size)):
         return
-    if in_terminal and _num_tasks_of_step(env) > 1:
+    if is_in_terminal and _num_tasks_of_step(env) > 1:
         return
-    place = "in a terminal on one" if in_terminal else "outside srun, on the first"
+    place = "in a terminal on one" if is_in_terminal else "outside srun, on the first"
     # Without --overlap, srun would wait for the terminal's own step to end, which holds the resources.
-    overlap = "--overlap " if in_terminal else ""
+    overlap = "--overlap " if is_in_terminal else ""
     raise ConfigError(
         f"SLURM_NNODES={nodes}: this process runs {place} of {nodes} hosts only; start it with `srun --nodes={nodes} "
         f"--ntasks-per-node=1 {overlap}python -m launch.train ...` (one task a rank; with --nodes=1 on this host alone), with "

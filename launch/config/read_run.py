@@ -24,7 +24,7 @@ from launch.config.outside_values import (
 )
 from strategies.errors import ConfigError
 from strategies.settings import Reach
-from trainer.config.reach import OF_EACH_START, reach_of
+from trainer.config.reach import GROUPS_OF_EACH_START, reach_of
 from trainer.config.resuming import flatten_settings, plain_settings
 from trainer.rollout.rewards.copies import function_locations
 from trainer.session.base_files import pin_commit
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 TASKS_PREFIX = "evaluation.tasks."
 WRITTEN_BY_EVALUATION = ("evaluation", "against", "reports")
 """Directories of a run that an evaluation writes into."""
-UsesValue = Callable[[OutsideValue, "RunConfig"], bool]
+UsesValuePredicate = Callable[[OutsideValue, "RunConfig"], bool]
 """Whether a verb uses a value of a run's configuration."""
 
 
@@ -56,7 +56,7 @@ class RunReader:
 
     command: list[str]
     """The command line: the verb, then its arguments."""
-    uses: UsesValue
+    uses: UsesValuePredicate
     prefix: str = ""
     """What stands before overrides that allow a value, if the command names several runs: `from.` or `against.`."""
     own_groups: frozenset[str] = frozenset()
@@ -68,7 +68,7 @@ class RunReader:
 def is_allowing_argument(override: str) -> bool:
     """Whether an override `key=value` sets something that reaches out of a run, so that typing it beside a run allows it."""
     key, assigned, _ = override.partition("=")
-    if not assigned or key.partition(".")[0] in OF_EACH_START:
+    if not assigned or key.partition(".")[0] in GROUPS_OF_EACH_START:
         return False
     try:
         return reach_of(key) is not Reach.describes
@@ -107,10 +107,10 @@ def read_run(
     - The verb uses it: ConfigError, which names the overrides that allow it.
     - The verb does not use it: it is set to its default, and a line says so.
     """
-    from launch.config.compose import keys_set_by, load_frozen
+    from launch.config.compose import keys_set_by, load_frozen_config
 
     allowing_arguments, other_arguments = _split_overrides(overrides, reader.own_groups)
-    frozen = load_frozen(run_dir / "config.yaml")
+    frozen = load_frozen_config(run_dir / "config.yaml")
     # First, because another commit of a model on the hub may have other code, and `outside_values` looks at the code.
     pin_commit(frozen, run_dir, may_fetch=False)
     config = change(_with_allowing_arguments(frozen, allowing_arguments), other_arguments)
@@ -121,26 +121,26 @@ def read_run(
     unused_values: list[OutsideValue] = []
     for value in outside_values(config):
         is_of_task = any(key.startswith(TASKS_PREFIX) for key in value.settings)
-        if value.is_set_by_user(allowed_keys) or trusted_values.is_remembered(value.identity):
+        if value.is_set_by_user(allowed_keys) or trusted_values.was_allowed_before(value.identity):
             allowed_values.append(value)
         elif reader.uses(value, config):
             refused_values.append(value)
         elif not is_of_task:  # a value of a task may stay, since a verb that does not use it runs no task
             unused_values.append(value)
     if refused_values:
-        raise ConfigError(_refusal(run_dir, reader, refused_values))
+        raise ConfigError(_refusal_message(run_dir, reader, refused_values))
     for value in unused_values:
         for key in value.settings:
             reset_to_default(config, key)
 
     # Rank 0 alone remembers and prints, since every rank of a job reads the run.
     if os.environ.get("RANK", "0") == "0":
-        trusted_values.remember(allowed_values)
+        trusted_values.remember_values(allowed_values)
         _print_unused(run_dir, unused_values)
     return config
 
 
-def use_trusted_copies(config: RunConfig, run: Path, settings: list[str]) -> None:
+def use_trusted_reward_copies(config: RunConfig, run: Path, settings: list[str]) -> None:
     """Point the rewards of a run's configuration to the run's own copies of their files, by which its training was scored.
 
     Only done for a copy whose code this user has allowed once, because the run may be somebody else's. A reward that the user
@@ -149,7 +149,7 @@ def use_trusted_copies(config: RunConfig, run: Path, settings: list[str]) -> Non
     rewards: dict[str, RewardEntry] = getattr(config.objective, "rewards", {})
     for name, (file, function) in function_locations(rewards, run).items():
         is_set_by_user = any(setting.startswith(f"objective.rewards.{name}.") for setting in settings)
-        if not is_set_by_user and trusted_values.is_remembered(reward_code_identity(file)):
+        if not is_set_by_user and trusted_values.was_allowed_before(reward_code_identity(file)):
             rewards[name].function = f"{file}:{function}"
 
 
@@ -159,10 +159,10 @@ def may_write_results(run_dir: Path) -> bool:
     The links are checked because a downloaded run belongs to this user too, and somebody else may have put links into it.
     """
     is_owner = all(path.stat().st_uid == os.geteuid() for path in (run_dir, run_dir / "config.yaml"))
-    return is_owner and not any(has_link_out(run_dir / name, run_dir) for name in WRITTEN_BY_EVALUATION)
+    return is_owner and not any(contains_link_out_of(run_dir / name, run_dir) for name in WRITTEN_BY_EVALUATION)
 
 
-def has_link_out(directory: Path, home: Path) -> bool:
+def contains_link_out_of(directory: Path, home: Path) -> bool:
     """Whether `directory`, or anything in it, is a symbolic link to a place outside of `home`."""
     resolved_home = home.resolve()
     entries = [directory]
@@ -209,7 +209,7 @@ def _with_allowing_arguments(config: RunConfig, allowing_arguments: list[str]) -
     return allowed_config
 
 
-def _refusal(run_dir: Path, reader: RunReader, refused_values: list[OutsideValue]) -> str:
+def _refusal_message(run_dir: Path, reader: RunReader, refused_values: list[OutsideValue]) -> str:
     """The error message that lists values that this user never set, and the command that allows them."""
     # A dictionary as an ordered set, because two values may need the same override.
     allowing_arguments: dict[str, None] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-REMOVED = {
+SUCCESSOR_BY_REMOVED_KEY = {
     "launcher.max_restarts": "launcher.retry={preempted:20,node_fail:3} says how often, and after what",
     "data.balance.up_sample": "documents are repeated up to data.balance.max_repeats times; 1 leaves out instead",
     "data.balance.down_sample": "data.balance.max_repeats=1 leaves documents of the large groups out",
@@ -32,7 +32,7 @@ _ONLY_TEMPERATURE = (
     "answers are drawn by the very probabilities that are learned, and only objective.rollout.temperature changes both; "
     "evaluation.generate.top_p is for evaluations"
 )
-NOT_OFFERED = {
+REASON_BY_NOT_OFFERED_KEY = {
     **dict.fromkeys(_DRAWN_OTHERWISE, _ONLY_TEMPERATURE),
     "parallel.tensor": (
         "tensor parallelism is not offered. If the model does not fit, shard it with strategy=fsdp2 or zero3, or store its base "

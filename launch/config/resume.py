@@ -17,14 +17,14 @@ from pathlib import Path
 from launch.config.frozen import (
     EXPORTED_CHECKPOINT_KEY,
     GROUPS_WITHOUT_EFFECT_ON_RESULT,
-    Composed,
+    ComposedConfig,
     DifferingSetting,
     differing_settings,
     is_finished,
-    load_frozen,
+    load_frozen_config,
 )
-from launch.config.learning_rate import keep_rate_of_run
-from launch.config.trusted_values import is_remembered
+from launch.config.learning_rate import keep_learning_rate_of_run
+from launch.config.trusted_values import was_allowed_before
 from launch.config.user_files import user_files_may_apply
 from strategies.errors import ConfigError
 from strategies.matmul import Matmul
@@ -52,7 +52,9 @@ RECORDED_OVERRIDES_REGEX = re.compile(r"^# overrides: (.*)$", re.MULTILINE)
 """The comment in the head of a `config.yaml` with the overrides that the run was composed from."""
 
 
-def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_change_strategy: bool) -> None:
+def settle_resumed_config(
+    composed: ComposedConfig, path: Path, *, has_progress: bool, may_change_strategy: bool
+) -> None:
     """Compare a command with the run whose `config.yaml` is at `path`. Raises ConfigError if it is the command of another run.
 
     `has_progress`: the directory has a checkpoint or is finished. `may_change_strategy`: whether the run may resume with another
@@ -95,7 +97,7 @@ def resume_or_refuse(composed: Composed, path: Path, *, has_progress: bool, may_
 def _load_unless_replaceable(path: Path, *, has_progress: bool) -> RunConfig | None:
     """The configuration that is frozen at `path`. If it cannot be read: None without progress, ConfigError with it."""
     try:
-        return load_frozen(path)
+        return load_frozen_config(path)
     except ConfigError as error:
         if not has_progress:
             return None
@@ -106,12 +108,12 @@ def _load_unless_replaceable(path: Path, *, has_progress: bool) -> RunConfig | N
         raise
 
 
-def _keep_earlier_defaults_of_run(composed: Composed, earlier_config: RunConfig, run_dir: Path) -> None:
+def _keep_earlier_defaults_of_run(composed: ComposedConfig, earlier_config: RunConfig, run_dir: Path) -> None:
     """Set the learning rate, the exported checkpoint and the evaluation interval that a run began with by default.
 
     Prints a line if the evaluation interval changes by that.
     """
-    keep_rate_of_run(composed.config, earlier_config)
+    keep_learning_rate_of_run(composed.config, earlier_config)
     _keep_exported_checkpoint(composed, earlier_config)
     if _keep_evaluation_interval(composed, earlier_config):
         interval = DifferingSetting(EVERY_STEPS, value_in_run_dir=0, value_in_command=AUTO)
@@ -145,7 +147,7 @@ def _keep_own_choices(config: RunConfig, earlier_config: RunConfig) -> None:
         config.substitutions[STRATEGY_KEY] = earlier_config.substitutions[STRATEGY_KEY]
 
 
-def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
+def keep_earlier_defaults(composed: ComposedConfig, run_dir: Path) -> None:
     """Give `composed.config` the defaults that the run in `run_dir` began with, if shardtune's defaults have changed since.
 
     For ranks that compose the run themselves, under torchrun: rank 0 does the same when it writes the run's `config.yaml`, and
@@ -155,8 +157,8 @@ def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
     has_checkpoint = bool(checkpoints_in(checkpoint_dirs_of(run_dir, composed.config.checkpoint.fallback_dir)))
     if not path.exists() or not (has_checkpoint or is_finished(run_dir)):
         return
-    earlier_config = load_frozen(path)
-    keep_rate_of_run(composed.config, earlier_config)
+    earlier_config = load_frozen_config(path)
+    keep_learning_rate_of_run(composed.config, earlier_config)
     _keep_exported_checkpoint(composed, earlier_config)
     _keep_evaluation_interval(composed, earlier_config)
     differing = differing_settings(composed.config, earlier_config)
@@ -166,7 +168,7 @@ def keep_earlier_defaults(composed: Composed, run_dir: Path) -> None:
         _keep_control_tokens(composed.config, earlier_config)
 
 
-def keep_rate_of_checkpoint(config: RunConfig) -> None:
+def keep_learning_rate_of_checkpoint(config: RunConfig) -> None:
     """Give a run that starts from a checkpoint (`run.resume=<directory>`) the rate of that run, if neither was set by hand."""
     if config.run.resume in ("auto", "never"):
         return
@@ -175,12 +177,12 @@ def keep_rate_of_checkpoint(config: RunConfig) -> None:
     for run_dir in list(checkpoint.parents)[1:3]:
         if (run_dir / "config.yaml").is_file():
             with suppress(ConfigError):  # what is wrong with the file is said when the checkpoint is read
-                keep_rate_of_run(config, load_frozen(run_dir / "config.yaml"))
+                keep_learning_rate_of_run(config, load_frozen_config(run_dir / "config.yaml"))
             return
 
 
 def _only_defaults_changed(
-    composed: Composed, differing: list[DifferingSetting], earlier_config: RunConfig, path: Path
+    composed: ComposedConfig, differing: list[DifferingSetting], earlier_config: RunConfig, path: Path
 ) -> bool:
     """Whether settings differ only because shardtune changed a default since `earlier_config`, which is frozen at `path`.
 
@@ -214,7 +216,7 @@ def _adds_outside_values(earlier_config: RunConfig, config: RunConfig) -> bool:
     values_of_command = outside_values(config)
     for value in outside_values(earlier_config):
         is_copied = any(key.partition(".")[0] not in GROUPS_WITHOUT_EFFECT_ON_RESULT for key in value.settings)
-        if is_copied and value not in values_of_command and not is_remembered(value.identity):
+        if is_copied and value not in values_of_command and not was_allowed_before(value.identity):
             return True
     return False
 
@@ -311,7 +313,7 @@ def _keep_control_tokens(config: RunConfig, earlier_config: RunConfig) -> None:
         config.data.control_tokens = earlier_config.data.control_tokens
 
 
-def _keep_exported_checkpoint(composed: Composed, earlier_config: RunConfig) -> None:
+def _keep_exported_checkpoint(composed: ComposedConfig, earlier_config: RunConfig) -> None:
     """Give `composed.config` the choice of the exported checkpoint that the run began with, unless the user has set it.
 
     So a run of a version without the setting still exports its last checkpoint.
@@ -322,7 +324,7 @@ def _keep_exported_checkpoint(composed: Composed, earlier_config: RunConfig) -> 
         composed.config.export.checkpoint = earlier_config.export.checkpoint
 
 
-def _keep_evaluation_interval(composed: Composed, earlier_config: RunConfig) -> bool:
+def _keep_evaluation_interval(composed: ComposedConfig, earlier_config: RunConfig) -> bool:
     """Set `evaluation.every_steps` to 0 if the run began with 0 and this command leaves it at `auto`; returns whether it was set.
 
     0 (evaluated only at the start and the end) was the default of earlier versions. Not done if the user has set `auto`
@@ -336,6 +338,6 @@ def _keep_evaluation_interval(composed: Composed, earlier_config: RunConfig) -> 
     return True
 
 
-def _is_set_by_user(key: str, composed: Composed) -> bool:
+def _is_set_by_user(key: str, composed: ComposedConfig) -> bool:
     """Whether the overrides of the command set this setting."""
     return any(_key_of_override(override) == key for override in composed.overrides)

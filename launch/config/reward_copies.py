@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.config.outside_values import reward_code_identity
-from launch.config.trusted_values import is_remembered
+from launch.config.trusted_values import was_allowed_before
 from trainer.objectives.reward_functions import split_function, use_stand_ins
 from trainer.rollout.rewards.copies import copies_of_missing_files
 
 
-def use_reward_copies(overrides: list[str]) -> None:
+def use_copies_of_missing_reward_files(overrides: list[str]) -> None:
     """Let a run's own copies stand in for reward files that are missing, for the rest of this process.
 
     Nothing happens unless `overrides` name a `run.dir` and a reward file that does not exist, as in
@@ -28,4 +28,4 @@ def use_reward_copies(overrides: list[str]) -> None:
     if run_dir is None or all(file.exists() for file in files):
         return
     copies = copies_of_missing_files(run_dir, files)
-    use_stand_ins({file: copy for file, copy in copies.items() if is_remembered(reward_code_identity(copy))})
+    use_stand_ins({file: copy for file, copy in copies.items() if was_allowed_before(reward_code_identity(copy))})

@@ -11,13 +11,13 @@ from strategies.errors import ConfigError
 from strategies.redaction import redacted
 
 if TYPE_CHECKING:
-    from launch.config.frozen import Composed
+    from launch.config.frozen import ComposedConfig
 
 CFG_KINDS = ("job", "hydra", "all")
 INFO_KINDS = ("all", "config", "defaults", "searchpath", "plugins")
 
 
-def print_config(composed: Composed, kind: str) -> None:
+def print_config(composed: ComposedConfig, kind: str) -> None:
     """Print what `kind` names: the configuration of the run (`job`), Hydra's own (`hydra`), or both (`all`).
 
     Then raises ConfigError for values out of range. Nothing else is checked, so that a configuration can be looked at before its

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 STATE_VARIABLE = "SHARDTUNE_STATE"
 """The environment variable that names another directory."""
-VALUES_SUBDIRECTORY = "typed"
+VALUES_DIR_NAME = "typed"
 MAX_VALUES = 2000
 """Most values that are kept. Beyond that, those that were not used for longest are forgotten."""
-DAY_S = 86400.0
+USE_NOTED_AFTER_S = 86400.0
 """Seconds after which the use of a value is noted again, so that not every start writes."""
 WRITABLE_BY_OTHERS = 0o022
 """Bits of a directory's mode. Values in such a directory may be somebody else's, and are not believed."""
@@ -45,7 +45,7 @@ def state_directory() -> Path | None:
         return None
 
 
-def is_remembered(identity: dict[str, Any] | None) -> bool:
+def was_allowed_before(identity: dict[str, Any] | None) -> bool:
     """Whether this user has allowed a value before, here or on another machine with the same state directory.
 
     `identity`: `OutsideValue.identity`; None is never remembered. Sets the modification time of the value's file, at most once a
@@ -54,26 +54,26 @@ def is_remembered(identity: dict[str, Any] | None) -> bool:
     state_dir = state_directory()
     if identity is None or state_dir is None:
         return False
-    file = state_dir / VALUES_SUBDIRECTORY / _identity_file_name(identity)
+    file = state_dir / VALUES_DIR_NAME / _identity_file_name(identity)
     try:
         # The content is compared too, because a file that was put there by hand may have any name.
         if _others_can_write(file.parent) or json.loads(file.read_bytes()) != _as_read_from_json(identity):
             return False
-        if time.time() - file.stat().st_mtime > DAY_S:
+        if time.time() - file.stat().st_mtime > USE_NOTED_AFTER_S:
             os.utime(file)
     except (OSError, ValueError):
         return False
     return True
 
 
-def remember(values: Iterable[OutsideValue]) -> None:
+def remember_values(values: Iterable[OutsideValue]) -> None:
     """Remember values that this user has set, so that verbs that read a run with them need not ask again.
 
     Writes a file for each new identity into the state directory, and deletes the oldest beyond `MAX_VALUES`. If the directory
     cannot be written, or others can write it, a warning says so; it is no error.
     """
     identities = [value.identity for value in values if value.identity is not None]
-    new_identities = [identity for identity in identities if not is_remembered(identity)]
+    new_identities = [identity for identity in identities if not was_allowed_before(identity)]
     if not new_identities:
         return
     state_dir = state_directory()
@@ -81,7 +81,7 @@ def remember(values: Iterable[OutsideValue]) -> None:
         _warn("this user has no home directory")
         return
     try:
-        values_directory = state_dir / VALUES_SUBDIRECTORY
+        values_directory = state_dir / VALUES_DIR_NAME
         for folder in (state_dir, values_directory):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _others_can_write(values_directory):
@@ -101,7 +101,7 @@ def remember_config(config: RunConfig) -> None:
     """Remember every outside value of a configuration that this user has composed, so that verbs can read its run."""
     from launch.config.outside_values import outside_values
 
-    remember(outside_values(config))
+    remember_values(outside_values(config))
 
 
 def _others_can_write(folder: Path) -> bool:

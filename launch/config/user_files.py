@@ -10,16 +10,16 @@ from typing import Any
 from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS, choices_by_group
 from strategies.errors import ConfigError
 
-SUFFIXES = (".yaml", ".yml")
-CHOSEN_BY_NAME = ("tuning", "objective", "strategy", "optim", "schedule", "launcher")
+YAML_SUFFIXES = (".yaml", ".yml")
+GROUPS_CHOSEN_BY_NAME = ("tuning", "objective", "strategy", "optim", "schedule", "launcher")
 """Groups whose block holds the choice as `name`. In other groups a `name` is a setting."""
-NOT_SETTINGS = ("substitutions",)
+KEYS_WITHOUT_SETTING = ("substitutions",)
 """Keys of a frozen `config.yaml` that are no settings."""
 
 
 def is_settings_file(file_argument: str) -> bool:
     """Whether an argument names a file of settings, as `my.yaml` does."""
-    return file_argument.endswith(SUFFIXES) and "=" not in file_argument and not file_argument.startswith("-")
+    return file_argument.endswith(YAML_SUFFIXES) and "=" not in file_argument and not file_argument.startswith("-")
 
 
 def user_files_may_apply(overrides: Iterable[str]) -> bool:
@@ -41,14 +41,14 @@ def read_settings_file(file_argument: str) -> tuple[dict[str, str], list[tuple[s
     choices = dict(_choices_in_defaults(file_argument, tree.pop("defaults", [])))
     values: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        if key in NOT_SETTINGS:
+        if key in KEYS_WITHOUT_SETTING:
             continue
         is_group = key in choices_by_group()  # such as `tuning`, of which `lora` is a choice
         if is_group and isinstance(value, str):
             choices[key] = value
         elif is_group and isinstance(value, dict):
             block = dict(value)
-            if key in CHOSEN_BY_NAME and "name" in block:
+            if key in GROUPS_CHOSEN_BY_NAME and "name" in block:
                 choices[key] = str(block.pop("name"))
             values += _flatten_block(key, block)
         elif isinstance(value, dict):

@@ -21,10 +21,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from launch.config.argument_values import ArgumentSpec, did_you_mean, parse_value
+from launch.config.argument_values import ArgumentSpec, parse_value, suggestion_of_similar_name
 from launch.config.choices import choices_by_group
 
-LOOKS_LIKE_KEY = re.compile(r"[+~]{0,2}[a-z_][\w./@*-]*=")
+KEY_AND_EQUALS_SIGN_REGEX = re.compile(r"[+~]{0,2}[a-z_][\w./@*-]*=")
 """The start of `key=value`. An address has a colon before its `=`, a sentence a capital or spaces: both are positional."""
 WIDEST_ALIGNED_HEAD = 28
 """Columns of an argument in `--help` up to which its text is lined up with that of the others."""
@@ -85,13 +85,13 @@ def read_arguments(verb: str, declaration: type[Declared], argv: Iterable[str]) 
 
 
 def read_setting_group(
-    prefix: str, defaults: Config, arguments: Iterable[str], *, once: bool = False
+    prefix: str, defaults: Config, arguments: Iterable[str], *, refuse_repeated: bool = False
 ) -> tuple[Config, list[str], list[str]]:
     """Read arguments such as `serve.port=80` (`prefix` is `serve`) into a copy of `defaults`.
 
     Returns (the copy, the arguments without this prefix, a problem for each argument with it that cannot be used). `defaults`: an
-    object of a dataclass, whose annotations say what the values may be. `once`: whether a setting that is set twice is a
-    problem; otherwise its last value counts, as among the settings of a run.
+    object of a dataclass, whose annotations say what the values may be. `refuse_repeated`: whether a setting that is set twice is
+    a problem; otherwise its last value counts, as among the settings of a run.
     """
     annotations = get_type_hints(type(defaults))
     other_arguments: list[str] = []
@@ -107,7 +107,7 @@ def read_setting_group(
             known_names = ", ".join(f"{prefix}.{known}" for known in annotations)
             hint = f"did you mean {prefix}.{similar[0]}?" if similar else f"one of {known_names}"
             problems.append(f"{argument}: there is no setting {key}; {hint}")
-        elif once and name in changes:
+        elif refuse_repeated and name in changes:
             problems.append(f"{argument}: {key} is given twice; give one")
         elif not text.strip():
             # As after `serve.port=$PORT` in a shell that has no variable PORT.
@@ -157,7 +157,7 @@ def help_rows(declaration: type[VerbArguments], extra_rows: Mapping[str, str] | 
     return "\n".join(f"  {head:<{width}}  {text}" for head, text in explanations.items())
 
 
-def group_rows(prefix: str, settings: type) -> dict[str, str]:
+def setting_group_help_rows(prefix: str, settings: type) -> dict[str, str]:
     """Rows for `help_rows` about the arguments `<prefix>.<field>=`: the sentence under each field, by `key=default`."""
     from trainer.config.descriptions import docstrings
 
@@ -301,7 +301,7 @@ class _ArgumentReader:
             self._add_own_argument(field_name, argument, text)
         elif argument.startswith("-") and argument != "-":
             self._add_unknown_flag(argument)
-        elif LOOKS_LIKE_KEY.match(argument) and not _exists(argument):
+        elif KEY_AND_EQUALS_SIGN_REGEX.match(argument) and not _exists(argument):
             self._add_unknown_key(argument)
         elif self._fields_of_kind("positional"):
             self.positional_texts.append(argument)
@@ -371,7 +371,7 @@ class _ArgumentReader:
                 return
         flags = [spec.key for spec in self.spec_by_field.values() if spec.key.startswith("-")]
         known_flags = f"{', '.join(flags)} and --help" if flags else "--help"
-        hint = did_you_mean(argument, [*flags, "--help"]) or f"; {self.verb} takes {known_flags}"
+        hint = suggestion_of_similar_name(argument, [*flags, "--help"]) or f"; {self.verb} takes {known_flags}"
         self.problems.append(f"{argument}: there is no such flag{hint}")
 
     def _add_unknown_key(self, argument: str) -> None:
@@ -391,7 +391,7 @@ class _ArgumentReader:
             self.forwarded.append(argument)
             return
         known_arguments = [f"{own_key}=" for own_key in own_keys] + [f"{beginning}*" for beginning in beginnings]
-        hint = did_you_mean(key, own_keys, end="=")
+        hint = suggestion_of_similar_name(key, own_keys, end="=")
         if not hint:
             hint = f"; {self.verb} takes {', '.join(known_arguments) or 'none'}"
         self.problems.append(f"{argument}: there is no such word{hint}")

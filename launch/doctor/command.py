@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.config.help_text import show_help
-from launch.config.process_role import is_worker
+from launch.config.process_role import is_rank_process
 from launch.config.verb_arguments import (
     VerbArguments,
     asks_for_help,
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     - settings, such as launcher=slurm: check the nodes that they describe;
     - neither: examine this machine.
     """
-    is_rank_of_verification = "SHARDTUNE_CONFIG" in os.environ and is_worker(os.environ)
+    is_rank_of_verification = "SHARDTUNE_CONFIG" in os.environ and is_rank_process(os.environ)
     if is_rank_of_verification:
         from launch.doctor import verify_rank
 

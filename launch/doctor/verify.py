@@ -68,11 +68,11 @@ def verify(arguments: list[str], *, as_json: bool) -> int:
 def _report(arguments: list[str], directory: Path) -> dict[str, Any] | None:
     """Run the comparison in `directory`; returns the verdict of the ranks, with what was compared; None after Ctrl-C."""
     config, notes = settings_to_compare(arguments)
-    from launch.config.compose import launched_ranks
+    from launch.config.compose import num_launched_ranks
     from trainer.verification.run import write_small_models_and_documents
     from trainer.verification.small_run import num_ranks_for_verification
 
-    user_ranks = launched_ranks(config)
+    user_ranks = num_launched_ranks(config)
     notes += fit_to_devices(config, num_ranks_for_verification(config))
     # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.
     os.environ.setdefault("DS_ACCELERATOR", str(config.run.device))
@@ -171,12 +171,12 @@ def run_ranks(config: RunConfig, small: SmallRun, directory: Path, user_ranks: i
     Errors: VerificationFailed if a rank failed before there was a report.
     """
     from launch.cluster.torchrun import RankProgram, RedirectedOutput, start
-    from launch.config.frozen import config_sha256, to_yaml
+    from launch.config.frozen import config_sha256, config_yaml
     from trainer.reporting.status import read_failure
 
     # What the ranks read.
     sha256 = config_sha256(config)
-    (directory / CONFIG).write_text(f"# sha256: {sha256}\n{to_yaml(config)}", encoding="utf-8")
+    (directory / CONFIG).write_text(f"# sha256: {sha256}\n{config_yaml(config)}", encoding="utf-8")
     request = {"user_ranks": user_ranks, "timeout_s": small.config.run.timeout_s}
     (directory / REQUEST).write_text(json.dumps(request), encoding="utf-8")
     print(f"starting {small.ranks} processes", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ def main() -> int:
     An error is recorded in `failure.json`, for the process that started the ranks, and raised.
     """
     unblock_signals()
-    from launch.config.compose import load_frozen
+    from launch.config.compose import load_frozen_config
     from strategies import runtime as processes
     from strategies.parent_death import die_with_parent
     from trainer.config.run import settled_matmul
@@ -40,7 +40,7 @@ def main() -> int:
                 file.write(f"{text}\n")
 
     try:
-        config = load_frozen(frozen)
+        config = load_frozen_config(frozen)
         runtime = processes.join_job(
             str(config.run.device),
             timeout_s=request["timeout_s"],

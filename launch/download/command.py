@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.config.user_files import SUFFIXES
+from launch.config.user_files import YAML_SUFFIXES
 from launch.config.verb_arguments import (
     VerbArguments,
     asks_for_help,
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0 if argv else 64
     arguments, problems = read_arguments("download", DownloadArguments, argv)
-    if arguments.to.suffix not in SUFFIXES:
+    if arguments.to.suffix not in YAML_SUFFIXES:
         problems.append(f"to={arguments.to}: is a file of settings; give it a name that ends in .yaml")
     if problems:
         raise ConfigError(problems)

@@ -41,7 +41,7 @@ def check_evaluation(
     read. `split`: "eval" runs tasks, "test" measures the run's test documents. Raises ConfigError for settings, DataError for
     rows.
     """
-    from launch.config.compose import load_frozen, start_problems
+    from launch.config.compose import load_frozen_config, start_problems
     from trainer.evaluation.tasks.prepared import TaskContext, check_tasks
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
@@ -59,7 +59,7 @@ def check_evaluation(
             f"evaluation.tasks: not set, and {reason}; name a task with a file: evaluation.tasks.NAME.kind=KIND "
             f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(TASK_KINDS)}"
         )
-    run_config = None if run is None else load_frozen(run / "config.yaml")
+    run_config = None if run is None else load_frozen_config(run / "config.yaml")
     problems = []
     # Problems with a run's training data do not count, because it is read only if a task needs it, and as the run recorded it.
     for problem in start_problems(config, frozen_config=run_config):

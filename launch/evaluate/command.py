@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.config.process_role import is_worker
+from launch.config.process_role import is_rank_process
 from launch.config.verb_arguments import asks_for_help, help_rows
 from launch.evaluate.arguments import EvaluateArguments
 from launch.evaluate.kinds import KINDS_READ
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     Errors: ConfigError, DataError, StorageError and what evaluating raises.
     """
     asks = asks_for_help(argv)
-    if is_worker(os.environ) and not asks:
+    if is_rank_process(os.environ) and not asks:
         return run_as_rank(argv)
     if asks or not argv:
         show_help(USAGE)
@@ -141,7 +141,7 @@ def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     """
     from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
-    from launch.config.frozen import config_sha256, to_yaml
+    from launch.config.frozen import config_sha256, config_yaml
     from strategies.errors import Preempted
     from trainer.evaluate import evaluate_worker
     from trainer.reporting.status import write_text_atomic
@@ -155,7 +155,7 @@ def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     sha256 = config_sha256(config)
     write_text_atomic(directory / JOB_FILE, json.dumps(asdict(evaluation_plan.job), indent=1) + "\n")
     write_text_atomic(
-        directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}"
+        directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{config_yaml(config)}"
     )
     with stdout_to_stderr(quiet):
         if config.launcher.in_place:  # this process is the only rank
@@ -181,7 +181,7 @@ def run_as_rank(arguments: list[str]) -> int:
     block_signals()
     with importing_without_gc("torch"):
         from launch.cluster.torchrun import die_with_parent
-        from launch.config.compose import load_frozen
+        from launch.config.compose import load_frozen_config
         from launch.config.process_role import export_torchrun_variables
         from launch.evaluate.arguments import parse_evaluate_arguments
         from launch.evaluate.plan import plan_evaluation
@@ -196,7 +196,7 @@ def run_as_rank(arguments: list[str]) -> int:
     launcher_file = os.environ.get("SHARDTUNE_CONFIG")
     if launcher_file:
         directory = Path(launcher_file).parent
-        config = load_frozen(launcher_file)
+        config = load_frozen_config(launcher_file)
         job = EvaluationJob(**json.loads((directory / JOB_FILE).read_text(encoding="utf-8")))
     else:
         evaluation_plan = plan_evaluation(parse_evaluate_arguments(arguments))

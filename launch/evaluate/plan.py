@@ -153,8 +153,8 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
     ConfigError if there is no such run or checkpoint, if a setting cannot be used, or if the base model differs and the user does
     not accept that. Warns if checkpoint=best was worse than the base model.
     """
-    from launch.config.compose import recompose
-    from launch.config.read_run import RunReader, read_run, use_trusted_copies
+    from launch.config.compose import recompose_frozen_config
+    from launch.config.read_run import RunReader, read_run, use_trusted_reward_copies
     from launch.export.command import find_checkpoint, warn_if_base_was_better
     from trainer.config.run import settled_matmul
     from trainer.session.base_files import use_recorded_base
@@ -169,10 +169,10 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
         run_config.run.dir = None
         run_config.run.resume = "auto"
         run_config.run.matmul = settled_matmul(run_config)
-        use_trusted_copies(run_config, run, evaluate_arguments.settings)
+        use_trusted_reward_copies(run_config, run, evaluate_arguments.settings)
         if main_plan is not None:
             run_config.evaluation = copy.deepcopy(main_plan.config.evaluation)
-        return recompose(run_config, overrides, GROUPS_BESIDE_RUN)
+        return recompose_frozen_config(run_config, overrides, GROUPS_BESIDE_RUN)
 
     # The run of `against=` gets the tasks of the main evaluation, whose values were checked there.
     settled_groups = frozenset[str]() if main_plan is None else frozenset({"evaluation"})

@@ -73,7 +73,7 @@ def try_rewards(arguments: EvaluateArguments) -> int:
     """
     from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
-    from launch.config.frozen import config_sha256, to_yaml
+    from launch.config.frozen import config_sha256, config_yaml
     from launch.config.read_run import may_write_results
     from strategies.errors import Preempted
     from trainer.reporting.status import write_text_atomic
@@ -97,7 +97,7 @@ def try_rewards(arguments: EvaluateArguments) -> int:
     config.run.dir = str(directory)
     sha256 = config_sha256(config)
     write_text_atomic(
-        directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{to_yaml(config)}"
+        directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{config_yaml(config)}"
     )
     with stdout_to_stderr(arguments.as_json):
         if config.launcher.in_place:
@@ -246,7 +246,7 @@ def run_as_rank() -> int:
     """Run as one rank that our launcher has started; returns the exit code."""
     block_signals()
     from launch.cluster.torchrun import die_with_parent
-    from launch.config.compose import load_frozen
+    from launch.config.compose import load_frozen_config
     from launch.config.process_role import export_torchrun_variables
     from strategies.errors import Preempted
     from trainer.reporting.status import read_failure
@@ -257,7 +257,7 @@ def run_as_rank() -> int:
     frozen = Path(os.environ["SHARDTUNE_CONFIG"])
     try:
         job = RewardTrialJob(**json.loads((frozen.parent / JOB_FILE).read_text(encoding="utf-8")))
-        trial_worker(load_frozen(frozen), job, frozen.parent, frozen.parent.parent)
+        trial_worker(load_frozen_config(frozen), job, frozen.parent, frozen.parent.parent)
     except Preempted:
         return 0
     except Exception:

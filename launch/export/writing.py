@@ -86,7 +86,7 @@ def export_in_processes(config: RunConfig, job: ExportJob, num_processes: int) -
     """
     from launch.cluster.supervisor import run_supervised
     from launch.cluster.torchrun import RankProgram
-    from launch.config.frozen import config_sha256, to_yaml
+    from launch.config.frozen import config_sha256, config_yaml
     from trainer.config.run import LauncherConfig
 
     config = replace(config, launcher=LauncherConfig(processes=num_processes))
@@ -95,7 +95,7 @@ def export_in_processes(config: RunConfig, job: ExportJob, num_processes: int) -
     job_dir = Path(tempfile.mkdtemp(prefix="shardtune-export-"))
     (job_dir / JOB_FILE).write_text(json.dumps(asdict(job), indent=1) + "\n", encoding="utf-8")
     header = f"# Written by shardtune export.\n# sha256: {sha256}\n"
-    (job_dir / CONFIG_FILE).write_text(header + to_yaml(config), encoding="utf-8")
+    (job_dir / CONFIG_FILE).write_text(header + config_yaml(config), encoding="utf-8")
     code = run_supervised(config, job_dir, sha256, program=RankProgram("launch.export", CONFIG_FILE))
     has_failed = code not in (0, *STOPPED_CODES)
     if not has_failed:
@@ -115,7 +115,7 @@ def run_as_rank() -> int:
     An error is recorded in the job's directory, where the launcher finds the first failure and shows it.
     """
     from launch.cluster.torchrun import die_with_parent
-    from launch.config.compose import load_frozen
+    from launch.config.compose import load_frozen_config
     from strategies import runtime as processes
     from strategies.errors import Preempted
     from trainer.config.run import settled_matmul
@@ -127,7 +127,7 @@ def run_as_rank() -> int:
     # Configuration and job, as the launcher wrote them.
     frozen = Path(os.environ["SHARDTUNE_CONFIG"])
     job_dir = frozen.parent
-    config = load_frozen(frozen)
+    config = load_frozen_config(frozen)
     job = ExportJob(**json.loads((job_dir / JOB_FILE).read_text(encoding="utf-8")))
     run = config.run
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.help_text import show_help
-from launch.config.user_files import SUFFIXES
+from launch.config.user_files import YAML_SUFFIXES
 from launch.config.verb_arguments import (
     VerbArguments,
     asks_for_help,
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
 
 def _target_problems(to: Path) -> Iterator[str]:
     """Error messages for a file that cannot be written as `to`: a wrong suffix, an existing file, no directory for it."""
-    if to.suffix not in SUFFIXES:
+    if to.suffix not in YAML_SUFFIXES:
         yield f"to={to}: must end in .yaml, so that `shardtune train {to}.yaml` takes it"
     if to.exists() or to.is_symlink():
         yield f"to={to}: is there already, and is not overwritten; name another file, or remove it"
@@ -125,13 +125,13 @@ def _file_from_other_trainer(source: str, cli_settings: list[str], target: Path)
     Errors: ConfigError if the file cannot be read, or a setting of the command line cannot be used.
     """
     from launch.config.compose import compose
-    from launch.config.hints import ranks_in_settings
+    from launch.config.hints import num_requested_ranks
     from launch.config.importers.files import convert
 
     _refuse_resets(cli_settings)
     values_by_key = dict(setting.partition("=")[::2] for setting in cli_settings)
     # The number of ranks is needed, because the other trainer's batch is that of a rank, and ours of all.
-    ranks = ranks_in_settings(values_by_key, {})
+    ranks = num_requested_ranks(values_by_key, {})
     converted = convert(Path(source), ranks)
     replaced = _drop_overridden_settings(converted, cli_settings)
     arguments = _overrides_that_compose(converted, cli_settings)
@@ -269,7 +269,10 @@ def _report_sections(converted: ConvertedSettings, to_settle: list[str]) -> list
     """(title, entries) of what the user should know about a converted file, the most important first; entries may be empty."""
     return [
         ("to settle before it trains", to_settle),
-        ("empty there, so nothing was said", [", ".join(converted.without_value)] if converted.without_value else []),
+        (
+            "empty there, so nothing was said",
+            [", ".join(converted.names_without_value)] if converted.names_without_value else [],
+        ),
         (NOT_NEEDED_TITLE, list(map(str, converted.not_needed))),
         ("taken, with a difference", list(map(str, converted.remarks))),
         ("no equal here", list(map(str, converted.unsupported))),
@@ -298,7 +301,7 @@ def init_result_as_json(result: InitResult) -> dict[str, Any]:
             "no_equal": list(map(asdict, converted.unsupported)),
             "differs": list(map(asdict, converted.remarks)),
             "needless": list(map(asdict, converted.not_needed)),
-            "empty": converted.without_value,
+            "empty": converted.names_without_value,
             "replaced": result.replaced,
             "to_settle": result.to_settle,
         }

@@ -8,9 +8,15 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from launch.config.choices import CONF_DIR, choices_by_group, register_schemas, settings_class_of, settings_classes
+from launch.config.choices import (
+    CONF_DIR,
+    choices_by_group,
+    register_schemas,
+    settings_class_of,
+    settings_classes_by_group,
+)
 from launch.config.compose import hydra_arguments
-from launch.config.user_files import CHOSEN_BY_NAME
+from launch.config.user_files import GROUPS_CHOSEN_BY_NAME
 from trainer.config.descriptions import all_docstrings, docstrings
 from trainer.config.run import RunConfig
 
@@ -68,15 +74,15 @@ def settings_file_text(
     context = FileContext(parsed.choices, default_config(parsed.choices), foreign_text_by_key)
     set_values = nested_values(parsed)
     lines = [*head, ""]
-    # Without the groups in CHOSEN_BY_NAME, whose choice stands in their block, as `name`.
-    listed_choices = {group: choice for group, choice in parsed.choices.items() if group not in CHOSEN_BY_NAME}
+    # Without the groups in GROUPS_CHOSEN_BY_NAME, whose choice stands in their block, as `name`.
+    listed_choices = {group: choice for group, choice in parsed.choices.items() if group not in GROUPS_CHOSEN_BY_NAME}
     if listed_choices:
         lines += ["defaults:", *(f"  - {group}: {choice}" for group, choice in listed_choices.items()), ""]
     sentences = docstrings(RunConfig)  # the explanation of each group, by its name
     for name, annotation in get_type_hints(RunConfig).items():
         if name == "substitutions":  # what a run resolved itself: no setting
             continue
-        if is_dataclass(annotation) or name in settings_classes():
+        if is_dataclass(annotation) or name in settings_classes_by_group():
             assert isinstance(annotation, type)
             block = _lines_of_group(name, annotation, set_values.get(name, {}), context)
         elif name == "batch":
@@ -144,10 +150,10 @@ def _lines_of_group(name: str, annotation: type, set_values: dict[str, Any], con
     settings_class = annotation
     lines: list[str] = []
     # The choice of a group such as `optim` is written as its `name`, and decides which class its settings have.
-    if name in CHOSEN_BY_NAME:
+    if name in GROUPS_CHOSEN_BY_NAME:
         chosen = context.choices.get(name)
         choice = chosen or str(yaml_value(group_defaults.name))
-        if name in settings_classes():
+        if name in settings_classes_by_group():
             settings_class = settings_class_of(name, choice)
         choices = ", ".join(choices_by_group()[name])
         lines += _comment_lines(f"One of {choices}; docs/config.md lists the settings of each.", "  ")
@@ -182,7 +188,7 @@ def _lines_of_block(
     for setting in fields(settings_class):
         name = setting.name.removesuffix("_")  # a field whose name is a Python keyword ends with _
         key = f"{prefix}.{name}"
-        is_choice = depth == 1 and name == "name" and prefix in CHOSEN_BY_NAME
+        is_choice = depth == 1 and name == "name" and prefix in GROUPS_CHOSEN_BY_NAME
         # Left out: the group's `name`, which `_lines_of_group` writes, and what is neither set nor always shown.
         if is_choice or (name not in set_values and key not in SHOWN_KEYS):
             continue

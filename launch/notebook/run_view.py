@@ -10,7 +10,7 @@ from launch.compare.run_page.contents import run_cards
 from launch.compare.run_page.verdict import run_callouts, run_verdict
 from launch.compare.run_report import REPORT_FILE
 from launch.compare.settings import ComparisonRow
-from launch.config.prices import price_of
+from launch.config.prices import gpu_hour_price
 from launch.notebook.curve import Curve, Picture, picture, smoothed
 from launch.notebook.fragment import fragment
 from strategies.errors import ConfigError
@@ -20,7 +20,7 @@ from trainer.pages.pieces import Callout
 def run_view(run_dir: Path) -> str:
     """A run as HTML for a notebook: verdict, cards and its losses; only a message if it has not begun or cannot be read."""
     try:
-        comparison = compare([ComparisonRow((run_dir,))], price_of)
+        comparison = compare([ComparisonRow((run_dir,))], gpu_hour_price)
     except ConfigError as error:
         return fragment(str(run_dir), lead=Callout("note", "No run to show", "; ".join(error.problems)))
     compared = comparison.points[0]

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
         show_help(USAGE)
         return 0
     request = read_plan_request(argv)
-    from launch.config.compose import launched_ranks
+    from launch.config.compose import num_launched_ranks
     from launch.plan.answer import plan_as_json, plan_text
     from launch.plan.job import job_of
     from trainer.model.known_shapes import shape_in_use, shape_note
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
 
     config, fixed_keys = compose_planned_run(request.run_overrides, request.card)
     # First, because what is wrong with the settings must be reported before the data is prepared, which may take an hour.
-    variants, refused = run_variants(config, request.settings, fixed_keys, launched_ranks(config))
+    variants, refused = run_variants(config, request.settings, fixed_keys, num_launched_ranks(config))
     load_model_config(config.model)
     shape = shape_in_use(config.model)
     calibration = calibrated_card(request, ["plan", *argv])
@@ -277,7 +277,7 @@ def compose_planned_run(overrides: list[str], card: Card) -> tuple[RunConfig, se
     `trainer.planner.plan.run_variants` does that for each way to run. Raises ConfigError for overrides that cannot be used.
     """
     with importing_without_gc("torch"):
-        from launch.config.compose import compose, launched_ranks
+        from launch.config.compose import compose, num_launched_ranks
         from launch.config.overrides import parse_overrides
         from strategies.base import Precision
         from trainer.config.parallel import dp_size_of
@@ -300,7 +300,7 @@ def compose_planned_run(overrides: list[str], card: Card) -> tuple[RunConfig, se
     config = replace(config, precision=card.precision(precision))
     if MICRO_BATCH_KEY not in fixed_keys:
         config.batch["micro"] = 1
-    smallest_batch = config.batch["micro"] * dp_size_of(config, launched_ranks(config) or 0)
+    smallest_batch = config.batch["micro"] * dp_size_of(config, num_launched_ranks(config) or 0)
     if "batch.global" not in fixed_keys and smallest_batch > 0:
         accumulation_steps = math.ceil(config.batch["global"] / smallest_batch)
         config.batch["global"] = accumulation_steps * smallest_batch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from launch.cluster.long_steps import REACHED_PEAK_SHARE
-from launch.config.prices import cards, cards_by_gpu_kind
+from launch.config.prices import cards, cards_of_gpu_kind
 from strategies.base import Precision
 from trainer.config.run import RunConfig
 from trainer.model.architecture import text_settings, width_and_blocks
@@ -100,7 +100,7 @@ def _slowest_card(config: RunConfig, gpu_kinds: Iterable[str]) -> Card | None:
         return None
     known: list[dict[str, Any]] = []
     for kind in gpu_kinds:
-        known += cards_by_gpu_kind(kind)
+        known += cards_of_gpu_kind(kind)
     if not known and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         known = [card for card in cards().values() if card["name"] == name]

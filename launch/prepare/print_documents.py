@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.config.argument_values import did_you_mean
+from launch.config.argument_values import suggestion_of_similar_name
 from launch.config.help_text import show_help
 from launch.config.verb_arguments import (
     VerbArguments,
@@ -95,7 +95,7 @@ def directory_in_arguments(arguments: list[str]) -> Path | None:
     problems = []
     for argument in wrong_arguments:
         key = argument.partition("=")[0]
-        hint = did_you_mean(key, known_keys, end="=") or f"; one of {', '.join(known_keys)}"
+        hint = suggestion_of_similar_name(key, known_keys, end="=") or f"; one of {', '.join(known_keys)}"
         problems.append(f"{argument}: no such word beside a directory{hint}")
     raise ConfigError(problems)
 

@@ -96,7 +96,7 @@ class MakeRequest:
 
 def read_make_arguments(argv: list[str]) -> MakeRequest:
     """Read the arguments of `review make`, find the checkpoint, and check the arms. Raises ConfigError with every problem."""
-    from launch.config.compose import recompose
+    from launch.config.compose import recompose_frozen_config
     from launch.config.read_run import RunReader, read_run, split_allowing_arguments
     from launch.export.command import find_checkpoint
     from trainer.checkpoints.manifest import manifest_fingerprint
@@ -122,7 +122,7 @@ def read_make_arguments(argv: list[str]) -> MakeRequest:
     def compose_for_review(frozen: RunConfig, forwarded_settings: list[str]) -> RunConfig:
         frozen.run.dir = None
         frozen.run.resume = "auto"
-        return recompose(frozen, forwarded_settings, SETTABLE_GROUPS)
+        return recompose_frozen_config(frozen, forwarded_settings, SETTABLE_GROUPS)
 
     reading_verb = RunReader(command, _uses_outside_value, own_groups=SETTABLE_GROUPS)
     config = read_run(run, reading_verb, settings, compose_for_review)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.config.prices import price_of
+from launch.config.prices import gpu_hour_price
 from launch.runs.slurm_time import format_slurm_time
 from trainer.reporting.results import add_to_run_record
 from trainer.reporting.run_record import readable_run_record
@@ -119,7 +119,7 @@ def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapp
         if busy_percent:
             gpu_share = min(1.0, int(busy_percent[1]) / 100 / gpus)
         if run_record.device_name:
-            price = price_of(run_record.device_name)
+            price = gpu_hour_price(run_record.device_name)
         if price is not None and elapsed_s:
             dollars = price * gpus * elapsed_s / 3600
     return StartUsage(

@@ -8,8 +8,8 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from launch.config.frozen import Composed, is_finished, to_yaml
-from launch.config.resume import resume_or_refuse
+from launch.config.frozen import ComposedConfig, config_yaml, is_finished
+from launch.config.resume import settle_resumed_config
 from launch.config.trusted_values import remember_config
 from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, read_queue, unfinished_job_id
 from strategies.errors import ConfigError
@@ -23,7 +23,7 @@ QUEUE_CACHE_S = 10.0
 """Seconds for which a reading of SLURM's queue is used again: hundreds of points are frozen one after another."""
 
 
-def write_run_config(composed: Composed, run_dir: Path, *, may_change_strategy: bool = False) -> Path:
+def write_run_config(composed: ComposedConfig, run_dir: Path, *, may_change_strategy: bool = False) -> Path:
     """Write the run's `config.yaml`, with its hash, atomically into its directory, and return the directory.
 
     Sets `run.dir` of the configuration, and renews the run's copies of its reward functions. With `may_change_strategy`, a run
@@ -43,7 +43,7 @@ def write_run_config(composed: Composed, run_dir: Path, *, may_change_strategy: 
     config_file = run_dir / "config.yaml"
     if config_file.exists():
         is_done = is_finished(run_dir)
-        resume_or_refuse(
+        settle_resumed_config(
             composed,
             config_file,
             has_progress=bool(checkpoints) or is_done,
@@ -58,7 +58,7 @@ def write_run_config(composed: Composed, run_dir: Path, *, may_change_strategy: 
     config.run.dir = str(run_dir)
     overrides = " ".join(json.dumps(override) for override in composed.overrides)
     header = f"# Frozen by shardtune; do not edit.\n# sha256: {composed.sha256}\n# overrides: {overrides}\n"
-    write_text_atomic(config_file, header + to_yaml(config))
+    write_text_atomic(config_file, header + config_yaml(config))
     remember_config(config)
     return run_dir
 
@@ -89,7 +89,7 @@ def raise_if_queued(run_dir: Path) -> None:
     )
 
 
-def job_with_same_config(composed: Composed, run_dir: Path) -> QueuedJob | None:
+def job_with_same_config(composed: ComposedConfig, run_dir: Path) -> QueuedJob | None:
     """The job in SLURM's queue that runs, or will run, exactly this configuration in this directory; None if there is none."""
     try:
         frozen_hash = CONFIG_SHA256_REGEX.search((run_dir / "config.yaml").read_text(encoding="utf-8"))

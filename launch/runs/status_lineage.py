@@ -46,10 +46,10 @@ def main(root: Path, document: str | None, text_piece: str | None, *, as_json: b
 
 def _load_config_or_reason(run_dir: Path) -> RunConfig | str:
     """The frozen configuration of a run or, if it cannot be read, a line that says why."""
-    from launch.config.frozen import load_frozen
+    from launch.config.frozen import load_frozen_config
 
     try:
-        return load_frozen(run_dir / "config.yaml")
+        return load_frozen_config(run_dir / "config.yaml")
     except (ConfigError, OSError) as error:
         return " ".join(str(error).split())
 

@@ -16,12 +16,12 @@ from launch.config.verb_arguments import (
     asks_for_help,
     flag,
     forwarded_settings,
-    group_rows,
     help_rows,
     option,
     positional,
     read_arguments,
     read_setting_group,
+    setting_group_help_rows,
 )
 from launch.output import print_json
 from launch.serve.config import ServeConfig
@@ -57,7 +57,7 @@ serve offers one exported model at an OpenAI-compatible address: /v1/chat/comple
 /health. If vLLM is installed, or serve.python names a Python that has it, vLLM computes the answers; if not, the
 server of transformers does. By default only this machine can reach it (127.0.0.1).
 
-{help_rows(ServeArguments, group_rows("serve", ServeConfig))}"""
+{help_rows(ServeArguments, setting_group_help_rows("serve", ServeConfig))}"""
 
 
 def main(argv: list[str]) -> int:
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
             "and set serve.key_env=SERVE_KEY"
         )
     settings = [setting for setting in arguments.settings if not setting.startswith("serve.key=")]
-    config, _, unusable = read_setting_group("serve", ServeConfig(), settings, once=True)
+    config, _, unusable = read_setting_group("serve", ServeConfig(), settings, refuse_repeated=True)
     # Values are checked against each other only once each can be read.
     problems += unusable or config.problems()
     if problems:

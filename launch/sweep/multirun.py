@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Protocol
 from strategies.errors import ConfigError, ShardtuneError
 
 if TYPE_CHECKING:
-    from launch.config.frozen import Composed
+    from launch.config.frozen import ComposedConfig
 
 
 class RunPoint(Protocol):
     """Runs one point to its end in `run_dir`, with `isolate` in processes of its own; returns its exit code."""
 
-    def __call__(self, composed: Composed, run_dir: Path, *, isolate: bool) -> int: ...
+    def __call__(self, composed: ComposedConfig, run_dir: Path, *, isolate: bool) -> int: ...
 
 
 def run_all_points(
-    arguments: list[str], *, launch: RunPoint, show: Callable[[Composed], None] | None, check: bool
+    arguments: list[str], *, launch: RunPoint, show: Callable[[ComposedConfig], None] | None, check: bool
 ) -> int:
     """Run every combination of the settings' values (a point) by `launch`; returns the first exit code that is not 0.
 
@@ -34,7 +34,7 @@ def run_all_points(
     point is validated, which running needs. Raises ConfigError with the problems of all points.
     """
     from launch.cluster.array_size import refuse_large_arrays
-    from launch.config.axes import name_in_trackers, point_label, read_axes
+    from launch.config.axes import point_label, read_axes, set_point_name_in_trackers
     from launch.config.compose import compose, default_run_dir
 
     # Compose every point before the first one starts.
@@ -52,7 +52,7 @@ def run_all_points(
             problems += [f"point {number} ({labels[number]}): {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    for line in axes.lines_about_partial_settings():
+    for line in axes.partial_setting_lines():
         print(line, file=sys.stderr)
     if show is not None:
         for number, composed in enumerate(composed_points):
@@ -71,7 +71,7 @@ def run_all_points(
     for point, composed in zip(points, composed_points, strict=True):
         settings = axes.values_on_axes(point)
         axis_arguments = [f"{key}={setting}" for key, setting in settings.items()]
-        name_in_trackers(composed.config.logging, base_dir, point_label(settings), axis_arguments)
+        set_point_name_in_trackers(composed.config.logging, base_dir, point_label(settings), axis_arguments)
 
     if composed_points[0].config.launcher.name.value == "slurm":
         from launch.cluster.submission import submit_array
@@ -82,7 +82,9 @@ def run_all_points(
     return _run_one_by_one(composed_points, run_dirs, labels, launch)
 
 
-def _run_one_by_one(composed_points: list[Composed], run_dirs: list[Path], labels: list[str], launch: RunPoint) -> int:
+def _run_one_by_one(
+    composed_points: list[ComposedConfig], run_dirs: list[Path], labels: list[str], launch: RunPoint
+) -> int:
     """Run the points one after another, print their table, and return the first exit code that is not 0.
 
     After a point that fails, the later points still run. After a point that is stopped, they don't.

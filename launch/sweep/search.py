@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
-    from launch.config.frozen import Composed
+    from launch.config.frozen import ComposedConfig
 
-RunTrial = Callable[[str, "Composed", Path, RunsProgress], int]
+RunTrial = Callable[[str, "ComposedConfig", Path, RunsProgress], int]
 """Runs a trial to its end. Takes its name, its job, its run directory and the progress to report to; returns its exit code."""
 STOP_EXIT_CODES = (75, 130)
 """Exit codes of a run that was asked to stop: it can be resumed."""
@@ -91,7 +91,7 @@ class SearchProgress(RunsProgress):
             self._trial.report(metric_value, step)
 
 
-def start_trial(name: str, composed: Composed, run_dir: Path, progress: RunsProgress) -> int:
+def start_trial(name: str, composed: ComposedConfig, run_dir: Path, progress: RunsProgress) -> int:
     """Run a trial to its end in processes of its own; returns its exit code.
 
     Raises ConfigError where `run_dir` holds another run.
@@ -365,7 +365,7 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     - Otherwise it is done or has failed: see `_report_result`.
     """
     from launch.compare.run_files import read_recorded_run
-    from launch.config.axes import name_in_trackers, point_label
+    from launch.config.axes import point_label, set_point_name_in_trackers
     from launch.config.compose import compose
 
     study = trial.study
@@ -384,7 +384,7 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     reason = None
     try:
         composed = compose([*search.shared_arguments, *arguments])
-        name_in_trackers(composed.config.logging, search_dir, name, arguments)
+        set_point_name_in_trackers(composed.config.logging, search_dir, name, arguments)
         exit_code = run_trial(name, composed, run_dir, progress)
         if exit_code and exit_code not in STOP_EXIT_CODES:
             reason = read_recorded_run(run_dir).reason

@@ -101,7 +101,7 @@ def _read_setting(argument: str) -> SearchedSetting | None:
     key, equals_sign, values_text = argument.partition("=")
     if equals_sign and SWEEP_FUNCTION_REGEX.fullmatch(values_text.strip()) and not values_text.startswith("glob("):
         return _read_sweep_function(argument, key, values_text.strip())
-    points = read_axes([argument]).alternatives[0]  # `a,b` is a list of choices
+    points = read_axes([argument]).alternative_arguments[0]  # `a,b` is a list of choices
     if len(points) == 1:
         return None
     choices = [point.partition("=")[2] for point in points]
@@ -144,7 +144,7 @@ def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedS
     if isinstance(sweep, ChoiceSweep):
         if tags:
             raise ConfigError(f"{argument}: log is of numbers between two ends; write tag(log,interval(1e-5,1e-3))")
-        choices = [point.partition("=")[2] for point in read_axes([argument]).alternatives[0]]
+        choices = [point.partition("=")[2] for point in read_axes([argument]).alternative_arguments[0]]
         return SearchedSetting(key, values_text, _without_duplicates(choices))
     if isinstance(sweep, IntervalSweep):
         return _interval_setting(argument, SearchedSetting(key, values_text, log="log" in tags), sweep.start, sweep.end)

@@ -16,7 +16,7 @@ from strategies.errors import ConfigError
 from strategies.extras import install_command
 
 if TYPE_CHECKING:
-    from launch.config.frozen import Composed
+    from launch.config.frozen import ComposedConfig
 
 SWEEPER_NAMES = ("optuna", "wandb")
 
@@ -50,7 +50,7 @@ class Search:
     searched_settings: tuple[SearchedSetting, ...]
     shared_arguments: tuple[str, ...]
     """The arguments that all trials share."""
-    first_trial: Composed
+    first_trial: ComposedConfig
     """The configuration with the first value of each searched setting. All trials have its values of the other settings."""
 
     @property
@@ -191,7 +191,7 @@ def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list
     return settings, run_arguments
 
 
-def _search_problems(first_trial: Composed, settings: SweeperConfig, sweeper: str) -> list[str]:
+def _search_problems(first_trial: ComposedConfig, settings: SweeperConfig, sweeper: str) -> list[str]:
     """Why a legal configuration cannot be a trial of a search, as error messages:
 
     - There is no evaluation data by which trials could be judged.

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from launch.config.compose import compose
-from launch.config.frozen import load_frozen, record_own_choices
+from launch.config.frozen import load_frozen_config, rewrite_config_with_own_choices
 from launch.runs.freeze import write_run_config
 from strategies.matmul import Matmul
 from tests.helpers.launching import command_here
@@ -81,7 +81,7 @@ def test_earlier_version_run_may_share_its_rows_among_ranks(site, capsys):
     words = [*SAME_WORDS, "strategy=fsdp2", "launcher.processes=2", "parallel.sequence=2"]
     run_dir = write_run_config(compose(words), site / "runs/stopped", may_change_strategy=True)
     assert "parallel.sequence: 1 there, 2 here" in capsys.readouterr().err
-    assert load_frozen(run_dir / "config.yaml").parallel.sequence == 2
+    assert load_frozen_config(run_dir / "config.yaml").parallel.sequence == 2
 
 
 def test_earlier_version_run_directories_are_read_by_every_verb(site, capsys):
@@ -123,10 +123,10 @@ def test_earlier_version_choices_written_as_sentences_are_read(site):
     text = text.replace("  micro: 2\n", "  micro: 1\n")
     text += "  batch.micro: 2 -> 1 (2 ran out of memory at step 3)\n  run.matmul: auto -> blas (as this run began)\n"
     path.write_text(text)
-    config = load_frozen(path)  # which checks that it is still the run of 2 that was asked for
+    config = load_frozen_config(path)  # which checks that it is still the run of 2 that was asked for
     assert config.resolution(MICRO_BATCH_KEY) == Resolution(MICRO_BATCH_KEY, 2, 1, "", (OutOfMemoryTrial(2, step=3),))
     assert settled_matmul(config) is Matmul.blas
     # Written again, it has the fields, and is still the same run.
-    record_own_choices(path.parent, config)
+    rewrite_config_with_own_choices(path.parent, config)
     assert yaml.safe_load(path.read_text())["substitutions"]["run.matmul"]["chosen"] == "blas"
-    assert load_frozen(path) == config
+    assert load_frozen_config(path) == config

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from launch.config.frozen import _hash, _identifying_settings, load_frozen
+from launch.config.frozen import _hash, _identifying_settings, load_frozen_config
 from launch.main import main
 from strategies.atomic_io import WrittenFile
 from tests.helpers.building import model_dir
@@ -155,7 +155,7 @@ def test_hostile_configuration_resolves_no_interpolation_and_expands_no_alias(ro
         return text.replace("tags: []", "tags:\n  - ${oc.env:OF_THE_READER}")
 
     nosy = with_config(root, tmp_path / "nosy", asks)
-    assert load_frozen(nosy / "config.yaml").logging.tags == ["${oc.env:OF_THE_READER}"]  # a text, as it stands
+    assert load_frozen_config(nosy / "config.yaml").logging.tags == ["${oc.env:OF_THE_READER}"]  # a text, as it stands
     assert main(["export", str(nosy), f"to={tmp_path / 'nosy-out'}"]) == 0
     written = [path for path in (tmp_path / "nosy-out").rglob("*") if path.suffix in (".md", ".json", ".yaml")]
     assert any("${oc.env:OF_THE_READER}" in path.read_text() for path in written)

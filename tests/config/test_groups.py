@@ -12,10 +12,10 @@ import yaml
 from launch.config.choices import (
     CONF_DIR,
     MODEL_GROUP,
-    SHARED_SETTINGS,
+    SETTINGS_BORROWED_FROM_CHOICE,
     choices_by_group,
     settings_class_of,
-    settings_classes,
+    settings_classes_by_group,
 )
 from launch.config.compose import compose
 from tests.helpers.recipes import RECIPE_NAMES, chosen_names
@@ -41,7 +41,10 @@ NEEDS = {
     "tuning=freeze": ["tuning.layers=last-2"],
     "tuning=peft": ["tuning.type=hra", "optim.lr=1e-3"],
 }  # have no default that runs
-NEEDS |= {f"objective={choice}": ["objective.rewards=[maths]"] for choice in ("grpo", *SHARED_SETTINGS["objective"])}
+NEEDS |= {
+    f"objective={choice}": ["objective.rewards=[maths]"]
+    for choice in ("grpo", *SETTINGS_BORROWED_FROM_CHOICE["objective"])
+}
 PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
     **{
         f"schedule/{schedule}": {name for name, schedules in MEANT_UNDER.items() if schedule not in schedules}
@@ -98,10 +101,10 @@ def test_config_choice_composes_to_its_own_settings(group, choice):
     if group != "debug":
         words += [f"launcher.processes={1 if choice in ('single',) or group != 'strategy' else 2}"]
     config = compose([*words, *(["strategy=fsdp2"] if choice == "cpu2" else [])]).config
-    if group in settings_classes():
+    if group in settings_classes_by_group():
         assert type(getattr(config, group)) is settings_class_of(group, choice)
-    if group in (*settings_classes(), "schedule", "optim"):
-        is_recipe = choice in SHARED_SETTINGS.get(group, {}) and group == "objective"
+    if group in (*settings_classes_by_group(), "schedule", "optim"):
+        is_recipe = choice in SETTINGS_BORROWED_FROM_CHOICE.get(group, {}) and group == "objective"
         named = getattr(config, group).recipe if is_recipe else getattr(config, group).name
         assert str(named) == choice
 
@@ -115,7 +118,7 @@ def test_config_choices_are_the_names_of_the_settings():
         ("optim", run_config.OptimConfig().name),
     ):
         assert choices_by_group()[group] == sorted(member.value for member in type(names))
-    assert choices_by_group()["objective"] == sorted([*FAMILIES, *SHARED_SETTINGS["objective"]])
+    assert choices_by_group()["objective"] == sorted([*FAMILIES, *SETTINGS_BORROWED_FROM_CHOICE["objective"]])
 
 
 def plain(value):
@@ -125,7 +128,7 @@ def plain(value):
 
 
 def settings_behind(group, choice):
-    if group in settings_classes():
+    if group in settings_classes_by_group():
         return settings_class_of(group, choice)()
     return TYPED[group]()
 

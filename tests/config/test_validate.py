@@ -11,7 +11,7 @@ import pytest
 
 from launch.config import overrides
 from launch.config.compose import compose
-from launch.config.removed import NOT_OFFERED
+from launch.config.removed import REASON_BY_NOT_OFFERED_KEY
 from strategies.errors import ConfigError, key_of_problem
 from strategies.registry import STRATEGIES
 from strategies.settings import Range, SettingMetadata, number, setting_metadata
@@ -392,9 +392,9 @@ def test_batch_is_divided_among_groups_of_ranks_that_share_rows():
     ]
 
 
-@pytest.mark.parametrize("key", NOT_OFFERED)
+@pytest.mark.parametrize("key", REASON_BY_NOT_OFFERED_KEY)
 def test_setting_that_other_trainers_have_is_answered_with_what_does_the_same(key):
-    with pytest.raises(ConfigError, match=re.escape(f"there is no setting {key}: {NOT_OFFERED[key]}")):
+    with pytest.raises(ConfigError, match=re.escape(f"there is no setting {key}: {REASON_BY_NOT_OFFERED_KEY[key]}")):
         compose([f"{key}=2"], check=False)
 
 

@@ -27,7 +27,7 @@ def test_cleaning_mends_one_broken_line_among_good_ones():
     assert fix_encoding("\x93quoted\x94 é") == "“quoted” é"
 
 
-REMOVED = "\ufeff\u200b\u00ad\u202e\u2066\u061c\u200e\u2060\x00\x07\x7f\x9b\ufffe"
+SUCCESSOR_BY_REMOVED_KEY = "\ufeff\u200b\u00ad\u202e\u2066\u061c\u200e\u2060\x00\x07\x7f\x9b\ufffe"
 KEPT = [
     f"👩{ZWJ}💻 👨{ZWJ}👩{ZWJ}👧 ❤\ufe0f{ZWJ}🔥",
     f"می{ZWNJ}خواهم",
@@ -39,7 +39,7 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize("character", REMOVED)
+@pytest.mark.parametrize("character", SUCCESSOR_BY_REMOVED_KEY)
 def test_cleaning_removes_invisible_characters(character):
     assert remove_control_characters(f"a{character}b\n{character}") == "ab\n"
 

@@ -8,8 +8,8 @@ from datetime import date, datetime
 import pytest
 import yaml
 
-from launch.config.compose import compose, recompose
-from launch.config.frozen import load_frozen
+from launch.config.compose import compose, recompose_frozen_config
+from launch.config.frozen import load_frozen_config
 from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError, Preempted
 from strategies.rendezvous import Rendezvous
@@ -177,9 +177,9 @@ def test_template_date_of_a_run_is_kept(tmp_path, another_day, monkeypatch, caps
     run_dir = tmp_path / "run"
     record = json.loads((run_dir / "run.json").read_text())
     assert record["substitutions"][TEMPLATE_DATE_KEY] == "2026-01-03"
-    frozen = load_frozen(run_dir / "config.yaml")
+    frozen = load_frozen_config(run_dir / "config.yaml")
     assert settled_template_date(frozen) == TemplateDate(date(2026, 1, 3))
-    assert settled_template_date(recompose(frozen, [], frozenset())) == settled_template_date(frozen), (
+    assert settled_template_date(recompose_frozen_config(frozen, [], frozenset())) == settled_template_date(frozen), (
         "evaluate and export have it too"
     )
 
@@ -194,7 +194,7 @@ def test_template_date_of_a_run_is_kept(tmp_path, another_day, monkeypatch, caps
     path.write_text(path.read_text().replace("data.date: '2026-01-03'", "data.date: yesterday"))
     assert noted["substitutions"][TEMPLATE_DATE_KEY] == "2026-01-03"
     with pytest.raises(ConfigError, match=r"'yesterday' in config\.yaml, which is no date"):
-        settled_template_date(load_frozen(path))
+        settled_template_date(load_frozen_config(path))
 
 
 def test_template_date_of_an_earlier_versions_run_is_that_of_its_oldest_file(tmp_path):

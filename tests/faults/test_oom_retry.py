@@ -4,7 +4,7 @@ import pytest
 
 from launch.cluster.oom_retry import write_smaller_settings
 from launch.config.compose import compose
-from launch.config.frozen import load_frozen, record_own_choices
+from launch.config.frozen import load_frozen_config, rewrite_config_with_own_choices
 from launch.runs.freeze import write_run_config
 from tests.faults.runs import read
 from tests.helpers.nursery import FAULT
@@ -70,18 +70,18 @@ def test_out_of_memory_retry_notes_the_asked_and_all_tried_micro_batches(runs, a
     words = runs.words(name, "batch.global=72", f"batch.micro={asked.partition(' ')[0]}")[4:]
     run_dir = write_run_config(compose(words), runs.root / name)
     if "auto" in asked:
-        chosen = load_frozen(run_dir / "config.yaml")
+        chosen = load_frozen_config(run_dir / "config.yaml")
         chosen.batch["micro"], chosen.substitutions["batch.micro"] = int(micro), f"{asked} (planned 2.00 of 3.00 GiB)"
-        record_own_choices(run_dir, chosen)
+        rewrite_config_with_own_choices(run_dir, chosen)
     record_failure(run_dir, 0, RuntimeError("memory"), "training", 3)
     for step, size in enumerate(lowered):
         assert (write_smaller_settings(run_dir) is None) == (size is None)
-        frozen = load_frozen(run_dir / "config.yaml")  # which checks that it is the run which was asked for
+        frozen = load_frozen_config(run_dir / "config.yaml")  # which checks that it is the run which was asked for
         assert frozen.batch["micro"] == (size or 1)
         if step < len(notes):
             assert str(frozen.substitutions["batch.micro"]).startswith(notes[step])
         # A job script that reads its words once more goes on from there, also before the first checkpoint.
         assert (
-            load_frozen(write_run_config(compose(words), run_dir) / "config.yaml").batch["micro"]
+            load_frozen_config(write_run_config(compose(words), run_dir) / "config.yaml").batch["micro"]
             == frozen.batch["micro"]
         )

@@ -4,7 +4,7 @@ import pytest
 
 from launch.cluster.oom_retry import write_smaller_settings
 from launch.config.compose import compose
-from launch.config.frozen import load_frozen
+from launch.config.frozen import load_frozen_config
 from launch.plan.command import compose_planned_run as planned
 from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError, OutOfMemory
@@ -28,7 +28,7 @@ def test_strategy_auto_takes_the_next_where_memory_runs_out_and_trains_as_if_typ
     assert f"resolved: strategy: {note}" in said
     record = read(runs.root / "chosen" / "run.json")
     assert (record["strategy"], record["substitutions"]["strategy"]) == ("hsdp", note)
-    assert load_frozen(runs.root / "chosen" / "config.yaml").strategy.name == "hsdp"
+    assert load_frozen_config(runs.root / "chosen" / "config.yaml").strategy.name == "hsdp"
     # The same words are still those of this run, which is finished.
     assert "already finished with this configuration" in runs.run_here("chosen", "strategy=auto", *words)[1]
     monkeypatch.delenv(FAULT)
@@ -51,7 +51,7 @@ def test_strategy_auto_asks_for_a_new_start_when_one_rank_alone_runs_out(runs):
         record_failure(run_dir, 0, error, "choosing the strategy")
         assert write_smaller_settings(run_dir) == f"without strategy={tried}"
         (run_dir / "failure.json").unlink()
-        frozen = load_frozen(write_run_config(compose(words), run_dir) / "config.yaml")
+        frozen = load_frozen_config(write_run_config(compose(words), run_dir) / "config.yaml")
         trials = frozen.resolution("strategy").tried
         assert [trial.choice for trial in trials] == ["ddp", "zero1"][:number]
         assert frozen.strategy.name == "auto"
@@ -62,7 +62,8 @@ def test_strategy_auto_choice_is_replaced_by_a_strategy_typed_later(runs):
     run_dir = write_run_config(compose(words), runs.root / "typed")
     told = compose([*(word for word in words if word != "strategy=auto"), "strategy=fsdp2"])
     assert (
-        load_frozen(write_run_config(told, run_dir, may_change_strategy=True) / "config.yaml").strategy.name == "fsdp2"
+        load_frozen_config(write_run_config(told, run_dir, may_change_strategy=True) / "config.yaml").strategy.name
+        == "fsdp2"
     )
 
 

@@ -209,13 +209,13 @@ STEP = {"SLURM_JOB_ID": "100", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM
     ],
 )
 def test_environment_tells_workers_from_launchers(env, worker):
-    assert process_role.is_worker(env) is worker
+    assert process_role.is_rank_process(env) is worker
 
 
 @pytest.mark.parametrize("left", [{"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}])
 def test_rank_variables_left_over_from_a_job_are_refused(left):
     with pytest.raises(ConfigError, match=r"MASTER_ADDR and MASTER_PORT, so left over from a job\? `unset RANK"):
-        process_role.is_worker(left)
+        process_role.is_rank_process(left)
 
 
 @pytest.mark.parametrize("flag", ["--cfg", "--dry-run", "--json", "-m"])
@@ -232,14 +232,14 @@ def test_slurm_shell_on_one_node_of_several_is_refused(shell):
     with pytest.raises(
         ConfigError, match=r"in a terminal on one of 2 hosts only; start it with `srun --nodes=2 .*--overlap"
     ):
-        process_role.is_worker(step | shell)
-    assert not process_role.is_worker(step | shell | {"SLURM_JOB_NUM_NODES": "1"})
+        process_role.is_rank_process(step | shell)
+    assert not process_role.is_rank_process(step | shell | {"SLURM_JOB_NUM_NODES": "1"})
 
 
 @pytest.mark.parametrize("extra", [{}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}])
 def test_slurm_start_outside_srun_on_one_of_several_hosts_is_refused(extra):
     with pytest.raises(ConfigError, match="outside srun"):
-        process_role.is_worker({"SLURM_NNODES": "2", "SLURM_PROCID": "0", **extra})
+        process_role.is_rank_process({"SLURM_NNODES": "2", "SLURM_PROCID": "0", **extra})
 
 
 def test_slurm_variables_become_those_of_torchrun(monkeypatch):

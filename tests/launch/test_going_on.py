@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launch.compare.settings import write_comparison_file
-from launch.config.frozen import load_frozen
+from launch.config.frozen import load_frozen_config
 from strategies import matmul
 from strategies import runtime as processes
 from strategies.matmul import Matmul
@@ -71,7 +71,7 @@ def losses(run_dir):
 def noted(run_dir):
     """The note in `config.yaml`, and what `run.json` says of the last start."""
     in_record = json.loads((run_dir / "run.json").read_text())["substitutions"].get("run.matmul")
-    resolution = load_frozen(run_dir / "config.yaml").resolution("run.matmul")
+    resolution = load_frozen_config(run_dir / "config.yaml").resolution("run.matmul")
     return None if resolution is None else str(resolution), in_record
 
 

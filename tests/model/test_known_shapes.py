@@ -9,7 +9,7 @@ import transformers
 
 from launch import main as command
 from launch.config.axes import read_axes
-from launch.config.choices import USER_CONFIG_DIRS, choices_by_group, means_a_shape
+from launch.config.choices import USER_CONFIG_DIRS, choices_by_group, is_published_shape_choice
 from launch.config.compose import compose
 from launch.config.user_files import take_config_dirs
 from launch.plan.command import CARDS
@@ -124,9 +124,9 @@ def test_a_file_of_the_user_counts_before_a_shape_of_its_name(tmp_path, monkeypa
     finally:
         USER_CONFIG_DIRS.clear()
         choices_by_group.cache_clear()
-    assert means_a_shape("model", "llama3_8b")
+    assert is_published_shape_choice("model", "llama3_8b")
     monkeypatch.setattr("launch.config.choices.CONF_DIR", tmp_path)  # as if the file lay in conf/model
-    assert not means_a_shape("model", "llama3_8b")
+    assert not is_published_shape_choice("model", "llama3_8b")
 
 
 def test_a_sweep_does_not_mean_every_published_model():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch.config.choices import SHARED_SETTINGS
+from launch.config.choices import SETTINGS_BORROWED_FROM_CHOICE
 from launch.config.compose import compose
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING
@@ -13,7 +13,7 @@ from trainer.optim.config import AdamwConfig
 from trainer.optim.schedule import ScheduleConfig, ScheduleName
 
 STEPS = 16
-RECIPES = ("grpo", *SHARED_SETTINGS["objective"])
+RECIPES = ("grpo", *SETTINGS_BORROWED_FROM_CHOICE["objective"])
 ALWAYS = ("grpo", "rloo", "cispo")
 """A ratio with bounds, plain REINFORCE with the divergence in the reward, a weight without gradient over several steps."""
 

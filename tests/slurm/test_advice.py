@@ -8,7 +8,7 @@ import pytest
 
 from launch.cluster.advice import check_job, list_partitions, partitions_of_job, rank_layout_notes
 from launch.cluster.array_size import refuse_large_arrays
-from launch.config.prices import price_by_gpu_kind
+from launch.config.prices import gpu_hour_price_of_kind
 from launch.main import main
 from launch.runs.slurm_time import format_slurm_time, parse_slurm_time
 from strategies.errors import ConfigError
@@ -104,7 +104,11 @@ def test_slurm_limits_that_may_be_lifted_and_silent_clusters_refuse_nothing(sinf
 
 def test_slurm_advice_has_price_and_restarts_as_far_as_they_are_known(sinfo, tmp_path):
     asked = {"partition": "gpu", "gpus_per_node": 8, "nodes": 2, "time": "10:00:00"}
-    assert price_by_gpu_kind("h100") == 3.99 and price_by_gpu_kind("a100") is None and price_by_gpu_kind("fake") is None
+    assert (
+        gpu_hour_price_of_kind("h100") == 3.99
+        and gpu_hour_price_of_kind("a100") is None
+        and gpu_hour_price_of_kind("fake") is None
+    )
     said = advised(tmp_path, **asked, gres="gpu:h100:8")
     assert "price   $638 at most a start: 160 GPU hours of $3.99" in said  # 2 x 8 x 10 x 3.99
     assert "160 GPU hours at most a start; what one costs is not known of a100, h100" in advised(tmp_path, **asked)

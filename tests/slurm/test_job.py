@@ -111,7 +111,7 @@ def test_job_script_requeues_an_out_of_memory_run_with_half_its_micro_batch(run,
         monkeypatch.setenv("retry_out_of_memory", limit)
         assert job.main(["end", "1", ""]) == 1
         assert said in capfd.readouterr().out
-        assert frozen.load_frozen(run / "config.yaml").batch["micro"] == micro
+        assert frozen.load_frozen_config(run / "config.yaml").batch["micro"] == micro
 
 
 def test_job_script_reads_its_words_once_and_refuses_what_sbatch_must_be_told(run, capfd, monkeypatch, tmp_path):
@@ -235,7 +235,7 @@ def test_ranks_that_slurm_kills_for_memory_are_started_again_with_half(run, capf
         with output.open("a") as out:
             subprocess.run([sys.executable, "-m", "launch.job", "end", "137", ""], env=env, stdout=out, check=False)
         assert said in output.read_text()
-        assert frozen.load_frozen(run / "config.yaml").batch["micro"] == micro
+        assert frozen.load_frozen_config(run / "config.yaml").batch["micro"] == micro
 
 
 def test_the_owner_is_named_with_array_task_and_start(run, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from strategies.settings import Reach
 from trainer.config.tree import nearest, traits_by_key
 
-OF_EACH_START = ("run", "launcher")
+GROUPS_OF_EACH_START = ("run", "launcher")
 """Groups that no verb takes from a run that it reads: each start has its own."""
 NAMED_TABLES = tuple({key.partition(".*")[0]: None for key in traits_by_key() if ".*" in key})
 """Tables whose entries have a name that the user chooses."""

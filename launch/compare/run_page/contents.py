@@ -229,11 +229,11 @@ def _value_on_command_line(value: Any) -> str:
 
 def _default_settings(run_dir: Path) -> dict[str, Any]:
     """The defaults of a run's settings by dotted key; empty if its `config.yaml` is of another version or cannot be read."""
-    from launch.config.frozen import load_frozen
+    from launch.config.frozen import load_frozen_config
     from trainer.config.resuming import default_settings
 
     try:
-        return default_settings(load_frozen(run_dir / "config.yaml"))
+        return default_settings(load_frozen_config(run_dir / "config.yaml"))
     except (ShardtuneError, OSError, ValueError, TypeError):
         return {}
 

@@ -51,7 +51,7 @@ class ConvertedSettings:
     """Foreign settings that need none of ours: nothing is lost without them."""
     remarks: list[SettingNote] = field(default_factory=list)
     """Settings that were translated, but work differently here."""
-    without_value: list[str] = field(default_factory=list)
+    names_without_value: list[str] = field(default_factory=list)
     """Settings that the file names and leaves without a value."""
 
     def add_translation(self, setting: str, value: Any, translation: TranslatedSetting) -> None:

@@ -53,7 +53,7 @@ FACTORY_COLUMNS = {
 """LLaMA-Factory's columns, and ours, by what is read: a format, two answers to compare, or plain text."""
 
 
-def data_path_of_foreign(path: str, base: Path) -> str:
+def our_data_path(path: str, base: Path) -> str:
     """The path of another trainer's data set as `data.path` takes it. `base`: the directory that relative paths start from.
 
     - a file or directory that exists, in the working directory or below `base`: its path;
@@ -118,11 +118,11 @@ def _axolotl_path(entry: Mapping[str, Any], name: str, conversion: ConvertedSett
     path = to_cli_text(entry.get("path"))
     data_files = entry.get("data_files")
     if data_files is None:
-        return data_path_of_foreign(path, base)
+        return our_data_path(path, base)
     if path in LOADER_NAMES:
         return to_cli_text(data_files)
     conversion.add_unsupported(f"{name}.data_files", data_files, "name the files themselves in data.path")
-    return data_path_of_foreign(path, base)
+    return our_data_path(path, base)
 
 
 def _one_or_list(paths: list[str]) -> str:
@@ -148,7 +148,7 @@ def _add_axolotl_entry(entry: Mapping[str, Any], name: str, prefix: str, convers
         if key in ("path", "data_files"):
             continue
         if value is None:
-            conversion.without_value.append(setting_name)
+            conversion.names_without_value.append(setting_name)
         elif key == "type":
             _add_axolotl_type(value, setting_name, prefix, conversion)
         elif key == "split" and "[" in to_cli_text(value):

@@ -10,8 +10,8 @@ from launch.config.importers.conversion import ConvertedSettings, scalar_setting
 from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, format_number, is_true, parse_number
 from launch.config.importers.names import translate
 
-SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-SCHEDULER_PARAMETERS = {
+SCHEDULE_BY_DEEPSPEED_TYPE = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+SETTING_BY_SCHEDULER_PARAMETER = {
     "warmup_num_steps": "schedule.warmup_steps",
     "warmup_max_lr": "optim.lr",
     "total_num_steps": "budget.steps",
@@ -19,7 +19,7 @@ SCHEDULER_PARAMETERS = {
 }
 """Our settings by the parameters of DeepSpeed's schedulers."""
 NVME_PATH = "strategy.nvme_path"
-BLOCKS = ("zero_optimization", "bf16", "bfloat16", "fp16", "optimizer", "scheduler", "wandb", "tensorboard")
+BLOCKS_WITH_RULES = ("zero_optimization", "bf16", "bfloat16", "fp16", "optimizer", "scheduler", "wandb", "tensorboard")
 """Blocks of the outermost level that have rules of their own."""
 TOP_LEVEL_TRANSLATIONS = {
     "prescale_gradients gradient_predivide_factor communication_data_type sparse_gradients data_types": TranslatedSetting(
@@ -44,9 +44,9 @@ ZERO_TRANSLATIONS = {
         note="export/ always holds whole weights", not_needed=True
     ),
 }
-ADAM_RATE = "1e-3"
+DEEPSPEED_ADAM_LR = "1e-3"
 """The learning rate of DeepSpeed's Adam and AdamW if the file gives none."""
-NOT_PASSED_ON = "it is not passed on to DeepSpeed: what its engine is told is derived from strategy.*"
+NOT_PASSED_ON_REASON = "it is not passed on to DeepSpeed: what its engine is told is derived from strategy.*"
 
 
 def convert(
@@ -64,8 +64,8 @@ def convert(
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if _is_auto(value):
-            conversion.without_value.append(name)
-        elif key in BLOCKS and isinstance(value, dict):
+            conversion.names_without_value.append(name)
+        elif key in BLOCKS_WITH_RULES and isinstance(value, dict):
             _translate_block(key, value, tree, conversion, name, is_own_file=outer_values is None)
         elif key == "activation_checkpointing":
             why = "strategy.activation_checkpointing=full or selective recomputes activations"
@@ -83,7 +83,7 @@ def _translate_block(
     *,
     is_own_file: bool,
 ) -> None:
-    """Translate one of `BLOCKS` into `conversion` by the rules for its `key`.
+    """Translate one of `BLOCKS_WITH_RULES` into `conversion` by the rules for its `key`.
 
     `tree`: the whole file. `name`: the block in messages. `is_own_file`: no other trainer names the file.
     """
@@ -106,7 +106,7 @@ def _translate_top_level(key: str, value: Any, foreign: ForeignSettings) -> Tran
     translation = _translation_in(TOP_LEVEL_TRANSLATIONS, key)
     if translation is None and not isinstance(value, dict) and str(key) in foreign.value_by_name:
         translation = translate(key, foreign)
-    return translation or TranslatedSetting(note=NOT_PASSED_ON)
+    return translation or TranslatedSetting(note=NOT_PASSED_ON_REASON)
 
 
 def _is_auto(value: Any) -> bool:
@@ -145,7 +145,7 @@ def _translate_zero_block(block: Mapping[str, Any], conversion: ConvertedSetting
         if key == "stage":
             continue
         if _is_auto(value):
-            conversion.without_value.append(full_name)
+            conversion.names_without_value.append(full_name)
         elif key in ("offload_optimizer", "offload_param") and isinstance(value, dict):
             _translate_offload_block(key, value, zero_overrides, conversion, full_name)
         else:
@@ -166,7 +166,7 @@ def _translate_zero_setting(key: str, value: Any, strategy: str) -> TranslatedSe
         return TranslatedSetting({"strategy.persistence_threshold": format_number(parse_number(text) or 0)})
     if key.startswith("stage3_") and strategy != "zero3":
         return TranslatedSetting(note="of stage 3 alone", not_needed=True)
-    return _translation_in(ZERO_TRANSLATIONS, key) or TranslatedSetting(note=NOT_PASSED_ON)
+    return _translation_in(ZERO_TRANSLATIONS, key) or TranslatedSetting(note=NOT_PASSED_ON_REASON)
 
 
 def _translate_offload_block(
@@ -190,7 +190,7 @@ def _translate_offload_block(
             translation = TranslatedSetting(note="host memory is pinned on GPUs", not_needed=True)
             conversion.add_translation(full_name, value, translation)
         else:
-            conversion.add_unsupported(full_name, value, NOT_PASSED_ON)
+            conversion.add_unsupported(full_name, value, NOT_PASSED_ON_REASON)
 
 
 def _translate_precision_block(
@@ -212,14 +212,14 @@ def _translate_precision_block(
     for inner_key, value in block.items():
         full_name = f"{name}.{inner_key}"
         if _is_auto(value):
-            conversion.without_value.append(full_name)
+            conversion.names_without_value.append(full_name)
         elif inner_key == "enabled":
             decides = is_own_file and not _is_another_precision_on(key, tree)
             conversion.add_translation(full_name, value, _translate_enabled(value, precision, decides=decides))
         elif not is_on:
             conversion.add_translation(full_name, value, TranslatedSetting(note="it is off", not_needed=True))
         else:
-            why = "the loss scale of fp16 finds itself" if precision == "fp16" else NOT_PASSED_ON
+            why = "the loss scale of fp16 finds itself" if precision == "fp16" else NOT_PASSED_ON_REASON
             conversion.add_translation(full_name, value, TranslatedSetting(note=why))
 
 
@@ -246,13 +246,13 @@ def _is_another_precision_on(key: str, tree: Mapping[str, Any]) -> bool:
     return False
 
 
-def _parameters(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> Mapping[str, Any]:
+def _params_of_block(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> Mapping[str, Any]:
     """The `params` of an optimizer or scheduler; empty, with a note, if they are no block."""
     parameters = block.get("params")
     if isinstance(parameters, dict):
         return parameters
     if _is_auto(parameters):
-        conversion.without_value.append(f"{name}.params")
+        conversion.names_without_value.append(f"{name}.params")
     else:
         conversion.add_unsupported(f"{name}.params", parameters, "holds no settings")
     return {}
@@ -264,48 +264,52 @@ def _translate_optimizer_block(block: Mapping[str, Any], conversion: ConvertedSe
     An Adam without a rate gets DeepSpeed's default rate.
     """
     kind = block.get("type")
-    parameters = _parameters(block, conversion, name)
+    parameters = _params_of_block(block, conversion, name)
     if kind is not None:
-        conversion.add_translation(f"{name}.type", kind, rules.CHOICES["optim"](to_cli_text(kind), ForeignSettings({})))
+        conversion.add_translation(
+            f"{name}.type", kind, rules.RULE_BY_GROUP["optim"](to_cli_text(kind), ForeignSettings({}))
+        )
     for key, value in parameters.items():
         full_name = f"{name}.params.{key}"
         is_switch_on = key in ("torch_adam", "adam_w_mode", "bias_correction") and is_true(to_cli_text(value))
         if _is_auto(value):
-            conversion.without_value.append(full_name)
+            conversion.names_without_value.append(full_name)
         elif key in ("lr", "betas", "eps", "weight_decay", "momentum"):
             conversion.add_translation(full_name, value, TranslatedSetting({f"optim.{key}": to_cli_text(value)}))
         elif is_switch_on:
             note = "weight decay is decoupled from the gradients, whatever the library behind it"
             conversion.add_translation(full_name, value, TranslatedSetting(note=note, not_needed=True))
         else:
-            conversion.add_translation(full_name, value, TranslatedSetting(note=NOT_PASSED_ON))
+            conversion.add_translation(full_name, value, TranslatedSetting(note=NOT_PASSED_ON_REASON))
     is_adam = "adam" in to_cli_text(kind).lower()
     if is_adam and "lr" not in parameters and block.get("params") != "auto":
-        translation = TranslatedSetting({"optim.lr": ADAM_RATE})
-        conversion.add_translation(f"{name}.params.lr", f"{ADAM_RATE} (what DeepSpeed does)", translation)
+        translation = TranslatedSetting({"optim.lr": DEEPSPEED_ADAM_LR})
+        conversion.add_translation(f"{name}.params.lr", f"{DEEPSPEED_ADAM_LR} (what DeepSpeed does)", translation)
     for key in block.keys() - {"type", "params"}:
-        conversion.add_unsupported(f"{name}.{key}", block[key], NOT_PASSED_ON)
+        conversion.add_unsupported(f"{name}.{key}", block[key], NOT_PASSED_ON_REASON)
 
 
 def _translate_scheduler_block(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
     """Translate a block `scheduler`, such as {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}, to `schedule`."""
     kind = to_cli_text(block.get("type"))
-    parameters = _parameters(block, conversion, name)
-    if kind not in SCHEDULES:
+    parameters = _params_of_block(block, conversion, name)
+    if kind not in SCHEDULE_BY_DEEPSPEED_TYPE:
         conversion.add_unsupported(f"{name}.type", kind, "schedule is one of cosine, linear, constant, wsd")
     else:
         # DeepSpeed's warmup is logarithmic unless it is told otherwise, but never that of WarmupCosineLR.
         is_logarithmic = kind != "WarmupCosineLR" and parameters.get("warmup_type", "log") == "log"
         note = "the rate rises linearly here, and there by the logarithm of the step" if is_logarithmic else ""
-        conversion.add_translation(f"{name}.type", kind, TranslatedSetting({"schedule": SCHEDULES[kind]}, note))
+        conversion.add_translation(
+            f"{name}.type", kind, TranslatedSetting({"schedule": SCHEDULE_BY_DEEPSPEED_TYPE[kind]}, note)
+        )
     for key, value in parameters.items():
         full_name = f"{name}.params.{key}"
         starts_near_zero = key == "warmup_min_lr" and not parse_number(to_cli_text(value))
         if _is_auto(value):
-            conversion.without_value.append(full_name)
-        elif key in SCHEDULER_PARAMETERS:
+            conversion.names_without_value.append(full_name)
+        elif key in SETTING_BY_SCHEDULER_PARAMETER:
             conversion.add_translation(
-                full_name, value, TranslatedSetting({SCHEDULER_PARAMETERS[key]: to_cli_text(value)})
+                full_name, value, TranslatedSetting({SETTING_BY_SCHEDULER_PARAMETER[key]: to_cli_text(value)})
             )
         elif starts_near_zero or key == "warmup_type":
             note = "the rate rises linearly from near 0"

@@ -14,14 +14,14 @@ from launch.config.importers.names import RULES_BY_FOREIGN_NAME, normalised_name
 from strategies import atomic_io
 from strategies.errors import ConfigError
 
-MAX_BYTES = 2**20
+MAX_SETTINGS_FILE_BYTES = 2**20
 """Bytes of a file of settings: hundreds of times what people write."""
 AXOLOTL = "axolotl"
 FACTORY = "LLaMA-Factory"
 DEEPSPEED = "DeepSpeed"
 ACCELERATE = "accelerate"
 HUGGING_FACE = "Hugging Face's Trainer and TRL"
-SETTINGS_OF_TRAINER = {
+TELLING_SETTINGS_BY_TRAINER = {
     DEEPSPEED: (
         "zero_optimization",
         "train_micro_batch_size_per_gpu",
@@ -36,13 +36,13 @@ SETTINGS_OF_TRAINER = {
 }
 """Settings by which the trainer of a file is known: the first trainer of which the file has one."""
 COMMON_DEFAULTS = {"learning_rate": "5e-5", "lr_scheduler_type": "linear", "num_train_epochs": "3", "warmup_steps": "0"}
-DEFAULTS = {
+DEFAULTS_BY_TRAINER = {
     AXOLOTL: {"sequence_len": "512", "num_epochs": "1", "micro_batch_size": "1", "lr_scheduler": "cosine"},
     FACTORY: {**COMMON_DEFAULTS, "finetuning_type": "lora", "cutoff_len": "2048", "per_device_train_batch_size": "8"},
     HUGGING_FACE: {**COMMON_DEFAULTS, "per_device_train_batch_size": "8"},
 }
 """Defaults of the other trainers that differ from ours: what they do if their file says nothing."""
-TRL_RATES = {
+SETTINGS_BY_TRL_LEARNING_RATE = {
     "2e-5": ("dataset_text_field", "completion_only_loss", "assistant_only_loss", "packing"),
     "1e-6": (
         *(
@@ -98,8 +98,8 @@ PROCESS_STARTING_SETTINGS = {
     *("tpu_env", "tpu_use_cluster", "tpu_use_sudo", "enable_cpu_affinity"),
 }
 """How accelerate starts processes."""
-UNKNOWN_SETTING = "no setting of this name is known here; docs/config.md lists all there are"
-NO_EQUIVALENT_OF_BLOCK = "a block of settings has no equal as a whole"
+UNKNOWN_SETTING_REASON = "no setting of this name is known here; docs/config.md lists all there are"
+NO_EQUIVALENT_OF_BLOCK_REASON = "a block of settings has no equal as a whole"
 
 
 def convert(path: Path, ranks: int | None = None) -> ConvertedSettings:
@@ -128,7 +128,7 @@ def read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = atomic_io.read_bytes(path.expanduser(), max_bytes=MAX_BYTES).decode()
+        content = atomic_io.read_bytes(path.expanduser(), max_bytes=MAX_SETTINGS_FILE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = atomic_io.error_summary(error) if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ConfigError(f"from={path}: cannot be read ({reason})") from error
@@ -154,14 +154,15 @@ def read(path: Path) -> dict[str, Any]:
 def detect_trainer(tree: Mapping[str, Any]) -> str | None:
     """The trainer that a settings file (`tree`) was written for, by the names of the settings in it.
 
-    The first trainer in `SETTINGS_OF_TRAINER` of whose settings the file has one; otherwise Hugging Face's, if any setting is
-    known; otherwise None.
+    - The first trainer in `TELLING_SETTINGS_BY_TRAINER` of whose settings the file has one.
+    - Otherwise Hugging Face's Trainer, if any setting is known.
+    - Otherwise None.
     """
     setting_names = {str(key) for key in tree}
     for key, value in tree.items():
         if isinstance(value, dict):
             setting_names |= {f"{key}.{name}" for name in value}  # such as `zero_optimization.stage`
-    for trainer, telling_settings in SETTINGS_OF_TRAINER.items():
+    for trainer, telling_settings in TELLING_SETTINGS_BY_TRAINER.items():
         if setting_names & set(telling_settings):
             return trainer
     has_known_name = any(normalised_name(str(key)) in RULES_BY_FOREIGN_NAME for key in tree)
@@ -209,13 +210,13 @@ def _translation_order(key: str) -> int:
 def _defaults_that_hold(trainer: str, typed_by_name: Mapping[str, str]) -> dict[str, str]:
     """The defaults of a trainer, as text by normalised name, that nothing in its file (`typed_by_name`) overrides."""
     defaults = {}
-    for key, value in DEFAULTS.get(trainer, {}).items():
+    for key, value in DEFAULTS_BY_TRAINER.get(trainer, {}).items():
         overriding = (key, *OVERRIDING_SETTINGS.get(key, ()))
         if not any(name in typed_by_name for name in overriding):
             defaults[key] = value
     if trainer == HUGGING_FACE and "learning_rate" in defaults:
         # The rate depends on the kind of training, which settings of its own give away.
-        for rate, names in TRL_RATES.items():
+        for rate, names in SETTINGS_BY_TRL_LEARNING_RATE.items():
             if any(name in typed_by_name for name in names):
                 defaults["learning_rate"] = rate
                 break
@@ -232,7 +233,7 @@ def _add_setting(
     value = tree[key]
     name = normalised_name(key)
     if value is None or value in ("", [], {}):
-        conversion.without_value.append(key)
+        conversion.names_without_value.append(key)
     elif name in ("datasets", "test_datasets"):
         datasets.translate_axolotl_datasets(value, name, conversion, base)
     elif name in ("dataset", "eval_dataset") and conversion.trainer == FACTORY:
@@ -258,7 +259,7 @@ def _translate_setting(name: str, value: Any, foreign: ForeignSettings, base: Pa
     if name == "dataset_dir":
         return TranslatedSetting(note="files are named whole in data.path", not_needed=True)
     if name in ("dataset", "dataset_name", "dataset_path"):
-        return TranslatedSetting({"data.path": datasets.data_path_of_foreign(to_cli_text(value), base)})
+        return TranslatedSetting({"data.path": datasets.our_data_path(to_cli_text(value), base)})
     if name == "gradient_checkpointing" and value in ("unsloth", "offload"):
         return TranslatedSetting(
             note="activations are recomputed, and never kept in host memory: strategy.activation_checkpointing=full"
@@ -266,9 +267,9 @@ def _translate_setting(name: str, value: Any, foreign: ForeignSettings, base: Pa
     if name in PROCESS_STARTING_SETTINGS:
         return TranslatedSetting(note="processes are started by launcher.*", not_needed=True)
     if name not in RULES_BY_FOREIGN_NAME:
-        return TranslatedSetting(note=UNKNOWN_SETTING)
+        return TranslatedSetting(note=UNKNOWN_SETTING_REASON)
     if not isinstance(value, dict):
-        return translate(name, foreign) or TranslatedSetting(note=UNKNOWN_SETTING)
+        return translate(name, foreign) or TranslatedSetting(note=UNKNOWN_SETTING_REASON)
     return _note_on_block(name, value, foreign)
 
 
@@ -280,8 +281,8 @@ def _note_on_block(name: str, block: dict[str, Any], foreign: ForeignSettings) -
     """
     translation = translate(name, ForeignSettings({**foreign.value_by_name, name: to_cli_text(block)}))
     if translation is None:
-        return TranslatedSetting(note=NO_EQUIVALENT_OF_BLOCK)
-    return TranslatedSetting(note=translation.note or NO_EQUIVALENT_OF_BLOCK, not_needed=translation.not_needed)
+        return TranslatedSetting(note=NO_EQUIVALENT_OF_BLOCK_REASON)
+    return TranslatedSetting(note=translation.note or NO_EQUIVALENT_OF_BLOCK_REASON, not_needed=translation.not_needed)
 
 
 def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: ConvertedSettings, base: Path) -> None:
@@ -333,10 +334,10 @@ def _add_accelerate_deepspeed(
             conversion.add_translation(setting_name, value, TranslatedSetting(overrides, not_needed=not overrides))
         elif normalised_name(key) in RULES_BY_FOREIGN_NAME:
             settings = ForeignSettings({**foreign.value_by_name, normalised_name(key): to_cli_text(value)})
-            translation = translate(key, settings) or TranslatedSetting(note=UNKNOWN_SETTING)
+            translation = translate(key, settings) or TranslatedSetting(note=UNKNOWN_SETTING_REASON)
             conversion.add_translation(setting_name, value, translation)
         else:
-            conversion.add_unsupported(setting_name, value, deepspeed.NOT_PASSED_ON)
+            conversion.add_unsupported(setting_name, value, deepspeed.NOT_PASSED_ON_REASON)
 
 
 def _add_fsdp(key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings) -> None:
@@ -364,7 +365,7 @@ def _add_fsdp(key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conve
         elif bare_name == "activation_checkpointing" and value is True:
             translation = TranslatedSetting({"strategy.activation_checkpointing": "full"})
         else:
-            conversion.add_unsupported(setting_name, value, UNKNOWN_SETTING)
+            conversion.add_unsupported(setting_name, value, UNKNOWN_SETTING_REASON)
             continue
         conversion.add_translation(setting_name, value, translation)
 

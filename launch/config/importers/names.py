@@ -62,7 +62,7 @@ MODEL = {
     **_rules("tokenizer_name tokenizer_name_or_path tokenizer_config", renamed_to("model.tokenizer")),
     **_rules("model_revision revision_of_model", renamed_to("model.revision")),
     **_rules("trust_remote_code", renamed_to("model.trust_remote_code")),
-    **_rules("attn_implementation flash_attn", choice("model.attention", rules.ATTENTION)),
+    **_rules("attn_implementation flash_attn", choice("model.attention", rules.ATTENTION_NAMES)),
     **_rules(
         "flash_attention", switch({"model.attention": "auto"}, note="auto takes FlashAttention where it is installed")
     ),
@@ -156,10 +156,10 @@ REINFORCEMENT = {  # of TRL's GRPOConfig, then of verl
     **_rules("kl_loss_coef kl_coef", renamed_to("objective.kl.weight")),
     **_rules("mask_truncated_completions", renamed_to("objective.mask_truncated")),
     **_rules("importance_sampling_level", renamed_to("objective.importance_level")),
-    **_rules("scale_rewards", choice("objective.scale", rules.REWARD_SCALES)),
-    **_rules("multi_objective_aggregation", choice("objective.combine", rules.COMBINATIONS)),
-    **_rules("loss_agg_mode", choice("objective.normalise", rules.LOSS_SUMS)),
-    **_rules("adv_estimator", choice("objective", rules.ADVANTAGE_ESTIMATORS)),
+    **_rules("scale_rewards", choice("objective.scale", rules.REWARD_SCALE_NAMES)),
+    **_rules("multi_objective_aggregation", choice("objective.combine", rules.REWARD_COMBINATION_NAMES)),
+    **_rules("loss_agg_mode", choice("objective.normalise", rules.LOSS_AGGREGATION_NAMES)),
+    **_rules("adv_estimator", choice("objective", rules.ADVANTAGE_ESTIMATOR_NAMES)),
     **_rules(
         "reward_funcs reward_weights custom_reward_function",
         without_equivalent(
@@ -186,8 +186,8 @@ OPTIMIZER = {
     **_rules("max_grad_norm gradient_clipping", renamed_to("optim.max_grad_norm")),
     **_rules("adam_beta1 adam_beta2", rules.adam_betas),
     **_rules("adam_epsilon adam_eps", renamed_to("optim.eps")),
-    **_rules("optimizer", choice("optim", rules.OPTIMIZERS)),
-    **_rules("lr_scheduler_type lr_scheduler", choice("schedule", rules.SCHEDULES)),
+    **_rules("optimizer", choice("optim", rules.OPTIMIZER_NAMES)),
+    **_rules("lr_scheduler_type lr_scheduler", choice("schedule", rules.SCHEDULE_NAMES)),
     **_rules("warmup_steps", rules.warmup_length),
     **_rules("warmup_ratio", renamed_to("schedule.warmup_share")),
     **_rules("cosine_min_lr_ratio min_lr_ratio", renamed_to("schedule.min_factor")),

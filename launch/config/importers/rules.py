@@ -25,7 +25,7 @@ MICRO_BATCH_NAMES = (
     "train_micro_batch_size_per_gpu",
     "per_gpu_train_batch_size",
 )
-OPTIMIZERS = {
+OPTIMIZER_NAMES = {
     "adamw": "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused adam fusedadam torch_adam "
     "paged_adamw paged_adamw_32bit",
     "adamw_8bit": "adamw_8bit adamw_bnb_8bit paged_adamw_8bit adamw_torch_8bit",
@@ -36,13 +36,13 @@ OPTIMIZERS = {
     "schedule_free": "schedule_free_adamw schedule_free_sgd schedule_free_radam",
 }
 """Our optimizers, and what others call them."""
-SCHEDULES = {
+SCHEDULE_NAMES = {
     "cosine": "cosine",
     "linear": "linear",
     "constant": "constant constant_with_warmup",
     "wsd": "warmup_stable_decay wsd",
 }
-OBJECTIVES = {
+OBJECTIVE_NAMES = {
     "sft": "sft",
     "pretrain": "pt pretrain",
     "reward": "rm reward",
@@ -55,18 +55,18 @@ OBJECTIVES = {
     "distillation": "distillation",
     "grpo": "grpo",
 }
-REWARD_SCALES = {"std": "group true", "batch_std": "batch", "none": "none false"}
+REWARD_SCALE_NAMES = {"std": "group true", "batch_std": "batch", "none": "none false"}
 """What advantages are divided by, and TRL's names for it."""
-COMBINATIONS = {"sum": "sum_then_normalize", "normalised": "normalize_then_sum"}
+REWARD_COMBINATION_NAMES = {"sum": "sum_then_normalize", "normalised": "normalize_then_sum"}
 """How several rewards become one, and TRL's names for it."""
-LOSS_SUMS = {
+LOSS_AGGREGATION_NAMES = {
     "token": "token-mean",
     "answer": "seq-mean-token-mean",
     "constant": "seq-mean-token-sum-norm",
     "sum": "seq-mean-token-sum",
 }
 """What the loss of a policy is divided by, and verl's names for it."""
-ADVANTAGE_ESTIMATORS = {
+ADVANTAGE_ESTIMATOR_NAMES = {
     "grpo": "grpo",
     "rloo": "rloo",
     "reinforce_pp": "reinforce_plus_plus reinforce_plus_plus_baseline",
@@ -74,7 +74,7 @@ ADVANTAGE_ESTIMATORS = {
 """Our choices, and verl's names of the estimators that they differ by."""
 LOSS_TYPES_OF_DPO = ("ipo", "hinge")
 """Values of `objective.loss_type` under objective=dpo that others take for objectives of their own."""
-ATTENTION = {
+ATTENTION_NAMES = {
     "flash_attention_2": "flash_attention_2 fa2 flash_attention flash_attn true",
     "sdpa": "sdpa",
     "eager": "eager disabled",
@@ -374,12 +374,12 @@ def objective_or_dpo_loss(value: str, foreign: ForeignSettings) -> TranslatedSet
     """Our `objective` for another trainer's name. A variant of DPO's loss is an objective elsewhere, a setting of dpo here."""
     if value.lower() in LOSS_TYPES_OF_DPO:
         return TranslatedSetting({"objective": "dpo", "objective.loss_type": value.lower()})
-    return choice("objective", OBJECTIVES)(value, foreign)
+    return choice("objective", OBJECTIVE_NAMES)(value, foreign)
 
 
-CHOICES: dict[str, Rule] = {
-    "optim": choice("optim", OPTIMIZERS),
-    "schedule": choice("schedule", SCHEDULES),
+RULE_BY_GROUP: dict[str, Rule] = {
+    "optim": choice("optim", OPTIMIZER_NAMES),
+    "schedule": choice("schedule", SCHEDULE_NAMES),
     "objective": objective_or_dpo_loss,
     "tuning": tuning_method,
 }

@@ -14,7 +14,7 @@ from launch.compare.command import print_and_write_comparison
 from launch.compare.comparison import compare
 from launch.compare.settings import ComparisonRow, read_comparison_file, write_comparison_file
 from launch.compare.workspace import workspace_script, write_workspace_of_runs
-from launch.config.prices import price_of
+from launch.config.prices import gpu_hour_price
 from strategies.errors import ConfigError
 from tests.launch.compare.test_conclusion import point
 from trainer.pages import vega
@@ -81,7 +81,7 @@ def test_every_plot_is_drawn_with_every_point(rows):
 def test_no_two_runs_share_a_colour(rows, tmp_path, count):
     long = "train-single-lora-lr0.01-global8-1rank"  # as runs that exist are named by what differs
     several = [ComparisonRow((tmp_path / "b",), f"{long}-{number}") for number in range(count)]
-    drawn = vl_convert.vegalite_to_svg(specs(as_html(compare(several, price_of)))["loss"])
+    drawn = vl_convert.vegalite_to_svg(specs(as_html(compare(several, gpu_hour_price)))["loss"])
     colours = re.findall(r'role-legend-symbol[^>]*><path[^>]*? (?:stroke|fill)="(#\w+)"', drawn)
     assert len(colours) == len({*colours}) == count
     assert all(f">{run.name}</text>" in drawn for run in several), "a name is cut where it differs"
@@ -157,9 +157,9 @@ def test_compare_page_numbers_over_repeats(rows):
     )
     facts = rows[1].directories[0] / "run.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"device_name": "NVIDIA A10G"}))
-    a, b, _ = compare(rows, price_of).points
+    a, b, _ = compare(rows, gpu_hour_price).points
     assert a.summary.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
-    assert b.summary.dollars_per_million == pytest.approx(price_of("NVIDIA A10G") * 2 / 3600 / 50 * 1e6)
+    assert b.summary.dollars_per_million == pytest.approx(gpu_hour_price("NVIDIA A10G") * 2 / 3600 / 50 * 1e6)
 
 
 @pytest.mark.parametrize(

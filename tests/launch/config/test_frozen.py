@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from launch.config.compose import compose, default_run_dir, load_frozen
+from launch.config.compose import compose, default_run_dir, load_frozen_config
 from launch.config.frozen import (
     GROUPS_WITHOUT_EFFECT_ON_RESULT,
     config_sha256,
-    record_own_choices,
+    rewrite_config_with_own_choices,
 )
 from launch.config.resume import keep_earlier_defaults
 from launch.runs.freeze import write_run_config
@@ -44,7 +44,7 @@ def composed(*words):
 def test_a_frozen_configuration_reads_back_equal(tmp_path, words):
     one = composed(*words)
     assert write_run_config(one, tmp_path / "run") == tmp_path / "run"
-    again = load_frozen(tmp_path / "run" / "config.yaml")
+    again = load_frozen_config(tmp_path / "run" / "config.yaml")
     assert again == one.config
     assert type(again.strategy) is type(one.config.strategy)
     assert config_sha256(again) == one.sha256
@@ -79,16 +79,16 @@ def test_an_edited_file_is_refused(tmp_path):
     path = write_run_config(composed(), tmp_path) / "config.yaml"
     path.write_text(path.read_text().replace("seed: 42", "seed: 43"))
     with pytest.raises(ConfigError, match="was changed after the run began"):
-        load_frozen(path)
+        load_frozen_config(path)
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "run: 3\n", "- 1\n"])
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.yaml"):
-        load_frozen(tmp_path / "config.yaml")
+        load_frozen_config(tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_frozen(tmp_path / "none.yaml")
+        load_frozen_config(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("key", ["substitutions", "batch", "run"])
@@ -99,7 +99,7 @@ def test_a_file_that_lost_a_group_is_refused(tmp_path, key):
     header = path.read_text().partition("\n")[0]
     path.write_text(f"{header}\n{yaml.safe_dump(tree)}")
     with pytest.raises(ConfigError, match=f"not a configuration of this version .*{key}"):
-        load_frozen(path)
+        load_frozen_config(path)
 
 
 @pytest.mark.parametrize("content", [b"", bytes(4096), b"\xff\xfe"])
@@ -142,23 +142,23 @@ def write_without(path, *keys):
 
 def test_a_prefix_run_of_a_version_without_a_choice_of_start_keeps_its_random_one(tmp_path):
     path = write_run_config(composed("tuning=prefix"), tmp_path) / "config.yaml"
-    assert load_frozen(path).tuning.init == "zero"
+    assert load_frozen_config(path).tuning.init == "zero"
     write_without(path, "tuning.init")
-    assert load_frozen(path).tuning.init == "random"
+    assert load_frozen_config(path).tuning.init == "random"
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     today = composed("tuning=prefix")
     write_run_config(today, tmp_path)
-    assert today.config.tuning.init == load_frozen(path).tuning.init == "random"
+    assert today.config.tuning.init == load_frozen_config(path).tuning.init == "random"
 
 
 def test_a_file_of_a_version_with_fewer_settings_still_reads(tmp_path):
     path = write_run_config(composed(), tmp_path) / "config.yaml"
     write_without(path, "optim.max_skipped_steps", "export.checkpoint")
     # A run of that version exports its last checkpoint, as it would have done then.
-    assert load_frozen(path) == composed(f"run.dir={tmp_path}", "export.checkpoint=last").config
+    assert load_frozen_config(path) == composed(f"run.dir={tmp_path}", "export.checkpoint=last").config
     write_status(tmp_path, "done")
     write_run_config(composed(), tmp_path)  # and its directory can be continued
-    assert load_frozen(path).export.checkpoint == "last"
+    assert load_frozen_config(path).export.checkpoint == "last"
 
 
 def test_run_directory_of_another_run_is_refused_with_what_differs(tmp_path):
@@ -183,7 +183,7 @@ def test_frozen_default_that_changed_since_the_run_began_is_kept(tmp_path, capsy
     assert of_another_rank.sha256 == today.sha256
     assert today.config.optim.weight_decay == EARLIER_WEIGHT_DECAY
     assert today.config.logging.every_steps == 2
-    assert load_frozen(tmp_path / "config.yaml") == today.config
+    assert load_frozen_config(tmp_path / "config.yaml") == today.config
     assert f"keeps the defaults that it began with: optim.weight_decay: {EARLIER_WEIGHT_DECAY} there, " in (
         capsys.readouterr().err
     )
@@ -243,11 +243,11 @@ def test_choices_are_not_written_over_an_edited_file(tmp_path):
     config = composed().config
     path = write_run_config(composed(), tmp_path / "run") / "config.yaml"
     header = path.read_text().splitlines()[:3]
-    record_own_choices(path.parent, config)
+    rewrite_config_with_own_choices(path.parent, config)
     assert path.read_text().splitlines()[:3] == header
     path.write_text(path.read_text().replace("  steps: 3\n", "  steps: 30\n"))
     with pytest.raises(ConfigError, match="was changed after the run began"):
-        record_own_choices(path.parent, config)
+        rewrite_config_with_own_choices(path.parent, config)
 
 
 def test_unfinished_run_may_go_on_with_another_strategy_and_micro_batch(tmp_path, capsys):
@@ -259,7 +259,7 @@ def test_unfinished_run_may_go_on_with_another_strategy_and_micro_batch(tmp_path
     write_run_config(way, tmp_path, may_change_strategy=True)
     assert "resumes in another way: batch.micro: 4 there, 2 here; " in (said := capsys.readouterr().err)
     assert "strategy.name: single there, fsdp2 here" in said and "parallel.sequence: 1 there, 2 here" in said
-    assert load_frozen(tmp_path / "config.yaml") == way.config
+    assert load_frozen_config(tmp_path / "config.yaml") == way.config
     for words in (["strategy=fsdp2", "batch.micro=2", "optim.lr=1e-6"], ["batch.micro=2", "run.seed=1"]):
         with pytest.raises(ConfigError, match="different settings"):
             write_run_config(composed(*words), tmp_path, may_change_strategy=True)
@@ -271,7 +271,7 @@ def test_unfinished_run_may_go_on_with_another_strategy_and_micro_batch(tmp_path
 def test_run_directory_without_any_progress_takes_a_corrected_command(tmp_path):
     write_run_config(composed("optim.lr=1e-3"), tmp_path)
     write_run_config(composed("optim.lr=1e-4"), tmp_path)
-    assert load_frozen(tmp_path / "config.yaml").optim.lr == 1e-4
+    assert load_frozen_config(tmp_path / "config.yaml").optim.lr == 1e-4
     write_status(tmp_path, "done")
     with pytest.raises(ConfigError, match="different settings"):
         write_run_config(composed("optim.lr=1e-3"), tmp_path)
@@ -312,19 +312,19 @@ def test_micro_batch_chosen_by_the_run_belongs_to_the_same_words(tmp_path):
     directory = write_run_config(asked, tmp_path / "run")
     resolution = Resolution("batch.micro", "auto", 8, "planned")
     chosen = replace(asked.config, batch={"global": 32, "micro": 8}, substitutions={"batch.micro": resolution})
-    record_own_choices(directory, chosen)
-    assert config_sha256(chosen) == asked.sha256 and load_frozen(directory / "config.yaml") == chosen
+    rewrite_config_with_own_choices(directory, chosen)
+    assert config_sha256(chosen) == asked.sha256 and load_frozen_config(directory / "config.yaml") == chosen
     (directory / "checkpoints/step-000001").mkdir(parents=True)
     again = composed("batch.micro=auto")
     write_run_config(again, directory)
     assert again.config.batch["micro"] == 8 and again.config.substitutions["batch.micro"] == resolution
-    assert load_frozen(directory / "config.yaml").batch["micro"] == 8
+    assert load_frozen_config(directory / "config.yaml").batch["micro"] == 8
     with pytest.raises(ConfigError, match=r"batch\.micro: auto there, 8 here"):
         write_run_config(composed("batch.micro=8"), directory)
     text = (directory / "config.yaml").read_text()
     (directory / "config.yaml").write_text(text.replace("micro: 8", "micro: 4"))
     with pytest.raises(ConfigError, match="was changed after the run began"):
-        load_frozen(directory / "config.yaml")
+        load_frozen_config(directory / "config.yaml")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from launch.compare.points import plan_points
 from launch.config import learning_rate
 from launch.config.compose import compose
-from launch.config.frozen import load_frozen
+from launch.config.frozen import load_frozen_config
 from launch.main import main
 from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError
@@ -100,7 +100,7 @@ def test_begun_run_keeps_its_rate_when_the_table_changes(tmp_path, monkeypatch):
     assert compose(words).config.optim.lr == 7e-4
     # The same command, and one that starts another run from the checkpoint.
     write_run_config(compose([*words, f"run.dir={run_dir}"]), run_dir)
-    assert load_frozen(run_dir / "config.yaml").optim.lr == 2e-4
+    assert load_frozen_config(run_dir / "config.yaml").optim.lr == 2e-4
     branch = compose([*words, f"run.resume={run_dir}/checkpoints/step-000005"], check=False).config
     assert branch.optim.lr == 2e-4 and "as this run began" in str(branch.resolution(LEARNING_RATE_KEY))
     # Another method has no rate to keep.
@@ -126,7 +126,7 @@ def test_run_of_the_version_with_one_rate_an_optimizer_goes_on_with_it(tmp_path,
         write_run_config(one, run_dir)
         (run_dir / "checkpoints" / "step-000005").mkdir(parents=True)
         write_run_config(compose([*BASE, *method, f"run.dir={run_dir}"]), run_dir)
-        assert load_frozen(run_dir / "config.yaml").optim.lr == 2e-5
+        assert load_frozen_config(run_dir / "config.yaml").optim.lr == 2e-5
 
 
 def test_points_of_a_comparison_name_the_rates_that_differ():

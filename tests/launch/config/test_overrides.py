@@ -7,11 +7,11 @@ import pytest
 
 from launch.config.axes import read_axes
 from launch.config.choices import USER_CONFIG_DIRS, choices_by_group, settings_class_of
-from launch.config.compose import Composed, compose
+from launch.config.compose import ComposedConfig, compose
 from launch.config.importers.equivalent import ForeignSettings
 from launch.config.importers.names import RULES_BY_FOREIGN_NAME, translate
 from launch.config.overrides import all_settings, find_setting
-from launch.config.removed import REMOVED
+from launch.config.removed import SUCCESSOR_BY_REMOVED_KEY
 from launch.config.user_files import take_config_dirs
 from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError
@@ -286,7 +286,7 @@ def test_overrides_that_an_earlier_version_took_still_resume_a_run(tmp_path, mon
     words = ["model.path=m", f"data.path={tmp_path / 'train.jsonl'}", f"run.dir={run_dir}", "logging.name=my-project"]
     # That version took the one budget, and no variable called *_PASS for a secret.
     both = [*words, "budget={steps: 12}", "budget.epochs=2"]
-    write_run_config(Composed(compose([*words, "budget.epochs=2"], check=False).config, both), run_dir)
+    write_run_config(ComposedConfig(compose([*words, "budget.epochs=2"], check=False).config, both), run_dir)
     monkeypatch.setenv("SITE_PASS", "my-project")
 
     assert refused_groups(both) == set()
@@ -411,13 +411,13 @@ def test_sweep_setting_of_some_choices_is_only_for_points_that_have_it():
         ["tuning=vera", "tuning.rank=4", "tuning.gamma=1"],
         ["tuning=vera", "tuning.rank=8", "tuning.gamma=1"],
     ]
-    assert axes.lines_about_partial_settings() == [
+    assert axes.partial_setting_lines() == [
         "tuning.rank: only where tuning is lora or vera",
         "tuning.dora: only where tuning is lora",
     ]
     assert [axes.describe_point(point) for point in axes.points()][:2] == ["tuning=full", "tuning=lora tuning.rank=4"]
     assert expand(["tuning=full", "tuning.dora=true,false"])[0] == ["tuning=full", "tuning.dora=true"]  # refused there
-    assert read_axes(["tuning=lora,vera", "tuning.rank=4,8"]).lines_about_partial_settings() == []
+    assert read_axes(["tuning=lora,vera", "tuning.rank=4,8"]).partial_setting_lines() == []
 
 
 @pytest.mark.parametrize(
@@ -456,8 +456,8 @@ def test_sweep_with_nothing_between_commas_is_an_error():
 
 def test_setting_that_was_removed_is_answered_with_its_replacement():
     known = all_settings()
-    assert not set(REMOVED) & set(known)
-    for key, instead in REMOVED.items():
+    assert not set(SUCCESSOR_BY_REMOVED_KEY) & set(known)
+    for key, instead in SUCCESSOR_BY_REMOVED_KEY.items():
         with pytest.raises(ConfigError) as refused:
             compose([f"{key}=1"], check=False)
         assert f"there is no setting {key} any more: {instead}" in str(refused.value)

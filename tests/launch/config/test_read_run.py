@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from launch.config import overrides, trusted_values
 from launch.config.code_digest import NoDigest, task_code_digest
-from launch.config.compose import apply_overrides, compose, load_frozen, recompose
+from launch.config.compose import apply_overrides, compose, load_frozen_config, recompose_frozen_config
 from launch.config.frozen import _hash, _identifying_settings
 from launch.config.outside_values import outside_values
 from launch.config.read_run import may_write_results
@@ -193,7 +193,7 @@ def test_foreign_run_values_that_the_reader_allows_are_used_and_remembered(site,
         in shown
     )
     assert {*what_happened(site)} == {*EVERYTHING}
-    used = load_frozen(tmp_path / "report" / "evaluation" / "job.yaml")
+    used = load_frozen_config(tmp_path / "report" / "evaluation" / "job.yaml")
     assert (used.logging.entity, used.logging.tables) == (None, False), "the reader's rows would go to the author's W&B"
     assert command_here([*map(str, way)]) == 0
     kept = [path for path in trusted_values.state_directory().rglob("*") if path.is_file()]
@@ -208,7 +208,7 @@ def test_own_run_asks_for_nothing_also_when_it_was_copied(site, tmp_path, capfd,
     monkeypatch.chdir(tmp_path)
     assert command_here(["evaluate", str(copied), "evaluation.resamples=2"]) == 0
     assert {*what_happened(site)} == {*EVERYTHING}
-    assert load_frozen(copied / "evaluation" / "job.yaml").logging.entity == "the-author"
+    assert load_frozen_config(copied / "evaluation" / "job.yaml").logging.entity == "the-author"
     assert (copied / "evaluation.json").exists() and list(copied.glob("evaluation/wandb/offline-run-*"))
     site.ran["model"].unlink()
     assert command_here(["export", str(copied), f"to={tmp_path}/out"]) == 0
@@ -230,8 +230,8 @@ def test_foreign_run_variable_and_its_address_are_allowed_as_one_value(site, tmp
 
 def test_foreign_run_code_is_known_by_its_files_and_asked_for_when_they_change(site, tmp_path):
     site.home("author")
-    config = load_frozen(site.run / "config.yaml")
-    known = {value.effect for value in outside_values(config) if trusted_values.is_remembered(value.identity)}
+    config = load_frozen_config(site.run / "config.yaml")
+    known = {value.effect for value in outside_values(config) if trusted_values.was_allowed_before(value.identity)}
     assert any("runs the Python code" in effect for effect in known)
     moved = tmp_path / "moved"
     shutil.copytree(site.root / "llama", moved)
@@ -240,11 +240,11 @@ def test_foreign_run_code_is_known_by_its_files_and_asked_for_when_they_change(s
     def code():
         return next(value for value in outside_values(config) if "model.trust_remote_code" in value.settings)
 
-    assert trusted_values.is_remembered(code().identity)
+    assert trusted_values.was_allowed_before(code().identity)
     (moved / "rows.txt").write_text("no code")
-    assert trusted_values.is_remembered(code().identity)
+    assert trusted_values.was_allowed_before(code().identity)
     (moved / "theirs.py").write_text((moved / "theirs.py").read_text() + "# more\n")
-    assert not trusted_values.is_remembered(code().identity)
+    assert not trusted_values.was_allowed_before(code().identity)
     about = json.loads((moved / "tokenizer_config.json").read_text())
     about["auto_map"] = {"AutoTokenizer": [None, f"{tmp_path}/elsewhere.Theirs"]}
     (moved / "tokenizer_config.json").write_text(json.dumps(about))
@@ -369,22 +369,22 @@ def test_foreign_run_link_does_not_decide_where_results_are_written(tmp_path):
 
 def test_ranks_of_an_evaluation_may_share_rows_whatever_the_run_did(site, tmp_path):
     """The held-out loss of a document that fits no single rank needs them."""
-    config = load_frozen(of_somebody(site, tmp_path / "theirs") / "config.yaml")
-    assert recompose(config, ["parallel.sequence=2"], GROUPS_BESIDE_RUN).parallel.sequence == 2
+    config = load_frozen_config(of_somebody(site, tmp_path / "theirs") / "config.yaml")
+    assert recompose_frozen_config(config, ["parallel.sequence=2"], GROUPS_BESIDE_RUN).parallel.sequence == 2
 
 
 def test_foreign_run_configuration_resolves_nothing_when_it_is_evaluated(site, tmp_path, monkeypatch):
     monkeypatch.setenv("OF_THE_READER", "not-to-be-told")
     theirs = of_somebody(site, tmp_path / "theirs")
-    config = load_frozen(theirs / "config.yaml")
+    config = load_frozen_config(theirs / "config.yaml")
     config.logging.notes = "${oc.env:OF_THE_READER}"
     for again in (
-        recompose(config, ["evaluation.batch=2"], GROUPS_BESIDE_RUN),
+        recompose_frozen_config(config, ["evaluation.batch=2"], GROUPS_BESIDE_RUN),
         apply_overrides(config, ["model.download=false"]),
     ):
         assert again.logging.notes == "${oc.env:OF_THE_READER}"
     assert (
-        recompose(config, ["logging.notes='${oc.env:OF_THE_READER}'"], GROUPS_BESIDE_RUN).logging.notes
+        recompose_frozen_config(config, ["logging.notes='${oc.env:OF_THE_READER}'"], GROUPS_BESIDE_RUN).logging.notes
         == "not-to-be-told"
     )
 
@@ -405,7 +405,7 @@ def test_teacher_code_is_trusted_by_its_own_setting(site):
 
 
 def test_training_goes_on_where_allowed_values_cannot_be_stored(site, monkeypatch, capsys):
-    config = load_frozen(site.run / "config.yaml")
+    config = load_frozen_config(site.run / "config.yaml")
     monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
     trusted_values.remember_config(config)
     [line] = capsys.readouterr().err.splitlines()
@@ -416,13 +416,13 @@ def test_training_goes_on_where_allowed_values_cannot_be_stored(site, monkeypatc
     trusted_values.remember_config(config)
     assert len([*place.iterdir()]) == 3
     place.chmod(0o777)
-    assert not any(trusted_values.is_remembered(value.identity) for value in outside_values(config)), (
+    assert not any(trusted_values.was_allowed_before(value.identity) for value in outside_values(config)), (
         "anybody may have typed them"
     )
     place.chmod(0o700)
-    assert any(trusted_values.is_remembered(value.identity) for value in outside_values(config))
+    assert any(trusted_values.was_allowed_before(value.identity) for value in outside_values(config))
     monkeypatch.setattr("launch.config.trusted_values.os.geteuid", lambda: place.stat().st_uid + 1)
-    assert not any(trusted_values.is_remembered(value.identity) for value in outside_values(config)), (
+    assert not any(trusted_values.was_allowed_before(value.identity) for value in outside_values(config)), (
         "another user typed them"
     )
     trusted_values.remember_config(config)
@@ -470,6 +470,6 @@ def test_verbs_read_a_run_through_one_function():
     readers = {
         file.relative_to(launch).as_posix()
         for file in launch.rglob("*.py")
-        if "load_frozen(" in file.read_text(encoding="utf-8")
+        if "load_frozen_config(" in file.read_text(encoding="utf-8")
     }
     assert readers == allowed, f"read a run by launch.config.read_run.read_run: {readers ^ allowed}"

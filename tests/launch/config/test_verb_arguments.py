@@ -199,7 +199,7 @@ def test_verb_settings_group_is_read_by_its_annotations():
     assert read_setting_group("serve", GroupConfig(), twice)[0].port == 2, (
         "as in the words of a run, the last one counts"
     )
-    assert read_setting_group("serve", GroupConfig(), twice, once=True)[2] == [
+    assert read_setting_group("serve", GroupConfig(), twice, refuse_repeated=True)[2] == [
         "serve.port=2: serve.port is given twice; give one"
     ]
     _, _, problems = read_setting_group(

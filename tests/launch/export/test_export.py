@@ -249,14 +249,14 @@ def test_export_of_a_quantised_model_reports_its_cost(run_dir, tmp_path, capsys)
     import torch
     from transformers import AutoModelForCausalLM
 
-    from launch.config.compose import load_frozen
+    from launch.config.compose import load_frozen_config
     from trainer.build.parts import prepare_data
     from trainer.model.loading import load_tokenizer
 
     to = tmp_path / "whole"
     assert run(run_dir, "merge=true", "bits=nf4", f"to={to}") == 0
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("nf4:"))
-    config = load_frozen(run_dir / "config.yaml")
+    config = load_frozen_config(run_dir / "config.yaml")
     data = prepare_data(config, load_tokenizer(config.model)).evaluation
     losses = []
     for directory in (to, to / "nf4"):

@@ -13,7 +13,7 @@ import torch
 
 from launch import main as command
 from launch.cluster import long_steps
-from launch.config.compose import compose, launched_ranks
+from launch.config.compose import compose, num_launched_ranks
 from launch.plan.answer import cost_lines, dollars, number_of_cards, refused_ways_by_reason, storage_text
 from launch.plan.command import CARDS, compose_planned_run, read_plan_request
 from launch.plan.job import job_of
@@ -173,7 +173,7 @@ def pasted(said):
 def refused_by_train(verb, *words):
     """(ranks, what its validation says of the words, but for data that is not there)."""
     config = compose([*words, *(["launcher=slurm"] if verb == "submit" else [])], check=False).config
-    world = launched_ranks(config)
+    world = num_launched_ranks(config)
     return world, [p for p in config_problems(config, world_size=world) if not p.startswith("data.path: not set")]
 
 
