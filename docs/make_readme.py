@@ -33,10 +33,10 @@ def architectures() -> str:
 
     without_padding = sum(found["full"]["outcome"] == "padding-free" for found in made)
     return (
-        f"- **Architectures:** transformers {version} has {len(counted)} architectures of causal models. Tiny random "
-        f"copies of {len(made)} could be made. {train('full')} of these train with the same result as in plain transformers "
+        f"- **Architectures:** transformers {version} has {len(counted)} architectures of causal models. We could make tiny "
+        f"random copies of {len(made)} of them. {train('full')} copies train with the same result as in plain transformers "
         f"({without_padding} without padding), {train('lora')} with LoRA, {train('fsdp2 full')} under `fsdp2`, "
-        f"{train('zero3 full')} under `zero3`. [docs/models.md](docs/models.md) lists each."
+        f"{train('zero3 full')} under `zero3`. [docs/models.md](docs/models.md) lists each architecture."
     )
 
 
@@ -47,9 +47,10 @@ def plans() -> str:
     like_ours = [abs(row["off_percent"]) for row in rows if row["own_kind"]]
     others = [abs(row["off_percent"]) for row in rows if not row["own_kind"]]
     return (
-        f"- **Plans:** on {len(like_ours)} published rows of one GPU, of trainers that hold no logits as this one, planned "
-        f"memory is within {max(like_ours):.1f} % of the measured. On {len(others)} rows of other trainers, the median error "
-        f"is {statistics.median(others):.1f} %, and the worst {max(others):.1f} % "
+        f"- **Plans:** we compared planned memory with published measurements on one GPU. For {len(like_ours)} measurements of "
+        f"LoRA runs whose trainer, like shardtune, never stores all logits, the plan is within {max(like_ours):.1f} % of the "
+        f"measured memory. For {len(others)} measurements of other trainers or methods, the median error is "
+        f"{statistics.median(others):.1f} %, and the worst {max(others):.1f} % "
         "([docs/evidence/plans.md](docs/evidence/plans.md))."
     )
 
