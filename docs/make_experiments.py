@@ -150,7 +150,7 @@ def spread_words(points: dict[str, dict[str, dict[str, Any]]]) -> str:
     if most == 1:
         return "One seed each."
     many = f"{most} seeds each" if fewest == most else f"{fewest} to {most} seeds each"
-    return f"{many}: mean (lowest to highest). *{NONE}*: the seeds of both overlap."
+    return f"{many}: mean (lowest to highest). *{NONE}*: the ranges overlap, so no difference is shown."
 
 
 def table_row(cells: list[str]) -> str:

@@ -130,7 +130,7 @@ EXPERIMENTS = _table(
     Experiment(
         "data_sizes",
         "How much does more data help, if the number of steps stays the same?",
-        f"{ENCODER}, full tuning at 2e-4, 20 steps of 16 questions; 240 held-out questions of four specialties.",
+        f"{ENCODER}, full tuning with learning rate 2e-4, 20 steps of 16 questions; 240 held-out questions of four specialties.",
         data.questions_by_size(SIZES),
         (*QUESTIONS, "budget.steps=20"),
         {f"{size} questions": (f"data.path={{data}}/train-{size}-{{seed}}.jsonl",) for size in SIZES},
@@ -142,7 +142,7 @@ EXPERIMENTS = _table(
     Experiment(
         "scratch",
         "What does a tuned model know that the same data on random weights cannot teach?",
-        f"{ENCODER} and a copy with random weights, full tuning at 2e-4, 160 questions; 240 held-out questions.",
+        f"{ENCODER} and a copy with random weights, full tuning with learning rate 2e-4, 160 questions; 240 held-out questions.",
         data.questions_and_random_weights,
         (*QUESTIONS, "data.path={data}/train-{seed}.jsonl", "budget.steps=20"),
         {
@@ -158,7 +158,7 @@ EXPERIMENTS = _table(
     Experiment(
         "rank_targets",
         "Does LoRA need a higher rank, or more layers to adapt?",
-        f"{MODEL}, LoRA at 1e-3, 6 steps of 4 notes; 12 held-out notes.",
+        f"{MODEL}, LoRA with learning rate 1e-3, 6 steps of 4 notes; 12 held-out notes.",
         data.notes,
         (*NOTES, "data.path={data}/train-{seed}.jsonl", "budget.steps=6", "evaluation.at_start=false"),
         {
@@ -175,7 +175,8 @@ EXPERIMENTS = _table(
     Experiment(
         "early_stopping",
         "What does early stopping save?",
-        f"{ENCODER}, full tuning at 2e-4 on 32 questions, an evaluation every 5 steps of 16; 80 held-out questions.",
+        f"{ENCODER}, full tuning with learning rate 2e-4 on 32 questions, "
+        "an evaluation every 5 steps of 16; 80 held-out questions.",
         data.questions_by_size((32,)),
         (
             *QUESTIONS,
@@ -202,7 +203,7 @@ EXPERIMENTS = _table(
     Experiment(
         "dirty",
         "What do wrong labels and copies cost, if there are as many rows?",
-        f"{ENCODER}, full tuning at 2e-4, two passes over 160 questions; 240 held-out questions.",
+        f"{ENCODER}, full tuning with learning rate 2e-4, two passes over 160 questions; 240 held-out questions.",
         data.dirty_questions,
         (*QUESTIONS, "budget.steps=20"),
         {
@@ -219,7 +220,8 @@ EXPERIMENTS = _table(
     Experiment(
         "balance",
         "Does balancing help the rare classes, and what does it cost the common one?",
-        f"{ENCODER}, full tuning at 2e-4, 20 steps of 16 questions: 100 of Dental and 20 of each of three other specialties. "
+        f"{ENCODER}, full tuning with learning rate 2e-4, "
+        "20 steps of 16 questions: 100 of Dental and 20 of each of three other specialties. "
         "Held out are 60 of each.",
         data.unbalanced_questions,
         (*QUESTIONS, "data.path={data}/train-{seed}.jsonl", "budget.steps=20", "export.at_end=true"),
@@ -258,7 +260,8 @@ EXPERIMENTS = _table(
     Experiment(
         "schedules",
         "Does the form of the schedule matter in a short run?",
-        f"{ENCODER}, full tuning at 2e-4, 20 steps of 16 questions, the first 2 of them warm-up; 240 held-out questions.",
+        f"{ENCODER}, full tuning with learning rate 2e-4, 20 steps of 16 questions, "
+        "the first 2 of them warm-up; 240 held-out questions.",
         data.questions_by_size((160,)),
         (*QUESTIONS, "data.path={data}/train-160-{seed}.jsonl", "budget.steps=20"),
         {name: (f"schedule={name}", "schedule.warmup_share=0.1") for name in ("constant", "linear", "cosine", "wsd")},
@@ -312,7 +315,8 @@ EXPERIMENTS = _table(
     Experiment(
         "style",
         "What does a house style cost the rest of a model's answers?",
-        f"{MODEL}, LoRA at 1e-3, 16 steps of 4 made-up answers of a library that greets (5 rows with replay); 12 held-out "
+        f"{MODEL}, LoRA with learning rate 1e-3, "
+        "16 steps of 4 made-up answers of a library that greets (5 rows with replay); 12 held-out "
         "answers, and twenty short chat questions.",
         data.house_style,
         (*NOTES, "budget.steps=16", "challenges.forgetting.chat=true"),
@@ -382,7 +386,7 @@ EXPERIMENTS = _table(
     Experiment(
         "rouge",
         "What do ROUGE and BLEU say of notes that a tuned model writes?",
-        f"{MODEL}, LoRA at 1e-3, notes of at most 32 tokens, greedy, for 12 held-out conversations.",
+        f"{MODEL}, LoRA with learning rate 1e-3, notes of at most 32 tokens, greedy, for 12 held-out conversations.",
         data.notes,
         (
             *NOTES,
