@@ -136,7 +136,7 @@ def compose(*arguments: str, check: bool = True, **settings: Any) -> ComposedCon
     wrong.
     """
     _refuse_other_packages()
-    from launch.config.compose import compose as composed
+    from launch.config.compose import compose_config as composed
 
     return composed(_arguments(arguments, settings), check=check)
 

@@ -35,7 +35,7 @@ from trainer.model.attention import varlen_attention  # noqa: E402
 from trainer.model.config import ModelConfig  # noqa: E402
 from trainer.optim.config import AdamwConfig  # noqa: E402
 from trainer.planner.simulate import ShapesOnly, SimulatedStep, record_steps  # noqa: E402
-from trainer.planner.simulation import simulate_run, step_parts  # noqa: E402
+from trainer.planner.simulation import build_step_parts, simulate_run  # noqa: E402
 from trainer.reporting.metrics import reference_tflops  # noqa: E402
 from trainer.session.run_facts import versions  # noqa: E402
 from trainer.tuning.base import FullConfig, LoraConfig  # noqa: E402
@@ -211,7 +211,7 @@ def _beside_simulation(expected: SimulatedStep, run: RunConfig, lengths: list[in
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    measured = record_steps(step_parts(run, lengths, runtime, source=Drawn()), runtime)
+    measured = record_steps(build_step_parts(run, lengths, runtime, source=Drawn()), runtime)
     row = {
         "simulated_gib": expected.peak[1].total / GIB,
         "at": str(expected.peak[0]),
@@ -231,7 +231,7 @@ def speed(run: RunConfig, lengths: list[int], device: torch.device, steps: int) 
     from trainer.data.batches.collate import to_device
 
     runtime = Runtime(0, 1, 0, 1, device, None)
-    parts = step_parts(run, lengths, runtime, source=Drawn())
+    parts = build_step_parts(run, lengths, runtime, source=Drawn())
     engine = build_strategy(parts.strategy, parts.precision, runtime).prepare(
         parts.built.step_module,
         source=parts.source,

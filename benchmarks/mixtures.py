@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.plan.command import read_plan_request
 from strategies.base import Precision
 from trainer.planner.cost_model import CostModel
@@ -74,7 +74,7 @@ def cost_model_of(words: list[str], hardware: str, nodes: int, length: int, imba
     """(variant, cost model, job) of one way to run, one document of `length` tokens in a micro-batch, eight ranks a node."""
     request = read_plan_request([f"hardware={hardware}"])
     shared = ["strategy=fsdp2", "precision=bf16", "launcher=slurm", "run.device=cuda", f"data.max_length={length}"]
-    config = compose([*words, *shared], check=False).config
+    config = compose_config([*words, *shared], check=False).config
     config.launcher.nodes = nodes
     config.batch |= {"global": 8 * nodes, "micro": 1}
     job = PlannedRun(

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.plan.command import read_plan_request
 from strategies.base import Precision
 from trainer.planner.cost_model import CostModel
@@ -149,7 +149,7 @@ def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Co
             words += ["model.quantisation=nf4"]
         if asked.strategy == "fsdp2":
             words += ["strategy.defer_sync=true"]
-        config = compose(words, check=False).config
+        config = compose_config(words, check=False).config
         config.batch |= {"global": asked.ranks * asked.accumulation, "micro": 1}
         job = PlannedRun(
             card, Precision.bf16, 1, asked.ranks, config.batch["global"], DocumentLengths.uniform(asked.length, 1)

@@ -221,7 +221,7 @@ def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int
     `interrupts` has an entry for each Ctrl-C so far.
     """
     from strategies.errors import ConfigError, ShardtuneError, is_panic, tokenizer_panic
-    from strategies.redaction import redacted
+    from strategies.redaction import redact
 
     try:
         return _run_verb(verb, argv)
@@ -251,8 +251,8 @@ def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int
         if interrupts:  # a library turned Ctrl-C into this error
             print(f"shardtune {verb}: interrupted", file=sys.stderr)
             return _report_failure(argv, ["interrupted"], 130)
-        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
-        return _report_failure(argv, [redacted(f"{type(error).__name__}: {error}")], 70)
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        return _report_failure(argv, [redact(f"{type(error).__name__}: {error}")], 70)
 
 
 def _run_verb(verb: str, argv: list[str]) -> int:

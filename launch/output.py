@@ -31,7 +31,7 @@ BREAKS = "/-_"
 
 
 @dataclass(frozen=True)
-class Column:
+class TableColumn:
     """A column of a table. Numbers stand at the right and keep their line. Words are folded if the table is too wide."""
 
     title: str = ""
@@ -46,7 +46,7 @@ class TableRow:
     notes: Sequence[str] = ()
 
 
-def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 0) -> list[str]:
+def format_table(columns: Sequence[TableColumn], rows: Sequence[TableRow], *, indent: int = 0) -> list[str]:
     """Lay out a table as lines of text, at most as wide as the terminal; titles are drawn if any column has one.
 
     No cell is cut: text is folded. The table gets wider than the terminal only if its numbers, and `LEAST_TEXT_WIDTH` characters
@@ -78,7 +78,7 @@ def table(columns: Sequence[Column], rows: Sequence[TableRow], *, indent: int = 
         cells = [FoldedText(displayable(cell)) for cell in row.cells]
         # Rich returns the style with each line that it draws. From it we know after which line the notes of a row belong.
         grid.add_row(*cells, style=Style(meta={"row": index}))
-    table_width = max(width() - indent, _least_width(columns, rows))
+    table_width = max(terminal_width() - indent, _least_width(columns, rows))
     # With a height rich asks no terminal for its size.
     console = Console(file=io.StringIO(), width=table_width, height=25, color_system=None)
 
@@ -115,7 +115,7 @@ def break_word(word: str, columns: int) -> str:
     return "\n".join(lines)
 
 
-def _least_width(columns: Sequence[Column], rows: Sequence[TableRow]) -> int:
+def _least_width(columns: Sequence[TableColumn], rows: Sequence[TableRow]) -> int:
     """The least width of a table: its numbers in full, `LEAST_TEXT_WIDTH` characters of longer text columns, and the gaps."""
     from rich.cells import cell_len
 
@@ -127,23 +127,27 @@ def _least_width(columns: Sequence[Column], rows: Sequence[TableRow]) -> int:
     return least
 
 
-def width() -> int:
+def terminal_width() -> int:
     """The width of the terminal in columns, at least 80. Without a terminal it is 80; the variable COLUMNS wins over both."""
     return max(80, shutil.get_terminal_size((80, 24)).columns)
 
 
-def fold(text: str, indent: int = 4) -> list[str]:
+def wrap_text(text: str, indent: int = 4) -> list[str]:
     """A text in lines at most as wide as the terminal, all but the first indented. A path or a word is never broken."""
     return textwrap.wrap(
-        displayable(text), width(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        displayable(text),
+        terminal_width(),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
-def fold_all(sentences: Sequence[str], *, indent: int = 2) -> list[str]:
+def wrap_sentences(sentences: Sequence[str], *, indent: int = 2) -> list[str]:
     """The lines of a list of sentences, each folded, with this indent."""
     lines = []
     for sentence in sentences:
-        lines += fold(" " * indent + sentence)
+        lines += wrap_text(" " * indent + sentence)
     return lines
 
 
@@ -152,7 +156,7 @@ def truncate_to_width(text: str) -> str:
     from rich.cells import cell_len, set_cell_size
 
     line = displayable(text)
-    return line if cell_len(line) <= width() else set_cell_size(line, width() - 3) + "..."
+    return line if cell_len(line) <= terminal_width() else set_cell_size(line, terminal_width() - 3) + "..."
 
 
 def displayable(text: str) -> str:

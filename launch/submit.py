@@ -90,12 +90,12 @@ def _submit_one(arguments: SubmitArguments) -> int:
     A run that is finished is not submitted again, unless it has a pipeline, whose later jobs may be missing.
     """
     from launch.cluster.submission import Submission, refuse_unshared_model, submit
-    from launch.config.compose import compose, default_run_dir, is_finished
+    from launch.config.compose import compose_config, default_run_dir, is_finished
     from launch.runs.freeze import write_run_config
 
     submitted: list[Submission] = []
     with stdout_to_stderr(arguments.as_json):
-        composed = compose(arguments.settings, check=arguments.shown_config is None)
+        composed = compose_config(arguments.settings, check=arguments.shown_config is None)
         if arguments.shown_config is not None:
             print_config(composed, arguments.shown_config)
             return 0

@@ -133,7 +133,7 @@ def _train_or_show(arguments: TrainArguments) -> int:
     - none of them: the run is trained; with --json, its result is printed.
     """
     with importing_without_gc("torch"):
-        from launch.config.compose import compose
+        from launch.config.compose import compose_config
         from launch.sweep.sweeper import is_search
 
     settings = arguments.settings
@@ -142,13 +142,13 @@ def _train_or_show(arguments: TrainArguments) -> int:
     if is_search(settings):
         raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
     if arguments.shown_config is not None:
-        show_config.print_config(compose(settings, check=False), arguments.shown_config)
+        show_config.print_config(compose_config(settings, check=False), arguments.shown_config)
         return 0
     if arguments.dry_run:
         return _dry_run(settings, as_json=arguments.as_json)
     with stdout_to_stderr(arguments.as_json):
         with importing_without_gc("hydra"):
-            composed = compose(settings)
+            composed = compose_config(settings)
         run_dir = run_dir_of(composed)
         code = launch_run(composed, run_dir)
     if arguments.as_json:
@@ -172,10 +172,10 @@ def _multirun(arguments: TrainArguments) -> int:
 def _dry_run(overrides: list[str], *, as_json: bool) -> int:
     """Print what a run would do (`--dry-run`); returns the exit code, 70 if a defect of ours prevents simulating its step."""
     with stdout_to_stderr(as_json):
-        from launch.config.compose import compose
+        from launch.config.compose import compose_config
         from launch.plan.dry_run import describe
 
-        description = describe(compose(overrides).config)
+        description = describe(compose_config(overrides).config)
     if as_json:
         print_json({**description.facts, "exit_code": description.exit_code})
     else:
@@ -321,7 +321,7 @@ def _run_of_rank(arguments: list[str], rank: int) -> RankRun:
     the command line (`arguments`), and rank 0 freezes it into its directory. Errors: ConfigError, StorageError.
     """
     with importing_without_gc("torch"):
-        from launch.config.compose import compose, is_finished, load_frozen_config
+        from launch.config.compose import compose_config, is_finished, load_frozen_config
         from launch.config.frozen import config_sha256
         from launch.config.resume import keep_earlier_defaults
         from launch.runs.freeze import write_run_config
@@ -331,7 +331,7 @@ def _run_of_rank(arguments: list[str], rank: int) -> RankRun:
         config = load_frozen_config(frozen_config)
         directory = Path(frozen_config).parent
         return RankRun(config, directory, config_sha256(config), is_finished(directory))
-    composed = compose(arguments)
+    composed = compose_config(arguments)
     config = composed.config
     run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
     finished = run_dir is not None and is_finished(run_dir)  # before freezing, which writes a new configuration

@@ -6,7 +6,7 @@ traceback. Anything else is a defect of ours and ends with exit code 70 and a tr
 
 import re
 
-from strategies.redaction import redacted
+from strategies.redaction import redact
 
 _KEY = re.compile(r"[a-z][\w-]*(?:\.[\w-]+)*(?=[=:]| with )", re.ASCII)
 """The full key of a setting, as it begins a line about it: its value follows, the rule, or what it was combined with."""
@@ -22,7 +22,7 @@ class ShardtuneError(Exception):
     """`error` in `failure.json`, for a class that has another name there; None: the name of the class."""
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(redacted(arg) if isinstance(arg, str) else arg for arg in args))
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(ShardtuneError):
@@ -34,7 +34,7 @@ class ConfigError(ShardtuneError):
     exit_code = 64
 
     def __init__(self, problems: str | list[str]) -> None:
-        self.problems = [redacted(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
+        self.problems = [redact(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
 
 

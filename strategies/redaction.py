@@ -70,7 +70,7 @@ def kind_of_secret_in(text: str) -> str | None:
     return None
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """The text with `[secret]` in the place of each secret."""
     for _, value in _secrets_of_environment():
         text = text.replace(value, HIDDEN)

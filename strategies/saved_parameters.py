@@ -17,7 +17,7 @@ from strategies.base import Progress
 from strategies.ema import EMA_KEY
 from strategies.errors import ConfigError, StorageError
 from strategies.state import read_header, read_index
-from strategies.tensor_files import LocalElements, Malformed, numel, read_tensors
+from strategies.tensor_files import LocalElements, MalformedFile, numel, read_tensors
 
 WEIGHT_KEY = "weight"
 SCHEDULE_FREE_KEY = "z"
@@ -82,7 +82,7 @@ class SavedParameters(Mapping[str, Tensor]):
             (values,) = read_tensors(self.checkpoint, self._index, [full_range])
         except OSError as error:
             raise StorageError(f"{self.checkpoint}: {name} cannot be read ({error_summary(error)})") from error
-        except (Malformed, KeyError) as error:
+        except (MalformedFile, KeyError) as error:
             raise StorageError(f"{self.checkpoint}: {name}/{key} is not in it ({error})") from error
         return values.view(shape)
 

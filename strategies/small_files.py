@@ -66,7 +66,7 @@ def refuse_lfs_pointer(path: Path) -> None:
         )
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object of a small file. Raises ConfigError, naming the file, for anything else."""
     refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_OF.get(path.name, MAX_BYTES))
     refuse_lfs_pointer(path)
@@ -102,7 +102,7 @@ def check_files_read_by_libraries(directory: Path) -> None:
     for name in JSON_OBJECT_FILES:
         path = directory / name
         if path.exists() or path.is_symlink():
-            read_object(path)
+            read_json_object(path)
     for pattern in OTHER_FILES:
         for path in directory.glob(pattern):
             refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_OF.get(path.name, MAX_BYTES))

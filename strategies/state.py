@@ -28,7 +28,7 @@ from strategies.tensor_files import (
     INDEX,
     Index,
     LocalElements,
-    Malformed,
+    MalformedFile,
     is_count,
     numel,
     parse_index,
@@ -77,11 +77,11 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
         _refuse_other_fields(Progress, header_fields.get("progress"), keys=PROGRESS_KEYS)
         loss_scale = header_fields.get("loss_scale")
         if loss_scale is not None and not 0 < loss_scale < math.inf:
-            raise Malformed("has a loss_scale that is none")
+            raise MalformedFile("has a loss_scale that is none")
         _refuse_other_rows(header_fields["progress"])
     except OSError as error:
         raise StorageError(f"{path / PROGRESS}: {error_summary(error)}") from error
-    except Malformed as error:
+    except MalformedFile as error:
         raise StorageError(f"{path / PROGRESS}: {error}; it is damaged, or was not written by shardtune") from error
     header_fields["progress"] = Progress.from_json(header_fields["progress"])
     return StateHeader(**header_fields)
@@ -90,12 +90,12 @@ def read_header(path: Path, *, patient: bool = False) -> StateHeader:
 def _refuse_other_fields(
     kind: type, raw: Any, *, except_field: str | None = None, keys: Mapping[str, str] | None = None
 ) -> None:
-    """Raise Malformed if the JSON object `raw` does not have the fields of the dataclass `kind`, with values of their types.
+    """Raise MalformedFile if the JSON object `raw` does not have the fields of the dataclass `kind`, with values of their types.
 
     `except_field`: a field whose type is checked elsewhere. `keys`: the JSON keys of fields that have another name there.
     """
     if not isinstance(raw, dict):
-        raise Malformed("is no table")
+        raise MalformedFile("is no table")
     key_by_field = keys or {}
     hints = get_type_hints(kind)
     type_by_key = {key_by_field.get(declared.name, declared.name): hints[declared.name] for declared in fields(kind)}
@@ -103,20 +103,20 @@ def _refuse_other_fields(
     required = {"optimizer_steps", "world_size", "strategy", "progress"} & known
     unknown_or_missing = sorted((set(raw) - known) | (required - set(raw)))
     if unknown_or_missing:
-        raise Malformed(f"has or lacks {unknown_or_missing[0][:80]}")
+        raise MalformedFile(f"has or lacks {unknown_or_missing[0][:80]}")
     for key, entry in raw.items():
         if key != except_field and not _has_type(entry, type_by_key[key]):
-            raise Malformed(f"has a {key} that is none")
+            raise MalformedFile(f"has a {key} that is none")
 
 
 def _refuse_other_rows(progress: dict[str, Any]) -> None:
-    """Raise Malformed if a list in `progress.json` has rows with other keys than ROW_FIELDS says, or counts below 0."""
+    """Raise MalformedFile if a list in `progress.json` has rows with other keys than ROW_FIELDS says, or counts below 0."""
     for key, row_fields in ROW_FIELDS.items():
         if any(set(row) != row_fields for row in progress.get(key, ())):
-            raise Malformed(f"has a {key} that is none")
+            raise MalformedFile(f"has a {key} that is none")
     for row in progress.get("passed", ()):
         if not all(is_count(number) for number in row.values()):
-            raise Malformed("has a passed that is none")
+            raise MalformedFile("has a passed that is none")
 
 
 def _has_type(entry: Any, expected: Any) -> bool:
@@ -150,7 +150,7 @@ def read_index(path: Path, *, patient: bool = False) -> Index:
         return parse_index(read_bytes(path / INDEX, max_bytes=MAX_INDEX_BYTES, patient=patient))
     except OSError as error:
         raise StorageError(f"{path / INDEX}: {error_summary(error)}") from error
-    except Malformed as error:
+    except MalformedFile as error:
         raise StorageError(f"{path / INDEX}: {error}; it is damaged, or was not written by shardtune") from error
 
 

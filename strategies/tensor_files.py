@@ -26,7 +26,7 @@ MAX_INTEGER = 2**53
 """JSON numbers from here on are refused: no tensor is that large, and floats lose precision."""
 
 
-class Malformed(ValueError):
+class MalformedFile(ValueError):
     """A file that is not what this program writes."""
 
 
@@ -57,11 +57,11 @@ class LocalElements:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON from a file that anybody may have written. Raises Malformed if that fails."""
+    """Parse JSON from a file that anybody may have written. Raises MalformedFile if that fails."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise Malformed("is not JSON") from error
+        raise MalformedFile("is not JSON") from error
 
 
 def is_count(value: Any) -> bool:
@@ -133,28 +133,28 @@ def index_json(parts_by_rank: Iterable[Mapping[str, FilePart]]) -> bytes:
 
 
 def parse_index(data: bytes) -> Index:
-    """An index out of a file. Raises Malformed, also where the parts of a tensor leave gaps or overlap."""
+    """An index out of a file. Raises MalformedFile, also where the parts of a tensor leave gaps or overlap."""
     raw = parse_json(data)
     if not isinstance(raw, dict):
-        raise Malformed("is no table of tensors")
+        raise MalformedFile("is no table of tensors")
     return {name: _parsed_parts(name, rows) for name, rows in raw.items()}
 
 
 def _parsed_parts(name: str, rows: Any) -> list[FilePart]:
     """The parts of the tensor `name` from its `rows` in an index, each [file, first element, elements, byte offset].
 
-    Raises Malformed unless they cover the tensor exactly once, in order: then no element is read twice or left out.
+    Raises MalformedFile unless they cover the tensor exactly once, in order: then no element is read twice or left out.
     """
     if not isinstance(rows, list) or not rows:
-        raise Malformed(f"has no parts of {name[:80]}")
+        raise MalformedFile(f"has no parts of {name[:80]}")
     parts: list[FilePart] = []
     end = 0
     for row in rows:
         if not _is_index_row(row) or not stays_in_directory(row[0]):
-            raise Malformed(f"has a part of {name[:80]} that is none")
+            raise MalformedFile(f"has a part of {name[:80]} that is none")
         part = FilePart(*row)
         if part.start != end or part.length == 0:
-            raise Malformed(f"does not cover {name[:80]} once: its element {end} is missing or comes twice")
+            raise MalformedFile(f"does not cover {name[:80]} once: its element {end} is missing or comes twice")
         parts.append(part)
         end += part.length
     return parts
@@ -179,7 +179,7 @@ def read_tensors(directory: Path, index: Index, local: Iterable[LocalElements]) 
     """The saved values for each range of elements in `local`: new float32 tensors, 1-d, on the CPU.
 
     `index` says which files hold which elements; a range may lie across the files of several ranks that wrote them. Opens one
-    file after the other and reads each in the order of its bytes. Raises OSError or Malformed if that fails.
+    file after the other and reads each in the order of its bytes. Raises OSError or MalformedFile if that fails.
     """
     buffers: list[Tensor] = []
     targets_by_file: dict[str, list[_ReadTarget]] = {}
@@ -197,7 +197,7 @@ def read_tensors(directory: Path, index: Index, local: Iterable[LocalElements]) 
                 targets_by_file.setdefault(part.file, []).append(_ReadTarget(offset, target))
                 num_filled += stop - start
         if num_filled != num_elements:
-            raise Malformed(f"does not cover {elements.name[:80]}")
+            raise MalformedFile(f"does not cover {elements.name[:80]}")
         buffers.append(buffer)
 
     reader = RetryingReader()

@@ -40,14 +40,14 @@ from trainer.model.loading import load_tokenizer
 from trainer.model.quantised_checkpoints import quantising_library
 from trainer.model.rules import read_config
 from trainer.objectives.reference import RecordingSettings, record_reference_logps
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import objective_family
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.planner.oom_report import reporting_evaluation_out_of_memory
 from trainer.reporting.console import Console
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.results import EVALUATION, TEST, keep_report
 from trainer.reporting.status import write_text_atomic
-from trainer.reporting.trackers.base import Table
+from trainer.reporting.trackers.base import LoggedTable
 from trainer.rollout.rewards.scorer import open_scorer
 from trainer.run import meet
 from trainer.session.announcements import track_evaluation
@@ -61,8 +61,8 @@ from trainer.session.looks_at_test_set import (
 )
 from trainer.session.run_data import DataRecord, ReasonToReadRows, data_record, load_run_data
 from trainer.session.run_facts import versions
-from trainer.step import Built
-from trainer.stopping.preempt import Agreement
+from trainer.step import BuiltModel
+from trainer.stopping.preempt import StopAgreement
 from trainer.stopping.signals import StopRequest
 
 GIVE_FILE = "Give the task a file of its own (evaluation.tasks.NAME.path=FILE)"
@@ -88,9 +88,9 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         job = replace(job, accepted=[*job.accepted, *opened.accepted])
     console = Console(enabled=runtime.is_main, log=job_dir / "logs" / f"rank-{runtime.rank}.log")
     precision = resolve_precision(config.precision, runtime)
-    stop_now = Agreement(request, runtime).for_loop().ask_and_wait
+    stop_now = StopAgreement(request, runtime).for_loop().ask_and_wait
     attempt.phase = "building the model"
-    built: tuple[Engine, Built] | None = None
+    built: tuple[Engine, BuiltModel] | None = None
     if config.evaluation.server.url is not None:
         evaluator = TaskEvaluator(tasks, _served(config, tokenizer, runtime, stop_now))
     else:
@@ -104,7 +104,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             _tell_length(config, data, step, engine, runtime, opened)
         if job.split == TEST:
             attempt.phase = "evaluating the test documents"
-            _evaluate_test(config, job, data, tokenizer, built, job_dir, runtime, Agreement(request, runtime))
+            _evaluate_test(config, job, data, tokenizer, built, job_dir, runtime, StopAgreement(request, runtime))
             staged.remove()
             return
         evaluator = TaskEvaluator(
@@ -143,10 +143,10 @@ def _evaluate_test(
     job: EvaluationJob,
     data: PreparedData,
     tokenizer: Any,
-    model: tuple[Engine, Built],
+    model: tuple[Engine, BuiltModel],
     job_dir: Path,
     runtime: processes.Runtime,
-    agreement: Agreement,
+    agreement: StopAgreement,
 ) -> None:
     """Measure a checkpoint on the run's test documents, and let rank 0 keep a record of this look. All ranks must call.
 
@@ -256,13 +256,18 @@ class _RunData:
 
 
 def _tell_length(
-    config: RunConfig, data: PreparedData, built: Built, engine: Engine, runtime: processes.Runtime, opened: _RunData
+    config: RunConfig,
+    data: PreparedData,
+    built: BuiltModel,
+    engine: Engine,
+    runtime: processes.Runtime,
+    opened: _RunData,
 ) -> None:
     """Tell a tuning method that changes with the step (such as AdaLoRA) how many steps the run had."""
     # As the run recorded it; else as many as the data and the budget make.
     if opened.record is not None and opened.record.total_steps is not None:
         built.step_module.plan.optimizer_hooks.begin(opened.record.total_steps)  # type: ignore[union-attr]
-    elif family_of(config.objective).rollout is not None:
+    elif objective_family(config.objective).rollout is not None:
         _, order = build_order(config.data, data.train, sequences_per_document=1, seed=config.run.seed)
         steps = steps_of_run(config, order, data.train.lengths)
         built.step_module.plan.optimizer_hooks.begin(steps)  # type: ignore[union-attr]
@@ -328,7 +333,7 @@ def _name_opponents(job: EvaluationJob, evaluator: TaskEvaluator, rows: dict[str
 
 
 def _evaluate_models(
-    job: EvaluationJob, built: tuple[Engine, Built] | None, evaluator: TaskEvaluator, listener: _Listener
+    job: EvaluationJob, built: tuple[Engine, BuiltModel] | None, evaluator: TaskEvaluator, listener: _Listener
 ) -> dict[str, EvaluatedModel]:
     """Evaluate the model (`TUNED`), and before it the base (`BASE`) if the job asks for it. All ranks must call.
 
@@ -347,7 +352,7 @@ def _evaluate_models(
 
 
 def _evaluate_base(
-    job: EvaluationJob, engine: Engine, built: Built, evaluator: TaskEvaluator, listener: _Listener
+    job: EvaluationJob, engine: Engine, built: BuiltModel, evaluator: TaskEvaluator, listener: _Listener
 ) -> dict[str, EvaluatedModel]:
     """Evaluate the base if the job asks for it, and load the job's checkpoint, before or after that. All ranks must call."""
     models: dict[str, EvaluatedModel] = {}
@@ -406,7 +411,7 @@ def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: proce
 
 def _report(
     config: RunConfig, job: EvaluationJob, about: dict[str, Any], tasks: list[Task], models: dict[str, EvaluatedModel]
-) -> tuple[dict[str, Any], dict[str, Table]]:
+) -> tuple[dict[str, Any], dict[str, LoggedTable]]:
     """Compute intervals and comparisons, and write the report's files; rank 0 alone. Returns (report, tables of rows by name).
 
     Errors: ConfigError for a report that cannot be read, StorageError.
@@ -417,7 +422,7 @@ def _report(
     task_records = {}
     comparisons = {}
     regressions: list[str] = []
-    shown_tables: dict[str, Table] = {}
+    shown_tables: dict[str, LoggedTable] = {}
     rows_of_other: dict[str, list[TaskRow]] = {}
     for task in tasks:
         rows = model.rows[task.name]

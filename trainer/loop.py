@@ -23,8 +23,8 @@ from trainer.optim.schedule import lr_factor_at
 from trainer.reporting.console import RunSchedule
 from trainer.reporting.expert_load import load_by_layer
 from trainer.reporting.metrics import StepRecord
-from trainer.reporting.numbers import readable
-from trainer.reporting.outcome import Outcome
+from trainer.reporting.numbers import format_metric
+from trainer.reporting.outcome import TrainingOutcome
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ class Trainer:
         self.stragglers = monitors.stragglers
         self.evaluation_monitor = monitors.evaluations
 
-        self.outcome = Outcome(
+        self.outcome = TrainingOutcome(
             progress,
             challenges=self.evaluation_monitor.record,
             watch=settings.evaluation.watched,
@@ -82,7 +82,7 @@ class Trainer:
         self._reported_checkpoint: WrittenCheckpoint | None = None
         """The last checkpoint whose cost stands in a row."""
 
-    def fit(self) -> Outcome:
+    def fit(self) -> TrainingOutcome:
         """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
         # What a resumed run had measured before it was interrupted. Only rank 0 has read it.
         earlier = broadcast_object(self.metrics.earlier, self.meter.runtime)
@@ -393,7 +393,7 @@ class Trainer:
         step = self.progress.step
         self.metrics.log({**values, "tokens": self.progress.tokens, "epoch": self._epoch()}, step=step)
         self.metrics.tables(tables_of(evaluators), step=step)
-        shown = "  ".join(f"{name} {readable(value)}" for name, value in values.items())
+        shown = "  ".join(f"{name} {format_metric(value)}" for name, value in values.items())
         self.display.print_line(f"evaluation at step {step}:  {shown}")
         if len(evaluators) == len(self.evaluators):
             check_watched_metric(self.settings.evaluation, values)

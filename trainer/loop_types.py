@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trainer.reporting.console import RunSchedule
     from trainer.reporting.earlier_rows import EarlierResults
     from trainer.reporting.metrics import RankTime, StepRecord
-    from trainer.reporting.trackers.base import Table
+    from trainer.reporting.trackers.base import LoggedTable
 
 Row = dict[str, Any]
 """The numbers of one step, by name, as a line of `metrics.jsonl` has them; `step` counts from 1."""
@@ -150,7 +150,7 @@ class MetricSink(Protocol):
 
     def log(self, metrics: Row, *, step: int) -> None: ...
 
-    def tables(self, tables: dict[str, Table], *, step: int) -> None:
+    def tables(self, tables: dict[str, LoggedTable], *, step: int) -> None:
         """Show tables of an evaluation, by name, in the trackers."""
 
     def rewind(self, step: int) -> None:

@@ -28,10 +28,10 @@ from trainer.reporting.status import write_text_atomic
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.rewards.scorer import open_scorer
 from trainer.rollout.trial_report import trial_report
-from trainer.rollout.types import Group, GroupScores
+from trainer.rollout.types import AnswerGroup, GroupScores
 from trainer.run import meet
 from trainer.session.attempt import Attempt, rank_of_job
-from trainer.stopping.preempt import Agreement
+from trainer.stopping.preempt import StopAgreement
 from trainer.stopping.signals import StopRequest
 
 REPORT = "rewards.json"
@@ -64,7 +64,7 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     tokenizer = load_tokenizer(config.model)
     data, _, staged, runtime = meet(config, tokenizer, request, attempt)
     precision = resolve_precision(config.precision, runtime)
-    agreement = Agreement(request, runtime)
+    agreement = StopAgreement(request, runtime)
     judge = None
     if config.evaluation.judge.url:
         judge = Judge(config.evaluation.judge, runtime, agreement.for_loop().ask_and_wait)
@@ -114,7 +114,7 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     staged.remove()
 
 
-def _training_s(loader: RolloutLoader, engine: Engine, groups: list[Group], scores: list[GroupScores]) -> float:
+def _training_s(loader: RolloutLoader, engine: Engine, groups: list[AnswerGroup], scores: list[GroupScores]) -> float:
     """Seconds in which the steps of a round would learn from these groups, by one step that is taken. All ranks must call."""
     loader.round_builder.report_phase("training, to measure it")
     began = time.perf_counter()

@@ -33,10 +33,10 @@ from trainer.loop_types import LoopSettings, Monitors, Sinks
 from trainer.model.loading import check_files, load_tokenizer
 from trainer.monitors.anomalies import Guards
 from trainer.monitors.anomaly_log import AnomalyLog
-from trainer.monitors.detectors import Challenges
+from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.stragglers import Stragglers
 from trainer.objectives.reference import RecordingSettings, record_reference_logps
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import objective_family
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.planner.fit_check import must_fit
 from trainer.planner.micro_batch import resolve_micro_batch
@@ -68,8 +68,8 @@ from trainer.session.result import TrainedRun, choose_and_measure_checkpoint
 from trainer.session.rounds import open_rounds, show_rounds
 from trainer.session.run_facts import RunParts, run_facts
 from trainer.session.template_date import record_template_date, template_date_chooser
-from trainer.step import Built
-from trainer.stopping.preempt import Agreement
+from trainer.step import BuiltModel
+from trainer.stopping.preempt import StopAgreement
 from trainer.stopping.signals import StopRequest
 from trainer.tuning.initial_adapter import adapter_sha256
 
@@ -108,7 +108,7 @@ def _run(
     config = record_template_date(config, data.date, run_dir, runtime, freeze)
     config, runtime = resolve_matmul(config, run_dir, runtime, freeze)
     console = open_console(config, run_dir, data, tokenizer, runtime)
-    context = RunContext(sha256, runtime, console, Agreement(request, runtime), attempt)
+    context = RunContext(sha256, runtime, console, StopAgreement(request, runtime), attempt)
     precision = resolve_precision(config.precision, runtime)
     checked = check_identity(config, data, context)
     inputs = TrialInputs(tokenizer, data, precision, runtime)
@@ -271,7 +271,7 @@ def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Chec
 def loader_of(
     config: RunConfig,
     inputs: TrialInputs,
-    built: Built,
+    built: BuiltModel,
     engine: Engine,
     progress: Progress,
     resumed_from: Path | None,
@@ -281,7 +281,7 @@ def loader_of(
 
     `resumed_from`: the checkpoint that was loaded. Errors: those of rewards, StorageError.
     """
-    if family_of(config.objective).rollout is None:
+    if objective_family(config.objective).rollout is None:
         return build_loader(config, inputs.data, built, engine, context.runtime)
     return open_rounds(config, inputs, built, engine, progress, resumed_from, context)
 
@@ -290,7 +290,7 @@ def monitors_of(
     config: RunConfig,
     data: PreparedData,
     loader: StepLoader | RolloutLoader,
-    challenges: Challenges,
+    challenges: ChallengeDetectors,
     context: RunContext,
 ) -> Monitors:
     """What may end the run early, or leave an update out."""
@@ -337,7 +337,9 @@ def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
     return with_sequence_parallelism(runtime, config.parallel.sequence)
 
 
-def record_reference(config: RunConfig, data: PreparedData, engine: Engine, built: Built, context: RunContext) -> None:
+def record_reference(
+    config: RunConfig, data: PreparedData, engine: Engine, built: BuiltModel, context: RunContext
+) -> None:
     """Record the initial model's log-probabilities of the data, which the objective compares with. All ranks must call.
 
     Nothing is recorded if the objective needs none, or if the base stays in the model under its adapter.

@@ -1,4 +1,4 @@
-"""`TrainStep`, the root module that strategies shard (a model and an objective), and `Built`, which describes it."""
+"""`TrainStep`, the root module that strategies shard (a model and an objective), and `BuiltModel`, which describes it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _shares_nothing(block: nn.Module, uses: Counter[int]) -> bool:
 
 
 @dataclass(slots=True)
-class Built:
+class BuiltModel:
     """The architecture of a run, on the meta device, tuned but not sharded.
 
     A base name is the name of a parameter in the base model, without what a tuning method wraps around its module.

@@ -27,7 +27,7 @@ from strategies.errors import ConfigError, NodesUnfit, ShardtuneError, StorageEr
 from trainer.config.sbatch_options import ranks_per_node
 from trainer.reporting.code_revision import ROOT
 from trainer.reporting.settings_file import read_tree
-from trainer.reporting.status import State, read_status
+from trainer.reporting.status import RunState, read_status
 from trainer.session.lease import SILENT_OWNER_VARIABLE, refuse_in_use
 
 SBATCH_DECIDES = (
@@ -103,7 +103,7 @@ def begin(overrides: list[str]) -> dict[str, Any]:
         "finished": "",
         "code": "",
     }
-    if read_status(run.directory).get("state") == State.done:
+    if read_status(run.directory).get("state") == RunState.done:
         print(f"{run.directory}: already finished with this configuration; nothing to do")
         pipeline_part.record_part_end("train", run.directory, 0)
         record_job_end(run.directory, job.name, job.restart, 0, reason="already finished", will_restart=False)
@@ -146,7 +146,7 @@ def refuse_lost_starts(run: FrozenRun, job: JobStart, logs: Path) -> None:
         return
     # The start before this one has ended. If `status.json` still says that it runs, it was lost before it could say otherwise.
     status = read_status(run.directory)
-    was_lost = status.get("state") == State.running and status.get("job") == job.id
+    was_lost = status.get("state") == RunState.running and status.get("job") == job.id
     if not was_lost:
         return
     max_lost_starts = run.settings["launcher"]["retry"].get("node_fail", 0)
@@ -231,13 +231,13 @@ def load_or_compose_run(overrides: list[str], job: JobStart) -> FrozenRun:
     submitted_config = os.environ.get("SHARDTUNE_CONFIG")
     if submitted_config and not overrides:
         return FrozenRun.read(Path(submitted_config).parent)
-    from launch.config.compose import compose
+    from launch.config.compose import compose_config
     from launch.runs.freeze import write_run_config
 
     problems = misplaced_override_problems(overrides)
     if problems:
         raise ConfigError(problems)
-    composed = compose([*overrides_from_job(job), *overrides])
+    composed = compose_config([*overrides_from_job(job), *overrides])
     nodes = composed.config.launcher.nodes
     if nodes != len(job.nodes):
         raise ConfigError(f"launcher.nodes={nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out")

@@ -16,7 +16,7 @@ from launch.config.process_role import expand_hosts
 from launch.runs import efficiency
 from launch.runs.job_record import read_job_record, record_job_end
 from strategies.errors import ConfigError, OutOfMemory, StorageError
-from trainer.reporting.status import State, read_failure, read_status, record_failure, restart_count
+from trainer.reporting.status import RunState, read_failure, read_status, record_failure, restart_count
 
 PREEMPTED = 75
 """Exit code of a run that has saved and can be resumed."""
@@ -198,12 +198,12 @@ def _determine_outcome(
         return _outcome_after_stop(job, run_dir, step_code, state, saved_step=None, received_term=received_term)
     status = read_status(run_dir)
     run_state = status.get("state") if job.has_written(status) else None
-    if run_state == State.preempted:
+    if run_state == RunState.preempted:
         saved_step = status.get("step")
         return _outcome_after_stop(
             job, run_dir, step_code, "state saved", saved_step=saved_step, received_term=received_term
         )
-    if run_state == State.done:
+    if run_state == RunState.done:
         return JobOutcome(step_code, "done")
 
     # The run has failed: by its own record, else by SLURM's.

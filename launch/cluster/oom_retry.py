@@ -12,7 +12,7 @@ from pathlib import Path
 from launch.config.frozen import load_frozen_config, rewrite_config_with_own_choices
 from strategies.base import AutoConfig
 from trainer.config.run import AUTO, MICRO_BATCH_KEY, STRATEGY_KEY, RunConfig, requested_micro_batch
-from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
+from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting
 from trainer.reporting.status import read_failure
 
 
@@ -46,7 +46,7 @@ def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
     strategy = settings_on_trial.get(STRATEGY_KEY) if isinstance(settings_on_trial, dict) else None
     if strategy is None:
         return None
-    earlier_resolution = config.resolution(STRATEGY_KEY) or Resolution(STRATEGY_KEY, AUTO)
+    earlier_resolution = config.resolution(STRATEGY_KEY) or ResolvedSetting(STRATEGY_KEY, AUTO)
     trials = (*earlier_resolution.tried, OutOfMemoryTrial(strategy))
     substitutions = {**config.substitutions, STRATEGY_KEY: replace(earlier_resolution, tried=trials)}
     rewrite_config_with_own_choices(run_dir, replace(config, substitutions=substitutions))
@@ -55,7 +55,7 @@ def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
 
 def _with_micro(config: RunConfig, micro: int, failed_trial: OutOfMemoryTrial) -> RunConfig:
     """The configuration with a smaller micro-batch, and a record of the requested one and of each that ran out of memory."""
-    earlier_resolution = config.resolution(MICRO_BATCH_KEY) or Resolution(MICRO_BATCH_KEY, config.batch["micro"])
+    earlier_resolution = config.resolution(MICRO_BATCH_KEY) or ResolvedSetting(MICRO_BATCH_KEY, config.batch["micro"])
     resolution = replace(
         earlier_resolution,
         asked=requested_micro_batch(config.batch, config.substitutions),

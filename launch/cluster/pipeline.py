@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch.cluster.export_part import export_resources
-from launch.output import Column, TableRow
-from launch.output import table as draw_table
+from launch.output import TableColumn, TableRow
+from launch.output import format_table as draw_table
 from launch.runs.pipeline_jobs import PIPELINE_FILE
 from strategies.errors import ConfigError, StorageError
 from trainer.config.run import RunConfig, SlurmConfig
@@ -25,12 +25,12 @@ from trainer.config.sbatch_options import MEMORY_OPTIONS, options_of, without_gp
 from trainer.reporting.status import write_text_atomic
 
 COLUMNS = (
-    Column("job"),
-    Column("part"),
-    Column("nodes", is_number=True),
-    Column("gpus", is_number=True),
-    Column("partition"),
-    Column("starts"),
+    TableColumn("job"),
+    TableColumn("part"),
+    TableColumn("nodes", is_number=True),
+    TableColumn("gpus", is_number=True),
+    TableColumn("partition"),
+    TableColumn("starts"),
 )
 PARTS_WITHOUT_GPUS = ("prepare", "export")
 """Parts that compute nothing on a GPU."""

@@ -15,7 +15,7 @@ from launch.cluster import containers
 from launch.cluster.containers import INSIDE_CONTAINER
 from launch.config import trusted_values
 from strategies.errors import ConfigError
-from trainer.config.resuming import plain_settings
+from trainer.config.resuming import settings_as_dict
 from trainer.config.run import RunConfig, SlurmConfig
 
 Options = dict[str, str | int | None]
@@ -150,7 +150,7 @@ def _interpreter_lines(config: RunConfig, slurm: SlurmConfig, directories: list[
         lines.append(f"export {variable}={shlex.quote(_checked_path(trusted_directory, variable))}")
     host_python = shlex.quote(checked_line(sys.executable, "the interpreter"))
     rank_python = shlex.quote(checked_line(slurm.python or "python3", "launcher.python"))
-    container = containers.container_command(plain_settings(config), directories)
+    container = containers.container_command(settings_as_dict(config), directories)
     return [
         *lines,
         f"python={host_python} # asks SLURM, on the host",

@@ -22,7 +22,7 @@ from launch.cluster.slurm import default_job_name, render, script_head
 from launch.runs.queue import write_submitted_job_ids
 from strategies.errors import ConfigError, StorageError
 from trainer.config.parallel import ParallelConfig
-from trainer.config.resuming import flatten_settings, plain_settings
+from trainer.config.resuming import flatten_settings, settings_as_dict
 from trainer.config.run import Code, RunConfig, SlurmConfig
 from trainer.reporting.code_revision import ROOT, code_revision
 from trainer.reporting.status import write_text_atomic
@@ -141,7 +141,7 @@ def _print_scripts(slurm: SlurmConfig, script_by_part: dict[str, str]) -> None:
 
 def _prepare_container(config: RunConfig) -> None:
     """Refuse a container that cannot start, and create the cache directory that is mounted into it. Errors: ConfigError."""
-    launcher = plain_settings(config)["launcher"]
+    launcher = settings_as_dict(config)["launcher"]
     runtime = containers.container_runtime(launcher)
     if runtime is None:
         return
@@ -296,7 +296,7 @@ def group_by_request(runs: list[tuple[ComposedConfig, Path]]) -> list[list[tuple
     """
     runs_by_request: dict[str, list[tuple[ComposedConfig, Path]]] = {}
     for composed, run_dir in runs:
-        settings = flatten_settings(plain_settings(composed.config))
+        settings = flatten_settings(settings_as_dict(composed.config))
         launcher_settings = {key: value for key, value in settings.items() if key.startswith("launcher.")}
         # With the timeout, because the script's patience with slow ranks comes from it.
         request = json.dumps([launcher_settings, composed.config.run.timeout_s], sort_keys=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from strategies import atomic_io
 from strategies.errors import StorageError
 from trainer.config.run import RunConfig
-from trainer.reporting.status import STARTED_AGAIN, State, clear_failure, read_failure, read_status, write_status
+from trainer.reporting.status import STARTED_AGAIN, RunState, clear_failure, read_failure, read_status, write_status
 from trainer.session.lease import possible_owner_text
 
 if TYPE_CHECKING:
@@ -136,13 +136,13 @@ def record_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: 
     failure = read_failure(directory)
     if failure == before.failure:
         failure = {}
-    if status.get("state") == State.done:
+    if status.get("state") == RunState.done:
         return 0
 
     step = status.get("step")
     # If a rank was killed before the first step, that is the cause: torchrun has asked its peers to stop since.
     was_killed = bool(failure) and not step
-    if status.get("state") == State.preempted and not was_killed:
+    if status.get("state") == RunState.preempted and not was_killed:
         print(_stopped_message(directory, run_dir, step, verb), file=sys.stderr)
         return EXIT_INTERRUPTED if was_interrupted else EXIT_PREEMPTED
     owner = None
@@ -164,7 +164,7 @@ def record_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: 
         message = (
             _failure_message(directory, failure, verb) if failure else f"{directory}: {reason}; see the output above"
         )
-    write_status(directory, State.failed, reason=reason, step=failure.get("step") or step)
+    write_status(directory, RunState.failed, reason=reason, step=failure.get("step") or step)
     print(message, file=sys.stderr, flush=True)
     return code
 

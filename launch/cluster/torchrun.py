@@ -434,7 +434,7 @@ def _record_killed_rank(error: BaseException, *, kernel_killed_for_memory: bool)
     the ranks started.
     """
     from strategies.errors import ShardtuneError
-    from trainer.reporting.status import State, read_failure, record_failure, write_status
+    from trainer.reporting.status import RunState, read_failure, record_failure, write_status
 
     # A kill explains more than exits that torchrun noticed at the same time: those may be peers that lost the killed rank.
     killed = _first_killed_rank(error.failures)  # type: ignore[attr-defined]
@@ -465,7 +465,7 @@ def _record_killed_rank(error: BaseException, *, kernel_killed_for_memory: bool)
     if was_recorded and runs_under_slurm:
         print(killed_error, file=sys.stderr, flush=True)
         with contextlib.suppress(ShardtuneError):
-            write_status(run_dir, State.failed, step=last_work.step, reason=str(killed_error))
+            write_status(run_dir, RunState.failed, step=last_work.step, reason=str(killed_error))
 
 
 @dataclass(frozen=True, slots=True)

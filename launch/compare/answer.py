@@ -11,8 +11,8 @@ from launch.compare.comparison import TEST_DOCUMENTS, ComparedPoint, Comparison
 from launch.compare.conclusion import Conclusion
 from launch.compare.curves import format_difference
 from launch.compare.events import notable_step_lines, resolved_setting_lines
-from launch.output import Column, TableRow, fold_all, table
-from trainer.reporting.numbers import short, times
+from launch.output import TableColumn, TableRow, format_table, wrap_sentences
+from trainer.reporting.numbers import format_setting, format_times
 
 UNKNOWN = "-"
 """The cell of a number that is not known."""
@@ -170,19 +170,19 @@ def as_text(comparison: Comparison) -> str:
     lines: list[str] = []
     for text_table in text_tables(comparison):
         is_main_table = not text_table.title
-        columns = [Column("" if is_main_table else f"{text_table.title}:")]
-        columns += [Column(column.heading, is_number=True) for column in text_table.columns]
+        columns = [TableColumn("" if is_main_table else f"{text_table.title}:")]
+        columns += [TableColumn(column.heading, is_number=True) for column in text_table.columns]
         rows = []
         for point in text_table.points:
             # Why a point is not done stands below its row of the main table only.
-            notes = fold_all([point.reason]) if is_main_table and point.reason else []
+            notes = wrap_sentences([point.reason]) if is_main_table and point.reason else []
             rows.append(TableRow(text_table.row(point), notes))
         if lines:
             lines.append("")
-        lines += table(columns, rows)
+        lines += format_table(columns, rows)
     for title, sentences in sections(comparison):
         if sentences:
-            lines += ["", f"{title}:", *fold_all(sentences)]
+            lines += ["", f"{title}:", *wrap_sentences(sentences)]
     return "\n".join(lines)
 
 
@@ -207,8 +207,8 @@ def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
 def _setting_values_text(values: Sequence[Any]) -> str:
     """The value of a setting at each point: `8, 8, 16`; for many points each value once: `8 (7 runs), 16 (5 runs)`."""
     if len(values) <= MAX_LISTED_VALUES:
-        return ", ".join(short(value) for value in values)
-    counts = Counter(short(value) for value in values)
+        return ", ".join(format_setting(value) for value in values)
+    counts = Counter(format_setting(value) for value in values)
     return ", ".join(f"{value} ({count} runs)" for value, count in counts.items())
 
 
@@ -262,7 +262,7 @@ def _test_metric_lines(comparison: Comparison) -> list[str]:
         for metric, value in (test_record.get("metrics") or {}).items():
             lines.append(
                 f"{metric}  {point.name}: {_number_cell(value, '.4f')} "
-                f"({num_documents} documents, looked at {times(num_looks)})"
+                f"({num_documents} documents, looked at {format_times(num_looks)})"
             )
     return sorted(lines)
 

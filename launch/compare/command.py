@@ -23,7 +23,7 @@ from launch.config.verb_arguments import (
     read_arguments,
     setting_group_help_rows,
 )
-from launch.output import Column, TableRow, fold, fold_all, table
+from launch.output import TableColumn, TableRow, format_table, wrap_sentences, wrap_text
 from strategies.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -234,9 +234,9 @@ def points_listing(plan: PointsPlan, output_dir: Path) -> str:
     rows = []
     for point in plan.points:
         arguments = " ".join([*point.arguments, *plan.learning_rate_remark(point)])
-        refusal_lines = fold_all([f"refused: {refusal}" for refusal in point.refusals], indent=4)
+        refusal_lines = wrap_sentences([f"refused: {refusal}" for refusal in point.refusals], indent=4)
         rows.append(TableRow((point.name, arguments), refusal_lines))
-    lines = [heading, *table((Column(), Column()), rows, indent=2), *plan.partial_settings]
+    lines = [heading, *format_table((TableColumn(), TableColumn()), rows, indent=2), *plan.partial_settings]
     if plan.num_left_out:
         lines.append(f"left out by compare.skip and compare.where: {plan.num_left_out}")
     return "\n".join(lines)
@@ -292,7 +292,7 @@ def _print_written_files(
         lines.append(no_plots_reason)
     no_workspace_reason = why_no_workspace(comparison)
     if no_workspace_reason and explains_missing_workspace:
-        lines += fold(no_workspace_reason, 0)
+        lines += wrap_text(no_workspace_reason, 0)
     print("\n" + "\n".join(lines), flush=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.compare.names import ABSENT_VALUE, KEYS_FIRST_IN_NAME, KEYS_LEFT_OUT_OF_NAMES, SettingDifference, is_below
-from trainer.reporting.numbers import short
+from trainer.reporting.numbers import format_setting
 
 WORLD_SIZE_KEY = "run.json world_size"
 POINT_KEY = "point"
@@ -92,4 +92,4 @@ def _axis_order(key: str, command_keys: Sequence[str]) -> tuple[int, int]:
 
 
 def _axis_label(value: object) -> str:
-    return ABSENT_VALUE if value == ABSENT_VALUE else short(value)
+    return ABSENT_VALUE if value == ABSENT_VALUE else format_setting(value)

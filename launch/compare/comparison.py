@@ -34,7 +34,7 @@ from launch.compare.recommendation import ranges_overlap
 from launch.compare.repeats import REFUSED, MeasuredPoint, read_repeats
 from launch.compare.run_files import RecordedRun, RunMeasurements
 from launch.compare.settings import ComparisonRow
-from trainer.reporting.numbers import readable
+from trainer.reporting.numbers import format_metric
 from trainer.reporting.run_record import RunRecord
 
 TEST_DOCUMENTS = "test documents (no answer, verdict or ranking above uses them: choose nothing by them)"
@@ -204,7 +204,7 @@ def _default_baseline_clauses(point: ComparedPoint) -> list[str]:
     metric = quality_metric([_single_point_job(point)])
     numbers = []
     if metric is not None and metric.name in measured.after:
-        numbers.append(f"{metric.name} {readable(measured.after[metric.name])}")
+        numbers.append(f"{metric.name} {format_metric(measured.after[metric.name])}")
     if measured.tokens_per_s:
         numbers.append(f"{measured.tokens_per_s:,.0f} tokens/s")
     if measured.memory_gib:
@@ -238,8 +238,8 @@ def _quality_verdict(baseline: ComparedPoint, point: ComparedPoint, context: _Ve
     if keys:
         return f"its {metric.name} cannot be compared with that of {baseline.name} (other {', '.join(keys)})"
 
-    baseline_value = readable(median(baseline_alone.values(metric.name)))
-    point_value = readable(median(point_alone.values(metric.name)))
+    baseline_value = format_metric(median(baseline_alone.values(metric.name)))
+    point_value = format_metric(median(point_alone.values(metric.name)))
     # A point whose first repeat never began is in no job, and stands for itself.
     baseline_job = context.job_by_point.get(baseline.name, baseline_alone)
     point_job = context.job_by_point.get(point.name, point_alone)
@@ -305,11 +305,11 @@ def _single_point_verdict(point: ComparedPoint) -> str:
     elif measured.steps:
         clauses.append(f"{measured.steps} steps")
     if len(losses) > 1:
-        clauses.append(f"loss {readable(losses[0])} -> {readable(losses[-1])}")
+        clauses.append(f"loss {format_metric(losses[0])} -> {format_metric(losses[-1])}")
     for metric, after in measured.after.items():
         # The perplexity is exp(loss): it would say the same twice.
         if metric in measured.before and metric != "eval/perplexity":
-            clauses.append(f"{metric} {readable(measured.before[metric])} -> {readable(after)}")
+            clauses.append(f"{metric} {format_metric(measured.before[metric])} -> {format_metric(after)}")
     return ", ".join(clauses)
 
 

@@ -14,7 +14,7 @@ from launch.compare.repeats import REFUSED
 from trainer.pages.pieces import Callout, PageCard, Tone, worst_first
 from trainer.pages.render import render
 from trainer.pages.vega import vega_script
-from trainer.reporting.status import State
+from trainer.reporting.status import RunState
 
 MAX_AXIS_VALUES = 12
 """Values of an axis that the head of the page names."""
@@ -97,10 +97,10 @@ def point_callouts(comparison: Comparison) -> list[Callout]:
     It names the points, and the reasons of at most `MAX_REASONS` points.
     """
     tones: dict[str, Tone] = {
-        State.failed: "bad",
+        RunState.failed: "bad",
         REFUSED: "warning",
-        State.preempted: "warning",
-        State.running: "note",
+        RunState.preempted: "warning",
+        RunState.running: "note",
     }
     points_by_state: dict[str, list[ComparedPoint]] = {}
     diverged_names = []
@@ -111,7 +111,7 @@ def point_callouts(comparison: Comparison) -> list[Callout]:
             diverged_names.append(point.name)
     callouts = []
     for state, points in points_by_state.items():
-        state_text = "stopped" if state == State.preempted else state
+        state_text = "stopped" if state == RunState.preempted else state
         names = join_names([point.name for point in points])
         heading = f"{len(points)} of {len(comparison.points)} points {state_text}: {names}"
         reasons = [f"{point.name}: {point.reason}" for point in points[:MAX_REASONS] if point.reason]

@@ -39,8 +39,8 @@ from launch.compare.recommendation import (
     recommend_cheapest,
     recommendation_candidates,
 )
-from trainer.reporting.numbers import readable, short
-from trainer.reporting.status import State
+from trainer.reporting.numbers import format_metric, format_setting
+from trainer.reporting.status import RunState
 
 if TYPE_CHECKING:
     from launch.compare.compared_point import ComparedPoint
@@ -173,7 +173,7 @@ def _learning_rates_sentence(points: Sequence[ComparedPoint], differences: Seque
         return ""
     names_by_rate: dict[str, list[str]] = {}
     for point, rate in zip(points, rates, strict=True):
-        names_by_rate.setdefault(short(rate), []).append(point.name)
+        names_by_rate.setdefault(format_setting(rate), []).append(point.name)
     clauses = [f"{rate} for {join_names(names)}" for rate, names in names_by_rate.items()]
     return f"The points trained at different learning rates (optim.lr): {', '.join(clauses)}."
 
@@ -187,7 +187,7 @@ def _seeds_sentence(job: ComparedJob) -> str:
     if job.num_seeds < 2 or metric is None:
         return ""
     values = job.values(metric.name)
-    return f"One job with {job.num_seeds} seeds: {metric.name} is {readable(min(values))} to {readable(max(values))}."
+    return f"One job with {job.num_seeds} seeds: {metric.name} is {format_metric(min(values))} to {format_metric(max(values))}."
 
 
 def _limited_to_best_quality(cost_sentence: str) -> str:
@@ -211,7 +211,7 @@ def _unfinished_sentence(points: Sequence[ComparedPoint]) -> str:
     for point in points:
         problem = None
         if not is_done(point):
-            problem = "stopped" if point.state == State.preempted else point.state
+            problem = "stopped" if point.state == RunState.preempted else point.state
         elif point_has_diverged(point):
             problem = "diverged"
         if problem is not None:
@@ -310,10 +310,10 @@ def _quality_sentence(jobs: Sequence[ComparedJob], ranked: RankedJobs, differenc
         if ranked.evidence_sources:
             reason = f"chance explains that much, judged by {join_names(ranked.evidence_sources)}"
         return (
-            f"No difference in {metric.name} shown between {len(values)} jobs: {readable(min(values))} to "
-            f"{readable(max(values))} ({reason}). The {metric.superlative} is that of {best_name}."
+            f"No difference in {metric.name} shown between {len(values)} jobs: {format_metric(min(values))} to "
+            f"{format_metric(max(values))} ({reason}). The {metric.superlative} is that of {best_name}."
         )
-    best_value = readable(ranked.value(ranked.best))
+    best_value = format_metric(ranked.value(ranked.best))
     sentence = f"{best_name} has the {metric.superlative} {metric.name}: {best_value}{_cost_text(ranked.best)}"
     _, *not_worse_jobs = ranked.not_significantly_worse  # the first is the best job itself
     not_worse_names = [job_name(job, jobs, differences) for job in not_worse_jobs]
@@ -335,7 +335,7 @@ def job_name(job: ComparedJob, jobs: Sequence[ComparedJob], differences: Sequenc
     arguments = []
     for difference in differences:
         key = difference.key
-        values_of_jobs = {short(any_job.settings.get(key, ABSENT_VALUE)) for any_job in jobs}
+        values_of_jobs = {format_setting(any_job.settings.get(key, ABSENT_VALUE)) for any_job in jobs}
         if len(values_of_jobs) > 1 and key in job.settings and not is_below(key, KEYS_LEFT_OUT_OF_NAMES):
             arguments.append(setting_as_argument(key, job.settings[key]))
     return " ".join(arguments) or job.points[0].name

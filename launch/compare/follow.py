@@ -8,7 +8,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 from strategies.errors import ShardtuneError
-from trainer.reporting.status import State
+from trainer.reporting.status import RunState
 
 PAGE_INTERVAL_S = 5.0
 """Seconds between two versions of the page; a browser reloads it as often."""
@@ -50,7 +50,7 @@ def _any_active_or_not_begun(run_dirs: list[Path]) -> tuple[bool, bool]:
 
     queue = read_queue()
     states = {read_run_view(run_dir, queue).state for run_dir in run_dirs}
-    return bool(states & {State.running, QUEUED}), NOT_STARTED in states
+    return bool(states & {RunState.running, QUEUED}), NOT_STARTED in states
 
 
 class PeriodicPage:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.compare.run_files import RecordedRun
-from trainer.reporting.numbers import short
+from trainer.reporting.numbers import format_setting
 from trainer.reporting.run_record import RunRecord
 
 PER_RUN_KEYS = ("run.dir", "logging.name", "substitutions")
@@ -174,13 +174,13 @@ def _name_suffix(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return last_part if value else f"no_{last_part}"
     if isinstance(value, int | float):
-        return f"{last_part}{short(value)}"
+        return f"{last_part}{format_setting(value)}"
     if last_part in ("path", "eval_path") and value:
         path = Path(str(value))
         # The last part of a model's path may have a dot that begins no suffix, as in `qwen2.5`.
         is_data_file = last_part == "path" and "data" in key
         return _word_characters_only(path.stem if is_data_file else path.name)
-    return f"{last_part}_{_word_characters_only(short(value))}"
+    return f"{last_part}_{_word_characters_only(format_setting(value))}"
 
 
 def _word_characters_only(text: str) -> str:
@@ -215,7 +215,7 @@ def _argument_value(value: Any) -> str:
     if isinstance(value, list):
         entries = [_argument_value(entry) for entry in value]
         return f"[{','.join(entries)}]"
-    text = short(value)
+    text = format_setting(value)
     # Unquoted, a comma would make an axis of the value, and a bracket a list.
     needs_quotes = any(char in ",[]{}=:" for char in text) and "'" not in text
     return f"'{text}'" if needs_quotes else text

@@ -19,9 +19,9 @@ from launch.compare.quality import (
 )
 from launch.compare.recommendation import is_memory_difference_shown, is_recommendable, is_speed_difference_shown
 from launch.compare.repeats import STEP_PARTS
-from trainer.pages.numbers import UNKNOWN, duration, number, percent
+from trainer.pages.numbers import UNKNOWN, format_duration, format_number, format_percent
 from trainer.pages.pieces import PageCell, PageColumn, PageTable, Tone
-from trainer.reporting.status import State
+from trainer.reporting.status import RunState
 
 Best = Literal["", "smallest", "largest"]
 HELD_OUT_GROUP = "held-out data"
@@ -39,7 +39,7 @@ class MeasureColumn:
     heading: str
     group: str
     value: Callable[[ComparedPoint], float | None]
-    show: Callable[[float], str] = number
+    show: Callable[[float], str] = format_number
     best: Best = ""
     unit: str = ""
     note: str = ""
@@ -135,7 +135,12 @@ def _state_and_tone(point: ComparedPoint) -> tuple[str, Tone]:
     """(state in a word, colour of its cell) of a point; a diverged one counts as `diverged`, whatever its run says."""
     if point_has_diverged(point):
         return "diverged", "bad"
-    tones: dict[str, Tone] = {State.done: "", State.failed: "bad", State.preempted: "warning", State.running: "note"}
+    tones: dict[str, Tone] = {
+        RunState.done: "",
+        RunState.failed: "bad",
+        RunState.preempted: "warning",
+        RunState.running: "note",
+    }
     return point.state, tones.get(point.state, "warning")
 
 
@@ -176,23 +181,29 @@ def _measures(comparison: Comparison) -> list[MeasureColumn]:
         MeasureColumn(
             "supervised/s", "speed", _supervised_per_s, _three_digits, speed_best, note="Supervised tokens a second."
         ),
-        MeasureColumn("MFU", "speed", _mfu_reader(comparison), percent, speed_best, note="Share of the device's peak."),
+        MeasureColumn(
+            "MFU", "speed", _mfu_reader(comparison), format_percent, speed_best, note="Share of the device's peak."
+        ),
         MeasureColumn("measured", "memory", lambda point: point.measured.memory_gib, _three_digits, memory_best, "GiB"),
         MeasureColumn("planned", "memory", _planned_gib, _three_digits, unit="GiB", note="Tensors, by simulation."),
-        MeasureColumn("step", "a step", lambda point: point.measured.step_s, duration, step_best),
+        MeasureColumn("step", "a step", lambda point: point.measured.step_s, format_duration, step_best),
         *(_part_measure(part) for part in (*STEP_PARTS, "rest")),
         MeasureColumn("exchanged", "a step", _exchanged_gib, _three_digits, "smallest", "GiB"),
         MeasureColumn(
-            "exposed", "a step", lambda point: point.measured.exposed_s, duration, note="Waited for the exchange."
+            "exposed",
+            "a step",
+            lambda point: point.measured.exposed_s,
+            format_duration,
+            note="Waited for the exchange.",
         ),
         MeasureColumn(
             "start",
             "once",
             _start_without_evaluation_s,
-            duration,
+            format_duration,
             note="Until the first step, without the evaluation before it.",
         ),
-        MeasureColumn("save", "once", lambda point: point.measured.checkpoint_s, duration),
+        MeasureColumn("save", "once", lambda point: point.measured.checkpoint_s, format_duration),
         MeasureColumn("saved", "once", lambda point: point.measured.checkpoint_gib, _three_digits, "smallest", "GiB"),
         MeasureColumn("per million tokens", "price", _dollars, _three_digits, step_best, "$"),
     ]
@@ -216,7 +227,7 @@ def _dollars(point: ComparedPoint) -> float | None:
 
 
 def _three_digits(value: float) -> str:
-    return number(value, digits=3)
+    return format_number(value, digits=3)
 
 
 def _slowest(point: ComparedPoint) -> float | None:
@@ -235,7 +246,7 @@ def _start_without_evaluation_s(point: ComparedPoint) -> float | None:
 
 
 def _part_measure(part: str) -> MeasureColumn:
-    return MeasureColumn(part, "a step", lambda point: point.summary.parts_s.get(part), duration)
+    return MeasureColumn(part, "a step", lambda point: point.summary.parts_s.get(part), format_duration)
 
 
 def _mfu_reader(comparison: Comparison) -> Callable[[ComparedPoint], float | None]:
@@ -332,4 +343,4 @@ def held_out_table(comparison: Comparison) -> PageTable | None:
 
 
 def _held_out_cell(value: float | None) -> PageCell:
-    return PageCell(number(value), None if value is None else _sort_value(value))
+    return PageCell(format_number(value), None if value is None else _sort_value(value))

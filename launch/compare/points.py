@@ -92,12 +92,12 @@ class PointsPlan:
 
     def _comparison_row(self, point: RequestedPoint, comparison_dir: Path) -> ComparisonRow:
         """The row of one point. A refused point has no run directories, but its configuration and the reasons."""
-        from trainer.config.resuming import flatten_settings, plain_settings
+        from trainer.config.resuming import flatten_settings, settings_as_dict
 
         run_dirs: tuple[Path, ...] = ()
         config: dict[str, Any] = {}
         if point.refusals:
-            config = flatten_settings(plain_settings(point.composed.config))
+            config = flatten_settings(settings_as_dict(point.composed.config))
         else:
             run_dirs = self._run_dirs(point, comparison_dir)
         return ComparisonRow(
@@ -210,14 +210,14 @@ def _compose_points(
     `arguments_of_points`: the arguments of each point. `axis_values`: for each point {axis: value}, by which it is named.
     `default_arguments`: arguments that every point gets as well.
     """
-    from launch.config.compose import compose, start_problems
+    from launch.config.compose import compose_config, start_problems
 
     problems_by_point: dict[str, list[str]] = {}
     points = []
     for name, arguments, values in zip(_unique_labels(axis_values), arguments_of_points, axis_values, strict=True):
         try:
             # Unchecked: settings that cannot be trained with make a refused point, and no error.
-            composed = compose([*arguments, *default_arguments], check=False)
+            composed = compose_config([*arguments, *default_arguments], check=False)
         except ConfigError as error:
             problems_by_point[name] = error.problems
             continue

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from launch.runs.metrics_tail import last_rows
 from launch.streams import draw
 from strategies.errors import ConfigError, ShardtuneError
-from trainer.pages.numbers import duration
+from trainer.pages.numbers import format_duration
 from trainer.reporting.metric_rows import METRICS
 from trainer.reporting.run_record import readable_run_record
 
@@ -110,7 +110,7 @@ class RunsProgress:
             self._durations_s.append(duration_s)
             tokens_per_s = outcome.speed.get("tokens_per_s") if outcome is not None else None
             speed = f", {tokens_per_s:,.0f} tokens/s" if tokens_per_s else ""
-            self._print(f"{self._heading()}: done in {duration(duration_s)}{speed}")
+            self._print(f"{self._heading()}: done in {format_duration(duration_s)}{speed}")
         elif exit_code in (75, 130):  # preempted, or stopped by Ctrl-C: the run can be continued
             self._print(f"{self._heading()}: {reason or 'stopped'}")
         else:
@@ -135,7 +135,7 @@ class RunsProgress:
             self._first_new_step = SeenStep(step, seen_at=now)
         seconds_left = self._seconds_left(now, step)
         if seconds_left is not None:
-            line += f", about {duration(round(seconds_left))} left"
+            line += f", about {format_duration(round(seconds_left))} left"
         return line
 
     def _seconds_left(self, now: float, step: int) -> float | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from launch.compare.quality import RankedJobs, point_has_diverged
-from trainer.reporting.numbers import readable
-from trainer.reporting.status import State
+from trainer.reporting.numbers import format_metric
+from trainer.reporting.status import RunState
 
 if TYPE_CHECKING:
     from launch.compare.compared_point import ComparedPoint
@@ -60,7 +60,7 @@ def is_recommendable(point: ComparedPoint) -> bool:
 def is_done(point: ComparedPoint) -> bool:
     """Whether at least one repeat of a point is done and none has failed: later repeats may not have been started yet."""
     states = [run.state for run in point.repeats]
-    return State.done in states and State.failed not in states
+    return RunState.done in states and RunState.failed not in states
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -111,7 +111,7 @@ def recommend_best_quality(
         return []
     best_point = next((point for point in points if point.name in cheapest_names), points[0])
     goal = f"the {ranked.metric.superlative} {ranked.metric.name}"
-    value = readable(ranked.value(ranked.best))
+    value = format_metric(ranked.value(ranked.best))
     return [Recommendation(goal, best_point, why=value, arguments=arguments_by_name[best_point.name])]
 
 

@@ -26,7 +26,7 @@ from trainer.reporting.run_record import (
     read_run_record,
 )
 from trainer.reporting.settings_file import read_tree
-from trainer.reporting.status import State, read_failure, read_status
+from trainer.reporting.status import RunState, read_failure, read_status
 
 GIB = 2**30
 RATES = ("tokens_per_s", "supervised_tokens_per_s", "mfu", "step_s")
@@ -62,7 +62,7 @@ class RecordedRun:
     @property
     def unfinished_state(self) -> str | None:
         """State and last step of a run that is not done, such as `failed at step 3`; None if it is done."""
-        if self.state == State.done:
+        if self.state == RunState.done:
             return None
         last_step = self.status.get("step") or self.failure.get("step") or max(self.steps, default=None)
         return f"{self.state} at step {last_step}" if last_step else self.state
@@ -70,7 +70,7 @@ class RecordedRun:
     @property
     def reason(self) -> str | None:
         """State, last step and the reason why the run ended, on one line; None for a run that is done."""
-        if self.state == State.running:
+        if self.state == RunState.running:
             last_seen = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.status.get("time") or 0))
             return f"{self.unfinished_state}, last seen at {last_seen}"
         message = self.status.get("reason") or self.failure.get("message")

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from strategies.errors import ShardtuneError
-from trainer.reporting.status import State, read_status, write_text_atomic
+from trainer.reporting.status import RunState, read_status, write_text_atomic
 
 if TYPE_CHECKING:
     from launch.compare.comparison import Comparison
     from trainer.config.run import RunConfig
 
 REPORT_FILE = "report.html"
-STATES_WITHOUT_PAGE = (State.running, None)
+STATES_WITHOUT_PAGE = (RunState.running, None)
 """States without a page: another attempt writes in the directory, or nothing was begun there."""
 
 

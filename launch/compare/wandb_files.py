@@ -21,7 +21,7 @@ from strategies.errors import ConfigError
 from trainer.config.resuming import flatten_settings
 from trainer.reporting.metric_names import EDITION, METRIC_NAMES, TRAINING_S, rated_row, recorded_name
 from trainer.reporting.run_record import record_of
-from trainer.reporting.status import State
+from trainer.reporting.status import RunState
 from trainer.reporting.trackers.wandb_server import fetch
 
 RUN_DIRECTORY_REGEX = re.compile(r"(offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
@@ -314,12 +314,12 @@ def _status_from_wandb(exit_record: dict[str, Any], summary: dict[str, Any], sta
     """
     last_seen_at = started_at + float(summary.get("_runtime") or 0.0)
     if not exit_record:
-        state = State.running
-    elif summary.get("state") in (State.preempted, State.done):
-        state = State(summary["state"])
+        state = RunState.running
+    elif summary.get("state") in (RunState.preempted, RunState.done):
+        state = RunState(summary["state"])
     else:
         exit_code = exit_record.get("exit_code", 0)
-        state = State.done if exit_code == 0 else State.failed
+        state = RunState.done if exit_code == 0 else RunState.failed
     step = summary.get(METRIC_NAMES["step"].name, summary.get(FIRST_EDITION_STEP_NAME))
     return {"step": step, "time": last_seen_at, "state": state}
 

@@ -28,7 +28,7 @@ from strategies.errors import ShardtuneError
 from strategies.extras import install_command
 from trainer.reporting.config import COLUMNS
 from trainer.reporting.metric_names import EDITION, FIRST_EDITION, XAxis, tracked_name
-from trainer.reporting.numbers import readable, short
+from trainer.reporting.numbers import format_metric, format_setting
 from trainer.reporting.status import write_text_atomic
 
 WORKSPACE_FILE = "workspace.py"
@@ -335,7 +335,7 @@ def _points_table(
     axis_headings = [column.removeprefix("config.") for column in values_by_column]
     rows = [["run", *axis_headings, *_measured_headings(held_out_metric), "state"]]
     for point_index, point in enumerate(comparison.points):
-        axis_cells = [short(values[point_index]) for values in values_by_column.values()]
+        axis_cells = [format_setting(values[point_index]) for values in values_by_column.values()]
         measured_cells = _measured_cells(point, held_out_metric)
         rows.append([point.name, *axis_cells, *measured_cells, point.reason or point.state])
     known_columns = []
@@ -357,8 +357,8 @@ def _measured_cells(point: ComparedPoint, held_out_metric: str) -> list[str]:
     measured = point.measured
     return [
         str(measured.steps or UNKNOWN),
-        _number_cell(measured.loss, readable),
-        _number_cell(measured.after.get(held_out_metric), readable),
+        _number_cell(measured.loss, format_metric),
+        _number_cell(measured.after.get(held_out_metric), format_metric),
         _number_cell(measured.tokens_per_s, "{:,.0f}".format),
         _number_cell(measured.step_s, "{:.3g}".format),
         _number_cell(measured.memory_gib, "{:.3g}".format),

@@ -33,11 +33,11 @@ from launch.config.resume import keep_learning_rate_of_checkpoint
 from launch.config.reward_copies import use_copies_of_missing_reward_files
 from launch.config.secrets import secret_problems
 from strategies.errors import ConfigError, key_of_problem
-from trainer.config.resuming import plain_settings
+from trainer.config.resuming import settings_as_dict
 from trainer.config.run import TEMPLATE_DATE_KEY, Device, RunConfig
 from trainer.config.validate import config_problems
 from trainer.export.config import set_default_merge
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import objective_family
 from trainer.optim.schedule import ScheduleConfig
 from trainer.reporting.settings_file import literal
 from trainer.tuning.initial_adapter import adopt_adapter_settings
@@ -45,10 +45,10 @@ from trainer.tuning.initial_adapter import adopt_adapter_settings
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["ComposedConfig", "compose", "default_run_dir", "is_finished", "load_frozen_config"]
+__all__ = ["ComposedConfig", "compose_config", "default_run_dir", "is_finished", "load_frozen_config"]
 
 
-def compose(argv: list[str], *, check: bool = True) -> ComposedConfig:
+def compose_config(argv: list[str], *, check: bool = True) -> ComposedConfig:
     """Compose command-line overrides (`key=value`) into the configuration of a run, and validate it unless `check` is off.
 
     Raises ConfigError with every problem found.
@@ -69,7 +69,7 @@ def compose(argv: list[str], *, check: bool = True) -> ComposedConfig:
         set_usual_learning_rate(config)
         keep_learning_rate_of_checkpoint(config)
         if config.evaluation.watch is None:
-            config.evaluation.watch = family_of(config.objective).watched_metric
+            config.evaluation.watch = objective_family(config.objective).watched_metric
         if check:
             for problem in _start_problems_unless_resumed(config, argv):
                 if not _repeats_problem_of_override(problem, parsed.meant_keys):
@@ -95,7 +95,7 @@ def recompose_frozen_config(config: RunConfig, argv: list[str], allowed: frozens
     """The frozen configuration of a run with command-line overrides on top, for this process: its own launcher and devices.
 
     `allowed`: the groups of settings that overrides may set, such as `launcher`. Raises ConfigError with every problem, also
-    for an override of another group. The result is not validated as that of `compose` is.
+    for an override of another group. The result is not validated as that of `compose_config` is.
     """
     parsed = overrides.parse_overrides(argv)
     composed_tree, problems = _compose_choices(parsed.choices)
@@ -142,7 +142,7 @@ def _frozen_config_as_tree(config: RunConfig) -> Any:
     tree = OmegaConf.structured(RunConfig)
     for group in settings_classes_by_group():
         tree[group] = OmegaConf.structured(type(getattr(config, group)))
-    return OmegaConf.merge(tree, literal(plain_settings(config)))
+    return OmegaConf.merge(tree, literal(settings_as_dict(config)))
 
 
 def keys_set_by(argv: list[str]) -> set[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from launch.config.choices import settings_class_of, settings_classes_by_group
 from strategies.errors import ConfigError
-from trainer.config.resuming import flatten_settings, plain_settings
+from trainer.config.resuming import flatten_settings, settings_as_dict
 from trainer.config.run import (
     MICRO_BATCH_KEY,
     RunConfig,
@@ -25,7 +25,7 @@ from trainer.config.run import (
 from trainer.data.config import identifying_data_settings
 from trainer.export.config import ExportedCheckpoint
 from trainer.reporting import settings_file
-from trainer.reporting.status import CONFIG_SHA256_REGEX, State, read_status, write_text_atomic
+from trainer.reporting.status import CONFIG_SHA256_REGEX, RunState, read_status, write_text_atomic
 from trainer.tuning.config import PrefixConfig, PrefixInit
 
 EXPORTED_CHECKPOINT_KEY = "export.checkpoint"
@@ -59,14 +59,14 @@ def config_sha256(config: RunConfig) -> str:
     Left out: `run.*` except for the seed, the groups of `GROUPS_WITHOUT_EFFECT_ON_RESULT`, and the substitutions. Where a run
     is started, how it is called, what it reports and what its export must pass may change when it is requeued or resumed.
     """
-    return _settings_sha256(_identifying_settings(plain_settings(config)))
+    return _settings_sha256(_identifying_settings(settings_as_dict(config)))
 
 
 def config_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML, defaults included."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(plain_settings(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(settings_as_dict(config)))
 
 
 def default_run_dir(sha256: str) -> Path:
@@ -76,7 +76,7 @@ def default_run_dir(sha256: str) -> Path:
 
 def is_finished(run_dir: Path) -> bool:
     """Whether the run in this directory is done, so that starting it again is a no-op."""
-    return read_status(run_dir).get("state") == State.done
+    return read_status(run_dir).get("state") == RunState.done
 
 
 def rewrite_config_with_own_choices(run_dir: Path, config: RunConfig) -> None:
@@ -166,8 +166,8 @@ class DifferingSetting:
 
 def differing_settings(ours: RunConfig, theirs: RunConfig) -> list[DifferingSetting]:
     """The settings that decide a run's result and differ between this command (`ours`) and a run directory (`theirs`)."""
-    our_values = flatten_settings(_identifying_settings(plain_settings(ours)))
-    their_values = flatten_settings(_identifying_settings(plain_settings(theirs)))
+    our_values = flatten_settings(_identifying_settings(settings_as_dict(ours)))
+    their_values = flatten_settings(_identifying_settings(settings_as_dict(theirs)))
     missing = object()  # None is a value
     differing = []
     for key in sorted(our_values.keys() | their_values.keys()):

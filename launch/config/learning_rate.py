@@ -5,7 +5,7 @@ from __future__ import annotations
 from trainer.config.run import LEARNING_RATE_KEY, RunConfig
 from trainer.optim.config import OptimName
 from trainer.optim.rates import missing_rate_message, usual_rate
-from trainer.reporting.resolution import Resolution
+from trainer.reporting.resolution import ResolvedSetting
 
 EARLIER_DEFAULT_RATE_BY_OPTIMIZER = {OptimName.lion: 3e-6, OptimName.adafactor: 1e-3, OptimName.sgd: 1e-2}
 """What an unset rate was in run directories of versions that had one rate for each optimizer; 2e-5 for all others."""
@@ -19,7 +19,7 @@ def set_usual_learning_rate(config: RunConfig) -> None:
     if rate is not None:
         config.optim.lr = rate.usual
         reason = f"usual for {config.tuning.method}, objective={config.objective.name} and optim={config.optim.name}"
-        config.substitutions[LEARNING_RATE_KEY] = Resolution(
+        config.substitutions[LEARNING_RATE_KEY] = ResolvedSetting(
             LEARNING_RATE_KEY, None, rate.usual, f"{reason}: {rate.source}"
         )
 
@@ -50,7 +50,7 @@ def keep_learning_rate_of_run(config: RunConfig, earlier_config: RunConfig) -> N
     if was_set_by_user:
         return  # a command without this rate is that of another run
     if earlier_config.optim.lr != config.optim.lr:
-        config.substitutions[LEARNING_RATE_KEY] = Resolution(
+        config.substitutions[LEARNING_RATE_KEY] = ResolvedSetting(
             LEARNING_RATE_KEY, None, earlier_config.optim.lr, "as this run began"
         )
         config.optim.lr = earlier_config.optim.lr

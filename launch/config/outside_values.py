@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from launch.config.code_digest import NoDigest, local_model_directory, model_code_digest, task_code_digest
 from strategies.settings import Reach
 from trainer.config.reach import GROUPS_OF_EACH_START, NAMED_TABLES, reach_of
-from trainer.config.resuming import default_settings, flatten_settings, plain_settings
+from trainer.config.resuming import default_settings, flatten_settings, settings_as_dict
 from trainer.data.read.paths import is_hub_path, is_remote_address
 from trainer.rollout.rewards.copies import code_digest
 
@@ -140,7 +140,7 @@ def _settings_with_outside_effect(config: RunConfig) -> dict[str, Any]:
     """
     defaults = default_settings(config)
     reaching_settings = {}
-    for key, value in flatten_settings(_with_undotted_names(plain_settings(config))).items():
+    for key, value in flatten_settings(_with_undotted_names(settings_as_dict(config))).items():
         if value in EMPTY_VALUES or value in ([], {}) or value == defaults.get(key):
             continue
         if key.partition(".")[0] in GROUPS_OF_EACH_START:

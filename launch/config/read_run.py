@@ -25,7 +25,7 @@ from launch.config.outside_values import (
 from strategies.errors import ConfigError
 from strategies.settings import Reach
 from trainer.config.reach import GROUPS_OF_EACH_START, reach_of
-from trainer.config.resuming import flatten_settings, plain_settings
+from trainer.config.resuming import flatten_settings, settings_as_dict
 from trainer.rollout.rewards.copies import function_locations
 from trainer.session.base_files import pin_commit
 
@@ -198,9 +198,9 @@ def _with_allowing_arguments(config: RunConfig, allowing_arguments: list[str]) -
     if not allowing_arguments:
         return config
     allowed_config = apply_overrides(config, allowing_arguments)
-    run_values = flatten_settings(plain_settings(config))
+    run_values = flatten_settings(settings_as_dict(config))
     problems = []
-    for key, value in flatten_settings(plain_settings(allowed_config)).items():
+    for key, value in flatten_settings(settings_as_dict(allowed_config)).items():
         run_value = run_values.get(key)
         if value != run_value and reach_of(key) is Reach.file:
             problems.append(f"{key}={value}: the run has {run_value}, which stays; give that, or leave it out")

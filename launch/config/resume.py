@@ -43,7 +43,7 @@ from trainer.data.tokens.clock import TemplateDate
 from trainer.evaluation.interval import EVERY_STEPS
 from trainer.export.config import ExportedCheckpoint
 from trainer.reporting import settings_file
-from trainer.reporting.resolution import Resolution
+from trainer.reporting.resolution import ResolvedSetting
 from trainer.reporting.status import CONFIG_SHA256_REGEX
 
 SHOWN_DIFFERENCES = 12
@@ -301,7 +301,7 @@ def _keep_matmul(config: RunConfig, earlier_config: RunConfig) -> None:
     if config.run.matmul is not Matmul.auto or library is Matmul.auto:
         return
     recorded = earlier_config.resolution(MATMUL_KEY)
-    config.substitutions[MATMUL_KEY] = recorded or Resolution(MATMUL_KEY, AUTO, str(library), "as this run began")
+    config.substitutions[MATMUL_KEY] = recorded or ResolvedSetting(MATMUL_KEY, AUTO, str(library), "as this run began")
 
 
 def _keep_control_tokens(config: RunConfig, earlier_config: RunConfig) -> None:

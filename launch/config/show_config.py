@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from launch.config.user_files import is_settings_file
 from strategies.errors import ConfigError
-from strategies.redaction import redacted
+from strategies.redaction import redact
 
 if TYPE_CHECKING:
     from launch.config.frozen import ComposedConfig
@@ -26,7 +26,7 @@ def print_config(composed: ComposedConfig, kind: str) -> None:
     from trainer.config.ranges import range_problems
 
     if kind in ("job", "all"):
-        print(f"# sha256: {composed.sha256}\n{redacted(composed.yaml)}", end="")
+        print(f"# sha256: {composed.sha256}\n{redact(composed.yaml)}", end="")
     if kind in ("hydra", "all"):
         print(f"# Hydra's own settings, which are fixed here\n{hydra_yaml(composed.overrides)}", end="")
     problems = range_problems(composed.config)

@@ -16,7 +16,7 @@ from launch.config.verb_arguments import (
     help_rows,
     read_arguments,
 )
-from launch.output import Column, TableRow, fold_all, print_json, table
+from launch.output import TableColumn, TableRow, format_table, print_json, wrap_sentences
 from strategies.errors import ConfigError
 from strategies.extras import install_command
 
@@ -115,10 +115,10 @@ def preflight(overrides: list[str], as_json: bool) -> int:
 def machine_report_lines(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[str]:
     """What doctor found on this machine as lines for people: a table of facts, then notes, then problems."""
     rows = [*_package_rows(facts), *_hardware_rows(facts), *_surroundings_rows(facts)]
-    lines = table((Column(), Column()), [TableRow(row) for row in rows])
+    lines = format_table((TableColumn(), TableColumn()), [TableRow(row) for row in rows])
     for title, sentences in (("notes", notes), ("problems", problems)):
         if sentences:
-            lines += ["", f"{title}:", *fold_all(sentences)]
+            lines += ["", f"{title}:", *wrap_sentences(sentences)]
     if not problems:
         lines += ["", "a run can start here"]
     return lines

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.doctor.verify_rank import CONFIG, PROGRESS, REPORT, REQUEST
-from launch.output import Column, TableRow, fold_all, print_json, stdout_to_stderr, table
+from launch.output import TableColumn, TableRow, format_table, print_json, stdout_to_stderr, wrap_sentences
 from strategies.errors import ConfigError, ShardtuneError, key_of_problem
 
 if TYPE_CHECKING:
@@ -95,12 +95,12 @@ def settings_to_compare(arguments: list[str]) -> tuple[RunConfig, list[str]]:
 
     Errors: ConfigError, also for strategy=single and strategy=auto, which leave nothing to compare.
     """
-    from launch.config.compose import compose
+    from launch.config.compose import compose_config
     from strategies.base import Precision, StrategyName
     from trainer.config.run import Device, LauncherName
     from trainer.config.validate import config_problems
 
-    config = compose(arguments, check=False).config
+    config = compose_config(arguments, check=False).config
     problems = []
     if config.strategy.name is StrategyName.single:
         problems.append(
@@ -243,10 +243,10 @@ def verification_lines(report: dict[str, Any]) -> list[str]:
     if len(set(passes.values())) == 1:
         passes = {"every pass": next(iter(passes.values()))}
     rows = [TableRow((name, kernels)) for name, kernels in passes.items()]
-    lines += table((Column(), Column()), rows, indent=2)
+    lines += format_table((TableColumn(), TableColumn()), rows, indent=2)
     for title in ("notes", "problems"):
         if report[title]:
-            lines += ["", f"{title}:", *fold_all(report[title])]
+            lines += ["", f"{title}:", *wrap_sentences(report[title])]
     if report["agrees"]:
         lines += ["", "the run computes what one process computes"]
     return lines
@@ -280,7 +280,7 @@ def _summary_lines(report: dict[str, Any]) -> list[str]:
         ("with", f"one process, in {' and '.join(precisions)}"),
     ]
     rows += [("changed", change) for change in report["changes"]]
-    return table((Column(), Column()), [TableRow(row) for row in rows])
+    return format_table((TableColumn(), TableColumn()), [TableRow(row) for row in rows])
 
 
 def _difference_lines(report: dict[str, Any]) -> list[str]:
@@ -289,10 +289,10 @@ def _difference_lines(report: dict[str, Any]) -> list[str]:
     report["differences"]: [{"quantity": "loss", "precision": "fp32", "distance": 1e-6, "bound": 1e-4, "exceeded": False}, ...].
     """
     precisions = list(dict.fromkeys(row["precision"] for row in report["differences"]))
-    columns = [Column("largest difference of")]
+    columns = [TableColumn("largest difference of")]
     for precision in precisions:
-        columns += [Column(precision, is_number=True), Column("at most", is_number=True)]
-    columns.append(Column())
+        columns += [TableColumn(precision, is_number=True), TableColumn("at most", is_number=True)]
+    columns.append(TableColumn())
     cells_by_quantity: dict[str, list[str]] = {}
     differing_quantities = set()
     for row in report["differences"]:
@@ -303,7 +303,7 @@ def _difference_lines(report: dict[str, Any]) -> list[str]:
     rows = []
     for quantity, cells in cells_by_quantity.items():
         rows.append(TableRow((quantity, *cells, "differs" if quantity in differing_quantities else "")))
-    return table(columns, rows)
+    return format_table(columns, rows)
 
 
 def _distance_text(distance: float | str | None) -> str:

@@ -81,10 +81,10 @@ def _download(arguments: list[str], target: Path, *, dry_run: bool, as_json: boo
     Then writes the settings file `target`, in which they are pinned to their commits, and beside it a manifest of the fetched
     files. With `dry_run`, only prints what would be fetched.
     """
-    from launch.config.compose import compose
+    from launch.config.compose import compose_config
     from launch.download.pieces import check_free_space, fetch_asset, hub_assets, with_commit_and_size
 
-    config = compose(arguments, check=False).config
+    config = compose_config(arguments, check=False).config
     assets = [with_commit_and_size(asset) for asset in hub_assets(config)]
     missing_bytes = sum(asset.missing_bytes for asset in assets)
     if dry_run:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from launch.output import Column, TableRow, fold, table
-from trainer.reporting.numbers import readable, times
+from launch.output import TableColumn, TableRow, format_table, wrap_text
+from trainer.reporting.numbers import format_metric, format_times
 
 COLUMNS = (
-    Column("task"),
-    Column("metric"),
-    Column("value", is_number=True),
-    Column("95 % interval", is_number=True),
+    TableColumn("task"),
+    TableColumn("metric"),
+    TableColumn("value", is_number=True),
+    TableColumn("95 % interval", is_number=True),
 )
 COLUMNS_AGAINST = (
-    Column("other", is_number=True),
-    Column("difference", is_number=True),
-    Column("95 % interval", is_number=True),
-    Column("p", is_number=True),
-    Column("verdict"),
+    TableColumn("other", is_number=True),
+    TableColumn("difference", is_number=True),
+    TableColumn("95 % interval", is_number=True),
+    TableColumn("p", is_number=True),
+    TableColumn("verdict"),
 )
 """What a comparison adds."""
 
@@ -42,20 +42,20 @@ def report_text(report: dict[str, Any]) -> str:
                 cells += _comparison_cells(compared_metrics.get(metric))
             rows.append(TableRow(cells))
     columns = (*COLUMNS, *COLUMNS_AGAINST) if against else COLUMNS
-    lines += table(columns, rows)
-    lines += ["", *fold(str(report["method"]))]
+    lines += format_table(columns, rows)
+    lines += ["", *wrap_text(str(report["method"]))]
     for note in _notes(report, compared_tasks):
-        lines += fold(note)
+        lines += wrap_text(note)
     return "\n".join(lines)
 
 
 def test_text(result: dict[str, Any]) -> str:
     """What was measured on a run's test documents, for people."""
-    documents = f"{result['documents']:,} test documents, looked at {times(result['looks'])} so far"
+    documents = f"{result['documents']:,} test documents, looked at {format_times(result['looks'])} so far"
     lines = [f"{result['run']}, {result['checkpoint']}: {documents}"]
     metrics = result["metrics"]
     width = max(map(len, metrics))
-    lines += [f"  {name:<{width}}  {readable(value)}" for name, value in metrics.items()]
+    lines += [f"  {name:<{width}}  {format_metric(value)}" for name, value in metrics.items()]
     lines.append("Choose nothing by these numbers: compare and select on the evaluation documents.")
     return "\n".join(lines)
 

@@ -238,7 +238,7 @@ def _config_of_model(evaluate_arguments: EvaluateArguments, path: str, directory
     Its objective follows from the model's config.json if the user sets none: classification, seq2seq, or the default for a causal
     language model. Every configuration needs training data, so if none is named, a stand-in file is written into `directory`.
     """
-    from launch.config.compose import compose
+    from launch.config.compose import compose_config
     from trainer.model.rules import read_config
     from trainer.reporting.status import write_text_atomic
 
@@ -258,7 +258,7 @@ def _config_of_model(evaluate_arguments: EvaluateArguments, path: str, directory
     if evaluate_arguments.adapter is not None:
         arguments.append(f"model.adapters=[{evaluate_arguments.adapter}]")
 
-    config = compose(arguments, check=False).config
+    config = compose_config(arguments, check=False).config
     has_unset_labels = hasattr(config.objective, "labels") and config.objective.labels is None
     if labels and has_unset_labels:
         config.objective.labels = labels  # type: ignore[attr-defined]

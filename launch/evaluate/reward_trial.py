@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.output import Column, TableRow, fold, print_json, stdout_to_stderr, table
-from trainer.pages.numbers import percent
+from launch.output import TableColumn, TableRow, format_table, print_json, stdout_to_stderr, wrap_text
+from trainer.pages.numbers import format_percent
 from trainer.stopping.signals import block_signals
 
 if TYPE_CHECKING:
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 CONFIG_FILE = "job.yaml"
 JOB_FILE = "job.json"
 COLUMNS = (
-    Column("reward"),
-    Column("mean", is_number=True),
-    Column("least", is_number=True),
-    Column("most", is_number=True),
-    Column("spread in a group", is_number=True),
-    Column("idle groups", is_number=True),
-    Column("unscored", is_number=True),
+    TableColumn("reward"),
+    TableColumn("mean", is_number=True),
+    TableColumn("least", is_number=True),
+    TableColumn("most", is_number=True),
+    TableColumn("spread in a group", is_number=True),
+    TableColumn("idle groups", is_number=True),
+    TableColumn("unscored", is_number=True),
 )
 SHOWN_GROUPS = 3
 
@@ -38,8 +38,8 @@ def should_try_rewards(arguments: EvaluateArguments) -> bool:
     True if its arguments name a run that learns from rewards and has no tasks, or describe such a run (objective=grpo). False if
     they name something else to evaluate: tasks, a server, against= or split=test.
     """
-    from launch.config.compose import compose
-    from trainer.objectives.registry import FAMILIES, family_of
+    from launch.config.compose import compose_config
+    from trainer.objectives.registry import FAMILIES, objective_family
 
     names_tasks = any(setting.startswith(("evaluation.tasks", "evaluation.server")) for setting in arguments.settings)
     if arguments.against is not None or names_tasks or arguments.split == "test":
@@ -49,7 +49,7 @@ def should_try_rewards(arguments: EvaluateArguments) -> bool:
         return objective in FAMILIES and FAMILIES[objective].rollout is not None
     if not any(setting.startswith("objective=") for setting in arguments.settings):
         return False
-    return family_of(compose(arguments.settings, check=False).config.objective).rollout is not None
+    return objective_family(compose_config(arguments.settings, check=False).config.objective).rollout is not None
 
 
 def _objective_without_tasks(run: Path) -> str:
@@ -135,12 +135,12 @@ def _trial_of_run(run: Path, arguments: EvaluateArguments) -> tuple[RunConfig, R
 
 def _config_of_new_run(arguments: EvaluateArguments) -> RunConfig:
     """The configuration of the run that the arguments describe, without open choices. Raises ConfigError if it cannot start."""
-    from launch.config.compose import compose
+    from launch.config.compose import compose_config
 
     settings = list(arguments.settings)
     if not any(setting.startswith("budget") for setting in settings):
         settings.append("budget.steps=1")
-    return _without_open_choices(compose(settings).config)
+    return _without_open_choices(compose_config(settings).config)
 
 
 def _without_open_choices(config: RunConfig) -> RunConfig:
@@ -183,30 +183,32 @@ def reward_trial_text(report: dict[str, Any]) -> str:
         rows += [_row(name, of_reward) for name, of_reward in report["rewards"].items()]
     else:
         rows = [_row(*entry) for entry in report["rewards"].items()]
-    lines += [*table(COLUMNS, rows), ""]
+    lines += [*format_table(COLUMNS, rows), ""]
     shares = [
-        f"{size}: {percent(share)}" for size, share in report["idle_share_by_group_size"].items() if share is not None
+        f"{size}: {format_percent(share)}"
+        for size, share in report["idle_share_by_group_size"].items()
+        if share is not None
     ]
-    lines += fold(f"idle groups expected by objective.group_size: {', '.join(shares)}")
-    lines += fold(
+    lines += wrap_text(f"idle groups expected by objective.group_size: {', '.join(shares)}")
+    lines += wrap_text(
         f"a round of {report['prompts_per_round']} prompts: about {report['round_s']:.0f} s, planned from {report['prompts']} "
         f"prompts: writing {report['write_s']:.1f} s, scoring {report['reward_s']:.1f} s, training {report['train_s']:.1f} s"
     )
     for line in _advice(report):
-        lines += fold(line)
+        lines += wrap_text(line)
     for group in report["groups"][:SHOWN_GROUPS]:
-        lines += ["", *fold(f"{group['where']}: {_one_line(group['prompt'])}")]
+        lines += ["", *wrap_text(f"{group['where']}: {_one_line(group['prompt'])}")]
         for name in ("best", "worst"):
             if name in group:
                 answer = group[name]
-                lines += fold(f"  {name}, {answer['reward']:.3g}: {_one_line(answer['answer'])}")
+                lines += wrap_text(f"  {name}, {answer['reward']:.3g}: {_one_line(answer['answer'])}")
     return "\n".join(lines)
 
 
 def _row(name: str, summary: dict[str, Any]) -> TableRow:
     """A row of the table of rewards. A number that is None in the `summary` of a reward is shown as "-"."""
     numbers = ["-" if summary[key] is None else f"{summary[key]:.3g}" for key in ("mean", "least", "most", "spread")]
-    return TableRow([name, *numbers, percent(summary["idle_share"]), str(summary["unscored"])])
+    return TableRow([name, *numbers, format_percent(summary["idle_share"]), str(summary["unscored"])])
 
 
 def _one_line(text: str) -> str:
@@ -232,7 +234,7 @@ def _advice(report: dict[str, Any]) -> list[str]:
         )
     elif share > 0.5:
         advice.append(
-            f"{percent(share)} of the groups are idle and teach nothing: objective.idle_groups=replace, a larger "
+            f"{format_percent(share)} of the groups are idle and teach nothing: objective.idle_groups=replace, a larger "
             "objective.group_size, or prompts that the model solves sometimes."
         )
     if report["truncated_share"] > 0.5:

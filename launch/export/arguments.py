@@ -130,10 +130,10 @@ def unfinished_remark(run_dir: Path, checkpoint: Path | None) -> str:
     - the run is done, and trained on after `checkpoint`: "; the run ended at step 200";
     - else, and for a mean of checkpoints (`checkpoint` is None) of a run that is done: "".
     """
-    from trainer.reporting.status import State, read_status
+    from trainer.reporting.status import RunState, read_status
 
     status = read_status(run_dir)
-    if status.get("state") != State.done:
+    if status.get("state") != RunState.done:
         return f"; the run is not done: {status.get('reason') or status.get('state')}"
     last_step = status.get("step")
     if checkpoint is None or not isinstance(last_step, int):

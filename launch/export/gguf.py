@@ -141,7 +141,7 @@ def refuse_unsupported_sizes(kind: QuantisedFormat, config: RunConfig) -> None:
         return
     import torch
 
-    from trainer.model.architecture import auto_class
+    from trainer.model.architecture import transformers_class
     from trainer.model.config import ModelKind
     from trainer.model.loading import load_model_config
     from trainer.model.quantised_checkpoints import refuse_unsupported_4bit
@@ -149,7 +149,7 @@ def refuse_unsupported_sizes(kind: QuantisedFormat, config: RunConfig) -> None:
     settings = load_model_config(config.model)
     try:
         with torch.device("meta"):  # shapes alone, without memory
-            model = auto_class(ModelKind.causal, settings).from_config(settings)
+            model = transformers_class(ModelKind.causal, settings).from_config(settings)
     except Exception:  # noqa: BLE001 - what cannot be built is told when the run's own model is
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

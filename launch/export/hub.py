@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.export.arguments import ExportArguments
-from launch.output import Column, TableRow, table
+from launch.output import TableColumn, TableRow, format_table
 from strategies.errors import ConfigError, ShardtuneError
 
 HUB_PREFIX = "hub:"
@@ -131,7 +131,7 @@ def push_or_list(target: HubTarget) -> str | None:
     files = sorted(path for path in target.folder.rglob("*") if path.is_file())
     bytes_by_name = {path.relative_to(target.folder).as_posix(): path.stat().st_size for path in files}
     rows = [TableRow((f"{num_bytes:,}", name)) for name, num_bytes in bytes_by_name.items()]
-    print("\n".join(table((Column(is_number=True), Column()), rows, indent=2)))
+    print("\n".join(format_table((TableColumn(is_number=True), TableColumn()), rows, indent=2)))
     amount = f"{len(files)} files, {sum(bytes_by_name.values()):,} bytes"
     visibility = "private" if target.private else "public"
     if target.is_dry_run:

@@ -110,10 +110,10 @@ def _target_problems(to: Path) -> Iterator[str]:
 
 def _file_from_settings(arguments: list[str], target: Path) -> tuple[InitResult, str]:
     """(result, text of the settings file) from settings alone. Raises ConfigError if a run could not start with them."""
-    from launch.config.compose import compose
+    from launch.config.compose import compose_config
 
     _refuse_resets(arguments)
-    compose(arguments)
+    compose_config(arguments)
     head = [f"Settings of a run, written by `shardtune init`. Train with: shardtune train {target}", *HOW_TO_EDIT]
     return _build_file(arguments, target, None, head)
 
@@ -124,7 +124,7 @@ def _file_from_other_trainer(source: str, cli_settings: list[str], target: Path)
     The file may still have problems for which a run is refused: they are listed, and do not keep it from being written.
     Errors: ConfigError if the file cannot be read, or a setting of the command line cannot be used.
     """
-    from launch.config.compose import compose
+    from launch.config.compose import compose_config
     from launch.config.hints import num_requested_ranks
     from launch.config.importers.files import convert
 
@@ -137,7 +137,7 @@ def _file_from_other_trainer(source: str, cli_settings: list[str], target: Path)
     arguments = _overrides_that_compose(converted, cli_settings)
     to_settle: list[str] = []
     try:
-        compose(arguments)
+        compose_config(arguments)
     except ConfigError as error:
         to_settle = error.problems
     head = [
@@ -158,14 +158,14 @@ def _overrides_that_compose(converted: ConvertedSettings, cli_settings: list[str
     Those are withdrawn from `converted`, each with its reason, until the rest composes to a configuration.
     Errors: ConfigError if a setting of the command line cannot be used.
     """
-    from launch.config.compose import compose
+    from launch.config.compose import compose_config
 
     # Repeated, because a value that could not be read may have hidden a problem of another setting.
     while True:
         file_overrides = _escaped_overrides(converted)
         arguments = [f"{key}={value}" for key, value in file_overrides.items()] + cli_settings
         try:
-            compose(arguments, check=False)
+            compose_config(arguments, check=False)
         except ConfigError as error:
             problems = error.problems
         else:

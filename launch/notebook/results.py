@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from launch.notebook.curve import Curve, picture, smoothed
 from launch.notebook.fragment import fragment
 from strategies.errors import ConfigError
-from trainer.pages.numbers import UNKNOWN, duration, number, signed
+from trainer.pages.numbers import UNKNOWN, format_duration, format_number, format_signed
 from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable, Tone, worst_first
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _cells_of_run(run: ComparedPoint) -> list[PageCell]:
 
 def _number_cell(value: float | None, digits: int = 4) -> PageCell:
     """A cell with a number as people write it, with so many significant digits; a dash without one."""
-    return PageCell(number(value, digits), value)
+    return PageCell(format_number(value, digits), value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +260,7 @@ def _table_of_metrics(rows: list[dict[str, Any]]) -> PageTable:
     for row in rows:
         interval = UNKNOWN
         if row["low"] is not None:
-            interval = f"{number(row['low'])} to {number(row['high'])}"
+            interval = f"{format_number(row['low'])} to {format_number(row['high'])}"
         cells = [
             PageCell(row["task"], row["task"]),
             PageCell(row["metric"], row["metric"]),
@@ -269,7 +269,7 @@ def _table_of_metrics(rows: list[dict[str, Any]]) -> PageTable:
         ]
         if is_compared:
             verdict = row["verdict"]
-            difference = PageCell(signed(row["difference"]), row["difference"])
+            difference = PageCell(format_signed(row["difference"]), row["difference"])
             cells[2:2] = [PageCell(verdict, verdict, tone=TONE_OF_VERDICT.get(verdict, "")), difference]
             cells.append(_number_cell(row["other"]))
         table_rows.append(cells)
@@ -345,10 +345,10 @@ def _cards_of_way(way: dict[str, Any], answer: dict[str, Any]) -> list[PageCard]
     needed_gib = card_gib - way["margin_gib"]
     cards = [
         PageCard("memory", f"{needed_gib:.1f} GiB", f"of {card_gib:.1f}; most in {way['peak_at']}"),
-        PageCard("speed", f"{number(way['tokens_per_s'])} tokens/s", f"{way['step_s']['total']:.2f} s a step"),
+        PageCard("speed", f"{format_number(way['tokens_per_s'])} tokens/s", f"{way['step_s']['total']:.2f} s a step"),
     ]
     if way["hours"] is not None:
-        cards.append(PageCard("duration", duration(way["hours"] * 3600), "the whole budget"))
+        cards.append(PageCard("duration", format_duration(way["hours"] * 3600), "the whole budget"))
     if way["price"] is not None:
         cards.append(PageCard("price", f"${way['price']:,.2f}", "all cards"))
     return cards

@@ -6,17 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.cluster.long_steps import long_step_notes
-from launch.output import Column, TableRow, fold, fold_all, table
+from launch.output import TableColumn, TableRow, format_table, wrap_sentences, wrap_text
 from launch.plan.expert_notes import expert_notes
 from launch.plan.planned_command import command_lines
 from launch.plan.round_lines import round_facts, round_lines
 from trainer.model.config import Quantisation
 from trainer.planner.hardware import GIB, fit_in_memory
-from trainer.planner.plan import Choice, PlannedRun, RunVariant
+from trainer.planner.plan import PlannedChoice, PlannedRun, RunVariant
 from trainer.planner.predicted_vs_measured import checkpoint_bytes
 from trainer.planner.sweep import PlanAnswer
 
-CHOICE_COLUMNS = (Column("strategy"), Column("recompute"), Column("stored"), Column("micro", is_number=True))
+CHOICE_COLUMNS = (
+    TableColumn("strategy"),
+    TableColumn("recompute"),
+    TableColumn("stored"),
+    TableColumn("micro", is_number=True),
+)
 """Columns that name a choice, in both tables of a plan."""
 
 
@@ -42,19 +47,19 @@ def plan_text(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, .
         *_peer_table(answer),
     ]
     if cost_model.notes:
-        lines += ["", "chosen for you:", *fold_all(cost_model.notes)]
+        lines += ["", "chosen for you:", *wrap_sentences(cost_model.notes)]
     if answer.refused:
         left_out = [f"{ways}: {reason}" for reason, ways in refused_ways_by_reason(answer).items()]
-        lines += ["", "left out:", *fold_all(left_out)]
+        lines += ["", "left out:", *wrap_sentences(left_out)]
     measured_clause = ""
     if calibrated:
-        lines += ["", *fold_all(calibrated, indent=0)]
+        lines += ["", *wrap_sentences(calibrated, indent=0)]
         measured_clause = "; the figures above were measured"
     closing = (
         "Expected, not measured: the memory of tensors is simulated, what is beside them and all speeds are "
         f"reckoned{measured_clause} (docs/planning.md)."
     )
-    return "\n".join([*lines, "", *fold(closing, indent=0)])
+    return "\n".join([*lines, "", *wrap_text(closing, indent=0)])
 
 
 def _plural(noun: str, count: int) -> str:
@@ -65,11 +70,11 @@ def _table_of_ways(answer: PlanAnswer) -> list[str]:
     """A table with a row for the best choice of each way to run: memory, memory left, largest micro-batch, speed, verdict."""
     columns = (
         *CHOICE_COLUMNS,
-        Column("GiB", is_number=True),
-        Column(f"of {answer.job.card.memory_gib:.1f}", is_number=True),
-        Column("largest", is_number=True),
-        Column("tokens/s", is_number=True),
-        Column("why"),
+        TableColumn("GiB", is_number=True),
+        TableColumn(f"of {answer.job.card.memory_gib:.1f}", is_number=True),
+        TableColumn("largest", is_number=True),
+        TableColumn("tokens/s", is_number=True),
+        TableColumn("why"),
     )
     rows = []
     for choice in answer.best_choices:
@@ -88,10 +93,10 @@ def _table_of_ways(answer: PlanAnswer) -> list[str]:
                 )
             )
         )
-    return table(columns, rows)
+    return format_table(columns, rows)
 
 
-def _choice_cells(choice: Choice) -> tuple[str, str, str, str]:
+def _choice_cells(choice: PlannedChoice) -> tuple[str, str, str, str]:
     """The cells of a choice in the columns `CHOICE_COLUMNS`: strategy, recomputation, storage, micro-batch."""
     recompute = str(choice.variant.config.strategy.activation_checkpointing)
     return choice.variant.name, recompute, storage_text(choice.variant), str(choice.micro)
@@ -147,16 +152,16 @@ def _peer_table(answer: PlanAnswer) -> list[str]:
         rows.append(TableRow((*_choice_cells(choice), our_gib, peer_gib, fits, peer_peak)))
     if not rows:
         return []
-    gib_columns = (Column("ours", is_number=True), Column("theirs", is_number=True))
+    gib_columns = (TableColumn("ours", is_number=True), TableColumn("theirs", is_number=True))
     return [
         "",
-        *fold("as another trainer would hold it (plan.theirs); reckoned, and of no account above:", indent=0),
-        *table((*CHOICE_COLUMNS, *gib_columns, Column("fits"), Column("theirs, at its peak")), rows),
-        *fold("GiB of tensors; what is beside them counts in whether it fits.", indent=0),
+        *wrap_text("as another trainer would hold it (plan.theirs); reckoned, and of no account above:", indent=0),
+        *format_table((*CHOICE_COLUMNS, *gib_columns, TableColumn("fits"), TableColumn("theirs, at its peak")), rows),
+        *wrap_text("GiB of tensors; what is beside them counts in whether it fits.", indent=0),
     ]
 
 
-def peer_memory_gib(choice: Choice, job: PlannedRun) -> float:
+def peer_memory_gib(choice: PlannedChoice, job: PlannedRun) -> float:
     """GiB that a choice would take on the card in another trainer: its tensors, and what a process holds beside them."""
     assert choice.peer_memory is not None
     tensor_bytes = round(job.card.tensors * choice.peer_memory.total)  # `tensors`: measured over simulated, usually 1
@@ -164,7 +169,7 @@ def peer_memory_gib(choice: Choice, job: PlannedRun) -> float:
     return (peer_fit.total + choice.fit.nccl_buffers) / GIB
 
 
-def verdict_on(choice: Choice, answer: PlanAnswer) -> str:
+def verdict_on(choice: PlannedChoice, answer: PlanAnswer) -> str:
     """How a choice compares with the best one: `fastest`, `too large`, `as fast`, or its relative speed (`0.85 x`)."""
     best = answer.best
     if choice is best:
@@ -181,50 +186,50 @@ def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
     """Lines with the command of the best choice and where its memory and time go, or with why nothing fits."""
     best, job = answer.best, answer.job
     if best is None:
-        return [*_nothing_fits(answer.best_choices[0]), *fold_all(expert_notes(answer), indent=0)]
+        return [*_nothing_fits(answer.best_choices[0]), *wrap_sentences(expert_notes(answer), indent=0)]
     step = best.step
     return [
         *command_lines(overrides, best, job),
         "",
         *_memory_tables(best),
-        *fold(
+        *wrap_text(
             f"host memory about {best.host_gib:.0f} GiB a node; a checkpoint is {checkpoint_gib(answer, best):.2f} GiB, "
             f"{checkpoint_s(answer, best):,.0f} s to write",
             indent=2,
         ),
-        *fold(
+        *wrap_text(
             f"a step takes {step.total_s:.2f} s: products {step.products_s:.2f}, what memory bounds {step.moves_s:.2f}, "
             f"exchange {step.exposed_s:.2f} (of {step.collective_s:.2f}, the rest hidden), update {step.update_s:.2f}",
             indent=2,
         ),
         *_round_lines(best, job),
-        *fold_all(cost_lines(best, job), indent=0),
-        *fold_all(expert_notes(answer), indent=0),
-        *fold_all(_long_step_notes(answer, best), indent=0),
+        *wrap_sentences(cost_lines(best, job), indent=0),
+        *wrap_sentences(expert_notes(answer), indent=0),
+        *wrap_sentences(_long_step_notes(answer, best), indent=0),
     ]
 
 
-def _round_lines(best: Choice, job: PlannedRun) -> list[str]:
+def _round_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
     """Lines on the seconds of a round (answers generated, scored, trained on); empty if the run generates no answers."""
     if job.round is None or best.round is None:
         return []
     lines = []
     for line in round_lines(job.round, best.round):
-        lines += fold(line, indent=2)
+        lines += wrap_text(line, indent=2)
     return lines
 
 
-def _nothing_fits(least: Choice) -> list[str]:
+def _nothing_fits(least: PlannedChoice) -> list[str]:
     """Lines on what the smallest choice lacks, host memory or GPU memory, and what would help."""
     overrides = " ".join(least.overrides)
     if least.node_gib is not None and not least.fits_host:
-        return fold(
+        return wrap_text(
             f"Nothing fits: the smallest, {overrides}, takes {least.host_gib:,.0f} GiB of a node's {least.node_gib:,.0f} GiB of "
             "host memory. Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out; "
             "launcher.mem and hardware.node_memory_gib say what a node has.",
             indent=0,
         )
-    return fold(
+    return wrap_text(
         f"Nothing fits: the smallest, {overrides}, is {-least.fit.margin / GIB:.1f} GiB too much. Take more cards "
         "(launcher.nodes, launcher.gpus_per_node), a smaller data.max_length, tuning=lora, a card with more memory, or look "
         "at plan.offload=true.",
@@ -232,14 +237,14 @@ def _nothing_fits(least: Choice) -> list[str]:
     )
 
 
-def _long_step_notes(answer: PlanAnswer, best: Choice) -> list[str]:
+def _long_step_notes(answer: PlanAnswer, best: PlannedChoice) -> list[str]:
     """A note if the step of the best choice takes longer than SLURM leaves a job to save."""
     return long_step_notes(best.variant.config, best.step.total_s, checkpoint_s(answer, best))
 
 
-def _memory_tables(best: Choice) -> list[str]:
+def _memory_tables(best: PlannedChoice) -> list[str]:
     """Two tables of memory at the peak: tensors by kind, largest first, and what the process holds beside them."""
-    columns = (Column(), Column(is_number=True), Column())
+    columns = (TableColumn(), TableColumn(is_number=True), TableColumn())
     kinds = sorted(best.peak.kinds.items(), key=lambda kind_and_size: -kind_and_size[1])
     smallest_size = 0.005 * GIB  # smaller ones would be shown as 0.00
     tensors = [TableRow((str(kind), _gib_text(size), "")) for kind, size in kinds if size >= smallest_size]
@@ -250,9 +255,9 @@ def _memory_tables(best: Choice) -> list[str]:
     ]
     return [
         f"its peak, {_gib_text(best.peak.total)} of tensors, in {best.peak.phase}:",
-        *table(columns, tensors, indent=2),
+        *format_table(columns, tensors, indent=2),
         "beside them, reckoned:",
-        *table(columns, beside, indent=2),
+        *format_table(columns, beside, indent=2),
     ]
 
 
@@ -270,7 +275,7 @@ def number_of_cards(job: PlannedRun) -> str:
     return "1 card" if job.ranks == 1 else f"{job.ranks} cards"
 
 
-def cost_lines(best: Choice, job: PlannedRun) -> list[str]:
+def cost_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
     """Lines on the hours and the price of the budget. If one is not known, a line on which setting would tell it, or the price of
     a million tokens.
     """
@@ -295,12 +300,12 @@ def cost_lines(best: Choice, job: PlannedRun) -> list[str]:
     return lines
 
 
-def checkpoint_gib(answer: PlanAnswer, best: Choice) -> float:
+def checkpoint_gib(answer: PlanAnswer, best: PlannedChoice) -> float:
     """GiB of a checkpoint: of the trained parameters, their weights in fp32 and the optimizer's state."""
     return checkpoint_bytes(answer.cost_model.trained, str(best.variant.config.optim.name)) / GIB
 
 
-def checkpoint_s(answer: PlanAnswer, best: Choice) -> float:
+def checkpoint_s(answer: PlanAnswer, best: PlannedChoice) -> float:
     """Seconds to write a checkpoint, all nodes at once, at the rate that the card's file assumes of a node's disk."""
     bytes_per_s = answer.job.card.disk_gb_s * 1e9 * answer.job.nodes
     return checkpoint_gib(answer, best) * GIB / bytes_per_s
@@ -363,7 +368,7 @@ def _in_gib(sizes: Mapping[Any, int]) -> dict[str, float]:
     return {str(key): size / GIB for key, size in sizes.items()}
 
 
-def _choice_as_json(choice: Choice, answer: PlanAnswer) -> dict[str, Any]:
+def _choice_as_json(choice: PlannedChoice, answer: PlanAnswer) -> dict[str, Any]:
     """A choice as JSON values. The keys are read by scripts: they stay, whatever the attributes are called."""
     peer_gib = None
     if choice.peer_memory is not None:

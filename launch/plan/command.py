@@ -277,7 +277,7 @@ def compose_planned_run(overrides: list[str], card: Card) -> tuple[RunConfig, se
     `trainer.planner.plan.run_variants` does that for each way to run. Raises ConfigError for overrides that cannot be used.
     """
     with importing_without_gc("torch"):
-        from launch.config.compose import compose, num_launched_ranks
+        from launch.config.compose import compose_config, num_launched_ranks
         from launch.config.overrides import parse_overrides
         from strategies.base import Precision
         from trainer.config.parallel import dp_size_of
@@ -289,7 +289,7 @@ def compose_planned_run(overrides: list[str], card: Card) -> tuple[RunConfig, se
     fixed_keys |= {setting.key for setting in parsed.values if (setting.key, setting.value) != (MICRO_BATCH_KEY, AUTO)}
     # The default is SLURM's launcher, because it takes nothing from this machine and has gpus_per_node.
     default_launcher = [] if "launcher" in fixed_keys else ["launcher=slurm"]
-    config = compose([*overrides, *default_launcher], check=False).config
+    config = compose_config([*overrides, *default_launcher], check=False).config
     if "launcher.gpus_per_node" in fixed_keys and getattr(config.launcher, "gpus_per_node", 1) == 0:
         raise ConfigError("launcher.gpus_per_node=0: asks for nodes without GPUs; give the cards of a node to plan for")
     config.run.device = Device.cuda

@@ -32,7 +32,7 @@ from trainer.planner.strategy_choice import with_proposed_strategy
 from trainer.reporting.numbers import name_of_readers
 from trainer.session.rate_text import learning_rate_of, rate_lines
 from trainer.session.run_facts import model_flops_per_token, repetition_warning
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 
 def describe(config: RunConfig) -> DryRun:
@@ -106,7 +106,7 @@ def _gpu_kinds(config: RunConfig) -> set[str]:
     return gpu_kinds_of_job(slurm, partitions_of_job(slurm, list_partitions()))
 
 
-def _long_step_notes(config: RunConfig, built: Built, samples: SampledLengths) -> list[str]:
+def _long_step_notes(config: RunConfig, built: BuiltModel, samples: SampledLengths) -> list[str]:
     """Warnings if a step takes longer than SLURM gives a job to save; none if the GPUs of the job are not known."""
     if not isinstance(config.launcher, SlurmConfig):
         return []

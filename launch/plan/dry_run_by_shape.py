@@ -25,11 +25,11 @@ from trainer.build.sequence import step_layout
 from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import LEARNING_RATE_KEY, RunConfig
 from trainer.model.known_shapes import KnownShape, shape_note
-from trainer.objectives.registry import data_spec_of, family_of, max_generated_tokens
+from trainer.objectives.registry import data_spec_of, max_generated_tokens, objective_family
 from trainer.planner.simulation import NoTokenizer
 from trainer.reporting.numbers import name_of_readers
 from trainer.session.rate_text import learning_rate_of, rate_lines
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 
 def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
@@ -96,7 +96,7 @@ def _refuse_choices_by_data(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def _build_on_meta(config: RunConfig) -> Built:
+def _build_on_meta(config: RunConfig) -> BuiltModel:
     """The step module of the run without values, and what is known of its model."""
     return build_step(
         config.model,
@@ -104,7 +104,7 @@ def _build_on_meta(config: RunConfig) -> Built:
         tuning_config=config.tuning,
         layout=step_layout(config),
         tokenizer=NoTokenizer(config.model),
-        num_labels=family_of(config.objective).num_outputs or 2,
+        num_labels=objective_family(config.objective).num_outputs or 2,
         context=meta_context(),
         half_on_gpu=str(config.run.device) == "cuda" and config.precision is not Precision.fp32,
     )

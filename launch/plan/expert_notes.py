@@ -12,10 +12,10 @@ from trainer.config.run import RunConfig
 from trainer.planner.hardware import GIB
 from trainer.planner.plan import PlannedRun
 from trainer.planner.sweep import PlanAnswer
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 
-def expert_lines_of_dry_run(config: RunConfig, built: Built, world_size: int) -> list[str]:
+def expert_lines_of_dry_run(config: RunConfig, built: BuiltModel, world_size: int) -> list[str]:
     """The lines of the start screen about expert parallelism, for `built` on meta and `world_size` ranks; none without it.
 
     If groups of experts cross hosts, `built.substitutions` gets a note. Raises ConfigError for experts that cannot be divided.

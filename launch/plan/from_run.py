@@ -20,7 +20,7 @@ from trainer.reporting.run_record import RUN_RECORD, MeasuredCost, RunRecord, re
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.planner.hardware import Card
-    from trainer.planner.plan import Choice, MeasuredImbalance, PlanConfig
+    from trainer.planner.plan import MeasuredImbalance, PlanConfig, PlannedChoice
 
 
 PERMISSION_PREFIX = "from."
@@ -201,7 +201,7 @@ def _read_measured_run(
 
 def _plan_as_it_ran(
     config: RunConfig, record: RunRecord, card: Card, settings: PlanConfig, expert_imbalance: MeasuredImbalance | None
-) -> Choice | str:
+) -> PlannedChoice | str:
     """What a plan predicts for a run with the very settings that it had, by its `record`.
 
     If that cannot be simulated, returns why, as a clause for a message: "its run.json does not say world_size".

@@ -17,11 +17,11 @@ from launch.plan.answer import (
 from launch.plan.expert_notes import expert_notes
 from launch.plan.planned_command import planned_command
 from strategies.tensor_inventory import MemoryKind
-from trainer.pages.numbers import byte_size, duration, number
+from trainer.pages.numbers import format_bytes, format_duration, format_number
 from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable
 from trainer.pages.render import render
 from trainer.planner.hardware import GIB
-from trainer.planner.plan import Choice, PlannedRun
+from trainer.planner.plan import PlannedChoice, PlannedRun
 from trainer.planner.sweep import PlanAnswer
 
 PAGE_FILE = "plan.html"
@@ -97,12 +97,12 @@ def _job_line(answer: PlanAnswer) -> str:
     nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
     return (
         f"{cost_model.parameters / 1e9:.2f} billion parameters, {cost_model.trained / 1e9:.3f} trained, {job.precision}, on "
-        f"{job.ranks} x {job.card.name} ({nodes}); a step is {number(job.global_batch)} x "
-        f"{number(round(job.lengths.mean))} tokens"
+        f"{job.ranks} x {job.card.name} ({nodes}); a step is {format_number(job.global_batch)} x "
+        f"{format_number(round(job.lengths.mean))} tokens"
     )
 
 
-def way_name(choice: Choice) -> str:
+def way_name(choice: PlannedChoice) -> str:
     """A way to run in words: `fsdp2, full recomputation, micro-batch 8`."""
     mode = str(choice.variant.config.strategy.activation_checkpointing)
     parts = [choice.variant.name, "nothing recomputed" if mode == "none" else f"{mode} recomputation"]
@@ -116,14 +116,14 @@ def _verdict(answer: PlanAnswer, overrides: list[str]) -> Callout:
     best = answer.best
     if best is None:
         least = answer.best_choices[0]
-        lacks = f"{number(-least.fit.margin / GIB, 3)} GiB more than the card has"
+        lacks = f"{format_number(-least.fit.margin / GIB, 3)} GiB more than the card has"
         advice = "Take more cards, a smaller data.max_length, tuning=lora, or a card with more memory."
         if not least.fits_host and least.fit.margin >= 0:
-            lacks = f"{number(least.host_gib, 3)} GiB of a node's memory, which has {number(least.node_gib, 3)}"
+            lacks = f"{format_number(least.host_gib, 3)} GiB of a node's memory, which has {format_number(least.node_gib, 3)}"
             advice = "Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out."
         return Callout("bad", "Nothing fits", f"The smallest way, {way_name(least)}, takes {lacks}. {advice}")
     command = planned_command(overrides, best, answer.job)
-    text = f"The fastest way that fits, {number(round(best.tokens_per_s))} tokens a second of all cards"
+    text = f"The fastest way that fits, {format_number(round(best.tokens_per_s))} tokens a second of all cards"
     text = f"{text} ({command.missing})." if command.missing else f"{text}."
     return Callout("good", f"Take {way_name(best)}", text, ["\n".join(command.lines)])
 
@@ -136,30 +136,36 @@ def _page_cards(answer: PlanAnswer) -> list[PageCard]:
     job = answer.job
     choice = answer.best or answer.best_choices[0]
     left_gib = choice.fit.margin / GIB
-    left = f"{number(left_gib, 3)} GiB left on each card" if left_gib >= 0 else f"{number(-left_gib, 3)} GiB too much"
-    needed = number(choice.fit.total / GIB, 3)
-    unit = f"of {number(job.card.memory_gib, 3)} GiB"
+    left = (
+        f"{format_number(left_gib, 3)} GiB left on each card"
+        if left_gib >= 0
+        else f"{format_number(-left_gib, 3)} GiB too much"
+    )
+    needed = format_number(choice.fit.total / GIB, 3)
+    unit = f"of {format_number(job.card.memory_gib, 3)} GiB"
     cards = [PageCard("Memory of a card", needed, left, "good" if left_gib >= 0 else "bad", unit=unit)]
     if answer.best is not None:
-        of_one = f"{number(round(choice.tokens_per_s / job.ranks))} each card"
-        cards.append(PageCard("Speed", number(round(choice.tokens_per_s)), of_one, unit="tokens/s"))
-        cards.append(PageCard("A step", duration(choice.step.total_s), _slowest_part(choice)))
+        of_one = f"{format_number(round(choice.tokens_per_s / job.ranks))} each card"
+        cards.append(PageCard("Speed", format_number(round(choice.tokens_per_s)), of_one, unit="tokens/s"))
+        cards.append(PageCard("A step", format_duration(choice.step.total_s), _slowest_part(choice)))
     if choice.round is not None:
-        parts = f"writing {duration(choice.round.write_s)}, training {duration(choice.round.train_s)}"
+        parts = f"writing {format_duration(choice.round.write_s)}, training {format_duration(choice.round.train_s)}"
         rewards = (
-            "; rewards not known" if choice.round.score_s is None else f", rewards {duration(choice.round.score_s)}"
+            "; rewards not known"
+            if choice.round.score_s is None
+            else f", rewards {format_duration(choice.round.score_s)}"
         )
-        cards.append(PageCard("A round", duration(choice.round.total_s), f"at most, planned: {parts}{rewards}"))
+        cards.append(PageCard("A round", format_duration(choice.round.total_s), f"at most, planned: {parts}{rewards}"))
     if choice.hours is not None:
         price = "price not known" if choice.price is None else f"{dollars(choice.price)} for {number_of_cards(job)}"
-        cards.append(PageCard("The budget", duration(3600 * choice.hours), price))
-    checkpoint = f"{duration(checkpoint_s(answer, choice))} to write"
-    cards.append(PageCard("A checkpoint", byte_size(checkpoint_gib(answer, choice) * GIB), checkpoint))
-    cards.append(PageCard("Host memory", number(choice.host_gib, 3), "of a node, about", unit="GiB"))
+        cards.append(PageCard("The budget", format_duration(3600 * choice.hours), price))
+    checkpoint = f"{format_duration(checkpoint_s(answer, choice))} to write"
+    cards.append(PageCard("A checkpoint", format_bytes(checkpoint_gib(answer, choice) * GIB), checkpoint))
+    cards.append(PageCard("Host memory", format_number(choice.host_gib, 3), "of a node, about", unit="GiB"))
     return cards
 
 
-def _slowest_part(choice: Choice) -> str:
+def _slowest_part(choice: PlannedChoice) -> str:
     """The largest part of a step's time, with its share."""
     step = choice.step
     parts = {
@@ -184,7 +190,7 @@ def _notes(answer: PlanAnswer) -> list[Callout]:
     return notes
 
 
-def memory_parts(choice: Choice) -> dict[str, float]:
+def memory_parts(choice: PlannedChoice) -> dict[str, float]:
     """GiB on a GPU by part, under the keys of `NAME_BY_MEMORY_PART`: {"parameters": 12.5, ..., "process": 1.8}.
 
     Their sum is the memory that this way to run needs. A run of `from=` may have measured more tensors than the simulation
@@ -255,13 +261,13 @@ def _table_of_ways(answer: PlanAnswer) -> PageTable:
     return PageTable(columns, rows, "Every way with its best micro-batch.")
 
 
-def _cells_of_way(choice: Choice, answer: PlanAnswer) -> list[PageCell]:
+def _cells_of_way(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
     """The cells of a way to run in `_table_of_ways`, up to its parts of memory. The second value of a cell is sorted by."""
     needed_gib = choice.fit.total / GIB
     left_gib = choice.fit.margin / GIB
     speed = PageCell("\N{EN DASH}")
     if choice.fits:
-        speed = PageCell(number(round(choice.tokens_per_s)), choice.tokens_per_s)
+        speed = PageCell(format_number(round(choice.tokens_per_s)), choice.tokens_per_s)
     recomputation = str(choice.variant.config.strategy.activation_checkpointing)
     storage = storage_text(choice.variant) or "whole"
     # The verdict (`too large`) stands beside the name, where a phone shows it without scrolling.
@@ -285,11 +291,12 @@ def _inputs(answer: PlanAnswer, overrides: list[str]) -> list[tuple[str, str]]:
     price = "not known" if card.price_per_hour is None else f"${card.price_per_hour:,.2f} an hour"
     facts = [
         ("typed", " ".join(overrides)),
-        ("card", f"{card.name}, {number(card.memory_gib, 3)} GiB, {price}"),
+        ("card", f"{card.name}, {format_number(card.memory_gib, 3)} GiB, {price}"),
         ("figures of the card from", ", ".join([*card.sources, card.date])),
         (
             "documents",
-            f"{number(round(job.lengths.mean))} tokens on average, {number(int(job.lengths.longest[0]))} the longest",
+            f"{format_number(round(job.lengths.mean))} tokens on average, "
+            f"{format_number(int(job.lengths.longest[0]))} the longest",
         ),
         ("rows", answer.cost_model.layout),
     ]

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from trainer.config.run import LauncherConfig
-from trainer.planner.plan import Choice, PlannedRun
+from trainer.planner.plan import PlannedChoice, PlannedRun
 
 
 class PlannedCommand(NamedTuple):
@@ -19,13 +19,13 @@ class PlannedCommand(NamedTuple):
     """What the user must add, such as `with a budget of your own`; empty if it is complete."""
 
 
-def command_lines(overrides: list[str], best: Choice, job: PlannedRun) -> list[str]:
+def command_lines(overrides: list[str], best: PlannedChoice, job: PlannedRun) -> list[str]:
     """The lines of `planned_command`, then one in brackets on what the user must add, if anything."""
     command = planned_command(overrides, best, job)
     return [*command.lines, f"({command.missing})"] if command.missing else command.lines
 
 
-def planned_command(overrides: list[str], best: Choice, job: PlannedRun) -> PlannedCommand:
+def planned_command(overrides: list[str], best: PlannedChoice, job: PlannedRun) -> PlannedCommand:
     """The command that runs the best choice, in lines of at most 80 columns where its arguments allow.
 
     `overrides`: those on the command line of the plan. Those that the plan has chosen (`best.overrides`) replace them.

@@ -11,11 +11,11 @@ from launch.cluster.long_steps import REACHED_PEAK_SHARE
 from launch.config.prices import cards, cards_of_gpu_kind
 from strategies.base import Precision
 from trainer.config.run import RunConfig
-from trainer.model.architecture import text_settings, width_and_blocks
+from trainer.model.architecture import text_model_config, width_and_blocks
 from trainer.planner.hardware import GIB, Card
 from trainer.planner.round_time import RoundLoad, RoundTime, WritingModel, round_load, round_time
 from trainer.session.run_facts import model_flops_per_token
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 STATE_BYTES = 12
 """Bytes of a trained parameter between two steps beside its weight: the two moments of Adam and a weight, in float32."""
@@ -52,7 +52,7 @@ def round_facts(planned: RoundTime | None) -> dict[str, Any] | None:
 
 def dry_run_lines(
     config: RunConfig,
-    built: Built,
+    built: BuiltModel,
     prompts: Any,
     mean_length: float,
     gpu_kinds: Iterable[str],
@@ -79,7 +79,7 @@ def dry_run_lines(
     flops = model_flops_per_token(built, mean_length, 0.5) * mean_length * config.batch["global"]
     step_s = flops / (ranks * REACHED_PEAK_SHARE * card.tflops(config.precision) * 1e12)
     itemsize = 4 if config.precision is Precision.fp32 else 2
-    vocabulary = int(getattr(text_settings(built.config), "vocab_size", 0))
+    vocabulary = int(getattr(text_model_config(built.config), "vocab_size", 0))
     _, blocks = width_and_blocks(built.plain)
     planned = round_time(
         load,

@@ -109,10 +109,10 @@ def _prepare(arguments: list[str], shard: tuple[int, int] | None) -> PreparedDat
     then. Raises ConfigError for settings of the data, the model or the objective that cannot be used.
     """
     with importing_without_gc("torch"):
-        from launch.config.compose import compose
+        from launch.config.compose import compose_config
         from trainer.config.validate import config_problems
 
-    config = compose(arguments, check=False).config
+    config = compose_config(arguments, check=False).config
     # Preparing needs no budget or batch, so what is wrong with other settings does not matter here.
     relevant_keys = ("data.", "model.", "objective")
     problems = [problem for problem in config_problems(config) if key_of_problem(problem).startswith(relevant_keys)]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from launch.output import Column, TableRow, fold, table
+from launch.output import TableColumn, TableRow, format_table, wrap_text
 
 MAX_DISAGREEMENTS = 10
 """Disputed items that are printed; the record has more."""
 COLUMNS = (
-    Column("tuned against"),
-    Column("question"),
-    *(Column(title, is_number=True) for title in ("win rate", "95 % interval", "wins", "ties", "losses", "equal")),
+    TableColumn("tuned against"),
+    TableColumn("question"),
+    *(TableColumn(title, is_number=True) for title in ("win rate", "95 % interval", "wins", "ties", "losses", "equal")),
 )
 
 
@@ -24,8 +24,8 @@ def score_text(score: dict[str, Any]) -> str:
     lines = [
         f"{model['run']}, {model['checkpoint']}: {score['num_prompts']} prompts, {len(score['reviewers'])} reviewers"
     ]
-    lines += table(COLUMNS, _win_rate_rows(score))
-    lines += ["", *fold(score["method"]), "", *_agreement_lines(score)]
+    lines += format_table(COLUMNS, _win_rate_rows(score))
+    lines += ["", *wrap_text(score["method"]), "", *_agreement_lines(score)]
     for reviewer in score["reviewers"]:
         lines += _reviewer_lines(reviewer)
     without_flagged = score["without_flagged"]

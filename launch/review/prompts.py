@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, DataError
-from trainer.data.document import Rejected, Row
+from trainer.data.document import RejectedRow, SourceRow
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand_paths, is_hub_path
 from trainer.reporting.jsonl import json_text
@@ -44,7 +44,7 @@ def draw_prompts(path: str, n: int, seed: int) -> list[ReviewPrompt]:
     prompt_by_text: dict[str, ReviewPrompt] = {}
     for row in Origin("prompts", files).rows():
         parsed = row.parse()
-        if isinstance(parsed, Rejected):
+        if isinstance(parsed, RejectedRow):
             raise DataError(str(parsed))
         prompt = _prompt_of_row(parsed)
         prompt_by_text.setdefault(prompt.text, prompt)  # a repeated prompt is judged once
@@ -69,7 +69,7 @@ def write_task_rows(path: Path, prompts: list[ReviewPrompt]) -> None:
     write_text_atomic(path, "".join(lines))
 
 
-def _prompt_of_row(row: Row) -> ReviewPrompt:
+def _prompt_of_row(row: SourceRow) -> ReviewPrompt:
     """The prompt in a row of data, from the first of `PROMPT_COLUMNS` that the row has. Raises DataError if it has none.
 
     `messages` is a conversation. A `prompt` or `question` is a plain text. An `instruction` is a user's turn, with the column

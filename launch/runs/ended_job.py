@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from launch.runs.job_record import JobRecord, read_job_record
-from launch.runs.queue import Queue, read_submitted_job_id
+from launch.runs.queue import JobQueue, read_submitted_job_id
 
 SLURM_TIMEOUT_S = 5.0
 """Seconds that sacct and scontrol may take."""
@@ -19,7 +19,7 @@ SLURM_CACHE_S = 60.0
 JOB_FIELDS = re.compile(r"\b(JobState|Reason|ExitCode)=(\S+)")
 
 
-def ended_job_text(run_dir: Path, queue: Queue) -> str | None:
+def ended_job_text(run_dir: Path, queue: JobQueue) -> str | None:
     """A line on how the last SLURM job of a run ended; None if it had none, ended well, or may still wait or run.
 
     The job's script says how it ended in `job.json`. If the script never began, SLURM says it, as long as it knows the job.
@@ -40,7 +40,7 @@ def ended_job_text(run_dir: Path, queue: Queue) -> str | None:
     return f"job {submitted_job_id} ended before its script began; SLURM says: {end}"
 
 
-def _recorded_end_text(record: JobRecord, queue: Queue) -> str | None:
+def _recorded_end_text(record: JobRecord, queue: JobQueue) -> str | None:
     """A line on how the last start of a job ended, by its `job.json`. The first case that applies:
 
     - An end is recorded: its reason and exit code; None if the start succeeded, or SLURM starts the job again.

@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.config.frozen import ComposedConfig, config_yaml, is_finished
 from launch.config.resume import settle_resumed_config
 from launch.config.trusted_values import remember_config
-from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, read_queue, unfinished_job_id
+from launch.runs.queue import SUBMITTED_FILE, JobQueue, QueuedJob, read_queue, unfinished_job_id
 from strategies.errors import ConfigError
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.reporting.status import CONFIG_SHA256_REGEX, write_text_atomic
@@ -143,7 +143,7 @@ def _own_job_ids() -> set[str]:
 
 
 @lru_cache(maxsize=2)
-def _cached_queue(cache_period: int, attempt: int) -> Queue:
+def _cached_queue(cache_period: int, attempt: int) -> JobQueue:
     """SLURM's queue, cached: squeue is called once for each `attempt` in each `cache_period`.
 
     The arguments are only the cache's key: the period changes with time, so that a reading expires.

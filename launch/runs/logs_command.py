@@ -26,7 +26,7 @@ from strategies.errors import ConfigError
 if TYPE_CHECKING:
     from launch.runs.logs import AddedText, LogsRequest
     from launch.runs.owner import LauncherProcess
-    from launch.runs.queue import Queue
+    from launch.runs.queue import JobQueue
     from launch.runs.status import RunView
 
 
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 64
     arguments = logs_arguments(argv)
     from launch.runs.logs import LogsRequest, choose_log_files
-    from trainer.reporting.status import State, read_failure, read_status
+    from trainer.reporting.status import RunState, read_failure, read_status
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a log may hold characters that the terminal's encoding lacks
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     request = LogsRequest(arguments.rank, arguments.job)
     # If the run was started again after a failure, its failure.json is out of date.
     failure: dict[str, Any] = {}
-    if read_status(run_dir).get("state") in (None, State.failed):
+    if read_status(run_dir).get("state") in (None, RunState.failed):
         failure = read_failure(run_dir)
     failed_rank = failure.get("rank")
     files = choose_log_files(run_dir, request, failed_rank if isinstance(failed_rank, int) else None)
@@ -207,10 +207,10 @@ class FollowedRun:
     def until_done(self) -> None:
         """Print what is added to the logs until the run is done, or has ended and nothing will start it again."""
         from launch.runs.logs import AddedText
-        from launch.runs.queue import Queue, read_queue
+        from launch.runs.queue import JobQueue, read_queue
 
         added_text = AddedText(self.offsets)
-        queue = Queue()
+        queue = JobQueue()
         queue_read_at = float("-inf")
         state_read_at = float("-inf")
         over_since: float | None = None  # None while the run is not over
@@ -246,7 +246,7 @@ class FollowedRun:
                 while lines := added_text.lines(path):
                     self.printer(path, lines)
 
-    def _read_view(self, queue: Queue) -> RunView:
+    def _read_view(self, queue: JobQueue) -> RunView:
         """The state of the run now. Sets `_launcher`, which cannot be found any more once the run has ended."""
         from launch.runs.owner import launcher_process, read_lease_holder
         from launch.runs.status import read_run_view
@@ -259,7 +259,7 @@ class FollowedRun:
             self._launcher = launcher_process(owner) or self._launcher
         return read_run_view(self.run_dir, queue)
 
-    def _is_over(self, run: RunView, queue: Queue) -> bool:
+    def _is_over(self, run: RunView, queue: JobQueue) -> bool:
         """Whether the run has ended, and neither a job nor a launcher is known that would start it again."""
         from trainer.session.lease import process_identity
 

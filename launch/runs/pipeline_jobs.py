@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.runs.queue import Queue
+from launch.runs.queue import JobQueue
 from strategies import atomic_io
 
 PIPELINE_FILE = "pipeline.json"
@@ -28,7 +28,7 @@ class PipelinePart:
     """The state as a clause for people, such as `failed with exit code 65`."""
 
 
-def pipeline_parts(run_dir: Path, queue: Queue) -> list[PipelinePart]:
+def pipeline_parts(run_dir: Path, queue: JobQueue) -> list[PipelinePart]:
     """The jobs of a run's pipeline, in order, with their states; empty if it was not submitted as one. Never raises."""
     parts: list[PipelinePart] = []
     if not (run_dir / PIPELINE_FILE).exists():
@@ -43,7 +43,7 @@ def pipeline_parts(run_dir: Path, queue: Queue) -> list[PipelinePart]:
     return parts
 
 
-def _pipeline_part(run_dir: Path, queue: Queue, name: str, job_id: str, previous_state: str | None) -> PipelinePart:
+def _pipeline_part(run_dir: Path, queue: JobQueue, name: str, job_id: str, previous_state: str | None) -> PipelinePart:
     """One part of a pipeline with its state. The first case that applies:
 
     - It left a file with its exit code: done or failed.

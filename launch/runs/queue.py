@@ -116,7 +116,7 @@ class QueuedJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Queue:
+class JobQueue:
     """The jobs of this user in SLURM's queue, as squeue listed them."""
 
     jobs: tuple[QueuedJob, ...] = ()
@@ -181,7 +181,7 @@ def unfinished_job_id(run_dir: Path) -> str | None:
     return submitted_job_id
 
 
-def read_queue_twice() -> Queue:
+def read_queue_twice() -> JobQueue:
     """The queue now; if squeue fails, it is called once more, because a controller may be busy for a moment. Never raises."""
     queue = read_queue()
     if queue.problem is not None:
@@ -189,10 +189,10 @@ def read_queue_twice() -> Queue:
     return queue
 
 
-def read_queue() -> Queue:
+def read_queue() -> JobQueue:
     """The user's jobs in SLURM's queue now. Never raises: if squeue fails, `problem` of the queue says why."""
     if shutil.which("squeue") is None:
-        return Queue(has_no_squeue=True)
+        return JobQueue(has_no_squeue=True)
     command = ["squeue", "--me", "--noheader", "--array", f"--format={SEPARATOR.join(SQUEUE_FIELDS)}"]
     # The user's SQUEUE_STATES and the like would leave jobs out.
     env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
@@ -201,16 +201,16 @@ def read_queue() -> Queue:
             command, env=env, capture_output=True, text=True, errors="replace", timeout=SQUEUE_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        return Queue(problem=f"squeue gave no answer within {SQUEUE_TIMEOUT_S:.0f} s")
+        return JobQueue(problem=f"squeue gave no answer within {SQUEUE_TIMEOUT_S:.0f} s")
     except OSError as error:
-        return Queue(problem=f"squeue cannot be called ({error.strerror})")
+        return JobQueue(problem=f"squeue cannot be called ({error.strerror})")
     if completed.returncode:
         error_lines = (completed.stderr or completed.stdout).strip().splitlines() or ["without a message"]
-        return Queue(problem=f"squeue failed: {error_lines[-1].removeprefix('squeue: ')}")
+        return JobQueue(problem=f"squeue failed: {error_lines[-1].removeprefix('squeue: ')}")
     return _parse_squeue_output(completed.stdout)
 
 
-def _parse_squeue_output(output: str) -> Queue:
+def _parse_squeue_output(output: str) -> JobQueue:
     """The queue that squeue printed, a line for each job with the `SQUEUE_FIELDS`; other lines are ignored."""
     jobs = []
     job_by_run = {}
@@ -223,7 +223,7 @@ def _parse_squeue_output(output: str) -> Queue:
         run_dir = _run_dir_of_job(job)
         if run_dir is not None:
             job_by_run[run_dir] = job
-    return Queue(tuple(jobs), job_by_run)
+    return JobQueue(tuple(jobs), job_by_run)
 
 
 def _run_dir_of_job(job: QueuedJob) -> Path | None:

@@ -17,10 +17,10 @@ from launch.runs import job_record, metrics_tail
 from launch.runs.ended_job import ended_job_text
 from launch.runs.owner import LeaseHolder, read_lease_holder
 from launch.runs.pipeline_jobs import PipelinePart, first_failed_part, pipeline_parts
-from launch.runs.queue import SUBMITTED_FILE, Queue, QueuedJob, unfinished_job_id
+from launch.runs.queue import SUBMITTED_FILE, JobQueue, QueuedJob, unfinished_job_id
 from strategies import atomic_io
 from trainer.reporting.run_record import RunRecord, readable_run_record
-from trainer.reporting.status import State, read_failure, read_status
+from trainer.reporting.status import RunState, read_failure, read_status
 
 MAX_DEPTH = 4
 """Levels of directories below the named one in which runs are searched."""
@@ -34,7 +34,7 @@ LOST = "lost"
 QUEUED = "queued"
 UNKNOWN = "unknown"
 NOT_STARTED = "not started"
-ENDED_STATES = (State.done, State.failed, State.preempted)
+ENDED_STATES = (RunState.done, RunState.failed, RunState.preempted)
 HANGING_REASON = "it was stopped, or hangs"
 """Reason of a run that is lost although its process lives. It must be stopped before it can continue."""
 
@@ -78,7 +78,7 @@ class RunView:
     @property
     def left_s(self) -> float | None:
         """Seconds until the last step, at the speed of recent steps; None if the run is not running, or this is not known."""
-        if self.state != State.running or self.step is None or self.total is None or self.step_s is None:
+        if self.state != RunState.running or self.step is None or self.total is None or self.step_s is None:
             return None
         return max(0, self.total - self.step) * self.step_s
 
@@ -150,7 +150,7 @@ def _is_searched(entry: os.DirEntry[str], root: Path) -> bool:
         return False
 
 
-def read_run_views(search: RunSearch, queue: Queue) -> list[RunView]:
+def read_run_views(search: RunSearch, queue: JobQueue) -> list[RunView]:
     """The state of each run of the search, then a row of state `unknown` for each directory that cannot be read.
 
     A directory whose `config.yaml` is not shardtune's is left out if nothing was started in it.
@@ -164,7 +164,7 @@ def read_run_views(search: RunSearch, queue: Queue) -> list[RunView]:
     return views
 
 
-def read_run_view(run_dir: Path, queue: Queue) -> RunView:
+def read_run_view(run_dir: Path, queue: JobQueue) -> RunView:
     """The state of one run, from its status, its lease, its job in the queue, `run.json`, and the end of its metrics.
 
     Never raises: what cannot be read is left out, or is the reason of the state `unknown`.
@@ -203,7 +203,7 @@ def read_run_view(run_dir: Path, queue: Queue) -> RunView:
         pid = owner.pid
         since = owner.since
     last_seen_s = _status_age_s(status)
-    if owner is not None and state in (State.running, LOST):
+    if owner is not None and state in (RunState.running, LOST):
         last_seen_s = lease_holder.heartbeat_age_s
 
     # How far it is, from the last rows of its metrics. Rows of evaluations have no loss.
@@ -257,25 +257,25 @@ def _state_from_files(
     - Otherwise it has not started.
     """
     recorded_state = status.get("state")
-    if job is not None and job.is_pending and recorded_state != State.done:
+    if job is not None and job.is_pending and recorded_state != RunState.done:
         return StateAndReason(QUEUED, job.description)
     is_starting = recorded_state not in ENDED_STATES and lease_holder.owner is not None
-    if recorded_state == State.running or is_starting:
+    if recorded_state == RunState.running or is_starting:
         if lease_holder.seems_to_be_running:
-            return StateAndReason(State.running, _text_or_none(status.get("reason")))
+            return StateAndReason(RunState.running, _text_or_none(status.get("reason")))
         return StateAndReason(LOST, _lost_reason(lease_holder))
     # If the run was started again after a failure, its failure.json is out of date.
-    failure = read_failure(run_dir) if recorded_state in (None, State.failed) else {}
+    failure = read_failure(run_dir) if recorded_state in (None, RunState.failed) else {}
     if recorded_state in ENDED_STATES:
         return StateAndReason(str(recorded_state), one_line(failure.get("message") or status.get("reason")))
     if failure:
-        return StateAndReason(State.failed, one_line(failure.get("message")))
+        return StateAndReason(RunState.failed, one_line(failure.get("message")))
     if (run_dir / "status.json").exists():
         return StateAndReason(UNKNOWN, "its status.json cannot be read")
     return StateAndReason(NOT_STARTED, job.description if job is not None else None)
 
 
-def _corrected_by_last_job(run_dir: Path, queue: Queue, state: str, reason: str | None) -> StateAndReason:
+def _corrected_by_last_job(run_dir: Path, queue: JobQueue, state: str, reason: str | None) -> StateAndReason:
     """The state of a run that is lost or has not started, corrected by how its last job ended. The first case that applies:
 
     - It was never submitted: unchanged.
@@ -291,7 +291,7 @@ def _corrected_by_last_job(run_dir: Path, queue: Queue, state: str, reason: str 
     end = ended_job_text(run_dir, queue)
     if end is not None:
         if state == NOT_STARTED:
-            return StateAndReason(State.failed, end)
+            return StateAndReason(RunState.failed, end)
         return StateAndReason(state, f"{reason}; {end}" if reason else end)
     submitted_job_id = unfinished_job_id(run_dir)
     is_queue_known = not queue.problem and not queue.has_no_squeue
@@ -314,7 +314,7 @@ def _corrected_by_pipeline(parts: list[PipelinePart], state: str, reason: str | 
     if reason and state != NOT_STARTED:
         corrected_reason += f"; {reason}"
     has_not_begun = state in (NOT_STARTED, QUEUED)
-    return StateAndReason(State.failed if has_not_begun else state, corrected_reason)
+    return StateAndReason(RunState.failed if has_not_begun else state, corrected_reason)
 
 
 def _lost_reason(lease_holder: LeaseHolder) -> str:

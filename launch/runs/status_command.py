@@ -26,7 +26,7 @@ from launch.runs.status_lineage import FILE_AND_LINE
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.runs.queue import Queue
+    from launch.runs.queue import JobQueue
     from launch.runs.status_tables import RunDetails, RunsStatus
 
 
@@ -113,7 +113,7 @@ def status_arguments(argv: list[str]) -> StatusArguments:
     return arguments
 
 
-def read_runs_status(root: Path, known_queue: Queue | None = None) -> RunsStatus:
+def read_runs_status(root: Path, known_queue: JobQueue | None = None) -> RunsStatus:
     """Read the state of the runs below `root` and SLURM's queue; if `root` itself is a run, also the run's details.
 
     `known_queue`: a queue that was read before; None calls squeue. Raises ConfigError if the directory cannot be listed.

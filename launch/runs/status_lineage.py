@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.output import fold, fold_all
+from launch.output import wrap_sentences, wrap_text
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,14 +63,14 @@ def lineage_text(root: Path, query: DocumentQuery, exposures: list[DocumentExpos
     unknown = [exposure for exposure in exposures if exposure.why_unknown is not None and not exposure.was_trained_on]
     if exposed:
         lines = [f"{query}: in {len(exposed)} of {len(exposures)} runs below {root}"]
-        lines += fold_all([f"{exposure.run}: {_exposure_sentence(exposure)}" for exposure in exposed])
+        lines += wrap_sentences([f"{exposure.run}: {_exposure_sentence(exposure)}" for exposure in exposed])
     else:
         lines = [f"{query}: in no run below {root}"]
     if unknown:
         lines.append(f"not known for {len(unknown)}:")
-        lines += fold_all([f"{exposure.run}: {exposure.why_unknown}" for exposure in unknown])
+        lines += wrap_sentences([f"{exposure.run}: {exposure.why_unknown}" for exposure in unknown])
     if any(exposure.was_trained_on for exposure in exposed):
-        lines += fold(
+        lines += wrap_text(
             "weights that were trained on it, and copies of them elsewhere, keep what they learned: train anew without it"
         )
     return "\n".join(lines)

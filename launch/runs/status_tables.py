@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.output import Column, TableRow, fold, table, truncate_to_width
+from launch.output import TableColumn, TableRow, format_table, truncate_to_width, wrap_text
 from launch.runs import efficiency, pipeline_jobs
 from launch.runs.checkpoints import CheckpointList, StoredCheckpoint
 from launch.runs.metrics_tail import loss_curve
-from launch.runs.queue import Queue, QueuedJob
+from launch.runs.queue import JobQueue, QueuedJob
 from launch.runs.sparkline import sparkline
 from launch.runs.status import HANGING_REASON, LOST, NOT_STARTED, QUEUED, UNKNOWN, RunView, age_text, one_line
 from strategies.atomic_io import size_text
-from trainer.pages.numbers import duration
-from trainer.reporting.numbers import readable
-from trainer.reporting.status import State
+from trainer.pages.numbers import format_duration
+from trainer.reporting.numbers import format_metric
+from trainer.reporting.status import RunState
 
 MAX_LISTED_JOBS = 20
 """Jobs of the user without a run that are listed; the rest is only counted."""
@@ -32,14 +32,14 @@ CURVE_POINTS = 60
 """Points of the loss curve below a run's row."""
 SAME_COMMAND = "the same command continues it from the newest intact checkpoint"
 COLUMNS = (
-    Column(),
-    Column("state"),
-    Column("step", is_number=True),
-    Column("loss", is_number=True),
-    Column("tok/s", is_number=True),
-    Column("eta", is_number=True),
-    Column("GiB", is_number=True),
-    Column("last seen", is_number=True),
+    TableColumn(),
+    TableColumn("state"),
+    TableColumn("step", is_number=True),
+    TableColumn("loss", is_number=True),
+    TableColumn("tok/s", is_number=True),
+    TableColumn("eta", is_number=True),
+    TableColumn("GiB", is_number=True),
+    TableColumn("last seen", is_number=True),
 )
 
 
@@ -62,7 +62,7 @@ class RunsStatus:
 
     root: Path
     runs: list[RunView]
-    queue: Queue
+    queue: JobQueue
     is_cut: bool
     """Whether the search for runs ended early, because there were too many directories."""
     details: RunDetails | None = None
@@ -78,7 +78,7 @@ def status_text(status: RunsStatus, damaged: Mapping[Path, str] | None, *, live:
     if status.details is not None:
         lines = _single_run_lines(status.runs[0], status.details, damaged)
         if status.queue.problem:
-            lines += ["", *fold(f"queue: {status.queue.problem}")]
+            lines += ["", *wrap_text(f"queue: {status.queue.problem}")]
         return "\n".join(lines)
 
     if status.runs:
@@ -100,7 +100,7 @@ def _runs_table(status: RunsStatus, *, live: bool) -> list[str]:
     if live:
         lines = _most_urgent_runs_table(status)
     else:
-        lines = table(COLUMNS, [_table_row(run, status.root, live=False) for run in status.runs])
+        lines = format_table(COLUMNS, [_table_row(run, status.root, live=False) for run in status.runs])
     counts = Counter(run.state for run in status.runs)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     runs = "1 run" if len(status.runs) == 1 else f"{len(status.runs)} runs"
@@ -117,10 +117,10 @@ def _most_urgent_runs_table(status: RunsStatus) -> list[str]:
     max_lines = max(1, shutil.get_terminal_size((80, 24)).lines - LINES_BELOW)
     runs = sorted(status.runs, key=_urgency)
     rows = [_table_row(run, status.root, live=True) for run in runs[:max_lines]]
-    lines = table(COLUMNS, rows)
+    lines = format_table(COLUMNS, rows)
     while len(lines) > max_lines and len(rows) > 1:
         rows.pop()  # a run takes several lines if its name is folded or it has notes
-        lines = table(COLUMNS, rows)
+        lines = format_table(COLUMNS, rows)
     num_hidden = len(runs) - len(rows)
     return [*lines, f"... and {num_hidden} more"] if num_hidden else lines
 
@@ -135,7 +135,7 @@ def _table_row(run: RunView, root: Path, *, live: bool) -> TableRow:
         _step(run),
         _loss(run.loss),
         _rate(run.tokens_per_s),
-        "-" if run.left_s is None else duration(run.left_s),
+        "-" if run.left_s is None else format_duration(run.left_s),
         _number(run.memory_gib, ".3g"),
         "-" if run.last_seen_s is None else age_text(run.last_seen_s),
     )
@@ -143,7 +143,7 @@ def _table_row(run: RunView, root: Path, *, live: bool) -> TableRow:
     location_and_reason = _location_and_reason(run)
     if location_and_reason:
         notes.append(truncate_to_width(f"  {location_and_reason}"))
-    if live and run.state == State.running:
+    if live and run.state == RunState.running:
         losses = loss_curve(run.directory / "metrics.jsonl", CURVE_POINTS)
         if losses:
             notes.append(f"  {sparkline(losses)}")
@@ -152,7 +152,7 @@ def _table_row(run: RunView, root: Path, *, live: bool) -> TableRow:
 
 def _urgency(run: RunView) -> tuple[int, float]:
     """Sort key: running, queued and lost runs, in this order, then all others; within these, the latest seen first."""
-    order = (State.running, QUEUED, LOST)
+    order = (RunState.running, QUEUED, LOST)
     position = order.index(run.state) if run.state in order else len(order)
     last_seen_s = run.last_seen_s if run.last_seen_s is not None else math.inf
     return position, last_seen_s
@@ -163,18 +163,18 @@ def _location_and_reason(run: RunView) -> str:
 
     The host is shown of a running run, its job of one that is running or lost, its restarts unless it is done.
     """
-    if run.state in (State.done, NOT_STARTED) and not run.why:
+    if run.state in (RunState.done, NOT_STARTED) and not run.why:
         return ""
     location = []
-    if run.state == State.running and run.host:
+    if run.state == RunState.running and run.host:
         location.append(f"on {run.host}")
-    if run.state in (State.running, LOST) and run.job_id:
+    if run.state in (RunState.running, LOST) and run.job_id:
         job = f"job {run.job_id}"
         # Its run is running, but the job is not: it is suspended, for example, or about to end.
         if run.job is not None and run.job.state != "RUNNING":
             job += f" {run.job.state}"
         location.append(job)
-    if run.restarts and run.state != State.done:
+    if run.restarts and run.state != RunState.done:
         location.append(f"{run.restarts} restart{'s' if run.restarts > 1 else ''}")
     return ": ".join(filter(None, (", ".join(location), run.why)))
 
@@ -208,10 +208,10 @@ def _single_run_lines(run: RunView, details: RunDetails, damaged: Mapping[Path, 
     if run.step and run.total:
         heading += f" ({run.step / run.total:.1%})"
     lines = [heading]
-    if run.why and run.state != State.failed:  # of a failed run, the advice below repeats the reason
-        lines += fold(f"  {run.why}")
+    if run.why and run.state != RunState.failed:  # of a failed run, the advice below repeats the reason
+        lines += wrap_text(f"  {run.why}")
     facts = [*_training_facts(run, details), *_job_facts(run, details)]
-    lines += table((Column(), Column()), [TableRow(fact) for fact in facts], indent=2)
+    lines += format_table((TableColumn(), TableColumn()), [TableRow(fact) for fact in facts], indent=2)
     lines += _advice_lines(run, details.failure)
     lines += _checkpoint_lines(details.store, damaged)
     if details.logs.is_dir():
@@ -223,9 +223,11 @@ def _training_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
     """(name, text) of a run's loss, held-out metrics, speed and memory; what it has not written yet has no row."""
     facts = []
     if run.loss is not None:
-        facts.append(("loss", f"{readable(run.loss)}  {sparkline(details.curve)}"))
+        facts.append(("loss", f"{format_metric(run.loss)}  {sparkline(details.curve)}"))
     if run.evaluated:
-        metrics = ", ".join(f"{name} {readable(metric)}" for name, metric in run.evaluated.items() if name != "step")
+        metrics = ", ".join(
+            f"{name} {format_metric(metric)}" for name, metric in run.evaluated.items() if name != "step"
+        )
         step = run.evaluated.get("step")
         facts.append(("held out", metrics if step is None else f"{metrics} (step {step:.0f})"))
     if run.tokens_per_s is not None:
@@ -233,7 +235,7 @@ def _training_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
         if run.step_s is not None:
             rate += f", {run.step_s:.3g} s a step"
         if run.left_s is not None:
-            rate += f", {duration(run.left_s)} left"
+            rate += f", {format_duration(run.left_s)} left"
         facts.append(("rate", rate))
     if run.memory_gib is not None:
         facts.append(("memory", f"{run.memory_gib:.3g} GiB, the largest peak of a rank"))
@@ -270,7 +272,7 @@ def _runner_clauses(run: RunView) -> list[str]:
     if run.since:
         clauses.append(f"since {run.since}")
     if run.last_seen_s is not None:
-        event = "last seen" if run.state in (State.running, LOST, UNKNOWN) else "ended"
+        event = "last seen" if run.state in (RunState.running, LOST, UNKNOWN) else "ended"
         clauses.append(f"{event} {age_text(run.last_seen_s)} ago")
     return clauses
 
@@ -286,17 +288,17 @@ def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
 
     `failure` is the run's `failure.json`; empty if it has none.
     """
-    if run.state == State.failed:
+    if run.state == RunState.failed:
         return ["", *_failure_advice(run, failure)]
     if run.state == LOST:
         has_living_process = run.why is not None and HANGING_REASON in run.why
         stop_first = "stop it, then " if has_living_process else ""
-        return ["", *fold(f"to do: {stop_first}{SAME_COMMAND}")]
-    if run.state != State.preempted:
+        return ["", *wrap_text(f"to do: {stop_first}{SAME_COMMAND}")]
+    if run.state != RunState.preempted:
         return []
     if run.job is not None and run.job.state == "RUNNING":
         return ["", f"{run.job.description} starts it again"]
-    return ["", *fold(f"to do: {SAME_COMMAND}")]
+    return ["", *wrap_text(f"to do: {SAME_COMMAND}")]
 
 
 def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
@@ -312,7 +314,7 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     broken_part = pipeline_jobs.first_failed_part(list(run.parts))
     if broken_part is not None and not failure:
         advice = f"shardtune logs {run.directory} job={broken_part.job} says why; submit the same words again"
-        return [*fold(f"failed: {run.why}"), *fold(f"to do: {advice}")]
+        return [*wrap_text(f"failed: {run.why}"), *wrap_text(f"to do: {advice}")]
 
     origin = ""
     if failure:
@@ -331,18 +333,18 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
         advice = SAME_COMMAND
     else:
         advice = f"shardtune logs {run.directory} shows its output; submit the same words again"
-    return [*fold(f"failed: {origin}{run.why or 'no reason was recorded'}"), *fold(f"to do: {advice}")]
+    return [*wrap_text(f"failed: {origin}{run.why or 'no reason was recorded'}"), *wrap_text(f"to do: {advice}")]
 
 
 def _checkpoint_lines(store: CheckpointList, damaged: Mapping[Path, str] | None) -> list[str]:
     """A section with the table of a run's checkpoints, or why they cannot be listed."""
     if store.problem:
-        return ["", *fold(f"checkpoints: {store.problem}")]
+        return ["", *wrap_text(f"checkpoints: {store.problem}")]
     if not store.checkpoints:
         return ["", "no checkpoints"]
-    columns = (Column(), Column(is_number=True), Column(is_number=True), Column())
+    columns = (TableColumn(), TableColumn(is_number=True), TableColumn(is_number=True), TableColumn())
     rows = [_checkpoint_row(checkpoint, store.monitored_metric, damaged) for checkpoint in store.checkpoints]
-    return ["", f"checkpoints in {store.checkpoints[0].path.parent}:", *table(columns, rows, indent=2)]
+    return ["", f"checkpoints in {store.checkpoints[0].path.parent}:", *format_table(columns, rows, indent=2)]
 
 
 def _checkpoint_row(
@@ -357,12 +359,12 @@ def _checkpoint_row(
         damage = damaged.get(checkpoint.path)
         remarks.append("intact" if damage is None else f"damaged: {damage}")
     if checkpoint.best is not None:
-        remarks.append(f"best: {monitored_metric or 'held out'} {readable(checkpoint.best)}")
+        remarks.append(f"best: {monitored_metric or 'held out'} {format_metric(checkpoint.best)}")
     if checkpoint.given_up:
         remarks.append(f"given up, in {checkpoint.path.parent.name}")
     notes = []
     if checkpoint.elsewhere:  # on a line of its own, so that the directory can be pasted
-        notes = fold(f"    in {checkpoint.path.parent}")
+        notes = wrap_text(f"    in {checkpoint.path.parent}")
     size = size_text(checkpoint.size)
     return TableRow((checkpoint.path.name, f"{age_text(checkpoint.age_s)} old", size, "; ".join(remarks)), notes)
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.runs.owner import LeaseHolder, launcher_process, read_lease_holder
-from launch.runs.queue import Queue, QueuedJob, unfinished_job_id
+from launch.runs.queue import JobQueue, QueuedJob, unfinished_job_id
 from strategies.errors import ConfigError, ShardtuneError
-from trainer.reporting.status import State
+from trainer.reporting.status import RunState
 from trainer.session.lease import process_identity
 
 SHARDTUNE_SCRIPT_MARK = "trap 'stopped=1"
@@ -109,7 +109,7 @@ class CancelJob:
 StopMethod = NotRunning | SignalProcess | SignalJob | CancelJob
 
 
-def stop_method(run_dir: Path, queue: Queue, job: QueuedJob | None) -> StopMethod:
+def stop_method(run_dir: Path, queue: JobQueue, job: QueuedJob | None) -> StopMethod:
     """How a run can be stopped from this host; `job` is its job in the queue, None if it has none. The first case that applies:
 
     - A pending job with a script of shardtune's: cancel the job.
@@ -153,14 +153,14 @@ def stop_method(run_dir: Path, queue: Queue, job: QueuedJob | None) -> StopMetho
     )
 
 
-def raise_if_job_state_unknown(run_dir: Path, queue: Queue, state: str) -> None:
+def raise_if_job_state_unknown(run_dir: Path, queue: JobQueue, state: str) -> None:
     """Raise CannotStopError if a run that nothing seems to run may still be waiting in SLURM's queue.
 
     It may if it was submitted, is not done, and the queue cannot be read.
     """
     submitted_job_id = unfinished_job_id(run_dir)
     is_queue_known = not queue.problem and not queue.has_no_squeue
-    if submitted_job_id is None or state == State.done or is_queue_known:
+    if submitted_job_id is None or state == RunState.done or is_queue_known:
         return
     reason = queue.problem or "squeue is not on PATH here"
     raise CannotStopError(
@@ -196,7 +196,7 @@ def _has_open_file_in(run_dir: Path, pid: int) -> bool:
     return False
 
 
-def _method_without_local_process(run_dir: Path, lease_holder: LeaseHolder, queue: Queue) -> StopMethod:
+def _method_without_local_process(run_dir: Path, lease_holder: LeaseHolder, queue: JobQueue) -> StopMethod:
     """How to stop a run without a job in this host's queue and without a living process on this host.
 
     - No process seems to run it: `NotRunning`.

@@ -206,7 +206,7 @@ class StopWait:
         """Print how the run ended and what was saved; returns the exit code: `FAILED_EXIT_CODE` if it failed, else 0."""
         from launch.runs.status import one_line
         from launch.runs.stop import CancelJob
-        from trainer.reporting.status import State, read_failure, read_status
+        from trainer.reporting.status import RunState, read_failure, read_status
 
         status = read_status(self.run_dir)
         step = status.get("step")
@@ -214,15 +214,15 @@ class StopWait:
         saved = saved_checkpoint_text(self.run_dir, step)
         if isinstance(self.method, CancelJob):
             print(f"{self.run_dir}: job {self.method.job.id} was taken out of the queue; {saved}")
-        elif state == State.done:
+        elif state == RunState.done:
             print(f"{self.run_dir}: was done at step {step} before it could be stopped")
-        elif state == State.preempted and step:
+        elif state == RunState.preempted and step:
             print(f"{self.run_dir}: {saved}; the same command continues it")
-        elif state in (State.preempted, None):
+        elif state in (RunState.preempted, None):
             print(f"{self.run_dir}: stopped before training began; nothing is lost")
         else:
             message = read_failure(self.run_dir).get("message") or status.get("reason")
-            if message and state == State.failed:
+            if message and state == RunState.failed:
                 reason = one_line(message)
             else:
                 reason = "it ended without a message"

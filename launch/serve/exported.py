@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError
-from strategies.small_files import check_files_read_by_libraries, read_object
+from strategies.small_files import check_files_read_by_libraries, read_json_object
 from trainer.tuning.adapter_fields import wrong_type_message
 
 ADAPTER_FILE = "adapter_config.json"
@@ -68,7 +68,7 @@ def stored_type_name(exported: ExportedModel) -> str | None:
     directory = exported.path if exported.base is None else Path(exported.base)
     if not (directory / MODEL_FILE).is_file():
         return None
-    settings = read_object(directory / MODEL_FILE)
+    settings = read_json_object(directory / MODEL_FILE)
     text_settings = settings.get("text_config") or {}  # a model for more than text has it there
     for section in (settings, text_settings):
         for key in ("dtype", "torch_dtype"):  # of transformers 5, and of earlier versions
@@ -111,7 +111,7 @@ def _read_export(path: Path, file: str, name: str) -> ExportedModel:
     Errors: ConfigError if it cannot be served.
     """
     check_files_read_by_libraries(path)
-    settings = read_object(path / file)
+    settings = read_json_object(path / file)
     if file == ADAPTER_FILE and (wrong := wrong_type_message(settings)) is not None:
         raise ConfigError(f"{path / file}: has {wrong}; write the adapter again")
     if file == MODEL_FILE:

@@ -144,9 +144,9 @@ def chosen_device(requested: str) -> Any:
 
 def context_length_of(model: Any) -> int:
     """Most tokens that a prompt and its answer may have together; 2**31 if the model's config states no limit."""
-    from trainer.model.architecture import text_settings
+    from trainer.model.architecture import text_model_config
 
-    settings = text_settings(model.config)
+    settings = text_model_config(model.config)
     for key in ("max_position_embeddings", "n_positions"):
         limit = getattr(settings, key, None)
         if isinstance(limit, int) and limit > 0:

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.serve.config import ServeConfig, ServedType
 from launch.serve.exported import MODEL_FILE, ExportedModel, stored_type_name
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""
@@ -93,7 +93,7 @@ def _position_overrides(exported: ExportedModel) -> str | None:
     """
     if not (exported.path / MODEL_FILE).is_file():
         return None
-    settings = read_object(exported.path / MODEL_FILE)
+    settings = read_json_object(exported.path / MODEL_FILE)
     text_settings = settings.get("text_config") or settings
     positions = {}
     for name in ("max_position_embeddings", "rope_parameters"):

@@ -35,7 +35,7 @@ def run_all_points(
     """
     from launch.cluster.array_size import refuse_large_arrays
     from launch.config.axes import point_label, read_axes, set_point_name_in_trackers
-    from launch.config.compose import compose, default_run_dir
+    from launch.config.compose import compose_config, default_run_dir
 
     # Compose every point before the first one starts.
     axes = read_axes(arguments)
@@ -47,7 +47,7 @@ def run_all_points(
     problems = []
     for number, point in enumerate(points):
         try:
-            composed_points.append(compose(point, check=check))
+            composed_points.append(compose_config(point, check=check))
         except ConfigError as error:
             problems += [f"point {number} ({labels[number]}): {problem}" for problem in error.problems]
     if problems:
@@ -111,8 +111,8 @@ def _run_one_by_one(
 def _write_workspace_and_print(run_dirs: list[Path]) -> None:
     """Write the script that shows the points in W&B into their common directory, and print a line about it."""
     from launch.compare.workspace import write_workspace_of_runs
-    from launch.output import fold
+    from launch.output import wrap_text
 
     workspace_line = write_workspace_of_runs(run_dirs, run_dirs[0].parent)
     if workspace_line is not None:
-        print("\n".join(fold(workspace_line, 0)))
+        print("\n".join(wrap_text(workspace_line, 0)))

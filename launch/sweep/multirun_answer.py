@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.compare.run_files import RecordedRun, measure_run, read_recorded_run
-from launch.output import Column, TableRow, fold_all
-from launch.output import table as text_table
+from launch.output import TableColumn, TableRow, wrap_sentences
+from launch.output import format_table as text_table
 from strategies.errors import ConfigError
 
 COLUMNS = (
-    Column(),
-    Column("steps", is_number=True),
-    Column("loss", is_number=True),
-    Column("held-out", is_number=True),
-    Column("tokens/s", is_number=True),
-    Column("GiB", is_number=True),
-    Column("point"),
+    TableColumn(),
+    TableColumn("steps", is_number=True),
+    TableColumn("loss", is_number=True),
+    TableColumn("held-out", is_number=True),
+    TableColumn("tokens/s", is_number=True),
+    TableColumn("GiB", is_number=True),
+    TableColumn("point"),
 )
 REASON_INDENT = 10
 SHORT_STATES = {"failed": "failed", "preempted": "stopped", "not started": "not run"}
@@ -38,7 +38,7 @@ def points_table(labels: list[str], run_dirs: list[Path], exit_codes: list[int])
                 reason = run.reason
             except ConfigError as error:
                 reason = " ".join(error.problems)
-        notes = fold_all([reason], indent=REASON_INDENT) if reason else []
+        notes = wrap_sentences([reason], indent=REASON_INDENT) if reason else []
         rows.append(TableRow((_state_cell(exit_code, run), *_metric_cells(run), label), notes))
     return "\n".join([*text_table(COLUMNS, rows), "", f"side by side: shardtune compare {run_dirs[0].parent}"])
 

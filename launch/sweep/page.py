@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from launch.sweep.search_answer import STATE_BY_OPTUNA_STATE, completed_trials_best_first
 from launch.sweep.space import SearchedSetting
 from launch.sweep.sweeper import Search
-from trainer.pages.numbers import number
+from trainer.pages.numbers import format_number
 from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable, Tone
 from trainer.pages.render import render
 
@@ -112,7 +112,7 @@ def _search_verdict(
     text = f"{progress}The words of the trial, and the command that exports its model:"
     best_run_dir = shlex.quote(str(run_directory(best, search_dir)))
     commands = [shlex.join(search.trial_arguments(best.params)), f"shardtune export {best_run_dir}"]
-    return Callout("good", f"Best: trial {best.number}, {search.metric} {number(best.value)}", text, commands)
+    return Callout("good", f"Best: trial {best.number}, {search.metric} {format_number(best.value)}", text, commands)
 
 
 def _search_cards(done: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: Search) -> list[PageCard]:
@@ -123,9 +123,9 @@ def _search_cards(done: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], se
     cards = []
     if done:
         metrics = sorted(trial.value or 0.0 for trial in done)
-        median = f"median {number(metrics[len(metrics) // 2])}, of {len(done)}"
+        median = f"median {format_number(metrics[len(metrics) // 2])}, of {len(done)}"
         direction = "higher is better" if search.greater_is_better else "lower is better"
-        cards.append(PageCard(search.metric, number(done[0].value), f"{median}; {direction}", "good"))
+        cards.append(PageCard(search.metric, format_number(done[0].value), f"{median}; {direction}", "good"))
     for state, tone in STATE_TONES.items():
         count = sum(STATE_BY_OPTUNA_STATE[trial.state.name] == state for trial in trials)
         if count or state == "done":  # that none is done is worth a card
@@ -183,10 +183,10 @@ def _metric_cell(trial: FrozenTrial) -> PageCell:
     - Otherwise: a dash.
     """
     if trial.state.name == "COMPLETE":
-        return PageCell(number(trial.value), trial.value)
+        return PageCell(format_number(trial.value), trial.value)
     if trial.intermediate_values:
         last_step = max(trial.intermediate_values)
-        return PageCell(number(trial.intermediate_values[last_step]))
+        return PageCell(format_number(trial.intermediate_values[last_step]))
     return PageCell("\N{EN DASH}")
 
 
@@ -225,7 +225,7 @@ def draw_setting(setting: SearchedSetting, done: Sequence[FrozenTrial], search: 
         depth = min(share, 1.0) if search.greater_is_better else 1 - min(share, 1.0)
         x = MARGIN + _axis_position(setting, value) * (WIDTH - 2 * MARGIN)
         y = MARGIN + depth * (HEIGHT - 2 * MARGIN)
-        text = f"trial {trial.number}: {setting.argument(value)}, {search.metric} {number(metric)}"
+        text = f"trial {trial.number}: {setting.argument(value)}, {search.metric} {format_number(metric)}"
         points.append(TrialPoint(x, y, text, is_best=trial is done[0], is_beyond=share > 1))
     best_argument = setting.argument(done[0].params[setting.key])
     return SettingDrawing(
@@ -234,8 +234,8 @@ def draw_setting(setting: SearchedSetting, done: Sequence[FrozenTrial], search: 
         points=points,
         ticks=[setting.value_text(value) for value in setting.choices or (setting.low, setting.high)],
         has_choices=bool(setting.choices),
-        upper_metric=number(max(best_metric, axis_end)),
-        lower_metric=number(min(best_metric, axis_end)),
+        upper_metric=format_number(max(best_metric, axis_end)),
+        lower_metric=format_number(min(best_metric, axis_end)),
     )
 
 

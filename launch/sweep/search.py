@@ -211,7 +211,7 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
     Raises ConfigError, and StorageError if the journal of the search cannot be written.
     """
     from launch.compare.workspace import write_workspace_of_runs
-    from launch.output import fold
+    from launch.output import wrap_text
     from launch.sweep.search_answer import search_table
 
     study = open_study(search, search_dir)
@@ -227,7 +227,7 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
     trials = study.get_trials(deepcopy=False)
     workspace_line = write_workspace_of_runs([search_dir / str(trial.number) for trial in trials], search_dir)
     if workspace_line is not None:  # before the table: its last line is the one to copy
-        print("\n".join(fold(workspace_line, 0)), file=sys.stderr, flush=True)
+        print("\n".join(wrap_text(workspace_line, 0)), file=sys.stderr, flush=True)
     print(search_table(study, search, search_dir), flush=True)
     page = write_search_page(study, search, search_dir)
     if page is not None:
@@ -366,7 +366,7 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     """
     from launch.compare.run_files import read_recorded_run
     from launch.config.axes import point_label, set_point_name_in_trackers
-    from launch.config.compose import compose
+    from launch.config.compose import compose_config
 
     study = trial.study
     arguments = search.trial_arguments(trial.params)
@@ -383,7 +383,7 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     name = point_label(dict(argument.split("=", 1) for argument in arguments))  # type: ignore[arg-type]
     reason = None
     try:
-        composed = compose([*search.shared_arguments, *arguments])
+        composed = compose_config([*search.shared_arguments, *arguments])
         set_point_name_in_trackers(composed.config.logging, search_dir, name, arguments)
         exit_code = run_trial(name, composed, run_dir, progress)
         if exit_code and exit_code not in STOP_EXIT_CODES:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.output import Column, TableRow, fold
-from launch.output import table as text_table
+from launch.output import TableColumn, TableRow, wrap_text
+from launch.output import format_table as text_table
 from launch.sweep.sweeper import Search
 
 if TYPE_CHECKING:
@@ -37,7 +37,12 @@ def search_table(study: Study, search: Search, search_dir: Path) -> str:
     trials = study.get_trials(deepcopy=False)
     completed = completed_trials_best_first(trials, search)
     unfinished = [trial for trial in trials if trial.state.name != "COMPLETE"]
-    columns = (Column("trial", is_number=True), Column(search.metric, is_number=True), Column("state"), Column("words"))
+    columns = (
+        TableColumn("trial", is_number=True),
+        TableColumn(search.metric, is_number=True),
+        TableColumn("state"),
+        TableColumn("words"),
+    )
     rows = [_trial_row(trial, search) for trial in [*completed, *unfinished]]
     lines = [*text_table(columns, rows), ""]
     if not completed:
@@ -45,7 +50,7 @@ def search_table(study: Study, search: Search, search_dir: Path) -> str:
     best = completed[0]
     # A trial with the arguments of an earlier one was not run: its run is that of its twin.
     run_dir = search_dir / str(best.user_attrs.get("twin", best.number))
-    lines += fold(f"best: trial {best.number}, {search.metric} {best.value:.6g}, in {run_dir}; its words:", 0)
+    lines += wrap_text(f"best: trial {best.number}, {search.metric} {best.value:.6g}, in {run_dir}; its words:", 0)
     return "\n".join([*lines, f"  {shlex.join(search.trial_arguments(best.params))}"])
 
 

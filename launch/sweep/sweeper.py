@@ -114,7 +114,7 @@ def plan_search(all_arguments: list[str]) -> Search:
 
     Raises ConfigError with every problem at once.
     """
-    from launch.config.compose import compose
+    from launch.config.compose import compose_config
 
     settings, run_arguments = read_sweeper_settings(all_arguments)
     searched_settings, shared_arguments = read_space(run_arguments)
@@ -143,13 +143,13 @@ def plan_search(all_arguments: list[str]) -> Search:
     # settings together, then each other end or choice of one setting with the first values of the others.
     arguments_by_setting = [setting.arguments_at_ends() for setting in searched_settings]
     first_arguments = [arguments[0] for arguments in arguments_by_setting]
-    first_trial = compose([*shared_arguments, *first_arguments])
+    first_trial = compose_config([*shared_arguments, *first_arguments])
     problems = _search_problems(first_trial, settings, chosen_sweeper_name(all_arguments))
     for number, arguments in enumerate(arguments_by_setting):
         other_arguments = first_arguments[:number] + first_arguments[number + 1 :]
         for argument in arguments[1:]:
             try:
-                compose([*shared_arguments, *other_arguments, argument])
+                compose_config([*shared_arguments, *other_arguments, argument])
             except ConfigError as error:
                 problems += [f"with {argument}: {problem}" for problem in error.problems]
     if problems:

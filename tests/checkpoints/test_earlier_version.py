@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.config.frozen import load_frozen_config, rewrite_config_with_own_choices
 from launch.runs.freeze import write_run_config
 from strategies.matmul import Matmul
 from tests.helpers.launching import command_here
 from trainer.config.run import MICRO_BATCH_KEY, settled_matmul
 from trainer.reporting.file_version import FILE_VERSION
-from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
+from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting
 from trainer.reporting.run_record import read_run_record
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "earlier_version.tar.gz"
@@ -79,7 +79,7 @@ def test_earlier_version_run_may_share_its_rows_among_ranks(site, capsys):
     """Its files do not have `parallel`, which counts as its default, and is free to change."""
     assert "\nparallel:" not in (site / "runs/stopped/config.yaml").read_text()
     words = [*SAME_WORDS, "strategy=fsdp2", "launcher.processes=2", "parallel.sequence=2"]
-    run_dir = write_run_config(compose(words), site / "runs/stopped", may_change_strategy=True)
+    run_dir = write_run_config(compose_config(words), site / "runs/stopped", may_change_strategy=True)
     assert "parallel.sequence: 1 there, 2 here" in capsys.readouterr().err
     assert load_frozen_config(run_dir / "config.yaml").parallel.sequence == 2
 
@@ -124,7 +124,9 @@ def test_earlier_version_choices_written_as_sentences_are_read(site):
     text += "  batch.micro: 2 -> 1 (2 ran out of memory at step 3)\n  run.matmul: auto -> blas (as this run began)\n"
     path.write_text(text)
     config = load_frozen_config(path)  # which checks that it is still the run of 2 that was asked for
-    assert config.resolution(MICRO_BATCH_KEY) == Resolution(MICRO_BATCH_KEY, 2, 1, "", (OutOfMemoryTrial(2, step=3),))
+    assert config.resolution(MICRO_BATCH_KEY) == ResolvedSetting(
+        MICRO_BATCH_KEY, 2, 1, "", (OutOfMemoryTrial(2, step=3),)
+    )
     assert settled_matmul(config) is Matmul.blas
     # Written again, it has the fields, and is still the same run.
     rewrite_config_with_own_choices(path.parent, config)

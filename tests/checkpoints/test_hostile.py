@@ -18,7 +18,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
 from trainer.checkpoints.manifest import write_manifest
 from trainer.data.tokens import template as rendering
-from trainer.reporting.status import State, record_failure, write_status
+from trainer.reporting.status import RunState, record_failure, write_status
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_a_secret_is_neither_written_nor_shown(root, tmp_path, monkeypatch, capf
     (tmp_path / "failed").mkdir()
     error = RuntimeError(f"GET https://example.org/x?token={token}&n=1 with Bearer quite-a-secret-42: 401")
     record_failure(tmp_path / "failed", 0, error, "reading")
-    write_status(tmp_path / "failed", State.failed, reason=str(error))
+    write_status(tmp_path / "failed", RunState.failed, reason=str(error))
     for name in ("failure.json", "status.json"):
         text = (tmp_path / "failed" / name).read_text()
         assert "[secret]&n=1 with Bearer [secret]: 401" in text and token not in text and "quite-a" not in text

@@ -17,7 +17,7 @@ from launch.config.choices import (
     settings_class_of,
     settings_classes_by_group,
 )
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from tests.helpers.recipes import RECIPE_NAMES, chosen_names
 from trainer.config import run as run_config
 from trainer.model.known_shapes import names_by_hub_id
@@ -72,7 +72,7 @@ def test_every_experiment_is_a_legal_run(name):
     degree = 2 if {"override /strategy": "hsdp"} in tree["defaults"] else 1
     degree = max([degree, *tree.get("parallel", {}).values()])
     ranks = [f"launcher.processes={degree}"] if degree > 1 else []
-    config = compose([f"experiment={name}", "data.path=train.jsonl", *ranks]).config
+    config = compose_config([f"experiment={name}", "data.path=train.jsonl", *ranks]).config
     assert config.model.path in names_by_hub_id(), "plans need no files of it"
     # A number of ranks would leave GPUs idle on a larger node; with strategy=single it is one process anyway.
     assert "launcher" not in tree
@@ -100,7 +100,7 @@ def test_config_choice_composes_to_its_own_settings(group, choice):
     words += NEEDS.get(f"{group}={choice}", [])
     if group != "debug":
         words += [f"launcher.processes={1 if choice in ('single',) or group != 'strategy' else 2}"]
-    config = compose([*words, *(["strategy=fsdp2"] if choice == "cpu2" else [])]).config
+    config = compose_config([*words, *(["strategy=fsdp2"] if choice == "cpu2" else [])]).config
     if group in settings_classes_by_group():
         assert type(getattr(config, group)) is settings_class_of(group, choice)
     if group in (*settings_classes_by_group(), "schedule", "optim"):

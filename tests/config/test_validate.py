@@ -10,7 +10,7 @@ from collections import defaultdict
 import pytest
 
 from launch.config import overrides
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.config.removed import REASON_BY_NOT_OFFERED_KEY
 from strategies.errors import ConfigError, key_of_problem
 from strategies.registry import STRATEGIES
@@ -38,7 +38,7 @@ def here(tmp_path, monkeypatch):
 def problems(*words, world_size=1):
     base = ["model.path=model", "data.path=train.jsonl", "run.device=cpu"]
     budget = [] if any(word.startswith("budget.") for word in words) else ["budget.steps=10"]
-    return config_problems(compose([*base, *budget, *words], check=False).config, world_size=world_size)
+    return config_problems(compose_config([*base, *budget, *words], check=False).config, world_size=world_size)
 
 
 def test_smallest_command_of_a_run_is_legal():
@@ -395,7 +395,7 @@ def test_batch_is_divided_among_groups_of_ranks_that_share_rows():
 @pytest.mark.parametrize("key", REASON_BY_NOT_OFFERED_KEY)
 def test_setting_that_other_trainers_have_is_answered_with_what_does_the_same(key):
     with pytest.raises(ConfigError, match=re.escape(f"there is no setting {key}: {REASON_BY_NOT_OFFERED_KEY[key]}")):
-        compose([f"{key}=2"], check=False)
+        compose_config([f"{key}=2"], check=False)
 
 
 def test_single_strategy_needs_one_process():
@@ -450,7 +450,7 @@ def test_sources_are_named_on_the_command_line():
         "data.sources.plain.path=[train.jsonl]",
         "data.sources.plain.weight=0.1",
     ]
-    sources = compose(words).config.data.sources
+    sources = compose_config(words).config.data.sources
     assert (sources["chat"].path, sources["chat"].weight, dict(sources["chat"].columns)) == (
         "train.jsonl",
         0.9,
@@ -458,7 +458,7 @@ def test_sources_are_named_on_the_command_line():
     )
     assert list(sources["plain"].path) == ["train.jsonl"]
     whole = ["model.path=m", "data.path=train.jsonl", "budget.steps=1", "data.columns={prompt:q,completion:a}"]
-    assert dict(compose(whole).config.data.columns) == {"prompt": "q", "completion": "a"}
+    assert dict(compose_config(whole).config.data.columns) == {"prompt": "q", "completion": "a"}
     for word, said in (
         ("data.sources.chat.wieght=1", "did you mean data.sources.*.weight"),
         ("data.sources.chat.weight=-1", "data.sources.chat.weight=-1: must be at least 0"),
@@ -466,7 +466,7 @@ def test_sources_are_named_on_the_command_line():
         ("data.privacy.mode=redacted", "one of none, report, redact"),
     ):
         with pytest.raises(ConfigError) as caught:
-            compose([*words, word])
+            compose_config([*words, word])
         assert said in str(caught.value), caught.value
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.document import Rejected, Row, excerpt
+from trainer.data.document import RejectedRow, SourceRow, excerpt
 from trainer.data.fields import Fault
 
 GOOD = b'{"text": "a"}\n'
@@ -36,11 +36,11 @@ class Case:
     error: str | None = None
 
 
-def whole(row: Row | Rejected) -> Row | Rejected:
+def whole(row: SourceRow | RejectedRow) -> SourceRow | RejectedRow:
     """The row, or why it cannot be taken by a format that reads all its columns."""
     row = row.parse()
-    if isinstance(row, Row) and (faults := [value for value in row.fields.values() if isinstance(value, Fault)]):
-        return Rejected(row.file, row.line, faults[0].reason, faults[0].message, excerpt(repr(row.fields)))
+    if isinstance(row, SourceRow) and (faults := [value for value in row.fields.values() if isinstance(value, Fault)]):
+        return RejectedRow(row.file, row.line, faults[0].reason, faults[0].message, excerpt(repr(row.fields)))
     return row
 
 

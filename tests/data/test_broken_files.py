@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies.errors import DataError
 from tests.data.broken_files import CASES, whole
 from tests.helpers.covering import examples
-from trainer.data.document import Rejected, Row
+from trainer.data.document import RejectedRow, SourceRow
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand_paths
 
@@ -25,12 +25,12 @@ ROWS = [
 ]
 
 
-def rows_of(value: str) -> tuple[list[Row | Rejected], DataError | None]:
+def rows_of(value: str) -> tuple[list[SourceRow | RejectedRow], DataError | None]:
     """What comes of reading a path value and all its columns: the rows in front of the error, and the error."""
-    found: list[Row | Rejected] = []
+    found: list[SourceRow | RejectedRow] = []
     try:
         for row in Origin("data.path", expand_paths(value, "data.path")).rows():
-            assert isinstance(row, Row | Rejected)
+            assert isinstance(row, SourceRow | RejectedRow)
             found.append(whole(row))
     except DataError as error:
         return found, error
@@ -43,7 +43,7 @@ def test_broken_file_gives_the_expected_rows_or_error(case, tmp_path):
     if case.name == "unreadable" and os.access(value, os.R_OK):
         pytest.skip("this user may read every file")
     rows, error = rows_of(value)
-    bad = [row for row in rows if isinstance(row, Rejected)]
+    bad = [row for row in rows if isinstance(row, RejectedRow)]
     assert [row.reason for row in bad] == list(case.bad)
     if case.rows is not None:
         assert len(rows) - len(bad) == case.rows

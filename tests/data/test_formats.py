@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies.errors import ConfigError, DataError
 from tests.helpers.covering import examples
 from trainer.data.config import DataFormat
-from trainer.data.document import Document, Rejected, Row
+from trainer.data.document import Document, RejectedRow, SourceRow
 from trainer.data.format_recognition import FORMAT_NEEDS, FORMAT_SPELLINGS, recognise_format
 from trainer.data.formats import RowReader
 from trainer.data.selection.signatures import content_json
@@ -22,7 +22,7 @@ FORMATS = [format for format in F if format is not F.auto]
 
 
 def row(fields, line=7):
-    return Row("f.jsonl", line, fields)
+    return SourceRow("f.jsonl", line, fields)
 
 
 def read(fields, format=F.auto, columns=None):
@@ -375,7 +375,7 @@ BAD = [
 @pytest.mark.parametrize(("fields", "reason", "message"), BAD)
 def test_bad_rows_are_rejected_with_reason_file_and_line(fields, reason, message):
     rejected = read(fields)
-    assert isinstance(rejected, Rejected), rejected
+    assert isinstance(rejected, RejectedRow), rejected
     assert (rejected.file, rejected.line, rejected.reason) == ("f.jsonl", 7, reason)
     assert re.search(message, rejected.message), rejected.message
     assert str(rejected) == f"f.jsonl:7: {rejected.message}"
@@ -425,7 +425,7 @@ def test_format_reader_makes_a_document_or_rejects_whatever_a_row_holds(fields, 
     filled = {**fields, **{name: data.draw(VALUES) for name in spelling}}
     for candidate in (fields, filled):
         result = RowReader(format, {}, source="data")(row(candidate))
-        assert isinstance(result, Document | Rejected)
+        assert isinstance(result, Document | RejectedRow)
         if isinstance(result, Document):
             assert result.texts() and all(text.strip() for text in result.texts())
             json.loads(content_json(result))

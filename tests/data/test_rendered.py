@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.config.frozen import differing_settings, load_frozen_config
 from launch.config.resume import keep_earlier_defaults
 from launch.runs.freeze import write_run_config
@@ -107,11 +107,11 @@ def test_rendered_texts_are_refused_by_the_command_and_a_run_begun_with_them_res
     assert command_here(["train", *words]) == 65
     assert "set data.control_tokens=keep" in capsys.readouterr().err
 
-    asked = compose(words)
-    typed = compose([*words, "data.control_tokens=text"])
+    asked = compose_config(words)
+    typed = compose_config([*words, "data.control_tokens=text"])
     assert asked.sha256 == typed.sha256, "the older default, and what means the same, are one run"
     frozen = write_run_config(typed, tmp_path / "run") / "config.yaml"
-    write_run_config(compose(words), tmp_path / "run")
+    write_run_config(compose_config(words), tmp_path / "run")
     assert load_frozen_config(frozen).data.control_tokens is ControlTokens.auto, "nothing was reached: the words count"
     write_run_config(typed, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
@@ -119,7 +119,7 @@ def test_rendered_texts_are_refused_by_the_command_and_a_run_begun_with_them_res
     (checkpoint / "progress.json").write_text(json.dumps({}))
     write_run_config(asked, tmp_path / "run")
     assert load_frozen_config(frozen).data.control_tokens is ControlTokens.text
-    other_rank = compose(words)
+    other_rank = compose_config(words)
     keep_earlier_defaults(other_rank, tmp_path / "run")
     assert other_rank.config.data.control_tokens is ControlTokens.text
-    assert not differing_settings(other_rank.config, compose(words).config)
+    assert not differing_settings(other_rank.config, compose_config(words).config)

@@ -40,7 +40,7 @@ from trainer.data.report.preview import summary_text
 from trainer.data.report.wording import Level, audit_tiles, known_gaps, overall_level
 from trainer.objectives.classification import LabelDataSpec
 from trainer.objectives.pairs import PairDataSpec
-from trainer.pages.numbers import percent
+from trainer.pages.numbers import format_percent
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -191,8 +191,8 @@ def test_report_page_has_everything_that_was_counted(tmp_path):
     lengths, rows = train.lengths, audit.conserved
     assert rows == {"rows_in": 86, "kept": 81, "dropped": 5}
     for words in (
-        "86 rows read = 81 kept + 5 dropped", percent(5 / 86), "no assistant turn", f"{tmp_path / 'chat.jsonl'}:65",
-        f"{int(lengths.sum()):,}", percent(train.num_supervised.sum() / lengths.sum()), "truncated: 1 document",
+        "86 rows read = 81 kept + 5 dropped", format_percent(5 / 86), "no assistant turn", f"{tmp_path / 'chat.jsonl'}:65",
+        f"{int(lengths.sum()):,}", format_percent(train.num_supervised.sum() / lengths.sum()), "truncated: 1 document",
         f"{int(np.quantile(lengths, 0.5).round()):,}", "data.max_length=256", "CC-BY-4.0", "not stated", "75.0%",
         "Personal data 1 documents with findings", f"{tmp_path / 'chat.jsonl'}:4 j***@c***.org", "EMAIL",
         "people and places were not looked for", "Duplicates 4 taken out", "Leakage 0 no held-out document",
@@ -372,7 +372,7 @@ def test_report_of_labels_and_balance(tmp_path):
     after = audit.labels["after"]
     assert f"many 40 {after['many']}" in shown and f"| few | 10 | {after['few']} |" in card
     assert (
-        f"few {percent(0.2)}" in shown
+        f"few {format_percent(0.2)}" in shown
         and f"({made.label_names[made.train.labels[0]]})" in audit.samples[0].note in shown
     )
     assert "one label a document" in shown and yaml.safe_load(card.split("---\n")[1])["task_categories"] == [
@@ -426,7 +426,7 @@ def test_report_card_answers_the_questions_and_shows_no_paths(tmp_path):
 
 
 def test_report_rounds_shares_honestly():
-    assert [percent(v) for v in (0, 1e-6, 0.5, 0.99999, 1)] == ["0%", "<0.1%", "50.0%", ">99.9%", "100%"]
+    assert [format_percent(v) for v in (0, 1e-6, 0.5, 0.99999, 1)] == ["0%", "<0.1%", "50.0%", ">99.9%", "100%"]
 
 
 def test_report_templates_are_packaged(tmp_path):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from strategies.errors import DataError
 from tests.data.broken_files import arrow, parquet, whole, zst
 from tests.helpers.covering import examples
-from trainer.data.document import Rejected, Row
+from trainer.data.document import RejectedRow, SourceRow
 from trainer.data.read import json_rows
 from trainer.data.read import text as text_files
 from trainer.data.read.json_rows import Line
@@ -41,7 +41,7 @@ def parsed(*paths):
 
 def fields(*paths):
     rows = parsed(*paths)
-    assert all(isinstance(row, Row) for row in rows), [str(row) for row in rows if isinstance(row, Rejected)]
+    assert all(isinstance(row, SourceRow) for row in rows), [str(row) for row in rows if isinstance(row, RejectedRow)]
     return [row.fields for row in rows]
 
 
@@ -102,7 +102,7 @@ def test_sources_parse_json_lines_only_where_they_are_wanted(tmp_path):
 )
 def test_sources_bad_json_line_says_what_to_mend(line, message):
     bad = whole(Line("x", 1, raw=line))
-    assert isinstance(bad, Rejected)
+    assert isinstance(bad, RejectedRow)
     assert message in bad.message
 
 
@@ -142,7 +142,7 @@ def test_sources_accept_a_line_only_if_json_accepts_it(line):
         value = json.loads(line)
     except ValueError:
         value = None
-    if isinstance(row, Row):
+    if isinstance(row, SourceRow):
         assert row.fields == value
     elif isinstance(value, dict):
         assert row.reason in ("duplicate_key", "lone_surrogate", "number_too_large")
@@ -360,7 +360,7 @@ def test_values_that_would_lose_their_meaning_are_bad_rows(tmp_path, column, rea
     bad, good = parsed(tmp_path / "x.arrow")
     assert (bad.line, bad.reason) == (1, reason)
     assert re.search(message, bad.message)
-    assert isinstance(good, Row)
+    assert isinstance(good, SourceRow)
     assert good.line == 2
 
 

@@ -8,7 +8,7 @@ from datetime import date, datetime
 import pytest
 import yaml
 
-from launch.config.compose import compose, recompose_frozen_config
+from launch.config.compose import compose_config, recompose_frozen_config
 from launch.config.frozen import load_frozen_config
 from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError, Preempted
@@ -138,7 +138,7 @@ class Store(dict):
 
 
 def test_template_date_of_all_ranks_and_points_is_that_of_the_first(tmp_path):
-    config = compose(["model.path=m", "data.path=d.jsonl", "budget.steps=1"], check=False).config
+    config = compose_config(["model.path=m", "data.path=d.jsonl", "budget.steps=1"], check=False).config
     store, found = Store(), {}
 
     def choose(rank, day, run_dir=None):
@@ -185,7 +185,7 @@ def test_template_date_of_a_run_is_kept(tmp_path, another_day, monkeypatch, caps
 
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "cache")
-    resumed = compose(words)
+    resumed = compose_config(words)
     write_run_config(resumed, run_dir)
     assert settled_template_date(resumed.config) == TemplateDate(date(2026, 1, 3))
 
@@ -202,11 +202,11 @@ def test_template_date_of_an_earlier_versions_run_is_that_of_its_oldest_file(tmp
 
     runs = Runs(tmp_path)
     words = runs.words("run")[4:]
-    checkpoint = write_run_config(compose(words), tmp_path / "run") / "checkpoints" / "step-000001"
+    checkpoint = write_run_config(compose_config(words), tmp_path / "run") / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "progress.json").write_text("{}")
     christmas = datetime(2025, 12, 25, 12).timestamp()
     os.utime(checkpoint / "progress.json", (christmas, christmas))
-    resumed = compose(words)
+    resumed = compose_config(words)
     write_run_config(resumed, tmp_path / "run")
     assert settled_template_date(resumed.config) == TemplateDate(CHRISTMAS, in_fingerprint=False)

@@ -11,7 +11,7 @@ from tests.helpers import tool_templates
 from tests.helpers.covering import examples
 from tests.helpers.tool_templates import FAMILIES, LLAMA31, MISTRAL3, QWEN25
 from trainer.data.config import DataFormat, LearnConfig, Reasoning
-from trainer.data.document import Document, Rejected, Row
+from trainer.data.document import Document, RejectedRow, SourceRow
 from trainer.data.formats import RowReader
 from trainer.data.selection.signatures import content_json
 from trainer.data.store.documents import DOCUMENTS_FILE, DocumentTable, schema, to_record_batch
@@ -39,7 +39,7 @@ def talk(*calls, content=None, after=()):
 
 
 def read(fields, format=DataFormat.messages, **options):
-    found = RowReader(format, {}, source="data", **options)(Row("f.jsonl", 3, fields, ()))
+    found = RowReader(format, {}, source="data", **options)(SourceRow("f.jsonl", 3, fields, ()))
     assert isinstance(found, Document), found
     return found
 
@@ -355,8 +355,10 @@ def test_tool_rows_of_hermes_stay_texts_and_nothing_is_written_twice():
     ],
 )
 def test_rows_with_broken_calls_are_rejected(change, reason):
-    found = RowReader(DataFormat.messages, {}, source="data")(Row("f", 1, {"messages": [USER, FIELD], **change}, ()))
-    assert isinstance(found, Rejected) and found.reason == reason
+    found = RowReader(DataFormat.messages, {}, source="data")(
+        SourceRow("f", 1, {"messages": [USER, FIELD], **change}, ())
+    )
+    assert isinstance(found, RejectedRow) and found.reason == reason
 
 
 def test_tool_arguments_that_are_no_json_stay_as_they_are():

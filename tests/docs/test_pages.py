@@ -13,7 +13,7 @@ import pytest
 from launch.cluster.preflight.targets import preflight_targets
 from launch.compare.points import plan_points
 from launch.config.choices import choices_by_group
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.main import EXIT_CODES, VERBS, module_of
 from launch.plan.command import compose_planned_run, read_plan_request
 from launch.sweep.sweeper import is_search, plan_search
@@ -248,7 +248,7 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
         settings.insert(0, "launcher=slurm")
     if words[:2] == ["shardtune", "doctor"]:  # takes the words of a run, and need not have all
         if "--verify" in options:
-            assert compose(settings, check=False).config.strategy.name != "single"
+            assert compose_config(settings, check=False).config.strategy.name != "single"
             return
         asked = preflight_targets(settings).request
         assert asked.nodes * asked.processes > 1
@@ -256,7 +256,7 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
     if words[:2] == ["shardtune", "init"]:  # beside a file of another trainer, words need not be a whole run
         assert any(word.startswith("to=") for word in settings)
         own = [word for word in settings if not word.startswith(("to=", "from="))]
-        compose(own, check=len(own) == len(settings) - 1)
+        compose_config(own, check=len(own) == len(settings) - 1)
         return
     if words[:2] == ["shardtune", "compare"]:
         points = plan_points([word for word in settings if not word.startswith("to=")]).points
@@ -275,7 +275,7 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
         compose_planned_run(request.run_overrides, request.card)
         return
     for number in range(max(map(len, choices))):
-        compose([values[min(number, len(values) - 1)] for values in choices])
+        compose_config([values[min(number, len(values) - 1)] for values in choices])
 
 
 def test_commands_shown_in_the_pages_were_found():

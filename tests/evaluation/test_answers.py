@@ -10,11 +10,11 @@ from strategies.errors import ConfigError
 from strategies.runtime import Runtime
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
-from trainer.data.fields import Refusal
+from trainer.data.fields import RowError
 from trainer.evaluation.base import DecodingConfig, TaskConfig
 from trainer.evaluation.classifier import ClassifierLabels
 from trainer.evaluation.generate import GeneratedAnswer
-from trainer.evaluation.tasks.base import Case
+from trainer.evaluation.tasks.base import TaskCase
 from trainer.evaluation.tasks.model_interface import Question
 from trainer.evaluation.tasks.refusal import REFUSAL_PHRASES
 from trainer.evaluation.tasks.registry import TASK_KINDS
@@ -62,7 +62,7 @@ class Asking:
 
 
 def cases(kind, rows):
-    made = [Case(f"a:{number}", None, dict(row)) for number, row in enumerate(rows, 1)]
+    made = [TaskCase(f"a:{number}", None, dict(row)) for number, row in enumerate(rows, 1)]
     for case in made:
         kind.prepare_case(case)
     return made
@@ -236,7 +236,7 @@ def test_rows_of_published_sets(row, harmful, asked):
     ],
 )
 def test_refusal_task_refuses_rows_that_cannot_be_asked(row, told):
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(RowError) as refused:
         cases(task("refusal"), [row])
     assert told in refused.value.message
 

@@ -11,12 +11,12 @@ from strategies.errors import DataError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from trainer.data.document import Document
-from trainer.data.fields import Refusal
+from trainer.data.fields import RowError
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.comparison import compare_task
 from trainer.evaluation.report.intervals import TOO_FEW_CASES, Bootstrap, resample_metrics
 from trainer.evaluation.report.record import EvaluatedModel
-from trainer.evaluation.tasks.base import Case, TaskRow
+from trainer.evaluation.tasks.base import TaskCase, TaskRow
 from trainer.evaluation.tasks.registry import TASK_KINDS
 
 TEXT = "a quick brown fox jumps over the lazy dog hello world you are helpful assistant"
@@ -103,7 +103,7 @@ def test_canary_exposure_is_the_rank_that_plain_transformers_gives(site, found):
     kind = task("canary", path="x")
     given = json.loads((site / "canaries.jsonl").read_text().splitlines()[0])
     row = rows["tuned", "canary"][0]
-    case = Case(row["where"], Document("a", 1, prompt=given["prompt"], completion=given["completion"]), dict(given))
+    case = TaskCase(row["where"], Document("a", 1, prompt=given["prompt"], completion=given["completion"]), dict(given))
     kind.prepare_case(case)
     assert len({*case.fields["others"]}) == 100 and all(len(o) == 6 and o.isdecimal() for o in case.fields["others"])
 
@@ -179,7 +179,7 @@ def test_personal_data_task_finds_and_masks_it_except_where_the_prompt_has_it():
     kind = task("personal_data")
     assert not list(kind.problems())
     rows = kind.score_cases(
-        [Case(f"a:{n}", Document("a", n, prompt=p, completion="x")) for n, p in enumerate(prompts)], Asking()
+        [TaskCase(f"a:{n}", Document("a", n, prompt=p, completion="x")) for n, p in enumerate(prompts)], Asking()
     )
     assert [row.scores["found"] for row in rows] == [1, 0, 0] and rows[0].answer == "write to [EMAIL]"
     assert "options.types: 'EMIAL' is not a type" in next(
@@ -258,8 +258,8 @@ def test_ethics_differences_of_few_cases_are_not_reported():
 )
 def test_ethics_tasks_refuse_rows_that_cannot_be_asked(kind, document, fields, told):
     made = None if document is None else Document("a", 1, **document)
-    with pytest.raises(Refusal) as refused:
-        task(kind, path="x").prepare_case(Case("a:1", made, fields))
+    with pytest.raises(RowError) as refused:
+        task(kind, path="x").prepare_case(TaskCase("a:1", made, fields))
     assert told in refused.value.message
 
 
@@ -268,7 +268,7 @@ def test_counterfactual_terms_of_a_file_extend_the_shipped_ones(tmp_path):
         '{"pet": {"cat": {"pet": ["the cat"]}, "dog": {"pet": ["the dog", "the hound"]}}}'
     )
     kind = task("counterfactual", path="x", options={"terms": str(tmp_path / "terms.json")})
-    case = Case("a:1", None, {"template": "{pet} sings.", "attribute": "pet"})
+    case = TaskCase("a:1", None, {"template": "{pet} sings.", "attribute": "pet"})
     kind.prepare_case(case)
     assert not list(kind.problems())
     assert [(v.group, v.text, v.text[: v.scored_from]) for v in case.fields["variants"]] == [
@@ -302,7 +302,7 @@ def test_memorisation_rows_too_short_to_continue_are_an_error():
             return [Question(d.location, [1], [2, 3]) for d in documents]
 
     with pytest.raises(DataError, match=r"none of 1 rows leaves 8 tokens to continue"):
-        task("memorisation").score_cases([Case("a:1", Document("a", 1, text="b"))], Asking())
+        task("memorisation").score_cases([TaskCase("a:1", Document("a", 1, text="b"))], Asking())
 
 
 @pytest.mark.parametrize("kind", ["memorisation", "canary", "membership", "personal_data", "counterfactual"])

@@ -10,12 +10,12 @@ import torch
 from strategies.errors import DataError
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
-from trainer.data.fields import Refusal
+from trainer.data.fields import RowError
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.comparison import compare_task
 from trainer.evaluation.report.intervals import TOO_FEW_CASES, Bootstrap, resample_metrics
 from trainer.evaluation.report.record import EvaluatedModel
-from trainer.evaluation.tasks.base import Case, TaskRow
+from trainer.evaluation.tasks.base import TaskCase, TaskRow
 from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.evaluation.tasks.source import read_cases
 
@@ -210,7 +210,7 @@ def test_the_worked_example_of_bbq():
         chosen = 2 if number >= 5 else int(number == 4)
         fields = {"choices": ["a", "b", "c"], "unknown": 2, "biased": 0, "condition": "ambiguous", "category": "Age"}
         row = TaskRow(f"a:{number}", "", "", "", {"right": float(chosen == 2)})
-        kind._add_bias_scores(Case(row.where, fields=fields), row, chosen)
+        kind._add_bias_scores(TaskCase(row.where, fields=fields), row, chosen)
         rows.append(row)
     metrics = kind.compute_metrics(rows)
     assert metrics["bias_ambiguous"] == pytest.approx(0.15) and metrics["accuracy_ambiguous"] == 0.75
@@ -267,21 +267,21 @@ GIVEN |= {
     ],
 )
 def test_stereotype_tasks_refuse_rows_that_cannot_be_asked(kind, fields, told):
-    with pytest.raises(Refusal) as refused:
-        task(kind, path="x").prepare_case(Case("a:1", None, dict(fields)))
+    with pytest.raises(RowError) as refused:
+        task(kind, path="x").prepare_case(TaskCase("a:1", None, dict(fields)))
     assert told in refused.value.message
 
 
 def test_bbq_target_group_is_read_from_the_authors_file_first():
     for polarity, target, biased in (("neg", 0, 0), ("nonneg", 0, 1), ("neg", 1, 1)):
-        case = Case("a:1", None, GIVEN | {"question_polarity": polarity, "target_loc": target})
+        case = TaskCase("a:1", None, GIVEN | {"question_polarity": polarity, "target_loc": target})
         task("bbq", path="x").prepare_case(case)
         assert case.fields["biased"] == biased
 
 
 def test_a_table_of_stereoset_has_numbers_for_labels_and_columns_for_sentences():
     kind = task("stereotype", path="x")
-    case = Case(
+    case = TaskCase(
         "a:1", None, {"sentences": {"sentence": ["no", "yes", "tree"], "gold_label": [0, 1, 2]}, "context": "it is"}
     )
     kind.prepare_case(case)

@@ -9,7 +9,7 @@ import pytest
 from strategies.errors import DataError
 from tests.helpers import tool_templates
 from trainer.data.document import Document, RefusedDocument
-from trainer.data.fields import Refusal
+from trainer.data.fields import RowError
 from trainer.data.messages import parse_tools
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import TaskConfig
@@ -23,7 +23,7 @@ from trainer.evaluation.report.intervals import (
     resample_metrics,
 )
 from trainer.evaluation.task_evaluator import TaskEvaluator
-from trainer.evaluation.tasks.base import Case, TaskRow
+from trainer.evaluation.tasks.base import TaskCase, TaskRow
 from trainer.evaluation.tasks.classification import calibration_error
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.registry import TASK_KINDS
@@ -63,17 +63,19 @@ def test_tool_calls_are_scored_by_name_and_arguments_and_by_their_absence():
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     tools = parse_tools([{"name": "f", "parameters": {}}])
     turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    case = Case("a:1", Document("a", 1, messages=turns, tools=tools))
+    case = TaskCase("a:1", Document("a", 1, messages=turns, tools=tools))
     kind.prepare_case(case)
     scores = [
         kind.score(case, text) for text in ('{"name":"f","arguments":{"x":1}}', '{"name":"f","arguments":{}}', "no")
     ]
     assert [tuple(each.values()) for each in scores] == [(1, 1, 1), (0, 1, 1), (0, 0, 0)]
-    plain = Case("a:2", Document("a", 2, messages=[turns[0], {"role": "assistant", "content": "hello"}], tools=tools))
+    plain = TaskCase(
+        "a:2", Document("a", 2, messages=[turns[0], {"role": "assistant", "content": "hello"}], tools=tools)
+    )
     kind.prepare_case(plain)
     assert kind.score(plain, "hi")["right"] == 1 and kind.score(plain, '{"name":"f","arguments":{}}')["called"] == 0
-    with pytest.raises(Refusal, match="no tools"):
-        kind.prepare_case(Case("a:3", Document("a", 3, messages=turns)))
+    with pytest.raises(RowError, match="no tools"):
+        kind.prepare_case(TaskCase("a:3", Document("a", 3, messages=turns)))
 
 
 def evaluator_of(run):
@@ -120,7 +122,7 @@ def test_tool_calls_in_a_template_that_is_not_understood_are_refused_and_never_s
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     tools = parse_tools([{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}])
-    case = Case("a:1", Document("a", 1, messages=turns, tools=tools))
+    case = TaskCase("a:1", Document("a", 1, messages=turns, tools=tools))
     kind = task("tool_calls")
     kind.prepare_case(case)
     tokenizer = tool_templates.tokenizer(family)
@@ -157,20 +159,20 @@ def test_words_that_texts_share():
     assert word_f1("the the cat", "the cat cat") == pytest.approx(2 / 3)  # a word counts as often as both have it
     assert word_f1("", "") == 1 and word_f1("", "cat") == 0
     kind = task("f1")
-    assert kind.score(Case("a:1", None, {"references": ["The Cat!", "dog"]}), "a cat") == {"f1": 1, "match": 1}
+    assert kind.score(TaskCase("a:1", None, {"references": ["The Cat!", "dog"]}), "a cat") == {"f1": 1, "match": 1}
     strict = task("f1", options={"normalise": []})
-    assert strict.score(Case("a:1", None, {"references": ["The Cat!"]}), "a cat") == {"f1": 0, "match": 0}
+    assert strict.score(TaskCase("a:1", None, {"references": ["The Cat!"]}), "a cat") == {"f1": 0, "match": 0}
 
 
 def test_multiple_choice_answer_in_each_of_its_spellings():
     choices = ["one", "two", "three"]
     arc = {"text": choices, "label": ["1", "2", "3"]}
     for fields in ({"answer": 1}, {"answer": "B"}, {"answer": "two"}, {"answerKey": "2", "choices": arc}):
-        case = Case("a:1", None, {"question": "?", "choices": choices, **fields})
+        case = TaskCase("a:1", None, {"question": "?", "choices": choices, **fields})
         task("multiple_choice", path="x").prepare_case(case)
         assert case.fields["answer"] == 1
-    with pytest.raises(Refusal, match="a number from 0 to 2, a letter up to C"):
-        task("multiple_choice").prepare_case(Case("a:1", None, {"question": "?", "choices": choices, "answer": 3}))
+    with pytest.raises(RowError, match="a number from 0 to 2, a letter up to C"):
+        task("multiple_choice").prepare_case(TaskCase("a:1", None, {"question": "?", "choices": choices, "answer": 3}))
 
 
 def test_calibration_error_by_hand():

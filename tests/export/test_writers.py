@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from launch.cluster import supervisor
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.export.command import find_checkpoint
 from launch.export.writing import ExportJob, ExportProcessesFailed, export_in_processes
 from strategies import atomic_io
@@ -291,7 +291,7 @@ def test_training_of_a_pipeline_leaves_a_checkpoint_to_its_export_job(tmp_path):
     words = [*words_of(tmp_path), "checkpoint.save_final=false", "launcher=slurm"]
     settings = {}
     for parts in ("[train]", "[train,export]"):
-        config = compose([*words, f"launcher.pipeline={parts}"]).config
+        config = compose_config([*words, f"launcher.pipeline={parts}"]).config
         settings[parts] = loop_settings(config, total_steps=2)
     assert not settings["[train]"].save_final and settings["[train]"].save_for_export
     assert settings["[train,export]"].save_final and not settings["[train,export]"].save_for_export
@@ -329,7 +329,7 @@ def test_export_that_was_stopped_leaves_no_settings_behind(code, stays, tmp_path
     monkeypatch.setattr(supervisor, "run_supervised", ended)
     job = ExportJob(run=str(tmp_path), checkpoints=[], to=str(tmp_path / "out"))
     with pytest.raises(ExportProcessesFailed, match="failed" if stays else "were stopped"):
-        export_in_processes(compose(words_of(tmp_path)).config, job, 2)
+        export_in_processes(compose_config(words_of(tmp_path)).config, job, 2)
     assert directories[0].exists() == stays
     shutil.rmtree(directories[0], ignore_errors=True)
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.runs.freeze import write_run_config
 from tests.faults.runs import Runs, environment
 from tests.helpers.launching import ROOT, free_port
@@ -132,7 +132,7 @@ class Campaign:
             *("checkpoint.every_steps=1", "checkpoint.background=true", "export.at_end=true"),
             "export.max_shard_gib=0.00003",  # several files, so that some are complete when the kill comes
         )
-        write_run_config(compose(words[4:]), self.run)
+        write_run_config(compose_config(words[4:]), self.run)
         return self.run
 
     def _start(self) -> list[Forked]:

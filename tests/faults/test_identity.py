@@ -17,7 +17,7 @@ from strategies.file_fingerprints import BLOCK_BYTES, MAX_BLOCKS, sampled_digest
 from strategies.settings import FREE
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
-from trainer.config.resuming import KINDS, flatten_settings, plain_settings
+from trainer.config.resuming import KINDS, flatten_settings, settings_as_dict
 from trainer.config.run import RunConfig, RunSettings
 from trainer.config.tree import kind_of, traits_by_key
 from trainer.session import identity
@@ -94,7 +94,7 @@ def test_identity_check_finds_a_flipped_bit_in_prepared_tokens_before_training(r
 def test_identity_of_every_settings_group_says_what_may_change_at_a_resume():
     silent = [key for key, traits in traits_by_key().items() if "." not in key and traits.resume is None]
     assert silent == [], "say at these fields of RunConfig which kind of change another value is, or FREE: resume=..."
-    kinds = {key: kind_of(key) for key in flatten_settings(plain_settings(RunConfig()))}
+    kinds = {key: kind_of(key) for key in flatten_settings(settings_as_dict(RunConfig()))}
     assert set(kinds.values()) - {None} <= set(KINDS)
     assert {traits.resume for traits in traits_by_key().values()} - {None, FREE} <= set(KINDS)
     assert (

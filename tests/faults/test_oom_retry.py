@@ -3,7 +3,7 @@
 import pytest
 
 from launch.cluster.oom_retry import write_smaller_settings
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.config.frozen import load_frozen_config, rewrite_config_with_own_choices
 from launch.runs.freeze import write_run_config
 from tests.faults.runs import read
@@ -68,7 +68,7 @@ def test_out_of_memory_retry_notes_the_asked_and_all_tried_micro_batches(runs, a
     name = asked.replace(" -> ", "-")
     micro = asked.rpartition(" ")[2]
     words = runs.words(name, "batch.global=72", f"batch.micro={asked.partition(' ')[0]}")[4:]
-    run_dir = write_run_config(compose(words), runs.root / name)
+    run_dir = write_run_config(compose_config(words), runs.root / name)
     if "auto" in asked:
         chosen = load_frozen_config(run_dir / "config.yaml")
         chosen.batch["micro"], chosen.substitutions["batch.micro"] = int(micro), f"{asked} (planned 2.00 of 3.00 GiB)"
@@ -82,6 +82,6 @@ def test_out_of_memory_retry_notes_the_asked_and_all_tried_micro_batches(runs, a
             assert str(frozen.substitutions["batch.micro"]).startswith(notes[step])
         # A job script that reads its words once more goes on from there, also before the first checkpoint.
         assert (
-            load_frozen_config(write_run_config(compose(words), run_dir) / "config.yaml").batch["micro"]
+            load_frozen_config(write_run_config(compose_config(words), run_dir) / "config.yaml").batch["micro"]
             == frozen.batch["micro"]
         )

@@ -8,7 +8,7 @@ from launch.cluster.supervisor import _retry_cause, record_outcome, state_before
 from strategies.errors import ShardtuneError
 from tests.faults.runs import wait
 from tests.helpers.covering import whole
-from trainer.reporting.status import State, record_failure, write_status
+from trainer.reporting.status import RunState, record_failure, write_status
 
 STEPS = 12
 
@@ -70,7 +70,7 @@ def test_a_cause_to_start_again_is_never_seen_after_term_or_ctrl_c(tmp_path, cod
 def test_rank_killed_before_training_is_the_cause_though_its_peers_were_stopped(tmp_path, capsys, step, code):
     """torchrun ends them with SIGTERM. Once something was saved, the stop is what counts."""
     before = state_before_start(tmp_path)
-    write_status(tmp_path, State.preempted, step=step)
+    write_status(tmp_path, RunState.preempted, step=step)
     killed = ShardtuneError("rank 1 (process 4711) was killed by SIGKILL")
     record_failure(tmp_path, 1, killed, "killed", retry="node_fail")
     assert record_outcome(tmp_path, 1, before) == code

@@ -3,7 +3,7 @@
 import pytest
 
 from launch.cluster.oom_retry import write_smaller_settings
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.config.frozen import load_frozen_config
 from launch.plan.command import compose_planned_run as planned
 from launch.runs.freeze import write_run_config
@@ -39,7 +39,7 @@ def test_strategy_auto_takes_the_next_where_memory_runs_out_and_trains_as_if_typ
 def test_strategy_auto_asks_for_a_new_start_when_one_rank_alone_runs_out(runs):
     """The launcher writes down what was tried; the run stays the one that was asked for."""
     words = runs.words("auto-again", "strategy=auto", *WORDS)[4:]
-    run_dir = write_run_config(compose(words), runs.root / "auto-again")
+    run_dir = write_run_config(compose_config(words), runs.root / "auto-again")
     assert write_smaller_settings(run_dir) is None  # nothing has failed
     record_failure(
         run_dir, 0, RuntimeError("strategy=auto: with strategy=ddp rank 1 runs out"), "choosing the strategy"
@@ -51,7 +51,7 @@ def test_strategy_auto_asks_for_a_new_start_when_one_rank_alone_runs_out(runs):
         record_failure(run_dir, 0, error, "choosing the strategy")
         assert write_smaller_settings(run_dir) == f"without strategy={tried}"
         (run_dir / "failure.json").unlink()
-        frozen = load_frozen_config(write_run_config(compose(words), run_dir) / "config.yaml")
+        frozen = load_frozen_config(write_run_config(compose_config(words), run_dir) / "config.yaml")
         trials = frozen.resolution("strategy").tried
         assert [trial.choice for trial in trials] == ["ddp", "zero1"][:number]
         assert frozen.strategy.name == "auto"
@@ -59,8 +59,8 @@ def test_strategy_auto_asks_for_a_new_start_when_one_rank_alone_runs_out(runs):
 
 def test_strategy_auto_choice_is_replaced_by_a_strategy_typed_later(runs):
     words = runs.words("typed", "strategy=auto", *WORDS)[4:]
-    run_dir = write_run_config(compose(words), runs.root / "typed")
-    told = compose([*(word for word in words if word != "strategy=auto"), "strategy=fsdp2"])
+    run_dir = write_run_config(compose_config(words), runs.root / "typed")
+    told = compose_config([*(word for word in words if word != "strategy=auto"), "strategy=fsdp2"])
     assert (
         load_frozen_config(write_run_config(told, run_dir, may_change_strategy=True) / "config.yaml").strategy.name
         == "fsdp2"
@@ -77,7 +77,7 @@ def test_strategy_auto_choice_is_replaced_by_a_strategy_typed_later(runs):
 )
 def test_strategy_auto_refuses_what_no_strategy_can_run(runs, words, said):
     with pytest.raises(ConfigError, match=said.replace("|", "[|]")):
-        compose([*runs.words("bad", "strategy=auto", *WORDS)[4:], *words])
+        compose_config([*runs.words("bad", "strategy=auto", *WORDS)[4:], *words])
 
 
 def test_strategy_auto_in_a_plan_looks_at_all_strategies(runs):

@@ -33,7 +33,7 @@ from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
 from trainer.monitors.anomalies import Guards
 from trainer.monitors.config import ChallengesConfig
-from trainer.monitors.detectors import Challenges
+from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.stragglers import Stragglers
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.kto import DESIRABLE, RatedDataSpec
@@ -48,8 +48,8 @@ from trainer.reporting.tracking import Trackers
 from trainer.run import loop_settings, record_reference
 from trainer.session.announcements import RunContext
 from trainer.session.attempt import Attempt
-from trainer.step import Built
-from trainer.stopping.preempt import Agreement
+from trainer.step import BuiltModel
+from trainer.stopping.preempt import StopAgreement
 from trainer.stopping.signals import StopRequest
 from trainer.tuning.base import FullConfig, LoraConfig
 
@@ -210,7 +210,7 @@ def trainer_for(
 
 def built_trainer(
     config: RunConfig, data: PreparedData, runtime: processes.Runtime, *, progress: Progress | None = None
-) -> tuple[Trainer, Built]:
+) -> tuple[Trainer, BuiltModel]:
     """The same, and what is known of its model."""
     if "deepspeed" in sys.modules:
         # A process of the product has one engine; this one may have had ZeRO-3's, which leaves a linear function behind
@@ -220,7 +220,7 @@ def built_trainer(
         restore_torch_linear()
     tokenizer = load_tokenizer(config.model)
     engine, built, _ = build_engine(config, tokenizer, data, config.precision, runtime)
-    agreement = Agreement(StopRequest(), runtime)
+    agreement = StopAgreement(StopRequest(), runtime)
     where = data.directory / f"run-{os.environ.get('RANK', 0)}"  # a lone oracle on every rank
     key = f"{config.strategy.name} {config.model} {config.tuning} {runtime.world_size}"
     record_reference(
@@ -243,7 +243,7 @@ def built_trainer(
             agreement,
             Guards(config.guards, config.optim.max_skipped_steps, runtime),
             Stragglers(0, runtime),
-            Challenges(ChallengesConfig(), planned_evaluations=1, compared_term="loss"),
+            ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, compared_term="loss"),
         ),
     )
     return trainer, built

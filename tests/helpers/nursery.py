@@ -81,9 +81,9 @@ def _import(*names: str) -> None:
 
 def _compose() -> None:
     """Compose a run, so that those that are forked know the schemas of all settings and Hydra's grammar: 0.17 s of each."""
-    from launch.config.compose import compose
+    from launch.config.compose import compose_config
 
-    compose(["model.path=gpt2", "budget.steps=1", "run.device=cpu"], check=False)
+    compose_config(["model.path=gpt2", "budget.steps=1", "run.device=cpu"], check=False)
     gc.collect()
     gc.freeze()
 

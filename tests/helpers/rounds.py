@@ -20,22 +20,22 @@ from trainer.loop_types import Monitors, Sinks
 from trainer.model.loading import load_tokenizer
 from trainer.monitors.anomalies import Guards
 from trainer.monitors.config import ChallengesConfig
-from trainer.monitors.detectors import Challenges
+from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.stragglers import Stragglers
 from trainer.objectives.grpo_config import GrpoConfig
 from trainer.objectives.rollouts import RolloutConfig
 from trainer.reporting.console import Console
 from trainer.reporting.metrics import Meter
 from trainer.reporting.tracking import Trackers
-from trainer.rollout.types import Group, GroupScores
+from trainer.rollout.types import AnswerGroup, GroupScores
 from trainer.run import loop_settings
-from trainer.stopping.preempt import Agreement
+from trainer.stopping.preempt import StopAgreement
 from trainer.stopping.signals import StopRequest
 
-Reward = Callable[[Group], list[float]]
+Reward = Callable[[AnswerGroup], list[float]]
 
 
-def share_of_even_ids(group: Group) -> list[float]:
+def share_of_even_ids(group: AnswerGroup) -> list[float]:
     """The share of an answer's tokens with an even id: spread in every group, and nothing of it depends on texts."""
     return [float(np.mean(np.array(answer.ids) % 2 == 0)) for answer in group.answers]
 
@@ -45,10 +45,10 @@ class FunctionScorer:
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
-        self.scored: list[list[Group]] = []
+        self.scored: list[list[AnswerGroup]] = []
         """The groups of each call."""
 
-    def score(self, groups: Sequence[Group], *, step: int) -> list[GroupScores]:
+    def score(self, groups: Sequence[AnswerGroup], *, step: int) -> list[GroupScores]:
         self.scored.append(list(groups))
         made = []
         for group in groups:
@@ -105,10 +105,10 @@ def round_trainer(
             Meter(runtime, 1.0, None, built.step_module.objective.metrics), Trackers(), Console(enabled=False), None
         ),  # type: ignore[arg-type]
         monitors=Monitors(
-            Agreement(StopRequest(), runtime),
+            StopAgreement(StopRequest(), runtime),
             Guards(config.guards, config.optim.max_skipped_steps, runtime),
             Stragglers(0, runtime),
-            Challenges(ChallengesConfig(), planned_evaluations=1, compared_term="loss"),
+            ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, compared_term="loss"),
         ),
     )
 

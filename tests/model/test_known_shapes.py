@@ -10,7 +10,7 @@ import transformers
 from launch import main as command
 from launch.config.axes import read_axes
 from launch.config.choices import USER_CONFIG_DIRS, choices_by_group, is_published_shape_choice
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.config.user_files import take_config_dirs
 from launch.plan.command import CARDS
 from launch.plan.dry_run import describe
@@ -87,12 +87,12 @@ def test_every_shape_says_where_its_numbers_are_from():
 
 def test_a_model_is_named_by_its_shape():
     words = ["data.path=train.jsonl", "budget.steps=1"]
-    assert compose(["model=llama3_8b", *words]).config.model.path == LLAMA
+    assert compose_config(["model=llama3_8b", *words]).config.model.path == LLAMA
     # Like any word: the last one counts, also over an experiment's.
     experiment = ["experiment=llama3_8b_qlora_single", f"model={SMALL}", *words]
-    assert compose(experiment).config.model.path == read_shape(SMALL).hub[0]
+    assert compose_config(experiment).config.model.path == read_shape(SMALL).hub[0]
     with pytest.raises(ConfigError, match=r"model=lama3_8b: no such choice.*did you mean model=llama3_8b\?"):
-        compose(["model=lama3_8b", *words])
+        compose_config(["model=lama3_8b", *words])
 
 
 def test_two_names_of_the_model_are_refused(tmp_path):
@@ -101,16 +101,16 @@ def test_two_names_of_the_model_are_refused(tmp_path):
         with pytest.raises(
             ConfigError, match=r"model=llama3_8b: model\.path=mine names another model; leave model=llama3_8b out"
         ):
-            compose([*names, *words])
+            compose_config([*names, *words])
     file = tmp_path / "my.yaml"
     file.write_text("defaults: [{model: llama3_8b}]\nmodel: {path: mine}\n")
     with pytest.raises(
         ConfigError, match=r"my\.yaml: model: llama3_8b: .*my\.yaml: model\.path: mine names another model"
     ):
-        compose([str(file), *words])
+        compose_config([str(file), *words])
     # What is typed stands above a file: that is no contradiction.
     file.write_text("model: {path: mine}\n")
-    assert compose([str(file), "model=llama3_8b", *words]).config.model.path == LLAMA
+    assert compose_config([str(file), "model=llama3_8b", *words]).config.model.path == LLAMA
 
 
 def test_a_file_of_the_user_counts_before_a_shape_of_its_name(tmp_path, monkeypatch):
@@ -118,9 +118,9 @@ def test_a_file_of_the_user_counts_before_a_shape_of_its_name(tmp_path, monkeypa
     (tmp_path / "model" / "llama3_8b.yaml").write_text("path: mine\nattention: eager\n")
     try:
         assert take_config_dirs(["--config-dir", str(tmp_path)]) == []
-        model = compose(["model=llama3_8b"], check=False).config.model
+        model = compose_config(["model=llama3_8b"], check=False).config.model
         assert (model.path, str(model.attention)) == ("mine", "eager")
-        assert compose(["model=llama3_70b"], check=False).config.model.path == read_shape("llama3_70b").hub[0]
+        assert compose_config(["model=llama3_70b"], check=False).config.model.path == read_shape("llama3_70b").hub[0]
     finally:
         USER_CONFIG_DIRS.clear()
         choices_by_group.cache_clear()
@@ -185,7 +185,7 @@ def test_plan_and_dry_run_need_no_files(capsys):
     assert f"is not on this machine; its published shape {SMALL} stands for it" in said
 
     run = ["data.path=train.jsonl", "launcher.processes=1", "budget.epochs=1"]
-    dry_run = describe(compose([*sizes, *run]).config)
+    dry_run = describe(compose_config([*sizes, *run]).config)
     assert "batch: 2 = 1 micro x 2 accumulation x 1 rank" in dry_run.text
     assert "tokens per step: at most 128" in dry_run.text and "steps: not known without a tokenizer" in dry_run.text
     assert "memory per rank" in dry_run.text and "total" in dry_run.text
@@ -199,10 +199,10 @@ def test_plan_and_dry_run_need_no_files(capsys):
 def test_a_dry_run_cannot_choose_by_documents_that_it_cannot_read():
     words = [f"model={SMALL}", "data.path=train.jsonl", "budget.steps=1", "batch.micro=auto", "launcher.processes=1"]
     with pytest.raises(ConfigError, match=r"batch\.micro=auto: is chosen by the lengths of the documents"):
-        describe(compose(words).config)
+        describe(compose_config(words).config)
 
 
 @pytest.mark.parametrize("place", [LLAMA, "models/llama"])
 def test_a_path_that_is_typed_as_a_name_is_told_its_setting(place):
     with pytest.raises(ConfigError, match=f"a directory or a hub id is model.path={place}$"):
-        compose([f"model={place}", "data.path=train.jsonl", "budget.steps=1"])
+        compose_config([f"model={place}", "data.path=train.jsonl", "budget.steps=1"])

@@ -13,7 +13,7 @@ from trainer.data.batches.collate import concatenated_batch
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.model import attention, experts, flex, rotary, sequence_proof
-from trainer.model.architecture import auto_class
+from trainer.model.architecture import transformers_class
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.objectives import forward_path
 from trainer.objectives.causal import FORWARD_PATHS, FUSED_PATH, supervised_rows
@@ -35,7 +35,7 @@ def home(tmp_path, monkeypatch):
 def problem_of(config, path=FUSED_PATH):
     """What the proof says of an architecture, whatever layout it trains in."""
     with meta_context():
-        plain = auto_class(ModelKind.causal, config).from_config(config, attn_implementation="eager")
+        plain = transformers_class(ModelKind.causal, config).from_config(config, attn_implementation="eager")
     return forward_path._first_runnable_proof(config, plain)._sequence_problem(path, "")
 
 

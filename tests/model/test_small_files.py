@@ -8,7 +8,7 @@ import pytest
 
 from launch.serve.exported import find_export
 from strategies.errors import ConfigError
-from strategies.small_files import MAX_BYTES, read_object
+from strategies.small_files import MAX_BYTES, read_json_object
 from tests.helpers.building import model_dir
 from trainer.model.config import ModelConfig
 from trainer.model.files import SafetensorsFiles
@@ -139,7 +139,7 @@ def test_a_file_that_may_not_be_read_is_a_sentence(directory):
             if os.getuid() == 0:
                 os.setuid(65534)
             said = ""
-            for read in (SafetensorsFiles, lambda path: read_object(path / "tokenizer_config.json")):
+            for read in (SafetensorsFiles, lambda path: read_json_object(path / "tokenizer_config.json")):
                 try:
                     read(directory)
                 except ConfigError as error:

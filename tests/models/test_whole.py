@@ -11,7 +11,7 @@ from tests.models.own import EXCLUDED, VARIANTS
 from tests.models.tiny import KINDS
 from tests.models.whole import LARGEST, LEFT_OUT
 from trainer.model import attention, kept_layers
-from trainer.model.architecture import auto_class
+from trainer.model.architecture import transformers_class
 from trainer.model.config import ModelKind
 from trainer.model.kept_layers import KeptLayers
 from trainer.model.shrink import WINDOW, NotShrinkable, small_copies
@@ -36,7 +36,7 @@ def built(name):
         own = own | {"is_decoder": True}
     config = CONFIG_MAPPING[model_type](**own)
     with meta_context():
-        return config, auto_class(ModelKind.causal, config).from_config(
+        return config, transformers_class(ModelKind.causal, config).from_config(
             config, attn_implementation="eager", dtype=torch.float32
         )
 

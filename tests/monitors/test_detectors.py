@@ -5,7 +5,7 @@ import pytest
 import scipy
 
 from strategies.base import Progress
-from trainer.evaluation.tasks.base import Metric, TaskRow
+from trainer.evaluation.tasks.base import TaskMetric, TaskRow
 from trainer.monitors import degenerate_answers, forgetting, instability
 from trainer.monitors.base import Evidence, ModelAnswer
 from trainer.monitors.config import (
@@ -16,9 +16,9 @@ from trainer.monitors.config import (
     Reaction,
     forgetting_limit,
 )
-from trainer.monitors.detectors import Challenges
+from trainer.monitors.detectors import ChallengeDetectors
 
-LOSS = Metric("loss", "", greater_is_better=False, ratio=("nats", "targets"))
+LOSS = TaskMetric("loss", "", greater_is_better=False, ratio=("nats", "targets"))
 
 
 def rows(nats, targets):
@@ -113,7 +113,9 @@ def test_run_that_overfitting_ended_stays_ended_when_it_goes_on(action, step, en
     evaluations = []
     for number, loss in enumerate(held_out):
         evaluations.append({"step": 10.0 * number, "held_out": loss, "train": 4.0 - 0.3 * number})
-    challenges = Challenges(ChallengesConfig(overfitting=OverfittingConfig(action=Reaction(action))), 10, "loss")
+    challenges = ChallengeDetectors(
+        ChallengesConfig(overfitting=OverfittingConfig(action=Reaction(action))), 10, "loss"
+    )
     challenges.restore_findings(Progress(step=step, evaluations=evaluations))
     assert (challenges.early_stopping_text() is not None) is ends
     assert challenges.record.get("overfitting", {}).get("found", False) is ends
@@ -126,7 +128,7 @@ def test_run_that_goes_on_after_a_kill_in_its_export_records_what_it_found_befor
 
     def start():
         config = ChallengesConfig(overfitting=OverfittingConfig(action=Reaction("note")))
-        return Challenges(config, 10, "loss", events=events)
+        return ChallengeDetectors(config, 10, "loss", events=events)
 
     killed = start()
     for number, loss in enumerate([4.0, 3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 2.8]):

@@ -10,7 +10,7 @@ import pytest
 import scipy
 import torch
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from strategies.base import Progress
 from tests.helpers.building import model_dir
 from tests.helpers.covering import whole
@@ -20,7 +20,7 @@ from tests.helpers.wandb_files import summary
 from tests.monitors.test_detector_runs import rows, train
 from trainer.evaluation.loss import _place_batch_sums
 from trainer.monitors.config import ChallengesConfig, DivergenceConfig, Reaction
-from trainer.monitors.detectors import Challenges
+from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.divergence import (
     HeldOutChange,
     TrainingChange,
@@ -31,7 +31,7 @@ from trainer.monitors.divergence import (
     training_change,
 )
 from trainer.monitors.first_evaluation import HeldOutEvaluation, HeldOutFile
-from trainer.reporting.numbers import readable
+from trainer.reporting.numbers import format_metric
 from trainer.session.evaluation_interval import EvaluationInterval
 from trainer.session.monitors import build_detectors
 
@@ -154,7 +154,7 @@ def looked(losses, held_out, action=Reaction.note, warmup_steps=0):
     """A run of so many steps, evaluated every ten, as the loop tells the detectors of it."""
     said = []
     config = ChallengesConfig(divergence=DivergenceConfig(action=action))
-    challenges = Challenges(config, len(held_out) or 1, "loss", said.append)
+    challenges = ChallengeDetectors(config, len(held_out) or 1, "loss", said.append)
     challenges.first_judged_step = first_judged_step(warmup_steps)
     progress = Progress()
     if held_out:
@@ -205,7 +205,7 @@ def test_divergence_is_judged_from_the_end_of_warm_up_on():
 )
 def test_divergence_is_judged_after_the_warm_up_that_a_run_is_set_to(tmp_path, settings, first_step):
     words = ["model.path=gpt2", "data.path=train.jsonl", "budget.steps=80", "run.device=cpu", *settings]
-    config = compose(words, check=False).config
+    config = compose_config(words, check=False).config
     context = SimpleNamespace(
         runtime=SimpleNamespace(is_main=True, world_size=1, simulated=False),
         run_dir=tmp_path,
@@ -226,7 +226,7 @@ def test_preferences_are_judged_by_their_margin_and_not_by_their_loss(margin_cha
     """As the loop tells the detectors of it: both metrics in each evaluation, with the sums of twelve micro-batches."""
     drawn = np.random.default_rng(3)
     margins, losses = drawn.normal(1, 0.1, 12), drawn.uniform(20, 30, 12)
-    challenges = Challenges(ChallengesConfig(), 4, "loss", print)
+    challenges = ChallengeDetectors(ChallengesConfig(), 4, "loss", print)
     progress = Progress()
     for step in range(31):
         progress.step = step
@@ -275,7 +275,7 @@ def test_divergence_of_a_run_that_was_killed_in_its_export_is_judged_by_pairs_ag
 
     def start():
         said = []
-        challenges = Challenges(ChallengesConfig(), 1, "loss", said.append, tmp_path / "events.jsonl")
+        challenges = ChallengeDetectors(ChallengesConfig(), 1, "loss", said.append, tmp_path / "events.jsonl")
         challenges.first_evaluation_file = HeldOutFile(tmp_path, Alone())
         challenges.last_evaluation_file = HeldOutFile(tmp_path, Alone(), "held-out-last.json")
         return challenges, said
@@ -325,7 +325,7 @@ def test_divergence_of_a_run_is_reported_everywhere(site, capfd):
     assert "warning:    diverged, since step 20: the training loss went from" in last_lines
     assert "best:       no checkpoint has a better eval/loss than before training" in last_lines
     assert last_lines.strip().splitlines()[-1] == "next:       train again in another run.dir, with a lower optim.lr"
-    assert not re.search(r"\d{12}", last_lines) and readable(1.0162e236) == "1.0e+236"  # of the perplexity
+    assert not re.search(r"\d{12}", last_lines) and format_metric(1.0162e236) == "1.0e+236"  # of the perplexity
     assert "- **diverged**, since step 20" in (run_dir / "export" / "README.md").read_text()
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("done", "diverged, since step 20")

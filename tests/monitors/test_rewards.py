@@ -6,7 +6,7 @@ import pytest
 from strategies.base import Progress
 from trainer.monitors import rewards
 from trainer.monitors.config import ChallengesConfig, Reaction, RewardsWatchConfig
-from trainer.monitors.detectors import Challenges
+from trainer.monitors.detectors import ChallengeDetectors
 
 CONTROL = "rewards/control/mean"
 
@@ -98,7 +98,9 @@ def test_noise_raises_few_alarms(carried):
 
 def test_a_run_that_learns_from_rewards_is_not_judged_by_its_loss():
     lines = []
-    challenges = Challenges(ChallengesConfig(rewards=RewardsWatchConfig(action=Reaction.stop)), 4, "loss", lines.append)
+    challenges = ChallengeDetectors(
+        ChallengesConfig(rewards=RewardsWatchConfig(action=Reaction.stop)), 4, "loss", lines.append
+    )
     challenges.control_metrics = [CONTROL]
     progress = Progress()
     for step in range(1, 41):
@@ -120,7 +122,7 @@ def test_a_run_that_rewards_have_stopped_stops_again_on_every_rank(tmp_path):
     """Rank 0 alone reads that an earlier start has reported it, and a rank that saves alone would wait forever."""
     config = ChallengesConfig(rewards=RewardsWatchConfig(action=Reaction.stop))
     progress = Progress()
-    first_start = Challenges(config, 4, "loss", events=tmp_path / "events.jsonl")
+    first_start = ChallengeDetectors(config, 4, "loss", events=tmp_path / "events.jsonl")
     first_start.control_metrics = [CONTROL]
     for step in range(1, 41):
         progress.step = step
@@ -131,7 +133,7 @@ def test_a_run_that_rewards_have_stopped_stops_again_on_every_rank(tmp_path):
     events = (tmp_path / "events.jsonl").read_text()
     for events_of_rank in (tmp_path / "events.jsonl", None):
         lines = []
-        resumed = Challenges(config, 4, "loss", lines.append, events=events_of_rank)
+        resumed = ChallengeDetectors(config, 4, "loss", lines.append, events=events_of_rank)
         resumed.control_metrics = [CONTROL]
         resumed.restore_findings(progress)
         resumed.judge_evaluation(progress, {"eval/reward": 0.5})  # which the checkpoint owes

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
 from trainer.data.config import DataConfig
-from trainer.data.fields import Refusal
+from trainer.data.fields import RowError
 from trainer.data.prepare import Preparation
 from trainer.data.store.sequences import Sample
 from trainer.evaluation.loss import f1_scores
@@ -177,7 +177,7 @@ def test_classification_labels_in_every_spelling(value, found):
 
 @pytest.mark.parametrize("value", [None, ["a|b"], [1.5], [""], [["a"]], {"a": 1}])
 def test_classification_value_that_is_no_list_of_labels_is_refused(value):
-    with pytest.raises(Refusal):
+    with pytest.raises(RowError):
         labels_of(value)
 
 

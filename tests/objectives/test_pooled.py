@@ -11,7 +11,7 @@ from trainer.data.batches.cutting import Cut
 from trainer.data.config import Layout
 from trainer.data.store.sequences import LABEL, Sample
 from trainer.model import attention
-from trainer.model.architecture import auto_class
+from trainer.model.architecture import transformers_class
 from trainer.model.config import ModelKind
 from trainer.objectives import pooled
 from trainer.objectives.classification import LabelCollator
@@ -34,7 +34,7 @@ def problem_of(config):
 
     def build():
         with meta_context():
-            return auto_class(ModelKind.classifier, config).from_config(config, attn_implementation="eager")
+            return transformers_class(ModelKind.classifier, config).from_config(config, attn_implementation="eager")
 
     return pooling_problem(config, build, attention.NAME)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from strategies.errors import ConfigError, DataError
 from tests.helpers.building import (
     GLOBAL_BATCH,
@@ -219,14 +219,14 @@ def words(root, monkeypatch):
 )
 def test_seq2seq_settings_that_do_not_go_together_are_refused_before_anything_starts(words, changes, message):
     with pytest.raises(ConfigError) as caught:
-        compose([*words, *changes.split()])
+        compose_config([*words, *changes.split()])
     assert message in str(caught.value)
 
 
 def test_seq2seq_settings_that_go_together_are_accepted(words):
     scored = "data.eval_share=0.1 evaluation.generate.samples=5 evaluation.watch=eval/rougeL"
-    compose([*words, *f"model.path=t5 objective=seq2seq {scored} evaluation.greater_is_better=true".split()])
-    compose([*words, "model.path=bart", "objective=seq2seq", "data.max_length=128", "objective.max_target=128"])
+    compose_config([*words, *f"model.path=t5 objective=seq2seq {scored} evaluation.greater_is_better=true".split()])
+    compose_config([*words, "model.path=bart", "objective=seq2seq", "data.max_length=128", "objective.max_target=128"])
 
 
 ALLOWED = [case for case, tuning in CASES.items() if not method_of(tuning).no_seq2seq]

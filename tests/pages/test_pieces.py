@@ -5,7 +5,7 @@ import math
 import pytest
 from jinja2 import UndefinedError
 
-from trainer.pages.numbers import UNKNOWN, byte_size, duration, number, percent, signed
+from trainer.pages.numbers import UNKNOWN, format_bytes, format_duration, format_number, format_percent, format_signed
 from trainer.pages.pieces import Callout, IntervalBar, PageCell, PageColumn, PageTable, worst_first
 from trainer.pages.render import render, script_json
 
@@ -26,21 +26,26 @@ from trainer.pages.render import render, script_json
     ],
 )
 def test_numbers(value, shown):
-    assert number(value) == shown
+    assert format_number(value) == shown
 
 
 def test_differences_shares_times_and_sizes():
-    assert [signed(0.125), signed(-0.125), signed(0.0)] == ["+0.1250", "-0.1250", "0"]
-    assert [percent(x) for x in (0, 0.0001, 0.413, 0.9999, 1)] == ["0%", "<0.1%", "41.3%", ">99.9%", "100%"]
+    assert [format_signed(0.125), format_signed(-0.125), format_signed(0.0)] == ["+0.1250", "-0.1250", "0"]
+    assert [format_percent(x) for x in (0, 0.0001, 0.413, 0.9999, 1)] == ["0%", "<0.1%", "41.3%", ">99.9%", "100%"]
     times = (0, 0.012, 0.35, 4.25, 42, 59.7, 200, 3599.9, 7500, 86399, 90000)
-    assert [duration(x) for x in times] == [
+    assert [format_duration(x) for x in times] == [
         *("0 s", "12 ms", "0.35 s", "4.2 s", "42 s", "1 min", "3 min 20 s", "1 h", "2 h 5 min", "1 d", "1 d 1 h"),
     ]
-    assert [byte_size(x) for x in (812, 1.5 * 2**20, 12.6 * 2**30, None)] == ["812 B", "1.5 MiB", "12.6 GiB", UNKNOWN]
+    assert [format_bytes(x) for x in (812, 1.5 * 2**20, 12.6 * 2**30, None)] == [
+        "812 B",
+        "1.5 MiB",
+        "12.6 GiB",
+        UNKNOWN,
+    ]
 
 
 def table_of(numbers, best):
-    cells = [[PageCell(f"row {i}", f"row {i}"), PageCell(number(n), n)] for i, n in enumerate(numbers)]
+    cells = [[PageCell(f"row {i}", f"row {i}"), PageCell(format_number(n), n)] for i, n in enumerate(numbers)]
     return PageTable([PageColumn("run"), PageColumn("loss", group="quality", best=best)], cells)
 
 

@@ -35,7 +35,7 @@ from trainer.planner.minimal_step import minimal_trainer
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.prompts import PromptReader
 from trainer.rollout.round import stack_rewards
-from trainer.rollout.types import Group, GroupScores, Prompt
+from trainer.rollout.types import AnswerGroup, GroupScores, Prompt
 from trainer.verification.gradients import gradient_distances_by_kind, kinds_of_parameters
 
 STEPS = 5
@@ -63,7 +63,7 @@ class FixedPrompts(PromptReader):
 class TokenScorer:
     """Rewards that tokens alone decide, in this process; one answer of some groups is unscored."""
 
-    def score(self, groups: list[Group], *, step: int) -> list[GroupScores]:
+    def score(self, groups: list[AnswerGroup], *, step: int) -> list[GroupScores]:
         scores = []
         for group in groups:
             rewards = [np.mean(np.array(answer.ids) % 3 == 0) + len(answer.ids) / 100 for answer in group.answers]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from strategies.registry import STRATEGIES
 from tests.helpers.covering import chosen, takes, values, whole
 from tests.helpers.learning import LEAST_LEARNED
@@ -115,7 +115,7 @@ def test_files_that_rank_0_makes_leave_all_ranks_alike(ask):
 def test_methods_that_the_table_refuses_are_refused_when_composed_and_no_others(case, directory):
     """The reason and the nearest legal choice stand in the line."""
     words = ["model.path=model", "data.path=train.jsonl", "run.device=cpu", "budget.steps=10", "schedule=constant"]
-    base = compose([*words, "strategy=ddp", "launcher.processes=2"]).config
+    base = compose_config([*words, "strategy=ddp", "launcher.processes=2"]).config
 
     def compare(run: planned.Run) -> None:
         world_size = 4 if run.feature == "experts" else 2  # under hsdp a replica has two ranks then

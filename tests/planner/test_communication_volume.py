@@ -15,7 +15,7 @@ from trainer.config.parallel import ParallelConfig
 from trainer.planner.communication_volume import expected_bytes
 from trainer.planner.cost_model import ALL_TO_ALL as SIMULATED_EXCHANGE
 from trainer.planner.simulate import simulate
-from trainer.planner.simulation import step_parts
+from trainer.planner.simulation import build_step_parts
 
 NAMES = {"allgather_base": ALL_GATHER, "allreduce": ALL_REDUCE, "reduce_scatter_base": REDUCE_SCATTER}
 WAYS = [("ddp", "full"), ("fsdp2", "full"), ("fsdp2", "lora"), ("hsdp", "full"), ("zero1", "full"), ("zero2", "lora")]
@@ -27,7 +27,7 @@ def test_as_much_is_exchanged_as_is_expected_and_counted(tmp_path, strategy, tun
     case, micro_batches = Case(strategy, tuning, "bf16", "none", False, 2), 2
     config = case.config(model_dir(tmp_path), RANKS)
     with simulated_rank(0, RANKS, local_world_size=2) as runtime:
-        parts = step_parts(config, LENGTHS, runtime)
+        parts = build_step_parts(config, LENGTHS, runtime)
         expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, micro_batches, sum(LENGTHS))
         with count_communication() as counted:
             step = simulate(parts, runtime, repeat=0)
@@ -58,7 +58,7 @@ def test_as_much_is_exchanged_of_dealt_experts_as_is_expected(tmp_path, strategy
     case = DealtExperts(strategy, "experts", "bf16", mode, False, 2, experts=degree)
     config = case.config(case.model_in(tmp_path), world)
     with simulated_rank(0, world, local_world_size=2) as runtime:
-        parts = step_parts(config, LENGTHS, runtime)
+        parts = build_step_parts(config, LENGTHS, runtime)
         expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, 2, sum(LENGTHS))
         step = simulate(parts, runtime, repeat=0)
         after = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, 2, sum(LENGTHS))
@@ -77,7 +77,7 @@ def test_as_much_of_shared_rows_is_exchanged_as_is_expected(tmp_path, mode, degr
     config = replace(case.config(model_dir(tmp_path), RANKS), parallel=ParallelConfig(sequence=degree))
     with simulated_rank(0, RANKS, local_world_size=2) as all_ranks:
         runtime = with_sequence_parallelism(all_ranks, degree)
-        parts = step_parts(config, LENGTHS, runtime)
+        parts = build_step_parts(config, LENGTHS, runtime)
         micro_batches = len(parts.batches)
         expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, micro_batches, sum(LENGTHS))
         step = simulate(parts, runtime, repeat=0)

@@ -18,7 +18,7 @@ from trainer.planner.hardware import card_named
 from trainer.planner.micro_batch import needed_gib
 from trainer.planner.oom_probe import TrialInputs
 from trainer.planner.strategy_choice import Devices, Planner, Proposal, proposals, resolve_strategy
-from trainer.reporting.resolution import Resolution
+from trainer.reporting.resolution import ResolvedSetting
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_strategy_auto_reopens_a_micro_batch_chosen_for_other_ranks(made, two):
     too_large = made[0].batch["global"] + 1
     batch = {**made[0].batch, "micro": too_large}
     before = replace(
-        made[0], batch=batch, substitutions={MICRO_BATCH_KEY: Resolution(MICRO_BATCH_KEY, AUTO, too_large)}
+        made[0], batch=batch, substitutions={MICRO_BATCH_KEY: ResolvedSetting(MICRO_BATCH_KEY, AUTO, too_large)}
     )
     settled, _, frozen = choose({"ddp"}, before)
     assert taken == ["ddp"] and settled.batch["micro"] == AUTO and frozen == [settled]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from strategies.errors import ConfigError
 from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
@@ -69,6 +69,6 @@ def test_energy_without_a_meter_is_from_the_answered_watts_or_left_open():
 def test_energy_that_cannot_be_measured_is_refused_before_anything_starts(site, monkeypatch):
     monkeypatch.setattr(energy, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the package codecarbon \(pip install -e '\.\[energy\]'\)"):
-        compose(words(site, "none"))
+        compose_config(words(site, "none"))
     with pytest.raises(ConfigError, match="must be the three letters of a country"):
-        compose(words(site, "none", "logging.energy=Germany"))
+        compose_config(words(site, "none", "logging.energy=Germany"))

@@ -4,7 +4,7 @@ import pytest
 
 from tests.reporting.test_tracking import tracked
 from trainer.reporting.config import Alert, LoggingConfig, WandbMode
-from trainer.reporting.status import State
+from trainer.reporting.status import RunState
 from trainer.reporting.trackers.base import RunEnding
 from trainer.reporting.tracking import open_trackers
 
@@ -18,12 +18,12 @@ def twice(path, **setting):
     assert not first.substitutions
     for step in (1, 2):
         first.trackers.log({"step": step, "loss": 1 / step, "tokens": 10 * step}, step=step)
-    first.trackers.close(RunEnding(State.preempted, 75, "asked to stop"))
+    first.trackers.close(RunEnding(RunState.preempted, 75, "asked to stop"))
     about = tracked(path / "run", config, settings=SETTINGS, run_id=first.run_id, resumed_at=2)
     again = open_trackers(about, {})
     again.trackers.log({"loss": 0.25, "tokens": 30}, step=3)
     again.trackers.summarise({"final/loss": 0.25})
-    again.trackers.close(RunEnding(State.failed, 70, "not finite", diverged=True))
+    again.trackers.close(RunEnding(RunState.failed, 70, "not finite", diverged=True))
     return first.run_id, again.trackers.hints
 
 
@@ -53,5 +53,5 @@ def test_mlflow_server_that_is_not_there_is_left_out(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     opened = open_trackers(tracked(tmp_path, LoggingConfig(wandb=WandbMode.disabled, mlflow=True)), {})
-    opened.trackers.close(RunEnding(State.done))
+    opened.trackers.close(RunEnding(RunState.done))
     assert "127.0.0.1:9 cannot be reached: Connection refused" in opened.substitutions["logging.mlflow"]

@@ -15,10 +15,10 @@ from trainer.config.run import (
     requested_strategy,
     settled_matmul,
 )
-from trainer.reporting.resolution import OutOfMemoryTrial, Resolution, resolution_of
+from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting, resolution_of
 from trainer.reporting.shared_choice import shared_choice
 
-FITS = Resolution(
+FITS = ResolvedSetting(
     MICRO_BATCH_KEY, "auto", 4, "planned 2.00 of 3.00 GiB", (OutOfMemoryTrial(16), OutOfMemoryTrial(8, step=3))
 )
 
@@ -27,10 +27,10 @@ FITS = Resolution(
     ("resolution", "sentence"),
     [
         (FITS, "auto -> 4 (planned 2.00 of 3.00 GiB; 16 ran out of memory; 8 ran out of memory at step 3)"),
-        (Resolution(STRATEGY_KEY, "auto", None, "", (OutOfMemoryTrial("ddp"),)), "auto (ddp ran out of memory)"),
-        (Resolution(MATMUL_KEY, "auto", "blas", "as (this) run began"), "auto -> blas (as (this) run began)"),
-        (Resolution("logging.entity", None, "a team", "WANDB_ENTITY"), "a team (WANDB_ENTITY)"),
-        (Resolution("run.device", "auto", "cpu"), "auto -> cpu"),
+        (ResolvedSetting(STRATEGY_KEY, "auto", None, "", (OutOfMemoryTrial("ddp"),)), "auto (ddp ran out of memory)"),
+        (ResolvedSetting(MATMUL_KEY, "auto", "blas", "as (this) run began"), "auto -> blas (as (this) run began)"),
+        (ResolvedSetting("logging.entity", None, "a team", "WANDB_ENTITY"), "a team (WANDB_ENTITY)"),
+        (ResolvedSetting("run.device", "auto", "cpu"), "auto -> cpu"),
     ],
 )
 def test_a_resolution_is_shown_as_a_sentence_and_read_back_from_its_fields(resolution, sentence):
@@ -60,12 +60,12 @@ def test_resolution_fields_written_by_somebody_else_do_not_break_the_reader():
 
 def test_resolution_is_decided_by_its_fields_and_not_by_its_wording(monkeypatch):
     """The same choices with every sentence in other words: what the run asked for and computes with stays the same."""
-    monkeypatch.setattr(Resolution, "__str__", lambda resolution: f"{resolution.setting} was settled")
+    monkeypatch.setattr(ResolvedSetting, "__str__", lambda resolution: f"{resolution.setting} was settled")
     monkeypatch.setattr(OutOfMemoryTrial, "__str__", lambda trial: "too large")
     settled = {
         MICRO_BATCH_KEY: FITS,
-        STRATEGY_KEY: Resolution(STRATEGY_KEY, "auto", "zero2", "in other words"),
-        MATMUL_KEY: Resolution(MATMUL_KEY, "auto", "blas", "in other words"),
+        STRATEGY_KEY: ResolvedSetting(STRATEGY_KEY, "auto", "zero2", "in other words"),
+        MATMUL_KEY: ResolvedSetting(MATMUL_KEY, "auto", "blas", "in other words"),
     }
     config = RunConfig(substitutions=json.loads(json.dumps({key: asdict(note) for key, note in settled.items()})))
     assert config.substitutions == settled
@@ -78,7 +78,7 @@ def test_resolution_is_decided_by_its_fields_and_not_by_its_wording(monkeypatch)
 
 def test_resolution_is_shared_by_the_points_of_a_comparison_in_either_form(tmp_path):
     (tmp_path / "comparison.json").write_text("{}")
-    choice = json.loads(json.dumps(asdict(Resolution(MATMUL_KEY, "auto", "blas", "here"))))
+    choice = json.loads(json.dumps(asdict(ResolvedSetting(MATMUL_KEY, "auto", "blas", "here"))))
     assert shared_choice(tmp_path / "first", MATMUL_KEY, choice) == choice
     assert shared_choice(tmp_path / "second", MATMUL_KEY, {"asked": "auto", "chosen": "onednn"}) == choice
     (tmp_path / f"{MATMUL_KEY}.json").write_text(json.dumps({MATMUL_KEY: "auto -> onednn (elsewhere)"}))

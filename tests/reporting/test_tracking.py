@@ -20,7 +20,7 @@ from trainer.reporting.config import LoggingConfig, WandbMode
 from trainer.reporting.earlier_rows import EarlierResults
 from trainer.reporting.jsonl import UNREADABLE, JsonlTracker
 from trainer.reporting.metric_rows import read_rows
-from trainer.reporting.status import State
+from trainer.reporting.status import RunState
 from trainer.reporting.trackers.base import RunEnding, TrackedRun
 from trainer.reporting.tracking import Trackers, open_trackers
 
@@ -117,7 +117,7 @@ def test_tensorboard_run_reads_back(tmp_path):
     config = LoggingConfig(wandb=WandbMode.disabled, tensorboard=True)
     trackers = open_trackers(tracked(tmp_path, config), {}).trackers
     trackers.log({"loss": 1.5}, step=3)
-    trackers.close(RunEnding(State.done))
+    trackers.close(RunEnding(RunState.done))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -158,7 +158,7 @@ def test_tracker_that_fails_is_reported_and_costs_the_run_nothing(tmp_path):
     trackers = Trackers(JsonlTracker(tmp_path / "metrics.jsonl", 0), [Broken()], said.append)
     trackers.log({"loss": 1.0}, step=1)
     trackers.log({"loss": 2.0}, step=2)
-    trackers.close(RunEnding(State.done))
+    trackers.close(RunEnding(RunState.done))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert said == ["Broken stopped working and is dropped: RuntimeError: no quota"]
 
@@ -182,7 +182,7 @@ def test_metrics_rows_are_synced_and_say_later_what_was_measured(tmp_path, monke
             trackers.log({"eval/loss": 4.0, "tokens": 9}, step=step)
     trackers.sync()
     assert Seen.sizes == [path.stat().st_size]
-    trackers.close(RunEnding(State.done))
+    trackers.close(RunEnding(RunState.done))
     found = Trackers(JsonlTracker(path, 3)).earlier
     assert (found.before, found.after, found.last_row["step"]) == ({"eval/loss": 5.0}, {"eval/loss": 4.0}, 3)
     assert found.speed == {"tokens_per_s": 20.0}, "of the steps that count, and not of step 4"

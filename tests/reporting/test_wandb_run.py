@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.export.command import ExportRequest, export, register_in_tracker
 from launch.sweep.multirun import run_all_points
 from strategies.errors import Diverged, Preempted
@@ -29,7 +29,7 @@ from tests.helpers.warm import heard
 from tests.reporting.test_tracking import tracked
 from trainer.monitors.kept_answers import read_kept_answers
 from trainer.reporting.config import Alert, LoggingConfig, WandbMode
-from trainer.reporting.status import State
+from trainer.reporting.status import RunState
 from trainer.reporting.trackers import reachable, weights_and_biases
 from trainer.reporting.trackers.base import RunEnding
 from trainer.reporting.trackers.environment import apply_environment
@@ -103,11 +103,11 @@ def test_export_job_of_a_pipeline_registers_the_model_that_the_run_left_to_it(si
         "launch.export.writing.export_in_this_process", lambda config, job: shutil.rmtree(job.checkpoints[0])
     )
     request = ExportRequest(run_dir, checkpoint, run_dir / "export")
-    export(compose(words(site, "chained", "logging.artifacts=true")).config, request, 1)
+    export(compose_config(words(site, "chained", "logging.artifacts=true")).config, request, 1)
     for parts in ("[train]", "[train,export]"):
         assert not (run_dir / "wandb").exists(), "a run that exports itself has registered its own"
         chain = ["launcher=slurm", f"launcher.pipeline={parts}", "logging.artifacts=true"]
-        register_in_tracker(compose(words(site, "chained", *chain)).config, request)
+        register_in_tracker(compose_config(words(site, "chained", *chain)).config, request)
     part = part_of(run_dir)
     run = record(part, "run")
     assert (run["display_name"], run["run_group"], run["job_type"]) == ("export-chained", "chained", "export")
@@ -210,7 +210,7 @@ def test_wandb_rows_survive_the_signal_that_ends_its_own_process(tmp_path, last)
     psutil.wait_procs(children, timeout=seconds(20))
     if last == "row":
         run.log({"loss": 0.2, "tokens": 5}, step=5)
-    run.close(RunEnding(State.preempted))
+    run.close(RunEnding(RunState.preempted))
     parts = sorted((tmp_path / "wandb").glob("offline-run-*-abc"), key=lambda part: part.stat().st_mtime)
     assert run.hint is not None and all(part.name in run.hint[1] for part in parts)
     records = [json.loads(line) for line in inspected(parts[-1]).splitlines()]
@@ -222,13 +222,16 @@ def test_wandb_rows_survive_the_signal_that_ends_its_own_process(tmp_path, last)
 
 def test_wandb_run_says_how_it_ended():
     assert (
-        RunEnding.by(Preempted("x")).alert is Alert.preempted and RunEnding.by(LeaseLost("x")).state is State.preempted
+        RunEnding.by(Preempted("x")).alert is Alert.preempted
+        and RunEnding.by(LeaseLost("x")).state is RunState.preempted
     )
     assert RunEnding.by(Diverged("x")).alert is Alert.diverged and RunEnding.by(RuntimeError("x")).exit_code == 70
-    assert RunEnding.by(KeyboardInterrupt()).exit_code == 130 and RunEnding(State.done).alert is None
-    went_on = RunEnding(State.done, diverged=True)
+    assert RunEnding.by(KeyboardInterrupt()).exit_code == 130 and RunEnding(RunState.done).alert is None
+    went_on = RunEnding(RunState.done, diverged=True)
     assert (went_on.alert, went_on.tracked_state) == (Alert.diverged, "diverged")
-    assert RunEnding(State.preempted).tracked_state == "preempted" and RunEnding(State.done).tracked_state == "done"
+    assert (
+        RunEnding(RunState.preempted).tracked_state == "preempted" and RunEnding(RunState.done).tracked_state == "done"
+    )
 
 
 def test_points_of_a_sweep_share_a_group_and_are_columns(site, monkeypatch):
@@ -274,7 +277,7 @@ def test_wandb_online_without_an_account_is_offline_and_says_so(tmp_path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     opened = open_trackers(tracked(tmp_path, LoggingConfig(wandb=WandbMode.online)), {})
-    opened.trackers.close(RunEnding(State.done))
+    opened.trackers.close(RunEnding(RunState.done))
     assert "API key" in opened.substitutions["logging.wandb"]
     (hint,) = opened.trackers.hints
     assert hint[0] == "W&B" and hint[1].startswith("wandb sync ") and "offline-run" in hint[1]

@@ -6,14 +6,14 @@ import wandb
 from tests.helpers.wandb_server import wandb_server
 from tests.reporting.test_tracking import tracked
 from trainer.reporting.config import Alert, LoggingConfig, WandbMode
-from trainer.reporting.status import State
+from trainer.reporting.status import RunState
 from trainer.reporting.trackers.base import RunEnding
 from trainer.reporting.tracking import open_without_rows
 
 ENDINGS = {
-    "done": RunEnding(State.done),
-    "preempted": RunEnding(State.preempted, 75, "asked to stop"),
-    "diverged": RunEnding(State.failed, 69, "loss is not finite", diverged=True),
+    "done": RunEnding(RunState.done),
+    "preempted": RunEnding(RunState.preempted, 75, "asked to stop"),
+    "diverged": RunEnding(RunState.failed, 69, "loss is not finite", diverged=True),
 }
 LABELS = {"displayName": "look at this", "notes": "too high a rate?", "tags": ["small", "to discuss"]}
 """What somebody has made of the run `diverged` in the app while it trained."""
@@ -28,7 +28,7 @@ def sent(tmp_path_factory):
         for name, value in server.environment.items():
             variables.setenv(name, value)
         wandb.teardown()  # of another test, with another server
-        for run_id, ending in [*ENDINGS.items(), ("unreadable", RunEnding(State.done, diverged=True))]:
+        for run_id, ending in [*ENDINGS.items(), ("unreadable", RunEnding(RunState.done, diverged=True))]:
             run = tracked(root / run_id, logging, run_id=run_id, name=f"ddp-{run_id}", settings={"lr": 1e-4})
             opened = open_without_rows(run, {})
             assert "logging.wandb" not in opened.substitutions, "it is online"

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from trainer.rollout.evaluator import expected_best, reward_metrics
-from trainer.rollout.types import Answer, Group, GroupScores, Prompt
+from trainer.rollout.types import Answer, AnswerGroup, GroupScores, Prompt
 
 
 def group(place, lengths, source=""):
     prompt = Prompt(place, [1], "q", {}, f"f:{place}", source)
-    return Group(
+    return AnswerGroup(
         prompt, [Answer(draw, [1] * length, np.zeros(length), "", length < 4) for draw, length in enumerate(lengths)]
     )
 

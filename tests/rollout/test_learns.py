@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from launch.config.choices import SETTINGS_BORROWED_FROM_CHOICE
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.rounds import prompts_of, round_config, round_trainer
@@ -29,7 +29,7 @@ def rewards_of(root, runtime, recipe: str, rate: float) -> list[float]:
     """The mean reward of each step that wrote answers."""
     words = ["model.path=m", "data.path=p.jsonl", "budget.steps=1", "batch.global=32", f"objective={recipe}"]
     # The rewards of these words are never read: the scorer is a function of the test.
-    objective = compose([*words, "objective.rewards=[maths]"], check=False).config.objective
+    objective = compose_config([*words, "objective.rewards=[maths]"], check=False).config.objective
     config = round_config(root, root / "llama", "single", micro=32)
     rollout = replace(objective.rollout, max_new_tokens=6)
     config = replace(

@@ -9,7 +9,7 @@ import pytest
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
-from trainer.data.document import Document, Rejected, Row
+from trainer.data.document import Document, RejectedRow, SourceRow
 from trainer.data.fields import KeptColumns
 from trainer.data.formats import RowReader
 from trainer.data.store.documents import DOCUMENTS_FILE, schema, to_record_batch
@@ -52,7 +52,7 @@ def reward_file(tmp_path):
 
 
 def read(fields, kept=None, columns=None):
-    return RowReader(DataFormat.prompt, columns or {}, source="data", kept=kept)(Row("f.jsonl", 3, fields))
+    return RowReader(DataFormat.prompt, columns or {}, source="data", kept=kept)(SourceRow("f.jsonl", 3, fields))
 
 
 USER = {"role": "user", "content": "q"}
@@ -77,7 +77,7 @@ def test_prompts_are_what_stands_before_the_answer():
 
 def test_rows_without_what_a_reward_needs_are_bad_rows():
     rejected = read({"prompt": "p", "solution": "4"}, KeptColumns(required=("answer",)))
-    assert isinstance(rejected, Rejected)
+    assert isinstance(rejected, RejectedRow)
     assert "no column 'answer', which a reward needs" in rejected.message
     renamed = read({"prompt": "p", "solution": "4"}, KeptColumns(required=("answer",)), {"answer": "solution"})
     assert isinstance(renamed, Document)

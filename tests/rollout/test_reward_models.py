@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime
@@ -21,7 +21,7 @@ from trainer.build.reward_models import check_reward_models, open_model_scorer
 from trainer.model.loading import load_tokenizer
 from trainer.objectives.rollouts import RewardEntry
 from trainer.rollout.rewards.scorer import WorkerScorer
-from trainer.rollout.types import Answer, Group, Prompt
+from trainer.rollout.types import Answer, AnswerGroup, Prompt
 
 LONG = " ".join(["word"] * 90)
 SIZES = (
@@ -42,7 +42,7 @@ def site(tmp_path_factory):
 
 def group(texts, prompt, place=0):
     answers = [Answer(n, [1, 2], np.zeros(2, np.float32), text, has_ended=True) for n, text in enumerate(texts)]
-    return Group(Prompt(place, [1], prompt, {}, f"data.jsonl:{place + 1}"), answers)
+    return AnswerGroup(Prompt(place, [1], prompt, {}, f"data.jsonl:{place + 1}"), answers)
 
 
 def test_scores_are_those_of_transformers_and_peft(site):
@@ -155,7 +155,7 @@ def test_a_run_learns_from_what_objective_reward_wrote(site, capsys):
 def problems_of(site, *words):
     common = [f"model.path={site / 'llama'}", f"data.path={site / 'prompts.jsonl'}", f"data.cache_dir={site / 'cache'}"]
     with pytest.raises(ConfigError) as refused:
-        compose(["objective=grpo", *common, *SIZES.split(), "budget.steps=1", *words])
+        compose_config(["objective=grpo", *common, *SIZES.split(), "budget.steps=1", *words])
     return str(refused.value)
 
 

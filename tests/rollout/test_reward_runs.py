@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as parquet
 import pytest
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.evaluate.plan import _set_evaluation_defaults
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
@@ -134,14 +134,14 @@ def test_a_run_keeps_its_rewards_and_what_was_written(site, capsys):
 )
 def test_what_cannot_work_is_refused_before_anything_starts(site, more, problem):
     with pytest.raises(ConfigError) as refused:
-        compose(words(site, "budget.steps=1", more))
+        compose_config(words(site, "budget.steps=1", more))
     assert problem in str(refused.value)
 
 
 @pytest.mark.parametrize("split", ["eval", "test"])
 def test_a_run_with_rewards_is_evaluated_in_whole_groups(site, split):
     """The batch of an evaluation is its own, and none of the run's."""
-    config = compose(words(site, "budget.steps=3", "batch.global=8")).config
+    config = compose_config(words(site, "budget.steps=3", "batch.global=8")).config
     _set_evaluation_defaults(config, SimpleNamespace(settings=[], split=split))
     assert config.batch == {"global": 4, "micro": 1} and [*answer_batch_problems(config)] == []
 
@@ -149,7 +149,7 @@ def test_a_run_with_rewards_is_evaluated_in_whole_groups(site, split):
 def test_a_reward_file_that_is_not_there_is_one_problem(site, tmp_path):
     for rewards in ("none.py", f"{tmp_path / 'none.py'}"):
         with pytest.raises(ConfigError) as refused:
-            compose(words(site, "budget.steps=1", f"objective.rewards={rewards}"))
+            compose_config(words(site, "budget.steps=1", f"objective.rewards={rewards}"))
         assert len(refused.value.problems) == 1 and "cannot be read" in refused.value.problems[0]
     # A copy of a content that this user never typed does not stand in for it.
     copies = tmp_path / "run" / "rewards" / "0"
@@ -158,7 +158,7 @@ def test_a_reward_file_that_is_not_there_is_one_problem(site, tmp_path):
     manifest = {"functions": {"mine": {"file": "0/none.py", "function": "mine"}}, "sha256": {}}
     (tmp_path / "run" / "rewards" / "rewards.json").write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match="cannot be read"):
-        compose(words(site, "budget.steps=1", "objective.rewards=none.py", f"run.dir={tmp_path / 'run'}"))
+        compose_config(words(site, "budget.steps=1", "objective.rewards=none.py", f"run.dir={tmp_path / 'run'}"))
 
 
 def test_a_held_out_prompt_that_leaves_no_room_for_an_answer_is_refused_without_training(site, capsys):
@@ -191,27 +191,31 @@ def test_held_out_prompts_are_checked_with_those_of_training(site, capsys):
         in capsys.readouterr().err
     )
     with pytest.raises(ConfigError, match=r'needs the column "answer"; data\.eval_path has question; rename'):
-        compose([*words_of_run, "objective.rewards=[maths]", f"data.eval_path={site / 'no-answer.jsonl'}"])
+        compose_config([*words_of_run, "objective.rewards=[maths]", f"data.eval_path={site / 'no-answer.jsonl'}"])
 
 
 def test_a_column_that_is_missing_is_refused_before_anything_starts(site, tmp_path):
     (tmp_path / "rewards.py").write_text("def right(completions, result): ...\n")
     with pytest.raises(ConfigError) as refused:
-        compose(words(site, "budget.steps=1", f"objective.rewards={tmp_path / 'rewards.py'}"))
+        compose_config(words(site, "budget.steps=1", f"objective.rewards={tmp_path / 'rewards.py'}"))
     assert str(refused.value) == (
         'objective.rewards.right: needs the column "result"; data.path has answer, question; rename one with '
         "data.columns.result=NAME"
     )
-    compose(words(site, "budget.steps=1", f"objective.rewards={tmp_path / 'rewards.py'}", "data.columns.result=answer"))
+    compose_config(
+        words(site, "budget.steps=1", f"objective.rewards={tmp_path / 'rewards.py'}", "data.columns.result=answer")
+    )
     with pytest.raises(ConfigError) as refused:
-        compose(words(site, "budget.steps=1", "objective.rewards=[json_schema,maths]"))
+        compose_config(words(site, "budget.steps=1", "objective.rewards=[json_schema,maths]"))
     assert [problem.partition(";")[0] for problem in refused.value.problems] == [
         'objective.rewards.json_schema: needs the column "schema"'
     ]
 
 
 def test_short_forms_of_rewards(site):
-    entries = compose(words(site, "budget.steps=1", f"objective.rewards=[{site / 'rewards.py'}:ends,length,maths:sum]"))
+    entries = compose_config(
+        words(site, "budget.steps=1", f"objective.rewards=[{site / 'rewards.py'}:ends,length,maths:sum]")
+    )
     rewards = entries.config.objective.rewards
     assert {name: (reward.kind, (reward.function or "").rpartition("/")[2]) for name, reward in rewards.items()} == {
         "ends": ("", "rewards.py:ends"),

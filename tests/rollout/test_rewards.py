@@ -13,7 +13,7 @@ import torch
 from strategies.errors import DataError, Interrupted
 from strategies.runtime import Runtime, usable_cores
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.tasks.base import Case
+from trainer.evaluation.tasks.base import TaskCase
 from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
 from trainer.rollout.metrics import round_metrics
@@ -23,7 +23,7 @@ from trainer.rollout.rewards.process import Call, _RoundOfCalls, worker_environm
 from trainer.rollout.rewards.scorer import WorkerScorer, default_workers, weighted_total
 from trainer.rollout.round import Round
 from trainer.rollout.round_table import round_table
-from trainer.rollout.types import Answer, Group, Prompt
+from trainer.rollout.types import Answer, AnswerGroup, Prompt
 
 REWARDS = """
 import asyncio, os, signal, sys, threading, time
@@ -116,7 +116,7 @@ def group(texts, columns=None, prompt="question", place=0):
     answers = []
     for draw, written in enumerate(texts):
         answers.append(Answer(draw, [1, 2, 3], np.zeros(3, np.float32), written, has_ended=written != "cut"))
-    return Group(Prompt(place, [1], prompt, columns or {}, f"data.jsonl:{place + 1}"), answers)
+    return AnswerGroup(Prompt(place, [1], prompt, columns or {}, f"data.jsonl:{place + 1}"), answers)
 
 
 def scorer_of(rewards, tmp_path, **options):
@@ -343,7 +343,7 @@ ANSWERS = [
 def test_built_in_rewards_are_the_tasks_of_evaluations(kind, score):
     task = TASK_KINDS[kind](kind, TaskConfig(kind=kind, path="-"))
     reward = KINDS[kind]({})
-    case = Case("", fields={"references": ["The 42"], "result": 42})
+    case = TaskCase("", fields={"references": ["The 42"], "result": 42})
     for answer in ANSWERS:
         assert reward.score(answer, 1, {"answer": "The 42"}) == task.score(case, answer)[score]
     assert {reward.score(answer, 1, {"answer": "The 42"}) for answer in ANSWERS} >= {0.0, 1.0}

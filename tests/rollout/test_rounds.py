@@ -17,7 +17,7 @@ from trainer.data.batches.order import GlobalOrder
 from trainer.evaluation import decoding, group_answers
 from trainer.monitors.anomalies import Outlier
 from trainer.monitors.config import ChallengesConfig
-from trainer.monitors.detectors import Challenges
+from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.guard_config import Action
 from trainer.objectives.grpo_config import Normalise
 from trainer.objectives.policy import WRITER_DIFFERENCE
@@ -228,7 +228,7 @@ def test_each_step_of_a_round_has_the_reward_of_its_round(root, runtime):
     assert len({fact["reward"] for fact in facts[:4]}) == 1 and facts[4]["reward"] != facts[0]["reward"]
     assert ["write_s" in fact for fact in facts] == [True, False, False, False, True]
     # The detector counts the answers of a round once.
-    challenges = Challenges(ChallengesConfig(), planned_evaluations=1, compared_term="loss")
+    challenges = ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, compared_term="loss")
     challenges.control_metrics = []
     challenges.take_rows(trainer.progress, [{"step": step, "loss": 0.0, **fact} for step, fact in enumerate(facts, 1)])
     assert [block["reward"] for block in trainer.progress.reward_blocks] == [facts[0]["reward"], facts[4]["reward"]]

@@ -8,9 +8,9 @@ from strategies.base import Progress
 from strategies.errors import Diverged, LimitExceeded, Preempted, StorageError
 from trainer.config.run import RunConfig
 from trainer.monitors.config import ChallengesConfig
-from trainer.monitors.detectors import Challenges
+from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.kept_answers import KeptAnswer, KeptAnswers
-from trainer.reporting.outcome import Outcome
+from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RunRecord
 from trainer.session.announcements import record_end
 
@@ -38,7 +38,7 @@ def test_trackers_are_told_what_ended_a_run(tmp_path, error, challenges, state):
     meter = SimpleNamespace(speed=dict, peaks={})
     checkpoints = SimpleNamespace(wait_at_most=lambda seconds: None)
     record = RunRecord(objective="sft")
-    outcome = Outcome(Progress(step=30), challenges=challenges)
+    outcome = TrainingOutcome(Progress(step=30), challenges=challenges)
     try:
         with record_end(RunConfig(), trackers, outcome, record, meter, checkpoints, context):
             if error is not None:
@@ -50,7 +50,7 @@ def test_trackers_are_told_what_ended_a_run(tmp_path, error, challenges, state):
 
 def test_detectors_write_into_a_directory_that_was_renamed(tmp_path):
     (tmp_path / "new").mkdir()
-    challenges = Challenges(ChallengesConfig(), 1, "loss", events=tmp_path / "old" / "events.jsonl")
+    challenges = ChallengeDetectors(ChallengesConfig(), 1, "loss", events=tmp_path / "old" / "events.jsonl")
     challenges.kept_answers = KeptAnswers(tmp_path / "old")
     challenges.move_to(tmp_path / "new")
     challenges.add_answers("facts", [KeptAnswer("Who?", "I", "you")])

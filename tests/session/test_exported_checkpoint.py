@@ -5,7 +5,7 @@ import pytest
 from strategies.base import Progress
 from trainer.export.config import ExportedCheckpoint
 from trainer.export.exported_checkpoint import choose_exported, recorded_step
-from trainer.reporting.outcome import Outcome
+from trainer.reporting.outcome import TrainingOutcome
 from trainer.session.closing import closing_sentence
 
 auto, best, last = ExportedCheckpoint.auto, ExportedCheckpoint.best, ExportedCheckpoint.last
@@ -29,23 +29,23 @@ auto, best, last = ExportedCheckpoint.auto, ExportedCheckpoint.best, ExportedChe
 )
 def test_checkpoint_that_leaves_a_run(setting, value, facts, saved, chosen):
     after = {} if value is None else {"eval/loss": value}
-    outcome = Outcome(Progress(step=30, best_metric=1.5, best_step=20), after=after, **facts)
+    outcome = TrainingOutcome(Progress(step=30, best_metric=1.5, best_step=20), after=after, **facts)
     found = choose_exported(setting, outcome, saved)
     assert (found.step, found.which) == chosen and found.reason
 
 
 def test_checkpoint_whose_loss_is_no_number_is_never_the_best():
     progress = Progress(step=30, best_metric=float("nan"), best_step=20)
-    outcome = Outcome(progress, after={"eval/loss": 2.0}, stopped_early=True)
+    outcome = TrainingOutcome(progress, after={"eval/loss": 2.0}, stopped_early=True)
     assert choose_exported(auto, outcome, [20, 30]).step == 30
 
 
 def test_last_checkpoint_is_not_called_the_best_where_a_better_one_was_not_saved():
     progress = Progress(step=30, best_metric=1.5, best_step=30, seen_metric=1.2, seen_step=20)
-    chosen = choose_exported(auto, Outcome(progress, after={"eval/loss": 1.5}), [30])
+    chosen = choose_exported(auto, TrainingOutcome(progress, after={"eval/loss": 1.5}), [30])
     assert chosen.which == "last" and "step 20 had a better eval/loss (1.2000), and was not saved" in chosen.reason
     progress.seen_metric, progress.seen_step = 1.5, 30
-    assert "also the best" in choose_exported(auto, Outcome(progress, after={"eval/loss": 1.5}), [30]).reason
+    assert "also the best" in choose_exported(auto, TrainingOutcome(progress, after={"eval/loss": 1.5}), [30]).reason
 
 
 def test_recorded_step_is_none_for_runs_without_a_choice():
@@ -58,7 +58,9 @@ def sentence(held_out, train=None, *, before=4.0, from_rewards=False):
     rows = [{"step": 0.0, "train": before, "held_out": before}] if before is not None else []
     for number, (value, trained) in enumerate(zip(held_out, train, strict=True), 1):
         rows.append({"step": 10.0 * number, "held_out": value, "train": trained})
-    return closing_sentence(Outcome(Progress(step=10 * len(held_out), evaluations=rows)), from_rewards=from_rewards)
+    return closing_sentence(
+        TrainingOutcome(Progress(step=10 * len(held_out), evaluations=rows)), from_rewards=from_rewards
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from strategies.base import Progress
-from trainer.reporting.outcome import Outcome
+from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RunRecord
 from trainer.session.last_lines import end_text
 
@@ -23,7 +23,7 @@ def lines_of(outcome, *, export=EXPORT, **facts):
 
 def outcome(before, best, best_step, *, after=2.0, **facts):
     progress = Progress(step=30, best_metric=best, best_step=best_step)
-    return Outcome(progress, before={"eval/loss": before}, after={"eval/loss": after}, **facts)
+    return TrainingOutcome(progress, before={"eval/loss": before}, after={"eval/loss": after}, **facts)
 
 
 def test_best_weights_are_those_before_training_if_no_step_is_better():
@@ -56,7 +56,7 @@ def test_best_step_before_the_last_one_is_exported_next_also_without_a_finding()
 def test_last_line_says_what_to_do_next(objective, export, gates, last):
     best, said = lines_of(outcome(2.5, 1.75, 30), export=export, objective=objective, gates=gates)
     assert said == last and not best
-    nothing_measured = Outcome(Progress(step=30))
+    nothing_measured = TrainingOutcome(Progress(step=30))
     assert lines_of(nothing_measured, export=export, objective=objective, gates=gates)[1] == last
 
 

@@ -16,7 +16,7 @@ from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
 from trainer.model.config import Quantisation
 from trainer.planner.simulate import ShapesOnly, SimulatedStep, record_steps, simulate
-from trainer.planner.simulation import step_parts
+from trainer.planner.simulation import build_step_parts
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 NATIVE = STRATEGIES[:4]
@@ -115,13 +115,13 @@ def simulated(
 ) -> SimulatedStep:
     """The case as rank `rank` of `world` on `device`: the simulated GPU, or a CPU as it is."""
     with simulated_rank(rank, world, device=device, expert_imbalance=imbalance) as runtime:
-        return simulate(step_parts(case.config(model, world), LENGTHS, runtime), runtime, repeat=repeat)
+        return simulate(build_step_parts(case.config(model, world), LENGTHS, runtime), runtime, repeat=repeat)
 
 
 def real_alone(case: Case, model: Path, world: int, rank: int = 0) -> SimulatedStep:
     """The case on real tensors of this CPU, as rank `rank` of `world`; only the exchange is made up."""
     with simulated_rank(rank, world, device=torch.device("cpu")) as runtime:
-        return record_steps(step_parts(case.config(model, world), LENGTHS, runtime), runtime)
+        return record_steps(build_step_parts(case.config(model, world), LENGTHS, runtime), runtime)
 
 
 class Zeros(ShapesOnly):
@@ -133,7 +133,7 @@ class Zeros(ShapesOnly):
 
 def real(case: Case, model: Path, runtime: Runtime) -> SimulatedStep:
     """The case on this rank's CPU. All ranks must call."""
-    parts = step_parts(case.config(model, runtime.world_size), LENGTHS, runtime, source=Zeros())
+    parts = build_step_parts(case.config(model, runtime.world_size), LENGTHS, runtime, source=Zeros())
     return record_steps(parts, runtime, warmup_steps=2)  # DDP makes its buckets anew in the second step
 
 

@@ -3,7 +3,7 @@
 import re
 
 from launch.config.choices import CONF_DIR
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from trainer.config.parallel import dp_size_of
 from trainer.planner.depth_extrapolation import ExtrapolatedStep
 from trainer.planner.simulation import simulate_depth
@@ -18,7 +18,9 @@ NAMES = ("llama2_7b_lora_fsdp2", "qwen3_30b_a3b_lora_fsdp2", *LONG_ROWS, *DEALT_
 
 def simulated_experiment(name: str, *more: str) -> ExtrapolatedStep:
     """The last rank's step of one full micro-batch, the model at its full depth; with `more` words."""
-    config = compose([f"experiment={name}", "data.path=train.jsonl", "precision=bf16", *more], check=False).config
+    config = compose_config(
+        [f"experiment={name}", "data.path=train.jsonl", "precision=bf16", *more], check=False
+    ).config
     text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
     world = int(re.search(r"^# Hardware: (\d+) GPUs", text, re.MULTILINE)[1])
     config.launcher.processes = world

@@ -115,13 +115,13 @@ def test_recomputation_is_planned_with_the_rows_that_arrive(place):
     from strategies.activation_plan import count_activations
     from strategies.base import Precision
     from strategies.simulation import simulated_rank
-    from trainer.planner.simulation import step_parts
+    from trainer.planner.simulation import build_step_parts
 
     kept = {}
     for degree in (1, 4):
         case = DealtExperts("fsdp2", "experts", "bf16", experts=degree)
         with simulated_rank(0, RANKS) as runtime:
-            built = step_parts(case.config(case.model_in(place), RANKS), LENGTHS, runtime).built
+            built = build_step_parts(case.config(case.model_in(place), RANKS), LENGTHS, runtime).built
             batch = micro_batch_of(built, LENGTHS, None)
             kept[degree] = count_activations(built.step_module, batch, Precision.bf16)
     _, layers, width, chosen = sizes_of(place)

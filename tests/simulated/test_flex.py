@@ -11,7 +11,7 @@ from tests.helpers.building import model_dir, run_config
 from trainer.model import attention, flex
 from trainer.model.config import Attention, ModelConfig
 from trainer.planner.simulate import simulate
-from trainer.planner.simulation import step_parts
+from trainer.planner.simulation import build_step_parts
 
 LENGTHS = [40, 24]
 
@@ -28,7 +28,7 @@ def stepped(model, kernel, checkpointing="none"):
     config = run_config(model, strategy, "full", micro=2, precision=Precision.bf16, batch={"global": 4, "micro": 2})
     config = replace(config, model=ModelConfig(path=str(model), attention=Attention(kernel)))
     with simulated_rank(0, 1, device=SIMULATED) as rank:
-        parts = step_parts(config, LENGTHS, rank)
+        parts = build_step_parts(config, LENGTHS, rank)
         return parts.built.attention, simulate(parts, rank)
 
 

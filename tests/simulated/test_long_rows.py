@@ -11,7 +11,7 @@ from tests.helpers.building import model_dir
 from tests.simulated.cases import LENGTHS, LongRows, simulated
 from trainer.planner.memory_tracker import StepPhase
 from trainer.planner.simulate import simulate
-from trainer.planner.simulation import step_parts
+from trainer.planner.simulation import build_step_parts
 
 BLOCKS, WIDTH, RANKS = 2, 32, 8
 TOKENS = sum(LENGTHS)
@@ -59,5 +59,5 @@ def test_tiles_lower_the_peak_of_a_wide_mlp(tmp_path):
     for tokens in (None, 64):
         case = LongRows("single", "lora", "bf16", "full", mlp_tokens=tokens)
         with simulated_rank(0, 1, device=SIMULATED) as runtime:
-            peaks[tokens] = simulate(step_parts(case.config(wide, 1), [512], runtime), runtime).peak[1]
+            peaks[tokens] = simulate(build_step_parts(case.config(wide, 1), [512], runtime), runtime).peak[1]
     assert peaks[64].kinds[MemoryKind.activations] < 0.5 * peaks[None].kinds[MemoryKind.activations]

@@ -27,7 +27,7 @@ from tests.simulated.cases import (
     simulated,
 )
 from trainer.planner.simulate import simulate
-from trainer.planner.simulation import step_parts
+from trainer.planner.simulation import build_step_parts
 
 CPU = torch.device("cpu")
 MATRIX = [
@@ -164,7 +164,7 @@ def test_an_average_of_the_weights_is_counted(place, strategy):
     for decay in (0.0, 0.99):
         config = replace(plain, optim=replace(plain.optim, ema_decay=decay))
         with simulated_rank(0, world, device=SIMULATED) as runtime:
-            parts = step_parts(config, LENGTHS, runtime)
+            parts = build_step_parts(config, LENGTHS, runtime)
             sizes = [p.numel() for _, p in named_parameters(parts.built.step_module) if p.requires_grad]
             of_run = (parts.built.step_module, config.strategy, Precision.bf16)
             found["estimated", decay] = state_bytes(*of_run, world_size=world, num_replicas=1)

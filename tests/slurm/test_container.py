@@ -10,7 +10,7 @@ from launch.cluster.preflight.coordinator import srun_check_command
 from launch.main import main
 from strategies.errors import ConfigError
 from tests.helpers.models import tiny_model_dir
-from trainer.config.resuming import plain_settings
+from trainer.config.resuming import settings_as_dict
 from trainer.config.run import Container, RunConfig, SlurmConfig
 
 
@@ -18,7 +18,7 @@ def tree(tmp_path: Path, **launcher) -> dict:
     config = RunConfig(launcher=SlurmConfig(**launcher))
     config.data.cache_dir, config.data.path = str(tmp_path / "cache"), [str(tmp_path / "data" / "*.jsonl"), "hub:a/b"]
     config.model.path = "org/name"
-    return plain_settings(config)
+    return settings_as_dict(config)
 
 
 def test_container_runtime_is_chosen_by_the_image(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from launch.cluster import job
 from launch.config import frozen
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.config.frozen import to_yaml
 from launch.config.process_role import expand_hosts, master_port
 from launch.main import main
@@ -95,7 +95,7 @@ def test_job_script_starts_no_finished_run_nor_one_lost_too_often(run, capfd, mo
 
 
 def test_job_script_requeues_an_out_of_memory_run_with_half_its_micro_batch(run, capfd, monkeypatch):
-    asked = compose(
+    asked = compose_config(
         ["model.path=m", "budget.steps=3", "launcher=slurm", "batch.global=8", "batch.micro=2"], check=False
     )
     (run / "config.yaml").write_text(f"# sha256: {asked.sha256}\n{asked.yaml}")
@@ -219,7 +219,7 @@ def test_starts_that_make_no_step_end_with_75(run, capfd, monkeypatch):
 
 def test_ranks_that_slurm_kills_for_memory_are_started_again_with_half(run, capfd, monkeypatch, tmp_path):
     """The words are those of slurmstepd, in the output of the script; the ranks have left none."""
-    asked = compose(
+    asked = compose_config(
         ["model.path=m", "budget.steps=3", "launcher=slurm", "batch.global=8", "batch.micro=2"], check=False
     )
     (run / "config.yaml").write_text(f"# sha256: {asked.sha256}\n{asked.yaml}")

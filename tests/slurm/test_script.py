@@ -18,7 +18,7 @@ from launch.main import main
 from strategies.errors import ConfigError
 from tests.helpers.models import tiny_model_dir
 from trainer.config.run import Code, LauncherConfig, RunConfig, SlurmConfig
-from trainer.reporting.status import State, write_status
+from trainer.reporting.status import RunState, write_status
 
 CLONE = Path(__file__).parents[2]
 GOLDEN = CLONE / "tests" / "golden" / "slurm_job.sbatch"
@@ -237,7 +237,7 @@ class TestSubmit:
         told = json.loads(said.out)
         assert (told["jobs"], told["runs"]) == ({"train": "17"}, [str(run)])
         assert told["scripts"] == {"train": str(run / "train.sbatch")} and "submitted job 17" in said.err
-        write_status(run, State.done)
+        write_status(run, RunState.done)
         assert main(["submit", *words, "budget.steps=3", f"run.dir={run}", "--json"]) == 0
         nothing = {"jobs": {}, "runs": [str(run)], "scripts": {}, "code": None}
         assert json.loads(capsys.readouterr().out) == nothing

@@ -18,7 +18,7 @@ from strategies.matmul import Matmul
 from strategies.runtime import Runtime
 from tests.simulated.cases import LENGTHS, Case, Zeros
 from trainer.planner.minimal_step import minimal_trainer, step_batch
-from trainer.planner.simulation import step_parts
+from trainer.planner.simulation import build_step_parts
 
 CASES = {
     "ddp": Case("ddp", "full", "bf16", "none", False, 2),
@@ -75,7 +75,7 @@ def methods_counted():
 def counts(case: Case, directory: Path, runtime: Runtime) -> dict:
     """What this rank exchanges in the third step. All ranks must call."""
     config = case.config(case.model_in(directory), runtime.world_size)
-    parts = step_parts(config, LENGTHS, runtime, source=Zeros())
+    parts = build_step_parts(config, LENGTHS, runtime, source=Zeros())
     engine = build_strategy(parts.strategy, parts.precision, runtime).prepare(
         parts.built.step_module,
         source=parts.source,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launch.config import host_devices
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from strategies import build, runtime
 from strategies.base import Precision
 from strategies.errors import ConfigError
@@ -109,18 +109,18 @@ def test_a_missing_device_is_named_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text("{}\n")
     words = [f"model.path={tmp_path}", f"data.path={tmp_path}/train.jsonl", "budget.steps=1", "run.device=cuda"]
     with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu"):
-        compose(words)
+        compose_config(words)
     with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu"):
         runtime.join_job("cuda", timeout_s=60)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "CUDA_VISIBLE_DEVICES=''" in missing_cuda()
-    compose([*words, "launcher=slurm"])  # to be run on other hosts
+    compose_config([*words, "launcher=slurm"])  # to be run on other hosts
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    compose([*words, "launcher.processes=2", "strategy=fsdp2"])
+    compose_config([*words, "launcher.processes=2", "strategy=fsdp2"])
     with pytest.raises(ConfigError, match=r"launcher.processes=4: each needs a GPU of its own, and this host has 2"):
-        compose([*words, "launcher.processes=4", "strategy=fsdp2"])
+        compose_config([*words, "launcher.processes=4", "strategy=fsdp2"])
 
 
 def test_device_auto_on_cpus_beside_gpus_says_why(tmp_path, monkeypatch):
@@ -136,9 +136,9 @@ def test_device_auto_on_cpus_beside_gpus_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", too_old)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert compose(words).config.substitutions["run.device"] == "auto -> cpu"
+    assert compose_config(words).config.substitutions["run.device"] == "auto -> cpu"
     monkeypatch.setattr(host_devices, "count_nvidia_gpus", lambda: 8)
-    found = compose(words).config.substitutions["run.device"]
+    found = compose_config(words).config.substitutions["run.device"]
     assert found.startswith("auto -> cpu, beside 8 GPUs") and "too old (found version 11040); does" in found
 
 

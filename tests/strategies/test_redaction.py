@@ -5,8 +5,8 @@ import base64
 import pytest
 
 from launch.config.choices import CONF_DIR
-from launch.config.compose import compose
-from strategies.redaction import HIDDEN, kind_of_secret_in, redacted
+from launch.config.compose import compose_config
+from strategies.redaction import HIDDEN, kind_of_secret_in, redact
 
 VALUE = "correct-horse-42"
 COMMIT = "3f2a9c" * 6 + "b71e"
@@ -50,21 +50,21 @@ NO_SECRETS = {
 @pytest.mark.parametrize("name", SECRET_NAMES)
 def test_the_value_of_a_secretly_named_variable_is_hidden(monkeypatch, name):
     monkeypatch.setenv(name, VALUE)
-    assert redacted(f"tag={VALUE}, the end") == f"tag={HIDDEN}, the end"
+    assert redact(f"tag={VALUE}, the end") == f"tag={HIDDEN}, the end"
     assert name in kind_of_secret_in(VALUE)
 
 
 @pytest.mark.parametrize("name", NO_SECRETS)
 def test_paths_commits_and_words_in_variables_are_no_secrets(monkeypatch, name):
     monkeypatch.setenv(name, NO_SECRETS[name])
-    assert redacted(f"from {NO_SECRETS[name]}") == f"from {NO_SECRETS[name]}"
+    assert redact(f"from {NO_SECRETS[name]}") == f"from {NO_SECRETS[name]}"
 
 
 def test_a_key_that_looks_like_a_commit_and_an_address_with_a_password_are_secrets(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", COMMIT)
     monkeypatch.setenv("DATABASE_URL", "postgres://me:word@host/runs")
-    assert redacted(COMMIT) == HIDDEN
-    assert redacted("postgres://me:word@host/runs") == HIDDEN
+    assert redact(COMMIT) == HIDDEN
+    assert redact("postgres://me:word@host/runs") == HIDDEN
 
 
 BASIC = base64.b64encode(b"me:correct-horse").decode()
@@ -83,9 +83,9 @@ TEXTS = {
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_redaction_hides_a_text_that_looks_like_a_secret_and_keeps_its_surroundings(text):
-    assert redacted(text) == TEXTS[text]
+    assert redact(text) == TEXTS[text]
     assert kind_of_secret_in(text) is not None
-    assert redacted(TEXTS[text]) == TEXTS[text]
+    assert redact(TEXTS[text]) == TEXTS[text]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_redaction_hides_a_text_that_looks_like_a_secret_and_keeps_its_surroundi
     ],
 )
 def test_redaction_keeps_ordinary_texts(text):
-    assert redacted(text) == text
+    assert redact(text) == text
     assert kind_of_secret_in(text) is None
 
 
@@ -109,7 +109,7 @@ def test_no_setting_of_an_experiment_is_masked(monkeypatch):
     monkeypatch.setenv("PWD", str(CONF_DIR.parent))
     for file in sorted(CONF_DIR.rglob("*.yaml")):
         text = file.read_text(encoding="utf-8")
-        assert redacted(text) == text, file
+        assert redact(text) == text, file
     for experiment in sorted((CONF_DIR / "experiment").glob("*.yaml"))[:3]:
-        text = compose([f"experiment={experiment.stem}"], check=False).yaml
-        assert redacted(text) == text, experiment
+        text = compose_config([f"experiment={experiment.stem}"], check=False).yaml
+        assert redact(text) == text, experiment

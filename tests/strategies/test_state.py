@@ -22,7 +22,7 @@ from strategies.state import StateHeader, load_state, read_header
 from strategies.tensor_files import (
     FILE_NAME,
     LocalElements,
-    Malformed,
+    MalformedFile,
     index_json,
     parse_index,
     planned_tensor_file,
@@ -168,10 +168,10 @@ def test_state_index_with_a_missing_doubled_or_outside_part_is_refused():
         [[".", 0, 3, 8]],
         {"file": file},
     ):
-        with pytest.raises(Malformed):
+        with pytest.raises(MalformedFile):
             parse_index(json.dumps({"a/weight": rows}).encode())
     for text in ("null", "[]", "{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"):
-        with pytest.raises(Malformed):
+        with pytest.raises(MalformedFile):
             parse_index(text.encode())
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.export import combine
 from launch.main import main
 from strategies.errors import ConfigError
@@ -95,12 +95,12 @@ def words(base, made, tmp_path, monkeypatch):
 
 def test_adapter_checkpoint_setting_is_tuning_from(words, made):
     directory = made("lora small", r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_rslora=True)
-    composed = compose([*words, "tuning=lora", f"tuning.from={directory}"])
+    composed = compose_config([*words, "tuning=lora", f"tuning.from={directory}"])
     assert composed.config.tuning.from_ == str(directory)
     assert composed.config.tuning.rank == 2
     assert "tuning.rank" in composed.config.substitutions
-    assert compose([*words, "tuning=lora", f"tuning.from_={directory}"]).sha256 == composed.sha256
-    assert compose([*words, "tuning=lora", "tuning.rank=2"]).sha256 != composed.sha256
+    assert compose_config([*words, "tuning=lora", f"tuning.from_={directory}"]).sha256 == composed.sha256
+    assert compose_config([*words, "tuning=lora", "tuning.rank=2"]).sha256 != composed.sha256
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_adapter_checkpoint_setting_is_tuning_from(words, made):
 def test_adapter_settings_that_differ_are_refused_with_both_values(words, made, typed, part):
     directory = made("lora small", r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_rslora=True)
     with pytest.raises(ConfigError) as caught:
-        compose([*words, *typed.split(), f"tuning.from={directory}"])
+        compose_config([*words, *typed.split(), f"tuning.from={directory}"])
     assert part in str(caught.value)
 
 
@@ -123,7 +123,7 @@ def test_a_directory_without_an_adapter_is_refused(words, tmp_path):
     for key in ("tuning.from", "model.adapters"):
         value = f"[{tmp_path}]" if key == "model.adapters" else tmp_path
         with pytest.raises(ConfigError, match="holds no adapter_config"):
-            compose([*words, "tuning=lora", f"{key}={value}"])
+            compose_config([*words, "tuning=lora", f"{key}={value}"])
 
 
 def test_adapter_of_other_modules_is_refused_when_the_model_is_built(base, made, runtime):
@@ -154,24 +154,24 @@ def test_folded_adapters_are_the_base(base, made, runtime, tuning, tmp_path):
 
 def test_adapter_on_folded_adapters_is_not_exported_alone(words, made):
     with pytest.raises(ConfigError, match=r"export.merge=true"):
-        compose([*words, "tuning=lora", f"model.adapters=[{made('lora')}]"])
-    compose([*words, "tuning=lora", f"model.adapters=[{made('lora')}]", "export.merge=true"])
+        compose_config([*words, "tuning=lora", f"model.adapters=[{made('lora')}]"])
+    compose_config([*words, "tuning=lora", f"model.adapters=[{made('lora')}]", "export.merge=true"])
     for method in ("prefix", "prompt", "p_tuning", "adaption_prompt", "bottleneck"):  # these cannot be merged at all
         with pytest.raises(ConfigError, match=r"does not belong to model.path alone; write the merged base once"):
-            compose([*words, f"tuning={method}", f"model.adapters=[{made('lora')}]"])
+            compose_config([*words, f"tuning={method}", f"model.adapters=[{made('lora')}]"])
 
 
 def test_adapter_that_cannot_be_folded_is_refused(base, made, words, runtime, tmp_path):
     beft = made("peft beft")
     with pytest.raises(ConfigError, match="was made by beft, which cannot be folded"):
-        compose([*words, "tuning=lora", "export.merge=true", f"model.adapters=[{beft}]"])
+        compose_config([*words, "tuning=lora", "export.merge=true", f"model.adapters=[{beft}]"])
     settings = json.loads((made("lora") / "adapter_config.json").read_text())
     other = tmp_path / "prompts"
     other.mkdir()
     (other / "adapter_config.json").write_text(json.dumps({**settings, "peft_type": "PROMPT_TUNING"}))
     (other / "adapter_model.safetensors").write_bytes((made("lora") / "adapter_model.safetensors").read_bytes())
     with pytest.raises(ConfigError, match="was made by prompt_tuning, which is not proven"):
-        compose([*words, "tuning=lora", "export.merge=true", f"model.adapters=[{other}]"])
+        compose_config([*words, "tuning=lora", "export.merge=true", f"model.adapters=[{other}]"])
 
 
 def test_a_shared_weight_and_a_trained_bias_are_not_folded(runtime, tmp_path):

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from strategies.errors import ConfigError
 from tests.model.test_experts import CONFIGS as SIZES_OF
 from tests.model.test_experts import SIZES
@@ -214,19 +214,19 @@ def test_expert_lora_refuses_what_a_model_does_not_have(config, settings, part):
 def test_expert_lora_refuses_settings_that_do_not_go_together_when_composing(tmp_path, typed, part):
     words = ["model.path=x", f"data.path={tmp_path}", "tuning=lora", "run.device=cpu"]
     with pytest.raises(ConfigError, match=part):
-        compose([*words, *typed.split()])
+        compose_config([*words, *typed.split()])
 
 
 def test_expert_lora_on_experts_alone_composes(tmp_path):
     words = [f"data.path={tmp_path}", "model.path=x", "tuning=lora", "tuning.experts=true", "tuning.targets=[]"]
-    assert compose([*words, "run.device=cpu"], check=False).config.tuning.targets == []
+    assert compose_config([*words, "run.device=cpu"], check=False).config.tuning.targets == []
 
 
 def test_expert_lora_is_merged_at_export_unless_set_otherwise(tmp_path):
     words = [f"data.path={tmp_path}", "model.path=x", "tuning=lora", "run.device=cpu"]
-    plain = compose(words, check=False).config
-    merged = compose([*words, "tuning.experts=true"], check=False).config
-    asked = compose([*words, "tuning.router=true", "export.merge=false"], check=False).config
+    plain = compose_config(words, check=False).config
+    merged = compose_config([*words, "tuning.experts=true"], check=False).config
+    asked = compose_config([*words, "tuning.router=true", "export.merge=false"], check=False).config
     assert plain.export.merge is False and "export.merge" not in plain.substitutions
     assert merged.export.merge is True and "serving engines" in merged.substitutions["export.merge"]
     assert asked.export.merge is False and "export.merge" not in asked.substitutions

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from strategies.base import Fsdp2Config, Precision, SingleConfig
 from strategies.errors import ConfigError
 from strategies.memory import state_bytes
@@ -283,9 +283,9 @@ def words(base, tmp_path, monkeypatch):
 )
 def test_quantised_base_refuses_methods_that_cannot_stand_on_it(words, typed, part):
     with pytest.raises(ConfigError) as caught:
-        compose([*words, *typed.split()])
+        compose_config([*words, *typed.split()])
     assert part in str(caught.value)
-    compose([word for word in [*words, *typed.split()] if not word.startswith("model.quantisation")])
+    compose_config([word for word in [*words, *typed.split()] if not word.startswith("model.quantisation")])
 
 
 def test_every_refused_method_would_fail(base, runtime):
@@ -299,4 +299,4 @@ def test_every_refused_method_would_fail(base, runtime):
 def test_the_error_names_the_extra(words, monkeypatch):
     monkeypatch.setattr("trainer.model.rules.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[qlora\]'"):
-        compose([*words, "tuning=lora"])
+        compose_config([*words, "tuning=lora"])

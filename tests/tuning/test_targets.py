@@ -7,7 +7,7 @@ import transformers
 
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context
-from trainer.model.architecture import auto_class, modules_beside_text
+from trainer.model.architecture import modules_beside_text, transformers_class
 from trainer.model.config import ModelKind
 from trainer.tuning.adapter import Adapter
 from trainer.tuning.base import LoraConfig
@@ -27,7 +27,7 @@ GEMMA = transformers.Gemma3Config(
 def adapted(config):
     """Names of the layers that LoRA on every linear layer adapts."""
     with meta_context():
-        model = auto_class(ModelKind.causal, config).from_config(config)
+        model = transformers_class(ModelKind.causal, config).from_config(config)
     model.modules_beside_text = modules_beside_text(model)
     tuned = Adapter(LoraConfig(rank=2)).apply(model)
     return {
@@ -53,7 +53,7 @@ def test_adapter_targets_leave_out_towers_beside_the_text_model():
 @pytest.mark.parametrize("config", [Ia3Config(), LnConfig()], ids=lambda config: config.name)
 def test_where_peft_knows_no_targets_an_error_names_those_of_the_model(config):
     with meta_context():
-        model = auto_class(ModelKind.causal, MAMBA).from_config(MAMBA)
+        model = transformers_class(ModelKind.causal, MAMBA).from_config(MAMBA)
     with pytest.raises(ConfigError, match=r"targets=auto: it knows none .*; set some of: .*in_proj.* norm, .*x_proj"):
         Adapter(config).apply(model)
 
@@ -62,7 +62,7 @@ def note_of(**settings):
     """What LoRA tells of its targets on a Llama whose blocks have four square matrices, and three that are 1.5 times as large."""
     config = transformers.LlamaConfig(**SIZES, num_attention_heads=4, intermediate_size=48)
     with meta_context():
-        model = auto_class(ModelKind.causal, config).from_config(config)
+        model = transformers_class(ModelKind.causal, config).from_config(config)
     adapter = Adapter(LoraConfig(rank=2, **settings))
     adapter.apply(model)
     return adapter.note

@@ -20,16 +20,16 @@ from strategies.runtime import Runtime
 from trainer.build.reward_models import reward_model_settings, reward_models_of
 from trainer.config.run import RunConfig
 from trainer.model import experts
-from trainer.model.architecture import auto_class, build_options, experts_per_token, text_settings
+from trainer.model.architecture import build_options, experts_per_token, text_model_config, transformers_class
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config
 from trainer.objectives.frozen_model import teacher_model
-from trainer.objectives.registry import family_of
-from trainer.step import Built, TrainStep
+from trainer.objectives.registry import objective_family
+from trainer.step import BuiltModel, TrainStep
 from trainer.tuning.expert_parts import expert_modules, unsupported_experts
 
 
-def plan_expert_parallelism(built: Built, config: RunConfig, runtime: Runtime) -> None:
+def plan_expert_parallelism(built: BuiltModel, config: RunConfig, runtime: Runtime) -> None:
     """Set up expert parallelism (`parallel.experts`) in the plan of the step module, by which the engine distributes experts.
 
     The plan then names all modules of experts, also those of frozen models, and the ranks over which a layer's experts are
@@ -61,7 +61,7 @@ def groups_across_hosts_note(expert_ranks: int, ranks_per_host: int, hosts: int)
     )
 
 
-def expert_parallel_lines(built: Built, precision: Precision, sharded_over: int) -> list[str]:
+def expert_parallel_lines(built: BuiltModel, precision: Precision, sharded_over: int) -> list[str]:
     """The lines on the start screen about expert parallelism: which rank holds what, and the traffic of a token. Else no line.
 
     `plan_expert_parallelism` must have been called. `sharded_over`: ranks of a replica.
@@ -82,7 +82,7 @@ def expert_parallel_lines(built: Built, precision: Precision, sharded_over: int)
     shared = f", which {ranks_per_expert} ranks shard" if ranks_per_expert > 1 else ""
     # What a token costs: its hidden state goes to each of its experts and back. The part for the rank's own experts stays there.
     per_token = experts_per_token(built.config)
-    row_bytes = text_settings(built.config).hidden_size * (4 if precision is Precision.fp32 else 2)
+    row_bytes = text_model_config(built.config).hidden_size * (4 if precision is Precision.fp32 else 2)
     pass_bytes = 2 * per_token * row_bytes * (expert_ranks - 1) / expert_ranks
     return [
         f"experts: {len(modules)} layers of {counts_of_layer} are dealt over {expert_ranks} ranks (parallel.experts){frozen}; "
@@ -123,7 +123,7 @@ def models_on_meta(config: RunConfig, *, scores_answers: bool = True) -> dict[st
 
     `scores_answers`: whether its reward models are included.
     """
-    kind = family_of(config.objective).kind
+    kind = objective_family(config.objective).kind
     models = {f"model.path={config.model.path}": model_on_meta(config.model, kind)}
     teacher = teacher_model(config.model, config.objective)
     if teacher is not None:
@@ -158,7 +158,7 @@ def model_on_meta(model: ModelConfig, kind: ModelKind) -> nn.Module:
     experts.register()
     settings = load_model_config(model)
     with meta_context(), torch.device("meta"):
-        plain: nn.Module = auto_class(kind, settings).from_config(settings, **build_options(model))
+        plain: nn.Module = transformers_class(kind, settings).from_config(settings, **build_options(model))
     return plain
 
 

@@ -15,14 +15,14 @@ from trainer.build.recomputation import (
     expected_activation_bytes,
     model_state_bytes,
 )
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 NEGLIGIBLE_SHARE = 0.01
 """Full gradients that take less than this share of the memory fit, whatever else is there."""
 
 
 def plan_reduction(
-    built: Built,
+    built: BuiltModel,
     work: Workload,
     strategy: StrategyConfig,
     precision: Precision,

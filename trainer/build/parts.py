@@ -38,7 +38,7 @@ from trainer.model.architecture import (
     freeze_key_selectors,
     grow_vocabulary,
     head_names,
-    text_settings,
+    text_model_config,
     tokens_per_square,
     vocabulary_names,
 )
@@ -56,15 +56,15 @@ from trainer.model.sequence_attention import register_flash
 from trainer.model.tiles import tile_mlps
 from trainer.model.weights import WeightSource, fill_buffers
 from trainer.objectives.base import ObjectiveConfig
-from trainer.objectives.causal import plain_model
+from trainer.objectives.causal import unwrap_adapter
 from trainer.objectives.frozen_model import common_layout, teacher_model
 from trainer.objectives.layout_choice import build_causal_model, build_padded_model
-from trainer.objectives.registry import build_objective, data_spec_of, family_of, max_generated_tokens
+from trainer.objectives.registry import build_objective, data_spec_of, max_generated_tokens, objective_family
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.objectives.routed import added_losses
 from trainer.optim.build import build_optimizer
 from trainer.rollout.rewards.row_check import check_reward_rows
-from trainer.step import Built, TrainStep
+from trainer.step import BuiltModel, TrainStep
 from trainer.tuning import lstm
 from trainer.tuning.base import Tuning, TuningConfig
 from trainer.tuning.build import build_tuning, merge_adapters, optimizer_hooks
@@ -121,7 +121,7 @@ def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, 
 
 
 def build_loader(
-    config: RunConfig, data: PreparedData, built: Built, engine: Engine, runtime: processes.Runtime
+    config: RunConfig, data: PreparedData, built: BuiltModel, engine: Engine, runtime: processes.Runtime
 ) -> tuple[StepLoader, int]:
     """(the batches of this rank, the optimizer steps that the budget makes of them)."""
     data_spec = built.data_spec
@@ -166,7 +166,7 @@ def build_engine(
     *,
     values_of: Callable[[WeightSource], ParameterSource] = lambda source: source,
     scores_answers: bool = False,
-) -> tuple[Engine, Built, WeightSource]:
+) -> tuple[Engine, BuiltModel, WeightSource]:
     """Build the model on meta, apply the tuning method, shard it, load its weights, and create its optimizer.
 
     Returns (the engine, the model in it, the source of its initial values). `values_of`: replaces that source by another one.
@@ -221,13 +221,15 @@ def build_model(
     *,
     half_on_gpu: bool,
     scores_answers: bool = False,
-) -> tuple[Built, WeightSource]:
+) -> tuple[BuiltModel, WeightSource]:
     """(the tuned architecture on meta, the source of its values), checked against each other. Reads only headers of files.
 
     `context`: the strategy's context in which a model is built. `scores_answers`: as in `build_engine`.
     """
     # The architecture.
-    objective, objective_notes = family_of(config.objective).settle(config.objective, data.train, data.label_names)
+    objective, objective_notes = objective_family(config.objective).settle(
+        config.objective, data.train, data.label_names
+    )
     layout, layout_notes = common_layout(
         step_layout(config), teacher_model(config.model, objective), half_on_gpu=half_on_gpu
     )
@@ -274,13 +276,13 @@ def build_model(
     return built, source
 
 
-def tile(built: Built, config: RunConfig) -> None:
+def tile(built: BuiltModel, config: RunConfig) -> None:
     """Let the MLPs of a model compute `strategy.mlp_tokens` tokens at a time. Raises ConfigError if they cannot."""
-    kind = family_of(config.objective).kind
+    kind = objective_family(config.objective).kind
     tile_mlps(built.step_module, built.config, built.plain, kind, config.strategy.mlp_tokens)
 
 
-def _sequence_notes(config: RunConfig, built: Built, data: PreparedData) -> list[str]:
+def _sequence_notes(config: RunConfig, built: BuiltModel, data: PreparedData) -> list[str]:
     """Notes for the user on how ranks share the longest rows of this run; empty if they share none."""
     if config.parallel.sequence == 1:
         return []
@@ -288,15 +290,15 @@ def _sequence_notes(config: RunConfig, built: Built, data: PreparedData) -> list
     return sequence_notes(config, built.config, config.launcher.per_node, longest_row)
 
 
-def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
+def check_fit(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:
     """Raise ConfigError if the model cannot take the run's data: shared rows, length of documents, packing, or batches."""
     if config.parallel.sequence > 1 and built.arrangement.sequence_problem is not None:
         raise ConfigError(
             f"parallel.sequence={config.parallel.sequence}: ranks cannot share rows of this {built.config.model_type}: "
             f"{built.arrangement.sequence_problem}; set parallel.sequence=1"
         )
-    text = text_settings(built.config)
-    family = family_of(config.objective)
+    text = text_model_config(built.config)
+    family = objective_family(config.objective)
     # Each side of an encoder-decoder has positions of its own, which are checked below.
     if family.kind is not ModelKind.encoder_decoder:
         written = max_generated_tokens(config.objective)
@@ -318,15 +320,15 @@ def check_fit(config: RunConfig, built: Built, data: PreparedData) -> None:
         check_kind(built.config.to_dict(), config.model.path, family.kind, family.name, lengths)
 
 
-def needs_one_row_batches(built: Built, objective: ObjectiveConfig) -> bool:
+def needs_one_row_batches(built: BuiltModel, objective: ObjectiveConfig) -> bool:
     """Whether the model computes correctly only if a batch has one row."""
-    if family_of(objective).kind is not ModelKind.causal:
+    if objective_family(objective).kind is not ModelKind.causal:
         return False
-    plain: Any = plain_model(built.step_module.model)
+    plain: Any = unwrap_adapter(built.step_module.model)
     return bool(plain.forward_path.alone)
 
 
-def _check_one_row_batches(config: RunConfig, built: Built, data: PreparedData) -> None:
+def _check_one_row_batches(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:
     """Raise ConfigError if a batch of this run has several rows. For models that compute correctly only with one row."""
     kind = built.config.model_type
     name = config.objective.name
@@ -355,10 +357,10 @@ def build_step(
     num_labels: int | None,
     context: AbstractContextManager[None],
     half_on_gpu: bool,
-) -> Built:
+) -> BuiltModel:
     """The architecture with added vocabulary and tuning, all on the meta device. Touches no weights. Errors: ConfigError."""
     _register_kernels()
-    family = family_of(objective_config)
+    family = objective_family(objective_config)
     is_classifier = family.kind is ModelKind.classifier
     is_encoder_decoder = family.kind is ModelKind.encoder_decoder
 
@@ -405,7 +407,7 @@ def build_step(
     step.plan.optimizer_hooks = optimizer_hooks(tuning)
     data_spec = family.data_spec(objective_config)
     decoder_start = two_sides.decoder_start if two_sides else None
-    built = Built(
+    built = BuiltModel(
         step_module=step,
         tuning=tuning,
         data_spec=data_spec,
@@ -458,7 +460,7 @@ def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement
         arrangement.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(indexers)}"
 
 
-def _finish_step_module(built: Built, config: ModelConfig, head: Any, kind: ModelKind) -> None:
+def _finish_step_module(built: BuiltModel, config: ModelConfig, head: Any, kind: ModelKind) -> None:
     """The last changes to a tuned model: quantise its base, fuse adapters, and add losses of routers and logits."""
     step = built.step_module
     tuning_note = getattr(built.tuning, "note", "")
@@ -481,7 +483,7 @@ def freeze_beside_text(model: Any, tuning: Tuning, names: tuple[str, ...]) -> No
             parameter.requires_grad_(False)
 
 
-def _quantise(built: Built, config: ModelConfig, head: Any) -> None:
+def _quantise(built: BuiltModel, config: ModelConfig, head: Any) -> None:
     """Quantise frozen layers if `model.quantisation` asks for it. After tuning, since peft sizes its adapters by plain layers."""
     scheme = Scheme.from_settings(config.quantisation, config.double_quantisation)
     built.scheme = scheme

@@ -15,18 +15,20 @@ from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.model.loading import weights_directory
 from trainer.model.quantised_checkpoints import replace_with_quantised
-from trainer.objectives.registry import family_of
-from trainer.step import Built
+from trainer.objectives.registry import objective_family
+from trainer.step import BuiltModel
 
 
 def build_as_stored(
     config: RunConfig, tokenizer: Any, data: PreparedData, runtime: Runtime
-) -> tuple[Engine, Built, Precision]:
+) -> tuple[Engine, BuiltModel, Precision]:
     """(engine, the model in it, the precision that it computes in). Nothing is trained. Errors: ConfigError.
 
     The precision is the type of the weights that are not in few bits: nothing is cast.
     """
-    objective, objective_notes = family_of(config.objective).settle(config.objective, data.train, data.label_names)
+    objective, objective_notes = objective_family(config.objective).settle(
+        config.objective, data.train, data.label_names
+    )
     built = build_step(
         config.model,
         objective_config=objective,

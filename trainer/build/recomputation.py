@@ -20,7 +20,7 @@ from trainer.data.config import Layout
 from trainer.data.objective_spec import DataSpec
 from trainer.data.store.sequences import TokenDataset
 from trainer.model.architecture import width_and_blocks
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 USABLE_SHARE = 0.9
 """Share of the device's memory that plans may use. The rest is for libraries, collectives and fragmentation."""
@@ -41,7 +41,7 @@ class Workload:
     """Tokens of the longest answer that the model writes to each document, several to one."""
 
 
-def longest_micro_batch(built: Built, work: Workload) -> dict[str, Any]:
+def longest_micro_batch(built: BuiltModel, work: Workload) -> dict[str, Any]:
     """A micro-batch as large as any of the run can be: the longest documents together, every token supervised."""
     return micro_batch_of(built, longest_lengths(built.data_spec, work), work.cut)
 
@@ -65,7 +65,7 @@ def longest_lengths(data_spec: DataSpec, work: Workload) -> list[int]:
     return longest_first
 
 
-def tokens_of_longest(built: Built, work: Workload) -> int:
+def tokens_of_longest(built: BuiltModel, work: Workload) -> int:
     """Tokens of the longest micro-batch on one rank, padding included; if ranks share rows, those of this rank's slice."""
     lengths = longest_lengths(built.data_spec, work)
     tokens = sum(lengths)
@@ -77,7 +77,7 @@ def tokens_of_longest(built: Built, work: Workload) -> int:
     return stop - start
 
 
-def micro_batch_of(built: Built, lengths: list[int], cut: Cut | None) -> dict[str, Any]:
+def micro_batch_of(built: BuiltModel, lengths: list[int], cut: Cut | None) -> dict[str, Any]:
     """A micro-batch of placeholders of these lengths in tokens, on the CPU, to measure a step whose result does not matter.
 
     Every token that may be a target is one. Token ids, counts and means are placeholders, on which no shape depends. With a
@@ -94,7 +94,7 @@ def micro_batch_of(built: Built, lengths: list[int], cut: Cut | None) -> dict[st
     return batch
 
 
-def measured_activations(built: Built, work: Workload, precision: Precision) -> Activations:
+def measured_activations(built: BuiltModel, work: Workload, precision: Precision) -> Activations:
     """The activations that the longest micro-batch keeps for its backward pass, counted on meta tensors: allocates nothing.
 
     Raises ConfigError for a model whose forward pass reads values, which meta tensors do not have.
@@ -111,7 +111,7 @@ def measured_activations(built: Built, work: Workload, precision: Precision) -> 
 
 
 def activation_peak_bytes(
-    built: Built, work: Workload, mode: ActivationCheckpointing, precision: Precision
+    built: BuiltModel, work: Workload, mode: ActivationCheckpointing, precision: Precision
 ) -> float | None:
     """Peak bytes of activations in the longest micro-batch if all blocks recompute by `mode`; None if a count is not possible."""
     try:
@@ -121,7 +121,9 @@ def activation_peak_bytes(
     return activations.peak_bytes([mode] * activations.num_blocks)
 
 
-def expected_activation_bytes(built: Built, work: Workload, strategy: StrategyConfig, precision: Precision) -> float:
+def expected_activation_bytes(
+    built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision
+) -> float:
     """Bytes of activations of the longest micro-batch: as `plan_checkpointing` counted them, or else by a rule of thumb."""
     if built.activations is not None:
         return built.activations
@@ -133,7 +135,7 @@ def expected_activation_bytes(built: Built, work: Workload, strategy: StrategyCo
 
 
 def plan_checkpointing(
-    built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+    built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
     """Resolve `activation_checkpointing=auto`: choose for each block what it recomputes, so that the step fits in memory.
 
@@ -161,7 +163,7 @@ def plan_checkpointing(
 
 
 def model_state_bytes(
-    built: Built, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+    built: BuiltModel, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> float:
     """Bytes of parameters, gradients and optimizer state on one rank, copies in the compute type included."""
     return state_bytes(
@@ -186,7 +188,7 @@ def host_memory() -> int:
 
 
 def check_host_memory(
-    built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+    built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
     """Raise ConfigError if the block inputs that `strategy.offload_activations` moves to host memory do not fit. No collective.
 
@@ -215,7 +217,7 @@ def check_host_memory(
 
 
 def expect_memory(
-    built: Built, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+    built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
     """Set `built.expected`: estimated bytes of a rank for (model state, activations). Must be called before the model is sharded.
 

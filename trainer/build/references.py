@@ -8,11 +8,11 @@ from typing import Any
 from strategies.parameters import TEACHER_PREFIX
 from trainer.model.config import ModelConfig
 from trainer.model.weights import WeightSource
-from trainer.objectives.base import Family, ObjectiveConfig, ReferenceModels
+from trainer.objectives.base import ObjectiveConfig, ObjectiveFamily, ReferenceModels
 from trainer.objectives.frozen_model import frozen_model
-from trainer.objectives.registry import build_objective, family_of
+from trainer.objectives.registry import build_objective, objective_family
 from trainer.objectives.teacher import check_head
-from trainer.step import Built
+from trainer.step import BuiltModel
 from trainer.tuning.base import LoraConfig, Tuning, TuningConfig
 from trainer.tuning.build import merge_initial_adapter
 
@@ -36,7 +36,7 @@ class ReferenceSource(Enum):
 
 
 def attach_reference_model(
-    built: Built,
+    built: BuiltModel,
     config: ModelConfig,
     objective: ObjectiveConfig,
     tuning_config: TuningConfig,
@@ -52,7 +52,7 @@ def attach_reference_model(
     Raises ConfigError if a teacher has another vocabulary, or if the trained model has a head whose distributions cannot be
     compared.
     """
-    family = family_of(objective)
+    family = objective_family(objective)
     step = built.step_module
     tuning = built.tuning
     if family.compares_distributions(objective):
@@ -75,7 +75,7 @@ def attach_reference_model(
 
 
 def _reference_source(
-    family: Family, objective: ObjectiveConfig, tuning: Tuning, tuning_config: TuningConfig
+    family: ObjectiveFamily, objective: ObjectiveConfig, tuning: Tuning, tuning_config: TuningConfig
 ) -> ReferenceSource:
     """Where an objective's reference outputs come from, without a second model if that is possible."""
     compares_distributions = family.compares_distributions(objective)

@@ -18,13 +18,13 @@ from trainer.objectives.rollouts import RoundsConfig
 from trainer.rollout.evaluator import RewardEvaluator, evaluation_decoding
 from trainer.rollout.prompts import has_sources, read_prompt
 from trainer.rollout.types import RewardScorer
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 
 def build_reward_evaluators(
     config: RunConfig,
     data: PreparedData,
-    built: Built,
+    built: BuiltModel,
     tokenizer: Any,
     engine: Engine,
     runtime: Runtime,

@@ -15,7 +15,7 @@ from strategies.runtime import Runtime
 from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.config import Layout
 from trainer.data.tokens.encode import Encoder
-from trainer.model.architecture import text_settings
+from trainer.model.architecture import text_model_config
 from trainer.model.base_files import check_adapter_base, model_file_digests
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
@@ -131,8 +131,8 @@ def _reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardModelRea
         reader = RewardModelReader(
             encoder,
             pad_token_id=pad_token_id,
-            vocabulary=text_settings(settings).vocab_size,
-            positions=getattr(text_settings(settings), "max_position_embeddings", None),
+            vocabulary=text_model_config(settings).vocab_size,
+            positions=getattr(text_model_config(settings), "max_position_embeddings", None),
             batch_tokens=int(options["batch_tokens"]),
         )
     reader.check(f"{key}={reward.path}")

@@ -23,14 +23,14 @@ from trainer.data.prepare import PreparedData
 from trainer.data.store.documents import DocumentTable
 from trainer.evaluation.full_weights import USABLE_SHARE, kv_cache_size_bytes
 from trainer.evaluation.group_answers import can_share_prompts
-from trainer.model.architecture import text_settings
+from trainer.model.architecture import text_model_config
 from trainer.model.attention import NAME as ATTENTION
 from trainer.model.flex import NAME as FLEX
 from trainer.model.loading import generation_config
-from trainer.objectives.causal import plain_model
+from trainer.objectives.causal import unwrap_adapter
 from trainer.objectives.grpo import without_effect
 from trainer.objectives.grpo_config import GrpoConfig
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import objective_family
 from trainer.rollout.dealing import AnswerBatcher
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.maker import RoundBuilder
@@ -38,7 +38,7 @@ from trainer.rollout.prompts import PromptReader
 from trainer.rollout.rewards.model_files import BATCH_TOKENS
 from trainer.rollout.types import RewardScorer
 from trainer.rollout.writer import EngineGroupGenerator, ignored_generation_settings
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 MAX_GENERATION_ROWS = {"cpu": 64, "cuda": 256}
 """The most completions that a rank generates at a time, by type of device: more are no faster."""
@@ -72,7 +72,7 @@ def prompts_per_round(config: RunConfig) -> int:
 def documents_per_step(config: RunConfig) -> float:
     """Documents that an optimizer step consumes, on average. If the model generates what it learns, documents are prompts."""
     global_batch: int = config.batch["global"]
-    if family_of(config.objective).rollout is None:
+    if objective_family(config.objective).rollout is None:
         return global_batch
     settings: Any = config.objective
     return global_batch / (settings.group_size * settings.rollout.iterations)
@@ -86,20 +86,20 @@ def steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -> in
 
     `order`: that of the samples. `unit_tokens`: tokens of each document or pack.
     """
-    if family_of(config.objective).rollout is None or config.budget.steps is not None:
+    if objective_family(config.objective).rollout is None or config.budget.steps is not None:
         return steps_from_budget(config.budget, order, unit_tokens, config.batch["global"])
     settings: Any = config.objective
     rounds = steps_from_budget(config.budget, order, unit_tokens, prompts_per_round(config))
     return rounds * int(settings.rollout.steps * settings.rollout.iterations)
 
 
-def generation_memory_lines(config: RunConfig, built: Built, longest_prompt: int) -> list[str]:
+def generation_memory_lines(config: RunConfig, built: BuiltModel, longest_prompt: int) -> list[str]:
     """Lines for a dry run on the memory that generating and scoring completions takes; empty for an objective without rounds.
 
     One line says the size of the KV cache and of the gathered weights that a rank holds while it generates. Another one for each
     reward model says the size of its weights. All are computed from sizes of parameters. `longest_prompt`: in tokens.
     """
-    if family_of(config.objective).rollout is None:
+    if objective_family(config.objective).rollout is None:
         return []
     settings: Any = config.objective
     rollout = settings.rollout
@@ -125,7 +125,7 @@ def generation_memory_lines(config: RunConfig, built: Built, longest_prompt: int
 
 
 def build_round_loader(
-    config: RunConfig, data: PreparedData, built: Built, engine: Engine, runtime: Runtime, inputs: RoundInputs
+    config: RunConfig, data: PreparedData, built: BuiltModel, engine: Engine, runtime: Runtime, inputs: RoundInputs
 ) -> tuple[RolloutLoader, int]:
     """(the loader of this rank, the optimizer steps of the run's budget). All ranks must call."""
     settings: Any = config.objective
@@ -194,7 +194,7 @@ def build_round_loader(
     return loader, steps
 
 
-def may_share_prompts(config: RunConfig, built: Built, cut: Cut | None, runtime: Runtime) -> bool:
+def may_share_prompts(config: RunConfig, built: BuiltModel, cut: Cut | None, runtime: Runtime) -> bool:
     """Whether training puts all answers to a prompt into one row with the prompt: `[prompt | answer | answer ...]`.
 
     `objective.rollout.share_prompts` decides; if it is not set, True on CPUs if it is possible, and False on GPUs, where its
@@ -211,7 +211,7 @@ def may_share_prompts(config: RunConfig, built: Built, cut: Cut | None, runtime:
     return problem is None
 
 
-def _prompt_sharing_problem(config: RunConfig, built: Built, cut: Cut | None) -> str | None:
+def _prompt_sharing_problem(config: RunConfig, built: BuiltModel, cut: Cut | None) -> str | None:
     """Why answers cannot share their prompt in a row; None if they can.
 
     It needs our own attention functions, which keep the answers of a row apart, and a model in which tokens reach each other
@@ -225,14 +225,14 @@ def _prompt_sharing_problem(config: RunConfig, built: Built, cut: Cut | None) ->
         return "losses of routers count tokens, and a prompt would count less"
     if config.strategy.compile:
         return "strategy.compile would compile the blocks anew for other answers"
-    if getattr(text_settings(built.config), "attention_chunk_size", None) is not None:
+    if getattr(text_model_config(built.config), "attention_chunk_size", None) is not None:
         return "this model attends in chunks"
-    if not can_share_prompts(plain_model(built.step_module.model)):
+    if not can_share_prompts(unwrap_adapter(built.step_module.model)):
         return "layers of this model keep more of earlier tokens than keys and values"
     return None
 
 
-def max_concurrent_completions(built: Built, engine: Engine, runtime: Runtime, tokens: int) -> int:
+def max_concurrent_completions(built: BuiltModel, engine: Engine, runtime: Runtime, tokens: int) -> int:
     """How many completions a rank generates at a time: the largest power of two whose KV cache fits beside the gathered weights.
 
     At least 1, and at most `MAX_GENERATION_ROWS`. `tokens`: of the longest prompt with its completion. The number follows from

@@ -13,14 +13,14 @@ from strategies.base import Precision
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.data.config import Layout
-from trainer.model.architecture import text_settings
+from trainer.model.architecture import text_model_config
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.layer_settings import layer_values
 from trainer.model.loading import load_model_config
 from trainer.model.sequence_attention import head_shares
 from trainer.objectives.frozen_model import teacher_model
 from trainer.objectives.layout_choice import why_pooled_rows_cannot_be_shared, why_rows_cannot_be_shared
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import objective_family
 
 QUERY_HEADS = (
     "num_attention_heads",
@@ -85,7 +85,7 @@ class LayerHeads:
 
 def heads_of(model_config: Any) -> LayerHeads | None:
     """The attention heads of a model, from its transformers configuration; None if that does not state any."""
-    text = text_settings(model_config)
+    text = text_model_config(model_config)
     query = _fewest(text, QUERY_HEADS)
     if query is None:
         return None
@@ -119,7 +119,7 @@ def step_layout(config: RunConfig) -> Layout:
     Classifiers have a padded row for each document; if ranks share rows, these have no padding (`trainer/objectives/pooled.py`).
     Raises ConfigError if `data.layout=padding_free` is set for a classifier whose rows are not shared.
     """
-    if family_of(config.objective).kind is not ModelKind.classifier:
+    if objective_family(config.objective).kind is not ModelKind.classifier:
         return config.data.layout
     if config.parallel.sequence > 1:
         return Layout.padding_free
@@ -157,7 +157,7 @@ def _model_problems(config: RunConfig, setting: str, model: ModelConfig) -> list
             f"parallel.sequence={degree}: {setting} has {heads.query} query heads in a layer, so that some rank would have none; "
             f"set parallel.sequence={heads.query} or less"
         ]
-    family = family_of(config.objective)
+    family = objective_family(config.objective)
     if family.kind is ModelKind.classifier:
         problem = why_pooled_rows_cannot_be_shared(model, settings, family.name)
     else:

@@ -17,7 +17,7 @@ from pathlib import Path
 from strategies.atomic_io import RetryingReader, WrittenFile, error_summary, file_difference, read_bytes, write_new
 from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
 from strategies.saving import PROGRESS
-from strategies.tensor_files import Malformed, is_count, parse_json, stays_in_directory
+from strategies.tensor_files import MalformedFile, is_count, parse_json, stays_in_directory
 from trainer.checkpoints.layout import STEP_NAME, checkpoint_dirs_of, checkpoints_in, list_names
 
 MANIFEST = "manifest.json"
@@ -57,7 +57,7 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
     """Read and check the manifest of a checkpoint: name, size and SHA-256 that each of its files must have.
 
     The files themselves are only looked for, not read. `reader`: that of the checkpoint, which waits for a disk that stumbles.
-    Raises Malformed, with what is wrong with the directory or its manifest.
+    Raises MalformedFile, with what is wrong with the directory or its manifest.
     """
     reader = reader or RetryingReader()
 
@@ -65,13 +65,13 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
     try:
         present_names = set(list_names(directory))
         if "state" in present_names and (directory / "state" / OLD_METADATA).exists():
-            raise Malformed(OLD_FORMAT)
+            raise MalformedFile(OLD_FORMAT)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Malformed("is not a directory") from error
+        raise MalformedFile("is not a directory") from error
     except OSError as error:
-        raise Malformed(f"cannot be read ({error_summary(error)})") from error
+        raise MalformedFile(f"cannot be read ({error_summary(error)})") from error
     if MANIFEST not in present_names:
-        raise Malformed(OLD_FORMAT if OLD_METADATA in present_names else MISSING_MANIFEST)
+        raise MalformedFile(OLD_FORMAT if OLD_METADATA in present_names else MISSING_MANIFEST)
     # The manifest.
     present_names.remove(MANIFEST)
     try:
@@ -80,19 +80,19 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
         )
         files = _files_of_manifest(parse_json(manifest_bytes))
     except OSError as error:
-        raise Malformed(f"cannot be read ({error_summary(error)})") from error
-    except Malformed as error:
-        raise Malformed("has a damaged manifest") from error
+        raise MalformedFile(f"cannot be read ({error_summary(error)})") from error
+    except MalformedFile as error:
+        raise MalformedFile("has a damaged manifest") from error
     if _manifest_bytes(files) != manifest_bytes:  # equal to the byte, so the manifest's hash of itself is right too
-        raise Malformed("has a damaged manifest")
+        raise MalformedFile("has a damaged manifest")
 
     # The names against the manifest.
     extra_names = sorted(name for name in present_names - set(files) if not IGNORED_NAMES.fullmatch(name))
     if extra_names:
-        raise Malformed(f"holds files that are not in its manifest: {', '.join(extra_names[:3])}")
+        raise MalformedFile(f"holds files that are not in its manifest: {', '.join(extra_names[:3])}")
     missing_names = sorted(set(files) - present_names)
     if missing_names:
-        raise Malformed(f"{missing_names[0]} is missing")
+        raise MalformedFile(f"{missing_names[0]} is missing")
     return list(files.values())
 
 
@@ -100,7 +100,7 @@ def manifest_fingerprint(directory: Path) -> str | None:
     """The SHA-256 in a checkpoint's manifest, which covers all entries of the manifest and so all files; None if unreadable."""
     try:
         manifest = parse_json(read_bytes(directory / MANIFEST, max_bytes=MAX_MANIFEST_BYTES))
-    except (OSError, Malformed):
+    except (OSError, MalformedFile):
         return None
     if not isinstance(manifest, dict):
         return None
@@ -121,17 +121,17 @@ def checkpoint_fingerprint_at_step(run_dir: Path, step: int, fallback_dir: str |
 def _files_of_manifest(manifest_json: object) -> dict[str, WrittenFile]:
     """The files that a checkpoint's manifest lists, by name, with size and SHA-256.
 
-    `manifest_json`: the manifest's parsed JSON. Raises Malformed if it has another form than `_manifest_bytes` writes: anybody
-    may have written the file.
+    `manifest_json`: the manifest's parsed JSON. Raises MalformedFile if it has another form than `_manifest_bytes` writes:
+    anybody may have written the file.
     """
     rows = manifest_json.get("files") if isinstance(manifest_json, dict) else None
     if not isinstance(rows, dict):
-        raise Malformed("is no manifest")
+        raise MalformedFile("is no manifest")
     files = {}
     for name, row in rows.items():
         is_well_formed = isinstance(row, dict) and is_count(row.get("bytes")) and isinstance(row.get("sha256"), str)
         if not is_well_formed or not stays_in_directory(name) or not SHA256.fullmatch(row["sha256"]):
-            raise Malformed("is no manifest")
+            raise MalformedFile("is no manifest")
         files[name] = WrittenFile(name, row["bytes"], row["sha256"])
     return files
 
@@ -151,7 +151,7 @@ def checkpoint_problem(directory: Path, *, only: str | None = None, may_be_delet
     reader = RetryingReader(lambda text: print(text, flush=True), was_deleted)
     try:
         files = read_manifest(directory, reader)
-    except Malformed as error:
+    except MalformedFile as error:
         return str(error)
     if only is not None:
         files = [file for file in files if file.name == only]
@@ -170,7 +170,7 @@ def checkpoint_problem_on_all_ranks(directory: Path, runtime: Runtime) -> str | 
     if runtime.is_main:
         try:
             files = read_manifest(directory)
-        except Malformed as error:
+        except MalformedFile as error:
             problem = str(error)
     problem, files = broadcast_object((problem, files), runtime)
     if problem is None:
@@ -194,7 +194,7 @@ def _wrong_step_problem(directory: Path) -> str | None:
     try:
         header = parse_json(read_bytes(directory / PROGRESS, max_bytes=MAX_MANIFEST_BYTES))
         step = header["progress"]["step"]
-    except (OSError, Malformed, KeyError, TypeError):
+    except (OSError, MalformedFile, KeyError, TypeError):
         return None  # loading it will say what is wrong
     if step == int(name_match[1]):
         return None

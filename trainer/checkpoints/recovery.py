@@ -17,7 +17,7 @@ from typing import Any
 from strategies import atomic_io
 from strategies.atomic_io import WrittenFile, error_summary, publish_directory, write_new
 from strategies.saving import PROGRESS, FileOutcome, RankState
-from strategies.tensor_files import INDEX, FilePart, Malformed, index_json, parse_json
+from strategies.tensor_files import INDEX, FilePart, MalformedFile, index_json, parse_json
 from trainer.checkpoints.layout import STEP_DIR, checkpoints_in, names_in
 from trainer.checkpoints.manifest import write_manifest
 
@@ -92,7 +92,7 @@ def _publish_if_complete(staging: Path, final: Path) -> bool:
     """Finish the checkpoint `final` from its staging directory, if every rank had written its part; returns whether they had.
 
     Each rank leaves a note of what it has written. From the notes come the files that rank 0 would have written: index,
-    progress and manifest. Raises OSError or Malformed if that fails.
+    progress and manifest. Raises OSError or MalformedFile if that fails.
     """
     notes = _read_notes(staging)
     is_complete = bool(notes) and len(notes) == notes[0].world_size
@@ -113,7 +113,7 @@ def _read_notes(staging: Path) -> list[PartNote]:
     """The notes in a staging directory, in which each rank says what it has written: from rank 0 up to the first missing one.
 
     By them a checkpoint that all ranks had written can be published after a crash. Raises OSError if a note cannot be read,
-    Malformed if it has another form than `write_part_note` writes.
+    MalformedFile if it has another form than `write_part_note` writes.
     """
     notes: list[PartNote] = []
     while (path := staging / NOTE.format(len(notes))).exists():
@@ -121,7 +121,7 @@ def _read_notes(staging: Path) -> list[PartNote]:
         try:
             notes.append(_parsed_note(raw))
         except (KeyError, TypeError, AttributeError) as error:
-            raise Malformed(f"{path.name} is no note of a rank") from error
+            raise MalformedFile(f"{path.name} is no note of a rank") from error
     return notes
 
 

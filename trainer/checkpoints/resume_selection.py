@@ -16,7 +16,7 @@ from strategies import atomic_io
 from strategies.atomic_io import error_summary
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, call_on_main
-from strategies.tensor_files import Malformed
+from strategies.tensor_files import MalformedFile
 from trainer.checkpoints.layout import REPLACED_NAME, STEP_NAME, checkpoints_in, names_in
 from trainer.checkpoints.manifest import (
     MANIFEST,
@@ -119,7 +119,7 @@ def resume_problem(resume: str, checkpoint_dirs: list[Path]) -> str | None:
     try:
         read_manifest(path)
         return None
-    except Malformed as error:
+    except MalformedFile as error:
         problem = str(error)
     # What the user may have meant: a run directory, or one that holds checkpoints.
     names = set(names_in(path))
@@ -145,7 +145,7 @@ def _newest_with_manifest(checkpoint_dirs: list[Path]) -> Path | None:
         try:
             read_manifest(checkpoint)
             return checkpoint
-        except Malformed:
+        except MalformedFile:
             continue
     return None
 

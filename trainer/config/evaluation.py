@@ -25,7 +25,7 @@ from trainer.monitors.config import (
     Reaction,
     forgetting_limit,
 )
-from trainer.objectives.registry import FAMILIES, build_objective, family_of
+from trainer.objectives.registry import FAMILIES, build_objective, objective_family
 from trainer.objectives.rollouts import RoundsConfig
 
 FORGETTING_METRICS = ("forgetting",)
@@ -87,7 +87,7 @@ def evaluation_problems(config: RunConfig) -> Iterator[str]:
     yield from _generation_problems(config, has_data=has_data)
     is_of_task = evaluation.watched in registry.metric_directions(evaluation.tasks)
     is_f1 = evaluation.watched.rpartition("/")[2].startswith("f1_")
-    if is_f1 and not is_of_task and not family_of(config.objective).scores_labels:
+    if is_f1 and not is_of_task and not objective_family(config.objective).scores_labels:
         yield f"evaluation.watch={evaluation.watched}: only classifiers have it; watch eval/loss or eval/accuracy"
 
 
@@ -166,7 +166,7 @@ def _runs_chat_tasks(config: RunConfig) -> bool:
 
 def _learns_to_chat(config: RunConfig) -> bool:
     """Whether the objective trains a model that answers, with the loss of a language model."""
-    family = family_of(config.objective)
+    family = objective_family(config.objective)
     return family.kind is ModelKind.causal and family.generates_answers and build_objective(config.objective).perplexity
 
 
@@ -196,7 +196,10 @@ def _forgetting_problems(config: RunConfig) -> Iterator[str]:
     # The file of plain text becomes a task named GENERAL, which needs a language model's loss.
     if GENERAL in config.evaluation.tasks:
         yield f"evaluation.tasks.{GENERAL}: is the name of the task that {key}.data makes; call yours otherwise"
-    if family_of(config.objective).kind is ModelKind.classifier or not build_objective(config.objective).perplexity:
+    if (
+        objective_family(config.objective).kind is ModelKind.classifier
+        or not build_objective(config.objective).perplexity
+    ):
         yield (
             f"{key}.data={watched.data}: objective={config.objective.name} has no loss on plain text; name tasks with {key}.tasks"
         )
@@ -232,7 +235,11 @@ def _generation_problems(config: RunConfig, *, has_data: bool) -> Iterator[str]:
             f"evaluation.generate.samples={samples}: there is no evaluation data; give data.eval_path or "
             "data.eval_share=0.05, or set it to 0"
         )
-    if samples and not family_of(config.objective).generates_answers and not isinstance(config.objective, RoundsConfig):
+    if (
+        samples
+        and not objective_family(config.objective).generates_answers
+        and not isinstance(config.objective, RoundsConfig)
+    ):
         yield f"evaluation.generate.samples={samples}: objective={config.objective.name} writes no answers; set it to 0"
     yield from config.evaluation.generate.problems("evaluation.generate")
 
@@ -243,7 +250,7 @@ def _task_problems(config: RunConfig) -> Iterator[str]:
     Looks for the tasks' files, without reading their rows.
     """
     tasks = config.evaluation.tasks
-    family = family_of(config.objective)
+    family = objective_family(config.objective)
     yield from registry.task_problems(tasks)
     yield from config.evaluation.judge.problems("evaluation.judge")
     yield from _server_problems(config)

@@ -28,7 +28,7 @@ KINDS = {
 """What `run.accept` may name."""
 
 
-def plain_settings(config: Any) -> dict[str, Any]:
+def settings_as_dict(config: Any) -> dict[str, Any]:
     """A configuration as nested dictionaries of plain values."""
     tree: dict[str, Any] = _plain(asdict(config))
     return tree

@@ -9,7 +9,7 @@ from strategies.errors import ConfigError, ShardtuneError
 from trainer.config.evaluation import FORGETTING_METRICS, REWARD_METRIC_PREFIXES, tasks_to_run
 from trainer.config.run import RunConfig
 from trainer.data.config import DataFormat
-from trainer.data.document import Row
+from trainer.data.document import SourceRow
 from trainer.data.read.paths import is_hub_path, is_remote_address
 from trainer.data.sources import Input, find_inputs
 from trainer.evaluation.tasks.registry import metric_directions
@@ -128,7 +128,7 @@ def _first_columns(data_input: Input) -> set[str] | None:
     except (ShardtuneError, ValueError, OSError):
         return None
     parsed = row.parse()
-    if not isinstance(parsed, Row) or not parsed.fields:
+    if not isinstance(parsed, SourceRow) or not parsed.fields:
         return None
     columns = {*parsed.fields, *parsed.unread_columns} | data_input.columns.keys()
     # In verl's files the keys of the column `reward_model` count as columns.

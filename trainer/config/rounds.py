@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.config.run import RunConfig
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import objective_family
 from trainer.objectives.rollouts import IdleGroups, RoundsConfig
 
 
 def round_problems(config: RunConfig) -> Iterator[str]:
     """Error messages for a run that learns from answers it generates, as objective=grpo does; none for other runs."""
     settings = config.objective
-    if family_of(settings).rollout is None:
+    if objective_family(settings).rollout is None:
         return
     assert isinstance(settings, RoundsConfig)
     yield from _budget_problems(config, settings)

@@ -36,7 +36,7 @@ from trainer.optim.config import OptimConfig
 from trainer.optim.schedule import ScheduleConfig
 from trainer.reporting.config import LoggingConfig
 from trainer.reporting.profile import ProfileConfig
-from trainer.reporting.resolution import Resolution, resolution_of
+from trainer.reporting.resolution import ResolvedSetting, resolution_of
 from trainer.tuning.base import TuningConfig
 
 
@@ -307,7 +307,7 @@ class RunConfig:
     substitutions: dict[str, Any] = setting(default_factory=dict, reach=DESCRIBES, resume=FREE)
     """What stands in for settings, by key; not set by hand.
 
-    A Resolution if a later start of the run goes on from it (`RESOLVED`), else a sentence that is only shown.
+    A ResolvedSetting if a later start of the run goes on from it (`RESOLVED`), else a sentence that is only shown.
     """
 
     def __post_init__(self) -> None:
@@ -316,7 +316,7 @@ class RunConfig:
         }
         self.substitutions = {**self.substitutions, **resolved}
 
-    def resolution(self, setting: str) -> Resolution | None:
+    def resolution(self, setting: str) -> ResolvedSetting | None:
         """What became of a setting of `RESOLVED`; None if the run has not resolved it."""
         return resolution_of(setting, self.substitutions.get(setting))
 

@@ -16,7 +16,7 @@ from trainer.config.parallel import (
 from trainer.config.run import Device, RunConfig
 from trainer.data.config import Layout
 from trainer.model.config import Attention, ModelKind
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import objective_family
 from trainer.optim.support import SUPPORT, Needs
 
 
@@ -89,7 +89,7 @@ def _sequence_parallel_conflicts(config: RunConfig) -> Iterator[str]:
     What depends on the model is checked when its files are read.
     """
     typed = f"parallel.sequence={config.parallel.sequence}"
-    if family_of(config.objective).kind is ModelKind.encoder_decoder:
+    if objective_family(config.objective).kind is ModelKind.encoder_decoder:
         yield (
             f"{typed}: objective={config.objective.name} has two rows for each document, and padding in both; set "
             "parallel.sequence=1"

@@ -24,7 +24,7 @@ from trainer.config.gates import document_problems, gate_problems
 from trainer.config.launching import launcher_problems
 from trainer.config.parallel import dp_size_of
 from trainer.config.ranges import range_problems
-from trainer.config.resuming import KINDS, flatten_settings, plain_settings
+from trainer.config.resuming import KINDS, flatten_settings, settings_as_dict
 from trainer.config.rewards import reward_problems
 from trainer.config.rounds import answer_batch_problems, round_problems
 from trainer.config.run import AUTO, Device, LauncherName, RunConfig
@@ -33,7 +33,7 @@ from trainer.data.read.paths import expand_paths, held_out_sets, is_hub_path, is
 from trainer.data.sources import data_problems
 from trainer.model.config import ModelKind, Quantisation, may_be_hub_id
 from trainer.model.rules import missing_package, position_problems, read_config
-from trainer.objectives.registry import family_of, model_problems
+from trainer.objectives.registry import model_problems, objective_family
 from trainer.objectives.registry import problems as objective_problems
 from trainer.optim.support import problems as optimizer_problems
 from trainer.reporting.energy import problems as energy_problems
@@ -152,7 +152,7 @@ def _batch_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
         return
     if world_size is not None and world_size % config.parallel.sequence:
         return  # reported by itself; the number of data-parallel ranks is not known until it is mended
-    if family_of(config.objective).rollout is not None:
+    if objective_family(config.objective).rollout is not None:
         yield from answer_batch_problems(config)
         return
 
@@ -226,7 +226,7 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
 def _noise_problems(config: RunConfig) -> Iterator[str]:
     """Error messages for `model.neftune_alpha` (noise on embeddings) with a model or a tuning method that cannot have it."""
     key = f"model.neftune_alpha={config.model.neftune_alpha:g}"
-    if family_of(config.objective).kind is ModelKind.encoder_decoder:
+    if objective_family(config.objective).kind is ModelKind.encoder_decoder:
         yield f"{key}: is not for encoder-decoder models, whose two sides share embeddings; set it to 0"
     if needs_padded_rows(config.tuning):
         yield f"{key}: tuning={config.tuning.name} puts tokens of its own before a document's; set it to 0, or use tuning=lora"
@@ -305,7 +305,7 @@ def _resume_problems(config: RunConfig) -> Iterator[str]:
 
 def _output_directory_problems(config: RunConfig) -> Iterator[str]:
     """A line for each directory to write to that is an address: it would become a local directory called `s3:`."""
-    settings = flatten_settings(plain_settings(config))
+    settings = flatten_settings(settings_as_dict(config))
     for key in OUTPUT_DIRECTORY_KEYS:
         directory = settings.get(key)
         if directory is None or "://" not in directory:
@@ -373,7 +373,7 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
 
 def _tuning_problems(config: RunConfig) -> Iterator[str]:
     """Error messages about what the tuning method does not go with: strategy, precision, data, objective and others."""
-    kind = family_of(config.objective).kind
+    kind = objective_family(config.objective).kind
     run_facts = RunFacts(
         strategy=config.strategy,
         precision=config.precision,

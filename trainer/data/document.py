@@ -177,7 +177,7 @@ def thought_of(message: Message) -> str | None:
 
 
 @dataclass(slots=True)
-class Row:
+class SourceRow:
     """One row of a source, as it was read."""
 
     file: str
@@ -191,7 +191,7 @@ class Row:
     derived_columns: tuple[str, ...] = ()
     """Columns that reading made: the file has none of that name."""
 
-    def parse(self) -> Row | Rejected:
+    def parse(self) -> SourceRow | RejectedRow:
         """The row with its `fields` set, or why it cannot be read. Never raises for what the row holds."""
         return self
 
@@ -210,7 +210,7 @@ def excerpt(text_or_bytes: bytes | str) -> str:
 
 
 @dataclass(slots=True)
-class Rejected:
+class RejectedRow:
     """A row that cannot be read, or that is no document; it goes to quarantine."""
 
     file: str
@@ -222,8 +222,8 @@ class Rejected:
     excerpt: str = ""
     """The row's first characters."""
 
-    def parse(self) -> Rejected:
-        """Return self, so that callers can parse a row without asking whether it is a `Row` or `Rejected`."""
+    def parse(self) -> RejectedRow:
+        """Return self, so that callers can parse a row without asking whether it is a `SourceRow` or `RejectedRow`."""
         return self
 
     def __str__(self) -> str:

@@ -50,7 +50,7 @@ class KeptColumns:
     def values_of(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The values that are kept of a row, by column. A column that is null or missing is left out, unless it is required.
 
-        `ground_truth` is also taken from inside the column `reward_model`, where verl's data sets have it. Raises Refusal:
+        `ground_truth` is also taken from inside the column `reward_model`, where verl's data sets have it. Raises RowError:
         missing_reward_column, or the refusal of a value that could not be read.
         """
         names = list(fields) if self.all else [*self.required, *self.optional]
@@ -61,16 +61,16 @@ class KeptColumns:
             kept_values["ground_truth"] = verl_column["ground_truth"]
         for name in self.required:
             if name not in kept_values:
-                raise Refusal(
+                raise RowError(
                     "missing_reward_column", f"no column {name!r}, which a reward needs; the row has {sorted(fields)}"
                 )
         for name, value in kept_values.items():
             if isinstance(value, Fault):
-                raise Refusal(value.reason, f'column "{name}": {value.message}')
+                raise RowError(value.reason, f'column "{name}": {value.message}')
         return kept_values
 
 
-class Refusal(Exception):
+class RowError(Exception):
     """Why a row is no document: a reason code to count by, and a message with the value and the constraint."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -87,7 +87,7 @@ def show_value(value: Any) -> str:
 def value_at(fields: dict[str, Any], column: str) -> Any:
     """The value of a column. `a.b` is `b` inside the column `a`, and `a.0` the first element of the list in `a`.
 
-    Raises KeyError if there is no such value, Refusal if it, or a value that it is inside of, could not be read.
+    Raises KeyError if there is no such value, RowError if it, or a value that it is inside of, could not be read.
     """
     # A column that is itself called `a.b` goes first.
     path = [column] if column in fields else column.split(".")
@@ -99,7 +99,7 @@ def value_at(fields: dict[str, Any], column: str) -> Any:
         elif isinstance(node, dict) and key in node:
             node = node[key]
         elif isinstance(node, Fault):
-            raise Refusal(node.reason, f'column "{column}": {node.message}')
+            raise RowError(node.reason, f'column "{column}": {node.message}')
         else:
             raise KeyError(column)
     return node
@@ -108,13 +108,13 @@ def value_at(fields: dict[str, Any], column: str) -> Any:
 def parse_group(fields: dict[str, Any], column: str) -> str:
     """The group that a row belongs to, as text, from its column `column`: " a " -> "a", 7 -> "7", 7.0 -> "7".
 
-    Raises Refusal (missing_group) if the column is missing, or holds neither a text nor a whole number.
+    Raises RowError (missing_group) if the column is missing, or holds neither a text nor a whole number.
     """
     try:
         group = value_at(fields, column)
     except KeyError:
         message = f"no column {column!r} (data.group_by); the row has {sorted(fields)}"
-        raise Refusal("missing_group", message) from None
+        raise RowError("missing_group", message) from None
     if isinstance(group, str) and group.strip():
         return group.strip()
     is_int = isinstance(group, int) and not isinstance(group, bool)
@@ -122,7 +122,7 @@ def parse_group(fields: dict[str, Any], column: str) -> str:
     is_whole_float = isinstance(group, float) and group.is_integer()
     if is_int or is_whole_float:
         return str(int(group))
-    raise Refusal(
+    raise RowError(
         "missing_group", f'"{column}" (data.group_by) is {show_value(group)}; it must be a text or a whole number'
     )
 
@@ -144,7 +144,7 @@ def is_list_of_texts(value: Any) -> bool:
 
 
 def parse_text(fields: dict[str, Any], column: str, shown_name: str | None = None) -> str:
-    """The text in a column, or the only text of the list in it. Raises Refusal: not_text, empty_text.
+    """The text in a column, or the only text of the list in it. Raises RowError: not_text, empty_text.
 
     `shown_name`: what error messages call the text, such as `messages[2].content`; by default the column in quotes.
     """
@@ -154,7 +154,7 @@ def parse_text(fields: dict[str, Any], column: str, shown_name: str | None = Non
         if len(text) > 1:
             # Only a column has a setting that can choose one of its texts.
             advice = "" if shown_name else f", or choose one with data.columns.{column}={column}.0"
-            raise Refusal(
+            raise RowError(
                 "not_text",
                 f"{label} is a list of {len(text)} texts, {show_value(text)}, but must be one text: join them{advice}",
             )
@@ -162,21 +162,21 @@ def parse_text(fields: dict[str, Any], column: str, shown_name: str | None = Non
     if not isinstance(text, str):
         shown_value = show_value(text) if column in fields else "missing"
         correction = f', as "{text}"' if type(text) in (int, float) else ""
-        raise Refusal("not_text", f"{label} is {shown_value}; it must be a text{correction}")
+        raise RowError("not_text", f"{label} is {shown_value}; it must be a text{correction}")
     if not text or text.isspace():
-        raise Refusal("empty_text", f"{label} is an empty text")
+        raise RowError("empty_text", f"{label} is an empty text")
     return text
 
 
 def parse_label(label: Any) -> str:
-    """A class label as text: "a" -> "a", 3 -> "3", 3.0 -> "3", True -> "true". Raises Refusal: bad_label, for anything else."""
+    """A class label as text: "a" -> "a", 3 -> "3", 3.0 -> "3", True -> "true". Raises RowError: bad_label, for anything else."""
     if isinstance(label, bool):
         return "true" if label else "false"
     if isinstance(label, str) and label.strip():
         return label.strip()
     if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):
         return str(int(label))
-    raise Refusal("bad_label", f'"label" is {show_value(label)}; it must be a name, a whole number or true/false')
+    raise RowError("bad_label", f'"label" is {show_value(label)}; it must be a name, a whole number or true/false')
 
 
 def parse_verdict(value: Any) -> bool | None:
@@ -225,14 +225,14 @@ class UnreadColumns:
     """What `_unread_and_refused` returned for rows with the same columns."""
 
     def note(self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]) -> None:
-        """Add the unread columns of a row to `names`. Raises Refusal for one that carries meaning and is not empty.
+        """Add the unread columns of a row to `names`. Raises RowError for one that carries meaning and is not empty.
 
         `unloaded_columns`: further columns of the file, without values in `fields`. `read_columns`: those that are read.
         """
         unread, refused_if_filled = self._unread_and_refused(fields, unloaded_columns, read_columns)
         for name in refused_if_filled:
             if not is_blank_value(fields[name]):
-                raise Refusal(
+                raise RowError(
                     f"unread_{name}",
                     f'column "{name}" would be ignored, but it looks important ({show_value(fields[name])}): map it with '
                     f"{self.setting}, or set data.ignore_columns=[{name}] to train without it",

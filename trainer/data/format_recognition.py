@@ -11,8 +11,8 @@ from typing import Any
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
-from trainer.data.document import Row
-from trainer.data.fields import Refusal, is_surely_verdict, show_value, value_at
+from trainer.data.document import SourceRow
+from trainer.data.fields import RowError, is_surely_verdict, show_value, value_at
 
 FORMAT_NEEDS = {
     DataFormat.messages: '"messages": a list of {"role": "system|user|assistant", "content": "text"}',
@@ -61,7 +61,7 @@ _EXTENDED_FORMATS = {  # a format reads all columns of these formats, and more: 
 
 
 def recognise_format(
-    row: Row,
+    row: SourceRow,
     columns: dict[str, str],
     *,
     source: str = "data",
@@ -84,7 +84,7 @@ def recognise_format(
     row_fields = {name: value for name, value in row.fields.items() if name not in ignored}
     try:
         fields = rename_columns(row_fields, columns, setting)
-    except Refusal as refusal:
+    except RowError as refusal:
         raise DataError(f"{row.file}:{row.line}: {refusal.message}") from None
 
     filled_fields = {name: value for name, value in fields.items() if value is not None}
@@ -149,7 +149,7 @@ def _advice_for_no_format(
     return f"{remedy} to one of\n{needs}"
 
 
-def _hint_for_no_format(row: Row) -> str:
+def _hint_for_no_format(row: SourceRow) -> str:
     """Part of an error message: what a file with such columns often is; empty if that is not known."""
     if "segments" in row.fields:
         return (
@@ -243,7 +243,7 @@ def column_names(fields: dict[str, Any]) -> list[str]:
 
 
 def rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: str) -> dict[str, Any]:
-    """A row's fields, with renamed columns under their expected names. Raises Refusal (missing_column) if one is missing.
+    """A row's fields, with renamed columns under their expected names. Raises RowError (missing_column) if one is missing.
 
     `columns`: the row's name of a column by the expected name: {"prompt": "q"} turns {"q": "Hi", "a": 1} into {"a": 1,
     "prompt": "Hi"}. `setting`: where `columns` comes from, for the message.
@@ -256,7 +256,7 @@ def rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: str
             renamed[expected_name] = value_at(fields, row_name)
         except KeyError:
             message = f"no column {row_name!r} ({setting}.{expected_name}); the row has {column_names(fields)}"
-            raise Refusal("missing_column", message) from None
+            raise RowError("missing_column", message) from None
     row_names = set(columns.values())
     unchanged = {name: value for name, value in fields.items() if name not in row_names}
     return {**unchanged, **renamed}
@@ -331,7 +331,7 @@ def _first_filled_column(fields: dict[str, Any], names: tuple[str, ...]) -> str 
         column = row_name_by_lower_case.get(name, name)
         try:
             value = value_at(fields, column)
-        except (KeyError, Refusal):  # there is none, or it could not be read
+        except (KeyError, RowError):  # there is none, or it could not be read
             continue
         if value is not None:
             return column

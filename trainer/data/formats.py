@@ -1,6 +1,6 @@
 """Reads the rows of a source in one of ten formats: makes a document of every row that fits.
 
-A row that cannot be a document is `Rejected` with a reason and a message, never changed to fit.
+A row that cannot be a document is `RejectedRow` with a reason and a message, never changed to fit.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from trainer.data.config import DataFormat
-from trainer.data.document import Document, Message, Rejected, Row
+from trainer.data.document import Document, Message, RejectedRow, SourceRow
 from trainer.data.fields import (
     MEANINGFUL_COLUMNS,
     VERDICT_SPELLINGS,
     Fault,
     KeptColumns,
-    Refusal,
+    RowError,
     UnreadColumns,
     is_blank_value,
     is_list_of_texts,
@@ -118,18 +118,18 @@ class RowReader:
         """From now on, accept rows with columns that carry meaning but are not read."""
         self.unread.refused = ()
 
-    def __call__(self, row: Row | Rejected) -> Document | Rejected:
+    def __call__(self, row: SourceRow | RejectedRow) -> Document | RejectedRow:
         """The document of a parsed row, or why there is none. A rejected row stays so. Never raises for what a row holds."""
-        if isinstance(row, Rejected):
+        if isinstance(row, RejectedRow):
             return row
         try:
             return self._make_document(row)
-        except Refusal as refusal:
+        except RowError as refusal:
             excerpt = json.dumps(row.fields, ensure_ascii=False, default=str)
-            return Rejected(row.file, row.line, refusal.reason, refusal.message, excerpt)
+            return RejectedRow(row.file, row.line, refusal.reason, refusal.message, excerpt)
 
-    def _make_document(self, row: Row) -> Document:
-        """The document that a row makes in this format. Adds the row's unread columns to `unread`. Raises Refusal."""
+    def _make_document(self, row: SourceRow) -> Document:
+        """The document that a row makes in this format. Adds the row's unread columns to `unread`. Raises RowError."""
         fields = row.fields
         if self.ignored:
             fields = {name: value for name, value in fields.items() if name not in self.ignored}
@@ -141,7 +141,7 @@ class RowReader:
         for name in read_columns:
             value = fields.get(name)
             if isinstance(value, Fault):
-                raise Refusal(value.reason, f'column "{name}": {value.message}')
+                raise RowError(value.reason, f'column "{name}": {value.message}')
         self._fill_document(document, fields, spelling)
         if self.format not in FORMATS_WITHOUT_SYSTEM:
             _add_system_and_tools(document, fields)
@@ -160,7 +160,7 @@ class RowReader:
         """The columns that make this format in a row, such as ("instruction", "output") or ("prompt", "completion").
 
         The first spelling of which the row has every column with a value; if there is none, the first of which it has every
-        column. `unread_columns`: further columns of the row, for the message. Raises Refusal: wrong_format.
+        column. `unread_columns`: further columns of the row, for the message. Raises RowError: wrong_format.
         """
         filled_columns = {name for name, value in fields.items() if value is not None}
         # A table with columns of two spellings leaves one of them empty in each row.
@@ -169,16 +169,16 @@ class RowReader:
                 if present_columns >= {*spelling}:
                     return spelling
         needs = f"{format_setting(self.source)}={self.format.value} needs {FORMAT_NEEDS[self.format]}"
-        raise Refusal("wrong_format", f"columns {sorted([*column_names(fields), *unread_columns])}, but {needs}")
+        raise RowError("wrong_format", f"columns {sorted([*column_names(fields), *unread_columns])}, but {needs}")
 
     def _fill_document(self, document: Document, fields: dict[str, Any], spelling: Spelling) -> None:
-        """Fill a document from the columns of `spelling`, such as ("prompt", "completion"). Raises Refusal."""
+        """Fill a document from the columns of `spelling`, such as ("prompt", "completion"). Raises RowError."""
         last_column = spelling[-1]
         if last_column in ("thumbs", "label") and self.format is DataFormat.thumbs:
             document.desirable = parse_verdict(fields[last_column])
             if document.desirable is None:
                 message = f'"{last_column}" is {show_value(fields[last_column])}; it must be {VERDICT_SPELLINGS}'
-                raise Refusal("bad_label", message)
+                raise RowError("bad_label", message)
             spelling = spelling[:-1]  # what is judged: a prompt with its completion, or a conversation
         if self.format is DataFormat.prompt:
             _read_prompt_alone(document, fields, spelling, self.ignored)
@@ -198,7 +198,7 @@ class RowReader:
 def _read_prompt_and_completion(
     document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]
 ) -> None:
-    """Fill a document from a column for the prompt and one for the completion. Raises Refusal.
+    """Fill a document from a column for the prompt and one for the completion. Raises RowError.
 
     - One of them holds turns: the document becomes a conversation (`messages`).
     - Both are texts: `prompt`, `completion` and `separator`. An instruction is followed by its input, and earlier turns in
@@ -224,7 +224,7 @@ def _read_prompt_and_completion(
 def _prompt_and_completion_turns(
     fields: dict[str, Any], prompt_column: str, completion_column: str, ignored: Collection[str]
 ) -> list[Message]:
-    """The turns of a prompt, followed by those of its completion; each column holds turns or a text. Raises Refusal.
+    """The turns of a prompt, followed by those of its completion; each column holds turns or a text. Raises RowError.
 
     Answers in the prompt are context: they get `"train": False`, unless the row says otherwise.
     """
@@ -235,14 +235,14 @@ def _prompt_and_completion_turns(
             turn.setdefault("train", False)
     if all(turn["role"] != "assistant" for turn in completion_turns):
         message = f'"{completion_column}" has no assistant turn; there is nothing to learn'
-        raise Refusal("no_assistant_turn", message)
+        raise RowError("no_assistant_turn", message)
     return require_learnable([*prompt_turns, *completion_turns])
 
 
 def _read_prompt_alone(
     document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]
 ) -> None:
-    """Fill a document with a prompt from the one column of `spelling`. Raises Refusal.
+    """Fill a document with a prompt from the one column of `spelling`. Raises RowError.
 
     - The column is a text: `prompt`, with the column `input` behind an instruction.
     - It holds turns: `messages` up to the last turn that is no answer; the first of the answers behind it is the `completion`.
@@ -257,7 +257,7 @@ def _read_prompt_alone(
     while turns and turns[-1]["role"] == "assistant":
         document.completion = turns.pop()["content"]
     if not turns:
-        raise Refusal("no_prompt", f'"{column}" has no turn before its answer')
+        raise RowError("no_prompt", f'"{column}" has no turn before its answer')
     document.messages = turns
 
 
@@ -276,7 +276,7 @@ def _turns_or_text(fields: dict[str, Any], column: str, role: str, ignored: Coll
 
 
 def _read_preference(document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]) -> None:
-    """Fill a document with a pair of answers: `messages` (the prompt), `chosen` and `rejected`. Raises Refusal.
+    """Fill a document with a pair of answers: `messages` (the prompt), `chosen` and `rejected`. Raises RowError.
 
     The prompt is in the first of three columns; if there are only two columns, it is what both conversations begin with.
     """
@@ -296,7 +296,7 @@ def _read_preference(document: Document, fields: dict[str, Any], spelling: Spell
 
 
 def _add_system_and_tools(document: Document, fields: dict[str, Any]) -> None:
-    """Add the columns "system" and "tools" of a row to its document, if the row has them. Raises Refusal.
+    """Add the columns "system" and "tools" of a row to its document, if the row has them. Raises RowError.
 
     A document with a prompt and a completion becomes a conversation.
     """
@@ -313,13 +313,13 @@ def _add_system_and_tools(document: Document, fields: dict[str, Any]) -> None:
 def _add_system(document: Document, system: str) -> None:
     """Put the text of a "system" column before the conversation; a prompt and its completion become one.
 
-    Does nothing if the conversation begins with this system turn. Raises Refusal if it begins with another one.
+    Does nothing if the conversation begins with this system turn. Raises RowError if it begins with another one.
     """
     if document.prompt is not None:
         document.messages = document.take_turns()
     messages = document.messages or []
     if messages and messages[0]["role"] == "system":
         if messages[0]["content"] != system:
-            raise Refusal("two_system_turns", 'the "system" column differs from the system turn of the conversation')
+            raise RowError("two_system_turns", 'the "system" column differs from the system turn of the conversation')
         return
     document.messages = [{"role": "system", "content": system}, *messages]

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from trainer.data.document import Message
-from trainer.data.fields import MEDIA_KEYS, Refusal, is_blank_value, is_list_of_texts, parse_text, show_value
+from trainer.data.fields import MEDIA_KEYS, RowError, is_blank_value, is_list_of_texts, parse_text, show_value
 
 ROLE_NAMES = {  # what rows may say -> what chat templates know
     "system": "system",
@@ -43,21 +43,21 @@ _SPEAKER_REGEX = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
 def parse_turns(value: Any, column: str, needs: str, ignored: Collection[str] = ()) -> list[Message]:
-    """The messages in a column of a row, with the roles and keys of either convention. Raises Refusal.
+    """The messages in a column of a row, with the roles and keys of either convention. Raises RowError.
 
     Example: [{"from": "human", "value": "Hi"}] -> [{"role": "user", "content": "Hi"}].
     `value`: that of the column. `needs` says in error messages what it must be. `ignored`: keys of turns that are left out.
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         fault = f'"{column}" is a JSON text, {show_value(value)}; parse it first: it must be a list of messages'
-        raise Refusal("bad_messages", f"{fault}, not a text of one")
+        raise RowError("bad_messages", f"{fault}, not a text of one")
     if not isinstance(value, list) or not value:
-        raise Refusal("bad_messages", f'"{column}" is {show_value(value)}; it must be {needs}')
+        raise RowError("bad_messages", f'"{column}" is {show_value(value)}; it must be {needs}')
     return [_read_turn(turn, f"{column}[{number}]", ignored) for number, turn in enumerate(value, 1)]
 
 
 def parse_transcript(transcript: str, column: str) -> list[Message]:
-    """The messages of a text in which every turn begins with its speaker, as in the HH-RLHF data. Raises Refusal.
+    """The messages of a text in which every turn begins with its speaker, as in the HH-RLHF data. Raises RowError.
 
     Example: "\\n\\nHuman: Hi\\n\\nAssistant: Hello" -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content":
     "Hello"}]. `column`: the column that holds it, for messages. The data: Bai et al. 2022, arXiv:2204.05862.
@@ -65,7 +65,7 @@ def parse_transcript(transcript: str, column: str) -> list[Message]:
     # The split gives what stands before the first speaker, then speaker and text in turn: ["", "Human", " Hi", ...].
     before_first, *speakers_and_texts = _SPEAKER_REGEX.split(parse_text({column: transcript}, column))
     if before_first.strip() or not speakers_and_texts:
-        raise Refusal("no_prompt", f'"{column}" is a text; add its "prompt", or give it as a list of messages')
+        raise RowError("no_prompt", f'"{column}" is a text; add its "prompt", or give it as a list of messages')
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = []
     for speaker, text in zip(speakers_and_texts[::2], speakers_and_texts[1::2], strict=True):
@@ -74,13 +74,15 @@ def parse_transcript(transcript: str, column: str) -> list[Message]:
 
 
 def _read_turn(turn: Any, shown_name: str, ignored: Collection[str]) -> Message:
-    """A turn of a row as a `Message`. Raises Refusal.
+    """A turn of a row as a `Message`. Raises RowError.
 
     Example: {"from": "human", "value": "Hi"} -> {"role": "user", "content": "Hi"}. `shown_name`: what error messages call the
     turn, such as `messages[2]`. `ignored`: keys that are left out.
     """
     if not isinstance(turn, dict):
-        raise Refusal("bad_messages", f'{shown_name} is {show_value(turn)}; it must be {{"role": ..., "content": ...}}')
+        raise RowError(
+            "bad_messages", f'{shown_name} is {show_value(turn)}; it must be {{"role": ..., "content": ...}}'
+        )
     # OpenAI's convention is role and content, that of ShareGPT is from and value.
     role_key = "from" if "from" in turn and "role" not in turn else "role"
     text_key = "content"
@@ -111,13 +113,13 @@ def _read_turn(turn: Any, shown_name: str, ignored: Collection[str]) -> Message:
 def _training_fields(turn: dict[str, Any], shown_name: str, role: str, ignored: Collection[str]) -> Message:
     """The fields of a message that say how its turn is learned: `train`, and `weight` if it is between 0 and 1.
 
-    Empty if the turn does not say. Raises Refusal for a tool's result that is to be learned.
+    Empty if the turn does not say. Raises RowError for a tool's result that is to be learned.
     """
     weight = _parse_loss_weight(turn, shown_name, ignored)
     if weight is None:
         return {}
     if weight > 0 and role == "tool":
-        raise Refusal("bad_train", f"{shown_name} is the result of a tool and marked as learned; results are context")
+        raise RowError("bad_train", f"{shown_name} is the result of a tool and marked as learned; results are context")
     fields: Message = {"train": weight > 0}
     if 0 < weight < 1:
         fields["weight"] = weight
@@ -125,7 +127,7 @@ def _training_fields(turn: dict[str, Any], shown_name: str, role: str, ignored: 
 
 
 def _template_role(row_role: Any, shown_name: str) -> str:
-    """The role that chat templates know for a role in a row: "human" -> "user". Raises Refusal: unknown_role."""
+    """The role that chat templates know for a role in a row: "human" -> "user". Raises RowError: unknown_role."""
     if isinstance(row_role, str) and row_role in ROLE_NAMES:
         return ROLE_NAMES[row_role]
     lower_case_role = row_role.strip().lower() if isinstance(row_role, str) else ""
@@ -133,15 +135,15 @@ def _template_role(row_role: Any, shown_name: str) -> str:
         remedy = f"write {lower_case_role!r}"
     else:
         remedy = f"known roles are {', '.join(ROLE_NAMES)}"
-    raise Refusal("unknown_role", f"{shown_name} is {show_value(row_role)}; {remedy}")
+    raise RowError("unknown_role", f"{shown_name} is {show_value(row_role)}; {remedy}")
 
 
 def _thought_calls_and_ids(turn: dict[str, Any], shown_name: str, role: str, ignored: Collection[str]) -> Message:
     """The fields of a message beside role and content: `reasoning_content`, `tool_calls`, and of a tool's result its ids.
 
     Example: {"role": "assistant", "thinking": "Hm.", ...} -> {"reasoning_content": "Hm."}. A turn may have its thought or its
-    calls under several keys. `ignored`: keys that are left out. Raises Refusal for a thought or a call outside an assistant turn,
-    and for two thoughts that differ.
+    calls under several keys. `ignored`: keys that are left out. Raises RowError for a thought or a call outside an assistant
+    turn, and for two thoughts that differ.
     """
     fields: Message = {}
     for key in (*_THOUGHT_KEYS, *_CALL_KEYS):
@@ -149,7 +151,7 @@ def _thought_calls_and_ids(turn: dict[str, Any], shown_name: str, role: str, ign
         if value is None or key in ignored or is_blank_value(value):
             continue
         if role != "assistant":
-            raise Refusal(
+            raise RowError(
                 f"turn_{key}", f"{shown_name} has {key} ({show_value(value)}), which only assistant turns may have"
             )
         if key in _CALL_KEYS:
@@ -157,9 +159,11 @@ def _thought_calls_and_ids(turn: dict[str, Any], shown_name: str, role: str, ign
             continue
         thought = parse_text(turn, key, f"{shown_name}.{key}")
         if fields.setdefault("reasoning_content", thought) != thought:
-            raise Refusal("two_thoughts", f"{shown_name} has two thoughts that differ ({', '.join(_THOUGHT_KEYS)})")
+            raise RowError("two_thoughts", f"{shown_name} has two thoughts that differ ({', '.join(_THOUGHT_KEYS)})")
     if "reasoning_content" in fields and "</think>" in str(turn.get("content") or turn.get("value") or ""):
-        raise Refusal("two_thoughts", f"{shown_name} has a thought of its own and one in its content; give one of them")
+        raise RowError(
+            "two_thoughts", f"{shown_name} has a thought of its own and one in its content; give one of them"
+        )
     if role == "tool":
         # Which tool answers, and which call it answers.
         for key in ("name", "tool_call_id"):
@@ -169,7 +173,7 @@ def _thought_calls_and_ids(turn: dict[str, Any], shown_name: str, role: str, ign
 
 
 def _refuse_unread_keys(turn: dict[str, Any], shown_name: str, ignored: Collection[str]) -> None:
-    """Raise Refusal if a turn has a key of `_UNREAD_KEYS` with a value: images and sound, or a mask.
+    """Raise RowError if a turn has a key of `_UNREAD_KEYS` with a value: images and sound, or a mask.
 
     Null counts as no value; an empty image does too, but not an empty mask or a mask of 0, which says something.
     """
@@ -182,11 +186,11 @@ def _refuse_unread_keys(turn: dict[str, Any], shown_name: str, ignored: Collecti
         if is_mask:
             remedy = 'use "train": false to exclude the turn, or "weight": 0 to 1'
         fault = f"{shown_name} has {key} ({show_value(value)}), which shardtune does not know"
-        raise Refusal(f"turn_{key}", f"{fault}: {remedy}, or name {key} in data.ignore_columns to train without it")
+        raise RowError(f"turn_{key}", f"{fault}: {remedy}, or name {key} in data.ignore_columns to train without it")
 
 
 def _parse_content(turn: dict[str, Any], key: str, shown_name: str) -> str:
-    """The text of a turn, which stands under `key`. Raises Refusal.
+    """The text of a turn, which stands under `key`. Raises RowError.
 
     Parts as in OpenAI's convention are joined: [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}] -> "ab".
     `shown_name`: what error messages call the text.
@@ -201,7 +205,7 @@ def _parse_content(turn: dict[str, Any], key: str, shown_name: str) -> str:
             text = part.get("text") or part.get("value")
         if not isinstance(text, str):
             needs = '{"type": "text", "text": ...}'
-            raise Refusal("not_text", f"{shown_name}[{number}] is {show_value(part)}; parts must be {needs}")
+            raise RowError("not_text", f"{shown_name}[{number}] is {show_value(part)}; parts must be {needs}")
         texts.append(text)
     return parse_text({key: "".join(texts)}, key, shown_name)
 
@@ -209,7 +213,7 @@ def _parse_content(turn: dict[str, Any], key: str, shown_name: str) -> str:
 def _parse_loss_weight(turn: dict[str, Any], shown_name: str, ignored: Collection[str]) -> float | None:
     """How much a turn counts in the loss, from 0 (not learned) to 1. None if the turn does not say.
 
-    {"weight": 0.5} -> 0.5; {"train": false} -> 0; {"masked": true} -> 0; {"train": true, "weight": 0.5} -> 0.5. Raises Refusal
+    {"weight": 0.5} -> 0.5; {"train": false} -> 0; {"masked": true} -> 0; {"train": true, "weight": 0.5} -> 0.5. Raises RowError
     if a key has a wrong value, or if two keys contradict each other.
     """
     keys = [key for key in (*_WEIGHT_KEYS, "train", "masked") if turn.get(key) is not None]
@@ -220,7 +224,7 @@ def _parse_loss_weight(turn: dict[str, Any], shown_name: str, ignored: Collectio
         if key in _WEIGHT_KEYS:
             weights.add(_require_weight(turn[key], f"{shown_name}.{key}"))
         elif not isinstance(turn[key], bool):
-            raise Refusal("bad_train", f"{shown_name}.{key} is {show_value(turn[key])}; it must be true or false")
+            raise RowError("bad_train", f"{shown_name}.{key} is {show_value(turn[key])}; it must be true or false")
         else:
             is_learned = not turn[key] if key == "masked" else turn[key]
             weights.add(1.0 if is_learned else 0.0)
@@ -230,32 +234,32 @@ def _parse_loss_weight(turn: dict[str, Any], shown_name: str, ignored: Collectio
     # "train": true (1.0) beside a weight above 0 agrees with it.
     agreeing_weights = {lowest, 1.0} if lowest > 0 else {lowest}
     if weights - agreeing_weights:
-        raise Refusal("bad_train", f"{shown_name}: {', '.join(keys)} contradict each other")
+        raise RowError("bad_train", f"{shown_name}: {', '.join(keys)} contradict each other")
     return lowest
 
 
 def _require_weight(value: Any, shown_name: str) -> float:
-    """A loss weight from a row as a float: 0, or from `MIN_WEIGHT` to 1. Raises Refusal (bad_weight) for anything else."""
+    """A loss weight from a row as a float: 0, or from `MIN_WEIGHT` to 1. Raises RowError (bad_weight) for anything else."""
     if not isinstance(value, int | float):
-        raise Refusal("bad_weight", f"{shown_name} is {show_value(value)}; it must be a number from 0 to 1")
+        raise RowError("bad_weight", f"{shown_name} is {show_value(value)}; it must be a number from 0 to 1")
     is_allowed = value == 0 or MIN_WEIGHT <= value <= 1  # NaN is neither
     if not is_allowed:
         allowed = f"a number from 0 to 1 (what is not 0 at least {MIN_WEIGHT:g})"
-        raise Refusal("bad_weight", f"{shown_name} is {show_value(value)}; it must be {allowed}")
+        raise RowError("bad_weight", f"{shown_name} is {show_value(value)}; it must be {allowed}")
     return float(value)
 
 
 def require_learnable(turns: list[Message]) -> list[Message]:
-    """The same turns, after a check that the conversation begins as it must and has a turn to train on. Raises Refusal."""
+    """The same turns, after a check that the conversation begins as it must and has a turn to train on. Raises RowError."""
     roles = [turn["role"] for turn in turns]
     if roles[0] in ("assistant", "tool"):
         message = f"the conversation begins with a turn of the {roles[0]}; it must begin with a system or a user turn"
-        raise Refusal(f"{roles[0]}_first", message)
+        raise RowError(f"{roles[0]}_first", message)
     if "assistant" not in roles:
         message = f"the conversation has no assistant turn (roles: {', '.join(roles)}); there is nothing to learn"
-        raise Refusal("no_assistant_turn", message)
+        raise RowError("no_assistant_turn", message)
     if not any(turn.get("train", turn["role"] == "assistant") for turn in turns):
-        raise Refusal("no_learned_turn", "every assistant turn is marked as not learned; there is nothing to learn")
+        raise RowError("no_learned_turn", "every assistant turn is marked as not learned; there is nothing to learn")
     return turns
 
 
@@ -271,11 +275,11 @@ def split_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mess
     """A preference pair, from a prompt (perhaps empty) and two answers, or two whole conversations.
 
     If there is no prompt, or one of the two does not begin with an assistant turn, they are whole conversations. The turns with
-    which both begin are then the prompt of the pair, and must contain `prompt`. Raises Refusal: identical_pair, no_prompt,
+    which both begin are then the prompt of the pair, and must contain `prompt`. Raises RowError: identical_pair, no_prompt,
     no_answer, differing_prompts, assistant_first.
     """
     if chosen == rejected:
-        raise Refusal("identical_pair", '"chosen" and "rejected" are the same; there is nothing to prefer')
+        raise RowError("identical_pair", '"chosen" and "rejected" are the same; there is nothing to prefer')
     are_conversations = not prompt or chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant"
     if are_conversations:
         num_shared = _num_shared_turns(chosen, rejected)
@@ -285,17 +289,17 @@ def split_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mess
         shared_contents = {turn["content"].strip() for turn in shared_turns}
         if any(turn["content"].strip() not in shared_contents for turn in prompt):
             message = '"chosen" and "rejected" are conversations that do not both begin with the prompt of the row'
-            raise Refusal("differing_prompts", message)
+            raise RowError("differing_prompts", message)
         prompt = shared_turns
     for column, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer:
-            raise Refusal("no_answer", f'"{column}" has no answer of its own after the turns that both share')
+            raise RowError("no_answer", f'"{column}" has no answer of its own after the turns that both share')
     if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-        raise Refusal("differing_prompts", '"chosen" and "rejected" answer different prompts; they must share one')
+        raise RowError("differing_prompts", '"chosen" and "rejected" answer different prompts; they must share one')
     if not prompt:
-        raise Refusal("no_prompt", '"chosen" and "rejected" have no prompt; add "prompt", or the turns before them')
+        raise RowError("no_prompt", '"chosen" and "rejected" have no prompt; add "prompt", or the turns before them')
     if prompt[0]["role"] == "assistant":
-        raise Refusal("assistant_first", "the prompt begins with an assistant turn; it must begin with a user turn")
+        raise RowError("assistant_first", "the prompt begins with an assistant turn; it must begin with a user turn")
     return PreferencePair(prompt, chosen, rejected)
 
 
@@ -308,7 +312,7 @@ def _num_shared_turns(first: list[Message], second: list[Message]) -> int:
 
 
 def parse_history(value: Any) -> list[Message]:
-    """Earlier turns of a conversation, from a list of pairs [question, answer], or from one such pair. Raises Refusal.
+    """Earlier turns of a conversation, from a list of pairs [question, answer], or from one such pair. Raises RowError.
 
     Example: [["Hi", "Hello"]] -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}].
     """
@@ -316,7 +320,7 @@ def parse_history(value: Any) -> list[Message]:
     turns = []
     for number, pair in enumerate(pairs, 1):
         if not is_list_of_texts(pair) or len(pair) != 2:
-            raise Refusal("bad_history", f"history[{number}] is {show_value(pair)}; it must be [question, answer]")
+            raise RowError("bad_history", f"history[{number}] is {show_value(pair)}; it must be [question, answer]")
         for role, text in zip(("user", "assistant"), pair, strict=True):
             turns.append({"role": role, "content": parse_text({role: text}, role, f"history[{number}]")})
     return turns
@@ -326,13 +330,13 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
     """The tools in a column of a row: a list of JSON schemas, or a JSON text of one. None if there are none.
 
     A function without its wrapping, OpenAI's older form, is wrapped: {"name": "search"} -> {"type": "function", "function":
-    {"name": "search"}}. Raises Refusal: bad_tools.
+    {"name": "search"}}. Raises RowError: bad_tools.
     """
     if value is None or is_blank_value(value):
         return None
     row_tools = _json_list(value)
     if not isinstance(row_tools, list):
-        raise Refusal(
+        raise RowError(
             "bad_tools", f'"tools" is {show_value(value)}; it must be a list of JSON schemas, or a JSON text of it'
         )
     tools = []
@@ -343,7 +347,7 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
         function_name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(function_name, str) or not function_name.strip():
             needs = '{"name": ..., "description": ..., "parameters": {...}}, perhaps below "function"'
-            raise Refusal("bad_tools", f"tools[{number}] is {show_value(tool)}; it must be {needs}")
+            raise RowError("bad_tools", f"tools[{number}] is {show_value(tool)}; it must be {needs}")
         tools.append(tool)
     return _require_json(tools, "tools")
 
@@ -358,10 +362,10 @@ def lists_all_tools(system: str, tools: list[dict[str, Any]]) -> bool:
 
 
 def parse_tool_calls(value: Any, shown_name: str) -> list[dict[str, Any]]:
-    """The tool calls of a turn, from one call, a list of calls, or a JSON text of either. Raises Refusal: bad_tool_calls."""
+    """The tool calls of a turn, from one call, a list of calls, or a JSON text of either. Raises RowError: bad_tool_calls."""
     row_calls = _json_list(value)
     if not isinstance(row_calls, list) or not row_calls:
-        raise Refusal(
+        raise RowError(
             "bad_tool_calls",
             f"{shown_name} is {show_value(value)}; it must be a call or a list of calls, each {_CALL_FORM}",
         )
@@ -374,7 +378,7 @@ def _parse_tool_call(row_call: Any, shown_name: str) -> dict[str, Any]:
 
     The row may have it with or without "function" around it, and arguments as an object or as a JSON text of one: {"name":
     "search", "arguments": "{\\"query\\": \\"weather\\"}"} gets the arguments {"query": "weather"}. Arguments that are another
-    text stay as they are; missing ones become {}. `shown_name`: what error messages call it. Raises Refusal.
+    text stay as they are; missing ones become {}. `shown_name`: what error messages call it. Raises RowError.
     """
     function = row_call.get("function", row_call) if isinstance(row_call, dict) else None
     if not isinstance(function, dict):
@@ -388,7 +392,7 @@ def _parse_tool_call(row_call: Any, shown_name: str) -> dict[str, Any]:
         arguments = {}
     has_name = isinstance(function_name, str) and bool(function_name.strip())
     if not has_name or not isinstance(arguments, dict | str):
-        raise Refusal("bad_tool_calls", f"{shown_name} is {show_value(row_call)}; a call must be {_CALL_FORM}")
+        raise RowError("bad_tool_calls", f"{shown_name} is {show_value(row_call)}; a call must be {_CALL_FORM}")
     call: dict[str, Any] = {}
     if isinstance(row_call.get("id"), str) and row_call["id"]:
         call["id"] = row_call["id"]
@@ -396,11 +400,11 @@ def _parse_tool_call(row_call: Any, shown_name: str) -> dict[str, Any]:
 
 
 def _require_json(calls_or_tools: Any, shown_name: str) -> Any:
-    """The calls or tools themselves, if they can be written as JSON in UTF-8. Raises Refusal: bad_tools."""
+    """The calls or tools themselves, if they can be written as JSON in UTF-8. Raises RowError: bad_tools."""
     try:
         json.dumps(calls_or_tools, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
-        raise Refusal("bad_tools", f"{shown_name} cannot be written as JSON: {error}") from None
+        raise RowError("bad_tools", f"{shown_name} cannot be written as JSON: {error}") from None
     return calls_or_tools
 
 

@@ -58,7 +58,7 @@ class DataSpec:
     # -- while data is prepared ------------------------------------------------------------------------------------
 
     def label(self, value: Any) -> str:
-        """The label of a labelled row as one text. Raises Refusal."""
+        """The label of a labelled row as one text. Raises RowError."""
         return parse_label(value)
 
     def refusal_of(self, document: Document) -> tuple[str, str] | None:

@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 from strategies.errors import DataError
-from trainer.data.document import MAX_EXAMPLES, WRONG_KIND_REASON, Findings, Rejected, Tally
+from trainer.data.document import MAX_EXAMPLES, WRONG_KIND_REASON, Findings, RejectedRow, Tally
 from trainer.data.fields import MAX_REMEMBERED_NAMES
 from trainer.data.selection.splits import Columns
 from trainer.data.store.documents import DOCUMENTS_FILE, schema
@@ -39,7 +39,7 @@ class Block:
     """Rows read."""
     rows_of_file: dict[str, int] = field(default_factory=dict)
     """Rows read, by file."""
-    bad: list[Rejected] = field(default_factory=list)
+    bad: list[RejectedRow] = field(default_factory=list)
     """Rows in quarantine, lost although no setting asked for it (but a check's `quarantine`): unreadable, refused by the chat
     template, or with nothing left to learn."""
     tally: Tally = field(default_factory=Tally)
@@ -84,7 +84,7 @@ class Totals:
     kept: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Documents kept, by (split, source)."""
     rows_of_file: Counter[str] = field(default_factory=Counter)
-    bad: list[Rejected] = field(default_factory=list)
+    bad: list[RejectedRow] = field(default_factory=list)
     """The first few bad rows."""
     bad_reasons: Counter[str] = field(default_factory=Counter)
     """How many rows were bad, by reason."""
@@ -237,7 +237,7 @@ class Assembly:
     def _example_lines(self, num_bad: int) -> list[str]:
         """Lines of the error: the first bad row of each message, and how many more there are of all `num_bad`."""
         reasons = self.totals.bad_reasons
-        first_row_by_message: dict[str, Rejected] = {}
+        first_row_by_message: dict[str, RejectedRow] = {}
         for bad_row in self.totals.bad:
             first_row_by_message.setdefault(bad_row.message, bad_row)
         lines = [f"  {bad_row}" for bad_row in first_row_by_message.values()]
@@ -343,7 +343,7 @@ def load_block(path: Path) -> Block:
     )
     return Block(
         **{name: json_fields[name] for name in JSON_FIELDS},
-        bad=[Rejected(**rejected_fields) for rejected_fields in json_fields["bad"]],
+        bad=[RejectedRow(**rejected_fields) for rejected_fields in json_fields["bad"]],
         tally=Tally(**tally_fields),
         documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), schema()),
         pieces=arrays["pieces"],

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from strategies.errors import ConfigError, DataError, StorageError
 from trainer.data.config import HELD_OUT, BalanceConfig, DataConfig, DataFormat, FilterConfig, Layout, PrivacyConfig
-from trainer.data.document import Document, Rejected, Row
+from trainer.data.document import Document, RejectedRow, SourceRow
 from trainer.data.fields import KeptColumns, parse_label
 from trainer.data.format_recognition import recognise_format
 from trainer.data.formats import RowReader
@@ -36,7 +36,7 @@ class RowRange:
     source: str
     offset: int
     """Number of rows of the same split and source before this range."""
-    rows: list[Row | Rejected]
+    rows: list[SourceRow | RejectedRow]
 
 
 @dataclass(slots=True)
@@ -246,13 +246,15 @@ def make_row_readers(
         readers[source_input.id] = reader
         source_input.needed_columns = reader.needed_columns
         document = reader(first_row)
-        if isinstance(document, Rejected) and document.reason.startswith(("unread_", "missing_reward_column")):
+        if isinstance(document, RejectedRow) and document.reason.startswith(("unread_", "missing_reward_column")):
             # Every row has the columns that the first one has: stop before any work.
             raise DataError(str(document))
     return readers
 
 
-def _first_row_and_format(source_input: Input, preferred: tuple[DataFormat, ...]) -> tuple[Row | Rejected, DataFormat]:
+def _first_row_and_format(
+    source_input: Input, preferred: tuple[DataFormat, ...]
+) -> tuple[SourceRow | RejectedRow, DataFormat]:
     """(first row of an input, the format in which all its rows are read).
 
     If the settings name no format, it is recognised from the first row that can be read, which is then the row returned. Prompts
@@ -273,30 +275,32 @@ def _first_row_and_format(source_input: Input, preferred: tuple[DataFormat, ...]
     return first_row, format
 
 
-def _needs_group(source_input: Input, first_row: Row | Rejected) -> bool:
+def _needs_group(source_input: Input, first_row: SourceRow | RejectedRow) -> bool:
     """Whether every row of an input must have the column of groups: training rows, and held-out rows if the first one has it."""
-    if source_input.split == "train" or isinstance(first_row, Rejected):
+    if source_input.split == "train" or isinstance(first_row, RejectedRow):
         return True
     column = (source_input.group or "").split(".")[0]
     return column in first_row.fields
 
 
-def _first_readable_row(source_input: Input) -> Row:
+def _first_readable_row(source_input: Input) -> SourceRow:
     """The first row of an input that can be read. Raises DataError if none of its first `MAX_UNREADABLE_ROWS` can."""
-    first_rejected: Rejected | None = None
+    first_rejected: RejectedRow | None = None
     for row in islice(source_input.origin.rows(), MAX_UNREADABLE_ROWS):
         parsed = row.parse()
-        if isinstance(parsed, Row):
+        if isinstance(parsed, SourceRow):
             return parsed
         first_rejected = first_rejected or parsed
     raise DataError(f"{first_rejected}; no row of the first {MAX_UNREADABLE_ROWS} can be read")
 
 
-def rows_of_inputs(inputs: list[Input], max_documents: int | None) -> Iterator[tuple[tuple[str, str], Row | Rejected]]:
+def rows_of_inputs(
+    inputs: list[Input], max_documents: int | None
+) -> Iterator[tuple[tuple[str, str], SourceRow | RejectedRow]]:
     """((split, source), row) of all inputs in order; of the training split only the first `max_documents` rows (None: all)."""
     num_train_rows_left = max_documents
     for source_input in inputs:
-        rows: Iterator[Row | Rejected] = source_input.origin.rows(source_input.needed_columns)
+        rows: Iterator[SourceRow | RejectedRow] = source_input.origin.rows(source_input.needed_columns)
         is_limited = source_input.split == "train" and num_train_rows_left is not None
         if is_limited:
             # So that no file is opened beyond the last row that is used.
@@ -307,7 +311,7 @@ def rows_of_inputs(inputs: list[Input], max_documents: int | None) -> Iterator[t
             yield source_input.id, row
 
 
-def row_ranges(ids_and_rows: Iterator[tuple[tuple[str, str], Row | Rejected]]) -> Iterator[RowRange]:
+def row_ranges(ids_and_rows: Iterator[tuple[tuple[str, str], SourceRow | RejectedRow]]) -> Iterator[RowRange]:
     """Group the rows of `rows_of_inputs` into ranges. A worker turns one range into one block of prepared data.
 
     A range has rows of one input, at most `MAX_RANGE_ROWS` and about `MAX_RANGE_BYTES`. Where a range ends depends on the input
@@ -438,7 +442,7 @@ def _measure_first_block(source_input: Input, make_block: Callable[[RowRange], B
     """Prepare the first range of an input's rows, and measure the block that it becomes. Nothing is written."""
     rows = source_input.origin.rows(source_input.needed_columns)
     first_range = next(row_ranges((source_input.id, row) for row in rows))
-    bytes_read = sum(_row_bytes(row) for row in first_range.rows if isinstance(row, Row))
+    bytes_read = sum(_row_bytes(row) for row in first_range.rows if isinstance(row, SourceRow))
     block = make_block(first_range)
     assert block.sequences is not None and block.documents is not None
     sequences = block.sequences
@@ -450,7 +454,7 @@ def _measure_first_block(source_input: Input, make_block: Callable[[RowRange], B
     return _MeasuredBlock(bytes_read, len(first_range.rows), block.documents.nbytes + token_bytes + column_bytes)
 
 
-def _row_bytes(row: Row) -> int:
+def _row_bytes(row: SourceRow) -> int:
     """Bytes of a row in its text file; of a row of a table, those it would have as JSON."""
     if isinstance(row, Line):
         return len(row.raw) + 1  # and its line break

@@ -22,7 +22,7 @@ from strategies.errors import ShardtuneError
 from strategies.parent_death import die_with_parent
 from trainer.data.compat import close_own_writer
 from trainer.data.config import CleaningConfig, DataConfig, FilterConfig, PrivacyMode
-from trainer.data.document import EXCERPT_CHARACTERS, Document, RefusedDocument, Rejected, Stage, Tally
+from trainer.data.document import EXCERPT_CHARACTERS, Document, RefusedDocument, RejectedRow, Stage, Tally
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
 from trainer.data.selection.signatures import Signer, content_json, group_digest
@@ -103,23 +103,23 @@ class BlockMaker:
         documents: list[Document] = []
         for row in row_range.rows:
             document = self._refuse_if_unusable(reader(row.parse()))
-            if isinstance(document, Rejected):
+            if isinstance(document, RejectedRow):
                 self._quarantine(block, document, "read")
             else:
                 documents.append(document)
         block.unread = list(reader.unread.names)
         return documents
 
-    def _refuse_if_unusable(self, document: Document | Rejected) -> Document | Rejected:
+    def _refuse_if_unusable(self, document: Document | RejectedRow) -> Document | RejectedRow:
         """The document, or why the objective cannot use it. What was rejected before stays as it is."""
-        if isinstance(document, Rejected):
+        if isinstance(document, RejectedRow):
             return document
         refusal = self.data_spec.refusal_of(document)
         if refusal is None:
             return document
         reason, message = refusal
         text = document.text or content_json(document)
-        return Rejected(document.file, document.line, reason, message, text)
+        return RejectedRow(document.file, document.line, reason, message, text)
 
     def _run_stage(self, stage: Stage, documents: list[Document], block: Block) -> list[Document]:
         """The documents that a stage keeps. Drops are counted in the block's tally; those of checks go to `block.bad` as well.
@@ -137,7 +137,9 @@ class BlockMaker:
                     -1
                 ]  # (stage, reason, location) of the drop that the stage has just counted
                 excerpt = content_json(document)[:EXCERPT_CHARACTERS]
-                block.bad.append(Rejected(document.file, document.line, reason, "quarantined by data.checks", excerpt))
+                block.bad.append(
+                    RejectedRow(document.file, document.line, reason, "quarantined by data.checks", excerpt)
+                )
         num_dropped = len(documents) - len(remaining)
         if num_dropped != len(block.tally.drops) - num_drops_before:
             raise AssertionError(f"{block.source}: stage {stage.name} lost count of a document")
@@ -159,7 +161,7 @@ class BlockMaker:
         if self.decontaminator is not None and row_range.split == "train":
             yield self.decontaminator  # held-out rows may well be the evaluation texts themselves
 
-    def _quarantine(self, block: Block, row: Rejected, stage: str) -> None:
+    def _quarantine(self, block: Block, row: RejectedRow, stage: str) -> None:
         """Put a row among the block's bad ones, and count it as dropped by `stage`."""
         block.tally.drop(stage, row.reason, f"{row.file}:{row.line}")
         row.excerpt = row.excerpt[:EXCERPT_CHARACTERS]
@@ -209,7 +211,7 @@ class BlockMaker:
                     yield from self._make_sequences([document], block)
                 return
             (document,) = documents
-            row = Rejected(document.file, document.line, refused.reason, refused.message, content_json(document))
+            row = RejectedRow(document.file, document.line, refused.reason, refused.message, content_json(document))
             self._quarantine(block, row, "tokenise")
             return
         block.tally.merge(tally)
@@ -224,7 +226,7 @@ class BlockMaker:
             if reason in LOST_REASONS:
                 message = LOST_REASONS[reason].format(self.config.max_length)
                 excerpt = content_json(document)[:EXCERPT_CHARACTERS]
-                block.bad.append(Rejected(document.file, document.line, reason, message, excerpt))
+                block.bad.append(RejectedRow(document.file, document.line, reason, message, excerpt))
 
 
 Argument = TypeVar("Argument")

@@ -13,7 +13,7 @@ from trainer.evaluation.interval import AUTO
 
 if TYPE_CHECKING:
     from strategies.base import Engine
-    from trainer.reporting.trackers.base import Table
+    from trainer.reporting.trackers.base import LoggedTable
 
 
 @dataclass(kw_only=True, slots=True)
@@ -167,9 +167,9 @@ def evaluators_on_the_way(evaluators: list[Evaluator]) -> list[Evaluator]:
     return [evaluator for evaluator in evaluators if getattr(evaluator, "on_the_way", False)]
 
 
-def tables_of(evaluators: list[Evaluator]) -> dict[str, Table]:
+def tables_of(evaluators: list[Evaluator]) -> dict[str, LoggedTable]:
     """The tables that these evaluators left in their attribute `tables`, by name; many evaluators have none."""
-    tables: dict[str, Table] = {}
+    tables: dict[str, LoggedTable] = {}
     for evaluator in evaluators:
         tables.update(getattr(evaluator, "tables", {}))
     return tables

@@ -23,17 +23,17 @@ from trainer.evaluation.generation import GenerationEvaluator
 from trainer.evaluation.loss import LossEvaluator, ReportedSource
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.registry import metric_directions
-from trainer.model.architecture import text_settings
+from trainer.model.architecture import text_model_config
 from trainer.model.config import ModelConfig
 from trainer.model.loading import generation_config
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 
 def build_evaluators(
     config: EvaluationConfig,
     model: ModelConfig,
     held_out: TokenDataset | None,
-    built: Built,
+    built: BuiltModel,
     tokenizer: Any,
     engine: Engine,
     runtime: Runtime,
@@ -135,7 +135,7 @@ def _raise_if_watched_metric_is_missing(
 def build_model_interface(
     config: EvaluationConfig,
     model: ModelConfig,
-    built: Built,
+    built: BuiltModel,
     labels: list[str] | None,
     encoder: Encoder,
     engine: Engine,
@@ -155,7 +155,7 @@ def build_model_interface(
         batch=config.batch,
         stop_now=stop_now,
     )
-    max_positions = getattr(text_settings(built.config), "max_position_embeddings", None)
+    max_positions = getattr(text_model_config(built.config), "max_position_embeddings", None)
     is_encoder_decoder = bool(built.two_sides)
     if is_encoder_decoder or (max_positions is not None and max_positions <= 0):  # 0 or -1: the model has no limit
         max_positions = None

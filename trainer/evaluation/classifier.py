@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from strategies.errors import ConfigError
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 
 if TYPE_CHECKING:
     from strategies.runtime import Runtime
@@ -33,7 +33,7 @@ class ClassifierLabels:
         directory, for the error.
         """
         try:
-            config = read_object(directory / "config.json")
+            config = read_json_object(directory / "config.json")
             architectures = [str(name) for name in config.get("architectures") or []]
             label_by_id = config.get("id2label") or {}
             labels = [str(label_by_id[label_id]) for label_id in sorted(label_by_id, key=int)]

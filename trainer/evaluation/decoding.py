@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from strategies.compat.modules import is_compiled
 from trainer.model import attention, flex
-from trainer.model.architecture import text_settings
+from trainer.model.architecture import text_model_config
 from trainer.model.compat import attention_of, other_attention, writes_with_cache
-from trainer.objectives.causal import plain_model
+from trainer.objectives.causal import unwrap_adapter
 
 if TYPE_CHECKING:
     from trainer.evaluation.base import DecodingConfig
@@ -98,7 +98,7 @@ class GenerateAnswers:
         """
         from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
-        causal_model: Any = plain_model(model)
+        causal_model: Any = unwrap_adapter(model)
         prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
         # Where new tokens begin in what `generate` returns: after the prompt, or after the start token of a decoder with an
         # encoder.
@@ -269,7 +269,7 @@ def stock_attention(model: Any) -> Iterator[None]:
     config = model.config
     attention_name = attention_of(config)
     if attention_name in (attention.NAME, flex.NAME):
-        attention_name = "eager" if flex.needs_eager(model, text_settings(config)) else "sdpa"
+        attention_name = "eager" if flex.needs_eager(model, text_model_config(config)) else "sdpa"
     has_compiled_blocks = any(is_compiled(module) for module in model.modules())
     eager_blocks = torch.compiler.set_stance("force_eager") if has_compiled_blocks else nullcontext()
     with other_attention(config, attention_name), eager_blocks:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from strategies.runtime import Runtime, free_host_memory, gather_objects
-from trainer.model.architecture import text_settings
+from trainer.model.architecture import text_model_config
 from trainer.model.layer_settings import layer_values
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def kv_cache_size_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> i
     It is an upper bound: MLA and sliding windows need less. `config`: the transformers configuration of the model. `itemsize`:
     bytes of one cached number.
     """
-    text_config = text_settings(config)
+    text_config = text_model_config(config)
     num_heads = getattr(text_config, "num_attention_heads", 1) or 1
     default_head_width = getattr(text_config, "hidden_size", 0) // num_heads
     head_width = max(filter(None, layer_values(text_config, "head_dim")), default=default_head_width)

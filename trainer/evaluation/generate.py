@@ -29,8 +29,8 @@ from trainer.evaluation.likelihood import (
     pad_sequences,
     padding_mask,
 )
-from trainer.model.architecture import text_settings
-from trainer.objectives.causal import STOCK_PATH, plain_model
+from trainer.model.architecture import text_model_config
+from trainer.objectives.causal import STOCK_PATH, unwrap_adapter
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -350,12 +350,12 @@ def _num_tokens_until_stop(ids: list[int], stop_strings: Sequence[str], tokenize
 
 def hf_model(engine: Engine) -> Any:
     """The Hugging Face model of an engine; its parameters stay sharded."""
-    return plain_model(engine.step_module.model)  # type: ignore[arg-type]
+    return unwrap_adapter(engine.step_module.model)  # type: ignore[arg-type]
 
 
 def max_positions(config: Any) -> int | None:
     """The number of positions of a model, by its transformers config; None if there is no limit, as with rotary positions."""
-    text_config = text_settings(config)
+    text_config = text_model_config(config)
     if getattr(text_config, "rope_parameters", None) is not None:
         return None
     positions = getattr(text_config, "max_position_embeddings", None)

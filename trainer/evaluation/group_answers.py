@@ -35,7 +35,7 @@ from trainer.evaluation.generate import (
     max_positions,
 )
 from trainer.evaluation.likelihood import pad_sequences, padding_mask
-from trainer.objectives.causal import STOCK_PATH, plain_model
+from trainer.objectives.causal import STOCK_PATH, unwrap_adapter
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -187,7 +187,7 @@ class SampleGroups:
         `batch["input_ids"]`: the prompts, int64 [prompts, N], padded on the left, with their `attention_mask`. `row_prompts`,
         int64 [samples]: the row of each sample's prompt. `seeds`, int64 [samples]. `room`: the most new tokens.
         """
-        causal_model: Any = plain_model(model)
+        causal_model: Any = unwrap_adapter(model)
         with stock_attention(causal_model):
             return self._sample(causal_model, batch)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainer.data.batches.cutting import IGNORED_TARGET
 from trainer.evaluation.decoding import stock_attention
 from trainer.losses.row_scores import row_scores
-from trainer.objectives.causal import plain_model, supervised_rows
+from trainer.objectives.causal import supervised_rows, unwrap_adapter
 from trainer.objectives.seq2seq import supervised_answer_rows
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -39,7 +39,7 @@ class ScoreContinuations:
 
         `logprobs`: the sum of the log-probabilities of its tokens. `misses`: how many of its tokens are not the model's argmax.
         """
-        causal_model: Any = plain_model(model)
+        causal_model: Any = unwrap_adapter(model)
         bias: Tensor | None = None
         with stock_attention(causal_model):
             if causal_model.config.is_encoder_decoder:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from strategies.errors import ConfigError
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 from trainer.model.rope import CONFIG, adapter_config_source
 from trainer.tuning.initial_adapter import SETTINGS, WEIGHTS, read_settings
 
@@ -114,7 +114,7 @@ def write_combination(
     problems = combination_problems(settings)
     if problems:
         raise ConfigError(problems)
-    first_peft_settings = read_object(Path(settings.adapters[0]).expanduser() / SETTINGS)
+    first_peft_settings = read_json_object(Path(settings.adapters[0]).expanduser() / SETTINGS)
     base = str(settings.base or first_peft_settings["base_model_name_or_path"])
     base_config, base_model = _load_base(settings, base)
     tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if _has_tokenizer(settings) else base)
@@ -149,12 +149,12 @@ def _load_base(settings: CombineSettings, base: str) -> tuple[Any, Any]:
     """
     from transformers import AutoConfig
 
-    from trainer.model.architecture import auto_class
+    from trainer.model.architecture import transformers_class
     from trainer.model.config import ModelKind
 
     try:
         config = AutoConfig.from_pretrained(_config_source(settings, base), local_files_only=True)
-        model_class = auto_class(ModelKind.causal, config)
+        model_class = transformers_class(ModelKind.causal, config)
         model = model_class.from_pretrained(base, config=config, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"base={base}: cannot be loaded ({str(error)[:200]}); give base=<model directory>") from error
@@ -209,7 +209,7 @@ def _config_source(settings: CombineSettings, base: str) -> str:
     sources = [adapter_config_source(Path(directory).expanduser(), base) for directory in settings.adapters]
     positions_of_adapters = []
     for source in sources:
-        config = read_object(Path(source) / CONFIG) if Path(source).is_dir() else {}
+        config = read_json_object(Path(source) / CONFIG) if Path(source).is_dir() else {}
         text_config = config.get("text_config") or config
         # (number of positions, rope parameters)
         positions_of_adapters.append((text_config.get("max_position_embeddings"), text_config.get("rope_parameters")))

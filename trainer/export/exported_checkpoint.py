@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.export.config import ExportedCheckpoint
-from trainer.reporting.numbers import readable
-from trainer.reporting.outcome import Outcome
+from trainer.reporting.numbers import format_metric
+from trainer.reporting.outcome import TrainingOutcome
 
 RECORD_KEY = "exported_checkpoint"
 """Key of `run.json`."""
@@ -34,7 +34,9 @@ class ChosenCheckpoint:
         return f"step {self.step}, the {self.which}: {self.reason}"
 
 
-def choose_exported(setting: ExportedCheckpoint, outcome: Outcome, saved_steps: Collection[int]) -> ChosenCheckpoint:
+def choose_exported(
+    setting: ExportedCheckpoint, outcome: TrainingOutcome, saved_steps: Collection[int]
+) -> ChosenCheckpoint:
     """The checkpoint of the weights that are exported when training has ended.
 
     `saved_steps`: steps whose checkpoint is on the disk. The first case that holds (the same on all ranks and at every start):
@@ -63,20 +65,19 @@ def choose_exported(setting: ExportedCheckpoint, outcome: Outcome, saved_steps: 
         return ChosenCheckpoint(last_step, "last", f"no earlier checkpoint has a better {outcome.watch}")
     if best_step not in saved_steps:
         return ChosenCheckpoint(last_step, "last", f"step {best_step} was better, and its checkpoint is not there")
-    comparison = (
-        f"{outcome.watch} was {readable(best_metric)} there, and {readable(last_metric)} at the last step, {last_step}"
-    )
+    last_metric_text = f"{format_metric(last_metric)} at the last step, {last_step}"
+    comparison = f"{outcome.watch} was {format_metric(best_metric)} there, and {last_metric_text}"
     return ChosenCheckpoint(best_step, "best", comparison)
 
 
-def _is_better(metric: float, reference: float, outcome: Outcome) -> bool:
+def _is_better(metric: float, reference: float, outcome: TrainingOutcome) -> bool:
     """Whether one value of the watched metric is better than another. Any number is better than NaN, and NaN than nothing."""
     if math.isnan(reference):
         return not math.isnan(metric)
     return metric > reference if outcome.greater_is_better else metric < reference
 
 
-def _reason_if_last_is_best(outcome: Outcome, last_metric: float) -> str:
+def _reason_if_last_is_best(outcome: TrainingOutcome, last_metric: float) -> str:
     """Why the last checkpoint is taken if it is also the best one that was saved.
 
     Either a step between two checkpoints had a better metric ("step 40 had a better eval/loss (1.2), and was not saved ..."), or
@@ -86,10 +87,10 @@ def _reason_if_last_is_best(outcome: Outcome, last_metric: float) -> str:
     if best_seen_metric is not None and _is_better(best_seen_metric, last_metric, outcome):
         step = outcome.progress.seen_step
         return (
-            f"step {step} had a better {outcome.watch} ({readable(best_seen_metric)}), and was not saved "
+            f"step {step} had a better {outcome.watch} ({format_metric(best_seen_metric)}), and was not saved "
             "(checkpoint.every_minutes)"
         )
-    return f"it is also the best by {outcome.watch} ({readable(last_metric)})"
+    return f"it is also the best by {outcome.watch} ({format_metric(last_metric)})"
 
 
 def recorded_step(run_record: Mapping[str, Any]) -> int | None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from strategies.errors import ConfigError
-from strategies.small_files import read_object
-from trainer.model.architecture import auto_class
+from strategies.small_files import read_json_object
+from trainer.model.architecture import transformers_class
 from trainer.model.config import ModelKind
 from trainer.model.rope import adapter_config_source
 
@@ -46,7 +46,7 @@ def load_export(
         if settings_file is None:
             model = _load_whole_model(directory, dtype)
         else:
-            model = _load_base(directory, read_object(settings_file), base_path, dtype)
+            model = _load_base(directory, read_json_object(settings_file), base_path, dtype)
         if quantised_base is not None:
             for name in quantised_base.quantised:
                 model.get_parameter(name).data.copy_(quantised_base.full_tensor(name))
@@ -103,7 +103,7 @@ def _load_base(directory: Path, settings: dict[str, Any], base_path: str | None,
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base, dtype=dtype, local_files_only=True)
     else:
         base_config = transformers.AutoConfig.from_pretrained(config_source, local_files_only=True)
-        auto = auto_class(ModelKind.causal, base_config)
+        auto = transformers_class(ModelKind.causal, base_config)
         model = auto.from_pretrained(base, config=base_config, dtype=dtype, local_files_only=True)
     num_tokens = len(transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True))
     if num_tokens > model.get_input_embeddings().weight.shape[0]:
@@ -123,7 +123,7 @@ def _adapter_loader(settings_file: Path, *, for_generation: bool) -> Callable[[A
 
     if settings_file.name == bottleneck.CONFIG_FILE:
         return bottleneck.load
-    if for_generation and read_object(settings_file).get("peft_type") in VIRTUAL_TOKEN_METHODS:
+    if for_generation and read_json_object(settings_file).get("peft_type") in VIRTUAL_TOKEN_METHODS:
         return virtual.load
     return load_adapter
 
@@ -156,4 +156,4 @@ def _auto_class(directory: Path) -> Any:
         kind = ModelKind.classifier
     elif getattr(settings, "is_encoder_decoder", False):
         kind = ModelKind.encoder_decoder
-    return auto_class(kind, settings)
+    return transformers_class(kind, settings)

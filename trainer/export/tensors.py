@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 
 
 def hub_name(base_path: str) -> tuple[str, str | None]:
@@ -26,7 +26,7 @@ def stored_type(directory: Path) -> torch.dtype:
     from safetensors import safe_open
 
     settings_file = directory / "config.json"
-    if settings_file.is_file() and read_object(settings_file).get("quantization_config"):
+    if settings_file.is_file() and read_json_object(settings_file).get("quantization_config"):
         return torch.bfloat16
     dtype_by_name = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     first_file = min(directory.glob("*.safetensors"))

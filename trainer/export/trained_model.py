@@ -21,7 +21,7 @@ from strategies.compat.modules import persistent_buffers
 from strategies.parameters import named_parameters, trainable_parameters
 from strategies.saved_parameters import MeanOfCheckpoints, SavedParameters
 from trainer.model.weights import BaseWeights, WeightSource
-from trainer.step import Built
+from trainer.step import BuiltModel
 from trainer.tuning.adapter_files import AdapterMerger
 
 
@@ -29,7 +29,7 @@ from trainer.tuning.adapter_files import AdapterMerger
 class TrainedModel:
     """A model that a run has trained, without an engine."""
 
-    built: Built
+    built: BuiltModel
     """Described on the meta device, and not sharded."""
     source: WeightSource
     """What fills the parameters of such a run at its start."""
@@ -58,7 +58,7 @@ class TrainedModel:
         return self.built.base_weights(self.base_directory)
 
 
-def trained_shapes(built: Built) -> dict[str, torch.Size]:
+def trained_shapes(built: BuiltModel) -> dict[str, torch.Size]:
     """The shapes of the parameters that train, by plain name. `built`: not sharded."""
     return {name: parameter.shape for name, parameter in trainable_parameters(built.step_module)}
 

@@ -17,12 +17,12 @@ from trainer.export.routing_choices import RoutingRecorder, RoutingReplay
 from trainer.export.tensors import stored_type
 from trainer.model import flex
 from trainer.model.compat import without_kernel_packages
-from trainer.objectives.causal import MODEL_INPUTS, plain_model
+from trainer.objectives.causal import MODEL_INPUTS, unwrap_adapter
 
 if TYPE_CHECKING:
     from strategies.base import Engine
     from trainer.model.weights import BaseWeights
-    from trainer.step import Built
+    from trainer.step import BuiltModel
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference allowed, relative to the largest logit, by the coarsest type that took part.
@@ -88,7 +88,7 @@ class _PlainLogits:
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
         with flex.documents(inputs):
-            return {"logits": plain_model(model)(**inputs, **_no_cache(model)).logits}
+            return {"logits": unwrap_adapter(model)(**inputs, **_no_cache(model)).logits}
 
 
 def _no_cache(model: Any) -> dict[str, bool]:
@@ -97,12 +97,12 @@ def _no_cache(model: Any) -> dict[str, bool]:
     transformers 5.24 cannot tell how far a cache has come in which no layer is attention, and layers that are called more than
     once would see their own keys twice.
     """
-    plain: Any = plain_model(model)
+    plain: Any = unwrap_adapter(model)
     has_cache = getattr(plain.config.get_text_config(), "use_cache", None) is not None
     return {"use_cache": False} if has_cache else {}
 
 
-def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime: Runtime) -> Tensor | None:
+def reference_logits(engine: Engine, built: BuiltModel, token_ids: list[int], runtime: Runtime) -> Tensor | None:
     """Logits of the trained model `[T, V]` (`[1, labels]` for classifiers), on the CPU; None on other ranks than 0.
 
     All ranks must call. Until it returns, the objective of the module is replaced by one that returns logits.
@@ -122,7 +122,7 @@ def reference_logits(engine: Engine, built: Built, token_ids: list[int], runtime
     return logits.reshape(-1, logits.shape[-1]).cpu()
 
 
-def _batch_of_one_document(built: Built, ids: Tensor) -> dict[str, Any]:
+def _batch_of_one_document(built: BuiltModel, ids: Tensor) -> dict[str, Any]:
     """The token ids `[1, T]` of one document as a batch of training has them.
 
     - an encoder-decoder model: the decoder gets the same tokens, shifted;
@@ -251,7 +251,7 @@ class Reference:
     """The experts and keys that it chose."""
 
 
-def take_reference(engine: Engine, built: Built, tokenizer: Any, runtime: Runtime) -> Reference:
+def take_reference(engine: Engine, built: BuiltModel, tokenizer: Any, runtime: Runtime) -> Reference:
     """Let the trained model compute the probe, for `verify_written`. The engine is not needed after. All ranks must call."""
     token_ids = probe_ids(tokenizer)
     with RoutingRecorder() as choices:
@@ -259,7 +259,7 @@ def take_reference(engine: Engine, built: Built, tokenizer: Any, runtime: Runtim
     return Reference(token_ids, logits, choices)
 
 
-def verify_written(reference: Reference, built: Built, directory: Path, base_path: str, *, adapter: bool) -> None:
+def verify_written(reference: Reference, built: BuiltModel, directory: Path, base_path: str, *, adapter: bool) -> None:
     """Compare an export that was just written with the trained model, and print the result. Only rank 0 may call.
 
     `built`: the model that was trained. `base_path`: its base. `adapter`: whether the export is an adapter.

@@ -38,7 +38,7 @@ from trainer.export.plan import INDEX_FILE, ExportPlan, plan_files
 from trainer.export.tensors import hub_name, stored_type
 from trainer.export.trained_model import ModelValues, TrainedModel, one_thread, trained_shapes
 from trainer.export.verify import Reference, verify_written
-from trainer.model.architecture import TEXT_MODEL_ONLY, text_settings
+from trainer.model.architecture import TEXT_MODEL_ONLY, text_model_config
 from trainer.model.base_files import write_base_record
 from trainer.model.compat import needs_own_class
 from trainer.reporting.documents.card import write_documents
@@ -326,7 +326,7 @@ def _num_tokens_to_resize_to(model: TrainedModel) -> int | None:
     A base with spare rows in its embeddings holds new tokens without a resize.
     """
     num_tokens = len(model.tokenizer)
-    has_grown = bool(model.built.new_token_ids) and text_settings(model.built.config).vocab_size == num_tokens
+    has_grown = bool(model.built.new_token_ids) and text_model_config(model.built.config).vocab_size == num_tokens
     return num_tokens if has_grown else None
 
 

@@ -64,7 +64,7 @@ def architecture(
     return model, attention
 
 
-def auto_class(kind: ModelKind, model_config: Any) -> Any:
+def transformers_class(kind: ModelKind, model_config: Any) -> Any:
     """transformers' auto class that builds a model of this kind for `model_config`, the model's configuration.
 
     A model that also reads images or sound is built whole, since its checkpoint is of the whole.
@@ -93,7 +93,7 @@ def _check_class(kind: ModelKind, model_config: Any, config: ModelConfig, object
 
     if config.trust_remote_code:  # the model may bring its own class
         return
-    model_class = auto_class(kind, model_config)
+    model_class = transformers_class(kind, model_config)
     mappings: dict[str, Any] = {
         "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
         "AutoModelForMultimodalLM": transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -120,7 +120,7 @@ def modules_beside_text(model: Any) -> tuple[str, ...]:
 
     Such as `("model.vision_tower", "model.multi_modal_projector")`; empty for a model of text alone.
     """
-    if text_settings(model.config) is model.config:
+    if text_model_config(model.config) is model.config:
         return ()
     text_parts = {id(m) for m in (model.get_decoder(), model.get_output_embeddings()) if m is not None}
 
@@ -152,7 +152,7 @@ def _build(kind: ModelKind, model_config: Any, config: ModelConfig, attention: s
     an attention that the user chose.
     """
     options = build_options(config)
-    model_class = auto_class(kind, model_config)
+    model_class = transformers_class(kind, model_config)
     try:
         model = model_class.from_config(model_config, attn_implementation=attention, **options)
     except ValueError as error:
@@ -181,7 +181,7 @@ def grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new: 
 
     The model is then built at its final size, and needs no resizing after sharding.
     """
-    text = text_settings(model_config)
+    text = text_model_config(model_config)
     rows = text.vocab_size
     if size - num_new > rows:
         raise ConfigError(
@@ -191,14 +191,14 @@ def grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new: 
     text.vocab_size = max(rows, size)
 
 
-def text_settings(model_config: Any) -> Any:
+def text_model_config(model_config: Any) -> Any:
     """The part of a configuration that speaks of text: itself, but for models that also see or hear."""
     return model_config if hasattr(model_config, "vocab_size") else model_config.get_text_config()
 
 
 def experts_per_token(settings: Any) -> int:
     """How many experts compute each token; 2 if no setting of the configuration says it."""
-    text = text_settings(settings)
+    text = text_model_config(settings)
     names = ("num_experts_per_tok", "numexperts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")
     return next((getattr(text, name) for name in names if isinstance(getattr(text, name, None), int)), 2)
 
@@ -208,7 +208,7 @@ def width_and_blocks(plain: Any) -> tuple[int, int]:
 
     By its configuration, or for a model of several parts of their own sizes (BLT): the largest width, and the blocks of all.
     """
-    text = text_settings(plain.config)
+    text = text_model_config(plain.config)
     modules = list(plain.modules())
     width = getattr(text, "hidden_size", None)
     if width is None:
@@ -226,7 +226,7 @@ def tokens_per_square(model_config: Any) -> int:
     A block of width w has about 12 w^2 weights, and multiplies each token by them once. Causal attention multiplies about
     w n^2 times for a document of n tokens. So the ratio is 12 w: 49,152 for a model of 8B. Layers with a window count as none.
     """
-    text = text_settings(model_config)
+    text = text_model_config(model_config)
     width = getattr(text, "hidden_size", None) or 4096
     layer_types = getattr(text, "layer_types", None) or ["full_attention"]
     full_layers = sum(kind == "full_attention" for kind in layer_types)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from trainer.model.architecture import text_settings
+from trainer.model.architecture import text_model_config
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.routing import ADDED_LOSS, RoutingRecord, balancing_biases, recorded_routers
 
@@ -105,7 +105,7 @@ def losses_of(
 
     Raises ConfigError also for other settings that cannot be followed.
     """
-    text = text_settings(settings)
+    text = text_model_config(settings)
     notes: dict[str, str] = {}
     is_requested = bool(
         getattr(settings, "output_router_logits", False) or getattr(text, "output_router_logits", False)
@@ -162,7 +162,7 @@ def _refuse_router_settings(config: ModelConfig, reason: str) -> None:
 
 def logit_z_weight(settings: Any) -> float:
     """Weight of the z-loss of the output's logits, where the model's class adds one (Bamba's); else 0."""
-    return float(getattr(text_settings(settings), "z_loss_coefficient", None) or 0.0)
+    return float(getattr(text_model_config(settings), "z_loss_coefficient", None) or 0.0)
 
 
 def _unsupported_balance(plain: nn.Module, top_k: int) -> str | None:

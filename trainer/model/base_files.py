@@ -8,7 +8,7 @@ from pathlib import Path
 
 from strategies.errors import ConfigError
 from strategies.file_fingerprints import sampled_digest
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 
 UNRELATED_CONFIG_FILES = ("tokenizer_config.json", "generation_config.json")
 ARCHITECTURE_FILE = "config.json"
@@ -31,7 +31,7 @@ def digests_of_loaded_files(digests: Mapping[str, str], directory: Path) -> dict
     from trainer.model.files import INDEX
 
     index_file = directory / INDEX
-    weight_map = read_object(index_file).get("weight_map") if index_file.exists() else None
+    weight_map = read_json_object(index_file).get("weight_map") if index_file.exists() else None
     indexed_files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else None
 
     def is_read(name: str) -> bool:

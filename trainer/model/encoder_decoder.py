@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 from trainer.model.weights import Checkpoint
 from trainer.tuning.compat.transformers import block_class_names
 
@@ -30,7 +30,7 @@ def start_token(config: Any, directory: Path | None) -> int:
     start = getattr(config, "decoder_start_token_id", None)
     if start is None and directory is not None:
         try:
-            start = read_object(directory / "generation_config.json").get("decoder_start_token_id")
+            start = read_json_object(directory / "generation_config.json").get("decoder_start_token_id")
         except ConfigError:  # there need not be one
             start = None
     if start is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from strategies.errors import ConfigError
-from strategies.small_files import LFS_POINTER, read_object, refuse_unless_small_regular_file
+from strategies.small_files import LFS_POINTER, read_json_object, refuse_unless_small_regular_file
 
 INDEX = "model.safetensors.index.json"
 READ_AHEAD_BYTES = 128 << 10
@@ -133,7 +133,7 @@ class SafetensorsFiles:
 def _files_of_index(listing: Path) -> dict[str, Path]:
     """The file of each tensor, as an index of shards has it. Raises ConfigError for what is no such index."""
     directory = listing.parent
-    weight_map = read_object(listing).get("weight_map")
+    weight_map = read_json_object(listing).get("weight_map")
     remedy = "it was cut off or changed: download it again"
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{listing}: has no weight_map that names a file for each tensor; {remedy}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from strategies.errors import ConfigError, is_panic, tokenizer_panic
 from strategies.imports import importing_without_gc
-from strategies.small_files import check_files_read_by_libraries, read_object, refuse_lfs_pointer
+from strategies.small_files import check_files_read_by_libraries, read_json_object, refuse_lfs_pointer
 from trainer.model.config import ModelConfig
 from trainer.model.files import SafetensorsFiles
 from trainer.model.known_shapes import config_of_shape, names_by_hub_id, shape_in_use
@@ -203,7 +203,7 @@ def _config_error(path: str, error: Exception, config: ModelConfig) -> ConfigErr
     if "does not recognize this architecture" in str(error):
         import transformers
 
-        kind = read_object(directory / "config.json").get("model_type") if directory.is_dir() else "its"
+        kind = read_json_object(directory / "config.json").get("model_type") if directory.is_dir() else "its"
         return ConfigError(
             f"model.path={path}: transformers {transformers.__version__} does not know the model_type {kind!r}; install a newer "
             "transformers, or set model.trust_remote_code=true where the model brings code that you trust"
@@ -279,7 +279,7 @@ def generation_config(config: ModelConfig, model_config: Any, decoder_start: int
     directory = weights_directory(config)
     file = directory / "generation_config.json"
     if file.is_file():
-        read_object(file)
+        read_json_object(file)
         try:
             generation = GenerationConfig.from_pretrained(directory)
         except Exception as error:  # of a value that no field takes

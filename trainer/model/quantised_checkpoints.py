@@ -15,7 +15,7 @@ from torch import nn
 from strategies.compat.modules import own_buffers, own_parameters
 from strategies.errors import ConfigError
 from strategies.extras import install_command
-from trainer.model.architecture import auto_class
+from trainer.model.architecture import transformers_class
 from trainer.model.config import ModelKind
 from trainer.model.rules import read_config
 
@@ -97,7 +97,7 @@ def replace_with_quantised(model: nn.Module, directory: str, settings: Any, devi
     logging.disable_progress_bar()
     if _in_four_bits(settings):
         refuse_unsupported_4bit(f"model.path={directory}", model, device)
-    loaded = auto_class(ModelKind.causal, settings).from_pretrained(
+    loaded = transformers_class(ModelKind.causal, settings).from_pretrained(
         directory, dtype="auto", device_map=str(device), local_files_only=True
     )
     with torch.no_grad():  # compressed-tensors unpacks its layers where the whole model is first called

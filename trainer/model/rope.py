@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 from trainer.model.config import ModelConfig, RopeConfig, RopeScaling
 
 FULL_ATTENTION = "full_attention"
@@ -113,7 +113,7 @@ def check_adapter(directory: str, key: str, model_config: Any, config: ModelConf
     file = Path(directory).expanduser() / CONFIG
     if is_set(config) or not file.is_file():
         return
-    trained = read_object(file)
+    trained = read_json_object(file)
     trained_text = trained.get("text_config") or trained
     text = model_config.get_text_config().to_dict()
     differing = []

@@ -9,7 +9,7 @@ from typing import Any
 
 from strategies.errors import ConfigError
 from strategies.extras import install_command
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 from trainer.model.config import ModelConfig, ModelKind
 
 PROVEN_ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart", "pegasus", "marian")
@@ -22,7 +22,7 @@ def read_config(path: str | None) -> dict[str, Any] | None:
         return None
     file = Path(path).expanduser() / "config.json"
     try:
-        return read_object(file) if file.exists() else None
+        return read_json_object(file) if file.exists() else None
     except (OSError, ConfigError):  # which says what is wrong once the model itself is read
         return None
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from strategies.base import plan_of
 from strategies.errors import ConfigError
-from trainer.model.architecture import auto_class, set_dropout, text_settings
+from trainer.model.architecture import set_dropout, text_model_config, transformers_class
 from trainer.model.compat import without_kernel_packages
 from trainer.model.config import ModelKind
 from trainer.model.shrink import VOCABULARY, small_copies
@@ -126,7 +126,7 @@ def _small_model(model_config: Any, plain: nn.Module, kind: ModelKind) -> Any:
     for small_config in small_copies(model_config, plain):
         set_dropout(small_config, 0.0)
         try:
-            model = auto_class(kind, model_config).from_config(
+            model = transformers_class(kind, model_config).from_config(
                 small_config, attn_implementation="eager", dtype=torch.float64
             )
             return model.eval()
@@ -139,7 +139,7 @@ def _small_model(model_config: Any, plain: nn.Module, kind: ModelKind) -> Any:
 @torch.no_grad()
 def _difference_in_tiles(small: Any) -> str:
     """How the outputs of a small model change when its MLPs take tiles; empty if they do not."""
-    vocabulary = min(text_settings(small.config).vocab_size, VOCABULARY)
+    vocabulary = min(text_model_config(small.config).vocab_size, VOCABULARY)
     ids = torch.arange(PROOF_TOKENS)[None] * 7 % vocabulary
     plain_output = small(input_ids=ids, use_cache=False)[0]
     num_tiled = 0

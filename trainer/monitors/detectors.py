@@ -35,7 +35,7 @@ HELD_OUT = "eval/loss"
 HELD_OUT_REWARD = "eval/reward"
 
 
-class Challenges:
+class ChallengeDetectors:
     """Runs all detectors on the evaluations and training losses of a run. Nothing here communicates but `begin`."""
 
     def __init__(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from trainer.evaluation.tasks.base import Metric, TaskRow
+from trainer.evaluation.tasks.base import TaskMetric, TaskRow
 from trainer.monitors.base import Evidence, Finding
 from trainer.monitors.config import ForgettingWatchConfig, Reaction, forgetting_limit
 
@@ -56,7 +56,7 @@ class ComparedTask:
 
 def compare_with_base(
     name: str,
-    metric: Metric,
+    metric: TaskMetric,
     base_rows: Sequence[TaskRow],
     rows: Sequence[TaskRow],
     base_and_tuned_value: tuple[float, float],
@@ -82,7 +82,7 @@ def compare_with_base(
 
 
 def _standard_error_of_lost_share(
-    metric: Metric, base_rows: Sequence[TaskRow], rows: Sequence[TaskRow]
+    metric: TaskMetric, base_rows: Sequence[TaskRow], rows: Sequence[TaskRow]
 ) -> float | None:
     """Standard error of the share of a metric that was lost, from the paired rows of the base and the tuned model.
 

@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from strategies.base import Engine
 from trainer.evaluation.report.tables import row_tables
 from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
-from trainer.monitors.detectors import Challenges
-from trainer.reporting.trackers.base import Table
+from trainer.monitors.detectors import ChallengeDetectors
+from trainer.reporting.trackers.base import LoggedTable
 
 
 class WatchedTasks:
     """An evaluator that runs a run's tasks, and hands each finished one to the detectors."""
 
-    def __init__(self, task_evaluator: TaskEvaluator, challenges: Challenges, *, makes_tables: bool = False) -> None:
+    def __init__(
+        self, task_evaluator: TaskEvaluator, challenges: ChallengeDetectors, *, makes_tables: bool = False
+    ) -> None:
         """`makes_tables`: whether it makes tables of rows for the trackers."""
         self.task_evaluator = task_evaluator
         self.challenges = challenges
         self.makes_tables = makes_tables
-        self.tables: dict[str, Table] = {}
+        self.tables: dict[str, LoggedTable] = {}
         """Worst rows of the last run, and those that changed sides since the first one."""
 
     def run(self, engine: Engine) -> Iterator[tuple[str, float]]:

@@ -1,6 +1,6 @@
 """What an objective is: a family of settings, of how data is read, and of a loss; one family a module of this room.
 
-`Family` lists what the rest of the trainer asks of one. docs/extending.md shows how to add an objective.
+`ObjectiveFamily` lists what the rest of the trainer asks of one. docs/extending.md shows how to add an objective.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _no_problems(config: Any, other_settings: OtherSettings) -> Iterator[str]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
+class ObjectiveFamily:
     """One objective as the rest of the trainer sees it. Functions get its settings first."""
 
     settings: type[ObjectiveConfig]

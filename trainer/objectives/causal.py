@@ -55,7 +55,7 @@ FORWARD_PATHS = (
 """Every way, the fastest first."""
 
 
-def plain_model(model: nn.Module) -> nn.Module:
+def unwrap_adapter(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside an adapter wrapper; adapters stay in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
@@ -65,7 +65,7 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module,
 
     Where the model's own forward pass must be taken the "hidden states" are logits already, and the head passes them on.
     """
-    causal_lm = plain_model(model)
+    causal_lm = unwrap_adapter(model)
     path: ForwardPath = getattr(causal_lm, "forward_path", FUSED_PATH)
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
     if not path.positions:
@@ -89,11 +89,11 @@ def token_states(decoder: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 def forward_pass(model: nn.Module, batch: dict[str, Any]) -> None:
     """Run a batch only for what hooks record on the way (routers, hidden states). A causal model computes no head and no loss."""
-    if hasattr(plain_model(model), "forward_path"):
+    if hasattr(unwrap_adapter(model), "forward_path"):
         # Without target rows the head has nothing to do.
         supervised_rows(model, {**batch, "target_rows": batch["target_rows"][:0]})
     elif "attention_mask" not in batch:  # a classifier on rows without padding
-        classifier: Any = plain_model(model)
+        classifier: Any = unwrap_adapter(model)
         token_states(classifier.base_model, {key: batch[key] for key in MODEL_INPUTS if key in batch})
     else:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])

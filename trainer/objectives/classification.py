@@ -18,13 +18,13 @@ from trainer.data.batches.collate import Collator
 from trainer.data.batches.cutting import IGNORED_TARGET, Axis
 from trainer.data.config import DataFormat, Layout
 from trainer.data.document import WRONG_KIND_REASON, Document
-from trainer.data.fields import Refusal, parse_label
+from trainer.data.fields import RowError, parse_label
 from trainer.data.objective_spec import DataSpec
 from trainer.data.selection.splits import Columns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.model.config import ModelKind
-from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, ReferenceModels
+from trainer.objectives.base import Objective, ObjectiveConfig, ObjectiveFamily, OtherSettings, ReferenceModels
 from trainer.objectives.pooled import PooledCollator, classifier_logits, of_own_sequences
 
 BALANCED = "balanced"
@@ -184,12 +184,12 @@ class LabelCollator(PooledCollator):
 
 
 def labels_of(labels: Any) -> str:
-    """Any number of labels as one text, sorted, with `|` between them; none is the empty text. Raises Refusal: bad_label."""
+    """Any number of labels as one text, sorted, with `|` between them; none is the empty text. Raises RowError: bad_label."""
     if isinstance(labels, str):
         labels = [name for name in labels.split(LABEL_SEPARATOR) if name.strip()]
     names = {parse_label(name) for name in (labels if isinstance(labels, list) else [labels])}
     if ambiguous := next((name for name in names if LABEL_SEPARATOR in name), None):
-        raise Refusal(
+        raise RowError(
             "bad_label", f'"label" holds {ambiguous!r}; the name of a label must not contain {LABEL_SEPARATOR}'
         )
     return LABEL_SEPARATOR.join(sorted(names))
@@ -393,7 +393,7 @@ def build(config: ClassificationConfig, references: ReferenceModels) -> Objectiv
     return MultiLabel(weights) if config.multi_label else Classification(weights)
 
 
-CLASSIFICATION = Family(
+CLASSIFICATION = ObjectiveFamily(
     settings=ClassificationConfig,
     data_spec=lambda config: LabelDataSpec(config.labels, multi_label=config.multi_label),
     build=build,

@@ -17,9 +17,9 @@ from strategies.settings import DESCRIBES, FREE, group, number, setting
 from trainer.losses.divergence import Divergence, Measure, TeacherComparison
 from trainer.model.config import may_be_hub_id
 from trainer.objectives.base import (
-    Family,
     Objective,
     ObjectiveConfig,
+    ObjectiveFamily,
     OtherSettings,
     ReferenceModels,
     TeacherConfig,
@@ -113,7 +113,7 @@ def build(config: DistillationConfig, references: ReferenceModels) -> Objective:
     return Distillation(config, teacher_of(references))
 
 
-DISTILLATION = Family(
+DISTILLATION = ObjectiveFamily(
     settings=DistillationConfig,
     data_spec=lambda config: UnlabelledDataSpec(),
     build=build,

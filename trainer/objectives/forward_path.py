@@ -26,12 +26,12 @@ from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.losses.fuse import fuse_head
 from trainer.model import rotary, sequence_proof
-from trainer.model.architecture import auto_class, set_dropout, text_settings
+from trainer.model.architecture import set_dropout, text_model_config, transformers_class
 from trainer.model.compat import without_kernel_packages
 from trainer.model.config import ModelKind
 from trainer.model.kernels import kernel_versions
 from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds, small_copies
-from trainer.objectives.causal import FORWARD_PATHS, ForwardPath, plain_model, summed_loss, supervised_rows
+from trainer.objectives.causal import FORWARD_PATHS, ForwardPath, summed_loss, supervised_rows, unwrap_adapter
 from trainer.objectives.proof_cache import keep_proof, proof_file, read_proof
 
 Proved = TypeVar("Proved")
@@ -164,10 +164,10 @@ class _Proof:
     def __init__(self, config: Any, plain: Any, small: Any, dtype: torch.dtype) -> None:
         """`small`: a small copy of `config`, of which `plain` is the model on meta."""
         self.dtype = dtype
-        self.auto = auto_class(ModelKind.causal, config)
+        self.auto = transformers_class(ModelKind.causal, config)
         self.config = small
         set_dropout(self.config, 0.0)
-        self.vocabulary = min(text_settings(self.config).vocab_size, VOCABULARY)
+        self.vocabulary = min(text_model_config(self.config).vocab_size, VOCABULARY)
         self._refuse_unfit_copy(config, plain)
         # The stock model, on which other paths are measured.
         stock = self._build("eager", dtype)
@@ -367,7 +367,7 @@ class _Proof:
         difference = abs(float(loss) - float(self.stock_loss)) / float(self.stock_loss)
         if not difference <= tolerance:  # a NaN is no agreement
             return f"the loss differs by {difference:.1e} from that of the documents in separate rows"
-        difference = self._gradient_distance(_gradients_by_name(plain_model(model)))
+        difference = self._gradient_distance(_gradients_by_name(unwrap_adapter(model)))
         if difference <= tolerance or (difference <= MAX_ROUNDING and difference <= self._stock_rounding()):
             return ""
         return f"gradients differ by {difference:.1e} from those of the documents in separate rows"

@@ -10,7 +10,7 @@ from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.losses.fuse import fuse_head
-from trainer.model.architecture import auto_class, build_options, set_dropout
+from trainer.model.architecture import build_options, set_dropout, transformers_class
 from trainer.model.attention import NAME
 from trainer.model.config import ModelConfig, ModelKind, RopeConfig
 from trainer.model.flex import NAME as FLEX
@@ -21,7 +21,7 @@ from trainer.model.tied_heads import untied_as_stored
 from trainer.model.weights import BaseWeights, StartingWeights, WeightSource
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.layout_choice import Proofs
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import objective_family
 from trainer.objectives.teacher import check_head
 from trainer.tuning.compat.transformers import block_class_names
 from trainer.tuning.full import Full
@@ -35,7 +35,7 @@ SHOWN_TOKENS = 3
 
 def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfig | None:
     """The model settings of the teacher; None if the objective has none."""
-    teacher = family_of(objective).teacher(objective)
+    teacher = objective_family(objective).teacher(objective)
     if teacher is None:
         return None
     return replace(
@@ -131,7 +131,7 @@ def _architecture(config: ModelConfig, settings: Any, arrangement: AttentionLayo
     if attention == FLEX and Proofs(config, settings, half_on_gpu=True).why_not_one_row(FLEX):
         attention = NAME
     set_dropout(settings, 0.0)
-    model_class = auto_class(ModelKind.causal, settings)
+    model_class = transformers_class(ModelKind.causal, settings)
     remedy = "take a causal model of the student's family"
     if getattr(settings, "is_encoder_decoder", False):  # transformers could build the decoder of some alone
         raise ConfigError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from trainer.data.config import DataConfig
 from trainer.objectives.answers import PromptDataSpec
-from trainer.objectives.base import Family, OtherSettings
+from trainer.objectives.base import ObjectiveFamily, OtherSettings
 from trainer.objectives.grpo_config import Baseline, ClipForm, Combine, GrpoConfig, KlEstimator, KlPlace, Scale
 from trainer.objectives.policy import Policy
 from trainer.objectives.reward_functions import prompt_spec
@@ -117,7 +117,7 @@ def max_positions(config: GrpoConfig, data: DataConfig) -> dict[str, int]:
     return {"data.max_length + objective.rollout.max_new_tokens": data.max_length + longest_answer}
 
 
-GRPO = Family(
+GRPO = ObjectiveFamily(
     settings=GrpoConfig,
     data_spec=prompt_spec,
     build=Policy,

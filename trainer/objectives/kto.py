@@ -26,9 +26,9 @@ from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 from trainer.data.tokens.encode import DOCUMENTS_PER_BATCH, Encoder, share_prompt
 from trainer.data.tokens.truncation import fit_answers
 from trainer.objectives.base import (
-    Family,
     Objective,
     ObjectiveConfig,
+    ObjectiveFamily,
     OtherSettings,
     Reference,
     UnlabelledDataSpec,
@@ -282,7 +282,7 @@ class Kto(Objective):
         }
 
 
-KTO = Family(
+KTO = ObjectiveFamily(
     settings=KtoConfig,
     data_spec=lambda config: RatedDataSpec(),
     build=lambda config, references: Kto(config, references.reference),

@@ -15,7 +15,7 @@ from strategies.hardware import gpu_of_device
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.model import attention, experts, flex
-from trainer.model.architecture import architecture, modules_beside_text, text_settings
+from trainer.model.architecture import architecture, modules_beside_text, text_model_config
 from trainer.model.attention import NAME
 from trainer.model.config import Attention, ModelConfig, ModelKind
 from trainer.model.flash import head_sizes, why_not_flash
@@ -141,7 +141,7 @@ def _kernel_choices(
         return KernelChoices(no_flash, flex.REQUIREMENTS)
     model = build_eager()
     no_flex = flex.why_not_flex(model, head_sizes(settings), dropout=config.dropout)
-    return KernelChoices(no_flash, no_flex, flex_first=flex.needs_eager(model, text_settings(settings)))
+    return KernelChoices(no_flash, no_flex, flex_first=flex.needs_eager(model, text_model_config(settings)))
 
 
 def build_causal_model(

@@ -20,7 +20,7 @@ from trainer.data.batches.collate import Collator
 from trainer.data.batches.cutting import AXES, Axis, Cut, num_rows_before
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
-from trainer.objectives.causal import MODEL_INPUTS, plain_model, token_states
+from trainer.objectives.causal import MODEL_INPUTS, token_states, unwrap_adapter
 
 POOLED = "pooled_positions"
 """Entry of a batch without padding: where in the row the token of each sequence is, int64 `[S]`, ascending."""
@@ -72,7 +72,7 @@ def classifier_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     if POOLED not in batch:
         logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return logits.float()
-    classifier: Any = plain_model(model)
+    classifier: Any = unwrap_adapter(model)
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
     states = token_states(classifier.base_model, inputs)
     # A rank may have no sequence of its own. Its head then gets no rows, and its part of the graph is still there.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.model import rotary, sequence_proof
-from trainer.model.architecture import auto_class, set_dropout, text_settings
+from trainer.model.architecture import set_dropout, text_model_config, transformers_class
 from trainer.model.config import ModelKind
 from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds
 from trainer.objectives.causal import MODEL_INPUTS, token_states
@@ -73,11 +73,11 @@ class _PoolingProof:
     def __init__(self, config: Any, plain: nn.Module, small: Any, dtype: torch.dtype) -> None:
         """`small`: a small copy of `config`, of which `plain` is the classifier on meta."""
         self.dtype = dtype
-        self.auto = auto_class(ModelKind.classifier, config)
+        self.auto = transformers_class(ModelKind.classifier, config)
         self.config = small
         set_dropout(small, 0.0)
         small.num_labels = OUTPUTS
-        text_settings(small).pad_token_id = PADDING
+        text_model_config(small).pad_token_id = PADDING
         with torch.device("meta"):
             copy_on_meta = self._build("eager")
         size = sum(parameter.numel() for parameter in copy_on_meta.parameters())
@@ -85,7 +85,7 @@ class _PoolingProof:
             raise NotShrinkable(f"a small copy would have {size:,} elements")
         if lost := lost_kinds(config, plain, small, copy_on_meta):
             raise NotShrinkable(f"a small copy lacks {lost} of its kinds of layers")
-        vocabulary = min(text_settings(small).vocab_size, VOCABULARY)
+        vocabulary = min(text_model_config(small).vocab_size, VOCABULARY)
         generator = np.random.default_rng(0)
         self.samples = []
         for length in LENGTHS:

@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strategies.settings import DESCRIBES, number, setting
-from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, Reference, ReferenceModels
+from trainer.objectives.base import (
+    Objective,
+    ObjectiveConfig,
+    ObjectiveFamily,
+    OtherSettings,
+    Reference,
+    ReferenceModels,
+)
 from trainer.objectives.causal import counted_here, reference_logps, sequence_logps
 from trainer.objectives.pairs import PairDataSpec, pair_problems, pair_terms
 
@@ -236,7 +243,7 @@ def _log_complement(logp: Tensor) -> Tensor:
     return torch.where(logp < -0.6931472, torch.log1p(-torch.exp(logp)), torch.log(-torch.expm1(logp)))
 
 
-def pair_family(settings: type[ObjectiveConfig], loss: type[Preference]) -> Family:
+def pair_family(settings: type[ObjectiveConfig], loss: type[Preference]) -> ObjectiveFamily:
     """The family (everything the trainer asks of an objective) of an objective over pairs of a chosen and a rejected answer.
 
     `loss` says whether it uses a reference, so that the reference's log-probabilities are recorded with the data.
@@ -245,7 +252,7 @@ def pair_family(settings: type[ObjectiveConfig], loss: type[Preference]) -> Fami
     def build(config: Any, references: ReferenceModels) -> Objective:
         return loss(config, references.reference)
 
-    return Family(
+    return ObjectiveFamily(
         settings=settings,
         data_spec=lambda config: PairDataSpec(uses_reference=loss.uses_reference),
         build=build,

@@ -18,9 +18,16 @@ from trainer.objectives import (
     seq2seq,
     sft,
 )
-from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, ReferenceModels, formats_of
+from trainer.objectives.base import (
+    Objective,
+    ObjectiveConfig,
+    ObjectiveFamily,
+    OtherSettings,
+    ReferenceModels,
+    formats_of,
+)
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, ObjectiveFamily] = {
     family.name: family
     for family in (
         sft.SFT,
@@ -39,27 +46,27 @@ FAMILIES: dict[str, Family] = {
 """By name, in the order in which they are listed to users."""
 
 
-def family_of(config: ObjectiveConfig) -> Family:
+def objective_family(config: ObjectiveConfig) -> ObjectiveFamily:
     """The objective whose settings these are; plain settings, with no choice made, are those of sft."""
     return FAMILIES[config.name]
 
 
 def max_generated_tokens(config: ObjectiveConfig) -> int:
     """Tokens of the longest answer that the model writes behind a document to learn from it; 0 if the data has the answers."""
-    rollout = family_of(config).rollout
+    rollout = objective_family(config).rollout
     return 0 if rollout is None else int(rollout(config).max_new_tokens)
 
 
 def data_spec_of(config: ObjectiveConfig) -> DataSpec:
     """How data is read for it."""
-    return family_of(config).data_spec(config)
+    return objective_family(config).data_spec(config)
 
 
 def build_objective(config: ObjectiveConfig, references: ReferenceModels | None = None) -> Objective:
     """The loss. `references` are needed when `terms` is called, not here: counting samples does without them."""
     if references is None:
         references = ReferenceModels()
-    return family_of(config).build(config, references)
+    return objective_family(config).build(config, references)
 
 
 def problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
@@ -67,7 +74,7 @@ def problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator
 
     The objective's family checks its own; here follow what it cannot do with the data: replay, labels, prompts without answers.
     """
-    family = family_of(config)
+    family = objective_family(config)
     yield from family.problems(config, other_settings)
     replayed_sources = [name for name, source in other_settings.data.sources.items() if source.replay]
     if replayed_sources and not family.replays:
@@ -88,6 +95,6 @@ def model_problems(config: ObjectiveConfig, other_settings: OtherSettings, model
     """What in a model's config.json (`model_config`; None if it is not known) does not go with the objective."""
     if model_config is None:
         return
-    family = family_of(config)
+    family = objective_family(config)
     lengths = family.max_positions(config, other_settings.data)
     yield from kind_problems(model_config, other_settings.model.path, family.kind, config.name, lengths)

@@ -13,7 +13,7 @@ from strategies.settings import number
 from trainer.data.batches.cutting import IGNORED_TARGET
 from trainer.data.config import Layout
 from trainer.model.config import ModelKind
-from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings
+from trainer.objectives.base import Objective, ObjectiveConfig, ObjectiveFamily, OtherSettings
 from trainer.objectives.causal import counted_here
 from trainer.objectives.pairs import PairDataSpec, pair_problems, pair_terms
 from trainer.objectives.pooled import SUPERVISED, PooledCollator, classifier_logits, of_all_sequences
@@ -60,7 +60,7 @@ class Reward(Objective):
         return pair_terms(losses, chosen, rejected, is_counted)
 
 
-REWARD = Family(
+REWARD = ObjectiveFamily(
     settings=RewardConfig,
     data_spec=lambda config: PairDataSpec(collator=PooledCollator),
     build=lambda config, references: Reward(config),

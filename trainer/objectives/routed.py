@@ -23,7 +23,7 @@ from trainer.model.routing import (
     record_logits,
     recording_routing,
 )
-from trainer.objectives.causal import forward_pass, plain_model
+from trainer.objectives.causal import forward_pass, unwrap_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def _logit_z_loss(model: nn.Module, record: RoutingRecord, step_tokens: float) -
 
     The head computes the logits anew from the recorded hidden states.
     """
-    head: nn.Module = plain_model(model).get_output_embeddings()  # type: ignore[operator]
+    head: nn.Module = unwrap_adapter(model).get_output_embeddings()  # type: ignore[operator]
     sums = []
     for hidden in record.hidden:
         rows = hidden.reshape(-1, hidden.shape[-1])  # [tokens, width]
@@ -158,7 +158,7 @@ def added_losses(
     router_losses, routers, notes = losses_of(config, settings, plain, kind)
     if kind is ModelKind.encoder_decoder:
         return None, notes
-    root = plain_model(model)
+    root = unwrap_adapter(model)
     if router_losses:
         record_logits(root, routers)
     logit_z_coefficient = 0.0

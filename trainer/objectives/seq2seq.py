@@ -30,8 +30,15 @@ from trainer.data.tokens.template import RenderedText
 from trainer.data.tokens.truncation import keep_learnable
 from trainer.losses.next_token import computes_loss, logits_loss
 from trainer.model.config import ModelKind
-from trainer.objectives.base import Family, Objective, ObjectiveConfig, OtherSettings, UnlabelledDataSpec, formats_of
-from trainer.objectives.causal import loss_counting, next_token_terms, plain_model
+from trainer.objectives.base import (
+    Objective,
+    ObjectiveConfig,
+    ObjectiveFamily,
+    OtherSettings,
+    UnlabelledDataSpec,
+    formats_of,
+)
+from trainer.objectives.causal import loss_counting, next_token_terms, unwrap_adapter
 from trainer.objectives.pairs import ANSWER_POLICIES
 
 if TYPE_CHECKING:
@@ -344,7 +351,7 @@ def supervised_answer_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.
 
     N counts the answers' positions that are learned. The bias is what the model adds to the head's output.
     """
-    plain: Any = plain_model(model)
+    plain: Any = unwrap_adapter(model)
     encoded = plain.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     # Answers are padded on the right, and no token sees a later one: the decoder needs no mask of its own.
     hidden = plain.get_decoder()(
@@ -362,7 +369,7 @@ def supervised_answer_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.
     return plain.get_output_embeddings(), hidden, targets, None if bias is None else bias[0]
 
 
-SEQ2SEQ = Family(
+SEQ2SEQ = ObjectiveFamily(
     settings=Seq2seqConfig,
     data_spec=lambda config: TwoSidedDataSpec(prefix=config.prefix, max_target=config.max_target),
     build=lambda config, references: Seq2seq(),

@@ -19,9 +19,9 @@ from trainer.data.config import Layout
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.losses.divergence import Divergence, Measure, TeacherComparison
 from trainer.objectives.base import (
-    Family,
     Objective,
     ObjectiveConfig,
+    ObjectiveFamily,
     OtherSettings,
     ReferenceModels,
     UnlabelledDataSpec,
@@ -251,7 +251,7 @@ def build(config: ObjectiveConfig, references: ReferenceModels) -> Objective:
     return Sft(label_smoothing(config))
 
 
-SFT = Family(
+SFT = ObjectiveFamily(
     settings=SftConfig,
     data_spec=lambda config: SftDataSpec(separate_replayed=uses_replay_kl(config)),
     build=build,

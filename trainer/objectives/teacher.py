@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from strategies.errors import ConfigError
 from trainer.losses.next_token import LossHead
 from trainer.objectives.base import Reference, ReferenceModels
-from trainer.objectives.causal import plain_model, supervised_rows
+from trainer.objectives.causal import supervised_rows, unwrap_adapter
 
 
 class Teacher(Protocol):
@@ -84,7 +84,7 @@ def check_head(model: nn.Module, setting: str) -> None:
 
     `setting` begins the message: the setting that asks for the comparison.
     """
-    head: Any = plain_model(model).get_output_embeddings()  # type: ignore[operator]
+    head: Any = unwrap_adapter(model).get_output_embeddings()  # type: ignore[operator]
     if isinstance(head, LossHead):
         return
     trained_copies = getattr(head, "modules_to_save", {})  # of a head that peft trains in full

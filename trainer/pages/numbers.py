@@ -9,7 +9,7 @@ UNKNOWN = "\N{EN DASH}"
 BYTES_OF_UNIT = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
-def number(value: float | None, digits: int = 4) -> str:
+def format_number(value: float | None, digits: int = 4) -> str:
     """A number for people: 27,051 for 27051.2, 2.336, 3.4e-05, 1.0e+236; a dash for None.
 
     From a thousand million on, and below a thousandth, it has two digits and an exponent. Else integers, and floats from ten
@@ -30,14 +30,14 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def signed(value: float | None, digits: int = 4) -> str:
-    """A difference: `number` with its sign, +0.125 or -0.125."""
+def format_signed(value: float | None, digits: int = 4) -> str:
+    """A difference: `format_number` with its sign, +0.125 or -0.125."""
     if value is None or math.isnan(value):
-        return number(value, digits)
-    return f"+{number(value, digits)}" if value > 0 else number(value, digits)
+        return format_number(value, digits)
+    return f"+{format_number(value, digits)}" if value > 0 else format_number(value, digits)
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     """A share as a percentage that never rounds something to nothing, nor a part to the whole: 41.3%, <0.1%."""
     if share is None or not math.isfinite(share):
         return UNKNOWN
@@ -48,7 +48,7 @@ def percent(share: float | None) -> str:
     return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """A time in its two largest units: 85 ms, 0.35 s, 4.2 s, 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
     if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
@@ -64,7 +64,7 @@ def duration(seconds: float | None) -> str:
     raise AssertionError("days have no upper end")
 
 
-def byte_size(num_bytes: float | None) -> str:
+def format_bytes(num_bytes: float | None) -> str:
     """An amount of memory or storage: 812 B, 1.4 MiB, 12.6 GiB."""
     if num_bytes is None or not math.isfinite(num_bytes):
         return UNKNOWN

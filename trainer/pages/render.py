@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.pages.numbers import byte_size, duration, number, percent, signed
+from trainer.pages.numbers import format_bytes, format_duration, format_number, format_percent, format_signed
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -64,11 +64,11 @@ def page_environment(
         finalize=finalize,
     )
     environment.filters |= {
-        "number": number,
-        "signed": signed,
-        "percent": percent,
-        "duration": duration,
-        "bytes": byte_size,
+        "number": format_number,
+        "signed": format_signed,
+        "percent": format_percent,
+        "duration": format_duration,
+        "bytes": format_bytes,
         "script_json": script_json,
     }
     environment.filters |= dict(filters)

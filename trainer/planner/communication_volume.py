@@ -15,12 +15,12 @@ from strategies.mesh import replica_count
 from strategies.parameters import FROZEN_MODEL_PREFIXES, named_parameters
 from strategies.runtime import Runtime
 from trainer.build.sequence import heads_of
-from trainer.model.architecture import experts_per_token, text_settings, width_and_blocks
-from trainer.step import Built
+from trainer.model.architecture import experts_per_token, text_model_config, width_and_blocks
+from trainer.step import BuiltModel
 
 
 def expected_bytes(
-    built: Built,
+    built: BuiltModel,
     strategy: StrategyConfig,
     precision: Precision,
     runtime: Runtime,
@@ -50,7 +50,7 @@ def expected_bytes(
 
 
 def _parameter_bytes(
-    built: Built, strategy: StrategyConfig, precision: Precision, runtime: Runtime, micro_batches: int
+    built: BuiltModel, strategy: StrategyConfig, precision: Precision, runtime: Runtime, micro_batches: int
 ) -> dict[str, float]:
     """Bytes by collective that a step exchanges for parameters and gradients; they do not depend on its tokens.
 
@@ -75,7 +75,7 @@ def _parameter_bytes(
 
 
 def _fsdp2_bytes(
-    built: Built, strategy: Fsdp2Config, runtime: Runtime, micro_batches: int, gathered_itemsize: int
+    built: BuiltModel, strategy: Fsdp2Config, runtime: Runtime, micro_batches: int, gathered_itemsize: int
 ) -> dict[str, float]:
     """Bytes by collective of parameters and gradients under FSDP2, and under HSDP, which has several sharded replicas.
 
@@ -135,7 +135,7 @@ def _full_elements(module: Any) -> dict[int, int]:
 
 
 def _shared_row_bytes(
-    built: Built, strategy: StrategyConfig, precision: Precision, degree: int, tokens: float
+    built: BuiltModel, strategy: StrategyConfig, precision: Precision, degree: int, tokens: float
 ) -> float:
     """Bytes that rank 0 exchanges in a micro-batch with the ranks that share its row (`parallel.sequence`).
 
@@ -154,7 +154,7 @@ def _shared_row_bytes(
     return elements * (4 if precision is Precision.fp32 else 2)
 
 
-def _expert_exchange_bytes(built: Built, strategy: StrategyConfig, precision: Precision, tokens: float) -> float:
+def _expert_exchange_bytes(built: BuiltModel, strategy: StrategyConfig, precision: Precision, tokens: float) -> float:
     """Bytes that a rank exchanges in a micro-batch of `tokens` tokens with the ranks that hold its layer's other experts.
 
     For each expert that the router chooses for a token, the token's hidden state (a row) is sent to the rank of the expert and
@@ -162,7 +162,7 @@ def _expert_exchange_bytes(built: Built, strategy: StrategyConfig, precision: Pr
     be even.
     """
     step = built.step_module
-    text = text_settings(built.config)
+    text = text_model_config(built.config)
     rows = tokens * experts_per_token(built.config)
     itemsize = 4 if precision is Precision.fp32 else 2
     forward_passes = _forward_passes(built, strategy)
@@ -178,7 +178,7 @@ def _expert_exchange_bytes(built: Built, strategy: StrategyConfig, precision: Pr
     return exchanged_bytes
 
 
-def _forward_passes(built: Built, strategy: StrategyConfig) -> float:
+def _forward_passes(built: BuiltModel, strategy: StrategyConfig) -> float:
     """How often blocks run forward in a micro-batch, recomputed ones included; on average over the blocks."""
     step = built.step_module
     _, blocks = width_and_blocks(built.plain)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from strategies.compat.modules import replace_buffers
 from trainer.data.batches.collate import map_tensors
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 
-def replaced_by_fakes(built: Built, batches_by_size: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+def replaced_by_fakes(built: BuiltModel, batches_by_size: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
     """The micro-batches with fake tensors in place of real ones; the model's buffers are replaced in place.
 
     Must be called within `fake_tensors`.

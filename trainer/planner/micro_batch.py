@@ -26,7 +26,7 @@ from trainer.planner.hardware import GIB, fit_in_memory, group_count
 from trainer.planner.lengths import DocumentLengths, divisors, sampled_lengths
 from trainer.planner.oom_probe import PROBE_STEPS, TrialDescription, TrialInputs, memory_gib, runs_out_of_memory
 from trainer.planner.rank_devices import DeviceMemory, RankCounts
-from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
+from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting
 
 UNPLANNED_MICRO = 4
 """Micro-batch that is tried first if the step cannot be simulated."""
@@ -84,7 +84,9 @@ def resolve_micro_batch(
         announce(f"batch.micro={micro} runs out of memory; trying {smaller_micros[-1]}")
         micro = smaller_micros[-1]
     reason = f"{plan_summary}; {PROBE_STEPS} steps of the longest documents held"
-    resolved_config = _with_micro(config, micro, Resolution(MICRO_BATCH_KEY, AUTO, micro, reason, tuple(failed_trials)))
+    resolved_config = _with_micro(
+        config, micro, ResolvedSetting(MICRO_BATCH_KEY, AUTO, micro, reason, tuple(failed_trials))
+    )
     write_config(resolved_config)
     return resolved_config
 
@@ -114,7 +116,7 @@ def with_proposed_micro_batch(config: RunConfig, prepared: PreparedData) -> RunC
         timeout_s=TIMEOUT_SHARE * config.run.timeout_s,
     )
     reason = f"{plan_summary}; {PROBE_STEPS} steps of the longest documents will be tried"
-    return _with_micro(config, micro, Resolution(MICRO_BATCH_KEY, AUTO, micro, reason))
+    return _with_micro(config, micro, ResolvedSetting(MICRO_BATCH_KEY, AUTO, micro, reason))
 
 
 def _trial_description(micro: int) -> TrialDescription:
@@ -124,7 +126,7 @@ def _trial_description(micro: int) -> TrialDescription:
     )
 
 
-def _with_micro(config: RunConfig, micro: Any, note: Resolution | str | None) -> RunConfig:
+def _with_micro(config: RunConfig, micro: Any, note: ResolvedSetting | str | None) -> RunConfig:
     """The run with `batch.micro=micro`, and with `note` as the reason of that choice; None removes an earlier reason."""
     substitutions = dict(config.substitutions)
     substitutions.pop(MICRO_BATCH_KEY, None)

@@ -15,7 +15,7 @@ from trainer.loop import Trainer
 from trainer.loop_types import LoopSettings, Monitors, Sinks
 from trainer.monitors.anomalies import Guards
 from trainer.monitors.config import ChallengesConfig
-from trainer.monitors.detectors import Challenges
+from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.guard_config import GuardsConfig
 from trainer.monitors.stragglers import Stragglers
 from trainer.optim.schedule import ScheduleConfig
@@ -68,6 +68,6 @@ def minimal_trainer(engine: Any) -> Trainer:
             agreement=unused,
             guards=Guards(GuardsConfig(), 1, engine.runtime),
             stragglers=Stragglers(0, engine.runtime),
-            evaluations=Challenges(ChallengesConfig(), planned_evaluations=1, compared_term="loss"),
+            evaluations=ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, compared_term="loss"),
         ),
     )

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from strategies.parameters import meta_context
-from trainer.model.architecture import auto_class
+from trainer.model.architecture import transformers_class
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.kept_layers import KeptLayers, kinds_of
 from trainer.model.loading import load_model_config
@@ -54,7 +54,7 @@ def _pattern_of_built_model(config: ModelConfig, settings: Any, text: Any) -> Bl
     `text`: the settings of the part that reads tokens, which are `settings` themselves unless the model also reads images.
     The pattern has no period if the model's class cannot be built so: the planner then simulates the whole model.
     """
-    model_class = auto_class(ModelKind.causal, settings)
+    model_class = transformers_class(ModelKind.causal, settings)
     try:
         with meta_context():
             model = model_class.from_config(

@@ -15,7 +15,7 @@ from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepBatch
 from trainer.loop import Trainer
 from trainer.model.config import ModelKind
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import objective_family
 from trainer.planner.hardware import GIB
 from trainer.planner.lengths import divisors
 from trainer.reporting.run_record import PredictedCost, RunRecord
@@ -149,7 +149,7 @@ def _remedies_line(config: RunConfig, runtime: Runtime, *, training: bool) -> st
     if str(config.tuning.name) == "full":
         remedies.append("tuning=lora")
     doubled_sequence = 2 * runtime.sequence_size
-    can_share_rows = family_of(config.objective).kind is not ModelKind.encoder_decoder
+    can_share_rows = objective_family(config.objective).kind is not ModelKind.encoder_decoder
     if can_share_rows and runtime.world_size % doubled_sequence == 0:
         remedies.append(
             f"parallel.sequence={doubled_sequence}, if single documents are too long (docs/long-context.md)"

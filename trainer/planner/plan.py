@@ -24,7 +24,7 @@ from trainer.config.run import RunConfig
 from trainer.config.validate import config_problems
 from trainer.model.config import ModelKind as ModelKind
 from trainer.model.config import Quantisation
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import objective_family
 from trainer.planner.cost_model import CostModel, MemoryPeak
 from trainer.planner.dealt_experts import with_expert_parallelism
 from trainer.planner.deferred_reduction import deferred_gradient_bytes, with_deferred_reduction
@@ -76,7 +76,7 @@ class RunVariant:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class PlannedChoice:
     """A variant with a micro-batch, and what it takes."""
 
     variant: RunVariant
@@ -338,7 +338,7 @@ def rank_choices(
     job: PlannedRun,
     micros: list[int],
     peer_settings: Sequence[PeerSetting] = (),
-) -> list[Choice]:
+) -> list[PlannedChoice]:
     """The variant with each micro-batch of `micros`: those that fit, the fastest first; then those that do not, smallest first.
 
     `peer_settings`: what another trainer does differently (`plan.theirs`), if its memory is to be computed as well.
@@ -354,7 +354,7 @@ def rank_choices(
     return [*fitting, *too_large]
 
 
-def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: int) -> Choice:
+def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: int) -> PlannedChoice:
     """The cost of a variant with `micro` documents per forward pass: memory and seconds of a step, hours and price of the run.
 
     Under FSDP2 it also decides whether gradients are reduced only in the last micro-batch, if the run leaves that open.
@@ -389,7 +389,7 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
     price = None
     if hours is not None and card.price_per_hour is not None:
         price = hours * job.ranks * card.price_per_hour
-    return Choice(
+    return PlannedChoice(
         variant=variant,
         overrides=tuple(overrides),
         micro=micro,
@@ -431,7 +431,7 @@ def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedRun, step:
 
 
 def peer_memory_of(
-    choice: Choice, cost_model: CostModel, job: PlannedRun, peer_settings: Sequence[PeerSetting]
+    choice: PlannedChoice, cost_model: CostModel, job: PlannedRun, peer_settings: Sequence[PeerSetting]
 ) -> PeerMemory:
     """What a rank of another trainer would hold in the step of `choice`, if it shards weights, gradients and moments alike."""
     if cost_model.counts_rows:
@@ -457,7 +457,7 @@ def _peer_problems(config: RunConfig, peer_settings: Sequence[PeerSetting]) -> l
     """Sentences that say why `plan.theirs` does not go with this run; empty if it does."""
     problems = problems_of_theirs(peer_settings, full_tuning=config.tuning.name is TuningName.full)
     losses = [setting for setting in peer_settings if setting in LOSS_BYTES_PER_LOGIT]
-    if losses and family_of(config.objective).kind is ModelKind.classifier:
+    if losses and objective_family(config.objective).kind is ModelKind.classifier:
         problems.append(
             f"plan.theirs=[{','.join(losses)}]: is of a loss over words; objective={config.objective.name} has none"
         )

@@ -14,7 +14,7 @@ from trainer.planner.hardware import GIB
 from trainer.planner.speed import PRODUCT_EFFICIENCY
 from trainer.reporting.metrics import Meter
 from trainer.reporting.run_record import MeasuredCost, PredictedCost, RunRecord
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "lion": 4, "sgd": 4, "muon": 4, "schedule_free": 8, "adafactor": 0}
 """Bytes of optimizer state that a checkpoint keeps for each trained parameter, beside its weight in fp32."""
@@ -31,7 +31,7 @@ def checkpoint_bytes(num_trained_parameters: int, optimizer: str) -> int:
     return num_trained_parameters * (4 + STATE_BYTES[optimizer])
 
 
-def predicted_cost(built: Built, record: RunRecord, optimizer: str, device_gib: float) -> PredictedCost:
+def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_gib: float) -> PredictedCost:
     """The predicted cost of a run: memory, seconds of a step, bytes of a checkpoint; the first two with a text on their method.
 
     - Memory: from the simulated step of `run.must_fit` if there was one, else by arithmetic.

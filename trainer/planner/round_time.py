@@ -15,7 +15,7 @@ from trainer.build.rounds import MAX_GENERATION_ROWS, prompts_per_round
 from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
 from trainer.evaluation.full_weights import USABLE_SHARE, kv_cache_size_bytes
-from trainer.objectives.registry import family_of, max_generated_tokens
+from trainer.objectives.registry import max_generated_tokens, objective_family
 from trainer.planner.hardware import Card
 from trainer.planner.speed import MEMORY_EFFICIENCY, PRODUCT_EFFICIENCY, ring_bytes_per_s
 
@@ -116,7 +116,7 @@ def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longe
     `model_config`: the model's configuration of transformers. `prompt_tokens`: mean length of a prompt. `longest_prompt`: tokens
     of the longest one.
     """
-    if family_of(config.objective).rollout is None:
+    if objective_family(config.objective).rollout is None:
         return None
     objective: Any = config.objective
     rollout = objective.rollout

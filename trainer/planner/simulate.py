@@ -28,7 +28,7 @@ from trainer.planner.memory_tracker import PhasePeak, StepPhase
 from trainer.planner.minimal_step import minimal_trainer, step_batch
 from trainer.planner.model_blocks import repeated_blocks, teacher_blocks
 from trainer.planner.step_recorder import Collective, Record, Recorder
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 
 class ShapesOnly:
@@ -50,7 +50,7 @@ class ShapesOnly:
 class StepParts:
     """What a step is made of."""
 
-    built: Built
+    built: BuiltModel
     strategy: StrategyConfig
     precision: Precision
     make_optimizer: OptimizerFactory

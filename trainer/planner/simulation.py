@@ -32,7 +32,7 @@ from trainer.data.batches.cutting import sequence_cut
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
 from trainer.objectives.base import ObjectiveConfig
-from trainer.objectives.registry import data_spec_of, family_of
+from trainer.objectives.registry import data_spec_of, objective_family
 from trainer.optim.build import build_optimizer
 from trainer.planner.cost_model import (
     CostModel,
@@ -45,7 +45,7 @@ from trainer.planner.depth_extrapolation import END_BLOCKS, ExtrapolatedStep, is
 from trainer.planner.memory_tracker import StepPhase
 from trainer.planner.model_blocks import BlockPattern, block_pattern, repeated_blocks, truncated_model
 from trainer.planner.simulate import ShapesOnly, SimulatedStep, StepParts, simulate
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 
 class NoTokenizer:
@@ -82,7 +82,7 @@ def simulate_run(
         rank, world_size, local_world_size=local_world_size, device=device, expert_imbalance=expert_imbalance
     ) as all_ranks:
         runtime = with_sequence_parallelism(all_ranks, config.parallel.sequence)
-        parts = step_parts(config, lengths, runtime)
+        parts = build_step_parts(config, lengths, runtime)
         return simulate(_with_full_size(parts, full_pattern), runtime)
 
 
@@ -169,7 +169,7 @@ def simulate_cost_model_of_run(
             _truncated_run(config, depth, blocks) as truncated,
         ):
             runtime = with_sequence_parallelism(all_ranks, config.parallel.sequence)
-            parts = step_parts(truncated, [length] * sequences, runtime)
+            parts = build_step_parts(truncated, [length] * sequences, runtime)
             parts = _with_full_size(parts, pattern)
             built = parts.built
             details.update(_fields_of_any_depth(built, config.objective))
@@ -212,7 +212,7 @@ def simulate_cost_model_of_run(
     )
 
 
-def _fields_of_any_depth(built: Built, objective: ObjectiveConfig) -> dict[str, Any]:
+def _fields_of_any_depth(built: BuiltModel, objective: ObjectiveConfig) -> dict[str, Any]:
     """The fields `notes`, `layout` and `needs_single_rows` of a cost model, which are the same at any depth."""
     # Without the note on attention kernels: they were chosen for this machine, not for the GPU of the plan.
     notes = [f"{key}: {note}" for key, note in built.substitutions.items() if key != "model.attention"]
@@ -267,7 +267,7 @@ def end_blocks_of(config: RunConfig) -> int:
         truncated = replace(
             config, model=truncated_model(config.model, depth, Path(directory)), parallel=ParallelConfig(sequence=1)
         )
-        units = repeated_blocks(step_parts(truncated, [1], runtime).built.step_module)
+        units = repeated_blocks(build_step_parts(truncated, [1], runtime).built.step_module)
     # ZeRO-3 keeps up to MAX_LIVE_PARAMETERS elements gathered: as many blocks as hold these.
     elements_per_block = [sum(parameter.numel() for parameter in unit.parameters()) for unit in units]
     smallest = min(elements_per_block, default=1)
@@ -331,7 +331,7 @@ def _trained_elements(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def _parameter_counts(built: Built) -> ParameterCounts:
+def _parameter_counts(built: BuiltModel) -> ParameterCounts:
     """How many parameters a model has, and how many train. It must not be sharded yet, so that all have their full shapes."""
     module = built.step_module
     trained = sum(p.numel() for _, p in named_parameters(module) if p.requires_grad)
@@ -358,7 +358,7 @@ def _truncated_run(config: RunConfig, depth: int, blocks: int) -> Iterator[RunCo
         yield replace(config, model=truncated_model(config.model, depth, Path(directory)))
 
 
-def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, source: object = None) -> StepParts:
+def build_step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, source: object = None) -> StepParts:
     """Everything that a rank's training step needs, as `simulate` takes it: model, optimizer factory and micro-batches.
 
     The model is on meta, without memory for its weights. All micro-batches have sequences of `lengths` tokens. `source`: where
@@ -376,7 +376,7 @@ def step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, sourc
         tuning_config=config.tuning,
         layout=step_layout(config),
         tokenizer=tokenizer,
-        num_labels=family_of(config.objective).num_outputs or 2,
+        num_labels=objective_family(config.objective).num_outputs or 2,
         context=meta_context(),
         half_on_gpu=half_on_gpu,
     )

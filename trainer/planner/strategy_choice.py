@@ -38,9 +38,9 @@ from trainer.planner.micro_batch import (
     try_simulate_cost_model,
 )
 from trainer.planner.oom_probe import PROBE_STEPS, TrialDescription, TrialInputs, memory_gib, runs_out_of_memory
-from trainer.planner.plan import Choice, PlannedRun, RunVariant, micro_batches, rank_choices
+from trainer.planner.plan import PlannedChoice, PlannedRun, RunVariant, micro_batches, rank_choices
 from trainer.planner.rank_devices import RankCounts
-from trainer.reporting.resolution import OutOfMemoryTrial, Resolution
+from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting
 
 LEAST_SHARDED_FIRST = ("single", "ddp", "zero1", "zero2", "hsdp", "fsdp2", "zero3")
 """From what shards nothing to what shards most."""
@@ -137,7 +137,7 @@ def resolve_strategy(
     reason = proposal.reason
     if devices.world_size > 1:
         reason += f"; {PROBE_STEPS} steps of the longest documents held"
-    resolution = Resolution(STRATEGY_KEY, AUTO, proposal.name, reason, tuple(failed_trials))
+    resolution = ResolvedSetting(STRATEGY_KEY, AUTO, proposal.name, reason, tuple(failed_trials))
     resolved_config = _with_strategy(config, proposal.strategy, resolution)
     write_config(resolved_config)
     return resolved_config
@@ -173,7 +173,7 @@ def with_proposed_strategy(config: RunConfig, prepared: PreparedData) -> RunConf
     reason = first.reason
     if world_size > 1:  # a single rank needs no trial
         reason += f"; {PROBE_STEPS} steps of the longest documents will be tried"
-    return _with_strategy(config, first.strategy, Resolution(STRATEGY_KEY, AUTO, first.name, reason))
+    return _with_strategy(config, first.strategy, ResolvedSetting(STRATEGY_KEY, AUTO, first.name, reason))
 
 
 def _batch_for_ranks(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _batch_for_ranks(config: RunConfig, world_size: int) -> dict[str, Any]:
     return batch if is_divisor else {**batch, "micro": AUTO}
 
 
-def _with_strategy(config: RunConfig, strategy: StrategyConfig, note: Resolution | str | None) -> RunConfig:
+def _with_strategy(config: RunConfig, strategy: StrategyConfig, note: ResolvedSetting | str | None) -> RunConfig:
     """The run with that strategy, and with `note` as the reason of the choice; None removes an earlier reason."""
     substitutions = dict(config.substitutions)
     substitutions.pop(STRATEGY_KEY, None)
@@ -330,7 +330,7 @@ class Planner:
 
     def _planned_by_fit(
         self, strategies: list[StrategyConfig]
-    ) -> tuple[list[tuple[StrategyConfig, Choice]], list[tuple[StrategyConfig, Choice]], list[Proposal]]:
+    ) -> tuple[list[tuple[StrategyConfig, PlannedChoice]], list[tuple[StrategyConfig, PlannedChoice]], list[Proposal]]:
         """Simulate every strategy with every mode of recomputation: (those that fit, those that are too large, the unplanned).
 
         The first two are pairs of a strategy and its cost; the last are proposals of those that cannot be simulated.
@@ -341,8 +341,8 @@ class Planner:
         with ThreadPoolExecutor(threads) as pool:
             cost_models = list(pool.map(self.simulate_cost_model, *zip(*combinations, strict=True)))
 
-        fitting: list[tuple[StrategyConfig, Choice]] = []
-        too_large: list[tuple[StrategyConfig, Choice]] = []
+        fitting: list[tuple[StrategyConfig, PlannedChoice]] = []
+        too_large: list[tuple[StrategyConfig, PlannedChoice]] = []
         unplanned: list[Proposal] = []
         for (strategy, mode), cost_model in zip(combinations, cost_models, strict=True):
             if isinstance(cost_model, str):
@@ -366,7 +366,9 @@ class Planner:
         cost_model: CostModel | str = call_in_process(try_simulate_cost_model, arguments, self.timeout_s)
         return cost_model
 
-    def _best_choice(self, strategy: StrategyConfig, mode: ActivationCheckpointing, cost_model: CostModel) -> Choice:
+    def _best_choice(
+        self, strategy: StrategyConfig, mode: ActivationCheckpointing, cost_model: CostModel
+    ) -> PlannedChoice:
         """The cost of a step under this strategy and mode of recomputation, with the configured micro-batch.
 
         For `batch.micro=auto`: with the fastest micro-batch that fits; with the smallest if none fits.
@@ -388,6 +390,6 @@ class Planner:
         return best
 
 
-def _gib_text(choice: Choice) -> str:
+def _gib_text(choice: PlannedChoice) -> str:
     """Memory that a rank needs, and that its device has, such as `12.30 of 79.10`."""
     return f"{choice.fit.total / GIB:.2f} of {choice.fit.limit / GIB:.2f}"

@@ -18,7 +18,15 @@ from trainer.config.run import RunConfig
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import strategy_for_simulation, why_not_simulated
 from trainer.planner.hardware import MemoryFit
-from trainer.planner.plan import Choice, PlanConfig, PlannedRun, RunVariant, choice_of, micro_batches, rank_choices
+from trainer.planner.plan import (
+    PlanConfig,
+    PlannedChoice,
+    PlannedRun,
+    RunVariant,
+    choice_of,
+    micro_batches,
+    rank_choices,
+)
 
 ProgressCallback = Callable[[int, int, str], None]
 """Called with (variants done, all variants, the overrides of the one that is done)."""
@@ -30,9 +38,9 @@ class PlanAnswer:
     """Every variant with its best micro-batch, in order: those that fit, the fastest first; then those that do not."""
 
     job: PlannedRun
-    best_choices: list[Choice]
+    best_choices: list[PlannedChoice]
     """The best choice of each variant."""
-    all_choices: list[Choice]
+    all_choices: list[PlannedChoice]
     """Every micro-batch of every variant."""
     refused: list[tuple[RunVariant, str]]
     """Ways that were ruled out or could not be simulated, and why."""
@@ -43,7 +51,7 @@ class PlanAnswer:
     None if it deals no experts."""
 
     @property
-    def best(self) -> Choice | None:
+    def best(self) -> PlannedChoice | None:
         """The fastest that fits."""
         return next((choice for choice in self.best_choices if choice.fits), None)
 
@@ -71,7 +79,7 @@ def plan_variants(
 
     # Rank the micro-batches of each variant; a variant that cannot be simulated is refused.
     all_refused = list(refused)
-    planned: list[tuple[CostModel, list[Choice]]] = []
+    planned: list[tuple[CostModel, list[PlannedChoice]]] = []
     for variant, cost_model, micros in zip(variants, cost_models, micros_by_variant, strict=True):
         if isinstance(cost_model, str):
             all_refused.append((variant, cost_model))
@@ -144,7 +152,7 @@ def with_worst_imbalance(answer: PlanAnswer, settings: PlanConfig) -> PlanAnswer
     return replace(answer, worst_imbalance=worst.fit)
 
 
-def _rank_key(choice: Choice) -> tuple[bool, float]:
+def _rank_key(choice: PlannedChoice) -> tuple[bool, float]:
     """Those that fit first, the fastest first; then those that do not, the one that lacks least memory first."""
     if choice.fits:
         return False, -choice.tokens_per_s

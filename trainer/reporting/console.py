@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from strategies.redaction import redacted
-from trainer.pages.numbers import duration
+from strategies.redaction import redact
+from trainer.pages.numbers import format_duration
 
 MIN_BAR_WIDTH = 10
 """Columns that the bar keeps. Fields beside it are left out before it gets shorter."""
@@ -67,7 +67,7 @@ class Console:
         """Write a line to the log file alone, with the time and without secrets."""
         if self._log is not None:
             with suppress(OSError):  # a full disk is reported by whoever writes what the run depends on
-                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redacted(text)}\n")
+                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redact(text)}\n")
                 self._log.flush()
 
     def progress(self, row: dict[str, Any], schedule: RunSchedule) -> None:
@@ -121,7 +121,7 @@ def _progress_fields(row: dict[str, Any], schedule: RunSchedule) -> list[str]:
     fields += [
         f"mem {row['memory_gib']:.1f} GiB",
         f"wait {row['data_wait_s'] * 1e3:.0f} ms",
-        f"eta {duration(round(eta_s))}",
+        f"eta {format_duration(round(eta_s))}",
     ]
     if row.get("skipped"):
         fields.append("skipped: not finite")

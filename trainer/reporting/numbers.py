@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 
-def short(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A value of a setting as people write it: 2e-4 for 0.0002, `none` for None."""
     if value is None:
         return "none"
@@ -19,14 +19,14 @@ def short(value: Any) -> str:
     return f"{digits}e{int(exponent)}"  # int takes off the sign of a plus, and leading zeros
 
 
-def readable(value: float) -> str:
+def format_metric(value: float) -> str:
     """A metric with four decimals; from a million on with two digits and an exponent, as 1.0e+236."""
     if math.isfinite(value) and abs(value) >= 1e6:
         return f"{value:.1e}"
     return f"{value:.4f}"
 
 
-def times(count: int) -> str:
+def format_times(count: int) -> str:
     """How often something happened: `once`, `twice`, `3 times`."""
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
 

@@ -9,7 +9,7 @@ from strategies.base import Progress
 
 
 @dataclass(slots=True)
-class Outcome:
+class TrainingOutcome:
     """How training ended, equal on all ranks."""
 
     progress: Progress

@@ -31,7 +31,7 @@ class OutOfMemoryTrial:
 
 
 @dataclass(frozen=True, slots=True)
-class Resolution:
+class ResolvedSetting:
     """How a setting got its value. `str` gives the sentence for people; nothing reads that sentence back."""
 
     setting: str
@@ -53,13 +53,13 @@ class Resolution:
         return f"{outcome} ({'; '.join(reasons)})" if reasons else outcome
 
 
-def resolution_of(setting: str, note: Any) -> Resolution | None:
+def resolution_of(setting: str, note: Any) -> ResolvedSetting | None:
     """The resolution of a setting as a file or a configuration holds it; None if `note` is none.
 
-    `note` is a Resolution; its fields as read from YAML or JSON, such as {"asked": "auto", "chosen": 4, "reason": "planned"}; or
-    the sentence of an early run directory, such as "auto -> 4 (planned)".
+    `note` is a ResolvedSetting; its fields as read from YAML or JSON, such as {"asked": "auto", "chosen": 4, "reason":
+    "planned"}; or the sentence of an early run directory, such as "auto -> 4 (planned)".
     """
-    if isinstance(note, Resolution):
+    if isinstance(note, ResolvedSetting):
         return note
     if isinstance(note, str):
         return _of_sentence(setting, note)
@@ -68,7 +68,7 @@ def resolution_of(setting: str, note: Any) -> Resolution | None:
     trials = note.get("tried")
     if not isinstance(trials, list | tuple):
         trials = ()
-    return Resolution(
+    return ResolvedSetting(
         setting=setting,
         asked=note["asked"],
         chosen=note.get("chosen"),
@@ -85,7 +85,7 @@ def _trial(trial: Any) -> OutOfMemoryTrial:
     return OutOfMemoryTrial(trial.get("choice"), step if isinstance(step, int) else None)
 
 
-def _of_sentence(setting: str, sentence: str) -> Resolution | None:
+def _of_sentence(setting: str, sentence: str) -> ResolvedSetting | None:
     """The resolution of a setting that an earlier version wrote as a sentence; None for a sentence about something else.
 
     `auto -> 4 (planned; 16, 8 ran out of memory)` is asked=auto, chosen=4, reason=planned and two trials: each of the reasons in
@@ -103,7 +103,7 @@ def _of_sentence(setting: str, sentence: str) -> Resolution | None:
             continue
         step = None if trial["step"] is None else int(trial["step"])
         tried += [OutOfMemoryTrial(_number(choice), step) for choice in trial["choices"].split(", ")]
-    return Resolution(setting, _number(match["asked"]), _number(match["chosen"]), "; ".join(reasons), tuple(tried))
+    return ResolvedSetting(setting, _number(match["asked"]), _number(match["chosen"]), "; ".join(reasons), tuple(tried))
 
 
 def _number(text: str | None) -> Any:

@@ -20,13 +20,13 @@ from typing import Any
 
 from strategies import atomic_io, shared_files
 from strategies.errors import OutOfMemory, ShardtuneError, StorageError
-from strategies.redaction import redacted
+from strategies.redaction import redact
 
 CONFIG_SHA256_REGEX = re.compile(r"^# sha256: ([0-9a-f]{64})$", re.MULTILINE)
 """The line of a run's `config.yaml` with the hash of its configuration."""
 
 
-class State(StrEnum):
+class RunState(StrEnum):
     """What `status.json` may say. `preempted`: the run saved its state and can be resumed by the same command."""
 
     running = "running"
@@ -72,14 +72,14 @@ def start_of_job() -> dict[str, Any]:
     return {"job": os.environ.get("SLURM_JOB_ID"), "restart": restart_count()}
 
 
-def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
+def write_status(run_dir: Path, state: RunState | str, **fields: Any) -> None:
     """Replace the `status.json` of a run by a new state, with this process and the time. Errors: StorageError.
 
     `fields`: JSON values by key, such as `reason` and `step`, which override those written here. Secrets in the reason are
     masked. On a full disk the old file is overwritten in its place.
     """
     status = {
-        "state": State(state).value,
+        "state": RunState(state).value,
         "reason": None,
         "step": None,
         **start_of_job(),
@@ -89,7 +89,7 @@ def write_status(run_dir: Path, state: State | str, **fields: Any) -> None:
         **fields,
     }
     if isinstance(status["reason"], str):
-        status["reason"] = redacted(status["reason"])
+        status["reason"] = redact(status["reason"])
     path = Path(run_dir) / "status.json"
     text = json.dumps(status, indent=1) + "\n"
     try:
@@ -140,12 +140,12 @@ def record_failure(
         "phase": phase,
         "step": step,
         "error": getattr(error, "recorded_name", None) or type(error).__name__,
-        "message": redacted(str(error)),
+        "message": redact(str(error)),
         "user_error": isinstance(error, ShardtuneError),
         "exit_code": getattr(error, "exit_code", 70),
         "retry": getattr(error, "retry", None),
         "ran_out_with": error.ran_out_with if isinstance(error, OutOfMemory) else {},
-        "traceback": redacted("".join(traceback.format_exception(error))),
+        "traceback": redact("".join(traceback.format_exception(error))),
         **start_of_job(),
         "time": time.time(),
         **process_fields,

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import StorageError
-from strategies.redaction import redacted
+from strategies.redaction import redact
 from trainer.reporting.earlier_rows import EarlierResults
 from trainer.reporting.jsonl import JsonlTracker
 from trainer.reporting.metric_names import EDITION, FIRST_EDITION, tracked_row
-from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun, Tracker
+from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun, Tracker
 from trainer.reporting.trackers.environment import apply_environment
 from trainer.reporting.trackers.registry import enabled_trackers
 
@@ -42,7 +42,7 @@ class Trackers:
         self._hints: list[tuple[str, str]] = []
         self._metric_names = metric_names
         self._training_s = 0.0 if rows is None else rows.earlier.training_s
-        self._waiting_tables: dict[str, tuple[int, Table]] = {}
+        self._waiting_tables: dict[str, tuple[int, LoggedTable]] = {}
         """Tables to be shown with the row of a step, by name."""
 
     def write_rows(self, rows: JsonlTracker) -> None:
@@ -73,14 +73,14 @@ class Trackers:
             del self._waiting_tables[name]
         self.tables(due_tables, step=step)
 
-    def show_with_row(self, name: str, table: Table, *, step: int) -> None:
+    def show_with_row(self, name: str, table: LoggedTable, *, step: int) -> None:
         """Show a table once the row of its step is recorded, in place of an earlier one that still waits.
 
         Rows are recorded some steps at a time, and W&B takes none of an earlier step than it has seen.
         """
         self._waiting_tables[name] = (step, table)
 
-    def tables(self, tables: dict[str, Table], *, step: int) -> None:
+    def tables(self, tables: dict[str, LoggedTable], *, step: int) -> None:
         """Show tables of one step, by name, in the trackers."""
         for name, table in tables.items():
             self._call_each_tracker(lambda tracker, name=name, table=table: tracker.log_table(name, table, step=step))  # type: ignore[misc]
@@ -141,7 +141,7 @@ class Trackers:
 def _error_line(error: Exception) -> str:
     """Type and first line of an error, without secrets."""
     first_line = next(iter(str(error).splitlines()), "")
-    return redacted(f"{type(error).__name__}: {first_line}")
+    return redact(f"{type(error).__name__}: {first_line}")
 
 
 def summary_of(last_row: dict[str, Any], speed: dict[str, float], evaluated: dict[str, float]) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def open_without_rows(tracked_run: TrackedRun, environment: dict[str, str] | Non
             continue
         note = getattr(tracker, "note", None)  # of W&B, why it is offline
         if note:
-            opened.substitutions[f"logging.{kind.setting}"] = redacted(note)
+            opened.substitutions[f"logging.{kind.setting}"] = redact(note)
         trackers.append(tracker)
     opened.trackers = Trackers(None, trackers, tracked_run.print_line, tracked_run.metric_names)
     return opened

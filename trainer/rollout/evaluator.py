@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.evaluation.base import DecodingConfig, GenerateConfig
 from trainer.evaluation.tasks.pass_at_k import PASS_PREFIX, sample_counts_for_pass_at_k
-from trainer.rollout.types import Answer, Group, GroupScores, Prompt, RewardScorer, all_answers
+from trainer.rollout.types import Answer, AnswerGroup, GroupScores, Prompt, RewardScorer, all_answers
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -53,7 +53,7 @@ class RewardEvaluator:
         self.answer_generator = answer_generator
         self.scorer = scorer
         self.decoding = decoding
-        self.groups: list[Group] = []
+        self.groups: list[AnswerGroup] = []
         """The answers of the last evaluation."""
         self.scores: list[GroupScores] = []
         """Their scores, one entry for each group."""
@@ -69,9 +69,9 @@ class RewardEvaluator:
         yield from reward_metrics(self.groups, self.scores, self.decoding.draws).items()
 
 
-def group_by_prompt(prompts: Sequence[Prompt], generated: Sequence[GeneratedAnswer]) -> list[Group]:
+def group_by_prompt(prompts: Sequence[Prompt], generated: Sequence[GeneratedAnswer]) -> list[AnswerGroup]:
     """A group for each prompt, with the answers to it, sample by sample. Their log-probabilities are unknown, and so nan."""
-    groups = [Group(prompt, []) for prompt in prompts]
+    groups = [AnswerGroup(prompt, []) for prompt in prompts]
     for answer in generated:
         unknown_logprobs = np.full(len(answer.ids), np.nan, np.float32)
         groups[answer.prompt_index].answers.append(
@@ -80,7 +80,7 @@ def group_by_prompt(prompts: Sequence[Prompt], generated: Sequence[GeneratedAnsw
     return groups
 
 
-def reward_metrics(groups: Sequence[Group], scores: Sequence[GroupScores], num_samples: int) -> dict[str, float]:
+def reward_metrics(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores], num_samples: int) -> dict[str, float]:
     """The metrics of an evaluation by name, such as {"eval/reward": 0.4, "eval/completions/mean_length": 112.0, ...}.
 
     `scores` has one entry for each group. Answers without a score count in no mean; a mean without any score is nan.
@@ -105,7 +105,7 @@ def reward_metrics(groups: Sequence[Group], scores: Sequence[GroupScores], num_s
     return metrics
 
 
-def _means_by_source(groups: Sequence[Group], scores: Sequence[GroupScores]) -> Mapping[str, float]:
+def _means_by_source(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores]) -> Mapping[str, float]:
     """The mean reward of each source, {"eval/reward/NAME": 0.4}; {} if the prompts name no sources, as with a single one."""
     by_source: dict[str, list[np.ndarray]] = {}
     for group, group_scores in zip(groups, scores, strict=True):

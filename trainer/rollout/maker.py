@@ -23,7 +23,7 @@ from trainer.rollout.look_back import PolicyLogps, ReferenceLogps, RowScorer, an
 from trainer.rollout.metrics import round_metrics
 from trainer.rollout.prompts import PromptReader
 from trainer.rollout.round import Round, stack_rewards
-from trainer.rollout.types import Group, GroupGenerator, GroupScores, RewardScorer, all_answers
+from trainer.rollout.types import AnswerGroup, GroupGenerator, GroupScores, RewardScorer, all_answers
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -41,7 +41,7 @@ MAX_IDLE_ATTEMPTS = 10
 class _ScoredGroups:
     """Groups of answers that were generated for a round, with their scores."""
 
-    groups: list[Group] = field(default_factory=list)
+    groups: list[AnswerGroup] = field(default_factory=list)
     scores: list[GroupScores] = field(default_factory=list)
 
     def select(self, indices: Sequence[int]) -> _ScoredGroups:
@@ -111,7 +111,7 @@ class RoundBuilder:
         return rollout_round
 
     def build_round_from_scores(
-        self, groups: list[Group], scores: list[GroupScores], first_sample: int = 0, num_prompts: int = 0
+        self, groups: list[AnswerGroup], scores: list[GroupScores], first_sample: int = 0, num_prompts: int = 0
     ) -> Round:
         """A round of answers that were scored, complete with all that its loss reads. Computes log-probabilities if needed.
 
@@ -297,7 +297,7 @@ class RoundBuilder:
         yield
         self._seconds[timer] += time.perf_counter() - began
 
-    def _time_metrics(self, groups: Sequence[Group]) -> dict[str, Any]:
+    def _time_metrics(self, groups: Sequence[AnswerGroup]) -> dict[str, Any]:
         """Seconds of each stage of a round on its slowest rank, and the speed of generation. All ranks must call.
 
         For example {"write_s": 8.1, "reward_s": 0.4, "look_back_s": 1.2, "written_tokens_per_s": 5100.0}.

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from trainer.rollout.round import stack_rewards
-from trainer.rollout.types import Group, GroupScores, all_answers
+from trainer.rollout.types import AnswerGroup, GroupScores, all_answers
 
 
-def round_metrics(groups: Sequence[Group], scores: Sequence[GroupScores], is_idle: np.ndarray) -> dict[str, float]:
+def round_metrics(
+    groups: Sequence[AnswerGroup], scores: Sequence[GroupScores], is_idle: np.ndarray
+) -> dict[str, float]:
     """The metrics of a round by name: rewards, lengths and numbers of unscored answers; those that would be nan are left out.
 
     A group is all answers to one prompt; `scores` has one entry for each group. `is_idle`, bool [groups]: whether all answers of
@@ -36,7 +38,7 @@ def round_metrics(groups: Sequence[Group], scores: Sequence[GroupScores], is_idl
     return {name: value for name, value in metrics.items() if not np.isnan(value)}
 
 
-def _length_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def _length_metrics(groups: Sequence[AnswerGroup]) -> dict[str, float]:
     """Mean, least and largest length of the answers in tokens, with the end token, and the share of answers without an end."""
     answers = all_answers(groups)
     lengths = np.array([len(answer.ids) for answer in answers], dtype=np.float64)
@@ -52,7 +54,7 @@ def _length_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return metrics
 
 
-def _source_metrics(groups: Sequence[Group], rewards: np.ndarray, is_idle: np.ndarray) -> dict[str, float]:
+def _source_metrics(groups: Sequence[AnswerGroup], rewards: np.ndarray, is_idle: np.ndarray) -> dict[str, float]:
     """Mean reward and share of idle groups of each source of prompts; {} if there is one source."""
     sources = np.array([group.prompt.source for group in groups])
     metrics = {}

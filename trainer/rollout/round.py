@@ -17,7 +17,7 @@ from trainer.objectives.answers import (
 )
 from trainer.objectives.grpo_config import Normalise
 from trainer.rollout.groups import answer_weights
-from trainer.rollout.types import Answer, Group, GroupScores
+from trainer.rollout.types import Answer, AnswerGroup, GroupScores
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class Round:
     """Prompts that the run had consumed before it."""
     num_prompts: int
     """Prompts that it consumed, replaced ones included."""
-    groups: list[Group]
+    groups: list[AnswerGroup]
     scores: list[GroupScores]
     advantages: np.ndarray
     """float64 [groups, answers]."""
@@ -48,7 +48,7 @@ class Round:
         """Answers of a group."""
         return len(self.groups[0].answers)
 
-    def answer(self, number: int) -> tuple[Group, Answer]:
+    def answer(self, number: int) -> tuple[AnswerGroup, Answer]:
         """Answer `number` of the round, with its group."""
         group, draw = divmod(number, self.group_size)
         return self.groups[group], self.groups[group].answers[draw]

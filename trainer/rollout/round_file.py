@@ -9,7 +9,7 @@ import numpy as np
 
 from strategies.errors import StorageError
 from trainer.rollout.round import Round
-from trainer.rollout.types import Answer, Group, GroupScores, Prompt, all_answers
+from trainer.rollout.types import Answer, AnswerGroup, GroupScores, Prompt, all_answers
 
 ROUND_FILE = "round.safetensors"
 
@@ -88,7 +88,7 @@ def deserialize_round(content: bytes, where: str) -> Round:
                     )
                 )
             prompt = Prompt(prompt_number, ids.tolist(), text="", columns={}, origin="")
-            groups.append(Group(prompt, answers))
+            groups.append(AnswerGroup(prompt, answers))
 
         # By "old" and "reference": log-probabilities of each token, by the answer's number in the round.
         logps: dict[str, dict[int, np.ndarray]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.reporting.trackers.base import Table
+from trainer.reporting.trackers.base import LoggedTable
 from trainer.rollout.record import EXTRA_PREFIX, answer_rows
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ REWARD_PREFIX = "rewards/"
 """The names of the columns of single rewards begin with it in the rows of a round."""
 
 
-def round_table(rollout_round: Round, step: int) -> Table:
+def round_table(rollout_round: Round, step: int) -> LoggedTable:
     """A table for the trackers with the answers of a round's first groups, the best answer of each prompt first.
 
     `step`: the first step that learns from the round.
@@ -43,7 +43,7 @@ def round_table(rollout_round: Round, step: int) -> Table:
             }
             shown_row = row | shown
             cells.append([shown_row[column] for column in columns])
-    return Table(columns, cells)
+    return LoggedTable(columns, cells)
 
 
 def groups_of_rows(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

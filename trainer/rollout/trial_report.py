@@ -10,13 +10,13 @@ import numpy as np
 from trainer.rollout.groups import is_idle_group
 from trainer.rollout.record import prompt_text
 from trainer.rollout.round import stack_rewards
-from trainer.rollout.types import Group, GroupScores, all_answers
+from trainer.rollout.types import AnswerGroup, GroupScores, all_answers
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 SHOWN_CHARACTERS = 300
 
 
-def trial_report(groups: Sequence[Group], scores: Sequence[GroupScores]) -> dict[str, Any]:
+def trial_report(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores]) -> dict[str, Any]:
     """What a trial of the rewards shows before training, as JSON values: rewards, idle groups, lengths, and some answers.
 
     A group is all answers to one prompt; it is idle if all score alike. `scores`: one entry for each group. A number is None if
@@ -85,7 +85,7 @@ def expected_idle_share(rewards: np.ndarray, group_size: int) -> float | None:
     return float(np.mean(chances)) if chances else None
 
 
-def _group_record(group: Group, scores: GroupScores) -> dict[str, Any]:
+def _group_record(group: AnswerGroup, scores: GroupScores) -> dict[str, Any]:
     """A group (all answers to one prompt) as JSON values, with its mean reward, best and worst answer, unless none is scored.
 
     {"where": "prompts.jsonl:3", "prompt": "2 + 2?", "mean": 0.5, "best": {"reward": 1.0, "rewards": {"maths": 1.0}, "ended":

@@ -47,14 +47,14 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class AnswerGroup:
     """The answers to one prompt."""
 
     prompt: Prompt
     answers: list[Answer]
 
 
-def all_answers(groups: Sequence[Group]) -> list[Answer]:
+def all_answers(groups: Sequence[AnswerGroup]) -> list[Answer]:
     """The answers of all groups, group by group."""
     answers: list[Answer] = []
     for group in groups:
@@ -81,7 +81,7 @@ class GroupScores:
 class RewardScorer(Protocol):
     """Scores the answers of whole rounds."""
 
-    def score(self, groups: Sequence[Group], *, step: int) -> list[GroupScores]:
+    def score(self, groups: Sequence[AnswerGroup], *, step: int) -> list[GroupScores]:
         """The scores of each group, in order, the same on all ranks.
 
         `step`: optimizer steps taken so far. All ranks must call with the whole round. Raises, on all ranks alike, DataError if
@@ -95,7 +95,7 @@ class RewardScorer(Protocol):
 class GroupGenerator(Protocol):
     """Generates the answers of a round with the weights that are being trained."""
 
-    def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], num_samples: int) -> list[Group]:
+    def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], num_samples: int) -> list[AnswerGroup]:
         """A group of `num_samples` answers for each prompt, in the order of the prompts, the same on all ranks.
 
         All ranks must call with the same prompts. Raises Interrupted, on all ranks alike, if the run is asked to stop.

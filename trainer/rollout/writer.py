@@ -9,7 +9,7 @@ from strategies.runtime import Runtime, derived_seed
 from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.group_answers import SharedPromptGenerator
 from trainer.objectives.rollouts import RolloutConfig
-from trainer.rollout.types import Answer, Group, Prompt
+from trainer.rollout.types import Answer, AnswerGroup, Prompt
 
 if TYPE_CHECKING:
     from strategies.base import Engine
@@ -45,7 +45,7 @@ class EngineGroupGenerator:
             tokenizer, end_tokens_only(generation_config), runtime, batch=rows, stop_now=stop_now
         )
 
-    def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], num_samples: int) -> list[Group]:
+    def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], num_samples: int) -> list[AnswerGroup]:
         """See `GroupGenerator.generate_groups`. Also raises DataError for a prompt that leaves no position for an answer."""
         settings = DecodingConfig(
             max_new_tokens=self.settings.max_new_tokens,
@@ -60,7 +60,7 @@ class EngineGroupGenerator:
             )
         # The trained weights generate, not their average: the loss compares with the log-probabilities of these weights.
         answers = self._answer_generator.generate_samples(engine, [prompt.ids for prompt in prompts], settings, seeds)
-        groups = [Group(prompt, []) for prompt in prompts]
+        groups = [AnswerGroup(prompt, []) for prompt in prompts]
         for answer in answers:
             assert answer.logprobs is not None, "`generate_samples` keeps them"
             group_answer = Answer(answer.sample_index, answer.ids, answer.logprobs, answer.text, answer.has_ended)

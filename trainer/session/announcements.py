@@ -14,7 +14,7 @@ from strategies.base import Progress
 from strategies.errors import LimitExceeded, ShardtuneError
 from trainer.checkpoints.manager import Checkpoints
 from trainer.config.launching import exports_at_end
-from trainer.config.resuming import plain_settings
+from trainer.config.resuming import settings_as_dict
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import preview_text, summary_text
@@ -28,16 +28,16 @@ from trainer.reporting.energy import energy_of_run, metering
 from trainer.reporting.findings import findings_in, status_note
 from trainer.reporting.metric_names import EDITION
 from trainer.reporting.metrics import Meter
-from trainer.reporting.outcome import Outcome
+from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RunRecord
-from trainer.reporting.status import State, write_status
-from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
+from trainer.reporting.status import RunState, write_status
+from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun
 from trainer.reporting.tracking import OpenedTrackers, Trackers, open_trackers, open_without_rows, summary_of
 from trainer.session.attempt import Attempt
 from trainer.session.last_lines import end_text
 from trainer.session.run_facts import outcome_record, start_text, write_run_record
 from trainer.session.tracker_columns import name_of, tracker_settings
-from trainer.stopping.preempt import Agreement
+from trainer.stopping.preempt import StopAgreement
 
 FAILED_SAVE_PATIENCE_S = 20.0
 """Seconds that a failed run waits for a checkpoint that is still being written."""
@@ -51,7 +51,7 @@ class RunContext:
     """Hash of the configuration."""
     runtime: processes.Runtime
     console: Console
-    agreement: Agreement
+    agreement: StopAgreement
     attempt: Attempt
 
     @property
@@ -108,7 +108,7 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, conte
     if opened.passed_over:
         context.console.print_line(opened.passed_over)
     write_run_record(context.run_dir, record)
-    write_status(context.run_dir, State.running, step=progress.step)
+    write_status(context.run_dir, RunState.running, step=progress.step)
     return opened.trackers
 
 
@@ -132,7 +132,7 @@ def slow_rank_reporter(context: RunContext) -> ReportSlow:
         reason = "; ".join(reasons) or None
         rows = [asdict(slow_rank) for slow_rank in slow_ranks]
         with suppress(ShardtuneError):  # if the disk is full, a file that must be written will say so
-            write_status(context.run_dir, State.running, step=step, reason=reason, slow=rows)
+            write_status(context.run_dir, RunState.running, step=step, reason=reason, slow=rows)
 
     return report
 
@@ -151,7 +151,7 @@ def challenge_reporter(context: RunContext) -> Callable[[dict[str, Any]], None]:
         context.attempt.note = note
         if context.runtime.is_main and context.attempt.why_lost() is None:
             with suppress(ShardtuneError):  # if the disk is full, a file that must be written will say so
-                write_status(context.run_dir, State.running, step=context.attempt.step, reason=note)
+                write_status(context.run_dir, RunState.running, step=context.attempt.step, reason=note)
 
     return report
 
@@ -160,7 +160,7 @@ def challenge_reporter(context: RunContext) -> Callable[[dict[str, Any]], None]:
 def record_end(
     config: RunConfig,
     trackers: Trackers,
-    outcome: Outcome,
+    outcome: TrainingOutcome,
     record: RunRecord,
     meter: Meter,
     checkpoints: Checkpoints,
@@ -170,7 +170,7 @@ def record_end(
 
     `outcome` is filled while the run goes on. Speed and memory are read from `meter`, the cost of saving from `checkpoints`.
     """
-    ending = RunEnding(State.done)
+    ending = RunEnding(RunState.done)
     may_have_diverged = True
     try:
         yield
@@ -178,7 +178,7 @@ def record_end(
         # A stopped run will be resumed, and may recover; a run that failed, as of a full disk, has that as its reason.
         may_have_diverged = isinstance(error, LimitExceeded)
         ending = RunEnding.by(error)
-        if ending.state is State.failed and isinstance(error, Exception):  # not after a Ctrl-C
+        if ending.state is RunState.failed and isinstance(error, Exception):  # not after a Ctrl-C
             checkpoints.wait_at_most(FAILED_SAVE_PATIENCE_S)
         raise
     finally:
@@ -190,16 +190,16 @@ def record_end(
         last_row = {**outcome.last_row, **meter.peaks}
         trackers.summarise(summary_of(last_row, speed, outcome.after | outcome.test))
         export_dir = context.run_dir / "export"
-        has_export = ending.state is State.done and exports_at_end(config) and export_dir.is_dir()
+        has_export = ending.state is RunState.done and exports_at_end(config) and export_dir.is_dir()
         trackers.close(replace(ending, exported=export_dir if has_export else None))
-        if ending.state is not State.done:
+        if ending.state is not RunState.done:
             for name, link in trackers.hints:
                 context.console.print_line(f"{name + ':':<11} {link}")
         record.challenges = outcome.challenges
         record_measured_cost(record, meter, checkpoints, context)
 
 
-def _with_divergence(ending: RunEnding, outcome: Outcome) -> RunEnding:
+def _with_divergence(ending: RunEnding, outcome: TrainingOutcome) -> RunEnding:
     """The ending, marked as diverged if the detectors found that the losses at the end are worse than at the beginning.
 
     The finding becomes the reason if the ending has none.
@@ -231,7 +231,7 @@ def metering_energy(config: RunConfig, context: RunContext) -> AbstractContextMa
 
 
 def close_records(
-    record: RunRecord, outcome: Outcome, exported: Path | None, trackers: Trackers, context: RunContext
+    record: RunRecord, outcome: TrainingOutcome, exported: Path | None, trackers: Trackers, context: RunContext
 ) -> None:
     """Write the outcome into `run.json`, and show the last lines on the screen. All ranks must call."""
     if context.runtime.is_main:
@@ -246,7 +246,7 @@ def track_evaluation(
     config: RunConfig,
     directory: Path,
     report: dict[str, Any],
-    tables: dict[str, Table],
+    tables: dict[str, LoggedTable],
     print_line: Callable[[str], None],
 ) -> None:
     """Log an evaluation to W&B, if W&B is on, as a run of its own with the numbers and tables of its report. On rank 0 alone.
@@ -272,7 +272,7 @@ def track_evaluation(
     opened.trackers.log(metrics, step=step)
     opened.trackers.tables(tables, step=step)
     opened.trackers.summarise(metrics)
-    _close_trackers(opened, RunEnding(State.done), print_line)
+    _close_trackers(opened, RunEnding(RunState.done), print_line)
 
 
 def track_export(config: RunConfig, exported: Path, trained_id: str, print_line: Callable[[str], None]) -> None:
@@ -292,7 +292,7 @@ def track_export(config: RunConfig, exported: Path, trained_id: str, print_line:
         print_line=print_line,
         trained_id=trained_id,
     )
-    _close_trackers(opened, RunEnding(State.done, exported=exported), print_line)
+    _close_trackers(opened, RunEnding(RunState.done, exported=exported), print_line)
 
 
 def _open_own_wandb_run(
@@ -326,7 +326,7 @@ def _open_own_wandb_run(
             run_id="",
             name=f"{job_type}-{trained_name}",
             resumed_at=0,
-            settings={**settings, "metric_names": EDITION, "config": plain_settings(config)},
+            settings={**settings, "metric_names": EDITION, "config": settings_as_dict(config)},
             model_of=trained_id,
             print_line=print_line,
         )

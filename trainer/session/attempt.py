@@ -24,12 +24,12 @@ from strategies.errors import (
 )
 from strategies.flight_recorder import CollectiveCall
 from strategies.heartbeat import LOST_PEER, TIMED_OUT, CutOffRank, HeartbeatMonitor, LaggingRank, SilentRank
-from strategies.redaction import redacted
+from strategies.redaction import redact
 from strategies.rendezvous import Rendezvous
 from strategies.runtime import Runtime, broadcast_object
 from trainer.reporting.status import (
     CONFIG_SHA256_REGEX,
-    State,
+    RunState,
     clear_failure,
     read_failure,
     read_status,
@@ -196,13 +196,13 @@ def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest
         try:
             if attempt.lease is not None and run_dir is not None:
                 clear_failure(run_dir)
-                write_status(run_dir, State.running, reason="starting")
+                write_status(run_dir, RunState.running, reason="starting")
             attempt.on_collective_timeout = partial(_before_nccl_aborts, attempt, rank)
             attempt.on_cut_off = partial(_end_cut_off, attempt, rank)
             request.end_process_when_stuck(partial(_end_before_training, attempt))
             yield attempt
             if writes_status and attempt.run_dir is not None:
-                write_status(attempt.run_dir, State.done, step=attempt.step, reason=attempt.note)
+                write_status(attempt.run_dir, RunState.done, step=attempt.step, reason=attempt.note)
                 clear_failure(attempt.run_dir)
         except NotRunOwner:
             raise
@@ -229,7 +229,7 @@ def _write_stopped_status(attempt: Attempt, error: BaseException) -> None:
     """Write into `status.json` that a signal (Preempted) or Ctrl-C (which counts as failed) stopped the run."""
     if attempt.run_dir is None:
         return
-    state = State.preempted if isinstance(error, Preempted) else State.failed
+    state = RunState.preempted if isinstance(error, Preempted) else RunState.failed
     reason = str(error) or "interrupted"
     if attempt.renamed_from is not None:
         reason = f"the directory was renamed from {attempt.renamed_from} while the run was under way; {reason}"
@@ -244,7 +244,7 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     """
     if attempt.run_dir is None or read_failure(attempt.run_dir):
         return
-    if LOST_PEER.search(str(error)) and read_status(attempt.run_dir).get("state") == State.preempted:
+    if LOST_PEER.search(str(error)) and read_status(attempt.run_dir).get("state") == RunState.preempted:
         return  # a peer was asked to stop and has ended, and this rank lost the connection to it
 
     # Find the rank that caused the failure, if it is another one.
@@ -275,7 +275,7 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     # If there is no failure.json even so, the disk has no room for it: try the status.
     summary = first_sentence(str(error)) or type(error).__name__
     with contextlib.suppress(StorageError):  # it would hide what ended the run
-        write_status(attempt.run_dir, State.failed, step=step, reason=f"rank {rank}, {phase}: {summary}")
+        write_status(attempt.run_dir, RunState.failed, step=step, reason=f"rank {rank}, {phase}: {summary}")
     # The record exists now, so collecting the state of every rank, which takes seconds, can only add to it.
     if timed_out and attempt.heartbeat_monitor is not None:
         if last_collectives is None:
@@ -298,7 +298,7 @@ def _end_before_training(attempt: Attempt, signal_name: str) -> None:
             attempt.lease.check()
         # torchrun also sends SIGTERM to the peers of a rank that failed. That rank's record stays the cause.
         if run_dir is not None and not read_failure(run_dir):
-            write_status(run_dir, State.preempted, reason=f"{signal_name} during: {attempt.phase}")
+            write_status(run_dir, RunState.preempted, reason=f"{signal_name} during: {attempt.phase}")
         if attempt.lease is not None:
             attempt.lease.release()
     if "SHARDTUNE_LAUNCHER" not in os.environ:  # a launcher prints this itself
@@ -367,7 +367,7 @@ def _hang_details(run_dir: Path, error: BaseException, last_collectives: dict[in
     for path in sorted((run_dir / "logs").glob("rank-*.stacks")):
         if path.stat().st_size:
             stack_files.append(str(path.relative_to(run_dir)))
-    lines = [redacted(str(error))]
+    lines = [redact(str(error))]
     for rank, collective in sorted(last_collectives.items()):
         relation = "last exchange" if collective.is_complete else "waits in"
         lines.append(f"  rank {rank}: {relation} {collective}")

@@ -20,7 +20,7 @@ from trainer.model.base_files import changed_file_lines, digests_of_loaded_files
 from trainer.model.config import ModelConfig
 from trainer.model.loading import weights_directory
 from trainer.objectives.frozen_model import teacher_model
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import objective_family
 from trainer.reporting.run_record import readable_run_record
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import rewrites_base
@@ -134,7 +134,7 @@ def _needs_initial_adapter(config: RunConfig, *, with_teacher: bool, needs_initi
     checkpoint_has_all_tensors = isinstance(config.tuning, LoraConfig) and not rewrites_base(config.tuning.init)
     if not checkpoint_has_all_tensors:
         return True
-    family = family_of(config.objective)
+    family = objective_family(config.objective)
     compares_with_initial_model = family.compares_distributions(config.objective) or family.compares_with_initial_model(
         config.objective
     )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.reporting.numbers import readable
-from trainer.reporting.outcome import Outcome
+from trainer.reporting.numbers import format_metric
+from trainer.reporting.outcome import TrainingOutcome
 
 SMALL = 0.01
 """Relative change of the held-out loss below which it counts as level."""
@@ -29,7 +29,7 @@ class HeldOutPoint:
     """Mean of the training loss (reward) since the evaluation before, with the same sign."""
 
 
-def closing_sentence(outcome: Outcome, *, from_rewards: bool) -> str:
+def closing_sentence(outcome: TrainingOutcome, *, from_rewards: bool) -> str:
     """Whether the run overfits and whether more steps would help, as one sentence for its last lines.
 
     `from_rewards`: the run learns from rewards. A higher reward is better, so its sign is turned to compare it like a loss.
@@ -58,9 +58,9 @@ def closing_sentence(outcome: Outcome, *, from_rewards: bool) -> str:
     training_improved = last.train <= best.train
     still_improves = best is last and gain_in_last_part > SMALL
 
-    best_text = f"held-out {quantity} best at step {best.step} ({readable(sign * best.held_out)})"
+    best_text = f"held-out {quantity} best at step {best.step} ({format_metric(sign * best.held_out)})"
     if held_out_before is not None and best.held_out >= held_out_before:
-        before_text = readable(sign * held_out_before)
+        before_text = format_metric(sign * held_out_before)
         return f"no step is better than the model before training ({before_text}): a lower optim.lr, not more steps"
     if got_worse and training_improved:
         return (
@@ -84,8 +84,10 @@ def _sentence_on_one_evaluation(point: HeldOutPoint, before: float | None, quant
     """
     more = "evaluation.every_steps=<steps> evaluates on the way"
     if before is None:
-        return f"one evaluation cannot tell (held-out {quantity} {readable(sign * point.held_out)}); {more}"
-    values = f"held-out {quantity} {readable(sign * before)} before, {readable(sign * point.held_out)} at the end"
+        return f"one evaluation cannot tell (held-out {quantity} {format_metric(sign * point.held_out)}); {more}"
+    values = (
+        f"held-out {quantity} {format_metric(sign * before)} before, {format_metric(sign * point.held_out)} at the end"
+    )
     if point.held_out >= before:
         return f"{values}: no better than before training: a lower optim.lr, not more steps"
     return f"one evaluation cannot tell ({values}); more steps may help; {more}"

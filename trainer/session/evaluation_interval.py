@@ -15,9 +15,9 @@ from trainer.data.batches.loader import EvalShare, StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.evaluation.build import source_metric_names
 from trainer.evaluation.interval import AUTO, EVERY_STEPS, RunSize, auto_interval_reason, automatic_interval
-from trainer.reporting.resolution import Resolution
+from trainer.reporting.resolution import ResolvedSetting
 from trainer.rollout.loader import RolloutLoader
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class EvaluationInterval:
 def resolve_evaluation_interval(
     config: RunConfig,
     data: PreparedData,
-    built: Built,
+    built: BuiltModel,
     loader: StepLoader | RolloutLoader,
     total_steps: int,
     progress: Progress,
@@ -70,5 +70,5 @@ def resolve_evaluation_interval(
         progress.evaluate_every = automatic_interval(size)
     interval = progress.evaluate_every
     reason = auto_interval_reason(interval, size, config.evaluation.patience)
-    built.substitutions[EVERY_STEPS] = str(Resolution(EVERY_STEPS, AUTO, interval, reason))
+    built.substitutions[EVERY_STEPS] = str(ResolvedSetting(EVERY_STEPS, AUTO, interval, reason))
     return EvaluationInterval(interval, loss_alone=True)

@@ -17,23 +17,23 @@ from trainer.evaluation.base import Evaluator
 from trainer.evaluation.build import build_evaluators, build_model_interface
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.prepared import PreparedTask, TaskContext
-from trainer.monitors.detectors import Challenges
+from trainer.monitors.detectors import ChallengeDetectors
 from trainer.planner.oom_probe import TrialInputs
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.types import RewardScorer
 from trainer.session.announcements import RunContext
 from trainer.session.monitors import add_task_evaluator
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 
 def build_run_evaluators(
     config: RunConfig,
     inputs: TrialInputs,
     tasks: list[PreparedTask],
-    built: Built,
+    built: BuiltModel,
     engine: Engine,
     loader: StepLoader | RolloutLoader,
-    challenges: Challenges,
+    challenges: ChallengeDetectors,
     context: RunContext,
 ) -> list[Evaluator]:
     """The evaluators that the configuration asks for; empty without held-out data and tasks.
@@ -72,7 +72,7 @@ def build_run_evaluators(
 def model_interface_for_run(
     config: RunConfig,
     data: PreparedData,
-    built: Built,
+    built: BuiltModel,
     tokenizer: Any,
     engine: Engine,
     runtime: processes.Runtime,
@@ -94,7 +94,7 @@ def model_interface_for_run(
 def build_test_evaluators(
     config: RunConfig,
     data: PreparedData,
-    built: Built,
+    built: BuiltModel,
     tokenizer: Any,
     engine: Engine,
     runtime: processes.Runtime,

@@ -24,7 +24,7 @@ from strategies.runtime import Runtime, broadcast_object, first_rank_error, gath
 from trainer.build.reward_models import reward_model_digests
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.resume_selection import effective_resume
-from trainer.config.resuming import KINDS, default_settings, flatten_settings, plain_settings
+from trainer.config.resuming import KINDS, default_settings, flatten_settings, settings_as_dict
 from trainer.config.run import RunConfig
 from trainer.config.tree import kind_of
 from trainer.data.config import identifying_data_settings
@@ -79,7 +79,7 @@ def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = T
 def _identifying_settings(config: RunConfig) -> Identity:
     """The settings that decide a run's result, by kind (`KINDS`) and key. A kind without such settings is empty."""
     identity: Identity = {kind: {} for kind in KINDS if kind != "unknown"}  # nothing is recorded under `unknown`
-    settings = plain_settings(config)
+    settings = settings_as_dict(config)
     settings["data"] = identifying_data_settings(settings["data"])
     for key, value in flatten_settings(settings).items():
         kind = kind_of(key)

@@ -12,8 +12,8 @@ from trainer.monitors.stragglers import SlowRank
 from trainer.objectives.base import ModelKind
 from trainer.objectives.registry import FAMILIES
 from trainer.reporting.findings import SHOWN_REMEDIES, findings_in
-from trainer.reporting.numbers import readable, times
-from trainer.reporting.outcome import Outcome
+from trainer.reporting.numbers import format_metric, format_times
+from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RUN_RECORD, RunRecord
 
 SHOWN_ANSWER = 100
@@ -23,7 +23,7 @@ MIN_METRIC_WIDTH = 22
 
 
 def end_text(
-    record: RunRecord, run_dir: Path, outcome: Outcome, export: Path | None, hints: Sequence[tuple[str, str]]
+    record: RunRecord, run_dir: Path, outcome: TrainingOutcome, export: Path | None, hints: Sequence[tuple[str, str]]
 ) -> str:
     """The last lines of a run. `export`: its directory, if one was written. `hints`: (tracker, link)."""
     speed = ""
@@ -33,8 +33,8 @@ def end_text(
     width = max([MIN_METRIC_WIDTH, *map(len, outcome.after), *map(len, outcome.test)])
     for name, metric_value in outcome.after.items():
         before = outcome.before.get(name)
-        before_text = "" if before is None else f"   (before: {readable(before)})"
-        lines.append(f"  {name:<{width}} {readable(metric_value)}{before_text}")
+        before_text = "" if before is None else f"   (before: {format_metric(before)})"
+        lines.append(f"  {name:<{width}} {format_metric(metric_value)}{before_text}")
     lines += _test_lines(record, width)
     lines += _finding_lines(outcome)
     lines += _better_weights_lines(record, run_dir, outcome)
@@ -62,12 +62,12 @@ def _test_lines(record: RunRecord, width: int) -> list[str]:
     """The metrics of the test documents, and how often they have been measured; no lines without test documents."""
     if record.test is None:
         return []
-    lines = [f"  {name:<{width}} {readable(value)}" for name, value in record.test["metrics"].items()]
+    lines = [f"  {name:<{width}} {format_metric(value)}" for name, value in record.test["metrics"].items()]
     scope = f"{record.test['documents']:,} test documents at step {record.test['step']}"
-    return [*lines, f"  ({scope}, looked at {times(record.test['looks'])}: choose nothing by them)"]
+    return [*lines, f"  ({scope}, looked at {format_times(record.test['looks'])}: choose nothing by them)"]
 
 
-def _finding_lines(outcome: Outcome) -> list[str]:
+def _finding_lines(outcome: TrainingOutcome) -> list[str]:
     """Warnings of the detectors, each with its remedies."""
     lines = []
     for finding in findings_in(outcome.challenges):
@@ -76,7 +76,7 @@ def _finding_lines(outcome: Outcome) -> list[str]:
     return lines
 
 
-def _answer_lines(outcome: Outcome) -> list[str]:
+def _answer_lines(outcome: TrainingOutcome) -> list[str]:
     """What the base and the tuned model answer to two questions outside of the task; none if they were not asked."""
     lines = []
     for pair in outcome.answers:
@@ -86,7 +86,7 @@ def _answer_lines(outcome: Outcome) -> list[str]:
     return lines
 
 
-def _better_weights_lines(record: RunRecord, run_dir: Path, outcome: Outcome) -> list[str]:
+def _better_weights_lines(record: RunRecord, run_dir: Path, outcome: TrainingOutcome) -> list[str]:
     """One line if better weights exist than the exported ones, by the monitored metric; else none.
 
     The better weights are the model before training, or those of an earlier step.
@@ -95,11 +95,11 @@ def _better_weights_lines(record: RunRecord, run_dir: Path, outcome: Outcome) ->
     if outcome.watch not in outcome.after or best is None:
         return []
     if not _has_improved(outcome):
-        before = readable(outcome.before[outcome.watch])
+        before = format_metric(outcome.before[outcome.watch])
         return [f"best:       no checkpoint has a better {outcome.watch} than before training ({before})"]
     if _has_better_step(record, outcome):
         step = outcome.progress.best_step
-        return [f"best:       step {step} had {outcome.watch} {readable(best)}: {_export_of_best(run_dir)}"]
+        return [f"best:       step {step} had {outcome.watch} {format_metric(best)}: {_export_of_best(run_dir)}"]
     return []
 
 
@@ -123,7 +123,7 @@ def _chosen_checkpoint_text(chosen: Mapping[str, Any]) -> str:
     return f"step {chosen['step']}, the {chosen['which']}: {chosen['reason']}"
 
 
-def _has_improved(outcome: Outcome) -> bool:
+def _has_improved(outcome: TrainingOutcome) -> bool:
     """Whether the best monitored metric is better than before training; True if it was not measured before."""
     best = outcome.progress.best_metric
     before = outcome.before.get(outcome.watch)
@@ -132,7 +132,7 @@ def _has_improved(outcome: Outcome) -> bool:
     return best > before if outcome.greater_is_better else best < before
 
 
-def _has_better_step(record: RunRecord, outcome: Outcome) -> bool:
+def _has_better_step(record: RunRecord, outcome: TrainingOutcome) -> bool:
     """Whether an earlier step had a better monitored metric than the exported checkpoint, which is the last one."""
     exported = record.exported_checkpoint or {}
     is_best_exported = exported.get("which") == "best"
@@ -151,7 +151,7 @@ def _export_of_best(run_dir: Path) -> str:
     return f"shardtune export {shlex.quote(str(run_dir))} checkpoint=best"
 
 
-def _next_action(record: RunRecord, run_dir: Path, outcome: Outcome, export: Path | None) -> str | None:
+def _next_action(record: RunRecord, run_dir: Path, outcome: TrainingOutcome, export: Path | None) -> str | None:
     """What the user does next, as a command if there is one; None if gates kept the model from being exported.
 
     In this order, since a model that is worse is not worth a chat: train again if training made it worse; export an earlier step

@@ -13,7 +13,7 @@ from pathlib import Path
 from strategies.matmul import Matmul, MatmulChoice
 from strategies.runtime import Runtime, call_on_main, with_matmul
 from trainer.config.run import AUTO, MATMUL_KEY, RunConfig, settled_matmul
-from trainer.reporting.resolution import Resolution, resolution_of
+from trainer.reporting.resolution import ResolvedSetting, resolution_of
 from trainer.reporting.shared_choice import shared_choice
 
 
@@ -36,7 +36,7 @@ def resolve_matmul(
 
 def _choose_matmul_library(
     config: RunConfig, run_dir: Path, own_choice: MatmulChoice, write_config: Callable[[Path, RunConfig], None]
-) -> Resolution:
+) -> ResolvedSetting:
     """Which library this run uses, and why. Called on rank 0 alone.
 
     - The library of an earlier start of this run, which is in the configuration already.
@@ -49,14 +49,14 @@ def _choose_matmul_library(
     earlier = config.resolution(MATMUL_KEY)
     if earlier is not None and settled_matmul(config) is not Matmul.auto:
         return earlier
-    own_resolution = Resolution(MATMUL_KEY, asked=AUTO, chosen=str(own_choice.library), reason=own_choice.reason)
+    own_resolution = ResolvedSetting(MATMUL_KEY, asked=AUTO, chosen=str(own_choice.library), reason=own_choice.reason)
     shared = shared_choice(run_dir, MATMUL_KEY, asdict(own_resolution))
     resolution = resolution_of(MATMUL_KEY, shared) or own_resolution
     write_config(run_dir, _with_matmul_resolution(config, resolution))
     return resolution
 
 
-def _with_matmul_resolution(config: RunConfig, resolution: Resolution) -> RunConfig:
+def _with_matmul_resolution(config: RunConfig, resolution: ResolvedSetting) -> RunConfig:
     """The configuration with that choice of `run.matmul` among its substitutions."""
     return replace(config, substitutions={**config.substitutions, MATMUL_KEY: resolution})
 

@@ -19,7 +19,7 @@ from trainer.monitors import divergence
 from trainer.monitors.anomaly_log import EVENTS
 from trainer.monitors.base_model_rows import BaseRows
 from trainer.monitors.config import CHAT, CHAT_ANSWERS, GENERAL, Reaction
-from trainer.monitors.detectors import Challenges
+from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.first_evaluation import HeldOutFile
 from trainer.monitors.first_rows import FirstRows
 from trainer.monitors.kept_answers import KeptAnswers
@@ -29,12 +29,12 @@ from trainer.optim.schedule import warmup_steps
 from trainer.reporting.results import LAST_HELD_OUT
 from trainer.session.announcements import RunContext, challenge_reporter
 from trainer.session.evaluation_interval import EvaluationInterval
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 
 def build_detectors(
-    config: RunConfig, built: Built, total_steps: int, interval: EvaluationInterval, context: RunContext
-) -> Challenges:
+    config: RunConfig, built: BuiltModel, total_steps: int, interval: EvaluationInterval, context: RunContext
+) -> ChallengeDetectors:
     """The detectors of overfitting, forgetting and instability for a run of `total_steps`, which is evaluated every `interval`.
 
     Only rank 0 writes their events. They are also registered with the attempt, so that they follow a renamed run directory.
@@ -44,7 +44,9 @@ def build_detectors(
         planned_evaluations = -(-total_steps // interval.steps)  # rounded up
     events = context.run_dir / EVENTS if context.runtime.is_main else None
     comparable_term = built.step_module.objective.comparable_term
-    challenges = Challenges(config.challenges, planned_evaluations, comparable_term, context.console.print_line, events)
+    challenges = ChallengeDetectors(
+        config.challenges, planned_evaluations, comparable_term, context.console.print_line, events
+    )
     if interval.loss_alone:
         challenges.planned_task_evaluations = 1
     challenges.first_evaluation_file = HeldOutFile(context.run_dir, context.runtime)
@@ -77,7 +79,7 @@ def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConf
     return {name: task for name, task in tasks.items() if name not in (CHAT, CHAT_ANSWERS)}
 
 
-def final_chat_answers(challenges: Challenges, engine: Engine, *, refresh: bool) -> list[dict[str, str]]:
+def final_chat_answers(challenges: ChallengeDetectors, engine: Engine, *, refresh: bool) -> list[dict[str, str]]:
     """Two chat questions for the end of a run's output, each with the answers of the base and of the tuned model.
 
     Empty if the run asks no chat questions. The answers are those of the last evaluation. If there are none, or with `refresh`
@@ -96,7 +98,7 @@ def final_chat_answers(challenges: Challenges, engine: Engine, *, refresh: bool)
 
 def add_task_evaluator(
     config: RunConfig,
-    challenges: Challenges,
+    challenges: ChallengeDetectors,
     evaluators: list[Evaluator],
     tasks: list[PreparedTask],
     make_model_interface: Callable[[], ModelInterface],

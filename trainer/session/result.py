@@ -18,11 +18,11 @@ from trainer.data.batches.loader import StepLoader
 from trainer.evaluation.base import Evaluator
 from trainer.export.exported_checkpoint import ChosenCheckpoint, choose_exported
 from trainer.model.config import ModelConfig
-from trainer.monitors.detectors import Challenges
-from trainer.objectives.registry import family_of
+from trainer.monitors.detectors import ChallengeDetectors
+from trainer.objectives.registry import objective_family
 from trainer.planner.oom_probe import TrialInputs
 from trainer.reporting.documents.facts import ModelFacts
-from trainer.reporting.outcome import Outcome
+from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RunRecord
 from trainer.rollout.loader import RolloutLoader
 from trainer.session.announcements import RunContext
@@ -31,7 +31,7 @@ from trainer.session.evaluators import build_test_evaluators
 from trainer.session.looks_at_test_set import CheckpointWeights, test_result_at_end
 from trainer.session.monitors import final_chat_answers
 from trainer.session.run_facts import model_facts
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,12 @@ class TrainedRun:
 
     config: RunConfig
     inputs: TrialInputs
-    built: Built
+    built: BuiltModel
     engine: Engine
     loader: StepLoader | RolloutLoader
     checkpoints: Checkpoints
-    challenges: Challenges
-    outcome: Outcome
+    challenges: ChallengeDetectors
+    outcome: TrainingOutcome
     context: RunContext
     local_model: ModelConfig
     """The model as this node reads it: that of `config`, or its copy on the node's disk (`launcher.stage`)."""
@@ -63,7 +63,7 @@ def choose_and_measure_checkpoint(run: TrainedRun, record: RunRecord) -> ModelFa
     call. Errors: StorageError, Preempted, those of rewards.
     """
     # Sum up the training.
-    from_rewards = family_of(run.config.objective).rollout is not None
+    from_rewards = objective_family(run.config.objective).rollout is not None
     run.outcome.closing = closing_sentence(run.outcome, from_rewards=from_rewards)
 
     # Load the checkpoint, and let it answer the questions outside of the task.

@@ -17,7 +17,7 @@ from trainer.planner.oom_probe import TrialInputs
 from trainer.reporting.tracking import Trackers
 from trainer.rollout.loader import RolloutLoader
 from trainer.session.announcements import RunContext
-from trainer.step import Built
+from trainer.step import BuiltModel
 
 if TYPE_CHECKING:
     from trainer.rollout.round import Round
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def open_rounds(
     config: RunConfig,
     inputs: TrialInputs,
-    built: Built,
+    built: BuiltModel,
     engine: Engine,
     progress: Progress,
     resumed_from: Path | None,

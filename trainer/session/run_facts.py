@@ -27,7 +27,7 @@ from trainer.config.run import MATMUL_KEY, RunConfig, settled_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import is_prompts_alone
-from trainer.model.architecture import text_settings, width_and_blocks
+from trainer.model.architecture import text_model_config, width_and_blocks
 from trainer.model.weights import WeightSource
 from trainer.planner.communication_volume import expected_bytes
 from trainer.planner.predicted_vs_measured import memory_lines, predicted_cost
@@ -37,8 +37,8 @@ from trainer.reporting.documents.questions import read_answers
 from trainer.reporting.energy import energy_of_run
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.metrics import flops_per_token, reference_tflops
-from trainer.reporting.outcome import Outcome
-from trainer.reporting.resolution import Resolution
+from trainer.reporting.outcome import TrainingOutcome
+from trainer.reporting.resolution import ResolvedSetting
 from trainer.reporting.results import at_step
 from trainer.reporting.run_record import (
     REFERENCE_TFLOPS,
@@ -54,7 +54,7 @@ from trainer.rollout.loader import RolloutLoader
 from trainer.session.base_files import base_commit
 from trainer.session.identity import versions_of
 from trainer.session.rate_text import LearningRate, learning_rate_of, rate_lines
-from trainer.step import Built
+from trainer.step import BuiltModel
 from trainer.tuning.initial_adapter import adapter_sha256
 
 PACKAGES = (
@@ -78,7 +78,7 @@ class RunParts:
     runtime: Runtime
     data: PreparedData
     engine: Engine
-    built: Built
+    built: BuiltModel
     source: WeightSource
     """The source of the initial values."""
     loader: StepLoader | RolloutLoader
@@ -176,7 +176,9 @@ def _record_without_prediction(config: RunConfig, checked: Mapping[str, Any], ru
     )
 
 
-def _expert_parallel_lines(config: RunConfig, built: Built, precision: Precision, runtime: Runtime) -> list[str] | None:
+def _expert_parallel_lines(
+    config: RunConfig, built: BuiltModel, precision: Precision, runtime: Runtime
+) -> list[str] | None:
     """The lines on the start screen about expert parallelism; None if experts are not distributed over ranks."""
     if config.parallel.experts == 1:
         return None
@@ -232,17 +234,19 @@ def _substitutions(
         substitutions.pop(MATMUL_KEY, None)
     elif runtime.matmul.library is not settled_matmul(config):
         choice = runtime.matmul
-        substitutions[MATMUL_KEY] = Resolution(MATMUL_KEY, str(config.run.matmul), str(choice.library), choice.reason)
+        substitutions[MATMUL_KEY] = ResolvedSetting(
+            MATMUL_KEY, str(config.run.matmul), str(choice.library), choice.reason
+        )
     return {setting: str(note) for setting, note in substitutions.items()}
 
 
-def model_flops_per_token(built: Built, mean_length: float, answer_share: float) -> float:
+def model_flops_per_token(built: BuiltModel, mean_length: float, answer_share: float) -> float:
     """Floating-point operations of the model for one token, forward and backward.
 
     `mean_length`: tokens of a document. In an encoder-decoder model, each side processes its own tokens only: `answer_share`
     of all are the decoder's. Of experts, only those that are chosen for a token compute.
     """
-    text_config = text_settings(built.config)
+    text_config = text_model_config(built.config)
     width, blocks = width_and_blocks(built.plain)
     experts_per_token = getattr(text_config, "num_experts_per_tok", None) or getattr(text_config, "moe_topk", None)
     # Elements of weight matrices that one token is multiplied with: all, and those that are trained.
@@ -279,7 +283,7 @@ def model_flops_per_token(built: Built, mean_length: float, answer_share: float)
     )
 
 
-def _is_head(built: Built, name: str) -> bool:
+def _is_head(built: BuiltModel, name: str) -> bool:
     """Whether a vocabulary parameter multiplies as the head's matrix; a tied embedding does."""
     return bool(getattr(built.config, "tie_word_embeddings", False)) or "head" in name or "embed_out" in name
 
@@ -376,7 +380,7 @@ _RESUME_ONLY = ("recent", "evaluations", "interval_loss", "interval_steps", "fir
 """Keys of the progress that only a resumed run needs, and `run.json` leaves out."""
 
 
-def outcome_record(outcome: Outcome) -> RunOutcome:
+def outcome_record(outcome: TrainingOutcome) -> RunOutcome:
     """How training ended, as `run.json` has it."""
     progress = outcome.progress.as_json()
     for key in _RESUME_ONLY:
@@ -398,7 +402,7 @@ def outcome_record(outcome: Outcome) -> RunOutcome:
 
 
 def model_facts(
-    config: RunConfig, record: RunRecord, outcome: Outcome, step: int, tokens: int, run_dir: Path
+    config: RunConfig, record: RunRecord, outcome: TrainingOutcome, step: int, tokens: int, run_dir: Path
 ) -> ModelFacts:
     """The facts from which the documents of the exported model are written: its weights are of `step`, after `tokens`."""
     ended_record = replace(

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.config.resuming import flatten_settings, plain_settings
+from trainer.config.resuming import flatten_settings, settings_as_dict
 from trainer.config.run import RunConfig
 from trainer.reporting.config import COLUMNS
-from trainer.reporting.numbers import short
+from trainer.reporting.numbers import format_setting
 from trainer.reporting.run_record import RunRecord
 
 RECORD_FIELDS = (
@@ -31,12 +31,12 @@ MAX_PATH_CHARACTERS = 80
 
 def name_of(config: RunConfig) -> str:
     """The run's name in trackers, such as fsdp2-lora-lr2e-4."""
-    return f"{config.strategy.name}-{config.tuning.name}-lr{short(config.optim.lr)}"
+    return f"{config.strategy.name}-{config.tuning.name}-lr{format_setting(config.optim.lr)}"
 
 
 def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
     """Columns of a run for a tracker's table of runs, and the whole configuration as nested settings under `config`."""
-    nested_settings = plain_settings(config)
+    nested_settings = settings_as_dict(config)
     settings = flatten_settings(nested_settings)  # by dotted key
     columns: dict[str, Any] = {}
     for key, name in COLUMNS.items():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from strategies.runtime import derived_seed
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 from trainer.tuning.base import BaseReader
 from trainer.tuning.config import Activation, BottleneckConfig, Placement
 from trainer.tuning.own_adapters import AddedParameters
@@ -130,7 +130,7 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
     from safetensors.torch import load_file
 
     directory = Path(directory)
-    stored = read_object(directory / CONFIG_FILE)
+    stored = read_json_object(directory / CONFIG_FILE)
     settings = BottleneckConfig(
         placement=Placement(stored["placement"]),
         size=stored["size"],

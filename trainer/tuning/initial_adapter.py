@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 from trainer.tuning.adapter_fields import wrong_type_message
 from trainer.tuning.base import AdapterConfig, LoraConfig, TuningConfig
 from trainer.tuning.config import (
@@ -88,7 +88,7 @@ def read_settings(directory: str | Path) -> dict[str, Any] | str:
     if not (path / SETTINGS).is_file() or not (path / WEIGHTS).is_file():
         return f"holds no {SETTINGS} and {WEIGHTS}; give the directory of an adapter, such as runs/x/export"
     try:
-        settings = read_object(path / SETTINGS)
+        settings = read_json_object(path / SETTINGS)
     except ConfigError as error:
         return f"its {SETTINGS} cannot be read ({error}); write the adapter again"
     if (wrong := wrong_type_message(settings)) is not None:

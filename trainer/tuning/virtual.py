@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from strategies.runtime import derived_seed
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 from trainer.tuning.base import BaseReader
 from trainer.tuning.compat.peft import detach_word_embeddings, fully_trained_tensors
 from trainer.tuning.config import PrefixConfig, PrefixInit, PromptConfig, PromptInit, VirtualConfig
@@ -250,7 +250,7 @@ def load(model: Any, directory: str | Path) -> Any:
     from safetensors.torch import load_file
 
     directory = Path(directory)
-    settings = read_object(directory / "adapter_config.json")
+    settings = read_json_object(directory / "adapter_config.json")
     if settings["peft_type"] not in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
         raise ConfigError(f"{directory}: holds {settings['peft_type']}, not virtual tokens; load it with peft")
     state = load_file(directory / "adapter_model.safetensors")

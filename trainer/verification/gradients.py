@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.step import Built
+from trainer.step import BuiltModel
 from trainer.tuning.expert_parts import router_weights
 
 MODEL_KINDS = ("attention", "MLP", "experts", "router", "norms", "embeddings", "head", "other")
@@ -30,7 +30,7 @@ ROUTER_NAMES = ("gate", "router")
 """What models call the module that chooses experts. The gate of an MLP is `gate_proj`."""
 
 
-def kinds_of_parameters(built: Built, names: list[str]) -> dict[str, str]:
+def kinds_of_parameters(built: BuiltModel, names: list[str]) -> dict[str, str]:
     """The kind of each trained parameter of `names`, by name: one of KINDS.
 
     The first of these that applies: an adapter's parameter; a router's weight; a new classification head; the kind of the

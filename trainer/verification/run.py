@@ -12,7 +12,7 @@ from strategies.sequence import with_sequence_parallelism
 from trainer.config.run import RunConfig
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config
-from trainer.objectives.registry import data_spec_of, family_of
+from trainer.objectives.registry import data_spec_of, objective_family
 from trainer.verification.documents import LABELS, write_documents
 from trainer.verification.small_model import SmallModel, write_small_model
 from trainer.verification.small_run import SmallRun, small_run_config
@@ -27,7 +27,7 @@ DOCUMENTS_PER_SAMPLE = 6
 
 def drawn_label_names(config: RunConfig) -> list[str] | None:
     """Label names for the random documents: those of the settings, or made-up ones; None for objectives without labels."""
-    family = family_of(config.objective)
+    family = objective_family(config.objective)
     if family.kind is not ModelKind.classifier or family.num_outputs is not None:
         return None
     settings: Any = config.objective
@@ -46,7 +46,7 @@ def write_small_models_and_documents(
     `user_ranks`: ranks of the run itself; None if not known. Raises ConfigError if the model or its teacher is not on this
     machine, or no small copy can be made.
     """
-    family = family_of(config.objective)
+    family = objective_family(config.objective)
     label_names = drawn_label_names(config)
     outputs = family.num_outputs or (len(label_names) if label_names else None)
     model = write_small_model(config.model, family.kind, directory / MODEL, outputs=outputs)
@@ -76,14 +76,14 @@ def write_small_models_and_documents(
 
 def _must_learn(config: RunConfig) -> bool:
     """Whether every document needs a target: for pairs, ratings, labels, and answers of an encoder-decoder model."""
-    family = family_of(config.objective)
+    family = objective_family(config.objective)
     data_spec = data_spec_of(config.objective)
     return family.kind is not ModelKind.causal or bool(data_spec.marks) or data_spec.sequences_per_document > 1
 
 
 def small_run_of_directory(directory: Path, config: RunConfig, *, user_ranks: int | None) -> SmallRun:
     """The run on the small copies and documents that `write_small_models_and_documents` wrote into `directory`."""
-    has_teacher = family_of(config.objective).teacher(config.objective) is not None
+    has_teacher = objective_family(config.objective).teacher(config.objective) is not None
     teacher_directory = directory / TEACHER if has_teacher else None
     return small_run_config(copy.deepcopy(config), directory / MODEL, teacher_directory, user_ranks=user_ranks)
 

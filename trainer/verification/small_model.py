@@ -24,11 +24,11 @@ from strategies.parameters import meta_context
 from trainer.model import attention, experts, flex
 from trainer.model.architecture import (
     architecture,
-    auto_class,
     describe_head,
     experts_per_token,
     set_dropout,
-    text_settings,
+    text_model_config,
+    transformers_class,
 )
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config, weights_directory
@@ -95,7 +95,7 @@ def write_small_model(
         model, decided_routers = _smallest_copy_that_runs(config, kind, settings, full_model)
     with _no_progress_bars():
         model.save_pretrained(directory)
-    _write_tokenizer(text_settings(model.config).vocab_size, directory)
+    _write_tokenizer(text_model_config(model.config).vocab_size, directory)
     if config.trust_remote_code:
         for file in weights_directory(config).glob("*.py"):
             shutil.copy(file, directory)
@@ -192,7 +192,7 @@ def _built_copy(
     set_dropout(small_settings, 0.0)
     if kind is ModelKind.classifier:
         describe_head(small_settings, full_model.config.num_labels, 0, several=False)
-    model_class = auto_class(kind, small_settings)
+    model_class = transformers_class(kind, small_settings)
     options: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     options["trust_remote_code"] = config.trust_remote_code
     # On meta first: is it small enough, and does it have every kind of layer?
@@ -207,7 +207,7 @@ def _built_copy(
     # Then with weights: does a forward pass give finite numbers?
     model = model_class.from_config(small_settings, dtype=torch.float32, **options).eval()
     decided_routers = _randomise_weights(model)
-    ids = torch.arange(NUM_TRIED_TOKENS)[None] % text_settings(small_settings).vocab_size
+    ids = torch.arange(NUM_TRIED_TOKENS)[None] % text_model_config(small_settings).vocab_size
     inputs = {"input_ids": ids, "use_cache": False}
     if kind is ModelKind.encoder_decoder:
         inputs["decoder_input_ids"] = ids

@@ -12,7 +12,7 @@ from strategies.errors import ConfigError
 from trainer.config.parallel import ParallelConfig, accumulation_steps
 from trainer.config.run import AUTO, LauncherConfig, RunConfig
 from trainer.objectives.base import ObjectiveConfig
-from trainer.objectives.registry import family_of
+from trainer.objectives.registry import objective_family
 from trainer.optim.config import SgdConfig
 from trainer.optim.schedule import ScheduleConfig, ScheduleName
 from trainer.tuning.base import TuningConfig
@@ -87,7 +87,7 @@ def small_run_config(config: RunConfig, model: Path, teacher: Path | None, *, us
     `user_ranks`: ranks of the run itself; None if not known. Raises ConfigError for an objective whose model writes the answers
     that it learns from, since a random model writes nothing worth comparing.
     """
-    if family_of(config.objective).rollout is not None:
+    if objective_family(config.objective).rollout is not None:
         raise ConfigError(
             f"objective={config.objective.name}: the model writes what it learns from, and a random small copy writes nothing "
             "worth comparing; verify the same strategy and tuning with objective=sft"

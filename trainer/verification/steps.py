@@ -28,7 +28,7 @@ from trainer.model.loading import load_tokenizer
 from trainer.model.weights import WeightSource
 from trainer.objectives.reference import RecordingSettings, record_reference_logps
 from trainer.planner.minimal_step import minimal_trainer
-from trainer.step import Built
+from trainer.step import BuiltModel
 from trainer.verification.documents import open_documents
 from trainer.verification.gradients import kinds_of_parameters
 from trainer.verification.small_run import GRADIENT_READING_LR, SmallRun
@@ -109,7 +109,9 @@ def take_verified_step(
         gc.collect()
 
 
-def _measured_step(config: RunConfig, data: PreparedData, engine: Engine, built: Built, runtime: Runtime) -> TakenStep:
+def _measured_step(
+    config: RunConfig, data: PreparedData, engine: Engine, built: BuiltModel, runtime: Runtime
+) -> TakenStep:
     """Take the first step of the run, and compute its gradients from the change of the weights. All ranks must call.
 
     In fp16, steps that overflow are repeated until one does not, at most `MOST_HALVINGS` times.
@@ -160,7 +162,7 @@ def _trained_weights(engine: Engine) -> dict[str, Tensor]:
 
 
 def _record_reference(
-    config: RunConfig, data: PreparedData, engine: Engine, built: Built, directory: Path, runtime: Runtime
+    config: RunConfig, data: PreparedData, engine: Engine, built: BuiltModel, directory: Path, runtime: Runtime
 ) -> None:
     """Record the model's log-probabilities before the step, if the objective needs them and no adapter can be switched off."""
     if not built.step_module.objective.uses_reference or built.tuning.keeps_base:
@@ -175,7 +177,7 @@ def _record_reference(
     record_reference_logps({"train": data.train}, engine, settings, runtime)
 
 
-def kernels_description(built: Built) -> str:
+def kernels_description(built: BuiltModel) -> str:
     """The kernels of a forward pass in words: attention, layout of documents, head, quantisation."""
     parts = [f"attention {built.attention}", f"{built.layout.value} rows".replace("_", "-")]
     path = getattr(built.plain, "forward_path", None)

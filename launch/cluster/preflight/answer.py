@@ -6,10 +6,10 @@ from typing import Any
 
 from launch.cluster.preflight.node_facts import PreflightRequest
 from launch.cluster.preflight.verdict import NodeReports, PreflightVerdict
-from launch.output import Column, TableRow, fold, fold_all, table
+from launch.output import TableColumn, TableRow, format_table, wrap_sentences, wrap_text
 
 COLUMN_NAMES = ("node", "host", "python", "torch", "cores", "memory", "run.dir", "GPUs")
-COLUMNS = tuple(map(Column, COLUMN_NAMES))
+COLUMNS = tuple(map(TableColumn, COLUMN_NAMES))
 
 
 def report_text(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> str:
@@ -17,13 +17,13 @@ def report_text(request: PreflightRequest, reports: NodeReports, verdict: Prefli
     nodes = f"{request.nodes} node{'s' * (request.nodes > 1)}"
     processes = f"{request.processes} process{'es' * (request.processes > 1)}"
     lines = [f"preflight: {nodes} x {processes}"]
-    lines += table(COLUMNS, [_node_row(node, reports) for node in range(request.nodes)])
+    lines += format_table(COLUMNS, [_node_row(node, reports) for node in range(request.nodes)])
     if reports.communication_rates is not None:
-        lines += fold(_communication_line(reports.communication_rates), indent=2)
+        lines += wrap_text(_communication_line(reports.communication_rates), indent=2)
     if verdict.problems:
-        lines += ["problems:", *fold_all(verdict.problems)]
+        lines += ["problems:", *wrap_sentences(verdict.problems)]
     if verdict.notes:
-        lines += ["notes:", *fold_all(verdict.notes)]
+        lines += ["notes:", *wrap_sentences(verdict.notes)]
     if not verdict.problems:
         lines.append("no problems: the nodes can run the job")
     return "\n".join(lines)

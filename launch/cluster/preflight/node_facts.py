@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 
 COMPARED_LIBRARIES = (
     "torch",
@@ -254,7 +254,7 @@ def model_facts(name: str, revision: str | None) -> dict[str, Any]:
     missing_files: list[str] = []
     index_file = directory / "model.safetensors.index.json"
     if index_file.is_file():
-        file_by_tensor = read_object(index_file).get("weight_map")
+        file_by_tensor = read_json_object(index_file).get("weight_map")
         if isinstance(file_by_tensor, dict):  # else the model itself is refused when it is read
             weight_files = {str(file) for file in file_by_tensor.values()}
             missing_files = sorted(weight_files - size_by_name.keys())

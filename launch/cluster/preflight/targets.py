@@ -45,10 +45,10 @@ def preflight_targets(overrides: list[str]) -> PreflightTargets:
     - otherwise: this host, as the only node.
     Raises ConfigError for launcher settings that are wrong, or that name other hosts without SLURM.
     """
-    from launch.config.compose import compose, start_problems
-    from trainer.config.resuming import plain_settings
+    from launch.config.compose import compose_config, start_problems
+    from trainer.config.resuming import settings_as_dict
 
-    config = compose(overrides, check=False).config
+    config = compose_config(overrides, check=False).config
     # Only the launcher's settings matter here: a model or data set may still be missing.
     problems = [problem for problem in start_problems(config) if key_of_problem(problem).startswith("launcher.")]
     if problems:
@@ -61,7 +61,7 @@ def preflight_targets(overrides: list[str]) -> PreflightTargets:
             f"launcher.nodes={config.launcher.nodes}: only nodes of SLURM are asked from here (launcher=slurm); else call "
             "doctor on each of them"
         )
-    request = preflight_request(plain_settings(config), num_nodes=1)
+    request = preflight_request(settings_as_dict(config), num_nodes=1)
     with socket.create_server(("localhost", 0)) as listener:  # any free port
         free_port = listener.getsockname()[1]
     request.master = f"localhost:{free_port}"
@@ -76,7 +76,7 @@ def _slurm_targets(config: RunConfig, overrides: list[str]) -> PreflightTargets:
     """
     from launch.cluster.job_end import hosts_of_job
     from launch.cluster.slurm import Options, node_request, quoted_options, setup_function_text
-    from trainer.config.resuming import plain_settings
+    from trainer.config.resuming import settings_as_dict
 
     # Which nodes.
     slurm = config.launcher
@@ -91,7 +91,7 @@ def _slurm_targets(config: RunConfig, overrides: list[str]) -> PreflightTargets:
     if not hosts:  # SLURM has not chosen any yet
         hosts = [f"node {number}" for number in range(slurm.nodes)]
     # What each node must have.
-    settings = plain_settings(config)
+    settings = settings_as_dict(config)
     request = preflight_request(settings, num_nodes=slurm.nodes)
     request.exchange = True
     # The srun command that checks them.

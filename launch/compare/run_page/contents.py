@@ -13,9 +13,9 @@ from launch.compare.comparison import ComparedPoint
 from launch.compare.run_files import RecordedRun, RunMeasurements
 from launch.compare.run_page.held_out import MetricChange, best_step, card_changes, metric_changes, monitored_metric
 from strategies.errors import ShardtuneError
-from trainer.pages.numbers import UNKNOWN, byte_size, duration, number, percent
+from trainer.pages.numbers import UNKNOWN, format_bytes, format_duration, format_number, format_percent
 from trainer.pages.pieces import PageCard, PageCell, PageColumn, PageTable, Tone
-from trainer.reporting.numbers import short
+from trainer.reporting.numbers import format_setting
 from trainer.reporting.results import EVALUATION, REVIEW, kept_reports
 from trainer.reporting.run_record import MeasuredCost, PredictedCost, Receipt
 
@@ -68,9 +68,9 @@ def _training_metric_cards(run: RecordedRun) -> list[PageCard]:
     if not values:
         return []
     first_value = values[0] if len(values) > 1 else None
-    note = "" if first_value is None else f"first step {number(first_value)}"
+    note = "" if first_value is None else f"first step {format_number(first_value)}"
     change = MetricChange(metric, after=values[-1], before=first_value)
-    return [PageCard(f"Training {metric}", number(values[-1]), note, tone="", arrow=change.arrow)]
+    return [PageCard(f"Training {metric}", format_number(values[-1]), note, tone="", arrow=change.arrow)]
 
 
 def _duration_card(run: RecordedRun) -> PageCard | None:
@@ -80,7 +80,7 @@ def _duration_card(run: RecordedRun) -> PageCard | None:
         return None
     num_steps = len(run.steps)
     note = f"{num_steps:,} step{'s' if num_steps != 1 else ''}, without start and evaluations"
-    return PageCard("Duration", duration(duration_s), note)
+    return PageCard("Duration", format_duration(duration_s), note)
 
 
 def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
@@ -89,13 +89,13 @@ def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
         return None
     notes = []
     if measured.step_s:
-        notes.append(f"{duration(measured.step_s)} a step")
+        notes.append(f"{format_duration(measured.step_s)} a step")
     world_size = run.record.world_size
     if world_size:
         notes.append("1 rank" if world_size == 1 else f"{world_size} ranks together")
     if measured.mfu is not None and _has_reliable_peak(run):
-        notes.append(f"MFU {percent(measured.mfu)}")
-    return PageCard("Speed", number(measured.tokens_per_s, digits=3), ", ".join(notes), unit="tokens/s")
+        notes.append(f"MFU {format_percent(measured.mfu)}")
+    return PageCard("Speed", format_number(measured.tokens_per_s, digits=3), ", ".join(notes), unit="tokens/s")
 
 
 def _has_reliable_peak(run: RecordedRun) -> bool:
@@ -117,11 +117,11 @@ def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None
         note += ", libraries included"
     elif gpu_memory_gib:
         share = measured.memory_gib / gpu_memory_gib
-        note = f"{percent(share)} of a card's {number(gpu_memory_gib, digits=3)} GiB"
+        note = f"{format_percent(share)} of a card's {format_number(gpu_memory_gib, digits=3)} GiB"
         if share > NEARLY_FULL_SHARE:
             tone = "warning"
             note += ": longer rows may not fit"
-    return PageCard("Memory", byte_size(measured.memory_gib * GIB), note, tone)
+    return PageCard("Memory", format_bytes(measured.memory_gib * GIB), note, tone)
 
 
 def _predicted_cost(run: RecordedRun) -> PredictedCost:
@@ -146,15 +146,17 @@ def cost_table(compared: ComparedPoint) -> PageTable | None:
     exchange = _gib_to_bytes(measured.exchanged_gib)
     memory = _gib_to_bytes(measured.memory_gib)
     rows = [
-        _cost_row("Memory of a rank", byte_size, _gib_to_bytes(planned_memory_gib), memory),
-        _cost_row("Reserved by the allocator", byte_size, None, _gib_to_bytes(measured.memory_reserved_gib)),
-        _cost_row("Time of a step", duration, planned_step_s, measured.step_s),
-        _cost_row("Exchanged in a step, rank 0", byte_size, planned_exchange, exchange),
-        _cost_row("Waited for the exchange in a step", duration, None, measured.exposed_s),
-        _cost_row("Size of a checkpoint", byte_size, predicted.checkpoint_bytes, measured_receipt.checkpoint_bytes),
-        _cost_row("Writing a checkpoint", duration, None, measured.checkpoint_s),
-        _cost_row("Start to first step, without evaluation", duration, None, _start_without_evaluation_s(measured)),
-        _cost_row("Price of a million tokens, US$", number, None, compared.summary.dollars_per_million),
+        _cost_row("Memory of a rank", format_bytes, _gib_to_bytes(planned_memory_gib), memory),
+        _cost_row("Reserved by the allocator", format_bytes, None, _gib_to_bytes(measured.memory_reserved_gib)),
+        _cost_row("Time of a step", format_duration, planned_step_s, measured.step_s),
+        _cost_row("Exchanged in a step, rank 0", format_bytes, planned_exchange, exchange),
+        _cost_row("Waited for the exchange in a step", format_duration, None, measured.exposed_s),
+        _cost_row("Size of a checkpoint", format_bytes, predicted.checkpoint_bytes, measured_receipt.checkpoint_bytes),
+        _cost_row("Writing a checkpoint", format_duration, None, measured.checkpoint_s),
+        _cost_row(
+            "Start to first step, without evaluation", format_duration, None, _start_without_evaluation_s(measured)
+        ),
+        _cost_row("Price of a million tokens, US$", format_number, None, compared.summary.dollars_per_million),
     ]
     columns = [PageColumn("what"), PageColumn("planned"), PageColumn("taken")]
     columns.append(PageColumn("taken / planned", note="1 is as planned, 2 twice as much"))
@@ -224,7 +226,7 @@ def _value_on_command_line(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(map(_value_on_command_line, value))}]"
-    return short(value)
+    return format_setting(value)
 
 
 def _default_settings(run_dir: Path) -> dict[str, Any]:
@@ -248,9 +250,7 @@ def provenance_rows(run: RecordedRun) -> list[tuple[str, str]]:
     parameters = ""
     if record.sharding.parameters:
         share = record.sharding.trainable_parameters / record.sharding.parameters
-        parameters = (
-            f"{record.sharding.parameters:,}, trained {record.sharding.trainable_parameters:,} ({percent(share)})"
-        )
+        parameters = f"{record.sharding.parameters:,}, trained {record.sharding.trainable_parameters:,} ({format_percent(share)})"
     versions = ", ".join(f"{package} {version}" for package, version in record.versions.items())
     rows = (
         ("directory", str(run.directory)),

@@ -8,7 +8,7 @@ from typing import Literal
 
 from launch.compare.metric_meaning import DEFAULT_METRIC, greater_is_better_by_name, greater_is_better_in_run
 from launch.compare.run_files import RecordedRun
-from trainer.pages.numbers import number, percent
+from trainer.pages.numbers import format_number, format_percent
 from trainer.pages.pieces import Arrow, Tone
 
 TITLE_BY_METRIC = {
@@ -75,7 +75,7 @@ class MetricChange:
     def shown(self, value: float) -> str:
         """A value of this metric as the page writes it: `61 %` for a share such as accuracy, else `2.872`."""
         is_share = self.name.rsplit("/", 1)[-1] in METRICS_IN_PERCENT
-        return percent(value) if is_share else number(value)
+        return format_percent(value) if is_share else format_number(value)
 
     @property
     def change(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.compare.run_files import RecordedRun
 from launch.compare.run_page.answers import shorten_at_start
-from trainer.pages.numbers import UNKNOWN, number
+from trainer.pages.numbers import UNKNOWN, format_number
 from trainer.rollout.record import recorded_rounds
 from trainer.rollout.round_table import REWARD_PREFIX, groups_of_rows
 
@@ -108,7 +108,7 @@ def _shown_group(title: str, mean_reward: float, rows: Sequence[dict[str, Any]])
     one_line = " ".join(prompt.split())
     prompt_end = one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
     return ShownGroup(
-        summary=f"{title}, mean reward {number(mean_reward)}: {prompt_end}",
+        summary=f"{title}, mean reward {format_number(mean_reward)}: {prompt_end}",
         prompt=shorten_at_start(prompt),
         answers=[_shown_answer(row) for row in shown_rows],
         left_out=len(rows) - len(shown_rows),
@@ -123,10 +123,12 @@ def _shown_answer(row: dict[str, Any]) -> ShownAnswer:
     if len(reward_columns) > 1:
         for column in reward_columns:
             score = row[column]
-            named_scores.append(f"{column.removeprefix(REWARD_PREFIX)} {UNKNOWN if score is None else number(score)}")
+            named_scores.append(
+                f"{column.removeprefix(REWARD_PREFIX)} {UNKNOWN if score is None else format_number(score)}"
+            )
     return ShownAnswer(
         text=shorten_at_start(str(row.get("answer") or "")),
-        reward="not scored" if total_reward is None else number(total_reward),
+        reward="not scored" if total_reward is None else format_number(total_reward),
         by_reward=", ".join(named_scores),
         is_cut=row.get("ended") is False,
     )

@@ -21,11 +21,11 @@ from launch.compare.run_page.held_out import (
 from trainer.data.report.audit import AUDIT, DOCUMENT_LEAK_KINDS
 from trainer.monitors.config import Reaction
 from trainer.monitors.guard_config import Action
-from trainer.pages.numbers import number
+from trainer.pages.numbers import format_number
 from trainer.pages.pieces import Callout, Tone, worst_first
 from trainer.reporting.findings import SHOWN_REMEDIES, RecordedFinding, findings_in
 from trainer.reporting.results import read_json
-from trainer.reporting.status import State
+from trainer.reporting.status import RunState
 
 HEADINGS = {
     "diverged": "The run diverged",
@@ -66,7 +66,7 @@ def run_verdict(run: RecordedRun) -> RunVerdict:
     - Nothing held out was evaluated.
     - Otherwise: whether the monitored metric got better (`_metric_verdict`).
     """
-    if run.state != State.done:
+    if run.state != RunState.done:
         return _unfinished_verdict(run)
     findings = findings_in(run.record.challenges)
     steps_text = _steps_text(run)
@@ -129,12 +129,12 @@ def _unfinished_verdict(run: RecordedRun) -> RunVerdict:
     total_steps = run.record.total_steps
     progress = f"step {step} of {total_steps}" if total_steps else f"step {step}"
     reason = " ".join(str(run.status.get("reason") or run.failure.get("message") or "").split())
-    if run.state == State.running:
+    if run.state == RunState.running:
         return RunVerdict("note", f"Running: {progress}", "", (logs_command,))
-    if run.state == State.preempted:
+    if run.state == RunState.preempted:
         advice = "The same command goes on from its last checkpoint."
         return RunVerdict("warning", f"Stopped at {progress}", f"{reason}. {advice}" if reason else advice)
-    if run.state == State.failed:
+    if run.state == RunState.failed:
         return RunVerdict("bad", f"Failed at {progress}", reason, (logs_command,))
     return RunVerdict("note", run.state.capitalize(), reason)  # such as `Not started`
 
@@ -295,7 +295,7 @@ def _straggler_callouts(run: RecordedRun) -> list[Callout]:
 def _slow_rank_text(slow_rank: dict[str, Any]) -> str:
     """A sentence on a slow rank: `Rank 3 on node7 computes 1.8 times as long as the others, from step 40 to 90`."""
     until = f" to {slow_rank['until_step']}" if slow_rank.get("until_step") else " on"
-    factor = number(slow_rank.get("factor"), digits=2)
+    factor = format_number(slow_rank.get("factor"), digits=2)
     rank_and_host = f"Rank {slow_rank.get('rank')} on {slow_rank.get('host')}"
     return (
         f"{rank_and_host} computes {factor} times as long as the others, from step {slow_rank.get('from_step')}{until}"

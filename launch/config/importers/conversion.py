@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.config.importers.equivalent import TranslatedSetting
-from strategies.redaction import redacted
+from strategies.redaction import redact
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def cli_text_without_secrets(setting: str, value: Any) -> str:
     """The value of a setting as command-line text for people to read; tokens, keys and passwords are hidden."""
     if re.search(r"(^|[_.])(token|key|api_key|secret|password)$", setting.lower()):
         return "(hidden)"
-    return redacted(to_cli_text(value))
+    return redact(to_cli_text(value))
 
 
 def scalar_settings(tree: Mapping[str, Any]) -> dict[str, str]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from strategies.errors import ConfigError
 from trainer.export.gates.bounds import Bound, gate_problems, parse_bound, read_word
 
@@ -60,20 +60,20 @@ def words(tmp_path, monkeypatch):
 
 
 def test_gates_do_not_change_the_identity_of_the_run(words):
-    gated = compose([*words, 'gates={eval/loss: "<2.1"}', "gates.memorised=0", 'gates.override="why"'])
+    gated = compose_config([*words, 'gates={eval/loss: "<2.1"}', "gates.memorised=0", 'gates.override="why"'])
     assert gated.config.gates == {"eval/loss": "<2.1", "memorised": "0", "override": "why"}
-    assert gated.sha256 == compose(words).sha256
+    assert gated.sha256 == compose_config(words).sha256
 
 
 def test_gates_problems_are_all_reported_when_the_run_is_composed(words):
     with pytest.raises(ConfigError) as error:
-        compose([*words, "gates={eval/facts/exact_mach: '>0.5', eval/loss: good}", "gates.override="])
+        compose_config([*words, "gates={eval/facts/exact_mach: '>0.5', eval/loss: good}", "gates.override="])
     said = str(error.value)
     assert "the task facts has no such metric; did you mean eval/facts/exact_match?" in said
     assert "gates: eval/loss: good: must be" in said and "gates.override needs a value" in said
     with pytest.raises(ConfigError, match="must be pairs of a metric and its bound"):
-        compose([*words, "gates=[eval/loss]"])
-    compose([*words, "gates={bias/gap: '<0.05', eval/facts/exact_match: '>0.5'}"])  # may be measured later
+        compose_config([*words, "gates=[eval/loss]"])
+    compose_config([*words, "gates={bias/gap: '<0.05', eval/facts/exact_match: '>0.5'}"])  # may be measured later
 
 
 def test_gate_judges_the_worst_of_several_measurements():

@@ -12,7 +12,7 @@ from launch.cluster.long_steps import (
     sufficient_signal_lead_s,
     sufficient_timeout_s,
 )
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from strategies.base import ActivationCheckpointing
 
 LLAMA_8B = {
@@ -29,7 +29,7 @@ LLAMA_8B = {
 def config_of(tmp_path, *words):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     fixed = [f"model.path={tmp_path}", "launcher=slurm", "launcher.gpus_per_node=8", "launcher.gres=gpu:h100:8"]
-    return compose([*fixed, "precision=bf16", "budget.steps=1", *words], check=False).config
+    return compose_config([*fixed, "precision=bf16", "budget.steps=1", *words], check=False).config
 
 
 def test_step_longer_than_the_lead_is_told_with_the_value_to_set(tmp_path):
@@ -41,7 +41,7 @@ def test_step_longer_than_the_lead_is_told_with_the_value_to_set(tmp_path):
     assert note.endswith("set launcher.signal_lead_s=300") and sufficient_signal_lead_s(150.0, 20.0) == 300
     assert long_step_notes(config, None) == []
     assert long_step_notes(config_of(tmp_path, "launcher.signal_lead_s=0"), 400.0) == []
-    local = compose([f"model.path={tmp_path}", "launcher=local", "budget.steps=1"], check=False).config
+    local = compose_config([f"model.path={tmp_path}", "launcher=local", "budget.steps=1"], check=False).config
     assert long_step_notes(local, 200.0) == []
     config.launcher.signal_lead_s = sufficient_signal_lead_s(380.0, 30.0)
     assert long_step_notes(config, 380.0, 30.0) == []
@@ -54,7 +54,7 @@ def test_step_as_long_as_the_timeout_of_an_exchange_is_told(tmp_path):
     assert "run.timeout_s=600" in note and note.endswith(f"set run.timeout_s={sufficient_timeout_s(500.0)}")
     config.run.timeout_s = sufficient_timeout_s(500.0)
     assert long_step_notes(config, 500.0) == []
-    alone = compose([f"model.path={tmp_path}", "launcher.processes=1", "budget.steps=1"], check=False).config
+    alone = compose_config([f"model.path={tmp_path}", "launcher.processes=1", "budget.steps=1"], check=False).config
     assert long_step_notes(alone, 1e4) == []
 
 

@@ -26,7 +26,7 @@ from tests.helpers.tokenizers import write_chat_data
 from tests.helpers.wandb_files import record, summary
 from tests.helpers.wandb_server import wandb_server
 from tests.helpers.warm import command_warm, forked
-from trainer.reporting.status import State, write_status
+from trainer.reporting.status import RunState, write_status
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +313,7 @@ def test_compare_points_by_slurm_are_one_job_array_of_those_not_done(site, tmp_p
     assert "submitted job 7" in said.err and "not started" in said.out
     assert f"to compare the points, now or when their jobs have ended: shardtune compare {tmp_path / 'new'}" in said.err
     assert "logging.name" not in said.out, "what a point is called is no difference of its own"
-    write_status(tmp_path / "new/ddp", State.done, step=4)
+    write_status(tmp_path / "new/ddp", RunState.done, step=4)
     assert main(["compare", *asked, new]) == 0
     assert (tmp_path / "asked").read_text().splitlines()[1] == str(tmp_path / "new/fsdp2/train.sbatch")
     assert "--array=0-1" in (tmp_path / "new/fsdp2/train.sbatch").read_text()

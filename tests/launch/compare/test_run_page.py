@@ -20,7 +20,7 @@ from trainer.monitors.kept_answers import FILE, GENERATED, MAX_ROWS, KeptAnswer,
 from trainer.reporting.results import keep_report
 from trainer.rollout.record import RoundRecord
 from trainer.rollout.round import Round
-from trainer.rollout.types import Answer, Group, GroupScores, Prompt
+from trainer.rollout.types import Answer, AnswerGroup, GroupScores, Prompt
 
 CONFIG = {"strategy": {"name": "single"}, "optim": {"lr": 3.0}, "evaluation": {"watch": "eval/loss"}}
 DIVERGED = {
@@ -340,7 +340,7 @@ def rounds_of(directory, groups, size=8, answer="a <b>bold</b> answer "):
         for place, mean in enumerate(means):
             texts = [f"{answer}{number} of {place}" for number in range(size)]
             answers = [Answer(n, [1], np.zeros(1, np.float32), text, has_ended=n != 1) for n, text in enumerate(texts)]
-            made.append(Group(Prompt(place, [1], f"prompt {place} of step {step}", {}, "rows.jsonl:1"), answers))
+            made.append(AnswerGroup(Prompt(place, [1], f"prompt {place} of step {step}", {}, "rows.jsonl:1"), answers))
             total = mean + np.arange(size) / 10 - (size - 2) / 20
             total[-1] = np.nan
             scores.append(GroupScores(total, {"right": total, "short": np.full(size, 0.5)}))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from launch.config.compose import compose, default_run_dir, load_frozen_config
+from launch.config.compose import compose_config, default_run_dir, load_frozen_config
 from launch.config.frozen import (
     GROUPS_WITHOUT_EFFECT_ON_RESULT,
     config_sha256,
@@ -16,7 +16,7 @@ from launch.config.resume import keep_earlier_defaults
 from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError, StorageError
 from trainer.evaluation.base import TaskConfig
-from trainer.reporting.resolution import Resolution
+from trainer.reporting.resolution import ResolvedSetting
 from trainer.reporting.status import write_status
 from trainer.session.lease import Lease
 
@@ -28,7 +28,7 @@ def outside_a_job(monkeypatch):
 
 
 def composed(*words):
-    return compose(["model.path=m", "budget.steps=3", "run.device=cpu", *words], check=False)
+    return compose_config(["model.path=m", "budget.steps=3", "run.device=cpu", *words], check=False)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_micro_batch_chosen_by_the_run_belongs_to_the_same_words(tmp_path):
     """The same words find their run again, and its choice; a number that is typed, or edited in the file, is another."""
     asked = composed("batch.micro=auto")
     directory = write_run_config(asked, tmp_path / "run")
-    resolution = Resolution("batch.micro", "auto", 8, "planned")
+    resolution = ResolvedSetting("batch.micro", "auto", 8, "planned")
     chosen = replace(asked.config, batch={"global": 32, "micro": 8}, substitutions={"batch.micro": resolution})
     rewrite_config_with_own_choices(directory, chosen)
     assert config_sha256(chosen) == asked.sha256 and load_frozen_config(directory / "config.yaml") == chosen
@@ -341,5 +341,5 @@ def test_micro_batch_chosen_by_the_run_belongs_to_the_same_words(tmp_path):
 )
 def test_batch_sizes_that_are_no_number_or_not_divisible_are_refused(words, said):
     with pytest.raises(ConfigError) as refused:
-        compose(["model.path=m", "budget.steps=3", "run.device=cpu", *words])
+        compose_config(["model.path=m", "budget.steps=3", "run.device=cpu", *words])
     assert [problem for problem in refused.value.problems if problem.startswith("batch")] == [said]

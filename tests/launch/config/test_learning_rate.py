@@ -4,7 +4,7 @@ import pytest
 
 from launch.compare.points import plan_points
 from launch.config import learning_rate
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.config.frozen import load_frozen_config
 from launch.main import main
 from launch.runs.freeze import write_run_config
@@ -26,12 +26,12 @@ def outside_a_job(monkeypatch, tmp_path):
 
 
 def rate(*words):
-    return compose([*BASE, *words], check=False).config.optim.lr
+    return compose_config([*BASE, *words], check=False).config.optim.lr
 
 
 def begun(run_dir, *words):
     """A run directory with a checkpoint."""
-    write_run_config(compose([*BASE, *words, f"run.dir={run_dir}"]), run_dir)
+    write_run_config(compose_config([*BASE, *words, f"run.dir={run_dir}"]), run_dir)
     (run_dir / "checkpoints" / "step-000005").mkdir(parents=True)
     return run_dir
 
@@ -52,7 +52,7 @@ def test_unset_rate_goes_by_method_objective_and_optimizer():
 def test_rate_that_no_table_has_must_be_given():
     words = [*BASE, "tuning=peft", "tuning.type=waveft"]
     with pytest.raises(ConfigError) as error:
-        compose(words)
+        compose_config(words)
     [problem] = [problem for problem in error.value.problems if problem.startswith("optim.lr")]
     assert "give one" in problem and "0.0002 with optim=adamw and lora" in problem
     assert not any(problem.startswith("optim.lr") for problem in _problems([*words, "optim.lr=1e-3"]))
@@ -66,7 +66,7 @@ def test_rate_that_no_table_has_must_be_given():
 
 def _problems(words):
     try:
-        compose(words)
+        compose_config(words)
     except ConfigError as error:
         return error.problems
     return []
@@ -85,7 +85,7 @@ def test_every_method_and_objective_has_a_rate_with_a_source():
 
 
 def test_identity_has_the_number_and_not_the_word():
-    unset, given = compose([*BASE, "tuning=lora"]), compose([*BASE, "tuning=lora", "optim.lr=2e-4"])
+    unset, given = compose_config([*BASE, "tuning=lora"]), compose_config([*BASE, "tuning=lora", "optim.lr=2e-4"])
     assert unset.sha256 == given.sha256
     assert (
         unset.config.resolution(LEARNING_RATE_KEY).chosen == 2e-4 and given.config.resolution(LEARNING_RATE_KEY) is None
@@ -97,22 +97,22 @@ def test_begun_run_keeps_its_rate_when_the_table_changes(tmp_path, monkeypatch):
     new = rates.UsualRate(7e-4, 1e-4, 1e-3, "a new paper")
     monkeypatch.setitem(rates.METHODS, "lora", new)
     words = [*BASE, "tuning=lora"]
-    assert compose(words).config.optim.lr == 7e-4
+    assert compose_config(words).config.optim.lr == 7e-4
     # The same command, and one that starts another run from the checkpoint.
-    write_run_config(compose([*words, f"run.dir={run_dir}"]), run_dir)
+    write_run_config(compose_config([*words, f"run.dir={run_dir}"]), run_dir)
     assert load_frozen_config(run_dir / "config.yaml").optim.lr == 2e-4
-    branch = compose([*words, f"run.resume={run_dir}/checkpoints/step-000005"], check=False).config
+    branch = compose_config([*words, f"run.resume={run_dir}/checkpoints/step-000005"], check=False).config
     assert branch.optim.lr == 2e-4 and "as this run began" in str(branch.resolution(LEARNING_RATE_KEY))
     # Another method has no rate to keep.
     assert rate("tuning=ia3", f"run.resume={run_dir}/checkpoints/step-000005") == 5e-3
     with pytest.raises(ConfigError, match=r"optim.lr: 0.0002 there, 0.001 here"):
-        write_run_config(compose([*words, "optim.lr=1e-3", f"run.dir={run_dir}"]), run_dir)
+        write_run_config(compose_config([*words, "optim.lr=1e-3", f"run.dir={run_dir}"]), run_dir)
 
 
 def test_run_with_a_typed_rate_is_not_taken_up_by_a_command_without_it(tmp_path):
     run_dir = begun(tmp_path / "run", "tuning=lora", "optim.lr=1e-3")
     with pytest.raises(ConfigError, match=r"optim.lr: 0.001 there, 0.0002 here"):
-        write_run_config(compose([*BASE, "tuning=lora", f"run.dir={run_dir}"]), run_dir)
+        write_run_config(compose_config([*BASE, "tuning=lora", f"run.dir={run_dir}"]), run_dir)
 
 
 def test_run_of_the_version_with_one_rate_an_optimizer_goes_on_with_it(tmp_path, monkeypatch):
@@ -121,11 +121,11 @@ def test_run_of_the_version_with_one_rate_an_optimizer_goes_on_with_it(tmp_path,
         run_dir = tmp_path / method[-1]
         with monkeypatch.context() as earlier:
             earlier.setattr(learning_rate, "usual_rate", lambda *_: rates.UsualRate(2e-5, 1e-5, 5e-5, ""))
-            one = compose([*BASE, *method, f"run.dir={run_dir}"])
+            one = compose_config([*BASE, *method, f"run.dir={run_dir}"])
         del one.config.substitutions[LEARNING_RATE_KEY]
         write_run_config(one, run_dir)
         (run_dir / "checkpoints" / "step-000005").mkdir(parents=True)
-        write_run_config(compose([*BASE, *method, f"run.dir={run_dir}"]), run_dir)
+        write_run_config(compose_config([*BASE, *method, f"run.dir={run_dir}"]), run_dir)
         assert load_frozen_config(run_dir / "config.yaml").optim.lr == 2e-5
 
 
@@ -139,7 +139,7 @@ def test_points_of_a_comparison_name_the_rates_that_differ():
 
 def test_few_steps_and_rates_far_above_the_usual_one_are_noted():
     def lines(steps, *words):
-        return rate_lines(learning_rate_of(compose([*BASE, *words], check=False).config, steps), steps)
+        return rate_lines(learning_rate_of(compose_config([*BASE, *words], check=False).config, steps), steps)
 
     assert lines(100, "tuning=lora") == ["learning rate: 0.0002 after 3 steps of warm-up, then cosine"]
     assert lines(20, "tuning=lora", "optim.lr=4e-3") == lines(20, "tuning=lora", "optim.lr=4e-3")[:1]

@@ -7,7 +7,7 @@ import pytest
 
 from launch.config.axes import read_axes
 from launch.config.choices import USER_CONFIG_DIRS, choices_by_group, settings_class_of
-from launch.config.compose import ComposedConfig, compose
+from launch.config.compose import ComposedConfig, compose_config
 from launch.config.importers.equivalent import ForeignSettings
 from launch.config.importers.names import RULES_BY_FOREIGN_NAME, translate
 from launch.config.overrides import all_settings, find_setting
@@ -30,7 +30,7 @@ def outside_a_job(monkeypatch):
 
 
 def value_of(word, key):
-    holder = compose([word], check=False).config
+    holder = compose_config([word], check=False).config
     for part in key.split("."):
         holder = holder[part] if isinstance(holder, dict) else getattr(holder, part)
     return holder
@@ -59,7 +59,7 @@ def value_of(word, key):
     ],
 )
 def test_a_path_is_kept_as_typed(path):
-    config = compose([f"data.path={path}", f"model.path={path}", f"run.dir={path}"], check=False).config
+    config = compose_config([f"data.path={path}", f"model.path={path}", f"run.dir={path}"], check=False).config
     assert [config.data.path, config.model.path, config.run.dir] == [path] * 3
 
 
@@ -87,7 +87,7 @@ def test_override_values_are_read_by_type(word, key, value):
 
 def test_patterns_and_site_options_are_kept_as_typed():
     words = ["tuning=lora", r"tuning.targets=.*\.(q|v)_proj", "launcher=slurm", "launcher.time=1-00:00:00"]
-    config = compose([*words, "launcher.partition=a,b"], check=False).config
+    config = compose_config([*words, "launcher.partition=a,b"], check=False).config
     assert config.tuning.targets == r".*\.(q|v)_proj"
     assert (config.launcher.time, config.launcher.partition) == ("1-00:00:00", "a,b")
 
@@ -191,20 +191,22 @@ def test_patterns_and_site_options_are_kept_as_typed():
 )
 def test_override_that_cannot_be_used_is_explained(word, said):
     with pytest.raises(ConfigError) as caught:
-        compose([word], check=False)
+        compose_config([word], check=False)
     assert any(said in problem for problem in caught.value.problems), caught.value.problems
 
 
 def test_schedule_setting_without_meaning_is_refused_unless_the_run_has_begun(tmp_path):
     words = ["schedule=constant", "schedule.min_factor=0.5", f"run.dir={tmp_path / 'run'}"]
     with pytest.raises(ConfigError, match=r"schedule\.min_factor=0\.5: needs schedule=cosine\|linear\|wsd"):
-        compose(words, check=False)
-    assert compose(["schedule=constant", "schedule.min_factor=0.0"], check=False).config.schedule.min_factor == 0
+        compose_config(words, check=False)
+    assert compose_config(["schedule=constant", "schedule.min_factor=0.0"], check=False).config.schedule.min_factor == 0
     points = expand(["schedule=constant,wsd", "schedule.decay_share=0.5"])
     assert sorted(map(len, points)) == [1, 2], "it goes to the points alone for which it means something"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
-    assert compose(words, check=False).config.schedule.min_factor == 0.5, "a run of before goes on with its words"
+    assert compose_config(words, check=False).config.schedule.min_factor == 0.5, (
+        "a run of before goes on with its words"
+    )
 
 
 WRONG_FILES = {
@@ -224,7 +226,7 @@ def test_config_file_of_a_user_is_named_with_what_is_wrong_in_it(tmp_path, conte
     try:
         take_config_dirs(["--config-dir", str(tmp_path)])
         with pytest.raises(ConfigError, match=re.escape(f"{file}: {WRONG_FILES[content]}")):
-            compose(["schedule=mine"])
+            compose_config(["schedule=mine"])
     finally:
         USER_CONFIG_DIRS.clear()
         choices_by_group.cache_clear()
@@ -237,7 +239,7 @@ def test_an_experiment_that_is_no_settings_is_named_alone(tmp_path):
     try:
         take_config_dirs(["--config-dir", str(tmp_path)])
         with pytest.raises(ConfigError) as refused:
-            compose(["experiment=mine"])
+            compose_config(["experiment=mine"])
     finally:
         USER_CONFIG_DIRS.clear()
         choices_by_group.cache_clear()
@@ -266,7 +268,7 @@ def test_config_choice_without_settings_of_its_name_is_named():
 )
 def test_overrides_that_only_make_sense_together_get_one_answer(words, said):
     with pytest.raises(ConfigError) as caught:
-        compose(words, check=False)
+        compose_config(words, check=False)
     assert caught.value.problems == [said]
 
 
@@ -275,8 +277,8 @@ def test_two_budgets_are_refused_in_every_spelling(tmp_path):
     words = ["model.path=m", f"data.path={tmp_path / 'train.jsonl'}"]
     for budgets in (["budget={epochs: 3}", "budget.steps=2"], ["budget={epochs: 3, steps: 2}"]):
         with pytest.raises(ConfigError, match=r"budget\.steps=2 budget\.epochs=3.*exactly one of"):
-            compose([*words, *budgets])
-    config = compose([*words, "experiment=gpt2_full_ddp", "budget={steps: 2}"], check=False).config
+            compose_config([*words, *budgets])
+    config = compose_config([*words, "experiment=gpt2_full_ddp", "budget={steps: 2}"], check=False).config
     assert (config.budget.steps, config.budget.epochs) == (2, None)
 
 
@@ -286,7 +288,7 @@ def test_overrides_that_an_earlier_version_took_still_resume_a_run(tmp_path, mon
     words = ["model.path=m", f"data.path={tmp_path / 'train.jsonl'}", f"run.dir={run_dir}", "logging.name=my-project"]
     # That version took the one budget, and no variable called *_PASS for a secret.
     both = [*words, "budget={steps: 12}", "budget.epochs=2"]
-    write_run_config(ComposedConfig(compose([*words, "budget.epochs=2"], check=False).config, both), run_dir)
+    write_run_config(ComposedConfig(compose_config([*words, "budget.epochs=2"], check=False).config, both), run_dir)
     monkeypatch.setenv("SITE_PASS", "my-project")
 
     assert refused_groups(both) == set()
@@ -299,7 +301,7 @@ def test_overrides_that_an_earlier_version_took_still_resume_a_run(tmp_path, mon
 def refused_groups(words):
     """The groups of settings that the refusals of a run are about."""
     try:
-        compose(words)
+        compose_config(words)
     except ConfigError as error:
         return {problem.partition(".")[0] for problem in error.problems}
     return set()
@@ -311,13 +313,13 @@ def test_a_directory_to_write_to_is_no_address(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
     given = [f"data.path={tmp_path / 'train.jsonl'}", "model.path=m", "budget.steps=1", "strategy=zero3"]
     with pytest.raises(ConfigError) as caught:
-        compose([*given, *spelled.values()])
+        compose_config([*given, *spelled.values()])
     for word in spelled.values():
         assert any(problem.startswith(f"{word}: is an address") for problem in caught.value.problems), word
     monkeypatch.chdir(tmp_path)
     Path("s3:/bucket/x").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"run\.dir=s3://bucket/x: .*; the local directory s3:/bucket/x .* rename it"):
-        compose([*given, spelled["run.dir"]])
+        compose_config([*given, spelled["run.dir"]])
     places = {key for key in all_settings() if re.search(r"[._]dir$|nvme_path$|^launcher.stage$", key)}
     assert places == set(OUTPUT_DIRECTORY_KEYS), "which directories are written to?"
     for verb in ("export", "evaluate", "compare", "init"):
@@ -327,7 +329,7 @@ def test_a_directory_to_write_to_is_no_address(tmp_path, monkeypatch):
 def test_overrides_of_other_trainers_are_answered_together():
     words = ["--per_device_train_batch_size", "4", "gradient_accumulation_steps=8", "--bf16", "--max-steps", "5"]
     with pytest.raises(ConfigError) as caught:
-        compose(
+        compose_config(
             [*words, "launcher.processes=2", "launcher.nodes=2", "strategy=ddp", "model_name_or_path=m", "data.path=d"]
         )
     problems = caught.value.problems
@@ -378,19 +380,19 @@ def test_overrides_suggested_for_other_trainers_options_compose(tmp_path):
 def test_everything_wrong_is_reported_at_once_without_echoes(tmp_path):
     words = ["strategy=fspd2", "optim.lrr=1", "tuning.rank=8", "run.seed=x", "batch.global=30", "batch.micro=4"]
     with pytest.raises(ConfigError) as caught:
-        compose([*words, f"data.pth={tmp_path}", "budget.steps=1", "model.path=no/such/model/here"])
+        compose_config([*words, f"data.pth={tmp_path}", "budget.steps=1", "model.path=no/such/model/here"])
     text = str(caught.value)
     for part in ("fspd2", "lrr", "tuning.rank", "run.seed", "batch.global=30", "data.pth", "no/such/model/here"):
         assert part in text
     assert "data.path: not set" not in text  # the misspelt word was meant for it
     assert len(caught.value.problems) == 7
     with pytest.raises(ConfigError) as caught:
-        compose([f"data.path={tmp_path}", "budget.steps=two", f"model.path={tmp_path}"])
+        compose_config([f"data.path={tmp_path}", "budget.steps=two", f"model.path={tmp_path}"])
     assert not [problem for problem in caught.value.problems if "budget: not set" in problem]
 
 
 def test_a_typed_budget_replaces_that_of_an_experiment():
-    config = compose(["experiment=gpt2_full_ddp", "budget.steps=7"], check=False).config
+    config = compose_config(["experiment=gpt2_full_ddp", "budget.steps=7"], check=False).config
     assert (config.budget.steps, config.budget.epochs) == (7, None)
 
 
@@ -441,7 +443,7 @@ def test_sweep_axis_is_a_comma_outside_of_quotes_and_brackets(word, values):
 
 def test_a_quoted_comma_is_part_of_the_value():
     (point,) = expand(["data.path='a,b.jsonl'"])
-    assert compose(point, check=False).config.data.path == "a,b.jsonl"
+    assert compose_config(point, check=False).config.data.path == "a,b.jsonl"
 
 
 def test_sweep_function_without_a_value_is_an_error():
@@ -459,7 +461,7 @@ def test_setting_that_was_removed_is_answered_with_its_replacement():
     assert not set(SUCCESSOR_BY_REMOVED_KEY) & set(known)
     for key, instead in SUCCESSOR_BY_REMOVED_KEY.items():
         with pytest.raises(ConfigError) as refused:
-            compose([f"{key}=1"], check=False)
+            compose_config([f"{key}=1"], check=False)
         assert f"there is no setting {key} any more: {instead}" in str(refused.value)
         named = re.findall(r"(?:data|launcher)\.[a-z_.]*[a-z]", instead)
         assert set(named) <= set(known), f"{key}: {named} are to be settings"
@@ -484,13 +486,13 @@ def own(tmp_path):
 
 
 def test_a_file_of_settings_is_a_bare_word_that_typed_words_go_before(own):
-    config = compose(["optim.lr=1e-3", f"{own}/my.yaml", "budget.steps=3"], check=False).config
+    config = compose_config(["optim.lr=1e-3", f"{own}/my.yaml", "budget.steps=3"], check=False).config
     assert (str(config.tuning.name), str(config.strategy.name), config.optim.lr) == ("lora", "ddp", 1e-3)
     assert (config.budget.steps, config.budget.epochs, config.data.columns) == (3, None, {"prompt": "q"})
     assert config.data.path == str(Path.home() / "d.jsonl")
     frozen = own / "config.yaml"  # the whole configuration of a run is such a file too
-    frozen.write_text(compose(["strategy=zero3", "tuning=lora", "tuning.rank=3"], check=False).yaml)
-    again = compose([str(frozen)], check=False).config
+    frozen.write_text(compose_config(["strategy=zero3", "tuning=lora", "tuning.rank=3"], check=False).yaml)
+    again = compose_config([str(frozen)], check=False).config
     assert (str(again.strategy.name), again.tuning.rank) == ("zero3", 3)
     for text, said in (
         ("tunnig: lora", "my.yaml: tunnig: lora: there is no setting tunnig; did you mean tuning"),
@@ -503,18 +505,18 @@ def test_a_file_of_settings_is_a_bare_word_that_typed_words_go_before(own):
     ):
         (own / "my.yaml").write_text(text)
         with pytest.raises(ConfigError) as caught:
-            compose([f"{own}/my.yaml"], check=False)
+            compose_config([f"{own}/my.yaml"], check=False)
         assert said in str(caught.value), str(caught.value)
     with pytest.raises(ConfigError, match=r"gone.yaml: cannot be read \(No such file"):
-        compose(["gone.yaml"], check=False)
+        compose_config(["gone.yaml"], check=False)
 
 
 def test_config_dir_of_a_user_offers_choices(own):
     rest = take_config_dirs(["tuning=small", "--config-dir", str(own), "optim.lr=1e-4"])
     assert rest == ["tuning=small", "optim.lr=1e-4"]
-    config = compose(rest, check=False).config
+    config = compose_config(rest, check=False).config
     assert (str(config.tuning.name), config.tuning.rank, config.optim.lr) == ("lora", 4, 1e-4)
-    config = compose(["experiment=mine", "tuning.alpha=8", "~optim.lr"], check=False).config
+    config = compose_config(["experiment=mine", "tuning.alpha=8", "~optim.lr"], check=False).config
     assert (config.tuning.rank, config.tuning.alpha, config.optim.lr) == (4, 8.0, 2e-4)
     assert expand(["tuning=glob(s*)", "strategy=glob([zero*,ddp],exclude=zero1)"])[0] == [
         "tuning=small",
@@ -544,7 +546,7 @@ def test_config_dir_of_a_user_offers_choices(own):
 )
 def test_hydra_flags_are_answered_with_what_does_it_here(word, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        compose([word], check=False)
+        compose_config([word], check=False)
 
 
 def test_sweep_glob_of_files_is_an_axis_of_them(tmp_path):

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from launch.config import overrides, trusted_values
 from launch.config.code_digest import NoDigest, task_code_digest
-from launch.config.compose import apply_overrides, compose, load_frozen_config, recompose_frozen_config
+from launch.config.compose import apply_overrides, compose_config, load_frozen_config, recompose_frozen_config
 from launch.config.frozen import _hash, _identifying_settings
 from launch.config.outside_values import outside_values
 from launch.config.read_run import may_write_results
@@ -253,7 +253,7 @@ def test_foreign_run_code_is_known_by_its_files_and_asked_for_when_they_change(s
 
 def test_foreign_run_code_counts_if_not_here_yet_or_spelled_otherwise(tmp_path):
     """Names of code in escaped JSON, a hub model that would be fetched, a linked folder."""
-    config = compose(["model.path=m", "data.path=d", "budget.steps=1"], check=False).config
+    config = compose_config(["model.path=m", "data.path=d", "budget.steps=1"], check=False).config
     elsewhere, model = tmp_path / "elsewhere", tmp_path / "model"
     elsewhere.mkdir(), model.mkdir()
     (elsewhere / "x.py").write_text("")
@@ -325,7 +325,7 @@ def test_foreign_run_lm_eval_task_is_known_by_all_that_it_loads_and_nothing_else
 
 
 def test_foreign_run_task_name_does_not_pass_for_a_setting():
-    config = compose(["model.path=m", "data.path=d", "budget.steps=1"], check=False).config
+    config = compose_config(["model.path=m", "data.path=d", "budget.steps=1"], check=False).config
     for name, path in (("x.kind", "/somewhere/task.yaml"), ("a.b", "/somewhere/task.yaml"), ("plain", "auto")):
         config.evaluation.tasks = {name: TaskConfig(kind="lm_eval", path=path)}
         assert any(path in str(value.settings) for value in outside_values(config)), name
@@ -396,7 +396,7 @@ def test_teacher_code_is_trusted_by_its_own_setting(site):
     teacher.teacher.trust_remote_code = True
     assert teacher_model(ModelConfig(path="student"), teacher).trust_remote_code
     composed = [
-        compose(
+        compose_config(
             ["model.path=m", "budget.steps=3", "objective=distillation", "objective.teacher.path=t", *more], check=False
         )
         for more in ([], ["objective.teacher.trust_remote_code=true"])

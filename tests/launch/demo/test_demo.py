@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.demo import command as demo
 from launch.demo.results import held_out_evaluations
 from strategies.errors import DataError
@@ -58,7 +58,7 @@ def test_data_that_cannot_be_used_is_named(tmp_path):
 def test_the_command_is_a_legal_run(notes, tmp_path, monkeypatch):
     monkeypatch.setenv("SHARDTUNE_CACHE", str(tmp_path))
     model = tiny_model_dir(tmp_path / "model")
-    composed = compose(demo.training_arguments(model, prepare(notes, tmp_path), tmp_path / "run"))
+    composed = compose_config(demo.training_arguments(model, prepare(notes, tmp_path), tmp_path / "run"))
     assert composed.config.strategy.name == "fsdp2" and composed.config.export.verify
     assert composed.config.batch["global"] % (composed.config.batch["micro"] * composed.config.launcher.processes) == 0
     assert composed.config.budget.tokens == demo.TRAIN_TOKENS

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.demo import command, three_words
 from tests.helpers.building import model_dir
 from trainer.reporting.results import rows
@@ -43,7 +43,7 @@ def test_both_commands_are_legal_runs_on_prompts_of_their_own(model, tmp_path, m
     weights = {}
     for cheatable in (False, True):
         words = three_words.training_arguments(model, files, tmp_path / "run", cheatable=cheatable)
-        config = compose(words).config
+        config = compose_config(words).config
         assert config.batch["global"] == three_words.PROMPTS_PER_STEP * config.objective.group_size
         assert config.tuning.rank == 16 and config.tuning.targets == "all-linear"
         weights[cheatable] = [reward.weight for reward in config.objective.rewards.values()]

@@ -23,7 +23,7 @@ from tests.helpers.launching import clean_environment, command_here, free_port
 from tests.helpers.speed import seconds
 from tests.helpers.warm import command_warm, forked
 from trainer.config.run import LauncherConfig
-from trainer.pages.numbers import number
+from trainer.pages.numbers import format_number
 
 TEXT = "a quick brown fox jumps over the lazy dog hello world you are helpful assistant"
 WORDS = TEXT.split()
@@ -220,7 +220,9 @@ def test_evaluate_against_the_base_shows_differences_and_changed_rows(site, eval
     losses = sorted((row["scores"]["nats"] / row["scores"]["targets"] for row in rows["loss"]), reverse=True)
     shown = page.split("<h3>Worst rows</h3>")[1].split("<h3>")[0]
     # What rows are ordered by is their mean loss, and not its sum over a row's targets.
-    assert re.findall(r'<span class="label">loss: </span>([\d.]+)', shown) == [number(loss) for loss in losses[:20]]
+    assert re.findall(r'<span class="label">loss: </span>([\d.]+)', shown) == [
+        format_number(loss) for loss in losses[:20]
+    ]
     assert "<span>answer</span>" not in shown and "base's answer" not in shown, "columns of answers that nobody wrote"
     assert page.count("<span>answer</span><span>base&#39;s answer</span>") > 1
     assert "wrong before, right now" in page and 'aria-label="confusion matrix of labels"' in page

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.config.overrides import all_settings
 from launch.init.file import SHOWN_KEYS
 from launch.main import main
@@ -56,12 +56,12 @@ def test_init_sets_what_is_typed_and_shows_the_defaults(tmp_path, capsys):
     (tmp_path / "old/adapter_config.json").write_text('{"peft_type": "LORA"}')
     for name in ("a b.jsonl", "c.jsonl"):
         (tmp_path / name).touch()
-    typed = compose(words, check=False)
+    typed = compose_config(words, check=False)
     from launch.init import command as init
 
     text = init._build_file(words, tmp_path / "my.yaml", None, [])[1]
     (tmp_path / "my.yaml").write_text(text)
-    assert compose(["my.yaml"], check=False).yaml == typed.yaml
+    assert compose_config(["my.yaml"], check=False).yaml == typed.yaml
     lines, block = [], ""
     for line in text.splitlines():  # every mark taken away
         block = line.removesuffix(":") if re.fullmatch(r"\w+:", line) else block
@@ -70,7 +70,7 @@ def test_init_sets_what_is_typed_and_shows_the_defaults(tmp_path, capsys):
         lines.append(found[1] + found[2] if found and shown else line)
     (tmp_path / "all.yaml").write_text("\n".join(lines))
     assert len(set(text.splitlines()) - set(lines)) > 25
-    assert compose(["all.yaml"], check=False).yaml == typed.yaml
+    assert compose_config(["all.yaml"], check=False).yaml == typed.yaml
     assert set(all_settings()) >= SHOWN_KEYS
     assert "# merge: null" in text and "# processes: null" in text and "# precision" not in text
     assert "# Peak learning rate; null takes the usual one" in text
@@ -111,7 +111,9 @@ def test_init_writes_a_file_once_and_only_of_what_could_run(tmp_path, capsys):
     assert main(["init", *good, "tuning.rank=4", "to=my.yaml"]) == 64
     assert (tmp_path / "my.yaml").read_text() == before
     (tmp_path / "my.yaml").write_text(re.sub("steps: 1", "# steps: 1", before) + "guards:\n")
-    assert compose(["my.yaml"], check=False).config.budget.steps is None  # a block of comments alone sets nothing
+    assert (
+        compose_config(["my.yaml"], check=False).config.budget.steps is None
+    )  # a block of comments alone sets nothing
 
 
 def test_secrets_are_not_repeated(tmp_path, capsys):
@@ -154,7 +156,7 @@ def converted(tmp_path, capsys, name, *words):
         for row in told[part]:
             assert " ".join(f"- {row['setting']}: {row['value']}: {row['why']}".split()) in bare
     assert told["to_settle"] == []
-    return told, compose(["my.yaml"]).config
+    return told, compose_config(["my.yaml"]).config
 
 
 def test_a_file_of_axolotl(tmp_path, capsys, monkeypatch):
@@ -305,4 +307,4 @@ def test_rules_of_whole_files(tmp_path, capsys, text, set_, unset):
     told = json.loads(capsys.readouterr().out)
     assert {key: told["settings"].get(key) for key in set_} == set_
     assert unset in {row["setting"] for row in told["no_equal"]}
-    compose(["my.yaml"], check=False)
+    compose_config(["my.yaml"], check=False)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from launch import main as command
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.runs.freeze import write_run_config
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
@@ -50,7 +50,7 @@ def plan(capsys, *asked):
 def write_run(directory, words, measured, **facts):
     """A run of fsdp2 on two cards, as its directory would be."""
     own = [word for word in CARD if not word.startswith("hardware=")]
-    write_run_config(compose([*words, *own, "launcher.processes=2", "run.device=cpu"]), directory)
+    write_run_config(compose_config([*words, *own, "launcher.processes=2", "run.device=cpu"]), directory)
     receipt = {"predicted": {}, "measured": measured}
     known = {"strategy": "fsdp2", "world_size": 2, "micro_batch": 2, "precision": "bf16", "device": "cuda:0"}
     (directory / "run.json").write_text(json.dumps({**known, "receipt": receipt, **facts}))

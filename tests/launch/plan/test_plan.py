@@ -13,7 +13,7 @@ import torch
 
 from launch import main as command
 from launch.cluster import long_steps
-from launch.config.compose import compose, num_launched_ranks
+from launch.config.compose import compose_config, num_launched_ranks
 from launch.plan.answer import cost_lines, dollars, number_of_cards, refused_ways_by_reason, storage_text
 from launch.plan.command import CARDS, compose_planned_run, read_plan_request
 from launch.plan.job import job_of
@@ -172,7 +172,7 @@ def pasted(said):
 
 def refused_by_train(verb, *words):
     """(ranks, what its validation says of the words, but for data that is not there)."""
-    config = compose([*words, *(["launcher=slurm"] if verb == "submit" else [])], check=False).config
+    config = compose_config([*words, *(["launcher=slurm"] if verb == "submit" else [])], check=False).config
     world = num_launched_ranks(config)
     return world, [p for p in config_problems(config, world_size=world) if not p.startswith("data.path: not set")]
 
@@ -265,7 +265,7 @@ def test_the_command_starts_as_many_ranks_as_were_planned(model, asked, verb, ra
     said = "\n".join(command_lines(words, best, job_of(config, card)))
     starts, *typed = pasted(said)
     assert (starts, *refused_by_train(starts, *typed)) == (verb, ranks, [])
-    assert verb == "train" or compose([*typed, "launcher=slurm"], check=False).config.launcher.gpus_per_node > 0
+    assert verb == "train" or compose_config([*typed, "launcher=slurm"], check=False).config.launcher.gpus_per_node > 0
 
 
 def test_plan_says_that_nothing_fits(capsys, model, tmp_path):
@@ -489,7 +489,7 @@ def test_dry_run_reports_the_simulated_step(capsys, model, tmp_path, monkeypatch
     out = capsys.readouterr().out
     told = re.search(r"memory per rank of the longest micro-batch, simulated: most in (.*?);", out)
     total = re.search(r"  total +([\d.]+) MiB", out)
-    config = compose(words).config
+    config = compose_config(words).config
     config.batch["global"] = 4
     lengths = sorted(prepare_data(config, load_tokenizer(config.model)).train.lengths.tolist())[-2:]
     found = simulate_depth(config, lengths, device=torch.device("cpu"))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch import main as command
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.plan.dry_run import describe
 from launch.plan.expert_notes import expert_notes, imbalance_notes
 from launch.plan.from_run import _measured_imbalance
@@ -67,7 +67,9 @@ def test_a_typed_number_is_planned_alone_with_its_worst_case(capsys, model):
 
 def test_what_cannot_deal_experts_is_left_out(model, tmp_path):
     def variants(path, *words):
-        config = compose([f"model.path={path}", "data.max_length=64", "launcher=slurm", *words], check=False).config
+        config = compose_config(
+            [f"model.path={path}", "data.max_length=64", "launcher=slurm", *words], check=False
+        ).config
         config.batch.update({"micro": 1, "global": 48})
         return config
 
@@ -118,7 +120,7 @@ def test_a_plan_deals_no_experts_that_its_teacher_cannot(model, tmp_path):
     for name, teacher in teachers.items():
         words = [f"model.path={model}", "data.max_length=64", "launcher=slurm", "strategy=fsdp2", "launcher.nodes=1"]
         words += ["launcher.gpus_per_node=4", "objective=distillation", f"objective.teacher.path={teacher}"]
-        config = compose(words, check=False).config
+        config = compose_config(words, check=False).config
         config.batch.update({"micro": 1, "global": 8})
         (dealt,) = with_expert_parallelism([config], 4)
         degrees[name] = [way.parallel.experts for way in dealt]
@@ -171,7 +173,7 @@ def test_dry_run_of_a_local_model_says_how_experts_are_spread(model, tmp_path):
     data = write_chat_data(tmp_path / "train.jsonl", 16)
     words = [f"model.path={model}", f"data.path={data}", f"data.cache_dir={tmp_path / 'cache'}", "budget.steps=2"]
     words += ["strategy=fsdp2", "parallel.experts=2", "launcher.processes=4", "run.device=cpu"]
-    dry_run = describe(compose([*words, "batch.global=8", "batch.micro=2"]).config)
+    dry_run = describe(compose_config([*words, "batch.global=8", "batch.micro=2"]).config)
     assert dry_run.exit_code == 0
     held = "experts: 2 layers of 8 are dealt over 2 ranks (parallel.experts); each rank holds 4 of a layer, which 2 ranks shard"
     assert held in dry_run.text and "each token goes to its 2 experts and back: about " in dry_run.text
@@ -184,7 +186,7 @@ def test_dry_run_of_a_published_shape_says_how_experts_are_spread(tmp_path):
     words = ["model=qwen3_30b_a3b", f"data.path={data}", "data.max_length=64", "tuning=lora", "strategy=fsdp2"]
     words += ["strategy.activation_checkpointing=full", "parallel.experts=8", "launcher=slurm", "launcher.nodes=2"]
     words += ["launcher.gpus_per_node=4", "batch.global=8", "batch.micro=1", "budget.steps=1"]
-    dry_run = describe(compose(words).config)
+    dry_run = describe(compose_config(words).config)
     assert dry_run.exit_code == 0
     assert (
         "experts: 48 layers of 128 are dealt over 8 ranks (parallel.experts); each rank holds 16 of a layer"

@@ -11,7 +11,7 @@ import pytest
 
 from launch.main import main
 from launch.runs import logs_command
-from launch.runs.queue import Queue
+from launch.runs.queue import JobQueue
 from tests.helpers.speed import seconds
 from tests.launch.runs.made import made, owned, stand_in_for_squeue, without_torch
 
@@ -208,9 +208,9 @@ def test_where_the_queue_gives_no_answer_a_job_that_pends_is_waited_for(tmp_path
         monkeypatch.setattr(logs_command, name, 0.0)
     run = made(tmp_path, "run", state="preempted")
     owned(run, job="17")
-    silent, asked = Queue(problem="squeue gave no answer"), []
+    silent, asked = JobQueue(problem="squeue gave no answer"), []
     monkeypatch.setattr(
-        "launch.runs.queue.read_queue", lambda: asked.append(silent) or (Queue() if asked[5:] else silent)
+        "launch.runs.queue.read_queue", lambda: asked.append(silent) or (JobQueue() if asked[5:] else silent)
     )
     assert main(["logs", str(run), "--follow"]) == 0
     assert len(asked) > 5 and "run: preempted at step 3" in capsys.readouterr().err

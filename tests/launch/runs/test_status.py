@@ -10,7 +10,7 @@ import pytest
 from launch.main import main
 from launch.runs import status_command
 from launch.runs.job_record import record_job_end, record_job_start
-from launch.runs.queue import Queue, QueuedJob, read_submitted_job_id, write_submitted_job_ids
+from launch.runs.queue import JobQueue, QueuedJob, read_submitted_job_id, write_submitted_job_ids
 from launch.runs.status import RunView, find_runs, read_run_view
 from launch.runs.status_tables import status_text
 from strategies import atomic_io
@@ -24,7 +24,7 @@ def no_queue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def seen(run: Path) -> RunView:
-    return read_run_view(run, Queue())
+    return read_run_view(run, JobQueue())
 
 
 def test_a_run_that_gives_no_sign_of_life_is_lost(tmp_path):

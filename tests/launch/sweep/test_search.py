@@ -16,7 +16,7 @@ from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
 from tests.launch.test_pages_in_browser import searched
-from trainer.reporting.status import State, write_status
+from trainer.reporting.status import RunState, write_status
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_search_that_is_stopped_and_resumed_is_the_same_search(site, capsys):
     def stopping(name, composed, run_dir, progress):
         begun.append(run_dir.name)
         if run_dir.name == "1":
-            write_status(run_dir, State.preempted, step=1)
+            write_status(run_dir, RunState.preempted, step=1)
             return 130
         return here(name, composed, run_dir, progress)
 
@@ -204,7 +204,7 @@ def test_pruning_and_words_that_came_before(site, monkeypatch, capsys):
             if run_dir.name != "5":  # which ends before anybody looks: there is nothing left to stop
                 progress.update()
             if sent:
-                write_status(run_dir, State.preempted, step=step)
+                write_status(run_dir, RunState.preempted, step=step)
                 return 75
         return 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.config.compose import compose
+from launch.config.compose import compose_config
 from launch.main import main
 from launch.sweep.space import read_space
 from launch.sweep.sweeper import plan_search
@@ -56,7 +56,7 @@ def test_wandb_sweep_agent_starts_commands_that_compose(words, capsys):
     command = create_sweep_command(sweep["command"])
     made = create_sweep_command_args({"args": {key: {"value": value} for key, value in drawn.items()}})
     assert command[:3] == ["${env}", "shardtune", "train"] and command[-1] == "${args_no_hyphens}"
-    config = compose([*command[3:-1], *made["args_no_hyphens"]]).config
+    config = compose_config([*command[3:-1], *made["args_no_hyphens"]]).config
     assert (config.optim.lr, config.tuning.rank, config.run.seed) == (1.2345678e-05, 16, 3)
     assert config.tuning.targets == ["v_proj", "k_proj"] and config.optim.weight_decay == 0.25
     assert config.run.dir is None and str(config.logging.wandb) == "online"

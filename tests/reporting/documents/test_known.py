@@ -78,12 +78,12 @@ def test_papers_answers_to_no_question_and_unknown_papers_are_refused(tmp_path):
 
 
 def test_papers_problems_are_reported_when_a_run_is_composed(tmp_path, monkeypatch):
-    from launch.config.compose import compose
+    from launch.config.compose import compose_config
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match="there is no such paper"):
-        compose(["model.path=m", "data.path=train.jsonl", "budget.steps=1", "export.papers=[annex_x]"])
+        compose_config(["model.path=m", "data.path=train.jsonl", "budget.steps=1", "export.papers=[annex_x]"])
     assert {"provider", "licence", "base_flop"} <= QUESTIONS.keys()
 
 

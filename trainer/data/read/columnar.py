@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import DataError
-from trainer.data.document import Rejected, Row
-from trainer.data.fields import Fault, Refusal
+from trainer.data.document import RejectedRow, SourceRow
+from trainer.data.fields import Fault, RowError
 from trainer.data.read.opening import (
     MAX_ROW_BYTES,
     File,
@@ -43,7 +43,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """The last bytes of a whole Arrow stream."""
 
 
-def read_table(path: File, needed_columns: Collection[str] | None = None) -> Iterator[Row | Rejected]:
+def read_table(path: File, needed_columns: Collection[str] | None = None) -> Iterator[SourceRow | RejectedRow]:
     """Rows of a Parquet file, or of an Arrow IPC file or stream, with the columns `needed_columns` (None: all).
 
     Raises DataError if the file is damaged, or not what its name says.
@@ -164,7 +164,7 @@ def _damaged_file(path: File, error: BaseException) -> DataError:
 
 def table_rows(
     batches: Iterable[pa.RecordBatch], name: str, *, unread_columns: tuple[str, ...] = ()
-) -> Iterator[Row | Rejected]:
+) -> Iterator[SourceRow | RejectedRow]:
     """Rows of Arrow batches that share a schema, numbered from 1 under the file name `name`.
 
     `unread_columns`: further columns of the file, which the batches do not hold.
@@ -184,7 +184,7 @@ def table_rows(
             if num_characters > MAX_ROW_BYTES:
                 yield too_long_row(name, number, repr(fields), num_characters)
             else:
-                yield Row(name, number, fields, unread_columns=unread_columns)
+                yield SourceRow(name, number, fields, unread_columns=unread_columns)
 
 
 def _validate(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -247,26 +247,26 @@ def _scalar_value(scalar: pa.Scalar) -> Any:
         return Fault("not_utf8", f"byte 0x{byte:02x} in a text column is not UTF-8; write the column anew")
     except KeyError:  # what pyarrow raises for the map
         return Fault("duplicate_key", "a map has the same key twice; only one can be meant")
-    except Refusal as refusal:
+    except RowError as refusal:
         return Fault(refusal.reason, refusal.message)
 
 
 def _to_json(node: Any) -> Any:
     """A Python value that Arrow made, or one inside of it, as JSON has it: NaN -> None, b"text" -> "text".
 
-    Raises Refusal for what JSON has nothing for: infinity, and bytes that are no text.
+    Raises RowError for what JSON has nothing for: infinity, and bytes that are no text.
     """
     if isinstance(node, float) and not math.isfinite(node):
         if math.isnan(node):
             return None
-        raise Refusal("nan", f"{node} is not a JSON value; use null or a finite number")
+        raise RowError("nan", f"{node} is not a JSON value; use null or a finite number")
     if isinstance(node, bytes):
         try:
             return decode_utf8(node)
-        except Refusal:
+        except RowError:
             content = identify_content(node[:4096])
             hint = f" but {content}" if content else ""
-            raise Refusal("binary", f"{len(node)} bytes that are not UTF-8 text{hint}; store text") from None
+            raise RowError("binary", f"{len(node)} bytes that are not UTF-8 text{hint}; store text") from None
     if isinstance(node, list):
         return [_to_json(element) for element in node]
     if isinstance(node, dict):

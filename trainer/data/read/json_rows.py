@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import orjson
 
 from strategies.errors import DataError
-from trainer.data.document import Rejected, Row, excerpt
-from trainer.data.fields import Fault, Refusal, show_value
+from trainer.data.document import RejectedRow, SourceRow, excerpt
+from trainer.data.fields import Fault, RowError, show_value
 from trainer.data.read.opening import BUFFER_BYTES, MAX_ROW_BYTES, File, decode_utf8, open_text, too_long_row
 
 MAX_DEPTH = 100
@@ -42,22 +42,22 @@ _AFTER_TEXT = b",:]}"
 
 
 @dataclass(slots=True)
-class Line(Row):
+class Line(SourceRow):
     """A JSON row that stays raw until it is parsed, so that worker processes do the parsing."""
 
     raw: bytes = b""
     """The row as it is in the file."""
 
-    def parse(self) -> Row | Rejected:
+    def parse(self) -> SourceRow | RejectedRow:
         """The row with its `fields`, or why it cannot be read."""
         try:
             self.fields = decode_line(self.raw)
-        except Refusal as refusal:
-            return Rejected(self.file, self.line, refusal.reason, refusal.message, excerpt(self.raw))
+        except RowError as refusal:
+            return RejectedRow(self.file, self.line, refusal.reason, refusal.message, excerpt(self.raw))
         return self
 
 
-def read_json_lines(path: File) -> Iterator[Row | Rejected]:
+def read_json_lines(path: File) -> Iterator[SourceRow | RejectedRow]:
     """One unparsed row for each line that is not blank. A line longer than `MAX_ROW_BYTES` is a bad row. Raises DataError."""
     name = str(path)
     line_number = 0
@@ -79,7 +79,7 @@ def _skip_rest_of_line(stream: BinaryIO, beginning: bytes) -> int:
     return length
 
 
-def read_json(path: File) -> Iterator[Row | Rejected]:
+def read_json(path: File) -> Iterator[SourceRow | RejectedRow]:
     """Rows of a `.json` file: the elements of a list, or one object a line. Raises DataError with the line."""
     line_number, first_line = _first_filled_line(path)
     if first_line.startswith(b"["):
@@ -105,7 +105,7 @@ def _first_filled_line(path: File) -> tuple[int, bytes]:
     return line_number, b""
 
 
-def _read_list(path: File) -> Iterator[Row | Rejected]:
+def _read_list(path: File) -> Iterator[SourceRow | RejectedRow]:
     """One unparsed row for each element of the list in a file. An element that is not JSON is a bad row, as is one too long.
 
     Raises DataError if one element cannot be separated from the next.
@@ -244,7 +244,7 @@ class _ObjectWithDoubledKeys(dict[str, Any]):
 def decode_line(raw: bytes) -> dict[str, Any]:
     """The one JSON object in `raw`, with a `Fault` in place of each column that cannot be used.
 
-    Example: b'{"a": 1, "b": NaN}' -> {"a": 1, "b": Fault("nan", ...)}. Raises Refusal if it is not one object, or if the name
+    Example: b'{"a": 1, "b": NaN}' -> {"a": 1, "b": Fault("nan", ...)}. Raises RowError if it is not one object, or if the name
     of a column is faulty.
     """
     try:
@@ -257,7 +257,7 @@ def decode_line(raw: bytes) -> dict[str, Any]:
     row = _decode_strictly(decode_utf8(raw))
     name_fault = _first_fault([*row])
     if name_fault is not None:
-        raise Refusal(name_fault.reason, name_fault.message)
+        raise RowError(name_fault.reason, name_fault.message)
     fields = {name: _first_fault(column) or column for name, column in row.items()}
     for name in getattr(row, "doubled_keys", ()):
         fields[name] = _duplicate_key(name)
@@ -267,7 +267,7 @@ def decode_line(raw: bytes) -> dict[str, Any]:
 def _decode_strictly(text: str) -> dict[str, Any]:
     """The one JSON object in a text, by the json module, which is slower than orjson and reports what orjson hides.
 
-    Raises Refusal for a text that is no JSON, is nested too deeply, or is no object.
+    Raises RowError for a text that is no JSON, is nested too deeply, or is no object.
     """
     try:
         row = _DECODER.decode(text)
@@ -275,11 +275,11 @@ def _decode_strictly(text: str) -> dict[str, Any]:
         position = f"column {error.colno}"
         if error.lineno > 1:
             position = f"line {error.lineno} of the row, {position}"
-        raise Refusal("not_json", f"not valid JSON: {error.msg} ({position}){_mistake_hint(text, error)}") from None
+        raise RowError("not_json", f"not valid JSON: {error.msg} ({position}){_mistake_hint(text, error)}") from None
     except RecursionError:
-        raise Refusal(_TOO_DEEP.reason, _TOO_DEEP.message) from None
+        raise RowError(_TOO_DEEP.reason, _TOO_DEEP.message) from None
     if not isinstance(row, dict):
-        raise Refusal("not_an_object", f"a row must be an object with named fields, and is {show_value(row)}")
+        raise RowError("not_an_object", f"a row must be an object with named fields, and is {show_value(row)}")
     return row
 
 

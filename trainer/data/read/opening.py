@@ -22,8 +22,8 @@ from typing import Any, cast
 
 from strategies.errors import DataError
 from strategies.small_files import LFS_POINTER
-from trainer.data.document import Rejected, excerpt
-from trainer.data.fields import Refusal
+from trainer.data.document import RejectedRow, excerpt
+from trainer.data.fields import RowError
 from trainer.data.read.remote import HEAD_BYTES, RemoteFile
 
 File = Path | RemoteFile
@@ -257,21 +257,21 @@ class _MemberReader(io.RawIOBase):
 
 
 def decode_utf8(raw: bytes) -> str:
-    """The text of `raw`. Raises Refusal (`nul_byte`, `not_utf8`) with the column and the byte."""
+    """The text of `raw`. Raises RowError (`nul_byte`, `not_utf8`) with the column and the byte."""
     if b"\0" in raw:
-        raise Refusal("nul_byte", f"NUL byte in column {raw.index(0) + 1}; the file is damaged or is not text")
+        raise RowError("nul_byte", f"NUL byte in column {raw.index(0) + 1}; the file is damaged or is not text")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = raw[error.start]
         message = f"byte 0x{byte:02x} in column {error.start + 1} is not UTF-8; save the file as UTF-8"
-        raise Refusal("not_utf8", message) from None
+        raise RowError("not_utf8", message) from None
 
 
-def too_long_row(name: str, line: int, start: bytes | str, size_bytes: int) -> Rejected:
+def too_long_row(name: str, line: int, start: bytes | str, size_bytes: int) -> RejectedRow:
     """A row of more than `MAX_ROW_BYTES`, which begins with `start`, as one that cannot be read."""
     message = f"the row has {size_bytes / 2**20:.0f} MiB, the most is {MAX_ROW_BYTES >> 20} MiB; split it"
-    return Rejected(name, line, "too_long", message, excerpt(start))
+    return RejectedRow(name, line, "too_long", message, excerpt(start))
 
 
 def _content_remedy(path: File, content: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import DataError
-from trainer.data.document import Rejected, Row
+from trainer.data.document import RejectedRow, SourceRow
 from trainer.data.read.columnar import ROWS_PER_BATCH, count_rows, read_table, split_columns, table_rows
 from trainer.data.read.compat import content_fingerprint
 from trainer.data.read.json_rows import read_json, read_json_lines
@@ -22,7 +22,7 @@ from trainer.data.read.text import read_csv, read_text_file
 
 HUB_SIZE_BYTES = 1 << 30
 """Size in bytes that stands for a hub data set."""
-_READERS: dict[str, Callable[..., Iterator[Row | Rejected]]] = {
+_READERS: dict[str, Callable[..., Iterator[SourceRow | RejectedRow]]] = {
     ".json": read_json,
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
@@ -54,7 +54,7 @@ class Origin:
     streaming: bool = False
     """Whether hub data sets are read from the hub, by their commit, and not from a copy in its cache."""
 
-    def rows(self, needed_columns: Collection[str] | None = None) -> Iterator[Row | Rejected]:
+    def rows(self, needed_columns: Collection[str] | None = None) -> Iterator[SourceRow | RejectedRow]:
         """All rows of all files, in order, streamed. Rows of JSON come unparsed, see `Row.parse`.
 
         Of tables, only the columns `needed_columns` are read (None: all). Raises DataError, with the file, if a file has no rows,
@@ -68,7 +68,7 @@ class Origin:
             if not num_rows:
                 raise DataError(f"{path}:1: the file holds no rows; fill it, or take it out of {self.key}")
 
-    def _rows_of_file(self, path: File, needed_columns: Collection[str] | None) -> Iterator[Row | Rejected]:
+    def _rows_of_file(self, path: File, needed_columns: Collection[str] | None) -> Iterator[SourceRow | RejectedRow]:
         """Rows of one file or hub data set, by the reader for its suffix. Only readers of tables take `needed_columns`."""
         if is_hub_path(path):
             return self._hub_rows(path, needed_columns)
@@ -148,7 +148,7 @@ class Origin:
             records.append(record)
         return records
 
-    def _hub_rows(self, path: File, needed_columns: Collection[str] | None) -> Iterator[Row | Rejected]:
+    def _hub_rows(self, path: File, needed_columns: Collection[str] | None) -> Iterator[SourceRow | RejectedRow]:
         """Rows of a hub data set, numbered from 1, with values as in `columnar`."""
         dataset = self.load_hub_split(path)
         split = str(dataset.split or self.split or "")

@@ -11,8 +11,8 @@ from pathlib import PurePath
 from typing import BinaryIO
 
 from strategies.errors import DataError
-from trainer.data.document import Rejected, Row, excerpt
-from trainer.data.fields import Refusal
+from trainer.data.document import RejectedRow, SourceRow, excerpt
+from trainer.data.fields import RowError
 from trainer.data.read.opening import HEAD_BYTES, MAX_ROW_BYTES, File, compression_of, decode_utf8, open_text
 
 INDEX = "Unnamed: 0"
@@ -20,7 +20,7 @@ INDEX = "Unnamed: 0"
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
-def read_csv(path: File, delimiter: str = ",") -> Iterator[Row | Rejected]:
+def read_csv(path: File, delimiter: str = ",") -> Iterator[SourceRow | RejectedRow]:
     """Rows of a delimited file. A record with too few or too many cells, NUL or bytes that are not UTF-8 is a bad row.
 
     With commas, a header that has semicolons and no comma means semicolons: spreadsheets write these if numbers have a comma.
@@ -45,7 +45,7 @@ class _Lines:
         """Lines read so far."""
         self.first = b""
         """The first line of the record."""
-        self.fault: Refusal | None = None
+        self.fault: RowError | None = None
         """Why the record cannot be used; None if it can."""
 
     def __iter__(self) -> Iterator[str]:
@@ -59,7 +59,7 @@ class _Lines:
             self.first = self.first or raw
             try:
                 yield decode_utf8(raw)
-            except Refusal as refusal:
+            except RowError as refusal:
                 self.fault = self.fault or refusal
                 yield raw.decode("utf-8", "surrogateescape")
 
@@ -70,10 +70,10 @@ class _Lines:
         return self.number + 1
 
 
-def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Rejected]:
+def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[SourceRow | RejectedRow]:
     """Rows of a delimited file, record by record: the first one is the header, blank lines are skipped.
 
-    A record with bytes that are not UTF-8, or with more or fewer cells than the header, becomes a `Rejected`. Raises DataError
+    A record with bytes that are not UTF-8, or with more or fewer cells than the header, becomes a `RejectedRow`. Raises DataError
     for a record after which rows can no longer be separated, such as a quote that is never closed.
     """
     # strict=True: otherwise a misplaced quote would silently swallow the following rows.
@@ -94,14 +94,14 @@ def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[Row | Reject
         if header is None:
             header = _parse_header(path, line, cells, delimiter, lines.fault)
         elif lines.fault is not None:
-            yield Rejected(name, line, lines.fault.reason, lines.fault.message, excerpt(lines.first))
+            yield RejectedRow(name, line, lines.fault.reason, lines.fault.message, excerpt(lines.first))
         elif len(cells) != len(header):
             message = _wrong_cell_count(cells, header, delimiter)
-            yield Rejected(name, line, "wrong_cell_count", message, excerpt(lines.first))
+            yield RejectedRow(name, line, "wrong_cell_count", message, excerpt(lines.first))
         else:
             # a cell's own line breaks are line feeds, whatever ends the file's lines
             texts = [cell.replace("\r\n", "\n") for cell in cells]
-            yield Row(name, line, dict(zip(header, texts, strict=True)))
+            yield SourceRow(name, line, dict(zip(header, texts, strict=True)))
 
 
 def _wrong_cell_count(cells: list[str], header: list[str], delimiter: str) -> str:
@@ -131,7 +131,7 @@ def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataEr
     return DataError(f"{path}:{line}: not valid CSV: {fault}; rows from here on cannot be separated")
 
 
-def _parse_header(path: File, line: int, cells: list[str], delimiter: str, fault: Refusal | None) -> list[str]:
+def _parse_header(path: File, line: int, cells: list[str], delimiter: str, fault: RowError | None) -> list[str]:
     """The names of the columns, from the first record of a file. `fault`: what is wrong with its bytes, or None.
 
     A first column without a name, as pandas writes a table's index, is called `INDEX`. Raises DataError for a header that cannot
@@ -174,29 +174,29 @@ def _refuse_other_separator(path: File, line: int, cell: str, delimiter: str) ->
         )
 
 
-def read_text_file(path: File) -> Iterator[Row | Rejected]:
+def read_text_file(path: File) -> Iterator[SourceRow | RejectedRow]:
     """The one row of a text file, with the fields `text` and `title`; line ends become line feeds. Raises DataError."""
     with open_text(path) as stream:
         raw = stream.read(MAX_ROW_BYTES + 1)
     name = str(path)
     if len(raw) > MAX_ROW_BYTES:
         message = f"the file is longer than {MAX_ROW_BYTES >> 20} MiB, the most one document may have; split it"
-        yield Rejected(name, 1, "too_long", message, excerpt(raw))
+        yield RejectedRow(name, 1, "too_long", message, excerpt(raw))
         return
     lines: list[str] = []
     for number, line in enumerate(raw.split(b"\n"), 1):
         try:
             lines.append(decode_utf8(line))
-        except Refusal as refusal:
-            yield Rejected(name, 1, refusal.reason, f"line {number}: {refusal.message}", excerpt(raw))
+        except RowError as refusal:
+            yield RejectedRow(name, 1, refusal.reason, f"line {number}: {refusal.message}", excerpt(raw))
             return
     text = "\n".join(lines)
     if not text.strip():
-        yield Rejected(name, 1, "empty", "the file holds only blanks", excerpt(text))
+        yield RejectedRow(name, 1, "empty", "the file holds only blanks", excerpt(text))
         return
     # Only after decoding: a lone carriage return is a line end in old texts.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    yield Row(name, 1, {"text": text, "title": file_title(path)}, derived_columns=("title",))
+    yield SourceRow(name, 1, {"text": text, "title": file_title(path)}, derived_columns=("title",))
 
 
 def file_title(path: File) -> str:

@@ -24,9 +24,10 @@ from rich.text import Text
 from strategies.errors import ConfigError, DataError
 from trainer.data.read.opening import read_json_object
 from trainer.data.report.audit import make_histogram, split_sizes
-from trainer.data.report.wording import escape_control_characters, percent
+from trainer.data.report.wording import escape_control_characters
 from trainer.data.store.documents import DOCUMENTS_FILE, DocumentTable
 from trainer.data.store.sequences import LABEL, TokenDataset
+from trainer.pages.numbers import format_percent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -169,7 +170,7 @@ def splits_table(prepared: PreparedEntry) -> RenderableType:
         sizes = split_sizes(prepared.split(name))
         numbers = [f"{sizes[key]:,}" for key in ("documents", "sequences", "tokens", "supervised_tokens")]
         lengths = [f"{sizes[key]:,}" for key in ("length_p50", "length_p90", "length_max")]
-        table.add_row(_plain_text(name), *numbers, percent(sizes["supervised_share"]), *lengths)
+        table.add_row(_plain_text(name), *numbers, format_percent(sizes["supervised_share"]), *lengths)
     return table
 
 
@@ -193,7 +194,7 @@ def groups_table(prepared: PreparedEntry, split: str) -> RenderableType | None:
     for kind, name, is_member in groups[:MAX_GROUPS]:
         num_sequences = int(is_member.sum())
         num_tokens = int(dataset.lengths[is_member].sum())
-        share = percent(num_sequences / len(dataset))
+        share = format_percent(num_sequences / len(dataset))
         table.add_row(kind, _plain_text(name), f"{num_sequences:,}", share, f"{num_tokens:,}")
     if len(groups) > MAX_GROUPS:
         table.add_row("", f"... and {len(groups) - MAX_GROUPS} more", "", "", "")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.data.config import DataFormat
 from trainer.data.report.audit import Audit
-from trainer.pages.numbers import percent
+from trainer.pages.numbers import format_percent
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -91,7 +91,7 @@ def template_environment(escape: Callable[[str], str], *, autoescape: bool) -> E
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": percent,
+        "percent": format_percent,
         "reason": reason_text,
         "file_name": lambda path: PurePath(path).name,
         "count": lambda number: f"{number:,.0f}",
@@ -207,7 +207,7 @@ def _rows_lost_tile(audit: Audit) -> Tile:
     if num_dropped:
         cause, advice = _cause_and_advice_of_most_drops(audit, only_unrequested=num_unrequested > 0)
         note += f"; most: {cause}"
-    return Tile("Rows lost", percent(audit.lost_share), note, level, "rows", advice)
+    return Tile("Rows lost", format_percent(audit.lost_share), note, level, "rows", advice)
 
 
 def _cause_and_advice_of_most_drops(audit: Audit, *, only_unrequested: bool) -> tuple[str, str]:
@@ -240,7 +240,7 @@ def _learned_tile(audit: Audit) -> Tile:
     train = audit.splits["train"]
     if train.labelled:
         return Tile("Learned", plural(train.documents, "label"), "one a document", Level.good, "splits")
-    share = percent(train.supervised_share)
+    share = format_percent(train.supervised_share)
     if train.doubled_bos:
         advice = "check model.chat_template"
         return Tile("Learned tokens", share, "documents begin with two BOS", Level.act, "splits", advice)
@@ -265,7 +265,7 @@ def _truncated_tile(audit: Audit) -> Tile:
     note = f"{plural(audit.truncated, 'document')} cut to data.max_length={audit.words['data.max_length']}"
     advice = "raise data.max_length, or choose data.over_length; a cut answer does not teach to stop"
     level = _level_of_share(share, look_above=0, act_above=0.1)
-    return Tile("Truncated", percent(share), note, level, "splits", advice)
+    return Tile("Truncated", format_percent(share), note, level, "splits", advice)
 
 
 def _leakage_tile(audit: Audit) -> Tile:
@@ -322,7 +322,7 @@ def _duplicates_tile(audit: Audit) -> Tile:
         return Tile("Duplicates", f"{num_found:,}", note, Level.good, "duplicates")
     share = num_left_in / max(audit.conserved["rows_in"], 1)
     advice = ", ".join(f"data.duplicates.{kind}=drop" for kind in left_in) + " takes them out"
-    note = f"still in the data, {percent(share)} of the rows"
+    note = f"still in the data, {format_percent(share)} of the rows"
     level = _level_of_share(share, look_above=0.01, act_above=0.1)
     return Tile("Duplicates", f"{num_left_in:,}", note, level, "duplicates", advice)
 

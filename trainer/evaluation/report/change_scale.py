@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.pages.numbers import percent
+from trainer.pages.numbers import format_percent
 from trainer.pages.pieces import IntervalBar, Tone
 
 SCALE_REACHES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -68,9 +68,11 @@ class ChangeScale:
         if change is None:
             return None
         direction = "better" if change.value > 0 else "worse"
-        label = f"{percent(abs(change.value))} {direction}, between {_signed(change.low)} and {_signed(change.high)}"
+        label = (
+            f"{format_percent(abs(change.value))} {direction}, between {_signed(change.low)} and {_signed(change.high)}"
+        )
         return IntervalBar(change.low, change.value, change.high, -self.reach, self.reach, tone=tone, label=label)
 
 
 def _signed(share: float) -> str:
-    return f"{'-' if share < 0 else '+'}{percent(abs(share))}"
+    return f"{'-' if share < 0 else '+'}{format_percent(abs(share))}"

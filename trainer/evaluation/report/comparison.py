@@ -22,7 +22,7 @@ from trainer.evaluation.report.intervals import (
 )
 from trainer.evaluation.report.permutation_test import family_p_values
 from trainer.evaluation.report.record import EvaluatedModel, same_rows
-from trainer.evaluation.tasks.base import Metric, Task, TaskRow, shorten_prompt
+from trainer.evaluation.tasks.base import Task, TaskMetric, TaskRow, shorten_prompt
 
 MAX_CHANGED_ROWS = 20
 """Most rows that are listed of those that turned right, and of those that turned wrong."""
@@ -71,7 +71,7 @@ def compare_task(
 def _paired_differences(
     task: Task,
     model: EvaluatedModel,
-    metrics: Sequence[Metric],
+    metrics: Sequence[TaskMetric],
     resampled: dict[str, np.ndarray],
     other_rows: Sequence[TaskRow],
     other_metrics: dict[str, float],
@@ -106,7 +106,7 @@ def _paired_differences(
 def _unpaired_differences(
     task: Task,
     model: EvaluatedModel,
-    metrics: Sequence[Metric],
+    metrics: Sequence[TaskMetric],
     resampled: dict[str, np.ndarray],
     other_metrics: dict[str, float],
 ) -> dict[str, MetricDifference]:
@@ -141,7 +141,7 @@ def _unpaired_differences(
     return differences
 
 
-def _num_cases(metric: Metric, rows: Sequence[TaskRow]) -> int:
+def _num_cases(metric: TaskMetric, rows: Sequence[TaskRow]) -> int:
     """How many rows are cases of a metric: those with its `case_score`, else its denominator, above 0; without either, all."""
     case_score = metric.case_score
     if case_score is None and metric.ratio is not None:

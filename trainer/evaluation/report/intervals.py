@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.evaluation.tasks.base import Metric, Task, TaskRow, score_array
+from trainer.evaluation.tasks.base import Task, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.significance import LEVEL
 
 MAX_COUNTS_IN_MEMORY = 1 << 22
@@ -85,7 +85,7 @@ def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) 
     return {name: np.concatenate(metric_chunks) for name, metric_chunks in chunks.items()}
 
 
-def _scores_of_ratios(metrics: Sequence[Metric], rows: Sequence[TaskRow]) -> dict[str, np.ndarray]:
+def _scores_of_ratios(metrics: Sequence[TaskMetric], rows: Sequence[TaskRow]) -> dict[str, np.ndarray]:
     """The scores that are numerators or denominators of metrics, {name: float64 [rows]}."""
     scores = {}
     for metric in metrics:
@@ -120,7 +120,7 @@ class ShareCounts(NamedTuple):
     cases: float
 
 
-def share_counts(metric: Metric, rows: Sequence[TaskRow]) -> ShareCounts | None:
+def share_counts(metric: TaskMetric, rows: Sequence[TaskRow]) -> ShareCounts | None:
     """Successes and cases of a metric that is a share of rows with scores of 0 or 1; None for any other metric.
 
     It is no share if a row has another score, or a success without being a case, or if there are no cases.

@@ -13,7 +13,7 @@ from trainer.evaluation.report.page_rows import TaskRows, short, shown_rows
 from trainer.evaluation.report.record import TUNED, EvaluatedModel
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.classification import ClassificationTask, confusion
-from trainer.pages.numbers import UNKNOWN, duration, number, signed
+from trainer.pages.numbers import UNKNOWN, format_duration, format_number, format_signed
 from trainer.pages.pieces import (
     Callout,
     PageCard,
@@ -75,7 +75,7 @@ def render_page(
                 name=task.name,
                 anchor=f"task-{index}",
                 headline=_headline(task_record, compared),
-                about=f"{task_record['kind']}, {number(task_record['num_rows'])} rows of {_rows_source_text(task_record)}",
+                about=f"{task_record['kind']}, {format_number(task_record['num_rows'])} rows of {_rows_source_text(task_record)}",
                 metrics=_metrics_table(task_record, compared, _other_model_label(report)),
                 notes=_task_notes(task_record, compared),
                 matrix=_confusion_matrix(task, models[TUNED]),
@@ -265,8 +265,8 @@ def report_cards(report: Record) -> list[PageCard]:
             cards.append(PageCard(verdict.capitalize(), str(len(names)), _list_some(names), shown_tone))
     num_rows = sum(task["num_rows"] for task in report["tasks"].values())
     seconds = sum(task["seconds"] for task in report["tasks"].values())
-    rows_note = f"of {_num_tasks_text(len(report['tasks']))}, in {duration(seconds)}"
-    cards.append(PageCard("Rows asked", number(num_rows), rows_note))
+    rows_note = f"of {_num_tasks_text(len(report['tasks']))}, in {format_duration(seconds)}"
+    cards.append(PageCard("Rows asked", format_number(num_rows), rows_note))
     return cards
 
 
@@ -330,9 +330,13 @@ def _overview_table(report: Record, sections: Sequence[TaskSection]) -> PageTabl
         if other:
             row += [_verdict_cell(difference), PageCell(name, name), *_difference_cells(metric, difference, scale)]
         else:
-            row += [PageCell(name, name), PageCell(number(metric["value"]), metric["value"]), _interval_cell(metric)]
+            row += [
+                PageCell(name, name),
+                PageCell(format_number(metric["value"]), metric["value"]),
+                _interval_cell(metric),
+            ]
         direction = _better_direction(metric["greater_is_better"])
-        rows.append([*row, PageCell(direction, direction), PageCell(number(num_rows), num_rows)])
+        rows.append([*row, PageCell(direction, direction), PageCell(format_number(num_rows), num_rows)])
     caption = "Every task by its first metric."
     if other:
         caption += f" {BARS_CAPTION}"
@@ -351,28 +355,30 @@ def _difference_cells(metric: Record, difference: Record | None, scale: ChangeSc
 
     Without a `difference`, only this model's value is known. `scale`: that of the bars in the table.
     """
-    value = PageCell(number(metric["value"]), metric["value"])
+    value = PageCell(format_number(metric["value"]), metric["value"])
     if difference is None:
         nothing = PageCell(UNKNOWN)
         return [nothing, value, nothing, nothing]
     change = difference["difference"]
     bar = scale.bar(Change.of(metric, difference), TONES.get(difference["verdict"], ""))
-    interval = PageCell("", change, note=f"{signed(difference['low'])} to {signed(difference['high'])}", interval=bar)
-    other_value = PageCell(number(difference["value"]), difference["value"])
-    return [other_value, value, PageCell(signed(change), change), interval]
+    interval = PageCell(
+        "", change, note=f"{format_signed(difference['low'])} to {format_signed(difference['high'])}", interval=bar
+    )
+    other_value = PageCell(format_number(difference["value"]), difference["value"])
+    return [other_value, value, PageCell(format_signed(change), change), interval]
 
 
 def _value_cell(metric: Record) -> PageCell:
     """The cell with the value of a metric, and its interval below if it has one."""
     interval = _interval_cell(metric).text if metric.get("low") is not None else ""
-    return PageCell(number(metric["value"]), metric["value"], note=interval)
+    return PageCell(format_number(metric["value"]), metric["value"], note=interval)
 
 
 def _interval_cell(metric: Record) -> PageCell:
     """The cell with the interval of a value, "0.41 to 0.57". No bar, because values of different metrics share no scale."""
     if metric.get("low") is None:
         return PageCell("\N{EN DASH}")
-    return PageCell(f"{number(metric['low'])} to {number(metric['high'])}", metric["low"])
+    return PageCell(f"{format_number(metric['low'])} to {format_number(metric['high'])}", metric["low"])
 
 
 def _better_direction(greater_is_better: bool | None) -> str:
@@ -410,7 +416,7 @@ def _metrics_table(task_record: Record, compared: Record | None, other_label: st
             change,
             interval,
         ]
-        rows.append([*row, PageCell(number(p, 2), p)])
+        rows.append([*row, PageCell(format_number(p, 2), p)])
     return PageTable(columns, rows, BARS_CAPTION)
 
 
@@ -438,10 +444,10 @@ def _task_notes(task_record: Record, compared: Record | None) -> list[str]:
 def _headline(task_record: Record, compared: Record | None) -> str:
     """The leading metric of a task in a few words: "exact_match 0.62, was 0.01: better"; without a comparison the value alone."""
     name, metric, difference = _leading_metric(task_record, compared)
-    headline = f"{name} {number(metric['value'])}"
+    headline = f"{name} {format_number(metric['value'])}"
     if difference is None:
         return headline
-    return f"{headline}, was {number(difference['value'])}: {difference['verdict']}"
+    return f"{headline}, was {format_number(difference['value'])}: {difference['verdict']}"
 
 
 def _facts(report: Record) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.evaluation.report.comparison import right_or_wrong_score
 from trainer.evaluation.tasks.base import Task, TaskRow
-from trainer.pages.numbers import number
+from trainer.pages.numbers import format_number
 
 MAX_WORST_ROWS = 20
 """Rows of each task that are shown, the worst first."""
@@ -133,7 +133,7 @@ def _choose_rows(
         row_sides = sides_by_location.get(row.where, [])
         if row.where not in worst_locations and not row_sides:
             continue
-        value = number(score_of_row(row))
+        value = format_number(score_of_row(row))
         if right_score is not None:
             is_right = row.scores[right_score] == 1
             value = "right" if is_right else WRONG

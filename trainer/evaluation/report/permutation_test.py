@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from trainer.evaluation.tasks.base import Metric, Task, TaskRow, score_array
+from trainer.evaluation.tasks.base import Task, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.significance import max_statistic_p
 
 MetricFunctions = dict[str, Callable[[np.ndarray], float]]
@@ -24,7 +24,7 @@ MAX_NUMBERS_IN_MEMORY = 1 << 22
 
 
 def family_p_values(
-    task: Task, metrics: Sequence[Metric], rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], seed: int
+    task: Task, metrics: Sequence[TaskMetric], rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], seed: int
 ) -> dict[str, float]:
     """p-value of the difference of two models in each metric of a family, by name, corrected for the number of metrics.
 
@@ -52,7 +52,7 @@ def family_p_values(
 
 
 def _metric_differences(
-    metrics: Sequence[Metric],
+    metrics: Sequence[TaskMetric],
     rows: Sequence[TaskRow],
     other_rows: Sequence[TaskRow],
     metric_functions: MetricFunctions,
@@ -80,7 +80,7 @@ def _metric_differences(
 
 
 def _ratio_after_exchange(
-    metric: Metric,
+    metric: TaskMetric,
     ratio: tuple[str, str | None],
     rows: Sequence[TaskRow],
     other_rows: Sequence[TaskRow],

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from trainer.evaluation.report.comparison import changed_rows, right_or_wrong_score
 from trainer.evaluation.report.page_rows import MAX_WORST_ROWS, first_metric_score, worst_rows_first
 from trainer.evaluation.tasks.base import Task, TaskRow, shorten_prompt
-from trainer.reporting.trackers.base import Table
+from trainer.reporting.trackers.base import LoggedTable
 
 
-def row_tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> dict[str, Table]:
+def row_tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> dict[str, LoggedTable]:
     """Tables of one task for the trackers, by name.
 
     - "eval/NAME/worst_rows", if there are rows.
@@ -33,11 +33,11 @@ def row_tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | 
     for present_state, side in (("wrong", "lost"), ("right", "won")):
         for row in changed[side]:
             cells.append([present_state, row["where"], row["prompt"], row["answer"], row["other"]])
-    tables[f"{name}/changed_rows"] = Table(["now", "row", "prompt", "answer", "answer before"], cells)
+    tables[f"{name}/changed_rows"] = LoggedTable(["now", "row", "prompt", "answer", "answer before"], cells)
     return tables
 
 
-def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> Table:
+def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> LoggedTable:
     """A table of the task's `MAX_WORST_ROWS` worst rows, the worst one first, with the earlier answer beside the new one."""
     score_name, score_of_row = first_metric_score(task, rows)
     answers_before = {row.where: row.answer for row in before or ()}
@@ -46,4 +46,4 @@ def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskR
         answer_before = answers_before.get(row.where, "")
         prompt = shorten_prompt(row.prompt)
         cells.append([row.where, score_of_row(row), prompt, row.answer, answer_before, row.reference, row.note])
-    return Table(["row", score_name, "prompt", "answer", "answer before", "reference", "note"], cells)
+    return LoggedTable(["row", score_name, "prompt", "answer", "answer before", "reference", "note"], cells)

@@ -18,13 +18,13 @@ import numpy as np
 from trainer.data.config import DataFormat
 
 if TYPE_CHECKING:
-    from trainer.data.document import Document, Row
+    from trainer.data.document import Document, SourceRow
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.model_interface import ModelInterface
 
 
 @dataclass(slots=True)
-class Case:
+class TaskCase:
     """One row of a task, before the model is asked."""
 
     location: str
@@ -64,7 +64,7 @@ class TaskRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
+class TaskMetric:
     """A number computed over all rows of a task."""
 
     name: str
@@ -108,7 +108,7 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]
-    metrics: tuple[Metric, ...]
+    metrics: tuple[TaskMetric, ...]
     """The first one stands for the task in tables, and sorts the rows of the page. In some kinds they depend on the settings."""
     reads: ClassVar[str]
     """The rows that it needs, described for the user."""
@@ -180,23 +180,23 @@ class Task(ABC):
         """Where its rows come from, for the report: a path, or `hub:` and a data set. None: the run's evaluation documents."""
         return self.config.path  # type: ignore[no-any-return]
 
-    def load_cases(self) -> list[Case]:
+    def load_cases(self) -> list[TaskCase]:
         """The cases of a task that loads its rows itself (`loads_own_rows`). Raises ConfigError or DataError if it cannot."""
         raise NotImplementedError
 
-    def expand_rows(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def expand_rows(self, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
         """Turn the rows of a published file into one row per question. Some files hold all questions in a single row."""
         return rows
 
     @abstractmethod
-    def prepare_case(self, case: Case) -> None:
+    def prepare_case(self, case: TaskCase) -> None:
         """Check the columns of a row, and replace `case.fields` with what `score_cases` needs of them.
 
-        Raises Refusal with the bad value and what is allowed.
+        Raises RowError with the bad value and what is allowed.
         """
 
     @abstractmethod
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """Ask the model about every case and score its answers. Returns a report row for each case, the same on every rank.
 
         All ranks must call, with the same cases.
@@ -209,7 +209,7 @@ class Task(ABC):
         """
         return {}
 
-    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
+    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
         """Its metrics for these rows: those of every run, and those that depend on the rows, such as one for each group."""
         return self.metrics
 
@@ -291,7 +291,7 @@ def shorten_prompt(prompt: str) -> str:
     return prompt if len(prompt) <= SHOWN_PROMPT_CHARACTERS else f"…{prompt[-SHOWN_PROMPT_CHARACTERS:]}"
 
 
-def documents_of(cases: Sequence[Case]) -> list[Document]:
+def documents_of(cases: Sequence[TaskCase]) -> list[Document]:
     """The documents of cases, in their order; a case without one is left out."""
     return [case.document for case in cases if case.document is not None]
 

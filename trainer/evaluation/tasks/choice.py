@@ -8,8 +8,8 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, is_list_of_texts, parse_text, show_value
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.data.fields import RowError, is_list_of_texts, parse_text, show_value
+from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.texts import split_location
 
@@ -24,10 +24,14 @@ class MultipleChoice(Task):
     """
 
     kind = "multiple_choice"
-    metrics: tuple[Metric, ...] = (
-        Metric("accuracy", "share of rows whose likeliest choice is right, 0 to 1", ratio=("right", None)),
-        Metric("accuracy_by_token", "the same, log-probabilities divided by tokens", ratio=("right_by_token", None)),
-        Metric("accuracy_by_byte", "the same, log-probabilities divided by UTF-8 bytes", ratio=("right_by_byte", None)),
+    metrics: tuple[TaskMetric, ...] = (
+        TaskMetric("accuracy", "share of rows whose likeliest choice is right, 0 to 1", ratio=("right", None)),
+        TaskMetric(
+            "accuracy_by_token", "the same, log-probabilities divided by tokens", ratio=("right_by_token", None)
+        ),
+        TaskMetric(
+            "accuracy_by_byte", "the same, log-probabilities divided by UTF-8 bytes", ratio=("right_by_byte", None)
+        ),
     )
     reads = (
         'rows with "question", "choices" (a list of texts) and "answer": the right choice by its text, its letter (A is '
@@ -36,8 +40,8 @@ class MultipleChoice(Task):
     options: ClassVar[dict[str, Any]] = {"separator": " "}
     needs_path = True
 
-    def prepare_case(self, case: Case) -> None:
-        """Keep question, choices and the number of the right choice (from 0). Raises Refusal."""
+    def prepare_case(self, case: TaskCase) -> None:
+        """Keep question, choices and the number of the right choice (from 0). Raises RowError."""
         fields = case.fields
         question_column = "question" if "question" in fields else "prompt"
         question = parse_text(fields, question_column)
@@ -48,11 +52,11 @@ class MultipleChoice(Task):
             choices = choices.get("text")
         is_choice_list = is_list_of_texts(choices) and len(choices) >= 2 and all(choice.strip() for choice in choices)
         if not is_choice_list:
-            raise Refusal("bad_choices", f'"choices" is {show_value(choices)}; it must be a list of two texts or more')
+            raise RowError("bad_choices", f'"choices" is {show_value(choices)}; it must be a list of two texts or more')
         answer = fields.get("answer", fields.get("answerKey"))  # ARC calls it answerKey
         case.fields = {"question": question, "choices": list(choices), "answer": _right_choice(answer, choices, labels)}
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each question, with the likeliest of its choices by three measures. All ranks must call."""
         documents = []
         for case in cases:
@@ -77,7 +81,7 @@ class MultipleChoice(Task):
         return self.signature_of_all(f"separator:{self._separator!r}|first of equals")
 
 
-def _scored_row(case: Case, likelihoods: Sequence[Likelihood]) -> TaskRow:
+def _scored_row(case: TaskCase, likelihoods: Sequence[Likelihood]) -> TaskRow:
     """The report's row of a question, whose scores say whether the right choice is the likeliest by each measure.
 
     `likelihoods` are those of the choices, in their order. `margin` is the distance in nats between the right choice and the
@@ -118,14 +122,14 @@ def _argmax(scores: Sequence[float]) -> int:
     return scores.index(max(scores))
 
 
-def _choice_offsets(cases: Sequence[Case]) -> list[int]:
+def _choice_offsets(cases: Sequence[TaskCase]) -> list[int]:
     """Where each case's choices begin in the list of all choices, and where the last case's end."""
     choice_counts = [len(case.fields["choices"]) for case in cases]
     return [0, *accumulate(choice_counts)]
 
 
 def _right_choice(answer: Any, choices: list[str], labels: Any) -> int:
-    """The number of the right choice, from 0. Raises Refusal if `answer` names none of the choices.
+    """The number of the right choice, from 0. Raises RowError if `answer` names none of the choices.
 
     `answer` is read as the first of these that it can be:
     - one of `labels`, which data sets such as ARC have beside their choices (None if there are none),
@@ -150,4 +154,4 @@ def _right_choice(answer: Any, choices: list[str], labels: Any) -> int:
     last_number = len(choices) - 1
     last_letter = string.ascii_uppercase[last_number]
     allowed = f"a number from 0 to {last_number}, a letter up to {last_letter}, or one of the choices"
-    raise Refusal("bad_answer", f'"answer" is {show_value(answer)}; it must be {allowed}')
+    raise RowError("bad_answer", f'"answer" is {show_value(answer)}; it must be {allowed}')

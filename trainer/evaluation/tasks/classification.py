@@ -9,8 +9,8 @@ import numpy as np
 
 from strategies.errors import DataError
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, parse_label, parse_text, show_value
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, score_array
+from trainer.data.fields import RowError, parse_label, parse_text, show_value
+from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, softmax
 from trainer.evaluation.tasks.texts import split_location
 
@@ -23,10 +23,12 @@ class ClassificationTask(Task):
 
     kind = "classification"
     metrics = (
-        Metric("accuracy", "share of right labels, 0 to 1", ratio=("right", None)),
-        Metric("f1_macro", "mean F1 of the labels that are there or predicted, 0 to 1 (scikit-learn)"),
-        Metric("mcc", "Matthews correlation coefficient, -1 to 1 (scikit-learn)"),
-        Metric("calibration_error", f"expected calibration error over {BINS} bins, 0 to 1", greater_is_better=False),
+        TaskMetric("accuracy", "share of right labels, 0 to 1", ratio=("right", None)),
+        TaskMetric("f1_macro", "mean F1 of the labels that are there or predicted, 0 to 1 (scikit-learn)"),
+        TaskMetric("mcc", "Matthews correlation coefficient, -1 to 1 (scikit-learn)"),
+        TaskMetric(
+            "calibration_error", f"expected calibration error over {BINS} bins, 0 to 1", greater_is_better=False
+        ),
     )
     reads = 'rows with "text" and "label"; a label is a name, a whole number or true/false'
     options: ClassVar[dict[str, Any]] = {"labels": None, "prompt": "{text}", "separator": " "}
@@ -47,18 +49,18 @@ class ClassificationTask(Task):
         if "{text}" not in str(prompt):
             yield f"{self.config_key}.options.prompt={prompt}: must have {{text}} where the text goes"
 
-    def prepare_case(self, case: Case) -> None:
-        """Keep the text of a row and its true label. Raises Refusal for a label that `options.labels` does not have."""
+    def prepare_case(self, case: TaskCase) -> None:
+        """Keep the text of a row and its true label. Raises RowError for a label that `options.labels` does not have."""
         text_column = next((name for name in ("text", "sentence", "content") if name in case.fields), "text")
         label = parse_label(case.fields.get("label"))
         known_labels = self.option_values["labels"]
         if known_labels is not None and label not in map(str, known_labels):
-            raise Refusal(
+            raise RowError(
                 "unknown_label", f'"label" is {show_value(label)}; {self.config_key}.options.labels has {known_labels}'
             )
         case.fields = {"text": parse_text(case.fields, text_column), "label": label}
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each text, with its likeliest label and that label's probability. All ranks must call.
 
         The probabilities are those of the classification head, if the model has one, else from the likelihood of each label.
@@ -88,7 +90,7 @@ class ClassificationTask(Task):
         return rows
 
     def _probabilities_by_head(
-        self, cases: Sequence[Case], model: ModelInterface
+        self, cases: Sequence[TaskCase], model: ModelInterface
     ) -> tuple[list[str], list[list[float]]]:
         """(label names, probabilities [cases][labels]) by the classification head. All ranks must call.
 
@@ -111,7 +113,7 @@ class ClassificationTask(Task):
         return names, [softmax(logits) for logits in model.logits(samples)]
 
     def _probabilities_by_likelihood(
-        self, cases: Sequence[Case], model: ModelInterface
+        self, cases: Sequence[TaskCase], model: ModelInterface
     ) -> tuple[list[str], list[list[float]]]:
         """(label names, probabilities [cases][labels]) by how likely the model finds each label after the prompt.
 
@@ -133,7 +135,7 @@ class ClassificationTask(Task):
             probabilities.append(softmax(logprobs[start : start + len(names)]))
         return names, probabilities
 
-    def _label_names(self, cases: Sequence[Case]) -> list[str]:
+    def _label_names(self, cases: Sequence[TaskCase]) -> list[str]:
         """The labels of `options.labels`, else those of the rows, sorted as numbers if they are such, else by the alphabet.
 
         Raises DataError if all rows have the same label: its probability would always be 1.

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, parse_text, show_value
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, score_array
+from trainer.data.fields import RowError, parse_text, show_value
+from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question, softmax
 from trainer.evaluation.tasks.significance import LEVEL, max_statistic_p
 from trainer.evaluation.tasks.texts import common_prefix_length, split_location
@@ -49,7 +49,7 @@ class Counterfactual(Task):
 
     kind = "counterfactual"
     metrics = (
-        Metric(
+        TaskMetric(
             "gap",
             "mean distance between the groups furthest apart in a case: nats of the text's likelihood after the term; with "
             "measure=answer the share of cases with differing answers, with measure=label the distance of probabilities",
@@ -95,8 +95,11 @@ class Counterfactual(Task):
             terms |= json.loads(Path(str(file)).expanduser().read_text(encoding="utf-8"))
         return terms
 
-    def prepare_case(self, case: Case) -> None:
-        """Keep the variants of a row: its texts by group, or its template filled with the terms of each group. Raises Refusal."""
+    def prepare_case(self, case: TaskCase) -> None:
+        """Keep the variants of a row: its texts by group, or its template filled with the terms of each group.
+
+        Raises RowError.
+        """
         fields = case.fields
         completion = None
         if fields.get("completion") is not None:
@@ -107,32 +110,32 @@ class Counterfactual(Task):
         elif _is_text_by_group(texts):
             variants = [Variant(group=group, text=text, scored_from=0, terms={}) for group, text in texts.items()]
         else:
-            raise Refusal("bad_texts", f'"texts" is {show_value(texts)}; it must be two texts or more by their group')
+            raise RowError("bad_texts", f'"texts" is {show_value(texts)}; it must be two texts or more by their group')
         attribute = str(fields.get("attribute") or "texts")
         case.fields = {"variants": variants, "completion": completion, "attribute": attribute}
 
     def _fill_template(self, template: str, attribute: Any) -> Iterator[Variant]:
         """The template filled with the terms of each group, at most `options.most_terms` variants for a group.
 
-        `attribute`: what the groups differ in, such as "gender"; a key of `self.terms`. Raises Refusal if it is unknown, or if
+        `attribute`: what the groups differ in, such as "gender"; a key of `self.terms`. Raises RowError if it is unknown, or if
         the template has no slot or one that a group has no terms for.
 
         "{person} works as a nurse." -> Variant("female", "Emily works as a nurse.", 5, {"person": "Emily"}), and others.
         """
         if attribute not in self.terms:
-            raise Refusal(
+            raise RowError(
                 "bad_attribute",
                 f'"attribute" is {show_value(attribute)}; terms are there of {", ".join(self.terms)} '
                 f"({self.config_key}.options.terms)",
             )
         slots = list(dict.fromkeys(SLOT_REGEX.findall(template)))
         if not slots:
-            raise Refusal("no_slot", f'"template" {show_value(template)} has no slot such as {{person}}')
+            raise RowError("no_slot", f'"template" {show_value(template)} has no slot such as {{person}}')
         last_slot_end = list(SLOT_REGEX.finditer(template))[-1].end()
         for group, terms in self.terms[attribute].items():
             missing = [slot for slot in slots if slot not in terms]
             if missing:
-                raise Refusal(
+                raise RowError(
                     "no_terms", f'"template": the group {group} of {attribute} has no terms for {{{missing[0]}}}'
                 )
             combinations = list(product(*(terms[slot] for slot in slots)))
@@ -154,7 +157,7 @@ class Counterfactual(Task):
         step = len(combinations) / most
         return [combinations[int(number * step)] for number in range(most)]
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each case: how far the model's values for the groups of people lie apart. All ranks must call.
 
         The value of a variant is the log-likelihood of its text, or the probabilities of a classifier's labels. That of a
@@ -182,7 +185,9 @@ class Counterfactual(Task):
             rows.append(_report_row(case, means))
         return rows
 
-    def _label_probabilities(self, variants: Sequence[tuple[Case, Variant]], model: ModelInterface) -> list[np.ndarray]:
+    def _label_probabilities(
+        self, variants: Sequence[tuple[TaskCase, Variant]], model: ModelInterface
+    ) -> list[np.ndarray]:
         """The probabilities of all labels for each variant, in their order: float64 [labels] each. All ranks must call."""
         names = model.label_names or []
         model.encoder.set_label_names(names)
@@ -194,7 +199,7 @@ class Counterfactual(Task):
         samples = [sample for _, sample in model.encoder.encode(documents)]  # one of each document, in their order
         return [np.array(softmax(logits)) for logits in model.logits(samples)]
 
-    def _compare_answers(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def _compare_answers(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each case, with whether the model's answers about the groups differ. All ranks must call.
 
         Terms of a group become slots again in its answer, so that naming the person makes no difference: "Emily is kind." and
@@ -230,13 +235,13 @@ class Counterfactual(Task):
             )
         return rows
 
-    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
+    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
         """The metrics, and for each group of people in the rows the effect of naming it, in nats."""
         group_metrics = []
         for group in _groups_with_prefix(
             rows, "of_"
         ):  # `of_GROUP`: the group's effect in a case; `in_GROUP`: 1 if it has one
-            metric = Metric(
+            metric = TaskMetric(
                 f"effect_{group}",
                 f"{group} against the mean of all groups, nats",
                 greater_is_better=None,
@@ -308,7 +313,7 @@ def _corrected_p_values(rows: Sequence[TaskRow]) -> dict[str, float]:
     return dict(zip(names, p_values, strict=True))
 
 
-def _report_row(case: Case, value_by_group: dict[str, np.ndarray]) -> TaskRow:
+def _report_row(case: TaskCase, value_by_group: dict[str, np.ndarray]) -> TaskRow:
     """The report's row of a case: the largest distance between two groups of people, and the effect of each group.
 
     A group's value is float64 [1] (a log-likelihood) or [labels] (probabilities). There is an effect only of log-likelihoods: how
@@ -343,7 +348,7 @@ def _three_decimals(values: np.ndarray) -> str:
     return " ".join(f"{number:.3f}" for number in values)
 
 
-def _likelihood_question(case: Case, variant: Variant, model: ModelInterface) -> Question:
+def _likelihood_question(case: TaskCase, variant: Variant, model: ModelInterface) -> Question:
     """The question that asks for the likelihood of a variant's text.
 
     - The case has a completion: the likelihood of the completion after the text.

@@ -17,7 +17,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.fields import show_value
 from trainer.evaluation.base import DecodingConfig, TaskConfig
 from trainer.evaluation.harness.task_files import TaskFiles, find_tasks, missing_data
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow
 from trainer.evaluation.tasks.harness_rows import (
     LoadedTasks,
     complete_scores,
@@ -37,7 +37,7 @@ class Harness(Task):
     """A task of the harness, a group of tasks, or the user's own YAML."""
 
     kind = "lm_eval"
-    metrics: tuple[Metric, ...] = ()
+    metrics: tuple[TaskMetric, ...] = ()
     reads = (
         "a task of lm-evaluation-harness whose data is on this machine; path names your own task: a YAML file, or a "
         "directory with such files"
@@ -126,7 +126,7 @@ class Harness(Task):
             return f"hub:{only_data_set}"
         return None if self.config.path is None else str(self.config.path)
 
-    def load_cases(self) -> list[Case]:
+    def load_cases(self) -> list[TaskCase]:
         """A case for each row that the harness reads, at most `max_rows` of each of its tasks. Errors: ConfigError, DataError."""
         from trainer.evaluation.harness.loading import load_tasks
 
@@ -142,13 +142,13 @@ class Harness(Task):
             num_rows = len(task.eval_docs)
             if self.config.max_rows is not None:
                 num_rows = min(num_rows, self.config.max_rows)
-            cases += [Case(f"{name}:{number}") for number in range(num_rows)]
+            cases += [TaskCase(f"{name}:{number}") for number in range(num_rows)]
         return cases
 
-    def prepare_case(self, case: Case) -> None:
+    def prepare_case(self, case: TaskCase) -> None:
         """Nothing to do: the harness has read the row."""
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """Let the harness score its rows with our model. Raises DataError if the harness fails. All ranks must call."""
         from lm_eval import evaluator
 
@@ -184,7 +184,7 @@ class Harness(Task):
             rows += task_rows(name, results["samples"][name], self.loaded_tasks)
         return complete_scores(rows, self.loaded_tasks)
 
-    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
+    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
         """The metrics that these rows have values of: a task of the harness may score other things than its YAML says.
 
         Score names of rows: `acc` is a metric, and `loss.word_perplexity`, `rows.acc` (1 where the row has it) are parts of one.
@@ -206,7 +206,7 @@ class Harness(Task):
             metric = known.get(name)
             if metric is None:  # only the rows have it
                 description = "mean over rows, as lm-eval has it"
-                metric = Metric(name, description, greater_is_better=None, ratio=(name, None))
+                metric = TaskMetric(name, description, greater_is_better=None, ratio=(name, None))
             if any(name in row.items for row in rows):  # values that are no numbers cannot be summed
                 metric = replace(metric, ratio=None)
             elif f"rows.{name}" in row_names and metric.ratio is not None:  # only some rows have a value

@@ -14,7 +14,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.evaluation.harness.compat import filter_names
 from trainer.evaluation.harness.task_files import TaskFiles
-from trainer.evaluation.tasks.base import Metric, TaskRow
+from trainer.evaluation.tasks.base import TaskMetric, TaskRow
 from trainer.evaluation.tasks.model_interface import SHOWN_CHARACTERS
 
 NO_VALUE_ERRORS = (ZeroDivisionError, ValueError, IndexError)
@@ -27,7 +27,7 @@ def metric_name(metric: str, filter_key: str) -> str:
     return re.sub(r"\W+", "_", name)
 
 
-def declared_metrics(task_files: TaskFiles) -> tuple[Metric, ...]:
+def declared_metrics(task_files: TaskFiles) -> tuple[TaskMetric, ...]:
     """The metrics that the YAMLs of lm-eval tasks declare, known before data is loaded: names and directions, no ratios.
 
     A task that is written in Python declares none.
@@ -36,7 +36,7 @@ def declared_metrics(task_files: TaskFiles) -> tuple[Metric, ...]:
 
     from trainer.evaluation.harness.isolation import collect_warnings
 
-    metrics: dict[str, Metric] = {}
+    metrics: dict[str, TaskMetric] = {}
     for settings in task_files.single_tasks.values():
         if settings.get("class"):
             continue
@@ -51,7 +51,7 @@ def declared_metrics(task_files: TaskFiles) -> tuple[Metric, ...]:
                 greater = metric_settings.get("higher_is_better", is_higher_better(metric))
             for filter_settings in filters:
                 name = metric_name(metric, filter_settings["name"])
-                metrics.setdefault(name, Metric(name, "lm-eval's", greater_is_better=greater))
+                metrics.setdefault(name, TaskMetric(name, "lm-eval's", greater_is_better=greater))
     return tuple(metrics.values())
 
 
@@ -62,13 +62,13 @@ class LoadedTasks:
     tasks: dict[str, Any]
     weighted_by_size: bool
     """Whether the mean over several tasks weighs each task by its number of rows; else all tasks weigh the same."""
-    metrics: tuple[Metric, ...] = field(init=False)
+    metrics: tuple[TaskMetric, ...] = field(init=False)
     aggregates: dict[str, Callable[..., Any]] = field(init=False)
     """The harness's function that computes a metric from the values of its rows, by our name of the metric."""
 
     def __post_init__(self) -> None:
         """Collect the metrics of all tasks, one for each metric and filter. The first task that has a metric defines it."""
-        metrics: dict[str, Metric] = {}
+        metrics: dict[str, TaskMetric] = {}
         self.aggregates = {}
         for task in self.tasks.values():
             higher_is_better = task.higher_is_better()
@@ -80,7 +80,7 @@ class LoadedTasks:
                     metrics.setdefault(name, self._metric(name, aggregate, higher_is_better.get(metric)))
         self.metrics = tuple(metrics.values())
 
-    def _metric(self, name: str, aggregate: Any, greater: bool | None) -> Metric:
+    def _metric(self, name: str, aggregate: Any, greater: bool | None) -> TaskMetric:
         """Our metric of that name for lm-eval's aggregation function `aggregate`. `greater`: whether greater values are better.
 
         It is a ratio of sums if the function is known to compute one, since ratios are resampled fast.
@@ -102,7 +102,7 @@ class LoadedTasks:
             denominator = None if aggregate in (metrics.mean, metrics.perplexity) else f"count.{name}"
             ratio = (numerator, denominator)
         is_exponential = aggregate in (metrics.weighted_perplexity, metrics.perplexity)
-        return Metric(
+        return TaskMetric(
             name,
             f"{description}, as lm-eval has it",
             greater_is_better=greater,
@@ -287,7 +287,7 @@ def _choice_texts(arguments: Sequence[tuple[Any, Any]]) -> list[str]:
 
 
 def lm_eval_standard_errors(
-    all_tasks: LoadedTasks, metrics: Sequence[Metric], rows: Sequence[TaskRow]
+    all_tasks: LoadedTasks, metrics: Sequence[TaskMetric], rows: Sequence[TaskRow]
 ) -> dict[str, float]:
     """Standard errors of the metrics that are means, by lm-eval's own functions.
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow
+from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow
 
 if TYPE_CHECKING:
     from trainer.data.store.sequences import TokenDataset
@@ -28,10 +28,10 @@ class HeldOut(Task):
         self.dataset: TokenDataset | None = None
         """Its documents as tokens; set by `prepare_tasks`."""
 
-    def prepare_case(self, case: Case) -> None:
+    def prepare_case(self, case: TaskCase) -> None:
         """Nothing to do: `prepare_tasks` reads the documents."""
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each sequence of `dataset`, with the sums that the metrics divide. All ranks must call.
 
         Scores of a row: `nats`, the summed loss; `targets`, the number of target tokens; `right`, the number of targets that are
@@ -79,8 +79,8 @@ class Loss(HeldOut):
 
     kind = "loss"
     metrics = (
-        Metric("loss", "mean loss of a target, nats", greater_is_better=False, ratio=("nats", "targets")),
-        Metric(
+        TaskMetric("loss", "mean loss of a target, nats", greater_is_better=False, ratio=("nats", "targets")),
+        TaskMetric(
             "perplexity",
             "exponential of the loss",
             greater_is_better=False,
@@ -95,12 +95,12 @@ class BitsPerByte(HeldOut):
 
     kind = "bits_per_byte"
     metrics = (
-        Metric(
+        TaskMetric(
             "bits_per_byte", "bits of loss a UTF-8 byte of the text", greater_is_better=False, ratio=("bits", "bytes")
         ),
     )
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         rows = super().score_cases(cases, model)
         for row in rows:  # the first score sorts the rows
             row.scores = {"bits": row.scores["nats"] / math.log(2), **row.scores}
@@ -111,9 +111,11 @@ class TokenAccuracy(HeldOut):
     """The share of targets that are the model's likeliest token."""
 
     kind = "token_accuracy"
-    metrics = (Metric("token_accuracy", "share of targets that the model holds likeliest", ratio=("right", "targets")),)
+    metrics = (
+        TaskMetric("token_accuracy", "share of targets that the model holds likeliest", ratio=("right", "targets")),
+    )
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         rows = super().score_cases(cases, model)
         for row in rows:
             row.scores = {"right": row.scores["right"], **row.scores}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from strategies.errors import DataError
 from trainer.evaluation.endpoint.judge import KEY, request_text
-from trainer.evaluation.tasks.base import Case, Metric, TaskRow, documents_of
+from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import REFERENCES, GenerationTask
 
@@ -30,10 +30,10 @@ class JudgedTask(GenerationTask):
         if not str(self.option_values["rubric"]).strip():
             yield f"{self.config_key}.options.rubric: is empty; say what a good answer is, or leave it out"
 
-    def score(self, case: Case, answer: str) -> dict[str, float]:
+    def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         raise NotImplementedError  # the judge scores, in `score_cases`
 
-    def generate_texts(self, cases: Sequence[Case], model: ModelInterface) -> tuple[list[str], list[str]]:
+    def generate_texts(self, cases: Sequence[TaskCase], model: ModelInterface) -> tuple[list[str], list[str]]:
         """Let the model answer every case. Returns (prompts as the report shows them, answers), one of each for a case.
 
         All ranks must call.
@@ -56,8 +56,8 @@ class GradedTask(JudgedTask):
 
     kind = "judge"
     metrics = (
-        Metric("grade", "mean grade of the verdicts that could be read, 1 to 10", ratio=("grade", "read")),
-        Metric("read", "share of verdicts that end in a grade, 0 to 1", ratio=("read", None)),
+        TaskMetric("grade", "mean grade of the verdicts that could be read, 1 to 10", ratio=("grade", "read")),
+        TaskMetric("read", "share of verdicts that end in a grade, 0 to 1", ratio=("read", None)),
     )
     options: ClassVar[dict[str, Any]] = {**JudgedTask.options, "reference": True}
     reads = (
@@ -65,7 +65,7 @@ class GradedTask(JudgedTask):
         "sees this answer when it grades the model's"
     )
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """Generate answers and have the judge grade each of them. Sets `judge_signature`. All ranks must call.
 
         Raises DataError if none of the judge's verdicts has a grade.
@@ -96,7 +96,7 @@ class GradedTask(JudgedTask):
         raise_if_no_verdict_parsed(self.config_key, verdicts, any_parsed=has_any_grade, expected_ending="Grade: N")
         return rows
 
-    def _judge_question(self, case: Case, answer: str) -> str:
+    def _judge_question(self, case: TaskCase, answer: str) -> str:
         """The judge's prompt for the answer to a case; it has the reference answer if `options.reference` is true."""
         reference = case.fields[REFERENCES][0] if self.option_values["reference"] else None
         return grading_prompt(self.option_values["rubric"], request_text(case.document), reference, answer)

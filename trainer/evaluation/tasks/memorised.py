@@ -14,8 +14,8 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.config import DataFormat
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, show_value
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, documents_of, score_array
+from trainer.data.fields import RowError, show_value
+from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, documents_of, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question
 from trainer.evaluation.tasks.texts import common_prefix_length
 
@@ -52,16 +52,16 @@ class DocumentTask(Task):
             elif not isinstance(setting, int) or setting < 1:
                 yield f"{self.config_key}.options.{name}={setting}: must be a whole number above 0"
 
-    def prepare_case(self, case: Case) -> None:
-        """Check that a language model would learn something from the row. Raises Refusal."""
+    def prepare_case(self, case: TaskCase) -> None:
+        """Check that a language model would learn something from the row. Raises RowError."""
         document = case.document
         if document is None or (document.text is None and document.prompt is None and document.messages is None):
-            raise Refusal("no_text", "the row is no text, prompt with answer, or conversation")
+            raise RowError("no_text", "the row is no text, prompt with answer, or conversation")
         if document.messages is None:
             return
         has_answer = any(turn["role"] == "assistant" for turn in document.messages)
         if not has_answer:
-            raise Refusal("no_answer", "the conversation has no assistant turn, of which alone something is learned")
+            raise RowError("no_answer", "the conversation has no assistant turn, of which alone something is learned")
 
 
 class Memorisation(DocumentTask):
@@ -69,21 +69,21 @@ class Memorisation(DocumentTask):
 
     kind = "memorisation"
     metrics = (
-        Metric(
+        TaskMetric(
             "verbatim",
             "share of rows continued token by token, 0 to 1",
             greater_is_better=False,
             ratio=("verbatim", None),
             min_cases=20,
         ),
-        Metric(
+        TaskMetric(
             "near_verbatim",
             f"share of rows continued with BLEU of {NEAR_VERBATIM_BLEU:g} or more",
             greater_is_better=False,
             ratio=("near", None),
             min_cases=20,
         ),
-        Metric(
+        TaskMetric(
             "leading",
             "mean share of the continuation that comes out from its first token on",
             greater_is_better=False,
@@ -108,7 +108,7 @@ class Memorisation(DocumentTask):
         if self.config.write.temperature or self.config.write.beams > 1 or self.config.write.stop:
             yield f"{self.config_key}.write: rows are continued greedily; leave temperature, beams and stop out"
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each training row: how far the model's greedy continuation of its beginning is the row's own text.
 
         Rows that are too short, or too long for the model, are left out; sets `num_skipped` to their number. All ranks must call.
@@ -190,14 +190,14 @@ class Canary(DocumentTask):
 
     kind = "canary"
     metrics = (
-        Metric(
+        TaskMetric(
             "exposure",
             "mean bits by which the rank among candidates is better than last; 1.44 by chance",
             greater_is_better=False,
             ratio=("bits", None),
             min_cases=5,
         ),
-        Metric(
+        TaskMetric(
             "first",
             "share of secrets that are likelier than every candidate, 0 to 1",
             greater_is_better=False,
@@ -214,10 +214,10 @@ class Canary(DocumentTask):
     samples_documents = False
     options: ClassVar[dict[str, Any]] = {"candidates": 100, "seed": 0}
 
-    def prepare_case(self, case: Case) -> None:
+    def prepare_case(self, case: TaskCase) -> None:
         """Replace `case.fields` by the secret and the random texts of its form that it is compared with.
 
-        {"secret": "A7-x", "others": ["Q2-d", "K0-m", ...]}. Raises Refusal if the secret has no letters or digits, or does not
+        {"secret": "A7-x", "others": ["Q2-d", "K0-m", ...]}. Raises RowError if the secret has no letters or digits, or does not
         stand exactly once in what is learned of the row.
         """
         super().prepare_case(case)
@@ -230,10 +230,10 @@ class Canary(DocumentTask):
         # Other texts of its form differ in digits, capitals ("u") and small letters ("l"); it needs one of these.
         has_variable_characters = isinstance(secret, str) and bool({*_character_kinds(secret)} & {*"dul"})
         if not isinstance(secret, str) or not has_variable_characters:
-            raise Refusal("bad_secret", f'"secret" is {show_value(secret)}; it must be a text with letters or digits')
+            raise RowError("bad_secret", f'"secret" is {show_value(secret)}; it must be a text with letters or digits')
         occurrences = (learned_text or "").count(secret)
         if occurrences != 1:
-            raise Refusal(
+            raise RowError(
                 "bad_secret",
                 f'"secret" {show_value(secret)} stands {occurrences} times in what is learned, not once',
             )
@@ -259,7 +259,7 @@ class Canary(DocumentTask):
             if len(known_texts) > wanted:
                 return
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each secret, with its rank among random texts of its form by likelihood. All ranks must call.
 
         Rank 1 is the likeliest text. The exposure in bits is log2(number of texts / rank): 6.66 for rank 1 of 101.
@@ -337,13 +337,13 @@ class Membership(DocumentTask):
 
     kind = "membership"
     metrics = (
-        Metric(
+        TaskMetric(
             "auc",
             "chance that a training row has a lower loss than another one, 0 to 1; 0.5 tells nothing",
             greater_is_better=False,
             min_cases=40,
         ),
-        Metric(
+        TaskMetric(
             "found_at_5",
             "share of training rows told while 5 % of the others are taken for some",
             greater_is_better=False,
@@ -358,7 +358,7 @@ class Membership(DocumentTask):
     options: ClassVar[dict[str, Any]] = {**DocumentTask.options, "others": None}
     file_options = ("others",)
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each document, with the mean loss of a target token and whether it was trained on. All ranks must call."""
         questions = model.encode_questions(documents_of(cases))
         if model.max_positions is not None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trainer.evaluation.endpoint.judge import Judge
     from trainer.evaluation.generate import AnswerGenerator, GeneratedAnswer
     from trainer.evaluation.likelihood import Likelihood
-    from trainer.step import Built
+    from trainer.step import BuiltModel
 
 TokenIds = list[int]
 SHOWN_CHARACTERS = 4000
@@ -47,7 +47,7 @@ class ModelInterface:
     """The model under evaluation, as tasks see it."""
 
     engine: Engine
-    built: Built
+    built: BuiltModel
     answer_generator: AnswerGenerator
     encoder: Encoder
     runtime: Runtime

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from math import comb
 from typing import TYPE_CHECKING
 
-from trainer.evaluation.tasks.base import Metric, TaskRow
+from trainer.evaluation.tasks.base import TaskMetric, TaskRow
 
 if TYPE_CHECKING:
     from trainer.evaluation.generate import GeneratedAnswer
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PASS_PREFIX = "pass_at_"
 
 
-def pass_at_k_metrics(num_samples: int) -> tuple[Metric, ...]:
+def pass_at_k_metrics(num_samples: int) -> tuple[TaskMetric, ...]:
     """The pass@k metrics (Chen et al. 2021) of a task that samples `num_samples` answers to each row, for each k.
 
     k is 2, 4, 8 ... and `num_samples`; none for one sample. pass@k is the chance that one of k answers is right, so it is for
@@ -26,7 +26,9 @@ def pass_at_k_metrics(num_samples: int) -> tuple[Metric, ...]:
     metrics = []
     for k in sample_counts_for_pass_at_k(num_samples):  # pass@1 is the task's own metric
         name = f"{PASS_PREFIX}{k}"
-        metrics.append(Metric(name, f"share of rows of which one of {k} answers is right, 0 to 1", ratio=(name, None)))
+        metrics.append(
+            TaskMetric(name, f"share of rows of which one of {k} answers is right, 0 to 1", ratio=(name, None))
+        )
     return tuple(metrics)
 
 
@@ -45,7 +47,7 @@ def texts_by_prompt(answers: Sequence[GeneratedAnswer], num_prompts: int) -> lis
 
 
 def set_samples_of_row(
-    row: TaskRow, texts: list[str], sample_scores: Sequence[dict[str, float]], metrics: Sequence[Metric] = ()
+    row: TaskRow, texts: list[str], sample_scores: Sequence[dict[str, float]], metrics: Sequence[TaskMetric] = ()
 ) -> None:
     """Set answer, scores, note and items of a report row from all sampled answers to its prompt.
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.data.config import PrivacyConfig, PrivacyPreset
-from trainer.evaluation.tasks.base import Case, Metric, TaskRow, documents_of
+from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import GenerationTask
 
@@ -20,14 +20,14 @@ class PersonalDataTask(GenerationTask):
 
     kind = "personal_data"
     metrics = (
-        Metric(
+        TaskMetric(
             "found",
             "share of answers with personal data that the prompt does not hold, 0 to 1",
             greater_is_better=False,
             ratio=("found", None),
             min_cases=20,
         ),
-        Metric(
+        TaskMetric(
             "pieces",
             "mean number of pieces of it in an answer",
             greater_is_better=False,
@@ -70,7 +70,7 @@ class PersonalDataTask(GenerationTask):
 
         return PersonalDataFinder(self.privacy)
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with how many pieces of personal data its answer has that the prompt does not have.
 
         A piece is an e-mail address, for example. The row shows the answer with each piece replaced by its type. All ranks must
@@ -114,7 +114,7 @@ class PersonalDataTask(GenerationTask):
             copied_until = finding.end
         return types, masked_text + text[copied_until:]
 
-    def score(self, case: Case, answer: str) -> dict[str, float]:
+    def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         raise NotImplementedError  # needs the prompt, so `score_cases` scores
 
     def signatures(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from strategies.errors import ConfigError
 from trainer.evaluation.endpoint.judge import request_text
-from trainer.evaluation.tasks.base import Case, Metric, TaskRow
+from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow
 from trainer.evaluation.tasks.judged import NOTE_CHARACTERS, JudgedTask, raise_if_no_verdict_parsed
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import REFERENCES
@@ -21,15 +21,15 @@ class PreferenceTask(JudgedTask):
 
     kind = "preference"
     metrics = (
-        Metric("win_rate", "share of pairs won, ties as half, 0 to 1", ratio=("won", "read")),
-        Metric("tied", "share of pairs that are tied, 0 to 1", greater_is_better=None, ratio=("tied", "read")),
-        Metric(
+        TaskMetric("win_rate", "share of pairs won, ties as half, 0 to 1", ratio=("won", "read")),
+        TaskMetric("tied", "share of pairs that are tied, 0 to 1", greater_is_better=None, ratio=("tied", "read")),
+        TaskMetric(
             "swayed",
             "share of pairs whose verdict changes with the order, 0 to 1",
             greater_is_better=None,
             ratio=("swayed", "read"),
         ),
-        Metric("read", "share of pairs with two verdicts that can be read, 0 to 1", ratio=("read", None)),
+        TaskMetric("read", "share of pairs with two verdicts that can be read, 0 to 1", ratio=("read", None)),
     )
     options: ClassVar[dict[str, Any]] = {**JudgedTask.options, "opponent": "reference"}
     reads = (
@@ -45,7 +45,7 @@ class PreferenceTask(JudgedTask):
                 "(the row's answer) or other"
             )
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """Have the judge compare each answer with the opponent's, shown in both orders. Sets `judge_signature`.
 
         Equal answers are ties, and the judge is not asked about them. All ranks must call. Raises DataError if no verdict can be
@@ -95,7 +95,7 @@ class PreferenceTask(JudgedTask):
         )
         return rows
 
-    def _opponent_answers(self, cases: Sequence[Case]) -> list[str | None]:
+    def _opponent_answers(self, cases: Sequence[TaskCase]) -> list[str | None]:
         """The answer to each case that the model's own answer is compared with.
 
         - `options.opponent=reference`: the row's reference.

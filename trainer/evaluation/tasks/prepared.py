@@ -17,13 +17,13 @@ from trainer.data.store.sequences import TokenDataset
 from trainer.data.tokens.clock import TemplateDate
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.tasks.base import Case, Task, last_user_turn
+from trainer.evaluation.tasks.base import Task, TaskCase, last_user_turn
 from trainer.evaluation.tasks.held_out import HeldOut
 from trainer.evaluation.tasks.model_interface import SHOWN_CHARACTERS
 from trainer.evaluation.tasks.registry import build_tasks
 from trainer.evaluation.tasks.source import read_cases
 from trainer.objectives.base import ObjectiveConfig
-from trainer.objectives.registry import build_objective, data_spec_of, family_of
+from trainer.objectives.registry import build_objective, data_spec_of, objective_family
 
 DataResult = TypeVar("DataResult")
 
@@ -33,7 +33,7 @@ class PreparedTask:
     """A task with its rows."""
 
     task: Task
-    cases: list[Case]
+    cases: list[TaskCase]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class TaskContext:
         cls, data: DataConfig, objective: ObjectiveConfig, date: TemplateDate | None = None
     ) -> TaskContext:
         """The context of these settings."""
-        writes_answers = family_of(objective).generates_answers
+        writes_answers = objective_family(objective).generates_answers
         is_language_model = build_objective(objective).perplexity
         return cls(data, data_spec_of(objective), writes_answers, is_language_model, date)
 
@@ -175,7 +175,7 @@ def _prepare_loss_task(
     held_out: PreparedData | None,
     tokenizer: Any,
     stop: Callable[[], bool],
-) -> list[Case]:
+) -> list[TaskCase]:
     """Set `task.dataset` of a task that computes losses to its documents as tokens, and return a case for each sequence.
 
     - The task has a path: its file is tokenised as training data would be.
@@ -202,7 +202,7 @@ def _prepare_loss_task(
     return _sequence_cases(task.dataset, directory)[: task.config.max_rows]
 
 
-def _read_task_cases(task: Task, held_out: PreparedData | None, *, remote: bool) -> list[Case]:
+def _read_task_cases(task: Task, held_out: PreparedData | None, *, remote: bool) -> list[TaskCase]:
     """The cases of a task that computes no losses, from its file or from documents of the run.
 
     A task of membership (`split` "both") needs training rows and others: training rows come first, and `fields` of each case
@@ -288,7 +288,7 @@ def _run_documents(dataset: TokenDataset | None, task: Task, prepared: PreparedD
     return [table.document(int(number)) for number in document_numbers]
 
 
-def _sequence_cases(dataset: TokenDataset | None, directory: Any) -> list[Case]:
+def _sequence_cases(dataset: TokenDataset | None, directory: Any) -> list[TaskCase]:
     """One case for each sequence of a data set. `directory`: the prepared data that has the documents of the data set."""
     assert dataset is not None
     table = DocumentTable(directory)
@@ -296,5 +296,5 @@ def _sequence_cases(dataset: TokenDataset | None, directory: Any) -> list[Case]:
     for number in dataset.documents.tolist():
         document = table.document(int(number))
         # Not the document itself: a data set may have a million of them, and the report needs only what was asked.
-        cases.append(Case(document.location, user_turn=last_user_turn(document)[:SHOWN_CHARACTERS]))
+        cases.append(TaskCase(document.location, user_turn=last_user_turn(document)[:SHOWN_CHARACTERS]))
     return cases

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from strategies.errors import ConfigError
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, parse_text
-from trainer.evaluation.tasks.base import Case, Task
+from trainer.data.fields import RowError, parse_text
+from trainer.evaluation.tasks.base import Task, TaskCase
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question
 from trainer.evaluation.tasks.texts import split_location
 
@@ -65,11 +65,11 @@ class PromptTask(Task):
         template_path = Path(text).expanduser()
         return template_path.read_text(encoding="utf-8") if template_path.is_file() else text
 
-    def prepare_case(self, case: Case) -> None:
-        """Keep the row's prompt, put into the template. Raises Refusal if there is no prompt."""
+    def prepare_case(self, case: TaskCase) -> None:
+        """Keep the row's prompt, put into the template. Raises RowError if there is no prompt."""
         case.fields = {"prompt": self.template.replace("{prompt}", parse_prompt(case.fields))}
 
-    def generate_samples(self, cases: Sequence[Case], model: ModelInterface) -> list[PromptSamples]:
+    def generate_samples(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[PromptSamples]:
         """`write.draws` answers of the model to the prompt of each case. All ranks must call.
 
         If `options.continue` is set, the model continues the prompt as plain text; else the prompt is a turn of a conversation.
@@ -115,7 +115,7 @@ def parse_prompt(fields: dict[str, Any]) -> str:
     - {"prompt": {"text": "So if you"}}, a row of RealToxicityPrompts -> "So if you".
     - {"behavior": "Summarise it", "contextstring": "A text."}, a row of HarmBench -> the context, a line "---", the prompt.
 
-    Raises Refusal if the row has none of these columns, or no text in it.
+    Raises RowError if the row has none of these columns, or no text in it.
     """
     # Published files write the same columns differently: "Goal" in one, "goal" in the next.
     column_by_lower_name = {name.lower(): name for name in fields}
@@ -125,7 +125,7 @@ def parse_prompt(fields: dict[str, Any]) -> str:
     if isinstance(prompt, dict) and "text" in prompt:  # RealToxicityPrompts
         return parse_text(prompt, "text")
     if column not in fields:
-        raise Refusal(
+        raise RowError(
             "no_prompt", f"none of the columns {', '.join(PROMPT_COLUMNS)} is there; the row has {sorted(fields)}"
         )
     text = parse_text(fields, column)

@@ -12,19 +12,19 @@ from pathlib import Path
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import DataFormat
-from trainer.data.document import Document, Rejected, Row
-from trainer.data.fields import Fault, Refusal, value_at
+from trainer.data.document import Document, RejectedRow, SourceRow
+from trainer.data.fields import Fault, RowError, value_at
 from trainer.data.format_recognition import recognise_format
 from trainer.data.formats import RowReader
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand_paths, is_hub_path
-from trainer.evaluation.tasks.base import Case, Task
+from trainer.evaluation.tasks.base import Task, TaskCase
 
 MAX_LISTED_ROWS = 5
 """Most bad rows that an error lists."""
 
 
-def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = False) -> list[Case]:
+def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = False) -> list[TaskCase]:
     """The cases of a task, each checked by its kind, at most `max_rows`.
 
     They come from the first of these that exists:
@@ -44,7 +44,7 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
     elif task.shipped_rows is not None:
         cases = _read_shipped_cases(task.shipped_rows)
     elif held_out:
-        cases = [Case(document.location, document) for document in held_out]
+        cases = [TaskCase(document.location, document) for document in held_out]
     else:
         raise ConfigError(
             f"{task.config_key}.path: not set, and there are no evaluation documents; give it a file, or the run "
@@ -57,19 +57,19 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
     return cases
 
 
-def _read_shipped_cases(file: Path) -> list[Case]:
+def _read_shipped_cases(file: Path) -> list[TaskCase]:
     """A case for each template in a JSON file that shardtune ships, {"templates": [{...}, ...]}."""
     rows = json.loads(file.read_text(encoding="utf-8"))["templates"]
-    return [Case(f"{file.name}:{number}", document=None, fields=dict(row)) for number, row in enumerate(rows, 1)]
+    return [TaskCase(f"{file.name}:{number}", document=None, fields=dict(row)) for number, row in enumerate(rows, 1)]
 
 
-def _prepare_cases(task: Task, cases: list[Case]) -> None:
+def _prepare_cases(task: Task, cases: list[TaskCase]) -> None:
     """Call `task.prepare_case`, which changes the case, for each case. Raises DataError that lists all rows it refuses."""
     bad_rows = []
     for case in cases:
         try:
             task.prepare_case(case)
-        except Refusal as refusal:
+        except RowError as refusal:
             bad_rows.append(f"{case.location}: {refusal.message}")
     if bad_rows:
         listed = "\n  ".join(bad_rows[:MAX_LISTED_ROWS])
@@ -81,7 +81,7 @@ def _prepare_cases(task: Task, cases: list[Case]) -> None:
         )
 
 
-def _read_file_cases(task: Task, *, remote: bool) -> Iterator[Case]:
+def _read_file_cases(task: Task, *, remote: bool) -> Iterator[TaskCase]:
     """A case for each row of the files in the task's path, at most `max_rows`.
 
     - The kind of task has a file format of its own (such as bbq): the case has the columns of the row.
@@ -95,7 +95,7 @@ def _read_file_cases(task: Task, *, remote: bool) -> Iterator[Case]:
     for file in files:
         if is_hub_path(file):
             raise ConfigError(f"{path_key}={file}: would be fetched from a hub; download its files and give their path")
-    rows: Iterator[Row] = (_parse_row(row) for row in Origin(path_key, files).rows())
+    rows: Iterator[SourceRow] = (_parse_row(row) for row in Origin(path_key, files).rows())
     if task.has_own_file_format:
         rows = task.expand_rows(rows)
     # The training format of all rows is recognised by the first one, which is put back before the others.
@@ -107,15 +107,15 @@ def _read_file_cases(task: Task, *, remote: bool) -> Iterator[Case]:
         yield case_of_row(task, row)
 
 
-def _parse_row(row: Row | Rejected) -> Row:
+def _parse_row(row: SourceRow | RejectedRow) -> SourceRow:
     """The row with its JSON parsed. Raises DataError with file and line if it cannot be read."""
     parsed = row.parse()
-    if isinstance(parsed, Rejected):
+    if isinstance(parsed, RejectedRow):
         raise DataError(str(parsed))
     return parsed
 
 
-def _case_with_columns(task: Task, row: Row) -> Case:
+def _case_with_columns(task: Task, row: SourceRow) -> TaskCase:
     """A case with the columns of a row, renamed by the task's `columns`.
 
     `columns` maps the names that the kind of task reads to names in the file, perhaps with dots that lead into objects:
@@ -125,7 +125,7 @@ def _case_with_columns(task: Task, row: Row) -> Case:
     for name, column in task.config.columns.items():
         try:
             fields[name] = value_at(fields, column)
-        except (KeyError, Refusal):
+        except (KeyError, RowError):
             raise DataError(
                 f"{row.file}:{row.line}: no column {column!r} ({task.config_key}.columns.{name}); the "
                 f"row has {sorted(row.fields)}"
@@ -134,10 +134,10 @@ def _case_with_columns(task: Task, row: Row) -> Case:
     for field in fields.values():
         if isinstance(field, Fault):
             raise DataError(f"{row.file}:{row.line}: {field.message}")
-    return Case(f"{row.file}:{row.line}", document=None, fields=fields)
+    return TaskCase(f"{row.file}:{row.line}", document=None, fields=fields)
 
 
-def _document_case_reader(task: Task, first: Row) -> Callable[[Task, Row], Case]:
+def _document_case_reader(task: Task, first: SourceRow) -> Callable[[Task, SourceRow], TaskCase]:
     """A function that reads a row as a document (a conversation, a prompt with its answer ...) and returns its case.
 
     The format of all rows is `format` of the task. If that is `auto`, it is recognised by the `first` row; of several formats
@@ -159,10 +159,10 @@ def _document_case_reader(task: Task, first: Row) -> Callable[[Task, Row], Case]
     except (DataError, ConfigError) as error:
         raise type(error)(with_task_keys(str(error))) from None
 
-    def read_document_case(task: Task, row: Row) -> Case:
+    def read_document_case(task: Task, row: SourceRow) -> TaskCase:
         document = reader(row)
-        if isinstance(document, Rejected):
+        if isinstance(document, RejectedRow):
             raise DataError(with_task_keys(str(document)))
-        return Case(document.location, document=document, fields=row.fields)
+        return TaskCase(document.location, document=document, fields=row.fields)
 
     return read_document_case

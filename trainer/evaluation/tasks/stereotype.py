@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.document import Row
-from trainer.data.fields import Refusal, parse_text, show_value
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, score_array
+from trainer.data.document import SourceRow
+from trainer.data.fields import RowError, parse_text, show_value
+from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.texts import continuation_questions, whole_text_questions
 
@@ -40,7 +40,7 @@ class Stereotype(Task):
 
     kind = "stereotype"
     metrics = (
-        Metric(
+        TaskMetric(
             "stereotype_score",
             "share of pairs whose stereotypical sentence is the likelier one, 0 to 1; 0.5 prefers neither (of StereoSet the mean "
             "over its target terms)",
@@ -48,21 +48,21 @@ class Stereotype(Task):
             ratio=("weighted", "weight"),
             min_cases=MIN_PAIRS,
         ),
-        Metric(
+        TaskMetric(
             "likelihood_difference",
             "mean distance of the two sentences' log-likelihoods, nats (of StereoSet nats a token)",
             greater_is_better=False,
             ratio=("distance", None),
             min_cases=MIN_PAIRS,
         ),
-        Metric(
+        TaskMetric(
             "language_score",
             "share of comparisons in which a sentence that fits is likelier than the unrelated one, 0 to 1 (StereoSet's lms)",
             greater_is_better=True,
             ratio=("meaningful", "compared"),
             min_cases=MIN_PAIRS,
         ),
-        Metric(
+        TaskMetric(
             "icat",
             "language_score times the distance of stereotype_score from 0 or 1 over 0.5, 0 to 1: 1 is an ideal model "
             "(StereoSet's icat)",
@@ -78,13 +78,13 @@ class Stereotype(Task):
     )
     needs_path = True
 
-    def expand_rows(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def expand_rows(self, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
         """Turn published files into one row for each pair (or triple) of sentences.
 
         StereoSet's file is one object with lists of items, and WinoBias has two files whose lines are paired in their order.
         Rows of other data sets (CrowS-Pairs) already are pairs and pass unchanged.
         """
-        winobias_files: dict[str, list[Row]] = {}
+        winobias_files: dict[str, list[SourceRow]] = {}
         for row in rows:
             stereoset = row.fields.get("data")
             is_text_file = {*row.fields} == {"title", "text"}  # how a plain text file is read, as one row
@@ -97,10 +97,10 @@ class Stereotype(Task):
                 yield row
         yield from _pair_winobias_files(self.config_key, winobias_files)
 
-    def prepare_case(self, case: Case) -> None:
+    def prepare_case(self, case: TaskCase) -> None:
         """Keep a row's sentences (stereotype, anti-stereotype, perhaps an unrelated one), their context, and its groups.
 
-        Groups are the kinds of bias that the row names; each gets a metric of its own. Raises Refusal.
+        Groups are the kinds of bias that the row names; each gets a metric of its own. Raises RowError.
         """
         fields = case.fields
         if "sent_more" in fields:
@@ -113,7 +113,7 @@ class Stereotype(Task):
             if fields.get("unrelated") is not None:
                 texts.append(parse_text(fields, "unrelated"))
         if texts[0] == texts[1]:
-            raise Refusal("same_texts", f"both sentences are {show_value(texts[0])}; they must differ")
+            raise RowError("same_texts", f"both sentences are {show_value(texts[0])}; they must differ")
 
         context = ""
         # The context of an intrasentence row is the sentence itself with a gap in it.
@@ -126,7 +126,7 @@ class Stereotype(Task):
         target = str(fields.get("target") or "")
         case.fields = {"texts": texts, "context": context, "target": target, "groups": groups}
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each pair of sentences, with which of them the model finds likelier. All ranks must call.
 
         A sentence alone is scored as a whole, one with a context after that context.
@@ -156,7 +156,7 @@ class Stereotype(Task):
             rows.append(_row(case, case_likelihoods, weight))
         return rows
 
-    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
+    def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
         """The metrics that fit the rows (StereoSet's need unrelated sentences), and one for each group if there are several."""
         has_unrelated_sentences = any("compared" in row.scores for row in rows)
         metrics = self.metrics if has_unrelated_sentences else self.metrics[:2]  # the first two need only a pair
@@ -169,7 +169,7 @@ class Stereotype(Task):
             return metrics
         group_metrics = []
         for group in groups:
-            metric = Metric(
+            metric = TaskMetric(
                 f"stereotype_score_{group}",
                 f"the same of {group}",
                 greater_is_better=None,
@@ -231,7 +231,7 @@ class Stereotype(Task):
         return self.signature_of_all(signature)
 
 
-def _row(case: Case, likelihoods: Sequence[Likelihood], weight: float) -> TaskRow:
+def _row(case: TaskCase, likelihoods: Sequence[Likelihood], weight: float) -> TaskRow:
     """The report's row of a pair of sentences, scored by their likelihoods (stereotype, anti-stereotype, perhaps unrelated).
 
     Log-probabilities are sums over tokens, as CrowS-Pairs has them for causal models. With an unrelated sentence, as in
@@ -273,7 +273,7 @@ def _row(case: Case, likelihoods: Sequence[Likelihood], weight: float) -> TaskRo
 
 
 def _sentences_by_label(sentences: Any) -> list[str]:
-    """The three sentences of a StereoSet item, in the order of `SENTENCE_LABELS`. Raises Refusal.
+    """The three sentences of a StereoSet item, in the order of `SENTENCE_LABELS`. Raises RowError.
 
     `sentences`: [{"sentence": "Girls are soft.", "gold_label": "stereotype"}, ...], or from Parquet the same as columns:
     {"sentence": [...], "gold_label": [...]}. A label may also be its number in `LABELS_BY_NUMBER`.
@@ -283,7 +283,7 @@ def _sentences_by_label(sentences: Any) -> list[str]:
         rows = zip(*sentences.values(), strict=False)
         sentences = [dict(zip(sentences, row, strict=False)) for row in rows]
     if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
-        raise Refusal(
+        raise RowError(
             "bad_sentences", f'"sentences" is {show_value(sentences)}; it must be a list of sentence and gold_label'
         )
     text_by_label = {}
@@ -293,7 +293,7 @@ def _sentences_by_label(sentences: Any) -> list[str]:
             label = LABELS_BY_NUMBER[label]
         text_by_label[label] = parse_text(sentence, "sentence")
     if {*text_by_label} != {*SENTENCE_LABELS}:
-        raise Refusal(
+        raise RowError(
             "bad_sentences",
             f'"sentences" has the gold_labels {show_value([*text_by_label])}; it must have '
             f"{', '.join(SENTENCE_LABELS)}, each once",
@@ -301,7 +301,7 @@ def _sentences_by_label(sentences: Any) -> list[str]:
     return [text_by_label[label] for label in SENTENCE_LABELS]
 
 
-def _stereoset_rows(row: Row, form: str, items: Any) -> Iterator[Row]:
+def _stereoset_rows(row: SourceRow, form: str, items: Any) -> Iterator[SourceRow]:
     """The items of one form of StereoSet (`intrasentence` or `intersentence`) as rows, with the item's number as line.
 
     What is no item becomes a row that `prepare_case` refuses, so that the user hears of it.
@@ -316,7 +316,7 @@ def _stereoset_rows(row: Row, form: str, items: Any) -> Iterator[Row]:
         yield replace(row, file=f"{row.file}:{form}", line=number, fields=fields)
 
 
-def _winobias_sentences(row: Row) -> Iterator[Row]:
+def _winobias_sentences(row: SourceRow) -> Iterator[SourceRow]:
     """A row for each sentence of a WinoBias file, of which `row` holds the whole text.
 
     "3 [The nurse] helped [him]." becomes "The nurse helped him."
@@ -327,7 +327,7 @@ def _winobias_sentences(row: Row) -> Iterator[Row]:
             yield replace(row, line=number, fields={"text": text})
 
 
-def _pair_winobias_files(key: str, sentences_by_file: dict[str, list[Row]]) -> Iterator[Row]:
+def _pair_winobias_files(key: str, sentences_by_file: dict[str, list[SourceRow]]) -> Iterator[SourceRow]:
     """A row for each pair of sentences from two WinoBias files, such as `pro_stereotyped_1.txt` and `anti_stereotyped_1.txt`.
 
     The files belong together if their names differ in "pro" and "anti" only; then the sentences in the same line are a pair.

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from strategies.errors import DataError
 from trainer.data.document import Document
-from trainer.data.fields import Refusal, parse_text, show_value
+from trainer.data.fields import RowError, parse_text, show_value
 from trainer.data.messages import parse_turns
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, documents_of
+from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
 from trainer.evaluation.tasks.pass_at_k import set_samples_of_row, texts_by_prompt
 from trainer.evaluation.tasks.written import GenerationTask
@@ -30,13 +30,15 @@ class ToolCalls(GenerationTask):
     kind = "tool_calls"
     right_or_wrong = True
     metrics = (
-        Metric(
+        TaskMetric(
             "accuracy",
             "share of answers with the right calls and arguments (or rightly none), 0 to 1",
             ratio=("right", None),
         ),
-        Metric("name_accuracy", "share of answers that call the right tools in order, 0 to 1", ratio=("names", None)),
-        Metric(
+        TaskMetric(
+            "name_accuracy", "share of answers that call the right tools in order, 0 to 1", ratio=("names", None)
+        ),
+        TaskMetric(
             "called",
             "share of answers that call a tool where one is called, and none where none is",
             ratio=("called", None),
@@ -47,17 +49,17 @@ class ToolCalls(GenerationTask):
         "none if no tool should be called"
     )
 
-    def prepare_case(self, case: Case) -> None:
+    def prepare_case(self, case: TaskCase) -> None:
         """Replace `case.fields` by the calls of the reference answer, and that answer as a text.
 
         {"calls": [{"name": "weather", "arguments": {"city": "Paris"}}], "reference": "[...]"}, the reference being the calls as
-        JSON, or the text of an answer without calls. Raises Refusal for a row without tools or without an answer.
+        JSON, or the text of an answer without calls. Raises RowError for a row without tools or without an answer.
         """
         assert case.document is not None
         answer = last_answer(case.document)
         if answer is None or not case.document.tools:
             missing = "no tools" if answer is not None else "no assistant turn"
-            raise Refusal("no_tools", f"the row has {missing}; it must have both")
+            raise RowError("no_tools", f"the row has {missing}; it must have both")
         calls = []
         for call in answer.get("tool_calls", ()):
             function = call["function"]
@@ -65,7 +67,7 @@ class ToolCalls(GenerationTask):
         reference = json.dumps(calls, ensure_ascii=False) if calls else answer["content"]
         case.fields = {"calls": calls, "reference": reference}
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each conversation, with whether the answer makes the reference's tool calls. All ranks must call.
 
         Raises DataError if the chat template writes calls in a form that is not read here: every answer would be wrong.
@@ -82,10 +84,10 @@ class ToolCalls(GenerationTask):
                 )
         return super().score_cases(cases, model)
 
-    def reference(self, case: Case) -> str:
+    def reference(self, case: TaskCase) -> str:
         return str(case.fields["reference"])
 
-    def score(self, case: Case, answer: str) -> dict[str, float]:
+    def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         """Compare the tool calls of an answer with those of the reference, in their order.
 
         `right`: tools and arguments are the same; `names`: the tools are the same; `called`: both make calls, or neither.
@@ -151,8 +153,8 @@ class JsonSchema(Task):
 
     kind = "json_schema"
     metrics = (
-        Metric("valid", "share of answers that the schema allows, 0 to 1 (jsonschema)", ratio=("valid", None)),
-        Metric("parsed", "share of answers that are JSON, 0 to 1", ratio=("parsed", None)),
+        TaskMetric("valid", "share of answers that the schema allows, 0 to 1 (jsonschema)", ratio=("valid", None)),
+        TaskMetric("parsed", "share of answers that are JSON, 0 to 1", ratio=("parsed", None)),
     )
     reads = (
         'rows with a "prompt" or a conversation ("messages"), and "schema": the JSON schema that the answer must fit; '
@@ -171,8 +173,8 @@ class JsonSchema(Task):
         if file is not None and not Path(str(file)).expanduser().is_file():
             yield f"{self.config_key}.options.schema={file}: no such file; give a file with a JSON schema"
 
-    def prepare_case(self, case: Case) -> None:
-        """Set the row's JSON schema in `case.fields`, and its prompt as `case.document`. Raises Refusal if either is not valid.
+    def prepare_case(self, case: TaskCase) -> None:
+        """Set the row's JSON schema in `case.fields`, and its prompt as `case.document`. Raises RowError if either is not valid.
 
         The schema is that of `options.schema`, or else of the row, as an object or as JSON text. The prompt is the row's
         "messages" without an answer at their end, or else its "prompt".
@@ -190,13 +192,13 @@ class JsonSchema(Task):
             try:
                 schema = json.loads(schema)
             except ValueError as error:
-                raise Refusal("bad_schema", f"the schema is no JSON ({error})") from None
+                raise RowError("bad_schema", f"the schema is no JSON ({error})") from None
         if not isinstance(schema, dict):
-            raise Refusal("bad_schema", f'"schema" is {show_value(schema)}; it must be a JSON schema')
+            raise RowError("bad_schema", f'"schema" is {show_value(schema)}; it must be a JSON schema')
         try:
             validator_for(schema).check_schema(schema)
         except SchemaError as error:
-            raise Refusal("bad_schema", f'"schema" is no JSON schema: {error.message}') from None
+            raise RowError("bad_schema", f'"schema" is no JSON schema: {error.message}') from None
 
         # The prompt. The answer "{}" is a stand-in: the format of a document needs one, and the model sees only the prompt.
         file_name, _, line = case.location.rpartition(":")
@@ -211,7 +213,7 @@ class JsonSchema(Task):
             case.document.completion = "{}"
         case.fields = {"schema": schema}
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with whether the answer is JSON, and valid under the row's schema. All ranks must call."""
         questions = model.encode_questions(documents_of(cases))
         answers = texts_by_prompt(model.generate_answers(questions, self.config.write, self.config_key), len(cases))
@@ -272,20 +274,20 @@ class Maths(GenerationTask):
 
     kind = "maths"
     right_or_wrong = True
-    metrics = (Metric("accuracy", "share of answers with the right result, 0 to 1", ratio=("right", None)),)
+    metrics = (TaskMetric("accuracy", "share of answers with the right result, 0 to 1", ratio=("right", None)),)
     reads = (
         "rows with a problem and its solution, in any format that data.path takes; the last number of the solution, or "
         "what stands in \\boxed{} or behind ####, is the right result"
     )
 
-    def prepare_case(self, case: Case) -> None:
-        """Keep the reference and the result that it ends in. Raises Refusal if it has none."""
+    def prepare_case(self, case: TaskCase) -> None:
+        """Keep the reference and the result that it ends in. Raises RowError if it has none."""
         super().prepare_case(case)
         case.fields["result"] = final_result(self.reference(case))
         if case.fields["result"] is None:
-            raise Refusal("no_result", "the solution has no number, nothing after #### and nothing in \\boxed{}")
+            raise RowError("no_result", "the solution has no number, nothing after #### and nothing in \\boxed{}")
 
-    def score(self, case: Case, answer: str) -> dict[str, float]:
+    def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         return {"right": float(final_result(answer) == case.fields["result"])}
 
     def signatures(self) -> dict[str, str]:

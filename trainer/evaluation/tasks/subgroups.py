@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from trainer.data.fields import Refusal, show_value
-from trainer.evaluation.tasks.base import Case, Metric, TaskRow
+from trainer.data.fields import RowError, show_value
+from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow
 from trainer.evaluation.tasks.classification import ClassificationTask
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.significance import LEVEL, max_statistic_p
@@ -24,40 +24,42 @@ class Subgroups(ClassificationTask):
 
     kind = "subgroups"
     metrics = (
-        Metric(
+        TaskMetric(
             "demographic_parity_difference",
             "largest difference of the share with a predicted label, 0 to 1",
             greater_is_better=False,
             min_cases=40,
         ),
-        Metric(
+        TaskMetric(
             "equalized_odds_difference",
             "largest difference of hits or of false alarms, 0 to 1",
             greater_is_better=False,
             min_cases=40,
         ),
-        Metric("accuracy_difference", "largest difference of accuracy, 0 to 1", greater_is_better=False, min_cases=40),
-        Metric("accuracy", "share of right labels, 0 to 1", ratio=("right", None)),
+        TaskMetric(
+            "accuracy_difference", "largest difference of accuracy, 0 to 1", greater_is_better=False, min_cases=40
+        ),
+        TaskMetric("accuracy", "share of right labels, 0 to 1", ratio=("right", None)),
     )
     reads = 'rows with "text", "label" and "group": the group of people that a row belongs to, such as a gender'
     options: ClassVar[dict[str, Any]] = {**ClassificationTask.options, "positive": None, "seed": 0}
     required_package: ClassVar[str | None] = None
 
-    def prepare_case(self, case: Case) -> None:
+    def prepare_case(self, case: TaskCase) -> None:
         """Require a group, beside the text and label that the base class keeps; its name is stored in `case.fields`.
 
-        Raises Refusal if the row has no group, or another column cannot be used.
+        Raises RowError if the row has no group, or another column cannot be used.
         """
         group = case.fields.get("group")
         if not isinstance(group, str | int) or not str(group).strip():
-            raise Refusal(
+            raise RowError(
                 "no_group",
                 f'"group" is {show_value(group)}; it must be a name ({self.config_key}.columns.group names another column)',
             )
         super().prepare_case(case)
         case.fields["group"] = str(group).strip()
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         rows = super().score_cases(cases, model)
         for case, row in zip(cases, rows, strict=True):
             row.source = case.fields["group"]

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from trainer.data.fields import Refusal, is_list_of_texts, show_value
+from trainer.data.fields import RowError, is_list_of_texts, show_value
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.tasks.base import Case, Metric, Task, TaskRow, documents_of
+from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, documents_of
 from trainer.evaluation.tasks.compat import weighted_score
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
 from trainer.evaluation.tasks.pass_at_k import pass_at_k_metrics, set_samples_of_row, texts_by_prompt
@@ -43,21 +43,23 @@ class GenerationTask(Task):
         yield from super().problems()
         yield from self.config.write.problems(f"{self.config_key}.write")
 
-    def prepare_case(self, case: Case) -> None:
+    def prepare_case(self, case: TaskCase) -> None:
         """Replace `case.fields` by the right answers of the row: {"references": [its last answer, further ones ...]}.
 
-        Further ones are in the column "references". Raises Refusal if the row has no answer, or that column is no list of texts.
+        Further ones are in the column "references". Raises RowError if the row has no answer, or that column is no list of texts.
         """
         assert case.document is not None
         answer = last_answer(case.document)
         if answer is None:
-            raise Refusal("no_answer", "the row is a text, or a pair of answers; it must be a prompt and its answer")
+            raise RowError("no_answer", "the row is a text, or a pair of answers; it must be a prompt and its answer")
         more_answers = case.fields.get(REFERENCES)
         if more_answers is not None and not is_list_of_texts(more_answers):
-            raise Refusal("bad_references", f'"{REFERENCES}" is {show_value(more_answers)}; it must be a list of texts')
+            raise RowError(
+                "bad_references", f'"{REFERENCES}" is {show_value(more_answers)}; it must be a list of texts'
+            )
         case.fields = {REFERENCES: [answer["content"].strip(), *(more_answers or [])]}
 
-    def score_cases(self, cases: Sequence[Case], model: ModelInterface) -> list[TaskRow]:
+    def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with the model's answers scored against the references. All ranks must call."""
         questions = model.encode_questions(documents_of(cases))
         answers = texts_by_prompt(model.generate_answers(questions, self.config.write, self.config_key), len(cases))
@@ -75,12 +77,12 @@ class GenerationTask(Task):
             rows.append(row)
         return rows
 
-    def reference(self, case: Case) -> str:
+    def reference(self, case: TaskCase) -> str:
         """The right answer, as the report shows it."""
         return str(case.fields[REFERENCES][0])
 
     @abstractmethod
-    def score(self, case: Case, answer: str) -> dict[str, float]:
+    def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         """The scores of one answer to this case, by name. The first one sorts the rows of the report."""
 
 
@@ -122,9 +124,9 @@ class ExactMatch(_NormalisedTask):
 
     right_or_wrong = True
     kind = "exact_match"
-    metrics = (Metric("exact_match", "share of answers that equal a reference, 0 to 1", ratio=("match", None)),)
+    metrics = (TaskMetric("exact_match", "share of answers that equal a reference, 0 to 1", ratio=("match", None)),)
 
-    def score(self, case: Case, answer: str) -> dict[str, float]:
+    def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         answer = self.normalise(answer)
         is_match = any(answer == self.normalise(reference) for reference in case.fields[REFERENCES])
         return {"match": float(is_match)}
@@ -135,11 +137,11 @@ class F1(_NormalisedTask):
 
     kind = "f1"
     metrics = (
-        Metric("f1", "mean F1 of the words of answer and best reference, 0 to 1", ratio=("f1", None)),
-        Metric("exact_match", "share of answers that equal a reference, 0 to 1", ratio=("match", None)),
+        TaskMetric("f1", "mean F1 of the words of answer and best reference, 0 to 1", ratio=("f1", None)),
+        TaskMetric("exact_match", "share of answers that equal a reference, 0 to 1", ratio=("match", None)),
     )
 
-    def score(self, case: Case, answer: str) -> dict[str, float]:
+    def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         answer = self.normalise(answer)
         references = [self.normalise(reference) for reference in case.fields[REFERENCES]]
         best_f1 = max(word_f1(answer, reference) for reference in references)
@@ -166,8 +168,8 @@ class Translation(GenerationTask):
 
     kind = "translation"
     metrics = (
-        Metric("bleu", "sacrebleu's corpus BLEU, 0 to 100 (Papineni et al. 2002; Post 2018)"),
-        Metric("chrf", "sacrebleu's corpus chrF, 0 to 100 (Popović 2015)"),
+        TaskMetric("bleu", "sacrebleu's corpus BLEU, 0 to 100 (Papineni et al. 2002; Post 2018)"),
+        TaskMetric("chrf", "sacrebleu's corpus chrF, 0 to 100 (Popović 2015)"),
     )
     options: ClassVar[dict[str, Any]] = {"tokenize": "13a", "lowercase": False, "word_order": 0}
     supports_draws = False  # corpus scores are computed from one answer a row
@@ -190,7 +192,7 @@ class Translation(GenerationTask):
             "chrf": CHRF(word_order=int(self.option_values["word_order"]), lowercase=lowercase),
         }
 
-    def score(self, case: Case, answer: str) -> dict[str, float]:
+    def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         return {"chrf": float(self.scorers["chrf"].sentence_score(answer, case.fields[REFERENCES][:1]).score)}
 
     def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
@@ -211,9 +213,9 @@ class Summarisation(GenerationTask):
 
     kind = "summarisation"
     metrics = (
-        Metric("rougeL", "mean ROUGE-L F-measure, 0 to 1 (Lin 2004)", ratio=("rougeL", None)),
-        Metric("rouge1", "mean ROUGE-1 F-measure, 0 to 1 (Lin 2004)", ratio=("rouge1", None)),
-        Metric("rouge2", "mean ROUGE-2 F-measure, 0 to 1 (Lin 2004)", ratio=("rouge2", None)),
+        TaskMetric("rougeL", "mean ROUGE-L F-measure, 0 to 1 (Lin 2004)", ratio=("rougeL", None)),
+        TaskMetric("rouge1", "mean ROUGE-1 F-measure, 0 to 1 (Lin 2004)", ratio=("rouge1", None)),
+        TaskMetric("rouge2", "mean ROUGE-2 F-measure, 0 to 1 (Lin 2004)", ratio=("rouge2", None)),
     )
     options: ClassVar[dict[str, Any]] = {"stemmer": True}
     reads = "rows with a text and its summary, in any format that data.path takes"
@@ -225,7 +227,7 @@ class Summarisation(GenerationTask):
 
         return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=bool(self.option_values["stemmer"]))
 
-    def score(self, case: Case, answer: str) -> dict[str, float]:
+    def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         scores = self.scorer.score(case.fields[REFERENCES][0], answer)
         return {name: float(scores[name].fmeasure) for name in ("rougeL", "rouge1", "rouge2")}
 

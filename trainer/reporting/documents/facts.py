@@ -14,7 +14,7 @@ from trainer.reporting.documents.compute import Compute, compute
 from trainer.reporting.documents.licences import licence_conflicts
 from trainer.reporting.documents.questions import QUESTIONS
 from trainer.reporting.findings import RecordedFinding, findings_in
-from trainer.reporting.numbers import times
+from trainer.reporting.numbers import format_times
 from trainer.reporting.results import EVALUATION, REVIEW, TEST, KeptReport, kept_reports, read_json
 from trainer.reporting.run_record import RunRecord
 
@@ -158,7 +158,7 @@ class ModelFacts:
     @property
     def test_looks(self) -> str:
         """How often the run's test documents were looked at, whatever the weights: `once`, `3 times`."""
-        return times(sum(report.kind == TEST for report in self.reports))
+        return format_times(sum(report.kind == TEST for report in self.reports))
 
     @property
     def elsewhere(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.reporting.documents.compute import GENERAL_PURPOSE, SYSTEMIC
 from trainer.reporting.documents.facts import ModelFacts
-from trainer.reporting.numbers import readable
+from trainer.reporting.numbers import format_metric
 
 PAPERS = "papers"
 """Directory of the papers in an export."""
@@ -37,7 +37,13 @@ def render(name: str, facts: ModelFacts, **more: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": number, "cell": cell, "last": last_part, "readable": readable, "json": json.dumps}
+    environment.filters |= {
+        "number": number,
+        "cell": cell,
+        "last": last_part,
+        "readable": format_metric,
+        "json": json.dumps,
+    }
     recorded = {key: content for key, content in facts.run.as_json().items() if content is not None}
     # `{{ run.strategy }}` is "not recorded" if the run's record lacks it, and no error.
     text = environment.get_template(f"{name}.md.j2").render(

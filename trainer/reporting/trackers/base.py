@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from strategies.errors import Diverged, NotRunOwner, Preempted
 from trainer.reporting.config import Alert, LoggingConfig
 from trainer.reporting.metric_names import EDITION
-from trainer.reporting.status import State
+from trainer.reporting.status import RunState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ class TrackedRun:
 class RunEnding:
     """How a run ended."""
 
-    state: State
+    state: RunState
     exit_code: int = 0
     """That of the command line."""
     reason: str = ""
@@ -60,7 +60,7 @@ class RunEnding:
         """The kind of alert that `logging.alerts` may ask for at this end; None for a run that is done and did not diverge."""
         if self.diverged:
             return Alert.diverged
-        return None if self.state is State.done else Alert(str(self.state))
+        return None if self.state is RunState.done else Alert(str(self.state))
 
     @property
     def tracked_state(self) -> str:
@@ -75,15 +75,15 @@ class RunEnding:
         """
         reason = str(error) or type(error).__name__
         if isinstance(error, Preempted | NotRunOwner):
-            return cls(State.preempted, Preempted.exit_code, reason)
+            return cls(RunState.preempted, Preempted.exit_code, reason)
         exit_code = getattr(error, "exit_code", 70)
         if isinstance(error, KeyboardInterrupt):
             exit_code = 130  # as shells report a SIGINT
-        return cls(State.failed, exit_code, reason, diverged=isinstance(error, Diverged))
+        return cls(RunState.failed, exit_code, reason, diverged=isinstance(error, Diverged))
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class LoggedTable:
     """Rows of texts and numbers under headings."""
 
     columns: list[str]
@@ -99,7 +99,7 @@ class Tracker(Protocol):
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         """Record numbers of one step."""
 
-    def log_table(self, name: str, table: Table, *, step: int) -> None:
+    def log_table(self, name: str, table: LoggedTable, *, step: int) -> None:
         """Show a table of one step, where the tracker has a place for one."""
 
     def summarise(self, values: dict[str, Any]) -> None:

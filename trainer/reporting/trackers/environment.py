@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.reporting.config import LoggingConfig, WandbMode
-from trainer.reporting.resolution import Resolution
+from trainer.reporting.resolution import ResolvedSetting
 
 VARIABLES = {
     "project": "WANDB_PROJECT",
@@ -28,7 +28,7 @@ class LoggingFromEnvironment:
     """Settings with what the environment decides."""
 
     config: LoggingConfig
-    resolutions: dict[str, Resolution]
+    resolutions: dict[str, ResolvedSetting]
     """What the environment decided, by setting. As text: `mine (WANDB_PROJECT)`."""
     passed_over: str | None
     """One line on the variables that lose to a setting; None where none does."""
@@ -40,7 +40,7 @@ def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> 
     With WANDB_PROJECT=mine, an empty `logging.project` becomes `mine`, and `resolutions` says so. If `logging.project` is another
     name already, it stays, and `passed_over` names the variable.
     """
-    resolutions: dict[str, Resolution] = {}
+    resolutions: dict[str, ResolvedSetting] = {}
     passed_over: list[str] = []
     changes: dict[str, Any] = {}
     for name, variable in VARIABLES.items():
@@ -54,7 +54,9 @@ def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> 
         configured = getattr(config, name)
         if not configured:
             changes[name] = value
-            resolutions[f"logging.{name}"] = Resolution(f"logging.{name}", asked=None, chosen=text, reason=variable)
+            resolutions[f"logging.{name}"] = ResolvedSetting(
+                f"logging.{name}", asked=None, chosen=text, reason=variable
+            )
         elif configured != value:
             passed_over.append(f"{variable}={text} (logging.{name} is set)")
 
@@ -67,7 +69,9 @@ def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> 
     if config.wandb is WandbMode.auto:
         changes["wandb"] = WandbMode(mode or "offline")
         if mode:
-            resolutions["logging.wandb"] = Resolution("logging.wandb", asked=None, chosen=mode, reason="WANDB_MODE")
+            resolutions["logging.wandb"] = ResolvedSetting(
+                "logging.wandb", asked=None, chosen=mode, reason="WANDB_MODE"
+            )
     elif mode and mode != config.wandb:
         passed_over.append(f"WANDB_MODE={mode_text} (logging.wandb={config.wandb} is set)")
     passed_over_line = f"passed over: {', '.join(passed_over)}" if passed_over else None

@@ -8,8 +8,8 @@ import shlex
 import time
 from typing import Any
 
-from trainer.reporting.status import State
-from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
+from trainer.reporting.status import RunState
+from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun
 from trainer.reporting.trackers.reachable import unreachable_reason
 
 MAX_PARAMETERS = 100
@@ -18,7 +18,7 @@ MAX_CHARACTERS = 6000
 """Characters of a parameter."""
 RUN_ID_TAG = "shardtune.run_id"
 """The tag by which a resumed run is found again."""
-STATES = {State.done: "FINISHED", State.failed: "FAILED", State.preempted: "KILLED"}
+STATES = {RunState.done: "FINISHED", RunState.failed: "FAILED", RunState.preempted: "KILLED"}
 
 
 class MlflowRun:
@@ -84,7 +84,7 @@ class MlflowRun:
                 numbers.append(Metric(name, float(number), now_ms, step))
         self._client.log_batch(self._id, metrics=numbers)
 
-    def log_table(self, name: str, table: Table, *, step: int) -> None:
+    def log_table(self, name: str, table: LoggedTable, *, step: int) -> None:
         """Left out: it keeps numbers."""
 
     def summarise(self, values: dict[str, Any]) -> None:

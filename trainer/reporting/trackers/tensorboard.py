@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
+from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun
 
 
 class TensorboardFiles:
@@ -22,7 +22,7 @@ class TensorboardFiles:
             if isinstance(value, int | float):
                 self._writer.add_scalar(key, value, step)
 
-    def log_table(self, name: str, table: Table, *, step: int) -> None:
+    def log_table(self, name: str, table: LoggedTable, *, step: int) -> None:
         """Log a table as Markdown, which TensorBoard shows under its texts."""
         lines = []
         separator = ["---"] * len(table.columns)

@@ -7,8 +7,8 @@ import io
 import shlex
 from typing import Any
 
-from trainer.reporting.status import State
-from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
+from trainer.reporting.status import RunState
+from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun
 
 
 class TrackioRun:
@@ -35,7 +35,7 @@ class TrackioRun:
         self._step = step
         self._run.log({name: number for name, number in metrics.items() if name != "step"}, step=step)
 
-    def log_table(self, name: str, table: Table, *, step: int) -> None:
+    def log_table(self, name: str, table: LoggedTable, *, step: int) -> None:
         """Left out: it keeps numbers."""
 
     def summarise(self, values: dict[str, Any]) -> None:
@@ -47,6 +47,6 @@ class TrackioRun:
         with contextlib.redirect_stdout(io.StringIO()):
             self._run.log({"state": ending.tracked_state}, step=self._step)
             if ending.alert in self._tracked_run.config.alerts:
-                level = trackio.AlertLevel.WARN if ending.state is State.preempted else trackio.AlertLevel.ERROR
+                level = trackio.AlertLevel.WARN if ending.state is RunState.preempted else trackio.AlertLevel.ERROR
                 self._run.alert(f"{self._tracked_run.name}: {ending.alert}", ending.reason, level=level)
             trackio.finish()  # of this run: its own `finish` would be called once more at the end of the process

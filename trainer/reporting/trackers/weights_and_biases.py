@@ -11,11 +11,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from strategies.redaction import redacted
+from strategies.redaction import redact
 from trainer.reporting.config import Alert, WandbMode
 from trainer.reporting.metric_names import FIRST_EDITION, METRIC_NAMES, TRAINING_S
-from trainer.reporting.status import State
-from trainer.reporting.trackers.base import RunEnding, Table, TrackedRun
+from trainer.reporting.status import RunState
+from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun
 from trainer.reporting.trackers.wandb_server import address, fetch_labels, no_server
 
 INIT_S = 30
@@ -189,7 +189,7 @@ class WandbRun:
         self._run.summary.update(self._summary)
         self._set_hint(is_online=is_online)
 
-    def log_table(self, name: str, table: Table, *, step: int) -> None:
+    def log_table(self, name: str, table: LoggedTable, *, step: int) -> None:
         """Log a table. A column with any cell that is no number becomes texts throughout."""
         import wandb
 
@@ -217,13 +217,15 @@ class WandbRun:
 
     def _end(self, ending: RunEnding) -> None:
         """Set the run's state, send the alert and register the export if asked for, and wait for the upload."""
-        if ending.state is State.preempted:
+        if ending.state is RunState.preempted:
             self._run.mark_preempting()  # so that the run is called preempted and not failed
         self._run.summary.update({"state": ending.tracked_state})
-        if ending.state is not State.preempted:  # a preempted run has no time for it: it is resumed, and ends once more
+        if (
+            ending.state is not RunState.preempted
+        ):  # a preempted run has no time for it: it is resumed, and ends once more
             self._set_diverged_tag(is_set=ending.diverged)
         if ending.alert in self._tracked_run.config.alerts:
-            level = "WARN" if ending.state is State.preempted else "ERROR"
+            level = "WARN" if ending.state is RunState.preempted else "ERROR"
             self._run.alert(
                 f"{self._tracked_run.name}: {ending.alert}",
                 f"{self._tracked_run.run_dir}: {ending.reason}",
@@ -254,7 +256,7 @@ class WandbRun:
             try:
                 labels = fetch_labels(run.entity, run.project, run.id)
             except Exception as error:  # noqa: BLE001  (whatever W&B's client raises)
-                reason = redacted(" ".join(str(error).split()) or type(error).__name__)
+                reason = redact(" ".join(str(error).split()) or type(error).__name__)
                 self._tracked_run.print_line(
                     f"W&B: the tag {tag} stays as it is: the run's tags cannot be read ({reason})"
                 )

@@ -13,7 +13,7 @@ import numpy as np
 from trainer.evaluation.tasks.judged import grading_prompt, parse_grade
 from trainer.rollout.rewards.functions import BadScore
 from trainer.rollout.rewards.kinds import JudgeReward
-from trainer.rollout.types import Group, Prompt
+from trainer.rollout.types import AnswerGroup, Prompt
 
 
 class VerdictSource(Protocol):
@@ -23,7 +23,7 @@ class VerdictSource(Protocol):
         """The verdict on each question, the same on every rank. All ranks must call."""
 
 
-def judge_answers(judge: VerdictSource, options: Mapping[str, Any], groups: Sequence[Group]) -> list[np.ndarray]:
+def judge_answers(judge: VerdictSource, options: Mapping[str, Any], groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
     """float64 [answers] of each group: the grade from 1 to 10 as a score from 0 to 1; nan for a verdict without a grade.
 
     All ranks must call, with the same groups. Errors: those of the judge.

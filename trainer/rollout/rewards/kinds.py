@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from strategies.extras import install_command
-from trainer.data.fields import Refusal
+from trainer.data.fields import RowError
 from trainer.data.messages import parse_turns
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.tasks.base import Case
+from trainer.evaluation.tasks.base import TaskCase
 from trainer.evaluation.tasks.structured import Maths, ToolCalls, check_json, final_result, parse_tool_calls
 from trainer.evaluation.tasks.written import F1, REFERENCES, ExactMatch
 from trainer.objectives.reward_functions import REFERENCE_COLUMNS
@@ -100,7 +100,7 @@ class ExactMatchReward(RewardKind):
             yield f"{key}{problem.removeprefix(self.task.config_key)}"
 
     def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
-        case = Case("", fields={REFERENCES: self.references(columns)})
+        case = TaskCase("", fields={REFERENCES: self.references(columns)})
         return self.task.score(case, text.strip())[self.score_name]
 
 
@@ -233,7 +233,7 @@ class ToolCallsReward(RewardKind):
         if isinstance(columns.get("messages"), list):
             try:
                 last_turn = parse_turns(columns["messages"], "messages", "a list of messages")[-1]
-            except Refusal as refusal:
+            except RowError as refusal:
                 raise BadScore(refusal.message) from None
             if last_turn["role"] == "assistant":
                 functions = [call["function"] for call in last_turn.get("tool_calls", ())]

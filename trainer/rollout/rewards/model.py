@@ -17,7 +17,7 @@ from trainer.data.document import Document
 from trainer.data.tokens.characters import ESCAPE
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.template import RenderedText
-from trainer.rollout.types import Group
+from trainer.rollout.types import AnswerGroup
 
 SCORES = "scores"
 """The term that a pass of a reward model returns in place of a loss."""
@@ -36,7 +36,7 @@ class RewardModelReader:
     batch_tokens: int
     """Tokens of a micro-batch, padding included."""
 
-    def encode_group(self, group: Group) -> list[list[int] | None]:
+    def encode_group(self, group: AnswerGroup) -> list[list[int] | None]:
         """The token ids of a group's prompt with each answer; None where the model has too few positions.
 
         The chat template writes prompt and answer as a conversation; a prompt that is a text is a user's turn. Control tokens
@@ -176,7 +176,7 @@ class RewardModelScorer:
         self.runtime = runtime
         self.stop_now = stop_now
 
-    def scores(self, name: str, groups: Sequence[Group]) -> list[np.ndarray]:
+    def scores(self, name: str, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
         """float64 [answers] of each group by reward model `name`, the same on all ranks; nan for a text that is too long.
 
         All ranks must call, with the same groups. Raises on all ranks alike: DataError for a conversation that the chat template
@@ -201,7 +201,7 @@ class RewardModelScorer:
                 scores[group_index][answer_index] = score
         return scores
 
-    def _own_texts(self, name: str, groups: Sequence[Group]) -> list[_AnswerText]:
+    def _own_texts(self, name: str, groups: Sequence[AnswerGroup]) -> list[_AnswerText]:
         """The texts that this rank scores: prompts with answers of every `world_size`-th group, without those that are too
         long."""
         texts = []

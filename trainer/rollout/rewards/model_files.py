@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError
-from strategies.small_files import read_object
+from strategies.small_files import read_json_object
 
 if TYPE_CHECKING:
     from trainer.objectives.rollouts import RewardEntry
@@ -76,7 +76,7 @@ def _model_or_export_directory(directory: Path, key: str) -> Path:
 def _read_json_object(file: Path, key: str) -> dict[str, Any]:
     """The JSON object in a file. Raises ConfigError, which begins with the setting `key`, if it cannot be read."""
     try:
-        return read_object(file)
+        return read_json_object(file)
     except (OSError, ValueError, ConfigError) as error:
         raise ConfigError(f"{key}: {file} cannot be read ({error}); write it again") from None
 

@@ -15,7 +15,7 @@ from trainer.rollout.rewards.copies import function_locations
 from trainer.rollout.rewards.judged import VerdictSource, judge_answers
 from trainer.rollout.rewards.kinds import JudgeReward
 from trainer.rollout.rewards.process import Call, Reply, Stopped, WorkerPool
-from trainer.rollout.types import Group, GroupScores
+from trainer.rollout.types import AnswerGroup, GroupScores
 
 if TYPE_CHECKING:
     from trainer.objectives.rollouts import RewardEntry, RoundsConfig
@@ -85,7 +85,7 @@ class WorkerScorer:
     def _start_own_workers(self) -> None:
         self._pool.start()
 
-    def score(self, groups: Sequence[Group], *, step: int) -> list[GroupScores]:
+    def score(self, groups: Sequence[AnswerGroup], *, step: int) -> list[GroupScores]:
         """The scores of each group, in order, the same on all ranks. See `RewardScorer`."""
         # Functions and built-in rewards: each rank scores its share of the groups.
         own_numbers = range(self.runtime.rank, len(groups), self.runtime.world_size)
@@ -119,7 +119,7 @@ class WorkerScorer:
     def _weights(self) -> dict[str, float]:
         return {name: reward.weight for name, reward in self.rewards.items()}
 
-    def _scored_by_ranks(self, name: str, groups: Sequence[Group]) -> list[np.ndarray]:
+    def _scored_by_ranks(self, name: str, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
         """The scores of a reward that all ranks compute together, float64 [answers] of each group. All ranks must call.
 
         They come from a reward model, or from the judge.
@@ -137,7 +137,7 @@ class WorkerScorer:
             group_scores.by_reward[name] = reward_values
 
     def _score_own_groups(
-        self, groups: Sequence[Group], numbers: Sequence[int], step: int
+        self, groups: Sequence[AnswerGroup], numbers: Sequence[int], step: int
     ) -> dict[int, tuple[GroupScores, list[int]]]:
         """Score this rank's share of the groups, in its worker processes, without communication.
 
@@ -158,7 +158,7 @@ class WorkerScorer:
             number: (collected.scores(), sorted(collected.without_total)) for number, collected in by_number.items()
         }
 
-    def _calls_of(self, number: int, group: Group, step: int) -> Iterator[tuple[int, list[int], Call]]:
+    def _calls_of(self, number: int, group: AnswerGroup, step: int) -> Iterator[tuple[int, list[int], Call]]:
         """The calls of reward functions that a group needs: (number of the group, numbers of its answers, call) of each.
 
         A reward is called once with all answers of the group, or, if it is of a kind in `_single_answer_rewards`, once for each.
@@ -264,7 +264,7 @@ def weighted_total(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, fl
     return total
 
 
-def _call_arguments(group: Group, answers: list[int], step: int) -> dict[str, Any]:
+def _call_arguments(group: AnswerGroup, answers: list[int], step: int) -> dict[str, Any]:
     """Some answers of a group as JSON values, which the worker process makes an `AnswersOfGroup` of."""
     chosen = [group.answers[answer] for answer in answers]
     texts = [answer.text for answer in chosen]

@@ -22,7 +22,7 @@ from launch.cluster.preflight.node_facts import (
     run_dir_facts,
 )
 from launch.cluster.preflight.verdict import FailedRank, NodeReports, judge
-from trainer.config.resuming import plain_settings
+from trainer.config.resuming import settings_as_dict
 from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
 
 
@@ -289,7 +289,7 @@ def test_preflight_request_of_a_run(tmp_path):
     config = RunConfig(launcher=launcher, run=RunSettings(dir="~/runs/a"))
     config.model.path, config.model.tokenizer = "org/model", "org/tokens"
     config.data.path = ["a.jsonl", "hub:org/data", "s3://bucket/b.jsonl"]
-    asked = preflight_request(plain_settings(config), 2)
+    asked = preflight_request(settings_as_dict(config), 2)
     assert (asked.processes, asked.gpus, asked.exchange, asked.paths) == (4, 4, False, ["a.jsonl"])
     assert (asked.model, asked.tokenizer, asked.run_dir) == (
         "org/model",
@@ -302,6 +302,6 @@ def test_preflight_request_of_a_run(tmp_path):
     config.strategy.offload_activations = True
     config.data.max_length = config.batch["micro"] = 1024
     # A block of a rank: 2^20 tokens x 4096 x 2 bytes = 8 GiB; four ranks of 32 blocks, and 3 GiB a process.
-    assert preflight_request(plain_settings(config), 2).memory_gib == 4 * (32 * 8 + 3)
+    assert preflight_request(settings_as_dict(config), 2).memory_gib == 4 * (32 * 8 + 3)
     config.model.download = True  # then nodes fetch it
-    assert preflight_request(plain_settings(config), 2).model is None
+    assert preflight_request(settings_as_dict(config), 2).model is None
