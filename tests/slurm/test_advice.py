@@ -169,7 +169,7 @@ def test_slurm_advice_names_a_partition_that_is_down_and_refuses_too_large_a_swe
     scontrol = sinfo.with_name("scontrol")
     scontrol.write_text("#!/bin/sh\necho 'MaxArraySize            = 20'\n")
     scontrol.chmod(0o755)
-    monkeypatch.setattr("launch.config.compose.compose", None)  # no point is composed
+    monkeypatch.setattr("launch.config.compose.compose_config", None)  # no point is composed
     words = ["launcher=slurm", "model.path=m", "optim.lr=1e-4,2e-4", "run.seed=range(0,11)"]
     assert main(["train", "-m", *words]) == 64
     assert "22 runs are one job array, and SLURM takes 20 at most here (MaxArraySize)" in capsys.readouterr().err

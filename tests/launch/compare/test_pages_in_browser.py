@@ -168,4 +168,5 @@ def test_page_of_a_run_that_learns_from_rewards_in_the_browser(tmp_path, browser
     assert not page.is_too_wide() and axe_problems(page) == []
     page.themed(dark=True)
     page.tab.locator("#reward select").nth(1).select_option("completions/mean_length")
+    assert keyboard_problems(page) == []
     assert axe_problems(page) == [] and not page.errors and not page.requests
