@@ -39,7 +39,7 @@ class Turns:
 
         from trainer.checkpoints.manager import Checkpoints
 
-        save, succeeded = Checkpoints.save, Checkpoints._note_success
+        save, succeeded = Checkpoints.save_checkpoint, Checkpoints._record_success
 
         def in_turn(made: Checkpoints, engine: Any, progress: Any, *, must_succeed: bool = True) -> bool:
             way = WAYS[len(self.began) % len(WAYS)]
@@ -59,8 +59,8 @@ class Turns:
             self.saved[way].append(saved)
             succeeded(made, writing, saved)
 
-        Checkpoints.save = in_turn  # type: ignore[method-assign]
-        Checkpoints._note_success = noted  # type: ignore[method-assign]
+        Checkpoints.save_checkpoint = in_turn  # type: ignore[method-assign]
+        Checkpoints._record_success = noted  # type: ignore[method-assign]
 
     def _copied(self, tensors: list[Any], torch: Any) -> float:
         """The time after a plain copy of the same tensors to warm memory, which is noted, too."""
@@ -81,7 +81,7 @@ class Turns:
         stall = {way: median(each.stall_s for each in kept[way]) for way in kept}
         copy = median(self.copy_s[1:])
         return {
-            "bytes": kept["background"][0].size,
+            "bytes": kept["background"][0].size_bytes,
             "saves": {way: len(kept[way]) for way in kept},
             "stall_s": stall,
             "write_s": {way: median(each.took_s for each in kept[way]) for way in kept},

@@ -18,7 +18,7 @@ from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.quantised_model import build_as_stored
 from trainer.build.rounds import steps_of_run
-from trainer.checkpoints.manifest import manifest_fingerprint
+from trainer.checkpoints.manifest import manifest_sha256
 from trainer.config.evaluation import tasks_to_run
 from trainer.config.run import RunConfig, settled_template_date
 from trainer.data.batches.mixing import build_order
@@ -127,7 +127,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     except Interrupted:
         raise Preempted("asked to stop; the same command begins the evaluation again, with its first task") from None
     attempt.phase = "writing the report"
-    request.only_main_may_end_process()
+    request.disarm_end_of_stuck_process()
     attempt.require_ownership(runtime)
     if unfinished is not None:
         report, shown_tables = _report(config, job, about, [prepared.task for prepared in tasks], models)
@@ -193,7 +193,7 @@ def _evaluate_test(
         run_dir=Path(job.run),
         step=progress.step,
         checkpoint=Path(job.checkpoint).name,
-        artefact=None if job.accepted else manifest_fingerprint(Path(job.checkpoint)),
+        artefact=None if job.accepted else manifest_sha256(Path(job.checkpoint)),
     )
     if runtime.is_main:
         result = record_test_result(weights, metrics, num_test_documents(data), recorded=job.recorded)
@@ -396,7 +396,7 @@ def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: proce
             "run": job.run,
             "checkpoint": None if job.checkpoint is None else Path(job.checkpoint).name,
             "tuning": str(config.tuning.name),
-            "artefact": manifest_fingerprint(Path(str(job.checkpoint))) if is_checkpoint_of_run else None,
+            "artefact": manifest_sha256(Path(str(job.checkpoint))) if is_checkpoint_of_run else None,
             "accepted": job.accepted,
         },
         "time": time.time(),

@@ -74,10 +74,10 @@ class Trainer:
         """The batch of the step being taken; None between steps."""
         self._first_step = progress.step
         # A run that resumes at this step has its checkpoint already. -1: there is none of the current step.
-        self._saved_step = progress.step if progress.step else -1
-        self._being_saved = replace(progress)
+        self._last_saved_step = progress.step if progress.step else -1
+        self._progress_being_saved = replace(progress)
         """`progress` as it was when the last checkpoint was begun."""
-        self._published = replace(progress)
+        self._published_progress = replace(progress)
         """`progress` of the last checkpoint that was published: the best step in it is on the disk."""
         self._reported_checkpoint: WrittenCheckpoint | None = None
         """The last checkpoint whose cost stands in a row."""
@@ -89,8 +89,9 @@ class Trainer:
         self.outcome.before = earlier.before
         self.outcome.after = earlier.after
         self.outcome.last_row = earlier.last_row
-        self._restore_from_progress()
-        if earlier.last_row:
+        self._restore_guards_and_order()
+        has_measured_before = bool(earlier.last_row)
+        if has_measured_before:
             self.evaluation_monitor.restore_findings(self.progress)
         else:
             # A run may begin with the state of another one, which patience has ended: it counts its own evaluations.
@@ -106,8 +107,8 @@ class Trainer:
         if self.guards.may_roll_back:
             self.checkpoints.look_back_steps = LOOK_BACK
             if not self.checkpoints.has_any():
-                self._saved_step = -1
-                self._save()
+                self._last_saved_step = -1
+                self._save_checkpoint()
 
         # Objects made so far live as long as the run: the garbage collector need not walk them again and again.
         gc.collect()
@@ -124,16 +125,16 @@ class Trainer:
                     self._roll_back(rollback.outlier)
         finally:
             gc.unfreeze()  # this process may train again, so that the engine of this run must be freed
-        self.evaluation_monitor.judge_end(self.progress)
-        self._settle()
+        self.evaluation_monitor.record_findings_of_whole_run(self.progress)
+        self._publish_pending_checkpoint()
         if self.settings.save_for_export and not self.checkpoints.has_checkpoint_of(self.progress.step):
-            self._saved_step = -1  # a run can have begun from the last step of another one
+            self._last_saved_step = -1  # a run can have begun from the last step of another one
         if self.settings.save_final:
-            self._save()
-        elif self.settings.save_for_export and self._saved_step != self.progress.step:
+            self._save_checkpoint()
+        elif self.settings.save_for_export and self._last_saved_step != self.progress.step:
             self.outcome.saved_for_export = True
-            self._save(must_succeed=False, replaces_older=False)
-        self._settle()
+            self._save_checkpoint(must_succeed=False, replaces_older=False)
+        self._publish_pending_checkpoint()
         # An attempt that took no step has no speed of its own.
         self.outcome.speed = self.meter.speed() or earlier.speed
         self.outcome.slow_ranks = self.stragglers.record()
@@ -143,39 +144,39 @@ class Trainer:
 
     def _take_remaining_steps(self) -> None:
         """Take steps, evaluate and save on schedule, until the budget is spent or evaluation ends the run. Raises RollBack."""
-        total = self.settings.total_steps
+        total_steps = self.settings.total_steps
         # A run that patience or overfitting has ended, and that was killed in its export, takes no further step.
-        is_over = self._make_up_evaluation() or self._is_out_of_patience()
-        self.outcome.stopped_early = is_over
-        remaining = 0 if is_over else total - self.progress.step
-        # Closing the generator ends its thread, also where a step raises.
-        with closing(self._steps(remaining)) as batches:
+        has_ended_early = self._make_up_interrupted_evaluation() or self._ends_early()
+        self.outcome.stopped_early = has_ended_early
+        num_remaining = 0 if has_ended_early else total_steps - self.progress.step
+        # Closing the generator ends its thread, also when a step raises.
+        with closing(self._batches_of_steps(num_remaining)) as batches:
             for batch in batches:
                 # The question whether to stop travels while the step computes; the answer is read below.
                 self.agreement.ask()
                 with self.meter.step():
                     self.meter.add(self.train_step(batch))
-                is_last = self.progress.step == total
-                if is_last or self.meter.pending >= self.settings.log_every:
-                    self._flush()
+                is_last = self.progress.step == total_steps
+                if is_last or self.meter.num_buffered_steps >= self.settings.log_every:
+                    self._log_buffered_steps()
                 if self.checkpoints.pending_is_written(self.progress.step):
-                    self._settle()
+                    self._publish_pending_checkpoint()
                 best_before = (self.progress.best_metric, self.progress.best_step)
                 improved = self._evaluate_if_due(is_last)
                 saves_best = improved and self._may_save_best(is_last)
                 if saves_best or self.checkpoints.is_due(self.progress.step):
-                    self._save(must_succeed=False)
+                    self._save_checkpoint(must_succeed=False)
                 elif improved:  # nothing is saved, so the best checkpoint stays the earlier one
                     self.progress.best_metric, self.progress.best_step = best_before
-                self._stop_at_limit()
+                self._stop_if_finding_ends_run()
                 if self.agreement.stop_now():
                     self._stop_for_signal()
-                if self._is_out_of_patience():
+                if self._ends_early():
                     self.outcome.stopped_early = True
                     break
-        self._flush()
+        self._log_buffered_steps()
 
-    def _steps(self, num_steps: int) -> Generator[StepBatch, None, None]:
+    def _batches_of_steps(self, num_steps: int) -> Generator[StepBatch, None, None]:
         """Yield the loader's next `num_steps` batches. A signal during a round of generation saves and raises Preempted."""
         try:
             yield from self.loader.steps(self.progress.samples, num_steps)
@@ -242,47 +243,47 @@ class Trainer:
             source_tokens=batch.source_tokens,
             source_counts=batch.source_counts,
             balance=batch.balance,
-            epoch=self._epoch(),
+            epoch=self._epochs_done(),
             facts=batch.facts,
             round_s=batch.round_s,
         )
 
-    def _epoch(self) -> float:
+    def _epochs_done(self) -> float:
         """Passes over the training data so far, as a fraction: 2.5 is the middle of the third."""
         return self.progress.samples / self.loader.order.num_units
 
     # -- rollbacks -------------------------------------------------------------------------------------------------------
 
-    def _restore_from_progress(self) -> None:
-        """Put the anomaly guards and the sample order where `self.progress` says the run stands."""
+    def _restore_guards_and_order(self) -> None:
+        """Set the anomaly guards and the sample order to the step and the samples of `self.progress`."""
         self.guards.restore_recent_steps(self.progress.recent_steps, self.progress.level_rows)
         self.guards.replicas.start_at(self.progress.step)
-        # Samples that rollbacks left out for good. All of them: this replaces the order's earlier list.
-        skipped = [(place["first"], place["count"]) for place in self.progress.skipped_samples]
-        self.loader.order.set_skipped(skipped)
+        # All samples that rollbacks left out so far, since this replaces the order's earlier list.
+        skipped_ranges = [(skipped["first"], skipped["count"]) for skipped in self.progress.skipped_samples]
+        self.loader.order.set_skipped(skipped_ranges)
 
     def _roll_back(self, outlier: Outlier) -> None:
         """Go back to a checkpoint from before the outlier and skip its samples from now on. All ranks must call."""
-        self.agreement.stop_now()  # takes in an answer that may be on its way
+        self.agreement.stop_now()  # completes a question to the ranks that may still be under way
         self.check_ownership()
-        # The checkpoint knows nothing of what happened after it: keep that over the load.
+        # Loading the checkpoint overwrites the progress: what the run learned since is kept here.
         skipped_before = self.progress.skipped_samples
         rollbacks = self.progress.rollbacks + 1
         # Steps of one round consume its samples once, so that several steps may have fewer than a batch each.
         global_batch = self.loader.share.global_batch
         num_consumed = self.progress.samples - outlier.first_sample
         num_samples = min(outlier.num_steps * global_batch, max(num_consumed, global_batch))
-        skipped_now = self.loader.order.position_ranges(outlier.first_sample, num_samples)
+        new_skipped_ranges = self.loader.order.position_ranges(outlier.first_sample, num_samples)
         self.guards.raise_if_diverged(rollbacks, self.progress.samples, self.loader.order.position_ranges)
 
-        self._settle()  # a checkpoint that is being written is of a step before this one
+        self._publish_pending_checkpoint()  # a checkpoint that is being written is of a step before this one
         checkpoint = self.checkpoints.roll_back(outlier.last_good_step)
         loaded = self.engine.load(checkpoint)
         # Field by field, since `self.outcome` holds the same object.
         for field in fields(Progress):
             setattr(self.progress, field.name, getattr(loaded, field.name))
-        new_places = [{"first": first, "count": count} for first, count in skipped_now]
-        self.progress.skipped_samples = [*skipped_before, *new_places]
+        new_skipped_samples = [{"first": first, "count": count} for first, count in new_skipped_ranges]
+        self.progress.skipped_samples = [*skipped_before, *new_skipped_samples]
         self.guards.record_rollback(self.progress.step)
         self.progress.rollbacks = rollbacks
         self.progress.outliers += 1
@@ -290,71 +291,80 @@ class Trainer:
             # The checkpoint stands in the round of the outlier itself, whose prompts are left out: begin another one.
             self.progress.round_step = 0
         self.loader.restore(checkpoint)
-        self._saved_step = self.progress.step
-        self._being_saved = self._published = replace(self.progress)
+        self._last_saved_step = self.progress.step
+        self._progress_being_saved = self._published_progress = replace(self.progress)
 
-        self._restore_from_progress()
+        self._restore_guards_and_order()
         self.metrics.rewind(self.progress.step)
         self.meter.restart_clock()
 
     # -- what happens between steps ------------------------------------------------------------------------------
 
-    def _flush(self) -> None:
-        """Read the steps since the last flush from the device, and record a row of metrics for each. All ranks must call.
+    def _log_buffered_steps(self) -> None:
+        """Read the metrics of the buffered steps from the device, and log those of each step. All ranks must call.
 
-        - `guards.mark_outliers` raises RollBack, before anything is recorded: the steps will be taken again.
-        - `_compare_replicas` raises ReplicasDiffer, also without new steps.
-        - `loader.check_rows` and `guards.raise_if_diverged` end the run after its rows are recorded, so that they show why.
+        - `guards.mark_outliers` raises RollBack, before anything is logged: the steps will be taken again.
+        - `_check_replicas` raises ReplicasDiffer, also without new steps.
+        - `loader.check_rows` and `guards.raise_if_diverged` end the run after the metrics are logged, so that they show why.
         """
-        rows = self.meter.flush()
-        self.guards.mark_outliers(rows)
-        self.stragglers.judge_interval(rows, self.meter.by_rank)
-        self._compare_replicas()
-        if rows:
-            self._add_checkpoint_cost(rows)
-        for row in rows:
-            self.metrics.log(row, step=row["step"])
-            self.progress.skipped_steps += int(bool(row.get("skipped")))
-            self.progress.outliers += int(any(key in row for key in OUTLIER_KEYS.values()))
-        self.evaluation_monitor.take_rows(self.progress, rows)
-        if not rows:
+        metrics_of_steps = self.meter.flush()
+        self.guards.mark_outliers(metrics_of_steps)
+        self.stragglers.judge_interval(metrics_of_steps, self.meter.by_rank)
+        self._check_replicas()
+        if metrics_of_steps:
+            self._add_checkpoint_cost(metrics_of_steps)
+        for step_metrics in metrics_of_steps:
+            self.metrics.log(step_metrics, step=step_metrics["step"])
+            self.progress.skipped_steps += int(bool(step_metrics.get("skipped")))
+            self.progress.outliers += int(any(key in step_metrics for key in OUTLIER_KEYS.values()))
+        self.evaluation_monitor.add_step_metrics(self.progress, metrics_of_steps)
+        if not metrics_of_steps:
             return
-        self.outcome.last_row = rows[-1]
-        self.display.progress(rows[-1], self._schedule)
-        self.loader.check_rows(rows)
+        self.outcome.last_row = metrics_of_steps[-1]
+        self.display.progress(metrics_of_steps[-1], self._schedule)
+        self.loader.check_rows(metrics_of_steps)
         self.guards.raise_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.position_ranges)
 
-    def _add_checkpoint_cost(self, rows: list[dict]) -> None:
-        """Add the cost of the last checkpoint (its seconds and bytes) to the first of `rows`, once for each checkpoint."""
-        checkpoint = self.checkpoints.last
+    def _add_checkpoint_cost(self, metrics_of_steps: list[dict]) -> None:
+        """Add the seconds that the last checkpoint took to the metrics of the first step, once for each checkpoint."""
+        checkpoint = self.checkpoints.last_published
         if checkpoint is None or checkpoint is self._reported_checkpoint:
             return
         self._reported_checkpoint = checkpoint
-        rows[0] = {**rows[0], **checkpoint.row}
+        metrics_of_steps[0] = {**metrics_of_steps[0], **checkpoint.metric_columns}
 
     def _evaluate_if_due(self, is_last: bool) -> bool:
-        """Evaluate on the schedule; whether the watched metric has improved, so that its checkpoint should be saved."""
-        every = self.settings.evaluate_every
-        is_due = is_last or (every > 0 and self.progress.step % every == 0)
+        """Evaluate if the schedule asks for it after this step; whether the watched metric improved, so that a save is worth it.
+
+        Always False if the run evaluates only at its end (`evaluate_every` is 0): the last checkpoint is then the only one to
+        choose.
+        """
+        every_steps = self.settings.evaluate_every
+        is_due = is_last or (every_steps > 0 and self.progress.step % every_steps == 0)
         if not is_due:
             return False
-        return self._evaluate_and_record(is_last) and every > 0
+        return self._evaluate_and_record(is_last) and every_steps > 0
 
     def _evaluate_and_record(self, is_last: bool) -> bool:
-        """Run the evaluators of this step; whether the watched metric is the best so far. All ranks must call."""
+        """Run the evaluators of this step, and record their metrics. All ranks must call.
+
+        Returns whether the watched metric is the best so far. With `loss_on_the_way`, steps before the last compute the held-out
+        loss alone; if early stopping ends the run with it, all evaluators run after all.
+        """
         evaluators = self.evaluators
         if not is_last and self.settings.loss_on_the_way:
             evaluators = evaluators_on_the_way(self.evaluators)
         if not evaluators:
             return False
-        self._flush()
+        self._log_buffered_steps()
         # A signal during the evaluation saves a checkpoint, which says so: the next start makes the evaluation up.
         self.progress.owes_evaluation = True
         self.outcome.after = self._evaluate(evaluators)
         improved = False
         if self.settings.evaluation.watched in self.outcome.after:  # on the way a task's metric is not there
             improved = record_evaluation(self.settings.evaluation, self.progress, self.outcome.after)
-        if len(evaluators) < len(self.evaluators) and self._early_stop_reason() is not None:
+        left_some_out = len(evaluators) < len(self.evaluators)
+        if left_some_out and self._early_stop_reason() is not None:
             # Early stopping makes this step the last one, whose evaluation leaves nothing out. Before the checkpoint of this
             # step: a run that is stopped or killed meanwhile still owes it.
             self.outcome.after = self._evaluate(self.evaluators)
@@ -368,36 +378,44 @@ class Trainer:
             return True
         return self.checkpoints.is_improvement_due()
 
-    def _make_up_evaluation(self) -> bool:
-        """Do the evaluation that a stop interrupted, before the next step; whether patience ends the run with it."""
+    def _make_up_interrupted_evaluation(self) -> bool:
+        """Run the evaluation that a stop interrupted, before the next step, and save its checkpoint again.
+
+        Returns whether early stopping ends the run with it.
+        """
         if not self.progress.owes_evaluation or not self.evaluators:
             return False
         is_last = self.progress.step == self.settings.total_steps
         self._evaluate_and_record(is_last)
-        self._saved_step = -1  # this step's checkpoint still owes the evaluation: write it again
-        self._save()
-        self._stop_at_limit()
-        return self._is_out_of_patience()
+        self._last_saved_step = -1  # this step's checkpoint still owes the evaluation: write it again
+        self._save_checkpoint()
+        self._stop_if_finding_ends_run()
+        return self._ends_early()
 
     def _evaluate(self, evaluators: list[Evaluator]) -> dict[str, float]:
-        """Run these evaluators, log their metrics, print and return them. All ranks must call."""
-        values: dict[str, float] = {}  # by name, such as `eval/loss`
+        """Run these evaluators, log their metrics, print and return them. All ranks must call.
+
+        Returns the metrics by name, such as `eval/loss`, with those that the evaluation monitor adds. Raises Preempted if the run
+        was asked to stop meanwhile, ConfigError if a full evaluation lacks the metric that `evaluation.watch` names.
+        """
+        metrics: dict[str, float] = {}
         try:
             for evaluator in evaluators:
-                values.update(evaluator.run(self.engine))
+                metrics.update(evaluator.run(self.engine))
         except Interrupted:
-            self._stop_for_signal()
-        values |= self.evaluation_monitor.judge_evaluation(self.progress, values)
-        if not values:
-            return values
+            self._stop_for_signal()  # raises Preempted
+        metrics |= self.evaluation_monitor.judge_evaluation_metrics(self.progress, metrics)
+        if not metrics:
+            return metrics
         step = self.progress.step
-        self.metrics.log({**values, "tokens": self.progress.tokens, "epoch": self._epoch()}, step=step)
+        self.metrics.log({**metrics, "tokens": self.progress.tokens, "epoch": self._epochs_done()}, step=step)
         self.metrics.tables(tables_of(evaluators), step=step)
-        shown = "  ".join(f"{name} {format_metric(value)}" for name, value in values.items())
+        shown = "  ".join(f"{name} {format_metric(value)}" for name, value in metrics.items())
         self.display.print_line(f"evaluation at step {step}:  {shown}")
-        if len(evaluators) == len(self.evaluators):
-            check_watched_metric(self.settings.evaluation, values)
-        return values
+        is_full_evaluation = len(evaluators) == len(self.evaluators)
+        if is_full_evaluation:  # the loss alone need not have the watched metric
+            check_watched_metric(self.settings.evaluation, metrics)
+        return metrics
 
     def _measure_base_model(self) -> None:
         """Let the evaluation monitor measure the base model before training. A signal meanwhile raises Preempted."""
@@ -406,15 +424,18 @@ class Trainer:
         except Interrupted:
             self._stop_for_signal()
 
-    def _stop_at_limit(self) -> None:
-        """Save and raise LimitExceeded if an evaluation says that the run must not go on. All ranks must call."""
+    def _stop_if_finding_ends_run(self) -> None:
+        """If a finding of the evaluation monitor ends the run with an error, save and raise LimitExceeded. All ranks must call.
+
+        A finding that ends the run as early stopping does raises nothing here: `_ends_early` ends the run.
+        """
         if self.evaluation_monitor.stopping_finding is None or self.evaluation_monitor.early_stopping_text():
             return
         # The checkpoint owes an evaluation, so that the next start looks again. It may exist already: write it anew.
         self.progress.owes_evaluation = True
-        self._saved_step = -1
-        self._save()
-        self._settle()
+        self._last_saved_step = -1
+        self._save_checkpoint()
+        self._publish_pending_checkpoint()
         self.evaluation_monitor.raise_if_finding_ends_run()
 
     def _early_stop_reason(self) -> str | None:
@@ -423,7 +444,7 @@ class Trainer:
             self.settings.evaluation, self.progress
         )
 
-    def _is_out_of_patience(self) -> bool:
+    def _ends_early(self) -> bool:
         """Whether the run ends before its budget is spent. If so, prints why, and records it if patience ended the run."""
         reason = self._early_stop_reason()
         if reason is None:
@@ -436,64 +457,65 @@ class Trainer:
     def _stop_for_signal(self) -> NoReturn:
         """Save a checkpoint, unless no step was taken, and raise Preempted. All ranks must call."""
         self.check_ownership()
-        self._flush()
+        self._log_buffered_steps()
         if self.progress.step:
-            self._save()
+            self._save_checkpoint()
         raise Preempted(
             f"stopped at step {self.progress.step} of {self.settings.total_steps}; start the same run again to continue"
         )
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _save(self, *, must_succeed: bool = True, replaces_older: bool = True) -> None:
-        """Write a checkpoint of this step; without `must_succeed` only begin it, and accept that it may fail.
+    def _save_checkpoint(self, *, must_succeed: bool = True, replaces_older: bool = True) -> None:
+        """Log the buffered steps, publish the pending checkpoint, and write one of this step, if there is none yet.
 
-        Without `replaces_older`, no older one is deleted for it. All ranks must call. One that is pending is published first.
+        Without `must_succeed` it is only begun, and may fail. Without `replaces_older`, no older one is deleted for it. All ranks
+        must call.
         """
-        self._flush()
-        self._settle()
-        if self._saved_step != self.progress.step:
+        self._log_buffered_steps()
+        self._publish_pending_checkpoint()
+        if self._last_saved_step != self.progress.step:
             self.check_ownership()
-            self._compare_replicas(now=True)  # a checkpoint of replicas that differ would be worth nothing
+            self._check_replicas(now=True)  # a checkpoint of replicas that differ would be worth nothing
             self.progress.recent_steps = self.guards.recent_steps()
             self.progress.level_rows = self.guards.level_shifts.rows
             self.metrics.sync()  # rows up to this step are on the disk before the checkpoint is
-            self._being_saved = replace(self.progress)
+            self._progress_being_saved = replace(self.progress)
             attachments = self.loader.attachments()
-            saved = self.checkpoints.save(
+            has_succeeded = self.checkpoints.save_checkpoint(
                 self.engine,
                 self.progress,
                 must_succeed=must_succeed,
                 replaces_older=replaces_older,
                 attachments=attachments,
             )
-            self._record_saved(saved)
+            self._record_save_outcome(has_succeeded)
         self.meter.restart_clock()
 
-    def _settle(self) -> None:
+    def _publish_pending_checkpoint(self) -> None:
         """Publish the checkpoint that is pending, if there is one. All ranks must call."""
         if self.checkpoints.pending_step is not None:
             self.check_ownership()
-            self._record_saved(self.checkpoints.publish_pending())
+            self._record_save_outcome(self.checkpoints.publish_pending())
 
-    def _record_saved(self, succeeded: bool) -> None:
-        """Set the step of the last checkpoint after a save has begun, succeeded or failed:
+    def _record_save_outcome(self, has_succeeded: bool) -> None:
+        """Set the step of the last checkpoint, after one was begun or published (`has_succeeded`), or failed.
 
-        - published: the state on the disk is that of this save.
-        - begun, and pending: nothing more, since it may still fail.
-        - failed: if it was the best step, the best metric is again that of the checkpoint on the disk.
+        - Published: sets the progress of the last published checkpoint.
+        - Begun, and pending: nothing more, since it may still fail.
+        - Failed: if it was the best step, the best metric is again that of the last published checkpoint.
         """
-        step = self._being_saved.step
-        self._saved_step = step if succeeded else -1
-        if succeeded and self.checkpoints.pending_step is None:
-            self._published = self._being_saved
-        elif not succeeded and self.progress.best_step == step:
-            restore_best(self.progress, self._published)
+        step = self._progress_being_saved.step
+        self._last_saved_step = step if has_succeeded else -1
+        if has_succeeded and self.checkpoints.pending_step is None:
+            self._published_progress = self._progress_being_saved
+        elif not has_succeeded and self.progress.best_step == step:
+            restore_best(self.progress, self._published_progress)
 
-    def _compare_replicas(self, *, now: bool = False) -> None:
+    def _check_replicas(self, *, now: bool = False) -> None:
         """Compare the weights of the replicas if that is due, or `now`. Raises ReplicasDiffer. All ranks must call."""
         try:
-            self.guards.replicas.compare(self.engine, self.progress.step, now=now)
+            self.guards.replicas.check_replicas(self.engine, self.progress.step, now=now)
         except ReplicasDiffer:
-            self._settle()  # a checkpoint of an earlier step, at which the replicas were alike
+            self._publish_pending_checkpoint()  # a checkpoint of an earlier step, at which the replicas were alike
             raise

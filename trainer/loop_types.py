@@ -119,7 +119,7 @@ class StepMeter(Protocol):
     def runtime(self) -> Runtime: ...
 
     @property
-    def pending(self) -> int:
+    def num_buffered_steps(self) -> int:
         """Steps added since the last flush."""
 
     def begin(self, evaluation_s: float) -> None:
@@ -174,15 +174,15 @@ class WrittenCheckpoint(Protocol):
     """A checkpoint that has its name."""
 
     @property
-    def row(self) -> dict[str, float]:
-        """Seconds that writing it took, for the next row."""
+    def metric_columns(self) -> dict[str, float]:
+        """Seconds that writing it took, as columns of a row of metrics."""
 
 
 class CheckpointStore(Protocol):
     """The checkpoints of one run. Errors: StorageError, on every rank."""
 
     @property
-    def last(self) -> WrittenCheckpoint | None:
+    def last_published(self) -> WrittenCheckpoint | None:
         """The last one that this attempt published; None before the first."""
 
     @property
@@ -204,7 +204,7 @@ class CheckpointStore(Protocol):
     def pending_is_written(self, step: int) -> bool:
         """Whether every rank has written its part of the pending one. All ranks must call, after the same steps."""
 
-    def save(
+    def save_checkpoint(
         self,
         engine: Engine,
         progress: Progress,
@@ -213,20 +213,25 @@ class CheckpointStore(Protocol):
         replaces_older: bool,
         attachments: Mapping[str, bytes],
     ) -> bool:
-        """Begin a checkpoint of this moment; with `must_succeed`, finish it. Whether it succeeded so far. All ranks must call.
+        """Write a checkpoint of this moment, or begin to write it while training continues. All ranks must call.
 
-        `replaces_older`: whether it takes the place of older ones. `attachments`: files beside the state, by name.
-        A pending one has to be settled before. Without `must_succeed`, a failure is a warning until too many follow each other.
+        Call `publish_pending` before, if a checkpoint is pending.
+
+        - With `must_succeed`: returns True once the checkpoint has its name, or raises StorageError.
+        - Without: returns True if it was begun, or written. If not, prints a warning and returns False; raises StorageError after
+          more than `checkpoint.max_failures` failures in a row.
+
+        `replaces_older`: whether older ones are deleted for it. `attachments`: files beside the state, by name.
         """
 
     def publish_pending(self) -> bool:
-        """Wait for the pending one and publish it; whether that succeeded. All ranks must call."""
+        """Wait until the pending checkpoint is written, and give it its name. Whether that succeeded. All ranks must call."""
 
     look_back_steps: int
     """Steps before the newest checkpoint within which all are kept, and one more from before."""
 
     def roll_back(self, last_good_step: int) -> Path:
-        """Directory of the newest checkpoint up to that step; newer ones are moved aside. All ranks must call."""
+        """Move checkpoints after `last_good_step` aside; returns the newest one that is left. All ranks must call."""
 
 
 @dataclass(slots=True)
@@ -262,7 +267,7 @@ class ReplicaMonitor(Protocol):
     def start_at(self, step: int) -> None:
         """Count the interval to the next comparison from `step`."""
 
-    def compare(self, engine: Engine, step: int, *, now: bool) -> None:
+    def check_replicas(self, engine: Engine, step: int, *, now: bool) -> None:
         """Compare, if it is due or `now`. All ranks must call. Waits for the device. Raises ReplicasDiffer on all ranks."""
 
 
@@ -338,13 +343,13 @@ class EvaluationMonitor(Protocol):
     def restore_findings(self, progress: Progress) -> None:
         """For a run that goes on at `progress`: what it found before, and whether that has ended it. All ranks must call."""
 
-    def take_rows(self, progress: Progress, rows: Iterable[Row]) -> None:
+    def add_step_metrics(self, progress: Progress, rows: Iterable[Row]) -> None:
         """Add the training losses of `rows` to `progress`."""
 
-    def judge_evaluation(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
+    def judge_evaluation_metrics(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
         """Look at an evaluation's values by name; returns further numbers to log beside them."""
 
-    def judge_end(self, progress: Progress) -> None:
+    def record_findings_of_whole_run(self, progress: Progress) -> None:
         """Look at the whole run, after its last step."""
 
     def record_early_stopping(self, progress: Progress, reason: str) -> None:

@@ -57,7 +57,7 @@ from trainer.session.announcements import (
     record_end,
     slow_rank_reporter,
 )
-from trainer.session.attempt import Attempt, rank_of_job, refuse_replaced_config
+from trainer.session.attempt import Attempt, raise_if_config_was_replaced, rank_of_job
 from trainer.session.evaluation_interval import EvaluationInterval, resolve_evaluation_interval
 from trainer.session.evaluators import build_run_evaluators
 from trainer.session.export_at_end import export_at_end
@@ -86,7 +86,7 @@ def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Fre
     with rank_of_job(run_dir, config.run.lease_s) as (request, attempt):
         if attempt.lease is not None:
             home = attempt.lease.home
-            refuse_replaced_config(home, sha256)
+            raise_if_config_was_replaced(home, sha256)
             publish_complete_staging_dirs(
                 checkpoint_dirs_of(home, config.checkpoint.fallback_dir), partial(print, flush=True)
             )
@@ -142,7 +142,7 @@ def _run(
         ),
     )
     # From here on there is something to save: only the main thread ends the process, with trackers and checkpoints in order.
-    request.only_main_may_end_process()
+    request.disarm_end_of_stuck_process()
     trackers = open_records(config, run_record, progress, context)
     show_rounds(config, loader, trackers, context)
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
@@ -259,11 +259,11 @@ def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Chec
     context.attempt.phase = "resuming"
     checkpoint_dirs = checkpoint_dirs_of(context.run_dir, config.checkpoint.fallback_dir)
     checkpoints = Checkpoints(checkpoint_dirs, config.checkpoint, context.runtime, context.console.print_line)
-    context.attempt.on_move.append(checkpoints.move_to)
+    context.attempt.on_run_dir_renamed.append(checkpoints.follow_renamed_run_dir)
     with waiting_for_disk("reading the checkpoints", 0, context.runtime, context.console.print_line):
         resumed_from = choose_checkpoint(checkpoint_dirs, config.run.resume, context.runtime)
         progress = engine.load(resumed_from) if resumed_from else Progress()
-        checkpoints.continue_from(resumed_from, config.run.resume)
+        checkpoints.continue_from_checkpoint(resumed_from, config.run.resume)
     context.attempt.step = progress.step
     return checkpoints, resumed_from, progress
 

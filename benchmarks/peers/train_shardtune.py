@@ -49,7 +49,7 @@ def main() -> None:
 
     # The evaluation and the checkpoint that fall into a stretch are work that peers do not do: reported apart.
     Trainer._evaluate = watch.apart(Trainer._evaluate)  # type: ignore[method-assign]
-    Trainer._save = watch.apart(Trainer._save)  # type: ignore[method-assign]
+    Trainer._save_checkpoint = watch.apart(Trainer._save_checkpoint)  # type: ignore[method-assign]
     sys.argv = ["shardtune", *words(args)]
     try:
         runpy.run_module("launch.main", run_name="__main__", alter_sys=True)

@@ -152,7 +152,7 @@ def main() -> int:
         Trainer.fit = clock.fit(fit)  # type: ignore[method-assign]
     Trainer.train_step = clock.steps(Trainer.train_step, bare=bare)  # type: ignore[method-assign]
     Trainer._evaluate = clock.without(Trainer._evaluate)  # type: ignore[method-assign]
-    Checkpoints.save = clock.without(Checkpoints.save)  # type: ignore[method-assign]
+    Checkpoints.save_checkpoint = clock.without(Checkpoints.save_checkpoint)  # type: ignore[method-assign]
     code = shardtune(["train", *words])
     run_dir = next(Path(word.partition("=")[2]) for word in words if word.startswith("run.dir="))
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -31,7 +31,7 @@ from strategies.parent_death import die_with_parent
 from strategies.runtime import out_of_memory_kills
 from trainer.config.run import LauncherConfig, RunConfig
 from trainer.reporting.status import read_status
-from trainer.stopping.signals import SIGNALS, block_signals, unblock_signals
+from trainer.stopping.signals import STOP_SIGNALS, block_signals, unblock_signals
 
 NOTICE_AFTER_S = 15.0
 """Seconds of silence after which the start of many processes says that it goes on."""
@@ -263,7 +263,7 @@ def collected_signals() -> Iterator[CollectedSignals]:
         signals.received.add(signal_number)
 
     previous_handlers = {}
-    for signal_number in (*SIGNALS, signal.SIGINT):
+    for signal_number in (*STOP_SIGNALS, signal.SIGINT):
         previous_handlers[signal_number] = signal.signal(signal_number, record_signal)
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     unblock_signals()

@@ -435,14 +435,14 @@ def export(config: RunConfig, request: ExportRequest, num_processes: int) -> Pre
     becomes another (`next_checkpoint`). Errors: those of building the model, reading the checkpoint and writing.
     """
     from strategies.state import read_header
-    from trainer.checkpoints.in_use import kept_from_pruning
+    from trainer.checkpoints.in_use import marked_as_in_use
 
     with ExitStack() as kept:
         for checkpoint in request.averaged or [request.checkpoint]:
-            kept.enter_context(kept_from_pruning(checkpoint))
+            kept.enter_context(marked_as_in_use(checkpoint))
         if not request.averaged and not request.checkpoint.is_dir():
             request.checkpoint = next_checkpoint(request, config)
-            kept.enter_context(kept_from_pruning(request.checkpoint))
+            kept.enter_context(marked_as_in_use(request.checkpoint))
         if config.logging.artifacts:
             request.trained_wandb_id = read_header(request.checkpoint).progress.wandb_id or ""
         job = writing.ExportJob(

@@ -154,7 +154,7 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
 
     Errors: those of building the model, of reading the checkpoint, and of writing.
     """
-    from trainer.checkpoints.manifest import manifest_fingerprint
+    from trainer.checkpoints.manifest import manifest_sha256
     from trainer.export.write import write_export
     from trainer.model.loading import load_tokenizer
     from trainer.reporting.documents.facts import gather
@@ -192,7 +192,7 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
     facts.tokens = progress.tokens
     facts.at_step = at_step(run_dir, progress.step)
     facts.as_trained = as_trained
-    facts.artefact = manifest_fingerprint(checkpoints[-1]) if as_trained else None
+    facts.artefact = manifest_sha256(checkpoints[-1]) if as_trained else None
     facts.averaged_checkpoints = [path.name for path in checkpoints] if len(checkpoints) > 1 else []
     facts.accepted = [*job.accepted, *accepted_rows]
     facts.gates = job.gates

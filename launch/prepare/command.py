@@ -124,7 +124,7 @@ def _prepare(arguments: list[str], shard: tuple[int, int] | None) -> PreparedDat
         from trainer.stopping.signals import StopRequest
 
     with StopRequest() as request:
-        request.end_process_when_stuck(_end_stuck_process)
+        request.arm_end_of_stuck_process(_end_stuck_process)
         tokenizer = load_tokenizer(config.model)
 
         def stop() -> bool:

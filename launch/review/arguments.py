@@ -99,7 +99,7 @@ def read_make_arguments(argv: list[str]) -> MakeRequest:
     from launch.config.compose import recompose_frozen_config
     from launch.config.read_run import RunReader, read_run, split_allowing_arguments
     from launch.export.command import find_checkpoint
-    from trainer.checkpoints.manifest import manifest_fingerprint
+    from trainer.checkpoints.manifest import manifest_sha256
     from trainer.config.ranges import range_problems
     from trainer.session.base_files import use_recorded_base
 
@@ -142,7 +142,7 @@ def read_make_arguments(argv: list[str]) -> MakeRequest:
     model = {
         "run": str(run),
         "checkpoint": checkpoint.name,
-        "artefact": None if accepted else manifest_fingerprint(checkpoint),  # on another base these are other weights
+        "artefact": None if accepted else manifest_sha256(checkpoint),  # on another base these are other weights
         "accepted": accepted,
     }
     return MakeRequest(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from strategies import atomic_io
 from strategies.errors import ConfigError, StorageError
-from trainer.checkpoints.layout import STEP_NAME, checkpoint_dirs_of, checkpoints_in
+from trainer.checkpoints.layout import STEP_DIR_REGEX, StepCheckpoint, checkpoint_dirs_of, checkpoints_in
 from trainer.reporting.settings_file import read_tree
 
 MAX_FILE_BYTES = 2**22
@@ -103,7 +103,7 @@ def _given_up_paths(checkpoint_dirs: list[Path]) -> list[Path]:
     paths = []
     for directory in checkpoint_dirs:
         for path in sorted(directory.glob("given-up-*/step-*")):
-            if STEP_NAME.fullmatch(path.name):
+            if STEP_DIR_REGEX.fullmatch(path.name):
                 paths.append(path)
     return paths
 
@@ -116,10 +116,10 @@ class _BestCheckpoint(NamedTuple):
     """Value of the held-out metric by which it was chosen."""
 
 
-def _best_checkpoint(published_checkpoints: list[tuple[int, Path]]) -> _BestCheckpoint:
+def _best_checkpoint(published_checkpoints: list[StepCheckpoint]) -> _BestCheckpoint:
     """The best checkpoint, as the newest checkpoint with a readable `progress.json` says; its fields are None if none does.
 
-    `published_checkpoints`: (step, path) of each, in the order of the steps.
+    `published_checkpoints`: in the order of the steps.
     """
     for _, path in reversed(published_checkpoints):
         progress = _read_progress(path)

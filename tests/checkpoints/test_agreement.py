@@ -47,10 +47,10 @@ def test_stop_agreement_is_asked_in_few_steps_the_same_on_every_rank(monkeypatch
     job = Job(3, monkeypatch)
     for _ in range(60):
         assert job.step([0.1, 0.4, 0.2]) == {False}
-    assert 60 / preempt.MAX_STEPS_BETWEEN <= job.rounds <= 60 / 4
+    assert 60 / preempt.MAX_STEPS_BETWEEN_QUESTIONS <= job.rounds <= 60 / 4
     job.requests[2].signal_name = "SIGUSR2"
     steps = next(n for n in range(1, 20) if job.step([0.1, 0.4, 0.2]) == {True})
-    assert steps <= preempt.MAX_STEPS_BETWEEN
+    assert steps <= preempt.MAX_STEPS_BETWEEN_QUESTIONS
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.001, 8), (0.3, 8), (3.0, 1), (90.0, 1)])
@@ -61,14 +61,14 @@ def test_stop_request_reaches_all_ranks_in_time(seconds, steps, monkeypatch):
         assert job.step([seconds, seconds]) == {False}
     job.requests[0].signal_name = "SIGTERM"
     heard = next(n for n in range(1, 20) if job.step([seconds, seconds]) == {True})
-    assert heard <= steps and (heard - 1) * seconds <= 2 * preempt.MAX_SECONDS_BETWEEN
+    assert heard <= steps and (heard - 1) * seconds <= 2 * preempt.MAX_SECONDS_BETWEEN_QUESTIONS
 
 
 def test_stop_agreement_is_asked_in_each_slow_step_after_fast_ones(monkeypatch):
     job = Job(2, monkeypatch)
     for _ in range(40):
         job.step([0.01, 0.01])
-    for _ in range(preempt.MAX_STEPS_BETWEEN):
+    for _ in range(preempt.MAX_STEPS_BETWEEN_QUESTIONS):
         job.step([20.0, 20.0])
     before = job.rounds
     for _ in range(5):

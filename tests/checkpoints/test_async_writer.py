@@ -81,7 +81,7 @@ def job(tmp_path, monkeypatch):
 def test_background_save_writes_the_state_of_the_step_in_which_it_began(job):
     made, engine, progress, disk, said = job(keep=1)
     for step in (1, 2):
-        assert made.save(engine, engine.train(progress), must_succeed=False) and made.pending_step == step
+        assert made.save_checkpoint(engine, engine.train(progress), must_succeed=False) and made.pending_step == step
         buffer = made._pending.state.local[0].values.data_ptr()
         asked = [engine.train(progress).step for _ in range(3) if not made.pending_is_written(progress.step)]
         assert len(asked) == 3 and step not in dict(checkpoints_in(made.checkpoint_dirs)), (
@@ -90,12 +90,15 @@ def test_background_save_writes_the_state_of_the_step_in_which_it_began(job):
         disk.let.set()
         assert made.publish_pending() and made.pending_step is None
         disk.let.clear()
-        path = made.last.path
+        path = made.last_published.path
         assert checkpoint_problem(path) is None and engine.load(path).step == step
         progress = Progress(step=step, best_step=1)
-        assert made.last.row["checkpoint_stall_s"] < made.last.row["checkpoint_write_s"]
+        assert (
+            made.last_published.metric_columns["checkpoint_stall_s"]
+            < made.last_published.metric_columns["checkpoint_write_s"]
+        )
     assert disk.threads == ["checkpoint"] * 2, "not the thread that trains"
-    made.save(engine, engine.train(progress), must_succeed=False)
+    made.save_checkpoint(engine, engine.train(progress), must_succeed=False)
     assert made._pending.state.local[0].values.data_ptr() == buffer, "one buffer, used again"
     disk.let.set()
     assert made.publish_pending() and [step for step, _ in checkpoints_in(made.checkpoint_dirs)] == [1, 3], (
@@ -107,39 +110,43 @@ def test_background_save_writes_the_state_of_the_step_in_which_it_began(job):
 def test_background_save_that_is_killed_is_not_chosen_and_leaves_nothing(job, monkeypatch):
     made, engine, progress, disk, _ = job()
     disk.let.set()
-    made.save(engine, engine.train(progress), must_succeed=True)
+    made.save_checkpoint(engine, engine.train(progress), must_succeed=True)
     disk.let.clear()
-    made.save(engine, engine.train(progress), must_succeed=False)
+    made.save_checkpoint(engine, engine.train(progress), must_succeed=False)
     wait(lambda: disk.threads[1:], "the thread that writes")  # else it meets the disk of the next one
     names = sorted(path.name for path in made.checkpoint_dirs[0].iterdir())
     assert names == [".step-000002.writing", "step-000001"]
     later, *_ = job()
     resumed = choose_checkpoint(later.checkpoint_dirs, "auto", ALONE)
-    later.continue_from(resumed)
+    later.continue_from_checkpoint(resumed)
     assert resumed.name == "step-000001" and [path.name for path in made.checkpoint_dirs[0].iterdir()] == [
         "step-000001"
     ]
     monkeypatch.setattr(atomic_io, "PATIENCE_S", 0.0)  # else it looks for its directory while others are tested
     disk.let.set()
-    made._pending.wait()
+    made._pending.wait_for_outcome()
 
 
 def test_background_save_on_the_fallback_disk_writes_the_same_step(job):
     made, engine, progress, disk, said = job("/run/checkpoints/")
-    made.save(engine, engine.train(progress), must_succeed=False)
+    made.save_checkpoint(engine, engine.train(progress), must_succeed=False)
     engine.train(progress)
     disk.let.set()
-    assert made.publish_pending() and "/spare/" in str(made.last.path) and engine.load(made.last.path).step == 1
+    assert (
+        made.publish_pending()
+        and "/spare/" in str(made.last_published.path)
+        and engine.load(made.last_published.path).step == 1
+    )
     assert said[0].startswith("warning: No space left on device")
 
 
 def test_background_save_that_no_disk_takes_is_reported_when_it_is_settled(job):
     made, engine, progress, disk, said = job("step-000001", max_failures=1)
-    made.save(engine, engine.train(progress), must_succeed=False)
+    made.save_checkpoint(engine, engine.train(progress), must_succeed=False)
     disk.let.set()
     assert made.publish_pending() is False and made.pending_step is None and checkpoints_in(made.checkpoint_dirs) == []
     assert "continues without this checkpoint (1 failed in a row, 1 may)" in said[-1]
-    assert made.save(engine, engine.train(progress), must_succeed=False) and made.publish_pending()
+    assert made.save_checkpoint(engine, engine.train(progress), must_succeed=False) and made.publish_pending()
 
 
 def test_background_save_asks_all_ranks_less_and_less_often_until_they_are_done(job, monkeypatch):
@@ -150,12 +157,12 @@ def test_background_save_asks_all_ranks_less_and_less_often_until_they_are_done(
     )
     made._pending = None
     made.state_buffer.copy_state = lambda state: True
-    made.save(engine, engine.train(progress), must_succeed=False)
+    made.save_checkpoint(engine, engine.train(progress), must_succeed=False)
     for step in range(2, 40):
         made.pending_is_written(step)
     assert asked == [2, 3, 5, 9, 17, 25, 33]
     disk.let.set()
-    made._pending.wait()
+    made._pending.wait_for_outcome()
 
 
 def test_background_save_short_of_host_memory_is_written_in_the_step_and_noted_once(job):
@@ -163,9 +170,9 @@ def test_background_save_short_of_host_memory_is_written_in_the_step_and_noted_o
     disk.let.set()
     made.state_buffer = StateBuffer(ALONE, free_memory=lambda: 800)  # 792 bytes are needed, and something must be left
     for step in (1, 2):
-        assert made.save(engine, engine.train(progress), must_succeed=False) and made.pending_step is None
-        assert made.last.path.name == f"step-{step:06d}" and disk.threads[-1] == "MainThread"
-        assert made.last.stall_s == made.last.took_s
+        assert made.save_checkpoint(engine, engine.train(progress), must_succeed=False) and made.pending_step is None
+        assert made.last_published.path.name == f"step-{step:06d}" and disk.threads[-1] == "MainThread"
+        assert made.last_published.stall_s == made.last_published.took_s
     told = [text for text in said if "a copy of the training state needs 792 bytes of host memory" in text]
     assert len(told) == 1 and "where 800 bytes are free" in told[0] and "checkpoint.background=false" in told[0]
     assert StateBuffer(ALONE, free_memory=lambda: 900).copy_state(engine.state(progress)) and StateBuffer(
@@ -190,13 +197,13 @@ def test_checkpoint_disk_that_does_not_answer_is_waited_for_by_size_and_reported
         yield
 
     monkeypatch.setattr(patience_module, "longer_timeout", patience)
-    monkeypatch.setattr(patience_module, "REPORT_EVERY_S", 0.01)
-    monkeypatch.setattr(manager, "REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr(patience_module, "REPORT_INTERVAL_S", 0.01)
+    monkeypatch.setattr(manager, "REPORT_INTERVAL_S", 0.0)
     disk = Slow()
     monkeypatch.setattr(atomic_io, "disk", disk)
     made = Checkpoints(checkpoint_dirs_of(tmp_path, None), CheckpointConfig(), ALONE, said.append)
     engine = Engine()
-    assert made.save(engine, engine.train(Progress()), must_succeed=False)
+    assert made.save_checkpoint(engine, engine.train(Progress()), must_succeed=False)
     assert not made.pending_is_written(2)
     settling = threading.Thread(target=made.publish_pending)
     settling.start()
@@ -205,7 +212,7 @@ def test_checkpoint_disk_that_does_not_answer_is_waited_for_by_size_and_reported
     assert any(line.startswith("checkpoint step-000001: still being written after ") for line in said)
     disk.let.set()
     settling.join()
-    assert made.last is not None
+    assert made.last_published is not None
     size = 4 * engine.state(Progress()).num_elements
     assert more_s == [900, 900 + size / 10e6, 900 + size / 10e6]
 

@@ -6,7 +6,12 @@ import time
 from pathlib import Path
 
 from tests.checkpoints.test_manager import Made
-from trainer.checkpoints.in_use import MAX_MARK_AGE_S, is_in_use, kept_from_pruning, remove_stale_marks
+from trainer.checkpoints.in_use import (
+    MAX_MARK_AGE_S,
+    is_read_by_another_process,
+    marked_as_in_use,
+    remove_stale_reader_marks,
+)
 
 
 def steps(made):
@@ -16,7 +21,7 @@ def steps(made):
 def test_checkpoint_that_is_read_is_kept_until_it_was_read(tmp_path):
     made = Made(tmp_path, keep=1)
     made.save(1)
-    with kept_from_pruning(made.directory / "step-000001"):
+    with marked_as_in_use(made.directory / "step-000001"):
         made.save(2, 3)
         names = steps(made)
         assert [name for name in names if not name.startswith(".")] == ["step-000001", "step-000003"]
@@ -39,7 +44,7 @@ def test_mark_of_a_reader_that_was_killed_keeps_nothing(tmp_path):
 
 
 def test_checkpoint_in_a_directory_that_cannot_be_written_is_read_all_the_same(tmp_path):
-    with kept_from_pruning(tmp_path / "missing" / "step-000001"):
+    with marked_as_in_use(tmp_path / "missing" / "step-000001"):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -56,6 +61,6 @@ def test_mark_whose_age_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", fail_for_the_mark)
-        remove_stale_marks(tmp_path / "step-000001")
-        assert not is_in_use(tmp_path / "step-000001")
+        remove_stale_reader_marks(tmp_path / "step-000001")
+        assert not is_read_by_another_process(tmp_path / "step-000001")
     assert mark.exists()

@@ -23,8 +23,8 @@ from tests.helpers.covering import EVERYTHING, SEED
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
-from trainer.checkpoints.manifest import OLD_FORMAT, checkpoint_problem, read_manifest, write_manifest
-from trainer.checkpoints.resume_selection import choose_checkpoint, resume_problem
+from trainer.checkpoints.manifest import OLD_FORMAT_REASON, checkpoint_problem, read_manifest, write_manifest
+from trainer.checkpoints.resume_selection import choose_checkpoint, resume_setting_problem
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 
@@ -59,12 +59,14 @@ class Made:
 
     def save(self, *steps, engine=None, must_succeed=True, **progress):
         for step in steps:
-            saved = self.all.save(engine or FakeEngine(), Progress(step=step, **progress), must_succeed=must_succeed)
-        return self.all.last.path if saved else None
+            saved = self.all.save_checkpoint(
+                engine or FakeEngine(), Progress(step=step, **progress), must_succeed=must_succeed
+            )
+        return self.all.last_published.path if saved else None
 
     def resume(self, asked="auto"):
         path = choose_checkpoint(self.all.checkpoint_dirs, str(asked), ALONE)
-        self.all.continue_from(path, str(asked))
+        self.all.continue_from_checkpoint(path, str(asked))
         return path
 
     @property
@@ -112,7 +114,7 @@ DAMAGE = {
     ),
     "of an early version": (
         lambda p: (p / "state").mkdir() or (p / "state" / ".metadata").write_bytes(b""),
-        OLD_FORMAT,
+        OLD_FORMAT_REASON,
     ),
     "only a file": (lambda p: (shutil.rmtree(p), p.write_text("")), "is not a directory"),
 }
@@ -424,8 +426,8 @@ NO_CHECKPOINTS = {
     "something else": ("model", "is no checkpoint: it has no manifest.json"),
     "nothing": ("nowhere", "is not a directory"),
     "a file": ("model/config.json", "is not a directory"),
-    "of an early version": ("early/step-000004", OLD_FORMAT),
-    "its state": ("early/step-000004/state", OLD_FORMAT),
+    "of an early version": ("early/step-000004", OLD_FORMAT_REASON),
+    "its state": ("early/step-000004/state", OLD_FORMAT_REASON),
     "a torn one": ("torn/step-000005", "has no manifest"),
     "one without a file": ("run/checkpoints/step-000001", "a.safetensors is missing"),
 }
@@ -446,9 +448,9 @@ def test_resume_from_what_is_no_checkpoint_is_refused_at_once_with_its_kind(made
     (tmp_path / "torn" / "step-000005" / "a.safetensors").touch()
     (tmp_path / "early" / "step-000004" / "state" / ".metadata").touch()
     for name, said in NO_CHECKPOINTS.values():
-        found = resume_problem(str(tmp_path / name), checkpoint_dirs_of(tmp_path / name, None))
+        found = resume_setting_problem(str(tmp_path / name), checkpoint_dirs_of(tmp_path / name, None))
         assert re.search(said.format(tmp_path), found), found
-    assert resume_problem(str(run.directory / "step-000002"), []) is None
+    assert resume_setting_problem(str(run.directory / "step-000002"), []) is None
 
 
 class Unlisted(atomic_io.Disk):
@@ -490,7 +492,7 @@ def test_checkpoint_directory_that_cannot_be_listed_raises_alike_on_every_rank(m
                 call(rank)
     assert checkpoint_problem(newest).startswith("cannot be read (Input/output error")
     with pytest.raises(StorageError, match=r"cannot be listed \(Input/output error"):
-        resume_problem(str(newest), [])
+        resume_setting_problem(str(newest), [])
 
 
 def test_manifest_holds_hashes_of_the_intended_bytes_not_of_those_on_the_disk(made, monkeypatch):

@@ -83,7 +83,7 @@ def test_network_failure_at_any_call_loses_no_saved_checkpoint(tmp_path, monkeyp
         said: list[str] = []
         made = Checkpoints(places, CheckpointConfig(keep=1, background=False), ALONE, said.append)
         for step in SAVED:
-            if made.save(Engine(), Progress(step=step), must_succeed=False):
+            if made.save_checkpoint(Engine(), Progress(step=step), must_succeed=False):
                 best = step
             else:
                 assert said[-1].startswith("the run continues without") and os.strerror(code) in said[-2], said
@@ -98,8 +98,10 @@ def test_network_failure_at_any_call_loses_no_saved_checkpoint(tmp_path, monkeyp
         monkeypatch.setattr(atomic_io, "disk", atomic_io.Disk())
         assert checkpoint_problem(chosen) is None
         later = Checkpoints(places, CheckpointConfig(keep=1), ALONE)
-        later.continue_from(chosen)
-        assert later.save(Engine(), Progress(step=9)) and checkpoint_problem(places[0] / "step-000009") is None
+        later.continue_from_checkpoint(chosen)
+        assert (
+            later.save_checkpoint(Engine(), Progress(step=9)) and checkpoint_problem(places[0] / "step-000009") is None
+        )
         shutil.rmtree(root)
         if not disk.failed:
             break
@@ -114,7 +116,7 @@ def test_network_error_that_passes_never_makes_a_start_choose_an_older_checkpoin
     places = [tmp_path / "checkpoints"]
     made = Checkpoints(places, CheckpointConfig(keep=3, background=False), ALONE)
     for step in (1, 2):
-        made.save(Engine(), Progress(step=step))
+        made.save_checkpoint(Engine(), Progress(step=step))
     met = set()
     for number in range(1, 99):
         disk = Network(code, lost_answer=False)

@@ -141,7 +141,7 @@ def test_power_cut_at_any_call_loses_no_saved_checkpoint(tmp_path, monkeypatch, 
         saved = 0
         try:
             for step in SAVED:
-                checkpoints.save(Engine(), Progress(step=step))
+                checkpoints.save_checkpoint(Engine(), Progress(step=step))
                 saved += 1
         except PowerCut:
             pass
@@ -154,8 +154,8 @@ def test_power_cut_at_any_call_loses_no_saved_checkpoint(tmp_path, monkeypatch, 
         best = choose_checkpoint(places, "auto", ALONE)
         assert (int(best.name[5:]) if best else 0) in (0, *SAVED)[saved : saved + 2], (cut, checkpoints_in(places))
         later = Checkpoints(places, CheckpointConfig(keep=1), ALONE)
-        later.continue_from(best)
-        assert later.save(Engine(), Progress(step=9))
+        later.continue_from_checkpoint(best)
+        assert later.save_checkpoint(Engine(), Progress(step=9))
         assert [path.name for path in places[0].iterdir()] == ["step-000009"], "and nothing is left over"
         shutil.rmtree(found)
     assert cut > 60 and put_back == (names_arrived and not exchanges)

@@ -52,8 +52,8 @@ def test_two_ranks_and_their_launcher_outlive_a_flood(runs):
 TERMINAL = """
 import signal
 signal.signal(signal.SIGHUP, signal.{})
-from trainer.stopping.signals import SIGNALS
-print(signal.SIGHUP in SIGNALS)
+from trainer.stopping.signals import STOP_SIGNALS
+print(signal.SIGHUP in STOP_SIGNALS)
 """
 
 

@@ -134,14 +134,14 @@ def test_run_that_goes_on_after_a_kill_in_its_export_records_what_it_found_befor
     for number, loss in enumerate([4.0, 3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 2.8]):
         progress.step = 10 * number
         progress.interval_steps, progress.interval_loss = 1, 4.0 - 0.3 * number
-        killed.judge_evaluation(progress, {"eval/loss": loss})
+        killed.judge_evaluation_metrics(progress, {"eval/loss": loss})
     assert killed.record["overfitting"]["found"]
     found = {name: value for name, value in killed.record["overfitting"].items() if name != "last"}
     lines = events.read_text().splitlines()
 
     resumed = start()
     resumed.restore_findings(progress)
-    resumed.judge_end(progress)
+    resumed.record_findings_of_whole_run(progress)
     assert resumed.record["overfitting"] == found
     assert events.read_text().splitlines() == lines
     earlier = start()

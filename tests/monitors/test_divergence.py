@@ -158,13 +158,13 @@ def looked(losses, held_out, action=Reaction.note, warmup_steps=0):
     challenges.first_judged_step = first_judged_step(warmup_steps)
     progress = Progress()
     if held_out:
-        challenges.judge_evaluation(progress, {"eval/loss": held_out[0]})
+        challenges.judge_evaluation_metrics(progress, {"eval/loss": held_out[0]})
     for step, loss in enumerate(losses, 1):
         progress.step = step
-        challenges.take_rows(progress, [{"step": step, "loss": loss}])
+        challenges.add_step_metrics(progress, [{"step": step, "loss": loss}])
         if held_out and step % 10 == 0:
-            challenges.judge_evaluation(progress, {"eval/loss": held_out[step // 10]})
-    challenges.judge_end(progress)
+            challenges.judge_evaluation_metrics(progress, {"eval/loss": held_out[step // 10]})
+    challenges.record_findings_of_whole_run(progress)
     return challenges, said
 
 
@@ -210,7 +210,7 @@ def test_divergence_is_judged_after_the_warm_up_that_a_run_is_set_to(tmp_path, s
         runtime=SimpleNamespace(is_main=True, world_size=1, simulated=False),
         run_dir=tmp_path,
         console=SimpleNamespace(print_line=print),
-        attempt=SimpleNamespace(on_move=[]),
+        attempt=SimpleNamespace(on_run_dir_renamed=[]),
     )
     built = SimpleNamespace(step_module=SimpleNamespace(objective=SimpleNamespace(comparable_term="loss")))
     interval = EvaluationInterval(steps=10, loss_alone=False)
@@ -231,7 +231,7 @@ def test_preferences_are_judged_by_their_margin_and_not_by_their_loss(margin_cha
     for step in range(31):
         progress.step = step
         if step:
-            challenges.take_rows(progress, [{"step": step, "loss": 0.7 - step / 100}])
+            challenges.add_step_metrics(progress, [{"step": step, "loss": 0.7 - step / 100}])
         if step % 10 == 0:
             share = step / 30
             now = {
@@ -240,7 +240,7 @@ def test_preferences_are_judged_by_their_margin_and_not_by_their_loss(margin_cha
             }
             challenges.add_batch_sums({name: [*sums] for name, sums in now.items()})
             means = {"eval/margin": now["eval/margin"].mean(), "eval/loss": now["eval/loss"].sum() / 480}
-            challenges.judge_evaluation(progress, means)
+            challenges.judge_evaluation_metrics(progress, means)
     record = challenges.record["divergence"]
     assert (record.get("verdict"), record["found"]) == (verdict, verdict is not None)
     if verdict:
@@ -284,17 +284,17 @@ def test_divergence_of_a_run_that_was_killed_in_its_export_is_judged_by_pairs_ag
     progress = Progress()
     killed, _ = start()
     killed.add_batch_sums({"eval/loss": before})
-    killed.judge_evaluation(progress, {"eval/loss": 2.0})
+    killed.judge_evaluation_metrics(progress, {"eval/loss": 2.0})
     for step in range(1, 41):
         progress.step = step
-        killed.take_rows(progress, [{"step": step, "loss": 2.0 - step / 100}])
+        killed.add_step_metrics(progress, [{"step": step, "loss": 2.0 - step / 100}])
     killed.add_batch_sums({"eval/loss": [1.05 * batch_sum for batch_sum in before]})
-    killed.judge_evaluation(progress, {"eval/loss": 2.1})
+    killed.judge_evaluation_metrics(progress, {"eval/loss": 2.1})
     assert killed.record["divergence"]["found"]
 
     resumed, said = start()
     resumed.restore_findings(progress)
-    resumed.judge_end(progress)
+    resumed.record_findings_of_whole_run(progress)
     assert resumed.record["divergence"] == killed.record["divergence"]
     assert said == []
 

@@ -106,10 +106,10 @@ def test_a_run_that_learns_from_rewards_is_not_judged_by_its_loss():
     for step in range(1, 41):
         progress.step = step
         row = {"step": step, "loss": (-1) ** step * 0.1, rewards.REWARD: step / 40, CONTROL: 1 - step / 40}
-        challenges.take_rows(progress, [row])
+        challenges.add_step_metrics(progress, [row])
     assert progress.first_loss is None
     assert progress.recent_losses == []
-    challenges.judge_evaluation(progress, {"eval/reward": 0.5})
+    challenges.judge_evaluation_metrics(progress, {"eval/reward": 0.5})
     assert progress.evaluations[-1] == {"step": 40.0, "train": pytest.approx(20.5 / 40), "held_out": 0.5}
     (line,) = lines
     assert line.startswith("warning: rewards at step ")
@@ -127,7 +127,7 @@ def test_a_run_that_rewards_have_stopped_stops_again_on_every_rank(tmp_path):
     for step in range(1, 41):
         progress.step = step
         row = {"step": step, "loss": 0.0, rewards.REWARD: step / 40, CONTROL: 1 - step / 40}
-        first_start.take_rows(progress, [row])
+        first_start.add_step_metrics(progress, [row])
     assert first_start.stopping_finding is not None
 
     events = (tmp_path / "events.jsonl").read_text()
@@ -136,6 +136,6 @@ def test_a_run_that_rewards_have_stopped_stops_again_on_every_rank(tmp_path):
         resumed = ChallengeDetectors(config, 4, "loss", lines.append, events=events_of_rank)
         resumed.control_metrics = [CONTROL]
         resumed.restore_findings(progress)
-        resumed.judge_evaluation(progress, {"eval/reward": 0.5})  # which the checkpoint owes
+        resumed.judge_evaluation_metrics(progress, {"eval/reward": 0.5})  # which the checkpoint owes
         assert resumed.stopping_finding is not None
     assert (tmp_path / "events.jsonl").read_text() == events

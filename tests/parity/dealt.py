@@ -368,7 +368,7 @@ def flipped(job: Job) -> list[str]:
             _, tensor, _ = next(one for one in replicated_parameters(trainer.engine) if ".experts." in one[0])
             tensor.view(-1)[0] += 1.0
         try:
-            check.compare(trainer.engine, step)
+            check.check_replicas(trainer.engine, step)
             said.append("alike")
         except ReplicasDiffer as error:
             said.append(str(error))

@@ -230,7 +230,9 @@ def test_each_step_of_a_round_has_the_reward_of_its_round(root, runtime):
     # The detector counts the answers of a round once.
     challenges = ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, compared_term="loss")
     challenges.control_metrics = []
-    challenges.take_rows(trainer.progress, [{"step": step, "loss": 0.0, **fact} for step, fact in enumerate(facts, 1)])
+    challenges.add_step_metrics(
+        trainer.progress, [{"step": step, "loss": 0.0, **fact} for step, fact in enumerate(facts, 1)]
+    )
     assert [block["reward"] for block in trainer.progress.reward_blocks] == [facts[0]["reward"], facts[4]["reward"]]
 
 

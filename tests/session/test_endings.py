@@ -52,7 +52,7 @@ def test_detectors_write_into_a_directory_that_was_renamed(tmp_path):
     (tmp_path / "new").mkdir()
     challenges = ChallengeDetectors(ChallengesConfig(), 1, "loss", events=tmp_path / "old" / "events.jsonl")
     challenges.kept_answers = KeptAnswers(tmp_path / "old")
-    challenges.move_to(tmp_path / "new")
+    challenges.follow_renamed_run_dir(tmp_path / "new")
     challenges.add_answers("facts", [KeptAnswer("Who?", "I", "you")])
     challenges.kept_answers.write(10)
     assert challenges.events == tmp_path / "new" / "events.jsonl"

@@ -21,7 +21,7 @@ from strategies.atomic_io import error_summary, size_text
 from strategies.base import Progress
 from strategies.runtime import Runtime, free_host_memory, gather_objects
 from strategies.saving import FileOutcome, RankState
-from trainer.checkpoints.layout import STEP_DIR
+from trainer.checkpoints.layout import STEP_DIR_FORMAT
 from trainer.checkpoints.recovery import write_part_note
 
 MAX_MEMORY_SHARE = 0.9
@@ -57,7 +57,7 @@ class StateBuffer:
         self.refusal_reason = self._no_room_reason(needed_bytes)
         if self.refusal_reason is not None:
             return False
-        # An error of one rank must not end it before the collective that the others call: the collective tells them of it.
+        # A rank whose copy fails must still call the collective below, in which the other ranks wait for it.
         problem = None
         try:
             if self._buffer is None or not buffer_is_large_enough:
@@ -112,16 +112,16 @@ class SavedCheckpoint:
     """A published checkpoint, its size and its cost."""
 
     path: Path
-    size: int
-    """Bytes, of all ranks."""
+    size_bytes: int
+    """Of the files of all ranks together."""
     took_s: float
     """Seconds from its beginning until it had its name."""
     stall_s: float
     """Seconds of `took_s` in which training waited."""
 
     @property
-    def row(self) -> dict[str, float]:
-        """The columns of a row of metrics."""
+    def metric_columns(self) -> dict[str, float]:
+        """What the checkpoint cost, as columns of `metrics.jsonl`."""
         return {"checkpoint_stall_s": self.stall_s, "checkpoint_write_s": self.took_s}
 
 
@@ -135,10 +135,10 @@ class PendingCheckpoint:
     state: RankState
     began_at: float
     """When it was begun, by the monotonic clock."""
-    untried_dirs: list[Path]
-    """Directories that have not been tried yet."""
-    size: int = 0
-    """Bytes of the tensors, of all ranks."""
+    untried_checkpoint_dirs: list[Path]
+    """Directories in which its writing can still be tried, in this order: the run's own, then the fallback."""
+    size_bytes: int = 0
+    """Of the tensors of all ranks together."""
     replaces_older: bool = True
     """Whether older checkpoints are deleted for it. They are not for one that is written only for the export."""
     stall_s: float = 0.0
@@ -160,29 +160,30 @@ class PendingCheckpoint:
             best_step=progress.best_step,
             state=state,
             began_at=began_at,
-            untried_dirs=list(checkpoint_dirs),
+            untried_checkpoint_dirs=list(checkpoint_dirs),
             _next_query_step=progress.step + 1,
         )
 
     @property
-    def staging(self) -> Path:
-        """The staging directory, in which it is written until it is complete."""
-        return self.checkpoint_dir / f".{STEP_DIR.format(self.step)}.writing"
+    def staging_dir(self) -> Path:
+        """The directory in which it is written until it is complete, such as `checkpoints/.step-000040.writing`."""
+        return self.checkpoint_dir / f".{STEP_DIR_FORMAT.format(self.step)}.writing"
 
-    def start(self, staging: Path) -> None:
-        """Let a thread write this rank's file into the existing directory `staging`."""
+    def start_writing_thread(self) -> None:
+        """Start a thread that writes this rank's file into `staging_dir`, which exists, and sets `outcome`."""
+        staging_dir = self.staging_dir
 
-        def write() -> None:
-            self.outcome = self.state.write_part(staging)
+        def write_file_and_note() -> None:
+            self.outcome = self.state.write_part(staging_dir)
             if self.outcome.problem is None:
                 with suppress(OSError):  # the note only helps a start after a crash
-                    write_part_note(staging, self.state, self.outcome)
+                    write_part_note(staging_dir, self.state, self.outcome)
 
-        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=write_file_and_note, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self) -> FileOutcome:
-        """Wait for the thread; returns how the write ended. No collective."""
+    def wait_for_outcome(self) -> FileOutcome:
+        """Wait until the thread has ended; returns how the write of this rank's file ended. No collective."""
         assert self._thread is not None
         self._thread.join()
         assert self.outcome is not None
@@ -194,9 +195,9 @@ class PendingCheckpoint:
             self._thread.join(limit_s)
 
     def is_written(self, step: int, runtime: Runtime) -> bool:
-        """Whether all ranks have written their files. All ranks must call, after the same steps.
+        """Whether all ranks have written their files. All ranks must call, after the same steps (`step`: the run's current one).
 
-        The longer it takes, the fewer steps ask: asking is a collective.
+        Asking the ranks is a collective. The longer the write takes, the fewer steps ask; the steps between return False.
         """
         if step < self._next_query_step or self._thread is None:
             return False

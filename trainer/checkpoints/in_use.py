@@ -1,7 +1,7 @@
 """Keeps a checkpoint from being pruned while another process reads it: an export of a run that still trains takes hours.
 
-A mark lies beside the checkpoint, and is touched now and then. The run that prunes leaves a checkpoint with a fresh mark
-alone. A mark that nobody touches any more, because its process was killed, keeps nothing.
+The process that reads puts a mark (an empty file) beside the checkpoint, and touches it every minute. The run that prunes leaves
+a checkpoint with a fresh mark alone. A mark that nobody touches any more, because its process was killed, keeps nothing.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-MARK = ".{checkpoint}.in-use-{host}-{pid}"
+MARK_FILE_FORMAT = ".{checkpoint}.in-use-{host}-{pid}"
+"""Such as `.step-000040.in-use-node7-4711`."""
 TOUCH_INTERVAL_S = 60.0
 MAX_MARK_AGE_S = 900.0
 """A mark that is older keeps nothing. Clocks of hosts differ, and a network file system may show a time that is minutes old."""
 
 
 @contextmanager
-def kept_from_pruning(checkpoint: Path) -> Iterator[None]:
-    """Inside the context the run does not delete `checkpoint`, which another process reads, for example an export.
+def marked_as_in_use(checkpoint: Path) -> Iterator[None]:
+    """Inside the context the run does not delete `checkpoint`, which this process reads, for example to export it.
 
-    A file beside the checkpoint, touched every `TOUCH_INTERVAL_S`, tells the run. If the directory cannot be written, nothing
-    tells the run, which may then delete the checkpoint.
+    A mark file beside the checkpoint, which a thread touches every minute, tells the run. If the directory cannot be written,
+    nothing tells the run, which may then delete the checkpoint.
     """
-    mark = checkpoint.with_name(MARK.format(checkpoint=checkpoint.name, host=socket.gethostname(), pid=os.getpid()))
+    mark = checkpoint.with_name(
+        MARK_FILE_FORMAT.format(checkpoint=checkpoint.name, host=socket.gethostname(), pid=os.getpid())
+    )
     ended = threading.Event()
 
     def keep_fresh() -> None:
@@ -51,30 +54,32 @@ def kept_from_pruning(checkpoint: Path) -> Iterator[None]:
             mark.unlink()
 
 
-def is_in_use(checkpoint: Path) -> bool:
+def is_read_by_another_process(checkpoint: Path) -> bool:
     """Whether some process reads a checkpoint, so that it must not be deleted now.
 
-    A process that reads it keeps a mark beside it (`kept_from_pruning`), which is at most `MAX_MARK_AGE_S` old.
+    A process that reads it, on any host, has a mark file beside it (`marked_as_in_use`), which it touches every minute. A mark
+    older than `MAX_MARK_AGE_S` belongs to a process that was killed, and does not count.
     """
-    for mark in _marks_of(checkpoint):
-        with suppress(OSError):  # removed meanwhile
-            if _is_fresh(mark):
+    for mark in _reader_marks_of(checkpoint):
+        with suppress(OSError):  # the reader has finished meanwhile, and removed its mark
+            if _was_touched_recently(mark):
                 return True
     return False
 
 
-def remove_stale_marks(checkpoint: Path) -> None:
+def remove_stale_reader_marks(checkpoint: Path) -> None:
     """Remove the marks of processes that were killed while they read a checkpoint. An error leaves the mark where it is."""
-    for mark in _marks_of(checkpoint):
+    for mark in _reader_marks_of(checkpoint):
         with suppress(OSError):
-            if not _is_fresh(mark):
+            if not _was_touched_recently(mark):
                 mark.unlink()
 
 
-def _marks_of(checkpoint: Path) -> list[Path]:
-    return list(checkpoint.parent.glob(MARK.format(checkpoint=checkpoint.name, host="*", pid="*")))
+def _reader_marks_of(checkpoint: Path) -> list[Path]:
+    """The mark files beside a checkpoint, of readers on any host."""
+    return list(checkpoint.parent.glob(MARK_FILE_FORMAT.format(checkpoint=checkpoint.name, host="*", pid="*")))
 
 
-def _is_fresh(mark: Path) -> bool:
+def _was_touched_recently(mark: Path) -> bool:
     """Whether a mark was touched within the last `MAX_MARK_AGE_S`. Raises OSError if its age cannot be read."""
     return time.time() - mark.stat().st_mtime < MAX_MARK_AGE_S

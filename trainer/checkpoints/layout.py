@@ -6,16 +6,18 @@ import errno
 import hashlib
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from strategies import atomic_io
 from strategies.atomic_io import error_summary
 from strategies.errors import StorageError
 
-STEP_DIR = "step-{:06d}"
-STEP_NAME = re.compile(r"step-(\d{1,15})")
-REPLACED = ".{}.replaced"
+STEP_DIR_FORMAT = "step-{:06d}"
+"""Such as `step-000040`."""
+STEP_DIR_REGEX = re.compile(r"step-(\d{1,15})")
+REPLACED_DIR_FORMAT = ".{}.replaced"
 """Name of a checkpoint while another of the same step takes its name, on file systems that cannot swap two names at once."""
-REPLACED_NAME = re.compile(r"\.(step-\d{1,15})\.replaced")
+REPLACED_DIR_REGEX = re.compile(r"\.(step-\d{1,15})\.replaced")
 
 
 def checkpoint_dirs_of(run_dir: Path, fallback_dir: str | None) -> list[Path]:
@@ -29,8 +31,15 @@ def checkpoint_dirs_of(run_dir: Path, fallback_dir: str | None) -> list[Path]:
     return checkpoint_dirs
 
 
-def checkpoints_in(checkpoint_dirs: list[Path]) -> list[tuple[int, Path]]:
-    """(step, path) of everything with the name of a checkpoint in these directories, by ascending step.
+class StepCheckpoint(NamedTuple):
+    """A directory with the name of a checkpoint; whether it is complete is not known."""
+
+    step: int
+    path: Path
+
+
+def checkpoints_in(checkpoint_dirs: list[Path]) -> list[StepCheckpoint]:
+    """Everything with the name of a checkpoint in these directories, by ascending step.
 
     If several directories have the same step, that of the first directory comes last, as the newest. A checkpoint that was
     renamed to `.step-<n>.replaced` for a successor is listed too, if the power failed before the successor got the name;
@@ -38,29 +47,29 @@ def checkpoints_in(checkpoint_dirs: list[Path]) -> list[tuple[int, Path]]:
     """
     sortable_checkpoints = []  # (step, minus the number of the directory, path)
     for dir_number, checkpoint_dir in enumerate(checkpoint_dirs):
-        names = names_in(checkpoint_dir)
+        names = list_directory_if_present(checkpoint_dir)
         for name in names:
             step_name = name  # step-<n>
-            replaced_match = REPLACED_NAME.fullmatch(name)
+            replaced_match = REPLACED_DIR_REGEX.fullmatch(name)
             if replaced_match:
                 step_name = replaced_match[1]
                 if step_name in names:
                     continue  # its successor has the name
-            step_match = STEP_NAME.fullmatch(step_name)
+            step_match = STEP_DIR_REGEX.fullmatch(step_name)
             if step_match:
                 sortable_checkpoints.append((int(step_match[1]), -dir_number, checkpoint_dir / name))
-    return [(step, path) for step, _, path in sorted(sortable_checkpoints)]
+    return [StepCheckpoint(step, path) for step, _, path in sorted(sortable_checkpoints)]
 
 
-def list_names(directory: Path) -> list[str]:
+def list_directory(directory: Path) -> list[str]:
     """The names in a directory. Waits for a stale NFS handle or a disk error that passes. Raises OSError if that fails."""
     return atomic_io.RetryingReader().read(directory, lambda: atomic_io.disk.names(directory), (errno.ESTALE,))
 
 
-def names_in(directory: Path) -> list[str]:
+def list_directory_if_present(directory: Path) -> list[str]:
     """The names in a directory; none if it does not exist. Raises StorageError if it exists and cannot be listed."""
     try:
-        return list_names(directory)
+        return list_directory(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

@@ -1,4 +1,8 @@
-"""Writes checkpoints into a staging directory, publishes them by a rename, and deletes those that are not kept."""
+"""Writes checkpoints into a staging directory, publishes them, and deletes those that are not kept.
+
+To publish a checkpoint: add its manifest, by which its files are checked later, and rename its complete staging directory to
+`step-<n>`. A pending checkpoint is one that is being written while training continues, and not published yet.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,17 @@ from strategies.runtime import Runtime, call_on_main, first_rank_error, gather_o
 from strategies.saving import RankState
 from trainer.checkpoints.async_writer import FLOAT32_BYTES, PendingCheckpoint, SavedCheckpoint, StateBuffer
 from trainer.checkpoints.config import CheckpointConfig
-from trainer.checkpoints.in_use import is_in_use, remove_stale_marks
-from trainer.checkpoints.layout import REPLACED, STEP_DIR, checkpoints_in
+from trainer.checkpoints.in_use import is_read_by_another_process, remove_stale_reader_marks
+from trainer.checkpoints.layout import REPLACED_DIR_FORMAT, STEP_DIR_FORMAT, checkpoints_in
 from trainer.checkpoints.manifest import write_manifest
-from trainer.checkpoints.patience import REPORT_EVERY_S, waiting_for_disk
+from trainer.checkpoints.patience import REPORT_INTERVAL_S, waiting_for_disk
 from trainer.checkpoints.recovery import remove_part_notes
 from trainer.checkpoints.resume_selection import choose_checkpoint, record_resumed_checkpoint, restore_replaced
 from trainer.checkpoints.schedule import Schedule
 from trainer.checkpoints.staging import create_staging_dir, fallback_dir_error, raise_if_any_rank_failed, run_on_rank_0
 
-GIVEN_UP = "given-up-{}"
-UNFINISHED_NAMES = (".step-*.writing", ".step-*.deleting", REPLACED.format("step-*"))
+GIVEN_UP_DIR_FORMAT = "given-up-{}"
+UNFINISHED_DIR_PATTERNS = (".step-*.writing", ".step-*.deleting", REPLACED_DIR_FORMAT.format("step-*"))
 
 
 class Checkpoints:
@@ -51,8 +55,8 @@ class Checkpoints:
         self.runtime = runtime
         self.print_line = print_line
         self.schedule = Schedule(config, runtime)
-        self.last: SavedCheckpoint | None = None
-        """The last checkpoint of this process; None before the first."""
+        self.last_published: SavedCheckpoint | None = None
+        """The last checkpoint that this process published; None before the first."""
         self.state_buffer = StateBuffer(runtime)
         self._pending: PendingCheckpoint | None = None
         self._reported_age_s = 0.0
@@ -69,7 +73,7 @@ class Checkpoints:
 
     # -- at the start ----------------------------------------------------------------------------------------------------
 
-    def continue_from(self, resumed: Path | None, resume: str = "auto") -> None:
+    def continue_from_checkpoint(self, resumed: Path | None, resume: str = "auto") -> None:
         """Make `resumed` the newest checkpoint of the run: newer ones, of another branch or damaged, are moved aside.
 
         `resumed`: None for a start without a checkpoint; all are then moved aside. `resume`: the setting `run.resume`. If it
@@ -84,7 +88,7 @@ class Checkpoints:
             error = fallback_dir_error(self.checkpoint_dirs[1:], self.config.fallback_dir, self.print_line)
             try:
                 if error is None:
-                    self._set_aside_newer(resumed)
+                    self._move_newer_aside(resumed)
             except (OSError, StorageError) as caught:
                 error = StorageError(
                     f"checkpoint: what is newer than {resumed} could not be moved aside ({error_summary(caught)}); move it away "
@@ -102,7 +106,7 @@ class Checkpoints:
         if failure is not None:
             raise StorageError(failure.text)
 
-    def _set_aside_newer(self, resumed: Path | None) -> None:
+    def _move_newer_aside(self, resumed: Path | None) -> None:
         """Move checkpoints newer than `resumed` (None: all) aside, and remove unfinished files of killed runs. On rank 0."""
         restore_replaced(self.checkpoint_dirs)
         checkpoints = checkpoints_in(self.checkpoint_dirs)
@@ -120,20 +124,20 @@ class Checkpoints:
             elif resumed_step is None or step >= resumed_step:  # also one of the same step in another directory
                 given_up_paths.append(path)
         for checkpoint_dir in self.checkpoint_dirs:
-            for pattern in UNFINISHED_NAMES:
+            for pattern in UNFINISHED_DIR_PATTERNS:
                 for unfinished in list(checkpoint_dir.glob(pattern)):
                     with suppress(OSError):  # it is in nobody's way
                         atomic_io.disk.remove_tree(unfinished)
             paths_to_move = [path for path in given_up_paths if path.parent == checkpoint_dir]
             if paths_to_move:
-                self._move_aside(checkpoint_dir, paths_to_move)
+                self._move_to_given_up_dir(checkpoint_dir, paths_to_move)
 
-    def _move_aside(self, checkpoint_dir: Path, checkpoints: list[Path]) -> None:
+    def _move_to_given_up_dir(self, checkpoint_dir: Path, checkpoints: list[Path]) -> None:
         """Move checkpoints of one directory into a new directory `given-up-<n>` in it, durably. Raises OSError if that fails."""
         directory_number = 1
-        while (checkpoint_dir / GIVEN_UP.format(directory_number)).exists():
+        while (checkpoint_dir / GIVEN_UP_DIR_FORMAT.format(directory_number)).exists():
             directory_number += 1
-        given_up_dir = checkpoint_dir / GIVEN_UP.format(directory_number)
+        given_up_dir = checkpoint_dir / GIVEN_UP_DIR_FORMAT.format(directory_number)
         atomic_io.disk.make_directory(given_up_dir)
         metrics_file = checkpoint_dir.parent / "metrics.jsonl"
         if metrics_file.is_file():  # the run will cut off the rows of the steps that it takes again
@@ -172,23 +176,26 @@ class Checkpoints:
                 f"warning: there is no checkpoint of step {last_good_step} or before; the run goes back to the oldest one, of "
                 f"step {step} (checkpoint.keep={self.config.keep})"
             )
-        self.continue_from(path)
+        self.continue_from_checkpoint(path)
         self.schedule.record_attempt(step, took_s=None)
         return path
 
-    def move_to(self, run_dir: Path) -> None:
-        """Follow a run directory that was renamed to `run_dir`, also with the pending checkpoint. No collective."""
-        old_dir = self.checkpoint_dirs[0]  # in the run directory; further ones are elsewhere
+    def follow_renamed_run_dir(self, run_dir: Path) -> None:
+        """Use the new paths after somebody renamed the run directory to `run_dir`. Moves nothing on the disk. No collective."""
+        old_dir = self.checkpoint_dirs[
+            0
+        ]  # in the run directory; the fallback directory is elsewhere, and keeps its path
         new_dir = run_dir / old_dir.name
 
-        def moved(checkpoint_dir: Path) -> Path:
+        def new_path_of(checkpoint_dir: Path) -> Path:
             return new_dir if checkpoint_dir == old_dir else checkpoint_dir
 
         self.checkpoint_dirs[0] = new_dir
-        self._complete_checkpoints = {moved(path.parent) / path.name for path in self._complete_checkpoints}
-        if self._pending is not None:
-            self._pending.untried_dirs = [moved(checkpoint_dir) for checkpoint_dir in self._pending.untried_dirs]
-            self._pending.checkpoint_dir = moved(self._pending.checkpoint_dir)
+        self._complete_checkpoints = {new_path_of(path.parent) / path.name for path in self._complete_checkpoints}
+        pending = self._pending
+        if pending is not None:
+            pending.untried_checkpoint_dirs = [new_path_of(directory) for directory in pending.untried_checkpoint_dirs]
+            pending.checkpoint_dir = new_path_of(pending.checkpoint_dir)
 
     # -- on the way ------------------------------------------------------------------------------------------------------
 
@@ -214,23 +221,23 @@ class Checkpoints:
             return False
         is_written = self._pending.is_written(step, self.runtime)
         written_s = time.monotonic() - self._pending.began_at
-        if not is_written and written_s >= self._reported_age_s + REPORT_EVERY_S:
+        if not is_written and written_s >= self._reported_age_s + REPORT_INTERVAL_S:
             self._reported_age_s = written_s
             self.print_line(
-                f"checkpoint {STEP_DIR.format(self._pending.step)}: still being written after {written_s:.0f} s"
+                f"checkpoint {STEP_DIR_FORMAT.format(self._pending.step)}: still being written after {written_s:.0f} s"
             )
         return is_written
 
-    def _patience(self, step: int, size: int) -> AbstractContextManager[None]:
-        """Within it the ranks wait longer for each other, for a disk that takes `size` bytes."""
-        return waiting_for_disk(f"checkpoint {STEP_DIR.format(step)}", size, self.runtime, self.print_line)
+    def _longer_disk_timeout(self, step: int, size_bytes: int) -> AbstractContextManager[None]:
+        """Within the context the ranks wait longer for each other, while `size_bytes` of the checkpoint of `step` are written."""
+        return waiting_for_disk(f"checkpoint {STEP_DIR_FORMAT.format(step)}", size_bytes, self.runtime, self.print_line)
 
     def wait_at_most(self, limit_s: float) -> None:
         """Wait at most `limit_s` for the file that this rank is writing. The next start can publish it. No collective."""
         if self._pending is not None:
             self._pending.wait_at_most(limit_s)
 
-    def save(
+    def save_checkpoint(
         self,
         engine: Engine,
         progress: Progress,
@@ -239,29 +246,34 @@ class Checkpoints:
         replaces_older: bool = True,
         attachments: Mapping[str, bytes] | None = None,
     ) -> bool:
-        """Write a checkpoint of this moment, publish it, and delete what `checkpoint.keep` no longer keeps. All ranks must call.
+        """Write a checkpoint of this moment, or begin to write it while training continues. All ranks must call.
 
-        A pending checkpoint must be published before. If the run's directory cannot take the checkpoint,
-        `checkpoint.fallback_dir` is tried. If that fails too, nothing half-written stays, and StorageError is raised on every
-        rank with `must_succeed`, or after `checkpoint.max_failures` in a row. Otherwise the run continues with a warning, and
-        False is returned. Without `must_succeed` and with `checkpoint.background`, the checkpoint is only begun, and is then
-        pending. Without `replaces_older`, it will be discarded, and no older one is deleted for it. `attachments`: files
-        beside the state by name, which rank 0 writes.
+        The pending checkpoint must be published before. If the run's directory cannot take the checkpoint,
+        `checkpoint.fallback_dir` is tried. The outcomes:
+
+        - With `must_succeed`, or `checkpoint.background=false`: it is written and published now, and older ones that
+          `checkpoint.keep` no longer keeps are deleted. Returns True.
+        - Else it is begun, and pending. Returns True.
+        - No directory can take it: nothing half-written stays. Raises StorageError on every rank with `must_succeed`, or after
+          more than `checkpoint.max_failures` failures in a row. Else prints a warning and returns False.
+
+        Arguments:
+            replaces_older: False for a checkpoint that is deleted after the export, so that no older one is deleted for it.
+            attachments: files beside the state by name, which rank 0 writes.
         """
-        began = time.monotonic()
-        with self._patience(progress.step, 0):  # rank 0 may still be writing its rows to the disk
+        began_at = time.monotonic()
+        with self._longer_disk_timeout(progress.step, size_bytes=0):  # rank 0 may still be writing its rows to the disk
             state = engine.state(progress)
             num_elements = sum(gather_objects(state.num_elements, self.runtime))
-            size = FLOAT32_BYTES * num_elements
         if attachments and self.runtime.is_main:
             state.attachments = dict(attachments)
-        checkpoint = PendingCheckpoint.begin(progress, state, began, self.checkpoint_dirs)
-        checkpoint.size = size
+        checkpoint = PendingCheckpoint.begin(progress, state, began_at, self.checkpoint_dirs)
+        checkpoint.size_bytes = FLOAT32_BYTES * num_elements
         checkpoint.replaces_older = replaces_older
-        with self._patience(progress.step, size):
-            return self._save(checkpoint, must_succeed=must_succeed)
+        with self._longer_disk_timeout(progress.step, checkpoint.size_bytes):
+            return self._save_or_begin(checkpoint, must_succeed=must_succeed)
 
-    def _save(self, checkpoint: PendingCheckpoint, *, must_succeed: bool) -> bool:
+    def _save_or_begin(self, checkpoint: PendingCheckpoint, *, must_succeed: bool) -> bool:
         """Write the checkpoint while training waits, or copy the state and begin to write it in the background.
 
         Returns whether it was written or begun. All ranks must call.
@@ -272,15 +284,15 @@ class Checkpoints:
             return self._save_in_step(checkpoint, must_succeed=must_succeed)
         self._pending = checkpoint
         self._reported_age_s = 0.0
-        problems: list[str] = []
-        begun = self._start_writing(checkpoint, problems)
+        failure_texts: list[str] = []
+        has_begun = self._start_writing(checkpoint, failure_texts)
         # Training has waited for the copy so far; publishing adds its own wait later.
         checkpoint.stall_s = time.monotonic() - checkpoint.began_at
         self.schedule.record_attempt(checkpoint.step, took_s=None)
-        if not begun:
+        if not has_begun:
             self._pending = None
-            self._note_failure(problems, must_succeed=False)
-        return begun
+            self._count_failure(failure_texts, must_succeed=False)
+        return has_begun
 
     def publish_pending(self) -> bool:
         """Wait for the pending checkpoint and publish it. Returns whether it was published. All ranks must call.
@@ -290,32 +302,33 @@ class Checkpoints:
         checkpoint = self._pending
         self._pending = None
         assert checkpoint is not None
-        with self._patience(checkpoint.step, checkpoint.size):
-            return self._publish(checkpoint)
+        with self._longer_disk_timeout(checkpoint.step, checkpoint.size_bytes):
+            return self._wait_and_publish(checkpoint)
 
-    def _publish(self, checkpoint: PendingCheckpoint) -> bool:
+    def _wait_and_publish(self, checkpoint: PendingCheckpoint) -> bool:
         """Wait until a checkpoint is written in the background, and give it its name; returns whether it has one now.
 
         If its directory could not take it, the remaining ones are tried with the same copy of the state. All ranks must call.
         """
-        wait_began = time.monotonic()
-        problems: list[str] = []
+        wait_began_at = time.monotonic()
+        failure_texts: list[str] = []
         while True:
             # Each rank passes on how its own file ended: an error of one is raised on all.
-            finish_files = partial(checkpoint.state.finish, outcome=checkpoint.wait())
+            finish_files = partial(checkpoint.state.finish, outcome=checkpoint.wait_for_outcome())
             try:
-                path, size = self._seal_and_publish(checkpoint, finish_files)
+                path, size_bytes = self._complete_and_publish(checkpoint, finish_files)
                 break
             except StorageError as error:
-                self._warn(error, problems)
+                self._warn_and_record_failure(error, failure_texts)
             # The copy is still in the buffer, so that another directory can be tried.
-            if not self._start_writing(checkpoint, problems):
-                self._note_failure(problems, must_succeed=False)
+            if not self._start_writing(checkpoint, failure_texts):
+                self._count_failure(failure_texts, must_succeed=False)
                 return False
         now = time.monotonic()
-        checkpoint.stall_s += now - wait_began
-        self._note_success(checkpoint, SavedCheckpoint(path, size, now - checkpoint.began_at, checkpoint.stall_s))
-        self.schedule.record_cost(checkpoint.stall_s, now - checkpoint.began_at)
+        checkpoint.stall_s += now - wait_began_at
+        took_s = now - checkpoint.began_at
+        self._record_success(checkpoint, SavedCheckpoint(path, size_bytes, took_s=took_s, stall_s=checkpoint.stall_s))
+        self.schedule.record_cost(checkpoint.stall_s, write_s=took_s)
         return True
 
     def _copy_state(self, state: RankState) -> bool:
@@ -332,121 +345,129 @@ class Checkpoints:
             )
         return False
 
-    def _start_writing(self, checkpoint: PendingCheckpoint, problems: list[str]) -> bool:
+    def _start_writing(self, checkpoint: PendingCheckpoint, failure_texts: list[str]) -> bool:
         """Start to write a checkpoint in the background, in the first directory not yet tried that has room for it.
 
-        Returns whether one had. `problems`: gets a line for each directory that could not take it. All ranks must call.
+        Returns whether one had. `failure_texts`: gets a line for each directory that could not take it. All ranks must call.
         """
-        while checkpoint.untried_dirs:
-            checkpoint.checkpoint_dir = checkpoint.untried_dirs.pop(0)
+        while checkpoint.untried_checkpoint_dirs:
+            # Decides `checkpoint.staging_dir` too, which lies in it.
+            checkpoint.checkpoint_dir = checkpoint.untried_checkpoint_dirs.pop(0)
             try:
-                create_staging_dir(checkpoint.staging, self.runtime, checkpoint.state.require_space_on_disk)
-            except StorageError as error:
-                self._warn(error, problems)
+                create_staging_dir(checkpoint.staging_dir, self.runtime, checkpoint.state.require_space_on_disk)
+            except StorageError as error:  # raised on all ranks or none, so that all try the next directory
+                self._warn_and_record_failure(error, failure_texts)
                 continue
-            checkpoint.start(checkpoint.staging)
+            checkpoint.start_writing_thread()
             return True
         return False
 
     def _save_in_step(self, checkpoint: PendingCheckpoint, *, must_succeed: bool) -> bool:
         """Write a checkpoint while training waits, in the first directory that can; False if none can. All ranks must call."""
-        problems: list[str] = []
-        while checkpoint.untried_dirs:
-            checkpoint.checkpoint_dir = checkpoint.untried_dirs.pop(0)
+        failure_texts: list[str] = []
+        while checkpoint.untried_checkpoint_dirs:
+            # Decides `checkpoint.staging_dir` too, which lies in it.
+            checkpoint.checkpoint_dir = checkpoint.untried_checkpoint_dirs.pop(0)
             try:
-                create_staging_dir(checkpoint.staging, self.runtime)
-                path, size = self._seal_and_publish(checkpoint, checkpoint.state.save)
-            except StorageError as error:  # the same on every rank, so that all try the next directory
-                self._warn(error, problems)
+                create_staging_dir(checkpoint.staging_dir, self.runtime)
+                path, size_bytes = self._complete_and_publish(checkpoint, checkpoint.state.save)
+            except StorageError as error:  # raised on all ranks or none, so that all try the next directory
+                self._warn_and_record_failure(error, failure_texts)
                 continue
             took_s = time.monotonic() - checkpoint.began_at
-            self._note_success(checkpoint, SavedCheckpoint(path, size, took_s, took_s))
+            # Training has waited all the time.
+            self._record_success(checkpoint, SavedCheckpoint(path, size_bytes, took_s=took_s, stall_s=took_s))
             self.schedule.record_attempt(checkpoint.step, took_s)
             return True
         self.schedule.record_attempt(checkpoint.step, took_s=None)
-        self._note_failure(problems, must_succeed=must_succeed)
+        self._count_failure(failure_texts, must_succeed=must_succeed)
         return False
 
-    def _warn(self, error: StorageError, problems: list[str]) -> None:
-        """Print why a directory could not take the checkpoint, and add that to `problems`, for the error if all fail."""
-        problems.append(str(error))
+    def _warn_and_record_failure(self, error: StorageError, failure_texts: list[str]) -> None:
+        """Print why a directory could not take the checkpoint, and add that to `failure_texts`, for the error if all fail."""
+        failure_texts.append(str(error))
         self.print_line(f"warning: {error}")
 
-    def _note_success(self, checkpoint: PendingCheckpoint, saved: SavedCheckpoint) -> None:
+    def _record_success(self, checkpoint: PendingCheckpoint, saved: SavedCheckpoint) -> None:
         """After a checkpoint got its name: report it, and delete older ones that `checkpoint.keep` no longer keeps."""
         self._num_failures_in_a_row = 0
-        self.last = saved
-        self._report(saved)
+        self.last_published = saved
+        self._print_saved_checkpoint(saved)
         if not self.runtime.is_main:
             return
         # The same step may have been written in another directory before.
         for path in list(self._complete_checkpoints):
             if path.name == saved.path.name and path != saved.path:
-                self._delete(path)
+                self._delete_checkpoint(path)
         self._complete_checkpoints.add(saved.path)
         if checkpoint.replaces_older:
-            self._delete_old(checkpoint.best_step)
+            self._delete_superseded_checkpoints(checkpoint.best_step)
 
-    def _note_failure(self, problems: list[str], *, must_succeed: bool) -> None:
-        """Count a failed checkpoint. Raises StorageError if it had to succeed, or if too many failed in a row."""
+    def _count_failure(self, failure_texts: list[str], *, must_succeed: bool) -> None:
+        """Count a failed checkpoint. Raises StorageError if it had to succeed, or if more than `checkpoint.max_failures` failed.
+
+        `failure_texts`: for each directory, why it could not take the checkpoint.
+        """
         self._num_failures_in_a_row += 1
-        failed = self._num_failures_in_a_row
-        if must_succeed or failed > self.config.max_failures:
-            problem_text = f"{'; '.join(problems)}."
+        num_failures = self._num_failures_in_a_row
+        if must_succeed or num_failures > self.config.max_failures:
+            error_text = f"{'; '.join(failure_texts)}."
             if not must_succeed:
-                problem_text += f" {failed} checkpoints in a row failed (checkpoint.max_failures)."
-            raise StorageError(f"{problem_text} Earlier checkpoints are intact.")
-        limits = f"{failed} failed in a row, {self.config.max_failures} may"
+                error_text += f" {num_failures} checkpoints in a row failed (checkpoint.max_failures)."
+            raise StorageError(f"{error_text} Earlier checkpoints are intact.")
+        limits = f"{num_failures} failed in a row, {self.config.max_failures} may"
         self.print_line(f"the run continues without this checkpoint ({limits})")
 
-    def _seal_and_publish(
-        self, checkpoint: PendingCheckpoint, write: Callable[[Path], list[WrittenFile]]
+    def _complete_and_publish(
+        self, checkpoint: PendingCheckpoint, complete_files: Callable[[Path], list[WrittenFile]]
     ) -> tuple[Path, int]:
-        """Finish a checkpoint: let `write` complete its files, add the manifest, and give the directory its name (`step-<n>`).
+        """Let `complete_files` finish a checkpoint's files, add the manifest, and rename the staging directory to `step-<n>`.
 
-        `write` takes the staging directory, in which the checkpoint was begun, and returns its files. Returns (the checkpoint's
-        path, bytes of all its files). All ranks must call. Raises StorageError on every rank if that fails.
+        `complete_files` takes the staging directory, in which the checkpoint was begun, and returns its files. Returns (the
+        checkpoint's path, bytes of all its files). All ranks must call. Raises StorageError on every rank if that fails.
         """
         checkpoint_dir = checkpoint.checkpoint_dir
-        staging = checkpoint.staging
-        final = checkpoint_dir / STEP_DIR.format(checkpoint.step)
+        staging = checkpoint.staging_dir
+        final = checkpoint_dir / STEP_DIR_FORMAT.format(checkpoint.step)
         error: BaseException | None = None
         try:
-            files = write(staging)
+            files = complete_files(staging)
         except (OSError, RuntimeError, StorageError) as caught:
             error = caught
         raise_if_any_rank_failed(error, staging, self.runtime)
 
-        def finish() -> None:
+        def publish() -> None:
             """Write the manifest, by which all files are checked later, and give the checkpoint its name. On rank 0."""
             remove_part_notes(staging, self.runtime.world_size)
             write_manifest(staging, files)
             if final in self._complete_checkpoints and final.exists():
                 # This branch wrote the same step before, when it still owed an evaluation.
-                atomic_io.publish_directory_replacing(staging, final, final.with_name(REPLACED.format(final.name)))
+                atomic_io.publish_directory_replacing(
+                    staging, final, final.with_name(REPLACED_DIR_FORMAT.format(final.name))
+                )
                 return
             if final.exists():  # another branch's, made since this one began
-                self._move_aside(checkpoint_dir, [final])
+                self._move_to_given_up_dir(checkpoint_dir, [final])
             atomic_io.publish_directory(staging, final)
 
-        run_on_rank_0(finish, staging, self.runtime)
+        run_on_rank_0(publish, staging, self.runtime)
         return final, sum(file.size for file in files)
 
-    def _report(self, saved: SavedCheckpoint) -> None:
+    def _print_saved_checkpoint(self, saved: SavedCheckpoint) -> None:
         """Print where a checkpoint was written, its size, its cost, and when the next one is due."""
         text = f"checkpoint {saved.path.name}"
         if saved.path.parent != self.checkpoint_dirs[0]:
             text += f" in {saved.path.parent}"
-        text += f": {size_text(saved.size)} in {saved.took_s:.1f} s"
+        text += f": {size_text(saved.size_bytes)} in {saved.took_s:.1f} s"
         if saved.stall_s != saved.took_s:
             text += f"; training waited {saved.stall_s:.1f} s"
-        interval_s = self.schedule.interval_s
+        interval_s = self.schedule.checkpoint_interval_s
         if interval_s is not None:
             minutes = max(1, round(interval_s / 60))
             text += f"; the next in about {minutes} {'minute' if minutes == 1 else 'minutes'}"
         self.print_line(text)
 
-    def discard(self, step: int) -> None:
+    def discard_checkpoint_of_step(self, step: int) -> None:
         """Delete the checkpoint of a step, unless it is the only one. No collective; rank 0 deletes. A failure is a warning."""
         if not self.runtime.is_main:
             return
@@ -459,13 +480,17 @@ class Checkpoints:
             return
         for checkpoint_step, path in checkpoints:
             if checkpoint_step == step:
-                self._delete(path)
+                self._delete_checkpoint(path)
 
-    def _delete_old(self, best_step: int | None) -> None:
+    def _delete_superseded_checkpoints(self, best_step: int | None) -> None:
         """Delete checkpoints older than the newest `checkpoint.keep` complete ones; a failure is a warning.
 
-        Kept are also the best one (`best_step`), those that another process reads, and one at least `look_back_steps` steps old,
-        to which the run can go back from an anomaly that is noticed late.
+        Also kept are:
+
+        - the best one (`best_step`);
+        - those that another process reads;
+        - the newest one that is at least `look_back_steps` steps older than the newest, and all after it: the run can go back to
+          it from an anomaly that is noticed late.
         """
         try:
             checkpoints = checkpoints_in(self.checkpoint_dirs)
@@ -478,16 +503,17 @@ class Checkpoints:
             return
         oldest_kept_step = verified_steps[-self.config.keep]
         if self.look_back_steps:
-            old_enough = [step for step in verified_steps if step <= verified_steps[-1] - self.look_back_steps]
-            oldest_kept_step = min(oldest_kept_step, max(old_enough, default=0))
+            last_rollback_step = verified_steps[-1] - self.look_back_steps
+            rollback_steps = [step for step in verified_steps if step <= last_rollback_step]
+            oldest_kept_step = min(oldest_kept_step, max(rollback_steps, default=0))
         for step, path in checkpoints:
             if step >= oldest_kept_step or step == best_step:
                 continue
-            remove_stale_marks(path)
-            if not is_in_use(path):
-                self._delete(path)
+            remove_stale_reader_marks(path)
+            if not is_read_by_another_process(path):
+                self._delete_checkpoint(path)
 
-    def _delete(self, path: Path) -> None:
+    def _delete_checkpoint(self, path: Path) -> None:
         """Delete a checkpoint. A failure is a warning, once for each checkpoint."""
         temporary_path = path.with_name(f".{path.name}.deleting")
         try:

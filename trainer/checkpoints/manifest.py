@@ -18,21 +18,21 @@ from strategies.atomic_io import RetryingReader, WrittenFile, error_summary, fil
 from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
 from strategies.saving import PROGRESS
 from strategies.tensor_files import MalformedFile, is_count, parse_json, stays_in_directory
-from trainer.checkpoints.layout import STEP_NAME, checkpoint_dirs_of, checkpoints_in, list_names
+from trainer.checkpoints.layout import STEP_DIR_REGEX, checkpoint_dirs_of, checkpoints_in, list_directory
 
-MANIFEST = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 FORMAT = 2
 MAX_THREADS = 8
 """Files of a checkpoint that are read at a time: more do not make a disk faster."""
 MAX_MANIFEST_BYTES = 2**26
 """Bytes of a manifest; more is not read."""
-SHA256 = re.compile(r"[0-9a-f]{64}")
-IGNORED_NAMES = re.compile(r"\.nfs[0-9a-fA-F]+|\.DS_Store|\._.+|\.fuse_hidden[0-9a-fA-F]+|rank-\d{5}\.part\.json")
+SHA256_REGEX = re.compile(r"[0-9a-f]{64}")
+IGNORED_NAMES_REGEX = re.compile(r"\.nfs[0-9a-fA-F]+|\.DS_Store|\._.+|\.fuse_hidden[0-9a-fA-F]+|rank-\d{5}\.part\.json")
 """Names that NFS, macOS and FUSE put into a directory by themselves, and notes of ranks (`recovery.py`), which an old listing of
 a network file system may still show. Nobody reads them."""
-MISSING_MANIFEST = "has no manifest (its writing was interrupted)"
-OLD_METADATA = ".metadata"
-OLD_FORMAT = (
+MISSING_MANIFEST_REASON = "has no manifest (its writing was interrupted)"
+OLD_FORMAT_METADATA_FILE = ".metadata"
+OLD_FORMAT_REASON = (
     "was written by an early version, in a format that can run code when it is read, so it is not read; export it with the "
     "version that wrote it, or train anew"
 )
@@ -40,7 +40,7 @@ OLD_FORMAT = (
 
 def write_manifest(directory: Path, files: Iterable[WrittenFile]) -> None:
     """Write the manifest of a directory's files, durably. Raises OSError if that fails."""
-    write_new(directory / MANIFEST, _manifest_bytes({file.name: file for file in files}))
+    write_new(directory / MANIFEST_FILE, _manifest_bytes({file.name: file for file in files}))
 
 
 def _manifest_bytes(files: dict[str, WrittenFile]) -> bytes:
@@ -63,22 +63,22 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
 
     # The names in the directory.
     try:
-        present_names = set(list_names(directory))
-        if "state" in present_names and (directory / "state" / OLD_METADATA).exists():
-            raise MalformedFile(OLD_FORMAT)
+        present_names = set(list_directory(directory))
+        if "state" in present_names and (directory / "state" / OLD_FORMAT_METADATA_FILE).exists():
+            raise MalformedFile(OLD_FORMAT_REASON)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MalformedFile("is not a directory") from error
     except OSError as error:
         raise MalformedFile(f"cannot be read ({error_summary(error)})") from error
-    if MANIFEST not in present_names:
-        raise MalformedFile(OLD_FORMAT if OLD_METADATA in present_names else MISSING_MANIFEST)
+    if MANIFEST_FILE not in present_names:
+        raise MalformedFile(OLD_FORMAT_REASON if OLD_FORMAT_METADATA_FILE in present_names else MISSING_MANIFEST_REASON)
     # The manifest.
-    present_names.remove(MANIFEST)
+    present_names.remove(MANIFEST_FILE)
     try:
         manifest_bytes = reader.read(
-            directory / MANIFEST, lambda: read_bytes(directory / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+            directory / MANIFEST_FILE, lambda: read_bytes(directory / MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES)
         )
-        files = _files_of_manifest(parse_json(manifest_bytes))
+        files = _files_by_name_of_manifest(parse_json(manifest_bytes))
     except OSError as error:
         raise MalformedFile(f"cannot be read ({error_summary(error)})") from error
     except MalformedFile as error:
@@ -87,7 +87,7 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
         raise MalformedFile("has a damaged manifest")
 
     # The names against the manifest.
-    extra_names = sorted(name for name in present_names - set(files) if not IGNORED_NAMES.fullmatch(name))
+    extra_names = sorted(name for name in present_names - set(files) if not IGNORED_NAMES_REGEX.fullmatch(name))
     if extra_names:
         raise MalformedFile(f"holds files that are not in its manifest: {', '.join(extra_names[:3])}")
     missing_names = sorted(set(files) - present_names)
@@ -96,29 +96,29 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
     return list(files.values())
 
 
-def manifest_fingerprint(directory: Path) -> str | None:
+def manifest_sha256(directory: Path) -> str | None:
     """The SHA-256 in a checkpoint's manifest, which covers all entries of the manifest and so all files; None if unreadable."""
     try:
-        manifest = parse_json(read_bytes(directory / MANIFEST, max_bytes=MAX_MANIFEST_BYTES))
+        manifest = parse_json(read_bytes(directory / MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES))
     except (OSError, MalformedFile):
         return None
     if not isinstance(manifest, dict):
         return None
     own_sha256 = manifest.get("sha256")
-    if not isinstance(own_sha256, str) or not SHA256.fullmatch(own_sha256):
+    if not isinstance(own_sha256, str) or not SHA256_REGEX.fullmatch(own_sha256):
         return None
     return own_sha256
 
 
-def checkpoint_fingerprint_at_step(run_dir: Path, step: int, fallback_dir: str | None) -> str | None:
+def manifest_sha256_at_step(run_dir: Path, step: int, fallback_dir: str | None) -> str | None:
     """The fingerprint of a run's checkpoint at a step; None if there is none. Raises StorageError if that fails."""
     checkpoints = dict(checkpoints_in(checkpoint_dirs_of(run_dir, fallback_dir)))
     if step not in checkpoints:
         return None
-    return manifest_fingerprint(checkpoints[step])
+    return manifest_sha256(checkpoints[step])
 
 
-def _files_of_manifest(manifest_json: object) -> dict[str, WrittenFile]:
+def _files_by_name_of_manifest(manifest_json: object) -> dict[str, WrittenFile]:
     """The files that a checkpoint's manifest lists, by name, with size and SHA-256.
 
     `manifest_json`: the manifest's parsed JSON. Raises MalformedFile if it has another form than `_manifest_bytes` writes:
@@ -130,7 +130,7 @@ def _files_of_manifest(manifest_json: object) -> dict[str, WrittenFile]:
     files = {}
     for name, row in rows.items():
         is_well_formed = isinstance(row, dict) and is_count(row.get("bytes")) and isinstance(row.get("sha256"), str)
-        if not is_well_formed or not stays_in_directory(name) or not SHA256.fullmatch(row["sha256"]):
+        if not is_well_formed or not stays_in_directory(name) or not SHA256_REGEX.fullmatch(row["sha256"]):
             raise MalformedFile("is no manifest")
         files[name] = WrittenFile(name, row["bytes"], row["sha256"])
     return files
@@ -155,7 +155,7 @@ def checkpoint_problem(directory: Path, *, only: str | None = None, may_be_delet
         return str(error)
     if only is not None:
         files = [file for file in files if file.name == only]
-    difference = _first_difference(directory, files, usable_cores(), reader)
+    difference = _first_difference_from_manifest(directory, files, usable_cores(), reader)
     return difference or _wrong_step_problem(directory)
 
 
@@ -174,9 +174,9 @@ def checkpoint_problem_on_all_ranks(directory: Path, runtime: Runtime) -> str | 
             problem = str(error)
     problem, files = broadcast_object((problem, files), runtime)
     if problem is None:
-        own_files = _files_of_rank(files, runtime)
+        own_files = _files_to_verify_on_rank(files, runtime)
         threads = usable_cores() // runtime.local_world_size
-        problem = _first_difference(directory, own_files, threads)
+        problem = _first_difference_from_manifest(directory, own_files, threads)
     if problem is None and runtime.is_main:
         problem = _wrong_step_problem(directory)
     problem_by_rank: list[str | None] = gather_objects(problem, runtime)
@@ -188,7 +188,7 @@ def _wrong_step_problem(directory: Path) -> str | None:
 
     Also None if its name is not `step-<n>`, or if its own step cannot be read.
     """
-    name_match = STEP_NAME.fullmatch(directory.name)
+    name_match = STEP_DIR_REGEX.fullmatch(directory.name)
     if name_match is None:
         return None
     try:
@@ -201,7 +201,7 @@ def _wrong_step_problem(directory: Path) -> str | None:
     return f"is a checkpoint of step {step} under another name"
 
 
-def _files_of_rank(files: list[WrittenFile], runtime: Runtime) -> list[WrittenFile]:
+def _files_to_verify_on_rank(files: list[WrittenFile], runtime: Runtime) -> list[WrittenFile]:
     """The files that this rank verifies, so that every rank reads about as many bytes.
 
     From the largest file on, each goes to the rank that has the fewest bytes so far. All ranks come to the same shares.
@@ -216,7 +216,7 @@ def _files_of_rank(files: list[WrittenFile], runtime: Runtime) -> list[WrittenFi
     return own_files
 
 
-def _first_difference(
+def _first_difference_from_manifest(
     directory: Path, files: list[WrittenFile], threads: int, reader: RetryingReader | None = None
 ) -> str | None:
     """The first difference between files of a checkpoint and what their manifest says of them; None if there is none.

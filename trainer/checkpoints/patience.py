@@ -14,11 +14,11 @@ from contextlib import contextmanager
 
 from strategies.runtime import Runtime, longer_timeout
 
-DISK_S = 900.0
+DISK_TIMEOUT_S = 900.0
 """Seconds in addition to `run.timeout_s` for a disk that does not answer at all."""
-SLOWEST_BYTES_PER_S = 10e6
+SLOWEST_DISK_BYTES_PER_S = 10e6
 """Bytes a second that the slowest supported disk takes."""
-REPORT_EVERY_S = 60.0
+REPORT_INTERVAL_S = 60.0
 
 
 @contextmanager
@@ -30,18 +30,18 @@ def waiting_for_disk(
     `size_bytes`: what all ranks write together, by which the timeout grows. `waiting_task`: what waits, for the line that is
     printed each minute. It makes no collective, but all ranks must enter it.
     """
-    extra_s = DISK_S + size_bytes / SLOWEST_BYTES_PER_S
+    extra_s = DISK_TIMEOUT_S + size_bytes / SLOWEST_DISK_BYTES_PER_S
     finished = threading.Event()
 
     def report() -> None:
         """Say each minute that the ranks wait; the body of a thread."""
-        waited_s = REPORT_EVERY_S
+        waited_s = REPORT_INTERVAL_S
         limit = "as long as it takes"
         if runtime.world_size > 1:  # a single rank waits for nobody, and nobody for it
             limit = f"the ranks wait for each other up to {runtime.timeout_s + extra_s:.0f} s"
-        while not finished.wait(REPORT_EVERY_S):
+        while not finished.wait(REPORT_INTERVAL_S):
             print_line(f"{waiting_task}: waiting for the disk for {waited_s:.0f} s; {limit}")
-            waited_s += REPORT_EVERY_S
+            waited_s += REPORT_INTERVAL_S
 
     threading.Thread(target=report, name="patience", daemon=True).start()
     try:

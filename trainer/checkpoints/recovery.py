@@ -18,11 +18,12 @@ from strategies import atomic_io
 from strategies.atomic_io import WrittenFile, error_summary, publish_directory, write_new
 from strategies.saving import PROGRESS, FileOutcome, RankState
 from strategies.tensor_files import INDEX, FilePart, MalformedFile, index_json, parse_json
-from trainer.checkpoints.layout import STEP_DIR, checkpoints_in, names_in
+from trainer.checkpoints.layout import STEP_DIR_FORMAT, checkpoints_in, list_directory_if_present
 from trainer.checkpoints.manifest import write_manifest
 
-NOTE = "rank-{:05d}.part.json"
-STAGING_NAME = re.compile(r"\.step-(\d{1,15})\.writing")
+PART_NOTE_FILE_FORMAT = "rank-{:05d}.part.json"
+"""Note of a rank about the file that it has written, such as `rank-00003.part.json`."""
+STAGING_DIR_REGEX = re.compile(r"\.step-(\d{1,15})\.writing")
 MAX_NOTE_BYTES = 2**30
 """Bytes of a note; more is not read."""
 
@@ -44,46 +45,47 @@ class PartNote:
 
 def write_part_note(staging: Path, state: RankState, outcome: FileOutcome) -> None:
     """Write the note of what this rank has written into `staging`, durably. No collective. Raises OSError if that fails."""
-    part_rows = {}  # by name of the tensor, with the fields of `FilePart`
+    part_fields_by_tensor = {}
     for name, part in state.parts.items():
-        part_rows[name] = [part.file, part.start, part.length, part.offset]
-    file_row = None  # with the fields of `WrittenFile`
+        part_fields_by_tensor[name] = [part.file, part.start, part.length, part.offset]
+    file_fields = None  # stays None if this rank holds nothing that is written
     if outcome.written is not None:
-        file_row = [outcome.written.name, outcome.written.size, outcome.written.sha256]
+        file_fields = [outcome.written.name, outcome.written.size, outcome.written.sha256]
     note = {
         "world_size": state.runtime.world_size,
-        "parts": part_rows,
-        "file": file_row,
+        "parts": part_fields_by_tensor,
+        "file": file_fields,
         "progress": state.header.decode(),
         "attached": [[attached.name, attached.size, attached.sha256] for attached in outcome.attached],
     }
-    write_new(staging / NOTE.format(state.runtime.rank), json.dumps(note).encode())
+    write_new(staging / PART_NOTE_FILE_FORMAT.format(state.runtime.rank), json.dumps(note).encode())
 
 
 def remove_part_notes(staging: Path, world_size: int) -> None:
     """Remove the notes of all ranks from a checkpoint that is about to be published. Raises OSError if that fails."""
     for rank in range(world_size):
-        (staging / NOTE.format(rank)).unlink(missing_ok=True)
+        (staging / PART_NOTE_FILE_FORMAT.format(rank)).unlink(missing_ok=True)
 
 
 def publish_complete_staging_dirs(checkpoint_dirs: list[Path], print_line: Callable[[str], None]) -> None:
-    """Give checkpoints their names (`step-<n>`) that all ranks had written when the last attempt at the run failed.
+    """Publish checkpoints that all ranks had written when the last attempt at the run failed: rename them to `step-<n>`.
 
-    Only those that are newer than every checkpoint with a name. A directory that cannot be published is reported and left alone.
-    Only the owner of the run directory may call. No collective.
+    Staging directories of a step up to the newest published one are left alone. One that cannot be published is reported, and
+    left alone too. Only the owner of the run directory may call. No collective.
     """
-    newest_step = max((step for step, _ in checkpoints_in(checkpoint_dirs)), default=-1)
+    newest_step = max((checkpoint.step for checkpoint in checkpoints_in(checkpoint_dirs)), default=-1)
     for checkpoint_dir in checkpoint_dirs:
-        for name in names_in(checkpoint_dir):
-            # A staging directory, by its step.
-            staging_name = STAGING_NAME.fullmatch(name)
-            if staging_name is None or int(staging_name[1]) <= newest_step:
+        for name in list_directory_if_present(checkpoint_dir):
+            staging_match = STAGING_DIR_REGEX.fullmatch(name)
+            if staging_match is None or int(staging_match[1]) <= newest_step:
                 continue
-            final = STEP_DIR.format(int(staging_name[1]))
+            final_name = STEP_DIR_FORMAT.format(int(staging_match[1]))
             try:
-                if _publish_if_complete(checkpoint_dir / name, checkpoint_dir / final):
-                    print_line(f"checkpoint {final}: all of it was written when the run ended; it is published now")
-            # A note of another form, too, is no reason not to start.
+                if _publish_if_complete(checkpoint_dir / name, checkpoint_dir / final_name):
+                    print_line(
+                        f"checkpoint {final_name}: all of it was written when the run ended; it is published now"
+                    )
+            # Also errors of a rank's note that is unreadable or of another form: it must not keep the run from starting.
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 print_line(f"warning: {checkpoint_dir / name}: could not be made a checkpoint ({error_summary(error)})")
 
@@ -94,7 +96,7 @@ def _publish_if_complete(staging: Path, final: Path) -> bool:
     Each rank leaves a note of what it has written. From the notes come the files that rank 0 would have written: index,
     progress and manifest. Raises OSError or MalformedFile if that fails.
     """
-    notes = _read_notes(staging)
+    notes = _read_part_notes(staging)
     is_complete = bool(notes) and len(notes) == notes[0].world_size
     if not is_complete:
         return False
@@ -109,23 +111,23 @@ def _publish_if_complete(staging: Path, final: Path) -> bool:
     return True
 
 
-def _read_notes(staging: Path) -> list[PartNote]:
+def _read_part_notes(staging: Path) -> list[PartNote]:
     """The notes in a staging directory, in which each rank says what it has written: from rank 0 up to the first missing one.
 
     By them a checkpoint that all ranks had written can be published after a crash. Raises OSError if a note cannot be read,
     MalformedFile if it has another form than `write_part_note` writes.
     """
     notes: list[PartNote] = []
-    while (path := staging / NOTE.format(len(notes))).exists():
+    while (path := staging / PART_NOTE_FILE_FORMAT.format(len(notes))).exists():
         raw: Any = parse_json(atomic_io.read_bytes(path, max_bytes=MAX_NOTE_BYTES))
         try:
-            notes.append(_parsed_note(raw))
+            notes.append(_part_note_from_json(raw))
         except (KeyError, TypeError, AttributeError) as error:
             raise MalformedFile(f"{path.name} is no note of a rank") from error
     return notes
 
 
-def _parsed_note(raw: Any) -> PartNote:
+def _part_note_from_json(raw: Any) -> PartNote:
     """The note whose JSON is `raw`. Raises KeyError, TypeError or AttributeError if it is none."""
     file_row = raw["file"]
     parts = {str(name): FilePart(*part_row) for name, part_row in raw["parts"].items()}

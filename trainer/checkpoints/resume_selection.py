@@ -17,16 +17,16 @@ from strategies.atomic_io import error_summary
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, call_on_main
 from strategies.tensor_files import MalformedFile
-from trainer.checkpoints.layout import REPLACED_NAME, STEP_NAME, checkpoints_in, names_in
+from trainer.checkpoints.layout import REPLACED_DIR_REGEX, STEP_DIR_REGEX, checkpoints_in, list_directory_if_present
 from trainer.checkpoints.manifest import (
-    MANIFEST,
+    MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
-    MISSING_MANIFEST,
+    MISSING_MANIFEST_REASON,
     checkpoint_problem_on_all_ranks,
     read_manifest,
 )
 
-RESUMED_FROM = "resumed-from.json"
+RESUMED_FROM_FILE = "resumed-from.json"
 MAX_RECORD_BYTES = 2**16
 """Bytes of that record; more is not read."""
 
@@ -38,13 +38,13 @@ def restore_replaced(checkpoint_dirs: list[Path]) -> None:
     name. Raises OSError if a checkpoint cannot be renamed, StorageError if a directory cannot be listed.
     """
     for _, path in checkpoints_in(checkpoint_dirs):
-        replaced_match = REPLACED_NAME.fullmatch(path.name)
+        replaced_match = REPLACED_DIR_REGEX.fullmatch(path.name)
         if replaced_match:
             atomic_io.disk.rename(path, path.with_name(replaced_match[1]))
             atomic_io.sync_directory(path.parent)
 
 
-def effective_resume(checkpoint_dirs: list[Path], resume: str) -> str:
+def resolve_resume_setting(checkpoint_dirs: list[Path], resume: str) -> str:
     """`run.resume` as it applies to this start: `auto` if the run began from the named checkpoint before and has newer ones.
 
     So a requeued job, whose command names the same checkpoint again, does not go back to it. In all other cases `resume` itself:
@@ -55,20 +55,20 @@ def effective_resume(checkpoint_dirs: list[Path], resume: str) -> str:
         return resume
     path = Path(resume).expanduser().resolve()
     try:
-        record = _read_record(checkpoint_dirs[0].parent / RESUMED_FROM)
-        name = STEP_NAME.fullmatch(path.name)  # step-<n>
+        record = _read_resumed_from_record(checkpoint_dirs[0].parent / RESUMED_FROM_FILE)
+        name = STEP_DIR_REGEX.fullmatch(path.name)  # step-<n>
         if record is None or record["path"] != str(path):
             return resume
         own_dirs = [checkpoint_dir.resolve() for checkpoint_dir in checkpoint_dirs]
         if name is not None and path.parent in own_dirs:
             # The run's own. It may have been deleted since, or been written again by this branch.
             first_newer_step = int(name[1]) + 1
-        elif _manifest_sha256(path) in (None, record["manifest_sha256"]):
+        elif _sha256_of_manifest_file(path) in (None, record["manifest_sha256"]):
             first_newer_step = 0  # another run's: every checkpoint here is newer
         else:  # another checkpoint is under that path now
             return resume
     except (OSError, ValueError, KeyError, TypeError) as error:
-        record_path = checkpoint_dirs[0].parent / RESUMED_FROM
+        record_path = checkpoint_dirs[0].parent / RESUMED_FROM_FILE
         raise StorageError(
             f"{record_path}: cannot be read ({error_summary(error)}), so that nobody knows whether this run has begun from "
             f"run.resume={resume} already; delete the file to begin from there (again), or give run.resume=auto"
@@ -81,8 +81,8 @@ def record_resumed_checkpoint(checkpoint_dirs: list[Path], resume: str, resumed:
     """Record durably that the run begins from `resumed`, if `run.resume` names that checkpoint. Raises OSError if that fails."""
     if resume in ("auto", "never") or Path(resume).expanduser().resolve() != resumed.resolve():
         return
-    path = checkpoint_dirs[0].parent / RESUMED_FROM
-    record = {"path": str(resumed.resolve()), "manifest_sha256": _manifest_sha256(resumed)}
+    path = checkpoint_dirs[0].parent / RESUMED_FROM_FILE
+    record = {"path": str(resumed.resolve()), "manifest_sha256": _sha256_of_manifest_file(resumed)}
     temporary = path.with_name(f".{path.name}.writing")
     atomic_io.make_directories(path.parent)
     atomic_io.write_new(temporary, (json.dumps(record, indent=1) + "\n").encode())
@@ -90,7 +90,7 @@ def record_resumed_checkpoint(checkpoint_dirs: list[Path], resume: str, resumed:
     atomic_io.sync_directory(path.parent)
 
 
-def _read_record(path: Path) -> dict[str, str] | None:
+def _read_resumed_from_record(path: Path) -> dict[str, str] | None:
     """The content of `resumed-from.json`: `path` and `manifest_sha256` of the checkpoint; None without the file. Raises
     OSError if that fails.
     """
@@ -101,15 +101,15 @@ def _read_record(path: Path) -> dict[str, str] | None:
     return record
 
 
-def _manifest_sha256(directory: Path) -> str | None:
+def _sha256_of_manifest_file(directory: Path) -> str | None:
     """The hash of a checkpoint's manifest; None if the checkpoint does not exist any more."""
     try:
-        return hashlib.sha256(atomic_io.read_bytes(directory / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)).hexdigest()
+        return hashlib.sha256(atomic_io.read_bytes(directory / MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES)).hexdigest()
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def resume_problem(resume: str, checkpoint_dirs: list[Path]) -> str | None:
+def resume_setting_problem(resume: str, checkpoint_dirs: list[Path]) -> str | None:
     """Why the directory that `run.resume` names cannot be resumed, and what to give instead; None if it may be a checkpoint.
 
     `checkpoint_dirs`: where its checkpoints lie if it is a run directory. Reads its manifest, no tensors. Raises StorageError
@@ -122,9 +122,9 @@ def resume_problem(resume: str, checkpoint_dirs: list[Path]) -> str | None:
     except MalformedFile as error:
         problem = str(error)
     # What the user may have meant: a run directory, or one that holds checkpoints.
-    names = set(names_in(path))
+    names = set(list_directory_if_present(path))
     advice = "give a checkpoint directory (step-...), auto or never"
-    newest_checkpoint = _newest_with_manifest([path, *checkpoint_dirs])
+    newest_checkpoint = _newest_checkpoint_with_manifest([path, *checkpoint_dirs])
     if newest_checkpoint:
         advice = f"give its newest: run.resume={newest_checkpoint}"
     is_run_directory = bool(names & {"config.yaml", "checkpoints"})
@@ -134,12 +134,12 @@ def resume_problem(resume: str, checkpoint_dirs: list[Path]) -> str | None:
             problem += "; it has none that can be used"
     elif newest_checkpoint:
         problem = "is no checkpoint, but holds some"
-    elif problem == MISSING_MANIFEST and not STEP_NAME.search(path.name):
-        problem = f"is no checkpoint: it has no {MANIFEST}" if names else "is empty"
+    elif problem == MISSING_MANIFEST_REASON and not STEP_DIR_REGEX.search(path.name):
+        problem = f"is no checkpoint: it has no {MANIFEST_FILE}" if names else "is empty"
     return f"run.resume={resume}: {problem}; {advice}"
 
 
-def _newest_with_manifest(checkpoint_dirs: list[Path]) -> Path | None:
+def _newest_checkpoint_with_manifest(checkpoint_dirs: list[Path]) -> Path | None:
     """The newest checkpoint in these directories whose manifest is intact."""
     for _, checkpoint in reversed(checkpoints_in(checkpoint_dirs)):
         try:
@@ -154,7 +154,7 @@ class _ResumeCandidates(NamedTuple):
     """What a start may resume from, as rank 0 sees it."""
 
     resume: str
-    """`run.resume` as it applies to this start, see `effective_resume`."""
+    """`run.resume` as it applies to this start, see `resolve_resume_setting`."""
     checkpoints: list[Path]
     """The run's checkpoints in the order to try them, if `resume` is `auto`; else empty."""
 
@@ -166,7 +166,7 @@ def _resume_candidates(checkpoint_dirs: list[Path], resume: str, last_step: int 
     Before looking, renames checkpoints back whose replacement was cut short.
     """
     restore_replaced(checkpoint_dirs)
-    resume = effective_resume(checkpoint_dirs, resume)
+    resume = resolve_resume_setting(checkpoint_dirs, resume)
     if resume != "auto":
         return _ResumeCandidates(resume, checkpoints=[])
     checkpoints = checkpoints_in(checkpoint_dirs)
@@ -199,7 +199,7 @@ def choose_checkpoint(
     if candidates.resume != resume and runtime.is_main:
         print(
             f"run.resume={resume}: this run has begun from it already and continues from what it has made since, as with "
-            f"run.resume=auto; to go back once more, delete {checkpoint_dirs[0].parent / RESUMED_FROM}",
+            f"run.resume=auto; to go back once more, delete {checkpoint_dirs[0].parent / RESUMED_FROM_FILE}",
             flush=True,
         )
     if candidates.resume != "auto":

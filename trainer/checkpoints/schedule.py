@@ -11,12 +11,12 @@ from typing import NamedTuple
 from strategies.runtime import Runtime, broadcast_object
 from trainer.checkpoints.config import CheckpointConfig
 
-UNMEASURED_S = 30 * 60.0
+INTERVAL_BEFORE_MEASUREMENT_S = 30 * 60.0
 """Seconds between checkpoints until a save was measured."""
 MIN_INTERVAL_S = 60.0
-FREE_SAVING_S = 60.0
+UNRATIONED_STALL_S = 60.0
 """Seconds that checkpoints may hold training up in all before improvements are saved only as often as the interval says."""
-QUERIES_PER_INTERVAL = 30
+QUERIES_PER_CHECKPOINT_INTERVAL = 30
 """About how often the ranks hear from rank 0 between two checkpoints."""
 
 
@@ -48,10 +48,11 @@ class Schedule:
         self.config = config
         self.runtime = runtime
         self.clock = clock
-        self._stalls_s: list[float] = []
-        """Seconds that the last five checkpoints held training up."""
-        self._write_s = 0.0
-        self._all_stalls_s = 0.0
+        self._recent_stalls_s: list[float] = []
+        """Seconds that the last five checkpoints held training up, each."""
+        self._last_write_s = 0.0
+        """Seconds from the beginning of the last checkpoint until it was published."""
+        self._total_stall_s = 0.0
         """Seconds that all checkpoints of this process held training up."""
         self._last_save_at = clock()
         self._asked_at = self._last_save_at
@@ -59,28 +60,29 @@ class Schedule:
         self._next_query_step = 0
 
     @property
-    def interval_s(self) -> float | None:
-        """Seconds between checkpoints; None if time does not decide. The first case that holds:
+    def checkpoint_interval_s(self) -> float | None:
+        """Seconds between checkpoints; None if time does not decide. The first of these cases that applies:
 
-        - by steps (`every_steps`), or off (`every_minutes` is 0): None.
-        - `every_minutes` is set: that.
-        - nothing was measured yet: `UNMEASURED_S`.
-        - else: the best interval for the measured stalls and the expected time between failures, at least the time of a write.
+        - `every_steps` is set, or `every_minutes` is 0: None.
+        - `every_minutes` is set: these minutes.
+        - No checkpoint was measured yet: `INTERVAL_BEFORE_MEASUREMENT_S`.
+        - Else: what loses the least time (`optimal_interval_s`), by the median of the last stalls and `mtbf_h`; at least the
+          seconds of a write.
         """
         if self.config.every_steps > 0 or self.config.every_minutes == 0:
             return None
         if self.config.every_minutes is not None:
             return self.config.every_minutes * 60
-        if not self._stalls_s:
-            return UNMEASURED_S
-        best_s = optimal_interval_s(median(self._stalls_s), self.config.mtbf_h * 3600)
-        return max(best_s, self._write_s)  # a checkpoint must be written before the next one begins
+        if not self._recent_stalls_s:
+            return INTERVAL_BEFORE_MEASUREMENT_S
+        best_s = optimal_interval_s(median(self._recent_stalls_s), self.config.mtbf_h * 3600)
+        return max(best_s, self._last_write_s)  # a checkpoint must be written before the next one begins
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step. All ranks must call, after the same steps."""
         if self.config.every_steps > 0:
             return step % self.config.every_steps == 0
-        if self.interval_s is None or step < self._next_query_step:
+        if self.checkpoint_interval_s is None or step < self._next_query_step:
             return False
         answer: _DueAnswer = broadcast_object(self._due_answer(step), self.runtime)
         self._next_query_step = answer.next_query_step
@@ -95,22 +97,23 @@ class Schedule:
         return broadcast_object(self._may_save_improvement(), self.runtime)
 
     def _may_save_improvement(self) -> bool:
+        """Whether an improvement may be saved now, by the clock of this rank (rank 0 decides for all)."""
         minutes = self.config.every_minutes
         since_save_s = self.clock() - self._last_save_at
         if minutes is not None:
             return minutes > 0 and since_save_s >= minutes * 60
-        if self._all_stalls_s < FREE_SAVING_S:
+        if self._total_stall_s < UNRATIONED_STALL_S:
             return True
-        best_s = optimal_interval_s(median(self._stalls_s), self.config.mtbf_h * 3600)
-        return since_save_s >= max(best_s, self._write_s)
+        best_s = optimal_interval_s(median(self._recent_stalls_s), self.config.mtbf_h * 3600)
+        return since_save_s >= max(best_s, self._last_write_s)
 
     def _due_answer(self, step: int) -> _DueAnswer:
         """Whether a checkpoint is due after this step, by the clock of this rank (rank 0 decides for all).
 
-        Asking after each step would cost a collective each. The ranks ask again after half of the remaining time at most, so that
-        steps which became slow are noticed. Sets when and after which step the ranks have asked last.
+        Each question is a collective, so the ranks do not ask after each step. They ask again after half of the remaining time at
+        most, so that steps which became slow are noticed. Sets `_asked_at` and `_asked_step` for the next question.
         """
-        interval_s = self.interval_s
+        interval_s = self.checkpoint_interval_s
         assert interval_s is not None
         now = self.clock()
         steps_since = 1
@@ -122,15 +125,15 @@ class Schedule:
         left_s = interval_s - (now - self._last_save_at)
         if left_s <= step_s / 2:  # nearer to this step's end than to the next one's
             return _DueAnswer(is_due=True, next_query_step=step + 1)
-        wait_s = min(left_s / 2, interval_s / QUERIES_PER_INTERVAL)
+        wait_s = min(left_s / 2, interval_s / QUERIES_PER_CHECKPOINT_INTERVAL)
         wait_steps = max(1, int(wait_s / max(step_s, 1e-6)))
         return _DueAnswer(is_due=False, next_query_step=step + wait_steps)
 
     def record_cost(self, stall_s: float, write_s: float) -> None:
-        """Note the cost of a checkpoint: it held training up for `stall_s` seconds, and took `write_s` seconds in all."""
-        self._stalls_s = [*self._stalls_s[-4:], stall_s]
-        self._all_stalls_s += stall_s
-        self._write_s = write_s
+        """Record the cost of a checkpoint: it held training up for `stall_s` seconds, and took `write_s` seconds in all."""
+        self._recent_stalls_s = [*self._recent_stalls_s[-4:], stall_s]
+        self._total_stall_s += stall_s
+        self._last_write_s = write_s
 
     def record_attempt(self, step: int, took_s: float | None) -> None:
         """Start the interval to the next checkpoint, after one was written, begun, or failed. All ranks must call.

@@ -13,11 +13,14 @@ from strategies.errors import StorageError
 from strategies.runtime import Runtime, first_rank_error
 
 
-def create_staging_dir(staging: Path, runtime: Runtime, check: Callable[[Path], None] = lambda staging: None) -> None:
-    """Create the empty directory in which a checkpoint is written before it gets its name. All ranks must call.
+def create_staging_dir(
+    staging: Path, runtime: Runtime, check_room: Callable[[Path], None] = lambda staging: None
+) -> None:
+    """Create the empty directory `staging`, in which a checkpoint is written before it gets its name. All ranks must call.
 
-    An old directory of that name is deleted. `check`: called on every rank, raises StorageError if the directory will not do.
-    Raises StorageError on every rank if rank 0 could not create it, or `check` failed on any rank.
+    An old directory of that name is deleted. `check_room`: called on every rank with the new directory; raises StorageError if
+    the disk has no room for the checkpoint. Raises StorageError on every rank, or on none: if rank 0 could not create the
+    directory, or `check_room` failed on any rank.
     """
 
     def create_empty() -> None:
@@ -28,7 +31,7 @@ def create_staging_dir(staging: Path, runtime: Runtime, check: Callable[[Path], 
     run_on_rank_0(create_empty, staging, runtime)
     error: StorageError | None = None
     try:
-        check(staging)
+        check_room(staging)
     except StorageError as caught:
         error = caught
     raise_if_any_rank_failed(error, staging, runtime)

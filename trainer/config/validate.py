@@ -17,7 +17,7 @@ from strategies.base import AutoConfig, StrategyConfig, StrategyName
 from strategies.errors import ConfigError, DataError, StorageError, key_of_problem
 from strategies.registry import every_strategy
 from trainer.checkpoints.layout import checkpoint_dirs_of
-from trainer.checkpoints.resume_selection import effective_resume, resume_problem
+from trainer.checkpoints.resume_selection import resolve_resume_setting, resume_setting_problem
 from trainer.config.combinations import combination_problems, method_row, methods_by_row
 from trainer.config.evaluation import evaluation_problems
 from trainer.config.gates import document_problems, gate_problems
@@ -291,12 +291,14 @@ def _resume_problems(config: RunConfig) -> Iterator[str]:
     run_dir = config.run.dir
     try:
         if run_dir is not None and run_dir.strip():
-            resume = effective_resume(
+            resume = resolve_resume_setting(
                 checkpoint_dirs_of(Path(run_dir).expanduser(), config.checkpoint.fallback_dir), resume
             )
         if resume in ("auto", "never"):
             return
-        problem = resume_problem(resume, checkpoint_dirs_of(Path(resume).expanduser(), config.checkpoint.fallback_dir))
+        problem = resume_setting_problem(
+            resume, checkpoint_dirs_of(Path(resume).expanduser(), config.checkpoint.fallback_dir)
+        )
         if problem:
             yield problem
     except StorageError as error:

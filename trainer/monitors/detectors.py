@@ -146,7 +146,7 @@ class ChallengeDetectors:
             self._batch_sums = last_evaluation.batches
             self._judge_divergence(progress, last_evaluation.values)
 
-    def take_rows(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
+    def add_step_metrics(self, progress: Progress, rows: Iterable[dict[str, Any]]) -> None:
         """Add the losses of a logging interval's steps to `progress`, or their rewards if the run learns from rewards.
 
         `rows`: the metrics of each step. Without any evaluation, divergence is judged here, by the training loss alone.
@@ -199,7 +199,7 @@ class ChallengeDetectors:
                 self.stopping_finding = finding
 
     def add_batch_sums(self, batch_sums: dict[str, list[float]]) -> None:
-        """Take the sums over each micro-batch of the evaluation documents, by metric, before `judge_evaluation` is called."""
+        """Keep the sums of each metric over each micro-batch of the evaluation documents, until the evaluation is judged."""
         self._batch_sums = batch_sums
 
     def add_task(self, finished_task: FinishedTask) -> None:
@@ -250,7 +250,7 @@ class ChallengeDetectors:
         kept = [KeptAnswer(answer.prompt, answer.answer, answer.reference) for answer in answers]
         self.add_answers(GENERATED, kept)
 
-    def move_to(self, run_dir: Path) -> None:
+    def follow_renamed_run_dir(self, run_dir: Path) -> None:
         """Write further files into the run's directory under its new name."""
         if self.events is not None:
             self.events = run_dir / self.events.name
@@ -260,7 +260,7 @@ class ChallengeDetectors:
 
     # -- what is found ---------------------------------------------------------------------------------------------
 
-    def judge_evaluation(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
+    def judge_evaluation_metrics(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
         """Run the detectors on an evaluation, with the tasks taken since the last one, and report what is found the first time.
 
         `values`: its metrics by name. Returns the numbers that are logged beside them, such as {"forgetting": 0.02}.
@@ -385,7 +385,7 @@ class ChallengeDetectors:
         progress.interval_loss = 0.0
         progress.interval_steps = 0
 
-    def judge_end(self, progress: Progress) -> None:
+    def record_findings_of_whole_run(self, progress: Progress) -> None:
         """When training is over: report instability, judge divergence of a run without evaluations, and say what recovered."""
         finding = instability.find_problem(progress)
         if finding is not None:

@@ -44,7 +44,7 @@ class ReplicaCheck:
         """Count the interval to the next comparison from `step`."""
         self._compared_at = step
 
-    def compare(self, engine: Engine, step: int, *, now: bool = False) -> None:
+    def check_replicas(self, engine: Engine, step: int, *, now: bool = False) -> None:
         """Compare the parameters that several ranks hold copies of, by checksums. Raises ReplicasDiffer on all ranks.
 
         It is done every `guards.replicas_every_steps` steps (0: never), or `now`, as before a checkpoint: copies that have come

@@ -24,7 +24,7 @@ from trainer.objectives.registry import data_spec_of
 from trainer.planner.hardware import GIB, MemoryFit, fit_in_memory, group_count
 from trainer.planner.rank_devices import RankCounts
 from trainer.reporting.run_record import MemoryCheck
-from trainer.stopping.signals import SIGNALS
+from trainer.stopping.signals import STOP_SIGNALS
 from trainer.tuning.base import TuningName
 
 JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -182,7 +182,7 @@ def _send_call_result(sender: Connection, function: Callable[..., Any], argument
     """
     parent = multiprocessing.parent_process()
     die_with_parent(None if parent is None else parent.pid)
-    for signal_number in (*SIGNALS, signal.SIGINT):  # they are meant for the run, which saves and ends
+    for signal_number in (*STOP_SIGNALS, signal.SIGINT):  # they are meant for the run, which saves and ends
         signal.signal(signal_number, signal.SIG_IGN)
     for variable in JOB_VARIABLES:
         os.environ.pop(variable, None)

@@ -113,7 +113,7 @@ def measured_cost(meter: Meter, device: torch.device, checkpoint: SavedCheckpoin
             meter.evaluation_s
         )  # of the evaluation before the first step, which `start_s` includes
     if checkpoint is not None:
-        cost.checkpoint_bytes = checkpoint.size
+        cost.checkpoint_bytes = checkpoint.size_bytes
         cost.checkpoint_s = checkpoint.took_s
         cost.checkpoint_stall_s = checkpoint.stall_s
     return cost

@@ -189,7 +189,7 @@ class Meter:
         self._records.append(record)
 
     @property
-    def pending(self) -> int:
+    def num_buffered_steps(self) -> int:
         """Steps not yet flushed."""
         return len(self._records)
 

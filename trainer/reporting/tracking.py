@@ -108,7 +108,7 @@ class Trackers:
                 raise StorageError(f"{self._rows.path}: cannot be written ({error}); free space") from error
             self._training_s = self._rows.earlier.training_s
 
-    def move_to(self, run_dir: Path) -> None:
+    def follow_renamed_run_dir(self, run_dir: Path) -> None:
         """Follow the run's directory to its new name: the open file takes further rows as before."""
         if self._rows is not None:
             self._rows.path = run_dir / self._rows.path.name

@@ -98,7 +98,7 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, conte
             metric_names=record.metric_names,
         )
     )
-    context.attempt.on_move.append(opened.trackers.move_to)
+    context.attempt.on_run_dir_renamed.append(opened.trackers.follow_renamed_run_dir)
     # In the next checkpoint too, so that a resumed run continues the same W&B run.
     progress.wandb_id = opened.run_id
     record.substitutions |= opened.substitutions
@@ -217,7 +217,7 @@ def record_measured_cost(record: RunRecord, meter: Meter, checkpoints: Checkpoin
         if no_background_reason is not None:
             record.substitutions["checkpoint.background"] = f"false: {no_background_reason}"
         assert record.receipt is not None  # since `run_facts`
-        record.receipt.measured = measured_cost(meter, context.runtime.device, checkpoints.last)
+        record.receipt.measured = measured_cost(meter, context.runtime.device, checkpoints.last_published)
         # An error here would hide what ended the run. A run that succeeds writes the file once more.
         with suppress(OSError, ShardtuneError):
             if context.attempt.lease is not None:

@@ -58,7 +58,7 @@ class Attempt:
     """Heartbeats between the ranks; None for a single rank, and before the ranks have met."""
     renamed_from: Path | None = None
     """The path of the directory before somebody renamed it while the run was under way."""
-    on_move: list[Callable[[Path], None]] = field(default_factory=list)
+    on_run_dir_renamed: list[Callable[[Path], None]] = field(default_factory=list)
     """Called with the new path of the directory after it was renamed."""
     at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """What is closed when the attempt ends, however it ends: processes of this rank."""
@@ -135,11 +135,11 @@ class Attempt:
         if self.renamed_from is None:  # the first name is what the user typed
             self.renamed_from = self.run_dir
         self.run_dir = home
-        for notify in self.on_move:
+        for notify in self.on_run_dir_renamed:
             notify(home)
 
 
-def refuse_replaced_config(run_dir: Path, config_sha256: str) -> None:
+def raise_if_config_was_replaced(run_dir: Path, config_sha256: str) -> None:
     """Raise ConfigError if another start has replaced the `config.yaml` that this attempt wrote into the directory.
 
     Two starts at the same moment may both write their configurations before one of them owns the directory. So the owner calls
@@ -199,7 +199,7 @@ def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest
                 write_status(run_dir, RunState.running, reason="starting")
             attempt.on_collective_timeout = partial(_before_nccl_aborts, attempt, rank)
             attempt.on_cut_off = partial(_end_cut_off, attempt, rank)
-            request.end_process_when_stuck(partial(_end_before_training, attempt))
+            request.arm_end_of_stuck_process(partial(_end_before_training, attempt))
             yield attempt
             if writes_status and attempt.run_dir is not None:
                 write_status(attempt.run_dir, RunState.done, step=attempt.step, reason=attempt.note)
@@ -210,7 +210,7 @@ def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest
             error: BaseException = caught
             if is_panic(caught):  # a BaseException, which no handler further out takes for an error
                 error = tokenizer_panic(caught, "a tokenizer of this run")
-            request.only_main_may_end_process()  # from here on, only this thread ends the process
+            request.disarm_end_of_stuck_process()  # from here on, only this thread ends the process
             if attempt.lease is not None:
                 attempt.lease.check()
                 attempt.follow_rename(attempt.lease.home)
@@ -396,6 +396,6 @@ def _own_directory(run_dir: Path | None, lease_timeout_s: int, stop_request: Sto
         lease_timeout_s,
         stop=lambda: stop_request.signal_name is not None,
         on_loss=lambda: stop_request.ask("the directory was taken over"),
-        on_move=lambda home: stop_request.ask(f"the directory was renamed to {home}"),
+        on_run_dir_renamed=lambda home: stop_request.ask(f"the directory was renamed to {home}"),
     ) as lease:
         yield lease

@@ -8,7 +8,7 @@ from pathlib import Path
 from strategies.atomic_io import NOT_YET_VISIBLE_ERRNOS, call_until_visible
 from strategies.runtime import call_on_main, gather_objects
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
-from trainer.checkpoints.manifest import MANIFEST, checkpoint_problem_on_all_ranks
+from trainer.checkpoints.manifest import MANIFEST_FILE, checkpoint_problem_on_all_ranks
 from trainer.config.launching import exports_at_end, leaves_export_to_job
 from trainer.config.run import RunConfig
 from trainer.export.files import ExportInUse
@@ -38,7 +38,7 @@ def export_at_end(run: TrainedRun, model_facts: ModelFacts, record: RunRecord) -
     exported = _export_if_allowed(run, model_facts)
     # A checkpoint that was saved for the export alone is only needed if the user has to export it later.
     if run.outcome.saved_for_export and exported is not None:
-        run.checkpoints.discard(run.outcome.progress.step)
+        run.checkpoints.discard_checkpoint_of_step(run.outcome.progress.step)
     record.gates = model_facts.gates
     record.not_exported = model_facts.run.not_exported or []
     record.export_problem = model_facts.run.export_problem
@@ -167,7 +167,7 @@ def _readable_checkpoint(config: RunConfig, step: int, context: RunContext) -> t
 def _is_visible(checkpoint: Path) -> bool:
     """Whether this process can see a checkpoint. Waits as long as a network file system may hide what another host has made."""
     try:
-        call_until_visible((checkpoint / MANIFEST).stat, NOT_YET_VISIBLE_ERRNOS)
+        call_until_visible((checkpoint / MANIFEST_FILE).stat, NOT_YET_VISIBLE_ERRNOS)
     except OSError:
         return False
     return True

@@ -10,7 +10,7 @@ from strategies.base import Precision
 from strategies.parameters import COMPUTE_DTYPE, meta_context
 from strategies.saved_parameters import MeanOfCheckpoints, SavedParameters
 from trainer.build.parts import build_model
-from trainer.checkpoints.manifest import manifest_fingerprint
+from trainer.checkpoints.manifest import manifest_sha256
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.export.trained_model import TrainedModel, trained_shapes
@@ -59,7 +59,7 @@ def describe_trained_model(
         seed=config.run.seed,
         frozen_dtype=COMPUTE_DTYPE[precision],
         origin={
-            "checkpoints": [manifest_fingerprint(path) for path in checkpoints],
+            "checkpoints": [manifest_sha256(path) for path in checkpoints],
             "base": base_files(config, with_teacher=False),
             "merge": bool(config.export.merge),
         },

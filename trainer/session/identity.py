@@ -23,7 +23,7 @@ from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, broadcast_object, first_rank_error, gather_objects
 from trainer.build.reward_models import reward_model_digests
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
-from trainer.checkpoints.resume_selection import effective_resume
+from trainer.checkpoints.resume_selection import resolve_resume_setting
 from trainer.config.resuming import KINDS, default_settings, flatten_settings, settings_as_dict
 from trainer.config.run import RunConfig
 from trainer.config.tree import kind_of
@@ -271,7 +271,7 @@ def _run_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
     above with an `identity.json`.
     """
     checkpoint_dirs = checkpoint_dirs_of(run_dir, config.checkpoint.fallback_dir)
-    resume = effective_resume(checkpoint_dirs, config.run.resume)
+    resume = resolve_resume_setting(checkpoint_dirs, config.run.resume)
     if resume == "never":
         return None
     if resume == "auto":

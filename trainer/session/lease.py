@@ -126,7 +126,7 @@ class Lease:
         number: int,
         owner: Owner,
         on_loss: Callable[[], None],
-        on_move: Callable[[Path], None] = lambda home: None,
+        on_run_dir_renamed: Callable[[Path], None] = lambda home: None,
     ) -> None:
         """Errors: OSError if the directory cannot be opened."""
         self.home = run_dir
@@ -134,7 +134,7 @@ class Lease:
         self.number = number
         self.owner = owner
         self._on_loss = on_loss
-        self._on_move = on_move
+        self._on_run_dir_renamed = on_run_dir_renamed
         self._released = threading.Event()
         # Finds the directory again after a rename.
         self._directory_handle = atomic_io.OpenDirectory(run_dir)
@@ -152,13 +152,13 @@ class Lease:
         *,
         stop: Callable[[], bool] = lambda: False,
         on_loss: Callable[[], None] = lambda: None,
-        on_move: Callable[[Path], None] = lambda home: None,
+        on_run_dir_renamed: Callable[[Path], None] = lambda home: None,
     ) -> Lease:
         """Claim the directory. Waits up to `lease_timeout_s` if only time tells whether the last owner lives.
 
-        `on_loss` is called, by another thread, when the directory turns out to be another attempt's or deleted. `on_move` is
-        called, by any thread, with the new path when it was renamed. Raises InUse, with the owner, if one lives; Preempted if
-        `stop` says so; StorageError if the directory cannot be written.
+        `on_loss` is called, by another thread, when the directory turns out to be another attempt's or deleted.
+        `on_run_dir_renamed` is called, by any thread, with the new path when it was renamed. Raises InUse, with the owner, if one
+        lives; Preempted if `stop` says so; StorageError if the directory cannot be written.
         """
         own = owner_of_this_process(lease_timeout_s)
         directory = run_dir / "lease"
@@ -178,7 +178,7 @@ class Lease:
             for name in atomic_io.disk.names(directory):
                 if name[:6].isdigit() and int(name[:6]) <= number:
                     (directory / name).unlink(missing_ok=True)
-            return cls(run_dir, number + 1, own, on_loss, on_move)
+            return cls(run_dir, number + 1, own, on_loss, on_run_dir_renamed)
         except OSError as error:
             raise StorageError(
                 f"{directory}: cannot be written ({error.strerror or error}); {shared_files.remedy(error)}set run.dir"
@@ -231,7 +231,7 @@ class Lease:
 
         - The claim exists: None, unless another attempt has made a later one.
         - It is missing and the directory was deleted: that is the reason.
-        - It is missing because the directory was renamed: follows it (sets `home`, calls `on_move`), and looks there.
+        - It is missing because the directory was renamed: follows it (sets `home`, calls `on_run_dir_renamed`), and looks there.
         - It is still missing: makes it again, unless another attempt has taken the directory over.
         """
         number, owner = latest_claim(self.directory)
@@ -246,7 +246,7 @@ class Lease:
         if home != self.home:
             print(f"{self.home}: the directory was renamed to {home}", flush=True)
             self.home = home
-            self._on_move(home)
+            self._on_run_dir_renamed(home)
             number, owner = latest_claim(self.directory)
             if number == self.number and self._claim_exists():
                 return None

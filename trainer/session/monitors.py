@@ -59,7 +59,7 @@ def build_detectors(
         rewards = config.objective.rewards
         challenges.control_metrics = [f"rewards/{name}/mean" for name, reward in rewards.items() if reward.weight == 0]
     challenges.on_record = challenge_reporter(context)
-    context.attempt.on_move.append(challenges.move_to)
+    context.attempt.on_run_dir_renamed.append(challenges.follow_renamed_run_dir)
     return challenges
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from strategies.base import Engine
 from strategies.errors import StorageError
 from strategies.runtime import call_on_main
-from trainer.checkpoints.layout import STEP_DIR, checkpoints_in
+from trainer.checkpoints.layout import STEP_DIR_FORMAT, checkpoints_in
 from trainer.checkpoints.manager import Checkpoints
-from trainer.checkpoints.manifest import checkpoint_fingerprint_at_step, checkpoint_problem_on_all_ranks
+from trainer.checkpoints.manifest import checkpoint_problem_on_all_ranks, manifest_sha256_at_step
 from trainer.checkpoints.patience import waiting_for_disk
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepLoader
@@ -115,8 +115,8 @@ def measure_test_documents(run: TrainedRun, step: int) -> dict[str, Any] | None:
     weights = CheckpointWeights(
         run_dir=context.run_dir,
         step=step,
-        checkpoint=STEP_DIR.format(step),
-        artefact=checkpoint_fingerprint_at_step(context.run_dir, step, run.config.checkpoint.fallback_dir),
+        checkpoint=STEP_DIR_FORMAT.format(step),
+        artefact=manifest_sha256_at_step(context.run_dir, step, run.config.checkpoint.fallback_dir),
     )
 
     def watch_for_stop() -> Callable[[], bool]:

@@ -22,7 +22,7 @@ from strategies.runtime import Runtime, gather_objects
 from strategies.sharding_report import sharding_record
 from trainer.build.experts import expert_parallel_lines
 from trainer.build.recomputation import device_gib
-from trainer.checkpoints.manifest import checkpoint_fingerprint_at_step
+from trainer.checkpoints.manifest import manifest_sha256_at_step
 from trainer.config.run import MATMUL_KEY, RunConfig, settled_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
@@ -413,5 +413,5 @@ def model_facts(
     facts.step = step
     facts.tokens = tokens
     facts.at_step = at_step(run_dir, step)
-    facts.artefact = checkpoint_fingerprint_at_step(run_dir, facts.step, config.checkpoint.fallback_dir)
+    facts.artefact = manifest_sha256_at_step(run_dir, facts.step, config.checkpoint.fallback_dir)
     return facts

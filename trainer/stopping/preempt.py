@@ -10,9 +10,9 @@ import torch.distributed as dist
 from strategies.runtime import Runtime
 from trainer.stopping.signals import StopRequest
 
-MAX_SECONDS_BETWEEN = 2.0
+MAX_SECONDS_BETWEEN_QUESTIONS = 2.0
 """About how many seconds pass between two questions: little of the time that SLURM gives (`launcher.signal_lead_s`)."""
-MAX_STEPS_BETWEEN = 8
+MAX_STEPS_BETWEEN_QUESTIONS = 8
 """Most steps between two questions, so that little time is lost even if steps suddenly become slow."""
 
 
@@ -39,13 +39,14 @@ class StopAgreement:
         return self._request.signal_name is not None
 
     def for_loop(self) -> StopAgreement:
-        """An agreement for another loop."""
+        """An agreement for another loop, such as that over an evaluation's batches: it counts its own steps between questions."""
         return StopAgreement(self._request, self._runtime)
 
     def ask(self) -> None:
         """Start a collective on whether any rank was asked to stop, if it is due. All ranks must call, then `stop_now`.
 
-        It is due every `_steps_between_questions` steps, which `stop_now` sets by the slowest rank's seconds of a step.
+        It is due every `_steps_between_questions` calls, which `stop_now` sets by the seconds that the slowest rank takes for a
+        step.
         """
         is_asked = self._request.signal_name is not None
         if self._runtime.world_size == 1:
@@ -75,6 +76,6 @@ class StopAgreement:
             self._work.wait()
             self._work = None
             slowest_step_s = max(1e-9, float(self._answer[1]))
-            max_steps = min(MAX_STEPS_BETWEEN, int(MAX_SECONDS_BETWEEN / slowest_step_s))
+            max_steps = min(MAX_STEPS_BETWEEN_QUESTIONS, int(MAX_SECONDS_BETWEEN_QUESTIONS / slowest_step_s))
             self._steps_between_questions = max(1, max_steps)
         return bool(self._answer[0])

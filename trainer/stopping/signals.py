@@ -5,7 +5,7 @@ a thread that does not block a signal receives it, which ends the process. Child
 workers do not die of a signal that was meant for the trainer. This module imports nothing heavy.
 
 Before training there is nothing to save, and the main thread may be in native code for long: a library loads weights or a
-tokenizer, or opens a pipe that nobody writes. With `StopRequest.end_process_when_stuck`, the process then ends without the main
+tokenizer, or opens a pipe that nobody writes. With `StopRequest.arm_end_of_stuck_process`, the process then ends without the main
 thread: another thread ends it in order, and if native code lets no thread run, the watchdog (`watchdog.py`) kills it.
 """
 
@@ -22,35 +22,35 @@ from typing import Any
 
 from trainer.stopping.watchdog import Watchdog
 
-SIGNALS: tuple[signal.Signals, ...] = (
+STOP_SIGNALS: tuple[signal.Signals, ...] = (
     signal.SIGTERM,
     signal.SIGUSR1,
     signal.SIGUSR2,
     signal.SIGXCPU,  # a soft limit of processor time is reached
 )
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under `nohup` a terminal that closes asks for nothing
-    SIGNALS += (signal.SIGHUP,)
-STUCK_S = 5.0
+    STOP_SIGNALS += (signal.SIGHUP,)
+STUCK_MAIN_THREAD_S = 5.0
 """Seconds that the main thread has to look at a request to stop before training; then the process ends without it."""
-POLL_S = 0.2
-INTERRUPTED = (
+PENDING_SIGNAL_POLL_S = 0.2
+CTRL_C_MESSAGE = (
     b"\nCtrl-C: saving, then stopping. Press Ctrl-C again to quit now: work since the last checkpoint is lost.\n"
 )
 
 
 def block_signals() -> None:
     """Block the signals; they stay pending until `StopRequest` takes them. Call it before anything heavy is imported."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def unblock_signals() -> None:
     """Let the signals end this process again, for commands that have nothing to save."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def is_signal_pending() -> bool:
     """Whether one of the signals arrived and is still pending."""
-    return not signal.sigpending().isdisjoint(SIGNALS)
+    return not signal.sigpending().isdisjoint(STOP_SIGNALS)
 
 
 class StopRequest:
@@ -63,7 +63,7 @@ class StopRequest:
     def __init__(self, *, interrupts: bool = False) -> None:
         self._reason: str | None = None
         self._closed = threading.Event()
-        self._handled = {*SIGNALS, signal.SIGINT} if interrupts else set(SIGNALS)
+        self._stop_signals = {*STOP_SIGNALS, signal.SIGINT} if interrupts else set(STOP_SIGNALS)
         self._thread: threading.Thread | None = None
         self._end_process: Callable[[str], None] | None = None
         self._watchdog: Watchdog | None = None
@@ -83,19 +83,21 @@ class StopRequest:
         """Ask the run to stop for another reason than a signal."""
         self._reason = self._reason or reason
 
-    def end_process_when_stuck(self, end_process: Callable[[str], None]) -> None:
-        """End the process if the main thread does not read `signal_name` within `STUCK_S` of a request to stop.
+    def arm_end_of_stuck_process(self, end_process: Callable[[str], None]) -> None:
+        """From now on, end the process if its main thread does not read `signal_name` within 5 s of a request to stop.
 
-        That holds until `only_main_may_end_process` is called. `end_process` gets the name of the signal, runs in a thread of its
-        own, and must end the process itself (`os._exit`).
-        Code that has something to save or to undo must not call this. If native code keeps the interpreter's lock, no thread
-        can run, and the watchdog kills the process after the same time.
+        Two things can end it:
+
+        - A thread of this process calls `end_process` with the name of the signal; it must end the process itself (`os._exit`).
+        - If native code keeps the interpreter's lock, no thread can run. The watchdog, another process, then kills this one.
+
+        `disarm_end_of_stuck_process` undoes it. Code that has something to save or to undo must not be running meanwhile.
         """
         self._end_process = end_process
-        self._watchdog = Watchdog(self._handled, STUCK_S)
+        self._watchdog = Watchdog(self._stop_signals, STUCK_MAIN_THREAD_S)
 
-    def only_main_may_end_process(self) -> None:
-        """Undo `end_process_when_stuck`: from here on there is something to save, so only the main thread may end the process."""
+    def disarm_end_of_stuck_process(self) -> None:
+        """Undo `arm_end_of_stuck_process`: from here on there is something to save, so only the main thread ends the process."""
         self._end_process = None
         self._must_save.set()
         if self._watchdog is not None:
@@ -104,10 +106,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         """Block the signals in this process and everything it starts; a daemon thread waits for them."""
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._handled)
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._stop_signals)
         # Handlers too: a library may lift the mask (CPython's resource tracker does), or a thread be older than the mask.
         self._handlers: dict[signal.Signals, Any] = {}
-        for number in self._handled:
+        for number in self._stop_signals:
             handler = self._handle_interrupt if number is signal.SIGINT else self._remember_first
             self._handlers[number] = signal.signal(number, handler)
         self._start_receiving_thread()
@@ -115,7 +117,7 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         """Stop listening, and put handlers and mask back. After a request the handlers stay: the process is about to end."""
-        self.only_main_may_end_process()
+        self.disarm_end_of_stuck_process()
         self._closed.set()
         if self._thread is not None and self._thread.is_alive() and self._thread.ident is not None:
             signal.pthread_kill(self._thread.ident, signal.SIGUSR1)
@@ -135,11 +137,11 @@ class StopRequest:
         while True:
             # `sigwait` would take a signal in the kernel even if native code keeps this thread from running. So before training
             # the signals are polled: an unhandled one stays pending, which tells the watchdog that no thread runs.
-            if not self._must_save.is_set() and signal.sigpending().isdisjoint(self._handled):
-                self._must_save.wait(POLL_S)
+            if not self._must_save.is_set() and signal.sigpending().isdisjoint(self._stop_signals):
+                self._must_save.wait(PENDING_SIGNAL_POLL_S)
                 continue
             # Not `sigtimedwait`: if the process was suspended past the deadline, CPython 3.11 returns uninitialised memory.
-            number = signal.sigwait(self._handled)
+            number = signal.sigwait(self._stop_signals)
             if self._closed.is_set():
                 return
             if self._end_process is not None:  # nothing to save yet
@@ -150,8 +152,8 @@ class StopRequest:
                 self._remember_first(number, None)
 
     def _end_process_later(self, signal_name: str) -> None:
-        """End the process in `STUCK_S`, unless the main thread looks at the request until then."""
-        timer = threading.Timer(STUCK_S, self._end_process_if_stuck, args=(signal_name,))
+        """End the process in `STUCK_MAIN_THREAD_S`, unless the main thread looks at the request until then."""
+        timer = threading.Timer(STUCK_MAIN_THREAD_S, self._end_process_if_stuck, args=(signal_name,))
         timer.daemon = True
         timer.start()
 
@@ -171,4 +173,4 @@ class StopRequest:
         self._remember_first(number, frame)
         self._reason = signal.Signals(signal.SIGINT).name
         with suppress(OSError):  # the same Ctrl-C has ended the `tee` that reads it
-            os.write(2, INTERRUPTED)
+            os.write(2, CTRL_C_MESSAGE)

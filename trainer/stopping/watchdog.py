@@ -17,14 +17,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-LOOK_EVERY_S = 0.5
+LOOK_INTERVAL_S = 0.5
 
 
 class Watchdog:
     """The watchdog of this process, from here to `close`. Without Linux's `/proc` there is none."""
 
     def __init__(self, signals: Iterable[signal.Signals], patience_s: float) -> None:
-        """`patience_s`: seconds that one of the signals may stay pending."""
+        """Start a process that kills this one when one of the signals has been pending for `patience_s` seconds."""
         self._process: subprocess.Popen[bytes] | None = None
         if sys.platform != "linux" or not sys.executable:
             return
@@ -72,12 +72,12 @@ def is_suspended(status: str) -> bool:
 def kill_parent_when_stuck(pid: int, signal_mask: int, patience_s: float) -> None:
     """Kill process `pid`, our parent, once a signal of `signal_mask` was pending for `patience_s` seconds.
 
-    Looks every `LOOK_EVERY_S` seconds. Returns when it has killed the parent, or when the parent needs no watchdog any more: it
-    has ended, or closed the pipe. `signal_mask`: as in /proc, bit n - 1 for signal n (SIGTERM, 15: 0x4000).
+    Looks every `LOOK_INTERVAL_S` seconds. Returns when it has killed the parent, or when the parent needs no watchdog any more:
+    it has ended, or closed the pipe. `signal_mask`: as in /proc, bit n - 1 for signal n (SIGTERM, 15: 0x4000).
     """
     pending_s = 0.0
     while os.getppid() == pid:
-        readable, _, _ = select.select([sys.stdin], [], [], LOOK_EVERY_S)
+        readable, _, _ = select.select([sys.stdin], [], [], LOOK_INTERVAL_S)
         if readable:  # the pipe was closed
             return
         try:
@@ -89,7 +89,7 @@ def kill_parent_when_stuck(pid: int, signal_mask: int, patience_s: float) -> Non
         if not pending_signal_mask(status) & signal_mask:
             pending_s = 0.0
             continue
-        pending_s += LOOK_EVERY_S
+        pending_s += LOOK_INTERVAL_S
         if pending_s >= patience_s and os.getppid() == pid:
             os.kill(pid, signal.SIGKILL)
             return

@@ -233,13 +233,13 @@ def test_export_of_a_checkpoint_that_the_run_deletes_takes_the_next(run_dir, tmp
     # Deleted after it was looked at, before it was kept from that.
     shutil.copytree(run_dir / "checkpoints" / "step-000006", newest)
     monkeypatch.setattr(atomic_io.disk, "open", step)
-    keep = in_use.kept_from_pruning
+    keep = in_use.marked_as_in_use
 
     def prune_and_keep(checkpoint):
         shutil.rmtree(newest, ignore_errors=True)
         return keep(checkpoint)
 
-    monkeypatch.setattr(in_use, "kept_from_pruning", prune_and_keep)
+    monkeypatch.setattr(in_use, "marked_as_in_use", prune_and_keep)
     assert run(copy, f"to={tmp_path / 'again'}", "--json") == 0
     assert json.loads(capsys.readouterr().out)["checkpoints"] == ["step-000004"]
 

@@ -10,7 +10,7 @@ from tests.helpers.hub import hub
 from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
-from trainer.checkpoints.manifest import manifest_fingerprint
+from trainer.checkpoints.manifest import manifest_sha256
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.documents.hub_results import write_results
 from trainer.reporting.results import KeptReport
@@ -126,7 +126,7 @@ def test_results_are_only_claimed_of_data_that_the_hub_has(tmp_path):
 
 def test_hub_push_reports_the_checkpoint_that_is_exported(run):
     report = json.loads((run / "evaluation.json").read_text())
-    assert report["model"]["artefact"] == manifest_fingerprint(max((run / "checkpoints").glob("step-*")))
+    assert report["model"]["artefact"] == manifest_sha256(max((run / "checkpoints").glob("step-*")))
     with pytest.raises(ConfigError):
         from launch.export.hub import parse_benchmarks
 

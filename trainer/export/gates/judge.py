@@ -11,7 +11,7 @@ from typing import Any
 
 from strategies.errors import ShardtuneError
 from strategies.runtime import Runtime, broadcast_object
-from trainer.checkpoints.manifest import checkpoint_fingerprint_at_step
+from trainer.checkpoints.manifest import manifest_sha256_at_step
 from trainer.export.gates.bounds import OVERRIDE, Bound, bounds_of
 from trainer.export.gates.measured import FORGETTING, MeasuredMetric, matching_metrics, measured_metrics
 from trainer.reporting.results import TEST, add_to_run_record, read_json
@@ -80,7 +80,7 @@ class JudgedGates:
 
 def weights_at(run_dir: Path, step: int, fallback_dir: str | None) -> Weights:
     """The weights of a run at a step. Errors: StorageError if its checkpoints cannot be listed."""
-    return Weights(run_dir, step, checkpoint_fingerprint_at_step(run_dir, step, fallback_dir))
+    return Weights(run_dir, step, manifest_sha256_at_step(run_dir, step, fallback_dir))
 
 
 def judge_at_end(
