@@ -433,8 +433,8 @@ A word such as my.yaml is a settings file. Words that you type override it. ~key
 conf/ and docs/config.md list every setting with its meaning.
 
 The same words work with torchrun and sbatch:
-  torchrun --nproc-per-node=8 -m launch.train <words>
-  sbatch slurm/train.sbatch <words>"""
+  torchrun --nproc-per-node=8 -m launch.train <settings>
+  sbatch slurm/train.sbatch <settings>"""
 
 
 def exit_process(code: int) -> NoReturn:

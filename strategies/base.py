@@ -70,19 +70,23 @@ class StrategyConfig:
     name: StrategyName = setting(StrategyName.single, reach=DESCRIBES)
     """Which strategy runs; set by the group choice `strategy=<name>`, not by hand."""
     activation_checkpointing: ActivationCheckpointing = setting(ActivationCheckpointing.none, reach=DESCRIBES)
-    """Recompute in the backward pass: `none`, `selective` (keeps matrix products), `full`, or `auto`, as memory asks."""
+    """What the backward pass recomputes: `none`; `selective` (keeps matrix products); `full` (whole blocks); or `auto`, by the
+    memory that is available."""
     memory_gib: float | None = number(None, above=0, advice="null takes what the device has")
-    """Memory of one rank in GiB that `activation_checkpointing=auto` and `defer_sync=null` plan for; default: the device's."""
+    """Memory of one rank in GiB that `activation_checkpointing=auto` and `defer_sync=null` plan with. null: that of the
+    device."""
     compile: bool = setting(False, reach=DESCRIBES)
-    """Compile each transformer block with `torch.compile`; pays on GPUs, not on CPUs."""
+    """Compile each transformer block with `torch.compile`. It is faster on GPUs, not on CPUs."""
     mlp_tokens: int | None = number(
         None, least=1, advice="8192 keeps the products large; null takes all tokens at once"
     )
-    """Tokens that the MLP of a block takes at a time, recomputed tile by tile; null: all at once. For very long rows."""
+    """Number of tokens that the MLP of a block computes at a time; each tile is recomputed in the backward pass. null: all at
+    once. For very long rows."""
     offload_activations: bool = setting(False, reach=DESCRIBES)
-    """Keep the inputs of recomputed blocks in pinned host memory until the backward pass, in place of the GPU's."""
+    """Keep the inputs of recomputed blocks in pinned host memory until the backward pass, instead of in GPU memory."""
     defer_sync: bool | None = setting(None, reach=DESCRIBES)
-    """Reduce gradients on the last micro-batch alone; null: where whole gradients fit (fsdp2, hsdp). ZeRO goes by its stage."""
+    """Reduce gradients only on the last micro-batch of a step. null: if unsharded gradients fit in memory (fsdp2, hsdp). For
+    ZeRO the stage decides."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -103,7 +107,7 @@ class DdpConfig(StrategyConfig):
 
     name: StrategyName = StrategyName.ddp
     bucket_mib: int = number(25, least=1, advice="25 (ddp) to 200 (zero) as a rule")
-    """Size of one all-reduce bucket in MiB."""
+    """Size of an all-reduce bucket in MiB."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,11 +116,11 @@ class Fsdp2Config(StrategyConfig):
 
     name: StrategyName = StrategyName.fsdp2
     reshard_after_forward: bool = setting(True, reach=DESCRIBES)
-    """Free a block's gathered parameters after its forward pass; `false` saves one all-gather and costs memory."""
+    """Free a block's gathered parameters after its forward pass. `false` saves one all-gather and needs more memory."""
     cpu_offload: bool = setting(False, reach=DESCRIBES)
-    """Keep parameters and optimizer state in host memory and step on the CPU."""
+    """Keep parameters and optimizer state in host memory, and run the optimizer on the CPU."""
     replicate: int = number(1, least=0, advice="0 means one replica a host, or 2 on one host")
-    """Number of replicas (hsdp): shards stay inside a replica. 0 means one replica a host, or 2 on a single host."""
+    """Number of replicas (hsdp). Parameters are sharded inside a replica. 0: one replica per host, or 2 on a single host."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -127,17 +131,17 @@ class ZeroConfig(StrategyConfig):
     stage: int = number(2, least=1, most=3, advice="chosen with strategy=zero1, zero2 or zero3")
     """ZeRO stage: 1, 2 or 3; set by the group choice."""
     offload_optimizer: str = setting("none", reach=DESCRIBES)
-    """Where optimizer state lives: `none` (device), `cpu` or `nvme` (needs libaio and a C++ compiler)."""
+    """Where the optimizer state is kept: `none` (on the device), `cpu` or `nvme` (needs libaio and a C++ compiler)."""
     offload_parameters: str = setting("none", reach=DESCRIBES)
-    """Where idle parameters live (stage 3 only): `none`, `cpu` or `nvme`."""
+    """Where parameters that are not in use are kept (only stage 3): `none`, `cpu` or `nvme`."""
     nvme_path: str | None = setting(None, reach=Reach.place)
-    """Directory on a local NVMe drive, needed by either `nvme` choice."""
+    """Directory on a local NVMe drive, needed for `nvme`."""
     bucket_mib: int | None = number(None, least=1, advice="25 (ddp) to 200 (zero) as a rule")
-    """Size of one reduce or all-gather bucket in MiB; none: 200 on GPUs, 8 on CPUs."""
+    """Size of a reduce or all-gather bucket in MiB. null: 200 on GPUs, 8 on CPUs."""
     persistence_threshold: int = number(100_000, least=0, advice="0 shards every parameter")
-    """Parameters with fewer elements than this stay gathered (stage 3)."""
+    """Parameters with fewer elements than this stay gathered (only stage 3)."""
     prefetch_mib: int = number(50, least=0, advice="0 gathers nothing ahead")
-    """Parameters gathered ahead of use in MiB (stage 3)."""
+    """Size of the parameters that are gathered ahead of their use, in MiB (only stage 3)."""
 
 
 UpdateFilter = Callable[["Tensor"], "Tensor"]

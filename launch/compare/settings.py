@@ -24,17 +24,17 @@ class CompareConfig:
     """Settings of a comparison that runs its points."""
 
     steps: int | None = None
-    """Optimizer steps of each point, instead of a budget."""
+    """Number of optimizer steps of each point, instead of a budget."""
     repeats: int = 1
-    """How often each point runs. The order of the points alternates."""
+    """How often each point runs. The order of the points alternates between repeats."""
     warmup: int = 1
-    """First steps that do not count for speeds, together with the rest of their logging interval."""
+    """Number of first steps that do not count for speeds, together with the rest of their logging interval."""
     price_per_hour: float | None = None
-    """US dollars per hour for the device of one rank. null takes the price of its card in conf/hardware."""
+    """US dollars per hour for the device of one rank. null: the price of its card in conf/hardware."""
     skip: list[str] = field(default_factory=list)
-    """Conditions such as strategy=ddp+tuning=full: a point that has all these arguments is left out."""
+    """Conditions such as strategy=ddp+tuning=full. A point that has all these settings is left out."""
     where: list[str] = field(default_factory=list)
-    """Conditions such as tuning=full+optim.lr=2e-5: a point that has the first argument but lacks another is left out."""
+    """Conditions such as tuning=full+optim.lr=2e-5. A point that has the first setting but lacks another one is left out."""
 
 
 @dataclass(frozen=True, slots=True)

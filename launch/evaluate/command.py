@@ -51,7 +51,7 @@ set everything. With launcher=slurm, the evaluation is submitted as a job on one
 kinds of tasks, with the rows that each reads:
 {KINDS}
 
-To start all ranks yourself: torchrun --nproc-per-node=8 -m launch.evaluate <words>
+To start all ranks yourself: torchrun --nproc-per-node=8 -m launch.evaluate <settings>
 
 docs/reference/evaluation-tasks.md explains what each kind reads and measures."""
 

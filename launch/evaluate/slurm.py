@@ -36,12 +36,12 @@ def evaluation_script(
     if launcher.nodes != 1:
         raise ConfigError(
             f"launcher.nodes={launcher.nodes}: an evaluation is submitted to one node; within an allocation of several start it "
-            "on every rank: srun python -m launch.evaluate <words>"
+            "on every rank: srun python -m launch.evaluate <settings>"
         )
     if launcher.container is not None:
         raise ConfigError(
             f"launcher.container={launcher.container}: an evaluation is submitted without an image; start it in the image on a "
-            "node: srun --container-image=... python -m launch.evaluate <words>"
+            "node: srun --container-image=... python -m launch.evaluate <settings>"
         )
     # Within the job the same command runs on the node itself.
     node_arguments = [argument for argument in arguments if not argument.startswith(("launcher=", "launcher."))]

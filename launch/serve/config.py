@@ -36,21 +36,21 @@ class ServeConfig:
     """How an export is served."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. An address that other machines can reach needs a key."""
+    """Address to listen on. An address that other machines can reach needs an API key."""
     port: int = number(8000, least=0, most=65535, advice="8000 is usual, and 0 takes a free one")
-    """Port. 0 takes a free one and prints it."""
+    """Port to listen on. 0: any free port, which is printed."""
     key_env: str | None = None
-    """Name of the environment variable with the key that clients must send. null: no key."""
+    """Name of the environment variable that holds the API key that clients must send. null: no key."""
     name: str | None = None
-    """The name by which clients ask for the model. null: the name of the run."""
+    """Name of the model for clients. null: the name of the run."""
     engine: EngineKind = EngineKind.auto
-    """What computes the answers: auto, transformers or vllm."""
+    """Engine that generates the answers: auto, transformers or vllm."""
     python: str | None = None
-    """The Python of an environment that has vLLM, such as ~/vllm/bin/python. null: vLLM of this environment."""
+    """Python interpreter of an environment that has vLLM, such as ~/vllm/bin/python. null: vLLM of this environment."""
     max_tokens: int = number(1024, least=1, advice="1024 is usual")
-    """Most new tokens in an answer, also if a request names no number."""
+    """Largest number of new tokens of an answer, also if a request does not set a number."""
     max_requests: int = number(256, least=1, advice="256 is usual")
-    """Most requests that are answered or waiting at a time. Further ones get status 429 (try later)."""
+    """Largest number of requests that are answered or wait at a time. More requests get status 429 (try later)."""
     max_body_kib: int = number(1024, least=1, advice="1024 is usual")
     """Largest request in KiB."""
     batching: bool = False

@@ -12,23 +12,25 @@ class CheckpointConfig:
     """When training state is written and how much of it is kept."""
 
     every_steps: int = number(0, least=0, advice="0 goes by time (checkpoint.every_minutes)")
-    """Steps between checkpoints; 0 goes by time."""
+    """Optimizer steps between checkpoints. 0: `every_minutes` decides."""
     every_minutes: float | None = number(
         None, least=0, advice="null goes by what a save costs, 0 writes the last one only"
     )
-    """Minutes between checkpoints, with every_steps=0; null: 30 until a save was measured, then what its price and mtbf_h make
-    best; 0 writes one at the end and when the run is stopped, and none between."""
+    """Minutes between checkpoints, if `every_steps=0`. null: 30 until the first save has been timed, then the interval that
+    loses the least work, given the time of a save and `mtbf_h`. 0: only at the end, and when the run is stopped."""
     mtbf_h: float = number(24.0, above=0, advice="24 as a rule; fewer for many nodes or a spot market")
-    """Hours from one failure of the whole job to the next, on average; the more nodes, the fewer."""
+    """Mean time between failures of the whole job, in hours. More nodes fail more often."""
     keep: int = number(2, least=1, advice="2 survives a checkpoint that was damaged")
-    """Newest checkpoints kept; the best one is kept besides."""
+    """Number of newest checkpoints that are kept. The best checkpoint is kept in addition."""
     save_final: bool = setting(True, reach=DESCRIBES)
-    """Keep a checkpoint of the last step, so that the run can be extended; `false` deletes it after the export."""
+    """Keep the checkpoint of the last step, so that the run can be extended. `false` deletes it after the export."""
     background: bool = setting(True, reach=DESCRIBES)
-    """Write checkpoints while training continues, out of a copy in host memory (12 bytes a trained weight with AdamW, all ranks
-    together); the last one, the one after a signal, and all where the copy has no room, in the step."""
+    """Write checkpoints while training continues, from a copy in host memory (12 bytes per trained parameter with AdamW, over
+    all ranks). Training waits for the last checkpoint, for the one after a signal, and if host memory has no room for the
+    copy."""
     max_failures: int = number(3, least=0, advice="0 ends the run at the first")
-    """Checkpoints in a row that may fail to be written, each with a warning, before the run ends; the last one of a run must
-    succeed."""
+    """Number of consecutive checkpoints that may fail to be written. Each failure is a warning; one more ends the run. The last
+    checkpoint of a run must succeed."""
     fallback_dir: str | None = setting(None, reach=DESCRIBES)
-    """A directory on another disk that takes a checkpoint where the run's own cannot; a resumed run looks there, too."""
+    """Directory on another disk, for checkpoints that cannot be written to the run's own disk. A resumed run also looks
+    there."""

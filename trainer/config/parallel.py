@@ -41,13 +41,15 @@ class ParallelConfig:
     """What the ranks share besides data and parameters."""
 
     sequence: int = number(1, least=1, advice="1 gives each rank documents of its own; 2, 4 or 8 for long documents")
-    """Ranks that share each row of documents. Each holds a slice of its tokens, and attention exchanges slices for heads. Set
-    it if a document does not fit one GPU. At most the number of query heads; the ranks must be a multiple of it."""
+    """Number of ranks that share each row (sequence parallelism). Each holds a slice of the row's tokens, and attention
+    exchanges slices for heads (DeepSpeed Ulysses). Set it if a document does not fit on one GPU. At most the number of query
+    heads, and the number of ranks must be a multiple of it."""
     experts: int = number(
         1, least=1, advice="1 gathers all experts of a layer on each rank; 2, 4 or 8 for large mixtures"
     )
-    """Ranks over which the experts of a layer are dealt, whole; tokens are sent to their experts and back. Needs strategy=fsdp2
-    or hsdp. Set it for large mixtures (docs/mixtures.md). It must divide the experts of a layer and the ranks of a replica."""
+    """Number of ranks over which the experts of a layer are distributed (expert parallelism). Tokens are sent to the ranks of
+    their experts and back. Set it for large mixtures of experts (docs/mixtures.md). Needs `strategy=fsdp2` or `hsdp`. It must
+    divide the number of experts of a layer and the number of ranks of a replica."""
 
 
 class BatchedRun(Protocol):

@@ -18,14 +18,15 @@ class ReviewConfig:
     """What people are asked by `shardtune review` (docs/review.md); changes nothing of a training."""
 
     rubric: dict[str, str] = setting(default_factory=dict, reach=DESCRIBES)
-    """Questions on each pair of answers beside which is better overall, by names of your choice, as {clear: Which is
+    """Questions about each pair of answers, in addition to which is better overall, by names of your choice: {clear: Which is
     clearer?}."""
     n: int = number(50, least=1, advice="50 to 200 as a rule")
-    """Number of prompts to draw from the file. If it has fewer, all are taken."""
+    """Number of prompts drawn from the file. If the file has fewer, all are used."""
     seed: int = number(0, least=0, advice="the default is 0")
-    """Seed of the drawn prompts, of their order, and of the side on which each answer stands."""
+    """Seed for drawing the prompts, for their order, and for the side on which each answer is shown."""
     repeats: float = number(0.1, least=0, most=1, advice="0.1 as a rule; 0 shows nothing twice")
-    """Share of the items that are shown again with exchanged sides, to see whether a reviewer answers the same. 0: none."""
+    """Share of the items that are shown a second time with sides exchanged, to check whether a reviewer answers consistently.
+    0: none."""
     write: DecodingConfig = group(
         lambda: DecodingConfig(max_new_tokens=256),
         advice={
@@ -34,7 +35,7 @@ class ReviewConfig:
             "draws": "1: one answer of each model is judged",
         },
     )
-    """How the answers are written."""
+    """How the answers are generated."""
 
     def problems(self) -> Iterator[str]:
         """Error messages about `review`, one line each: the rubric's names and questions, and how answers are written."""

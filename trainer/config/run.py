@@ -142,9 +142,11 @@ class LauncherConfig:
     address: str | None = setting(None, reach=Reach.address)
     """Name or address under which the other hosts reach this one. Default: the address of its interface towards `rdzv`."""
     stage: str | None = setting(None, reach=Reach.place)
-    """Directory on a disk of each node, such as `/scratch` or `$TMPDIR`. Weights and tokens are copied to it and read from it."""
+    """Directory on a local disk of each node, such as `/scratch` or `$TMPDIR`. Weights and prepared data are copied to it, and
+    read from there."""
     retry: dict[str, int] = setting(default_factory=lambda: dict.fromkeys(RETRIES, 0), reach=DESCRIBES)
-    """Restarts: `preempted` (told to save), `node_fail` (a rank lost), `out_of_memory` (micro halved); under SLURM 20, 3, 0."""
+    """Number of restarts after each cause: `preempted` (the run was asked to stop), `node_fail` (a rank or its node was lost),
+    `out_of_memory` (`batch.micro` is halved). Defaults under SLURM: 20, 3, 0."""
 
     @property
     def per_node(self) -> int:
@@ -163,13 +165,14 @@ class SlurmConfig(LauncherConfig):
 
     name: LauncherName = LauncherName.slurm
     retry: dict[str, int] = field(default_factory=lambda: {"preempted": 20, "node_fail": 3, "out_of_memory": 0})
-    """Times it is requeued: `preempted` (told to save), `node_fail` (a rank or its node lost), `out_of_memory` (micro halved)."""
+    """Number of requeues after each cause: `preempted` (the run was asked to stop), `node_fail` (a rank or its node was lost),
+    `out_of_memory` (`batch.micro` is halved)."""
     partition: str | None = setting(None, reach=DESCRIBES)
-    """Partition. Default: the cluster's."""
+    """SLURM partition. Default: that of the cluster."""
     account: str | None = setting(None, reach=DESCRIBES)
-    """Account to charge."""
+    """SLURM account that is charged."""
     qos: str | None = setting(None, reach=DESCRIBES)
-    """Quality of service."""
+    """SLURM quality of service (QOS)."""
     time: str = setting("24:00:00", reach=DESCRIBES)
     """Time limit, as [days-]hours:minutes:seconds."""
     gpus_per_node: int = number(0, least=0, advice="0 for CPU nodes")
@@ -191,21 +194,22 @@ class SlurmConfig(LauncherConfig):
     job_name: str | None = setting(None, reach=DESCRIBES)
     """Name of the job, in the queue and in its log files. Default: the name of the run directory."""
     comment: str | None = setting(None, reach=DESCRIBES)
-    """Comment of the job."""
+    """Comment of the SLURM job."""
     after: str | None = setting(None, reach=DESCRIBES)
     """Id of a job that must succeed before this one starts. If it fails, this one is cancelled."""
     dependency: str | None = setting(None, reach=DESCRIBES)
-    """More conditions for the start, in SLURM's words, such as `afterany:17`."""
+    """More dependencies of the job, in SLURM's syntax, such as `afterany:17`."""
     mail: str | None = setting(None, reach=Reach.address)
     """Events for which SLURM sends mail, such as `END,FAIL`."""
     mail_user: str | None = setting(None, reach=Reach.address)
     """Who gets the mail. Default: the user who submits."""
     array_limit: int | None = number(None, least=1, advice="null runs all at a time")
-    """Most runs of a job array that run at a time."""
+    """Largest number of a job array's runs that run at the same time."""
     signal_lead_s: int = number(180, least=1, advice="a step plus two saves, at least 60")
-    """Seconds before the time limit at which the job is told to save and requeue. At least one step plus two saves."""
+    """Seconds before the time limit at which the job is asked to save a checkpoint and to requeue itself. Needs at least the
+    time of one step and two saves."""
     setup: list[str] = setting(default_factory=list, reach=Reach.command)
-    """Shell lines run on every node before training, such as `module load cuda`."""
+    """Shell commands that run on every node before training, such as `module load cuda`."""
     python: str | None = setting(None, reach=Reach.command)
     """Python interpreter on the nodes. Default: the one that submits. In a container: its interpreter, default `python3`."""
     code: Code = setting(Code.snapshot, reach=Reach.command)
@@ -215,17 +219,19 @@ class SlurmConfig(LauncherConfig):
     container_by: Container = setting(Container.auto, reach=Reach.command)
     """What starts the image: `pyxis`, `apptainer`, or `auto`, by the image's name."""
     container_mounts: list[str] = setting(default_factory=list, reach=Reach.command)
-    """More mounts, beside those of the run's own files, such as `/scratch:/scratch:ro`."""
+    """Mounts in addition to those of the run's own files, such as `/scratch:/scratch:ro`."""
     container_workdir: str | None = setting(None, reach=Reach.command)
     """Directory in the image in which the ranks start. Default: the directory from which the job was submitted."""
     pipeline: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """Parts to submit as a chain of jobs, out of `[prepare,train,evaluate,export]`. If a part fails, the rest does not start."""
+    """Stages that are submitted as a chain of jobs, any of `[prepare,train,evaluate,export]`. If a stage fails, the later ones
+    do not start."""
     cpu_partition: str | None = setting(None, reach=DESCRIBES)
-    """Partition for the parts that need no GPU, `prepare` and `export`. Default: the partition of the run."""
+    """Partition for the stages that need no GPU, `prepare` and `export`. Default: the partition of the run."""
     part_options: dict[str, list[str]] = setting(default_factory=dict, reach=Reach.command)
-    """More `#SBATCH` options for a part, such as `{prepare:[--cpus-per-task=32]}`."""
+    """More `#SBATCH` options for single stages of the pipeline, such as `{prepare:[--cpus-per-task=32]}`."""
     preflight: Preflight = setting(Preflight.full, reach=DESCRIBES)
-    """What a job of several nodes checks before its ranks start: `full` (nodes, then exchange), `nodes`, or `none`."""
+    """What a job on several nodes checks before training: `full` (each node, then communication between them), `nodes` (each
+    node), or `none`."""
     extra: list[str] = setting(default_factory=list, reach=Reach.command)
     """More `#SBATCH` options, such as `--reservation=x`."""
 
@@ -270,11 +276,12 @@ class RunConfig:
     batch: dict[str, Any] = setting(
         default_factory=lambda: {"global": 32, "micro": 4}, reach=DESCRIBES, resume=FREE, entries=BatchSettings
     )
-    """`global`: documents (packs) an optimizer step; `micro`: most of them in one forward pass of one rank, or `auto`."""
+    """`global`: documents (packs) in one optimizer step, over all ranks. `micro`: most documents in one forward pass of one
+    rank, or `auto`."""
     budget: BudgetConfig = group(BudgetConfig, resume=FREE)
     precision: Precision = setting(Precision.auto, reach=DESCRIBES, resume="precision")
-    """`fp32`, `bf16`, `fp16` or `auto` (on GPUs bf16 where the hardware has it, else fp16; on CPUs fp32). `bf16` keeps fp32
-    master weights for what trains."""
+    """`fp32`, `bf16`, `fp16` or `auto`: on GPUs bf16 if the GPU supports it, else fp16; on CPUs fp32. `bf16` keeps fp32 master
+    weights of trained parameters."""
 
     # What trains, towards which goal, on how many devices, and by which rule.
     tuning: TuningConfig = group(TuningConfig, resume="tuning")
@@ -293,9 +300,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = group(CheckpointConfig, resume=FREE)
     export: ExportConfig = group(ExportConfig, resume=FREE)
     gates: dict[str, Any] = setting(default_factory=dict, reach=DESCRIBES, resume=FREE)
-    """What must hold for an export: a bound by metric, of these very weights, as `{eval/loss: "<2.1", forgetting: "<3%",
-    memorised: 0, bias/gap: "<0.05", review/win_rate: ">0.5"}`. Without it nothing is exported (docs/papers.md).
-    `gates.override="<why>"` exports all the same."""
+    """Limits that metrics of exactly these weights must meet before an export, by metric: `{eval/loss: "<2.1", forgetting:
+    "<3%", memorised: 0, bias/gap: "<0.05", review/win_rate: ">0.5"}`. If a gate fails, nothing is exported (docs/papers.md).
+    `gates.override="<reason>"` exports anyway."""
     review: ReviewConfig = group(ReviewConfig, resume=FREE)
 
     # What is recorded, and where the processes run.

@@ -21,25 +21,27 @@ class DecodingConfig:
     """How a model writes answers."""
 
     max_new_tokens: int = number(128, least=1, advice="as long as the answers: 64 to 256 for summaries")
-    """Longest answer in tokens."""
+    """Greatest length of an answer in tokens."""
     beams: int = number(1, least=1, advice="1 is greedy; 4 is usual for summaries and translation")
-    """Width of the beam search; 1 is greedy."""
+    """Number of beams of beam search. 1: greedy."""
     temperature: float = number(0.0, least=0, advice="0 is greedy, 0.7 to 1 as a rule")
-    """Divides the logits that answers are drawn from; 0 takes the likeliest token each time, 1 draws as the model says."""
+    """Sampling temperature: divides the logits. 0: always the most likely token; 1: the model's own distribution."""
     top_p: float = number(1.0, above=0, most=1, advice="1 draws among all tokens, 0.9 to 0.95 as a rule")
-    """Draw among the likeliest tokens that have this share of the probability together; 1 for all."""
+    """Sample only from the most likely tokens whose probabilities together reach this share (nucleus sampling). 1: all
+    tokens."""
     top_k: int = number(0, least=0, advice="0 draws among all tokens, 20 to 50 as a rule")
-    """Draw among this many likeliest tokens; 0 for all."""
+    """Sample only from this many most likely tokens. 0: all tokens."""
     stop: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """Texts that end an answer, which is cut off before them."""
+    """Texts that end an answer. The answer is cut before them."""
     seed: int = number(0, least=0, advice="the default is 0")
-    """Seed of the draws: a text depends on it, on the number of its prompt and of the draw, and on nothing else."""
+    """Seed of sampling. An answer depends only on the seed, the index of its prompt and the index of the sample."""
     draws: int = number(1, least=1, advice="1 answers each prompt once")
-    """Answers drawn for each prompt."""
+    """Number of answers that are sampled for each prompt."""
     batch_tokens: int | None = number(
         None, least=1, advice="null takes evaluation.batch rows; 16384 to 131072 on a GPU"
     )
-    """Most tokens of a batch per rank, longest prompt and answer times rows; null: `evaluation.batch` rows, however long."""
+    """Most tokens of a batch on one rank: rows times the longest prompt plus answer. null: `evaluation.batch` rows, whatever
+    their length."""
 
     def problems(self, key: str) -> Iterator[str]:
         """An error message for each combination of settings that does nothing or is refused.
@@ -70,7 +72,8 @@ class GenerateConfig(DecodingConfig):
     """Answers that the model writes to held-out prompts, for BLEU and ROUGE-L."""
 
     samples: int = number(0, least=0, advice="0 generates nothing; 50 to 500 as a rule")
-    """Documents answered in each evaluation (the first ones, of several named sets those of each); 0 generates nothing."""
+    """Number of documents to which an answer is generated in each evaluation: the first ones, or the first ones of each named
+    set. 0: none."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,23 +83,25 @@ class TaskConfig:
     docs/reference/evaluation-tasks.md explains each kind."""
 
     kind: str = setting("", reach=DESCRIBES)
-    """What is measured, as `exact_match`, `classification` or `multiple_choice`; an unknown one is refused with a list of all."""
+    """Kind of task, such as `exact_match`, `classification` or `multiple_choice`. For an unknown kind the error lists all."""
     path: Any = setting(None, reach=Reach.file)
-    """Its rows: a file, directory, glob or list of these, in the formats of `data.path`; null: the run's evaluation documents."""
+    """Rows of the task: a file, directory, glob pattern, or list of these, in the formats of `data.path`. null: the run's
+    evaluation documents."""
     format: DataFormat = setting(DataFormat.auto, reach=DESCRIBES)
-    """Format of the rows where their columns fit several; as `data.format`."""
+    """Format of the rows, as `data.format`, if their columns match several formats."""
     columns: dict[str, str] = setting(default_factory=dict, reach=DESCRIBES)
-    """Other names of columns, as pairs of the name that is read and the name in the file."""
+    """Renames columns, as {expected name: name in the file}."""
     max_rows: int | None = number(None, least=1, advice="null asks all rows")
-    """Rows asked, the first ones; null for all."""
+    """Largest number of rows that are evaluated, from the first. null: all."""
     write: DecodingConfig = group(
         DecodingConfig, advice={"max_new_tokens": "as long as the answers: 16 to 512 as a rule"}
     )
-    """How answers are written, by tasks that need some."""
+    """How answers are generated, for tasks that generate."""
     options: dict[str, Any] = setting(default_factory=dict, reach=Reach.file)
-    """What its kind lets one choose, as `tokenize` of `translation`; an unknown one is refused with a list of all."""
+    """Options of this kind of task, such as `tokenize` of `translation`. For an unknown option the error lists all."""
     limit: dict[str, float] = setting(default_factory=dict, reach=DESCRIBES)
-    """Largest loss of a metric against an earlier report, by its name; without it a loss beyond the interval counts."""
+    """Regression limit: how much each metric, by name, may get worse than in an earlier report. Without a limit, a change
+    beyond its confidence interval counts as a regression."""
 
 
 LOSS = "eval/loss"
@@ -108,42 +113,48 @@ class EvaluationConfig:
     """When held-out data is evaluated and what its result decides."""
 
     every_steps: int | str = number(AUTO, least=0, words=(AUTO,), advice="0 evaluates only at the end")
-    """Steps between evaluations; 0: only at the end (and at the start, see `at_start`). `auto`: the held-out loss alone, about
-    twenty times, for at most 5 % of the run's tokens and at most every 10 steps; the rest at the start and the end."""
+    """Optimizer steps between evaluations. 0: only at the end (and at the start, see `at_start`). `auto`: only the held-out
+    loss, about twenty times a run, for at most 5 % of the run's tokens and at most every 10 steps; tasks and answers at the
+    start and the end."""
     at_start: bool = setting(True, reach=DESCRIBES)
-    """Evaluate before the first step, so that the gain is known."""
+    """Also evaluate before the first step, to measure the improvement."""
     batch: int = number(8, least=1, advice="8 as a rule")
-    """Most documents in one evaluation micro-batch, per rank; does not change the result."""
+    """Most documents in one evaluation micro-batch of one rank. It does not change the result."""
     max_documents: int | None = number(None, least=1, advice="null takes all")
-    """Evaluate at most this many documents, the first ones; of several sources, of each."""
+    """Largest number of documents that are evaluated, from the first; of several sources, for each source. null: all."""
     loss_by_position: bool | None = setting(None, reach=DESCRIBES)
-    """Also tell the loss by the position in the document, as `eval/loss_by_position/2048` (the tokens from 1,024 to 2,047); null:
-    if a document is above 8,192 tokens."""
+    """Also report the loss by position in the document, such as `eval/loss_by_position/2048` (tokens 1,024 to 2,047). null: if
+    a document is longer than 8,192 tokens."""
     watch: str | None = setting(None, reach=DESCRIBES)
-    """Metric that decides the best checkpoint and early stopping; null: `eval/reward` with `objective=grpo`, else `eval/loss`.
+    """Metric that decides the best checkpoint and early stopping. null: `eval/reward` with `objective=grpo`, else `eval/loss`.
     `eval/loss/NAME` is the loss on one of `data.sources`."""
     greater_is_better: bool | None = setting(None, reach=DESCRIBES)
-    """Whether a larger value of the watched metric is better; null: as the metric itself says."""
+    """Whether a larger value of the watched metric is better. null: known from the metric."""
     patience: int = number(0, least=0, advice="0 never stops early")
-    """Stop after this many evaluations without improvement; 0 never stops early."""
+    """Early stopping: end the run after this many evaluations without improvement. 0: never."""
     min_delta: float = number(0.0, least=0, advice="0 counts any improvement")
-    """Smallest change of the watched metric that counts as improvement."""
+    """Least change of the watched metric that counts as an improvement."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    """Answers that the model writes to held-out prompts, for BLEU and ROUGE-L: `eval/bleu` and `eval/rougeL`, and those of each
-    set named in `data.eval_path`."""
+    """Answers that are generated to held-out prompts, for the metrics `eval/bleu` and `eval/rougeL`, also for each set named in
+    `data.eval_path`."""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
-    """Tasks by names of your choice, run in each evaluation as `eval/NAME/METRIC`; `[loss,bits_per_byte]` names kinds alone."""
+    """Tasks by names of your choice, which run in each evaluation as `eval/NAME/METRIC`. `[loss,bits_per_byte]` is short for
+    tasks named like their kind."""
     server: EndpointConfig = field(default_factory=EndpointConfig)
-    """A server (vLLM, SGLang) that writes the answers of `shardtune evaluate model.path=...`; the model here is not loaded."""
+    """Server (vLLM, SGLang) that generates the answers for `shardtune evaluate model.path=...`. The model is then not loaded
+    locally."""
     judge: JudgeConfig = group(
         JudgeConfig,
-        advice={"parallel": "4 to 32, as the server bears", "timeout_s": "120 as a rule, more for reasoning models"},
+        advice={
+            "parallel": "4 to 32, as the server can handle",
+            "timeout_s": "120 as a rule, more for reasoning models",
+        },
     )
-    """The model behind an OpenAI-compatible address that tasks `judge` and `preference` ask."""
+    """Judge model behind an OpenAI-compatible address, which the tasks `judge` and `preference` use."""
     resamples: int = number(10000, least=1, advice="1000 to 10000 as a rule")
-    """Bootstrap resamples behind each interval of `shardtune evaluate`."""
+    """Number of bootstrap resamples for each confidence interval of `shardtune evaluate`."""
     resample_seed: int = number(0, least=0, advice="the default is 0")
-    """Seed of the bootstrap."""
+    """Seed of the bootstrap resamples."""
 
     @property
     def watched(self) -> str:

@@ -31,22 +31,26 @@ class ExportConfig:
     """What is written for others when training ends."""
 
     at_end: bool = setting(True, reach=DESCRIBES)
-    """Write `export/` in the run directory after training; in a pipeline, its `export` job does so."""
+    """Write `export/` into the run directory after training. In a pipeline, the `export` job writes it."""
     checkpoint: ExportedCheckpoint = setting(ExportedCheckpoint.auto, reach=DESCRIBES)
-    """The checkpoint that is exported, chatted with, served and evaluated when the run ends: `last`, the `best` by the watched
-    metric, or `auto`: the best if the run ended with a worse one or was stopped by patience, else the last."""
+    """Checkpoint that is exported, chatted with, served and evaluated at the end of the run: `last`; `best` by the watched
+    metric; or `auto`: the best one if the last one is worse or the run was stopped early, else the last."""
     merge: bool | None = setting(None, reach=DESCRIBES)
-    """Fold the adapter into the base and write a whole model; `null` does so where experts or routers are adapted."""
+    """Merge the adapter into the base model and write a whole model. null: only if experts or routers are adapted."""
     dtype: ExportType = setting(ExportType.auto, reach=DESCRIBES)
-    """Stored type of a whole model: `float32`, `bfloat16`, `float16`, or `auto` (that of the base checkpoint)."""
+    """Stored type of the weights of a whole model: `float32`, `bfloat16`, `float16`, or `auto` (that of the base
+    checkpoint)."""
     max_shard_gib: float = number(5.0, above=0, advice="5 as a rule")
-    """Largest safetensors file in GiB."""
+    """Largest size of a safetensors file, in GiB."""
     papers: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """Papers beside the card, in `papers/`: datasheet, annex_xi, annex_xii, training_summary, processing (docs/papers.md)."""
+    """Compliance documents that are written to `papers/`, beside the model card: datasheet, annex_xi, annex_xii,
+    training_summary, processing (docs/papers.md)."""
     answers: str | None = setting(None, reach=Reach.file)
-    """YAML file with what only its owner can say of the model, by question; what it leaves out is marked as open."""
+    """YAML file with the answers that only the model's owner can give for these documents, by question. Missing answers are
+    marked as open."""
     verify: bool = setting(False, reach=DESCRIBES)
-    """Reload the export and compare its logits with the trained model's, which needs the whole model in memory; a drift fails."""
+    """Load the export again and compare its logits with those of the trained model. If they differ, the export fails. Needs the
+    whole model in memory."""
 
 
 def set_default_merge(export: ExportConfig, tuning: TuningConfig) -> dict[str, str]:

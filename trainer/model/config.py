@@ -51,11 +51,12 @@ class RopeConfig:
     """How positions are rotated. Null keeps what the model's config.json says."""
 
     type: RopeScaling | None = setting(None, reach=DESCRIBES)
-    """Stretches the positions that the base was trained with: `yarn` (arXiv:2309.00071) or `linear`; null: as its config says."""
+    """RoPE scaling method for positions beyond those of the base model's training: `yarn` (arXiv:2309.00071) or `linear`. null:
+    as in config.json."""
     factor: float | None = number(None, least=1, advice="null takes model.positions over the base's own")
-    """By how much `type` stretches; null: `model.positions` divided by the positions that the base was trained with."""
+    """Scaling factor for `type`. null: `model.positions` divided by the positions of the base model's training."""
     theta: float | None = number(None, above=0, advice="null keeps the model's; 10,000 to 10,000,000 as a rule")
-    """Base of the wavelengths; null: as the model's config says. A larger one rotates more slowly."""
+    """Base of the rotary wavelengths (`rope_theta`). A larger value rotates more slowly. null: as in config.json."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,45 +64,49 @@ class ModelConfig:
     """Which pretrained model is tuned."""
 
     path: str | None = setting(None, reach=DESCRIBES, resume=FREE)
-    """Directory of a Hugging Face model, or a hub id that is in the local cache (or downloaded with `model.download=true`)."""
+    """Directory of a Hugging Face model, or a Hub id that is in the local cache (or is downloaded with
+    `model.download=true`)."""
     tokenizer: str | None = setting(None, reach=DESCRIBES, resume=FREE)
-    """Directory or hub id of the tokenizer; default: `model.path`."""
+    """Directory or Hub id of the tokenizer. Default: `model.path`."""
     revision: str | None = setting(None, reach=DESCRIBES, resume=FREE)
-    """Branch, tag or commit of a hub model."""
+    """Branch, tag or commit of a Hub model."""
     download: bool = setting(False, reach=Reach.network, resume=FREE)
-    """Allow fetching the model from the hub; off by default, so that a run never reaches for the network unasked."""
+    """Allow downloading the model from the Hub. Off by default, so that a run accesses the network only if you say so."""
     trust_remote_code: bool = setting(False, reach=Reach.code, resume=FREE)
-    """Run Python code that comes with the model; only for sources you trust."""
+    """Run Python code that comes with the model. Only for sources that you trust."""
     attention: Attention = setting(Attention.auto, reach=DESCRIBES, resume=FREE)
     """Attention kernel: `auto`, `varlen`, `flash_attention_2`, `flex`, `sdpa` or `eager`."""
     add_tokens: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """New vocabulary entries; their embeddings start at the mean of the existing ones."""
+    """New tokens of the vocabulary. Their embeddings start at the mean of the existing ones."""
     chat_template: str | None = setting(None, reach=Reach.file, resume=FREE)
     """File with a Jinja chat template that replaces the tokenizer's own."""
     positions: int | None = number(
         None, least=1, advice="null keeps the model's; the longest document's tokens, or more"
     )
-    """Positions that the model has room for, in tokens (`max_position_embeddings`); null: as the model's config says."""
+    """Number of positions of the model in tokens (`max_position_embeddings`). null: as in config.json."""
     rope: RopeConfig = group(RopeConfig)
-    """How positions are rotated, for documents longer than the base was made for (docs/long-context.md)."""
+    """RoPE scaling, for documents longer than the base model was trained on (docs/long-context.md)."""
     router_aux_loss: float | None = number(
         None, least=0, advice="null follows the model's config; 0.001 to 0.01 as a rule"
     )
-    """Weight of the loss that balances experts; null: as the model's config says (`output_router_logits`), 0: none."""
+    """Weight of the load-balancing loss of experts. null: as in config.json (`output_router_logits`). 0: no such loss."""
     router_z_loss: float = number(0.0, least=0, advice="0 leaves it out; 0.001 as a rule")
-    """Weight of the z-loss, which keeps the routers' logits small; 0 leaves it out."""
+    """Weight of the z-loss, which keeps the routers' logits small. 0: no such loss."""
     dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
-    """Dropout probability set on the model's own dropout layers, 0 to 1."""
+    """Dropout probability of the model's own dropout layers, 0 to 1."""
     neftune_alpha: float = number(0.0, least=0, advice="0 is off; 5 to 15 as a rule")
-    """Noise on the embeddings in training, up to this over the root of (tokens x width) (arXiv:2310.05914); 0 is off, 5 usual."""
+    """Scale of uniform noise on the embeddings during training (NEFTune, arXiv:2310.05914), divided by the root of tokens x
+    width. 0: off; 5 is usual."""
     quantisation: Quantisation = setting(Quantisation.none, reach=DESCRIBES)
-    """Storage of the frozen base under adapters: `none`, `nf4` or `fp4` (4 bits, QLoRA) or `int8`; needs bitsandbytes."""
+    """How the frozen base under adapters is stored: `none`, `nf4` or `fp4` (4 bits, QLoRA) or `int8`. Needs bitsandbytes."""
     double_quantisation: bool = setting(True, reach=DESCRIBES)
-    """Quantise the scales of `nf4` and `fp4` too: 4.13 instead of 4.5 bits an element."""
+    """Also quantise the scales of `nf4` and `fp4`: 4.13 instead of 4.5 bits per parameter."""
     keep_packed: bool = setting(True, reach=DESCRIBES)
-    """Keep a quantised base packed on this host (`SHARDTUNE_CACHE`), where its ranks pack each weight once, for later runs."""
+    """Cache the quantised base on this host (in `SHARDTUNE_CACHE`) for later runs. The ranks of the host share the work: each
+    weight is quantised once."""
     adapters: list[str] = setting(default_factory=list, reach=DESCRIBES, resume=FREE)
-    """Directories of adapters folded into the base, in this order, as it is loaded; a new adapter then trains on top."""
+    """Directories of adapters that are merged into the base in this order when it is loaded. A new adapter is then trained on
+    top."""
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

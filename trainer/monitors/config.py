@@ -23,7 +23,7 @@ class OverfittingConfig:
     """The gap between training and held-out loss, looked at after each evaluation."""
 
     action: Reaction = setting(Reaction.note, reach=DESCRIBES)
-    """`note` it, `stop` as early stopping does, or `off`."""
+    """What happens on overfitting: `note` it, `stop` as early stopping does, or `off`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,18 +31,21 @@ class ForgettingWatchConfig:
     """The base against the tuned model on general text and on tasks, before the first step and in each evaluation."""
 
     data: Any = setting(None, reach=Reach.file)
-    """General text: a file, directory, glob or list of these, in the formats of `data.path`; its loss is `eval/general/loss`."""
+    """General text: a file, directory, glob pattern or list of these, in the formats of `data.path`. Its loss is
+    `eval/general/loss`."""
     tasks: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """Names of `evaluation.tasks` whose first metric is compared with that of the base, too."""
+    """Names of `evaluation.tasks` whose first metric is also compared with that of the base model."""
     chat: bool | None = setting(None, reach=DESCRIBES)
-    """Ask twenty short questions that come with shardtune: the loss of their answers is `eval/chat/loss`, and at the end base and
-    tuned model answer two of them. null: with `data` or `tasks`, if the model is trained to chat."""
+    """Ask twenty short questions that come with shardtune. The loss of their answers is `eval/chat/loss`, and at the end base
+    and tuned model answer two of them. null: if `data` or `tasks` is set, and the model is trained to chat."""
     limit: Any = setting(None, reach=DESCRIBES)
-    """Largest rise of the loss (fall of a metric) against the base, as `3%` or 0.03; null: it is measured, and noted if clear."""
+    """Largest rise of the loss (or fall of a metric) against the base model, as `3%` or 0.03. null: no limit; forgetting is
+    measured, and noted if it is significant."""
     action: Reaction = setting(Reaction.stop, reach=DESCRIBES)
-    """Beyond the limit `stop` the run with exit code 69, after a checkpoint, or `note` it; `off` measures nothing."""
+    """What happens beyond the limit: `stop` the run with exit code 69 after a checkpoint, or `note` it. `off` measures
+    nothing."""
     max_rows: int | None = number(256, least=1, advice="256 as a rule; null takes all")
-    """Documents of `data` that are looked at, the first ones; null for all."""
+    """Largest number of documents of `data` that are evaluated, from the first. null: all."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,7 +53,7 @@ class OutputConfig:
     """Answers that the run's tasks and `evaluation.generate` have written."""
 
     action: Reaction = setting(Reaction.note, reach=DESCRIBES)
-    """`note` degenerate answers, `stop` the run with exit code 69, or `off`."""
+    """What happens on degenerate answers: `note` them, `stop` the run with exit code 69, or `off`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,7 +61,8 @@ class DivergenceConfig:
     """The run against its own beginning: training and held-out loss, from step 20 and the end of warm-up on."""
 
     action: Reaction = setting(Reaction.note, reach=DESCRIBES)
-    """`note` a run that is worse than before training, `stop` a diverged one with exit code 69 after a checkpoint, or `off`."""
+    """What happens if the loss is worse than before training: `note` it, `stop` a diverged run with exit code 69 after a
+    checkpoint, or `off`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,7 +70,7 @@ class RewardsWatchConfig:
     """Rewards that are cheated, a policy that collapses, groups that teach nothing (`objective=grpo`)."""
 
     action: Reaction = setting(Reaction.note, reach=DESCRIBES)
-    """`note` it, `stop` the run with exit code 69 at the next evaluation, or `off`."""
+    """What happens on such a finding: `note` it, `stop` the run with exit code 69 at the next evaluation, or `off`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,17 +78,18 @@ class ChallengesConfig:
     """Detectors of what may go wrong beside single steps (docs/challenges.md)."""
 
     overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)
-    """Held-out loss that rises while its gap to the training loss grows."""
+    """Detects overfitting: the held-out loss rises while its gap to the training loss grows."""
     forgetting: ForgettingWatchConfig = field(default_factory=ForgettingWatchConfig)
-    """The base against the tuned model on general text and on tasks, before the first step and in each evaluation. Nothing is
-    measured without `data` or `tasks`."""
+    """Detects catastrophic forgetting: compares the tuned with the base model on general text and on tasks, before the first
+    step and in each evaluation. Needs `data` or `tasks`."""
     output: OutputConfig = field(default_factory=OutputConfig)
-    """Answers that the run's tasks and `evaluation.generate` have written: empty ones, repeated ones, and those in another
-    language than the right ones."""
+    """Detects degenerate answers, in the run's tasks and `evaluation.generate`: empty or repeated answers, and answers in
+    another language than the reference."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
-    """Losses that are worse than before training."""
+    """Detects divergence: losses that are worse than before training."""
     rewards: RewardsWatchConfig = field(default_factory=RewardsWatchConfig)
-    """Rewards of `objective=grpo` that are cheated, a policy that collapses, and groups that teach nothing."""
+    """Detects, with `objective=grpo`, cheated rewards, a collapsed policy, and groups of equal rewards, from which nothing can
+    be learned."""
 
 
 GENERAL = "general"

@@ -50,17 +50,18 @@ class GuardsConfig:
     """What is done about steps whose loss or gradient norm stands out from those before."""
 
     loss: Action = setting(Action.note, reach=DESCRIBES)
-    """A step's loss that stands out: `note` it, `skip` the update, which costs a small reduction each step, or `rollback` to a
-    checkpoint from before it and pass over its samples."""
+    """What happens if a step's loss is an outlier: `note` it; `skip` the update, which costs a small reduction in each step; or
+    `rollback` to an earlier checkpoint and leave the step's samples out."""
     grad_norm: Action = setting(Action.note, reach=DESCRIBES)
-    """A step's gradient norm before clipping that stands out: `note`, `skip` or `rollback`, likewise."""
+    """What happens if a step's gradient norm before clipping is an outlier: `note`, `skip` or `rollback`, as for `loss`."""
     window: int = number(100, least=10, most=1000, advice="100 as a rule")
-    """Steps with whose median a step is compared: the newest ones that were not left out. Steps are judged from the 6th one on,
-    with a wider spread until there is a quarter of them."""
+    """Number of recent steps with whose median a step is compared. Steps that were left out do not count. Steps are judged from
+    the 6th on, with a wider tolerance until a quarter of the window is filled."""
     threshold: float = number(8.0, above=0, advice="6 to 10 as a rule; lower finds more, false alarms too")
-    """Standard deviations above that median from which a step stands out, reckoned from the median absolute deviation."""
+    """Standard deviations above the median from which a step is an outlier. The standard deviation is estimated from the median
+    absolute deviation."""
     replicas_every_steps: int = number(100, least=0, advice="100 as a rule; 0 never compares")
-    """Steps between comparisons of the parameters that ranks hold alike (ddp, hsdp, zero1, zero2), made when rows are logged, and
-    before each checkpoint; 0: never."""
+    """Steps between comparisons of the parameters that several ranks hold in copy (ddp, hsdp, zero1, zero2), made when metrics
+    are logged and before each checkpoint. 0: never."""
     max_rollbacks: int = number(5, least=1, advice="5 as a rule; many mean that the samples are not the cause")
-    """Times that a run goes back for such steps, resumed parts included; the next one ends it."""
+    """Largest number of rollbacks of a run, also over resumes. One more ends the run."""

@@ -44,11 +44,11 @@ class TeacherConfig:
     """The model that is imitated. It is frozen, sharded beside the student, and no part of checkpoints or exports."""
 
     path: str | None = setting(None, reach=DESCRIBES)
-    """Directory of a Hugging Face model with the student's vocabulary, or a hub id, as in `model.path`."""
+    """Directory of a Hugging Face model with the student's vocabulary, or a Hub id, as in `model.path`."""
     revision: str | None = setting(None, reach=DESCRIBES)
-    """Branch, tag or commit of a hub model."""
+    """Branch, tag or commit of a Hub model."""
     trust_remote_code: bool = setting(False, reach=Reach.code)
-    """Run Python code that comes with the teacher; `model.trust_remote_code` is for the student alone."""
+    """Run Python code that comes with the teacher. `model.trust_remote_code` is only for the student."""
 
 
 class Objective(ABC):

@@ -40,11 +40,12 @@ class ClassificationConfig(ObjectiveConfig):
 
     name: str = "classification"
     labels: list[str] | None = setting(None, reach=DESCRIBES)
-    """Label names in the order of their ids, which rows may have in their place; default: the sorted labels of the data."""
+    """Names of the labels in the order of their ids. Rows may contain names or ids. Default: the sorted labels of the data."""
     multi_label: bool = setting(False, reach=DESCRIBES)
-    """A document has any number of labels: a list, or one text with `|` between them, empty for none; 62 labels at most."""
+    """Let a document have any number of labels, up to 62: as a list, or as one text with `|` between them, empty for none."""
     class_weights: Any = setting(None, reach=DESCRIBES)
-    """A weight for each label in the order of `labels`, or `balanced`; with `multi_label` it counts where the label is true."""
+    """A weight for each label in the order of `labels`, or `balanced`. With `multi_label` a weight applies to documents that
+    have the label."""
 
 
 def problems(config: ClassificationConfig, other_settings: OtherSettings) -> Iterator[str]:

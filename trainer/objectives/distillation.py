@@ -35,15 +35,16 @@ class DistillationConfig(ObjectiveConfig):
 
     name: str = "distillation"
     teacher: TeacherConfig = group(TeacherConfig, resume=FREE)
-    """The model that is imitated."""
+    """The teacher model, which the student imitates."""
     divergence: Divergence = setting(Divergence.forward_kl, reach=DESCRIBES)
-    """`forward_kl` covers all a teacher would say, `reverse_kl` its likeliest, `jensen_shannon` is between (arXiv:2306.13649)."""
+    """`forward_kl` makes the student cover all that the teacher may say, `reverse_kl` only what is likeliest; `jensen_shannon`
+    lies between (arXiv:2306.13649)."""
     interpolation: float = number(0.5, above=0, below=1, advice="0.5 as a rule; objective.divergence has both ends")
-    """The teacher's weight in the mixture of `jensen_shannon` (the paper's beta), above 0 and below 1."""
+    """Weight of the teacher in the mixture of `jensen_shannon` (beta in the paper), above 0 and below 1."""
     temperature: float = number(1.0, above=0, advice="1 to 4 as a rule")
-    """Softens both distributions; the divergence is multiplied by its square (arXiv:1503.02531)."""
+    """Softens both distributions. The divergence is multiplied by the square of the temperature (arXiv:1503.02531)."""
     sft_weight: float = number(0.0, least=0, advice="0 leaves it out; 0.1 to 1 as a rule")
-    """Weight of the plain loss on the same tokens, added to the divergence; 0 leaves it out."""
+    """Weight of the cross-entropy loss on the same tokens, added to the divergence. 0: not added."""
 
 
 def problems(config: DistillationConfig, other_settings: OtherSettings) -> Iterator[str]:

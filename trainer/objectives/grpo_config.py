@@ -82,11 +82,13 @@ class KlConfig:
     """The divergence from the policy as this run began."""
 
     weight: float = number(0.0, least=0, advice="0 leaves it out; 0.001 to 0.05 as a rule")
-    """Weight of the divergence; above 0 the run keeps a reference, which an adapter gives without a second model."""
+    """Weight of the KL divergence. Above 0 the run needs a reference model; with adapters it is the base, which costs no second
+    model."""
     place: KlPlace = setting(KlPlace.loss, reach=DESCRIBES)
-    """`loss` adds it to the loss; `reward` subtracts its sum over the answer's tokens (k1) from the reward."""
+    """`loss` adds the divergence to the loss; `reward` subtracts its sum over the answer's tokens (k1) from the reward."""
     estimator: KlEstimator = setting(KlEstimator.k3, reach=DESCRIBES)
-    """In the loss: `k3` as GRPO's paper, `k2` with the gradient of the reverse KL, or `k3_corrected` (k3 times the ratio)."""
+    """Estimator in the loss: `k3` as in GRPO's paper, `k2` with the gradient of the reverse KL, or `k3_corrected` (k3 times the
+    ratio)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,29 +97,34 @@ class GrpoConfig(RoundsConfig):
 
     name: str = "grpo"
     recipe: str = setting("grpo", reach=DESCRIBES)
-    """The method whose values the chosen file has (`grpo`, `dapo`, ...); set by the choice, not by hand."""
+    """Method whose values the chosen file sets (`grpo`, `dapo`, ...). Set by the choice, not by hand."""
     baseline: Baseline = setting(Baseline.group, reach=DESCRIBES)
-    """What is subtracted from a reward: the mean of its `group`, of the `others` in it, of the `batch`, or `none`."""
+    """What is subtracted from a reward: the mean of its `group`, of the `others` in the group, of the `batch`, or `none`."""
     scale: Scale = setting(Scale.std, reach=DESCRIBES)
-    """What the difference is divided by: `std` of the group, `batch_std` of the round, `mean` of the group, or `none`."""
+    """What the difference is divided by: `std` (standard deviation of the group), `batch_std` (of the round), `mean` (of the
+    group), or `none`."""
     combine: Combine = setting(Combine.sum, reach=DESCRIBES)
-    """Several rewards: their weighted `sum`, or each `normalised` in its group before, and the sum in the round (GDPO)."""
+    """How several rewards are combined: their weighted `sum`; or `normalised`: each in its group first, then the sum in the
+    round (GDPO)."""
     importance_level: ImportanceLevel = setting(ImportanceLevel.token, reach=DESCRIBES)
-    """Ratio of new to old probability: each `token`'s, or the whole answer's (`sequence`, GSPO)."""
+    """Ratio of new to old probability, by `token`, or by `sequence` for the whole answer (GSPO)."""
     clip: float = number(0.2, above=0, below=1, advice="0.2 as a rule, 3e-4 with importance_level=sequence")
-    """How far below 1 the ratio may move the policy."""
+    """How far below 1 the probability ratio may move the policy (lower clip range)."""
     clip_high: float | None = number(None, above=0, advice="null is the same as objective.clip; 0.28 in DAPO")
-    """How far above 1 the ratio may move the policy; null: as `clip`. With `clip_form=cispo` the bound of the ratio itself."""
+    """How far above 1 the probability ratio may move the policy (upper clip range). null: as `clip`. With `clip_form=cispo` it
+    is the bound of the ratio itself."""
     clip_negative: float | None = number(None, above=1, advice="null bounds nothing; 3 to 10 as a rule")
-    """Largest ratio of a token whose advantage is negative (dual clip, arXiv:1912.09729); null: none."""
+    """Largest ratio for tokens with a negative advantage (dual clip, arXiv:1912.09729). null: none."""
     clip_form: ClipForm = setting(ClipForm.ppo, reach=DESCRIBES)
-    """`ppo` takes the smaller of bounded and unbounded; `cispo` bounds a weight without gradient; `none` bounds nothing."""
+    """`ppo`: the smaller of the clipped and the unclipped term; `cispo`: a clipped weight without gradient; `none`: no
+    clipping."""
     normalise: Normalise = setting(Normalise.token, reach=DESCRIBES)
-    """Mean over the step's `token`s, of each `answer` first, over `constant` lengths (`max_new_tokens`), or `sum` an answer."""
+    """How the loss is averaged: over all `token`s of the step; over each `answer` first; over `constant` lengths
+    (`max_new_tokens`); or the `sum` of each answer."""
     mask_truncated: bool = setting(False, reach=DESCRIBES)
-    """Leave answers that were cut off at `max_new_tokens` out of the loss; they still count in baselines."""
+    """Leave answers that were cut off at `max_new_tokens` out of the loss. They still count in baselines."""
     kl: KlConfig = group(KlConfig)
-    """The divergence from the policy as this run began."""
+    """KL divergence from the policy at the start of the run."""
 
     @property
     def upper_clip(self) -> float:

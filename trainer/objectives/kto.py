@@ -51,11 +51,11 @@ class KtoConfig(ObjectiveConfig):
 
     name: str = "kto"
     beta: float = number(0.1, above=0, advice="0.1 for dpo, kto and orpo, 2 for simpo")
-    """How closely the model stays with the reference: larger is closer."""
+    """How closely the model stays to the reference model. Larger is closer."""
     desirable_weight: float = number(1.0, above=0, advice="1 as a rule; raise that of the rarer verdict")
-    """Weight of desirable answers; the denominator stays the number of answers."""
+    """Weight of desirable answers. The loss is still divided by the number of answers."""
     undesirable_weight: float = number(1.0, above=0, advice="1 as a rule; raise that of the rarer verdict")
-    """Weight of undesirable ones; keep weight times number of both kinds within 1:1 and 4:3, the desirable ones heavier."""
+    """Weight of undesirable answers. Keep weight times count of desirable to undesirable answers between 1:1 and 4:3."""
 
 
 def problems(config: KtoConfig, other_settings: OtherSettings) -> Iterator[str]:

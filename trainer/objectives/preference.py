@@ -45,13 +45,14 @@ class DpoConfig(ObjectiveConfig):
 
     name: str = "dpo"
     beta: float = number(0.1, above=0, advice="0.1 for dpo, kto and orpo, 2 for simpo")
-    """How closely the model stays with the reference: larger is closer (for `ipo`, its tau)."""
+    """How closely the model stays to the reference model. Larger is closer. With `ipo` it is the paper's tau."""
     loss_type: PairLoss = setting(PairLoss.sigmoid, reach=DESCRIBES)
     """`sigmoid` (DPO), `ipo` (Azar et al. 2023, arXiv:2310.12036, per token) or `hinge` (SLiC, arXiv:2305.10425)."""
     label_smoothing: float = number(0.0, least=0, below=0.5, advice="0 trusts every label or pair; 0.1 as a rule")
-    """Share of pairs believed to be labelled the wrong way round, 0 to below 0.5 (conservative DPO); `sigmoid` only."""
+    """Share of pairs that are assumed to be labelled the wrong way round, 0 to below 0.5 (conservative DPO). Only for
+    `sigmoid`."""
     sft_weight: float = number(0.0, least=0, advice="0 leaves it out; 0.1 to 1 as a rule")
-    """Weight of the chosen answer's own loss, its mean over tokens, added to each pair's; 0 leaves it out."""
+    """Weight of the chosen answer's cross-entropy loss (mean over its tokens), added to the loss of each pair. 0: not added."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,7 +61,7 @@ class OrpoConfig(ObjectiveConfig):
 
     name: str = "orpo"
     beta: float = number(0.1, above=0, advice="0.1 for dpo, kto and orpo, 2 for simpo")
-    """Weight of the odds ratio beside the chosen answer's own loss (the paper's lambda)."""
+    """Weight of the odds-ratio loss, added to the chosen answer's cross-entropy loss (lambda in the paper)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,13 +70,13 @@ class SimpoConfig(ObjectiveConfig):
 
     name: str = "simpo"
     beta: float = number(2.0, above=0, advice="0.1 for dpo, kto and orpo, 2 for simpo")
-    """Scale of the reward, which is beta times the mean log-probability of a token."""
+    """Scale of the reward: beta times the mean log-probability of the answer's tokens."""
     gamma: float = number(1.0, least=0, advice="half of objective.beta as a rule")
-    """Margin by which the chosen answer's reward should exceed the other's; about half of beta as a rule."""
+    """Margin by which the chosen answer's reward should exceed that of the rejected one. About half of beta is usual."""
     label_smoothing: float = number(0.0, least=0, below=0.5, advice="0 trusts every label or pair; 0.1 as a rule")
-    """Share of pairs believed to be labelled the wrong way round, 0 to below 0.5."""
+    """Share of pairs that are assumed to be labelled the wrong way round, 0 to below 0.5."""
     sft_weight: float = number(0.0, least=0, advice="0 leaves it out; 0.1 to 1 as a rule")
-    """Weight of the chosen answer's own loss, its mean over tokens, added to each pair's; 0 leaves it out."""
+    """Weight of the chosen answer's cross-entropy loss (mean over its tokens), added to the loss of each pair. 0: not added."""
 
 
 def problems(config: DpoConfig | OrpoConfig | SimpoConfig, other_settings: OtherSettings) -> Iterator[str]:

@@ -25,7 +25,7 @@ class RewardConfig(ObjectiveConfig):
 
     name: str = "reward"
     centre: float = number(0.0, least=0, advice="0 leaves it out; 0.01 as a rule")
-    """Weight of the squared sum of a pair's scores, which keeps scores around zero (arXiv:2312.09244); 0 leaves it out."""
+    """Weight of the squared sum of a pair's scores, which keeps scores around zero (arXiv:2312.09244). 0: not added."""
 
 
 def problems(config: RewardConfig, other_settings: OtherSettings) -> Iterator[str]:

@@ -44,25 +44,27 @@ class RolloutConfig:
     """How the answers of a round are written, and how many optimizer steps it is used for."""
 
     max_new_tokens: int = number(512, least=1, advice="as long as good answers are: 256 to 4096 as a rule")
-    """Longest answer in tokens; a longer one is cut off and counts as truncated."""
+    """Greatest length of an answer in tokens. A longer answer is cut off and counts as truncated."""
     temperature: float = number(1.0, above=0, advice="1 draws as the model says; 0.6 to 1 as a rule")
-    """Divides the logits that answers are drawn from, and those that are learned from."""
+    """Sampling temperature. It divides the logits both when answers are generated and in the loss."""
     stop: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """Texts that end an answer; a text that is one special token is found fastest."""
+    """Texts that end an answer. A text that is a single special token is found fastest."""
     steps: int = number(1, least=1, advice="1 learns from fresh answers; 2 to 8 write more at a time")
-    """Optimizer steps that a round is divided into; its answers are written before the first of them."""
+    """Number of optimizer steps of a round. All answers of the round are generated before its first step."""
     iterations: int = number(1, least=1, advice="1 uses each answer once")
-    """Times that the answers of a round are learned from."""
+    """How often the answers of a round are trained on."""
     rows: int | None = number(None, least=1, advice="null takes as many as memory allows", resume=FREE)
-    """Answers that a rank writes at a time; null: as many as memory allows. Changes them by rounding only."""
+    """Number of answers that a rank generates at a time. null: as many as memory allows. It changes answers only by
+    rounding."""
     share_prompts: bool | None = setting(None, reach=DESCRIBES, resume=FREE)
-    """Whether a prompt is computed once for its answers while they are learned; null: on CPUs, where the model allows it."""
+    """Compute the prompt of a group once for all its answers in the loss. null: on CPUs, if the model allows it."""
     record: int | None = number(None, least=0, advice="null records all groups, 0 none", resume=FREE)
-    """Groups of each round whose answers and rewards are written to `rounds/` in the run directory; null: all."""
+    """Number of groups of each round whose answers and rewards are written to `rounds/` in the run directory. null: all."""
     most_difference: float | None = number(
         None, above=0, advice="null is 0.001 in float32 and 0.1 else; raise it only if you know why they differ"
     )
-    """Mean difference in nats between log-probabilities of writing and of learning that ends the run; null: by precision."""
+    """Largest mean difference, in nats, between log-probabilities at generation and in training. Beyond it the run ends. null:
+    depends on the precision."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,15 +72,16 @@ class RoundsConfig(ObjectiveConfig):
     """Settings shared by objectives whose batches are rounds. `batch.global` counts answers."""
 
     group_size: int = number(8, least=1, advice="8 as a rule, 16 to 64 where few answers are right")
-    """Answers that are written to each prompt; `batch.global` must be a multiple of it."""
+    """Number of answers that are generated to each prompt (a group). `batch.global` must be a multiple of it."""
     rewards: dict[str, RewardEntry] = setting(default_factory=dict, reach=DESCRIBES)
-    """What scores the answers, by a name of your choice; a Python file stands for each of its functions."""
+    """Rewards that score the answers, by names of your choice. A Python file stands for each of its functions."""
     reward_workers: int | None = number(None, least=1, advice="null takes up to 4; more for slow rewards", resume=FREE)
-    """Processes of each rank that score answers at the same time; null: its share of the host's processors, at most 4."""
+    """Number of worker processes of each rank that score answers. null: the rank's share of the host's cores, at most 4."""
     idle_groups: IdleGroups = setting(IdleGroups.keep, reach=DESCRIBES)
-    """Groups in which all answers score alike: `keep`, `drop` (saves their computation), or `replace` by further prompts."""
+    """What happens to groups whose answers all have the same reward: `keep`; `drop`, which saves their computation; or
+    `replace` by more prompts."""
     rollout: RolloutConfig = group(RolloutConfig)
-    """How the answers of a round are written, and how often they are used."""
+    """How the answers of a round are generated, and how often they are used."""
 
 
 def stop_problems(config: RoundsConfig) -> Iterator[str]:

@@ -51,9 +51,10 @@ class Seq2seqConfig(ObjectiveConfig):
 
     name: str = "seq2seq"
     prefix: str = setting("", reach=DESCRIBES)
-    """Text put before every prompt, such as `summarize: ` (its space included) for T5 models that were trained with it."""
+    """Text before every prompt, such as `summarize: ` (with its space), for T5 models that were trained with it."""
     max_target: int = number(256, least=2, advice="an answer and its end need two tokens; 128 to 256 suit summaries")
-    """Longest answer in tokens; `data.max_length` bounds the prompt, and `data.over_length` says what happens beyond either."""
+    """Greatest length of an answer in tokens. `data.max_length` limits the prompt, and `data.over_length` says what happens
+    beyond either."""
 
 
 def problems(config: Seq2seqConfig, other_settings: OtherSettings) -> Iterator[str]:

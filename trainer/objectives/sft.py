@@ -35,9 +35,10 @@ class ForgettingConfig:
     """Keeping a model as it was, on the documents of the sources marked `data.sources.<name>.replay=true`."""
 
     kl_weight: float = number(0.0, least=0, advice="0 leaves it out; 0.1 to 1 as a rule")
-    """Weight of the divergence from the model before training, a mean over the tokens of replayed documents; 0 leaves it out."""
+    """Weight of the KL divergence from the model before training, as a mean over the tokens of replayed documents. 0: not
+    added."""
     replay_loss: bool = setting(True, reach=DESCRIBES)
-    """Whether replayed documents are learned too, as any other; with `false` they only hold the model where it was."""
+    """Also train on replayed documents, as on any other. `false`: they only enter the divergence."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,9 +46,9 @@ class SftConfig(ObjectiveConfig):
     """Supervised fine-tuning: next-token loss on the supervised tokens."""
 
     label_smoothing: float = number(0.0, least=0, below=0.5, advice="0 trusts every label or pair; 0.1 as a rule")
-    """Share of each target that is spread evenly over the vocabulary, 0 to below 0.5; in training only."""
+    """Share of each target that is spread evenly over the vocabulary, 0 to below 0.5. Only in training."""
     forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
-    """What is done against forgetting."""
+    """Remedies for catastrophic forgetting."""
 
 
 def forgetting_settings(config: ObjectiveConfig) -> ForgettingConfig:

@@ -46,19 +46,22 @@ class OptimConfig:
     name: OptimName = setting(OptimName.adamw, reach=DESCRIBES)
     """Which optimizer runs; set by the group choice `optim=<name>`."""
     lr: float | None = number(None, above=0, advice="about 2e-5 for full tuning, 2e-4 for LoRA")
-    """Peak learning rate; null takes the usual one of the optimizer, tuning method and objective (docs/peft.md)."""
+    """Peak learning rate. null: the usual one for this optimizer, tuning method and objective (docs/peft.md)."""
     weight_decay: float = number(0.0, least=0, advice="0 to 0.1 as a rule")
-    """Weight decay on matrices; norms, biases and other vectors never decay."""
+    """Weight decay of matrices. It never applies to norms, biases and other vectors."""
     max_grad_norm: float = number(1.0, least=0, advice="0 switches clipping off")
-    """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
+    """Global L2 norm to which gradients are clipped. 0: no clipping."""
     max_skipped_steps: int = number(10, least=1, advice="10 as a rule")
-    """The run stops after this many steps in a row whose gradients are not finite."""
+    """The run ends after this many consecutive steps with gradients that are not finite."""
     layer_decay: float = number(1.0, above=0, most=1, advice="1 is off, 0.8 to 0.95 as a rule")
-    """Each layer's rate is that of the layer above times this (ELECTRA, arXiv:2003.10555); 1 is off, 0.8 to 0.95 usual."""
+    """Layer-wise learning-rate decay: each layer's learning rate is that of the layer above times this factor (ELECTRA,
+    arXiv:2003.10555). 1: off; 0.8 to 0.95 is usual."""
     ema_decay: float = number(0.0, least=0, below=1, advice="0 is off; 0.99 for hundreds of steps, 0.999 for thousands")
-    """Decay of an average of the weights that is evaluated and exported in their place; 0 is off, 0.99 to 0.9999 as a rule."""
+    """Decay of an exponential moving average of the weights, which is evaluated and exported instead of them. 0: off; 0.99 to
+    0.9999 is usual."""
     groups: dict[str, GroupRule] = field(default_factory=dict)
-    """Exceptions by a name of your choice, as in `optim.groups.head.match=score optim.groups.head.lr_factor=10`."""
+    """Exceptions for some parameters, by names of your choice: `optim.groups.head.match=score
+    optim.groups.head.lr_factor=10`."""
 
     @property
     def peak_lr(self) -> float:
@@ -74,7 +77,7 @@ class AdamwConfig(OptimConfig):
     betas: list[float] = setting(default_factory=lambda: [0.9, 0.999], reach=DESCRIBES)
     """Decay rates of the first and second moment, each in [0, 1)."""
     eps: float = number(1e-8, above=0, advice="1e-8 as a rule")
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment, for stability."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,9 +95,10 @@ class AdafactorConfig(OptimConfig):
 
     name: OptimName = OptimName.adafactor
     decay_exponent: float = number(0.8, least=0, most=1, advice="0.8 in the paper")
-    """The second moments average over more steps later in the run: step t counts `t ** -decay_exponent`, 0 to 1."""
+    """Decay of the second moments: the gradient of step t enters with weight `t ** -decay_exponent`, 0 to 1. So they average
+    over more steps later in the run."""
     clip_threshold: float = number(1.0, least=1, advice="1 in the paper")
-    """Largest root mean square of one parameter's update before the rate, at least 1."""
+    """Largest root mean square of one parameter's update before it is multiplied by the learning rate, at least 1."""
     eps_scale: float = number(1e-3, above=0, advice="0.001 in the paper")
     """Smallest root mean square that a parameter's step is relative to."""
 
@@ -105,7 +109,7 @@ class LionConfig(OptimConfig):
 
     name: OptimName = OptimName.lion
     betas: list[float] = setting(default_factory=lambda: [0.9, 0.99], reach=DESCRIBES)
-    """Weight of the momentum in the update, and its own decay rate, each in [0, 1)."""
+    """Weight of the momentum in the update, and the decay rate of the momentum, each in [0, 1)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -116,13 +120,14 @@ class MuonConfig(OptimConfig):
     momentum: float = number(0.95, least=0, below=1, advice="0.9 (sgd) or 0.95 (muon) as a rule")
     """Decay rate of the momentum, in [0, 1)."""
     nesterov: bool = setting(True, reach=DESCRIBES)
-    """Look one step ahead along the momentum."""
+    """Use Nesterov momentum."""
     iterations: int = number(5, least=1, most=20, advice="5 in the paper")
-    """Newton-Schulz iterations of one orthogonalisation."""
+    """Number of Newton-Schulz iterations for one orthogonalisation."""
     bf16: bool = setting(False, reach=DESCRIBES)
-    """Orthogonalise in bf16: faster on GPUs, and strategies agree to about 1e-5 rather than 1e-6."""
+    """Orthogonalise in bf16. It is faster on GPUs, and strategies then agree to about 1e-5 instead of 1e-6."""
     scale: MuonScale = setting(MuonScale.match_rms_adamw, reach=DESCRIBES)
-    """`match_rms_adamw` takes AdamW's rates and decay (arXiv:2502.16982); `original` wants rates near 0.02."""
+    """`match_rms_adamw` is used with AdamW's learning rate and weight decay (arXiv:2502.16982); `original` needs learning rates
+    near 0.02."""
     betas: list[float] = setting(default_factory=lambda: [0.9, 0.999], reach=DESCRIBES)
     """Decay rates of AdamW's moments, for embeddings, heads, norms and biases."""
     eps: float = number(1e-8, above=0, advice="1e-8 as a rule")
@@ -142,9 +147,9 @@ class SgdConfig(OptimConfig):
 
     name: OptimName = OptimName.sgd
     momentum: float = number(0.9, least=0, below=1, advice="0.9 (sgd) or 0.95 (muon) as a rule")
-    """Decay rate of the momentum, in [0, 1); 0 keeps no state."""
+    """Decay rate of the momentum, in [0, 1). 0: no momentum, so no optimizer state."""
     nesterov: bool = setting(False, reach=DESCRIBES)
-    """Look one step ahead along the momentum; needs a momentum above 0."""
+    """Use Nesterov momentum. Needs a momentum above 0."""
 
 
 OPTIMIZERS: tuple[type[OptimConfig], ...] = (

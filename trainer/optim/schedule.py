@@ -32,13 +32,13 @@ class ScheduleConfig:
     name: ScheduleName = setting(ScheduleName.cosine, reach=DESCRIBES)
     """Shape after warm-up: `cosine`, `linear`, `constant` or `wsd` (warmup-stable-decay)."""
     warmup_steps: int = number(0, least=0, advice="0 takes schedule.warmup_share")
-    """Steps over which the rate rises linearly; 0 takes `warmup_share` instead."""
+    """Number of steps over which the learning rate rises linearly. 0: `warmup_share` decides."""
     warmup_share: float = number(0.03, least=0, most=1, advice="0.03 as a rule")
-    """Share of all steps spent warming up, 0 to 1, when `warmup_steps` is 0."""
+    """Share of all steps that warm up, 0 to 1, if `warmup_steps` is 0."""
     decay_share: float = number(0.2, least=0, most=1, advice="0.2 as a rule")
-    """wsd only: share of all steps, at the end, over which the rate falls linearly."""
+    """Only for wsd: share of all steps, at the end, over which the learning rate falls linearly."""
     min_factor: float = number(0.0, least=0, most=1, advice="0 ends at a rate of zero")
-    """Factor of the peak rate at the end, 0 to 1."""
+    """Learning rate at the end, as a share of the peak, 0 to 1."""
 
 
 def warmup_steps(config: ScheduleConfig, total_steps: int) -> int:

@@ -46,18 +46,19 @@ class PlanConfig:
     """Settings of a plan."""
 
     exact: bool = False
-    """Simulate whole models in place of two shallow ones: the same answer, as slow as the model is deep."""
+    """Simulate the whole model instead of two shallow copies. The answer is the same, and slower for deep models."""
     offload: bool = False
-    """Look at optimizer state (zero) or parameters (fsdp2, hsdp) in host memory too."""
+    """Also plan with the optimizer state (zero) or the parameters (fsdp2, hsdp) in host memory."""
     quantisation: list[Quantisation] = field(default_factory=list)
-    """Further ways to store a frozen base, as in [none,nf4]; empty takes model.quantisation."""
+    """More ways to store a frozen base, such as [none,nf4]. Empty: only `model.quantisation`."""
     theirs: list[PeerSetting] = field(default_factory=list)
-    """What another trainer holds in its step, as in [stock_loss,pure_bf16], told beside what this one does."""
+    """What another trainer keeps in memory during a step, such as [stock_loss,pure_bf16]. The plan shows it beside
+    shardtune's."""
     expert_imbalance: float | None = None
-    """With parallel.experts: rows that arrive at the busiest rank over the mean of its group; null takes what the run of from=
-    measured, else 2."""
+    """Load of the busiest rank, with `parallel.experts`: tokens that it receives over the mean of its group. null: as measured
+    by the run of `from=`, else 2."""
     workers: int = 0
-    """Processes that simulate; 0 takes one for each core that this job may use."""
+    """Number of processes that simulate. 0: one for each core that the job may use."""
 
 
 @dataclass(frozen=True, slots=True)

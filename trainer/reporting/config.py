@@ -42,31 +42,33 @@ class LoggingConfig:
     """What is recorded, where and how often."""
 
     every_steps: int = number(10, least=1, advice="10 as a rule")
-    """Steps between reads of the device's metric buffer (a row is kept for every step)."""
+    """Steps between reads of the device's metric buffer. Every step still gets a row in `metrics.jsonl`."""
     wandb: WandbMode = setting(WandbMode.auto, reach=Reach.tracker)
-    """Weights & Biases: `online`, `offline` (sync later), `disabled`, or `auto`: WANDB_MODE, else offline."""
+    """Weights & Biases: `online`, `offline` (sync later), `disabled`, or `auto` (WANDB_MODE, else offline)."""
     project: str | None = setting(None, reach=Reach.tracker)
-    """Project in trackers; null takes WANDB_PROJECT, else `shardtune`."""
+    """Project in trackers. null: WANDB_PROJECT, else `shardtune`."""
     entity: str | None = setting(None, reach=Reach.tracker)
-    """W&B team or user; null takes WANDB_ENTITY, else the account's own."""
+    """W&B team or user. null: WANDB_ENTITY, else that of your account."""
     group: str | None = setting(None, reach=DESCRIBES)
-    """Runs to be compared share one; null takes WANDB_RUN_GROUP; `compare` and `train -m` give their points one."""
+    """Group of runs that are compared. null: WANDB_RUN_GROUP. `compare` and `train -m` set one group for all their runs."""
     name: str | None = setting(None, reach=DESCRIBES)
-    """Name in trackers; null takes WANDB_NAME, else what the run is, such as fsdp2-lora-lr2e-4, or the point of a comparison."""
+    """Name in trackers. null: WANDB_NAME, else derived from the settings, such as fsdp2-lora-lr2e-4, or the point of a
+    comparison."""
     notes: str | None = setting(None, reach=DESCRIBES)
-    """Some words about the run, shown in trackers; null takes WANDB_NOTES."""
+    """Notes about the run, shown in trackers. null: WANDB_NOTES."""
     job_type: str | None = setting(None, reach=DESCRIBES)
-    """Kind of run in trackers; null takes WANDB_JOB_TYPE, else `train`."""
+    """Job type in trackers. null: WANDB_JOB_TYPE, else `train`."""
     tags: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """Tags in trackers; an empty list takes WANDB_TAGS (a,b)."""
+    """Tags in trackers. Empty: WANDB_TAGS (a,b)."""
     columns: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """Settings that are also columns of the run table, such as optim.weight_decay, or name=text for one of your own."""
+    """Settings that become columns of W&B's table of runs, such as optim.weight_decay, or name=text for a column of your
+    own."""
     x: XAxis = setting(XAxis.step, reach=Reach.tracker)
-    """What W&B draws metrics over: `step`, `tokens`, `epoch`, or `seconds` of training steps."""
+    """X axis of W&B's charts: `step`, `tokens`, `epoch`, or `seconds` of training steps."""
     alerts: list[Alert] = setting(default_factory=list, reach=Reach.tracker)
-    """Ends of a run of which W&B sends a message (Slack, e-mail): `failed`, `diverged`, `preempted`."""
+    """Ends of a run for which W&B sends an alert (Slack, e-mail): `failed`, `diverged`, `preempted`."""
     artifacts: bool = setting(False, reach=Reach.tracker)
-    """Also register the prepared data and the export as W&B artifacts, by reference: files stay where they are."""
+    """Also register the prepared data and the export as W&B artifacts, by reference: the files are not uploaded."""
     tables: bool = setting(False, reach=Reach.tracker)
     """Also show the worst and the changed rows of tasks, and answers of rounds, as tables in W&B and TensorBoard."""
     tensorboard: bool = setting(False, reach=Reach.tracker)
@@ -74,14 +76,16 @@ class LoggingConfig:
     trackio: bool = setting(False, reach=Reach.tracker)
     """Also record to trackio (needs the `trackio` package)."""
     mlflow: bool = setting(False, reach=Reach.tracker)
-    """Also record to MLflow, where MLFLOW_TRACKING_URI says, else to mlflow.db beside the run (needs `mlflow-skinny`)."""
+    """Also record to MLflow, at MLFLOW_TRACKING_URI, else in mlflow.db beside the run (needs `mlflow-skinny`)."""
     energy: str | None = setting(None, reach=DESCRIBES)
-    """Country whose electricity the hosts use, as in DEU (ISO 3166): codecarbon measures their energy; null: nothing does."""
+    """Country whose electricity the hosts use, such as DEU (ISO 3166). Energy is then measured by codecarbon. null: not
+    measured."""
     step_parts: bool = setting(False, reach=DESCRIBES)
-    """Also time forward passes, backward passes and the optimizer in each step, without waiting for the device."""
+    """Also time forward pass, backward pass and optimizer in each step, without waiting for the device."""
     slow_rank: float = number(1.5, least=0, advice="1.5 names a rank that takes half as long again; 0 never looks")
-    """Times the median of the others that a rank computes, in five logging intervals in a row, to be called slow; 0: never."""
+    """A rank is reported as slow if its compute time is this many times the median of the other ranks, in five logging
+    intervals in a row. 0: never."""
     report: bool = setting(True, reach=DESCRIBES)
-    """Write `report.html` when the run has ended: verdict, numbers and settings; the extra `report` adds plots."""
+    """Write `report.html` when the run has ended, with verdict, numbers and settings. The extra `report` adds plots."""
     reference_tflops: float | None = number(None, above=0, advice="null takes what is known of the device")
-    """Peak TFLOP/s of one device for MFU; default: known for common GPUs. Runs on CPUs have no MFU without it."""
+    """Peak TFLOP/s of one device, for MFU. null: known for common GPUs. On CPUs there is no MFU without it."""

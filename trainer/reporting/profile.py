@@ -30,7 +30,7 @@ class ProfileConfig:
     """Which steps are traced."""
 
     steps: list[int] = setting(default_factory=list, reach=DESCRIBES)
-    """First and last step that each rank traces with torch's profiler, as in [10,12], into `profile/`; empty: none."""
+    """First and last step that each rank traces with torch's profiler, such as [10,12], into `profile/`. Empty: none."""
 
 
 def profile_problems(config: ProfileConfig, total_steps: int | None) -> list[str]:

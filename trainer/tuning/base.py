@@ -58,12 +58,13 @@ class AdapterConfig(TuningConfig):
     """Settings shared by the methods that put adapters beside frozen weights."""
 
     targets: Any = setting("all-linear", reach=DESCRIBES)
-    """Module names (a list, or one regular expression) that get adapters; `all-linear` takes every linear layer but the head."""
+    """Names of modules (a list, or one regular expression) that get adapters. `all-linear`: every linear layer except the
+    head."""
     modules_to_save: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """Modules trained in full beside the adapters and saved with them, such as a classification head."""
+    """Modules that are trained in full and saved with the adapters, such as a classification head."""
     from_: str | None = setting(None, reach=DESCRIBES, resume=FREE)
-    """Directory of an adapter to continue from; what is left unset here follows its settings. Typed as `tuning.from=<dir>`; in
-    files the key is `from_`."""
+    """Directory of an adapter to continue from. Settings that you do not set are taken from it. Typed as `tuning.from=<dir>`;
+    in files the key is `from_`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,27 +73,28 @@ class LoraConfig(AdapterConfig):
 
     name: TuningName = TuningName.lora
     rank: int = number(16, least=1, advice="8 to 64 as a rule")
-    """Rank of the update; the adapter has `rank * (in + out)` parameters per matrix."""
+    """Rank of the update. The adapter has `rank * (in + out)` parameters per matrix."""
     alpha: float = number(32.0, above=0, advice="twice tuning.rank as a rule")
     """Scale of the update: `alpha / rank` (`alpha / sqrt(rank)` with rslora)."""
     dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
-    """Dropout probability on the adapter's input, 0 to 1; 0 keeps every strategy on the same curve."""
+    """Dropout probability on the adapter's input, 0 to 1. With 0, all strategies have the same loss curve."""
     rslora: bool = setting(False, reach=DESCRIBES)
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
     dora: bool = setting(False, reach=DESCRIBES)
     """Weight-decomposed adaptation (Liu et al. 2024, arXiv:2402.09353)."""
     init: str = setting("default", reach=DESCRIBES)
-    """`default` and `gaussian` add a zero update; `pissa`, `pissa_niter_4` and `olora` train a part split off each weight."""
+    """`default` and `gaussian` start with a zero update; `pissa`, `pissa_niter_4` and `olora` train a part that is split off
+    each weight."""
     lr_ratio: float = number(1.0, above=0, advice="1 is plain LoRA, 16 as a rule for LoRA+")
-    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): learning rate of the B matrices as a multiple of `optim.lr`; 16 as a rule."""
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): learning rate of the B matrices as a multiple of `optim.lr`. 16 is usual."""
     rank_pattern: dict[str, int] = setting(default_factory=dict, reach=DESCRIBES)
-    """Other ranks for some modules, as pairs of name (or regular expression) and rank."""
+    """Different ranks for some modules, as pairs of name (or regular expression) and rank."""
     alpha_pattern: dict[str, float] = setting(default_factory=dict, reach=DESCRIBES)
-    """Other alphas for some modules, as pairs of name (or regular expression) and alpha."""
+    """Different alphas for some modules, as pairs of name (or regular expression) and alpha."""
     experts: bool = setting(False, reach=DESCRIBES)
-    """Adapt the experts of a mixture too, each with a rank of its own; `tuning.targets=[]` leaves the other layers out."""
+    """Also adapt the experts of a mixture, each with its own adapter. `tuning.targets=[]` leaves the other layers out."""
     router: bool = setting(False, reach=DESCRIBES)
-    """Adapt the routers that choose experts too."""
+    """Also adapt the routers, which choose experts."""
 
 
 class BaseReader(Protocol):

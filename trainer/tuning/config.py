@@ -16,15 +16,15 @@ class FreezeConfig(TuningConfig):
 
     name: TuningName = TuningName.freeze
     layers: str | None = setting(None, reach=DESCRIBES)
-    """Blocks that train: `last-2` for the last two, or a range such as `4-7` counted from 0."""
+    """Blocks that are trained: `last-2` for the last two, or a range such as `4-7`, counted from 0."""
     modules: str | None = setting(None, reach=DESCRIBES)
-    """Regular expression on whole module names; what matches trains with everything below it."""
+    """Regular expression for whole module names. Matching modules are trained, with everything below them."""
     embeddings: bool = setting(False, reach=DESCRIBES)
     """Also train the token embeddings and the output head."""
     bias_only: bool = setting(False, reach=DESCRIBES)
-    """Of the chosen part (else of the whole model) only biases train (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199)."""
+    """Train only the biases of the chosen part, or of the whole model (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199)."""
     norm_only: bool = setting(False, reach=DESCRIBES)
-    """Of the chosen part (else of the whole model) only normalisation layers train; with bias_only both do."""
+    """Train only the normalisation layers of the chosen part, or of the whole model. With `bias_only`, both are trained."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,25 +33,25 @@ class AdaLoraConfig(AdapterConfig):
 
     name: TuningName = TuningName.adalora
     init_rank: int = number(12, least=2, advice="12 as a rule")
-    """Rank of every matrix at the start."""
+    """Rank of every adapted matrix at the start."""
     target_rank: int = number(8, least=1, advice="two thirds of tuning.init_rank as a rule")
-    """Mean rank that is left in the end; less than `init_rank`, about two thirds of it in the paper."""
+    """Mean rank at the end, less than `init_rank`; about two thirds of it in the paper."""
     alpha: float = number(32.0, above=0, advice="twice tuning.rank as a rule")
     """Scale of the update: `alpha / init_rank`."""
     dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
-    """Dropout probability on the adapter's input, 0 to 1; 0 keeps every strategy on the same curve."""
+    """Dropout probability on the adapter's input, 0 to 1. With 0, all strategies have the same loss curve."""
     initial_share: float = number(0.1, least=0, below=1, advice="0.1 as a rule")
-    """Share of the run's steps before the first rank is taken."""
+    """Share of the run's steps before pruning of ranks begins."""
     final_share: float = number(0.3, least=0, below=1, advice="0.3 as a rule")
-    """Share of the run's steps after the last rank is taken; in between the ranks fall by a cubic curve."""
+    """Share of the run's steps after pruning has ended. In between, the mean rank falls along a cubic curve."""
     delta_t: int = number(10, least=1, advice="1 to 100 as a rule")
-    """Steps between two allocations while the ranks fall."""
+    """Steps between two allocations of ranks while ranks are pruned."""
     beta1: float = number(0.85, above=0, below=1, advice="0.85 in the paper")
-    """Decay of the mean of an entry's importance, which is `|value * gradient|`."""
+    """Decay rate of the moving average of an entry's importance, which is `|value * gradient|`."""
     beta2: float = number(0.85, above=0, below=1, advice="0.85 in the paper")
-    """Decay of the mean of that importance's own variation."""
+    """Decay rate of the moving average of that importance's variation (its uncertainty)."""
     orth_reg_weight: float = number(0.5, least=0, advice="0.1 to 0.5 as a rule, 0 leaves it out")
-    """Weight of the penalty that keeps an adapter's factors orthogonal; 0 leaves it out."""
+    """Weight of the penalty that keeps an adapter's factors orthogonal. 0: no penalty."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,9 +60,10 @@ class Ia3Config(AdapterConfig):
 
     name: TuningName = TuningName.ia3
     targets: Any = "auto"
-    """Module names (a list, or one regular expression) that get factors; `auto` takes those peft names for the architecture."""
+    """Names of modules (a list, or one regular expression) that get scaling factors. `auto`: peft's defaults for the
+    architecture."""
     feedforward: list[str] = setting(default_factory=list, reach=DESCRIBES)
-    """Those of the targets whose input is scaled instead of their output; with `auto` peft names them too."""
+    """Targets whose input is scaled instead of their output. With `auto`, peft's defaults too."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,15 +72,15 @@ class VeraConfig(AdapterConfig):
 
     name: TuningName = TuningName.vera
     rank: int = number(256, least=1, advice="8 to 64 as a rule")
-    """Rank of the shared projection; each matrix trains `rank + out` numbers."""
+    """Rank of the shared projection. Each matrix trains `rank + out` parameters."""
     dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
-    """Dropout probability on the adapter's input, 0 to 1; 0 keeps every strategy on the same curve."""
+    """Dropout probability on the adapter's input, 0 to 1. With 0, all strategies have the same loss curve."""
     d_initial: float = number(0.1, above=0, advice="0.1 as a rule; at 0 nothing would be learned")
-    """Start of the inner scaling vector."""
+    """Initial value of the inner scaling vector."""
     projection_seed: int = number(0, least=0, advice="the default is 0")
-    """Seed of the shared projection; not that of the run, since loaders draw the projection anew from it."""
+    """Seed of the shared projection. It is not the seed of the run, because loaders generate the projection again from it."""
     save_projection: bool = setting(True, reach=DESCRIBES)
-    """Keep the shared projection in the export; `false` saves space and trusts that loaders draw the same numbers."""
+    """Save the shared projection in the export. `false` saves space, but relies on loaders to generate the same numbers."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,7 +89,7 @@ class LohaConfig(AdapterConfig):
 
     name: TuningName = TuningName.loha
     rank: int = number(8, least=1, advice="8 to 64 as a rule")
-    """Rank of each factor; the product reaches its square, with `2 * rank * (in + out)` parameters per matrix."""
+    """Rank of each factor. The product has at most its square as rank, with `2 * rank * (in + out)` parameters per matrix."""
     alpha: float = number(8.0, above=0, advice="twice tuning.rank as a rule")
     """Scale of the update: `alpha / rank`."""
 
@@ -99,13 +100,13 @@ class LokrConfig(AdapterConfig):
 
     name: TuningName = TuningName.lokr
     rank: int = number(8, least=1, advice="8 to 64 as a rule")
-    """Rank of the larger factor; factors small enough are trained whole."""
+    """Rank of the larger factor. Factors that are small enough are trained in full."""
     alpha: float = number(8.0, above=0, advice="twice tuning.rank as a rule")
     """Scale of the update: `alpha / rank`."""
     decompose_both: bool = setting(False, reach=DESCRIBES)
-    """Also split the smaller factor into low-rank ones."""
+    """Also split the smaller factor into low-rank factors."""
     decompose_factor: int = number(0, least=0, advice="0 takes the most even split, 8 or 16 are usual")
-    """Size of the smaller factor; 0 takes the most even split."""
+    """Size of the smaller factor. 0: the most even split."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,11 +115,11 @@ class OftConfig(AdapterConfig):
 
     name: TuningName = TuningName.oft
     block_size: int = number(32, least=2, advice="4 (boft) or 32 (oft) as a rule")
-    """Size of a rotated block; where it does not divide a layer's input, peft takes the nearest that does."""
+    """Size of a rotated block. If it does not divide a layer's input, peft uses the nearest size that does."""
     block_share: bool = setting(False, reach=DESCRIBES)
-    """One rotation for all blocks of a layer."""
+    """Use one rotation for all blocks of a layer."""
     neumann_terms: int = number(5, least=0, advice="5 as a rule, 0 solves exactly")
-    """Terms of the series that approximates the rotation; 0 solves for it exactly, which is slower."""
+    """Number of terms of the series that approximates the rotation. 0: exact, and slower."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -127,11 +128,11 @@ class BoftConfig(AdapterConfig):
 
     name: TuningName = TuningName.boft
     block_size: int = number(4, least=2, advice="4 (boft) or 32 (oft) as a rule")
-    """Size of a rotated block; must divide the input of every target."""
+    """Size of a rotated block. It must divide the input of every target."""
     num_factors: int = number(1, least=1, advice="1 or 2 as a rule")
-    """Number of butterfly factors; 1 is OFT with a dense permutation."""
+    """Number of butterfly factors. 1: OFT with a dense permutation."""
     dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
-    """Probability that a block is left unrotated, 0 to 1; 0 keeps every strategy on the same curve."""
+    """Probability that a block is not rotated, 0 to 1. With 0, all strategies have the same loss curve."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -140,7 +141,7 @@ class LnConfig(AdapterConfig):
 
     name: TuningName = TuningName.ln
     targets: Any = "auto"
-    """Names of normalisation layers (a list, or one regular expression); `auto` takes those peft names for the architecture."""
+    """Names of normalisation layers (a list, or one regular expression). `auto`: peft's defaults for the architecture."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -149,9 +150,9 @@ class PeftConfig(AdapterConfig):
 
     name: TuningName = TuningName.peft
     type: str | None = setting(None, reach=DESCRIBES)
-    """peft's name of the method, such as `hra`; docs/methods.md lists those that are proven here."""
+    """Name of the method in peft, such as `hra`. docs/methods.md lists the methods that were tested."""
     options: dict[str, Any] = setting(default_factory=dict, reach=DESCRIBES)
-    """Options of peft's config class for that method, as pairs; targets and modules_to_save have keys of their own."""
+    """Options of peft's configuration of that method, as pairs. `targets` and `modules_to_save` have their own settings."""
 
     @property
     def method(self) -> str:
@@ -164,7 +165,7 @@ class VirtualConfig(TuningConfig):
     """Settings shared by the methods that put trained virtual tokens before every document."""
 
     num_virtual_tokens: int = number(20, least=1, advice="8 to 100 as a rule")
-    """Virtual tokens before every document; they take their place in the context and its cost in every forward pass."""
+    """Number of virtual tokens before every document. They take up context length and compute in every forward pass."""
 
 
 class PrefixInit(StrEnum):
@@ -180,11 +181,13 @@ class PrefixConfig(VirtualConfig):
 
     name: TuningName = TuningName.prefix
     projection: bool = setting(False, reach=DESCRIBES)
-    """Make the prefix by a small network that is dropped after training; steadier at high rates, more memory."""
+    """Compute the prefix by a small network, which is dropped after training. Training is steadier at high learning rates, and
+    needs more memory."""
     encoder_hidden_size: int = number(0, least=0, advice="0 takes the model's own width")
-    """Width of that network; 0 takes the width of the prefix in one layer."""
+    """Width of that network. 0: the width of the prefix in one layer."""
     init: PrefixInit = setting(PrefixInit.zero, reach=DESCRIBES)
-    """Start at values of `zero` and small keys, which leave the base nearly as it is, or at `random` ones, which disturb it."""
+    """`zero` starts with values of zero and small keys, which barely change the base model; `random` starts with random ones,
+    which disturb it."""
 
 
 class PromptInit(StrEnum):
@@ -201,9 +204,11 @@ class PromptConfig(VirtualConfig):
 
     name: TuningName = TuningName.prompt
     init: PromptInit = setting(PromptInit.random, reach=DESCRIBES)
-    """Start at `random` numbers, at the embeddings of a `text`, or of tokens `sampled` from the vocabulary."""
+    """Where the virtual tokens start: at `random` numbers, at the embeddings of a `text`, or of tokens `sampled` from the
+    vocabulary."""
     init_text: str | None = setting(None, reach=DESCRIBES)
-    """Text for `tuning.init=text`, such as the instruction of the task; repeated or cut to the number of tokens."""
+    """Text for `tuning.init=text`, such as the instruction of the task. It is repeated or cut to the number of virtual
+    tokens."""
 
 
 class EncoderKind(StrEnum):
@@ -219,13 +224,14 @@ class PTuningConfig(VirtualConfig):
 
     name: TuningName = TuningName.p_tuning
     encoder: EncoderKind = setting(EncoderKind.mlp, reach=DESCRIBES)
-    """`mlp` of three layers, or `lstm` in both directions with two linear layers behind it."""
+    """Network that computes the virtual tokens: `mlp` with three layers, or a bidirectional `lstm` followed by two linear
+    layers."""
     encoder_hidden_size: int = number(0, least=0, advice="0 takes the model's own width")
-    """Width of the network; 0 takes the width of the embeddings."""
+    """Width of the network. 0: the width of the embeddings."""
     encoder_layers: int = number(2, least=1, advice="2 as a rule")
-    """Layers of the LSTM; the MLP always has three."""
+    """Number of layers of the LSTM. The MLP always has three."""
     dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
-    """Dropout probability between layers of the LSTM, 0 to 1; 0 keeps every strategy on the same curve."""
+    """Dropout probability between the layers of the LSTM, 0 to 1. With 0, all strategies have the same loss curve."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -234,9 +240,9 @@ class AdaptionPromptConfig(TuningConfig):
 
     name: TuningName = TuningName.adaption_prompt
     adapter_len: int = number(10, least=1, advice="10 in the paper")
-    """Trained tokens in each adapted layer."""
+    """Number of trained tokens in each adapted layer."""
     adapter_layers: int = number(0, least=0, advice="0 takes every layer")
-    """Adapted layers, counted from the output; 0 takes all (the paper leaves out the lowest two)."""
+    """Number of adapted layers, counted from the output. 0: all. The paper leaves out the lowest two."""
 
 
 class Placement(StrEnum):
@@ -261,17 +267,18 @@ class BottleneckConfig(TuningConfig):
 
     name: TuningName = TuningName.bottleneck
     placement: Placement = setting(Placement.houlsby, reach=DESCRIBES)
-    """`houlsby`: behind attention and feed-forward; `pfeiffer`: behind feed-forward only (arXiv:2005.00247)."""
+    """Where the adapters are: `houlsby`, after attention and after feed-forward; `pfeiffer`, only after feed-forward
+    (arXiv:2005.00247)."""
     size: int = number(64, least=1, advice="8 to 256 as a rule")
-    """Width of the bottleneck; an adapter trains `size * (2 * hidden + 1) + hidden` numbers."""
+    """Width of the bottleneck. An adapter trains `size * (2 * hidden + 1) + hidden` parameters."""
     activation: Activation = setting(Activation.gelu, reach=DESCRIBES)
-    """Nonlinearity: `gelu`, `relu`, `silu` or `tanh`."""
+    """Activation function: `gelu`, `relu`, `silu` or `tanh`."""
     dropout: float = number(0.0, least=0, below=1, advice="0 keeps every strategy on the same curve")
-    """Dropout probability inside the bottleneck, 0 to 1; 0 keeps every strategy on the same curve."""
+    """Dropout probability inside the bottleneck, 0 to 1. With 0, all strategies have the same loss curve."""
     attention: str | None = setting(None, reach=DESCRIBES)
-    """Name, within a block, of the module behind whose output the first adapter stands; default: found by its usual names."""
+    """Name, within a block, of the module after which the first adapter is placed. Default: found by its usual names."""
     feedforward: str | None = setting(None, reach=DESCRIBES)
-    """The same for the second adapter."""
+    """Name, within a block, of the module after which the second adapter is placed. Default: found by its usual names."""
 
 
 TUNINGS: tuple[type[TuningConfig], ...] = (

@@ -281,11 +281,11 @@ class BudgetConfig:
     """How long the run trains. Exactly one of the fields is set."""
 
     steps: int | None = number(None, least=1, advice="the number of optimizer steps")
-    """Optimizer steps."""
+    """Length of the run in optimizer steps."""
     epochs: float | None = number(None, above=0, advice="1 is one pass over the data")
-    """Passes over the training data; the last step may reach into the next pass."""
+    """Length of the run in passes over the training data. The last step may include documents of the next pass."""
     tokens: int | None = number(None, least=1, advice="training tokens, all ranks together")
-    """Training tokens, all ranks together; the step that reaches the number is the last."""
+    """Length of the run in training tokens, over all ranks. The step that reaches this number is the last."""
 
 
 def steps_from_budget(budget: BudgetConfig, order: Order, unit_tokens: np.ndarray, global_batch: int) -> int:

@@ -20,17 +20,18 @@ class EndpointConfig:
     """An OpenAI-compatible server."""
 
     url: str | None = setting(None, reach=Reach.address)
-    """Address up to its version, as http://localhost:8000/v1; null: there is none."""
+    """Address of the server up to its version, such as http://localhost:8000/v1. null: none."""
     model: str | None = setting(None, reach=DESCRIBES)
-    """Name of the model there; null: the only one that it serves."""
+    """Name of the model on the server. null: the only model that it serves."""
     key_env: str | None = setting(None, reach=Reach.address)
-    """Name of the environment variable that holds its key; null sends none. The key itself is never a setting."""
-    parallel: int = number(4, least=1, advice="4 to 64, as the server bears")
-    """Requests under way at a time."""
+    """Name of the environment variable that holds the API key. null: no key is sent. The key itself is never a setting."""
+    parallel: int = number(4, least=1, advice="4 to 64, as the server can handle")
+    """Number of requests that are sent at the same time."""
     retries: int = number(6, least=0, advice="6 as a rule")
-    """Times that a request is sent again where the server is busy (429, 5xx) or not there, with growing pauses up to 8 s."""
+    """How often a request is repeated if the server is busy (429, 5xx) or cannot be reached. Pauses between repeats grow to 8
+    s."""
     timeout_s: float = number(120.0, above=0, advice="120 as a rule, more for long answers")
-    """Seconds after which a request that nobody answers is sent again."""
+    """Seconds after which an unanswered request is sent again."""
 
     def problems(self, key: str) -> Iterator[str]:
         """An error message for each invalid setting; `key` is the setting that these are below. Nothing is sent."""
@@ -54,12 +55,12 @@ class JudgeConfig(EndpointConfig):
     """The model that judges answers of others, of tasks `judge` and `preference`."""
 
     temperature: float = number(0.0, least=0, advice="0 gives the same verdict again")
-    """Of its sampling; 0 where verdicts should be the same again."""
+    """Sampling temperature of the judge. 0 makes its verdicts repeatable."""
     max_new_tokens: int = number(1024, least=1, advice="1024 as a rule, more for reasoning models")
-    """Longest verdict in tokens, thoughts of reasoning models with it."""
+    """Greatest length of a verdict in tokens, including the reasoning of a reasoning model."""
     max_calls: int = number(1000, least=0, advice="0 takes what the cache knows alone")
-    """Most questions that one command may ask it; those that the cache knows do not count."""
+    """Largest number of requests of one command to the judge. Verdicts from the cache do not count."""
     max_tokens: int | None = number(None, least=1, advice="null is no bound")
-    """Most tokens that one command may use, questions and verdicts together, as the server counts them; null: no bound."""
+    """Largest number of tokens of one command, prompts and verdicts together, as the server counts them. null: no limit."""
     cache_dir: str | None = setting(None, reach=Reach.place)
-    """Directory of verdicts, which are not asked for twice; null: ~/.cache/shardtune/judge."""
+    """Directory of cached verdicts, so that no question is asked twice. null: ~/.cache/shardtune/judge."""
