@@ -10,7 +10,7 @@ from tests.helpers.launching import ROOT
 
 PAGE = (ROOT / "docs" / "evidence" / "expert-parallelism.md").read_text(encoding="utf-8")
 PLANNED = json.loads(RESULTS.read_text(encoding="utf-8"))
-RECOMPUTED = {"none": "none", "full": "whole blocks"}
+RECOMPUTED = {"none": "no checkpointing", "full": "full checkpointing"}
 
 
 def hundreds(tokens):
@@ -21,7 +21,7 @@ def hundreds(tokens):
 def test_crossovers_of_the_page_are_those_that_were_planned():
     by_way = {(row["tuning"], row["recompute"]): row for row in PLANNED["crossover"]}
     assert len(by_way) == 4
-    for tuning, name in (("full", "full"), ("lora", "LoRA")):
+    for tuning, name in (("full", "full tuning"), ("lora", "LoRA")):
         bytes_of = [hundreds(by_way[tuning, mode]["bytes"]) for mode in RECOMPUTED]
         assert f"| {name} | {bytes_of[0]} | {bytes_of[1]} |" in PAGE
         for mode, words in RECOMPUTED.items():
@@ -38,7 +38,7 @@ def test_large_mixtures_of_the_page_are_those_that_were_planned():
         place = "16, across two hosts" if row["experts"] == 16 else str(row["experts"])
         memory = f"{row['tensors_gib']} GiB"
         if not row["fits"]:
-            memory += f". The card has {row['card_gib']}"
+            memory += f", but the GPU has {row['card_gib']} GiB"
         worst = f"{row['worst_gib']} GiB" if "worst_gib" in row else ""
         seconds = f"{row['step_s']} s" if row["fits"] else "does not fit"
         cells = " | ".join((place, memory, worst, seconds)).replace("|  |", "| |")
