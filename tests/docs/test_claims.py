@@ -14,7 +14,7 @@ STILL_SO = {
     "following.md": {"no rank has written anything yet"},
     "gpu.md": {"Nothing in this project has run on a GPU yet", "Not supported yet"},
     "long-context.md": {"Nothing of it was measured on eight GPUs yet"},
-    "models.md": {"not mended yet"},
+    "models.md": {"not fixed yet"},
     "gates.md": {"Nobody has measured `forgetting` yet"},
     "plan.md": {"No GPU run was used yet"},
     "reinforcement.md": {"not run on a GPU yet"},
