@@ -17,7 +17,7 @@ from trainer.tuning.table import METHODS as CHOICES  # noqa: E402
 
 PAGE = ROOT / "docs" / "peft.md"
 BEGIN, END = "<!-- made by docs/make_rates.py from trainer/optim/rates.py -->", "<!-- end -->"
-HEADER = ["| {} | default | advised | source |", "|---|---|---|---|"]
+HEADER = ["| {} | default learning rate | range to search | source |", "|---|---|---|---|"]
 
 
 def row(name: str, rate: UsualRate) -> str:

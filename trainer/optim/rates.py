@@ -37,16 +37,16 @@ _FULL = UsualRate(2e-5, 1e-5, 1e-4, "Touvron et al. 2023, arXiv:2307.09288")
 _LORA = UsualRate(2e-4, 1e-4, 3e-3, "Dettmers et al. 2023, arXiv:2305.14314")
 METHODS: dict[str, UsualRate] = {
     "full": _FULL,
-    "freeze": replace(_FULL, source="as for full"),
+    "freeze": replace(_FULL, source="the rate of full tuning"),
     "lora": _LORA,
     "adalora": UsualRate(5e-4, 2e-4, 3e-3, "Zhang et al. 2023, arXiv:2303.10512"),
-    "loha": replace(_LORA, source="as for lora, of which it is a relative; not measured"),
+    "loha": replace(_LORA, source="the rate of LoRA, a similar method; not measured"),
     "lokr": UsualRate(3e-3, 5e-4, 6e-3, COMPARISON),
     "oft": UsualRate(1e-4, 1e-4, 1e-3, COMPARISON),
-    "boft": UsualRate(1e-4, 1e-4, 1e-3, "as for oft, of which it is a relative; not measured"),
+    "boft": UsualRate(1e-4, 1e-4, 1e-3, "the rate of OFT, a similar method; not measured"),
     "vera": UsualRate(1e-3, 1e-3, 2e-2, COMPARISON),
     "ia3": UsualRate(5e-3, 1e-3, 1e-2, COMPARISON),
-    "ln": UsualRate(1e-3, 5e-4, 1e-2, "five times that of lora; not measured"),
+    "ln": UsualRate(1e-3, 5e-4, 1e-2, "five times the rate of LoRA; not measured"),
     "bottleneck": UsualRate(1e-3, 1e-4, 3e-3, DEMO),
     "prefix": UsualRate(5e-3, 1e-3, 1e-2, COMPARISON),
     "prompt": UsualRate(1e-2, 1e-3, 1e-1, DEMO),
@@ -74,11 +74,11 @@ class ObjectiveRates:
 IMITATING = ("sft", "pretrain", "distillation")
 _PREFERENCES = ObjectiveRates(
     full=UsualRate(1e-6, 5e-7, 5e-6, "the default of TRL for DPO"),
-    lora=UsualRate(2e-5, 5e-6, 5e-5, "a tenth of that for imitation; not measured"),
+    lora=UsualRate(2e-5, 5e-6, 5e-5, "a tenth of the rate for sft; not measured"),
 )
 _REINFORCEMENT = ObjectiveRates(
     full=UsualRate(1e-6, 3e-7, 5e-6, "Shao et al. 2024, arXiv:2402.03300"),
-    lora=UsualRate(1e-5, 1e-5, 3e-4, "ten times that of full tuning; not measured"),
+    lora=UsualRate(1e-5, 1e-5, 3e-4, "ten times the rate of full tuning; not measured"),
 )
 OBJECTIVES: dict[str, ObjectiveRates] = {
     "classification": ObjectiveRates(
@@ -90,11 +90,11 @@ OBJECTIVES: dict[str, ObjectiveRates] = {
     "kto": _PREFERENCES,
     "orpo": ObjectiveRates(
         full=UsualRate(8e-6, 5e-6, 2e-5, "Hong et al. 2024, arXiv:2403.07691"),
-        lora=UsualRate(1e-4, 2e-5, 2e-4, "about ten times that of full tuning; not measured"),
+        lora=UsualRate(1e-4, 2e-5, 2e-4, "about ten times the rate of full tuning; not measured"),
     ),
     "reward": ObjectiveRates(
         full=UsualRate(9e-6, 5e-6, 2e-5, "Ouyang et al. 2022, arXiv:2203.02155"),
-        lora=UsualRate(1e-4, 2e-5, 2e-4, "ten times that of full tuning; not measured"),
+        lora=UsualRate(1e-4, 2e-5, 2e-4, "ten times the rate of full tuning; not measured"),
     ),
     **dict.fromkeys(("grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "cispo", "max_rl"), _REINFORCEMENT),
 }
@@ -110,9 +110,9 @@ ADAMW_FACTORS: dict[OptimName, tuple[float, str]] = {
 OWN_RATES: dict[tuple[OptimName, str], UsualRate] = {
     (OptimName.adafactor, "full"): UsualRate(1e-3, 3e-4, 1e-2, "Raffel et al. 2019, arXiv:1910.10683"),
     (OptimName.adafactor, "lora"): UsualRate(
-        5e-2, 1e-2, 1e-1, "50 times that of full: matrix B starts at zero; not measured"
+        5e-2, 1e-2, 1e-1, "50 times the rate of full tuning: matrix B starts at zero; not measured"
     ),
-    (OptimName.sgd, "full"): UsualRate(1e-2, 1e-3, 1e-1, "500 times that of AdamW; not measured"),
+    (OptimName.sgd, "full"): UsualRate(1e-2, 1e-3, 1e-1, "500 times the rate of AdamW; not measured"),
 }
 """Optimizers whose rates are no multiple of AdamW's, by method. For the objectives of `IMITATING`, and seq2seq."""
 
@@ -152,9 +152,7 @@ def _adamw_rate(method: str, objective: str) -> UsualRate | None:
     if method == "lora":
         return rates.lora
     factor = rates.lora.usual / _LORA.usual
-    return (
-        rate if factor == 1 else rate.times(factor, f"{factor:g} times that for imitation, as with lora; not measured")
-    )
+    return rate if factor == 1 else rate.times(factor, f"{factor:g} times the rate for sft, as with LoRA; not measured")
 
 
 def missing_rate_message(optim: OptimConfig, method: str, objective: str) -> str:
