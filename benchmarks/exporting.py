@@ -81,7 +81,7 @@ def make_checkpoint(shape: str, base: Path, checkpoint: Path) -> None:
     engine.state(Progress()).save(checkpoint)
 
 
-def write_new(shape: str, base: Path, checkpoint: Path, to: Path) -> None:
+def write_new_file(shape: str, base: Path, checkpoint: Path, to: Path) -> None:
     """The export as it is written today."""
     model = ModelConfig(path=str(base))
     tokenizer = load_tokenizer(model)
@@ -226,7 +226,9 @@ def main() -> None:
         measured(lambda: make_base(asked.shape, base))
         measured(lambda: make_checkpoint(asked.shape, base, checkpoint))
         # With several processes, today's way is also measured with one: the old way has no more.
-        ways = [(f"new, {count} processes", write_new, count) for count in sorted({1, asked.processes}, reverse=True)]
+        ways = [
+            (f"new, {count} processes", write_new_file, count) for count in sorted({1, asked.processes}, reverse=True)
+        ]
         for name, write, processes in [*ways, ("old", write_old, 1)]:
             if asked.only is not None and not name.startswith(asked.only):
                 continue

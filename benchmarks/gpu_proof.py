@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, SingleConfig  # noqa: E402
-from strategies.runtime import SIMULATED, Runtime, peak_memory_gib  # noqa: E402
+from strategies.runtime import SIMULATED, Runtime, peak_memory_gib_by_metric  # noqa: E402
 from strategies.sequence import with_sequence_parallelism  # noqa: E402
 from strategies.simulation import simulated_rank  # noqa: E402
 from trainer.config.parallel import ParallelConfig  # noqa: E402
@@ -216,7 +216,7 @@ def _beside_simulation(expected: SimulatedStep, run: RunConfig, lengths: list[in
         "simulated_gib": expected.peak[1].total / GIB,
         "at": str(expected.peak[0]),
         "live_gib": measured.peak[1].total / GIB,
-        "allocated_gib": peak_memory_gib(device)["memory_gib"],
+        "allocated_gib": peak_memory_gib_by_metric(device)["memory_gib"],
         "host_reads": sum(measured.host_reads.values()),
         "watched_s": time.perf_counter() - began,
         "flops": expected.flops,
@@ -283,7 +283,11 @@ def _timed(step: Callable[[], None], tokens: int, device: torch.device, steps: i
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     median = sorted(times[3:])[steps // 2]
-    return {"step_s": median, "tokens_per_s": tokens / median, "allocated_gib": peak_memory_gib(device)["memory_gib"]}
+    return {
+        "step_s": median,
+        "tokens_per_s": tokens / median,
+        "allocated_gib": peak_memory_gib_by_metric(device)["memory_gib"],
+    }
 
 
 def page(facts: dict[str, Any]) -> str:

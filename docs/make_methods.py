@@ -145,7 +145,7 @@ def methods_by_row(table: dict[str, Method], key: str) -> list[str]:
     for name, method in table.items():
         config, shown = SETTINGS[name]
         count = f"{parameters(config)[0]:,}" + (f" ({shown})" if shown else "")
-        merge = ("no" if method.no_merge else "yes") if method.adapter else "-"
+        merge = ("no" if method.merge_refusal else "yes") if method.adapter else "-"
         export = "adapter" if method.adapter else "whole model"
         lines.append(f"| `{key}={name}` | {method.title} | {export} | {merge} | {count} |")
     return lines
@@ -175,7 +175,7 @@ def optimizers() -> list[str]:
     exceptions = [
         f"- `{name}` with `optim={optim}`: {why}."
         for name, method in all_methods().items()
-        for optim, why in method.optimizers.items()
+        for optim, why in method.refusal_by_optimizer.items()
     ]
     lines = [
         "Every method trains with every optimizer, under the strategies that run the optimizer",
@@ -217,18 +217,18 @@ def measured() -> list[str]:
 
 def refusals(method: Method) -> Iterator[tuple[str, str]]:
     """What a method refuses, and why."""
-    for reason in dict.fromkeys(method.strategies.values()):
-        names = ", ".join(f"`{strategy}`" for strategy, why in method.strategies.items() if why == reason)
+    for reason in dict.fromkeys(method.refusal_by_strategy.values()):
+        names = ", ".join(f"`{strategy}`" for strategy, why in method.refusal_by_strategy.items() if why == reason)
         yield f"strategies {names}", reason
-    for word, reason in method.refused.items():
+    for word, reason in method.refusal_by_property.items():
         under = " under `fsdp2`, `hsdp` and ZeRO" if word == "half" else ""
         yield f"{PROPERTIES[word]}{under}", reason
     for what, reason in (
-        ("merging the adapter", method.no_merge),
-        ("classification and reward models", method.no_head),
-        ("`objective=seq2seq`", method.no_seq2seq),
-        ("`model.add_tokens`", method.no_new_tokens),
-        ("`tuning.from` and `model.adapters`", method.no_start),
+        ("merging the adapter", method.merge_refusal),
+        ("classification and reward models", method.new_head_refusal),
+        ("`objective=seq2seq`", method.seq2seq_refusal),
+        ("`model.add_tokens`", method.new_tokens_refusal),
+        ("`tuning.from` and `model.adapters`", method.continuation_refusal),
     ):
         if reason:
             yield what, reason

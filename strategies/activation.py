@@ -32,16 +32,17 @@ KEPT_OPS = (
     EFFICIENT_ATTENTION.default,
     CUDNN_ATTENTION.default,
 )
-KEPT_WHEN_REGISTERED = ("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward")
+KEPT_OP_NAMES = ("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward")
 """Variable-length attention on GPUs, torch's and FlashAttention's: by name, since they exist only once they are imported."""
 
 
 def is_kept_op(op: Any) -> bool:
     """Whether selective checkpointing keeps the result of an operation."""
-    return op in KEPT_OPS or op.name() in KEPT_WHEN_REGISTERED
+    return op in KEPT_OPS or op.name() in KEPT_OP_NAMES
 
 
 def _selective_policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """What torch's selective checkpointing does with the result of the operation `op`: keep it, or recompute it."""
     return CheckpointPolicy.MUST_SAVE if is_kept_op(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -81,11 +82,13 @@ class _KeptOpsOnly(TorchDispatchMode):
 
 
 def _selective_contexts() -> Any:
+    """The contexts of a block's forward pass and of its recomputation, in which torch keeps the results of costly operations."""
     forward_context, recompute_context = create_selective_checkpoint_contexts(_selective_policy)
     return _KeptOpsOnly(forward_context), _KeptOpsOnly(recompute_context)
 
 
 def _checkpoint_kwargs(mode: ActivationCheckpointing) -> dict[str, Any]:
+    """The arguments of `torch.utils.checkpoint.checkpoint` for a mode that recomputes, `full` or `selective`."""
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if mode is ActivationCheckpointing.selective:
         kwargs["context_fn"] = _selective_contexts

@@ -19,12 +19,12 @@ from strategies.activation import is_kept_op
 from strategies.base import ActivationCheckpointing, Precision
 from strategies.compat.dispatch import GROUPED_PRODUCT, TorchDispatchMode, storage_key
 from strategies.expert_parallelism import keep_one_rank_of_experts_on_meta
-from strategies.parameters import COMPUTE_DTYPE, set_dtypes
+from strategies.parameters import COMPUTE_DTYPE, set_parameter_dtypes
 
 
 @dataclass(frozen=True, slots=True)
-class Activations:
-    """Bytes that one micro-batch keeps for its backward pass. The lists have one entry a block."""
+class ActivationBytes:
+    """Bytes of activations that one micro-batch keeps for its backward pass, by mode of recomputation; each list by block."""
 
     none: list[float]
     """Kept by a block that recomputes nothing."""
@@ -32,12 +32,12 @@ class Activations:
     """Kept by a block that saves products and attention, and recomputes the rest."""
     full: list[float]
     """Kept by a block that saves only its input."""
-    outside: float
+    outside_blocks: float
     """Kept outside the blocks: embeddings, head, loss."""
     transient: float
     """The largest tensors that are made outside the blocks and not kept (the logits of a chunk, twice)."""
 
-    def with_inputs_on_host(self) -> Activations:
+    def with_inputs_on_host(self) -> ActivationBytes:
         """The same if inputs of blocks that recompute wait on the host (`strategy.offload_activations`)."""
         selective = [kept - inputs for kept, inputs in zip(self.selective, self.full, strict=True)]
         return replace(self, selective=[max(0.0, kept) for kept in selective], full=[0.0] * len(self.full))
@@ -61,10 +61,10 @@ class Activations:
             if mode is not ActivationCheckpointing.none:
                 # In the backward pass of a block that recomputes, all its activations exist again: of one block at a time.
                 recomputed_bytes = max(recomputed_bytes, self.none[block_index])
-        return self.outside + kept_bytes + recomputed_bytes + self.transient
+        return self.outside_blocks + kept_bytes + recomputed_bytes + self.transient
 
 
-class _Attention(torch.autograd.Function):
+class _FlashAttentionShapes(torch.autograd.Function):
     """Saves what flash attention saves: inputs, output and one sum a row. On meta, torch would save T x T scores instead."""
 
     @staticmethod
@@ -88,7 +88,7 @@ class _ShapesOfFlashAttention(TorchFunctionMode):
 
     @staticmethod
     def _attention(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        return _Attention.apply(query, key, value)  # type: ignore[no-any-return]
+        return _FlashAttentionShapes.apply(query, key, value)  # type: ignore[no-any-return]
 
 
 class _ActivationCounter(TorchDispatchMode):
@@ -109,7 +109,7 @@ class _ActivationCounter(TorchDispatchMode):
         self._parameter_storages = [parameter.untyped_storage() for parameter in parameters]
         self._parameter_keys = {storage_key(storage) for storage in self._parameter_storages}
 
-    def pack(self, tensor: Tensor) -> Tensor:
+    def count_saved_tensor(self, tensor: Tensor) -> Tensor:
         """Hook of autograd: count a tensor that is saved for the backward pass, in the block that runs.
 
         A storage counts once. Parameters and buffers do not count, since they are no activations.
@@ -139,13 +139,14 @@ class _ActivationCounter(TorchDispatchMode):
                 self.largest_tensor_outside = max(self.largest_tensor_outside, size)
         return out
 
-    def enter(self, index: int, hidden: Tensor | None) -> None:
+    def enter_block(self, index: int, hidden: Tensor | None) -> None:
         """Block `index` begins, with the hidden states `hidden`."""
         self.current_block = index
         if hidden is not None:
             self.input_bytes[index] = hidden.untyped_storage().nbytes()
 
-    def leave(self) -> None:
+    def leave_block(self) -> None:
+        """No block runs any more: what comes now counts as outside the blocks."""
         self.current_block = len(self.saved_bytes) - 1
 
 
@@ -157,7 +158,7 @@ def _shape_of_grouped_product(left: Tensor, right: Tensor, *_: Any, **_more: Any
     return left.new_empty(left.shape[0], right.shape[-1])
 
 
-def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: Precision) -> Activations:
+def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: Precision) -> ActivationBytes:
     """Count the bytes that the micro-batch `batch` keeps for its backward pass, by a forward pass of a copy on meta.
 
     `step_module`: the model with its loss, whose parameters are on meta, so that nothing is allocated. Activations are counted
@@ -165,7 +166,7 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
     """
     compute_dtype = COMPUTE_DTYPE[precision]
     probe = copy.deepcopy(step_module)
-    set_dtypes(probe, trainable=compute_dtype, frozen=compute_dtype)
+    set_parameter_dtypes(probe, trainable=compute_dtype, frozen=compute_dtype)
     probe.to("meta")  # buffers are real until here
     keep_one_rank_of_experts_on_meta(probe)
     probe.train()
@@ -173,13 +174,13 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
     counter = _ActivationCounter(blocks, [*probe.parameters(), *probe.buffers()])
     for index, block in enumerate(blocks):
 
-        def enter(_block: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-            counter.enter(index, _first_float_tensor((*args, *kwargs.values())))
+        def enter_block(_block: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+            counter.enter_block(index, _first_float_tensor((*args, *kwargs.values())))
 
-        block.register_forward_pre_hook(enter, with_kwargs=True)
-        block.register_forward_hook(lambda *_: counter.leave())
+        block.register_forward_pre_hook(enter_block, with_kwargs=True)
+        block.register_forward_hook(lambda *_: counter.leave_block())
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks(counter.count_saved_tensor, lambda tensor: tensor)
     meta_batch = _batch_on_meta(batch)
     with torch.enable_grad(), _ShapesOfFlashAttention(), counter, hooks:
         terms = probe(meta_batch)
@@ -187,16 +188,16 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
 
     block_saved_bytes = counter.saved_bytes[:-1]
     block_input_bytes = counter.input_bytes[:-1]
-    selective = []
+    selective = []  # a block keeps its input and the results of costly operations, and no more than without recomputation
     for saved_bytes, kept_op_bytes, input_bytes in zip(
         block_saved_bytes, counter.kept_op_bytes[:-1], block_input_bytes, strict=True
     ):
         selective.append(min(saved_bytes, kept_op_bytes + input_bytes))
-    return Activations(
+    return ActivationBytes(
         none=block_saved_bytes,
         selective=selective,
         full=block_input_bytes,
-        outside=counter.saved_bytes[-1],
+        outside_blocks=counter.saved_bytes[-1],
         transient=2 * counter.largest_tensor_outside,
     )
 
@@ -231,7 +232,7 @@ class RecomputationChoice(NamedTuple):
     """Whether the activations at the peak fit the budget."""
 
 
-def choose_recomputation(activations: Activations, budget_bytes: float) -> RecomputationChoice:
+def choose_recomputation(activations: ActivationBytes, budget_bytes: float) -> RecomputationChoice:
     """Choose what each block recomputes, so that activations take at most `budget_bytes` at the peak.
 
     If they take more even with all blocks recomputed in full, the choice does not fit. As few blocks as possible recompute,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-PATIENCE_S = 75.0
+VISIBILITY_TIMEOUT_S = 75.0
 """How long a name that another host has made may stay invisible: NFS clients keep what they know of a directory for 60 s."""
 CHUNK_BYTES = 2**23
 """Bytes that are read and hashed at a time."""
@@ -167,7 +167,7 @@ class NewFile:
         return WrittenFile(self.path.name, self.size, self._hash.hexdigest())
 
 
-def write_new(path: Path, data: bytes) -> WrittenFile:
+def write_new_file(path: Path, data: bytes) -> WrittenFile:
     """Write `data` into the file `path` and sync it. Its name is durable once its directory is synced. Raises OSError."""
     with NewFile(path) as file:
         file.write(data)
@@ -246,8 +246,8 @@ def call_until_visible(
 ) -> Returned:
     """Call a function that opens a file, again and again until a network file system shows what another host has written.
 
-    Returns its result. Calls again after an OSError of `retried_errnos`, for at most `PATIENCE_S`, unless `was_deleted()` says
-    that the file will never come. Raises the last OSError.
+    Returns its result. Calls again after an OSError of `retried_errnos`, for at most `VISIBILITY_TIMEOUT_S`, unless
+    `was_deleted()` says that the file will never come. Raises the last OSError.
     """
     waited_s = 0.0
     pause_s = 0.05
@@ -255,7 +255,7 @@ def call_until_visible(
         try:
             return call()
         except OSError as error:
-            if error.errno not in retried_errnos or waited_s >= PATIENCE_S or was_deleted():
+            if error.errno not in retried_errnos or waited_s >= VISIBILITY_TIMEOUT_S or was_deleted():
                 raise
         disk.sleep(pause_s)
         waited_s += pause_s
@@ -427,7 +427,7 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
         return f"{expected.name} cannot be read ({error_summary(error)})"
 
 
-def space_problem(directory: Path, needed: int) -> str | None:
+def disk_space_problem(directory: Path, needed: int) -> str | None:
     """A sentence that says that `needed` bytes do not fit on the disk of `directory`; None if they do, or if it is unknown."""
     try:
         free = disk.free(directory)

@@ -221,13 +221,13 @@ class OptimizerStepHooks(Protocol):
     def begin(self, total_steps: int) -> None:
         """Called before training. `total_steps` counts all optimizer steps of the run, also those before a resume."""
 
-    def before_clip(self, scale: Tensor | None) -> None:
-        """Called when gradients are reduced and not yet clipped. `scale`: the loss scale (fp16); None if there is none."""
+    def before_clip(self, loss_scale: Tensor | None) -> None:
+        """Called when gradients are reduced and not yet clipped. `loss_scale`: 0-d, in fp16; None in other precisions."""
 
-    def after_update(self, step: int, *, finite: bool) -> None:
+    def after_update(self, step: int, *, is_applied: bool) -> None:
         """Called after optimizer step `step`, counted from 1. The clipped gradients are still there.
 
-        `finite=False`: the update was skipped.
+        `is_applied`: whether the weights were updated; false if the update was skipped.
         """
 
     def state_of(self, name: str) -> dict[str, Tensor]:
@@ -236,7 +236,7 @@ class OptimizerStepHooks(Protocol):
         The tensors are live and contiguous, and have the parameter's shape.
         """
 
-    def restored(self) -> None:
+    def after_restore(self) -> None:
         """Called after a checkpoint has overwritten the tensors of `state_of`."""
 
 
@@ -310,7 +310,7 @@ class Progress:
 
     def as_json(self) -> dict[str, Any]:
         """The fields under their keys in `progress.json` and `run.json`."""
-        return {PROGRESS_KEYS.get(name, name): content for name, content in asdict(self).items()}
+        return {PROGRESS_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Progress:

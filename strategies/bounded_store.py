@@ -31,18 +31,18 @@ class BoundedStore:
         self._store = store.clone()  # a connection of its own: a call of the process group may block the other one
         self._limit_s = limit_s
         self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
-        self._late: Future[Any] | None = None
+        self._late_answer: Future[Any] | None = None
         self._answered_at = time.monotonic()
         threading.Thread(target=self._make_calls, name="store", daemon=True).start()
 
-    def set(self, key: str, stored: str) -> None:
+    def set(self, key: str, value: str) -> None:
         """Store a value."""
-        self._call(self._store.set, key, stored)
+        self._call(self._store.set, key, value)
 
     def get(self, key: str) -> bytes:
         """The value of a key. Waits, as the store does, until the key has one."""
-        stored: bytes = self._call(self._store.get, key)
-        return stored
+        value: bytes = self._call(self._store.get, key)
+        return value
 
     def check(self, keys: list[str]) -> bool:
         """Whether all keys have a value."""
@@ -50,23 +50,23 @@ class BoundedStore:
 
     def unanswered_s(self) -> float:
         """Seconds since the last answer if a call has exceeded its limit and is still unanswered, else 0."""
-        if self._late is None or self._late.done():
+        if self._late_answer is None or self._late_answer.done():
             return 0.0
         return time.monotonic() - self._answered_at
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Let the thread make a call, and wait for its answer. Raises Unanswered after the limit, or the call's own error."""
-        if self._late is not None and not self._late.done():
+        if self._late_answer is not None and not self._late_answer.done():
             raise Unanswered(f"the ranks' store has not answered for {self.unanswered_s():.0f} s")
         answer: Future[Any] = Future()
         self._calls.put((function, arguments, answer))
         try:
-            stored = answer.result(timeout=self._limit_s)
+            value = answer.result(timeout=self._limit_s)
         except TimeoutError:
-            self._late = answer
+            self._late_answer = answer
             raise Unanswered(f"the ranks' store has not answered for {self._limit_s:.0f} s") from None
         self._answered_at = time.monotonic()
-        return stored
+        return value
 
     def _make_calls(self) -> None:
         """Body of the thread: make the calls in the queue, one after the other."""

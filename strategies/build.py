@@ -7,7 +7,7 @@ import torch.distributed as dist
 from strategies.base import DdpConfig, Fsdp2Config, Precision, Strategy, StrategyConfig, StrategyName, ZeroConfig
 from strategies.errors import ConfigError
 from strategies.hardware import best_precision, gpu_of_device
-from strategies.runtime import NO_NETWORK, Runtime, gather_objects
+from strategies.runtime import FAKE_BACKEND, Runtime, gather_objects
 
 
 def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtime) -> Strategy:
@@ -17,7 +17,7 @@ def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtim
     resolves; `single` with several processes.
     """
     communicates = config.name not in (StrategyName.single, StrategyName.auto)
-    if communicates and not runtime.simulated and dist.get_backend(runtime.control_group) == NO_NETWORK:
+    if communicates and not runtime.simulated and dist.get_backend(runtime.control_group) == FAKE_BACKEND:
         raise ConfigError(
             f"strategy={config.name}: this host has no network, not even a loopback interface, and the process group needs one; "
             "set strategy=single, or bring the interface up (`ip link set lo up`)"

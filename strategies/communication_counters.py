@@ -19,7 +19,7 @@ from torch import Tensor
 from strategies.compat.process_groups import collectives_reported
 
 ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, ALL_TO_ALL = "all_gather", "all_reduce", "reduce_scatter", "all_to_all"
-_OPERATIONS = {
+_COLLECTIVE_BY_OPERATION = {
     **dict.fromkeys(("allgather_", "_allgather_base_", "allgather_coalesced_"), ALL_GATHER),
     "allgather_into_tensor_coalesced_": ALL_GATHER,
     **dict.fromkeys(("allreduce_", "allreduce_coalesced_"), ALL_REDUCE),
@@ -96,7 +96,7 @@ def count_communication() -> Iterator[CommunicationTotals]:
     is_outermost = not _active_totals
     _active_totals.append(totals)
     try:
-        with collectives_reported(_OPERATIONS, count_bytes) if is_outermost else nullcontext():
+        with collectives_reported(_COLLECTIVE_BY_OPERATION, count_bytes) if is_outermost else nullcontext():
             yield totals
     finally:
         _active_totals.remove(totals)

@@ -28,9 +28,9 @@ from strategies.host_memory import HostMemory
 from strategies.runtime import Runtime
 
 _CPU = torch.device("cpu")
-_MIN_ELEMENTS = 2**12
+_MIN_SHARED_MEMORY_ELEMENTS = 2**12
 """Smaller tensors (flags and norms) stay with the process group."""
-_AVERAGES = {"SUM": False, "AVG": True}
+_IS_AVERAGE_BY_OPERATION = {"SUM": False, "AVG": True}
 """Whether a reduction averages, by its name: DeepSpeed and torch each have an enumeration of their own. Others are not ours."""
 
 
@@ -124,13 +124,13 @@ class SharedMemoryBackend:
         Every rank decides alike.
         """
         is_of_all_ranks = group is None or dist.get_world_size(group) == self.memory.size
-        is_large = tensor.numel() >= _MIN_ELEMENTS
-        return is_of_all_ranks and is_large and tensor.is_contiguous() and op.name in _AVERAGES
+        is_large = tensor.numel() >= _MIN_SHARED_MEMORY_ELEMENTS
+        return is_of_all_ranks and is_large and tensor.is_contiguous() and op.name in _IS_AVERAGE_BY_OPERATION
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
         if not self._uses_shared_memory(tensor, group, op):
             return self.backend.all_reduce(tensor, op, group=group, async_op=async_op)
-        self.memory.all_reduce(tensor, average=_AVERAGES[op.name])
+        self.memory.all_reduce(tensor, average=_IS_AVERAGE_BY_OPERATION[op.name])
         return _FinishedWork()
 
     def all_gather_into_tensor(
@@ -152,7 +152,7 @@ class SharedMemoryBackend:
         """Reduce `input_tensor` over the ranks of `group`, and put this rank's part into `output_tensor`. All must call."""
         if not self._uses_shared_memory(input_tensor, group, op):
             return self.backend.reduce_scatter_tensor(output_tensor, input_tensor, op, group=group, async_op=async_op)
-        self.memory.reduce_scatter(output_tensor, input_tensor, average=_AVERAGES[op.name])
+        self.memory.reduce_scatter(output_tensor, input_tensor, average=_IS_AVERAGE_BY_OPERATION[op.name])
         return _FinishedWork()
 
 
@@ -196,32 +196,34 @@ class DeviceClipping:
         self.max_norm = max_norm
         self.device = device
         self._update_filter: UpdateFilter | None = None
-        self._applied: Tensor | None = None
+        self._is_applied: Tensor | None = None
+        """Whether the update of the current step is applied, 0-d bool; None until the filter was called."""
         zero_optimizer.optimizer.register_step_pre_hook(self._before_step)
 
     def begin_step(self, update_filter: UpdateFilter | None) -> None:
         """Set the filter that may skip the update of the coming step. Call it before each step."""
         self._update_filter = update_filter
-        self._applied = None
+        self._is_applied = None
 
     def norm(self) -> Tensor:
         """Norm of this step's gradients before clipping, 0-d float32; infinite if one is not finite. Does not wait."""
         return torch.as_tensor(grad_norm_in_step(self.zero_optimizer), dtype=torch.float32, device=self.device)
 
-    def applied(self) -> Tensor:
+    def is_applied(self) -> Tensor:
         """Whether this step's update is applied, 0-d bool. Calls the filter once a step, on all ranks alike."""
-        if self._applied is None:
+        if self._is_applied is None:
             norm = self.norm()
-            self._applied = norm.isfinite()
+            self._is_applied = norm.isfinite()
             if self._update_filter is not None:
-                self._applied = self._applied & ~self._update_filter(norm)
-        return self._applied
+                self._is_applied = self._is_applied & ~self._update_filter(norm)
+        return self._is_applied
 
-    def _before_step(self, inner: Any, *_: Any) -> None:
-        inner.found_inf = (~self.applied()).float()
+    def _before_step(self, inner_optimizer: Any, *_: Any) -> None:
+        """Hook before the inner optimizer's step: tell it whether to skip the update (`found_inf`), and clip the gradients."""
+        inner_optimizer.found_inf = (~self.is_applied()).float()
         if self.max_norm > 0:
             factor = (self.max_norm / (self.norm() + 1e-6)).clamp(max=1.0)
-            parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+            parameters = [parameter for group in inner_optimizer.param_groups for parameter in group["params"]]
             multiply_each([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
 
 
@@ -235,22 +237,23 @@ class UpdateGate:
     def __init__(self, zero_optimizer: Any, device: torch.device) -> None:
         self.zero_optimizer = zero_optimizer
         self.device = device
-        self.skipped: bool | None = None
-        """Whether this step's update is skipped; None if the filter was not called."""
+        self.is_skipped: bool | None = None
+        """Whether this step's update is is_skipped; None if the filter was not called."""
         self._update_filter: UpdateFilter | None = None
         self._inner_step = zero_optimizer.optimizer.step
-        zero_optimizer.optimizer.step = self._step_unless_refused
+        zero_optimizer.optimizer.step = self._step_unless_skipped
 
     def begin_step(self, update_filter: UpdateFilter | None) -> None:
         """Set the filter that may skip the update of the coming step. Call it before each step."""
         self._update_filter = update_filter
-        self.skipped = None
+        self.is_skipped = None
 
-    def _step_unless_refused(self, *args: Any, **kwargs: Any) -> Any:
+    def _step_unless_skipped(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaces the inner optimizer's `step`: does nothing if the update filter refuses the norm of this step."""
         # DeepSpeed steps once for each parameter group. The filter is called with the first.
-        if self._update_filter is not None and self.skipped is None:
+        if self._update_filter is not None and self.is_skipped is None:
             norm = torch.as_tensor(grad_norm_in_step(self.zero_optimizer), dtype=torch.float32, device=self.device)
-            self.skipped = bool(self._update_filter(norm))
-        if self.skipped:
+            self.is_skipped = bool(self._update_filter(norm))
+        if self.is_skipped:
             return None
         return self._inner_step(*args, **kwargs)

@@ -25,10 +25,10 @@ class WeightAverage:
         self.averages = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
-    def update(self, updates: Tensor, applied: Tensor) -> None:
-        """Move the average after update number `updates` (0-d), unless it was skipped (`applied`, 0-d bool or float, is 0)."""
+    def update(self, updates: Tensor, is_applied: Tensor) -> None:
+        """Move the average after update number `updates` (0-d), unless it was skipped (`is_applied`, 0-d bool or float, is 0)."""
         decay = ((1 + updates) / (10 + updates)).clamp(max=self.decay)
-        share = applied.float() * (1 - decay)
+        share = is_applied.float() * (1 - decay)
         for average, weight in zip(self.averages, self.weights, strict=True):
             average.lerp_(weight.detach(), share.to(average.device, average.dtype))
 

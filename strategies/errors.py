@@ -8,7 +8,7 @@ import re
 
 from strategies.redaction import redact
 
-_KEY = re.compile(r"[a-z][\w-]*(?:\.[\w-]+)*(?=[=:]| with )", re.ASCII)
+_SETTING_KEY_REGEX = re.compile(r"[a-z][\w-]*(?:\.[\w-]+)*(?=[=:]| with )", re.ASCII)
 """The full key of a setting, as it begins a line about it: its value follows, the rule, or what it was combined with."""
 
 
@@ -40,7 +40,7 @@ class ConfigError(ShardtuneError):
 
 def key_of_problem(problem: str) -> str:
     """The full key of the setting or group that a line of `ConfigError.problems` is about; empty if it begins with none."""
-    match = _KEY.match(problem)
+    match = _SETTING_KEY_REGEX.match(problem)
     return match[0] if match else ""
 
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from strategies.base import plan_of
 from strategies.compat.modules import own_parameters
-from strategies.expert_counts import ASSUMED_IMBALANCE, AssumedCounts, expert_counts_of_group
+from strategies.expert_counts import ASSUMED_IMBALANCE, AssumedRowCounts, row_count_source
 from strategies.expert_share import ExpertShare
 from strategies.mesh import expert_mesh
 from strategies.runtime import Runtime
@@ -40,7 +40,7 @@ def distribute_experts(
         group_size=expert_ranks,
         group_rank=runtime.rank % expert_ranks,
         group=group,
-        counts=expert_counts_of_group(group, expert_ranks, imbalance=assumed_imbalance),
+        counts=row_count_source(group, expert_ranks, imbalance=assumed_imbalance),
     )
     for module in modules:
         _keep_own_experts(module, share)
@@ -56,7 +56,7 @@ def keep_one_rank_of_experts_on_meta(step_module: nn.Module) -> None:
     plan = plan_of(step_module)
     if plan.expert_ranks == 1:
         return
-    counts = AssumedCounts(plan.expert_ranks, ASSUMED_IMBALANCE)
+    counts = AssumedRowCounts(plan.expert_ranks, ASSUMED_IMBALANCE)
     share = ExpertShare(group_size=plan.expert_ranks, group_rank=0, group=None, counts=counts)
     for name in plan.expert_parallel_modules:
         _keep_own_experts(step_module.get_submodule(name), share)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.expert_counts import ExpertCounts
+from strategies.expert_counts import RowCountSource
 from strategies.parameters import FROZEN_MODEL_PREFIXES, MODEL_PREFIX
 
 
@@ -23,7 +23,7 @@ class ExpertShare:
     """The index of this rank within the group."""
     group: Any
     """The process group; None on meta, where nothing is exchanged."""
-    counts: ExpertCounts
+    counts: RowCountSource
     """How many rows the ranks of the group send each other."""
 
     def full_shape(self, own_shape: torch.Size) -> torch.Size:

@@ -33,8 +33,13 @@ class CollectiveCall:
         return self.waits_s is None
 
     @property
-    def counter(self) -> tuple[str, str]:
-        """(group, backend): within what `number` counts. NCCL and gloo each count the collectives of a group for themselves."""
+    def is_waiting(self) -> bool:
+        """Whether the rank waits in this collective for another rank."""
+        return not self.is_complete
+
+    @property
+    def numbering(self) -> tuple[str, str]:
+        """(group, backend), within which `number` counts: NCCL and gloo each number the collectives of a group by themselves."""
         return self.group, self.operation.partition(":")[0]
 
     def __str__(self) -> str:

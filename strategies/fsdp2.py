@@ -31,12 +31,12 @@ from strategies.full_params import FsdpFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.mesh import replica_count, shard_mesh
 from strategies.native import LocalRange, NativeEngine
-from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_dtypes
+from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_parameter_dtypes
 from strategies.runtime import Runtime
 from strategies.simulation import real_tensors
 
 
-def first_local_element(tensor: DTensor) -> int:
+def index_of_first_local_element(tensor: DTensor) -> int:
     """Index of this rank's first element in the flattened full tensor; `tensor` is sharded along its first dimension."""
     with real_tensors():
         _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -48,8 +48,11 @@ def first_local_element(tensor: DTensor) -> int:
 
 
 def full_shape_and_start(step_module: nn.Module, name: str, tensor: DTensor) -> tuple[torch.Size, int]:
-    """(shape of the full parameter, as in files, with all experts; index of this rank's first element in it, flattened)."""
-    start = first_local_element(tensor)
+    """(shape of the full parameter as files have it, index of this rank's first element in that parameter, flattened).
+
+    Under expert parallelism, `tensor` is the part of one rank of the expert group; the full parameter has all experts.
+    """
+    start = index_of_first_local_element(tensor)
     share = expert_share_of_parameter(step_module, name)
     if share is None:
         return tensor.shape, start
@@ -78,7 +81,7 @@ def refuse_fewer_experts_than_ranks(step_module: nn.Module, num_ranks: int, stra
         )
 
 
-class _AllGather(DefaultAllocMixin, AllGather):
+class _SharedMemoryAllGather(DefaultAllocMixin, AllGather):
     """Gathers a block's parameters through shared memory, in place of FSDP2's own all-gather."""
 
     def __init__(self, memory: HostMemory) -> None:
@@ -90,7 +93,7 @@ class _AllGather(DefaultAllocMixin, AllGather):
         self.memory.all_gather(output_tensor, input_tensor)
 
 
-class _ReduceScatter(DefaultAllocMixin, ReduceScatter):
+class _SharedMemoryReduceScatter(DefaultAllocMixin, ReduceScatter):
     """Reduces a block's gradients through shared memory, in place of FSDP2's own reduce-scatter."""
 
     def __init__(self, memory: HostMemory) -> None:
@@ -113,7 +116,7 @@ class Fsdp2Engine(NativeEngine):
     """Gathers a block's parameters while the block runs, and keeps everything else sharded."""
 
     casts_parameters = True
-    replicated = False
+    is_replicated = False
     defer_sync = True
     wrapped: FSDPModule  # type: ignore[assignment]
     shard_group: dist.ProcessGroup
@@ -155,9 +158,9 @@ class Fsdp2Engine(NativeEngine):
         # An empty shard may have strides that no view can flatten.
         flat = local.reshape(-1) if local.numel() == 0 else local.view(-1)
         full_shape, start = full_shape_and_start(self.step_module, name, parameter)
-        return LocalRange(flat, start, full_shape.numel())
+        return LocalRange(flat, start=start, full_numel=full_shape.numel())
 
-    def _writes_checkpoint(self) -> bool:
+    def _writes_its_ranges(self) -> bool:
         mesh = self._mesh
         return mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
 
@@ -184,7 +187,7 @@ class Fsdp2Strategy:
         self.config = config
         self.precision = precision
         self.runtime = runtime
-        self.num_replicas = replica_count(config, runtime.world_size, runtime.hosts)
+        self.num_replicas = replica_count(config, runtime.world_size, runtime.num_hosts)
         self.expert_mesh: DeviceMesh | None = None
         """The ranks that hold the same experts, with `parallel.experts`; else None."""
 
@@ -201,17 +204,17 @@ class Fsdp2Strategy:
     ) -> Fsdp2Engine:
         """`fully_shard` block by block, then fill in the values, then build the optimizer. All ranks must call."""
         compute_dtype = COMPUTE_DTYPE[self.precision]
-        set_dtypes(step_module, trainable=torch.float32, frozen=compute_dtype)
+        set_parameter_dtypes(step_module, trainable=torch.float32, frozen=compute_dtype)
         apply_checkpointing_and_compile(step_module, self.config)
-        group = self._shard(step_module, compute_dtype)
-        memory = open_host_memory(self.runtime, group)
-        if memory is not None:
-            self._use_shared_memory(memory, step_module)
+        shard_group = self._shard(step_module, compute_dtype)
+        host_memory = open_host_memory(self.runtime, shard_group)
+        if host_memory is not None:
+            self._use_shared_memory(host_memory, step_module)
         device = torch.device("cpu") if self.config.cpu_offload else self.runtime.device
         materialize(step_module, device)
         if self.config.cpu_offload:
             replace_buffers(step_module, lambda buffer: buffer.to(self.runtime.device))
-        self._fill(step_module, source)
+        self._load_shards(step_module, source)
         # Pads uneven shards and pins offloaded ones. Both make new tensors, so the optimizer must be built after this.
         finish_sharding(step_module)
         engine = Fsdp2Engine(
@@ -223,13 +226,13 @@ class Fsdp2Strategy:
             runtime=self.runtime,
             strategy=self.config.name,
         )
-        planned = plan_of(step_module).defer_sync
-        if planned is None:
+        planned_defer_sync = plan_of(step_module).defer_sync
+        if planned_defer_sync is None:  # nobody planned: deferred unless the user set `strategy.defer_sync=false`
             engine.defer_sync = self.config.defer_sync is not False
         else:
-            engine.defer_sync = planned
-        engine.shard_group = group
-        engine.host_memory = memory
+            engine.defer_sync = planned_defer_sync
+        engine.shard_group = shard_group
+        engine.host_memory = host_memory
         engine.full_parameters = FsdpFullParameters(
             step_module,
             compute_dtype,
@@ -301,11 +304,11 @@ class Fsdp2Strategy:
                 continue
             own_memory = expert_memory if hasattr(module, "expert_share") else memory
             if own_memory is not None:
-                module.set_custom_all_gather(_AllGather(own_memory))
-                module.set_custom_reduce_scatter(_ReduceScatter(own_memory))
+                module.set_custom_all_gather(_SharedMemoryAllGather(own_memory))
+                module.set_custom_reduce_scatter(_SharedMemoryReduceScatter(own_memory))
 
     @torch.no_grad()
-    def _fill(self, step_module: nn.Module, source: ParameterSource) -> None:
+    def _load_shards(self, step_module: nn.Module, source: ParameterSource) -> None:
         """Read this rank's shard of every parameter from `source`, and nothing else."""
         for name, parameter in named_parameters(step_module, include_frozen_models=True):
             assert isinstance(parameter, DTensor)

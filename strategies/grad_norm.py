@@ -10,7 +10,7 @@ from torch import Tensor
 from strategies.compat.optimizers import norm_of_each
 from strategies.runtime import device_kind
 
-_PIECE_ELEMENTS = 2**14
+_PIECE_NUM_ELEMENTS = 2**14
 
 
 def squared_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -24,5 +24,5 @@ def squared_norm(grads: Sequence[Tensor]) -> Tensor:
         return torch.stack(norm_of_each(tensors)).square().sum()
     pieces: list[Tensor] = []
     for tensor in tensors:
-        pieces += tensor.reshape(-1).split(_PIECE_ELEMENTS)
+        pieces += tensor.reshape(-1).split(_PIECE_NUM_ELEMENTS)
     return torch.stack(norm_of_each(pieces)).square().sum()

@@ -11,15 +11,15 @@ from strategies.base import Precision
 if TYPE_CHECKING:
     import torch
 
-AMPERE = (8, 0)
+AMPERE_CAPABILITY = (8, 0)
 """CUDA capability of the first GPUs with matrix units for bf16."""
-VOLTA = (7, 0)
+VOLTA_CAPABILITY = (7, 0)
 """CUDA capability of the first GPUs with matrix units for fp16."""
-SMALL_SHARED_MEMORY = (((8, 6), (8, 9)), ((12, 0), (12, 1)))
+CAPABILITIES_WITH_SMALL_SHARED_MEMORY = (((8, 6), (8, 9)), ((12, 0), (12, 1)))
 """Ranges of capabilities, (first, last), of GPUs whose multiprocessors have little shared memory."""
-MAX_FLASH_HEAD = 256
+MAX_FLASH_HEAD_SIZE = 256
 """Largest size of a head for flash attention, in torch and in the package flash-attn. Sizes are multiples of 8."""
-AMD_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+AMD_BF16_ARCHITECTURES = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 """AMD's architectures with matrix units for bf16: MI100 and later, RDNA 3 and later."""
 
 
@@ -36,8 +36,8 @@ class Gpu:
     def has_bf16(self) -> bool:
         """Whether the hardware has matrix units for bf16."""
         if self.architecture is not None:
-            return self.architecture.startswith(AMD_BF16)
-        return self.capability >= AMPERE
+            return self.architecture.startswith(AMD_BF16_ARCHITECTURES)
+        return self.capability >= AMPERE_CAPABILITY
 
     @property
     def has_flash(self) -> bool:
@@ -51,10 +51,12 @@ class Gpu:
         and 12.1) cannot do the sizes 193 to 224, and with dropout all sizes above 192.
         """
         is_nvidia = self.architecture is None
-        has_little_shared_memory = any(first <= self.capability <= last for first, last in SMALL_SHARED_MEMORY)
+        has_little_shared_memory = any(
+            first <= self.capability <= last for first, last in CAPABILITIES_WITH_SMALL_SHARED_MEMORY
+        )
         if not is_nvidia or not has_little_shared_memory:
             return None
-        largest = 224 if dropout == 0.0 else MAX_FLASH_HEAD
+        largest = 224 if dropout == 0.0 else MAX_FLASH_HEAD_SIZE
         return 193, largest
 
 
@@ -81,7 +83,7 @@ def best_precision(gpu: Gpu | None) -> Precision:
     if gpu.has_bf16:
         return Precision.bf16
     # AMD's older cards have no matrix units, but their fp16 is fast.
-    has_fast_fp16 = gpu.architecture is not None or gpu.capability >= VOLTA
+    has_fast_fp16 = gpu.architecture is not None or gpu.capability >= VOLTA_CAPABILITY
     return Precision.fp16 if has_fast_fp16 else Precision.fp32
 
 

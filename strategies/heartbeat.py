@@ -7,8 +7,8 @@ After a timeout every rank writes the stacks of its threads, and says which coll
 they are asked through the store, or by themselves when a collective has lasted for most of the timeout. A stopped rank does so
 when a peer on its host wakes it with SIGQUIT.
 
-A launcher may give its ranks a directory (`HEARTBEAT_DIRECTORY`). It then finds there the last heartbeat of each, also of a
-killed one.
+A launcher may give its ranks a directory (`HEARTBEAT_DIRECTORY_VARIABLE`). It then finds there the last heartbeat of each, also
+of a killed one.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from strategies.bounded_store import BoundedStore, Unanswered
 from strategies.errors import ShardtuneError
 from strategies.flight_recorder import CollectiveCall, last_collective
 
-LOST_PEER = re.compile(
+LOST_PEER_REGEX = re.compile(
     r"connection (closed|reset|refused|was)|broken pipe|timed out|timeout|gloo|nccl|peer|has ended", re.IGNORECASE
 )
 """Texts in the errors of a rank whose peer has died or hangs, from gloo, NCCL and sockets."""
-AWAITED_PEER = re.compile(r"waited \d+ s for its peer (\d+)")
+AWAITED_PEER_REGEX = re.compile(r"waited \d+ s for its peer (\d+)")
 """How an error of `strategies/host_memory.py` names the rank that did not come."""
 STACKS_KEY = "shardtune/stacks"
-HEARTBEAT_DIRECTORY = "SHARDTUNE_LAST_WORDS"
+HEARTBEAT_DIRECTORY_VARIABLE = "SHARDTUNE_LAST_WORDS"
 """Environment variable: a directory of this host, given by the launcher, in which each rank writes its last heartbeat."""
 LATE_SHARE = 0.8
 """Share of the timeout after which a rank reports a collective that is not over: soon the backend may end the process."""
@@ -52,7 +52,7 @@ ANSWER_S = 10.0
 """Seconds (or beats, if those are longer) for an answer of the ranks' store. After them its host counts as unreachable."""
 CUT_OFF_S = 30.0
 """A rank that is cut off from the others ends this many seconds after the timeout, unless an error has ended it before."""
-TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
+TIMEOUT_REGEX = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,9 +195,9 @@ class HeartbeatMonitor:
         - a SilentRank for the first rank that sends no heartbeats any more.
         """
         error_line = _first_line(error)
-        if isinstance(error, ShardtuneError) or not LOST_PEER.search(str(error)):
+        if isinstance(error, ShardtuneError) or not LOST_PEER_REGEX.search(str(error)):
             return None
-        timed_out = TIMED_OUT.search(str(error)) is not None
+        timed_out = TIMEOUT_REGEX.search(str(error)) is not None
         # If a process has ended, its launcher will end this one in a few seconds. If a process hangs, there is more time to
         # watch.
         wait_s = (6 if timed_out else 2.5) * self.interval_s
@@ -263,7 +263,7 @@ class HeartbeatMonitor:
 
     def _rank_named_in(self, error: BaseException) -> int | None:
         """The rank that the `error` of a collective through shared memory names as missing; None if it names none."""
-        match = AWAITED_PEER.search(str(error))
+        match = AWAITED_PEER_REGEX.search(str(error))
         if match is None or int(match[1]) >= self.world_size:
             return None
         return int(match[1])
@@ -271,12 +271,14 @@ class HeartbeatMonitor:
     def _absent_ranks(self, own_collective: CollectiveCall, last_collectives: dict[int, CollectiveCall]) -> list[int]:
         """Ranks that wait in no collective, and have not joined `own_collective`, the one in which this rank waits.
 
-        `last_collectives`: the last collective of each rank. Collectives of one `counter` have the same numbers on every rank.
+        `last_collectives`: the last collective of each rank. Within one numbering (group and backend), a collective has the same
+        number on every rank, so a rank whose last number is lower has not joined yet.
         """
         absent_ranks = []
         for rank, collective in last_collectives.items():
-            has_joined = collective.counter == own_collective.counter and collective.number >= own_collective.number
-            if rank != self.rank and collective.is_complete and not has_joined:
+            is_same_numbering = collective.numbering == own_collective.numbering
+            has_joined = is_same_numbering and collective.number >= own_collective.number
+            if rank != self.rank and not collective.is_waiting and not has_joined:
                 absent_ranks.append(rank)
         return absent_ranks
 
@@ -398,7 +400,7 @@ class HeartbeatMonitor:
 
     def _write_for_launcher(self, heartbeat: dict[str, Any]) -> None:
         """Write the heartbeat into the launcher's directory, if it has given one."""
-        directory = os.environ.get(HEARTBEAT_DIRECTORY)
+        directory = os.environ.get(HEARTBEAT_DIRECTORY_VARIABLE)
         if directory is None:
             return
         with contextlib.suppress(OSError):

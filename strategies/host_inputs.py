@@ -26,15 +26,15 @@ class HostInputs:
     """
 
     def __init__(self) -> None:
-        self.live = 0
+        self.num_live_tensors = 0
         """Tensors that are on the host now."""
         self.live_bytes = 0
         self.peak = HostTensors()
-        """Since `begin_step`."""
+        """The most tensors that were on the host at one time since `begin_step`."""
 
     def begin_step(self) -> None:
         """Forget the peak of earlier steps."""
-        self.peak = HostTensors(self.live, self.live_bytes)
+        self.peak = HostTensors(self.num_live_tensors, self.live_bytes)
 
     def wrap(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap `checkpoint` (torch's activation checkpointing), so that a block's hidden states are saved on the host.
@@ -62,28 +62,28 @@ class HostInputs:
             def pack(saved: Tensor) -> Any:
                 # Masks and positions stay on the device, since all blocks share them.
                 is_hidden = saved.shape == hidden_shape and _is_float(saved)
-                return (saved.device, self._to_host(saved)) if is_hidden else saved
+                return (saved.device, self._copy_to_host(saved)) if is_hidden else saved
 
             with saved_tensors_hooks(pack, _unpack):
                 return checkpoint(function, *inputs)
 
         return checkpoint_from_host
 
-    def _to_host(self, tensor: Tensor) -> Tensor:
+    def _copy_to_host(self, tensor: Tensor) -> Tensor:
         """A copy of `tensor` on the host, which is counted as long as it lives."""
         is_on_gpu = tensor.device.type == "cuda"  # a simulated GPU has no pinned memory
         host_copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=is_on_gpu)
         host_copy.copy_(tensor, non_blocking=is_on_gpu)
         num_bytes = tensor.numel() * tensor.element_size()
-        self.live += 1
+        self.num_live_tensors += 1
         self.live_bytes += num_bytes
         if self.live_bytes > self.peak.size:
-            self.peak = HostTensors(self.live, self.live_bytes)
-        weakref.finalize(host_copy, self._forget, num_bytes).atexit = False  # uncounts it when nothing refers to it
+            self.peak = HostTensors(self.num_live_tensors, self.live_bytes)
+        weakref.finalize(host_copy, self._uncount, num_bytes).atexit = False  # uncounts it when nothing refers to it
         return host_copy
 
-    def _forget(self, num_bytes: int) -> None:
-        self.live -= 1
+    def _uncount(self, num_bytes: int) -> None:
+        self.num_live_tensors -= 1
         self.live_bytes -= num_bytes
 
 

@@ -44,7 +44,8 @@ class HostMemory:
         self.rank = dist.get_rank(group)
         self.size = len(regions)
         self._regions = [region[_HEADER_BYTES:].view(2, -1) for region in regions]
-        self._counters: list[np.ndarray] = [region[:8].view(torch.int64).numpy() for region in regions]
+        self._barrier_counters: list[np.ndarray] = [region[:8].view(torch.int64).numpy() for region in regions]
+        """One cell for each rank, in shared memory: how many barriers the rank has reached."""
         self._global_ranks = dist.get_process_group_ranks(group)
         self._process_ids = process_ids
         self._timeout_s = timeout_s
@@ -66,7 +67,7 @@ class HostMemory:
             chunk = own_part[start : start + slots[0].numel()]
             stop = start + chunk.numel()
             slots[self.rank].copy_(chunk)
-            self._wait_for_all()
+            self._wait_at_barrier()
             for peer in self._peers():
                 gathered[peer, start:stop].copy_(slots[peer])
 
@@ -84,9 +85,9 @@ class HostMemory:
             own_slot = slots[self.rank].view(self.size, -1)
             for peer in self._peers():
                 own_slot[peer].copy_(parts[peer, start:stop])
-            self._wait_for_all()
+            self._wait_at_barrier()
             peer_parts = [slots[peer].view(self.size, -1)[self.rank] for peer in self._peers()]
-            self._combine(parts[self.rank, start:stop], peer_parts, reduced[start:stop], average)
+            self._add_up(parts[self.rank, start:stop], peer_parts, reduced[start:stop], average)
 
     @counted_collective(ALL_REDUCE, 0)
     def all_reduce(self, tensor: Tensor, *, average: bool) -> None:
@@ -101,12 +102,12 @@ class HostMemory:
             # Reduce-scatter: each rank sums up its own share of the chunk.
             for peer in self._peers():
                 own_slot[shares[peer]].copy_(chunk[shares[peer]])
-            self._wait_for_all()
+            self._wait_at_barrier()
             peer_shares = [slots[peer][own_share] for peer in self._peers()]
-            self._combine(chunk[own_share], peer_shares, chunk[own_share], average)
+            self._add_up(chunk[own_share], peer_shares, chunk[own_share], average)
             # All-gather: each rank publishes its share, and reads those of the others.
             own_slot[own_share].copy_(chunk[own_share])
-            self._wait_for_all()
+            self._wait_at_barrier()
             for peer in self._peers():
                 chunk[shares[peer]].copy_(slots[peer][shares[peer]])
 
@@ -117,8 +118,8 @@ class HostMemory:
     def _chunks(self, like: Tensor, num_elements: int, parts: int = 1) -> Iterator[tuple[int, list[Tensor]]]:
         """Divide `num_elements` elements into chunks that fit into a slot.
 
-        Yields for each chunk (the index of its first element, the slot of each rank for it). A slot has room for `parts` times
-        the elements of the chunk, and is a view of the type of `like`. Each chunk takes the other one of a region's two slots.
+        Yields for each chunk (index of its first element, the slot of each rank for it). A slot has room for `parts` times the
+        elements of the chunk, and is a view with the data type of `like`. Chunks take the two slots of a region in turn.
         """
         chunk_numel = _SLOT_BYTES // like.element_size() // parts
         for start in range(0, num_elements, chunk_numel):
@@ -126,7 +127,7 @@ class HostMemory:
             slot_numel = min(chunk_numel, num_elements - start) * parts
             yield start, [region[self._current_slot].view(like.dtype)[:slot_numel] for region in self._regions]
 
-    def _combine(self, own_part: Tensor, peer_parts: list[Tensor], out: Tensor, average: bool) -> None:
+    def _add_up(self, own_part: Tensor, peer_parts: list[Tensor], out: Tensor, average: bool) -> None:
         """Put the sum or mean of all parts into `out`, which may be `own_part`."""
         torch.add(own_part, peer_parts[0], out=out)
         for peer_part in peer_parts[1:]:
@@ -134,15 +135,16 @@ class HostMemory:
         if average:
             out.div_(self.size)
 
-    def _wait_for_all(self) -> None:
-        """A barrier: wait until every rank has called this as often as this one."""
-        if not _STORES_IN_ORDER:  # a counter could be seen before the data that it announces
+    def _wait_at_barrier(self) -> None:
+        """A barrier: announce that this rank's data is written, and wait until every rank has called this as often as this
+        one."""
+        if not _CPU_KEEPS_STORE_ORDER:  # a counter could be seen before the data that it announces
             dist.barrier(self.group)
             return
         self._num_barriers += 1
-        self._counters[self.rank][0] = self._num_barriers
+        self._barrier_counters[self.rank][0] = self._num_barriers
         for peer in self._peers():
-            if self._counters[peer][0] < self._num_barriers:
+            if self._barrier_counters[peer][0] < self._num_barriers:
                 self._wait_for_peer(peer)
 
     def _wait_for_peer(self, peer: int) -> None:
@@ -151,7 +153,7 @@ class HostMemory:
         Polls without sleeping for a few milliseconds, then every 0.1 ms. Raises RuntimeError if the peer has ended, or does not
         come within the run's timeout.
         """
-        counter = self._counters[peer]
+        counter = self._barrier_counters[peer]
         began_at = time.monotonic()
         last_check_s = 0.0
         while counter[0] < self._num_barriers:
@@ -173,7 +175,7 @@ class HostMemory:
                 raise RuntimeError(f"timed out: {wait_text} (run.timeout_s={self._timeout_s:.0f})")
 
 
-_STORES_IN_ORDER = platform.machine().lower() in ("x86_64", "amd64")
+_CPU_KEEPS_STORE_ORDER = platform.machine().lower() in ("x86_64", "amd64")
 """Whether other cores see stores in the order in which they were made. Then a counter never overtakes the data it announces."""
 
 

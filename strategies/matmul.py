@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MIN_RATIO = 1.5
+MIN_SPEED_RATIO = 1.5
 """`auto` takes oneDNN if it was measured to be at least this many times as fast. Below that, compiling kernels and their memory
 cost more than oneDNN gains."""
-LONG_DOCUMENT = 512
+LONG_DOCUMENT_TOKENS = 512
 """Tokens from which the attention of a document pays for kernels of its own: 1.1 times as fast at 512, although they are
 compiled for each call, and 1.8 times at 4,096."""
-_KEPT_KERNELS = "64"
+_MAX_KEPT_KERNELS = "64"
 """Limit of compiled kernels, about 0.4 MiB each. Rows of ever new lengths would fill the default of 1,024, in two caches."""
 
 _onednn_is_chosen = False
@@ -85,7 +85,7 @@ class MeasuredRatio:
     ratio: float
 
 
-MEASURED = (
+MEASURED_RATIOS = (
     MeasuredRatio(Processor("AuthenticAMD", 26, "AVX512", "mkl"), "AMD Zen 5", 2.2),
     MeasuredRatio(Processor("AuthenticAMD", 25, "AVX512", "mkl"), "AMD Zen 4", 1.1),
 )
@@ -99,7 +99,7 @@ def choose_library(requested: Matmul) -> MatmulChoice:
     """
     global _onednn_is_chosen
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own cache, and torch's of it
-        os.environ.setdefault(name, _KEPT_KERNELS)
+        os.environ.setdefault(name, _MAX_KEPT_KERNELS)
     _set_float32_library(onednn=False)
     choice = _library_choice(requested)
     _onednn_is_chosen = choice.library is Matmul.onednn
@@ -190,10 +190,10 @@ def _library_choice(requested: Matmul) -> MatmulChoice:
 
 def _library_by_table(processor: Processor) -> MatmulChoice:
     """oneDNN on processors where it was measured to be at least MIN_RATIO times as fast; BLAS on all others."""
-    measured = next((row for row in MEASURED if row.processor == processor), None)
+    measured = next((row for row in MEASURED_RATIOS if row.processor == processor), None)
     if measured is None:
         return MatmulChoice(Matmul.blas, f"oneDNN was not measured on {processor}")
-    if measured.ratio < MIN_RATIO:
+    if measured.ratio < MIN_SPEED_RATIO:
         return MatmulChoice(Matmul.blas, f"oneDNN is only {measured.ratio:.1f} times as fast on {measured.name}")
     return MatmulChoice(Matmul.onednn, f"oneDNN is {measured.ratio:.1f} times as fast on {measured.name}")
 

@@ -17,26 +17,26 @@ from torch import nn
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, ZeroConfig, plan_of
 from strategies.parameters import COMPUTE_DTYPE, REWARD_MODELS_PREFIX, named_parameters
 
-ACTIVATIONS_PER_WIDTH = 18
+ALL_VALUES_PER_WIDTH = 18
 """Values that a block keeps for each token and hidden unit: norms, projections and residuals of a gated block."""
-KEPT_PER_WIDTH = {
+KEPT_VALUES_PER_WIDTH = {
     ActivationCheckpointing.full: 1,
-    ActivationCheckpointing.selective: ACTIVATIONS_PER_WIDTH // 2,
+    ActivationCheckpointing.selective: ALL_VALUES_PER_WIDTH // 2,
 }
 """The same for a block that recomputes."""
 
 
-def activations_by_rule(
+def estimated_activation_bytes(
     tokens: int, width: int, blocks: int, checkpointing: ActivationCheckpointing, precision: Precision
 ) -> float:
     """Bytes that a forward pass of `tokens` tokens keeps, by a rule of thumb. `width`: the size of a hidden state."""
-    per_block = KEPT_PER_WIDTH.get(checkpointing, ACTIVATIONS_PER_WIDTH)
+    per_block = KEPT_VALUES_PER_WIDTH.get(checkpointing, ALL_VALUES_PER_WIDTH)
     # In addition, everything of one block: even if blocks recompute, the one that computes has all of it for a moment.
-    kept_values = tokens * width * (blocks * per_block + ACTIVATIONS_PER_WIDTH)
+    kept_values = tokens * width * (blocks * per_block + ALL_VALUES_PER_WIDTH)
     return float(kept_values * _compute_bytes(precision))
 
 
-def state_bytes(
+def estimated_state_bytes(
     step_module: nn.Module, config: StrategyConfig, precision: Precision, *, world_size: int, num_replicas: int
 ) -> float:
     """Bytes of parameters, gradients and optimizer state on one rank's device, copies in the compute type included.
@@ -89,7 +89,7 @@ class _ModelSizes:
 
 
 def _model_sizes(step_module: nn.Module, compute_bytes: int) -> _ModelSizes:
-    """Sizes of a step module that is not sharded, from which `state_bytes` computes what a rank holds.
+    """Sizes of a step module that is not sharded, from which `estimated_state_bytes` computes what a rank holds.
 
     `compute_bytes`: bytes of an element in the type that the model computes in.
     """

@@ -28,7 +28,7 @@ from strategies.state import StateHeader, load_state
 _GROWTH_INTERVAL = 2000
 """fp16: steps without overflow after which the loss scale doubles (the interval of mixed-precision training's authors)."""
 
-_GROUP_STATE = ("k", "weight_sum", "lr_max")
+_SAVED_GROUP_KEYS = ("k", "weight_sum", "lr_max")
 """What an optimizer counts per group rather than per parameter (schedule-free AdamW): saved beside the tensors."""
 
 
@@ -43,12 +43,12 @@ class LocalRange(NamedTuple):
     """Elements of the full parameter."""
 
 
-class ParameterState(NamedTuple):
+class SavedTensorsOfParameter(NamedTuple):
     """What a checkpoint has of one parameter, as 1-d tensors by key: `weight`, moments such as `exp_avg`, the average."""
 
-    elementwise: dict[str, Tensor]
-    """One value for each element that this rank holds of the parameter."""
-    full: dict[str, Tensor]
+    elementwise_by_key: dict[str, Tensor]
+    """Tensors with one value for each element that this rank holds of the parameter."""
+    moments_of_other_shape: dict[str, Tensor]
     """Moments of another shape than the parameter, such as factored ones: equal on every rank."""
 
 
@@ -60,8 +60,8 @@ class NativeEngine:
 
     casts_parameters = False
     """Whether the wrapper itself runs in the compute type; otherwise the forward pass runs under autocast."""
-    replicated = True
-    """Whether every rank holds every parameter in full."""
+    is_replicated = True
+    """Whether every rank holds every parameter in full (single, ddp)."""
 
     def __init__(
         self,
@@ -95,12 +95,14 @@ class NativeEngine:
         """Updates that were applied: fewer than `_num_steps` if some were skipped."""
         self._num_steps = 0
         plan = plan_of(step_module)
-        self.hooks = plan.optimizer_hooks
-        assert self.hooks is None or self.replicated, "refused when a run is composed"
-        self.average: WeightAverage | None = None
+        self.optimizer_hooks = plan.optimizer_hooks
+        """What the tuning method does around each step, such as AdaLoRA's pruning of ranks; None for most methods."""
+        assert self.optimizer_hooks is None or self.is_replicated, "refused when a run is composed"
+        self.weight_average: WeightAverage | None = None
+        """The moving average of the trained weights; None if the run keeps none."""
         if plan.ema_decay:
             weights = [self._local_part(parameter.detach()) for _, parameter in self.trainable]
-            self.average = WeightAverage(plan.ema_decay, weights)
+            self.weight_average = WeightAverage(plan.ema_decay, weights)
         self.initial_weights: WeightAverage | None = None
         """The trained weights as they began, if the run keeps them: an average that is never updated."""
         if plan.keeps_initial_weights:
@@ -151,8 +153,8 @@ class NativeEngine:
 
         Afterwards the trained weights are restored bit for bit. Without an average, the trained weights stay.
         """
-        if self.average is not None:
-            with self._swapped(self.average):
+        if self.weight_average is not None:
+            with self._swapped(self.weight_average):
                 yield
             return
         if not hasattr(self.optimizer, "eval"):
@@ -203,12 +205,12 @@ class NativeEngine:
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
         """Clip the gradients to a global norm of `max_grad_norm`, update the weights, and clear the gradients.
 
-        The update is skipped if a gradient is not finite or `update_filter` says so. With torch's fused optimizers, this is
-        decided on the device, and the host does not wait for it; for other optimizers, the host reads the decision. All ranks
-        must call.
+        The update is skipped if a gradient is not finite or `update_filter` says so. With torch's fused optimizers and without
+        `optimizer_hooks`, this is decided on the device, and the host does not wait for it. Otherwise the host reads the
+        decision. All ranks must call.
         """
-        if self.hooks is not None:
-            self.hooks.before_clip(self.loss_scale)
+        if self.optimizer_hooks is not None:
+            self.optimizer_hooks.before_clip(self.loss_scale)
         grads = [self._local_part(p.grad) for _, p in self.trainable if p.grad is not None]
         norm = self._grad_norm(grads)
         if self.loss_scale is not None:
@@ -229,13 +231,13 @@ class NativeEngine:
         is_applied = is_finite if update_filter is None else is_finite & ~update_filter(norm)
         self._update(is_applied, lr_factor)
         self._num_steps += 1
-        if self.hooks is not None:
-            self.hooks.after_update(self._num_steps, finite=bool(is_applied))
+        if self.optimizer_hooks is not None:
+            self.optimizer_hooks.after_update(self._num_steps, is_applied=bool(is_applied))
         self.optimizer.zero_grad(set_to_none=True)
 
         self._num_updates += is_applied
-        if self.average is not None:
-            self.average.update(self._num_updates, is_applied)
+        if self.weight_average is not None:
+            self.weight_average.update(self._num_updates, is_applied)
         if self.loss_scale is not None:
             self._adjust_scale(is_finite)
         return StepResult(grad_norm=norm.float(), skipped=(~is_applied).float())
@@ -281,33 +283,37 @@ class NativeEngine:
         """The range of the flattened full parameter that this rank holds. Here all of it; sharding engines override it."""
         return LocalRange(parameter.view(-1), start=0, full_numel=parameter.numel())
 
-    def _flat_ranges(self, *, writing: bool) -> Iterator[FlatRange]:
-        """The parts of the training state that this rank writes (`writing`) or reads, one trainable parameter after the other.
+    def _flat_ranges(self, *, for_writing: bool) -> Iterator[FlatRange]:
+        """The parts of the training state that this rank writes (`for_writing`) or reads, one trainable parameter after the
+        other.
 
-        For each parameter one FlatRange with its weights, moments and averages, and one for each moment of another shape.
+        For each parameter one FlatRange with its weights, moments and averages, whose range counts in the flattened full
+        parameter; and one for each moment of another shape, which is written whole by rank 0.
         """
         for index, (name, parameter) in enumerate(self.trainable):
-            local = self._local_range(name, parameter)
-            state = self._parameter_state(index, local)
-            start = local.start
-            elementwise = state.elementwise
-            if writing and self.replicated:
+            local_range = self._local_range(name, parameter)
+            saved = self._saved_tensors(index, local_range)
+            start = local_range.start
+            elementwise_by_key = saved.elementwise_by_key
+            if for_writing and self.is_replicated:
                 # Every rank has all elements: each writes an equal share of them.
-                start = local.full_numel * self.rank // self.world_size
-                stop = local.full_numel * (self.rank + 1) // self.world_size
-                elementwise = {key: tensor[start:stop] for key, tensor in elementwise.items()}
-            yield FlatRange(name, local.full_numel, start, elementwise, write=self._writes_checkpoint())
-            for key, moment in state.full.items():
-                yield FlatRange(name, moment.numel(), start=0, tensors={key: moment}, write=self.runtime.is_main)
+                start = local_range.full_numel * self.rank // self.world_size
+                stop = local_range.full_numel * (self.rank + 1) // self.world_size
+                elementwise_by_key = {key: tensor[start:stop] for key, tensor in elementwise_by_key.items()}
+            yield FlatRange(
+                name, local_range.full_numel, start, elementwise_by_key, is_written=self._writes_its_ranges()
+            )
+            for key, moment in saved.moments_of_other_shape.items():
+                yield FlatRange(name, moment.numel(), start=0, tensors={key: moment}, is_written=self.runtime.is_main)
 
-    def _parameter_state(self, index: int, local: LocalRange) -> ParameterState:
+    def _saved_tensors(self, index: int, local_range: LocalRange) -> SavedTensorsOfParameter:
         """What a checkpoint has of the trainable parameter with this index, as views of the live tensors.
 
-        `local`: this rank's range of the parameter. Counts that an optimizer keeps as numbers or 0-d tensors are left out.
+        `local_range`: this rank's range of the parameter. Counts that an optimizer keeps as numbers or 0-d tensors are left out.
         """
         name, parameter = self.trainable[index]
-        elementwise = {"weight": local.values.detach()}
-        full: dict[str, Tensor] = {}
+        elementwise = {"weight": local_range.values.detach()}
+        moments_of_other_shape: dict[str, Tensor] = {}
         for key, moment in self.optimizer.state.get(parameter, {}).items():
             if not torch.is_tensor(moment) or moment.dim() == 0:
                 continue
@@ -315,16 +321,16 @@ class NativeEngine:
             if moment.shape == parameter.shape and isinstance(moment, DTensor) == isinstance(parameter, DTensor):
                 elementwise[key] = self._local_part(moment).view(-1)
             else:
-                full[key] = moment.view(-1)
-        if self.average is not None:
-            elementwise[EMA_KEY] = self.average.averages[index].reshape(-1)
-        if self.hooks is not None:
-            for key, hook_state in self.hooks.state_of(name).items():
+                moments_of_other_shape[key] = moment.view(-1)
+        if self.weight_average is not None:
+            elementwise[EMA_KEY] = self.weight_average.averages[index].reshape(-1)
+        if self.optimizer_hooks is not None:
+            for key, hook_state in self.optimizer_hooks.state_of(name).items():
                 elementwise[key] = hook_state.view(-1)
-        return ParameterState(elementwise, full)
+        return SavedTensorsOfParameter(elementwise, moments_of_other_shape)
 
-    def _writes_checkpoint(self) -> bool:
-        """Whether this rank writes its ranges. Of several replicas, only one does."""
+    def _writes_its_ranges(self) -> bool:
+        """Whether this rank writes its ranges into a checkpoint: false if a rank of another replica holds and writes the same."""
         return True
 
     def _ensure_moments(self) -> None:
@@ -357,30 +363,37 @@ class NativeEngine:
                 state["step"] = updates
 
     def state(self, progress: Progress) -> RankState:
-        """The training state of this moment, ready to be written. All ranks must call. See `Engine.state`."""
-        self._ensure_moments()
+        """This rank's part of the training state of this moment, ready to be written. All ranks must call.
+
+        Its tensors are views of the live ones: write them, or copy them, before the next step.
+        """
+        self._ensure_moments()  # an optimizer has no moments before its first step, and a checkpoint needs them
         header = StateHeader(
             progress=progress,
             optimizer_steps=int(self._num_updates),
             world_size=self.runtime.world_size,
             strategy=str(self.strategy),
             loss_scale=None if self.loss_scale is None else float(self.loss_scale),
-            groups=[_group_state(group) for group in self.optimizer.param_groups],
+            groups=[_saved_group_counts(group) for group in self.optimizer.param_groups],
         )
-        return RankState(self._flat_ranges(writing=True), header.json(), self.runtime)
+        return RankState(self._flat_ranges(for_writing=True), header.json(), self.runtime)
 
     @torch.no_grad()
     def load(self, path: Path) -> Progress:
-        """Read a training state, whatever strategy and world size wrote it. All ranks must call. See `Engine.load`."""
+        """Read the training state in the directory `path`, whatever strategy and world size wrote it. All ranks must call.
+
+        Returns how far the run was. Raises on every rank: StorageError if files cannot be used, ConfigError if the state is of
+        another kind of run.
+        """
         self._ensure_moments()
-        header = load_state(path, self._flat_ranges(writing=False), self.runtime)
+        header = load_state(path, self._flat_ranges(for_writing=False), self.runtime)
         self._num_updates.fill_(header.optimizer_steps)
         self._set_update_count(header.optimizer_steps)
         self._num_steps = header.progress.step
-        if self.hooks is not None:
-            self.hooks.restored()
+        if self.optimizer_hooks is not None:
+            self.optimizer_hooks.after_restore()
         for group, saved_group in zip(self.optimizer.param_groups, header.groups, strict=False):
-            group.update(_group_state(saved_group))
+            group.update(_saved_group_counts(saved_group))
         if self.loss_scale is not None and header.loss_scale is not None:
             self.loss_scale.fill_(header.loss_scale)
             self._steps_since_overflow.zero_()
@@ -390,7 +403,8 @@ class NativeEngine:
     def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         """(plain name, full parameter on the CPU), one by one; None in place of the parameter on all ranks but 0.
 
-        With the averaged weights, if the run has an average. All ranks must exhaust it, since each step is a collective.
+        The values are the averaged weights if the run averages them. Each step of the iterator is a collective, so all ranks must
+        exhaust it.
         """
         parameters = self.trainable if trainable_only else list(named_parameters(self.step_module))
         with self._averaged():
@@ -407,6 +421,6 @@ class NativeEngine:
         return parameter
 
 
-def _group_state(group: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint keeps of a parameter group."""
-    return {key: group[key] for key in _GROUP_STATE if key in group}
+def _saved_group_counts(group: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps of an optimizer's parameter group: counts such as `{"k": 120, "weight_sum": 3.1}`, or nothing."""
+    return {key: group[key] for key in _SAVED_GROUP_KEYS if key in group}

@@ -102,7 +102,7 @@ class PackedModule(Protocol):
     """Elements that each packed weight stands for, by its name in the module."""
 
 
-def element_counts(step_module: nn.Module) -> dict[str, int]:
+def num_elements_by_name(step_module: nn.Module) -> dict[str, int]:
     """The number of elements of each distinct parameter, by plain name: of the full parameter, whatever this rank holds of it.
 
     - A packed (quantised) weight: the elements that it encodes, not its bytes.
@@ -145,7 +145,7 @@ def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], torch.T
             parameters[name] = replacement_by_old_id[old_id]
 
 
-def set_dtypes(step_module: nn.Module, *, trainable: torch.dtype, frozen: torch.dtype) -> None:
+def set_parameter_dtypes(step_module: nn.Module, *, trainable: torch.dtype, frozen: torch.dtype) -> None:
     """Give parameters on meta the types in which they will be stored: `trainable` for those that train, `frozen` for others.
 
     Packed (quantised) parameters keep theirs.

@@ -24,11 +24,12 @@ class HostTensors:
     size: int = 0
     """Their bytes together, without the rounding of pinned memory."""
 
-    def pinned(self, size: float | None = None) -> int:
-        """Bytes of pinned memory that as many tensors of one size take; `size`: bytes together, if not their own."""
+    def pinned_size(self, total_bytes: float | None = None) -> int:
+        """Bytes of pinned memory that as many tensors of one size take. `total_bytes`: of all together; None: `size`."""
         if not self.tensors:
             return 0
-        total_bytes = self.size if size is None else size
+        if total_bytes is None:
+            total_bytes = self.size
         return self.tensors * pinned_bytes(math.ceil(total_bytes / self.tensors))
 
 
@@ -39,7 +40,7 @@ def expected_host_inputs(*, blocks: int, tokens: int, width: int, itemsize: int)
 
 def node_memory_bytes(on_host: HostTensors, ranks: int) -> float:
     """Bytes that `ranks` ranks take of a node's memory: what is pinned, and their processes."""
-    return ranks * (on_host.pinned() + PROCESS_GIB * GIB)
+    return ranks * (on_host.pinned_size() + PROCESS_GIB * GIB)
 
 
 def host_memory_bytes() -> int:

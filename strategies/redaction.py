@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 HIDDEN = "[secret]"
-SECRET_PATTERNS = {
+SECRET_PATTERN_BY_KIND = {
     "a token of Hugging Face": r"\bhf_[A-Za-z0-9]{20,}",
     "a token of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
     "a token of GitLab": r"\bglpat-[\w-]{20,}",
@@ -45,18 +45,21 @@ DESCRIBING_ENDINGS = (
     "FILE|PATH|DIR|TYPE|NAME|LIMIT|COUNT|TTL|EXPIR[A-Z]*|LENGTH|SOCK|ID|HEADER|ENDPOINT|SERVER|UR[LI]|METHOD|MODE"
 )
 """Last words of names whose variable only describes a secret (its path, its type, its lifetime)."""
-NAME_OF_SECRET = re.compile(
+SECRET_NAME_REGEX = re.compile(
     rf"(?:^|_)(?:(?:{SECRET_WORDS})(?!\w*_(?:{DESCRIBING_ENDINGS})$)(?:_\w+|\d*)|(?:{SECRET_ENDINGS})(?:_?\d+)?)$|_PWD(?:_?\d+)?$|^(?:{SECRET_NAMES})$",
     re.IGNORECASE,
 )
 """Names of environment variables whose values are treated as secrets. PWD and OLDPWD are not: they are directories."""
-NAME_OF_SERVICE_KEY = re.compile(rf"(?:^|_)(?:{SECRET_WORDS}|(?:ACCESS|PRIVATE|SECRET)_KEY)(?:$|_|\d)", re.IGNORECASE)
+SERVICE_KEY_NAME_REGEX = re.compile(
+    rf"(?:^|_)(?:{SECRET_WORDS}|(?:ACCESS|PRIVATE|SECRET)_KEY)(?:$|_|\d)", re.IGNORECASE
+)
 """Names whose value is a secret even if it looks like a commit: W&B's keys had 40 hexadecimal digits too."""
-COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+COMMIT_HASH_REGEX = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+"""Values that look like the hash of a git commit (SHA-1 or SHA-256). W&B's keys had 40 hexadecimal digits too."""
 MIN_SECRET_LENGTH = 8
 """A variable with a shorter value is not treated as a secret: the value would be found inside ordinary words."""
 
-_PATTERNS = {kind: re.compile(pattern) for kind, pattern in SECRET_PATTERNS.items()}
+_REGEX_BY_KIND = {kind: re.compile(pattern) for kind, pattern in SECRET_PATTERN_BY_KIND.items()}
 
 
 def kind_of_secret_in(text: str) -> str | None:
@@ -64,7 +67,7 @@ def kind_of_secret_in(text: str) -> str | None:
     for name, value in _secrets_of_environment():
         if value in text:
             return f"the value of the environment variable {name}"
-    for kind, pattern in _PATTERNS.items():
+    for kind, pattern in _REGEX_BY_KIND.items():
         if any(_is_secret(match) for match in pattern.finditer(text)):
             return kind
     return None
@@ -74,7 +77,7 @@ def redact(text: str) -> str:
     """The text with `[secret]` in the place of each secret."""
     for _, value in _secrets_of_environment():
         text = text.replace(value, HIDDEN)
-    for pattern in _PATTERNS.values():
+    for pattern in _REGEX_BY_KIND.values():
         text = pattern.sub(_redacted_match, text)
     return text
 
@@ -119,9 +122,9 @@ def _holds_secret(name: str, value: str) -> bool:
     Something else is a short value, a number, a commit, a word for a kind of authentication, a database without a password, or a
     path. A commit counts as a secret if the name is that of a service's key.
     """
-    if not NAME_OF_SECRET.search(name) or len(value) < MIN_SECRET_LENGTH or value.isdigit():
+    if not SECRET_NAME_REGEX.search(name) or len(value) < MIN_SECRET_LENGTH or value.isdigit():
         return False
-    if COMMIT.fullmatch(value) and not NAME_OF_SERVICE_KEY.search(name):
+    if COMMIT_HASH_REGEX.fullmatch(value) and not SERVICE_KEY_NAME_REGEX.search(name):
         return False
     if name.upper().endswith("AUTH") and value.isalpha():
         return False  # how to authenticate: `required`, `kerberos`

@@ -19,14 +19,14 @@ from typing import Any
 
 from strategies.errors import Preempted, ShardtuneError
 
-DECISION = "shardtune/decision"
-GO = "go"
-STOP = "stop"
+DECISION_KEY = "shardtune/decision"
+GO_DECISION = "go"
+STOP_DECISION = "stop"
 """The key of the decision, and its two values. `stop` is followed by why rank 0 lost the run directory, if it did."""
-LOOK_EVERY_S = 1.0
-LEAVE_S = 10.0
+READ_INTERVAL_S = 1.0
+MAX_LEAVE_S = 10.0
 """Longest time that rank 0 keeps the store for the others after the decision to stop."""
-REPORT_EVERY_S = 15.0
+REPORT_INTERVAL_S = 15.0
 """How often a waiting rank says what it waits for."""
 
 
@@ -84,10 +84,10 @@ class Rendezvous:
         if self.store is None or self._stopped:
             self._stopped |= asked_to_stop
         elif asked_to_stop:
-            self._stopped = self._decide_to_stop() != GO
-        elif time.monotonic() - self._last_look_at > LOOK_EVERY_S:
+            self._stopped = self._decide_to_stop() != GO_DECISION
+        elif time.monotonic() - self._last_look_at > READ_INTERVAL_S:
             self._last_look_at = time.monotonic()
-            self._stopped = self._current_decision() not in (None, GO)
+            self._stopped = self._current_decision() not in (None, GO_DECISION)
         return self._stopped
 
     def chosen_by_rank_0(self, name: str, choose: Callable[[], str], should_stop: Callable[[], bool]) -> str:
@@ -126,18 +126,18 @@ class Rendezvous:
         # The last rank that gets here decides that all continue.
         self.store.set(f"shardtune/ready/{self.rank}", "1")
         if self.store.add("shardtune/ready", 1) == self.world_size:
-            return self._decide(GO) == GO
+            return self._decide(GO_DECISION) == GO_DECISION
         # The others wait for that decision, or for one to stop.
         began_at = time.monotonic()
         reported_at = began_at
         while True:
             decision = self._decide_to_stop() if asked_to_stop() else self._current_decision()
             if decision is not None:
-                return decision == GO
+                return decision == GO_DECISION
             now = time.monotonic()
             if now > began_at + self._timeout_s:
                 raise self._not_ready_error()
-            if self.rank == 0 and now - reported_at > REPORT_EVERY_S:
+            if self.rank == 0 and now - reported_at > REPORT_INTERVAL_S:
                 reported_at = now
                 num_ready = self.store.add("shardtune/ready", 0)  # adding 0 reads the count
                 print(f"{now - began_at:.0f} s: {num_ready} of {self.world_size} ranks are ready to begin", flush=True)
@@ -154,16 +154,16 @@ class Rendezvous:
     def leave(self) -> str | None:
         """Leave the job after the decision to stop. Returns why rank 0 lost the run directory; None if it did not lose it.
 
-        All ranks should call. Rank 0, whose process may host the store, waits until all others have left, or for `LEAVE_S`.
+        All ranks should call. Rank 0, whose process may host the store, waits until all others have left, or for `MAX_LEAVE_S`.
         """
         if self.store is None:
             return self._why_lost()
         why_lost = None
         # RuntimeError: the store is gone with its process. Nobody is left to wait for.
         with contextlib.suppress(RuntimeError):
-            why_lost = (self._current_decision() or STOP).removeprefix(STOP) or None
+            why_lost = (self._current_decision() or STOP_DECISION).removeprefix(STOP_DECISION) or None
             num_left = self.store.add("shardtune/left", 1)
-            deadline = time.monotonic() + LEAVE_S
+            deadline = time.monotonic() + MAX_LEAVE_S
             while self.rank == 0 and num_left < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
                 num_left = self.store.add("shardtune/left", 0)  # adding 0 reads the count
@@ -171,22 +171,22 @@ class Rendezvous:
 
     def _decide_to_stop(self) -> str:
         """Decide to stop, with the reason if this rank lost the run directory. Returns the decision that holds."""
-        return self._decide(STOP + (self._why_lost() or ""))
+        return self._decide(STOP_DECISION + (self._why_lost() or ""))
 
     def _decide(self, proposal: str) -> str:
         """Make `proposal` the decision of all ranks, unless there is one already. Returns the decision that holds."""
-        return self.store.compare_set(DECISION, "", proposal).decode()
+        return self.store.compare_set(DECISION_KEY, "", proposal).decode()
 
     def _current_decision(self) -> str | None:
         """The decision of all ranks; None if there is none yet."""
-        if not self.store.check([DECISION]):
+        if not self.store.check([DECISION_KEY]):
             return None
-        return self.store.get(DECISION).decode()
+        return self.store.get(DECISION_KEY).decode()
 
 
 @contextlib.contextmanager
 def _printing_while_waiting(message: str) -> Iterator[None]:
-    """A context that prints `message` every `REPORT_EVERY_S` seconds, from a thread, on the first rank of each host.
+    """A context that prints `message` every `REPORT_INTERVAL_S` seconds, from a thread, on the first rank of each host.
 
     For code that may wait inside a library.
     """
@@ -195,7 +195,7 @@ def _printing_while_waiting(message: str) -> Iterator[None]:
     is_first_of_host = int(os.environ.get("LOCAL_RANK", 0)) == 0
 
     def report() -> None:
-        while is_first_of_host and not is_over.wait(REPORT_EVERY_S):
+        while is_first_of_host and not is_over.wait(REPORT_INTERVAL_S):
             with contextlib.suppress(OSError, ValueError):  # the terminal is closed
                 print(f"{time.monotonic() - began_at:.0f} s: {message}", file=sys.stderr, flush=True)
 

@@ -21,10 +21,10 @@ from strategies.flight_recorder import enable_recorder
 from strategies.matmul import Matmul, MatmulChoice, agree_on_library, choose_library, use_default_library
 from strategies.network import refuse_unknown_interface
 
-LAZY_CONNECTION_RANKS = 64
+MIN_RANKS_FOR_LAZY_CONNECTIONS = 64
 """From this many ranks on, gloo connects two ranks only when they first talk. Otherwise each opens a socket to every other."""
 
-NO_NETWORK = "fake"
+FAKE_BACKEND = "fake"
 """Backend of a group that talks to nobody: of a simulated rank, and of one rank on a host without any network."""
 
 Returned = TypeVar("Returned")
@@ -83,8 +83,8 @@ class Runtime:
         return device_kind(self.device)
 
     @property
-    def hosts(self) -> int:
-        """How many hosts the ranks are on."""
+    def num_hosts(self) -> int:
+        """Number of hosts that the ranks are on."""
         return self.world_size // self.local_world_size
 
     @property
@@ -121,7 +121,7 @@ def join_job(
     library_choice = None if is_on_gpu else choose_library(matmul)
     # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.
     os.environ.setdefault("DS_ACCELERATOR", torch_device.type)
-    if world_size >= LAZY_CONNECTION_RANKS:
+    if world_size >= MIN_RANKS_FOR_LAZY_CONNECTIONS:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
         _form_process_group(
@@ -199,7 +199,7 @@ def _form_process_group_of_one(backend: str, timeout: timedelta) -> None:
         if "Unable to find" not in str(error):
             raise
         make_fake_backend_known()
-        dist.init_process_group(NO_NETWORK, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(FAKE_BACKEND, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def missing_cuda() -> str | None:
@@ -208,7 +208,7 @@ def missing_cuda() -> str | None:
         return None
     if not (torch.version.cuda or torch.version.hip):
         return f"this torch ({torch.__version__}) is built for CPUs alone"
-    details = ""
+    details = ""  # of the setting that hides devices, and of torch's own error
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible_devices is not None:
         details += f" (CUDA_VISIBLE_DEVICES={visible_devices!r})"
@@ -235,9 +235,9 @@ def threads_from_environment() -> int | None:
     return int(text) or None
 
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_CGROUP_OF_PROCESS = Path("/proc/self/cgroup")
-_HOST_COUNTERS = Path("/proc/vmstat")
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_OWN_CGROUP_FILE = Path("/proc/self/cgroup")
+_HOST_COUNTERS_FILE = Path("/proc/vmstat")
 
 
 def usable_cores() -> int:
@@ -253,21 +253,21 @@ def usable_cores() -> int:
     return max(1, cores)
 
 
-def cgroup_memory() -> int | None:
+def cgroup_memory_limit() -> int | None:
     """Bytes that the cgroups of this process allow; None if they set no limit."""
     limits = [text.strip() for text in _texts_in_own_cgroups("memory.max")]
     return min((int(limit) for limit in limits if limit != "max"), default=None)
 
 
-def out_of_memory_kills() -> int | None:
+def num_out_of_memory_kills() -> int | None:
     """How many processes the kernel has killed for memory so far; None if it does not say.
 
     Counted in the innermost cgroup (version 2) of this process that counts them: its children are there, and no other job of the
     host. If no cgroup counts them: on the whole host.
     """
     counter_texts = list(_texts_in_own_cgroups("memory.events"))
-    if _HOST_COUNTERS.is_file():
-        counter_texts.append(_HOST_COUNTERS.read_text(encoding="utf-8"))
+    if _HOST_COUNTERS_FILE.is_file():
+        counter_texts.append(_HOST_COUNTERS_FILE.read_text(encoding="utf-8"))
     for text in counter_texts:
         num_kills = _counter_value(text, "oom_kill")
         if num_kills is not None:
@@ -275,7 +275,7 @@ def out_of_memory_kills() -> int | None:
     return None
 
 
-def free_host_memory() -> int | None:
+def free_host_memory_bytes() -> int | None:
     """Bytes of host memory that this process may still allocate; None if the kernel does not say.
 
     The least of what the host has available and of what each cgroup around this process leaves of its limit.
@@ -312,13 +312,13 @@ def _texts_in_own_cgroups(name: str) -> Iterator[str]:
     """The text of the file `name` in the cgroup (version 2) of this process, then in each cgroup around it that has the file."""
     own_cgroup = "/"
     with suppress(OSError):  # not Linux
-        for line in _CGROUP_OF_PROCESS.read_text(encoding="utf-8").splitlines():
+        for line in _OWN_CGROUP_FILE.read_text(encoding="utf-8").splitlines():
             if line.startswith("0::"):
                 own_cgroup = line.removeprefix("0::")
                 break
-    own_directory = _CGROUPS / own_cgroup.strip("/")
+    own_directory = _CGROUP_ROOT / own_cgroup.strip("/")
     for directory in (own_directory, *own_directory.parents):
-        if directory.is_relative_to(_CGROUPS) and (directory / name).is_file():
+        if directory.is_relative_to(_CGROUP_ROOT) and (directory / name).is_file():
             yield (directory / name).read_text(encoding="utf-8")
 
 
@@ -327,7 +327,7 @@ def set_group_timeouts(runtime: Runtime, extra_s: float = 0) -> None:
     timeout = timedelta(seconds=runtime.timeout_s + extra_s)
     for group in living_groups():
         is_member = dist.get_rank(group) >= 0
-        if is_member and dist.get_backend(group) != NO_NETWORK:  # that one answers at once
+        if is_member and dist.get_backend(group) != FAKE_BACKEND:  # that one answers at once
             set_group_timeout(timeout, group)
 
 
@@ -355,7 +355,7 @@ def leave_job(*, failed: bool = False) -> None:
         dist.destroy_process_group()
 
 
-def dist_sum(values: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Sum `values` over all ranks, in place. All ranks must call. In a job of one nothing happens."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
@@ -444,7 +444,7 @@ def seed_dropout_of_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(derived_seed(seed, "step", step, rank))
 
 
-def peak_memory_gib(device: torch.device) -> dict[str, float]:
+def peak_memory_gib_by_metric(device: torch.device) -> dict[str, float]:
     """Peak memory of this rank in GiB, by metric. Does not wait for the device.
 
     On CUDA what tensors took (`memory_gib`) and what the allocator held for them (`memory_reserved_gib`). On a CPU the resident

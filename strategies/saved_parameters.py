@@ -16,8 +16,8 @@ from strategies.atomic_io import error_summary
 from strategies.base import Progress
 from strategies.ema import EMA_KEY
 from strategies.errors import ConfigError, StorageError
-from strategies.state import read_header, read_index
-from strategies.tensor_files import LocalElements, MalformedFile, numel, read_tensors
+from strategies.state import read_index, read_state_header
+from strategies.tensor_files import LocalElements, MalformedFile, num_elements_of_parts, read_tensors
 
 WEIGHT_KEY = "weight"
 SCHEDULE_FREE_KEY = "z"
@@ -44,8 +44,8 @@ class SavedParameters(Mapping[str, Tensor]):
         self._index = read_index(checkpoint, patient=True)
         for name, shape in self._shapes.items():
             parts = self._index.get(f"{name}/{WEIGHT_KEY}")
-            if parts is None or numel(parts) != shape.numel():
-                found = "does not hold it" if parts is None else f"has {numel(parts)} elements of it"
+            if parts is None or num_elements_of_parts(parts) != shape.numel():
+                found = "does not hold it" if parts is None else f"has {num_elements_of_parts(parts)} elements of it"
                 raise ConfigError(
                     f"{checkpoint}: the run trains {name}, {shape.numel()} elements, and this checkpoint {found}; it was written "
                     "by a run with another model or tuning method"
@@ -93,7 +93,7 @@ class SavedParameters(Mapping[str, Tensor]):
 
     def progress(self) -> Progress:
         """How far the run was. Raises StorageError if that fails."""
-        return read_header(self.checkpoint, patient=True).progress
+        return read_state_header(self.checkpoint, patient=True).progress
 
 
 class MeanOfCheckpoints(Mapping[str, Tensor]):

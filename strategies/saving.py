@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from strategies.atomic_io import WrittenFile, error_summary, space_problem, sync_directory, write_new
+from strategies.atomic_io import WrittenFile, disk_space_problem, error_summary, sync_directory, write_new_file
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, gather_objects
 from strategies.tensor_files import (
-    FILE_NAME,
-    INDEX,
+    INDEX_FILE,
+    RANK_FILE_FORMAT,
     FilePart,
     LocalElements,
     index_json,
@@ -26,7 +26,7 @@ from strategies.tensor_files import (
     write_tensors,
 )
 
-PROGRESS = "progress.json"
+PROGRESS_FILE = "progress.json"
 SPARE_BYTES = 2**20
 """Room for the small files and the directory, beside the tensors."""
 
@@ -42,17 +42,17 @@ class FlatRange:
     """Index of the first element held here."""
     tensors: dict[str, torch.Tensor]
     """`weight` and the moments (`exp_avg`, ...), each 1-d of equal length; or one tensor that is not element-wise."""
-    write: bool = True
-    """Whether this rank writes it (one of several replicas does)."""
+    is_written: bool = True
+    """Whether this rank writes it into a checkpoint: of several ranks that hold the same elements, one does."""
 
     def local_elements(self) -> list[LocalElements]:
-        """The range tensor by tensor, under the names that they have on disk; without empty ones."""
+        """Each tensor of the range under its name on disk, such as `h.0.attn.weight/exp_avg`; empty tensors are left out."""
         tensors_by_name = {f"{self.name}/{key}": tensor for key, tensor in self.tensors.items() if tensor.numel()}
         return [LocalElements(name, self.numel, self.start, tensor) for name, tensor in tensors_by_name.items()]
 
 
 @dataclass(slots=True)
-class FileOutcome:
+class RankFileOutcome:
     """Whether one rank's file was written."""
 
     written: WrittenFile | None = None
@@ -71,15 +71,15 @@ class RankState:
     """
 
     def __init__(self, flat_ranges: Iterable[FlatRange], header: bytes, runtime: Runtime) -> None:
-        """`flat_ranges`: what this rank holds of each saved tensor; those that another rank writes (`write` is false) are
-        left out.
+        """`flat_ranges`: what this rank holds of each saved tensor; those that another rank writes (`is_written` is false) are
+        left out. `header`: the content of `progress.json`.
         """
         self.local: list[LocalElements] = []
         for flat_range in flat_ranges:
-            if flat_range.write:
+            if flat_range.is_written:
                 self.local += flat_range.local_elements()
         self.runtime = runtime
-        self._file = FILE_NAME.format(runtime.rank)
+        self._file = RANK_FILE_FORMAT.format(runtime.rank)
         self._head, self.parts = planned_tensor_file(self.local, self._file)
         self.header = header
         """The content of `progress.json`."""
@@ -112,24 +112,24 @@ class RankState:
         sizes = gather_objects(size_on_disk(self._head, self.local) + attached_bytes, self.runtime)
         problem = None
         if self.runtime.is_main:
-            problem = space_problem(path, sum(sizes) + SPARE_BYTES)
+            problem = disk_space_problem(path, sum(sizes) + SPARE_BYTES)
         _raise_if_any_rank_failed(problem, self.runtime)
 
-    def write_part(self, path: Path) -> FileOutcome:
+    def write_part(self, path: Path) -> RankFileOutcome:
         """Write this rank's tensors and attachments into the existing directory `path`, and sync them to disk.
 
         Not a collective, so a thread may call it while training goes on. Raises nothing: a problem is in the returned outcome,
         and `finish` raises it on all ranks.
         """
         try:
-            attached = [write_new(path / name, content) for name, content in self.attachments.items()]
+            attached = [write_new_file(path / name, content) for name, content in self.attachments.items()]
             if not self.local:
-                return FileOutcome(attached=attached)
-            return FileOutcome(write_tensors(path / self._file, self._head, self.local), attached=attached)
+                return RankFileOutcome(attached=attached)
+            return RankFileOutcome(write_tensors(path / self._file, self._head, self.local), attached=attached)
         except Exception as error:  # noqa: BLE001 - any error, such as a lost device, must reach all ranks
-            return FileOutcome(problem=error_summary(error))
+            return RankFileOutcome(problem=error_summary(error))
 
-    def finish(self, path: Path, outcome: FileOutcome) -> list[WrittenFile]:
+    def finish(self, path: Path, outcome: RankFileOutcome) -> list[WrittenFile]:
         """Complete a training state: rank 0 writes the index of all tensors, and the header. All ranks must call.
 
         `outcome`: the result of this rank's `write_part`. Returns every file of the state on rank 0, an empty list on other
@@ -149,8 +149,8 @@ class RankState:
         problem = None
         try:
             if self.runtime.is_main:
-                files.append(write_new(path / INDEX, index_json(parts_by_rank)))
-                files.append(write_new(path / PROGRESS, self.header))
+                files.append(write_new_file(path / INDEX_FILE, index_json(parts_by_rank)))
+                files.append(write_new_file(path / PROGRESS_FILE, self.header))
             elif self.local:
                 # On a network file system, each host has its own cache of the directory, which it must sync.
                 sync_directory(path)

@@ -62,7 +62,10 @@ def with_sequence_parallelism(runtime: Runtime, degree: int) -> Runtime:
 
 
 def sequence_group_of(row_slices: list[int]) -> Any:
-    """The group whose ranks hold the slices of a row. `row_slices` are the slices' borders, one more than there are ranks."""
+    """The process group of the ranks that share a row of tokens.
+
+    `row_slices`: the borders of the ranks' slices of the row, one more than there are ranks; such as [0, 4, 8] for two ranks.
+    """
     degree = len(row_slices) - 1
     sequence_group = _SEQUENCE_GROUPS[degree]
     assert sequence_group.all_ranks is dist.group.WORLD, "the groups of a job that has ended"
@@ -82,15 +85,15 @@ class AllToAll(torch.autograd.Function):
         ctx.sent = sent
         ctx.received = received
         ctx.group = group
-        return _all_to_all(flat, sent, received, group)
+        return _all_to_all_without_gradient(flat, sent, received, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         """The gradient of `flat`, and None for what is no tensor."""
-        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+        return _all_to_all_without_gradient(grad, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
-def _all_to_all(flat: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+def _all_to_all_without_gradient(flat: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
     """The elements that this rank receives, in rank order. On the meta device nothing is exchanged."""
     output = flat.new_empty(sum(received))
     if not flat.is_meta:
@@ -110,15 +113,15 @@ class SumOverGroup(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, group: Any) -> Tensor:
         """Returns the sum, of the shape of `local`."""
         ctx.group = group
-        return _all_reduce(local, group)
+        return _all_reduce_without_gradient(local, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """The gradient of `local`, and None for the group."""
-        return _all_reduce(grad, ctx.group), None
+        return _all_reduce_without_gradient(grad, ctx.group), None
 
 
-def _all_reduce(local: Tensor, group: Any) -> Tensor:
+def _all_reduce_without_gradient(local: Tensor, group: Any) -> Tensor:
     """The sum over the group, in a new tensor."""
     total = local.clone(memory_format=torch.contiguous_format)
     if not total.is_meta:
@@ -137,15 +140,17 @@ def sum_over_group(local: Tensor, row_slices: list[int] | None) -> Tensor:
     return total
 
 
-def all_to_all_rows(rows: Tensor, sent: list[int], received: list[int], row_slices: list[int]) -> Tensor:
-    """Exchange rows of hidden states among the ranks that share a row of tokens; returns the rows that arrive here.
+def all_to_all_vectors(vectors: Tensor, sent: list[int], received: list[int], row_slices: list[int]) -> Tensor:
+    """Send hidden states between the ranks that share a row of tokens; returns those that arrive here, `[sum(received), H]`.
 
-    `rows`: `[N, H]`, in the order of the ranks they go to: `sent[r]` of them to rank r, and `received[r]` come from it.
-    `row_slices`: the borders of the ranks' slices. No gradient flows back. All ranks of the group must call.
+    `vectors`: `[N, H]`, sorted by the rank that they go to: `sent[r]` of them to rank r; `received[r]` come from rank r.
+    `row_slices`: the borders of the ranks' slices of the row, which identify the group. Without gradient, unlike `AllToAll`. All
+    ranks of the group must call.
     """
-    width = rows.shape[-1]
-    sent_elements = [number * width for number in sent]
-    received_elements = [number * width for number in received]
+    width = vectors.shape[-1]
+    sent_elements = [count * width for count in sent]
+    received_elements = [count * width for count in received]
+    group = sequence_group_of(row_slices)
     with torch.no_grad():
-        flat = _all_to_all(rows.reshape(-1), sent_elements, received_elements, sequence_group_of(row_slices))
+        flat = _all_to_all_without_gradient(vectors.reshape(-1), sent_elements, received_elements, group)
     return flat.view(-1, width)

@@ -8,18 +8,18 @@ from torch import nn
 
 from strategies.base import Engine
 from strategies.expert_share import expert_share_of_parameter
-from strategies.parameters import element_counts, named_parameters
+from strategies.parameters import named_parameters, num_elements_by_name
 from strategies.runtime import Runtime, gather_objects
 
 
-def held_elements(step_module: nn.Module) -> int:
+def num_held_elements(step_module: nn.Module) -> int:
     """How many parameter elements this rank holds between steps, counted from its live tensors; for the run record.
 
     Elements are those of the model: a packed (quantised) weight counts with the elements that it encodes. Experts distributed
     over ranks count on each rank that holds them.
     """
     local_total = 0
-    counts = element_counts(step_module)
+    counts = num_elements_by_name(step_module)
     for name, parameter in named_parameters(step_module):
         local_numel, full_numel = _local_and_full_numel(parameter)
         share = expert_share_of_parameter(step_module, name)
@@ -42,15 +42,16 @@ def _local_and_full_numel(parameter: Any) -> tuple[int, int]:
 
 
 def sharding_record(engine: Engine, runtime: Runtime) -> dict[str, Any]:
-    """The record of sharding in `run.json`: parameters in total, trainable ones, those each rank holds, and the backend.
+    """The record of sharding in `run.json`, counted from the live tensors. All ranks must call.
 
-    All ranks must call.
+    `{"parameters": 1200, "trainable_parameters": 40, "exchange": "nccl", "held_per_rank": [600, 600]}`: numbers of elements, and
+    under `exchange` the backend of collectives.
     """
     step_module = engine.step_module
-    counts = element_counts(step_module)
+    counts = num_elements_by_name(step_module)
     num_parameters = sum(counts.values())
     num_trainable = sum(counts[name] for name, parameter in named_parameters(step_module) if parameter.requires_grad)
-    if engine.host_memory is not None:
+    if engine.host_memory is not None:  # CPU ranks of one host, which need no network
         backend = "shared memory"
     else:
         backend = "nccl" if runtime.device.type == "cuda" else "gloo"
@@ -58,5 +59,5 @@ def sharding_record(engine: Engine, runtime: Runtime) -> dict[str, Any]:
         "parameters": num_parameters,
         "trainable_parameters": num_trainable,
         "exchange": backend,
-        "held_per_rank": gather_objects(held_elements(step_module), runtime),
+        "held_per_rank": gather_objects(num_held_elements(step_module), runtime),
     }

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from strategies import atomic_io
 
-NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""Error codes of a file system without hard links."""
+NO_HARD_LINK_ERRNOS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""Error codes of a call of `link` on a file system without hard links."""
 MAX_BYTES = 2**20
 """Limit of the size of such a file."""
 
 
-def read(path: Path) -> bytes:
+def read_shared_file(path: Path) -> bytes:
     """The content of a file. Opening it makes an NFS client ask the server. If the handle is stale, it is opened once more."""
     try:
         return atomic_io.read_bytes(path, max_bytes=MAX_BYTES)
@@ -27,7 +27,7 @@ def read(path: Path) -> bytes:
         return atomic_io.read_bytes(path, max_bytes=MAX_BYTES)
 
 
-def replace(path: Path, content: bytes, token: str) -> None:
+def replace_shared_file(path: Path, content: bytes, token: str) -> None:
     """Replace the content of a file in one step. `token`: differs between writers, for the name of the temporary file."""
     temporary = _write_temporary_file(path, content, token)
     try:
@@ -38,7 +38,7 @@ def replace(path: Path, content: bytes, token: str) -> None:
         raise
 
 
-def claim(path: Path, content: bytes, token: str) -> bool:
+def claim_shared_file(path: Path, content: bytes, token: str) -> bool:
     """Create the file `path`, unless it exists; returns whether this call has created it. Of several callers one succeeds.
 
     NFS may report an error for a hard link that was made, or success for one that was not. The number of links tells the truth.
@@ -49,7 +49,7 @@ def claim(path: Path, content: bytes, token: str) -> bool:
         try:
             atomic_io.disk.link(temporary, path)
         except OSError as error:
-            if error.errno in NO_HARD_LINKS:
+            if error.errno in NO_HARD_LINK_ERRNOS:
                 return _create_exclusively(path, content)
         return temporary.stat().st_nlink == 2  # it has both names
     finally:
@@ -68,11 +68,13 @@ def _write_temporary_file(path: Path, content: bytes, token: str) -> Path:
 
 
 def _create(path: Path, content: bytes) -> None:
+    """Create the file `path` with `content` and sync it. Raises FileExistsError if it exists."""
     with atomic_io.NewFile(path, exclusive=True) as file:
         file.write(content)
 
 
 def _create_exclusively(path: Path, content: bytes) -> bool:
+    """Create the file `path`; returns False if it exists already."""
     try:
         _create(path, content)
     except FileExistsError:
@@ -80,7 +82,7 @@ def _create_exclusively(path: Path, content: bytes) -> bool:
     return True
 
 
-def remedy(error: OSError) -> str:
-    """The beginning of what to do about a write that failed; empty if free space would not help."""
+def free_space_advice(error: OSError) -> str:
+    """`free space, or ` if a write failed because the disk or the quota is full, to begin a remedy with; else empty."""
     disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "free space, or " if disk_is_full else ""

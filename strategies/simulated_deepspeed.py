@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def reduce_scatter_shapes(tensors: list[Tensor], group: Any = None) -> list[Tens
     num_ranks = comm.get_world_size(group)
     rank = comm.get_rank(group)
     numels = [tensor.numel() for tensor in tensors]
-    part_sizes = [-(-numel // num_ranks) for numel in numels]  # rounded up
+    part_sizes = [math.ceil(numel / num_ranks) for numel in numels]
     pieces: list[Tensor] = []
     for tensor, numel, part_size in zip(tensors, numels, part_sizes, strict=True):
         pieces.append(tensor.view(-1))

@@ -171,7 +171,7 @@ class GpuDispatchMode(TorchFunctionMode):
         """Call `func`, or the function that torch would call instead of it for tensors on a GPU."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
+            return _attention_as_on_gpu(*args, **kwargs)
         if func is Tensor.backward or func is torch.autograd.backward:
             return self._backward(*args, **kwargs)
         if func is Tensor.pin_memory:
@@ -236,7 +236,7 @@ def _as_float32(argument: Any) -> Any:
     return argument
 
 
-def _attention(
+def _attention_as_on_gpu(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -10,7 +10,7 @@ from torch import nn
 from strategies.activation import apply_checkpointing_and_compile
 from strategies.base import OptimizerFactory, ParameterSource, Precision, StrategyConfig
 from strategies.native import NativeEngine
-from strategies.parameters import COMPUTE_DTYPE, load_full_parameters, materialize, meta_context, set_dtypes
+from strategies.parameters import COMPUTE_DTYPE, load_full_parameters, materialize, meta_context, set_parameter_dtypes
 from strategies.runtime import Runtime
 
 
@@ -49,6 +49,6 @@ class SingleStrategy:
 
 def load_in_full(step_module: nn.Module, source: ParameterSource, precision: Precision, runtime: Runtime) -> None:
     """Load all parameters onto this rank's device: trainable ones in fp32, frozen ones in the compute type."""
-    set_dtypes(step_module, trainable=torch.float32, frozen=COMPUTE_DTYPE[precision])
+    set_parameter_dtypes(step_module, trainable=torch.float32, frozen=COMPUTE_DTYPE[precision])
     materialize(step_module, runtime.device)
     load_full_parameters(step_module, source, runtime)

@@ -15,10 +15,14 @@ from typing import Any
 
 from strategies.errors import ConfigError
 
-LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER_START = b"version https://git-lfs"
 """Beginning of the small text file that git leaves in the place of a large one."""
 MAX_BYTES = 16 << 20
-MAX_BYTES_OF = {"tokenizer.json": 256 << 20, "model.safetensors.index.json": 256 << 20, "tokenizer.model": 256 << 20}
+MAX_BYTES_BY_FILE = {
+    "tokenizer.json": 256 << 20,
+    "model.safetensors.index.json": 256 << 20,
+    "tokenizer.model": 256 << 20,
+}
 """Files that grow with the vocabulary or the number of tensors; the largest known are near 40 MB."""
 JSON_OBJECT_FILES = (
     "config.json",
@@ -43,7 +47,7 @@ def refuse_unless_small_regular_file(path: Path, *, most_bytes: int | None = Non
     try:
         status = path.stat()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable_file_error(path, error) from error
     if not stat.S_ISREG(status.st_mode):
         raise ConfigError(f"{path}: is a pipe, a device or a directory, not a regular file; download it again")
     if most_bytes is not None and status.st_size > most_bytes:
@@ -56,10 +60,10 @@ def refuse_lfs_pointer(path: Path) -> None:
     """Raise ConfigError if a file is a pointer of git-lfs. Some would load without an error: a template is any text."""
     try:
         with path.open("rb") as file:
-            head = file.read(len(LFS_POINTER))
+            head = file.read(len(LFS_POINTER_START))
     except OSError as error:
-        raise _unreadable(path, error) from error
-    if head == LFS_POINTER:
+        raise _unreadable_file_error(path, error) from error
+    if head == LFS_POINTER_START:
         raise ConfigError(
             f"{path}: is a pointer that git-lfs left in the place of the file; run `git lfs pull` in its directory, or "
             "download the file again"
@@ -68,12 +72,12 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object of a small file. Raises ConfigError, naming the file, for anything else."""
-    refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_OF.get(path.name, MAX_BYTES))
+    refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_BY_FILE.get(path.name, MAX_BYTES))
     refuse_lfs_pointer(path)
     try:
         json_value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable_file_error(path, error) from error
     except RecursionError as error:
         raise ConfigError(f"{path}: is nested too deep to be read; download it again") from error
     except ValueError as error:  # not UTF-8, or not JSON: perhaps an interrupted copy
@@ -85,16 +89,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return json_value
 
 
-def text_values_of(parsed: Any) -> Iterator[str]:
+def texts_in_parsed(parsed: Any) -> Iterator[str]:
     """Every text among the values of parsed JSON or YAML, in order, however deep."""
     if isinstance(parsed, str):
         yield parsed
     elif isinstance(parsed, dict):
         for inner in parsed.values():
-            yield from text_values_of(inner)
+            yield from texts_in_parsed(inner)
     elif isinstance(parsed, list):
         for inner in parsed:
-            yield from text_values_of(inner)
+            yield from texts_in_parsed(inner)
 
 
 def check_files_read_by_libraries(directory: Path) -> None:
@@ -105,11 +109,11 @@ def check_files_read_by_libraries(directory: Path) -> None:
             read_json_object(path)
     for pattern in OTHER_FILES:
         for path in directory.glob(pattern):
-            refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_OF.get(path.name, MAX_BYTES))
+            refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_BY_FILE.get(path.name, MAX_BYTES))
             refuse_lfs_pointer(path)
 
 
-def _unreadable(path: Path, error: OSError) -> ConfigError:
+def _unreadable_file_error(path: Path, error: OSError) -> ConfigError:
     return ConfigError(
         f"{path}: cannot be read ({error.strerror or error}); see to its permissions, or download it again"
     )

@@ -23,14 +23,14 @@ from strategies.atomic_io import error_summary, read_bytes
 from strategies.base import PROGRESS_KEYS, Progress
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime, call_on_main, gather_objects
-from strategies.saving import PROGRESS, FlatRange
+from strategies.saving import PROGRESS_FILE, FlatRange
 from strategies.tensor_files import (
-    INDEX,
-    Index,
+    INDEX_FILE,
     LocalElements,
     MalformedFile,
+    TensorIndex,
     is_count,
-    numel,
+    num_elements_of_parts,
     parse_index,
     parse_json,
     read_tensors,
@@ -39,13 +39,13 @@ from strategies.tensor_files import (
 MAX_PROGRESS_BYTES = 2**20
 MAX_INDEX_BYTES = 2**30
 """Larger JSON files are not read: they are not ours."""
-ROW_FIELDS = {
+KEYS_OF_LIST_ROWS = {
     "recent": {"loss", "grad_norm"},
     "passed": {"first", "count"},
     "evaluations": {"step", "train", "held_out"},
     "recent_losses": {"loss"},
 }
-"""The keys of each row of the lists in `progress.json`."""
+"""The keys that each entry of a list in `progress.json` has, by the list's key."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,33 +66,36 @@ class StateHeader:
         return json.dumps({**asdict(self), "progress": self.progress.as_json()}, indent=1).encode()
 
 
-def read_header(path: Path, *, patient: bool = False) -> StateHeader:
+def read_state_header(path: Path, *, patient: bool = False) -> StateHeader:
     """The header of a saved state, from a small JSON file; reads no tensors. Raises StorageError if that fails.
 
     `patient`: another host has seen the file, so wait until it is visible here.
     """
     try:
-        header_fields = parse_json(read_bytes(path / PROGRESS, max_bytes=MAX_PROGRESS_BYTES, patient=patient))
-        _refuse_other_fields(StateHeader, header_fields, except_field="progress")
-        _refuse_other_fields(Progress, header_fields.get("progress"), keys=PROGRESS_KEYS)
+        header_fields = parse_json(read_bytes(path / PROGRESS_FILE, max_bytes=MAX_PROGRESS_BYTES, patient=patient))
+        _refuse_unlike_dataclass(StateHeader, header_fields, except_field="progress")
+        _refuse_unlike_dataclass(Progress, header_fields.get("progress"), keys=PROGRESS_KEYS)
         loss_scale = header_fields.get("loss_scale")
         if loss_scale is not None and not 0 < loss_scale < math.inf:
             raise MalformedFile("has a loss_scale that is none")
-        _refuse_other_rows(header_fields["progress"])
+        _refuse_unlike_list_rows(header_fields["progress"])
     except OSError as error:
-        raise StorageError(f"{path / PROGRESS}: {error_summary(error)}") from error
+        raise StorageError(f"{path / PROGRESS_FILE}: {error_summary(error)}") from error
     except MalformedFile as error:
-        raise StorageError(f"{path / PROGRESS}: {error}; it is damaged, or was not written by shardtune") from error
+        raise StorageError(
+            f"{path / PROGRESS_FILE}: {error}; it is damaged, or was not written by shardtune"
+        ) from error
     header_fields["progress"] = Progress.from_json(header_fields["progress"])
     return StateHeader(**header_fields)
 
 
-def _refuse_other_fields(
+def _refuse_unlike_dataclass(
     kind: type, raw: Any, *, except_field: str | None = None, keys: Mapping[str, str] | None = None
 ) -> None:
-    """Raise MalformedFile if the JSON object `raw` does not have the fields of the dataclass `kind`, with values of their types.
+    """Raise MalformedFile if the JSON value `raw` does not have the fields of the dataclass `kind`, with values of their types.
 
-    `except_field`: a field whose type is checked elsewhere. `keys`: the JSON keys of fields that have another name there.
+    Most fields may be missing. `except_field`: a field whose type is checked elsewhere. `keys`: the JSON key of each field that
+    has another name in JSON, such as `{"recent_steps": "recent"}`.
     """
     if not isinstance(raw, dict):
         raise MalformedFile("is no table")
@@ -109,9 +112,12 @@ def _refuse_other_fields(
             raise MalformedFile(f"has a {key} that is none")
 
 
-def _refuse_other_rows(progress: dict[str, Any]) -> None:
-    """Raise MalformedFile if a list in `progress.json` has rows with other keys than ROW_FIELDS says, or counts below 0."""
-    for key, row_fields in ROW_FIELDS.items():
+def _refuse_unlike_list_rows(progress: dict[str, Any]) -> None:
+    """Raise MalformedFile if an entry of a list in `progress.json` has other keys than the entries of that list have.
+
+    Also if a range of skipped samples (`passed`) has a value that is no count.
+    """
+    for key, row_fields in KEYS_OF_LIST_ROWS.items():
         if any(set(row) != row_fields for row in progress.get(key, ())):
             raise MalformedFile(f"has a {key} that is none")
     for row in progress.get("passed", ()):
@@ -141,17 +147,17 @@ def _is_row_of_numbers(row: Any) -> bool:
     return isinstance(row, dict) and all(type(number) in (int, float) for number in row.values())
 
 
-def read_index(path: Path, *, patient: bool = False) -> Index:
+def read_index(path: Path, *, patient: bool = False) -> TensorIndex:
     """The index of a saved state: its tensors, and where they are in the files. Raises StorageError if that fails.
 
     `patient`: another host has seen the file, so wait until it is visible here.
     """
     try:
-        return parse_index(read_bytes(path / INDEX, max_bytes=MAX_INDEX_BYTES, patient=patient))
+        return parse_index(read_bytes(path / INDEX_FILE, max_bytes=MAX_INDEX_BYTES, patient=patient))
     except OSError as error:
-        raise StorageError(f"{path / INDEX}: {error_summary(error)}") from error
+        raise StorageError(f"{path / INDEX_FILE}: {error_summary(error)}") from error
     except MalformedFile as error:
-        raise StorageError(f"{path / INDEX}: {error}; it is damaged, or was not written by shardtune") from error
+        raise StorageError(f"{path / INDEX_FILE}: {error}; it is damaged, or was not written by shardtune") from error
 
 
 @torch.no_grad()
@@ -166,7 +172,7 @@ def load_state(path: Path, ranges: Iterable[FlatRange], runtime: Runtime) -> Sta
     visible_names = call_on_main(lambda: set(atomic_io.disk.names(path)), runtime)
     error: ConfigError | StorageError | None = None
     try:
-        header = read_header(path, patient=PROGRESS in visible_names)
+        header = read_state_header(path, patient=PROGRESS_FILE in visible_names)
         loaded = _saved_values(path, flat_ranges, visible_names)
     except (ConfigError, StorageError) as caught:
         error = caught
@@ -194,12 +200,12 @@ def _saved_values(path: Path, ranges: list[FlatRange], visible_names: set[str]) 
     Changes no live tensor: the caller copies the values when all ranks have theirs. `visible_names`: names of the files that
     rank 0 sees in `path`. Raises ConfigError if the state is another run's, StorageError if it cannot be read.
     """
-    index = read_index(path, patient=INDEX in visible_names)
+    index = read_index(path, patient=INDEX_FILE in visible_names)
     _refuse_state_of_other_run(path, index, ranges)
     files = {part.file for parts in index.values() for part in parts}
     missing_files = files - visible_names
     if missing_files:
-        raise StorageError(f"{path}: {min(missing_files)[:80]}, which {INDEX} names, is missing")
+        raise StorageError(f"{path}: {min(missing_files)[:80]}, which {INDEX_FILE} names, is missing")
     local: list[LocalElements] = []
     for flat_range in ranges:
         local += flat_range.local_elements()
@@ -210,7 +216,7 @@ def _saved_values(path: Path, ranges: list[FlatRange], visible_names: set[str]) 
     return [_SavedValues(elements.values, saved) for elements, saved in zip(local, saved_values, strict=True)]
 
 
-def _refuse_state_of_other_run(path: Path, index: Index, ranges: list[FlatRange]) -> None:
+def _refuse_state_of_other_run(path: Path, index: TensorIndex, ranges: list[FlatRange]) -> None:
     """Raise ConfigError if the state in `path` was saved by a run that trains other tensors, or tensors of other sizes.
 
     `index`: what the state holds, by `parameter/kind`. `ranges`: what this run trains.
@@ -227,7 +233,7 @@ def _refuse_state_of_other_run(path: Path, index: Index, ranges: list[FlatRange]
         surplus_text = f"holds, beyond what this run trains, {', '.join(surplus_names[:3])} ..."
         raise ConfigError(_other_run_message(path, surplus_text))
     for name, run_numel in numel_by_name.items():
-        saved_numel = numel(index[name])
+        saved_numel = num_elements_of_parts(index[name])
         if saved_numel != run_numel:
             raise ConfigError(_other_run_message(path, f"has {saved_numel} elements of {name}, this run {run_numel}"))
 

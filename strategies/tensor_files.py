@@ -18,10 +18,10 @@ from torch import Tensor
 
 from strategies.atomic_io import NewFile, RetryingReader, WrittenFile, open_regular_file, read_exactly
 
-INDEX = "index.json"
+INDEX_FILE = "index.json"
 ELEMENT_BYTES = 4
 """Everything is stored in float32."""
-FILE_NAME = "rank-{:05d}.safetensors"
+RANK_FILE_FORMAT = "rank-{:05d}.safetensors"
 MAX_INTEGER = 2**53
 """JSON numbers from here on are refused: no tensor is that large, and floats lose precision."""
 
@@ -41,7 +41,7 @@ class FilePart:
     """Bytes from the start of the file."""
 
 
-Index = dict[str, list[FilePart]]
+TensorIndex = dict[str, list[FilePart]]
 """The parts of each tensor, by its name: in the order of their elements, together the full tensor."""
 
 
@@ -132,7 +132,7 @@ def index_json(parts_by_rank: Iterable[Mapping[str, FilePart]]) -> bytes:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def parse_index(data: bytes) -> Index:
+def parse_index(data: bytes) -> TensorIndex:
     """An index out of a file. Raises MalformedFile, also where the parts of a tensor leave gaps or overlap."""
     raw = parse_json(data)
     if not isinstance(raw, dict):
@@ -170,12 +170,12 @@ def stays_in_directory(name: str) -> bool:
     return bool(name) and not name.startswith(".") and "/" not in name and "\0" not in name
 
 
-def numel(parts: list[FilePart]) -> int:
+def num_elements_of_parts(parts: list[FilePart]) -> int:
     """Elements of a tensor."""
     return parts[-1].start + parts[-1].length
 
 
-def read_tensors(directory: Path, index: Index, local: Iterable[LocalElements]) -> list[Tensor]:
+def read_tensors(directory: Path, index: TensorIndex, local: Iterable[LocalElements]) -> list[Tensor]:
     """The saved values for each range of elements in `local`: new float32 tensors, 1-d, on the CPU.
 
     `index` says which files hold which elements; a range may lie across the files of several ranks that wrote them. Opens one

@@ -55,9 +55,9 @@ def engine_tensors(engine: Engine) -> Iterator[tuple[MemoryKind, Tensor]]:
     optimizer: Any = getattr(engine, "optimizer", None)
     if optimizer is not None:
         yield from _optimizer_states(optimizer)
-    average: Any = getattr(engine, "average", None)
-    if average is not None:
-        for tensor in average.averages:
+    weight_average: Any = getattr(engine, "weight_average", None)
+    if weight_average is not None:
+        for tensor in weight_average.averages:
             yield MemoryKind.optimizer, local_tensor(tensor)
 
 

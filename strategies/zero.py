@@ -44,7 +44,7 @@ from strategies.parameters import (
     materialize,
     meta_context,
     named_parameters,
-    set_dtypes,
+    set_parameter_dtypes,
     trainable_parameters,
 )
 from strategies.runtime import Runtime, set_group_timeouts
@@ -75,7 +75,7 @@ class ZeroEngine:
         self.update_gate = UpdateGate(engine.optimizer, runtime.device)
         self._num_updates = torch.zeros((), device=runtime.device)
         self.masters = Fp32Masters(engine, config.stage, runtime.rank, self.trainable)
-        self.average: WeightAverage | None = None
+        self.weight_average: WeightAverage | None = None
         """The moving average of the fp32 master weights; None if the run has none."""
         self.initial_weights: WeightAverage | None = None
         """The fp32 masters as they began, if the run keeps them: an average that is never updated."""
@@ -100,8 +100,8 @@ class ZeroEngine:
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
         """Clip, update and zero; then update the average. See `Engine.step`."""
         step_result = self._step(lr_factor, update_filter)
-        if self.average is not None:
-            self.average.update(self._num_updates, 1 - step_result.skipped)
+        if self.weight_average is not None:
+            self.weight_average.update(self._num_updates, 1 - step_result.skipped)
         return step_result
 
     def _step(self, lr_factor: float, update_filter: UpdateFilter | None) -> StepResult:
@@ -115,20 +115,20 @@ class ZeroEngine:
         if self.device_clipping is not None:
             self.device_clipping.begin_step(update_filter)
             self.engine.step()
-            applied = self.device_clipping.applied()
-            self._num_updates += applied
-            return StepResult(grad_norm=self.device_clipping.norm(), skipped=(~applied).float())
+            is_applied = self.device_clipping.is_applied()
+            self._num_updates += is_applied
+            return StepResult(grad_norm=self.device_clipping.norm(), skipped=(~is_applied).float())
 
         self.update_gate.begin_step(update_filter)
         self.engine.step()
-        skipped = bool(self.engine.optimizer.overflow) or bool(self.update_gate.skipped)
-        self._num_updates += not skipped
+        is_skipped = bool(self.engine.optimizer.overflow) or bool(self.update_gate.is_skipped)
+        self._num_updates += not is_skipped
         device = self.runtime.device
         engine_norm = self.engine.get_global_grad_norm()
         if engine_norm is None:  # DeepSpeed found an overflow and has computed no norm
             engine_norm = float("nan")
         norm = torch.as_tensor(engine_norm, dtype=torch.float32, device=device)
-        return StepResult(grad_norm=norm, skipped=torch.tensor(float(skipped), device=device))
+        return StepResult(grad_norm=norm, skipped=torch.tensor(float(is_skipped), device=device))
 
     @contextmanager
     def inference(self, *, averaged: bool = True, with_initial_weights: bool = False) -> Iterator[nn.Module]:
@@ -150,10 +150,10 @@ class ZeroEngine:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """A context with the averaged weights in the model, if the run has them; then the trained ones again. All ranks enter."""
-        if self.average is None:
+        if self.weight_average is None:
             yield
             return
-        with self._swapped(self.average):
+        with self._swapped(self.weight_average):
             yield
 
     @contextmanager
@@ -173,7 +173,7 @@ class ZeroEngine:
         return self.masters.flat_masters()
 
     def _flat_ranges(self) -> Iterator[FlatRange]:
-        return self.masters.flat_ranges(self.average)
+        return self.masters.flat_ranges(self.weight_average)
 
     def _ensure_moments(self) -> None:
         """Create the inner optimizer's state before it is saved or loaded, by a step with zero gradients at learning rate 0."""
@@ -283,12 +283,12 @@ class ZeroEngine:
         Parameters that train come from their fp32 masters, averaged if the run has an average. All ranks must exhaust it.
         """
         with self._averaged():
-            yield from self._gather(trainable_only=trainable_only)
+            yield from self._gather_current_weights(trainable_only=trainable_only)
 
-    def _gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """(plain name, full parameter on the CPU; None on ranks but 0), with the weights that are in place now.
+    def _gather_current_weights(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+        """(plain name, full parameter on the CPU; None on ranks but 0), with the weights that are in the model now.
 
-        Parameters that train come from their fp32 masters. All ranks must exhaust it: each step is a collective.
+        Parameters that train come from their fp32 masters. All ranks must exhaust the iterator: each step is a collective.
         """
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
@@ -345,19 +345,19 @@ class ZeroStrategy:
         forget_groups()
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         compute_dtype = COMPUTE_DTYPE[self.precision]
-        set_dtypes(step_module, trainable=compute_dtype, frozen=compute_dtype)
+        set_parameter_dtypes(step_module, trainable=compute_dtype, frozen=compute_dtype)
         apply_checkpointing_and_compile(step_module, self.config)
-        trained = sum(parameter.numel() for _, parameter in trainable_parameters(step_module))
-        settings_for = partial(
+        num_trained = sum(parameter.numel() for _, parameter in trainable_parameters(step_module))
+        settings_with = partial(
             deepspeed_config,
             self.config,
             precision=self.precision,
             max_grad_norm=max_grad_norm,
             on_cpu=self.on_cpu,
-            trained_per_rank=trained // self.runtime.world_size,
+            trained_per_rank=num_trained // self.runtime.world_size,
         )
         if self.config.stage == 3:
-            self._partition(step_module, source, settings_for(), compute_dtype)
+            self._load_partitioned(step_module, source, settings_with(), compute_dtype)
         else:
             materialize(step_module, self.runtime.device)
             load_full_parameters(step_module, source, self.runtime)
@@ -365,31 +365,32 @@ class ZeroStrategy:
         # Whether steps are decided on the device depends on the optimizer, and the optimizer on the partitioned parameters:
         # the settings are made again.
         optimizer = make_optimizer(trainable_parameters(step_module))
-        on_device = steps_on_device(self.config, self.precision, optimizer)
-        settings = settings_for(on_device=on_device)
-        memory = open_host_memory(self.runtime)
-        route_collectives_through(memory)
+        clips_on_device = steps_on_device(self.config, self.precision, optimizer)
+        settings = settings_with(clips_on_device=clips_on_device)
+        host_memory = open_host_memory(self.runtime)
+        route_collectives_through(host_memory)
         if self.runtime.simulated:
             disable_device_moves(step_module)
         engine, *_ = deepspeed.initialize(model=step_module, optimizer=optimizer, config=settings)
         set_group_timeouts(self.runtime)
-        if (self.on_cpu or on_device) and hasattr(engine.optimizer, "get_grad_norm_direct"):
+        # DeepSpeed's own norm is slow on a CPU, and would make the host wait for a GPU.
+        if (self.on_cpu or clips_on_device) and hasattr(engine.optimizer, "get_grad_norm_direct"):
             engine.optimizer.get_grad_norm_direct = partial(global_norm, device=self.runtime.device)
 
         zero_engine = ZeroEngine(step_module, engine, self.config, self.runtime)
-        if on_device:
+        if clips_on_device:
             zero_engine.device_clipping = DeviceClipping(engine.optimizer, max_grad_norm, self.runtime.device)
-        zero_engine.host_memory = memory
+        zero_engine.host_memory = host_memory
         if self.precision is not Precision.fp32:
             zero_engine.load_exact_masters(source)
         ema_decay = plan_of(step_module).ema_decay
         if ema_decay:
-            zero_engine.average = WeightAverage(ema_decay, zero_engine._flat_masters())
+            zero_engine.weight_average = WeightAverage(ema_decay, zero_engine._flat_masters())
         if plan_of(step_module).keeps_initial_weights:
             zero_engine.initial_weights = WeightAverage(1.0, zero_engine._flat_masters())
         return zero_engine
 
-    def _partition(
+    def _load_partitioned(
         self, step_module: nn.Module, source: ParameterSource, settings: dict[str, Any], compute_dtype: torch.dtype
     ) -> None:
         """Under stage 3: prepare the modules, partition their parameters and load this rank's parts. All ranks must call.

@@ -27,8 +27,10 @@ def _offload_sections(config: ZeroConfig, *, on_cpu: bool) -> dict[str, Any]:
 
 def steps_on_device(config: ZeroConfig, precision: Precision, optimizer: Any) -> bool:
     """Whether clipping and skipping can be decided on the device, without the host (`DeviceClipping`)."""
-    fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-    return fused and config.stage == 2 and precision is Precision.bf16 and config.offload_optimizer == "none"
+    # torch's fused optimizers have this flag: their kernels can skip an update themselves.
+    is_fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    is_stage_2_in_bf16 = config.stage == 2 and precision is Precision.bf16
+    return is_fused and is_stage_2_in_bf16 and config.offload_optimizer == "none"
 
 
 NO_LEAF_MODULES: dict[str, Any] = {"classes": []}
@@ -43,28 +45,28 @@ def deepspeed_config(
     max_grad_norm: float,
     on_cpu: bool,
     trained_per_rank: int = 0,
-    on_device: bool = False,
+    clips_on_device: bool = False,
 ) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
-    `trained_per_rank`: trained elements of one rank. `on_device`: DeepSpeed leaves clipping and skipping to us.
+    `trained_per_rank`: trained elements of one rank. `clips_on_device`: DeepSpeed leaves clipping and skipping to us.
 
     Batch sizes are placeholders: the loop hands over micro-batches and marks the last one itself
     (`set_gradient_accumulation_boundary`), and losses arrive already divided.
     """
     # On a CPU a bucket should fit the cache: with 200 MiB stages 1 and 2 are a tenth slower.
     bucket_mib = config.bucket_mib or (8 if on_cpu else 200)
-    numel = bucket_mib * MIB // 2  # DeepSpeed counts elements; two bytes each in the compute type
+    bucket_elements = bucket_mib * MIB // 2  # DeepSpeed counts elements; two bytes each in the compute type
     zero: dict[str, Any] = {
         "stage": config.stage,
         "overlap_comm": not on_cpu,
         # Copies gradients into one buffer, against fragmentation. Host memory does not suffer from that.
         "contiguous_gradients": not on_cpu or config.offload_optimizer != "none",
-        "reduce_bucket_size": numel,
-        "allgather_bucket_size": numel,
+        "reduce_bucket_size": bucket_elements,
+        "allgather_bucket_size": bucket_elements,
         # False: each part of a bucket goes to the rank that keeps it. That is half the traffic of an all-reduce, but takes a call
         # for each owner, so it pays only if a bucket has few owners. Through host memory all ranks read the bucket anyway.
-        "use_multi_rank_bucket_allreduce": on_cpu or trained_per_rank < numel // 4,
+        "use_multi_rank_bucket_allreduce": on_cpu or trained_per_rank < bucket_elements // 4,
     }
     zero |= _offload_sections(config, on_cpu=on_cpu)
     if config.stage == 3:
@@ -80,7 +82,7 @@ def deepspeed_config(
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0 if on_device else max_grad_norm,
+        "gradient_clipping": 0.0 if clips_on_device else max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # torch's fused CPU AdamW steps offloaded state; DeepSpeed's own would need a C++ compiler.
@@ -90,7 +92,7 @@ def deepspeed_config(
     }
     if precision is Precision.bf16:
         # Stage 1 adds each gradient to a full fp32 sum on every rank. Without `immediate_grad_update` it keeps bf16 ones as well.
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": not on_device, "immediate_grad_update": True}
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": not clips_on_device, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     elif precision is Precision.fp16:

@@ -25,10 +25,10 @@ from typing import Any
 
 from launch.cluster.hosts import ThisHost, locate_this_host
 from launch.cluster.rendezvous import MissingHostsReport, StuckAgentGuard, rdzv_port
-from strategies.heartbeat import HEARTBEAT_DIRECTORY, LOST_PEER, TIMED_OUT, read_last_heartbeat
+from strategies.heartbeat import HEARTBEAT_DIRECTORY_VARIABLE, LOST_PEER_REGEX, TIMEOUT_REGEX, read_last_heartbeat
 from strategies.network import refuse_taken_port, refuse_unknown_interface, refuse_without_loopback
 from strategies.parent_death import die_with_parent
-from strategies.runtime import out_of_memory_kills
+from strategies.runtime import num_out_of_memory_kills
 from trainer.config.run import LauncherConfig, RunConfig
 from trainer.reporting.status import read_status
 from trainer.stopping.signals import STOP_SIGNALS, block_signals, unblock_signals
@@ -153,7 +153,7 @@ def start(
     with (
         collected_signals() as signals,
         _output_streams(redirected) as streams,
-        _heartbeat_directory() as env[HEARTBEAT_DIRECTORY],
+        _heartbeat_directory() as env[HEARTBEAT_DIRECTORY_VARIABLE],
     ):
         # A session of its own keeps the terminal's Ctrl-C for us alone.
         agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_prepare_agent_process, **streams)
@@ -373,15 +373,15 @@ def run_torchrun(argv: list[str]) -> int:
 
     logging.disable(logging.CRITICAL)
     # Processes that the kernel has killed for want of memory so far; None if it does not count them.
-    oom_kills_before = out_of_memory_kills()
+    oom_kills_before = num_out_of_memory_kills()
     with contextlib.ExitStack() as cleanup:
         # Under SLURM there is no such variable yet. Otherwise the launcher has set it, who outlives this process.
-        if HEARTBEAT_DIRECTORY not in os.environ:
-            os.environ[HEARTBEAT_DIRECTORY] = cleanup.enter_context(_heartbeat_directory())
+        if HEARTBEAT_DIRECTORY_VARIABLE not in os.environ:
+            os.environ[HEARTBEAT_DIRECTORY_VARIABLE] = cleanup.enter_context(_heartbeat_directory())
         try:
             torchrun(argv)
         except ChildFailedError as error:
-            oom_kills_after = out_of_memory_kills()
+            oom_kills_after = num_out_of_memory_kills()
             kernel_killed_for_memory = (oom_kills_after or 0) > (oom_kills_before or 0)
             _record_killed_rank(error, kernel_killed_for_memory=kernel_killed_for_memory)
             return 1
@@ -394,7 +394,7 @@ def only_lost_a_peer(failure: dict[str, Any]) -> bool:
     The record says so itself by its key `gone`. A record without the key is judged by its message.
     What a rank wrote about itself is a cause. So is a rank that hung and was stopped: torchrun has killed that one since.
     """
-    lost_peer_by_message = LOST_PEER.search(failure.get("message", "")) is not None
+    lost_peer_by_message = LOST_PEER_REGEX.search(failure.get("message", "")) is not None
     return bool(failure.get("gone", lost_peer_by_message))
 
 
@@ -450,7 +450,9 @@ def _record_killed_rank(error: BaseException, *, kernel_killed_for_memory: bool)
     recorded = read_failure(run_dir)
     last_work = _last_work_of_rank(killed.rank, recorded)
     # NCCL aborts every rank that waits too long, and each has written before what it waited for: that record stays.
-    is_abort_after_wait = killed.signal_name == "SIGABRT" and TIMED_OUT.search(recorded.get("message", "")) is not None
+    is_abort_after_wait = (
+        killed.signal_name == "SIGABRT" and TIMEOUT_REGEX.search(recorded.get("message", "")) is not None
+    )
     was_recorded = record_failure(
         run_dir,
         killed.rank,
@@ -482,7 +484,7 @@ def _last_work_of_rank(rank: int, recorded: dict[str, Any]) -> _LastWork:
     is_about_rank = recorded.get("rank") == rank and recorded.get("gone")
     if is_about_rank:
         return _LastWork(recorded["phase"], recorded["step"])
-    last_heartbeat = read_last_heartbeat(Path(os.environ.get(HEARTBEAT_DIRECTORY, os.devnull)), rank)
+    last_heartbeat = read_last_heartbeat(Path(os.environ.get(HEARTBEAT_DIRECTORY_VARIABLE, os.devnull)), rank)
     if last_heartbeat is not None:
         return _LastWork(last_heartbeat.phase, last_heartbeat.step)
     return _LastWork("killed", step=None)

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from strategies.errors import ConfigError
-from strategies.small_files import text_values_of
+from strategies.small_files import texts_in_parsed
 from trainer.model.config import ModelConfig
 
 MAX_FILES_AND_FOLDERS = 20_000
@@ -158,7 +158,7 @@ def _include_values(tree: Any) -> Iterator[str]:
             continue
         visited_ids.add(id(node))
         if isinstance(node, dict):
-            yield from text_values_of(node.get("include"))
+            yield from texts_in_parsed(node.get("include"))
             pending += node.values()
         elif isinstance(node, list):
             pending += node
@@ -189,7 +189,7 @@ def _auto_map_references(directory: Path) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise NoDigest(str(file)) from error
         if isinstance(settings, dict):
-            yield from text_values_of(settings.get("auto_map"))
+            yield from texts_in_parsed(settings.get("auto_map"))
 
 
 def _read_code_file(file: Path) -> bytes:

@@ -413,16 +413,16 @@ def best_step(checkpoints: dict[int, Path]) -> int | None:
     `checkpoints`: directories by step. Prints a line for each newer checkpoint that cannot be read. Errors: ConfigError if none
     can.
     """
-    from strategies.saving import PROGRESS
-    from strategies.state import read_header
+    from strategies.saving import PROGRESS_FILE
+    from strategies.state import read_state_header
     from trainer.checkpoints.manifest import checkpoint_problem
 
     # Each checkpoint records the best step until then, so the newest one knows most.
     problems = []
     for step in sorted(checkpoints, reverse=True):
-        problem = checkpoint_problem(checkpoints[step], only=PROGRESS, may_be_deleted=True)
+        problem = checkpoint_problem(checkpoints[step], only=PROGRESS_FILE, may_be_deleted=True)
         if problem is None:
-            return read_header(checkpoints[step]).progress.best_step
+            return read_state_header(checkpoints[step]).progress.best_step
         problems.append(f"{checkpoints[step].name} {problem}")
         print(f"checkpoint=best: {problems[-1]}; asking the one before it", flush=True)
     raise ConfigError(f"checkpoint=best: no checkpoint can say which is the best ({'; '.join(problems[:3])})")
@@ -434,7 +434,7 @@ def export(config: RunConfig, request: ExportRequest, num_processes: int) -> Pre
     The checkpoints are kept from pruning until it is written. If the run deleted the checkpoint meanwhile, `request.checkpoint`
     becomes another (`next_checkpoint`). Errors: those of building the model, reading the checkpoint and writing.
     """
-    from strategies.state import read_header
+    from strategies.state import read_state_header
     from trainer.checkpoints.in_use import marked_as_in_use
 
     with ExitStack() as kept:
@@ -444,7 +444,7 @@ def export(config: RunConfig, request: ExportRequest, num_processes: int) -> Pre
             request.checkpoint = next_checkpoint(request, config)
             kept.enter_context(marked_as_in_use(request.checkpoint))
         if config.logging.artifacts:
-            request.trained_wandb_id = read_header(request.checkpoint).progress.wandb_id or ""
+            request.trained_wandb_id = read_state_header(request.checkpoint).progress.wandb_id or ""
         job = writing.ExportJob(
             run=str(request.run_dir),
             checkpoints=[str(path) for path in request.averaged or [request.checkpoint]],

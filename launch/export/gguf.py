@@ -85,10 +85,10 @@ def write_and_verify_gguf(request: GgufRequest, directory: Path, *, verify: bool
     """
     from trainer.export.gguf import verify_gguf, write_gguf
     from trainer.tuning.bottleneck import CONFIG_FILE
-    from trainer.tuning.initial_adapter import SETTINGS
+    from trainer.tuning.initial_adapter import SETTINGS_FILE
 
     # Not told by config.json: an adapter has one, too, if its training changed the base's positions.
-    is_adapter = (directory / SETTINGS).is_file() or (directory / CONFIG_FILE).is_file()
+    is_adapter = (directory / SETTINGS_FILE).is_file() or (directory / CONFIG_FILE).is_file()
     if is_adapter:
         raise ConfigError(
             f"gguf={request.kind}: {directory} is an adapter, and this method cannot be folded into its base"

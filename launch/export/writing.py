@@ -212,7 +212,7 @@ def _reference(
     Rank 0 loads the whole model, without the optimizer's moments, and frees it again; the others wait, and get an empty
     reference. All ranks must call.
     """
-    from strategies.parameters import element_counts
+    from strategies.parameters import num_elements_by_name
     from strategies.runtime import broadcast_object, longer_timeout
     from trainer.build.parts import build_engine
     from trainer.export.routing_choices import RoutingRecorder
@@ -220,7 +220,7 @@ def _reference(
     from trainer.export.verify import Reference, take_reference
     from trainer.export.write import SLOWEST_DISK_BYTES_PER_S
 
-    float32_bytes = 4 * sum(element_counts(model.built.step_module).values())
+    float32_bytes = 4 * sum(num_elements_by_name(model.built.step_module).values())
     with longer_timeout(runtime, float32_bytes / SLOWEST_DISK_BYTES_PER_S):
         reference: Reference | None = None
         if runtime.is_main:

@@ -16,7 +16,7 @@ from launch.plan.expert_notes import expert_lines_of_dry_run
 from launch.plan.round_lines import dry_run_lines
 from strategies.base import Precision
 from strategies.hardware import slow_precision_warning
-from strategies.parameters import element_counts, meta_context, named_parameters
+from strategies.parameters import meta_context, named_parameters, num_elements_by_name
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, prepare_data, workload
 from trainer.build.recomputation import longest_lengths
@@ -64,7 +64,7 @@ def describe(config: RunConfig) -> DryRun:
     tokens_per_step = samples.mean * global_batch
     # The length of a written answer is not known: each prompt counts with the longest.
     approximation = "at most" if is_prompts_alone(data.report.get("train", {})) else "about"
-    total = sum(element_counts(built.step_module).values())
+    total = sum(num_elements_by_name(built.step_module).values())
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     memory = simulated_memory(config, longest_lengths(built.data_spec, workload(config, data)), world_size)
     rate = learning_rate_of(config, steps)

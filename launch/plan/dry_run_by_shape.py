@@ -18,7 +18,7 @@ from launch.plan.dry_run_memory import (
 from launch.plan.expert_notes import expert_lines_of_dry_run
 from strategies.base import Precision
 from strategies.errors import ConfigError
-from strategies.parameters import element_counts, meta_context, named_parameters
+from strategies.parameters import meta_context, named_parameters, num_elements_by_name
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_step
 from trainer.build.sequence import step_layout
@@ -42,7 +42,7 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
     check_parallel(config)
     # The numbers.
     built = _build_on_meta(config)
-    total = sum(element_counts(built.step_module).values())
+    total = sum(num_elements_by_name(built.step_module).values())
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     world_size = config.launcher.per_node * config.launcher.nodes
     expert_lines = expert_lines_of_dry_run(config, built, world_size)

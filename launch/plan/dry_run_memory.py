@@ -135,7 +135,7 @@ def simulated_memory(config: RunConfig, lengths: list[int], world_size: int) -> 
             lines.append(f"  {kind:<14}{size_bytes / unit_bytes:8.2f} {unit}")
     lines.append(f"  {'total':<14}{step.total / unit_bytes:8.2f} {unit}")
     if step.host_inputs.tensors:
-        pinned_gib = step.host_inputs.pinned() / 2**30
+        pinned_gib = step.host_inputs.pinned_size() / 2**30
         lines.append(f"  beside it {pinned_gib:.2f} GiB of pinned host memory a rank, for inputs of recomputed blocks")
     return SimulatedMemory(lines, {"bytes": step.total, "peak": str(step.peak), "kinds": kinds})
 

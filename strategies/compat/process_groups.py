@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-_RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+_DUMP_FUNCTION_NAMES = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
 """What reads the flight recorders: a build for GPUs has both, and NCCL's collectives are in the second alone."""
 
 
@@ -55,7 +55,7 @@ def recorded_collectives() -> list[dict[str, Any]]:
     """
     from torch._C import _distributed_c10d as c10d
 
-    dump_functions = [getattr(c10d, name) for name in _RECORDERS if hasattr(c10d, name)]
+    dump_functions = [getattr(c10d, name) for name in _DUMP_FUNCTION_NAMES if hasattr(c10d, name)]
     entries: list[dict[str, Any]] = []
     for dump in dump_functions:
         with_collectives, only_active = True, False

@@ -38,7 +38,7 @@ from trainer.optim.config import AdafactorConfig, MuonConfig
 from trainer.planner.communication_volume import _expert_exchange_bytes
 from trainer.session.run_facts import model_flops_per_token
 from trainer.tuning.base import LoraConfig
-from trainer.tuning.expert_parts import expert_modules
+from trainer.tuning.expert_parts import expert_modules_by_name
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     of_token = 4 * built.config.num_experts_per_tok * built.config.hidden_size * 2 * 3 / 4 / 1000
     assert f"its {built.config.num_experts_per_tok} experts and back: about {of_token:.1f} kB to and from" in sends
     state[4] = model_state_bytes(built, config.strategy, Precision.bf16, ranks)
-    modules = expert_modules(step)
+    modules = expert_modules_by_name(step)
     row_counts = sum(parameter.numel() for parameter in next(iter(modules.values())).parameters())
     assert state[1] - state[4] == 2 * 2 * row_counts * 3 / 4
 

@@ -8,7 +8,7 @@ import torch
 
 from strategies import activation_plan, runtime
 from strategies.activation import is_kept_op
-from strategies.activation_plan import Activations, choose_recomputation
+from strategies.activation_plan import ActivationBytes, choose_recomputation
 from strategies.base import ActivationCheckpointing, Precision, SingleConfig
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context
@@ -78,7 +78,7 @@ def test_counted_on_meta_as_saved_for_real(tmp_path, here, architecture, tuning)
     found = measured_activations(built, workload(config, data), Precision.fp32)
     batch = longest_micro_batch(built, workload(config, data))
     load_in_full(built.step_module, source, Precision.fp32, here)
-    assert sum(found.none) + found.outside == pytest.approx(saved_bytes(built.step_module, batch), rel=1e-3)
+    assert sum(found.none) + found.outside_blocks == pytest.approx(saved_bytes(built.step_module, batch), rel=1e-3)
     assert all(f < s < n for n, s, f in zip(found.none, found.selective, found.full, strict=True))
 
 
@@ -94,7 +94,7 @@ def test_every_attention_kernel_is_kept_by_selective_checkpointing():
 
 
 def test_the_least_that_fits_is_chosen():
-    found = Activations(none=[100.0] * 3, selective=[40.0] * 3, full=[10.0] * 3, outside=50.0, transient=5.0)
+    found = ActivationBytes(none=[100.0] * 3, selective=[40.0] * 3, full=[10.0] * 3, outside_blocks=50.0, transient=5.0)
     assert choose_recomputation(found, 355.0) == ([NONE] * 3, True)
     # A recomputed block stands there whole once more: the first step down saves nothing here, the second does.
     assert choose_recomputation(found, 354.0) == ([SELECTIVE, SELECTIVE, NONE], True)
@@ -134,7 +134,7 @@ def test_recomputation_plan_is_recorded_and_autograd_keeps_what_it_says(tmp_path
     )
     batch = longest_micro_batch(built, workload(config, data))
     # Checkpointing also keeps what all blocks share: rotary tables and positions.
-    assert saved_bytes(engine.step_module, batch) < found.outside + sum(found.full) + 0.25 * sum(found.none)
+    assert saved_bytes(engine.step_module, batch) < found.outside_blocks + sum(found.full) + 0.25 * sum(found.none)
 
 
 def test_a_plan_by_block_keeps_inputs_on_the_host(tmp_path, here, monkeypatch):
@@ -151,11 +151,11 @@ def test_a_plan_by_block_keeps_inputs_on_the_host(tmp_path, here, monkeypatch):
             assert loss == pytest.approx(right_loss, rel=1e-6) and norm == pytest.approx(right_norm, rel=1e-6)
         host_inputs = trainer.engine.step_module.plan.host_inputs
         assert (host_inputs and host_inputs.peak.tensors) == kept
-        assert host_inputs is None or host_inputs.live == host_inputs.live_bytes == 0
+        assert host_inputs is None or host_inputs.num_live_tensors == host_inputs.live_bytes == 0
 
 
 def test_inputs_on_the_host_are_no_activations_of_the_device():
-    found = Activations(none=[100.0] * 3, selective=[40.0] * 3, full=[10.0] * 3, outside=50.0, transient=5.0)
+    found = ActivationBytes(none=[100.0] * 3, selective=[40.0] * 3, full=[10.0] * 3, outside_blocks=50.0, transient=5.0)
     assert found.with_inputs_on_host() == replace(found, selective=[30.0] * 3, full=[0.0] * 3)
 
 

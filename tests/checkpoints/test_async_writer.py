@@ -122,7 +122,9 @@ def test_background_save_that_is_killed_is_not_chosen_and_leaves_nothing(job, mo
     assert resumed.name == "step-000001" and [path.name for path in made.checkpoint_dirs[0].iterdir()] == [
         "step-000001"
     ]
-    monkeypatch.setattr(atomic_io, "PATIENCE_S", 0.0)  # else it looks for its directory while others are tested
+    monkeypatch.setattr(
+        atomic_io, "VISIBILITY_TIMEOUT_S", 0.0
+    )  # else it looks for its directory while others are tested
     disk.let.set()
     made._pending.wait_for_outcome()
 
@@ -181,9 +183,9 @@ def test_background_save_short_of_host_memory_is_written_in_the_step_and_noted_o
 
 
 def test_free_host_memory_is_a_plausible_number():
-    from strategies.runtime import free_host_memory
+    from strategies.runtime import free_host_memory_bytes
 
-    free = free_host_memory()
+    free = free_host_memory_bytes()
     assert free is None or 2**20 < free < 2**46
 
 
@@ -222,7 +224,10 @@ def ranks_of_one_run(values: list[torch.Tensor]) -> list[RankState]:
     header = StateHeader(progress=Progress(step=2), optimizer_steps=2, world_size=2, strategy="fsdp2").json()
     states = []
     for rank, half in enumerate(values):
-        held = [FlatRange("a", 8, 4 * rank, {"weight": half}), FlatRange("b", 4, 0, {"weight": half}, write=rank == 0)]
+        held = [
+            FlatRange("a", 8, 4 * rank, {"weight": half}),
+            FlatRange("b", 4, 0, {"weight": half}, is_written=rank == 0),
+        ]
         states.append(RankState(held, header, Runtime(rank, 2, rank, 2, torch.device("cpu"), None)))
     return states
 

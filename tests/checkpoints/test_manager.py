@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from strategies import atomic_io
-from strategies.atomic_io import write_new
+from strategies.atomic_io import write_new_file
 from strategies.base import Progress
 from strategies.errors import ConfigError, StorageError
 from strategies.runtime import Runtime
@@ -39,11 +39,11 @@ class FakeEngine:
         return SimpleNamespace(save=partial(self.save, progress), num_elements=512)
 
     def save(self, progress: Progress, path: Path):
-        files = [write_new(path / "a.safetensors", bytes(range(256)) * 8)]
+        files = [write_new_file(path / "a.safetensors", bytes(range(256)) * 8)]
         if self.error and self.only_in in str(path):
             raise self.error
         about = {"progress": {"step": progress.step}, **self.header}
-        return [*files, write_new(path / "progress.json", json.dumps(about).encode())]
+        return [*files, write_new_file(path / "progress.json", json.dumps(about).encode())]
 
 
 class Made:
@@ -266,7 +266,7 @@ def test_resume_with_the_same_words_goes_on_and_does_not_go_back_again(made, tmp
     assert made().resume(replaced).name == "step-000007", "the same bytes"
     shutil.rmtree(replaced)
     replaced.mkdir()
-    write_manifest(replaced, [write_new(replaced / "progress.json", b"{}")])
+    write_manifest(replaced, [write_new_file(replaced / "progress.json", b"{}")])
     assert made().resume(replaced) == replaced and made().steps == [], "another one under the same name"
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from strategies.atomic_io import write_new
+from strategies.atomic_io import write_new_file
 from strategies.runtime import Runtime
 from trainer.checkpoints import manifest as sealing
 from trainer.checkpoints.manifest import checkpoint_problem_on_all_ranks, read_manifest, write_manifest
@@ -17,7 +17,9 @@ SIZES = (900, 700, 500, 400, 300, 200, 1)
 
 @pytest.mark.parametrize("damaged", [None, 0, 4, 6])
 def test_manifest_verification_reads_each_file_once_and_tells_all_ranks_of_damage(tmp_path, monkeypatch, damaged):
-    files = [write_new(tmp_path / f"rank-{number:05d}.safetensors", bytes(size)) for number, size in enumerate(SIZES)]
+    files = [
+        write_new_file(tmp_path / f"rank-{number:05d}.safetensors", bytes(size)) for number, size in enumerate(SIZES)
+    ]
     write_manifest(tmp_path, files)
     if damaged is not None:
         (tmp_path / files[damaged].name).write_bytes(bytes(SIZES[damaged] - 1) + b"\1")

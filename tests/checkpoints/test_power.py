@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from strategies import atomic_io
-from strategies.atomic_io import write_new
+from strategies.atomic_io import write_new_file
 from strategies.base import Progress
 from strategies.runtime import Runtime
 from trainer.checkpoints.config import CheckpointConfig
@@ -117,8 +117,8 @@ class Engine:
 
     def save(self, progress: Progress, path: Path):
         return [
-            write_new(path / "a.safetensors", bytes([progress.step]) * 999),
-            write_new(path / "progress.json", b"{}"),
+            write_new_file(path / "a.safetensors", bytes([progress.step]) * 999),
+            write_new_file(path / "progress.json", b"{}"),
         ]
 
 

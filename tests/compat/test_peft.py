@@ -75,7 +75,7 @@ def test_peft_renamed_adapter_keys_are_told_from_kept_ones():
     kept = f"{prefix}model.layers.0.self_attn.q_proj.lora_A.weight"
     renamed = f"{prefix}language_model.model.layers.0.self_attn.q_proj.lora_A.weight"
     settings = tuned.peft_config["default"]
-    assert compat.keys_after_loading(tuned, settings, [kept], "default") == {kept: kept}
+    assert compat.loaded_key_by_stored_key(tuned, settings, [kept], "default") == {kept: kept}
     # A LLaVA stores its language model under another name than it has in the model.
     config = transformers.LlavaConfig(
         text_config={"model_type": "llama", **SIZES},
@@ -88,7 +88,7 @@ def test_peft_renamed_adapter_keys_are_told_from_kept_ones():
         },
     )
     seeing = lora(transformers.AutoModelForMultimodalLM.from_config(config), target_modules=r".*language_model.*q_proj")
-    found = compat.keys_after_loading(seeing, seeing.peft_config["default"], [renamed], "default")
+    found = compat.loaded_key_by_stored_key(seeing, seeing.peft_config["default"], [renamed], "default")
     assert found == {renamed: f"{prefix}model.language_model.layers.0.self_attn.q_proj.lora_A.weight"}
 
 

@@ -194,9 +194,9 @@ def test_checkpoint_name_of_a_parameter_is_the_one_that_saving_writes(tmp_path):
     with safe_open(str(tmp_path / "model.safetensors"), framework="pt") as file:
         stored = set(file.keys())
     shared = [name for name, _ in model.named_parameters() if ".shared_experts." in name]
-    names = [tuning_compat.checkpoint_name(model, name) for name in shared]
+    names = [tuning_compat.published_name(model, name) for name in shared]
     assert names and set(names) <= stored and not set(names) & set(shared)
-    assert tuning_compat.checkpoint_name(model, "lm_head.weight") == "lm_head.weight"
+    assert tuning_compat.published_name(model, "lm_head.weight") == "lm_head.weight"
 
 
 def test_a_row_that_loading_sets_to_zero_is_known(tmp_path):

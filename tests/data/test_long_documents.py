@@ -8,7 +8,7 @@ import pytest
 
 from tests.data.test_loader import counts, loader, make_dataset
 from tests.helpers.stores import write
-from trainer.build.parts import LONG_DOCUMENT, attention_matters
+from trainer.build.parts import LONG_DOCUMENT_TOKENS, attention_matters
 from trainer.config.run import RunConfig
 from trainer.data.batches.mixing import best_fit_decreasing
 from trainer.data.report.preview import preview_text
@@ -84,7 +84,7 @@ def test_documents_are_dealt_by_tokens_alone_up_to_32768():
     def train(longest):
         return SimpleNamespace(lengths=np.array([10, longest]))
 
-    assert LONG_DOCUMENT == 32_768
+    assert LONG_DOCUMENT_TOKENS == 32_768
     config = RunConfig()
     assert not attention_matters(config, train(32_768))
     assert attention_matters(config, train(32_769))

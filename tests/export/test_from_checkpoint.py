@@ -140,7 +140,7 @@ def test_mean_of_checkpoints_is_that_of_what_each_would_export(bases, runtime, t
             means[name] = means.get(name, 0) + tensor.double() / 3
     mean = replace(models[-1], trained=MeanOfCheckpoints([model.trained for model in models]))
     engine = engines[-1][0]
-    engine.average = None
+    engine.weight_average = None
     with torch.no_grad():
         for name, parameter in engine.trainable:
             parameter.copy_(means[name])

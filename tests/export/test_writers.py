@@ -228,7 +228,7 @@ def test_a_host_with_little_memory_has_fewer_writers(free_files, expected, model
     """Each rank is asked as it would ask: the answers of the others are those of this one."""
     plan = plan_files(ModelValues(model), torch.float32, PER_FILE)
     free = None if free_files is None else free_files * plan.process_bytes
-    monkeypatch.setattr(write_module, "free_host_memory", lambda: free)
+    monkeypatch.setattr(write_module, "free_host_memory_bytes", lambda: free)
     able = []
     for rank in range(4):
         runtime = Runtime(rank, 4, rank, 4, torch.device("cpu"), None, simulated=True)

@@ -271,4 +271,4 @@ def start_elsewhere(runs, out, run, *words):
 def take_over(run_dir, owner):
     """As another attempt claims a directory that is looked at: at once whole."""
     claim = run_dir / "lease" / "000002.json"
-    shared_files.claim(claim, json.dumps(asdict(owner)).encode(), "elsewhere")
+    shared_files.claim_shared_file(claim, json.dumps(asdict(owner)).encode(), "elsewhere")

@@ -127,17 +127,17 @@ def test_out_of_memory_rank_that_a_peer_took_for_a_lost_node_is_corrected(
 
 def test_out_of_memory_kills_are_counted_in_the_control_group_or_on_the_host(tmp_path, monkeypatch):
     host, groups, membership = tmp_path / "vmstat", tmp_path / "cgroup", tmp_path / "membership"
-    for name, path in (("_HOST_COUNTERS", host), ("_CGROUPS", groups), ("_CGROUP_OF_PROCESS", membership)):
+    for name, path in (("_HOST_COUNTERS_FILE", host), ("_CGROUP_ROOT", groups), ("_OWN_CGROUP_FILE", membership)):
         monkeypatch.setattr(runtime, name, path)
-    assert runtime.out_of_memory_kills() is None
+    assert runtime.num_out_of_memory_kills() is None
     host.write_text("nr_free_pages 17\noom_kill 5\n")
-    assert runtime.out_of_memory_kills() == 5
+    assert runtime.num_out_of_memory_kills() == 5
     membership.write_text("4:memory:/job\n0::/job_7/step_0\n")
-    assert runtime.out_of_memory_kills() == 5  # version 2 is there for other things only
+    assert runtime.num_out_of_memory_kills() == 5  # version 2 is there for other things only
     (groups / "job_7" / "step_0").mkdir(parents=True)
     (groups / "job_7" / "step_0" / "memory.events").write_text("low 0\noom 3\noom_kill 2\noom_group_kill 0\n")
     (groups / "job_7" / "memory.events").write_text("oom_kill 9\n")
-    assert runtime.out_of_memory_kills() == 2
+    assert runtime.num_out_of_memory_kills() == 2
 
 
 def test_failure_reason_includes_the_line_after_a_heading():

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from launch.cluster import torchrun
 from strategies import atomic_io, flight_recorder, heartbeat
 from strategies.flight_recorder import CollectiveCall
-from strategies.heartbeat import HEARTBEAT_DIRECTORY, HeartbeatMonitor, read_last_heartbeat
+from strategies.heartbeat import HEARTBEAT_DIRECTORY_VARIABLE, HeartbeatMonitor, read_last_heartbeat
 from tests.faults.runs import ROOT, Runs, environment, forked_rank_of, rank_of, read, wait
 from tests.faults.test_retry import begun, gone_on
 from tests.helpers.covering import whole
@@ -49,7 +49,7 @@ def stopped(tmp_path_factory):
     runs = Runs(tmp_path_factory.mktemp("stopped"))
     words = runs.root / "words"
     words.mkdir()
-    started = runs.start("stopped", *two(), ranks=True, **{HEARTBEAT_DIRECTORY: str(words)})
+    started = runs.start("stopped", *two(), ranks=True, **{HEARTBEAT_DIRECTORY_VARIABLE: str(words)})
     try:
         wait(
             lambda: (said := read_last_heartbeat(words, 1)) is not None and said.step,
@@ -190,7 +190,7 @@ def exchange(number: int, waits_s: float | None = None, group: str = "default_pg
 def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch):
     """It computes without end, say; its stacks and its last words are there before anybody asks for them."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv(HEARTBEAT_DIRECTORY, str(tmp_path))
+    monkeypatch.setenv(HEARTBEAT_DIRECTORY_VARIABLE, str(tmp_path))
     monkeypatch.setattr(heartbeat, "last_collective", lambda: exchange(12, 5.0))
     beats = [HeartbeatMonitor(store, rank, 2, lambda: ("training", 7), timeout_s=0.01) for rank in range(2)]
     beats[1].write_stacks_to(tmp_path / "rank-1.stacks")
@@ -375,7 +375,7 @@ def test_the_exchanges_of_this_process_are_read_without_a_pickle():
 
 
 def test_killed_rank_has_its_phase_and_step_also_where_no_peer_saw_it(tmp_path, monkeypatch):
-    monkeypatch.setenv(HEARTBEAT_DIRECTORY, str(tmp_path))
+    monkeypatch.setenv(HEARTBEAT_DIRECTORY_VARIABLE, str(tmp_path))
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
     monkeypatch.setenv("SHARDTUNE_LAUNCHER", "1")
     (tmp_path / "1").write_text('{"host": "n1", "pid": 7, "count": 9, "phase": "evaluation", "step": 4}')

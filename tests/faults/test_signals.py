@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from strategies.rendezvous import DECISION, Rendezvous
+from strategies.rendezvous import DECISION_KEY, Rendezvous
 from tests.faults.runs import ROOT, environment, flood, forked_rank_of, wait
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.speed import seconds
@@ -156,7 +156,7 @@ def test_signal_ends_a_process_stuck_in_native_code_before_training(runs):
 
 
 def until_decided(store):
-    wait(lambda: store.check([DECISION]), "a decision")
+    wait(lambda: store.check([DECISION_KEY]), "a decision")
 
 
 def test_signal_decision_whether_to_start_training_is_made_once_for_all_ranks():

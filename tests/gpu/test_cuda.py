@@ -78,7 +78,7 @@ def test_an_average_follows_shards_that_are_pinned_on_the_host(tmp_path, runtime
     trainer = trainer_for(config, data_set(tmp_path, uneven=True), runtime)
     take_steps(trainer, 2)
     engine = trainer.engine
-    for (name, parameter), seen in zip(engine.trainable, engine.average.weights, strict=True):
+    for (name, parameter), seen in zip(engine.trainable, engine.weight_average.weights, strict=True):
         local = parameter.to_local()
         assert local.is_pinned() and local.data_ptr() == seen.data_ptr(), name
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from strategies.runtime import cgroup_memory, usable_cores
+from strategies.runtime import cgroup_memory_limit, usable_cores
 
 TOGETHER = ("tests/slurm", "tests/parity")
 """Rooms that start one thing for all their files: a cluster, and ranks that stay up."""
@@ -48,7 +48,7 @@ def place_of(nodeid: str) -> int:
 def memory() -> int:
     """Bytes that are free, or that the cgroup allows where those are fewer."""
     available = psutil.virtual_memory().available
-    return min(available, cgroup_memory() or available)
+    return min(available, cgroup_memory_limit() or available)
 
 
 def num_workers() -> int:

@@ -38,7 +38,7 @@ def test_workers_are_as_many_as_cores_and_memory_allow(monkeypatch, cores, gib, 
 
 
 def test_parallel_memory_is_what_is_free_and_allowed(monkeypatch):
-    monkeypatch.setattr(parallel, "cgroup_memory", lambda: 1 << 20)
+    monkeypatch.setattr(parallel, "cgroup_memory_limit", lambda: 1 << 20)
     assert parallel.memory() == 1 << 20
-    monkeypatch.setattr(parallel, "cgroup_memory", lambda: None)
+    monkeypatch.setattr(parallel, "cgroup_memory_limit", lambda: None)
     assert 1 << 20 < parallel.memory() <= parallel.psutil.virtual_memory().total

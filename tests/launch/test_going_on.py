@@ -14,7 +14,7 @@ from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import write_chat_data
 from trainer.reporting.jsonl import UNREADABLE, JsonlTracker
 
-ZEN5, UNKNOWN = matmul.MEASURED[0].processor, matmul.Processor("GenuineIntel", 6, "AVX2", "mkl")
+ZEN5, UNKNOWN = matmul.MEASURED_RATIOS[0].processor, matmul.Processor("GenuineIntel", 6, "AVX2", "mkl")
 NOTE = "auto -> onednn (oneDNN is 2.2 times as fast on AMD Zen 5)"
 
 

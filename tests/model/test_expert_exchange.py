@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from strategies.expert_counts import RowCounts
+from strategies.expert_counts import LayerRowCounts
 from strategies.expert_share import ExpertShare
 from tests.models.tiny import tiny_config
 from trainer.model import expert_exchange
-from trainer.tuning.expert_parts import expert_modules
+from trainer.tuning.expert_parts import expert_modules_by_name
 
 SENT = 64
 """Rows that the rank sends."""
@@ -23,7 +23,7 @@ class Flooded:
     def row_counts(self, chosen, rows):
         by_expert = torch.zeros(2, len(chosen) // 2, dtype=torch.int64)
         by_expert[1, 0] = self.received
-        return RowCounts([0, rows], [0, self.received], by_expert)
+        return LayerRowCounts([0, rows], [0, self.received], by_expert)
 
 
 class Echo:
@@ -40,7 +40,7 @@ def experts():
     settings = tiny_config("mixtral")
     settings.intermediate_size = 4 * settings.hidden_size
     model = AutoModelForCausalLM.from_config(settings, experts_implementation="grouped_mm", dtype="float32")
-    return next(iter(expert_modules(model).values()))
+    return next(iter(expert_modules_by_name(model).values()))
 
 
 def kept_and_gradient(experts, received, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from trainer.model import experts
-from trainer.tuning.expert_parts import routers
+from trainer.tuning.expert_parts import routers_by_name
 
 SIZES = {
     "vocab_size": 96,
@@ -71,6 +71,6 @@ def test_experts_under_autocast_multiply_in_its_type_with_gradients_for_the_mast
 
 
 def test_experts_routers_are_found(pair):
-    names = list(routers(pair[1]))
+    names = list(routers_by_name(pair[1]))
     assert len(names) == 2
     assert all(name.rsplit(".", 1)[1] in ("gate", "router") for name in names)

@@ -14,10 +14,10 @@ from trainer.model.config import ModelConfig
 from trainer.model.files import SafetensorsFiles
 from trainer.model.loading import check_files, generation_config, load_model_config, load_tokenizer
 from trainer.model.rules import read_config
-from trainer.tuning.adapter_checkpoint import peft_settings
-from trainer.tuning.initial_adapter import read_settings
+from trainer.tuning.adapter_checkpoint import stored_peft_config
+from trainer.tuning.initial_adapter import read_adapter_settings
 
-INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 
 
@@ -71,7 +71,7 @@ def test_model_file_that_is_damaged_is_refused_before_a_library_reads_it(directo
     assert (read_config(str(directory)) is None) == (name == "config.json")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", INDEX, "model.safetensors"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", INDEX_FILE, "model.safetensors"])
 def test_a_pipe_in_place_of_any_file_is_refused(directory, name):
     pipe(directory / name)
     with pytest.raises(ConfigError, match="is a pipe") as refused:
@@ -92,10 +92,10 @@ def test_a_pipe_in_place_of_any_file_is_refused(directory, name):
     ],
 )
 def test_model_weight_index_that_is_damaged_is_named(directory, text, said):
-    (directory / INDEX).write_text(text)
+    (directory / INDEX_FILE).write_text(text)
     with pytest.raises(ConfigError, match=said) as refused:
         SafetensorsFiles(directory)
-    assert str(directory / INDEX) in str(refused.value)
+    assert str(directory / INDEX_FILE) in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ def test_adapter_config_that_is_damaged_is_refused_wherever_it_is_read(tmp_path,
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     text = changes if isinstance(changes, str) else json.dumps(ADAPTER | changes)
     (tmp_path / "adapter_config.json").write_text(text)
-    wrong = read_settings(tmp_path)
+    wrong = read_adapter_settings(tmp_path)
     assert isinstance(wrong, str) and "adapter_config.json" in wrong
-    for read in (lambda: peft_settings(tmp_path, "model.adapters"), lambda: find_export(str(tmp_path))):
+    for read in (lambda: stored_peft_config(tmp_path, "model.adapters"), lambda: find_export(str(tmp_path))):
         with pytest.raises(ConfigError, match=said):
             read()

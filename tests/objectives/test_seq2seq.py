@@ -229,7 +229,7 @@ def test_seq2seq_settings_that_go_together_are_accepted(words):
     compose_config([*words, "model.path=bart", "objective=seq2seq", "data.max_length=128", "objective.max_target=128"])
 
 
-ALLOWED = [case for case, tuning in CASES.items() if not method_of(tuning).no_seq2seq]
+ALLOWED = [case for case, tuning in CASES.items() if not method_of(tuning).seq2seq_refusal]
 STEPS = 3 if EVERYTHING else 2
 """The second is taken from what the first has learned."""
 ALLOWED.remove("freeze modules")  # by names that these models do not have

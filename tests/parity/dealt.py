@@ -209,19 +209,19 @@ def _weighted_by_the_receiver() -> Any:
 
 def _counts_over_ranks() -> Any:
     """Each rank takes the counts of all ranks together for those of every one of them."""
-    right = expert_counts.AllToAllCounts.row_counts
+    right = expert_counts.ExchangedRowCounts.row_counts
 
     def row_counts(self: Any, chosen: Any, rows: int) -> Any:
         counts = right(self, chosen, rows)
-        by_expert = counts.by_expert.sum(dim=0, keepdim=True).expand_as(counts.by_expert)
+        by_expert = counts.received_by_expert.sum(dim=0, keepdim=True).expand_as(counts.received_by_expert)
         # As many rows in all, so that nothing but the result can tell.
         ids = torch.arange(by_expert.shape[1]).repeat(self.ranks).repeat_interleave(by_expert.reshape(-1))
-        ids = ids[: sum(counts.received)]
-        mistaken = torch.zeros_like(counts.by_expert)
+        ids = ids[: sum(counts.received_from_rank)]
+        mistaken = torch.zeros_like(counts.received_by_expert)
         mistaken[0] = torch.bincount(ids, minlength=by_expert.shape[1])
-        return replace(counts, by_expert=mistaken)
+        return replace(counts, received_by_expert=mistaken)
 
-    return mock.patch.object(expert_counts.AllToAllCounts, "row_counts", row_counts)
+    return mock.patch.object(expert_counts.ExchangedRowCounts, "row_counts", row_counts)
 
 
 FAULTS: dict[str, Any] = {
@@ -261,14 +261,14 @@ def crowded(job: Job, ranks: int) -> dict[str, Any]:
     config, data = run_of(job, Case(architecture="gpt_oss", experts=ranks))
     config.model = ModelConfig(path=str(job.first_here(made)))
     received: list[int] = []
-    right = expert_counts.AllToAllCounts.row_counts
+    right = expert_counts.ExchangedRowCounts.row_counts
 
     def row_counts(self: Any, chosen: Any, rows: int) -> Any:
         counts = right(self, chosen, rows)
-        received.append(sum(counts.received))
+        received.append(sum(counts.received_from_rank))
         return counts
 
-    with mock.patch.object(expert_counts.AllToAllCounts, "row_counts", row_counts):
+    with mock.patch.object(expert_counts.ExchangedRowCounts, "row_counts", row_counts):
         found = curve(trainer_for(config, data, job.runtime), job.runtime.world_size)
     lone = replace(config, parallel=ParallelConfig())
     expected = job.oracle("crowded", lambda: curve(job.lone_trainer(lone, data), 1), elsewhere=[])

@@ -19,7 +19,7 @@ from trainer.config.parallel import ParallelConfig
 from trainer.model import expert_exchange
 from trainer.model.compat import grouped_experts
 from trainer.model.config import ModelKind
-from trainer.tuning.expert_parts import expert_modules
+from trainer.tuning.expert_parts import expert_modules_by_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def _layers_of(job: Job, name: str, ranks: int) -> tuple[list[str], list[Any]]:
     models = {f"model.path={name}": model}
     problems = expert_problems_of_models(config, models, num_ranks=job.runtime.world_size, num_hosts=1)
     layers: dict[type, Any] = {}
-    for module in expert_modules(model).values():
+    for module in expert_modules_by_name(model).values():
         layers.setdefault(type(module), module.to_empty(device="cpu"))
     generator = torch.Generator().manual_seed(11)
     for module in layers.values():

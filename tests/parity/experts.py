@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config
-from strategies.runtime import dist_sum, gather_objects
+from strategies.runtime import gather_objects, sum_over_ranks
 from tests.helpers.building import model_dir, run_config
 from tests.parity.base import Job
 from tests.parity.methods import FEWER, STEPS, released_at_once
@@ -26,7 +26,7 @@ from trainer.loop import Trainer
 from trainer.model.config import Quantisation
 from trainer.model.files import SafetensorsFiles
 from trainer.tuning.base import FullConfig, LoraConfig
-from trainer.tuning.expert_parts import routers
+from trainer.tuning.expert_parts import routers_by_name
 
 EXPERTS = 5
 """Of each layer: ranks hold an uneven number of them."""
@@ -98,7 +98,7 @@ class _Watch:
     def __init__(self, trainer: Trainer) -> None:
         self.gap = float("inf")
         self.counts: dict[str, torch.Tensor] = {}
-        for name, module in routers(trainer.engine.step_module).items():
+        for name, module in routers_by_name(trainer.engine.step_module).items():
             self.counts[name] = torch.zeros(EXPERTS, dtype=torch.int64)
             module.register_forward_hook(partial(self._see, name))
 
@@ -174,7 +174,7 @@ def curve(job: Job, *case: str) -> dict[str, Any]:
         with _reading() as sizes:
             trainer = job.trainer(_config(job, case, seed))  # type: ignore[arg-type]
         watch = _Watch(trainer)
-        found = _steps(trainer, dist_sum)
+        found = _steps(trainer, sum_over_ranks)
         again = 2 if "checkpointing" in case[2] else 1  # blocks that are computed again ask their router again
-        counts = {name: (dist_sum(count) // again).tolist() for name, count in watch.counts.items()}
+        counts = {name: (sum_over_ranks(count) // again).tolist() for name, count in watch.counts.items()}
         return {**found, "counts": counts, "read": gather_objects(sum(sizes), job.runtime)}

@@ -183,7 +183,7 @@ def sources(job: Job, strategy: str) -> dict:
         for batch in trainer.loader.steps(0, STEPS):
             record = trainer.train_step(batch)
             parts = [record.local_sums[f"loss/{name}"].double() for name in record.source_counts]
-            parts = [processes.dist_sum(part) if world > 1 else part for part in parts]
+            parts = [processes.sum_over_ranks(part) if world > 1 else part for part in parts]
             rows.append([float(p) / count for p, count in zip(parts, record.source_counts.values(), strict=True)])
         return rows
 
@@ -310,7 +310,7 @@ def gathered(job: Job, strategy: str, tuning: str) -> dict[str, float]:
 
 def library(job: Job) -> list[list[str]]:
     """The library of products that each rank records and takes, where oneDNN is faster on one host and unknown on the other."""
-    zen5, other = matmul.MEASURED[0].processor, matmul.Processor("GenuineIntel", 6, "AVX2", "mkl")
+    zen5, other = matmul.MEASURED_RATIOS[0].processor, matmul.Processor("GenuineIntel", 6, "AVX2", "mkl")
     with (
         mock.patch.object(matmul, "this_processor", lambda: [zen5, other][job.runtime.rank]),
         mock.patch.object(matmul, "_onednn_keeps_float32", lambda: True),

@@ -173,7 +173,7 @@ def steps_of(
         after = weights(engine)
         sums = [record.local_sums[name].double() for name in names]
         if runtime.world_size > 1:
-            sums = [processes.dist_sum(value) for value in sums]
+            sums = [processes.sum_over_ranks(value) for value in sums]
         values = [float(value) / record.counts["loss"] for value in sums]
         gradients = {name: (weight - after[name]) / config.optim.lr for name, weight in before.items()}
         steps.append(

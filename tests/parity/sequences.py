@@ -196,7 +196,7 @@ def curve(trainer: Trainer, world: int, first_step: int = 0, steps: int = STEPS)
         record = trainer.train_step(batch)
         sums = [record.local_sums[name].double() for name in names]
         if world > 1:
-            sums = [processes.dist_sum(value) for value in sums]
+            sums = [processes.sum_over_ranks(value) for value in sums]
         loss, *others = (float(value) / (record.counts["loss"] or 1) for value in sums)
         rows.append([loss, float(record.result.grad_norm), *others])
     return rows

@@ -135,8 +135,8 @@ def test_methods_that_the_table_refuses_are_refused_when_composed_and_no_others(
 def test_only_known_words_are_refused_and_legal_choices_are_named():
     words = {feature.word for feature in FEATURES.values()} - {""}
     for row, method in methods_by_row().items():
-        assert set(method.refused) <= words | {"quantised"}, row
-        assert set(method.optimizers) <= set(map(str, SUPPORT)), row
+        assert set(method.refusal_by_property) <= words | {"quantised"}, row
+        assert set(method.refusal_by_optimizer) <= set(map(str, SUPPORT)), row
         for strategy in STRATEGIES:
             for feature in FEATURES:
                 verdict = combination_verdict(row, strategy, feature)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from strategies.base import StepResult
-from strategies.runtime import Runtime, peak_memory_gib
+from strategies.runtime import Runtime, peak_memory_gib_by_metric
 from trainer.reporting import gpu_meters, metrics, step_times
 from trainer.reporting.gpu_peaks import PEAK_TFLOPS
 from trainer.reporting.metrics import Meter, StepRecord, reference_tflops
@@ -28,8 +28,8 @@ def step(number, *, loss=8.0, tokens=100, wait=0.5):
 
 
 def flushed(number, peaks, monkeypatch, reduce):
-    monkeypatch.setattr(metrics, "peak_memory_gib", lambda device: peaks)
-    monkeypatch.setattr(metrics, "dist_sum", reduce)
+    monkeypatch.setattr(metrics, "peak_memory_gib_by_metric", lambda device: peaks)
+    monkeypatch.setattr(metrics, "sum_over_ranks", reduce)
     meter = Meter(rank(number, 2), 1.0, None, ("accuracy",))
     meter.add(step(1, loss=8.0 + number, wait=0.5 + number))
     meter.add(step(2))
@@ -65,8 +65,8 @@ def test_metrics_of_gpus_of_all_hosts_need_no_further_reduction(monkeypatch):
     def flushed(number, reduce):
         for name, figure in zip(asked, figures[number], strict=True):
             monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure + device.index)
-        monkeypatch.setattr(metrics, "dist_sum", reduce)
-        monkeypatch.setattr(metrics, "peak_memory_gib", lambda device: {"memory_gib": 1.0})
+        monkeypatch.setattr(metrics, "sum_over_ranks", reduce)
+        monkeypatch.setattr(metrics, "peak_memory_gib_by_metric", lambda device: {"memory_gib": 1.0})
         meter = Meter(rank(number, 2), 1.0, None)
         meter.gpu = gpu_meters.GpuWatcher(torch.device("cuda:0"))
         meter.gpu.sample()
@@ -100,8 +100,8 @@ def test_gpu_driver_without_figures_is_asked_once_and_one_that_fails_later_again
 def test_gpu_memory_peaks_tell_allocated_from_reserved(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**31)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2**32)
-    assert peak_memory_gib(torch.device("cuda:0")) == {"memory_gib": 2.0, "memory_reserved_gib": 4.0}
-    assert peak_memory_gib(torch.device("cpu")).keys() == {"memory_gib"}
+    assert peak_memory_gib_by_metric(torch.device("cuda:0")) == {"memory_gib": 2.0, "memory_reserved_gib": 4.0}
+    assert peak_memory_gib_by_metric(torch.device("cpu")).keys() == {"memory_gib"}
 
 
 def test_the_speed_of_a_run_is_a_median_that_forgets_the_first_interval(monkeypatch):
@@ -237,7 +237,7 @@ def test_step_times_are_measured_for_each_part(monkeypatch):
     """Micro-batches of a step are added up; each row has its own step's, a mean over ranks."""
     clock = [0.0]
     monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(metrics, "dist_sum", lambda values: values * 2)  # the other rank's are the same
+    monkeypatch.setattr(metrics, "sum_over_ranks", lambda values: values * 2)  # the other rank's are the same
     meter = Meter(rank(0, 2), 1.0, None, ("accuracy",))
     engine = meter.timing(Engine(clock))
     assert engine.world_size == 2

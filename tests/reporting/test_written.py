@@ -28,6 +28,6 @@ def test_free_space_is_suggested_where_there_is_none_and_nowhere_else(tmp_path, 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("trainer.reporting.status.shared_files.replace", full)
+    monkeypatch.setattr("trainer.reporting.status.shared_files.replace_shared_file", full)
     with pytest.raises(StorageError, match=r"free space, or choose another directory \(run\.dir=, or to=\)$"):
         write_text_atomic(tmp_path / "status.json", "{}")

@@ -45,7 +45,7 @@ def test_inputs_of_blocks_wait_on_the_host(model, mode):
     size = BLOCKS * TOKENS * WIDTH * 2
     assert on_host.to_host - on_device.to_host == on_host.to_device - on_device.to_device == 2 * size
     assert (on_host.host_inputs.tensors, on_host.host_inputs.size) == (BLOCKS, size)
-    assert on_host.host_inputs.pinned() == size  # 4,096 bytes a block, a power of two already
+    assert on_host.host_inputs.pinned_size() == size  # 4,096 bytes a block, a power of two already
     assert on_device.host_inputs.tensors == 0 and on_host.flops == on_device.flops
     # What transformers lets require a gradient, the embeddings' output, autograd keeps for it: the input of the first block.
     backward = StepPhase("backward", 0, "before")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from strategies.base import Precision
-from strategies.memory import state_bytes
+from strategies.memory import estimated_state_bytes
 from strategies.parameters import named_parameters
 from strategies.runtime import SIMULATED
 from strategies.simulation import simulated_rank
@@ -167,7 +167,7 @@ def test_an_average_of_the_weights_is_counted(place, strategy):
             parts = build_step_parts(config, LENGTHS, runtime)
             sizes = [p.numel() for _, p in named_parameters(parts.built.step_module) if p.requires_grad]
             of_run = (parts.built.step_module, config.strategy, Precision.bf16)
-            found["estimated", decay] = state_bytes(*of_run, world_size=world, num_replicas=1)
+            found["estimated", decay] = estimated_state_bytes(*of_run, world_size=world, num_replicas=1)
             simulated_step = simulate(parts, runtime)
         found["rest", decay] = simulated_step.resting[MemoryKind.optimizer]
         found["peak", decay] = max(moment.total for moment in simulated_step.phases.values())

@@ -118,9 +118,9 @@ def compared(here: processes.Runtime, directory: Path) -> None:
         "refused": refusals(here),
         "left to DeepSpeed": left_to_deepspeed(standard),
     }
-    host_memory._STORES_IN_ORDER = False  # a processor whose cores may see stores in another order
+    host_memory._CPU_KEEPS_STORE_ORDER = False  # a processor whose cores may see stores in another order
     report["barrier"] = differences(small, None, here.world_size)
-    host_memory._STORES_IN_ORDER = True
+    host_memory._CPU_KEEPS_STORE_ORDER = True
     if here.rank != 1:
         report["pair"] = differences(open_host_memory(here, pair), pair, 2)
     norms = [float(global_norm(grads, [])) for grads in ([torch.full((9,), 1.0 + here.rank)], [torch.tensor([1e30])])]

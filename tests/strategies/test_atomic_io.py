@@ -10,14 +10,14 @@ from strategies.atomic_io import (
     NewFile,
     RetryingReader,
     WrittenFile,
+    disk_space_problem,
     error_summary,
     file_difference,
     make_directories,
     publish_directory,
     read_bytes,
     size_text,
-    space_problem,
-    write_new,
+    write_new_file,
 )
 
 
@@ -80,7 +80,7 @@ DATA = bytes(range(256)) * 9
 
 def test_atomic_io_short_writes_and_reads_lose_nothing(tmp_path, on):
     on(most=7)
-    written = write_new(tmp_path / "a", DATA)
+    written = write_new_file(tmp_path / "a", DATA)
     assert (tmp_path / "a").read_bytes() == DATA == read_bytes(tmp_path / "a", max_bytes=10**6)
     assert written.size == len(DATA) and file_difference(tmp_path, written) is None
 
@@ -89,17 +89,17 @@ def test_atomic_io_short_writes_and_reads_lose_nothing(tmp_path, on):
 def test_atomic_io_write_to_a_failing_disk_raises(tmp_path, on, call):
     on(call=call)
     with pytest.raises(OSError, match="Input/output error"):
-        write_new(tmp_path / "a", DATA)
+        write_new_file(tmp_path / "a", DATA)
 
 
 def test_atomic_io_write_to_a_disk_that_takes_nothing_ends(tmp_path, on):
     on(most=0)
     with pytest.raises(OSError, match="no more bytes"):
-        write_new(tmp_path / "a", DATA)
+        write_new_file(tmp_path / "a", DATA)
 
 
 def test_atomic_io_lasting_read_error_is_damage_and_named(tmp_path, on):
-    written = write_new(tmp_path / "a", DATA)
+    written = write_new_file(tmp_path / "a", DATA)
     on(call="read", times=10**6)
     assert file_difference(tmp_path, written) == "a cannot be read (Input/output error)"
     assert file_difference(tmp_path, WrittenFile("a", 5, written.sha256)) == "a has 2304 bytes instead of 5"
@@ -110,7 +110,7 @@ def test_atomic_io_lasting_read_error_is_damage_and_named(tmp_path, on):
 def test_atomic_io_retries_a_passing_error_three_times_over_30_seconds(tmp_path, on, call, code):
     """Of all files of a checkpoint together: a disk that failed for so long is not waited for again at the next one."""
     said = []
-    written = write_new(tmp_path / "a", DATA)
+    written = write_new_file(tmp_path / "a", DATA)
     disk = on(call=call, code=code, times=2)
     assert file_difference(tmp_path, written, RetryingReader(said.append)) is None and disk.slept == 30
     assert [line.split("; ")[1] for line in said] == ["looking again in 10 s", "looking again in 20 s"]
@@ -136,14 +136,14 @@ def test_a_file_that_ends_too_early_is_not_waited_for(tmp_path, on):
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE])
 def test_atomic_io_waits_for_a_file_that_another_host_has_just_written(tmp_path, on, code):
-    written = write_new(tmp_path / "a", DATA)
+    written = write_new_file(tmp_path / "a", DATA)
     disk = on(call="open", code=code, times=6)
-    assert file_difference(tmp_path, written) is None and 1 < disk.slept < atomic_io.PATIENCE_S
+    assert file_difference(tmp_path, written) is None and 1 < disk.slept < atomic_io.VISIBILITY_TIMEOUT_S
     disk = on(call="open", code=code, times=10**6)
     assert "a is missing" in (text := file_difference(tmp_path, written) or "") or "cannot be read" in text
-    assert atomic_io.PATIENCE_S <= disk.slept < 2 * atomic_io.PATIENCE_S
+    assert atomic_io.VISIBILITY_TIMEOUT_S <= disk.slept < 2 * atomic_io.VISIBILITY_TIMEOUT_S
     on(call="open", code=code, times=3)
-    assert write_new(tmp_path / "b", DATA).size == len(DATA)
+    assert write_new_file(tmp_path / "b", DATA).size == len(DATA)
 
 
 def test_atomic_io_does_not_wait_for_a_broken_disk(tmp_path, on):
@@ -156,7 +156,7 @@ def test_atomic_io_does_not_wait_for_a_broken_disk(tmp_path, on):
 def test_atomic_io_publishes_a_directory_after_its_content_is_on_the_disk(tmp_path, on):
     disk = on()
     make_directories(tmp_path / "checkpoints" / ".aside")
-    write_new(tmp_path / "checkpoints" / ".aside" / "file", DATA)
+    write_new_file(tmp_path / "checkpoints" / ".aside" / "file", DATA)
     publish_directory(tmp_path / "checkpoints" / ".aside", tmp_path / "checkpoints" / "final")
     assert disk.done == [
         ("sync", tmp_path.name),
@@ -170,9 +170,11 @@ def test_atomic_io_publishes_a_directory_after_its_content_is_on_the_disk(tmp_pa
 
 def test_atomic_io_names_missing_space_in_numbers(tmp_path, on):
     free = atomic_io.disk.free(tmp_path)
-    assert space_problem(tmp_path, 1) is None and free > 0
-    assert space_problem(tmp_path, 2**60).startswith(f"No space left on {tmp_path}: 1073741824.0 GiB are needed and ")
-    assert space_problem(tmp_path / "nowhere", 2**60) is None
+    assert disk_space_problem(tmp_path, 1) is None and free > 0
+    assert disk_space_problem(tmp_path, 2**60).startswith(
+        f"No space left on {tmp_path}: 1073741824.0 GiB are needed and "
+    )
+    assert disk_space_problem(tmp_path / "nowhere", 2**60) is None
     assert [size_text(n) for n in (5, 2048, 3 * 2**20, 2**40)] == ["5 bytes", "2 KiB", "3 MiB", "1024.0 GiB"]
 
 

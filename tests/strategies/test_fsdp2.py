@@ -43,7 +43,7 @@ def take(tmp_path, strategy, rank, ranks):
 
 def averaged_apart(engine):
     """Parameters of which the average watches another tensor than the one that is trained."""
-    pairs = zip(engine.trainable, engine.average.weights, strict=True)
+    pairs = zip(engine.trainable, engine.weight_average.weights, strict=True)
     return [name for (name, parameter), seen in pairs if parameter.to_local().data_ptr() != seen.data_ptr()]
 
 

@@ -76,7 +76,7 @@ def test_heartbeat_of_a_rank_cut_off_from_the_store_says_so_and_ends(server, mon
 
 
 def test_rendezvous_reports_that_other_ranks_do_not_come(monkeypatch, capfd):
-    monkeypatch.setattr(rendezvous, "REPORT_EVERY_S", 0.1)
+    monkeypatch.setattr(rendezvous, "REPORT_INTERVAL_S", 0.1)
     job = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in job.items():
         monkeypatch.setenv(name, value)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from launch.cluster.torchrun import LOST_PEER
+from launch.cluster.torchrun import LOST_PEER_REGEX
 from strategies import host_memory
 from strategies.host_memory import HostMemory
 from tests.helpers.warm import run_ranks
@@ -62,7 +62,7 @@ def waiting_for(process: int, timeout_s: float, monkeypatch) -> HostMemory:
     """The memory of rank 0 of two, whose peer is `process`."""
     monkeypatch.setattr(host_memory.dist, "get_rank", lambda _group: 0)
     monkeypatch.setattr(host_memory.dist, "get_process_group_ranks", lambda _group: [0, 1])
-    monkeypatch.setattr(host_memory, "_STORES_IN_ORDER", True)
+    monkeypatch.setattr(host_memory, "_CPU_KEEPS_STORE_ORDER", True)
     size = host_memory._HEADER_BYTES + 2 * host_memory._SLOT_BYTES
     regions = [torch.zeros(size, dtype=torch.uint8) for _ in range(2)]
     return HostMemory(None, regions, [os.getpid(), process], timeout_s)
@@ -73,7 +73,7 @@ def test_host_memory_wait_ends_when_a_peer_ended(monkeypatch):
     peer = subprocess.Popen([sys.executable, "-c", "pass"])
     with pytest.raises(RuntimeError, match=r"rank 0 waited \d+ s for its peer 1, which has ended") as caught:
         waiting_for(peer.pid, 60, monkeypatch).all_reduce(torch.ones(5), average=False)
-    assert LOST_PEER.search(str(caught.value))  # so that the launcher looks for the cause elsewhere
+    assert LOST_PEER_REGEX.search(str(caught.value))  # so that the launcher looks for the cause elsewhere
     assert peer.wait() == 0
     with pytest.raises(RuntimeError, match="which has ended"):
         waiting_for(peer.pid, 60, monkeypatch).all_reduce(torch.ones(5), average=False)
@@ -84,4 +84,4 @@ def test_host_memory_wait_ends_when_a_peer_hangs(monkeypatch):
         RuntimeError, match=r"timed out: rank 0 waited \d+ s for its peer 1 \(run.timeout_s=0\)"
     ) as caught:
         waiting_for(os.getppid(), 0.3, monkeypatch).all_gather(torch.ones(10), torch.ones(5))
-    assert LOST_PEER.search(str(caught.value))
+    assert LOST_PEER_REGEX.search(str(caught.value))

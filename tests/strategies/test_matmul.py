@@ -27,7 +27,7 @@ def taken() -> str:
     return {"medium": "onednn", "highest": "blas"}[torch.get_float32_matmul_precision()]
 
 
-ZEN5, ZEN4 = (row.processor for row in matmul.MEASURED)
+ZEN5, ZEN4 = (row.processor for row in matmul.MEASURED_RATIOS)
 
 
 def on(monkeypatch, processor):
@@ -141,7 +141,7 @@ def test_kept_kernels_are_few(monkeypatch):
 @pytest.mark.parametrize(("long", "of_seven"), [(8, "blas"), (6, "onednn")])
 def test_attention_of_short_documents_stays_with_blas(monkeypatch, softcap, long, of_seven):
     """There it is BLAS, before, after and in long ones the chosen library; the same backward; the same result."""
-    monkeypatch.setattr(attention, "LONG_DOCUMENT", long)
+    monkeypatch.setattr(attention, "LONG_DOCUMENT_TOKENS", long)
     seen = []
 
     class Spy(torch.autograd.Function):

@@ -15,15 +15,15 @@ def test_cpu_quotas_are_those_of_the_cgroups_around_the_process(tmp_path, monkey
     inner = tmp_path / "system.slice" / "job_1"
     inner.mkdir(parents=True)
     (tmp_path / "membership").write_text("0::/system.slice/job_1\n")
-    monkeypatch.setattr(runtime, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(runtime, "_CGROUP_OF_PROCESS", tmp_path / "membership")
+    monkeypatch.setattr(runtime, "_CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(runtime, "_OWN_CGROUP_FILE", tmp_path / "membership")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    assert usable_cores() == 64 and runtime.cgroup_memory() is None
+    assert usable_cores() == 64 and runtime.cgroup_memory_limit() is None
     (inner / "cpu.max").write_text("max 100000\n")
     (inner.parent / "cpu.max").write_text("350000 100000\n")
     (inner / "memory.max").write_text("max\n")
     (inner.parent / "memory.max").write_text("8589934592\n")
-    assert usable_cores() == 3 and runtime.cgroup_memory() == 2**33
+    assert usable_cores() == 3 and runtime.cgroup_memory_limit() == 2**33
     (inner / "cpu.max").write_text("50000 100000\n")
     assert usable_cores() == 1
 

@@ -18,9 +18,9 @@ from strategies.base import Progress
 from strategies.errors import ConfigError, ShardtuneError, StorageError
 from strategies.runtime import Runtime
 from strategies.saving import FlatRange, RankState
-from strategies.state import StateHeader, load_state, read_header
+from strategies.state import StateHeader, load_state, read_state_header
 from strategies.tensor_files import (
-    FILE_NAME,
+    RANK_FILE_FORMAT,
     LocalElements,
     MalformedFile,
     index_json,
@@ -63,8 +63,8 @@ def save_as(path: Path, world: int, values: dict[str, torch.Tensor]) -> None:
     parts = []
     for rank in range(world):
         held = [each for run in cut(values, world, rank) for each in run.local_elements()]
-        head, places = planned_tensor_file(held, FILE_NAME.format(rank))
-        write_tensors(path / FILE_NAME.format(rank), head, held)
+        head, places = planned_tensor_file(held, RANK_FILE_FORMAT.format(rank))
+        write_tensors(path / RANK_FILE_FORMAT.format(rank), head, held)
         parts.append(places)
     (path / "index.json").write_bytes(index_json(parts))
 
@@ -102,7 +102,7 @@ def test_state_that_rank_0_sees_is_waited_for_where_another_host_has_just_writte
     save_as(tmp_path, 1, whole())
     monkeypatch.setattr(atomic_io, "disk", Late())
     assert load_state(tmp_path, cut(whole(), 1, 0), ALONE).progress.step == 3
-    assert {*atomic_io.disk.failed} == {"progress.json", "index.json", FILE_NAME.format(0)}
+    assert {*atomic_io.disk.failed} == {"progress.json", "index.json", RANK_FILE_FORMAT.format(0)}
     (tmp_path / "progress.json").unlink()
     monkeypatch.setattr(atomic_io, "disk", Late())
     with pytest.raises(StorageError, match=r"progress\.json"):
@@ -125,7 +125,7 @@ def test_state_files_are_plain_safetensors(tmp_path):
 def test_state_is_returned_as_stored_and_other_types_as_float32(tmp_path):
     half = {"weight": torch.arange(6, dtype=torch.bfloat16), "step": torch.ones(6, dtype=torch.uint8)}
     files = RankState(
-        [FlatRange("a", 6, 0, half), FlatRange("b", 6, 0, half, write=False)], header().json(), ALONE
+        [FlatRange("a", 6, 0, half), FlatRange("b", 6, 0, half, is_written=False)], header().json(), ALONE
     ).save(tmp_path)
     assert {each.name for each in files} == {path.name for path in tmp_path.iterdir()}
     assert all(file_difference(tmp_path, each) is None for each in files)
@@ -149,7 +149,7 @@ def test_state_of_another_kind_of_run_is_refused(tmp_path, runs, said):
 
 
 def test_state_index_with_a_missing_doubled_or_outside_part_is_refused():
-    file = FILE_NAME.format(0)
+    file = RANK_FILE_FORMAT.format(0)
     good = {"a/weight": [[file, 0, 3, 8], [file, 3, 2, 20]]}
     assert parse_index(json.dumps(good).encode())["a/weight"][1].length == 2
     for rows in (
@@ -204,12 +204,12 @@ def test_state_with_damaged_progress_is_refused(tmp_path, change):
     raw = json.loads((tmp_path / "progress.json").read_text())
     (tmp_path / "progress.json").write_text(json.dumps({**raw, **change}))
     with pytest.raises(StorageError, match=r"progress\.json"):
-        read_header(tmp_path)
+        read_state_header(tmp_path)
 
 
 def test_state_with_progress_that_never_improved_is_not_damaged(tmp_path):
     RankState([], header(progress=Progress(step=1, best_metric=float("inf"))).json(), ALONE).save(tmp_path)
-    assert read_header(tmp_path).progress.best_metric == float("inf")
+    assert read_state_header(tmp_path).progress.best_metric == float("inf")
 
 
 def test_state_without_room_is_not_begun(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from strategies.base import Precision, StrategyName, ZeroConfig
-from strategies.memory import state_bytes
+from strategies.memory import estimated_state_bytes
 from strategies.parameters import named_parameters
 from strategies.zero_config import MIB, deepspeed_config, steps_on_device
 from tests.helpers.models import tiny_model_dir
@@ -47,7 +47,7 @@ def test_steps_are_decided_on_the_device_where_the_optimizer_can(config, precisi
 
 
 def test_zero_config_clips_in_deepspeed_or_in_our_engine():
-    theirs, ours = settings(), settings(on_device=True)
+    theirs, ours = settings(), settings(clips_on_device=True)
     assert (theirs["gradient_clipping"], theirs["bf16"]["check_grad_overflow"]) == (0.5, True)
     assert (ours["gradient_clipping"], ours["bf16"]["check_grad_overflow"]) == (0.0, False)
     assert theirs["bf16"]["immediate_grad_update"]
@@ -63,5 +63,5 @@ def test_stage_1_keeps_whole_gradients(precision, size, tmp_path):
     trained = sum(p.numel() for _, p in named_parameters(step))
     parameters = trained * (4 if precision is Precision.fp32 else 2)
     sharded = trained * (4 + 8) / 8  # masters and the moments of AdamW
-    found = state_bytes(step, ZERO1, precision, world_size=8, num_replicas=1)
+    found = estimated_state_bytes(step, ZERO1, precision, world_size=8, num_replicas=1)
     assert found == parameters + size * trained + sharded

@@ -14,7 +14,7 @@ from tests.model.test_experts import SIZES
 from trainer.model import experts
 from trainer.tuning.adapter import Adapter
 from trainer.tuning.base import LoraConfig
-from trainer.tuning.expert_lora import use_low_rank
+from trainer.tuning.expert_lora import use_low_rank_forward
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CONFIGS = {
@@ -79,7 +79,7 @@ def step(model, autocast=False):
 def pair(request):
     """One adapted model with peft's forward pass and transformers' loop over experts, and with ours."""
     stock, ours = adapted(request.param, "eager"), adapted(request.param)
-    assert use_low_rank(ours) > 0
+    assert use_low_rank_forward(ours) > 0
     assert list(ours.state_dict()) == list(stock.state_dict())
     return stock, ours
 
@@ -141,7 +141,7 @@ def test_expert_lora_makes_nothing_of_the_size_of_the_weights(architecture):
     for how in ("peft", "ours"):
         tuned = adapted(architecture)
         if how == "ours":
-            use_low_rank(tuned)
+            use_low_rank_forward(tuned)
         ids = torch.tensor([[5, 9]])
         with Sizes() as seen:
             tuned.get_base_model().model(input_ids=ids)[0].sum().backward()
@@ -154,7 +154,7 @@ def test_expert_lora_loop_of_old_devices_computes_the_same(monkeypatch):
     from transformers.integrations import moe
 
     tuned = adapted("mixtral")
-    use_low_rank(tuned)
+    use_low_rank_forward(tuned)
     expected, right = step(copy.deepcopy(tuned))
     monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
     found, grads = step(tuned)

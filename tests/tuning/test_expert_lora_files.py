@@ -12,7 +12,7 @@ from tests.helpers.tokenizers import tiny_tokenizer
 from tests.tuning.test_expert_lora import CONFIGS
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.tuning.base import LoraConfig
-from trainer.tuning.initial_adapter import adopt_adapter_settings, problems
+from trainer.tuning.initial_adapter import adopt_adapter_settings, continuation_problems
 
 BOTH = {"rank": 4, "experts": True, "router": True}
 
@@ -78,9 +78,9 @@ def test_expert_lora_training_goes_on_from_an_adapter(bases, runtime, tmp_path):
     ids = probe_ids(parts[2])
     follows = LoraConfig(from_=str(adapter))
     assert adopt_adapter_settings(follows, set())["tuning.experts"] == "False -> True (of tuning.from)"
-    assert follows.experts and follows.router and not list(problems(follows))
+    assert follows.experts and follows.router and not list(continuation_problems(follows))
     assert any(name.endswith("shared_expert.up_proj") for name in follows.targets)
-    (problem,) = problems(replace(follows, router=False))
+    (problem,) = continuation_problems(replace(follows, router=False))
     assert "tuning.router=True" in problem
     again = trained(base, follows, runtime, steps=0)
     reference = reference_logits(parts[0], parts[1], ids, runtime)

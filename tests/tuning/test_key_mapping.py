@@ -11,7 +11,7 @@ from trainer.tuning.adapter import Adapter
 from trainer.tuning.adapter_checkpoint import StoredAdapter
 from trainer.tuning.adapter_files import write_adapter
 from trainer.tuning.base import LoraConfig
-from trainer.tuning.key_mapping import check_loadable
+from trainer.tuning.key_mapping import check_adapters_loadable
 
 
 def adapted(model_type, **settings):
@@ -29,7 +29,7 @@ def test_adapter_key_mapping_lets_plain_peft_read_renamed_layers(tmp_path):
     draw = torch.Generator().manual_seed(5)
     trained = {n: torch.randn(p.shape, generator=draw) for n, p in tuned.named_parameters() if ".lora_" in n}
     assert any(".shared_experts." in name for name in trained)
-    check_loadable(tuned)
+    check_adapters_loadable(tuned)
     write_adapter(tuned, trained, tmp_path, "base", None)
     plain = dict(PeftModel.from_pretrained(tiny.tiny_model("laguna"), str(tmp_path)).named_parameters())
     for name, value in trained.items():
@@ -43,11 +43,11 @@ def test_adapter_key_mapping_leaves_out_or_refuses_layers_that_no_key_leads_to()
     tuned, note = adapted("inkling2_text")
     assert not any("weight_proj" in name for name, _ in tuned.named_parameters() if ".lora_" in name)
     assert note == "all-linear but for weight_proj (peft would not read its adapter back)"
-    check_loadable(tuned)
+    check_adapters_loadable(tuned)
     asked, note = adapted("inkling2_text", targets=["weight_proj"])
     assert note.startswith("['weight_proj']: reaches 2% of the weights of linear layers")
     with pytest.raises(ConfigError, match=r"weight_proj back, under whatever key.*export.merge=true"):
-        check_loadable(asked)
+        check_adapters_loadable(asked)
 
 
 def test_adapter_leaves_out_a_layer_whose_weight_is_used_directly():

@@ -81,13 +81,13 @@ def test_an_exported_adapter_loads_with_plain_peft_and_equals_its_merge(name, ba
     parts = trained(base, config, runtime)
     ids = probe_ids(parts[2])
     adapter = export(parts, base, tmp_path / "adapter", runtime, verify=True)
-    if not method_of(config).no_merge:
+    if not method_of(config).merge_refusal:
         merged = export(parts, base, tmp_path / "merged", runtime, merge=True, verify=True)
     reference = exact_logits_of_trained(parts, ids, runtime)
     unadapted = exact_logits(plain_base(base), ids)
     assert (unadapted - reference).abs().max() > 1e-3 * reference.abs().max()
     assert_same_logits(exact_logits(PeftModel.from_pretrained(plain_base(base), str(adapter)).eval(), ids), reference)
-    if method_of(config).no_merge:
+    if method_of(config).merge_refusal:
         return
     assert_same_logits(exact_logits(plain_base(merged), ids), reference)
     assert ExportConfig(merge=True).merge

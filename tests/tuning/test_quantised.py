@@ -8,8 +8,8 @@ import torch
 from launch.config.compose import compose_config
 from strategies.base import Fsdp2Config, Precision, SingleConfig
 from strategies.errors import ConfigError
-from strategies.memory import state_bytes
-from strategies.parameters import element_counts, named_parameters
+from strategies.memory import estimated_state_bytes
+from strategies.parameters import named_parameters, num_elements_by_name
 from tests.helpers.exports import assert_same_logits, export, logits_of, trained
 from tests.helpers.methods import ADAPTERS
 from tests.helpers.models import tiny_model_dir
@@ -30,7 +30,7 @@ SCHEMES = {
     "fp4": Scheme(Quantisation.fp4, double=True),
     "int8": Scheme(Quantisation.int8),
 }
-WORKING = [name for name in ADAPTERS if "quantised" not in method_of(ADAPTERS[name][0]).refused]
+WORKING = [name for name in ADAPTERS if "quantised" not in method_of(ADAPTERS[name][0]).refusal_by_property]
 WORKING = [name for name in WORKING if "pissa" not in name and "olora" not in name]
 
 
@@ -179,7 +179,7 @@ def test_a_method_computes_as_plain_peft_on_rounded_weights(name, base, runtime,
     assert (logits_of(plain, ids) - reference).abs().max() > 1e-3 * reference.abs().max()
     adapter = export(parts, base, tmp_path / "adapter", runtime, verify=True)
     assert_same_logits(logits_of(PeftModel.from_pretrained(plain, str(adapter)).eval(), ids), reference)
-    if method_of(ADAPTERS[name][0]).no_merge:
+    if method_of(ADAPTERS[name][0]).merge_refusal:
         return
     from transformers import AutoModelForCausalLM
 
@@ -203,7 +203,7 @@ def test_verification_sees_an_adapter_on_the_wrong_base(base, runtime, tmp_path)
 def test_quantised_model_counts_elements_and_stores_fewer_bytes(base, runtime):
     whole = trained(base, LoraConfig(rank=4), runtime, steps=0)
     packed = trained(base, LoraConfig(rank=4), runtime, steps=0, **settings_of(SCHEMES["nf4"]))
-    counts = [element_counts(parts[0].step_module) for parts in (whole, packed)]
+    counts = [num_elements_by_name(parts[0].step_module) for parts in (whole, packed)]
     assert counts[0] == counts[1]
     held = [
         sum(p.nbytes for n, p in named_parameters(parts[0].step_module) if n.endswith("base_layer.weight"))
@@ -246,7 +246,9 @@ def test_quantised_memory_estimate_counts_bytes(base, runtime):
         stored = sum(p.nbytes for p in parameters)
         moving = sum(p.numel() * (4 + 8) for p in parameters if p.requires_grad)  # gradients, and moments of AdamW
         state = {
-            type(strategy): state_bytes(engine.step_module, strategy, Precision.fp32, world_size=2, num_replicas=1)
+            type(strategy): estimated_state_bytes(
+                engine.step_module, strategy, Precision.fp32, world_size=2, num_replicas=1
+            )
             for strategy in (SingleConfig(), Fsdp2Config())
         }
         assert state[SingleConfig] == stored + moving
@@ -291,7 +293,7 @@ def test_quantised_base_refuses_methods_that_cannot_stand_on_it(words, typed, pa
 def test_every_refused_method_would_fail(base, runtime):
     """A method that began to work would be refused for nothing."""
     for config, _, _ in ADAPTERS.values():
-        if "quantised" in method_of(config).refused:
+        if "quantised" in method_of(config).refusal_by_property:
             with pytest.raises((RuntimeError, IndexError)):
                 trained(base, config, runtime, steps=1, **settings_of(SCHEMES["nf4"]))
 

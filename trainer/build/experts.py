@@ -26,7 +26,7 @@ from trainer.model.loading import load_model_config
 from trainer.objectives.frozen_model import teacher_model
 from trainer.objectives.registry import objective_family
 from trainer.step import BuiltModel, TrainStep
-from trainer.tuning.expert_parts import expert_modules, unsupported_experts
+from trainer.tuning.expert_parts import expert_modules_by_name, names_of_unsupported_experts
 
 
 def plan_expert_parallelism(built: BuiltModel, config: RunConfig, runtime: Runtime) -> None:
@@ -38,12 +38,12 @@ def plan_expert_parallelism(built: BuiltModel, config: RunConfig, runtime: Runti
     if config.parallel.experts == 1:
         return
     models = _models_of_step(built.step_module, config)
-    problems = expert_problems_of_models(config, models, num_ranks=runtime.world_size, num_hosts=runtime.hosts)
+    problems = expert_problems_of_models(config, models, num_ranks=runtime.world_size, num_hosts=runtime.num_hosts)
     if problems:
         raise ConfigError(problems)
-    built.step_module.plan.expert_parallel_modules = tuple(expert_modules(built.step_module))
+    built.step_module.plan.expert_parallel_modules = tuple(expert_modules_by_name(built.step_module))
     built.step_module.plan.expert_ranks = config.parallel.experts
-    note = groups_across_hosts_note(config.parallel.experts, runtime.local_world_size, runtime.hosts)
+    note = groups_across_hosts_note(config.parallel.experts, runtime.local_world_size, runtime.num_hosts)
     if note is not None:
         built.substitutions["parallel.experts"] = note
 
@@ -145,7 +145,7 @@ def expert_problems_of_models(
     problems = []
     for index, (setting, model) in enumerate(models.items()):
         is_frozen = index > 0
-        if is_frozen and not expert_modules(model):
+        if is_frozen and not expert_modules_by_name(model):
             continue
         problem = _model_problem(config, setting, model, num_ranks, num_hosts)
         if problem is not None:
@@ -174,13 +174,13 @@ def _model_problem(config: RunConfig, setting: str, model: nn.Module, num_ranks:
     `setting`: names the model in messages, such as `model.path=<path>`. `num_ranks`, `num_hosts`: 0 if not known yet.
     """
     degree = f"parallel.experts={config.parallel.experts}"
-    unsupported = unsupported_experts(model)
+    unsupported = names_of_unsupported_experts(model)
     if unsupported:
         return (
             f"{degree}: {setting} computes its experts ({unsupported[0]}) in a way of its own, to which no tokens can be sent; "
             "set parallel.experts=1"
         )
-    modules: dict[str, Any] = dict(expert_modules(model))
+    modules: dict[str, Any] = dict(expert_modules_by_name(model))
     if not modules:
         return (
             f"{degree}: {setting} has no experts that transformers' experts functions compute; set parallel.experts=1"

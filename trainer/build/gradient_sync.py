@@ -39,7 +39,7 @@ def plan_reduction(
     is_open = isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None
     if not is_open or micro_batches == 1:
         return
-    shards = runtime.world_size // replica_count(strategy, runtime.world_size, runtime.hosts)
+    shards = runtime.world_size // replica_count(strategy, runtime.world_size, runtime.num_hosts)
     trained = sum(p.numel() for _, p in trainable_parameters(built.step_module))
     if shards == 1 or not trained:
         return
@@ -59,8 +59,8 @@ def plan_reduction(
     if not defer_sync:
         if built.activations is None:
             built.activations = activation_peak_bytes(built, work, strategy.activation_checkpointing, precision)
-        state_bytes = model_state_bytes(built, strategy, precision, runtime)
-        peak_bytes = state_bytes + expected_activation_bytes(built, work, strategy, precision) + extra_bytes
+        estimated_state_bytes = model_state_bytes(built, strategy, precision, runtime)
+        peak_bytes = estimated_state_bytes + expected_activation_bytes(built, work, strategy, precision) + extra_bytes
         defer_sync = peak_bytes <= budget
         reason += f"; estimated peak with them {peak_bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB"
     built.step_module.plan.defer_sync = defer_sync

@@ -67,15 +67,15 @@ from trainer.rollout.rewards.row_check import check_reward_rows
 from trainer.step import BuiltModel, TrainStep
 from trainer.tuning import lstm
 from trainer.tuning.base import Tuning, TuningConfig
-from trainer.tuning.build import build_tuning, merge_adapters, optimizer_hooks
+from trainer.tuning.build import build_tuning, merged_adapter_reader, optimizer_hooks
 from trainer.tuning.check import check_positions
 from trainer.tuning.compat.transformers import block_class_names
-from trainer.tuning.expert_lora import use_low_rank
+from trainer.tuning.expert_lora import use_low_rank_forward
 from trainer.tuning.fast_lora import fuse_lora
-from trainer.tuning.key_mapping import check_loadable
+from trainer.tuning.key_mapping import check_adapters_loadable
 from trainer.tuning.table import needs_padded_rows
 
-LONG_DOCUMENT = 32_768
+LONG_DOCUMENT_TOKENS = 32_768
 """Tokens above which the attention of a document is a large part of its cost."""
 
 
@@ -154,7 +154,7 @@ def build_loader(
 
 def attention_matters(config: RunConfig, train: TokenDataset) -> bool:
     """Whether the loader also balances ranks by squared lengths: in long documents, attention is a large part of the cost."""
-    return config.parallel.sequence > 1 or int(train.lengths.max(initial=0)) > LONG_DOCUMENT
+    return config.parallel.sequence > 1 or int(train.lengths.max(initial=0)) > LONG_DOCUMENT_TOKENS
 
 
 def build_engine(
@@ -250,7 +250,7 @@ def build_model(
     if notes := _sequence_notes(config, built, data):
         built.substitutions["parallel.sequence"] = "; ".join(notes)
     if config.export.at_end and not config.export.merge:
-        check_loadable(built.step_module.model)
+        check_adapters_loadable(built.step_module.model)
 
     # The source of its values.
     checkpoint = built.base_weights(weights_directory(config.model))
@@ -393,7 +393,7 @@ def build_step(
     vocabulary = vocabulary_names(model)
     heads = head_names(model) if is_classifier else ()
     blocks = encoder_decoder.block_classes(model) if is_encoder_decoder else block_class_names(model)
-    folded = merge_adapters(model, config.adapters)
+    folded = merged_adapter_reader(model, config.adapters)
     head = model.get_output_embeddings()
 
     # The tuning method. Modules that it must not train are frozen.
@@ -468,7 +468,7 @@ def _finish_step_module(built: BuiltModel, config: ModelConfig, head: Any, kind:
         built.substitutions["tuning.targets"] = tuning_note
     _quantise(built, config, head)
     fuse_lora(step.model)
-    use_low_rank(step.model)
+    use_low_rank_forward(step.model)
     step.added_losses, routing_notes = added_losses(config, built.config, built.plain, step.model, kind)
     built.substitutions.update(routing_notes)
 

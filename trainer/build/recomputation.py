@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from strategies import runtime as processes
-from strategies.activation_plan import Activations, choose_recomputation, count_activations
+from strategies.activation_plan import ActivationBytes, choose_recomputation, count_activations
 from strategies.base import ActivationCheckpointing, Precision, StrategyConfig
 from strategies.errors import ConfigError
-from strategies.memory import activations_by_rule, state_bytes
+from strategies.memory import estimated_activation_bytes, estimated_state_bytes
 from strategies.mesh import replica_count
 from strategies.pinned_memory import GIB, expected_host_inputs, host_memory_bytes, node_memory_bytes
 from trainer.data.batches.cutting import Cut
@@ -94,7 +94,7 @@ def micro_batch_of(built: BuiltModel, lengths: list[int], cut: Cut | None) -> di
     return batch
 
 
-def measured_activations(built: BuiltModel, work: Workload, precision: Precision) -> Activations:
+def measured_activations(built: BuiltModel, work: Workload, precision: Precision) -> ActivationBytes:
     """The activations that the longest micro-batch keeps for its backward pass, counted on meta tensors: allocates nothing.
 
     Raises ConfigError for a model whose forward pass reads values, which meta tensors do not have.
@@ -131,7 +131,7 @@ def expected_activation_bytes(
     width, num_blocks = width_and_blocks(built.plain)
     if strategy.offload_activations and strategy.activation_checkpointing is ActivationCheckpointing.full:
         num_blocks = 0  # the inputs of blocks, all that is kept of them, lie in host memory
-    return activations_by_rule(tokens, width, num_blocks, strategy.activation_checkpointing, precision)
+    return estimated_activation_bytes(tokens, width, num_blocks, strategy.activation_checkpointing, precision)
 
 
 def plan_checkpointing(
@@ -166,12 +166,12 @@ def model_state_bytes(
     built: BuiltModel, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> float:
     """Bytes of parameters, gradients and optimizer state on one rank, copies in the compute type included."""
-    return state_bytes(
+    return estimated_state_bytes(
         built.step_module,
         strategy,
         precision,
         world_size=runtime.world_size,
-        num_replicas=replica_count(strategy, runtime.world_size, runtime.hosts),
+        num_replicas=replica_count(strategy, runtime.world_size, runtime.num_hosts),
     )
 
 
@@ -184,7 +184,7 @@ def device_gib(runtime: processes.Runtime) -> float:
 
 def host_memory() -> int:
     """Bytes of this host's memory that the job may use: all of it, or what its cgroup allows."""
-    return min(host_memory_bytes(), processes.cgroup_memory() or host_memory_bytes())
+    return min(host_memory_bytes(), processes.cgroup_memory_limit() or host_memory_bytes())
 
 
 def check_host_memory(
@@ -209,7 +209,7 @@ def check_host_memory(
         return
     raise ConfigError(
         f"strategy.offload_activations=true: {blocks} blocks keep {tokens:,} x {width} values each on the host: "
-        f"{on_host.pinned() / GIB:.1f} GiB of pinned memory a rank (rounded up to a power of two a block), and "
+        f"{on_host.pinned_size() / GIB:.1f} GiB of pinned memory a rank (rounded up to a power of two a block), and "
         f"{needed / GIB:.1f} GiB for the {runtime.local_world_size} ranks of this host with their processes, which has "
         f"{host_memory() / GIB:.1f} GiB; lower data.max_length or batch.micro, use fewer ranks a host, or set "
         "strategy.offload_activations=false"

@@ -98,7 +98,7 @@ def _reward_model_weights(files: RewardModelFiles, key: str, model: Any) -> Weig
         merged = MergedAdapters(model, [str(files.adapter)], key)
     base_weights = WeightSource(BaseWeights(directory, copy.deepcopy(model)), Full(), seed=0, init_std=0.0)
     # The base must have every parameter, except those that the adapter has itself, such as the head: none is initialised.
-    adapter_names = set() if merged is None else merged.changed_names()
+    adapter_names = set() if merged is None else merged.changed_base_names()
     base_shapes = {}
     for name, parameter in model.named_parameters():
         if name not in adapter_names:

@@ -19,8 +19,8 @@ import torch
 
 from strategies.atomic_io import error_summary, size_text
 from strategies.base import Progress
-from strategies.runtime import Runtime, free_host_memory, gather_objects
-from strategies.saving import FileOutcome, RankState
+from strategies.runtime import Runtime, free_host_memory_bytes, gather_objects
+from strategies.saving import RankFileOutcome, RankState
 from trainer.checkpoints.layout import STEP_DIR_FORMAT
 from trainer.checkpoints.recovery import write_part_note
 
@@ -37,7 +37,7 @@ class StateBuffer:
     If a host has no room for it, `refusal_reason` says so from then on, and checkpoints are written in the step.
     """
 
-    def __init__(self, runtime: Runtime, free_memory: Callable[[], int | None] = free_host_memory) -> None:
+    def __init__(self, runtime: Runtime, free_memory: Callable[[], int | None] = free_host_memory_bytes) -> None:
         """`free_memory`: returns the host's free memory in bytes, None if it is not known."""
         self.runtime = runtime
         self._free_memory = free_memory
@@ -143,7 +143,7 @@ class PendingCheckpoint:
     """Whether older checkpoints are deleted for it. They are not for one that is written only for the export."""
     stall_s: float = 0.0
     """Seconds that training has waited for it so far."""
-    outcome: FileOutcome | None = None
+    outcome: RankFileOutcome | None = None
     """How the write of this rank's file ended; None while its thread runs."""
     checkpoint_dir: Path = Path()
     """The directory in which it is being written."""
@@ -182,8 +182,8 @@ class PendingCheckpoint:
         self._thread = threading.Thread(target=write_file_and_note, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait_for_outcome(self) -> FileOutcome:
-        """Wait until the thread has ended; returns how the write of this rank's file ended. No collective."""
+    def wait_for_outcome(self) -> RankFileOutcome:
+        """Wait for the thread; returns how the write ended. No collective."""
         assert self._thread is not None
         self._thread.join()
         assert self.outcome is not None

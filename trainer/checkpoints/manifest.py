@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from strategies.atomic_io import RetryingReader, WrittenFile, error_summary, file_difference, read_bytes, write_new
+from strategies.atomic_io import RetryingReader, WrittenFile, error_summary, file_difference, read_bytes, write_new_file
 from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
-from strategies.saving import PROGRESS
+from strategies.saving import PROGRESS_FILE
 from strategies.tensor_files import MalformedFile, is_count, parse_json, stays_in_directory
 from trainer.checkpoints.layout import STEP_DIR_REGEX, checkpoint_dirs_of, checkpoints_in, list_directory
 
@@ -40,7 +40,7 @@ OLD_FORMAT_REASON = (
 
 def write_manifest(directory: Path, files: Iterable[WrittenFile]) -> None:
     """Write the manifest of a directory's files, durably. Raises OSError if that fails."""
-    write_new(directory / MANIFEST_FILE, _manifest_bytes({file.name: file for file in files}))
+    write_new_file(directory / MANIFEST_FILE, _manifest_bytes({file.name: file for file in files}))
 
 
 def _manifest_bytes(files: dict[str, WrittenFile]) -> bytes:
@@ -192,7 +192,7 @@ def _wrong_step_problem(directory: Path) -> str | None:
     if name_match is None:
         return None
     try:
-        header = parse_json(read_bytes(directory / PROGRESS, max_bytes=MAX_MANIFEST_BYTES))
+        header = parse_json(read_bytes(directory / PROGRESS_FILE, max_bytes=MAX_MANIFEST_BYTES))
         step = header["progress"]["step"]
     except (OSError, MalformedFile, KeyError, TypeError):
         return None  # loading it will say what is wrong

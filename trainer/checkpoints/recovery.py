@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from strategies import atomic_io
-from strategies.atomic_io import WrittenFile, error_summary, publish_directory, write_new
-from strategies.saving import PROGRESS, FileOutcome, RankState
-from strategies.tensor_files import INDEX, FilePart, MalformedFile, index_json, parse_json
+from strategies.atomic_io import WrittenFile, error_summary, publish_directory, write_new_file
+from strategies.saving import PROGRESS_FILE, RankFileOutcome, RankState
+from strategies.tensor_files import INDEX_FILE, FilePart, MalformedFile, index_json, parse_json
 from trainer.checkpoints.layout import STEP_DIR_FORMAT, checkpoints_in, list_directory_if_present
 from trainer.checkpoints.manifest import write_manifest
 
@@ -43,7 +43,7 @@ class PartNote:
     """What was written beside it, see `RankState.attachments`."""
 
 
-def write_part_note(staging: Path, state: RankState, outcome: FileOutcome) -> None:
+def write_part_note(staging: Path, state: RankState, outcome: RankFileOutcome) -> None:
     """Write the note of what this rank has written into `staging`, durably. No collective. Raises OSError if that fails."""
     part_fields_by_tensor = {}
     for name, part in state.parts.items():
@@ -58,7 +58,7 @@ def write_part_note(staging: Path, state: RankState, outcome: FileOutcome) -> No
         "progress": state.header.decode(),
         "attached": [[attached.name, attached.size, attached.sha256] for attached in outcome.attached],
     }
-    write_new(staging / PART_NOTE_FILE_FORMAT.format(state.runtime.rank), json.dumps(note).encode())
+    write_new_file(staging / PART_NOTE_FILE_FORMAT.format(state.runtime.rank), json.dumps(note).encode())
 
 
 def remove_part_notes(staging: Path, world_size: int) -> None:
@@ -103,8 +103,8 @@ def _publish_if_complete(staging: Path, final: Path) -> bool:
     files = [note.file for note in notes if note.file is not None]
     for note in notes:
         files += note.attached
-    files.append(write_new(staging / INDEX, index_json(note.parts for note in notes)))
-    files.append(write_new(staging / PROGRESS, notes[0].progress.encode()))
+    files.append(write_new_file(staging / INDEX_FILE, index_json(note.parts for note in notes)))
+    files.append(write_new_file(staging / PROGRESS_FILE, notes[0].progress.encode()))
     write_manifest(staging, files)
     remove_part_notes(staging, len(notes))
     publish_directory(staging, final)

@@ -85,7 +85,7 @@ def record_resumed_checkpoint(checkpoint_dirs: list[Path], resume: str, resumed:
     record = {"path": str(resumed.resolve()), "manifest_sha256": _sha256_of_manifest_file(resumed)}
     temporary = path.with_name(f".{path.name}.writing")
     atomic_io.make_directories(path.parent)
-    atomic_io.write_new(temporary, (json.dumps(record, indent=1) + "\n").encode())
+    atomic_io.write_new_file(temporary, (json.dumps(record, indent=1) + "\n").encode())
     atomic_io.disk.rename(temporary, path)
     atomic_io.sync_directory(path.parent)
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from strategies import atomic_io
-from strategies.atomic_io import error_summary, make_directories, write_new
+from strategies.atomic_io import error_summary, make_directories, write_new_file
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, first_rank_error
 
@@ -84,7 +84,7 @@ def fallback_dir_error(
         probe = checkpoint_dir / f".{checkpoint_dir.name}.trial"
         try:
             make_directories(checkpoint_dir)
-            write_new(probe, b"\n")
+            write_new_file(probe, b"\n")
             probe.unlink()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

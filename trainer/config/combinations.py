@@ -44,7 +44,7 @@ class Feature:
     settings: str
     """What switches it on."""
     word: str = ""
-    """The key of `Method.refused` for this feature; empty if no method can refuse it."""
+    """The key of `Method.refusal_by_property` for this feature; empty if no method can refuse it."""
     instead: str = ""
     """What to choose instead if a method refuses it."""
     only_under: tuple[str, ...] = ()
@@ -121,19 +121,19 @@ def combination_verdict(
     method = methods_by_row()[row]
     asked_feature = FEATURES[feature]
     support = SUPPORT[optim]
-    reason = method.strategies.get(str(strategy))
+    reason = method.refusal_by_strategy.get(str(strategy))
     if reason:
         return Cell(CellState.refused, reason, INSTEAD)
     if strategy in support.refused:
         return Cell(CellState.refused, support.refused[strategy], f"{support.instead}, or optim=adamw")
-    reason = method.refused.get(asked_feature.word)
+    reason = method.refusal_by_property.get(asked_feature.word)
     concerns_strategy = not asked_feature.only_under or strategy in asked_feature.only_under
     if reason and concerns_strategy:
         return Cell(CellState.refused, reason, asked_feature.instead)
     feature_refusal = _feature_refusal(row, strategy, feature, optim)
     if feature_refusal is not None:
         return feature_refusal
-    reason = method.optimizers.get(str(optim))
+    reason = method.refusal_by_optimizer.get(str(optim))
     if reason:
         return Cell(CellState.refused, reason, "optim=adamw")
     if feature == "fp16":
@@ -164,18 +164,18 @@ def combination_problems(tuning: TuningConfig, strategy: StrategyConfig, optim: 
         return
     method = methods_by_row()[row]
     tuning_text = f"tuning.type={row}" if row in PEFT_METHODS else f"tuning={row}"
-    reason = method.strategies.get(str(strategy.name))
+    reason = method.refusal_by_strategy.get(str(strategy.name))
     if reason:
         yield f"strategy={strategy.name} with {tuning_text}: {reason}; use {INSTEAD}"
     if strategy.compile and row not in COMPILED:
         proven = " or ".join(f"tuning={name}" for name in COMPILED)
         instead = FEATURES["compile"].instead
         yield f"strategy.compile=true with {tuning_text}: {NOT_COMPILED}; set {instead}, or use {proven}"
-    reason = method.refused.get("checkpointing")
+    reason = method.refusal_by_property.get("checkpointing")
     if strategy.activation_checkpointing == "full" and reason:
         instead = FEATURES["checkpointing"].instead
         yield f"strategy.activation_checkpointing=full with {tuning_text}: {reason}; set {instead}"
-    reason = method.optimizers.get(str(optim.name))
+    reason = method.refusal_by_optimizer.get(str(optim.name))
     if reason:
         yield f"optim={optim.name} with {tuning_text}: {reason}; use optim=adamw"
 
@@ -187,7 +187,7 @@ def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.ad
     """
     names = [name for name in STRATEGIES if name not in SUPPORT[optim].refused]
     if feature != "plain" or optim is not OptimName.adamw:
-        names = [name for name in names if str(name) not in methods_by_row()[row].strategies]
+        names = [name for name in names if str(name) not in methods_by_row()[row].refusal_by_strategy]
     states = {name: combination_verdict(row, name, feature, optim).state for name in names}
     if len(set(states.values())) == 1:
         return str(next(iter(states.values())))

@@ -40,8 +40,7 @@ from trainer.reporting.energy import problems as energy_problems
 from trainer.reporting.numbers import name_of_readers
 from trainer.reporting.profile import profile_problems
 from trainer.reporting.trackers.registry import problems as tracker_problems
-from trainer.tuning.check import RunFacts
-from trainer.tuning.check import problems as tuning_problems
+from trainer.tuning.check import SettingsBesideTuning, tuning_problems
 from trainer.tuning.initial_adapter import merge_problems
 from trainer.tuning.table import needs_padded_rows
 
@@ -244,7 +243,7 @@ def _base_problems(config: RunConfig) -> Iterator[str]:
         yield from merge_problems(directory)
     method = methods_by_row().get(method_row(config.tuning))
     if model.adapters and method is not None and method.adapter and config.export.at_end and not config.export.merge:
-        merge = "" if method.no_merge else "set export.merge=true, or "
+        merge = "" if method.merge_refusal else "set export.merge=true, or "
         yield (
             f"model.adapters={model.adapters}: an adapter trained on top of others does not belong to model.path alone; "
             f"{merge}write the merged base once (shardtune export adapters=... to=...) and tune that"
@@ -376,16 +375,16 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
 def _tuning_problems(config: RunConfig) -> Iterator[str]:
     """Error messages about what the tuning method does not go with: strategy, precision, data, objective and others."""
     kind = objective_family(config.objective).kind
-    run_facts = RunFacts(
+    run_settings = SettingsBesideTuning(
         strategy=config.strategy,
         precision=config.precision,
         data=config.data,
-        merge=bool(config.export.merge),
-        new_head=kind is ModelKind.classifier,
+        merges_adapter=bool(config.export.merge),
+        has_new_head=kind is ModelKind.classifier,
         is_encoder_decoder=kind is ModelKind.encoder_decoder,
-        new_tokens=bool(config.model.add_tokens),
+        has_new_tokens=bool(config.model.add_tokens),
         quantisation=str(config.model.quantisation),
-        sequence=config.parallel.sequence,
-        experts=config.parallel.experts,
+        sequence_ranks=config.parallel.sequence,
+        expert_ranks=config.parallel.experts,
     )
-    yield from tuning_problems(config.tuning, run_facts)
+    yield from tuning_problems(config.tuning, run_settings)

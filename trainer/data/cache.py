@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from strategies.atomic_io import publish_directory, sync_directory, sync_file
 from strategies.errors import ConfigError, DataError, StorageError
 from strategies.file_fingerprints import sampled_digest
-from strategies.shared_files import claim, read, remedy
+from strategies.shared_files import claim_shared_file, free_space_advice, read_shared_file
 from trainer.data.config import Verify
 from trainer.data.shards import Block, load_block, save_block
 from trainer.data.tokens.clock import TemplateDate
@@ -186,10 +186,12 @@ def load_or_record_first_date(cache_dir: Path, undated_fingerprint: str) -> Temp
         date_file.parent.mkdir(parents=True, exist_ok=True)
         if not date_file.exists():
             # If several processes come at once, one of them writes the date, and all read it.
-            claim(date_file, date.today().isoformat().encode(), uuid.uuid4().hex)
-        return TemplateDate(date.fromisoformat(read(date_file).decode()))
+            claim_shared_file(date_file, date.today().isoformat().encode(), uuid.uuid4().hex)
+        return TemplateDate(date.fromisoformat(read_shared_file(date_file).decode()))
     except OSError as error:
-        raise StorageError(f"{date_file}: {error.strerror or error}; {remedy(error)}set data.cache_dir") from error
+        raise StorageError(
+            f"{date_file}: {error.strerror or error}; {free_space_advice(error)}set data.cache_dir"
+        ) from error
     except ValueError as error:
         raise StorageError(f"{date_file}: holds no date ({error}); delete it") from error
 
@@ -222,7 +224,7 @@ def build_once(
                 build(temporary_directory)
     except OSError as error:
         raise StorageError(
-            f"data.cache_dir={directory.parent}: {error.strerror or error}; {remedy(error)}choose another directory"
+            f"data.cache_dir={directory.parent}: {error.strerror or error}; {free_space_advice(error)}choose another directory"
         ) from error
     return True
 

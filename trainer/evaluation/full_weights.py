@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from strategies.runtime import Runtime, free_host_memory, gather_objects
+from strategies.runtime import Runtime, free_host_memory_bytes, gather_objects
 from trainer.model.architecture import text_model_config
 from trainer.model.layer_settings import layer_values
 
@@ -85,7 +85,7 @@ def free_memory_bytes(runtime: Runtime) -> int:
         return (
             driver_free_bytes + torch.cuda.memory_reserved(runtime.device) - torch.cuda.memory_allocated(runtime.device)
         )
-    return (free_host_memory() or 0) // runtime.local_world_size
+    return (free_host_memory_bytes() or 0) // runtime.local_world_size
 
 
 def kv_cache_size_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> int:

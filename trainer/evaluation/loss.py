@@ -11,7 +11,7 @@ import torch
 
 from strategies.base import Engine
 from strategies.errors import Interrupted
-from strategies.runtime import dist_sum
+from strategies.runtime import sum_over_ranks
 from trainer.evaluation.by_position import pop_position_losses, position_group_counts
 from trainer.objectives.step_totals import look_ahead
 
@@ -124,7 +124,7 @@ class LossEvaluator:
             ordered_batch_sums.append(_place_batch_sums(own_sums.by_batch[term], engine, self._ranks_per_row))
         # The reduced vector has the sums by source first, then those by micro-batch.
         flat_sums = [own_sums.by_source[term].view(-1) for term in terms]
-        reduced = dist_sum(torch.cat([*flat_sums, *ordered_batch_sums])).cpu()
+        reduced = sum_over_ranks(torch.cat([*flat_sums, *ordered_batch_sums])).cpu()
         sizes = [flat.numel() for flat in flat_sums]
         num_source_values = sum(sizes)
         batch_totals = reduced[num_source_values:].view(len(batch_terms), -1)

@@ -18,7 +18,7 @@ import torch
 from strategies.errors import ConfigError
 from strategies.small_files import read_json_object
 from trainer.model.rope import CONFIG, adapter_config_source
-from trainer.tuning.initial_adapter import SETTINGS, WEIGHTS, read_settings
+from trainer.tuning.initial_adapter import SETTINGS_FILE, WEIGHTS_FILE, read_adapter_settings
 
 
 class Combination(StrEnum):
@@ -64,17 +64,17 @@ def combination_problems(settings: CombineSettings) -> list[str]:
     problems = []
     peft_settings_by_directory = {}  # of the adapters that can be combined
     for directory in settings.adapters:
-        peft_settings = read_settings(directory)
-        if isinstance(peft_settings, str):
-            why_unreadable = peft_settings
+        stored_peft_config = read_adapter_settings(directory)
+        if isinstance(stored_peft_config, str):
+            why_unreadable = stored_peft_config
             problems.append(f"adapters={directory}: {why_unreadable}")
-        elif peft_settings.get("peft_type") != "LORA":
-            method = str(peft_settings.get("peft_type")).lower()
+        elif stored_peft_config.get("peft_type") != "LORA":
+            method = str(stored_peft_config.get("peft_type")).lower()
             problems.append(f"adapters={directory}: was made by {method}; only LoRA adapters can be combined")
-        elif peft_settings.get("use_dora"):
+        elif stored_peft_config.get("use_dora"):
             problems.append(f"adapters={directory}: has magnitudes (DoRA), which do not add up; merge it alone")
         else:
-            peft_settings_by_directory[directory] = peft_settings
+            peft_settings_by_directory[directory] = stored_peft_config
     if settings.weights and len(settings.weights) != len(settings.adapters):
         problems.append(
             f"weights={settings.weights}: {len(settings.weights)} for {len(settings.adapters)} adapters; give one for each"
@@ -114,7 +114,7 @@ def write_combination(
     problems = combination_problems(settings)
     if problems:
         raise ConfigError(problems)
-    first_peft_settings = read_json_object(Path(settings.adapters[0]).expanduser() / SETTINGS)
+    first_peft_settings = read_json_object(Path(settings.adapters[0]).expanduser() / SETTINGS_FILE)
     base = str(settings.base or first_peft_settings["base_model_name_or_path"])
     base_config, base_model = _load_base(settings, base)
     tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if _has_tokenizer(settings) else base)
@@ -193,7 +193,7 @@ def _save_adapter(model: Any, base: str, to: Path) -> None:
     state = get_peft_model_state_dict(model, adapter_name=COMBINED_ADAPTER_NAME, save_embedding_layers=False)
     # Copies, since safetensors refuses tensors that share memory.
     tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
-    save_file(tensors, to / WEIGHTS, {"format": "pt"})
+    save_file(tensors, to / WEIGHTS_FILE, {"format": "pt"})
     settings = model.peft_config[COMBINED_ADAPTER_NAME]
     settings.base_model_name_or_path = base
     settings.inference_mode = True

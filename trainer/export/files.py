@@ -167,7 +167,7 @@ def open_export_staging(staging_dir: Path, plan: ExportPlan, origin: dict[str, A
     if not _is_staging_of(staging_dir, origin_text):
         remove_leftovers(staging_dir)
         make_directories(staging_dir / RECORDS_DIRECTORY)
-        atomic_io.write_new(staging_dir / RECORDS_DIRECTORY / ORIGIN_FILE, origin_text.encode())
+        atomic_io.write_new_file(staging_dir / RECORDS_DIRECTORY / ORIGIN_FILE, origin_text.encode())
         return False
     kept_names = {RECORDS_DIRECTORY, *(file.name for file in plan.files)}
     for entry in list(staging_dir.iterdir()):
@@ -228,7 +228,7 @@ def write_file(plan: ExportPlan, file: ExportFile, values: ModelValues, staging_
     atomic_io.sync_file(staging_dir / file.name)
     written = _hash_file(staging_dir / file.name)
     record = json.dumps({"bytes": written.size, "sha256": written.sha256}) + "\n"
-    atomic_io.write_new(_record_file(staging_dir, file), record.encode())
+    atomic_io.write_new_file(_record_file(staging_dir, file), record.encode())
 
 
 def _stored_tensors(plan: ExportPlan, file: ExportFile, values: ModelValues) -> Iterator[tuple[str, Tensor]]:

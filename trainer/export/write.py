@@ -19,9 +19,23 @@ from typing import Any
 import torch
 
 from strategies import atomic_io, shared_files
-from strategies.atomic_io import error_summary, make_directories, publish_directory, size_text, space_problem, sync_file
+from strategies.atomic_io import (
+    disk_space_problem,
+    error_summary,
+    make_directories,
+    publish_directory,
+    size_text,
+    sync_file,
+)
 from strategies.errors import ConfigError, ShardtuneError, StorageError
-from strategies.runtime import Runtime, call_on_main, first_rank_error, free_host_memory, gather_objects, longer_timeout
+from strategies.runtime import (
+    Runtime,
+    call_on_main,
+    first_rank_error,
+    free_host_memory_bytes,
+    gather_objects,
+    longer_timeout,
+)
 from trainer.export.config import ExportConfig, ExportType
 from trainer.export.end_tokens import write_end_tokens
 from trainer.export.files import (
@@ -161,7 +175,7 @@ def _open_staging_on_main(
     def open_and_check_space() -> _Staging:
         keeps_files = open_export_staging(staging_dir, plan, origin)
         kept_bytes = sum(file.stat().st_size for file in staging_dir.glob("*.safetensors"))
-        problem = space_problem(staging_dir, SMALL_FILES_BYTES + plan.num_bytes - kept_bytes)
+        problem = disk_space_problem(staging_dir, SMALL_FILES_BYTES + plan.num_bytes - kept_bytes)
         return _Staging(keeps_files, problem)
 
     try:
@@ -180,7 +194,7 @@ def _writer_ranks(plan: ExportPlan, runtime: Runtime) -> list[int]:
 
     All ranks must call.
     """
-    free_bytes = free_host_memory()
+    free_bytes = free_host_memory_bytes()
     max_writers_of_host = runtime.local_world_size
     if free_bytes is not None:
         max_writers_of_host = max(1, min(max_writers_of_host, free_bytes // max(1, plan.process_bytes)))
@@ -227,13 +241,13 @@ def _stored_dtype(config: ExportConfig, base_path: str) -> torch.dtype:
 
 def _refuse_unmergeable(model: TrainedModel) -> None:
     """Raise ConfigError if the adapter cannot be merged: its method cannot, or merging would change other layers too."""
-    from trainer.tuning.adapter_files import check_mergeable
+    from trainer.tuning.adapter_files import check_adapters_mergeable
     from trainer.tuning.table import method_of
 
-    reason = method_of(model.built.tuning.config).no_merge  # type: ignore[attr-defined]
+    reason = method_of(model.built.tuning.config).merge_refusal  # type: ignore[attr-defined]
     if reason:
         raise ConfigError(f"export.merge=true: {reason}; use export.merge=false")
-    check_mergeable(model.built.step_module.model, set(trained_shapes(model.built)))
+    check_adapters_mergeable(model.built.step_module.model, set(trained_shapes(model.built)))
 
 
 # -- an adapter, and the small files of both, by rank 0 ----------------------------------------------------------------
@@ -250,7 +264,7 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
 
     remove_leftovers(staging_dir)
     make_directories(staging_dir)
-    too_little_space = space_problem(staging_dir, bytes_needed(model, plan=None))
+    too_little_space = disk_space_problem(staging_dir, bytes_needed(model, plan=None))
     if too_little_space:
         raise StorageError(f"{too_little_space}; {_REMEDY}")
     tuning: Any = model.built.tuning
@@ -393,7 +407,7 @@ def _with_advice(error: BaseException, destination: Path) -> BaseException:
         )
     elif isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
         remedy = _REMEDY
-        if isinstance(error, OSError) and error.errno is not None and not shared_files.remedy(error):
+        if isinstance(error, OSError) and error.errno is not None and not shared_files.free_space_advice(error):
             # Space would not help, for example on a read-only disk.
             remedy = remedy.replace("free space", "choose another directory (to=)")
         shown_error = StorageError(f"{error_summary(error)}; writing the export {destination} failed: {remedy}")

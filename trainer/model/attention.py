@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from strategies.hardware import MAX_FLASH_HEAD, gpu_of_device
-from strategies.matmul import LONG_DOCUMENT, switch_to_blas, switch_to_chosen_library
+from strategies.hardware import MAX_FLASH_HEAD_SIZE, gpu_of_device
+from strategies.matmul import LONG_DOCUMENT_TOKENS, switch_to_blas, switch_to_chosen_library
 from strategies.runtime import device_kind
 from trainer.model.compat import load_models_without_scipy
 from trainer.model.sequence_attention import over_slices
@@ -173,12 +173,12 @@ def _attend_by_document(
     `operands`: q, k and v of the row, `[1, heads, T, width]`. `lengths`: tokens of each document. On CPUs the products of short
     documents are left to BLAS (`strategies/matmul.py`).
     """
-    all_short = max(lengths, default=0) < LONG_DOCUMENT
+    all_short = max(lengths, default=0) < LONG_DOCUMENT_TOKENS
     row = switch_to_blas(*operands) if all_short else operands  # one switch for the row, or one for each short document
     pieces = []
     # Split, not sliced: the gradients of the parts are joined once instead of being added up in whole rows of zeros.
     for part, length in zip(zip(*(t.split(lengths, dim=2) for t in row), strict=True), lengths, strict=True):
-        in_blas_alone = not all_short and length < LONG_DOCUMENT
+        in_blas_alone = not all_short and length < LONG_DOCUMENT_TOKENS
         piece = attend(*(switch_to_blas(*part) if in_blas_alone else part))
         pieces.append(switch_to_chosen_library(piece) if in_blas_alone else piece)
     joined = torch.cat(pieces, dim=2)
@@ -401,7 +401,7 @@ def _has_varlen_kernel(query: Tensor, value: Tensor, softcap: float | None, drop
 def _has_flash(device: torch.device, head: int) -> bool:
     """Whether flash attention on `device` has forward and backward passes for heads of this size."""
     is_built, lacking = _flash_of(device)
-    if not is_built or head % 8 or head > MAX_FLASH_HEAD:
+    if not is_built or head % 8 or head > MAX_FLASH_HEAD_SIZE:
         return False
     return not (lacking and lacking[0] <= head <= lacking[1])
 

@@ -112,15 +112,15 @@ def losses_of(
     )
     if not is_requested and not config.router_aux_loss and not config.router_z_loss:
         return RouterLosses(), {}, notes
-    routers = {}
+    output_index_by_router = {}
     if kind is ModelKind.encoder_decoder:
         reason = (
             f"routers are balanced in causal models and classifiers, and a {settings.model_type} is an encoder-decoder"
         )
     else:
-        routers = recorded_routers(plain)
+        output_index_by_router = recorded_routers(plain)
         reason = f"a {settings.model_type} has no router whose logits transformers records"
-    if not routers:
+    if not output_index_by_router:
         _refuse_router_settings(config, reason)
         if config.router_aux_loss is None:
             notes["model.router_aux_loss"] = f"0, although the model's configuration asks for it: {reason}"
@@ -141,7 +141,7 @@ def losses_of(
                 )
             notes["model.router_aux_loss"] = f"0: a {settings.model_type} has {difference}"
             weight = 0.0
-    return RouterLosses(weight, top_k, config.router_z_loss), routers, notes
+    return RouterLosses(weight, top_k, config.router_z_loss), output_index_by_router, notes
 
 
 def _first_setting(plain: nn.Module, text: Any, names: tuple[str, ...]) -> Any:

@@ -28,9 +28,9 @@ def digests_of_loaded_files(digests: Mapping[str, str], directory: Path) -> dict
     more of a model on one machine than on another: the same weights in another format beside the index, or a preprocessor's
     settings that another program has fetched into the cache of the hub. Raises ConfigError if the index is not JSON.
     """
-    from trainer.model.files import INDEX
+    from trainer.model.files import INDEX_FILE
 
-    index_file = directory / INDEX
+    index_file = directory / INDEX_FILE
     weight_map = read_json_object(index_file).get("weight_map") if index_file.exists() else None
     indexed_files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else None
 

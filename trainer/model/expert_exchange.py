@@ -12,7 +12,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from strategies.expert_counts import RowCounts
+from strategies.expert_counts import LayerRowCounts
 from strategies.expert_share import ExpertShare
 from strategies.sequence import AllToAll
 from trainer.model.compat import grouped_experts
@@ -60,10 +60,12 @@ def expert_parallel_forward(
     ends = torch.searchsorted(row_experts, all_experts, right=True)
     counts = share.counts.row_counts(ends.diff(prepend=ends.new_zeros(1)), len(row_experts))
 
-    order = order[: sum(counts.sent)]  # without the choices that stand for no expert, which are sorted to the end
-    received_rows = send_rows(hidden[order // experts_per_token], counts.sent, counts.received, share)
+    order = order[
+        : sum(counts.sent_to_rank)
+    ]  # without the choices that stand for no expert, which are sorted to the end
+    received_rows = send_rows(hidden[order // experts_per_token], counts.sent_to_rank, counts.received_from_rank, share)
     own_outputs = _forward_own_experts(module, share, received_rows, counts, low_rank)
-    returned_rows = send_rows(own_outputs, counts.received, counts.sent, share)
+    returned_rows = send_rows(own_outputs, counts.received_from_rank, counts.sent_to_rank, share)
 
     # Back to the order of tokens, where the k experts of a token are added up.
     weighted_rows = returned_rows * weights.reshape(-1)[order, None]
@@ -87,7 +89,7 @@ def send_rows(rows: Tensor, sent: list[int], received: list[int], share: ExpertS
 
 
 def _forward_own_experts(
-    module: Any, share: ExpertShare, rows: Tensor, counts: RowCounts, low_rank: dict[str, LowRank] | None
+    module: Any, share: ExpertShare, rows: Tensor, counts: LayerRowCounts, low_rank: dict[str, LowRank] | None
 ) -> Tensor:
     """Compute the experts that this rank holds on the hidden states `rows [N, H]` that arrived from its group: `[N, H]`.
 
@@ -101,7 +103,9 @@ def _forward_own_experts(
     own_low_rank = None
     if low_rank is not None:
         first_own = share.group_rank * num_own
-        own_low_rank = {name: update.of_experts(first_own, first_own + num_own) for name, update in low_rank.items()}
+        own_low_rank = {
+            name: update.slice_of_experts(first_own, first_own + num_own) for name, update in low_rank.items()
+        }
 
     def compute(rows: Tensor, expert_of_row: Tensor) -> Tensor:
         routing_weights = rows.new_ones(len(rows), 1)  # the rank that sent a row applies its weight
@@ -117,8 +121,8 @@ def _forward_own_experts(
 
     # Rows come rank by rank, and those of a rank expert by expert.
     expert_of_count = torch.arange(num_own, device=rows.device).repeat(share.group_size)
-    expert_of_row = expert_of_count.repeat_interleave(counts.by_expert.reshape(-1), output_size=len(rows))
-    max_kept_rows = max(MIN_CHUNK_ROWS, MAX_KEPT_RATIO * sum(counts.sent))
+    expert_of_row = expert_of_count.repeat_interleave(counts.received_by_expert.reshape(-1), output_size=len(rows))
+    max_kept_rows = max(MIN_CHUNK_ROWS, MAX_KEPT_RATIO * sum(counts.sent_to_rank))
     if len(rows) <= max_kept_rows:
         return compute(rows, expert_of_row)
     outputs = []

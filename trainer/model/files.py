@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from strategies.errors import ConfigError
-from strategies.small_files import LFS_POINTER, read_json_object, refuse_unless_small_regular_file
+from strategies.small_files import LFS_POINTER_START, read_json_object, refuse_unless_small_regular_file
 
-INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 READ_AHEAD_BYTES = 128 << 10
 """Bytes of one request to read ahead; of a longer one the kernel takes what its read-ahead window has room for, often this."""
 DTYPE_BY_NAME = {
@@ -64,7 +64,7 @@ class SafetensorsFiles:
 
     def _index(self) -> dict[str, Path]:
         """The file of each stored tensor: by the index if there is one, else by the files' headers."""
-        listing = self.directory / INDEX
+        listing = self.directory / INDEX_FILE
         if listing.exists():
             return _files_of_index(listing)
         file_by_tensor: dict[str, Path] = {}
@@ -90,7 +90,7 @@ class SafetensorsFiles:
             return self._handle(file).get_slice(stored)
         except SafetensorError as error:
             raise ConfigError(
-                f"{file}: does not hold {stored}, which {INDEX} places there ({str(error)[:120]}); download the model again"
+                f"{file}: does not hold {stored}, which {INDEX_FILE} places there ({str(error)[:120]}); download the model again"
             ) from error
 
     def open_all(self) -> None:
@@ -168,12 +168,12 @@ def _open_safetensors(file: Path) -> Any:
     except Exception as error:
         try:
             with file.open("rb") as raw:
-                first_bytes = raw.read(len(LFS_POINTER))
+                first_bytes = raw.read(len(LFS_POINTER_START))
         except OSError as unreadable:
             raise ConfigError(
                 f"{file}: cannot be read ({unreadable.strerror or unreadable}); see to its permissions"
             ) from unreadable
-        if first_bytes == LFS_POINTER:
+        if first_bytes == LFS_POINTER_START:
             raise ConfigError(
                 f"{file}: is a pointer that git-lfs left in the place of the weights; run `git lfs pull` in the model's "
                 "directory, or download the model again"

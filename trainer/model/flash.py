@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from strategies.extras import install_command
-from strategies.hardware import MAX_FLASH_HEAD, Gpu
+from strategies.hardware import MAX_FLASH_HEAD_SIZE, Gpu
 from trainer.model.layer_settings import layer_values
 
 HEAD_SIZES = ("head_dim", "global_head_dim", "v_head_dim", "qk_head_dim")
@@ -44,9 +44,9 @@ def why_not_flash(model_config: Any, gpu: Gpu | None, *, half: bool, dropout: fl
     if not gpu.has_flash:
         return f"it is not built for {gpu.name}"
     sizes = head_sizes(model_config)
-    unsupported = [size for size in sizes if size > MAX_FLASH_HEAD or size % 8]
+    unsupported = [size for size in sizes if size > MAX_FLASH_HEAD_SIZE or size % 8]
     if unsupported:
-        return f"heads of {unsupported[-1]} are none of the sizes it has: multiples of 8 up to {MAX_FLASH_HEAD}"
+        return f"heads of {unsupported[-1]} are none of the sizes it has: multiples of 8 up to {MAX_FLASH_HEAD_SIZE}"
     smallest, largest = gpu.unsupported_flash_head_sizes(dropout) or (0, 0)
     without_backward = [size for size in sizes if smallest <= size <= largest]
     if without_backward:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainer.model.config import Quantisation
 from trainer.model.quantisation import BLOCK, SCALE_BLOCK, Scheme, codes_of, floats
-from trainer.tuning.expert_parts import expert_modules, weight_names
+from trainer.tuning.expert_parts import expert_modules_by_name, expert_weight_names
 
 Shape = tuple[int, int, int]
 LARGEST_CALL = 2**31 - 1
@@ -110,9 +110,9 @@ def quantise_experts(
     `kept_in_float32`.
     """
     shape_by_name: dict[str, Shape] = {}
-    modules: dict[str, Any] = dict(expert_modules(model))
+    modules: dict[str, Any] = dict(expert_modules_by_name(model))
     for name, module in modules.items():
-        parameters = {key: getattr(module, key) for key in weight_names(module)}
+        parameters = {key: getattr(module, key) for key in expert_weight_names(module)}
         trains = any(parameter.requires_grad for parameter in parameters.values())
         if trains or kept_in_float32 & set(name.split(".")):
             continue

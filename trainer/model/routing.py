@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.compat import output_recorders
-from trainer.tuning.expert_parts import expert_modules
+from trainer.tuning.expert_parts import expert_modules_by_name
 
 BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 """What models call the biases that their pre-training moved to balance experts, and that no gradient reaches."""
@@ -105,7 +105,7 @@ def _count_tokens(module: Any, expert_indices: Tensor) -> None:
 
 def number_experts(model: nn.Module) -> tuple[int, ...]:
     """Give each module of experts its row of `RoutingRecord.tokens`; how many experts each has."""
-    modules: list[Any] = list(expert_modules(model).values())
+    modules: list[Any] = list(expert_modules_by_name(model).values())
     if modules:
         _Recording.note = torch.compiler.disable(_count_tokens)  # here, since it imports what takes a second
     for row, module in enumerate(modules):
@@ -137,9 +137,9 @@ def recorded_routers(model: nn.Module) -> dict[str, int]:
     return output_index
 
 
-def record_logits(root: nn.Module, routers: dict[str, int]) -> None:
+def record_logits(root: nn.Module, output_index_by_router: dict[str, int]) -> None:
     """Let these modules of `root` note their logits in the recorded pass; those include what adapters add."""
-    for name, index in routers.items():
+    for name, index in output_index_by_router.items():
         root.get_submodule(name).register_forward_hook(torch.compiler.disable(partial(_note_logits, index)))
 
 

@@ -110,7 +110,7 @@ class BaseWeights(Checkpoint):
         self.scheme = scheme
         self.quantised = quantised or {}
         """Shapes of the weights that are stored quantised, by base name."""
-        changed = folded.changed_names() if folded is not None else set()
+        changed = folded.changed_base_names() if folded is not None else set()
         if missing := sorted(name for name in changed if self.resolve(name) is None):
             raise ConfigError(
                 f"model.adapters: change {missing[0]}, which {directory} does not have; merge them with peft, and give the "
@@ -197,7 +197,7 @@ class StartingWeights:
         """`source`: where the tuned model's values come from; `folded`: the adapter that it begins with, if there is one."""
         self.source = source
         self.folded = folded
-        self.adapted = set[str]() if folded is None else folded.changed_names()
+        self.adapted = set[str]() if folded is None else folded.changed_base_names()
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""

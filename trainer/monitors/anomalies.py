@@ -12,7 +12,7 @@ from torch import Tensor
 
 from strategies.base import UpdateFilter
 from strategies.errors import Diverged
-from strategies.runtime import Runtime, dist_sum
+from strategies.runtime import Runtime, sum_over_ranks
 from trainer.monitors.guard_config import Action, GuardsConfig
 from trainer.monitors.levels import LevelShiftDetector, RaisedLevel
 from trainer.monitors.replicas import ReplicaCheck
@@ -162,7 +162,7 @@ class Guards:
             # `count` is 0 if no rank has a supervised token: the loss is then 0 too.
             values = torch.stack([local_loss.double() / (count or 1), grad_norm.double() / self.runtime.world_size])
             if self.runtime.world_size > 1:
-                values = dist_sum(values)
+                values = sum_over_ranks(values)
             judged = self._judge_and_remember(values)
             self._scores_before_update = judged.scores
             return judged.is_left_out

@@ -140,7 +140,7 @@ def _compute_logps(
 def _sum_over_ranks(local_values: torch.Tensor, runtime: processes.Runtime) -> np.ndarray:
     """The sum of all ranks' values, on every rank. All ranks must call."""
     if runtime.world_size > 1:
-        local_values = processes.dist_sum(local_values)
+        local_values = processes.sum_over_ranks(local_values)
     return local_values.cpu().numpy()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strategies.runtime import dist_sum
+from strategies.runtime import sum_over_ranks
 from trainer.losses.z_loss import squared_logsumexp
 from trainer.model.balance import RouterLosses, logit_z_weight, losses_of
 from trainer.model.config import ModelConfig, ModelKind
@@ -95,7 +95,7 @@ class AddedLosses:
             return batch["choices"]
         local_choices = self.router_losses.choices(record)
         if batch.get("ranks", 1) > 1:
-            return dist_sum(local_choices)
+            return sum_over_ranks(local_choices)
         return local_choices
 
     def choices(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -155,12 +155,12 @@ def added_losses(
     not get. `settings`: transformers' configuration. `plain`: the model before tuning. Raises ConfigError for settings that the
     model cannot follow.
     """
-    router_losses, routers, notes = losses_of(config, settings, plain, kind)
+    router_losses, output_index_by_router, notes = losses_of(config, settings, plain, kind)
     if kind is ModelKind.encoder_decoder:
         return None, notes
     root = unwrap_adapter(model)
     if router_losses:
-        record_logits(root, routers)
+        record_logits(root, output_index_by_router)
     logit_z_coefficient = 0.0
     if kind is ModelKind.causal:
         logit_z_coefficient = logit_z_weight(settings)

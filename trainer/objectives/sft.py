@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import DataError
-from strategies.sequence import all_to_all_rows
+from strategies.sequence import all_to_all_vectors
 from strategies.settings import DESCRIBES, number, setting
 from trainer.data.batches.collate import Collator
 from trainer.data.batches.cutting import AXES, Axis, Cut, all_to_all_row_counts, num_rows_before
@@ -214,7 +214,7 @@ class SftWithReplayKl(Sft):
         initial_head, initial_hidden = self.initial_model(model, batch["replay"])
         if "replay_moves" in batch:
             sent, received = batch["replay_moves"]
-            initial_hidden = all_to_all_rows(initial_hidden, sent, received, batch["row_slices"])
+            initial_hidden = all_to_all_vectors(initial_hidden, sent, received, batch["row_slices"])
         head, hidden, targets = supervised_rows(model, batch)
         num_learned = batch["totals"]["loss"]
         num_replayed = batch["totals"][REPLAY]

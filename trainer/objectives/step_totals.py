@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from strategies.runtime import dist_sum
+from strategies.runtime import sum_over_ranks
 from trainer.model.routing import ADDED_LOSS
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def look_ahead(
     names = sorted(sums)
     totals = torch.stack([sums[name] for name in names])
     if engine.world_size > 1:
-        totals = dist_sum(totals)
+        totals = sum_over_ranks(totals)
     return {name: (total / (count or 1)).float() for name, total in zip(names, totals, strict=True)}
 
 
@@ -68,7 +68,7 @@ def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
                 choices.append(outputs["choices"])
         total = torch.stack(choices).sum(0)
         if engine.world_size > 1:
-            total = dist_sum(total)
+            total = sum_over_ranks(total)
         context["choices"] = total
     return context
 

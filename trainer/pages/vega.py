@@ -40,5 +40,5 @@ def _bundled_script() -> Markup:
         script = javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]  # its stub forgets the default
     with suppress(OSError):  # without a writable cache directory, the next page bundles it anew
         atomic_io.make_directories(cached.parent)
-        shared_files.replace(cached, script.encode(), f"{os.getpid()}")
+        shared_files.replace_shared_file(cached, script.encode(), f"{os.getpid()}")
     return Markup(script)

@@ -82,7 +82,7 @@ def _fsdp2_bytes(
     `gathered_itemsize`: bytes of a weight in the type in which it is gathered.
     """
     module = built.step_module
-    num_replicas = replica_count(strategy, runtime.world_size, runtime.hosts)
+    num_replicas = replica_count(strategy, runtime.world_size, runtime.num_hosts)
     shards = runtime.world_size // num_replicas
     # All-gathers of weights, and reduce-scatters of gradients, within a replica.
     elements = _gathered_elements(module, shards)

@@ -192,7 +192,7 @@ class CostModel:
     def pinned_bytes(self, units: float) -> int:
         """Bytes of pinned host memory for the offloaded inputs of blocks, in a micro-batch of `units` rows or tokens."""
         small_inputs, large_inputs = self.host_inputs
-        return large_inputs.pinned(self._interpolated(small_inputs.size, large_inputs.size, units))
+        return large_inputs.pinned_size(self._interpolated(small_inputs.size, large_inputs.size, units))
 
     def units_in_host_memory(self, limit: float) -> float:
         """The largest micro-batch, in rows or tokens, whose block inputs fit in `limit` bytes of pinned host memory.

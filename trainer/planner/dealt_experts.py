@@ -7,7 +7,7 @@ from dataclasses import replace
 from strategies.base import Fsdp2Config
 from trainer.build.experts import expert_problems_of_models, models_on_meta
 from trainer.config.run import RunConfig
-from trainer.tuning.expert_parts import expert_modules
+from trainer.tuning.expert_parts import expert_modules_by_name
 
 DEGREES = (2, 4, 8)
 """Ranks over which a plan tries to deal the experts of a layer, beside 1."""
@@ -30,7 +30,7 @@ def with_expert_parallelism(configs: list[RunConfig], world_size: int) -> list[l
         return variants
     models = models_on_meta(configs[0])
     trained_model = next(iter(models.values()))
-    if not expert_modules(trained_model):
+    if not expert_modules_by_name(trained_model):
         return variants
     for index, config in enumerate(configs):
         if not is_possible[index]:

@@ -13,7 +13,7 @@ import torch
 from strategies.base import Precision
 from strategies.compat.process_groups import default_store
 from strategies.errors import DoesNotFit
-from strategies.runtime import Runtime, free_host_memory
+from strategies.runtime import Runtime, free_host_memory_bytes
 from trainer.build.parts import build_engine, workload
 from trainer.build.recomputation import USABLE_SHARE, device_gib, longest_micro_batch
 from trainer.config.parallel import accumulation_steps
@@ -59,7 +59,7 @@ def memory_gib(runtime: Runtime) -> float:
     device = device_gib(runtime)
     if runtime.device.type == "cuda":
         return device
-    free_bytes = free_host_memory()
+    free_bytes = free_host_memory_bytes()
     if free_bytes is None:
         return USABLE_SHARE * device
     return USABLE_SHARE * min(device, free_bytes / GIB / runtime.local_world_size)

@@ -10,7 +10,7 @@ import torch
 
 from strategies.base import ActivationCheckpointing
 from strategies.errors import DoesNotFit, OutOfMemory
-from strategies.runtime import Runtime, free_host_memory, peak_memory_gib
+from strategies.runtime import Runtime, free_host_memory_bytes, peak_memory_gib_by_metric
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepBatch
 from trainer.loop import Trainer
@@ -108,14 +108,14 @@ def _out_of_memory_summary(error: BaseException, runtime: Runtime) -> str:
 
 def _memory_line(runtime: Runtime) -> str:
     """A line of the message: this rank's peak memory so far and free memory; on a GPU also what torch has reserved."""
-    peaks = peak_memory_gib(runtime.device)
+    peaks = peak_memory_gib_by_metric(runtime.device)
     if runtime.device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(runtime.device)
         free_text = f"{free_bytes / GIB:.2f} of {total_bytes / GIB:.2f} free"
         details = f"{peaks['memory_reserved_gib']:.2f} reserved, {free_text}"
     else:
         details = "with libraries"  # a CPU's peak is that of the whole process
-        free_host_bytes = free_host_memory()
+        free_host_bytes = free_host_memory_bytes()
         if free_host_bytes is not None:
             details += f", {free_host_bytes / GIB:.2f} free on the host"
     return f"memory in GiB: {peaks['memory_gib']:.2f} at most so far ({details})"

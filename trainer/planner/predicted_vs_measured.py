@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from strategies.runtime import peak_memory_gib
+from strategies.runtime import peak_memory_gib_by_metric
 from trainer.checkpoints.async_writer import SavedCheckpoint
 from trainer.planner.hardware import GIB
 from trainer.planner.speed import PRODUCT_EFFICIENCY
@@ -40,13 +40,15 @@ def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_
     `record`: the run's record at the start. `optimizer`: a key of STATE_BYTES. `device_gib`: memory of this rank's device.
     """
     assert built.expected is not None
-    state_bytes, activation_bytes = built.expected  # by arithmetic; the first are of weights and optimizer state
+    estimated_state_bytes, activation_bytes = (
+        built.expected
+    )  # by arithmetic; the first are of weights and optimizer state
     simulated_step = record.must_fit
     if simulated_step is not None:  # more precise than the arithmetic
         memory_gib = simulated_step.live_gib
         memory_by = SIMULATED
     else:
-        memory_gib = (state_bytes + activation_bytes) / GIB
+        memory_gib = (estimated_state_bytes + activation_bytes) / GIB
         memory_by = BY_RULE if built.activations is None else BY_SHAPES
     step_s = None
     step_by = record.reference_tflops_source  # without a peak, this text says why none is known
@@ -57,7 +59,7 @@ def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_
     return PredictedCost(
         memory_gib=memory_gib,
         memory_by=memory_by,
-        state_gib=state_bytes / GIB,
+        state_gib=estimated_state_bytes / GIB,
         activations_gib=activation_bytes / GIB,
         device_gib=device_gib,
         step_s=step_s,
@@ -94,7 +96,7 @@ def measured_cost(meter: Meter, device: torch.device, checkpoint: SavedCheckpoin
         peaks_gib = meter.peaks
         ranks_text = "on the worst rank"
     else:
-        peaks_gib = peak_memory_gib(device)
+        peaks_gib = peak_memory_gib_by_metric(device)
         ranks_text = "on rank 0, since no step was logged"
     is_gpu = device.type == "cuda"
     cost = MeasuredCost(

@@ -15,7 +15,7 @@ from torch import nn
 
 from strategies.base import Precision, ZeroConfig
 from strategies.expert_counts import ASSUMED_IMBALANCE
-from strategies.parameters import element_counts, meta_context, named_parameters
+from strategies.parameters import meta_context, named_parameters, num_elements_by_name
 from strategies.runtime import SIMULATED, Runtime
 from strategies.sequence import with_sequence_parallelism
 from strategies.simulation import simulated_rank
@@ -340,7 +340,7 @@ def _parameter_counts(built: BuiltModel) -> ParameterCounts:
         for parameter in module.get_submodule(name).parameters(recurse=False):
             if parameter.requires_grad:
                 trained_expert_parallel += parameter.numel()
-    return ParameterCounts(sum(element_counts(module).values()), trained, trained_expert_parallel)
+    return ParameterCounts(sum(num_elements_by_name(module).values()), trained, trained_expert_parallel)
 
 
 def vocabulary_of(config: ModelConfig) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from strategies.base import Engine, StepResult
 from strategies.communication_counters import CommunicationTotals, count_communication
-from strategies.runtime import Runtime, dist_sum, peak_memory_gib
+from strategies.runtime import Runtime, peak_memory_gib_by_metric, sum_over_ranks
 from trainer.reporting import expert_load, gpu_meters
 from trainer.reporting.block_times import BlockTimer
 from trainer.reporting.gpu_peaks import peak_tflops
@@ -81,7 +81,7 @@ class RankMeasurements:
     """What one rank measured of itself in an interval, as a row of numbers that a reduction can carry to all ranks."""
 
     peaks_gib: dict[str, float]
-    """Peaks of memory in GiB, as `peak_memory_gib` names them; every rank has the same names in the same order."""
+    """Peaks of memory in GiB, as `peak_memory_gib_by_metric` names them; every rank has the same names in the same order."""
     time: RankTime
     gpu_means: list[float]
     """`GpuWatcher.means`; empty if the rank has no GPU."""
@@ -113,7 +113,7 @@ class Meter:
     expert_tokens: Tensor | None = None
     """`[layers, experts]`: how many tokens chose each expert in the last interval, all ranks together."""
     peaks: dict[str, float] = field(default_factory=dict)
-    """Largest of all ranks' peaks of memory up to the last flush, as `peak_memory_gib` names them."""
+    """Largest of all ranks' peaks of memory up to the last flush, as `peak_memory_gib_by_metric` names them."""
     start_s: float | None = None
     """Age of this process at the first step; None before it, and where the system does not tell."""
     parts: PartTimes | None = None
@@ -285,7 +285,7 @@ class Meter:
     def _own_measurements(self, tokens: int) -> RankMeasurements:
         """What this rank measured of itself since the last flush. `tokens`: its tokens of the interval's first step."""
         return RankMeasurements(
-            peaks_gib=peak_memory_gib(self.runtime.device),
+            peaks_gib=peak_memory_gib_by_metric(self.runtime.device),
             time=RankTime(
                 seconds=0.0 if self.block_timer is None else self.block_timer.read(),
                 tokens=tokens,
@@ -302,7 +302,7 @@ class Meter:
         own_row = own.to_row()
         rows = torch.zeros(self.runtime.world_size, len(own_row), dtype=table.dtype)
         rows[self.runtime.rank] = torch.tensor(own_row, dtype=table.dtype)
-        reduced = dist_sum(torch.cat([table.view(-1), rows.view(-1).to(table.device)])).cpu()
+        reduced = sum_over_ranks(torch.cat([table.view(-1), rows.view(-1).to(table.device)])).cpu()
         summed_table, gathered_rows = reduced.split([table.numel(), rows.numel()])
         measurements_by_rank = [own.of_row(row) for row in gathered_rows.view_as(rows).tolist()]
         return summed_table.view(table.shape), measurements_by_rank

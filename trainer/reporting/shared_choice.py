@@ -27,8 +27,8 @@ def shared_choice(run_dir: Path, setting: str, choice: Any) -> Any:
     path = comparison / f"{setting}.json"
     try:
         # Only the first of all points writes the file, on whatever host: `claim` does nothing if it is there.
-        shared_files.claim(path, json.dumps({setting: choice}).encode() + b"\n", uuid.uuid4().hex)
-        recorded = json.loads(shared_files.read(path))[setting]
+        shared_files.claim_shared_file(path, json.dumps({setting: choice}).encode() + b"\n", uuid.uuid4().hex)
+        recorded = json.loads(shared_files.read_shared_file(path))[setting]
         if not isinstance(recorded, str | dict):
             raise TypeError(setting)
         return recorded

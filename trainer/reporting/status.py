@@ -44,10 +44,10 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by these bytes, durably: readers see the old file or the new one. Errors: StorageError."""
     try:
         atomic_io.make_directories(path.parent)
-        shared_files.replace(path, content, _writer_token())
+        shared_files.replace_shared_file(path, content, _writer_token())
         atomic_io.sync_directory(path.parent)
     except OSError as error:
-        remedy = f"{shared_files.remedy(error)}choose another directory (run.dir=, or to=)"
+        remedy = f"{shared_files.free_space_advice(error)}choose another directory (run.dir=, or to=)"
         raise StorageError(f"{path}: cannot write ({error.strerror or error}); {remedy}") from error
 
 
@@ -154,9 +154,9 @@ def record_failure(
     content = json.dumps(record, indent=1).encode() + b"\n"
     try:
         if replace:
-            shared_files.replace(path, content, _writer_token())
+            shared_files.replace_shared_file(path, content, _writer_token())
             return True
-        return shared_files.claim(path, content, _writer_token())
+        return shared_files.claim_shared_file(path, content, _writer_token())
     except OSError:  # the disk itself may be the failure: the error goes to stderr anyway
         return False
 

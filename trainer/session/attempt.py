@@ -23,7 +23,7 @@ from strategies.errors import (
     tokenizer_panic,
 )
 from strategies.flight_recorder import CollectiveCall
-from strategies.heartbeat import LOST_PEER, TIMED_OUT, CutOffRank, HeartbeatMonitor, LaggingRank, SilentRank
+from strategies.heartbeat import LOST_PEER_REGEX, TIMEOUT_REGEX, CutOffRank, HeartbeatMonitor, LaggingRank, SilentRank
 from strategies.redaction import redact
 from strategies.rendezvous import Rendezvous
 from strategies.runtime import Runtime, broadcast_object
@@ -244,14 +244,14 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     """
     if attempt.run_dir is None or read_failure(attempt.run_dir):
         return
-    if LOST_PEER.search(str(error)) and read_status(attempt.run_dir).get("state") == RunState.preempted:
+    if LOST_PEER_REGEX.search(str(error)) and read_status(attempt.run_dir).get("state") == RunState.preempted:
         return  # a peer was asked to stop and has ended, and this rank lost the connection to it
 
     # Find the rank that caused the failure, if it is another one.
     cause: SilentRank | CutOffRank | LaggingRank | None = None
     if attempt.heartbeat_monitor is not None:
         cause = attempt.heartbeat_monitor.lost_peer_error(error)
-    timed_out = not isinstance(error, ShardtuneError) and TIMED_OUT.search(str(error)) is not None
+    timed_out = not isinstance(error, ShardtuneError) and TIMEOUT_REGEX.search(str(error)) is not None
     last_collectives: dict[int, CollectiveCall] | None = None
     if timed_out and cause is None and attempt.heartbeat_monitor is not None:
         # All ranks send heartbeats: the cause is the rank whose last collective comes first in their common order.

@@ -168,7 +168,9 @@ class Lease:
                 # Read the number before looking for a living owner: if anybody claims in between, our number is taken.
                 number, _ = latest_claim(directory)
                 refuse_in_use(run_dir, lease_timeout_s, stop)
-                if not shared_files.claim(_claim_path(directory, number + 1), _json_bytes(asdict(own)), own.token):
+                if not shared_files.claim_shared_file(
+                    _claim_path(directory, number + 1), _json_bytes(asdict(own)), own.token
+                ):
                     continue  # somebody was faster, or this host's view of the directory is old
                 if latest_claim(directory)[0] == number + 1:
                     break
@@ -181,7 +183,7 @@ class Lease:
             return cls(run_dir, number + 1, own, on_loss, on_run_dir_renamed)
         except OSError as error:
             raise StorageError(
-                f"{directory}: cannot be written ({error.strerror or error}); {shared_files.remedy(error)}set run.dir"
+                f"{directory}: cannot be written ({error.strerror or error}); {shared_files.free_space_advice(error)}set run.dir"
             ) from error
 
     @property
@@ -202,7 +204,7 @@ class Lease:
         self._thread.join()
         if self._loss_reason is None and self._find_loss() is None:
             with suppress(OSError):  # the next attempt waits, or sees that this process is gone
-                shared_files.replace(self.directory / f"{self.number:06d}.over", b"{}", self.owner.token)
+                shared_files.replace_shared_file(self.directory / f"{self.number:06d}.over", b"{}", self.owner.token)
         self._directory_handle.close()
 
     def __enter__(self) -> Lease:
@@ -255,7 +257,7 @@ class Lease:
     def _claim_exists(self) -> bool:
         """Whether the file of this attempt's claim exists and is still this attempt's. Errors: OSError."""
         try:
-            claim = json.loads(shared_files.read(_claim_path(self.directory, self.number)))
+            claim = json.loads(shared_files.read_shared_file(_claim_path(self.directory, self.number)))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return False
         return isinstance(claim, dict) and claim.get("token") == self.owner.token
@@ -284,7 +286,7 @@ class Lease:
         if latest_owner is not None and latest_owner.token == self.owner.token:
             return None  # the claim could be read a moment ago: only the second look failed
         if latest_number == self.number and is_torn:
-            shared_files.replace(claim_path, content, self.owner.token)
+            shared_files.replace_shared_file(claim_path, content, self.owner.token)
             return None
 
         if latest_number > self.number and latest_owner is None:
@@ -295,7 +297,7 @@ class Lease:
                 return f"{latest_owner.describe()} took it over"
 
         self.directory.mkdir(exist_ok=True)
-        if not shared_files.claim(claim_path, content, self.owner.token):
+        if not shared_files.claim_shared_file(claim_path, content, self.owner.token):
             return "another attempt took it over"
         print(f"{self.directory}: was emptied by somebody; the run's claim is made again", flush=True)
         return None
@@ -306,7 +308,9 @@ class Lease:
         while True:
             count += 1
             try:
-                shared_files.replace(_beat_path(self.directory, self.number), b"%d" % count, self.owner.token)
+                shared_files.replace_shared_file(
+                    _beat_path(self.directory, self.number), b"%d" % count, self.owner.token
+                )
                 self._beaten_at = time.monotonic()
             except OSError as error:
                 # An error may pass. It counts only when others may soon take this attempt for dead.
@@ -449,7 +453,7 @@ def _json_bytes(claim: dict[str, Any]) -> bytes:
 def _read_claim(directory: Path, number: int) -> Owner | None:
     """The owner in a claim; None without that claim. A torn claim has an owner with an empty token. Errors: OSError."""
     try:
-        owner = Owner(**json.loads(shared_files.read(_claim_path(directory, number))))
+        owner = Owner(**json.loads(shared_files.read_shared_file(_claim_path(directory, number))))
         # The pid is printed in a command for the user to paste: a claim that somebody forged may have any text there.
         if type(owner.pid) is not int or not isinstance(owner.beat_s, int | float):
             raise TypeError("no number")
@@ -463,7 +467,7 @@ def _read_claim(directory: Path, number: int) -> Owner | None:
 def _read_beat(directory: Path, number: int) -> str | None:
     """The last count that the owner of a claim has written as a heartbeat; None if it cannot be read."""
     try:
-        return shared_files.read(_beat_path(directory, number)).decode()
+        return shared_files.read_shared_file(_beat_path(directory, number)).decode()
     except OSError:
         return None
 
@@ -471,7 +475,7 @@ def _read_beat(directory: Path, number: int) -> str | None:
 def _exists(path: Path) -> bool:
     """Whether a file exists, found by opening it: a network file system may answer from an old listing otherwise."""
     try:
-        shared_files.read(path)
+        shared_files.read_shared_file(path)
     except FileNotFoundError:
         return False
     return True

@@ -17,7 +17,7 @@ from strategies.base import Engine, Precision
 from strategies.expert_share import expert_share_of_parameter
 from strategies.hardware import slow_precision_warning
 from strategies.mesh import replica_count
-from strategies.parameters import element_counts, named_parameters
+from strategies.parameters import named_parameters, num_elements_by_name
 from strategies.runtime import Runtime, gather_objects
 from strategies.sharding_report import sharding_record
 from trainer.build.experts import expert_parallel_lines
@@ -133,7 +133,7 @@ def _record_without_prediction(config: RunConfig, checked: Mapping[str, Any], ru
         attention=built.attention,
         layout=str(built.layout),
         world_size=runtime.world_size,
-        hosts=runtime.hosts,
+        hosts=runtime.num_hosts,
         sequence_size=runtime.sequence_size,
         global_batch=config.batch["global"],
         micro_batch=config.batch["micro"],
@@ -182,7 +182,7 @@ def _expert_parallel_lines(
     """The lines on the start screen about expert parallelism; None if experts are not distributed over ranks."""
     if config.parallel.experts == 1:
         return None
-    num_replicas = replica_count(config.strategy, runtime.world_size, runtime.hosts)
+    num_replicas = replica_count(config.strategy, runtime.world_size, runtime.num_hosts)
     ranks_per_replica = runtime.world_size // num_replicas
     return expert_parallel_lines(built, precision, ranks_per_replica) or None
 
@@ -252,7 +252,7 @@ def model_flops_per_token(built: BuiltModel, mean_length: float, answer_share: f
     # Elements of weight matrices that one token is multiplied with: all, and those that are trained.
     matmul_elements = 0.0
     trained_elements = 0.0
-    full_counts = element_counts(built.step_module)
+    full_counts = num_elements_by_name(built.step_module)
     for name, parameter in named_parameters(built.step_module):
         base_name = built.tuning.base_name(name)
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the full shape beside an empty parameter

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.tuning.adapter import PREFIX, Adapter
+from trainer.tuning.adapter import PEFT_PREFIX, Adapter
 from trainer.tuning.config import AdaLoraConfig
 from trainer.tuning.replica import ADAPTER
 
@@ -55,7 +55,7 @@ class RankAllocation:
         self.settings = tuner.peft_config[ADAPTER]
         self._masks: dict[str, Tensor] = {}
         """The entries of each E that are left: `[init_rank, 1]` float32 of zeros and ones, by name in the base model."""
-        self._settled = False
+        self._ranks_are_final = False
         """Whether the ranks are final."""
         self._total_steps = 0
         """Optimizer steps of the run; 0 before `begin`."""
@@ -69,7 +69,7 @@ class RankAllocation:
         self.settings.tinit = int(self.config.initial_share * total_steps)
         self.settings.tfinal = int(self.config.final_share * total_steps)
 
-    def before_clip(self, scale: Tensor | None) -> None:
+    def before_clip(self, loss_scale: Tensor | None) -> None:
         """Add the gradient of the orthogonality penalty to the gradients of A and B, times the loss scale if there is one.
 
         A parameter without a gradient gets one of zeros first, since peft's allocator reads them all.
@@ -87,16 +87,16 @@ class RankAllocation:
                 matrix = parameter.detach().requires_grad_()
                 penalty = weight * _orthogonality_error(matrix, rows="lora_A" in name)
                 (gradient,) = torch.autograd.grad(penalty, matrix)
-            if scale is not None:
-                gradient = gradient * scale
+            if loss_scale is not None:
+                gradient = gradient * loss_scale
             parameter.grad.add_(gradient)
 
-    def after_update(self, step: int, *, finite: bool) -> None:
+    def after_update(self, step: int, *, is_applied: bool) -> None:
         """After each optimizer step of AdaLoRA: update how important each rank is, and prune the least important ones.
 
-        Importance comes from the gradients that were just applied. `step` counts from 1. `finite`: whether the optimizer took the
-        step; it skips one whose gradients are not finite. The last allocation, `tfinal` steps before the end, makes the ranks
-        final (`_settled`). Cases, in order:
+        Importance comes from the gradients that were just applied. `step` counts from 1. `is_applied`: whether the optimizer took
+        the step; it skips one whose gradients are not finite. The last allocation, `tfinal` steps before the end, makes the ranks
+        final. Cases, in order:
         - after the last allocation, the ranks are final: set pruned entries back to zero.
         - before the last allocation, the step was skipped: nothing.
         - the last allocation is due, no step has measured importance, and this one was skipped too: wait for the next.
@@ -105,19 +105,19 @@ class RankAllocation:
         assert self._total_steps > 0, "begin was not called"
         self._create_missing_state()
         last_allocation = self._total_steps - self.settings.tfinal
-        if step > last_allocation and self._settled:
+        if step > last_allocation and self._ranks_are_final:
             # The optimizer may have moved pruned entries away from zero.
             for name, parameter in self._adapter_parameters():
                 if name in self._masks:
                     parameter.masked_fill_(self._masks[name] == 0, 0.0)
             return
-        if step < last_allocation and not finite:  # the step was skipped, and its gradients are worth nothing
+        if step < last_allocation and not is_applied:  # the step was skipped, and its gradients are worth nothing
             return
 
         # `_has_importance` waits for the device, so it is called only when the ranks have to become final.
         if step >= last_allocation and not self._has_importance():
             # No step has measured importance yet (all were skipped), and without it every entry would tie.
-            if not finite:  # the next step has to make the ranks final
+            if not is_applied:  # the next step has to make the ranks final
                 return
             self.allocator.update_ipt(self.tuner.model)
 
@@ -127,7 +127,7 @@ class RankAllocation:
         for name, kept_ranks in (self.settings.rank_pattern or {}).items():
             self._masks[name].copy_(torch.tensor(kept_ranks, dtype=torch.float32)[:, None])
         if step >= last_allocation:
-            self._settled = True
+            self._ranks_are_final = True
             self._create_missing_state()
 
     def state_of(self, name: str) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ class RankAllocation:
         `name` is the parameter's plain name.
         """
         self._create_missing_state()
-        key = name.removeprefix(PREFIX)
+        key = name.removeprefix(PEFT_PREFIX)
         if key not in self.allocator.exp_avg_ipt:
             return {}
         state = {"importance": self.allocator.exp_avg_ipt[key], "uncertainty": self.allocator.exp_avg_unc[key]}
@@ -144,16 +144,16 @@ class RankAllocation:
             state["kept"] = self._masks[key]
         return state
 
-    def restored(self) -> None:
+    def after_restore(self) -> None:
         """Called after a checkpoint filled the tensors of `state_of`: the ranks are final if no more are left than the target."""
         num_kept_ranks = sum(int(mask.sum()) for mask in self._masks.values())
-        self._settled = num_kept_ranks <= self.allocator.target_bgt
+        self._ranks_are_final = num_kept_ranks <= self.allocator.target_bgt
 
     def restore_masks(self, saved_state: Callable[[str, str], Tensor]) -> None:
         """Set the masks of kept ranks from a checkpoint, for a model on meta. `saved_state`: see `update_peft_settings`."""
         for name, _ in self._adapter_parameters():
             if "lora_E" in name:
-                self._masks[name] = saved_state(PREFIX + name, "kept")
+                self._masks[name] = saved_state(PEFT_PREFIX + name, "kept")
 
     def rank_pattern_of(self, trained: dict[str, Tensor]) -> dict[str, list[bool]] | None:
         """The `rank_pattern` of peft's files: which ranks of each adapter are kept, such as `{"h.0.attn.lora_E": [True, False]}`.
@@ -164,7 +164,7 @@ class RankAllocation:
         self._create_missing_state()
         masks = {name: mask.cpu() > 0 for name, mask in self._masks.items()}
         for name, mask in masks.items():
-            if bool((trained[PREFIX + name][~mask] != 0).any()):
+            if bool((trained[PEFT_PREFIX + name][~mask] != 0).any()):
                 return None
         if all(bool(mask.all()) for mask in masks.values()):
             return None

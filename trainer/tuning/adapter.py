@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from strategies.compat.modules import own_buffers, own_parameters
 from strategies.errors import ConfigError
-from trainer.tuning.adapter_checkpoint import StoredAdapter, check_settings
+from trainer.tuning.adapter_checkpoint import StoredAdapter, check_same_adapter_settings
 from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
 from trainer.tuning.compat.peft import adapters_off, name_no_feedforward, targets_as_named
 from trainer.tuning.expert_lora import choose_expert_targets
 from trainer.tuning.peft_configs import peft_config
-from trainer.tuning.replica import ADAPTER, AdapterReplicas, LoneParameter
+from trainer.tuning.replica import ADAPTER, AdaptedLayerBuilder, SingleParameterLayer
 from trainer.tuning.table import method_of, rewrites_base
-from trainer.tuning.targets import excluded_modules, linear_sizes, little_reach, unsuitable_layers
+from trainer.tuning.targets import excluded_modules, low_reach_note, num_weights_by_linear_layer, unsuitable_layers
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 """Under which peft's wrapper holds the base model."""
 
 
@@ -47,16 +47,19 @@ class Adapter:
         """Modules that the base checkpoint does not have. They train in full and are saved with the adapter."""
         self.train_embeddings = train_embeddings
         """Whether the vocabulary grew: the embeddings, and a head that is not tied to them, then train in full."""
-        self.replicas = AdapterReplicas(None, {}, reads_base=False)
+        self.layer_builder = AdaptedLayerBuilder(None, {}, reads_base=False)
+        """Builds single adapted layers outside the model, for their initial values and for merging; `wrap_in_peft` sets it."""
         self.note = ""
         """A note for the start screen on linear layers that get no adapter, and why; or that typed targets reach few weights."""
         self.seed = 0
-        """Seed of the initial values; set by the first call of `initial_value`."""
-        self._owned: dict[str, tuple[str, str]] = {}
-        """(adapted layer, name in it) of each parameter that peft added, by its full name."""
-        self._buffers: set[str] = set()
+        """Seed of the initial values; set by `initial_value`, for merges later, since some methods draw frozen factors from
+        it."""
+        self._layer_and_key_by_name: dict[str, tuple[str, str]] = {}
+        """(adapted layer, name in it) of each parameter that peft added, by its full name, such as
+        `base_model.model.h.0.attn.lora_A.default.weight -> (h.0.attn, lora_A.default.weight)`."""
+        self._added_buffer_names: set[str] = set()
         """Names of the buffers that peft added."""
-        self._stored: StoredAdapter | None = None
+        self._continued_adapter: StoredAdapter | None = None
         """The adapter that training continues from; None without one."""
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -65,25 +68,25 @@ class Adapter:
         Raises ConfigError if a target matches no module, or if the adapter of `tuning.from` does not fit.
         """
         if self.config.targets != []:  # empty: experts or routers alone
-            check_targets(model, self.config.targets)
+            check_targets_match_modules(model, self.config.targets)
         settings = self._peft_settings(model)
-        sizes = linear_sizes(model)
+        sizes = num_weights_by_linear_layer(model)
         unsuitable = unsuitable_layers(model)
         with targets_as_named():
-            tuned = self.wrap(model, settings)
+            tuned = self.wrap_in_peft(model, settings)
         if self.config.targets not in ("all-linear", []):
-            self.note = little_reach(self.config.targets, sizes, self.replicas.base_layers, unsuitable)
+            self.note = low_reach_note(self.config.targets, sizes, self.layer_builder.base_layers, unsuitable)
         if self.config.from_ is not None:
-            check_settings(tuned.peft_config[ADAPTER], self.config.from_, "tuning.from")  # type: ignore[index,union-attr]
-            self._stored = StoredAdapter(self.config.from_, "tuning.from")
-            self._stored.match_names(tuned)
-            self._stored.fill_buffers(tuned)
+            check_same_adapter_settings(tuned.peft_config[ADAPTER], self.config.from_, "tuning.from")  # type: ignore[index,union-attr]
+            self._continued_adapter = StoredAdapter(self.config.from_, "tuning.from")
+            self._continued_adapter.match_names(tuned)
+            self._continued_adapter.fill_buffers(tuned)
         return tuned
 
-    def wrap(self, model: nn.Module, settings: Any) -> nn.Module:
+    def wrap_in_peft(self, model: nn.Module, settings: Any) -> nn.Module:
         """Wrap a model, which is on meta, in a PeftModel with the adapters that peft's `settings` describe.
 
-        Records which parameters and buffers peft added. Errors: ConfigError if peft refuses.
+        Records which parameters and buffers peft added. Raises ConfigError if peft refuses the settings for this model.
         """
         from peft import get_peft_model
 
@@ -100,7 +103,8 @@ class Adapter:
         except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:300]
             if self.config.targets == "auto" and "target_modules" in reason:
-                reason = f"it knows none for this architecture; set some of: {', '.join(weighted_modules(model))}"
+                module_names = ", ".join(names_of_modules_with_parameters(model))
+                reason = f"it knows none for this architecture; set some of: {module_names}"
             raise ConfigError(
                 f"tuning={self.config.name}: peft cannot add it to this model with tuning.targets={self.config.targets}: "
                 f"{reason}"
@@ -113,7 +117,7 @@ class Adapter:
 
         for name, _ in tuned.named_buffers(remove_duplicate=False):
             if self.base_name(name) not in base_buffers:
-                self._buffers.add(name)
+                self._added_buffer_names.add(name)
         return tuned
 
     def _peft_settings(self, model: Any) -> Any:
@@ -132,17 +136,17 @@ class Adapter:
             settings.target_modules = targets if isinstance(targets, str) else set(targets)
             if hasattr(settings, "feedforward_modules") and feedforward is None:
                 name_no_feedforward(settings, model.config.model_type)
-        settings.modules_to_save = self._fully_trained_modules(model, settings) or None
+        settings.modules_to_save = self._fully_trained_module_names(model, settings) or None
         if hasattr(settings, "exclude_modules"):
             settings.exclude_modules, self.note = excluded_modules(
                 model, settings, every_linear=targets == "all-linear"
             )
-        settings.task_type = _task_type(model)
+        settings.task_type = _peft_task_type(model)
         if isinstance(self.config, LoraConfig):
             choose_expert_targets(settings, model, self.config)
         return settings
 
-    def _fully_trained_modules(self, model: Any, settings: Any) -> list[str]:
+    def _fully_trained_module_names(self, model: Any, settings: Any) -> list[str]:
         """Names of the modules that train in full beside the adapters: those of the settings, new heads, grown embeddings.
 
         Such as `["score", "model.embed_tokens"]`.
@@ -152,9 +156,9 @@ class Adapter:
         if not self.train_embeddings:
             return names
         # The new rows must train in the head as well: it is another matrix, or tied to the embeddings.
-        names.append(_name_of(model, model.get_input_embeddings()))
+        names.append(_submodule_name(model, model.get_input_embeddings()))
         if not getattr(model.config, "tie_word_embeddings", False):
-            names.append(_name_of(model, model.get_output_embeddings()))
+            names.append(_submodule_name(model, model.get_output_embeddings()))
             return names
         if not hasattr(settings, "ensure_weight_tying"):
             raise ConfigError(
@@ -165,12 +169,14 @@ class Adapter:
         return names
 
     def _record_adapters(self, tuned: nn.Module, settings: Any) -> None:
-        """Record the parameters that peft added to each layer, and make `self.replicas`, which give them their initial values.
+        """Record the parameters that peft added to each layer, and make `self.layer_builder`, which give them their initial
+        values.
 
         Also changes `tuned`: parameters that peft left on the CPU move to meta; buffers that are on meta get their values, since
         no rank draws these later. `settings`: peft's config with the initial values that the run asks for.
 
-        An entry of `self._owned`: base_model.model.h.0.attn.lora_A.default.weight -> (h.0.attn, lora_A.default.weight).
+        An entry of `self._layer_and_key_by_name`: base_model.model.h.0.attn.lora_A.default.weight -> (h.0.attn,
+        lora_A.default.weight).
         """
         # Adapted layers, and copies of the base layers under them.
         from peft.tuners.lora import ParamWrapper
@@ -181,31 +187,31 @@ class Adapter:
             if not isinstance(module, BaseTunerLayer):
                 continue
             assert isinstance(module, nn.Module)  # peft's class is a mixin of modules
-            layer = name.removeprefix(PREFIX)
+            layer = name.removeprefix(PEFT_PREFIX)
             base = module.get_base_layer()
             if isinstance(module, ParamWrapper):  # one parameter; of several in a module, the wrappers are nested
                 layer = f"{self.base_name(name)}.{module.parameter_name}"
                 is_transposed = getattr(base, "is_transposed", False)
-                base_layers[layer] = LoneParameter(
+                base_layers[layer] = SingleParameterLayer(
                     module.parameter_name, module.get_param(), is_transposed=is_transposed
                 )
             else:
                 base_layers[layer] = copy.deepcopy(base)
             for key, _ in module.named_parameters():
                 if not key.startswith("base_layer."):
-                    self._owned[f"{name}.{key}"] = layer, key
-                    _move_to_meta(module, key)
+                    self._layer_and_key_by_name[f"{name}.{key}"] = layer, key
+                    _move_parameter_to_meta(module, key)
 
         if self.needs_conversion:
             _refuse_shared_weights(tuned, base_layers)
         reads_base = method_of(self.config).reads_base or _lora_init_reads_base(self.config)
-        self.replicas = AdapterReplicas(settings, base_layers, reads_base=reads_base)
+        self.layer_builder = AdaptedLayerBuilder(settings, base_layers, reads_base=reads_base)
 
         # Values of the buffers that are on meta.
         meta_buffers = {name for name, buffer in tuned.named_buffers() if buffer.is_meta}
         if not meta_buffers:
             return
-        for name, buffer in self.replicas.buffers():
+        for name, buffer in self.layer_builder.buffers():
             full_name = f"base_model.{name}"
             if full_name in meta_buffers:
                 owner, _, key = full_name.rpartition(".")
@@ -220,7 +226,7 @@ class Adapter:
         """
 
     def merge(self, model: nn.Module) -> nn.Module:
-        """Fold a loaded PeftModel's adapters into its weights; returns the plain model."""
+        """Merge a loaded PeftModel's adapters into its weights; returns the plain model."""
         return model.merge_and_unload()  # type: ignore[operator]
 
     @contextmanager
@@ -234,18 +240,18 @@ class Adapter:
 
     def base_name(self, name: str) -> str:
         """The name a wrapped parameter has in the base model's checkpoint."""
-        name = name.removeprefix(PREFIX)
+        name = name.removeprefix(PEFT_PREFIX)
         for wrapper in (".base_layer", ".original_module", f".modules_to_save.{ADAPTER}"):
             name = name.replace(wrapper, "")
         return name
 
     def is_added_parameter(self, name: str) -> bool:
         """Whether peft added this parameter or buffer. Modules that train in full are not owned: they start as copies."""
-        return name in self._owned or name in self._buffers
+        return name in self._layer_and_key_by_name or name in self._added_buffer_names
 
     def rewrites(self, name: str) -> bool:
         """Whether a base weight starts at another value: a part was split off it, or an earlier run trained it in full."""
-        if self._stored is not None and name in self._stored.names:
+        if self._continued_adapter is not None and name in self._continued_adapter.file_key_by_name:
             return True
         return self.needs_conversion and name.endswith(".base_layer.weight")
 
@@ -256,69 +262,77 @@ class Adapter:
         return 1.0
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """The full initial value of a parameter that peft added or changed, float32: each rank takes its shard of it.
+        """The full initial value of a parameter that peft added or changed, float32. Each rank takes its shard of it.
 
-        It is that of the adapter in `tuning.from` if there is one, else drawn from `seed` and the layer's name. `base` reads base
-        weights, which some initial values are computed from. `shape`: that of the full parameter.
+        - the adapter in `tuning.from` stores the parameter: the stored value.
+        - peft added the parameter: peft's own initial value, drawn from `seed` and the layer's name.
+        - else it is a base weight from which PiSSA or OLoRA split a part off: the rest of the weight.
+
+        `shape`: that of the full parameter. `base` reads base weights, from which some initial values are computed. Remembers
+        `seed` for `merged_parameters`.
         """
         self.seed = seed
-        if self._stored is not None and name in self._stored.names:  # continues from another adapter
-            return self._stored.tensor(name).view(shape)
-        if name in self._owned:
-            layer, key = self._owned[name]
-        else:  # a base weight that PiSSA or OLoRA split a part off
-            layer, _, key = name.removeprefix(PREFIX).rpartition(".base_layer.")
-            key = f"base_layer.{key}"
-        tensor = self.replicas.initial_layer(layer, base, seed).get_parameter(key).detach()
+        if self._continued_adapter is not None and name in self._continued_adapter.file_key_by_name:
+            return self._continued_adapter.tensor(name).view(shape)
+        if name in self._layer_and_key_by_name:
+            layer, key = self._layer_and_key_by_name[name]
+        else:
+            layer, _, key_in_base_layer = name.removeprefix(PEFT_PREFIX).rpartition(".base_layer.")
+            key = f"base_layer.{key_in_base_layer}"
+        tensor = self.layer_builder.initial_layer(layer, base, seed).get_parameter(key).detach()
         assert tuple(tensor.shape) == shape or tuple(tensor.shape) == (), (name, tensor.shape, shape)
         return tensor
 
-    def changed_names(self) -> set[str]:
+    def changed_base_names(self) -> set[str]:
         """Base names of the parameters that the adapters change."""
         names = set()
-        for name, base in self.replicas.base_layers.items():
-            if isinstance(base, LoneParameter):
+        for name, base in self.layer_builder.base_layers.items():
+            if isinstance(base, SingleParameterLayer):
                 names.add(name)
             else:
                 names.update(f"{name}.{key}" for key, _ in base.named_parameters())
         return names
 
-    def layer_of(self, name: str) -> tuple[str, str]:
+    def layer_and_key_of(self, name: str) -> tuple[str, str]:
         """(the layer that holds a base parameter, the parameter's name in it). The layer need not be an adapted one."""
         layer, _, key = name.rpartition(".")
-        if name in self.replicas.base_layers:  # adapted by itself
+        if name in self.layer_builder.base_layers:  # adapted by itself
             layer = name
         return layer, key
 
-    def added_names(self, layer: str) -> list[str]:
+    def added_parameter_names(self, layer: str) -> list[str]:
         """Full names of the parameters that peft added for an adapted layer."""
-        return [name for name, (owner, _) in self._owned.items() if owner == layer]
+        return [name for name, (owner, _) in self._layer_and_key_by_name.items() if owner == layer]
 
-    def merged(self, name: str, base: BaseReader, trained: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    def merged_parameters(
+        self, name: str, base: BaseReader, trained: Mapping[str, Tensor], model: nn.Module
+    ) -> dict[str, Tensor]:
         """The weights of the layer `name` with its adapter merged into them, float32, by their name in the layer.
 
-        `base` reads the base weights. `trained`: full tensors of adapters by full name, also those of other layers. `model`: the
-        tuned model, from which buffers come. An export with `export.merge` calls it layer by layer.
+        `name`: in the base model, such as `h.0.attn`. `trained`: full tensors of adapters by full name, also those of other
+        layers. `base` reads the base weights. `model`: the tuned model, from which the adapter's buffers are copied. An export
+        with `export.merge` calls it layer by layer.
         """
         trained_in_layer = {}
-        for full_name, (layer, key) in self._owned.items():
+        for full_name, (layer, key) in self._layer_and_key_by_name.items():
             if layer == name and full_name in trained:
                 trained_in_layer[key] = trained[full_name]
-        live_layer = model
-        if not isinstance(self.replicas.base_layers[name], LoneParameter):
-            live_layer = model.get_submodule(PREFIX + name)
-        return self.replicas.merged(name, base, self.seed, trained_in_layer, live_layer)
+        if isinstance(self.layer_builder.base_layers[name], SingleParameterLayer):
+            buffer_source = model  # its name is a parameter's, not a module's; such layers have no buffers
+        else:
+            buffer_source = model.get_submodule(PEFT_PREFIX + name)
+        return self.layer_builder.merged_parameters(name, base, self.seed, trained_in_layer, buffer_source)
 
     def initial_values(self, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
         """The initial values of the parameters in `trained` that peft added."""
         values = {}
         for name, tensor in trained.items():
-            if name in self._owned:
+            if name in self._layer_and_key_by_name:
                 values[name] = self.initial_value(name, tuple(tensor.shape), base, self.seed)
         return values
 
 
-def check_targets(model: nn.Module, targets: Any) -> None:
+def check_targets_match_modules(model: nn.Module, targets: Any) -> None:
     """Raise ConfigError if a target of `tuning.targets` matches no module of a model without adapters.
 
     The message lists the linear layers. `targets` is one of:
@@ -352,12 +366,12 @@ def check_targets(model: nn.Module, targets: Any) -> None:
         )
 
 
-def weighted_modules(model: nn.Module) -> list[str]:
+def names_of_modules_with_parameters(model: nn.Module) -> list[str]:
     """The last parts of the names of modules with parameters of their own, each once, sorted."""
     return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if own_parameters(module)})
 
 
-def _move_to_meta(layer: nn.Module, key: str) -> None:
+def _move_parameter_to_meta(layer: nn.Module, key: str) -> None:
     """Drop the values of a parameter that peft left on the CPU: replicas draw them again, the same on every rank."""
     owner, _, last = key.rpartition(".")
     parameters = own_parameters(layer.get_submodule(owner))
@@ -375,7 +389,7 @@ def _refuse_shared_weights(tuned: nn.Module, base_layers: dict[str, nn.Module]) 
         if first_name == name:
             continue
         for layer in base_layers:
-            prefix = f"{PREFIX}{layer}.base_layer."
+            prefix = f"{PEFT_PREFIX}{layer}.base_layer."
             if first_name.startswith(prefix) or name.startswith(prefix):
                 raise ConfigError(
                     f"tuning.init: {layer} shares its weight with another module, which would change too; leave it out of "
@@ -388,7 +402,7 @@ def _lora_init_reads_base(config: AdapterConfig) -> bool:
     return isinstance(config, LoraConfig) and (config.dora or rewrites_base(config.init))
 
 
-def _task_type(model: nn.Module) -> str:
+def _peft_task_type(model: nn.Module) -> str:
     """peft's name of what the model does; loaders of the adapter choose a model class by it."""
     if hasattr(model, "num_labels") and "SequenceClass" in type(model).__name__:
         return "SEQ_CLS"
@@ -397,6 +411,6 @@ def _task_type(model: nn.Module) -> str:
     return "CAUSAL_LM"
 
 
-def _name_of(model: nn.Module, target: Any) -> str:
+def _submodule_name(model: nn.Module, target: Any) -> str:
     """The name of the submodule `target` in `model`."""
     return next(name for name, module in model.named_modules() if module is target)

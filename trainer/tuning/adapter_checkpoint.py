@@ -11,15 +11,20 @@ from torch import Tensor, nn
 
 from strategies.compat.modules import own_buffers
 from strategies.errors import ConfigError
-from trainer.tuning.initial_adapter import SETTINGS, WEIGHTS, differing_fields, read_settings
-from trainer.tuning.key_mapping import keys_in_file
+from trainer.tuning.initial_adapter import (
+    SETTINGS_FILE,
+    WEIGHTS_FILE,
+    names_of_differing_settings,
+    read_adapter_settings,
+)
+from trainer.tuning.key_mapping import replacement_keys
 from trainer.tuning.replica import ADAPTER
 
-_WRAPPING_FIELDS = ("ensure_weight_tying", "task_type", "trainable_token_indices")
-"""Fields that say how a model is wrapped, not what an adapter computes."""
+_WRAPPING_ONLY_FIELDS = ("ensure_weight_tying", "task_type", "trainable_token_indices")
+"""Fields of peft's settings that say how a model is wrapped, not what an adapter computes."""
 
 
-def file_keys(tuned: nn.Module) -> dict[str, str]:
+def file_key_by_name(tuned: nn.Module) -> dict[str, str]:
     """The key in the adapter file of each parameter and buffer that peft stores, by its name in the PeftModel.
 
     An entry: base_model.model.fc.lora_A.default.weight -> base_model.model.fc.lora_A.weight.
@@ -33,15 +38,16 @@ def file_keys(tuned: nn.Module) -> dict[str, str]:
     name_of_marker = {id(marker): name for name, marker in markers.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # A copy of `markers`, since peft takes entries out of the dict that it gets.
         stored_markers = get_peft_model_state_dict(tuned, state_dict=dict(markers), save_embedding_layers=False)
-    replaced_keys = keys_in_file(tuned, tuned.peft_config[ADAPTER], stored_markers)  # type: ignore[index,union-attr]
-    keys_by_name = {}
+    replaced_keys = replacement_keys(tuned, tuned.peft_config[ADAPTER], stored_markers)  # type: ignore[index,union-attr]
+    keys_by_name = {}  # by name in the PeftModel
     for key, marker in stored_markers.items():
         keys_by_name[name_of_marker[id(marker)]] = replaced_keys.get(key) or key
     return keys_by_name
 
 
-def peft_settings(directory: str | Path, key: str) -> Any:
+def stored_peft_config(directory: str | Path, key: str) -> Any:
     """peft's config object for the adapter in `directory`, read from its adapter_config.json.
 
     `key`: the setting that names the directory, for the message of the ConfigError that is raised if peft cannot read it.
@@ -49,13 +55,14 @@ def peft_settings(directory: str | Path, key: str) -> Any:
     from peft import PeftConfig
 
     path = Path(directory).expanduser()
-    if isinstance(problem := read_settings(path), str):
+    if isinstance(problem := read_adapter_settings(path), str):
         raise ConfigError(f"{key}={directory}: {problem}")
     try:
         return PeftConfig.from_pretrained(str(path))
     except Exception as error:  # a field that no method has, or a value that none takes
         raise ConfigError(
-            f"{key}={directory}: peft cannot read its {SETTINGS} ({' '.join(str(error).split())[:200]}); write the adapter again"
+            f"{key}={directory}: peft cannot read its {SETTINGS_FILE} "
+            f"({' '.join(str(error).split())[:200]}); write the adapter again"
         ) from error
 
 
@@ -68,31 +75,31 @@ class StoredAdapter:
         self.directory = Path(directory).expanduser()
         self.key = key
         """The setting that named the directory, for messages."""
-        path = self.directory / WEIGHTS
+        path = self.directory / WEIGHTS_FILE
         try:
             self._file: Any = safe_open(str(path), framework="pt").__enter__()
         except Exception as error:  # a type of safetensors' own, or OSError
             raise ConfigError(f"{key}={directory}: {path} cannot be read ({error}); write the adapter again") from error
-        self._keys = set(self._file.keys())
-        self.names: dict[str, str] = {}
-        """The key in the file of each stored parameter and buffer, by plain name; filled by `match_names`."""
+        self._keys_in_file = set(self._file.keys())
+        self.file_key_by_name: dict[str, str] = {}
+        """The key in the file of each stored parameter and buffer, by its name in the PeftModel; `match_names` fills it."""
 
     def match_names(self, tuned: nn.Module) -> None:
-        """Find every trained parameter of the PeftModel `tuned` in the file, and fill `names`.
+        """Find every trained parameter of the PeftModel `tuned` in the file, and fill `file_key_by_name`.
 
         Raises ConfigError in this order: the file lacks a trained parameter or has a tensor that `tuned` does not have; a shape
-        differs. An entry of `names`: base_model.model.fc.lora_A.default.weight -> base_model.model.fc.lora_A.weight.
+        differs. An entry: base_model.model.fc.lora_A.default.weight -> base_model.model.fc.lora_A.weight.
         """
         # Compare the names.
-        keys_by_name = file_keys(tuned)
+        keys_by_name = file_key_by_name(tuned)
         shapes: dict[str, tuple[int, ...]] = {}
         missing = []
         for name, parameter in tuned.named_parameters(remove_duplicate=False):
             shapes[name] = tuple(parameter.shape)
-            if parameter.requires_grad and name in keys_by_name and keys_by_name[name] not in self._keys:
+            if parameter.requires_grad and name in keys_by_name and keys_by_name[name] not in self._keys_in_file:
                 missing.append(name)
         missing.sort()
-        unknown = sorted(self._keys - set(keys_by_name.values()))
+        unknown = sorted(self._keys_in_file - set(keys_by_name.values()))
         if missing or unknown:
             advice = "set tuning.targets and tuning.modules_to_save to those it was made with"
             if self.key != "tuning.from":  # `model.adapters`: the file decides the targets
@@ -107,9 +114,9 @@ class StoredAdapter:
                 f"{'; '.join(differences)}; {advice}"
             )
 
-        self.names = {name: key for name, key in keys_by_name.items() if key in self._keys}
+        self.file_key_by_name = {name: key for name, key in keys_by_name.items() if key in self._keys_in_file}
         # Compare the shapes. Buffers have none to compare with: peft makes them anew from the file.
-        for name, key in self.names.items():
+        for name, key in self.file_key_by_name.items():
             stored_shape = tuple(self._file.get_slice(key).get_shape())
             if name in shapes and stored_shape != shapes[name]:
                 raise ConfigError(
@@ -119,27 +126,30 @@ class StoredAdapter:
 
     def tensor(self, name: str) -> Tensor:
         """The stored value of a parameter or buffer: float32 if it is floating-point, else as it is in the file."""
-        tensor = self._file.get_tensor(self.names[name])
+        tensor = self._file.get_tensor(self.file_key_by_name[name])
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def fill_buffers(self, tuned: nn.Module) -> None:
         """Give buffers that peft stores (shared projections) the values in the file."""
         for name, buffer in list(tuned.named_buffers(remove_duplicate=False)):
-            if name in self.names and buffer is not None:
+            if name in self.file_key_by_name and buffer is not None:
                 owner, _, key = name.rpartition(".")
                 own_buffers(tuned.get_submodule(owner))[key] = self.tensor(name)
 
 
-def check_settings(settings: Any, directory: str | Path, key: str) -> None:
-    """Raise ConfigError if the stored adapter in `directory` was made with settings that compute something else than `settings`.
+def check_same_adapter_settings(run_peft_config: Any, directory: str | Path, directory_key: str) -> None:
+    """Raise ConfigError if the same tensors would compute something else in this run than in the adapter of `directory`.
 
-    `settings`: peft's config of this run. `key`: the setting that names the directory, for the message.
+    `run_peft_config`: peft's config of this run's adapter. `directory_key`: the setting that names the directory, for the
+    message, such as `tuning.from`.
     """
-    stored = peft_settings(directory, key).to_dict()
-    expected = settings.to_dict()
-    differing = []
-    for name in differing_fields(expected, stored):
-        if name not in _WRAPPING_FIELDS:
-            differing.append(f"{name}={stored[name]} in its adapter_config.json, {expected[name]} here")
-    if differing:
-        raise ConfigError(f"{key}={directory}: {'; '.join(differing)}; use the settings that it was made with")
+    stored = stored_peft_config(directory, directory_key).to_dict()
+    expected = run_peft_config.to_dict()
+    differences = []
+    for name in names_of_differing_settings(expected, stored):
+        if name not in _WRAPPING_ONLY_FIELDS:
+            differences.append(f"{name}={stored[name]} in its adapter_config.json, {expected[name]} here")
+    if differences:
+        raise ConfigError(
+            f"{directory_key}={directory}: {'; '.join(differences)}; use the settings that it was made with"
+        )

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from strategies.compat.modules import persistent_buffers
 from strategies.errors import ConfigError
-from trainer.tuning.adapter import PREFIX, Adapter
+from trainer.tuning.adapter import PEFT_PREFIX, Adapter
 from trainer.tuning.base import BaseReader
 from trainer.tuning.expert_lora import name_targets_for_peft
-from trainer.tuning.key_mapping import keys_in_file
+from trainer.tuning.key_mapping import replacement_keys
 from trainer.tuning.replica import ADAPTER
 
 
@@ -36,8 +36,8 @@ def write_adapter(
     """Write `adapter_config.json` and `adapter_model.safetensors` into the existing `directory`.
 
     `trained` holds the full trainable tensors under the model's plain names. `base_name` is the directory or hub id (with
-    `revision`) that loaders will look for. `double_rank` says that `as_plain_lora` made `trained`. Errors: OSError,
-    SafetensorError.
+    `revision`) that loaders will look for. `double_rank`: `as_plain_lora` made `trained`, so its matrices have twice the rank in
+    the settings. Raises OSError or SafetensorError if a file cannot be written.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -50,7 +50,7 @@ def write_adapter(
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     settings: Any = copy.deepcopy(model.peft_config[ADAPTER])  # type: ignore[index,union-attr]
     # The checkpoint's key of a layer replaces peft's own if plain peft would not load that one back.
-    replaced_keys = keys_in_file(model, settings, state)
+    replaced_keys = replacement_keys(model, settings, state)
     stored = {}
     for key, tensor in state.items():
         stored[replaced_keys.get(key) or key] = tensor.contiguous()
@@ -81,12 +81,12 @@ def as_plain_lora(tuning: Adapter, trained: dict[str, Tensor], base: BaseReader)
 
 
 def _double_rank(settings: Any) -> None:
-    """Double the rank and keep the scale, which is `alpha / r`, or `alpha / sqrt(r)` with rsLoRA."""
+    """Double the rank in peft's `settings` and keep the scale, which is `alpha / r`, or `alpha / sqrt(r)` with rsLoRA."""
     settings.r *= 2
-    factor = 2**0.5 if settings.use_rslora else 2
-    settings.lora_alpha *= factor
-    settings.rank_pattern = {key: 2 * value for key, value in settings.rank_pattern.items()}
-    settings.alpha_pattern = {key: factor * value for key, value in settings.alpha_pattern.items()}
+    alpha_factor = 2**0.5 if settings.use_rslora else 2
+    settings.lora_alpha *= alpha_factor
+    settings.rank_pattern = {module: 2 * rank for module, rank in settings.rank_pattern.items()}
+    settings.alpha_pattern = {module: alpha_factor * alpha for module, alpha in settings.alpha_pattern.items()}
 
 
 def _tied_copies(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -113,52 +113,62 @@ class AdapterMerger:
         """The merged parameters of `_cached_layer`, the layer that was merged last: they are asked for one by one."""
 
     def tensor(self, name: str, base_tensor: Tensor) -> Tensor | None:
-        """One parameter of the model as it is after merging the adapter, for a merged export; float32 if the adapter changes it.
+        """One parameter of the model as it is after merging the adapter, for a merged export.
 
-        `name`: its plain name in the tuned model. `base_tensor`: its value in the base. None for the original of a module that
-        trained in full: the trained copy replaces it.
+        - the original of a module that trained in full: None, since the trained copy replaces it.
+        - not in an adapted layer: `base_tensor`, its value in the base.
+        - else: the merged value, float32.
+
+        `name`: the parameter's plain name in the tuned model, such as `base_model.model.h.0.attn.base_layer.weight`.
         """
         if ".original_module." in name:
             return None
-        adapted = self.tuning.replicas.base_layers
-        layer, wrapped, key = name.removeprefix(PREFIX).rpartition(".base_layer.")
+        adapted_layers = self.tuning.layer_builder.base_layers
+        layer, base_layer_separator, key = name.removeprefix(PEFT_PREFIX).rpartition(".base_layer.")
         base_name = self.tuning.base_name(name)
-        if base_name in adapted:  # a parameter adapted by itself
+        if base_name in adapted_layers:  # a parameter adapted by itself
             layer = base_name
-        if not wrapped or layer not in adapted:
+        if not base_layer_separator or layer not in adapted_layers:
             return base_tensor
         if self._cached_layer != layer:
-            self._cached_parameters = self.tuning.merged(layer, self.base, self.trained, self.model)
+            self._cached_parameters = self.tuning.merged_parameters(layer, self.base, self.trained, self.model)
             self._cached_layer = layer
         return self._cached_parameters[key]
 
 
-def check_mergeable(model: nn.Module, trained_names: set[str]) -> None:
+def check_adapters_mergeable(model: nn.Module, trained_names: set[str]) -> None:
     """Raise ConfigError if merging the LoRA adapters of a tuned model would change other layers too, or is not supported.
 
     - an adapted layer shares its weight with the embeddings: merging would change both.
     - an embedding has DoRA: not supported.
 
-    `trained_names`: plain names of the parameters that train, such as `h.0.attn.lora_A.default.weight`.
+    Adapters of experts and routers are always mergeable: they share no weights. `trained_names`: plain names of the parameters
+    that train, such as `h.0.attn.lora_A.default.weight`.
     """
     # Without duplicates: a weight that two modules share has its first name alone.
-    names = {name for name, _ in model.named_parameters()}
+    first_names = {name for name, _ in model.named_parameters()}
     for name in trained_names:
-        layer = name.split(".lora_")[0]
-        if ".lora_" not in name or hasattr(model.get_submodule(layer), "parameter_name"):
-            continue  # adapters of experts and routers share no weights
-        if f"{layer}.base_layer.weight" not in names:
+        if ".lora_" not in name:
+            continue
+        layer_name = name.split(".lora_")[0]
+        if _adapts_single_parameter(model.get_submodule(layer_name)):  # experts or a router
+            continue
+        if f"{layer_name}.base_layer.weight" not in first_names:
             raise ConfigError(
-                f"export.merge=true: {layer} shares its weight with the embeddings, and folding the adapter into one would "
+                f"export.merge=true: {layer_name} shares its weight with the embeddings, and folding the adapter into one would "
                 "change the other; leave the head out of tuning.targets, or use export.merge=false"
             )
-        if ".lora_embedding_" in name and any(
-            other.startswith(f"{layer}.lora_magnitude_vector") for other in trained_names
-        ):
+        has_dora = any(trained_name.startswith(f"{layer_name}.lora_magnitude_vector") for trained_name in trained_names)
+        if ".lora_embedding_" in name and has_dora:
             raise ConfigError(
                 "export.merge=true: DoRA on an embedding cannot be folded here; leave the embeddings out of "
                 "tuning.targets, or use export.merge=false"
             )
+
+
+def _adapts_single_parameter(layer: nn.Module) -> bool:
+    """Whether peft's layer is a `ParamWrapper`, which adapts one parameter (of experts or a router) and no linear layer."""
+    return hasattr(layer, "parameter_name")
 
 
 def load_adapter(model: nn.Module, directory: Path) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from strategies.runtime import derived_seed
-from trainer.tuning.adapter import PREFIX
+from trainer.tuning.adapter import PEFT_PREFIX
 from trainer.tuning.adapter_files import write_adapter
 from trainer.tuning.base import BaseReader
 from trainer.tuning.compat.peft import is_adapted_attention
@@ -31,7 +31,7 @@ class AdaptionPrompt(AddedParameters):
     """peft's AdaptedAttention around attention modules; with the adapter off the module inside is called alone."""
 
     config: AdaptionPromptConfig
-    wrapper = PREFIX
+    wrapper_prefix = PEFT_PREFIX
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Add an adaption prompt (LLaMA-Adapter) to the last layers of the model: learned tokens that their attention also reads.
@@ -59,34 +59,37 @@ class AdaptionPrompt(AddedParameters):
             )
         # Wrap the model; new heads train beside the prompts.
         is_classifier = "SequenceClass" in type(model).__name__
-        peft_settings = PeftSettings(
+        stored_peft_config = PeftSettings(
             adapter_len=self.config.adapter_len,
             adapter_layers=self.config.adapter_layers or num_layers,
             task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tuned: Any = get_peft_model(model, peft_settings)  # type: ignore[arg-type]
+            tuned: Any = get_peft_model(model, stored_peft_config)  # type: ignore[arg-type]
         for name in self.new_heads:
             model.get_submodule(name).requires_grad_(True)
-        # The wrapped attention modules get our forward pass, which can leave the prompt out (`active`).
+        # The wrapped attention modules get our forward pass, which can leave the prompt out (`is_active`).
         for name, module in tuned.named_modules():
             if is_adapted_attention(module):
                 module.forward = partial(_adapted_forward, self, module, module.forward)  # type: ignore[method-assign]
-                self._owned |= {f"{name}.adaption_prompt", f"{name}.adaption_gate"}
+                self._added_names |= {f"{name}.adaption_prompt", f"{name}.adaption_gate"}
         for name, parameter in tuned.named_parameters():
-            assert name not in self._owned or parameter.is_meta, "values are drawn when the run asks for them"
+            assert name not in self._added_names or parameter.is_meta, "values are drawn when the run asks for them"
         return tuned
 
     def base_name(self, name: str) -> str:
         """The name in the base model's checkpoint: without the wrappers of model and attention."""
-        for owner in {owned.rpartition(".")[0] for owned in self._owned}:
+        for owner in {owned.rpartition(".")[0] for owned in self._added_names}:
             if name.startswith(f"{owner}.model."):
                 name = owner + name.removeprefix(f"{owner}.model")
-        return name.removeprefix(self.wrapper)
+        return name.removeprefix(self.wrapper_prefix)
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """Tokens are drawn from (seed, name), normal with deviation 1 as in peft; gates are zero."""
+        """The full initial value of a gate or of trained tokens: zeros for a gate, else normal with deviation 1, as in peft.
+
+        Drawn from `seed` and the parameter's name, so that every rank draws the same.
+        """
         if name.endswith(".adaption_gate"):
             return torch.zeros(shape)
         return torch.randn(shape, generator=torch.Generator().manual_seed(derived_seed(seed, name)))
@@ -94,12 +97,16 @@ class AdaptionPrompt(AddedParameters):
     def save_adapter(
         self, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
     ) -> None:
-        """Write peft's files into `directory`. Errors: OSError, SafetensorError."""
+        """Write peft's `adapter_config.json` and `adapter_model.safetensors` into `directory`.
+
+        `trained` holds the full trainable tensors under the model's parameter names. Raises OSError or SafetensorError if a file
+        cannot be written.
+        """
         write_adapter(model, trained, directory, base_name, revision)
 
 
 def _adapted_forward(tuning: AdaptionPrompt, module: Any, peft_forward: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward pass of an attention that peft wrapped: with the trained tokens, or of the attention inside alone."""
-    if tuning.active:
+    if tuning.is_active:
         return peft_forward(*args, **kwargs)
     return module.model(*args, **kwargs)

@@ -27,11 +27,11 @@ from trainer.tuning.base import BaseReader
 from trainer.tuning.config import Activation, BottleneckConfig, Placement
 from trainer.tuning.own_adapters import AddedParameters
 
-ADAPTER_MODULE = "bottleneck"
+ADAPTER_MODULE_NAME = "bottleneck"
 CONFIG_FILE = "bottleneck_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-ATTENTION_NAMES = ("self_attn", "attn", "self_attention", "attention")
-FEEDFORWARD_NAMES = ("mlp", "ffn", "feed_forward")
+USUAL_ATTENTION_NAMES = ("self_attn", "attn", "self_attention", "attention")
+USUAL_FEEDFORWARD_NAMES = ("mlp", "ffn", "feed_forward")
 """The usual names, within a block, of the modules behind whose outputs adapters stand."""
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     Activation.gelu: partial(F.gelu, approximate="none"),
@@ -57,7 +57,7 @@ class BottleneckLayer(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class BlockParts:
+class AdaptedModuleNames:
     """The names, within a block, of the two modules behind whose outputs adapters stand."""
 
     attention: str
@@ -76,10 +76,10 @@ class Bottleneck(AddedParameters):
         """
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        added = insert(model, self.config, is_active=lambda: self.active, device="meta")
+        added = insert_adapters(model, self.config, is_active=lambda: self.is_active, device="meta")
         self._width: Any = model.config.hidden_size  # type: ignore[union-attr]
-        for name, layer in added.items():
-            self._owned |= {f"{name}.{key}" for key, _ in layer.named_parameters()}
+        for adapter_name, adapter in added.items():
+            self._added_names |= {f"{adapter_name}.{key}" for key, _ in adapter.named_parameters()}
         for name in self.new_heads:
             model.get_submodule(name).requires_grad_(True)
         return model
@@ -103,19 +103,22 @@ class Bottleneck(AddedParameters):
     ) -> None:
         """Write `bottleneck_config.json` and `adapter_model.safetensors` into `directory`, for `load`.
 
-        `trained` holds the full trainable tensors under plain names. Errors: OSError, SafetensorError.
+        `trained` holds the full trainable tensors under the model's parameter names. Raises OSError or SafetensorError if a file
+        cannot be written.
         """
         from safetensors.torch import save_file
 
         contiguous = {name: value.contiguous() for name, value in trained.items()}
         save_file(contiguous, directory / WEIGHTS_FILE, {"format": "pt"})
         settings = asdict(self.config)
-        del settings["name"]
+        del settings["name"]  # always `bottleneck`, as the file's name says
         settings["base_model_name_or_path"] = base_name
         settings["revision"] = revision
         settings["task_type"] = "CAUSAL_LM"
         settings["num_labels"] = None
-        if "SequenceClass" in type(model).__name__:
+        if (
+            "SequenceClass" in type(model).__name__
+        ):  # how transformers names its classifiers, such as BertForSequenceClassification
             settings["task_type"] = "SEQ_CLS"
             settings["num_labels"] = model.config.num_labels  # type: ignore[union-attr]
         (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -139,46 +142,47 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
         attention=stored["attention"],
         feedforward=stored["feedforward"],
     )
-    insert(model, settings)
+    insert_adapters(model, settings)
     # Not strict: the file has the adapters (and heads) alone, so that every weight of the base is missing in it.
     load_report = model.load_state_dict(load_file(directory / WEIGHTS_FILE), strict=False)
-    missing_keys = [name for name in load_report.missing_keys if f".{ADAPTER_MODULE}." in name]
+    missing_keys = [name for name in load_report.missing_keys if f".{ADAPTER_MODULE_NAME}." in name]
     differing_keys = missing_keys + load_report.unexpected_keys
     if differing_keys:
         raise ConfigError(f"{directory}: the adapter does not fit this model ({differing_keys[0]})")
     return model
 
 
-def insert(
+def insert_adapters(
     model: Any, config: BottleneckConfig, *, is_active: Callable[[], bool] = lambda: True, device: str | None = None
 ) -> dict[str, BottleneckLayer]:
-    """Add a bottleneck adapter behind the parts that `config` chooses in every block. Returns the adapters by name.
+    """Add bottleneck adapters to every block of `model`, in place. Returns the adapters by name.
 
-    Placement `pfeiffer` adds one behind the feed-forward part, the other also one behind attention. `is_active` is asked in each
-    forward pass. With `device` they are float32 there (meta, for training); without it they have the device and the type of the
-    module that they stand behind. Errors: ConfigError if the model has no block with such parts.
+    Each block gets one behind its feed-forward module and, unless the placement is `pfeiffer`, one behind its attention. With
+    `device` the adapters are float32 on that device (meta, for training); without it they have the device and the type of the
+    module that they stand behind. `is_active` is called in each forward pass: if it is false, the adapters change nothing. Raises
+    ConfigError if no block has both modules.
     """
-    parts_by_block: dict[str, BlockParts] = {}
+    names_by_block: dict[str, AdaptedModuleNames] = {}
     for name, module in model.named_modules():
-        parts = _block_parts(module, config)
-        if parts is not None:
-            parts_by_block[name] = parts
-    if not parts_by_block:
+        adapted_names = _adapted_module_names(module, config)
+        if adapted_names is not None:
+            names_by_block[name] = adapted_names
+    if not names_by_block:
         raise ConfigError(_no_parts_message(model, config))
     added = {}
-    for block, parts in parts_by_block.items():
-        adapted_names = [parts.attention, parts.feedforward]
+    for block, names in names_by_block.items():
+        chosen_names = [names.attention, names.feedforward]
         if config.placement is Placement.pfeiffer:
-            adapted_names = [parts.feedforward]
-        for adapted_name in adapted_names:
+            chosen_names = [names.feedforward]
+        for adapted_name in chosen_names:
             adapted = model.get_submodule(f"{block}.{adapted_name}")
             weight = next(adapted.parameters())
             layer = BottleneckLayer(model.config.hidden_size, config.size, config.activation, config.dropout)
             layer.to(device=device or weight.device, dtype=torch.float32 if device else weight.dtype)
             # As a child of the module that it follows, so that a sharding engine gathers both together.
-            adapted.add_module(ADAPTER_MODULE, layer)
+            adapted.add_module(ADAPTER_MODULE_NAME, layer)
             adapted.register_forward_hook(partial(_apply_adapter, is_active))
-            added[f"{block}.{adapted_name}.{ADAPTER_MODULE}"] = layer
+            added[f"{block}.{adapted_name}.{ADAPTER_MODULE_NAME}"] = layer
     return added
 
 
@@ -186,35 +190,35 @@ def _apply_adapter(is_active: Callable[[], bool], owner: nn.Module, _args: Any, 
     """A forward hook: the adapter of `owner` on its output, or on the first of several outputs."""
     if not is_active():
         return output
-    layer: Any = owner.get_submodule(ADAPTER_MODULE)
+    layer: Any = owner.get_submodule(ADAPTER_MODULE_NAME)
     if isinstance(output, tuple):
         return (layer(output[0]), *output[1:])
     return layer(output)
 
 
-def _block_parts(module: nn.Module, config: BottleneckConfig) -> BlockParts | None:
-    """The names of the attention and of the feed-forward part in a block; None if the module is no block (layer) of the model.
+def _adapted_module_names(module: nn.Module, config: BottleneckConfig) -> AdaptedModuleNames | None:
+    """The names, within `module`, of the attention and of the feed-forward module; None if it lacks one, so that it is no block.
 
     `tuning.attention` and `tuning.feedforward` name them; the usual names are tried for one that is not set. A block of Llama
-    gives `BlockParts("self_attn", "mlp")`, one of BERT `BlockParts("attention.output.dense", "output.dense")`.
+    gives `AdaptedModuleNames("self_attn", "mlp")`, one of BERT `AdaptedModuleNames("attention.output.dense", "output.dense")`.
     """
     descendants = {name for name, _ in module.named_modules()}
     children = dict(module.named_children())
     attention = config.attention
     feedforward = config.feedforward
     if attention is None:
-        attention = next((name for name in ATTENTION_NAMES if name in children), None)
+        attention = next((name for name in USUAL_ATTENTION_NAMES if name in children), None)
         # BERT's kind adds the input inside its attention module: the adapter stands before that, behind the dense layer.
         if attention is not None and f"{attention}.output.dense" in descendants:
             attention = f"{attention}.output.dense"
     if feedforward is None:
-        feedforward = next((name for name in FEEDFORWARD_NAMES if name in children), None)
+        feedforward = next((name for name in USUAL_FEEDFORWARD_NAMES if name in children), None)
         # BERT's kind has no module around the two layers of its feed-forward part.
         if feedforward is None and "intermediate" in children and "output.dense" in descendants:
             feedforward = "output.dense"
     if attention is None or feedforward is None or not {attention, feedforward} <= descendants:
         return None
-    return BlockParts(attention, feedforward)
+    return AdaptedModuleNames(attention, feedforward)
 
 
 def _no_parts_message(model: nn.Module, config: BottleneckConfig) -> str:

@@ -23,10 +23,10 @@ def build_tuning(
     new_heads: tuple[str, ...] = (),
     tokenizer: Any = None,
 ) -> Tuning:
-    """The method that `config` names.
+    """The tuning method (LoRA, freeze and so on) that `config` describes, not yet applied to a model.
 
-    `new_tokens`: the vocabulary grew, so embeddings must train too; `new_heads`: modules drawn anew, which must train;
-    `tokenizer`: for a prompt that starts at a text.
+    `new_tokens`: the vocabulary grew, so embeddings must train too. `new_heads`: names of modules that the checkpoint does not
+    have, which must train. `tokenizer`: needed if a prompt starts at a text (`tuning.init_text`).
     """
     # Each method is imported when it is used: most of them import peft, which takes seconds.
     if isinstance(config, VirtualConfig):
@@ -63,18 +63,19 @@ def optimizer_hooks(tuning: Tuning) -> OptimizerStepHooks | None:
     return getattr(tuning, "allocation", None)
 
 
-def merge_initial_adapter(model: nn.Module, tuning: TuningConfig) -> MergedAdapters | None:
-    """The model that a run with `tuning.from` begins with: base weights with that adapter merged in. None without one.
+def initial_adapter_reader(model: nn.Module, tuning: TuningConfig) -> MergedAdapters | None:
+    """A reader of the weights with which a run with `tuning.from` begins: the base's, with that adapter merged in as they are
+    read.
 
-    Objectives that compare with it (by a KL term) read it. `model`: the architecture, on meta. Raises ConfigError for an
-    adapter that cannot be merged.
+    None without `tuning.from`. Objectives that compare with the model at the start (by a KL term) read them. `model`: the
+    architecture, on meta. Raises ConfigError if the adapter cannot be merged.
     """
     directory = tuning.from_ if isinstance(tuning, AdapterConfig) else None
     if directory is None:
         return None
     from trainer.tuning.merged_adapters import MergedAdapters
 
-    reason = method_of(tuning).no_merge
+    reason = method_of(tuning).merge_refusal
     if reason:
         raise ConfigError(
             f"tuning.from={directory}: the objective compares with the model that this run begins with, and that "
@@ -83,10 +84,10 @@ def merge_initial_adapter(model: nn.Module, tuning: TuningConfig) -> MergedAdapt
     return MergedAdapters(model, [directory], "tuning.from")
 
 
-def merge_adapters(model: nn.Module, directories: list[str]) -> MergedAdapters | None:
-    """The base weights with the adapters of `directories` merged in as they are read, for this architecture on meta.
+def merged_adapter_reader(model: nn.Module, directories: list[str]) -> MergedAdapters | None:
+    """A reader of base weights that merges the adapters of `directories` into each weight when it is read; None without any.
 
-    None without directories.
+    `model`: the architecture, on meta.
     """
     if not directories:
         return None

@@ -21,7 +21,7 @@ from trainer.tuning.config import (
     VirtualConfig,
 )
 from trainer.tuning.freeze import LAYER_RANGE_REGEX
-from trainer.tuning.initial_adapter import problems as initial_adapter_problems
+from trainer.tuning.initial_adapter import continuation_problems
 from trainer.tuning.table import METHODS, PEFT_METHODS, SHARDED, UNSUPPORTED_TYPES, Method, method_of, rewrites_base
 
 INIT_REGEX = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d*|olora")
@@ -36,30 +36,33 @@ CHOICE_BY_PEFT_NAME = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunFacts:
-    """The rest of a run, as far as a tuning method may not go with it."""
+class SettingsBesideTuning:
+    """The settings of a run beside `tuning`, as far as a tuning method may not go with them."""
 
     strategy: StrategyConfig
     precision: Precision
     data: DataConfig
-    merge: bool
-    """Whether the export folds the adapter into the base (`export.merge`)."""
-    new_head: bool = False
+    merges_adapter: bool
+    """Whether the export merges the adapter into the base (`export.merge`)."""
+    has_new_head: bool = False
     """Whether the objective has a head of its own."""
-    new_tokens: bool = False
-    """Whether the vocabulary grows."""
+    has_new_tokens: bool = False
+    """Whether the vocabulary grows (`model.add_tokens`)."""
     is_encoder_decoder: bool = False
     quantisation: str = "none"
     """`model.quantisation`."""
-    sequence: int = 1
+    sequence_ranks: int = 1
     """Ranks that share each row of documents (`parallel.sequence`)."""
-    experts: int = 1
-    """Ranks over which the experts of a layer are dealt (`parallel.experts`)."""
+    expert_ranks: int = 1
+    """Ranks over which the experts of a layer are sharded (`parallel.experts`)."""
 
 
-def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
-    """Every problem of a method's settings, alone and with the rest of the run, as `key=value: constraint; what to do`."""
-    yield from _problems_by_themselves(tuning)
+def tuning_problems(tuning: TuningConfig, run: SettingsBesideTuning) -> Iterator[str]:
+    """Every problem of a method's settings, alone and with the rest of the run, as `key=value: constraint; what to do`.
+
+    `run`: the settings of the run beside `tuning`.
+    """
+    yield from _problems_without_rest_of_run(tuning)
     if isinstance(tuning, PeftConfig) and tuning.type not in PEFT_METHODS:
         return  # an unknown method has no row in the table
     method = method_of(tuning)
@@ -69,27 +72,31 @@ def problems(tuning: TuningConfig, run: RunFacts) -> Iterator[str]:
     yield from _strategy_problems(method, method_setting, run)
     yield from _layout_problems(method, method_setting, run.data)
     yield from _model_problems(method, method_setting, run)
-    # `refused`, `no_seq2seq` and `no_merge` of the table hold the reason why the method cannot do it.
-    if run.sequence > 1 and (reason := method.refused.get("sequence")):
-        yield f"parallel.sequence={run.sequence} with {method_setting}: {reason}; set parallel.sequence=1, or use tuning=lora"
-    if run.experts > 1 and (reason := method.refused.get("experts")):
-        yield f"parallel.experts={run.experts} with {method_setting}: {reason}; set parallel.experts=1, or use tuning=lora"
+    # A refusal of the table is the reason why the method cannot do it; empty if it can.
+    if run.sequence_ranks > 1 and (reason := method.refusal_by_property.get("sequence")):
+        yield (
+            f"parallel.sequence={run.sequence_ranks} with {method_setting}: {reason}; set "
+            "parallel.sequence=1, or use tuning=lora"
+        )
+    if run.expert_ranks > 1 and (reason := method.refusal_by_property.get("experts")):
+        yield f"parallel.experts={run.expert_ranks} with {method_setting}: {reason}; set parallel.experts=1, or use tuning=lora"
     if run.quantisation != "none":
         yield from _quantisation_problems(tuning, method, method_setting, run.quantisation)
-    if run.is_encoder_decoder and method.no_seq2seq:
+    if run.is_encoder_decoder and method.seq2seq_refusal:
         yield (
-            f"{method_setting} with objective=seq2seq: {method.no_seq2seq}; use tuning=lora, or objective=sft with a causal model"
+            f"{method_setting} with objective=seq2seq: {method.seq2seq_refusal}; use tuning=lora, or "
+            "objective=sft with a causal model"
         )
-    if run.merge and method.no_merge:
-        yield f"export.merge=true with {method_setting}: {method.no_merge}; use export.merge=false"
+    if run.merges_adapter and method.merge_refusal:
+        yield f"export.merge=true with {method_setting}: {method.merge_refusal}; use export.merge=false"
 
 
-def _problems_by_themselves(tuning: TuningConfig) -> Iterator[str]:
+def _problems_without_rest_of_run(tuning: TuningConfig) -> Iterator[str]:
     """What is wrong with the settings of `tuning` by themselves, whatever the rest of the run, one line each."""
     # Several cases may hold: the settings of LoRA are those of an adapter too, and AdaLoRA's are those of LoRA.
     if isinstance(tuning, AdapterConfig):
         yield from _target_problems(tuning)
-        yield from initial_adapter_problems(tuning)
+        yield from continuation_problems(tuning)
     if isinstance(tuning, FreezeConfig):
         yield from _freeze_problems(tuning)
     if isinstance(tuning, LoraConfig):
@@ -104,17 +111,17 @@ def _problems_by_themselves(tuning: TuningConfig) -> Iterator[str]:
         yield from _peft_problems(tuning)
 
 
-def _strategy_problems(method: Method, method_setting: str, run: RunFacts) -> Iterator[str]:
+def _strategy_problems(method: Method, method_setting: str, run: SettingsBesideTuning) -> Iterator[str]:
     """What the tuning method cannot do under the run's strategy, one line each.
 
-    That is selective checkpointing, or half precision under strategies that keep shards in it. `method.refused` has the
-    reasons; `method_setting` is the method as the user sets it, such as `tuning=lora`.
+    That is selective checkpointing, or half precision under strategies that convert parameters to it. `method_setting`: the
+    method as the user sets it, such as `tuning=lora`.
     """
     checkpointing = run.strategy.activation_checkpointing
-    if checkpointing is ActivationCheckpointing.selective and (reason := method.refused.get("selective")):
+    if checkpointing is ActivationCheckpointing.selective and (reason := method.refusal_by_property.get("selective")):
         yield f"strategy.activation_checkpointing=selective with {method_setting}: {reason}; use full or none"
     converts_to_half = run.precision in (Precision.bf16, Precision.fp16) and run.strategy.name in SHARDED
-    if converts_to_half and (reason := method.refused.get("half")):
+    if converts_to_half and (reason := method.refusal_by_property.get("half")):
         yield (
             f"precision={run.precision} with {method_setting} and strategy={run.strategy.name}: {reason}; use fp32 or "
             "strategy=ddp"
@@ -123,7 +130,7 @@ def _strategy_problems(method: Method, method_setting: str, run: RunFacts) -> It
 
 def _layout_problems(method: Method, method_setting: str, data: DataConfig) -> Iterator[str]:
     """What a method that needs a row of its own for each document has against packed or padding-free data."""
-    reason = method.refused.get("padding_free")
+    reason = method.refusal_by_property.get("padding_free")
     if not reason:
         return
     if data.packing:
@@ -132,12 +139,15 @@ def _layout_problems(method: Method, method_setting: str, data: DataConfig) -> I
         yield f"data.layout=padding_free with {method_setting}: {reason}; set data.layout=padded"
 
 
-def _model_problems(method: Method, method_setting: str, run: RunFacts) -> Iterator[str]:
+def _model_problems(method: Method, method_setting: str, run: SettingsBesideTuning) -> Iterator[str]:
     """What the method cannot train: a new head, or embeddings of new tokens."""
-    if run.new_head and method.no_head:
-        yield f"{method_setting} with an objective that has a head of its own: {method.no_head}; use tuning=lora or tuning=prompt"
-    if run.new_tokens and method.no_new_tokens:
-        yield f"model.add_tokens with {method_setting}: {method.no_new_tokens}; use tuning=lora or tuning=full"
+    if run.has_new_head and method.new_head_refusal:
+        yield (
+            f"{method_setting} with an objective that has a head of its own: {method.new_head_refusal}; use "
+            "tuning=lora or tuning=prompt"
+        )
+    if run.has_new_tokens and method.new_tokens_refusal:
+        yield f"model.add_tokens with {method_setting}: {method.new_tokens_refusal}; use tuning=lora or tuning=full"
 
 
 def check_positions(
@@ -145,37 +155,45 @@ def check_positions(
 ) -> None:
     """Raise ConfigError if the longest document, with virtual tokens before it, has more tokens than the model has positions.
 
-    `max_positions` of None: the model has no limit. `rotary`: its positions are rotary, so that it can be given more of them.
-    `written_tokens`: of the longest document, those of the longest answer that the model writes to it.
+    `longest_tokens`: tokens of the longest document. `written_tokens`: those of them that are the longest answer the model may
+    generate; 0 without rounds. `max_positions` of None: the model has no limit. `rotary`: its positions are rotary, so that it
+    can be given more of them.
     """
     if max_positions is None or max_positions < 1:  # XLNet has -1, which means any number
         return
     # The document alone, whatever the tuning method.
     if longest_tokens > max_positions:
-        remedy = f"Set data.max_length={max_positions}"
-        document = "document"
-        if written_tokens:
-            document = f"prompt with an answer of {written_tokens} tokens"
-            remedy = "Set a smaller objective.rollout.max_new_tokens"
-            if written_tokens < max_positions:
-                remedy += f", or data.max_length={max_positions - written_tokens}"
-        if rotary:
-            room = f"model.positions={longest_tokens}, as a rule with model.rope.type=yarn"
-            remedy += f", or give the model room: {room} (docs/long-context.md)"
-        else:
-            remedy += ", or take a model with more positions: its own are not rotary, and cannot be extended"
         raise ConfigError(
-            f"data: the longest {document} takes {longest_tokens} tokens, and the model has {max_positions} positions "
-            f"(max_position_embeddings): what lies beyond was never learned, or is not there. {remedy}"
+            _positions_message(longest_tokens, max_positions, rotary=rotary, written_tokens=written_tokens)
         )
     # The document behind its virtual tokens.
-    if not isinstance(tuning, VirtualConfig):
-        return
-    if longest_tokens + tuning.num_virtual_tokens > max_positions:
+    if isinstance(tuning, VirtualConfig) and longest_tokens + tuning.num_virtual_tokens > max_positions:
         raise ConfigError(
             f"tuning.num_virtual_tokens={tuning.num_virtual_tokens}: the model has {max_positions} positions, and the longest "
             f"document takes {longest_tokens}; set data.max_length={max_positions - tuning.num_virtual_tokens}"
         )
+
+
+def _positions_message(longest_tokens: int, max_positions: int, *, rotary: bool, written_tokens: int) -> str:
+    """The error message for a longest document of `longest_tokens` tokens, `written_tokens` of them generated, which the model's
+    `max_positions` positions do not hold. `rotary`: the model can be given more positions.
+    """
+    remedy = f"Set data.max_length={max_positions}"
+    document = "document"
+    if written_tokens:
+        document = f"prompt with an answer of {written_tokens} tokens"
+        remedy = "Set a smaller objective.rollout.max_new_tokens"
+        if written_tokens < max_positions:
+            remedy += f", or data.max_length={max_positions - written_tokens}"
+    if rotary:
+        settings = f"model.positions={longest_tokens}, as a rule with model.rope.type=yarn"
+        remedy += f", or give the model room: {settings} (docs/long-context.md)"
+    else:
+        remedy += ", or take a model with more positions: its own are not rotary, and cannot be extended"
+    return (
+        f"data: the longest {document} takes {longest_tokens} tokens, and the model has {max_positions} positions "
+        f"(max_position_embeddings): what lies beyond was never learned, or is not there. {remedy}"
+    )
 
 
 def _prompt_problems(tuning: PromptConfig) -> Iterator[str]:
@@ -195,11 +213,11 @@ def _quantisation_problems(
     `method_setting`: the method as the user sets it, for the messages, such as `tuning=lora`. `quantisation`: such as `nf4`.
     """
     setting = f"model.quantisation={quantisation}"
-    if reason := method.refused.get("quantised"):
+    if reason := method.refusal_by_property.get("quantised"):
         yield f"{setting} with {method_setting}: {reason}; use tuning=lora, or model.quantisation=none"
     if isinstance(tuning, LoraConfig) and tuning.dora:
         yield f"{setting} with tuning.dora=true: DoRA needs the norms of the base weights in every forward pass; set it false"
-    if isinstance(tuning, LoraConfig) and rewrites_base(tuning.init):
+    if isinstance(tuning, LoraConfig) and rewrites_base(tuning.init):  # PiSSA and OLoRA split a part off each weight
         yield (
             f"{setting} with tuning.init={tuning.init}: what it leaves of each weight would be rounded anew, and the export no "
             "longer belong to the unchanged base; use tuning.init=default"
@@ -209,10 +227,11 @@ def _quantisation_problems(
 def _target_problems(tuning: AdapterConfig) -> Iterator[str]:
     """What is wrong with `tuning.targets`, one line each. The first case that holds:
 
-    - empty, with LoRA on experts or routers alone: nothing.
-    - empty otherwise, or neither text nor list: refused.
-    - a list of names: nothing; whether they match is checked on the model.
-    - a text: `auto` is for methods whose default it is; others are regular expressions.
+    - an empty list, with LoRA on experts or routers alone: nothing.
+    - empty otherwise, or neither text nor list: one line.
+    - a list of names: nothing. Whether the names match is checked on the model.
+    - the text `auto`, for a method that has another default: one line.
+    - any text that is no regular expression: one line.
     """
     targets = tuning.targets
     if targets == [] and isinstance(tuning, LoraConfig) and (tuning.experts or tuning.router):

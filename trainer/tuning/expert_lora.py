@@ -17,25 +17,25 @@ from strategies.errors import ConfigError
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.compat.peft import names_read_as_experts
 from trainer.tuning.expert_parts import (
-    expert_modules,
-    linear_routers,
-    router_weights,
-    unsupported_experts,
-    weight_names,
+    expert_modules_by_name,
+    expert_weight_names,
+    linear_router_names,
+    names_of_unsupported_experts,
+    router_weight_names,
 )
 from trainer.tuning.low_rank import LowRank
 from trainer.tuning.replica import ADAPTER
 
 
-def parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+def expert_parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     """Names of the expert and router parameters that get adapters, such as `layers.0.mlp.experts.gate_up_proj`.
 
     Raises ConfigError if the settings ask for experts or routers, and the model has none that can be adapted.
     """
     targets: list[str] = []
     if config.experts:
-        modules = expert_modules(model)
-        unsupported = unsupported_experts(model)  # names
+        modules = expert_modules_by_name(model)
+        unsupported = names_of_unsupported_experts(model)  # names
         if unsupported:
             raise ConfigError(
                 f"tuning.experts=true: {unsupported[0]} ({type(model).__name__}) computes its experts in a way of its own, which "
@@ -44,16 +44,16 @@ def parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
         if not modules:
             raise ConfigError(f"tuning.experts=true: {type(model).__name__} has no experts; set tuning.experts=false")
         for name, module in modules.items():
-            targets += [f"{name}.{key}" for key in weight_names(module)]
+            targets += [f"{name}.{key}" for key in expert_weight_names(module)]
     if config.router:
-        router_names = router_weights(model)
+        router_names = router_weight_names(model)
         if not router_names:
             raise ConfigError(
                 f"tuning.router=true: {type(model).__name__} has no router beside its experts that is known here; set "
                 "tuning.router=false"
             )
         # A router that is a plain linear layer gets an ordinary adapter, as a module.
-        linear_weights = {f"{name}.weight" for name in linear_routers(model)}
+        linear_weights = {f"{name}.weight" for name in linear_router_names(model)}
         targets += [name for name in router_names if name not in linear_weights]
     return targets
 
@@ -61,19 +61,19 @@ def parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
 def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -> None:
     """Write into peft's `settings` which experts and routers get LoRA, and which routers `all-linear` must leave out.
 
-    Routers that are plain linear layers, by `config.router` and the form of the targets:
-    - off, `all-linear`: excluded by name.
-    - on, a set of module names: added to the set.
-    - on, a regular expression: added as alternatives; `q_proj` becomes `(q_proj)|layers\\.0\\.mlp\\.gate`.
+    Routers that are plain linear layers, by `tuning.router` and the form of the targets:
+    - `tuning.router=false`, and targets are `all-linear`: excluded by name, since `all-linear` would adapt them too.
+    - `tuning.router=true`, and targets are a set of module names: added to the set.
+    - `tuning.router=true`, and targets are a regular expression: added as alternatives, so that `q_proj` becomes
+      `(q_proj)|layers\\.0\\.mlp\\.gate`.
     - else: nothing to do.
 
-    Errors: ConfigError if the settings ask for experts or routers and the model has none that can be adapted.
+    Raises ConfigError if the settings ask for experts or routers and the model has none that can be adapted.
     """
-    settings.target_parameters = parameter_targets(model, config) or None
-    router_names = linear_routers(model)
+    settings.target_parameters = expert_parameter_targets(model, config) or None
+    router_names = linear_router_names(model)
     router_patterns = [re.escape(name) for name in router_names]
     if not config.router:
-        # Routers that are plain linear layers: all-linear would adapt them too.
         if router_names and config.targets == "all-linear":
             excluded = [settings.exclude_modules] if settings.exclude_modules else []
             settings.exclude_modules = "|".join([*excluded, *router_patterns])
@@ -86,8 +86,9 @@ def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -
 def name_targets_for_peft(settings: Any, model: Any) -> None:
     """Name the targets in peft's `settings` so that plain peft, when it loads them, adapts what is adapted in `model`.
 
-    peft takes some names of linear layers for experts as transformers 4 had them. Such a layer's weight is named as a
-    parameter instead, which gives the same tensors under the same keys.
+    peft takes some names of linear layers for experts as transformers 4 had them. The weight of such a layer is named as a
+    parameter (`target_parameters`) instead, which gives the same tensors under the same keys. Nothing changes if the architecture
+    has no such names, or if the method is not LoRA.
     """
     from peft.tuners.lora import LoraLayer, ParamWrapper
 
@@ -166,7 +167,7 @@ def _wrapper_class() -> type:
             while isinstance(base, ParamWrapper):
                 wrappers.append(base)
                 base = base.base_layer
-            if weight_names(base):  # experts
+            if expert_weight_names(base):  # experts
                 low_rank_by_name = {wrapper.parameter_name: _low_rank(wrapper) for wrapper in wrappers}
                 return base(x, *args, low_rank=low_rank_by_name, **kwargs)
             # A router: one small matrix, so its whole update is multiplied out. peft counts it as one expert.
@@ -184,7 +185,7 @@ def _wrapper_class() -> type:
     return LowRankWrapper
 
 
-def use_low_rank(model: nn.Module) -> int:
+def use_low_rank_forward(model: nn.Module) -> int:
     """Give every adapted parameter of a PeftModel the low-rank forward pass, in place. Returns how many there are."""
     if not hasattr(model, "peft_config"):
         return 0
@@ -197,7 +198,7 @@ def use_low_rank(model: nn.Module) -> int:
         for matrix in (wrapper.lora_A[ADAPTER], wrapper.lora_B[ADAPTER]):
             matrix.__class__ = _Matrix
         base = wrapper.get_base_layer()
-        if not weight_names(base):  # a router
+        if not expert_weight_names(base):  # a router
             router_class: Any = type(base)
             base.__class__ = _router_with_update(router_class)
     return len(wrappers)

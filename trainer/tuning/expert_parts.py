@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-def weight_names(module: Any) -> tuple[str, ...]:
+def expert_weight_names(module: Any) -> tuple[str, ...]:
     """Names of the weights of a module of experts, such as `("gate_up_proj", "down_proj")`, each a stack `[experts, ., .]`.
 
     Empty if `module` is none whose experts transformers' own functions compute.
@@ -24,23 +24,23 @@ def weight_names(module: Any) -> tuple[str, ...]:
     return names
 
 
-def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+def expert_modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a mixture's experts that transformers' experts functions compute with, by name."""
-    return {name: module for name, module in model.named_modules() if weight_names(module)}
+    return {name: module for name, module in model.named_modules() if expert_weight_names(module)}
 
 
-def unsupported_experts(model: nn.Module) -> list[str]:
+def names_of_unsupported_experts(model: nn.Module) -> list[str]:
     """Names of modules that hold experts as weights `[E, ., .]`, but compute with them by code of their own."""
     names = []
     for name, module in model.named_modules():
-        if weight_names(module) or "experts" not in name.rsplit(".", 1)[-1]:
+        if expert_weight_names(module) or "experts" not in name.rsplit(".", 1)[-1]:
             continue
         if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
             names.append(name)
     return names
 
 
-def routers(model: nn.Module) -> dict[str, nn.Module]:
+def routers_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that choose experts, by name (`model.layers.0.mlp.gate`): `gate` or `router` beside a module `experts`."""
     by_name: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -53,18 +53,18 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
     return by_name
 
 
-def router_weights(model: nn.Module) -> list[str]:
+def router_weight_names(model: nn.Module) -> list[str]:
     """Names of the matrices with which routers score experts."""
     names = []
-    for name, module in routers(model).items():
+    for name, module in routers_by_name(model).items():
         names += [f"{name}.{key}" for key, parameter in module.named_parameters() if parameter.dim() == 2]
     return names
 
 
-def linear_routers(model: nn.Module) -> list[str]:
+def linear_router_names(model: nn.Module) -> list[str]:
     """Names of the linear layers that hold router matrices and compute a product and nothing more."""
     names = []
-    for weight in router_weights(model):
+    for weight in router_weight_names(model):
         owner = weight.rpartition(".")[0]
         # A subclass with a forward pass of its own returns a choice, not a product.
         if getattr(type(model.get_submodule(owner)), "forward", None) is nn.Linear.forward:

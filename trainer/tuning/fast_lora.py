@@ -34,18 +34,22 @@ class _LowRankLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scalings: Sequence[float], in_place: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """The outputs `[..., out]` of n layers for one input; `in_place` accumulates into the base layer's product."""
-        weights, biases, downs, ups = _split_in_four(tensors)
-        rows = x.reshape(-1, x.shape[-1])
-        ctx.ranks = [down.shape[0] for down in downs]
-        # One product with the A's of all layers, [rows, sum of ranks]; each layer takes its columns.
-        projected = rows @ _concatenate(downs).to(x.dtype).T
-        projected_by_layer = projected.split(ctx.ranks, dim=1)
+        """The outputs `[..., out]` of n layers for one input `x [..., in]`.
+
+        `in_place`: the low-rank product is added into the base layer's output, without another tensor. `tensors`: n W, n biases
+        (or None), n A (`down`) and n B (`up`).
+        """
+        weights, biases, downs, ups = _split_in_four_lists(tensors)
+        x_rows = x.reshape(-1, x.shape[-1])
+        ctx.lora_ranks = [down.shape[0] for down in downs]
+        # One product with the A's of all layers, [rows, sum of LoRA ranks]; each layer takes its columns.
+        projected = x_rows @ _concatenate(downs).to(x.dtype).T
+        projected_by_layer = projected.split(ctx.lora_ranks, dim=1)
         outputs = []
         for weight, bias, up, layer_projected, scaling in zip(
             weights, biases, ups, projected_by_layer, scalings, strict=True
         ):
-            output = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+            output = x_rows @ weight.T if bias is None else torch.addmm(bias, x_rows, weight.T)
             up_transposed = up.to(x.dtype).T
             if in_place:
                 output.addmm_(layer_projected, up_transposed, alpha=scaling)
@@ -53,7 +57,7 @@ class _LowRankLinears(torch.autograd.Function):
                 output = torch.addmm(output, layer_projected, up_transposed, alpha=scaling)
             # Not a view: the model may change an output in place, and autograd refuses that for views of several outputs.
             outputs.append(RESHAPED_IN_PLACE(output, [*x.shape[:-1], output.shape[-1]]))
-        ctx.save_for_backward(rows, projected, *weights, *downs, *ups)
+        ctx.save_for_backward(x_rows, projected, *weights, *downs, *ups)
         ctx.scalings = scalings
         return tuple(outputs)
 
@@ -64,8 +68,8 @@ class _LowRankLinears(torch.autograd.Function):
         A layer's output is x W^T + (x A^T) B^T * scaling. `projected` is x A^T of all layers side by side. `grads`: one for each
         layer's output. In the code A is `down` and B is `up`.
         """
-        rows, projected, *layer_tensors = ctx.saved_tensors
-        n = len(grads)
+        x_rows, projected, *layer_tensors = ctx.saved_tensors
+        n = len(grads)  # layers
         scalings = ctx.scalings
         weights = layer_tensors[:n]
         downs = layer_tensors[n : 2 * n]
@@ -86,14 +90,14 @@ class _LowRankLinears(torch.autograd.Function):
             grad_x = grad_projected @ _concatenate(downs).to(grad_projected.dtype)
             for grad, weight in zip(row_grads, weights, strict=True):
                 grad_x.addmm_(grad, weight)
-            grad_x = grad_x.view(*grads[0].shape[:-1], rows.shape[-1])
+            grad_x = grad_x.view(*grads[0].shape[:-1], x_rows.shape[-1])
 
         grad_downs: Sequence[Tensor | None] = [None] * n
         if any(downs_need_grad):  # one product for all A's
-            grad_downs = (grad_projected.T @ rows).to(downs[0].dtype).split(ctx.ranks)
+            grad_downs = (grad_projected.T @ x_rows).to(downs[0].dtype).split(ctx.lora_ranks)
 
         grad_ups: list[Tensor | None] = [None] * n
-        projected_by_layer = projected.split(ctx.ranks, dim=1)
+        projected_by_layer = projected.split(ctx.lora_ranks, dim=1)
         for i, needs_grad in enumerate(ups_need_grad):
             if needs_grad:
                 grad_up = (row_grads[i].T @ projected_by_layer[i]).mul_(scalings[i])
@@ -102,13 +106,14 @@ class _LowRankLinears(torch.autograd.Function):
         return grad_x, None, None, *[None] * (2 * n), *grad_downs, *grad_ups
 
 
-def _split_in_four(tensors: Sequence[Any]) -> list[Sequence[Any]]:
-    """The sequence in four of equal length."""
+def _split_in_four_lists(tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    """A sequence cut into four of equal length: of eight tensors, the first two, the next two and so on."""
     n = len(tensors) // 4
     return [tensors[start : start + n] for start in range(0, 4 * n, n)]
 
 
 def _concatenate(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat`, but a single tensor is returned itself: `torch.cat` would copy it."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
 
 
@@ -144,8 +149,8 @@ class _SharedInput:
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
         self._input: Tensor | None = None
-        """The input that the waiting outputs belong to."""
-        self._waiting: dict[int, Tensor] = {}
+        """The input that `_pending_outputs` belong to."""
+        self._pending_outputs: dict[int, Tensor] = {}
         """Outputs that were computed and not asked for yet, by the id of their layer."""
 
     def output(self, layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,12 +158,12 @@ class _SharedInput:
 
         The first of them to be called computes the outputs of all, and keeps those of the others until they are called.
         """
-        if self._input is not x or id(layer) not in self._waiting:
+        if self._input is not x or id(layer) not in self._pending_outputs:
             outputs = _lora_outputs(self.layers, x, dtype)
             self._input = x
-            self._waiting = {id(member): output for member, output in zip(self.layers, outputs, strict=True)}
-        output = self._waiting.pop(id(layer))
-        if not self._waiting:  # do not keep the input alive
+            self._pending_outputs = {id(member): output for member, output in zip(self.layers, outputs, strict=True)}
+        output = self._pending_outputs.pop(id(layer))
+        if not self._pending_outputs:  # do not keep the input alive
             self._input = None
         return output
 

@@ -67,7 +67,7 @@ class Freeze(Full):
         config = self.config
         modules: list[nn.Module] = []
         if config.layers is not None:
-            modules += _blocks(model, config.layers)
+            modules += _blocks_of_layer_range(model, config.layers)
         if config.modules is not None:
             named_modules = [(name, module) for name, module in model.named_modules() if name]
             matching = [module for name, module in named_modules if re.fullmatch(config.modules, name)]
@@ -103,7 +103,7 @@ def _parameter_ids(modules: list[nn.Module]) -> set[int]:
     return ids
 
 
-def _blocks(model: Any, layers: str) -> list[nn.Module]:
+def _blocks_of_layer_range(model: Any, layers: str) -> list[nn.Module]:
     """The blocks of the model that `tuning.layers` names, as `last-2` or `4-7`, in forward order.
 
     Raises ConfigError, with how many blocks there are, if it names others.

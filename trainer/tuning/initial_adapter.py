@@ -23,9 +23,9 @@ from trainer.tuning.config import (
 )
 from trainer.tuning.table import METHODS, PEFT_METHODS, method_of
 
-SETTINGS = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PEFT_KEYS: dict[type, dict[str, str]] = {
+SETTINGS_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_KEY_BY_FIELD_BY_METHOD: dict[type, dict[str, str]] = {
     LoraConfig: {
         "rank": "r",
         "alpha": "lora_alpha",
@@ -43,10 +43,10 @@ PEFT_KEYS: dict[type, dict[str, str]] = {
     OftConfig: {"block_size": "oft_block_size", "block_share": "block_share"},
     BoftConfig: {"block_size": "boft_block_size", "num_factors": "boft_n_butterfly_factor"},
 }
-"""Settings that decide what an adapter computes: peft's key of each field of ours, by method. All other fields are compared
-when the model is built."""
+"""Settings that decide what an adapter computes: peft's key (`r`) of each field of ours (`rank`), by the method's settings
+class. All other fields are compared when the model is built."""
 
-_IRRELEVANT_FIELDS = {
+_FIELDS_WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
@@ -64,41 +64,42 @@ _IRRELEVANT_FIELDS = {
 """Fields of peft's settings that do not decide what the same tensors compute."""
 
 
-def differing_fields(expected: dict[str, Any], stored: dict[str, Any]) -> list[str]:
+def names_of_differing_settings(expected: dict[str, Any], stored: dict[str, Any]) -> list[str]:
     """Names of the fields in which two of peft's configs differ so that the same tensors compute something else.
 
-    Such as `["lora_alpha", "r"]`; fields that only one of them has, that concern training alone, or that start values are left
-    out.
+    Such as `["lora_alpha", "r"]`. Left out are fields that only one config has, fields on dropout, and fields on initial values.
     """
     differing = []
     for name in sorted(expected.keys() & stored.keys()):
-        # Dropout and the start concern training; the tensors compute the same.
-        if name in _IRRELEVANT_FIELDS or name.endswith("dropout") or name.startswith("init_"):
+        # Dropout and initial values concern training alone: with other ones, the same tensors compute the same.
+        if name in _FIELDS_WITHOUT_EFFECT or name.endswith("dropout") or name.startswith("init_"):
             continue
-        if _comparable(expected[name]) != _comparable(stored[name]):
+        if _as_comparable(expected[name]) != _as_comparable(stored[name]):
             differing.append(name)
     return differing
 
 
-def read_settings(directory: str | Path) -> dict[str, Any] | str:
-    """The fields of an adapter directory's adapter_config.json (such as `{"peft_type": "LORA", "r": 16}`), or a text that says
-    what is wrong with the directory.
+def read_adapter_settings(directory: str | Path) -> dict[str, Any] | str:
+    """The fields of an adapter directory's adapter_config.json, such as `{"peft_type": "LORA", "r": 16}`.
+
+    Returns a text instead if the directory is no adapter's or the file cannot be read: the end of a message, such as
+    `holds no adapter_config.json and ...`.
     """
     path = Path(directory).expanduser()
-    if not (path / SETTINGS).is_file() or not (path / WEIGHTS).is_file():
-        return f"holds no {SETTINGS} and {WEIGHTS}; give the directory of an adapter, such as runs/x/export"
+    if not (path / SETTINGS_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
+        return f"holds no {SETTINGS_FILE} and {WEIGHTS_FILE}; give the directory of an adapter, such as runs/x/export"
     try:
-        settings = read_json_object(path / SETTINGS)
+        settings = read_json_object(path / SETTINGS_FILE)
     except ConfigError as error:
-        return f"its {SETTINGS} cannot be read ({error}); write the adapter again"
+        return f"its {SETTINGS_FILE} cannot be read ({error}); write the adapter again"
     if (wrong := wrong_type_message(settings)) is not None:
-        return f"its {SETTINGS} has {wrong}; write the adapter again"
+        return f"its {SETTINGS_FILE} has {wrong}; write the adapter again"
     return settings
 
 
 def adapter_sha256(directory: str | Path) -> str:
     """SHA-256 of the adapter's file of tensors in `directory`, as hex digits. Raises OSError."""
-    with (Path(directory).expanduser() / WEIGHTS).open("rb") as file:
+    with (Path(directory).expanduser() / WEIGHTS_FILE).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -106,26 +107,30 @@ def adopt_adapter_settings(tuning: TuningConfig, cli_keys: set[str]) -> dict[str
     """Change settings in `tuning` that the user left at their defaults to those of the adapter that `tuning.from` names.
 
     `cli_keys`: keys that the user set, such as `tuning.rank`. Returns what changed, by key, for messages:
-    `{"tuning.rank": "8 -> 16 (of tuning.from)"}`. Nothing changes without `tuning.from`, or if its directory cannot be read or
-    holds an adapter of another method: `problems` reports that.
+    `{"tuning.rank": "8 -> 16 (of tuning.from)"}`. Nothing changes if `tuning.from` is not set, or if its directory cannot be
+    read or holds an adapter of another method: `continuation_problems` reports these two.
     """
     if not isinstance(tuning, AdapterConfig) or tuning.from_ is None:
         return {}
-    stored = read_settings(tuning.from_)
-    if isinstance(stored, str) or not _same_method(tuning, stored):
+    stored = read_adapter_settings(tuning.from_)
+    if isinstance(stored, str) or not _is_of_same_method(tuning, stored):
         return {}
     if isinstance(tuning, LoraConfig):
         stored = _with_expert_settings(stored)
     adopted: dict[str, str] = {}
     defaults = type(tuning)()
     # Our field -> the key in adapter_config.json, such as rank -> r.
-    peft_keys = {**PEFT_KEYS.get(type(tuning), {}), "targets": "target_modules", "modules_to_save": "modules_to_save"}
+    peft_keys = {
+        **PEFT_KEY_BY_FIELD_BY_METHOD.get(type(tuning), {}),
+        "targets": "target_modules",
+        "modules_to_save": "modules_to_save",
+    }
     for field, peft_key in peft_keys.items():
         current = getattr(tuning, field)
         stored_value: Any = stored.get(peft_key)
         if f"tuning.{field}" in cli_keys or current != getattr(defaults, field):
             continue  # the user chose it
-        if stored_value is None or _comparable(stored_value) == _comparable(current):
+        if stored_value is None or _as_comparable(stored_value) == _as_comparable(current):
             continue  # the adapter has no such setting, or the same value
         if isinstance(stored_value, list):
             stored_value = sorted(stored_value)
@@ -136,33 +141,36 @@ def adopt_adapter_settings(tuning: TuningConfig, cli_keys: set[str]) -> dict[str
     return adopted
 
 
-def problems(tuning: AdapterConfig) -> Iterator[str]:
-    """What keeps a run from continuing the adapter that `tuning.from` names, one line each.
+def continuation_problems(tuning: AdapterConfig) -> Iterator[str]:
+    """What keeps a run from continuing the adapter that `tuning.from` names, one line each. Cases, in order:
 
-    A method that cannot continue adapters, an unreadable directory or another method is the only line; then come all settings
-    that differ from the adapter's, and initial values that would be replaced.
+    - `tuning.from` is not set: nothing.
+    - the method cannot continue adapters, the directory cannot be read, or its adapter is of another method: this line alone.
+    - else: one line for each setting that differs from the adapter's, and one if `tuning.init` asks for initial values, which the
+      adapter's values would replace.
     """
     if tuning.from_ is None:
         return
     setting = f"tuning.from={tuning.from_}"
-    if not isinstance(tuning, PeftConfig) and (reason := method_of(tuning).no_start):
+    # Every method of `tuning=peft` can continue, and an unknown `tuning.type` would have no row in the table of methods.
+    if not isinstance(tuning, PeftConfig) and (reason := method_of(tuning).continuation_refusal):
         yield f"{setting} with tuning={tuning.name}: {reason}; fold that adapter with export.merge=true, and give model.path"
         return
-    stored = read_settings(tuning.from_)
+    stored = read_adapter_settings(tuning.from_)
     if isinstance(stored, str):
         yield f"{setting}: {stored}"
         return
-    if not _same_method(tuning, stored):
+    if not _is_of_same_method(tuning, stored):
         stored_type = str(stored.get("peft_type")).lower()
         own_type = tuning.type if isinstance(tuning, PeftConfig) else tuning.name
         yield f"{setting}: was made by {stored_type}, not by {own_type}; choose the same method"
         return
     if isinstance(tuning, LoraConfig):
         stored = _with_expert_settings(stored)
-    for field, peft_key in PEFT_KEYS.get(type(tuning), {}).items():
+    for field, peft_key in PEFT_KEY_BY_FIELD_BY_METHOD.get(type(tuning), {}).items():
         current = getattr(tuning, field)
         stored_value = stored.get(peft_key)
-        if stored_value is not None and _comparable(stored_value) != _comparable(current):
+        if stored_value is not None and _as_comparable(stored_value) != _as_comparable(current):
             yield f"{setting}: was made with tuning.{field}={stored_value}, not {current}; set it so, or leave it out"
     if isinstance(tuning, LoraConfig) and tuning.init != "default":
         yield f"tuning.init={tuning.init}: the values come from tuning.from; use tuning.init=default"
@@ -171,10 +179,11 @@ def problems(tuning: AdapterConfig) -> Iterator[str]:
 def merge_problems(directory: str) -> Iterator[str]:
     """What keeps an adapter directory of `model.adapters` from being merged into the base: one line, or none.
 
-    The directory cannot be read, or its method is unknown here, cannot be merged, or cannot be continued.
+    There is a line if the directory cannot be read, or if its method is unknown here or cannot be merged. A method whose training
+    cannot continue from its files cannot be merged from them either.
     """
     setting = f"model.adapters={directory}"
-    stored = read_settings(directory)
+    stored = read_adapter_settings(directory)
     if isinstance(stored, str):
         yield f"{setting}: {stored}"
         return
@@ -182,10 +191,10 @@ def merge_problems(directory: str) -> Iterator[str]:
     if method_name == "ln_tuning":  # peft's name for it
         method_name = "ln"
     method = METHODS.get(method_name) or PEFT_METHODS.get(method_name)
-    if method is None or method.no_merge or method.no_start:
+    if method is None or method.merge_refusal or method.continuation_refusal:
         reason = "which is not proven here"
         if method is not None:
-            reason = f"which cannot be folded: {method.no_merge or method.no_start}"
+            reason = f"which cannot be folded: {method.merge_refusal or method.continuation_refusal}"
         yield (
             f"{setting}: was made by {method_name}, {reason}; leave it out, or merge it with peft and give that as model.path"
         )
@@ -194,8 +203,8 @@ def merge_problems(directory: str) -> Iterator[str]:
 def _with_expert_settings(stored: dict[str, Any]) -> dict[str, Any]:
     """The settings of a stored LoRA adapter, with the fields `experts` and `router` that our `LoraConfig` has and peft has not.
 
-    peft has one list, `target_parameters`. By the name of each:
-    - not ending in `.weight` (`mlp.experts.gate_up_proj`): experts.
+    peft has one list of names, `target_parameters`. Each name says what was adapted:
+    - without `.weight` at its end (`mlp.experts.gate_up_proj`): experts.
     - `gate.weight` and `router.weight`: a router.
     - else: a linear layer, which is added to `target_modules`.
     """
@@ -205,7 +214,7 @@ def _with_expert_settings(stored: dict[str, Any]) -> dict[str, Any]:
     target_parameters = stored.get("target_parameters") or []
     for name in target_parameters:
         layer = name.removesuffix(".weight")
-        if layer == name:
+        if not name.endswith(".weight"):
             has_experts = True
         elif layer.rsplit(".", 1)[-1] in ("gate", "router"):
             has_router = True
@@ -217,12 +226,12 @@ def _with_expert_settings(stored: dict[str, Any]) -> dict[str, Any]:
     return {**stored, "target_modules": target_modules, "experts": has_experts, "router": has_router}
 
 
-def _same_method(tuning: AdapterConfig, stored: dict[str, Any]) -> bool:
+def _is_of_same_method(tuning: AdapterConfig, stored: dict[str, Any]) -> bool:
     """Whether an adapter's stored settings are of the run's method."""
     return str(stored.get("peft_type", "")).lower() == peft_type_of(tuning)
 
 
-def _comparable(value: Any) -> Any:
+def _as_comparable(value: Any) -> Any:
     """A value that compares as equal for a set and a list of the same names, and for None, false and empty."""
     if isinstance(value, set | list | tuple):
         return sorted(map(str, value))

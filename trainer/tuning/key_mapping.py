@@ -13,44 +13,44 @@ from typing import Any
 from torch import nn
 
 from strategies.errors import ConfigError
-from trainer.tuning.compat.peft import keys_after_loading
-from trainer.tuning.compat.transformers import checkpoint_name
+from trainer.tuning.compat.peft import loaded_key_by_stored_key
+from trainer.tuning.compat.transformers import published_name
 from trainer.tuning.replica import ADAPTER
 
 _PREFIX = "base_model.model."
 
 
-def keys_in_file(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[str, str | None]:
+def replacement_keys(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[str, str | None]:
     """For each of peft's own `keys` that plain peft would not load back: the key to store instead, or None if none would do.
 
-    Keys that are loaded back are left out, so that an empty dict is the usual result. `model`: wrapped or plain. `settings`:
-    peft's config.
+    Keys that are loaded back are left out, so that an empty dict is the usual result. `model`: with or without adapters.
+    `settings`: peft's config.
     """
     keys = list(keys)
-    loaded_keys = keys_after_loading(model, settings, keys, ADAPTER)
-    lost = [key for key in keys if loaded_keys[key] != key]
-    if not lost:
+    loaded_key_by_key = loaded_key_by_stored_key(model, settings, keys, ADAPTER)
+    lost_keys = [key for key in keys if loaded_key_by_key[key] != key]
+    if not lost_keys:
         return {}
     # Try the checkpoint's name of the layer: peft may rename that one to the model's.
-    checkpoint_keys = {key: _checkpoint_key(model, key) for key in lost}
-    loaded_keys = keys_after_loading(model, settings, checkpoint_keys.values(), ADAPTER)
-    replaced_keys: dict[str, str | None] = {}
+    checkpoint_keys = {key: _checkpoint_key(model, key) for key in lost_keys}
+    loaded_key_by_checkpoint_key = loaded_key_by_stored_key(model, settings, checkpoint_keys.values(), ADAPTER)
+    replacements: dict[str, str | None] = {}
     for key, checkpoint_key in checkpoint_keys.items():
-        replaced_keys[key] = checkpoint_key if loaded_keys[checkpoint_key] == key else None
-    return replaced_keys
+        replacements[key] = checkpoint_key if loaded_key_by_checkpoint_key[checkpoint_key] == key else None
+    return replacements
 
 
-def unloadable_layers(model: nn.Module, settings: Any) -> list[str]:
+def unloadable_layer_names(model: nn.Module, settings: Any) -> list[str]:
     """Names of the linear layers of a plain model whose LoRA adapters plain peft would not load back under any key."""
     layer_of_key = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             layer_of_key[f"{_PREFIX}{name}.lora_A.weight"] = name
-    replaced_keys = keys_in_file(model, settings, layer_of_key)
+    replaced_keys = replacement_keys(model, settings, layer_of_key)
     return [layer_of_key[key] for key, replacement in replaced_keys.items() if replacement is None]
 
 
-def check_loadable(model: Any) -> None:
+def check_adapters_loadable(model: Any) -> None:
     """Raise ConfigError if plain peft would not load all of a tuned model's LoRA adapters back from its export.
 
     peft applies a base's renaming of keys to adapters too, and so may find no layer for some key.
@@ -62,7 +62,7 @@ def check_loadable(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name and parameter.requires_grad:
             keys.append(name.replace(f".{ADAPTER}", ""))  # files do not have the adapter's name
-    replaced_keys = keys_in_file(model, settings, keys)
+    replaced_keys = replacement_keys(model, settings, keys)
     lost = [key for key, replacement in replaced_keys.items() if replacement is None]
     if lost:
         layer = lost[0].removeprefix(_PREFIX).split(".lora_")[0]
@@ -74,6 +74,6 @@ def check_loadable(model: Any) -> None:
 
 
 def _checkpoint_key(model: Any, key: str) -> str:
-    """The key with the checkpoint's name of the layer in place of the model's."""
+    """An adapter's key with the layer's name in published checkpoints in place of its name in the model."""
     plain_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return _PREFIX + checkpoint_name(plain_model, key.removeprefix(_PREFIX))
+    return _PREFIX + published_name(plain_model, key.removeprefix(_PREFIX))

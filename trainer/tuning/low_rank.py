@@ -37,11 +37,11 @@ class LowRank:
     """`[E, out, r]`."""
     scaling: float
 
-    def of_experts(self, first: int, end: int) -> LowRank:
+    def slice_of_experts(self, first: int, end: int) -> LowRank:
         """The update of experts `first` to `end`, without `end`."""
         return LowRank(self.down[first:end], self.up[first:end], self.scaling)
 
-    def aligned(self, dtype: torch.dtype) -> LowRank:
+    def with_aligned_rank(self, dtype: torch.dtype) -> LowRank:
         """The same update in `dtype`, with the rank rounded up (filled with zeros) to one that grouped products take."""
         rank = self.down.shape[1]
         rank_multiple = ALIGNMENT_BYTES // dtype.itemsize
@@ -74,12 +74,12 @@ def frozen_experts(
         weight = getattr(module, name)
         dtype = weight.dtype if packed is None else hidden.dtype
         # Packed weights are unpacked inside the product, and again in its backward pass: they are never kept.
-        read = _unpacked if packed is None else partial(packed.unpack, name, dtype=dtype)
-        frozen = FrozenWeights(read, offsets, module.is_transposed)
+        read_weights = _unpacked if packed is None else partial(packed.unpack, name, dtype=dtype)
+        frozen = FrozenWeights(read_weights, offsets, module.is_transposed)
         if low_rank is None:
             output = _GroupedFrozen.apply(rows.to(dtype), weight, frozen)
         else:
-            update = low_rank[name].aligned(dtype)
+            update = low_rank[name].with_aligned_rank(dtype)
             output = _GroupedLowRank.apply(rows.to(dtype), weight, update.down, update.up, update.scaling, frozen)
         if module.has_bias:
             output = output + getattr(module, f"{name}_bias")[row_experts].to(dtype)
@@ -108,22 +108,22 @@ def _unpacked(weight: Tensor) -> Tensor:
 class FrozenWeights:
     """How to read frozen weights, and which rows belong to which expert."""
 
-    read: Callable[[Tensor], Tensor]
+    read_weights: Callable[[Tensor], Tensor]
     """Gives the weights `[E, ., .]` from the parameter that holds them, which may be packed."""
     offsets: Tensor
     """`[E]` int32: where each expert's rows end."""
-    transposed: bool
+    is_transposed: bool
     """Whether weights are `[E, in, out]`, not `[E, out, in]`."""
 
     def product(self, x: Tensor, parameter: Tensor) -> Tensor:
         """`x @ W.T`, each row with its expert's W."""
-        weight = self.read(parameter)
-        return grouped_product(x, weight if self.transposed else weight.mT, self.offsets)
+        weight = self.read_weights(parameter)
+        return grouped_product(x, weight if self.is_transposed else weight.mT, self.offsets)
 
     def gradient(self, grad: Tensor, parameter: Tensor) -> Tensor:
         """`grad @ W`."""
-        weight = self.read(parameter)
-        return grouped_product(grad, weight.mT if self.transposed else weight, self.offsets)
+        weight = self.read_weights(parameter)
+        return grouped_product(grad, weight.mT if self.is_transposed else weight, self.offsets)
 
 
 class _GroupedFrozen(torch.autograd.Function):
@@ -161,7 +161,8 @@ class _GroupedLowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        """The gradients of x, A (`down`) and B (`up`) of all experts; rows are sorted by expert; the frozen weight has none."""
+        """The gradients of x, A (`down`) and B (`up`) of all experts; the frozen weight has none. `grad [S, out]`: of the
+        output."""
         x, parameter, down, up, projected = ctx.saved_tensors
         offsets = ctx.frozen.offsets
         grad = grad.contiguous()
@@ -178,9 +179,8 @@ class _GroupedLowRank(torch.autograd.Function):
 def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """For each expert e the product `left[rows of e].T @ right[rows of e]`, which is a weight's gradient: `[E, a, b]`.
 
-    `left` is `[S, a]` and `right` `[S, b]`; both have the rows sorted by expert.
-
-    `offsets [E]`: where each expert's rows end. An expert without rows gets zeros.
+    `left` is `[S, a]` and `right` `[S, b]`; both have the rows sorted by expert. `offsets [E]`: where each expert's rows end. An
+    expert without rows gets zeros.
     """
     if has_grouped_kernel(left, right, offsets):
         return torch.nn.functional.grouped_mm(left.mT, right, offs=offsets)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from strategies.errors import ConfigError
 from trainer.tuning.adapter import Adapter
-from trainer.tuning.adapter_checkpoint import StoredAdapter, peft_settings
+from trainer.tuning.adapter_checkpoint import StoredAdapter, stored_peft_config
 from trainer.tuning.base import AdapterConfig, BaseReader
 from trainer.tuning.replica import ADAPTER
 
@@ -22,11 +22,11 @@ class MergedAdapters:
         """`model`: the architecture on meta, without adapters; `key`: the setting that names the directories."""
         self._adapters = [_MergedAdapter(model, directory, key) for directory in directories]
 
-    def changed_names(self) -> set[str]:
+    def changed_base_names(self) -> set[str]:
         """Base names of the parameters that an adapter changes."""
         names: set[str] = set()
         for adapter in self._adapters:
-            names |= adapter.changed_names
+            names |= adapter.changed_base_names
         return names
 
     def full_tensor(self, name: str, base: BaseReader) -> Tensor:
@@ -54,19 +54,19 @@ class _MergedAdapter:
 
     def __init__(self, model: nn.Module, directory: str, key: str) -> None:
         path = Path(directory).expanduser()
-        settings: Any = peft_settings(path, key)
+        settings: Any = stored_peft_config(path, key)
         settings.inference_mode = False
         self.tuning = Adapter(AdapterConfig())
-        self.model = self.tuning.wrap(copy.deepcopy(model), settings)
+        self.model = self.tuning.wrap_in_peft(copy.deepcopy(model), settings)
         self.stored = StoredAdapter(path, key)
         self.stored.match_names(self.model)
         self.stored.fill_buffers(self.model)
         self.fully_trained_names: dict[str, str] = {}
         """Full names of parameters that trained in full, by their base names: they replace the base's."""
-        for name in self.stored.names:
+        for name in self.stored.file_key_by_name:
             if f".modules_to_save.{ADAPTER}." in name:
                 self.fully_trained_names[self.tuning.base_name(name)] = name
-        self.changed_names = self.tuning.changed_names() | set(self.fully_trained_names)
+        self.changed_base_names = self.tuning.changed_base_names() | set(self.fully_trained_names)
         self._refuse_foreign_tensors(f"{key}={directory}")
         self._refuse_shared_parameters(f"{key}={directory}")
         self._cached_layer = ""
@@ -80,7 +80,7 @@ class _MergedAdapter:
         """
         fully_trained = set(self.fully_trained_names.values())
         foreign_names = []
-        for name in self.stored.names:
+        for name in self.stored.file_key_by_name:
             if not self.tuning.is_added_parameter(name) and name not in fully_trained:
                 foreign_names.append(name)
         if foreign_names:
@@ -99,7 +99,7 @@ class _MergedAdapter:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             base_name = self.tuning.base_name(name)
             first_name = first_names.setdefault(id(parameter), base_name)
-            if first_name != base_name and {first_name, base_name} & self.changed_names:
+            if first_name != base_name and {first_name, base_name} & self.changed_base_names:
                 raise ConfigError(
                     f"{setting}: changes {base_name}, which {first_name} shares; the other would change too. Merge it with "
                     "peft, and give the merged model as model.path"
@@ -114,14 +114,14 @@ class _MergedAdapter:
         """
         if name in self.fully_trained_names:
             return self.stored.tensor(self.fully_trained_names[name])
-        if name not in self.changed_names:
+        if name not in self.changed_base_names:
             return base.full_tensor(name)
-        layer, key = self.tuning.layer_of(name)
+        layer, key = self.tuning.layer_and_key_of(name)
         if self._cached_layer != layer:
             trained = {}
-            for full_name in self.tuning.added_names(layer):
-                if full_name in self.stored.names:
+            for full_name in self.tuning.added_parameter_names(layer):
+                if full_name in self.stored.file_key_by_name:
                     trained[full_name] = self.stored.tensor(full_name)
-            self._cached_parameters = self.tuning.merged(layer, base, trained, self.model)
+            self._cached_parameters = self.tuning.merged_parameters(layer, base, trained, self.model)
             self._cached_layer = layer
         return self._cached_parameters[key]

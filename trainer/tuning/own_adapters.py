@@ -16,14 +16,14 @@ from trainer.tuning.replica import ADAPTER
 class AddedParameters:
     """A frozen base and added parameters, which cannot be merged into it.
 
-    A subclass fills `_owned`, and leaves the added parameters out of its forward pass while `active` is false.
+    A subclass fills `_added_names`, and leaves the added parameters out of its forward pass while `is_active` is false.
     """
 
     adapter = True
     keeps_base = True
 
-    wrapper = ""
-    """Prefix that the method's wrapper puts before the names of the base."""
+    wrapper_prefix = ""
+    """Prefix that the method's wrapper_prefix puts before the names of the base."""
 
     def __init__(
         self, config: TuningConfig, *, train_embeddings: bool = False, new_heads: tuple[str, ...] = ()
@@ -35,9 +35,9 @@ class AddedParameters:
             )
         self.config = config
         self.new_heads = new_heads
-        self.active = True
+        self.is_active = True
         """Whether the added parameters take part in forward passes; false within `reference`."""
-        self._owned: set[str] = set()
+        self._added_names: set[str] = set()
         """Full names of the added parameters."""
 
     def merge(self, model: nn.Module) -> nn.Module:
@@ -47,23 +47,23 @@ class AddedParameters:
     @contextmanager
     def reference(self, model: nn.Module) -> Iterator[None]:
         """Switch the added parameters off. Only a flag changes, so that an engine may gather parameters meanwhile."""
-        was_active = self.active
-        self.active = False
+        was_active = self.is_active
+        self.is_active = False
         try:
             yield
         finally:
-            self.active = was_active
+            self.is_active = was_active
 
     def base_name(self, name: str) -> str:
         """The name a wrapped parameter has in the base model's checkpoint."""
-        name = name.removeprefix(self.wrapper)
-        for part in (".original_module", f".modules_to_save.{ADAPTER}"):
-            name = name.replace(part, "")
+        name = name.removeprefix(self.wrapper_prefix)
+        for wrapper_name in (".original_module", f".modules_to_save.{ADAPTER}"):
+            name = name.replace(wrapper_name, "")
         return name
 
     def is_added_parameter(self, name: str) -> bool:
         """Whether the method added this parameter."""
-        return name in self._owned
+        return name in self._added_names
 
     def rewrites(self, name: str) -> bool:
         """False: every base weight starts at the checkpoint's value."""

@@ -25,7 +25,7 @@ from trainer.tuning.config import (
     peft_type_of,
 )
 
-_RESERVED_FIELDS = (
+_OPTIONS_WE_SET = (
     "target_modules",
     "modules_to_save",
     "peft_type",
@@ -42,14 +42,14 @@ def peft_config(config: AdapterConfig) -> Any:
     peft_type = peft_type_of(config)
     settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type.upper())]
     try:
-        return settings_class(**_options(config))
+        return settings_class(**_peft_options(config))
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(
             f"tuning={config.name}: peft refuses these options: {' '.join(str(error).split())}"
         ) from error
 
 
-def _options(config: AdapterConfig) -> dict[str, Any]:
+def _peft_options(config: AdapterConfig) -> dict[str, Any]:
     """The method's own options under peft's names."""
     match config:
         case LoraConfig():
@@ -64,7 +64,7 @@ def _options(config: AdapterConfig) -> dict[str, Any]:
                 "init_lora_weights": True if config.init == "default" else config.init,
             }
         case AdaLoraConfig():
-            return _adalora(config)
+            return _adalora_options(config)
         case Ia3Config():
             return {"feedforward_modules": list(config.feedforward) or None}
         case VeraConfig():
@@ -103,7 +103,7 @@ def _options(config: AdapterConfig) -> dict[str, Any]:
             return {}
 
 
-def _adalora(config: AdaLoraConfig) -> dict[str, Any]:
+def _adalora_options(config: AdaLoraConfig) -> dict[str, Any]:
     """AdaLoRA's options under peft's names."""
     return {
         "init_r": config.init_rank,
@@ -149,7 +149,7 @@ def option_problems(peft_type: str, options: dict[str, Any]) -> list[str]:
     peft = load_peft()
     settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type.upper())]
     field_names = {field.name for field in fields(settings_class)}
-    known_options = sorted(field_names - set(_RESERVED_FIELDS))
+    known_options = sorted(field_names - set(_OPTIONS_WE_SET))
     problems = []
     for name in options:
         key = f"tuning.options.{name}={options[name]}"

@@ -19,17 +19,18 @@ from trainer.tuning.own_adapters import is_causal
 
 @dataclass(frozen=True, slots=True)
 class PrefixShape:
-    """How the encoder's output for a prefix, `[tokens, layers * 2 * heads * width of a head]`, is cut into keys and values."""
+    """How the encoder's output for a prefix, `[tokens, num_layers * 2 * num_heads * head_dim]`, is cut into keys and values."""
 
-    layers: int
-    heads: int
+    num_layers: int
+    num_heads: int
 
 
 class Prepend:
     """Hooks on one decoder that prepend virtual tokens to its inputs and strip their rows from its output.
 
-    `encoder`: makes the virtual tokens from their numbers. `prefix`: how its output is cut into keys and values; None if it
-    gives embeddings. `is_active()` is asked at the beginning of each forward pass: if it is false, the pass is left as it is.
+    `encoder`: makes the virtual tokens from their numbers 0 to P - 1. `prefix`: how the encoder's output is cut into keys and
+    values; None if the encoder gives embeddings. `is_active()` is asked at the beginning of each forward pass: if it is false,
+    the pass is left as it is.
     """
 
     def __init__(
@@ -37,21 +38,21 @@ class Prepend:
         decoder: nn.Module,
         encoder: nn.Module,
         embeddings: nn.Module,
-        num_tokens: int,
+        num_virtual_tokens: int,
         prefix: PrefixShape | None,
         is_active: Callable[[], bool] = lambda: True,
     ) -> None:
         self.encoder = encoder
         self.embeddings = embeddings
-        self.num_tokens = num_tokens
+        self.num_virtual_tokens = num_virtual_tokens
         self.prefix = prefix
         self.is_active = is_active
         self.argument_names = list(inspect.signature(decoder.forward).parameters)
         self.cache_argument = cache_argument(decoder)
         self.strips_rows = is_causal(decoder)
         """Not for an encoder for classification (BERT's kind): its head reads the first row, a virtual token's, as under peft."""
-        self.added_rows = 0
-        """Rows that the running forward pass has in addition to the caller's."""
+        self.num_added_rows = 0
+        """Rows of the hidden states that the current forward pass has in addition to the caller's; 0 between passes."""
         decoder.register_forward_pre_hook(self._prepend_tokens, with_kwargs=True)
         decoder.register_forward_hook(self._strip_rows)
         if prefix is not None:
@@ -64,14 +65,14 @@ class Prepend:
         """A forward pre-hook of the decoder: returns its inputs as (no positional arguments, all arguments by name).
 
         - inactive, so that the base alone computes (a reference): the inputs as they are.
-        - the cache holds tokens already (generation after its first pass): only the mask and the positions change, since the
+        - the KV cache holds tokens already (generation after its first pass): only the mask and the positions change, since the
           cache has the virtual tokens.
         - else: the virtual tokens stand before the inputs, as embeddings or as keys and values.
 
         Raises ValueError for a row of several documents, each of which would need virtual tokens of its own.
         """
         inputs = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
-        self.added_rows = 0
+        self.num_added_rows = 0
         if not self.is_active():
             return (), inputs
         if inputs.get("cu_seq_lens_q") is not None:
@@ -90,9 +91,9 @@ class Prepend:
 
     def _strip_rows(self, _decoder: nn.Module, _args: Any, output: Any) -> Any:
         """The hook behind the decoder: its output without the rows of the virtual tokens."""
-        if self.added_rows and self.strips_rows:
-            output.last_hidden_state = output.last_hidden_state[:, self.added_rows :]
-        self.added_rows = 0
+        if self.num_added_rows and self.strips_rows:
+            output.last_hidden_state = output.last_hidden_state[:, self.num_added_rows :]
+        self.num_added_rows = 0
         return output
 
     def _extend_mask_and_positions(self, inputs: dict[str, Any]) -> None:
@@ -102,53 +103,56 @@ class Prepend:
         if mask is not None:
             if mask.dim() != 2:
                 raise ValueError("virtual tokens need a mask of two dimensions; switch static caches off")
-            inputs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.num_tokens), mask], dim=1)
+            inputs["attention_mask"] = torch.cat(
+                [mask.new_ones(mask.prefix_shape[0], self.num_virtual_tokens), mask], dim=1
+            )
         if positions is not None:
-            inputs["position_ids"] = positions + self.num_tokens
+            inputs["position_ids"] = positions + self.num_virtual_tokens
 
     def _prepend_prompt(self, inputs: dict[str, Any]) -> None:
         """Replace the input ids by embeddings `[B, P + T, H]` that begin with those of the P virtual tokens."""
         ids = inputs.pop("input_ids", None)
         embedded = self.embeddings(ids) if ids is not None else inputs["inputs_embeds"]
-        batch_size = embedded.shape[0]
-        token_numbers = torch.arange(self.num_tokens, device=embedded.device)[None]
+        batch_size = embedded.prefix_shape[0]
+        token_numbers = torch.arange(self.num_virtual_tokens, device=embedded.device)[None]
         prompt = self.encoder(token_numbers).to(embedded.dtype).expand(batch_size, -1, -1)
         inputs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
         positions = inputs.get("position_ids")
         if positions is not None:  # shifted already; the virtual tokens have the positions before them
-            inputs["position_ids"] = torch.cat([token_numbers.expand(positions.shape[0], -1), positions], dim=1)
-        self.added_rows = self.num_tokens
+            inputs["position_ids"] = torch.cat([token_numbers.expand(positions.prefix_shape[0], -1), positions], dim=1)
+        self.num_added_rows = self.num_virtual_tokens
 
-    def _prepend_prefix(self, inputs: dict[str, Any], cache: Any, shape: PrefixShape) -> None:
+    def _prepend_prefix(self, inputs: dict[str, Any], cache: Any, prefix_shape: PrefixShape) -> None:
         """Let every layer attend to the keys and values of the virtual tokens, through the decoder's KV cache:
 
-        - the caller gives a cache, which is empty in the first pass: the prefix is put into it.
-        - no cache, and none is wanted (training): a read-only one, so that a recomputed block does not find its own keys in it.
+        - no cache, and `use_cache` is off (training): a read-only one, so that a recomputed block does not find its own keys in
+          it.
         - no cache, but `use_cache` (generation): a new one, to which the decoder appends.
+        - the caller gives a cache: the prefix is put into it. It must be empty, as in the first pass of a generation.
 
-        `inputs`: keyword arguments of the decoder, changed in place. `cache`: the caller's, or None. `shape`: layers
+        `inputs`: keyword arguments of the decoder, changed in place. `cache`: the caller's, or None. `prefix_shape`: layers
         and heads of the prefix, which the encoder makes as one row for each virtual token.
         """
-        by_layer = self._encode_prefix(inputs, shape)
+        keys_and_values = self._encode_prefix(inputs, prefix_shape)
         assert self.cache_argument is not None, "checked when the method was applied"
         if cache is None and not inputs.get("use_cache"):
-            inputs[self.cache_argument] = read_only_cache(by_layer)
+            inputs[self.cache_argument] = read_only_cache(keys_and_values)
             return
         if cache is None:
             from transformers import DynamicCache
 
             cache = inputs[self.cache_argument] = DynamicCache()
-        for layer, (keys, values) in enumerate(by_layer):
-            cache.update(keys, values, layer)
+        for layer_index, (keys, values) in enumerate(keys_and_values):
+            cache.update(keys, values, layer_index)
 
-    def _encode_prefix(self, inputs: dict[str, Any], shape: PrefixShape) -> Tensor:
-        """The keys and values of the P virtual tokens, `[layers, 2, B, heads, P, width of a head]`; keys come first."""
-        model_input = inputs.get("input_ids")
-        if model_input is None:
-            model_input = inputs["inputs_embeds"]
-        batch_size = model_input.shape[0]
-        encoded = self.encoder(torch.arange(self.num_tokens, device=model_input.device)[None])
-        by_token = encoded.view(1, self.num_tokens, shape.layers, 2, shape.heads, -1)
+    def _encode_prefix(self, inputs: dict[str, Any], prefix_shape: PrefixShape) -> Tensor:
+        """The keys and values of the P virtual tokens, `[num_layers, 2, B, num_heads, P, head_dim]`; keys come first."""
+        input_tensor = inputs.get("input_ids")
+        if input_tensor is None:
+            input_tensor = inputs["inputs_embeds"]
+        batch_size = input_tensor.prefix_shape[0]
+        encoded = self.encoder(torch.arange(self.num_virtual_tokens, device=input_tensor.device)[None])
+        by_token = encoded.view(1, self.num_virtual_tokens, prefix_shape.num_layers, 2, prefix_shape.num_heads, -1)
         by_layer = by_token.permute(2, 3, 0, 4, 1, 5)
         return by_layer.expand(-1, -1, batch_size, -1, -1, -1)
 
@@ -159,12 +163,12 @@ def cache_argument(decoder: nn.Module) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
-def read_only_cache(by_layer: Tensor) -> Any:
-    """A transformers Cache that holds the keys and values of P virtual tokens, and never grows.
+def read_only_cache(keys_and_values: Tensor) -> Any:
+    """A transformers Cache that holds the keys and values of P virtual tokens. Its `update` returns them before new ones, and
+    keeps no new ones.
 
-    `by_layer`: `[layers, 2 (keys, values), B, heads, P, width]`.
-
-    A cache as transformers makes it grows with every call, so that a block that is recomputed would meet its own keys.
+    `keys_and_values`: `[num_layers, 2, B, num_heads, P, head_dim]`, keys first. A cache as transformers makes it grows with every
+    call, so that a block that is recomputed would meet its own keys.
     """
     from transformers import Cache, DynamicLayer
 
@@ -183,4 +187,4 @@ def read_only_cache(by_layer: Tensor) -> Any:
             values = self.values.to(value_states.dtype)  # type: ignore[union-attr]
             return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
-    return Cache(layers=[Prefix(keys, values) for keys, values in by_layer])
+    return Cache(layers=[Prefix(keys, values) for keys, values in keys_and_values])

@@ -23,7 +23,7 @@ ADAPTER = "default"
 """peft's name of the one adapter that a model has here; it stands in parameter names."""
 
 
-class LoneParameter(nn.Module):
+class SingleParameterLayer(nn.Module):
     """A layer with one parameter: stands for a parameter of a larger module that peft adapts by itself (`target_parameters`)."""
 
     def __init__(self, key: str, parameter: Tensor, *, is_transposed: bool) -> None:
@@ -33,14 +33,14 @@ class LoneParameter(nn.Module):
         """Whether matrices are `[in, out]`; peft reads this attribute."""
 
 
-class AdapterReplicas:
+class AdaptedLayerBuilder:
     """Copies of the adapted layers of one model, made when they are needed. Keeps the last one."""
 
     def __init__(self, settings: Any, base_layers: dict[str, nn.Module], *, reads_base: bool) -> None:
         """`settings`: peft's config. `base_layers`: on meta, by name in the base model."""
         self.settings = settings
         self.base_layers = base_layers
-        """A `LoneParameter` is under its full name, `<module>.<parameter>`."""
+        """A `SingleParameterLayer` is under its full name, `<module>.<parameter>`."""
         self.reads_base = reads_base
         """Whether initial values depend on the base weights."""
         self._initial_layer: nn.Module | None = None
@@ -55,13 +55,14 @@ class AdapterReplicas:
             self._initial_layer_key = (name, seed)
         return self._initial_layer
 
-    def merged(
-        self, name: str, base: BaseReader, seed: int, trained: dict[str, Tensor], live_layer: nn.Module
+    def merged_parameters(
+        self, name: str, base: BaseReader, seed: int, trained: dict[str, Tensor], buffer_source: nn.Module
     ) -> dict[str, Tensor]:
         """The base parameters of layer `name` with the adapter merged in, float32, by their name in the layer.
 
-        `trained`: the adapter's full tensors, by their name in the layer. `live_layer`: the layer in the model, from which
-        buffers are copied, such as a projection that layers share.
+        `trained`: the adapter's full tensors, by their name in the layer. `seed`: that of the run, from which some methods draw
+        frozen factors. `buffer_source`: the layer in the model, from which buffers are copied, such as a projection that layers
+        share.
         """
         layer: Any = self._build_layer(name, base, seed)
         parameters = dict(layer.named_parameters())
@@ -72,7 +73,7 @@ class AdapterReplicas:
                 if f"{path}.".startswith("base_layer."):
                     continue
                 buffers = own_buffers(owner)
-                live_buffers = own_buffers(live_layer.get_submodule(path)) if buffers else {}
+                live_buffers = own_buffers(buffer_source.get_submodule(path)) if buffers else {}
                 for key in buffers:
                     buffers[key] = live_buffers[key].cpu()  # type: ignore[union-attr]
             layer.eval()
@@ -81,7 +82,7 @@ class AdapterReplicas:
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The buffers that peft adds, with their values, by name in peft's wrapper of the whole model."""
-        layers = [name for name, base in self.base_layers.items() if not isinstance(base, LoneParameter)]
+        layers = [name for name, base in self.base_layers.items() if not isinstance(base, SingleParameterLayer)]
         if not layers:
             return
         tuner = self._wrap(layers, None, seed=0)
@@ -96,7 +97,7 @@ class AdapterReplicas:
 
     def _module_name(self, name: str) -> str:
         """The name of the module that holds an adapted layer: for a parameter adapted by itself, the module around it."""
-        if isinstance(self.base_layers[name], LoneParameter):
+        if isinstance(self.base_layers[name], SingleParameterLayer):
             return name.rpartition(".")[0]
         return name
 
@@ -115,7 +116,7 @@ class AdapterReplicas:
         for name in names:
             module_name = self._module_name(name)
             _add_at_path(model, module_name, _copy_with_values(self.base_layers[name], module_name, base))
-            if isinstance(self.base_layers[name], LoneParameter):
+            if isinstance(self.base_layers[name], SingleParameterLayer):
                 parameters.append(name)
             else:
                 modules.append(name)

@@ -31,110 +31,116 @@ class Method:
     """Whether the export is an adapter beside an unchanged base, else a whole model."""
     reads_base: bool = False
     """Whether initial values depend on the base weights."""
-    no_merge: str = ""
+    merge_refusal: str = ""
     """Why the adapter cannot be folded into the base; empty where it can."""
-    no_head: str = ""
+    new_head_refusal: str = ""
     """Why it cannot train and keep a new head (classification, reward models); empty where it can."""
-    no_new_tokens: str = ""
+    new_tokens_refusal: str = ""
     """Why it cannot train the embeddings of new vocabulary; empty where it can, or where peft decides by the model."""
-    no_seq2seq: str = ""
+    seq2seq_refusal: str = ""
     """Why it cannot train an encoder-decoder model; empty where it can."""
-    refused: dict[str, str] = field(default_factory=dict)
+    refusal_by_property: dict[str, str] = field(default_factory=dict)
     """Keys of `PROPERTIES` that it does not work with, and why."""
-    strategies: dict[str, str] = field(default_factory=dict)
+    refusal_by_strategy: dict[str, str] = field(default_factory=dict)
     """Strategies that it does not work under, and why."""
-    no_start: str = ""
+    continuation_refusal: str = ""
     """Why training cannot continue from its files, nor merge them into a base; empty if it can."""
-    optimizers: dict[str, str] = field(default_factory=dict)
+    refusal_by_optimizer: dict[str, str] = field(default_factory=dict)
     """Optimizers that it is not trained with, and why; all others train it alike under every strategy that runs them."""
 
 
-_IN_PLACE = {"selective": "its gradients then differ by up to 5e-3 from those without (measured)"}
-_NO_PLACE = "the embeddings must train too, and its files have no place for them"
-_NO_PREFIX_HEAD = "peft 0.21 cannot run a prefix in the classifiers of transformers 5.24 (measured)"
-_CAUSAL_ONLY = "it is built for models of one stack, where nothing else attends to what it adds"
-_VIRTUAL_TOKENS: dict[str, Any] = {
-    "no_seq2seq": _CAUSAL_ONLY,
-    "no_merge": "virtual tokens are inputs, not weights of the base",
-    "no_new_tokens": _NO_PLACE,
-    "refused": {
+_SELECTIVE_REFUSAL = {"selective": "its gradients then differ by up to 5e-3 from those without (measured)"}
+_NO_PLACE_FOR_EMBEDDINGS_REASON = "the embeddings must train too, and its files have no place for them"
+_NO_PREFIX_HEAD_REASON = "peft 0.21 cannot run a prefix in the classifiers of transformers 5.24 (measured)"
+_CAUSAL_ONLY_REASON = "it is built for models of one stack, where nothing else attends to what it adds"
+_VIRTUAL_TOKEN_REFUSALS: dict[str, Any] = {
+    "seq2seq_refusal": _CAUSAL_ONLY_REASON,
+    "merge_refusal": "virtual tokens are inputs, not weights of the base",
+    "new_tokens_refusal": _NO_PLACE_FOR_EMBEDDINGS_REASON,
+    "refusal_by_property": {
         "padding_free": "virtual tokens stand before a document, which then needs a row of its own",
         "sequence": "each document has a row of its own, with virtual tokens before it, and rows of padding are not cut",
     },
 }
-_TRAINS_BASE = {"quantised": "it trains the base itself, and a rounded weight cannot take a small step"}
-_READS_WEIGHT = {"quantised": "peft reads the base weight itself, or its shape, in every forward pass"}
-_WHOLE_GRADIENTS = (
+_TRAINED_BASE_REFUSAL = {"quantised": "it trains the base itself, and a rounded weight cannot take a small step"}
+_READ_WEIGHT_REFUSAL = {"quantised": "peft reads the base weight itself, or its shape, in every forward pass"}
+_WHOLE_GRADIENTS_REASON = (
     "it moves ranks between layers by the importance of whole weights and gradients, and these are in parts there"
 )
-_FLOAT_PROJECTION = {"half": "peft multiplies its float32 projection with half-precision activations"}
+_FLOAT_PROJECTION_REFUSAL = {"half": "peft multiplies its float32 projection with half-precision activations"}
 
 METHODS: dict[str, Method] = {
-    "full": Method(title="every parameter", adapter=False, refused=_TRAINS_BASE),
+    "full": Method(title="every parameter", adapter=False, refusal_by_property=_TRAINED_BASE_REFUSAL),
     "freeze": Method(
-        title="a part of the base: blocks, modules, biases, norms or embeddings", adapter=False, refused=_TRAINS_BASE
+        title="a part of the base: blocks, modules, biases, norms or embeddings",
+        adapter=False,
+        refusal_by_property=_TRAINED_BASE_REFUSAL,
     ),
     "lora": Method(title="low-rank update; rsLoRA, DoRA, LoRA+, PiSSA, OLoRA"),
     "adalora": Method(
         title="low-rank update whose ranks move between layers (AdaLoRA)",
-        strategies=dict.fromkeys(SHARDED, _WHOLE_GRADIENTS),
-        no_start="its matrices have lost ranks, each another number",
-        refused=_IN_PLACE,
-        optimizers={
+        refusal_by_strategy=dict.fromkeys(SHARDED, _WHOLE_GRADIENTS_REASON),
+        continuation_refusal="its matrices have lost ranks, each another number",
+        refusal_by_property=_SELECTIVE_REFUSAL,
+        refusal_by_optimizer={
             "schedule_free": "ranks are taken from the weights that train, and the average would bring them back"
         },
     ),
     "ia3": Method(title="factors on keys, values and feed-forward inputs"),
-    "vera": Method(title="vectors around one shared random projection", refused=_FLOAT_PROJECTION),
-    "loha": Method(title="Hadamard product of low-rank updates", refused=_READS_WEIGHT),
-    "lokr": Method(title="Kronecker product update", refused=_READS_WEIGHT),
+    "vera": Method(title="vectors around one shared random projection", refusal_by_property=_FLOAT_PROJECTION_REFUSAL),
+    "loha": Method(title="Hadamard product of low-rank updates", refusal_by_property=_READ_WEIGHT_REFUSAL),
+    "lokr": Method(title="Kronecker product update", refusal_by_property=_READ_WEIGHT_REFUSAL),
     "oft": Method(title="block-wise rotation of inputs"),
     "boft": Method(title="rotation by butterfly factors"),
     "ln": Method(title="normalisation layers, saved as an adapter", reads_base=True),
-    "prefix": Method(title="keys and values before every layer's", no_head=_NO_PREFIX_HEAD, **_VIRTUAL_TOKENS),
-    "prompt": Method(title="embeddings before every document's", **_VIRTUAL_TOKENS),
-    "p_tuning": Method(title="embeddings made by a small network", **_VIRTUAL_TOKENS),
+    "prefix": Method(
+        title="keys and values before every layer's", new_head_refusal=_NO_PREFIX_HEAD_REASON, **_VIRTUAL_TOKEN_REFUSALS
+    ),
+    "prompt": Method(title="embeddings before every document's", **_VIRTUAL_TOKEN_REFUSALS),
+    "p_tuning": Method(title="embeddings made by a small network", **_VIRTUAL_TOKEN_REFUSALS),
     "adaption_prompt": Method(
         title="gated attention to trained tokens (LLaMA-Adapter)",
-        no_merge="its tokens and gates are no part of any weight of the base",
-        no_head="peft's files for it have no place for a head",
-        no_seq2seq=_CAUSAL_ONLY,
-        no_new_tokens=_NO_PLACE,
-        refused={
+        merge_refusal="its tokens and gates are no part of any weight of the base",
+        new_head_refusal="peft's files for it have no place for a head",
+        seq2seq_refusal=_CAUSAL_ONLY_REASON,
+        new_tokens_refusal=_NO_PLACE_FOR_EMBEDDINGS_REASON,
+        refusal_by_property={
             "sequence": "peft attends to the trained tokens beside the model's attention, which is not proven on slices of rows",
             "experts": "the architectures whose attention peft adapts have no experts",
         },
     ),
     "bottleneck": Method(
         title="small networks behind attention and feed-forward parts",
-        no_merge="a nonlinear network cannot be folded into linear layers",
-        no_seq2seq=_CAUSAL_ONLY,
-        no_new_tokens=_NO_PLACE,
+        merge_refusal="a nonlinear network cannot be folded into linear layers",
+        seq2seq_refusal=_CAUSAL_ONLY_REASON,
+        new_tokens_refusal=_NO_PLACE_FOR_EMBEDDINGS_REASON,
     ),
 }
 """The choices of `tuning=`; `peft` has a table of its own."""
 
 PEFT_METHODS: dict[str, Method] = {
-    "beft": Method(title="bias of values", no_merge="a layer without a bias has nothing to fold it into"),
-    "c3a": Method(title="circular convolution", refused=_IN_PLACE),
-    "glora": Method(title="generalised LoRA on weights, biases and activations", refused=_READS_WEIGHT),
-    "gralora": Method(title="LoRA in blocks of the matrix", refused=_IN_PLACE),
-    "hira": Method(title="low-rank factors on the weights themselves", refused=_READS_WEIGHT),
-    "hra": Method(title="Householder reflections", refused=_READS_WEIGHT),
+    "beft": Method(title="bias of values", merge_refusal="a layer without a bias has nothing to fold it into"),
+    "c3a": Method(title="circular convolution", refusal_by_property=_SELECTIVE_REFUSAL),
+    "glora": Method(
+        title="generalised LoRA on weights, biases and activations", refusal_by_property=_READ_WEIGHT_REFUSAL
+    ),
+    "gralora": Method(title="LoRA in blocks of the matrix", refusal_by_property=_SELECTIVE_REFUSAL),
+    "hira": Method(title="low-rank factors on the weights themselves", refusal_by_property=_READ_WEIGHT_REFUSAL),
+    "hra": Method(title="Householder reflections", refusal_by_property=_READ_WEIGHT_REFUSAL),
     "miss": Method(title="shards of one small matrix"),
-    "peanut": Method(title="small networks over the weights", refused=_READS_WEIGHT),
+    "peanut": Method(title="small networks over the weights", refusal_by_property=_READ_WEIGHT_REFUSAL),
     "road": Method(title="rotations in two dimensions"),
     "waveft": Method(title="sparse update in the wavelet domain"),
 }
 """The values of `tuning.type` under `tuning=peft` that are proven here."""
 
-_VIRTUAL = "its virtual tokens are of a kind that is not built here; tuning=prompt, p_tuning and prefix are"
-_SHARED = "its layers share parameters, which sharding keeps in one layer only"
-_REBUILDS = "it takes the base weights apart when it is added, before there are any"
+_VIRTUAL_REASON = "its virtual tokens are of a kind that is not built here; tuning=prompt, p_tuning and prefix are"
+_SHARED_PARAMETERS_REASON = "its layers share parameters, which sharding keeps in one layer only"
+_TAKES_BASE_APART_REASON = "it takes the base weights apart when it is added, before there are any"
 UNSUPPORTED_TYPES: dict[str, str] = {
-    **dict.fromkeys(("multitask_prompt_tuning", "cpt", "cartridge"), _VIRTUAL),
-    **dict.fromkeys(("vblora", "unilora", "tinylora", "lily"), _SHARED),
-    **dict.fromkeys(("psoft", "osf", "frod"), _REBUILDS),
+    **dict.fromkeys(("multitask_prompt_tuning", "cpt", "cartridge"), _VIRTUAL_REASON),
+    **dict.fromkeys(("vblora", "unilora", "tinylora", "lily"), _SHARED_PARAMETERS_REASON),
+    **dict.fromkeys(("psoft", "osf", "frod"), _TAKES_BASE_APART_REASON),
     "shira": "it chooses entries of the weights when it is added, before there are any",
     "pvera": "it draws noise in every forward pass, so that no two strategies take the same steps",
     "fourierft": "its transform rounds too coarsely: strategies drift apart by more than 1e-5 within five steps",
@@ -159,4 +165,4 @@ def rewrites_base(init: str) -> bool:
 
 def needs_padded_rows(config: TuningConfig) -> bool:
     """Whether a method needs a padded row for each document, so that packing and padding-free rows are refused."""
-    return "padding_free" in method_of(config).refused
+    return "padding_free" in method_of(config).refusal_by_property

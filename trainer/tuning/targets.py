@@ -10,22 +10,22 @@ from typing import Any
 
 from torch import nn
 
-from trainer.tuning.key_mapping import unloadable_layers
+from trainer.tuning.key_mapping import unloadable_layer_names
 
-LEAST_REACH = 0.25
-"""Share of the weights of linear layers below which typed targets are told how little they reach."""
-MOST_NAMES = 6
-"""Names of further targets in a message."""
+LOW_REACH_SHARE = 0.25
+"""A user whose targets reach less than this share of the weights of linear layers is told so."""
+MAX_SUGGESTED_NAMES = 6
+"""How many names of further targets a message suggests."""
 
-ROUTING_CLASSES = re.compile(r"Router|Gate|Grouped")
-"""In the class names of linear layers that compute more than a product, such as routers that return a choice."""
+ROUTING_CLASS_REGEX = re.compile(r"Router|Gate|Grouped")
+"""Found in the class names of linear layers that compute more than a product, such as `Llama4Router`, which returns a choice."""
 
 
 def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> tuple[str | None, str]:
-    """(a regular expression of the names of modules that get no adapter, or None; a note for the user, or empty).
+    """(a regular expression of the names of modules that get no adapter, or None; a note on them for the user, or empty).
 
-    Towers for images and sound never get one: texts give them no gradient. With `every_linear` (`tuning.targets=all-linear`),
-    these are left out too:
+    Towers for images and sound never get an adapter: texts give them no gradient. With `every_linear`
+    (`tuning.targets=all-linear`), these are left out too:
     - layers that compute more than a product.
     - all layers of a state-space mixer but its input projection: its fused kernels read the other weights directly.
     - other layers whose weight the model reads without calling the layer.
@@ -40,7 +40,7 @@ def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> 
         return "|".join(patterns) or None, ""
 
     special, bypassed = _unsuitable_layers(model)
-    unloadable = [name for name in unloadable_layers(model, settings) if not name.startswith(tower_names)]
+    unloadable = [name for name in unloadable_layer_names(model, settings) if not name.startswith(tower_names)]
     exceptions = []
     if bypassed:
         exceptions.append(f"{_last_name_parts(bypassed)} (the model takes the weight past the layer)")
@@ -52,7 +52,7 @@ def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> 
     return "|".join(dict.fromkeys(patterns)) or None, note
 
 
-def linear_sizes(model: nn.Module) -> dict[str, int]:
+def num_weights_by_linear_layer(model: nn.Module) -> dict[str, int]:
     """Number of weights of each linear layer of a model without adapters, by name; for the note on how many the targets reach.
 
     The output head, towers for images or sound, and routers of experts do not count.
@@ -62,26 +62,28 @@ def linear_sizes(model: nn.Module) -> dict[str, int]:
     sizes = {}
     for name, module in model.named_modules():
         is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's linear layer
-        is_router = ROUTING_CLASSES.search(type(module).__name__) is not None
+        is_router = ROUTING_CLASS_REGEX.search(type(module).__name__) is not None
         if is_linear and not is_router and module is not head and not name.startswith(tower_names):
             sizes[name] = next(module.parameters()).numel()
     return sizes
 
 
-def little_reach(targets: object, sizes: dict[str, int], adapted: Iterable[str], unsuitable: Iterable[str]) -> str:
+def low_reach_note(targets: object, sizes: dict[str, int], adapted: Iterable[str], unsuitable: Iterable[str]) -> str:
     """What to tell a user whose targets reach few of the linear weights, with names that reach more; empty if they reach many.
 
-    `sizes`: of `linear_sizes`. `adapted`: the layers that got an adapter. `unsuitable`: those that can get none.
+    `sizes`: number of weights of each linear layer, by name. `adapted`: names of the layers that got an adapter. `unsuitable`:
+    names of the layers that can get none. Such as `['q_proj']: reaches 6% of the weights of linear layers; further names would
+    add: up_proj 25%, ...`.
     """
     total = sum(sizes.values())
     reached = sum(sizes[name] for name in adapted if name in sizes)
-    if total == 0 or reached >= LEAST_REACH * total:
+    if total == 0 or reached >= LOW_REACH_SHARE * total:
         return ""
     weights_by_name: dict[str, int] = {}
     for name in sizes.keys() - set(adapted) - set(unsuitable):
         last_part = name.rpartition(".")[2]
         weights_by_name[last_part] = weights_by_name.get(last_part, 0) + sizes[name]
-    largest = sorted(weights_by_name, key=lambda name: (-weights_by_name[name], name))[:MOST_NAMES]
+    largest = sorted(weights_by_name, key=lambda name: (-weights_by_name[name], name))[:MAX_SUGGESTED_NAMES]
     further = ", ".join(f"{name} {weights_by_name[name] / total:.0%}" for name in largest)
     all_linear = (reached + sum(weights_by_name.values())) / total
     return (
@@ -113,7 +115,7 @@ def _unsuitable_layers(model: nn.Module) -> tuple[list[str], list[str]]:
             if child is head or not isinstance(child, nn.Linear):
                 continue
             full_name = f"{owner_name}.{name}".lstrip(".")  # the root's name is empty
-            if ROUTING_CLASSES.search(type(child).__name__) or (is_mixer and name != "in_proj"):
+            if ROUTING_CLASS_REGEX.search(type(child).__name__) or (is_mixer and name != "in_proj"):
                 special.append(full_name)
             elif name in _weights_used_directly(owner_class):
                 bypassed.append(full_name)

@@ -1,6 +1,6 @@
 """Virtual tokens: prompt tuning, P-tuning and prefix tuning, with peft's own encoders and files.
 
-peft puts the tokens before the inputs in its wrapper's forward, which sharded training never calls: an objective asks the
+peft puts the tokens before the inputs in its wrapper_prefix's forward, which sharded training never calls: an objective asks the
 decoder and the head in turn. Here a hook on the decoder does it (`trainer.tuning.prepend`), and the encoder is called as a
 module inside that forward pass.
 
@@ -11,6 +11,7 @@ right. To generate from an export, load the base with transformers and call `loa
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +32,9 @@ from trainer.tuning.peft_configs import virtual_config
 from trainer.tuning.prepend import PrefixShape, Prepend, cache_argument
 from trainer.tuning.replica import ADAPTER
 
-ENCODER = f"prompt_encoder.{ADAPTER}"
-"""Where peft's wrapper holds the module that makes the virtual tokens."""
-KEY_SPREAD = 0.1
+ENCODER_MODULE = f"prompt_encoder.{ADAPTER}"
+"""Where peft's wrapper_prefix holds the module that makes the virtual tokens."""
+INITIAL_KEY_STD = 0.1
 """Standard deviation of the first keys of a prefix that starts at zero: SmolLM2-135M has the same loss as with keys of zero."""
 
 
@@ -41,7 +42,7 @@ class Virtual(AddedParameters):
     """Trained tokens before every document: as embeddings, or as keys and values of every layer (prefix)."""
 
     config: VirtualConfig
-    wrapper = "base_model."
+    wrapper_prefix = "base_model."
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class Virtual(AddedParameters):
         new_heads: tuple[str, ...] = (),
     ) -> None:
         super().__init__(config, train_embeddings=train_embeddings, new_heads=new_heads)
-        self.num_tokens = config.num_virtual_tokens
+        self.num_virtual_tokens = config.num_virtual_tokens
         self.is_prefix = isinstance(config, PrefixConfig)
         self.tokenizer = tokenizer
         # What `apply` finds out about the model:
@@ -91,14 +92,14 @@ class Virtual(AddedParameters):
             warnings.simplefilter("ignore")
             tuned: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
         detach_word_embeddings(tuned)
-        # The hook on the decoder prepends the tokens; peft's wrapper would prepend them a second time.
+        # The hook on the decoder prepends the tokens; peft's wrapper_prefix would prepend them a second time.
         tuned.forward = model.__call__
         if not is_classifier:
             tuned.generate = model.generate
 
         # The encoder that makes the tokens: its parameters are ours to start, and the hook runs it.
         encoder = tuned.prompt_encoder[ADAPTER]
-        self._owned = {f"{ENCODER}.{name}" for name, _ in encoder.named_parameters()}
+        self._added_names = {f"{ENCODER_MODULE}.{name}" for name, _ in encoder.named_parameters()}
         self._peft_config = copy.deepcopy(tuned.peft_config[ADAPTER])
         self._encoder_class = PEFT_TYPE_TO_TUNER_MAPPING[self._peft_config.peft_type]
         for module in encoder.modules():
@@ -106,8 +107,9 @@ class Virtual(AddedParameters):
                 module.__class__ = EncoderLstm
         prefix = None
         if self.is_prefix:
-            prefix = PrefixShape(self._peft_config.num_layers, self._peft_config.num_attention_heads)
-        Prepend(decoder, encoder, embeddings, self.num_tokens, prefix, is_active=lambda: self.active)
+            num_heads = self._peft_config.num_attention_heads
+            prefix = PrefixShape(num_layers=self._peft_config.num_layers, num_heads=num_heads)
+        Prepend(decoder, encoder, embeddings, self.num_virtual_tokens, prefix, is_active=lambda: self.is_active)
         return tuned
 
     def _check_prefix(self, model: Any, decoder: nn.Module) -> None:
@@ -132,9 +134,10 @@ class Virtual(AddedParameters):
             )
         # A prefix stands in the window like other keys: the first tokens would fall out of it.
         window_tokens = getattr(model.config, "sliding_window", None)
-        if window_tokens is not None and self.num_tokens >= window_tokens:
+        if window_tokens is not None and self.num_virtual_tokens >= window_tokens:
             raise ConfigError(
-                f"tuning.num_virtual_tokens={self.num_tokens}: the attention window of this model is {window_tokens} tokens "
+                f"tuning.num_virtual_tokens={self.num_virtual_tokens}: the attention window of this model "
+                f"is {window_tokens} tokens "
                 f"wide; use at most {window_tokens - 1}, a few dozen as a rule"
             )
 
@@ -143,7 +146,7 @@ class Virtual(AddedParameters):
         if self._initial_encoder is None or self._initial_encoder_seed != seed:
             self._initial_encoder = self._draw_encoder(base, seed)
             self._initial_encoder_seed = seed
-        tensor = self._initial_encoder.get_parameter(name.removeprefix(f"{ENCODER}.")).detach()
+        tensor = self._initial_encoder.get_parameter(name.removeprefix(f"{ENCODER_MODULE}.")).detach()
         assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
         return tensor
 
@@ -154,8 +157,8 @@ class Virtual(AddedParameters):
         """
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.default_generator.manual_seed(derived_seed(seed, ENCODER))
-            encoder = self._new_encoder()
+            torch.default_generator.manual_seed(derived_seed(seed, ENCODER_MODULE))
+            encoder = self._build_encoder()
             if isinstance(self.config, PromptConfig) and self.config.init is not PromptInit.random:
                 token_ids = self._initial_token_ids(self.config)
                 start_values = base.rows(self._embedding_weight, token_ids)
@@ -165,19 +168,21 @@ class Virtual(AddedParameters):
         return encoder
 
     def _spread_initial_keys(self, encoder: nn.Module) -> None:
-        """Give the tokens of a prefix that starts at zero different keys, which add nothing as long as the values are zero.
+        """Draw different keys for the tokens of a prefix that starts at zero, in `encoder`. They add nothing while values are
+        zero.
 
-        Equal tokens would get equal gradients: all of them would stay copies of one. A network (`tuning.projection`) has
-        different inputs for them.
+        Tokens with equal keys would get equal gradients, and stay copies of one token. Nothing to do if a network makes the
+        prefix (`tuning.projection`): the network reads a different input for each token.
         """
         assert isinstance(self.config, PrefixConfig)
         if self.config.projection:
             return
         weight = cast(Tensor, encoder.embedding.weight).data  # type: ignore[union-attr]
-        keys_and_values = weight.view(self.num_tokens, self._peft_config.num_layers, 2, -1)
-        keys_and_values[:, :, 0].normal_(std=KEY_SPREAD)
+        # peft's layout of a token's row: [layers, keys and values, heads * head_dim]. Index 0 takes the keys.
+        keys_and_values = weight.view(self.num_virtual_tokens, self._peft_config.num_layers, 2, -1)
+        keys_and_values[:, :, 0].normal_(std=INITIAL_KEY_STD)
 
-    def _new_encoder(self) -> nn.Module:
+    def _build_encoder(self) -> nn.Module:
         """peft's encoder for these settings, with values from the default generator."""
         if isinstance(self.config, PromptConfig):
             # peft's class takes word embeddings too, which only a start at a text reads.
@@ -185,18 +190,21 @@ class Virtual(AddedParameters):
         return self._encoder_class(self._peft_config)
 
     def _initial_token_ids(self, config: PromptConfig) -> list[int]:
-        """The token of the vocabulary at whose embedding each virtual token starts, chosen as peft does.
+        """The token id at whose embedding each virtual token starts, chosen as peft does; as many ids as virtual tokens.
 
-        Errors: ConfigError if the tokenizer makes no token of `tuning.init_text`.
+        - `tuning.init=sampled`: ids drawn from the whole vocabulary.
+        - else: the ids of `tuning.init_text`, repeated or cut.
+
+        Raises ConfigError if the tokenizer makes no token of `tuning.init_text`.
         """
         if config.init is PromptInit.sampled:
-            return torch.randint(0, self._vocabulary_size, (self.num_tokens,)).tolist()
+            return torch.randint(0, self._vocabulary_size, (self.num_virtual_tokens,)).tolist()
         assert config.init_text is not None, "checked when the run was composed"
         ids = self.tokenizer(config.init_text)["input_ids"]
         if not ids:
             raise ConfigError(f"tuning.init_text={config.init_text!r}: the tokenizer makes no token of it; use another")
-        repeats = -(-self.num_tokens // len(ids))  # rounded up
-        return (ids * repeats)[: self.num_tokens]
+        repeats = math.ceil(self.num_virtual_tokens / len(ids))
+        return (ids * repeats)[: self.num_virtual_tokens]
 
     def save_adapter(
         self, model: Any, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
@@ -212,7 +220,7 @@ class Virtual(AddedParameters):
         # peft's files have the encoder's output, not its weights: loaders need no encoder.
         prompt_encoder = self._trained_encoder(trained)
         with torch.no_grad():
-            tensors = {"prompt_embeddings": prompt_encoder(torch.arange(self.num_tokens)[None])[0]}
+            tensors = {"prompt_embeddings": prompt_encoder(torch.arange(self.num_virtual_tokens)[None])[0]}
         tensors |= fully_trained_tensors(model, trained, ADAPTER)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, directory / "adapter_model.safetensors", {"format": "pt"})
@@ -224,11 +232,11 @@ class Virtual(AddedParameters):
 
     def _trained_encoder(self, trained: dict[str, Tensor]) -> nn.Module:
         """The encoder of the virtual tokens with its trained values, in evaluation mode. `trained`: tensors by full name."""
-        encoder = self._new_encoder().eval()
+        encoder = self._build_encoder().eval()
         encoder_state = {}
         for name, tensor in trained.items():
-            if name in self._owned:
-                encoder_state[name.removeprefix(f"{ENCODER}.")] = tensor
+            if name in self._added_names:
+                encoder_state[name.removeprefix(f"{ENCODER_MODULE}.")] = tensor
         encoder.load_state_dict(encoder_state)
         return encoder
 
@@ -245,7 +253,8 @@ class _LoadedTokens(nn.Embedding):
 def load(model: Any, directory: str | Path) -> Any:
     """Put the exported virtual tokens of `directory` before the inputs of a base model that transformers loaded.
 
-    The model itself is returned; it computes, and generates, what was trained. Errors: ConfigError for other methods.
+    The model itself is returned; it computes, and generates, what was trained. Raises ConfigError if the directory holds an
+    adapter of another method, or one that was trained for another kind of model.
     """
     from safetensors.torch import load_file
 
@@ -263,7 +272,7 @@ def load(model: Any, directory: str | Path) -> Any:
         raise ConfigError(f"{directory}: was trained for another kind of model: this one has no {unknown[0]}")
     prefix = None
     if settings["peft_type"] == "PREFIX_TUNING":
-        prefix = PrefixShape(settings["num_layers"], settings["num_attention_heads"])
+        prefix = PrefixShape(num_layers=settings["num_layers"], num_heads=settings["num_attention_heads"])
     Prepend(_decoder_of(model), encoder, model.get_input_embeddings(), settings["num_virtual_tokens"], prefix)
     return model
 

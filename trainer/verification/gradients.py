@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.step import BuiltModel
-from trainer.tuning.expert_parts import router_weights
+from trainer.tuning.expert_parts import router_weight_names
 
 MODEL_KINDS = ("attention", "MLP", "experts", "router", "norms", "embeddings", "head", "other")
 ADAPTERS = "adapters"
@@ -38,7 +38,7 @@ def kinds_of_parameters(built: BuiltModel, names: list[str]) -> dict[str, str]:
     """
     plain = built.plain
     modules = dict(plain.named_modules())
-    routers = set(router_weights(plain))
+    routers = set(router_weight_names(plain))
     embeddings = plain.get_input_embeddings()
     head = plain.get_output_embeddings()
     kinds = {}

@@ -33,7 +33,7 @@ from trainer.model.architecture import (
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config, weights_directory
 from trainer.model.shrink import NotShrinkable, changed_sizes, kept_counts, lost_kinds, small_copies
-from trainer.tuning.expert_parts import router_weights
+from trainer.tuning.expert_parts import router_weight_names
 
 MAX_PARAMETERS = 100_000_000
 """Most elements of a copy. A larger one has sizes in its configuration that shrinking does not know by name."""
@@ -224,7 +224,7 @@ def _randomise_weights(model: Any) -> int:
 
     A router is decided if no rounding error changes its choices (`_make_router_choices_clear`).
     """
-    router_names = router_weights(model)
+    router_names = router_weight_names(model)
     scale = MIXTURE_WEIGHT_FACTOR if router_names else 1.0
     for parameter in model.parameters():
         if parameter.dim() > 1:

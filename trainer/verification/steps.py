@@ -139,9 +139,9 @@ def _measured_step(
     local_sum = record.local_sums["loss"].double()
     expert_tokens = record.expert_tokens
     if runtime.world_size > 1:
-        local_sum = processes.dist_sum(local_sum)
+        local_sum = processes.sum_over_ranks(local_sum)
         if expert_tokens is not None:
-            expert_tokens = processes.dist_sum(expert_tokens)
+            expert_tokens = processes.sum_over_ranks(expert_tokens)
     return TakenStep(
         loss=float(local_sum) / record.counts["loss"],
         gradients=gradients,

@@ -53,7 +53,7 @@ def test_doctor_describes_this_machine(capsys, monkeypatch, tmp_path):
     (tmp_path / "hf" / "hub" / "models--a--b").mkdir(parents=True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(runtime, "usable_cores", lambda: 3)
-    monkeypatch.setattr(runtime, "cgroup_memory", lambda: 2 * GIB)
+    monkeypatch.setattr(runtime, "cgroup_memory_limit", lambda: 2 * GIB)
     found = looked(capsys)
     assert found["packages"] == {"torch": metadata.version("torch"), "packaging": metadata.version("packaging")}
     assert found["extras"]["gpu"]["lacks"] == ["flash-attn is not installed"]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from strategies.errors import DataError
-from strategies.small_files import LFS_POINTER
+from strategies.small_files import LFS_POINTER_START
 from trainer.data.document import RejectedRow, excerpt
 from trainer.data.fields import RowError
 from trainer.data.read.remote import HEAD_BYTES, RemoteFile
@@ -92,7 +92,7 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
 
 def refuse_lfs_pointer(path: File, head: bytes) -> None:
     """Raise DataError if a file begins as a pointer of git-lfs does."""
-    if head.startswith(LFS_POINTER):
+    if head.startswith(LFS_POINTER_START):
         raise DataError(
             f"{path}: is a pointer that git-lfs left in the place of the file; run `git lfs pull` in its directory, or "
             "download the file again"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, ShardtuneError
-from strategies.small_files import text_values_of
+from strategies.small_files import texts_in_parsed
 from trainer.data.read.paths import expand_paths
 from trainer.evaluation.harness.compat import read_task_file
 
@@ -253,12 +253,12 @@ def missing_data(settings: dict[str, Any]) -> tuple[str | None, str | None]:
 
     # `dataset_path` is a format such as json: the files stand in `dataset_kwargs`.
     dataset_kwargs = settings.get("dataset_kwargs") or {}
-    files = [*text_values_of(dataset_kwargs.get("data_files"))]
+    files = [*texts_in_parsed(dataset_kwargs.get("data_files"))]
     directory = ""
     if dataset_kwargs.get("data_files"):
         directory = dataset_kwargs.get("data_dir") or ""  # the files are below it
     if not files:  # all files of the directory
-        files = [*text_values_of(dataset_kwargs.get("data_dir"))]
+        files = [*texts_in_parsed(dataset_kwargs.get("data_dir"))]
     if not files:
         return f"dataset_path: {path} without files; give dataset_kwargs: {{data_files: {{test: rows.jsonl}}}}", None
     for file in files:

@@ -81,17 +81,20 @@ def names_read_as_experts(model_type: str) -> frozenset[str]:
     return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(family) or ())
 
 
-def keys_after_loading(model: nn.Module, settings: Any, keys: Iterable[str], adapter: str) -> dict[str, str | None]:
+def loaded_key_by_stored_key(
+    model: nn.Module, peft_config: Any, keys: Iterable[str], adapter_name: str
+) -> dict[str, str | None]:
     """The key that peft makes of each stored key when it loads an adapter file onto `model`; None: the tensor gets lost.
 
     Uses `peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers`, which is what
-    `PeftModel.from_pretrained` calls. The public way would load a whole adapter for the answer. `settings`: peft's config.
+    `PeftModel.from_pretrained` calls. The public way would load a whole adapter for the answer.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     # peft gets an empty tensor for each key, so that a tensor can be recognised by its identity.
     markers = {key: torch.empty(0, device="meta") for key in keys}
-    converted = convert_peft_adapter_state_dict_for_transformers(model, settings, dict(markers), adapter)
+    # A copy of `markers`, since peft changes the dict that it gets.
+    converted = convert_peft_adapter_state_dict_for_transformers(model, peft_config, dict(markers), adapter_name)
     key_of_marker = {id(marker): key for key, marker in converted.items()}
     return {key: key_of_marker.get(id(marker)) for key, marker in markers.items()}
 

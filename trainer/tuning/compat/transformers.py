@@ -68,12 +68,14 @@ def recompute_with_cache(decoder: nn.Module) -> None:
             block._can_checkpoint_with_cache = True  # type: ignore[assignment]
 
 
-def checkpoint_name(model: nn.Module, name: str) -> str:
-    """The name that a parameter, or a layer, of a plain model may have in a published checkpoint of its architecture.
+def published_name(model: nn.Module, name: str) -> str:
+    """The name that a parameter, or a layer, has in published checkpoints of the model's architecture.
 
-    Renamings alone are taken back: a parameter that is made of several stored tensors has no such name. Reverses
-    `get_model_conversion_mapping` by `apply_renamings` of `transformers.core_model_loading`. The public way is
-    `save_pretrained`, which would write the model to tell a name.
+    transformers renames some parameters while it loads a checkpoint; this takes the renaming back. A name that is not renamed
+    comes back as it is, and so does one whose parameter transformers makes of several stored tensors. `model`: without adapters.
+
+    Reverses `get_model_conversion_mapping` by `apply_renamings` of `transformers.core_model_loading`. The public way is
+    `save_pretrained`, which would write the whole model for one name.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
