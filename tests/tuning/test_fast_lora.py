@@ -65,7 +65,7 @@ def test_fast_lora_layers_over_one_input_compute_together(tmp_path, widths):
     assert widths == [3, 1, 2, 1] * 2  # q, k, v; o; gate, up; down
     attention = model.get_base_model().model.layers[0].self_attn
     assert (
-        attention.q_proj.shared_input._input is None and not attention.q_proj.shared_input._waiting
+        attention.q_proj.shared_input._input is None and not attention.q_proj.shared_input._pending_outputs
     )  # nothing is kept
 
 
