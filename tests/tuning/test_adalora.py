@@ -127,7 +127,7 @@ def test_adalora_keeps_ranks_by_the_saved_state_of_the_allocation(root, runtime,
     second = trainer_of(root, runtime)
     second.progress = second.engine.load(tmp_path)
     for name, _ in second.engine.trainable:
-        second.engine.hooks.state_of(name)["importance"].zero_()
+        second.engine.optimizer_hooks.state_of(name)["importance"].zero_()
     list(steps_of(first, STEPS - 4)), list(steps_of(second, STEPS - 4))
     assert kept(first) != kept(second)
 
@@ -147,12 +147,12 @@ def test_adalora_learns_nothing_from_a_skipped_step(root, runtime):
     trainer = trainer_of(root, runtime)
     list(steps_of(trainer, 4))
     engine = trainer.engine
-    before = {n: {k: v.clone() for k, v in engine.hooks.state_of(n).items()} for n, _ in engine.trainable}
+    before = {n: {k: v.clone() for k, v in engine.optimizer_hooks.state_of(n).items()} for n, _ in engine.trainable}
     for _, parameter in engine.trainable:
         parameter.grad = torch.full_like(parameter, float("nan"))
     assert float(engine.step(1.0).skipped) == 1
     for name, state in before.items():
-        for key, value in engine.hooks.state_of(name).items():
+        for key, value in engine.optimizer_hooks.state_of(name).items():
             assert torch.equal(value, state[key]), (name, key)
 
 
@@ -160,7 +160,7 @@ def test_adalora_learns_nothing_from_a_skipped_step(root, runtime):
 def test_adalora_last_step_always_settles_the_ranks(root, runtime, steps):
     """Also where the run is so short that a phase has no step."""
     trainer = trainer_of(root, runtime, tuning=replace(TUNING, delta_t=100))
-    around = trainer.engine.hooks
+    around = trainer.engine.optimizer_hooks
     around.begin(steps)
     for step, _ in enumerate(steps_of(trainer, min(steps, 5)), 1):
         assert step < min(steps, 5) or sum(map(sum, kept(trainer).values())) == (2 * 14 if steps <= 5 else 4 * 14)

@@ -244,7 +244,7 @@ def test_tokens_of_a_prefix_that_starts_at_zero_learn_different_things(bases, ru
     """Tokens that start equal get equal gradients: twenty of them would stay twenty copies of one."""
     config = PrefixConfig(num_virtual_tokens=4, init=PrefixInit.zero, projection=projection)
     engine, built, _ = trained(bases("llama"), config, runtime, steps=3)
-    encoder = engine.step_module.model.get_submodule(virtual.ENCODER)
+    encoder = engine.step_module.model.get_submodule(virtual.ENCODER_MODULE)
     with torch.no_grad():
         tokens = encoder(torch.arange(4)[None])[0]
     values = tokens.view(4, built.plain.config.num_hidden_layers, 2, -1)[:, :, 1]

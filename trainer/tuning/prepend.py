@@ -103,9 +103,7 @@ class Prepend:
         if mask is not None:
             if mask.dim() != 2:
                 raise ValueError("virtual tokens need a mask of two dimensions; switch static caches off")
-            inputs["attention_mask"] = torch.cat(
-                [mask.new_ones(mask.prefix_shape[0], self.num_virtual_tokens), mask], dim=1
-            )
+            inputs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.num_virtual_tokens), mask], dim=1)
         if positions is not None:
             inputs["position_ids"] = positions + self.num_virtual_tokens
 
@@ -113,13 +111,13 @@ class Prepend:
         """Replace the input ids by embeddings `[B, P + T, H]` that begin with those of the P virtual tokens."""
         ids = inputs.pop("input_ids", None)
         embedded = self.embeddings(ids) if ids is not None else inputs["inputs_embeds"]
-        batch_size = embedded.prefix_shape[0]
+        batch_size = embedded.shape[0]
         token_numbers = torch.arange(self.num_virtual_tokens, device=embedded.device)[None]
         prompt = self.encoder(token_numbers).to(embedded.dtype).expand(batch_size, -1, -1)
         inputs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
         positions = inputs.get("position_ids")
         if positions is not None:  # shifted already; the virtual tokens have the positions before them
-            inputs["position_ids"] = torch.cat([token_numbers.expand(positions.prefix_shape[0], -1), positions], dim=1)
+            inputs["position_ids"] = torch.cat([token_numbers.expand(positions.shape[0], -1), positions], dim=1)
         self.num_added_rows = self.num_virtual_tokens
 
     def _prepend_prefix(self, inputs: dict[str, Any], cache: Any, prefix_shape: PrefixShape) -> None:
@@ -150,7 +148,7 @@ class Prepend:
         input_tensor = inputs.get("input_ids")
         if input_tensor is None:
             input_tensor = inputs["inputs_embeds"]
-        batch_size = input_tensor.prefix_shape[0]
+        batch_size = input_tensor.shape[0]
         encoded = self.encoder(torch.arange(self.num_virtual_tokens, device=input_tensor.device)[None])
         by_token = encoded.view(1, self.num_virtual_tokens, prefix_shape.num_layers, 2, prefix_shape.num_heads, -1)
         by_layer = by_token.permute(2, 3, 0, 4, 1, 5)
