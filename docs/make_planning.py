@@ -38,8 +38,16 @@ def row(one: dict[str, Any], *predicted: str) -> str:
 
 def table(rows: list[dict[str, Any]], *predicted: tuple[str, str]) -> list[str]:
     """A table of these rows; `predicted` are (key, title)."""
-    titles = ["row", "model", "tuned", "rows x tokens", "measured GiB", *(title for _, title in predicted), "error"]
-    titles += ["tokens/s measured", "error"]
+    titles = [
+        "row",
+        "model",
+        "tuning",
+        "rows x tokens",
+        "measured GiB",
+        *(title for _, title in predicted),
+        "error of GiB",
+    ]
+    titles += ["measured tokens/s", "error of tokens/s"]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     return lines + [row(one, *(key for key, _ in predicted)) for one in rows]
 
@@ -48,12 +56,12 @@ def said(rows: list[dict[str, Any]]) -> str:
     """How far these rows are off, in memory and speed."""
     off, speeds = [one["off_percent"] for one in rows], [one["speed_off_percent"] for one in rows]
     sizes, known = [abs(each) for each in off], [each for each in speeds if each is not None]
-    text = f"{len(rows)} rows. Predicted memory: median error {statistics.median(sizes):.1f} % "
-    text += f"(signed {statistics.median(off):+.1f} %), at most 10 % in {sum(each <= 10 for each in sizes)} rows, "
-    text += f"{max(sizes):.1f} % in the worst."
+    text = f"{len(rows)} rows. The median error of the predicted memory is {statistics.median(sizes):.1f} % "
+    text += f"({statistics.median(off):+.1f} % if errors above and below cancel each other). It is at most 10 % in "
+    text += f"{sum(each <= 10 for each in sizes)} rows, and {max(sizes):.1f} % in the worst row."
     if known:
-        text += f" Predicted tokens/s: median error {statistics.median(known):+.1f} %, "
-        text += f"from {min(known):+.1f} to {max(known):+.1f} %."
+        text += f" The median error of the predicted tokens/s is {statistics.median(known):+.1f} %, "
+        text += f"and the errors are between {min(known):+.1f} and {max(known):+.1f} %."
     return text
 
 
@@ -63,14 +71,20 @@ def section(found: dict[str, Any]) -> list[str]:
     own = [one for one in one_gpu if one["own_kind"]]
     others = [one for one in one_gpu if not one["own_kind"]]
     left = [one for one in found["left_out"] if one["why"] != NO_EQUAL]
-    lines = [f"**Trainers that, like this one, hold no logits:** {said(own)} Worst first:", ""]
+    lines = [
+        f"**Trainers that, like shardtune, store no logits:** {said(own)} The table begins with the largest error:",
+        "",
+    ]
     lines += table(own, ("predicted_gib", "predicted GiB"))
     lines += [
         "",
-        f"**Other rows of one GPU:** {said(others)} The {min(SHOWN, len(others))} worst rows (the file has all):",
+        f"**Other trainers on one GPU:** {said(others)} The table has the {min(SHOWN, len(others))} rows with the largest "
+        "errors of memory; the JSON file has all rows:",
         "",
     ]
-    lines += table(others[:SHOWN], ("predicted_gib", "as this trainer"), ("as_theirs_gib", "as theirs"))
+    lines += table(
+        others[:SHOWN], ("predicted_gib", "GiB with shardtune"), ("as_theirs_gib", "GiB with the other trainer")
+    )
     lines += ["", *died(json.loads(NO_FIT.read_text(encoding="utf-8"))["rows"])]
     if left:
         lines += ["", f"Left out: {'; '.join(one['id'] + ': ' + one['why'] for one in left)}."]
@@ -82,11 +96,13 @@ def died(rows: list[dict[str, Any]]) -> list[str]:
     theirs, ours = (sum(one[key] for one in rows) for key in ("as_theirs_fits", "predicted_fits"))
     own = [one["as_theirs_fits"] for one in rows if not one["holds_logits"] and one["method"] != "full"]
     lines = [
-        f"**Runs of one GPU that probably ran out of memory:** {len(rows)} runs. Predicted to fit, with a plan's allowances: "
-        f"{theirs} as theirs, {ours} as this trainer would run them. {len(own)} of the runs adapt a frozen base and hold no "
-        f"logits, as this trainer does. Of these, {sum(own)} are predicted to fit. Worst first:",
+        f"**Runs on one GPU that probably ran out of memory:** {len(rows)} runs. Predictions include a plan's allowances. As the other "
+        f"trainer runs them, {theirs} is wrongly predicted to fit. As shardtune would run them, {ours} are predicted to fit. "
+        f"{len(own)} of the runs adapt a frozen base and store no logits, as shardtune does; {sum(own)} of these are predicted to "
+        "fit. The table begins with the lowest prediction:",
         "",
-        "| row | model | tuned | with | rows x tokens | GiB of the card | as this trainer | as theirs | predicted to fit |",
+        "| row | model | tuning | framework | rows x tokens | GiB of the GPU | GiB with shardtune | GiB with the other trainer "
+        "| predicted to fit |",
         f"|{'---|' * 9}",
     ]
     for one in rows:
