@@ -96,10 +96,10 @@ def died(rows: list[dict[str, Any]]) -> list[str]:
     theirs, ours = (sum(one[key] for one in rows) for key in ("as_theirs_fits", "predicted_fits"))
     own = [one["as_theirs_fits"] for one in rows if not one["holds_logits"] and one["method"] != "full"]
     lines = [
-        f"**Runs on one GPU that probably ran out of memory:** {len(rows)} runs. Predictions include a plan's allowances. As the other "
-        f"trainer runs them, {theirs} is wrongly predicted to fit. As shardtune would run them, {ours} are predicted to fit. "
-        f"{len(own)} of the runs adapt a frozen base and store no logits, as shardtune does; {sum(own)} of these are predicted to "
-        "fit. The table begins with the lowest prediction:",
+        f"**Runs on one GPU that probably ran out of memory:** {len(rows)} runs. With a plan's allowances, {theirs} of them is "
+        f"predicted to fit as the other trainer runs it, which is wrong. As shardtune would run them, {ours} are predicted to "
+        f"fit. {len(own)} of the runs adapt a frozen base and store no logits, as shardtune does. Of these, {sum(own)} are "
+        "predicted to fit. The table begins with the lowest prediction:",
         "",
         "| row | model | tuning | framework | rows x tokens | GiB of the GPU | GiB with shardtune | GiB with the other trainer "
         "| predicted to fit |",
