@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from launch.config.frozen import _hash, _identifying_settings, load_frozen_config
+from launch.config.frozen import _settings_sha256, _identifying_settings, load_frozen_config
 from launch.main import main
 from strategies.atomic_io import WrittenFile
 from tests.helpers.building import model_dir
@@ -131,7 +131,7 @@ def with_config(root: Path, to: Path, change) -> Path:
     overrides, text = body.split("\n", 1)
     text = change(text)
     tree = _identifying_settings(OmegaConf.to_container(OmegaConf.create(text))) if "*" not in text else {}
-    head = f"# Frozen by shardtune; do not edit.\n# sha256: {_hash(tree)}\n"
+    head = f"# Frozen by shardtune; do not edit.\n# sha256: {_settings_sha256(tree)}\n"
     (to / "config.yaml").write_text(f"{head}# overrides{overrides}\n{text}")
     return to
 

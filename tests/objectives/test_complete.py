@@ -56,7 +56,7 @@ def test_objective_has_an_oracle_parity_docs_curves_and_importer_words(name):
     assert any(f"objective={name}" in words for words in curves.CASES.values()) or name == "sft", (
         "tests/curves.py has no case"
     )
-    assert name in rules.OBJECTIVES, "launch/config/importers/rules.py does not know it"
+    assert name in rules.OBJECTIVE_NAMES, "launch/config/importers/rules.py does not know it"
     assert name in WORDS_OF_EVERY_ROOM or house_rules.OBJECTIVES.search(name), "OBJECTIVES of tests/house_rules.py"
 
 
@@ -71,7 +71,7 @@ def test_schedule_has_docs_importer_words_and_a_config_file(name):
     page = text("docs/schedules.md")
     assert f"| `schedule={name}`" in page, "docs/schedules.md says when to take it"
     assert f"\n| `{name}` |" in page, "docs/schedules.md has its factors"
-    assert name in rules.SCHEDULES, "launch/config/importers/rules.py does not know it"
+    assert name in rules.SCHEDULE_NAMES, "launch/config/importers/rules.py does not know it"
     assert Path(ROOT / "conf" / "schedule" / f"{name}.yaml").exists()
 
 

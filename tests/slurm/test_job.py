@@ -12,7 +12,7 @@ import pytest
 from launch.cluster import job
 from launch.config import frozen
 from launch.config.compose import compose_config
-from launch.config.frozen import to_yaml
+from launch.config.frozen import config_yaml
 from launch.config.process_role import expand_hosts, master_port
 from launch.main import main
 from launch.runs import freeze
@@ -40,7 +40,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run = tmp_path / "a run"
     run.mkdir()
     launcher = SlurmConfig(nodes=2, gpus_per_node=4, preflight=Preflight.none, retry={"preempted": 5, "node_fail": 1})
-    (run / "config.yaml").write_text(to_yaml(RunConfig(launcher=launcher, run=RunSettings(dir=str(run)))))
+    (run / "config.yaml").write_text(config_yaml(RunConfig(launcher=launcher, run=RunSettings(dir=str(run)))))
     own = {"JOB_ID": "7", "JOB_NODELIST": "n[9-10]", "RESTART_COUNT": "2", "CPUS_PER_TASK": "12"}
     for name, value in own.items():
         monkeypatch.setenv(f"SLURM_{name}", value)

@@ -13,7 +13,7 @@ from launch.cluster import snapshot
 from launch.cluster.job import FrozenRun
 from launch.cluster.slurm import BODY, render
 from launch.cluster.submission import submit
-from launch.config.frozen import to_yaml
+from launch.config.frozen import config_yaml
 from launch.main import main
 from strategies.errors import ConfigError
 from tests.helpers.models import tiny_model_dir
@@ -161,7 +161,7 @@ def test_rendered_script_requeues_once_and_only_where_slurm_does_not(
     run.mkdir()
     (run / "status.json").write_text('{"state": "preempted", "step": 3, "restart": 0, "job": "6"}')  # of an earlier job
     config = RunConfig(launcher=SlurmConfig(retry={"node_fail": 3, "preempted": 2}))
-    (run / "config.yaml").write_text(to_yaml(config))
+    (run / "config.yaml").write_text(config_yaml(config))
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "PREEMPTED": "None"}
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", **job, **environment}
     script = render(config, [run], clone=CLONE)

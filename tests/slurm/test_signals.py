@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.cluster.slurm import render
-from launch.config.frozen import to_yaml
+from launch.config.frozen import config_yaml
 from tests.helpers.covering import EVERYTHING, whole
 from tests.helpers.models import tiny_model_dir
 from tests.slurm.cluster import Cluster, wait_for
@@ -68,7 +68,7 @@ def submit(
     dirs = [site / "runs" / run for run in runs]
     for run in dirs:
         (run / "logs").mkdir(parents=True)
-        (run / "config.yaml").write_text(to_yaml(config))
+        (run / "config.yaml").write_text(config_yaml(config))
     script = site / "script"
     script.write_text(render(config, dirs, clone=site, cwd=site))
     job = cluster.sbatch(str(script), cwd=Path("/"), env=environment(steps, gate))
@@ -217,7 +217,7 @@ def test_container_ranks_run_in_the_image_and_the_script_outside(cluster: Cluste
     run = site / "runs" / way
     (run / "logs").mkdir(parents=True)
     whole = RunConfig(launcher=config)
-    (run / "config.yaml").write_text(to_yaml(whole))
+    (run / "config.yaml").write_text(config_yaml(whole))
     (site / "script").write_text(render(whole, [run], clone=site, cwd=site))
     job = cluster.sbatch(str(site / "script"), cwd=site, env=env)
     assert cluster.wait(job)["JobState"] == "COMPLETED", Job(cluster, job, run).logs()
