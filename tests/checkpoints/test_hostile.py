@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from launch.config.frozen import _settings_sha256, _identifying_settings, load_frozen_config
+from launch.config.frozen import _identifying_settings, _settings_sha256, load_frozen_config
 from launch.main import main
 from strategies.atomic_io import WrittenFile
 from tests.helpers.building import model_dir

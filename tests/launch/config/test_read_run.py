@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from launch.config import overrides, trusted_values
 from launch.config.code_digest import NoDigest, task_code_digest
 from launch.config.compose import apply_overrides, compose_config, load_frozen_config, recompose_frozen_config
-from launch.config.frozen import _settings_sha256, _identifying_settings
+from launch.config.frozen import _identifying_settings, _settings_sha256
 from launch.config.outside_values import outside_values
 from launch.config.read_run import may_write_results
 from launch.evaluate.plan import GROUPS_BESIDE_RUN
@@ -139,7 +139,9 @@ def of_somebody(site, place, **changes):
     for key, value in changes.items():
         OmegaConf.update(tree, key, value, merge=False)
     plain = OmegaConf.to_container(tree)
-    (place / "config.yaml").write_text(f"# sha256: {_settings_sha256(_identifying_settings(plain))}\n{OmegaConf.to_yaml(tree)}")
+    (place / "config.yaml").write_text(
+        f"# sha256: {_settings_sha256(_identifying_settings(plain))}\n{OmegaConf.to_yaml(tree)}"
+    )
     return place
 
 
