@@ -17,7 +17,7 @@ from trainer.evaluation.best import check_watched_metric, early_stopping_reason,
 from trainer.loop_types import BatchLoader, LoopSettings, Monitors, Sinks, WrittenCheckpoint
 from trainer.model.routing import EXPERT_TOKENS
 from trainer.monitors.anomalies import OUTLIER_KEYS, Outlier, RollBack
-from trainer.monitors.levels import LOOK_BACK
+from trainer.monitors.levels import LEVEL_LOOK_BACK_STEPS
 from trainer.objectives.step_totals import look_ahead, pop_loss, routing_context
 from trainer.optim.schedule import lr_factor_at
 from trainer.reporting.console import RunSchedule
@@ -66,7 +66,7 @@ class Trainer:
 
         self.outcome = TrainingOutcome(
             progress,
-            challenges=self.evaluation_monitor.record,
+            challenges=self.evaluation_monitor.findings_by_detector,
             watch=settings.evaluation.watched,
             greater_is_better=bool(settings.evaluation.greater_is_better),
         )
@@ -105,7 +105,7 @@ class Trainer:
 
         # A rollback needs a checkpoint to go back to, also in a run that begins with another run's state.
         if self.guards.may_roll_back:
-            self.checkpoints.look_back_steps = LOOK_BACK
+            self.checkpoints.look_back_steps = LEVEL_LOOK_BACK_STEPS
             if not self.checkpoints.has_any():
                 self._last_saved_step = -1
                 self._save_checkpoint()
@@ -404,7 +404,7 @@ class Trainer:
                 metrics.update(evaluator.run(self.engine))
         except Interrupted:
             self._stop_for_signal()  # raises Preempted
-        metrics |= self.evaluation_monitor.judge_evaluation_metrics(self.progress, metrics)
+        metrics |= self.evaluation_monitor.run_detectors(self.progress, metrics)
         if not metrics:
             return metrics
         step = self.progress.step

@@ -330,7 +330,7 @@ class StragglerMonitor(Protocol):
 class EvaluationMonitor(Protocol):
     """Looks at evaluations and training losses for overfitting, forgetting and instability. Errors: StorageError."""
 
-    record: dict[str, Any]
+    findings_by_detector: dict[str, Any]
     """Findings by the name of the detector, as JSON; grows while the run goes on."""
 
     @property
@@ -343,11 +343,11 @@ class EvaluationMonitor(Protocol):
     def restore_findings(self, progress: Progress) -> None:
         """For a run that goes on at `progress`: what it found before, and whether that has ended it. All ranks must call."""
 
-    def add_step_metrics(self, progress: Progress, rows: Iterable[Row]) -> None:
-        """Add the training losses of `rows` to `progress`."""
+    def add_step_metrics(self, progress: Progress, metrics_of_steps: Iterable[Row]) -> None:
+        """Add the training losses of the steps to `progress`."""
 
-    def judge_evaluation_metrics(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
-        """Look at an evaluation's values by name; returns further numbers to log beside them."""
+    def run_detectors(self, progress: Progress, values: dict[str, float]) -> dict[str, float]:
+        """Look at the metrics of an evaluation, by name; returns further metrics to log beside them."""
 
     def record_findings_of_whole_run(self, progress: Progress) -> None:
         """Look at the whole run, after its last step."""

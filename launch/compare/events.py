@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.compare.comparison import ComparedPoint, Comparison
 from launch.compare.run_files import RecordedRun
-from trainer.monitors.guard_config import DONE, Action, outlier_text
+from trainer.monitors.guard_config import OUTCOME_TEXT_BY_ACTION, Action, outlier_text
 
 MAX_STEPS = 20
 """Notable steps of a run that are listed: the last ones."""
@@ -48,7 +48,7 @@ def _event_text(event: dict[str, Any]) -> str:
         return f"{event.get('challenge')}: {event.get('says')}"
     action = event.get("action")
     # An action of a later version is shown as it is.
-    what_was_done = DONE[Action(action)] if action in set(Action) else str(action)
+    what_was_done = OUTCOME_TEXT_BY_ACTION[Action(action)] if action in set(Action) else str(action)
     level_began = event.get("began") if event.get("is_level") else None
     what_stood_out = outlier_text(event.get("values") or {}, event.get("scores") or {}, level_began)
     sentence = f"{what_stood_out or 'stood out'}; {what_was_done}"

@@ -108,7 +108,7 @@ def round_trainer(
             StopAgreement(StopRequest(), runtime),
             Guards(config.guards, config.optim.max_skipped_steps, runtime),
             Stragglers(0, runtime),
-            ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, compared_term="loss"),
+            ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, judged_loss_term="loss"),
         ),
     )
 

@@ -30,7 +30,9 @@ def compared(drawn, rise=0.0, noise=0.02, count=60):
     base = targets * drawn.normal(3, 0.5, count)
     now = base * (1 + rise + noise * drawn.normal(size=count))
     both = [float(each.sum() / targets.sum()) for each in (base, now)]
-    return forgetting.compare_with_base("general", LOSS, rows(base, targets), rows(now, targets), (both[0], both[1]))
+    return forgetting.compare_with_base(
+        "general", LOSS, rows(base, targets), rows(now, targets), forgetting.BaseAndTunedValue(both[0], both[1])
+    )
 
 
 def test_forgetting_loss_and_its_error_are_those_of_the_jackknife():
@@ -39,7 +41,11 @@ def test_forgetting_loss_and_its_error_are_those_of_the_jackknife():
     base = 10 * drawn.normal(3, 0.5, 40)
     now = base * (1.05 + 0.02 * noise)
     found = forgetting.compare_with_base(
-        "g", LOSS, rows(base, targets), rows(now, targets), (base.sum() / 400, now.sum() / 400)
+        "g",
+        LOSS,
+        rows(base, targets),
+        rows(now, targets),
+        forgetting.BaseAndTunedValue(base.sum() / 400, now.sum() / 400),
     )
     assert found.lost == pytest.approx(now.sum() / base.sum() - 1)
     left = np.array([np.delete(now, i).sum() / np.delete(base, i).sum() for i in range(40)])
@@ -118,7 +124,7 @@ def test_run_that_overfitting_ended_stays_ended_when_it_goes_on(action, step, en
     )
     challenges.restore_findings(Progress(step=step, evaluations=evaluations))
     assert (challenges.early_stopping_text() is not None) is ends
-    assert challenges.record.get("overfitting", {}).get("found", False) is ends
+    assert challenges.findings_by_detector.get("overfitting", {}).get("found", False) is ends
 
 
 def test_run_that_goes_on_after_a_kill_in_its_export_records_what_it_found_before(tmp_path):
@@ -134,19 +140,19 @@ def test_run_that_goes_on_after_a_kill_in_its_export_records_what_it_found_befor
     for number, loss in enumerate([4.0, 3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 2.8]):
         progress.step = 10 * number
         progress.interval_steps, progress.interval_loss = 1, 4.0 - 0.3 * number
-        killed.judge_evaluation_metrics(progress, {"eval/loss": loss})
-    assert killed.record["overfitting"]["found"]
-    found = {name: value for name, value in killed.record["overfitting"].items() if name != "last"}
+        killed.run_detectors(progress, {"eval/loss": loss})
+    assert killed.findings_by_detector["overfitting"]["found"]
+    found = {name: value for name, value in killed.findings_by_detector["overfitting"].items() if name != "last"}
     lines = events.read_text().splitlines()
 
     resumed = start()
     resumed.restore_findings(progress)
     resumed.record_findings_of_whole_run(progress)
-    assert resumed.record["overfitting"] == found
+    assert resumed.findings_by_detector["overfitting"] == found
     assert events.read_text().splitlines() == lines
     earlier = start()
     earlier.restore_findings(Progress(step=found["step"] - 10))  # of a checkpoint before it
-    assert earlier.record == {}
+    assert earlier.findings_by_detector == {}
 
 
 def test_instability_needs_more_than_an_odd_batch():

@@ -82,7 +82,7 @@ def test_divergence_of_held_out_losses_is_a_paired_test():
     drawn = np.random.default_rng(1)
     before = drawn.uniform(20, 60, 16)
     now = before * (1.03 + 0.02 * drawn.normal(size=16))
-    change = held_out_change("eval/loss", (2.0, 2.06), (before, now), 0.01)
+    change = held_out_change("eval/loss", 2.0, 2.06, (before, now), 0.01)
     ratio = now.sum() / before.sum()
     squares = ((now - ratio * before) ** 2).sum()
     error = math.sqrt(squares * 16 / 15) / before.sum()
@@ -90,12 +90,12 @@ def test_divergence_of_held_out_losses_is_a_paired_test():
     assert change.is_worse
     margins = drawn.normal(0, 1, 12)
     lower = margins - 0.5 + 0.1 * drawn.normal(size=12)
-    change = held_out_change("eval/margin", (0.1, -0.4), (margins, lower), 0.05)
+    change = held_out_change("eval/margin", 0.1, -0.4, (margins, lower), 0.05)
     p = scipy.stats.ttest_rel(margins, lower, alternative="greater").pvalue
     assert change.is_worse == (p < 0.05) and change.is_worse
-    better = held_out_change("eval/margin", (-0.4, 0.1), (lower, margins), 0.05)
+    better = held_out_change("eval/margin", -0.4, 0.1, (lower, margins), 0.05)
     assert not better.is_worse
-    few = held_out_change("eval/loss", (2.0, 2.4), (before[:4], now[:4]), 0.05)
+    few = held_out_change("eval/loss", 2.0, 2.4, (before[:4], now[:4]), 0.05)
     assert few.bound is None and not few.is_worse  # 20 %: too few micro-batches for a test, too little without one
 
 
@@ -128,9 +128,9 @@ def test_divergence_has_the_same_micro_batches_on_another_number_of_ranks():
 
 def test_divergence_of_a_student_that_begins_as_its_own_teacher_is_none():
     sums = [0.0] * 12
-    nearly = held_out_change("eval/loss", (0.0, 0.002), (sums, [0.08] * 12), 0.05)
+    nearly = held_out_change("eval/loss", 0.0, 0.002, (sums, [0.08] * 12), 0.05)
     assert nearly.bound is None and not nearly.is_worse
-    assert held_out_change("eval/loss", (1e-6, 3.0), ([1e-5] * 12, [90.0] * 12), 0.05).is_worse
+    assert held_out_change("eval/loss", 1e-6, 3.0, ([1e-5] * 12, [90.0] * 12), 0.05).is_worse
     assert not training_change(0.0, [0.002] * 20, 10).rose_by(0.25) and training_change(0.0, [3.0] * 20, 10).rose_by(
         0.25
     )
@@ -145,7 +145,7 @@ def test_divergence_of_held_out_losses_that_only_hover_is_none():
         for _ in range(10):
             now = before * (1 + 0.1 * drawn.normal(size=12))
             values = (before.sum() / 480, now.sum() / 480)
-            looks.append(held_out_change("eval/loss", values, (before, now), 0.05 / 10).is_worse)
+            looks.append(held_out_change("eval/loss", *values, (before, now), 0.05 / 10).is_worse)
         alarms += any(looks)
     assert alarms <= 20  # of 200 runs: 5 %, and its chance
 
@@ -158,12 +158,12 @@ def looked(losses, held_out, action=Reaction.note, warmup_steps=0):
     challenges.first_judged_step = first_judged_step(warmup_steps)
     progress = Progress()
     if held_out:
-        challenges.judge_evaluation_metrics(progress, {"eval/loss": held_out[0]})
+        challenges.run_detectors(progress, {"eval/loss": held_out[0]})
     for step, loss in enumerate(losses, 1):
         progress.step = step
         challenges.add_step_metrics(progress, [{"step": step, "loss": loss}])
         if held_out and step % 10 == 0:
-            challenges.judge_evaluation_metrics(progress, {"eval/loss": held_out[step // 10]})
+            challenges.run_detectors(progress, {"eval/loss": held_out[step // 10]})
     challenges.record_findings_of_whole_run(progress)
     return challenges, said
 
@@ -171,15 +171,15 @@ def looked(losses, held_out, action=Reaction.note, warmup_steps=0):
 def test_divergence_that_recovers_is_a_note_and_the_end_decides():
     spike = [2.0] * 10 + [30.0] * 15 + [1.5] * 25
     twice, _ = looked(spike + [30.0] * 20, [2.0, 2.0, 30.0, 1.6, 1.5, 1.5, 30.0, 30.0])
-    assert twice.record["divergence"]["first_step"] == 60, "since the second time"
+    assert twice.findings_by_detector["divergence"]["first_step"] == 60, "since the second time"
     challenges, said = looked(spike, [2.0, 2.0, 30.0, 1.6, 1.5, 1.5])
-    record = challenges.record["divergence"]
+    record = challenges.findings_by_detector["divergence"]
     assert not record["found"] and record["first_step"] == 20 and record["recovered_at"] == 30
     assert "diverged" in said[0] and "recovered by step 30" in said[1] and len(said) == 2
     again, said = looked([2.0] * 10 + [30.0] * 40, [])
-    assert again.record["divergence"]["found"] and len(said) == 1  # told once, without any held-out data
+    assert again.findings_by_detector["divergence"]["found"] and len(said) == 1  # told once, without any held-out data
     off, said = looked([2.0] * 10 + [30.0] * 40, [], Reaction.off)
-    assert "divergence" not in off.record and not said
+    assert "divergence" not in off.findings_by_detector and not said
     stops, _ = looked([2.0] * 10 + [30.0] * 40, [], Reaction.stop)
     assert stops.stopping_finding is not None and stops.stopping_finding.step == 20
 
@@ -189,10 +189,10 @@ def test_divergence_is_judged_from_the_end_of_warm_up_on():
     losses, held_out = [2.0] * 5 + [30.0] * 45, [2.0] + [30.0] * 5
     for warmup, first_step in ((0, 20), (20, 20), (21, 30), (31, 40), (45, 50)):
         challenges, said = looked(losses, held_out, warmup_steps=warmup)
-        assert challenges.record["divergence"]["first_step"] == first_step and len(said) == 1, warmup
+        assert challenges.findings_by_detector["divergence"]["first_step"] == first_step and len(said) == 1, warmup
     risen_and_back = [2.0] * 5 + [30.0] * 20 + [1.5] * 25
     challenges, said = looked(risen_and_back, [2.0, 30.0, 30.0, 1.6, 1.5, 1.5], warmup_steps=30)
-    assert challenges.record["divergence"] == {"found": False, "step": 30} and said == []
+    assert challenges.findings_by_detector["divergence"] == {"found": False, "step": 30} and said == []
 
 
 @pytest.mark.parametrize(
@@ -240,8 +240,8 @@ def test_preferences_are_judged_by_their_margin_and_not_by_their_loss(margin_cha
             }
             challenges.add_batch_sums({name: [*sums] for name, sums in now.items()})
             means = {"eval/margin": now["eval/margin"].mean(), "eval/loss": now["eval/loss"].sum() / 480}
-            challenges.judge_evaluation_metrics(progress, means)
-    record = challenges.record["divergence"]
+            challenges.run_detectors(progress, means)
+    record = challenges.findings_by_detector["divergence"]
     assert (record.get("verdict"), record["found"]) == (verdict, verdict is not None)
     if verdict:
         assert "eval/margin from" in record["says"] and "eval/loss" not in record["says"]
@@ -284,18 +284,18 @@ def test_divergence_of_a_run_that_was_killed_in_its_export_is_judged_by_pairs_ag
     progress = Progress()
     killed, _ = start()
     killed.add_batch_sums({"eval/loss": before})
-    killed.judge_evaluation_metrics(progress, {"eval/loss": 2.0})
+    killed.run_detectors(progress, {"eval/loss": 2.0})
     for step in range(1, 41):
         progress.step = step
         killed.add_step_metrics(progress, [{"step": step, "loss": 2.0 - step / 100}])
     killed.add_batch_sums({"eval/loss": [1.05 * batch_sum for batch_sum in before]})
-    killed.judge_evaluation_metrics(progress, {"eval/loss": 2.1})
-    assert killed.record["divergence"]["found"]
+    killed.run_detectors(progress, {"eval/loss": 2.1})
+    assert killed.findings_by_detector["divergence"]["found"]
 
     resumed, said = start()
     resumed.restore_findings(progress)
     resumed.record_findings_of_whole_run(progress)
-    assert resumed.record["divergence"] == killed.record["divergence"]
+    assert resumed.findings_by_detector["divergence"] == killed.findings_by_detector["divergence"]
     assert said == []
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.monitors.anomalies import MAX_FRUITLESS_ROLLBACKS, Guards, Outlier, RollBack
+from trainer.monitors.anomalies import MAX_FRUITLESS_ROLLBACKS_TO_ONE_CHECKPOINT, Guards, Outlier, RollBack
 from trainer.monitors.guard_config import Action, GuardsConfig
-from trainer.monitors.levels import LOOK_BACK, LevelShiftDetector
+from trainer.monitors.levels import LEVEL_LOOK_BACK_STEPS, LevelShiftDetector
 
 STEPS = 300
 BEGAN = 150
@@ -77,8 +77,11 @@ def test_a_level_is_told_once_soon_after_it_began_and_no_other_course_has_one(se
         loss = values if name == "loss" else np.full(STEPS, 2.0)
         norm = values if name == "grad_norm" else np.full(STEPS, 1.0)
         ((told_at, level),) = levels(loss, norm)
-        assert level.name == name and BEGAN < told_at <= BEGAN + 30, (kind, told_at)
-        assert told_at - level.began <= LOOK_BACK + 5 and abs(level.began - BEGAN) <= 10, (kind, level)
+        assert level.metric == name and BEGAN < told_at <= BEGAN + 30, (kind, told_at)
+        assert told_at - level.first_step <= LEVEL_LOOK_BACK_STEPS + 5 and abs(level.first_step - BEGAN) <= 10, (
+            kind,
+            level,
+        )
 
 
 def guards_of(**actions: Action) -> tuple[Guards, list[Outlier]]:
@@ -130,11 +133,11 @@ def test_a_checkpoint_after_which_every_sample_stands_out_is_at_the_level_itself
         take(guards, step, 2 + noise[step])
     kept = guards.recent_steps(), [dict(row) for row in guards.level_shifts.rows]
     last_good_steps = []
-    for _ in range(MAX_FRUITLESS_ROLLBACKS + 1):
+    for _ in range(MAX_FRUITLESS_ROLLBACKS_TO_ONE_CHECKPOINT + 1):
         with pytest.raises(RollBack) as raised:
             take(guards, 31, 9.0)
         last_good_steps.append(raised.value.outlier.last_good_step)
         guards.restore_recent_steps(*kept)
         guards.record_rollback(30)
-    assert last_good_steps == [30] * MAX_FRUITLESS_ROLLBACKS + [29]
+    assert last_good_steps == [30] * MAX_FRUITLESS_ROLLBACKS_TO_ONE_CHECKPOINT + [29]
     assert raised.value.outlier.first_sample == 4 * 29 and raised.value.outlier.num_steps == 2

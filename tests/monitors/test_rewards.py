@@ -33,7 +33,7 @@ def test_blocks_hold_the_mean_of_every_full_block(steps):
     for value in range(steps):
         rewards.add_step_to_blocks(blocks, {rewards.REWARD: value}, ())
     assert sum(block[rewards.STEPS] for block in blocks) == steps
-    assert len(blocks) <= rewards.MOST_BLOCKS
+    assert len(blocks) <= rewards.MAX_BLOCKS
     size = int(blocks[0][rewards.STEPS])
     means = rewards.block_means(blocks, rewards.REWARD)
     assert means == [pytest.approx(number * size + (size - 1) / 2) for number in range(steps // size)]
@@ -101,7 +101,7 @@ def test_a_run_that_learns_from_rewards_is_not_judged_by_its_loss():
     challenges = ChallengeDetectors(
         ChallengesConfig(rewards=RewardsWatchConfig(action=Reaction.stop)), 4, "loss", lines.append
     )
-    challenges.control_metrics = [CONTROL]
+    challenges.metrics_of_control_rewards = [CONTROL]
     progress = Progress()
     for step in range(1, 41):
         progress.step = step
@@ -109,12 +109,12 @@ def test_a_run_that_learns_from_rewards_is_not_judged_by_its_loss():
         challenges.add_step_metrics(progress, [row])
     assert progress.first_loss is None
     assert progress.recent_losses == []
-    challenges.judge_evaluation_metrics(progress, {"eval/reward": 0.5})
+    challenges.run_detectors(progress, {"eval/reward": 0.5})
     assert progress.evaluations[-1] == {"step": 40.0, "train": pytest.approx(20.5 / 40), "held_out": 0.5}
     (line,) = lines
     assert line.startswith("warning: rewards at step ")
     assert "while the control rewards/control/mean fell" in line
-    assert challenges.record["rewards"]["verdict"] == "cheated"
+    assert challenges.findings_by_detector["rewards"]["verdict"] == "cheated"
     assert challenges.stopping_finding is not None
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_rewards_have_stopped_stops_again_on_every_rank(tmp_path):
     config = ChallengesConfig(rewards=RewardsWatchConfig(action=Reaction.stop))
     progress = Progress()
     first_start = ChallengeDetectors(config, 4, "loss", events=tmp_path / "events.jsonl")
-    first_start.control_metrics = [CONTROL]
+    first_start.metrics_of_control_rewards = [CONTROL]
     for step in range(1, 41):
         progress.step = step
         row = {"step": step, "loss": 0.0, rewards.REWARD: step / 40, CONTROL: 1 - step / 40}
@@ -134,8 +134,8 @@ def test_a_run_that_rewards_have_stopped_stops_again_on_every_rank(tmp_path):
     for events_of_rank in (tmp_path / "events.jsonl", None):
         lines = []
         resumed = ChallengeDetectors(config, 4, "loss", lines.append, events=events_of_rank)
-        resumed.control_metrics = [CONTROL]
+        resumed.metrics_of_control_rewards = [CONTROL]
         resumed.restore_findings(progress)
-        resumed.judge_evaluation_metrics(progress, {"eval/reward": 0.5})  # which the checkpoint owes
+        resumed.run_detectors(progress, {"eval/reward": 0.5})  # which the checkpoint owes
         assert resumed.stopping_finding is not None
     assert (tmp_path / "events.jsonl").read_text() == events

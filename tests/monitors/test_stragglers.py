@@ -10,7 +10,7 @@ from strategies.runtime import Runtime
 from tests.faults.runs import Runs, read
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.nursery import FAULT
-from trainer.monitors.stragglers import INTERVALS, SlowRank, Stragglers, slowness_factor
+from trainer.monitors.stragglers import INTERVALS_TO_CONFIRM, SlowRank, Stragglers, slowness_factor
 from trainer.reporting.block_times import BlockTimer, timed_modules
 from trainer.reporting.metrics import RankTime
 from trainer.session.announcements import slow_rank_reporter
@@ -43,7 +43,7 @@ def watched(rounds):
     watch = Stragglers(
         FACTOR, Runtime(0, 1, 0, 1, torch.device("cpu"), None), lambda slow, still, step: told.append((str(slow), step))
     )
-    watch._changed_factors = [[], [], []]
+    watch._unconfirmed_factors_by_rank = [[], [], []]
     for step, given in enumerate(rounds, 1):
         row: dict = {"step": step}
         watch.judge_interval([row], given)
@@ -53,14 +53,20 @@ def watched(rounds):
 def test_straggler_is_slow_or_no_longer_slow_after_several_intervals_in_a_row(monkeypatch):
     monkeypatch.setattr("trainer.monitors.stragglers.gather_objects", lambda value, runtime: ["a", "b", "c"])
     odd, even = times(0.1, 0.1, 0.2), times(0.1, 0.1, 0.1)
-    assert watched([*[odd] * (INTERVALS - 1), even] * 5)[1] == []
+    assert watched([*[odd] * (INTERVALS_TO_CONFIRM - 1), even] * 5)[1] == []
     assert watched([times(0.2, 0.1, 0.1), odd] * 20)[1] == []  # now this one, now that one
-    watch, told, row = watched([even] * 3 + [odd] * INTERVALS + [even] * INTERVALS)
-    assert [step for _, step in told] == [3 + INTERVALS, 3 + 2 * INTERVALS]
+    watch, told, row = watched([even] * 3 + [odd] * INTERVALS_TO_CONFIRM + [even] * INTERVALS_TO_CONFIRM)
+    assert [step for _, step in told] == [3 + INTERVALS_TO_CONFIRM, 3 + 2 * INTERVALS_TO_CONFIRM]
     assert told[0][0] == "rank 2 on c computes 2.0 times as long as the other ranks"
     assert row == {"step": 13, "blocks_s": 0.1, "blocks_s/worst": 0.1, "blocks_s/rank": 0}
     assert watch.record() == [
-        {"rank": 2, "host": "c", "factor": 2.0, "from_step": 3 + INTERVALS, "until_step": 3 + 2 * INTERVALS}
+        {
+            "rank": 2,
+            "host": "c",
+            "factor": 2.0,
+            "from_step": 3 + INTERVALS_TO_CONFIRM,
+            "until_step": 3 + 2 * INTERVALS_TO_CONFIRM,
+        }
     ]
 
 
@@ -123,7 +129,7 @@ def words(strategy: str) -> list[str]:
     return [
         f"strategy={strategy}",
         "launcher.processes=2",
-        f"budget.steps={2 * INTERVALS}",
+        f"budget.steps={2 * INTERVALS_TO_CONFIRM}",
         "checkpoint.save_final=false",
     ]
 
@@ -140,7 +146,7 @@ def test_straggler_that_is_slowed_is_named_and_a_healthy_run_names_none(site, mo
     code, said = site.run_here(f"slow-{strategy}", *words(strategy))
     assert code == 0, said
     [slow] = read(site.root / f"slow-{strategy}" / "run.json")["outcome"]["slow_ranks"]
-    assert slow["rank"] == 1 and slow["factor"] > FACTOR and slow["from_step"] >= INTERVALS
+    assert slow["rank"] == 1 and slow["factor"] > FACTOR and slow["from_step"] >= INTERVALS_TO_CONFIRM
     assert f"warning: step {slow['from_step']}: {SlowRank(**slow)}" in said and "slow:" in said
     assert {row["blocks_s/rank"] for row in site.rows(f"slow-{strategy}")} == {1}
     assert site.status(f"slow-{strategy}")["state"] == "done"

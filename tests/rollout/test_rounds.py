@@ -228,8 +228,8 @@ def test_each_step_of_a_round_has_the_reward_of_its_round(root, runtime):
     assert len({fact["reward"] for fact in facts[:4]}) == 1 and facts[4]["reward"] != facts[0]["reward"]
     assert ["write_s" in fact for fact in facts] == [True, False, False, False, True]
     # The detector counts the answers of a round once.
-    challenges = ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, compared_term="loss")
-    challenges.control_metrics = []
+    challenges = ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, judged_loss_term="loss")
+    challenges.metrics_of_control_rewards = []
     challenges.add_step_metrics(
         trainer.progress, [{"step": step, "loss": 0.0, **fact} for step, fact in enumerate(facts, 1)]
     )

@@ -14,13 +14,13 @@ from strategies.base import UpdateFilter
 from strategies.errors import Diverged
 from strategies.runtime import Runtime, sum_over_ranks
 from trainer.monitors.guard_config import Action, GuardsConfig
-from trainer.monitors.levels import LevelShiftDetector, RaisedLevel
+from trainer.monitors.levels import LevelShiftDetector, SustainedRise
 from trainer.monitors.replicas import ReplicaCheck
 from trainer.monitors.rolling import RollingWindow
 
 WATCHED_METRICS = ("loss", "grad_norm")
 """Numbers of a step that are judged, in the order of the window's columns."""
-MAX_FRUITLESS_ROLLBACKS = 2
+MAX_FRUITLESS_ROLLBACKS_TO_ONE_CHECKPOINT = 2
 """Returns to one checkpoint, each of which was followed by a step that stands out, after which it is taken for bad itself."""
 OUTLIER_KEYS = {name: f"outlier/{name}" for name in WATCHED_METRICS}
 """For each watched number, the key of a row with its score if it stands out."""
@@ -31,15 +31,16 @@ class UnjudgedStep(NamedTuple):
 
     first_sample: int
     """How many samples the run had consumed before it."""
-    scores: Tensor | None
-    """float64 [2], if it was judged before its update; else None."""
+    deviations: Tensor | None
+    """As in `JudgedStep`, if it was judged before its update; else None."""
 
 
 class JudgedStep(NamedTuple):
     """The judgement on a step, on the device."""
 
-    scores: Tensor
-    """float64 [2]: how far its loss and gradient norm stand out; NaN if unknown or reported before."""
+    deviations: Tensor
+    """float64 [2]: how many robust standard deviations its loss and gradient norm lie above the median of the last steps. NaN if
+    unknown or reported before."""
     is_left_out: Tensor
     """0-d bool: whether its update is left out."""
 
@@ -105,13 +106,15 @@ class Guards:
         self.runtime = runtime
         self.max_skipped_in_a_row = max_skipped_in_a_row
         self.on_outlier = on_outlier
-        self.actions = (config.loss, config.grad_norm)
-        self.skips = Action.skip in self.actions
-        self.may_roll_back = Action.rollback in self.actions
+        self.action_by_metric = {"loss": config.loss, "grad_norm": config.grad_norm}
+        """In the order of `WATCHED_METRICS`."""
+        actions = list(self.action_by_metric.values())
+        self.may_skip_updates = Action.skip in actions
+        self.may_roll_back = Action.rollback in actions
         self.replicas = ReplicaCheck(config.replicas_every_steps, runtime)
         # Only an update that may be skipped is judged on the device; else the numbers are on the host already.
-        device = runtime.device if self.skips else torch.device("cpu")
-        self._has_action = torch.tensor([action is not Action.note for action in self.actions], device=device)
+        device = runtime.device if self.may_skip_updates else torch.device("cpu")
+        self._has_action = torch.tensor([action is not Action.note for action in actions], device=device)
         self._rolling = RollingWindow(config.window, device)
         self.level_shifts = LevelShiftDetector(config.threshold, config.window)
         self._last_rollback_step = -1
@@ -120,8 +123,8 @@ class Guards:
         """How often in a row the very next step after that checkpoint stood out again."""
         self._unjudged_steps: list[UnjudgedStep] = []
         """The steps since the last call of `mark_outliers`."""
-        self._scores_before_update: Tensor | None = None
-        """The scores of the step that is being taken, once its update filter was called."""
+        self._deviations_before_update: Tensor | None = None
+        """The deviations of the step that is being taken, once the engine has called its update filter."""
         self._skipped_in_a_row: list[SkippedStep] = []
         """The last steps, as far as the updates of all of them were left out."""
 
@@ -137,7 +140,7 @@ class Guards:
             rows.append([step[name] for name in WATCHED_METRICS])
         self._rolling = RollingWindow(self.config.window, self._rolling.window.device, rows)
         self._unjudged_steps = []
-        self._scores_before_update = None
+        self._deviations_before_update = None
         self._skipped_in_a_row = []
 
     def recent_steps(self) -> list[dict[str, float]]:
@@ -147,47 +150,50 @@ class Guards:
     # -- in a step -------------------------------------------------------------------------------------------------------
 
     def update_filter(self, local_loss: Tensor, count: float) -> UpdateFilter | None:
-        """A function that the engine asks, with the gradient norm, before it updates the weights: is this update left out?
+        """The function that decides whether the update of the step that is being taken is left out.
 
-        None unless `guards.loss` or `guards.grad_norm` is `skip`. `local_loss`: this rank's sum of the loss over the step.
-        `count`: of tokens or sequences on all ranks, by which the loss is divided. The function keeps the step's scores for
-        `record_step`. All ranks must call it.
+        The engine calls it with the gradient norm before it updates the weights; all ranks must call. It also keeps the step's
+        deviations for `record_step`. None unless `guards.loss` or `guards.grad_norm` is `skip`.
+
+        Arguments:
+            local_loss: this rank's sum of the loss over the step.
+            count: tokens or sequences of the step on all ranks, by which the loss is divided.
         """
-        if not self.skips:
+        if not self.may_skip_updates:
             return None
 
         def is_left_out(grad_norm: Tensor) -> Tensor:
             """Whether the update with this gradient norm is left out, as 0-d bool on the device. A collective."""
-            # All ranks have the same norm. It is summed and divided all the same, so that no rank can come to another answer.
+            # All ranks should have the same norm. Their mean is taken, so that no rank can come to another answer by rounding.
             # `count` is 0 if no rank has a supervised token: the loss is then 0 too.
             values = torch.stack([local_loss.double() / (count or 1), grad_norm.double() / self.runtime.world_size])
             if self.runtime.world_size > 1:
                 values = sum_over_ranks(values)
-            judged = self._judge_and_remember(values)
-            self._scores_before_update = judged.scores
+            judged = self._score_and_remember(values)
+            self._deviations_before_update = judged.deviations
             return judged.is_left_out
 
         return is_left_out
 
     def record_step(self, first_sample: int) -> None:
-        """Remember a step that was taken, with its scores if it was judged before its update, for `mark_outliers`."""
-        self._unjudged_steps.append(UnjudgedStep(first_sample, self._scores_before_update))
-        self._scores_before_update = None
+        """Remember a step that was taken, with its deviations if it was judged before its update, for `mark_outliers`."""
+        self._unjudged_steps.append(UnjudgedStep(first_sample, self._deviations_before_update))
+        self._deviations_before_update = None
 
-    def _judge_and_remember(self, values: Tensor) -> JudgedStep:
+    def _score_and_remember(self, values: Tensor) -> JudgedStep:
         """Judge a step against the window of the last steps, and add it to the window unless it is bad.
 
-        `values` (float64 [2]): its loss and gradient norm. A score says how many robust standard deviations a number lies above
-        the window's median; above `guards.threshold` it stands out. A level is a number that stands out in two steps running.
+        `values` (float64 [2]): its loss and gradient norm. A number stands out if it lies more than `guards.threshold` robust
+        standard deviations above the window's median. It is at a level if it stands out in two steps running.
 
         A step joins the window unless its update is left out or its loss is at a level: a run that has become bad must not
         become the measure of its own steps. A level of the gradient norm alone joins, since norms may rise for good reasons.
-        A level is reported once: at its later steps the score is NaN, except for a number whose action is to leave out the
+        A level is reported once: at its later steps the deviation is NaN, except for a number whose action is to leave out the
         update. Nothing waits for the device.
         """
-        scores = self._rolling.scores(values)
-        # NaN compares as false: a step without a score never stands out.
-        stands_out = scores > self.config.threshold
+        deviations = self._rolling.scores(values)
+        # NaN compares as false: a step whose deviation is unknown never stands out.
+        stands_out = deviations > self.config.threshold
         is_left_out = (stands_out & self._has_action).any()
         # The first step of a level has joined the window, and the others have not: it is the newest one there.
         is_level = stands_out & (self._rolling.newest_scores() > self.config.threshold)
@@ -195,7 +201,8 @@ class Guards:
         self._rolling.push(values, joins_window)
         # A loss at a level has been reported before, and a gradient norm beside it is the same news.
         is_reported_before = (is_level | is_level[0]) & ~self._has_action
-        return JudgedStep(scores=torch.where(is_reported_before, torch.nan, scores), is_left_out=is_left_out)
+        reported_deviations = torch.where(is_reported_before, torch.nan, deviations)
+        return JudgedStep(deviations=reported_deviations, is_left_out=is_left_out)
 
     # -- between steps ---------------------------------------------------------------------------------------------------
 
@@ -210,19 +217,19 @@ class Guards:
         self._unjudged_steps = []
         if not rows:
             return
-        scores_by_step = self._scores_by_step(rows, taken_steps)
-        for row, taken_step, scores in zip(rows, taken_steps, scores_by_step, strict=True):
+        deviations_by_step = self._deviations_by_step(rows, taken_steps)
+        for row, taken_step, deviations in zip(rows, taken_steps, deviations_by_step, strict=True):
             first_sample = taken_step.first_sample
             spike_scores: dict[str, float] = {}
-            for name, score in zip(WATCHED_METRICS, scores, strict=True):
-                if score > self.config.threshold:
-                    spike_scores[name] = score
-                    row[OUTLIER_KEYS[name]] = score
+            for name, deviation in zip(WATCHED_METRICS, deviations, strict=True):
+                if deviation > self.config.threshold:
+                    spike_scores[name] = deviation
+                    row[OUTLIER_KEYS[name]] = deviation
             if spike_scores:
                 self._report_or_roll_back(self._outlier_of_spike(row, spike_scores, first_sample))
-            for level in self.level_shifts.add_step(row, first_sample, reported_names=list(spike_scores)):
-                row[OUTLIER_KEYS[level.name]] = level.score
-                self._report_or_roll_back(self._outlier_of_level(level, row["step"], first_sample))
+            for rise in self.level_shifts.add_step(row, first_sample, reported_names=list(spike_scores)):
+                row[OUTLIER_KEYS[rise.metric]] = rise.deviation
+                self._report_or_roll_back(self._outlier_of_sustained_rise(rise, row["step"], first_sample))
             self._count_skipped(row, first_sample)
 
     def _count_skipped(self, row: dict[str, Any], first_sample: int) -> None:
@@ -232,30 +239,31 @@ class Guards:
         else:
             self._skipped_in_a_row = []
 
-    def _scores_by_step(self, rows: list[dict[str, Any]], taken_steps: list[UnjudgedStep]) -> list[list[float]]:
-        """The scores of each step of an interval as floats on the host: [steps][2], loss and gradient norm (`WATCHED_METRICS`).
+    def _deviations_by_step(self, rows: list[dict[str, Any]], taken_steps: list[UnjudgedStep]) -> list[list[float]]:
+        """How far each step of an interval stands out, as floats on the host: [steps][2], loss and gradient norm.
 
-        - Updates may be left out: the scores were computed before the update, and are in `taken_steps`. NaN, which never stands
-          out, if the engine did not call the update filter.
+        - Updates may be left out: the deviations were computed before the update, and are in `taken_steps`. NaN, which never
+          stands out, if the engine did not call the update filter.
         - Otherwise: they are computed now, from the numbers in `rows`.
         """
-        if self.skips:
+        if self.may_skip_updates:
             unknown = torch.full(
                 (len(WATCHED_METRICS),), torch.nan, dtype=torch.float64, device=self._has_action.device
             )
-            known_or_nan = [unknown if step.scores is None else step.scores for step in taken_steps]
+            known_or_nan = [unknown if step.deviations is None else step.deviations for step in taken_steps]
             return torch.stack(known_or_nan).tolist()  # type: ignore[no-any-return]  # one copy for all steps
-        scores_by_step = []
+        deviations_by_step = []
         for row in rows:
             values = torch.tensor([row[name] for name in WATCHED_METRICS]).double()
-            scores_by_step.append(self._judge_and_remember(values).scores.tolist())
-        return scores_by_step
+            deviations_by_step.append(self._score_and_remember(values).deviations.tolist())
+        return deviations_by_step
 
     def _outlier_of_spike(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> Outlier:
         """The record of a single step that stands out, with what is to be done about it (`guards.loss`, `guards.grad_norm`).
 
-        `row`: the step's metrics. `scores`: of the loss, the gradient norm or both, whichever stand out; if both do, the
-        stronger of their two actions holds. `first_sample`: samples consumed before the step.
+        `row`: the step's metrics. `scores`: standard deviations above the median, of the loss, the gradient norm or both,
+        whichever stand out; if both do, the stronger of their two actions holds. `first_sample`: samples consumed before the
+        step.
 
         The record begins with this step, unless the action is a rollback, which must return to a checkpoint from before the
         cause:
@@ -265,7 +273,7 @@ class Guards:
           bad. The record includes the update that led to it.
         """
         step = row["step"]
-        actions = [action for name, action in zip(WATCHED_METRICS, self.actions, strict=True) if name in scores]
+        actions = [action for name, action in self.action_by_metric.items() if name in scores]
         outlier = Outlier(
             step=step,
             values={name: row[name] for name in scores},
@@ -279,31 +287,32 @@ class Guards:
         is_fruitless = step == self._last_rollback_step + 1
         self._num_fruitless_rollbacks = self._num_fruitless_rollbacks + 1 if is_fruitless else 0
         began = self.level_shifts.rise_began_at(list(scores))
-        if began is None and self._num_fruitless_rollbacks >= MAX_FRUITLESS_ROLLBACKS:
+        if began is None and self._num_fruitless_rollbacks >= MAX_FRUITLESS_ROLLBACKS_TO_ONE_CHECKPOINT:
             began = step  # each attempt had other samples and failed alike
-        return outlier if began is None else self._with_earlier_beginning(outlier, began)
+        return outlier if began is None else self._outlier_since_step(outlier, began)
 
-    def _outlier_of_level(self, level: RaisedLevel, step: int, first_sample: int) -> Outlier:
-        """The record of a level, found in this step: a loss or gradient norm that has risen and stayed (see levels.py).
+    def _outlier_of_sustained_rise(self, rise: SustainedRise, step: int, first_sample: int) -> Outlier:
+        """The record of a loss or gradient norm that has risen and stayed, which was found in this step.
 
         Its updates are made already, so only a rollback helps, and the action `skip` counts as `note`.
         """
-        action = self.actions[WATCHED_METRICS.index(level.name)]
+        action = self.action_by_metric[rise.metric]
         outlier = Outlier(
             step=step,
-            values={level.name: level.value},
-            scores={level.name: level.score},
+            values={rise.metric: rise.median_now},
+            scores={rise.metric: rise.deviation},
             action=action if action is Action.rollback else Action.note,
             first_sample=first_sample,
-            began=level.began,
+            began=rise.first_step,
             is_level=True,
         )
-        return self._with_earlier_beginning(outlier, level.began)
+        return self._outlier_since_step(outlier, rise.first_step)
 
-    def _with_earlier_beginning(self, outlier: Outlier, began: int) -> Outlier:
-        """The outlier as one that began at step `began`, with the samples of all steps from the update that led there.
+    def _outlier_since_step(self, outlier: Outlier, began: int) -> Outlier:
+        """The outlier as one that began at step `began`, up to its own step.
 
-        The samples stay those of its own step if that update is not remembered.
+        Its samples are those of all steps from the one before `began`, whose update led to it. If that step is not remembered,
+        the samples stay those of the outlier's own step.
         """
         step_before = self.level_shifts.step_before(began)
         if step_before is None:

@@ -15,7 +15,7 @@ from trainer.data.batches.loader import BatchShare
 from trainer.data.batches.order import Order
 from trainer.data.store.documents import DocumentTable, schema
 from trainer.monitors.anomalies import Outlier
-from trainer.monitors.guard_config import DONE, outlier_text
+from trainer.monitors.guard_config import OUTCOME_TEXT_BY_ACTION, outlier_text
 from trainer.reporting.jsonl import json_text
 
 EVENTS = "events.jsonl"
@@ -95,8 +95,8 @@ class AnomalyLog:
             if len(documents) > MAX_DOCUMENTS:
                 named_documents += f" and {len(documents) - MAX_DOCUMENTS} more"
         return (
-            f"step {outlier.step}: {finding_text}; {DONE[outlier.action]}. Samples {first_sample} to {last_sample} of the run's "
-            f"order{named_documents} ({EVENTS})"
+            f"step {outlier.step}: {finding_text}; {OUTCOME_TEXT_BY_ACTION[outlier.action]}. Samples {first_sample} to "
+            f"{last_sample} of the run's order{named_documents} ({EVENTS})"
         )
 
 

@@ -28,7 +28,7 @@ class BaseTask:
     value: float
 
 
-class BaseRows:
+class BaseModelResults:
     """The base model's results in the tasks that measure forgetting: asked for once, then read back by a resumed run."""
 
     def __init__(
@@ -55,7 +55,7 @@ class BaseRows:
         - Else the base runs the tasks now, with an adapter switched off if there is one; the answers are written to the file.
         Full tuning at step 0 also sets `tasks_of_unchanged_base`. All ranks must call; raises Interrupted on all or none.
         """
-        self.tasks = self._kept_tasks()
+        self.tasks = self._base_tasks_of_earlier_start()
         if self.tasks is not None:
             # A run of an earlier version did not ask the base the questions of a chat, and goes on without them.
             self.names = [name for name in self.names if name in self.tasks]
@@ -78,19 +78,19 @@ class BaseRows:
         self.tasks = {}
         for finished_task in finished_tasks:
             task_name = finished_task.prepared.task.name
-            self.tasks[task_name] = BaseTask(finished_task.rows, _first_metric(finished_task))
+            self.tasks[task_name] = BaseTask(finished_task.rows, _main_metric_value(finished_task))
         if self.runtime.is_main:  # for a resumed run
             task_records = {name: asdict(task) for name, task in self.tasks.items()}
             write_text_atomic(self.path, json_text({"key": self._results_key(), "tasks": task_records}))
 
-    def _kept_tasks(self) -> dict[str, BaseTask] | None:
+    def _base_tasks_of_earlier_start(self) -> dict[str, BaseTask] | None:
         """The base's results that an earlier start kept, read by rank 0 for all ranks; None if there are none. A collective."""
         tasks = None
         if self.runtime.is_main and self.path.is_file():
-            tasks = self._tasks_in_file()
+            tasks = self._read_base_tasks()
         return broadcast_object(tasks, self.runtime)
 
-    def _tasks_in_file(self) -> dict[str, BaseTask] | None:
+    def _read_base_tasks(self) -> dict[str, BaseTask] | None:
         """The base's results by task, as `begin` wrote them; None if the file is damaged, or of other rows or settings.
 
         `begin` then asks the base again, if it can. A file without the chat tasks, of an earlier version, is accepted.
@@ -118,18 +118,18 @@ class BaseRows:
         for prepared in self.evaluator.tasks:
             task = prepared.task
             if task.name in self.names:
-                key.append([task.name, task.kind, len(prepared.cases), *_fingerprint(task)])
+                key.append([task.name, task.kind, len(prepared.cases), *_loss_task_fingerprint(task)])
         return key
 
 
-def _fingerprint(task: Task) -> list[str]:
+def _loss_task_fingerprint(task: Task) -> list[str]:
     """The fingerprint of the prepared data of a task that computes losses; empty for any other task."""
     if isinstance(task, HeldOut) and task.dataset is not None:
         return [task.dataset.fingerprint]
     return []
 
 
-def _first_metric(finished: FinishedTask) -> float:
+def _main_metric_value(finished: FinishedTask) -> float:
     """The value of the metric that stands for a task."""
     metric = finished.prepared.task.metrics[0]
     return finished.metrics[metric.name]

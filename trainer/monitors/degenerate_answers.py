@@ -155,7 +155,9 @@ def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
         return None
     clauses = []
     for kind, count in problem_counts.items():
-        clauses.append(f"{count.answers} of {count.total} {_IN_WORDS[kind]} ({count.references} of the right ones)")
+        clauses.append(
+            f"{count.answers} of {count.total} {PREDICATE_BY_KIND[kind]} ({count.references} of the right ones)"
+        )
     return Finding(
         detector="output",
         step=evidence.step,
@@ -166,7 +168,7 @@ def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
     )
 
 
-_IN_WORDS = {"empty": "are empty", "repeated": "repeat themselves", "foreign": "are in another language"}
+PREDICATE_BY_KIND = {"empty": "are empty", "repeated": "repeat themselves", "foreign": "are in another language"}
 
 
 def fisher_p_value_of_more_degenerate(degenerate: int, in_references: int, total: int) -> float:

@@ -22,25 +22,25 @@ from trainer.monitors import forgetting, overfitting
 from trainer.monitors.base import Finding
 from trainer.monitors.config import DivergenceConfig, Reaction
 
-NAME = "divergence"
+DETECTOR_NAME = "divergence"
 LOSS = "eval/loss"
-MARGIN = "eval/margin"
-FIRST_JUDGED = 20
+MARGIN_METRIC = "eval/margin"
+MIN_FIRST_JUDGED_STEP = 20
 """Step before which nothing is judged, whatever the warm-up."""
 MIN_WINDOW = 10
 MAX_WINDOW = 100
 """The training loss now is the median of the last steps: a tenth of the run's, within these bounds."""
-TRAINING_RISE = 0.10
+MIN_TRAINING_RISE_SHARE = 0.10
 """Share by which the training loss must exceed that of step 1, if there is held-out data too."""
-TRAINING_RISE_ALONE = 0.25
+MIN_TRAINING_RISE_SHARE_WITHOUT_HELD_OUT = 0.25
 """Share by which the training loss must exceed that of step 1, if there is no held-out data."""
-DEVIATIONS = 3
+MIN_DEVIATIONS = 3
 """Robust standard deviations by which it must exceed that, besides."""
 DEVIATIONS_PER_MAD = 1.4826
 """Standard deviations of normal values in one median absolute deviation."""
-HELD_OUT_RISE = 0.01
+MIN_HELD_OUT_RISE_SHARE = 0.01
 """Share by which the held-out loss must exceed that before training, with a paired test."""
-HELD_OUT_RISE_UNPAIRED = 0.25
+MIN_UNPAIRED_HELD_OUT_RISE_SHARE = 0.25
 """Share by which the held-out loss must exceed that before training, with too few micro-batches for a test."""
 MIN_LOSS = 0.05
 """Loss below which a rise is a share of this value: a student that begins as its own teacher begins at 0."""
@@ -81,16 +81,16 @@ class HeldOutChange:
         """Whether it is clearly worse than before; None if the difference is too uncertain."""
         if not math.isfinite(self.now):
             return True
-        if self.metric == MARGIN:
+        if self.metric == MARGIN_METRIC:
             return None if self.bound is None else self.bound > 0
         if self.bound is None:
-            return self.rise > HELD_OUT_RISE_UNPAIRED
-        return self.rise > HELD_OUT_RISE and self.bound > 0
+            return self.rise > MIN_UNPAIRED_HELD_OUT_RISE_SHARE
+        return self.rise > MIN_HELD_OUT_RISE_SHARE and self.bound > 0
 
     @property
     def text(self) -> str:
         """The change in words: both values, and how sure the difference is."""
-        if self.metric == MARGIN:
+        if self.metric == MARGIN_METRIC:
             change = f"{-self.rise:+.4f}"
         else:
             change = f"{self.rise:+.1%}"
@@ -114,7 +114,7 @@ class TrainingChange:
     def rose_by(self, share: float) -> bool:
         """Whether the training loss rose by this share of the first one, and beyond what batches differ by."""
         limit = self.first + share * _reference_loss(self.first)
-        return self.now > limit and self.deviations > DEVIATIONS
+        return self.now > limit and self.deviations > MIN_DEVIATIONS
 
     @property
     def text(self) -> str:
@@ -129,7 +129,7 @@ def num_steps_of_loss_median(total_steps: int) -> int:
 
 def first_judged_step(warmup_steps: int) -> int:
     """The first step at which a run is judged: losses may rise while the learning rate warms up."""
-    return max(FIRST_JUDGED, warmup_steps)
+    return max(MIN_FIRST_JUDGED_STEP, warmup_steps)
 
 
 def training_change(first: float | None, recent: Sequence[float], window: int) -> TrainingChange | None:
@@ -169,33 +169,36 @@ def _robust_spread(values: Sequence[float], window: int) -> float:
 
 def held_out_change(
     metric: str,
-    values: tuple[float, float],
-    batches: tuple[Sequence[float], Sequence[float]] | None,
+    before: float,
+    now: float,
+    paired_batch_sums: tuple[Sequence[float], Sequence[float]] | None,
     level: float,
 ) -> HeldOutChange:
     """How much worse a held-out metric is than before the first step, with a lower bound from a paired test if there can be one.
 
-    `metric`: the margin of preference pairs, which is better if higher, or a loss. `values`: the metric before and now.
-    `batches`: its sums over each micro-batch, before and now; None if they are not the same micro-batches. `level`: of the
-    one-sided test. There is no bound without `batches`, for a loss too small to divide by, with fewer than `MIN_BATCHES`
-    micro-batches, or with a sum that is not finite.
+    Arguments:
+        metric: the margin of preference pairs, which is better if higher, or a loss.
+        before: its value before the first step.
+        now: its value at this step.
+        paired_batch_sums: its sums over each micro-batch, before and now; None if they are not the same micro-batches.
+        level: of the one-sided test, such as 0.05.
     """
-    before, now = values
-    is_margin = metric == MARGIN
+    is_margin = metric == MARGIN_METRIC
     if is_margin:
         rise = before - now
     else:
         rise = (now - before) / _reference_loss(before)
-    # The paired test of a loss divides by the sums before training, which are close to 0 for such a loss.
-    is_too_small = not is_margin and abs(before) < MIN_LOSS
     bound = None
-    if batches is not None and not is_too_small:
+    # The paired test of a loss divides by the sums before training, which are close to 0 for a small loss.
+    is_too_small = not is_margin and abs(before) < MIN_LOSS
+    if paired_batch_sums is not None and not is_too_small:
+        sums_before, sums_now = paired_batch_sums
         # A rank that has run out of documents has an empty micro-batch, which sums to 0 and is left out.
-        pairs = [(old, new) for old, new in zip(*batches, strict=True) if old or new]
+        pairs = [(old, new) for old, new in zip(sums_before, sums_now, strict=True) if old or new]
         all_finite = all(math.isfinite(old) and math.isfinite(new) for old, new in pairs)
         if len(pairs) >= MIN_BATCHES and all_finite:
             bound = _bound_of_margin_drop(pairs, level) if is_margin else _bound_of_loss_rise(rise, pairs, level)
-    return HeldOutChange(metric, before, now, rise, bound)
+    return HeldOutChange(metric=metric, before=before, now=now, rise=rise, bound=bound)
 
 
 def _bound_of_margin_drop(pairs: Sequence[tuple[float, float]], level: float) -> float:
@@ -206,7 +209,7 @@ def _bound_of_margin_drop(pairs: Sequence[tuple[float, float]], level: float) ->
     """
     drops = [old - new for old, new in pairs]
     standard_error = stdev(drops) / math.sqrt(len(drops))
-    return fmean(drops) - _quantile(pairs, level) * standard_error
+    return fmean(drops) - _paired_t_quantile(pairs, level) * standard_error
 
 
 def _bound_of_loss_rise(rise: float, pairs: Sequence[tuple[float, float]], level: float) -> float:
@@ -214,10 +217,10 @@ def _bound_of_loss_rise(rise: float, pairs: Sequence[tuple[float, float]], level
     sums_before = [before for before, _ in pairs]
     sums_now = [now for _, now in pairs]
     standard_error = forgetting.standard_error_of_ratio(sums_before, sums_now)
-    return rise - _quantile(pairs, level) * standard_error
+    return rise - _paired_t_quantile(pairs, level) * standard_error
 
 
-def _quantile(pairs: Sequence[tuple[float, float]], level: float) -> float:
+def _paired_t_quantile(pairs: Sequence[tuple[float, float]], level: float) -> float:
     """Student's quantile for a one-sided test at `level` on paired values."""
     return forgetting.student_t_quantile(1 - level, len(pairs) - 1)
 
@@ -238,13 +241,13 @@ def divergence_verdict(training: TrainingChange | None, held_out: HeldOutChange 
     """
     is_worse = None if held_out is None else held_out.is_worse
     if is_worse is None:
-        training_diverged = training is not None and training.rose_by(TRAINING_RISE_ALONE)
+        training_diverged = training is not None and training.rose_by(MIN_TRAINING_RISE_SHARE_WITHOUT_HELD_OUT)
         return Verdict.diverged if training_diverged else None
     if not is_worse:
         return None
     # A model whose held-out loss is no number any more has not overfitted, however low its training loss is.
     is_broken = held_out is not None and not math.isfinite(held_out.now)
-    diverged = is_broken or (training is not None and training.rose_by(TRAINING_RISE))
+    diverged = is_broken or (training is not None and training.rose_by(MIN_TRAINING_RISE_SHARE))
     return Verdict.diverged if diverged else Verdict.worse
 
 
@@ -280,7 +283,7 @@ def divergence_finding(
         if held_out.bound is not None:
             numbers["bound"] = held_out.bound
     return Finding(
-        detector=NAME,
+        detector=DETECTOR_NAME,
         step=step,
         message=f"{verdict}: {', '.join(changes)}{meaning}",
         numbers=numbers,

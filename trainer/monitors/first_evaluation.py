@@ -60,7 +60,7 @@ class HeldOutFile:
         if self.runtime.is_main and self.path.is_file():
             try:
                 evaluation = HeldOutEvaluation(**json.loads(self.path.read_text(encoding="utf-8")))
-                _refuse_other_than_numbers(evaluation)
+                _raise_if_not_numbers(evaluation)
             except (OSError, ValueError, TypeError, AttributeError):
                 evaluation = HeldOutEvaluation()  # the run is then judged without pairs
         evaluation_of_rank_0: HeldOutEvaluation = broadcast_object(evaluation, self.runtime)
@@ -72,7 +72,7 @@ class HeldOutFile:
             write_text_atomic(self.path, json_text(asdict(evaluation)) + "\n")
 
 
-def _refuse_other_than_numbers(evaluation: HeldOutEvaluation) -> None:
+def _raise_if_not_numbers(evaluation: HeldOutEvaluation) -> None:
     """Raise ValueError, TypeError or AttributeError if a metric or a sum that was read from a file is no number."""
     for metric in evaluation.values.values():
         float(metric)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 from trainer.evaluation.tasks.base import TaskMetric, TaskRow
 from trainer.monitors.base import Evidence, Finding
@@ -54,27 +55,33 @@ class ComparedTask:
         return self.lost - quantile * self.error
 
 
+class BaseAndTunedValue(NamedTuple):
+    """The value of one metric of the base model, and of the model as it is tuned now."""
+
+    base: float
+    tuned: float
+
+
 def compare_with_base(
     name: str,
     metric: TaskMetric,
     base_rows: Sequence[TaskRow],
     rows: Sequence[TaskRow],
-    base_and_tuned_value: tuple[float, float],
+    values: BaseAndTunedValue,
 ) -> ComparedTask:
     """How much the tuned model has lost against the base in a task's first metric.
 
-    `name`: of the task. `base_rows` and `rows` are paired: both models were asked the same. The result has the loss as a share of
-    the base's metric, so that it can be compared between tasks; as an absolute number if the base's metric is 0.
+    `name`: of the task. `base_rows` and `rows` are paired: both models were asked the same. `values`: the metric of both. The
+    loss is a share of the base's metric, so that it can be compared between tasks; an absolute number if the base's metric is 0.
     """
-    base_value, tuned_value = base_and_tuned_value
-    drop = base_value - tuned_value if metric.greater_is_better else tuned_value - base_value
-    lost = drop / (abs(base_value) or 1.0)
-    standard_error = _standard_error_of_lost_share(metric, base_rows, rows) if base_value else None
+    drop = values.base - values.tuned if metric.greater_is_better else values.tuned - values.base
+    lost = drop / (abs(values.base) or 1.0)
+    standard_error = _standard_error_of_lost_share(metric, base_rows, rows) if values.base else None
     return ComparedTask(
         name=name,
         metric=metric.name,
-        base=base_value,
-        now=tuned_value,
+        base=values.base,
+        now=values.tuned,
         lost=lost,
         error=standard_error,
         rows=len(rows),

@@ -18,7 +18,7 @@ class Action(StrEnum):
     rollback = "rollback"
 
 
-DONE = {
+OUTCOME_TEXT_BY_ACTION = {
     Action.note: "noted",
     Action.skip: "its update was left out",
     Action.rollback: "the run goes back to a checkpoint from before it and passes over its samples",

@@ -13,19 +13,19 @@ REMEDIES = (
     "precision=bf16 rather than fp16",
     "guards.grad_norm=skip, or rollback (events.jsonl names the documents)",
 )
-LEAST_SHARE = 0.02
+MIN_ODD_STEP_SHARE = 0.02
 """Share of steps that stand out, are left out or undone, from which a run is called unstable; one alone is an odd batch."""
 
 
 def find_problem(progress: Progress) -> Finding | None:
     """The finding, at the end of training, that a run was unstable; None if it was not.
 
-    Unstable: it went back to an earlier checkpoint, or at least two of its steps and `LEAST_SHARE` of them stood out by their
-    loss or gradient norm, or had their update left out.
+    Unstable: it went back to an earlier checkpoint, or at least two of its steps and `MIN_ODD_STEP_SHARE` of them stood out by
+    their loss or gradient norm, or had their update left out.
     """
     # A step may be both an outlier and skipped, so that their sum would count it twice.
     odd_steps = max(progress.outliers, progress.skipped_steps)
-    is_rare = odd_steps < 2 or odd_steps < LEAST_SHARE * progress.step
+    is_rare = odd_steps < 2 or odd_steps < MIN_ODD_STEP_SHARE * progress.step
     if progress.rollbacks == 0 and is_rare:
         return None
     return Finding(

@@ -17,31 +17,32 @@ from trainer.monitors.rolling import DEVIATIONS_PER_MAD, MIN_SPREAD
 
 LEVEL_STEPS = 10
 """Steps that make a level: half of them may be outliers."""
-MIN_BEFORE = 10
+MIN_STEPS_BEFORE_LEVEL = 10
 """Steps before them without which there is nothing to compare with."""
-STEADY_STEPS = 25
+STEPS_OF_STEADY_SPREAD = 25
 """Steps from which the spread counts as it is. That of fewer steps may be small by chance, and is widened."""
-LEVEL_SHARE = 0.625
+LEVEL_THRESHOLD_SHARE = 0.625
 """Share of `guards.threshold` from which a level is told: the median of several steps varies less than a single step does."""
-MIN_RISE = {"loss": 0.1, "grad_norm": 1.0}
+MIN_RISE_SHARE_BY_METRIC = {"loss": 0.1, "grad_norm": 1.0}
 """Share of the median before by which a level must be higher, too. Gradient norms double for good reasons: in a warm-up of the
 learning rate, or when an adapter leaves its initial zeros."""
-RISE = 3.0
+RISING_ROBUST_SCORE = 3.0
 """Robust standard deviations from which the step before one that stands out counts as the way up to it."""
-LOOK_BACK = 2 * LEVEL_STEPS
+LEVEL_LOOK_BACK_STEPS = 2 * LEVEL_STEPS
 """Steps within which a level is found: a checkpoint as old as this is from before it, as a rule."""
 
 
 @dataclass(frozen=True, slots=True)
-class RaisedLevel:
-    """A number that has risen and stays."""
+class SustainedRise:
+    """A loss or gradient norm that has risen and stayed high, at a new level."""
 
-    name: str
-    value: float
-    """Median of the last steps."""
-    score: float
-    """How many robust standard deviations of single steps it is above the median before."""
-    began: int
+    metric: str
+    """`loss` or `grad_norm`."""
+    median_now: float
+    """Median of the last `LEVEL_STEPS` steps."""
+    deviation: float
+    """How many robust standard deviations of single steps that is above the median of the steps before."""
+    first_step: int
     """The first step of the level."""
 
 
@@ -58,72 +59,75 @@ class LevelShiftDetector:
 
     def __init__(self, threshold: float, window: int, rows: Sequence[Mapping[str, float]] = ()) -> None:
         """`threshold`: from which a single step stands out. `window`: steps that are remembered. `rows`: of an earlier watch."""
-        self._limit = LEVEL_SHARE * threshold
+        self._min_robust_score = LEVEL_THRESHOLD_SHARE * threshold
         self._window = window
         self.rows: list[dict[str, float]] = [dict(row) for row in rows]
         """The last steps, oldest first: `step`, `samples` consumed before it, the numbers, and `told/NAME` if a number was told
         at this step, or is at a level that was. A checkpoint has them."""
 
-    def add_step(self, row: Mapping[str, Any], first_sample: int, reported_names: Sequence[str]) -> list[RaisedLevel]:
-        """Remember the metrics of a step, and return the levels that it shows for the first time.
+    def add_step(self, row: Mapping[str, Any], first_sample: int, reported_names: Sequence[str]) -> list[SustainedRise]:
+        """Remember the metrics of a step, and return the sustained rises that it shows for the first time.
 
         `first_sample`: samples consumed before the step. `reported_names`: which of `loss` and `grad_norm` were reported
-        already since they stand out in this single step. A level is not returned if one of its steps was reported already. A
+        already since they stand out in this single step. A rise is not returned if one of its steps was reported already. A
         step whose update was left out, or with a number that is not finite, is not remembered and shows none.
         """
-        numbers = {name: float(row[name]) for name in MIN_RISE}
+        numbers = {name: float(row[name]) for name in MIN_RISE_SHARE_BY_METRIC}
         if row.get("skipped") or not all(math.isfinite(number) for number in numbers.values()):
             return []
         newest = {"step": float(row["step"]), "samples": float(first_sample), **numbers}
         # The key `told/<name>` marks a step that was reported for this metric, alone or as part of a level.
         newest |= {f"told/{name}": 1.0 for name in reported_names}
         self.rows = [*self.rows, newest][-self._window :]
-        new_levels = []
-        for name in MIN_RISE:
-            level = self._current_level(name)
-            if level is None:
+        new_rises = []
+        for name in MIN_RISE_SHARE_BY_METRIC:
+            rise = self._current_rise(name)
+            if rise is None:
                 continue
-            rows_of_level = [row_of_step for row_of_step in self.rows if row_of_step["step"] >= level.began]
+            steps_of_rise = [remembered for remembered in self.rows if remembered["step"] >= rise.first_step]
             reported_keys = {f"told/{name}", "told/loss"}  # a norm that rises beside the loss is reported with it
-            if not any(reported_keys & row_of_step.keys() for row_of_step in rows_of_level):
-                new_levels.append(level)
+            if not any(reported_keys & remembered.keys() for remembered in steps_of_rise):
+                new_rises.append(rise)
             newest[f"told/{name}"] = 1.0
-        return new_levels
+        return new_rises
 
-    def _current_level(self, name: str) -> RaisedLevel | None:
-        """The level at which a number (`loss` or `grad_norm`) stands; None if it stands at none.
+    def _current_rise(self, name: str) -> SustainedRise | None:
+        """The rise of a number (`loss` or `grad_norm`) that has lasted until now; None if it has not risen.
 
-        It stands at one if the median of the last `LEVEL_STEPS` steps is above the median of the steps before them, both by
-        many standard deviations and by the share in `MIN_RISE`.
+        It has if all three hold:
+
+        - The median of the last `LEVEL_STEPS` steps is above that of the steps before them by many robust standard deviations.
+        - It is above it by the share in `MIN_RISE_SHARE_BY_METRIC`.
+        - All of the last `LEVEL_STEPS // 2` steps are above that median: the number did not go down in between.
         """
         values = [row[name] for row in self.rows]
         values_before = values[:-LEVEL_STEPS]
-        if len(values_before) < MIN_BEFORE:
+        if len(values_before) < MIN_STEPS_BEFORE_LEVEL:
             return None
         median_now = median(values[-LEVEL_STEPS:])
         median_before = median(values_before)
-        score = _robust_score(median_now, values_before)
-        rose_enough = median_now - median_before >= MIN_RISE[name] * abs(median_before)
-        if score <= self._limit or not rose_enough:
+        deviation = _robust_score(median_now, values_before)
+        rose_enough = median_now - median_before >= MIN_RISE_SHARE_BY_METRIC[name] * abs(median_before)
+        if deviation <= self._min_robust_score or not rose_enough:
             return None
-        began = self._first_step_above(name, median_before)
-        if self.rows[-1]["step"] - began < LEVEL_STEPS // 2:  # it went down in between, and has just come back
+        first_step = self._first_step_above(name, median_before)
+        if self.rows[-1]["step"] - first_step < LEVEL_STEPS // 2:  # it went down in between, and has just come back
             return None
-        return RaisedLevel(name, median_now, score, began)
+        return SustainedRise(metric=name, median_now=median_now, deviation=deviation, first_step=first_step)
 
     def rise_began_at(self, names: Sequence[str]) -> int | None:
         """The step at which a number began to rise, if it rose already before the step that stands out now; else None.
 
         A rollback returns to a checkpoint from before that step. Called before the step that stands out is added. `names`: the
         numbers that stand out (`loss`, `grad_norm`); of several rises the earliest counts. A number was rising if the newest step
-        added is more than `RISE` robust standard deviations above the median.
+        added is more than `RISING_ROBUST_SCORE` robust standard deviations above the median.
         """
         first_steps = []
         for name in names:
             values = [row[name] for row in self.rows]
-            if len(values) <= MIN_BEFORE:
+            if len(values) <= MIN_STEPS_BEFORE_LEVEL:
                 continue
-            if _robust_score(values[-1], values) > RISE:
+            if _robust_score(values[-1], values) > RISING_ROBUST_SCORE:
                 first_steps.append(self._first_step_above(name, median(values)))
         return min(first_steps, default=None)
 
@@ -147,9 +151,9 @@ class LevelShiftDetector:
 def _robust_score(value: float, earlier_values: Sequence[float]) -> float:
     """How many robust standard deviations `value` is above the median of `earlier_values`.
 
-    The deviation of fewer than `STEADY_STEPS` numbers may be small by chance, and is widened. If all are positive, logarithms
-    are compared: gradient norms vary by factors, and a high one is less odd than it looks. The deviation is never taken for
-    smaller than `MIN_SPREAD` of the median; the score is 0 if it is still 0, because most earlier values are 0.
+    The deviation of fewer than `STEPS_OF_STEADY_SPREAD` numbers may be small by chance, and is widened. If all are positive,
+    logarithms are compared: gradient norms vary by factors, and a high one is less odd than it looks. The deviation is never
+    taken for smaller than `MIN_SPREAD` of the median; the score is 0 if it is still 0, because most earlier values are 0.
     """
     compared_value = value
     compared_earlier = list(earlier_values)
@@ -161,6 +165,6 @@ def _robust_score(value: float, earlier_values: Sequence[float]) -> float:
         min_spread = MIN_SPREAD * abs(median(earlier_values))
     middle = median(compared_earlier)
     deviation = DEVIATIONS_PER_MAD * median(abs(earlier - middle) for earlier in compared_earlier)
-    widening = max(1.0, STEADY_STEPS / len(compared_earlier))
+    widening = max(1.0, STEPS_OF_STEADY_SPREAD / len(compared_earlier))
     spread = widening * max(deviation, min_spread)
     return (compared_value - middle) / spread if spread > 0 else 0.0

@@ -42,7 +42,7 @@ def logged_metrics(evidence: Evidence) -> dict[str, float]:
     if not evidence.history or evidence.history[-1]["step"] == 0:
         return {}
     metrics = {"overfitting/gap": _loss_gap(evidence.history[-1])}
-    later = _after_lowest(evidence.history)
+    later = _evaluations_after_lowest(evidence.history)
     if len(later) >= MIN_EVALUATIONS:
         metrics["overfitting/p_held_out"] = rising_p_value([evaluation["held_out"] for evaluation in later])
         metrics["overfitting/p_gap"] = rising_p_value([_loss_gap(evaluation) for evaluation in later])
@@ -69,7 +69,7 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
     gap_level = GAP_LEVEL / max(1, evidence.planned_evaluations)  # Bonferroni: the gap is tested in each evaluation
     if p_held_out > HELD_OUT_LEVEL or p_gap > gap_level:
         return None
-    later_evaluations = _after_lowest(evidence.history)
+    later_evaluations = _evaluations_after_lowest(evidence.history)
     # If the training loss rises too, something else is wrong than overfitting.
     if rising_p_value([evaluation["train"] for evaluation in later_evaluations]) < 0.5:
         return None
@@ -91,7 +91,7 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
     )
 
 
-def _after_lowest(history: list[dict[str, float]]) -> list[dict[str, float]]:
+def _evaluations_after_lowest(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """The evaluations after the one with the lowest held-out loss, oldest first.
 
     The evaluation before the first step is never among them: it has no training loss.

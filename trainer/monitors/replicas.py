@@ -23,10 +23,12 @@ from strategies.runtime import Runtime, gather_objects
 
 INTEGER_TYPE_BY_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Types as whose numbers bytes are summed, by their size in bytes."""
-Shard = tuple[int, ...]
-"""Which part of a sharded parameter a rank holds: its position along each mesh dimension that shards it; () for the whole."""
+ShardPosition = tuple[int, ...]
+"""Which part of a sharded parameter a rank holds: its position along each mesh dimension that shards it; () for the whole.
+
+Ranks with an equal position should hold equal values."""
 MODULUS = 2**64
-MAX_NAMED = 3
+MAX_NAMED_PARAMETERS = 3
 """Parameters that are named in an error."""
 
 
@@ -37,30 +39,30 @@ class ReplicaCheck:
         """`every_steps` of 0 never compares."""
         self.every_steps = every_steps
         self.runtime = runtime
-        self._compared_at = 0
+        self._last_compared_step = 0
         """The step of the last comparison."""
 
     def start_at(self, step: int) -> None:
         """Count the interval to the next comparison from `step`."""
-        self._compared_at = step
+        self._last_compared_step = step
 
     def check_replicas(self, engine: Engine, step: int, *, now: bool = False) -> None:
         """Compare the parameters that several ranks hold copies of, by checksums. Raises ReplicasDiffer on all ranks.
 
         It is done every `guards.replicas_every_steps` steps (0: never), or `now`, as before a checkpoint: copies that have come
-        apart mean memory that flips bits, and no checkpoint should have them. Nothing happens for a step that was compared
-        already. All ranks must call, after the same steps. Waits for the device. As long as all agree, one small object a rank is
-        exchanged: a sum of checksums by shard.
+        apart mean memory that flips bits, and no checkpoint should have them. A step that was compared already is not compared
+        again. All ranks must call, after the same steps. Waits for the device. As long as all agree, each rank sends one number
+        for each shard that it holds parts of: the sum of its checksums.
         """
         if not self._is_due(step, now=now):
             return
-        last_equal_step = self._compared_at
-        self._compared_at = step
-        checksum_by_name = self._checksums(engine)
+        last_equal_step = self._last_compared_step  # if the copies had differed there, the run would have ended
+        self._last_compared_step = step
+        checksum_by_name = self._checksum_by_parameter(engine)
         if not checksum_by_name:  # on no rank: all ranks have the same kinds of parameters
             return
         # One sum for all parameters of a shard, so that little is sent while all agree.
-        total_by_shard: dict[Shard, int] = {}
+        total_by_shard: dict[ShardPosition, int] = {}
         for index, (shard, parameter_checksum) in enumerate(checksum_by_name.values()):
             # Each has an odd factor of its own, so that two parameters that are off by as much do not cancel out.
             factor = 2 * index + 1
@@ -71,44 +73,45 @@ class ReplicaCheck:
     def _is_due(self, step: int, *, now: bool) -> bool:
         """Whether to compare after this step: never for a single rank, and not twice for a step."""
         is_alone = self.runtime.world_size == 1 or self.runtime.simulated
-        if is_alone or not self.every_steps or step == self._compared_at:
+        if is_alone or not self.every_steps or step == self._last_compared_step:
             return False
-        return now or step - self._compared_at >= self.every_steps
+        return now or step - self._last_compared_step >= self.every_steps
 
-    def _checksums(self, engine: Engine) -> dict[str, tuple[Shard, int]]:
+    def _checksum_by_parameter(self, engine: Engine) -> dict[str, tuple[ShardPosition, int]]:
         """(shard, checksum) of each parameter that other ranks may hold, too, by name. Waits for the device once."""
         parameters = list(replicated_parameters(engine))
         if not parameters:
             return {}
         device = self.runtime.device
-        checksums = torch.stack([checksum(parameter.tensor).to(device) for parameter in parameters]).tolist()
+        checksums = torch.stack([tensor_checksum(parameter.tensor).to(device) for parameter in parameters]).tolist()
         checksum_by_name = {}
         for parameter, parameter_checksum in zip(parameters, checksums, strict=True):
             checksum_by_name[parameter.name] = (parameter.shard, parameter_checksum)
         return checksum_by_name
 
     def _raise_difference(
-        self, checksum_by_name: dict[str, tuple[Shard, int]], last_equal_step: int, step: int
+        self, checksum_by_name: dict[str, tuple[ShardPosition, int]], last_equal_step: int, step: int
     ) -> None:
-        """Raise ReplicasDiffer with the parameters that differ, and the ranks that are not like most. A collective.
+        """Raise ReplicasDiffer with the parameters that differ, and the ranks that hold other values than most. A collective.
 
         `checksum_by_name`: this rank's (shard, checksum) of each parameter; ranks with an equal shard should have equal
         checksums. `last_equal_step`: of the last comparison, in which all agreed.
         """
         host_and_checksums_by_rank = gather_objects((socket.gethostname(), checksum_by_name), self.runtime)
-        hosts = [host for host, _ in host_and_checksums_by_rank]
-        odd_ranks: set[int] = set()
-        odd_parameters: list[str] = []
+        host_by_rank = [host for host, _ in host_and_checksums_by_rank]
+        deviating_ranks: set[int] = set()
+        differing_parameters: list[str] = []
         for name in checksum_by_name:
-            odd_here = _odd_ranks([rank_checksums[name] for _, rank_checksums in host_and_checksums_by_rank])
-            if odd_here:
-                odd_ranks |= odd_here
-                odd_parameters.append(name)
-        parameter_names = ", ".join(odd_parameters[:MAX_NAMED])
-        if len(odd_parameters) > MAX_NAMED:
-            parameter_names += f" and {len(odd_parameters) - MAX_NAMED} more"
-        ranks_and_hosts = " and ".join(f"rank {rank} on {hosts[rank]}" for rank in sorted(odd_ranks))
-        verb = "holds" if len(odd_ranks) == 1 else "hold"
+            checksum_of_each_rank = [checksums[name] for _, checksums in host_and_checksums_by_rank]
+            ranks_of_parameter = _deviating_ranks(checksum_of_each_rank)
+            if ranks_of_parameter:
+                deviating_ranks |= ranks_of_parameter
+                differing_parameters.append(name)
+        parameter_names = ", ".join(differing_parameters[:MAX_NAMED_PARAMETERS])
+        if len(differing_parameters) > MAX_NAMED_PARAMETERS:
+            parameter_names += f" and {len(differing_parameters) - MAX_NAMED_PARAMETERS} more"
+        ranks_and_hosts = " and ".join(f"rank {rank} on {host_by_rank[rank]}" for rank in sorted(deviating_ranks))
+        verb = "holds" if len(deviating_ranks) == 1 else "hold"
         raise ReplicasDiffer(
             f"step {step}: {ranks_and_hosts} {verb} other values of {parameter_names} than ranks that should hold the same, and "
             f"did after step {last_equal_step}: memory that flips bits, or hosts whose processors compute differently. No "
@@ -117,17 +120,17 @@ class ReplicaCheck:
         )
 
 
-def _odd_ranks(checksum_of_each_rank: list[tuple[Shard, int]]) -> set[int]:
+def _deviating_ranks(checksum_of_each_rank: list[tuple[ShardPosition, int]]) -> set[int]:
     """Ranks whose checksum is not that of most ranks with the same shard; all ranks of a shard if there is no majority.
 
     `checksum_of_each_rank`: (shard, checksum) of one parameter, by rank. A shard is a rank's position in the device mesh, as
     far as the parameter is split over it: ranks at the same position hold copies of the same part. Of [((0,), 7), ((0,), 7),
-    ((0,), 9)] rank 2 is odd.
+    ((0,), 9)] rank 2 deviates.
     """
-    checksums_by_shard: dict[Shard, dict[int, int]] = {}  # of each rank with that shard
+    checksums_by_shard: dict[ShardPosition, dict[int, int]] = {}  # of each rank with that shard
     for rank, (shard, rank_checksum) in enumerate(checksum_of_each_rank):
         checksums_by_shard.setdefault(shard, {})[rank] = rank_checksum
-    odd_ranks: set[int] = set()
+    deviating_ranks: set[int] = set()
     for checksum_by_rank in checksums_by_shard.values():
         most_common_checksum, num_agreeing = Counter(checksum_by_rank.values()).most_common(1)[0]
         has_majority = 2 * num_agreeing > len(checksum_by_rank)
@@ -136,8 +139,8 @@ def _odd_ranks(checksum_of_each_rank: list[tuple[Shard, int]]) -> set[int]:
             continue
         for rank, rank_checksum in checksum_by_rank.items():
             if rank_checksum != most_common_checksum or not has_majority:
-                odd_ranks.add(rank)
-    return odd_ranks
+                deviating_ranks.add(rank)
+    return deviating_ranks
 
 
 class ReplicatedParameter(NamedTuple):
@@ -146,13 +149,17 @@ class ReplicatedParameter(NamedTuple):
     name: str
     tensor: Tensor
     """What this rank holds."""
-    shard: Shard
+    shard: ShardPosition
 
 
 def replicated_parameters(engine: Engine) -> Iterator[ReplicatedParameter]:
     """Each parameter of this rank that other ranks may hold a copy of, too.
 
-    Parameters that are partitioned over all ranks (ZeRO-3) have no copies and are left out.
+    - Partitioned over all ranks, by ZeRO-3 or by a DTensor that is sharded over all dimensions of its mesh: left out.
+    - No DTensor: a whole copy.
+    - A DTensor that is replicated over a dimension of its mesh: this rank's part. Under expert parallelism, ranks of one expert
+      group hold other experts, so the rank's index in the group is part of `shard`. Experts are DTensors in all strategies that
+      allow it.
     """
     for name, parameter in named_parameters(engine.step_module, include_frozen_models=True):
         if hasattr(parameter, "ds_id"):  # ZeRO-3: each rank has a part of its own
@@ -169,13 +176,13 @@ def replicated_parameters(engine: Engine) -> Iterator[ReplicatedParameter]:
         has_no_copies = len(shard_positions) == len(tensor.placements)  # sharded over all dimensions of the mesh
         if has_no_copies:
             continue
-        share = expert_share_of_parameter(engine.step_module, name)  # None for all but experts
-        if share is not None:  # under expert parallelism each rank of an expert group has other experts
-            shard_positions.append(share.group_rank)
+        expert_share = expert_share_of_parameter(engine.step_module, name)  # None for all but experts
+        if expert_share is not None:  # under expert parallelism each rank of an expert group has other experts
+            shard_positions.append(expert_share.group_rank)
         yield ReplicatedParameter(name, tensor.to_local(), tuple(shard_positions))
 
 
-def checksum(tensor: Tensor) -> Tensor:
+def tensor_checksum(tensor: Tensor) -> Tensor:
     """The tensor's bytes summed as integers: 0-d int64, on its device. Any single flipped bit changes it.
 
     The sum wraps at 2**64, so its sign means nothing. The bytes are read as integers of eight bytes, which is fastest, if
@@ -189,9 +196,9 @@ def checksum(tensor: Tensor) -> Tensor:
     return elements.view(integer_type).sum(dtype=torch.int64)
 
 
-def _sums_differ(sums_by_rank: list[dict[Shard, int]]) -> bool:
+def _sums_differ(sums_by_rank: list[dict[ShardPosition, int]]) -> bool:
     """Whether two ranks have different sums for the same shard."""
-    first_sums: dict[Shard, int] = {}
+    first_sums: dict[ShardPosition, int] = {}
     for rank_sums in sums_by_rank:
         for shard, shard_sum in rank_sums.items():
             if first_sums.setdefault(shard, shard_sum) != shard_sum:

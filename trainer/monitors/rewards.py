@@ -1,6 +1,6 @@
 """Runs that learn from rewards (`objective=grpo`): rewards that are cheated, policies that collapse, groups that teach nothing.
 
-Steps are collected in at most `MOST_BLOCKS` blocks of equally many steps. A block has the means of the steps' metrics. If all are
+Steps are collected in at most `MAX_BLOCKS` blocks of equally many steps. A block has the means of the steps' metrics. If all are
 full, neighbours become one, so that a run of any length is judged by 24 to 48 numbers.
 
 - Cheating: what is trained rises while something that was only measured falls. That is a control (a reward of weight 0), or
@@ -26,8 +26,8 @@ from trainer.monitors.base import Finding
 from trainer.monitors.config import Reaction, RewardsWatchConfig
 from trainer.monitors.trend import rising_p_value
 
-NAME = "rewards"
-MOST_BLOCKS = 48
+DETECTOR_NAME = "rewards"
+MAX_BLOCKS = 48
 MIN_BLOCKS = 12
 """Full blocks before which nothing is judged."""
 RISING_LEVEL = 0.01
@@ -36,17 +36,17 @@ FALLING_LEVEL = 1e-4
 """Level of the test that a control falls. It is looked at after each block, so that chance has many tries."""
 MIN_EVALUATIONS = 6
 """Evaluations before which `eval/reward` is not judged."""
-COLLAPSED_ENTROPY = 0.1
-LONGER = 2.0
+COLLAPSED_ENTROPY_SHARE = 0.1
+LONGER_ANSWERS_FACTOR = 2.0
 END_BLOCKS = 3
 """Blocks at an end of a run whose mean is compared with others."""
-DROP_BY_SPREAD = 6.0
-LEAST_SPREAD = 0.02
+MIN_DROP_IN_SPREADS = 6.0
+MIN_SPREAD_SHARE = 0.02
 """Spread of a control that hardly varies, as a share of its level: one that was always 1 may fall to 0.88."""
-IDLE_SHARE = 0.9
-SATURATED = 0.95
+MIN_IDLE_GROUP_SHARE = 0.9
+SOLVED_SHARE_OF_BEST_REWARD = 0.95
 """Share of the best block's reward, from which on idle groups are no fault: everything is solved."""
-ROUND_STEP = "round_step"
+ROUND_STEP_METRIC = "round_step"
 """Metric that says which step of its round a step is, from 0, if rounds are several steps."""
 STEPS = "steps"
 """Key of a block: how many steps it has. All other keys are sums over them."""
@@ -83,13 +83,13 @@ def add_step_to_blocks(blocks: list[dict[str, float]], row: Mapping[str, Any], c
     """Add the metrics of a step to the newest block of steps, in place; returns whether the step has filled that block.
 
     `blocks`: sums of metrics over equally many steps each, such as {STEPS: 8.0, REWARD: 3.2}, oldest first, the newest perhaps
-    not full. When all `MOST_BLOCKS` are full, neighbours are joined, so that blocks become twice as long. `row`: the step's
+    not full. When all `MAX_BLOCKS` are full, neighbours are joined, so that blocks become twice as long. `row`: the step's
     metrics. `controls`: names of the metrics of rewards of weight 0, which are measured and not trained.
     """
     block_size = int(blocks[0][STEPS]) if len(blocks) > 1 else 1
     if not blocks or blocks[-1][STEPS] >= block_size:
-        if len(blocks) == MOST_BLOCKS:
-            blocks[:] = [_joined_blocks(blocks[index], blocks[index + 1]) for index in range(0, MOST_BLOCKS, 2)]
+        if len(blocks) == MAX_BLOCKS:
+            blocks[:] = [_joined_blocks(blocks[index], blocks[index + 1]) for index in range(0, MAX_BLOCKS, 2)]
             block_size *= 2
         blocks.append({STEPS: 0.0})
     block = blocks[-1]
@@ -126,11 +126,17 @@ def find_problems(
     """Findings about the rewards of a run so far, with one of these verdicts:
 
     - `cheated`: the trained reward rises while a control (a reward of weight 0) or `eval/reward` falls.
-    - `collapsed` and `longer`: see `_collapse_findings`.
-    - `idle`: in most groups of answers all score alike, and the reward is not simply near its best.
-    Nothing is found before `MIN_BLOCKS` full blocks. `blocks`: see `add_step_to_blocks`. `evaluations`: rewards, such as
-    {"step": 100, "train": 0.4, "held_out": 0.3}, `train` being the mean since the evaluation before. `controls`: the controls'
-    metrics.
+    - `collapsed`: the entropy fell to a tenth, so that the model hardly explores any more.
+    - `longer`: answers became twice as long, and the reward did not rise.
+    - `idle`: in nine of ten groups of answers all score alike, and the reward is not simply near its best.
+
+    Nothing is found before `MIN_BLOCKS` full blocks.
+
+    Arguments:
+        step: the current step of the run.
+        blocks: sums of metrics over equally many steps each, oldest first, such as {STEPS: 8.0, REWARD: 3.2}.
+        evaluations: rewards at each, such as {"step": 100, "train": 0.4, "held_out": 0.3}; `train` is the mean since the last
+        one. controls: names of the metrics of rewards of weight 0.
     """
     reward = block_means(blocks, REWARD)
     if len(reward) < MIN_BLOCKS:
@@ -140,7 +146,7 @@ def find_problems(
     def finding(verdict: str, message: str, **numbers: float) -> Finding:
         """A finding at `step` with the remedies of its verdict."""
         return Finding(
-            detector=NAME,
+            detector=DETECTOR_NAME,
             step=step,
             message=message,
             numbers=numbers,
@@ -172,7 +178,7 @@ def find_problems(
     idle = block_means(blocks, IDLE)
     recent_blocks = MIN_BLOCKS // 2
     share = float(np.mean(idle[-recent_blocks:])) if idle else 0.0
-    if share >= IDLE_SHARE and not _is_solved(reward, float(np.mean(reward[-recent_blocks:]))):
+    if share >= MIN_IDLE_GROUP_SHARE and not _is_solved(reward, float(np.mean(reward[-recent_blocks:]))):
         yield finding(
             "idle", f"in {100 * share:.0f} % of the groups all answers score alike, and teach nothing", idle=share
         )
@@ -181,7 +187,8 @@ def find_problems(
 def _is_solved(reward: Sequence[float], recent: float) -> bool:
     """Whether rewards rose, and are near the best that was seen. `recent`: their mean over the last blocks."""
     level = max(recent, reward[-1])
-    return rising_p_value(reward) < RISING_LEVEL and level >= SATURATED * max(reward) and level >= 1.5 * reward[0]
+    is_near_best = level >= SOLVED_SHARE_OF_BEST_REWARD * max(reward)
+    return rising_p_value(reward) < RISING_LEVEL and is_near_best and level >= 1.5 * reward[0]
 
 
 def _collapse_findings(
@@ -192,7 +199,7 @@ def _collapse_findings(
     `reward`, `entropy` (nats a token) and `length` (tokens of an answer): means of each full block of steps, oldest first; empty
     if not measured. `finding(verdict, text, **numbers)` makes a Finding.
     """
-    if entropy and entropy[0] > 0 and entropy[-1] < COLLAPSED_ENTROPY * entropy[0]:
+    if entropy and entropy[0] > 0 and entropy[-1] < COLLAPSED_ENTROPY_SHARE * entropy[0]:
         says = f"the entropy fell from {entropy[0]:.3g} to {entropy[-1]:.3g} nats a token: the model hardly explores any more"
         yield finding("collapsed", says, entropy=entropy[-1])
     if not length:
@@ -200,7 +207,7 @@ def _collapse_findings(
     # Single blocks are noisy: where lengths vary much, one of 40 is twice another by chance.
     first_length = float(np.mean(length[:END_BLOCKS]))
     last_length = float(np.mean(length[-END_BLOCKS:]))
-    if last_length > LONGER * first_length and rising_p_value(reward) > 0.5:
+    if last_length > LONGER_ANSWERS_FACTOR * first_length and rising_p_value(reward) > 0.5:
         says = f"answers grew from {first_length:.0f} to {last_length:.0f} tokens, and the reward did not rise"
         yield finding("longer", says, length=last_length)
 
@@ -237,8 +244,8 @@ def drops_below_first_half(values: Sequence[float]) -> bool:
         return False
     first_half = np.asarray(values[: len(values) // 2])
     level = float(first_half.mean())
-    spread = max(float(first_half.std()), LEAST_SPREAD * abs(level))
-    return level - float(np.mean(values[-END_BLOCKS:])) > DROP_BY_SPREAD * spread
+    spread = max(float(first_half.std()), MIN_SPREAD_SHARE * abs(level))
+    return level - float(np.mean(values[-END_BLOCKS:])) > MIN_DROP_IN_SPREADS * spread
 
 
 def falls_beyond_noise(values: Sequence[float], level: float = FALLING_LEVEL) -> bool:

@@ -14,9 +14,9 @@ from typing import Any
 from strategies.runtime import Runtime, gather_objects
 from trainer.reporting.metrics import RankTime
 
-INTERVALS = 5
+INTERVALS_TO_CONFIRM = 5
 """Logging intervals in a row that make a rank slow, or one that is no longer."""
-MIN_SHARE = 1 / 30
+MIN_EXCESS_SHARE_OF_STEP = 1 / 30
 """Share of a step that the excess in its forward pass is at least; with the backward pass a tenth. Less is no matter."""
 
 
@@ -55,8 +55,8 @@ class Stragglers:
         self.on_change = on_change
         self.slow: list[SlowRank] = []
         """All that were found, in the order in which they were."""
-        self._changed_factors: list[list[float]] = [[] for _ in range(runtime.world_size)]
-        """By rank: its factors in the last intervals in a row in which it was slow, or, once it is called slow, was not."""
+        self._unconfirmed_factors_by_rank: list[list[float]] = [[] for _ in range(runtime.world_size)]
+        """By rank: its factors in the last intervals in a row that speak for a change, from normal to slow or back."""
 
     def judge_interval(self, rows: list[dict[str, Any]], times: list[RankTime]) -> None:
         """Look for slow ranks in a logging interval, and add the ranks' compute times to its first row.
@@ -75,33 +75,33 @@ class Stragglers:
             "blocks_s/rank": times.index(slowest),
         }
         if self.factor:
-            for rank in range(len(self._changed_factors)):
+            for rank in range(len(self._unconfirmed_factors_by_rank)):
                 self._update_rank(rank, slowness_factor(rank, times), rows[-1]["step"])
 
     def _update_rank(self, rank: int, factor: float, step: int) -> None:
-        """Record that a rank is slow, or slow no longer, once `INTERVALS` intervals in a row show the change.
+        """Record that a rank is slow, or slow no longer, once `INTERVALS_TO_CONFIRM` intervals in a row show the change.
 
-        `factor`: how many times as long as the others it took in this interval. Calls `on_change` on rank 0. A collective if the
-        rank becomes slow.
+        Then calls `on_change` on rank 0. `factor`: how many times as long as the other ranks it took in this interval. All ranks
+        must call with the same arguments: a rank that becomes slow is named with its host, which is asked in a collective.
         """
         slow_rank = next((slow for slow in self._slow_ranks_now() if slow.rank == rank), None)
         was_slow = slow_rank is not None
         is_slow = factor > self.factor
-        changed_factors = self._changed_factors[rank]
+        unconfirmed_factors = self._unconfirmed_factors_by_rank[rank]
         if is_slow == was_slow:  # no change, or one that did not last
-            changed_factors.clear()
+            unconfirmed_factors.clear()
             return
-        changed_factors.append(factor)
-        if len(changed_factors) < INTERVALS:
+        unconfirmed_factors.append(factor)
+        if len(unconfirmed_factors) < INTERVALS_TO_CONFIRM:
             return
 
         if slow_rank is not None:
             slow_rank.until_step = step
         else:
             host_by_rank = gather_objects(socket.gethostname(), self.runtime)
-            slow_rank = SlowRank(rank=rank, host=host_by_rank[rank], factor=min(changed_factors), from_step=step)
+            slow_rank = SlowRank(rank=rank, host=host_by_rank[rank], factor=min(unconfirmed_factors), from_step=step)
             self.slow.append(slow_rank)
-        changed_factors.clear()
+        unconfirmed_factors.clear()
         if self.runtime.is_main:
             self.on_change(slow_rank, self._slow_ranks_now(), step)
 
@@ -124,6 +124,6 @@ def slowness_factor(rank: int, times: list[RankTime]) -> float:
     other_times = [*times[:rank], *times[rank + 1 :]]
     usual_s = median(time.seconds for time in other_times)
     usual_s_per_token = median(time.seconds_per_token for time in other_times)
-    if own_time.seconds - usual_s < MIN_SHARE * times[0].step_s:
+    if own_time.seconds - usual_s < MIN_EXCESS_SHARE_OF_STEP * times[0].step_s:
         return 1.0
     return min(own_time.seconds / usual_s, own_time.seconds_per_token / usual_s_per_token)

@@ -28,22 +28,22 @@ class WatchedTasks:
         """Run the tasks: yield (name, value) of each metric. All ranks must call; raises Interrupted on all or none."""
         self.task_evaluator.model.engine = engine
         self.tables = {}
-        base = self.challenges.base_rows
-        names = None
-        if base is not None and base.tasks_of_unchanged_base:
-            # The base was asked these just now, and the model is the base still.
-            tasks_of_unchanged_base = base.tasks_of_unchanged_base
-            base.tasks_of_unchanged_base = []
-            for finished in tasks_of_unchanged_base:
-                yield from self._metrics_of(finished)
+        base_results = self.challenges.base_results
+        task_names = None  # all
+        if base_results is not None and base_results.tasks_of_unchanged_base:
+            # These tasks were run just now, before the first step, on the same weights: they are not run again.
+            tasks_of_unchanged_base = base_results.tasks_of_unchanged_base
+            base_results.tasks_of_unchanged_base = []
+            for finished_task in tasks_of_unchanged_base:
+                yield from self._metrics_of(finished_task)
             all_names = [prepared.task.name for prepared in self.task_evaluator.tasks]
-            names = [name for name in all_names if name not in base.names]
-        for finished in self.task_evaluator.run_tasks(names):
-            yield from self._metrics_of(finished)
+            task_names = [name for name in all_names if name not in base_results.names]
+        for finished_task in self.task_evaluator.run_tasks(task_names):
+            yield from self._metrics_of(finished_task)
 
     def _metrics_of(self, finished_task: FinishedTask) -> Iterator[tuple[str, float]]:
         """Hand a finished task to the detectors; yields its metrics as (`eval/TASK/METRIC`, value)."""
-        self.challenges.add_task(finished_task)
+        self.challenges.record_finished_task(finished_task)
         task = finished_task.prepared.task
         if self.makes_tables:
             # To compare with. In the first evaluation of a task there is nothing yet.

@@ -68,6 +68,6 @@ def minimal_trainer(engine: Any) -> Trainer:
             agreement=unused,
             guards=Guards(GuardsConfig(), 1, engine.runtime),
             stragglers=Stragglers(0, engine.runtime),
-            evaluations=ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, compared_term="loss"),
+            evaluations=ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, judged_loss_term="loss"),
         ),
     )

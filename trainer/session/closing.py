@@ -44,11 +44,11 @@ def closing_sentence(outcome: TrainingOutcome, *, from_rewards: bool) -> str:
     ]
     if not points:
         return "nobody can know, since nothing is held out: data.eval_share=0.05 holds out one document in twenty"
-    held_out_before = None  # of the model before training, if step 0 was evaluated
+    evaluation_before_training = None  # of the model before training, if step 0 was evaluated
     if evaluations[0]["step"] == 0:
-        held_out_before = sign * evaluations[0]["held_out"]
+        evaluation_before_training = sign * evaluations[0]["held_out"]
     if len(points) == 1:
-        return _sentence_on_one_evaluation(points[0], held_out_before, quantity, sign)
+        return _sentence_on_one_evaluation(points[0], evaluation_before_training, quantity, sign)
 
     best = min(points, key=lambda point: point.held_out)
     last = points[-1]
@@ -59,8 +59,8 @@ def closing_sentence(outcome: TrainingOutcome, *, from_rewards: bool) -> str:
     still_improves = best is last and gain_in_last_part > SMALL
 
     best_text = f"held-out {quantity} best at step {best.step} ({format_metric(sign * best.held_out)})"
-    if held_out_before is not None and best.held_out >= held_out_before:
-        before_text = format_metric(sign * held_out_before)
+    if evaluation_before_training is not None and best.held_out >= evaluation_before_training:
+        before_text = format_metric(sign * evaluation_before_training)
         return f"no step is better than the model before training ({before_text}): a lower optim.lr, not more steps"
     if got_worse and training_improved:
         return (

@@ -17,7 +17,7 @@ from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.prepared import PreparedTask
 from trainer.monitors import divergence
 from trainer.monitors.anomaly_log import EVENTS
-from trainer.monitors.base_model_rows import BaseRows
+from trainer.monitors.base_model_rows import BaseModelResults
 from trainer.monitors.config import CHAT, CHAT_ANSWERS, GENERAL, Reaction
 from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.first_evaluation import HeldOutFile
@@ -57,8 +57,10 @@ def build_detectors(
     if isinstance(config.objective, RoundsConfig):
         # A reward without a weight does not train the model, so it tells whether the others are gamed.
         rewards = config.objective.rewards
-        challenges.control_metrics = [f"rewards/{name}/mean" for name, reward in rewards.items() if reward.weight == 0]
-    challenges.on_record = challenge_reporter(context)
+        challenges.metrics_of_control_rewards = [
+            f"rewards/{name}/mean" for name, reward in rewards.items() if reward.weight == 0
+        ]
+    challenges.write_findings = challenge_reporter(context)
     context.attempt.on_run_dir_renamed.append(challenges.follow_renamed_run_dir)
     return challenges
 
@@ -88,12 +90,12 @@ def final_chat_answers(challenges: ChallengeDetectors, engine: Engine, *, refres
     """
     if refresh or not challenges.chat_rows:
         try:
-            challenges.ask_chat_again(engine)
+            challenges.refresh_chat_rows(engine)
         except Interrupted:  # the generation of answers was stopped
             raise Preempted(
                 "stopped while two answers were written; start the same command again to continue"
             ) from None
-    return challenges.answer_pairs()
+    return challenges.chat_answer_pairs()
 
 
 def add_task_evaluator(
@@ -111,7 +113,7 @@ def add_task_evaluator(
     """
     for evaluator in evaluators:
         if isinstance(evaluator, GenerationEvaluator):
-            evaluator.on_answers = challenges.add_generated
+            evaluator.on_answers = challenges.add_generated_answers
         if isinstance(evaluator, LossEvaluator):
             evaluator.on_batch_sums = challenges.add_batch_sums
     if not tasks:
@@ -124,7 +126,9 @@ def add_task_evaluator(
     forgetting_tasks = [task.task.name for task in tasks if task.task.name in built_in_names]
     forgetting_tasks += forgetting.tasks
     if forgetting_tasks and forgetting.action is not Reaction.off:
-        challenges.base_rows = BaseRows(task_evaluator, forgetting_tasks, context.run_dir, context.console.print_line)
+        challenges.base_results = BaseModelResults(
+            task_evaluator, forgetting_tasks, context.run_dir, context.console.print_line
+        )
     if config.logging.tables and context.runtime.is_main:
         challenges.first_rows = FirstRows(context.run_dir)
     return [*evaluators, WatchedTasks(task_evaluator, challenges, makes_tables=config.logging.tables)]
