@@ -51,8 +51,11 @@ class ArgumentSpec:
     choices: tuple[str, ...] = ()
     """All values that it takes. For an argument with dashes, the first one is meant if it stands alone, as in `--cfg`."""
     least: float = -math.inf
+    """For a number: the smallest value that it takes."""
     most: float = math.inf
+    """For a number: the largest value that it takes."""
     above: float | None = None
+    """For a number: the bound that it must exceed, as 0 for a price; None if there is none."""
 
 
 def parse_value(text: str, annotation: Any, spec: ArgumentSpec | None = None) -> Any:
@@ -85,7 +88,7 @@ def parse_value(text: str, annotation: Any, spec: ArgumentSpec | None = None) ->
 
 
 def unquoted_list_entries(text: str) -> list[str]:
-    """The entries of `[a,b]`, or of one entry without brackets, without the quotes around any of them."""
+    """The entries of a list as typed, without quotes around them: `["a",b]` -> ["a", "b"], and `a` without brackets -> ["a"]."""
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     entries = []
     for entry in split_at_commas(inner):
@@ -102,19 +105,22 @@ def suggestion_of_similar_name(typed: str, known: Iterable[str], *, end: str = "
 
 
 def _parse_number_in_bounds(text: str, annotation: type, spec: ArgumentSpec) -> float:
-    """The typed number as `annotation` (`int` or `float`), within its bounds. Raises ValueError with the bounds."""
+    """The number that `text` spells, as `annotation` (`int` or `float`).
+
+    Raises ValueError if it is no number or outside the bounds of `spec`: "must be a whole number, at least 1".
+    """
     number = _parse_number(text, annotation)
     if number is not None:
         is_above = spec.above is None or number > spec.above
         if is_above and spec.least <= number <= spec.most:
             return annotation(number)
-    name = "a whole number" if annotation is int else "a number"
+    number_kind = "a whole number" if annotation is int else "a number"
     bounds = "" if spec.above is None else f" above {spec.above:g}"
     if spec.least > -math.inf and spec.most < math.inf:
         bounds = f" from {spec.least:g} to {spec.most:g}"
     elif spec.least > -math.inf:
         bounds = f", at least {spec.least:g}"
-    raise ValueError(f"must be {name}{bounds}")
+    raise ValueError(f"must be {number_kind}{bounds}")
 
 
 def _parse_number(text: str, annotation: type) -> float | None:

@@ -50,10 +50,10 @@ class Axes:
     def points(self) -> list[list[str]]:
         """The arguments of every point: the cartesian product of all axes, in which the last axis changes fastest.
 
-        A setting that only some choices of an axis have is left out of the other points. Points that become equal by this
-        are one point: `tuning=full,lora tuning.rank=4,8` has three.
+        A setting that only some choices of an axis have is left out of the other points, as `tuning.rank` of a point with
+        `tuning=full`. Points that become equal by this are one point: `tuning=full,lora tuning.rank=4,8` has three.
         """
-        limits = self._required_choices_by_key()
+        required_choices_by_key = self._required_choices_by_key()
         points: list[list[str]] = []
         shortened_points: set[tuple[str, ...]] = set()
         for full_point in itertools.product(*self.alternative_arguments):
@@ -61,8 +61,8 @@ class Axes:
             values = {argument_key(argument): argument_value(argument) for argument in full_point}
             arguments_to_keep = []
             for argument in full_point:
-                limit = limits.get(argument_key(argument))
-                if limit is None or values[limit.axis] in limit.choices:
+                required = required_choices_by_key.get(argument_key(argument))
+                if required is None or values[required.axis] in required.choices:
                     arguments_to_keep.append(argument)
             point = tuple(arguments_to_keep)
             # Only shortened points are compared, because a value that the user gives twice (`run.seed=1,1`) stays two points.
@@ -89,20 +89,21 @@ class Axes:
         """A line such as `tuning.rank: only where tuning is lora` for each setting that some points lack."""
         axes = self.axes
         sentences = []
-        for key, limit in self._required_choices_by_key().items():
-            choices = [choice for choice in axes[limit.axis] if choice in limit.choices]
-            sentences.append(f"{key}: only where {limit.axis} is {' or '.join(choices)}")
+        for key, required in self._required_choices_by_key().items():
+            choices = [choice for choice in axes[required.axis] if choice in required.choices]
+            sentences.append(f"{key}: only where {required.axis} is {' or '.join(choices)}")
         return sentences
 
     def _required_choices_by_key(self) -> dict[str, RequiredChoices]:
-        """For each setting of the command line that only some choices of an axis have: these choices, by the setting's key.
+        """The choices of an axis that a setting of the command line requires, by the key of the setting.
 
-        `tuning=full,lora tuning.rank=8` -> {"tuning.rank": RequiredChoices("tuning", ("lora", ...))}, since `full` has no rank.
+        Only for settings that some choices of the axis have and others lack: `tuning=full,lora tuning.rank=8` ->
+        {"tuning.rank": RequiredChoices("tuning", ("lora", ...))}, since `full` has no rank.
         """
         from launch.config.overrides import all_settings, find_setting
 
         axes = self.axes
-        limits = {}
+        required_choices_by_key = {}
         for arguments in self.alternative_arguments:
             key = argument_key(arguments[0])
             group = key.partition(".")[0]
@@ -114,8 +115,8 @@ class Axes:
             num_choices_with_setting = sum(choice in setting.available_under for choice in axes[group])
             # A setting that no choice of the axis has stays in every point, so that composing the points refuses it.
             if 0 < num_choices_with_setting < len(axes[group]):
-                limits[key] = RequiredChoices(group, setting.available_under)
-        return limits
+                required_choices_by_key[key] = RequiredChoices(axis=group, choices=setting.available_under)
+        return required_choices_by_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def argument_value(argument: str) -> str:
 def read_axes(arguments: list[str]) -> Axes:
     """Split each command-line argument at the commas between its values.
 
-    Errors: ConfigError for an empty value, as in `optim.lr=1e-4,,2e-4`.
+    Raises ConfigError for an empty value, as in `optim.lr=1e-4,,2e-4`, and for a glob or function that stands for no value.
     """
     problems: list[str] = []
     alternative_arguments: list[tuple[str, ...]] = []
@@ -332,14 +333,16 @@ def point_label(values: dict[str, str]) -> str:
     return joined[:MAX_LABEL_CHARACTERS].strip("-.") or "point"
 
 
-def set_point_name_in_trackers(logging: LoggingConfig, base: Path, name: str, arguments: Iterable[str]) -> None:
+def set_point_name_in_trackers(
+    logging: LoggingConfig, sweep_dir: Path, point_name: str, arguments: Iterable[str]
+) -> None:
     """Set `logging.group`, `.name` and `.columns` so that W&B and other trackers show the points of a sweep as one group.
 
-    `base`: the directory of the sweep, whose name the group gets, unless the user or WANDB_RUN_GROUP names one. `name`: that of
-    the point. `arguments`: the point's values on the axes, of which each gets a column.
+    The group gets the name of `sweep_dir`, unless the user or WANDB_RUN_GROUP names one. `arguments`: the point's values on the
+    axes, such as `optim.lr=1e-4`; each gets a column.
     """
-    logging.group = logging.group or os.environ.get("WANDB_RUN_GROUP") or base.resolve().name
-    logging.name = f"{logging.name}-{name}" if logging.name else name
+    logging.group = logging.group or os.environ.get("WANDB_RUN_GROUP") or sweep_dir.resolve().name
+    logging.name = f"{logging.name}-{point_name}" if logging.name else point_name
     columns = list(logging.columns)
     for argument in arguments:
         key = argument_key(argument)

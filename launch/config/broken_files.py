@@ -28,19 +28,22 @@ def suspected_files_text(choices: dict[str, str]) -> str:
 
 
 def composition_problem_line(error: Exception) -> str:
-    """An error of Hydra, OmegaConf or the YAML reader as one line for the user, with the setting in front if one is to blame."""
+    """An error of Hydra, OmegaConf or the YAML reader as one line for the user. It begins with the setting, if one is at fault.
+
+    Such as "line 3 is not valid YAML: mapping values are not allowed here", or "optim.lr: Value 'x' could not be converted".
+    """
     from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1} is not valid YAML: {error.problem}"
     # Hydra repeats OmegaConf's error as a text of several lines. OmegaConf's has the setting and the reason apart.
-    original = error if isinstance(error, OmegaConfBaseException) else error.__context__
-    if not isinstance(original, OmegaConfBaseException) or not original.full_key:
+    omegaconf_error = error if isinstance(error, OmegaConfBaseException) else error.__context__
+    if not isinstance(omegaconf_error, OmegaConfBaseException) or not omegaconf_error.full_key:
         return " ".join(str(error).split())
-    if original.full_key in ("experiment", "debug"):
+    if omegaconf_error.full_key in ("experiment", "debug"):
         # Without `# @package _global_` Hydra puts the file's settings below the name of its group.
         return "must hold settings (key: value), and begin with the line `# @package _global_`"
-    if isinstance(original, ConfigKeyError):
-        return f"there is no setting {original.full_key}"
-    reason = str(original.msg or original).splitlines()[0]
-    return f"{original.full_key}: {reason}"
+    if isinstance(omegaconf_error, ConfigKeyError):
+        return f"there is no setting {omegaconf_error.full_key}"
+    reason = str(omegaconf_error.msg or omegaconf_error).splitlines()[0]
+    return f"{omegaconf_error.full_key}: {reason}"

@@ -85,9 +85,9 @@ def add_user_config_dir(directory: Path) -> None:
     # Refused, because Hydra would silently take one of two files of the same name.
     name_clashes: list[str] = []
     for group, choices in user_choices.items():
-        name_clashes += [
-            f"{group}/{choice}.yaml" for choice in choices if _choice_file(CONF_DIR, group, choice).exists()
-        ]
+        for choice in choices:
+            if _choice_file(CONF_DIR, group, choice).exists():
+                name_clashes.append(f"{group}/{choice}.yaml")
     if name_clashes:
         raise ConfigError(
             f"--config-dir {directory}: {', '.join(name_clashes)}: there is such a choice already; rename the file"
@@ -153,9 +153,10 @@ def register_schemas() -> None:
 
 
 def add_table_entry(tree: Any, key: str) -> None:
-    """Add the table entry that holds the setting `key` to a composed tree, with its defaults, unless it is there.
+    """Add the entry that holds the setting `key` to its table in a composed tree, with defaults, unless the entry is there.
 
-    `evaluation.tasks.qa.kind` adds the entry `qa` to the table `evaluation.tasks`. A key outside of such tables adds nothing.
+    A table is a setting whose entries the user names: `evaluation.tasks.qa.kind` adds the entry `qa` to `evaluation.tasks`. A key
+    outside of such tables adds nothing. `tree`: the OmegaConf tree of a run's settings.
     """
     from omegaconf import OmegaConf
 

@@ -59,26 +59,24 @@ def model_code_digest(directory: Path, *, download: bool = False) -> str | None:
     """
     # Such as `modeling.Net` in this directory, or `owner/name--modeling.Net` in another repository.
     references = sorted({*_auto_map_references(directory)})
-    files = dict(_code_content_by_name(directory, CODE_SUFFIXES))
+    files = dict(_code_content_by_name(directory))
     if not references and not files:
         return None
     digest_by_reference: dict[str, str] = {}  # of code in other repositories
     for reference in references:
-        repository, mark, class_name = reference.rpartition(REPOSITORY_SEPARATOR)
+        repository, separator, class_name = reference.rpartition(REPOSITORY_SEPARATOR)
         class_path = Path(class_name)
         if class_path.is_absolute() or ".." in class_path.parts:
             raise NoDigest(reference)  # a file that may lie anywhere
-        if not mark:
+        if not separator:
             continue  # code of this directory, which is among `files`
-        other_directory = local_model_directory(ModelConfig(), repository, None)
-        if other_directory is None and download:
+        repository_directory = local_model_directory(ModelConfig(), repository, None)
+        if repository_directory is None and download:
             raise NoDigest(reference)  # its code would be fetched later, so it is not known now
-        if other_directory is None:
+        if repository_directory is None:
             digest_by_reference[reference] = "absent"
         else:
-            digest_by_reference[reference] = _sha256_of_files(
-                dict(_code_content_by_name(other_directory, CODE_SUFFIXES))
-            )
+            digest_by_reference[reference] = _sha256_of_files(dict(_code_content_by_name(repository_directory)))
     auto_map = json.dumps([references, digest_by_reference]).encode()
     return _sha256_of_files({**files, "auto_map": auto_map})
 
@@ -87,12 +85,12 @@ def task_code_digest(path: Path) -> str:
     """SHA-256 of an lm_eval task: its YAML (or each YAML in a directory), what they include, and the Python code beside them.
 
     For a single YAML, only the Python files of its own folder count: it may lie above runs, whose files change all the time.
-    Errors: NoDigest.
+    Raises NoDigest if a file cannot be read or is no YAML, or if there are more than MAX_FILES_AND_FOLDERS files.
     """
     directory = path.resolve()
     if directory.is_dir():
         files_to_read = sorted(directory.rglob("*.yaml"))
-        contents = dict(_code_content_by_name(directory, CODE_SUFFIXES))
+        contents = dict(_code_content_by_name(directory))
     else:
         files_to_read = [directory]
         directory = directory.parent
@@ -133,9 +131,10 @@ _FunctionNameLoader.add_constructor("!function", _collect_function_name)
 
 
 def _files_named_by(file: Path, content: bytes) -> Iterator[Path]:
-    """The files that a task's YAML names: those it includes, and the Python modules of its functions beside it.
+    """The files that the YAML `file` of a task names: those under `include`, and the Python modules of `!function` beside it.
 
-    Relative names are looked up as lm_eval does. Errors: those of YAML, ValueError, RecursionError.
+    Relative names are looked up as lm_eval does. `content`: the bytes of the file. Raises YAMLError, ValueError or RecursionError
+    if the content is no YAML.
     """
     loader = _FunctionNameLoader(content)
     tree = loader.get_single_data()
@@ -143,7 +142,7 @@ def _files_named_by(file: Path, content: bytes) -> Iterator[Path]:
         yield file.parent / name
     for function in loader.functions:
         module = file.parent / f"{function.rpartition('.')[0].replace('.', '/')}.py"
-        if module.exists():  # else it is a module that is installed
+        if module.exists():  # otherwise it is an installed module
             yield module
 
 
@@ -164,25 +163,28 @@ def _include_values(tree: Any) -> Iterator[str]:
             pending += node
 
 
-def _code_content_by_name(directory: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """(relative name, content) of each file below a directory with one of `suffixes`, in alphabetical order.
+def _code_content_by_name(directory: Path) -> Iterator[tuple[str, bytes]]:
+    """(relative name, content) of each Python file below a directory, in alphabetical order: ("sub/modeling.py", b"...").
 
-    Errors: NoDigest if there are more than `MAX_FILES_AND_FOLDERS` files and folders, or a file cannot be read.
+    Raises NoDigest if there are more than `MAX_FILES_AND_FOLDERS` files and folders, or a file cannot be read.
     """
-    seen = 0
+    num_seen = 0
     for parent, folders, names in os.walk(directory, followlinks=True):  # a linked folder is imported like any other
         folders.sort()
-        seen += len(folders) + len(names)
-        if seen > MAX_FILES_AND_FOLDERS:
+        num_seen += len(folders) + len(names)
+        if num_seen > MAX_FILES_AND_FOLDERS:
             raise NoDigest(str(directory))
         for name in sorted(names):
             file = Path(parent, name)
-            if file.suffix in suffixes:
+            if file.suffix in CODE_SUFFIXES:
                 yield file.relative_to(directory).as_posix(), _read_code_file(file)
 
 
 def _auto_map_references(directory: Path) -> Iterator[str]:
-    """The Python classes that a model's config files name in `auto_map`. Errors: NoDigest for a file that is no JSON."""
+    """The Python classes that a model's config files name in `auto_map`, such as `modeling.Net`.
+
+    Raises NoDigest for a config file that is no JSON or cannot be read.
+    """
     for file in sorted({*directory.glob("*config.json"), *directory.glob(VERSIONED_CONFIG_PATTERN)}):
         try:
             settings = json.loads(_read_code_file(file))  # not searched as text: JSON can spell `auto_map` with escapes
@@ -193,7 +195,7 @@ def _auto_map_references(directory: Path) -> Iterator[str]:
 
 
 def _read_code_file(file: Path) -> bytes:
-    """The bytes of a file. Errors: NoDigest if it cannot be read or is too large to be code."""
+    """The bytes of a file. Raises NoDigest if it cannot be read or is larger than MAX_CODE_FILE_BYTES."""
     try:
         if not file.is_file() or file.stat().st_size > MAX_CODE_FILE_BYTES:
             raise NoDigest(str(file))

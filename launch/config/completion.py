@@ -91,7 +91,7 @@ compdef _shardtune shardtune 2>/dev/null
 
 
 def completion_script(shell: str, verbs: dict[str, str], classes_by_verb: dict[str, list[type[VerbArguments]]]) -> str:
-    """The completion script for bash, zsh or fish. Errors: ConfigError for another shell.
+    """The completion script for `shell`: `bash`, `zsh` or `fish`, also as `install=bash`. Raises ConfigError for another shell.
 
     `verbs`: the description of each verb. `classes_by_verb`: the classes that declare the arguments and flags of each verb.
     """
@@ -111,7 +111,7 @@ def completion_script(shell: str, verbs: dict[str, str], classes_by_verb: dict[s
     for verb, declarations in classes_by_verb.items():
         argument_cases.append(f'        {verb}) candidates="{" ".join(option_keys_of_verb(declarations))}" ;;')
 
-    replacements = {  # by mark in the text of the script
+    replacement_by_mark = {
         "@VERBS@": " ".join(verbs),
         "@FLAGS@": " ".join(flags_of_all_verbs(classes_by_verb)),
         "@OWN@": "\n".join(argument_cases),
@@ -120,13 +120,16 @@ def completion_script(shell: str, verbs: dict[str, str], classes_by_verb: dict[s
         "@KEYS@": " ".join(values_by_key),
     }
     script_text = BASH_TEMPLATE if shell == "bash" else ZSH_TEMPLATE
-    for mark, replacement in replacements.items():
+    for mark, replacement in replacement_by_mark.items():
         script_text = script_text.replace(mark, replacement)
     return script_text
 
 
 def option_keys_of_verb(declarations: list[type[VerbArguments]]) -> list[str]:
-    """The keys of a verb's own `key=value` arguments, as they are typed."""
+    """The keys of a verb's own `key=value` arguments, as they are typed, such as `wait_s`.
+
+    `declarations`: the classes that declare the verb's arguments.
+    """
     keys = []
     for declaration in declarations:
         for spec in argument_specs(declaration).values():

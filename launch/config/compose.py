@@ -53,7 +53,7 @@ def compose_config(argv: list[str], *, check: bool = True) -> ComposedConfig:
 
     Raises ConfigError with every problem found.
     """
-    use_copies_of_missing_reward_files(argv)
+    use_copies_of_missing_reward_files(argv)  # first, because a missing file would be a problem of its override
     # Every stage adds to the problems instead of raising, so that the user sees all of them at once.
     parsed = overrides.parse_overrides(argv)
     tree, problems = _compose_choices(parsed.choices)
@@ -91,11 +91,11 @@ def _repeats_problem_of_override(problem: str, meant_keys: set[str]) -> bool:
     return key in meant_keys or key in groups or is_below_meant_key
 
 
-def recompose_frozen_config(config: RunConfig, argv: list[str], allowed: frozenset[str]) -> RunConfig:
+def recompose_frozen_config(config: RunConfig, argv: list[str], allowed_groups: frozenset[str]) -> RunConfig:
     """The frozen configuration of a run with command-line overrides on top, for this process: its own launcher and devices.
 
-    `allowed`: the groups of settings that overrides may set, such as `launcher`. Raises ConfigError with every problem, also
-    for an override of another group. The result is not validated as that of `compose_config` is.
+    `allowed_groups`: the groups of settings that overrides may set, such as `launcher`. Raises ConfigError with every problem,
+    also for an override of another group. The values are not validated against each other.
     """
     parsed = overrides.parse_overrides(argv)
     composed_tree, problems = _compose_choices(parsed.choices)
@@ -103,8 +103,8 @@ def recompose_frozen_config(config: RunConfig, argv: list[str], allowed: frozens
     override_by_key |= {group: f"{group}={choice}" for group, choice in parsed.choices.items()}
     for key, override in override_by_key.items():
         group = key.split(".")[0]
-        if group not in allowed:
-            problems.append(_unsettable_override_problem(key, override, allowed))
+        if group not in allowed_groups:
+            problems.append(_unsettable_override_problem(key, override, allowed_groups))
 
     # The groups of this start replace those of the frozen configuration.
     tree = _frozen_config_as_tree(config)
@@ -136,7 +136,7 @@ def apply_overrides(config: RunConfig, argv: list[str]) -> RunConfig:
 
 
 def _frozen_config_as_tree(config: RunConfig) -> Any:
-    """A frozen configuration as an OmegaConf tree. `${...}` in it stays text: somebody else may have written it."""
+    """A frozen configuration as an OmegaConf tree. `${...}` in its texts is escaped: somebody else may have written them."""
     from omegaconf import OmegaConf
 
     tree = OmegaConf.structured(RunConfig)
@@ -146,22 +146,24 @@ def _frozen_config_as_tree(config: RunConfig) -> Any:
 
 
 def keys_set_by(argv: list[str]) -> set[str]:
-    """The full keys of the settings that these overrides set, with the tables that they replace as a whole or reset."""
+    """The full keys of the settings that these overrides set, such as {"optim.lr"}, and of tables that they replace or reset."""
     parsed = overrides.parse_overrides(argv)
     value_keys = {value.key for value in parsed.values}
     reset_keys = {key for key, _ in parsed.resets}
     return value_keys | parsed.replaced_tables | reset_keys
 
 
-def _unsettable_override_problem(key: str, override: str, allowed: frozenset[str]) -> str:
-    """The problem with an override of a frozen run's configuration whose group is not in `allowed`.
+def _unsettable_override_problem(key: str, override: str, allowed_groups: frozenset[str]) -> str:
+    """The message about an override beside a frozen run whose group is not in `allowed_groups`.
 
-    Its key does not exist, or it is a setting that the run keeps as it was.
+    Its key does not exist, or it is a setting that the run keeps as it was. `override`: such as `optim.lr=1`, whose key is `key`.
     """
     settings_by_key = overrides.all_settings()
     if overrides.find_setting(settings_by_key, key) is None and key not in settings_classes_by_group():
         return hints.explain_unknown_key(key, override, settings_by_key).problem
-    return f"{override}: is the run's, and stays as it was; beside a run one can set {', '.join(sorted(allowed))}"
+    return (
+        f"{override}: is the run's, and stays as it was; beside a run one can set {', '.join(sorted(allowed_groups))}"
+    )
 
 
 def _start_problems_unless_resumed(config: RunConfig, argv: list[str]) -> list[str]:
@@ -206,14 +208,14 @@ def world_size_of(config: RunConfig) -> int | None:
 
 def num_launched_ranks(config: RunConfig) -> int | None:
     """How many ranks the launcher will start; None if its settings leave the number open."""
-    nodes = config.launcher.nodes
+    num_nodes = config.launcher.nodes
     ranks_per_node = config.launcher.per_node
-    is_settled = nodes > 0 and ranks_per_node > 0
-    return nodes * ranks_per_node if is_settled else None
+    is_known = num_nodes > 0 and ranks_per_node > 0
+    return num_nodes * ranks_per_node if is_known else None
 
 
 def _compose_choices(choices: dict[str, str]) -> tuple[DictConfig, list[str]]:
-    """(the settings of the chosen files of `conf/` as a tree, problems). `choices`: such as {"tuning": "lora"}.
+    """(the settings of the chosen files of `conf/` as a tree, problems). `choices`: by group, such as {"tuning": "lora"}.
 
     A settings file of the user (an experiment, say) that is broken is a problem; the tree then has the defaults of the code.
     """
@@ -270,7 +272,7 @@ def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[s
 
     - its key does not exist;
     - its setting needs another choice of its group, as `tuning.rank` needs `tuning=lora`;
-    - it would choose (`tuning.name=lora`), which `tuning=lora` does;
+    - it names the choice of a group as a setting: `tuning.name=lora`, which must be typed as `tuning=lora`;
     - it is of the wrong type.
 
     Adds the keys of unknown and mistyped values to `parsed.meant_keys`.
@@ -280,21 +282,24 @@ def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[s
 
     settings_by_key = overrides.all_settings()
     problems: list[str] = []
-    current_choices = {group: str(tree[group].name) for group in (*settings_classes_by_group(), "schedule")}
+    choice_by_group = {group: str(tree[group].name) for group in (*settings_classes_by_group(), "schedule")}
     has_begun = _run_has_begun(parsed)
     # Tables and defaults first, so that an override of one entry of the table is set after them.
     for table in parsed.replaced_tables:
         OmegaConf.update(tree, table, {}, merge=False)
     for key, _ in parsed.resets:
-        _reset_to_default(tree, key, current_choices)
+        _reset_to_default(tree, key, choice_by_group)
 
-    for key, value, source_text, _ in parsed.values:
+    for setting_value in parsed.values:
+        key = setting_value.key
+        value = setting_value.value
+        source_text = setting_value.source_text
         setting = overrides.find_setting(settings_by_key, key)
         if setting is None:
             unknown = hints.explain_unknown_key(key, source_text, settings_by_key)
             problems.append(unknown.problem)
             parsed.meant_keys |= unknown.meant_keys
-        elif _needs_another_choice(setting, key, value, current_choices, has_begun=has_begun):
+        elif _needs_another_choice(setting, key, value, choice_by_group, has_begun=has_begun):
             problems.append(overrides.needed_choice_problem(key, source_text, setting))
         elif key.endswith(".name") and key.split(".")[0] in settings_classes_by_group():
             # `tuning.name=lora` would keep the settings class of another choice; `tuning=lora` is what works.
@@ -309,21 +314,21 @@ def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[s
     return problems
 
 
-def _reset_to_default(tree: DictConfig, key: str, current_choices: dict[str, str]) -> None:
+def _reset_to_default(tree: DictConfig, key: str, choice_by_group: dict[str, str]) -> None:
     """Set a setting or table of `tree` back to its default in the code, for the override `~key`. Does nothing for an unknown key.
 
-    `current_choices`: the choice of each group, such as {"tuning": "lora"}; the defaults of a group are those of its choice.
+    `choice_by_group`: such as {"tuning": "lora"}, because the defaults of a group are those of its choice.
     """
     from omegaconf import OmegaConf
 
     group = key.split(".")[0]
     defaults = OmegaConf.structured(RunConfig)
-    if group in current_choices:
-        defaults[group] = OmegaConf.structured(settings_class_of(group, current_choices[group]))
-    # `defaults` itself stands for "no such key", since null is a value.
-    is_known = OmegaConf.select(defaults, key, default=defaults) is not defaults
-    if is_known:
-        OmegaConf.update(tree, key, OmegaConf.select(defaults, key), merge=False)
+    if group in choice_by_group:
+        defaults[group] = OmegaConf.structured(settings_class_of(group, choice_by_group[group]))
+    no_such_key = object()  # None is a value
+    default = OmegaConf.select(defaults, key, default=no_such_key)
+    if default is not no_such_key:
+        OmegaConf.update(tree, key, default, merge=False)
 
 
 def _drop_outranked_budgets(tree: DictConfig, parsed: overrides.ParsedOverrides) -> None:
@@ -344,15 +349,15 @@ def _drop_outranked_budgets(tree: DictConfig, parsed: overrides.ParsedOverrides)
 
 
 def _needs_another_choice(
-    setting: overrides.Setting, key: str, value: Any, current_choices: dict[str, str], *, has_begun: bool
+    setting: overrides.Setting, key: str, value: Any, choice_by_group: dict[str, str], *, has_begun: bool
 ) -> bool:
-    """Whether a setting has no meaning under the current choice of its group, such as `tuning.rank` under `tuning=full`.
+    """Whether a setting has no meaning under the chosen choice of its group, such as `tuning.rank` under `tuning=full`.
 
     All schedules share one class, so a setting of another schedule can be set. It is accepted with its default, which a file
     of all settings holds, and in a run that began with it (`has_begun`: the run's directory has a configuration already).
     """
     group, _, name = key.partition(".")
-    if not setting.available_under or current_choices[group] in setting.available_under:
+    if not setting.available_under or choice_by_group[group] in setting.available_under:
         return False
     if group != "schedule":
         return True
@@ -370,19 +375,22 @@ def _run_has_begun(parsed: overrides.ParsedOverrides) -> bool:
 
 
 def _set_value(tree: DictConfig, key: str, value: Any) -> None:
-    """Set one value in the tree. An entry that a table lacks is first added with its defaults.
+    """Set one setting of the tree: `optim.lr` to 1e-4.
 
-    Raises ValueError or an OmegaConfBaseException if the value is of the wrong type.
+    A table is a setting whose names the user chooses, such as `data.sources`. A key in it (`data.sources.chat.path`) adds its
+    entry (`chat`) with the defaults of an entry first, if the table lacks it. Raises ValueError or an OmegaConfBaseException if
+    the value is of the wrong type.
     """
     from omegaconf import OmegaConf
 
     add_table_entry(tree, key)
-    table_key = key if isinstance(value, dict) else key.rpartition(".")[0]
-    table = OmegaConf.select(tree, table_key) if table_key else None
-    is_dictionary = table is not None and OmegaConf.get_type(table) is dict
-    # A dictionary takes new names. `batch` has fixed ones, so a mistyped one must be refused.
-    takes_new_names = is_dictionary and not key.startswith("batch.")
-    OmegaConf.update(tree, key, value, merge=True, force_add=takes_new_names)
+    # A dictionary as the value adds names to the setting itself, any other value to the setting that holds it.
+    parent_key = key if isinstance(value, dict) else key.rpartition(".")[0]
+    parent = OmegaConf.select(tree, parent_key) if parent_key else None
+    is_plain_dict = parent is not None and OmegaConf.get_type(parent) is dict
+    # `batch` is a plain dictionary too, but its names are fixed, so a mistyped one must be an error.
+    takes_any_name = is_plain_dict and not key.startswith("batch.")
+    OmegaConf.update(tree, key, value, merge=True, force_add=takes_any_name)
 
 
 def _config_from_tree(tree: DictConfig, problems: list[str]) -> RunConfig | None:

@@ -16,7 +16,7 @@ from trainer.config.run import RunConfig
 
 
 def earlier_config_of_same_overrides(overrides: list[str], run_dir: str | None) -> RunConfig | None:
-    """The frozen configuration of the run in `run_dir` if it began with the same overrides; None for another run, or none."""
+    """The frozen configuration of the run in `run_dir` if it began with the same overrides; None if not, or without a run."""
     if not run_dir:
         return None
     path = Path(run_dir).expanduser() / "config.yaml"
@@ -29,9 +29,10 @@ def earlier_config_of_same_overrides(overrides: list[str], run_dir: str | None) 
 
 
 def keep_first_budget(config: RunConfig, earlier_config: RunConfig) -> None:
-    """Give `config` the one budget that its run began with, if its words name several of steps, epochs and tokens.
+    """Set in `config` the one budget that its run began with, if its overrides name several of steps, epochs and tokens.
 
-    Earlier versions took one of several budgets silently; such a run is resumed with it, and a message names the others.
+    Earlier versions took one of several budgets silently. Such a run is resumed with that budget, and a message on stderr names
+    the others. `earlier_config`: the frozen configuration of the run. Does nothing if its budget is not among those typed.
     """
     typed_budgets = _set_budget_by_name(config)
     kept_budgets = _set_budget_by_name(earlier_config)

@@ -164,16 +164,16 @@ class DifferingSetting:
         return self.key == MICRO_BATCH_KEY or self.key.startswith(("strategy.", "parallel."))
 
 
-def differing_settings(ours: RunConfig, theirs: RunConfig) -> list[DifferingSetting]:
-    """The settings that decide a run's result and differ between this command (`ours`) and a run directory (`theirs`)."""
-    our_values = flatten_settings(_identifying_settings(settings_as_dict(ours)))
-    their_values = flatten_settings(_identifying_settings(settings_as_dict(theirs)))
+def differing_settings(command_config: RunConfig, run_dir_config: RunConfig) -> list[DifferingSetting]:
+    """The settings that decide a run's result and differ between this command and the `config.yaml` of a run directory."""
+    command_values = flatten_settings(_identifying_settings(settings_as_dict(command_config)))
+    run_dir_values = flatten_settings(_identifying_settings(settings_as_dict(run_dir_config)))
     missing = object()  # None is a value
     differing = []
-    for key in sorted(our_values.keys() | their_values.keys()):
-        if our_values.get(key, missing) != their_values.get(key, missing):
+    for key in sorted(command_values.keys() | run_dir_values.keys()):
+        if command_values.get(key, missing) != run_dir_values.get(key, missing):
             setting = DifferingSetting(
-                key, value_in_run_dir=their_values.get(key, "-"), value_in_command=our_values.get(key, "-")
+                key, value_in_run_dir=run_dir_values.get(key, "-"), value_in_command=command_values.get(key, "-")
             )
             differing.append(setting)
     return differing

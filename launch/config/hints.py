@@ -154,7 +154,7 @@ def explain_hydra_setting(key: str, value: str, override: str) -> str:
 def _equivalent_of_hydra(name: str, value: str) -> str | None:
     """What to type instead of Hydra's setting `name` (without `hydra.`) with this value; None if nothing does the same.
 
-    `sweeper.n_trials` with the value 20 gives "sweeper.trials=20 with -m sweeper=optuna".
+    ("sweeper.n_trials", "20") -> "sweeper.trials=20 with -m sweeper=optuna".
     """
     if name in ("run.dir", "sweep.dir"):
         return f"run.dir={value} names the directory, and under -m the one of all points"
@@ -223,9 +223,10 @@ def explain_argument_without_value(argument: str) -> str:
 
 
 def take_out_split_settings(arguments: list[str], settings_by_key: SettingsByKey) -> tuple[list[str], list[str]]:
-    """Take out settings that a shell has split: (the other arguments, a problem for each that says how to type it).
+    """Take the settings out that a shell has split at spaces; returns (the remaining arguments, a message for each such setting).
 
-    `optim.lr = 1e-4` is three arguments; `optim.lr= 1e-4`, `optim.lr =1e-4` and `--optim.lr 1e-4` are two.
+    `optim.lr = 1e-4` is three arguments; `optim.lr= 1e-4`, `optim.lr =1e-4` and `--optim.lr 1e-4` are two. The message says how
+    to type the setting.
     """
     other_arguments: list[str] = []
     problems: list[str] = []
@@ -305,30 +306,30 @@ def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey)
     - A group or setting has a similar name: that one.
     - Otherwise only that there is no such setting.
     """
-    missing = f"there is no setting {key}"
+    no_such_setting = f"there is no setting {key}"
     value = override.partition("=")[2]
     if key in SUCCESSOR_BY_REMOVED_KEY:
-        return UnknownKeyMessage(override, f"{missing} any more: {SUCCESSOR_BY_REMOVED_KEY[key]}")
+        return UnknownKeyMessage(override, f"{no_such_setting} any more: {SUCCESSOR_BY_REMOVED_KEY[key]}")
     if key in REASON_BY_NOT_OFFERED_KEY:
-        return UnknownKeyMessage(override, f"{missing}: {REASON_BY_NOT_OFFERED_KEY[key]}")
+        return UnknownKeyMessage(override, f"{no_such_setting}: {REASON_BY_NOT_OFFERED_KEY[key]}")
     replacement = misspelled.replacement_text(key, value)
     if replacement is not None:
-        return UnknownKeyMessage(override, f"{missing}; {replacement}")
+        return UnknownKeyMessage(override, f"{no_such_setting}; {replacement}")
     group = key.split(".")[0]
-    last_part = key.split(".")[-1]
-    if last_part == "name" and group in choices_by_group():
+    last_name = key.split(".")[-1]
+    if last_name == "name" and group in choices_by_group():
         choices = ", ".join(choices_by_group()[group])
         return UnknownKeyMessage(override, f"chosen as a group; type {group}=<choice>, one of {choices}")
     settings_below = sorted(name for name in settings_by_key if name.startswith(f"{key}."))
     if settings_below:
         return UnknownKeyMessage(override, f"{key} is not one value; set {', '.join(settings_below[:8])}")
-    similar_group = _similar_group(key, value, settings_by_key)
-    if similar_group is not None:
-        return UnknownKeyMessage(override, f"{missing}; {similar_group}")
+    group_suggestion = _group_suggestion(key, value, settings_by_key)
+    if group_suggestion is not None:
+        return UnknownKeyMessage(override, f"{no_such_setting}; {group_suggestion}")
 
     similar_keys = _similar_keys(key, settings_by_key)
     if not similar_keys:
-        return UnknownKeyMessage(override, missing)
+        return UnknownKeyMessage(override, no_such_setting)
     suggestions = []
     for similar_key in similar_keys[:3]:
         choices_with_key = settings_by_key[similar_key].available_under
@@ -336,7 +337,7 @@ def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey)
         if choices_with_key:
             suggestion = f"{similar_key} (with {needed_choice(similar_key, choices_with_key)})"
         suggestions.append(suggestion)
-    return UnknownKeyMessage(override, f"{missing}; did you mean {' or '.join(suggestions)}?", similar_keys[0])
+    return UnknownKeyMessage(override, f"{no_such_setting}; did you mean {' or '.join(suggestions)}?", similar_keys[0])
 
 
 def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
@@ -348,23 +349,23 @@ def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
     - a less similar key;
     - keys with a similar last name.
     """
-    last_part = key.split(".")[-1]
-    nearly_same = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.75)
-    same_last_part = []
-    for name in settings_by_key:
-        if name.split(".")[-1] == last_part and name not in nearly_same:
-            same_last_part.append(name)
-    if nearly_same or same_last_part:
-        return [*nearly_same, *same_last_part]
-    less_similar = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.5)
-    if less_similar:
-        return less_similar
-    known_last_parts = [name.split(".")[-1] for name in settings_by_key]
-    similar_last_parts = difflib.get_close_matches(last_part, known_last_parts, n=1, cutoff=0.7)
-    return [name for name in settings_by_key if name.split(".")[-1] in similar_last_parts]
+    last_name = key.split(".")[-1]
+    nearly_same_keys = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.75)
+    keys_of_same_last_name = []
+    for known_key in settings_by_key:
+        if known_key.split(".")[-1] == last_name and known_key not in nearly_same_keys:
+            keys_of_same_last_name.append(known_key)
+    if nearly_same_keys or keys_of_same_last_name:
+        return [*nearly_same_keys, *keys_of_same_last_name]
+    less_similar_keys = difflib.get_close_matches(key, settings_by_key, n=1, cutoff=0.5)
+    if less_similar_keys:
+        return less_similar_keys
+    known_last_names = [known_key.split(".")[-1] for known_key in settings_by_key]
+    similar_last_names = difflib.get_close_matches(last_name, known_last_names, n=1, cutoff=0.7)
+    return [known_key for known_key in settings_by_key if known_key.split(".")[-1] in similar_last_names]
 
 
-def _similar_group(key: str, value: str, settings_by_key: SettingsByKey) -> str | None:
+def _group_suggestion(key: str, value: str, settings_by_key: SettingsByKey) -> str | None:
     """`did you mean <group>=<choice>?` if a key without dots looks like a group, or its value is a choice of just one group.
 
     `tunning=lora` and `method=lora` give `tuning=lora`. None if neither is so.

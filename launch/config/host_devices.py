@@ -16,8 +16,8 @@ from trainer.config.run import Device, LauncherName, RunConfig
 def resolve_auto_for_this_host(config: RunConfig) -> None:
     """Replace `auto` for device, precision and processes by what this host has, with a note in `config.substitutions`.
 
-    A note is such as {"run.device": "auto -> cuda"}. With `launcher.hosts` the number of nodes becomes that of the hosts. Nothing
-    is done if SLURM launches the run, since its job will run on another host.
+    A note is such as {"run.device": "auto -> cuda"}. Also sets `launcher.nodes` to the number of `launcher.hosts`, if it was left
+    at its default of 1. Nothing is done if SLURM launches the run, since its job will run on another host.
     """
     if config.launcher.name is not LauncherName.local:
         return
@@ -36,7 +36,7 @@ def resolve_auto_for_this_host(config: RunConfig) -> None:
             config.substitutions["run.device"] += _note_on_idle_gpus()
     if config.precision is Precision.auto:
         config.precision = best_precision_here(config.run.device)
-        if config.precision is not Precision.auto:
+        if config.precision is not Precision.auto:  # it stays so if the GPUs differ: each rank then settles it
             note("precision", config.precision)
     if config.launcher.processes is None:
         config.launcher.processes = _num_processes_here(config)
@@ -102,6 +102,6 @@ def best_precision_here(device: Device) -> Precision:
 
 
 def _precision_of(capability: str) -> Precision:
-    """The best precision of a card by its compute capability, such as `9.0`. Errors: ValueError."""
+    """The best precision of a card by its compute capability: `9.0` -> bf16. Raises ValueError for another text."""
     major, minor = capability.split(".")
     return best_precision(Gpu("", (int(major), int(minor))))

@@ -20,12 +20,12 @@ def set_usual_learning_rate(config: RunConfig) -> None:
         config.optim.lr = rate.usual
         reason = f"usual for {config.tuning.method}, objective={config.objective.name} and optim={config.optim.name}"
         config.substitutions[LEARNING_RATE_KEY] = ResolvedSetting(
-            LEARNING_RATE_KEY, None, rate.usual, f"{reason}: {rate.source}"
+            setting=LEARNING_RATE_KEY, asked=None, chosen=rate.usual, reason=f"{reason}: {rate.source}"
         )
 
 
 def learning_rate_problems(config: RunConfig) -> list[str]:
-    """The problem of a run whose rate is not set and in no table; empty if it has a rate."""
+    """The message about a run whose learning rate is not set and in no table of usual rates; empty if it has a rate."""
     if config.optim.lr is not None:
         return []
     return [missing_rate_message(config.optim, config.tuning.method, str(config.objective.name))]
@@ -38,10 +38,9 @@ def keep_learning_rate_of_run(config: RunConfig, earlier_config: RunConfig) -> N
     optimizer, tuning method or objective differ.
     """
     is_set_by_user = config.optim.lr is not None and LEARNING_RATE_KEY not in config.substitutions
-    our_choices, earlier_choices = (
-        (run.optim.name, run.tuning.method, run.objective.name) for run in (config, earlier_config)
-    )
-    if is_set_by_user or our_choices != earlier_choices:
+    choices_of_command = (config.optim.name, config.tuning.method, config.objective.name)
+    choices_of_run = (earlier_config.optim.name, earlier_config.tuning.method, earlier_config.objective.name)
+    if is_set_by_user or choices_of_command != choices_of_run:
         return
     earlier_default = EARLIER_DEFAULT_RATE_BY_OPTIMIZER.get(earlier_config.optim.name, 2e-5)
     was_set_by_user = (
@@ -51,6 +50,6 @@ def keep_learning_rate_of_run(config: RunConfig, earlier_config: RunConfig) -> N
         return  # a command without this rate is that of another run
     if earlier_config.optim.lr != config.optim.lr:
         config.substitutions[LEARNING_RATE_KEY] = ResolvedSetting(
-            LEARNING_RATE_KEY, None, earlier_config.optim.lr, "as this run began"
+            setting=LEARNING_RATE_KEY, asked=None, chosen=earlier_config.optim.lr, reason="as this run began"
         )
         config.optim.lr = earlier_config.optim.lr

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HARNESS_KIND = "lm_eval"
 """The kind of task whose YAML may name functions."""
-EMPTY_VALUES = (None, False, "")
+EMPTY_VALUES: tuple[Any, ...] = (None, False, "", [], {})
 """Values with which no setting reaches out."""
 SILENT_TRACKER_MODES = ("auto", "disabled")
 """Values of a tracker's switch with which only a tracker of the reader's own choice hears of the run."""
@@ -74,7 +74,7 @@ def shell_argument(override: str) -> str:
 
 
 def _escaped_for_shell(char: str) -> str:
-    """A character within `$'...'` of a shell."""
+    """A character as it stands within `$'...'` of a shell: a quote as `\\'`, the escape character as `\\x1b`."""
     if char in "\\'":
         return f"\\{char}"
     if char.isprintable():
@@ -133,23 +133,24 @@ def _table_entry(table: dict[str, Any], name: str) -> Any:
 
 
 def _settings_with_outside_effect(config: RunConfig) -> dict[str, Any]:
-    """The settings of a run, by full key, that reach out of it: {"data.path": "/data/a.jsonl", ...}.
+    """The settings of a run, by full key, with an effect outside of it: {"data.path": "/data/a.jsonl", ...}.
 
-    Left out: settings that are empty or at their default, those that each start sets anew (such as `launcher.*`), and trackers
-    that send nothing.
+    They run code, read or write files elsewhere, or talk to a server or tracker. Left out: settings that are empty or at their
+    default, those that each start sets anew (such as `launcher.*`), and trackers that send nothing.
     """
     defaults = default_settings(config)
-    reaching_settings = {}
+    settings_with_effect = {}
     for key, value in flatten_settings(_with_undotted_names(settings_as_dict(config))).items():
-        if value in EMPTY_VALUES or value in ([], {}) or value == defaults.get(key):
+        if value in EMPTY_VALUES or value == defaults.get(key):
             continue
         if key.partition(".")[0] in GROUPS_OF_EACH_START:
             continue
         reach = reach_of(key)
         is_silent_tracker = reach is Reach.tracker and value in SILENT_TRACKER_MODES
-        if reach is not Reach.describes and not is_silent_tracker:
-            reaching_settings[key] = value
-    return reaching_settings
+        only_describes_run = reach is Reach.describes
+        if not only_describes_run and not is_silent_tracker:
+            settings_with_effect[key] = value
+    return settings_with_effect
 
 
 def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +188,10 @@ def _outside_values_of_setting(config: RunConfig, key: str, value: Any, reach: R
 
 
 def _server_address_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """A server's address (`key` ends in `.url`) and the environment variable that is sent to it as its key, as one value."""
+    """A server's address (`key` ends in `.url`) and the environment variable that is sent to it as its key, as one value.
+
+    Empty for any other setting of the server.
+    """
     group, _, name = key.rpartition(".")
     if name != "url":
         return  # the variable's name (`.key_env`) is part of the value of the address that it is sent to
@@ -211,7 +215,7 @@ def _reward_code_value(key: str, function: str) -> OutsideValue:
 
 
 def reward_code_identity(file: Path) -> dict[str, Any] | None:
-    """What a reward file is remembered by; None if it cannot be read, and so runs nothing."""
+    """What a reward file is remembered by: {"code": SHA-256}; None if the file cannot be read, since it then runs nothing."""
     with suppress(OSError):
         return {"code": code_digest(file)}
     return None
@@ -255,15 +259,19 @@ def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
 
 
 def _network_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """A value for each source that the flag `key` allows to be fetched over the network.
+    """A value for each source that the flag `key` allows to be fetched over the network. The sources, by the flag:
 
-    `model.download`: models that are no directory here. `data.remote`: addresses of data. Any other flag: data sets of the hub.
+    - `model.download`: the model, tokenizer and teacher, as far as they are no directory here;
+    - `data.remote`: addresses of data;
+    - any other flag: data sets of the hub.
     """
     sources: list[str]
     if key == "model.download":
-        teacher = getattr(config.objective, "teacher", config.model)
+        names = [config.model.path, config.model.tokenizer]
+        if hasattr(config.objective, "teacher"):
+            names.append(config.objective.teacher.path)
         sources = []
-        for name in (config.model.path, config.model.tokenizer, teacher.path):
+        for name in names:
             if name is not None and not Path(name).expanduser().is_dir():
                 sources.append(str(name))
     elif key == "data.remote":
@@ -316,7 +324,10 @@ def _file_option_names(kind: str) -> tuple[str, ...]:
 
 
 def _task_code_value(key: str, path: str) -> OutsideValue:
-    """The Python functions that the YAML of an lm_eval task names, as a value that runs code."""
+    """The Python functions that the YAML of an lm_eval task names, as a value that runs code.
+
+    `key`: the setting that names the task. `path`: its YAML, or a directory of them.
+    """
     identity: dict[str, Any] | None
     try:
         identity = {"code": task_code_digest(Path(path).expanduser())}

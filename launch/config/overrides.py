@@ -221,9 +221,9 @@ def _contradiction_problems(parsed: ParsedOverrides) -> list[str]:
     cli_values = parsed.values[parsed.num_file_values :]
     problems = _two_models_problems(cli_values)
     for reset_key, reset_override in parsed.resets:
-        for value in cli_values:
-            if value.key == reset_key or value.key.startswith(f"{reset_key}."):
-                problems.append(f"{reset_override}: {value.source_text} sets the same; leave one of the two out")
+        for cli_value in cli_values:
+            if cli_value.key == reset_key or cli_value.key.startswith(f"{reset_key}."):
+                problems.append(f"{reset_override}: {cli_value.source_text} sets the same; leave one of the two out")
     return problems
 
 
@@ -233,13 +233,14 @@ def _two_models_problems(values: list[SettingValue]) -> list[str]:
     `values`: those of the command line, or those of one file. A file and the command line may name two: the latter counts.
     """
     model_values = [value for value in values if value.key == MODEL_PATH_KEY]
-    shapes = [value.source_text for value in model_values if value.is_published_shape]
-    paths = [value.source_text for value in model_values if not value.is_published_shape]
-    if not paths or not shapes:
+    shape_overrides = [value.source_text for value in model_values if value.is_published_shape]
+    path_overrides = [value.source_text for value in model_values if not value.is_published_shape]
+    if not path_overrides or not shape_overrides:
         return []
+    shape_override = shape_overrides[-1]  # the last value of a key counts
     return [
-        f"{shapes[-1]}: {paths[-1]} names another model; leave {shapes[-1]} out to take the model of {MODEL_PATH_KEY}, or "
-        f"leave {MODEL_PATH_KEY} out to take the published model of that name"
+        f"{shape_override}: {path_overrides[-1]} names another model; leave {shape_override} out to take the model of "
+        f"{MODEL_PATH_KEY}, or leave {MODEL_PATH_KEY} out to take the published model of that name"
     ]
 
 
@@ -257,7 +258,7 @@ def describe_type(annotation: Any) -> str:
     if get_origin(annotation) is dict:
         return "pairs such as {a:b}"
     if get_args(annotation):
-        return " or ".join(describe_type(part) for part in get_args(annotation))
+        return " or ".join(describe_type(member) for member in get_args(annotation))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(annotation, "a value")
 
@@ -389,27 +390,28 @@ def _add_rewards(parsed: ParsedOverrides, entries: list[str], source_text: str) 
     or one function of a file. `maths` sets `objective.rewards.maths.kind`, `more.py:brief` `objective.rewards.brief.function`.
     """
     parsed.replaced_tables.add(REWARDS_TABLE)
-    # Of several such overrides the last one counts, as of any setting. Entries that were typed by themselves stay.
-    table_override = re.compile(rf"[+]*{re.escape(REWARDS_TABLE)}\s*[=:]")
-    parsed.values = [value for value in parsed.values if not table_override.match(value.source_text)]
+    # Of several such overrides the last one counts, as of any setting. Entries that were typed by themselves stay:
+    # `objective.rewards.maths.weight=2` does not match.
+    whole_table_regex = re.compile(rf"[+]*{re.escape(REWARDS_TABLE)}\s*[=:]")
+    parsed.values = [value for value in parsed.values if not whole_table_regex.match(value.source_text)]
     for entry in entries:
-        path, function = split_function(entry)
+        path, function = split_function(entry)  # `more.py:brief` -> (more.py, "brief"); the function may be empty
         if path.suffix != ".py":
             kind, _, name = entry.partition(":")
             parsed.values.append(SettingValue(f"{REWARDS_TABLE}.{name or kind}.kind", kind, source_text))
             continue
-        names = [function]
+        function_names = [function]
         if not function:
             try:
-                names = [*reward_functions_in_file(path)]
+                function_names = [*reward_functions_in_file(path)]
             except ConfigError as error:
                 parsed.problems += [f"{source_text}: {problem}" for problem in error.problems]
                 parsed.meant_keys.add(REWARDS_TABLE)
                 continue
-            if not names:
+            if not function_names:
                 parsed.meant_keys.add(REWARDS_TABLE)
                 parsed.problems.append(f"{source_text}: {path.name} has no reward function; {WHAT_IS_A_REWARD}")
-        for name in names:
+        for name in function_names:
             parsed.values.append(SettingValue(f"{REWARDS_TABLE}.{name}.function", f"{path}:{name}", source_text))
 
 
@@ -439,7 +441,7 @@ def _add_setting_by_grammar(
             parsed.meant_keys |= unknown.meant_keys
         elif _is_text_type(setting.type) and text.startswith("["):
             # A list of paths with characters that the grammar would want quoted.
-            paths = [part.strip().strip("'\"") for part in text[1:-1].split(",")]
+            paths = [entry.strip().strip("'\"") for entry in text[1:-1].split(",")]
             parsed.values.append(SettingValue(key, paths, source_text))
         else:
             reason = str(error).splitlines()[0].split(" See https")[0]
@@ -448,7 +450,11 @@ def _add_setting_by_grammar(
 
 
 def _values_of_override(key: str, value: Any, source_text: str) -> list[SettingValue]:
-    """The settings that one override sets: `budget={epochs: 3}` and `batch={...}` one for each entry, any other only `key`."""
+    """The settings that one override sets. By its key and value:
+
+    - `budget={epochs: 3}`, `batch={...}`: one for each entry, such as `budget.epochs`;
+    - anything else: the setting `key` itself.
+    """
     if key not in ("batch", "budget") or not isinstance(value, dict):
         return [SettingValue(key, value, source_text)]
     return [SettingValue(f"{key}.{name}", entry, source_text) for name, entry in value.items()]

@@ -20,25 +20,25 @@ def cards() -> dict[str, dict[str, Any]]:
 
 
 def gpu_hour_price(device: str) -> float | None:
-    """US dollars per hour for a card, by its driver's name; None if conf/hardware does not say."""
+    """US dollars per hour for a card, by its driver's name ("NVIDIA H100 80GB HBM3"); None if conf/hardware has no price."""
     for card in cards().values():
         if card.get("name") == device:
             return card.get("price_per_hour")
     return None
 
 
-def gpu_hour_price_of_kind(word: str) -> float | None:
+def gpu_hour_price_of_kind(gpu_kind: str) -> float | None:
     """US dollars per hour by a cluster's own name for a card, such as the `h100` of SLURM's `gpu:h100:8`.
 
     None if the name fits no card of conf/hardware, or cards of several prices.
     """
-    prices = {card.get("price_per_hour") for card in cards_of_gpu_kind(word)}
+    prices = {card.get("price_per_hour") for card in cards_of_gpu_kind(gpu_kind)}
     return prices.pop() if len(prices) == 1 else None
 
 
-def cards_of_gpu_kind(word: str) -> list[dict[str, Any]]:
+def cards_of_gpu_kind(gpu_kind: str) -> list[dict[str, Any]]:
     """The cards of `conf/hardware` that a cluster's own name may mean, such as the `h100` of SLURM's `gpu:h100:8`."""
-    normalised_word = re.sub(r"[^a-z0-9]", "", word.lower())
-    if not normalised_word:
+    normalised_kind = re.sub(r"[^a-z0-9]", "", gpu_kind.lower())
+    if not normalised_kind:
         return []
-    return [card for name, card in cards().items() if name.replace("_", "").startswith(normalised_word)]
+    return [card for name, card in cards().items() if name.replace("_", "").startswith(normalised_kind)]

@@ -22,9 +22,9 @@ INTERACTIVE_STEP_ID = str(0xFFFFFFFA)
 
 
 def is_rank_process(env: Mapping[str, str]) -> bool:
-    """Whether torchrun or srun started this process as one rank of a job.
+    """Whether torchrun or srun started this process as one rank of a job. `env`: the environment variables of the process.
 
-    Errors: ConfigError if it would train on one host of many, or has variables that are left over from another job.
+    Raises ConfigError if it would train on one host of many, or has variables that are left over from another job.
     """
     refuse_non_numbers(env)
     refuse_lone_host(env)
@@ -41,15 +41,15 @@ def has_rank_variables(env: Mapping[str, str]) -> bool:
 
 
 def refuse_non_numbers(env: Mapping[str, str]) -> None:
-    """Refuse variables of a rank, such as RANK or WORLD_SIZE, that are no whole numbers. Errors: ConfigError."""
-    wrong = []
+    """Raise ConfigError if a variable of a rank, such as RANK or WORLD_SIZE, is no whole number."""
+    non_numbers = []
     for name in NUMERIC_RANK_VARIABLES:
         if name in env and not env[name].isdecimal():
-            wrong.append(f"{name}={env[name]}")
-    if wrong:
+            non_numbers.append(f"{name}={env[name]}")
+    if non_numbers:
         raise ConfigError(
-            f"{' '.join(wrong)}: no whole number, so left over from something else? {UNSET_COMMAND}; a launcher of your own "
-            "must set them all"
+            f"{' '.join(non_numbers)}: no whole number, so left over from something else? {UNSET_COMMAND}; a launcher of your "
+            "own must set them all"
         )
 
 
@@ -64,13 +64,14 @@ def refuse_lone_host(env: Mapping[str, str]) -> None:
 
     `env`: the environment variables of the process.
     """
-    nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
+    num_hosts = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
     is_in_terminal = env.get("SLURM_STEP_ID") == INTERACTIVE_STEP_ID or "SLURM_PTY_PORT" in env
     was_started_by_srun = "SLURM_STEP_ID" in env and not is_in_terminal
-    if nodes == 1 or was_started_by_srun:
+    if num_hosts == 1 or was_started_by_srun:
         return
     world_size = int(env.get("WORLD_SIZE", 1))
-    if world_size > int(env.get("LOCAL_WORLD_SIZE", world_size)):
+    has_ranks_on_other_hosts = world_size > int(env.get("LOCAL_WORLD_SIZE", world_size))
+    if has_ranks_on_other_hosts:
         return
     if is_in_terminal and _num_tasks_of_step(env) > 1:
         return
@@ -78,16 +79,16 @@ def refuse_lone_host(env: Mapping[str, str]) -> None:
     # Without --overlap, srun would wait for the terminal's own step to end, which holds the resources.
     overlap = "--overlap " if is_in_terminal else ""
     raise ConfigError(
-        f"SLURM_NNODES={nodes}: this process runs {place} of {nodes} hosts only; start it with `srun --nodes={nodes} "
+        f"SLURM_NNODES={num_hosts}: this process runs {place} of {num_hosts} hosts only; start it with `srun --nodes={num_hosts} "
         f"--ntasks-per-node=1 {overlap}python -m launch.train ...` (one task a rank; with --nodes=1 on this host alone), with "
         "slurm/train.sbatch, or with launcher=slurm"
     )
 
 
 def refuse_incomplete_variables(env: Mapping[str, str]) -> None:
-    """Refuse to be a rank if only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set.
+    """Raise ConfigError if only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set.
 
-    They are then left over from an ended job, and this process would wait for ranks that never come. Errors: ConfigError.
+    They are then left over from an ended job, and this process would wait for ranks that never come.
     """
     present = [f"{name}={env[name]}" for name in RANK_VARIABLES if name in env]
     missing = [name for name in RANK_VARIABLES if name not in env]
@@ -105,13 +106,13 @@ def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
     """
     if "RANK" in env:
         return {}
-    tasks = _num_tasks_of_step(env)
-    tasks_per_node = env.get("SLURM_NTASKS_PER_NODE") or env.get("SLURM_STEP_TASKS_PER_NODE") or str(tasks)
+    num_tasks = _num_tasks_of_step(env)
+    tasks_per_node = env.get("SLURM_NTASKS_PER_NODE") or env.get("SLURM_STEP_TASKS_PER_NODE") or str(num_tasks)
     node_index = int(env.get("SLURM_NODEID", 0))
     variables = {
         "RANK": env["SLURM_PROCID"],
         "LOCAL_RANK": env["SLURM_LOCALID"],
-        "WORLD_SIZE": str(tasks),
+        "WORLD_SIZE": str(num_tasks),
         "LOCAL_WORLD_SIZE": tasks_on_node(tasks_per_node, node_index),
         "MASTER_PORT": str(master_port(env)),
     }
@@ -123,24 +124,24 @@ def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 def master_port(env: Mapping[str, str]) -> int:
     """A port for the ranks of a SLURM step to meet at, which all of them derive alike from SLURM's variables."""
-    job = int(env.get("SLURM_JOB_ID") or 0)
-    restart = int(env.get("SLURM_RESTART_COUNT") or 0)
-    step = int(env.get("SLURM_STEP_ID") or 0)
+    job_id = int(env.get("SLURM_JOB_ID") or 0)
+    restart_count = int(env.get("SLURM_RESTART_COUNT") or 0)
+    step_id = int(env.get("SLURM_STEP_ID") or 0)
     # The factors give two jobs, two starts of a job and two steps of a job different ports, because they may share a host.
     # 20000 to 29999 lies below the ports that the kernel assigns to connections.
-    return 20000 + (job * 7 + restart + step * 131) % 10000
+    return 20000 + (job_id * 7 + restart_count + step_id * 131) % 10000
 
 
-def tasks_on_node(counts: str, node: int) -> str:
-    """The number of tasks on the node with this index, from SLURM's shorthand: `4(x3),2` is 4, 4, 4 and 2.
+def tasks_on_node(tasks_per_node: str, node_index: int) -> str:
+    """The number of tasks on one node, as text, from SLURM's shorthand: `4(x3),2` stands for 4, 4, 4 and 2 tasks.
 
     The last number holds for all further nodes, since `SLURM_NTASKS_PER_NODE=4` is one number for all.
     """
-    count_by_node: list[str] = []
-    for group in counts.split(","):
-        count, _, num_nodes = group.partition("(x")
-        count_by_node += [count] * int(num_nodes.rstrip(")") or 1)
-    return count_by_node[min(node, len(count_by_node) - 1)]
+    counts: list[str] = []  # one for each node
+    for entry in tasks_per_node.split(","):
+        count, _, num_nodes = entry.partition("(x")
+        counts += [count] * int(num_nodes.rstrip(")") or 1)
+    return counts[min(node_index, len(counts) - 1)]
 
 
 def _num_tasks_of_step(env: Mapping[str, str]) -> int:
@@ -185,7 +186,10 @@ def _malformed_node_list_message(nodelist: str) -> str:
 
 
 def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
-    """`08-10,12` as 08, 09, 10, 12: numbers keep the width of the first one of their range. Errors: ConfigError."""
+    """`08-10,12` as 08, 09, 10, 12: numbers keep the width of the first one of their range.
+
+    `nodelist`: the whole list of hosts, for the message. Raises ConfigError if `ranges` holds anything but numbers.
+    """
     numbers: list[str] = []
     for range_text in ranges.split(","):
         first, dash, last = range_text.partition("-")

@@ -41,9 +41,9 @@ UsesValuePredicate = Callable[[OutsideValue, "RunConfig"], bool]
 
 
 def uses_model_alone(value: OutsideValue, config: RunConfig) -> bool:
-    """Whether a verb that loads the model, and reads no data, uses a value: the model's code, and files that it becomes part of.
+    """Whether a verb that loads the model, and reads no data, uses a value of a run: the model's code, or its chat template.
 
-    Passed as `RunReader.uses`.
+    For verbs such as `export`. `value`: one that reaches out of the run.
     """
     if value.reach is Reach.code:  # neither tasks nor rewards run
         return not any(key.startswith(("evaluation.", "objective.rewards.")) for key in value.settings)
@@ -60,7 +60,7 @@ class RunReader:
     prefix: str = ""
     """What stands before overrides that allow a value, if the command names several runs: `from.` or `against.`."""
     own_groups: frozenset[str] = frozenset()
-    """Groups of settings that the verb takes as its own words."""
+    """Groups of settings that the verb takes as its own arguments."""
     settled_groups: frozenset[str] = frozenset()
     """Groups whose values do not come from this run. The verb has checked before that they may be used."""
 
@@ -98,10 +98,11 @@ def read_run(
     overrides: list[str],
     change: Callable[[RunConfig, list[str]], RunConfig] = lambda config, _: config,
 ) -> RunConfig:
-    """The configuration of a run for a verb that reads it.
+    """The configuration of a run for a verb that reads it, such as `export` (`reader`).
 
     `overrides`: the settings that the user has set for this verb. Those that only allow a value of the run are applied here;
-    `change` gets the others and applies them. What happens to a value that reaches out of the run (see outside_values.py):
+    `change` gets the others and applies them. What happens to a value that reaches out of the run (runs code, reads or writes
+    files elsewhere, or talks to a server):
 
     - The user has set it, now or earlier: it stays, and is remembered.
     - The verb uses it: ConfigError, which names the overrides that allow it.
@@ -136,19 +137,19 @@ def read_run(
     # Rank 0 alone remembers and prints, since every rank of a job reads the run.
     if os.environ.get("RANK", "0") == "0":
         trusted_values.remember_values(allowed_values)
-        _print_unused(run_dir, unused_values)
+        _print_unused_settings(run_dir, unused_values)
     return config
 
 
-def use_trusted_reward_copies(config: RunConfig, run: Path, settings: list[str]) -> None:
-    """Point the rewards of a run's configuration to the run's own copies of their files, by which its training was scored.
+def use_trusted_reward_copies(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
+    """Point the rewards in `config` to the copies of their files in `run_dir`, by which the run's training was scored.
 
     Only done for a copy whose code this user has allowed once, because the run may be somebody else's. A reward that the user
-    sets on the command line (`settings`, such as `objective.rewards.maths.function=...`) is left alone.
+    sets on the command line (`overrides`, such as `objective.rewards.maths.function=...`) is left alone.
     """
     rewards: dict[str, RewardEntry] = getattr(config.objective, "rewards", {})
-    for name, (file, function) in function_locations(rewards, run).items():
-        is_set_by_user = any(setting.startswith(f"objective.rewards.{name}.") for setting in settings)
+    for name, (file, function) in function_locations(rewards, run_dir).items():
+        is_set_by_user = any(override.startswith(f"objective.rewards.{name}.") for override in overrides)
         if not is_set_by_user and trusted_values.was_allowed_before(reward_code_identity(file)):
             rewards[name].function = f"{file}:{function}"
 
@@ -159,17 +160,17 @@ def may_write_results(run_dir: Path) -> bool:
     The links are checked because a downloaded run belongs to this user too, and somebody else may have put links into it.
     """
     is_owner = all(path.stat().st_uid == os.geteuid() for path in (run_dir, run_dir / "config.yaml"))
-    return is_owner and not any(contains_link_out_of(run_dir / name, run_dir) for name in WRITTEN_BY_EVALUATION)
+    return is_owner and not any(contains_link_out_of_run(run_dir / name, run_dir) for name in WRITTEN_BY_EVALUATION)
 
 
-def contains_link_out_of(directory: Path, home: Path) -> bool:
-    """Whether `directory`, or anything in it, is a symbolic link to a place outside of `home`."""
-    resolved_home = home.resolve()
+def contains_link_out_of_run(directory: Path, run_dir: Path) -> bool:
+    """Whether `directory`, or anything in it, is a symbolic link to a place outside of `run_dir`."""
+    resolved_run_dir = run_dir.resolve()
     entries = [directory]
     for parent, folders, files in os.walk(directory):
         entries += [Path(parent, name) for name in (*folders, *files)]
     links = [entry for entry in entries if entry.is_symlink()]
-    return any(not link.resolve().is_relative_to(resolved_home) for link in links)
+    return any(not link.resolve().is_relative_to(resolved_run_dir) for link in links)
 
 
 def _split_overrides(overrides: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:
@@ -226,11 +227,11 @@ def _refusal_message(run_dir: Path, reader: RunReader, refused_values: list[Outs
     return "\n    ".join(lines)
 
 
-def _print_unused(run_dir: Path, unused: list[OutsideValue]) -> None:
+def _print_unused_settings(run_dir: Path, unused_values: list[OutsideValue]) -> None:
     """Print on stderr which settings of the run are not used, because this user never set them."""
-    if not unused:
+    if not unused_values:
         return
-    keys: dict[str, None] = {}
-    for value in unused:
+    keys: dict[str, None] = {}  # as an ordered set
+    for value in unused_values:
         keys |= dict.fromkeys(value.settings)
     print(f"{run_dir}: not used, since you have not typed it before: {', '.join(keys)}", file=sys.stderr, flush=True)

@@ -46,7 +46,7 @@ from trainer.reporting import settings_file
 from trainer.reporting.resolution import ResolvedSetting
 from trainer.reporting.status import CONFIG_SHA256_REGEX
 
-SHOWN_DIFFERENCES = 12
+MAX_SHOWN_DIFFERENCES = 12
 """Settings that an error lists before it only counts the others."""
 RECORDED_OVERRIDES_REGEX = re.compile(r"^# overrides: (.*)$", re.MULTILINE)
 """The comment in the head of a `config.yaml` with the overrides that the run was composed from."""
@@ -127,13 +127,13 @@ def _join_differences(differing: list[DifferingSetting]) -> str:
 
 def _different_run_message(run_dir: Path, differing: list[DifferingSetting]) -> str:
     """The error message for a command whose directory holds another run: one problem of several lines."""
-    refusal = (
+    first_line = (
         f"run.dir={run_dir}: already holds a run with different settings; use another run.dir (to start from its "
         f"state: run.resume={run_dir}/checkpoints/<step>), or change these back:"
     )
-    lines = [refusal, *(str(difference) for difference in differing[:SHOWN_DIFFERENCES])]
-    if len(differing) > SHOWN_DIFFERENCES:
-        lines.append(f"and {len(differing) - SHOWN_DIFFERENCES} more")
+    lines = [first_line, *(str(difference) for difference in differing[:MAX_SHOWN_DIFFERENCES])]
+    if len(differing) > MAX_SHOWN_DIFFERENCES:
+        lines.append(f"and {len(differing) - MAX_SHOWN_DIFFERENCES} more")
     return "\n    ".join(lines)
 
 
@@ -169,24 +169,29 @@ def keep_earlier_defaults(composed: ComposedConfig, run_dir: Path) -> None:
 
 
 def keep_learning_rate_of_checkpoint(config: RunConfig) -> None:
-    """Give a run that starts from a checkpoint (`run.resume=<directory>`) the rate of that run, if neither was set by hand."""
+    """Give a run that starts from a checkpoint (`run.resume=<directory>`) the learning rate of the run that wrote it.
+
+    Does nothing if the user of either run has set the rate, or if `run.resume` names no checkpoint.
+    """
     if config.run.resume in ("auto", "never"):
         return
     checkpoint = Path(config.run.resume).expanduser().absolute()
     # The run is two levels above <run>/checkpoints/step-000005, or three above <run>/checkpoints/given-up-1/step-000005.
     for run_dir in list(checkpoint.parents)[1:3]:
-        if (run_dir / "config.yaml").is_file():
+        config_file = run_dir / "config.yaml"
+        if config_file.is_file():
             with suppress(ConfigError):  # what is wrong with the file is said when the checkpoint is read
-                keep_learning_rate_of_run(config, load_frozen_config(run_dir / "config.yaml"))
+                keep_learning_rate_of_run(config, load_frozen_config(config_file))
             return
 
 
 def _only_defaults_changed(
     composed: ComposedConfig, differing: list[DifferingSetting], earlier_config: RunConfig, path: Path
 ) -> bool:
-    """Whether settings differ only because shardtune changed a default since `earlier_config`, which is frozen at `path`.
+    """Whether settings differ only because shardtune changed a default since the run of `earlier_config` began.
 
-    So it is if the run began with the same overrides, and nothing else decides the settings that differ. False therefore if:
+    `path`: the run's `config.yaml`. True if the run began with the same overrides, and nothing else decides the settings that
+    differ. False therefore if:
 
     - the overrides differ;
     - they use a variable of the environment (`${oc.env:NAME}`) or a settings file, whose content may have changed;
@@ -215,8 +220,8 @@ def _adds_outside_values(earlier_config: RunConfig, config: RunConfig) -> bool:
 
     values_of_command = outside_values(config)
     for value in outside_values(earlier_config):
-        is_copied = any(key.partition(".")[0] not in GROUPS_WITHOUT_EFFECT_ON_RESULT for key in value.settings)
-        if is_copied and value not in values_of_command and not was_allowed_before(value.identity):
+        would_be_copied = any(key.partition(".")[0] not in GROUPS_WITHOUT_EFFECT_ON_RESULT for key in value.settings)
+        if would_be_copied and value not in values_of_command and not was_allowed_before(value.identity):
             return True
     return False
 
@@ -227,7 +232,10 @@ def has_same_overrides(overrides: list[str], path: Path) -> bool:
 
 
 def _copy_identifying_settings(config: RunConfig, earlier_config: RunConfig) -> None:
-    """Copy all settings that decide a run's result, and the notes on what that run chose itself, to `config`."""
+    """Copy all settings that decide a run's result, and the notes on what that run chose itself, to `config`.
+
+    `run.*` except for the seed, and which checkpoint is exported, stay as they are in `config`, since they decide no result.
+    """
     exported_checkpoint = config.export.checkpoint
     for group in fields(RunConfig):
         if group.name not in (*GROUPS_WITHOUT_EFFECT_ON_RESULT, "run"):
@@ -281,8 +289,8 @@ def _recorded_overrides(path: Path) -> list[str]:
 def _keep_template_date(config: RunConfig, earlier_config: RunConfig, run_dir: Path, *, has_progress: bool) -> None:
     """Give `config` the date that the chat template took for today at the first start of the run, on which prepared data depends.
 
-    A run of an earlier version has not recorded it. If that run has progress, its date is the day of its oldest file, and is no
-    part of the fingerprint of its data.
+    A run of an earlier version has not recorded it. If that run has progress, the day of its oldest file is taken, and is left
+    out of the fingerprint of its data. Does nothing if no date is recorded and there is no progress.
     """
     if TEMPLATE_DATE_KEY in earlier_config.substitutions:
         config.substitutions[TEMPLATE_DATE_KEY] = earlier_config.substitutions[TEMPLATE_DATE_KEY]
@@ -296,12 +304,14 @@ def _keep_template_date(config: RunConfig, earlier_config: RunConfig, run_dir: P
 
 
 def _keep_matmul(config: RunConfig, earlier_config: RunConfig) -> None:
-    """Give `config` the library of float32 products that the run began with, unless the overrides name one."""
+    """Record in `config` the library of float32 products that the run began with, unless the overrides name one."""
     library = settled_matmul(earlier_config)
     if config.run.matmul is not Matmul.auto or library is Matmul.auto:
         return
-    recorded = earlier_config.resolution(MATMUL_KEY)
-    config.substitutions[MATMUL_KEY] = recorded or ResolvedSetting(MATMUL_KEY, AUTO, str(library), "as this run began")
+    recorded_note = earlier_config.resolution(MATMUL_KEY)
+    config.substitutions[MATMUL_KEY] = recorded_note or ResolvedSetting(
+        setting=MATMUL_KEY, asked=AUTO, chosen=str(library), reason="as this run began"
+    )
 
 
 def _keep_control_tokens(config: RunConfig, earlier_config: RunConfig) -> None:
@@ -318,9 +328,8 @@ def _keep_exported_checkpoint(composed: ComposedConfig, earlier_config: RunConfi
 
     So a run of a version without the setting still exports its last checkpoint.
     """
-    if composed.config.export.checkpoint is ExportedCheckpoint.auto and not _is_set_by_user(
-        EXPORTED_CHECKPOINT_KEY, composed
-    ):
+    is_left_open = composed.config.export.checkpoint is ExportedCheckpoint.auto
+    if is_left_open and not _is_set_by_user(EXPORTED_CHECKPOINT_KEY, composed):
         composed.config.export.checkpoint = earlier_config.export.checkpoint
 
 

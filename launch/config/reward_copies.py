@@ -11,21 +11,33 @@ from trainer.rollout.rewards.copies import copies_of_missing_files
 
 
 def use_copies_of_missing_reward_files(overrides: list[str]) -> None:
-    """Let a run's own copies stand in for reward files that are missing, for the rest of this process.
+    """Let a run's own copies replace reward files that are missing, for the rest of this process.
 
     Nothing happens unless `overrides` name a `run.dir` and a reward file that does not exist, as in
     `objective.rewards=[a.py,b.py:brief]` or `objective.rewards.x.function=a.py:x`. Only copies are used whose code this user has
     allowed before, because the directory may be somebody else's.
     """
+    run_dir, reward_files = _run_dir_and_reward_files(overrides)
+    if run_dir is None or all(file.exists() for file in reward_files):
+        return
+    copy_by_file = copies_of_missing_files(run_dir, reward_files)
+    use_stand_ins({file: copy for file, copy in copy_by_file.items() if was_allowed_before(reward_code_identity(copy))})
+
+
+def _run_dir_and_reward_files(overrides: list[str]) -> tuple[Path | None, list[Path]]:
+    """(the run directory, or None; the Python files of rewards) that overrides name.
+
+    Read by hand, because composing the configuration would already refuse a missing reward file.
+    """
     run_dir = None
-    files: list[Path] = []
+    reward_files: list[Path] = []
     for override in overrides:
         key, _, text = override.lstrip("+").partition("=")
         if key == "run.dir":
             run_dir = Path(text).expanduser()
         elif key.startswith("objective.rewards"):
-            files += [split_function(entry.strip())[0] for entry in text.strip("[]").split(",") if ".py" in entry]
-    if run_dir is None or all(file.exists() for file in files):
-        return
-    copies = copies_of_missing_files(run_dir, files)
-    use_stand_ins({file: copy for file, copy in copies.items() if was_allowed_before(reward_code_identity(copy))})
+            for entry in text.strip("[]").split(","):
+                if ".py" in entry:
+                    file, _function = split_function(entry.strip())
+                    reward_files.append(file)
+    return run_dir, reward_files

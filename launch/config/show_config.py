@@ -62,7 +62,7 @@ def composition_lines(overrides: list[str]) -> list[str]:
 
 
 def _choice_text(group: str, choice: str | None) -> str:
-    """The choice of a group with the file that it is read from."""
+    """The choice of a group with the file that it is read from: "lora  conf/tuning/lora.yaml"."""
     from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS
 
     if choice is None:
@@ -92,7 +92,7 @@ def _hydra_settings(overrides: list[str]) -> dict[str, dict[str, dict[str, str]]
 
 
 def _short_path(path: Path) -> str:
-    """The path of a settings file for display: one that we ship from `conf/` on, one of the user's as it is."""
+    """The path of a settings file for display: `conf/tuning/lora.yaml` for one that we ship, the whole path for the user's."""
     from launch.config.choices import CONF_DIR
 
     text = str(path)

@@ -46,10 +46,11 @@ def state_directory() -> Path | None:
 
 
 def was_allowed_before(identity: dict[str, Any] | None) -> bool:
-    """Whether this user has allowed a value before, here or on another machine with the same state directory.
+    """Whether this user has allowed a value that reaches out of a run before, by setting it on the command line.
 
-    `identity`: `OutsideValue.identity`; None is never remembered. Sets the modification time of the value's file, at most once a
-    day, by which the values that are used longest ago are forgotten.
+    `identity`: what such a value is remembered by, such as {"code": SHA-256}; None is never remembered. Looks for the file of the
+    value in the user's state directory, which several machines may share. Also sets the file's modification time, at most once a
+    day, because the values that were not used for longest are forgotten.
     """
     state_dir = state_directory()
     if identity is None or state_dir is None:
@@ -67,7 +68,7 @@ def was_allowed_before(identity: dict[str, Any] | None) -> bool:
 
 
 def remember_values(values: Iterable[OutsideValue]) -> None:
-    """Remember values that this user has set, so that verbs that read a run with them need not ask again.
+    """Remember values of a run that this user has set on the command line, so that verbs need not ask for them again.
 
     Writes a file for each new identity into the state directory, and deletes the oldest beyond `MAX_VALUES`. If the directory
     cannot be written, or others can write it, a warning says so; it is no error.
@@ -120,7 +121,7 @@ def _identity_file_name(identity: dict[str, Any]) -> str:
 
 
 def _as_read_from_json(identity: dict[str, Any]) -> Any:
-    """An identity as it reads back from its file: JSON has lists for tuples, and strings for all keys."""
+    """An identity as it is read from its file: JSON has lists for tuples, and strings for all keys."""
     return json.loads(json.dumps(identity))
 
 

@@ -104,7 +104,7 @@ def _choices_in_defaults(file_argument: str, entries: Any) -> Iterator[tuple[str
                 f"{file_argument}: defaults: {entry}: write a group and its choice, as in `- tuning: lora`"
             )
         for key, choice in entry.items():
-            # Hydra also writes `file_argument /tuning: lora`.
+            # Hydra also writes `override /tuning: lora`.
             group = str(key).removeprefix("override ").strip().lstrip("/")
             yield group, str(choice)
 
@@ -123,9 +123,9 @@ def _flatten_block(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def take_config_dirs(argv: list[str]) -> list[str]:
-    """Take each `--config-dir <directory>` out of a command line; returns the other arguments.
+    """Take each `--config-dir <directory>` (or `-cd`) out of a command line; returns the remaining arguments.
 
-    Adds the files of the directory to the choices of this process. Raises ConfigError if it is missing or has no choices.
+    Adds the YAML files of the directory to the choices of this process. Raises ConfigError if it is missing or has no choices.
     """
     from launch.config.choices import add_user_config_dir
 

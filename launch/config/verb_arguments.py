@@ -334,7 +334,7 @@ class _ArgumentReader:
         return self.declaration(text_by_key=text_by_key, **values), self.problems
 
     def _check_requirements(self, name: str) -> None:
-        """Add a problem if the argument of field `name` is required and missing, or typed without the one that it goes with."""
+        """Add a problem if the argument of field `name` is required and missing, or needs another argument that is missing."""
         spec = self.spec_by_field[name]
         is_typed = name in self.text_by_field or name in self.flag_fields
         if spec.advice_if_missing and not is_typed and name not in self.fields_without_value:

@@ -126,13 +126,13 @@ def _file_from_other_trainer(source: str, cli_settings: list[str], target: Path)
     """
     from launch.config.compose import compose_config
     from launch.config.hints import num_requested_ranks
-    from launch.config.importers.files import convert
+    from launch.config.importers.files import convert_settings_file
 
     _refuse_resets(cli_settings)
     values_by_key = dict(setting.partition("=")[::2] for setting in cli_settings)
     # The number of ranks is needed, because the other trainer's batch is that of a rank, and ours of all.
     ranks = num_requested_ranks(values_by_key, {})
-    converted = convert(Path(source), ranks)
+    converted = convert_settings_file(Path(source), ranks)
     replaced = _drop_overridden_settings(converted, cli_settings)
     arguments = _overrides_that_compose(converted, cli_settings)
     to_settle: list[str] = []

@@ -53,17 +53,16 @@ FACTORY_COLUMNS = {
 """LLaMA-Factory's columns, and ours, by what is read: a format, two answers to compare, or plain text."""
 
 
-def our_data_path(path: str, base: Path) -> str:
-    """The path of another trainer's data set as `data.path` takes it. `base`: the directory that relative paths start from.
+def our_data_path(path: str, file_dir: Path) -> str:
+    """The path of another trainer's data set as `data.path` takes it. `file_dir`: the directory of the settings file.
 
-    - a file or directory that exists, in the working directory or below `base`: its path;
+    - a file or directory that exists, in the working directory or below `file_dir`: its path;
     - the name of a data file, a local path or an address: as it is;
     - anything else, such as `org/name`: a data set of the hub, `hub:org/name`.
     """
-    if exists(Path(path)):
-        return path
-    if exists(base / path):
-        return str(base / path)
+    existing_path = _existing_path(path, file_dir)
+    if exists(Path(existing_path)):
+        return existing_path
     is_file_name = path.endswith(DATA_FILE_SUFFIXES)
     is_local_path = path.startswith(("/", ".", "~"))
     is_address = path.startswith("hub:") or "://" in path
@@ -78,11 +77,11 @@ def exists(path: Path) -> bool:
         return False
 
 
-def translate_axolotl_datasets(entries: Any, setting: str, conversion: ConvertedSettings, base: Path) -> None:
+def translate_axolotl_datasets(entries: Any, setting: str, conversion: ConvertedSettings, file_dir: Path) -> None:
     """Translate axolotl's `datasets:` as training data, or `test_datasets:` as evaluation data, into `conversion`.
 
     `entries`: what the file has under `setting`: one data set or a list, each a path or a block such as {"path": "a.jsonl",
-    "type": "alpaca"}. `base`: the directory that relative paths start from. Where the settings go:
+    "type": "alpaca"}. `file_dir`: the directory of the settings file, where relative paths may start. Where our settings go:
 
     - of a whole data set that is the only one: `data.*`;
     - of one of several, or of a subset, split or revision: `data.sources.<name>.*`;
@@ -94,7 +93,7 @@ def translate_axolotl_datasets(entries: Any, setting: str, conversion: Converted
     for number, dataset in enumerate(datasets):
         name = f"{setting}[{number}]" if len(datasets) > 1 else setting
         entry = dataset if isinstance(dataset, dict) else {"path": dataset}
-        path = _axolotl_path(entry, name, conversion, base)
+        path = _axolotl_path(entry, name, conversion, file_dir)
         if is_held_out:
             held_out_paths.append(path)
             _add_held_out_settings(entry, name, conversion)
@@ -104,25 +103,33 @@ def translate_axolotl_datasets(entries: Any, setting: str, conversion: Converted
         needs_source = len(datasets) > 1 or is_part_of_dataset
         prefix = f"data.sources.{source_name(path, conversion)}" if needs_source else "data"
         conversion.add_translation(f"{name}.path", entry.get("path"), TranslatedSetting({f"{prefix}.path": path}))
-        _add_axolotl_entry(entry, name, prefix, conversion)
+        _add_axolotl_settings(entry, name, prefix, conversion)
     if held_out_paths:
         paths = _one_or_list(held_out_paths)
         conversion.add_translation(f"{setting}.path", paths, TranslatedSetting({"data.eval_path": paths}))
 
 
-def _axolotl_path(entry: Mapping[str, Any], name: str, conversion: ConvertedSettings, base: Path) -> str:
+def _axolotl_path(entry: Mapping[str, Any], name: str, conversion: ConvertedSettings, file_dir: Path) -> str:
     """The path of an axolotl data set as `data.path` takes it: `data_files` if `path` only names a reader such as `json`.
 
-    `name`: the data set in messages. Any other `data_files` are noted as unsupported in `conversion`.
+    `name`: the data set in messages. `file_dir`: the directory of the settings file, where relative paths may start. Any other
+    `data_files` are noted as unsupported in `conversion`.
     """
     path = to_cli_text(entry.get("path"))
     data_files = entry.get("data_files")
     if data_files is None:
-        return our_data_path(path, base)
+        return our_data_path(path, file_dir)
     if path in LOADER_NAMES:
         return to_cli_text(data_files)
     conversion.add_unsupported(f"{name}.data_files", data_files, "name the files themselves in data.path")
-    return our_data_path(path, base)
+    return our_data_path(path, file_dir)
+
+
+def _existing_path(path: str, file_dir: Path) -> str:
+    """A local path: below `file_dir` if it exists there and not in the working directory; otherwise as it is."""
+    if not exists(Path(path)) and exists(file_dir / path):
+        return str(file_dir / path)
+    return path
 
 
 def _one_or_list(paths: list[str]) -> str:
@@ -138,25 +145,26 @@ def _add_held_out_settings(entry: Mapping[str, Any], name: str, conversion: Conv
             conversion.add_translation(f"{name}.{key}", value, TranslatedSetting(note=why, not_needed=key == "type"))
 
 
-def _add_axolotl_entry(entry: Mapping[str, Any], name: str, prefix: str, conversion: ConvertedSettings) -> None:
-    """Translate the settings of an axolotl data set other than its path into `conversion`.
+def _add_axolotl_settings(entry: Mapping[str, Any], name: str, our_prefix: str, conversion: ConvertedSettings) -> None:
+    """Translate the settings of an axolotl data set (`entry`) other than its path, and add them to `conversion`.
 
-    `prefix`: what our settings of the data set begin with, `data` or `data.sources.<name>`. `name`: the data set in messages.
+    `our_prefix`: what our settings of the data set begin with, `data` or `data.sources.<name>`. `name`: the data set in messages,
+    such as `datasets[0]`.
     """
     for key, value in entry.items():
-        setting_name = f"{name}.{key}"
+        axolotl_key = f"{name}.{key}"
         if key in ("path", "data_files"):
-            continue
+            continue  # translated by the caller
         if value is None:
-            conversion.names_without_value.append(setting_name)
+            conversion.names_without_value.append(axolotl_key)
         elif key == "type":
-            _add_axolotl_type(value, setting_name, prefix, conversion)
-        elif key == "split" and "[" in to_cli_text(value):
+            _add_axolotl_type(value, axolotl_key, our_prefix, conversion)
+        elif key == "split" and "[" in to_cli_text(value):  # a slice, as in `train[:10%]`
             why = "a split is taken whole; data.max_documents reads the first documents alone"
-            conversion.add_unsupported(setting_name, value, why)
+            conversion.add_unsupported(axolotl_key, value, why)
         else:
-            translation = _translate_axolotl_setting(key, to_cli_text(value), prefix)
-            conversion.add_translation(setting_name, value, translation)
+            translation = _translate_axolotl_setting(key, to_cli_text(value), our_prefix)
+            conversion.add_translation(axolotl_key, value, translation)
 
 
 def _translate_axolotl_setting(key: str, text: str, prefix: str) -> TranslatedSetting:
@@ -175,12 +183,11 @@ def _translate_axolotl_setting(key: str, text: str, prefix: str) -> TranslatedSe
         return TranslatedSetting({f"{prefix}.subset": text})
     if key == "revision" and is_named_source:
         return TranslatedSetting({f"{prefix}.revision": text})
-    if key == "split":
-        if (
-            not is_named_source
-        ):  # then the split is `train` (others have a source of their own), which `data.path` takes too
-            return TranslatedSetting()
+    if key == "split" and is_named_source:
         return TranslatedSetting({f"{prefix}.split": text})
+    if key == "split":
+        # Without a source of its own the split is `train`, which `data.path` takes without a setting.
+        return TranslatedSetting()
     if key in ("ds_type", "message_field_role", "message_field_content", "message_property_mappings"):
         return TranslatedSetting(
             note="the ending of a file, and the keys of its turns, say how it is read", not_needed=True
@@ -215,14 +222,15 @@ def _add_axolotl_type(value: Any, setting_name: str, prefix: str, conversion: Co
 
 
 def translate_factory_datasets(
-    names: str, setting: str, directory: str, conversion: ConvertedSettings, base: Path
+    names: str, setting: str, directory: str, conversion: ConvertedSettings, file_dir: Path
 ) -> None:
     """Translate LLaMA-Factory's `dataset:` or `eval_dataset:`, which name entries of `dataset_info.json` in `directory`.
 
-    `names`: the entries' names, separated by commas. `base`: where a relative `directory` starts, if it is not in the working
-    directory. An entry looks like {"file_name": "alpaca.json", "split": "train", "columns": {...}}.
+    `names`: the entries' names, separated by commas. `file_dir`: the directory of the settings file, where a relative `directory`
+    starts, if it is not in the working directory. An entry looks like {"file_name": "alpaca.json", "split": "train", "columns":
+    {...}}.
     """
-    info_file = _find_dataset_info(directory, base)
+    info_file = _find_dataset_info(directory, file_dir)
     entries: dict[str, Any] = {}
     if info_file is not None:
         try:
@@ -257,9 +265,9 @@ def translate_factory_datasets(
         conversion.add_translation(setting, names, TranslatedSetting({"data.eval_path": paths}))
 
 
-def _find_dataset_info(directory: str, base: Path) -> Path | None:
-    """The `dataset_info.json` in `directory`, from the working directory or else from `base`; None if there is none."""
-    for folder in (Path(directory).expanduser(), base / directory):
+def _find_dataset_info(directory: str, file_dir: Path) -> Path | None:
+    """The `dataset_info.json` in `directory`, from the working directory or else from `file_dir`; None if there is none."""
+    for folder in (Path(directory).expanduser(), file_dir / directory):
         if exists(folder / "dataset_info.json"):
             return folder / "dataset_info.json"
     return None

@@ -49,7 +49,7 @@ DEEPSPEED_ADAM_LR = "1e-3"
 NOT_PASSED_ON_REASON = "it is not passed on to DeepSpeed: what its engine is told is derived from strategy.*"
 
 
-def convert(
+def translate_deepspeed_settings(
     tree: Mapping[str, Any],
     conversion: ConvertedSettings,
     outer_values: Mapping[str, str] | None = None,
@@ -100,7 +100,10 @@ def _translate_block(
 
 
 def _translate_top_level(key: str, value: Any, foreign: ForeignSettings) -> TranslatedSetting:
-    """Our settings for a setting of the outermost level that is no block with rules of its own."""
+    """Our settings for a setting of the outermost level that is no block with rules of its own, or a note that there are none.
+
+    `foreign`: all settings of the file as text, on which a rule may depend.
+    """
     if key == "steps_per_print":
         return TranslatedSetting({"logging.every_steps": to_cli_text(value)})
     translation = _translation_in(TOP_LEVEL_TRANSLATIONS, key)
@@ -115,7 +118,7 @@ def _is_auto(value: Any) -> bool:
 
 
 def _translation_in(table: Mapping[str, TranslatedSetting], key: str) -> TranslatedSetting | None:
-    """The translation of a setting in a table; None if it is not there. `table`: keyed by names with blanks between them."""
+    """The translation of the setting `key` in a table; None if it is not there. `table`: by names with blanks between them."""
     for names, translation in table.items():
         if key in names.split():
             return translation
@@ -132,7 +135,7 @@ def _translate_zero_block(block: Mapping[str, Any], conversion: ConvertedSetting
     stage_text = to_cli_text(block.get("stage", 0))
     is_known_stage = stage_text in ("0", "1", "2", "3")
     stage = stage_text if is_known_stage else "0"
-    zero_overrides = rules.zero_settings({**block, "stage": stage})  # such as {"strategy": "zero3", ...}
+    zero_overrides = rules.zero_overrides({**block, "stage": stage})  # such as {"strategy": "zero3", ...}
     strategy = zero_overrides["strategy"]
     if is_known_stage:
         translation = TranslatedSetting({"strategy": strategy})
@@ -238,7 +241,7 @@ def _translate_enabled(value: Any, precision: str, *, decides: bool) -> Translat
 
 
 def _is_another_precision_on(key: str, tree: Mapping[str, Any]) -> bool:
-    """Whether a block of another precision than `key` is on."""
+    """Whether a block of another precision than `key` is on in the file `tree`: for `fp16`, `bf16` or `bfloat16`."""
     for other_key in ("fp16", "bf16", "bfloat16"):
         block = tree.get(other_key)
         if other_key != key and isinstance(block, dict) and is_true(to_cli_text(block.get("enabled", False))):
@@ -247,7 +250,10 @@ def _is_another_precision_on(key: str, tree: Mapping[str, Any]) -> bool:
 
 
 def _params_of_block(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> Mapping[str, Any]:
-    """The `params` of an optimizer or scheduler; empty, with a note, if they are no block."""
+    """The `params` of a block `optimizer` or `scheduler`; empty, with a note in `conversion`, if they are no block.
+
+    `name`: the full key of the block in messages.
+    """
     parameters = block.get("params")
     if isinstance(parameters, dict):
         return parameters
@@ -259,16 +265,16 @@ def _params_of_block(block: Mapping[str, Any], conversion: ConvertedSettings, na
 
 
 def _translate_optimizer_block(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
-    """Translate a block `optimizer`, such as {"type": "AdamW", "params": {"lr": 1e-4}}, to `optim` and `optim.*`.
+    """Translate the block `optimizer` of a DeepSpeed configuration to `optim` and `optim.*`, and add that to `conversion`.
 
-    An Adam without a rate gets DeepSpeed's default rate.
+    `block`: such as {"type": "AdamW", "params": {"lr": 1e-4}}. An Adam without a learning rate gets DeepSpeed's default rate.
+    `name`: the block's full key in messages.
     """
-    kind = block.get("type")
+    optimizer_type = block.get("type")
     parameters = _params_of_block(block, conversion, name)
-    if kind is not None:
-        conversion.add_translation(
-            f"{name}.type", kind, rules.RULE_BY_GROUP["optim"](to_cli_text(kind), ForeignSettings({}))
-        )
+    if optimizer_type is not None:
+        translation = rules.translate_optimizer_name(to_cli_text(optimizer_type))
+        conversion.add_translation(f"{name}.type", optimizer_type, translation)
     for key, value in parameters.items():
         full_name = f"{name}.params.{key}"
         is_switch_on = key in ("torch_adam", "adam_w_mode", "bias_correction") and is_true(to_cli_text(value))
@@ -281,7 +287,7 @@ def _translate_optimizer_block(block: Mapping[str, Any], conversion: ConvertedSe
             conversion.add_translation(full_name, value, TranslatedSetting(note=note, not_needed=True))
         else:
             conversion.add_translation(full_name, value, TranslatedSetting(note=NOT_PASSED_ON_REASON))
-    is_adam = "adam" in to_cli_text(kind).lower()
+    is_adam = "adam" in to_cli_text(optimizer_type).lower()
     if is_adam and "lr" not in parameters and block.get("params") != "auto":
         translation = TranslatedSetting({"optim.lr": DEEPSPEED_ADAM_LR})
         conversion.add_translation(f"{name}.params.lr", f"{DEEPSPEED_ADAM_LR} (what DeepSpeed does)", translation)
@@ -290,17 +296,23 @@ def _translate_optimizer_block(block: Mapping[str, Any], conversion: ConvertedSe
 
 
 def _translate_scheduler_block(block: Mapping[str, Any], conversion: ConvertedSettings, name: str) -> None:
-    """Translate a block `scheduler`, such as {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}, to `schedule`."""
-    kind = to_cli_text(block.get("type"))
+    """Translate the block `scheduler` of a DeepSpeed configuration to `schedule`, and add that to `conversion`.
+
+    `block`: such as {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}. Parameters that are `auto` have no value of their
+    own. `name`: the block's full key in messages.
+    """
+    scheduler_type = to_cli_text(block.get("type"))
     parameters = _params_of_block(block, conversion, name)
-    if kind not in SCHEDULE_BY_DEEPSPEED_TYPE:
-        conversion.add_unsupported(f"{name}.type", kind, "schedule is one of cosine, linear, constant, wsd")
+    if scheduler_type not in SCHEDULE_BY_DEEPSPEED_TYPE:
+        conversion.add_unsupported(f"{name}.type", scheduler_type, "schedule is one of cosine, linear, constant, wsd")
     else:
         # DeepSpeed's warmup is logarithmic unless it is told otherwise, but never that of WarmupCosineLR.
-        is_logarithmic = kind != "WarmupCosineLR" and parameters.get("warmup_type", "log") == "log"
+        is_logarithmic = scheduler_type != "WarmupCosineLR" and parameters.get("warmup_type", "log") == "log"
         note = "the rate rises linearly here, and there by the logarithm of the step" if is_logarithmic else ""
         conversion.add_translation(
-            f"{name}.type", kind, TranslatedSetting({"schedule": SCHEDULE_BY_DEEPSPEED_TYPE[kind]}, note)
+            f"{name}.type",
+            scheduler_type,
+            TranslatedSetting({"schedule": SCHEDULE_BY_DEEPSPEED_TYPE[scheduler_type]}, note),
         )
     for key, value in parameters.items():
         full_name = f"{name}.params.{key}"

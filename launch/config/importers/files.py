@@ -102,13 +102,13 @@ UNKNOWN_SETTING_REASON = "no setting of this name is known here; docs/config.md 
 NO_EQUIVALENT_OF_BLOCK_REASON = "a block of settings has no equal as a whole"
 
 
-def convert(path: Path, ranks: int | None = None) -> ConvertedSettings:
-    """Translate the settings file of another trainer at `path` into our settings, for a run with `ranks`.
+def convert_settings_file(path: Path, num_ranks: int | None = None) -> ConvertedSettings:
+    """Translate the settings file of another trainer at `path`, such as axolotl's `config.yml`, into our settings.
 
-    `ranks` turns batch sizes per device into a global one; None if it is not known. Errors: ConfigError if the file cannot be
+    `num_ranks` turns batch sizes per device into a global one; None if it is not known. Raises ConfigError if the file cannot be
     read, or belongs to none of the trainers that are known here.
     """
-    tree = read(path)
+    tree = read_settings_tree(path)
     trainer = detect_trainer(tree)
     if trainer is None:
         raise ConfigError(
@@ -117,14 +117,17 @@ def convert(path: Path, ranks: int | None = None) -> ConvertedSettings:
         )
     conversion = ConvertedSettings(trainer)
     if trainer == DEEPSPEED:
-        deepspeed.convert(tree, conversion)
+        deepspeed.translate_deepspeed_settings(tree, conversion)
     else:
-        _translate_tree(tree, conversion, path.parent, ranks)
+        _translate_tree(tree, conversion, path.parent, num_ranks)
     return conversion
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The settings of a YAML or JSON file (`.json`) as nested dictionaries. Errors: ConfigError, also for YAML aliases."""
+def read_settings_tree(path: Path) -> dict[str, Any]:
+    """The settings of a YAML or JSON file (`.json`) as nested dictionaries.
+
+    Raises ConfigError if it cannot be read, is no such file, holds no settings, or has YAML aliases.
+    """
     import yaml
 
     try:
@@ -170,26 +173,27 @@ def detect_trainer(tree: Mapping[str, Any]) -> str | None:
 
 
 def _translate_tree(
-    tree: Mapping[str, Any], conversion: ConvertedSettings, base: Path, ranks: int | None = None
+    tree: Mapping[str, Any], conversion: ConvertedSettings, file_dir: Path, num_ranks: int | None = None
 ) -> None:
     """Translate every setting of a trainer other than DeepSpeed into `conversion`, then its defaults that differ from ours.
 
-    `tree`: the settings of the file. `base`: the directory of the file, from which relative paths start.
+    `tree`: the settings of the file. `file_dir`: the directory of the file, from which relative paths start. `num_ranks`: the
+    number of ranks of the run, None if it is not known.
     """
-    typed_by_name = {normalised_name(key): value for key, value in scalar_settings(tree).items()}
-    defaults = _defaults_that_hold(conversion.trainer, typed_by_name)
-    foreign = ForeignSettings({**defaults, **typed_by_name}, ranks)
-    if conversion.trainer == AXOLOTL and "adapter" not in typed_by_name:
+    written_values = {normalised_name(key): value for key, value in scalar_settings(tree).items()}  # by name
+    defaults = _defaults_that_hold(conversion.trainer, written_values)
+    foreign = ForeignSettings({**defaults, **written_values}, num_ranks)
+    if conversion.trainer == AXOLOTL and "adapter" not in written_values:
         conversion.add_translation("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
     # In this order, because the first of two contradicting settings stays.
     for key in sorted(tree, key=_translation_order):
-        _add_setting(str(key), tree, foreign, conversion, base)
+        _add_setting(str(key), tree, foreign, conversion, file_dir)
     # The defaults last, so that they do not go before what the file says.
     for key, value in defaults.items():
         translation = translate(key, foreign) or TranslatedSetting(not_needed=True)
         conversion.add_translation(key, f"{value} (what {conversion.trainer} does)", translation)
     if conversion.trainer == FACTORY and conversion.overrides.get("tuning") == "lora":
-        _add_factory_lora_defaults(foreign, conversion, has_alpha="lora_alpha" in typed_by_name)
+        _add_factory_lora_defaults(foreign, conversion, has_alpha="lora_alpha" in written_values)
 
 
 def _add_factory_lora_defaults(foreign: ForeignSettings, conversion: ConvertedSettings, *, has_alpha: bool) -> None:
@@ -207,59 +211,63 @@ def _translation_order(key: str) -> int:
     return GROUP_DECIDING_SETTINGS.index(key) if key in GROUP_DECIDING_SETTINGS else len(GROUP_DECIDING_SETTINGS)
 
 
-def _defaults_that_hold(trainer: str, typed_by_name: Mapping[str, str]) -> dict[str, str]:
-    """The defaults of a trainer, as text by normalised name, that nothing in its file (`typed_by_name`) overrides."""
+def _defaults_that_hold(trainer: str, written_values: Mapping[str, str]) -> dict[str, str]:
+    """The defaults of a trainer, as text by normalised name, that nothing in its file overrides: {"num_epochs": "1"}.
+
+    `written_values`: the settings of the file, as text by normalised name.
+    """
     defaults = {}
     for key, value in DEFAULTS_BY_TRAINER.get(trainer, {}).items():
-        overriding = (key, *OVERRIDING_SETTINGS.get(key, ()))
-        if not any(name in typed_by_name for name in overriding):
+        overriding_names = (key, *OVERRIDING_SETTINGS.get(key, ()))
+        if not any(name in written_values for name in overriding_names):
             defaults[key] = value
     if trainer == HUGGING_FACE and "learning_rate" in defaults:
         # The rate depends on the kind of training, which settings of its own give away.
         for rate, names in SETTINGS_BY_TRL_LEARNING_RATE.items():
-            if any(name in typed_by_name for name in names):
+            if any(name in written_values for name in names):
                 defaults["learning_rate"] = rate
                 break
     return defaults
 
 
 def _add_setting(
-    key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings, base: Path
+    key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings, file_dir: Path
 ) -> None:
     """Translate the setting `key` of the outermost level of a file (`tree`) into `conversion`.
 
-    Data sets, DeepSpeed and FSDP have their own translators. `foreign`: all settings of the file, on which a rule may depend.
+    Data sets, DeepSpeed and FSDP have their own translators. `foreign`: all settings of the file as text, on which a rule may
+    depend. `file_dir`: the directory of the file.
     """
     value = tree[key]
     name = normalised_name(key)
     if value is None or value in ("", [], {}):
         conversion.names_without_value.append(key)
     elif name in ("datasets", "test_datasets"):
-        datasets.translate_axolotl_datasets(value, name, conversion, base)
+        datasets.translate_axolotl_datasets(value, name, conversion, file_dir)
     elif name in ("dataset", "eval_dataset") and conversion.trainer == FACTORY:
         dataset_names = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         dataset_directory = str(tree.get("dataset_dir", "data"))
-        datasets.translate_factory_datasets(dataset_names, name, dataset_directory, conversion, base)
+        datasets.translate_factory_datasets(dataset_names, name, dataset_directory, conversion, file_dir)
     elif name == "deepspeed":
-        _add_deepspeed(value, foreign, conversion, base)
+        _add_deepspeed(value, foreign, conversion, file_dir)
     elif name in ("fsdp", "fsdp_config"):
         _add_fsdp(key, tree, foreign, conversion)
     elif name == "deepspeed_config" and isinstance(value, dict):
-        _add_accelerate_deepspeed(value, foreign, conversion, base)
+        _add_accelerate_deepspeed(value, foreign, conversion, file_dir)
     else:
-        conversion.add_translation(key, value, _translate_setting(name, value, foreign, base))
+        conversion.add_translation(key, value, _translate_setting(name, value, foreign, file_dir))
 
 
-def _translate_setting(name: str, value: Any, foreign: ForeignSettings, base: Path) -> TranslatedSetting:
+def _translate_setting(name: str, value: Any, foreign: ForeignSettings, file_dir: Path) -> TranslatedSetting:
     """Our settings for one setting of another trainer's file, or a note that says why there are none.
 
-    `name`: its normalised name. `foreign`: all settings of the file, on which a rule may depend. `base`: the directory that
-    relative paths start from. The first cases are special; most settings have a rule in `RULES_BY_FOREIGN_NAME`.
+    `name`: its normalised name. `foreign`: all settings of the file, on which a rule may depend. `file_dir`: the directory of the
+    file, where relative paths start. The first cases are special; most settings have a rule in `RULES_BY_FOREIGN_NAME`.
     """
     if name == "dataset_dir":
         return TranslatedSetting(note="files are named whole in data.path", not_needed=True)
     if name in ("dataset", "dataset_name", "dataset_path"):
-        return TranslatedSetting({"data.path": datasets.our_data_path(to_cli_text(value), base)})
+        return TranslatedSetting({"data.path": datasets.our_data_path(to_cli_text(value), file_dir)})
     if name == "gradient_checkpointing" and value in ("unsloth", "offload"):
         return TranslatedSetting(
             note="activations are recomputed, and never kept in host memory: strategy.activation_checkpointing=full"
@@ -285,7 +293,7 @@ def _note_on_block(name: str, block: dict[str, Any], foreign: ForeignSettings) -
     return TranslatedSetting(note=translation.note or NO_EQUIVALENT_OF_BLOCK_REASON, not_needed=translation.not_needed)
 
 
-def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: ConvertedSettings, base: Path) -> None:
+def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: ConvertedSettings, file_dir: Path) -> None:
     """Translate the setting `deepspeed` of another trainer into `conversion`, by what its value is:
 
     - a block of DeepSpeed's settings: each of them;
@@ -293,21 +301,29 @@ def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: ConvertedSe
     - a file that is not here: the ZeRO stage, if the file's name says it.
     """
     if isinstance(value, dict):
-        deepspeed.convert(value, conversion, foreign.value_by_name, "deepspeed.")
+        deepspeed.translate_deepspeed_settings(
+            value, conversion, outer_values=foreign.value_by_name, prefix="deepspeed."
+        )
         return
-    candidates = (Path(str(value)).expanduser(), base / str(value))
-    files_here = [path for path in candidates if datasets.exists(path) and path.is_file()]
-    if not files_here:
+    candidates = (Path(str(value)).expanduser(), file_dir / str(value))
+    existing_files = [path for path in candidates if datasets.exists(path) and path.is_file()]
+    if not existing_files:
         conversion.add_translation("deepspeed", value, rules.deepspeed_stage(to_cli_text(value), foreign))
         return
+    deepspeed_file = existing_files[0]
     conversion.add_translation(
         "deepspeed", value, TranslatedSetting(note="its settings are turned one by one", not_needed=True)
     )
-    deepspeed.convert(read(files_here[0]), conversion, foreign.value_by_name, f"{files_here[0].name}: ")
+    deepspeed.translate_deepspeed_settings(
+        read_settings_tree(deepspeed_file),
+        conversion,
+        outer_values=foreign.value_by_name,
+        prefix=f"{deepspeed_file.name}: ",
+    )
 
 
 def _add_accelerate_deepspeed(
-    block: dict[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings, base: Path
+    block: dict[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings, file_dir: Path
 ) -> None:
     """Translate `deepspeed_config` of accelerate, such as {"zero_stage": 3, "offload_optimizer_device": "cpu"}.
 
@@ -322,14 +338,14 @@ def _add_accelerate_deepspeed(
     for key, value in block.items():
         setting_name = f"deepspeed_config.{key}"
         if key == "deepspeed_config_file":
-            _add_deepspeed(value, foreign, conversion, base)
+            _add_deepspeed(value, foreign, conversion, file_dir)
         elif key in deepspeed_names:
             # As a block of DeepSpeed with this setting alone, so that the overrides are exactly those of this setting.
             zero_block: dict[str, Any] = {"stage": block.get("zero_stage", 2)}
             if key != "zero_stage":
                 zero_block[deepspeed_names[key]] = {"device": to_cli_text(value)}
             zero_conversion = ConvertedSettings(conversion.trainer)
-            deepspeed.convert({"zero_optimization": zero_block}, zero_conversion)
+            deepspeed.translate_deepspeed_settings({"zero_optimization": zero_block}, zero_conversion)
             overrides = zero_conversion.overrides
             conversion.add_translation(setting_name, value, TranslatedSetting(overrides, not_needed=not overrides))
         elif normalised_name(key) in RULES_BY_FOREIGN_NAME:
@@ -378,10 +394,10 @@ def _fsdp_option_text(tree: Mapping[str, Any], block: Mapping[str, Any]) -> str:
     sharding = str(block.get("fsdp_sharding_strategy", block.get("sharding_strategy", "")))
     if sharding:
         options.append(sharding.lower())
-    offloads = block.get("fsdp_offload_params", block.get("offload_params", False))
-    if offloads is True:
+    offload_params = block.get("fsdp_offload_params", block.get("offload_params", False))
+    if offload_params is True:
         options.append("offload")
-    reshards = block.get("fsdp_reshard_after_forward", block.get("reshard_after_forward", True))
-    if reshards is False:
+    reshard_after_forward = block.get("fsdp_reshard_after_forward", block.get("reshard_after_forward", True))
+    if reshard_after_forward is False:
         options.append("shard_grad_op")
     return ",".join(options)

@@ -15,7 +15,7 @@ def _lora_setting(key: str) -> Rule:
 
 
 def _rules(names: str, rule: Rule) -> dict[str, Rule]:
-    """One rule for several names, with blanks between them."""
+    """The same rule by each of several names, with blanks between them: `"nnodes num_machines"` gives two entries."""
     return dict.fromkeys(names.split(), rule)
 
 
@@ -242,7 +242,10 @@ def normalised_name(name: str) -> str:
 
 
 def translate(name: str, foreign: ForeignSettings) -> TranslatedSetting | None:
-    """What the setting `name` of `foreign` is here; None if no other trainer has a setting of that name."""
+    """Our settings for the setting `name` of another trainer; None if no other trainer has a setting of that name.
+
+    `foreign`: all settings of the other trainer, with the value of this one among them.
+    """
     key = normalised_name(name)
     rule = RULES_BY_FOREIGN_NAME.get(key)
     return None if rule is None else rule(foreign.value_by_name[key], foreign)

@@ -18,7 +18,10 @@ from launch.config.importers.equivalent import (
 )
 
 Rule = Callable[[str, ForeignSettings], TranslatedSetting]
-"""Translates one setting of another trainer: takes its value as text, and all settings of that trainer."""
+"""Translates one setting of another trainer: takes its value as text, and all settings of that trainer.
+
+Many rules need the value alone; they take the other settings too, because all rules are called alike.
+"""
 MICRO_BATCH_NAMES = (
     "per_device_train_batch_size",
     "micro_batch_size",
@@ -84,17 +87,17 @@ ATTENTION_NAMES = {
 
 
 def renamed_to(key: str) -> Rule:
-    """A rule for a setting that exists here as `key`, with the same values."""
+    """A rule for a setting that exists here as `key`, with the same values: `learning_rate` is `optim.lr`."""
     return lambda value, _: TranslatedSetting({key: value})
 
 
-def switch(on: dict[str, str], off: dict[str, str] | None = None, note: str = "") -> Rule:
-    """A rule for a switch: our settings are `on` if it is true, `off` if it is false; without `off`, false needs none."""
+def switch(overrides_if_on: dict[str, str], note: str = "") -> Rule:
+    """A rule for a switch: our settings are `overrides_if_on` if it is true; if it is false, none is needed."""
 
     def rule(value: str, _: ForeignSettings) -> TranslatedSetting:
         if is_true(value):
-            return TranslatedSetting(on, note)
-        return TranslatedSetting(off or {}, not_needed=not off)
+            return TranslatedSetting(overrides_if_on, note)
+        return TranslatedSetting(not_needed=True)
 
     return rule
 
@@ -314,16 +317,16 @@ def deepspeed_stage(value: str, foreign: ForeignSettings) -> TranslatedSetting:
         if str(zero_block.get("stage") or 0) not in ("0", "1", "2", "3"):
             return TranslatedSetting(note=f"{value} names no ZeRO stage; set strategy=zero1, zero2 or zero3")
         note = f"of {value}; `shardtune init from={value}` turns the rest"
-        return TranslatedSetting(zero_settings(zero_block), note)
+        return TranslatedSetting(zero_overrides(zero_block), note)
     stage = re.search(r"(?:zero|stage|z)_?([0-3])", path.name.lower())
     if stage is None:
         return TranslatedSetting(
             note="a ZeRO stage is strategy=zero1, zero2 or zero3; the rest of DeepSpeed's file is derived"
         )
-    return TranslatedSetting(zero_settings({"stage": int(stage[1])}), f"as the name says ({value} is not here)")
+    return TranslatedSetting(zero_overrides({"stage": int(stage[1])}), f"as the name says ({value} is not here)")
 
 
-def zero_settings(zero_block: dict[str, object]) -> dict[str, str]:
+def zero_overrides(zero_block: dict[str, object]) -> dict[str, str]:
     """Our settings for DeepSpeed's `zero_optimization`: the strategy, and which states are offloaded to CPU or NVMe.
 
     {"stage": 3, "offload_param": {"device": "cpu"}} is {"strategy": "zero3", "strategy.offload_parameters": "cpu"}.
@@ -351,7 +354,7 @@ def fsdp_strategy(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     options = value.lower()
     if not list_entries(value) or options == "false":
         return TranslatedSetting(not_needed=True)
-    if "no_shard" in value or "NO_SHARD" in value:
+    if "no_shard" in options:
         return TranslatedSetting({"strategy": "ddp"})
     overrides = {"strategy": "hsdp" if "hybrid" in options else "fsdp2"}
     if "shard_grad_op" in options:
@@ -375,6 +378,11 @@ def objective_or_dpo_loss(value: str, foreign: ForeignSettings) -> TranslatedSet
     if value.lower() in LOSS_TYPES_OF_DPO:
         return TranslatedSetting({"objective": "dpo", "objective.loss_type": value.lower()})
     return choice("objective", OBJECTIVE_NAMES)(value, foreign)
+
+
+def translate_optimizer_name(name: str) -> TranslatedSetting:
+    """Our `optim` for another trainer's name of an optimizer: `adamw_torch` is optim=adamw; a note for an unknown name."""
+    return choice("optim", OPTIMIZER_NAMES)(name, ForeignSettings({}))
 
 
 RULE_BY_GROUP: dict[str, Rule] = {
