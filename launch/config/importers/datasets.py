@@ -119,8 +119,11 @@ def _axolotl_path(entry: Mapping[str, Any], name: str, conversion: ConvertedSett
     data_files = entry.get("data_files")
     if data_files is None:
         return our_data_path(path, file_dir)
-    if path in LOADER_NAMES:
+    if path in LOADER_NAMES and isinstance(data_files, dict):  # files by split, which have no form in `data.path`
         return to_cli_text(data_files)
+    if path in LOADER_NAMES:
+        file_names = data_files if isinstance(data_files, list) else [data_files]
+        return _one_or_list([_existing_path(str(file_name), file_dir) for file_name in file_names])
     conversion.add_unsupported(f"{name}.data_files", data_files, "name the files themselves in data.path")
     return our_data_path(path, file_dir)
 

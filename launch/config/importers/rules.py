@@ -347,15 +347,18 @@ def zero_overrides(zero_block: dict[str, object]) -> dict[str, str]:
 
 
 def fsdp_strategy(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """The strategy for FSDP's options: `full_shard,offload` is strategy=fsdp2 strategy.cpu_offload=true.
+    """The strategy for FSDP's options: `full_shard,offload` is strategy=fsdp2 strategy.cpu_offload=true. By the options:
 
-    It is ddp for `no_shard`, hsdp for an option with `hybrid`, otherwise fsdp2. Nothing is needed if there are no options.
+    - none, or false: nothing is needed;
+    - `no_shard`: ddp, with a note if `offload` is beside it, since ddp keeps its parameters on the GPUs;
+    - one with `hybrid`: hsdp; anything else: fsdp2.
     """
     options = value.lower()
     if not list_entries(value) or options == "false":
         return TranslatedSetting(not_needed=True)
     if "no_shard" in options:
-        return TranslatedSetting({"strategy": "ddp"})
+        note = "ddp offloads nothing; strategy=fsdp2 strategy.cpu_offload=true shards and offloads"
+        return TranslatedSetting({"strategy": "ddp"}, note if "offload" in options else "")
     overrides = {"strategy": "hsdp" if "hybrid" in options else "fsdp2"}
     if "shard_grad_op" in options:
         overrides["strategy.reshard_after_forward"] = "false"

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from launch.config.compose import compose_config
+from launch.config.importers.conversion import ConvertedSettings
+from launch.config.importers.datasets import translate_axolotl_datasets
+from launch.config.importers.equivalent import ForeignSettings
+from launch.config.importers.rules import fsdp_strategy
 from launch.config.overrides import all_settings
 from launch.init.file import SHOWN_KEYS
 from launch.main import main
@@ -308,3 +312,20 @@ def test_rules_of_whole_files(tmp_path, capsys, text, set_, unset):
     assert {key: told["settings"].get(key) for key in set_} == set_
     assert unset in {row["setting"] for row in told["no_equal"]}
     compose_config(["my.yaml"], check=False)
+
+
+def test_offload_beside_no_shard_is_told_as_a_difference():
+    translation = fsdp_strategy("no_shard,offload", ForeignSettings({}))
+    assert translation.overrides == {"strategy": "ddp"} and "strategy.cpu_offload=true" in translation.note
+    assert fsdp_strategy("NO_SHARD", ForeignSettings({})).note == ""
+
+
+@pytest.mark.parametrize("data_files", ["a.jsonl", ["a.jsonl", "gone.jsonl"]])
+def test_files_of_a_loader_are_found_beside_the_settings_file(tmp_path, data_files):
+    beside = tmp_path / "theirs"
+    beside.mkdir()
+    (beside / "a.jsonl").touch()
+    conversion = ConvertedSettings("axolotl")
+    translate_axolotl_datasets({"path": "json", "data_files": data_files}, "datasets", conversion, beside)
+    found = str(beside / "a.jsonl")
+    assert conversion.overrides["data.path"] == (found if data_files == "a.jsonl" else f"[{found},gone.jsonl]")
