@@ -112,18 +112,18 @@ def _model_assets(config: RunConfig) -> list[HubAsset]:
 
 def _training_data_assets(config: RunConfig) -> list[HubAsset]:
     """The hub data sets in `data.sources` and `data.path`. Errors: ConfigError for a `hub:` that names none."""
-    from trainer.data.read.paths import hub_name, is_hub_path
+    from trainer.data.read.paths import is_hub_path, parse_hub_name
 
     assets = []
     for source_name, source in config.data.sources.items():
         key = f"data.sources.{source_name}.path"
         for path in _as_paths(source.path):
             if is_hub_path(path):
-                dataset = hub_name(path, key)
+                dataset = parse_hub_name(path, key)
                 assets.append(HubAsset(key, "dataset", dataset, source.revision, source.subset, source.split))
     for path in _as_paths(config.data.path):
         if is_hub_path(path):
-            assets.append(HubAsset("data.path", "dataset", hub_name(path, "data.path"), None))
+            assets.append(HubAsset("data.path", "dataset", parse_hub_name(path, "data.path"), None))
     return assets
 
 

@@ -23,7 +23,7 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)) * 4
 
 
 @dataclass
-class Case:
+class TaskCase:
     """One file or tree. `make` writes it below a directory and returns the path value to read.
 
     `error`: a pattern of the DataError, after `rows` rows and `bad` bad rows. Without: those numbers and nothing else.
@@ -48,37 +48,39 @@ def zst(data: bytes) -> bytes:
     return bytes(pa.compress(data, codec="zstd", asbytes=True)) if data else bytes.fromhex("28b52ffd2000010000")
 
 
-def table(**columns) -> pa.Table:
+def table(**columns) -> pa.LoggedTable:
     return pa.table(columns)
 
 
-def parquet(data: pa.Table) -> bytes:
+def parquet(data: pa.LoggedTable) -> bytes:
     sink = io.BytesIO()
     pq.write_table(data, sink)
     return sink.getvalue()
 
 
-def arrow(data: pa.Table, *, stream: bool) -> bytes:
+def arrow(data: pa.LoggedTable, *, stream: bool) -> bytes:
     sink = io.BytesIO()
     with (pa.ipc.new_stream if stream else pa.ipc.new_file)(sink, data.schema) as writer:
         writer.write_table(data)
     return sink.getvalue()
 
 
-def file(name: str, content: bytes, rows: int | None = None, bad=(), error: str | None = None, title: str = "") -> Case:
+def file(
+    name: str, content: bytes, rows: int | None = None, bad=(), error: str | None = None, title: str = ""
+) -> TaskCase:
     def make(root: Path) -> str:
         (root / name).write_bytes(content)
         return str(root / name)
 
-    return Case(title or name, make, rows, (bad,) if isinstance(bad, str) else tuple(bad), error)
+    return TaskCase(title or name, make, rows, (bad,) if isinstance(bad, str) else tuple(bad), error)
 
 
-def tree(title: str, build: Callable[[Path], str], rows: int | None = None, error: str | None = None) -> Case:
-    return Case(title, build, rows, (), error)
+def tree(title: str, build: Callable[[Path], str], rows: int | None = None, error: str | None = None) -> TaskCase:
+    return TaskCase(title, build, rows, (), error)
 
 
-def json_lines() -> list[Case]:
-    def line(title: str, content: bytes, reason: str) -> Case:
+def json_lines() -> list[TaskCase]:
+    def line(title: str, content: bytes, reason: str) -> TaskCase:
         return file("x.jsonl", GOOD + content + b"\n" + GOOD, 2, reason, title=f"jsonl {title}")
 
     lone = b'{"text": "\\ud83d"}'
@@ -136,7 +138,7 @@ def json_lines() -> list[Case]:
     ]
 
 
-def compressed() -> list[Case]:
+def compressed() -> list[TaskCase]:
     # bytes that do not compress, so that cutting the file cuts rows
     many = b"".join(b'{"text": "%s"}\n' % os.urandom(30).hex().encode() for _ in range(200))
     packed, frame = gzip.compress(many), zst(many)
@@ -179,7 +181,7 @@ def compressed() -> list[Case]:
     ]
 
 
-def further(suffix: str, packed: bytes) -> list[Case]:
+def further(suffix: str, packed: bytes) -> list[TaskCase]:
     name = f"x.jsonl.{suffix}"
     return [
         file(name, packed, 200),
@@ -199,8 +201,8 @@ def zipped(**files: bytes) -> bytes:
     return sink.getvalue()
 
 
-def json_files() -> list[Case]:
-    def listed(title: str, content: bytes, rows=0, bad=(), error=None) -> Case:
+def json_files() -> list[TaskCase]:
+    def listed(title: str, content: bytes, rows=0, bad=(), error=None) -> TaskCase:
         return file("x.json", content, rows, bad, error, title=f"json {title}")
 
     wide = json.dumps([{"text": "x" * 999, "n": n} for n in range(3000)], indent=1).encode()
@@ -245,8 +247,8 @@ def json_files() -> list[Case]:
     ]
 
 
-def delimited() -> list[Case]:
-    def cells(title: str, content: bytes, rows=0, bad=(), error=None, name="x.csv") -> Case:
+def delimited() -> list[TaskCase]:
+    def cells(title: str, content: bytes, rows=0, bad=(), error=None, name="x.csv") -> TaskCase:
         return file(name, content, rows, bad, error, title=f"csv {title}")
 
     wrong = "wrong_cell_count"
@@ -279,16 +281,16 @@ def delimited() -> list[Case]:
     ]
 
 
-def columnar() -> list[Case]:
+def columnar() -> list[TaskCase]:
     good = table(text=["a", "b", "c"], n=[1, 2, 3])
     packed, ipc, stream = parquet(good), arrow(good, stream=False), arrow(good, stream=True)
     broken = pa.table({"text": pa.array([b"ok", b"\xff\xfe\xfd", b"x"]).view(pa.binary())})
-    unchecked = pa.Table.from_arrays(
+    unchecked = pa.LoggedTable.from_arrays(
         [pa.Array.from_buffers(pa.string(), 3, broken["text"].chunk(0).buffers())], names=["text"]
     )
     ends, far = struct.pack("<4i", 0, 1, 2, 3), struct.pack("<4i", 0, 1, 2, 1 << 30)
     assert stream.count(ends) == 1
-    doubled = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    doubled = pa.LoggedTable.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     return [
         file("x.parquet", packed, 3),
         file("x.parquet", packed[: len(packed) // 2], error="Parquet.*damaged", title="parquet cut off"),
@@ -313,7 +315,7 @@ def columnar() -> list[Case]:
     ]
 
 
-def texts() -> list[Case]:
+def texts() -> list[TaskCase]:
     return [
         file("x.txt", b"a\r\nb", 1),
         file("x.md", b"\xef\xbb\xbf# a", 1),
@@ -326,7 +328,7 @@ def texts() -> list[Case]:
     ]
 
 
-def trees() -> list[Case]:
+def trees() -> list[TaskCase]:
     def named(name: str) -> Callable[[Path], str]:
         def build(root: Path) -> str:
             (root / name).write_bytes(GOOD)

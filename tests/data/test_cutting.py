@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies.runtime import Runtime
 from tests.helpers.covering import examples
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import AXES, Axis, Cut, all_to_all_row_counts, cut_batch, sequence_cut
+from trainer.data.batches.cutting import AXES, Axis, RowCut, all_to_all_row_counts, cut_batch, sequence_cut
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.objectives.sft import ReplayCollator
@@ -32,7 +32,7 @@ def samples_of(lengths, *, seed=0, marks=None):
 
 def slices_of(samples, size, collator=None):
     collator = collator or Collator(Layout.padding_free, 0)
-    return [collator(samples, Cut(rank, size)) for rank in range(size)]
+    return [collator(samples, RowCut(rank, size)) for rank in range(size)]
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(2, 5))
@@ -89,19 +89,19 @@ def test_entry_that_does_not_say_what_it_goes_by_is_refused():
     batch = Collator(Layout.padding_free, 0)(samples_of([4, 4]))
     batch["scores"] = torch.zeros(8)
     with pytest.raises(ValueError, match="'scores' does not say what it goes by"):
-        cut_batch(batch, Cut(0, 2), AXES)
-    assert torch.equal(cut_batch(batch, Cut(1, 2), AXES | {"scores": Axis.sequence})["scores"], batch["scores"])
+        cut_batch(batch, RowCut(0, 2), AXES)
+    assert torch.equal(cut_batch(batch, RowCut(1, 2), AXES | {"scores": Axis.sequence})["scores"], batch["scores"])
 
 
 def test_padded_rows_are_not_cut():
     with pytest.raises(ValueError, match=r"data\.layout=padding_free"):
-        Collator(Layout.padded, 0)(samples_of([4, 3]), Cut(0, 2))
+        Collator(Layout.padded, 0)(samples_of([4, 3]), RowCut(0, 2))
 
 
 def test_rank_that_shares_its_rows_with_nobody_has_no_cut():
     runtime = Runtime(7, 8, 7, 8, torch.device("cpu"), None)
     assert sequence_cut(runtime) is None
-    assert sequence_cut(replace(runtime, sequence_size=4)) == Cut(3, 4)
+    assert sequence_cut(replace(runtime, sequence_size=4)) == RowCut(3, 4)
 
 
 @given(st.lists(st.integers(2, 9), min_size=2, max_size=6), st.integers(2, 4), st.integers(0, 99))

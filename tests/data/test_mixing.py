@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from strategies.errors import ConfigError, DataError
 from trainer.data.batches import mixing
-from trainer.data.batches.mixing import Mix, best_fit_decreasing, pack_by_source
+from trainer.data.batches.mixing import SourceMix, best_fit_decreasing, pack_by_source
 from trainer.data.batches.order import MixedOrder
 from trainer.data.config import EpochEnd, MixingConfig, MixOver
 
 
 def mix(units, tokens, weights, documents=None, names=None):
-    return Mix(names or [*map(str, range(len(units)))], weights, units, documents or units, tokens)
+    return SourceMix(names or [*map(str, range(len(units)))], weights, units, documents or units, tokens)
 
 
 def quotas(units, tokens, weights, over=MixOver.documents, epoch=EpochEnd.first, **more):

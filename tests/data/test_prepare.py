@@ -82,7 +82,7 @@ def test_prepared_file_cut_off_while_it_is_read_ends_in_a_message(tmp_path, data
 
 def test_prepare_again_opens_the_first_result(tmp_path, data, monkeypatch):
     first = run(config(tmp_path))
-    monkeypatch.setattr(Preparation, "run", lambda *given, **named: pytest.fail("it is made again"))
+    monkeypatch.setattr(Preparation, "_prepare", lambda *given, **named: pytest.fail("it is made again"))
     second = run(config(tmp_path))
     assert second.directory == first.directory and second.report["cached"] and not first.report["cached"]
     assert second.report["train"] == first.report["train"]

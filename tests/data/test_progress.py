@@ -56,8 +56,8 @@ def test_preparation_progress_of_other_phases_and_other_ranks(monkeypatch, capsy
     told = PreparationProgress(clock=lambda: now[0])
     now[0] += 45
     told.phase = "writing the reports"
-    assert told.line() == "preparing data: writing the reports, 45 s"
-    print_on_rank_0(told.line())
+    assert told.progress_line() == "preparing data: writing the reports, 45 s"
+    print_on_rank_0(told.progress_line())
     monkeypatch.setenv("RANK", "1")
     print_on_rank_0("another rank")
     assert capsys.readouterr().err == "preparing data: writing the reports, 45 s\n"
@@ -88,7 +88,7 @@ def test_preparation_stop_kills_workers_amid_their_work():
 
     began = time.monotonic()
     with pytest.raises(Preempted):
-        list(ordered_map(_stuck, range(8), workers=2, check=check))
+        list(ordered_map(_stuck, range(8), workers=2, while_waiting=check))
     assert time.monotonic() - began < 600, "nobody waited for the workers"
 
 

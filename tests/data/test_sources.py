@@ -25,7 +25,7 @@ from tests.helpers.covering import examples
 from trainer.data.document import RejectedRow, SourceRow
 from trainer.data.read import json_rows
 from trainer.data.read import text as text_files
-from trainer.data.read.json_rows import Line
+from trainer.data.read.json_rows import UnparsedRow
 from trainer.data.read.opening import open_text
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import HUB_PREFIX, expand_paths
@@ -101,13 +101,13 @@ def test_sources_parse_json_lines_only_where_they_are_wanted(tmp_path):
     ],
 )
 def test_sources_bad_json_line_says_what_to_mend(line, message):
-    bad = whole(Line("x", 1, raw=line))
+    bad = whole(UnparsedRow("x", 1, raw=line))
     assert isinstance(bad, RejectedRow)
     assert message in bad.message
 
 
 def test_sources_excerpt_is_short_and_printable():
-    bad = Line("x", 1, raw=b'{"a": "\x1b[31m\x00\xff\xe2\x80\xa8' + b"y" * 500).parse()
+    bad = UnparsedRow("x", 1, raw=b'{"a": "\x1b[31m\x00\xff\xe2\x80\xa8' + b"y" * 500).parse()
     assert bad.excerpt.startswith('{"a": "\\x1b[31m\\x00\ufffd\\u2028yyy')
     assert bad.excerpt.count("y") == 200 - 15
     assert bad.excerpt.isprintable()
@@ -137,7 +137,7 @@ def test_sources_read_back_what_json_writes(tmp_path, rows, ascii_only, indent):
 @fuzz
 @given(st.text(alphabet='{}[]",:ab\\u0d8 1-.eE\n\t', max_size=40))
 def test_sources_accept_a_line_only_if_json_accepts_it(line):
-    row = whole(Line("x", 1, raw=line.encode()))
+    row = whole(UnparsedRow("x", 1, raw=line.encode()))
     try:
         value = json.loads(line)
     except ValueError:
@@ -175,7 +175,7 @@ def written(draw, depth=0):
 @given(st.lists(st.tuples(NAMES, written()), min_size=1, max_size=4))
 def test_sources_find_duplicate_json_keys_and_keep_numbers_exact(columns):
     line = ",".join(f"{json.dumps(name)}:{text}" for name, (text, _) in columns)
-    row = Line("x", 1, raw=f"{{{line}}}".encode()).parse()
+    row = UnparsedRow("x", 1, raw=f"{{{line}}}".encode()).parse()
     names = [name for name, _ in columns]
     for name, (text, doubled) in columns:
         if doubled or names.count(name) > 1:

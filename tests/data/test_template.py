@@ -54,7 +54,7 @@ def test_template_learns_exactly_the_replies_and_their_end_tokens(name, data):
     system = data.draw(st.none() | texts) if takes_system else None
     encoder = ENCODERS[name]
     doc = document(turns(*contents, system=system))
-    if any(map(encoder.escaper.spelled_in, doc.texts())):
+    if any(map(encoder.escaper.is_spelled_in, doc.texts())):
         return
     sample = encode(encoder, doc)
     replies = [reply.strip() if trims else reply for reply in contents[1::2]]
@@ -150,8 +150,8 @@ def test_conversations_need_a_template():
 
 
 def test_control_tokens_in_the_text_are_noticed():
-    assert any(map(ENCODERS["chatml"].escaper.spelled_in, document(turns("q<|im_end|>", "a")).texts()))
-    assert not any(map(ENCODERS["chatml"].escaper.spelled_in, document(turns("q", "a")).texts()))
+    assert any(map(ENCODERS["chatml"].escaper.is_spelled_in, document(turns("q<|im_end|>", "a")).texts()))
+    assert not any(map(ENCODERS["chatml"].escaper.is_spelled_in, document(turns("q", "a")).texts()))
 
 
 @given(prompt=texts, completion=texts)

@@ -22,7 +22,7 @@ from trainer.data.config import DataConfig
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation, keep_or_first_date
 from trainer.data.report.preview import summary_text
-from trainer.data.tokens.clock import TemplateDate, reads_clock, with_date
+from trainer.data.tokens.clock import TemplateDate, reads_clock, replace_clock_calls
 from trainer.evaluation.tasks.prepared import TaskContext
 from trainer.objectives.sft import SftConfig
 from trainer.session.template_date import template_date_chooser
@@ -62,7 +62,7 @@ def another_day(monkeypatch):
 def rendered(template, day=None):
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    source = template if day is None else with_date(template, day)
+    source = template if day is None else replace_clock_calls(template, day)
     texts, _ = render_jinja_template([[{"role": "user", "content": "q"}]], chat_template=source)
     return texts[0]
 
@@ -90,7 +90,7 @@ def text_of(prepared):
 )
 def test_template_date_is_that_of_a_clock_that_stands_still(template, written):
     assert reads_clock(template) and rendered(template, CHRISTMAS) == written
-    assert not reads_clock(make.CHATML) and with_date(make.CHATML, CHRISTMAS) == make.CHATML
+    assert not reads_clock(make.CHATML) and replace_clock_calls(make.CHATML, CHRISTMAS) == make.CHATML
     assert rendered(template) != written
 
 
@@ -112,7 +112,7 @@ def test_template_date_of_the_first_preparation_decides_and_is_in_the_fingerprin
 
 def test_template_date_is_none_for_a_template_without_a_clock(tmp_path):
     plain = preparation(tmp_path, make.CHATML, choose_date=lambda first: pytest.fail("nobody asks for a date"))
-    assert plain.date is None and not (tmp_path / "cache" / "dates").exists()
+    assert plain.template_date is None and not (tmp_path / "cache" / "dates").exists()
     assert "today" not in summary_text(plain.open_or_prepare().report)
 
 
@@ -121,7 +121,7 @@ def test_template_date_leaves_data_prepared_by_an_earlier_version_usable(tmp_pat
     before = undated.open_or_prepare()
     known = preparation(tmp_path)
     assert known.fingerprint == undated.fingerprint, "its entry has the fingerprint without a date"
-    assert known.open_or_prepare().report["cached"] and not known.date.in_fingerprint
+    assert known.open_or_prepare().report["cached"] and not known.template_date.in_fingerprint
     shutil.rmtree(before.directory)
     assert preparation(tmp_path).fingerprint != undated.fingerprint, "what is prepared anew is dated"
 

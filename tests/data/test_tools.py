@@ -146,7 +146,7 @@ def test_tool_masks_are_those_of_generation_blocks(name, data):
             {**m, "content": f"{m['content']}{n}"} if m["role"] == "user" else m for n, m in enumerate(messages)
         ]
     doc, plain = document(messages), encoder(name)
-    if any(map(plain.escaper.spelled_in, doc.texts())):
+    if any(map(plain.escaper.is_spelled_in, doc.texts())):
         return
     sample = next(plain.encode([doc]))[1]
     blocks = tool_templates.tokenizer(name)

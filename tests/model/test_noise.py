@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import Cut
+from trainer.data.batches.cutting import RowCut
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.model.noise import noise, noise_of
@@ -82,6 +82,6 @@ def test_noise_of_a_slice_is_the_slice_of_the_row_s_noise(size):
     expected = noise_of(in_one_row(DOCUMENTS), WIDTH, ALPHA)[0]
     parts = []
     for rank in range(size):
-        part = collator(samples, Cut(rank, size)) | {"drawn_by": BY}
+        part = collator(samples, RowCut(rank, size)) | {"drawn_by": BY}
         parts.append(noise_of(part, WIDTH, ALPHA)[0])
     assert torch.equal(torch.cat(parts)[: len(expected)], expected)

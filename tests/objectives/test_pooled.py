@@ -7,7 +7,7 @@ import transformers
 
 from strategies.parameters import meta_context
 from tests.models.tiny import tiny_config
-from trainer.data.batches.cutting import Cut
+from trainer.data.batches.cutting import RowCut
 from trainer.data.config import Layout
 from trainer.data.store.sequences import LABEL, Sample
 from trainer.model import attention
@@ -82,7 +82,7 @@ def test_each_sequence_belongs_to_the_rank_with_its_last_token():
     for size in (2, 3, 4, 7):
         owned = []
         for rank in range(size):
-            part = collator(samples(), Cut(rank, size))
+            part = collator(samples(), RowCut(rank, size))
             start, stop = part["row_span"]
             own = pooled.of_own_sequences(part, part["labels"]).tolist()
             places = [place for place in row["pooled_positions"].tolist() if start <= place < stop]

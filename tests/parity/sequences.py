@@ -37,7 +37,7 @@ from trainer import loop
 from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import Cut, sequence_cut
+from trainer.data.batches.cutting import RowCut, sequence_cut
 from trainer.data.batches.loader import EvalShare, StepBatch, eval_batches
 from trainer.data.config import DataConfig
 from trainer.data.prepare import PreparedData
@@ -62,7 +62,7 @@ SAME_STEPS = ("plain", "full", "selective", "auto", "accumulation")
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class TaskCase:
     """One run on ranks of which `degree` share each row."""
 
     objective: str = "sft"
@@ -95,7 +95,7 @@ def assert_rows_are_shared(batch: StepBatch, runtime: processes.Runtime) -> None
 
 def compare(job: Job, *case: Any) -> dict[str, Curve]:
     """Loss, gradient norm and metrics of each step: of all ranks, and of `single`, which takes whole rows."""
-    asked = Case(*case)
+    asked = TaskCase(*case)
     config, data = _run_of(job, asked)
     runtime = with_sequence_parallelism(job.runtime, asked.degree)
     found = curve(trainer_for(config, data, runtime), runtime.world_size)
@@ -104,7 +104,7 @@ def compare(job: Job, *case: Any) -> dict[str, Curve]:
     return {"found": found, "expected": expected}
 
 
-def _run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
+def _run_of(job: Job, case: TaskCase) -> tuple[RunConfig, PreparedData]:
     """The settings of a case, and its data."""
     made = job.first_here(lambda: (model_dir(job.root, case.architecture), data_of(job.root, case)))
     model, data = made
@@ -138,7 +138,7 @@ def _run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
     return config, data
 
 
-def _strategy_of(case: Case) -> Any:
+def _strategy_of(case: TaskCase) -> Any:
     """The strategy, with the recomputation that the case asks for."""
     modes = {"full": ActivationCheckpointing.full, "selective": ActivationCheckpointing.selective}
     strategy = SHARDING[case.strategy]
@@ -159,7 +159,7 @@ def objective_by_name(name: str, root: Path) -> Any:
     return objective_of(name, root)
 
 
-def data_of(root: Path, case: Case) -> PreparedData:
+def data_of(root: Path, case: TaskCase) -> PreparedData:
     """Documents of the objective's kind."""
     model_dir(root, "qwen3")  # the teacher of distillation
     if case.feature.startswith("short"):
@@ -244,7 +244,7 @@ FAULTS: dict[str, tuple[str, Any]] = {
 def planted(job: Job, fault: str) -> dict[str, Curve]:
     """The curves of a case with a planted fault."""
     objective, plant = FAULTS[fault]
-    case = Case(objective, degree=2)
+    case = TaskCase(objective, degree=2)
     lone = compare(job, objective)["expected"]
     with plant(case.degree):
         found = compare(job, objective)["found"]
@@ -256,7 +256,7 @@ def planted(job: Job, fault: str) -> dict[str, Curve]:
 
 def resumed(job: Job) -> dict[str, Curve]:
     """Two steps each with a group of 1, 2, 4 and 1 ranks, under another strategy each time, out of the state saved before."""
-    config, data = _run_of(job, Case("sft", "lora"))
+    config, data = _run_of(job, TaskCase("sft", "lora"))
     rows: Curve = []
     path = None
     for number, (degree, strategy) in enumerate([(1, "fsdp2"), (2, "zero2"), (4, "zero3"), (1, "ddp")]):
@@ -279,7 +279,7 @@ def evaluated(job: Job) -> list[dict[str, float]]:
 
     `batch <number>` is the summed loss of a micro-batch, in the order of the documents.
     """
-    config, data = _run_of(job, Case())
+    config, data = _run_of(job, TaskCase())
     held_out = data.evaluation
     assert held_out is not None
     values = []
@@ -306,7 +306,7 @@ def evaluated(job: Job) -> list[dict[str, float]]:
 
 def order(job: Job) -> list[list[list[int]]]:
     """The sequences of the first steps, sorted, with a group of 1, 2 and 4 ranks."""
-    config, data = _run_of(job, Case())
+    config, data = _run_of(job, TaskCase())
     found = []
     for degree in (1, 2, 4):
         runtime = with_sequence_parallelism(job.runtime, degree)
@@ -327,7 +327,7 @@ def order(job: Job) -> list[list[list[int]]]:
 
 def exchanged_bytes(job: Job, degree: int) -> dict[str, int]:
     """Bytes that this rank's exchanges of one step are counted with, and what the formula of one layer gives."""
-    config, data = _run_of(job, Case(degree=degree))
+    config, data = _run_of(job, TaskCase(degree=degree))
     runtime = with_sequence_parallelism(job.runtime, degree)
     trainer = trainer_for(config, data, runtime)
     model = trainer.engine.step_module.model.config
@@ -375,8 +375,8 @@ def attention(job: Job, heads: int, key_value_heads: int, degree: int, kind: str
     output, _ = varlen_attention(module, *rows, None, **settings)
     (output * weights).sum().backward()
 
-    row_slices = Cut(0, degree).borders(num_tokens)
-    start, stop = Cut(runtime.sequence_rank, degree).span(num_tokens)
+    row_slices = RowCut(0, degree).borders(num_tokens)
+    start, stop = RowCut(runtime.sequence_rank, degree).span(num_tokens)
     slices = [tensor[:, :, start:stop].clone().requires_grad_() for tensor in whole]
     local, _ = over_slices(varlen_attention)(module, *slices, None, row_slices=row_slices, **settings)
     (local * weights[:, start:stop]).sum().backward()
@@ -399,8 +399,8 @@ def beside_deepspeed(job: Job, degree: int) -> list[float]:
     generator = torch.Generator().manual_seed(5)
     num_tokens = 24
     row = [torch.randn(1, 4, num_tokens, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
-    row_slices = Cut(0, degree).borders(num_tokens)
-    start, stop = Cut(runtime.sequence_rank, degree).span(num_tokens)
+    row_slices = RowCut(0, degree).borders(num_tokens)
+    start, stop = RowCut(runtime.sequence_rank, degree).span(num_tokens)
     weights = torch.randn(1, stop - start, 4, 6, generator=generator, dtype=torch.float64)
 
     def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -428,7 +428,7 @@ def beside_deepspeed(job: Job, degree: int) -> list[float]:
 
 def beside_transformers(job: Job) -> dict[str, float]:
     """The loss of the first step on shared rows, and that of plain transformers, document by document."""
-    config, data = _run_of(job, Case(degree=4))
+    config, data = _run_of(job, TaskCase(degree=4))
     shared = compare(job, "sft", "full", "llama", "fsdp2", 4)["found"][0][0]
     if not job.runtime.is_main:
         return {}

@@ -72,7 +72,7 @@ def test_prompts_are_what_stands_before_the_answer():
         "ground_truth": "5",
         "data_source": "gsm8k",
     }
-    assert read({"prompt": "p", "a": 1, "b": None}, KeptColumns(all=True)).columns == {"prompt": "p", "a": 1}
+    assert read({"prompt": "p", "a": 1, "b": None}, KeptColumns(keeps_all=True)).columns == {"prompt": "p", "a": 1}
 
 
 def test_rows_without_what_a_reward_needs_are_bad_rows():
@@ -105,7 +105,7 @@ def test_signatures_are_read_without_running_the_file(reward_file):
     rewards["brief"].options = {"limit": 3}
     rewards["sums"] = RewardEntry(kind="json_schema")
     assert kept_columns(rewards) == KeptColumns(
-        required=("answer", "data_source", "ground_truth"), optional=("extra_info", "level", "schema"), all=True
+        required=("answer", "data_source", "ground_truth"), optional=("extra_info", "level", "schema"), keeps_all=True
     )
 
 

@@ -22,7 +22,7 @@ from trainer.build.reward_models import attach_reward_models
 from trainer.build.sequence import sequence_notes, step_layout
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig, settled_template_date
-from trainer.data.batches.cutting import Cut, sequence_cut
+from trainer.data.batches.cutting import RowCut, sequence_cut
 from trainer.data.batches.loader import BatchShare, StepLoader
 from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import steps_from_budget
@@ -207,7 +207,7 @@ def build_engine(
     return engine, built, source
 
 
-def workload(config: RunConfig, data: PreparedData, cut: Cut | None = None) -> Workload:
+def workload(config: RunConfig, data: PreparedData, cut: RowCut | None = None) -> Workload:
     """The largest forward pass that a rank of this run makes, of whole rows or of the slice that `cut` takes."""
     row_tokens = config.data.max_length if config.data.packing else None
     return Workload(data.train, config.batch["micro"], row_tokens, cut, max_generated_tokens(config.objective))

@@ -15,7 +15,7 @@ from strategies.errors import ConfigError
 from strategies.memory import estimated_activation_bytes, estimated_state_bytes
 from strategies.mesh import replica_count
 from strategies.pinned_memory import GIB, expected_host_inputs, host_memory_bytes, node_memory_bytes
-from trainer.data.batches.cutting import Cut
+from trainer.data.batches.cutting import RowCut
 from trainer.data.config import Layout
 from trainer.data.objective_spec import DataSpec
 from trainer.data.store.sequences import TokenDataset
@@ -35,7 +35,7 @@ class Workload:
     """Documents (packs)."""
     row_tokens: int | None = None
     """Tokens of each pack; None if documents are not packed."""
-    cut: Cut | None = None
+    cut: RowCut | None = None
     """Which slice of its rows the rank takes; None if it takes them whole."""
     written_tokens: int = 0
     """Tokens of the longest answer that the model writes to each document, several to one."""
@@ -77,7 +77,7 @@ def tokens_of_longest(built: BuiltModel, work: Workload) -> int:
     return stop - start
 
 
-def micro_batch_of(built: BuiltModel, lengths: list[int], cut: Cut | None) -> dict[str, Any]:
+def micro_batch_of(built: BuiltModel, lengths: list[int], cut: RowCut | None) -> dict[str, Any]:
     """A micro-batch of placeholders of these lengths in tokens, on the CPU, to measure a step whose result does not matter.
 
     Every token that may be a target is one. Token ids, counts and means are placeholders, on which no shape depends. With a

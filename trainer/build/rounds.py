@@ -14,7 +14,7 @@ from strategies.errors import ConfigError
 from strategies.runtime import Runtime, gather_objects
 from trainer.build.recomputation import device_gib
 from trainer.config.run import RunConfig
-from trainer.data.batches.cutting import Cut, sequence_cut
+from trainer.data.batches.cutting import RowCut, sequence_cut
 from trainer.data.batches.loader import BatchShare
 from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import Order, steps_from_budget
@@ -194,7 +194,7 @@ def build_round_loader(
     return loader, steps
 
 
-def may_share_prompts(config: RunConfig, built: BuiltModel, cut: Cut | None, runtime: Runtime) -> bool:
+def may_share_prompts(config: RunConfig, built: BuiltModel, cut: RowCut | None, runtime: Runtime) -> bool:
     """Whether training puts all answers to a prompt into one row with the prompt: `[prompt | answer | answer ...]`.
 
     `objective.rollout.share_prompts` decides; if it is not set, True on CPUs if it is possible, and False on GPUs, where its
@@ -211,7 +211,7 @@ def may_share_prompts(config: RunConfig, built: BuiltModel, cut: Cut | None, run
     return problem is None
 
 
-def _prompt_sharing_problem(config: RunConfig, built: BuiltModel, cut: Cut | None) -> str | None:
+def _prompt_sharing_problem(config: RunConfig, built: BuiltModel, cut: RowCut | None) -> str | None:
     """Why answers cannot share their prompt in a row; None if they can.
 
     It needs our own attention functions, which keep the answers of a row apart, and a model in which tokens reach each other

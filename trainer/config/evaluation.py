@@ -204,7 +204,7 @@ def _forgetting_problems(config: RunConfig) -> Iterator[str]:
             f"{key}.data={watched.data}: objective={config.objective.name} has no loss on plain text; name tasks with {key}.tasks"
         )
     try:
-        expand_paths(watched.data, f"{key}.data", remote=config.data.remote)
+        expand_paths(watched.data, f"{key}.data", allow_remote=config.data.remote)
     except ShardtuneError as error:
         yield _file_problem(f"{key}.data={watched.data}", error)
 
@@ -272,7 +272,7 @@ def _task_problems(config: RunConfig) -> Iterator[str]:
             )
         elif task.path is not None and not kind.loads_own_rows:
             try:
-                expand_paths(task.path, f"{key}.path", remote=config.data.remote)
+                expand_paths(task.path, f"{key}.path", allow_remote=config.data.remote)
             except ShardtuneError as error:
                 yield _file_problem(f"{key}.path={task.path}", error)
 

@@ -11,7 +11,7 @@ from trainer.config.run import RunConfig
 from trainer.data.config import DataFormat
 from trainer.data.document import SourceRow
 from trainer.data.read.paths import is_hub_path, is_remote_address
-from trainer.data.sources import Input, find_inputs
+from trainer.data.sources import SourceInput, find_inputs
 from trainer.evaluation.tasks.registry import metric_directions
 from trainer.objectives.base import formats_of
 from trainer.objectives.reward_functions import find_reward_function, reward_function_problems
@@ -119,7 +119,7 @@ def _column_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str
             )
 
 
-def _first_columns(data_input: Input) -> set[str] | None:
+def _first_columns(data_input: SourceInput) -> set[str] | None:
     """The columns of the first row of an input, as rewards see them; None if it is not on this machine or cannot be read."""
     if any(is_hub_path(str(path)) or is_remote_address(str(path)) for path in data_input.origin.paths):
         return None

@@ -28,7 +28,7 @@ from strategies.errors import ConfigError, DataError, StorageError
 from strategies.file_fingerprints import sampled_digest
 from strategies.shared_files import claim_shared_file, free_space_advice, read_shared_file
 from trainer.data.config import Verify
-from trainer.data.shards import Block, load_block, save_block
+from trainer.data.shards import PreparedBlock, load_block, save_block
 from trainer.data.tokens.clock import TemplateDate
 
 if TYPE_CHECKING:
@@ -113,26 +113,27 @@ def cached_digest(path: Path, cache_dir: Path, big_bytes: int = BIG_FILE_BYTES) 
 
 
 @dataclass(slots=True)
-class Digests:
-    """SHA-256 of files, computed once each. `refuse_changed_files` raises an error if a file has changed since."""
+class DigestCache:
+    """SHA-256 of files, computed once each. `check_files_unchanged` raises an error if a file has changed since."""
 
     cache_dir: Path
-    state_and_digest: dict[Path, tuple[FileState, str]] = field(default_factory=dict)
+    state_and_digest_by_path: dict[Path, tuple[FileState, str]] = field(default_factory=dict)
     """The `file_state` of each file when it was first asked for, and its digest."""
 
     def __call__(self, path: Path) -> str:
-        """SHA-256 of a file, in hexadecimal. Raises DataError."""
-        if path not in self.state_and_digest:
-            self.state_and_digest[path] = file_state(path), cached_digest(path, self.cache_dir)
-        _, digest = self.state_and_digest[path]
+        """SHA-256 of a file, in hexadecimal. Raises DataError if the file cannot be read."""
+        if path not in self.state_and_digest_by_path:
+            self.state_and_digest_by_path[path] = file_state(path), cached_digest(path, self.cache_dir)
+        _, digest = self.state_and_digest_by_path[path]
         return digest
 
-    def refuse_changed_files(self) -> None:
+    def check_files_unchanged(self) -> None:
         """Raise DataError if a file has changed since it was hashed.
 
         Otherwise prepared rows would be found under the fingerprint of other rows.
         """
-        for path, (state, digest) in self.state_and_digest.items():
+        for path, (state, digest) in self.state_and_digest_by_path.items():
+            # A file that was only touched has another state, but the same bytes.
             if file_state(path) != state and cached_digest(path, self.cache_dir) != digest:
                 raise DataError(
                     f"{path}: changed while it was prepared; start again when nothing writes it, or prepare a copy"
@@ -156,6 +157,11 @@ def data_fingerprint(input_identities: Any, tokenizer: PreTrainedTokenizerFast, 
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def entry_name(fingerprint: str) -> str:
+    """The name of a cache entry's directory: the first 32 of the 64 digits of its fingerprint, to keep paths short."""
+    return fingerprint[:32]
+
+
 def fingerprint_with_date(undated_fingerprint: str, date: TemplateDate | None) -> str:
     """The fingerprint of prepared data in which the chat template writes `date`.
 
@@ -175,13 +181,13 @@ def load_or_record_first_date(cache_dir: Path, undated_fingerprint: str) -> Temp
 
     Raises StorageError if the cache cannot be read or written.
     """
-    entry_name = undated_fingerprint[:32]
-    for earlier_entry in (cache_dir / entry_name / MANIFEST_FILE, shards_directory(cache_dir / entry_name)):
-        with suppress(OSError):
-            written_at = earlier_entry.stat().st_mtime
+    undated_entry = cache_dir / entry_name(undated_fingerprint)
+    for earlier_data in (undated_entry / MANIFEST_FILE, shards_directory(undated_entry)):
+        with suppress(OSError):  # mostly there is none
+            written_at = earlier_data.stat().st_mtime
             # Earlier versions had no date in the fingerprint, so that this data is found without one.
             return TemplateDate(date.fromtimestamp(written_at), in_fingerprint=False)
-    date_file = cache_dir / "dates" / entry_name
+    date_file = cache_dir / "dates" / undated_entry.name
     try:
         date_file.parent.mkdir(parents=True, exist_ok=True)
         if not date_file.exists():
@@ -321,7 +327,7 @@ def _exclusive_lock(
 
 
 def _stand_back(file: IO[str], entry: Path, raise_if_stopped: Callable[[], None], head_start_s: float) -> None:
-    """Wait up to `head_start_s` seconds, until another process has locked `file` or has completed the directory `entry`."""
+    """Let another process begin first: return once it has locked `file` or completed `entry`, or after `head_start_s` seconds."""
     started_at = time.monotonic()
     while time.monotonic() - started_at < head_start_s:
         if (entry / MANIFEST_FILE).exists() or _is_locked(file):
@@ -363,7 +369,7 @@ class Shards:
     @contextmanager
     def writing_shard(
         self, number: int, raise_if_stopped: Callable[[], None]
-    ) -> Iterator[Callable[[Block], None] | None]:
+    ) -> Iterator[Callable[[PreparedBlock], None] | None]:
         """Yields a function that writes a block into shard `number`; None if the shard is complete already.
 
         The shard appears under its name when the body ends. One process writes a shard; others wait for it, and call
@@ -388,15 +394,15 @@ class Shards:
     def find_complete(cls, entry: Path) -> Shards | None:
         """The shards of a cache entry; None if it has none. Raises DataError if there are some, but no complete set of them."""
         directory = shards_directory(entry)
-        # An array of jobs may have been run several times, with different numbers of shards.
-        found_counts = sorted({int(path.name.split("-of-")[1]) for path in directory.glob("[0-9]*-of-*")})
-        if not found_counts:
+        # An array of jobs may have been run several times, with different numbers of shards: 0-of-4, 1-of-4, 0-of-8.
+        found_num_shards = sorted({int(path.name.split("-of-")[1]) for path in directory.glob("[0-9]*-of-*")})
+        if not found_num_shards:
             return None
-        for num_shards in found_counts:
+        for num_shards in found_num_shards:
             shards = cls(entry, num_shards)
             if not shards.missing_numbers():
                 return shards
-        largest_count = found_counts[-1]
+        largest_count = found_num_shards[-1]
         missing = ", ".join(map(str, cls(entry, largest_count).missing_numbers()))
         raise DataError(
             f"{directory}: shards {missing} of {largest_count} are missing; run them with "
@@ -407,7 +413,7 @@ class Shards:
         """The numbers of the shards that are not complete."""
         return [number for number in range(self.num_shards) if not self.shard_path(number).exists()]
 
-    def load_blocks(self) -> Generator[Block]:
+    def load_blocks(self) -> Generator[PreparedBlock]:
         """The blocks of all shards, in the order of the input."""
         block_files: list[Path] = []
         for number in range(self.num_shards):

@@ -78,7 +78,7 @@ class Document:
             return [question, {"role": "assistant", "content": self.completion}]
         return [*(self.messages or []), *(self.chosen or [])]
 
-    def take_turns(self) -> list[Message]:
+    def pop_prompt_turns(self) -> list[Message]:
         """Prompt and completion as two turns. Clears both, so that the caller can set `messages` instead."""
         turns = self.conversation()
         self.prompt = None
@@ -99,7 +99,7 @@ class Document:
         return texts
 
     def map_texts(self, change: Callable[[str], str]) -> None:
-        """Replace every text of `texts` by `change(text)`, in place. Names and keys of tool calls stay as they are."""
+        """Replace every text of the document by `change(text)`, in place. Names and keys of tool calls stay as they are."""
         for message in self.turns():
             for key in ("reasoning_content", "content"):
                 if message.get(key):
@@ -125,6 +125,7 @@ def argument_texts(node: Any) -> Iterator[str]:
             yield node
     elif isinstance(node, dict):
         is_call = "function" in node
+        # Of a call only the arguments are text; its name and id are not.
         inner_nodes = [node["function"]["arguments"]] if is_call else node.values()
         for inner_node in inner_nodes:
             yield from argument_texts(inner_node)
@@ -260,17 +261,19 @@ class Findings:
 
     def merge(self, later: Findings) -> None:
         """Add the findings of a later block to these."""
-        for name in ("scanned", "documents", "counts", "documents_by_type"):
-            getattr(self, name).update(getattr(later, name))
-        for type_, later_examples in later.examples.items():
-            keep_first(self.examples, type_, later_examples)
+        self.scanned.update(later.scanned)
+        self.documents.update(later.documents)
+        self.counts.update(later.counts)
+        self.documents_by_type.update(later.documents_by_type)
+        for finding_type, later_examples in later.examples.items():
+            add_first_examples(self.examples, finding_type, later_examples)
 
 
-def keep_first(examples_by_key: dict[str, list[str]], key: str, new_examples: list[str]) -> None:
+def add_first_examples(examples_by_key: dict[str, list[str]], key: str, new_examples: list[str]) -> None:
     """Add the first of `new_examples` to the examples of a key, until the key has `MAX_EXAMPLES`."""
     examples = examples_by_key.setdefault(key, [])
-    num_free = MAX_EXAMPLES - len(examples)
-    examples.extend(new_examples[:num_free])
+    num_lacking = MAX_EXAMPLES - len(examples)
+    examples.extend(new_examples[:num_lacking])
 
 
 @dataclass(slots=True)
@@ -289,12 +292,12 @@ class Tally:
 
     def drop(self, stage: str, reason: str, location: str) -> None:
         """Count one dropped document, and add it to `drops`. `location`: its `file:line`, perhaps with a remark behind it."""
-        self._count(self.dropped, stage, reason, location)
+        self._count_document(self.dropped, stage, reason, location)
         self.drops.append((stage, reason, location))
 
     def note(self, stage: str, observation: str, location: str) -> None:
         """Count something that was seen in, or done to, a document that stays. `observation`: its code, such as "truncated"."""
-        self._count(self.noted, stage, observation, location)
+        self._count_document(self.noted, stage, observation, location)
 
     def merge(self, later: Tally) -> None:
         """Add the counts, examples and findings of a later block to these. Its `drops` are not added."""
@@ -302,13 +305,13 @@ class Tally:
             for stage, later_counts in later_counts_by_stage.items():
                 counts_by_stage.setdefault(stage, Counter()).update(later_counts)
         for key, locations in later.examples.items():
-            keep_first(self.examples, key, locations)
+            add_first_examples(self.examples, key, locations)
         self.findings.merge(later.findings)
 
-    def _count(self, counts_by_stage: dict[str, Counter[str]], stage: str, code: str, location: str) -> None:
+    def _count_document(self, counts_by_stage: dict[str, Counter[str]], stage: str, code: str, location: str) -> None:
         """Count one document in `dropped` or `noted`, and keep its location if it is one of the first with this code."""
         counts_by_stage.setdefault(stage, Counter())[code] += 1
-        keep_first(self.examples, f"{stage}/{code}", [location])
+        add_first_examples(self.examples, f"{stage}/{code}", [location])
 
 
 class Stage(Protocol):

@@ -14,8 +14,17 @@ from typing import Any
 
 from trainer.data.config import DataFormat
 
-_SURE_VERDICTS = {"up": True, "true": True, "1": True, "down": False, "false": False, "0": False}
-_POSSIBLE_VERDICTS = {"yes": True, "desirable": True, "1.0": True, "no": False, "undesirable": False, "0.0": False}
+_SURE_VERDICT_BY_TEXT = {"up": True, "true": True, "1": True, "down": False, "false": False, "0": False}
+"""Texts that only a verdict has."""
+_POSSIBLE_VERDICT_BY_TEXT = {
+    "yes": True,
+    "desirable": True,
+    "1.0": True,
+    "no": False,
+    "undesirable": False,
+    "0.0": False,
+}
+"""Texts that may be a class label too."""
 VERDICT_SPELLINGS = "true or false, 1 or 0, yes or no, up or down, desirable or undesirable"
 """The values of a verdict, for messages."""
 _SHORT_REPR = reprlib.Repr()
@@ -44,7 +53,7 @@ class KeptColumns:
     """A row without one of these is a bad row."""
     optional: tuple[str, ...] = ()
     """Kept where a row has them."""
-    all: bool = False
+    keeps_all: bool = False
     """Whether all columns are kept, since a reward function takes whatever there is (`**kwargs`)."""
 
     def values_of(self, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +62,7 @@ class KeptColumns:
         `ground_truth` is also taken from inside the column `reward_model`, where verl's data sets have it. Raises RowError:
         missing_reward_column, or the refusal of a value that could not be read.
         """
-        names = list(fields) if self.all else [*self.required, *self.optional]
+        names = list(fields) if self.keeps_all else [*self.required, *self.optional]
         kept_values = {name: fields[name] for name in names if fields.get(name) is not None}
         verl_column = fields.get("reward_model")  # such as {"ground_truth": "42", ...}
         needs_ground_truth = "ground_truth" in names and "ground_truth" not in kept_values
@@ -148,24 +157,24 @@ def parse_text(fields: dict[str, Any], column: str, shown_name: str | None = Non
 
     `shown_name`: what error messages call the text, such as `messages[2].content`; by default the column in quotes.
     """
-    text: Any = fields.get(column)
-    label = shown_name or f'"{column}"'
-    if is_list_of_texts(text):
-        if len(text) > 1:
+    value: Any = fields.get(column)
+    name = shown_name or f'"{column}"'
+    if is_list_of_texts(value):
+        if len(value) > 1:
             # Only a column has a setting that can choose one of its texts.
             advice = "" if shown_name else f", or choose one with data.columns.{column}={column}.0"
             raise RowError(
                 "not_text",
-                f"{label} is a list of {len(text)} texts, {show_value(text)}, but must be one text: join them{advice}",
+                f"{name} is a list of {len(value)} texts, {show_value(value)}, but must be one text: join them{advice}",
             )
-        text = text[0]
-    if not isinstance(text, str):
-        shown_value = show_value(text) if column in fields else "missing"
-        correction = f', as "{text}"' if type(text) in (int, float) else ""
-        raise RowError("not_text", f"{label} is {shown_value}; it must be a text{correction}")
-    if not text or text.isspace():
-        raise RowError("empty_text", f"{label} is an empty text")
-    return text
+        value = value[0]
+    if not isinstance(value, str):
+        shown_value = show_value(value) if column in fields else "missing"
+        correction = f', as "{value}"' if type(value) in (int, float) else ""
+        raise RowError("not_text", f"{name} is {shown_value}; it must be a text{correction}")
+    if not value or value.isspace():
+        raise RowError("empty_text", f"{name} is an empty text")
+    return value
 
 
 def parse_label(label: Any) -> str:
@@ -187,12 +196,12 @@ def parse_verdict(value: Any) -> bool | None:
     if not isinstance(value, bool | str | int | float):
         return None
     text = str(value).strip().lower()
-    return _SURE_VERDICTS.get(text, _POSSIBLE_VERDICTS.get(text))
+    return _SURE_VERDICT_BY_TEXT.get(text, _POSSIBLE_VERDICT_BY_TEXT.get(text))
 
 
 def is_surely_verdict(value: Any) -> bool:
     """Whether a value tells by itself that its column holds verdicts (up, true, 1); `yes` or 1.0 may be a class label too."""
-    return isinstance(value, bool | str | int) and str(value).strip().lower() in _SURE_VERDICTS
+    return isinstance(value, bool | str | int) and str(value).strip().lower() in _SURE_VERDICT_BY_TEXT
 
 
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
@@ -208,29 +217,31 @@ MEANINGFUL_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
 MAX_REMEMBERED_NAMES = 1000
 """Names that are remembered for a source: data that uses values as names of columns must not fill the memory."""
 MAX_SHOWN_NAMES = 20
-"""Names that are shown."""
+"""Names of columns that the report shows."""
 
 
 @dataclass(slots=True)
 class UnreadColumns:
-    """Notes columns that a reader does not read. `names` grows in order of appearance; the caller may clear it."""
+    """Remembers columns that a reader does not read. `names` grows in order of appearance; the caller may clear it."""
 
-    refused: Collection[str]
-    """Columns that are refused unless they are read or ignored."""
+    meaningful: Collection[str]
+    """Columns for which a row is rejected unless they are read, ignored or empty."""
     ignored: Collection[str]
     setting: str
     """The setting that renames columns, for messages."""
     names: dict[str, None] = field(default_factory=dict)
-    _unread_and_refused_by_columns: dict[tuple[Any, ...], tuple[list[str], list[str]]] = field(default_factory=dict)
-    """What `_unread_and_refused` returned for rows with the same columns."""
+    _unread_and_meaningful_by_columns: dict[tuple[Any, ...], tuple[list[str], list[str]]] = field(default_factory=dict)
+    """What `_unread_and_meaningful` returned for rows with the same columns."""
 
-    def note(self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]) -> None:
-        """Add the unread columns of a row to `names`. Raises RowError for one that carries meaning and is not empty.
+    def add_from_row(
+        self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]
+    ) -> None:
+        """Add the unread columns of a row to `names`. Raises Refusal for one that carries meaning and is not empty.
 
         `unloaded_columns`: further columns of the file, without values in `fields`. `read_columns`: those that are read.
         """
-        unread, refused_if_filled = self._unread_and_refused(fields, unloaded_columns, read_columns)
-        for name in refused_if_filled:
+        unread_names, meaningful_unread_names = self._unread_and_meaningful(fields, unloaded_columns, read_columns)
+        for name in meaningful_unread_names:
             if not is_blank_value(fields[name]):
                 raise RowError(
                     f"unread_{name}",
@@ -238,31 +249,31 @@ class UnreadColumns:
                     f"{self.setting}, or set data.ignore_columns=[{name}] to train without it",
                 )
         if len(self.names) < MAX_REMEMBERED_NAMES:
-            self.names.update(dict.fromkeys(unread))
+            self.names.update(dict.fromkeys(unread_names))
 
-    def _unread_and_refused(
+    def _unread_and_meaningful(
         self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]
     ) -> tuple[list[str], list[str]]:
-        """(columns of a row that are neither read nor ignored, those among them that are refused unless they are empty).
+        """(columns of a row that are neither read nor ignored, those among them that are meaningful and in `fields`).
 
         It depends on the names of the columns alone. Most rows of a source have the same columns, so the answer is remembered.
         """
         all_columns = (read_columns, unloaded_columns, *fields)
-        remembered = self._unread_and_refused_by_columns.get(all_columns)
+        remembered = self._unread_and_meaningful_by_columns.get(all_columns)
         if remembered is not None:
             return remembered
-        unread = []
+        unread_names = []
         for name in (*fields, *unloaded_columns):
             if name not in read_columns and name not in self.ignored:
-                unread.append(name)
-        refused_if_filled = [name for name in self.refused if name in unread and name in fields]
-        if len(self._unread_and_refused_by_columns) < MAX_REMEMBERED_NAMES:
-            self._unread_and_refused_by_columns[all_columns] = unread, refused_if_filled
-        return unread, refused_if_filled
+                unread_names.append(name)
+        meaningful_unread_names = [name for name in self.meaningful if name in unread_names and name in fields]
+        if len(self._unread_and_meaningful_by_columns) < MAX_REMEMBERED_NAMES:
+            self._unread_and_meaningful_by_columns[all_columns] = unread_names, meaningful_unread_names
+        return unread_names, meaningful_unread_names
 
 
-def shown_names(names: Collection[str]) -> list[str]:
-    """The first names, and as last entry how many more there are."""
+def shorten_name_list(names: Collection[str]) -> list[str]:
+    """The first `MAX_SHOWN_NAMES` names, and as last entry how many more there are: ["a", ..., "and 7 more"]."""
     first_names = list(names)[:MAX_SHOWN_NAMES]
     num_more = len(names) - MAX_SHOWN_NAMES
     if num_more > 0:

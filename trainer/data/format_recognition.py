@@ -29,7 +29,7 @@ FORMAT_NEEDS = {
 TURNS_NEEDS = FORMAT_NEEDS[DataFormat.messages]
 Spelling = tuple[str, ...]
 """Columns that make a format, such as ("prompt", "completion") and ("question", "answer")."""
-_SPELLINGS_TEXT = {  # the columns that make a format, likeliest spelling first
+_SPELLINGS_TEXT_BY_FORMAT = {  # the columns that make a format, likeliest spelling first
     DataFormat.messages: "messages | conversation",
     DataFormat.sharegpt: "conversations",
     DataFormat.alpaca: "instruction output | instruction response",
@@ -43,7 +43,7 @@ _SPELLINGS_TEXT = {  # the columns that make a format, likeliest spelling first
 }
 FORMAT_SPELLINGS: dict[DataFormat, list[Spelling]] = {}
 """For each format the sets of columns that make it, likeliest first."""
-for _format, _text in _SPELLINGS_TEXT.items():
+for _format, _text in _SPELLINGS_TEXT_BY_FORMAT.items():
     FORMAT_SPELLINGS[_format] = [tuple(spelling.split()) for spelling in _text.split("|")]
 _CONVERSATION_COLUMNS = ("system", "tools")
 FORMATS_WITHOUT_SYSTEM = (DataFormat.auto, DataFormat.pair, DataFormat.labelled, DataFormat.text)
@@ -53,7 +53,7 @@ _FURTHER_SPELLINGS = {  # a format that the user named reads these spellings too
     DataFormat.sharegpt: FORMAT_SPELLINGS[DataFormat.messages],
     DataFormat.prompt_completion: FORMAT_SPELLINGS[DataFormat.alpaca],
 }
-_EXTENDED_FORMATS = {  # a format reads all columns of these formats, and more: if both fit, the fuller one is meant
+_LESS_FULL_BY_FORMAT = {  # a format reads all columns of these formats, and more: if both fit, the fuller one is meant
     DataFormat.labelled: {DataFormat.text},
     DataFormat.alpaca: {DataFormat.text, DataFormat.prompt_completion},  # the Alpaca set has its rendering as text
     DataFormat.thumbs: {DataFormat.messages, DataFormat.prompt_completion},
@@ -89,21 +89,21 @@ def recognise_format(
 
     filled_fields = {name: value for name, value in fields.items() if value is not None}
     learns_verdicts = DataFormat.thumbs in preferred
-    fitting = _fitting_formats(filled_fields, columns, learns_verdicts=learns_verdicts)
-    fitting_with_nulls = _fitting_formats(fields, columns, learns_verdicts=learns_verdicts)
-    no_preferred_fits = fitting.keys().isdisjoint(preferred)
-    null_hides_preferred = no_preferred_fits and not fitting_with_nulls.keys().isdisjoint(preferred)
-    if not fitting or null_hides_preferred:
-        fitting = fitting_with_nulls
+    spelling_by_format = _fitting_formats(filled_fields, columns, learns_verdicts=learns_verdicts)
+    with_nulls = _fitting_formats(fields, columns, learns_verdicts=learns_verdicts)
+    no_preferred_fits = spelling_by_format.keys().isdisjoint(preferred)
+    null_hides_preferred = no_preferred_fits and not with_nulls.keys().isdisjoint(preferred)
+    if not spelling_by_format or null_hides_preferred:
+        spelling_by_format = with_nulls
 
-    if len(fitting) == 1:
-        return next(iter(fitting))
+    if len(spelling_by_format) == 1:
+        return next(iter(spelling_by_format))
     for format in preferred:
-        if format in fitting:
+        if format in spelling_by_format:
             return format
     fault = f"{row.file}:{row.line}: columns {column_names(fields)} fit"
-    if fitting:
-        advice = _advice_for_several_formats(fitting, setting)
+    if spelling_by_format:
+        advice = _advice_for_several_formats(spelling_by_format, setting)
         raise DataError(f"{fault} several formats; {advice}\nthe row: {show_value(fields)}")
     advice = _advice_for_no_format(fields, columns, setting, preferred)
     raise DataError(f"{fault} no format; {advice}\nthe row: {show_value(fields)}{_hint_for_no_format(row)}")
@@ -119,11 +119,11 @@ def format_setting(source: str) -> str:
     return f"{columns_setting(source).removesuffix('columns')}format"
 
 
-def _advice_for_several_formats(fitting: dict[DataFormat, Spelling], columns_setting: str) -> str:
+def _advice_for_several_formats(spelling_by_format: dict[DataFormat, Spelling], columns_setting: str) -> str:
     """Part of an error message: how to choose between several formats that fit, and which columns each would read."""
-    columns_by_format = "\n".join(f"  {format.value}: {', '.join(spelling)}" for format, spelling in fitting.items())
-    choice = f"{columns_setting.removesuffix('columns')}format={'|'.join(fitting)}"
-    return f"choose with {choice}, or leave columns out with data.ignore_columns\n{columns_by_format}"
+    format_lines = [f"  {format.value}: {', '.join(spelling)}" for format, spelling in spelling_by_format.items()]
+    choice = f"{columns_setting.removesuffix('columns')}format={'|'.join(spelling_by_format)}"
+    return "\n".join([f"choose with {choice}, or leave columns out with data.ignore_columns", *format_lines])
 
 
 def _advice_for_no_format(
@@ -133,15 +133,15 @@ def _advice_for_no_format(
 
     `columns`: what the user renamed already; nothing is suggested then, and the example has placeholders.
     """
-    suggested = {} if columns else suggested_columns(fields)
-    example_columns = suggested
-    if not suggested:
+    suggested_columns = {} if columns else suggest_columns(fields)
+    example_columns = suggested_columns
+    if not suggested_columns:
         likeliest_format = preferred[0] if preferred else DataFormat.prompt_completion
         example_columns = dict.fromkeys(FORMAT_SPELLINGS[likeliest_format][0], "NAME")
     pairs = ",".join(f"{expected}:{name}" for expected, name in example_columns.items())
     example = f"{columns_setting}='{{{pairs}}}'"
     remedy = f"rename them with {columns_setting}, as in {example},"
-    if suggested:
+    if suggested_columns:
         remedy = f"try {example}, or rename them"
     # Prompts alone are never recognised, so that they are no help here.
     recognised_formats = [format for format in FORMAT_NEEDS if format is not DataFormat.prompt]
@@ -173,27 +173,29 @@ def _fitting_formats(
 
     `fields`: the row's values under the expected names. `columns`: the columns that the user renamed.
     """
-    fitting = _formats_with_all_columns(fields, columns)
+    spelling_by_format = _formats_with_all_columns(fields, columns)
 
     # The label 0 or 1 may be a class as well as a verdict, so that thumbs and labelled texts both stay.
     is_surely_thumbs = True
-    has_unnamed_label = "label" in fitting.get(DataFormat.thumbs, ()) and "label" not in columns
-    if has_unnamed_label:
+    is_label_recognised = "label" in spelling_by_format.get(DataFormat.thumbs, ()) and "label" not in columns
+    if is_label_recognised:  # the user has not said that it is the verdict
         label = fields["label"]
         is_surely_thumbs = str(label) not in ("0", "1")
         if label is not None and not learns_verdicts and not is_surely_verdict(label):
-            del fitting[DataFormat.thumbs]
-    if "conversations" in fitting.get(DataFormat.preference, ()):
-        fitting.pop(DataFormat.sharegpt, None)
+            del spelling_by_format[DataFormat.thumbs]
+    if "conversations" in spelling_by_format.get(DataFormat.preference, ()):
+        spelling_by_format.pop(DataFormat.sharegpt, None)
 
-    extended: set[DataFormat] = set()
-    for format in fitting:
+    less_full_formats: set[DataFormat] = set()
+    for format in spelling_by_format:
         if is_surely_thumbs or format is not DataFormat.thumbs:
-            extended |= _EXTENDED_FORMATS.get(format, set())
-    fitting = {format: spelling for format, spelling in fitting.items() if format not in extended}
-    if len(fitting) > 1 and "content" not in columns and "content" in fitting.get(DataFormat.text, ()):
-        del fitting[DataFormat.text]
-    return fitting
+            less_full_formats |= _LESS_FULL_BY_FORMAT.get(format, set())
+    for format in less_full_formats:
+        spelling_by_format.pop(format, None)
+    is_text_by_content = "content" not in columns and "content" in spelling_by_format.get(DataFormat.text, ())
+    if is_text_by_content and len(spelling_by_format) > 1:
+        del spelling_by_format[DataFormat.text]
+    return spelling_by_format
 
 
 def _formats_with_all_columns(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFormat, Spelling]:
@@ -202,15 +204,15 @@ def _formats_with_all_columns(fields: dict[str, Any], columns: dict[str, str]) -
     Only spellings that read all renamed `columns` count. `prompt` is never among them: every row with a question has a prompt,
     so that this format is meant only if the objective says so.
     """
-    fitting: dict[DataFormat, Spelling] = {}
+    spelling_by_format: dict[DataFormat, Spelling] = {}
     for format, spellings in FORMAT_SPELLINGS.items():
         if format is DataFormat.prompt:
             continue
         for spelling in spellings:
             reads_renamed_columns = columns.keys() <= {*readable_columns(spelling, format)}
             if reads_renamed_columns and all(name in fields for name in spelling):
-                fitting.setdefault(format, spelling)
-    return fitting
+                spelling_by_format.setdefault(format, spelling)
+    return spelling_by_format
 
 
 def require_readable_columns(columns: dict[str, str], formats: list[DataFormat], setting: str) -> None:
@@ -263,9 +265,10 @@ def rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: str
 
 
 def spellings_to_try(format: DataFormat, columns: dict[str, str], kept_names: tuple[str, ...]) -> list[Spelling]:
-    """The spellings in which a row of a format is looked for, in order; those that use all renamed `columns`, if there are any.
+    """The spellings that rows of a format may have, in the order in which they are tried.
 
-    `kept_names`: columns that are kept beside a prompt, and that may be renamed as well.
+    If some spellings use all renamed `columns`, only these. `kept_names`: columns that are kept beside a prompt, and that may be
+    renamed as well.
     """
     likeliest, *other_spellings = FORMAT_SPELLINGS[format]
     # The further ones come early: a row with an instruction may have input and output, too, which are a spelling of their own.
@@ -293,7 +296,7 @@ _SYSTEM_COLUMNS = ("system", "system_prompt")
 _PASSAGE_COLUMNS = ("context", "passage")
 
 
-def suggested_columns(fields: dict[str, Any]) -> dict[str, str]:
+def suggest_columns(fields: dict[str, Any]) -> dict[str, str]:
     """A value for `data.columns` that seems to be meant: the row's column by the expected name. Empty if nothing is.
 
     - an answer that is chosen and one that is rejected: a pair, with its prompt if there is one;

@@ -82,7 +82,7 @@ class RowReader:
         self.group = group
         self.kept = kept if format is DataFormat.prompt else None
         self._setting = columns_setting(source)
-        keeps_all_columns = self.kept is not None and self.kept.all
+        keeps_all_columns = self.kept is not None and self.kept.keeps_all
         kept_names: tuple[str, ...] = ()
         if self.kept is not None:
             kept_names = (*self.kept.required, *self.kept.optional)
@@ -91,18 +91,18 @@ class RowReader:
             require_readable_columns(renamed_for_format, [format], self._setting)
         self._spellings = spellings_to_try(format, columns, kept_names)
 
-        self._read_columns: dict[Spelling, tuple[str, ...]] = {}
+        self._read_columns_by_spelling: dict[Spelling, tuple[str, ...]] = {}
         """The columns that are read, by the spelling that a row has."""
-        read_with_any_spelling = self._columns_read_beside_spelling(kept_names)
+        read_with_any_spelling = self._columns_read_with_any_spelling(kept_names)
         needed_columns = {*MEANINGFUL_COLUMNS[format]}
         for spelling in self._spellings:
-            self._read_columns[spelling] = (*readable_columns(spelling, format), *read_with_any_spelling)
-            needed_columns.update(self._read_columns[spelling])
+            self._read_columns_by_spelling[spelling] = (*readable_columns(spelling, format), *read_with_any_spelling)
+            needed_columns.update(self._read_columns_by_spelling[spelling])
         self.needed_columns = None if keeps_all_columns else frozenset(needed_columns)
         """The only columns of a table that have to be read from its file; None: all are needed."""
         self.unread = UnreadColumns(MEANINGFUL_COLUMNS[format], self.ignored, self._setting)
 
-    def _columns_read_beside_spelling(self, kept_names: tuple[str, ...]) -> set[str]:
+    def _columns_read_with_any_spelling(self, kept_names: tuple[str, ...]) -> set[str]:
         """Columns that are read whatever the spelling of a row: those that settings name, and those that are kept."""
         named_in_settings = [*self.columns.values()]
         if self.group:
@@ -116,7 +116,7 @@ class RowReader:
 
     def accept_unread_columns(self) -> None:
         """From now on, accept rows with columns that carry meaning but are not read."""
-        self.unread.refused = ()
+        self.unread.meaningful = ()
 
     def __call__(self, row: SourceRow | RejectedRow) -> Document | RejectedRow:
         """The document of a parsed row, or why there is none. A rejected row stays so. Never raises for what a row holds."""
@@ -129,7 +129,7 @@ class RowReader:
             return RejectedRow(row.file, row.line, refusal.reason, refusal.message, excerpt)
 
     def _make_document(self, row: SourceRow) -> Document:
-        """The document that a row makes in this format. Adds the row's unread columns to `unread`. Raises RowError."""
+        """The document that a row makes in this format. Adds the row's unread columns to `unread`. Raises Refusal."""
         fields = row.fields
         if self.ignored:
             fields = {name: value for name, value in fields.items() if name not in self.ignored}
@@ -137,7 +137,7 @@ class RowReader:
         document.group = parse_group(fields, self.group) if self.group else None
         fields = rename_columns(fields, self.columns, self._setting)
         spelling = self._find_spelling(fields, row.unread_columns)
-        read_columns = self._read_columns[spelling]
+        read_columns = self._read_columns_by_spelling[spelling]
         for name in read_columns:
             value = fields.get(name)
             if isinstance(value, Fault):
@@ -147,13 +147,12 @@ class RowReader:
             _add_system_and_tools(document, fields)
         if self.kept is not None:
             document.columns = self.kept.values_of(fields)
-            if (
-                document.completion is not None
-            ):  # the answer at the end of a conversation: kept, since it is not learned
+            # The answer at the end of a conversation is not learned; rewards may compare with it.
+            if document.completion is not None:
                 document.columns.setdefault("completion", document.completion)
                 document.completion = None
             read_columns = (*read_columns, *document.columns)
-        self.unread.note(fields, row.unread_columns, (*read_columns, *row.derived_columns))
+        self.unread.add_from_row(fields, row.unread_columns, (*read_columns, *row.derived_columns))
         return document
 
     def _find_spelling(self, fields: dict[str, Any], unread_columns: tuple[str, ...]) -> Spelling:
@@ -172,14 +171,15 @@ class RowReader:
         raise RowError("wrong_format", f"columns {sorted([*column_names(fields), *unread_columns])}, but {needs}")
 
     def _fill_document(self, document: Document, fields: dict[str, Any], spelling: Spelling) -> None:
-        """Fill a document from the columns of `spelling`, such as ("prompt", "completion"). Raises RowError."""
-        last_column = spelling[-1]
-        if last_column in ("thumbs", "label") and self.format is DataFormat.thumbs:
-            document.desirable = parse_verdict(fields[last_column])
+        """Fill a document from the columns of `spelling`, such as ("prompt", "completion"). Raises Refusal."""
+        if self.format is DataFormat.thumbs:
+            # The last column is the verdict; those before it are what is judged: a prompt with completion, or a conversation.
+            *judged_columns, verdict_column = spelling
+            document.desirable = parse_verdict(fields[verdict_column])
             if document.desirable is None:
-                message = f'"{last_column}" is {show_value(fields[last_column])}; it must be {VERDICT_SPELLINGS}'
+                message = f'"{verdict_column}" is {show_value(fields[verdict_column])}; it must be {VERDICT_SPELLINGS}'
                 raise RowError("bad_label", message)
-            spelling = spelling[:-1]  # what is judged: a prompt with its completion, or a conversation
+            spelling = tuple(judged_columns)
         if self.format is DataFormat.prompt:
             _read_prompt_alone(document, fields, spelling, self.ignored)
         elif self.format is DataFormat.preference:
@@ -206,7 +206,7 @@ def _read_prompt_and_completion(
     """
     prompt_column, completion_column = spelling
     if _holds_turns(fields[prompt_column]) or _holds_turns(fields[completion_column]):
-        document.messages = _prompt_and_completion_turns(fields, prompt_column, completion_column, ignored)
+        document.messages = _join_prompt_and_completion_turns(fields, prompt_column, completion_column, ignored)
         return
     document.prompt = parse_text(fields, prompt_column)
     document.completion = parse_text(fields, completion_column)
@@ -218,18 +218,18 @@ def _read_prompt_and_completion(
                 document.prompt += "\n\n" + parse_text(fields, column)
         if not is_blank_value(fields.get("history")):
             earlier_turns = parse_history(fields["history"])
-            document.messages = [*earlier_turns, *document.take_turns()]
+            document.messages = [*earlier_turns, *document.pop_prompt_turns()]
 
 
-def _prompt_and_completion_turns(
+def _join_prompt_and_completion_turns(
     fields: dict[str, Any], prompt_column: str, completion_column: str, ignored: Collection[str]
 ) -> list[Message]:
     """The turns of a prompt, followed by those of its completion; each column holds turns or a text. Raises RowError.
 
     Answers in the prompt are context: they get `"train": False`, unless the row says otherwise.
     """
-    prompt_turns = _turns_or_text(fields, prompt_column, "user", ignored)
-    completion_turns = _turns_or_text(fields, completion_column, "assistant", ignored)
+    prompt_turns = _read_turns_or_text(fields, prompt_column, "user", ignored)
+    completion_turns = _read_turns_or_text(fields, completion_column, "assistant", ignored)
     for turn in prompt_turns:
         if turn["role"] == "assistant":
             turn.setdefault("train", False)
@@ -253,7 +253,7 @@ def _read_prompt_alone(
         if column == "instruction" and fields.get("input") not in (None, ""):
             document.prompt += "\n\n" + parse_text(fields, "input")
         return
-    turns = _turns_or_text(fields, column, "user", ignored)
+    turns = _read_turns_or_text(fields, column, "user", ignored)
     while turns and turns[-1]["role"] == "assistant":
         document.completion = turns.pop()["content"]
     if not turns:
@@ -266,7 +266,7 @@ def _holds_turns(value: Any) -> bool:
     return isinstance(value, list | dict) and not is_list_of_texts(value)
 
 
-def _turns_or_text(fields: dict[str, Any], column: str, role: str, ignored: Collection[str]) -> list[Message]:
+def _read_turns_or_text(fields: dict[str, Any], column: str, role: str, ignored: Collection[str]) -> list[Message]:
     """The turns of a column that holds a text, one message, or a list of messages. A text becomes a turn of `role`."""
     value = fields[column]
     if _holds_turns(value):
@@ -280,16 +280,16 @@ def _read_preference(document: Document, fields: dict[str, Any], spelling: Spell
 
     The prompt is in the first of three columns; if there are only two columns, it is what both conversations begin with.
     """
-    has_prompt_column = len(spelling) > 2
-    prompt = _turns_or_text(fields, spelling[0], "user", ignored) if has_prompt_column else []
-    answers = []
-    for column in ("chosen", "rejected"):
+    has_prompt_column = len(spelling) == 3
+    prompt_turns = _read_turns_or_text(fields, spelling[0], "user", ignored) if has_prompt_column else []
+
+    def read_answer_turns(column: str) -> list[Message]:
+        """The turns of "chosen" or "rejected"; a text without a prompt column is a transcript of the whole conversation."""
         if not has_prompt_column and isinstance(fields[column], str):
-            answers.append(parse_transcript(fields[column], column))
-        else:
-            answers.append(_turns_or_text(fields, column, "assistant", ignored))
-    chosen, rejected = answers
-    pair = split_pair(prompt, chosen, rejected)
+            return parse_transcript(fields[column], column)
+        return _read_turns_or_text(fields, column, "assistant", ignored)
+
+    pair = split_pair(prompt_turns, read_answer_turns("chosen"), read_answer_turns("rejected"))
     document.messages = pair.prompt
     document.chosen = pair.chosen
     document.rejected = pair.rejected
@@ -304,7 +304,7 @@ def _add_system_and_tools(document: Document, fields: dict[str, Any]) -> None:
         _add_system(document, parse_text(fields, "system"))
     tools = parse_tools(fields.get("tools"))
     if tools:
-        document.messages = document.messages or document.take_turns()
+        document.messages = document.messages or document.pop_prompt_turns()
         # A template must not write tools once more that the system turn lists already.
         if not lists_all_tools(document.messages[0]["content"], tools):
             document.tools = tools
@@ -316,7 +316,7 @@ def _add_system(document: Document, system: str) -> None:
     Does nothing if the conversation begins with this system turn. Raises RowError if it begins with another one.
     """
     if document.prompt is not None:
-        document.messages = document.take_turns()
+        document.messages = document.pop_prompt_turns()
     messages = document.messages or []
     if messages and messages[0]["role"] == "system":
         if messages[0]["content"] != system:

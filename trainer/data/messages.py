@@ -39,7 +39,7 @@ _UNREAD_KEYS = frozenset((*MEDIA_KEYS, *_MASK_KEYS))
 """Keys of turns that nothing reads, and without which a turn means something else."""
 _TEXT_PART_TYPES = ("text", "input_text", "output_text")
 _CALL_FORM = '{"name": ..., "arguments": {...}}, perhaps below "function"'
-_SPEAKER_REGEX = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+_SPEAKER_REGEX = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # the speaker at the beginning of a turn: "\n\nHuman:"
 
 
 def parse_turns(value: Any, column: str, needs: str, ignored: Collection[str] = ()) -> list[Message]:
@@ -62,15 +62,17 @@ def parse_transcript(transcript: str, column: str) -> list[Message]:
     Example: "\\n\\nHuman: Hi\\n\\nAssistant: Hello" -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content":
     "Hello"}]. `column`: the column that holds it, for messages. The data: Bai et al. 2022, arXiv:2204.05862.
     """
-    # The split gives what stands before the first speaker, then speaker and text in turn: ["", "Human", " Hi", ...].
-    before_first, *speakers_and_texts = _SPEAKER_REGEX.split(parse_text({column: transcript}, column))
-    if before_first.strip() or not speakers_and_texts:
+    text = parse_text({column: transcript}, column)  # raises for an empty one
+    speakers = list(_SPEAKER_REGEX.finditer(text))
+    if not speakers or text[: speakers[0].start()].strip():
         raise RowError("no_prompt", f'"{column}" is a text; add its "prompt", or give it as a list of messages')
-    roles = {"Human": "user", "Assistant": "assistant"}
+    role_by_speaker = {"Human": "user", "Assistant": "assistant"}
     turns = []
-    for speaker, text in zip(speakers_and_texts[::2], speakers_and_texts[1::2], strict=True):
-        turns.append({"role": roles[speaker], "content": text.strip()})
-    return parse_turns(turns, column, "a list of messages")
+    for number, speaker in enumerate(speakers):
+        is_last = number == len(speakers) - 1
+        end = len(text) if is_last else speakers[number + 1].start()
+        turns.append({"role": role_by_speaker[speaker[1]], "content": text[speaker.end() : end].strip()})
+    return parse_turns(turns, column, needs="a list of messages")
 
 
 def _read_turn(turn: Any, shown_name: str, ignored: Collection[str]) -> Message:
@@ -97,8 +99,8 @@ def _read_turn(turn: Any, shown_name: str, ignored: Collection[str]) -> Message:
         return {"role": role, "content": text}
 
     if not _UNREAD_KEYS.isdisjoint(turn):
-        _refuse_unread_keys(turn, shown_name, ignored)
-    fields = _thought_calls_and_ids(turn, shown_name, role, ignored)
+        _check_no_unread_keys(turn, shown_name, ignored)
+    fields = _parse_thought_calls_and_ids(turn, shown_name, role, ignored)
     may_be_empty = "tool_calls" in fields or role == "tool"
     if is_call:
         fields["tool_calls"] = parse_tool_calls(text, f"{shown_name}.{text_key}")
@@ -107,10 +109,10 @@ def _read_turn(turn: Any, shown_name: str, ignored: Collection[str]) -> Message:
         content = ""
     else:
         content = _parse_content(turn, text_key, f"{shown_name}.{text_key}")
-    return {"role": role, "content": content, **_training_fields(turn, shown_name, role, ignored), **fields}
+    return {"role": role, "content": content, **_parse_training_fields(turn, shown_name, role, ignored), **fields}
 
 
-def _training_fields(turn: dict[str, Any], shown_name: str, role: str, ignored: Collection[str]) -> Message:
+def _parse_training_fields(turn: dict[str, Any], shown_name: str, role: str, ignored: Collection[str]) -> Message:
     """The fields of a message that say how its turn is learned: `train`, and `weight` if it is between 0 and 1.
 
     Empty if the turn does not say. Raises RowError for a tool's result that is to be learned.
@@ -138,7 +140,7 @@ def _template_role(row_role: Any, shown_name: str) -> str:
     raise RowError("unknown_role", f"{shown_name} is {show_value(row_role)}; {remedy}")
 
 
-def _thought_calls_and_ids(turn: dict[str, Any], shown_name: str, role: str, ignored: Collection[str]) -> Message:
+def _parse_thought_calls_and_ids(turn: dict[str, Any], shown_name: str, role: str, ignored: Collection[str]) -> Message:
     """The fields of a message beside role and content: `reasoning_content`, `tool_calls`, and of a tool's result its ids.
 
     Example: {"role": "assistant", "thinking": "Hm.", ...} -> {"reasoning_content": "Hm."}. A turn may have its thought or its
@@ -172,8 +174,8 @@ def _thought_calls_and_ids(turn: dict[str, Any], shown_name: str, role: str, ign
     return fields
 
 
-def _refuse_unread_keys(turn: dict[str, Any], shown_name: str, ignored: Collection[str]) -> None:
-    """Raise RowError if a turn has a key of `_UNREAD_KEYS` with a value: images and sound, or a mask.
+def _check_no_unread_keys(turn: dict[str, Any], shown_name: str, ignored: Collection[str]) -> None:
+    """Raise Refusal if a turn has a key of `_UNREAD_KEYS` with a value: images and sound, or a mask.
 
     Null counts as no value; an empty image does too, but not an empty mask or a mask of 0, which says something.
     """
@@ -192,10 +194,11 @@ def _refuse_unread_keys(turn: dict[str, Any], shown_name: str, ignored: Collecti
 def _parse_content(turn: dict[str, Any], key: str, shown_name: str) -> str:
     """The text of a turn, which stands under `key`. Raises RowError.
 
-    Parts as in OpenAI's convention are joined: [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}] -> "ab".
-    `shown_name`: what error messages call the text.
+    Parts as in OpenAI's convention are joined: [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}] -> "ab"; some
+    files have "value" for "text" in a part. `shown_name`: what error messages call the text.
     """
     content = turn.get(key)
+    # `parse_text` takes a text, also as the only one of a list, and raises for anything else.
     if not isinstance(content, list) or is_list_of_texts(content):
         return parse_text(turn, key, shown_name)
     texts = []
@@ -222,7 +225,7 @@ def _parse_loss_weight(turn: dict[str, Any], shown_name: str, ignored: Collectio
         if key in ignored:
             continue
         if key in _WEIGHT_KEYS:
-            weights.add(_require_weight(turn[key], f"{shown_name}.{key}"))
+            weights.add(_parse_weight(turn[key], f"{shown_name}.{key}"))
         elif not isinstance(turn[key], bool):
             raise RowError("bad_train", f"{shown_name}.{key} is {show_value(turn[key])}; it must be true or false")
         else:
@@ -238,8 +241,8 @@ def _parse_loss_weight(turn: dict[str, Any], shown_name: str, ignored: Collectio
     return lowest
 
 
-def _require_weight(value: Any, shown_name: str) -> float:
-    """A loss weight from a row as a float: 0, or from `MIN_WEIGHT` to 1. Raises RowError (bad_weight) for anything else."""
+def _parse_weight(value: Any, shown_name: str) -> float:
+    """A loss weight from a row as a float: 0, or from `MIN_WEIGHT` to 1. Raises Refusal (bad_weight) for anything else."""
     if not isinstance(value, int | float):
         raise RowError("bad_weight", f"{shown_name} is {show_value(value)}; it must be a number from 0 to 1")
     is_allowed = value == 0 or MIN_WEIGHT <= value <= 1  # NaN is neither
@@ -305,8 +308,8 @@ def split_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mess
 
 def _num_shared_turns(first: list[Message], second: list[Message]) -> int:
     """With how many equal turns two conversations begin."""
-    for number, (turn, other_turn) in enumerate(zip(first, second, strict=False)):
-        if turn != other_turn:
+    for number, (turn_of_first, turn_of_second) in enumerate(zip(first, second, strict=False)):
+        if turn_of_first != turn_of_second:
             return number
     return min(len(first), len(second))
 
@@ -334,7 +337,7 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
     """
     if value is None or is_blank_value(value):
         return None
-    row_tools = _json_list(value)
+    row_tools = _as_list(value)
     if not isinstance(row_tools, list):
         raise RowError(
             "bad_tools", f'"tools" is {show_value(value)}; it must be a list of JSON schemas, or a JSON text of it'
@@ -349,7 +352,7 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
             needs = '{"name": ..., "description": ..., "parameters": {...}}, perhaps below "function"'
             raise RowError("bad_tools", f"tools[{number}] is {show_value(tool)}; it must be {needs}")
         tools.append(tool)
-    return _require_json(tools, "tools")
+    return _require_json_writable(tools, "tools")
 
 
 def lists_all_tools(system: str, tools: list[dict[str, Any]]) -> bool:
@@ -362,45 +365,53 @@ def lists_all_tools(system: str, tools: list[dict[str, Any]]) -> bool:
 
 
 def parse_tool_calls(value: Any, shown_name: str) -> list[dict[str, Any]]:
-    """The tool calls of a turn, from one call, a list of calls, or a JSON text of either. Raises RowError: bad_tool_calls."""
-    row_calls = _json_list(value)
+    """The tool calls of a turn, from one call, a list of calls, or a JSON text of either. Raises Refusal: bad_tool_calls."""
+    row_calls = _as_list(value)
     if not isinstance(row_calls, list) or not row_calls:
         raise RowError(
             "bad_tool_calls",
             f"{shown_name} is {show_value(value)}; it must be a call or a list of calls, each {_CALL_FORM}",
         )
     calls = [_parse_tool_call(call, f"{shown_name}[{number}]") for number, call in enumerate(row_calls, 1)]
-    return _require_json(calls, shown_name)
+    return _require_json_writable(calls, shown_name)
 
 
-def _parse_tool_call(row_call: Any, shown_name: str) -> dict[str, Any]:
+def _parse_tool_call(raw_call: Any, shown_name: str) -> dict[str, Any]:
     """A tool call of a row as `{"type": "function", "function": {"name", "arguments"}}`, with its `id` if it has one.
 
-    The row may have it with or without "function" around it, and arguments as an object or as a JSON text of one: {"name":
-    "search", "arguments": "{\\"query\\": \\"weather\\"}"} gets the arguments {"query": "weather"}. Arguments that are another
-    text stay as they are; missing ones become {}. `shown_name`: what error messages call it. Raises RowError.
+    The row may have it with or without "function" around it: {"name": "search", "arguments": {"query": "weather"}}.
+    `shown_name`: what error messages call it. Raises Refusal for a call without a name, or with arguments of another type.
     """
-    function = row_call.get("function", row_call) if isinstance(row_call, dict) else None
+    function = raw_call.get("function", raw_call) if isinstance(raw_call, dict) else None
     if not isinstance(function, dict):
         function = {}
     function_name = function.get("name")
-    arguments: Any = function.get("arguments", function.get("parameters"))
-    parsed_arguments = _parse_json_text(arguments)
-    if isinstance(parsed_arguments, dict):
-        arguments = parsed_arguments
-    elif arguments in (None, ""):
-        arguments = {}
+    arguments = _parse_call_arguments(function)
     has_name = isinstance(function_name, str) and bool(function_name.strip())
     if not has_name or not isinstance(arguments, dict | str):
-        raise RowError("bad_tool_calls", f"{shown_name} is {show_value(row_call)}; a call must be {_CALL_FORM}")
+        raise RowError("bad_tool_calls", f"{shown_name} is {show_value(raw_call)}; a call must be {_CALL_FORM}")
     call: dict[str, Any] = {}
-    if isinstance(row_call.get("id"), str) and row_call["id"]:
-        call["id"] = row_call["id"]
+    if isinstance(raw_call.get("id"), str) and raw_call["id"]:
+        call["id"] = raw_call["id"]
     return {**call, "type": "function", "function": {"name": function_name, "arguments": arguments}}
 
 
-def _require_json(calls_or_tools: Any, shown_name: str) -> Any:
-    """The calls or tools themselves, if they can be written as JSON in UTF-8. Raises RowError: bad_tools."""
+def _parse_call_arguments(function: dict[str, Any]) -> Any:
+    """The arguments of a tool call, under "arguments" or, as some files have it, "parameters".
+
+    - An object, or a JSON text of one: the object.
+    - None or an empty text: {}.
+    - Anything else: as it is.
+    """
+    raw_arguments = function.get("arguments", function.get("parameters"))
+    parsed_arguments = _parse_json_text(raw_arguments)
+    if isinstance(parsed_arguments, dict):
+        return parsed_arguments
+    return {} if raw_arguments in (None, "") else raw_arguments
+
+
+def _require_json_writable(calls_or_tools: Any, shown_name: str) -> Any:
+    """The calls or tools themselves, if they can be written as JSON in UTF-8. Raises Refusal: bad_tools."""
     try:
         json.dumps(calls_or_tools, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
@@ -408,7 +419,7 @@ def _require_json(calls_or_tools: Any, shown_name: str) -> Any:
     return calls_or_tools
 
 
-def _json_list(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     """A list, from a list, a single object, or a JSON text of either. Any other value as it is.
 
     Examples: [a, b] -> [a, b]; {"name": "x"} -> [{"name": "x"}]; the text '[{"name": "x"}]' -> [{"name": "x"}]; "x" -> "x".

@@ -15,7 +15,7 @@ from trainer.data.batches.collate import Collator
 from trainer.data.config import DataConfig, DataFormat, Layout, OverLength
 from trainer.data.document import Document, Tally
 from trainer.data.fields import KeptColumns, parse_label
-from trainer.data.selection.splits import Columns
+from trainer.data.selection.splits import DocumentColumns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.tokens.encode import Encoder
@@ -61,7 +61,7 @@ class DataSpec:
         """The label of a labelled row as one text. Raises RowError."""
         return parse_label(value)
 
-    def refusal_of(self, document: Document) -> tuple[str, str] | None:
+    def reason_to_reject(self, document: Document) -> tuple[str, str] | None:
         """(reason, message) why the objective cannot use a document, which then goes to quarantine; None if it can use it.
 
         The reason is `WRONG_KIND_REASON` if it can use no document of this kind, whatever it says.
@@ -91,7 +91,9 @@ class DataSpec:
         """
         return {"loss": sample.learned_weight()}
 
-    def number_labels(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
+    def number_labels(
+        self, columns: DocumentColumns, table: DocumentTable
+    ) -> tuple[list[str] | None, np.ndarray | None]:
         """(label names in the order of their ids, id of each text in `columns.labels`); (None, None) without labels."""
         return None, None
 

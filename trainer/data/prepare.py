@@ -22,10 +22,11 @@ import numpy as np
 from strategies.errors import DataError, Preempted
 from trainer.data.cache import (
     MANIFEST_FILE,
-    Digests,
+    DigestCache,
     Shards,
     build_once,
     data_fingerprint,
+    entry_name,
     file_hashes,
     fingerprint_with_date,
     load_or_record_first_date,
@@ -45,12 +46,12 @@ from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand_paths
-from trainer.data.rendered import refuse_rendered_rows
+from trainer.data.rendered import check_no_rendered_rows
 from trainer.data.report.describe import ReportWriter
 from trainer.data.report.progress import PreparationProgress, PrintLine, print_on_rank_0
 from trainer.data.selection.near_duplicates import index_bytes_per_document
-from trainer.data.selection.splits import Columns, Selection, choose_splits
-from trainer.data.shards import Assembly, Block
+from trainer.data.selection.splits import DocumentColumns, Selection, choose_splits
+from trainer.data.shards import Assembly, PreparedBlock
 from trainer.data.sources import find_inputs, make_row_readers, require_disk_space, row_ranges, rows_of_inputs
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequence_numbers
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 
 VERSION = 7
 """Raised whenever the code would make other tokens, masks or choices out of the same input."""
-TEMPLATE_DATE = "template_date"
+TEMPLATE_DATE_KEY = "template_date"
 """Where a report has the date that the chat template wrote."""
 SMALL_INPUT_BYTES = 8 << 20
 """Bytes of input up to which this process does the work alone: starting others would cost more."""
@@ -145,22 +146,24 @@ class Preparation:
             self._identify(choose_date or keep_or_first_date(None))
 
     def _identify(self, choose_date: ChooseDate) -> None:
-        """Set `inputs`, `digests`, `is_small`, `date`, `fingerprint` and `directory` (the entry of the cache).
+        """Set `inputs`, `has_small_inputs`, `digests`, `template_date`, `fingerprint`, and `directory`, the entry of the cache.
 
         The fingerprint covers the bytes of all inputs, the options, the tokenizer, and the date if the chat template writes one.
         `choose_date`: returns the date to use, given a function that looks up when the same data was first prepared.
         """
         cache_dir = Path(self.config.cache_dir).expanduser()
         self.inputs = find_inputs(self.config)
-        self.digests = Digests(cache_dir)
-        self.is_small = sum(source_input.origin.size() for source_input in self.inputs) <= SMALL_INPUT_BYTES
+        # With small inputs one process works alone, since forking workers takes longer.
+        input_bytes = sum(source_input.origin.size_bytes() for source_input in self.inputs)
+        self.has_small_inputs = input_bytes <= SMALL_INPUT_BYTES
+        self.digests = DigestCache(cache_dir)
         # The date comes second: the first date of preparation is recorded under the fingerprint without a date.
-        undated_fingerprint = data_fingerprint(self._input_identities(), self.tokenizer, self._options())
-        self.date: TemplateDate | None = None
+        undated_fingerprint = data_fingerprint(self._input_identities(), self.tokenizer, self._fingerprint_options())
+        self.template_date: TemplateDate | None = None
         if self.tokenizer.chat_template and reads_clock(self.tokenizer.get_chat_template()):
-            self.date = choose_date(partial(load_or_record_first_date, cache_dir, undated_fingerprint))
-        self.fingerprint = fingerprint_with_date(undated_fingerprint, self.date)
-        self.directory = cache_dir / self.fingerprint[:32]
+            self.template_date = choose_date(partial(load_or_record_first_date, cache_dir, undated_fingerprint))
+        self.fingerprint = fingerprint_with_date(undated_fingerprint, self.template_date)
+        self.directory = cache_dir / entry_name(self.fingerprint)
 
     def _input_identities(self) -> list[Any]:
         """What the bytes of prepared data depend on beside options and tokenizer: all input files, and the key of pseudonyms."""
@@ -170,8 +173,8 @@ class Preparation:
             identities.append((source_input.split, source_input.source, source_input.origin.identity(self.digests)))
         if config.decontamination.paths is not None:
             key = "data.decontamination.paths"
-            evaluation_files = Origin(key, expand_paths(config.decontamination.paths, key, remote=config.remote))
-            identities.append(("decontamination", evaluation_files.identity(self.digests)))
+            evaluation_files = expand_paths(config.decontamination.paths, key, allow_remote=config.remote)
+            identities.append(("decontamination", Origin(key, evaluation_files).identity(self.digests)))
         if config.privacy.mode is PrivacyMode.pseudonymise:
             # Imported here, because it compiles seventy regular expressions.
             from trainer.data.transforms.privacy.stage import key_identity
@@ -179,7 +182,7 @@ class Preparation:
             identities.append(("key of the pseudonyms", key_identity()))
         return identities
 
-    def _options(self) -> dict[str, Any]:
+    def _fingerprint_options(self) -> dict[str, Any]:
         """Settings that change prepared bytes. They are part of the fingerprint, so a new key here outdates all caches.
 
         The seed is None if no setting draws by it.
@@ -208,33 +211,45 @@ class Preparation:
             return self._open_or_prepare()
 
     def _open_or_prepare(self) -> PreparedData:
-        """The work of `open_or_prepare`, without the printing of progress."""
+        """Open the data set, or prepare it first, without printing progress.
+
+        Raises DataError for rows that hold a rendered chat template, unless the user has set `data.control_tokens`.
+        """
         started_at = time.perf_counter()
-        is_in_cache = (self.directory / MANIFEST_FILE).exists()
-        if not is_in_cache:
-            self._refuse_rendered_rows()
+        if not self._is_in_cache():
+            self._check_no_rendered_rows()
         self.progress.phase = "waiting for another process that prepares the same data"
-        # Jobs of an array may have done the first pass already.
-        is_in_cache = (self.directory / MANIFEST_FILE).exists()
-        shards = None if is_in_cache else Shards.find_complete(self.directory)
+        # Looked up again: another process may have completed the entry during the check. If not, the jobs of an array may
+        # have done the first pass already.
+        shards = None if self._is_in_cache() else Shards.find_complete(self.directory)
         has_prepared = build_once(
-            self.directory, partial(self.run, shards=shards), raise_if_stopped=self.raise_if_stopped
+            self.directory, partial(self._prepare, shards=shards), raise_if_stopped=self.raise_if_stopped
         )
 
         self.progress.phase = "comparing the prepared data with its hashes"
-        verify = None if has_prepared else self.config.verify  # this process need not check what it has just written
-        # All bytes are read once a host; the other processes of the host look at samples.
-        if os.environ.get("LOCAL_RANK", "0") != "0" and verify is Verify.all:
-            verify = Verify.sampled
+        # This process need not check what it has just written.
+        verify = None if has_prepared else self._verify_on_this_process()
         elapsed_s = time.perf_counter() - started_at
         prepared = open_prepared(self.directory, cached=not has_prepared, seconds=elapsed_s, verify=verify)
-        prepared.date = self.date
-        if self.date is not None:
+        prepared.date = self.template_date
+        if self.template_date is not None:
             # Reports that an earlier version wrote lack it.
-            prepared.report.setdefault(TEMPLATE_DATE, self.date.day.isoformat())
+            prepared.report.setdefault(TEMPLATE_DATE_KEY, self.template_date.day.isoformat())
         if not has_prepared and _spells_control_tokens(prepared.report):
-            self._refuse_rendered_rows()  # it was prepared with data.control_tokens=text, which this user has not set
+            # It was prepared with data.control_tokens=text, which this user may not have set.
+            self._check_no_rendered_rows()
         return prepared
+
+    def _is_in_cache(self) -> bool:
+        """Whether the cache has the prepared data set: its manifest is written last."""
+        return (self.directory / MANIFEST_FILE).exists()
+
+    def _verify_on_this_process(self) -> Verify:
+        """How closely this process compares the files with their hashes: `data.verify`, but all bytes are read once a host."""
+        is_first_process_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
+        if self.config.verify is Verify.all and not is_first_process_of_host:
+            return Verify.sampled
+        return self.config.verify
 
     def make_shard(self, number: int, num_shards: int) -> None:
         """Write shard `number` of `num_shards`: that part of the first pass, as one job of an array.
@@ -242,54 +257,57 @@ class Preparation:
         The shard stays in the cache until `open_or_prepare` finds all of them and merges them. Does nothing if the data is
         prepared or the shard complete; waits if another process writes the shard.
         """
-        if (self.directory / MANIFEST_FILE).exists():
+        if self._is_in_cache():
             return
-        self._refuse_rendered_rows()
-        readers = self._readers()
+        self._check_no_rendered_rows()
+        readers = self._make_readers()
         shards = Shards(self.directory, num_shards)
         with self.progress.printing(), shards.writing_shard(number, self.raise_if_stopped) as write_block:
             if write_block is None:  # it is complete
                 return
-            with closing(self._blocks(readers, shard=number, num_shards=num_shards)) as blocks:
+            with closing(self._make_blocks(readers, shard=number, num_shards=num_shards)) as blocks:
                 for block in blocks:
                     self.raise_if_stopped()
                     write_block(block)
-            self.digests.refuse_changed_files()
+            self.digests.check_files_unchanged()
 
     @cached_property
     def _encoder(self) -> Encoder:
         """The encoder of all steps. Made once, because it copies the tokenizer, which takes up to a second."""
         return self.data_spec.encoder(self.tokenizer, self.config)
 
-    def _readers(self) -> dict[tuple[str, str], RowReader]:
+    def _make_readers(self) -> dict[tuple[str, str], RowReader]:
         """A reader for each input, by (split, source) such as ("train", "data"), in the format that its first row has."""
         spec = self.data_spec
         return make_row_readers(self.inputs, label=spec.label, preferred=spec.formats, kept=spec.kept)
 
-    def _refuse_rendered_rows(self) -> None:
-        """Raise DataError for rows that hold a rendered chat template, unless the user has set `data.control_tokens`."""
+    def _check_no_rendered_rows(self) -> None:
+        """Raise DataError if rows hold a rendered chat template, such as "<|im_start|>user", as ordinary text.
+
+        A model would learn to spell the tokens. Does nothing if the user has set `data.control_tokens`.
+        """
         if self.config.control_tokens is ControlTokens.auto:
-            refuse_rendered_rows(self.inputs, self._readers(), self._encoder)
+            check_no_rendered_rows(self.inputs, self._make_readers(), self._encoder)
 
     def raise_if_stopped(self) -> None:
         """Raise Preempted if this process was asked to stop. Called between blocks, where stopping is safe."""
         if self.stop():
             raise Preempted("interrupted while preparing data; the preparation will start over")
 
-    def run(self, target: Path, shards: Shards | None = None) -> None:
+    def _prepare(self, target: Path, shards: Shards | None = None) -> None:
         """Prepare the data into the directory `target`: both passes, the reports, and last the manifest.
 
         `shards`: the blocks of the first pass, if the jobs of an array have written them already; they are deleted at the end.
         """
         self.raise_if_stopped()
-        readers = self._readers()
+        readers = self._make_readers()
         assembly = self._new_assembly(target)
         with closing(assembly):
-            with closing(self._blocks(readers) if shards is None else shards.load_blocks()) as blocks:
+            with closing(self._make_blocks(readers) if shards is None else shards.load_blocks()) as blocks:
                 for block in blocks:
                     self.raise_if_stopped()
                     assembly.append(block)
-                    self.progress.count_done(block.rows)
+                    self.progress.add_done_rows(block.rows)
 
             # The second pass looks at columns of numbers alone, and at the texts of two documents that are to be compared.
             self.progress.phase = "choosing documents (copies, held-out shares, balance)"
@@ -310,8 +328,8 @@ class Preparation:
             self.config, self.tokenizer, self.inputs, formats, self.fingerprint, target, digests=self.digests
         )
         report = report_writer.write(assembly.totals, columns, selection, self.data_spec, label_names)
-        if self.date is not None:
-            report[TEMPLATE_DATE] = self.date.day.isoformat()
+        if self.template_date is not None:
+            report[TEMPLATE_DATE_KEY] = self.template_date.day.isoformat()
         manifest = {
             "fingerprint": self.fingerprint,
             "tokenizer": {"path": str(self.tokenizer.name_or_path), "vocab_size": len(self.tokenizer)},
@@ -321,7 +339,7 @@ class Preparation:
             "report": report,
             "hashes": file_hashes(target),
         }
-        self.digests.refuse_changed_files()
+        self.digests.check_files_unchanged()
         # Written last: an entry without this file is unfinished.
         (target / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if shards is not None:
@@ -332,12 +350,12 @@ class Preparation:
 
         Its errors advise to split documents only if that helps.
         """
-        rejected_file = target.parent / "rejected" / f"{self.fingerprint[:32]}.jsonl"
+        rejected_file = target.parent / "rejected" / f"{entry_name(self.fingerprint)}.jsonl"
         may_split = OverLength.split in self.data_spec.over_length
         advise_split = may_split and self.config.over_length is not OverLength.split
         return Assembly(target, self.config.max_bad_share, rejected_file, advise_split=advise_split)
 
-    def _write_splits(self, target: Path, columns: Columns, selection: Selection) -> None:
+    def _write_splits(self, target: Path, columns: DocumentColumns, selection: Selection) -> None:
         """Write a directory in `target` for each split, with the numbers of its sequences (`index.npy`) and its manifest.
 
         `columns`: what is known of all documents. `selection`: which documents are in which split.
@@ -362,15 +380,17 @@ class Preparation:
             return 0
         return index_bytes_per_document(config.duplicates.threshold)
 
-    def _blocks(
+    def _make_blocks(
         self, readers: dict[tuple[str, str], RowReader], *, shard: int = 0, num_shards: int = 1
-    ) -> Generator[Block]:
+    ) -> Generator[PreparedBlock]:
         """Read, clean and tokenise the rows of one shard: blocks of documents and tokens, in the order of the input.
 
-        A block is what one range of rows became. `readers`: by input, what makes documents of its rows. By default all rows
-        are one shard. Raises StorageError if the disk is too small.
+        A block is what one range of rows became. A shard is every `num_shards`-th range, beginning with number `shard`; by
+        default all ranges. `readers`: by input, what makes documents of its rows. Raises StorageError if the disk is too small.
         """
-        make_block = BlockMaker(self.config, self.data_spec, readers=readers, encoder=self._encoder, date=self.date)
+        make_block = BlockMaker(
+            self.config, self.data_spec, readers=readers, encoder=self._encoder, date=self.template_date
+        )
         require_disk_space(
             self.directory.parent,
             self.inputs,
@@ -378,23 +398,22 @@ class Preparation:
             self.config.max_documents,
             num_shards=num_shards,
             # Only the merge of all shards searches for near copies.
-            more_bytes_per_row=self._search_bytes_per_row() if num_shards == 1 else 0,
+            scratch_bytes_per_row=self._search_bytes_per_row() if num_shards == 1 else 0,
         )
-        if self.config.max_documents is None:
-            self.progress.expect(self.inputs, share=1 / num_shards)
-        ranges = row_ranges(rows_of_inputs(self.inputs, self.config.max_documents))
-        if num_shards > 1:
-            ranges = (row_range for row_range in ranges if row_range.number % num_shards == shard)
-        num_workers = self.config.workers or num_usable_cores()
-        if self.is_small:  # forking workers takes longer than small data
-            num_workers = 1
+        if self.config.max_documents is None:  # else the size of the files does not tell how many rows are read
+            self.progress.estimate_rows(self.inputs, share=1 / num_shards)
+        all_ranges = row_ranges(rows_of_inputs(self.inputs, self.config.max_documents))
+        ranges_of_shard = (row_range for row_range in all_ranges if row_range.number % num_shards == shard)
         self.progress.begin_rows()
-        ranges = self.progress.count_text_rows(ranges)
-        with frozen_heap():
+        counted_ranges = self.progress.count_text_rows(ranges_of_shard)
+        num_workers = 1 if self.has_small_inputs else self.config.workers or num_usable_cores()
+        with frozen_heap():  # so that forked workers share this process's memory
             if num_workers > 1:
-                yield from ordered_map(make_block, ranges, workers=num_workers, check=self.raise_if_stopped)
+                yield from ordered_map(
+                    make_block, counted_ranges, workers=num_workers, while_waiting=self.raise_if_stopped
+                )
             else:
-                yield from map(make_block, ranges)
+                yield from map(make_block, counted_ranges)
 
 
 def _spells_control_tokens(report: dict[str, Any]) -> bool:
@@ -421,14 +440,14 @@ def open_prepared(
     if verify is not None:
         verify_hashes(directory, hashes, verify)
 
-    def open_if_there(split: str) -> TokenDataset | None:
-        """A split other than train may be missing."""
+    def open_split_or_none(split: str) -> TokenDataset | None:
+        """The split, or None if nothing was held out for it."""
         return TokenDataset.open(directory / split) if (directory / split).is_dir() else None
 
     return PreparedData(
         train=TokenDataset.open(directory / "train"),
-        evaluation=open_if_there("eval"),
-        test=open_if_there("test"),
+        evaluation=open_split_or_none("eval"),
+        test=open_split_or_none("test"),
         directory=directory,
         report={**manifest["report"], "cached": cached, "seconds": round(seconds, 3)},
         label_names=manifest["label_names"],

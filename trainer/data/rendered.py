@@ -14,7 +14,7 @@ from itertools import islice
 from strategies.errors import DataError
 from trainer.data.document import Document
 from trainer.data.formats import RowReader
-from trainer.data.sources import Input
+from trainer.data.sources import SourceInput
 from trainer.data.tokens.encode import Encoder
 
 FIRST_ROWS = 100
@@ -26,12 +26,12 @@ _QUESTION_AND_ANSWER = [{"role": "user", "content": "q"}, {"role": "assistant", 
 class TurnTokens:
     """The special tokens by which a rendered conversation can be recognised."""
 
-    inside: tuple[str, ...]
+    around_turns: tuple[str, ...]
     """Tokens that the chat template writes around turns, but for BOS and EOS: a text spells one anywhere."""
-    first: str | None
-    """The BOS token: a text begins with it."""
-    last: str | None
-    """The EOS token: a text ends with it."""
+    bos_token: str | None
+    """A rendered text begins with it."""
+    eos_token: str | None
+    """A rendered text ends with it."""
 
     @classmethod
     def of(cls, encoder: Encoder) -> TurnTokens:
@@ -46,32 +46,35 @@ class TurnTokens:
                 rendered = encoder.template.render_text(_QUESTION_AND_ANSWER * 2, "the chat template")
             except DataError:
                 rendered = "".join(encoder.template.all_end_tokens)
-        inside = []
+        around_turns = []
         for token in encoder.escaper.tokens:
             if token in rendered and token not in (tokenizer.bos_token, tokenizer.eos_token):
-                inside.append(token)
-        return cls(tuple(inside), tokenizer.bos_token, tokenizer.eos_token)
+                around_turns.append(token)
+        return cls(tuple(around_turns), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
     def find_token(self, document: Document) -> str | None:
         """The token that makes a document's prompt or text look as if a chat template had rendered it; None if there is none.
 
-        A token of `inside` anywhere; in a text also BOS at its beginning, or EOS at its end. These two tell nothing of a prompt.
+        - A prompt or text that has a token of `around_turns` anywhere: that token.
+        - A text that begins with BOS or ends with EOS: BOS or EOS. A prompt may, since these two tell nothing of a prompt.
         """
         text = document.prompt or document.text or ""
-        for token in self.inside:
+        for token in self.around_turns:
             if token in text:
                 return token
         if document.prompt is not None:
             return None
         stripped = text.strip()
-        if self.first is not None and stripped.startswith(self.first):
-            return self.first
-        if self.last is not None and stripped.endswith(self.last):
-            return self.last
+        if self.bos_token is not None and stripped.startswith(self.bos_token):
+            return self.bos_token
+        if self.eos_token is not None and stripped.endswith(self.eos_token):
+            return self.eos_token
         return None
 
 
-def refuse_rendered_rows(inputs: list[Input], readers: dict[tuple[str, str], RowReader], encoder: Encoder) -> None:
+def check_no_rendered_rows(
+    inputs: list[SourceInput], readers: dict[tuple[str, str], RowReader], encoder: Encoder
+) -> None:
     """Raise DataError if most of an input's first texts or prompts look as if a chat template had rendered them.
 
     Conversations do not count, nor labelled texts, which are only read to tell their label.
@@ -96,7 +99,7 @@ def refuse_rendered_rows(inputs: list[Input], readers: dict[tuple[str, str], Row
             raise DataError(f"{source_input.key}: {num_rendered} of the first {num_texts} {explanation}")
 
 
-def _first_documents(source_input: Input, reader: RowReader) -> Iterator[Document]:
+def _first_documents(source_input: SourceInput, reader: RowReader) -> Iterator[Document]:
     """The documents among an input's first rows. Rows that cannot be read are refused elsewhere, with their reason."""
     for row in islice(source_input.origin.rows(source_input.needed_columns), FIRST_ROWS):
         document = reader(row.parse())
@@ -112,7 +115,7 @@ def _explain_rendered(document: Document, token: str, turn_tokens: TurnTokens) -
             "written around them once more. Give such rows as messages, without the tokens. To learn these tokens as "
             "ordinary characters, set data.control_tokens=text"
         )
-    if token not in turn_tokens.inside:
+    if token not in turn_tokens.around_turns:
         return (
             f"texts begin or end with {token} ({document.location}), which would be learned as ordinary characters. To read it "
             "as the special token, set data.control_tokens=keep, or take it out: preparation adds it to each sample. Of "

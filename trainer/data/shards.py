@@ -20,7 +20,7 @@ import orjson
 from strategies.errors import DataError
 from trainer.data.document import MAX_EXAMPLES, WRONG_KIND_REASON, Findings, RejectedRow, Tally
 from trainer.data.fields import MAX_REMEMBERED_NAMES
-from trainer.data.selection.splits import Columns
+from trainer.data.selection.splits import DocumentColumns
 from trainer.data.store.documents import DOCUMENTS_FILE, schema
 from trainer.data.store.sequences import LABEL, MARK_PREFIX, Sequences, StoreWriter, columns_with_prefix
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Block:
+class PreparedBlock:
     """What became of one `RowRange`: its documents, their sequences, and counts of what was dropped."""
 
     number: int
@@ -75,7 +75,7 @@ REMEDIES = {
 
 
 @dataclass(slots=True)
-class Totals:
+class PreparationTotals:
     """Sums of what all blocks counted."""
 
     tally: Tally = field(default_factory=Tally)
@@ -104,7 +104,7 @@ class Assembly:
         self.max_bad_share = max_bad_share
         self.rejected_file = rejected_file
         self.advise_split = advise_split
-        self.totals = Totals()
+        self.totals = PreparationTotals()
         import pyarrow as pa
 
         self.store = StoreWriter(directory)
@@ -121,18 +121,18 @@ class Assembly:
         self._num_documents = 0
         """Documents so far."""
 
-    def append(self, block: Block) -> None:
+    def append(self, block: PreparedBlock) -> None:
         """Write one block: its bad rows, dropped documents, documents and tokens. Changes columns of `block.sequences` in place.
 
         Blocks number labels and documents from 0; here these become the numbers of the whole data set. Raises DataError as soon
         as too many rows are bad.
         """
-        self._count(block)
+        self._add_to_totals(block)
         for bad_row in block.bad:
             self._quarantine.write(json.dumps({"source": block.source, **asdict(bad_row)}, ensure_ascii=False) + "\n")
         for drop in block.tally.drops:
             self.log_drop(*drop)
-        self._give_up_early()
+        self._raise_if_too_many_bad_so_far()
 
         assert block.sequences is not None and block.documents is not None
         num_documents = len(block.pieces)
@@ -150,30 +150,32 @@ class Assembly:
         if num_documents:
             self._documents.write_batch(block.documents)
 
-    def _give_up_early(self) -> None:
-        """Raise DataError if more rows are bad than the run allows, before all are read.
+    def _raise_if_too_many_bad_so_far(self) -> None:
+        """Raise DataError if clearly more rows are bad than the run allows, although not all rows are read yet.
 
-        Shares of the first rows say little: a run that allows some bad rows reads on until there are `GIVE_UP_ROWS` bad ones.
+        Nothing is decided before there are `GIVE_UP_ROWS` bad rows. The share of bad ones is then taken of at least ten times as
+        many rows, since a share of the first few rows says little about the file.
         """
         num_bad = self.totals.bad_reasons.total()
-        num_judged = max(self.totals.rows.total(), 10 * GIVE_UP_ROWS)
-        if num_bad > GIVE_UP_ROWS and num_bad > self.max_bad_share * num_judged:
-            self.refuse_bad_rows()
+        num_rows = max(self.totals.rows.total(), 10 * GIVE_UP_ROWS)
+        if num_bad > GIVE_UP_ROWS and num_bad > self.max_bad_share * num_rows:
+            self._raise_if_too_many_bad()
 
-    def _renumber_labels(self, block: Block, sequences: Sequences) -> np.ndarray:
+    def _renumber_labels(self, block: PreparedBlock, sequences: Sequences) -> np.ndarray:
         """Give a block's labels their numbers in the whole data set, in place. Returns them: int64 [documents], -1 for none."""
-        labels = np.full(len(block.pieces), -1, np.int64)
         if LABEL_COLUMN not in sequences.columns:
-            return labels
-        new_numbers = []
+            return np.full(len(block.pieces), -1, np.int64)
+        # By the block's own number of a label, its number in the whole data set.
+        global_numbers = []
         for name in block.labels:
-            new_numbers.append(self._label_numbers.setdefault(name, len(self._label_numbers)))
-        label_of_sequence = np.array(new_numbers, np.int64)[sequences.columns[LABEL_COLUMN]]
+            global_numbers.append(self._label_numbers.setdefault(name, len(self._label_numbers)))
+        label_of_sequence = np.array(global_numbers, np.int64)[sequences.columns[LABEL_COLUMN]]
         sequences.columns[LABEL_COLUMN] = label_of_sequence
-        first_sequences = np.cumsum(block.pieces) - block.pieces
-        return label_of_sequence[first_sequences]
+        # All sequences of a document have its label, so that the first one tells it.
+        first_sequence_of_document = np.cumsum(block.pieces) - block.pieces
+        return label_of_sequence[first_sequence_of_document]
 
-    def _append_document_columns(self, block: Block, source: int, labels: np.ndarray) -> None:
+    def _append_document_columns(self, block: PreparedBlock, source: int, labels: np.ndarray) -> None:
         """Add the columns of a block's documents, one entry a document, to those of earlier blocks."""
         num_documents = len(block.pieces)
         split = self._split_numbers.setdefault(block.split, len(self._split_numbers))
@@ -188,8 +190,11 @@ class Assembly:
         for name, column in document_columns.items():
             self._columns.setdefault(name, []).append(column)
 
-    def _count(self, block: Block) -> None:
-        """Add the counts of a block to `totals`, which are for the report. Raises AssertionError if a row was lost count of."""
+    def _add_to_totals(self, block: PreparedBlock) -> None:
+        """Add the counts of a block to `totals`, which are for the report.
+
+        Raises AssertionError if the rows read are not those kept and those dropped.
+        """
         totals = self.totals
         input_id = (block.split, block.source)
         num_documents = len(block.pieces)
@@ -205,14 +210,14 @@ class Assembly:
         if len(unread_names) < MAX_REMEMBERED_NAMES:
             unread_names.update(dict.fromkeys(block.unread))
         totals.bad_reasons.update(bad_row.reason for bad_row in block.bad)
-        num_free_examples = MAX_EXAMPLES - len(totals.bad)
-        totals.bad += block.bad[:num_free_examples]
+        num_examples_lacking = MAX_EXAMPLES - len(totals.bad)
+        totals.bad += block.bad[:num_examples_lacking]
 
     def log_drop(self, stage: str, reason: str, location: str) -> None:
         """Write one dropped document down in `dropped.jsonl`."""
         self._dropped.write(json.dumps({"where": location, "stage": stage, "reason": reason}) + "\n")
 
-    def refuse_bad_rows(self) -> None:
+    def _raise_if_too_many_bad(self) -> None:
         """Raise DataError if too many rows are bad, or all are of a kind that the objective cannot learn from.
 
         Writes the list of bad rows to `rejected_file` first, because the data set's directory is about to be removed.
@@ -259,17 +264,17 @@ class Assembly:
             advice += f", or continue without them with data.max_bad_share={sufficient_share:g}"
         return advice
 
-    def columns(self) -> Columns:
+    def columns(self) -> DocumentColumns:
         """What is known of every document, once the last block is written. Closes `documents.arrow`: call it once.
 
         Raises DataError if too many rows were bad, or if there are no rows.
         """
-        self.refuse_bad_rows()
+        self._raise_if_too_many_bad()
         self._documents.close()
         joined = {name: np.concatenate(arrays) for name, arrays in self._columns.items()}
         if not joined:
             raise DataError("data.path: holds no rows")
-        return Columns(
+        return DocumentColumns(
             split=joined["split"],
             source=joined["source"],
             pieces=joined["pieces"],
@@ -300,14 +305,14 @@ class Assembly:
         self._dropped.close()
 
 
-JSON_FIELDS = ("number", "split", "source", "rows", "rows_of_file", "unread", "labels")
+_JSON_FIELDS = ("number", "split", "source", "rows", "rows_of_file", "unread", "labels")
 """Fields of a block that JSON can hold as they are."""
 
 
-def save_block(block: Block, path: Path) -> None:
+def save_block(block: PreparedBlock, path: Path) -> None:
     """Write a block to an `.npz` file, for another job, which reads it with `load_block`. Raises OSError."""
-    assert block.sequences is not None and block.documents is not None
-    json_fields = {name: getattr(block, name) for name in (*JSON_FIELDS, "bad", "tally")}
+    assert block.sequences is not None and block.documents is not None, "a worker has filled the block"
+    json_fields = {name: getattr(block, name) for name in (*_JSON_FIELDS, "bad", "tally")}
     arrays: dict[str, Any] = {
         "about": np.frombuffer(orjson.dumps(json_fields), np.uint8),
         "documents": np.frombuffer(block.documents.serialize(), np.uint8),
@@ -325,7 +330,7 @@ def save_block(block: Block, path: Path) -> None:
     np.savez(path, **arrays)
 
 
-def load_block(path: Path) -> Block:
+def load_block(path: Path) -> PreparedBlock:
     """Read a block that `save_block` wrote."""
     import pyarrow as pa
 
@@ -341,8 +346,8 @@ def load_block(path: Path) -> Block:
         columns=columns_with_prefix(arrays, "column."),
         weights=arrays.get("weights"),
     )
-    return Block(
-        **{name: json_fields[name] for name in JSON_FIELDS},
+    return PreparedBlock(
+        **{name: json_fields[name] for name in _JSON_FIELDS},
         bad=[RejectedRow(**rejected_fields) for rejected_fields in json_fields["bad"]],
         tally=Tally(**tally_fields),
         documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), schema()),

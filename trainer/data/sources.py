@@ -17,11 +17,11 @@ from trainer.data.document import Document, RejectedRow, SourceRow
 from trainer.data.fields import KeptColumns, parse_label
 from trainer.data.format_recognition import recognise_format
 from trainer.data.formats import RowReader
-from trainer.data.read.json_rows import Line
+from trainer.data.read.json_rows import UnparsedRow
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand_paths, held_out_sets, is_hub_path
 from trainer.data.selection.balance import balance_problems
-from trainer.data.shards import Block
+from trainer.data.shards import PreparedBlock
 from trainer.data.transforms.checks import CHECK_KINDS
 from trainer.data.transforms.filters import filter_problems
 
@@ -40,7 +40,7 @@ class RowRange:
 
 
 @dataclass(slots=True)
-class Input:
+class SourceInput:
     """One origin of rows. A held-out split has one, named like the split; that of evaluation may have several, by name."""
 
     split: str
@@ -52,9 +52,9 @@ class Input:
     columns: dict[str, str]
     weight: float | None = None
     licence: str | None = None
-    ignored: frozenset[str] = frozenset()
-    group: str | None = None
-    """Column that says what its rows belong to."""
+    ignored_columns: frozenset[str] = frozenset()
+    group_column: str | None = None
+    """Column that says what its rows belong to, such as "patient": rows of one group go to the same split."""
     needed_columns: frozenset[str] | None = None
     """Columns that its reader needs, once it is known."""
 
@@ -169,7 +169,7 @@ def _paths_in(path_setting: Any) -> list[str]:
     return [str(path) for path in paths]
 
 
-def find_inputs(config: DataConfig) -> list[Input]:
+def find_inputs(config: DataConfig) -> list[SourceInput]:
     """The inputs that `data` names, in the order in which they are read: training sources, then held-out sets.
 
     Raises ConfigError for settings that cannot be used, and DataError for files that do not exist.
@@ -180,54 +180,61 @@ def find_inputs(config: DataConfig) -> list[Input]:
     inputs = [*_training_inputs(config)]
     for split in HELD_OUT:
         for name, (key, paths) in held_out_sets(getattr(config, f"{split}_path"), split).items():
-            origin = Origin(key, expand_paths(paths, key, remote=config.remote))
-            inputs.append(Input(split, name, key, origin, config.format, dict(config.columns)))
+            origin = Origin(key, expand_paths(paths, key, allow_remote=config.remote))
+            inputs.append(SourceInput(split, name, key, origin, config.format, dict(config.columns)))
     for source_input in inputs:
-        source_input.ignored = frozenset(config.ignore_columns)
-        source_input.group = config.group_by
-        _refuse_ignored_columns(source_input)
+        source_input.ignored_columns = frozenset(config.ignore_columns)
+        source_input.group_column = config.group_by
+        _check_no_read_column_is_ignored(source_input)
     return inputs
 
 
-def _training_inputs(config: DataConfig) -> Iterator[Input]:
+def _training_inputs(config: DataConfig) -> Iterator[SourceInput]:
     """The sources of training data with their own settings; or the files of `data.path`, as one source called "data"."""
     if not config.sources:
-        origin = Origin("data.path", expand_paths(config.path, "data.path", remote=config.remote))
-        yield Input("train", "data", "data.path", origin, config.format, dict(config.columns))
+        origin = Origin("data.path", expand_paths(config.path, "data.path", allow_remote=config.remote))
+        yield SourceInput("train", "data", "data.path", origin, config.format, dict(config.columns))
         return
     for name, source in config.sources.items():
         key = f"data.sources.{name}"
-        files = expand_paths(source.path, f"{key}.path", remote=config.remote)
-        origin = Origin(f"{key}.path", files, source.subset, source.split, source.revision, config.streaming)
+        origin = Origin(
+            f"{key}.path",
+            expand_paths(source.path, f"{key}.path", allow_remote=config.remote),
+            subset=source.subset,
+            split=source.split,
+            revision=source.revision,
+            streaming=config.streaming,
+        )
+        # A setting that the source lacks is that of `data`.
         columns = dict(source.columns) or dict(config.columns)
         format = config.format if source.format is DataFormat.auto else source.format
-        yield Input("train", name, key, origin, format, columns, source.weight, source.licence)
+        yield SourceInput("train", name, key, origin, format, columns, weight=source.weight, licence=source.licence)
 
 
-def _refuse_ignored_columns(source_input: Input) -> None:
-    """Raise ConfigError if an input ignores a column that it reads, under another name or as the column of groups."""
-    read_and_ignored = source_input.ignored & {*source_input.columns.values(), source_input.group}
+def _check_no_read_column_is_ignored(source_input: SourceInput) -> None:
+    """Raise ConfigError if `data.ignore_columns` names a column that the input's `columns` or `data.group_by` name as well."""
+    read_and_ignored = source_input.ignored_columns & {*source_input.columns.values(), source_input.group_column}
     if not read_and_ignored:
         return
-    reader = f"{source_input.key} reads by its columns"
-    if source_input.group in read_and_ignored:
-        reader = "data.group_by reads"
-    raise ConfigError(f"data.ignore_columns names {min(read_and_ignored)}, which {reader}; keep one")
+    read_by = f"{source_input.key} reads by its columns"
+    if source_input.group_column in read_and_ignored:
+        read_by = "data.group_by reads"
+    raise ConfigError(f"data.ignore_columns names {min(read_and_ignored)}, which {read_by}; keep one")
 
 
 def make_row_readers(
-    inputs: list[Input],
+    inputs: list[SourceInput],
     *,
     label: Callable[[Any], str] = parse_label,
     preferred: tuple[DataFormat, ...] = (),
     kept: KeptColumns | None = None,
-    takes_all: bool = False,
+    accept_unread_columns: bool = False,
 ) -> dict[tuple[str, str], RowReader]:
     """A reader for each input, by its id (split, source). All rows of an input are read in one format.
 
     Sets `needed_columns` of each input. `label`: turns the value of a label into a text. `preferred`: the formats that decide if
-    several fit. `kept`: see `RowReader`. `takes_all`: whether rows may have columns that carry meaning and are not read. Raises
-    ConfigError and DataError, also if the first row of an input has a column that makes all of its rows bad ones.
+    several fit. `kept`: columns that documents keep as they are. `accept_unread_columns`: whether rows may have columns that
+    carry meaning and are not read. Raises ConfigError, and DataError also if a column of the first row makes all rows bad ones.
     """
     readers = {}
     for source_input in inputs:
@@ -237,11 +244,11 @@ def make_row_readers(
             source_input.columns,
             source=source_input.source,
             label=label,
-            ignored=source_input.ignored,
-            group=source_input.group if _needs_group(source_input, first_row) else None,
+            ignored=source_input.ignored_columns,
+            group=source_input.group_column if _needs_group(source_input, first_row) else None,
             kept=kept,
         )
-        if takes_all:
+        if accept_unread_columns:
             reader.accept_unread_columns()
         readers[source_input.id] = reader
         source_input.needed_columns = reader.needed_columns
@@ -253,7 +260,7 @@ def make_row_readers(
 
 
 def _first_row_and_format(
-    source_input: Input, preferred: tuple[DataFormat, ...]
+    source_input: SourceInput, preferred: tuple[DataFormat, ...]
 ) -> tuple[SourceRow | RejectedRow, DataFormat]:
     """(first row of an input, the format in which all its rows are read).
 
@@ -269,21 +276,21 @@ def _first_row_and_format(
         first_row,
         source_input.columns,
         source=source_input.source,
-        ignored=source_input.ignored,
+        ignored=source_input.ignored_columns,
         preferred=preferred,
     )
     return first_row, format
 
 
-def _needs_group(source_input: Input, first_row: SourceRow | RejectedRow) -> bool:
+def _needs_group(source_input: SourceInput, first_row: SourceRow | RejectedRow) -> bool:
     """Whether every row of an input must have the column of groups: training rows, and held-out rows if the first one has it."""
     if source_input.split == "train" or isinstance(first_row, RejectedRow):
         return True
-    column = (source_input.group or "").split(".")[0]
-    return column in first_row.fields
+    top_level_column = (source_input.group_column or "").split(".")[0]  # of "meta.patient", "meta"
+    return top_level_column in first_row.fields
 
 
-def _first_readable_row(source_input: Input) -> SourceRow:
+def _first_readable_row(source_input: SourceInput) -> SourceRow:
     """The first row of an input that can be read. Raises DataError if none of its first `MAX_UNREADABLE_ROWS` can."""
     first_rejected: RejectedRow | None = None
     for row in islice(source_input.origin.rows(), MAX_UNREADABLE_ROWS):
@@ -295,7 +302,7 @@ def _first_readable_row(source_input: Input) -> SourceRow:
 
 
 def rows_of_inputs(
-    inputs: list[Input], max_documents: int | None
+    inputs: list[SourceInput], max_documents: int | None
 ) -> Iterator[tuple[tuple[str, str], SourceRow | RejectedRow]]:
     """((split, source), row) of all inputs in order; of the training split only the first `max_documents` rows (None: all)."""
     num_train_rows_left = max_documents
@@ -319,7 +326,7 @@ def row_ranges(ids_and_rows: Iterator[tuple[tuple[str, str], SourceRow | Rejecte
     """
     number = 0
     num_bytes = 0
-    current = RowRange(0, "", "", 0, [])
+    current = RowRange(number=0, split="", source="", offset=0, rows=[])
     for (split, source), row in ids_and_rows:
         is_same_input = (split, source) == (current.split, current.source)
         is_full = len(current.rows) >= MAX_RANGE_ROWS or num_bytes >= MAX_RANGE_BYTES
@@ -331,7 +338,7 @@ def row_ranges(ids_and_rows: Iterator[tuple[tuple[str, str], SourceRow | Rejecte
             current = RowRange(number, split, source, offset, [])
             num_bytes = 0
         current.rows.append(row)
-        num_bytes += len(row.raw) if isinstance(row, Line) else TABLE_ROW_BYTES
+        num_bytes += len(row.raw) if isinstance(row, UnparsedRow) else TABLE_ROW_BYTES
     if current.rows:
         yield current
 
@@ -343,10 +350,18 @@ def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
     """
     key = "data.decontamination.paths"
     ignored = frozenset(config.ignore_columns)
-    for path in expand_paths(paths, key, remote=config.remote):
-        file_input = Input("decontamination", str(path), key, Origin(key, [path]), DataFormat.auto, {}, ignored=ignored)
+    for path in expand_paths(paths, key, allow_remote=config.remote):
+        file_input = SourceInput(
+            split="decontamination",
+            source=str(path),
+            key=key,
+            origin=Origin(key, [path]),
+            format=DataFormat.auto,
+            columns={},
+            ignored_columns=ignored,
+        )
         # Only texts are compared, so that a picture beside them does no harm.
-        (reader,) = make_row_readers([file_input], takes_all=True).values()
+        (reader,) = make_row_readers([file_input], accept_unread_columns=True).values()
         for row in file_input.origin.rows(file_input.needed_columns):
             document = reader(row.parse())
             if not isinstance(document, Document):
@@ -361,47 +376,48 @@ MAX_RANGE_BYTES = 4 << 20
 """Largest range of rows that a worker prepares at a time."""
 TABLE_ROW_BYTES = 1024
 """What a row of a table counts for where ranges are measured in bytes of text."""
-PLENTY_FACTOR = 64
-"""With so many free bytes for each byte of input, nothing is estimated; compressed text in single bytes may need that much."""
+MAX_GROWTH_FACTOR = 64
+"""Most bytes of prepared data for a byte of input: compressed text in tokens of single bytes may need that many."""
 NUMBER_BYTES = 8
 """Bytes of a number in a column of the store."""
 
 
 def require_disk_space(
     directory: Path,
-    inputs: list[Input],
-    make_block: Callable[[RowRange], Block],
+    inputs: list[SourceInput],
+    make_block: Callable[[RowRange], PreparedBlock],
     max_documents: int | None,
     *,
     num_shards: int = 1,
-    more_bytes_per_row: int = 0,
+    scratch_bytes_per_row: int = 0,
 ) -> None:
     """Raise StorageError if the disk of `directory` has less room than one of `num_shards` of the prepared data will take.
 
     How much is written for each byte of text, or row of a table, is measured on the first block of every input, which
-    `make_block` prepares. `more_bytes_per_row`: what is written for a row meanwhile, beside the block. Nothing is measured if
+    `make_block` prepares. `scratch_bytes_per_row`: bytes of temporary files for a row, beside the block. Nothing is measured if
     there is plenty of room.
     """
+    # All inputs are measured, and divided by the number of shards: any shard has about an equal part of each input.
     free_bytes = _free_disk_bytes(directory)
     # Preparing a block of every input takes seconds, so it is skipped if the disk is surely large enough.
-    input_bytes = sum(source_input.origin.size() for source_input in inputs)
-    if PLENTY_FACTOR * input_bytes <= free_bytes * num_shards:
+    input_bytes = sum(source_input.origin.size_bytes() for source_input in inputs)
+    if MAX_GROWTH_FACTOR * input_bytes <= free_bytes * num_shards:
         return
     total_bytes = 0.0
     train_bytes = 0.0
     for source_input in inputs:
         is_train = source_input.split == "train"
         max_rows = max_documents if is_train else None
-        needed_bytes = _estimate_prepared_bytes(source_input, make_block, max_rows, more_bytes_per_row)
+        needed_bytes = _estimate_prepared_bytes(source_input, make_block, max_rows, scratch_bytes_per_row)
         total_bytes += needed_bytes
         if is_train:
             train_bytes += needed_bytes
     if total_bytes > free_bytes * num_shards:
         by_shard = " by this shard" if num_shards > 1 else ""
         raise StorageError(
-            f"data.cache_dir={directory}: about {_gib(total_bytes / num_shards)} GiB will be written{by_shard}, and "
-            f"{_gib(free_bytes)} GiB are free "
-            f"(judged by the first rows of each input; {_gib(train_bytes / num_shards)} GiB of it is training data); set "
+            f"data.cache_dir={directory}: about {_gib_text(total_bytes / num_shards)} GiB will be written{by_shard}, and "
+            f"{_gib_text(free_bytes)} GiB are free "
+            f"(judged by the first rows of each input; {_gib_text(train_bytes / num_shards)} GiB of it is training data); set "
             "data.cache_dir to a larger disk, or read fewer rows with data.max_documents"
         )
 
@@ -415,15 +431,18 @@ def _free_disk_bytes(directory: Path) -> int:
 
 
 def _estimate_prepared_bytes(
-    source_input: Input, make_block: Callable[[RowRange], Block], max_rows: int | None, more_bytes_per_row: int
+    source_input: SourceInput,
+    make_block: Callable[[RowRange], PreparedBlock],
+    max_rows: int | None,
+    scratch_bytes_per_row: int,
 ) -> float:
     """About how many bytes the prepared data of an input will take, judged by its first block; of `max_rows` rows at most."""
     first_block = _measure_first_block(source_input, make_block)
-    written_bytes = first_block.bytes_written + first_block.rows_read * more_bytes_per_row
-    written_per_byte = written_bytes / max(first_block.bytes_read, 1)
-    written_per_row = written_bytes / max(first_block.rows_read, 1)
+    written_bytes = first_block.written_bytes + first_block.num_read_rows * scratch_bytes_per_row
+    written_per_byte = written_bytes / max(first_block.read_bytes, 1)
+    written_per_row = written_bytes / max(first_block.num_read_rows, 1)
     # The size of text files is known in bytes, that of tables in rows.
-    text_bytes, table_rows = source_input.origin.extent()
+    text_bytes, table_rows = source_input.origin.text_bytes_and_table_rows()
     needed_bytes = text_bytes * written_per_byte + table_rows * written_per_row
     if max_rows is not None:
         needed_bytes = min(needed_bytes, written_per_row * max_rows)
@@ -433,34 +452,38 @@ def _estimate_prepared_bytes(
 class _MeasuredBlock(NamedTuple):
     """What was read for an input's first block, and how many bytes it will take in the store."""
 
-    bytes_read: int
-    rows_read: int
-    bytes_written: int
+    read_bytes: int
+    num_read_rows: int
+    written_bytes: int
 
 
-def _measure_first_block(source_input: Input, make_block: Callable[[RowRange], Block]) -> _MeasuredBlock:
+def _measure_first_block(source_input: SourceInput, make_block: Callable[[RowRange], PreparedBlock]) -> _MeasuredBlock:
     """Prepare the first range of an input's rows, and measure the block that it becomes. Nothing is written."""
     rows = source_input.origin.rows(source_input.needed_columns)
     first_range = next(row_ranges((source_input.id, row) for row in rows))
-    bytes_read = sum(_row_bytes(row) for row in first_range.rows if isinstance(row, SourceRow))
+    read_bytes = sum(_row_bytes(row) for row in first_range.rows if isinstance(row, SourceRow))
     block = make_block(first_range)
-    assert block.sequences is not None and block.documents is not None
+    assert block.sequences is not None and block.documents is not None, "`make_block` has filled the block"
     sequences = block.sequences
     # Joining the blocks adds three numbers for each sequence: its offset, its document and its source.
     num_columns = len(sequences.columns) + 3
     column_bytes = len(sequences.lengths) * num_columns * NUMBER_BYTES
     bytes_per_token = 5 if sequences.weights is None else 9  # the id, the mask, and perhaps the weight
     token_bytes = bytes_per_token * len(sequences.tokens)
-    return _MeasuredBlock(bytes_read, len(first_range.rows), block.documents.nbytes + token_bytes + column_bytes)
+    return _MeasuredBlock(
+        read_bytes=read_bytes,
+        num_read_rows=len(first_range.rows),
+        written_bytes=block.documents.nbytes + token_bytes + column_bytes,
+    )
 
 
 def _row_bytes(row: SourceRow) -> int:
     """Bytes of a row in its text file; of a row of a table, those it would have as JSON."""
-    if isinstance(row, Line):
+    if isinstance(row, UnparsedRow):
         return len(row.raw) + 1  # and its line break
     return len(json.dumps(row.fields, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass"))
 
 
-def _gib(size_bytes: float) -> str:
-    """A size as a number of GiB, for a message."""
+def _gib_text(size_bytes: float) -> str:
+    """A size as a number of GiB with three digits, for a message: 1610612736 -> "1.5"."""
     return f"{size_bytes / 2**30:,.3g}"

@@ -26,7 +26,7 @@ from trainer.data.document import EXCERPT_CHARACTERS, Document, RefusedDocument,
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
 from trainer.data.selection.signatures import Signer, content_json, group_digest
-from trainer.data.shards import LOST_REASONS, Block
+from trainer.data.shards import LOST_REASONS, PreparedBlock
 from trainer.data.sources import RowRange, evaluation_documents
 from trainer.data.store.documents import to_record_batch
 from trainer.data.store.sequences import REPLAY, Sample, Sequences
@@ -68,14 +68,14 @@ class BlockMaker:
         held_out = (config.eval_path, config.test_path, config.eval_share, config.test_share)
         self.signer = Signer(config.duplicates, near=config.leakage.near, held_out=any(held_out))
 
-    def __call__(self, row_range: RowRange) -> Block:
+    def __call__(self, row_range: RowRange) -> PreparedBlock:
         """Turn a range of rows into a block: documents, their tokens, and hashes by which copies are found later.
 
         Runs in a worker process. Rows that cannot be used are in `block.bad`, and `block.tally` counts what stages dropped or
         noted. Raises DataError and ConfigError.
         """
         rows_of_file = Counter(row.file for row in row_range.rows)
-        block = Block(
+        block = PreparedBlock(
             row_range.number,
             row_range.split,
             row_range.source,
@@ -93,7 +93,7 @@ class BlockMaker:
             block.signatures["group"] = np.array(group_digests, np.uint64)
         return block
 
-    def _read(self, row_range: RowRange, block: Block) -> list[Document]:
+    def _read(self, row_range: RowRange, block: PreparedBlock) -> list[Document]:
         """Turn rows into documents. Rows that cannot be read, or that the objective cannot use, go to `block.bad`.
 
         Sets `block.unread`, the columns that nothing read.
@@ -102,26 +102,31 @@ class BlockMaker:
         reader.unread.names.clear()
         documents: list[Document] = []
         for row in row_range.rows:
-            document = self._refuse_if_unusable(reader(row.parse()))
-            if isinstance(document, RejectedRow):
-                self._quarantine(block, document, "read")
+            document_or_rejected = reader(row.parse())
+            if isinstance(document_or_rejected, Document):
+                document_or_rejected = self._reject_if_unusable(document_or_rejected)
+            if isinstance(document_or_rejected, RejectedRow):
+                self._quarantine(block, document_or_rejected, "read")
             else:
-                documents.append(document)
+                documents.append(document_or_rejected)
         block.unread = list(reader.unread.names)
         return documents
 
-    def _refuse_if_unusable(self, document: Document | RejectedRow) -> Document | RejectedRow:
-        """The document, or why the objective cannot use it. What was rejected before stays as it is."""
-        if isinstance(document, RejectedRow):
+    def _reject_if_unusable(self, document: Document) -> Document | RejectedRow:
+        """The document itself; or, if the objective cannot use it, a rejected row that says why."""
+        reason_and_message = self.data_spec.reason_to_reject(document)
+        if reason_and_message is None:
             return document
-        refusal = self.data_spec.refusal_of(document)
-        if refusal is None:
-            return document
-        reason, message = refusal
-        text = document.text or content_json(document)
-        return RejectedRow(document.file, document.line, reason, message, text)
+        reason, message = reason_and_message
+        return RejectedRow(
+            file=document.file,
+            line=document.line,
+            reason=reason,
+            message=message,
+            excerpt=document.text or content_json(document),
+        )
 
-    def _run_stage(self, stage: Stage, documents: list[Document], block: Block) -> list[Document]:
+    def _run_stage(self, stage: Stage, documents: list[Document], block: PreparedBlock) -> list[Document]:
         """The documents that a stage keeps. Drops are counted in the block's tally; those of checks go to `block.bad` as well.
 
         Raises AssertionError if the stage counted another number of drops than it made.
@@ -133,13 +138,11 @@ class BlockMaker:
             if changed is not None:
                 remaining.append(changed)
             elif stage.name == "checks":
-                _, reason, _ = block.tally.drops[
-                    -1
-                ]  # (stage, reason, location) of the drop that the stage has just counted
+                # The stage has just counted its drop.
+                _stage, reason, _location = block.tally.drops[-1]
                 excerpt = content_json(document)[:EXCERPT_CHARACTERS]
-                block.bad.append(
-                    RejectedRow(document.file, document.line, reason, "quarantined by data.checks", excerpt)
-                )
+                message = "quarantined by data.checks"
+                block.bad.append(RejectedRow(document.file, document.line, reason, message, excerpt))
         num_dropped = len(documents) - len(remaining)
         if num_dropped != len(block.tally.drops) - num_drops_before:
             raise AssertionError(f"{block.source}: stage {stage.name} lost count of a document")
@@ -161,13 +164,13 @@ class BlockMaker:
         if self.decontaminator is not None and row_range.split == "train":
             yield self.decontaminator  # held-out rows may well be the evaluation texts themselves
 
-    def _quarantine(self, block: Block, row: RejectedRow, stage: str) -> None:
+    def _quarantine(self, block: PreparedBlock, row: RejectedRow, stage: str) -> None:
         """Put a row among the block's bad ones, and count it as dropped by `stage`."""
         block.tally.drop(stage, row.reason, f"{row.file}:{row.line}")
         row.excerpt = row.excerpt[:EXCERPT_CHARACTERS]
         block.bad.append(row)
 
-    def _tokenise(self, documents: list[Document], block: Block) -> list[Document]:
+    def _tokenise(self, documents: list[Document], block: PreparedBlock) -> list[Document]:
         """Tokenise documents into `block.sequences`; returns the documents that became at least one sequence.
 
         Also sets `block.pieces`, how many sequences each of these became (a long document may be split in several pieces), and
@@ -197,7 +200,9 @@ class BlockMaker:
         block.sequences.columns["ended"] = np.array(is_ended, np.int64)
         return tokenised
 
-    def _make_sequences(self, documents: list[Document], block: Block) -> Iterator[tuple[Document, list[Sample]]]:
+    def _make_sequences(
+        self, documents: list[Document], block: PreparedBlock
+    ) -> Iterator[tuple[Document, list[Sample]]]:
         """(document, its sequences) of each document that has any. Drops go to the block's tally, lost rows to its bad ones.
 
         All documents are tokenised together. If the objective refuses one of them, each is tokenised alone, to tell which.
@@ -232,7 +237,7 @@ class BlockMaker:
 Argument = TypeVar("Argument")
 Returned = TypeVar("Returned")
 
-_function: Callable[[Any], Any] | None = None
+_worker_function: Callable[[Any], Any] | None = None
 """What workers call. Set before they are forked, so that it need not be pickled."""
 
 
@@ -280,17 +285,17 @@ def ordered_map(
     arguments: Iterable[Argument],
     *,
     workers: int,
-    check: Callable[[], None] = lambda: None,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Returned]:
     """Results of `function` in the order of `arguments`, computed by `workers` processes.
 
     The processes are forked from this one, so that `function` may hold anything. Few more arguments are taken than there are
-    workers. `check` is called about once a second while a result is waited for, and may raise. An exception of the function is
-    raised here. Any exception, and closing this generator, kills the workers amid their work. Raises ShardtuneError if a worker
-    dies.
+    workers. `while_waiting` is called about once a second while a result is waited for, and may raise. An exception of the
+    function is raised here. Any exception, and closing this generator, kills the workers amid their work. Raises ShardtuneError
+    if a worker dies.
     """
-    global _function
-    _function = function
+    global _worker_function
+    _worker_function = function
     # Forked, not spawned: the tokenizer and the evaluation texts are inherited instead of being pickled for each
     # worker.
     pool = ProcessPoolExecutor(workers, mp_context=WorkerContext(), initializer=_start_worker, initargs=(os.getpid(),))
@@ -303,9 +308,9 @@ def ordered_map(
                 processes = [child for child in active_children() if isinstance(child, Worker)]
             # Two calls for each worker keep all of them busy; more would only fill the memory with rows.
             if len(pending_results) > 2 * workers:
-                yield _wait_for(pending_results.popleft(), pool, processes, check)
+                yield _wait_for_result(pending_results.popleft(), pool, processes, while_waiting)
         while pending_results:
-            yield _wait_for(pending_results.popleft(), pool, processes, check)
+            yield _wait_for_result(pending_results.popleft(), pool, processes, while_waiting)
     except BrokenProcessPool as error:
         raise ShardtuneError(
             "a worker process of the data preparation was killed; SIGKILL often means that the host ran out of memory: "
@@ -315,20 +320,20 @@ def ordered_map(
         _kill_workers(pool, processes)  # native code in a worker may take long to come to an end
         raise
     finally:
-        _function = None
+        _worker_function = None
         with _ignore_ctrl_c():
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _wait_for(
-    future: Future[Returned], pool: ProcessPoolExecutor, workers: list[Worker], check: Callable[[], None]
+def _wait_for_result(
+    future: Future[Returned], pool: ProcessPoolExecutor, workers: list[Worker], while_waiting: Callable[[], None]
 ) -> Returned:
     """The result of a call, once a worker has it. If any worker has died, all are killed, and the pool raises BrokenProcessPool.
 
-    `check` is called about once a second, and may raise.
+    `while_waiting` is called about once a second, and may raise.
     """
     while not wait([future], LIVENESS_CHECK_S).done:
-        check()
+        while_waiting()
         if not all(worker.is_alive() for worker in workers):
             _kill_workers(pool, workers)
     return future.result()
@@ -369,5 +374,5 @@ def _start_worker(parent_pid: int) -> None:
 
 def _call_function(argument: Any) -> Any:
     """In a worker: the result of the function that `ordered_map` was given."""
-    assert _function is not None, "set before the workers were forked"
-    return _function(argument)
+    assert _worker_function is not None, "set before the workers were forked"
+    return _worker_function(argument)

@@ -182,10 +182,10 @@ class PromptDataSpec(UnlabelledDataSpec):
         kept = self.kept or KeptColumns()
         return {"kept": asdict(kept)}
 
-    def refusal_of(self, document: Document) -> tuple[str, str] | None:
+    def reason_to_reject(self, document: Document) -> tuple[str, str] | None:
         if document.chosen and document.rejected:
             return WRONG_KIND_REASON, "has two answers to compare, and this objective needs prompts; use objective=dpo"
-        return super().refusal_of(document)
+        return super().reason_to_reject(document)
 
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally

@@ -160,7 +160,7 @@ class ObjectiveFamily:
 class UnlabelledDataSpec(DataSpec):
     """Documents without labels. A labelled text is refused, since the objective would ignore its label."""
 
-    def refusal_of(self, document: Document) -> tuple[str, str] | None:
+    def reason_to_reject(self, document: Document) -> tuple[str, str] | None:
         if document.label is None:
             return None
         problem = "has a label, which this objective does not use; set objective=classification, or "

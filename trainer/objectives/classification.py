@@ -20,7 +20,7 @@ from trainer.data.config import DataFormat, Layout
 from trainer.data.document import WRONG_KIND_REASON, Document
 from trainer.data.fields import RowError, parse_label
 from trainer.data.objective_spec import DataSpec
-from trainer.data.selection.splits import Columns
+from trainer.data.selection.splits import DocumentColumns
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
 from trainer.model.config import ModelKind
@@ -124,11 +124,11 @@ class LabelDataSpec(DataSpec):
         if not is_number or any(name.isdecimal() for name in names):
             return label
         label_id = int(label)
-        if label_id >= len(names):  # not an id either: `refusal_of` reports it
+        if label_id >= len(names):  # not an id either: `reason_to_reject` reports it
             return label
         return names[label_id]
 
-    def refusal_of(self, document: Document) -> tuple[str, str] | None:
+    def reason_to_reject(self, document: Document) -> tuple[str, str] | None:
         """Why a document cannot be used, as (kind of refusal, message); None if it can.
 
         - no label: `WRONG_KIND_REASON`.
@@ -154,7 +154,9 @@ class LabelDataSpec(DataSpec):
         """A document counts once, however many labels it has."""
         return {"loss": 1}
 
-    def number_labels(self, columns: Columns, table: DocumentTable) -> tuple[list[str] | None, np.ndarray | None]:
+    def number_labels(
+        self, columns: DocumentColumns, table: DocumentTable
+    ) -> tuple[list[str] | None, np.ndarray | None]:
         return number_labels(columns, table, self.names, multi_label=self.multi_label)
 
     def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
@@ -202,7 +204,7 @@ def split_labels(label: str) -> list[str]:
 
 
 def number_labels(
-    columns: Columns, table: DocumentTable, names: list[str] | None, *, multi_label: bool
+    columns: DocumentColumns, table: DocumentTable, names: list[str] | None, *, multi_label: bool
 ) -> tuple[list[str] | None, np.ndarray | None]:
     """(label names in the order of their ids, the id of each text in `columns.labels`; None without labels).
 
@@ -234,7 +236,7 @@ def number_labels(
 
 
 def _training_label_names(
-    columns: Columns, table: DocumentTable, label_sets: list[list[str]], *, multi_label: bool
+    columns: DocumentColumns, table: DocumentTable, label_sets: list[list[str]], *, multi_label: bool
 ) -> list[str]:
     """The sorted labels of the training split. Raises DataError if another split has other labels, or if they are too few.
 

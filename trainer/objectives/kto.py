@@ -23,7 +23,7 @@ from trainer.data.batches.cutting import AXES, Axis
 from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.document import WRONG_KIND_REASON, Document, Message, Tally
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
-from trainer.data.tokens.encode import DOCUMENTS_PER_BATCH, Encoder, share_prompt
+from trainer.data.tokens.encode import DOCUMENTS_PER_BATCH, Encoder, align_learned_answers
 from trainer.data.tokens.truncation import fit_answers
 from trainer.objectives.base import (
     Objective,
@@ -85,7 +85,7 @@ class RatedDataSpec(UnlabelledDataSpec):
     over_length = ANSWER_POLICIES
     marks = {DESIRABLE: 1, REFERENCE: 0.0}  # noqa: RUF012 - never changed
 
-    def refusal_of(self, document: Document) -> tuple[str, str] | None:
+    def reason_to_reject(self, document: Document) -> tuple[str, str] | None:
         if document.desirable is not None or (document.chosen and document.rejected):
             return weight_refusal(document)
         return WRONG_KIND_REASON, (
@@ -111,7 +111,7 @@ class RatedDataSpec(UnlabelledDataSpec):
             for document, rated in zip(batch, conversations, strict=True):
                 samples = [next(encoded) for _ in rated]
                 if len(samples) == 2:
-                    share_prompt(document, *samples)
+                    align_learned_answers(document, *samples)
                 fitted = fit_answers(encoder, document, samples, config, tally)
                 verdicts: tuple[bool | None, ...] = (document.desirable,)
                 if len(fitted) == 2:  # the chosen answer, then the rejected one

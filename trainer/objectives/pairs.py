@@ -34,7 +34,7 @@ class PairDataSpec(UnlabelledDataSpec):
         if uses_reference:
             self.marks[REFERENCE] = 0.0
 
-    def refusal_of(self, document: Document) -> tuple[str, str] | None:
+    def reason_to_reject(self, document: Document) -> tuple[str, str] | None:
         if document.chosen and document.rejected:
             return weight_refusal(document)
         return WRONG_KIND_REASON, (

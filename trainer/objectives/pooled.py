@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from strategies.sequence import sum_over_group
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import AXES, Axis, Cut, num_rows_before
+from trainer.data.batches.cutting import AXES, Axis, RowCut, num_rows_before
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.objectives.causal import MODEL_INPUTS, token_states, unwrap_adapter
@@ -48,7 +48,7 @@ class PooledCollator(Collator):
         batch[POOLED] = torch.tensor(positions, dtype=torch.int64)
         batch[SUPERVISED] = torch.tensor([bool(sample.supervised[1:].any()) for sample in samples])
 
-    def cut(self, batch: dict[str, Any], cut: Cut) -> dict[str, Any]:
+    def cut(self, batch: dict[str, Any], cut: RowCut) -> dict[str, Any]:
         """This rank's slice, and which sequences are its own; see the class."""
         slices = super().cut(batch, cut)
         start, stop = slices["row_span"]

@@ -23,9 +23,9 @@ class TextDataSpec(sft.SftDataSpec):
 
     formats = (DataFormat.text,)
 
-    def refusal_of(self, document: Document) -> tuple[str, str] | None:
+    def reason_to_reject(self, document: Document) -> tuple[str, str] | None:
         if document.text is not None:
-            return super().refusal_of(document)
+            return super().reason_to_reject(document)
         problem = (
             "is no plain text, which objective=pretrain learns; give rows of text or text files, or use objective=sft"
         )

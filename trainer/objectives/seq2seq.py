@@ -153,8 +153,8 @@ class SourceTargetEncoder(Encoder):
         if self.eos_id is None:
             raise ConfigError("the tokenizer has no eos_token, so no answer would ever end; set one in its config")
         self.end_ids = {self.eos_id}
-        if self.eos_id not in self.closing:
-            self.closing = [*self.closing, self.eos_id]
+        if self.eos_id not in self.trailing_special_ids:
+            self.trailing_special_ids = [*self.trailing_special_ids, self.eos_id]
 
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
         """Samples in the order of the documents, untruncated. Raises RefusedDocument."""
@@ -179,7 +179,7 @@ class SourceTargetEncoder(Encoder):
     def _encode_texts(self, texts: list[RenderedText]) -> Iterator[np.ndarray]:
         """The token ids of each text (int32), between the tokenizer's opening and closing tokens."""
         for encoding in self.tokenize(texts)[0]:
-            yield np.array([*self.opening, *encoding.ids, *self.closing], dtype=np.int32)
+            yield np.array([*self.leading_special_ids, *encoding.ids, *self.trailing_special_ids], dtype=np.int32)
 
     def fit(self, document: Document, sample: Sample, max_source: int, policy: OverLength) -> list[Sample]:
         """The sample with both sides within their bounds, as a list of one, or an empty list if `policy` drops it.
@@ -205,7 +205,7 @@ class SourceTargetEncoder(Encoder):
         # Keep the start of the prompt, then its closing tokens (such as EOS), then the start of the answer.
         closing_length = 0
         if prompt_length > max_source:
-            closing_length = min(len(self.closing), max_source - 1)
+            closing_length = min(len(self.trailing_special_ids), max_source - 1)
         prompt_start = slice(min(prompt_length, max_source) - closing_length)
         prompt_closing = slice(prompt_length - closing_length, prompt_length)
         answer_start = slice(prompt_length, prompt_length + max_answer)

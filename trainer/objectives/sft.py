@@ -14,7 +14,7 @@ from strategies.errors import DataError
 from strategies.sequence import all_to_all_vectors
 from strategies.settings import DESCRIBES, number, setting
 from trainer.data.batches.collate import Collator
-from trainer.data.batches.cutting import AXES, Axis, Cut, all_to_all_row_counts, num_rows_before
+from trainer.data.batches.cutting import AXES, Axis, RowCut, all_to_all_row_counts, num_rows_before
 from trainer.data.config import Layout
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
 from trainer.losses.divergence import Divergence, Measure, TeacherComparison
@@ -159,7 +159,7 @@ class ReplayCollator(Collator):
             replayed = [Sample(shortest.input_ids, np.zeros_like(shortest.supervised))]
         batch["replay"] = self(replayed)
 
-    def cut(self, batch: dict[str, Any], cut: Cut) -> dict[str, Any]:
+    def cut(self, batch: dict[str, Any], cut: RowCut) -> dict[str, Any]:
         """This rank's slice, and how rows of the replayed documents get from one cut to the other; see the class."""
         slices = super().cut(batch, cut)
         if "replay" in batch:

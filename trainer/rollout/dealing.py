@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from trainer.data.batches.cutting import Cut
+from trainer.data.batches.cutting import RowCut
 from trainer.data.batches.order import assign_to_slots
 from trainer.data.batches.prefetch import pin_batch
 from trainer.objectives.answers import AnswerCollator, AnswerSample
@@ -41,7 +41,7 @@ class AnswerBatcher:
     dp_rank: int
     dp_size: int
     """Data-parallel ranks; those that split rows of tokens (`parallel.sequence`) count as one."""
-    cut: Cut | None
+    cut: RowCut | None
     """Which slice of each row this rank has, if ranks split rows."""
     collator: AnswerCollator
     device: torch.device

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from trainer.data.batches.cutting import AXES, IGNORED_TARGET, Axis, Cut, cut_batch
+from trainer.data.batches.cutting import AXES, IGNORED_TARGET, Axis, RowCut, cut_batch
 from trainer.data.batches.order import assign_to_slots
 from trainer.data.config import Layout
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
@@ -46,7 +46,7 @@ class Collator:
         self.layout = layout
         self.pad_token_id = pad_token_id
 
-    def __call__(self, samples: Sequence[Sample], cut: Cut | None = None) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Sample], cut: RowCut | None = None) -> dict[str, Any]:
         """Samples as one micro-batch on the CPU; with a `cut`, this rank's slice of it along the sequence.
 
         Beside token ids, positions and targets it has:
@@ -74,7 +74,7 @@ class Collator:
         self.add_loss_inputs(batch, samples)
         return batch if cut is None else self.cut(batch, cut)
 
-    def cut(self, batch: dict[str, Any], cut: Cut) -> dict[str, Any]:
+    def cut(self, batch: dict[str, Any], cut: RowCut) -> dict[str, Any]:
         """This rank's slice of a micro-batch; see `cut_batch`. An objective may override it."""
         return cut_batch(batch, cut, self.axes, keep_row_ids=self.keeps_row_ids)
 

@@ -63,7 +63,7 @@ AXES: dict[str, Axis] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class RowCut:
     """Which of the slices of a row a rank takes."""
 
     sequence_rank: int
@@ -79,13 +79,13 @@ class Cut:
         return borders[self.sequence_rank], borders[self.sequence_rank + 1]
 
 
-def sequence_cut(runtime: Runtime) -> Cut | None:
+def sequence_cut(runtime: Runtime) -> RowCut | None:
     """Which slice of its rows this rank takes under sequence parallelism; None without, when each rank has rows of its own."""
-    return None if runtime.sequence_size == 1 else Cut(runtime.sequence_rank, runtime.sequence_size)
+    return None if runtime.sequence_size == 1 else RowCut(runtime.sequence_rank, runtime.sequence_size)
 
 
 def cut_batch(
-    batch: Mapping[str, Any], cut: Cut, axes: Mapping[str, Axis], *, keep_row_ids: bool = False
+    batch: Mapping[str, Any], cut: RowCut, axes: Mapping[str, Axis], *, keep_row_ids: bool = False
 ) -> dict[str, Any]:
     """This rank's slice of a micro-batch that is one row without padding, for sequence parallelism.
 

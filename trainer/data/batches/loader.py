@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from trainer.data.batches.collate import Collator, to_device
-from trainer.data.batches.cutting import Cut
+from trainer.data.batches.cutting import RowCut
 from trainer.data.batches.order import Order
 from trainer.data.batches.prefetch import pin_batch, prefetch
 from trainer.data.store.sequences import Sample, TokenDataset, concatenated_ranges, exact_sum
@@ -72,7 +72,7 @@ class BatchShare:
     dp_rank: int
     """Index of this rank among those that read documents of their own; the same for ranks that share their rows."""
     dp_size: int
-    cut: Cut | None = None
+    cut: RowCut | None = None
     """Which slice of its rows this rank takes; None if it takes them whole."""
 
     @property
@@ -319,7 +319,7 @@ class EvalShare:
     sequences_per_document: int = 1
     by_source: bool = False
     """Whether a micro-batch holds documents of one source only."""
-    cut: Cut | None = None
+    cut: RowCut | None = None
     """Which slice of its rows this rank takes; None if it takes them whole."""
 
     def group_of_documents(self, dataset: TokenDataset) -> np.ndarray:

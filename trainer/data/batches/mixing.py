@@ -61,7 +61,7 @@ MAX_EPOCH_UNITS = 1 << 28
 
 
 @dataclass(slots=True)
-class Mix:
+class SourceMix:
     """Sizes of the sources of a data set, and the weights with which they are mixed; all lists are by the source's number."""
 
     names: list[str]
@@ -80,7 +80,7 @@ class Mix:
         sources: np.ndarray,
         tokens: np.ndarray,
         documents: np.ndarray | None = None,
-    ) -> Mix:
+    ) -> SourceMix:
         """A mix whose sizes by source are added up over the units (documents or packs) that are drawn; weights are of `config`.
 
         `sources`: int [units], the source of each unit as an index into `source_names`. `tokens`: int [units]. `documents`: int
@@ -271,5 +271,5 @@ def build_order(
         unit_tokens = np.array([train.lengths[unit].sum() for unit in units])
         # A pair of answers is one document with two sequences.
         unit_documents = np.array([len(unit) // sequences_per_document for unit in units])
-    mix = Mix.of(config, train.source_names, sources, unit_tokens, unit_documents)
+    mix = SourceMix.of(config, train.source_names, sources, unit_tokens, unit_documents)
     return units, MixedOrder(sources, mix.quotas(config.mixing), seed=seed, shuffle=config.shuffle)

@@ -22,12 +22,12 @@ from trainer.data.document import RejectedRow, SourceRow
 from trainer.data.fields import Fault, RowError
 from trainer.data.read.opening import (
     MAX_ROW_BYTES,
-    File,
+    InputPath,
+    check_no_lfs_pointer,
     decode_utf8,
     identify_content,
     open_binary,
-    refuse_lfs_pointer,
-    too_long_row,
+    reject_too_long_row,
     unreadable_file,
 )
 from trainer.data.read.remote import RemoteFile
@@ -37,21 +37,21 @@ if TYPE_CHECKING:
 
 ROWS_PER_BATCH = 512
 """Rows turned into Python values at a time."""
-FIRST_BYTES = {"Parquet": (b"PAR1",), "Arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
+FIRST_BYTES_BY_FORMAT = {"Parquet": (b"PAR1",), "Arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
 """How a file of each format may begin."""
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """The last bytes of a whole Arrow stream."""
 
 
-def read_table(path: File, needed_columns: Collection[str] | None = None) -> Iterator[SourceRow | RejectedRow]:
+def read_table(path: InputPath, needed_columns: Collection[str] | None = None) -> Iterator[SourceRow | RejectedRow]:
     """Rows of a Parquet file, or of an Arrow IPC file or stream, with the columns `needed_columns` (None: all).
 
     Raises DataError if the file is damaged, or not what its name says.
     """
-    _require_first_bytes(path)
+    _check_content_matches_name(path)
     with _open_table(path) as (schema, read_batches):
         read_columns, unread_columns = split_columns(_column_names(schema, str(path)), needed_columns)
-        batches = _validate(batch.select(read_columns) for batch in read_batches(read_columns))
+        batches = _check_buffers(batch.select(read_columns) for batch in read_batches(read_columns))
         yield from table_rows(_small_batches(batches), str(path), unread_columns=unread_columns)
 
 
@@ -68,13 +68,13 @@ def count_rows(path: Path) -> int:
         return sum(batch.num_rows for batch in read_batches([]))
 
 
-def _format_by_name(path: File) -> str:
+def _format_by_name(path: InputPath) -> str:
     """The format that a table has by its name: "Parquet" or "Arrow"."""
     return "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
 
 
 @contextmanager
-def _open_table(path: File) -> Iterator[tuple[pa.Schema, Callable[[list[str]], Iterator[pa.RecordBatch]]]]:
+def _open_table(path: InputPath) -> Iterator[tuple[pa.Schema, Callable[[list[str]], Iterator[pa.RecordBatch]]]]:
     """Yields (schema of a file, a function that reads its batches, given the names of the columns that are wanted).
 
     Of Parquet, only these columns are read. Batches of Arrow have all columns: they are mapped, and those that nobody looks at
@@ -93,10 +93,10 @@ def _open_table(path: File) -> Iterator[tuple[pa.Schema, Callable[[list[str]], I
                 schema, batches = _arrow_batches(path, source)
                 yield schema, lambda names: batches
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _damaged_file(path, error) from error
+        raise _damaged_file_error(path, error) from error
 
 
-def _arrow_batches(path: File, source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+def _arrow_batches(path: InputPath, source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """(schema, batches) of an Arrow IPC file or stream.
 
     While the batches of a stream are read, raises DataError if the stream is cut off, or if bytes follow its end: pyarrow notices
@@ -132,8 +132,8 @@ def split_columns(names: list[str], needed_columns: Collection[str] | None) -> t
     return columns_to_read, tuple(name for name in names if name not in columns_to_read)
 
 
-def _require_first_bytes(path: File) -> None:
-    """Raise DataError if a file does not begin as one of the format that its name says."""
+def _check_content_matches_name(path: InputPath) -> None:
+    """Raise DataError if the first bytes of a file are not those of the format that its name says: Parquet or Arrow."""
     try:
         with open_binary(path) as file:
             head = file.read(4096)
@@ -141,9 +141,9 @@ def _require_first_bytes(path: File) -> None:
         raise unreadable_file(path, error) from error
     if not head:
         raise DataError(f"{path}:1: the file is empty (0 bytes)")
-    refuse_lfs_pointer(path, head)
+    check_no_lfs_pointer(path, head)
     file_format = _format_by_name(path)
-    if head.startswith(FIRST_BYTES[file_format]):
+    if head.startswith(FIRST_BYTES_BY_FORMAT[file_format]):
         return
     content = identify_content(head)
     if content is None:
@@ -151,7 +151,7 @@ def _require_first_bytes(path: File) -> None:
     raise DataError(f"{path}: the name says that it is {file_format}, but it holds {content}; rename it")
 
 
-def _damaged_file(path: File, error: BaseException) -> DataError:
+def _damaged_file_error(path: InputPath, error: BaseException) -> DataError:
     """The error of a table that the library cannot read."""
     if isinstance(path, RemoteFile) and isinstance(error, OSError):
         return DataError(f"{path}: cannot be read: {error}; download the file and give its path")
@@ -163,31 +163,32 @@ def _damaged_file(path: File, error: BaseException) -> DataError:
 
 
 def table_rows(
-    batches: Iterable[pa.RecordBatch], name: str, *, unread_columns: tuple[str, ...] = ()
+    batches: Iterable[pa.RecordBatch], file_name: str, *, unread_columns: tuple[str, ...] = ()
 ) -> Iterator[SourceRow | RejectedRow]:
-    """Rows of Arrow batches that share a schema, numbered from 1 under the file name `name`.
+    """Rows of Arrow batches that share a schema, numbered from 1 as lines of `file_name`.
 
-    `unread_columns`: further columns of the file, which the batches do not hold.
+    `unread_columns`: further columns of the file, which the batches do not hold. A row of more than `MAX_ROW_BYTES` characters
+    as JSON becomes a rejected row.
     """
-    number = 0
+    row_number = 0
     for batch in batches:
         may_be_too_long = batch.nbytes > MAX_ROW_BYTES  # only then are rows measured one by one
-        column_names = _column_names(batch.schema, name)
+        column_names = _column_names(batch.schema, file_name)
         columns = [_column_values(column) for column in batch.columns]
         rows = zip(*columns, strict=True) if columns else [()] * batch.num_rows
         for row_values in rows:
-            number += 1
+            row_number += 1
             fields = dict(zip(column_names, row_values, strict=True))
             num_characters = 0
             if may_be_too_long:
                 num_characters = len(json.dumps(fields, ensure_ascii=False, default=str))
             if num_characters > MAX_ROW_BYTES:
-                yield too_long_row(name, number, repr(fields), num_characters)
+                yield reject_too_long_row(file_name, row_number, repr(fields), num_characters)
             else:
-                yield SourceRow(name, number, fields, unread_columns=unread_columns)
+                yield SourceRow(file_name, row_number, fields, unread_columns=unread_columns)
 
 
-def _validate(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _check_buffers(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Yield Arrow batches unchanged after a check that their buffers are sound, since reading broken ones would crash.
 
     A text column whose only fault is that it is not UTF-8 passes: `_column_values` finds the rows. Raises ArrowInvalid for any
@@ -241,7 +242,7 @@ def _column_values(column: pa.Array) -> list[Any]:
 def _scalar_value(scalar: pa.Scalar) -> Any:
     """An Arrow scalar as JSON has it; a `Fault` for a text that is not UTF-8, a map with a key twice, or what JSON lacks."""
     try:
-        return _to_json(scalar.as_py(maps_as_pydicts="strict"))
+        return _as_json_value(scalar.as_py(maps_as_pydicts="strict"))
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         return Fault("not_utf8", f"byte 0x{byte:02x} in a text column is not UTF-8; write the column anew")
@@ -251,7 +252,7 @@ def _scalar_value(scalar: pa.Scalar) -> Any:
         return Fault(refusal.reason, refusal.message)
 
 
-def _to_json(node: Any) -> Any:
+def _as_json_value(node: Any) -> Any:
     """A Python value that Arrow made, or one inside of it, as JSON has it: NaN -> None, b"text" -> "text".
 
     Raises RowError for what JSON has nothing for: infinity, and bytes that are no text.
@@ -268,9 +269,9 @@ def _to_json(node: Any) -> Any:
             hint = f" but {content}" if content else ""
             raise RowError("binary", f"{len(node)} bytes that are not UTF-8 text{hint}; store text") from None
     if isinstance(node, list):
-        return [_to_json(element) for element in node]
+        return [_as_json_value(element) for element in node]
     if isinstance(node, dict):
-        return {str(name): _to_json(element) for name, element in node.items()}
+        return {str(name): _as_json_value(element) for name, element in node.items()}
     return node
 
 

@@ -20,7 +20,14 @@ import orjson
 from strategies.errors import DataError
 from trainer.data.document import RejectedRow, SourceRow, excerpt
 from trainer.data.fields import Fault, RowError, show_value
-from trainer.data.read.opening import BUFFER_BYTES, MAX_ROW_BYTES, File, decode_utf8, open_text, too_long_row
+from trainer.data.read.opening import (
+    BUFFER_BYTES,
+    MAX_ROW_BYTES,
+    InputPath,
+    decode_utf8,
+    open_text,
+    reject_too_long_row,
+)
 
 MAX_DEPTH = 100
 """Deepest nesting of lists and objects in a row. Fixed, so that it does not hang on the depth of the caller's stack."""
@@ -42,7 +49,7 @@ _AFTER_TEXT = b",:]}"
 
 
 @dataclass(slots=True)
-class Line(SourceRow):
+class UnparsedRow(SourceRow):
     """A JSON row that stays raw until it is parsed, so that worker processes do the parsing."""
 
     raw: bytes = b""
@@ -57,29 +64,33 @@ class Line(SourceRow):
         return self
 
 
-def read_json_lines(path: File) -> Iterator[SourceRow | RejectedRow]:
-    """One unparsed row for each line that is not blank. A line longer than `MAX_ROW_BYTES` is a bad row. Raises DataError."""
-    name = str(path)
+def read_json_lines(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
+    """One unparsed row for each line that is not blank. A line longer than `MAX_ROW_BYTES` is a rejected row.
+
+    Raises DataError if the file cannot be read as text.
+    """
+    file = str(path)
     line_number = 0
     with open_text(path) as stream:
         while raw := stream.readline(MAX_ROW_BYTES + 1):
             line_number += 1
             if len(raw) > MAX_ROW_BYTES:
-                yield too_long_row(name, line_number, raw[:1000], _skip_rest_of_line(stream, raw))
+                line_bytes = _skip_rest_of_line(stream, raw)
+                yield reject_too_long_row(file, line_number, raw[:1000], line_bytes)
             elif not raw.isspace():
-                yield Line(name, line_number, raw=raw)
+                yield UnparsedRow(file, line_number, raw=raw)
 
 
 def _skip_rest_of_line(stream: BinaryIO, beginning: bytes) -> int:
     """Read on to the end of a line, of which `beginning` was read already; returns the length of the whole line in bytes."""
-    length = len(beginning)
+    line_bytes = len(beginning)
     raw = beginning
     while not raw.endswith(b"\n") and (raw := stream.readline(BUFFER_BYTES)):
-        length += len(raw)
-    return length
+        line_bytes += len(raw)
+    return line_bytes
 
 
-def read_json(path: File) -> Iterator[SourceRow | RejectedRow]:
+def read_json(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
     """Rows of a `.json` file: the elements of a list, or one object a line. Raises DataError with the line."""
     line_number, first_line = _first_filled_line(path)
     if first_line.startswith(b"["):
@@ -94,7 +105,7 @@ def read_json(path: File) -> Iterator[SourceRow | RejectedRow]:
     raise DataError(f"{path}:{line_number}: a .json file must hold a list of objects, or one object a line{hint}")
 
 
-def _first_filled_line(path: File) -> tuple[int, bytes]:
+def _first_filled_line(path: InputPath) -> tuple[int, bytes]:
     """(number of the first line that is not blank, its bytes without outer blanks); empty bytes if all lines are blank."""
     line_number = 0
     with open_text(path) as stream:
@@ -105,24 +116,24 @@ def _first_filled_line(path: File) -> tuple[int, bytes]:
     return line_number, b""
 
 
-def _read_list(path: File) -> Iterator[SourceRow | RejectedRow]:
-    """One unparsed row for each element of the list in a file. An element that is not JSON is a bad row, as is one too long.
+def _read_list(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
+    """One unparsed row for each element of the list in a file. An element longer than `MAX_ROW_BYTES` is a rejected row.
 
     Raises DataError if one element cannot be separated from the next.
     """
-    name = str(path)
+    file = str(path)
     with open_text(path) as stream:
         for line_number, raw in _ListSplitter(path, stream).elements():
             if len(raw) <= MAX_ROW_BYTES:
-                yield Line(name, line_number, raw=raw)
+                yield UnparsedRow(file, line_number, raw=raw)
             else:
-                yield too_long_row(name, line_number, raw[:1000], len(raw))
+                yield reject_too_long_row(file, line_number, raw[:1000], len(raw))
 
 
 class _ListSplitter:
     """Splits a JSON list into the bytes of its elements, without parsing them: goes from token to token and counts brackets."""
 
-    def __init__(self, path: File, stream: BinaryIO) -> None:
+    def __init__(self, path: InputPath, stream: BinaryIO) -> None:
         self.path = path
         self.stream = stream
         self.buffer = b""
@@ -139,23 +150,23 @@ class _ListSplitter:
 
         Raises DataError for a list that is cut off, for commas and brackets in wrong places, and for text behind the list.
         """
-        self._open_list()
+        self._skip_opening_bracket()
         num_elements = 0
         sign_behind = b","
         while sign_behind != b"]":
             element, sign_behind = self._next_element()
-            content = element.strip()
-            if content:
+            stripped_element = element.strip()
+            if stripped_element:
                 num_elements += 1
-                blanks_before = element[: element.index(content)]
-                yield self.line + blanks_before.count(b"\n"), content
+                blanks_before = element[: element.index(stripped_element)]
+                yield self.line + blanks_before.count(b"\n"), stripped_element
             elif sign_behind == b"," or num_elements:  # nothing at all is allowed in []
                 following = "another" if sign_behind == b"," else "the closing bracket"
-                raise _broken_list(self.path, self.line, element, f"a comma before {following} is not allowed")
+                raise _broken_list_error(self.path, self.line, element, f"a comma before {following} is not allowed")
             self._begin_element()
-        _require_end(self.path, self.stream, self.buffer[self.begin :], self.line)
+        _require_end_of_file(self.path, self.stream, self.buffer[self.begin :], self.line)
 
-    def _open_list(self) -> None:
+    def _skip_opening_bracket(self) -> None:
         """Pass over the bracket that opens the list. It is there, since `read_json` saw it."""
         while (bracket := self.buffer.find(b"[")) < 0:
             self._read_on(keep_from=len(self.buffer))
@@ -182,7 +193,7 @@ class _ListSplitter:
                     "after the text that starts here ',', ':' or a bracket is expected; a quote is never closed, or one "
                     "too many"
                 )
-                raise _broken_list(self.path, self.line, self.buffer[self.begin : token.start()], message)
+                raise _broken_list_error(self.path, self.line, self.buffer[self.begin : token.start()], message)
             sign = token[0]
             self.position = token.end()
             if depth > 0:
@@ -193,7 +204,7 @@ class _ListSplitter:
                 return element, sign
             # A text or an opening bracket can only begin an element.
             if element.strip() or sign == b"}":
-                raise _broken_list(self.path, self.line, element, "',' and an object, or ']' expected")
+                raise _broken_list_error(self.path, self.line, element, "',' and an object, or ']' expected")
             depth += _DEPTH_CHANGE.get(sign, 0)
 
     def _read_on(self, keep_from: int) -> None:
@@ -207,18 +218,18 @@ class _ListSplitter:
         if len(element) > 2 * MAX_ROW_BYTES:
             limit_mib = MAX_ROW_BYTES >> 20
             message = f"the element that starts here is longer than {limit_mib} MiB or never ends"
-            raise _broken_list(self.path, self.line, blanks, message)
+            raise _broken_list_error(self.path, self.line, blanks, message)
         # Reads double each time, because a long element is looked at again from its beginning.
         following = self.stream.read(max(BUFFER_BYTES, len(element)))
         if not following:
             message = "what starts here is cut off, or a quote or a bracket of it is never closed"
-            raise _broken_list(self.path, self.line, blanks, message)
+            raise _broken_list_error(self.path, self.line, blanks, message)
         self.position = keep_from - self.begin
         self.buffer = element + following
         self.begin = 0
 
 
-def _require_end(path: File, stream: BinaryIO, following: bytes, line: int) -> None:
+def _require_end_of_file(path: InputPath, stream: BinaryIO, following: bytes, line: int) -> None:
     """Raise DataError if anything but blanks follows the list. `following`: what was read already, which begins on `line`."""
     while not following.strip():
         line += following.count(b"\n")
@@ -226,10 +237,10 @@ def _require_end(path: File, stream: BinaryIO, following: bytes, line: int) -> N
         if not following:
             return
     blanks = following[: len(following) - len(following.lstrip())]
-    raise _broken_list(path, line, blanks, "text after the end of the list")
+    raise _broken_list_error(path, line, blanks, "text after the end of the list")
 
 
-def _broken_list(path: File, line: int, bytes_before: bytes, message: str) -> DataError:
+def _broken_list_error(path: InputPath, line: int, bytes_before: bytes, message: str) -> DataError:
     """The error of a list with a mistake behind `bytes_before`, which begin on `line`."""
     error_line = line + bytes_before.count(b"\n")
     return DataError(f"{path}:{error_line}: not valid JSON: {message}; rows from here on cannot be separated")
@@ -252,15 +263,16 @@ def decode_line(raw: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         row = None
     # The fast way, for nearly all rows.
-    if type(row) is dict and _lost_nothing(row, raw):
+    if type(row) is dict and _was_read_exactly(row, raw):
         return row
     row = _decode_strictly(decode_utf8(raw))
     name_fault = _first_fault([*row])
     if name_fault is not None:
         raise RowError(name_fault.reason, name_fault.message)
     fields = {name: _first_fault(column) or column for name, column in row.items()}
-    for name in getattr(row, "doubled_keys", ()):
-        fields[name] = _duplicate_key(name)
+    if isinstance(row, _ObjectWithDoubledKeys):
+        for name in row.doubled_keys:
+            fields[name] = _duplicate_key_fault(name)
     return fields
 
 
@@ -275,7 +287,9 @@ def _decode_strictly(text: str) -> dict[str, Any]:
         position = f"column {error.colno}"
         if error.lineno > 1:
             position = f"line {error.lineno} of the row, {position}"
-        raise RowError("not_json", f"not valid JSON: {error.msg} ({position}){_mistake_hint(text, error)}") from None
+        raise RowError(
+            "not_json", f"not valid JSON: {error.msg} ({position}){_json_mistake_hint(text, error)}"
+        ) from None
     except RecursionError:
         raise RowError(_TOO_DEEP.reason, _TOO_DEEP.message) from None
     if not isinstance(row, dict):
@@ -283,7 +297,7 @@ def _decode_strictly(text: str) -> dict[str, Any]:
     return row
 
 
-def _lost_nothing(fields: dict[str, Any], raw: bytes) -> bool:
+def _was_read_exactly(fields: dict[str, Any], raw: bytes) -> bool:
     """Whether `orjson` read `raw` exactly as `fields`: no key that was there twice, no rounded number; and no deep nesting.
 
     Every key has a colon behind it, and texts may contain more. If the bytes have as many colons as the keys and texts of
@@ -325,7 +339,7 @@ def _first_fault(column: Any) -> Fault | None:
             if isinstance(node, Fault):
                 return node
             if isinstance(node, _ObjectWithDoubledKeys):
-                return _duplicate_key(node.doubled_keys[0])
+                return _duplicate_key_fault(node.doubled_keys[0])
             if isinstance(node, str) and _has_lone_surrogate(node):
                 return _LONE_SURROGATE
             if isinstance(node, dict):
@@ -347,7 +361,7 @@ def _has_lone_surrogate(text: str) -> bool:
     return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _mistake_hint(row: str, error: json.JSONDecodeError) -> str:
+def _json_mistake_hint(row: str, error: json.JSONDecodeError) -> str:
     """A hint at the mistake that whoever wrote the row probably made; empty if the position of the error does not tell.
 
     `error`: what the json module found wrong with the row, and where.
@@ -379,7 +393,7 @@ def _mistake_hint(row: str, error: json.JSONDecodeError) -> str:
     return ""
 
 
-def _duplicate_key(name: str) -> Fault:
+def _duplicate_key_fault(name: str) -> Fault:
     """The fault of an object that has a key twice."""
     return Fault("duplicate_key", f"an object has the key {name[:60]!r} twice; only one can be meant")
 

@@ -26,15 +26,15 @@ from trainer.data.document import RejectedRow, excerpt
 from trainer.data.fields import RowError
 from trainer.data.read.remote import HEAD_BYTES, RemoteFile
 
-File = Path | RemoteFile
+InputPath = Path | RemoteFile
 """A file that rows are read from."""
 BUFFER_BYTES = 2**20
 """Bytes read at a time."""
 MAX_ROW_BYTES = 64 * 2**20
 """Longest row in bytes; a longer one is a mistake of whoever wrote the file, and would not fit a context anyway."""
 BOM = b"\xef\xbb\xbf"
-_DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
-_UNREADABLE = (OSError, EOFError, *_DAMAGED)
+_DAMAGE_ERRORS = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+_READ_ERRORS = (OSError, EOFError, *_DAMAGE_ERRORS)
 _FILE_TYPES = (  # how contents begin, what they are, and the suffix of those that can be read
     (rb"\x1f\x8b", "gzip-compressed data", ".gz"),
     (rb"\x28\xb5\x2f\xfd", "Zstandard-compressed data", ".zst"),
@@ -55,17 +55,17 @@ _FILE_TYPES = (  # how contents begin, what they are, and the suffix of those th
     (rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff", "UTF-32 text", ""),
     (rb"\xff\xfe|\xfe\xff", "UTF-16 text", ""),
 )
-_SIGNATURES = tuple((re.compile(pattern, re.DOTALL), name) for pattern, name, _ in _FILE_TYPES)
-SUFFIXES = {name: suffix for _, name, suffix in _FILE_TYPES}
-"""The suffix of what a file was found to hold; empty where that cannot be read."""
-COMPRESSION = {suffix: name for _, name, suffix in _FILE_TYPES[:5]}
-"""Suffixes of compressed files, and what their first bytes say."""
+_REGEX_AND_CONTENT = tuple((re.compile(pattern, re.DOTALL), content) for pattern, content, _ in _FILE_TYPES)
+_SUFFIX_BY_CONTENT = {content: suffix for _, content, suffix in _FILE_TYPES}
+"""The suffix of a file with this content; empty for contents that cannot be read."""
+COMPRESSION_BY_SUFFIX = {suffix: content for _, content, suffix in _FILE_TYPES[:5]}
+"""Of the suffix of compressed files, such as `.gz`, what their first bytes say: "gzip-compressed data"."""
 
 
-def compression_of(path: File) -> str:
+def compression_of(path: InputPath) -> str:
     """The suffix of a file's compression, such as `.gz`; empty if its name has none."""
     suffix = path.suffix.lower()
-    return suffix if suffix in COMPRESSION else ""
+    return suffix if suffix in COMPRESSION_BY_SUFFIX else ""
 
 
 def require_regular(path: Path) -> None:
@@ -90,7 +90,7 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
-def refuse_lfs_pointer(path: File, head: bytes) -> None:
+def check_no_lfs_pointer(path: InputPath, head: bytes) -> None:
     """Raise DataError if a file begins as a pointer of git-lfs does."""
     if head.startswith(LFS_POINTER_START):
         raise DataError(
@@ -104,7 +104,7 @@ def identify_content(head: bytes) -> str | None:
 
     Also None if nothing known begins like that.
     """
-    for pattern, content in _SIGNATURES:
+    for pattern, content in _REGEX_AND_CONTENT:
         if pattern.match(head):
             return content
     # UTF-16 without a byte order mark: in Latin text every other byte is 0.
@@ -117,7 +117,7 @@ def identify_content(head: bytes) -> str | None:
     return None
 
 
-def open_binary(path: File) -> io.BufferedReader:
+def open_binary(path: InputPath) -> io.BufferedReader:
     """The file's bytes as they are. Raises DataError and OSError."""
     if isinstance(path, RemoteFile):
         return cast("io.BufferedReader", path.open())
@@ -126,7 +126,7 @@ def open_binary(path: File) -> io.BufferedReader:
 
 
 @contextmanager
-def open_text(path: File) -> Iterator[io.BufferedReader]:
+def open_text(path: InputPath) -> Iterator[io.BufferedReader]:
     """A stream of the file's bytes, decompressed, positioned after a UTF-8 byte order mark.
 
     Raises DataError if the file is empty, cannot be read, is compressed in another way than its name says, or holds no text but
@@ -137,10 +137,10 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
             head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
             if not head:
                 raise DataError(f"{path}:1: the file is empty (0 bytes)")
-            refuse_lfs_pointer(path, head)
+            check_no_lfs_pointer(path, head)
             compression = compression_of(path)
-            _refuse_wrong_compression(path, compression, head)
-            with _decompressed(path, file, compression) as stream:
+            _check_compression_matches_name(path, compression, head)
+            with _open_decompressed(path, file, compression) as stream:
                 # Again after decompression: a compressed image is an image.
                 head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
                 content = identify_content(head)
@@ -149,40 +149,42 @@ def open_text(path: File) -> Iterator[io.BufferedReader]:
                 if head.startswith(BOM):
                     stream.read(len(BOM))
                 yield stream
-    except _UNREADABLE as error:
+    except _READ_ERRORS as error:
         raise unreadable_file(path, error) from error
 
 
-def _refuse_wrong_compression(path: File, compression: str, head: bytes) -> None:
-    """Raise DataError if the name of a file ends in `compression`, and its first bytes are not of that kind."""
+def _check_compression_matches_name(path: InputPath, compression: str, head: bytes) -> None:
+    """Raise DataError if a file's name ends in `compression`, such as `.gz`, and its first bytes, `head`, are of no such file."""
     content = identify_content(head)
-    if compression and content != COMPRESSION[compression]:
+    if compression and content != COMPRESSION_BY_SUFFIX[compression]:
         fault = f"it holds {content}" if content else "it is not compressed"
-        raise DataError(f"{path}: the name says that it is {COMPRESSION[compression]}, but {fault}; rename it")
+        raise DataError(
+            f"{path}: the name says that it is {COMPRESSION_BY_SUFFIX[compression]}, but {fault}; rename it"
+        )
 
 
-def _decompressed(path: File, file: io.BufferedReader, compression: str) -> io.BufferedReader:
+def _open_decompressed(path: InputPath, file: io.BufferedReader, compression: str) -> io.BufferedReader:
     """A stream of the decompressed bytes of a file; `compression` is a suffix such as `.gz`, or empty."""
-    raw: Any
+    raw_stream: Any
     if not compression:
         return file
     if compression == ".gz":
-        raw = gzip.GzipFile(fileobj=file)
+        raw_stream = gzip.GzipFile(fileobj=file)
     elif compression == ".zst":
         import pyarrow as pa  # its reader joins frames and, unlike others, notices a frame that is cut off
 
-        raw = pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
+        raw_stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
     elif compression == ".zip":
         archive = zipfile.ZipFile(file)
         names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
         if len(names) != 1:
             raise DataError(f"{path}: the archive holds {len(names)} files, and one can be read; unpack it")
-        raw = archive.open(names[0])
+        raw_stream = archive.open(names[0])
     elif compression == ".bz2":
-        raw = _MemberReader(file, bz2.BZ2Decompressor)
-    else:
-        raw = _MemberReader(file, lzma.LZMADecompressor)
-    return io.BufferedReader(raw, BUFFER_BYTES)
+        raw_stream = _MemberReader(file, bz2.BZ2Decompressor)
+    else:  # .xz
+        raw_stream = _MemberReader(file, lzma.LZMADecompressor)
+    return io.BufferedReader(raw_stream, BUFFER_BYTES)
 
 
 def decompression_ratio(path: Path) -> float:
@@ -201,10 +203,10 @@ def decompression_ratio(path: Path) -> float:
                 return sum(sizes) / max(1, path.stat().st_size)
             head = file.read(BUFFER_BYTES)
         # The head ends amid the data, which the decompressor reports as an error at last.
-        with suppress(*_UNREADABLE), _decompressed(path, io.BufferedReader(io.BytesIO(head)), suffix) as stream:
+        with suppress(*_READ_ERRORS), _open_decompressed(path, io.BufferedReader(io.BytesIO(head)), suffix) as stream:
             while chunk := stream.read1(1 << 16):
                 decompressed_bytes += len(chunk)
-    except _UNREADABLE as error:
+    except _READ_ERRORS as error:
         raise unreadable_file(path, error) from error
     return max(1.0, decompressed_bytes / max(1, len(head)))
 
@@ -268,14 +270,14 @@ def decode_utf8(raw: bytes) -> str:
         raise RowError("not_utf8", message) from None
 
 
-def too_long_row(name: str, line: int, start: bytes | str, size_bytes: int) -> RejectedRow:
-    """A row of more than `MAX_ROW_BYTES`, which begins with `start`, as one that cannot be read."""
+def reject_too_long_row(file: str, line: int, beginning: bytes | str, size_bytes: int) -> RejectedRow:
+    """The rejected row for a row of more than `MAX_ROW_BYTES`. `beginning`: its first characters, for messages."""
     message = f"the row has {size_bytes / 2**20:.0f} MiB, the most is {MAX_ROW_BYTES >> 20} MiB; split it"
-    return RejectedRow(name, line, "too_long", message, excerpt(start))
+    return RejectedRow(file, line, reason="too_long", message=message, excerpt=excerpt(beginning))
 
 
-def _content_remedy(path: File, content: str) -> str:
-    """Part of an error message: what to do about a file that should be text and holds `content`, see `identify_content`.
+def _content_remedy(path: InputPath, content: str) -> str:
+    """Part of an error message: what to do about a file that should be text and holds `content`, such as "a Parquet file".
 
     - UTF-16 or UTF-32: save it as UTF-8;
     - compressed data: decompress it, or give it its suffix;
@@ -285,8 +287,8 @@ def _content_remedy(path: File, content: str) -> str:
     if content.startswith(("UTF-16", "UTF-32")):
         return "; save the file as UTF-8"
     is_compressed = bool(compression_of(path))
-    suffix = SUFFIXES[content]
-    if suffix in COMPRESSION:
+    suffix = _SUFFIX_BY_CONTENT[content]
+    if suffix in COMPRESSION_BY_SUFFIX:
         return " inside the compression; decompress it once" if is_compressed else f"; name it {path.name}{suffix}"
     if suffix:
         return f"; name it {suffix}"
@@ -294,13 +296,13 @@ def _content_remedy(path: File, content: str) -> str:
     return f", not the text that {suffix_of_text} promises; export it as text first, or remove it"
 
 
-def unreadable_file(path: File, error: BaseException) -> DataError:
+def unreadable_file(path: InputPath, error: BaseException) -> DataError:
     """The error for a file that the operating system or a decompressor cannot read, with what to do about it."""
     if isinstance(error, EOFError) or "Truncated compressed stream" in str(error):
         return DataError(f"{path}: the compressed file is cut off before its end; copy or make it again")
     # The system's errors have a message in `strerror`; without one, an OSError comes from a decompressor.
     is_from_decompressor = isinstance(error, OSError) and not error.strerror
-    if isinstance(error, (gzip.BadGzipFile, *_DAMAGED)) or is_from_decompressor:
+    if isinstance(error, (gzip.BadGzipFile, *_DAMAGE_ERRORS)) or is_from_decompressor:
         return DataError(f"{path}: the compressed data is damaged ({error}); copy or make the file again")
     if isinstance(error, PermissionError):
         return DataError(f"{path}: cannot be read: {error.strerror}; give yourself the right to read it")

@@ -15,8 +15,8 @@ from trainer.data.document import RejectedRow, SourceRow
 from trainer.data.read.columnar import ROWS_PER_BATCH, count_rows, read_table, split_columns, table_rows
 from trainer.data.read.compat import content_fingerprint
 from trainer.data.read.json_rows import read_json, read_json_lines
-from trainer.data.read.opening import File, compression_of, decompression_ratio
-from trainer.data.read.paths import COLUMN_KINDS, HUB_PREFIX, TEXT_KINDS, file_kind, hub_name, is_hub_path
+from trainer.data.read.opening import InputPath, compression_of, decompression_ratio
+from trainer.data.read.paths import COLUMN_KINDS, HUB_PREFIX, TEXT_KINDS, file_kind, is_hub_path, parse_hub_name
 from trainer.data.read.remote import RemoteFile
 from trainer.data.read.text import read_csv, read_text_file
 
@@ -33,7 +33,7 @@ _READERS: dict[str, Callable[..., Iterator[SourceRow | RejectedRow]]] = {
     ".parquet": read_table,
     ".arrow": read_table,
 }
-UNREACHED_ERRORS = {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException", "Timeout"}
+_UNREACHED_ERROR_NAMES = {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException", "Timeout"}
 """Errors that mean that no hub answered."""
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -44,7 +44,7 @@ class Origin:
 
     key: str
     """The setting that names them, for messages."""
-    paths: list[File]
+    paths: list[InputPath]
     subset: str | None = None
     """Configuration of a hub data set."""
     split: str | None = None
@@ -68,7 +68,9 @@ class Origin:
             if not num_rows:
                 raise DataError(f"{path}:1: the file holds no rows; fill it, or take it out of {self.key}")
 
-    def _rows_of_file(self, path: File, needed_columns: Collection[str] | None) -> Iterator[SourceRow | RejectedRow]:
+    def _rows_of_file(
+        self, path: InputPath, needed_columns: Collection[str] | None
+    ) -> Iterator[SourceRow | RejectedRow]:
         """Rows of one file or hub data set, by the reader for its suffix. Only readers of tables take `needed_columns`."""
         if is_hub_path(path):
             return self._hub_rows(path, needed_columns)
@@ -83,7 +85,7 @@ class Origin:
         - A local file: its suffixes, such as `.jsonl.gz`, and its SHA-256, which `digest_of` gives.
         - A remote file: its suffixes, and a text that changes with its content.
         - A text file, local or remote: its whole name in place of the suffixes, because the name becomes the title.
-        - A hub data set: see `_hub_identity`.
+        - A hub data set: "hub" and what tells its versions apart; "hub stream" and its commit if it is streamed.
         """
         identities = []
         for path in self.paths:
@@ -96,7 +98,7 @@ class Origin:
             identities.append((kind, content_identity))
         return identities
 
-    def _hub_identity(self, path: File) -> tuple[str, str]:
+    def _hub_identity(self, path: InputPath) -> tuple[str, str]:
         """(kind, a text that differs between versions of a hub data set).
 
         If it is streamed, the commit says all, and the hub need not be reached. Else the data set is loaded: the text has its
@@ -111,14 +113,14 @@ class Origin:
         content = content_fingerprint(dataset)
         return "hub", _join_with_colons(name, self.subset, split, self.revision, version, content, dataset.num_rows)
 
-    def size(self) -> int:
+    def size_bytes(self) -> int:
         """About how many bytes the files have; a hub data set counts as 1 GiB."""
         return sum(HUB_SIZE_BYTES if is_hub_path(path) else _file_bytes(path) for path in self.paths)
 
-    def extent(self) -> tuple[float, int]:
+    def text_bytes_and_table_rows(self) -> tuple[float, int]:
         """How much there is to read: (decompressed bytes of text files, estimated; rows of tables and hub data sets).
 
-        Tables count by rows, because the bytes of their files tell little.
+        Tables count by rows, because the bytes of their compressed files tell little.
         """
         text_bytes = 0.0
         num_table_rows = 0
@@ -126,7 +128,7 @@ class Origin:
             if is_hub_path(path):
                 num_table_rows += self._num_rows(self.load_hub_split(path))
             elif isinstance(path, RemoteFile):
-                text_bytes += path.size()
+                text_bytes += path.size_bytes()
             elif file_kind(path) in COLUMN_KINDS:
                 num_table_rows += count_rows(path)
             else:
@@ -148,22 +150,22 @@ class Origin:
             records.append(record)
         return records
 
-    def _hub_rows(self, path: File, needed_columns: Collection[str] | None) -> Iterator[SourceRow | RejectedRow]:
-        """Rows of a hub data set, numbered from 1, with values as in `columnar`."""
+    def _hub_rows(self, path: InputPath, needed_columns: Collection[str] | None) -> Iterator[SourceRow | RejectedRow]:
+        """Rows of a hub data set, numbered from 1, with the values of Arrow as JSON has them: dates as text, bytes as base64."""
         dataset = self.load_hub_split(path)
         split = str(dataset.split or self.split or "")
         # What stands in place of a file name in messages: hub:NAME/SUBSET/SPLIT.
         full_name = "/".join(filter(None, (str(path), self.subset, split)))
         column_names: list[str] = dataset.column_names
         if not column_names:  # a stream may only know its columns once it is read
-            column_names = next((table.column_names for table in self._tables(dataset, full_name)), [])
+            column_names = next((table.column_names for table in self._arrow_tables(dataset, full_name)), [])
         read_columns, unread_columns = split_columns(column_names, needed_columns)
-        tables = self._tables(dataset.select_columns(read_columns), full_name)
+        tables = self._arrow_tables(dataset.select_columns(read_columns), full_name)
         batches = itertools.chain.from_iterable(table.combine_chunks().to_batches() for table in tables)
         return table_rows(batches, full_name, unread_columns=unread_columns)
 
-    def _tables(self, dataset: Any, full_name: str) -> Iterator[Any]:
-        """The rows of a hub data set as Arrow tables. Raises DataError, with its `full_name`, if a stream breaks off."""
+    def _arrow_tables(self, dataset: Any, full_name: str) -> Iterator[Any]:
+        """The rows of a hub data set (of `datasets`) as Arrow tables. Raises DataError if a stream breaks off."""
         try:
             yield from dataset.with_format("arrow").iter(ROWS_PER_BATCH)
         except Exception as error:
@@ -178,14 +180,14 @@ class Origin:
         split_info = (dataset.info.splits or {}).get(str(dataset.split))
         return int(split_info.num_examples or 0) if split_info is not None else 0
 
-    def load_hub_split(self, path: File) -> Any:
+    def load_hub_split(self, path: InputPath) -> Any:
         """One split of a hub data set as `datasets` loads it. Raises DataError that says what to do about it.
 
         If the settings name no split, the data set must have only one.
         """
         import datasets
 
-        name = hub_name(str(path), self.key)
+        name = parse_hub_name(str(path), self.key)
         # `datasets.load_dataset` would take a directory of this name for the data set.
         if Path(name).exists():
             raise DataError(
@@ -219,9 +221,9 @@ def _join_with_colons(*fields: Any) -> str:
     return ":".join("" if field is None else str(field) for field in fields)
 
 
-def _file_bytes(path: File) -> int:
+def _file_bytes(path: InputPath) -> int:
     """Size of a local or remote file in bytes."""
-    return path.size() if isinstance(path, RemoteFile) else path.stat().st_size
+    return path.size_bytes() if isinstance(path, RemoteFile) else path.stat().st_size
 
 
 def _load_error(full_name: str, error: Exception, *, streaming: bool = False) -> DataError:
@@ -240,7 +242,7 @@ def _load_remedy(error: Exception, text: str, cause: str, *, streaming: bool) ->
     # By name, because the classes live in several libraries, which are not imported here.
     class_names = {error_class.__name__ for error_class in type(error).__mro__}
     is_offline = any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE_VARIABLES)
-    is_unreached = is_offline or bool(class_names & UNREACHED_ERRORS)
+    is_unreached = is_offline or bool(class_names & _UNREACHED_ERROR_NAMES)
     # Such as "Config name is missing", "BuilderConfig 'x' not found".
     is_about_config = "onfig" in cause and "ValueError" in class_names and "ConnectionError" not in class_names
     if "DatasetNotFoundError" in class_names and not is_offline:

@@ -16,24 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import ConfigError, DataError
-from trainer.data.read.opening import COMPRESSION, File, compression_of, read_json_object, require_regular
+from trainer.data.read.opening import (
+    COMPRESSION_BY_SUFFIX,
+    InputPath,
+    compression_of,
+    read_json_object,
+    require_regular,
+)
 from trainer.data.read.remote import remote_files
 
 TEXT_KINDS = (".txt", ".md")
 LINE_KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 COLUMN_KINDS = (".parquet", ".arrow")
-SUPPORTED = (
-    f"{', '.join((*LINE_KINDS, *TEXT_KINDS))} (each also with {', '.join(COMPRESSION)}), {' and '.join(COLUMN_KINDS)}"
+SUPPORTED_SUFFIXES_TEXT = (
+    f"{', '.join((*LINE_KINDS, *TEXT_KINDS))} (each also with {', '.join(COMPRESSION_BY_SUFFIX)}), "
+    f"{' and '.join(COLUMN_KINDS)}"
 )
 """For messages: the names that can be read."""
 HUB_PREFIX = "hub:"
 """What a data path begins with that names a data set of the hub."""
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
-_README_LIKE = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|citation|authors)\b", re.IGNORECASE)
+_HUB_NAME_REGEX = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_ADDRESS_REGEX = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
+_README_REGEX = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|citation|authors)\b", re.IGNORECASE)
 
 
-def file_kind(path: File) -> str | None:
+def file_kind(path: InputPath) -> str | None:
     """The suffix that says how to read a file, without that of its compression (`.jsonl`); None if unknown."""
     suffixes = path.suffixes
     kinds: tuple[str, ...] = LINE_KINDS + TEXT_KINDS
@@ -47,29 +54,29 @@ def file_kind(path: File) -> str | None:
 
 def is_remote_address(path: str) -> bool:
     """Whether a path names a file on another machine, such as `s3://bucket/file`."""
-    return _ADDRESS.match(path) is not None
+    return _ADDRESS_REGEX.match(path) is not None
 
 
-def hub_name(path: str, key: str) -> str:
-    """The name after `hub:` in a path of the setting `key`. Raises DataError if it cannot be one."""
+def parse_hub_name(path: str, key: str) -> str:
+    """The name after `hub:` in a path of the setting `key`: "hub:org/data" -> "org/data". Raises DataError."""
     name = path.removeprefix(HUB_PREFIX)
-    if not _HUB_NAME.fullmatch(name):
+    if not _HUB_NAME_REGEX.fullmatch(name):
         raise DataError(f"{key}={path!r} is no name of a hub data set; write hub:NAME or hub:ORGANISATION/NAME")
     return name
 
 
-def is_hub_path(path: File | str) -> bool:
+def is_hub_path(path: InputPath | str) -> bool:
     """Whether the path names a data set of the hub (`hub:org/name`)."""
     return str(path).startswith(HUB_PREFIX)
 
 
-def expand_paths(path_setting: Any, key: str, *, remote: bool = False) -> list[File]:
+def expand_paths(path_setting: Any, key: str, *, allow_remote: bool = False) -> list[InputPath]:
     """The files that a setting names, in the order in which it names them; a file named twice is there once.
 
     `path_setting`: one of these, or a list of them:
     - `hub:org/name`: kept as it is;
     - an address (s3://, https:// and so on): the remote files that it names, looked up over the network; an error without
-      `remote`;
+      `allow_remote`;
     - a file: itself, even if its name could be read as a glob;
     - a directory: the data files in it and below, sorted by path; one written by `datasets.save_to_disk` gives its Arrow files;
     - a glob: the files that match.
@@ -80,8 +87,8 @@ def expand_paths(path_setting: Any, key: str, *, remote: bool = False) -> list[F
         paths = list(path_setting)
     if not paths:
         raise DataError(f"{key}=[] names no file; give a file, a directory or a glob")
-    # Resolved path (links followed) -> path as it was named: two paths name the same file if they lead to the same one.
-    files: dict[File, File] = {}
+    # By resolved path (links followed), the path as it was named: two paths name the same file if they lead to the same one.
+    file_by_resolved_path: dict[InputPath, InputPath] = {}
     for path in paths:
         if not isinstance(path, str | os.PathLike) or not str(path):
             raise DataError(f"{key}={path!r} is not a path; give a file, a directory, a glob or a list of these")
@@ -89,20 +96,20 @@ def expand_paths(path_setting: Any, key: str, *, remote: bool = False) -> list[F
         if "\0" in path_text:
             raise DataError(f"{key}={path_text!r} holds a NUL character, which no path may")
         if is_hub_path(path_text):
-            hub_name(path_text, key)  # raises if it cannot be one
-            files.setdefault(Path(path), Path(path))
+            parse_hub_name(path_text, key)  # raises if it cannot be one
+            file_by_resolved_path.setdefault(Path(path), Path(path))
         elif is_remote_address(path_text):
-            if not remote:
+            if not allow_remote:
                 raise DataError(
                     f"{key}={path} is an address; set data.remote=true to read it over the network, or download the file, "
                     "or write hub:ORGANISATION/NAME"
                 )
             for remote_file in remote_files(path_text, key, file_kind):
-                files[remote_file] = remote_file
+                file_by_resolved_path[remote_file] = remote_file
         else:
-            for file in _expand_local(path_text.removeprefix("file://"), key):
-                files.setdefault(file.resolve(), file)
-    return list(files.values())
+            for file in _expand_local_path(path_text.removeprefix("file://"), key):
+                file_by_resolved_path.setdefault(file.resolve(), file)
+    return list(file_by_resolved_path.values())
 
 
 def held_out_sets(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
@@ -133,7 +140,7 @@ def held_out_sets(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
     return sets
 
 
-def _expand_local(path_text: str, key: str) -> list[Path]:
+def _expand_local_path(path_text: str, key: str) -> list[Path]:
     """The files that one local path of the setting `key` names. Raises DataError, with a hint at what may be meant.
 
     - A directory or a file of that very name: the files in it, or itself.
@@ -173,7 +180,7 @@ def _require_readable(path: Path, key: str) -> Path:
             raise DataError(
                 f"{key}: cannot read {path}; a zip file holds one file and is named like it: rows.jsonl.zip"
             )
-        raise DataError(f"{key}: cannot read {path}; files must end in {SUPPORTED}")
+        raise DataError(f"{key}: cannot read {path}; files must end in {SUPPORTED_SUFFIXES_TEXT}")
     require_regular(path)
     return path
 
@@ -195,17 +202,17 @@ def _directory_files(path: Path, key: str) -> list[Path]:
     saved_files = _saved_files(path, key)
     if saved_files is not None:
         return saved_files
-    files = list(_walk(path, key, (path.resolve(),)))
+    files = list(_readable_files_below(path, key, (path.resolve(),)))
     # Beside data files a README is about them; in a directory of texts alone it is one of the texts.
     has_data_files = any(file_kind(file) not in TEXT_KINDS for file in files)
     if has_data_files:
-        files = [file for file in files if file_kind(file) not in TEXT_KINDS or not _README_LIKE.match(file.name)]
+        files = [file for file in files if file_kind(file) not in TEXT_KINDS or not _README_REGEX.match(file.name)]
     if not files:
-        raise DataError(f"{key}={path}: the directory holds no file that ends in {SUPPORTED}")
+        raise DataError(f"{key}={path}: the directory holds no file that ends in {SUPPORTED_SUFFIXES_TEXT}")
     return sorted(files)
 
 
-def _walk(directory: Path, key: str, parents: tuple[Path, ...]) -> Iterator[Path]:
+def _readable_files_below(directory: Path, key: str, parents: tuple[Path, ...]) -> Iterator[Path]:
     """Readable files in `directory` and below, hidden ones left out. Raises DataError for a loop of links.
 
     `parents`: the real paths of `directory` and the directories above it, by which loops are found. A directory that
@@ -230,9 +237,9 @@ def _walk(directory: Path, key: str, parents: tuple[Path, ...]) -> Iterator[Path
             if saved_files is not None:
                 yield from saved_files
             else:
-                yield from _walk(entry, key, (*parents, real_path))
+                yield from _readable_files_below(entry, key, (*parents, real_path))
         elif file_kind(entry) is not None or (entry.is_symlink() and not entry.exists()):
-            yield _require_readable(entry, key)
+            yield _require_readable(entry, key)  # raises for a broken link, whatever its name
 
 
 def _saved_files(directory: Path, key: str) -> list[Path] | None:
@@ -264,23 +271,24 @@ def _saved_files(directory: Path, key: str) -> list[Path] | None:
 
 
 def _close_name_hint(path: Path) -> str:
-    """A hint for a path that does not exist: a name in the last directory that does, like the first part that is missing.
+    """A hint for a path that does not exist: "; did you mean data/train.jsonl?" for data/trian.jsonl.
 
-    Empty if that directory cannot be listed.
+    The close name is looked for in the last directory of the path that exists. Empty if that cannot be listed.
     """
-    missing = path.absolute()
-    while not missing.parent.exists() and missing.parent != missing:
-        missing = missing.parent
-    if not missing.parent.is_dir():
+    first_missing = path.absolute()
+    while not first_missing.parent.exists() and first_missing.parent != first_missing:
+        first_missing = first_missing.parent
+    directory = first_missing.parent
+    if not directory.is_dir():
         return ""
     try:
-        existing_names = [sibling.name for sibling in missing.parent.iterdir()]
+        existing_names = [sibling.name for sibling in directory.iterdir()]
     except OSError:
         return ""
-    close_names = difflib.get_close_matches(missing.name, existing_names, n=1, cutoff=0.5)
+    close_names = difflib.get_close_matches(first_missing.name, existing_names, n=1, cutoff=0.5)
     if close_names:
-        return f"; did you mean {missing.parent / close_names[0]}?"
-    return f"; nothing like it in {missing.parent}"
+        return f"; did you mean {directory / close_names[0]}?"
+    return f"; nothing like it in {directory}"
 
 
 def _list_hint(typed_path: str) -> str:

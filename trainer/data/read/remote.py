@@ -52,23 +52,23 @@ class RemoteFile:
 
     def open(self) -> BinaryIO:
         """Open the file's bytes as a stream. Raises DataError if it cannot be reached; reading raises OSError."""
-        file = _query(self.url, lambda files, path: files.open(path, "rb", block_size=BLOCK_BYTES))
+        file = _query_file_system(self.url, lambda files, path: files.open(path, "rb", block_size=BLOCK_BYTES))
         return cast("BinaryIO", io.BufferedReader(_RemoteReader(file), BLOCK_BYTES))
 
-    def size(self) -> int:
+    def size_bytes(self) -> int:
         """Size in bytes, as the other machine tells; 0 if it does not. Raises DataError."""
-        return int(_query(self.url, lambda files, path: files.info(path)).get("size") or 0)
+        return int(_query_file_system(self.url, lambda files, path: files.info(path)).get("size") or 0)
 
     def identity(self) -> str:
-        """A text that changes with the file's content. Raises DataError.
+        """A text that changes with the file's content, such as its address with its ETag. Raises DataError.
 
         - Not on a web server: what its file system tells of the content (`ukey` of fsspec).
         - On a web server that says something of the content: size and tags.
         - On any other web server: the SHA-256 of its bytes, which are read for it.
         """
         if not self.url.startswith("http"):
-            return f"{self.url}:{_query(self.url, lambda files, path: files.ukey(path))}"
-        file_info = _query(self.url, lambda files, path: files.info(path))
+            return f"{self.url}:{_query_file_system(self.url, lambda files, path: files.ukey(path))}"
+        file_info = _query_file_system(self.url, lambda files, path: files.info(path))
         tags = [str(file_info[tag]) for tag in _CONTENT_TAGS if file_info.get(tag)]
         if tags:
             return f"{self.url}:{file_info.get('size')}:{':'.join(tags)}"
@@ -86,7 +86,7 @@ def remote_files(address: str, key: str, kind_of: Callable[[RemoteFile], str | N
     """
     is_pattern = "*" in address
     if kind_of(RemoteFile(address)) and not is_pattern:
-        RemoteFile(address).size()  # raises if there is none
+        RemoteFile(address).size_bytes()  # raises if there is none
         return [RemoteFile(address)]
 
     def list_urls(files: Any, path: str) -> list[str]:
@@ -94,7 +94,7 @@ def remote_files(address: str, key: str, kind_of: Callable[[RemoteFile], str | N
         names = files.glob(path) if is_pattern else files.find(path)
         return [files.unstrip_protocol(name) for name in sorted(names)]
 
-    candidates = [RemoteFile(url) for url in _query(address, list_urls)]
+    candidates = [RemoteFile(url) for url in _query_file_system(address, list_urls)]
     readable = [file for file in candidates if kind_of(file) and not file.name.startswith(".")]
     if not readable:
         raise DataError(f"{key}={address} names no file that can be read")
@@ -114,24 +114,24 @@ class _RemoteReader(io.RawIOBase):
         return bool(self.file.seekable())
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return int(self._call(self.file.seek, offset, whence))
+        return int(self._call_or_os_error(self.file.seek, offset, whence))
 
     def tell(self) -> int:
         return int(self.file.tell())
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, as far as the file goes."""
-        received = self._call(self.file.read, len(buffer))
+        received = self._call_or_os_error(self.file.read, len(buffer))
         # A first look at a file must see enough of it, however little the network gives at a time.
         while received and len(received) < min(HEAD_BYTES, len(buffer)):
-            following = self._call(self.file.read, len(buffer) - len(received))
+            following = self._call_or_os_error(self.file.read, len(buffer) - len(received))
             if not following:
                 break
             received += following
         buffer[: len(received)] = received
         return len(received)
 
-    def _call(self, method: Callable[..., Any], *arguments: int) -> Any:
+    def _call_or_os_error(self, method: Callable[..., Any], *arguments: int) -> Any:
         """Call a method of the file; any failure of its library becomes an OSError."""
         try:
             return method(*arguments)
@@ -147,7 +147,7 @@ class _RemoteReader(io.RawIOBase):
         super().close()
 
 
-def _query(url: str, query: Callable[[Any, str], Any]) -> Any:
+def _query_file_system(url: str, query: Callable[[Any, str], Any]) -> Any:
     """What `query(file system of fsspec, path)` returns for an address. Raises DataError, also for a package that is missing."""
     from fsspec.core import url_to_fs
 

@@ -13,14 +13,14 @@ from typing import BinaryIO
 from strategies.errors import DataError
 from trainer.data.document import RejectedRow, SourceRow, excerpt
 from trainer.data.fields import RowError
-from trainer.data.read.opening import HEAD_BYTES, MAX_ROW_BYTES, File, compression_of, decode_utf8, open_text
+from trainer.data.read.opening import HEAD_BYTES, MAX_ROW_BYTES, InputPath, compression_of, decode_utf8, open_text
 
-INDEX = "Unnamed: 0"
+INDEX_COLUMN = "Unnamed: 0"
 """Name of a first column without one, as pandas calls it."""
-_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_WORD_BY_SEPARATOR = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
-def read_csv(path: File, delimiter: str = ",") -> Iterator[SourceRow | RejectedRow]:
+def read_csv(path: InputPath, delimiter: str = ",") -> Iterator[SourceRow | RejectedRow]:
     """Rows of a delimited file. A record with too few or too many cells, NUL or bytes that are not UTF-8 is a bad row.
 
     With commas, a header that has semicolons and no comma means semicolons: spreadsheets write these if numbers have a comma.
@@ -32,18 +32,18 @@ def read_csv(path: File, delimiter: str = ",") -> Iterator[SourceRow | RejectedR
         header = next((line for line in stream.peek(HEAD_BYTES).splitlines() if line.strip()), b"")
         if delimiter == "," and b";" in header and b"," not in header:
             delimiter = ";"
-        yield from _records(path, _Lines(path, stream), delimiter)
+        yield from _read_records(path, _RecordLines(path, stream), delimiter)
 
 
-class _Lines:
+class _RecordLines:
     """Lines of a file for the csv module; remembers the first line of the current record and what is wrong with its lines."""
 
-    def __init__(self, path: File, stream: BinaryIO) -> None:
+    def __init__(self, path: InputPath, stream: BinaryIO) -> None:
         self.path = path
         self.stream = stream
-        self.number = 0
+        self.num_read = 0
         """Lines read so far."""
-        self.first = b""
+        self.first_line = b""
         """The first line of the record."""
         self.fault: RowError | None = None
         """Why the record cannot be used; None if it can."""
@@ -51,12 +51,12 @@ class _Lines:
     def __iter__(self) -> Iterator[str]:
         """The lines as text; a line that is not UTF-8 is handed on with surrogates, and remembered as the record's fault."""
         while raw := self.stream.readline(MAX_ROW_BYTES + 1):
-            self.number += 1
+            self.num_read += 1
             if len(raw) > MAX_ROW_BYTES:
                 raise DataError(
-                    f"{self.path}:{self.number}: the line is longer than {MAX_ROW_BYTES >> 20} MiB; split the cell"
+                    f"{self.path}:{self.num_read}: the line is longer than {MAX_ROW_BYTES >> 20} MiB; split the cell"
                 )
-            self.first = self.first or raw
+            self.first_line = self.first_line or raw
             try:
                 yield decode_utf8(raw)
             except RowError as refusal:
@@ -65,12 +65,12 @@ class _Lines:
 
     def begin_record(self) -> int:
         """Forget the last record; returns the number of the line on which the next one begins."""
-        self.first = b""
+        self.first_line = b""
         self.fault = None
-        return self.number + 1
+        return self.num_read + 1
 
 
-def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[SourceRow | RejectedRow]:
+def _read_records(path: InputPath, lines: _RecordLines, delimiter: str) -> Iterator[SourceRow | RejectedRow]:
     """Rows of a delimited file, record by record: the first one is the header, blank lines are skipped.
 
     A record with bytes that are not UTF-8, or with more or fewer cells than the header, becomes a `RejectedRow`. Raises DataError
@@ -78,7 +78,7 @@ def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[SourceRow | 
     """
     # strict=True: otherwise a misplaced quote would silently swallow the following rows.
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    name = str(path)
+    file = str(path)
     header: list[str] | None = None
     while True:
         line = lines.begin_record()
@@ -87,24 +87,25 @@ def _records(path: File, lines: _Lines, delimiter: str) -> Iterator[SourceRow | 
         except StopIteration:
             return
         except csv.Error as error:
-            raise _malformed(path, line, lines, error) from error
-        is_blank_line = not cells or (len(cells) == 1 and lines.number == line and lines.first.isspace())
+            raise _malformed_csv_error(path, line, lines, error) from error
+        is_one_line = lines.num_read == line
+        is_blank_line = not cells or (len(cells) == 1 and is_one_line and lines.first_line.isspace())
         if is_blank_line:
             continue
         if header is None:
             header = _parse_header(path, line, cells, delimiter, lines.fault)
         elif lines.fault is not None:
-            yield RejectedRow(name, line, lines.fault.reason, lines.fault.message, excerpt(lines.first))
+            yield RejectedRow(file, line, lines.fault.reason, lines.fault.message, excerpt(lines.first_line))
         elif len(cells) != len(header):
-            message = _wrong_cell_count(cells, header, delimiter)
-            yield RejectedRow(name, line, "wrong_cell_count", message, excerpt(lines.first))
+            message = _wrong_cell_count_message(cells, header, delimiter)
+            yield RejectedRow(file, line, "wrong_cell_count", message, excerpt(lines.first_line))
         else:
             # a cell's own line breaks are line feeds, whatever ends the file's lines
             texts = [cell.replace("\r\n", "\n") for cell in cells]
-            yield SourceRow(name, line, dict(zip(header, texts, strict=True)))
+            yield SourceRow(file, line, dict(zip(header, texts, strict=True)))
 
 
-def _wrong_cell_count(cells: list[str], header: list[str], delimiter: str) -> str:
+def _wrong_cell_count_message(cells: list[str], header: list[str], delimiter: str) -> str:
     """The message for a record with more or fewer cells than the header."""
     num_cells = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
     columns = ", ".join(header[:8])
@@ -112,11 +113,11 @@ def _wrong_cell_count(cells: list[str], header: list[str], delimiter: str) -> st
         columns += ", ..."
     return (
         f"{num_cells} where the header has {len(header)} ({columns}); quote cells that hold "
-        f"{_SEPARATORS[delimiter]} or line breaks"
+        f"{_WORD_BY_SEPARATOR[delimiter]} or line breaks"
     )
 
 
-def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataError:
+def _malformed_csv_error(path: InputPath, line: int, lines: _RecordLines, error: csv.Error) -> DataError:
     """The error of a record that the csv module cannot read, with what probably happened."""
     if "unexpected end of data" in str(error):
         fault = "a quote is opened and never closed in the record that starts here"
@@ -126,24 +127,24 @@ def _malformed(path: File, line: int, lines: _Lines, error: csv.Error) -> DataEr
         fault = f"a cell is longer than {MAX_ROW_BYTES >> 20} MiB, perhaps because a quote is never closed"
     else:
         fault = f'{error}; double the quotes inside quoted cells ("") and quote the whole cell'
-        if lines.number > line:
-            fault += f" (the record that starts here was read up to line {lines.number})"
+        if lines.num_read > line:
+            fault += f" (the record that starts here was read up to line {lines.num_read})"
     return DataError(f"{path}:{line}: not valid CSV: {fault}; rows from here on cannot be separated")
 
 
-def _parse_header(path: File, line: int, cells: list[str], delimiter: str, fault: RowError | None) -> list[str]:
+def _parse_header(path: InputPath, line: int, cells: list[str], delimiter: str, fault: RowError | None) -> list[str]:
     """The names of the columns, from the first record of a file. `fault`: what is wrong with its bytes, or None.
 
-    A first column without a name, as pandas writes a table's index, is called `INDEX`. Raises DataError for a header that cannot
-    be one: a wrong separator, Excel's `sep=` line, doubled or missing names.
+    A first column without a name, as pandas writes a table's index, is called `INDEX_COLUMN`. Raises DataError for a header that
+    cannot be one: a wrong separator, Excel's `sep=` line, doubled or missing names.
     """
     if fault is not None:
         raise DataError(f"{path}:{line}: in the header: {fault.message}")
     header = [name.strip() for name in cells]
-    if len(header) > 1 and header[0] == "" and INDEX not in header:
-        header[0] = INDEX
+    if len(header) > 1 and header[0] == "" and INDEX_COLUMN not in header:
+        header[0] = INDEX_COLUMN
     if len(header) == 1:
-        _refuse_other_separator(path, line, cells[0], delimiter)
+        _check_separator(path, line, cells[0], delimiter)
     if header[0].lower().startswith("sep="):
         raise DataError(f"{path}:{line}: the first line is {','.join(header)!r}, which Excel writes; delete this line")
     doubled_names = sorted({name for name in header if header.count(name) > 1})
@@ -157,9 +158,9 @@ def _parse_header(path: File, line: int, cells: list[str], delimiter: str, fault
     return header
 
 
-def _refuse_other_separator(path: File, line: int, cell: str, delimiter: str) -> None:
+def _check_separator(path: InputPath, line: int, cell: str, delimiter: str) -> None:
     """Raise DataError if the only cell of a header holds a separator other than `delimiter`."""
-    for separator, word in _SEPARATORS.items():
+    for separator, word in _WORD_BY_SEPARATOR.items():
         if separator == delimiter or separator not in cell:
             continue
         if separator == ",":
@@ -167,14 +168,14 @@ def _refuse_other_separator(path: File, line: int, cell: str, delimiter: str) ->
         elif separator == "\t":
             remedy = "name the file .tsv"
         else:
-            remedy = f"save it with {_SEPARATORS[delimiter]}"
+            remedy = f"save it with {_WORD_BY_SEPARATOR[delimiter]}"
         raise DataError(
             f"{path}:{line}: the header is the single column {cell.strip()[:80]!r}: the file seems to be "
-            f"separated by {word}, not {_SEPARATORS[delimiter]}; {remedy}"
+            f"separated by {word}, not {_WORD_BY_SEPARATOR[delimiter]}; {remedy}"
         )
 
 
-def read_text_file(path: File) -> Iterator[SourceRow | RejectedRow]:
+def read_text_file(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
     """The one row of a text file, with the fields `text` and `title`; line ends become line feeds. Raises DataError."""
     with open_text(path) as stream:
         raw = stream.read(MAX_ROW_BYTES + 1)
@@ -199,7 +200,7 @@ def read_text_file(path: File) -> Iterator[SourceRow | RejectedRow]:
     yield SourceRow(name, 1, {"text": text, "title": file_title(path)}, derived_columns=("title",))
 
 
-def file_title(path: File) -> str:
+def file_title(path: InputPath) -> str:
     """The file's name without its suffixes: `a/notes.md.gz` -> "notes"."""
     name = path.name.removesuffix(path.suffix) if compression_of(path) else path.name
     return PurePath(name).stem

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.batches.mixing import Mix
+from trainer.data.batches.mixing import SourceMix
 from trainer.data.config import DataConfig, DataFormat, PrivacyMode
 from trainer.data.document import Document, Tally
-from trainer.data.fields import shown_names
+from trainer.data.fields import shorten_name_list
 from trainer.data.objective_spec import DataSpec
 from trainer.data.report import audit as audit_schema
 from trainer.data.report.pages import audit_page_html, datacard_text
 from trainer.data.report.preview import decode_pieces
 from trainer.data.report.wording import STAGE_SETTINGS
-from trainer.data.selection.splits import Columns, Selection
-from trainer.data.shards import QUARANTINE, Totals
-from trainer.data.sources import Input
+from trainer.data.selection.splits import DocumentColumns, Selection
+from trainer.data.shards import QUARANTINE, PreparationTotals
+from trainer.data.sources import SourceInput
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
 from trainer.data.transforms.filters import count_languages
@@ -48,7 +48,7 @@ class ReportWriter:
         self,
         config: DataConfig,
         tokenizer: PreTrainedTokenizerFast,
-        inputs: list[Input],
+        inputs: list[SourceInput],
         formats: Mapping[tuple[str, str], DataFormat],
         fingerprint: str,
         directory: Path,
@@ -66,7 +66,12 @@ class ReportWriter:
         """Gives the SHA-256 of a file."""
 
     def write(
-        self, totals: Totals, columns: Columns, selection: Selection, data_spec: DataSpec, label_names: list[str] | None
+        self,
+        totals: PreparationTotals,
+        columns: DocumentColumns,
+        selection: Selection,
+        data_spec: DataSpec,
+        label_names: list[str] | None,
     ) -> dict[str, Any]:
         """Write `audit.json`, `audit.html` and `datacard.md`; returns what a run records of the audit (`Audit.report`).
 
@@ -93,8 +98,8 @@ class ReportWriter:
 
     def _make_audit(
         self,
-        totals: Totals,
-        columns: Columns,
+        totals: PreparationTotals,
+        columns: DocumentColumns,
         selection: Selection,
         samples: list[audit_schema.DecodedSample],
     ) -> audit_schema.Audit:
@@ -123,7 +128,7 @@ class ReportWriter:
             quarantine={"rows": totals.bad_reasons.total(), "file": QUARANTINE},
             splits=splits,
             sources=sources,
-            unread_columns={source: shown_names(names) for source, names in totals.unread.items() if names},
+            unread_columns={source: shorten_name_list(names) for source, names in totals.unread.items() if names},
             mixing=self._mixing(datasets["train"]),
             **_selection_fields(selection),
             privacy=self._privacy(totals),
@@ -193,7 +198,11 @@ class ReportWriter:
         return f"(dropped: {', '.join(drop_counts) or 'none'}); {advice}fix the data"
 
     def _source(
-        self, source_input: Input, totals: Totals, columns: Columns, dataset: TokenDataset | None
+        self,
+        source_input: SourceInput,
+        totals: PreparationTotals,
+        columns: DocumentColumns,
+        dataset: TokenDataset | None,
     ) -> audit_schema.Source:
         """Rows and tokens that one input gave, with sizes and digests of its files. `dataset`: its split; None if it is empty."""
         files = []
@@ -225,11 +234,11 @@ class ReportWriter:
         """
         if all(source.weight is None for source in self.config.sources.values()):
             return {}
-        mix = Mix.of(self.config, train.source_names, train.sources, train.lengths)
+        mix = SourceMix.of(self.config, train.source_names, train.sources, train.lengths)
         realised = mix.report_by_source(mix.quotas(self.config.mixing))
         return {name: shares for name, shares in realised.items() if name in self.config.sources}
 
-    def _privacy(self, totals: Totals) -> audit_schema.PersonalData | None:
+    def _privacy(self, totals: PreparationTotals) -> audit_schema.PersonalData | None:
         """What the search for personal data found, by type, the most frequent first; None if it was switched off."""
         config = self.config.privacy
         if config.mode is PrivacyMode.none:
@@ -293,7 +302,7 @@ class ReportWriter:
         return samples
 
 
-def _count_conserved(totals: Totals, selection: Selection) -> dict[str, int]:
+def _count_conserved(totals: PreparationTotals, selection: Selection) -> dict[str, int]:
     """{"rows_in", "kept", "dropped"}: what became of all rows. Raises AssertionError if a row was neither kept nor dropped."""
     num_rows = totals.rows.total()
     num_dropped = _num_dropped(totals.tally) + _num_dropped(selection.tally)

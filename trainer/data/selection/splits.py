@@ -32,7 +32,7 @@ SEED_OFFSET = 0x632BE59BD9B4E019
 
 
 @dataclass(slots=True)
-class Columns:
+class DocumentColumns:
     """Numbers of every document kept, in input order: what the global decisions are made from."""
 
     split: np.ndarray
@@ -149,7 +149,7 @@ def _first_with_equal_digest(digests: np.ndarray, is_compared: np.ndarray) -> np
 class _SplitChooser:
     """Chooses the documents of each split step by step: `choose_splits` calls `drop_copies`, `hold_out` and so on in turn."""
 
-    def __init__(self, config: DataConfig, columns: Columns, table: DocumentTable, seed: int, log: Log) -> None:
+    def __init__(self, config: DataConfig, columns: DocumentColumns, table: DocumentTable, seed: int, log: Log) -> None:
         self.config = config
         self.columns = columns
         self.table = table
@@ -395,7 +395,9 @@ class _SplitChooser:
         return dict(zip(self.columns.labels, counts.tolist(), strict=True))
 
 
-def choose_splits(config: DataConfig, columns: Columns, table: DocumentTable, *, seed: int, log: Log) -> Selection:
+def choose_splits(
+    config: DataConfig, columns: DocumentColumns, table: DocumentTable, *, seed: int, log: Log
+) -> Selection:
     """The documents of each split: a function of the columns, the texts, the settings and the seed.
 
     `log` is called for every document that is dropped. Raises DataError, ConfigError.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-ESCAPE = "\U0010fb06"
+ESCAPE_MARK = "\U0010fb06"
 """A private-use character; a text that spells a control token must not have it."""
 
 
@@ -41,36 +41,37 @@ class ControlTokenEscaper:
         self.tokens = sorted(tokens, key=len, reverse=True)
         self._backend = backend
         pattern = "|".join(map(re.escape, self.tokens))
-        self._token_pattern = re.compile(pattern) if pattern else None
-        self._escape_or_token = re.compile(f"{ESCAPE}|{pattern}")
+        self._token_regex = re.compile(pattern) if pattern else None
+        self._mark_or_token_regex = re.compile(f"{ESCAPE_MARK}|{pattern}")
 
-    def spelled_in(self, text: str) -> bool:
+    def is_spelled_in(self, text: str) -> bool:
         """Whether a text spells one of the control tokens."""
-        return self._token_pattern is not None and self._token_pattern.search(text) is not None
+        return self._token_regex is not None and self._token_regex.search(text) is not None
 
     def escape(self, text: str) -> str:
         """The text with escape marks between the characters of each control token that it spells."""
         # A loop, because taking one token apart may uncover another.
-        while self._token_pattern is not None and self._token_pattern.search(text):
-            text = self._token_pattern.sub(lambda match: ESCAPE.join(match.group()), text)
+        while self._token_regex is not None and self._token_regex.search(text):
+            text = self._token_regex.sub(lambda match: ESCAPE_MARK.join(match.group()), text)
         return text
 
-    def to_backend(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+    def to_backend_text(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
         """(the text that `backend` encodes, the spans in it), for a rendered text with escaped control tokens.
 
-        `spans`: (begin, end) in characters of `text`. In `text`, a control token that the data only spells has an ESCAPE mark in
-        it, and one that the template wrote has none. `backend` knows control tokens with the mark in front, so the marks in the
-        spelled ones are removed, and each real control token gets one. With ^ for the mark: "<s>Hi <^s^>" -> "^<s>Hi <s>".
+        `backend`: the changed copy of the tokenizer. `spans`: (begin, end) in characters of `text`. In `text`, a control token
+        that the data only spells has an escape mark in it, and one that the template wrote has none. `backend` knows control
+        tokens with the mark in front, so the marks in the spelled ones are removed, and each real control token gets one. With ^
+        for the mark: "<s>Hi <^s^>" -> "^<s>Hi <s>".
         """
-        shifts: list[tuple[int, int]] = []
         # (position in `text`, by how many characters all that is behind it moves)
+        shifts: list[tuple[int, int]] = []
 
         def add_or_remove_mark(match: re.Match[str]) -> str:
-            is_mark = match.group() == ESCAPE
+            is_mark = match.group() == ESCAPE_MARK
             shifts.append((match.start(), -1 if is_mark else 1))
-            return "" if is_mark else ESCAPE + match.group()
+            return "" if is_mark else ESCAPE_MARK + match.group()
 
-        backend_text = self._escape_or_token.sub(add_or_remove_mark, text)
+        backend_text = self._mark_or_token_regex.sub(add_or_remove_mark, text)
 
         def moved_position(position: int) -> int:
             return position + sum(shift for start, shift in shifts if start < position)
@@ -81,31 +82,31 @@ class ControlTokenEscaper:
     def backend(self) -> Tokenizer:
         """The copy of the tokenizer that knows control tokens with the mark in front; made when a first text needs it.
 
-        Errors: ConfigError for a tokenizer whose control tokens cannot be told from their spelling.
+        Raises ConfigError for a tokenizer whose control tokens cannot be told from their spelling.
         """
         from tokenizers import Tokenizer
 
         # What a tokenizer.json holds.
         settings = json.loads(self._backend.to_str())
         model = settings["model"]
-        escaped = {token: ESCAPE + token for token in self.tokens}
+        marked_by_token = {token: ESCAPE_MARK + token for token in self.tokens}
         for added_token in settings["added_tokens"]:
             content = added_token["content"]
-            added_token["content"] = escaped.get(content, content)
+            added_token["content"] = marked_by_token.get(content, content)
         # The model itself may hold them too, and would find them by their spelling (a Unigram model does).
         vocab = model.get("vocab")
         if isinstance(vocab, dict):
-            model["vocab"] = {escaped.get(piece, piece): token_id for piece, token_id in vocab.items()}
+            model["vocab"] = {marked_by_token.get(piece, piece): token_id for piece, token_id in vocab.items()}
         elif vocab is not None:
-            model["vocab"] = [[escaped.get(piece, piece), score] for piece, score in vocab]
-        if model.get("unk_token") in escaped:
-            model["unk_token"] = escaped[model["unk_token"]]
+            model["vocab"] = [[marked_by_token.get(piece, piece), score] for piece, score in vocab]
+        if model.get("unk_token") in marked_by_token:
+            model["unk_token"] = marked_by_token[model["unk_token"]]
         try:
             backend = Tokenizer.from_str(json.dumps(settings))
         except Exception as error:  # the library raises no other; merges may be made of such tokens
             raise _indistinguishable_token_error(self.tokens[0]) from error
         for token in self.tokens:
-            if backend.token_to_id(ESCAPE + token) != self._backend.token_to_id(token):
+            if backend.token_to_id(ESCAPE_MARK + token) != self._backend.token_to_id(token):
                 raise _indistinguishable_token_error(token)
         return backend
 

@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass
 from datetime import date, datetime
 
-CLOCK = "strftime_now"
+CLOCK_FUNCTION = "strftime_now"
 """How a template asks for the time."""
-_LITERAL_CALL = re.compile(rf"""{CLOCK}\(\s*(?:format\s*=\s*)?(["'])([^"'\\]*)\1\s*\)""")
+_LITERAL_CALL_REGEX = re.compile(rf"""{CLOCK_FUNCTION}\(\s*(?:format\s*=\s*)?(["'])([^"'\\]*)\1\s*\)""")
 """A call whose format is written into the template."""
-_CLOCK_CALL = re.compile(rf"{CLOCK}(?!\s+is\b)")
+_CLOCK_CALL_REGEX = re.compile(rf"{CLOCK_FUNCTION}(?!\s+is\b)")
 """Any call; `strftime_now is defined` is none."""
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
 _NOT_IN_FINGERPRINT = " (not in the fingerprint)"
@@ -45,28 +45,31 @@ class TemplateDate:
 
 def reads_clock(template: str | None) -> bool:
     """Whether a chat template may write the date."""
-    return template is not None and CLOCK in template
+    return template is not None and CLOCK_FUNCTION in template
 
 
-def with_date(template: str, day: date) -> str:
+def replace_clock_calls(template: str, day: date) -> str:
     """The chat template with its calls of the clock replaced by the date `day`, at midnight.
 
     Example: `{{ strftime_now("%d %b %Y") }}` -> `{{ "03 Jan 2025" }}`.
     """
     midnight = datetime(day.year, day.month, day.day)
 
-    def written_date(call: re.Match[str]) -> str:
-        return json.dumps(midnight.strftime(call[2]), ensure_ascii=False)
+    def quoted_date(call: re.Match[str]) -> str:
+        """The value of a call such as `strftime_now("%Y")`, as a literal of Jinja: `"2025"`."""
+        date_format = call[2]
+        return json.dumps(midnight.strftime(date_format), ensure_ascii=False)
 
-    fixed = _LITERAL_CALL.sub(written_date, template)
-    if not _CLOCK_CALL.search(fixed):
-        return fixed
+    template_without_literal_calls = _LITERAL_CALL_REGEX.sub(quoted_date, template)
+    if not _CLOCK_CALL_REGEX.search(template_without_literal_calls):
+        return template_without_literal_calls
     # A format that is computed is filled in by the template itself: its own macro takes the place of the function.
     replace_filters = ""
     for directive, formatted in _directive_values(midnight):
         replace_filters += f" | replace({json.dumps(directive)}, {json.dumps(formatted)})"
     # Jinja (with trim_blocks) removes the newline after a tag, so the template still begins at the start of a line.
-    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{replace_filters} }}}}{{%- endmacro %}}\n{fixed}"
+    macro = f"{{%- macro {CLOCK_FUNCTION}(format) -%}}{{{{ format{replace_filters} }}}}{{%- endmacro %}}"
+    return f"{macro}\n{template_without_literal_calls}"
 
 
 def _directive_values(moment: datetime) -> list[tuple[str, str]]:

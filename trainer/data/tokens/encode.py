@@ -17,7 +17,7 @@ from strategies.errors import ConfigError, DataError, is_panic, tokenizer_panic
 from trainer.data.config import ControlTokens, LearnConfig
 from trainer.data.document import Document, Message, RefusedDocument
 from trainer.data.store.sequences import LABEL, Sample
-from trainer.data.tokens.characters import ESCAPE, ControlTokenEscaper
+from trainer.data.tokens.characters import ESCAPE_MARK, ControlTokenEscaper
 from trainer.data.tokens.clock import TemplateDate
 from trainer.data.tokens.template import ChatTemplate, RenderedText
 
@@ -50,13 +50,12 @@ class Encoder:
         # Kept, because the tokenizer searches its vocabulary each time one asks for them.
         self.bos_id = tokenizer.bos_token_id
         self.eos_id = tokenizer.eos_token_id
-        self.label_ids: dict[str, int] = {}
-        """Number of each label's name, see `set_label_names`."""
+        self.label_id_by_name: dict[str, int] = {}
         # A copy, because saved tokenizers may carry truncation and padding of their own.
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.opening, self.closing = self._natural_affixes()
+        self.leading_special_ids, self.trailing_special_ids = self._affixes_of_tokenizer()
         # We add the affixes ourselves, and some post-processors (RoBERTa's) cut spaces off token offsets.
         self._backend.post_processor = None
         self.template = ChatTemplate(tokenizer, learn) if tokenizer.chat_template else None
@@ -68,24 +67,26 @@ class Encoder:
 
     def set_label_names(self, names: Iterable[str]) -> None:
         """Number the labels in this order. To be called before documents with labels are encoded."""
-        self.label_ids = {name: number for number, name in enumerate(names)}
+        self.label_id_by_name = {name: number for number, name in enumerate(names)}
 
     def fix_date(self, date: TemplateDate | None) -> None:
         """Let the chat template write this date for today; None leaves it the clock."""
         if date is not None and self.template is not None:
             self.template.fix_date(date.day)
 
-    def _natural_affixes(self) -> tuple[list[int], list[int]]:
-        """(ids the tokenizer puts before a text by itself, ids it puts behind it), such as BOS, or [CLS] and [SEP]."""
+    def _affixes_of_tokenizer(self) -> tuple[list[int], list[int]]:
+        """(ids the tokenizer puts before a text by itself, ids it puts behind it), such as BOS, or [CLS] and [SEP].
+
+        Found by encoding a small text with and without them. A tokenizer that then changes the text's own tokens has no affixes
+        that we could add: ([], []).
+        """
         text_ids = self._backend.encode("a", add_special_tokens=False).ids
-        all_ids = self._backend.encode("a", add_special_tokens=True).ids
-        # The text's own tokens stand somewhere between the affixes; a tokenizer that changes them has none that we
-        # could add.
-        length = len(text_ids)
-        for begin in range(len(all_ids) - length + 1):
-            end = begin + length
-            if all_ids[begin:end] == text_ids:
-                return all_ids[:begin], all_ids[end:]
+        ids_with_affixes = self._backend.encode("a", add_special_tokens=True).ids
+        num_text_ids = len(text_ids)
+        for begin in range(len(ids_with_affixes) - num_text_ids + 1):
+            end = begin + num_text_ids
+            if ids_with_affixes[begin:end] == text_ids:
+                return ids_with_affixes[:begin], ids_with_affixes[end:]
         return [], []
 
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
@@ -102,29 +103,41 @@ class Encoder:
         """(document, tokens of its prompt as int32 [n]) in order; the prompt ends where the model would begin to answer.
 
         - A conversation: without its last answers, with the chat template's header of the answer to come.
-        - A text, or without a template a prompt with its separator: the text, after BOS if the tokenizer writes one by itself.
+        - A text, or without a template a prompt with its separator: the text, after BOS if the tokenizer adds BOS to texts.
         Raises DataError with file and line.
         """
         remaining = iter(documents)
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
             rendered = [self._render_prompt(document) for document in batch]
-            encodings, _ = self.tokenize(rendered)
+            encodings, _encoded_texts = self.tokenize(rendered)
             for document, encoding in zip(batch, encodings, strict=True):
                 ids = np.array(encoding.ids, dtype=np.int32)
-                template_writes_bos = self.template is not None and document.text is None
-                tokenizer_adds_bos = self.opening[:1] == [self.bos_id]
-                if not template_writes_bos and tokenizer_adds_bos and ids[:1].tolist() != [self.bos_id]:
-                    ids = np.concatenate([np.array(self.opening[:1], np.int32), ids])
+                is_conversation = self.template is not None and document.text is None  # its template writes BOS
+                if not is_conversation and self._adds_bos_to_texts and not self._begins_with_bos(ids):
+                    ids = np.concatenate([np.array([self.bos_id], np.int32), ids])
                 yield document, ids
 
+    @property
+    def _adds_bos_to_texts(self) -> bool:
+        """Whether the tokenizer puts BOS before a text by itself."""
+        return self.leading_special_ids[:1] == [self.bos_id]
+
+    def _begins_with_bos(self, ids: np.ndarray) -> bool:
+        """Whether token ids (int [n]) begin with BOS; False if the tokenizer has none."""
+        return self.bos_id is not None and ids[:1].tolist() == [self.bos_id]
+
     def _render_prompt(self, document: Document) -> RenderedText:
-        """The text of a document up to where the model would begin to answer, without supervised spans; see `encode_prompts`."""
+        """The text of a document up to where the model would begin to answer, without supervised spans.
+
+        - A conversation: its turns before the last answers, and the chat template's header of the answer to come.
+        - A text, or without a template a prompt: the text itself, with its separator.
+        """
         turns = _preferred_messages(document)
         if turns is None and document.prompt is not None and self.template is not None:
             turns = document.conversation()
         if turns is None:
             text = self.escape_text(document, document.text or document.prompt or "") + document.separator
-            return RenderedText(text, [], escaped=ESCAPE in text)
+            return RenderedText(text, [], escaped=ESCAPE_MARK in text)
         if self.template is None:
             self.template = ChatTemplate(self.tokenizer)  # raises the ConfigError that says what the tokenizer lacks
         while turns and turns[-1]["role"] == "assistant":
@@ -135,8 +148,8 @@ class Encoder:
         return RenderedText(text, [], escaped=escaped_turns is not context_turns)
 
     def encode_answers(self, answers: list[DocumentTurns], *, fast: bool = True) -> list[Sample]:
-        """A sample of each document, made of the messages beside it; see `DocumentTurns`."""
-        rendered = self._render_all(answers, fast=fast)
+        """A sample of each document, made of the messages beside it; if there are none, of its prompt and completion, or text."""
+        rendered = self._render_answers(answers, fast=fast)
         return self._to_samples([document for document, _ in answers], rendered)
 
     def encode_pairs(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Sample, Sample]]:
@@ -154,7 +167,7 @@ class Encoder:
                 answers.append((document, prompt + (document.rejected or [])))
             samples = self.encode_answers(answers)
             for document, chosen, rejected in zip(batch, samples[::2], samples[1::2], strict=True):
-                share_prompt(document, chosen, rejected)
+                align_learned_answers(document, chosen=chosen, rejected=rejected)
                 yield document, chosen, rejected
 
     def num_tokens_before_first(self, document: Document) -> int | None:
@@ -164,7 +177,7 @@ class Encoder:
         """
         if self.template is None:
             return None
-        (rendered,) = self._render_all([(document, _preferred_messages(document))], fast=True)
+        (rendered,) = self._render_answers([(document, _preferred_messages(document))], fast=True)
         turns = self._escape_messages(document, document.messages or [])
         content_begin = self.template.first_content_begin(turns, document.location, document.tools)
         if content_begin is None:
@@ -173,7 +186,7 @@ class Encoder:
         text_with_span = RenderedText(rendered.text, [(0, content_begin)], rendered.escaped)
         (encoding,), (encoded_text,) = self.tokenize([text_with_span])
         _, num_characters_before = encoded_text.spans[0]
-        token_ends = np.array(encoding.offsets, dtype=np.int64)[:, 1]
+        _token_begins, token_ends = np.array(encoding.offsets, dtype=np.int64).T
         return int(np.count_nonzero(token_ends <= num_characters_before))
 
     def escape_text(self, document: Document, text: str) -> str:
@@ -182,12 +195,12 @@ class Encoder:
         Raises RefusedDocument if it spells some and `data.control_tokens` is `refuse`, or if the document has the escape mark
         itself.
         """
-        if self.control_tokens is ControlTokens.keep or not self.escaper.spelled_in(text):
+        if self.control_tokens is ControlTokens.keep or not self.escaper.is_spelled_in(text):
             return text
         if self.control_tokens is ControlTokens.refuse:
             message = "a text spells control tokens of the tokenizer, which data.control_tokens=refuse does not allow"
             raise RefusedDocument(document.location, "control_tokens", message)
-        if any(ESCAPE in document_text for document_text in document.texts()):
+        if any(ESCAPE_MARK in document_text for document_text in document.texts()):
             message = "the text has the private-use character U+10FB06 beside a spelled control token; remove it"
             raise RefusedDocument(document.location, "reserved_character", message)
         return self.escaper.escape(text)
@@ -207,22 +220,22 @@ class Encoder:
         encoded_texts = list(texts)
         for number, text in enumerate(texts):
             if text.escaped:
-                backend_text, backend_spans = self.escaper.to_backend(text.text, text.spans)
-                encoded_texts[number] = RenderedText(backend_text, backend_spans, weights=text.weights)
+                backend_text, backend_spans = self.escaper.to_backend_text(text.text, text.spans)
+                encoded_texts[number] = RenderedText(backend_text, backend_spans, loss_weights=text.loss_weights)
                 encodings[number] = self.escaper.backend.encode(backend_text, add_special_tokens=False)
         return encodings, encoded_texts
 
     def context_texts(self, document: Document) -> list[str]:
         """The texts of a document that are neither answers nor learned turns."""
         turns = _preferred_messages(document) or []
-        texts = [turns[number]["content"] for number in self._context_turns(turns)]
+        texts = [turns[index]["content"] for index in self._context_turn_indices(turns)]
         return texts + [text for text in (document.prompt, document.text) if text is not None]
 
     def num_closing_tokens(self, document: Document) -> int:
-        """How many tokens at the end of a sample must survive truncation."""
-        return len(self.closing) if document.label is not None else 0
+        """How many tokens at the end of a sample must survive truncation: of a labelled text those behind it, such as [SEP]."""
+        return len(self.trailing_special_ids) if document.label is not None else 0
 
-    def _render_all(self, batch: list[DocumentTurns], *, fast: bool) -> list[RenderedText]:
+    def _render_answers(self, batch: list[DocumentTurns], *, fast: bool) -> list[RenderedText]:
         """The text of each document and the character spans of it that are supervised, in the order of `batch`.
 
         `batch`: (document, messages) of each; a conversation is rendered by the chat template, and a document without
@@ -254,57 +267,37 @@ class Encoder:
                 continue
             conversation = next(rendered_conversations)
             messages, escaped_messages = turns
-            self._weigh_and_check(template, document, messages, escaped_messages, conversation)
+            if any("weight" in message for message in messages):  # without weights, all learned tokens count 1
+                learned_indices = template.learned_turn_indices(messages)
+                conversation.loss_weights = span_weights(learned_indices, messages, conversation, document.location)
+            if escaped_messages is not messages:
+                conversation.escaped = True
+                _check_same_text_without_escaping(template, document, messages, conversation)
             rendered.append(conversation)
         return rendered
-
-    def _weigh_and_check(
-        self,
-        template: ChatTemplate,
-        document: Document,
-        messages: list[Message],
-        escaped_messages: list[Message],
-        rendered: RenderedText,
-    ) -> None:
-        """Set `weights` and `escaped` of a rendered conversation, and refuse it if escaping changed what the template wrote.
-
-        Escaping marks control tokens that the data only spells, so that they become ordinary characters. `escaped_messages` is
-        what was rendered; it is `messages` itself if nothing had to be escaped. Raises RefusedDocument.
-        """
-        if any("weight" in message for message in escaped_messages):
-            learned = template.learned_turns(escaped_messages)
-            rendered.weights = span_weights(learned, escaped_messages, rendered, document.location)
-        if escaped_messages is messages:
-            return
-        rendered.escaped = True
-        # A template may look for a control token in a content, and then write something else than it does for the escaped one.
-        unescaped_text = template.render_text(messages, document.location, document.tools).rstrip()
-        if not rendered.text.replace(ESCAPE, "").startswith(unescaped_text):
-            message = "the chat template looks for a control token that a text spells; remove it from the text"
-            raise RefusedDocument(document.location, "refused_by_template", message)
 
     def _escape_messages(self, document: Document, messages: list[Message]) -> list[Message]:
         """Messages with the control tokens that they spell escaped, except in answers and supervised turns.
 
         The same list object if nothing had to be escaped, which callers test for.
         """
-        other_contents = (message["content"] for message in messages if message["role"] != "assistant")
-        if not any(self.escaper.spelled_in(content) for content in other_contents):
+        contents = (message["content"] for message in messages if message["role"] != "assistant")
+        if not any(self.escaper.is_spelled_in(content) for content in contents):
             return messages
-        escaped = list(messages)
-        for index in self._context_turns(messages):
-            content = self.escape_text(document, messages[index]["content"])
-            escaped[index] = {**messages[index], "content": content}
-        return messages if escaped == messages else escaped
+        escaped_messages = list(messages)
+        for index in self._context_turn_indices(messages):
+            escaped_content = self.escape_text(document, messages[index]["content"])
+            escaped_messages[index] = {**messages[index], "content": escaped_content}
+        return messages if escaped_messages == messages else escaped_messages
 
-    def _context_turns(self, messages: list[Message]) -> list[int]:
+    def _context_turn_indices(self, messages: list[Message]) -> list[int]:
         """Indices of the messages that are neither answers nor learned."""
-        learned = self.template.learned_turns(messages) if self.template else ()
-        context_turns = []
+        learned_indices = self.template.learned_turn_indices(messages) if self.template else ()
+        context_indices = []
         for index, message in enumerate(messages):
-            if message["role"] != "assistant" and index not in learned:
-                context_turns.append(index)
-        return context_turns
+            if message["role"] != "assistant" and index not in learned_indices:
+                context_indices.append(index)
+        return context_indices
 
     def _render_plain(self, document: Document) -> RenderedText:
         """A document's text without a chat template, and its supervised span.
@@ -338,23 +331,23 @@ class Encoder:
         for document, encoding, text in zip(documents, encodings, texts, strict=True):
             input_ids, supervised, weights = learned_tokens(encoding, text)
             marks: dict[str, float] = {}
-            # A text with control tokens of its own may begin with the BOS that would be put before it.
-            begins_with_bos = False
-            if self.control_tokens is ControlTokens.keep and bos is not None:
-                begins_with_bos = input_ids[:1].tolist() == [bos]
+            # Only a text with control tokens of its own may begin with the BOS that would be put before it.
+            begins_with_bos = self.control_tokens is ControlTokens.keep and self._begins_with_bos(input_ids)
             # Affixes by the kind of document.
             if document.label is not None:
                 marks[LABEL] = self._label_id(document)
-                opening = [] if begins_with_bos and self.opening == [bos] else self.opening
-                input_ids, supervised = _add_affixes(input_ids, supervised, opening, self.closing, learn_closing=False)
+                has_leading_ids = begins_with_bos and self.leading_special_ids == [bos]
+                leading = [] if has_leading_ids else self.leading_special_ids
+                input_ids, supervised = _add_affixes(
+                    input_ids, supervised, leading, self.trailing_special_ids, learn_trailing=False
+                )
             elif document.text is not None or (document.prompt is not None and self.template is None):
                 eos = self.eos_id
                 if eos is None:
                     raise ConfigError("the tokenizer has no eos_token, so no text would end; set one in its config")
-                adds_bos = self.opening[:1] == [bos] and not begins_with_bos
-                opening = [bos] if adds_bos else []
-                closing = [] if input_ids[-1:].tolist() == [eos] else [eos]
-                input_ids, supervised = _add_affixes(input_ids, supervised, opening, closing, learn_closing=True)
+                leading = [bos] if self._adds_bos_to_texts and not begins_with_bos else []
+                trailing = [] if input_ids[-1:].tolist() == [eos] else [eos]
+                input_ids, supervised = _add_affixes(input_ids, supervised, leading, trailing, learn_trailing=True)
             if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:
                 message = (
                     f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
@@ -368,31 +361,31 @@ class Encoder:
 
     def _label_id(self, document: Document) -> int:
         """The number of a document's label. Raises DataError for a label that is not known."""
-        if document.label not in self.label_ids:
+        if document.label not in self.label_id_by_name:
             raise DataError(
-                f"{document.location}: label {document.label!r} is none of {list(self.label_ids)} (objective.labels, or "
-                "the labels of the training data)"
+                f"{document.location}: label {document.label!r} is none of {list(self.label_id_by_name)} "
+                "(objective.labels, or the labels of the training data)"
             )
-        return self.label_ids[document.label]
+        return self.label_id_by_name[document.label]
 
 
 def learned_tokens(encoding: Encoding, rendered: RenderedText) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Turn character spans into a token mask: (ids int32 [n], supervised bool [n], loss weights float32 [n] or None).
 
-    `encoding`: the tokens of `rendered`, whose `spans` are the supervised characters, with `weights` if some count differently.
+    `encoding`: the tokens of `rendered`, whose `spans` are the supervised characters, with `loss_weights` if some count less.
     A token that straddles an edge of a span belongs to it, since generation would make it; so do tokens without characters of
     their own between two that have some.
     """
     input_ids = np.array(encoding.ids, dtype=np.int32)
     supervised = np.zeros(len(input_ids), dtype=np.bool_)
-    weights = None if rendered.weights is None else np.zeros(len(input_ids), dtype=np.float32)
+    weights = None if rendered.loss_weights is None else np.zeros(len(input_ids), dtype=np.float32)
     if not len(input_ids):
         return input_ids, supervised, weights
     for number, (begin, end) in enumerate(rendered.spans):
         span_tokens = _tokens_of_span(encoding, begin, end)
         supervised[span_tokens] = True
-        if weights is not None and rendered.weights is not None:
-            weights[span_tokens] = rendered.weights[number]
+        if weights is not None and rendered.loss_weights is not None:
+            weights[span_tokens] = rendered.loss_weights[number]
     return input_ids, supervised, weights
 
 
@@ -419,14 +412,14 @@ def _tokens_of_span(encoding: Encoding, begin: int, end: int) -> slice:
 
 
 def span_weights(
-    learned: list[int], messages: list[Message], rendered: RenderedText, location: str
+    learned_indices: list[int], messages: list[Message], rendered: RenderedText, location: str
 ) -> list[float] | None:
     """The loss weight of each supervised span of a rendered conversation, from its message's `weight`; None if each is 1.
 
-    `learned`: indices of the messages that are supervised, one for each span. Raises RefusedDocument, with the row's `location`,
-    if the template's `{% generation %}` blocks make another number of spans.
+    `learned_indices`: indices of the messages that are supervised, one for each span. Raises RefusedDocument, with the row's
+    `location`, if the template's `{% generation %}` blocks make another number of spans.
     """
-    weights = [messages[index].get("weight", 1.0) for index in learned]
+    weights = [messages[index].get("weight", 1.0) for index in learned_indices]
     if all(weight == 1 for weight in weights):
         return None
     if len(rendered.spans) != len(weights):
@@ -438,6 +431,20 @@ def span_weights(
     return weights
 
 
+def _check_same_text_without_escaping(
+    template: ChatTemplate, document: Document, messages: list[Message], rendered: RenderedText
+) -> None:
+    """Raise RefusedDocument if the template writes something else for `messages` without escape marks than `rendered`.
+
+    It may look for a control token in a content, and not find the escaped one.
+    """
+    # `rendered` is longer than what the template writes if its last turn was closed.
+    unescaped_text = template.render_text(messages, document.location, document.tools).rstrip()
+    if not rendered.text.replace(ESCAPE_MARK, "").startswith(unescaped_text):
+        message = "the chat template looks for a control token that a text spells; remove it from the text"
+        raise RefusedDocument(document.location, "refused_by_template", message)
+
+
 def _preferred_messages(document: Document) -> list[Message] | None:
     """The conversation of a document; of a preference pair, the one with the preferred answer."""
     if document.chosen is None:
@@ -445,7 +452,7 @@ def _preferred_messages(document: Document) -> list[Message] | None:
     return (document.messages or []) + document.chosen
 
 
-def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
+def align_learned_answers(document: Document, chosen: Sample, rejected: Sample) -> None:
     """Let the supervised tokens of both answers of a preference pair begin at the same position, after the same prompt tokens.
 
     Changes the masks of the samples in place: if one answer merges with the end of the prompt into one token, the other learns
@@ -470,15 +477,17 @@ def share_prompt(document: Document, chosen: Sample, rejected: Sample) -> None:
 
 
 def _add_affixes(
-    ids: np.ndarray, supervised: np.ndarray, opening: list[int], closing: list[int], *, learn_closing: bool
+    ids: np.ndarray, supervised: np.ndarray, leading: list[int], trailing: list[int], *, learn_trailing: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, which are learned) of a sample with the special ids `opening` before it and `closing` behind it."""
-    ids = np.concatenate([np.array(opening, np.int32), ids, np.array(closing, np.int32)])
-    opening_mask = np.zeros(len(opening), np.bool_)
-    closing_mask = np.full(len(closing), learn_closing, np.bool_)
-    return ids, np.concatenate([opening_mask, supervised, closing_mask])
+    """(ids int32 [n], supervised bool [n]) of a sample with the special ids `leading` before it and `trailing` behind it."""
+    ids = np.concatenate([np.array(leading, np.int32), ids, np.array(trailing, np.int32)])
+    leading_mask = np.zeros(len(leading), np.bool_)
+    trailing_mask = np.full(len(trailing), learn_trailing, np.bool_)
+    return ids, np.concatenate([leading_mask, supervised, trailing_mask])
 
 
-def truncate_sample(sample: Sample, max_length: int, tail: int) -> Sample:
-    """The first tokens of a sample, followed by its last `tail` tokens: `max_length` together."""
-    return sample.keep_spans(slice(max_length - tail), slice(len(sample.input_ids) - tail, None))
+def truncate_sample(sample: Sample, max_length: int, num_tail_tokens: int) -> Sample:
+    """The first tokens of a sample, followed by its last `num_tail_tokens` tokens: `max_length` together."""
+    head = slice(max_length - num_tail_tokens)
+    tail = slice(len(sample.input_ids) - num_tail_tokens, None)
+    return sample.keep_spans(head, tail)

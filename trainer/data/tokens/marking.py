@@ -27,7 +27,7 @@ END = RESERVED[1]
 """Stand around the content of a turn."""
 THOUGHT = RESERVED[2]
 """Stands where a thought begins."""
-_MARK_REGEX = re.compile(f"([{BEGIN}{END}{THOUGHT}])")
+_MARK_REGEX = re.compile(f"[{BEGIN}{END}{THOUGHT}]")
 _THOUGHT_AND_ANSWER_REGEX = re.compile(r"(\s*<think>\s*)?(.*</think>\s*)(.*)", re.DOTALL)
 _MAX_SHAPES = 4096
 """Shapes of conversations that are remembered; more are forgotten all at once, so that memory stays bounded."""
@@ -67,8 +67,8 @@ class _MarkedTurn:
     """Positions in the text without marks: of a thought, if the template kept it, and of the content."""
 
     thought_begin: int | None
-    begin: int
-    end: int
+    content_begin: int
+    content_end: int
 
 
 @dataclass(slots=True)
@@ -130,21 +130,23 @@ class SpanFinder:
         """How often the skeleton of a shape did not fit."""
 
     def find_spans(
-        self, messages: list[Message], learned: list[int], text: str, location: str, *, fast: bool = True
+        self, messages: list[Message], learned_indices: list[int], text: str, location: str, *, fast: bool = True
     ) -> tuple[str, Spans]:
         """Find the characters of the supervised turns in a rendered conversation: (closed text, one span a turn).
 
-        `learned`: indices of the supervised turns. `text`: the conversation as the template rendered it; the closed text has
-        an end-of-turn token at its end, too. `location`: `file:line` of the row. The fast way knows what the template writes
+        `learned_indices`: indices of the supervised turns. `text`: the conversation as the template rendered it; the closed text
+        has an end-of-turn token at its end, too. `location`: `file:line` of the row. The fast way knows what the template writes
         around contents; `fast=False` renders the conversation a second time, with marks, in any case. Raises DataError if the
         spans cannot be told, RefusedDocument if the thought of the last turn is lost.
         """
-        text_and_spans = self._spans_by_skeleton(messages, learned, text) if fast else None
+        text_and_spans = self._spans_by_skeleton(messages, learned_indices, text) if fast else None
         if text_and_spans is None:
-            return self._spans_by_marking(messages, learned, text, location)
+            return self._spans_by_marking(messages, learned_indices, text, location)
         return text_and_spans
 
-    def _spans_by_skeleton(self, messages: list[Message], learned: list[int], text: str) -> tuple[str, Spans] | None:
+    def _spans_by_skeleton(
+        self, messages: list[Message], learned_indices: list[int], text: str
+    ) -> tuple[str, Spans] | None:
         """(closed text, spans) without rendering again; None if the conversation must be rendered with marks.
 
         Conversations of one shape (roles, supervised turns, outer whitespace) share a skeleton: what the template writes around
@@ -165,11 +167,11 @@ class SpanFinder:
                 whitespace[index] = (before, after)
             roles.append(message["role"])
             contents.append(trimmed)
-        shape = (*roles, tuple(learned), *whitespace.items())
+        shape = (*roles, tuple(learned_indices), *whitespace.items())
         if shape in self._skeletons:
             skeleton = self._skeletons[shape]
         else:
-            skeleton = self._learn_skeleton(shape, roles, learned, whitespace)
+            skeleton = self._learn_skeleton(shape, roles, learned_indices, whitespace)
         if skeleton is None:
             return None
         text_and_spans = skeleton.fit(contents, text)
@@ -190,7 +192,7 @@ class SpanFinder:
             self._skeletons[shape] = None
 
     def _learn_skeleton(
-        self, shape: Shape, roles: list[str], learned: list[int], whitespace: ContentWhitespace
+        self, shape: Shape, roles: list[str], learned_indices: list[int], whitespace: ContentWhitespace
     ) -> _Skeleton | None:
         """Learn the skeleton of a shape of conversation (see `_spans_by_skeleton`) by rendering placeholders as contents.
 
@@ -214,14 +216,14 @@ class SpanFinder:
         self._skeletons[shape] = None
         try:
             text = self._render(messages)
-            closed_text, spans = self._spans_by_marking(messages, learned, text, "")
+            closed_text, spans = self._spans_by_marking(messages, learned_indices, text, "")
             self._skeletons[shape] = self._cut_skeleton(placeholders, text, closed_text, spans)
         except Exception:  # noqa: BLE001 - a template that dislikes placeholders is asked about each conversation
             return None
         return self._skeletons[shape]
 
     def _spans_by_marking(
-        self, messages: list[Message], learned: list[int], text: str, location: str
+        self, messages: list[Message], learned_indices: list[int], text: str, location: str
     ) -> tuple[str, Spans]:
         """(closed text, spans) by rendering the conversation a second time, with marks around the supervised contents.
 
@@ -229,33 +231,35 @@ class SpanFinder:
         DataError and RefusedDocument as described at `find_spans`.
         """
         try:
-            spans = self._content_spans(messages, learned, text, location)
+            spans = self._content_spans(messages, learned_indices, text, location)
         except DataError:
             # The template may write the time, so that `text` differs from a rendering of now.
             text_now = self._render(messages)
             if text_now == text:
                 raise
             text = text_now
-            spans = self._content_spans(messages, learned, text, location)
-        return self.close_turns(text, spans, [messages[index]["role"] for index in learned])
+            spans = self._content_spans(messages, learned_indices, text, location)
+        return self.close_turns(text, spans, [messages[index]["role"] for index in learned_indices])
 
-    def _content_spans(self, messages: list[Message], learned: list[int], text: str, location: str) -> Spans:
+    def _content_spans(self, messages: list[Message], learned_indices: list[int], text: str, location: str) -> Spans:
         """Spans of the supervised contents in `text`, by the first way of marking that leaves the rest of the text unchanged.
 
         Raises DataError if none does, RefusedDocument if the thought of the last turn is lost.
         """
         for mark_content in (mark_whole, mark_trimmed, mark_thought):
-            turns = render_marked(self._render, messages, learned, text, dict.fromkeys(learned, mark_content))
+            turns = render_marked(
+                self._render, messages, learned_indices, text, dict.fromkeys(learned_indices, mark_content)
+            )
             if turns is None:
                 continue
             if mark_content is mark_trimmed:
-                turns = self._with_kept_whitespace(messages, learned, text, turns)
+                turns = self._with_kept_whitespace(messages, learned_indices, text, turns)
             spans = []
             for number, turn in enumerate(turns):
-                begin = self._learning_begin(messages, learned, text, number, turn, location)
-                spans.append((begin, turn.end))
+                begin = self._learning_begin(messages, learned_indices, text, number, turn, location)
+                spans.append((begin, turn.content_end))
             return spans
-        role = messages[learned[-1]]["role"]
+        role = messages[learned_indices[-1]]["role"]
         article = "an" if role == "assistant" else "a"
         raise DataError(
             f"{location}: the chat template changes the text of {article} {role} turn (more than "
@@ -264,34 +268,40 @@ class SpanFinder:
         )
 
     def _with_kept_whitespace(
-        self, messages: list[Message], learned: list[int], text: str, turns: list[_MarkedTurn]
+        self, messages: list[Message], learned_indices: list[int], text: str, turns: list[_MarkedTurn]
     ) -> list[_MarkedTurn]:
         """The turns, each widened by the outer whitespace of its content that the template keeps.
 
-        `turns`: the positions of the turns `learned`, found with trimmed contents. A template may trim some turns only, or
-        line ends only.
+        `turns`: the positions of the turns `learned_indices`, found with trimmed contents. A template may trim some turns only,
+        or line ends only.
         """
         widened_turns = []
-        for number, index in enumerate(learned):
+        for number, index in enumerate(learned_indices):
             content = messages[index]["content"]
             turn = turns[number]
             if content != content.strip():
-                find_turn = partial(self._find_turn_with_marks, messages, learned, text, number)
+                find_turn = partial(self._find_turn_with_marks, messages, learned_indices, text, number)
                 turn = _widest_turn(content, cache(find_turn)) or turn
             widened_turns.append(turn)
         return widened_turns
 
     def _find_turn_with_marks(
-        self, messages: list[Message], learned: list[int], text: str, number: int, begin: int, end: int
+        self, messages: list[Message], learned_indices: list[int], text: str, number: int, begin: int, end: int
     ) -> _MarkedTurn | None:
         """The turn `learned[number]`, found with marks around content[begin:end]; None if these marks change the text."""
-        markers: dict[int, Marker] = dict.fromkeys(learned, mark_trimmed)
-        markers[learned[number]] = partial(mark_between, begin=begin, end=end)
-        turns = render_marked(self._render, messages, learned, text, markers)
+        markers: dict[int, Marker] = dict.fromkeys(learned_indices, mark_trimmed)
+        markers[learned_indices[number]] = partial(mark_between, begin=begin, end=end)
+        turns = render_marked(self._render, messages, learned_indices, text, markers)
         return None if turns is None else turns[number]
 
     def _learning_begin(
-        self, messages: list[Message], learned: list[int], text: str, number: int, turn: _MarkedTurn, location: str
+        self,
+        messages: list[Message],
+        learned_indices: list[int],
+        text: str,
+        number: int,
+        turn: _MarkedTurn,
+        location: str,
     ) -> int:
         """Where supervision of the turn `learned[number]` begins in `text`.
 
@@ -301,18 +311,18 @@ class SpanFinder:
           RefusedDocument if there is no such place.
         """
         if turn.thought_begin is None:
-            has_thought = "</think>" in messages[learned[number]]["content"]
-            is_last = number == len(learned) - 1
+            has_thought = "</think>" in messages[learned_indices[number]]["content"]
+            is_last = number == len(learned_indices) - 1
             # Templates drop thoughts of earlier turns on purpose; without that of the last one there is nothing to learn.
-            if has_thought and is_last and "</think>" not in text[turn.begin : turn.end]:
+            if has_thought and is_last and "</think>" not in text[turn.content_begin : turn.content_end]:
                 raise RefusedDocument(
                     location,
                     "thought_lost",
                     "the chat template throws away the <think> part of the last assistant turn; remove it from the data "
                     "or give another template in model.chat_template",
                 )
-            return turn.begin
-        prompt = self._render(messages[: learned[number]], prompt=True)
+            return turn.content_begin
+        prompt = self._render(messages[: learned_indices[number]], prompt=True)
         if not text.startswith(prompt) or len(prompt) > turn.thought_begin:
             message = f"cannot tell where assistant turn {number + 1} begins, with its <think> part"
             raise RefusedDocument(location, "thought_lost", message)
@@ -428,7 +438,7 @@ def _widest_turn(content: str, find_turn: Callable[[int, int], _MarkedTurn | Non
 
 
 def render_marked(
-    render: Render, messages: list[Message], learned: list[int], text: str, markers: dict[int, Marker]
+    render: Render, messages: list[Message], learned_indices: list[int], text: str, markers: dict[int, Marker]
 ) -> list[_MarkedTurn] | None:
     """Render a conversation with marks in the learned contents, and return where they stand in `text`, one a learned turn.
 
@@ -436,19 +446,18 @@ def render_marked(
     learned turn shows its marks once, in order, and the text is otherwise the same.
     """
     marked_messages = list(messages)
-    for index in learned:
+    for index in learned_indices:
         message = messages[index]
         marked_messages[index] = {**message, "content": markers[index](message["content"])}
-    # Text and marks alternate: pieces[0::2] is text, pieces[1::2] are marks.
-    pieces = _MARK_REGEX.split(render(marked_messages))
-    if "".join(pieces[::2]) != text:
+    marked_text = render(marked_messages)
+    if _MARK_REGEX.sub("", marked_text) != text:
         return None
     turns: list[_MarkedTurn] = []
-    position = 0
     thought_begin = None
     content_begin = None
-    for piece, mark in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
-        position += len(piece)
+    for num_marks_before, match in enumerate(_MARK_REGEX.finditer(marked_text)):
+        mark = match.group()
+        position = match.start() - num_marks_before  # in `text`, which lacks the marks of one character each
         if mark == THOUGHT and thought_begin is None and content_begin is None:
             thought_begin = position
         elif mark == BEGIN and content_begin is None:
@@ -457,9 +466,9 @@ def render_marked(
             turns.append(_MarkedTurn(thought_begin, content_begin, position))
             thought_begin = None
             content_begin = None
-        elif mark:  # out of order, or twice
+        else:  # out of order, or twice
             return None
-    is_complete = content_begin is None and thought_begin is None and len(turns) == len(learned)
+    is_complete = content_begin is None and thought_begin is None and len(turns) == len(learned_indices)
     return turns if is_complete else None
 
 
@@ -486,7 +495,10 @@ def mark_trimmed(content: str) -> str:
 
 
 def mark_thought(content: str) -> str:
-    """A message's content with marks for templates that take a <think> part out and put it elsewhere, or nowhere."""
+    """A message's content with marks for templates that take a <think> part out and put it elsewhere, or nowhere.
+
+    With ^ for THOUGHT, [ for BEGIN and ] for END: "<think>hm</think>yes" -> "<think>^hm</think>[yes]".
+    """
     match = _THOUGHT_AND_ANSWER_REGEX.fullmatch(content)
     if match is None:
         return mark_trimmed(content)
@@ -495,5 +507,5 @@ def mark_thought(content: str) -> str:
 
 
 def mark_thought_alone(content: str) -> str:
-    """As `mark_thought`, but a blank answer gets no marks: templates may test for an empty content beside calls."""
+    """The marks of `mark_thought`, but none around a blank answer: templates may test for an empty content beside calls."""
     return mark_thought(content).removesuffix(BEGIN + END)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import ConfigError, DataError
 from trainer.data.config import LearnConfig, LearnTurns, Reasoning
 from trainer.data.document import THINK_BLOCK_REGEX, Message, RefusedDocument, message_texts, thought_of
-from trainer.data.tokens.clock import with_date
+from trainer.data.tokens.clock import replace_clock_calls
 from trainer.data.tokens.compat import render_conversations
 from trainer.data.tokens.marking import (
     BEGIN,
@@ -36,7 +36,7 @@ from trainer.data.tokens.marking import (
     mark_whole,
     render_marked,
 )
-from trainer.data.tokens.tool_call_masks import Chat, TurnSpanFinder, template_refusal, thought_end
+from trainer.data.tokens.tool_call_masks import TemplateConversation, TurnSpanFinder, template_refusal, thought_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,16 +52,16 @@ Tools = list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True, slots=True)
-class RenderJob:
+class PlannedRendering:
     """A conversation ready to be rendered."""
 
     messages: list[Message]
     """As the template gets them, up to the last learned one."""
-    learned: list[int]
+    learned_indices: list[int]
     """Which of them are learned."""
     location: str
     """`file:line` of the row."""
-    chat: Chat | None
+    tool_conversation: TemplateConversation | None
     """Set for conversations with tools, calls or thoughts, which are marked turn by turn."""
 
 
@@ -69,14 +69,14 @@ class RenderJob:
 class RenderedText:
     """A conversation or a plain text, and the [begin, end) character spans of it that are learned, ascending.
 
-    `escaped`: the control tokens that it merely spells are escaped, see `trainer/data/tokens/characters.py`. `weights`: what
+    `escaped`: the control tokens that it merely spells are escaped, see `trainer/data/tokens/characters.py`. `loss_weights`: what
     each span counts for in the loss; None if all count as 1.
     """
 
     text: str
     spans: list[tuple[int, int]]
     escaped: bool = False
-    weights: list[float] | None = None
+    loss_weights: list[float] | None = None
 
 
 class ChatTemplate:
@@ -110,25 +110,25 @@ class ChatTemplate:
 
     def fix_date(self, day: date) -> None:
         """Make the template write `day` as today's date."""
-        self.source = with_date(self.source, day)
+        self.source = replace_clock_calls(self.source, day)
 
     @cached_property
     def _turn_span_finder(self) -> TurnSpanFinder:
         return TurnSpanFinder(self._render, self.learn.reasoning, self._added_tokens, self._end_tokens_by_role)
 
-    def learned_turns(self, messages: Sequence[Message]) -> list[int]:
+    def learned_turn_indices(self, messages: Sequence[Message]) -> list[int]:
         """Indices of the messages that are learned, ascending.
 
         A message's own `train` goes before `data.learn.roles`. With `data.learn.turns=last`, only the last of them.
         """
-        learned = []
+        learned_indices = []
         for index, message in enumerate(messages):
             is_marked = message.get("train")  # None if the message does not say
             if is_marked or (is_marked is None and message["role"] in self.learn.roles):
-                learned.append(index)
+                learned_indices.append(index)
         if self.learn.turns is LearnTurns.last:
-            return learned[-1:]
-        return learned
+            return learned_indices[-1:]
+        return learned_indices
 
     def render_all(
         self, conversations: Sequence[tuple[Sequence[Message], str, Tools]], *, fast: bool = True
@@ -141,50 +141,63 @@ class ChatTemplate:
         template does not close the last turn, the eos token is appended. `fast=False` renders every conversation twice.
         Raises RefusedDocument for one that cannot be used.
         """
-        jobs = [self._make_job(messages, location, tools) for messages, location, tools in conversations]
-        # Plain conversations are rendered in two batches, without and with the spans of generation blocks.
-        plain_jobs = [job for job in jobs if job.chat is None]
-        without_blocks = [job for job in plain_jobs if not self._uses_blocks(job.messages, job.learned)]
-        with_blocks = [job for job in plain_jobs if self._uses_blocks(job.messages, job.learned)]
-        texts = iter(self._render_all_or_each(without_blocks))
-        texts_and_blocks = iter(self._render_all_or_each(with_blocks, return_assistant_tokens_mask=True))
+        jobs = [self._prepare_conversation(messages, location, tools) for messages, location, tools in conversations]
+        # Plain conversations (a role and a content in each turn) are rendered in two batches, without and with generation blocks.
+        plain_jobs = [job for job in jobs if job.tool_conversation is None]
+        without_blocks = [job for job in plain_jobs if not self._uses_blocks(job.messages, job.learned_indices)]
+        with_blocks = [job for job in plain_jobs if self._uses_blocks(job.messages, job.learned_indices)]
+        texts = iter(self._render_batch_or_each(without_blocks))
+        texts_and_blocks = iter(self._render_batch_or_each(with_blocks, return_assistant_tokens_mask=True))
 
         find_spans = partial(self._span_finder.find_spans, fast=fast)
         rendered = []
         for job in jobs:
             messages = job.messages
-            learned = job.learned
+            learned_indices = job.learned_indices
             location = job.location
-            if job.chat is not None:
-                rendered.append(self._guard(self._render_with_tools, job.chat, learned, location=location))
-            elif self._uses_blocks(messages, learned):
+            if job.tool_conversation is not None:
                 rendered.append(
-                    self._guard(
-                        self._spans_of_blocks, messages, learned, location, next(texts_and_blocks), location=location
+                    self._call_template(
+                        self._render_with_tools, job.tool_conversation, learned_indices, location=location
+                    )
+                )
+            elif self._uses_blocks(messages, learned_indices):
+                rendered.append(
+                    self._call_template(
+                        self._spans_from_blocks,
+                        messages,
+                        learned_indices,
+                        location,
+                        next(texts_and_blocks),
+                        location=location,
                     )
                 )
             else:
                 text, _ = next(texts)
                 spans: Spans = []
-                if learned:
-                    text, spans = self._guard(find_spans, messages, learned, text, location, location=location)
+                if learned_indices:
+                    text, spans = self._call_template(
+                        find_spans, messages, learned_indices, text, location, location=location
+                    )
                 rendered.append(RenderedText(text, spans))
         return rendered
 
     def render_text(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
         """A conversation as the template writes it, its last turn not closed. Raises RefusedDocument."""
-        job = self._make_job(messages, location, tools)
-        if job.chat is not None:
-            return self._guard(job.chat.render, job.chat.messages, location=location)
-        text, _ = self._render_all_or_each([job])[0]
+        job = self._prepare_conversation(messages, location, tools)
+        if job.tool_conversation is not None:
+            return self._call_template(job.tool_conversation.render, job.tool_conversation.messages, location=location)
+        text, _ = self._render_batch_or_each([job])[0]
         return text
 
     def render_prompt(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
         """A conversation up to where the assistant would answer: with the header of the turn to come. Raises RefusedDocument."""
-        job = self._make_job(messages, location, tools)
-        if job.chat is not None:
-            return self._guard(partial(job.chat.render, prompt=True), job.chat.messages, location=location)
-        text, _ = self._render_all_or_each([job], add_generation_prompt=True)[0]
+        job = self._prepare_conversation(messages, location, tools)
+        if job.tool_conversation is not None:
+            return self._call_template(
+                partial(job.tool_conversation.render, prompt=True), job.tool_conversation.messages, location=location
+            )
+        text, _ = self._render_batch_or_each([job], add_generation_prompt=True)[0]
         return text
 
     def first_content_begin(self, messages: Sequence[Message], location: str, tools: Tools = None) -> int | None:
@@ -193,41 +206,41 @@ class ChatTemplate:
         None if there is no such message, or if marks around it change the text, so that the position cannot be found. `location`:
         `file:line` of the row.
         """
-        job = self._make_job(messages, location, tools)
+        job = self._prepare_conversation(messages, location, tools)
         first_index = next((index for index, message in enumerate(job.messages) if message["role"] != "system"), None)
         if first_index is None:
             return None
 
         def find_begin() -> int | None:
             """Render with marks around that message's content."""
-            render = self._render if job.chat is None else job.chat.render
+            render = self._render if job.tool_conversation is None else job.tool_conversation.render
             text = render(job.messages)
             for mark_content in (mark_whole, mark_trimmed):
                 turns = render_marked(render, job.messages, [first_index], text, {first_index: mark_content})
                 if turns is not None:
-                    return turns[0].begin
+                    return turns[0].content_begin
             return None
 
-        return self._guard(find_begin, location=location)
+        return self._call_template(find_begin, location=location)
 
-    def _make_job(self, messages: Sequence[Message], location: str, tools: Tools) -> RenderJob:
+    def _prepare_conversation(self, messages: Sequence[Message], location: str, tools: Tools) -> PlannedRendering:
         """Make a conversation ready for the template: its turns up to the last supervised one, without our own fields.
 
         Thoughts are taken out here if `data.learn.reasoning` is `drop`. Raises RefusedDocument if a text has reserved
         characters, by which spans are found.
         """
-        learned = self.learned_turns(messages)
-        if learned:
-            messages = messages[: learned[-1] + 1]
+        learned_indices = self.learned_turn_indices(messages)
+        if learned_indices:
+            messages = messages[: learned_indices[-1] + 1]
         for message in messages:
-            _refuse_reserved_characters(message, location)
+            _check_no_reserved_characters(message, location)
         turns = [_without_training_fields(message) if "train" in message else message for message in messages]
         if self.learn.reasoning is Reasoning.drop:
             turns = [_without_thought(message, location) for message in turns]
         if not tools and self._is_plain(turns):
-            return RenderJob(turns, learned, location, chat=None)
-        chat = self._guard(self._turn_span_finder.prepare_chat, turns, tools, location, location=location)
-        return RenderJob(chat.messages, learned, location, chat)
+            return PlannedRendering(turns, learned_indices, location, tool_conversation=None)
+        chat = self._call_template(self._turn_span_finder.prepare_chat, turns, tools, location, location=location)
+        return PlannedRendering(chat.messages, learned_indices, location, chat)
 
     def _is_plain(self, turns: list[Message]) -> bool:
         """Whether all turns are a role and a content without thoughts to treat: these conversations are rendered in batches."""
@@ -238,7 +251,7 @@ class ChatTemplate:
                 return False
         return True
 
-    def _render_all_or_each(self, jobs: list[RenderJob], **options: Any) -> list[tuple[str, Spans]]:
+    def _render_batch_or_each(self, jobs: list[PlannedRendering], **options: Any) -> list[tuple[str, Spans]]:
         """(text, spans of its generation blocks) of each plain conversation. `options`: see `_render_batch`.
 
         All are rendered as one batch. If the template refuses the batch, each is rendered alone, to tell which one it refuses.
@@ -253,10 +266,10 @@ class ChatTemplate:
             render_batch = partial(self._render_batch, **options)
             rendered = []
             for job in jobs:
-                rendered += self._guard(render_batch, [job.messages], location=job.location)
+                rendered += self._call_template(render_batch, [job.messages], location=job.location)
             return rendered
 
-    def _guard(self, render: Callable[..., Any], *args: Any, location: str) -> Any:
+    def _call_template(self, render: Callable[..., Any], *args: Any, location: str) -> Any:
         """The result of `render(*args)`. Turns what the template raises into errors that say what to do.
 
         - A DataError passes.
@@ -280,26 +293,26 @@ class ChatTemplate:
                 "model.chat_template",
             ) from error
 
-    def _render_with_tools(self, chat: Chat, learned: list[int]) -> RenderedText:
-        """Text and supervised spans of a conversation with tools, tool calls or thoughts. `learned`: its supervised turns.
+    def _render_with_tools(self, chat: TemplateConversation, learned_indices: list[int]) -> RenderedText:
+        """Text and supervised spans of a conversation with tools, calls or thoughts. `learned_indices`: its supervised turns.
 
         The spans come from generation blocks if the template has some, else from marks. Raises RefusedDocument if the template
         leaves something of the conversation out.
         """
         finder = self._turn_span_finder
         text = finder.render_checked(chat)
-        if not learned:
+        if not learned_indices:
             return RenderedText(text, [])
-        if not self._uses_blocks(chat.messages, learned):
-            closed_text, spans = finder.find_spans(chat, learned, text, str(self.tokenizer.eos_token))
+        if not self._uses_blocks(chat.messages, learned_indices):
+            closed_text, spans = finder.find_spans(chat, learned_indices, text, str(self.tokenizer.eos_token))
             return RenderedText(closed_text, spans)
-        finder.refuse_lost_thought(chat, learned[-1], text)
+        finder.check_thought_not_lost(chat, learned_indices[-1], text)
         (text_and_blocks,) = self._render_batch([chat.messages], tools=chat.tools, return_assistant_tokens_mask=True)
-        rendered = self._spans_of_blocks(chat.messages, learned, chat.location, text_and_blocks)
+        rendered = self._spans_from_blocks(chat.messages, learned_indices, chat.location, text_and_blocks)
         if self.learn.reasoning is Reasoning.context:
             # Thoughts inside the blocks are shown, not learned.
             spans_behind_thoughts = []
-            for turn, (begin, end) in zip(learned, rendered.spans, strict=True):
+            for turn, (begin, end) in zip(learned_indices, rendered.spans, strict=True):
                 spans_behind_thoughts.append((thought_end(chat, turn, rendered.text, begin, end), end))
             rendered.spans = spans_behind_thoughts
         return rendered
@@ -329,27 +342,27 @@ class ChatTemplate:
         ((text, _),) = self._render_batch([messages], add_generation_prompt=prompt, tools=tools)
         return text
 
-    def _uses_blocks(self, messages: list[Message], learned: list[int]) -> bool:
+    def _uses_blocks(self, messages: list[Message], learned_indices: list[int]) -> bool:
         """Whether spans come from the template's generation blocks: it has some, and all learned turns are the assistant's."""
-        if not self.has_generation_blocks or not learned:
+        if not self.has_generation_blocks or not learned_indices:
             return False
-        return all(messages[index]["role"] == "assistant" for index in learned)
+        return all(messages[index]["role"] == "assistant" for index in learned_indices)
 
-    def _spans_of_blocks(
-        self, messages: list[Message], learned: list[int], location: str, text_and_blocks: tuple[str, Spans]
+    def _spans_from_blocks(
+        self, messages: list[Message], learned_indices: list[int], location: str, text_and_blocks: tuple[str, Spans]
     ) -> RenderedText:
         """Text and supervised spans of a conversation from the template's own `{% generation %}` blocks.
 
-        `learned`: indices of the supervised turns. `text_and_blocks`: (text, character spans of the blocks) as `_render_batch`
-        gives them, one block an assistant turn. Raises RefusedDocument if a block is empty; or if only some assistant turns are
-        learned, and the template has not one block for each turn.
+        `learned_indices`: indices of the supervised turns. `text_and_blocks`: (text, character spans of the blocks) as
+        `_render_batch` gives them, one block an assistant turn. Raises RefusedDocument if a block is empty; or if only some
+        assistant turns are learned, and the template has not one block for each turn.
         """
         text, blocks = text_and_blocks
         spans = [(int(begin), int(end)) for begin, end in blocks]
         if not spans or any(begin >= end for begin, end in spans):
             raise template_refusal(location, "the {% generation %} blocks of the chat template are empty here")
         assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if assistant_turns != learned:
+        if assistant_turns != learned_indices:
             if len(spans) != len(assistant_turns):
                 raise template_refusal(
                     location,
@@ -357,7 +370,7 @@ class ChatTemplate:
                     f"{{% generation %}} blocks for {len(assistant_turns)} turns; learn all turns or give another template "
                     "in model.chat_template",
                 )
-            spans = [spans[assistant_turns.index(index)] for index in learned]
+            spans = [spans[assistant_turns.index(index)] for index in learned_indices]
         roles = ["assistant"] * len(spans)
         # A block may or may not hold the end-of-turn token.
         closed_text, closed_spans = self._span_finder.close_turns(
@@ -422,7 +435,7 @@ class ChatTemplate:
             return None
 
 
-def _refuse_reserved_characters(message: Message, location: str) -> None:
+def _check_no_reserved_characters(message: Message, location: str) -> None:
     """Raise RefusedDocument if a text of a message has one of the private-use characters by which spans are found."""
     for text in message_texts(message):
         if not text.isascii() and _RESERVED_CHARACTER_REGEX.search(text):

@@ -16,7 +16,7 @@ CALL = RESERVED[3]
 """Stands before and after the name, the arguments and the keys of a call."""
 EDGE = RESERVED[4]
 """Stands where one turn ends or the next begins."""
-_TOOL_RESPONSE = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
+_TOOL_RESPONSE_REGEX = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ def _wraps_tool_results(render: Render, messages: list[Message]) -> bool:
         return False
 
 
-def to_dialect(messages: list[Message], dialect: ToolCallDialect) -> Iterator[Message]:
+def convert_to_dialect(messages: list[Message], dialect: ToolCallDialect) -> Iterator[Message]:
     """The messages of a conversation with tool calls as its template wants them.
 
     Calls without an id get one. Results without the id of a call answer the calls before them in order.
@@ -113,7 +113,7 @@ def to_dialect(messages: list[Message], dialect: ToolCallDialect) -> Iterator[Me
                 message = {**message, "tool_call_id": answered_id}
             if dialect.wraps_results:
                 # The template would wrap a result that is wrapped already once more.
-                wrapped = _TOOL_RESPONSE.fullmatch(message["content"])
+                wrapped = _TOOL_RESPONSE_REGEX.fullmatch(message["content"])
                 if wrapped and "<tool_response>" not in wrapped.group(1):
                     message = {**message, "content": wrapped.group(1)}
         yield message

@@ -19,7 +19,7 @@ from trainer.data.config import Reasoning
 from trainer.data.document import THINK_BLOCK_REGEX, Message, RefusedDocument, map_argument_texts, thought_of
 from trainer.data.tokens import marking
 from trainer.data.tokens.marking import BEGIN, END, RESERVED, THOUGHT, Render
-from trainer.data.tokens.tool_call_dialect import CALL, EDGE, ToolCallDialect, probe_dialect, to_dialect
+from trainer.data.tokens.tool_call_dialect import CALL, EDGE, ToolCallDialect, convert_to_dialect, probe_dialect
 
 _MARK_REGEX = re.compile(f"([{RESERVED}])")
 _EMPTY_THOUGHT_REGEX = re.compile(r"\s*<think>\s*</think>\s*")
@@ -36,27 +36,27 @@ def template_refusal(location: str, message: str) -> RefusedDocument:
 class _TurnMarks:
     """Character positions of one turn's marks in the text without marks, in order."""
 
-    marks: list[tuple[str, int]]
-    """(kind, position); kinds are BEGIN and END of the content, THOUGHT, CALL, and EDGE of the turns before and after."""
+    marks_and_positions: list[tuple[str, int]]
+    """(mark, position); marks are BEGIN and END of the content, THOUGHT, CALL, and EDGE of the turns before and after."""
 
-    def positions(self, *kinds: str) -> list[int]:
-        """Positions of the marks of these kinds, ascending."""
-        return [position for kind, position in self.marks if kind in kinds]
+    def positions_of(self, *marks: str) -> list[int]:
+        """Positions of these marks, ascending."""
+        return [position for mark, position in self.marks_and_positions if mark in marks]
 
     @property
     def content_edges(self) -> list[int]:
         """[begin, end] of the message's content; empty if the template did not write it."""
-        return self.positions(BEGIN, END)
+        return self.positions_of(BEGIN, END)
 
     @property
     def thought_edges(self) -> list[int]:
         """[begin, end] of the message's thought; empty if the template did not write it."""
-        return self.positions(THOUGHT)
+        return self.positions_of(THOUGHT)
 
     @property
     def content_and_call_edges(self) -> list[int]:
         """Begins and ends of the content, and of the names, arguments and keys of calls, ascending."""
-        return self.positions(BEGIN, END, CALL)
+        return self.positions_of(BEGIN, END, CALL)
 
     @property
     def begin(self) -> int:
@@ -71,15 +71,16 @@ class _TurnMarks:
     @property
     def content_is_one_span(self) -> bool:
         """Whether the template wrote the message's content once, in one piece, or not at all."""
-        return [kind for kind, _ in self.marks if kind in (BEGIN, END)] in ([], [BEGIN, END])
+        content_marks = [mark for mark, _ in self.marks_and_positions if mark in (BEGIN, END)]
+        return content_marks in ([], [BEGIN, END])
 
     def previous_turn_end(self) -> int | None:
         """Where the turn before this one ends; None if that was not marked."""
-        return next((edge for edge in reversed(self.positions(EDGE)) if edge <= self.begin), None)
+        return next((edge for edge in reversed(self.positions_of(EDGE)) if edge <= self.begin), None)
 
     def next_turn_begin(self) -> int | None:
         """Where the next turn begins; None if that was not marked."""
-        return next((edge for edge in self.positions(EDGE) if edge > self.end), None)
+        return next((edge for edge in self.positions_of(EDGE) if edge > self.end), None)
 
 
 class _TurnPosition(NamedTuple):
@@ -94,7 +95,7 @@ class _TurnPosition(NamedTuple):
 
 
 @dataclass(slots=True)
-class Chat:
+class TemplateConversation:
     """A conversation as its template gets it."""
 
     messages: list[Message]
@@ -121,7 +122,9 @@ class TurnSpanFinder:
         self._dialect: ToolCallDialect | None = None
         """Found out with the first conversation that has calls."""
 
-    def prepare_chat(self, messages: list[Message], tools: list[dict[str, Any]] | None, location: str) -> Chat:
+    def prepare_chat(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, location: str
+    ) -> TemplateConversation:
         """The conversation in the template's dialect of tool calls, with an id for each call and each result.
 
         Finds the dialect out with the first conversation that has calls or results.
@@ -129,10 +132,10 @@ class TurnSpanFinder:
         if any("tool_calls" in message or message["role"] == "tool" for message in messages):
             if self._dialect is None:
                 self._dialect = probe_dialect(self._render, self._added_tokens)
-            messages = list(to_dialect(messages, self._dialect))
-        return Chat(messages, tools, location, render=partial(self._render, tools=tools))
+            messages = list(convert_to_dialect(messages, self._dialect))
+        return TemplateConversation(messages, tools, location, render=partial(self._render, tools=tools))
 
-    def render_checked(self, chat: Chat) -> str:
+    def render_checked(self, chat: TemplateConversation) -> str:
         """A conversation with tools as its template writes it. Raises RefusedDocument if it leaves tools, calls or results out.
 
         A template may drop them without an error. To find out, it renders a second time, with a label of private-use characters
@@ -162,24 +165,26 @@ class TurnSpanFinder:
             )
         return text
 
-    def _writes_tools(self, chat: Chat, text: str) -> bool:
+    def _writes_tools(self, chat: TemplateConversation, text: str) -> bool:
         """Whether the template renders the conversation differently without its tools."""
         try:
             return text != self._render(chat.messages)
         except Exception:  # noqa: BLE001 - a template that refuses calls without tools reads the tools
             return True
 
-    def find_spans(self, chat: Chat, learned: list[int], text: str, eos: str) -> tuple[str, list[tuple[int, int]]]:
+    def find_spans(
+        self, chat: TemplateConversation, learned_indices: list[int], text: str, eos: str
+    ) -> tuple[str, list[tuple[int, int]]]:
         """Find the supervised characters of a conversation that is rendered as `text`: (closed text, [begin, end) of each turn).
 
-        `learned`: indices of the supervised turns. A span reaches over content and calls to the token that closes the turn.
-        If the template does not close the last turn, `eos` is appended to the text. Raises RefusedDocument if a turn, or the
-        end of its calls, cannot be found.
+        `learned_indices`: indices of the supervised turns. A span reaches over content and calls to the token that closes the
+        turn. If the template does not close the last turn, `eos` is appended to the text. Raises RefusedDocument if a turn, or
+        the end of its calls, cannot be found.
         """
         spans: list[tuple[int, int]] = []
-        for index in learned:
+        for index in learned_indices:
             message = chat.messages[index]
-            is_final = index == learned[-1]
+            is_final = index == learned_indices[-1]
             turn = self._locate_turn(chat, index, text, is_final=is_final)
             end = turn.end
             end_token = self._match_end_token(text, end, turn.next_turn_begin, message, is_final=is_final)
@@ -211,13 +216,13 @@ class TurnSpanFinder:
             end_tokens = self._end_tokens_by_role[message["role"]]
         if has_calls and self._dialect:
             end_tokens = end_tokens | self._dialect.end_tokens
-        longest_first = sorted(end_tokens, key=len)[::-1]
+        longest_first = sorted(end_tokens, key=len)[::-1]  # so that the pattern prefers them
         any_end_token = f"({'|'.join(map(re.escape, longest_first))})"
         if has_calls:
             return re.compile(any_end_token).search(text, position, limit)
         return re.compile(r"\s*" + any_end_token).match(text, position, limit)
 
-    def _locate_turn(self, chat: Chat, index: int, text: str, *, is_final: bool) -> _TurnPosition:
+    def _locate_turn(self, chat: TemplateConversation, index: int, text: str, *, is_final: bool) -> _TurnPosition:
         """Find a supervised turn in `text`, by rendering it with marks in several ways until one leaves the text as it is.
 
         Raises RefusedDocument if every way of marking changes the text, or if the template leaves a content out, or the
@@ -238,7 +243,7 @@ class TurnSpanFinder:
             if not marks.content_and_call_edges:
                 continue
             if is_final and not marks.thought_edges:
-                self.refuse_lost_thought(chat, index, text)
+                self.check_thought_not_lost(chat, index, text)
             next_turn_begin = marks.next_turn_begin()
             return _TurnPosition(
                 learning_begin=self._learning_begin(chat, index, text, marks),
@@ -267,7 +272,7 @@ class TurnSpanFinder:
             for call_level in range(num_call_levels):
                 yield mark_content, call_level
 
-    def _learning_begin(self, chat: Chat, index: int, text: str, marks: _TurnMarks) -> int:
+    def _learning_begin(self, chat: TemplateConversation, index: int, text: str, marks: _TurnMarks) -> int:
         """Where in `text` supervision of a turn begins. `marks`: where its content, thought and calls stand.
 
         If thoughts are shown and not learned (`Reasoning.context`):
@@ -297,7 +302,7 @@ class TurnSpanFinder:
         empty_thought = _EMPTY_THOUGHT_REGEX.match(text, header_end, content_or_call_begin)
         return empty_thought.end() if empty_thought else header_end
 
-    def _header_end(self, chat: Chat, index: int, text: str, marks: _TurnMarks) -> int:
+    def _header_end(self, chat: TemplateConversation, index: int, text: str, marks: _TurnMarks) -> int:
         """Where in `text` generation of a turn would begin: behind its header, such as `<|im_start|>assistant\\n`.
 
         The header is what the template writes at the end of a prompt, which is made of the turns before. It is looked for
@@ -325,7 +330,7 @@ class TurnSpanFinder:
         )
 
     def _find_marks(
-        self, chat: Chat, index: int, text: str, mark_content: marking.Marker, call_level: int
+        self, chat: TemplateConversation, index: int, text: str, mark_content: marking.Marker, call_level: int
     ) -> _TurnMarks | None:
         """Render the conversation with marks in turn `index`, and EDGE at the end of the turn before and the start of the next.
 
@@ -343,24 +348,23 @@ class TurnSpanFinder:
             if (next_turn["content"] or "").strip():
                 messages[index + 1] = {**next_turn, "content": _mark_begin(next_turn["content"])}
 
-        # Text and marks alternate: pieces[0::2] is text, pieces[1::2] are marks.
-        pieces = _MARK_REGEX.split(chat.render(messages))
-        if "".join(pieces[::2]) != text:
+        marked_text = chat.render(messages)
+        if _MARK_REGEX.sub("", marked_text) != text:
             return None
-        marks: list[tuple[str, int]] = []
-        position = 0
+        marks_and_positions: list[tuple[str, int]] = []
         # A template may write the name of a call again in the header of its result. Only the first marks are the turn's own.
         num_call_marks_left = json.dumps(turn.get("tool_calls"), ensure_ascii=False).count(CALL)
-        for piece, kind in zip(pieces[::2], pieces[1::2], strict=False):
-            position += len(piece)
-            if kind == CALL:
+        for num_marks_before, match in enumerate(_MARK_REGEX.finditer(marked_text)):
+            mark = match.group()
+            if mark == CALL:
                 num_call_marks_left -= 1
                 if num_call_marks_left < 0:
                     continue
-            marks.append((kind, position))
-        return _TurnMarks(marks)
+            # A mark is one character, which the text without marks does not have.
+            marks_and_positions.append((mark, match.start() - num_marks_before))
+        return _TurnMarks(marks_and_positions)
 
-    def refuse_lost_thought(self, chat: Chat, index: int, text: str) -> None:
+    def check_thought_not_lost(self, chat: TemplateConversation, index: int, text: str) -> None:
         """Raise RefusedDocument if the template threw away the thought of turn `index`, the last one."""
         thought = thought_of(chat.messages[index])
         if thought and thought.strip() not in text:
@@ -371,7 +375,7 @@ class TurnSpanFinder:
             )
 
 
-def thought_end(chat: Chat, index: int, text: str, begin: int, end: int) -> int:
+def thought_end(chat: TemplateConversation, index: int, text: str, begin: int, end: int) -> int:
     """Where the thought of turn `index` ends in text[begin:end], its `</think>` included; `begin` if there is no thought."""
     thought = (thought_of(chat.messages[index]) or "").strip()
     if not thought:

@@ -54,7 +54,7 @@ def fit_answers(
     is_too_long = longest > max_length
     if is_too_long:
         if config.over_length is OverLength.fail:
-            raise _too_long(document, longest, max_length, "truncate or drop")
+            raise _too_long_error(document, longest, max_length, "truncate or drop")
         if config.over_length is OverLength.drop:
             tally.drop("tokenise", "too_long", document.location)
             return []
@@ -64,7 +64,7 @@ def fit_answers(
     fitted_answers = []
     for answer in answers:
         is_longer = len(answer.input_ids) > max_length
-        fitted_answers.append(truncate_sample(answer, max_length, tail=0) if is_longer else answer)
+        fitted_answers.append(truncate_sample(answer, max_length, num_tail_tokens=0) if is_longer else answer)
     if not all(answer.supervised.any() for answer in fitted_answers):
         tally.drop("tokenise", "nothing_to_learn", document.location)
         return []
@@ -101,7 +101,7 @@ def oddity_codes(encoder: Encoder, document: Document, sample: Sample) -> list[s
     - `control_tokens_as_text`: outside answers, they became ordinary characters.
     """
     codes: list[str] = []
-    spells_control_tokens = encoder.escaper.spelled_in
+    spells_control_tokens = encoder.escaper.is_spelled_in
     last_id = last_learned_id(sample)
     if LABEL not in sample.marks and last_id not in encoder.end_ids:
         codes.append("no_supervised" if last_id < 0 else "missing_eos")
@@ -116,16 +116,19 @@ def oddity_codes(encoder: Encoder, document: Document, sample: Sample) -> list[s
 def fit_length(
     encoder: Encoder, document: Document, sample: Sample, max_length: int, policy: OverLength
 ) -> list[Sample] | None:
-    """Samples of at most `max_length` tokens that stand for `sample`, which `encoder` made of `document`; None: drop it.
+    """Samples of at most `max_length` tokens that stand for `sample`, which `encoder` made of `document`, by `policy`:
 
-    truncate       the first tokens
-    truncate_left  text: BOS and the last tokens. Conversations: the last whole exchanges (a user turn up to the next)
-                   that fit, after the system turn; if one is too long, its first turn loses its beginning
-    split          text: consecutive pieces, each with BOS, EOS only at the last. Conversations: consecutive windows of
-                   whole exchanges, each after the system turn, without those of which nothing is learned; an exchange
-                   that is too long alone is truncated. Labelled texts, and prompts with completions, are truncated
+    - drop: None.
+    - fail: raises DataError.
+    - truncate_left: the last tokens, after BOS. Of a conversation, the last whole exchanges (a user turn up to the next) that
+      fit, after the system turn; if one is too long, its first turn loses its beginning.
+    - split, of a conversation: windows of whole exchanges, one after another, each after the system turn, without those of which
+      nothing is learned; an exchange that is too long alone is truncated.
+    - split, of a text: consecutive pieces, each with BOS, EOS only at the last.
+    - truncate, and split of labelled texts and of prompts with completions: the first tokens, and the closing tokens of a
+      labelled text, which come behind it ([SEP]).
 
-    No token is learned twice. Labelled texts keep their closing tokens. Raises DataError where the policy is `fail`.
+    A sample that is short enough stays as it is. No token is learned twice.
     """
     length = len(sample.input_ids)
     if length <= max_length:
@@ -133,17 +136,19 @@ def fit_length(
     if policy is OverLength.drop:
         return None
     if policy is OverLength.fail:
-        raise _too_long(document, length, max_length, "truncate, truncate_left, split or drop")
+        raise _too_long_error(document, length, max_length, "truncate, truncate_left, split or drop")
     if policy is OverLength.truncate_left:
         return [_keep_last_tokens(encoder, document, sample, max_length)]
-    if policy is OverLength.split and document.turns():
-        return _exchange_windows(encoder, document, sample, max_length)
-    if policy is OverLength.split and document.text is not None and document.label is None:
-        return _text_pieces(encoder, sample, max_length)
-    return [truncate_sample(sample, max_length, tail=encoder.num_closing_tokens(document))]
+    is_conversation = bool(document.turns())
+    is_unlabelled_text = document.text is not None and document.label is None
+    if policy is OverLength.split and is_conversation:
+        return _split_into_exchange_windows(encoder, document, sample, max_length)
+    if policy is OverLength.split and is_unlabelled_text:
+        return _split_into_text_pieces(encoder, sample, max_length)
+    return [truncate_sample(sample, max_length, num_tail_tokens=encoder.num_closing_tokens(document))]
 
 
-def _too_long(document: Document, length: int, max_length: int, other_policies: str) -> DataError:
+def _too_long_error(document: Document, length: int, max_length: int, other_policies: str) -> DataError:
     """The error of the policy `fail`. `other_policies`: what `data.over_length` may be instead."""
     return DataError(
         f"{document.location}: {length} tokens are more than data.max_length={max_length}; raise it, or set "
@@ -151,12 +156,12 @@ def _too_long(document: Document, length: int, max_length: int, other_policies: 
     )
 
 
-def truncate_left(sample: Sample, max_length: int, head: int) -> Sample:
-    """The first `head` tokens of a sample, as far as they fit, followed by its last ones: `max_length` together."""
-    head = min(head, max_length - 1)
-    tail = max_length - head
-    tail_begin = len(sample.input_ids) - tail
-    return sample.keep_spans(slice(head), slice(tail_begin, None))
+def truncate_left(sample: Sample, max_length: int, num_head_tokens: int) -> Sample:
+    """The first `num_head_tokens` tokens of a sample, as far as they fit, followed by its last ones: `max_length` together."""
+    num_head_tokens = min(num_head_tokens, max_length - 1)
+    num_tail_tokens = max_length - num_head_tokens
+    tail_begin = len(sample.input_ids) - num_tail_tokens
+    return sample.keep_spans(slice(num_head_tokens), slice(tail_begin, None))
 
 
 def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> Sample:
@@ -168,16 +173,16 @@ def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_
     - Anything else: BOS, if there is one.
     """
     if document.label is not None:
-        head = min(len(encoder.opening), max_length - len(encoder.closing))
-        return truncate_left(sample, max_length, head)
+        num_head_tokens = min(len(encoder.leading_special_ids), max_length - len(encoder.trailing_special_ids))
+        return truncate_left(sample, max_length, num_head_tokens)
     num_bos = _num_bos(encoder, sample)
     if document.turns():
         document, sample = _last_exchanges_that_fit(encoder, document, max_length)
         if len(sample.input_ids) <= max_length:
             return sample
-        head_tokens = encoder.num_tokens_before_first(document)
-        if head_tokens is not None and head_tokens < max_length:
-            return truncate_left(sample, max_length, head_tokens)
+        num_tokens_before_first = encoder.num_tokens_before_first(document)
+        if num_tokens_before_first is not None and num_tokens_before_first < max_length:
+            return truncate_left(sample, max_length, num_tokens_before_first)
     return truncate_left(sample, max_length, num_bos)
 
 
@@ -197,13 +202,13 @@ def _last_exchanges_that_fit(encoder: Encoder, document: Document, max_length: i
         _, sample = encode_without(num_left_out)
         return len(sample.input_ids) <= max_length
 
-    # By bisection: fewer exchanges never make it longer.
-    num_left_out = 1 + bisect_left(range(1, len(exchanges)), True, key=fits)
-    last_exchange = len(exchanges) - 1
-    return encode_without(min(num_left_out, last_exchange))
+    # By bisection: fewer exchanges never make it longer. At least one is left out, since all are too long together.
+    fewest_left_out = 1 + bisect_left(range(1, len(exchanges)), True, key=fits)
+    most_left_out = len(exchanges) - 1
+    return encode_without(min(fewest_left_out, most_left_out))
 
 
-def _exchange_windows(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> list[Sample]:
+def _split_into_exchange_windows(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> list[Sample]:
     """The policy `split` for conversations, see `fit_length`: windows of whole exchanges, as many in each as fit.
 
     Each window has the system turns before it. Windows that teach nothing are left out; if all are, the sample is truncated.
@@ -220,7 +225,7 @@ def _exchange_windows(encoder: Encoder, document: Document, sample: Sample, max_
         window, begin = _longest_window(encode_window, begin, len(exchanges), max_length)
         if window.supervised.any():
             windows.append(window)
-    return windows or [truncate_sample(sample, max_length, tail=0)]
+    return windows or [truncate_sample(sample, max_length, num_tail_tokens=0)]
 
 
 def _longest_window(
@@ -234,7 +239,7 @@ def _longest_window(
     end = begin + 1
     window = encode_window(begin, end)
     if len(window.input_ids) > max_length:
-        return truncate_sample(window, max_length, tail=0), end
+        return truncate_sample(window, max_length, num_tail_tokens=0), end
     shortest_end = begin + 2
     longest_end = num_exchanges
     step = 1
@@ -255,6 +260,8 @@ def _longest_window(
 def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message], list[list[Message]]]:
     """(leading system turns, exchanges) of a conversation; an exchange reaches from one user turn up to the next.
 
+    Turns S U A A U A -> ([S], [[U, A, A], [U, A]]).
+
     Which turns are supervised is decided by the whole conversation and written into each turn (`train`), because a window of
     exchanges would decide otherwise: with `data.learn.turns=last`, each window has a last turn. Turns after the last supervised
     one are left out.
@@ -262,20 +269,20 @@ def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message
     if encoder.template is None:
         raise AssertionError("a conversation was encoded without a chat template")
     turns = (document.messages or []) + (document.chosen or [])
-    learned = encoder.template.learned_turns(turns)
-    if learned:
-        turns = turns[: learned[-1] + 1]
-    turns = [{**turn, "train": index in learned} for index, turn in enumerate(turns)]
-    num_system = next((index for index, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+    learned_indices = encoder.template.learned_turn_indices(turns)
+    if learned_indices:
+        turns = turns[: learned_indices[-1] + 1]
+    turns = [{**turn, "train": index in learned_indices} for index, turn in enumerate(turns)]
+    num_system_turns = next((index for index, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
     exchanges: list[list[Message]] = []
     previous_role = None
-    for turn in turns[num_system:]:
+    for turn in turns[num_system_turns:]:
         begins_exchange = turn["role"] == "user" and previous_role != "user"
         if begins_exchange or not exchanges:
             exchanges.append([])
         exchanges[-1].append(turn)
         previous_role = turn["role"]
-    return turns[:num_system], exchanges
+    return turns[:num_system_turns], exchanges
 
 
 def _encode_exchanges(
@@ -289,19 +296,19 @@ def _encode_exchanges(
     return next(encoder.encode([window]))
 
 
-def _text_pieces(encoder: Encoder, sample: Sample, max_length: int) -> list[Sample]:
+def _split_into_text_pieces(encoder: Encoder, sample: Sample, max_length: int) -> list[Sample]:
     """The policy `split` for texts, see `fit_length`: consecutive pieces of a sample, each with BOS if the sample has it."""
     num_bos = _num_bos(encoder, sample)
     piece_length = max_length - num_bos
     if piece_length < 2:
-        return [truncate_sample(sample, max_length, tail=0)]
+        return [truncate_sample(sample, max_length, num_tail_tokens=0)]
     length = len(sample.input_ids)
     begins = list(range(num_bos, length, piece_length))
     if length - begins[-1] == 1:  # EOS alone would teach that texts are empty
         begins[-1] -= 1
     ends = [*begins[1:], length]
-    bos = slice(num_bos)
-    return [sample.keep_spans(bos, slice(begin, end)) for begin, end in zip(begins, ends, strict=True)]
+    bos_span = slice(num_bos)
+    return [sample.keep_spans(bos_span, slice(begin, end)) for begin, end in zip(begins, ends, strict=True)]
 
 
 def _num_bos(encoder: Encoder, sample: Sample) -> int:

@@ -265,7 +265,7 @@ def missing_data(settings: dict[str, Any]) -> tuple[str | None, str | None]:
         if "://" in file:
             return None, file
         try:
-            expand_paths(str(Path(directory) / file), "dataset_kwargs.data_files", remote=False)
+            expand_paths(str(Path(directory) / file), "dataset_kwargs.data_files", allow_remote=False)
         except ShardtuneError as error:
             return str(error), None
     return None, None

@@ -91,7 +91,7 @@ def _read_file_cases(task: Task, *, remote: bool) -> Iterator[TaskCase]:
     be read.
     """
     path_key = f"{task.config_key}.path"
-    files = expand_paths(task.config.path, path_key, remote=remote)
+    files = expand_paths(task.config.path, path_key, allow_remote=remote)
     for file in files:
         if is_hub_path(file):
             raise ConfigError(f"{path_key}={file}: would be fetched from a hub; download its files and give their path")

@@ -14,7 +14,7 @@ from strategies.base import Engine
 from strategies.errors import ConfigError, DataError, Interrupted, ShardtuneError
 from strategies.runtime import Runtime, gather_objects
 from trainer.data.document import Document
-from trainer.data.tokens.characters import ESCAPE
+from trainer.data.tokens.characters import ESCAPE_MARK
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.template import RenderedText
 from trainer.rollout.types import AnswerGroup
@@ -48,7 +48,7 @@ class RewardModelReader:
         rendered = []
         for answer in group.answers:
             text = self._render_conversation(turns, answer.text, group.prompt.origin)
-            rendered.append(RenderedText(text, [], escaped=ESCAPE in text))
+            rendered.append(RenderedText(text, [], escaped=ESCAPE_MARK in text))
         encodings, _ = self.encoder.tokenize(rendered)
         ids_of_answers: list[list[int] | None] = []
         for encoding in encodings:
@@ -79,9 +79,9 @@ class RewardModelReader:
             content = str(turn["content"])
             escaped = self.encoder.escape_text(Document(origin, 0, text=content), content)
             conversation.append({**turn, "content": escaped})
-        # `ESCAPE`, a private character that marks escaped text, is removed from the answer, which could else forge the mark.
-        answer = answer.replace(ESCAPE, "")
-        if self.encoder.escaper.spelled_in(answer):
+        # `ESCAPE_MARK`, a private character that marks escaped text, is removed from the answer, which could else forge the mark.
+        answer = answer.replace(ESCAPE_MARK, "")
+        if self.encoder.escaper.is_spelled_in(answer):
             answer = self.encoder.escaper.escape(answer)
         conversation.append({"role": "assistant", "content": answer})
         return self.encoder.template.render_text(conversation, origin)
@@ -105,7 +105,7 @@ class RewardModelReader:
                 f"{setting}: its chat template leaves the answer out, which would score all answers alike; give another one with "
                 "options.chat_template=FILE"
             )
-        encodings, _ = self.encoder.tokenize([RenderedText(text, [], escaped=ESCAPE in text)])
+        encodings, _ = self.encoder.tokenize([RenderedText(text, [], escaped=ESCAPE_MARK in text)])
         try:
             self._raise_if_unknown_token(encodings[0].ids, "a question and its answer")
         except DataError as error:

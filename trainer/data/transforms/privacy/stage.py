@@ -18,7 +18,7 @@ from typing import Any
 from strategies.errors import DataError
 from strategies.extras import install_command
 from trainer.data.config import REGIONS, PrivacyConfig, PrivacyEngine, PrivacyMode, PrivacyPreset
-from trainer.data.document import Document, Findings, Tally, keep_first
+from trainer.data.document import Document, Findings, Tally, add_first_examples
 from trainer.data.transforms.privacy import context, patterns
 from trainer.data.transforms.privacy.context import canonical_phone_number, find_phone_numbers
 from trainer.data.transforms.privacy.patterns import compact
@@ -230,7 +230,7 @@ class PrivacyStage:
         findings.counts.update(types)
         findings.documents_by_type.update(set(types))
         for pii_type, masked_text in masked_findings:
-            keep_first(findings.examples, pii_type, [f"{document.location} {masked_text}"])
+            add_first_examples(findings.examples, pii_type, [f"{document.location} {masked_text}"])
 
     def _rewrite(self, text: str, findings: list[PrivacyFinding]) -> str:
         """The text with every finding replaced by its placeholder or pseudonym. `findings`: in order, without overlap."""
