@@ -59,7 +59,7 @@ shardtune train model.path=<dir> data.path=<files> budget.epochs=1 tuning=ia3 op
 EXPERTS = """**Mixtures of experts.** `tuning=lora` adapts the linear layers. `tuning.experts=true` adds the experts, and
 `tuning.router=true` adds the routers. Both work under every strategy. With `tuning.targets=[]` you train only them. Exports with
 experts or routers are merged by default ([mixtures.md](mixtures.md)). The experts of a layer can be divided among ranks
-(`parallel.experts`, [mixtures.md](mixtures.md#experts-over-ranks)): see the column *experts* below."""
+(`parallel.experts`, [mixtures.md](mixtures.md#expert-parallelism)): see the column *experts* below."""
 CELLS = """The table has a row for each method. Its cells have one of three words:
 
 | cell | what it means |
