@@ -47,10 +47,10 @@ class SubmitArguments(VerbArguments):
 USAGE = f"""usage: shardtune submit [--print] [--json] [-m] [--cfg] [key=value ...]
 
   shardtune submit model.path=... data.path=... strategy=fsdp2 launcher.nodes=2 launcher.gpus_per_node=8 run.dir=runs/first
-  shardtune submit <the words> data.eval_share=0.05 launcher.pipeline=[prepare,train,evaluate,export] launcher.cpu_partition=cpu
-  shardtune submit <the words> launcher.after=17
+  shardtune submit <settings> data.eval_share=0.05 launcher.pipeline=[prepare,train,evaluate,export] launcher.cpu_partition=cpu
+  shardtune submit <settings> launcher.after=17
 
-submit hands a run to SLURM. It takes the words of `train`. If a run has not finished, the same words requeue it. The
+submit hands a run to SLURM. It takes the settings of `train`. If a run has not finished, the same command requeues it. The
 settings launcher.* say what the job asks SLURM for; conf/launcher/slurm.yaml lists them.
 
 {help_rows(SubmitArguments)}

@@ -429,10 +429,10 @@ groups:
 flags:
 {help_rows(TrainArguments, more_flags)}
 
-A word such as my.yaml is a settings file. Words that you type override it. ~key sets a setting back to its default.
+An argument such as my.yaml is a settings file. Settings on the command line override it. ~key sets a setting back to its default.
 conf/ and docs/config.md list every setting with its meaning.
 
-The same words work with torchrun and sbatch:
+The same settings work with torchrun and sbatch:
   torchrun --nproc-per-node=8 -m launch.train <settings>
   sbatch slurm/train.sbatch <settings>"""
 

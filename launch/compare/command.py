@@ -57,7 +57,7 @@ USAGE = f"""usage: shardtune compare <axes and settings> [compare.<key>=...] [to
   shardtune compare runs/ddp wandb:team/llama/6dd78326c350
   shardtune compare runs/first --follow
 
-With settings, compare runs every combination (point) and puts the results into one table. It takes the words of
+With settings, compare runs every combination (point) and puts the results into one table. It takes the settings of
 `train`. Several values with commas between them make an axis: strategy=ddp,fsdp2. If a value contains a comma, quote
 it: "data.path='a,b.jsonl'".
 
@@ -74,7 +74,7 @@ directory (runs/a/wandb/offline-run-...), as wandb:<entity>/<project>/<run id>, 
 to= writes compare.md, compare.html, compare.csv and compare.json. With the extra `report` compare.html has plots, and
 plots/*.png are written. The page of a single run is its report.html, also without to=.
 
-The exit code is 64 if a word cannot be used, 75 or 130 if compare was stopped, and a run's own code if no run
+The exit code is 64 if an argument cannot be used, 75 or 130 if compare was stopped, and a run's own code if no run
 succeeded. docs/reference/comparisons.md explains each number."""
 
 

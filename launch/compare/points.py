@@ -141,7 +141,7 @@ def plan_points(arguments: list[str]) -> PointsPlan:
         point_arguments for point_arguments, left_out in zip(axes.points(), is_left_out, strict=True) if not left_out
     ]
     if len(arguments_of_points) < 2 and settings.repeats < 2:
-        reason = "the conditions leave no two points" if any(is_left_out) else "no word has several values"
+        reason = "the conditions leave no two points" if any(is_left_out) else "no setting has several values"
         raise ConfigError(f"nothing to compare: {reason}; give an axis, as in strategy=ddp,fsdp2, or compare.repeats=3")
     refuse_large_arrays(arguments_of_points, num_repeats=settings.repeats)
 

@@ -278,7 +278,7 @@ def point_exclusion_flags(axes: Axes, skip: list[str], where: list[str]) -> list
     for text, condition in zip(where, where_conditions, strict=True):
         if len(condition) == 1:
             problems.append(
-                f"compare.where: {text}: says nothing more of such points; add the words that must stand beside it, as in "
+                f"compare.where: {text}: says nothing more of such points; add the settings that must stand beside it, as in "
                 "compare.where=[tuning=lora+optim.lr=2e-4]"
             )
     if problems:

@@ -80,7 +80,7 @@ def add_user_config_dir(directory: Path) -> None:
     if not any(user_choices.values()):
         raise ConfigError(
             f"--config-dir {directory}: has no <group>/<choice>.yaml, such as tuning/mine.yaml or experiment/mine.yaml; a whole "
-            "file of settings is given as a bare word: my.yaml"
+            "file of settings is given by its name alone: my.yaml"
         )
     # Refused, because Hydra would silently take one of two files of the same name.
     name_clashes: list[str] = []

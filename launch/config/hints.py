@@ -209,7 +209,7 @@ def explain_argument_without_value(argument: str) -> str:
     if name in misspelled.OTHER_LAUNCHERS_FLAGS:
         return f"{argument}: leave it out: {misspelled.OTHER_LAUNCHERS_FLAGS[name]}"
     if argument.startswith("@"):
-        return f"{argument}: a file of settings is YAML and a bare word, as in my.yaml"
+        return f"{argument}: a file of settings is YAML, and is given by its name alone, as in my.yaml"
     if name != argument and "=" in name:
         return f"{argument}: settings have no dashes; type {name}"
     if name in choices_by_group():

@@ -51,7 +51,7 @@ def composition_lines(overrides: list[str]) -> list[str]:
     choices = _hydra_settings(overrides)["runtime"]["choices"]
     lines = [f"hydra       {version('hydra-core')}, omegaconf {version('omegaconf')}", "searched    " + str(CONF_DIR)]
     lines += [f"            {directory} (--config-dir)" for directory in USER_CONFIG_DIRS]
-    lines.append("chosen, in this order; the last word wins:")
+    lines.append("chosen, in this order; the last one wins:")
     for group, choice in reversed(choices.items()):
         if not group.startswith("hydra/"):
             lines.append(f"  {group:<12}{_choice_text(group, choice)}")

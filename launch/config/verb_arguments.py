@@ -394,7 +394,7 @@ class _ArgumentReader:
         hint = suggestion_of_similar_name(key, own_keys, end="=")
         if not hint:
             hint = f"; {self.verb} takes {', '.join(known_arguments) or 'none'}"
-        self.problems.append(f"{argument}: there is no such word{hint}")
+        self.problems.append(f"{argument}: there is no such argument{hint}")
 
     def _place_positionals(self) -> None:
         """Give arguments without `=` to the fields that take one each, in the order of the fields.

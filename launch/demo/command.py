@@ -26,7 +26,7 @@ USAGE = """usage: shardtune demo [key=value ...]
   shardtune demo objective=grpo
 
 demo fine-tunes a small real model on real data on this machine, and shows that it learned. On two CPU cores it takes one
-to three minutes. It prints the `train` command that it runs. Words that you type override the words of that command.
+to three minutes. It prints the `train` command that it runs. Settings that you type override those of that command.
 
 The model is SmolLM2-135M-Instruct. The data is MTS-Dialog (Ben Abacha et al. 2023, EACL): conversations between doctor
 and patient, each with a section of the clinical note that a physician's assistant wrote. The base model answers with

@@ -23,7 +23,7 @@ USAGE = """usage: shardtune demo objective=grpo [key=value ...]
 This demo shows reinforcement learning with a reward. SmolLM2-135M-Instruct is asked to describe things in exactly three
 words. It writes eight answers to each prompt, a reward function counts their words, and the model learns to write more
 like the better answers. Nobody shows it a right one. The demo prints the reward function and the `train` command that it
-runs. Words that you type override the words of that command.
+runs. Settings that you type override those of that command.
 
 There is no data to fetch: the prompts name 20 things to train on, and 8 others to evaluate with. A step takes 8 prompts
 with 8 answers of at most 12 tokens, and there are 20 steps.

@@ -26,13 +26,13 @@ class DoctorArguments(VerbArguments):
     """What `shardtune doctor` takes."""
 
     settings: list[str] = forwarded_settings()
-    verify: bool = flag("compare the run of these words with one process, on a small copy of its model")
+    verify: bool = flag("compare a run with these settings with one process, on a small copy of its model")
     as_json: bool = flag("print the findings as JSON, for a script", key="--json")
 
 
 USAGE = f"""usage: shardtune doctor [--json]
-       shardtune doctor launcher=slurm launcher.nodes=2 <words of a run> [--json]
-       shardtune doctor --verify <words of a run> [--json]
+       shardtune doctor launcher=slurm launcher.nodes=2 <settings of a run> [--json]
+       shardtune doctor --verify <settings of a run> [--json]
 
   shardtune doctor
   shardtune doctor launcher.processes=2 model.path=models/llama

@@ -52,7 +52,7 @@ def verify(arguments: list[str], *, as_json: bool) -> int:
     """
     if not arguments:
         raise ConfigError(
-            "--verify: needs the words of a run, as in shardtune doctor --verify model.path=models/llama strategy=fsdp2"
+            "--verify: needs the settings of a run, as in shardtune doctor --verify model.path=models/llama strategy=fsdp2"
         )
     with stdout_to_stderr(as_json), tempfile.TemporaryDirectory(prefix="shardtune-verify-") as directory:
         report = _report(arguments, Path(directory))

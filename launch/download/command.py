@@ -44,7 +44,7 @@ class DownloadArguments(VerbArguments):
     as_json: bool = flag("print the answer as JSON, for a script", key="--json")
 
 
-USAGE = f"""usage: shardtune download <words of a run> [to=pinned.yaml] [--dry-run] [--json]
+USAGE = f"""usage: shardtune download <settings of a run> [to=pinned.yaml] [--dry-run] [--json]
        shardtune download --verify <pinned.yaml> [--json]
 
   shardtune download model.path=HuggingFaceTB/SmolLM2-135M data.path=hub:org/questions to=smollm2.yaml
@@ -152,7 +152,7 @@ def _write_pinned_files(target: Path, fetched_assets: list[FetchedAsset]) -> tup
                 block = block.setdefault(name, {})
             block[key_path[-1]] = value
     manifest_path = target.with_suffix(".json")
-    head = f"# Pinned by `shardtune download`; {manifest_path.name} has the files. A bare word of every verb.\n"
+    head = f"# Pinned by `shardtune download`; {manifest_path.name} has the files. Every verb takes this file as an argument.\n"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         manifest_path.write_text(json.dumps(_manifest_contents(fetched_assets), indent=1) + "\n", encoding="utf-8")

@@ -27,7 +27,7 @@ KINDS_WIDTH = max(map(len, KINDS_READ))
 KINDS = "\n".join(f"  {kind:<{KINDS_WIDTH}}  {reads}" for kind, reads in KINDS_READ.items())
 USAGE = f"""usage: shardtune evaluate <run directory> [evaluation.tasks=...] [against=...] [key=value ...] [--json]
        shardtune evaluate model.path=<directory> [adapter=<directory>] evaluation.tasks... [against=...] [--json]
-       shardtune evaluate objective=grpo <words of a run> [--json]
+       shardtune evaluate objective=grpo <settings of a run> [--json]
 
   shardtune evaluate runs/first against=base
   shardtune evaluate runs/first evaluation.tasks=[loss,bits_per_byte] checkpoint=best
@@ -39,7 +39,7 @@ evaluate runs evaluation tasks on a checkpoint and writes their metrics with con
 tasks, it runs those of the run's configuration. If there are none either, it measures loss, bits per byte and token
 accuracy on the run's evaluation documents.
 
-With the words of a run that learns from rewards (objective=grpo), or such a run without tasks, it tries the rewards:
+With the settings of a run that learns from rewards (objective=grpo), or such a run without tasks, it tries the rewards:
 it writes the first groups of the run's first round, scores them, and says how many teach something and how long a round
 takes. Nothing is trained.
 

@@ -51,7 +51,7 @@ def evaluation_script(
     options = slurm.sbatch_options(launcher, [str(evaluation_plan.directory.absolute())], cwd or Path.cwd())
     lines = [
         "#!/bin/bash",
-        "# Rendered by shardtune evaluate; to change it give other words and submit again.",
+        "# Rendered by shardtune evaluate; to change it, submit again with other settings.",
         *(f"#SBATCH {option}" for option in options),
         "",
         "set -e",

@@ -78,7 +78,7 @@ USAGE = f"""usage: shardtune plan [--json] hardware=<card> [to=<directory>] [key
       launcher.nodes=4 launcher.gpus_per_node=8
   shardtune plan model.path=... data.path=train.jsonl hardware=a10g strategy=fsdp2 tuning=lora budget.epochs=3
 
-plan predicts the memory, time and price of a run without training. It takes the words of `train`. A setting that you
+plan predicts the memory, time and price of a run without training. It takes the settings of `train`. A setting that you
 type stays fixed. If you leave out strategy, strategy.activation_checkpointing or batch.micro, plan tries all their
 values. From the model it needs only config.json. It reads data only if you set data.path.
 

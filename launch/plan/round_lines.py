@@ -19,7 +19,7 @@ from trainer.step import BuiltModel
 
 STATE_BYTES = 12
 """Bytes of a trained parameter between two steps beside its weight: the two moments of Adam and a weight, in float32."""
-NOT_MEASURED = "not known before rewards have run: shardtune evaluate with the words of the run measures it"
+NOT_MEASURED = "not known before rewards have run: shardtune evaluate with the settings of the run measures it"
 
 
 def round_lines(load: RoundLoad, planned: RoundTime) -> list[str]:
@@ -70,7 +70,7 @@ def dry_run_lines(
     card = _slowest_card(config, gpu_kinds)
     if card is None:
         return [
-            "seconds of a round are not known for this processor: shardtune evaluate with the words of the run measures them on "
+            "seconds of a round are not known for this processor: shardtune evaluate with the settings of the run measures them on "
             "its first prompts"
         ]
     # Seconds of a training step: its floating-point operations at the share of the GPU's peak that runs reach.

@@ -36,7 +36,7 @@ class PrepareArguments(VerbArguments):
     """What `shardtune prepare` takes."""
 
     shard: str | None = option(
-        "prepare one of n parts, as a job of an array; afterwards, the same words without --shard merge the parts",
+        "prepare one of n parts, as a job of an array; afterwards, the same command without --shard merge the parts",
         key="--shard",
         example="0/8",
     )
@@ -46,7 +46,7 @@ class PrepareArguments(VerbArguments):
 
 MORE = {"--print": "show documents and their masks; see prepare --print --help"}
 USAGE = f"""usage: shardtune prepare [--shard i/n] [--json] [key=value ...]
-       shardtune prepare --print <directory> | <words of a run>
+       shardtune prepare --print <directory> | <settings of a run>
 
   shardtune prepare model.path=models/smollm2 data.path=raw.jsonl
   shardtune prepare data=audited model.path=... data.path=...      check everything, change nothing
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
         shard = parse_shard(arguments.shard)
         _prepare(arguments.settings, shard)
         shard_number, shard_count = shard
-        print(f"shard {shard_number} of {shard_count}: done; when all are, the same words without --shard merge them")
+        print(f"shard {shard_number} of {shard_count}: done; when all are, the same command without --shard merge them")
         return 0
     report, directory, cached = prepared_data(arguments.settings)
     if arguments.as_json:

@@ -51,13 +51,13 @@ class PrintArguments(VerbArguments):
 
 
 USAGE = f"""usage: shardtune prepare --print <directory> [key=value ...]
-       shardtune prepare --print [key=value ...] <words of a run>
+       shardtune prepare --print [key=value ...] <settings of a run>
 
   shardtune prepare --print runs/first random=3 documents=true
   shardtune prepare --print runs/first find=consultant
 
 prepare --print shows the splits, the lengths and samples of prepared data. Name the directory that `prepare` printed,
-one of the splits in it, or a run. You can also type the words of a run: if its data is not prepared yet, that is done
+one of the splits in it, or a run. You can also type the settings of a run: if its data is not prepared yet, that is done
 first. Text that the model learns is green, or stands between ⟦ and ⟧.
 
 {help_rows(PrintArguments)}"""
@@ -96,7 +96,7 @@ def directory_in_arguments(arguments: list[str]) -> Path | None:
     for argument in wrong_arguments:
         key = argument.partition("=")[0]
         hint = suggestion_of_similar_name(key, known_keys, end="=") or f"; one of {', '.join(known_keys)}"
-        problems.append(f"{argument}: no such word beside a directory{hint}")
+        problems.append(f"{argument}: no such argument beside a directory{hint}")
     raise ConfigError(problems)
 
 

@@ -313,7 +313,7 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     """
     broken_part = pipeline_jobs.first_failed_part(list(run.parts))
     if broken_part is not None and not failure:
-        advice = f"shardtune logs {run.directory} job={broken_part.job} says why; submit the same words again"
+        advice = f"shardtune logs {run.directory} job={broken_part.job} says why; submit the same settings again"
         return [*wrap_text(f"failed: {run.why}"), *wrap_text(f"to do: {advice}")]
 
     origin = ""
@@ -332,7 +332,7 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     elif run.step:
         advice = SAME_COMMAND
     else:
-        advice = f"shardtune logs {run.directory} shows its output; submit the same words again"
+        advice = f"shardtune logs {run.directory} shows its output; submit the same settings again"
     return [*wrap_text(f"failed: {origin}{run.why or 'no reason was recorded'}"), *wrap_text(f"to do: {advice}")]
 
 

@@ -109,7 +109,7 @@ def _search_verdict(
         text = f"{progress}No trial is done, so there is no best one."
         return Callout("warning" if num_unfinished else "bad", "No result", text)
     best = done[0]
-    text = f"{progress}The words of the trial, and the command that exports its model:"
+    text = f"{progress}The settings of the trial, and the command that exports its model:"
     best_run_dir = shlex.quote(str(run_directory(best, search_dir)))
     commands = [shlex.join(search.trial_arguments(best.params)), f"shardtune export {best_run_dir}"]
     return Callout("good", f"Best: trial {best.number}, {search.metric} {format_number(best.value)}", text, commands)
@@ -202,7 +202,7 @@ def _setting_cell(setting: SearchedSetting, trial: FrozenTrial) -> PageCell:
 def _trial_remark(trial: FrozenTrial) -> str:
     """How a trial ended, if its state and metric do not say it: a twin, pruned or failed; else empty."""
     if "twin" in trial.user_attrs:
-        return f"the same words as trial {trial.user_attrs['twin']}, not run again"
+        return f"the same settings as trial {trial.user_attrs['twin']}, not run again"
     if trial.state.name == "PRUNED" and trial.intermediate_values:
         return f"behind the median at step {max(trial.intermediate_values)}"
     if trial.state.name == "FAIL":

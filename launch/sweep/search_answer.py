@@ -41,7 +41,7 @@ def search_table(study: Study, search: Search, search_dir: Path) -> str:
         TableColumn("trial", is_number=True),
         TableColumn(search.metric, is_number=True),
         TableColumn("state"),
-        TableColumn("words"),
+        TableColumn("settings"),
     )
     rows = [_trial_row(trial, search) for trial in [*completed, *unfinished]]
     lines = [*text_table(columns, rows), ""]
@@ -50,7 +50,7 @@ def search_table(study: Study, search: Search, search_dir: Path) -> str:
     best = completed[0]
     # A trial with the arguments of an earlier one was not run: its run is that of its twin.
     run_dir = search_dir / str(best.user_attrs.get("twin", best.number))
-    lines += wrap_text(f"best: trial {best.number}, {search.metric} {best.value:.6g}, in {run_dir}; its words:", 0)
+    lines += wrap_text(f"best: trial {best.number}, {search.metric} {best.value:.6g}, in {run_dir}; its settings:", 0)
     return "\n".join([*lines, f"  {shlex.join(search.trial_arguments(best.params))}"])
 
 
@@ -67,7 +67,7 @@ def _trial_row(trial: FrozenTrial, search: Search) -> TableRow:
             metric = trial.intermediate_values[last_step]
         cell_lines.append(f"behind the median at step {last_step}")
     if "twin" in trial.user_attrs:
-        cell_lines.append(f"the same words as trial {trial.user_attrs['twin']}, not run again")
+        cell_lines.append(f"the same settings as trial {trial.user_attrs['twin']}, not run again")
     if trial.state.name == "FAIL":
         cell_lines.append(trial.user_attrs.get("reason", "its command was killed while it was drawn"))
     metric_cell = "-" if metric is None else f"{metric:.6g}"

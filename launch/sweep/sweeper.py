@@ -120,7 +120,7 @@ def plan_search(all_arguments: list[str]) -> Search:
     searched_settings, shared_arguments = read_space(run_arguments)
     if not searched_settings:
         raise ConfigError(
-            f"sweeper={chosen_sweeper_name(all_arguments)}: no word has several values to search; write one as "
+            f"sweeper={chosen_sweeper_name(all_arguments)}: no setting has several values to search; write one as "
             f"<setting>={EXAMPLES}"
         )
     argument_by_key = {argument.partition("=")[0]: argument for argument in run_arguments}

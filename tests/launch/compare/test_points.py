@@ -252,7 +252,7 @@ def test_compare_points_are_chosen_by_skip_and_where(site):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["strategy=ddp"], "nothing to compare: no word has several values"),
+        (["strategy=ddp"], "nothing to compare: no setting has several values"),
         (["strategy=ddp,fsdp2", "compare.skip=[strategy=ddp]"], "the conditions leave no two points"),
         (
             ["strategy=ddp,fsdp2", "compare.skip=[strategy=zero2]"],

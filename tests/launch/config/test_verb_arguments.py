@@ -67,7 +67,7 @@ def test_words_get_the_types_of_their_fields():
         (["a", "run.dir=b", "c"], "b a c: put it into quotes"),
         (["a", "--dry-rum"], "--dry-rum: there is no such flag; did you mean --dry-run?"),
         (["a", "-f"], "-f: there is no such flag; example takes --dry-run, --json and --help"),
-        (["a", "enigne=small"], "enigne=small: there is no such word; did you mean engine=?"),
+        (["a", "enigne=small"], "enigne=small: there is no such argument; did you mean engine=?"),
         (["a", "to=x", "to=y"], "to=y: to is given twice, as x and y; give one of the two"),
         (["a", "to="], "to=: to needs a value, as in to=<directory>"),
         (["a", "b", "to"], "to: to needs a value, as in to=<directory>"),
@@ -129,7 +129,7 @@ def test_settings_are_handed_on_and_misspelt_words_of_the_verb_are_not():
     assert (words.run, words.files) == (Path("runs/x"), [Path("a.json"), Path("b.json")])
     _, problems = read_arguments("passing", PassingArguments, ["agianst=base", "--cfg", "adapter=x"])
     assert problems == [
-        "agianst=base: there is no such word; did you mean against=?",
+        "agianst=base: there is no such argument; did you mean against=?",
         "--cfg: there is no such flag; passing takes --help",
         "adapter=x: goes with model.path=...; add that, or leave adapter out",
     ]

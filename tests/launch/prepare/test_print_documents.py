@@ -158,8 +158,8 @@ def test_accepts_a_split_and_a_run_directory(prepared, capsys, tmp_path):
         (["lines=x", "documents=2"], "lines=x: must be a whole number, at least 2\ndocuments=2: must be true or false"),
         (["random=1", "rows=1"], "rows= and random=: give one of them"),
         (["find="], "find needs a value, as in find=text"),
-        (["splt=eval"], "splt=eval: there is no such word; did you mean split="),
-        (["--colour"], "--colour: no such word beside a directory; one of split, rows"),
+        (["splt=eval"], "splt=eval: there is no such argument; did you mean split="),
+        (["--colour"], "--colour: no such argument beside a directory; one of split, rows"),
         (["rows=0", "tokenizer=nowhere/at-all"], "tokenizer=nowhere/at-all: cannot be loaded"),
     ],
 )

@@ -114,7 +114,7 @@ def test_logs_without_a_file_of_a_rank_shows_the_job_output_or_says_so(tmp_path,
         (["{run}", "rank=0", "job=17"], "give one of the two"),
         (["{run}", "{run}"], "name one run directory: shardtune logs runs/first"),
         (["{run}", "-f"], "-f: there is no such flag"),
-        (["{run}", "ranks=1"], "ranks=1: there is no such word"),
+        (["{run}", "ranks=1"], "ranks=1: there is no such argument"),
         (["{run}", "rank=7", "--follow"], "ranks with a log: 0 to 0"),
     ],
 )

@@ -222,7 +222,7 @@ def test_status_of_a_job_that_ended_before_its_ranks_wrote_is_ended(tmp_path, ca
     assert all(text in rows[name]["why"] for name, text in words.items())
     assert main(["status", str(runs["cancelled"])]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "failed: job 43 ended before its script began" in out and "submit the same words again" in out
+    assert "failed: job 43 ended before its script began" in out and "submit the same settings again" in out
     monkeypatch.setenv("STANDIN_CODE", "1")
     assert main(["status", str(runs["cancelled"])]) == 0
     assert "whether it still waits or runs is not known: squeue failed" in " ".join(capsys.readouterr().out.split())

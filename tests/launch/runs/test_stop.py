@@ -243,7 +243,7 @@ def test_stop_leaves_a_job_with_another_script_to_its_user(tmp_path, capsys, slu
         (["nowhere"], "nowhere: is no run directory"),
         (["{run}", "wait_s=long"], "wait_s=long: must be a whole number, at least 0"),
         (["{run}", "--now"], "--now: there is no such flag"),
-        (["{run}", "step=3"], "step=3: there is no such word"),
+        (["{run}", "step=3"], "step=3: there is no such argument"),
         (["{run}", "{run}"], "name one run directory: shardtune stop runs/first"),
     ],
 )

@@ -83,7 +83,7 @@ def test_search_value_is_run_as_it_is_shown():
         (["optim.lr=shuffle(range(1,9))"], "leave shuffle out"),
         (["tuning=lora", "tuning.rank=interval(1.5,8)"], "tuning.rank is a whole number"),
         (["optim.lr=1e-4,2e-4", "optim.lr=1e-3"], "optim.lr is given twice"),
-        (["optim.lr=1e-4"], "no word has several values to search"),
+        (["optim.lr=1e-4"], "no setting has several values to search"),
         (["optim.lr=interval(-1,1e-3)"], r"optim.lr=-1\S*:? "),
         (
             ["optim.lr=1e-4,2e-4", "sweeper.trails=3"],
@@ -224,7 +224,7 @@ def test_pruning_and_words_that_came_before(site, monkeypatch, capsys):
     sent.clear()
     asked = judged(site, "run.seed=1,2", "sweeper.trials=4", f"run.dir={two}")
     assert run_search(plan_search(asked), two, told) == 0
-    assert "the same words as trial" in capsys.readouterr().out
+    assert "the same settings as trial" in capsys.readouterr().out
     assert len(list(two.glob("*/metrics.jsonl"))) == 2
 
 

@@ -87,7 +87,7 @@ def test_wandb_sweep_dry_run_prints_the_file_and_refuses_what_wandb_lacks(words,
             plan_search([*words, *SPACE[:1], "sweeper.prune=median", "sweeper.seed=3", "evaluation.every_steps=1"])
         )
     assert [line.partition(":")[0] for line in caught.value.problems] == ["sweeper.prune=median", "sweeper.seed=3"]
-    with pytest.raises(ConfigError, match="sweeper=wandb: no word has several values"):
+    with pytest.raises(ConfigError, match="sweeper=wandb: no setting has several values"):
         plan_search(words)
 
 
