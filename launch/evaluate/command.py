@@ -40,8 +40,8 @@ tasks, it runs those of the run's configuration. If there are none either, it me
 accuracy on the run's evaluation documents.
 
 With the settings of a run that learns from rewards (objective=grpo), or such a run without tasks, it tries the rewards:
-it writes the first groups of the run's first round, scores them, and says how many teach something and how long a round
-takes. Nothing is trained.
+it generates answers to the first prompts of the run's first round, scores them, and says in how many groups of answers
+the rewards differ (nothing can be learned from the others), and how long a round takes. Nothing is trained.
 
 Beside a run you can set evaluation.*, strategy, launcher.*, run.*, precision and logging.*. Beside model.path you can
 set everything. With launcher=slurm, the evaluation is submitted as a job on one node.

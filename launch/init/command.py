@@ -50,7 +50,7 @@ USAGE = f"""usage: shardtune init model.path=<model> data.path=<data> [key=value
 init writes a settings file for `shardtune train my.yaml`. The file sets what you typed. It also lists the settings
 that people change most, as comments with their meaning and default.
 
-from= converts a file of axolotl, LLaMA-Factory, Hugging Face's Trainer or TRL (YAML), or of DeepSpeed (JSON). Words
+from= converts a file of axolotl, LLaMA-Factory, Hugging Face's Trainer or TRL (YAML), or of DeepSpeed (JSON). Settings
 that you type override that file. A setting that has no equal here is listed with the reason, on the screen and at the
 end of the new file.
 

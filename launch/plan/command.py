@@ -68,8 +68,8 @@ OF_GROUPS = {
     "plan.offload=true": "also try to keep states in host memory",
     "plan.quantisation=[nf4]": "also try other ways to store a frozen base: none, nf4",
     "plan.exact=true": "simulate whole models, instead of two shallow ones for each",
-    "plan.theirs=[pure_bf16]": "also show what other trainers would hold: stock_loss, fused_loss, fp32_head, pure_bf16",
-    "plan.expert_imbalance=2": "rows of the busiest rank over the mean, where parallel.experts deals experts over ranks",
+    "plan.theirs=[pure_bf16]": "also show the memory of other trainers: stock_loss, fused_loss, fp32_head, pure_bf16",
+    "plan.expert_imbalance=2": "load of the busiest rank over the mean, with parallel.experts",
     "plan.workers=0": "processes that simulate; 0 takes one per core",
 }
 USAGE = f"""usage: shardtune plan [--json] hardware=<card> [to=<directory>] [key=value ...]

@@ -50,9 +50,9 @@ USAGE = f"""usage: shardtune status [directory | run] [document=<file>:<line> | 
   shardtune status runs document=train.jsonl:12
   shardtune status runs "text=Jane Roe"
 
-status shows the state of runs. A run is called lost if its last state is "running" but it gives no sign of life.
-Rates are medians over the last steps, for all ranks together. Memory is the largest peak of any rank. "last seen" is
-the time since the last sign of life, or since the end.
+status shows the state of runs. A run is called lost if its last state is "running" but its heartbeat has
+stopped. Speeds are medians over the last steps, for all ranks together. Memory is the largest peak of any rank. "last
+seen" is the time since the last heartbeat, or since the end of the run.
 
 {help_rows(StatusArguments)}
 

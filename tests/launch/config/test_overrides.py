@@ -113,7 +113,7 @@ def test_patterns_and_site_options_are_kept_as_typed():
         ("push_to_hub=true", "to=hub:<owner>/<name>"),
         ("strategy=deepspeed", "did you mean strategy=zero2 or strategy=zero3?"),
         ("--multi_gpu", "leave it out"),
-        ("@args.txt", "a bare word, as in my.yaml"),
+        ("@args.txt", "is given by its name alone, as in my.yaml"),
         ("optim.lr=interval(1e-5,1e-3)", "add -m sweeper=optuna"),
         ("logging.tags=['${oc.env:NO_SUCH_VARIABLE_HERE}']", "logging.tags[0]: KeyError"),
         ("data.dropout=0", "model.dropout"),

@@ -81,7 +81,7 @@ def test_a_planted_factor_of_dealt_experts_gives_69(capsys, tmp_path, monkeypatc
 
 
 def test_words_that_leave_nothing_to_compare_are_refused(capsys, model, tmp_path):
-    assert "needs the words of a run" in refused(capsys)
+    assert "needs the settings of a run" in refused(capsys)
     assert "strategy=single: is the one process" in refused(capsys, f"model.path={model}", "strategy=single")
     assert "strategy=auto: becomes one of the others" in refused(capsys, f"model.path={model}", "strategy=auto")
     assert "did you mean strategy.bucket_mib" in refused(

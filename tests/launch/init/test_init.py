@@ -77,7 +77,7 @@ def test_init_sets_what_is_typed_and_shows_the_defaults(tmp_path, capsys):
     assert compose_config(["all.yaml"], check=False).yaml == typed.yaml
     assert set(all_settings()) >= SHOWN_KEYS
     assert "# merge: null" in text and "# processes: null" in text and "# precision" not in text
-    assert "# Peak learning rate; null takes the usual one" in text
+    assert "# Peak learning rate. null: the usual one" in text
 
 
 def test_init_writes_a_file_once_and_only_of_what_could_run(tmp_path, capsys):
