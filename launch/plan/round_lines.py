@@ -70,8 +70,8 @@ def dry_run_lines(
     card = _slowest_card(config, gpu_kinds)
     if card is None:
         return [
-            "seconds of a round are not known for this processor: shardtune evaluate with the settings of the run measures them on "
-            "its first prompts"
+            "seconds of a round are not known for this processor: shardtune evaluate with the settings of the run measures them "
+            "on its first prompts"
         ]
     # Seconds of a training step: its floating-point operations at the share of the GPU's peak that runs reach.
     total, trained = parameters
