@@ -62,7 +62,7 @@ SAME_STEPS = ("plain", "full", "selective", "auto", "accumulation")
 
 
 @dataclass(frozen=True, slots=True)
-class TaskCase:
+class Case:
     """One run on ranks of which `degree` share each row."""
 
     objective: str = "sft"
@@ -95,7 +95,7 @@ def assert_rows_are_shared(batch: StepBatch, runtime: processes.Runtime) -> None
 
 def compare(job: Job, *case: Any) -> dict[str, Curve]:
     """Loss, gradient norm and metrics of each step: of all ranks, and of `single`, which takes whole rows."""
-    asked = TaskCase(*case)
+    asked = Case(*case)
     config, data = _run_of(job, asked)
     runtime = with_sequence_parallelism(job.runtime, asked.degree)
     found = curve(trainer_for(config, data, runtime), runtime.world_size)
@@ -104,7 +104,7 @@ def compare(job: Job, *case: Any) -> dict[str, Curve]:
     return {"found": found, "expected": expected}
 
 
-def _run_of(job: Job, case: TaskCase) -> tuple[RunConfig, PreparedData]:
+def _run_of(job: Job, case: Case) -> tuple[RunConfig, PreparedData]:
     """The settings of a case, and its data."""
     made = job.first_here(lambda: (model_dir(job.root, case.architecture), data_of(job.root, case)))
     model, data = made
@@ -138,7 +138,7 @@ def _run_of(job: Job, case: TaskCase) -> tuple[RunConfig, PreparedData]:
     return config, data
 
 
-def _strategy_of(case: TaskCase) -> Any:
+def _strategy_of(case: Case) -> Any:
     """The strategy, with the recomputation that the case asks for."""
     modes = {"full": ActivationCheckpointing.full, "selective": ActivationCheckpointing.selective}
     strategy = SHARDING[case.strategy]
@@ -159,7 +159,7 @@ def objective_by_name(name: str, root: Path) -> Any:
     return objective_of(name, root)
 
 
-def data_of(root: Path, case: TaskCase) -> PreparedData:
+def data_of(root: Path, case: Case) -> PreparedData:
     """Documents of the objective's kind."""
     model_dir(root, "qwen3")  # the teacher of distillation
     if case.feature.startswith("short"):
@@ -244,7 +244,7 @@ FAULTS: dict[str, tuple[str, Any]] = {
 def planted(job: Job, fault: str) -> dict[str, Curve]:
     """The curves of a case with a planted fault."""
     objective, plant = FAULTS[fault]
-    case = TaskCase(objective, degree=2)
+    case = Case(objective, degree=2)
     lone = compare(job, objective)["expected"]
     with plant(case.degree):
         found = compare(job, objective)["found"]
@@ -256,7 +256,7 @@ def planted(job: Job, fault: str) -> dict[str, Curve]:
 
 def resumed(job: Job) -> dict[str, Curve]:
     """Two steps each with a group of 1, 2, 4 and 1 ranks, under another strategy each time, out of the state saved before."""
-    config, data = _run_of(job, TaskCase("sft", "lora"))
+    config, data = _run_of(job, Case("sft", "lora"))
     rows: Curve = []
     path = None
     for number, (degree, strategy) in enumerate([(1, "fsdp2"), (2, "zero2"), (4, "zero3"), (1, "ddp")]):
@@ -279,7 +279,7 @@ def evaluated(job: Job) -> list[dict[str, float]]:
 
     `batch <number>` is the summed loss of a micro-batch, in the order of the documents.
     """
-    config, data = _run_of(job, TaskCase())
+    config, data = _run_of(job, Case())
     held_out = data.evaluation
     assert held_out is not None
     values = []
@@ -306,7 +306,7 @@ def evaluated(job: Job) -> list[dict[str, float]]:
 
 def order(job: Job) -> list[list[list[int]]]:
     """The sequences of the first steps, sorted, with a group of 1, 2 and 4 ranks."""
-    config, data = _run_of(job, TaskCase())
+    config, data = _run_of(job, Case())
     found = []
     for degree in (1, 2, 4):
         runtime = with_sequence_parallelism(job.runtime, degree)
@@ -327,7 +327,7 @@ def order(job: Job) -> list[list[list[int]]]:
 
 def exchanged_bytes(job: Job, degree: int) -> dict[str, int]:
     """Bytes that this rank's exchanges of one step are counted with, and what the formula of one layer gives."""
-    config, data = _run_of(job, TaskCase(degree=degree))
+    config, data = _run_of(job, Case(degree=degree))
     runtime = with_sequence_parallelism(job.runtime, degree)
     trainer = trainer_for(config, data, runtime)
     model = trainer.engine.step_module.model.config
@@ -428,7 +428,7 @@ def beside_deepspeed(job: Job, degree: int) -> list[float]:
 
 def beside_transformers(job: Job) -> dict[str, float]:
     """The loss of the first step on shared rows, and that of plain transformers, document by document."""
-    config, data = _run_of(job, TaskCase(degree=4))
+    config, data = _run_of(job, Case(degree=4))
     shared = compare(job, "sft", "full", "llama", "fsdp2", 4)["found"][0][0]
     if not job.runtime.is_main:
         return {}
