@@ -40,59 +40,65 @@ PAGE = ROOT / "docs" / "methods.md"
 MEASURED = ROOT / "benchmarks" / "results" / "methods.json"
 HEAD = """# Tuning methods
 
-This page lists every tuning method, what you can combine it with, and what it costs. After it you know whether the run that you
-want is legal, and why not if it is refused. To choose a method, read [peft.md](peft.md) first: it says what each family is good
-for, and has a learning rate for each method.
+This page lists every tuning method, what you can combine it with, and what it costs. Use it to see whether shardtune accepts the
+run that you want, and the reason if it does not. To choose a method, read [peft.md](peft.md) first: it explains what each family
+of methods is good for, and gives a learning rate for each method.
 
-`tuning=<name>` chooses the method. For example:
+`tuning=<name>` selects the method. For example:
 
 ```bash
 shardtune train model.path=<dir> data.path=<files> budget.epochs=1 tuning=ia3 optim.lr=5e-3
 ```
 
-- A method takes the same steps under every strategy that runs it, as in one process.
-- It starts from the same values for any number of ranks. `peft` itself draws the values, one layer at a time, from the seed and
+These rules hold for every method:
+
+- It computes the training steps of one process under every strategy that supports it.
+- It starts from the same values for any number of ranks. `peft` draws these values, one layer at a time, from the seed and
   the name of the layer.
-- It computes what plain `peft` computes with the same weights. The exception is `bottleneck`, which `peft` does not have.
-- A combination that does not work is refused before any process starts. The error has the reason, and the nearest legal choice.
+- With the same weights, it computes the same as plain `peft`. The exception is `bottleneck`, which `peft` does not have.
+- If a combination is not supported, it is refused before any process starts. The error message gives the reason, and the nearest
+  combination that works.
 """
-EXPERTS = """**Mixtures of experts.** `tuning=lora` adapts the linear layers. `tuning.experts=true` adds the experts, and
-`tuning.router=true` adds the routers. Both work under every strategy. With `tuning.targets=[]` you train only them. Exports with
-experts or routers are merged by default ([mixtures.md](mixtures.md)). The experts of a layer can be divided among ranks
-(`parallel.experts`, [mixtures.md](mixtures.md#expert-parallelism)): see the column *experts* below."""
-CELLS = """The table has a row for each method. Its cells have one of three words:
+EXPERTS = """**Mixtures of experts.** By default `tuning=lora` adapts the linear layers. These settings work with every strategy:
 
-| cell | what it means |
+- `tuning.experts=true` also adapts the experts, and `tuning.router=true` also adapts the routers. Exports with either are merged
+  by default ([mixtures.md](mixtures.md)).
+- `tuning.targets=[]` with one of these settings trains only experts or routers.
+- `parallel.experts` distributes the experts of a layer over the ranks, under `fsdp2` and `hsdp`
+  ([mixtures.md](mixtures.md#expert-parallelism)). The column *experts* below shows which methods support it."""
+CELLS = """The table has a row for each method. A cell has one of three values:
+
+| cell | meaning |
 |---|---|
-| *tested* | a tiny run takes the same steps as with `strategy=single`: within 1e-5 in fp32, within 1e-2 in bf16 |
-| *refused* | the run is refused. [Why not](#why-not) has the reason |
-| *GPU only* | it needs a GPU, so the tests on CPUs cannot show it |
+| *tested* | a test trains a tiny model: its steps agree with `strategy=single` within 1e-5 in fp32, and within 1e-2 in bf16 |
+| *refused* | the run is refused. [Why not](#why-not) gives the reason |
+| *GPU only* | it needs a GPU, and our tests run on CPUs |
 
-The second column, *every strategy*, is for a run without the features of the columns that follow. Those columns are:
+The column *every strategy* is for a run without the features of the other columns. The other columns are:
 """
 TESTED = """## Tested how
 
-- Each method takes five steps with clipped gradients in fp32. The steps must be within 1e-5 of those of one process
-  (`tests/parity/test_methods.py`). Experts and routers have tests of their own (`tests/parity/test_experts.py`).
-- `make test-all` runs each method under each strategy, with each feature and with each optimizer.
-- `make test` runs a selection. Each method meets `fsdp2` or `zero3`, a strategy that keeps parameters whole, recomputed blocks,
-  and another layout of rows. Each feature meets each strategy under some method (`torch.compile` only one strategy). Each
-  optimizer meets the engines of torch and of DeepSpeed.
-- Experts dealt over ranks: each method that has *tested* there takes the steps of one process under `fsdp2` on two ranks, and
-  under `hsdp` on four ranks (two replicas of two). A tiny Qwen3-MoE with eight experts is trained.
-- `torch.compile` is tested as far as its graphs. They are traced and differentiated as in any run, and then executed without
-  generated code.
+- Each method trains five steps with clipped gradients in fp32. The steps must agree with those of one process within 1e-5
+  (`tests/parity/test_methods.py`). Experts and routers have their own tests (`tests/parity/test_experts.py`).
+- `make test-all` runs each method with each strategy, each feature and each optimizer.
+- `make test` runs a selection. Each method is tested with `fsdp2` or `zero3`, with a strategy that does not shard parameters,
+  with activation checkpointing, and with a second data layout. Each feature is tested with each strategy and some method
+  (`torch.compile` with one strategy only). Each optimizer is tested with PyTorch's and with DeepSpeed's sharding.
+- Expert parallelism: each method with *tested* in its column computes the training steps of one process, under `fsdp2` on two
+  ranks, and under `hsdp` on four ranks (two replicas of two). The model is a tiny Qwen3-MoE with eight experts.
+- For `torch.compile`, the graphs are traced and differentiated as in any run, and then executed without generated code. So the
+  code that the compiler generates is not tested.
 
-`docs/make_methods.py` writes this page from the data that also refuses runs and selects the tests:
+`docs/make_methods.py` writes this page from the data that shardtune uses to refuse runs and to select tests:
 
-| part | file |
+| data | file |
 |---|---|
 | methods | `trainer/tuning/table.py` |
 | optimizers | `trainer/optim/support.py` |
-| features and verdicts | `trainer/config/combinations.py` |
+| features and results | `trainer/config/combinations.py` |
 | measurements | `benchmarks/results/methods.json` |
 
-A test compares the page with them."""
+A test checks that the page agrees with these files."""
 SETTINGS: dict[str, tuple[TuningConfig, str]] = {
     "full": (FullConfig(), ""),
     "freeze": (FreezeConfig(layers="last-1"), "`tuning.layers=last-1`"),
@@ -141,7 +147,7 @@ def parameters(config: TuningConfig) -> tuple[int, int]:
 
 def methods_by_row(table: dict[str, Method], key: str) -> list[str]:
     """What each method is, one line each."""
-    lines = ["| choice | what it is | export | merge | trained |", "|---|---|---|---|---|"]
+    lines = ["| choice | what is trained | export | can be merged | trained parameters |", "|---|---|---|---|---|"]
     for name, method in table.items():
         config, shown = SETTINGS[name]
         count = f"{parameters(config)[0]:,}" + (f" ({shown})" if shown else "")
@@ -178,7 +184,7 @@ def optimizers() -> list[str]:
         for optim, why in method.refusal_by_optimizer.items()
     ]
     lines = [
-        "Every method trains with every optimizer, under the strategies that run the optimizer",
+        "Every method works with every optimizer, with the strategies that support the optimizer",
         "([optimizers.md](optimizers.md)).",
     ]
     if exceptions:
@@ -191,22 +197,25 @@ def measured() -> list[str]:
     record = json.loads(MEASURED.read_text(encoding="utf-8"))
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
-        "The table shows what a method costs, in parameters, memory and time. Methods have the settings that are shown above.",
+        "The table shows the trained parameters, the memory and the time of each method, with the settings of the tables above.",
+        "Setup:",
         "",
         f"- **Command:** `{record['command']}`.",
         f"- **Model:** {record['model']}.",
         f"- **Work:** {record['steps']} steps of {record['batch']}.",
         f"- **Machine:** {record['hardware']}. {versions}.",
-        "- **memory** is the peak, minus the memory of an idle process.",
-        "- **step** is the CPU time of one step, divided by that of a LoRA step. The steps of both alternated. For example, 1.70",
-        "  means that a step takes 1.7 times as long as LoRA's.",
-        "- The row `lora` compares LoRA with itself, so the distance of its *step* from 1 is noise.",
+        "- **Memory** is the peak memory, minus the memory of an idle process.",
+        "- **Time of a step** is the CPU time of one step, divided by that of a LoRA step. Steps of the method and of",
+        "  LoRA alternated. For example, 1.70 means that a step takes 1.7 times as long as with LoRA.",
+        "- The row `lora` compares LoRA with itself, so the distance of its time from 1 is measurement noise.",
         "",
     ]
     learned = not record["random"]
     if not learned:
-        lines += ["The model is random, so the table says nothing about what a method learns.", ""]
-    lines += ["| method | trained | memory (MiB) | step |" + (" loss |" if learned else "")]
+        lines += ["The model has random weights, so the table does not show how well a method learns.", ""]
+    lines += [
+        "| method | trained parameters | memory (MiB) | time of a step (LoRA = 1) |" + (" loss |" if learned else "")
+    ]
     lines += ["|---|---|---|---|" + ("---|" if learned else "")]
     for name, each in record["methods"].items():
         loss = f" {each['first_loss']:.3f} -> {each['last_loss']:.3f} |" if learned else ""
@@ -241,11 +250,11 @@ def reasons() -> list[str]:
         for refusal in refusals(method):
             sharing.setdefault(refusal, []).append(f"`{name}`")
     proven = ", ".join(f"`{name}`" for name in COMPILED)
-    lines = ["| what is refused | with these methods | why (*it* is the method) |", "|---|---|---|"]
+    lines = ["| what is refused | with these methods | reason (*it* is the method) |", "|---|---|---|"]
     lines += [f"| {what} | {', '.join(names)} | {reason} |" for (what, reason), names in sorted(sharing.items())]
     return [
         *lines,
-        f"| `strategy.compile=true` | all but {proven} | {NOT_COMPILED} |",
+        f"| `strategy.compile=true` | all except {proven} | {NOT_COMPILED} |",
         "| `precision=fp16` on a CPU | all | not supported on CPUs |",
     ]
 
@@ -255,7 +264,7 @@ def refused_types() -> list[str]:
     sharing: dict[str, list[str]] = {}
     for name, reason in UNSUPPORTED_TYPES.items():
         sharing.setdefault(reason, []).append(f"`{name}`")
-    lines = ["| `tuning.type=` | why (*it* is the method) |", "|---|---|"]
+    lines = ["| `tuning.type=` | reason (*it* is the method) |", "|---|---|"]
     return [*lines, *(f"| {', '.join(names)} | {reason} |" for reason, names in sharing.items())]
 
 
@@ -266,13 +275,13 @@ def page() -> str:
         HEAD,
         "## The methods",
         "",
-        f"The column *trained* is counted on a small Llama (2 blocks, width 64, vocabulary 256; {size:,} parameters). If a",
-        "setting is shown there, the count is with this setting. Without one, the method has its default settings.",
+        f"The numbers of trained parameters are for a small Llama (2 blocks, width 64, vocabulary 256; {size:,} parameters).",
+        "They are for default settings, unless the cell names a setting.",
         "",
         *methods_by_row(METHODS, "tuning"),
         "",
-        "`tuning=peft tuning.type=<name>` takes another method of peft. `tuning.options.<option>=<value>` sets one of peft's",
-        "own options. An option that peft does not know is an error.",
+        "`tuning=peft tuning.type=<name>` selects one of ten more methods of `peft`. `tuning.options.<option>=<value>` sets",
+        "an option of `peft`. If `peft` does not know the option, the run is refused.",
         "",
         *methods_by_row(PEFT_METHODS, "tuning.type"),
         "",
@@ -283,7 +292,7 @@ def page() -> str:
         CELLS,
         *columns(),
         "",
-        "With `model.quantisation` ([qlora.md](qlora.md)), three variants of LoRA are refused too: DoRA, PiSSA and OLoRA.",
+        "If you set `model.quantisation` ([qlora.md](qlora.md)), LoRA's variants DoRA, PiSSA and OLoRA are refused too.",
         "",
         *cells(),
         "",
@@ -295,11 +304,11 @@ def page() -> str:
         "",
         *reasons(),
         "",
-        "These methods of peft are refused:",
+        "These methods of `peft` are refused:",
         "",
         *refused_types(),
         "",
-        "Any other type of peft is refused too, because it is not tested here.",
+        "Any other type of `peft` is refused too, because we have not tested it.",
         "",
         TESTED,
     ]

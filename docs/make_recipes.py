@@ -75,7 +75,10 @@ def address(source: str) -> str:
 
 def models_table(family: str) -> list[str]:
     """A row for each shape of a family."""
-    lines = ["| `model=` | hub | parameters, published | shape read from | of |", "|---|---|---|---|---|"]
+    lines = [
+        "| `model=` | Hugging Face Hub id | published parameters | layer sizes taken from | date of the source |",
+        "|---|---|---|---|---|",
+    ]
     for name in shape_names():
         shape = read_shape(name)
         if shape.family == family:
@@ -93,7 +96,7 @@ def cards(recipe: Recipe) -> str:
 def recipes_table(rows: list[Recipe], table: dict[str, dict[str, Any]]) -> list[str]:
     """A row for each recipe, with what is planned of it."""
     lines = [
-        "| recipe | learns | method | cards | planned GiB of a card's | tokens/s, at most | $ a million tokens, at least |",
+        "| recipe | task | method | GPUs | planned memory per GPU (GiB) | tokens/s, at most | $ per million tokens, at least |",
         "|---|---|---|---|---|---|---|",
     ]
     for recipe in rows:
@@ -117,13 +120,13 @@ def measured_errors() -> list[str]:
     memory = max(abs(row["off_percent"]) for row in own)
     speeds = [row["speed_off_percent"] for row in own if row["speed_off_percent"] is not None]
     return [
-        "| cards, as measured by others | memory | speed |",
+        "| GPUs, measured by others | error of planned memory | error of planned speed |",
         "|---|---|---|",
-        f"| one A100 80 GB, 7B and 8B, LoRA and QLoRA, {len(own)} runs | within {memory:.1f} % | planned {min(speeds):+.1f} to "
-        f"{max(speeds):+.1f} % of the measured |",
-        "| 64 A100 80 GB, 8B and 70B, FSDP2, 2 runs | not published | planned 11 and 13 % too high |",
+        f"| one A100 80 GB, 7B and 8B, LoRA and QLoRA, {len(own)} runs | at most {memory:.1f} % | {min(speeds):+.1f} to "
+        f"{max(speeds):+.1f} % of the measured speed |",
+        "| 64 A100 80 GB, 8B and 70B, FSDP2, 2 runs | memory was not published | planned 11 and 13 % too high |",
         "| 8 H100, limited to 500 W, 8B, FSDP2, 1 run | planned 5 % too high | planned 54 % too high |",
-        "| every other card | not measured | not measured |",
+        "| every other GPU | unknown | unknown |",
     ]
 
 
@@ -140,22 +143,27 @@ def family_page(family: str, table: dict[str, dict[str, Any]]) -> str:
         lines += recipes_section(family, rows, table)
     further = hand_written()[family]
     if further:
-        lines += ["## Further recipes", "", "These files are written by hand. Each says what to expect of it.", ""]
+        lines += [
+            "## Further recipes",
+            "",
+            "These recipes are written by hand. The head of each file in `conf/experiment` says what to expect.",
+            "",
+        ]
         lines += ["| recipe | what it does |", "|---|---|"]
         lines += [f"| `{name}` | {sentence} |" for name, sentence in further]
         lines.append("")
     lines += [
         "## Models",
         "",
-        "`plan`, `submit --print` and `--dry-run` know these models by name. They need no hub, no weights and no tokenizer.",
-        "Training needs the weights and the tokenizer: `shardtune download model.path=<hub id>` fetches them.",
+        "You can give these names to `shardtune plan`, `submit --print` and `--dry-run` without downloading anything. To train,",
+        "download the weights and the tokenizer first: `shardtune download model.path=<Hub id>`.",
         "",
         *models_table(family),
         "",
         "## Tested how",
         "",
-        "The recipes compose, the models are built without memory, and their parameters are counted. No recipe ran on its cards.",
-        "`docs/make_recipes.py` makes this page. [All families](README.md#tested-how) has the rest.",
+        "The tests compose the settings of each recipe, build each model without memory and count its parameters. No recipe was",
+        "run on its GPUs. `docs/make_recipes.py` makes this page. [All families](README.md#tested-how) lists all tests.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -165,9 +173,11 @@ def recipes_section(family: str, rows: list[Recipe], table: dict[str, dict[str, 
     shown = example(family, rows)
     data_rows = {TASKS[recipe.task].rows for recipe in rows if recipe.task == shown.task}
     if any(up_to_date(recipe, table) is not None for recipe in rows):
-        expected = "This page lists them, with the planned memory, speed and price of those that were planned."
+        expected = "This page lists the recipes of this family, with the planned memory, speed and price."
     else:
-        expected = "This page lists them. None of them was planned yet: plan one before you rent its cards."
+        expected = (
+            "This page lists the recipes of this family. None of them was planned yet: plan one before you rent GPUs."
+        )
     return [
         f"A recipe is a complete run that one command starts. {expected}",
         "",
@@ -176,8 +186,10 @@ def recipes_section(family: str, rows: list[Recipe], table: dict[str, dict[str, 
         *command(shown),
         "```",
         "",
-        f"Each row of this data has {data_rows.pop()}. Settings that you add replace those of the recipe, as in",
-        "`data.max_length=1024`. To see what the change takes, plan it on the same cards:",
+        f"Each row of `{TASKS[shown.task].data_path}` must have {data_rows.pop()}.",
+        "",
+        "To change a setting of the recipe, add it to the command, for example `data.max_length=1024`. To see how your change",
+        "affects memory, speed and price, plan the recipe with the change for the same GPUs:",
         "",
         "```bash",
         f"shardtune plan experiment={shown.name} data.max_length=1024 hardware={shown.card} "
@@ -186,10 +198,14 @@ def recipes_section(family: str, rows: list[Recipe], table: dict[str, dict[str, 
         "",
         *recipes_table(rows, table),
         "",
-        "**All numbers are planned, not measured.** Every document counts with its full length. Speed is of all cards together.",
-        "The price is the list price of the card's file in `conf/hardware`, for training alone.",
+        "**All numbers are planned, not measured.**",
         "",
-        "How far such plans were from measured runs ([details](../evidence/plans.md)):",
+        "- The plan assumes that every document has the full length, `data.max_length`.",
+        "- Memory is the peak of the fullest GPU, and the memory that this GPU has.",
+        "- Speed is that of all GPUs together.",
+        "- The price is for training alone, at the list price in the GPU's file in `conf/hardware`.",
+        "",
+        "Published runs show how accurate such plans are ([details](../evidence/plans.md)):",
         "",
         *measured_errors(),
         "",
@@ -205,7 +221,8 @@ def index_page(table: dict[str, dict[str, Any]]) -> str:
         "# Recipes",
         "",
         f"shardtune comes with {total} recipes: complete runs that you start with one command. This page lists their families.",
-        "Each page has the commands of a family, what is planned of them, and the published shapes of its models.",
+        "Each family's page has the commands, their planned memory, speed and price, and the published layer sizes of the",
+        "models.",
         "",
         "| family | models | recipes |",
         "|---|---|---|",
@@ -218,30 +235,30 @@ def index_page(table: dict[str, dict[str, Any]]) -> str:
         "",
         "## Tasks",
         "",
-        "A recipe's name has the model, the task and the strategy: `qwen3_8b_tools_fsdp2`. For instructions it has the tuning",
-        "method in place of the task: `qwen3_14b_lora_zero3`.",
+        "A recipe's name consists of the model, the task and the strategy, for example `qwen3_8b_tools_fsdp2`. If the task is",
+        "*instruction*, the name has the tuning method instead of the task, for example `qwen3_14b_lora_zero3`.",
         "",
-        "| task | the model learns | each row of the data has |",
+        "| task | what the model learns | what each row of the data must have |",
         "|---|---|---|",
         *(f"| {name} | {task.does} | {task.rows} |" for name, task in TASKS.items()),
         "",
         "## Wanted",
         "",
-        "These have no recipe yet:",
+        "These models have no recipe yet:",
         "",
-        "| models | what is missing |",
+        "| models | why there is no recipe |",
         "|---|---|",
         *(f"| {models} | {reason} |" for models, reason in WANTED.items()),
         "",
-        "For any model you can plan with its own `config.json`: `shardtune plan model.path=<directory> hardware=...`.",
+        "You can plan a run of any model that has a `config.json`: `shardtune plan model.path=<directory> hardware=...`.",
         "",
         "## Tested how",
         "",
-        "- Every recipe composes, and its file is the one that the table makes.",
-        "- Every shape is built without memory, and its parameters are counted: they are those that are published.",
-        "- Planned numbers are planned again: one recipe for each strategy in `make test`, all in `make test-all`.",
-        f"- `python docs/plan_recipes.py` plans recipes: {with_numbers} of the {len(RECIPES)} of the table are planned.",
-        "- No recipe was run on its cards.",
+        "- A test composes the settings of every recipe, and compares its file with the table of recipes.",
+        "- A test builds every model without memory and compares the number of its parameters with the published one.",
+        "- `make test` repeats the plan of one recipe for each strategy, `make test-all` the plans of all recipes.",
+        f"- `python docs/plan_recipes.py` plans recipes. {with_numbers} of the {len(RECIPES)} recipes of the table are planned.",
+        "- No recipe was run on its GPUs.",
     ]
     return "\n".join(lines) + "\n"
 

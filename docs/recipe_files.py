@@ -14,7 +14,7 @@ from trainer.optim.config import OptimConfig
 from trainer.optim.rates import usual_rate
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = {"full": "all weights", "lora": "LoRA", "qlora": "LoRA on a base in 4 bits (QLoRA)"}
+METHODS = {"full": "full tuning", "lora": "LoRA", "qlora": "LoRA on a 4-bit base model (QLoRA)"}
 STRATEGIES = {
     "single": "on one GPU",
     "ddp": "under DDP",
@@ -22,7 +22,7 @@ STRATEGIES = {
     "zero2": "under ZeRO-2",
     "zero3": "under ZeRO-3",
     "fsdp2": "under FSDP2",
-    "hsdp": "under HSDP: FSDP2 inside each host, copies between hosts",
+    "hsdp": "under HSDP: FSDP2 within each host, replicas between hosts",
 }
 FROM_A_BASE = ("pretrain", "orpo")
 """Tasks that begin with the base model and not with the one tuned on instructions."""
@@ -109,10 +109,10 @@ def hardware(recipe: Recipe, numbers: dict[str, Any] | None) -> str:
 def planned_sentence(numbers: dict[str, Any] | None) -> str:
     """What is planned of a recipe; "not planned" without numbers."""
     if numbers is None:
-        return "neither run nor planned yet, so whether it fits these cards is not known; `shardtune plan` says it."
+        return "neither run nor planned yet, so it may not fit on these GPUs; `shardtune plan` tells you."
     parts = [f"planned, not run: {numbers['gib']} GiB of {numbers['card_gib']:.1f} GiB on each GPU"]
     if numbers["round_s"] is not None:
-        parts.append(f"at least {numbers['round_s']:,.0f} s for a round if each answer has its full length")
+        parts.append(f"at least {numbers['round_s']:,.0f} s for a round, if each answer has its full length")
     else:
         parts.append(f"at most {numbers['tokens_per_s']:,} tokens/s of all GPUs")
     if numbers["usd_per_million_tokens"] is not None:
@@ -139,7 +139,7 @@ def recipe_file(recipe: Recipe, numbers: dict[str, Any] | None, page: str) -> st
     head.append(f"# Command:  {first}")
     head += [f"#           {line}" for line in further]
     head += wrapped(hardware(recipe, numbers), "# Hardware: ", "#           ")
-    expect = f"{planned_sentence(numbers)} {page} says how far plans are from measured runs."
+    expect = f"{planned_sentence(numbers)} {page} says how accurate such plans are."
     head += wrapped(expect, "# Expect:   ", "#           ")
     body = yaml.dump(recipe_tree(recipe), Dumper=Indented, sort_keys=False, default_flow_style=None, width=110)
     return "\n".join(["# @package _global_", *head, body])

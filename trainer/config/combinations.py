@@ -70,19 +70,24 @@ FEATURES: dict[str, Feature] = {
     "packing": Feature("packing", "data.packing=true", "padding_free", "data.packing=false"),
     "bf16": Feature("bf16", "precision=bf16", "half", "fp32 or strategy=ddp", SHARDED),
     "fp16": Feature("fp16", "precision=fp16", "half", "fp32 or strategy=ddp", SHARDED),
-    "quantised": Feature("a quantised base", "model.quantisation=nf4", "quantised", "model.quantisation=none"),
-    "sequence": Feature("rows that several ranks share", "parallel.sequence=2", "sequence", "parallel.sequence=1"),
+    "quantised": Feature("a quantised base model", "model.quantisation=nf4", "quantised", "model.quantisation=none"),
+    "sequence": Feature(
+        "rows shared by several ranks (sequence parallelism)", "parallel.sequence=2", "sequence", "parallel.sequence=1"
+    ),
     "experts": Feature(
-        "experts of a mixture that are dealt over ranks", "parallel.experts=2", "experts", NO_EXPERT_PARALLELISM_SETTING
+        "experts distributed over ranks (expert parallelism)",
+        "parallel.experts=2",
+        "experts",
+        NO_EXPERT_PARALLELISM_SETTING,
     ),
     "compile": Feature("torch.compile", "strategy.compile=true", instead="strategy.compile=false"),
-    "rounds": Feature("answers that the model writes", "objective=grpo"),
+    "rounds": Feature("reinforcement learning, on answers that the model generates", "objective=grpo"),
 }
 """Every feature."""
 
 COMPILED = ("full", "freeze", "lora")
 """Methods that were run compiled and took the same steps."""
-NOT_COMPILED = "it is not proven to take the same steps compiled"
+NOT_COMPILED = "it is not tested to compute the same training steps when compiled"
 INSTEAD = "strategy=ddp, or tuning=lora"
 """What to choose instead if a method refuses a strategy."""
 

@@ -15,9 +15,9 @@ PROPERTIES = {
     "selective": "selective activation checkpointing",
     "padding_free": "padding-free rows and packing",
     "half": "bf16 and fp16",
-    "quantised": "a quantised base",
-    "sequence": "rows that several ranks share (`parallel.sequence`)",
-    "experts": "experts dealt over ranks (`parallel.experts`)",
+    "quantised": "a quantised base model",
+    "sequence": "sequence parallelism (`parallel.sequence`)",
+    "experts": "expert parallelism (`parallel.experts`)",
 }
 """What a method may be combined with, beside strategies. `half` is refused under the strategies that convert parameters."""
 
@@ -50,68 +50,76 @@ class Method:
 
 
 _SELECTIVE_REFUSAL = {"selective": "its gradients then differ by up to 5e-3 from those without (measured)"}
-_NO_PLACE_FOR_EMBEDDINGS_REASON = "the embeddings must train too, and its files have no place for them"
+_NO_PLACE_FOR_EMBEDDINGS_REASON = "the new embeddings must be trained too, and its file format cannot store them"
 _NO_PREFIX_HEAD_REASON = "peft 0.21 cannot run a prefix in the classifiers of transformers 5.24 (measured)"
-_CAUSAL_ONLY_REASON = "it is built for models of one stack, where nothing else attends to what it adds"
+_CAUSAL_ONLY_REASON = "it is made for decoder-only models; an encoder-decoder model has a second stack of layers"
 _VIRTUAL_TOKEN_REFUSALS: dict[str, Any] = {
     "seq2seq_refusal": _CAUSAL_ONLY_REASON,
-    "merge_refusal": "virtual tokens are inputs, not weights of the base",
+    "merge_refusal": "virtual tokens are inputs, not weights of the base model",
     "new_tokens_refusal": _NO_PLACE_FOR_EMBEDDINGS_REASON,
     "refusal_by_property": {
-        "padding_free": "virtual tokens stand before a document, which then needs a row of its own",
-        "sequence": "each document has a row of its own, with virtual tokens before it, and rows of padding are not cut",
+        "padding_free": "virtual tokens come before a document, so each document needs a row of its own",
+        "sequence": "each document has a padded row of its own, and padded rows cannot be split over ranks",
     },
 }
-_TRAINED_BASE_REFUSAL = {"quantised": "it trains the base itself, and a rounded weight cannot take a small step"}
-_READ_WEIGHT_REFUSAL = {"quantised": "peft reads the base weight itself, or its shape, in every forward pass"}
+_TRAINED_BASE_REFUSAL = {
+    "quantised": "it trains the base weights, and rounding to 4 or 8 bits would cancel small steps"
+}
+_READ_WEIGHT_REFUSAL = {"quantised": "peft reads the base weight, or its shape, in every forward pass"}
 _WHOLE_GRADIENTS_REASON = (
-    "it moves ranks between layers by the importance of whole weights and gradients, and these are in parts there"
+    "it compares the importance of whole weights and gradients, and these strategies shard weights or gradients"
 )
-_FLOAT_PROJECTION_REFUSAL = {"half": "peft multiplies its float32 projection with half-precision activations"}
+_FLOAT_PROJECTION_REFUSAL = {
+    "half": "peft multiplies a float32 projection with half-precision activations, which fails"
+}
 
 METHODS: dict[str, Method] = {
     "full": Method(title="every parameter", adapter=False, refusal_by_property=_TRAINED_BASE_REFUSAL),
     "freeze": Method(
-        title="a part of the base: blocks, modules, biases, norms or embeddings",
+        title="a part of the base model: blocks, modules, biases, norms or embeddings",
         adapter=False,
         refusal_by_property=_TRAINED_BASE_REFUSAL,
     ),
     "lora": Method(title="low-rank update; rsLoRA, DoRA, LoRA+, PiSSA, OLoRA"),
     "adalora": Method(
-        title="low-rank update whose ranks move between layers (AdaLoRA)",
+        title="low-rank update that gives more rank to important layers (AdaLoRA)",
         refusal_by_strategy=dict.fromkeys(SHARDED, _WHOLE_GRADIENTS_REASON),
-        continuation_refusal="its matrices have lost ranks, each another number",
+        continuation_refusal="after training, each of its matrices has a different rank",
         refusal_by_property=_SELECTIVE_REFUSAL,
         refusal_by_optimizer={
-            "schedule_free": "ranks are taken from the weights that train, and the average would bring them back"
+            "schedule_free": "ranks are removed from the trained weights, but the average of the weights would still contain them"
         },
     ),
-    "ia3": Method(title="factors on keys, values and feed-forward inputs"),
-    "vera": Method(title="vectors around one shared random projection", refusal_by_property=_FLOAT_PROJECTION_REFUSAL),
+    "ia3": Method(title="scaling factors on keys, values and feed-forward inputs"),
+    "vera": Method(
+        title="scaling vectors around one shared random projection", refusal_by_property=_FLOAT_PROJECTION_REFUSAL
+    ),
     "loha": Method(title="Hadamard product of low-rank updates", refusal_by_property=_READ_WEIGHT_REFUSAL),
     "lokr": Method(title="Kronecker product update", refusal_by_property=_READ_WEIGHT_REFUSAL),
     "oft": Method(title="block-wise rotation of inputs"),
     "boft": Method(title="rotation by butterfly factors"),
     "ln": Method(title="normalisation layers, saved as an adapter", reads_base=True),
     "prefix": Method(
-        title="keys and values before every layer's", new_head_refusal=_NO_PREFIX_HEAD_REASON, **_VIRTUAL_TOKEN_REFUSALS
+        title="trained keys and values in front of every layer's",
+        new_head_refusal=_NO_PREFIX_HEAD_REASON,
+        **_VIRTUAL_TOKEN_REFUSALS,
     ),
-    "prompt": Method(title="embeddings before every document's", **_VIRTUAL_TOKEN_REFUSALS),
-    "p_tuning": Method(title="embeddings made by a small network", **_VIRTUAL_TOKEN_REFUSALS),
+    "prompt": Method(title="trained embeddings in front of every document's", **_VIRTUAL_TOKEN_REFUSALS),
+    "p_tuning": Method(title="embeddings computed by a small network", **_VIRTUAL_TOKEN_REFUSALS),
     "adaption_prompt": Method(
         title="gated attention to trained tokens (LLaMA-Adapter)",
-        merge_refusal="its tokens and gates are no part of any weight of the base",
-        new_head_refusal="peft's files for it have no place for a head",
+        merge_refusal="its tokens and gates do not correspond to a weight of the base model",
+        new_head_refusal="peft's file format for it cannot store a classification head",
         seq2seq_refusal=_CAUSAL_ONLY_REASON,
         new_tokens_refusal=_NO_PLACE_FOR_EMBEDDINGS_REASON,
         refusal_by_property={
-            "sequence": "peft attends to the trained tokens beside the model's attention, which is not proven on slices of rows",
-            "experts": "the architectures whose attention peft adapts have no experts",
+            "sequence": "peft attends to the trained tokens next to the model's attention; not tested with split rows",
+            "experts": "the architectures that peft supports for it have no experts",
         },
     ),
     "bottleneck": Method(
-        title="small networks behind attention and feed-forward parts",
-        merge_refusal="a nonlinear network cannot be folded into linear layers",
+        title="small networks after attention and feed-forward parts",
+        merge_refusal="a nonlinear network cannot be merged into linear layers",
         seq2seq_refusal=_CAUSAL_ONLY_REASON,
         new_tokens_refusal=_NO_PLACE_FOR_EMBEDDINGS_REASON,
     ),
@@ -119,7 +127,10 @@ METHODS: dict[str, Method] = {
 """The choices of `tuning=`; `peft` has a table of its own."""
 
 PEFT_METHODS: dict[str, Method] = {
-    "beft": Method(title="bias of values", merge_refusal="a layer without a bias has nothing to fold it into"),
+    "beft": Method(
+        title="a bias on attention values",
+        merge_refusal="it trains a bias, and a layer without a bias has nothing to merge it into",
+    ),
     "c3a": Method(title="circular convolution", refusal_by_property=_SELECTIVE_REFUSAL),
     "glora": Method(
         title="generalised LoRA on weights, biases and activations", refusal_by_property=_READ_WEIGHT_REFUSAL
@@ -134,19 +145,19 @@ PEFT_METHODS: dict[str, Method] = {
 }
 """The values of `tuning.type` under `tuning=peft` that are proven here."""
 
-_VIRTUAL_REASON = "its virtual tokens are of a kind that is not built here; tuning=prompt, p_tuning and prefix are"
-_SHARED_PARAMETERS_REASON = "its layers share parameters, which sharding keeps in one layer only"
-_TAKES_BASE_APART_REASON = "it takes the base weights apart when it is added, before there are any"
+_VIRTUAL_REASON = "shardtune does not support its kind of virtual tokens; use tuning=prompt, p_tuning or prefix"
+_SHARED_PARAMETERS_REASON = "its layers share parameters, and sharding would keep them in one layer only"
+_TAKES_BASE_APART_REASON = "it decomposes the base weights when it is added, before they are loaded"
 UNSUPPORTED_TYPES: dict[str, str] = {
     **dict.fromkeys(("multitask_prompt_tuning", "cpt", "cartridge"), _VIRTUAL_REASON),
     **dict.fromkeys(("vblora", "unilora", "tinylora", "lily"), _SHARED_PARAMETERS_REASON),
     **dict.fromkeys(("psoft", "osf", "frod"), _TAKES_BASE_APART_REASON),
-    "shira": "it chooses entries of the weights when it is added, before there are any",
-    "pvera": "it draws noise in every forward pass, so that no two strategies take the same steps",
-    "fourierft": "its transform rounds too coarsely: strategies drift apart by more than 1e-5 within five steps",
-    "randlora": "peft stores its shared bases once for every layer",
-    "delora": "its first gradients are zero, so that its steps could not be compared",
-    "deft": "its start depends on values of the base that are not read here",
+    "shira": "it chooses entries of the weights when it is added, before they are loaded",
+    "pvera": "it adds random noise in every forward pass, so strategies would compute different training steps",
+    "fourierft": "its transform is not precise enough: strategies differ by more than 1e-5 after five steps",
+    "randlora": "peft stores its shared matrices again for every layer",
+    "delora": "its first gradients are zero, so its training steps could not be compared",
+    "deft": "its initial values depend on base weights that shardtune does not read at this point",
 }
 """Types of peft that are refused, and why; any other type is refused as not proven."""
 
