@@ -179,7 +179,7 @@ def columns() -> list[str]:
 def optimizers() -> list[str]:
     """Which optimizers a method is not trained with."""
     exceptions = [
-        f"- `{name}` with `optim={optim}`: {why}."
+        f"- `{name}` with `optim={optim}` is refused: {why}."
         for name, method in all_methods().items()
         for optim, why in method.refusal_by_optimizer.items()
     ]

@@ -52,7 +52,7 @@ class Method:
 _SELECTIVE_REFUSAL = {"selective": "its gradients then differ by up to 5e-3 from those without (measured)"}
 _NO_PLACE_FOR_EMBEDDINGS_REASON = "the new embeddings must be trained too, and its file format cannot store them"
 _NO_PREFIX_HEAD_REASON = "peft 0.21 cannot run a prefix in the classifiers of transformers 5.24 (measured)"
-_CAUSAL_ONLY_REASON = "it is made for decoder-only models; an encoder-decoder model has a second stack of layers"
+_CAUSAL_ONLY_REASON = "it is made for models with one stack of layers, and an encoder-decoder model has two"
 _VIRTUAL_TOKEN_REFUSALS: dict[str, Any] = {
     "seq2seq_refusal": _CAUSAL_ONLY_REASON,
     "merge_refusal": "virtual tokens are inputs, not weights of the base model",
@@ -69,9 +69,7 @@ _READ_WEIGHT_REFUSAL = {"quantised": "peft reads the base weight, or its shape, 
 _WHOLE_GRADIENTS_REASON = (
     "it compares the importance of whole weights and gradients, and these strategies shard weights or gradients"
 )
-_FLOAT_PROJECTION_REFUSAL = {
-    "half": "peft multiplies a float32 projection with half-precision activations, which fails"
-}
+_FLOAT_PROJECTION_REFUSAL = {"half": "peft multiplies a float32 projection with half-precision activations"}
 
 METHODS: dict[str, Method] = {
     "full": Method(title="every parameter", adapter=False, refusal_by_property=_TRAINED_BASE_REFUSAL),
