@@ -89,7 +89,7 @@ def _submit_one(arguments: SubmitArguments) -> int:
 
     A run that is finished is not submitted again, unless it has a pipeline, whose later jobs may be missing.
     """
-    from launch.cluster.submission import Submission, refuse_unshared_model, submit
+    from launch.cluster.submission import Submission, refuse_unshared_model, submit_runs
     from launch.config.compose import compose_config, default_run_dir, is_finished
     from launch.runs.freeze import write_run_config
 
@@ -109,7 +109,7 @@ def _submit_one(arguments: SubmitArguments) -> int:
         if finished and not getattr(composed.config.launcher, "pipeline", []):
             print(f"{run_dir}: already finished with this configuration; nothing to do")
         else:
-            submitted = submit(composed.config, [run_dir], print_only=arguments.print_only)
+            submitted = submit_runs(composed.config, [run_dir], print_only=arguments.print_only)
     # With --json, the answer of a run that was not submitted names no job.
     if arguments.as_json:
         nothing = Submission({}, [str(run_dir.absolute())], {}, None)

@@ -251,10 +251,10 @@ def launch_run(composed: ComposedConfig, run_dir: Path, *, isolate: bool = False
         print(f"{run_dir}: already finished with this configuration; nothing to do")
         return 0
     if config.launcher.name is LauncherName.slurm:
-        from launch.cluster.submission import submit
+        from launch.cluster.submission import submit_runs
 
         unblock_signals()
-        submit(config, [run_dir], print_only=False)
+        submit_runs(config, [run_dir], print_only=False)
         return 0
     # A run that is to be restarted needs a supervisor that outlives its ranks.
     restarts = any(config.launcher.retry.values())
@@ -356,7 +356,7 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
 
     `sha256`: the identity of the run.
     """
-    from launch.cluster.supervisor import find_run_directory, record_outcome, state_before_start
+    from launch.cluster.supervisor import find_run_directory, record_run_outcome, state_before_start
     from launch.compare import run_report
     from strategies.errors import NotRunOwner, Preempted
 
@@ -373,7 +373,7 @@ def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
     except Exception:  # the command line says what it is
         run_report.write_report_at_end(config, find_run_directory(run_dir, earlier_state))
         raise
-    code = record_outcome(run_dir, code, earlier_state)
+    code = record_run_outcome(run_dir, code, earlier_state)
     if code != 130:  # who pressed Ctrl-C waits for nothing more
         run_report.write_report_at_end(config, find_run_directory(run_dir, earlier_state))
     return code

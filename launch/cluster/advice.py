@@ -46,7 +46,7 @@ class Partition:
     """Whether it starts jobs."""
 
 
-def list_partitions() -> list[Partition]:
+def query_partitions() -> list[Partition]:
     """The partitions of the cluster with their nodes; empty if `sinfo` cannot tell."""
     # --exact: else nodes that differ become one line, with the least that any of them has.
     command = ["sinfo", "--noheader", "--all", "--exact", f"--format=%P|{SINFO_FORMAT}"]
@@ -57,10 +57,10 @@ def list_partitions() -> list[Partition]:
     except (OSError, subprocess.SubprocessError):
         return []
     partitions = []
-    number_of_cells = SINFO_FORMAT.count("%") + 1
+    num_cells = SINFO_FORMAT.count("%") + 1  # the name with its mark comes before those of SINFO_FORMAT
     for line in sinfo.stdout.splitlines():
         cells = line.split("|")
-        if len(cells) == number_of_cells:
+        if len(cells) == num_cells:
             partitions.append(_parse_partition(cells))
     return partitions
 
@@ -95,15 +95,15 @@ def _leading_number(cell: str) -> int:
     return int(re.sub(r"\D.*", "", cell) or 0)
 
 
-def check_job(config: RunConfig, run_dirs: list[Path]) -> list[str]:
-    """Check a job against what the cluster offers, before it is submitted; returns lines of notes for the user.
+def job_notes_if_startable(config: RunConfig, run_dirs: list[Path]) -> list[str]:
+    """Lines of notes for the user about a job that is to be submitted, if it can start on this cluster at all.
 
     `run_dirs`: the directories of the runs that are submitted together. The notes are about ranks, time limit, long steps,
     restarts and price, such as "price   $40 at most a start: 16 GPU hours of $2.50 (conf/hardware)".
-    Errors: ConfigError for a job that can never start, or would be told to save as soon as it starts.
+    Raises ConfigError for a job that can never start here, or would be told to save as soon as it starts.
     """
     assert isinstance(config.launcher, SlurmConfig)
-    slurm = as_submitted(config.launcher)
+    slurm = settings_as_submitted(config.launcher)
     limit_s = parse_slurm_time(slurm.time)
     # The signal to save comes `signal_lead_s` before the time limit.
     if slurm.signal_lead_s >= limit_s:
@@ -112,12 +112,12 @@ def check_job(config: RunConfig, run_dirs: list[Path]) -> list[str]:
             "longer, so that each start would be told to save before it has trained; give more time, or a shorter lead"
         )
     # Partitions: empty if sinfo cannot tell; then nothing is checked against them.
-    partitions = list_partitions()
+    partitions = query_partitions()
     candidates = partitions_of_job(slurm, partitions)
     # A QOS, a reservation or an option that is not read here may lift a partition's limits.
     limits_hold = not (slurm.qos or slurm.reservation or slurm.extra)
     if candidates and limits_hold:
-        problems = _reasons_never_to_start(slurm, candidates)
+        problems = _never_starting_problems(slurm, candidates)
         if problems:
             raise ConfigError(problems)
     elif partitions and slurm.partition and not candidates:
@@ -129,7 +129,7 @@ def check_job(config: RunConfig, run_dirs: list[Path]) -> list[str]:
         step_s = longest_step_s(config, gpu_kinds_of_job(slurm, candidates))
     return [
         *rank_layout_notes(slurm),
-        *_time_lines(slurm, candidates),
+        *_time_limit_lines(slurm, candidates),
         *(f"note    {note}" for note in long_step_notes(config, step_s)),
         *_restart_lines(slurm, run_dirs),
         *_price_lines(slurm, candidates, len(run_dirs)),
@@ -137,14 +137,14 @@ def check_job(config: RunConfig, run_dirs: list[Path]) -> list[str]:
 
 
 def partitions_of_job(slurm: SlurmConfig, partitions: list[Partition]) -> list[Partition]:
-    """Those of the cluster's partitions in which the job may run: the ones that it names, else the default."""
+    """The partitions of the cluster in which the job may run: the ones that `launcher.partition` names, else the default."""
     if not slurm.partition:
         return [partition for partition in partitions if partition.is_default]
     names = slurm.partition.split(",")
     return [partition for partition in partitions if partition.name in names]
 
 
-def as_submitted(slurm: SlurmConfig) -> SlurmConfig:
+def settings_as_submitted(slurm: SlurmConfig) -> SlurmConfig:
     """The launcher's settings as sbatch will take them: overridden by `launcher.extra`, completed by `SBATCH_*` variables."""
     extra = options_of(slurm.extra)
     return replace(
@@ -161,20 +161,20 @@ def rank_layout_notes(slurm: SlurmConfig) -> list[str]:
     request = slurm.gpu_request
     if request is None:
         return []
-    ranks = f"ranks   {slurm.nodes} x {slurm.per_node}"
+    ranks_text = f"ranks   {slurm.nodes} x {slurm.per_node}"
     if slurm.processes is None:
-        return [f"{ranks}, one for each GPU of a node ({request.setting})"]
-    idle = request.count - slurm.processes
-    lines = [f"{ranks} (launcher.processes={slurm.processes})"]
-    if idle > 0:
+        return [f"{ranks_text}, one for each GPU of a node ({request.setting})"]
+    num_idle_gpus = request.count - slurm.processes
+    lines = [f"{ranks_text} (launcher.processes={slurm.processes})"]
+    if num_idle_gpus > 0:
         lines.append(
-            f"note    {idle} of {request.count} GPUs stay idle on each node: {request.setting}, but "
+            f"note    {num_idle_gpus} of {request.count} GPUs stay idle on each node: {request.setting}, but "
             f"launcher.processes={slurm.processes}; leave launcher.processes out to train on all"
         )
     return lines
 
 
-def _reasons_never_to_start(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
+def _never_starting_problems(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
     """Why SLURM could never start the job in these partitions: more time, GPUs, CPUs, memory or nodes than they have."""
     names = "/".join(dict.fromkeys(partition.name for partition in candidates))
     # Each resource by itself: what the job requests against the most that any of the partitions has.
@@ -198,7 +198,7 @@ def _reasons_never_to_start(slurm: SlurmConfig, candidates: list[Partition]) -> 
             f"launcher.cpus_per_task={cpus}: the nodes of partition {names} have {most_cpus or 'none'}: "
             "it would never start"
         )
-    memory_mib = mebibytes(slurm.mem)
+    memory_mib = memory_mib_of_setting(slurm.mem)
     most_mib = max(partition.memory_mb for partition in candidates)
     if memory_mib > most_mib:
         problems.append(
@@ -218,7 +218,7 @@ def _reasons_never_to_start(slurm: SlurmConfig, candidates: list[Partition]) -> 
     return problems
 
 
-def mebibytes(memory: str | None) -> float:
+def memory_mib_of_setting(memory: str | None) -> float:
     """`launcher.mem` (memory of a node, as SLURM writes it) in MiB: `64G` -> 65536.0, `512` -> 512.0 (MiB without a unit).
 
     0.0 if no memory is requested or its form is not known here. To SLURM, 0 means all memory of the node.
@@ -231,7 +231,7 @@ def mebibytes(memory: str | None) -> float:
     return kibibytes / 1024
 
 
-def _time_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
+def _time_limit_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
     """A line on what happens at the time limit, and notes on a partition that is down or a long `signal_lead_s`.
 
     An example: "time    1-0:00:00 a start, 120 s before its end it saves and is requeued".
@@ -291,14 +291,16 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
     remaining_s = remaining_steps * step_s
     # A start trains until SLURM's signal tells it to save.
     start_s = max(1.0, parse_slurm_time(slurm.time) - slurm.signal_lead_s)
-    restarts = max(0, math.ceil(remaining_s / start_s) - 1)
-    plural = "" if restarts == 1 else "s"
+    num_restarts = max(0, math.ceil(remaining_s / start_s) - 1)
+    plural = "" if num_restarts == 1 else "s"
     # SLURM's requeue after a save is what `launcher.retry` calls "preempted".
     time_left = format_slurm_time(remaining_s)
-    line = f"starts  {time_left} of steps are left at {step_s:.3g} s a step: {restarts} restart{plural} at the limit"
-    allowed = slurm.retry.get("preempted", 0)
-    if restarts > allowed:
-        line += f", but launcher.retry allows {allowed}"
+    line = (
+        f"starts  {time_left} of steps are left at {step_s:.3g} s a step: {num_restarts} restart{plural} at the limit"
+    )
+    max_restarts = slurm.retry.get("preempted", 0)
+    if num_restarts > max_restarts:
+        line += f", but launcher.retry allows {max_restarts}"
     return [line]
 
 

@@ -78,8 +78,8 @@ def _container_mounts(settings: Mapping[str, Any], directories: list[Path]) -> l
     """The mounts of every directory that a run needs in its container, each at the same path inside: "/data:/data".
 
     The mounts in `launcher.container_mounts` follow as they are: "source:target" or "source:target:options".
-    `settings`: the run's configuration as nested dictionaries. `directories`: mounted beside the paths that the settings name.
-    Raises ConfigError if a path has "," or ":" in it, since these separate mounts and their parts.
+    `settings`: the run's configuration as nested dictionaries; the directories of its model, data and caches are mounted.
+    `directories`: mounted too. Raises ConfigError if a path has "," or ":" in it, since these separate mounts and their parts.
     """
     paths = {path.expanduser().absolute() for path in [*directories, *_directories_of_settings(settings)]}
     # Outer directories first: one below another needs no mount of its own.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import containers, pipeline_part, snapshot
-from launch.cluster.job_end import JobStart, end, job_name, record_lost_start
+from launch.cluster.job_end import JobStart, job_name, record_end_and_requeue, record_lost_start
 from launch.config.process_role import master_port
 from launch.runs.job_record import record_job_end, record_job_start
 from launch.runs.queue import write_submitted_job_ids
@@ -30,13 +30,14 @@ from trainer.reporting.settings_file import read_tree
 from trainer.reporting.status import RunState, read_status
 from trainer.session.lease import SILENT_OWNER_VARIABLE, refuse_in_use
 
-SBATCH_DECIDES = (
+SBATCH_DECIDES_REASON = (
     "is asked of SLURM when a job is submitted; give it to sbatch before the script's name, or use shardtune submit"
 )
-SCRIPT_DECIDES = "is the script's own: change slurm/train.sbatch or slurm/env.sh, or use shardtune submit"
+SCRIPT_DECIDES_REASON = "is the script's own: change slurm/train.sbatch or slurm/env.sh, or use shardtune submit"
 SCRIPT_LAUNCHER_KEYS = ("name", "processes", "nodes", "rdzv", "retry", "preflight", "code", "stage")
 """Keys below `launcher.` that slurm/train.sbatch takes as overrides; SLURM or the script itself has decided the others."""
 CONFIG_SECTIONS = ("launcher", "run", "model", "data")
+JOB_USAGE = "this is for job scripts: begin [words], or end <code> <stopped> [<unstarted>]"
 MAX_PORTS_TRIED = 50
 """How many ports are tried, one after another."""
 
@@ -82,17 +83,19 @@ class FrozenRun:
         return max(1, cores // self.processes)
 
 
-def begin(overrides: list[str]) -> dict[str, Any]:
+def prepare_job_start(overrides: list[str]) -> dict[str, Any]:
     """Prepare one start of a SLURM job before its training step; returns the shell variables that the job script sets.
 
-    Determines which run this is, whether it may start, which code it runs and where its ranks meet. The variable `finished` is
+    Such as {"run_dir": "runs/first", "job": "1234", "processes": 8, "rendezvous": "node1:29500", ...}. The variable `finished` is
     1 if the run is done already: then the script starts no ranks, and `rendezvous` and others are not set.
     Records the start in the run directory. `overrides`: the arguments of slurm/train.sbatch; empty for a run that
-    `shardtune submit` has submitted. Raises ConfigError, StorageError, NodesUnfit, or ShardtuneError after too many lost starts.
+    `shardtune submit` has submitted.
+    Raises ConfigError if the run may not start, StorageError if its directory cannot be written, NodesUnfit after a failed
+    preflight, and ShardtuneError after too many lost starts.
     """
     job = JobStart.from_environment()
     refuse_heterogeneous(os.environ)
-    run = load_or_compose_run(overrides, job)
+    run = load_or_compose_run_of_job(overrides, job)
     logs = run.directory / "logs"
     # The script reads each of these, so each is there however the start goes on.
     shell_variables: dict[str, Any] = {
@@ -112,7 +115,7 @@ def begin(overrides: list[str]) -> dict[str, Any]:
     logs.mkdir(parents=True, exist_ok=True)
     started_by_train_sbatch = bool(overrides)
     if started_by_train_sbatch:  # `shardtune submit` has copied the code, and its scripts start from the copy
-        shell_variables["code"] = code_to_run(run, job)
+        shell_variables["code"] = code_directory_of_job(run, job)
     snapshot.refuse_changed_code()
     launcher = run.settings["launcher"]
     containers.refuse_unavailable_container(launcher)
@@ -122,7 +125,7 @@ def begin(overrides: list[str]) -> dict[str, Any]:
     if started_by_train_sbatch:  # `submit` has left this record for its own jobs
         write_submitted_job_ids([run.directory], job.name)
     record_job_start(run.directory, job.name, job.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
-    report_idle_gpus(run.processes, os.environ)
+    print_idle_gpus(run.processes, os.environ)
     for cause, max_retries in launcher["retry"].items():
         shell_variables[f"retry_{cause}"] = max_retries
     shell_variables |= {
@@ -132,7 +135,7 @@ def begin(overrides: list[str]) -> dict[str, Any]:
     }
     rendezvous = choose_rendezvous(job, os.environ.get("SHARDTUNE_RDZV") or launcher["rdzv"])
     if len(job.nodes) > 1 and launcher.get("preflight", "none") != "none":
-        refuse_unfit_nodes(run, job, rendezvous)
+        refuse_job_with_unfit_nodes(run, job, rendezvous)
     return {**shell_variables, "rendezvous": rendezvous}
 
 
@@ -167,18 +170,19 @@ def refuse_heterogeneous(env: Mapping[str, str]) -> None:
         )
 
 
-def report_idle_gpus(processes: int, env: Mapping[str, str]) -> None:
-    """Print to stderr how many GPUs of this node stay without a rank, if any. `processes`: the ranks of a node."""
-    gpus_of_job = env.get("SLURM_GPUS_ON_NODE", "")
-    if gpus_of_job.isdecimal() and int(gpus_of_job) > processes:
+def print_idle_gpus(ranks_per_node: int, env: Mapping[str, str]) -> None:
+    """Print to stderr how many GPUs of this node stay without a rank, if any. `env`: the job's environment variables."""
+    gpus_per_node = env.get("SLURM_GPUS_ON_NODE", "")
+    if gpus_per_node.isdecimal() and int(gpus_per_node) > ranks_per_node:
+        num_idle_gpus = int(gpus_per_node) - ranks_per_node
         print(
-            f"{int(gpus_of_job) - processes} of {gpus_of_job} GPUs stay idle on each node: the run has {processes} ranks a "
+            f"{num_idle_gpus} of {gpus_per_node} GPUs stay idle on each node: the run has {ranks_per_node} ranks a "
             "node (launcher.processes)",
             file=sys.stderr,
         )
 
 
-def code_to_run(run: FrozenRun, job: JobStart) -> Path | str:
+def code_directory_of_job(run: FrozenRun, job: JobStart) -> Path | str:
     """The directory of the code that a run by slurm/train.sbatch uses.
 
     - `launcher.code` is not `snapshot`: "", for the clone itself;
@@ -195,7 +199,7 @@ def code_to_run(run: FrozenRun, job: JobStart) -> Path | str:
     return copy
 
 
-def refuse_unfit_nodes(run: FrozenRun, job: JobStart, rendezvous: str) -> None:
+def refuse_job_with_unfit_nodes(run: FrozenRun, job: JobStart, rendezvous: str) -> None:
     """Run the preflight on all nodes of the job before its ranks are started, and print what it found.
 
     `rendezvous`: host:port at which the ranks will meet; the preflight's own ranks meet there too. Raises NodesUnfit with the
@@ -220,7 +224,7 @@ def refuse_unfit_nodes(run: FrozenRun, job: JobStart, rendezvous: str) -> None:
         )
 
 
-def load_or_compose_run(overrides: list[str], job: JobStart) -> FrozenRun:
+def load_or_compose_run_of_job(overrides: list[str], job: JobStart) -> FrozenRun:
     """The run of this job.
 
     - Without overrides, and with SHARDTUNE_CONFIG set: the run that `shardtune submit` wrote when the job was submitted.
@@ -238,9 +242,11 @@ def load_or_compose_run(overrides: list[str], job: JobStart) -> FrozenRun:
     if problems:
         raise ConfigError(problems)
     composed = compose_config([*overrides_from_job(job), *overrides])
-    nodes = composed.config.launcher.nodes
-    if nodes != len(job.nodes):
-        raise ConfigError(f"launcher.nodes={nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out")
+    num_nodes = composed.config.launcher.nodes
+    if num_nodes != len(job.nodes):
+        raise ConfigError(
+            f"launcher.nodes={num_nodes}: the job has {len(job.nodes)}; give sbatch --nodes and leave it out"
+        )
     run_dir = Path(composed.config.run.dir or "")
     # The strategy may change: an unfinished run resumes under another one, as it does with `shardtune submit`.
     return FrozenRun.read(write_run_config(composed, run_dir, may_change_strategy=True))
@@ -258,9 +264,12 @@ def misplaced_override_problems(overrides: list[str]) -> list[str]:
         group, _, launcher_key = key.partition(".")
         if group != "launcher":
             continue
-        is_taken = launcher_key in SCRIPT_LAUNCHER_KEYS if launcher_key else value == "slurm"
-        if not is_taken:
-            reason = SCRIPT_DECIDES if launcher_key in ("", "setup", "python") else SBATCH_DECIDES
+        if launcher_key:
+            can_be_taken = launcher_key in SCRIPT_LAUNCHER_KEYS
+        else:
+            can_be_taken = value == "slurm"
+        if not can_be_taken:
+            reason = SCRIPT_DECIDES_REASON if launcher_key in ("", "setup", "python") else SBATCH_DECIDES_REASON
             problems.append(f"{override}: {reason}")
     return problems
 
@@ -303,9 +312,8 @@ def choose_rendezvous(job: JobStart, configured_address: str | None) -> str:
         return configured_address
     first_port = master_port(os.environ)
     for offset in range(MAX_PORTS_TRIED):
-        port = (
-            20000 + (first_port - 20000 + offset) % 10000
-        )  # from `first_port` on, wrapped around within 20000 to 29999
+        # From `first_port` on, wrapped around within 20000 to 29999.
+        port = 20000 + (first_port - 20000 + offset) % 10000
         if _is_port_free(port):
             return f"{job.nodes[0]}:{port}"
     raise ConfigError(
@@ -325,7 +333,7 @@ def _is_port_free(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def _stdout_is_stderr() -> Iterator[int]:
+def _stdout_redirected_to_stderr() -> Iterator[int]:
     """Within the block, everything that is printed goes to stderr; yields the descriptor of the real stdout.
 
     The job script evaluates what comes from stdout, so that nothing else may be printed there.
@@ -346,23 +354,25 @@ def main(argv: list[str]) -> int:
 
     - `begin [overrides]`: prints shell variables for the script, as NAME=value lines;
     - `end <exit code of the step> <1 after TERM, else empty> [<1 if no rank was started>]`: records the end, requeues the job;
-    - `part <part> <run directory> <ranks>`: runs a part of a pipeline other than training.
+    - `part <part> <run directory> <ranks>`: runs one part of a pipeline (prepare, evaluate or export).
     """
     command = argv[0] if argv else ""
     arguments = argv[1:]
     if command == "part" and len(arguments) == 3:
-        part, run_dir, processes = arguments
+        part, run_dir, num_processes = arguments
         snapshot.refuse_changed_code()
-        return pipeline_part.run_part(part, Path(run_dir), int(processes))
-    # Scripts of an earlier shardtune give two arguments: they do not tell whether a rank was started.
+        return pipeline_part.run_part(part, Path(run_dir), int(num_processes))
+    # The script of a job that an earlier shardtune submitted gives two arguments: it does not tell whether a rank was started.
     if command == "end" and len(arguments) in (2, 3) and arguments[0].isdecimal():
-        step_code, received_term, *no_rank_started = arguments
-        return end(int(step_code), received_term=bool(received_term), has_started_ranks=no_rank_started != ["1"])
+        step_code, term_text, *no_rank_started = arguments
+        return record_end_and_requeue(
+            int(step_code), received_term=bool(term_text), has_started_ranks=no_rank_started != ["1"]
+        )
     if command != "begin":
-        raise ConfigError("this is for job scripts: begin [words], or end <code> <stopped> [<unstarted>]")
-    with _stdout_is_stderr() as stdout_fd:
+        raise ConfigError(JOB_USAGE)
+    with _stdout_redirected_to_stderr() as stdout_fd:
         try:
-            shell_variables = begin(arguments)
+            shell_variables = prepare_job_start(arguments)
         except ShardtuneError as error:
             record_refusal(error)
             raise

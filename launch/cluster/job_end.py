@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.cluster import pipeline_part
-from launch.cluster.requeue import ENDED_BY_SLURM, TermSignal, ended_by_slurm, killed_for_memory, requeue, signal_lead_s
+from launch.cluster.requeue import (
+    ENDED_BY_SLURM,
+    TermSignal,
+    is_ended_by_slurm,
+    request_requeue_repeatedly,
+    signal_lead_s,
+    was_killed_for_memory,
+)
 from launch.config.process_role import expand_hosts
 from launch.runs import efficiency
 from launch.runs.job_record import read_job_record, record_job_end
 from strategies.errors import ConfigError, OutOfMemory, StorageError
 from trainer.reporting.status import RunState, read_failure, read_status, record_failure, restart_count
 
-PREEMPTED = 75
+EXIT_PREEMPTED = 75
 """Exit code of a run that has saved and can be resumed."""
 MAX_IDLE_STARTS = 3
 """Starts in a row that were told to save before they had made a step, after which a job is not requeued."""
@@ -29,11 +36,11 @@ class RetryCause(NamedTuple):
 
     reason: str
     """The cause in messages."""
-    file_prefix: str
+    lost_starts_file_prefix: str
     """Begins the name of the file that has a line for each start that ended so."""
 
 
-RETRY_CAUSES = {
+RETRY_CAUSE_BY_KEY = {
     "node_fail": RetryCause("a rank was lost", "lost"),
     "out_of_memory": RetryCause("a rank ran out of memory", "out-of-memory"),
 }
@@ -115,7 +122,7 @@ class JobOutcome:
     """Exit code of the job script."""
     reason: str
     """Why, on one line."""
-    requeue: bool = False
+    should_requeue: bool = False
     """Whether the script asks SLURM to start the job again."""
     will_restart: bool | None = False
     """Whether the job starts again; None if only SLURM knows."""
@@ -125,7 +132,7 @@ class JobOutcome:
     """Starts in a row, this one included, that made no step before they were told to save."""
 
 
-def end(step_code: int, *, received_term: bool, has_started_ranks: bool = True) -> int:
+def record_end_and_requeue(step_code: int, *, received_term: bool, has_started_ranks: bool = True) -> int:
     """Record how this start of a job ended, and requeue the job if its run is to go on; returns the job's exit code.
 
     `step_code`: the exit code of the srun step that ran the training. `received_term`: whether SLURM has sent TERM to the job
@@ -139,18 +146,18 @@ def end(step_code: int, *, received_term: bool, has_started_ranks: bool = True) 
     outcome = _determine_outcome(
         job, run_dir, step_code, received_term=received_term, has_started_ranks=has_started_ranks
     )
-    if outcome.requeue:
+    if outcome.should_requeue:
         # Recorded before SLURM is asked, because SLURM ends this process at once.
         _record_end(run_dir, job, replace(outcome, will_restart=True))
         print(f"job {job.name}: {outcome.reason}; it is to be requeued", flush=True)
-        refusal = requeue(job, signal_lead_s(run_dir), term)
+        refusal = request_requeue_repeatedly(job, signal_lead_s(run_dir), term)
         if refusal is None:
             return outcome.code
         print(f"job {job.name}: not requeued: {refusal}", flush=True)
         has_saved = outcome.step is not None
         outcome = replace(
             outcome,
-            code=PREEMPTED if has_saved else outcome.code,
+            code=EXIT_PREEMPTED if has_saved else outcome.code,
             reason=f"{outcome.reason}; not requeued: {refusal}",
             # Of a job that SLURM ends, only SLURM knows whether it starts again.
             will_restart=None if refusal == ENDED_BY_SLURM else False,
@@ -208,7 +215,7 @@ def _determine_outcome(
 
     # The run has failed: by its own record, else by SLURM's.
     failure = read_failure(run_dir)
-    retry_cause = None  # a key of RETRY_CAUSES
+    retry_cause = None  # a key of RETRY_CAUSE_BY_KEY
     reason = ""
     if job.has_written(failure):
         retry_cause = failure.get("retry")
@@ -217,13 +224,13 @@ def _determine_outcome(
         reason = (
             f"its ranks ended with exit code {step_code} and wrote no reason; their output is in {run_dir / 'logs'}"
         )
-        if killed_for_memory(job):
+        if was_killed_for_memory(job):
             retry_cause = "out_of_memory"
             reason = (
                 f"{reason}. SLURM ended them for the memory limit of the job: raise launcher.mem, or lower batch.micro"
             )
             record_failure(run_dir, rank=0, error=OutOfMemory(reason), phase="starting or training")
-    if retry_cause in RETRY_CAUSES:  # never after an error of the run itself
+    if retry_cause in RETRY_CAUSE_BY_KEY:  # never after an error of the run itself
         return _outcome_after_loss(job, run_dir, step_code, retry_cause, received_term=received_term)
     return JobOutcome(step_code, " ".join(reason.split()) or f"ended with exit code {step_code}")
 
@@ -235,8 +242,8 @@ def _outcome_after_stop(
 
     The job is requeued, except in the first of these cases that holds:
     - SLURM ends or preempts the job: only SLURM knows whether it starts again;
-    - the job restarted as often as `launcher.retry` allows: the exit code is `PREEMPTED`, the run can be resumed by hand;
-    - `MAX_IDLE_STARTS` starts in a row made no step: the exit code is `PREEMPTED` too.
+    - the job restarted as often as `launcher.retry` allows: the exit code is `EXIT_PREEMPTED`, the run can be resumed by hand;
+    - `MAX_IDLE_STARTS` starts in a row made no step: the exit code is `EXIT_PREEMPTED` too.
     `state`: what the run has reached, for the reason, such as "state saved".
     """
     # Progress since the start before this one, which the job's record tells.
@@ -250,20 +257,20 @@ def _outcome_after_stop(
     idle_starts = earlier_idle_starts + 1 if step == earlier_step else 0
     outcome = JobOutcome(step_code, state, step=step, idle_starts=idle_starts)
 
-    if ended_by_slurm(job, received_term=received_term):
+    if is_ended_by_slurm(job, received_term=received_term):
         reason = f"stopped by SLURM or by scancel, {state}; not requeued from here"
         return replace(outcome, reason=reason, will_restart=None)
     max_restarts = _max_retries("preempted")
     if job.restart >= max_restarts:
         reason = f"{state}; not requeued, since it restarted {job.restart} times already (limit {max_restarts})"
-        return replace(outcome, code=PREEMPTED, reason=reason)
+        return replace(outcome, code=EXIT_PREEMPTED, reason=reason)
     if idle_starts >= MAX_IDLE_STARTS:
         reason = (
             f"{state}; not requeued, since {idle_starts} starts in a row made no step: set a longer launcher.time, or a shorter "
             "launcher.signal_lead_s"
         )
-        return replace(outcome, code=PREEMPTED, reason=reason)
-    return replace(outcome, requeue=True)
+        return replace(outcome, code=EXIT_PREEMPTED, reason=reason)
+    return replace(outcome, should_requeue=True)
 
 
 def _max_retries(cause: str) -> int:
@@ -272,19 +279,22 @@ def _max_retries(cause: str) -> int:
 
 
 def _outcome_after_loss(job: JobStart, run_dir: Path, step_code: int, cause: str, *, received_term: bool) -> JobOutcome:
-    """The outcome of a start that lost a rank, or ran out of memory (`cause`: a key of `RETRY_CAUSES`).
+    """The outcome of a start that lost a rank (`cause` "node_fail") or ran out of memory ("out_of_memory").
 
     The job is requeued, except in the first of these cases that holds:
     - SLURM ends or preempts the job: only SLURM knows whether it starts again;
     - starts were lost for this cause more often than `launcher.retry` allows. Records this start as lost;
     - memory ran out, and the micro-batch cannot be halved. Writes the run's configuration with the smaller one if it can.
     """
-    reason, file_prefix = RETRY_CAUSES[cause]
-    if ended_by_slurm(job, received_term=received_term):
+    reason = RETRY_CAUSE_BY_KEY[cause].reason
+    if is_ended_by_slurm(job, received_term=received_term):
         reason = f"stopped by SLURM or by scancel, and {reason}; not requeued from here"
         return JobOutcome(step_code, reason, will_restart=None)
     max_lost_starts = _max_retries(cause)
-    if record_lost_start(run_dir / "logs", job, file_prefix) > max_lost_starts:
+    num_lost_starts = record_lost_start(
+        run_dir / "logs", job, file_prefix=RETRY_CAUSE_BY_KEY[cause].lost_starts_file_prefix
+    )
+    if num_lost_starts > max_lost_starts:
         return JobOutcome(step_code, f"{reason}; not requeued, since that happened more than {max_lost_starts} times")
     if cause == "out_of_memory":
         from launch.cluster.oom_retry import write_smaller_settings
@@ -293,4 +303,4 @@ def _outcome_after_loss(job: JobStart, run_dir: Path, step_code: int, cause: str
         if settings_change is None:
             return JobOutcome(step_code, f"{reason}; not requeued, since batch.micro cannot be halved")
         reason = f"{reason}, {settings_change}"
-    return JobOutcome(step_code, reason, requeue=True)
+    return JobOutcome(step_code, reason, should_requeue=True)

@@ -28,7 +28,7 @@ from strategies.hardware import count_nvidia_gpus
 from trainer.stopping.signals import block_signals
 
 STDIN_FD = 0
-FACTS_PREFIX = "shardtune-node "
+HOST_FACTS_PREFIX = "shardtune-node "
 """Begins the line that says what a host is; what a login shell prints stands before it."""
 JOB_VARIABLE = "SHARDTUNE_NODE_TOLD"
 """Carries the job, as JSON, over the restart of this process in the job's environment."""
@@ -76,7 +76,7 @@ def _run_node(module: str) -> int:
     # Messages keep coming through a copy of stdin; stdin itself becomes empty, since ranks read nothing.
     message_fd = os.dup(STDIN_FD)
     os.dup2(os.open(os.devnull, os.O_RDONLY), STDIN_FD)
-    sys.stdout.write(FACTS_PREFIX + json.dumps(describe_host(job)) + "\n")
+    sys.stdout.write(HOST_FACTS_PREFIX + json.dumps(describe_host(job)) + "\n")
     sys.stdout.flush()
     rendezvous = json.loads(_read_line(message_fd, MESSAGE_TIMEOUT_S))
     threading.Thread(target=_relay_signals, args=(message_fd,), daemon=True).start()
@@ -116,12 +116,12 @@ def describe_host(job: dict[str, Any]) -> dict[str, Any]:
     while config_sha256 != job["sha256"] and time.monotonic() < deadline:
         time.sleep(0.5)
         config_sha256 = _sha256(config_file)
-    ssh_connection = (
-        os.environ.get("SSH_CONNECTION") or ""
-    ).split()  # client address, client port, server address, ...
+    # SSH_CONNECTION holds the client's address and port, then the address of this host and its port.
+    ssh_connection = (os.environ.get("SSH_CONNECTION") or "").split()
+    own_ssh_addresses = ssh_connection[2:3]  # empty without ssh
     return {
         "host": socket.gethostname(),
-        "ssh": ssh_connection[2:3],
+        "ssh": own_ssh_addresses,
         "addresses": interface_by_address(),
         "port": _free_port(),
         "python": sys.version.split()[0],
@@ -163,9 +163,8 @@ def _relay_signals(message_fd: int) -> None:
             break
         if "signal" in message:
             os.kill(os.getpid(), message["signal"])
-    for _ in range(
-        2
-    ):  # as Ctrl-C pressed twice: the first time the ranks have a few seconds to save, the second time none
+    # As Ctrl-C pressed twice: the first time the ranks have a few seconds to save, the second time none.
+    for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(RANKS_END_S)
     end_process(130)

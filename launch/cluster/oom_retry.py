@@ -28,13 +28,13 @@ def write_smaller_settings(run_dir: Path) -> str | None:
     config = load_frozen_config(run_dir / "config.yaml")
     if isinstance(config.strategy, AutoConfig):
         return _exclude_tried_strategy(run_dir, config)
-    micro = config.batch["micro"]
-    if micro in (1, AUTO):
+    micro_batch = config.batch["micro"]
+    if micro_batch in (1, AUTO):
         return None
-    trial = OutOfMemoryTrial(micro, read_failure(run_dir).get("step"))
-    smaller_config = _with_micro(config, _half_micro(micro), trial)
+    failed_trial = OutOfMemoryTrial(choice=micro_batch, step=read_failure(run_dir).get("step"))
+    smaller_config = _with_smaller_micro_batch(config, _halved_micro_batch(micro_batch), failed_trial)
     rewrite_config_with_own_choices(run_dir, smaller_config)
-    return f"{MICRO_BATCH_KEY}: {micro} -> {smaller_config.batch['micro']}"
+    return f"{MICRO_BATCH_KEY}: {micro_batch} -> {smaller_config.batch['micro']}"
 
 
 def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
@@ -53,7 +53,7 @@ def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
     return f"without strategy={strategy}"
 
 
-def _with_micro(config: RunConfig, micro: int, failed_trial: OutOfMemoryTrial) -> RunConfig:
+def _with_smaller_micro_batch(config: RunConfig, micro: int, failed_trial: OutOfMemoryTrial) -> RunConfig:
     """The configuration with a smaller micro-batch, and a record of the requested one and of each that ran out of memory."""
     earlier_resolution = config.resolution(MICRO_BATCH_KEY) or ResolvedSetting(MICRO_BATCH_KEY, config.batch["micro"])
     resolution = replace(
@@ -66,7 +66,7 @@ def _with_micro(config: RunConfig, micro: int, failed_trial: OutOfMemoryTrial) -
     return replace(config, batch={**config.batch, "micro": micro}, substitutions=substitutions)
 
 
-def _half_micro(micro: int) -> int:
+def _halved_micro_batch(micro: int) -> int:
     """The largest divisor of a micro-batch that is at most its half: 8 -> 4, 9 -> 3, 7 -> 1."""
     # A divisor of the micro-batch also divides each rank's share of the global batch.
     return max(size for size in range(1, micro // 2 + 1) if micro % size == 0)

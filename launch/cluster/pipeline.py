@@ -24,7 +24,7 @@ from trainer.config.run import RunConfig, SlurmConfig
 from trainer.config.sbatch_options import MEMORY_OPTIONS, options_of, without_gpus, without_memory
 from trainer.reporting.status import write_text_atomic
 
-COLUMNS = (
+PIPELINE_COLUMNS = (
     TableColumn("job"),
     TableColumn("part"),
     TableColumn("nodes", is_number=True),
@@ -34,7 +34,7 @@ COLUMNS = (
 )
 PARTS_WITHOUT_GPUS = ("prepare", "export")
 """Parts that compute nothing on a GPU."""
-PART_BODY = r"""
+PART_SCRIPT_BODY = r"""
 set -e
 export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 # a trainer.py where the job was submitted hides nothing
 SHARDTUNE_SETUP=$(declare -f setup)
@@ -53,13 +53,13 @@ class PartJob(NamedTuple):
 
 
 def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
-    """The launcher settings of one job of the chain. `part`: prepare, train, evaluate or export.
+    """The launcher settings of one job of the run's pipeline. `part`: prepare, train, evaluate or export.
 
     - train: the run's own settings;
     - evaluate: one node with the run's GPUs;
     - prepare: one node without GPUs, in `launcher.cpu_partition` if that is set;
     - export: as prepare, with the cores and the memory of its own processes.
-    Each adds its options of `launcher.part_options`.
+    Each adds the options of sbatch that `launcher.part_options` has for it.
     """
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
@@ -71,7 +71,7 @@ def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
         nodes=1,
         job_name=f"{slurm.job_name or run_dir.name}-{part}",
         extra=[*slurm.extra, *part_options],
-        signal_lead_s=0,
+        signal_lead_s=0,  # these parts have nothing to save before the time limit
         array_limit=None,
     )
     if part not in PARTS_WITHOUT_GPUS:
@@ -111,28 +111,29 @@ def _with_export_resources(
     )
 
 
-def part_script(
-    config: RunConfig, part: str, run_dir: Path, script_head: Callable[[RunConfig, list[Path]], list[str]]
+def part_script_text(
+    config: RunConfig, part: str, run_dir: Path, script_head_lines: Callable[[RunConfig, list[Path]], list[str]]
 ) -> str:
     """The job script of a part other than training.
 
-    `script_head`: takes (the configuration of the part, run directories) and returns the lines of a script up to its function
-    `setup`.
+    `script_head_lines`: takes (the configuration of the part, run directories) and returns the lines of a script up to its
+    function `setup`.
     """
     launcher = part_settings(config, part, run_dir)
     part_config = replace(config, launcher=launcher)
-    processes = 1 if part == "prepare" else launcher.per_node
-    lines = [*script_head(part_config, [run_dir]), f"run=${{runs[0]}} part={part} processes={processes}"]
-    return "\n".join(lines) + PART_BODY
+    num_processes = 1 if part == "prepare" else launcher.per_node
+    lines = [*script_head_lines(part_config, [run_dir]), f"run=${{runs[0]}} part={part} processes={num_processes}"]
+    return "\n".join(lines) + PART_SCRIPT_BODY
 
 
-def submit_chain(
+def submit_pipeline(
     script_by_part: dict[str, Path], run_dir: Path, sbatch: Callable[[Path, list[str]], str]
 ) -> list[PartJob]:
-    """Submit the script of each part, to start after the one before has succeeded, and record the chain; returns its jobs.
+    """Submit the script of each part of a pipeline, to start after the part before has succeeded; returns the jobs.
 
-    `sbatch`: submits a script with options and returns the job id. Raises ConfigError if SLURM refuses a part: then the jobs
-    before it are cancelled. Raises StorageError if the chain cannot be recorded.
+    Also records the jobs in `<run>/pipeline.json`. `sbatch`: submits a script with options and returns the job id. Raises
+    ConfigError if SLURM refuses a part: then the jobs before it are cancelled. Raises StorageError if the record cannot be
+    written.
     """
     jobs: list[PartJob] = []
     for part, script in script_by_part.items():
@@ -145,14 +146,14 @@ def submit_chain(
             if jobs:
                 subprocess.run(["scancel", *(job.job_id for job in jobs)], capture_output=True)
             raise ConfigError([f"{part}: {problem}; nothing was submitted" for problem in error.problems]) from error
-    _record_chain(jobs, run_dir)
+    _write_pipeline_record(jobs, run_dir)
     return jobs
 
 
-def _record_chain(jobs: list[PartJob], run_dir: Path) -> None:
-    """Write the jobs of a chain into `<run>/pipeline.json`: [{"part": "prepare", "job": "1234"}, ...].
+def _write_pipeline_record(jobs: list[PartJob], run_dir: Path) -> None:
+    """Write the jobs of a pipeline into `<run>/pipeline.json`: [{"part": "prepare", "job": "1234"}, ...].
 
-    A single job is no chain: then the record of an earlier submission is removed. Raises StorageError.
+    A single job is no pipeline: then the record of an earlier submission is removed. Raises StorageError if it cannot be written.
     """
     record_file = run_dir / PIPELINE_FILE
     try:
@@ -165,8 +166,8 @@ def _record_chain(jobs: list[PartJob], run_dir: Path) -> None:
         raise StorageError(f"{record_file}: cannot be written ({error.strerror or error})") from error
 
 
-def chain_table(jobs: list[PartJob], config: RunConfig, run_dir: Path) -> str:
-    """A table for people of the jobs of a chain, with what each asks for and when it starts."""
+def pipeline_table(jobs: list[PartJob], config: RunConfig, run_dir: Path) -> str:
+    """A table for people of the jobs of a pipeline: nodes, GPUs and partition of each, and when it starts."""
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
     rows = []
@@ -182,10 +183,10 @@ def chain_table(jobs: list[PartJob], config: RunConfig, run_dir: Path) -> str:
             start_condition = "when SLURM has the nodes"
         partition = settings.partition or "default"
         rows.append(TableRow((job_id, part, str(settings.nodes), str(num_gpus or "-"), partition, start_condition)))
-    lines = draw_table(COLUMNS, rows)
+    lines = draw_table(PIPELINE_COLUMNS, rows)
     return "\n".join([*lines, f"a part that fails ends the rest; shardtune status {shlex.quote(str(run_dir))}"])
 
 
-def train_config(config: RunConfig, run_dir: Path) -> RunConfig:
-    """The configuration for the job that trains in a chain: with the options of `launcher.part_options` for training."""
+def train_job_config(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The configuration for the job of a pipeline that trains: with the options of `launcher.part_options` for training."""
     return replace(config, launcher=part_settings(config, "train", run_dir))

@@ -35,23 +35,23 @@ class MissingHostsReport:
     def __init__(self, launcher: LauncherConfig, this_host: ThisHost) -> None:
         self._launcher = launcher
         self._this_host = this_host
-        self._began = time.monotonic()
+        self._began_at = time.monotonic()
         self._pause_s = FIRST_REPORT_S
-        self._next_report = self._began + self._pause_s
+        self._next_report_at = self._began_at + self._pause_s
         self._all_have_come = False
 
     def poll(self, agent: psutil.Process) -> None:
         """Print which hosts are missing, at growing intervals until all have come. `agent`: torchrun's process on this host."""
         now = time.monotonic()
-        if self._all_have_come or now < self._next_report:
+        if self._all_have_come or now < self._next_report_at:
             return
         # torchrun starts ranks only once all hosts have come.
         if rank_processes(agent):
             self._all_have_come = True
             return
-        print(f"{now - self._began:.0f} s: {self._describe_missing(agent)}", file=sys.stderr, flush=True)
+        print(f"{now - self._began_at:.0f} s: {self._describe_missing(agent)}", file=sys.stderr, flush=True)
         self._pause_s = min(LONGEST_PAUSE_S, 2 * self._pause_s)
-        self._next_report = now + self._pause_s
+        self._next_report_at = now + self._pause_s
 
     def _describe_missing(self, agent: psutil.Process) -> str:
         """A message on which hosts have not come to the rendezvous, and what to do about it.
@@ -79,12 +79,12 @@ class MissingHostsReport:
         return f"{arrived}, this one and {len(peers)} more{peer_list}; on the others {remedy}"
 
 
-class StuckAgentGuard:
+class StuckTorchrunGuard:
     """Kills torchrun if this host's ranks have failed and ended and torchrun does not: it may wait for another host for ever."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._next_check = time.monotonic()
+        self._next_check_at = time.monotonic()
         self._had_ranks = False
         self._without_ranks_since: float | None = None
 
@@ -96,9 +96,9 @@ class StuckAgentGuard:
         import psutil
 
         now = time.monotonic()
-        if now < self._next_check:  # listing a process's children is not cheap
+        if now < self._next_check_at:  # listing a process's children is not cheap
             return
-        self._next_check = now + CHECK_EVERY_S
+        self._next_check_at = now + CHECK_EVERY_S
         if rank_processes(agent):
             self._had_ranks = True
             self._without_ranks_since = None

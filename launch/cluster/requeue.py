@@ -30,7 +30,7 @@ MEMORY_KILL_REGEX = re.compile(r"exceeded (job )?memory limit|oom[-_ ]kill", re.
 """What slurmstepd writes into the output of a job whose processes it has killed for memory."""
 
 
-class NamedJob(Protocol):
+class StartedJob(Protocol):
     """A job with the name that scontrol takes."""
 
     @property
@@ -63,7 +63,7 @@ def signal_lead_s(run_dir: Path) -> float:
     return float(lead_s or DEFAULT_LEAD_S)
 
 
-def requeue(job: NamedJob, patience_s: float, term: TermSignal) -> str | None:
+def request_requeue_repeatedly(job: StartedJob, patience_s: float, term: TermSignal) -> str | None:
     """Ask SLURM to start the job again, until it agrees or `patience_s` seconds are over; returns None if it agreed.
 
     Otherwise returns why it did not:
@@ -84,18 +84,18 @@ def requeue(job: NamedJob, patience_s: float, term: TermSignal) -> str | None:
             return None
         if any(phrase in refusal for phrase in FINAL_REFUSALS):
             return f"scontrol requeue failed: {refusal}"
-        left_s = deadline - time.monotonic()
-        if left_s < wait_s:
+        remaining_s = deadline - time.monotonic()
+        if remaining_s < wait_s:
             return f"scontrol requeue failed until the end: {refusal}"
-        print(f"job {job.name}: scontrol requeue failed: {refusal}; tried again for {left_s:.0f} s", flush=True)
+        print(f"job {job.name}: scontrol requeue failed: {refusal}; tried again for {remaining_s:.0f} s", flush=True)
         time.sleep(wait_s)
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         # SLURM requeues a job that it preempts. Requeued from here as well, the job would run once too often.
-        if ended_by_slurm(job, received_term=term.received):
+        if is_ended_by_slurm(job, received_term=term.received):
             return ENDED_BY_SLURM
 
 
-def _request_requeue(job: NamedJob) -> str | None:
+def _request_requeue(job: StartedJob) -> str | None:
     """Ask SLURM once to requeue the job; returns why it refused, None if it agreed."""
     command = ["scontrol", "requeue", job.name]
     try:
@@ -110,7 +110,7 @@ def _request_requeue(job: NamedJob) -> str | None:
     return " ".join(message.split()) or "without a word"
 
 
-def ended_by_slurm(job: NamedJob, *, received_term: bool) -> bool:
+def is_ended_by_slurm(job: StartedJob, *, received_term: bool) -> bool:
     """Whether SLURM ends or preempts the job. Then only SLURM requeues it: from here as well would be once too often.
 
     `received_term`: whether the job script or this process received SIGTERM. If so, the answer is True without asking SLURM.
@@ -131,7 +131,7 @@ def ended_by_slurm(job: NamedJob, *, received_term: bool) -> bool:
     return False
 
 
-def killed_for_memory(job: NamedJob) -> bool:
+def was_killed_for_memory(job: StartedJob) -> bool:
     """Whether SLURM has killed processes of this start of the job for memory, by what slurmstepd wrote into the job's output.
 
     The output is the file behind this process's stdout. False if that cannot be read.

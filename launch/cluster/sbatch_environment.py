@@ -50,20 +50,20 @@ class SbatchVariables:
         return lines + [f"environ {name} is not passed on: {why}" for name, why in self.dropped.items()]
 
 
-def script_options(text: str) -> dict[str, str]:
-    """The options of sbatch in the `#SBATCH` lines of a job script, by name."""
+def script_options(script_text: str) -> dict[str, str]:
+    """The options of sbatch in the `#SBATCH` lines of a job script, by name: {"nodes": "2", "requeue": ""}."""
     marker = "#SBATCH "
-    return options_of(line.removeprefix(marker) for line in text.splitlines() if line.startswith(marker))
+    return options_of(line.removeprefix(marker) for line in script_text.splitlines() if line.startswith(marker))
 
 
-def sort_sbatch_variables(text: str, environment: Mapping[str, str] = os.environ) -> SbatchVariables:
-    """Sort the `SBATCH_*` variables into those that reach sbatch and those that the job script (its `text`) decides."""
-    options = script_options(text)
+def sort_sbatch_variables(script_text: str, environment: Mapping[str, str] = os.environ) -> SbatchVariables:
+    """Sort the `SBATCH_*` variables into those that reach sbatch and those whose option the job script decides."""
+    options_of_script = script_options(script_text)
     variables = SbatchVariables()
     for name, value in sorted(environment.items()):
         if not name.startswith(SBATCH_PREFIX):
             continue
-        reason = _reason_to_drop(_option_of_variable(name), options)
+        reason = _reason_to_drop(_option_of_variable(name), options_of_script)
         if reason is None:
             variables.passed_on[name] = value
         else:
@@ -101,8 +101,11 @@ def _reason_to_drop(option: str, script_options: Mapping[str, str]) -> str | Non
     return None
 
 
-def sbatch_environment(text: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment in which sbatch is called for a job script of this `text`, without variables that the script decides."""
+def sbatch_environment(script_text: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment in which sbatch is called for a job script, by the text of the script.
+
+    Left out: `SBATCH_*` variables whose option the script decides; within a job, all variables of that job.
+    """
     if "SLURM_JOB_ID" in environment:
         # Submitted from within a job: the variables of that job would give the new one its limits.
         prefixes = ("SLURM_", "SRUN_", SBATCH_PREFIX)
@@ -112,8 +115,8 @@ def sbatch_environment(text: str, environment: Mapping[str, str] = os.environ) -
             if name == "SLURM_CONF" or not name.startswith(prefixes):
                 env[name] = value
         return env
-    dropped = sort_sbatch_variables(text, environment).dropped
-    return {name: value for name, value in environment.items() if name not in dropped}
+    dropped_variables = sort_sbatch_variables(script_text, environment).dropped
+    return {name: value for name, value in environment.items() if name not in dropped_variables}
 
 
 def environment_value(option: str, environment: Mapping[str, str] = os.environ) -> str | None:

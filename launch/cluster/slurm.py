@@ -18,11 +18,11 @@ from strategies.errors import ConfigError
 from trainer.config.resuming import settings_as_dict
 from trainer.config.run import RunConfig, SlurmConfig
 
-Options = dict[str, str | int | None]
+OptionValues = dict[str, str | int | None]
 """Options of sbatch or srun by their names; True for one without a value, None for one that is left out."""
 # The part that is the same in slurm/train.sbatch (a test compares them). Above it a script sets patience, python and the array
 # `words`, exports what launch/cluster/job.py reads, and defines the function `setup`.
-BODY = r"""
+TRAIN_SCRIPT_BODY = r"""
 # ---- From here on slurm/train.sbatch and launch/cluster/slurm.py are the same, line for line.
 set -e
 warned='' stopped='' step='' repeats=''
@@ -91,21 +91,20 @@ settle "$rc" ""
 """
 
 
-def render(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | None = None) -> str:
+def render_train_script(config: RunConfig, run_dirs: list[Path], *, code_dir: Path, cwd: Path | None = None) -> str:
     """The text of the sbatch script that trains in `run_dirs[0]`, or as a job array in each of several directories.
 
-    `clone`: the directory of the code that the job runs, the clone of shardtune or its copy. `cwd`: where relative paths of the
-    settings start; default: the current directory. Errors: ConfigError for settings that are not SLURM's or that a script cannot
-    carry.
+    `code_dir`: the code that the job runs, the clone of shardtune or its copy. `cwd`: where relative paths of the settings start;
+    default: the current directory. Raises ConfigError for settings that are not SLURM's or that a script cannot carry.
     """
-    return "\n".join(script_head(config, run_dirs, clone=clone, cwd=cwd)) + "\n" + BODY
+    return "\n".join(script_head_lines(config, run_dirs, code_dir=code_dir, cwd=cwd)) + "\n" + TRAIN_SCRIPT_BODY
 
 
-def script_head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Path | None = None) -> list[str]:
+def script_head_lines(config: RunConfig, run_dirs: list[Path], *, code_dir: Path, cwd: Path | None = None) -> list[str]:
     """The lines of a job script up to the function `setup`: the options of sbatch, the runs, the interpreter and the code.
 
-    The body of the script (`BODY`) reads the shell variables that are set here: runs, patience, python, inside, container,
-    within and words. `clone`: the directory of the code that the job runs. `cwd`: where relative paths of the settings start;
+    The body of the script (`TRAIN_SCRIPT_BODY`) reads the shell variables that are set here: runs, patience, python, inside,
+    container, within and words. `code_dir`: the code that the job runs. `cwd`: where relative paths of the settings start;
     default: the current directory. Raises ConfigError for settings that are not SLURM's, or that a script cannot carry.
     """
     slurm = config.launcher
@@ -117,7 +116,7 @@ def script_head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Pa
         raise ConfigError("no run to submit")
     run_paths = [_checked_path(run_dir.absolute(), "run.dir") for run_dir in run_dirs]
     quoted_runs = " ".join(shlex.quote(run_path) for run_path in run_paths)
-    quoted_clone = shlex.quote(_checked_path(clone, "the installation"))
+    quoted_code_dir = shlex.quote(_checked_path(code_dir, "the installation"))
     return [
         "#!/bin/bash",
         "# shellcheck disable=SC2016,SC2034,SC2154 # quoted for the shells of the nodes; set, or used, by what is not here",
@@ -127,10 +126,10 @@ def script_head(config: RunConfig, run_dirs: list[Path], *, clone: Path, cwd: Pa
         f"runs=({quoted_runs})",
         "export SHARDTUNE_CONFIG=${runs[${SLURM_ARRAY_TASK_ID:-0}]}/config.yaml",
         f"patience={config.run.timeout_s} # seconds",
-        *_interpreter_lines(config, slurm, [clone, *run_dirs]),
+        *_interpreter_lines(config, slurm, [code_dir, *run_dirs]),
         "words=()",
-        f"export PYTHONPATH={quoted_clone}${{PYTHONPATH:+:$PYTHONPATH}}",
-        *setup_function_text(slurm, clone).splitlines(),
+        f"export PYTHONPATH={quoted_code_dir}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *setup_function_text(slurm, code_dir).splitlines(),
     ]
 
 
@@ -165,17 +164,18 @@ def _shell_arguments(arguments: list[str]) -> str:
     return " ".join(shlex.quote(checked_line(argument, "launcher.container")) for argument in arguments)
 
 
-def setup_function_text(slurm: SlurmConfig, clone: Path) -> str:
-    """The shell function `setup` of a job script: sources slurm/env.sh and runs `launcher.setup` on every node.
+def setup_function_text(slurm: SlurmConfig, code_dir: Path) -> str:
+    """The text of the shell function `setup` of a job script: it sources slurm/env.sh and runs `launcher.setup` on every node.
 
-    Errors: ConfigError for a line of `launcher.setup` that a script cannot carry.
+    With a container it sources slurm/env.sh on the host, and runs `launcher.setup` in the container. Raises ConfigError for a
+    line of `launcher.setup` that a script cannot carry.
     """
-    site = shlex.quote(str(clone / "slurm" / "env.sh"))
-    source_site = f"if [ -f {site} ]; then . {site}; elif [ -f slurm/env.sh ]; then . slurm/env.sh; fi"
-    lines = ["setup() { # on every node, before training", f"  {source_site}"]
+    site_file = shlex.quote(str(code_dir / "slurm" / "env.sh"))
+    source_site_file = f"if [ -f {site_file} ]; then . {site_file}; elif [ -f slurm/env.sh ]; then . slurm/env.sh; fi"
+    lines = ["setup() { # on every node, before training", f"  {source_site_file}"]
     if slurm.container is not None:
         lines = ["setup() { # the site's environment on the host, the lines of the launcher in the container"]
-        lines += [f'  if [ -z "${INSIDE_CONTAINER}" ]; then {source_site}; return; fi']
+        lines += [f'  if [ -z "${INSIDE_CONTAINER}" ]; then {source_site_file}; return; fi']
     lines += [f"  {checked_line(line, 'launcher.setup')}" for line in slurm.setup]
     return "\n".join([*lines, "}"]) + "\n"
 
@@ -186,11 +186,11 @@ def sbatch_options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
     `runs`: the run directories; several make a job array. `cwd`: the working directory of the job.
     """
     is_array = len(runs) > 1
-    logs = f"{runs[0]}/logs".replace("%", "%%")  # sbatch reads %j and the like in the name of the output
-    array = None  # or "0-7%2": tasks 0 to 7, two of them at a time
+    log_dir = f"{runs[0]}/logs".replace("%", "%%")  # sbatch reads %j and the like in the name of the output
+    array_tasks = None  # or "0-7%2": tasks 0 to 7, two of them at a time
     if is_array:
         limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
-        array = f"0-{len(runs) - 1}{limit}"
+        array_tasks = f"0-{len(runs) - 1}{limit}"
     dependencies = []
     if slurm.after:
         dependencies.append(f"afterok:{slurm.after}")
@@ -198,15 +198,15 @@ def sbatch_options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
         dependencies.append(slurm.dependency)
     # A signal for the batch shell (B:), which asks the ranks to save before the time limit.
     signal = f"B:USR2@{slurm.signal_lead_s}" if slurm.signal_lead_s else None
-    option_values: Options = {
+    option_values: OptionValues = {
         "job-name": slurm.job_name or default_job_name(runs),
-        "array": array,
+        "array": array_tasks,
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
         **node_request(slurm),
         "time": slurm.time,
         "chdir": _checked_path(cwd, "the current directory"),
-        "output": f"{logs}/%x-%A_%a.out" if is_array else f"{logs}/%x-%j.out",
+        "output": f"{log_dir}/%x-%A_%a.out" if is_array else f"{log_dir}/%x-%j.out",
         "open-mode": "append",
         "signal": signal,
         "comment": slurm.comment,
@@ -219,7 +219,7 @@ def sbatch_options(slurm: SlurmConfig, runs: list[str], cwd: Path) -> list[str]:
     return [*quoted_options(option_values), "--requeue", *extra_options]
 
 
-def node_request(slurm: SlurmConfig) -> Options:
+def node_request(slurm: SlurmConfig) -> OptionValues:
     """The resources that a run asks of each node, as options of sbatch and srun: GPUs, CPUs, memory, partition and so on."""
     return {
         "gpus-per-node": slurm.gpus_per_node or None,
@@ -236,7 +236,7 @@ def node_request(slurm: SlurmConfig) -> Options:
     }
 
 
-def quoted_options(options: Options) -> list[str]:
+def quoted_options(options: OptionValues) -> list[str]:
     """`--name=value` for each option that is set, quoted as a shell and sbatch read it.
 
     {"nodes": 2, "comment": "a b", "exclusive": True, "mem": None} -> ["--nodes=2", "--comment='a b'", "--exclusive"]
@@ -244,12 +244,20 @@ def quoted_options(options: Options) -> list[str]:
     Errors: ConfigError for a value that would end the line of a script.
     """
     quoted = []
-    for key, setting in options.items():
-        if setting is True:
-            quoted.append(f"--{key}")
-        elif setting is not None:
-            quoted.append(f"--{key}={shlex.quote(checked_line(str(setting), f'launcher.{key}'))}")
+    for name, value in options.items():
+        if value is True:
+            quoted.append(f"--{name}")
+        elif value is not None:
+            quoted.append(f"--{name}={shlex.quote(checked_line(str(value), f'launcher.{name}'))}")
     return quoted
+
+
+def unquoted_options(options: OptionValues) -> list[str]:
+    """The options that are set as arguments of a command that no shell reads: {"comment": "a b"} -> ["--comment=a b"].
+
+    Raises ConfigError for a value with line breaks or control characters.
+    """
+    return [shlex.split(option)[0] for option in quoted_options(options)]
 
 
 def default_job_name(runs: list[str]) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from launch.cluster.node import FACTS_PREFIX, variables_to_carry
+from launch.cluster.node import HOST_FACTS_PREFIX, variables_to_carry
 from launch.cluster.ssh_nodes import (
     HEARTBEAT_S,
     NUM_SHOWN_LINES,
@@ -39,7 +39,7 @@ from launch.cluster.torchrun import (
     RankProgram,
     RedirectedOutput,
     collected_signals,
-    only_lost_a_peer,
+    only_says_peer_was_lost,
 )
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.config.run import RunConfig
@@ -86,7 +86,7 @@ def start(
         print(f"starting {ranks} on each of {', '.join(launcher.hosts)}", file=sys.stderr, flush=True)
         nodes = [connect(name, launcher) for name in launcher.hosts]
         try:
-            output.listen(nodes)
+            output.start_reading_output(nodes)
             for node in nodes:
                 node.send(job)
             if not wait_for_host_facts(nodes, signals.pending):
@@ -96,8 +96,8 @@ def start(
             rdzv = launcher.rdzv or rendezvous_address(nodes)
             for node_rank, node in enumerate(nodes):
                 node.send({"rank": node_rank, "rdzv": rdzv, "run_id": run_id})
-            poll = redirected.poll if redirected is not None else None
-            code = _wait_for_nodes(nodes, signals.pending, poll)
+            on_tick = redirected.poll if redirected is not None else None
+            code = _wait_for_nodes(nodes, signals.pending, on_tick)
             if code != 130:
                 # Nobody else records the failure of a lost host. The first one is the cause.
                 for node_rank, node in enumerate(nodes):
@@ -109,11 +109,12 @@ def start(
             _end_nodes(nodes)
 
 
-def _wait_for_nodes(nodes: list[Node], pending_signals: list[int], poll: Callable[[], None] | None) -> int:
+def _wait_for_nodes(nodes: list[Node], pending_signals: list[int], on_tick: Callable[[], None] | None) -> int:
     """Wait until all nodes have ended, or one failed and the others had `STOP_GRACE_S` seconds to end too.
 
-    Meanwhile it passes signals on to all nodes, and sends them heartbeats. `pending_signals`: filled by the signal handler, and
-    emptied here. `poll` is called a few times a second.
+    The ranks of the other nodes notice by themselves that their peers are lost. Meanwhile signals are passed on to all nodes, and
+    heartbeats are sent. `pending_signals`: filled by the signal handler, and emptied here. `on_tick` is called a few times a
+    second.
     Returns 130 after Ctrl-C, else the first exit code that is not 0, in the order of the nodes, or 0.
     """
     # Times by the monotonic clock; None until it happens.
@@ -121,8 +122,8 @@ def _wait_for_nodes(nodes: list[Node], pending_signals: list[int], poll: Callabl
     interrupted_at: float | None = None
     last_heartbeat_at = 0.0
     while True:
-        if poll is not None:
-            poll()
+        if on_tick is not None:
+            on_tick()
         now = time.monotonic()
         while pending_signals:
             signal_number = pending_signals.pop(0)
@@ -141,7 +142,7 @@ def _wait_for_nodes(nodes: list[Node], pending_signals: list[int], poll: Callabl
         failed_codes = [code for code in exit_codes if code]
         if failed_codes and failed_at is None:
             failed_at = now
-        # Has the run ended?
+        # Has the run ended? After Ctrl-C the nodes first let their ranks save, then end them.
         if interrupted_at is not None:
             if all_ended or now - interrupted_at > STOP_GRACE_S + NODE_END_S:
                 return 130
@@ -184,16 +185,16 @@ def _end_nodes(nodes: list[Node]) -> None:
 def _record_lost_host(run_dir: Path, node: Node, first_rank: int) -> None:
     """Record in `failure.json` that a host was lost, which none of its ranks can. `first_rank`: the first rank of that host.
 
-    It replaces what other ranks wrote about losing their peers, but not a failure of their own.
+    Replaces an existing record in which another rank says that it lost its peers, but not one of a failure of its own.
     """
-    recorded = read_failure(run_dir)
-    error = ShardtuneError(f"host {node.name} was lost ({node.last_output})")
+    recorded_failure = read_failure(run_dir)
+    error = ShardtuneError(f"host {node.name} was lost ({node.last_output_text})")
     record_failure(
         run_dir,
         first_rank,
         error,
         phase="host",
-        replace=only_lost_a_peer(recorded),
+        replace=only_says_peer_was_lost(recorded_failure),
         host=node.name,
         pid=None,
         retry="node_fail",
@@ -204,14 +205,14 @@ class NodeOutput:
     """Shows lines of the nodes on the screen, and keeps each node's in its file."""
 
     def __init__(self, logs: Path, redirected: RedirectedOutput | None) -> None:
-        self._logs = logs
+        self._log_dir = logs
         self._redirected = redirected
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
         """Takes the place of the screen if the output is redirected."""
 
     def __enter__(self) -> NodeOutput:
-        self._logs.mkdir(parents=True, exist_ok=True)
+        self._log_dir.mkdir(parents=True, exist_ok=True)
         if self._redirected is not None:
             self._redirected.output.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._redirected.output.open("ab")
@@ -221,55 +222,55 @@ class NodeOutput:
         if self._file is not None:
             self._file.close()
 
-    def listen(self, nodes: list[Node]) -> None:
+    def start_reading_output(self, nodes: list[Node]) -> None:
         """Open a log file for each node, and start the threads that read what it prints until it ends.
 
         Sets `log` and `output_readers` of each node. The files are numbered by start: `hosts-<start>-<node>.log`.
         """
         earlier_starts = [0]
-        for path in self._logs.iterdir():
+        for path in self._log_dir.iterdir():
             if match := re.match(r"hosts-(\d+)-", path.name):
                 earlier_starts.append(int(match[1]))
         start_number = max(earlier_starts) + 1
         for node_rank, node in enumerate(nodes):
-            node.log = (self._logs / f"hosts-{start_number}-{node_rank}.log").open("ab", buffering=0)
-            self._log(node, f"# {node.name}\n".encode())
+            node.log = (self._log_dir / f"hosts-{start_number}-{node_rank}.log").open("ab", buffering=0)
+            self._write_to_log(node, f"# {node.name}\n".encode())
             for pipe, is_stderr in ((node.process.stdout, False), (node.process.stderr, True)):
-                arguments = (node, pipe, is_stderr, node_rank == 0)
-                reader = threading.Thread(target=self._read_pipe, args=arguments, daemon=True)
+                arguments = {"node": node, "pipe": pipe, "is_stderr": is_stderr, "is_first_node": node_rank == 0}
+                reader = threading.Thread(target=self._read_pipe, kwargs=arguments, daemon=True)
                 reader.start()
                 node.output_readers.append(reader)
 
     def _read_pipe(self, node: Node, pipe: IO[bytes], is_stderr: bool, is_first_node: bool) -> None:
         """Read one pipe of a node to its end, in a thread: take the node's facts, log its lines, and show some of them.
 
-        The first line on stdout with `FACTS_PREFIX` describes the host. Lines before it are what the login shell there prints:
-        they are only kept for error messages. Once the host is described, lines of stderr and of the first node are shown.
-        `is_first_node`: its lines need no name before them.
+        The first line on stdout with `HOST_FACTS_PREFIX` describes the host. Lines before it are what the login shell there
+        prints: they are only kept for error messages. Once the host is described, lines of stderr and of the first node are
+        shown. `is_first_node`: its lines need no name before them.
         """
         for line in pipe:
             text = line.decode(errors="replace").rstrip("\n")
             is_before_facts = node.host_facts is None and not is_stderr
             if is_before_facts:
-                if text.startswith(FACTS_PREFIX):
-                    node.host_facts = json.loads(text.removeprefix(FACTS_PREFIX))
+                if text.startswith(HOST_FACTS_PREFIX):
+                    node.host_facts = json.loads(text.removeprefix(HOST_FACTS_PREFIX))
                 else:
                     node.last_lines.append(text.strip())
                 continue
             if is_stderr:
                 node.last_lines = [*node.last_lines[-NUM_SHOWN_LINES:], text.strip()]
-            self._log(node, line)
+            self._write_to_log(node, line)
             if node.host_facts is not None and (is_first_node or is_stderr):
                 named_line = line if is_first_node else f"{node.name}: ".encode() + line
-                self._show(named_line, is_stderr=is_stderr)
+                self._print_line(named_line, is_stderr=is_stderr)
 
-    def _log(self, node: Node, line: bytes) -> None:
+    def _write_to_log(self, node: Node, line: bytes) -> None:
         """Append a line to the log file of a node. A full disk is no error: a node that is not read on would wait to print."""
         assert node.log is not None
         with contextlib.suppress(OSError):
             node.log.write(line)
 
-    def _show(self, line: bytes, *, is_stderr: bool) -> None:
+    def _print_line(self, line: bytes, *, is_stderr: bool) -> None:
         """Print a line of a node, whole, to the screen or the file in its place."""
         stream = sys.stderr if is_stderr else sys.stdout
         with self._lock, contextlib.suppress(OSError, ValueError):

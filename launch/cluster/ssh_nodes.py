@@ -74,7 +74,7 @@ class Node:
         return code is not None and (code == SSH_FAILED or code < 0)
 
     @property
-    def last_output(self) -> str:
+    def last_output_text(self) -> str:
         """The node's last lines in one, for messages."""
         shown_lines = [line for line in self.last_lines[-NUM_SHOWN_LINES:] if line]
         return "; ".join(shown_lines) or "it said nothing"
@@ -111,7 +111,7 @@ def connect(host: str, launcher: LauncherConfig) -> Node:
 
 
 def wait_for_host_facts(nodes: list[Node], pending_signals: list[int]) -> bool:
-    """Wait until every node has sent its facts or has ended; returns False if this process received a signal before that.
+    """Wait until every node has sent its facts (GPUs, versions, addresses) or has ended; returns whether no signal came.
 
     After `FACTS_TIMEOUT_S` seconds the wait ends too, with True: whether facts are missing is checked by `refuse_unfit_hosts`.
     `pending_signals`: filled by the signal handler.
@@ -127,8 +127,8 @@ def wait_for_host_facts(nodes: list[Node], pending_signals: list[int]) -> bool:
         has_failed = node.host_facts is None and node.process.poll() is not None
         if has_failed:
             # Its output is read to the end, so that its last lines can say why.
-            for reader in node.output_readers:
-                reader.join(1)
+            for reader_thread in node.output_readers:
+                reader_thread.join(1)
     return True
 
 
@@ -210,17 +210,17 @@ def _why_no_facts(node: Node) -> str:
     """
     code = node.process.poll()  # the exit code of ssh, which is that of the command there; None while it runs
     if code is None:
-        return f"is reached, but did not answer within {FACTS_TIMEOUT_S:.0f} s ({node.last_output})"
+        return f"is reached, but did not answer within {FACTS_TIMEOUT_S:.0f} s ({node.last_output_text})"
     if code == SSH_FAILED:
         return (
-            f"is not reached: {node.last_output}; `ssh {node.name} true` must work without a password "
+            f"is not reached: {node.last_output_text}; `ssh {node.name} true` must work without a password "
             "(~/.ssh/config, launcher.ssh)"
         )
     if code in (126, 127):  # from the shell: cannot be executed, not found
-        return f"has no {sys.executable}, the Python that runs here ({node.last_output}); it must be at the same place"
+        return f"has no {sys.executable}, the Python that runs here ({node.last_output_text}); it must be at the same place"
     if any("launch" in line and "No module named" in line for line in node.last_lines):
         return f"has no shardtune at {ROOT}, from where it runs here; the clone must be at the same place"
-    return f"ended with exit code {code}: {node.last_output}"
+    return f"ended with exit code {code}: {node.last_output_text}"
 
 
 def rendezvous_address(nodes: list[Node]) -> str:

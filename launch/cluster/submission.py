@@ -6,6 +6,7 @@ Every refusal of `sbatch` is passed on. A job that can never start is refused fi
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from launch.cluster import advice, containers, pipeline, snapshot
 from launch.cluster.sbatch_environment import refuse_gpus_of_environment, sbatch_environment, sort_sbatch_variables
-from launch.cluster.slurm import default_job_name, render, script_head
+from launch.cluster.slurm import default_job_name, render_train_script, script_head_lines
 from launch.runs.queue import write_submitted_job_ids
 from strategies.errors import ConfigError, StorageError
 from trainer.config.parallel import ParallelConfig
@@ -47,7 +48,7 @@ class Submission:
     """The copy of the code that the jobs run, or the clone; None where nothing was left to submit."""
 
 
-def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list[Submission]:
+def submit_runs(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list[Submission]:
     """Write the job scripts of runs and submit them to SLURM; with `print_only`, print the scripts and submit nothing.
 
     Several runs of one configuration are one job array, or with `launcher.pipeline` a chain of jobs each. Returns what was
@@ -57,14 +58,14 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
     if isinstance(slurm, SlurmConfig) and slurm.pipeline and len(run_dirs) > 1:
         submissions = []
         for run_dir in run_dirs:
-            submissions += submit(config, [run_dir], print_only=print_only)
+            submissions += submit_runs(config, [run_dir], print_only=print_only)
         return submissions
 
     is_copied = isinstance(slurm, SlurmConfig) and slurm.code is Code.snapshot
-    code = ROOT
+    code_dir = ROOT
     if is_copied and run_dirs:
-        code = snapshot.code_copy_dir(run_dirs[0], snapshot.code_digest(snapshot.read_code()))
-    scripts = render_scripts(config, run_dirs, code)
+        code_dir = snapshot.code_copy_dir(run_dirs[0], snapshot.code_digest(snapshot.read_code()))
+    scripts = script_text_by_part(config, run_dirs, code_dir)
     assert isinstance(slurm, SlurmConfig)  # else no script was rendered
     if print_only:
         _print_scripts(slurm, scripts)
@@ -73,12 +74,12 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
     # Everything that can refuse the job comes before the first file is written.
     if slurm.gpu_request is None:
         refuse_gpus_of_environment()
-    notes = [*advice.check_job(config, run_dirs), *environment_lines(scripts["train"])]
+    notes = [*advice.job_notes_if_startable(config, run_dirs), *sbatch_variable_lines(scripts["train"])]
     _prepare_container(config)
     if is_copied:
         snapshot.copy_code(run_dirs[0])
     script_paths = _write_scripts(run_dirs, scripts)
-    jobs = pipeline.submit_chain(script_paths, run_dirs[0], sbatch)
+    jobs = pipeline.submit_pipeline(script_paths, run_dirs[0], submit_script)
     job_by_part = {job.part: job.job_id for job in jobs}
     train_job = job_by_part["train"]
     with contextlib.suppress(StorageError):  # SLURM has the job, and the script in its directory names the run too
@@ -86,8 +87,8 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
 
     print(f"submitted job {train_job}: {script_paths['train']}")
     if len(jobs) > 1:
-        print(pipeline.chain_table(jobs, config, run_dirs[0]))
-    for line in [f"code    {code_line(code, is_copied=is_copied)}", *notes]:
+        print(pipeline.pipeline_table(jobs, config, run_dirs[0]))
+    for line in [f"code    {code_description(code_dir, is_copied=is_copied)}", *notes]:
         print(f"  {line}")
     _print_next_steps(slurm, run_dirs, train_job)
     return [
@@ -95,7 +96,7 @@ def submit(config: RunConfig, run_dirs: list[Path], *, print_only: bool) -> list
             jobs=job_by_part,
             runs=[str(run_dir.absolute()) for run_dir in run_dirs],
             scripts={part: str(path) for part, path in script_paths.items()},
-            code=str(code),
+            code=str(code_dir),
         )
     ]
 
@@ -166,22 +167,24 @@ def _write_scripts(run_dirs: list[Path], script_by_part: dict[str, str]) -> dict
     return {part: run_dirs[0].absolute() / f"{part}.sbatch" for part in script_by_part}
 
 
-def render_scripts(config: RunConfig, run_dirs: list[Path], code: Path) -> dict[str, str]:
-    """The text of the script of each job, by part: `train` alone, or the parts of `launcher.pipeline`. Errors: ConfigError."""
+def script_text_by_part(config: RunConfig, run_dirs: list[Path], code_dir: Path) -> dict[str, str]:
+    """The text of the sbatch script of each job: {"train": "#!/bin/bash ..."}, or one for each part of `launcher.pipeline`.
+
+    `code_dir`: the code that the jobs run. Raises ConfigError for settings that are not SLURM's or that a script cannot carry.
+    """
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig) or not slurm.pipeline:
-        return {"train": render(config, run_dirs, clone=code)}
-
-    def part_head(part_config: RunConfig, runs: list[Path]) -> list[str]:
-        return script_head(part_config, runs, clone=code)
-
-    scripts = {}
+        return {"train": render_train_script(config, run_dirs, code_dir=code_dir)}
+    run_dir = run_dirs[0]  # a pipeline has one run
+    train_config = pipeline.train_job_config(config, run_dir)
+    part_head_lines = functools.partial(script_head_lines, code_dir=code_dir)
+    text_by_part = {}
     for part in slurm.pipeline:
         if part == "train":
-            scripts[part] = render(pipeline.train_config(config, run_dirs[0]), run_dirs, clone=code)
+            text_by_part[part] = render_train_script(train_config, run_dirs, code_dir=code_dir)
         else:
-            scripts[part] = pipeline.part_script(config, part, run_dirs[0], part_head)
-    return scripts
+            text_by_part[part] = pipeline.part_script_text(config, part, run_dir, part_head_lines)
+    return text_by_part
 
 
 def _print_next_steps(slurm: SlurmConfig, run_dirs: list[Path], job: str) -> None:
@@ -199,21 +202,24 @@ def _print_next_steps(slurm: SlurmConfig, run_dirs: list[Path], job: str) -> Non
     print(f"  save and end: shardtune stop {run}")
 
 
-def environment_lines(script: str) -> list[str]:
-    """Which `SBATCH_*` of the environment reach sbatch with this script, for people; within a job none does."""
+def sbatch_variable_lines(script: str) -> list[str]:
+    """A line for people about each `SBATCH_*` variable: whether it reaches sbatch with this script. Within a job none does.
+
+    `script`: the text of the job script.
+    """
     return [] if "SLURM_JOB_ID" in os.environ else sort_sbatch_variables(script).lines()
 
 
-def code_line(code: Path, *, is_copied: bool) -> str:
-    """Which code the job will run, for the output of `submit`: a copy, or the clone as it is when the job starts."""
+def code_description(code_dir: Path, *, is_copied: bool) -> str:
+    """Which code the job will run, for the output of `shardtune submit`: a copy, or the clone as it is when the job starts."""
     current = code_revision()
     revision_text = f" at {current}" if current else ""
     if is_copied:
-        return f"{code}: a copy of the code{revision_text}; later changes do not reach the job"
-    return f"{code}{revision_text}, as it is whenever the job starts (launcher.code=clone)"
+        return f"{code_dir}: a copy of the code{revision_text}; later changes do not reach the job"
+    return f"{code_dir}{revision_text}, as it is whenever the job starts (launcher.code=clone)"
 
 
-def sbatch(script: Path, options: list[str]) -> str:
+def submit_script(script: Path, options: list[str]) -> str:
     """Submit a job script with `options` of sbatch; returns the job id.
 
     Raises ConfigError without the command sbatch, with sbatch's message if it refuses the script, or if it prints no job id.
@@ -266,7 +272,7 @@ def submit_array(composed_runs: list[ComposedConfig], run_dirs: list[Path]) -> i
     runs = list(zip(composed_runs, run_dirs, strict=True))
     is_pipeline = bool(getattr(composed_runs[0].config.launcher, "pipeline", []))
     if not is_pipeline:
-        arrays = group_by_request(runs)
+        arrays = grouped_by_request(runs)
         refuse_large_array(max(len(array) for array in arrays))
     for composed in composed_runs:
         refuse_unshared_model(composed.config)
@@ -283,13 +289,13 @@ def submit_array(composed_runs: list[ComposedConfig], run_dirs: list[Path]) -> i
             print(f"{run_dir}: already finished with this configuration; nothing to do")
         else:
             remaining_runs.append((composed, run_dir))
-    for array in group_by_request(remaining_runs):
+    for array in grouped_by_request(remaining_runs):
         first_composed, _ = array[0]
-        submit(first_composed.config, [run_dir for _, run_dir in array], print_only=False)
+        submit_runs(first_composed.config, [run_dir for _, run_dir in array], print_only=False)
     return 0
 
 
-def group_by_request(runs: list[tuple[ComposedConfig, Path]]) -> list[list[tuple[ComposedConfig, Path]]]:
+def grouped_by_request(runs: list[tuple[ComposedConfig, Path]]) -> list[list[tuple[ComposedConfig, Path]]]:
     """Group runs, given with their directories, that request the same of SLURM: all tasks of an array have the same options.
 
     For three runs (a, b, c), of which b has another `launcher.time`: [[a, c], [b]].

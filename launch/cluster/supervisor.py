@@ -40,7 +40,7 @@ EXIT_FAILED = 70
 """Exit code of a run that failed, if its record names no other."""
 FINAL_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 """Signals after which a run is over; the others ask it to save and to be started again, if `launcher.retry` says so."""
-EXPORT_STOPPED = (
+EXPORT_STOPPED_MESSAGE = (
     "export: stopped; files of the model that are complete are kept, and the same command writes the others"
 )
 
@@ -71,16 +71,15 @@ def run_supervised(
     num_restarts = 0
     try:
         while True:
-            os.environ[STARTED_AGAIN] = str(
-                num_restarts
-            )  # for what the ranks, and this process, write into `status.json`
+            # For what the ranks, and this process, write into `status.json`.
+            os.environ[STARTED_AGAIN] = str(num_restarts)
             before = state_before_start(run_dir)
             run_id = f"{sha256[:8]}-{num_restarts}" if num_restarts else sha256[:8]
             torchrun_code, signals = start(config, run_dir, run_id, redirected, program=program)
             verb = program.module.rpartition(".")[2]
-            code = record_outcome(run_dir, torchrun_code, before, verb=verb)
+            code = record_run_outcome(run_dir, torchrun_code, before, verb=verb)
 
-            cause = _retry_cause(run_dir, code, signals)
+            cause = _retry_cause_key(run_dir, code, signals)
             if cause is None or retries_left.get(cause, 0) < 1:
                 return code
             change_text = ""
@@ -109,7 +108,7 @@ def state_before_start(run_dir: Path) -> StateBeforeStart:
     return StateBeforeStart(directory, read_status(run_dir), read_failure(run_dir))
 
 
-def record_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: str = "train") -> int:
+def record_run_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: str = "train") -> int:
     """Print how a run ended, and write `status.json` if the ranks could not; returns the exit code of the command.
 
     The first case that holds:
@@ -156,7 +155,7 @@ def record_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, verb: 
         reason = "interrupted"
         message = f"{directory}: interrupted; the same command continues from the last checkpoint"
         if verb == "export":
-            message = EXPORT_STOPPED
+            message = EXPORT_STOPPED_MESSAGE
     else:
         # A run that nobody reports as ended has failed, even if torchrun returned 0.
         code = failure.get("exit_code", EXIT_FAILED)
@@ -176,7 +175,7 @@ def _stopped_message(directory: Path, former_dir: Path, step: int | None, verb: 
     `step`: the step that was saved; None or 0 if training had not begun. `verb`: the command that was stopped, such as train.
     """
     if verb == "export":  # the directory is a temporary one
-        return EXPORT_STOPPED
+        return EXPORT_STOPPED_MESSAGE
     if verb == "evaluate":
         return f"{directory}: stopped; an evaluation keeps nothing, the same command begins it again"
     reached = f"stopped at step {step}, saved" if step else "stopped before training began, nothing is lost"
@@ -214,7 +213,7 @@ def _write_smaller_settings(run_dir: Path) -> str | None:
     return settings_change
 
 
-def _retry_cause(run_dir: Path, code: int, signals: set[int]) -> str | None:
+def _retry_cause_key(run_dir: Path, code: int, signals: set[int]) -> str | None:
     """The cause for which a run may be started again, a key of `launcher.retry`; None if it may not.
 
     - Ctrl-C, or a signal that ends the run for good: None, also if a rank was lost meanwhile;

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from launch.cluster.hosts import ThisHost, locate_this_host
-from launch.cluster.rendezvous import MissingHostsReport, StuckAgentGuard, rdzv_port
+from launch.cluster.rendezvous import MissingHostsReport, StuckTorchrunGuard, rdzv_port
 from strategies.heartbeat import HEARTBEAT_DIRECTORY_VARIABLE, LOST_PEER_REGEX, TIMEOUT_REGEX, read_last_heartbeat
 from strategies.network import refuse_taken_port, refuse_unknown_interface, refuse_without_loopback
 from strategies.parent_death import die_with_parent
@@ -33,13 +33,13 @@ from trainer.config.run import LauncherConfig, RunConfig
 from trainer.reporting.status import read_status
 from trainer.stopping.signals import STOP_SIGNALS, block_signals, unblock_signals
 
-NOTICE_AFTER_S = 15.0
+NEXT_NOTICE_AFTER_S = 15.0
 """Seconds of silence after which the start of many processes says that it goes on."""
 STOP_GRACE_S = 5
 """Seconds between asking a process to end and killing it, once a rank has failed or Ctrl-C was pressed."""
 
 
-OUT_OF_MEMORY = (
+OUT_OF_MEMORY_ENDING = (
     ": out of memory (the kernel counted a kill for it); lower batch.micro or data.max_length, shard more of the model "
     "(strategy=fsdp2 or zero3), or give the job more memory (launcher.mem under SLURM)"
 )
@@ -69,13 +69,13 @@ class StartNotice:
         print(f"starting {processes} processes{share}", file=sys.stderr, flush=True)
 
     def poll(self) -> None:
-        """Print that the processes are loading, if nothing was printed for `NOTICE_AFTER_S` seconds.
+        """Print that the processes are loading, if nothing was printed for `NEXT_NOTICE_AFTER_S` seconds.
 
         Once the run has written another status, nothing is printed any more: rank 0 then says how far it is.
         """
         now = time.monotonic()
         has_begun = self._status_before is None
-        if has_begun or now - self._last_notice <= NOTICE_AFTER_S:
+        if has_begun or now - self._last_notice <= NEXT_NOTICE_AFTER_S:
             return
         self._last_notice = now
         if read_status(self._run_dir) != self._status_before:
@@ -105,7 +105,8 @@ def torchrun_arguments(
     - One host: a rendezvous of its own.
     - Several hosts that all know their rank: a static rendezvous at `launcher.rdzv`.
     - Several hosts otherwise: a rendezvous there at which they agree on their ranks (c10d).
-    `run_id`: names the rendezvous of several hosts. `this_host`: None if the run has one host.
+    `run_id`: names the rendezvous of several hosts. `this_host`: this host's address, and its rank among the hosts as far as
+    `launcher.rdzv` and `launcher.node_rank` tell it; None if the run has one host.
     """
     arguments = [f"--nproc-per-node={launcher.processes or 1}", f"--shutdown-timeout={STOP_GRACE_S}"]
     if launcher.nodes == 1:
@@ -115,6 +116,7 @@ def torchrun_arguments(
         assert this_host is not None
         arguments += [f"--nnodes={launcher.nodes}", f"--rdzv-endpoint={launcher.rdzv}", f"--rdzv-id={run_id}"]
         arguments += [f"--local-addr={this_host.address}"]
+        # Of two hosts, the one that is not the host of the rendezvous has rank 1.
         all_know_their_rank = launcher.nodes == 2 or launcher.node_rank is not None
         if this_host.rank is not None and all_know_their_rank:
             arguments += ["--rdzv-backend=static", f"--node-rank={this_host.rank}"]
@@ -140,7 +142,7 @@ def start(
     """
     # torchrun's command line and environment.
     this_host = locate_this_host(config.launcher) if config.launcher.nodes > 1 else None
-    _refuse_network(config.launcher, this_host)
+    _refuse_unusable_network(config.launcher, this_host)
     arguments = torchrun_arguments(config.launcher, run_id, this_host, program.module)
     command = [sys.executable, "-m", "launch.torchrun", *arguments]
     processes = config.launcher.processes or 1
@@ -164,7 +166,7 @@ def start(
         elif processes > 1:
             watchers.append(StartNotice(run_dir, processes, cores).poll)
         if this_host is not None:
-            watchers += _host_watchers(agent.pid, config.launcher, this_host, run_dir)
+            watchers += _multi_host_watchers(agent.pid, config.launcher, this_host, run_dir)
         try:
             return _wait_for_agent(agent, signals.pending, watchers), signals.received
         finally:
@@ -189,7 +191,7 @@ def _agent_environment(config: RunConfig, this_host: ThisHost | None, cores: int
     return env
 
 
-def _refuse_network(launcher: LauncherConfig, this_host: ThisHost | None) -> None:
+def _refuse_unusable_network(launcher: LauncherConfig, this_host: ThisHost | None) -> None:
     """Raise ConfigError for network settings that would keep the ranks from meeting; torchrun would end in a traceback.
 
     - GLOO_SOCKET_IFNAME and the like name an interface that this host does not have;
@@ -203,7 +205,7 @@ def _refuse_network(launcher: LauncherConfig, this_host: ThisHost | None) -> Non
         refuse_taken_port(f"launcher.rdzv={launcher.rdzv}", rdzv_port(launcher))
 
 
-def _host_watchers(
+def _multi_host_watchers(
     agent_pid: int, launcher: LauncherConfig, this_host: ThisHost, run_dir: Path
 ) -> list[Callable[[], None]]:
     """Functions to call a few times a second while a run on several hosts goes on. `agent_pid`: torchrun's process.
@@ -214,7 +216,7 @@ def _host_watchers(
 
     agent = psutil.Process(agent_pid)
     missing_hosts = MissingHostsReport(launcher, this_host)
-    stuck_agent = StuckAgentGuard(run_dir)
+    stuck_agent = StuckTorchrunGuard(run_dir)
     return [partial(missing_hosts.poll, agent), partial(stuck_agent.poll, agent)]
 
 
@@ -375,7 +377,8 @@ def run_torchrun(argv: list[str]) -> int:
     # Processes that the kernel has killed for want of memory so far; None if it does not count them.
     oom_kills_before = num_out_of_memory_kills()
     with contextlib.ExitStack() as cleanup:
-        # Under SLURM there is no such variable yet. Otherwise the launcher has set it, who outlives this process.
+        # The ranks leave their last heartbeats in this directory. Outside SLURM the launcher, which outlives this process, has
+        # named it already.
         if HEARTBEAT_DIRECTORY_VARIABLE not in os.environ:
             os.environ[HEARTBEAT_DIRECTORY_VARIABLE] = cleanup.enter_context(_heartbeat_directory())
         try:
@@ -388,7 +391,7 @@ def run_torchrun(argv: list[str]) -> int:
     return 0
 
 
-def only_lost_a_peer(failure: dict[str, Any]) -> bool:
+def only_says_peer_was_lost(failure: dict[str, Any]) -> bool:
     """Whether a recorded failure (`failure.json`) only says that a rank lost its peer, so that the cause may replace it.
 
     The record says so itself by its key `gone`. A record without the key is judged by its message.
@@ -441,7 +444,7 @@ def _record_killed_rank(error: BaseException, *, kernel_killed_for_memory: bool)
     if killed is None or "SHARDTUNE_RUN_DIR" not in os.environ:
         return
     is_out_of_memory = kernel_killed_for_memory and killed.signal_name == "SIGKILL"
-    explanation = OUT_OF_MEMORY if is_out_of_memory else ""
+    explanation = OUT_OF_MEMORY_ENDING if is_out_of_memory else ""
     killed_error = ShardtuneError(
         f"rank {killed.rank} (process {killed.pid}) was killed by {killed.signal_name}{explanation}"
     )
@@ -459,7 +462,7 @@ def _record_killed_rank(error: BaseException, *, kernel_killed_for_memory: bool)
         killed_error,
         last_work.phase,
         last_work.step,
-        replace=only_lost_a_peer(recorded) and not is_abort_after_wait,
+        replace=only_says_peer_was_lost(recorded) and not is_abort_after_wait,
         pid=killed.pid,
         retry="out_of_memory" if is_out_of_memory else "node_fail",
     )

@@ -139,7 +139,7 @@ def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     First writes the configuration and the job into the plan's directory, where the ranks read them. `quiet`: print on stderr,
     because stdout is for JSON.
     """
-    from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
+    from launch.cluster.supervisor import record_run_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
     from launch.config.frozen import config_sha256, config_yaml
     from strategies.errors import Preempted
@@ -167,7 +167,7 @@ def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
             except Preempted as stop:
                 # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
                 code = 130 if stop.signal_name == "SIGINT" else 0
-            return record_outcome(directory, code, earlier_state, verb="evaluate")
+            return record_run_outcome(directory, code, earlier_state, verb="evaluate")
         return run_supervised(config, directory, sha256, program=RankProgram("launch.evaluate", CONFIG_FILE))
 
 

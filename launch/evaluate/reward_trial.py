@@ -71,7 +71,7 @@ def try_rewards(arguments: EvaluateArguments) -> int:
     The ranks write the report and their records into the output directory: `to=`, or the run's directory, or one below runs/ for
     the run of another user. Raises ConfigError for settings that could not start the run.
     """
-    from launch.cluster.supervisor import record_outcome, run_supervised, state_before_start
+    from launch.cluster.supervisor import record_run_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
     from launch.config.frozen import config_sha256, config_yaml
     from launch.config.read_run import may_write_results
@@ -109,7 +109,7 @@ def try_rewards(arguments: EvaluateArguments) -> int:
             except Preempted as stop:
                 # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
                 code = 130 if stop.signal_name == "SIGINT" else 0
-            code = record_outcome(directory, code, earlier_state, verb="evaluate")
+            code = record_run_outcome(directory, code, earlier_state, verb="evaluate")
         else:
             code = run_supervised(
                 config, directory, sha256, program=RankProgram("launch.evaluate.reward_trial", CONFIG_FILE)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from launch.cluster import advice, slurm
 from launch.cluster.sbatch_environment import refuse_gpus_of_environment
-from launch.cluster.submission import environment_lines, sbatch
+from launch.cluster.submission import sbatch_variable_lines, submit_script
 from strategies.errors import ConfigError, StorageError
 from trainer.config.run import SlurmConfig
 from trainer.reporting.code_revision import ROOT
@@ -67,7 +67,7 @@ def evaluation_script(
 def submit_evaluation(evaluation_plan: EvaluationPlan, arguments: list[str], *, print_only: bool) -> int:
     """Submit an evaluation as a SLURM job, or with `print_only` print its script; returns 0.
 
-    The script lies beside the records of the evaluation. Errors: those of `sbatch`, StorageError.
+    The script lies beside the records of the evaluation. Errors: those of `submit_script`, StorageError.
     """
     script_text = evaluation_script(evaluation_plan, arguments)
     assert isinstance(evaluation_plan.config.launcher, SlurmConfig)
@@ -86,9 +86,9 @@ def submit_evaluation(evaluation_plan: EvaluationPlan, arguments: list[str], *, 
         script.write_text(script_text, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write the job script: {error}; choose another to=<directory>") from error
-    job = sbatch(script, [])
+    job = submit_script(script, [])
     print(f"submitted job {job}: {script}")
-    for line in [*ranks, *environment_lines(script_text), f"queue   squeue --job {job}"]:
+    for line in [*ranks, *sbatch_variable_lines(script_text), f"queue   squeue --job {job}"]:
         print(f"  {line}")
     print(f"  output  below {shlex.quote(str(logs))}; the job's exit code is the evaluation's")
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launch.cluster.advice import as_submitted, gpu_kinds_of_job, list_partitions, partitions_of_job
+from launch.cluster.advice import gpu_kinds_of_job, partitions_of_job, query_partitions, settings_as_submitted
 from launch.cluster.long_steps import estimated_step_s, long_step_notes
 from launch.plan.dry_run_by_shape import describe_by_shape
 from launch.plan.dry_run_memory import (
@@ -102,8 +102,8 @@ def _gpu_kinds(config: RunConfig) -> set[str]:
     """The cluster's names for the cards that the job may be given; empty on this machine."""
     if not isinstance(config.launcher, SlurmConfig):
         return set()
-    slurm = as_submitted(config.launcher)
-    return gpu_kinds_of_job(slurm, partitions_of_job(slurm, list_partitions()))
+    slurm = settings_as_submitted(config.launcher)
+    return gpu_kinds_of_job(slurm, partitions_of_job(slurm, query_partitions()))
 
 
 def _long_step_notes(config: RunConfig, built: BuiltModel, samples: SampledLengths) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from launch.cluster.advice import mebibytes
+from launch.cluster.advice import memory_mib_of_setting
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import prepare_data
 from trainer.config.run import RunConfig
@@ -58,5 +58,5 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
 
 def _node_gib(config: RunConfig, card: Card) -> float | None:
     """Memory that a job has of a node: what it asks SLURM for, else what the card's hosts have; None if neither is known."""
-    requested_mib = mebibytes(getattr(config.launcher, "mem", None))
+    requested_mib = memory_mib_of_setting(getattr(config.launcher, "mem", None))
     return requested_mib / 1024 if requested_mib else card.node_memory_gib

@@ -336,7 +336,7 @@ def test_export_that_was_stopped_leaves_no_settings_behind(code, stays, tmp_path
 
 @pytest.mark.parametrize("verb", ["train", "export"])
 def test_ctrl_c_names_no_temporary_directory(verb, tmp_path, capsys):
-    assert supervisor.record_outcome(tmp_path, 130, supervisor.state_before_start(tmp_path), verb=verb) == 130
+    assert supervisor.record_run_outcome(tmp_path, 130, supervisor.state_before_start(tmp_path), verb=verb) == 130
     said = capsys.readouterr().err
     assert ("files of the model that are complete are kept" in said) == (verb == "export")
     assert (str(tmp_path) in said) == (verb == "train")

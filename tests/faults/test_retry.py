@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from launch.cluster.supervisor import _retry_cause, record_outcome, state_before_start
+from launch.cluster.supervisor import _retry_cause_key, record_run_outcome, state_before_start
 from strategies.errors import ShardtuneError
 from tests.faults.runs import wait
 from tests.helpers.covering import whole
@@ -63,7 +63,7 @@ def test_an_error_is_not_repeated(runs):
 )
 def test_a_cause_to_start_again_is_never_seen_after_term_or_ctrl_c(tmp_path, code, signals, lost, cause):
     record_failure(tmp_path, 1, RuntimeError("x"), "training", **({"retry": "node_fail"} if lost else {}))
-    assert _retry_cause(tmp_path, code, signals) == cause
+    assert _retry_cause_key(tmp_path, code, signals) == cause
 
 
 @pytest.mark.parametrize(("step", "code"), [(None, 70), (7, 75)])
@@ -73,6 +73,6 @@ def test_rank_killed_before_training_is_the_cause_though_its_peers_were_stopped(
     write_status(tmp_path, RunState.preempted, step=step)
     killed = ShardtuneError("rank 1 (process 4711) was killed by SIGKILL")
     record_failure(tmp_path, 1, killed, "killed", retry="node_fail")
-    assert record_outcome(tmp_path, 1, before) == code
+    assert record_run_outcome(tmp_path, 1, before) == code
     said = capsys.readouterr().err
     assert ("was killed by SIGKILL" in said) == (code == 70)

@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from launch.cluster.supervisor import record_outcome, state_before_start
+from launch.cluster.supervisor import record_run_outcome, state_before_start
 from strategies import atomic_io
 from strategies.errors import Preempted, StorageError
 from tests.faults.runs import ROOT, can_be_elsewhere, take_over, wait
@@ -69,7 +69,7 @@ def test_lease_that_cannot_be_read_does_not_hide_why_the_run_failed(tmp_path, mo
     before = state_before_start(tmp_path)
     record_failure(tmp_path, 1, StorageError("checkpoints/step-000005: no space left"), "training", 5)
     monkeypatch.setattr(lease_module, "latest_claim", stale)
-    assert record_outcome(tmp_path, 1, before) == 74
+    assert record_run_outcome(tmp_path, 1, before) == 74
     assert "checkpoints/step-000005: no space left" in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.advice import check_job, list_partitions, partitions_of_job, rank_layout_notes
+from launch.cluster.advice import job_notes_if_startable, partitions_of_job, query_partitions, rank_layout_notes
 from launch.cluster.array_size import refuse_large_arrays
 from launch.config.prices import gpu_hour_price_of_kind
 from launch.main import main
@@ -40,7 +40,7 @@ def sinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def advised(run: Path, **launcher) -> str:
-    return "\n".join(check_job(RunConfig(launcher=SlurmConfig(**launcher)), [run]))
+    return "\n".join(job_notes_if_startable(RunConfig(launcher=SlurmConfig(**launcher)), [run]))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_slurm_times_are_read_as_slurm_writes_them(text, value):
 
 
 def test_slurm_partitions_are_read_from_sinfo(sinfo):
-    found = {(part.name, part.gpus): part for part in list_partitions()}
+    found = {(part.name, part.gpus): part for part in query_partitions()}
     assert found["gpu", 8].gpu_kinds == {"h100"} and found["gpu", 8].limit_s == 172800 and found["gpu", 4].nodes == 8
     assert (
         found["main", 0].is_default
@@ -65,7 +65,7 @@ def test_slurm_partitions_are_read_from_sinfo(sinfo):
     ("named", "found"), [(None, ["main"]), ("free", ["free"]), ("gpu,free", ["gpu", "gpu", "free"]), ("none", [])]
 )
 def test_a_job_runs_in_the_partitions_that_it_names_else_in_the_default(sinfo, named, found):
-    partitions = partitions_of_job(SlurmConfig(partition=named), list_partitions())
+    partitions = partitions_of_job(SlurmConfig(partition=named), query_partitions())
     assert [partition.name for partition in partitions] == found
 
 

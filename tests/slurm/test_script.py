@@ -11,8 +11,8 @@ import pytest
 
 from launch.cluster import snapshot
 from launch.cluster.job import FrozenRun
-from launch.cluster.slurm import BODY, render
-from launch.cluster.submission import submit
+from launch.cluster.slurm import TRAIN_SCRIPT_BODY, render_train_script
+from launch.cluster.submission import submit_runs
 from launch.config.frozen import config_yaml
 from launch.main import main
 from strategies.errors import ConfigError
@@ -57,7 +57,7 @@ def full() -> SlurmConfig:
 
 def rendered(launcher: LauncherConfig, *runs: str) -> str:
     dirs = [Path(run) for run in runs or ("/runs/first",)]
-    return render(RunConfig(launcher=launcher), dirs, clone=Path("/clone"), cwd=Path("/data"))
+    return render_train_script(RunConfig(launcher=launcher), dirs, code_dir=Path("/clone"), cwd=Path("/data"))
 
 
 def check_syntax(script: str) -> None:
@@ -76,7 +76,7 @@ def test_rendered_script_is_the_golden_one() -> None:
 def test_script_for_people_has_the_body_of_the_rendered_script() -> None:
     text = (CLONE / "slurm" / "train.sbatch").read_text()
     check_syntax(text)
-    assert text.endswith(BODY)
+    assert text.endswith(TRAIN_SCRIPT_BODY)
     check_syntax((CLONE / "slurm" / "env.sh").read_text())
 
 
@@ -103,13 +103,13 @@ def test_array_has_a_directory_for_each_task() -> None:
 def test_odd_characters_reach_the_shell_unharmed(tmp_path: Path) -> None:
     odd = tmp_path / 'it\'s $HOME `id` "100%j" #1; exit 9 &'
     config = RunConfig(launcher=SlurmConfig(python=str(odd / "python")))
-    text = render(config, [odd], clone=odd, cwd=odd)
+    text = render_train_script(config, [odd], code_dir=odd, cwd=odd)
     check_syntax(text)
     options = {k: shlex.split(v)[0] for k, v in re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.M)}
     assert options["chdir"] == str(odd)
     assert options["output"].replace("%%", "%") == f"{odd}/logs/%x-%j.out"
     assert not set(options["job-name"]) & set("'$ `\"%#;&")
-    head = text.removesuffix(BODY) + 'printf "%s\\n" "$python" "$SHARDTUNE_CONFIG" "$PYTHONPATH"\n'
+    head = text.removesuffix(TRAIN_SCRIPT_BODY) + 'printf "%s\\n" "$python" "$SHARDTUNE_CONFIG" "$PYTHONPATH"\n'
     env = {"PATH": os.environ["PATH"]}
     said = subprocess.run(["bash", "-euc", head], text=True, capture_output=True, env=env, check=True).stdout
     assert said.splitlines() == [str(odd / "python"), str(odd / "config.yaml"), str(odd)]
@@ -164,9 +164,9 @@ def test_rendered_script_requeues_once_and_only_where_slurm_does_not(
     (run / "config.yaml").write_text(config_yaml(config))
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "PREEMPTED": "None"}
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", **job, **environment}
-    script = render(config, [run], clone=CLONE)
+    script = render_train_script(config, [run], code_dir=CLONE)
     if "BODY" in environment:
-        script = script.removesuffix(BODY) + "#" + BEFORE
+        script = script.removesuffix(TRAIN_SCRIPT_BODY) + "#" + BEFORE
     done = subprocess.run(["bash", "-c", script], text=True, capture_output=True, env=env)
     assert (done.returncode, words in done.stdout) == (code, True), done.stdout + done.stderr
     asked_of_slurm = (run / "asked").read_text().splitlines() if (run / "asked").exists() else []
@@ -212,10 +212,10 @@ class TestSubmit:
             monkeypatch.setenv(name, "1")
         run = tmp_path / "run"
         config = RunConfig(launcher=SlurmConfig())
-        [told] = submit(config, [run], print_only=False)
+        [told] = submit_runs(config, [run], print_only=False)
         assert told.runs == [str(run.absolute())] and told.jobs.keys() == told.scripts.keys() == {"train"}
         [code] = (run / "code").iterdir()
-        assert (run / "train.sbatch").read_text() == render(config, [run], clone=code)
+        assert (run / "train.sbatch").read_text() == render_train_script(config, [run], code_dir=code)
         assert (run / "logs").is_dir()
         assert (tmp_path / "args").read_text().split() == ["--parsable", str(run / "train.sbatch")]
         given = (tmp_path / "env").read_text().splitlines()
@@ -285,20 +285,20 @@ class TestSubmit:
 
     def test_submission_with_print_writes_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config = RunConfig(launcher=SlurmConfig())
-        assert submit(config, [tmp_path / "run"], print_only=True) == []
+        assert submit_runs(config, [tmp_path / "run"], print_only=True) == []
         code = snapshot.code_copy_dir(tmp_path / "run", snapshot.code_digest(snapshot.read_code()))
-        assert capsys.readouterr().out == render(config, [tmp_path / "run"], clone=code)
+        assert capsys.readouterr().out == render_train_script(config, [tmp_path / "run"], code_dir=code)
         assert not (tmp_path / "run").exists()
         config.launcher.code = Code.clone
-        assert submit(config, [tmp_path / "run"], print_only=True) == []
-        assert capsys.readouterr().out == render(config, [tmp_path / "run"], clone=CLONE)
+        assert submit_runs(config, [tmp_path / "run"], print_only=True) == []
+        assert capsys.readouterr().out == render_train_script(config, [tmp_path / "run"], code_dir=CLONE)
 
     def test_submission_passes_on_a_refusal(self, sbatch: Path, tmp_path: Path) -> None:
         sbatch.write_text("#!/bin/sh\necho 'invalid partition specified: gpu' >&2; exit 1\n")
         with pytest.raises(ConfigError, match="invalid partition specified: gpu"):
-            submit(RunConfig(launcher=SlurmConfig()), [tmp_path / "run"], print_only=False)
+            submit_runs(RunConfig(launcher=SlurmConfig()), [tmp_path / "run"], print_only=False)
 
     def test_submission_says_that_sbatch_is_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(ConfigError, match="sbatch, which is not on PATH"):
-            submit(RunConfig(launcher=SlurmConfig()), [tmp_path / "run"], print_only=False)
+            submit_runs(RunConfig(launcher=SlurmConfig()), [tmp_path / "run"], print_only=False)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.cluster import pipeline
-from launch.cluster.slurm import render
-from launch.cluster.submission import render_scripts
+from launch.cluster.slurm import render_train_script
+from launch.cluster.submission import script_text_by_part
 from tests.slurm.cluster import Cluster
 from trainer.config.run import Code, Preflight, RunConfig, SlurmConfig
 
@@ -35,7 +35,9 @@ SOME = {
 def rendered(name: str, tmp_path: Path, **more) -> Path:
     script = tmp_path / f"{name}.sbatch"
     runs = [tmp_path / "a run", tmp_path / "b"] if name == "names" else [tmp_path / "a run"]
-    script.write_text(render(RunConfig(launcher=SlurmConfig(**SOME[name], **more)), runs, clone=CLONE, cwd=tmp_path))
+    script.write_text(
+        render_train_script(RunConfig(launcher=SlurmConfig(**SOME[name], **more)), runs, code_dir=CLONE, cwd=tmp_path)
+    )
     return script
 
 
@@ -48,7 +50,7 @@ def test_scripts_pass_shellcheck(tmp_path: Path) -> None:
         *(rendered(name, tmp_path) for name in ("defaults", "set up", "container")),
     ]
     config = RunConfig(launcher=SlurmConfig(pipeline=["prepare", "train"]))
-    (tmp_path / "part.sbatch").write_text(render_scripts(config, [tmp_path / "run"], CLONE)["prepare"])
+    (tmp_path / "part.sbatch").write_text(script_text_by_part(config, [tmp_path / "run"], CLONE)["prepare"])
     done = subprocess.run(
         ["shellcheck", "-s", "bash", "-x", *map(str, scripts), str(tmp_path / "part.sbatch")],
         cwd=CLONE,
@@ -56,7 +58,7 @@ def test_scripts_pass_shellcheck(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert pipeline.PART_BODY in (tmp_path / "part.sbatch").read_text()
+    assert pipeline.PART_SCRIPT_BODY in (tmp_path / "part.sbatch").read_text()
 
 
 def test_scripts_are_in_the_wheel() -> None:

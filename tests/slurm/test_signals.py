@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.slurm import render
+from launch.cluster.slurm import render_train_script
 from launch.config.frozen import config_yaml
 from tests.helpers.covering import EVERYTHING, whole
 from tests.helpers.models import tiny_model_dir
@@ -70,7 +70,7 @@ def submit(
         (run / "logs").mkdir(parents=True)
         (run / "config.yaml").write_text(config_yaml(config))
     script = site / "script"
-    script.write_text(render(config, dirs, clone=site, cwd=site))
+    script.write_text(render_train_script(config, dirs, code_dir=site, cwd=site))
     job = cluster.sbatch(str(script), cwd=Path("/"), env=environment(steps, gate))
     return [Job(cluster, f"{job}_{i}" if len(dirs) > 1 else job, run) for i, run in enumerate(dirs)]
 
@@ -218,7 +218,7 @@ def test_container_ranks_run_in_the_image_and_the_script_outside(cluster: Cluste
     (run / "logs").mkdir(parents=True)
     whole = RunConfig(launcher=config)
     (run / "config.yaml").write_text(config_yaml(whole))
-    (site / "script").write_text(render(whole, [run], clone=site, cwd=site))
+    (site / "script").write_text(render_train_script(whole, [run], code_dir=site, cwd=site))
     job = cluster.sbatch(str(site / "script"), cwd=site, env=env)
     assert cluster.wait(job)["JobState"] == "COMPLETED", Job(cluster, job, run).logs()
     logs = Job(cluster, job, run).logs()

@@ -8,8 +8,8 @@ from launch.cluster.preflight.node_facts import PreflightRequest
 from launch.cluster.preflight.verdict import NodeReports, PreflightVerdict
 from launch.output import TableColumn, TableRow, format_table, wrap_sentences, wrap_text
 
-COLUMN_NAMES = ("node", "host", "python", "torch", "cores", "memory", "run.dir", "GPUs")
-COLUMNS = tuple(map(TableColumn, COLUMN_NAMES))
+NODE_COLUMN_NAMES = ("node", "host", "python", "torch", "cores", "memory", "run.dir", "GPUs")
+NODE_COLUMNS = tuple(map(TableColumn, NODE_COLUMN_NAMES))
 
 
 def report_text(request: PreflightRequest, reports: NodeReports, verdict: PreflightVerdict) -> str:
@@ -17,7 +17,7 @@ def report_text(request: PreflightRequest, reports: NodeReports, verdict: Prefli
     nodes = f"{request.nodes} node{'s' * (request.nodes > 1)}"
     processes = f"{request.processes} process{'es' * (request.processes > 1)}"
     lines = [f"preflight: {nodes} x {processes}"]
-    lines += format_table(COLUMNS, [_node_row(node, reports) for node in range(request.nodes)])
+    lines += format_table(NODE_COLUMNS, [_node_row(node, reports) for node in range(request.nodes)])
     if reports.communication_rates is not None:
         lines += wrap_text(_communication_line(reports.communication_rates), indent=2)
     if verdict.problems:
@@ -44,7 +44,7 @@ def _node_row(node: int, reports: NodeReports) -> TableRow:
             "run.dir": _gib_text(run_dir_facts.get("free_gib")),
             "GPUs": f"{facts['gpu_count']} {gpus[0]['name']}" if gpus else "none",
         }
-    return TableRow(tuple(cell_by_column.get(column, "") for column in COLUMN_NAMES))
+    return TableRow(tuple(cell_by_column.get(column, "") for column in NODE_COLUMN_NAMES))
 
 
 def _gib_text(gib: float | None) -> str:

@@ -20,8 +20,14 @@ from typing import Any, NamedTuple
 
 from launch.cluster.containers import INSIDE_CONTAINER
 from launch.cluster.preflight.node import REPORT_MARK
-from launch.cluster.preflight.node_facts import REQUEST_VARIABLE, VISIBLE_S, NodeFacts, PreflightRequest
-from launch.cluster.preflight.verdict import FailedRank, NodeReports, PreflightVerdict, judge
+from launch.cluster.preflight.node_facts import (
+    COORDINATOR_FILE,
+    REQUEST_VARIABLE,
+    VISIBILITY_TIMEOUT_S,
+    NodeFacts,
+    PreflightRequest,
+)
+from launch.cluster.preflight.verdict import FailedRank, NodeReports, PreflightVerdict, judge_preflight
 from strategies.errors import StorageError
 from trainer.config.host_memory import node_gib
 from trainer.config.sbatch_options import gpu_request, ranks_per_node
@@ -109,7 +115,7 @@ class _ReportCollector:
     request: PreflightRequest
     reports: NodeReports
     lines: queue.Queue[PrintedLine | None] = field(default_factory=queue.Queue)
-    """Lines as read by the threads of `_start`; None if one of their pipes has ended."""
+    """Lines as read by the threads of `_start_command`; None if one of their pipes has ended."""
     pieces: dict[tuple[int, int], list[str]] = field(default_factory=dict)
     """Pieces of a report that is not complete, by node and rank."""
     ended_nodes: set[int] = field(default_factory=set)
@@ -247,23 +253,23 @@ def run_preflight(
     with _shared_directory(request) as shared_directory:
         reports = NodeReports(hosts)
         collector = _ReportCollector(request, reports)
-        processes = [_start(command, request, collector.lines) for command in commands]
+        processes = [_start_command(command, request, collector.lines) for command in commands]
         try:
             reports.waited_s = collector.collect(2 * len(processes), is_queued=is_queued)  # stdout and stderr of each
         finally:
             _end_processes(processes)
         reports.visible_nodes = _nodes_sharing_directory(shared_directory, set(reports.facts))
-    return reports, judge(request, reports)
+    return reports, judge_preflight(request, reports)
 
 
 def _nodes_sharing_directory(shared_directory: Path | None, nodes: set[int]) -> set[int]:
-    """The nodes whose file in the shared directory becomes visible on this host within `VISIBLE_S` seconds.
+    """The nodes whose file in the shared directory becomes visible on this host within `VISIBILITY_TIMEOUT_S` seconds.
 
     `shared_directory`: None if the run has no directory yet; then all `nodes` count as visible.
     """
     if shared_directory is None:
         return nodes
-    deadline = time.monotonic() + VISIBLE_S
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT_S
     while True:
         visible_nodes = {node for node in nodes if (shared_directory / str(node)).exists()}
         if visible_nodes == nodes or time.monotonic() > deadline:
@@ -284,7 +290,7 @@ def _shared_directory(request: PreflightRequest) -> Iterator[Path | None]:
     directory = Path(request.run_dir).expanduser() / "preflight" / request.token
     try:
         directory.mkdir(parents=True)
-        (directory / "asked").write_text(request.token, encoding="utf-8")
+        (directory / COORDINATOR_FILE).write_text(request.token, encoding="utf-8")
     except OSError as error:
         raise StorageError(
             f"{directory}: cannot be written ({error.strerror or error}); free space, or set run.dir"
@@ -297,7 +303,7 @@ def _shared_directory(request: PreflightRequest) -> Iterator[Path | None]:
             directory.parent.rmdir()
 
 
-def _start(
+def _start_command(
     command: NodeCommand, request: PreflightRequest, lines: queue.Queue[PrintedLine | None]
 ) -> subprocess.Popen[str]:
     """Start the process of a command, with two threads that read its stdout and stderr.
@@ -337,7 +343,7 @@ def _is_communication_settled(request: PreflightRequest, reports: NodeReports, s
 
     `since_answers_s`: seconds since all nodes have answered.
     """
-    if judge(request, reports, is_final=False).problems:
+    if judge_preflight(request, reports, is_final=False).problems:
         return True
     if not request.tests_communication:
         return True

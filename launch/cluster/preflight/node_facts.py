@@ -37,10 +37,10 @@ COMPARED_LIBRARIES = (
     "nvidia-nccl-cu13",
 )
 """Distributions that must be the same on all nodes."""
-PACKAGES = ("launch", "trainer", "strategies", "conf")
+CODE_DIR_NAMES = ("launch", "trainer", "strategies", "conf")
 DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 """Variables that list the devices a process may use."""
-VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_NUM_THREADS", *DEVICE_VARIABLES)
+RELEVANT_VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "HF_", "OMP_NUM_THREADS", *DEVICE_VARIABLES)
 """Beginnings of environment variables that change what a run does."""
 AMD_GPUS_DIRECTORY = Path("/sys/class/kfd/kfd/topology/nodes")
 """Where Linux lists AMD's GPUs, beside the processors."""
@@ -50,8 +50,10 @@ SLOWDOWN_FIELD_NAMES: tuple[tuple[str, ...], ...] = (
     (),
 )
 """Field of nvidia-smi that says whether the hardware slows a GPU down: in newer drivers, in older ones, in those without."""
-VISIBLE_S = 5.0
+VISIBILITY_TIMEOUT_S = 5.0
 """Seconds after which a file that another host wrote must be seen; network file systems remember what was not there."""
+COORDINATOR_FILE = "asked"
+"""The file that the coordinator writes into the directory of a preflight."""
 GIB = 2**30
 
 
@@ -135,8 +137,8 @@ class NodeFacts(TypedDict):
 def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
     """What node number `node` sees of what the request names: `NodeFacts` without `heard_at`.
 
-    Writes a file into the run directory (`run_dir_facts`). Nothing is judged here (`verdict.judge` does that), and nothing that
-    is missing raises an error.
+    Writes a file into the run directory, by which the coordinator sees this node. Nothing is judged here, and nothing that is
+    missing raises an error.
     """
     packages = {}
     for name in COMPARED_LIBRARIES:
@@ -145,7 +147,7 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
             packages[name] = version
     environment = {}
     for name, setting in sorted(os.environ.items()):
-        if name.startswith(VARIABLE_PREFIXES):
+        if name.startswith(RELEVANT_VARIABLE_PREFIXES):
             environment[name] = setting
     visible_paths = {}
     for path in request.paths:
@@ -177,7 +179,7 @@ def code_facts() -> dict[str, str]:
     """Where shardtune's code lies on this node, and a digest of its files, which must be the same on all nodes."""
     root = Path(__file__).resolve().parents[3]
     digest = hashlib.sha256()
-    for package in PACKAGES:
+    for package in CODE_DIR_NAMES:
         for file in sorted([*(root / package).rglob("*.py"), *(root / package).rglob("*.yaml")]):
             digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
     return {"path": str(root), "digest": digest.hexdigest()[:12]}
@@ -203,25 +205,26 @@ def _memory_free_gib() -> float | None:
     return None
 
 
-def run_dir_facts(run_dir: Path, token: str, node: int) -> dict[str, Any]:
+def run_dir_facts(run_dir: Path, preflight_id: str, node_number: int) -> dict[str, Any]:
     """What this node sees of the run directory; also writes a file there by which the coordinator sees this node.
 
-    `token`: names this preflight's directory in the run directory. The result's keys:
-    - sees: whether the coordinator's file is visible here, at the latest after `VISIBLE_S` seconds; without it, nothing follows;
+    `preflight_id`: names this preflight's directory in the run directory. The keys of the result:
+    - sees: whether the coordinator's file is visible here, at the latest after `VISIBILITY_TIMEOUT_S` seconds. If False, only
+      `problem` (None) is there besides;
     - problem: why this node cannot write there; None if it can;
     - behind_s: seconds by which this host's clock is behind that of the file system;
     - free_gib: free space.
     """
-    directory = run_dir / "preflight" / token
+    directory = run_dir / "preflight" / preflight_id
     facts: dict[str, Any] = {"sees": False, "problem": None}
-    deadline = time.monotonic() + VISIBLE_S
-    while not (directory / "asked").exists():
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT_S
+    while not (directory / COORDINATOR_FILE).exists():
         if time.monotonic() > deadline:
             return facts
         time.sleep(0.2)
     facts["sees"] = True
     try:
-        own_file = directory / str(node)
+        own_file = directory / str(node_number)
         own_file.write_text(socket.gethostname(), encoding="utf-8")
         facts["behind_s"] = own_file.stat().st_mtime - time.time()
         facts["free_gib"] = shutil.disk_usage(directory).free / GIB
@@ -267,10 +270,10 @@ def gpu_facts() -> dict[str, Any]:
     The result's keys: gpus (a dictionary each: {"index": 0, "name": "NVIDIA H100", "memory_mib": 81559, ...}), gpu_count (how
     many of them a process may use), gpu_processes (a text each: "pid name MiB").
     """
-    # Names for the columns of `_nvidia_rows`, in order. A row lacks the last one if the driver does not know it.
+    # Names for the columns of `_nvidia_smi_rows`, in order. A row lacks the last one if the driver does not know it.
     keys = ("index", "name", "memory_mib", "used_mib", "ecc_errors", "clock_mhz", "slowed")
     gpus = []
-    for row in _nvidia_rows():
+    for row in _nvidia_smi_rows():
         gpus.append({key: _parse_cell(cell) for key, cell in zip(keys, row, strict=False)})
     if not gpus:
         gpus = _amd_gpus()
@@ -287,15 +290,15 @@ def gpu_facts() -> dict[str, Any]:
     return {"gpus": gpus, "gpu_count": num_usable_gpus, "gpu_processes": [" ".join(row) for row in process_rows]}
 
 
-def _nvidia_rows() -> list[list[str]]:
+def _nvidia_smi_rows() -> list[list[str]]:
     """A row of nvidia-smi for each GPU, with the fields below; empty without NVIDIA's GPUs.
 
     The last field says whether the GPU is slowed down. Its name depends on the driver, and nvidia-smi refuses all fields if it
     does not know one. So the names are tried in turn (`SLOWDOWN_FIELD_NAMES`), last without the field.
     """
     fields = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total", "clocks.max.sm")
-    for slowdown_field in SLOWDOWN_FIELD_NAMES:
-        rows = nvidia_smi("gpu", (*fields, *slowdown_field))
+    for slowdown_fields in SLOWDOWN_FIELD_NAMES:  # tuples of one name, the last one empty
+        rows = nvidia_smi("gpu", (*fields, *slowdown_fields))
         if rows:
             return rows
     return []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import socket
 import sys
 from dataclasses import dataclass
@@ -75,7 +74,6 @@ def _slurm_targets(config: RunConfig, overrides: list[str]) -> PreflightTargets:
     Raises ConfigError if the allocation has fewer nodes, or if the run's container cannot start here.
     """
     from launch.cluster.job_end import hosts_of_job
-    from launch.cluster.slurm import Options, node_request, quoted_options, setup_function_text
     from trainer.config.resuming import settings_as_dict
 
     # Which nodes.
@@ -83,8 +81,8 @@ def _slurm_targets(config: RunConfig, overrides: list[str]) -> PreflightTargets:
     assert isinstance(slurm, SlurmConfig)
     in_allocation = "SLURM_JOB_ID" in os.environ
     hosts = hosts_of_job() if in_allocation else []
-    sets_nodes = any(override.startswith("launcher.nodes=") for override in overrides)
-    if in_allocation and not sets_nodes:
+    is_number_of_nodes_set = any(override.startswith("launcher.nodes=") for override in overrides)
+    if in_allocation and not is_number_of_nodes_set:
         slurm.nodes = len(hosts)
     if in_allocation and slurm.nodes > len(hosts):
         raise ConfigError(f"launcher.nodes={slurm.nodes}: this allocation has {len(hosts)}; leave it out")
@@ -93,23 +91,37 @@ def _slurm_targets(config: RunConfig, overrides: list[str]) -> PreflightTargets:
     # What each node must have.
     settings = settings_as_dict(config)
     request = preflight_request(settings, num_nodes=slurm.nodes)
-    request.exchange = True
+    request.exchange = True  # the ranks' communication is tested too
     # The srun command that checks them.
-    env = {
+    environment = _srun_environment(slurm)
+    srun_options = _srun_options(slurm, in_allocation=in_allocation)
+    container = containers.container_command(settings, [ROOT])
+    containers.refuse_unavailable_container(settings["launcher"])
+    srun_options += container.srun_options
+    python = slurm.python or ("python3" if slurm.container else sys.executable)
+    command = srun_check_command(slurm.nodes, python, srun_options, environment, prefix=container.prefix)
+    return PreflightTargets(request, commands=[command], hosts=hosts, is_queued=not in_allocation)
+
+
+def _srun_environment(slurm: SlurmConfig) -> dict[str, str]:
+    """The environment variables of the srun command that checks nodes: those of this process, the code's path, and `setup`.
+
+    SHARDTUNE_SETUP holds the shell function `setup`, which the command runs on each node first.
+    """
+    from launch.cluster.slurm import setup_function_text
+
+    return {
         **os.environ,
         "SHARDTUNE_SETUP": setup_function_text(slurm, ROOT),
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONSAFEPATH": "1",
     }
+
+
+def _srun_options(slurm: SlurmConfig, *, in_allocation: bool) -> list[str]:
+    """The options of the srun command that checks nodes of the allocation that this process is in, or of a new one."""
+    from launch.cluster.slurm import node_request, unquoted_options
+
     if in_allocation:
-        srun_options = ["--overlap"]  # beside whatever else runs in the allocation
-    else:
-        options: Options = {**node_request(slurm), "time": TIME_LIMIT_MINUTES, "job-name": "shardtune-doctor"}
-        # `quoted_options` quotes for a shell. No shell reads these: shlex.split takes the quotes off again.
-        srun_options = [shlex.split(option)[0] for option in quoted_options(options)]
-    container = containers.container_command(settings, [ROOT])
-    containers.refuse_unavailable_container(settings["launcher"])
-    python = slurm.python or ("python3" if slurm.container else sys.executable)
-    srun_options += container.srun_options
-    command = srun_check_command(slurm.nodes, python, srun_options, env, prefix=container.prefix)
-    return PreflightTargets(request, [command], hosts, is_queued=not in_allocation)
+        return ["--overlap"]  # beside whatever else runs in the allocation
+    return unquoted_options({**node_request(slurm), "time": TIME_LIMIT_MINUTES, "job-name": "shardtune-doctor"})

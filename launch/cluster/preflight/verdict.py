@@ -68,14 +68,17 @@ class PreflightVerdict:
     notes: list[str]
 
 
-def judge(request: PreflightRequest, reports: NodeReports, *, is_final: bool = True) -> PreflightVerdict:
-    """Judge the nodes of a preflight: what keeps the job from starting, and what is worth knowing.
+def judge_preflight(request: PreflightRequest, reports: NodeReports, *, is_final: bool = True) -> PreflightVerdict:
+    """Judge the nodes of a preflight: what keeps the job from starting (problems), and what is worth knowing (notes).
+
+    `request`: what each node must have. `reports`: what the nodes and their ranks have reported so far.
 
     `is_final`: no further report will come. Only then are a silent node, a run directory that is not shared, and a communication
     test without a result problems too.
     """
-    problems = [*_problems_of_nodes(request, reports), *_problems_of_differing_nodes(reports)]
+    problems = [*_problems_of_nodes(request, reports), *_problems_of_deviating_nodes(reports)]
     if is_final:
+        # In the order in which the user reads them: a node that gave no answer at all comes first.
         problems = [
             *_problems_of_silent_nodes(request, reports),
             *problems,
@@ -156,7 +159,7 @@ def _run_dir_problems(host: str, run_dir: str | None, run_dir_facts: dict[str, A
         yield f"{host}: run.dir={run_dir} has {run_dir_facts['free_gib']:.2f} GiB free; a checkpoint would not fit"
 
 
-def _problems_of_differing_nodes(reports: NodeReports) -> Iterable[str]:
+def _problems_of_deviating_nodes(reports: NodeReports) -> Iterable[str]:
     """A problem for each node that differs from most others in what must be the same on all: Python, code, libraries, model.
 
     An example: "gpu02: torch is 2.7.0, but 2.8.0 on gpu01; all nodes need the same". Of what any node does not know, nothing is

@@ -9,7 +9,7 @@ import pytest
 
 from launch.cluster import rendezvous
 from launch.cluster.hosts import ThisHost, interface_by_address
-from launch.cluster.rendezvous import MissingHostsReport, StuckAgentGuard
+from launch.cluster.rendezvous import MissingHostsReport, StuckTorchrunGuard
 from launch.main import main
 from strategies import network
 from strategies.errors import ConfigError
@@ -99,7 +99,7 @@ def test_torchrun_that_outlives_failed_ranks_is_ended(tmp_path, monkeypatch):
     now, ranks, killed = 0.0, ["a rank"], []
     monkeypatch.setattr(rendezvous, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(rendezvous, "rank_processes", lambda agent: ranks)
-    left_behind = StuckAgentGuard(tmp_path)
+    left_behind = StuckTorchrunGuard(tmp_path)
     agent = SimpleNamespace(kill=lambda: killed.append(now))
 
     def look_until(end):

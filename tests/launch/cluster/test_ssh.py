@@ -190,7 +190,7 @@ def test_ssh_output_of_a_host_is_read_on_when_it_cannot_be_stored(tmp_path, caps
     (tmp_path / "hosts-1-0.log").symlink_to("/dev/full")
     monkeypatch.setattr(ssh, "re", SimpleNamespace(match=lambda *_: None))  # takes that file for the first start's
     try:
-        ssh.NodeOutput(tmp_path, None).listen([talks])
+        ssh.NodeOutput(tmp_path, None).start_reading_output([talks])
         assert talks.process.wait(seconds(60)) == 0
     finally:
         talks.process.kill()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.slurm import BODY
+from launch.cluster.slurm import TRAIN_SCRIPT_BODY
 from launch.main import main
 from launch.runs import stop as ways
 from launch.runs import stop_command
@@ -51,7 +51,7 @@ def process(code: str, run: Path) -> subprocess.Popen:
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Stand-ins for SLURM's commands; returns what was called. `(job id, state, run)` is what the queue holds."""
     log, script = tmp_path / "called", tmp_path / "script"
-    script.write_text("#!/bin/bash\n" + BODY)
+    script.write_text("#!/bin/bash\n" + TRAIN_SCRIPT_BODY)
     log.touch()
 
     def queue(job: str, state: str, run: Path) -> Path:

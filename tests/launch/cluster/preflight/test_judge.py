@@ -21,7 +21,7 @@ from launch.cluster.preflight.node_facts import (
     node_facts,
     run_dir_facts,
 )
-from launch.cluster.preflight.verdict import FailedRank, NodeReports, judge
+from launch.cluster.preflight.verdict import FailedRank, NodeReports, judge_preflight
 from trainer.config.resuming import settings_as_dict
 from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
 
@@ -55,7 +55,7 @@ def judged(*looks: dict[str, Any], **asked: Any) -> tuple[list[str], list[str]]:
     what = PreflightRequest(nodes=len(looks), run_dir="/runs/a", exchange=False)
     for key, value in asked.items():
         setattr(what, key, value)
-    verdict = judge(what, heard)
+    verdict = judge_preflight(what, heard)
     assert report_text(what, heard, verdict) and json.dumps(preflight_json(what, heard, verdict))
     return verdict.problems, verdict.notes
 
@@ -135,25 +135,25 @@ def test_preflight_notes_what_is_worth_knowing_and_no_problem():
 def test_silent_nodes_failed_ranks_and_slow_links():
     heard = NodeReports(["n0", "n1"], {0: seen(0)}, output={1: ["bash: python9: not found"]}, visible_nodes={0})
     asked = PreflightRequest(nodes=2)
-    assert judge(asked, heard, is_final=False).problems == []
-    assert judge(asked, heard).problems == ["n1: gave no answer: bash: python9: not found"]
+    assert judge_preflight(asked, heard, is_final=False).problems == []
+    assert judge_preflight(asked, heard).problems == ["n1: gave no answer: bash: python9: not found"]
     heard = NodeReports(
         ["n0", "n1"],
         {0: seen(0), 1: seen(1)},
         failed_ranks=[FailedRank(node=1, rank=1, error="refused")],
         visible_nodes={0},
     )
-    assert judge(asked, heard).problems == [
+    assert judge_preflight(asked, heard).problems == [
         "n1: a file that it wrote into run.dir=None does not appear on n0; it must be on a disk that all nodes share"
     ]
     heard.visible_nodes = {0, 1}
-    assert judge(asked, heard).problems == ["n1: rank 1 could not communicate with the other ranks: refused"]
+    assert judge_preflight(asked, heard).problems == ["n1: rank 1 could not communicate with the other ranks: refused"]
     pairs = [(0, 1, 10.0), (0, 2, 10.0), (1, 2, 3.0), (0, 3, 10.0), (1, 3, 9.0), (2, 3, 2.0)]
     exchange = {"backend": "gloo", "ranks": 4, "all_reduce": 1.0, "all_gather": 1.0, "pairs": pairs}
     heard = NodeReports(
         [], {node: seen(node) for node in range(4)}, communication_rates=exchange, visible_nodes={0, 1, 2, 3}
     )
-    verdict = judge(PreflightRequest(nodes=4), heard)
+    verdict = judge_preflight(PreflightRequest(nodes=4), heard)
     assert verdict.problems == [] and verdict.notes == [
         "n2: reaches 3.00 GB/s with another node, and 9.50 GB/s is usual here"
     ]
