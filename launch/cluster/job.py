@@ -37,7 +37,10 @@ SCRIPT_DECIDES_REASON = "is the script's own: change slurm/train.sbatch or slurm
 SCRIPT_LAUNCHER_KEYS = ("name", "processes", "nodes", "rdzv", "retry", "preflight", "code", "stage")
 """Keys below `launcher.` that slurm/train.sbatch takes as overrides; SLURM or the script itself has decided the others."""
 CONFIG_SECTIONS = ("launcher", "run", "model", "data")
-JOB_USAGE = "this is for job scripts: begin [words], or end <code> <stopped> [<unstarted>]"
+JOB_USAGE = (
+    "this is for job scripts: begin [overrides]; end <exit code of the step> <1 after TERM, else empty> "
+    "[<1 if no rank was started>]; or part <part> <run directory> <ranks>"
+)
 MAX_PORTS_TRIED = 50
 """How many ports are tried, one after another."""
 

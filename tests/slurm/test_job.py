@@ -270,3 +270,11 @@ def test_a_finished_run_is_not_submitted_again(run, monkeypatch, tmp_path, capsy
     assert [str(path.parent.relative_to(tmp_path)) for path in submitted] == ["new", "several/0", "several/2"]
     assert "--nodes=1\n" in submitted[1].read_text() and "--array=0-1\n" in submitted[1].read_text()
     assert "--nodes=2\n" in submitted[2].read_text() and "--array=0-1\n" in submitted[2].read_text()
+
+
+@pytest.mark.parametrize("argv", [[], ["stop"], ["part", "export"], ["end"], ["end", "x", ""]])
+def test_wrong_arguments_are_answered_with_the_three_forms(argv):
+    with pytest.raises(
+        ConfigError, match=r"begin \[overrides\]; end <exit code .*\]; or part <part> <run directory> <ranks>"
+    ):
+        job.main(argv)
