@@ -239,7 +239,7 @@ def _contains_text(batch: pa.RecordBatch, text: str) -> np.ndarray:
     """Which documents of a batch contain the text, in a column or in a message of a conversation: a boolean for each row."""
     import pyarrow.compute as pc
 
-    from trainer.data.store.documents import TURNS as CONVERSATION_COLUMNS
+    from trainer.data.store.documents import TURN_COLUMNS as CONVERSATION_COLUMNS
 
     def cells_with_text(column: Any) -> np.ndarray:
         return np.asarray(pc.fill_null(pc.match_substring(column, text), False))

@@ -48,17 +48,17 @@ def zst(data: bytes) -> bytes:
     return bytes(pa.compress(data, codec="zstd", asbytes=True)) if data else bytes.fromhex("28b52ffd2000010000")
 
 
-def table(**columns) -> pa.LoggedTable:
+def table(**columns) -> pa.Table:
     return pa.table(columns)
 
 
-def parquet(data: pa.LoggedTable) -> bytes:
+def parquet(data: pa.Table) -> bytes:
     sink = io.BytesIO()
     pq.write_table(data, sink)
     return sink.getvalue()
 
 
-def arrow(data: pa.LoggedTable, *, stream: bool) -> bytes:
+def arrow(data: pa.Table, *, stream: bool) -> bytes:
     sink = io.BytesIO()
     with (pa.ipc.new_stream if stream else pa.ipc.new_file)(sink, data.schema) as writer:
         writer.write_table(data)
@@ -285,12 +285,12 @@ def columnar() -> list[TaskCase]:
     good = table(text=["a", "b", "c"], n=[1, 2, 3])
     packed, ipc, stream = parquet(good), arrow(good, stream=False), arrow(good, stream=True)
     broken = pa.table({"text": pa.array([b"ok", b"\xff\xfe\xfd", b"x"]).view(pa.binary())})
-    unchecked = pa.LoggedTable.from_arrays(
+    unchecked = pa.Table.from_arrays(
         [pa.Array.from_buffers(pa.string(), 3, broken["text"].chunk(0).buffers())], names=["text"]
     )
     ends, far = struct.pack("<4i", 0, 1, 2, 3), struct.pack("<4i", 0, 1, 2, 1 << 30)
     assert stream.count(ends) == 1
-    doubled = pa.LoggedTable.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    doubled = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     return [
         file("x.parquet", packed, 3),
         file("x.parquet", packed[: len(packed) // 2], error="Parquet.*damaged", title="parquet cut off"),

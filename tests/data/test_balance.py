@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
 from trainer.data.config import BalanceBy, BalanceConfig, BalanceTarget
-from trainer.data.selection.balance import balance_problems, resample
+from trainer.data.selection.balance import balance_problems, resample_groups
 
 LABEL = BalanceBy.label
 
@@ -25,7 +25,7 @@ def names(number):
 
 def run(sizes, seed=0, **settings):
     group_of = members(*sizes)
-    chosen, report = resample(names(len(sizes)), group_of, BalanceConfig(by=LABEL, **settings), seed)
+    chosen, report = resample_groups(names(len(sizes)), group_of, BalanceConfig(by=LABEL, **settings), seed)
     return group_of, chosen, report
 
 
@@ -48,9 +48,9 @@ CONFIGS = st.builds(
 )
 def test_balance_draw_keeps_order_caps_and_counts_for_any_sizes(sizes, config, seed):
     group_of = members(*sizes)
-    chosen, report = resample(names(len(sizes)), group_of, config, seed)
+    chosen, report = resample_groups(names(len(sizes)), group_of, config, seed)
     assert chosen.dtype == np.int64 and (np.diff(chosen) >= 0).all()  # input order, repeats side by side
-    assert chosen.tolist() == resample(names(len(sizes)), group_of, config, seed)[0].tolist()
+    assert chosen.tolist() == resample_groups(names(len(sizes)), group_of, config, seed)[0].tolist()
     uses = np.bincount(chosen, minlength=len(group_of))
     assert 0 < len(chosen) == sum(after(report)) and uses.max(initial=0) <= config.max_repeats
     for group, row in enumerate(report.values()):
@@ -78,7 +78,7 @@ def test_balance_shares_follow_the_temperature_within_rounding(sizes, temperatur
 
 
 def test_balance_without_a_target_changes_nothing():
-    chosen, report = resample(names(2), members(30, 5), BalanceConfig(by=LABEL), 1)
+    chosen, report = resample_groups(names(2), members(30, 5), BalanceConfig(by=LABEL), 1)
     assert chosen.tolist() == list(range(35)) and after(report) == [30, 5]
 
 
@@ -134,7 +134,7 @@ def test_balance_with_a_larger_cap_keeps_what_a_smaller_cap_kept():
 
 
 def test_balance_draw_never_changes_between_versions():
-    assert resample(["a"], np.zeros(12, dtype=np.int64), BalanceConfig(by=LABEL, cap=5), 42)[0].tolist() == [
+    assert resample_groups(["a"], np.zeros(12, dtype=np.int64), BalanceConfig(by=LABEL, cap=5), 42)[0].tolist() == [
         1,
         4,
         7,
@@ -168,4 +168,4 @@ def test_balance_settings_that_cannot_be_met_are_refused(settings, message):
 def test_balance_share_for_a_group_without_documents_is_refused():
     config = BalanceConfig(by=LABEL, target=BalanceTarget.shares, shares={"a": 1, "b": 1})
     with pytest.raises(ConfigError, match=r"data\.balance\.shares\.b=1: no document is in that group"):
-        resample(["a", "b"], np.zeros(3, dtype=np.int64), config, 0)
+        resample_groups(["a", "b"], np.zeros(3, dtype=np.int64), config, 0)

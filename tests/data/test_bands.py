@@ -34,10 +34,10 @@ def test_bands_find_what_the_index_of_rensa_finds(tmp_path, monkeypatch):
     oracle = RMinHashLSH(0.5, BANDS * ROWS, BANDS)
     num_found = 0
     for number, sketch in enumerate(made):
-        assert index.find(number) == set(oracle.query(sketch))
-        num_found += len(index.find(number))
+        assert index.find_candidates(number) == set(oracle.query(sketch))
+        num_found += len(index.find_candidates(number))
         if number % 4:
-            index.keep(number)
+            index.add_kept(number)
             oracle.insert(number, sketch)
     assert num_found > 100
     assert 50 < np.count_nonzero(~index.shares_band) < 290
@@ -47,8 +47,8 @@ def test_bands_leave_no_file_and_take_nothing_for_documents_apart(tmp_path):
     digests = [[10 * number + place for place in range(BANDS * ROWS)] for number in range(50)]
     index = BandIndex([*digests, None, None], 52, BANDS, tmp_path)
     assert not index.shares_band.any() and index._slots.size == 0
-    index.keep(3)
-    assert index.find(3) == index.find(50) == set()
+    index.add_kept(3)
+    assert index.find_candidates(3) == index.find_candidates(50) == set()
     assert not list(tmp_path.iterdir())
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from trainer.data.config import ComparedText, DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
-from trainer.data.selection.near_duplicates import MAX_CHECKED, NearIndex, jaccard, ngrams
+from trainer.data.selection.near_duplicates import MAX_COMPARISONS, NearIndex, jaccard_similarity, ngrams
 from trainer.data.selection.signatures import Signer, compared_text, normalize, prompt_text
 from trainer.data.selection.splits import COPY_KINDS, duplicate_policies, find_duplicates
 
@@ -160,9 +160,9 @@ def test_duplicates_are_the_same_in_another_process_and_no_thread_is_left():
 def test_duplicates_jaccard_similarity_is_the_true_one(corpus, similarities):
     pairs = sorted(similarities)[:400]
     for first, second in pairs:
-        got = jaccard(*(set(ngrams(normalize(corpus[row]))) for row in (first, second)))
+        got = jaccard_similarity(*(set(ngrams(normalize(corpus[row]))) for row in (first, second)))
         assert got == pytest.approx(similarities[first, second], abs=1e-12)
-    assert jaccard(set(), set()) == 0
+    assert jaccard_similarity(set(), set()) == 0
 
 
 def test_duplicates_of_short_texts_need_the_same_words():
@@ -200,7 +200,7 @@ def test_duplicates_bucket_of_unlike_documents_is_cut_and_reported():
     copies = [text.rsplit(" ", 1)[0] for text in texts[80:120]]
     result = decide([text_document(text) for text in texts + copies])
     search = result.search
-    assert search["comparisons"] <= MAX_CHECKED * len(texts + copies) and search["incomplete"] > 100
+    assert search["comparisons"] <= MAX_COMPARISONS * len(texts + copies) and search["incomplete"] > 100
     assert result.kept[:600].all() and (~result.kept[600:]).sum() >= 38, "the likest are compared first"
 
 

@@ -13,7 +13,7 @@ from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.audit import Audit
 from trainer.data.report.preview import summary_text
-from trainer.data.selection.splits import take_whole_groups
+from trainer.data.selection.splits import choose_whole_groups
 from trainer.data.store.documents import DocumentTable
 
 
@@ -146,5 +146,5 @@ def test_eval_path_files_need_not_name_groups(tmp_path):
 
 def test_eval_split_passes_over_groups_too_large_for_the_share():
     draws = np.repeat(np.array([1, 2, 3, 4, 5], np.uint64), [50, 3, 9, 4, 2])
-    assert Counter(draws[take_whole_groups(draws, 7)].tolist()) == {2: 3, 4: 4}
-    assert Counter(draws[take_whole_groups(draws, 1)].tolist()) == {5: 2}, "one at least, the smallest"
+    assert Counter(draws[choose_whole_groups(draws, 7)].tolist()) == {2: 3, 4: 4}
+    assert Counter(draws[choose_whole_groups(draws, 1)].tolist()) == {5: 2}, "one at least, the smallest"

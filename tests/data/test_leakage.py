@@ -73,7 +73,7 @@ def test_leakage_of_every_kind_is_found_and_nothing_else(planted):
     leaks = leaks_of(train, held_out)
     found = zip(leaks.train.tolist(), leaks.held_out.tolist(), leaks.kind.tolist(), strict=True)
     assert {place: (other - len(train), LEAK_KINDS[kind]) for place, other, kind in found} == truth
-    assert leaks.incomplete == 0
+    assert leaks.num_incomplete == 0
 
 
 def test_leakage_of_near_duplicates_is_found_only_where_asked(planted):
@@ -106,7 +106,7 @@ def test_leakage_through_a_held_out_template_is_cut_and_reported():
     held_out = [row(" ".join([*base, *draw.choices(WORDS, k=40)]), "", "eval.jsonl") for _ in range(300)]
     train[-1] = row(held_out[250].prompt + " end", "")
     leaks = leaks_of(train, held_out)
-    assert leaks.train.tolist() == [39] and leaks.held_out.tolist() == [len(train) + 250] and leaks.incomplete >= 30
+    assert leaks.train.tolist() == [39] and leaks.held_out.tolist() == [len(train) + 250] and leaks.num_incomplete >= 30
 
 
 def test_leakage_without_held_out_rows_is_empty():

@@ -123,7 +123,7 @@ def test_pairs_preview_shows_both_answers(tmp_path):
 @pytest.mark.parametrize(("size", "micro"), [(1, 12), (2, 3), (3, 2), (4, 1)])
 def test_pairs_stay_together_on_every_rank(tmp_path, size, micro, layout):
     data = pair_set(tmp_path, num=NUM).train
-    data.attach("reference", np.arange(2 * NUM, dtype=np.float32))  # tells which sequences a batch holds
+    data.attach_mark("reference", np.arange(2 * NUM, dtype=np.float32))  # tells which sequences a batch holds
     units = [[2 * pair, 2 * pair + 1] for pair in range(NUM)]
     order = GlobalOrder(NUM, 7, True)
     seen = []
@@ -154,7 +154,7 @@ def test_pairs_stay_together_on_every_rank(tmp_path, size, micro, layout):
 @pytest.mark.parametrize(("batch", "size", "limit"), [(1, 1, None), (5, 2, None), (5, 3, 7), (100, 2, None)])
 def test_every_pair_is_evaluated_once(tmp_path, batch, size, limit):
     data = pair_set(tmp_path, num=NUM).train
-    data.attach("reference", np.arange(2 * NUM, dtype=np.float32))
+    data.attach_mark("reference", np.arange(2 * NUM, dtype=np.float32))
     collator = Collator(Layout.padded, 0)
     ranks = [list(eval_batches(data, EvalShare(batch, r, size, limit, 2), collator, "cpu")) for r in range(size)]
     assert len({len(rank) for rank in ranks}) == 1

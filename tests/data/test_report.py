@@ -265,7 +265,7 @@ def test_report_cuts_lists_and_texts_and_says_what_is_left_out(tmp_path):
 
 
 def level_of(audit, what):
-    (tile,) = (tile for tile in audit_tiles(audit) if what in tile.what)
+    (tile,) = (tile for tile in audit_tiles(audit) if what in tile.title)
     return tile.level
 
 

@@ -48,11 +48,11 @@ def test_rows_are_made_without_pandas():
 def test_duplicate_signatures_leave_out_what_nothing_is_compared_with():
     documents = documents_of_every_format()
     full = Signer(DuplicatesConfig()).sign(documents)
-    alone = Signer(DuplicatesConfig(), held_out=False).sign(documents)
+    alone = Signer(DuplicatesConfig(), has_held_out=False).sign(documents)
     assert full["prompt"].any() and not alone["prompt"].any()
     assert all((full[name] == alone[name]).all() for name in ("digest", "normal"))
     exact = DuplicatesConfig(normalized=DuplicatePolicy.none)
-    only = Signer(exact, held_out=False).sign(documents)
+    only = Signer(exact, has_held_out=False).sign(documents)
     assert (only["digest"] == full["digest"]).all() and len(set(only["normal"].tolist())) == len(documents)
     kept = Signer(exact).sign(documents)
     assert all((full[name] == kept[name]).all() for name in full)

@@ -14,7 +14,7 @@ from trainer.data.config import ControlTokens, DataConfig, Layout, OverLength
 from trainer.data.document import Document, Tally
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
-from trainer.data.report.preview import decode_pieces, preview_text, summary_text
+from trainer.data.report.preview import decode_weighted_pieces, preview_text, summary_text
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, exact_sum
 from trainer.data.tokens.encode import Encoder
@@ -152,7 +152,7 @@ def test_turn_weights_and_their_sums_are_stored(tmp_path):
     assert {piece.get("weight") for piece in audit["samples"][0]["pieces"] if piece["learned"]} == {0.3, None}
     assert f"total weight {total:,.10g}" in summary_text(prepared.report)
     assert "⟧*0.3" in preview_text(train, make.tiny_tokenizer(), width=200, colour=False)
-    assert ("dog<|im_end|>", 1.0) in decode_pieces(train.sample(0), make.tiny_tokenizer())
+    assert ("dog<|im_end|>", 1.0) in decode_weighted_pieces(train.sample(0), make.tiny_tokenizer())
     page = (prepared.directory / "audit.html").read_text()
     assert "<b>*0.3</b>" in page and "total weight" in page
 

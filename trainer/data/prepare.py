@@ -318,7 +318,7 @@ class Preparation:
 
                 refuse_findings(assembly.totals.tally.findings, self.config.privacy)
             label_names, label_ids = self.data_spec.number_labels(columns, table)
-            selection = choose_splits(self.config, columns, table, seed=self.seed, log=assembly.log_drop)
+            selection = choose_splits(self.config, columns, table, seed=self.seed, log_drop=assembly.log_drop)
             assembly.finish(label_ids)
 
         self.progress.phase = "writing the reports"

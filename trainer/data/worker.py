@@ -65,8 +65,8 @@ class BlockMaker:
             texts = itertools.chain.from_iterable(map(evaluation_texts, documents))
             self.decontaminator = Decontaminator(texts, config.decontamination)
         self.has_replay = any(source.replay for source in config.sources.values())
-        held_out = (config.eval_path, config.test_path, config.eval_share, config.test_share)
-        self.signer = Signer(config.duplicates, near=config.leakage.near, held_out=any(held_out))
+        has_held_out = any((config.eval_path, config.test_path, config.eval_share, config.test_share))
+        self.signer = Signer(config.duplicates, finds_near_leaks=config.leakage.near, has_held_out=has_held_out)
 
     def __call__(self, row_range: RowRange) -> PreparedBlock:
         """Turn a range of rows into a block: documents, their tokens, and hashes by which copies are found later.

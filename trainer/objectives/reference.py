@@ -87,7 +87,7 @@ def record_reference_logps(
             if logps is None:
                 logps = _compute_logps(dataset, engine, settings, column.sample_of, runtime, stop_now)
                 _write_column(path, logps, runtime)
-            dataset.attach(column.name, logps)
+            dataset.attach_mark(column.name, logps)
 
 
 class RecordLogps:

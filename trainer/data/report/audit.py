@@ -224,7 +224,7 @@ class Audit(_Strict):
     labels: dict[str, dict[str, int]]
     """{"before", "after"}: training documents of each label."""
     balance: dict[str, dict[str, float | str | None]]
-    """Of each group what `selection.balance.resample` says."""
+    """Of each group what `selection.balance.resample_groups` says."""
     duplicates: dict[str, Copies]
     leakage: dict[str, Leaks]
     """By held-out split."""

@@ -19,8 +19,8 @@ from trainer.data.fields import shorten_name_list
 from trainer.data.objective_spec import DataSpec
 from trainer.data.report import audit as audit_schema
 from trainer.data.report.pages import audit_page_html, datacard_text
-from trainer.data.report.preview import decode_pieces
-from trainer.data.report.wording import STAGE_SETTINGS
+from trainer.data.report.preview import decode_weighted_pieces
+from trainer.data.report.wording import SETTING_BY_STAGE
 from trainer.data.selection.splits import DocumentColumns, Selection
 from trainer.data.shards import QUARANTINE, PreparationTotals
 from trainer.data.sources import SourceInput
@@ -58,11 +58,11 @@ class ReportWriter:
         self.config = config
         self.tokenizer = tokenizer
         self.inputs = inputs
-        self.formats = formats
-        """How the rows of each input were read, by its id."""
+        self.format_by_input = formats
+        """How the rows of each input were read, by its (split, source)."""
         self.fingerprint = fingerprint
         self.directory = directory
-        self.digests = digests
+        self.digest_of = digests
         """Gives the SHA-256 of a file."""
 
     def write(
@@ -81,7 +81,7 @@ class ReportWriter:
         samples = self._decode_samples(TokenDataset.open(self.directory / "train"), data_spec, label_names)
         audit = self._make_audit(totals, columns, selection, samples)
         for name, split in audit.splits.items():
-            self._refuse_useless_split(name, split, audit.flow, has_answers=data_spec.has_answers)
+            self._check_split_is_useful(name, split, audit.flow, has_answers=data_spec.has_answers)
         # An empty evaluation file would otherwise be noticed only at the first evaluation.
         for source in audit.sources:
             if source.split != "train" and not source.kept:
@@ -110,13 +110,13 @@ class ReportWriter:
         """
         conserved = _count_conserved(totals, selection)
         datasets = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
-        splits = {split: self._split(dataset, selection.splits[split]) for split, dataset in datasets.items()}
+        splits = {split: self._describe_split(dataset, selection.splits[split]) for split, dataset in datasets.items()}
         sources = []
         for source_input in self.inputs:
-            sources.append(self._source(source_input, totals, columns, datasets.get(source_input.split)))
+            sources.append(self._describe_source(source_input, totals, columns, datasets.get(source_input.split)))
         languages = {}
         if self.config.languages:
-            languages = count_languages(self._some_documents(selection.splits["train"], MAX_JUDGED_DOCUMENTS))
+            languages = count_languages(self._spread_documents(selection.splits["train"], MAX_JUDGED_DOCUMENTS))
         return audit_schema.Audit(
             schema=audit_schema.SCHEMA,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -129,16 +129,16 @@ class ReportWriter:
             splits=splits,
             sources=sources,
             unread_columns={source: shorten_name_list(names) for source, names in totals.unread.items() if names},
-            mixing=self._mixing(datasets["train"]),
+            mixing=self._shares_of_epoch(datasets["train"]),
             **_selection_fields(selection),
-            privacy=self._privacy(totals),
+            privacy=self._describe_personal_data(totals),
             languages=languages,
             samples=samples,
         )
 
-    def _split(self, dataset: TokenDataset, documents: np.ndarray) -> audit_schema.Split:
+    def _describe_split(self, dataset: TokenDataset, documents: np.ndarray) -> audit_schema.Split:
         """Sizes, end tokens and distributions of one split. `documents`: the numbers of its documents."""
-        counted_documents = self._some_documents(documents, MAX_COUNTED_DOCUMENTS)
+        counted_documents = self._spread_documents(documents, MAX_COUNTED_DOCUMENTS)
         num_turns = np.array([len(document.turns()) for document in counted_documents], np.int64)
         supervised_shares = dataset.num_supervised / np.maximum(dataset.lengths, 1)
         return audit_schema.Split(
@@ -159,12 +159,12 @@ class ReportWriter:
         is_doubled = (dataset.tokens[begins] == bos) & (dataset.tokens[begins + 1] == bos)
         return int(is_doubled.sum())
 
-    def _refuse_useless_split(
+    def _check_split_is_useful(
         self, name: str, split: audit_schema.Split, flow: list[audit_schema.StageReport], *, has_answers: bool
     ) -> None:
         """Raise DataError if a split would teach nothing: no document is left, or too few tokens are supervised.
 
-        `flow`: what each stage dropped. `has_answers`: whether the data has what is learned, see `DataSpec`.
+        `flow`: what each stage dropped. `has_answers`: whether the data has what is learned; False if the model generates it.
         """
         has_own_files = getattr(self.config, f"{name}_path", None) is not None
         key = f"data.{name}_path" if has_own_files else "data.path"
@@ -189,7 +189,7 @@ class ReportWriter:
                 drop_counts.append(f"{stage.stage}/{reason} {count}")
                 reasons.add(reason)
         worst_stage = max(flow, key=lambda stage: sum(stage.dropped.values())).stage
-        setting = STAGE_SETTINGS.get(worst_stage)
+        setting = SETTING_BY_STAGE.get(worst_stage)
         advice = ""
         if setting:
             advice = f"loosen {setting} or "
@@ -197,7 +197,7 @@ class ReportWriter:
             advice = f"raise data.max_length={self.config.max_length} or "
         return f"(dropped: {', '.join(drop_counts) or 'none'}); {advice}fix the data"
 
-    def _source(
+    def _describe_source(
         self,
         source_input: SourceInput,
         totals: PreparationTotals,
@@ -206,7 +206,7 @@ class ReportWriter:
     ) -> audit_schema.Source:
         """Rows and tokens that one input gave, with sizes and digests of its files. `dataset`: its split; None if it is empty."""
         files = []
-        for record in source_input.origin.file_records(self.digests):
+        for record in source_input.origin.file_records(self.digest_of):
             num_rows = totals.rows_of_file.get(record["path"])
             files.append(audit_schema.SourceFile(**record, rows=num_rows))
         num_tokens = num_supervised = 0
@@ -217,7 +217,7 @@ class ReportWriter:
         return audit_schema.Source(
             name=source_input.source,
             split=source_input.split,
-            format=str(self.formats[source_input.id]),
+            format=str(self.format_by_input[source_input.id]),
             files=files,
             rows=totals.rows[source_input.id],
             kept=totals.kept[source_input.id],
@@ -227,7 +227,7 @@ class ReportWriter:
             licence=source_input.licence or self.config.card.licence,
         )
 
-    def _mixing(self, train: TokenDataset) -> dict[str, Any]:
+    def _shares_of_epoch(self, train: TokenDataset) -> dict[str, Any]:
         """The share of an epoch that each weighted source is to have, and the share it has; empty without weights.
 
         An epoch of unpacked documents: packs change the shares a little.
@@ -235,10 +235,11 @@ class ReportWriter:
         if all(source.weight is None for source in self.config.sources.values()):
             return {}
         mix = SourceMix.of(self.config, train.source_names, train.sources, train.lengths)
-        realised = mix.report_by_source(mix.quotas(self.config.mixing))
-        return {name: shares for name, shares in realised.items() if name in self.config.sources}
+        shares_by_source = mix.report_by_source(mix.quotas(self.config.mixing))
+        # The data set has held-out inputs as sources too, which are never mixed.
+        return {name: shares for name, shares in shares_by_source.items() if name in self.config.sources}
 
-    def _privacy(self, totals: PreparationTotals) -> audit_schema.PersonalData | None:
+    def _describe_personal_data(self, totals: PreparationTotals) -> audit_schema.PersonalData | None:
         """What the search for personal data found, by type, the most frequent first; None if it was switched off."""
         config = self.config.privacy
         if config.mode is PrivacyMode.none:
@@ -248,14 +249,12 @@ class ReportWriter:
 
         findings = totals.tally.findings
         types: dict[str, audit_schema.PersonalType] = {}
-        most_frequent_first = sorted(
-            findings.counts.items(), key=lambda type_and_count: (-type_and_count[1], type_and_count[0])
-        )
-        for type_, count in most_frequent_first:
-            types[type_] = audit_schema.PersonalType(
-                findings=count,
-                documents=findings.documents_by_type[type_],
-                examples=findings.examples.get(type_, []),
+        # The most frequent first, then by name.
+        for type_name in sorted(findings.counts, key=lambda type_name: (-findings.counts[type_name], type_name)):
+            types[type_name] = audit_schema.PersonalType(
+                findings=findings.counts[type_name],
+                documents=findings.documents_by_type[type_name],
+                examples=findings.examples.get(type_name, []),
             )
         documents_with_findings = {source: number for source, number in sorted(findings.documents.items()) if number}
         return audit_schema.PersonalData(
@@ -268,11 +267,11 @@ class ReportWriter:
             types=types,
         )
 
-    def _some_documents(self, numbers: np.ndarray, about: int) -> Iterator[Document]:
+    def _spread_documents(self, document_numbers: np.ndarray, about: int) -> Iterator[Document]:
         """About `about` of the documents with these numbers, spread evenly over all of them."""
         table = DocumentTable(self.directory)
-        stride = max(1, len(numbers) // about)
-        for number in numbers[::stride]:
+        stride = max(1, len(document_numbers) // about)
+        for number in document_numbers[::stride]:
             yield table.document(int(number))
 
     def _decode_samples(
@@ -295,7 +294,9 @@ class ReportWriter:
             for sequence, heading in enumerate(data_spec.headings(), start=first_sequence):
                 sample = dataset.sample(sequence)
                 notes = (heading.rstrip(":\n"), data_spec.note(sample, label_names))
-                pieces = [_piece_fields(text, weight) for text, weight in decode_pieces(sample, self.tokenizer)]
+                pieces = [
+                    _piece_fields(text, weight) for text, weight in decode_weighted_pieces(sample, self.tokenizer)
+                ]
                 samples.append(
                     audit_schema.DecodedSample(where=location, note=" ".join(filter(None, notes)), pieces=pieces)
                 )

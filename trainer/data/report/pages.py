@@ -33,33 +33,34 @@ MAX_SAMPLE_CHARACTERS = 3000
 """Characters of one decoded sample."""
 
 
-def audit_page_html(audit: Audit, stated: CardConfig) -> str:
+def audit_page_html(audit: Audit, data_statement: CardConfig) -> str:
     """The text of `audit.html`. Whatever comes from the data is escaped; long lists are cut, with the number left out.
 
-    `stated`: what the owner of the data states about it (`data.card`).
+    `data_statement`: what the owner of the data states about it (`data.card`).
     """
     all_tiles = audit_tiles(audit)
     level, verdict = overall_level(all_tiles)
     cards = []
     for tile in all_tiles:
-        cards.append(PageCard(tile.what, tile.value, tile.note, TONES[tile.level], href=f"#{tile.anchor}"))
+        tone = TONE_BY_LEVEL[tile.level]
+        cards.append(PageCard(tile.title, tile.value, tile.note, tone, href=f"#{tile.anchor}"))
     return render(
         "trainer.data.report",
         "page.html.j2",
         filters=PAGE_FILTERS,
-        finalize=_shorten_plain_text,
+        finalize=_shorten_plain_text,  # Jinja applies it to each value that the page prints
         audit=audit,
         cards=cards,
-        tone=TONES[level],
-        words=verdict,
+        tone=TONE_BY_LEVEL[level],
+        verdict=verdict,
         advice=[tile for tile in all_tiles if tile.level in (Level.act, Level.look)],
-        gaps=known_gaps(audit, stated),
-        card=stated,
+        known_gaps=known_gaps(audit, data_statement),
+        data_statement=data_statement,
         plural=plural,
     )
 
 
-TONES: dict[Level, Tone] = {Level.good: "good", Level.look: "warning", Level.act: "bad", Level.none: ""}
+TONE_BY_LEVEL: dict[Level, Tone] = {Level.good: "good", Level.look: "warning", Level.act: "bad", Level.none: ""}
 """How a level is tinted."""
 
 
@@ -78,8 +79,8 @@ def _shorten(text: str) -> str:
     return escape_control_characters(text)
 
 
-def sample_runs(sample: DecodedSample, max_characters: int = MAX_SAMPLE_CHARACTERS) -> list[tuple[Any, str]]:
-    """A decoded sample as runs for the page: (escaped text, its CSS class "learned", "context" or "cut").
+def sample_spans(sample: DecodedSample, max_characters: int = MAX_SAMPLE_CHARACTERS) -> list[tuple[Any, str]]:
+    """A decoded sample as spans for the page: (escaped text, its CSS class "learned", "context" or "cut").
 
     Example: [("Hi", "context"), ("Hello", "learned")]; "cut" is a note of the page's own, such as "… 900 characters …". If a
     sample has more than `max_characters`, two thirds of what is shown are its beginning and one third its end.
@@ -92,32 +93,33 @@ def sample_runs(sample: DecodedSample, max_characters: int = MAX_SAMPLE_CHARACTE
     if num_characters > max_characters:
         gap_begin = max_characters * 2 // 3
         gap_end = num_characters - max_characters // 3
-    page_runs: list[tuple[Any, str]] = []
+    spans: list[tuple[Any, str]] = []
     position = 0  # of the piece in the sample
     for piece in sample.pieces:
         text = piece["text"]
         css_class = "learned" if piece["learned"] else "context"
         text_before_gap = text[: max(gap_begin - position, 0)]
         if text_before_gap:
-            page_runs.append((escape(escape_control_characters(text_before_gap)), css_class))
+            spans.append((escape(escape_control_characters(text_before_gap)), css_class))
         gap_begins_here = position <= gap_begin < position + len(text)
         if gap_begins_here and gap_begin < gap_end:
-            page_runs.append((f"… {gap_end - gap_begin:,} characters …", "cut"))
-        text_behind_gap = text[max(gap_end - position, 0) :]
-        if text_behind_gap:
-            page_runs.append((escape(escape_control_characters(text_behind_gap)), css_class))
-        # A weight below 1 is shown behind the piece, as "*0.5".
-        if "weight" in piece and page_runs[-1][1] == "learned":
-            page_runs.append((f"*{piece['weight']:g}", "cut"))
+            spans.append((f"… {gap_end - gap_begin:,} characters …", "cut"))
+        text_after_gap = text[max(gap_end - position, 0) :]
+        if text_after_gap:
+            spans.append((escape(escape_control_characters(text_after_gap)), css_class))
         position += len(text)
-    return page_runs
+        # A weight below 1 is shown behind the piece, as "*0.5", if the end of the piece is shown.
+        is_end_in_gap = gap_begin < position <= gap_end
+        if "weight" in piece and not is_end_in_gap:
+            spans.append((f"*{piece['weight']:g}", "cut"))
+    return spans
 
 
 PAGE_FILTERS: dict[str, Callable[..., Any]] = {
     "reason": reason_text,
     "count": lambda number: f"{number:,.0f}",
     "figure": lambda number: f"{number:,.4g}",
-    "runs": sample_runs,
+    "spans": sample_spans,
 }
 """What the page's template has beside the filters of all pages."""
 HUB_LICENCES_REGEX = re.compile(
@@ -126,11 +128,11 @@ HUB_LICENCES_REGEX = re.compile(
     r"eupl-.*|epl-.*|ecl-2\.0|ms-pl|ncsa|osl-3\.0|postgresql|lppl-1\.3c|ofl-1\.1|unknown|other)"
 )
 """Licence identifiers that the hub knows."""
-SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
+SIZE_CATEGORIES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 """The hub's size categories, in documents: the first is below a thousand, each further one goes ten times as far."""
 
 
-def hub_licence(licence: str | None) -> tuple[str | None, str | None]:
+def parse_hub_licence(licence: str | None) -> tuple[str | None, str | None]:
     """(`license`, `license_name`) of a data card: "MIT" -> ("mit", None), "My terms" -> ("other", "My terms"); without, two None.
 
     The hub knows a licence by its identifier; any other one is `other`, with its name.
@@ -155,16 +157,16 @@ def datacard_text(audit: Audit, config: CardConfig) -> str:
     title = " ".join(escape_control_characters(config.title or f"Fine-tuning data: {source_names}").split())
     languages = list(config.languages) or _common_languages(audit.languages)
     num_documents = sum(split.documents for split in audit.splits.values())
-    licence, licence_name = hub_licence(escape_control_characters(config.licence or "").strip())
+    licence, licence_name = parse_hub_licence(escape_control_characters(config.licence or "").strip())
     is_labelled = any(split.labelled for split in audit.splits.values())
-    # Index into SIZES: how many of the limits 1,000, 10,000, ..., 1,000,000,000 are reached.
-    size_category = bisect_right([10**power for power in range(3, 10)], num_documents)
+    # How many of the limits 1,000, 10,000, ..., 1,000,000,000 are reached.
+    size_category_index = bisect_right([10**power for power in range(3, 10)], num_documents)
     metadata = DatasetCardData(
         pretty_name=title,
         license=licence,
         license_name=licence_name,
         language=languages or None,
-        size_categories=[SIZES[size_category]],
+        size_categories=[SIZE_CATEGORIES[size_category_index]],
         task_categories=["text-classification" if is_labelled else "text-generation"],
         tags=["shardtune", "fine-tuning"],
     )

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError
-from trainer.data.report.wording import REASON_TEXTS, escape_control_characters, few_ends_learned, template_environment
+from trainer.data.report.wording import (
+    REASON_TEXT_BY_CODE,
+    escape_control_characters,
+    few_ends_learned,
+    template_environment,
+)
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.data.transforms.privacy.rule import NOT_ASKED
 
@@ -24,7 +29,9 @@ if TYPE_CHECKING:
 
 GREEN = "\x1b[32m"
 RESET = "\x1b[0m"
-Cell = tuple[str, bool]
+WeightedPiece = tuple[str, float]
+"""A piece of a decoded sample, and the loss weight of its tokens: 0 for context, 1 for what is learned."""
+PreviewCell = tuple[str, bool]
 """A character, and whether it is learned."""
 
 
@@ -39,16 +46,17 @@ def preview_text(
     colour: bool | None = None,
     max_lines: int = 40,
 ) -> str:
-    """The document that begins at sequence `index` as text for the terminal, see `render_pieces`.
+    """The document that begins at sequence `index` as text for the terminal; what is learned is green, or between ⟦ and ⟧.
 
     With a `data_spec`, all sequences of the document, each under its heading and above its note; without one, the sequence alone.
-    `label_names`: in the order of their ids, for the notes.
+    `label_names`: in the order of their ids, for the notes. `width`: the longest line in characters. `colour` of None: as the
+    terminal allows. If there are more than `max_lines` lines, the middle is left out.
     """
     headings = data_spec.headings() if data_spec is not None else [""]
     texts = []
     for sequence, heading in enumerate(headings, start=index):
         sample = dataset.sample(sequence)
-        pieces = decode_pieces(sample, tokenizer)
+        pieces = decode_weighted_pieces(sample, tokenizer)
         text = heading + render_pieces(pieces, width=width, colour=colour, max_lines=max_lines)
         note = data_spec.note(sample, label_names) if data_spec is not None else ""
         if note:
@@ -57,18 +65,16 @@ def preview_text(
     return "\n".join(texts)
 
 
-def render_pieces(
-    pieces: list[tuple[str, float]], *, width: int, colour: bool | None = None, max_lines: int = 40
-) -> str:
+def render_pieces(pieces: list[WeightedPiece], *, width: int, colour: bool | None = None, max_lines: int = 40) -> str:
     """A decoded sample for the terminal: what is learned is green, or between ⟦ and ⟧, with its weight behind it if below 1.
 
-    `pieces`: those of `decode_pieces`. `width`: the longest line in characters. `colour` of None: as the terminal allows. If
-    there are more than `max_lines` lines, the middle is left out.
+    `pieces`: (text, loss weight). `width`: the longest line in characters. `colour` of None: as the terminal allows. If there are
+    more than `max_lines` lines, the middle is left out.
     """
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    cells = _cells(pieces, has_brackets=not colour)
-    lines, num_left_out = _first_and_last_lines(_wrap(cells, max(width, 1)), max_lines)
+    cells = _cells_of_pieces(pieces, has_brackets=not colour)
+    lines, num_left_out = _first_and_last_lines(_wrap_cells(cells, max(width, 1)), max_lines)
     if num_left_out:
         note = [(character, False) for character in f"[... {num_left_out} lines ...]"]
         num_first_lines = max_lines - max_lines // 2
@@ -77,12 +83,10 @@ def render_pieces(
     return "\n".join(map(line_to_text, lines))
 
 
-def _cells(pieces: list[tuple[str, float]], *, has_brackets: bool) -> Iterator[Cell]:
-    """The characters of `decode_pieces`, each with whether it is learned.
+def _cells_of_pieces(pieces: list[WeightedPiece], *, has_brackets: bool) -> Iterator[PreviewCell]:
+    """The characters of all pieces, each with whether it is learned.
 
-    With `has_brackets`, ⟦ and ⟧ stand around learned pieces.
-
-    A weight below 1 is shown behind the piece, as "*0.5".
+    With `has_brackets`, ⟦ and ⟧ stand around learned pieces. A weight below 1 is shown behind the piece, as "*0.5".
     """
     for text, weight in pieces:
         is_learned = weight > 0
@@ -93,14 +97,14 @@ def _cells(pieces: list[tuple[str, float]], *, has_brackets: bool) -> Iterator[C
             yield character, is_learned
 
 
-def _first_and_last_lines(lines: Iterator[list[Cell]], max_lines: int) -> tuple[list[list[Cell]], int]:
+def _first_and_last_lines(lines: Iterator[list[PreviewCell]], max_lines: int) -> tuple[list[list[PreviewCell]], int]:
     """(the first and the last lines, `max_lines` together at most; how many were left out between them).
 
     Never holds more lines than that, because a document may have a million tokens.
     """
     num_last = max_lines // 2
     first_lines = list(islice(lines, max_lines - num_last))
-    last_lines: deque[list[Cell]] = deque(maxlen=num_last)
+    last_lines: deque[list[PreviewCell]] = deque(maxlen=num_last)
     num_lines = len(first_lines)
     for line in lines:
         last_lines.append(line)
@@ -108,7 +112,7 @@ def _first_and_last_lines(lines: Iterator[list[Cell]], max_lines: int) -> tuple[
     return [*first_lines, *last_lines], num_lines - len(first_lines) - len(last_lines)
 
 
-def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
+def decode_weighted_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[WeightedPiece]:
     """A sample as text, in pieces (text, weight); the tokens of a piece are all context (0) or all learned with one weight.
 
     Example: [("Question: ", 0.0), ("Answer", 1.0)]. Characters that a terminal or a page would act on instead of showing are
@@ -116,28 +120,26 @@ def decode_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tu
     """
     # A token of context has weight 0, so that one array tells context, learned and weighted tokens apart.
     weights = sample.supervised * (np.float32(1) if sample.weights is None else sample.weights)
-    piece_begins = np.flatnonzero(np.diff(weights)) + 1
+    cut_points = np.flatnonzero(np.diff(weights)) + 1  # where the weight changes
     pieces = []
-    for ids, piece_weights in zip(
-        np.split(sample.input_ids, piece_begins), np.split(weights, piece_begins), strict=True
-    ):
+    for ids, piece_weights in zip(np.split(sample.input_ids, cut_points), np.split(weights, cut_points), strict=True):
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         # Rounded to what a float32 distinguishes, so that 0.1 is not shown as 0.10000000149.
         weight = float(f"{piece_weights[0]:.6g}") if len(piece_weights) else 0.0
-        pieces.append(("".join(map(_printable, text)), weight))
+        pieces.append(("".join(map(_escape_unprintable, text)), weight))
     return pieces
 
 
-def _printable(character: str) -> str:
+def _escape_unprintable(character: str) -> str:
     """A character, spelled as \\xNN if a terminal would act on it; line breaks stay."""
     if character == "\n" or character.isprintable():
         return character
     return f"\\x{ord(character):02x}"
 
 
-def _wrap(cells: Iterable[Cell], width: int) -> Iterator[list[Cell]]:
+def _wrap_cells(cells: Iterable[PreviewCell], width: int) -> Iterator[list[PreviewCell]]:
     """Cells in lines of at most `width`; a newline begins a line and is in none."""
-    line: list[Cell] = []
+    line: list[PreviewCell] = []
     for cell in cells:
         character, _ = cell
         is_newline = character == "\n"
@@ -149,12 +151,12 @@ def _wrap(cells: Iterable[Cell], width: int) -> Iterator[list[Cell]]:
     yield line
 
 
-def _without_colour(line: Iterable[Cell]) -> str:
+def _without_colour(line: Iterable[PreviewCell]) -> str:
     """The text of a line."""
     return "".join(character for character, _ in line)
 
 
-def _in_colour(line: list[Cell]) -> str:
+def _in_colour(line: list[PreviewCell]) -> str:
     """The text of a line with terminal codes around what is learned."""
     coloured = ""
     for is_learned, run in groupby(line, key=itemgetter(1)):
@@ -168,11 +170,11 @@ def summary_text(report: dict[str, Any]) -> str:
 
     Raises DataError if sequences of a split begin with two BOS.
     """
-    _refuse_doubled_bos(report)
+    _check_no_doubled_bos(report)
     template = template_environment(escape_control_characters, autoescape=False).get_template("terminal.txt.j2")
     text = template.render(
         report=report,
-        reason_texts=REASON_TEXTS,
+        reason_texts=REASON_TEXT_BY_CODE,
         not_asked=NOT_ASKED,
         is_prompts_alone=is_prompts_alone,
         few_ends_learned=few_ends_learned,
@@ -180,7 +182,7 @@ def summary_text(report: dict[str, Any]) -> str:
     return text.rstrip("\n")
 
 
-def _refuse_doubled_bos(report: dict[str, Any]) -> None:
+def _check_no_doubled_bos(report: dict[str, Any]) -> None:
     """Raise DataError if sequences of a split begin with two BOS, which no pretraining text does."""
     for split in ("train", "eval", "test"):
         num_doubled_bos = report.get(split, {}).get("doubled_bos")

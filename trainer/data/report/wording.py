@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trainer.data.config import CardConfig
 
 
-JOINERS = "\u200c\u200d"
+JOINER_CHARACTERS = "\u200c\u200d"
 """Invisible, but part of how words (Persian, Hindi) and emoji are spelled."""
 
 
@@ -34,8 +34,8 @@ def escape_control_characters(text: object) -> str:
 
 
 def _visible_character(character: str) -> str:
-    """A character as it is shown, see `escape_control_characters`."""
-    if character.isprintable() or character == "\n" or character in JOINERS:
+    """A character as it is shown: a tab as a space, a control character as \\xNN, others as they are."""
+    if character.isprintable() or character == "\n" or character in JOINER_CHARACTERS:
         return character
     if character == "\t":
         return " "
@@ -52,10 +52,10 @@ def reason_text(code: str) -> str:
 
     A code that speaks for itself gets blanks in place of its underscores.
     """
-    return REASON_TEXTS.get(code, code.replace("_", " "))
+    return REASON_TEXT_BY_CODE.get(code, code.replace("_", " "))
 
 
-REASON_TEXTS = {
+REASON_TEXT_BY_CODE = {
     "truncated": "truncated to data.max_length",
     "split": "split into pieces of data.max_length",
     "too_long": "longer than data.max_length",
@@ -102,7 +102,7 @@ def template_environment(escape: Callable[[str], str], *, autoescape: bool) -> E
     return environment
 
 
-STAGE_SETTINGS = {
+SETTING_BY_STAGE = {
     "checks": "data.checks.quarantine",
     "filters": "data.filters",
     "privacy": "data.privacy.mode",
@@ -118,7 +118,7 @@ NOT_MEASURED = "\N{EN DASH}"
 """Value of a tile that was not measured."""
 KEEPING_POLICIES = frozenset({"report", "none"})
 """Policies that leave what was found where it is."""
-HARMFUL_TYPES = re.compile(
+HARMFUL_TYPES_REGEX = re.compile(
     "SECRET|PASSWORD|KEY|SSN|ITIN|NHS|NINO|TAX|NIR|NIF|FISCAL|BSN|PESEL|AADHAAR|CPF|CREDIT_CARD|IBAN|MEDICAL|HEALTH"
 )
 """Parts of the names of types whose leaking does direct harm: left in the data, they call for action."""
@@ -137,7 +137,7 @@ class Level(StrEnum):
 class Tile:
     """One finding in a few words. `anchor`: the section of the page with more, `advice`: what can be done about it."""
 
-    what: str
+    title: str
     value: str
     note: str
     level: Level
@@ -163,7 +163,7 @@ def overall_level(all_tiles: list[Tile]) -> tuple[Level, str]:
     The level is the gravest of any tile.
     """
     for level, verdict in ((Level.act, "Calls for action"), (Level.look, "Worth a look")):
-        names = [tile.what.lower() for tile in all_tiles if tile.level is level]
+        names = [tile.title.lower() for tile in all_tiles if tile.level is level]
         if names:
             return level, f"{verdict}: {', '.join(names)}"
     return Level.good, "Nothing stands out"
@@ -223,7 +223,7 @@ def _cause_and_advice_of_most_drops(audit: Audit, *, only_unrequested: bool) -> 
     cause = reason_text(reason)
     if stage_name not in UNREQUESTED_STAGES:
         cause = f"{stage_name}, {cause}"
-    advice = f"see the places below, and {STAGE_SETTINGS.get(stage_name, 'quarantine.jsonl and dropped.jsonl')}"
+    advice = f"see the places below, and {SETTING_BY_STAGE.get(stage_name, 'quarantine.jsonl and dropped.jsonl')}"
     if reason == "too_long":
         advice = "raise data.max_length, or set data.over_length=truncate or split"
     return f"{cause} ({count:,})", advice
@@ -283,12 +283,12 @@ def _leakage_tile(audit: Audit) -> Tile:
     num_documents = sum(leaks.documents for leaks in all_leaks)
     num_prompts = sum(leaks.train["prompt"] for leaks in all_leaks)
     num_of_held_out_groups = sum(groups.in_training for groups in audit.groups.values())
-    stay_in_training = all(leaks.policy in KEEPING_POLICIES for leaks in all_leaks)
-    if num_of_held_out_groups and stay_in_training:
+    are_leaks_kept = all(leaks.policy in KEEPING_POLICIES for leaks in all_leaks)
+    if num_of_held_out_groups and are_leaks_kept:
         note = f"training documents of a {audit.words['data.group_by']} that is held out too"
         advice = "data.leakage.policy=drop_train takes them out"
         return Tile("Leakage", f"{num_of_held_out_groups:,}", note, Level.act, "leakage", advice)
-    if num_documents and stay_in_training:
+    if num_documents and are_leaks_kept:
         advice = "data.leakage.policy=drop_train takes them out; until then the evaluation measures memory"
         note = f"training documents are in {' and '.join(audit.leakage)} too"
         return Tile("Leakage", f"{num_documents:,}", note, Level.act, "leakage", advice)
@@ -311,17 +311,17 @@ def _duplicates_tile(audit: Audit) -> Tile:
     if not audit.duplicates:
         return Tile("Duplicates", NOT_MEASURED, "not looked for", Level.none, "duplicates")
     num_found = sum(copies.documents for copies in audit.duplicates.values())
-    # Documents still in the data, by kind ("exact", "normalized", "near").
-    left_in: dict[str, int] = {}
+    # Copies that are still in the data, by kind ("exact", "normalized", "near").
+    num_left_in_by_kind: dict[str, int] = {}
     for kind, copies in audit.duplicates.items():
         if copies.policy in KEEPING_POLICIES and copies.documents:
-            left_in[kind] = copies.documents
-    num_left_in = sum(left_in.values())
-    if not left_in:
+            num_left_in_by_kind[kind] = copies.documents
+    num_left_in = sum(num_left_in_by_kind.values())
+    if not num_left_in:
         note = "taken out" if num_found else "none found"
         return Tile("Duplicates", f"{num_found:,}", note, Level.good, "duplicates")
     share = num_left_in / max(audit.conserved["rows_in"], 1)
-    advice = ", ".join(f"data.duplicates.{kind}=drop" for kind in left_in) + " takes them out"
+    advice = ", ".join(f"data.duplicates.{kind}=drop" for kind in num_left_in_by_kind) + " takes them out"
     note = f"still in the data, {format_percent(share)} of the rows"
     level = _level_of_share(share, look_above=0.01, act_above=0.1)
     return Tile("Duplicates", f"{num_left_in:,}", note, level, "duplicates", advice)
@@ -331,7 +331,7 @@ def _personal_data_tile(audit: Audit) -> Tile:
     """The tile for documents with personal data: how many, and what was done about it.
 
     Not measured without a search; good if nothing was found or all of it was treated; else look, or act for types in
-    `HARMFUL_TYPES`.
+    `HARMFUL_TYPES_REGEX`.
     """
     privacy = audit.privacy
     if privacy is None or not privacy.scanned:
@@ -346,7 +346,7 @@ def _personal_data_tile(audit: Audit) -> Tile:
     if treatment:
         note = f"documents with findings, {treatment}{limits}"
         return Tile("Personal data", shown_number, note, Level.good, "privacy")
-    harmful_types = [type_ for type_ in privacy.types if HARMFUL_TYPES.search(type_)]
+    harmful_types = [type_name for type_name in privacy.types if HARMFUL_TYPES_REGEX.search(type_name)]
     level = Level.look
     note = f"documents with findings {scope}{limits}"
     if harmful_types:
@@ -356,13 +356,13 @@ def _personal_data_tile(audit: Audit) -> Tile:
     return Tile("Personal data", shown_number, note, level, "privacy", advice)
 
 
-def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
-    """What is not known about the data set, as short sentences.
+def known_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:
+    """What is not known about the data set, as short sentences, such as "there is no evaluation split".
 
     In order: what its owner did not state; what it lacks; what the tiles of the page say is not good; what was not looked for.
-    `stated`: what the owner states in `data.card`.
+    `data_statement`: what the owner states in `data.card`.
     """
-    gaps = _unstated_gaps(audit, stated)
+    gaps = _unstated_gaps(audit, data_statement)
     if "eval" not in audit.splits:
         gaps.append("there is no evaluation split")
     num_unusable = audit.quarantine["rows"]
@@ -372,7 +372,7 @@ def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
     for tile in (_leakage_tile(audit), _duplicates_tile(audit), _truncated_tile(audit)):
         if tile.level is not Level.good:
             shown_value = "" if tile.level is Level.none else tile.value
-            gaps.append(f"{tile.what.lower()}: {shown_value} {tile.note}")
+            gaps.append(f"{tile.title.lower()}: {shown_value} {tile.note}")
     switched_off = (False, "none")
     if audit.leakage and audit.words["data.leakage.near"] in switched_off:
         gaps.append("near leaks were not looked for (data.leakage.near)")
@@ -383,7 +383,7 @@ def known_gaps(audit: Audit, stated: CardConfig) -> list[str]:
     return gaps
 
 
-def _unstated_gaps(audit: Audit, stated: CardConfig) -> list[str]:
+def _unstated_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:
     """What the owner did not state in `data.card`, and what nobody detected either: questions, licences, languages."""
     question_by_field = {
         "description": "what it was made for",
@@ -394,14 +394,14 @@ def _unstated_gaps(audit: Audit, stated: CardConfig) -> list[str]:
     }
     gaps = []
     for field_name, question in question_by_field.items():
-        answer = getattr(stated, field_name) or ""
+        answer = getattr(data_statement, field_name) or ""
         if not answer.strip():
             gaps.append(f"not stated: {question} (data.card.{field_name})")
     unlicensed = [source.name for source in audit.sources if not source.licence]
     if unlicensed:
         more = " and others" if len(unlicensed) > 10 else ""
         gaps.append(f"not stated: the licence of {', '.join(unlicensed[:10])}{more}")
-    if not stated.languages and not audit.languages:
+    if not data_statement.languages and not audit.languages:
         gaps.append("languages neither stated nor detected (data.languages=true)")
     return gaps
 

@@ -8,36 +8,39 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from strategies.errors import ConfigError
 from trainer.data.config import BalanceConfig, BalanceTarget
 
-_RANDOM_STREAM = 3
+_RANDOM_STREAM_KEY = 3
 """Keeps these draws apart from those of the training order, which uses the same seed."""
 MAX_LISTED_NAMES = 10
 """Most names of groups in a message."""
 
 
-Shares = dict[str, float | str | None]
+GroupReport = dict[str, float | str | None]
 """What balancing did to a group: its documents `before` and `after` (repeats counted), `share_before`, `share_after`,
 `share_target`, documents `dropped`, the most `repeats` of one, and `limited_by`, the setting that kept it from its target."""
 
 
-def resample(
-    groups: list[str], group_of: np.ndarray, config: BalanceConfig, seed: int
-) -> tuple[np.ndarray, dict[str, Shares]]:
+class ResampledDocuments(NamedTuple):
+    """Which documents are used after balancing, and a report of it."""
+
+    documents: np.ndarray
+    """int64: numbers of the documents to use, in the order of the input, with repeats side by side."""
+    report_by_group: dict[str, GroupReport]
+
+
+def resample_groups(groups: list[str], group_of: np.ndarray, config: BalanceConfig, seed: int) -> ResampledDocuments:
     """Repeat or leave out training documents until groups (labels or sources) have the shares of `data.balance`.
 
-    `groups`: their names. `group_of`: the group of each document, int64 [n], n at least 1. Returns (numbers of the documents to
-    use, int64, in the order of the input with repeats side by side; report by group). Which documents are left out or repeated
-    once more depends on the seed and on their numbers alone.
-
-    The largest group relative to its share stays whole, and the others are repeated to match it. If nothing may be repeated, the
-    smallest one does, and the others shrink. `cap` bounds the sizes that the shares are computed from, as in Raffel et al. 2020
-    (arXiv:1910.10683, section 3.5.2), and the result. A group with a share above 0 keeps at least one document. Raises
-    ConfigError for settings that cannot be met; a target missed because of `cap` or `max_repeats` is stated in the report.
+    `groups`: their names. `group_of`: the group of each document, int64 [n], n at least 1. Which documents are left out or
+    repeated once more depends on the seed and on their numbers alone. `cap` bounds the sizes that the shares are computed from,
+    as in Raffel et al. 2020 (arXiv:1910.10683, section 3.5.2), and the sizes after balancing. Raises ConfigError for settings
+    that cannot be met; a target missed because of `cap` or `max_repeats` is stated in the report.
     """
     sizes_before = np.bincount(group_of, minlength=len(groups)).astype(np.int64)
     capped_sizes = sizes_before if config.cap is None else np.minimum(sizes_before, config.cap)
@@ -51,20 +54,21 @@ def resample(
         for group in np.flatnonzero(sizes > largest_sizes).tolist():
             limited_by[group] = setting
         sizes = np.minimum(sizes, largest_sizes)
-    num_uses = _uses_of_documents(group_of, sizes_before, sizes, seed)
+    num_uses = _num_uses_of_documents(group_of, sizes_before, sizes, seed)
     used_documents = np.repeat(np.arange(len(group_of)), num_uses)
-    return used_documents, _report(groups, group_of, num_uses, target_shares, limited_by)
+    report_by_group = _report_by_group(groups, group_of, num_uses, target_shares, limited_by)
+    return ResampledDocuments(used_documents, report_by_group)
 
 
 def _target_shares(groups: list[str], sizes: np.ndarray, config: BalanceConfig) -> np.ndarray:
     """The share that each group of these sizes shall have, float64 [groups], sum 1; 0 for a group without documents."""
     if config.target is BalanceTarget.shares:
-        return _normalised(_requested_shares(groups, sizes, config.shares))
+        return _shares_of_sum(_requested_shares(groups, sizes, config.shares))
     if config.target is BalanceTarget.uniform:
-        return _normalised((sizes > 0).astype(np.float64))
+        return _shares_of_sum((sizes > 0).astype(np.float64))
     if config.target is BalanceTarget.temperature:
-        return _normalised(sizes ** (1.0 / config.temperature))
-    return _normalised(sizes)
+        return _shares_of_sum(sizes ** (1.0 / config.temperature))
+    return _shares_of_sum(sizes)  # natural: the shares that the groups have
 
 
 def _requested_shares(groups: list[str], sizes: np.ndarray, shares: dict[str, float]) -> np.ndarray:
@@ -104,14 +108,15 @@ def _join_names(names: Sequence[str]) -> str:
 def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceConfig) -> np.ndarray:
     """How many documents each group should have, int64 [groups], before `cap` and `max_repeats` bound that.
 
-    `sizes`: documents that it has. If repeats are allowed, groups grow until the shares hold; else they shrink: sizes [10, 100]
-    with equal shares become [100, 100] or [10, 10].
+    `sizes`: documents that it has. If repeats are allowed, the largest group relative to its share stays whole, and the others
+    grow to match it: sizes [10, 100] with equal shares become [100, 100]. With `max_repeats=1` the smallest group relative to its
+    share stays whole, and the others shrink: [10, 10]. A group with a share above 0 keeps at least one document.
     """
     if config.target is BalanceTarget.natural:
         return sizes
     only_shrinks = config.max_repeats == 1
     has_share = target_shares > 0
-    # The total at which a group would keep all its documents: the smallest if groups only shrink, else the largest.
+    # By group, the total at which it would keep all its documents. The smallest counts if groups only shrink, else the largest.
     totals = sizes[has_share] / target_shares[has_share]
     total = totals.min() if only_shrinks else totals.max()
     # A tiny share would ask for more documents than a float counts exactly.
@@ -121,14 +126,14 @@ def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceC
     return np.where(has_share, np.maximum(target_sizes, 1), 0)
 
 
-def _uses_of_documents(group_of: np.ndarray, sizes_before: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
+def _num_uses_of_documents(group_of: np.ndarray, sizes_before: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
     """How often each document is used, int64 [n], so that groups of `sizes_before` documents come to have `sizes`.
 
     Within a group, all are used equally often; a random draw decides which are used once more. A group of 2 documents that is
     to have 5 uses one of them twice and the other three times.
     """
     # Raw bits, because their stream is promised never to change between versions of numpy.
-    random = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_RANDOM_STREAM,)))
+    random = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_RANDOM_STREAM_KEY,)))
     draws = random.random_raw(len(group_of))
     # Sorted by group, and within a group by the draw.
     by_group = np.lexsort((draws, group_of))
@@ -140,38 +145,42 @@ def _uses_of_documents(group_of: np.ndarray, sizes_before: np.ndarray, sizes: np
     return passes[group_of] + (rank_in_group < extra[group_of])
 
 
-def _normalised(amounts: np.ndarray) -> np.ndarray:
-    """Amounts as shares of their sum."""
+def _shares_of_sum(amounts: np.ndarray) -> np.ndarray:
+    """Each amount divided by the sum of all: [1, 3] -> [0.25, 0.75]."""
     return amounts / amounts.sum()
 
 
-def _report(
-    groups: list[str], group_of: np.ndarray, uses: np.ndarray, target_shares: np.ndarray, limited_by: list[str | None]
-) -> dict[str, Shares]:
-    """What balancing did to each group, see `Shares`. `uses`: how often each document is used, int64 [n].
+def _report_by_group(
+    groups: list[str],
+    group_of: np.ndarray,
+    num_uses: np.ndarray,
+    target_shares: np.ndarray,
+    limited_by: list[str | None],
+) -> dict[str, GroupReport]:
+    """What balancing did to each group, by its name. `num_uses`: how often each document is used, int64 [n].
 
     `limited_by`: by group, the setting (`cap`, `max_repeats`) because of which it misses its target share; None if none.
     """
-    before = np.bincount(group_of, minlength=len(groups))
-    after = np.bincount(group_of, weights=uses, minlength=len(groups)).astype(np.int64)
-    dropped = np.bincount(group_of[uses == 0], minlength=len(groups))
+    sizes_before = np.bincount(group_of, minlength=len(groups))
+    sizes_after = np.bincount(group_of, weights=num_uses, minlength=len(groups)).astype(np.int64)
+    num_dropped = np.bincount(group_of[num_uses == 0], minlength=len(groups))
     most_uses = np.zeros(len(groups), dtype=np.int64)
-    np.maximum.at(most_uses, group_of, uses)
-    shares_before = _normalised(before)
-    shares_after = _normalised(after)
-    report: dict[str, Shares] = {}
+    np.maximum.at(most_uses, group_of, num_uses)  # by group, the highest number among its documents
+    shares_before = _shares_of_sum(sizes_before)
+    shares_after = _shares_of_sum(sizes_after)
+    report_by_group: dict[str, GroupReport] = {}
     for group, name in enumerate(groups):
-        report[name] = {
-            "before": int(before[group]),
-            "after": int(after[group]),
+        report_by_group[name] = {
+            "before": int(sizes_before[group]),
+            "after": int(sizes_after[group]),
             "share_before": float(shares_before[group]),
             "share_after": float(shares_after[group]),
             "share_target": float(target_shares[group]),
-            "dropped": int(dropped[group]),
+            "dropped": int(num_dropped[group]),
             "repeats": int(most_uses[group]),
             "limited_by": limited_by[group],
         }
-    return report
+    return report_by_group
 
 
 def balance_problems(config: BalanceConfig) -> Iterator[str]:

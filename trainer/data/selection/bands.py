@@ -39,7 +39,7 @@ class BandIndex:
         self._bands = bands
         keys = _new_file((bands, num_documents), np.uint64, directory)
         has_keys = np.zeros(num_documents, bool)
-        for begin, keys_of_chunk, has_keys_of_chunk in _band_keys(digests, bands):
+        for begin, keys_of_chunk, has_keys_of_chunk in _band_keys_by_chunk(digests, bands):
             chunk = slice(begin, begin + len(has_keys_of_chunk))
             keys[:, chunk] = keys_of_chunk
             has_keys[chunk] = has_keys_of_chunk
@@ -65,8 +65,8 @@ class BandIndex:
             first_slot_of_group = np.cumsum(sizes) - sizes
             self._first_slot[band] = first_slot_of_group[group]
 
-    def keep(self, document: int) -> None:
-        """Let a document be found from now on."""
+    def add_kept(self, document: int) -> None:
+        """Let a document, which is kept and no copy, be found from now on. One that shares no band need not be found."""
         number = int(self._number[document])
         if number < 0:
             return
@@ -75,7 +75,7 @@ class BandIndex:
             self._slots[band, first_slot + self._num_kept[band, first_slot]] = document
             self._num_kept[band, first_slot] += 1
 
-    def find(self, document: int) -> set[int]:
+    def find_candidates(self, document: int) -> set[int]:
         """The kept documents that share a band with a document: the candidates for a near copy of it.
 
         A band is a part of a MinHash sketch; similar documents agree in at least one. `document`: a number from 0.
@@ -95,7 +95,7 @@ class BandIndex:
 def _new_file(shape: tuple[int, int], dtype: type, directory: Path | None) -> np.ndarray:
     """Zeros of this shape, mapped from a new file without a name, so that the system may write them out and drop them.
 
-    Errors: OSError if the disk has no room for all of them.
+    Raises OSError if the disk has no room for all of them.
     """
     if 0 in shape:
         return np.zeros(shape, dtype)
@@ -105,7 +105,9 @@ def _new_file(shape: tuple[int, int], dtype: type, directory: Path | None) -> np
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
-def _band_keys(digests: Iterable[list[int] | None], bands: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def _band_keys_by_chunk(
+    digests: Iterable[list[int] | None], bands: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Hash keys of the documents' bands (parts of their MinHash sketches), for n documents at a time.
 
     `digests`: the sketch of each document; None if it has no words. Yields (number of the first of the n documents, uint64
@@ -130,15 +132,17 @@ def _band_keys(digests: Iterable[list[int] | None], bands: int) -> Iterator[tupl
 def _is_repeated(keys: np.ndarray, has_keys: np.ndarray) -> np.ndarray:
     """Bool [n]: whether another document has the same key of this band. Only those can be candidates, so only they are kept.
 
-    `keys`: uint64 [n]. `has_keys` (bool [n]): which documents have one; the keys of others mean nothing.
+    Keys [7, 5, 7] give [True, False, True]. `keys`: uint64 [n]. `has_keys` (bool [n]): which documents have one; the keys of
+    others mean nothing.
     """
     documents = np.flatnonzero(has_keys)
-    order = np.argsort(keys[documents])
-    sorted_keys = keys[documents[order]]
+    documents_by_key = documents[np.argsort(keys[documents])]
+    sorted_keys = keys[documents_by_key]
+    # Equal keys are neighbours: a document's key is repeated if the key before or behind it is the same.
     equals_next = sorted_keys[1:] == sorted_keys[:-1]
-    is_repeated_in_order = np.zeros(len(order), bool)
+    is_repeated_in_order = np.zeros(len(sorted_keys), bool)
     is_repeated_in_order[1:] = equals_next
     is_repeated_in_order[:-1] |= equals_next
     is_repeated = np.zeros(len(keys), bool)
-    is_repeated[documents[order]] = is_repeated_in_order
+    is_repeated[documents_by_key] = is_repeated_in_order
     return is_repeated

@@ -22,7 +22,7 @@ LEAK_KINDS = ("exact", "normalized", "near", "prompt")
 """From the strictest on."""
 _DOCUMENT_LEAK_KINDS = ("exact", "normalized", "near")
 """Kinds by which more than the prompt is shared. A shared prompt alone may be a fixed instruction, and is only reported."""
-_DIGEST_COLUMNS = {"exact": "digest", "normalized": "normal", "prompt": "prompt"}
+_DIGEST_COLUMN_BY_KIND = {"exact": "digest", "normalized": "normal", "prompt": "prompt"}
 """The column of `Signer.sign` in which documents are equal that leak; near ones are found by their texts."""
 
 
@@ -36,10 +36,10 @@ class LeakedDocuments:
     """int64[k]: the first held-out document it agrees with (for near ones: the most similar one found)."""
     kind: np.ndarray
     """uint8[k]: index into `LEAK_KINDS`, the strictest that holds."""
-    incomplete: int = 0
+    num_incomplete: int = 0
     """Training documents whose comparisons for near leaks were cut short: among them, leaks may be unseen."""
 
-    def sharing_more_than_prompt(self) -> np.ndarray:
+    def train_documents_sharing_more_than_prompt(self) -> np.ndarray:
         """int64: the training documents that share more than their prompt, which may be an instruction of every document."""
         return self.train[self.kind != LEAK_KINDS.index("prompt")]
 
@@ -60,14 +60,14 @@ class LeakedDocuments:
             train_counts[kind] = len(train)
             held_out_counts[kind] = len(np.unique(held_out))
             first_pairs = zip(train[:MAX_EXAMPLES].tolist(), held_out[:MAX_EXAMPLES].tolist(), strict=True)
-            examples[kind] = [
-                f"{location_of(train_document)} = {location_of(other)}" for train_document, other in first_pairs
-            ]
+            examples[kind] = []
+            for train_document, held_out_document in first_pairs:
+                examples[kind].append(f"{location_of(train_document)} = {location_of(held_out_document)}")
         return {
             "train": train_counts,
             "held_out": held_out_counts,
             "examples": examples,
-            "incomplete": self.incomplete,
+            "incomplete": self.num_incomplete,
         }
 
 
@@ -79,17 +79,18 @@ def find_leaks(
     text_of: Callable[[int], str],
     directory: Path | None = None,
 ) -> LeakedDocuments:
-    """Find the training documents that are in held-out data too, by the columns of `Signer.sign`, whatever their source.
+    """Find the training documents that are in held-out data too, whatever their source.
 
-    `train` (int64[n]) and `held_out` (int64[m]): numbers of documents, rows of `signatures`. The kinds of leaks are looked for
-    from the strictest on: a document that was found by one is not looked for by the next. `text_of` gives the text of a document;
-    it is called only if near leaks are looked for, which takes the threshold of the search for duplicates and the column
-    "verdict". `directory`: where that search keeps its files, see `NearIndex`.
+    `signatures`: hashes of all documents by name, uint64 each: "digest" of the content, "normal" of the words, "prompt",
+    "verdict". `train` (int64[n]) and `held_out` (int64[m]): numbers of documents. The kinds of leaks are looked for from the
+    strictest on: a document that was found by one is not looked for by the next. `text_of` gives the text of a document; it is
+    called only if near leaks are looked for, which takes the threshold of the search for duplicates. `directory`: where the
+    search for near leaks keeps its files while it works.
     """
     # The held-out document that each training document agrees with; -1 for none yet.
     partners = np.full(len(train), -1, np.int64)
     # Index into LEAK_KINDS of how they agree.
-    kinds = np.zeros(len(train), np.uint8)
+    kind_indices = np.zeros(len(train), np.uint8)
     num_incomplete = 0
     for kind_index, kind in enumerate(LEAK_KINDS):
         positions = np.flatnonzero(partners < 0)  # in `train`: documents without a partner so far
@@ -97,22 +98,24 @@ def find_leaks(
         if kind == "near":
             if not config.leakage.near:
                 continue
-            found_partners, num_incomplete = _near_partners(
+            found_partners, num_incomplete = _find_near_partners(
                 documents, held_out, signatures["verdict"], text_of, config.duplicates.threshold, directory
             )
         else:
-            digests = signatures[_DIGEST_COLUMNS[kind]]
+            digests = signatures[_DIGEST_COLUMN_BY_KIND[kind]]
             found_partners = first_matching_documents(digests[documents], digests[held_out], held_out)
             if kind == "prompt":
                 has_prompt = digests[documents] != 0
                 found_partners[~has_prompt] = -1
         partners[positions] = found_partners
-        kinds[positions[found_partners >= 0]] = kind_index
-    leaking = np.flatnonzero(partners >= 0)
-    return LeakedDocuments(train[leaking], partners[leaking], kinds[leaking], num_incomplete)
+        kind_indices[positions[found_partners >= 0]] = kind_index
+    leaks = partners >= 0
+    return LeakedDocuments(
+        train=train[leaks], held_out=partners[leaks], kind=kind_indices[leaks], num_incomplete=num_incomplete
+    )
 
 
-def _near_partners(
+def _find_near_partners(
     train: np.ndarray,
     held_out: np.ndarray,
     verdicts: np.ndarray,
@@ -150,9 +153,8 @@ def first_matching_documents(digests: np.ndarray, other_digests: np.ndarray, oth
     order = np.argsort(other_digests, kind="stable")  # stable, so that the first of equal ones stays the first
     sorted_digests = other_digests[order]
     positions = np.searchsorted(sorted_digests, digests)
-    positions = np.minimum(
-        positions, len(other_digests) - 1
-    )  # a digest larger than all gets the position behind the end
+    # A digest larger than all gets the position behind the end.
+    positions = np.minimum(positions, len(other_digests) - 1)
     return np.where(sorted_digests[positions] == digests, other_documents[order[positions]], -1)
 
 
@@ -165,17 +167,17 @@ def apply_leakage_policy(
     `fail` and there are such documents, with counts and first examples. `location_of`: gives the `file:line` of a document.
     """
     report = leaks.to_report(location_of)
-    leaked = leaks.sharing_more_than_prompt()
-    if len(leaked) and policy is LeakagePolicy.fail:
+    leaked_documents = leaks.train_documents_sharing_more_than_prompt()
+    if len(leaked_documents) and policy is LeakagePolicy.fail:
         counts = ", ".join(f"{kind} {count}" for kind, count in report["train"].items() if count)
         examples: list[str] = []
         for kind in _DOCUMENT_LEAK_KINDS:
             examples += report["examples"][kind]
         raise DataError(
-            f"{len(leaked)} of {num_train_documents} training documents are in the held-out data too ({counts}): "
+            f"{len(leaked_documents)} of {num_train_documents} training documents are in the held-out data too ({counts}): "
             f"{'; '.join(examples[:MAX_EXAMPLES])}. Take them out of one of the two, or set data.leakage.policy=drop_train, "
             "or data.leakage.policy=report to train nevertheless"
         )
     if policy is LeakagePolicy.drop_train:
-        return leaked, report
+        return leaked_documents, report
     return np.zeros(0, np.int64), report

@@ -15,7 +15,7 @@ import numpy as np
 from trainer.data.selection.bands import BYTES_PER_BAND, BandIndex
 from trainer.data.selection.signatures import normalize
 
-NGRAM = 5
+WORDS_PER_NGRAM = 5
 """Words in a run, as Lee et al. (2022, arXiv:2107.06499) compare documents."""
 
 
@@ -29,11 +29,11 @@ def ngrams(normalized: bytes, partition: int = 0) -> list[bytes]:
     if not words:
         return []
     prefix = b"%d " % partition if partition else b""
-    num_runs = max(1, len(words) - NGRAM + 1)
-    runs = []
-    for begin in range(num_runs):
-        runs.append(prefix + b" ".join(words[begin : begin + NGRAM]))
-    return runs
+    num_ngrams = max(1, len(words) - WORDS_PER_NGRAM + 1)
+    found_ngrams = []
+    for begin in range(num_ngrams):
+        found_ngrams.append(prefix + b" ".join(words[begin : begin + WORDS_PER_NGRAM]))
+    return found_ngrams
 
 
 MINHASH_SEED = 1
@@ -43,7 +43,7 @@ MIN_RECALL = 0.97
 """Share of the pairs exactly at the threshold that the bands must find, in theory."""
 ESTIMATE_MARGIN = 0.15
 """How far below the threshold an estimate may lie for a candidate to be verified: four standard deviations of it."""
-MAX_CHECKED = 64
+MAX_COMPARISONS = 64
 """Documents that one document is truly compared with at most, the most similar by estimate first."""
 MAX_SKETCHES = 4096
 """Sketches kept in memory, 0.6 kB each; others are made anew of their text where they are compared."""
@@ -66,26 +66,28 @@ class _SketchedTexts:
         self._partition = partition
         self._empty_sketch = empty_sketch
 
-    def runs(self, position: int) -> list[bytes]:
-        """The runs of words of a document."""
+    def ngrams(self, position: int) -> list[bytes]:
+        """The n-grams of words of a document."""
         return ngrams(normalize(self._text_of(int(self._rows[position]))), int(self._partition[position]))
 
-    def runs_and_sketch(self, position: int) -> tuple[list[bytes], Any]:
-        """(runs of words of a document, their MinHash sketch)."""
-        runs = self.runs(position)
+    def ngrams_and_sketch(self, position: int) -> tuple[list[bytes], Any]:
+        """(n-grams of words of a document, their MinHash sketch)."""
+        document_ngrams = self.ngrams(position)
         sketch = self._empty_sketch()
-        sketch.update(runs)  # one document at a time: batches start threads, and processes forked after those hang
-        return runs, sketch
+        sketch.update(
+            document_ngrams
+        )  # one document at a time: batches start threads, and processes forked after those hang
+        return document_ngrams, sketch
 
     def sketch(self, position: int) -> Any:
         """The MinHash sketch of a document."""
-        _, sketch = self.runs_and_sketch(position)
+        _, sketch = self.ngrams_and_sketch(position)
         return sketch
 
     def digest(self, position: int) -> list[int] | None:
         """The MinHash values of a document; None for one without words."""
-        runs, sketch = self.runs_and_sketch(position)
-        return sketch.digest() if runs else None
+        document_ngrams, sketch = self.ngrams_and_sketch(position)
+        return sketch.digest() if document_ngrams else None
 
 
 class NearIndex:
@@ -123,18 +125,18 @@ class NearIndex:
 
         The similarity is that of their runs of words. A document without words is no near copy of any.
         """
-        runs, sketch = self._texts.runs_and_sketch(position)
+        document_ngrams, sketch = self._texts.ngrams_and_sketch(position)
         # (minus the estimated similarity, position), so that the most similar comes first.
         candidates: list[tuple[float, int]] = []
-        for candidate in self._index.find(position):
+        for candidate in self._index.find_candidates(position):
             estimate = sketch.jaccard(self._sketch_of(candidate))
             if estimate >= self._threshold - ESTIMATE_MARGIN:
                 candidates.append((-estimate, candidate))
-        for _, candidate in sorted(candidates)[:MAX_CHECKED]:
+        for _, candidate in sorted(candidates)[:MAX_COMPARISONS]:
             self.report["comparisons"] += 1
-            if jaccard(set(runs), set(self._texts.runs(candidate))) >= self._threshold:
+            if jaccard_similarity(set(document_ngrams), set(self._texts.ngrams(candidate))) >= self._threshold:
                 return candidate
-        if len(candidates) > MAX_CHECKED:
+        if len(candidates) > MAX_COMPARISONS:
             self.report["incomplete"] += 1
         return None
 
@@ -143,13 +145,13 @@ class NearIndex:
 
         Text that thousands of documents share (a licence, a template) would make each search compare with all of them.
         """
-        if len(self._index.find(position)) < MAX_CANDIDATES:
-            self._index.keep(position)
+        if len(self._index.find_candidates(position)) < MAX_CANDIDATES:
+            self._index.add_kept(position)
         else:
             self.report["incomplete"] += 1
 
 
-def near_copies(
+def find_near_copies(
     is_compared: np.ndarray,
     text_of: Callable[[int], str],
     partition: np.ndarray,
@@ -175,7 +177,7 @@ def near_copies(
     return representatives, index.report
 
 
-def jaccard(first: set[bytes], second: set[bytes]) -> float:
+def jaccard_similarity(first: set[bytes], second: set[bytes]) -> float:
     """Jaccard similarity of two sets: shared elements over all elements; 0 if both are empty."""
     num_shared = len(first & second)
     num_all = len(first) + len(second) - num_shared
@@ -188,12 +190,13 @@ def band_recall(similarity: float, bands: int, rows: int) -> float:
 
 
 def choose_bands(threshold: float) -> tuple[int, int]:
-    """How to split a MinHash sketch: (bands, rows of a band) with the fewest useless candidates that find enough.
+    """How to split a MinHash sketch: (bands, rows of a band), with the most rows that still find enough of the near copies.
 
-    A MinHash value agrees with probability equal to the Jaccard similarity s (Broder 1997); a pair becomes a candidate
-    with probability 1 - (1 - s**r)**b (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4). The
-    rows are the largest number for which that is at least 0.97 at s = threshold. For a threshold of 0.8: 18 bands of 7
-    rows, which find 0.985 of the pairs at 0.8, 0.999 at 0.85, 0.79 at 0.7, 0.40 at 0.6, 0.13 at 0.5 and 0.03 at 0.4.
+    More rows make fewer useless candidates, since all rows of a band must agree. A MinHash value agrees with probability equal
+    to the Jaccard similarity s (Broder 1997); a pair becomes a candidate with probability 1 - (1 - s**r)**b (Leskovec, Rajaraman
+    and Ullman, Mining of Massive Datasets, section 3.4), which is to be at least `MIN_RECALL` at s = threshold. For a threshold
+    of 0.8, the 128 values become 18 bands of 7 rows, which find 0.985 of the pairs at 0.8, 0.999 at 0.85, 0.79 at 0.7, 0.40 at
+    0.6, 0.13 at 0.5 and 0.03 at 0.4.
     """
     for rows in range(MAX_MINHASH_VALUES, 0, -1):
         bands = MAX_MINHASH_VALUES // rows

@@ -20,7 +20,7 @@ from trainer.data.document import Document, Message, message_texts
 
 _PUNCTUATION = ".,;:!?\"'`()[]{}_#|"
 # Scripts written without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han with its extensions.
-_UNSPACED = re.compile(
+_UNSPACED_SCRIPTS_REGEX = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]+"
 )
 
@@ -48,7 +48,7 @@ def group_digest(name: str | None) -> int:
 
 
 @functools.cache
-def _ascii_table() -> bytes:
+def _ascii_translation_table() -> bytes:
     """A table for `bytes.translate` that lowers letters and makes spaces of punctuation and control characters."""
     space = ord(" ")
     table = bytearray(range(256))
@@ -60,10 +60,10 @@ def _ascii_table() -> bytes:
 
 
 @functools.cache
-def _separators() -> re.Pattern[str]:
+def _separator_regex() -> re.Pattern[str]:
     """A pattern for runs of characters that separate words: punctuation, control characters, spaces but the plain one."""
     space = ord(" ")
-    separators = [chr(code) for code in range(128) if _ascii_table()[code] == space and code != space]
+    separators = [chr(code) for code in range(128) if _ascii_translation_table()[code] == space and code != space]
     for code in (*range(0x80, 0x3100), *range(0xA000, 0xB000), *range(0xFE00, 0x10000)):
         category = unicodedata.category(chr(code))
         is_space_or_control = category[0] == "Z" or category == "Cc"
@@ -84,10 +84,10 @@ def normalize(text: str) -> bytes:
     if "!=" in text:
         text = text.replace("!=", "<>")
     if text.isascii():
-        words = text.encode("ascii").translate(_ascii_table())
+        words = text.encode("ascii").translate(_ascii_translation_table())
     else:
-        text = _separators().sub(" ", unicodedata.normalize("NFC", text.casefold()))
-        text = _UNSPACED.sub(lambda run: f" {' '.join(run[0])} ", text)
+        text = _separator_regex().sub(" ", unicodedata.normalize("NFC", text.casefold()))
+        text = _UNSPACED_SCRIPTS_REGEX.sub(lambda run: f" {' '.join(run[0])} ", text)
         words = text.encode("utf-8", "surrogatepass")
     # Bold text of Markdown; a single * is a sign of formulas.
     return words.replace(b"**", b"  ") if b"**" in words else words
@@ -195,9 +195,9 @@ class Signer:
     """Makes the columns by which documents are compared. Pure: the same for every block."""
 
     config: DuplicatesConfig
-    near: bool = False
+    finds_near_leaks: bool = False
     """Whether near leaks are looked for, too."""
-    held_out: bool = True
+    has_held_out: bool = True
     """Whether there may be held-out data to compare with. Without, "prompt" is 0 for all, and if only exact copies are looked
     for, "normal" is "digest"."""
 
@@ -216,8 +216,8 @@ class Signer:
         prompt_digests: list[int] = []
         verdict_digests: list[int] = []
         compares_whole = self.config.text is ComparedText.document
-        looks_for_near = self.near or self.config.near is not DuplicatePolicy.none
-        needs_words = self.held_out or looks_for_near or self.config.normalized is not DuplicatePolicy.none
+        looks_for_near = self.finds_near_leaks or self.config.near is not DuplicatePolicy.none
+        needs_words = self.has_held_out or looks_for_near or self.config.normalized is not DuplicatePolicy.none
         for document in documents:
             text = ""  # making it takes time, and is left out if nobody looks
             if needs_words or not compares_whole:
@@ -227,7 +227,7 @@ class Signer:
             digests.append(digest)
             words_digest = normal_digest(normalize(text)) if needs_words else None
             normal_digests.append(digest if words_digest is None else words_digest)
-            prompt_digests.append(_prompt_digest(document) if self.held_out else 0)
+            prompt_digests.append(_prompt_digest(document) if self.has_held_out else 0)
             # Equal texts with different labels are no copies of each other.
             verdict_digests.append(_verdict_digest(document) if compares_whole else 0)
         verdicts = np.array(verdict_digests, dtype=np.uint64)

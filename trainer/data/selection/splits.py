@@ -18,13 +18,13 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, DuplicatePolicy, DuplicatesConfig, LeakagePolicy
 from trainer.data.document import MAX_EXAMPLES, Tally
-from trainer.data.selection.balance import resample
+from trainer.data.selection.balance import resample_groups
 from trainer.data.selection.leakage import apply_leakage_policy, find_leaks
-from trainer.data.selection.near_duplicates import near_copies
+from trainer.data.selection.near_duplicates import find_near_copies
 from trainer.data.selection.signatures import compared_text, mix_bits
 from trainer.data.store.documents import DocumentTable
 
-Log = Callable[[str, str, str], None]
+LogDrop = Callable[[str, str, str], None]
 """Writes a dropped document down: (stage, reason, `file:line`)."""
 SEED_FACTOR = 0x9E3779B97F4A7C15
 SEED_OFFSET = 0x632BE59BD9B4E019
@@ -74,16 +74,24 @@ COPY_KINDS = ("exact", "normalized", "near")
 """From the strictest on."""
 
 
+NO_COPY = 0
+"""In place of a kind of copy."""
+
+
 @dataclass(slots=True)
-class Duplicates:
+class DuplicateColumns:
     """Which of n documents are copies, and of what."""
 
     representative: np.ndarray
     """int64[n]: the earlier document that a copy duplicates; a document's own index if it is no copy."""
-    kind: np.ndarray
-    """uint8[n]: 0 for no copy, else 1 + the index into `COPY_KINDS`, the strictest that holds."""
-    search: dict[str, int] = field(default_factory=dict)
+    copy_kind: np.ndarray
+    """uint8[n]: `NO_COPY`, or 1 + the index into `COPY_KINDS` of the strictest kind that holds."""
+    search_report: dict[str, int] = field(default_factory=dict)
     """What the search for near duplicates did."""
+
+    def is_copy_of_kind(self, kind: str) -> np.ndarray:
+        """bool [n]: which documents are copies of a kind of `COPY_KINDS`, and of no stricter one."""
+        return self.copy_kind == 1 + COPY_KINDS.index(kind)
 
 
 def duplicate_policies(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
@@ -92,14 +100,15 @@ def duplicate_policies(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
     A near copy may be an exact one, so that the policy of a looser kind holds at least for all stricter ones: with near=drop
     alone all three kinds are dropped. A kind that nobody asked for is not in the result.
     """
-    by_severity = list(DuplicatePolicy)  # none, report, drop
-    severities = [by_severity.index(policy) for policy in (config.exact, config.normalized, config.near)]
-    policies = {}
+    policies_by_severity = list(DuplicatePolicy)  # none, report, drop
+    # In the order of `COPY_KINDS`.
+    severities = [policies_by_severity.index(policy) for policy in (config.exact, config.normalized, config.near)]
+    policy_by_kind = {}
     for index, kind in enumerate(COPY_KINDS):
-        severity = max(severities[index:])
-        if severity:
-            policies[kind] = by_severity[severity]
-    return policies
+        severity_of_this_or_looser = max(severities[index:])
+        if severity_of_this_or_looser:
+            policy_by_kind[kind] = policies_by_severity[severity_of_this_or_looser]
+    return policy_by_kind
 
 
 def find_duplicates(
@@ -107,26 +116,27 @@ def find_duplicates(
     signatures: Mapping[str, np.ndarray],
     text_of: Callable[[int], str],
     directory: Path | None = None,
-) -> Duplicates:
+) -> DuplicateColumns:
     """Which of n documents, in input order, are copies of an earlier one, and of what kind.
 
-    `signatures`: the hashes of `Signer.sign`, [n] each. `text_of(row)` gives `compared_text` of a document, for near copies.
-    `directory`: where the search for near copies keeps its files, see `NearIndex`.
+    `signatures`: hashes of the documents by name, uint64 [n] each: "digest" of the content, "normal" of its words, "verdict" of
+    its label. `text_of(row)` gives the text of a document by which near copies are compared. `directory`: where the search for
+    near copies keeps its files while it works.
     """
-    rows = np.arange(len(signatures["digest"]), dtype=np.int64)
-    duplicates = Duplicates(representative=rows.copy(), kind=np.zeros(len(rows), np.uint8))
+    documents = np.arange(len(signatures["digest"]), dtype=np.int64)
+    duplicates = DuplicateColumns(representative=documents.copy(), copy_kind=np.full(len(documents), NO_COPY, np.uint8))
     for kind in duplicate_policies(config):
-        is_original = duplicates.kind == 0  # so far
+        is_original_so_far = duplicates.copy_kind == NO_COPY
         if kind == "near":
-            representative, duplicates.search = near_copies(
-                is_original, text_of, signatures["verdict"], config.threshold, directory
+            representative, duplicates.search_report = find_near_copies(
+                is_original_so_far, text_of, signatures["verdict"], config.threshold, directory
             )
         else:
             digests = signatures["digest" if kind == "exact" else "normal"]
-            representative = _first_with_equal_digest(digests, is_original)
-        is_copy = representative != rows
+            representative = _first_with_equal_digest(digests, is_original_so_far)
+        is_copy = representative != documents
         duplicates.representative[is_copy] = representative[is_copy]
-        duplicates.kind[is_copy] = 1 + COPY_KINDS.index(kind)
+        duplicates.copy_kind[is_copy] = 1 + COPY_KINDS.index(kind)
     # A copy points to the document that it was found to equal. If a later kind found that one to be a copy itself, follow it.
     for _ in COPY_KINDS[1:]:
         duplicates.representative = duplicates.representative[duplicates.representative]
@@ -149,12 +159,14 @@ def _first_with_equal_digest(digests: np.ndarray, is_compared: np.ndarray) -> np
 class _SplitChooser:
     """Chooses the documents of each split step by step: `choose_splits` calls `drop_copies`, `hold_out` and so on in turn."""
 
-    def __init__(self, config: DataConfig, columns: DocumentColumns, table: DocumentTable, seed: int, log: Log) -> None:
+    def __init__(
+        self, config: DataConfig, columns: DocumentColumns, table: DocumentTable, seed: int, log_drop: LogDrop
+    ) -> None:
         self.config = config
         self.columns = columns
         self.table = table
         self.seed = seed
-        self.log = log
+        self.log_drop = log_drop
         self.is_kept = np.ones(len(columns), bool)
         """bool [D]: whether a document is still in."""
         self.content = columns.signatures["digest"].copy()
@@ -168,7 +180,7 @@ class _SplitChooser:
         for number in documents[self.is_kept[documents]].tolist():  # a document is dropped once, under the first reason
             location = self.location_of(number)
             self.selection.tally.drop(stage, reason, location)
-            self.log(stage, reason, location)
+            self.log_drop(stage, reason, location)
         self.is_kept[documents] = False
 
     def location_of(self, number: int) -> str:
@@ -197,7 +209,7 @@ class _SplitChooser:
         self.content[train] = self.content[representatives]  # an original is its own representative
         report: dict[str, Any] = {}
         for kind, policy in duplicate_policies(config).items():
-            copies = np.flatnonzero(duplicates.kind == 1 + COPY_KINDS.index(kind))
+            copies = np.flatnonzero(duplicates.is_copy_of_kind(kind))
             examples = []
             for copy in copies[:MAX_EXAMPLES].tolist():
                 original_location = self.location_of(int(representatives[copy]))
@@ -209,7 +221,7 @@ class _SplitChooser:
                 "examples": examples,
             }
             if kind == "near":
-                report[kind] |= {"threshold": config.threshold, "search": duplicates.search}
+                report[kind] |= {"threshold": config.threshold, "search": duplicates.search_report}
             if policy is DuplicatePolicy.drop:
                 self.drop(train[copies], "duplicates", kind)
         self.selection.report["duplicates"] = report
@@ -230,9 +242,9 @@ class _SplitChooser:
         train = splits["train"] = train[self.is_kept[train]]
         if not (self.config.eval_share or self.config.test_share):
             return
-        hashed = self.content if self.groups is None else self.groups
+        hash_by_document = self.content if self.groups is None else self.groups
         seed_term = np.uint64((self.seed * SEED_FACTOR + SEED_OFFSET) % 2**64)
-        draws = mix_bits(hashed[train] + seed_term)
+        draws = mix_bits(hash_by_document[train] + seed_term)
         is_held_out = np.zeros(len(train), bool)
         for split in HELD_OUT:
             share = getattr(self.config, f"{split}_share")
@@ -242,26 +254,26 @@ class _SplitChooser:
             if not len(free):
                 break
             num_wanted = min(len(free), max(1, round(share * len(train))))  # at least one document
-            held_out = free[self._smallest_draws(draws[free], num_wanted)]
+            held_out = free[self._has_smallest_draw(draws[free], num_wanted)]
             is_held_out[held_out] = True
             splits[split] = train[held_out]
         if len(train) and is_held_out.all():
-            self._refuse_empty_training(len(train), len(np.unique(draws)))
+            raise self._empty_training_error(num_documents=len(train), num_draws=len(np.unique(draws)))
         splits["train"] = train[~is_held_out]
 
-    def _smallest_draws(self, draws: np.ndarray, num_wanted: int) -> np.ndarray:
-        """bool [n]: the documents with the smallest draws, about `num_wanted`. Documents with equal draws are taken together.
+    def _has_smallest_draw(self, draws: np.ndarray, num_wanted: int) -> np.ndarray:
+        """bool [n]: whether a document is one of about `num_wanted` with the smallest draws (uint64 [n]).
 
-        Without groups these are copies of each other, and all copies of the last one are taken. With groups, see
-        `take_whole_groups`.
+        Documents with equal draws are taken together. Without groups these are copies of each other, and all copies of the last
+        one are taken. With groups they are a group, and one that is larger than what is missing is passed over.
         """
         if self.groups is not None:
-            return take_whole_groups(draws, num_wanted)
+            return choose_whole_groups(draws, num_wanted)
         largest_draw = np.partition(draws, num_wanted - 1)[num_wanted - 1]
         return draws <= largest_draw
 
-    def _refuse_empty_training(self, num_documents: int, num_draws: int) -> None:
-        """Raise DataError: the held-out shares leave no training document, since copies and members of a group stay together.
+    def _empty_training_error(self, num_documents: int, num_draws: int) -> DataError:
+        """The error of held-out shares that leave no training document, since copies and members of a group stay together.
 
         `num_draws`: how many of the documents differ, or how many groups there are.
         """
@@ -271,7 +283,7 @@ class _SplitChooser:
             if share:
                 share_settings.append(f"data.{split}_share={share:g}")
         different = "of them different" if self.groups is None else f"groups by data.group_by={self.config.group_by}"
-        raise DataError(
+        return DataError(
             f"{' and '.join(share_settings)} leaves no training document: {num_documents} documents, {num_draws} {different}; "
             "add data, or set it to 0"
         )
@@ -379,11 +391,12 @@ class _SplitChooser:
             has_group = group_of >= 0  # -1 stands for no label
             if not names or not has_group.all():
                 raise DataError(f"data.balance.by={config.by}: not every training document has a label")
-            used_positions, report = resample(names, group_of.astype(np.int64), config, self.seed)
-            unused_positions = np.setdiff1d(np.arange(len(train)), used_positions)
+            # Its documents are positions in `train`.
+            resampled = resample_groups(names, group_of.astype(np.int64), config, self.seed)
+            unused_positions = np.setdiff1d(np.arange(len(train)), resampled.documents)
             self.drop(train[unused_positions], "balance", "left_out")
-            splits["train"] = train[used_positions]
-            self.selection.report["balance"] = report
+            splits["train"] = train[resampled.documents]
+            self.selection.report["balance"] = resampled.report_by_group
         if labels_before:
             self.selection.report["labels"] = {"before": labels_before, "after": self._count_labels(splits["train"])}
 
@@ -396,13 +409,13 @@ class _SplitChooser:
 
 
 def choose_splits(
-    config: DataConfig, columns: DocumentColumns, table: DocumentTable, *, seed: int, log: Log
+    config: DataConfig, columns: DocumentColumns, table: DocumentTable, *, seed: int, log_drop: LogDrop
 ) -> Selection:
     """The documents of each split: a function of the columns, the texts, the settings and the seed.
 
-    `log` is called for every document that is dropped. Raises DataError, ConfigError.
+    `log_drop` is called for every document that is dropped. Raises DataError, ConfigError.
     """
-    chooser = _SplitChooser(config, columns, table, seed, log)
+    chooser = _SplitChooser(config, columns, table, seed, log_drop)
     chooser.drop_copies()
     chooser.hold_out()
     chooser.drop_leaks()
@@ -414,7 +427,7 @@ def choose_splits(
     return selection
 
 
-def take_whole_groups(draws: np.ndarray, num_wanted: int) -> np.ndarray:
+def choose_whole_groups(draws: np.ndarray, num_wanted: int) -> np.ndarray:
     """Which of n documents to hold out, bool [n]: about `num_wanted` of them, and of a group all members or none.
 
     Draws [7, 3, 7, 5] and 2 wanted give [False, True, False, True]: groups 3 and 5 have one member each.

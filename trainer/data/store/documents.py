@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 DOCUMENTS_FILE = "documents.arrow"
-TURNS = ("messages", "chosen", "rejected")
+TURN_COLUMNS = ("messages", "chosen", "rejected")
 """Columns that hold turns of conversations."""
+JSON_COLUMNS = ("tools", "columns")
+"""Columns that hold JSON texts, because their form differs from row to row."""
 
 
 @cache
@@ -45,7 +47,7 @@ def schema() -> pa.Schema:
         [
             *texts("source", "file"),
             ("line", pa.int64()),
-            *((name, pa.list_(turn)) for name in TURNS),
+            *((name, pa.list_(turn)) for name in TURN_COLUMNS),
             *texts("prompt", "completion", "text", "label", "separator", "tools", "columns"),
             ("desirable", pa.bool_()),
         ]
@@ -60,35 +62,37 @@ def to_record_batch(documents: list[Document]) -> pa.RecordBatch:
     from pyarrow import json as reader
 
     # The reader refuses an empty text: without documents it reads one row, which is left out below.
-    names = schema().names
-    json_lines = b"\n".join(orjson.dumps(_table_row(document, names)) for document in documents) or b"{}"
+    column_names = schema().names
+    json_lines = b"\n".join(orjson.dumps(_as_table_row(document, column_names)) for document in documents) or b"{}"
     # One block, and so one batch.
-    read = reader.ReadOptions(use_threads=False, block_size=len(json_lines) + 1)
-    parse = reader.ParseOptions(explicit_schema=schema(), unexpected_field_behavior="error")
-    (batch,) = reader.read_json(io.BytesIO(json_lines), read, parse).to_batches()
+    read_options = reader.ReadOptions(use_threads=False, block_size=len(json_lines) + 1)
+    parse_options = reader.ParseOptions(explicit_schema=schema(), unexpected_field_behavior="error")
+    (batch,) = reader.read_json(io.BytesIO(json_lines), read_options, parse_options).to_batches()
     return batch.slice(0, len(documents))
 
 
-def _table_row(document: Document, names: list[str]) -> dict[str, Any]:
+def _as_table_row(document: Document, column_names: list[str]) -> dict[str, Any]:
     """A document as a row of the table: what it does not have is left out, tools, calls and kept columns are JSON texts.
 
-    `names`: the table's columns.
+    `column_names`: the table's columns, which are attributes of a document.
     """
     row: dict[str, Any] = {}
-    for name in names:
-        field = getattr(document, name)
-        if field is not None:
-            row[name] = field
-    for name in TURNS:
+    for name in column_names:
+        value = getattr(document, name)
+        if value is not None:
+            row[name] = value
+    for name in TURN_COLUMNS:
         if name in row:
             row[name] = [_with_json_text(turn, "tool_calls") for turn in row[name]]
-    return _with_json_text(_with_json_text(row, "tools"), "columns")
+    for name in JSON_COLUMNS:
+        row = _with_json_text(row, name)
+    return row
 
 
 def _with_json_text(fields: dict[str, Any], name: str) -> dict[str, Any]:
     """A row or a turn, in which the field `name` is a JSON text: {"tools": [1]} -> {"tools": "[1]"}.
 
-    As it is, if it has no such field.
+    A row or turn without such a field stays as it is.
     """
     if name not in fields:
         return fields
@@ -115,7 +119,7 @@ class DocumentTable:
         return np.cumsum(sizes) - sizes
 
     def row(self, index: int) -> dict[str, Any]:
-        """Row `index` as plain Python values."""
+        """Row `index` as plain Python values, by column; null is None, tools and tool calls are still JSON texts."""
         batch_index = int(np.searchsorted(self._first_rows, index, side="right")) - 1
         index_in_batch = index - int(self._first_rows[batch_index])
         # A slice of one row: the rest of the batch is not turned into Python values.
@@ -123,21 +127,21 @@ class DocumentTable:
         return dict(row)
 
     def document(self, index: int) -> Document:
-        """Row `index` as a document."""
+        """Row `index` as a document. Nested fields (tools, tool calls, kept columns), which are stored as JSON, are parsed."""
         fields = self.row(index)
-        for name in TURNS:
+        for name in TURN_COLUMNS:
             if fields[name] is not None:
-                fields[name] = [_document_turn(turn) for turn in fields[name]]
-        for name in ("tools", "columns"):
+                fields[name] = [_turn_from_table(turn) for turn in fields[name]]
+        for name in JSON_COLUMNS:
             if fields.get(name):  # data that an earlier version prepared has no kept columns
                 fields[name] = json.loads(fields[name])
-        fields["separator"] = fields["separator"] or ""
+        fields["separator"] = fields["separator"] or ""  # null if the reader left the empty text out
         return Document(**fields)
 
 
-def _document_turn(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn of the table as a document has it: nulls left out, calls parsed."""
-    message = {name: field for name, field in turn.items() if field is not None}
+def _turn_from_table(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn of the table as a document has it: nulls left out, the JSON text of its calls parsed."""
+    message = {name: value for name, value in turn.items() if value is not None}
     if "tool_calls" in message:
         message["tool_calls"] = json.loads(message["tool_calls"])
     return message

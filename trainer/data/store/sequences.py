@@ -27,7 +27,7 @@ import numpy as np
 
 from strategies.errors import DataError
 
-WEIGHTS = "weights.bin"
+WEIGHTS_FILE = "weights.bin"
 WEIGHTS_PER_WRITE = 1 << 22
 """Tokens whose weights are written at a time."""
 TERM_PREFIX = "term."
@@ -71,22 +71,23 @@ class Sample:
         return math.fsum(weights.tolist())
 
     def keep_spans(self, *spans: slice) -> Sample:
-        """A copy with only these spans of the tokens, one after another, and the same marks (a label, a score: see `Sample`)."""
+        """A copy with only these spans of the tokens, one after another, and the same marks, such as a label.
 
-        def join(values: np.ndarray) -> np.ndarray:
+        Tokens [5, 6, 7, 8] with the spans 0:1 and 2:4 become [5, 7, 8].
+        """
+
+        def join_spans(values: np.ndarray) -> np.ndarray:
             return np.concatenate([values[span] for span in spans])
 
-        supervised = join(self.supervised)
+        supervised = join_spans(self.supervised)
         supervised[:1] = False  # nothing predicts the first token of what is left
-        weights = None
-        if self.weights is not None:
-            weights = join(self.weights)
-        return Sample(join(self.input_ids), supervised, dict(self.marks), weights)
+        weights = None if self.weights is None else join_spans(self.weights)
+        return Sample(join_spans(self.input_ids), supervised, dict(self.marks), weights)
 
     def answer_begin(self) -> int:
         """Position of the first learned token; the length of the sequence if none is learned (a filler)."""
-        learned = np.flatnonzero(self.supervised)
-        return int(learned[0]) if len(learned) else len(self.input_ids)
+        learned_positions = np.flatnonzero(self.supervised)
+        return int(learned_positions[0]) if len(learned_positions) else len(self.input_ids)
 
 
 class TokenDataset:
@@ -104,8 +105,8 @@ class TokenDataset:
         self.tokens = _open_mapped(store / "tokens.bin", np.int32, int(offsets[-1]))
         self.supervised = _open_mapped(store / "supervised.bin", np.uint8, int(offsets[-1]))
         self.weights: np.ndarray | None = None
-        if (store / WEIGHTS).exists():
-            self.weights = _open_mapped(store / WEIGHTS, np.float32, int(offsets[-1]))
+        if (store / WEIGHTS_FILE).exists():
+            self.weights = _open_mapped(store / WEIGHTS_FILE, np.float32, int(offsets[-1]))
         # Read into memory: a few numbers for each sequence, while tokens stay on the disk.
         if is_split:
             index = np.load(directory / "index.npy")
@@ -120,7 +121,7 @@ class TokenDataset:
         self.counts = columns_with_prefix(split_columns, TERM_PREFIX)
         """[N] each, by term: int64, or float64 where they are sums of weights."""
         self.marks = columns_with_prefix(split_columns, MARK_PREFIX)
-        """[N] each, by name: int64 as prepared, float32 where they were attached since (see `attach`)."""
+        """[N] each, by name: int64 as prepared, float32 if they were attached since (`attach_mark`)."""
         self.sources = split_columns["source"]
         """int64 [N]: number of each sequence's source in `manifest["sources"]`."""
         self.documents = split_columns["document"]
@@ -165,7 +166,7 @@ class TokenDataset:
             weights = self.weights[begin:end]
         return Sample(self.tokens[begin:end], self.supervised[begin:end].view(np.bool_), marks, weights)
 
-    def attach(self, name: str, column: np.ndarray) -> None:
+    def attach_mark(self, name: str, column: np.ndarray) -> None:
         """Give every sequence a further mark, float32 [N], that was computed since the data was prepared."""
         assert column.shape == self.lengths.shape, f"{name}: {column.shape} for {len(self)} sequences"
         self.marks[name] = column
@@ -304,24 +305,24 @@ class StoreWriter:
         self.directory = directory
         self.lengths = array("q")
         self.columns: dict[str, array[int] | array[float]] = {}
-        self._tokens: IO[bytes] = (directory / "tokens.bin").open("wb")
-        self._mask: IO[bytes] = (directory / "supervised.bin").open("wb")
-        self._weights: IO[bytes] | None = None
+        self._tokens_file: IO[bytes] = (directory / "tokens.bin").open("wb")
+        self._mask_file: IO[bytes] = (directory / "supervised.bin").open("wb")
+        self._weights_file: IO[bytes] | None = None
 
     def append(self, sequences: Sequences) -> None:
         """Write one block of sequences; a column (count or mark) that first appears in a later block is 0 in earlier ones."""
         sequences_before = len(self.lengths)
-        self._tokens.write(np.ascontiguousarray(sequences.tokens, dtype=np.int32).tobytes())
-        self._mask.write(np.ascontiguousarray(sequences.supervised, dtype=np.uint8).tobytes())
+        self._tokens_file.write(np.ascontiguousarray(sequences.tokens, dtype=np.int32).tobytes())
+        self._mask_file.write(np.ascontiguousarray(sequences.supervised, dtype=np.uint8).tobytes())
         self._write_weights(sequences)
         self.lengths.frombytes(sequences.lengths.astype(np.int64).tobytes())
         for name, numbers in sequences.columns.items():
-            column = self._column_for(name, numbers, sequences_before)
+            column = self._prepare_column(name, numbers, sequences_before)
             dtype = np.int64 if column.typecode == "q" else np.float64
             column.frombytes(numbers.astype(dtype).tobytes())
 
-    def _column_for(self, name: str, numbers: np.ndarray, sequences_before: int) -> array[int] | array[float]:
-        """The array of a column to which `numbers` can be appended: with a number for each of the sequences before this block.
+    def _prepare_column(self, name: str, numbers: np.ndarray, sequences_before: int) -> array[int] | array[float]:
+        """The array of a column, changed so that `numbers` can be appended: with a number for each sequence before this block.
 
         It is created if the column is new, filled up with zeros for blocks that did not have it, and turned into floats if it was
         whole numbers and `numbers` are floats. The array codes: `q` is int64, `d` is float64.
@@ -340,23 +341,23 @@ class StoreWriter:
         - This is the first block that has some: the weights of all tokens before it are written too (targets weigh 1, others 0).
         - A block without weights after that: its targets weigh 1.
         """
-        if self._weights is None:
+        if self._weights_file is None:
             if sequences.weights is None:
                 return
-            self._weights = (self.directory / WEIGHTS).open("wb")
-            self._write_weights_before(self._weights)
+            self._weights_file = (self.directory / WEIGHTS_FILE).open("wb")
+            self._write_weights_before(self._weights_file)
         weights = sequences.weights
         if weights is None:
             weights = sequences.supervised
-        self._weights.write(weights.astype(np.float32).tobytes())
+        self._weights_file.write(weights.astype(np.float32).tobytes())
 
     def _write_weights_before(self, weights_file: IO[bytes]) -> None:
         """Write the weights of all tokens so far, whose blocks have none: those of `supervised.bin`, 1 for a target."""
-        self._mask.flush()
+        self._mask_file.flush()
         num_tokens = int(sum(self.lengths))
         if not num_tokens:  # an empty file cannot be mapped
             return
-        mask = np.memmap(self._mask.name, np.uint8, "r")[:num_tokens]
+        mask = np.memmap(self._mask_file.name, np.uint8, "r")[:num_tokens]
         for start in range(0, num_tokens, WEIGHTS_PER_WRITE):
             weights_file.write(mask[start : start + WEIGHTS_PER_WRITE].astype(np.float32).tobytes())
 
@@ -373,10 +374,9 @@ class StoreWriter:
         """
         columns = {name: self.column(name) for name in self.columns} | replaced_columns
         lengths = np.frombuffer(self.lengths, dtype=np.int64)
-        offsets = np.concatenate(
-            [[0], np.cumsum(lengths)]
-        )  # one more than there are sequences: the last is the end of all tokens
-        for file in (self._tokens, self._mask, self._weights):
+        # One more than there are sequences: the last offset is the end of all tokens.
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        for file in (self._tokens_file, self._mask_file, self._weights_file):
             if file is not None:
                 file.close()
         np.save(self.directory / "offsets.npy", offsets.astype(np.int64))

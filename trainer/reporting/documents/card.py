@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from trainer.data.report.pages import hub_licence
+from trainer.data.report.pages import parse_hub_licence
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.documents.hub_results import model_index, write_results
 from trainer.reporting.documents.write import render, write_papers
@@ -99,7 +99,7 @@ def _metadata(facts: ModelFacts, *, base: str, adapter: bool, method: str) -> st
 
     task = HUB_TASKS.get(facts.run.objective, "text-generation")
     results = model_index(facts, task)
-    licence, licence_name = hub_licence(facts.licence)
+    licence, licence_name = parse_hub_licence(facts.licence)
     model_name = None  # the hub wants one only beside results
     if results:
         model_name = f"{base}, fine-tuned ({method})"
