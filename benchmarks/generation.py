@@ -105,8 +105,8 @@ def rank(args: argparse.Namespace) -> int:
     from strategies.runtime import gather_objects
     from trainer.build.parts import build_engine
     from trainer.model.loading import load_tokenizer
-    from trainer.run import meet
-    from trainer.session.attempt import rank_of_job
+    from trainer.run import prepare_data_and_meet_ranks
+    from trainer.session.attempt import open_rank_of_job
     from trainer.session.evaluators import model_interface_for_run
 
     transformers.logging.set_verbosity_error()
@@ -130,10 +130,10 @@ def rank(args: argparse.Namespace) -> int:
     ]
     words += ["evaluation.tasks.one.kind=exact_match", f"evaluation.tasks.one.path={rows}", f"run.matmul={args.matmul}"]
     config = plan_evaluation(parse_evaluate_arguments(words)).config
-    with rank_of_job(work / "job", config.run.lease_s) as (request, where):
+    with open_rank_of_job(work / "job", config.run.lease_s) as (request, where):
         where.set_run_dir(work / "job", place)
         tokenizer = load_tokenizer(config.model)
-        data, _, _, runtime = meet(config, tokenizer, request, where)
+        data, _, _, runtime = prepare_data_and_meet_ranks(config, tokenizer, request, where)
         engine, built, _ = build_engine(config, tokenizer, data, resolve_precision(config.precision, runtime), runtime)
         writer = model_interface_for_run(
             config, data, built, tokenizer, engine, runtime, lambda: False

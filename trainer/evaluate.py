@@ -49,9 +49,9 @@ from trainer.reporting.results import EVALUATION, TEST, keep_report
 from trainer.reporting.status import write_text_atomic
 from trainer.reporting.trackers.base import LoggedTable
 from trainer.rollout.rewards.scorer import open_scorer
-from trainer.run import meet
+from trainer.run import prepare_data_and_meet_ranks
 from trainer.session.announcements import track_evaluation
-from trainer.session.attempt import Attempt, rank_of_job
+from trainer.session.attempt import Attempt, open_rank_of_job
 from trainer.session.evaluators import build_test_evaluators, model_interface_for_run
 from trainer.session.looks_at_test_set import (
     CheckpointWeights,
@@ -59,13 +59,13 @@ from trainer.session.looks_at_test_set import (
     num_test_documents,
     record_test_result,
 )
-from trainer.session.run_data import DataRecord, ReasonToReadRows, data_record, load_run_data
+from trainer.session.run_data import DataRecord, ReasonToReadRows, load_run_data, read_data_record
 from trainer.session.run_facts import versions
 from trainer.step import BuiltModel
 from trainer.stopping.preempt import StopAgreement
 from trainer.stopping.signals import StopRequest
 
-GIVE_FILE = "Give the task a file of its own (evaluation.tasks.NAME.path=FILE)"
+GIVE_TASK_FILE_ADVICE = "Give the task a file of its own (evaluation.tasks.NAME.path=FILE)"
 
 
 def evaluate_worker(config: RunConfig, job: EvaluationJob, job_dir: Path) -> None:
@@ -73,7 +73,7 @@ def evaluate_worker(config: RunConfig, job: EvaluationJob, job_dir: Path) -> Non
 
     Raises what ended it. `job_dir` has the records of the processes, apart from those of a run.
     """
-    with rank_of_job(job_dir, config.run.lease_s) as (request, attempt):
+    with open_rank_of_job(job_dir, config.run.lease_s) as (request, attempt):
         _evaluate(config, job, job_dir, request, attempt)
 
 
@@ -82,17 +82,19 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     attempt.set_run_dir(job_dir, int(os.environ.get("RANK", 0)))
     tokenizer = load_tokenizer(config.model)
     check_parallel(config, scores_answers=False)
-    opened = _RunData(job)
-    data, tasks, staged, runtime = meet(config, tokenizer, request, attempt, opened.open)
-    if opened.accepted:
-        job = replace(job, accepted=[*job.accepted, *opened.accepted])
+    evaluation_data = _EvaluationData(job)
+    data, tasks, staged, runtime = prepare_data_and_meet_ranks(
+        config, tokenizer, request, attempt, evaluation_data.open
+    )
+    if evaluation_data.accepted_differences:
+        job = replace(job, accepted=[*job.accepted, *evaluation_data.accepted_differences])
     console = Console(enabled=runtime.is_main, log=job_dir / "logs" / f"rank-{runtime.rank}.log")
     precision = resolve_precision(config.precision, runtime)
     stop_now = StopAgreement(request, runtime).for_loop().ask_and_wait
     attempt.phase = "building the model"
     built: tuple[Engine, BuiltModel] | None = None
     if config.evaluation.server.url is not None:
-        evaluator = TaskEvaluator(tasks, _served(config, tokenizer, runtime, stop_now))
+        evaluator = TaskEvaluator(tasks, _connect_server(config, tokenizer, runtime, stop_now))
     else:
         with reporting_evaluation_out_of_memory(lambda: attempt.phase, config, runtime):
             if quantising_library(config.model.path) is not None:
@@ -100,8 +102,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             else:
                 engine, step, _ = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)
         built = engine, step
-        if step.step_module.plan.optimizer_hooks is not None:
-            _tell_length(config, data, step, engine, runtime, opened)
+        _set_total_steps_of_optimizer_hooks(config, data, step, engine, runtime, evaluation_data)
         if job.split == TEST:
             attempt.phase = "evaluating the test documents"
             _evaluate_test(config, job, data, tokenizer, built, job_dir, runtime, StopAgreement(request, runtime))
@@ -111,26 +112,28 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             tasks, model_interface_for_run(config, data, step, tokenizer, engine, runtime, stop_now)
         )
     evaluator.report_progress(console.print_line)
-    _refuse_deleted(job, runtime)
+    _raise_if_checkpoint_was_deleted(job, runtime)
     attempt.phase = "evaluating"
-    about = _about(config, job, str(precision), runtime)
-    unfinished = UnfinishedReport(Path(job.to), about["model"]) if runtime.is_main else None
+    report_head = _report_head(config, job, str(precision), runtime)
+    unfinished = UnfinishedReport(Path(job.to), report_head["model"]) if runtime.is_main else None
     earlier = None if job.report is None else record.read_report(Path(job.report), "against")
-    _name_opponents(job, evaluator, {} if earlier is None else earlier.rows)
+    _set_opponent_answers(job, evaluator, {} if earlier is None else earlier.rows)
     evaluator.check_rows()
     try:
         with (
             reporting_evaluation_out_of_memory(lambda: f"evaluation.tasks.{evaluator.current_task}", config, runtime),
-            _telling_of_finished(unfinished, console),
+            _printing_finished_tasks_if_it_fails(unfinished, console),
         ):
-            models = _evaluate_models(job, built, evaluator, _Listener(console, unfinished, scored=job.kept))
+            models = _evaluate_models(
+                job, built, evaluator, _FinishedTaskReporter(console, unfinished, scored=job.kept)
+            )
     except Interrupted:
         raise Preempted("asked to stop; the same command begins the evaluation again, with its first task") from None
     attempt.phase = "writing the report"
     request.disarm_end_of_stuck_process()
-    attempt.require_ownership(runtime)
+    attempt.require_run_dir_ownership(runtime)
     if unfinished is not None:
-        report, shown_tables = _report(config, job, about, [prepared.task for prepared in tasks], models)
+        report, shown_tables = _write_report(config, job, report_head, [prepared.task for prepared in tasks], models)
         unfinished.discard()
         if config.logging.tables and not job.asked_first:
             track_evaluation(config, job_dir, report, shown_tables, console.print_line)
@@ -171,7 +174,7 @@ def _evaluate_test(
         )
         stop_now = agreement.for_loop().ask_and_wait
         record_reference_logps({"test": data.test}, engine, recording, runtime, stop_now)
-    _refuse_deleted(job, runtime)
+    _raise_if_checkpoint_was_deleted(job, runtime)
     progress = engine.load(Path(job.checkpoint))
 
     def watch_for_stop() -> Callable[[], bool]:
@@ -201,7 +204,7 @@ def _evaluate_test(
     processes.barrier(runtime)
 
 
-def _refuse_deleted(job: EvaluationJob, runtime: processes.Runtime) -> None:
+def _raise_if_checkpoint_was_deleted(job: EvaluationJob, runtime: processes.Runtime) -> None:
     """Raise ConfigError if the run, which still trains, deleted the checkpoint while the model was built. All ranks must call."""
     if job.checkpoint is None:
         return
@@ -212,13 +215,14 @@ def _refuse_deleted(job: EvaluationJob, runtime: processes.Runtime) -> None:
         )
 
 
-class _RunData:
-    """Opens the data of an evaluation: of a run only what its tasks need, which is often nothing; else what the user names."""
+class _EvaluationData:
+    """The data of an evaluation: of a run only the documents that its tasks need, often none; else what `data.path` names."""
 
     def __init__(self, job: EvaluationJob) -> None:
         self.job = job
         self.record: DataRecord | None = None
-        self.accepted: list[str] = []
+        """What the run recorded of its data; None if the evaluated model is not a run's, and before `open`."""
+        self.accepted_differences: list[str] = []
         """How the rows differ from those of the training, if the user accepts that."""
 
     def open(
@@ -230,16 +234,24 @@ class _RunData:
         choose_date: ChooseDate | None = None,
         print_line: PrintLine = print_on_rank_0,
     ) -> PreparedData:
-        """Open the data or prepare it. Errors: those of preparing, DataError if the run's own rows are gone."""
+        """Open the data or prepare it; sets `record` and `accepted_differences`.
+
+        Of a run, its own documents are read only if a task or `split=test` asks for them. Raises ConfigError or DataError if the
+        data cannot be prepared, DataError if the run's own rows are missing.
+        """
         if self.job.data_run is None:
             return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
-        self.record = data_record(Path(self.job.data_run))
-        keys = tasks_on_run_documents(tasks_to_run(config))
+        self.record = read_data_record(Path(self.job.data_run))
+        task_keys = tasks_on_run_documents(tasks_to_run(config))
         reason_to_read = None
-        if keys:
-            reason_to_read = ReasonToReadRows(f"{', '.join(keys)}: asks the run's own documents", GIVE_FILE)
+        if task_keys:
+            reason_to_read = ReasonToReadRows(
+                purpose=f"{', '.join(task_keys)}: asks the run's own documents", way_out=GIVE_TASK_FILE_ADVICE
+            )
         if self.job.split == TEST:
-            reason_to_read = ReasonToReadRows("split=test: asks the run's test documents", "Leave split=test out")
+            reason_to_read = ReasonToReadRows(
+                purpose="split=test: asks the run's test documents", way_out="Leave split=test out"
+            )
         run_data = load_run_data(
             config,
             self.record,
@@ -251,47 +263,61 @@ class _RunData:
         )
         # The objective is changed in place, because the model is built from the same configuration.
         config.objective = run_data.objective
-        self.accepted = run_data.accepted_differences
+        self.accepted_differences = run_data.accepted_differences
         return run_data.data
 
 
-def _tell_length(
+def _set_total_steps_of_optimizer_hooks(
     config: RunConfig,
     data: PreparedData,
     built: BuiltModel,
     engine: Engine,
     runtime: processes.Runtime,
-    opened: _RunData,
+    evaluation_data: _EvaluationData,
 ) -> None:
-    """Tell a tuning method that changes with the step (such as AdaLoRA) how many steps the run had."""
-    # As the run recorded it; else as many as the data and the budget make.
-    if opened.record is not None and opened.record.total_steps is not None:
-        built.step_module.plan.optimizer_hooks.begin(opened.record.total_steps)  # type: ignore[union-attr]
-    elif objective_family(config.objective).rollout is not None:
+    """Tell a tuning method that changes with the step (such as AdaLoRA) how many steps the run had.
+
+    - No such method: nothing to do.
+    - The run recorded its steps: those.
+    - Else: as many as the data and the budget make.
+    """
+    hooks = built.step_module.plan.optimizer_hooks
+    if hooks is None:
+        return
+    record = evaluation_data.record
+    if record is not None and record.total_steps is not None:
+        hooks.begin(record.total_steps)
+        return
+    learns_from_rounds = objective_family(config.objective).rollout is not None
+    if learns_from_rounds:
         _, order = build_order(config.data, data.train, sequences_per_document=1, seed=config.run.seed)
-        steps = steps_of_run(config, order, data.train.lengths)
-        built.step_module.plan.optimizer_hooks.begin(steps)  # type: ignore[union-attr]
-    else:
-        build_loader(config, data, built, engine, runtime)
+        hooks.begin(steps_of_run(config, order, data.train.lengths))
+        return
+    # `build_loader` counts the steps of a run over documents, and calls `hooks.begin` with them. Its loader is not needed.
+    build_loader(config, data, built, engine, runtime)
 
 
-def _served(config: RunConfig, tokenizer: Any, runtime: processes.Runtime, stop_now: Callable[[], bool]) -> ServedModel:
-    """The model of `evaluation.server`, which is sent a local model's tokens. Loads nothing. Errors: ConfigError."""
+def _connect_server(
+    config: RunConfig, tokenizer: Any, runtime: processes.Runtime, stop_now: Callable[[], bool]
+) -> ServedModel:
+    """Connect to the model of `evaluation.server`, which is sent tokens of `model.path`'s tokenizer. Loads no weights.
+
+    Raises ConfigError if the server cannot be used.
+    """
     model_config = read_config(config.model.path) or {}
-    positions = (
-        config.model.positions or _positions_of(model_config) or _positions_of(model_config.get("text_config") or {})
-    )
+    text_config = model_config.get("text_config") or {}  # of a model for text and images
+    positions = config.model.positions or _max_positions_of(model_config) or _max_positions_of(text_config)
     encoder = TaskContext.from_settings(config.data, config.objective, settled_template_date(config)).encoder(tokenizer)
     return connect_served_model(config.evaluation, config.model.path or "", encoder, positions, runtime, stop_now)
 
 
-def _positions_of(settings: dict[str, Any]) -> int | None:
+def _max_positions_of(settings: dict[str, Any]) -> int | None:
     """The number of positions of a model by its config.json; None if it does not say."""
     return settings.get("max_position_embeddings") or settings.get("n_positions") or None
 
 
 @dataclass(frozen=True, slots=True)
-class _Listener:
+class _FinishedTaskReporter:
     """Reports each finished task: to the console, and on rank 0 to the unfinished report."""
 
     console: Console
@@ -312,7 +338,7 @@ class _Listener:
 
 
 @contextmanager
-def _telling_of_finished(unfinished: UnfinishedReport | None, console: Console) -> Iterator[None]:
+def _printing_finished_tasks_if_it_fails(unfinished: UnfinishedReport | None, console: Console) -> Iterator[None]:
     """If the evaluation ends early, say which tasks are already written, and where."""
     try:
         yield
@@ -323,17 +349,23 @@ def _telling_of_finished(unfinished: UnfinishedReport | None, console: Console) 
         raise
 
 
-def _name_opponents(job: EvaluationJob, evaluator: TaskEvaluator, rows: dict[str, list[TaskRow]]) -> None:
-    """Give tasks that compare two answers those of the other model, as far as they are known (`rows`, by task)."""
-    for ready in evaluator.tasks:
-        # The base has not answered yet: its answers are compared once it has.
-        ready.task.is_opponent = job.asked_first or job.base
-        if ready.task.name in rows:
-            ready.task.opponent_answers = {row.where: row.answer for row in rows[ready.task.name]}
+def _set_opponent_answers(
+    job: EvaluationJob, evaluator: TaskEvaluator, earlier_rows_by_task: dict[str, list[TaskRow]]
+) -> None:
+    """Give tasks that compare two models' answers those of the other model, if an earlier report has them."""
+    for prepared in evaluator.tasks:
+        # With the base, or another model, asked first: its answers come later, and it is the opponent while it is asked.
+        prepared.task.is_opponent = job.asked_first or job.base
+        if prepared.task.name in earlier_rows_by_task:
+            earlier_rows = earlier_rows_by_task[prepared.task.name]
+            prepared.task.opponent_answers = {row.where: row.answer for row in earlier_rows}
 
 
 def _evaluate_models(
-    job: EvaluationJob, built: tuple[Engine, BuiltModel] | None, evaluator: TaskEvaluator, listener: _Listener
+    job: EvaluationJob,
+    built: tuple[Engine, BuiltModel] | None,
+    evaluator: TaskEvaluator,
+    listener: _FinishedTaskReporter,
 ) -> dict[str, EvaluatedModel]:
     """Evaluate the model (`TUNED`), and before it the base (`BASE`) if the job asks for it. All ranks must call.
 
@@ -352,7 +384,7 @@ def _evaluate_models(
 
 
 def _evaluate_base(
-    job: EvaluationJob, engine: Engine, built: BuiltModel, evaluator: TaskEvaluator, listener: _Listener
+    job: EvaluationJob, engine: Engine, built: BuiltModel, evaluator: TaskEvaluator, listener: _FinishedTaskReporter
 ) -> dict[str, EvaluatedModel]:
     """Evaluate the base if the job asks for it, and load the job's checkpoint, before or after that. All ranks must call."""
     models: dict[str, EvaluatedModel] = {}
@@ -371,7 +403,7 @@ def _evaluate_base(
     return models
 
 
-def _evaluate_model(evaluator: TaskEvaluator, arm: str, listener: _Listener) -> EvaluatedModel:
+def _evaluate_model(evaluator: TaskEvaluator, arm: str, listener: _FinishedTaskReporter) -> EvaluatedModel:
     """Run every task on one model. All ranks must call."""
     model = EvaluatedModel()
     for finished in evaluator.run_tasks():
@@ -385,7 +417,7 @@ def _evaluate_model(evaluator: TaskEvaluator, arm: str, listener: _Listener) -> 
     return model
 
 
-def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: processes.Runtime) -> dict[str, Any]:
+def _report_head(config: RunConfig, job: EvaluationJob, precision: str, runtime: processes.Runtime) -> dict[str, Any]:
     """The head of the report: the model, how and where it was evaluated, and versions of libraries."""
     is_checkpoint_of_run = job.checkpoint is not None and not job.accepted
     return {
@@ -409,12 +441,17 @@ def _about(config: RunConfig, job: EvaluationJob, precision: str, runtime: proce
     }
 
 
-def _report(
-    config: RunConfig, job: EvaluationJob, about: dict[str, Any], tasks: list[Task], models: dict[str, EvaluatedModel]
+def _write_report(
+    config: RunConfig,
+    job: EvaluationJob,
+    report_head: dict[str, Any],
+    tasks: list[Task],
+    models: dict[str, EvaluatedModel],
 ) -> tuple[dict[str, Any], dict[str, LoggedTable]]:
     """Compute intervals and comparisons, and write the report's files; rank 0 alone. Returns (report, tables of rows by name).
 
-    Errors: ConfigError for a report that cannot be read, StorageError.
+    `models`: the evaluated model under `TUNED`, and the base under `BASE` if the job asked for it. Raises ConfigError for an
+    earlier report that cannot be read, StorageError if a file cannot be written.
     """
     bootstrap = Bootstrap(config.evaluation.resamples, config.evaluation.resample_seed)
     model = models[TUNED]
@@ -423,22 +460,24 @@ def _report(
     comparisons = {}
     regressions: list[str] = []
     shown_tables: dict[str, LoggedTable] = {}
-    rows_of_other: dict[str, list[TaskRow]] = {}
+    compared_rows_by_task: dict[str, list[TaskRow]] = {}
     for task in tasks:
         rows = model.rows[task.name]
         resampled = resample_metrics(task, rows, bootstrap)
         task_records[task.name] = record.task_record(task, model, confidence_intervals(task, rows, resampled))
-        other = _other_result(task, models.get(BASE), earlier)
-        if other is None:
+        compared = _compared_result(task, models.get(BASE), earlier)
+        if compared is None:
             shown_tables |= row_tables(task, rows, None)
             continue
-        other_rows, other_metrics = other
-        shown_tables |= row_tables(task, rows, other_rows)
-        rows_of_other[task.name] = other_rows or []
-        comparisons[task.name] = comparison.compare_task(task, model, resampled, other_rows, other_metrics, bootstrap)
+        compared_rows, compared_metrics = compared
+        shown_tables |= row_tables(task, rows, compared_rows)
+        compared_rows_by_task[task.name] = compared_rows or []
+        comparisons[task.name] = comparison.compare_task(
+            task, model, resampled, compared_rows, compared_metrics, bootstrap
+        )
         if job.gate:
             regressions += comparison.regression_lines(task, comparisons[task.name]["metrics"])
-    report = {**about, "method": bootstrap.description(paired=bool(comparisons)), "tasks": task_records}
+    report = {**report_head, "method": bootstrap.description(paired=bool(comparisons)), "tasks": task_records}
     if job.against is not None:
         missing = [task.name for task in tasks if task.name not in comparisons]
         report["against"] = {"what": job.against, "tasks": comparisons, "not_there": missing}
@@ -448,11 +487,11 @@ def _report(
     record.write_report(directory, report, models)
     if job.run is not None and job.kept and job.recorded and not job.accepted:
         keep_report(Path(job.run), EVALUATION, report)
-    write_text_atomic(directory / record.PAGE_FILE, page.render_page(report, tasks, models, rows_of_other))
+    write_text_atomic(directory / record.PAGE_FILE, page.render_page(report, tasks, models, compared_rows_by_task))
     return report, shown_tables
 
 
-def _other_result(
+def _compared_result(
     task: Task, base: EvaluatedModel | None, earlier: EarlierEvaluation | None
 ) -> tuple[list[TaskRow] | None, dict[str, float]] | None:
     """(rows, metrics) of the model to compare a task with, the base or an earlier report's; None if it did not run the task.

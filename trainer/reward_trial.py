@@ -29,13 +29,13 @@ from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.rewards.scorer import open_scorer
 from trainer.rollout.trial_report import trial_report
 from trainer.rollout.types import AnswerGroup, GroupScores
-from trainer.run import meet
-from trainer.session.attempt import Attempt, rank_of_job
+from trainer.run import prepare_data_and_meet_ranks
+from trainer.session.attempt import Attempt, open_rank_of_job
 from trainer.stopping.preempt import StopAgreement
 from trainer.stopping.signals import StopRequest
 
 REPORT = "rewards.json"
-MOST_PROMPTS = 8
+DEFAULT_NUM_PROMPTS = 8
 """Prompts that are answered if `evaluation.generate.samples` is 0."""
 
 
@@ -52,7 +52,7 @@ def trial_worker(config: RunConfig, job: RewardTrialJob, job_dir: Path, to: Path
 
     Raises what ended it. `job_dir` has the records of the processes, and the copies of reward files.
     """
-    with rank_of_job(job_dir, config.run.lease_s) as (request, attempt):
+    with open_rank_of_job(job_dir, config.run.lease_s) as (request, attempt):
         attempt.set_run_dir(job_dir, int(os.environ.get("RANK", 0)))
         _try_rewards(config, job, to, request, attempt)
 
@@ -62,7 +62,7 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     settings = config.objective
     assert isinstance(settings, RoundsConfig)
     tokenizer = load_tokenizer(config.model)
-    data, _, staged, runtime = meet(config, tokenizer, request, attempt)
+    data, _, staged, runtime = prepare_data_and_meet_ranks(config, tokenizer, request, attempt)
     precision = resolve_precision(config.precision, runtime)
     agreement = StopAgreement(request, runtime)
     judge = None
@@ -83,7 +83,7 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     loader, _ = build_round_loader(config, data, built, engine, runtime, inputs)
     round_builder = loader.round_builder
     wanted = prompts_per_round(config)
-    count = min(config.evaluation.generate.samples or MOST_PROMPTS, wanted)
+    count = min(config.evaluation.generate.samples or DEFAULT_NUM_PROMPTS, wanted)
     try:
         began = time.perf_counter()
         groups = round_builder.group_generator.generate_groups(
@@ -92,7 +92,7 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
         written_at = time.perf_counter()
         scores = scorer.score(groups, step=0)
         scored_at = time.perf_counter()
-        train_s = _training_s(loader, engine, groups, scores)
+        train_s = _measure_training_s(loader, engine, groups, scores)
     except Interrupted:
         raise Preempted("asked to stop; the same command begins again") from None
     if runtime.is_main:
@@ -114,7 +114,9 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     staged.remove()
 
 
-def _training_s(loader: RolloutLoader, engine: Engine, groups: list[AnswerGroup], scores: list[GroupScores]) -> float:
+def _measure_training_s(
+    loader: RolloutLoader, engine: Engine, groups: list[AnswerGroup], scores: list[GroupScores]
+) -> float:
     """Seconds in which the steps of a round would learn from these groups, by one step that is taken. All ranks must call."""
     loader.round_builder.report_phase("training, to measure it")
     began = time.perf_counter()

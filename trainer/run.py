@@ -50,69 +50,74 @@ from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.rewards.copies import use_copies_of_run
 from trainer.session.announcements import (
     RunContext,
+    build_slow_rank_reporter,
     close_records,
     metering_energy,
     open_console,
-    open_records,
-    record_end,
-    slow_rank_reporter,
+    open_trackers_and_records,
+    recording_end_of_training,
 )
-from trainer.session.attempt import Attempt, raise_if_config_was_replaced, rank_of_job
+from trainer.session.attempt import Attempt, open_rank_of_job, raise_if_config_was_replaced
 from trainer.session.evaluation_interval import EvaluationInterval, resolve_evaluation_interval
 from trainer.session.evaluators import build_run_evaluators
 from trainer.session.export_at_end import export_at_end
-from trainer.session.identity import agree_on_run, compare_identity
+from trainer.session.identity import agree_on_run, compare_and_write_identity
 from trainer.session.matmul import resolve_matmul
 from trainer.session.monitors import build_detectors, tasks_for_tokenizer
 from trainer.session.result import TrainedRun, choose_and_measure_checkpoint
 from trainer.session.rounds import open_rounds, show_rounds
-from trainer.session.run_facts import RunParts, run_facts
+from trainer.session.run_facts import RunParts, build_run_record
 from trainer.session.template_date import record_template_date, template_date_chooser
 from trainer.step import BuiltModel
 from trainer.stopping.preempt import StopAgreement
 from trainer.stopping.signals import StopRequest
 from trainer.tuning.initial_adapter import adapter_sha256
 
-Freeze = Callable[[Path, RunConfig], None]
-"""Writes down a configuration again, with what the run has chosen itself."""
+WriteConfig = Callable[[Path, RunConfig], None]
+"""Writes `config.yaml` of a run directory again, with what the run has chosen itself."""
 
 
-def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, freeze: Freeze) -> None:
-    """Train as one rank of the job that the environment describes; raises what ended the run.
+def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, write_config: WriteConfig) -> None:
+    """Train as one rank of the job that the environment describes; raises what ended the run, and records it.
 
-    `run_dir` is needed on rank 0 only, which hands what the run chooses itself to `freeze`.
-    How it ended is written down by `trainer/session/attempt.py`.
+    `run_dir` is needed on rank 0 only, which calls `write_config` with what the run chooses itself. `sha256`: hash of the
+    configuration.
     """
-    with rank_of_job(run_dir, config.run.lease_s) as (request, attempt):
+    with open_rank_of_job(run_dir, config.run.lease_s) as (request, attempt):
         if attempt.lease is not None:
             home = attempt.lease.home
             raise_if_config_was_replaced(home, sha256)
             publish_complete_staging_dirs(
                 checkpoint_dirs_of(home, config.checkpoint.fallback_dir), partial(print, flush=True)
             )
-        _run(config, run_dir, sha256, request, attempt, freeze)
+        _run(config, run_dir, sha256, request, attempt, write_config)
 
 
 def _run(
-    config: RunConfig, run_dir: Path | None, sha256: str, request: StopRequest, attempt: Attempt, freeze: Freeze
+    config: RunConfig,
+    run_dir: Path | None,
+    sha256: str,
+    request: StopRequest,
+    attempt: Attempt,
+    write_config: WriteConfig,
 ) -> None:
     """Everything between the first record of this rank's attempt and the last. All ranks must call."""
     # Data first. Preparing it may take hours, and no collective may wait that long: the ranks meet only after it.
     tokenizer = load_tokenizer(config.model)
-    check_before_data(config)
-    data, tasks, staged, runtime = meet(config, tokenizer, request, attempt)
+    check_before_data_is_prepared(config)
+    data, tasks, staged, runtime = prepare_data_and_meet_ranks(config, tokenizer, request, attempt)
     run_dir = attempt.set_run_dir(agree_on_run(run_dir, sha256, runtime), runtime.rank)
 
     # What `auto` stands for is written into the frozen configuration, if the directory is still this attempt's.
-    attempt.require_ownership(runtime)
-    config = record_template_date(config, data.date, run_dir, runtime, freeze)
-    config, runtime = resolve_matmul(config, run_dir, runtime, freeze)
+    attempt.require_run_dir_ownership(runtime)
+    config = record_template_date(config, data.date, run_dir, runtime, write_config)
+    config, runtime = resolve_matmul(config, run_dir, runtime, write_config)
     console = open_console(config, run_dir, data, tokenizer, runtime)
     context = RunContext(sha256, runtime, console, StopAgreement(request, runtime), attempt)
     precision = resolve_precision(config.precision, runtime)
-    checked = check_identity(config, data, context)
+    checked = compare_with_resumed_run(config, data, context)
     inputs = TrialInputs(tokenizer, data, precision, runtime)
-    config = settle_choices(config, inputs, context, freeze)
+    config = choose_strategy_and_micro_batch(config, inputs, context, write_config)
     # Refused here, before there are weights, rather than by the allocator an hour later.
     attempt.phase = "simulating whether the run fits"
     checked |= must_fit(config, data, precision, runtime, console.print_line) | staged.record()
@@ -121,11 +126,11 @@ def _run(
     local_config = staged.with_local_model(config)
     engine, built, source = build_engine(local_config, tokenizer, data, precision, runtime, scores_answers=True)
     # Before a checkpoint is loaded: the reference is the initial model.
-    record_reference(config, data, engine, built, context)
-    checkpoints, resumed_from, progress = resume(config, engine, context)
-    loader, total_steps = loader_of(config, inputs, built, engine, progress, resumed_from, context)
+    record_reference_logps_of_data(config, data, engine, built, context)
+    checkpoints, resumed_from, progress = resume_from_checkpoint(config, engine, context)
+    loader, total_steps = build_batch_loader(config, inputs, built, engine, progress, resumed_from, context)
     interval = resolve_evaluation_interval(config, data, built, loader, total_steps, progress, runtime)
-    run_record = run_facts(
+    run_record = build_run_record(
         config,
         checked,
         RunParts(
@@ -143,13 +148,15 @@ def _run(
     )
     # From here on there is something to save: only the main thread ends the process, with trackers and checkpoints in order.
     request.disarm_end_of_stuck_process()
-    trackers = open_records(config, run_record, progress, context)
+    trackers = open_trackers_and_records(config, run_record, progress, context)
     show_rounds(config, loader, trackers, context)
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
     meter.watch(built.step_module.shard_units(), expert_ranks=config.parallel.experts)
     challenges = build_detectors(config, built, total_steps, interval, context)
     profiler = Profiler(config.profile, run_dir, runtime, attempt.at_step, console.print_line)
-    sinks = Sinks(meter, trackers, console, checkpoints, profiler.at_step, partial(attempt.require_ownership, runtime))
+    sinks = Sinks(
+        meter, trackers, console, checkpoints, profiler.at_step, partial(attempt.require_run_dir_ownership, runtime)
+    )
     trainer = Trainer(
         loop_settings(config, total_steps, interval),
         engine=meter.timing(engine) if config.logging.step_parts else engine,
@@ -157,25 +164,34 @@ def _run(
         progress=progress,
         evaluators=build_run_evaluators(config, inputs, tasks, built, engine, loader, challenges, context),
         sinks=sinks,
-        monitors=monitors_of(config, data, loader, challenges, context),
+        monitors=build_monitors(config, data, loader, challenges, context),
     )
-    with record_end(config, trackers, trainer.outcome, run_record, meter, checkpoints, context):
+    with recording_end_of_training(config, trackers, trainer.outcome, run_record, meter, checkpoints, context):
         attempt.phase = "training"
         with metering_energy(config, context), reporting_out_of_memory(trainer, config, run_record, runtime), profiler:
             outcome = trainer.fit()
         trained = TrainedRun(
-            config, inputs, built, engine, loader, checkpoints, challenges, outcome, context, local_config.model
+            config=config,
+            inputs=inputs,
+            built=built,
+            engine=engine,
+            loader=loader,
+            checkpoints=checkpoints,
+            challenges=challenges,
+            outcome=outcome,
+            context=context,
+            local_model=local_config.model,
         )
         model_facts = choose_and_measure_checkpoint(trained, run_record)
         attempt.phase = "export"
-        attempt.require_ownership(runtime)
+        attempt.require_run_dir_ownership(runtime)
         exported = export_at_end(trained, model_facts, run_record)
-    attempt.require_ownership(runtime)
+    attempt.require_run_dir_ownership(runtime)
     close_records(run_record, outcome, exported, trackers, context)
     staged.remove()
 
 
-def check_before_data(config: RunConfig) -> None:
+def check_before_data_is_prepared(config: RunConfig) -> None:
     """Refuse, before hours of preparation, models that cannot do what the run asks of them. Raises ConfigError."""
     # Whether ranks can share rows and experts is a matter of the model's architecture.
     check_parallel(config)
@@ -185,7 +201,7 @@ def check_before_data(config: RunConfig) -> None:
     check_reward_models(config)
 
 
-def meet(
+def prepare_data_and_meet_ranks(
     config: RunConfig,
     tokenizer: Any,
     request: StopRequest,
@@ -194,9 +210,9 @@ def meet(
 ) -> tuple[PreparedData, list[PreparedTask], Staged, processes.Runtime]:
     """Prepare the data and that of tasks, copy them to this node's disk, and only then form the process group.
 
-    Returns (the data, the tasks, what was copied, the process group's runtime).
-    No collective can time out while the data is made, since there is none before the last line. All ranks must call. Raises
-    Preempted on every rank if any was told to stop meanwhile, LeaseLost on every rank if another attempt took the directory.
+    Returns (the data, the tasks, what was copied, the process group's runtime). All ranks must call. Preparing may take hours,
+    and no collective can time out meanwhile, since there is none before the process group. Raises Preempted on every rank if any
+    was told to stop meanwhile, LeaseLost on every rank if another attempt took the directory.
     """
 
     def is_told_to_stop() -> bool:
@@ -220,41 +236,47 @@ def meet(
         attempt.phase = "start of the processes"
         if not rendezvous.wait_for_all(is_told_to_stop):
             raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
-    return staged.with_local_tokens(data), tasks, staged, start_processes(config, rendezvous.store)
+    return staged.with_local_tokens(data), tasks, staged, join_process_group(config, rendezvous.store)
 
 
-def check_identity(config: RunConfig, data: PreparedData, context: RunContext) -> dict[str, Any]:
+def compare_with_resumed_run(config: RunConfig, data: PreparedData, context: RunContext) -> dict[str, Any]:
     """What makes this run the one in its directory, for `run.json`. All ranks must call.
 
     Raises ConfigError on every rank if code, data, model or settings differ from those of the checkpoint it resumes from, and
     `run.accept` does not name the difference.
     """
     context.attempt.phase = "comparing with the run that is resumed"
-    context.attempt.require_ownership(context.runtime)
-    return compare_identity(config, data, context.run_dir, context.runtime)
+    context.attempt.require_run_dir_ownership(context.runtime)
+    return compare_and_write_identity(config, data, context.run_dir, context.runtime)
 
 
-def settle_choices(config: RunConfig, inputs: TrialInputs, context: RunContext, freeze: Freeze) -> RunConfig:
-    """Choose the strategy and the micro-batch, if they are `auto`, and freeze the choice. All ranks must call.
+def choose_strategy_and_micro_batch(
+    config: RunConfig, inputs: TrialInputs, context: RunContext, write_config: WriteConfig
+) -> RunConfig:
+    """Choose the strategy and the micro-batch, if they are `auto`. All ranks must call.
 
-    Raises DoesNotFit if no choice fits into memory.
+    Returns the configuration with both choices; rank 0 also writes each into `config.yaml`, so that a resumed run keeps it.
+    Raises DoesNotFit if no choice fits into memory, LeaseLost on every rank if another attempt took the run directory.
     """
 
-    def keep(chosen: RunConfig) -> None:
-        context.attempt.require_ownership(context.runtime)
+    def keep_choice(chosen_config: RunConfig) -> None:
+        context.attempt.require_run_dir_ownership(context.runtime)
         if context.runtime.is_main:
-            freeze(context.run_dir, chosen)
+            write_config(context.run_dir, chosen_config)
 
     context.attempt.phase = "choosing the strategy"
-    config = resolve_strategy(config, inputs, context.console.print_line, keep)
+    config = resolve_strategy(config, inputs, context.console.print_line, keep_choice)
     context.attempt.phase = "choosing the micro-batch"
-    return resolve_micro_batch(config, inputs, context.console.print_line, keep)
+    return resolve_micro_batch(config, inputs, context.console.print_line, keep_choice)
 
 
-def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Checkpoints, Path | None, Progress]:
-    """Load the checkpoint that `run.resume` names into `engine`. All ranks must call. Errors: StorageError, ConfigError.
+def resume_from_checkpoint(
+    config: RunConfig, engine: Engine, context: RunContext
+) -> tuple[Checkpoints, Path | None, Progress]:
+    """Load the checkpoint that `run.resume` names, if there is one, into `engine`. All ranks must call.
 
-    Returns the run's checkpoints, the one that was loaded (None at a first start), and its progress.
+    Returns the run's checkpoints, the one that was loaded (None at a first start), and its progress. Raises StorageError or
+    ConfigError on every rank if it cannot be used.
     """
     context.attempt.phase = "resuming"
     checkpoint_dirs = checkpoint_dirs_of(context.run_dir, config.checkpoint.fallback_dir)
@@ -268,7 +290,7 @@ def resume(config: RunConfig, engine: Engine, context: RunContext) -> tuple[Chec
     return checkpoints, resumed_from, progress
 
 
-def loader_of(
+def build_batch_loader(
     config: RunConfig,
     inputs: TrialInputs,
     built: BuiltModel,
@@ -277,16 +299,17 @@ def loader_of(
     resumed_from: Path | None,
     context: RunContext,
 ) -> tuple[StepLoader | RolloutLoader, int]:
-    """(the batches of this rank, of prepared documents or of rounds; the optimizer steps of the run). All ranks must call.
+    """Build what gives this rank its batches; returns (the loader, the optimizer steps of the whole run). All ranks must call.
 
-    `resumed_from`: the checkpoint that was loaded. Errors: those of rewards, StorageError.
+    Batches are of prepared documents, or of rounds of generated answers. `resumed_from`: the checkpoint that was loaded. Raises
+    StorageError, or an error of a reward that cannot be opened.
     """
     if objective_family(config.objective).rollout is None:
         return build_loader(config, inputs.data, built, engine, context.runtime)
     return open_rounds(config, inputs, built, engine, progress, resumed_from, context)
 
 
-def monitors_of(
+def build_monitors(
     config: RunConfig,
     data: PreparedData,
     loader: StepLoader | RolloutLoader,
@@ -296,7 +319,7 @@ def monitors_of(
     """What may end the run early, or leave an update out."""
     anomaly_log = AnomalyLog(context.run_dir, data.directory, loader, context.console.print_line)
     guards = Guards(config.guards, config.optim.max_skipped_steps, context.runtime, anomaly_log)
-    stragglers = Stragglers(config.logging.slow_rank, context.runtime, slow_rank_reporter(context))
+    stragglers = Stragglers(config.logging.slow_rank, context.runtime, build_slow_rank_reporter(context))
     return Monitors(context.agreement, guards, stragglers, challenges)
 
 
@@ -323,7 +346,7 @@ def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInter
     )
 
 
-def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
+def join_process_group(config: RunConfig, store: Any = None) -> processes.Runtime:
     """Join the process group of the job; `store`: where the ranks have met before. All ranks must call."""
     run = config.run
     runtime = processes.join_job(
@@ -337,7 +360,7 @@ def start_processes(config: RunConfig, store: Any = None) -> processes.Runtime:
     return with_sequence_parallelism(runtime, config.parallel.sequence)
 
 
-def record_reference(
+def record_reference_logps_of_data(
     config: RunConfig, data: PreparedData, engine: Engine, built: BuiltModel, context: RunContext
 ) -> None:
     """Record the initial model's log-probabilities of the data, which the objective compares with. All ranks must call.
@@ -362,5 +385,5 @@ def record_reference(
         record_reference_logps(splits, engine, recording, context.runtime, context.agreement.for_loop().ask_and_wait)
     except Preempted:
         # Raised on all ranks alike. If the directory was lost meanwhile, that is the reason to give.
-        context.attempt.require_ownership(context.runtime)
+        context.attempt.require_run_dir_ownership(context.runtime)
         raise

@@ -28,7 +28,7 @@ from trainer.config.sbatch_options import ranks_per_node
 from trainer.reporting.code_revision import ROOT
 from trainer.reporting.settings_file import read_tree
 from trainer.reporting.status import RunState, read_status
-from trainer.session.lease import SILENT_OWNER_VARIABLE, refuse_in_use
+from trainer.session.lease import SILENT_OWNER_VARIABLE, raise_if_run_dir_is_in_use
 
 SBATCH_DECIDES_REASON = (
     "is asked of SLURM when a job is submitted; give it to sbatch before the script's name, or use shardtune submit"
@@ -123,7 +123,7 @@ def prepare_job_start(overrides: list[str]) -> dict[str, Any]:
     launcher = run.settings["launcher"]
     containers.refuse_unavailable_container(launcher)
     refuse_lost_starts(run, job, logs)
-    refuse_in_use(run.directory, run.settings["run"]["lease_s"])
+    raise_if_run_dir_is_in_use(run.directory, run.settings["run"]["lease_s"])
     # After the checks of the run directory: a start that they refuse must not replace the record of the run's own job.
     if started_by_train_sbatch:  # `submit` has left this record for its own jobs
         write_submitted_job_ids([run.directory], job.name)

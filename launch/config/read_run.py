@@ -27,7 +27,7 @@ from strategies.settings import Reach
 from trainer.config.reach import GROUPS_OF_EACH_START, reach_of
 from trainer.config.resuming import flatten_settings, settings_as_dict
 from trainer.rollout.rewards.copies import function_locations
-from trainer.session.base_files import pin_commit
+from trainer.session.base_files import pin_base_to_recorded_commit
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
@@ -113,7 +113,7 @@ def read_run(
     allowing_arguments, other_arguments = _split_overrides(overrides, reader.own_groups)
     frozen = load_frozen_config(run_dir / "config.yaml")
     # First, because another commit of a model on the hub may have other code, and `outside_values` looks at the code.
-    pin_commit(frozen, run_dir, may_fetch=False)
+    pin_base_to_recorded_commit(frozen, run_dir, may_fetch=False)
     config = change(_with_allowing_arguments(frozen, allowing_arguments), other_arguments)
 
     allowed_keys = keys_set_by(overrides) | reader.settled_groups

@@ -157,7 +157,7 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
     from launch.config.read_run import RunReader, read_run, use_trusted_reward_copies
     from launch.export.command import find_checkpoint, warn_if_base_was_better
     from trainer.config.run import settled_matmul
-    from trainer.session.base_files import use_recorded_base
+    from trainer.session.base_files import pin_and_check_recorded_base
 
     if not (run / "config.yaml").is_file():
         what = "not a run directory (it has no config.yaml)" if run.exists() else "there is no such directory"
@@ -187,7 +187,7 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
     checkpoint = find_checkpoint(run, evaluate_arguments.checkpoint, config.checkpoint)
     if evaluate_arguments.checkpoint == "best":
         warn_if_base_was_better(run, checkpoint, config)
-    base_differences = use_recorded_base(
+    base_differences = pin_and_check_recorded_base(
         config,
         run,
         evaluate_arguments.accept,

@@ -132,7 +132,7 @@ def export_command(argv: list[str]) -> dict[str, Any]:
     """
     from launch.config.read_run import RunReader, read_run, split_allowing_arguments
     from trainer.export.gates.judge import record_gate_decision
-    from trainer.session.base_files import use_recorded_base
+    from trainer.session.base_files import pin_and_check_recorded_base
 
     allowing, argv_of_verb = split_allowing_arguments(argv)
     arguments, typed_gates = read_export_arguments(argv_of_verb)
@@ -165,7 +165,7 @@ def export_command(argv: list[str]) -> dict[str, Any]:
     )
     if request.named == "best":
         warn_if_base_was_better(run_dir, last, config)
-    request.accepted = use_recorded_base(config, run_dir, arguments.accept, with_teacher=False)
+    request.accepted = pin_and_check_recorded_base(config, run_dir, arguments.accept, with_teacher=False)
     request.accept_data = "data" in arguments.accept
     if bits is not None:
         request.rows_needed = export_gguf.rows_needed(bits)

@@ -120,7 +120,7 @@ def run_as_rank() -> int:
     from strategies.errors import Preempted
     from trainer.config.run import settled_matmul
     from trainer.reporting.status import read_failure
-    from trainer.session.attempt import rank_of_job
+    from trainer.session.attempt import open_rank_of_job
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
@@ -131,7 +131,7 @@ def run_as_rank() -> int:
     job = ExportJob(**json.loads((job_dir / JOB_FILE).read_text(encoding="utf-8")))
     run = config.run
     try:
-        with rank_of_job(job_dir, run.lease_s) as (_, attempt):
+        with open_rank_of_job(job_dir, run.lease_s) as (_, attempt):
             attempt.phase = "start of the processes"
             with attempt.join_ranks(run.timeout_s) as rendezvous:
                 store = rendezvous.store
@@ -161,7 +161,7 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
     from trainer.reporting.documents.questions import read_answers
     from trainer.reporting.results import at_step
     from trainer.session.exported_model import describe_trained_model
-    from trainer.session.run_data import ReasonToReadRows, data_record, load_run_data
+    from trainer.session.run_data import ReasonToReadRows, load_run_data, read_data_record
 
     run_dir = Path(job.run)
     tokenizer = load_tokenizer(config.model)
@@ -169,7 +169,7 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
     precision = _export_precision(config, record, run_dir)
     run_data = load_run_data(
         config,
-        data_record(run_dir),
+        read_data_record(run_dir),
         tokenizer,
         reason_to_read=None if job.rows_needed is None else ReasonToReadRows(**job.rows_needed),
         accept_changed_rows=job.accept_data,

@@ -101,7 +101,7 @@ def read_make_arguments(argv: list[str]) -> MakeRequest:
     from launch.export.command import find_checkpoint
     from trainer.checkpoints.manifest import manifest_sha256
     from trainer.config.ranges import range_problems
-    from trainer.session.base_files import use_recorded_base
+    from trainer.session.base_files import pin_and_check_recorded_base
 
     # The arguments themselves.
     command = ["review", "make", *argv]
@@ -127,7 +127,7 @@ def read_make_arguments(argv: list[str]) -> MakeRequest:
     reading_verb = RunReader(command, _uses_outside_value, own_groups=SETTABLE_GROUPS)
     config = read_run(run, reading_verb, settings, compose_for_review)
     checkpoint = find_checkpoint(run, arguments.checkpoint, config.checkpoint)
-    accepted = use_recorded_base(config, run, arguments.accept, with_teacher=True, needs_initial_model=True)
+    accepted = pin_and_check_recorded_base(config, run, arguments.accept, with_teacher=True, needs_initial_model=True)
 
     # What the review compares, and where it is written.
     review = config.review

@@ -16,7 +16,7 @@ from strategies.errors import ConfigError
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.reporting.status import CONFIG_SHA256_REGEX, write_text_atomic
 from trainer.rollout.rewards import copies
-from trainer.session.lease import InUse, refuse_in_use
+from trainer.session.lease import RunDirInUse, raise_if_run_dir_is_in_use
 from trainer.stopping.signals import is_signal_pending
 
 QUEUE_CACHE_S = 10.0
@@ -30,7 +30,7 @@ def write_run_config(composed: ComposedConfig, run_dir: Path, *, may_change_stra
     that is not done may continue under another strategy or micro-batch, and a message says so. Raises
 
     - ConfigError if the directory holds another run, or checkpoints that `run.resume=never` refuses,
-    - InUse if the run is still running, or SLURM will start it,
+    - RunDirInUse if the run is still running, or SLURM will start it,
     - StorageError if a file cannot be written.
     """
     run_dir = Path(run_dir).expanduser()
@@ -50,7 +50,7 @@ def write_run_config(composed: ComposedConfig, run_dir: Path, *, may_change_stra
             may_change_strategy=may_change_strategy and not is_done,
         )
     raise_if_queued(run_dir)
-    refuse_in_use(run_dir, config.run.lease_s, is_signal_pending)
+    raise_if_run_dir_is_in_use(run_dir, config.run.lease_s, is_signal_pending)
     rewards = getattr(config.objective, "rewards", {})
     if rewards:
         copies.renew_copies(rewards, run_dir, has_progress=bool(checkpoints), accept=config.run.accept)
@@ -75,7 +75,7 @@ def _raise_if_files_in_the_way(run_dir: Path) -> None:
 
 
 def raise_if_queued(run_dir: Path) -> None:
-    """Raise InUse if another job in SLURM's queue is for this run directory: it would train with the settings frozen now.
+    """Raise RunDirInUse if another job in SLURM's queue is for this run directory: it would train with the settings frozen now.
 
     As long as squeue fails, a directory that was submitted before is refused as well.
     """
@@ -83,7 +83,7 @@ def raise_if_queued(run_dir: Path) -> None:
     if job is None:
         return
     state = f"it is pending: {job.waiting_text}" if job.is_pending else f"it is {job.state}"
-    raise InUse(
+    raise RunDirInUse(
         f"run.dir={run_dir}: job {job.id} is for this run, and would train with what is frozen now ({state}). "
         f"`shardtune stop {run_dir}` ends it; or choose another run.dir"
     )
@@ -108,7 +108,7 @@ def _job_in_queue(run_dir: Path) -> QueuedJob | None:
     - it is the job that this process is part of,
     - or squeue fails, and the run was never submitted, is finished, or was submitted as the job of this process.
 
-    If squeue fails twice for any other run, InUse is raised: the run may be queued.
+    If squeue fails twice for any other run, RunDirInUse is raised: the run may be queued.
     """
     own_job_ids = _own_job_ids()
     cache_period = int(time.monotonic() // QUEUE_CACHE_S)
@@ -123,7 +123,7 @@ def _job_in_queue(run_dir: Path) -> QueuedJob | None:
             return None
         queue = _cached_queue(cache_period, attempt=2)
         if queue.problem is not None:
-            raise InUse(
+            raise RunDirInUse(
                 f"run.dir={run_dir}: was submitted as job {submitted_job_id}; whether it still waits or runs is not known "
                 f"({queue.problem}). Try again when squeue answers; if job {submitted_job_id} is over, remove "
                 f"{run_dir / SUBMITTED_FILE}; or choose another run.dir"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from trainer.session.lease import (
     HEARTBEATS_PER_TIMEOUT,
-    Owner,
+    LeaseOwner,
     is_alive_here,
     latest_claim,
     owner_of_this_process,
@@ -31,7 +31,7 @@ class LeaseHolder:
 
     starts: int
     """How often the run was started, this attempt counted; 0 where nobody has begun it."""
-    owner: Owner | None
+    owner: LeaseOwner | None
     """The process that holds the lease; None if the attempt is over."""
     is_alive: bool | None
     """Whether the owner is a process of this host that lives; None if this host cannot tell."""
@@ -75,7 +75,7 @@ class LauncherProcess(NamedTuple):
     """`process_identity` of the process: its pid may be another process's later."""
 
 
-def launcher_process(owner: Owner) -> LauncherProcess | None:
+def launcher_process(owner: LeaseOwner) -> LauncherProcess | None:
     """The launcher on this host that started the owner's ranks; None if the owner
 
     - is on another host,
@@ -107,7 +107,7 @@ def _is_same_or_ancestor(pid: int, descendant_pid: int) -> bool:
 
 
 @cache
-def _this_process() -> Owner:
+def _this_process() -> LeaseOwner:
     """This process as an owner of a lease, by which `is_alive_here` knows this host."""
     return owner_of_this_process(1.0)
 

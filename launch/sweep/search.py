@@ -21,7 +21,7 @@ from launch.sweep.sweeper import Prune, Search, search_listing
 from strategies.errors import ConfigError, NotRunOwner, ShardtuneError, StorageError
 from trainer.reporting.results import rows
 from trainer.reporting.status import write_text_atomic
-from trainer.session.lease import InUse, Lease
+from trainer.session.lease import Lease, RunDirInUse
 from trainer.stopping.signals import is_signal_pending
 
 if TYPE_CHECKING:
@@ -351,7 +351,7 @@ def _acquire_trial_lease(search: Search, search_dir: Path, number: int) -> Lease
     lease_dir = search_dir / "commands" / str(number)
     try:
         return Lease.acquire(lease_dir, search.first_trial.config.run.lease_s, stop=is_signal_pending)
-    except InUse:
+    except RunDirInUse:
         return None
 
 

@@ -12,7 +12,7 @@ from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data, write_jsonl
 from trainer.model.base_files import digests_of_loaded_files
 from trainer.model.config import ModelConfig
-from trainer.session.base_files import at_commit
+from trainer.session.base_files import pin_model_to_commit
 
 CHANGED = "base/model.safetensors: has other content than when the run trained"
 
@@ -170,12 +170,12 @@ def test_base_at_a_new_hub_commit_replaces_one_that_this_machine_lacks(tmp_path,
         (repository / "snapshots" / commit / "config.json").write_text("{}")
     model = ModelConfig(path="owner/base")
 
-    assert at_commit(model, "a" * 40).revision == "a" * 40
-    assert at_commit(model, "c" * 40).revision is None
+    assert pin_model_to_commit(model, "a" * 40).revision == "a" * 40
+    assert pin_model_to_commit(model, "c" * 40).revision is None
     shutil.rmtree(repository / "snapshots" / ("a" * 40))
-    assert at_commit(replace(model, revision="a" * 40), "a" * 40).revision is None
-    assert at_commit(replace(model, download=True), "a" * 40).revision == "a" * 40
-    assert at_commit(replace(model, trust_remote_code=True), "a" * 40).revision == "a" * 40
+    assert pin_model_to_commit(replace(model, revision="a" * 40), "a" * 40).revision is None
+    assert pin_model_to_commit(replace(model, download=True), "a" * 40).revision == "a" * 40
+    assert pin_model_to_commit(replace(model, trust_remote_code=True), "a" * 40).revision == "a" * 40
 
 
 @pytest.mark.parametrize("tuning", [["tuning=lora", "export.merge=true"], ["tuning=lora", "tuning.init=pissa"]])

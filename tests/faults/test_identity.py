@@ -21,7 +21,12 @@ from trainer.config.resuming import KINDS, flatten_settings, settings_as_dict
 from trainer.config.run import RunConfig, RunSettings
 from trainer.config.tree import kind_of, traits_by_key
 from trainer.session import identity
-from trainer.session.identity import _compare_ranks, compare_identity, differences, source_digest
+from trainer.session.identity import (
+    _raise_if_ranks_differ,
+    compare_and_write_identity,
+    identity_differences,
+    source_digest,
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +115,14 @@ def test_identity_of_ranks_with_another_version_or_clone_is_named():
     here["code"] = {"source": "1"}
     other = here | {"versions": {"torch": "2.12"}, "base": {}, "code": {}}  # only one rank a host reads files
     with pytest.raises(ConfigError) as caught:
-        _compare_ranks([("a", here), ("b", other)], [])
+        _raise_if_ranks_differ([("a", here), ("b", other)], [])
     [problem] = caught.value.problems
     assert problem.startswith("rank 1 on b would train something else than rank 0 on a")
     assert problem.endswith("\n    versions: torch: 2.13 there, 2.12 here")
-    _compare_ranks([("a", here), ("b", other)], ["versions"])
+    _raise_if_ranks_differ([("a", here), ("b", other)], ["versions"])
     with pytest.raises(ConfigError, match="code: source: 1 there, 2 here"):
-        _compare_ranks([("a", here), ("b", here | {"code": {"source": "2"}})], [])
-    assert differences(here, here, accept=[]) == []
+        _raise_if_ranks_differ([("a", here), ("b", here | {"code": {"source": "2"}})], [])
+    assert identity_differences(here, here, accept=[]) == []
 
 
 class TwoRanks:
@@ -165,28 +170,30 @@ def test_identity_error_on_rank_0_fails_alike_on_all_ranks(tmp_path, monkeypatch
         return {kind: {} for kind in KINDS} | {"base": {"model": "1"}, "code": {"source": "1"}}
 
     monkeypatch.setattr(identity, "run_identity", found)
-    monkeypatch.setattr(identity, "_run_of_checkpoint", lambda *_: tmp_path if broken == "read" else None)
+    monkeypatch.setattr(identity, "_run_dir_of_checkpoint", lambda *_: tmp_path if broken == "read" else None)
     if broken == "written":
         (tmp_path / "identity.json").mkdir()
-    errors = TwoRanks(monkeypatch)(lambda runtime: compare_identity(RunConfig(), None, tmp_path, runtime))
+    errors = TwoRanks(monkeypatch)(lambda runtime: compare_and_write_identity(RunConfig(), None, tmp_path, runtime))
     assert [type(error) for error in errors] == [kind, kind], errors
     assert all(said in str(error) for error in errors)
 
 
 def test_source_and_base_are_read_once_a_host(tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(identity, "_run_of_checkpoint", lambda *_: None)
-    monkeypatch.setattr(identity, "base_files", lambda *_: read.append("base") or {"base/model.safetensors": "1"})
+    monkeypatch.setattr(identity, "_run_dir_of_checkpoint", lambda *_: None)
+    monkeypatch.setattr(
+        identity, "base_file_digests", lambda *_: read.append("base") or {"base/model.safetensors": "1"}
+    )
     monkeypatch.setattr(identity, "source_digest", lambda: read.append("code") or "1")
     data = SimpleNamespace(train=type("Rows", (list,), {"fingerprint": "f"})())
-    records = TwoRanks(monkeypatch)(lambda runtime: compare_identity(RunConfig(), data, tmp_path, runtime))
+    records = TwoRanks(monkeypatch)(lambda runtime: compare_and_write_identity(RunConfig(), data, tmp_path, runtime))
     assert sorted(read) == ["base", "code"]
     assert records[0] == records[1] and records[0]["identity"]["code"] == {"source": "1"}
 
 
 @pytest.mark.parametrize("content", ["null", "[]", '{"data": 3}', '{"accepted": 3}', "{", None])
 def test_identity_file_that_is_empty_is_refused_or_accepted_as_unknown(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(identity, "_run_of_checkpoint", lambda *_: tmp_path)
+    monkeypatch.setattr(identity, "_run_dir_of_checkpoint", lambda *_: tmp_path)
     if content is not None:
         (tmp_path / "identity.json").write_text(content)
     mine = {kind: {} for kind in KINDS}
@@ -228,18 +235,18 @@ def test_identity_samples_large_files_and_reads_small_ones_completely(tmp_path):
 
 def test_identity_setting_unknown_to_an_earlier_version_counts_as_its_default(monkeypatch):
     """A run of that version goes on, unless the setting now has another value than the default."""
-    monkeypatch.setattr(identity, "base_files", lambda config: {})
+    monkeypatch.setattr(identity, "base_file_digests", lambda config: {})
     config = RunConfig()
     data = SimpleNamespace(train=FakeDocuments())
     today = identity.run_identity(config, data)
     earlier = {kind: dict(values) for kind, values in today.items()}
     del earlier["data"]["data.max_length"]
     del earlier["optimizer"]["optim.weight_decay"]
-    assert differences(identity._with_defaults_of_new_settings(earlier, config), today, accept=[]) == []
+    assert identity_differences(identity._with_defaults_of_new_settings(earlier, config), today, accept=[]) == []
 
     config.optim.weight_decay = 0.5
     today = identity.run_identity(config, data)
-    changed = differences(identity._with_defaults_of_new_settings(earlier, config), today, accept=[])
+    changed = identity_differences(identity._with_defaults_of_new_settings(earlier, config), today, accept=[])
     assert [str(difference) for difference in changed] == ["optimizer: optim.weight_decay: 0.0 there, 0.5 here"]
 
 

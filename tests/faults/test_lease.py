@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.runs import can_be_elsewhere, descendants, read, start_elsewhere, take_over, wait
 from tests.helpers.covering import whole
-from trainer.session.lease import Owner
+from trainer.session.lease import LeaseOwner
 
 
 def test_a_second_run_on_this_host_is_refused_though_the_clock_went_back(runs):
@@ -65,7 +65,7 @@ def test_lease_lost_while_data_is_prepared_leaves_the_records_to_the_new_owner(r
             wait(lambda name=name: "waiting for another process" in runs.said(name), f"{name} waits", process)
         for run in ("alone", "both"):
             (runs.root / run / "status.json").write_text('{"state": "running", "host": "elsewhere"}')
-            take_over(runs.root / run, Owner(host="elsewhere", process="boot/namespace/1"))
+            take_over(runs.root / run, LeaseOwner(host="elsewhere", process="boot/namespace/1"))
         codes = {name: runs.end(process) for name, process in started.items()}
     assert codes == dict.fromkeys(started, 74), {name: runs.said(name) for name in started}
     for name in started:

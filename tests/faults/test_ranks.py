@@ -250,7 +250,7 @@ def test_failure_of_a_waiting_exchange_is_recorded_before_nccl_ends_the_process(
     monkeypatch.setattr(HeartbeatMonitor, "ranks_without_heartbeat", lambda self, wait_s: [])
     where = attempt.Attempt(phase="training", step=7, run_dir=tmp_path, heartbeat_monitor=beats)
     path = tmp_path / "failure.json"
-    teller = threading.Thread(target=attempt._before_nccl_aborts, args=(where, 0, now[0]))
+    teller = threading.Thread(target=attempt._record_timeout_before_nccl_aborts, args=(where, 0, now[0]))
     teller.start()
     wait(lambda: path.exists() and "exchanges" in read(path), "the failure with the last exchanges")
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))

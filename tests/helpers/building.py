@@ -45,7 +45,7 @@ from trainer.optim.schedule import ScheduleConfig, ScheduleName
 from trainer.reporting.console import Console
 from trainer.reporting.metrics import Meter
 from trainer.reporting.tracking import Trackers
-from trainer.run import loop_settings, record_reference
+from trainer.run import loop_settings, record_reference_logps_of_data
 from trainer.session.announcements import RunContext
 from trainer.session.attempt import Attempt
 from trainer.step import BuiltModel
@@ -223,7 +223,7 @@ def built_trainer(
     agreement = StopAgreement(StopRequest(), runtime)
     where = data.directory / f"run-{os.environ.get('RANK', 0)}"  # a lone oracle on every rank
     key = f"{config.strategy.name} {config.model} {config.tuning} {runtime.world_size}"
-    record_reference(
+    record_reference_logps_of_data(
         config,
         data,
         engine,

@@ -13,7 +13,7 @@ from tests.helpers.nursery import FAULT
 from trainer.monitors.stragglers import INTERVALS_TO_CONFIRM, SlowRank, Stragglers, slowness_factor
 from trainer.reporting.block_times import BlockTimer, timed_modules
 from trainer.reporting.metrics import RankTime
-from trainer.session.announcements import slow_rank_reporter
+from trainer.session.announcements import build_slow_rank_reporter
 
 FACTOR = 1.5
 
@@ -98,8 +98,8 @@ def test_straggler_timing_covers_only_blocks_and_only_while_it_is_on(monkeypatch
 
 def test_straggler_is_in_the_status_while_it_is_slow(tmp_path):
     said: list[str] = []
-    where = SimpleNamespace(why_lost=lambda: None, note=None)
-    tell = slow_rank_reporter(
+    where = SimpleNamespace(reason_run_dir_was_lost=lambda: None, note=None)
+    tell = build_slow_rank_reporter(
         SimpleNamespace(run_dir=tmp_path, attempt=where, console=SimpleNamespace(print_line=said.append))
     )
     slow = SlowRank(rank=3, host="node7", factor=1.84, from_step=120)
@@ -114,7 +114,7 @@ def test_straggler_is_in_the_status_while_it_is_slow(tmp_path):
         "warning: step 120: rank 3 on node7 computes 1.8 times as long as the other ranks",
         "step 170: rank 3 on node7 is as fast as the other ranks again",
     ]
-    where.why_lost = lambda: "another attempt has it"
+    where.reason_run_dir_was_lost = lambda: "another attempt has it"
     (tmp_path / "status.json").unlink()
     tell(slow, [], 171)
     assert not (tmp_path / "status.json").exists()

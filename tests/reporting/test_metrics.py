@@ -14,7 +14,7 @@ from trainer.reporting.gpu_peaks import PEAK_TFLOPS
 from trainer.reporting.metrics import Meter, StepRecord, reference_tflops
 from trainer.reporting.run_record import PredictedCost, Receipt, RunRecord, Sharding
 from trainer.reporting.step_times import PARTS
-from trainer.session.run_facts import start_text
+from trainer.session.run_facts import start_screen_text
 
 
 def rank(number=0, world=1, device="cpu"):
@@ -176,12 +176,12 @@ def test_start_screen_names_an_unknown_card_and_too_little_memory():
         advice="set precision=fp32",
         receipt=Receipt(predicted=PredictedCost(memory_gib=79.5, device_gib=80.0)),
     )
-    text = start_text(record)
+    text = start_screen_text(record)
     assert "warning" not in text and "1 tokens a step, 1 steps, 12.50 epochs" in text
     assert "each document is used about 12.5 times in one step: batch.global=" in text
-    assert "times in one step" not in start_text(replace(record, epochs=0.9))
+    assert "times in one step" not in start_screen_text(replace(record, epochs=0.9))
     record.receipt.predicted.memory_gib = 80.5
-    text = start_text(record)
+    text = start_screen_text(record)
     assert "warning: a rank is estimated to need 80.50 GiB, and has 80.00" in text
     assert "\nadvice: set precision=fp32" in text
     assert text.count("no MFU: the peak of NVIDIA Z9000 is not known: set logging.reference_tflops") == 1
@@ -192,10 +192,12 @@ def test_a_cpu_has_an_mfu_where_the_setting_gives_its_peak():
     peak, source = reference_tflops(None, torch.device("cpu"))
     measured = RunRecord(device="cpu", reference_tflops=peak, reference_tflops_source=source)
     assert peak > 0 and measured.mfu_tflops is None
-    assert "no MFU: the peak of a CPU is not known: set logging.reference_tflops" in start_text(with_sizes(measured))
+    assert "no MFU: the peak of a CPU is not known: set logging.reference_tflops" in start_screen_text(
+        with_sizes(measured)
+    )
     peak, source = reference_tflops(0.5, torch.device("cpu"))
     given = replace(measured, reference_tflops=peak, reference_tflops_source=source)
-    assert given.mfu_tflops == 0.5 and "MFU against 0.50 TFLOP/s" in start_text(with_sizes(given))
+    assert given.mfu_tflops == 0.5 and "MFU against 0.50 TFLOP/s" in start_screen_text(with_sizes(given))
     card = RunRecord(device="cuda:0", reference_tflops=125.0, reference_tflops_source="data sheet")
     assert card.mfu_tflops == 125.0
 

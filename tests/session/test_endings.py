@@ -12,7 +12,7 @@ from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.kept_answers import KeptAnswer, KeptAnswers
 from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RunRecord
-from trainer.session.announcements import record_end
+from trainer.session.announcements import recording_end_of_training
 
 DIVERGED = {
     "divergence": {"found": True, "verdict": "diverged", "step": 20, "says": "diverged: worse than at its start"}
@@ -40,7 +40,7 @@ def test_trackers_are_told_what_ended_a_run(tmp_path, error, challenges, state):
     record = RunRecord(objective="sft")
     outcome = TrainingOutcome(Progress(step=30), challenges=challenges)
     try:
-        with record_end(RunConfig(), trackers, outcome, record, meter, checkpoints, context):
+        with recording_end_of_training(RunConfig(), trackers, outcome, record, meter, checkpoints, context):
             if error is not None:
                 raise error
     except type(error or ValueError()) as caught:

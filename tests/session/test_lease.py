@@ -24,7 +24,7 @@ from trainer.reporting.status import record_failure
 from trainer.session import announcements as telling
 from trainer.session import lease as lease_module
 from trainer.session.attempt import Attempt, run_attempt
-from trainer.session.lease import InUse, Lease, LeaseLost, Owner, possible_owner_text
+from trainer.session.lease import Lease, LeaseLost, LeaseOwner, RunDirInUse, possible_owner_text
 from trainer.stopping.signals import StopRequest
 
 
@@ -32,7 +32,7 @@ from trainer.stopping.signals import StopRequest
 def test_lease_is_checked_however_an_attempt_ends(tmp_path, another_host, end):
     status = tmp_path / "status.json"
     with pytest.raises(BaseException, match="on elsewhere") as caught, run_attempt(tmp_path, 60, StopRequest()):
-        take_over(tmp_path, Owner(host="elsewhere"))
+        take_over(tmp_path, LeaseOwner(host="elsewhere"))
         status.write_text("the other's")
         raise end
     assert isinstance(caught.value, LeaseLost)
@@ -54,12 +54,12 @@ def test_lease_is_checked_by_all_ranks_at_a_stop_before_training(monkeypatch):
     place = SimpleNamespace(attempt=where, runtime=SimpleNamespace(world_size=1), run_dir=Path(), sha256="")
     place.console = place.agreement = MagicMock()
     with pytest.raises(LeaseLost):
-        run_module.record_reference(RunConfig(), MagicMock(), MagicMock(), built, place)
+        run_module.record_reference_logps_of_data(RunConfig(), MagicMock(), MagicMock(), built, place)
     with pytest.raises(LeaseLost):  # and so before what the run is, and that it runs, is written down
-        run_module.check_identity(RunConfig(), MagicMock(), place)
-    monkeypatch.setattr(telling, "start_text", lambda facts: "")
+        run_module.compare_with_resumed_run(RunConfig(), MagicMock(), place)
+    monkeypatch.setattr(telling, "start_screen_text", lambda facts: "")
     with pytest.raises(LeaseLost):
-        telling.open_records(RunConfig(), {}, MagicMock(), place)
+        telling.open_trackers_and_records(RunConfig(), {}, MagicMock(), place)
 
 
 def test_lease_that_cannot_be_read_does_not_hide_why_the_run_failed(tmp_path, monkeypatch, capsys):
@@ -86,7 +86,7 @@ def another_host(monkeypatch):
 
 def test_lease_between_hosts_is_decided_by_signs_of_life_only(tmp_path, another_host):
     owner = Lease.acquire(tmp_path, PATIENCE_S)
-    with pytest.raises(InUse, match="is running it"):
+    with pytest.raises(RunDirInUse, match="is running it"):
         Lease.acquire(tmp_path, PATIENCE_S)
     assert possible_owner_text(tmp_path) is not None
     owner.check()
@@ -99,7 +99,7 @@ def test_lease_between_hosts_is_decided_by_signs_of_life_only(tmp_path, another_
 
 HIDDEN = """
 import os, subprocess, time
-from trainer.session.lease import Owner, is_alive_here, process_identity, owner_of_this_process
+from trainer.session.lease import LeaseOwner, is_alive_here, process_identity, owner_of_this_process
 def become(user):
     os.setgroups([])
     os.setgid(user)
@@ -108,7 +108,7 @@ there = os.fork()
 if not there:
     become(4711)
     time.sleep(3600)
-owner, mine = Owner(pid=there, process=process_identity(there)), owner_of_this_process(1)
+owner, mine = LeaseOwner(pid=there, process=process_identity(there)), owner_of_this_process(1)
 subprocess.run(["mount", "-t", "proc", "-o", "hidepid=2", "proc", "/proc"], check=True)
 asker = os.fork()
 if not asker:
@@ -164,7 +164,7 @@ def test_lease_wanted_by_many_at_once_goes_to_one(tmp_path, another_host):
         barrier.wait()
         try:
             got.append(Lease.acquire(tmp_path, PATIENCE_S))
-        except InUse:
+        except RunDirInUse:
             return
 
     threads = [threading.Thread(target=want) for _ in range(6)]
@@ -178,7 +178,7 @@ def test_lease_wanted_by_many_at_once_goes_to_one(tmp_path, another_host):
 
 
 def test_lease_claimed_between_the_look_and_the_claim_of_another_is_kept(tmp_path, another_host, monkeypatch):
-    look, first = lease_module.refuse_in_use, []
+    look, first = lease_module.raise_if_run_dir_is_in_use, []
 
     def overtaken(*words):
         look(*words)
@@ -186,8 +186,8 @@ def test_lease_claimed_between_the_look_and_the_claim_of_another_is_kept(tmp_pat
             first.append(None)
             first[0] = Lease.acquire(tmp_path, PATIENCE_S)
 
-    monkeypatch.setattr(lease_module, "refuse_in_use", overtaken)
-    with pytest.raises(InUse):
+    monkeypatch.setattr(lease_module, "raise_if_run_dir_is_in_use", overtaken)
+    with pytest.raises(RunDirInUse):
         Lease.acquire(tmp_path, PATIENCE_S)
     first[0].check()
     first[0].release()
@@ -225,7 +225,7 @@ def test_lease_works_without_hard_links(tmp_path, another_host, monkeypatch):
 
     monkeypatch.setattr(atomic_io.Disk, "link", refused)
     with Lease.acquire(tmp_path, PATIENCE_S) as owner:
-        with pytest.raises(InUse):
+        with pytest.raises(RunDirInUse):
             Lease.acquire(tmp_path, PATIENCE_S)
         owner.check()
 
@@ -235,7 +235,7 @@ def test_lease_works_on_a_network_file_system(tmp_path, another_host, monkeypatc
     monkeypatch.setattr(atomic_io, "disk", network)
     owner = Lease.acquire(tmp_path, PATIENCE_S)
     network.stale = 1
-    with pytest.raises(InUse):  # the listing is empty, and the claim is there
+    with pytest.raises(RunDirInUse):  # the listing is empty, and the claim is there
         Lease.acquire(tmp_path, PATIENCE_S)
     network.stale, network.broken = 1, 3  # a few signs of life fail
     wait(lambda: network.broken == 0, "they have failed")
@@ -245,7 +245,7 @@ def test_lease_works_on_a_network_file_system(tmp_path, another_host, monkeypatc
         Lease.acquire(tmp_path / "other", PATIENCE_S)
     deadline = time.monotonic() + seconds(60)
     while time.monotonic() < deadline:  # silent for so long that others may take it for dead: it stops by itself
-        owner._beaten_at -= PATIENCE_S
+        owner._last_heartbeat_at -= PATIENCE_S
         try:
             owner.check()
         except LeaseLost as lost:
@@ -267,13 +267,13 @@ def test_lease_is_kept_through_a_step_of_ten_minutes(tmp_path, another_host, mon
     def wait_for_release(seconds):
         nonlocal now_s
         beaten_at.append(now_s)
-        assert lease_module._beat_path(lease.directory, lease.number).read_bytes() == b"%d" % len(beaten_at)
+        assert lease_module._heartbeat_path(lease.directory, lease.number).read_bytes() == b"%d" % len(beaten_at)
         now_s += seconds
         return now_s >= 600
 
     monkeypatch.setattr(lease._released, "wait", wait_for_release)
     monkeypatch.setattr(lease_module, "time", SimpleNamespace(monotonic=lambda: now_s))
-    lease._beat()
+    lease._write_heartbeats()
     lease.check()
     gaps = [after - before for before, after in itertools.pairwise([*beaten_at, 600.0])]
     assert max(gaps) < 120 / 6 and beaten_at[-1] > 600 - 120 / 6

@@ -24,7 +24,7 @@ from tests.helpers.models import tiny_model_dir
 from tests.launch.runs.made import stand_in_for_squeue
 from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
 from trainer.reporting.status import record_failure, write_status
-from trainer.session.lease import InUse, owner_of_this_process
+from trainer.session.lease import RunDirInUse, owner_of_this_process
 
 
 @pytest.fixture
@@ -142,7 +142,9 @@ def test_a_run_that_slurm_will_start_is_not_frozen_again(run, monkeypatch, tmp_p
     monkeypatch.setenv("PATH", f"{stand_in_for_squeue(tmp_path / 'tools', [row])}:{os.environ['PATH']}")
     freeze._cached_queue.cache_clear()
     monkeypatch.delenv("SLURM_JOB_ID")
-    with pytest.raises(InUse, match=r"job 17 is for this run, .* \(it is pending: waits for nodes to become free\)"):
+    with pytest.raises(
+        RunDirInUse, match=r"job 17 is for this run, .* \(it is pending: waits for nodes to become free\)"
+    ):
         freeze.raise_if_queued(run)
     tiny_model_dir(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text('{"text": "x"}\n')
@@ -168,7 +170,7 @@ def test_submitted_directory_is_refused_while_the_queue_gives_no_answer(run, mon
     freeze.raise_if_queued(run)
     assert (tmp_path / "asked").read_text().count("asked") == 1, "at once: nobody submitted this directory"
     write_submitted_job_ids([run], "17")
-    with pytest.raises(InUse, match=f"was submitted as job 17; .* if job 17 is over, remove {run}/submitted"):
+    with pytest.raises(RunDirInUse, match=f"was submitted as job 17; .* if job 17 is over, remove {run}/submitted"):
         freeze.raise_if_queued(run)
     assert (tmp_path / "asked").read_text().count("asked") == 2
     write_status(run, "done", step=9)  # a job that still waits would find nothing to do

@@ -35,7 +35,7 @@ from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun
 from trainer.reporting.tracking import OpenedTrackers, Trackers, open_trackers, open_without_rows, summary_of
 from trainer.session.attempt import Attempt
 from trainer.session.last_lines import end_text
-from trainer.session.run_facts import outcome_record, start_text, write_run_record
+from trainer.session.run_facts import outcome_record, start_screen_text, write_run_record
 from trainer.session.tracker_columns import name_of, tracker_settings
 from trainer.stopping.preempt import StopAgreement
 
@@ -73,13 +73,15 @@ def open_console(
     return console
 
 
-def open_records(config: RunConfig, record: RunRecord, progress: Progress, context: RunContext) -> Trackers:
+def open_trackers_and_records(
+    config: RunConfig, record: RunRecord, progress: Progress, context: RunContext
+) -> Trackers:
     """Show the start screen, and on rank 0 open the trackers and write `run.json` and `status.json`.
 
     Other ranks get no trackers. All ranks must call. Raises LeaseLost if another attempt owns the run directory.
     """
-    context.console.print_line(start_text(record))
-    context.attempt.require_ownership(context.runtime)
+    context.console.print_line(start_screen_text(record))
+    context.attempt.require_run_dir_ownership(context.runtime)
     if not context.runtime.is_main:
         return Trackers()
     if progress.wandb_id is None:  # a run that begins in trackers now; any other keeps the names it has there
@@ -112,7 +114,7 @@ def open_records(config: RunConfig, record: RunRecord, progress: Progress, conte
     return opened.trackers
 
 
-def slow_rank_reporter(context: RunContext) -> ReportSlow:
+def build_slow_rank_reporter(context: RunContext) -> ReportSlow:
     """The function that rank 0 calls when a rank becomes slow or recovers: it warns, and keeps `status.json` up to date."""
 
     def report(slow: SlowRank, slow_ranks: list[SlowRank], step: int) -> None:
@@ -123,7 +125,9 @@ def slow_rank_reporter(context: RunContext) -> ReportSlow:
             context.console.print_line(
                 f"step {step}: rank {slow.rank} on {slow.host} is as fast as the other ranks again"
             )
-        if context.attempt.why_lost() is not None:  # the directory is another attempt's: nothing may be written there
+        if (
+            context.attempt.reason_run_dir_was_lost() is not None
+        ):  # the directory is another attempt's: nothing may be written there
             return
         reasons = []
         if context.attempt.note:
@@ -137,7 +141,7 @@ def slow_rank_reporter(context: RunContext) -> ReportSlow:
     return report
 
 
-def challenge_reporter(context: RunContext) -> Callable[[dict[str, Any]], None]:
+def build_findings_reporter(context: RunContext) -> Callable[[dict[str, Any]], None]:
     """The function that is called with the detectors' record after each evaluation: it keeps `status.json` up to date.
 
     The note on findings stays there at the end of the run.
@@ -149,7 +153,7 @@ def challenge_reporter(context: RunContext) -> Callable[[dict[str, Any]], None]:
         if note == context.attempt.note:
             return
         context.attempt.note = note
-        if context.runtime.is_main and context.attempt.why_lost() is None:
+        if context.runtime.is_main and context.attempt.reason_run_dir_was_lost() is None:
             with suppress(ShardtuneError):  # if the disk is full, a file that must be written will say so
                 write_status(context.run_dir, RunState.running, step=context.attempt.step, reason=note)
 
@@ -157,7 +161,7 @@ def challenge_reporter(context: RunContext) -> Callable[[dict[str, Any]], None]:
 
 
 @contextmanager
-def record_end(
+def recording_end_of_training(
     config: RunConfig,
     trackers: Trackers,
     outcome: TrainingOutcome,
@@ -216,7 +220,7 @@ def record_measured_cost(record: RunRecord, meter: Meter, checkpoints: Checkpoin
         no_background_reason = checkpoints.state_buffer.refusal_reason
         if no_background_reason is not None:
             record.substitutions["checkpoint.background"] = f"false: {no_background_reason}"
-        assert record.receipt is not None  # since `run_facts`
+        assert record.receipt is not None  # set by `build_run_record`
         record.receipt.measured = measured_cost(meter, context.runtime.device, checkpoints.last_published)
         # An error here would hide what ended the run. A run that succeeds writes the file once more.
         with suppress(OSError, ShardtuneError):

@@ -39,7 +39,7 @@ from trainer.reporting.status import (
 from trainer.session.lease import Lease, LeaseLost
 from trainer.stopping.signals import StopRequest
 
-SHOWN_FILES = 8
+MAX_SHOWN_FILES = 8
 """Files that are named in a message."""
 
 
@@ -65,15 +65,16 @@ class Attempt:
     on_collective_timeout: Callable[[CollectiveCall], None] | None = None
     """Called with a collective for which NCCL is about to end this process."""
     on_cut_off: Callable[[CutOffRank], None] | None = None
-    """Ends this process, which has lost its connection to the host of the ranks' store."""
+    """Called when this process has lost its connection to the host of rank 0, which has the ranks' store: ends the process."""
 
     @contextlib.contextmanager
     def join_ranks(self, timeout_s: float) -> Iterator[Rendezvous]:
-        """A context until there is a process group. The ranks meet in their store and start to send heartbeats.
+        """A context in which the ranks have met in a common store, and send heartbeats, but have no process group yet.
 
-        All ranks must call, within `timeout_s`. If they stop (Preempted) because rank 0 lost the directory, all raise LeaseLost.
+        All ranks must call, within `timeout_s`. Raises Preempted on every rank if one was asked to stop, LeaseLost on every rank
+        if rank 0 found that the run directory is not this attempt's any more.
         """
-        rendezvous = Rendezvous.join(timeout_s, self.why_lost)
+        rendezvous = Rendezvous.join(timeout_s, self.reason_run_dir_was_lost)
         if rendezvous.store is not None:  # several ranks
             self.heartbeat_monitor = HeartbeatMonitor(
                 rendezvous.store, rendezvous.rank, rendezvous.world_size, lambda: (self.phase, self.step), timeout_s
@@ -83,9 +84,10 @@ class Attempt:
         try:
             yield rendezvous
         except Preempted as stop:
-            lost = rendezvous.leave()
-            if lost is not None:
-                raise LeaseLost(lost) from stop
+            # A lost directory reaches the other ranks as a request to stop: rank 0 left its reason in the store.
+            reason_lost = rendezvous.leave()
+            if reason_lost is not None:
+                raise LeaseLost(reason_lost) from stop
             raise
 
     def set_phase(self, phase: str) -> None:
@@ -103,7 +105,7 @@ class Attempt:
             self.heartbeat_monitor.write_stacks_to(run_dir / "logs" / f"rank-{rank}.stacks")
         return run_dir
 
-    def why_lost(self) -> str | None:
+    def reason_run_dir_was_lost(self) -> str | None:
         """Why the directory is no longer this attempt's; None if it is, and on all ranks but 0."""
         if self.lease is not None:
             try:
@@ -112,31 +114,31 @@ class Attempt:
                 return str(caught)
         return None
 
-    def require_ownership(self, runtime: Runtime) -> None:
+    def require_run_dir_ownership(self, runtime: Runtime) -> None:
         """Check that the run directory is still this attempt's, and follow it if it was renamed.
 
         To be called before anything is written under a final name. All ranks must call. Raises LeaseLost on every rank if
         another attempt owns the directory, or if it was deleted.
         """
-        lost = self.why_lost()
-        home = None
-        if lost is None and self.lease is not None:
-            home = self.lease.home
-        lost, home = broadcast_object((lost, home), runtime)
-        if lost is not None:
-            raise LeaseLost(lost)
-        if home is not None:
-            self.follow_rename(home)
+        reason_lost = self.reason_run_dir_was_lost()
+        current_run_dir = None
+        if reason_lost is None and self.lease is not None:
+            current_run_dir = self.lease.home
+        reason_lost, current_run_dir = broadcast_object((reason_lost, current_run_dir), runtime)
+        if reason_lost is not None:
+            raise LeaseLost(reason_lost)
+        if current_run_dir is not None:
+            self.follow_renamed_run_dir(current_run_dir)
 
-    def follow_rename(self, home: Path) -> None:
-        """Note that the directory of the run is `home`. No collective."""
-        if self.run_dir is None or home == self.run_dir:
+    def follow_renamed_run_dir(self, current_run_dir: Path) -> None:
+        """Use `current_run_dir` from now on, if somebody renamed the directory, and call those who must know. No collective."""
+        if self.run_dir is None or current_run_dir == self.run_dir:
             return
         if self.renamed_from is None:  # the first name is what the user typed
             self.renamed_from = self.run_dir
-        self.run_dir = home
+        self.run_dir = current_run_dir
         for notify in self.on_run_dir_renamed:
-            notify(home)
+            notify(current_run_dir)
 
 
 def raise_if_config_was_replaced(run_dir: Path, config_sha256: str) -> None:
@@ -158,7 +160,7 @@ def raise_if_config_was_replaced(run_dir: Path, config_sha256: str) -> None:
 
 
 @contextlib.contextmanager
-def rank_of_job(run_dir: Path | None, lease_timeout_s: int) -> Iterator[tuple[StopRequest, Attempt]]:
+def open_rank_of_job(run_dir: Path | None, lease_timeout_s: int) -> Iterator[tuple[StopRequest, Attempt]]:
     """A context for this process as one rank of the job that its environment describes, around everything that it records.
 
     Within it, signals become a request to stop, and this attempt owns the run directory (`run_attempt`). At its end, the
@@ -185,21 +187,21 @@ def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest
     """A context around this rank's attempt. `run_dir` is needed on rank 0 only, which owns it until the context ends.
 
     The first failing rank leaves `failure.json`, which a success and the next attempt remove. `status.json` says how it
-    ended. Nothing is written into a directory that is another attempt's. Raises what ended the run, or InUse if another
+    ended. Nothing is written into a directory that is another attempt's. Raises what ended the run, or RunDirInUse if another
     attempt owns the directory.
     """
     attempt = Attempt(run_dir=run_dir)
     rank = int(os.environ.get("RANK", 0))
     # The first rank of each host reports to that host's launcher. On a shared disk, all of these ranks write the same file.
     writes_status = run_dir is not None and int(os.environ.get("LOCAL_RANK", 0)) == 0
-    with _own_directory(run_dir if rank == 0 else None, lease_timeout_s, request) as attempt.lease:
+    with _owning_run_dir(run_dir if rank == 0 else None, lease_timeout_s, request) as attempt.lease:
         try:
             if attempt.lease is not None and run_dir is not None:
                 clear_failure(run_dir)
                 write_status(run_dir, RunState.running, reason="starting")
-            attempt.on_collective_timeout = partial(_before_nccl_aborts, attempt, rank)
-            attempt.on_cut_off = partial(_end_cut_off, attempt, rank)
-            request.arm_end_of_stuck_process(partial(_end_before_training, attempt))
+            attempt.on_collective_timeout = partial(_record_timeout_before_nccl_aborts, attempt, rank)
+            attempt.on_cut_off = partial(_end_cut_off_process, attempt, rank)
+            request.arm_end_of_stuck_process(partial(_end_process_before_training, attempt))
             yield attempt
             if writes_status and attempt.run_dir is not None:
                 write_status(attempt.run_dir, RunState.done, step=attempt.step, reason=attempt.note)
@@ -213,7 +215,7 @@ def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest
             request.disarm_end_of_stuck_process()  # from here on, only this thread ends the process
             if attempt.lease is not None:
                 attempt.lease.check()
-                attempt.follow_rename(attempt.lease.home)
+                attempt.follow_renamed_run_dir(attempt.lease.home)
             if not isinstance(error, Preempted | KeyboardInterrupt):
                 _record_failure(attempt, rank, error)
             elif writes_status:
@@ -284,7 +286,7 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
         record_failure(attempt.run_dir, rank, error, phase, step, replace=True, **details)
 
 
-def _end_before_training(attempt: Attempt, signal_name: str) -> None:
+def _end_process_before_training(attempt: Attempt, signal_name: str) -> None:
     """End this process because its main thread, stuck before training, ignores a request to stop. Nothing is lost.
 
     Runs in a thread of its own. With several ranks, the exit code makes torchrun or srun end the others, whatever they wait in.
@@ -315,7 +317,7 @@ class TimedOut(RuntimeError):
     retry = "node_fail"
 
 
-def _before_nccl_aborts(attempt: Attempt, rank: int, collective: CollectiveCall) -> None:
+def _record_timeout_before_nccl_aborts(attempt: Attempt, rank: int, collective: CollectiveCall) -> None:
     """Record that a collective timed out, shortly before NCCL's watchdog would abort the process without a word.
 
     `collective`: the collective that `rank` waits in. If phase or step change afterwards, the run continues after all, and the
@@ -333,7 +335,7 @@ def _before_nccl_aborts(attempt: Attempt, rank: int, collective: CollectiveCall)
         clear_failure(attempt.run_dir)
 
 
-def _end_cut_off(attempt: Attempt, rank: int, error: CutOffRank) -> None:
+def _end_cut_off_process(attempt: Attempt, rank: int, error: CutOffRank) -> None:
     """Record that this rank is cut off, and end its process: the main thread may wait in a library without a limit."""
     if attempt.run_dir is not None:
         record_failure(attempt.run_dir, rank, error, attempt.phase, attempt.step)
@@ -372,8 +374,8 @@ def _hang_details(run_dir: Path, error: BaseException, last_collectives: dict[in
         relation = "last exchange" if collective.is_complete else "waits in"
         lines.append(f"  rank {rank}: {relation} {collective}")
     if stack_files:
-        more = " ..." if len(stack_files) > SHOWN_FILES else ""
-        lines.append(f"  where the threads of ranks were: {', '.join(stack_files[:SHOWN_FILES])}{more}")
+        more = " ..." if len(stack_files) > MAX_SHOWN_FILES else ""
+        lines.append(f"  where the threads of ranks were: {', '.join(stack_files[:MAX_SHOWN_FILES])}{more}")
     return {
         "message": "\n".join(lines),
         "exchanges": {rank: str(collective) for rank, collective in last_collectives.items()},
@@ -382,7 +384,7 @@ def _hang_details(run_dir: Path, error: BaseException, last_collectives: dict[in
 
 
 @contextlib.contextmanager
-def _own_directory(run_dir: Path | None, lease_timeout_s: int, stop_request: StopRequest) -> Iterator[Lease | None]:
+def _owning_run_dir(run_dir: Path | None, lease_timeout_s: int, stop_request: StopRequest) -> Iterator[Lease | None]:
     """A context in which this process owns the run directory. If the directory is lost or renamed, `stop_request` is set.
 
     Yields the lease; None without a directory. `lease_timeout_s`: seconds without heartbeats after which an owner counts as dead.

@@ -25,29 +25,30 @@ from trainer.reporting.run_record import readable_run_record
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import rewrites_base
 
-IDENTITY = "identity.json"
+IDENTITY_FILE = "identity.json"
 BASE = "base"
-"""The word that accepts another base. Also the kind in `identity.json` that holds the digests, and a place in it."""
-TEACHER = "teacher"
-INITIAL_ADAPTER = "tuning.from"
-"""Places in `identity.json` of files that are not the base's: the teacher's, and the adapter's that training began from."""
+"""The kind of difference that `accept=[base]` accepts. `identity.json` has the digests under this kind."""
+BASE_ROLE = "base"
+TEACHER_ROLE = "teacher"
+INITIAL_ADAPTER_ROLE = "tuning.from"
+"""What a file is for: the base, the teacher, or the adapter that training began from. A key of the digests is `<role>/<file>`."""
 
 
-def base_files(config: RunConfig, *, with_teacher: bool = True) -> dict[str, str]:
+def base_file_digests(config: RunConfig, *, with_teacher: bool = True) -> dict[str, str]:
     """Digests of the files that a run's model is made of (base, adapters and teacher), such as {"base/config.json": "ab12"}.
 
     A key is `<role>/<file name>`. The roles are `base`, `teacher`, `tuning.from` and `adapter 0`, `adapter 1`, ...
     `with_teacher`: whether the teacher's files are read too. Raises ConfigError for a base that is not on this machine, OSError
     for a file that cannot be read.
     """
-    directory_by_role = {BASE: weights_directory(config.model)}
+    directory_by_role = {BASE_ROLE: weights_directory(config.model)}
     if with_teacher:
         teacher = teacher_model(config.model, config.objective)
         if teacher is not None:
-            directory_by_role[TEACHER] = weights_directory(teacher)
+            directory_by_role[TEACHER_ROLE] = weights_directory(teacher)
     initial_adapter = getattr(config.tuning, "from_", None)  # other methods than adapters have no `tuning.from`
     if initial_adapter:
-        directory_by_role[INITIAL_ADAPTER] = Path(initial_adapter).expanduser()
+        directory_by_role[INITIAL_ADAPTER_ROLE] = Path(initial_adapter).expanduser()
     for number, path in enumerate(config.model.adapters):
         directory_by_role[f"adapter {number}"] = Path(path).expanduser()
     digests: dict[str, str] = {}
@@ -57,12 +58,12 @@ def base_files(config: RunConfig, *, with_teacher: bool = True) -> dict[str, str
     return digests
 
 
-def recorded_files(run_dir: Path) -> dict[str, str]:
-    """The digests that `base_files` gave when the run was last started. Raises ConfigError if the record cannot be read."""
-    path = run_dir / IDENTITY
+def recorded_file_digests(run_dir: Path) -> dict[str, str]:
+    """The digests of the model files when the run was last started, by `<role>/<file>`. Raises ConfigError if unreadable."""
+    path = run_dir / IDENTITY_FILE
     try:
         base_identity = json.loads(path.read_text(encoding="utf-8"))[BASE]
-        return files_among(base_identity)
+        return file_digests_among(base_identity)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}), and it alone says which base the run was trained on; bring the file back, or "
@@ -70,7 +71,7 @@ def recorded_files(run_dir: Path) -> dict[str, str]:
         ) from error
 
 
-def files_among(base_identity: dict[str, str]) -> dict[str, str]:
+def file_digests_among(base_identity: dict[str, str]) -> dict[str, str]:
     """The digests of files among the values that `identity.json` has of the kind `base`: their keys contain a slash."""
     return {name: digest for name, digest in base_identity.items() if "/" in name}
 
@@ -80,12 +81,12 @@ def base_difference_lines(
 ) -> list[str]:
     """Differences between a run's recorded base and the files that lie there now, one line a file. No collective.
 
-    `recorded_digests`: what `base_files` gave when the run was started. `with_teacher`: whether the teacher's files matter too;
-    not for an export, which has nothing of a teacher. `needs_initial_model`: whether the model before training is needed, so
+    `recorded_digests`: what `base_file_digests` gave when the run was started. `with_teacher`: whether the teacher's files matter
+    too; not for an export, which has nothing of a teacher. `needs_initial_model`: whether the model before training is needed, so
     that the adapter from which training began matters. Files that cannot be found or read are a difference, too.
     """
     try:
-        present_digests = base_files(config, with_teacher=with_teacher)
+        present_digests = base_file_digests(config, with_teacher=with_teacher)
         base_dir = weights_directory(config.model)
         recorded_loadable = _without_unloaded_base_files(recorded_digests, base_dir)
         present_loadable = _without_unloaded_base_files(present_digests, base_dir)
@@ -95,11 +96,11 @@ def base_difference_lines(
         return [f"{error.filename}: cannot be read ({error_summary(error)})"]
     ignored_prefixes = []
     if not with_teacher:
-        ignored_prefixes.append(f"{TEACHER}/")
+        ignored_prefixes.append(f"{TEACHER_ROLE}/")
     if not _needs_initial_adapter(config, with_teacher=with_teacher, needs_initial_model=needs_initial_model):
-        ignored_prefixes.append(f"{INITIAL_ADAPTER}/")
+        ignored_prefixes.append(f"{INITIAL_ADAPTER_ROLE}/")
     return changed_file_lines(
-        _without(recorded_loadable, ignored_prefixes), _without(present_loadable, ignored_prefixes)
+        _without_prefixes(recorded_loadable, ignored_prefixes), _without_prefixes(present_loadable, ignored_prefixes)
     )
 
 
@@ -108,18 +109,18 @@ def _without_unloaded_base_files(digests: dict[str, str], base_dir: Path) -> dic
 
     `digests`: by `<role>/<file name>`. `base_dir`: where the base's files lie. Raises ConfigError.
     """
-    base_prefix = f"{BASE}/"
+    base_prefix = f"{BASE_ROLE}/"
     base_digests = {}
     for name, digest in digests.items():
         if name.startswith(base_prefix):
             base_digests[name.removeprefix(base_prefix)] = digest
-    loaded = _without(digests, [base_prefix])
+    loaded = _without_prefixes(digests, [base_prefix])
     for name, digest in digests_of_loaded_files(base_digests, base_dir).items():
         loaded[f"{base_prefix}{name}"] = digest
     return loaded
 
 
-def _without(digests: dict[str, str], prefixes: list[str]) -> dict[str, str]:
+def _without_prefixes(digests: dict[str, str], prefixes: list[str]) -> dict[str, str]:
     """The digests of those files whose names begin with none of the prefixes."""
     return {name: digest for name, digest in digests.items() if not name.startswith(tuple(prefixes))}
 
@@ -141,7 +142,7 @@ def _needs_initial_adapter(config: RunConfig, *, with_teacher: bool, needs_initi
     return needs_initial_model or (with_teacher and compares_with_initial_model)
 
 
-def use_recorded_base(
+def pin_and_check_recorded_base(
     config: RunConfig,
     run_dir: Path,
     accept: Collection[str],
@@ -151,17 +152,22 @@ def use_recorded_base(
 ) -> list[str]:
     """Pin `config` to the base that the run in `run_dir` was trained on, and compare the base's files with the recorded digests.
 
-    Sets `config.model.revision` of a hub id to the commit that the run resolved it to. `with_teacher` and `needs_initial_model`
-    are those of `base_difference_lines`. Returns the differences that were accepted, as lines. Raises ConfigError, with a line
-    for each file, if the base is another one and `accept` has no `base`; and for a base that is not on this machine.
+    Sets `config.model.revision` of a hub id to the commit that the run resolved it to. Returns the differences that were
+    accepted, as lines. Raises ConfigError, with a line for each file, if the base is another one and `accept` has no `base`; and
+    for a base that is not on this machine.
+
+    Arguments:
+        accept: kinds of differences that the user accepts, such as ["base"].
+        with_teacher: whether the files of the teacher, from which a distilled model learns, are compared too.
+        needs_initial_model: whether the model before training is needed, so that the adapter it began from is compared too.
     """
-    pin_commit(config, run_dir)
-    weights_directory(config.model)  # a missing base is an error that `accept` does not cover
+    pin_base_to_recorded_commit(config, run_dir)
+    weights_directory(config.model)  # raises ConfigError for a missing base, which `accept` does not cover
     try:
-        recorded_digests = recorded_files(run_dir)
+        recorded_digests = recorded_file_digests(run_dir)
     except ConfigError as error:
         if BASE in accept:
-            return [f"{BASE}: {run_dir.name}/{IDENTITY} could not be read, and the base was taken as it was"]
+            return [f"{BASE}: {run_dir.name}/{IDENTITY_FILE} could not be read, and the base was taken as it was"]
         raise error
     changed_lines = base_difference_lines(
         config, recorded_digests, with_teacher=with_teacher, needs_initial_model=needs_initial_model
@@ -177,23 +183,23 @@ def use_recorded_base(
     raise ConfigError("\n    ".join([refusal, *changed_lines]))
 
 
-def pin_commit(config: RunConfig, run_dir: Path, *, may_fetch: bool = True) -> None:
+def pin_base_to_recorded_commit(config: RunConfig, run_dir: Path, *, may_fetch: bool = True) -> None:
     """Set the revision of a hub model to the commit that the run in `run_dir` resolved it to, if the run's record has it.
 
-    Without `may_fetch`, a model whose snapshot would have to be fetched is left as it is.
+    Without `may_fetch`, a model whose snapshot would have to be fetched from the hub is left as it is.
     """
-    commit = readable_run_record(run_dir).base_commit
-    if commit is None:  # a directory, or the run ended before its record was written
+    commit = readable_run_record(run_dir).base_commit  # None too if the record cannot be read
+    if commit is None:  # the model is a directory, or the run ended before its record was written
         return
     if may_fetch:
-        config.model = at_commit(config.model, commit)
+        config.model = pin_model_to_commit(config.model, commit)
         return
-    with contextlib.suppress(ConfigError):  # the snapshot is not here
-        pinned = at_commit(replace(config.model, download=False), commit)
+    with contextlib.suppress(ConfigError):  # raised if this machine does not have the snapshot
+        pinned = pin_model_to_commit(replace(config.model, download=False), commit)
         config.model = replace(pinned, download=config.model.download)
 
 
-def at_commit(model: ModelConfig, commit: str | None) -> ModelConfig:
+def pin_model_to_commit(model: ModelConfig, commit: str | None) -> ModelConfig:
     """The settings of a hub model, pinned to one of its commits. A directory, or a revision that the user set, stays as it is.
 
     If this machine has that commit, it is taken. If the tokenizer is of another repository, which does not have the commit, the

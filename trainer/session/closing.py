@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from trainer.reporting.numbers import format_metric
 from trainer.reporting.outcome import TrainingOutcome
 
-SMALL = 0.01
+LEVEL_CHANGE_SHARE = 0.01
 """Relative change of the held-out loss below which it counts as level."""
-LAST_PART = 0.25
+LAST_SHARE_OF_RUN = 0.25
 """Share of the run, at its end, over which a falling held-out loss means that more steps may help."""
 
 
@@ -52,11 +52,11 @@ def closing_sentence(outcome: TrainingOutcome, *, from_rewards: bool) -> str:
 
     best = min(points, key=lambda point: point.held_out)
     last = points[-1]
-    loss_since_best = _relative_difference(best.held_out, last.held_out)
-    gain_in_last_part = _relative_difference(last.held_out, _point_before_last_part(points).held_out)
-    got_worse = loss_since_best > SMALL
+    share_lost_since_best = _relative_difference(best.held_out, last.held_out)
+    share_gained_in_last_quarter = _relative_difference(last.held_out, _point_before_last_quarter(points).held_out)
+    got_worse = share_lost_since_best > LEVEL_CHANGE_SHARE
     training_improved = last.train <= best.train
-    still_improves = best is last and gain_in_last_part > SMALL
+    still_improves = best is last and share_gained_in_last_quarter > LEVEL_CHANGE_SHARE
 
     best_text = f"held-out {quantity} best at step {best.step} ({format_metric(sign * best.held_out)})"
     if evaluation_before_training is not None and best.held_out >= evaluation_before_training:
@@ -64,16 +64,19 @@ def closing_sentence(outcome: TrainingOutcome, *, from_rewards: bool) -> str:
         return f"no step is better than the model before training ({before_text}): a lower optim.lr, not more steps"
     if got_worse and training_improved:
         return (
-            f"yes: {best_text}, {loss_since_best:.0%} worse since then while training went on to improve: "
+            f"yes: {best_text}, {share_lost_since_best:.0%} worse since then while training went on to improve: "
             "fewer steps or more data"
         )
     if got_worse:
         return (
-            f"no, but it got worse: {best_text}, {loss_since_best:.0%} worse since then, training too: "
+            f"no, but it got worse: {best_text}, {share_lost_since_best:.0%} worse since then, training too: "
             "a lower optim.lr, not more steps"
         )
     if still_improves:
-        return f"no sign of it: {best_text}, {gain_in_last_part:.0%} better over the last quarter: more steps may help"
+        return (
+            f"no sign of it: {best_text}, {share_gained_in_last_quarter:.0%} better over the last quarter: "
+            "more steps may help"
+        )
     return f"no sign of it: {best_text}, level at the end: more steps would gain little"
 
 
@@ -93,11 +96,11 @@ def _sentence_on_one_evaluation(point: HeldOutPoint, before: float | None, quant
     return f"one evaluation cannot tell ({values}); more steps may help; {more}"
 
 
-def _point_before_last_part(points: list[HeldOutPoint]) -> HeldOutPoint:
+def _point_before_last_quarter(points: list[HeldOutPoint]) -> HeldOutPoint:
     """The last evaluation before the last quarter of the run; the first evaluation if all of them are in that quarter."""
-    last_part_start = (1 - LAST_PART) * points[-1].step
-    earlier = [point for point in points if point.step <= last_part_start]
-    return earlier[-1] if earlier else points[0]
+    last_quarter_start = (1 - LAST_SHARE_OF_RUN) * points[-1].step
+    earlier_points = [point for point in points if point.step <= last_quarter_start]
+    return earlier_points[-1] if earlier_points else points[0]
 
 
 def _relative_difference(better: float, worse: float) -> float:

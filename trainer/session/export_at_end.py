@@ -18,7 +18,7 @@ from trainer.export.write import write_export
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.run_record import RunRecord
 from trainer.session.announcements import RunContext
-from trainer.session.base_files import BASE, at_commit, base_difference_lines, files_among
+from trainer.session.base_files import BASE, base_difference_lines, file_digests_among, pin_model_to_commit
 from trainer.session.exported_model import describe_trained_model
 from trainer.session.result import TrainedRun
 
@@ -69,7 +69,7 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> Path | None:
             return None
 
     # The base and the checkpoint.
-    config = replace(config, model=at_commit(config.model, model_facts.run.base_commit))
+    config = replace(config, model=pin_model_to_commit(config.model, model_facts.run.base_commit))
     changed_base_files = _print_changed_base_files(config, model_facts, context)
     if changed_base_files:
         model_facts.run.not_exported = changed_base_files
@@ -120,7 +120,7 @@ def _print_changed_base_files(config: RunConfig, model_facts: ModelFacts, contex
     """
 
     def compare() -> list[str]:
-        recorded_digests = files_among((model_facts.run.identity or {})[BASE])
+        recorded_digests = file_digests_among((model_facts.run.identity or {})[BASE])
         return base_difference_lines(config, recorded_digests, with_teacher=False, needs_initial_model=False)
 
     changed_lines = call_on_main(compare, context.runtime)

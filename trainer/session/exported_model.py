@@ -17,7 +17,7 @@ from trainer.export.trained_model import TrainedModel, trained_shapes
 from trainer.model.config import ModelConfig
 from trainer.model.loading import weights_directory
 from trainer.optim.config import OptimName
-from trainer.session.base_files import base_files
+from trainer.session.base_files import base_file_digests
 
 
 def describe_trained_model(
@@ -60,7 +60,7 @@ def describe_trained_model(
         frozen_dtype=COMPUTE_DTYPE[precision],
         origin={
             "checkpoints": [manifest_sha256(path) for path in checkpoints],
-            "base": base_files(config, with_teacher=False),
+            "base": base_file_digests(config, with_teacher=False),
             "merge": bool(config.export.merge),
         },
     )

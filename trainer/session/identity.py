@@ -31,9 +31,9 @@ from trainer.data.config import identifying_data_settings
 from trainer.data.prepare import PreparedData
 from trainer.reporting.status import write_text_atomic
 from trainer.rollout.rewards.copies import copy_digests
-from trainer.session.base_files import IDENTITY, base_files
+from trainer.session.base_files import IDENTITY_FILE, base_file_digests
 
-ACCEPTED = "accepted"
+ACCEPTED_KEY = "accepted"
 COMPUTING_PACKAGES = (
     "torch",
     "transformers",
@@ -46,24 +46,27 @@ COMPUTING_PACKAGES = (
     "flash-attn",
 )
 """Packages whose version may change a result."""
-SOURCE_PACKAGES = ("strategies", "trainer")
-SHOWN_LINES = 8
-Identity = dict[str, dict[str, Any]]
+DIGESTED_SOURCE_PACKAGES = ("strategies", "trainer")
+MAX_SHOWN_DIFFERENCES = 8
+RunIdentity = dict[str, dict[str, Any]]
 """Everything that decides a run's result: kind (`KINDS`), then key, then value."""
 
 
-def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = True) -> Identity:
+def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = True) -> RunIdentity:
     """Everything that decides a run's result, by kind (`KINDS`) and key, as JSON values. No collective.
 
     For example {"data": {"data.seed": 0, "fingerprint": "a1b2"}, "code": {"source": "c3d4"}, "versions": {"torch": "2.9"}}.
-    `reads_files`: whether the files of base, source and reward models are read and digested. If not, `base` and `code` are
-    empty, without the settings of the base too, and `rewards` has settings alone.
+    `reads_files`: whether files are read and digested. If not:
+
+    - `base` is empty: it has neither the digests of the base's files nor the settings of the base.
+    - `code` is empty.
+    - `rewards` has settings, but no digests of reward files and reward models.
     """
     identity = _identifying_settings(config)
     identity["data"] |= {"documents": len(data.train), "fingerprint": data.train.fingerprint}
-    identity["versions"] = _versions()
+    identity["versions"] = _versions_that_change_results()
     if reads_files:
-        identity["base"] |= base_files(config)
+        identity["base"] |= base_file_digests(config)
         identity["code"] = {"source": source_digest()}
         if config.run.dir is not None:
             identity["rewards"] |= copy_digests(Path(config.run.dir))
@@ -72,13 +75,13 @@ def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = T
         identity["base"] = {}
         identity["code"] = {}
     # Through JSON once, so that it compares equal to what is read from the file.
-    as_json_values: Identity = json.loads(json.dumps(identity, default=str))
+    as_json_values: RunIdentity = json.loads(json.dumps(identity, default=str))
     return as_json_values
 
 
-def _identifying_settings(config: RunConfig) -> Identity:
+def _identifying_settings(config: RunConfig) -> RunIdentity:
     """The settings that decide a run's result, by kind (`KINDS`) and key. A kind without such settings is empty."""
-    identity: Identity = {kind: {} for kind in KINDS if kind != "unknown"}  # nothing is recorded under `unknown`
+    identity: RunIdentity = {kind: {} for kind in KINDS if kind != "unknown"}  # nothing is recorded under `unknown`
     settings = settings_as_dict(config)
     settings["data"] = identifying_data_settings(settings["data"])
     for key, value in flatten_settings(settings).items():
@@ -102,7 +105,7 @@ class IdentityDifference:
         return f"{self.kind}: {self.key}: {self.there} there, {self.here} here"
 
 
-def differences(recorded: Identity, current: Identity, *, accept: list[str]) -> list[IdentityDifference]:
+def identity_differences(recorded: RunIdentity, current: RunIdentity, *, accept: list[str]) -> list[IdentityDifference]:
     """The values that differ between two identities: `recorded` of an earlier start or another rank, and `current` of this one.
 
     `accept`: kinds whose differences are not reported. A missing value is `-`.
@@ -140,7 +143,9 @@ def agree_on_run(run_dir: Path | None, sha256: str, runtime: Runtime) -> Path:
     return Path(agreed)
 
 
-def compare_identity(config: RunConfig, data: PreparedData, run_dir: Path, runtime: Runtime) -> dict[str, Any]:
+def compare_and_write_identity(
+    config: RunConfig, data: PreparedData, run_dir: Path, runtime: Runtime
+) -> dict[str, Any]:
     """Compare the ranks with each other and the run with the one whose checkpoint it loads, and write `identity.json`.
 
     All ranks must call. Returns the fields of `run.json`: the identity, and the differences that were accepted. Raises
@@ -148,7 +153,7 @@ def compare_identity(config: RunConfig, data: PreparedData, run_dir: Path, runti
     file cannot be written, or if something that it identifies cannot be read.
     """
     # Each rank collects its own identity. An error of one is raised on all, so that none waits for the others.
-    own_identity: Identity = {}
+    own_identity: RunIdentity = {}
     error: ConfigError | StorageError | None = None
     try:
         own_identity = run_identity(config, data, reads_files=runtime.local_rank == 0)  # one rank of each host
@@ -164,10 +169,12 @@ def compare_identity(config: RunConfig, data: PreparedData, run_dir: Path, runti
     identity_by_rank = gather_objects((socket.gethostname(), own_identity), runtime)
     if runtime.is_main:
         try:
-            _compare_ranks(identity_by_rank, accept)
+            _raise_if_ranks_differ(identity_by_rank, accept)
             accepted = _compare_with_earlier_start(config, own_identity, run_dir)
             record = {"identity": own_identity, "accepted": accepted}
-            write_text_atomic(run_dir / IDENTITY, json.dumps({**own_identity, ACCEPTED: accepted}, indent=1) + "\n")
+            write_text_atomic(
+                run_dir / IDENTITY_FILE, json.dumps({**own_identity, ACCEPTED_KEY: accepted}, indent=1) + "\n"
+            )
         except (ConfigError, StorageError) as caught:
             error = caught
     _raise_on_all_ranks(error, runtime)
@@ -175,8 +182,8 @@ def compare_identity(config: RunConfig, data: PreparedData, run_dir: Path, runti
 
 
 def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runtime) -> None:
-    """Raise on every rank if any rank has an error: its own, else the first. All ranks must call."""
-    failure = first_rank_error(error, runtime)
+    """Raise on every rank if any rank has an error: its own, else that of the lowest rank that has one. All ranks must call."""
+    failure = first_rank_error(error, runtime)  # class name (`kind`) and text of that rank's error
     if failure is None:
         return
     if error is not None:
@@ -186,71 +193,71 @@ def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runti
     raise ConfigError(failure.text)
 
 
-def _compare_ranks(identity_by_rank: list[tuple[str, Identity]], accept: list[str]) -> None:
+def _raise_if_ranks_differ(identity_by_rank: list[tuple[str, RunIdentity]], accept: list[str]) -> None:
     """Raise ConfigError if a rank's identity differs from rank 0's. `identity_by_rank`: (host, identity) of each rank."""
     first_host, first_identity = identity_by_rank[0]
     for rank, (host, identity) in enumerate(identity_by_rank):
         expected = first_identity
         if not identity["code"]:  # this rank read no files, so only what it has is compared
             expected = {**first_identity, "base": {}, "code": {}, "rewards": {}}
-        changed = differences(expected, identity, accept=accept)
+        changed = identity_differences(expected, identity, accept=accept)
         if changed:
             refusal = (
                 f"rank {rank} on {host} would train something else than rank 0 on {first_host} (there); give both the "
-                f"same, or accept it: {_accept_setting(changed)}"
+                f"same, or accept it: {_accept_setting_text(changed)}"
             )
-            raise ConfigError("\n    ".join([refusal, *_first_lines(changed)]))
+            raise ConfigError("\n    ".join([refusal, *_shown_difference_lines(changed)]))
 
 
-def _compare_with_earlier_start(config: RunConfig, current: Identity, run_dir: Path) -> list[str]:
+def _compare_with_earlier_start(config: RunConfig, current: RunIdentity, run_dir: Path) -> list[str]:
     """Compare this start (`current`) with the earlier run whose checkpoint will be loaded; returns all accepted differences.
 
     First those that the earlier run's record lists, then those between it and this start. Empty if no checkpoint will be loaded.
     Raises ConfigError, with each difference, if `run.accept` does not name all of their kinds.
     """
-    earlier_run = _run_of_checkpoint(config, run_dir)
+    earlier_run = _run_dir_of_checkpoint(config, run_dir)
     if earlier_run is None:
         return []
     try:
-        recorded, accepted_earlier = _read_identity(earlier_run / IDENTITY)
+        recorded, accepted_earlier = _read_identity(earlier_run / IDENTITY_FILE)
     except (OSError, ValueError) as error:
         if "unknown" in config.run.accept:
-            return [f"unknown: {earlier_run / IDENTITY} cannot be read"]
+            return [f"unknown: {earlier_run / IDENTITY_FILE} cannot be read"]
         raise ConfigError(
-            f"run.resume: {earlier_run / IDENTITY} cannot be read ({error}), so that nobody knows what the checkpoints "
+            f"run.resume: {earlier_run / IDENTITY_FILE} cannot be read ({error}), so that nobody knows what the checkpoints "
             "beside it were trained on; keep checkpoints in their run's directory, or accept it: run.accept=[unknown]"
         ) from error
     # An earlier version did not record the settings that were added since.
     recorded = _with_defaults_of_new_settings(recorded, config)
-    not_accepted = differences(recorded, current, accept=config.run.accept)
+    not_accepted = identity_differences(recorded, current, accept=config.run.accept)
     if not_accepted:
         refusal = (
             f"run.resume: {earlier_run} was trained differently (there). Undo the change, start a new run.dir without "
-            f"run.resume, or accept the change: {_accept_setting(not_accepted, config.run.accept)}"
+            f"run.resume, or accept the change: {_accept_setting_text(not_accepted, config.run.accept)}"
         )
-        raise ConfigError("\n    ".join([refusal, *_first_lines(not_accepted)]))
+        raise ConfigError("\n    ".join([refusal, *_shown_difference_lines(not_accepted)]))
     # None is left, so `run.accept` names the kinds of all differences. They are accepted by this start; each is listed once.
-    accepted_now = [str(difference) for difference in differences(recorded, current, accept=[])]
+    accepted_now = [str(difference) for difference in identity_differences(recorded, current, accept=[])]
     return list(dict.fromkeys([*accepted_earlier, *accepted_now]))
 
 
-def _with_defaults_of_new_settings(recorded: Identity, config: RunConfig) -> Identity:
-    """`recorded` with the default of each setting that the version which wrote it did not have.
+def _with_defaults_of_new_settings(recorded: RunIdentity, config: RunConfig) -> RunIdentity:
+    """The settings in `recorded`, with the default of each setting that the version which wrote them did not have.
 
     An earlier version behaved as a new setting's default does. So a run of that version is refused only if the setting has
-    another value now.
+    another value now. For example {"data": {"data.seed": 0}} becomes {"data": {"data.seed": 0, "data.new": false}, ...}.
     """
-    completed = {kind: dict(values) for kind, values in recorded.items()}
+    completed = {change_kind: dict(settings) for change_kind, settings in recorded.items()}
     recorded_keys = set[str]().union(*recorded.values())
     for key, default in default_settings(config).items():
-        kind = kind_of(key)
-        if kind is not None and key not in recorded_keys:
-            as_json_value = json.loads(json.dumps(default, default=str))  # as it would be read from the file
-            completed.setdefault(kind, {})[key] = as_json_value
+        change_kind = kind_of(key)  # None: the setting does not decide the result
+        if change_kind is not None and key not in recorded_keys:
+            default_as_json = json.loads(json.dumps(default, default=str))  # as it would be read from the file
+            completed.setdefault(change_kind, {})[key] = default_as_json
     return completed
 
 
-def _read_identity(path: Path) -> tuple[Identity, list[str]]:
+def _read_identity(path: Path) -> tuple[RunIdentity, list[str]]:
     """(the identity, the accepted differences as lines) in an `identity.json`.
 
     Raises OSError if it cannot be read, and ValueError for a file of another form.
@@ -258,13 +265,13 @@ def _read_identity(path: Path) -> tuple[Identity, list[str]]:
     identity = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(identity, dict) or not all(isinstance(identity.get(kind, {}), dict) for kind in KINDS):
         raise ValueError("it does not say what belongs to each kind")
-    accepted = identity.pop(ACCEPTED, [])
+    accepted = identity.pop(ACCEPTED_KEY, [])
     if not isinstance(accepted, list) or not all(isinstance(line, str) for line in accepted):
         raise ValueError("it does not list what was accepted")
     return identity, accepted
 
 
-def _run_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
+def _run_dir_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
     """The directory of the run whose checkpoint will be loaded; None if the run starts afresh.
 
     That is `run_dir` for `run.resume=auto` and for a path among its own checkpoints. For a path elsewhere, it is the directory
@@ -282,20 +289,20 @@ def _run_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
         return run_dir
     # Two levels above <run>/checkpoints/step-000005, or three above <run>/checkpoints/given-up-1/step-000005.
     candidates = list(checkpoint.parents)[1:3] or [checkpoint]
-    return next((directory for directory in candidates if (directory / IDENTITY).is_file()), candidates[0])
+    return next((directory for directory in candidates if (directory / IDENTITY_FILE).is_file()), candidates[0])
 
 
-def _accept_setting(changed: list[IdentityDifference], accept: list[str] | None = None) -> str:
+def _accept_setting_text(changed: list[IdentityDifference], accept: list[str] | None = None) -> str:
     """The setting that accepts the kinds of these differences, in addition to the kinds in `accept`."""
     kinds = [*(accept or []), *dict.fromkeys(difference.kind for difference in changed)]
     return f"run.accept=[{','.join(kinds)}]"
 
 
-def _first_lines(changed: list[IdentityDifference]) -> list[str]:
+def _shown_difference_lines(changed: list[IdentityDifference]) -> list[str]:
     """The first differences as lines, and how many more there are."""
-    lines = [str(difference) for difference in changed[:SHOWN_LINES]]
-    if len(changed) > SHOWN_LINES:
-        lines.append(f"and {len(changed) - SHOWN_LINES} more")
+    lines = [str(difference) for difference in changed[:MAX_SHOWN_DIFFERENCES]]
+    if len(changed) > MAX_SHOWN_DIFFERENCES:
+        lines.append(f"and {len(changed) - MAX_SHOWN_DIFFERENCES} more")
     return lines
 
 
@@ -304,7 +311,7 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
     paths: list[Path] = []
-    for package in SOURCE_PACKAGES:
+    for package in DIGESTED_SOURCE_PACKAGES:
         paths += (root / package).rglob("*.py")
     for path in sorted(paths):
         # Zero bytes keep names and contents apart, which must not run into each other.
@@ -312,7 +319,7 @@ def source_digest() -> str:
     return digest.hexdigest()[:32]
 
 
-def _versions() -> dict[str, str]:
+def _versions_that_change_results() -> dict[str, str]:
     """Versions of Python (without the patch) and of the packages that may change a result."""
     major, minor, _ = platform.python_version_tuple()
     return {"python": f"{major}.{minor}", **versions_of(COMPUTING_PACKAGES)}

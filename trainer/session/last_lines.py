@@ -16,7 +16,7 @@ from trainer.reporting.numbers import format_metric, format_times
 from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RUN_RECORD, RunRecord
 
-SHOWN_ANSWER = 100
+MAX_SHOWN_ANSWER_CHARACTERS = 100
 """Characters of a question or answer in the last lines."""
 MIN_METRIC_WIDTH = 22
 """Columns of the names of metrics."""
@@ -80,9 +80,9 @@ def _answer_lines(outcome: TrainingOutcome) -> list[str]:
     """What the base and the tuned model answer to two questions outside of the task; none if they were not asked."""
     lines = []
     for pair in outcome.answers:
-        lines.append(f"asked:      {shorten(pair['question'], SHOWN_ANSWER)}")
+        lines.append(f"asked:      {shorten(pair['question'], MAX_SHOWN_ANSWER_CHARACTERS)}")
         for model in ("base", "tuned"):
-            lines.append(f"  {model:<9} {shorten(pair[model], SHOWN_ANSWER) or '(nothing)'}")
+            lines.append(f"  {model:<9} {shorten(pair[model], MAX_SHOWN_ANSWER_CHARACTERS) or '(nothing)'}")
     return lines
 
 

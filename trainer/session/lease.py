@@ -34,16 +34,16 @@ from typing import Any
 from strategies import atomic_io, shared_files
 from strategies.errors import ConfigError, NotRunOwner, Preempted, StorageError
 
-CLAIM = re.compile(r"(\d{6})\.json")
+CLAIM_FILE_REGEX = re.compile(r"(\d{6})\.json")
 HEARTBEATS_PER_TIMEOUT = 12
 """Heartbeats that an owner writes within the time after which it is taken for dead."""
-REMOVAL_S = 2.0
+REMOVAL_CHECK_DELAY_S = 2.0
 """Seconds to wait before a second look at a directory that seems to be under removal. A new claim would only hinder `rm`."""
 SILENT_OWNER_VARIABLE = "SHARDTUNE_SILENT"
 """Environment variable with the last heartbeat of an owner that was found dead, so that other ranks need not watch it too."""
 
 
-class InUse(NotRunOwner, ConfigError):
+class RunDirInUse(NotRunOwner, ConfigError):
     """Another attempt owned the directory before this one began."""
 
 
@@ -52,7 +52,7 @@ class LeaseLost(NotRunOwner, StorageError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Owner:
+class LeaseOwner:
     """The content of a claim: the attempt that made it. The fields are the keys of the JSON file."""
 
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -76,7 +76,7 @@ class Owner:
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
 
-def owner_of_this_process(lease_timeout_s: float) -> Owner:
+def owner_of_this_process(lease_timeout_s: float) -> LeaseOwner:
     """This process as the owner of a run directory: its host, process and SLURM job.
 
     It promises a heartbeat so often that an owner without any for `lease_timeout_s` can be taken for dead. `task` is set only
@@ -87,7 +87,7 @@ def owner_of_this_process(lease_timeout_s: float) -> Owner:
     task = None
     if job and array:
         task = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
-    return Owner(
+    return LeaseOwner(
         process=process_identity(os.getpid()),
         job=job,
         task=task,
@@ -124,7 +124,7 @@ class Lease:
         self,
         run_dir: Path,
         number: int,
-        owner: Owner,
+        owner: LeaseOwner,
         on_loss: Callable[[], None],
         on_run_dir_renamed: Callable[[Path], None] = lambda home: None,
     ) -> None:
@@ -140,8 +140,8 @@ class Lease:
         self._directory_handle = atomic_io.OpenDirectory(run_dir)
         self._look_lock = threading.Lock()
         self._loss_reason: str | None = None
-        self._beaten_at = time.monotonic()
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._last_heartbeat_at = time.monotonic()
+        self._thread = threading.Thread(target=self._write_heartbeats, name="lease", daemon=True)
         self._thread.start()
 
     @classmethod
@@ -157,8 +157,8 @@ class Lease:
         """Claim the directory. Waits up to `lease_timeout_s` if only time tells whether the last owner lives.
 
         `on_loss` is called, by another thread, when the directory turns out to be another attempt's or deleted.
-        `on_run_dir_renamed` is called, by any thread, with the new path when it was renamed. Raises InUse, with the owner, if one
-        lives; Preempted if `stop` says so; StorageError if the directory cannot be written.
+        `on_run_dir_renamed` is called, by any thread, with the new path when it was renamed. Raises RunDirInUse, with the owner,
+        if one lives; Preempted if `stop` says so; StorageError if the directory cannot be written.
         """
         own = owner_of_this_process(lease_timeout_s)
         directory = run_dir / "lease"
@@ -167,7 +167,7 @@ class Lease:
             while True:
                 # Read the number before looking for a living owner: if anybody claims in between, our number is taken.
                 number, _ = latest_claim(directory)
-                refuse_in_use(run_dir, lease_timeout_s, stop)
+                raise_if_run_dir_is_in_use(run_dir, lease_timeout_s, stop)
                 if not shared_files.claim_shared_file(
                     _claim_path(directory, number + 1), _json_bytes(asdict(own)), own.token
                 ):
@@ -194,7 +194,7 @@ class Lease:
     def check(self) -> None:
         """Raise LeaseLost if the directory is not this attempt's any more. To be called before anything is published."""
         if self._loss_reason is None:
-            self._loss_reason = self._find_loss()
+            self._loss_reason = self._find_loss_reason()
         if self._loss_reason is not None:
             raise LeaseLost(f"run.dir={self.home}: {self._loss_reason}; this attempt ends and writes nothing more")
 
@@ -202,7 +202,7 @@ class Lease:
         """Mark this attempt as over, so that the next one need not wait."""
         self._released.set()
         self._thread.join()
-        if self._loss_reason is None and self._find_loss() is None:
+        if self._loss_reason is None and self._find_loss_reason() is None:
             with suppress(OSError):  # the next attempt waits, or sees that this process is gone
                 shared_files.replace_shared_file(self.directory / f"{self.number:06d}.over", b"{}", self.owner.token)
         self._directory_handle.close()
@@ -213,7 +213,7 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _find_loss(self) -> str | None:
+    def _find_loss_reason(self) -> str | None:
         """Why the directory is not this attempt's any more; None if it is.
 
         Also makes a claim again that somebody deleted, and follows a rename. A directory that cannot be read counts as lost only
@@ -223,7 +223,7 @@ class Lease:
             with self._look_lock:
                 return self._check_or_restore_claim()
         except OSError as error:
-            silent_s = time.monotonic() - self._beaten_at
+            silent_s = time.monotonic() - self._last_heartbeat_at
             if silent_s <= self.owner.beat_s * HEARTBEATS_PER_TIMEOUT:
                 return None
             return f"unreadable for {silent_s:.0f} s ({error.strerror})"
@@ -242,7 +242,7 @@ class Lease:
                 return f"{owner.describe()} took it over"
             return None
         # The directory was renamed, deleted or emptied, or another attempt has removed the claim.
-        home = self._find_home()
+        home = self._find_renamed_run_dir()
         if home is None:
             return "the directory was deleted"
         if home != self.home:
@@ -262,15 +262,15 @@ class Lease:
             return False
         return isinstance(claim, dict) and claim.get("token") == self.owner.token
 
-    def _find_home(self) -> Path | None:
+    def _find_renamed_run_dir(self) -> Path | None:
         """The current path of the run directory, which somebody may have renamed; None if it was deleted."""
         home = self._directory_handle.find()
         if home is not None and not (home / "config.yaml").exists():  # `rm -r` may be running
-            atomic_io.disk.sleep(REMOVAL_S)
+            atomic_io.disk.sleep(REMOVAL_CHECK_DELAY_S)
             home = self._directory_handle.find()
         return home
 
-    def _restore_claim(self, latest_number: int, latest_owner: Owner | None) -> str | None:
+    def _restore_claim(self, latest_number: int, latest_owner: LeaseOwner | None) -> str | None:
         """Make this attempt's missing claim again; returns None, or why the directory is now another attempt's.
 
         `latest_number` and `latest_owner` are those of the latest claim in the directory, in the order of the cases:
@@ -302,21 +302,21 @@ class Lease:
         print(f"{self.directory}: was emptied by somebody; the run's claim is made again", flush=True)
         return None
 
-    def _beat(self) -> None:
+    def _write_heartbeats(self) -> None:
         """Body of the thread: write a heartbeat and check the claim, in turns, until the lease is released or lost."""
         count = 0
         while True:
             count += 1
             try:
                 shared_files.replace_shared_file(
-                    _beat_path(self.directory, self.number), b"%d" % count, self.owner.token
+                    _heartbeat_path(self.directory, self.number), b"%d" % count, self.owner.token
                 )
-                self._beaten_at = time.monotonic()
+                self._last_heartbeat_at = time.monotonic()
             except OSError as error:
                 # An error may pass. It counts only when others may soon take this attempt for dead.
-                if time.monotonic() - self._beaten_at > self.owner.beat_s * (HEARTBEATS_PER_TIMEOUT - 2):
+                if time.monotonic() - self._last_heartbeat_at > self.owner.beat_s * (HEARTBEATS_PER_TIMEOUT - 2):
                     self._loss_reason = f"no sign of life could be written for too long ({error.strerror or error})"
-            self._loss_reason = self._loss_reason or self._find_loss()
+            self._loss_reason = self._loss_reason or self._find_loss_reason()
             if self._loss_reason is not None:
                 self._on_loss()
                 return
@@ -324,7 +324,7 @@ class Lease:
                 return
 
 
-def latest_claim(directory: Path) -> tuple[int, Owner | None]:
+def latest_claim(directory: Path) -> tuple[int, LeaseOwner | None]:
     """(number of the newest claim, its owner). The number is 0 without claims; the owner is None if it is over.
 
     A claim that was torn by a crash has an owner with an empty token.
@@ -335,7 +335,7 @@ def latest_claim(directory: Path) -> tuple[int, Owner | None]:
         return 0, None
     number = 0
     for name in names:
-        match = CLAIM.fullmatch(name)
+        match = CLAIM_FILE_REGEX.fullmatch(name)
         if match:
             number = max(number, int(match[1]))
     owner = None
@@ -345,13 +345,13 @@ def latest_claim(directory: Path) -> tuple[int, Owner | None]:
     while (newer := _read_claim(directory, number + 1)) is not None:
         number += 1
         owner = newer
-    if f"{number:06d}.over" in names or _exists(directory / f"{number:06d}.over"):
+    if f"{number:06d}.over" in names or _exists_when_opened(directory / f"{number:06d}.over"):
         return number, None
     return number, owner
 
 
-def refuse_in_use(run_dir: Path, lease_timeout_s: float, stop: Callable[[], bool] = lambda: False) -> None:
-    """Raise InUse if a living attempt owns the directory.
+def raise_if_run_dir_is_in_use(run_dir: Path, lease_timeout_s: float, stop: Callable[[], bool] = lambda: False) -> None:
+    """Raise RunDirInUse if a living attempt owns the directory.
 
     Raises Preempted if `stop` says so while it waits, and StorageError if the directory cannot be read.
     """
@@ -360,7 +360,7 @@ def refuse_in_use(run_dir: Path, lease_timeout_s: float, stop: Callable[[], bool
     except OSError as error:
         raise StorageError(f"{run_dir / 'lease'}: cannot be read ({error.strerror or error}); set run.dir") from error
     if living:
-        raise InUse(f"run.dir={run_dir}: {living}; stop it, or choose another run.dir")
+        raise RunDirInUse(f"run.dir={run_dir}: {living}; stop it, or choose another run.dir")
 
 
 def living_owner_text(run_dir: Path, lease_timeout_s: float, stop: Callable[[], bool] = lambda: False) -> str | None:
@@ -382,7 +382,7 @@ def living_owner_text(run_dir: Path, lease_timeout_s: float, stop: Callable[[], 
     if is_alive is not None:
         return f"{owner.describe()}, is running it" if is_alive else None
     # It is on another host: watch whether the count in its file of heartbeats still grows.
-    first_beat = _read_beat(directory, number)
+    first_beat = _read_heartbeat_count(directory, number)
     if os.environ.get(SILENT_OWNER_VARIABLE) == f"{owner.token}:{first_beat}":
         return None  # watched already, by this process or the one that started it
     wait_s = max(lease_timeout_s, 3 * owner.beat_s)
@@ -398,13 +398,13 @@ def living_owner_text(run_dir: Path, lease_timeout_s: float, stop: Callable[[], 
         newest, current_owner = latest_claim(directory)
         if newest != number or current_owner is None:  # somebody else claimed it, or the owner has ended
             return living_owner_text(run_dir, lease_timeout_s, stop)
-        if _read_beat(directory, number) != first_beat:
+        if _read_heartbeat_count(directory, number) != first_beat:
             return f"{owner.describe()}, is running it"
     os.environ[SILENT_OWNER_VARIABLE] = f"{owner.token}:{first_beat}"
     return None
 
 
-def is_alive_here(owner: Owner, own: Owner) -> bool | None:
+def is_alive_here(owner: LeaseOwner, own: LeaseOwner) -> bool | None:
     """Whether the owner is a living process of this host; None if this host cannot tell. `own`: the claim of this process."""
     owner_identity = owner.process.split("/")
     own_identity = own.process.split("/")
@@ -441,7 +441,7 @@ def _claim_path(directory: Path, number: int) -> Path:
     return directory / f"{number:06d}.json"
 
 
-def _beat_path(directory: Path, number: int) -> Path:
+def _heartbeat_path(directory: Path, number: int) -> Path:
     """The file of the heartbeats of a claim's owner, such as `lease/000007.beat`."""
     return directory / f"{number:06d}.beat"
 
@@ -450,10 +450,10 @@ def _json_bytes(claim: dict[str, Any]) -> bytes:
     return json.dumps(claim, indent=1).encode() + b"\n"
 
 
-def _read_claim(directory: Path, number: int) -> Owner | None:
+def _read_claim(directory: Path, number: int) -> LeaseOwner | None:
     """The owner in a claim; None without that claim. A torn claim has an owner with an empty token. Errors: OSError."""
     try:
-        owner = Owner(**json.loads(shared_files.read_shared_file(_claim_path(directory, number))))
+        owner = LeaseOwner(**json.loads(shared_files.read_shared_file(_claim_path(directory, number))))
         # The pid is printed in a command for the user to paste: a claim that somebody forged may have any text there.
         if type(owner.pid) is not int or not isinstance(owner.beat_s, int | float):
             raise TypeError("no number")
@@ -461,18 +461,18 @@ def _read_claim(directory: Path, number: int) -> Owner | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):  # torn by a crash of its host
-        return Owner(token="", host="an unknown host", pid=0, since="an unknown time")
+        return LeaseOwner(token="", host="an unknown host", pid=0, since="an unknown time")
 
 
-def _read_beat(directory: Path, number: int) -> str | None:
+def _read_heartbeat_count(directory: Path, number: int) -> str | None:
     """The last count that the owner of a claim has written as a heartbeat; None if it cannot be read."""
     try:
-        return shared_files.read_shared_file(_beat_path(directory, number)).decode()
+        return shared_files.read_shared_file(_heartbeat_path(directory, number)).decode()
     except OSError:
         return None
 
 
-def _exists(path: Path) -> bool:
+def _exists_when_opened(path: Path) -> bool:
     """Whether a file exists, found by opening it: a network file system may answer from an old listing otherwise."""
     try:
         shared_files.read_shared_file(path)

@@ -22,10 +22,10 @@ from trainer.evaluation.base import Evaluator
 from trainer.reporting.results import TEST, add_to_run_record, keep_report, kept_reports, read_json
 from trainer.reporting.run_record import RUN_RECORD
 
-PREFIX = "test/"
+TEST_METRIC_PREFIX = "test/"
 """Of the names of metrics of the test documents."""
-BY_RUN = "the run, as it ended"
-BY_COMMAND = "shardtune evaluate"
+MEASURED_BY_RUN = "the run, as it ended"
+MEASURED_BY_COMMAND = "shardtune evaluate"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +54,16 @@ class ResultOnTest:
 
 
 def measure_test_metrics(evaluators: Sequence[Evaluator], engine: Engine) -> dict[str, float]:
-    """Metrics of the test documents, by names such as `test/loss`. All ranks must call. Raises Preempted on all or none."""
+    """Run evaluators that were built for the test documents; returns the metrics by names such as `test/loss`.
+
+    The evaluators name their metrics `eval/...`, as those of the evaluation documents do; `eval/` becomes `test/`. All ranks must
+    call. Raises Preempted, on all ranks or none, if the run is asked to stop meanwhile.
+    """
     metrics = {}
     try:
         for evaluator in evaluators:
             for name, value in evaluator.run(engine):
-                metrics[PREFIX + name.removeprefix("eval/")] = value
+                metrics[TEST_METRIC_PREFIX + name.removeprefix("eval/")] = value
     except Interrupted:
         raise Preempted(
             "stopped while the test documents were evaluated; start the same command again to continue"
@@ -89,7 +93,7 @@ def test_result_at_end(
 
     def record_and_count_looks() -> int:
         if is_new_look:
-            record_test_look(weights, metrics, documents, BY_RUN)
+            record_test_look(weights, metrics, documents, MEASURED_BY_RUN)
         return num_looks(weights.run_dir)
 
     looks = call_on_main(record_and_count_looks, runtime)
@@ -106,7 +110,7 @@ def _recorded_metrics(weights: CheckpointWeights) -> dict[str, float] | None:
     """The test metrics that the run itself has measured of the same checkpoint before; None if it has not."""
     for kept_report in kept_reports(weights.run_dir, TEST):
         is_same_checkpoint = weights.artefact is not None and kept_report.artefact == weights.artefact
-        if is_same_checkpoint and kept_report.report.get("measured_by") == BY_RUN:
+        if is_same_checkpoint and kept_report.report.get("measured_by") == MEASURED_BY_RUN:
             return dict(kept_report.report.get("metrics") or {})
     return None
 
@@ -142,7 +146,7 @@ def record_test_result(
     `recorded` is false for a run of another user, whose directory is not written. On rank 0 alone. Errors: StorageError.
     """
     if recorded:
-        record_test_look(weights, metrics, documents, BY_COMMAND)
+        record_test_look(weights, metrics, documents, MEASURED_BY_COMMAND)
     result = ResultOnTest(metrics=metrics, step=weights.step, documents=documents, looks=num_looks(weights.run_dir))
     if recorded:
         # The metrics that the run itself measured at its end stay in `run.json`; only the number of looks grows.

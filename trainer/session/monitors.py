@@ -27,7 +27,7 @@ from trainer.monitors.watched_tasks import WatchedTasks
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.optim.schedule import warmup_steps
 from trainer.reporting.results import LAST_HELD_OUT
-from trainer.session.announcements import RunContext, challenge_reporter
+from trainer.session.announcements import RunContext, build_findings_reporter
 from trainer.session.evaluation_interval import EvaluationInterval
 from trainer.step import BuiltModel
 
@@ -60,7 +60,7 @@ def build_detectors(
         challenges.metrics_of_control_rewards = [
             f"rewards/{name}/mean" for name, reward in rewards.items() if reward.weight == 0
         ]
-    challenges.write_findings = challenge_reporter(context)
+    challenges.write_findings = build_findings_reporter(context)
     context.attempt.on_run_dir_renamed.append(challenges.follow_renamed_run_dir)
     return challenges
 

@@ -75,7 +75,7 @@ def choose_and_measure_checkpoint(run: TrainedRun, record: RunRecord) -> ModelFa
 
     # Evaluate it on the test documents.
     run.context.attempt.phase = "evaluating the test documents"
-    run.context.attempt.require_ownership(run.context.runtime)  # the result is written into the run directory
+    run.context.attempt.require_run_dir_ownership(run.context.runtime)  # the result is written into the run directory
     record.test = measure_test_documents(run, chosen.step)
     run.outcome.test = {} if record.test is None else record.test["metrics"]
     return model_facts(run.config, record, run.outcome, chosen.step, tokens, run.context.run_dir)

@@ -69,13 +69,15 @@ def open_rounds(
     loader.round_builder.on_round.append(
         lambda rollout_round, step: processes.call_on_main(lambda: record.write(rollout_round, step), context.runtime)
     )
-    loader.round_builder.on_round.append(lambda rollout_round, step: _tell_timeouts(rollout_round, step, context))
+    loader.round_builder.on_round.append(
+        lambda rollout_round, step: _warn_of_reward_timeouts(rollout_round, step, context)
+    )
     if resumed_from is not None:
         loader.restore(resumed_from)
     return loader, steps
 
 
-def _tell_timeouts(rollout_round: Round, step: int, context: RunContext) -> None:
+def _warn_of_reward_timeouts(rollout_round: Round, step: int, context: RunContext) -> None:
     """Print a warning if rewards had no time for some answers of a round: a resumed run might not leave out the same ones."""
     timed_out = int(rollout_round.facts.get("answers/timed_out", 0))
     if timed_out and context.runtime.is_main:

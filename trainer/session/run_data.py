@@ -26,9 +26,9 @@ from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.registry import data_spec_of
 from trainer.reporting.run_record import readable_run_record
-from trainer.session.base_files import IDENTITY
+from trainer.session.base_files import IDENTITY_FILE
 
-DATA = "data"
+DATA_KIND = "data"
 """The word in `accept=[...]` that accepts other rows, and the kind in `identity.json`."""
 STAND_IN_TOKENS = 2
 """Tokens of each sequence that stands in for the data: two, so that the last one is a target."""
@@ -52,18 +52,18 @@ class DataRecord:
     names have to come from the prepared data."""
 
 
-def data_record(run_dir: Path) -> DataRecord:
+def read_data_record(run_dir: Path) -> DataRecord:
     """What the run in `run_dir` recorded of its data.
 
     Raises ConfigError if neither `run.json` nor `identity.json` has the fingerprint of the data.
     """
     record = readable_run_record(run_dir)
-    identity = _read_object(run_dir / IDENTITY)
+    identity = _read_json_object(run_dir / IDENTITY_FILE)
     # Either file may be damaged: both have the fingerprint.
-    fingerprint = (identity.get(DATA) or {}).get("fingerprint") or record.data_fingerprint
+    fingerprint = (identity.get(DATA_KIND) or {}).get("fingerprint") or record.data_fingerprint
     if not fingerprint:
         raise ConfigError(
-            f"{run_dir}: neither run.json nor {IDENTITY} can be read, and they alone say which data the run was trained on; "
+            f"{run_dir}: neither run.json nor {IDENTITY_FILE} can be read, and they alone say which data the run was trained on; "
             "bring one of them back"
         )
     return DataRecord(
@@ -76,7 +76,7 @@ def data_record(run_dir: Path) -> DataRecord:
     )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if the file is missing, cannot be read, or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -227,19 +227,19 @@ def training_documents(
         raise DataError(
             f"{record.run_dir}: {reason_to_read.purpose}. The rows of data.path, of data.eval_path or data.test_path, or what "
             "prepares them, have changed since the training, and the data that was prepared then is gone. "
-            f"{reason_to_read.way_out}, bring the rows back, or take those of today: accept=[{DATA}]"
+            f"{reason_to_read.way_out}, bring the rows back, or take those of today: accept=[{DATA_KIND}]"
         )
     prepared = preparation.open_or_prepare()
     data_spec.check(prepared.train)
     accepted = []
     if has_changed:
-        accepted.append(f"{DATA}: other rows than the run was trained on")
+        accepted.append(f"{DATA_KIND}: other rows than the run was trained on")
     return _data_with_checked_labels(prepared, record, reason_to_read), accepted
 
 
 def _is_prepared(directory: Path, record: DataRecord) -> bool:
     """Whether the prepared data with the run's fingerprint is complete in a directory."""
-    manifest = _read_object(directory / MANIFEST_FILE)
+    manifest = _read_json_object(directory / MANIFEST_FILE)
     return f"{manifest.get('fingerprint')}/train" == record.fingerprint
 
 

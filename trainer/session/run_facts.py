@@ -57,7 +57,7 @@ from trainer.session.rate_text import LearningRate, learning_rate_of, rate_lines
 from trainer.step import BuiltModel
 from trainer.tuning.initial_adapter import adapter_sha256
 
-PACKAGES = (
+RECORDED_PACKAGES = (
     *("torch", "transformers", "peft", "deepspeed", "datasets", "hydra-core", "wandb", "accelerate", "flash-attn"),
     *("flash-linear-attention", "causal-conv1d", "mamba-ssm"),
 )
@@ -65,7 +65,7 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages a result depends on; a missing one is left out."""
-    return {"python": platform.python_version(), **versions_of(PACKAGES)}
+    return {"python": platform.python_version(), **versions_of(RECORDED_PACKAGES)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,12 +86,12 @@ class RunParts:
     resumed_from: Path | None
 
 
-def run_facts(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
+def build_run_record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
     """The record that becomes `run.json` before the first step, with a prediction of the run's cost. All ranks must call.
 
     `checked`: fields of the record that were known before the model was built.
     """
-    record = _record_without_prediction(config, checked, run_parts)
+    record = _run_record_without_prediction(config, checked, run_parts)
     built = run_parts.built
     runtime = run_parts.runtime
     prediction = predicted_cost(built, record, str(config.optim.name), device_gib(runtime))
@@ -104,7 +104,7 @@ def run_facts(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts
     return record
 
 
-def _record_without_prediction(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
+def _run_record_without_prediction(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
     """The record of a run as it is built, without the prediction of its cost. All ranks must call."""
     runtime = run_parts.runtime
     precision = run_parts.precision
@@ -256,12 +256,12 @@ def model_flops_per_token(built: BuiltModel, mean_length: float, answer_share: f
     for name, parameter in named_parameters(built.step_module):
         base_name = built.tuning.base_name(name)
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the full shape beside an empty parameter
-        share = expert_share_of_parameter(built.step_module, name)
-        if share is not None:  # this rank has some of the experts only: count all of them
-            shape = share.full_shape(shape)
+        expert_share = expert_share_of_parameter(built.step_module, name)
+        if expert_share is not None:  # this rank has some of the experts only: count all of them
+            shape = expert_share.full_shape(shape)
         if base_name in built.quantised:
             shape = built.quantised[base_name]
-        is_lookup = base_name in built.vocabulary and not _is_head(built, name)
+        is_lookup = base_name in built.vocabulary and not _multiplies_as_head(built, name)
         if len(shape) < 2 or is_lookup:  # norms, biases and embedding look-ups multiply nothing
             continue
         numel = float(full_counts[name])
@@ -283,7 +283,7 @@ def model_flops_per_token(built: BuiltModel, mean_length: float, answer_share: f
     )
 
 
-def _is_head(built: BuiltModel, name: str) -> bool:
+def _multiplies_as_head(built: BuiltModel, name: str) -> bool:
     """Whether a vocabulary parameter multiplies as the head's matrix; a tied embedding does."""
     return bool(getattr(built.config, "tie_word_embeddings", False)) or "head" in name or "embed_out" in name
 
@@ -303,7 +303,7 @@ def repetition_warning(global_batch: int, epochs: float, steps: int) -> list[str
     ]
 
 
-def start_text(record: RunRecord) -> str:
+def start_screen_text(record: RunRecord) -> str:
     """The lines on the screen before step 0: sizes, batch arithmetic, memory, what was resolved and accepted."""
     sharding = record.sharding
     least_held = min(sharding.held_per_rank)
@@ -311,18 +311,18 @@ def start_text(record: RunRecord) -> str:
     held = f"{least_held:,}"
     if most_held != least_held:
         held += f" to {most_held:,}"
-    share = sharding.trainable_parameters / max(1, sharding.parameters)
-    ranks = record.readers
+    trainable_share = sharding.trainable_parameters / max(1, sharding.parameters)
+    ranks_text = record.readers
     if record.world_size != 1:
-        ranks += f" (over {sharding.exchange})"
-    # The length of a written answer is not known: each prompt counts with the longest.
+        ranks_text += f" (over {sharding.exchange})"
+    # The length of a generated answer is not known: each prompt counts with the longest that is allowed.
     is_upper_bound = is_prompts_alone(record.data_report.get("train", {}))
     approximation = "at most" if is_upper_bound else "about"
     lines = [
-        f"parameters: {sharding.parameters:,}, trainable {sharding.trainable_parameters:,} ({share:.2%}); held per "
+        f"parameters: {sharding.parameters:,}, trainable {sharding.trainable_parameters:,} ({trainable_share:.2%}); held per "
         f"rank {held}",
         f"batch: {record.global_batch} = {record.micro_batch} micro x {record.accumulation} accumulation x "
-        f"{ranks}; {approximation} {record.tokens_per_step:,} tokens a step, {record.total_steps} steps, "
+        f"{ranks_text}; {approximation} {record.tokens_per_step:,} tokens a step, {record.total_steps} steps, "
         f"{record.epochs:,.2f} epochs",
         f"precision {record.precision}, attention {record.attention}, layout {record.layout}",
     ]
@@ -337,7 +337,7 @@ def start_text(record: RunRecord) -> str:
     lines += record.dealt_experts or ()
     lines += record.routers
     if record.packed_weights:
-        lines.append(_packed_text(record.packed_weights))
+        lines.append(_packed_weights_line(record.packed_weights))
     tflops = record.mfu_tflops
     if tflops:
         lines.append(f"MFU against {tflops:.2f} TFLOP/s a device ({record.reference_tflops_source})")
@@ -360,7 +360,7 @@ def start_text(record: RunRecord) -> str:
     return "\n".join(lines)
 
 
-def _packed_text(packed: Mapping[str, Any]) -> str:
+def _packed_weights_line(packed: Mapping[str, Any]) -> str:
     """The line on the start screen about the packed copy of a quantised base. `packed`: from `_packed_weight_facts`."""
     if packed["not_kept"]:
         return f"packed weights are not kept for later runs: {packed['not_kept']}"
@@ -376,14 +376,22 @@ def write_run_record(run_dir: Path, record: RunRecord) -> None:
     write_text_atomic(run_dir / RUN_RECORD, json_text(record.as_json(), indent=1, default=str))
 
 
-_RESUME_ONLY = ("recent", "evaluations", "interval_loss", "interval_steps", "first_loss", "recent_losses", "level_rows")
+_RESUME_ONLY_PROGRESS_KEYS = (
+    "recent",
+    "evaluations",
+    "interval_loss",
+    "interval_steps",
+    "first_loss",
+    "recent_losses",
+    "level_rows",
+)
 """Keys of the progress that only a resumed run needs, and `run.json` leaves out."""
 
 
 def outcome_record(outcome: TrainingOutcome) -> RunOutcome:
     """How training ended, as `run.json` has it."""
     progress = outcome.progress.as_json()
-    for key in _RESUME_ONLY:
+    for key in _RESUME_ONLY_PROGRESS_KEYS:
         del progress[key]
     return RunOutcome(
         progress=progress,

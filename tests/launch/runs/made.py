@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.helpers.launching import ROOT
-from trainer.session.lease import Owner, process_identity
+from trainer.session.lease import LeaseOwner, process_identity
 
 SQUEUE = """#!/bin/sh
 [ -z "$STANDIN_WAITS" ] || sleep "$STANDIN_WAITS"
@@ -44,9 +44,9 @@ def made(root: Path, name: str, *, state: str | None = "running", steps: int = 3
     return run
 
 
-def owned(run: Path, number: int = 1, *, heartbeat_age_s: float = 0, **about) -> Owner:
+def owned(run: Path, number: int = 1, *, heartbeat_age_s: float = 0, **about) -> LeaseOwner:
     """Claim the directory as another host's attempt does, which was last heard of so long ago."""
-    owner = Owner(**{"host": "n1", "pid": 7, "process": "boot/namespace/1", **about})
+    owner = LeaseOwner(**{"host": "n1", "pid": 7, "process": "boot/namespace/1", **about})
     (run / "lease" / f"{number:06d}.json").write_text(json.dumps(asdict(owner)))
     beat = run / "lease" / f"{number:06d}.beat"
     beat.write_text("3")
