@@ -135,7 +135,7 @@ def caption(experiment: Experiment, points: dict[str, dict[str, dict[str, Any]]]
         runs += of_point.values()
     failed = sum("failed" in run for run in runs)
     seconds = [run["cpu_s"] for run in runs if "cpu_s" in run]
-    text = f"{experiment.setting} {spread_words(points)}"
+    text = f"**Setup:** {experiment.setting} {spread_words(points)}"
     if failed:
         text += f" Failed runs: {failed}."
     if seconds:
@@ -148,9 +148,12 @@ def spread_words(points: dict[str, dict[str, dict[str, Any]]]) -> str:
     fewest = min(len(runs) for runs in points.values())
     most = max(len(runs) for runs in points.values())
     if most == 1:
-        return "One seed each."
-    many = f"{most} seeds each" if fewest == most else f"{fewest} to {most} seeds each"
-    return f"{many}: mean (lowest to highest). *{NONE}*: the ranges overlap, so no difference is shown."
+        return "Each run has one seed."
+    many = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+    return (
+        f"Each cell is the mean of {many} (lowest to highest). *{NONE}* means that the ranges of the two runs overlap, so no "
+        "difference is shown."
+    )
 
 
 def table_row(cells: list[str]) -> str:

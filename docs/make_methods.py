@@ -59,10 +59,10 @@ These rules hold for every method:
 - If a combination is not supported, it is refused before any process starts. The error message gives the reason, and the nearest
   combination that works.
 """
-EXPERTS = """**Mixtures of experts.** By default `tuning=lora` adapts the linear layers. These settings work with every strategy:
+EXPERTS = """**Mixtures of experts.** By default `tuning=lora` adapts the linear layers. These settings change that:
 
-- `tuning.experts=true` also adapts the experts, and `tuning.router=true` also adapts the routers. Exports with either are merged
-  by default ([mixtures.md](mixtures.md)).
+- `tuning.experts=true` also adapts the experts, and `tuning.router=true` also adapts the routers. Both work with every strategy.
+  Exports with either are merged by default ([mixtures.md](mixtures.md)).
 - `tuning.targets=[]` with one of these settings trains only experts or routers.
 - `parallel.experts` distributes the experts of a layer over the ranks, under `fsdp2` and `hsdp`
   ([mixtures.md](mixtures.md#expert-parallelism)). The column *experts* below shows which methods support it."""

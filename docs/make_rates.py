@@ -38,6 +38,11 @@ def typed(method: str) -> str:
     return f"`{method}`" if method in CHOICES else f"`peft`, `tuning.type={method}`"
 
 
+def times_adamw(factor: float) -> str:
+    """A multiple of AdamW's rate in words."""
+    return "the same as with AdamW" if factor == 1 else f"{factor:g} times the rate with AdamW"
+
+
 def tables() -> str:
     """The three tables: by method, by objective, by optimizer."""
     by_method = [row(typed(method), rate) for method, rate in METHODS.items()]
@@ -52,7 +57,7 @@ def tables() -> str:
     by_optimizer = []
     for optimizer, (factor, source) in ADAMW_FACTORS.items():
         if source:
-            by_optimizer.append(f"| `{optimizer}` | {factor:g} times AdamW's | | {source.partition(': ')[2] or '-'} |")
+            by_optimizer.append(f"| `{optimizer}` | {times_adamw(factor)} | | {source.partition(': ')[2] or '-'} |")
     for (optimizer, method), rate in OWN_RATES.items():
         by_optimizer.append(row(f"`{optimizer}` with {typed(method)}", rate))
     parts = [
