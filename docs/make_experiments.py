@@ -28,8 +28,8 @@ NONE = "none"
 """The difference of two points of which each has a seed that is between the seeds of the other."""
 HEAD = """# The experiments of the lessons
 
-This page lists small experiments with real models and real data. The lessons show their tables. After this page you can repeat
-each of them, and judge what it shows and what it does not.
+This page lists the small experiments of the lessons, with real models and real data. Use it to repeat an experiment, and to see
+what the experiment shows and what it does not show.
 
 ```bash
 make bench-course                                  # all that is not kept here: hours on one core
@@ -37,18 +37,19 @@ python benchmarks/course dirty --seeds 1           # one experiment, one seed
 python docs/make_experiments.py                    # then write the tables into the pages
 ```
 
-- **Models.** Text is learned by SmolLM2-135M-Instruct, labels by all-MiniLM-L6-v2 (22.7 million parameters). Both come from
-  pinned packages of the Python index (`launch/demo/embedded.py`).
-- **Data.** Notes are conversations of at most 128 tokens from MTS-Dialog, each with a section of the clinical note. Questions are
-  those of medical exams (MedMCQA), each with its specialty. `benchmarks/course/data.py` says how rows are drawn.
-- **Size.** A run takes seconds to a minute on one core. So the experiments show directions. A larger run has other numbers.
-- **Seeds.** Every point runs with three seeds. A seed decides the order of rows, the new weights, and which rows are drawn.
-- **Differences.** A cell has the mean, with the lowest and the highest seed in brackets. A difference counts only if all seeds of
-  one point are below all seeds of the other. Otherwise the table says *none*. Even among equal points, three seeds of each are
-  separated by chance in 10 of 100 cases. So look again with more seeds before you rest a decision on a small difference.
-- **Files.** Each experiment has a JSON file with the settings and numbers of every run. Most have the answer of
-  `shardtune compare` over all runs, too. Where each seed has its own rows, `compare` takes every run for a job of its own. So its
-  verdicts are about single runs, and the tables here about seeds.
+- **Models.** SmolLM2-135M-Instruct is trained on text, and all-MiniLM-L6-v2 (22.7 million parameters) on labels. Both come from
+  pinned packages of the Python package index (`launch/demo/embedded.py`).
+- **Data.** *Notes* are conversations of at most 128 tokens from MTS-Dialog, each with a section of the clinical note. *Questions*
+  are from medical exams (MedMCQA), each with its specialty. `benchmarks/course/data.py` draws the rows.
+- **Size.** A run takes seconds to a minute on one core. So the experiments are too small to predict the numbers of a larger run.
+- **Seeds.** Every run of a table is repeated with three seeds. The seed sets the order of rows, the new weights, and the rows that
+  are drawn.
+- **Differences.** A cell has the mean, with the lowest and the highest seed in brackets. A difference is reported only if all seeds
+  of one run are below all seeds of the other. Otherwise the table says *none*. Even if two runs are equally good, three seeds of each
+  are separated by chance in 10 of 100 cases. So repeat with more seeds before you base a decision on a small difference.
+- **Files.** Each experiment has a JSON file with the settings and numbers of every run. Most also have the result of `shardtune
+  compare` over all runs. If each seed has its own rows, `compare` treats every run as a different job. Then its verdicts are about
+  single runs, and only the tables on this page are about seeds.
 """
 
 
