@@ -39,17 +39,19 @@ python docs/make_experiments.py                    # then write the tables into 
 
 - **Models.** SmolLM2-135M-Instruct is trained on text, and all-MiniLM-L6-v2 (22.7 million parameters) on labels. Both come from
   pinned packages of the Python package index (`launch/demo/embedded.py`).
-- **Data.** *Notes* are conversations of at most 128 tokens from MTS-Dialog, each with a section of the clinical note. *Questions*
-  are from medical exams (MedMCQA), each with its specialty. `benchmarks/course/data.py` draws the rows.
-- **Size.** A run takes seconds to a minute on one core. So the experiments are too small to predict the numbers of a larger run.
-- **Seeds.** Every run of a table is repeated with three seeds. The seed sets the order of rows, the new weights, and the rows that
-  are drawn.
-- **Differences.** A cell has the mean, with the lowest and the highest seed in brackets. A difference is reported only if all seeds
-  of one run are below all seeds of the other. Otherwise the table says *none*. Even if two runs are equally good, three seeds of each
-  are separated by chance in 10 of 100 cases. So repeat with more seeds before you base a decision on a small difference.
+- **Data.** *Notes* are conversations of at most 128 tokens from MTS-Dialog, each with a section of the clinical note.
+  *Questions* are from medical exams (MedMCQA), each with its specialty. `benchmarks/course/data.py` draws the rows.
+- **Size.** A run takes seconds to a minute on one core. So the experiments are too small to predict the numbers of a larger
+  run.
+- **Seeds.** Every run of a table is repeated with three seeds. The seed sets the order of rows, the new weights, and the rows
+  that are drawn.
+- **Differences.** A cell has the mean, with the lowest and the highest seed in brackets. A difference is reported only if all
+  seeds of one run are below all seeds of the other. Otherwise the table says *none*. Even if two runs are equally good, three
+  seeds of each are separated by chance in 10 of 100 cases. So repeat with more seeds before you base a decision on a small
+  difference.
 - **Files.** Each experiment has a JSON file with the settings and numbers of every run. Most also have the result of `shardtune
-  compare` over all runs. If each seed has its own rows, `compare` treats every run as a different job. Then its verdicts are about
-  single runs, and only the tables on this page are about seeds.
+  compare` over all runs. If each seed has its own rows, `compare` treats every run as a different job. Then its verdicts are
+  about single runs, and only the tables on this page are about seeds.
 """
 
 

@@ -135,13 +135,14 @@ EXPERIMENTS = _table(
         (*QUESTIONS, "budget.steps=20"),
         {f"{size} questions": (f"data.path={{data}}/train-{size}-{{seed}}.jsonl",) for size in SIZES},
         (ACCURACY, HELD_OUT_LOSS, Column("training loss", "train_loss", greater_is_better=None)),
-        "Sixteen times as many different questions raise the accuracy by 0.15 at the same price of training. From 40 to 160 the "
-        "seeds overlap. The training loss goes the other way: a small set is learned by heart.",
+        "Sixteen times as many different questions raise the accuracy by 0.15, with the same number of training "
+        "steps. From 40 to 160 questions, the ranges of the seeds overlap. The training loss is lower for fewer "
+        "questions, because the model memorises them.",
         "What many thousands of rows would do.",
     ),
     Experiment(
         "scratch",
-        "What does a tuned model know that the same data on random weights cannot teach?",
+        "How much better is fine-tuning a pre-trained model than training random weights on the same data?",
         f"{ENCODER} and a copy with random weights, full tuning with learning rate 2e-4, 160 questions; 240 held-out questions.",
         data.questions_and_random_weights,
         (*QUESTIONS, "data.path={data}/train-{seed}.jsonl", "budget.steps=20"),
@@ -151,13 +152,14 @@ EXPERIMENTS = _table(
             "random weights, three times the steps": ("model.path={data}/random", "budget.steps=60"),
         },
         (ACCURACY, HELD_OUT_LOSS, Column("training loss", "train_loss", greater_is_better=None)),
-        "On random weights, 20 steps learn nothing: the accuracy is chance, one in four. Three times the steps reach 0.42. The "
-        "pretrained encoder reaches 0.74 with the same questions.",
-        "What random weights would learn from millions of rows. That is pretraining.",
+        "From random weights, the model learns nothing in 20 steps: its accuracy is that of guessing, one in "
+        "four. After three times as many steps it is 0.42. The pre-trained encoder reaches 0.74 with the same "
+        "questions.",
+        "What a model with random weights would learn from millions of rows. That would be pre-training.",
     ),
     Experiment(
         "rank_targets",
-        "Does LoRA need a higher rank, or more layers to adapt?",
+        "Does LoRA gain more from a higher rank or from more adapted layers?",
         f"{MODEL}, LoRA with learning rate 1e-3, 6 steps of 4 notes; 12 held-out notes.",
         data.notes,
         (*NOTES, "data.path={data}/train-{seed}.jsonl", "budget.steps=6", "evaluation.at_start=false"),
@@ -167,14 +169,15 @@ EXPERIMENTS = _table(
             for rank in RANKS
         },
         (HELD_OUT_LOSS, Column("trained parameters", "trainable_parameters", 0, greater_is_better=None)),
-        "Which layers are adapted matters here: all linear layers reach a loss 0.25 lower than queries and values alone. The "
-        "rank does not matter: rank 2 learns as much as rank 16, with an eighth of the parameters.",
-        "What a high rank does for much data: 32 notes have little to fill it with. `tuning.alpha` stays 32, so the update of "
-        "rank 2 is scaled by 16, and that of rank 16 by 2.",
+        "The choice of adapted layers matters: with adapters on all linear layers, the loss is 0.25 lower than "
+        "with adapters on queries and values alone. No effect of the rank is shown: the loss with rank 2 is not "
+        "different from that with rank 16, with an eighth of the parameters.",
+        "The effect of a high rank on much data: 32 notes hardly need a high rank. `tuning.alpha` stays 32, so "
+        "the update is scaled by 16 at rank 2, and by 2 at rank 16.",
     ),
     Experiment(
         "early_stopping",
-        "What does early stopping save?",
+        "How many steps does early stopping save?",
         f"{ENCODER}, full tuning with learning rate 2e-4 on 32 questions, "
         "an evaluation every 5 steps of 16; 80 held-out questions.",
         data.questions_by_size((32,)),
@@ -195,14 +198,16 @@ EXPERIMENTS = _table(
             Column("steps taken", "steps", 0, greater_is_better=None),
             Column("training loss", "train_loss", greater_is_better=None),
         ),
-        "Patience ended the runs after 25 to 35 of 40 steps, and for every seed with a lower loss than without it. The seeds "
-        "differ more from each other than that, so the table says none. All runs were best between steps 15 and 25.",
-        "The weights at the best step: a run exports them by itself, and this table shows those of the last one.",
+        "Early stopping ended the runs after 25 to 35 of 40 steps. For every seed, the final loss is lower than "
+        "without early stopping. The seeds differ more from each other than that, so the table says none. All "
+        "runs had their lowest loss between steps 15 and 25.",
+        "The model at the best step. A run exports the checkpoint with the lowest loss, but this table shows the "
+        "loss at the last step.",
         look=loss_curves,
     ),
     Experiment(
         "dirty",
-        "What do wrong labels and copies cost, if there are as many rows?",
+        "How much do wrong labels and duplicates reduce the accuracy, with the same number of rows?",
         f"{ENCODER}, full tuning with learning rate 2e-4, two passes over 160 questions; 240 held-out questions.",
         data.dirty_questions,
         (*QUESTIONS, "budget.steps=20"),
@@ -213,13 +218,15 @@ EXPERIMENTS = _table(
             "half are copies": ("data.path={data}/copies-{seed}.jsonl",),
         },
         (ACCURACY, HELD_OUT_LOSS),
-        "With 40 % wrong labels the accuracy is 0.23 lower. With 20 % the held-out loss is higher with every seed, and the "
-        "accuracy not with every one. Half as many different questions, each twice, were as good as 160 different ones.",
-        "What wrong labels cost that follow a habit of whoever wrote them. These are drawn at random.",
+        "With 40 % wrong labels, the accuracy is 0.23 lower. With 20 %, the held-out loss is higher with every "
+        "seed, but the accuracy is not lower with every seed. 80 different questions, each used twice, were as "
+        "good as 160 different questions.",
+        "The effect of systematic wrong labels, as one annotator may make them. The wrong labels of this "
+        "experiment are random.",
     ),
     Experiment(
         "balance",
-        "Does balancing help the rare classes, and what does it cost the common one?",
+        "How much does balancing improve the recall of rare classes, and reduce that of the common class?",
         f"{ENCODER}, full tuning with learning rate 2e-4, "
         "20 steps of 16 questions: 100 of Dental and 20 of each of three other specialties. "
         "Held out are 60 of each.",
@@ -236,14 +243,15 @@ EXPERIMENTS = _table(
             ACCURACY,
             Column("macro F1", "eval/f1_macro", greater_is_better=True),
         ),
-        "Both ways raise the recall of the rare specialties from 0.27 to about 0.76. Both cost recall of the common one: the "
-        "model that learned the rows as found calls most questions Dental.",
-        "Held-out questions with the shares of the training data, where the common class would count more.",
+        "Balanced rows and a balanced loss raise the recall of the rare specialties from 0.27 to about 0.76. Both "
+        "reduce the recall of the common specialty. Without balancing, the model labels most questions as Dental.",
+        "The result on held-out questions with the label shares of the training data, in which the common class "
+        "would count more.",
         look=class_recall,
     ),
     Experiment(
         "optimizers",
-        "Which optimizer learns most in the same steps, each at a usual rate?",
+        "Which optimizer is best after the same number of steps, each with one usual learning rate?",
         f"{ENCODER}, full tuning, 20 steps of 16 questions; 240 held-out questions.",
         data.questions_by_size((160,)),
         (*QUESTIONS, "data.path={data}/train-160-{seed}.jsonl", "budget.steps=20"),
@@ -254,25 +262,27 @@ EXPERIMENTS = _table(
             "SGD at 1e-1": ("optim=sgd", "optim.lr=1e-1"),
         },
         (ACCURACY, HELD_OUT_LOSS, Column("CPU seconds", "cpu_s", 0)),
-        "SGD at this rate is as accurate as AdamW here. Adafactor and Lion are behind by 0.12 and 0.17 at these rates.",
-        "What each reaches at its best rate: the rates were not searched, so a difference may be one of rates.",
+        "With these learning rates, no difference between SGD and AdamW is shown. The accuracy of Adafactor is "
+        "0.12 lower than that of AdamW, and that of Lion 0.17 lower.",
+        "The result of each optimizer with its best learning rate. We did not search for learning rates, so the "
+        "differences may come from them.",
     ),
     Experiment(
         "schedules",
-        "Does the form of the schedule matter in a short run?",
+        "Does the schedule matter in a short run?",
         f"{ENCODER}, full tuning with learning rate 2e-4, 20 steps of 16 questions, "
         "the first 2 of them warm-up; 240 held-out questions.",
         data.questions_by_size((160,)),
         (*QUESTIONS, "data.path={data}/train-160-{seed}.jsonl", "budget.steps=20"),
         {name: (f"schedule={name}", "schedule.warmup_share=0.1") for name in ("constant", "linear", "cosine", "wsd")},
         (ACCURACY, HELD_OUT_LOSS, Column("training loss", "train_loss", greater_is_better=None)),
-        "By accuracy, no schedule differs from a constant rate. The held-out loss is higher under linear and cosine: 0.87 and "
-        "0.89, and 0.72 under a constant rate.",
-        "Long runs, in which the last steps at a low rate count for more.",
+        "No schedule differs in accuracy from a constant learning rate. The held-out loss is higher with linear "
+        "(0.87) and cosine (0.89) than with a constant learning rate (0.72).",
+        "Long runs, in which the last steps with a low learning rate improve the loss more.",
     ),
     Experiment(
         "clipping",
-        "What does clipping of gradients do?",
+        "What does gradient clipping change?",
         f"{ENCODER}, full tuning without warm-up, 20 steps of 16 questions; 240 held-out questions.",
         data.questions_by_size((160,)),
         (*QUESTIONS, "data.path={data}/train-160-{seed}.jsonl", "budget.steps=20", "schedule.warmup_share=0"),
@@ -287,13 +297,13 @@ EXPERIMENTS = _table(
             ACCURACY,
             Column("share of steps with a norm above 1", "clipped_share", 2, greater_is_better=None),
         ),
-        "SGD at this rate learns only with clipping: without it the accuracy is chance. AdamW divides by the size of its "
-        "gradients, and learns as much either way.",
-        "A rare broken batch in a long run, which is what clipping is kept on for.",
+        "With this learning rate, SGD learns only with clipping: without clipping, the accuracy is that of "
+        "guessing. AdamW divides by the size of its gradients, so clipping makes no difference.",
+        "A rare broken batch in a long run. Clipping is on by default because of such batches.",
     ),
     Experiment(
         "forgetting",
-        "How much of its chat does a model forget, and what helps?",
+        "How much of its chat ability does a model forget, and what reduces forgetting?",
         f"{MODEL}, 8 steps of 4 notes (5 rows with replay); 12 held-out notes, and twenty short chat questions.",
         data.notes_and_chat,
         (*NOTES, "tuning=full", "budget.steps=8", "challenges.forgetting.chat=true"),
@@ -307,14 +317,15 @@ EXPERIMENTS = _table(
             Column("loss of the chat's answers", "eval/chat/loss"),
             HELD_OUT_LOSS,
         ),
-        "Full tuning at 1e-3 forgets some of its chat with every seed: this rate is too high for it. At a tenth of the rate, and "
-        "with LoRA, the chat gets better. Replay did not save the run with the high rate: its chat got worse still.",
-        "Other things that the model knew. Twenty questions are few. Replay of answers in sentences, as theirs are: the "
-        "replayed ones are single words.",
+        "With full tuning at 1e-3, the chat answers get worse with every seed, because this learning rate is too "
+        "high. With a tenth of the learning rate, or with LoRA, the chat answers get better. With replay at 1e-3, "
+        "the chat answers got even worse.",
+        "Other abilities of the model, and more than twenty questions. Replay of answers that are sentences, like "
+        "those of the chat: the replayed answers are single words.",
     ),
     Experiment(
         "style",
-        "What does a house style cost the rest of a model's answers?",
+        "How much does learning a house style worsen a model's other answers?",
         f"{MODEL}, LoRA with learning rate 1e-3, "
         "16 steps of 4 made-up answers of a library that greets (5 rows with replay); 12 held-out "
         "answers, and twenty short chat questions.",
@@ -330,12 +341,12 @@ EXPERIMENTS = _table(
             Column("greets when asked something else", "greets", 2, greater_is_better=None),
         ),
         "",
-        "Whether people like the style. Nobody has judged it, and the answers are made from a few sentences.",
+        "Whether people like the style. No person has judged it, and the answers are made from a few sentences.",
         look=greetings,
     ),
     Experiment(
         "soft_prompts",
-        "Do prefix, prompt and P-tuning learn, at rates that suit them?",
+        "Do prefix, prompt and P-tuning learn, with suitable learning rates?",
         f"{MODEL}, 20 virtual tokens, 24 steps of 4 notes; 12 held-out notes.",
         data.notes,
         (*NOTES, "data.path={data}/train-{seed}.jsonl", "budget.steps=24"),
@@ -345,9 +356,10 @@ EXPERIMENTS = _table(
             "prefix at 1e-2": ("tuning=prefix", "optim.lr=1e-2"),
         },
         (HELD_OUT_LOSS, Column("trained parameters", "trainable_parameters", 0, greater_is_better=None)),
-        "All three learn with every seed. By method, the mean loss falls by 0.37 to 0.51 from that of the untrained virtual "
-        "tokens. No difference between them shows. LoRA on the same notes comes lower in 8 steps (`rouge`).",
-        "What they reach in hundreds of steps, as their papers train them.",
+        "All three methods learn with every seed. Compared with untrained virtual tokens, the mean loss of each "
+        "method is 0.37 to 0.51 lower. No difference between the methods is shown. LoRA reaches a lower loss on "
+        "the same notes in 8 steps (experiment `rouge`).",
+        "The result after hundreds of steps, as in the papers of these methods.",
     ),
     Experiment(
         "preferences",
@@ -379,13 +391,13 @@ EXPERIMENTS = _table(
             HELD_OUT_LOSS,
             Column("held-out margin", "eval/margin", greater_is_better=True),
         ),
-        "After 12 steps none of the three prefers the right option more often than a coin does. Each question needs another "
-        "fact, so 48 pairs say little about the next one.",
-        "A preference of people: right and wrong are the exam's. The losses of the three are not comparable.",
+        "After 12 steps, none of the three models prefers the right option more often than by guessing. Each "
+        "question needs a different fact, so 48 pairs teach little about a new question.",
+        "Preferences of people: the exam decides what is right. The losses of the three objectives are not comparable.",
     ),
     Experiment(
         "rouge",
-        "What do ROUGE and BLEU say of notes that a tuned model writes?",
+        "How do ROUGE and BLEU rate the notes that a tuned model generates?",
         f"{MODEL}, LoRA with learning rate 1e-3, notes of at most 32 tokens, greedy, for 12 held-out conversations.",
         data.notes,
         (
@@ -400,14 +412,14 @@ EXPERIMENTS = _table(
             Column("BLEU", "eval/bleu", 1, greater_is_better=True),
             HELD_OUT_LOSS,
         ),
-        "With every seed, ROUGE-L is higher after 8 steps than before tuning, and higher after 16 than after 8. But one seed of "
-        "three makes the mean of 0.145: the two others have 0.10 and 0.11. BLEU overlaps. 12 short notes show a direction "
-        "at most.",
+        "With every seed, ROUGE-L is higher after 8 steps than before tuning, and higher after 16 steps than "
+        "after 8. But one seed raises the mean to 0.145: the two other seeds have 0.10 and 0.11. The ranges of "
+        "BLEU overlap. With 12 short notes, treat these results as a hint.",
         "Whether the notes are right: a note with the same words can say the opposite.",
     ),
     Experiment(
         "review_rules",
-        "What do agreement and flags look like if three rules judge in the place of people?",
+        "What do agreement and flags look like if three rules judge instead of people?",
         "30 pairs of the right and a wrong option of an exam question (MedMCQA), of which 6 are shown twice. The three rules are "
         "programs: no person has judged.",
         lambda directory, seeds: None,
@@ -422,15 +434,16 @@ EXPERIMENTS = _table(
             Column("alpha of all three", "alpha", 2, greater_is_better=None),
             Column("flags", "flags", 1, greater_is_better=None),
         ),
-        "Rules that read nothing agree no better than chance: kappa is near 0, and alpha is below 0. The rule that draws at "
-        "random was flagged with every seed, because it contradicts itself in the repeated pairs. The two others were flagged "
-        "with one seed of three.",
-        "How people judge. A person who reads agrees with other readers, as no rule here does.",
+        "Rules that do not read the content agree no better than chance: kappa is near 0, and alpha is below 0. "
+        "The random rule was flagged with every seed, because it contradicts itself in the repeated pairs. Each "
+        "of the two other rules was flagged with one seed of three.",
+        "How people judge. People who read the answers agree more than these rules.",
         measure=review_rules.judge_by_rule,
     ),
     Experiment(
         "curves",
-        "What do the losses of a healthy run look like, of one with a rate too high, of one that forgets?",
+        "What do the losses look like in a healthy run, in a run with a learning rate that is too high, and in a "
+        "run that forgets?",
         f"{ENCODER}, full tuning on questions. For the last two rows {MODEL} on notes, which is asked twenty chat questions as "
         "well: LoRA at 3e-3, then full tuning at 1e-3.",
         data.questions_and_notes,
@@ -463,10 +476,12 @@ EXPERIMENTS = _table(
             Column("best step", "best/step", 0, greater_is_better=None),
             Column("training loss", "train_loss", greater_is_better=None),
         ),
-        "The run with a rate too high never gets below the loss of a guess among four, 1.39. The two runs on notes were asked "
-        "twenty chat questions too. Under LoRA their loss fell from 1.57 to 1.22: it forgot nothing of them. Under full tuning "
-        "at 1e-3 it rose from 1.56 to 1.91, while the held-out loss of the notes fell: that is forgetting.",
-        "How often runs look like this. One seed each: they are examples. `early_stopping` has the run that overfits.",
+        "With a learning rate that is too high, the loss never falls below 1.39, the loss of guessing among four "
+        "labels. The two runs on notes were also evaluated on twenty chat questions. With LoRA, the loss of the "
+        "chat answers fell from 1.57 to 1.22: nothing was forgotten. With full tuning at 1e-3, this loss rose "
+        "from 1.56 to 1.91 while the held-out loss of the notes fell: the model forgot.",
+        "How often runs look like this: each run has one seed and is an example. Experiment `early_stopping` has "
+        "the run that overfits.",
         look=loss_curves,
         seeds=(1,),
     ),
