@@ -13,6 +13,8 @@ from launch.review.sheet import CHOICES, VERSION, ReviewKey
 from strategies.errors import DataError
 from trainer.config.review import OVERALL
 
+COMMENT_COLUMN = "comment"
+"""The column of the table for what a reviewer has to say beside the choices."""
 CHOICE_BY_SPELLING = {"a": "a", "b": "b", "tie": "tie", "equal": "tie", "same": "tie"}
 """The choice that a cell of the table means, by what people write, in lower case. An empty cell is no answer."""
 
@@ -111,7 +113,10 @@ def _duration_or_none(value: Any) -> float | None:
 
 
 def _parse_csv(path: Path, contents: str, review_id: str) -> Reviewer:
-    """A reviewer's answers from the filled-in CSV; `path` is for messages. Errors: DataError."""
+    """A reviewer's answers from the filled-in CSV, whose text `contents` is not empty; `path` is for messages. Errors: DataError.
+
+    The questions are the columns from the overall one on, but for the comment, which a reviewer may have taken out.
+    """
     header = contents.splitlines()[0]
     separator = max(",;\t", key=header.count)  # spreadsheets write their own; the header has it most often
     rows = csv.DictReader(io.StringIO(contents), delimiter=separator)
@@ -121,7 +126,7 @@ def _parse_csv(path: Path, contents: str, review_id: str) -> Reviewer:
         raise DataError(
             f"{path}:1: has no column {', '.join(sorted(missing_columns))}; keep the columns of the table that was sent"
         )
-    questions = columns[columns.index(OVERALL) : -1]  # the last column is the comment
+    questions = [column for column in columns[columns.index(OVERALL) :] if column != COMMENT_COLUMN]
     names = set()
     answers: dict[str, ReviewerAnswer] = {}
     for row in rows:
@@ -133,7 +138,7 @@ def _parse_csv(path: Path, contents: str, review_id: str) -> Reviewer:
         choices = _parse_choices(row, questions, location)
         if row["item"] in answers:
             raise DataError(f"{location}: item {row['item']} is there twice; keep one row of it")
-        answers[row["item"]] = ReviewerAnswer(choices, (row.get("comment") or "").strip())
+        answers[row["item"]] = ReviewerAnswer(choices, (row.get(COMMENT_COLUMN) or "").strip())
     if len(names) != 1:
         written_names = " and ".join(sorted(names)) or "nobody"
         raise DataError(f"{path}: the column reviewer names {written_names}; write one name in it, once at least")

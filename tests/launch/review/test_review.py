@@ -161,6 +161,17 @@ def test_review_table_filled_in_with_a_spreadsheet_counts_as_a_page_does(run):
     assert metrics["win_rate"]["value"] == 1.0 and metrics["win_rate/kind"]["value"] is None
 
 
+def test_review_table_without_a_column_for_comments_keeps_its_last_question(tmp_path):
+    from launch.review.answers import _parse_csv
+
+    header = ["review", "reviewer", "item", "overall", "kind"]
+    for comment, cells in (("", ""), (";comment", ";well said")):
+        table = f"{';'.join(header)}{comment}\nr1;Eve;i1;a;b{cells}\n"
+        reviewer = _parse_csv(tmp_path / "eve.csv", table, "r1")
+        assert reviewer.items["i1"].answers == {"overall": "a", "kind": "b"}
+        assert reviewer.items["i1"].comment == cells.removeprefix(";")
+
+
 def test_review_files_that_cannot_be_scored_are_all_named(run, capsys):
     good = save(run, "ada", lambda item: "tuned")
     twice = run.parent / "copy.json"
