@@ -18,6 +18,14 @@ def test_architecture_width_and_blocks_are_known_also_without_a_setting():
     assert width_and_blocks(llama) == (llama.config.hidden_size, llama.config.num_hidden_layers)
 
 
+def test_architecture_that_cannot_be_built_leaves_the_dropout_of_its_configuration_as_it_was():
+    config = tiny.tiny_config("llama")
+    config.attention_dropout, config.hidden_act = 0.25, "no such activation"
+    with pytest.raises(ConfigError, match="cannot be built"):
+        architecture(ModelKind.causal, config, ModelConfig(path="it", dropout=0.5), "eager", "sft")
+    assert config.attention_dropout == 0.25
+
+
 @pytest.mark.parametrize(
     ("model_type", "kind", "words"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -46,9 +47,9 @@ def architecture(
             "model of another architecture (docs/models.md lists those that train)"
         )
     _check_class(kind, model_config, config, objective)
-    earlier_dropout = set_dropout(model_config, config.dropout)
     try:
-        model, attention = _build(kind, model_config, config, attention)
+        with _dropout_while_building(model_config, config.dropout):
+            model, attention = _build(kind, model_config, config, attention)
     # A class fails in its own way over a configuration that it does not know: a rope type, an activation, a missing part.
     except (ValueError, ImportError, AttributeError, LookupError, TypeError, ArithmeticError, MemoryError) as error:
         reason = str(error).partition("\nModel type should be one of")[0]  # hundreds of names follow
@@ -58,10 +59,22 @@ def architecture(
             f"model.path={config.path}: a {model_config.model_type} model cannot be built for objective="
             f"{objective} with attention {attention}: {' '.join(reason.split())[:300]}"
         ) from error
-    for owner, name, value in earlier_dropout:  # layers have read theirs; an export keeps the base's values
-        setattr(owner, name, value)
     check_rotates(model, config)
     return model, attention
+
+
+@contextmanager
+def _dropout_while_building(model_config: Any, probability: float) -> Iterator[None]:
+    """A context with every dropout probability in `model_config` set to `probability`; then the base's values are back.
+
+    Layers read the settings when they are built, and an export keeps the base's values. They are back after an error, too.
+    """
+    earlier_dropout = set_dropout(model_config, probability)
+    try:
+        yield
+    finally:
+        for owner, name, value in earlier_dropout:
+            setattr(owner, name, value)
 
 
 def transformers_class(kind: ModelKind, model_config: Any) -> Any:
