@@ -31,7 +31,7 @@ from strategies.saved_parameters import SavedParameters
 from tests.helpers.exports import trained, weight_source
 from tests.helpers.gathered_export import write_gathered
 from tests.helpers.tokenizers import tiny_tokenizer
-from trainer.build.parts import build_step
+from trainer.build.parts import build_step_module
 from trainer.data.config import Layout
 from trainer.export.config import ExportConfig
 from trainer.export.trained_model import TrainedModel, trained_shapes
@@ -85,7 +85,7 @@ def write_new_file(shape: str, base: Path, checkpoint: Path, to: Path) -> None:
     """The export as it is written today."""
     model = ModelConfig(path=str(base))
     tokenizer = load_tokenizer(model)
-    built = build_step(
+    built = build_step_module(
         model,
         objective_config=SftConfig(),
         tuning_config=FullConfig(),

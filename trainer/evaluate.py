@@ -17,7 +17,7 @@ from strategies.errors import ConfigError, Interrupted, Preempted
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.quantised_model import build_as_stored
-from trainer.build.rounds import steps_of_run
+from trainer.build.rounds import num_steps_of_run
 from trainer.checkpoints.manifest import manifest_sha256
 from trainer.config.evaluation import tasks_to_run
 from trainer.config.run import RunConfig, settled_template_date
@@ -291,10 +291,10 @@ def _set_total_steps_of_optimizer_hooks(
     learns_from_rounds = objective_family(config.objective).rollout is not None
     if learns_from_rounds:
         _, order = build_order(config.data, data.train, sequences_per_document=1, seed=config.run.seed)
-        hooks.begin(steps_of_run(config, order, data.train.lengths))
-        return
-    # `build_loader` counts the steps of a run over documents, and calls `hooks.begin` with them. Its loader is not needed.
-    build_loader(config, data, built, engine, runtime)
+        steps = num_steps_of_run(config, order, data.train.lengths)
+        built.step_module.plan.optimizer_hooks.begin(steps)  # type: ignore[union-attr]
+    else:
+        build_loader(config, data, built, engine, runtime)
 
 
 def _connect_server(

@@ -18,7 +18,7 @@ from strategies.errors import Interrupted, Preempted
 from strategies.runtime import barrier
 from trainer.build.parts import build_engine
 from trainer.build.reward_models import open_model_scorer
-from trainer.build.rounds import RoundInputs, build_round_loader, prompts_per_round
+from trainer.build.rounds import RoundInputs, build_round_loader, num_prompts_per_round
 from trainer.config.run import RunConfig
 from trainer.evaluation.endpoint.judge import Judge
 from trainer.model.loading import load_tokenizer
@@ -82,7 +82,7 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     )
     loader, _ = build_round_loader(config, data, built, engine, runtime, inputs)
     round_builder = loader.round_builder
-    wanted = prompts_per_round(config)
+    wanted = num_prompts_per_round(config)
     count = min(config.evaluation.generate.samples or DEFAULT_NUM_PROMPTS, wanted)
     try:
         began = time.perf_counter()

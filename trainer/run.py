@@ -30,7 +30,7 @@ from trainer.data.prepare import PreparedData
 from trainer.evaluation.tasks.prepared import PreparedTask, TaskContext, prepare_tasks
 from trainer.loop import Trainer
 from trainer.loop_types import LoopSettings, Monitors, Sinks
-from trainer.model.loading import check_files, load_tokenizer
+from trainer.model.loading import check_model_files, load_tokenizer
 from trainer.monitors.anomalies import Guards
 from trainer.monitors.anomaly_log import AnomalyLog
 from trainer.monitors.detectors import ChallengeDetectors
@@ -218,7 +218,7 @@ def prepare_data_and_meet_ranks(
     def is_told_to_stop() -> bool:
         return request.signal_name is not None
 
-    check_files(config.model)
+    check_model_files(config.model)
     with attempt.join_ranks(config.run.timeout_s) as rendezvous:
 
         def stop() -> bool:

@@ -13,7 +13,7 @@ from strategies.base import StepPlan
 from trainer.data.batches.collate import Collator
 from trainer.data.config import Layout
 from trainer.data.objective_spec import DataSpec
-from trainer.model.architecture import KEY_SELECTORS
+from trainer.model.architecture import KEY_SELECTOR_CLASSES
 from trainer.model.encoder_decoder import EncoderDecoder
 from trainer.model.layout import AttentionLayout
 from trainer.model.noise import noise
@@ -41,7 +41,7 @@ class TrainStep(nn.Module):
         self.reward_models = nn.ModuleDict()
         """Frozen models that score written answers between two steps, by the name of the reward; likewise."""
         self.objective = objective
-        self.plan = StepPlan(gathered_as_one=KEY_SELECTORS)
+        self.plan = StepPlan(gathered_as_one=KEY_SELECTOR_CLASSES)
         """What the run decides for the engine while it is assembled."""
         self.added_losses: AddedLosses | None = None
         """Losses of routers and logits, and the count of tokens by expert; None for a model without any of them."""

@@ -110,13 +110,13 @@ def refuse_unshared_model(config: RunConfig) -> None:
     if config.parallel == ParallelConfig():
         return
     from trainer.build.parallel import check_parallel
-    from trainer.build.reward_models import reward_model_settings
+    from trainer.build.reward_models import reward_model_configs_by_setting
     from trainer.model.rules import read_config
     from trainer.objectives.frozen_model import teacher_model
 
     teacher = teacher_model(config.model, config.objective)
     models = [config.model] if teacher is None else [config.model, teacher]
-    models += reward_model_settings(config.objective).values()
+    models += reward_model_configs_by_setting(config.objective).values()
     if all(read_config(model.path) is not None for model in models):
         check_parallel(config)
 

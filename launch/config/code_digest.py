@@ -41,12 +41,12 @@ def local_model_directory(config: ModelConfig, path: str | None, revision: str |
     """
     from dataclasses import replace
 
-    from trainer.model.loading import weights_directory
+    from trainer.model.loading import find_weights_directory
 
     if path is None:
         return None
     try:
-        return weights_directory(replace(config, path=path, revision=revision, download=False))
+        return find_weights_directory(replace(config, path=path, revision=revision, download=False))
     except ConfigError:
         return None
 

@@ -127,10 +127,10 @@ def _base_differences(adapter: str, base: str, *, accept: bool) -> list[str]:
     """
     from trainer.model.base_files import check_adapter_base
     from trainer.model.config import ModelConfig
-    from trainer.model.loading import weights_directory
+    from trainer.model.loading import find_weights_directory
 
     try:
-        directory = weights_directory(ModelConfig(path=base))
+        directory = find_weights_directory(ModelConfig(path=base))
     except ConfigError:
         return []
     return check_adapter_base(Path(adapter).expanduser(), directory, accept=accept)

@@ -18,9 +18,9 @@ from strategies.base import Precision
 from strategies.hardware import slow_precision_warning
 from strategies.parameters import meta_context, named_parameters, num_elements_by_name
 from trainer.build.parallel import check_parallel
-from trainer.build.parts import build_model, prepare_data, workload
+from trainer.build.parts import build_model, largest_workload, prepare_data
 from trainer.build.recomputation import longest_lengths
-from trainer.build.rounds import documents_per_step, generation_memory_lines, steps_of_run
+from trainer.build.rounds import generation_memory_lines, num_documents_per_step, num_steps_of_run
 from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import LEARNING_RATE_KEY, MICRO_BATCH_KEY, STRATEGY_KEY, RunConfig, SlurmConfig
 from trainer.data.report.preview import is_prompts_alone, preview_text, summary_text
@@ -58,15 +58,15 @@ def describe(config: RunConfig) -> DryRun:
     micro = config.batch["micro"]
     readers = name_of_readers(dp_size_of(config, world_size), config.parallel.sequence)
     accumulation = accumulation_steps(config, world_size)
-    steps = steps_of_run(config, samples.order, samples.tokens)
-    epochs = steps * documents_per_step(config) / samples.order.num_units
+    steps = num_steps_of_run(config, samples.order, samples.tokens)
+    epochs = steps * num_documents_per_step(config) / samples.order.num_units
     documents = len(data.train) // sequences
     tokens_per_step = samples.mean * global_batch
     # The length of a written answer is not known: each prompt counts with the longest.
     approximation = "at most" if is_prompts_alone(data.report.get("train", {})) else "about"
     total = sum(num_elements_by_name(built.step_module).values())
     trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
-    memory = simulated_memory(config, longest_lengths(built.data_spec, workload(config, data)), world_size)
+    memory = simulated_memory(config, longest_lengths(built.data_spec, largest_workload(config, data)), world_size)
     rate = learning_rate_of(config, steps)
     lines = [
         summary_text(data.report),

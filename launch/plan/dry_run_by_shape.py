@@ -20,7 +20,7 @@ from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context, named_parameters, num_elements_by_name
 from trainer.build.parallel import check_parallel
-from trainer.build.parts import build_step
+from trainer.build.parts import build_step_module
 from trainer.build.sequence import step_layout
 from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import LEARNING_RATE_KEY, RunConfig
@@ -98,7 +98,7 @@ def _refuse_choices_by_data(config: RunConfig) -> None:
 
 def _build_on_meta(config: RunConfig) -> BuiltModel:
     """The step module of the run without values, and what is known of its model."""
-    return build_step(
+    return build_step_module(
         config.model,
         objective_config=config.objective,
         tuning_config=config.tuning,

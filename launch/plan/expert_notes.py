@@ -7,7 +7,7 @@ import torch
 from strategies.base import Precision
 from strategies.mesh import replica_count
 from strategies.runtime import Runtime
-from trainer.build.experts import expert_parallel_lines, groups_across_hosts_note, plan_expert_parallelism
+from trainer.build.experts import expert_groups_across_hosts_note, expert_parallelism_lines, plan_expert_parallelism
 from trainer.config.run import RunConfig
 from trainer.planner.hardware import GIB
 from trainer.planner.plan import PlannedRun
@@ -27,7 +27,7 @@ def expert_lines_of_dry_run(config: RunConfig, built: BuiltModel, world_size: in
     precision = config.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if str(config.run.device) == "cuda" else Precision.fp32
-    return expert_parallel_lines(built, precision, world_size // replica_count(config.strategy, world_size, nodes))
+    return expert_parallelism_lines(built, precision, world_size // replica_count(config.strategy, world_size, nodes))
 
 
 def imbalance_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
@@ -59,7 +59,7 @@ def _cross_host_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
     """A note for each expert group size in `degrees` (`parallel.experts`) whose groups do not lie within hosts."""
     notes = []
     for degree in sorted(degrees):
-        note = groups_across_hosts_note(degree, job.ranks_per_node, job.nodes)
+        note = expert_groups_across_hosts_note(degree, job.ranks_per_node, job.nodes)
         if note is not None:
             notes.append(f"parallel.experts={degree}: {note}")
     return notes

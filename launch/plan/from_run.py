@@ -12,7 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError
-from trainer.build.rounds import prompts_per_round
+from trainer.build.rounds import num_prompts_per_round
 from trainer.objectives.registry import max_generated_tokens
 from trainer.reporting.metric_rows import METRICS, read_rows
 from trainer.reporting.run_record import RUN_RECORD, MeasuredCost, RunRecord, read_run_record
@@ -83,7 +83,7 @@ def calibrate_card(
                 missing.append("it has written no round after its first, so writing is reckoned as without it")
             else:
                 planned_s = choice.round.write_s * rounds.longest_answer / max_generated_tokens(config.objective)
-                answers = prompts_per_round(config) * int(getattr(config.objective, "group_size", 1))
+                answers = num_prompts_per_round(config) * int(getattr(config.objective, "group_size", 1))
                 card = replace(card, writing_pace=rounds.write_s / planned_s, scoring_s=rounds.score_s / answers)
                 lines.append(
                     f"writing takes {card.writing_pace:.2f} x what is reckoned ({rounds.write_s:.3g} s a round whose longest "

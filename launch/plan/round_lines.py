@@ -11,7 +11,7 @@ from launch.cluster.long_steps import REACHED_PEAK_SHARE
 from launch.config.prices import cards, cards_of_gpu_kind
 from strategies.base import Precision
 from trainer.config.run import RunConfig
-from trainer.model.architecture import text_model_config, width_and_blocks
+from trainer.model.architecture import text_model_config, width_and_num_blocks
 from trainer.planner.hardware import GIB, Card
 from trainer.planner.round_time import RoundLoad, RoundTime, WritingModel, round_load, round_time
 from trainer.session.run_facts import model_flops_per_token
@@ -80,7 +80,7 @@ def dry_run_lines(
     step_s = flops / (ranks * REACHED_PEAK_SHARE * card.tflops(config.precision) * 1e12)
     itemsize = 4 if config.precision is Precision.fp32 else 2
     vocabulary = int(getattr(text_model_config(built.config), "vocab_size", 0))
-    _, blocks = width_and_blocks(built.plain)
+    _, blocks = width_and_num_blocks(built.plain)
     planned = round_time(
         load,
         WritingModel(total, blocks, vocabulary, itemsize),

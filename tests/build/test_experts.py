@@ -21,10 +21,10 @@ from tests.helpers.building import STRATEGIES, data_set, model_dir, run_config
 from tests.helpers.reward_models import save_reward_model
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models.tiny import tiny_config
-from trainer.build.experts import expert_parallel_lines, expert_problems, plan_expert_parallelism
-from trainer.build.gradient_sync import plan_reduction
+from trainer.build.experts import expert_parallelism_lines, expert_problems, plan_expert_parallelism
+from trainer.build.gradient_sync import plan_gradient_reduction
 from trainer.build.parallel import check_parallel
-from trainer.build.parts import build_model, workload
+from trainer.build.parts import build_model, largest_workload
 from trainer.build.recomputation import activation_peak_bytes, expected_activation_bytes, model_state_bytes
 from trainer.config.parallel import ParallelConfig, parallel_for_evaluation
 from trainer.config.sharding import sharding_problems
@@ -199,9 +199,9 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     ranks = Runtime(3, 8, 3, 8, torch.device("cpu"), None)
     step = built.step_module
     state = {1: model_state_bytes(built, config.strategy, Precision.bf16, ranks)}
-    assert expert_parallel_lines(built, Precision.bf16, 8) == []
+    assert expert_parallelism_lines(built, Precision.bf16, 8) == []
     plan_expert_parallelism(built, config, ranks)
-    holds, sends = expert_parallel_lines(built, Precision.bf16, 8)
+    holds, sends = expert_parallelism_lines(built, Precision.bf16, 8)
     assert holds == (
         "experts: 2 layers of 8 are dealt over 4 ranks (parallel.experts); each rank holds 2 of a layer, which 2 ranks shard"
     )
@@ -213,7 +213,7 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     row_counts = sum(parameter.numel() for parameter in next(iter(modules.values())).parameters())
     assert state[1] - state[4] == 2 * 2 * row_counts * 3 / 4
 
-    work = workload(config, data)
+    work = largest_workload(config, data)
     activations = activation_peak_bytes(built, work, config.strategy.activation_checkpointing, Precision.bf16)
     trained = sum(parameter.numel() for parameter in step.parameters())
     of_rank = trained - len(modules) * row_counts * 3 / 4
@@ -223,7 +223,7 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     )
     for slack in (1.01, 0.99):
         strategy = replace(config.strategy, defer_sync=None, memory_gib=slack * need / 2**30)
-        plan_reduction(built, work, strategy, Precision.bf16, ranks, micro_batches=2)
+        plan_gradient_reduction(built, work, strategy, Precision.bf16, ranks, micro_batches=2)
         assert step.plan.defer_sync is (slack > 1)
 
 

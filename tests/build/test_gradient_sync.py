@@ -11,9 +11,9 @@ from strategies.parameters import meta_context, named_parameters
 from strategies.runtime import Runtime
 from tests.helpers.building import data_set, model_dir, run_config
 from trainer.build import gradient_sync
-from trainer.build.gradient_sync import plan_reduction
-from trainer.build.parts import build_model, workload
-from trainer.build.recomputation import expected_activation_bytes, measured_activations, model_state_bytes
+from trainer.build.gradient_sync import plan_gradient_reduction
+from trainer.build.parts import build_model, largest_workload
+from trainer.build.recomputation import counted_activations, expected_activation_bytes, model_state_bytes
 from trainer.config.validate import config_problems
 from trainer.model.loading import load_tokenizer
 
@@ -26,7 +26,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("reduction")
     data, config = data_set(root, uneven=False), run_config(model_dir(root), "single", "full", micro=4)
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    return built, workload(config, data)
+    return built, largest_workload(config, data)
 
 
 def planned(made, strategy, monkeypatch, *, steps=4, memories=(64.0,)):
@@ -35,7 +35,7 @@ def planned(made, strategy, monkeypatch, *, steps=4, memories=(64.0,)):
     built.step_module.plan.defer_sync = built.activations = None
     built.substitutions.clear()
     monkeypatch.setattr(gradient_sync.processes, "gather_objects", lambda value, runtime: list(memories))
-    plan_reduction(built, work, strategy, Precision.bf16, RANKS, micro_batches=steps)
+    plan_gradient_reduction(built, work, strategy, Precision.bf16, RANKS, micro_batches=steps)
     return built.step_module.plan.defer_sync, built.substitutions.get("strategy.defer_sync", "")
 
 
@@ -43,7 +43,7 @@ def test_gradient_sync_waits_where_whole_gradients_fit_beside_everything_else(ma
     """The bound is where state, activations and seven eighths of the gradients in fp32 fill what is planned with."""
     built, work = made
     trained = sum(p.numel() for _, p in named_parameters(built.step_module))
-    activations = measured_activations(built, work, Precision.bf16)
+    activations = counted_activations(built, work, Precision.bf16)
     need = model_state_bytes(built, FSDP2, Precision.bf16, RANKS) + activations.peak_bytes(
         2 * [FSDP2.activation_checkpointing]
     )

@@ -27,12 +27,12 @@ from tests.helpers.building import (
     trainer_for,
 )
 from tests.helpers.stores import write
-from trainer.build.parts import build_engine, build_model, workload
+from trainer.build.parts import build_engine, build_model, largest_workload
 from trainer.build.recomputation import (
-    check_host_memory,
+    check_host_memory_for_inputs,
+    counted_activations,
     longest_micro_batch,
-    measured_activations,
-    tokens_of_longest,
+    num_tokens_of_longest,
 )
 from trainer.config.validate import config_problems
 from trainer.data.prepare import PreparedData
@@ -75,8 +75,8 @@ def test_counted_on_meta_as_saved_for_real(tmp_path, here, architecture, tuning)
     data = data_set(tmp_path, uneven=False)
     config = run_config(model_dir(tmp_path, architecture), "single", tuning, micro=4)
     built, source = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    found = measured_activations(built, workload(config, data), Precision.fp32)
-    batch = longest_micro_batch(built, workload(config, data))
+    found = counted_activations(built, largest_workload(config, data), Precision.fp32)
+    batch = longest_micro_batch(built, largest_workload(config, data))
     load_in_full(built.step_module, source, Precision.fp32, here)
     assert sum(found.none) + found.outside_blocks == pytest.approx(saved_bytes(built.step_module, batch), rel=1e-3)
     assert all(f < s < n for n, s, f in zip(found.none, found.selective, found.full, strict=True))
@@ -130,9 +130,9 @@ def test_recomputation_plan_is_recorded_and_autograd_keeps_what_it_says(tmp_path
     note = built.substitutions["strategy.activation_checkpointing"]
     assert "full in 2 of 2 blocks" in note and "more than there is" in note
     found = activation_plan.count_activations(
-        built.step_module, longest_micro_batch(built, workload(config, data)), Precision.fp32
+        built.step_module, longest_micro_batch(built, largest_workload(config, data)), Precision.fp32
     )
-    batch = longest_micro_batch(built, workload(config, data))
+    batch = longest_micro_batch(built, largest_workload(config, data))
     # Checkpointing also keeps what all blocks share: rotary tables and positions.
     assert saved_bytes(engine.step_module, batch) < found.outside_blocks + sum(found.full) + 0.25 * sum(found.none)
 
@@ -165,14 +165,14 @@ def test_inputs_that_do_not_fit_the_host_are_refused(tmp_path, monkeypatch):
     strategy = SingleConfig(activation_checkpointing=FULL, offload_activations=True)
     config = run_config(model_dir(tmp_path), strategy, "full", micro=4)
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    work = workload(config, data)
+    work = largest_workload(config, data)
     on_gpu = runtime.Runtime(0, 8, 0, 8, torch.device("cuda"), None)
-    one = pinned_bytes(tokens_of_longest(built, work) * 32 * 2)
+    one = pinned_bytes(num_tokens_of_longest(built, work) * 32 * 2)
     least = 8 * (2 * one + 3 * 2**30)
     for memory, fits in ((least, True), (least - 1, False)):
-        monkeypatch.setattr("trainer.build.recomputation.host_memory", lambda memory=memory: memory)
+        monkeypatch.setattr("trainer.build.recomputation.usable_host_memory_bytes", lambda memory=memory: memory)
         with nullcontext() if fits else pytest.raises(ConfigError, match="2 blocks keep"):
-            check_host_memory(built, work, strategy, Precision.bf16, on_gpu)
+            check_host_memory_for_inputs(built, work, strategy, Precision.bf16, on_gpu)
 
 
 @pytest.mark.parametrize(("size", "pinned"), [(0, 0), (1, 1), (4096, 4096), (4097, 8192), (2**30 + 1, 2**31)])
@@ -210,7 +210,7 @@ def test_recomputation_is_counted_for_other_objectives_and_quantised_bases(
     config = run_config(model_dir(tmp_path), "single", tuning, micro=4, objective=objective)
     config.model.quantisation = Quantisation(quantisation)
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    found = measured_activations(built, workload(config, data), Precision.bf16)
+    found = counted_activations(built, largest_workload(config, data), Precision.bf16)
     assert len(found.none) == 2
     assert all(n > f > 0 for n, f in zip(found.none, found.full, strict=True)), (found.none, found.full)
 

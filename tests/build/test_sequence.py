@@ -10,7 +10,7 @@ from strategies.errors import ConfigError
 from tests.helpers.building import model_dir, run_config
 from tests.models.tiny import tiny_config
 from trainer.build.parallel import check_parallel
-from trainer.build.sequence import LayerHeads, heads_of, sequence_notes
+from trainer.build.sequence import LayerHeads, attention_heads_of, sequence_notes
 from trainer.config.parallel import ParallelConfig
 from trainer.model import sequence_proof
 from trainer.objectives.base import TeacherConfig
@@ -104,13 +104,13 @@ def test_methods_with_rows_of_their_own_are_refused_when_composed(tuning):
 def test_heads_of_latent_attention_are_as_wide_as_queries_and_values_are():
     config = transformers.DeepseekV3Config()
     assert (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim) == (128, 64, 128)
-    assert heads_of(config) == LayerHeads(query=128, key_value=128, width=160)
+    assert attention_heads_of(config) == LayerHeads(num_query_heads=128, num_key_value_heads=128, head_dim=160)
 
 
 def test_bytes_of_the_exchange_are_those_of_the_formula():
     """By the rows of docs: Llama 8B, 32,768 tokens in bf16: 160, 120, 70 and 45 MiB that a rank sends in a layer."""
-    heads = LayerHeads(query=32, key_value=8, width=128)
-    sent = [heads.all_to_all_elements(32768, ranks) * 2 / 2**20 for ranks in (2, 4, 8, 16)]
+    heads = LayerHeads(num_query_heads=32, num_key_value_heads=8, head_dim=128)
+    sent = [heads.max_all_to_all_elements(32768, ranks) * 2 / 2**20 for ranks in (2, 4, 8, 16)]
     assert sent == [160, 120, 70, 45]
 
 
@@ -118,7 +118,7 @@ def test_heads_that_divide_badly_and_groups_across_hosts_are_told(root):
     settings = tiny_config("llama")
     settings.num_attention_heads = 28
     settings.num_key_value_heads = 4
-    assert heads_of(settings).busiest_share(8) == pytest.approx(32 / 28)
+    assert attention_heads_of(settings).busiest_rank_over_mean(8) == pytest.approx(32 / 28)
     config = config_of(model_dir(root), 8)
     told = sequence_notes(config, settings, ranks_per_host=4, tokens=1024)
     assert len(told) == 2

@@ -102,9 +102,9 @@ def test_staging_without_room_is_refused_with_numbers_and_unused_copies_make_roo
         made()
     assert copies(made.root) == {"model", "data"}  # in use
     for copy in used.copies.values():
-        os.close(copy.lock)  # as of a process that was killed
-    removed = staging._remove
-    monkeypatch.setattr(staging, "_remove", lambda path: (removed(path), free.__setitem__(0, 10**9)))
+        os.close(copy.lock_descriptor)  # as of a process that was killed
+    removed = staging._remove_copy
+    monkeypatch.setattr(staging, "_remove_copy", lambda path: (removed(path), free.__setitem__(0, 10**9)))
     now = made().copies["model"].path
     assert [path for path in made.root.glob("model-*") if path.is_dir()] == [now]
 
@@ -112,12 +112,12 @@ def test_staging_without_room_is_refused_with_numbers_and_unused_copies_make_roo
 def test_staging_removes_copies_left_a_week_ago(made):
     left = made()
     for copy in left.copies.values():
-        os.close(copy.lock)
-        os.utime(f"{copy.path}{staging.IN_USE}", (0, 0))
+        os.close(copy.lock_descriptor)
+        os.utime(f"{copy.path}{staging.IN_USE_SUFFIX}", (0, 0))
     (made.source / "model" / "config.json").write_text("{}")
     model = left.copies["model"].path
     made()
-    assert not model.exists() and not Path(f"{model}{staging.IN_USE}").exists()
+    assert not model.exists() and not Path(f"{model}{staging.IN_USE_SUFFIX}").exists()
     assert left.copies["data"].path.exists()  # which is used again
 
 
@@ -153,8 +153,8 @@ def test_staging_run_reads_the_copies_and_records_the_given_paths(tmp_path, monk
     words += ["logging.wandb=disabled", "logging.report=false", "logging.every_steps=1"]
     assert command_here(["train", *words, f"run.dir={tmp_path / 'plain'}"]) == 0
     read = []
-    known = parts.weights_directory
-    monkeypatch.setattr(parts, "weights_directory", lambda config: read.append(known(config)) or read[-1])
+    known = parts.find_weights_directory
+    monkeypatch.setattr(parts, "find_weights_directory", lambda config: read.append(known(config)) or read[-1])
     disk = tmp_path / "disk"
     assert command_here(["train", *words, f"launcher.stage={disk}", f"run.dir={tmp_path / 'staged'}"]) == 0
 

@@ -8,12 +8,12 @@ import pytest
 
 from tests.data.test_loader import counts, loader, make_dataset
 from tests.helpers.stores import write
-from trainer.build.parts import LONG_DOCUMENT_TOKENS, attention_matters
+from trainer.build.parts import LONG_DOCUMENT_TOKENS, balances_by_squared_lengths
 from trainer.config.run import RunConfig
 from trainer.data.batches.mixing import best_fit_decreasing
 from trainer.data.report.preview import preview_text
 from trainer.data.store.sequences import Sample, TokenDataset
-from trainer.model.architecture import tokens_per_square
+from trainer.model.architecture import attention_crossover_tokens
 
 TOKENS_PER_SQUARE = 4
 """So small that attention is most of what the documents of 1 to 29 tokens cost."""
@@ -86,10 +86,10 @@ def test_documents_are_dealt_by_tokens_alone_up_to_32768():
 
     assert LONG_DOCUMENT_TOKENS == 32_768
     config = RunConfig()
-    assert not attention_matters(config, train(32_768))
-    assert attention_matters(config, train(32_769))
+    assert not balances_by_squared_lengths(config, train(32_768))
+    assert balances_by_squared_lengths(config, train(32_769))
     config.parallel.sequence = 2
-    assert attention_matters(config, train(10))
+    assert balances_by_squared_lengths(config, train(10))
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,4 @@ def test_documents_are_dealt_by_tokens_alone_up_to_32768():
 )
 def test_squared_tokens_count_by_the_width_and_the_layers_that_see_far(layer_types, expected):
     settings = SimpleNamespace(vocab_size=1, hidden_size=4096, layer_types=layer_types)
-    assert tokens_per_square(settings) == expected
+    assert attention_crossover_tokens(settings) == expected

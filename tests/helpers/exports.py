@@ -9,7 +9,7 @@ from strategies.base import Precision, Progress, SingleConfig
 from strategies.build import build_strategy
 from strategies.parameters import COMPUTE_DTYPE
 from strategies.saved_parameters import SavedParameters
-from trainer.build.parts import build_step
+from trainer.build.parts import build_step_module
 from trainer.data.config import Layout
 from trainer.export.config import ExportConfig
 from trainer.export.trained_model import TrainedModel, trained_shapes
@@ -52,7 +52,7 @@ def trained(
     objective = objective or SftConfig()
     classify = isinstance(objective, ClassificationConfig)
     strategy = build_strategy(SingleConfig(), precision, runtime)
-    built = build_step(
+    built = build_step_module(
         model,
         objective_config=objective,
         tuning_config=tuning,
@@ -87,7 +87,7 @@ def weight_source(built, base):
         seed=1,
         init_std=0.02,
         new_token_ids=built.new_token_ids,
-        vocabulary=built.vocabulary,
+        vocabulary_parameter_names=built.vocabulary,
     )
 
 

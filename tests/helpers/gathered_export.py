@@ -48,7 +48,7 @@ def whole_model(engine, built, base):
 
 
 def base_or_live_value(base, name, live):
-    if name in base.quantised:
+    if name in base.quantised_shapes:
         return base.full_tensor(name)
     if base.resolve(name) is None or base.shape(name) != tuple(live.shape):
         return live

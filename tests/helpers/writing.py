@@ -13,7 +13,7 @@ from tests.helpers.seq2seq import seq2seq_dir
 from trainer.build.parts import build_engine
 from trainer.data.config import DataConfig
 from trainer.evaluation.generate import AnswerGenerator
-from trainer.model.loading import generation_config, load_tokenizer
+from trainer.model.loading import load_generation_config, load_tokenizer
 from trainer.objectives.seq2seq import Seq2seqConfig
 
 TWO_SIDED = ("bart", "t5")
@@ -37,7 +37,9 @@ def made(
     tokenizer = load_tokenizer(config.model)
     engine, built, _ = build_engine(config, tokenizer, two_sided_set(root), config.precision, runtime)
     start = built.two_sides.decoder_start if built.two_sides else None
-    return engine, AnswerGenerator(tokenizer, generation_config(config.model, built.config, start), runtime, **words)
+    return engine, AnswerGenerator(
+        tokenizer, load_generation_config(config.model, built.config, start), runtime, **words
+    )
 
 
 def plain(root: Path, architecture: str) -> Any:

@@ -11,7 +11,7 @@ from trainer.model import packed_cache
 
 def main(directory: str, index: str, count: str, pause: str) -> None:
     """Say which weight it packs as it begins with it, then whether all are right."""
-    packed_cache.SMALLEST_BYTES, log = 0, []
+    packed_cache.MIN_CACHED_BYTES, log = 0, []
 
     def pack(name):
         log.append(name)
@@ -21,7 +21,7 @@ def main(directory: str, index: str, count: str, pause: str) -> None:
 
     weights = packed_cache.PackedWeights(Path(directory), SIZES, pack, share=(int(index), int(count)))
     same = all(weights.read_slice(name, 16, size - 3).equal(made(name)[16 : size - 3]) for name, size in SIZES.items())
-    print(json.dumps({"packed": log, "same": same, "reason": weights.reason}))
+    print(json.dumps({"packed": log, "same": same, "reason": weights.reason_not_cached}))
 
 
 if __name__ == "__main__":

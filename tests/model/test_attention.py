@@ -146,7 +146,7 @@ def test_attention_kernel_of_a_gpu_gets_heads_of_one_size(monkeypatch, values):
         return torch.cat(made, dim=2)[0].transpose(0, 1)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    boundaries = attention.KeyBoundaries(bounds, bounds, 7, 7)
+    boundaries = attention.SequenceBounds(bounds, bounds, 7, 7)
     found = attention._varlen_kernel(query, key, value, boundaries, None, None, True)
     expected, _ = attention.varlen_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds)
     assert found.shape == (1, 12, 4, values) and torch.allclose(found, expected, atol=1e-6)
@@ -154,7 +154,7 @@ def test_attention_kernel_of_a_gpu_gets_heads_of_one_size(monkeypatch, values):
 
 def test_values_wider_than_queries_are_not_for_that_kernel(monkeypatch):
     monkeypatch.setattr(attention, "device_kind", lambda device: "cuda")
-    monkeypatch.setattr(attention, "_flash_of", lambda device: (True, None))
+    monkeypatch.setattr(attention, "_flash_support", lambda device: (True, None))
     narrow, wide = torch.empty(1, 2, 4, 64, dtype=torch.bfloat16), torch.empty(1, 2, 4, 128, dtype=torch.bfloat16)
     assert attention._has_varlen_kernel(wide, narrow, None, 0.0)
     assert not attention._has_varlen_kernel(narrow, wide, None, 0.0)
@@ -179,7 +179,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_attention_of_gpus_equals_one_mask_over_the_document(kv_heads, window, softcap, sinks, causal, monkeypatch):
     """The stretches of a window and the repeated heads, forward and backward, in float64 against the path of CPUs."""
-    monkeypatch.setattr(attention, "SMALLEST_STRETCH", 12)
+    monkeypatch.setattr(attention, "MIN_QUERIES_PER_CHUNK", 12)
     generator = torch.Generator().manual_seed(2)
     shapes = [(1, 4, 70, 8), (1, kv_heads, 70, 8), (1, kv_heads, 70, 8)]
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
@@ -201,7 +201,7 @@ def test_gpus_get_no_square_of_the_document_and_no_grouped_heads(monkeypatch):
         asked.append(options.get("enable_gqa", False) or q.shape[1] != k.shape[1])
         return real(q, k, v, **options)
 
-    monkeypatch.setattr(attention, "SMALLEST_STRETCH", 128)
+    monkeypatch.setattr(attention, "MIN_QUERIES_PER_CHUNK", 128)
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", note)
     length = 2048
     q, (k, v) = torch.randn(1, 4, length, 8), torch.randn(2, 1, 2, length, 8)
@@ -227,7 +227,7 @@ def test_attention_compiled_layers_share_one_graph():
 
         def forward(self, x, bounds):
             out = attention.varlen_attention(self, x, x, x, None, cu_seq_lens_q=bounds, document_bounds=[0, 2, 5])[0]
-            routing.note_chosen_experts(self, out)
+            routing.count_expert_load(self, out)
             return out
 
     routing._Recording.note = torch.compiler.disable(routing._count_tokens)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainer.model import attention, flex
-from trainer.model.attention import KeyBoundaries, segments_of
+from trainer.model.attention import SequenceBounds, segments_of_branches
 
 PROMPTS = (9, 4)
 ANSWERS = ((3, 1, 12), (5, 2))
@@ -78,7 +78,7 @@ def ours(row, *, window=None, softcap=None, sinks=None):
 @pytest.mark.parametrize("longest_under_one_mask", [128, 0])
 def test_an_answer_sees_its_prompt_and_itself(monkeypatch, kind, longest_under_one_mask):
     """Under one mask for the document, and branch by branch as long documents and GPUs are computed."""
-    monkeypatch.setattr(attention, "LONGEST_UNDER_ONE_MASK", longest_under_one_mask)
+    monkeypatch.setattr(attention, "MAX_TOKENS_UNDER_ONE_MASK", longest_under_one_mask)
     row = made_row()
     assert_same(ours(row, **KINDS[kind]), one_by_one(*row, **KINDS[kind]), row)
 
@@ -87,7 +87,7 @@ def test_an_answer_sees_its_prompt_and_itself(monkeypatch, kind, longest_under_o
 def test_the_variable_length_kernel_gets_each_answer_behind_its_prompt(monkeypatch, kind):
     """A stand-in for the kernel of GPUs: sequences of queries and keys, whose last tokens are aligned."""
 
-    def kernel(q, k, v, boundaries: KeyBoundaries, scaling, window, causal):
+    def kernel(q, k, v, boundaries: SequenceBounds, scaling, window, causal):
         assert causal
         assert scaling is None
         queries, keys = boundaries.queries.tolist(), boundaries.keys.tolist()
@@ -115,14 +115,14 @@ def test_flex_attention_gets_a_mask_that_knows_answers(window):
         return (query >= key) if window is None else (query >= key) & (query - key < window)
 
     inputs = {"cu_seq_lens_q": torch.tensor(BOUNDS, dtype=torch.int32), "branches": BRANCHES}
-    with flex.documents(inputs):
+    with flex.masks_keep_documents_apart(inputs):
         mask = flex.block_mask(1, BOUNDS[-1], BOUNDS[-1], mask_function=mask_function)
     row = made_row()
     assert_same(flex.flex_attention(nn.Module(), *row, mask)[0], one_by_one(*row, window=window), row)
 
 
 def test_segments_repeat_a_prompt_for_each_answer():
-    segments = segments_of([0, 4, 7], [[2, 3], [1]])
+    segments = segments_of_branches([0, 4, 7], [[2, 3], [1]])
     assert segments.query_bounds == [0, 2, 3, 4, 5, 7]
     assert segments.key_bounds == [0, 2, 5, 8, 9, 12]
     assert segments.key_rows.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 4, 5, 6]

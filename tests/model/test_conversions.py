@@ -15,7 +15,7 @@ from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from tests.models.tiny import tiny_model
 from trainer.model import experts
-from trainer.model.architecture import architecture
+from trainer.model.architecture import build_plain_model
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.weights import Checkpoint
 
@@ -155,7 +155,7 @@ def test_conversion_stores_the_language_model_as_a_part_of_the_larger_one(tmp_pa
     tiny_model("llama4").save_pretrained(tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with meta_context():
-        plain, _ = architecture(ModelKind.causal, config, ModelConfig(path=str(tmp_path)), "eager", "sft")
+        plain, _ = build_plain_model(ModelKind.causal, config, ModelConfig(path=str(tmp_path)), "eager", "sft")
     checkpoint = Checkpoint(tmp_path, plain)
     tensors = {name: checkpoint.full_tensor(name) for name in plain.state_dict() if checkpoint.resolve(name)}
     again = stored_again(checkpoint, tensors)

@@ -11,7 +11,7 @@ from trainer.data.config import Layout
 from trainer.model import attention
 from trainer.model.config import Attention, ModelConfig
 from trainer.model.flash import head_sizes, why_not_flash
-from trainer.model.layout import KernelChoices, resolve_layout
+from trainer.model.layout import KernelChoices, choose_attention_layout
 
 H100, RTX_4090, SPARK, T4 = (
     Gpu("NVIDIA H100 80GB HBM3", (9, 0)),
@@ -77,7 +77,7 @@ def test_sizes_of_heads_are_read_from_real_configurations():
 def test_flash_kernel_of_torch_has_the_same_conditions(monkeypatch):
     monkeypatch.setattr(attention, "gpu_of_device", lambda device: RTX_4090)
     device = torch.device("cuda:0")
-    assert [attention._has_flash(device, size) for size in (64, 100, 208, 256, 264)] == [
+    assert [attention._has_flash_kernel(device, size) for size in (64, 100, 208, 256, 264)] == [
         True,
         False,
         False,
@@ -86,10 +86,10 @@ def test_flash_kernel_of_torch_has_the_same_conditions(monkeypatch):
     ]
 
 
-def layout(choice, wanted, no_flash):
+def layout(choice, wanted, flash_refusal):
     config = ModelConfig(path="model", attention=choice)
-    found = resolve_layout(
-        config, wanted, "llama", unproven=lambda _: "", needs_padding=False, kernels=KernelChoices(no_flash, None)
+    found = choose_attention_layout(
+        config, wanted, "llama", unproven=lambda _: "", needs_padding=False, kernels=KernelChoices(flash_refusal, None)
     )
     return found.layout, found.attention, found.notes
 

@@ -14,13 +14,13 @@ from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from tests.helpers.building import GLOBAL_BATCH, alone, built_trainer, data_set, run_config, take_steps
 from tests.models import job
-from trainer.build.parts import build_model, workload
-from trainer.build.recomputation import measured_activations
+from trainer.build.parts import build_model, largest_workload
+from trainer.build.recomputation import counted_activations
 from trainer.data.config import Layout
 from trainer.export.verify import reference_logits
 from trainer.model import attention, flex
 from trainer.model.config import Attention, ModelConfig
-from trainer.model.layout import KernelChoices, resolve_layout
+from trainer.model.layout import KernelChoices, choose_attention_layout
 from trainer.model.loading import load_tokenizer
 from trainer.objectives import forward_path, layout_choice
 
@@ -63,7 +63,7 @@ def test_flex_attention_with_windows_sinks_caps_and_chunks_is_proven_in_one_row(
     """Loss and gradients against the stock model in eager attention on each document apart."""
     found, plain, config = proven(kind)
     assert found.padding_free is not None, found.reason
-    assert flex.needs_eager(plain, config) is (kind != "chunks") and flex.why_not_flex(plain, [16], dropout=0.0) is None
+    assert flex.needs_eager(plain, config) is (kind != "chunks") and flex.flex_refusal(plain, [16], dropout=0.0) is None
 
 
 def test_flex_attention_without_its_cap_fails_the_proof(monkeypatch):
@@ -72,7 +72,7 @@ def test_flex_attention_without_its_cap_fails_the_proof(monkeypatch):
 
 
 def made_mask(bounds, function, **more):
-    with flex.documents({"cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32)}):
+    with flex.masks_keep_documents_apart({"cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32)}):
         return flex.block_mask(1, bounds[-1], bounds[-1], mask_function=function, **more)
 
 
@@ -114,13 +114,13 @@ def test_flex_attention_tells_transformers_the_documents_it_would_search_for():
     assert masking_utils.find_packed_sequence_indices is find, "registered twice, it asks once"
     positions, one = torch.cat([torch.arange(n) for n in (5, 23, 14)])[None], torch.arange(42)[None]
     by_positions = find(positions)
-    with flex.documents({"cu_seq_lens_q": torch.tensor([0, 5, 28, 42], dtype=torch.int32)}):
+    with flex.masks_keep_documents_apart({"cu_seq_lens_q": torch.tensor([0, 5, 28, 42], dtype=torch.int32)}):
         told = find(positions)
-        with flex.documents({"attention_mask": torch.ones(1, 42)}):  # another model, on padded rows
+        with flex.masks_keep_documents_apart({"attention_mask": torch.ones(1, 42)}):  # another model, on padded rows
             assert find(one) is None
         assert torch.equal(find(one), told), "what is declared goes before what positions say"
     assert torch.equal(told - told[:, :1], by_positions)
-    with flex.documents({"cu_seq_lens_q": torch.tensor([0, 42], dtype=torch.int32, device="meta")}):
+    with flex.masks_keep_documents_apart({"cu_seq_lens_q": torch.tensor([0, 42], dtype=torch.int32, device="meta")}):
         assert find(one.to("meta")).shape == (1, 42), "no value is looked at"
     assert find(one) is None and torch.equal(find(positions), by_positions)
 
@@ -135,13 +135,13 @@ def counted(tmp_path, monkeypatch, name, kernel, micro):
     config = replace(config, model=replace(config.model, attention=Attention(kernel)))
     monkeypatch.setattr(layout_choice, "_kernel_choices", lambda *_, **__: KernelChoices("no", None))
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
-    return measured_activations(built, workload(config, data), Precision.bf16)
+    return counted_activations(built, largest_workload(config, data), Precision.bf16)
 
 
 def test_flex_attention_memory_is_counted_on_meta(tmp_path, monkeypatch):
     """Of one document the same as what the built-in one keeps, which is counted of SDPA; with sinks, what these add."""
     flexed, built_in = (counted(tmp_path, monkeypatch, "llama", kernel, 1) for kernel in ("flex", "varlen"))
-    assert flexed.none == built_in.none and flexed.outside == built_in.outside
+    assert flexed.none == built_in.none and flexed.outside_blocks == built_in.outside_blocks
     for name in ("gpt_oss", "gemma2"):
         found = counted(tmp_path, monkeypatch, name, "flex", 4)
         assert all(0 < full < none for none, full in zip(found.none, found.full, strict=True))
@@ -152,13 +152,13 @@ def test_flex_attention_names_why_a_model_cannot_have_it():
         llama = transformers.AutoModelForCausalLM.from_config(CONFIGS["plain"]())
         gpt2 = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(n_layer=1))
     assert not flex.needs_eager(llama, llama.config)
-    assert flex.why_not_flex(llama, [8], dropout=0.0) == "it has no heads of 8, 16 are the least"
-    assert flex.why_not_flex(llama, [64], dropout=0.1) == "it has no dropout"
-    assert flex.why_not_flex(gpt2, [64], dropout=0.0) == "transformers has none for GPT2LMHeadModel"
+    assert flex.flex_refusal(llama, [8], dropout=0.0) == "it has no heads of 8, 16 are the least"
+    assert flex.flex_refusal(llama, [64], dropout=0.1) == "it has no dropout"
+    assert flex.flex_refusal(gpt2, [64], dropout=0.0) == "transformers has none for GPT2LMHeadModel"
 
 
 def chosen(kernels, right, choice=Attention.auto, layout=Layout.auto):
-    found = resolve_layout(
+    found = choose_attention_layout(
         ModelConfig(path="model", attention=choice),
         layout,
         "kind",
@@ -175,15 +175,15 @@ EVERY = {FLASH, FLEX, OURS}
 
 def test_flex_attention_order_of_choice():
     """FlashAttention, then flex where the model gains by it, the built-in kernel, flex where that one is not right."""
-    assert chosen(KernelChoices(None, None, flex_first=True), EVERY)[0] == FLASH
-    assert chosen(KernelChoices("no", None, flex_first=True), EVERY)[0] == FLEX
+    assert chosen(KernelChoices(None, None, prefers_flex=True), EVERY)[0] == FLASH
+    assert chosen(KernelChoices("no", None, prefers_flex=True), EVERY)[0] == FLEX
     assert chosen(KernelChoices("no", None), EVERY)[0] == OURS
     assert chosen(KernelChoices("no", None), {FLEX})[0] == FLEX
-    assert chosen(KernelChoices("no", None, flex_first=True), {OURS})[0] == OURS
-    assert chosen(KernelChoices("no", "no", flex_first=True), {FLEX, OURS})[0] == OURS
+    assert chosen(KernelChoices("no", None, prefers_flex=True), {OURS})[0] == OURS
+    assert chosen(KernelChoices("no", "no", prefers_flex=True), {FLEX, OURS})[0] == OURS
     name, notes = chosen(KernelChoices("no", "no"), {FLEX})
     assert name == "sdpa" and "shardtune_varlen is off" in notes["data.layout"]
-    notes = chosen(KernelChoices("it is not built for x", None, flex_first=True), EVERY)[1]
+    notes = chosen(KernelChoices("it is not built for x", None, prefers_flex=True), EVERY)[1]
     assert (
         notes["model.attention"].startswith("flex (torch's, compiled") and "not built for x" in notes["model.attention"]
     )

@@ -18,7 +18,7 @@ from strategies.errors import ConfigError
 from tests.helpers.covering import EVERYTHING
 from trainer.model.config import ModelConfig
 from trainer.model.known_shapes import config_of_shape, read_shape, shape_in_use, shape_names
-from trainer.model.loading import check_files, load_model_config, load_tokenizer, weights_directory
+from trainer.model.loading import check_model_files, find_weights_directory, load_model_config, load_tokenizer
 
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 SMALL = "smollm2_135m"
@@ -163,10 +163,10 @@ def test_weights_without_a_config_are_not_trained_with_a_shape(tmp_path):
     (snapshot / "snapshots" / "c0").mkdir(parents=True)
     (snapshot / "snapshots" / "c0" / "model.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"not loadable from the local hub cache \(no config\.json\)"):
-        weights_directory(ModelConfig(path=LLAMA))
+        find_weights_directory(ModelConfig(path=LLAMA))
 
 
-@pytest.mark.parametrize("needs", [check_files, load_tokenizer])
+@pytest.mark.parametrize("needs", [check_model_files, load_tokenizer])
 def test_training_says_that_a_shape_is_not_enough(needs):
     with pytest.raises(ConfigError) as refused:
         needs(ModelConfig(path=LLAMA))

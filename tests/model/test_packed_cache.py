@@ -15,7 +15,7 @@ from tests.helpers.uncompiled import bitsandbytes
 from tests.helpers.warm import heard
 from trainer.model import packed_cache
 from trainer.model.config import Quantisation
-from trainer.model.packed_cache import PackedWeights, fingerprint
+from trainer.model.packed_cache import PackedWeights, weights_fingerprint
 from trainer.model.quantisation import Scheme
 
 bitsandbytes()
@@ -32,7 +32,7 @@ def made(name):
 
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch):
-    monkeypatch.setattr(packed_cache, "SMALLEST_BYTES", 0)
+    monkeypatch.setattr(packed_cache, "MIN_CACHED_BYTES", 0)
 
 
 class Rank:
@@ -72,7 +72,7 @@ def test_ranks_begin_with_different_weights(tmp_path):
     order = []
     second = PackedWeights(tmp_path, SIZES, lambda name: (order.append(name), made(name))[1], share=(1, 2))
     second.read_slice("layers.0.weight", 0, 9)
-    assert order == [f"layers.{index}.weight" for index in (3, 4, 5, 0, 1, 2)] and second.packed == 6
+    assert order == [f"layers.{index}.weight" for index in (3, 4, 5, 0, 1, 2)] and second.num_packed == 6
 
 
 def test_packed_cache_file_that_was_cut_off_is_packed_again(tmp_path):
@@ -84,32 +84,32 @@ def test_packed_cache_file_that_was_cut_off_is_packed_again(tmp_path):
         file.write_bytes(broken)
         again = weights(tmp_path)
         assert again.read_slice(name, 5, 90).equal(made(name)[5:90])
-        assert (again.packed, again.reason) == (1, "") and file.read_bytes() == whole
+        assert (again.num_packed, again.reason_not_cached) == (1, "") and file.read_bytes() == whole
 
 
 def test_packed_cache_without_room_or_permission_is_reported_and_every_rank_packs(tmp_path, monkeypatch):
     name = next(iter(SIZES))
     (tmp_path / "file").write_text("")
     hindered = weights(tmp_path / "file" / "below")
-    assert hindered.read_slice(name, 0, 9).equal(made(name)[:9]) and "Not a directory" in hindered.reason
+    assert hindered.read_slice(name, 0, 9).equal(made(name)[:9]) and "Not a directory" in hindered.reason_not_cached
     monkeypatch.setattr(packed_cache.shutil, "disk_usage", lambda _: type("Disk", (), {"free": 2**10}))
     full = weights(tmp_path / "full")
-    assert full.read_slice(name, 0, 9).equal(made(name)[:9]) and "GiB free in" in full.reason
-    monkeypatch.setattr(packed_cache, "SMALLEST_BYTES", 2**30)
+    assert full.read_slice(name, 0, 9).equal(made(name)[:9]) and "GiB free in" in full.reason_not_cached
+    monkeypatch.setattr(packed_cache, "MIN_CACHED_BYTES", 2**30)
     small = weights(tmp_path / "small")
-    assert small.read_slice(name, 0, 9).equal(made(name)[:9]) and "as fast as they are read" in small.reason
+    assert small.read_slice(name, 0, 9).equal(made(name)[:9]) and "as fast as they are read" in small.reason_not_cached
     assert not (tmp_path / "small").exists()
 
 
 def test_packed_cache_fingerprint_depends_on_weights_and_settings(tmp_path):
     tiny_model_dir(tmp_path, "llama")
-    first = fingerprint([tmp_path], SCHEME)
-    assert fingerprint([tmp_path], SCHEME) == first
-    assert fingerprint([tmp_path], Scheme(Quantisation.nf4, double=False)) != first
+    first = weights_fingerprint([tmp_path], SCHEME)
+    assert weights_fingerprint([tmp_path], SCHEME) == first
+    assert weights_fingerprint([tmp_path], Scheme(Quantisation.nf4, is_double_quantised=False)) != first
     file = Path(tmp_path) / "model.safetensors"
     before = file.stat()
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert fingerprint([tmp_path], SCHEME) != first
+    assert weights_fingerprint([tmp_path], SCHEME) != first

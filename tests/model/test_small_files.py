@@ -12,7 +12,7 @@ from strategies.small_files import MAX_BYTES, read_json_object
 from tests.helpers.building import model_dir
 from trainer.model.config import ModelConfig
 from trainer.model.files import SafetensorsFiles
-from trainer.model.loading import check_files, generation_config, load_model_config, load_tokenizer
+from trainer.model.loading import check_model_files, load_generation_config, load_model_config, load_tokenizer
 from trainer.model.rules import read_config
 from trainer.tuning.adapter_checkpoint import stored_peft_config
 from trainer.tuning.initial_adapter import read_adapter_settings
@@ -62,7 +62,7 @@ def test_model_file_that_is_damaged_is_refused_before_a_library_reads_it(directo
     change, said = SMALL[fault]
     change(directory / name)
     config = ModelConfig(path=str(directory))
-    for read in (load_model_config, load_tokenizer, check_files):
+    for read in (load_model_config, load_tokenizer, check_model_files):
         with pytest.raises(ConfigError, match=said) as refused:
             read(config)
         assert str(directory / name) in str(refused.value)
@@ -75,7 +75,7 @@ def test_model_file_that_is_damaged_is_refused_before_a_library_reads_it(directo
 def test_a_pipe_in_place_of_any_file_is_refused(directory, name):
     pipe(directory / name)
     with pytest.raises(ConfigError, match="is a pipe") as refused:
-        check_files(ModelConfig(path=str(directory)))
+        check_model_files(ModelConfig(path=str(directory)))
     assert name in str(refused.value)
 
 
@@ -113,14 +113,14 @@ def test_model_config_that_no_model_has_is_refused_before_it_is_built(directory,
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ConfigError, match=said):
-        check_files(ModelConfig(path=str(directory)))
+        check_model_files(ModelConfig(path=str(directory)))
 
 
 def test_a_generation_config_with_a_value_that_no_field_takes_names_its_file(directory):
     (directory / "generation_config.json").write_text('{"cache_implementation": "magic", "cache_config": 5}')
     config = ModelConfig(path=str(directory))
     with pytest.raises(ConfigError, match=r"generation_config\.json: cannot be used"):
-        generation_config(config, load_model_config(config), None)
+        load_generation_config(config, load_model_config(config), None)
 
 
 def test_a_file_that_may_not_be_read_is_a_sentence(directory):

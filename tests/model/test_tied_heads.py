@@ -54,9 +54,9 @@ def test_tied_head_model_is_built_again_only_where_values_differ_and_files_are_c
         )
 
     arrange()  # what is proven of it is known now
-    calls, opened, real, checkpoint = [], [], layout_choice.architecture, tied_heads.Checkpoint
+    calls, opened, real, checkpoint = [], [], layout_choice.build_plain_model, tied_heads.Checkpoint
 
-    def architecture(*args, **kwargs):
+    def build_plain_model(*args, **kwargs):
         calls.append(args)
         return real(*args, **kwargs)
 
@@ -64,7 +64,7 @@ def test_tied_head_model_is_built_again_only_where_values_differ_and_files_are_c
         opened.append(checkpoint(*args))
         return opened[-1]
 
-    monkeypatch.setattr(layout_choice, "architecture", architecture)
+    monkeypatch.setattr(layout_choice, "build_plain_model", build_plain_model)
     monkeypatch.setattr(tied_heads, "Checkpoint", noted)
     arrange()
     assert len(calls) == built

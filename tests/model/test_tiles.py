@@ -19,7 +19,7 @@ REFUSED = (*MIXTURES, "distilbert")
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
     """Each test proves anew."""
-    monkeypatch.setattr(tiles, "_proofs", {})
+    monkeypatch.setattr(tiles, "_refusal_by_architecture", {})
 
 
 def step_of(model):

@@ -37,9 +37,14 @@ def test_a_row_that_is_zero_is_zero_beside_new_tokens_too(tmp_path):
     wanted = torch.cat([stored, stored.mean(0, keepdim=True)])
     wanted[3] = 0
     source = WeightSource(
-        BaseWeights(path, plain), Full(), seed=0, init_std=0.0, new_token_ids=[rows], vocabulary=frozenset({name})
+        BaseWeights(path, plain),
+        Full(),
+        seed=0,
+        init_std=0.0,
+        new_token_ids=[rows],
+        vocabulary_parameter_names=frozenset({name}),
     )
-    source.zeroed = {name: 3}
+    source.zero_row_by_name = {name: 3}
     for cut in (0, 2 * columns, 3 * columns + 1, rows * columns):  # as ranks hold it
         parts = [
             source.read_slice(name, wanted.shape, 0, cut),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.model.architecture import NOT_TRAINABLE
+from trainer.model.architecture import REASON_BY_UNTRAINABLE_TYPE
 
 EXCLUDED: dict[str, str] = {
     "gemma3n": "its vision tower needs the package timm, with which it trains in padded rows, on two ranks too (gemma3n_text is "
@@ -13,7 +13,7 @@ EXCLUDED: dict[str, str] = {
     "gemma4_unified_assistant": "drafts for another model, whose states it reads",
     "musicgen": "speaks codes of sound in several codebooks, not text",
     "musicgen_melody": "speaks codes of sound in several codebooks, not text",
-    **NOT_TRAINABLE,
+    **REASON_BY_UNTRAINABLE_TYPE,
 }
 """`model_type`s that have no causal language model of text to be trained, and why."""
 

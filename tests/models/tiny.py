@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.models.own import EXCLUDED, MINIMAL, OWN, VARIANTS
-from trainer.model.architecture import KEY_SELECTORS
+from trainer.model.architecture import KEY_SELECTOR_CLASSES
 
 VOCABULARY = 352
 """Room for the tokenizer of `tests/helpers`."""
@@ -235,7 +235,7 @@ def kinds(model: Any) -> list[str]:
         "shared weights": any(n > 1 and key not in embeddings for key, n in places.items()),
         "state space": any(name.endswith("A_log") for name in parameters),
         "capped logits": any(value for name, value in settings.items() if name.endswith(CAPS)),
-        "uneven calls": any(type(module).__name__ in KEY_SELECTORS for module in model.modules()),
+        "uneven calls": any(type(module).__name__ in KEY_SELECTOR_CLASSES for module in model.modules()),
         "factors": any(value == FACTOR for name, value in settings.items() if name.endswith(FACTORS)),
     }
     return sorted(found | {word for word, yes in told.items() if yes})

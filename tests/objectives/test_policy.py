@@ -16,7 +16,7 @@ from trainer.losses.next_token import LossHead
 from trainer.losses.row_logps import row_logps
 from trainer.objectives.answers import AnswerCollator, AnswerSample
 from trainer.objectives.base import ReferenceModels
-from trainer.objectives.grpo import problems, without_effect
+from trainer.objectives.grpo import problems, settings_without_effect
 from trainer.objectives.grpo_config import (
     Baseline,
     ClipForm,
@@ -221,10 +221,10 @@ def test_log_probabilities_by_row_have_the_values_gradients_and_entropy_of_all_l
 
 
 def test_bounds_of_a_ratio_that_is_always_one_are_told():
-    assert without_effect(GrpoConfig()) == []
-    told = without_effect(GrpoConfig(clip_high=0.28, importance_level=ImportanceLevel.sequence))
+    assert settings_without_effect(GrpoConfig()) == []
+    told = settings_without_effect(GrpoConfig(clip_high=0.28, importance_level=ImportanceLevel.sequence))
     assert told == ["objective.importance_level=sequence", "objective.clip_high=0.28"]
-    assert without_effect(GrpoConfig(clip_high=0.28, rollout=RolloutConfig(iterations=2))) == []
+    assert settings_without_effect(GrpoConfig(clip_high=0.28, rollout=RolloutConfig(iterations=2))) == []
 
 
 def test_settings_that_do_nothing_or_cannot_be_are_refused():

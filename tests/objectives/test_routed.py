@@ -24,14 +24,14 @@ from tests.models.tiny import causal_types, tiny_model
 from trainer.data.config import Layout
 from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import LABEL, Sample, TokenDataset
-from trainer.model.balance import FUNCTION, RouterLosses, losses_of
+from trainer.model.balance import BALANCE_LOSS_FUNCTION_NAME, RouterLosses, router_losses_of_run
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.experts import EXPERTS_FUNCTION, register
 from trainer.model.routing import (
     ADDED_LOSS,
     RoutingRecord,
+    hook_router_logits,
     number_experts,
-    record_logits,
     recorded_routers,
     recording_routing,
 )
@@ -238,7 +238,7 @@ def test_every_class_with_a_balancing_loss_is_known():
     having = set()
     for model_type in causal_types():
         model = tiny_model(model_type)
-        if hasattr(sys.modules[type(model).__module__], FUNCTION) and recorded_routers(model):
+        if hasattr(sys.modules[type(model).__module__], BALANCE_LOSS_FUNCTION_NAME) and recorded_routers(model):
             having.add(model_type)
     assert having == set(CLASSES)
 
@@ -246,8 +246,10 @@ def test_every_class_with_a_balancing_loss_is_known():
 @pytest.mark.parametrize("model_type", CLASSES if EVERYTHING else SOME)
 def test_the_loss_is_that_of_every_class(model_type):
     model = tiny_model(model_type)
-    losses, routers, _ = losses_of(ModelConfig(path="m", router_aux_loss=1.0), model.config, model, ModelKind.causal)
-    record_logits(model, routers)
+    losses, routers, _ = router_losses_of_run(
+        ModelConfig(path="m", router_aux_loss=1.0), model.config, model, ModelKind.causal
+    )
+    hook_router_logits(model, routers)
     ids, mask = torch.randint(10, 300, (3, 12)), torch.ones(3, 12, dtype=torch.int64)
     mask[1, 7:] = mask[2, 4:] = 0
     with recording_routing(RoutingRecord(mask)) as seen:
@@ -264,7 +266,9 @@ def test_router_loss_follows_the_config_of_the_model_unless_it_is_set(root, runt
         settings = transformers.AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             plain = transformers.AutoModelForCausalLM.from_config(settings)
-        return losses_of(ModelConfig(path=str(path), **words), settings, plain, ModelKind.causal)[0].balance
+        return router_losses_of_run(ModelConfig(path=str(path), **words), settings, plain, ModelKind.causal)[
+            0
+        ].balance_weight
 
     assert [weight(asked), weight(asked, router_aux_loss=0.0), weight(asked, router_aux_loss=0.2)] == [BALANCE, 0, 0.2]
     assert [weight(silent), weight(silent, router_aux_loss=0.2)] == [0, 0.2]
@@ -274,7 +278,7 @@ def refused(settings, kind=ModelKind.causal, **words):
     auto = transformers.AutoModelForCausalLM if kind is ModelKind.causal else transformers.AutoModelForSeq2SeqLM
     with torch.device("meta"):
         plain = auto.from_config(settings)
-    return losses_of(ModelConfig(path="m", **words), settings, plain, kind)
+    return router_losses_of_run(ModelConfig(path="m", **words), settings, plain, kind)
 
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -289,7 +293,7 @@ def test_router_loss_of_a_model_without_one_is_refused_or_noted():
     )
     with pytest.raises(ConfigError, match=r"no balancing loss in transformers \(it is balanced by a bias"):
         refused(biased, router_aux_loss=0.1)
-    assert refused(biased, router_z_loss=0.1)[0] == RouterLosses(z=0.1)
+    assert refused(biased, router_z_loss=0.1)[0] == RouterLosses(z_weight=0.1)
     other = transformers.DogeConfig(**SIZES, is_moe=True, num_experts=16, output_router_logits=True)
     losses, _, notes = refused(other)
     assert not losses and "a doge has a balancing loss of its own" in notes["model.router_aux_loss"]
@@ -341,7 +345,7 @@ def test_router_counts_leave_out_recomputed_blocks_references_and_evaluations():
         experts_implementation=EXPERTS_FUNCTION,
     ).train()
     experts = number_experts(model)
-    record_logits(model, {"model.layers.0.mlp.gate": 0, "model.layers.1.mlp.gate": 0})
+    hook_router_logits(model, {"model.layers.0.mlp.gate": 0, "model.layers.1.mlp.gate": 0})
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.arange(12)[None]
     tokens = torch.zeros(2, 4, dtype=torch.int64)
@@ -352,7 +356,7 @@ def test_router_counts_leave_out_recomputed_blocks_references_and_evaluations():
     out.sum().backward()  # the blocks are computed again
     assert experts == (4, 4) and len(seen.logits) == 2
     assert tokens.sum(1).tolist() == [24, 24]
-    routed = AddedLosses(RouterLosses(balance=1.0, top_k=2), experts)
+    routed = AddedLosses(RouterLosses(balance_weight=1.0, top_k=2), experts)
     with torch.no_grad():
         assert routed.with_added_terms(
             model, lambda: {"loss": model(input_ids=ids).logits.sum()}, {"input_ids": ids}
@@ -404,7 +408,7 @@ def test_router_biases_that_balance_experts_stay_as_loaded_and_are_noted():
     said = found.start_lines(accumulation=2)
     assert any("biases that balance their experts stay as they were loaded" in line for line in said)
     assert any("z-loss times 0.1" in line for line in said) and not any("balancing loss" in line for line in said)
-    balanced = AddedLosses(RouterLosses(balance=0.01, top_k=2), ())
+    balanced = AddedLosses(RouterLosses(balance_weight=0.01, top_k=2), ())
     assert (
         "forward pass of its own" in balanced.start_lines(2)[0]
         and "forward pass of its own" not in balanced.start_lines(1)[0]

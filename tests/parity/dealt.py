@@ -36,7 +36,7 @@ from trainer.evaluation.generate import AnswerGenerator
 from trainer.evaluation.loss import LossEvaluator
 from trainer.model import expert_exchange, experts
 from trainer.model.config import ModelConfig, Quantisation
-from trainer.model.loading import generation_config, load_tokenizer
+from trainer.model.loading import load_generation_config, load_tokenizer
 from trainer.monitors.replicas import ReplicaCheck, replicated_parameters
 from trainer.tuning.base import FullConfig, LoraConfig
 
@@ -344,7 +344,7 @@ def evaluated(job: Job, ranks: int, how: str) -> dict[str, Any]:
     evaluator = LossEvaluator(batches, loss_denominator=int(held_out.counts["loss"].sum()), ranks_per_row=1)
     metrics = dict(evaluator.run(trainer.engine))
 
-    generation = generation_config(config.model, None, None)
+    generation = load_generation_config(config.model, None, None)
     generation.eos_token_id = ENDS
     writer = AnswerGenerator(load_tokenizer(config.model), generation, job.runtime, batch=1)
     prompts = writing.prompts(7)

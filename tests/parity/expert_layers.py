@@ -14,7 +14,7 @@ from tests.helpers.building import run_config
 from tests.models.tiny import tiny_config
 from tests.parity.base import Job
 from tests.parity.dealt import in_chunks
-from trainer.build.experts import expert_problems_of_models, model_on_meta
+from trainer.build.experts import build_model_on_meta, expert_problems_of_models
 from trainer.config.parallel import ParallelConfig
 from trainer.model import expert_exchange
 from trainer.model.compat import grouped_experts
@@ -63,7 +63,7 @@ def _layers_of(job: Job, name: str, ranks: int) -> tuple[list[str], list[Any]]:
     path = job.root / "architectures" / name
     job.first_here(lambda: None if path.exists() else tiny_config(name).save_pretrained(path))
     config = run_config(path, "fsdp2", "full", micro=4, parallel=ParallelConfig(experts=ranks))
-    model = model_on_meta(config.model, ModelKind.causal)
+    model = build_model_on_meta(config.model, ModelKind.causal)
     models = {f"model.path={name}": model}
     problems = expert_problems_of_models(config, models, num_ranks=job.runtime.world_size, num_hosts=1)
     layers: dict[type, Any] = {}

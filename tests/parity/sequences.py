@@ -338,7 +338,7 @@ def exchanged_bytes(job: Job, degree: int) -> dict[str, int]:
     for micro_batch in batch.micro_batches:
         row_slices = micro_batch["row_slices"]
         local = row_slices[runtime.sequence_rank + 1] - row_slices[runtime.sequence_rank]
-        for by_rank, all_heads in ((shares.query, model.num_attention_heads), (shares.key_value, None)):
+        for by_rank, all_heads in ((shares.query_heads, model.num_attention_heads), (shares.key_value_heads, None)):
             first, end = by_rank[runtime.sequence_rank]
             sent_heads = all_heads or sum(last - begin for begin, last in by_rank)
             # A call is counted by the larger of what is sent and what arrives, this rank's own part included.

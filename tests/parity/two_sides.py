@@ -20,7 +20,7 @@ from trainer.evaluation import full_weights
 from trainer.evaluation.base import DecodingConfig, GenerateConfig
 from trainer.evaluation.generate import AnswerGenerator
 from trainer.evaluation.generation import GenerationEvaluator
-from trainer.model.loading import generation_config, load_tokenizer
+from trainer.model.loading import load_generation_config, load_tokenizer
 from trainer.objectives.seq2seq import Seq2seqConfig
 
 STEPS = 5
@@ -92,7 +92,7 @@ def generate(job: Job, case: str) -> dict[str, Any]:
         EvalShare(1 if architecture == "bart" else 3, engine.rank, engine.world_size, NUM_ANSWERED),
         tokenizer,
         settings,
-        generation_config=generation_config(
+        generation_config=load_generation_config(
             config.model, built.config, built.two_sides.decoder_start if built.two_sides else None
         ),
         runtime=job.runtime,
@@ -175,7 +175,7 @@ def write_between_steps(job: Job, strategy: str) -> dict[str, Any]:
     config = run_config(model, STRATEGIES[strategy], "full", micro=4, steps=STEPS)
     trainer, curve = job.trainer(config), []
     writer = AnswerGenerator(
-        load_tokenizer(config.model), generation_config(config.model, None, None), job.runtime, batch=2
+        load_tokenizer(config.model), load_generation_config(config.model, None, None), job.runtime, batch=2
     )
     texts = []
     for _ in range(3):

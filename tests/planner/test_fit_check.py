@@ -36,7 +36,7 @@ def made(tmp_path_factory):
 
 
 def card(monkeypatch, gib):
-    monkeypatch.setattr(fit_check, "device_gib", lambda runtime: gib)
+    monkeypatch.setattr(fit_check, "device_memory_gib", lambda runtime: gib)
 
 
 def test_fit_check_decides_by_the_simulation(made, monkeypatch):

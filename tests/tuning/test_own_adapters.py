@@ -11,7 +11,7 @@ from tests.helpers.building import collate, samples
 from tests.helpers.covering import chosen, values
 from tests.helpers.exports import LABELS, export, logits_of, trained
 from tests.helpers.methods import ADDED
-from trainer.build.parts import build_step
+from trainer.build.parts import build_step_module
 from trainer.data.config import Layout
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.model.config import ModelConfig
@@ -126,7 +126,7 @@ def build(architecture, tuning, bases, *, layout=Layout.auto, objective=None):
     from strategies.parameters import meta_context
 
     model = ModelConfig(path=str(bases(architecture)))
-    return build_step(
+    return build_step_module(
         model,
         objective_config=objective or SftConfig(),
         tuning_config=tuning,

@@ -25,9 +25,9 @@ from trainer.tuning.table import method_of
 
 bnb = bitsandbytes()
 SCHEMES = {
-    "nf4": Scheme(Quantisation.nf4, double=True),
-    "nf4 single": Scheme(Quantisation.nf4, double=False),
-    "fp4": Scheme(Quantisation.fp4, double=True),
+    "nf4": Scheme(Quantisation.nf4, is_double_quantised=True),
+    "nf4 single": Scheme(Quantisation.nf4, is_double_quantised=False),
+    "fp4": Scheme(Quantisation.fp4, is_double_quantised=True),
     "int8": Scheme(Quantisation.int8),
 }
 WORKING = [name for name in ADAPTERS if "quantised" not in method_of(ADAPTERS[name][0]).refusal_by_property]
@@ -35,7 +35,7 @@ WORKING = [name for name in WORKING if "pissa" not in name and "olora" not in na
 
 
 def settings_of(scheme):
-    return {"quantisation": scheme.kind, "double_quantisation": scheme.double}
+    return {"quantisation": scheme.kind, "double_quantisation": scheme.is_double_quantised}
 
 
 def rounded_base(base, scheme, device="cpu"):
@@ -53,7 +53,7 @@ def rounded_base(base, scheme, device="cpu"):
                     packed = bnb.nn.Params4bit(
                         module.weight.detach(),
                         quant_type=str(scheme.kind),
-                        compress_statistics=scheme.double,
+                        compress_statistics=scheme.is_double_quantised,
                         requires_grad=False,
                     ).to(device)
                     module.weight.copy_(bnb.functional.dequantize_4bit(packed.data, packed.quant_state))
@@ -73,7 +73,10 @@ def test_quantised_numbers_are_those_of_bitsandbytes(name, shape):
         expected = theirs.CB.float() * (theirs.SCB[:, None] * (1.0 / 127.0))
     else:
         theirs = bnb.nn.Params4bit(
-            weight.clone(), quant_type=str(scheme.kind), compress_statistics=scheme.double, requires_grad=False
+            weight.clone(),
+            quant_type=str(scheme.kind),
+            compress_statistics=scheme.is_double_quantised,
+            requires_grad=False,
         ).to("cpu")
         expected = bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
     found = scheme.unpack(packed, shape, torch.float32)
@@ -127,7 +130,7 @@ def test_quantised_model_is_the_one_that_transformers_loads(name, base, runtime)
         quantised = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": str(scheme.kind),
-            "bnb_4bit_use_double_quant": scheme.double,
+            "bnb_4bit_use_double_quant": scheme.is_double_quantised,
         }
     config = BitsAndBytesConfig(**quantised, bnb_4bit_compute_dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)

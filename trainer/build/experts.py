@@ -17,10 +17,10 @@ from strategies.errors import ConfigError
 from strategies.mesh import replica_count
 from strategies.parameters import FROZEN_MODEL_PREFIXES, meta_context
 from strategies.runtime import Runtime
-from trainer.build.reward_models import reward_model_settings, reward_models_of
+from trainer.build.reward_models import reward_entries_with_models, reward_model_configs_by_setting
 from trainer.config.run import RunConfig
 from trainer.model import experts
-from trainer.model.architecture import build_options, experts_per_token, text_model_config, transformers_class
+from trainer.model.architecture import experts_per_token, from_config_options, text_model_config, transformers_class
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import load_model_config
 from trainer.objectives.frozen_model import teacher_model
@@ -43,12 +43,12 @@ def plan_expert_parallelism(built: BuiltModel, config: RunConfig, runtime: Runti
         raise ConfigError(problems)
     built.step_module.plan.expert_parallel_modules = tuple(expert_modules_by_name(built.step_module))
     built.step_module.plan.expert_ranks = config.parallel.experts
-    note = groups_across_hosts_note(config.parallel.experts, runtime.local_world_size, runtime.num_hosts)
+    note = expert_groups_across_hosts_note(config.parallel.experts, runtime.local_world_size, runtime.num_hosts)
     if note is not None:
         built.substitutions["parallel.experts"] = note
 
 
-def groups_across_hosts_note(expert_ranks: int, ranks_per_host: int, hosts: int) -> str | None:
+def expert_groups_across_hosts_note(expert_ranks: int, ranks_per_host: int, hosts: int) -> str | None:
     """What it means that groups of `expert_ranks` ranks do not lie within hosts; None if they do.
 
     Groups are neighbouring ranks, so all of them lie within hosts if their size divides the ranks of a host.
@@ -61,7 +61,7 @@ def groups_across_hosts_note(expert_ranks: int, ranks_per_host: int, hosts: int)
     )
 
 
-def expert_parallel_lines(built: BuiltModel, precision: Precision, sharded_over: int) -> list[str]:
+def expert_parallelism_lines(built: BuiltModel, precision: Precision, sharded_over: int) -> list[str]:
     """The lines on the start screen about expert parallelism: which rank holds what, and the traffic of a token. Else no line.
 
     `plan_expert_parallelism` must have been called. `sharded_over`: ranks of a replica.
@@ -99,7 +99,7 @@ def _models_of_step(step: TrainStep, config: RunConfig) -> dict[str, nn.Module]:
         teacher = teacher_model(config.model, config.objective)
         setting = "the frozen copy of the model" if teacher is None else f"objective.teacher.path={teacher.path}"
         models[setting] = step.teacher
-    for name, reward in reward_models_of(config.objective).items():
+    for name, reward in reward_entries_with_models(config.objective).items():
         if name in step.reward_models:
             models[f"objective.rewards.{name}.path={reward.path}"] = step.reward_models[name]
     return models
@@ -114,23 +114,23 @@ def expert_problems(config: RunConfig, *, scores_answers: bool = True) -> list[s
         return []
     num_hosts = config.launcher.nodes
     num_ranks = num_hosts * config.launcher.per_node
-    models = models_on_meta(config, scores_answers=scores_answers)
+    models = models_on_meta_by_setting(config, scores_answers=scores_answers)
     return expert_problems_of_models(config, models, num_ranks=num_ranks, num_hosts=num_hosts)
 
 
-def models_on_meta(config: RunConfig, *, scores_answers: bool = True) -> dict[str, nn.Module]:
+def models_on_meta_by_setting(config: RunConfig, *, scores_answers: bool = True) -> dict[str, nn.Module]:
     """The architectures of a run's models without values, the trained one first, each by the setting that names it.
 
     `scores_answers`: whether its reward models are included.
     """
     kind = objective_family(config.objective).kind
-    models = {f"model.path={config.model.path}": model_on_meta(config.model, kind)}
+    models = {f"model.path={config.model.path}": build_model_on_meta(config.model, kind)}
     teacher = teacher_model(config.model, config.objective)
     if teacher is not None:
-        models[f"objective.teacher.path={teacher.path}"] = model_on_meta(teacher, kind)
+        models[f"objective.teacher.path={teacher.path}"] = build_model_on_meta(teacher, kind)
     if scores_answers:
-        for setting, model_config in reward_model_settings(config.objective).items():
-            models[setting] = model_on_meta(model_config, ModelKind.classifier)
+        for setting, model_config in reward_model_configs_by_setting(config.objective).items():
+            models[setting] = build_model_on_meta(model_config, ModelKind.classifier)
     return models
 
 
@@ -153,12 +153,12 @@ def expert_problems_of_models(
     return problems
 
 
-def model_on_meta(model: ModelConfig, kind: ModelKind) -> nn.Module:
+def build_model_on_meta(model: ModelConfig, kind: ModelKind) -> nn.Module:
     """The architecture of one model, without values."""
     experts.register()
     settings = load_model_config(model)
     with meta_context(), torch.device("meta"):
-        plain: nn.Module = transformers_class(kind, settings).from_config(settings, **build_options(model))
+        plain: nn.Module = transformers_class(kind, settings).from_config(settings, **from_config_options(model))
     return plain
 
 

@@ -11,7 +11,7 @@ from trainer.build.recomputation import (
     USABLE_SHARE,
     Workload,
     activation_peak_bytes,
-    device_gib,
+    device_memory_gib,
     expected_activation_bytes,
     model_state_bytes,
 )
@@ -21,7 +21,7 @@ NEGLIGIBLE_SHARE = 0.01
 """Full gradients that take less than this share of the memory fit, whatever else is there."""
 
 
-def plan_reduction(
+def plan_gradient_reduction(
     built: BuiltModel,
     work: Workload,
     strategy: StrategyConfig,
@@ -39,30 +39,30 @@ def plan_reduction(
     is_open = isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None
     if not is_open or micro_batches == 1:
         return
-    shards = runtime.world_size // replica_count(strategy, runtime.world_size, runtime.num_hosts)
-    trained = sum(p.numel() for _, p in trainable_parameters(built.step_module))
-    if shards == 1 or not trained:
+    num_shards = runtime.world_size // replica_count(strategy, runtime.world_size, runtime.num_hosts)
+    num_trained = sum(p.numel() for _, p in trainable_parameters(built.step_module))
+    if num_shards == 1 or not num_trained:
         return
 
     # Bytes of full gradients in fp32 beyond the rank's shard. Of distributed experts, a rank has gradients of its own only.
-    in_experts = sum(p.numel() for p in expert_parallel_parameters(built.step_module).values() if p.requires_grad)
-    full_elements = trained - in_experts + in_experts / built.step_module.plan.expert_ranks
-    extra_bytes = 4.0 * (full_elements - trained / shards)
+    num_in_experts = sum(p.numel() for p in expert_parallel_parameters(built.step_module).values() if p.requires_grad)
+    full_elements = num_trained - num_in_experts + num_in_experts / built.step_module.plan.expert_ranks
+    extra_bytes = 4.0 * (full_elements - num_trained / num_shards)
     usable_gib = strategy.memory_gib
     if not usable_gib:
-        usable_gib = USABLE_SHARE * min(processes.gather_objects(device_gib(runtime), runtime))
-    budget = 2**30 * usable_gib
+        usable_gib = USABLE_SHARE * min(processes.gather_objects(device_memory_gib(runtime), runtime))
+    budget_bytes = 2**30 * usable_gib
 
     # They fit if they are negligible, or else if the estimated peak with them is within the budget.
-    defer_sync = extra_bytes < NEGLIGIBLE_SHARE * budget
+    defer_sync = extra_bytes < NEGLIGIBLE_SHARE * budget_bytes
     reason = f"whole gradients take {extra_bytes / 2**30:.2f} GiB more"
     if not defer_sync:
         if built.activations is None:
             built.activations = activation_peak_bytes(built, work, strategy.activation_checkpointing, precision)
-        estimated_state_bytes = model_state_bytes(built, strategy, precision, runtime)
-        peak_bytes = estimated_state_bytes + expected_activation_bytes(built, work, strategy, precision) + extra_bytes
-        defer_sync = peak_bytes <= budget
-        reason += f"; estimated peak with them {peak_bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB"
+        state_bytes = model_state_bytes(built, strategy, precision, runtime)
+        peak_bytes = state_bytes + expected_activation_bytes(built, work, strategy, precision) + extra_bytes
+        defer_sync = peak_bytes <= budget_bytes
+        reason += f"; estimated peak with them {peak_bytes / 2**30:.2f} of {budget_bytes / 2**30:.2f} GiB"
     built.step_module.plan.defer_sync = defer_sync
     choice = "true" if defer_sync else "false, reduced in each micro-batch"
     built.substitutions["strategy.defer_sync"] = f"null -> {choice} ({reason})"

@@ -15,8 +15,14 @@ from strategies.build import build_strategy
 from strategies.errors import ConfigError
 from strategies.parameters import named_parameters
 from trainer.build.experts import plan_expert_parallelism
-from trainer.build.gradient_sync import plan_reduction
-from trainer.build.recomputation import Workload, check_host_memory, expect_memory, longest_lengths, plan_checkpointing
+from trainer.build.gradient_sync import plan_gradient_reduction
+from trainer.build.recomputation import (
+    Workload,
+    check_host_memory_for_inputs,
+    longest_lengths,
+    plan_checkpointing,
+    set_expected_memory,
+)
 from trainer.build.references import attach_reference_model, reference_models
 from trainer.build.reward_models import attach_reward_models
 from trainer.build.sequence import sequence_notes, step_layout
@@ -34,23 +40,23 @@ from trainer.losses.fuse import fuse_head
 from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder, experts, flex
 from trainer.model.architecture import (
-    describe_head,
+    attention_crossover_tokens,
     freeze_key_selectors,
     grow_vocabulary,
     head_names,
+    set_head_settings,
     text_model_config,
-    tokens_per_square,
-    vocabulary_names,
+    vocabulary_parameter_names,
 )
 from trainer.model.compat import names_kept_in_float32
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.frozen_rows import always_zero_rows
 from trainer.model.known_shapes import shape_in_use
 from trainer.model.layout import AttentionLayout
-from trainer.model.loading import load_model_config, weights_directory
+from trainer.model.loading import find_weights_directory, load_model_config
 from trainer.model.quantisation import Scheme, quantise_layers, unquantised_note
 from trainer.model.quantised_experts import quantise_experts
-from trainer.model.rope import check_adapter, is_set
+from trainer.model.rope import check_adapter_positions, positions_are_set
 from trainer.model.rules import check_kind
 from trainer.model.sequence_attention import register_flash
 from trainer.model.tiles import tile_mlps
@@ -89,9 +95,10 @@ def prepare_data(
 ) -> PreparedData:
     """The prepared data set of the run, from the cache if nothing has changed.
 
-    `stop`: called now and then; True if the preparation shall stop. `print_line`: called with a line of progress every 15 s.
-    `choose_date`: as in `Preparation`; by default the date that the run has recorded, else that of the cache.
-    Errors: DataError, also if the objective could learn nothing from the data.
+    `choose_date`: returns the date that chat templates print as today's (`strftime_now`); by default the date that the run has
+    recorded, else the one of the first preparation into the cache. `stop`: called now and then; True if the preparation shall
+    stop. `print_line`: called with a line of progress every 15 s. Raises DataError if the data cannot be prepared, or if the
+    objective could learn nothing from it.
     """
     data_spec = data_spec_of(config.objective)
     data = Preparation(
@@ -123,7 +130,10 @@ def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, 
 def build_loader(
     config: RunConfig, data: PreparedData, built: BuiltModel, engine: Engine, runtime: processes.Runtime
 ) -> tuple[StepLoader, int]:
-    """(the batches of this rank, the optimizer steps that the budget makes of them)."""
+    """(the loader of this rank's batches, the number of optimizer steps that the run's budget makes of them).
+
+    Also tells the hooks around optimizer steps (AdaLoRA's) how many steps the run has.
+    """
     data_spec = built.data_spec
     global_batch = config.batch["global"]
     units, order = build_order(
@@ -144,15 +154,15 @@ def build_loader(
         device=runtime.device,
         ahead=data_spec.ahead,
     )
-    if attention_matters(config, data.train):
-        loader.weigh_attention(tokens_per_square(built.config))
+    if balances_by_squared_lengths(config, data.train):
+        loader.weigh_attention(attention_crossover_tokens(built.config))
     steps = steps_from_budget(config.budget, order, loader.unit_tokens, global_batch)
     if built.step_module.plan.optimizer_hooks is not None:
         built.step_module.plan.optimizer_hooks.begin(steps)
     return loader, steps
 
 
-def attention_matters(config: RunConfig, train: TokenDataset) -> bool:
+def balances_by_squared_lengths(config: RunConfig, train: TokenDataset) -> bool:
     """Whether the loader also balances ranks by squared lengths: in long documents, attention is a large part of the cost."""
     return config.parallel.sequence > 1 or int(train.lengths.max(initial=0)) > LONG_DOCUMENT_TOKENS
 
@@ -187,12 +197,14 @@ def build_engine(
     built.collator.keeps_row_ids = config.model.neftune_alpha > 0
     built.substitutions.update(lstm.lstm_substitutions(built.step_module, precision, runtime.device))
     cut = sequence_cut(runtime)
-    longest_batch = workload(config, data, cut)
+    longest_batch = largest_workload(config, data, cut)
     micro_batches_per_step = accumulation_steps(config, runtime.world_size)
     plan_checkpointing(built, longest_batch, config.strategy, precision, runtime)
-    plan_reduction(built, longest_batch, config.strategy, precision, runtime, micro_batches=micro_batches_per_step)
-    expect_memory(built, longest_batch, config.strategy, precision, runtime)
-    check_host_memory(built, longest_batch, config.strategy, precision, runtime)
+    plan_gradient_reduction(
+        built, longest_batch, config.strategy, precision, runtime, micro_batches=micro_batches_per_step
+    )
+    set_expected_memory(built, longest_batch, config.strategy, precision, runtime)
+    check_host_memory_for_inputs(built, longest_batch, config.strategy, precision, runtime)
 
     model_names = [name for name, _ in named_parameters(built.step_module)]
     engine = strategy.prepare(
@@ -207,8 +219,9 @@ def build_engine(
     return engine, built, source
 
 
-def workload(config: RunConfig, data: PreparedData, cut: RowCut | None = None) -> Workload:
-    """The largest forward pass that a rank of this run makes, of whole rows or of the slice that `cut` takes."""
+def largest_workload(config: RunConfig, data: PreparedData, cut: Cut | None = None) -> Workload:
+    """The largest forward pass that a rank of this run makes: a micro-batch of the longest rows, or of the slice that `cut`
+    takes."""
     row_tokens = config.data.max_length if config.data.packing else None
     return Workload(data.train, config.batch["micro"], row_tokens, cut, max_generated_tokens(config.objective))
 
@@ -224,7 +237,8 @@ def build_model(
 ) -> tuple[BuiltModel, WeightSource]:
     """(the tuned architecture on meta, the source of its values), checked against each other. Reads only headers of files.
 
-    `context`: the strategy's context in which a model is built. `scores_answers`: as in `build_engine`.
+    `context`: the strategy's context in which a model is built. `half_on_gpu`: whether it computes in half precision on a GPU.
+    `scores_answers`: whether the run's reward models are built too.
     """
     # The architecture.
     objective, objective_notes = objective_family(config.objective).settle(
@@ -233,7 +247,7 @@ def build_model(
     layout, layout_notes = common_layout(
         step_layout(config), teacher_model(config.model, objective), half_on_gpu=half_on_gpu
     )
-    built = build_step(
+    built = build_step_module(
         config.model,
         objective_config=objective,
         tuning_config=config.tuning,
@@ -244,7 +258,7 @@ def build_model(
         half_on_gpu=half_on_gpu,
     )
     built.substitutions.update(layout_notes | objective_notes)
-    check_fit(config, built, data)
+    check_model_takes_data(config, built, data)
     if scores_answers and isinstance(config.objective, RoundsConfig):
         check_reward_rows(config.objective, data)
     if notes := _sequence_notes(config, built, data):
@@ -253,7 +267,7 @@ def build_model(
         check_adapters_loadable(built.step_module.model)
 
     # The source of its values.
-    checkpoint = built.base_weights(weights_directory(config.model))
+    checkpoint = built.base_weights(find_weights_directory(config.model))
     fill_buffers(built.step_module.model, checkpoint, built.tuning.base_name)
     source = WeightSource(
         checkpoint,
@@ -261,22 +275,22 @@ def build_model(
         seed=config.run.seed,
         init_std=getattr(built.config, "initializer_range", 0.02),
         new_token_ids=built.new_token_ids,
-        vocabulary=built.vocabulary,
-        fixed=built.two_sides.computed if built.two_sides else None,
+        vocabulary_parameter_names=built.vocabulary,
+        computed_values=built.two_sides.computed if built.two_sides else None,
     )
-    source.zeroed = built.zeroed
-    shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(built.step_module)}
-    source.check(shapes, head_prefixes=built.head_prefixes)
+    source.zero_row_by_name = built.zeroed
+    shape_by_name = {name: tuple(parameter.shape) for name, parameter in named_parameters(built.step_module)}
+    source.check_names_and_shapes(shape_by_name, head_prefixes=built.head_prefixes)
 
     # The frozen models beside it: reference model and reward models.
     attach_reference_model(built, config.model, objective, config.tuning, source, tokenizer)
     if scores_answers:
         attach_reward_models(built.step_module, objective, source, half_on_gpu=half_on_gpu)
-    tile(built, config)
+    tile_mlps_of_built_model(built, config)
     return built, source
 
 
-def tile(built: BuiltModel, config: RunConfig) -> None:
+def tile_mlps_of_built_model(built: BuiltModel, config: RunConfig) -> None:
     """Let the MLPs of a model compute `strategy.mlp_tokens` tokens at a time. Raises ConfigError if they cannot."""
     kind = objective_family(config.objective).kind
     tile_mlps(built.step_module, built.config, built.plain, kind, config.strategy.mlp_tokens)
@@ -286,12 +300,18 @@ def _sequence_notes(config: RunConfig, built: BuiltModel, data: PreparedData) ->
     """Notes for the user on how ranks share the longest rows of this run; empty if they share none."""
     if config.parallel.sequence == 1:
         return []
-    longest_row = sum(longest_lengths(built.data_spec, workload(config, data)))
+    longest_row = sum(longest_lengths(built.data_spec, largest_workload(config, data)))
     return sequence_notes(config, built.config, config.launcher.per_node, longest_row)
 
 
-def check_fit(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:
-    """Raise ConfigError if the model cannot take the run's data: shared rows, length of documents, packing, or batches."""
+def check_model_takes_data(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:
+    """Raise ConfigError if the model cannot take the run's data:
+
+    - ranks share rows, and the model's tokens meet outside attention.
+    - the longest document, with the answer that is generated to it, has more tokens than the model has positions.
+    - packing is set, and the model is trained with padded rows.
+    - batches have several rows, and the model computes correctly only with one.
+    """
     if config.parallel.sequence > 1 and built.arrangement.sequence_problem is not None:
         raise ConfigError(
             f"parallel.sequence={config.parallel.sequence}: ranks cannot share rows of this {built.config.model_type}: "
@@ -347,7 +367,7 @@ def _check_one_row_batches(config: RunConfig, built: BuiltModel, data: PreparedD
         )
 
 
-def build_step(
+def build_step_module(
     config: ModelConfig,
     *,
     objective_config: ObjectiveConfig,
@@ -372,7 +392,7 @@ def build_step(
     check_kind(model_config.to_dict(), config.path, family.kind, family.name, {})
     if is_classifier:
         outputs = family.num_outputs or num_labels
-        describe_head(model_config, outputs, tokenizer.pad_token_id, several=family.multi_label(objective_config))
+        set_head_settings(model_config, outputs, tokenizer.pad_token_id, several=family.multi_label(objective_config))
     if family.kind is ModelKind.causal:
         needs_padding = needs_padded_rows(tuning_config)
         model, arrangement = build_causal_model(
@@ -383,14 +403,14 @@ def build_step(
             family.kind, config, model_config, layout, context, family.name, half_on_gpu=half_on_gpu
         )
     model.tie_weights()
-    two_sides = encoder_decoder.finish(model, _files_of(config)) if is_encoder_decoder else None
+    two_sides = encoder_decoder.finish(model, _weights_directory_or_none(config)) if is_encoder_decoder else None
 
     # Facts of the architecture that are needed before its layers are replaced and wrapped.
     plain = copy.deepcopy(model)
     zeroed = always_zero_rows(model, arrangement)
     if is_encoder_decoder or (not is_classifier and model.forward_path.fused):
         fuse_head(model, model_config, frozen_row=next(iter(zeroed.values()), None))
-    vocabulary = vocabulary_names(model)
+    vocabulary = vocabulary_parameter_names(model)
     heads = head_names(model) if is_classifier else ()
     blocks = encoder_decoder.block_classes(model) if is_encoder_decoder else block_class_names(model)
     folded = merged_adapter_reader(model, config.adapters)
@@ -418,7 +438,7 @@ def build_step(
         plain=plain,
         head_prefixes=heads,
         config=model_config,
-        base_config=base_config if is_set(config) else None,
+        base_config=base_config if positions_are_set(config) else None,
         two_sides=two_sides,
         zeroed=zeroed,
         folded=folded,
@@ -427,9 +447,9 @@ def build_step(
     return built
 
 
-def _files_of(config: ModelConfig) -> Path | None:
+def _weights_directory_or_none(config: ModelConfig) -> Path | None:
     """The directory of a model's files; None if only its published shape is used, as in a plan without files."""
-    return weights_directory(config) if shape_in_use(config) is None else None
+    return find_weights_directory(config) if shape_in_use(config) is None else None
 
 
 def _register_kernels() -> None:
@@ -444,10 +464,10 @@ def _base_config(config: ModelConfig, tuning_config: TuningConfig) -> Any:
     """The transformers config of the base. Raises ConfigError if an adapter was trained under other positions than it has."""
     base_config = load_model_config(config)
     for directory in config.adapters:
-        check_adapter(directory, "model.adapters", base_config, config)
+        check_adapter_positions(directory, "model.adapters", base_config, config)
     start = getattr(tuning_config, "from_", None)
     if start:
-        check_adapter(start, "tuning.from", base_config, config)
+        check_adapter_positions(start, "tuning.from", base_config, config)
     return base_config
 
 

@@ -10,10 +10,10 @@ from strategies.base import Engine, Precision
 from strategies.native import NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, meta_context
 from strategies.runtime import Runtime
-from trainer.build.parts import build_step, check_fit
+from trainer.build.parts import build_step_module, check_model_takes_data
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
-from trainer.model.loading import weights_directory
+from trainer.model.loading import find_weights_directory
 from trainer.model.quantised_checkpoints import replace_with_quantised
 from trainer.objectives.registry import objective_family
 from trainer.step import BuiltModel
@@ -29,7 +29,7 @@ def build_as_stored(
     objective, objective_notes = objective_family(config.objective).settle(
         config.objective, data.train, data.label_names
     )
-    built = build_step(
+    built = build_step_module(
         config.model,
         objective_config=objective,
         tuning_config=config.tuning,
@@ -40,9 +40,11 @@ def build_as_stored(
         half_on_gpu=runtime.device.type == "cuda",
     )
     built.substitutions.update(objective_notes)
-    check_fit(config, built, data)
+    check_model_takes_data(config, built, data)
     module = built.step_module
-    dtype = replace_with_quantised(module.model, str(weights_directory(config.model)), built.config, runtime.device)
+    dtype = replace_with_quantised(
+        module.model, str(find_weights_directory(config.model)), built.config, runtime.device
+    )
     engine = NativeEngine(
         module,
         module,

@@ -19,7 +19,7 @@ from trainer.data.batches.cutting import RowCut
 from trainer.data.config import Layout
 from trainer.data.objective_spec import DataSpec
 from trainer.data.store.sequences import TokenDataset
-from trainer.model.architecture import width_and_blocks
+from trainer.model.architecture import width_and_num_blocks
 from trainer.step import BuiltModel
 
 USABLE_SHARE = 0.9
@@ -65,7 +65,7 @@ def longest_lengths(data_spec: DataSpec, work: Workload) -> list[int]:
     return longest_first
 
 
-def tokens_of_longest(built: BuiltModel, work: Workload) -> int:
+def num_tokens_of_longest(built: BuiltModel, work: Workload) -> int:
     """Tokens of the longest micro-batch on one rank, padding included; if ranks share rows, those of this rank's slice."""
     lengths = longest_lengths(built.data_spec, work)
     tokens = sum(lengths)
@@ -94,7 +94,7 @@ def micro_batch_of(built: BuiltModel, lengths: list[int], cut: RowCut | None) ->
     return batch
 
 
-def measured_activations(built: BuiltModel, work: Workload, precision: Precision) -> ActivationBytes:
+def counted_activations(built: BuiltModel, work: Workload, precision: Precision) -> ActivationBytes:
     """The activations that the longest micro-batch keeps for its backward pass, counted on meta tensors: allocates nothing.
 
     Raises ConfigError for a model whose forward pass reads values, which meta tensors do not have.
@@ -115,7 +115,7 @@ def activation_peak_bytes(
 ) -> float | None:
     """Peak bytes of activations in the longest micro-batch if all blocks recompute by `mode`; None if a count is not possible."""
     try:
-        activations = measured_activations(built, work, precision)
+        activations = counted_activations(built, work, precision)
     except ConfigError:
         return None
     return activations.peak_bytes([mode] * activations.num_blocks)
@@ -127,8 +127,8 @@ def expected_activation_bytes(
     """Bytes of activations of the longest micro-batch: as `plan_checkpointing` counted them, or else by a rule of thumb."""
     if built.activations is not None:
         return built.activations
-    tokens = tokens_of_longest(built, work)
-    width, num_blocks = width_and_blocks(built.plain)
+    tokens = num_tokens_of_longest(built, work)
+    width, num_blocks = width_and_num_blocks(built.plain)
     if strategy.offload_activations and strategy.activation_checkpointing is ActivationCheckpointing.full:
         num_blocks = 0  # the inputs of blocks, all that is kept of them, lie in host memory
     return estimated_activation_bytes(tokens, width, num_blocks, strategy.activation_checkpointing, precision)
@@ -144,11 +144,11 @@ def plan_checkpointing(
     """
     if strategy.activation_checkpointing is not ActivationCheckpointing.auto:
         return
-    activations = measured_activations(built, work, precision)
+    activations = counted_activations(built, work, precision)
     if strategy.offload_activations:
         activations = activations.with_inputs_on_host()
     state_size = model_state_bytes(built, strategy, precision, runtime)
-    budget_gib = strategy.memory_gib or device_gib(runtime) * USABLE_SHARE
+    budget_gib = strategy.memory_gib or device_memory_gib(runtime) * USABLE_SHARE
     modes, fits = choose_recomputation(activations, budget_gib * 2**30 - state_size)
     modes = processes.broadcast_object(modes, runtime)
     built.step_module.plan.recomputation = modes
@@ -175,19 +175,19 @@ def model_state_bytes(
     )
 
 
-def device_gib(runtime: processes.Runtime) -> float:
+def device_memory_gib(runtime: processes.Runtime) -> float:
     """Memory of this rank's device in GiB. On a CPU an equal part of the memory of the host, or of the job's cgroup."""
     if runtime.device.type == "cuda":
         return torch.cuda.get_device_properties(runtime.device).total_memory / 2**30
-    return host_memory() / runtime.local_world_size / 2**30
+    return usable_host_memory_bytes() / runtime.local_world_size / 2**30
 
 
-def host_memory() -> int:
+def usable_host_memory_bytes() -> int:
     """Bytes of this host's memory that the job may use: all of it, or what its cgroup allows."""
     return min(host_memory_bytes(), processes.cgroup_memory_limit() or host_memory_bytes())
 
 
-def check_host_memory(
+def check_host_memory_for_inputs(
     built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
     """Raise ConfigError if the block inputs that `strategy.offload_activations` moves to host memory do not fit. No collective.
@@ -200,23 +200,23 @@ def check_host_memory(
     blocks = len(built.step_module.shard_units())
     if modes is not None:
         blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
-    width, _ = width_and_blocks(built.plain)
+    width, _ = width_and_num_blocks(built.plain)
     itemsize = 4 if precision is Precision.fp32 else 2
-    tokens = tokens_of_longest(built, work)
+    tokens = num_tokens_of_longest(built, work)
     on_host = expected_host_inputs(blocks=blocks, tokens=tokens, width=width, itemsize=itemsize)
     needed = node_memory_bytes(on_host, runtime.local_world_size)
-    if needed <= host_memory():
+    if needed <= usable_host_memory_bytes():
         return
     raise ConfigError(
         f"strategy.offload_activations=true: {blocks} blocks keep {tokens:,} x {width} values each on the host: "
         f"{on_host.pinned_size() / GIB:.1f} GiB of pinned memory a rank (rounded up to a power of two a block), and "
         f"{needed / GIB:.1f} GiB for the {runtime.local_world_size} ranks of this host with their processes, which has "
-        f"{host_memory() / GIB:.1f} GiB; lower data.max_length or batch.micro, use fewer ranks a host, or set "
+        f"{usable_host_memory_bytes() / GIB:.1f} GiB; lower data.max_length or batch.micro, use fewer ranks a host, or set "
         "strategy.offload_activations=false"
     )
 
 
-def expect_memory(
+def set_expected_memory(
     built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
     """Set `built.expected`: estimated bytes of a rank for (model state, activations). Must be called before the model is sharded.

@@ -13,7 +13,7 @@ from trainer.data.prepare import PreparedData
 from trainer.data.store.documents import DocumentTable
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.generate import AnswerGenerator
-from trainer.model.loading import generation_config
+from trainer.model.loading import load_generation_config
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.rollout.evaluator import RewardEvaluator, evaluation_decoding
 from trainer.rollout.prompts import has_sources, read_prompt
@@ -51,7 +51,7 @@ def build_reward_evaluators(
         prompts.append(read_prompt(held_out, table, sequence, number, names_source=names_source))
     answer_generator = AnswerGenerator(
         tokenizer,
-        generation_config(config.model, built.config, None),
+        load_generation_config(config.model, built.config, None),
         runtime,
         batch=config.evaluation.batch,
         stop_now=stop_now,

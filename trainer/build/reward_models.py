@@ -18,7 +18,7 @@ from trainer.data.tokens.encode import Encoder
 from trainer.model.architecture import text_model_config
 from trainer.model.base_files import check_adapter_base, model_file_digests
 from trainer.model.config import ModelConfig, ModelKind
-from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
+from trainer.model.loading import find_weights_directory, load_model_config, load_tokenizer
 from trainer.model.weights import BaseWeights, StartingWeights, WeightSource
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.layout_choice import build_padded_model
@@ -31,20 +31,20 @@ from trainer.tuning.full import Full
 from trainer.tuning.merged_adapters import MergedAdapters
 
 
-def reward_models_of(objective: ObjectiveConfig) -> dict[str, RewardEntry]:
+def reward_entries_with_models(objective: ObjectiveConfig) -> dict[str, RewardEntry]:
     """The rewards that are models, by name; empty for objectives without rewards."""
     if not isinstance(objective, RoundsConfig):
         return {}
     return {name: reward for name, reward in objective.rewards.items() if reward.path is not None}
 
 
-def reward_model_settings(objective: ObjectiveConfig) -> dict[str, ModelConfig]:
+def reward_model_configs_by_setting(objective: ObjectiveConfig) -> dict[str, ModelConfig]:
     """The settings to load each reward model with, by the setting that names it (`objective.rewards.NAME.path=PATH`).
 
     Raises ConfigError if a path is no reward model.
     """
     settings = {}
-    for name, reward in reward_models_of(objective).items():
+    for name, reward in reward_entries_with_models(objective).items():
         key = _path_setting(name)
         settings[f"{key}={reward.path}"] = _model_config(reward_model_files(str(reward.path), key), options={})
     return settings
@@ -55,7 +55,7 @@ def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: An
 
     Reads only headers of files. Raises ConfigError if one cannot be built, or its weights do not fit.
     """
-    for name, reward in reward_models_of(objective).items():
+    for name, reward in reward_entries_with_models(objective).items():
         key = _path_setting(name)
         with _errors_naming(key):
             files = reward_model_files(str(reward.path), key)
@@ -91,7 +91,7 @@ def _reward_model_weights(files: RewardModelFiles, key: str, model: Any) -> Weig
     `key`: the setting that names the reward model. `model`: the reward model on meta. Raises ConfigError if a weight is missing
     or has another shape, or if the adapter was trained on another base.
     """
-    directory = weights_directory(_model_config(files, options={}))
+    directory = find_weights_directory(_model_config(files, options={}))
     merged = None
     if files.adapter is not None:
         check_adapter_base(files.adapter, directory, accept=False)
@@ -103,17 +103,17 @@ def _reward_model_weights(files: RewardModelFiles, key: str, model: Any) -> Weig
     for name, parameter in model.named_parameters():
         if name not in adapter_names:
             base_shapes[name] = tuple(parameter.shape)
-    base_weights.check(base_shapes, head_prefixes=())
+    base_weights.check_names_and_shapes(base_shapes, head_prefixes=())
     return base_weights if merged is None else StartingWeights(base_weights, merged)
 
 
 def check_reward_models(config: RunConfig) -> None:
     """Read the tokenizers and chat templates of reward models, before hours of preparation. Raises ConfigError."""
-    for name, reward in reward_models_of(config.objective).items():
-        _reader(config, name, reward)
+    for name, reward in reward_entries_with_models(config.objective).items():
+        _open_reader(config, name, reward)
 
 
-def _reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardModelReader:
+def _open_reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardModelReader:
     """The reader that tokenises prompts and answers for a reward model. Raises ConfigError if it has no usable chat template."""
     key = _path_setting(name)
     options = {**OPTIONS, **reward.options}
@@ -156,7 +156,10 @@ def open_model_scorer(
     config: RunConfig, engine: Engine, runtime: Runtime, stop_now: Callable[[], bool] = lambda: False
 ) -> RewardModelScorer | None:
     """The scorer of answers by the reward models in `engine`; None if the run has none. Errors: ConfigError."""
-    readers = {name: _reader(config, name, reward) for name, reward in reward_models_of(config.objective).items()}
+    readers = {
+        name: _open_reader(config, name, reward)
+        for name, reward in reward_entries_with_models(config.objective).items()
+    }
     return RewardModelScorer(readers, engine, runtime, stop_now) if readers else None
 
 
@@ -166,13 +169,13 @@ def reward_model_digests(objective: ObjectiveConfig) -> dict[str, str]:
     Errors: ConfigError, OSError.
     """
     digests: dict[str, str] = {}
-    for name, reward in reward_models_of(objective).items():
+    for name, reward in reward_entries_with_models(objective).items():
         key = _path_setting(name)
         with _errors_naming(key):
             files = reward_model_files(str(reward.path), key)
             directories = {name: files.tokenizer}
             if files.adapter is not None:
-                directories[f"{name}/base"] = weights_directory(_model_config(files, options={}))
+                directories[f"{name}/base"] = find_weights_directory(_model_config(files, options={}))
         for prefix, directory in directories.items():
             for file, digest in model_file_digests(directory).items():
                 digests[f"{prefix}/{file}"] = digest

@@ -12,7 +12,7 @@ import torch
 from strategies.base import Engine, Precision, Progress
 from strategies.errors import ConfigError
 from strategies.runtime import Runtime, gather_objects
-from trainer.build.recomputation import device_gib
+from trainer.build.recomputation import device_memory_gib
 from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import RowCut, sequence_cut
 from trainer.data.batches.loader import BatchShare
@@ -26,9 +26,9 @@ from trainer.evaluation.group_answers import can_share_prompts
 from trainer.model.architecture import text_model_config
 from trainer.model.attention import NAME as ATTENTION
 from trainer.model.flex import NAME as FLEX
-from trainer.model.loading import generation_config
+from trainer.model.loading import load_generation_config
 from trainer.objectives.causal import unwrap_adapter
-from trainer.objectives.grpo import without_effect
+from trainer.objectives.grpo import settings_without_effect
 from trainer.objectives.grpo_config import GrpoConfig
 from trainer.objectives.registry import objective_family
 from trainer.rollout.dealing import AnswerBatcher
@@ -62,14 +62,14 @@ class RoundInputs:
     """Called with what the run is doing now, such as `training`."""
 
 
-def prompts_per_round(config: RunConfig) -> int:
+def num_prompts_per_round(config: RunConfig) -> int:
     """How many prompts a round has: the completions of its batches over the completions of each prompt (`group_size`)."""
     settings: Any = config.objective
     num_completions: int = config.batch["global"] * settings.rollout.steps
     return num_completions // int(settings.group_size)
 
 
-def documents_per_step(config: RunConfig) -> float:
+def num_documents_per_step(config: RunConfig) -> float:
     """Documents that an optimizer step consumes, on average. If the model generates what it learns, documents are prompts."""
     global_batch: int = config.batch["global"]
     if objective_family(config.objective).rollout is None:
@@ -78,7 +78,7 @@ def documents_per_step(config: RunConfig) -> float:
     return global_batch / (settings.group_size * settings.rollout.iterations)
 
 
-def steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -> int:
+def num_steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -> int:
     """Optimizer steps of the run's budget.
 
     - no rounds of generation, or `budget.steps` is set: as the budget says.
@@ -89,7 +89,7 @@ def steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -> in
     if objective_family(config.objective).rollout is None or config.budget.steps is not None:
         return steps_from_budget(config.budget, order, unit_tokens, config.batch["global"])
     settings: Any = config.objective
-    rounds = steps_from_budget(config.budget, order, unit_tokens, prompts_per_round(config))
+    rounds = steps_from_budget(config.budget, order, unit_tokens, num_prompts_per_round(config))
     return rounds * int(settings.rollout.steps * settings.rollout.iterations)
 
 
@@ -111,7 +111,7 @@ def generation_memory_lines(config: RunConfig, built: BuiltModel, longest_prompt
     weights_gib = sum(p.numel() for p in built.plain.parameters()) * itemsize / 2**30
     kv_cache_gib = kv_cache_size_bytes(built.config, rows, tokens, itemsize) / 2**30
     lines = [
-        f"writing: {prompts_per_round(config)} prompts x {settings.group_size} answers a round, at most {rows} at a time: "
+        f"writing: {num_prompts_per_round(config)} prompts x {settings.group_size} answers a round, at most {rows} at a time: "
         f"keys of {rows} x {tokens:,} tokens take {kv_cache_gib:.2f} GiB, and whole weights {weights_gib:.2f} GiB"
     ]
     for name, model in built.step_module.reward_models.items():
@@ -131,17 +131,17 @@ def build_round_loader(
     settings: Any = config.objective
     assert isinstance(settings, GrpoConfig)
     _, order = build_order(config.data, data.train, sequences_per_document=1, seed=config.run.seed)
-    num_prompts = prompts_per_round(config)
+    num_prompts = num_prompts_per_round(config)
 
     # Notes on settings that have no effect.
-    generation = generation_config(config.model, built.config, None)
+    generation = load_generation_config(config.model, built.config, None)
     ignored = ignored_generation_settings(generation)
     if ignored:
         built.substitutions["generation_config.json"] = (
             f"only its end tokens hold while training, without {', '.join(ignored)}: answers are drawn by the probabilities that "
             "are learned"
         )
-    unused = without_effect(settings)
+    unused = settings_without_effect(settings)
     if unused:
         built.substitutions["objective.rollout.steps"] = (
             f"1, so that {', '.join(unused)} changes nothing: the policy that learns is the one that wrote"
@@ -188,7 +188,7 @@ def build_round_loader(
     if most_difference is None:
         most_difference = MAX_LOGP_DIFFERENCE[inputs.precision]
     loader = RolloutLoader(round_builder, share, inputs.progress, most_difference)
-    steps = steps_of_run(config, order, loader.unit_tokens)
+    steps = num_steps_of_run(config, order, loader.unit_tokens)
     if built.step_module.plan.optimizer_hooks is not None:
         built.step_module.plan.optimizer_hooks.begin(steps)
     return loader, steps
@@ -242,7 +242,7 @@ def max_concurrent_completions(built: BuiltModel, engine: Engine, runtime: Runti
     itemsize = min(p.element_size() for p in built.step_module.parameters() if p.is_floating_point())
     allocated_bytes = torch.cuda.memory_allocated(runtime.device) if runtime.device.type == "cuda" else 0
     gathered_bytes = engine.full_parameters.gather_bytes() or 0
-    own_free_bytes = USABLE_SHARE * device_gib(runtime) * 2**30 - allocated_bytes - gathered_bytes
+    own_free_bytes = USABLE_SHARE * device_memory_gib(runtime) * 2**30 - allocated_bytes - gathered_bytes
     least_free_bytes = min(gather_objects(own_free_bytes, runtime))
     num_completions = MAX_GENERATION_ROWS[runtime.device.type]
     while (

@@ -6,6 +6,7 @@ rule out by themselves is refused earlier still (`trainer/config/sharding.py`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from trainer.objectives.frozen_model import teacher_model
 from trainer.objectives.layout_choice import why_pooled_rows_cannot_be_shared, why_rows_cannot_be_shared
 from trainer.objectives.registry import objective_family
 
-QUERY_HEADS = (
+QUERY_HEAD_SETTINGS = (
     "num_attention_heads",
     "n_head",
     "n_heads",
@@ -31,65 +32,72 @@ QUERY_HEADS = (
     "swa_num_attention_heads",
 )
 """Names under which configurations have the query heads of a layer: a number, or a list of one for each layer."""
-KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
-UNEVEN = 1.1
-"""The busiest rank's share of the heads, over the mean, from which on a run says so."""
+KEY_VALUE_HEAD_SETTINGS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
+NOTABLE_UNEVENNESS = 1.1
+"""If the busiest rank has at least so many times the mean number of heads, the run says so."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerHeads:
     """The attention heads of a model's layers."""
 
-    query: int
-    """Query heads; of layers that differ, the fewest."""
-    key_value: int
-    """Key-value heads, which groups of query heads share."""
-    width: int
-    """Elements of a head; where those of queries and of values differ, the mean of both."""
+    num_query_heads: int
+    """Of layers that differ, the fewest."""
+    num_key_value_heads: int
+    """Each is shared by a group of query heads."""
+    head_dim: int
+    """Elements of a head; if those of queries and of values differ, the mean of both."""
 
-    def busiest_share(self, ranks: int) -> float:
-        """Query heads of the busiest of `ranks` ranks, divided by the mean over them."""
-        return -(-self.query // ranks) * ranks / self.query
+    def busiest_rank_over_mean(self, ranks: int) -> float:
+        """Query heads of the busiest of `ranks` ranks, divided by the mean over them: 6 heads on 4 ranks give 2 / 1.5 = 1.33."""
+        heads_of_busiest = math.ceil(self.num_query_heads / ranks)
+        return heads_of_busiest * ranks / self.num_query_heads
 
-    def all_to_all_elements(self, tokens: int, ranks: int) -> int:
-        """Elements that the busiest rank sends to others in a forward pass of one layer, for a row of `tokens` tokens."""
-        shares = head_shares(self.query, self.key_value, ranks)
-        local_tokens = -(-tokens // ranks)
-        own_key_heads = [end - first for first, end in shares.key_value]
+    def max_all_to_all_elements(self, tokens: int, ranks: int) -> int:
+        """Elements that the busiest rank sends to others in a forward pass of one layer, for a row of `tokens` tokens.
+
+        Before attention a rank sends its slice of all heads that it does not attend with; after it, its heads of all other
+        slices.
+        """
+        shares = head_shares(self.num_query_heads, self.num_key_value_heads, ranks)
+        slice_tokens = math.ceil(tokens / ranks)
+        key_heads_by_rank = [end - first for first, end in shares.key_value_heads]
         sent_by_rank = []
-        for (first, end), key_heads in zip(shares.query, own_key_heads, strict=True):
-            queries = local_tokens * (self.query - (end - first))
-            keys_and_values = 2 * local_tokens * (sum(own_key_heads) - key_heads)
-            results = (tokens - local_tokens) * (end - first)
-            sent_by_rank.append((queries + keys_and_values + results) * self.width)
+        for (first, end), own_key_heads in zip(shares.query_heads, key_heads_by_rank, strict=True):
+            own_query_heads = end - first
+            queries = slice_tokens * (self.num_query_heads - own_query_heads)
+            # Of the sum over ranks, since two ranks that use the same key-value head each get a copy of it. Keys and values: 2.
+            keys_and_values = 2 * slice_tokens * (sum(key_heads_by_rank) - own_key_heads)
+            results = (tokens - slice_tokens) * own_query_heads
+            sent_by_rank.append((queries + keys_and_values + results) * self.head_dim)
         return max(sent_by_rank)
 
-    def counted_elements(self, tokens: float, ranks: int) -> float:
+    def counted_all_to_all_elements(self, tokens: float, ranks: int) -> float:
         """Elements of rank 0's four all-to-alls (queries, keys, values, results) in a forward pass of one layer, as counted.
 
         An all-to-all counts with the larger of what is sent and what is received, the rank's own part included. `tokens`: of the
         row that the `ranks` ranks share.
         """
-        shares = head_shares(self.query, self.key_value, ranks)
+        shares = head_shares(self.num_query_heads, self.num_key_value_heads, ranks)
         elements = 0.0
         # Two all-to-alls by query heads (queries and results), two by key-value heads (keys and values).
-        for heads_by_rank in (shares.query, shares.key_value):
+        for heads_by_rank in (shares.query_heads, shares.key_value_heads):
             first, end = heads_by_rank[0]
             own_heads = end - first
             all_heads = sum(share_end - share_first for share_first, share_end in heads_by_rank)
             slice_with_all_heads = tokens / ranks * all_heads
             row_with_own_heads = tokens * own_heads
-            elements += 2 * max(slice_with_all_heads, row_with_own_heads) * self.width
+            elements += 2 * max(slice_with_all_heads, row_with_own_heads) * self.head_dim
         return elements
 
 
-def heads_of(model_config: Any) -> LayerHeads | None:
+def attention_heads_of(model_config: Any) -> LayerHeads | None:
     """The attention heads of a model, from its transformers configuration; None if that does not state any."""
     text = text_model_config(model_config)
-    query = _fewest(text, QUERY_HEADS)
+    query = _smallest_setting(text, QUERY_HEAD_SETTINGS)
     if query is None:
         return None
-    key_value = min(query, _fewest(text, KEY_VALUE_HEADS) or query)
+    key_value = min(query, _smallest_setting(text, KEY_VALUE_HEAD_SETTINGS) or query)
     if query % key_value:  # the two numbers are of different layers
         key_value = query
     # If the layers differ, their largest head decides how much is exchanged at most.
@@ -99,10 +107,10 @@ def heads_of(model_config: Any) -> LayerHeads | None:
     latent_widths: list[Any] = [getattr(text, name, None) for name in latent_names]
     if all(isinstance(part, int) for part in latent_widths):
         width = sum(latent_widths) // 2
-    return LayerHeads(query, key_value, int(width))
+    return LayerHeads(num_query_heads=query, num_key_value_heads=key_value, head_dim=int(width))
 
 
-def _fewest(settings: Any, names: tuple[str, ...]) -> int | None:
+def _smallest_setting(settings: Any, names: tuple[str, ...]) -> int | None:
     """The smallest number above 0 that `settings` has under any of these names, also in a list; None if there is none."""
     numbers: list[int] = []
     for name in names:
@@ -151,11 +159,12 @@ def _model_problems(config: RunConfig, setting: str, model: ModelConfig) -> list
     """Why ranks cannot share rows of one model, a line each; empty if they can. `setting`: names it, as `model.path=<path>`."""
     degree = config.parallel.sequence
     settings = load_model_config(model)
-    heads = heads_of(settings)
-    if heads is not None and degree > heads.query:
+    heads = attention_heads_of(settings)
+    if heads is not None and degree > heads.num_query_heads:
         return [
-            f"parallel.sequence={degree}: {setting} has {heads.query} query heads in a layer, so that some rank would have none; "
-            f"set parallel.sequence={heads.query} or less"
+            f"parallel.sequence={degree}: {setting} has {heads.num_query_heads} query heads in a layer, "
+            "so that some rank would have none; "
+            f"set parallel.sequence={heads.num_query_heads} or less"
         ]
     family = objective_family(config.objective)
     if family.kind is ModelKind.classifier:
@@ -174,20 +183,21 @@ def _model_problems(config: RunConfig, setting: str, model: ModelConfig) -> list
 def sequence_notes(config: RunConfig, model_config: Any, ranks_per_host: int, tokens: int) -> list[str]:
     """Notes for the user on how ranks share rows of up to `tokens` tokens, a sentence each: uneven heads, groups across hosts."""
     degree = config.parallel.sequence
-    heads = heads_of(model_config)
+    heads = attention_heads_of(model_config)
     if degree == 1 or heads is None:
         return []
     notes = []
-    busiest_over_mean = heads.busiest_share(degree)
-    if busiest_over_mean >= UNEVEN:
+    busiest_over_mean = heads.busiest_rank_over_mean(degree)
+    if busiest_over_mean >= NOTABLE_UNEVENNESS:
         notes.append(
-            f"{heads.query} query heads do not divide well by {degree}: the busiest rank has {busiest_over_mean:.2f} times "
+            f"{heads.num_query_heads} query heads do not divide well by {degree}: the busiest rank has "
+            f"{busiest_over_mean:.2f} times "
             "the mean"
         )
     # Groups are neighbouring ranks, so all of them lie within hosts if the degree divides the ranks of a host.
     if ranks_per_host % degree:
         element_bytes = 4 if config.precision is Precision.fp32 else 2
-        mib = heads.all_to_all_elements(tokens, degree) * element_bytes / 2**20
+        mib = heads.max_all_to_all_elements(tokens, degree) * element_bytes / 2**20
         notes.append(
             f"groups of {degree} ranks cross hosts of {ranks_per_host}: a rank sends up to {mib:,.0f} MiB a layer, in the "
             "forward pass and again in the backward pass"

@@ -26,39 +26,39 @@ from strategies.file_fingerprints import sampled_digest
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import TokenDataset
-from trainer.model.loading import HUB_PATTERNS, weights_directory
+from trainer.model.loading import HUB_PATTERNS, find_weights_directory
 
-COPY_RECORD = "copy.json"
+COPY_RECORD_FILE = "copy.json"
 """Record in a finished copy: its source, and the digests of its files."""
-IN_USE = ".in-use"
+IN_USE_SUFFIX = ".in-use"
 """Suffix of the lock file of a copy. Each process that reads the copy holds a shared lock on it."""
 CHUNK_BYTES = 16 << 20
-STALE_S = 7 * 86400
+STALE_AFTER_S = 7 * 86400
 """An unused copy is removed this many seconds after its last use: its run was killed and never resumed."""
 SPARE_SHARE = 0.02
 """Share of the disk that stays free."""
-NOT_COPIED = ("documents.arrow", "audit.html", "audit.json", "datacard.md")
+NOT_COPIED_FILES = ("documents.arrow", "audit.html", "audit.json", "datacard.md")
 """Files of prepared data that training reads seldom or never. They are read where they are."""
 
 
 @dataclass(slots=True)
-class Copy:
+class StagedCopy:
     """A copy of a directory on this node's disk."""
 
-    content: str
+    content_kind: str
     """`model` or `data`."""
     source: Path
     path: Path
-    size: int
-    lock: int
-    """File descriptor that holds a reader's lock."""
+    num_bytes: int
+    lock_descriptor: int
+    """File descriptor that holds a reader's lock on the copy until it is closed."""
 
 
 @dataclass(slots=True)
 class Staged:
     """The copies that this process reads, by their content: `model` or `data`."""
 
-    copies: dict[str, Copy] = field(default_factory=dict)
+    copies: dict[str, StagedCopy] = field(default_factory=dict)
 
     def with_local_model(self, config: RunConfig) -> RunConfig:
         """The configuration with the model's path here, for code that reads weights. Records of the run keep the given path."""
@@ -80,8 +80,8 @@ class Staged:
         if not self.copies:
             return {}
         rows = {}
-        for content, copy in self.copies.items():
-            rows[content] = {"from": str(copy.source), "to": str(copy.path), "bytes": copy.size}
+        for content_kind, copy in self.copies.items():
+            rows[content_kind] = {"from": str(copy.source), "to": str(copy.path), "bytes": copy.num_bytes}
         return {"staged": rows}
 
     def remove(self) -> None:
@@ -93,9 +93,9 @@ class Staged:
             # An error on the disk of a node is no reason for a finished run to fail.
             with suppress(OSError):
                 # The exclusive lock is granted only if nobody else reads the copy.
-                fcntl.flock(copy.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(copy.lock_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(copy.path)
-            os.close(copy.lock)
+            os.close(copy.lock_descriptor)
         self.copies = {}
 
 
@@ -108,29 +108,29 @@ def stage(config: RunConfig, data: PreparedData, *, should_stop: Callable[[], bo
     if config.launcher.stage is None:
         return Staged()
     root = staging_directory(config.launcher.stage)
-    files_to_stage = {"model": _weight_files(weights_directory(config.model))}
+    files_to_stage = {"model": _weight_files(find_weights_directory(config.model))}
     if data.has_rows:
         files_to_stage["data"] = _token_files(data.directory)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root, should_stop):
-            copies: dict[str, Copy] = {}
-            missing: dict[str, _Files] = {}
-            for content, files in files_to_stage.items():
-                valid_copy = _valid_copy(root, content, files)
+        with _only_stager(root, should_stop):
+            copies: dict[str, StagedCopy] = {}
+            missing: dict[str, _SourceFiles] = {}
+            for content_kind, files in files_to_stage.items():
+                valid_copy = _valid_copy(root, content_kind, files)
                 if valid_copy is None:
-                    missing[content] = files
+                    missing[content_kind] = files
                 else:
-                    copies[content] = valid_copy
+                    copies[content_kind] = valid_copy
             _make_room(root, config.launcher.stage, missing, keep={copy.path for copy in copies.values()})
-            for content, files in missing.items():
-                copies[content] = _copy_files(root, content, files, should_stop)
+            for content_kind, files in missing.items():
+                copies[content_kind] = _copy_files(root, content_kind, files, should_stop)
     except OSError as error:
         raise StorageError(
             f"launcher.stage={config.launcher.stage}: {error.filename or root} on {socket.gethostname()}: "
             f"{error.strerror or error}; name a disk of the node that can be written, or leave launcher.stage out"
         ) from error
-    return Staged({content: copies[content] for content in files_to_stage})
+    return Staged({content_kind: copies[content_kind] for content_kind in files_to_stage})
 
 
 def staging_directory(setting: str) -> Path:
@@ -144,7 +144,7 @@ def staging_directory(setting: str) -> Path:
 
 
 @dataclass(slots=True)
-class _Files:
+class _SourceFiles:
     """Files below a directory, by relative name, and a hash of their names, sizes and times, which changes if they change."""
 
     source: Path
@@ -159,66 +159,76 @@ class _Files:
         self.key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     @property
-    def size(self) -> int:
+    def num_bytes(self) -> int:
+        """Bytes of all files together."""
         return sum(self.sizes.values())
 
 
-def _weight_files(source: Path) -> _Files:
+def _weight_files(source: Path) -> _SourceFiles:
     """The files of a model's directory that loading it may read."""
     names: set[str] = set()
     for pattern in HUB_PATTERNS:
         names |= {path.name for path in source.glob(pattern) if path.is_file()}
-    return _Files(source, sorted(names))
+    return _SourceFiles(source, sorted(names))
 
 
-def _token_files(source: Path) -> _Files:
+def _token_files(source: Path) -> _SourceFiles:
     """The files of prepared data, without those that training seldom reads."""
-    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file() and path.name not in NOT_COPIED]
-    return _Files(source, sorted(path.as_posix() for path in files))
+    files = [
+        path.relative_to(source) for path in source.rglob("*") if path.is_file() and path.name not in NOT_COPIED_FILES
+    ]
+    return _SourceFiles(source, sorted(path.as_posix() for path in files))
 
 
-def _valid_copy(root: Path, content: str, files: _Files) -> Copy | None:
-    """The existing copy of these files, locked, if every file is as it was written. Else None; a broken copy is deleted."""
-    path = root / f"{content}-{files.key[:16]}"
-    # Lock it before reading it: a run that removes a copy holds only the exclusive lock on that copy.
-    lock = _lock_for_use(path, fcntl.LOCK_SH)
+def _valid_copy(root: Path, content_kind: str, files: _SourceFiles) -> StagedCopy | None:
+    """The existing copy of these files, locked, if every file is as it was written. Else None; a broken copy is deleted.
+
+    `content_kind`: `model` or `data`. The caller must be in `_only_stager`.
+    """
+    path = root / f"{content_kind}-{files.key[:16]}"
+    # Lock the copy before reading it: a run that ends deletes a copy under its exclusive lock, without the lock on `root`.
+    lock_descriptor = _lock_for_use(path, fcntl.LOCK_SH)
     try:
-        recorded_digests = json.loads((path / COPY_RECORD).read_text(encoding="utf-8"))["digests"]
+        recorded_digests = json.loads((path / COPY_RECORD_FILE).read_text(encoding="utf-8"))["digests"]
         if recorded_digests == {name: sampled_digest(path / name) for name in files.names}:
-            return Copy(content, files.source, path, files.size, lock)
+            return StagedCopy(
+                content_kind, files.source, path, num_bytes=files.num_bytes, lock_descriptor=lock_descriptor
+            )
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no copy, or a broken one
-    os.close(lock)
+    os.close(lock_descriptor)
+    # Whoever calls this is the only process of the node that stages, so nobody begins to use the broken copy meanwhile.
     if path.exists():
         print(f"{path}: is not as it was copied; it is copied again", file=sys.stderr, flush=True)
         shutil.rmtree(path, ignore_errors=True)
     return None
 
 
-def _copy_files(root: Path, content: str, files: _Files, should_stop: Callable[[], bool]) -> Copy:
+def _copy_files(root: Path, content_kind: str, files: _SourceFiles, should_stop: Callable[[], bool]) -> StagedCopy:
     """Copy files to `root`, compare each with its source, and return the copy, locked. It gets its final name when complete.
 
-    `content`: `model` or `data`. `should_stop`: asked while bytes are copied. Raises OSError, StorageError if a copied file
+    `content_kind`: `model` or `data`. `should_stop`: asked while bytes are copied. Raises OSError, StorageError if a copied file
     differs from its source, and Preempted if `should_stop` says so; an incomplete copy is then deleted.
     """
-    path = root / f"{content}-{files.key[:16]}"
+    path = root / f"{content_kind}-{files.key[:16]}"
     partial = root / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     print(
-        f"staging {content} on {socket.gethostname()}: {_gib(files.size)} GiB of {files.source} to {path}",
+        f"staging {content_kind} on {socket.gethostname()}: {_as_gib(files.num_bytes)} GiB of {files.source} to {path}",
         file=sys.stderr,
         flush=True,
     )
     try:
         digests = {name: _copy_file(files.source / name, partial / name, should_stop) for name in files.names}
         # `of` names the source for whoever looks at the disk; the digests are checked before the copy is used.
-        record = {"of": str(files.source), "bytes": files.size, "digests": digests}
-        (partial / COPY_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        record = {"of": str(files.source), "bytes": files.num_bytes, "digests": digests}
+        (partial / COPY_RECORD_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
         partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Copy(content, files.source, path, files.size, _lock_for_use(path, fcntl.LOCK_SH))
+    lock_descriptor = _lock_for_use(path, fcntl.LOCK_SH)
+    return StagedCopy(content_kind, files.source, path, num_bytes=files.num_bytes, lock_descriptor=lock_descriptor)
 
 
 def _copy_file(source: Path, target: Path, should_stop: Callable[[], bool]) -> str:
@@ -235,38 +245,39 @@ def _copy_file(source: Path, target: Path, should_stop: Callable[[], bool]) -> s
     return digest
 
 
-def _make_room(root: Path, setting: str, missing: dict[str, _Files], *, keep: set[Path]) -> None:
+def _make_room(root: Path, setting: str, missing: dict[str, _SourceFiles], *, keep: set[Path]) -> None:
     """Delete unused copies that are stale, and as many others as the `missing` copies need space, the oldest first.
 
     Unfinished copies are deleted too. Copies in `keep` stay. Raises StorageError, with numbers, if there is still too little
     space.
     """
-    needed = sum(files.size for files in missing.values())
+    needed = sum(files.num_bytes for files in missing.values())
     for unfinished in root.glob(".*.partial"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    for path in sorted(_unused(root, keep), key=_last_used):
-        is_stale = time.time() - _last_used(path) > STALE_S
-        if not path.exists() or is_stale or _free(root) < needed:
-            _remove(path)
-    free = _free(root)
+    for path in sorted(_unused_copies(root, keep), key=_last_use_time):
+        is_stale = time.time() - _last_use_time(path) > STALE_AFTER_S
+        if not path.exists() or is_stale or _free_bytes(root) < needed:
+            _remove_copy(path)
+    free = _free_bytes(root)
     if free >= needed:
         return
-    parts = ", ".join(f"{content} {_gib(files.size)}" for content, files in missing.items())
+    sizes_text = ", ".join(f"{content_kind} {_as_gib(files.num_bytes)}" for content_kind, files in missing.items())
     raise StorageError(
-        f"launcher.stage={setting}: {_gib(needed)} GiB are to be copied to {root} on {socket.gethostname()} ({parts}), and "
-        f"{_gib(max(0, free))} GiB are free there; free space, name another disk, or leave launcher.stage out"
+        f"launcher.stage={setting}: {_as_gib(needed)} GiB are to be copied to {root} on "
+        f"{socket.gethostname()} ({sizes_text}), and "
+        f"{_as_gib(max(0, free))} GiB are free there; free space, name another disk, or leave launcher.stage out"
     )
 
 
-def _free(root: Path) -> int:
+def _free_bytes(root: Path) -> int:
     """Bytes of the disk that copies may still take: free space without SPARE_SHARE of the disk."""
     usage = shutil.disk_usage(root)
     return usage.free - int(SPARE_SHARE * usage.total)
 
 
-def _unused(root: Path, keep: set[Path]) -> Iterator[Path]:
+def _unused_copies(root: Path, keep: set[Path]) -> Iterator[Path]:
     """Copies that no process reads, except those in `keep`. Also yields a path of which only the lock file is left."""
-    names = {path.name.removesuffix(IN_USE) for path in root.iterdir() if not path.name.startswith(".")}
+    names = {path.name.removesuffix(IN_USE_SUFFIX) for path in root.iterdir() if not path.name.startswith(".")}
     for name in names:
         path = root / name
         if path not in keep:
@@ -275,10 +286,10 @@ def _unused(root: Path, keep: set[Path]) -> Iterator[Path]:
                 yield path
 
 
-def _last_used(path: Path) -> float:
+def _last_use_time(path: Path) -> float:
     """When a copy was last used, as the modification time of its lock file in seconds since the epoch; 0 without that file."""
     try:
-        return Path(f"{path}{IN_USE}").stat().st_mtime
+        return Path(f"{path}{IN_USE_SUFFIX}").stat().st_mtime
     except OSError:
         return 0.0
 
@@ -289,26 +300,27 @@ def _lock_for_use(path: Path, mode: int) -> int:
     `mode`: of `fcntl.flock`: LOCK_SH to read the copy, LOCK_EX | LOCK_NB to delete it. Errors: OSError, also if others hold the
     lock and `mode` does not wait.
     """
-    descriptor = os.open(f"{path}{IN_USE}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(f"{path}{IN_USE_SUFFIX}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, mode)
         is_reader = not mode & fcntl.LOCK_NB
         if is_reader:
-            os.utime(descriptor)  # the time of the last use, for `_last_used`
+            os.utime(descriptor)  # the time of the last use, for `_last_use_time`
     except OSError:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _remove(path: Path) -> None:
-    """Delete a copy and its lock file. The caller must be in `_locked`, so that no process begins to use the copy meanwhile."""
+def _remove_copy(path: Path) -> None:
+    """Delete a copy and its lock file. The caller must be in `_only_stager`, so that no process begins to use the copy
+    meanwhile."""
     shutil.rmtree(path, ignore_errors=True)
-    Path(f"{path}{IN_USE}").unlink(missing_ok=True)
+    Path(f"{path}{IN_USE_SUFFIX}").unlink(missing_ok=True)
 
 
 @contextmanager
-def _locked(root: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
+def _only_stager(root: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
     """Inside the context this is the only process of the node that stages. Raises Preempted if it must stop while it waits."""
     with (root / ".lock").open("a", encoding="utf-8") as file:
         while True:
@@ -321,5 +333,6 @@ def _locked(root: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
         yield
 
 
-def _gib(size: float) -> str:
+def _as_gib(size: float) -> str:
+    """A number of bytes in GiB, with two decimals."""
     return f"{size / 2**30:.2f}"

@@ -55,13 +55,14 @@ class DecodingConfig:
             )
         # These settings change how tokens are drawn, and at temperature 0 none are.
         is_set = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "draws": self.draws > 1}
-        without_effect = []
+        settings_without_effect = []
         for name, was_set in is_set.items():
             if was_set and not self.temperature:
-                without_effect.append(f"{key}.{name}={getattr(self, name)}")
-        if without_effect:
+                settings_without_effect.append(f"{key}.{name}={getattr(self, name)}")
+        if settings_without_effect:
             yield (
-                f"{', '.join(without_effect)}: nothing is drawn at {key}.temperature=0; set {key}.temperature=1, or leave it out"
+                f"{', '.join(settings_without_effect)}: nothing is drawn at {key}.temperature=0; set "
+                f"{key}.temperature=1, or leave it out"
             )
         if "" in self.stop:
             yield f"{key}.stop: has an empty text, which would end every answer; leave it out"

@@ -25,7 +25,7 @@ from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.registry import metric_directions
 from trainer.model.architecture import text_model_config
 from trainer.model.config import ModelConfig
-from trainer.model.loading import generation_config
+from trainer.model.loading import load_generation_config
 from trainer.step import BuiltModel
 
 
@@ -99,7 +99,7 @@ def build_evaluators(
             generation_share,
             tokenizer,
             config.generate,
-            generation_config=generation_config(model, built.config, decoder_start),
+            generation_config=load_generation_config(model, built.config, decoder_start),
             runtime=runtime,
             stop_now=watch_for_stop(),
         )
@@ -150,7 +150,7 @@ def build_model_interface(
     decoder_start = built.two_sides.decoder_start if built.two_sides else None
     answer_generator = AnswerGenerator(
         encoder.tokenizer,
-        generation_config(model, built.config, decoder_start),
+        load_generation_config(model, built.config, decoder_start),
         runtime,
         batch=config.batch,
         stop_now=stop_now,

@@ -17,7 +17,7 @@ import torch
 
 from strategies.errors import ConfigError
 from strategies.small_files import read_json_object
-from trainer.model.rope import CONFIG, adapter_config_source
+from trainer.model.rope import CONFIG_FILE, adapter_config_source
 from trainer.tuning.initial_adapter import SETTINGS_FILE, WEIGHTS_FILE, read_adapter_settings
 
 
@@ -209,7 +209,7 @@ def _config_source(settings: CombineSettings, base: str) -> str:
     sources = [adapter_config_source(Path(directory).expanduser(), base) for directory in settings.adapters]
     positions_of_adapters = []
     for source in sources:
-        config = read_json_object(Path(source) / CONFIG) if Path(source).is_dir() else {}
+        config = read_json_object(Path(source) / CONFIG_FILE) if Path(source).is_dir() else {}
         text_config = config.get("text_config") or config
         # (number of positions, rope parameters)
         positions_of_adapters.append((text_config.get("max_position_embeddings"), text_config.get("rope_parameters")))

@@ -48,7 +48,7 @@ def load_export(
         else:
             model = _load_base(directory, read_json_object(settings_file), base_path, dtype)
         if quantised_base is not None:
-            for name in quantised_base.quantised:
+            for name in quantised_base.quantised_shapes:
                 model.get_parameter(name).data.copy_(quantised_base.full_tensor(name))
         if settings_file is not None:
             add_adapter = _adapter_loader(settings_file, for_generation=for_generation)

@@ -132,8 +132,8 @@ class ModelValues:
         """
         if base_name in self._buffers:
             return self._buffers[base_name].to("meta")
-        if base_name in self.base.quantised:
-            return torch.empty(self.base.quantised[base_name], device="meta")
+        if base_name in self.base.quantised_shapes:
+            return torch.empty(self.base.quantised_shapes[base_name], device="meta")
         parameter = self._parameters[self._plain_name_by_base_name[base_name]]
         dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
         return torch.empty(parameter.shape, dtype=dtype, device="meta")
@@ -172,7 +172,7 @@ class ModelValues:
         - the base does not have it, or has it in another shape (a grown vocabulary): as the run began;
         - else: that of the base.
         """
-        if base_name in self.base.quantised:
+        if base_name in self.base.quantised_shapes:
             return self.base.full_tensor(base_name)
         shape = self._parameters[plain_name].shape
         if self.base.resolve(base_name) is None or self.base.shape(base_name) != tuple(shape):

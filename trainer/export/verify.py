@@ -87,7 +87,7 @@ class _PlainLogits:
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
-        with flex.documents(inputs):
+        with flex.masks_keep_documents_apart(inputs):
             return {"logits": unwrap_adapter(model)(**inputs, **_no_cache(model)).logits}
 
 

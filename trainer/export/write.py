@@ -52,7 +52,7 @@ from trainer.export.plan import INDEX_FILE, ExportPlan, plan_files
 from trainer.export.tensors import hub_name, stored_type
 from trainer.export.trained_model import ModelValues, TrainedModel, one_thread, trained_shapes
 from trainer.export.verify import Reference, verify_written
-from trainer.model.architecture import TEXT_MODEL_ONLY, text_model_config
+from trainer.model.architecture import TEXT_ONLY_MODEL_TYPES, text_model_config
 from trainer.model.base_files import write_base_record
 from trainer.model.compat import needs_own_class
 from trainer.reporting.documents.card import write_documents
@@ -319,7 +319,7 @@ def _write_settings(model: TrainedModel, dtype: torch.dtype, staging_dir: Path, 
     """
     settings = copy.deepcopy(model.built.config)
     # Of the types in TEXT_MODEL_ONLY only the text part is in memory, but the files hold the whole model.
-    if settings.model_type not in TEXT_MODEL_ONLY or not settings.architectures:
+    if settings.model_type not in TEXT_ONLY_MODEL_TYPES or not settings.architectures:
         settings.architectures = [type(model.plain_model).__name__]
     settings.dtype = dtype
     if getattr(settings, "quantization_config", None) is not None:

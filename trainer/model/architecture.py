@@ -14,42 +14,48 @@ from strategies.errors import ConfigError
 from trainer.model import experts
 from trainer.model.compat import ignore_in_checkpoints, larger_models, register_text_part
 from trainer.model.config import Attention, ModelConfig, ModelKind
-from trainer.model.rope import check_rotates
+from trainer.model.rope import check_rotary_embeddings
 from trainer.tuning.compat.transformers import block_class_names
 
-DROPOUT = re.compile(r"dropout|_pdrop$")
-"""What the names of dropout probabilities have in common, whatever an architecture calls them."""
-RANDOM_SETTING = re.compile(r"layerdrop|input_jitter")
-"""Of settings that leave out whole layers, or disturb them, at random: ranks would draw different ones, and sharding
-strategies would hang or part."""
+DROPOUT_NAME_REGEX = re.compile(r"dropout|_pdrop$")
+"""What the names of dropout probabilities have in common, such as `attention_dropout` and `attn_pdrop`."""
+RANDOM_SETTING_NAME_REGEX = re.compile(r"layerdrop|input_jitter")
+"""Names of settings that leave out whole layers, or disturb them, at random. Ranks would draw different layers: sharding
+strategies would hang, or their results differ."""
 
-KEY_SELECTORS = frozenset({"Qwen4ExpTextQSAIndexer"})
+KEY_SELECTOR_CLASSES = frozenset({"Qwen4ExpTextQSAIndexer"})
 """Classes of modules that choose keys, so that no gradient reaches them, and call their parts as often as a document's tokens
 ask: gathered for each such call, ranks would wait for each other for ever."""
-NOT_TRAINABLE = {"reformer": "trains only on rows of a fixed length, a multiple of its chunks"}
+REASON_BY_UNTRAINABLE_TYPE = {"reformer": "trains only on rows of a fixed length, a multiple of its chunks"}
 """Why models of a `model_type` are not trained, where nothing else finds it out before the first step."""
-TEXT_MODEL_ONLY = frozenset({"llama4"})
+TEXT_ONLY_MODEL_TYPES = frozenset({"llama4"})
 """Models that see, of which only the text model can be built: in transformers 5.24 the whole one fails on texts."""
 
 
-def architecture(
+WIDTH_OF_8B = 4096
+"""Width of a usual model of 8B, taken for a model whose configuration names none: the crossover is an estimate anyway."""
+
+
+def build_plain_model(
     kind: ModelKind, model_config: Any, config: ModelConfig, attention: str, objective: str
 ) -> tuple[Any, str]:
-    """(the plain model of a kind, with the run's dropout; the attention that it got, which may be eager in place of SDPA).
+    """(the model as transformers builds it, with the run's dropout; the name of the attention that it got).
 
-    `model_config`: transformers'; its dropout settings are the base's own again afterwards. `objective`: its name, for messages.
-    Raises ConfigError if the model cannot be trained here, has no class of this kind, or cannot be built.
+    The attention is `attention`, or `eager` if `sdpa` was not set by the user and the class has none. `model_config`:
+    transformers' configuration; its dropout settings have the base's own values again afterwards. `config`: the settings
+    `model.*`. `objective`: its name, for messages. Raises ConfigError if the model cannot be trained here, has no class of this
+    kind, or cannot be built.
     """
-    reason_unfit = NOT_TRAINABLE.get(model_config.model_type)
+    reason_unfit = REASON_BY_UNTRAINABLE_TYPE.get(model_config.model_type)
     if reason_unfit is not None:
         raise ConfigError(
             f"model.path={config.path}: a {model_config.model_type} {reason_unfit}, and cannot be trained here; take a "
             "model of another architecture (docs/models.md lists those that train)"
         )
-    _check_class(kind, model_config, config, objective)
+    _raise_if_no_model_class(kind, model_config, config, objective)
     try:
         with _dropout_while_building(model_config, config.dropout):
-            model, attention = _build(kind, model_config, config, attention)
+            model, attention = _build_with_attention(kind, model_config, config, attention)
     # A class fails in its own way over a configuration that it does not know: a rope type, an activation, a missing part.
     except (ValueError, ImportError, AttributeError, LookupError, TypeError, ArithmeticError, MemoryError) as error:
         reason = str(error).partition("\nModel type should be one of")[0]  # hundreds of names follow
@@ -59,7 +65,7 @@ def architecture(
             f"model.path={config.path}: a {model_config.model_type} model cannot be built for objective="
             f"{objective} with attention {attention}: {' '.join(reason.split())[:300]}"
         ) from error
-    check_rotates(model, config)
+    check_rotary_embeddings(model, config)
     return model, attention
 
 
@@ -84,23 +90,23 @@ def transformers_class(kind: ModelKind, model_config: Any) -> Any:
     """
     import transformers
 
-    names = {
+    class_name_by_kind = {
         ModelKind.causal: "AutoModelForCausalLM",
         ModelKind.classifier: "AutoModelForSequenceClassification",
         ModelKind.encoder_decoder: "AutoModelForSeq2SeqLM",
     }
     is_multimodal = (
         type(model_config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
-        and model_config.model_type not in TEXT_MODEL_ONLY
+        and model_config.model_type not in TEXT_ONLY_MODEL_TYPES
     )
     if kind is ModelKind.causal and is_multimodal:
         return transformers.AutoModelForMultimodalLM
     if kind is ModelKind.causal:
         register_text_part(type(model_config))
-    return getattr(transformers, names[kind])
+    return getattr(transformers, class_name_by_kind[kind])
 
 
-def _check_class(kind: ModelKind, model_config: Any, config: ModelConfig, objective: str) -> None:
+def _raise_if_no_model_class(kind: ModelKind, model_config: Any, config: ModelConfig, objective: str) -> None:
     """Raise ConfigError, with what does work, if transformers has no class of a kind for a configuration of its own."""
     import transformers
 
@@ -150,21 +156,21 @@ def modules_beside_text(model: Any) -> tuple[str, ...]:
     return tuple(outside(model, ""))
 
 
-def build_options(config: ModelConfig) -> dict[str, Any]:
-    """Options of every `from_config` of transformers, beside the attention."""
+def from_config_options(config: ModelConfig) -> dict[str, Any]:
+    """Arguments of every `from_config` of transformers, beside the attention: remote code, data type and experts function."""
     options = {"trust_remote_code": config.trust_remote_code, "dtype": "float32"}
-    if not config.trust_remote_code:  # code of its own need not know the word
+    if not config.trust_remote_code:  # a model's own code need not know this argument
         options["experts_implementation"] = experts.EXPERTS_FUNCTION
     return options
 
 
-def _build(kind: ModelKind, model_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
+def _build_with_attention(kind: ModelKind, model_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
     """(the model, the attention that it got): `attention`, or else `eager`.
 
     Eager replaces SDPA if the setting is `auto` and the model's class has no SDPA. Raises ValueError if the class does not have
     an attention that the user chose.
     """
-    options = build_options(config)
+    options = from_config_options(config)
     model_class = transformers_class(kind, model_config)
     try:
         model = model_class.from_config(model_config, attn_implementation=attention, **options)
@@ -173,15 +179,15 @@ def _build(kind: ModelKind, model_config: Any, config: ModelConfig, attention: s
             raise
         attention = "eager"
         model = model_class.from_config(model_config, attn_implementation=attention, **options)
-    if model_config.model_type in TEXT_MODEL_ONLY:  # what it has no place for goes into the export as it is
+    if model_config.model_type in TEXT_ONLY_MODEL_TYPES:  # what it has no place for goes into the export as it is
         ignore_in_checkpoints(model, {"."})
     return model, attention
 
 
-def describe_head(model_config: Any, outputs: int | None, pad_token_id: int, *, several: bool) -> None:
-    """What the architecture, and later the export, must know of its classification head.
+def set_head_settings(model_config: Any, outputs: int | None, pad_token_id: int, *, several: bool) -> None:
+    """Set in `model_config` what the architecture, and later the export, must know of its classification head.
 
-    `outputs` is their number; `several`: any number of them may be true of one document.
+    `outputs`: number of labels. `several`: any number of labels may be true of one document, so that each is a yes or no.
     """
     model_config.num_labels = outputs
     if several:
@@ -190,9 +196,11 @@ def describe_head(model_config: Any, outputs: int | None, pad_token_id: int, *, 
 
 
 def grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new: int) -> None:
-    """Set the vocabulary in `model_config` to `size` tokens, of which `num_new` are added by `model.add_tokens`.
+    """Set the vocabulary in `model_config` to at least `size` tokens, of which `num_new` are added by `model.add_tokens`.
 
-    The model is then built at its final size, and needs no resizing after sharding.
+    It never shrinks: a model may have more rows than its tokenizer has tokens. The model is then built at its final size, and
+    needs no resizing after sharding. Raises ConfigError if the tokenizer without the new tokens has more entries than the model
+    has rows.
     """
     text = text_model_config(model_config)
     rows = text.vocab_size
@@ -216,7 +224,7 @@ def experts_per_token(settings: Any) -> int:
     return next((getattr(text, name) for name in names if isinstance(getattr(text, name, None), int)), 2)
 
 
-def width_and_blocks(plain: Any) -> tuple[int, int]:
+def width_and_num_blocks(plain: Any) -> tuple[int, int]:
     """(width of a model's hidden states, number of its blocks), as in (4096, 32).
 
     By its configuration, or for a model of several parts of their own sizes (BLT): the largest width, and the blocks of all.
@@ -233,38 +241,41 @@ def width_and_blocks(plain: Any) -> tuple[int, int]:
     return width, blocks
 
 
-def tokens_per_square(model_config: Any) -> int:
-    """How many squared tokens cost as much as one token: a document of n tokens costs about n + n^2 / this.
+def attention_crossover_tokens(model_config: Any) -> int:
+    """The length in tokens at which a document's attention costs as much as its products with the weights.
+
+    A document of n tokens costs about n + n^2 / crossover, in units of one token's products with the weights.
 
     A block of width w has about 12 w^2 weights, and multiplies each token by them once. Causal attention multiplies about
-    w n^2 times for a document of n tokens. So the ratio is 12 w: 49,152 for a model of 8B. Layers with a window count as none.
+    w n^2 times for a document of n tokens. So the crossover is 12 w: 49,152 for a model of 8B. Layers whose attention has a
+    window count as layers without attention, so the crossover grows by the ratio of all layers to those of full attention.
     """
     text = text_model_config(model_config)
-    width = getattr(text, "hidden_size", None) or 4096
+    width = getattr(text, "hidden_size", None) or WIDTH_OF_8B
     layer_types = getattr(text, "layer_types", None) or ["full_attention"]
-    full_layers = sum(kind == "full_attention" for kind in layer_types)
-    return 12 * int(width) * len(layer_types) // max(1, full_layers)
+    num_full_layers = sum(layer_type == "full_attention" for layer_type in layer_types)
+    return 12 * int(width) * len(layer_types) // max(1, num_full_layers)
 
 
 def set_dropout(model_config: Any, probability: float) -> list[tuple[Any, str, float]]:
     """Set every dropout probability in `model_config`, and switch off whatever else the model draws at random.
 
-    Returns (the configuration or part of it, the setting's name, its value before) for each setting that was found, such as
-    `(model_config, "attention_dropout", 0.1)`.
+    Returns (the configuration that has the setting, the setting's name, its value before) for each setting that was found, such
+    as `(model_config, "attention_dropout", 0.1)`.
     """
     earlier_values = []
     owners = [model_config]
     for name in getattr(model_config, "sub_configs", None) or {}:
-        part = getattr(model_config, name, None)
-        if part is not None:
-            owners.append(part)
+        sub_config = getattr(model_config, name, None)
+        if sub_config is not None:
+            owners.append(sub_config)
     for owner in owners:
         for name, value in list(vars(owner).items()):
             if not isinstance(value, float | int) or isinstance(value, bool):
                 continue
-            if RANDOM_SETTING.search(name):
+            if RANDOM_SETTING_NAME_REGEX.search(name):
                 new_value = 0.0
-            elif DROPOUT.search(name):
+            elif DROPOUT_NAME_REGEX.search(name):
                 new_value = probability
             else:
                 continue
@@ -275,8 +286,9 @@ def set_dropout(model_config: Any, probability: float) -> list[tuple[Any, str, f
 
 
 def freeze_key_selectors(model: nn.Module) -> list[str]:
-    """Keep the parts in `KEY_SELECTORS` from training, adapters on them too. Returns the names of the classes that were found."""
-    selectors = [module for module in model.modules() if type(module).__name__ in KEY_SELECTORS]
+    """Keep the parts in `KEY_SELECTOR_CLASSES` from training, adapters on them too. Returns the names of the classes that were
+    found."""
+    selectors = [module for module in model.modules() if type(module).__name__ in KEY_SELECTOR_CLASSES]
     for module in selectors:
         module.requires_grad_(False)
     return sorted({type(module).__name__ for module in selectors})
@@ -292,7 +304,7 @@ def head_names(model: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def vocabulary_names(model: Any) -> frozenset[str]:
+def vocabulary_parameter_names(model: Any) -> frozenset[str]:
     """Full names of the token embeddings' and the output head's parameters."""
     vocabulary_modules = (model.get_input_embeddings(), model.get_output_embeddings())
     names: set[str] = set()

@@ -25,10 +25,10 @@ from trainer.model.sequence_attention import over_slices
 NAME = "shardtune_varlen"
 
 
-LONGEST_UNDER_ONE_MASK = 128
-"""Tokens of a document with branches up to which one mask for all of it is faster on CPUs than a call for each branch."""
-SMALLEST_STRETCH = 1024
-"""Fewest queries of a stretch, where a window is computed in stretches: shorter ones would be many small kernels."""
+MAX_TOKENS_UNDER_ONE_MASK = 128
+"""Up to so many tokens of a document with branches, one mask for all of it is faster on CPUs than a call for each branch."""
+MIN_QUERIES_PER_CHUNK = 1024
+"""A window is computed in chunks of at least so many queries: shorter ones would be many small kernels."""
 
 
 def register() -> None:
@@ -83,10 +83,10 @@ def varlen_attention(
         raise ValueError("branches of a document are not implemented for attention in chunks or to later tokens")
     # One kernel for all documents, where there is one.
     if sinks is None and _has_varlen_kernel(query, value, softcap, dropout):
-        boundaries = KeyBoundaries(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        boundaries = SequenceBounds(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         if branches is not None:
             assert document_bounds is not None, "branches come with the boundaries of their documents"
-            segments = segments_of(document_bounds, branches)
+            segments = segments_of_branches(document_bounds, branches)
             boundaries = segments.boundaries(query.device)
             rows = segments.key_rows.to(query.device, non_blocking=True)
             # The gradients of a prompt's keys are added up over its branches.
@@ -95,7 +95,7 @@ def varlen_attention(
         return _varlen_kernel(query, key, value, boundaries, scaling, sliding_window, causal), None
     # Else document by document.
     bounds = document_bounds if document_bounds is not None else cu_seq_lens_q.tolist()
-    branches_left = iter(branches if branches is not None else [])
+    remaining_branches = iter(branches if branches is not None else [])
     lengths = [stop - start for start, stop in pairwise(bounds)]
     # On CPUs the bfloat16 backward pass of SDPA is slower than the float32 one, so that casting pays.
     compute_dtype = (
@@ -105,7 +105,7 @@ def varlen_attention(
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):  # it would cast back
         rule = AttentionRule(scaling, dropout, sliding_window, softcap, causal, sinks)
         out = _attend_by_document(
-            operands, lengths, lambda q, k, v: _attend_one_document(q, k, v, rule, next(branches_left, ()))
+            operands, lengths, lambda q, k, v: _attend_one_document(q, k, v, rule, next(remaining_branches, ()))
         )
     return out.to(output_dtype).transpose(1, 2).contiguous(), None
 
@@ -127,9 +127,9 @@ def _chunk_of(module: nn.Module) -> int | None:
 
 @torch.compiler.disable  # a compiled block would be compiled anew for other documents
 def _by_document_position(module: nn.Module, query: Tensor, bounds: list[int]) -> tuple[Tensor, list[int], Tensor]:
-    """For layers that look at a token's position: make it the one in the document, not the one in the row.
+    """For layers that look at a token's position: make it the position in the document, not the one in the row.
 
-    Returns the query, and twice the boundaries of what attends to itself: on the host, and on the device.
+    Returns (the query, the boundaries of documents or of their chunks, the same boundaries on the device).
     """
     chunk_bounds = _chunk_bounds(bounds, _chunk_of(module))
     # A tensor made on the device would be waited for.
@@ -186,7 +186,7 @@ def _attend_by_document(
 
 
 @dataclass(frozen=True, slots=True)
-class KeyBoundaries:
+class SequenceBounds:
     """Where the queries and keys of each sequence begin and end, as variable-length kernels take them."""
 
     queries: Tensor
@@ -210,18 +210,18 @@ class Segments:
     query_bounds: list[int]
     key_bounds: list[int]
 
-    def boundaries(self, device: torch.device) -> KeyBoundaries:
+    def boundaries(self, device: torch.device) -> SequenceBounds:
         """The bounds as tensors on a device, which nobody waits for."""
         queries = torch.tensor(self.query_bounds, dtype=torch.int32).to(device, non_blocking=True)
         keys = torch.tensor(self.key_bounds, dtype=torch.int32).to(device, non_blocking=True)
-        return KeyBoundaries(queries, keys, _longest(self.query_bounds), _longest(self.key_bounds))
+        return SequenceBounds(queries, keys, _longest_sequence(self.query_bounds), _longest_sequence(self.key_bounds))
 
 
-def segments_of(bounds: Sequence[int], branches: Sequence[Sequence[int]]) -> Segments:
-    """What each stretch of a row attends to where documents have branches: answers that share one prompt (the trunk).
+def segments_of_branches(bounds: Sequence[int], branches: Sequence[Sequence[int]]) -> Segments:
+    """The sequences into which a kernel cuts a row whose documents have branches: answers that share one prompt (the trunk).
 
-    `bounds`: where documents begin, and the end. `branches`: where the branches of each document begin, from its own begin.
-    A branch sees the trunk and itself, so the trunk's keys come once for each branch.
+    `bounds`: where documents begin in the row, and the row's end. `branches`: where the branches of each document begin, counted
+    from the document's begin. A branch sees the trunk and itself, so the trunk's keys come once for each branch.
     """
     key_rows = []
     query_bounds = [0]
@@ -238,7 +238,7 @@ def segments_of(bounds: Sequence[int], branches: Sequence[Sequence[int]]) -> Seg
     return Segments(torch.cat(key_rows), query_bounds, key_bounds)
 
 
-def _longest(bounds: Sequence[int]) -> int:
+def _longest_sequence(bounds: Sequence[int]) -> int:
     return max(stop - start for start, stop in pairwise(bounds))
 
 
@@ -254,7 +254,7 @@ class AttentionRule:
     sinks: Tensor | None
     """`[H]`: logits that take a part of each row and give nothing."""
 
-    def mask(self, length: int, device: torch.device) -> Tensor | None:
+    def window_mask(self, length: int, device: torch.device) -> Tensor | None:
         """The keys that each query sees, bool `[T, T]`; None if no window hides any."""
         if self.window is None or length <= self.window:
             return None
@@ -262,7 +262,7 @@ class AttentionRule:
         distance = position[:, None] - position[None, :]
         return (distance >= 0) & (distance < self.window) if self.causal else distance.abs() < self.window
 
-    def last_mask(self, queries: int, keys: int, device: torch.device) -> Tensor:
+    def mask_of_last_queries(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """The keys that each query sees if the queries are the last tokens of the keys, bool `[queries, keys]`."""
         query = torch.arange(keys - queries, keys, device=device)
         distance = query[:, None] - torch.arange(keys, device=device)[None, :]
@@ -293,13 +293,13 @@ def _attend_one_document(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, b
     document with branches is too long for it.
     """
     on_gpu = q.device.type == "cuda"
-    if branches and (on_gpu or q.shape[2] > LONGEST_UNDER_ONE_MASK):
+    if branches and (on_gpu or q.shape[2] > MAX_TOKENS_UNDER_ONE_MASK):
         return _attend_branch_by_branch(q, k, v, rule, branches)
     if on_gpu:
         return _attend_on_gpu(q, k, v, rule)
     if branches:
         return _attend_with_mask(q, k, v, rule, rule.branch_mask(q.shape[2], branches, q.device))
-    return _attend_with_mask(q, k, v, rule, rule.mask(q.shape[2], q.device))
+    return _attend_with_mask(q, k, v, rule, rule.window_mask(q.shape[2], q.device))
 
 
 def _attend_branch_by_branch(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, branches: Sequence[int]) -> Tensor:
@@ -312,7 +312,7 @@ def _attend_branch_by_branch(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRul
     for begin, end in pairwise([*branches, q.shape[2]]):
         keys = torch.cat([k[:, :, :trunk], k[:, :, begin:end]], dim=2)
         values = torch.cat([v[:, :, :trunk], v[:, :, begin:end]], dim=2)
-        mask = rule.last_mask(end - begin, keys.shape[2], q.device)
+        mask = rule.mask_of_last_queries(end - begin, keys.shape[2], q.device)
         pieces.append(_attend_with_mask(q[:, :, begin:end], keys, values, rule, mask))
     return torch.cat(pieces, dim=2)
 
@@ -320,7 +320,7 @@ def _attend_branch_by_branch(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRul
 def _attend_with_mask(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
     """Attention of queries to the keys that `mask` shows, bool `[queries, keys]`; None: as the rule says."""
     if rule.softcap is not None or rule.sinks is not None:
-        return _attend_by_scores(q, k, v, rule, mask)
+        return _attend_with_score_matrix(q, k, v, rule, mask)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -334,32 +334,34 @@ def _attend_with_mask(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask
 
 
 def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
-    """`_attend_one_document` by the kernels of a GPU: heads are repeated, and a window is computed in stretches of queries.
+    """Attention within one document by the kernels of a GPU: q `[B, H, T, D]`, k and v `[B, G, T, D]` -> `[B, H, T, D]`.
 
-    Heads are repeated because torch's kernel for float32 and masks knows no grouped heads: torch would build all H x T x T scores
-    instead. Queries go in stretches because a mask over all of them has T x T entries.
+    Heads of keys are repeated, because torch's kernel for float32 and masks knows no grouped heads: torch would build all
+    H x T x T scores instead. A window is computed in chunks of queries, because a mask over all queries has T x T entries.
     """
 
+    needs_score_matrix = rule.softcap is not None or rule.sinks is not None
+
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if by_scores:
-            return _attend_by_scores(q, k, v, rule, mask)
+        if needs_score_matrix:
+            return _attend_with_score_matrix(q, k, v, rule, mask)
         causal = rule.causal and mask is None
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=rule.dropout, is_causal=causal, scale=rule.scaling
         )
 
-    by_scores = rule.softcap is not None or rule.sinks is not None
-    groups = q.shape[1] // k.shape[1]
+    queries_per_key = q.shape[1] // k.shape[1]
     length = q.shape[2]
     window = rule.window
-    if not by_scores and groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if not needs_score_matrix and queries_per_key > 1:
+        k, v = k.repeat_interleave(queries_per_key, dim=1), v.repeat_interleave(queries_per_key, dim=1)
     if window is None or length <= window:
         return attend(q, k, v, None)
     position = torch.arange(length, device=q.device)
+    queries_per_chunk = max(window, MIN_QUERIES_PER_CHUNK)
     pieces = []
-    for start in range(0, length, max(window, SMALLEST_STRETCH)):
-        stop = min(length, start + max(window, SMALLEST_STRETCH))
+    for start in range(0, length, queries_per_chunk):
+        stop = min(length, start + queries_per_chunk)
         visible_keys = slice(max(0, start - window + 1), stop if rule.causal else min(length, stop + window - 1))
         distance = position[start:stop, None] - position[None, visible_keys]
         mask = (distance >= 0) & (distance < window) if rule.causal else distance.abs() < window
@@ -367,13 +369,15 @@ def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tens
     return torch.cat(pieces, dim=2)
 
 
-def _attend_by_scores(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
-    """Attention by explicit scores, for what no kernel has: capped scores, and sinks (a learned score that takes weight away).
+def _attend_with_score_matrix(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
+    """Attention with the matrix of all scores in memory, for what no kernel has: capped scores, and sinks (a learned score that
+    takes weight away).
 
-    `mask`: bool `[queries, keys]`, True where a query sees a key; None: as the rule says.
+    q `[B, H, T, D]`, k and v `[B, G, T, D]` -> `[B, H, T, D]`. `mask`: bool `[queries, keys]`, True where a query sees a key;
+    None: causal if the rule is, else every key.
     """
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    queries_per_key = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(queries_per_key, dim=1), v.repeat_interleave(queries_per_key, dim=1)
     scores = (q @ k.transpose(-1, -2)) * (rule.scaling if rule.scaling is not None else q.shape[-1] ** -0.5)
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
@@ -395,22 +399,22 @@ def _has_varlen_kernel(query: Tensor, value: Tensor, softcap: float | None, drop
         return False
     if value.shape[-1] > query.shape[-1]:
         return False
-    return softcap is None and dropout == 0.0 and _has_flash(query.device, query.shape[-1])
+    return softcap is None and dropout == 0.0 and _has_flash_kernel(query.device, query.shape[-1])
 
 
-def _has_flash(device: torch.device, head: int) -> bool:
+def _has_flash_kernel(device: torch.device, head: int) -> bool:
     """Whether flash attention on `device` has forward and backward passes for heads of this size."""
-    is_built, lacking = _flash_of(device)
+    is_built, lacking = _flash_support(device)
     if not is_built or head % 8 or head > MAX_FLASH_HEAD_SIZE:
         return False
     return not (lacking and lacking[0] <= head <= lacking[1])
 
 
 @torch.compiler.assume_constant_result
-def _flash_of(device: torch.device) -> tuple[bool, tuple[int, int] | None]:
-    """Whether there is flash attention on `device`, and sizes of heads (from, to) that its backward pass lacks.
+def _flash_support(device: torch.device) -> tuple[bool, tuple[int, int] | None]:
+    """(whether there is flash attention on `device`, the sizes of heads (smallest, largest) that its backward pass lacks).
 
-    A compiled block takes the answer as it is; sizes it may know as symbols alone.
+    A function of its own, so that a compiled block takes the answer for a constant.
     """
     gpu = gpu_of_device(device)
     return (False, None) if gpu is None else (gpu.has_flash, gpu.unsupported_flash_head_sizes())
@@ -420,7 +424,7 @@ def _varlen_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    boundaries: KeyBoundaries,
+    boundaries: SequenceBounds,
     scaling: float | None,
     window: int | None,
     causal: bool,

@@ -21,9 +21,9 @@ from trainer.model.architecture import text_model_config
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.routing import ADDED_LOSS, RoutingRecord, balancing_biases, recorded_routers
 
-COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+BALANCE_WEIGHT_NAMES = ("router_aux_loss_coef", "aux_loss_coef")
 """What classes and configurations call the weight of the balancing loss."""
-FUNCTION = "load_balancing_loss_func"
+BALANCE_LOSS_FUNCTION_NAME = "load_balancing_loss_func"
 """What modules of transformers call their balancing loss."""
 
 
@@ -31,15 +31,15 @@ FUNCTION = "load_balancing_loss_func"
 class RouterLosses:
     """What is added to the loss of a step for its routers."""
 
-    balance: float = 0.0
+    balance_weight: float = 0.0
     """Weight of the balancing loss; 0: it is not added."""
     top_k: int = 1
     """Experts a token is counted for."""
-    z: float = 0.0
+    z_weight: float = 0.0
     """Weight of the z-loss; 0: it is not added."""
 
     def __bool__(self) -> bool:
-        return bool(self.balance or self.z)
+        return bool(self.balance_weight or self.z_weight)
 
     def choices(self, record: RoutingRecord) -> Tensor:
         """How many tokens chose each expert (it is among their `top_k`), over all layers of a forward pass: int64 `[experts]`."""
@@ -56,9 +56,10 @@ class RouterLosses:
         return total
 
     def terms(self, record: RoutingRecord, choices: Tensor | None, tokens: int) -> dict[str, Tensor]:
-        """What the pass adds to the step's loss, `ADDED_LOSS` (with the gradient), and to its parts without their weights.
+        """What one pass adds to the step's loss, as terms: `ADDED_LOSS` with its gradient, and each loss without its weight.
 
-        `choices [experts]` are those of the whole step, which has `tokens`; None if there is no balancing loss.
+        `choices [experts]`: how many tokens of the whole step chose each expert; None if there is no balancing loss. `tokens`:
+        the number of tokens of the whole step.
         """
         rows = float(tokens * len(record.logits))
         losses: dict[str, Tensor] = {}
@@ -71,15 +72,15 @@ class RouterLosses:
             ]
             # Switch Transformers, arXiv:2101.03961: smallest if all experts get the same share.
             balance = len(shares) * (shares * torch.stack(probability_sums).sum(0)).sum() / rows
-            total = total + self.balance * balance
+            total = total + self.balance_weight * balance
             losses["router/balance_loss"] = balance.detach()
-        if self.z:
+        if self.z_weight:
             square_sums = [
                 _sum_over_tokens(logits.float().logsumexp(-1).square(), is_token) for logits, is_token in masked_logits
             ]
             # ST-MoE, arXiv:2202.08906: keeps router logits small, whose softmax rounds badly in half precision.
             z = torch.stack(square_sums).sum() / rows
-            total = total + self.z * z
+            total = total + self.z_weight * z
             losses["router/z_loss"] = z.detach()
         return {ADDED_LOSS: total, **losses}
 
@@ -91,13 +92,13 @@ def _sum_over_tokens(values: Tensor, is_token: Tensor | None) -> Tensor:
     return values.sum(0)
 
 
-def losses_of(
+def router_losses_of_run(
     config: ModelConfig, settings: Any, plain: nn.Module, kind: ModelKind
 ) -> tuple[RouterLosses, dict[str, int], dict[str, str]]:
-    """(the losses that a run adds, the routers that they are made of, notes by setting).
+    """(the losses that a run adds for its routers, the index of the logits in each router's output, notes by setting).
 
-    Routers are module names with the index of the logits in their output. Notes say what the model's configuration asks for and
-    is not done. `settings`: transformers' configuration; `plain`: its model. Cases, in order:
+    Routers are by the name of their module. Notes say what the model's configuration asks for and is not done. `settings`:
+    transformers' configuration; `plain`: its model. Cases, in order:
     - neither the settings nor the configuration ask for such losses: none.
     - an encoder-decoder, or a model without routers that can be recorded: none; ConfigError if the settings ask for them.
     - the balancing loss does not fit the model: its weight is 0; ConfigError if the settings ask for it.
@@ -127,7 +128,7 @@ def losses_of(
         return RouterLosses(), {}, notes
     weight = config.router_aux_loss
     if weight is None:
-        weight = float(_first_setting(plain, text, COEFFICIENTS) or 0.0) if is_requested else 0.0
+        weight = float(_first_setting(plain, text, BALANCE_WEIGHT_NAMES) or 0.0) if is_requested else 0.0
     top_k = 1
     if weight:
         top_k = int(_first_setting(plain, text, ("num_experts_per_tok",)) or 1)
@@ -145,7 +146,7 @@ def losses_of(
 
 
 def _first_setting(plain: nn.Module, text: Any, names: tuple[str, ...]) -> Any:
-    """The first of these that the model has, else the first that its configuration has."""
+    """The value of the first attribute in `names` that the model has, else that its configuration `text` has; None if neither."""
     for owner in (plain, text):
         for name in names:
             setting = getattr(owner, name, None)
@@ -155,6 +156,7 @@ def _first_setting(plain: nn.Module, text: Any, names: tuple[str, ...]) -> Any:
 
 
 def _refuse_router_settings(config: ModelConfig, reason: str) -> None:
+    """Raise ConfigError, with `reason`, if a loss for routers is set to a weight other than 0."""
     for setting, weight in (("router_aux_loss", config.router_aux_loss), ("router_z_loss", config.router_z_loss)):
         if weight:
             raise ConfigError(f"model.{setting}={weight:g}: {reason}; leave it out")
@@ -167,7 +169,7 @@ def logit_z_weight(settings: Any) -> float:
 
 def _unsupported_balance(plain: nn.Module, top_k: int) -> str | None:
     """How the model class's balancing loss differs from the one here, as text; None if both agree on a few random logits."""
-    function = getattr(sys.modules[type(plain).__module__], FUNCTION, None)
+    function = getattr(sys.modules[type(plain).__module__], BALANCE_LOSS_FUNCTION_NAME, None)
     if function is None:
         return "no balancing loss in transformers"
     generator = torch.Generator().manual_seed(0)
@@ -176,13 +178,13 @@ def _unsupported_balance(plain: nn.Module, top_k: int) -> str | None:
     # The last token is padding: a class that counts it computes another loss.
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     record = RoutingRecord(mask, logits=logits)
-    losses = RouterLosses(balance=1.0, top_k=top_k)
+    losses = RouterLosses(balance_weight=1.0, top_k=top_k)
     expected = losses.terms(record, losses.choices(record), int(mask.sum()))[ADDED_LOSS]
-    another = "a balancing loss of its own in transformers, which is not computed here"
+    another_loss = "a balancing loss of its own in transformers, which is not computed here"
     try:
         loss_of_class = function(tuple(logits), experts, top_k, mask)
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        return another
+    except (TypeError, ValueError, RuntimeError, IndexError):  # it takes other arguments
+        return another_loss
     if torch.is_tensor(loss_of_class) and torch.allclose(loss_of_class.float(), expected, rtol=1e-5):
         return None
-    return another
+    return another_loss

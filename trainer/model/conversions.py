@@ -30,9 +30,9 @@ from trainer.model.compat import (
 )
 from trainer.model.files import SafetensorsFiles
 
-RECOMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|version)$")
+RECOMPUTED_NAME_REGEX = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|version)$")
 """Stored tensors that are no weights: every loader computes them anew."""
-READABLE = ("fp8", "mxfp4")
+READABLE_QUANTISATIONS = ("fp8", "mxfp4")
 """Published kinds of quantised weights that are read (and trained on as the numbers they stand for)."""
 
 
@@ -316,7 +316,7 @@ class Conversions:
 
     def left_out(self) -> list[str]:
         """Stored weights that do not take part in training."""
-        return [stored for stored in self.unused if not RECOMPUTED.search(stored)]
+        return [stored for stored in self.unused if not RECOMPUTED_NAME_REGEX.search(stored)]
 
 
 def _rows_of(operations: list[Any], sources: list[list[Tensor]], dimensions: int) -> str:
@@ -370,9 +370,10 @@ def dequantizer(config: Any, path: str) -> Any:
             f"model.path={path}: config.json has quantization_config={settings!r:.80}, which names no method; mend it there"
         )
     kind = str(getattr(settings.quant_method, "value", settings.quant_method))
-    if kind not in READABLE:
+    if kind not in READABLE_QUANTISATIONS:
         raise ConfigError(
-            f"model.path={path}: its weights are stored as {kind}; {' and '.join(READABLE)} checkpoints are read as the numbers "
+            f"model.path={path}: its weights are stored as {kind}; {' and '.join(READABLE_QUANTISATIONS)} "
+            "checkpoints are read as the numbers "
             "they stand for, others are not: take the model's unquantised checkpoint (with model.quantisation=nf4 for QLoRA)"
         )
     settings.dequantize = True

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.model.compat import grouped_experts, register_experts
 from trainer.model.expert_exchange import expert_parallel_forward
-from trainer.model.routing import note_chosen_experts
+from trainer.model.routing import count_expert_load
 from trainer.tuning.low_rank import LowRank, frozen_experts
 
 EXPERTS_FUNCTION = "shardtune_experts"
@@ -27,7 +27,7 @@ def register() -> None:
 
 
 class _CastExperts:
-    """A module of experts whose floating-point parameters are seen in another type."""
+    """Stands in for a module of experts, with its floating-point parameters cast to another type, as autocast would."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self._module = module
@@ -45,11 +45,15 @@ def experts_forward(
 ) -> Tensor:
     """The output `[T, H]` of a layer's experts for `hidden [T, H]`: each token's k experts, weighted and added up.
 
-    `expert_indices`, `weights`: `[T, k]`. `low_rank`: what adapters add to the module's frozen parameters, by their name; all
-    of its weights or none. Computed, in this order: over several ranks, with frozen (or packed) weights, or by transformers'
-    own function.
+    `expert_indices`, `weights`: the k experts of each token and their weights, `[T, k]`. `low_rank`: the LoRA updates of the
+    module's weights, by the weight's name: of all its weights, or None. Also counts the tokens of each expert for the metrics of
+    expert load, if the pass is recorded. The first case that holds:
+
+    - the module holds one rank's share of the experts (`expert_share`, expert parallelism): tokens are sent to their experts.
+    - adapters, or weights that are stored packed (`packed_experts`, a quantised base): our grouped products on frozen weights.
+    - else: transformers' own function.
     """
-    note_chosen_experts(module, expert_indices)
+    count_expert_load(module, expert_indices)
     device_type = hidden.device.type
     if not hidden.is_meta and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)

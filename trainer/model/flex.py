@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 NAME = "shardtune_flex"
-SMALLEST_HEAD = 16
+MIN_HEAD_SIZE = 16
 """Smallest head that the kernel's products take."""
 REQUIREMENTS = "flex attention needs a GPU and precision=bf16 or fp16"
 """What a run must have: torch has no backward pass of it for CPUs, and one in float32 was not tried."""
@@ -34,7 +34,7 @@ REQUIREMENTS = "flex attention needs a GPU and precision=bf16 or fp16"
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """The row of documents that a model is being called on."""
+    """The row of several documents on which a model is being called."""
 
     bounds: Tensor
     """Where each document begins in the row, and where the last one ends, int32 `[documents + 1]`."""
@@ -43,13 +43,13 @@ class PackedRow:
     branches: list[list[int]] | None = None
     """Where the branches of each document begin, counted from the document's begin; None if there are none."""
 
-    def length_of(self, given: int) -> int:
-        """Tokens of the whole row, if the model is given `given` tokens of it."""
-        return given if self.length is None else self.length
+    def full_length(self, num_given: int) -> int:
+        """Tokens of the whole row, of which the model is given `num_given`: a slice, or all."""
+        return num_given if self.length is None else self.length
 
-    def documents(self, given: int) -> Tensor:
-        """The document of each position of the row, int64 `[T]`."""
-        places = torch.arange(self.length_of(given), device=self.bounds.device)
+    def document_of_position(self, num_given: int) -> Tensor:
+        """The number of the document at each position of the whole row, from 1, int64 `[T]`: [1, 1, 1, 2, 2]."""
+        places = torch.arange(self.full_length(num_given), device=self.bounds.device)
         return torch.bucketize(places, self.bounds, right=True)
 
     def branches_and_places(self) -> tuple[Tensor, Tensor]:
@@ -73,8 +73,8 @@ class PackedRow:
         return torch.tensor(branch_numbers, device=device), torch.tensor(places, device=device)
 
 
-_ROW: ContextVar[PackedRow | None] = ContextVar("row", default=None)
-"""The row that a model is being called on; None outside `documents`.
+_CURRENT_PACKED_ROW: ContextVar[PackedRow | None] = ContextVar("row", default=None)
+"""The row that a model is being called on; None outside `masks_keep_documents_apart`.
 
 Masks are made before the first block, so that a block which is recomputed needs none."""
 
@@ -91,35 +91,44 @@ def register() -> None:
 
 
 @contextmanager
-def documents(inputs: dict[str, Any]) -> Iterator[None]:
+def masks_keep_documents_apart(inputs: dict[str, Any]) -> Iterator[None]:
     """Inside the context, the masks that a model builds keep the documents of its `inputs` apart, if these have boundaries.
 
-    `cu_seq_lens_q` are the boundaries, such as [0, 5, 12] for documents of 5 and 7 tokens. transformers would find them by the
-    positions, and read on the host whether there are several. If the inputs are a slice of a row (`row_slices`), the masks are
-    those of the whole row: attention sees it whole.
+    Entries of `inputs`, the arguments of the model:
+    - `cu_seq_lens_q`: the boundaries, such as [0, 5, 12] for documents of 5 and 7 tokens. Without them, masks are as usual.
+      transformers itself would find documents by their positions, and for it wait for the device.
+    - `row_slices`: the model is given a slice of a row. The masks are those of the whole row, since attention sees it whole.
+    - `branches`: where answers begin that share a prompt; masks then keep these apart too.
     """
     bounds = inputs.get("cu_seq_lens_q")
     row_slices = inputs.get("row_slices")
-    length = None if row_slices is None else row_slices[-1]
-    token = _ROW.set(None if bounds is None else PackedRow(bounds, length, inputs.get("branches")))
+    row = None
+    if bounds is not None:
+        # The last border of the slices is the length of the row.
+        row_length = None if row_slices is None else row_slices[-1]
+        row = PackedRow(bounds, row_length, inputs.get("branches"))
+    earlier_row = _CURRENT_PACKED_ROW.set(row)
     try:
         yield
     finally:
-        _ROW.reset(token)
+        _CURRENT_PACKED_ROW.reset(earlier_row)
 
 
 def _document_of(positions: Tensor) -> Tensor | None:
-    """The document of each position of the row that `positions [1, T]` are of, int64 `[1, T]`; None outside `documents`."""
-    row = _ROW.get()
-    return None if row is None else row.documents(positions.shape[1])[None]
+    """The number of the document at each position of the current row, int64 `[1, T]`; None if there is no such row.
+
+    `positions`: those that the model is given, `[1, t]` of all T.
+    """
+    row = _CURRENT_PACKED_ROW.get()
+    return None if row is None else row.document_of_position(positions.shape[1])[None]
 
 
 def _positions_of(positions: Tensor) -> Tensor:
     """The positions of the whole row, of which `positions [1, T]` are a slice, int64 `[1, T]`; themselves if they are all."""
-    row = _ROW.get()
-    if row is None or row.length_of(positions.shape[1]) == positions.shape[1]:
+    row = _CURRENT_PACKED_ROW.get()
+    if row is None or row.full_length(positions.shape[1]) == positions.shape[1]:
         return positions
-    documents = row.documents(positions.shape[1])
+    documents = row.document_of_position(positions.shape[1])
     places = torch.arange(len(documents), device=row.bounds.device)
     return (places - row.bounds[documents - 1])[None]
 
@@ -148,16 +157,16 @@ def block_mask(
 
     from trainer.model import flex_shapes
 
-    row = _ROW.get()
+    row = _CURRENT_PACKED_ROW.get()
     if row is None or attention_mask is not None:
         raise ValueError(
             f"attention '{NAME}' needs the document boundaries of a padding-free batch; for padded rows or generation "
             "switch the model to 'sdpa' with set_attn_implementation"
         )
     device = torch.device(device)
-    document_of_position = row.documents(q_length)
-    q_length = row.length_of(q_length)
-    kv_length = row.length_of(kv_length)
+    document_of_position = row.document_of_position(q_length)
+    q_length = row.full_length(q_length)
+    kv_length = row.full_length(kv_length)
 
     def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask_function(batch, head, query, key) & (document_of_position[query] == document_of_position[key])
@@ -173,7 +182,7 @@ def block_mask(
             return same_document(batch, head, place[query], place[key]) & same_branch
 
     if _is_meta_or_simulated(device):
-        return flex_shapes.block_mask(visible, batch_size, q_length, kv_length, device)
+        return flex_shapes.uninitialised_block_mask(visible, batch_size, q_length, kv_length, device)
     build_mask = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
     return build_mask(visible, batch_size, None, q_length, kv_length, device=str(device))
 
@@ -213,7 +222,7 @@ def flex_attention(
         attend: Callable[..., tuple[Tensor, Tensor]] = _attend_on_shapes
     else:
         attend = _attend_by_kernel if query.device.type == "cuda" else _attend_over_pairs
-    # `lse`: the logarithm of the sum of exp(score) of each query.
+    # `lse`: the logarithm of the sum of exp(score) of each query, which only sinks need.
     out, lse = attend(query, key, value, attention_mask, scaling, softcap, sinks is not None)
     if sinks is not None:
         # The sinks' share of each row: exp(sink) beside the sum of exp(score).
@@ -223,7 +232,7 @@ def flex_attention(
 
 @cache
 def _softcap_scores(softcap: float) -> Callable[..., Tensor]:
-    """The change of a score; one function for each cap, since a new one would be compiled anew."""
+    """A function that caps a score, for FlexAttention's kernel. The same object for the same cap: a new one would be compiled."""
 
     def change(score: Tensor, *_: Any) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -264,10 +273,10 @@ def _attend_by_kernel(
 def _attend_on_shapes(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """What the kernel makes and keeps of tensors without values."""
+    """The shapes of what the kernel makes and keeps, for tensors without values."""
     from trainer.model import flex_shapes
 
-    return flex_shapes.attention(q, k, v)
+    return flex_shapes.attention_shapes(q, k, v)
 
 
 def _attend_over_pairs(
@@ -290,16 +299,16 @@ def _attend_over_pairs(
     return torch.exp(scores - lse.unsqueeze(-1)) @ v, lse
 
 
-def why_not_flex(plain: Any, heads: list[int], *, dropout: float) -> str | None:
+def flex_refusal(plain: Any, heads: list[int], *, dropout: float) -> str | None:
     """Why flex attention cannot compute a model's attention on a GPU in half precision; None if it can.
 
     `plain`: the model on meta; `heads`: sizes of its heads.
     """
     if not declares_flex_attention(plain.get_decoder()):
         return f"transformers has none for {type(plain).__name__}"
-    too_small = [size for size in heads if size < SMALLEST_HEAD]
+    too_small = [size for size in heads if size < MIN_HEAD_SIZE]
     if too_small:
-        return f"it has no heads of {too_small[0]}, {SMALLEST_HEAD} are the least"
+        return f"it has no heads of {too_small[0]}, {MIN_HEAD_SIZE} are the least"
     return "it has no dropout" if dropout else None
 
 

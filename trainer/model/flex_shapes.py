@@ -6,6 +6,8 @@ these.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,19 +16,26 @@ from torch.nn.attention.flex_attention import BlockMask
 
 FORWARD, BACKWARD = "shardtune::flex_shapes", "shardtune::flex_shapes_backward"
 """The operations, of `(q, k, v)` and of `(grad, q, k, v, out, lse)`: what counts arithmetic finds them by these names."""
-BLOCK = 128
+BLOCK_POSITIONS = 128
 """Positions in a block of the mask, either way: torch's default."""
 
 
-def block_mask(rule: Any, batch: int, queries: int, keys: int, device: torch.device) -> BlockMask:
-    """A mask as `create_block_mask` makes it of `rule`: its lists of blocks without values, and no square of positions."""
-    rows, columns = -(-queries // BLOCK), -(-keys // BLOCK)
+def uninitialised_block_mask(
+    mask_mod: Callable[..., Tensor], batch_size: int, num_queries: int, num_keys: int, device: torch.device
+) -> BlockMask:
+    """A BlockMask with the shapes that torch's `create_block_mask` would give it, but without values in its lists of blocks.
+
+    For tensors without values only (meta, or a simulated GPU): no kernel may read the mask. `create_block_mask` itself would
+    compute a square of all positions. `mask_mod(batch, head, query, key)`: which pairs of positions attend to each other.
+    """
+    rows = math.ceil(num_queries / BLOCK_POSITIONS)
+    columns = math.ceil(num_keys / BLOCK_POSITIONS)
 
     def block_lists(*shape: int) -> Tensor:
-        return torch.empty(batch, 1, *shape, dtype=torch.int32, device=device)
+        return torch.empty(batch_size, 1, *shape, dtype=torch.int32, device=device)
 
     return BlockMask(
-        seq_lengths=(queries, keys),
+        seq_lengths=(num_queries, num_keys),
         kv_num_blocks=block_lists(rows),
         kv_indices=block_lists(rows, columns),
         full_kv_num_blocks=block_lists(rows),
@@ -35,13 +44,16 @@ def block_mask(rule: Any, batch: int, queries: int, keys: int, device: torch.dev
         q_indices=block_lists(columns, rows),
         full_q_num_blocks=block_lists(columns),
         full_q_indices=block_lists(columns, rows),
-        BLOCK_SIZE=(BLOCK, BLOCK),
-        mask_mod=rule,
+        BLOCK_SIZE=(BLOCK_POSITIONS, BLOCK_POSITIONS),
+        mask_mod=mask_mod,
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`[B, H, T, D]` and float32 `[B, H, T]` for q `[B, H, T, D]`, k and v `[B, G, T, D]`; all five are kept."""
+def attention_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(output `[B, H, T, D]`, float32 logarithm of the sum of exp(score) `[B, H, T]`) as tensors without values.
+
+    For q `[B, H, T, D]`, k and v `[B, G, T, D]`. All five are kept for the backward pass, as the kernel keeps them.
+    """
     return _forward(q, k, v)  # type: ignore[no-any-return]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-DEPTHS = (
+DEPTH_SETTING_NAMES = (
     "num_hidden_layers",
     "n_layer",
     "n_layers",
@@ -67,7 +67,7 @@ class KeptLayers:
         """
         changed: dict[str, Any] = {}
         for name, value in settings.items():
-            if name in DEPTHS and isinstance(value, int):
+            if name in DEPTH_SETTING_NAMES and isinstance(value, int):
                 changed[name] = len(self.indices) if value == self.depth else min(MIN_LAYERS, value)
             elif name in BORDERS_FROM_START and isinstance(value, int):
                 changed[name] = self.num_before(value)
@@ -106,8 +106,8 @@ def layer_choices(full_model: nn.Module, settings: dict[str, Any]) -> Iterator[K
 
     The first layers alone if nothing tells layers apart.
     """
-    depth = depth_of(settings)
-    kinds = kinds_of(full_model, settings, depth)
+    depth = num_layers_of(settings)
+    kinds = layer_kinds_with_settings(full_model, settings, depth)
     if not kinds:
         yield KeptLayers(tuple(range(min(MIN_LAYERS, depth))), depth)
         return
@@ -145,9 +145,9 @@ def _one_of_each(kinds: list[tuple[Any, ...]]) -> tuple[int, ...]:
     return tuple(sorted(indices))
 
 
-def depth_of(settings: dict[str, Any]) -> int:
+def num_layers_of(settings: dict[str, Any]) -> int:
     """The number of layers in `settings` of a configuration, the largest if there are several; 0 if it has none."""
-    return max((settings[name] for name in DEPTHS if isinstance(settings.get(name), int)), default=0)
+    return max((settings[name] for name in DEPTH_SETTING_NAMES if isinstance(settings.get(name), int)), default=0)
 
 
 def layer_kinds(full_model: nn.Module, depth: int) -> list[tuple[Any, ...]]:
@@ -173,7 +173,7 @@ def layer_kinds(full_model: nn.Module, depth: int) -> list[tuple[Any, ...]]:
     return kinds
 
 
-def kinds_of(full_model: nn.Module, settings: dict[str, Any], depth: int) -> list[tuple[Any, ...]]:
+def layer_kinds_with_settings(full_model: nn.Module, settings: dict[str, Any], depth: int) -> list[tuple[Any, ...]]:
     """What tells each layer from the others, by index; layers with equal entries can stand for each other in a small copy.
 
     An entry has the layer's modules, what lists such as `layer_types` call it, its own settings, and the stretch of layers that

@@ -36,29 +36,29 @@ class AttentionLayout:
 class KernelChoices:
     """Which kernels beside the built-in one can compute attention over documents in one row here."""
 
-    no_flash: str | None
+    flash_refusal: str | None
     """Why FlashAttention cannot; None if it can."""
-    no_flex: str | None
+    flex_refusal: str | None
     """Why flex attention cannot; None if it can."""
-    flex_first: bool = False
+    prefers_flex: bool = False
     """Whether the model has what the built-in kernel computes slowly."""
 
     def in_order(self) -> list[str]:
         """The kernels to try, by transformers' names, the best first, such as `["flash_attention_2", NAME, FLEX]`.
 
-        FlashAttention if it can run; the built-in one and FlexAttention, in the other order with `flex_first`.
+        FlashAttention if it can run; the built-in one and FlexAttention, in the other order with `prefers_flex`.
         """
         kernels = []
-        if not self.no_flash:
+        if not self.flash_refusal:
             kernels.append("flash_attention_2")
-        if self.no_flex:
+        if self.flex_refusal:
             return [*kernels, NAME]
-        if self.flex_first:
+        if self.prefers_flex:
             return [*kernels, FLEX, NAME]
         return [*kernels, NAME, FLEX]
 
 
-def resolve_layout(
+def choose_attention_layout(
     model: ModelConfig,
     layout: Layout,
     model_type: str,
@@ -79,7 +79,9 @@ def resolve_layout(
         raise ConfigError(
             "data.layout=padding_free: this objective or tuning needs a row for each document; use data.layout=padded"
         )
-    missing = {Attention.flash_attention_2: kernels.no_flash, Attention.flex: kernels.no_flex}.get(model.attention)
+    missing = {Attention.flash_attention_2: kernels.flash_refusal, Attention.flex: kernels.flex_refusal}.get(
+        model.attention
+    )
     if missing is not None:
         raise ConfigError(f"model.attention={model.attention}: {missing}; use model.attention=auto")
     is_stock = model.attention in (Attention.sdpa, Attention.eager)
@@ -114,7 +116,7 @@ def resolve_layout(
 
 def _kernel_note(model: ModelConfig, attention: str, kernels: KernelChoices) -> dict[str, str]:
     """A note, by setting, on the kernel that `model.attention=auto` chose; empty for FlashAttention or another setting."""
-    flash = kernels.no_flash or "not proven right here"
+    flash = kernels.flash_refusal or "not proven right here"
     note_by_kernel = {
         NAME: f"varlen (built in; not FlashAttention: {flash})",
         FLEX: f"flex (torch's, compiled when it is first called; not FlashAttention: {flash})",
@@ -125,6 +127,7 @@ def _kernel_note(model: ModelConfig, attention: str, kernels: KernelChoices) -> 
 
 
 def _padded(model: ModelConfig, notes: dict[str, str]) -> AttentionLayout:
+    """The layout of padded rows, with transformers' own attention. Raises ConfigError if a kernel for packed rows is set."""
     if model.attention in (Attention.varlen, Attention.flex):
         raise ConfigError(
             f"model.attention={model.attention}: is for padding-free rows; use sdpa, eager or auto with padded ones"

@@ -33,13 +33,16 @@ REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 """What every configuration has, by one name or another, and no model can be without."""
 
 
-def resolve_path(config: ModelConfig, value: str | None = None) -> str:
-    """A local directory as an absolute path, or a hub id as it is."""
-    text = value or config.path
-    if text is None:
+def model_path_or_hub_id(config: ModelConfig, tokenizer_path: str | None = None) -> str:
+    """`tokenizer_path` if it is set, else `model.path`: a local directory as an absolute path, a hub id as it is.
+
+    Raises ConfigError if neither is set.
+    """
+    path_or_id = tokenizer_path or config.path
+    if path_or_id is None:
         raise ConfigError("model.path: not set; give a model directory or a hub id, as in model.path=models/smollm2")
-    path = Path(text).expanduser()
-    return str(path.resolve()) if path.is_dir() else text
+    path = Path(path_or_id).expanduser()
+    return str(path.resolve()) if path.is_dir() else path_or_id
 
 
 def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> ConfigError:
@@ -70,9 +73,9 @@ def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> C
     )
 
 
-def weights_directory(config: ModelConfig) -> Path:
+def find_weights_directory(config: ModelConfig) -> Path:
     """The directory of the weights: `model.path` itself, or the hub's local snapshot (fetched with model.download)."""
-    path = resolve_path(config)
+    path = model_path_or_hub_id(config)
     if Path(path).is_dir():
         return Path(path)
     if shape_in_use(config) is not None:  # a cache of weights alone: nothing trains with a shape
@@ -101,7 +104,7 @@ def load_model_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     # Read it.
-    path = resolve_path(config)
+    path = model_path_or_hub_id(config)
     if Path(path).is_dir():
         check_files_read_by_libraries(Path(path))
         _refuse_adapter(Path(path))
@@ -135,13 +138,16 @@ def load_model_config(config: ModelConfig) -> Any:
         raise ConfigError(
             f"model.path={path}: config.json has {', '.join(below_one)}, where at least 1 is needed; mend it there"
         )
-    refuse_huge(model_config, path)
+    raise_if_config_too_large(model_config, path)
     set_positions(model_config, config)
     return model_config
 
 
-def refuse_huge(settings: Any, path: str) -> None:
-    """Raise ConfigError for a configuration of a model that no memory and no patience would hold, before it is built."""
+def raise_if_config_too_large(settings: Any, path: str) -> None:
+    """Raise ConfigError, before the model is built, if a size in its configuration is far above that of any model.
+
+    `settings`: transformers' configuration. `path`: of the model, for the message.
+    """
     text = settings.get_text_config()
     too_large: list[str] = []
     for names, largest in ((DEPTH_SETTINGS, LARGEST_DEPTH), (WIDTH_SETTINGS, LARGEST_WIDTH)):
@@ -155,23 +161,24 @@ def refuse_huge(settings: Any, path: str) -> None:
         )
 
 
-def check_files(config: ModelConfig) -> None:
-    """Raise now, before data is prepared, what is wrong with config.json or with a file of weights; reads headers alone.
+def check_model_files(config: ModelConfig) -> None:
+    """Raise ConfigError, before data is prepared, for what is wrong with config.json or with a file of weights.
 
-    The rest is asked of the kernel, so that it is read meanwhile. Errors: ConfigError.
+    Reads the headers of the files. Also asks the kernel to read the rest ahead, while data is prepared.
     """
     settings = load_model_config(config)
-    directory = weights_directory(config)
+    directory = find_weights_directory(config)
     check_files_read_by_libraries(directory)
     files = SafetensorsFiles(directory)
     try:
         files.open_all()
-        layers = getattr(settings.get_text_config(), "num_hidden_layers", None)
-        tensors = len(files.names())
-        # Every layer has tensors of its own, but in architectures that share them, which are never deep.
-        if isinstance(layers, int) and layers > max(tensors, SHARED_LAYERS):
+        num_layers = getattr(settings.get_text_config(), "num_hidden_layers", None)
+        num_tensors = len(files.names())
+        # Every layer has tensors of its own, except in architectures that share them, which have few layers.
+        if isinstance(num_layers, int) and num_layers > max(num_tensors, SHARED_LAYERS):
             raise ConfigError(
-                f"{directory}: config.json has num_hidden_layers={layers}, and the weights are {tensors} tensors; they are "
+                f"{directory}: config.json has num_hidden_layers={num_layers}, and the weights are "
+                f"{num_tensors} tensors; they are "
                 "not of one model: download it again"
             )
         files.read_ahead()
@@ -227,7 +234,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         from transformers import AutoTokenizer
 
     # Load it.
-    path = resolve_path(config, config.tokenizer)
+    path = model_path_or_hub_id(config, config.tokenizer)
     if Path(path).is_dir():
         check_files_read_by_libraries(Path(path))
     if config.chat_template is not None:
@@ -269,14 +276,14 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
-def generation_config(config: ModelConfig, model_config: Any, decoder_start: int | None) -> Any:
+def load_generation_config(config: ModelConfig, model_config: Any, decoder_start: int | None) -> Any:
     """How the model generates: by its generation_config.json, as its export will, else by its config.
 
     `decoder_start`: first token of the decoder, of encoder-decoder models.
     """
     from transformers import GenerationConfig
 
-    directory = weights_directory(config)
+    directory = find_weights_directory(config)
     file = directory / "generation_config.json"
     if file.is_file():
         read_json_object(file)

@@ -33,7 +33,7 @@ def noise(model: nn.Module, batch: dict[str, Any], alpha: float) -> Iterator[Non
         # Not where a reference or a teacher looks up, nor another batch than the one that is trained on.
         if not torch.is_grad_enabled() or not args or args[0].shape != ids.shape or looked_up.dim() != 3:
             return None
-        return looked_up + noise_of(batch, looked_up.shape[-1], alpha).to(looked_up.dtype)
+        return looked_up + noise_of_batch(batch, looked_up.shape[-1], alpha).to(looked_up.dtype)
 
     hook = model.get_input_embeddings().register_forward_hook(add)  # type: ignore[operator]
     try:
@@ -42,7 +42,7 @@ def noise(model: nn.Module, batch: dict[str, Any], alpha: float) -> Iterator[Non
         hook.remove()
 
 
-def noise_of(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
+def noise_of_batch(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
     """The noise of a micro-batch, float32 `[B, T, width]`; rows of padding get some too, which nothing reads.
 
     If the batch is a slice of a row, `row_input_ids [1, row]` are the ids of the whole row, `cu_seq_lens_q` says where its

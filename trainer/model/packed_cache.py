@@ -24,7 +24,7 @@ from trainer.model.quantisation import Scheme
 
 FORMAT_VERSION = 1
 """Version of the files' content; files of another version are not read, and their weights packed anew."""
-SMALLEST_BYTES = 64 * 2**20
+MIN_CACHED_BYTES = 64 * 2**20
 """Bytes packed below which nothing is kept: packing takes a second."""
 SAMPLES, SAMPLE_BYTES = 16, 2**16
 """Samples that a fingerprint reads of each file, and bytes of each."""
@@ -32,7 +32,7 @@ TENSOR_KEY = "packed"
 """Name of the only tensor in a file of the cache."""
 
 
-def fingerprint(directories: list[Path], scheme: Scheme) -> str:
+def weights_fingerprint(directories: list[Path], scheme: Scheme) -> str:
     """32 hex digits that identify the weights in these directories and the scheme that they are quantised by.
 
     The digest covers each file's name, size, time of change and `SAMPLES` samples of its bytes, since reading all would take as
@@ -52,7 +52,7 @@ def fingerprint(directories: list[Path], scheme: Scheme) -> str:
     return digest.hexdigest()[:32]
 
 
-def directory_of(key: str) -> Path:
+def packed_weights_directory(key: str) -> Path:
     """The directory of the cached weights with this fingerprint."""
     return cache_directory() / "packed" / key
 
@@ -64,15 +64,20 @@ def cached_weights(
     pack: Callable[[str], Tensor],
     share: tuple[int, int],
 ) -> PackedWeights:
-    """The matrices among `shapes` of the weights in `places`; stacks of experts are packed by those who hold them."""
+    """The cache of the packed matrices among `shapes`. Stacks of experts are not cached: the ranks that hold them pack them.
+
+    `places`: directories of the base and of adapters that are merged into it. `shapes`: by base name. `pack(name)` packs a
+    matrix. `share` (i, n): this is rank i of n on the host.
+    """
     sizes = {name: scheme.num_bytes((shape[0], shape[1])) for name, shape in shapes.items() if len(shape) == 2}
-    return PackedWeights(directory_of(fingerprint(places, scheme)), sizes, pack, share=share)
+    return PackedWeights(packed_weights_directory(weights_fingerprint(places, scheme)), sizes, pack, share=share)
 
 
 class PackedWeights:
-    """The packed weights of one base: `sizes` says how many bytes each has, `pack` makes one, uint8 `[bytes]`, on the CPU.
+    """The packed weights of one base, kept on this host: each is packed by the first rank that needs it.
 
-    `share` (i, n): this is rank i of n on the host, which begins with another weight than the rest.
+    `directory`: where the files are. `sizes`: bytes of each packed weight, by name. `pack(name)` makes one, uint8 `[bytes]`, on
+    the CPU. `share` (i, n): this is rank i of n on the host, and begins with another weight than the others.
     """
 
     def __init__(
@@ -82,9 +87,9 @@ class PackedWeights:
         self.sizes = sizes
         self.pack = pack
         self.share = share
-        self.packed = 0
+        self.num_packed = 0
         """Weights that this process has packed."""
-        self.reason = ""
+        self.reason_not_cached = ""
         """Why nothing is cached; empty if it is."""
         self._started = False
 
@@ -96,36 +101,36 @@ class PackedWeights:
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes `[start, stop)` of a packed weight, read from its file in the cache.
 
-        The first call packs all weights that are missing. If the cache cannot be used (`reason` then says why), the weight is
-        packed in memory instead.
+        The first call packs all weights that are missing. If the cache cannot be used (`reason_not_cached` then says why), the
+        weight is packed in memory instead.
         """
         try:
             if not self._started:
                 self._started = True
                 self._pack_missing()
-            if not self.reason:
-                packed_bytes = self._read(name, start, stop)
+            if not self.reason_not_cached:
+                packed_bytes = self._read_cached(name, start, stop)
                 if packed_bytes is None:
                     self._pack_into_cache(name, wait=True)
-                    packed_bytes = self._read(name, start, stop)
+                    packed_bytes = self._read_cached(name, start, stop)
                 if packed_bytes is not None:
                     return packed_bytes
                 # From here on this process packs for itself: a slow start is better than none.
-                self.reason = f"what was written to {self._file(name)} cannot be read"
+                self.reason_not_cached = f"what was written to {self._cache_file(name)} cannot be read"
         except OSError as error:
-            self.reason = f"{error.strerror or error} ({error.filename or self.directory})"
-        self.packed += 1
+            self.reason_not_cached = f"{error.strerror or error} ({error.filename or self.directory})"
+        self.num_packed += 1
         return self.pack(name)[start:stop]
 
     def _pack_missing(self) -> None:
         """Pack the weights that no other rank has packed or is packing, so that the ranks of a host pack each one once.
 
-        Sets `reason` instead if the weights are too small to be worth it, or if the disk has too little space.
+        Sets `reason_not_cached` instead if the weights are too small to be worth it, or if the disk has too little space.
         """
-        if self.total < SMALLEST_BYTES:
-            self.reason = f"{self.total / 2**20:.1f} MiB are packed as fast as they are read"
+        if self.total < MIN_CACHED_BYTES:
+            self.reason_not_cached = f"{self.total / 2**20:.1f} MiB are packed as fast as they are read"
             return
-        missing = [name for name in self.sizes if not self._is_there(name)]
+        missing = [name for name in self.sizes if not self._is_cached(name)]
         if not missing:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -133,7 +138,7 @@ class PackedWeights:
         free_bytes = shutil.disk_usage(self.directory).free
         if needed_bytes > free_bytes:
             needed = f"{needed_bytes / 2**30:.2f} GiB more are needed"
-            self.reason = f"{needed} and {free_bytes / 2**30:.2f} GiB free in {self.directory}"
+            self.reason_not_cached = f"{needed} and {free_bytes / 2**30:.2f} GiB free in {self.directory}"
             return
         # Each rank begins at another weight, so that ranks seldom meet at the same one.
         rank, ranks = self.share
@@ -141,19 +146,21 @@ class PackedWeights:
         for name in missing[first:] + missing[:first]:
             self._pack_into_cache(name, wait=False)
 
-    def _file(self, name: str) -> Path:
+    def _cache_file(self, name: str) -> Path:
+        """The file of a packed weight in the cache."""
         return self.directory / f"{name}.safetensors"
 
-    def _is_there(self, name: str) -> bool:
-        file = self._file(name)
+    def _is_cached(self, name: str) -> bool:
+        """Whether the file of a packed weight is there, and large enough to be complete."""
+        file = self._cache_file(name)
         return file.exists() and file.stat().st_size > self.sizes[name]
 
-    def _read(self, name: str, start: int, stop: int) -> Tensor | None:
+    def _read_cached(self, name: str, start: int, stop: int) -> Tensor | None:
         """Bytes `[start, stop)` of a packed weight from its file; None if there is no file, or it is broken."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(str(self._file(name)), framework="pt") as opened:
+            with safe_open(str(self._cache_file(name)), framework="pt") as opened:
                 view = opened.get_slice(TENSOR_KEY)
                 is_complete = view.get_shape() == [self.sizes[name]]
                 return view[start:stop] if is_complete else None
@@ -175,16 +182,16 @@ class PackedWeights:
                 fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, lock_offset)
             except BlockingIOError:
                 return
-            if self._is_there(name) and (not wait or self._read(name, 0, 1) is not None):
+            if self._is_cached(name) and (not wait or self._read_cached(name, 0, 1) is not None):
                 return
-            self.packed += 1
-            temporary = self._file(name).with_suffix(f".{socket.gethostname()}.{os.getpid()}")
+            self.num_packed += 1
+            temporary = self._cache_file(name).with_suffix(f".{socket.gethostname()}.{os.getpid()}")
             try:
                 with temporary.open("wb") as file:
                     file.write(save({TENSOR_KEY: self.pack(name)}))
                     file.flush()
                     os.fsync(file.fileno())
-                temporary.replace(self._file(name))
+                temporary.replace(self._cache_file(name))
             except OSError:
                 with suppress(OSError):
                     temporary.unlink()

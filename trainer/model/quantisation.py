@@ -12,6 +12,7 @@ activations are not rounded, which is what bitsandbytes trains with on CPUs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +27,11 @@ from trainer.model.compat import names_kept_in_float32
 from trainer.model.config import Quantisation
 from trainer.model.rules import missing_package
 
-BLOCK = 64
+BLOCK_ELEMENTS = 64
 """Consecutive elements of a 4-bit weight that share a scale."""
-SCALE_BLOCK = 256
+SCALE_BLOCK_ELEMENTS = 256
 """Consecutive scales that share a scale, with double quantisation."""
-ALIGNMENT = 16
+ALIGNMENT_BYTES = 16
 """Bytes to which the whole is padded, so that any shard of it starts at a whole element."""
 NOTABLE_SHARE = 0.05
 """Share of a model's parameters that are not stored packed, from which on it is said."""
@@ -41,37 +42,39 @@ class Scheme:
     """From a weight `[out, in]` to bytes and back; what it makes depends on the values alone, not on the device."""
 
     kind: Quantisation
-    double: bool = True
+    is_double_quantised: bool = True
     """Whether the scales of 4-bit blocks are quantised too (to 8 bits)."""
 
     @classmethod
-    def from_settings(cls, kind: Quantisation, double: bool) -> Scheme | None:
+    def from_settings(cls, kind: Quantisation, is_double_quantised: bool) -> Scheme | None:
         """The scheme of these settings, None where nothing is quantised."""
-        return None if kind is Quantisation.none else cls(kind, double)
+        return None if kind is Quantisation.none else cls(kind, is_double_quantised)
 
     def __str__(self) -> str:
-        nested = self.kind is not Quantisation.int8 and self.double
-        return f"{self.kind}{' with double quantisation' if nested else ''}"
+        nested = self.kind is not Quantisation.int8 and self.is_double_quantised
+        return f"{self.kind}{' with is_double_quantised quantisation' if nested else ''}"
 
-    def parts(self, shape: tuple[int, int]) -> list[int]:
-        """Bytes of each part of a packed weight of this shape, in order: the codes, then each kind of scale.
+    def part_bytes(self, shape: tuple[int, int]) -> list[int]:
+        """Bytes of each part of a packed weight of this shape, in the order in which they lie:
 
-        int8: codes, scales. 4 bits: codes, scales; if the scales are quantised too (`double`): codes, scales of the scales, an
-        offset, the scales.
+        - int8: codes (a byte an element), scales (float32, one a row).
+        - 4 bits: codes (two elements a byte), scales (float32, one a block).
+        - 4 bits with double quantisation: codes, scales of the scales (float32), an offset (one float32), scales (a byte a
+          block).
         """
-        numel = shape[0] * shape[1]
+        num_elements = shape[0] * shape[1]
         if self.kind is Quantisation.int8:
-            return [numel, 4 * shape[0]]  # codes, and a float32 scale a row
-        codes = -(-numel // 2)
-        scales = -(-numel // BLOCK)
-        if not self.double:
-            return [codes, 4 * scales]
-        scales_of_scales = -(-scales // SCALE_BLOCK)
-        return [codes, 4 * scales_of_scales, 4, scales]  # the 4 are an offset, in float32
+            return [num_elements, 4 * shape[0]]
+        code_bytes = math.ceil(num_elements / 2)
+        num_scales = math.ceil(num_elements / BLOCK_ELEMENTS)
+        if not self.is_double_quantised:
+            return [code_bytes, 4 * num_scales]
+        num_scales_of_scales = math.ceil(num_scales / SCALE_BLOCK_ELEMENTS)
+        return [code_bytes, 4 * num_scales_of_scales, 4, num_scales]
 
     def num_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of the whole, padding included."""
-        return -(-sum(self.parts(shape)) // ALIGNMENT) * ALIGNMENT
+        return math.ceil(sum(self.part_bytes(shape)) / ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> Tensor:
@@ -88,50 +91,59 @@ class Scheme:
             pieces = [codes, scales]
         else:
             codes, state = bnb.quantize_4bit(
-                weight.float(), blocksize=BLOCK, compress_statistics=self.double, quant_type=str(self.kind)
+                weight.float(),
+                blocksize=BLOCK_ELEMENTS,
+                compress_statistics=self.is_double_quantised,
+                quant_type=str(self.kind),
             )
             pieces = [codes, state.absmax]
-            if self.double:
+            if self.is_double_quantised:
                 pieces = [codes, state.state2.absmax, state.offset, state.absmax]
         flat = [piece.reshape(-1).contiguous().view(torch.uint8) for piece in pieces]
         sizes = [len(piece) for piece in flat]
         shape = (weight.shape[0], weight.shape[1])
-        assert sizes == self.parts(shape)
+        assert sizes == self.part_bytes(shape)
         padding = torch.zeros(self.num_bytes(shape) - sum(sizes), dtype=torch.uint8)
         return torch.cat([*flat, padding])
 
     @torch.no_grad()
     def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The weight `[out, in]` that `pack` made `packed` of, as far as the bits tell, on its device; on meta an empty one."""
+        """The weight `[out, in]` of `shape` that the bytes `packed` stand for, in `dtype`, on their device; on meta an empty one.
+
+        It is rounded: `pack` has made the bytes of a weight that had more bits.
+        """
         from bitsandbytes import functional as bnb
 
         if packed.is_meta:
             return torch.empty(shape, dtype=dtype, device=packed.device)
-        sizes = self.parts(shape)
-        codes, *scales = packed.detach()[: sum(sizes)].split(sizes)
+        part_sizes = self.part_bytes(shape)
+        parts = packed.detach()[: sum(part_sizes)].split(
+            part_sizes
+        )  # without the padding; `part_bytes` says which they are
+        codes = parts[0]
         if self.kind is Quantisation.int8:
-            rows = floats(scales[0])[:, None] * (1.0 / 127.0)
-            return (codes.view(torch.int8).view(shape) * rows).to(dtype)
-        if self.double:
-            scales_of_scales, offset, quantised_scales = scales
-            absmax = quantised_scales.contiguous()
+            row_scales = as_float32(parts[1])[:, None] * (1.0 / 127.0)
+            return (codes.view(torch.int8).view(shape) * row_scales).to(dtype)
+        if self.is_double_quantised:
+            _, scales_of_scales, offset, quantised_scales = parts
+            block_scales = quantised_scales.contiguous()
             nested: dict[str, Any] = {
-                "offset": floats(offset)[0],
+                "offset": as_float32(offset)[0],
                 "state2": bnb.QuantState(
-                    absmax=floats(scales_of_scales),
-                    blocksize=SCALE_BLOCK,
-                    code=codes_of("", packed.device),
+                    absmax=as_float32(scales_of_scales),
+                    blocksize=SCALE_BLOCK_ELEMENTS,
+                    code=scale_code_values(packed.device),
                     dtype=torch.float32,
                 ),
             }
         else:
-            absmax = floats(scales[0])
+            block_scales = as_float32(parts[1])
             nested = {}
         state = bnb.QuantState(
-            absmax=absmax,
+            absmax=block_scales,
             shape=torch.Size(shape),
-            code=codes_of(str(self.kind), packed.device),
-            blocksize=BLOCK,
+            code=code_values(str(self.kind), packed.device),
+            blocksize=BLOCK_ELEMENTS,
             quant_type=str(self.kind),
             dtype=dtype,
             **nested,
@@ -144,18 +156,26 @@ class Scheme:
         return self.unpack(self.pack(weight), shape, torch.float32)
 
 
-def floats(piece: Tensor) -> Tensor:
-    """Bytes as the float32 numbers that they hold."""
+def as_float32(raw_bytes: Tensor) -> Tensor:
+    """The float32 numbers that a tensor of bytes holds, four bytes each."""
     # A copy: within a shared buffer the bytes may start anywhere.
-    return piece.clone().view(torch.float32)
+    return raw_bytes.clone().view(torch.float32)
 
 
 @cached_tensor
-def codes_of(kind: str, device: torch.device) -> Tensor:
-    """The values that codes stand for; without a kind those of scales."""
+def code_values(kind: str, device: torch.device) -> Tensor:
+    """The number that each of the 16 codes of a 4-bit weight stands for. `kind`: `nf4` or `fp4`."""
     from bitsandbytes import functional as bnb
 
-    return bnb.get_4bit_type(kind, device=device) if kind else bnb.create_dynamic_map().to(device)
+    return bnb.get_4bit_type(kind, device=device)
+
+
+@cached_tensor
+def scale_code_values(device: torch.device) -> Tensor:
+    """The number that each of the 256 codes of a scale stands for, with double quantisation."""
+    from bitsandbytes import functional as bnb
+
+    return bnb.create_dynamic_map().to(device)
 
 
 class _QuantisedProduct(torch.autograd.Function):
@@ -263,6 +283,6 @@ def unquantised_note(plain: nn.Module, packed_names: set[str]) -> str | None:
 
 def _trains(name: str, module: nn.Module) -> bool:
     """Whether a layer is an adapter's own, or one that is trained in full (and its original)."""
-    parts = name.split(".")
-    is_trained_in_full = "modules_to_save" in parts or "original_module" in parts
+    part_bytes = name.split(".")
+    is_trained_in_full = "modules_to_save" in part_bytes or "original_module" in part_bytes
     return is_trained_in_full or any(p.requires_grad for p in module.parameters())

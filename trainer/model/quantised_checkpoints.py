@@ -23,8 +23,9 @@ EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao", "compressed-tensors": "
 """The library that reads a model, as its config.json names it, and the extra that brings it."""
 
 
-PACKED_ROWS = 32
-PACKED_VALUES = 64
+ROWS_MULTIPLE = 32
+COLUMNS_MULTIPLE = 64
+"""bitsandbytes packs a matrix for avx512_bf16 in blocks of so many rows and columns: the matrix must consist of whole blocks."""
 
 
 def quantising_library(path: str | None) -> str | None:
@@ -58,7 +59,7 @@ def unsupported_4bit_layers(model: nn.Module, device: torch.device) -> list[str]
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear) or layer is head:
             continue
-        if layer.out_features % PACKED_ROWS or layer.in_features % PACKED_VALUES:
+        if layer.out_features % ROWS_MULTIPLE or layer.in_features % COLUMNS_MULTIPLE:
             unsupported.append(f"{name} {layer.out_features}x{layer.in_features}")
     return unsupported
 
@@ -72,8 +73,8 @@ def refuse_unsupported_4bit(setting: str, model: nn.Module, device: torch.device
     if len(unsupported) > 3:
         examples += f" and {len(unsupported) - 3} more"
     raise ConfigError(
-        f"{setting}: on a processor with avx512_bf16 bitsandbytes multiplies 4-bit matrices only if {PACKED_ROWS} divides "
-        f"their rows and {PACKED_VALUES} their columns, and not {examples}; use a GPU or a processor without avx512_bf16, or "
+        f"{setting}: on a processor with avx512_bf16 bitsandbytes multiplies 4-bit matrices only if {ROWS_MULTIPLE} divides "
+        f"their rows and {COLUMNS_MULTIPLE} their columns, and not {examples}; use a GPU or a processor without avx512_bf16, or "
         "store the model in another type, such as bits=int8"
     )
 

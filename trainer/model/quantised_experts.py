@@ -7,6 +7,7 @@ experts are dequantised to the run's type; nothing of that is kept for the backw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.config import Quantisation
-from trainer.model.quantisation import BLOCK, SCALE_BLOCK, Scheme, codes_of, floats
+from trainer.model.quantisation import (
+    BLOCK_ELEMENTS,
+    SCALE_BLOCK_ELEMENTS,
+    Scheme,
+    as_float32,
+    code_values,
+    scale_code_values,
+)
 from trainer.tuning.expert_parts import expert_modules_by_name, expert_weight_names
 
 Shape = tuple[int, int, int]
-LARGEST_CALL = 2**31 - 1
+MAX_ELEMENTS_PER_CALL = 2**31 - 1
 """Elements that bitsandbytes' kernels for GPUs count in one call; of more they would make some, and leave the rest undefined."""
 
 
@@ -43,12 +51,15 @@ def num_bytes(scheme: Scheme, shape: Shape) -> int:
     return shape[0] * scheme.num_bytes(shape[1:])
 
 
-def pack_run(scheme: Scheme, shape: Shape, start: int, stop: int, expert: Callable[[int], Tensor]) -> Tensor:
-    """Bytes `[start, stop)` of a packed weight; `expert(i)` gives the matrix of one that lies in them."""
+def pack_slice(scheme: Scheme, shape: Shape, start: int, stop: int, expert: Callable[[int], Tensor]) -> Tensor:
+    """Bytes `[start, stop)` of the packed weight of a layer's experts, for which only the experts in them are packed.
+
+    `shape`: of the weight, `[experts, ., .]`. `expert(i)` returns the matrix of expert i.
+    """
     expert_bytes = scheme.num_bytes(shape[1:])
     first = start // expert_bytes
-    last = -(-stop // expert_bytes)
-    packed = [scheme.pack(expert(number)) for number in range(first, last)]
+    end = math.ceil(stop / expert_bytes)
+    packed = [scheme.pack(expert(number)) for number in range(first, end)]
     # The empty tensor is for a rank that holds nothing.
     joined = torch.cat([torch.zeros(0, dtype=torch.uint8), *packed])
     offset = start - first * expert_bytes
@@ -65,38 +76,42 @@ def unpack_stack(scheme: Scheme, packed: Tensor, shape: Shape, dtype: torch.dtyp
     if packed.is_meta:
         return torch.empty(shape, dtype=dtype, device=packed.device)
     rows = packed.detach().view(count, -1)
-    sizes = scheme.parts(matrix)
+    sizes = scheme.part_bytes(matrix)
     pieces = rows[:, : sum(sizes)].split(sizes, dim=1)
     if scheme.kind is Quantisation.int8:
-        scales = floats(pieces[1].contiguous()).view(count, -1, 1) * (1.0 / 127.0)
+        scales = as_float32(pieces[1].contiguous()).view(count, -1, 1) * (1.0 / 127.0)
         return (pieces[0].contiguous().view(torch.int8).view(shape) * scales).to(dtype)
-    if matrix[1] % BLOCK:  # then on CPUs bitsandbytes reads a row's scales by the row's place in the whole
+    if matrix[1] % BLOCK_ELEMENTS:  # then on CPUs bitsandbytes reads a row's scales by the row's place in the whole
         return torch.stack([scheme.unpack(row, matrix, dtype) for row in rows])
-    if (experts_per_call := max(1, LARGEST_CALL // (matrix[0] * matrix[1]))) < count:
+    if (experts_per_call := max(1, MAX_ELEMENTS_PER_CALL // (matrix[0] * matrix[1]))) < count:
         weight = torch.empty(shape, dtype=dtype, device=packed.device)
         for part, packed_part in zip(weight.split(experts_per_call), rows.split(experts_per_call), strict=True):
             part.copy_(unpack_stack(scheme, packed_part.reshape(-1), (len(packed_part), *matrix), dtype))
         return weight
     from bitsandbytes import functional as bnb
 
-    if scheme.double:
-        coarse_scales = floats(pieces[1].contiguous()).view(count, -1).repeat_interleave(SCALE_BLOCK, dim=1)
-        scale_codes = codes_of("", packed.device)[pieces[3].long()]
-        scales = scale_codes * coarse_scales[:, : scale_codes.shape[1]] + floats(pieces[2].contiguous()).view(count, 1)
+    if scheme.is_double_quantised:
+        coarse_scales = (
+            as_float32(pieces[1].contiguous()).view(count, -1).repeat_interleave(SCALE_BLOCK_ELEMENTS, dim=1)
+        )
+        scale_codes = scale_code_values(packed.device)[pieces[3].long()]
+        scales = scale_codes * coarse_scales[:, : scale_codes.shape[1]] + as_float32(pieces[2].contiguous()).view(
+            count, 1
+        )
     else:
-        scales = floats(pieces[1].contiguous())
+        scales = as_float32(pieces[1].contiguous())
     state = bnb.QuantState(
         absmax=scales.reshape(-1),
         shape=torch.Size((count * matrix[0], matrix[1])),
-        code=codes_of(str(scheme.kind), packed.device),
-        blocksize=BLOCK,
+        code=code_values(str(scheme.kind), packed.device),
+        blocksize=BLOCK_ELEMENTS,
         quant_type=str(scheme.kind),
         dtype=dtype,
     )
     return bnb.dequantize_4bit(pieces[0].reshape(-1, 1), state).view(shape)
 
 
-def round_stack(scheme: Scheme, weight: Tensor) -> Tensor:
+def round_trip_stack(scheme: Scheme, weight: Tensor) -> Tensor:
     """What the model computes with in the place of `weight [experts, ., .]`, float32."""
     return torch.stack([scheme.round_trip(expert) for expert in weight])
 

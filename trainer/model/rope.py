@@ -16,26 +16,26 @@ from trainer.model.config import ModelConfig, RopeConfig, RopeScaling
 FULL_ATTENTION = "full_attention"
 SCALABLE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """Rope types of a base that `model.rope.type` may replace. Others (`proportional`, `axial`) rotate in a way of their own."""
-BY_POSITIONS = ("dynamic", "longrope")
+TYPES_BY_NUM_POSITIONS = ("dynamic", "longrope")
 """Rope types that rotate by `max_position_embeddings`, so that more positions alone would change every position."""
-ORIGINAL = "original_max_position_embeddings"
+ORIGINAL_POSITIONS_KEY = "original_max_position_embeddings"
 SCALING_KEYS = frozenset(
     {
         *("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-        *("short_factor", "long_factor", "low_freq_factor", "high_freq_factor", ORIGINAL, "type"),
+        *("short_factor", "long_factor", "low_freq_factor", "high_freq_factor", ORIGINAL_POSITIONS_KEY, "type"),
     }
 )
 """Entries of `rope_parameters` that belong to its type, and go with it."""
-KEPT_OF_YARN = frozenset({"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"})
+YARN_KEYS_KEPT = frozenset({"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"})
 """What a base of type `yarn` keeps if it is scaled further. Its `attention_factor` was that of the old factor."""
-UNFIT = {
+REASON_BY_UNFIT_SCALING = {
     (
         "mimo_v2_flash",
         "yarn",
     ): "transformers then rotates more of each head than the model does; use model.rope.type=linear",
 }
 """Why a `model_type` cannot be scaled by a type, where transformers finds out only in the first step."""
-CONFIG = "config.json"
+CONFIG_FILE = "config.json"
 
 
 def set_positions(model_config: Any, config: ModelConfig) -> None:
@@ -44,7 +44,7 @@ def set_positions(model_config: Any, config: ModelConfig) -> None:
     Does nothing if neither setting is set. Raises ConfigError for a model whose positions are not rotary, and for values that
     do not follow from each other.
     """
-    if not is_set(config):
+    if not positions_are_set(config):
         return
     text = model_config.get_text_config()
     parameters = _rope_parameters(text, config)
@@ -56,7 +56,7 @@ def set_positions(model_config: Any, config: ModelConfig) -> None:
         )
     if config.rope.type is not None:
         _set_scaling(text, parameters, config, own_positions)
-    elif config.positions is not None and parameters.get("rope_type") in BY_POSITIONS:
+    elif config.positions is not None and parameters.get("rope_type") in TYPES_BY_NUM_POSITIONS:
         raise ConfigError(
             f"model.positions={config.positions}: the base rotates by rope type {parameters['rope_type']}, in which the number "
             "of positions changes how each of them is rotated; set model.rope.type=yarn as well, or leave both at null"
@@ -67,12 +67,12 @@ def set_positions(model_config: Any, config: ModelConfig) -> None:
             text.rope_theta = config.rope.theta
     if config.positions is not None:
         text.max_position_embeddings = config.positions
-    _check_taken(text, config)
+    _raise_if_class_refuses(text, config)
 
 
-def _check_taken(text: Any, config: ModelConfig) -> None:
+def _raise_if_class_refuses(text: Any, config: ModelConfig) -> None:
     """Raise ConfigError if the class of the configuration refuses its own rope parameters (Phi-3 takes `longrope` alone)."""
-    reason = UNFIT.get((text.model_type, str(config.rope.type)))
+    reason = REASON_BY_UNFIT_SCALING.get((text.model_type, str(config.rope.type)))
     try:
         text.validate_rope()
     except (ValueError, LookupError, TypeError) as error:
@@ -82,14 +82,14 @@ def _check_taken(text: Any, config: ModelConfig) -> None:
         raise ConfigError(f"{overrides}: not for a {text.model_type} (model.path={config.path}): {reason}")
 
 
-def is_set(config: ModelConfig) -> bool:
+def positions_are_set(config: ModelConfig) -> bool:
     """Whether a setting changes how the model rotates, or how many positions it has."""
     return config.positions is not None or config.rope != RopeConfig()
 
 
-def check_rotates(model: Any, config: ModelConfig) -> None:
+def check_rotary_embeddings(model: Any, config: ModelConfig) -> None:
     """Raise ConfigError if settings of positions are set and no module of the built `model` has its frequencies from them."""
-    if not is_set(config):
+    if not positions_are_set(config):
         return
     parameters = model.config.get_text_config().rope_parameters
     for module in model.modules():
@@ -104,14 +104,14 @@ def check_rotates(model: Any, config: ModelConfig) -> None:
     )
 
 
-def check_adapter(directory: str, key: str, model_config: Any, config: ModelConfig) -> None:
+def check_adapter_positions(directory: str, key: str, model_config: Any, config: ModelConfig) -> None:
     """Raise ConfigError if an adapter was trained under other positions than the base has, and no setting says so.
 
     `directory` is the value of the setting `key`. Only an adapter whose training set `model.positions` or `model.rope` has a
     config.json beside it.
     """
-    file = Path(directory).expanduser() / CONFIG
-    if is_set(config) or not file.is_file():
+    file = Path(directory).expanduser() / CONFIG_FILE
+    if positions_are_set(config) or not file.is_file():
         return
     trained = read_json_object(file)
     trained_text = trained.get("text_config") or trained
@@ -129,7 +129,7 @@ def check_adapter(directory: str, key: str, model_config: Any, config: ModelConf
 
 def adapter_config_source(directory: Path, base: str) -> str:
     """The directory or hub id whose config.json says how the base of an adapter is built: its own if it has one."""
-    return str(directory) if (directory / CONFIG).is_file() else base
+    return str(directory) if (directory / CONFIG_FILE).is_file() else base
 
 
 def _rope_parameters(text: Any, config: ModelConfig) -> dict[str, Any]:
@@ -179,7 +179,8 @@ def _set_scaling(text: Any, parameters: dict[str, Any], config: ModelConfig, own
     if original is None and (scaling is RopeScaling.yarn or config.rope.factor is None):
         raise ConfigError(
             f"model.rope.type={scaling}: the base is scaled already (linear, by {parameters.get('factor')}), and its config.json "
-            f"does not say from how many positions; use model.rope.type=linear with model.rope.factor, or write {ORIGINAL} "
+            "does not say from how many positions; use model.rope.type=linear with model.rope.factor, or "
+            f"write {ORIGINAL_POSITIONS_KEY} "
             "into its rope_parameters"
         )
     factor = config.rope.factor
@@ -193,22 +194,22 @@ def _set_scaling(text: Any, parameters: dict[str, Any], config: ModelConfig, own
             "needs no scaling; leave model.rope.type at null"
         )
     # Remove what belongs to the old scaling, then write the new one.
-    recorded = ORIGINAL in parameters
+    recorded = ORIGINAL_POSITIONS_KEY in parameters
     was_yarn = base_type == RopeScaling.yarn
     for key in SCALING_KEYS & parameters.keys():
-        if scaling is RopeScaling.yarn and was_yarn and key in KEPT_OF_YARN:
+        if scaling is RopeScaling.yarn and was_yarn and key in YARN_KEYS_KEPT:
             continue
         del parameters[key]
     parameters["rope_type"] = str(scaling)
     parameters["factor"] = float(factor)
     if scaling is RopeScaling.yarn or recorded:  # Ministral reads it in its attention too, whatever the type is
-        parameters[ORIGINAL] = original
+        parameters[ORIGINAL_POSITIONS_KEY] = original
 
 
 def _original_positions(text: Any, parameters: dict[str, Any], own_positions: int) -> int | None:
     """The positions that the base was trained with before it was scaled; None if it is scaled and does not say."""
     # Phi-3 and its kin have it beside rope_parameters, and transformers takes it from there first.
-    recorded = getattr(text, ORIGINAL, None) or parameters.get(ORIGINAL)
+    recorded = getattr(text, ORIGINAL_POSITIONS_KEY, None) or parameters.get(ORIGINAL_POSITIONS_KEY)
     if recorded:
         return int(recorded)
     return None if parameters.get("rope_type") == RopeScaling.linear else own_positions

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from trainer.model.compat import output_recorders
 from trainer.tuning.expert_parts import expert_modules_by_name
 
-BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
-"""What models call the biases that their pre-training moved to balance experts, and that no gradient reaches."""
+BALANCING_BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+"""Names of the biases that a model's pre-training moved to balance experts, and that no gradient reaches."""
 ADDED_LOSS = "added_loss"
 """Term of a forward pass: what the model adds to the objective's loss, already a part of the whole step's mean."""
 EXPERT_TOKENS = "expert_tokens"
@@ -71,24 +71,25 @@ class _Recording:
 @contextmanager
 def recording_routing(record: RoutingRecord) -> Iterator[RoutingRecord]:
     """Note in `record` what routers and experts do while entered."""
-    before = _Recording.record
+    outer_record = _Recording.record
     _Recording.record = record
     try:
         yield record
     finally:
-        _Recording.record = before
+        _Recording.record = outer_record
 
 
-def note_chosen_experts(module: Any, expert_indices: Tensor) -> None:
+def count_expert_load(module: Any, expert_indices: Tensor) -> None:
     """Count the tokens of `expert_indices [positions, k]`, experts of `module`, if the pass is recorded. Waits for no device."""
     if hasattr(module, "row_of_load"):  # its number would compile a block anew for each layer
         _Recording.note(module, expert_indices)
 
 
 def _count_tokens(module: Any, expert_indices: Tensor) -> None:
-    """Add to the record that is open (`_Recording.record`; none: do nothing) how many tokens chose each expert of a layer.
+    """Add to the open record how many tokens chose each expert of a layer; without an open record, do nothing.
 
-    `expert_indices`: [tokens, choices of each]. Padding does not count; nothing waits for the device.
+    `module`: the layer's experts. `expert_indices`: `[positions, choices of each]`. Padding does not count. Nothing waits for the
+    device.
     """
     record = _Recording.record
     if record is None or record.tokens is None or not record.is_recording:
@@ -104,7 +105,10 @@ def _count_tokens(module: Any, expert_indices: Tensor) -> None:
 
 
 def number_experts(model: nn.Module) -> tuple[int, ...]:
-    """Give each module of experts its row of `RoutingRecord.tokens`; how many experts each has."""
+    """Give each module of experts the index of its row in `RoutingRecord.tokens` (`row_of_load`), so that its tokens are counted.
+
+    Returns how many experts each module has.
+    """
     modules: list[Any] = list(expert_modules_by_name(model).values())
     if modules:
         _Recording.note = torch.compiler.disable(_count_tokens)  # here, since it imports what takes a second
@@ -137,14 +141,17 @@ def recorded_routers(model: nn.Module) -> dict[str, int]:
     return output_index
 
 
-def record_logits(root: nn.Module, output_index_by_router: dict[str, int]) -> None:
-    """Let these modules of `root` note their logits in the recorded pass; those include what adapters add."""
+def hook_router_logits(root: nn.Module, output_index_by_router: dict[str, int]) -> None:
+    """Add a hook to each router, so that it notes its logits in the recorded pass, with what adapters add to them.
+
+    `output_index_by_router`: names of modules of `root`, with the index of the logits in their output.
+    """
     for name, index in output_index_by_router.items():
         root.get_submodule(name).register_forward_hook(torch.compiler.disable(partial(_note_logits, index)))
 
 
 def _note_logits(index: int, _router: nn.Module, _args: Any, output: Any) -> None:
-    """A hook that notes part `index` of a router's output."""
+    """A forward hook: notes element `index` of a router's output, its logits, in the open record."""
     record = _Recording.record
     if record is None or not record.is_recording:
         return
@@ -153,12 +160,13 @@ def _note_logits(index: int, _router: nn.Module, _args: Any, output: Any) -> Non
         record.logits.append(logits.reshape(-1, logits.shape[-1]))
 
 
-def record_hidden(decoder: nn.Module) -> None:
-    """Let `decoder` note in the recorded pass what it gives to the head."""
+def hook_decoder_output(decoder: nn.Module) -> None:
+    """Add a hook to `decoder`, so that it notes in the recorded pass the hidden states that it gives to the head."""
     decoder.register_forward_hook(torch.compiler.disable(_note_hidden))
 
 
 def _note_hidden(_decoder: nn.Module, _args: Any, output: Any) -> None:
+    """A forward hook: notes the decoder's hidden states in the open record."""
     record = _Recording.record
     if record is not None and record.is_recording:
         record.hidden.append(output.last_hidden_state)
@@ -167,4 +175,4 @@ def _note_hidden(_decoder: nn.Module, _args: Any, output: Any) -> None:
 def balancing_biases(model: nn.Module) -> list[str]:
     """Names of the biases by which the model's pre-training balanced its experts."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return [name for name, _ in tensors if name.rsplit(".", 1)[-1] in BIASES]
+    return [name for name, _ in tensors if name.rsplit(".", 1)[-1] in BALANCING_BIAS_NAMES]

@@ -10,6 +10,7 @@ variable would do: activation recomputation calls the layers again in the backwa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -26,9 +27,9 @@ from trainer.model.compat import flash_attention_function
 
 FLASH_ATTENTION = "flash_attention_2"
 """What transformers calls its function of FlashAttention 2."""
-SINKS = ("s_aux", "sinks")
+SINK_NAMES = ("s_aux", "sinks")
 """What models call the parameters of which each query head has one."""
-IMPOSSIBLE = ("head_mask", "position_bias")
+UNSUPPORTED_INPUTS = ("head_mask", "position_bias")
 """Inputs for each head and position, which no architecture without padding passes today."""
 
 Attention = Callable[..., tuple[Tensor, Any]]
@@ -45,23 +46,26 @@ def register_flash() -> None:
 class HeadShares:
     """Which heads each rank of a sequence-parallel group attends with."""
 
-    query: list[tuple[int, int]]
+    query_heads: list[tuple[int, int]]
     """For each rank the first of its query heads, and the one after its last."""
-    key_value: list[tuple[int, int]]
-    """The key-value heads that these use, likewise. With fewer of them than ranks, several ranks use the same one."""
+    key_value_heads: list[tuple[int, int]]
+    """For each rank the key-value heads that its query heads use, likewise. Several ranks may use the same one."""
 
 
 def head_shares(query_heads: int, key_value_heads: int, ranks: int) -> HeadShares:
-    """Deal the query heads of a layer to `ranks` ranks as evenly as they divide."""
+    """Divide the query heads of a layer among `ranks` ranks as evenly as possible, and find the key-value heads that they use.
+
+    4 query heads and 2 key-value heads on 2 ranks: query heads (0, 2) and (2, 4), key-value heads (0, 1) and (1, 2).
+    """
     queries_per_key = query_heads // key_value_heads
-    query = []
-    key_value = []
+    query_shares = []
+    key_value_shares = []
     for rank in range(ranks):
         first = query_heads * rank // ranks
         end = query_heads * (rank + 1) // ranks
-        query.append((first, end))
-        key_value.append((first // queries_per_key, -(-end // queries_per_key)))
-    return HeadShares(query, key_value)
+        query_shares.append((first, end))
+        key_value_shares.append((first // queries_per_key, math.ceil(end / queries_per_key)))
+    return HeadShares(query_shares, key_value_shares)
 
 
 def over_slices(attend: Attention) -> Attention:
@@ -84,7 +88,7 @@ def over_slices(attend: Attention) -> Attention:
     ) -> tuple[Tensor, Any]:
         if row_slices is None:
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
-        for name in IMPOSSIBLE:
+        for name in UNSUPPORTED_INPUTS:
             if kwargs.get(name) is not None:
                 raise ValueError(f"parallel.sequence: attention with {name} is not exchanged; set parallel.sequence=1")
         # Rotary embeddings leave queries and keys wider than values under autocast. Kernels of GPUs take them narrow, so
@@ -97,38 +101,42 @@ def over_slices(attend: Attention) -> Attention:
         group = sequence_group_of(row_slices)
         rank = dist.get_rank(group)
         shares = head_shares(query.shape[1], key.shape[1], len(row_slices) - 1)
-        heads = shares.query[rank]
-        row_query = slices_to_heads(query, shares.query, row_slices, rank, group)
-        row_key = slices_to_heads(key, shares.key_value, row_slices, rank, group)
-        row_value = slices_to_heads(value, shares.key_value, row_slices, rank, group)
-        key_of_query = _uneven_key_heads(heads, shares.key_value[rank], query.shape[1] // key.shape[1])
+        own_heads = shares.query_heads[rank]
+        row_query = slices_to_heads(query, shares.query_heads, row_slices, rank, group)
+        row_key = slices_to_heads(key, shares.key_value_heads, row_slices, rank, group)
+        row_value = slices_to_heads(value, shares.key_value_heads, row_slices, rank, group)
+        queries_per_key = query.shape[1] // key.shape[1]
+        key_of_query = _key_head_of_each_query(own_heads, shares.key_value_heads[rank], queries_per_key)
         if key_of_query is not None:
             indices = torch.tensor(key_of_query).to(row_key.device, non_blocking=True)
             row_key = row_key.index_select(1, indices)
             row_value = row_value.index_select(1, indices)
-        for name in SINKS:
+        for name in SINK_NAMES:
             if kwargs.get(name) is not None:
-                kwargs[name] = kwargs[name][slice(*heads)]
+                kwargs[name] = kwargs[name][slice(*own_heads)]
 
         # Attention over the whole row, then back to this rank's slice with all heads.
         row_output, _ = attend(module, row_query, row_key, row_value, attention_mask, *args, **kwargs)
         # Attention weights, which some functions return, are those of this rank's heads: nobody asks for them in training.
-        return heads_to_slices(row_output, shares.query, row_slices, rank, group), None
+        return heads_to_slices(row_output, shares.query_heads, row_slices, rank, group), None
 
     return attend_over_slices
 
 
-def _uneven_key_heads(heads: tuple[int, int], key_heads: tuple[int, int], queries_per_key: int) -> list[int] | None:
-    """For each query head of a rank, the place of its key-value head among the rank's own.
+def _key_head_of_each_query(
+    query_heads: tuple[int, int], key_heads: tuple[int, int], queries_per_key: int
+) -> list[int] | None:
+    """For each query head of a rank, the index of its key-value head among the rank's own, such as [0, 1, 1].
 
-    None if kernels find it themselves: they take equally many query heads, in a row, for each key-value head.
+    None if kernels find it themselves: they take equally many query heads, in a row, for each key-value head. `query_heads`,
+    `key_heads`: the rank's own, (first, end).
     """
-    first_key = key_heads[0]
-    key_of_query = [head // queries_per_key - first_key for head in range(*heads)]
-    number = key_heads[1] - first_key
-    per_key = len(key_of_query) // number
-    evenly = [place // per_key for place in range(len(key_of_query))]
-    if len(key_of_query) % number == 0 and key_of_query == evenly:
+    first_key, end_key = key_heads
+    key_of_query = [head // queries_per_key - first_key for head in range(*query_heads)]
+    num_own_keys = end_key - first_key
+    own_queries_per_key = len(key_of_query) // num_own_keys
+    assumed_by_kernels = [index // own_queries_per_key for index in range(len(key_of_query))]
+    if len(key_of_query) % num_own_keys == 0 and key_of_query == assumed_by_kernels:
         return None
     return key_of_query
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.model.sequence_attention import IMPOSSIBLE, SINKS
+from trainer.model.sequence_attention import SINK_NAMES, UNSUPPORTED_INPUTS
 
 NAME = "shardtune_token_local"
 """transformers' name of the attention in which each token sees itself alone."""
@@ -30,7 +30,7 @@ Architectures that may be cut stay below 1e-14 in float64, and below 2e-7 if the
 are told. Those that may not differ by 5e-2 and more."""
 FLOAT32_TOLERANCE = 1e-5
 """The same for an architecture whose code does not run in float64."""
-CUT_AT = ((0.5,), (0.02, 0.3, 0.8))
+CUT_SHARES = ((0.5,), (0.02, 0.3, 0.8))
 """Where the row is cut, as shares of its length: in two equal slices, and in four of which one is a single token."""
 MEETS_ELSEWHERE = "its tokens meet outside attention"
 """How the reason begins if a slice is not the slice of the whole row."""
@@ -55,7 +55,7 @@ class TokenLocalAttention:
         """q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`. Raises CannotBeCut without the row's slices."""
         if kwargs.get("row_slices") is None:
             raise CannotBeCut("its attention is not told how the row is cut (it does not hand on unknown arguments)")
-        for name in IMPOSSIBLE:
+        for name in UNSUPPORTED_INPUTS:
             if kwargs.get(name) is not None:
                 raise CannotBeCut(f"its attention is given a {name}, which is not exchanged")
         numbers = {name: number for name, number in kwargs.items() if isinstance(number, bool | int | float)}
@@ -67,7 +67,7 @@ class TokenLocalAttention:
         # dimension make the score depend on the position too, so that positions counted from the slice are found out.
         dimensions = torch.arange(query.shape[-1], device=query.device, dtype=query.dtype).cos()
         scores = (query * key + (query + key) * dimensions).sum(-1) * 0.1
-        for name in SINKS:
+        for name in SINK_NAMES:
             if kwargs.get(name) is not None:
                 scores = scores + kwargs[name].reshape(1, -1, 1)
         return (torch.tanh(scores).unsqueeze(-1).to(value.dtype) * value).transpose(1, 2).contiguous(), None
@@ -115,7 +115,7 @@ def sequence_problem(
 
 def _cuts(length: int) -> Iterator[list[int]]:
     """The borders of slices, for each way in which the row is cut."""
-    for shares in CUT_AT:
+    for shares in CUT_SHARES:
         inner_borders = [max(1, int(share * length)) for share in shares]
         yield [0, *inner_borders, length]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from trainer.model.kept_layers import KeptLayers, depth_of, layer_choices, layer_kinds
+from trainer.model.kept_layers import KeptLayers, layer_choices, layer_kinds, num_layers_of
 
 VOCABULARY = 128
 WINDOW = 8
@@ -33,7 +33,7 @@ with small random weights."""
 MAX_LAYER_CHOICES = 3
 """How many choices of layers are tried at most (`kept_layers.py`)."""
 
-SIZES: dict[str, int] = {
+MAX_SIZE_BY_SETTING: dict[str, int] = {
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "dim", "n_embed", "embedding_size", "dim_model", "emb_dim"), 64
     ),
@@ -169,8 +169,8 @@ def lost_kinds(config: Any, full_model: nn.Module, small_config: Any, small: nn.
     """How many kinds of layers of `full_model` (built of `config`) are missing in `small` (of `small_config`); both on meta."""
     lost = 0
     for full_settings, small_settings in _nested_settings(_settings(config), _settings(small_config), type(config)):
-        kinds = set(layer_kinds(full_model, depth_of(full_settings)))
-        small_kinds = set(layer_kinds(small, depth_of(small_settings)))
+        kinds = set(layer_kinds(full_model, num_layers_of(full_settings)))
+        small_kinds = set(layer_kinds(small, num_layers_of(small_settings)))
         if len(kinds) > 1 and small_kinds:
             lost += len(kinds - small_kinds)
     return lost
@@ -251,7 +251,7 @@ def _kept_layers(settings: dict[str, Any], full_model: nn.Module, layer_choice: 
 
 
 def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """The small size of each setting that `SIZES` names. Sizes that depend on each other are adapted:
+    """The small size of each setting that `MAX_SIZE_BY_SETTING` names. Sizes that depend on each other are adapted:
 
     - without groups of queries, keys and values have as many heads as queries.
     - the size of a head keeps its ratio to the size of its rotated share.
@@ -264,9 +264,9 @@ def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, 
     heads = None if heads_name is None else full[heads_name]
     for name, value in settings.items():
         if name in ("num_key_value_heads", "num_kv_heads") and value == heads:
-            small[name] = SIZES["num_attention_heads"]  # no groups
-        elif name in SIZES:
-            small[name] = _at_most(SIZES[name], value)
+            small[name] = MAX_SIZE_BY_SETTING["num_attention_heads"]  # no groups
+        elif name in MAX_SIZE_BY_SETTING:
+            small[name] = _at_most(MAX_SIZE_BY_SETTING[name], value)
     rotated_size = full.get("qk_rope_head_dim")
     if rotated_size and full.get("head_dim"):  # both are the same size, or one is a share of the other
         small["head_dim"] = max(1, small["qk_rope_head_dim"] * full["head_dim"] // rotated_size)
@@ -289,8 +289,8 @@ def _sizes_with_counts(settings: dict[str, Any], full: dict[str, Any], *, widene
         return small
     width = full[width_name]
     for name, value in settings.items():
-        if SIZES.get(name) == SIZES["hidden_size"] and value == width:
-            small[name] = full[heads_name] * SIZES["head_dim"]
+        if MAX_SIZE_BY_SETTING.get(name) == MAX_SIZE_BY_SETTING["hidden_size"] and value == width:
+            small[name] = full[heads_name] * MAX_SIZE_BY_SETTING["head_dim"]
     return small
 
 
@@ -338,7 +338,7 @@ def _inner_width(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
     if "mamba_d_ssm" in full and full["mamba_d_ssm"] == inner_width:
         return {"mamba_d_ssm": small[heads] * small[head_size]}
     if expansion is not None and inner_width == full[expansion] * full["hidden_size"]:
-        small_heads = SIZES["mamba_n_heads"]
+        small_heads = MAX_SIZE_BY_SETTING["mamba_n_heads"]
         small_inner_width = int(small[expansion] * small["hidden_size"])
         return {heads: small_heads, head_size: small_inner_width // small_heads}
     return {}
@@ -361,8 +361,8 @@ def _sizes_in_proportion(settings: dict[str, Any], full: dict[str, Any]) -> dict
     divided = {}
     for name, value in settings.items():
         is_width = WIDTHS.search(name)
-        if name in SIZES and not is_width and "dim" not in name:
-            small[name] = _at_most(SIZES[name], value)
+        if name in MAX_SIZE_BY_SETTING and not is_width and "dim" not in name:
+            small[name] = _at_most(MAX_SIZE_BY_SETTING[name], value)
         if is_width and isinstance(value, int) and value % divisor == 0:
             divided[name] = value // divisor
     return small | divided
@@ -374,7 +374,7 @@ def _small_layer_settings(
     """Small settings of one layer that has some of its own (`per_layer_config`).
 
     - a size that the whole model has too: keeps its ratio to it. A layer's 512 in a model of 1024 that shrinks to 64 becomes 32.
-    - another value: at most what `SIZES` has for its name, or unchanged.
+    - another value: at most what `MAX_SIZE_BY_SETTING` has for its name, or unchanged.
 
     `full`, `small`: settings of the full and of the small model.
     """
@@ -382,11 +382,11 @@ def _small_layer_settings(
     for name, value in layer_settings.items():
         full_size = full.get(name)
         small_size = small.get(name)
-        is_size_of_both = name in SIZES and isinstance(full_size, int) and isinstance(small_size, int)
+        is_size_of_both = name in MAX_SIZE_BY_SETTING and isinstance(full_size, int) and isinstance(small_size, int)
         if isinstance(value, int) and is_size_of_both and full_size:
             small_layer_settings[name] = max(1, small_size * value // full_size)  # type: ignore[operator]
-        elif name in SIZES:
-            small_layer_settings[name] = _at_most(SIZES[name], value)
+        elif name in MAX_SIZE_BY_SETTING:
+            small_layer_settings[name] = _at_most(MAX_SIZE_BY_SETTING[name], value)
         else:
             small_layer_settings[name] = value
     return small_layer_settings

@@ -9,10 +9,10 @@ import torch
 
 from strategies.errors import ConfigError
 from trainer.model.config import ModelConfig
-from trainer.model.loading import weights_directory
+from trainer.model.loading import find_weights_directory
 from trainer.model.weights import Checkpoint
 
-CHUNK = 2**22
+CHUNK_ELEMENTS = 2**22
 """Elements that are compared at a time."""
 
 
@@ -24,14 +24,14 @@ def _has_separate_head(config: ModelConfig, model: Any) -> bool:
     if head is None or getattr(head, "weight", None) is not embeddings.weight:
         return False
     try:
-        directory = weights_directory(config)
+        directory = find_weights_directory(config)
     except ConfigError:  # said where weights are needed
         return False
     if not any(directory.glob("*.safetensors")):
         return False
     checkpoint = Checkpoint(directory, model)
-    embedding_weight = f"{_name_of(embeddings, model)}.weight"
-    head_weight = f"{_name_of(head, model)}.weight"
+    embedding_weight = f"{_module_name(embeddings, model)}.weight"
+    head_weight = f"{_module_name(head, model)}.weight"
     try:
         stored = checkpoint.conversions.groups.keys()
         if embedding_weight not in stored or head_weight not in stored:
@@ -41,7 +41,8 @@ def _has_separate_head(config: ModelConfig, model: Any) -> bool:
         checkpoint.close()
 
 
-def _name_of(wanted: Any, model: Any) -> str:
+def _module_name(wanted: Any, model: Any) -> str:
+    """The name of the module `wanted` in `model`."""
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
@@ -51,14 +52,14 @@ def _values_differ(checkpoint: Checkpoint, first: str, second: str) -> bool:
         return True
     size = math.prod(checkpoint.shape(first))
     # In pieces, so that two vocabulary matrices are never in memory at once.
-    for start in range(0, size, CHUNK):
-        stop = min(start + CHUNK, size)
+    for start in range(0, size, CHUNK_ELEMENTS):
+        stop = min(start + CHUNK_ELEMENTS, size)
         if not torch.equal(checkpoint.read_slice(first, start, stop), checkpoint.read_slice(second, start, stop)):
             return True
     return False
 
 
-def untied_as_stored(config: ModelConfig, settings: Any, model: Any) -> str:
+def untie_as_stored(config: ModelConfig, settings: Any, model: Any) -> str:
     """Untie embeddings and head in `settings` if the files hold two different matrices; returns a note for the user, else "".
 
     `settings`: transformers' configuration; `model`: built of it on meta, to be built again if the note is not empty.

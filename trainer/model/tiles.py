@@ -24,7 +24,7 @@ from trainer.model.config import ModelKind
 from trainer.model.shrink import VOCABULARY, small_copies
 from trainer.tuning.compat.transformers import block_class_names
 
-NAMES = ("mlp", "feed_forward")
+MLP_NAMES = ("mlp", "feed_forward")
 """Names under which a block has its MLP."""
 TOLERANCE = 1e-6
 """Largest difference between a pass with tiles and one without, relative to the largest output."""
@@ -32,7 +32,7 @@ PROOF_TOKENS = 23
 PROOF_TILE = 5
 """Tokens of a row, and of a tile, with which tiles are proven: the last tile is shorter."""
 
-_proofs: dict[str, str] = {}
+_refusal_by_architecture: dict[str, str] = {}
 """What the proof found, by architecture: a reason against tiles, or nothing. A plan asks for each of its simulations."""
 
 
@@ -76,9 +76,9 @@ def _blocks(model: nn.Module, classes: set[str]) -> Iterator[nn.Module]:
 
 
 def _mlp_of(block: nn.Module) -> nn.Module | None:
-    """The child of a block that is its MLP, by one of `NAMES`; None if the block has no such child."""
+    """The child of a block that is its MLP, by one of `MLP_NAMES`; None if the block has no such child."""
     children = dict(block.named_children())
-    return next((children[name] for name in NAMES if name in children), None)
+    return next((children[name] for name in MLP_NAMES if name in children), None)
 
 
 def _untileable_reason(plain: nn.Module, classes: set[str]) -> str:
@@ -94,16 +94,16 @@ def _untileable_reason(plain: nn.Module, classes: set[str]) -> str:
                 "row of tokens; only dense MLPs are tiled"
             )
         if _mlp_of(block) is None:
-            return f"{name} has no MLP by the name of {' or '.join(NAMES)}"
+            return f"{name} has no MLP by the name of {' or '.join(MLP_NAMES)}"
     return ""
 
 
 def _cached_proof(model_config: Any, plain: nn.Module, kind: ModelKind) -> str:
-    """As `_difference_of_small_copy`, computed once for each architecture, because a plan asks for each of its simulations."""
+    """Why tiles are not proven for this architecture; empty if they are. Proven once: a plan asks for each of its simulations."""
     key = json.dumps([kind, model_config.to_dict()], sort_keys=True, default=str)
-    if key not in _proofs:
-        _proofs[key] = _difference_of_small_copy(model_config, plain, kind)
-    return _proofs[key]
+    if key not in _refusal_by_architecture:
+        _refusal_by_architecture[key] = _difference_of_small_copy(model_config, plain, kind)
+    return _refusal_by_architecture[key]
 
 
 def _difference_of_small_copy(model_config: Any, plain: nn.Module, kind: ModelKind) -> str:
@@ -138,7 +138,10 @@ def _small_model(model_config: Any, plain: nn.Module, kind: ModelKind) -> Any:
 
 @torch.no_grad()
 def _difference_in_tiles(small: Any) -> str:
-    """How the outputs of a small model change when its MLPs take tiles; empty if they do not."""
+    """A sentence on how the outputs of a small model change when its MLPs take tiles; empty if they do not change.
+
+    Replaces the forward passes of the model's MLPs.
+    """
     vocabulary = min(text_model_config(small.config).vocab_size, VOCABULARY)
     ids = torch.arange(PROOF_TOKENS)[None] * 7 % vocabulary
     plain_output = small(input_ids=ids, use_cache=False)[0]

@@ -22,7 +22,7 @@ from trainer.model.conversions import Conversions
 from trainer.model.files import SafetensorsFiles
 from trainer.model.packed_cache import PackedWeights, cached_weights
 from trainer.model.quantisation import Scheme
-from trainer.model.quantised_experts import pack_run, round_stack
+from trainer.model.quantised_experts import pack_slice, round_trip_stack
 from trainer.tuning.base import Tuning
 
 if TYPE_CHECKING:
@@ -39,13 +39,15 @@ class Checkpoint:
         self._tied = tied or {}
 
     def resolve(self, name: str) -> str | None:
-        """The name by which the checkpoint knows a parameter: its own, or another of a shared one; None: not there."""
+        """The name under which the checkpoint has a parameter: its own, or another name of a shared one; None if it has
+        neither."""
         for spelling in (name, *self._tied.get(name, ())):
             if spelling in self.conversions.groups:
                 return spelling
         return None
 
     def _stored_name(self, name: str) -> str:
+        """The name under which the checkpoint has a parameter. Raises ConfigError if it lacks the parameter."""
         stored_name = self.resolve(name)
         if stored_name is None:
             raise ConfigError(f"{name}: needed by the tuning method but not in {self.directory}")
@@ -106,9 +108,9 @@ class BaseWeights(Checkpoint):
         quantised: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__(directory, plain, tied)
-        self.folded = folded
+        self.merged_adapters = folded
         self.scheme = scheme
-        self.quantised = quantised or {}
+        self.quantised_shapes = quantised or {}
         """Shapes of the weights that are stored quantised, by base name."""
         changed = folded.changed_base_names() if folded is not None else set()
         if missing := sorted(name for name in changed if self.resolve(name) is None):
@@ -126,31 +128,34 @@ class BaseWeights(Checkpoint):
         stored_name = self._stored_name(name)
         if stored_name not in self._adapted:
             return super().read_slice(stored_name, start, stop)
-        assert self.folded is not None
-        return self.folded.full_tensor(self._adapted[stored_name], _WithoutAdapters(self)).reshape(-1)[start:stop]
+        assert self.merged_adapters is not None
+        return self.merged_adapters.full_tensor(self._adapted[stored_name], _WithoutAdapters(self)).reshape(-1)[
+            start:stop
+        ]
 
     def full_tensor(self, name: str) -> Tensor:
         """A full parameter as the model computes with it: rounded where it is stored quantised (then float32)."""
         parameter = super().full_tensor(name)
-        if name not in self.quantised or self.scheme is None:
+        if name not in self.quantised_shapes or self.scheme is None:
             return parameter
-        return self.scheme.round_trip(parameter) if parameter.dim() == 2 else round_stack(self.scheme, parameter)
+        return self.scheme.round_trip(parameter) if parameter.dim() == 2 else round_trip_stack(self.scheme, parameter)
 
     def close(self) -> None:
         super().close()
         self._last = None
 
     def packed(self, name: str, start: int, stop: int) -> Tensor:
-        """Bytes `[start, stop)` of a weight that is stored quantised, uint8; of experts, only those in it are read."""
+        """Bytes `[start, stop)` of a weight that is stored quantised, uint8, packed now; of experts, only those in it are
+        read."""
         assert self.scheme is not None
-        shape = self.quantised[name]
+        shape = self.quantised_shapes[name]
         if len(shape) == 3:
             size = shape[1] * shape[2]
 
             def expert(number: int) -> Tensor:
                 return self.read_slice(name, number * size, (number + 1) * size).view(shape[1:])
 
-            return pack_run(self.scheme, shape, start, stop, expert)
+            return pack_slice(self.scheme, shape, start, stop, expert)
         return self.packed_whole(name)[start:stop]
 
     def packed_whole(self, name: str) -> Tensor:
@@ -164,10 +169,13 @@ class BaseWeights(Checkpoint):
         """Let the ranks of this host pack each matrix once between them, and keep it; `share` (i, n): this is rank i of n."""
         assert self.scheme is not None
         places = [self.directory, *(Path(adapter).expanduser() for adapter in adapters)]
-        self.packed_cache = cached_weights(places, self.scheme, self.quantised, self.packed_whole, share)
+        self.packed_cache = cached_weights(places, self.scheme, self.quantised_shapes, self.packed_whole, share)
 
-    def packed_run(self, name: str, start: int, stop: int) -> Tensor:
-        """As `packed`, of matrices read from what this host keeps; experts are packed by those who hold them."""
+    def read_packed(self, name: str, start: int, stop: int) -> Tensor:
+        """Bytes `[start, stop)` of a weight that is stored quantised, uint8: from this host's cache if it keeps the weight there.
+
+        The cache has matrices. Experts are packed anew by the ranks that hold them.
+        """
         if self.packed_cache is None or name not in self.packed_cache.sizes:
             return self.packed(name, start, stop)
         return self.packed_cache.read_slice(name, start, stop)
@@ -196,15 +204,15 @@ class StartingWeights:
     def __init__(self, source: WeightSource, folded: MergedAdapters | None) -> None:
         """`source`: where the tuned model's values come from; `folded`: the adapter that it begins with, if there is one."""
         self.source = source
-        self.folded = folded
+        self.merged_adapters = folded
         self.adapted = set[str]() if folded is None else folded.changed_base_names()
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
         checkpoint = self.source.checkpoint
-        if self.folded is not None and name in self.adapted:
-            return self.folded.full_tensor(name, checkpoint).reshape(-1)[start:stop]
-        if name in checkpoint.quantised:  # the tuned model has its bytes, and this one its values
+        if self.merged_adapters is not None and name in self.adapted:
+            return self.merged_adapters.full_tensor(name, checkpoint).reshape(-1)[start:stop]
+        if name in checkpoint.quantised_shapes:  # the tuned model has its bytes, and this one its values
             return checkpoint.full_tensor(name).reshape(-1)[start:stop]
         return self.source.read_slice(name, shape, start, stop)
 
@@ -224,19 +232,20 @@ class WeightSource:
         seed: int,
         init_std: float,
         new_token_ids: list[int] | None = None,
-        vocabulary: frozenset[str] = frozenset(),
-        fixed: dict[str, Tensor] | None = None,
+        vocabulary_parameter_names: frozenset[str] = frozenset(),
+        computed_values: dict[str, Tensor] | None = None,
     ) -> None:
+        """`init_std`: standard deviation of matrices that are drawn because the checkpoint lacks them."""
         self.checkpoint = checkpoint
         self.tuning = tuning
         self.seed = seed
         self.init_std = init_std
-        self.new_ids = new_token_ids or []
-        self.vocabulary = vocabulary
+        self.new_token_ids = new_token_ids or []
+        self.vocabulary_parameter_names = vocabulary_parameter_names
         """Base names of the parameters that have a row for each token."""
-        self.fixed = fixed or {}
+        self.computed_values = computed_values or {}
         """Values of base parameters that are computed and need not be in the checkpoint."""
-        self.zeroed: dict[str, int] = {}
+        self.zero_row_by_name: dict[str, int] = {}
         """Row that is zero whatever the checkpoint has there, by base name."""
         self.initialised: list[str] = []
         """Base parameters that the checkpoint does not have and that were drawn instead."""
@@ -244,31 +253,37 @@ class WeightSource:
         """Where the parameters of frozen models beside the tuned one come from, by the beginning of their names."""
         self._mean_rows: dict[str, Tensor] = {}
 
-    def check(self, named_shapes: dict[str, tuple[int, ...]], *, head_prefixes: tuple[str, ...]) -> None:
-        """Compare names and shapes with the checkpoint, before anything is allocated, and note new heads in `initialised`.
+    def check_names_and_shapes(
+        self, shape_by_name: dict[str, tuple[int, ...]], *, head_prefixes: tuple[str, ...]
+    ) -> None:
+        """Compare the model's parameters with the checkpoint, before anything is allocated. Sets `initialised` to new heads.
 
-        A parameter may be missing from the checkpoint if its value is computed, or if it is of a new head (a name under
-        `head_prefixes`). `named_shapes`: the model's parameters. Raises ConfigError with the first five differences.
+        - the tuning method has added the parameter: nothing to compare.
+        - the checkpoint lacks it: right if its value is computed, or if it is of a new head (a name under `head_prefixes`).
+        - else its shape must be the checkpoint's, unless it grows with added tokens.
+
+        `shape_by_name`: of the model's parameters; a weight that is stored packed has another shape there than in the checkpoint.
+        Raises ConfigError with the first five differences.
         """
         problems = []
-        for name, model_shape in named_shapes.items():
+        for name, model_shape in shape_by_name.items():
             if self.tuning.is_added_parameter(name):
                 continue
-            base = self.tuning.base_name(name)
-            shape = self.checkpoint.quantised.get(base, model_shape)
-            if self.checkpoint.resolve(base) is None:
-                # Its value is computed, here or by the tuning method.
-                if base in self.fixed or self.tuning.rewrites(name):
+            base_name = self.tuning.base_name(name)
+            if self.checkpoint.resolve(base_name) is None:
+                is_computed = base_name in self.computed_values or self.tuning.rewrites(name)
+                if is_computed:
                     continue
-                if not base.startswith(head_prefixes):
-                    problems.append(f"{base} is not in the checkpoint")
-                elif base not in self.initialised:
-                    self.initialised.append(base)
+                if not base_name.startswith(head_prefixes):
+                    problems.append(f"{base_name} is not in the checkpoint")
+                elif base_name not in self.initialised:
+                    self.initialised.append(base_name)
                 continue
-            # With added tokens the model has more rows than the checkpoint.
-            grows = base in self.vocabulary and self.new_ids
-            if self.checkpoint.shape(base) != shape and not grows:
-                problems.append(f"{base} has shape {self.checkpoint.shape(base)}, the architecture wants {shape}")
+            shape = self.checkpoint.quantised_shapes.get(base_name, model_shape)
+            stored_shape = self.checkpoint.shape(base_name)
+            has_new_rows = bool(self.new_token_ids) and base_name in self.vocabulary_parameter_names
+            if stored_shape != shape and not has_new_rows:
+                problems.append(f"{base_name} has shape {stored_shape}, the architecture wants {shape}")
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise ConfigError(
@@ -296,18 +311,18 @@ class WeightSource:
             return self.tuning.initial_value(name, tuple(shape), self, self.seed).reshape(-1)[start:stop]
         base = self.tuning.base_name(name)
         stored = self.checkpoint.resolve(base)
-        if base in self.checkpoint.quantised:
-            return self.checkpoint.packed_run(base, start, stop)
+        if base in self.checkpoint.quantised_shapes:
+            return self.checkpoint.read_packed(base, start, stop)
         if stored is None:
-            initial = self.fixed[base] if base in self.fixed else self._draw(base, tuple(shape))
+            initial = self.computed_values[base] if base in self.computed_values else self._draw(base, tuple(shape))
             return initial.reshape(-1)[start:stop]
-        if self.new_ids and base in self.vocabulary:
+        if self.new_token_ids and base in self.vocabulary_parameter_names:
             values = self._with_new_rows(stored, tuple(shape), start, stop)
         else:
             values = self.checkpoint.read_slice(stored, start, stop)
-        if base in self.zeroed:
+        if base in self.zero_row_by_name:
             columns = math.prod(shape[1:])
-            first = self.zeroed[base] * columns  # of the row's elements
+            first = self.zero_row_by_name[base] * columns  # of the row's elements
             values = values.clone()
             values[max(0, first - start) : max(0, first + columns - start)] = 0
         return values
@@ -338,13 +353,13 @@ class WeightSource:
     def _with_new_rows(self, stored: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of a flattened vocabulary matrix whose new rows are the mean of the known ones."""
         row_size = math.prod(shape[1:])
-        known_rows = self.new_ids[0]
+        known_rows = self.new_token_ids[0]
         if stored not in self._mean_rows:
             known = self.checkpoint.read_slice(stored, 0, known_rows * row_size).view(known_rows, row_size)
             self._mean_rows[stored] = known.float().mean(dim=0)
         # Elements [first_new, end_new) are new rows. Behind them lie rows that no token uses.
         first_new = known_rows * row_size
-        end_new = (self.new_ids[-1] + 1) * row_size
+        end_new = (self.new_token_ids[-1] + 1) * row_size
         pieces = []
         if start < first_new:
             pieces.append(self.checkpoint.read_slice(stored, start, min(stop, first_new)).float())

@@ -10,14 +10,14 @@ from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.losses.fuse import fuse_head
-from trainer.model.architecture import build_options, set_dropout, transformers_class
+from trainer.model.architecture import from_config_options, set_dropout, transformers_class
 from trainer.model.attention import NAME
 from trainer.model.config import ModelConfig, ModelKind, RopeConfig
 from trainer.model.flex import NAME as FLEX
 from trainer.model.frozen_rows import always_zero_rows
 from trainer.model.layout import AttentionLayout
-from trainer.model.loading import load_model_config, load_tokenizer, weights_directory
-from trainer.model.tied_heads import untied_as_stored
+from trainer.model.loading import find_weights_directory, load_model_config, load_tokenizer
+from trainer.model.tied_heads import untie_as_stored
 from trainer.model.weights import BaseWeights, StartingWeights, WeightSource
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.layout_choice import Proofs
@@ -107,11 +107,15 @@ def frozen_model(
             return _frozen(model, StartingWeights(initial, None))
         check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
         teacher_weights = WeightSource(
-            BaseWeights(weights_directory(teacher), copy.deepcopy(model)), Full(), seed=initial.seed, init_std=0.0
+            BaseWeights(find_weights_directory(teacher), copy.deepcopy(model)), Full(), seed=initial.seed, init_std=0.0
         )
-        teacher_weights.zeroed = always_zero_rows(model, AttentionLayout(arrangement.layout, arrangement.attention, {}))
+        teacher_weights.zero_row_by_name = always_zero_rows(
+            model, AttentionLayout(arrangement.layout, arrangement.attention, {})
+        )
         # No `head_prefixes`: a weight that the teacher's checkpoint lacks is an error, never drawn anew.
-        teacher_weights.check({name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=())
+        teacher_weights.check_names_and_shapes(
+            {name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=()
+        )
         weights = teacher_weights
     return _frozen(model, weights)
 
@@ -140,7 +144,7 @@ def _architecture(config: ModelConfig, settings: Any, arrangement: AttentionLayo
 
     def build() -> Any:
         with meta_context():
-            return model_class.from_config(settings, attn_implementation=attention, **build_options(config))
+            return model_class.from_config(settings, attn_implementation=attention, **from_config_options(config))
 
     # Build, once more if the checkpoint has an output head of its own.
     try:
@@ -151,7 +155,7 @@ def _architecture(config: ModelConfig, settings: Any, arrangement: AttentionLayo
             f"objective.teacher.path={config.path}: a {settings.model_type} model cannot be built as a teacher with "
             f"attention {attention}: {reason}; {remedy}"
         ) from error
-    if untied_as_stored(config, settings, model):
+    if untie_as_stored(config, settings, model):
         model = build()
     model.tie_weights()
     copy_arrangement = AttentionLayout(arrangement.layout, attention, {})

@@ -101,7 +101,7 @@ def _clip_problems(config: GrpoConfig) -> Iterator[str]:
         )
 
 
-def without_effect(config: GrpoConfig) -> list[str]:
+def settings_without_effect(config: GrpoConfig) -> list[str]:
     """Settings of the ratio that change nothing, as `key=value`: where a round is one step, every ratio is 1."""
     if config.rollout.steps * config.rollout.iterations > 1:
         return []

@@ -15,13 +15,13 @@ from strategies.hardware import gpu_of_device
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.model import attention, experts, flex
-from trainer.model.architecture import architecture, modules_beside_text, text_model_config
+from trainer.model.architecture import build_plain_model, modules_beside_text, text_model_config
 from trainer.model.attention import NAME
 from trainer.model.config import Attention, ModelConfig, ModelKind
 from trainer.model.flash import head_sizes, why_not_flash
 from trainer.model.kernels import missing_kernels
-from trainer.model.layout import KERNELS_BY_SETTING, AttentionLayout, KernelChoices, resolve_layout
-from trainer.model.tied_heads import untied_as_stored
+from trainer.model.layout import KERNELS_BY_SETTING, AttentionLayout, KernelChoices, choose_attention_layout
+from trainer.model.tied_heads import untie_as_stored
 from trainer.objectives.causal import STOCK_PATH, ForwardPath
 from trainer.objectives.forward_path import ProvenPaths, error_on_tokens_alone, proven_paths
 from trainer.objectives.pooled_proof import pooling_problem
@@ -62,7 +62,7 @@ class Proofs:
     def eager_model(self) -> Any:
         """The model on meta, with dropout as the run has it, in eager attention."""
         with meta_context():
-            model, _ = architecture(
+            model, _ = build_plain_model(
                 ModelKind.causal, copy.deepcopy(self.settings), self.config, attention="eager", objective="sft"
             )
         return model
@@ -134,14 +134,14 @@ def _kernel_choices(
     causal model on meta; None for other kinds of models, which use no FlexAttention.
     """
     gpu = gpu_of_device(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
-    no_flash = why_not_flash(settings, gpu, half=half_on_gpu, dropout=config.dropout)
+    flash_refusal = why_not_flash(settings, gpu, half=half_on_gpu, dropout=config.dropout)
     if build_eager is None:
-        return KernelChoices(no_flash, "it is for objectives over next tokens")
+        return KernelChoices(flash_refusal, "it is for objectives over next tokens")
     if not half_on_gpu:  # FlexAttention needs half precision on a GPU, so the model need not be looked at
-        return KernelChoices(no_flash, flex.REQUIREMENTS)
+        return KernelChoices(flash_refusal, flex.REQUIREMENTS)
     model = build_eager()
-    no_flex = flex.why_not_flex(model, head_sizes(settings), dropout=config.dropout)
-    return KernelChoices(no_flash, no_flex, flex_first=flex.needs_eager(model, text_model_config(settings)))
+    flex_refusal = flex.flex_refusal(model, head_sizes(settings), dropout=config.dropout)
+    return KernelChoices(flash_refusal, flex_refusal, prefers_flex=flex.needs_eager(model, text_model_config(settings)))
 
 
 def build_causal_model(
@@ -161,7 +161,7 @@ def build_causal_model(
     """
     # The layout of documents in rows, the kernel and the forward path.
     proofs = Proofs(config, settings, half_on_gpu=half_on_gpu)
-    arrangement = resolve_layout(
+    arrangement = choose_attention_layout(
         config,
         layout,
         settings.model_type,
@@ -182,13 +182,13 @@ def build_causal_model(
         )
     # The model. `kernel`: the one that it got, which may differ from the arrangement's.
     with context:
-        model, kernel = architecture(ModelKind.causal, settings, config, arrangement.attention, "sft")
-    untied = untied_as_stored(config, settings, model)  # changes `settings`
+        model, kernel = build_plain_model(ModelKind.causal, settings, config, arrangement.attention, "sft")
+    untied = untie_as_stored(config, settings, model)  # changes `settings`
     if untied:
         # The checkpoint has two matrices although the configuration ties them: build again, untied.
         arrangement.notes["model.tied_head"] = untied
         with meta_context():
-            model, kernel = architecture(ModelKind.causal, settings, config, arrangement.attention, "sft")
+            model, kernel = build_plain_model(ModelKind.causal, settings, config, arrangement.attention, "sft")
     if half_on_gpu:
         missing = missing_kernels(model)
         if missing:
@@ -219,7 +219,7 @@ def build_padded_model(
     """
     if kind is ModelKind.classifier and layout is Layout.padding_free:
         return build_pooled_model(config, settings, context, objective)
-    arrangement = resolve_layout(
+    arrangement = choose_attention_layout(
         config,
         layout,
         settings.model_type,
@@ -228,7 +228,7 @@ def build_padded_model(
         kernels=_kernel_choices(config, settings, None, half_on_gpu=half_on_gpu),
     )
     with context:
-        model, kernel = architecture(kind, settings, config, arrangement.attention, objective)
+        model, kernel = build_plain_model(kind, settings, config, arrangement.attention, objective)
     if kernel != arrangement.attention:
         arrangement.notes["model.attention"] = f"{kernel} (this architecture has no {arrangement.attention})"
     return model, replace(arrangement, attention=kernel)
@@ -263,7 +263,7 @@ def why_pooled_rows_cannot_be_shared(config: ModelConfig, settings: Any, objecti
 
     def build() -> Any:
         with meta_context():
-            model, _ = architecture(ModelKind.classifier, copy.deepcopy(settings), config, "eager", objective)
+            model, _ = build_plain_model(ModelKind.classifier, copy.deepcopy(settings), config, "eager", objective)
         return model
 
     if config.attention not in (Attention.auto, Attention.varlen):
@@ -282,5 +282,5 @@ def build_pooled_model(
     """
     problem = why_pooled_rows_cannot_be_shared(config, settings, objective)
     with context:
-        model, kernel = architecture(ModelKind.classifier, settings, config, NAME, objective)
+        model, kernel = build_plain_model(ModelKind.classifier, settings, config, NAME, objective)
     return model, AttentionLayout(Layout.padding_free, kernel, {}, sequence_problem=problem)

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from strategies.runtime import sum_over_ranks
 from trainer.losses.z_loss import squared_logsumexp
-from trainer.model.balance import RouterLosses, logit_z_weight, losses_of
+from trainer.model.balance import RouterLosses, logit_z_weight, router_losses_of_run
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.routing import (
     ADDED_LOSS,
     EXPERT_TOKENS,
     RoutingRecord,
     balancing_biases,
+    hook_decoder_output,
+    hook_router_logits,
     number_experts,
-    record_hidden,
-    record_logits,
     recording_routing,
 )
 from trainer.objectives.causal import forward_pass, unwrap_adapter
@@ -89,7 +89,7 @@ class AddedLosses:
         With one micro-batch, the counts of this forward pass (`record`) are summed over ranks. With several, they were counted
         before the step, in `batch["choices"]`. All ranks must call.
         """
-        if not self.router_losses.balance:
+        if not self.router_losses.balance_weight:
             return None
         if "choices" in batch:  # counted before, over all micro-batches
             return batch["choices"]
@@ -107,15 +107,16 @@ class AddedLosses:
     def start_lines(self, accumulation: int) -> list[str]:
         """Lines for the start screen: what is added to the loss, and which biases are frozen."""
         lines = []
-        if self.router_losses.balance:
+        if self.router_losses.balance_weight:
             extra_pass = ""
             if accumulation > 1:
                 extra_pass = "; counted in a forward pass of its own, since a step has several micro-batches"
             lines.append(
-                f"routers: balancing loss times {self.router_losses.balance:g}, over the tokens of a whole step{extra_pass}"
+                f"routers: balancing loss times {self.router_losses.balance_weight:g}, over the tokens of "
+                f"a whole step{extra_pass}"
             )
-        if self.router_losses.z:
-            lines.append(f"routers: z-loss times {self.router_losses.z:g}, the mean over tokens and layers")
+        if self.router_losses.z_weight:
+            lines.append(f"routers: z-loss times {self.router_losses.z_weight:g}, the mean over tokens and layers")
         if self.logit_z_coefficient:
             lines.append(
                 f"logits: z-loss times {self.logit_z_coefficient:g}, the mean over tokens, as the model's configuration asks"
@@ -155,12 +156,12 @@ def added_losses(
     not get. `settings`: transformers' configuration. `plain`: the model before tuning. Raises ConfigError for settings that the
     model cannot follow.
     """
-    router_losses, output_index_by_router, notes = losses_of(config, settings, plain, kind)
+    router_losses, output_index_by_router, notes = router_losses_of_run(config, settings, plain, kind)
     if kind is ModelKind.encoder_decoder:
         return None, notes
     root = unwrap_adapter(model)
     if router_losses:
-        record_logits(root, output_index_by_router)
+        hook_router_logits(root, output_index_by_router)
     logit_z_coefficient = 0.0
     if kind is ModelKind.causal:
         logit_z_coefficient = logit_z_weight(settings)
@@ -170,7 +171,7 @@ def added_losses(
         )
         logit_z_coefficient = 0.0
     if logit_z_coefficient:
-        record_hidden(root.get_decoder())  # type: ignore[operator]
+        hook_decoder_output(root.get_decoder())  # type: ignore[operator]
     bias_names = balancing_biases(root)
     for name, parameter in root.named_parameters():
         if name in bias_names:

@@ -59,7 +59,7 @@ def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
     if added_losses is None or not added_losses.changes_loss:
         return {}
     context: dict[str, Any] = {"step_tokens": batch.tokens, "ranks": engine.world_size}
-    if added_losses.router_losses.balance and len(batch.micro_batches) > 1:
+    if added_losses.router_losses.balance_weight and len(batch.micro_batches) > 1:
         # The balancing loss is a product of two means over the step, which no sum of micro-batches gives.
         with engine.inference(averaged=False) as module:
             choices = []

@@ -14,8 +14,8 @@ from strategies.expert_share import expert_share_of_parameter
 from strategies.mesh import replica_count
 from strategies.parameters import FROZEN_MODEL_PREFIXES, named_parameters
 from strategies.runtime import Runtime
-from trainer.build.sequence import heads_of
-from trainer.model.architecture import experts_per_token, text_model_config, width_and_blocks
+from trainer.build.sequence import attention_heads_of
+from trainer.model.architecture import experts_per_token, text_model_config, width_and_num_blocks
 from trainer.step import BuiltModel
 
 
@@ -144,12 +144,12 @@ def _shared_row_bytes(
     known. Left out: replayed documents, which a reference model reads by themselves.
     """
     step = built.step_module
-    _, blocks = width_and_blocks(built.plain)
+    _, blocks = width_and_num_blocks(built.plain)
     # A backward pass exchanges the gradients of what a forward pass exchanges.
     passes = _forward_passes(built, strategy) + 1
     elements = _all_to_all_elements_per_layer(built.config, degree, tokens) * passes * blocks
     if step.teacher is not None:  # one forward pass
-        _, teacher_blocks = width_and_blocks(step.teacher)
+        _, teacher_blocks = width_and_num_blocks(step.teacher)
         elements += _all_to_all_elements_per_layer(step.teacher.config, degree, tokens) * teacher_blocks
     return elements * (4 if precision is Precision.fp32 else 2)
 
@@ -181,7 +181,7 @@ def _expert_exchange_bytes(built: BuiltModel, strategy: StrategyConfig, precisio
 def _forward_passes(built: BuiltModel, strategy: StrategyConfig) -> float:
     """How often blocks run forward in a micro-batch, recomputed ones included; on average over the blocks."""
     step = built.step_module
-    _, blocks = width_and_blocks(built.plain)
+    _, blocks = width_and_num_blocks(built.plain)
     modes = step.plan.recomputation or [strategy.activation_checkpointing] * blocks
     recomputed_blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
     # Passes without gradients: of the reference model, and of a look ahead, which the reference model takes as well.
@@ -193,5 +193,5 @@ def _forward_passes(built: BuiltModel, strategy: StrategyConfig) -> float:
 
 def _all_to_all_elements_per_layer(model_config: Any, degree: int, tokens: float) -> float:
     """Elements that a forward pass of one layer exchanges; 0 if the configuration tells of no heads."""
-    heads = heads_of(model_config)
-    return 0.0 if heads is None else heads.counted_elements(tokens, degree)
+    heads = attention_heads_of(model_config)
+    return 0.0 if heads is None else heads.counted_all_to_all_elements(tokens, degree)

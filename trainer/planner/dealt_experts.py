@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from strategies.base import Fsdp2Config
-from trainer.build.experts import expert_problems_of_models, models_on_meta
+from trainer.build.experts import expert_problems_of_models, models_on_meta_by_setting
 from trainer.config.run import RunConfig
 from trainer.tuning.expert_parts import expert_modules_by_name
 
-DEGREES = (2, 4, 8)
-"""Ranks over which a plan tries to deal the experts of a layer, beside 1."""
+EXPERT_DEGREES = (2, 4, 8)
+"""Numbers of ranks over which a plan tries to shard the experts of a layer, beside 1."""
 
 
 def with_expert_parallelism(configs: list[RunConfig], world_size: int) -> list[list[RunConfig]]:
@@ -21,15 +21,14 @@ def with_expert_parallelism(configs: list[RunConfig], world_size: int) -> list[l
     that cross hosts are left out, since each layer would wait for the network. `world_size`: ranks of the run. Reads no weights.
     """
     ranks_per_host = world_size // configs[0].launcher.nodes
-    degrees = [degree for degree in DEGREES if ranks_per_host % degree == 0]
+    degrees = [degree for degree in EXPERT_DEGREES if ranks_per_host % degree == 0]
     variants: list[list[RunConfig]] = [[] for _ in configs]
-    is_possible = [
-        isinstance(config.strategy, Fsdp2Config) for config in configs
-    ]  # the class of HSDP derives from FSDP2's
+    # HSDP has the settings class of FSDP2.
+    is_possible = [isinstance(config.strategy, Fsdp2Config) for config in configs]
     if not degrees or not any(is_possible):
         return variants
-    models = models_on_meta(configs[0])
-    trained_model = next(iter(models.values()))
+    models = models_on_meta_by_setting(configs[0])
+    trained_model = next(iter(models.values()))  # the trained model comes first, then the frozen ones
     if not expert_modules_by_name(trained_model):
         return variants
     for index, config in enumerate(configs):

@@ -14,8 +14,8 @@ from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, Str
 from strategies.errors import ConfigError, DoesNotFit
 from strategies.parent_death import die_with_parent
 from strategies.runtime import Runtime, broadcast_object, gather_objects
-from trainer.build.parts import workload
-from trainer.build.recomputation import device_gib, longest_lengths
+from trainer.build.parts import largest_workload
+from trainer.build.recomputation import device_memory_gib, longest_lengths
 from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
@@ -90,12 +90,12 @@ def must_fit(
     if runtime.kind != "cuda":
         raise ConfigError("run.must_fit=true: asks for the memory of GPUs, and this run has none; leave it out")
     announce("simulating whether the run fits its GPUs (run.must_fit)")
-    least_gib = min(gather_objects(device_gib(runtime), runtime))
+    least_gib = min(gather_objects(device_memory_gib(runtime), runtime))
     peak_of_rank_0: SimulatedPeak | str = ""
     if runtime.is_main:
         step_config = single_step_config(config, runtime.world_size, mode_if_auto=ActivationCheckpointing.full)
         step_config = replace(step_config, precision=precision)
-        lengths = longest_lengths(data_spec_of(config.objective), workload(config, prepared))
+        lengths = longest_lengths(data_spec_of(config.objective), largest_workload(config, prepared))
         timeout_s = TIMEOUT_SHARE * config.run.timeout_s
         peak_of_rank_0 = simulate_in_process(step_config, lengths, RankCounts.of_job(runtime), timeout_s)
     peak: SimulatedPeak | str = broadcast_object(peak_of_rank_0, runtime)

@@ -46,7 +46,7 @@ class DocumentLengths:
             sequences_per_unit=sequences_per_unit,
         )
 
-    def tokens_of_longest(self, count: int) -> float:
+    def num_tokens_of_longest(self, count: int) -> float:
         """Tokens of the `count` longest units together: what the worst micro-batch of `count` units holds."""
         if len(self.longest) == 1:
             return float(count * self.longest[0])

@@ -210,7 +210,7 @@ def needed_gib(cost_model: CostModel, micro: int, lengths: DocumentLengths, avai
 
     `available_gib`: memory of its device.
     """
-    units = float(micro) if cost_model.counts_rows else lengths.tokens_of_longest(micro)
+    units = float(micro) if cost_model.counts_rows else lengths.num_tokens_of_longest(micro)
     live_bytes = cost_model.peak_at(units).total
     return fit_in_memory(live_bytes, group_count(cost_model), available_gib).total / GIB
 

@@ -13,7 +13,7 @@ from torch import nn
 from strategies.parameters import meta_context
 from trainer.model.architecture import transformers_class
 from trainer.model.config import ModelConfig, ModelKind
-from trainer.model.kept_layers import KeptLayers, kinds_of
+from trainer.model.kept_layers import KeptLayers, layer_kinds_with_settings
 from trainer.model.loading import load_model_config
 from trainer.step import TrainStep
 
@@ -62,7 +62,7 @@ def _pattern_of_built_model(config: ModelConfig, settings: Any, text: Any) -> Bl
                 attn_implementation="eager",
                 trust_remote_code=config.trust_remote_code,
             )
-        return repeating_pattern(kinds_of(model, text.to_dict(), text.num_hidden_layers))
+        return repeating_pattern(layer_kinds_with_settings(model, text.to_dict(), text.num_hidden_layers))
     except Exception:  # noqa: BLE001 - what a class finds wrong is told when the run's own model is built
         return BlockPattern(text.num_hidden_layers, None)
 

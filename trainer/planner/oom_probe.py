@@ -14,8 +14,8 @@ from strategies.base import Precision
 from strategies.compat.process_groups import default_store
 from strategies.errors import DoesNotFit
 from strategies.runtime import Runtime, free_host_memory_bytes
-from trainer.build.parts import build_engine, workload
-from trainer.build.recomputation import USABLE_SHARE, device_gib, longest_micro_batch
+from trainer.build.parts import build_engine, largest_workload
+from trainer.build.recomputation import USABLE_SHARE, device_memory_gib, longest_micro_batch
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import sequence_cut
@@ -56,7 +56,7 @@ def memory_gib(runtime: Runtime) -> float:
 
     On a CPU it is the rank's part of what the host has free now, or of the job's limit.
     """
-    device = device_gib(runtime)
+    device = device_memory_gib(runtime)
     if runtime.device.type == "cuda":
         return device
     free_bytes = free_host_memory_bytes()
@@ -97,7 +97,7 @@ def take_probe_steps(config: RunConfig, inputs: TrialInputs) -> None:
     # Two micro-batches hold as much as any number: the second adds to the gradients that the first left.
     micro_batches = min(2, accumulation_steps(config, runtime.world_size))
     cut = sequence_cut(runtime)
-    longest = longest_micro_batch(built, workload(config, inputs.data, cut))
+    longest = longest_micro_batch(built, largest_workload(config, inputs.data, cut))
     trainer = minimal_trainer(engine)
     try:
         for _ in range(PROBE_STEPS):

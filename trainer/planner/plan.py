@@ -17,7 +17,7 @@ from strategies.errors import ConfigError
 from strategies.expert_counts import ASSUMED_IMBALANCE
 from strategies.mesh import replica_count
 from strategies.registry import every_strategy
-from trainer.build.rounds import documents_per_step
+from trainer.build.rounds import num_documents_per_step
 from trainer.build.sequence import sequence_problems
 from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
@@ -363,7 +363,7 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
     card = job.card
     strategy = variant.config.strategy
     accumulation = job.global_batch // (dp_size_of(variant.config, job.ranks) * micro)
-    units = float(micro) if cost_model.counts_rows else job.lengths.tokens_of_longest(micro)
+    units = float(micro) if cost_model.counts_rows else job.lengths.num_tokens_of_longest(micro)
     overrides = [*variant.overrides, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
     # Memory, by the longest documents.
     peak = cost_model.peak_at(units)
@@ -439,7 +439,7 @@ def peer_memory_of(
         units = float(choice.micro)
         tokens = choice.micro * float(job.lengths.longest[0])
     else:
-        units = tokens = job.lengths.tokens_of_longest(choice.micro)
+        units = tokens = job.lengths.num_tokens_of_longest(choice.micro)
     strategy = choice.variant.config.strategy
     shard_counts = ShardCounts()
     if isinstance(strategy, Fsdp2Config):
@@ -492,7 +492,7 @@ def _budget_hours(config: RunConfig, job: PlannedRun, step_s: float, tokens: flo
     elif budget.tokens is not None:
         steps = budget.tokens / tokens
     elif budget.epochs is not None and job.lengths.units_per_epoch is not None:
-        steps = budget.epochs * job.lengths.units_per_epoch / documents_per_step(config)
+        steps = budget.epochs * job.lengths.units_per_epoch / num_documents_per_step(config)
     else:
         return None
     return steps * step_s / 3600

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strategies.base import Fsdp2Config, Precision, StrategyConfig, ZeroConfig
-from trainer.build.rounds import MAX_GENERATION_ROWS, prompts_per_round
+from trainer.build.rounds import MAX_GENERATION_ROWS, num_prompts_per_round
 from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
 from trainer.evaluation.full_weights import USABLE_SHARE, kv_cache_size_bytes
@@ -125,7 +125,7 @@ def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longe
     needs_old_logprobs = rollout.steps * rollout.iterations > 1
     needs_reference_logprobs = objective.kl.weight > 0
     return RoundLoad(
-        prompts=prompts_per_round(config),
+        prompts=num_prompts_per_round(config),
         group_size=int(objective.group_size),
         max_rows=rollout.rows or MAX_GENERATION_ROWS["cuda"],
         may_lower_rows=not rollout.rows,

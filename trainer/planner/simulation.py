@@ -21,11 +21,11 @@ from strategies.sequence import with_sequence_parallelism
 from strategies.simulation import simulated_rank
 from strategies.zero_config import MAX_LIVE_PARAMETERS
 from trainer.build.experts import plan_expert_parallelism
-from trainer.build.parts import build_step, needs_one_row_batches, tile
+from trainer.build.parts import build_step_module, needs_one_row_batches, tile_mlps_of_built_model
 from trainer.build.recomputation import micro_batch_of
 from trainer.build.references import attach_reference_model
 from trainer.build.reward_models import attach_reward_models
-from trainer.build.sequence import heads_of, step_layout
+from trainer.build.sequence import attention_heads_of, step_layout
 from trainer.config.parallel import ParallelConfig, accumulation_steps
 from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import sequence_cut
@@ -293,8 +293,8 @@ def busiest_rank(config: RunConfig) -> int:
     degree = config.parallel.sequence
     if degree == 1:
         return 0
-    heads = heads_of(load_model_config(config.model))
-    if heads is None or heads.query % degree == 0:
+    heads = attention_heads_of(load_model_config(config.model))
+    if heads is None or heads.num_query_heads % degree == 0:
         return 0
     # Heads are distributed by `head_shares`, whose last share is rounded up.
     return degree - 1
@@ -370,7 +370,7 @@ def build_step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *,
     tokenizer = NoTokenizer(config.model)
     weight_source = source or ShapesOnly()
     half_on_gpu = runtime.device == SIMULATED and precision is not Precision.fp32
-    built = build_step(
+    built = build_step_module(
         config.model,
         objective_config=config.objective,
         tuning_config=config.tuning,
@@ -383,7 +383,7 @@ def build_step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *,
     built.step_module.plan.ema_decay = config.optim.ema_decay
     attach_reference_model(built, config.model, config.objective, config.tuning, weight_source, tokenizer)  # type: ignore[arg-type]
     attach_reward_models(built.step_module, config.objective, weight_source, half_on_gpu=half_on_gpu)
-    tile(built, config)
+    tile_mlps_of_built_model(built, config)
     plan_expert_parallelism(built, config, runtime)
     names = [name for name, _ in named_parameters(built.step_module)]
     parts = StepParts(

@@ -52,7 +52,7 @@ class RolloutLoader:
     def accumulation(self) -> int:
         """Micro-batches of each data-parallel rank in a step in which every answer is learned."""
         settings = self.round_builder.settings
-        answers_per_step = self.round_builder.prompts_per_round * settings.group_size // settings.rollout.steps
+        answers_per_step = self.round_builder.num_prompts_per_round * settings.group_size // settings.rollout.steps
         return self.round_builder.batcher.num_micro_batches(answers_per_step, settings.group_size)
 
     @property

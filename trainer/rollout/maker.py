@@ -66,7 +66,7 @@ class RoundBuilder:
     """Builds the rounds of a run. Everything about a round is decided from the whole round, so alike on all ranks."""
 
     settings: GrpoConfig
-    prompts_per_round: int
+    num_prompts_per_round: int
     engine: Engine
     prompts: PromptReader
     group_generator: GroupGenerator
@@ -90,15 +90,15 @@ class RoundBuilder:
         fails or no group has rewards that differ, and Interrupted if the run is asked to stop.
         """
         self._seconds = dict.fromkeys(self._seconds, 0.0)
-        scored = self._generate_and_score(first_sample, self.prompts_per_round, step)
+        scored = self._generate_and_score(first_sample, self.num_prompts_per_round, step)
         replaced_metrics: dict[str, float] = {}
-        kept = _KeptGroups(scored, self.prompts_per_round)
+        kept = _KeptGroups(scored, self.num_prompts_per_round)
         if self.settings.idle_groups is IdleGroups.replace:
             # Appends the groups of further prompts to `scored`.
             kept = self._replace_idle_groups(scored, first_sample, step)
             num_kept = len(kept.groups.groups)
             replaced_metrics["groups/replaced"] = kept.num_consumed_prompts - num_kept
-            replaced_metrics["groups/missing"] = self.prompts_per_round - num_kept
+            replaced_metrics["groups/missing"] = self.num_prompts_per_round - num_kept
         rollout_round = self.build_round_from_scores(
             kept.groups.groups, kept.groups.scores, first_sample, kept.num_consumed_prompts
         )
@@ -147,7 +147,7 @@ class RoundBuilder:
         answers them again, with its own weights. All ranks must call. Raises DataError if no group has rewards that differ after
         `MAX_IDLE_ATTEMPTS` attempts.
         """
-        num_wanted = self.prompts_per_round
+        num_wanted = self.num_prompts_per_round
         max_prompts = MAX_PROMPTS_RATIO * num_wanted
         num_attempts = 1  # the groups in `scored` are the first one
         while True:

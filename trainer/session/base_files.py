@@ -18,7 +18,7 @@ from trainer.config.run import RunConfig
 from trainer.export.tensors import hub_name
 from trainer.model.base_files import changed_file_lines, digests_of_loaded_files, model_file_digests
 from trainer.model.config import ModelConfig
-from trainer.model.loading import weights_directory
+from trainer.model.loading import find_weights_directory
 from trainer.objectives.frozen_model import teacher_model
 from trainer.objectives.registry import objective_family
 from trainer.reporting.run_record import readable_run_record
@@ -41,11 +41,11 @@ def base_file_digests(config: RunConfig, *, with_teacher: bool = True) -> dict[s
     `with_teacher`: whether the teacher's files are read too. Raises ConfigError for a base that is not on this machine, OSError
     for a file that cannot be read.
     """
-    directory_by_role = {BASE_ROLE: weights_directory(config.model)}
+    directory_by_role = {BASE: find_weights_directory(config.model)}
     if with_teacher:
         teacher = teacher_model(config.model, config.objective)
         if teacher is not None:
-            directory_by_role[TEACHER_ROLE] = weights_directory(teacher)
+            directory_by_role[TEACHER] = find_weights_directory(teacher)
     initial_adapter = getattr(config.tuning, "from_", None)  # other methods than adapters have no `tuning.from`
     if initial_adapter:
         directory_by_role[INITIAL_ADAPTER_ROLE] = Path(initial_adapter).expanduser()
@@ -86,8 +86,8 @@ def base_difference_lines(
     that the adapter from which training began matters. Files that cannot be found or read are a difference, too.
     """
     try:
-        present_digests = base_file_digests(config, with_teacher=with_teacher)
-        base_dir = weights_directory(config.model)
+        present_digests = base_files(config, with_teacher=with_teacher)
+        base_dir = find_weights_directory(config.model)
         recorded_loadable = _without_unloaded_base_files(recorded_digests, base_dir)
         present_loadable = _without_unloaded_base_files(present_digests, base_dir)
     except ConfigError as error:
@@ -162,7 +162,7 @@ def pin_and_check_recorded_base(
         needs_initial_model: whether the model before training is needed, so that the adapter it began from is compared too.
     """
     pin_base_to_recorded_commit(config, run_dir)
-    weights_directory(config.model)  # raises ConfigError for a missing base, which `accept` does not cover
+    find_weights_directory(config.model)  # a missing base is an error that `accept` does not cover
     try:
         recorded_digests = recorded_file_digests(run_dir)
     except ConfigError as error:
@@ -212,7 +212,7 @@ def pin_model_to_commit(model: ModelConfig, commit: str | None) -> ModelConfig:
         return model
     pinned = replace(model, revision=commit)
     try:
-        snapshot = weights_directory(replace(pinned, download=False))
+        snapshot = find_weights_directory(replace(pinned, download=False))
     except ConfigError:  # this machine does not have the commit
         # A model that runs code of its repository is only taken at the run's own commit.
         must_be_pinned = (model.download and model.tokenizer is None) or model.trust_remote_code
@@ -224,5 +224,5 @@ def pin_model_to_commit(model: ModelConfig, commit: str | None) -> ModelConfig:
 
 def base_commit(config: RunConfig) -> str | None:
     """The commit of the hub that the base was resolved to; None for a directory of the user's own."""
-    _, commit = hub_name(str(weights_directory(config.model)))
+    _, commit = hub_name(str(find_weights_directory(config.model)))
     return commit

@@ -15,7 +15,7 @@ from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.export.trained_model import TrainedModel, trained_shapes
 from trainer.model.config import ModelConfig
-from trainer.model.loading import weights_directory
+from trainer.model.loading import find_weights_directory
 from trainer.optim.config import OptimName
 from trainer.session.base_files import base_file_digests
 
@@ -54,8 +54,8 @@ def describe_trained_model(
         source=source,
         trained=saved[0] if len(saved) == 1 else MeanOfCheckpoints(saved),
         tokenizer=tokenizer,
-        base_directory=weights_directory(local_config.model),
-        base_path=str(weights_directory(config.model)),
+        base_directory=find_weights_directory(local_config.model),
+        base_path=str(find_weights_directory(config.model)),
         seed=config.run.seed,
         frozen_dtype=COMPUTE_DTYPE[precision],
         origin={

@@ -20,14 +20,14 @@ from strategies.mesh import replica_count
 from strategies.parameters import named_parameters, num_elements_by_name
 from strategies.runtime import Runtime, gather_objects
 from strategies.sharding_report import sharding_record
-from trainer.build.experts import expert_parallel_lines
-from trainer.build.recomputation import device_gib
+from trainer.build.experts import expert_parallelism_lines
+from trainer.build.recomputation import device_memory_gib
 from trainer.checkpoints.manifest import manifest_sha256_at_step
 from trainer.config.run import MATMUL_KEY, RunConfig, settled_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import is_prompts_alone
-from trainer.model.architecture import text_model_config, width_and_blocks
+from trainer.model.architecture import text_model_config, width_and_num_blocks
 from trainer.model.weights import WeightSource
 from trainer.planner.communication_volume import expected_bytes
 from trainer.planner.predicted_vs_measured import memory_lines, predicted_cost
@@ -94,7 +94,7 @@ def build_run_record(config: RunConfig, checked: Mapping[str, Any], run_parts: R
     record = _run_record_without_prediction(config, checked, run_parts)
     built = run_parts.built
     runtime = run_parts.runtime
-    prediction = predicted_cost(built, record, str(config.optim.name), device_gib(runtime))
+    prediction = predicted_cost(built, record, str(config.optim.name), device_memory_gib(runtime))
     loader = run_parts.loader
     tokens_per_micro_batch = float(loader.unit_tokens.mean()) * config.batch["micro"]
     prediction.exchanged_bytes = expected_bytes(
@@ -184,7 +184,7 @@ def _expert_parallel_lines(
         return None
     num_replicas = replica_count(config.strategy, runtime.world_size, runtime.num_hosts)
     ranks_per_replica = runtime.world_size // num_replicas
-    return expert_parallel_lines(built, precision, ranks_per_replica) or None
+    return expert_parallelism_lines(built, precision, ranks_per_replica) or None
 
 
 def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
@@ -195,7 +195,7 @@ def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, An
     cache = source.checkpoint.packed_cache
     if cache is None:
         return None
-    by_rank = gather_objects((cache.packed, cache.reason), runtime)
+    by_rank = gather_objects((cache.num_packed, cache.reason_not_cached), runtime)
     packed_now = [packed for packed, _ in by_rank]
     reasons = [reason for _, reason in by_rank if reason]
     return {
@@ -247,7 +247,7 @@ def model_flops_per_token(built: BuiltModel, mean_length: float, answer_share: f
     of all are the decoder's. Of experts, only those that are chosen for a token compute.
     """
     text_config = text_model_config(built.config)
-    width, blocks = width_and_blocks(built.plain)
+    width, blocks = width_and_num_blocks(built.plain)
     experts_per_token = getattr(text_config, "num_experts_per_tok", None) or getattr(text_config, "moe_topk", None)
     # Elements of weight matrices that one token is multiplied with: all, and those that are trained.
     matmul_elements = 0.0

@@ -23,15 +23,15 @@ from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from trainer.model import attention, experts, flex
 from trainer.model.architecture import (
-    architecture,
-    describe_head,
+    build_plain_model,
     experts_per_token,
     set_dropout,
+    set_head_settings,
     text_model_config,
     transformers_class,
 )
 from trainer.model.config import ModelConfig, ModelKind
-from trainer.model.loading import load_model_config, weights_directory
+from trainer.model.loading import find_weights_directory, load_model_config
 from trainer.model.shrink import NotShrinkable, changed_sizes, kept_counts, lost_kinds, small_copies
 from trainer.tuning.expert_parts import router_weight_names
 
@@ -88,16 +88,16 @@ def write_small_model(
     settings = load_model_config(config)
     full_settings = copy.deepcopy(settings)
     if kind is ModelKind.classifier:
-        describe_head(full_settings, outputs, 0, several=False)
+        set_head_settings(full_settings, outputs, 0, several=False)
     with meta_context():
-        full_model, _ = architecture(kind, full_settings, config, "eager", "sft")
+        full_model, _ = build_plain_model(kind, full_settings, config, "eager", "sft")
     with _seeded(seed):
         model, decided_routers = _smallest_copy_that_runs(config, kind, settings, full_model)
     with _no_progress_bars():
         model.save_pretrained(directory)
     _write_tokenizer(text_model_config(model.config).vocab_size, directory)
     if config.trust_remote_code:
-        for file in weights_directory(config).glob("*.py"):
+        for file in find_weights_directory(config).glob("*.py"):
             shutil.copy(file, directory)
     return SmallModel(
         directory=directory,
@@ -191,7 +191,7 @@ def _built_copy(
     small_settings = copy.deepcopy(small_settings)
     set_dropout(small_settings, 0.0)
     if kind is ModelKind.classifier:
-        describe_head(small_settings, full_model.config.num_labels, 0, several=False)
+        set_head_settings(small_settings, full_model.config.num_labels, 0, several=False)
     model_class = transformers_class(kind, small_settings)
     options: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     options["trust_remote_code"] = config.trust_remote_code
