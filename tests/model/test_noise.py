@@ -82,6 +82,6 @@ def test_noise_of_a_slice_is_the_slice_of_the_row_s_noise(size):
     expected = noise_of_batch(in_one_row(DOCUMENTS), WIDTH, ALPHA)[0]
     parts = []
     for rank in range(size):
-        part = collator(samples, Cut(rank, size)) | {"drawn_by": BY}
+        part = collator(samples, RowCut(rank, size)) | {"drawn_by": BY}
         parts.append(noise_of_batch(part, WIDTH, ALPHA)[0])
     assert torch.equal(torch.cat(parts)[: len(expected)], expected)

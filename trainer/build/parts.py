@@ -219,7 +219,7 @@ def build_engine(
     return engine, built, source
 
 
-def largest_workload(config: RunConfig, data: PreparedData, cut: Cut | None = None) -> Workload:
+def largest_workload(config: RunConfig, data: PreparedData, cut: RowCut | None = None) -> Workload:
     """The largest forward pass that a rank of this run makes: a micro-batch of the longest rows, or of the slice that `cut`
     takes."""
     row_tokens = config.data.max_length if config.data.packing else None

@@ -41,11 +41,11 @@ def base_file_digests(config: RunConfig, *, with_teacher: bool = True) -> dict[s
     `with_teacher`: whether the teacher's files are read too. Raises ConfigError for a base that is not on this machine, OSError
     for a file that cannot be read.
     """
-    directory_by_role = {BASE: find_weights_directory(config.model)}
+    directory_by_role = {BASE_ROLE: find_weights_directory(config.model)}
     if with_teacher:
         teacher = teacher_model(config.model, config.objective)
         if teacher is not None:
-            directory_by_role[TEACHER] = find_weights_directory(teacher)
+            directory_by_role[TEACHER_ROLE] = find_weights_directory(teacher)
     initial_adapter = getattr(config.tuning, "from_", None)  # other methods than adapters have no `tuning.from`
     if initial_adapter:
         directory_by_role[INITIAL_ADAPTER_ROLE] = Path(initial_adapter).expanduser()
@@ -86,7 +86,7 @@ def base_difference_lines(
     that the adapter from which training began matters. Files that cannot be found or read are a difference, too.
     """
     try:
-        present_digests = base_files(config, with_teacher=with_teacher)
+        present_digests = base_file_digests(config, with_teacher=with_teacher)
         base_dir = find_weights_directory(config.model)
         recorded_loadable = _without_unloaded_base_files(recorded_digests, base_dir)
         present_loadable = _without_unloaded_base_files(present_digests, base_dir)
