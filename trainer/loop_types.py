@@ -111,7 +111,7 @@ class StepMeter(Protocol):
     expert_tokens: Tensor | None
     """[layers, experts]: tokens that chose each expert in the last interval, all ranks together; None without experts."""
     expert_ranks: int
-    """Ranks over which the experts of a layer are dealt."""
+    """Ranks over which the experts of a layer are distributed."""
     by_rank: list[RankTime]
     """Compute time of each rank in the last interval, equal on all ranks."""
 

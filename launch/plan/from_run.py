@@ -33,7 +33,7 @@ class CalibratedCard:
 
     card: Card
     expert_imbalance: MeasuredImbalance | None = None
-    """How unevenly its expert ranks were chosen; None if the run dealt no experts."""
+    """How unevenly its expert ranks were chosen; None if the run did not distribute experts."""
     lines: tuple[str, ...] = ()
     """What was measured by which run, and what could not be; empty for a card as its file says."""
 

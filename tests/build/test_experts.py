@@ -1,4 +1,4 @@
-"""Experts dealt over ranks: refused before data is read where the model or the settings do not allow it."""
+"""Experts distributed over ranks: refused before data is read where the model or the settings do not allow it."""
 
 import copy
 from dataclasses import replace
@@ -203,7 +203,8 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     plan_expert_parallelism(built, config, ranks)
     holds, sends = expert_parallelism_lines(built, Precision.bf16, 8)
     assert holds == (
-        "experts: 2 layers of 8 are dealt over 4 ranks (parallel.experts); each rank holds 2 of a layer, which 2 ranks shard"
+        "experts: 2 layers of 8 are distributed over 4 ranks (parallel.experts); "
+        "each rank holds 2 of a layer, which 2 ranks shard"
     )
     # There and back, forward and backward, in bf16; a quarter stays on the rank.
     of_token = 4 * built.config.num_experts_per_tok * built.config.hidden_size * 2 * 3 / 4 / 1000
@@ -245,7 +246,7 @@ def test_evaluations_deal_experts_over_as_many_ranks_as_can_be(strategy, degree,
 
 @pytest.mark.parametrize("quantised", (None, Quantisation.int8))
 def test_arithmetic_of_a_token_does_not_depend_on_how_experts_are_dealt(root, quantised):
-    """It is counted when experts are dealt already, and MFU goes by it."""
+    """It is counted when experts are distributed already, and MFU goes by it."""
     config = config_of(mixture(root), 4)
     if quantised is not None:
         config.model.quantisation = quantised

@@ -85,7 +85,7 @@ def test_straggler_timing_covers_only_blocks_and_only_while_it_is_on(monkeypatch
     assert timed_modules(blocks, has_collectives_inside=False) == blocks
     # Attention that exchanges slices for heads waits for the ranks that share the row.
     assert timed_modules(blocks, has_collectives_inside=True) == with_weights
-    # Experts that are dealt wait for tokens of other ranks, and their module is left out.
+    # Experts that are distributed wait for tokens of other ranks, and their module is left out.
     blocks[1][0].expert_share = object()
     assert timed_modules(blocks, has_collectives_inside=False) == [blocks[0][0], blocks[0][2], blocks[1][2]]
     del blocks[1][0].expert_share

@@ -1,4 +1,4 @@
-"""Experts dealt over ranks (`parallel.experts`) against one process. Part of the parity job (`job.py`)."""
+"""Experts distributed over ranks (`parallel.experts`) against one process. Part of the parity job (`job.py`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -54,7 +54,7 @@ SAME_STEPS = ("plain", "full", "selective", "auto", "accumulation", "no wait", "
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run on four ranks, with experts dealt over `experts` of them, and rows shared by `sequence`."""
+    """One run on four ranks, with experts distributed over `experts` of them, and rows shared by `sequence`."""
 
     objective: str = "sft"
     tuning: str = "full"
@@ -279,11 +279,11 @@ RESUMED = {
     "full": ((1, "fsdp2"), (2, "hsdp"), (4, "fsdp2")),
     "lora on experts": ((4, "fsdp2"), (1, "zero2"), (2, "fsdp2"), (1, "ddp"), (2, "hsdp")),
 }
-"""By tuning method: ranks over which experts are dealt, and the strategy, of one run after the other."""
+"""By tuning method: ranks over which experts are distributed, and the strategy, of one run after the other."""
 
 
 def resumed(job: Job, tuning: str) -> dict[str, Any]:
-    """Two steps each with experts dealt over other numbers of ranks, each out of the state saved before; and what is exported.
+    """Two steps each with experts on other numbers of ranks, each out of the state saved before; and what is exported.
 
     `apart`: the largest difference of a gathered parameter before the first step from that of one process.
     """
@@ -306,7 +306,7 @@ def resumed(job: Job, tuning: str) -> dict[str, Any]:
 
 
 def gathered_bytes(job: Job, feature: str) -> dict[str, int]:
-    """Bytes that a step of LoRA gathers with experts dealt over 1, 2 and 4 ranks, and those of all experts; receipts, too."""
+    """Bytes that a step of LoRA gathers with experts on 1, 2 and 4 ranks, and those of all experts; receipts, too."""
     sizes: dict[str, Any] = {}
     for ranks in (1, 2, 4):
         config, data = run_of(job, Case(tuning="lora", experts=ranks, feature=feature))
@@ -331,7 +331,7 @@ ENDS = [10, 58, 71]
 
 
 def evaluated(job: Job, ranks: int, how: str) -> dict[str, Any]:
-    """Held-out loss and accuracy, answers and likelihoods, with experts dealt over `ranks` ranks.
+    """Held-out loss and accuracy, answers and likelihoods, with experts distributed over `ranks` ranks.
 
     Some ranks have fewer answers to write than others, and shorter ones. `how`: weights are `gathered` once, or `by block`.
     """
@@ -357,7 +357,7 @@ def evaluated(job: Job, ranks: int, how: str) -> dict[str, Any]:
 
 
 def flipped(job: Job) -> list[str]:
-    """What the check of replicas says of dealt experts under hsdp: before a bit of one rank's experts is flipped, and after."""
+    """What the check of replicas says of distributed experts under hsdp: before and after a bit of one rank's is flipped."""
     config, data = run_of(job, Case(strategy="hsdp"))
     trainer = trainer_for(config, data, job.runtime)
     take_steps(trainer, 1)

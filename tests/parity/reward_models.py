@@ -29,10 +29,10 @@ STEPS = 2
 def compare(job: Job, strategy: str, tuning: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(what the ranks say of each step, what `single` says). With a divergence, so that full tuning has a frozen copy too.
 
-    `strategy`: also `dealt experts`, fsdp2 with experts dealt over ranks, of a mixture whose answers another mixture scores.
+    `strategy`: also `distributed experts`, fsdp2 with experts over ranks, of a mixture whose answers another mixture scores.
     """
-    dealt = strategy == "dealt experts"
-    feature = "dealt experts" if dealt else "plain"
+    dealt = strategy == "distributed experts"
+    feature = "distributed experts" if dealt else "plain"
     config = config_of(job, "grpo near its start", tuning, "fsdp2" if dealt else strategy, feature)
     base = job.first_here(lambda: model_dir(job.root))
     if dealt:

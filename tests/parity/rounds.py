@@ -46,8 +46,8 @@ micro-batches of 2 and of 8, so that nothing could be compared."""
 PROMPTS = 24
 LONGEST = 8
 VARIANTS = OBJECTIVE_TESTS["grpo"].variants
-FEATURES = ("plain", "accumulation", "several", "nf4", "shared rows", "dealt experts")
-"""`several`: a round of two steps, taken twice. `shared rows`: both ranks share each row while learning. `dealt experts`: each
+FEATURES = ("plain", "accumulation", "several", "nf4", "shared rows", "distributed experts")
+"""`several`: a round of two steps, taken twice. `shared rows`: both ranks share each row in training. `distributed experts`: each
 rank holds half of the experts of a mixture, in writing too."""
 READING = 2.0**-23
 """Rounding of a weight before and after the update, as a share of the weight."""
@@ -92,7 +92,7 @@ def prompt_set(root) -> PreparedData:
 
 def config_of(job: Job, variant: str, tuning: str, strategy: str, feature: str) -> RunConfig:
     """The settings of a case."""
-    if feature == "dealt experts":
+    if feature == "distributed experts":
         model = job.first_here(lambda: model_dir(job.root / "written", "qwen3_moe", num_experts=4))
     else:
         model = job.first_here(lambda: model_dir(job.root))
@@ -114,7 +114,7 @@ def config_of(job: Job, variant: str, tuning: str, strategy: str, feature: str) 
         config.model.quantisation = Quantisation.nf4
     if feature == "shared rows":
         config.parallel = ParallelConfig(sequence=2)
-    if feature == "dealt experts":
+    if feature == "distributed experts":
         config.parallel = ParallelConfig(experts=2)
     return config
 
@@ -135,7 +135,7 @@ def compare(
         batch={"global": GLOBAL_BATCH, "micro": GLOBAL_BATCH},
         parallel=ParallelConfig(),
     )
-    key = "rounds", variant, tuning, feature in ("several", "nf4", "dealt experts") and feature
+    key = "rounds", variant, tuning, feature in ("several", "nf4", "distributed experts") and feature
     expected = job.oracle(key, lambda: steps_of(lone, data, alone(job.runtime)), elsewhere=[])
     compared = []
     for step, right in zip(found, expected, strict=False):

@@ -1,4 +1,4 @@
-"""Ranks over which experts are dealt take the steps of one process, which has all of them."""
+"""Ranks over which experts are distributed take the steps of one process, which has all of them."""
 
 import itertools
 
@@ -123,7 +123,9 @@ def test_one_rank_may_get_all_tokens_and_the_others_none(ranks, degree):
         assert (received > 0) == (place == 0)
 
 
-@pytest.mark.parametrize("tuning", ("full", pytest.param("lora on experts", marks=whole("fewer parameters are dealt"))))
+@pytest.mark.parametrize(
+    "tuning", ("full", pytest.param("lora on experts", marks=whole("fewer parameters are distributed")))
+)
 def test_run_resumes_with_experts_dealt_over_another_number_of_ranks(ranks, tuning):
     run = ranks[4].ask("dealt", "resumed", tuning)
     assert run["apart"] == 0.0, "what is gathered, and so exported, is not what one process has"

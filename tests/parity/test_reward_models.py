@@ -7,14 +7,14 @@ from tests.helpers.covering import chosen, values
 
 CASES = [
     (strategy, tuning)
-    for strategy in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3", "dealt experts")
+    for strategy in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3", "distributed experts")
     for tuning in ("full", "lora")
 ]
 
 
 @pytest.mark.parametrize(("strategy", "tuning"), chosen(CASES, values))
 def test_reward_models_score_as_in_one_process(ranks, strategy, tuning):
-    world = 4 if strategy in ("hsdp", "dealt experts") else 2
+    world = 4 if strategy in ("hsdp", "distributed experts") else 2
     found, expected = ranks[world].ask("reward_models", "compare", strategy, tuning)
     assert len(found) == len(expected) == 2
     for ours, right in zip(found, expected, strict=True):

@@ -16,7 +16,7 @@ MATRIX = [
     *itertools.product(VARIANTS, ("full", "lora"), STRATEGIES, ("plain", "accumulation", "several")),
     *itertools.product(("grpo near its start",), ("lora",), ("ddp", "fsdp2", "zero3"), ("nf4",)),
     *itertools.product(VARIANTS, ("full", "lora"), ("fsdp2", "zero2", "zero3"), ("shared rows",)),
-    *itertools.product(VARIANTS, ("full", "lora"), ("fsdp2",), ("dealt experts",)),
+    *itertools.product(VARIANTS, ("full", "lora"), ("fsdp2",), ("distributed experts",)),
 ]
 
 

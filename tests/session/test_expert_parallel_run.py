@@ -132,7 +132,7 @@ def busiest_over_mean(tokens):
 
 def test_start_screen_and_record_say_how_experts_are_spread(site):
     lines = [
-        "experts: 2 layers of 8 are dealt over 2 ranks (parallel.experts); each rank holds 4 of a layer",
+        "experts: 2 layers of 8 are distributed over 2 ranks (parallel.experts); each rank holds 4 of a layer",
         "each token goes to its 2 experts and back: about ",
     ]
     screen = (site.root / "screen").read_text()

@@ -96,7 +96,7 @@ class LongRows(Case):
 
 @dataclass(frozen=True)
 class DealtExperts(Case):
-    """A mixture whose experts are dealt over ranks."""
+    """A mixture whose experts are distributed over ranks."""
 
     experts: int = 2
 
@@ -187,7 +187,7 @@ def cost(one: tuple[Case, int]) -> float:
 
 
 DEALT = [(DealtExperts("fsdp2", "experts", "bf16", "full", experts=degree), 8) for degree in (1, 8)]
-"""Cases whose experts are dealt over ranks, of which the table of goldens has a row beside those of `chosen_cases`."""
+"""Cases whose experts are distributed over ranks, of which the table of goldens has a row beside those of `chosen_cases`."""
 
 
 def chosen_cases() -> list[tuple[Case, int]]:

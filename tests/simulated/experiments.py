@@ -11,7 +11,7 @@ from trainer.planner.simulation import simulate_depth
 LONG_ROWS = ("llama3_8b_1m_lora_fsdp2", "llama3_8b_1m_full_fsdp2", "llama3_8b_3m_lora_fsdp2")
 """Experiments whose ranks share rows of a million tokens and more."""
 DEALT_EXPERTS = ("deepseek_v3_lora_fsdp2",)
-"""Experiments whose experts are dealt over ranks."""
+"""Experiments whose experts are distributed over ranks."""
 NAMES = ("llama2_7b_lora_fsdp2", "qwen3_30b_a3b_lora_fsdp2", *LONG_ROWS, *DEALT_EXPERTS)
 """Experiments whose files say what a simulated step takes."""
 

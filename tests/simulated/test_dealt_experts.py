@@ -1,4 +1,4 @@
-"""Experts dealt over ranks, simulated: what is gathered of them, what tokens exchange, and what a plan makes of both."""
+"""Experts distributed over ranks, simulated: what is gathered of them, what tokens exchange, and what a plan makes of both."""
 
 from dataclasses import replace
 

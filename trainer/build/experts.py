@@ -1,4 +1,4 @@
-"""Whether the experts of a run's models can be dealt over ranks (`parallel.experts`), and the plan of the step that says so.
+"""Whether the experts of a run's models can be distributed over ranks (`parallel.experts`), and the plan that says so.
 
 `expert_problems` needs the models' configurations alone, so a run is refused before its data is prepared. What the settings
 rule out by themselves is refused earlier still (`trainer/config/sharding.py`).
@@ -85,7 +85,8 @@ def expert_parallelism_lines(built: BuiltModel, precision: Precision, sharded_ov
     row_bytes = text_model_config(built.config).hidden_size * (4 if precision is Precision.fp32 else 2)
     pass_bytes = 2 * per_token * row_bytes * (expert_ranks - 1) / expert_ranks
     return [
-        f"experts: {len(modules)} layers of {counts_of_layer} are dealt over {expert_ranks} ranks (parallel.experts){frozen}; "
+        f"experts: {len(modules)} layers of {counts_of_layer} are distributed over {expert_ranks} ranks "
+        f"(parallel.experts){frozen}; "
         f"each rank holds {counts_of_rank} of a layer{shared}",
         f"each token goes to its {per_token} experts and back: about {2 * pass_bytes / 1000:,.1f} kB to and from other ranks in "
         f"each layer of a micro-batch, {3 * pass_bytes / 1000:,.1f} kB if the layer is recomputed",

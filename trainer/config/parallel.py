@@ -18,22 +18,22 @@ ONE_PROCESS_REASON = "strategy=single is one process, and a row is shared by sev
 NO_SEQUENCE_PARALLELISM_SETTING = "parallel.sequence=1, or use strategy=fsdp2"
 """Why `strategy=single` shares no rows, and what to set instead."""
 NO_EXPERT_PARALLELISM = {
-    StrategyName.single: "it is one process, and experts are dealt over several",
+    StrategyName.single: "it is one process, and experts are distributed over several",
     StrategyName.ddp: "every rank holds the whole model, and so all experts",
     **dict.fromkeys(
         (StrategyName.zero1, StrategyName.zero2, StrategyName.zero3),
         "DeepSpeed shards by its own rules, which know no experts that ranks hold whole",
     ),
 }
-"""Strategies that deal no experts over ranks, and why."""
+"""Strategies that do not distribute experts over ranks, and why."""
 EXPERT_PARALLEL_ADVICE = "strategy=fsdp2 or hsdp, or set parallel.experts=1"
-"""What to use where a strategy deals no experts."""
+"""What to use where a strategy does not distribute experts."""
 NO_MATRIX_OPTIMIZER_REASON = (
     "it needs whole matrices, and is not proven where ranks hold other experts than their neighbours"
 )
-"""Why an optimizer of matrices does not train dealt experts."""
+"""Why an optimizer of matrices does not train distributed experts."""
 NO_EXPERT_PARALLELISM_SETTING = "parallel.experts=1"
-"""What to set if experts cannot be dealt."""
+"""What to set if experts cannot be distributed."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,7 +65,7 @@ def parallel_for_evaluation(
     """The settings of `parallel` for the evaluation of a model that was trained with those of `training`.
 
     Each rank generates answers for prompts of its own, and only the held-out loss of long documents would need a shared row.
-    Experts stay dealt over as many ranks as can be, since all of a layer may not fit one: whatever divides the degree of the
+    Experts stay on as many ranks as can be, since all of a layer may not fit one: whatever divides the degree of the
     training divides the experts, too.
     """
     if not isinstance(strategy, Fsdp2Config):

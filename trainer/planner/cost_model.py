@@ -115,7 +115,7 @@ class CostModel:
     trained: int = 0
     """Parameters that train."""
     trained_expert_parallel: int = 0
-    """Those of experts that are dealt over ranks among them."""
+    """Those of experts that are distributed over ranks among them."""
     vocabulary: int = 0
     """Rows of the model's vocabulary."""
     layout: str = ""

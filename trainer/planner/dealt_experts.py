@@ -1,4 +1,4 @@
-"""Over how many ranks a plan tries to deal the experts of a layer (`parallel.experts`)."""
+"""Over how many ranks a plan tries to distribute the experts of a layer (`parallel.experts`)."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class PlanAnswer:
     """That of the first in order, for what is known of the model."""
     worst_imbalance: MemoryFit | None = None
     """The memory of the best way, or of the smallest one if none fits, where all rows of a layer go to the experts of one rank;
-    None if it deals no experts."""
+    None if it does not distribute experts."""
 
     @property
     def best(self) -> PlannedChoice | None:

@@ -123,7 +123,7 @@ class Meter:
     block_timer: BlockTimer | None = None
     """Times what this rank's blocks compute, in the first step of each interval."""
     expert_ranks: int = 1
-    """Ranks over which the experts of a layer are dealt."""
+    """Ranks over which the experts of a layer are distributed."""
     communication_totals: CommunicationTotals | None = None
     """What this rank exchanged in the step that was counted; None before it, and of a single rank."""
     by_rank: list[RankTime] = field(default_factory=list)

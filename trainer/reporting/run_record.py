@@ -240,7 +240,7 @@ class RunRecord:
     from_environment: dict[str, str] | None = None
     """Settings that a variable such as WANDB_ENTITY decided, and their values, by key (`logging.entity`)."""
     dealt_experts: list[str] | None = None
-    """What the start screen says of experts that are dealt over ranks (`parallel.experts`)."""
+    """What the start screen says of experts that are distributed over ranks (`parallel.experts`)."""
     accepted: list[str] | None = None
     """Differences from the run that is resumed which the user accepted."""
     must_fit: MemoryCheck | None = None

@@ -1,4 +1,4 @@
-"""A fault for ranks: gradients of dealt experts are divided by the ranks that hold them, and not by all."""
+"""A fault for ranks: gradients of distributed experts are divided by the ranks that hold them, and not by all."""
 
 from strategies import expert_parallelism, fsdp2
 

@@ -1,4 +1,4 @@
-"""`shardtune plan` of a mixture: experts dealt over ranks as ways, what is assumed of them, and the words to paste."""
+"""`shardtune plan` of a mixture: experts distributed over ranks as ways, what is assumed of them, and the words to paste."""
 
 import json
 from dataclasses import replace
@@ -111,7 +111,7 @@ def test_a_plan_says_of_which_groups_the_imbalance_was_not_measured():
 
 
 def test_a_plan_deals_no_experts_that_its_teacher_cannot(model, tmp_path):
-    """A teacher of six experts can be dealt over two ranks, not over four; a dense one is no obstacle."""
+    """A teacher of six experts can be distributed over two ranks, not over four; a dense one is no obstacle."""
     teachers = {
         "six": model_dir(tmp_path / "six", "qwen3_moe", num_experts=6),
         "dense": model_dir(tmp_path / "dense", "llama"),
@@ -175,7 +175,10 @@ def test_dry_run_of_a_local_model_says_how_experts_are_spread(model, tmp_path):
     words += ["strategy=fsdp2", "parallel.experts=2", "launcher.processes=4", "run.device=cpu"]
     dry_run = describe(compose_config([*words, "batch.global=8", "batch.micro=2"]).config)
     assert dry_run.exit_code == 0
-    held = "experts: 2 layers of 8 are dealt over 2 ranks (parallel.experts); each rank holds 4 of a layer, which 2 ranks shard"
+    held = (
+        "experts: 2 layers of 8 are distributed over 2 ranks (parallel.experts); "
+        "each rank holds 4 of a layer, which 2 ranks shard"
+    )
     assert held in dry_run.text and "each token goes to its 2 experts and back: about " in dry_run.text
     assert "memory per rank" in dry_run.text and "cross hosts" not in dry_run.text
 
@@ -189,7 +192,7 @@ def test_dry_run_of_a_published_shape_says_how_experts_are_spread(tmp_path):
     dry_run = describe(compose_config(words).config)
     assert dry_run.exit_code == 0
     assert (
-        "experts: 48 layers of 128 are dealt over 8 ranks (parallel.experts); each rank holds 16 of a layer"
+        "experts: 48 layers of 128 are distributed over 8 ranks (parallel.experts); each rank holds 16 of a layer"
         in dry_run.text
     )
     assert "resolved: parallel.experts: groups of 8 ranks cross hosts of 4: " in dry_run.text
