@@ -153,12 +153,11 @@ def report(facts: dict[str, Any]) -> str:
         "",
         f"Command: `{facts['command']}`",
         "",
-        f"{facts['hardware']}; load average {min(loads):.1f} to {max(loads):.1f} while it ran. {'; '.join(versions)}.",
+        f"Setup: {samples:,} conversations, packs of {LENGTH:,} tokens, one process and one thread. {facts['hardware']}; load "
+        f"average {min(loads):.1f} to {max(loads):.1f}. {'; '.join(versions)}. Medians of {facts['rounds']} alternating rounds, "
+        "unless the last column has fewer rounds.",
         "",
-        f"{samples:,} conversations, packs of {LENGTH:,} tokens, one process and one thread; medians of {facts['rounds']} "
-        "alternating rounds unless the last column says otherwise.",
-        "",
-        "| way | samples/CPU-s | CPU-s | times the CPU of shardtune | wall s | samples/CPU-s, whole process | "
+        "| trainer | samples/CPU-s | CPU-s | times the CPU of shardtune | elapsed s | samples/CPU-s, whole process | "
         "peak MB | CPU-s of the rounds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -173,13 +172,19 @@ def report(facts: dict[str, Any]) -> str:
         "",
         "Two processes, one run each:",
         "",
-        "| way | samples/s (wall) | samples/CPU-s | peak MB, largest process |",
+        "| trainer | samples per elapsed second | samples/CPU-s | peak MB, largest process |",
     ]
     lines.append("| --- | --- | --- | --- |")
     for name, one in two.items():
         rates = f"{samples / one['all_wall']:,.0f} | {samples / one['all_cpu']:,.0f}"
         lines.append(f"| {name} | {rates} | {one['rss']:,.0f} |")
-    lines += ["", "What each made:", "", "| way | tokens | supervised tokens | packs |", "| --- | --- | --- | --- |"]
+    lines += [
+        "",
+        "Result of each trainer:",
+        "",
+        "| trainer | tokens | supervised tokens | packs |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, one in facts["checked"].items():
         lines.append(f"| {name} | {one['tokens']:,} | {one['supervised']:,} | {one['rows'] or '-'} |")
     pack = facts["packing"]

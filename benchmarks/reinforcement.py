@@ -294,14 +294,17 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"Command: `{result['command']}` ({result['minutes']:.0f} minutes)",
         "",
-        f"{result['hardware']}; load average {result['load'][0]:.1f} to {result['load'][1]:.1f} while it ran. "
-        f"{'; '.join(result['versions'])}. SmolLM2-135M-Instruct, LoRA of rank 16 on all linear layers, float32, one thread, "
-        f"{PROMPTS} prompts with {GROUP} answers a step, in turns of {result['turn']}, seeds {result['seeds']}. "
-        "A step writes answers, scores them and trains on them; its CPU seconds hold the processes of rewards. "
-        "Rates are medians over the steps after the first. "
-        "[How it is measured](../README.md#learning-from-rewards).",
+        "Setup ([how it is measured](../README.md#learning-from-rewards)):",
         "",
-        "| task | steps | answers a pass | trainer | tokens of an answer | answers/CPU-s, by seed | peak MB | "
+        f"- **Machine:** {result['hardware']}; load average {result['load'][0]:.1f} to {result['load'][1]:.1f}. One thread.",
+        f"- **Versions:** {'; '.join(result['versions'])}.",
+        "- **Training:** SmolLM2-135M-Instruct, LoRA of rank 16 on all linear layers, float32. "
+        f"{PROMPTS} prompts with {GROUP} answers each per step, seeds {result['seeds']}. The trainers take turns of "
+        f"{result['turn']} step(s).",
+        "- **Speed:** medians over the steps after the first. A step generates answers, scores them and trains on them. Its CPU "
+        "seconds include the processes that compute rewards.",
+        "",
+        "| task | steps | answers per pass | trainer | tokens per answer | answers/CPU-s, by seed | peak MB | "
         f"reward of the first step | of the last {LAST_STEPS}, by seed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -319,8 +322,8 @@ def page(result: dict[str, Any]) -> str:
         if row["standard_error"] is not None:
             verdict = "not below" if row["learns_as_much"] else "below"
             line += (
-                f"; reward at the end {row['reward_difference']:+.3f} (standard error {row['standard_error']:.3f}): {verdict} "
-                "TRL's less two standard errors"
+                f"; difference of the final reward {row['reward_difference']:+.3f} (standard error "
+                f"{row['standard_error']:.3f}): {verdict} TRL's reward minus two standard errors"
             )
         lines.append(line + ".")
     return "\n".join(lines) + "\n"

@@ -86,13 +86,17 @@ def report(
         "",
         f"Command: `{facts['command']}` ({facts['minutes']:.0f} minutes)",
         "",
-        f"{facts['hardware']}; load average {min(loads):.1f} to {max(loads):.1f} while it ran. {'; '.join(versions)}.",
+        "Setup ([how it is measured](../README.md#training)):",
         "",
-        f"{facts['model']}, 4 conversations a step (about 150 tokens each, at most 512) or packs of 512 tokens, AdamW, "
-        f"clipped to norm 1, constant rate 1e-3, one thread; medians of {facts['rounds']} rounds of {facts['steps']} steps "
-        f"in turn after {facts['warm']} steps of warm-up. shardtune runs with an evaluation before, amid and after training, "
-        "logging, and a checkpoint amid and after it; what these take is not in its rates but is in its memory. "
-        "[How it is measured](../README.md#training).",
+        f"- **Machine:** {facts['hardware']}; load average {min(loads):.1f} to {max(loads):.1f}. One thread.",
+        f"- **Versions:** {'; '.join(versions)}.",
+        f"- **Model:** {facts['model']}.",
+        "- **Training:** 4 conversations per step (about 150 tokens each, at most 512), or packs of 512 tokens. AdamW with a "
+        "constant learning rate of 1e-3, gradients clipped to norm 1.",
+        f"- **Speed:** medians of {facts['rounds']} rounds of {facts['steps']} steps, after {facts['warm']} warm-up steps. The "
+        "trainers take turns.",
+        "- **Additional work of shardtune:** logging, evaluations before, during and after training, and checkpoints during "
+        "and after training. Evaluations and checkpoints are included in its memory, and not in its speed.",
     ]
     for group in groups:
         lines += ["", f"## {group.title}", "", *tables.table(made[group.name])]
@@ -100,7 +104,7 @@ def report(
         if ours and ours["aside_cpu_s"]:
             lines += [
                 "",
-                f"shardtune's evaluation and checkpoint amid the rounds took {ours['aside_cpu_s']:.1f} CPU-s more.",
+                f"shardtune's evaluation and checkpoint between the rounds took {ours['aside_cpu_s']:.1f} more CPU seconds.",
             ]
     if goals := tables.targets(made):
         lines += ["", "## Goals", "", *goals]

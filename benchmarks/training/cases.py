@@ -73,9 +73,9 @@ def changed(cases: tuple[Case, ...], *options: str, tolerance: float = 0.0) -> t
 
 
 GROUPS = (
-    Group("full", "Full fine-tuning, fp32, as each trains by default", DEFAULTS),
+    Group("full", "Full fine-tuning, fp32, default settings of each trainer", DEFAULTS),
     Group("packed", "Full fine-tuning, fp32, without padding", PACKED),
-    Group("lora", "LoRA, fp32, as each trains by default", changed(DEFAULTS, "--tuning=lora", tolerance=OTHER)),
+    Group("lora", "LoRA, fp32, default settings of each trainer", changed(DEFAULTS, "--tuning=lora", tolerance=OTHER)),
     Group(
         "lora-packed",
         "LoRA, fp32, without padding",

@@ -96,12 +96,15 @@ def report(made: list[dict[str, Any]], facts: dict[str, Any], failed: dict[str, 
         "",
         f"Command: `{facts['command']}` ({facts['minutes']:.0f} minutes)",
         "",
-        f"{facts['hardware']}. shardtune, full fine-tuning in fp32. {facts['model']}, one thread, about {TOKENS:,} tokens a "
-        f"step; medians of {facts['rounds']} steps. Expected is the ratio of the arithmetic of a token, attention's "
-        "6 x layers x hidden x length included, to that of the first row, as if attention ran at the speed of matrix products. "
-        "Conversations in packs attend within themselves, so packs of any length should cost the same.",
+        f"Setup: full fine-tuning in fp32 with shardtune. {facts['model']}, one thread, about {TOKENS:,} tokens per step. "
+        f"{facts['hardware']}. Medians of {facts['rounds']} steps.",
         "",
-        "| work | tokens/CPU-s | relative to the first | expected | MFLOP a token | peak MB |",
+        "The column *expected* is the speed that the number of operations alone would give, relative to the first row. It "
+        "includes attention with 6 x layers x hidden size x length operations per token, and assumes that attention runs at "
+        "the speed of matrix products. In a pack, each conversation attends only to itself, so the length of packs should not "
+        "matter.",
+        "",
+        "| work | tokens/CPU-s | relative to the first row | expected | MFLOP per token | peak MB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for one in made:

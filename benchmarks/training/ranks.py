@@ -189,30 +189,31 @@ def report(ranks: int, facts: dict[str, Any], loads: list[float]) -> str:
         "",
         f"Command: `{facts['command']}` ({facts['minutes']:.0f} minutes)",
         "",
-        f"{facts['hardware']}; load average {min(loads):.1f} to {max(loads):.1f} while it ran. Wall time: only a quiet "
-        "machine gives true figures.",
+        "Setup:",
         "",
-        f"shardtune, full fine-tuning in fp32. {facts['model']}, {MICRO} conversations a forward pass, one thread a process, "
-        f"{tables[0]['steps'] - WARM} steps after {WARM} of warm-up; medians of {facts['rounds']} rounds in turn.",
+        f"- **Machine:** {facts['hardware']}; load average {min(loads):.1f} to {max(loads):.1f}. One thread per process.",
+        f"- **Training:** full fine-tuning in fp32 with shardtune. {facts['model']}, {MICRO} conversations per forward pass.",
+        f"- **Speed:** {tables[0]['steps'] - WARM} steps after {WARM} warm-up steps, in elapsed time. Other work on the machine "
+        f"distorts these figures. Medians of {facts['rounds']} rounds, in which the runs take turns.",
     ]
     for table in tables:
         lines += [
             "",
-            f"## {table['batch']} conversations a step in all",
+            f"## {table['batch']} conversations per step",
             "",
-            "| way | tokens/s | times one process | largest difference of a loss |",
+            "| run | tokens/s | speed relative to one process | largest relative difference of a loss |",
             "| --- | --- | --- | --- |",
         ]
         for what, each in table["rates"].items():
-            name = f"{ranks} {what} (the limit)" if what == APART else what
+            name = f"{ranks} {what} (upper limit)" if what == APART else what
             difference = f"{table['difference'][what]:.1e}" if what in table["difference"] else "-"
             lines.append(f"| {name} | {median(each):,.0f} | {table['scaling'][what]:.2f} | {difference} |")
     ours, others = median(tables[-1]["rates"]["ddp"]), facts["peers"]
     lines += [
         "",
-        f"## Peers, {tables[-1]['batch']} conversations a step in all",
+        f"## Peers, {tables[-1]['batch']} conversations per step",
         "",
-        f"torchrun, DDP over gloo, {MICRO} conversations a process, full fine-tuning in fp32; final losses agree.",
+        f"Full fine-tuning in fp32 with torchrun, DDP over gloo, {MICRO} conversations per process. The final losses agree.",
         "",
         "| trainer | tokens/s | shardtune's ddp is |",
         "| --- | --- | --- |",
@@ -223,7 +224,7 @@ def report(ranks: int, facts: dict[str, Any], loads: list[float]) -> str:
     goal = min(tables[0]["scaling"][what] for what in ("fsdp2", "zero2"))
     lines += [
         "",
-        f"- fsdp2 and zero2 on {ranks} processes, {tables[0]['batch']} conversations a step: {goal:.2f} times one process "
+        f"- fsdp2 and zero2 on {ranks} processes, {tables[0]['batch']} conversations per step: {goal:.2f} times one process "
         f"(at least 1.6): {'holds' if goal >= 1.6 else 'MISSED'}",
     ]
     return "\n".join(lines) + "\n"

@@ -185,7 +185,7 @@ def test_two_processes_are_judged_at_the_default_batch_and_peers_compared_with_d
     facts |= {"peers": {"rates": {"TRL": [600.0]}, "losses": {}, "left_out": {"axolotl": "no accelerator"}}}
     text = ranks_report(2, facts | {"tables": [table(32, 1.65), table(8, 1.4)]}, [1.0])
     assert (
-        "- fsdp2 and zero2 on 2 processes, 32 conversations a step: 1.65 times one process (at least 1.6): holds"
+        "- fsdp2 and zero2 on 2 processes, 32 conversations per step: 1.65 times one process (at least 1.6): holds"
         in text
     )
     assert "| TRL | 600 | 3.00 times as fast |" in text and "- left out: axolotl: no accelerator" in text
