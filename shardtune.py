@@ -186,8 +186,8 @@ def compare(*runs: Run | str | Path, to: str | Path | None = None, **settings: A
         arguments += _run_arguments(run)
     is_new = bool(settings) or any("=" in argument for argument in arguments)
     _refuse_other_packages()
-    from launch.compare.command import rows_from_arguments
-    from launch.compare.comparison import compare as compare_rows
+    from launch.compare.command import point_sources_from_arguments
+    from launch.compare.comparison import compare_points as compare_rows
     from launch.config.prices import gpu_hour_price
     from launch.notebook.results import ComparisonResult
     from strategies.errors import ConfigError
@@ -201,7 +201,7 @@ def compare(*runs: Run | str | Path, to: str | Path | None = None, **settings: A
         to = default_directory if to is None else Path(to).expanduser()
         _run("compare", [*arguments, f"to={to}"], Run(to))
         arguments = [str(to)]
-    rows, problems = rows_from_arguments(arguments)
+    rows, problems = point_sources_from_arguments(arguments)
     if problems:
         raise ConfigError(problems)
     if to is not None and not is_new:

@@ -205,16 +205,16 @@ def compare_runs(experiment: Experiment, seeds: Sequence[int], directory: Path, 
     finished = [str(run) for run in runs if (run / "run.json").is_file()]
     if len(finished) < len(runs):
         return
-    from launch.compare.answer import as_markdown
-    from launch.compare.command import rows_from_arguments
-    from launch.compare.comparison import compare
+    from launch.compare.answer import comparison_markdown
+    from launch.compare.command import point_sources_from_arguments
+    from launch.compare.comparison import compare_points
     from launch.config.prices import gpu_hour_price
 
-    rows, problems = rows_from_arguments(finished)
+    rows, problems = point_sources_from_arguments(finished)
     if problems:
         raise RuntimeError("; ".join(problems))
     to.mkdir(parents=True, exist_ok=True)
-    text = without_directories(as_markdown(compare(rows, gpu_hour_price)))
+    text = without_directories(comparison_markdown(compare_points(rows, gpu_hour_price)))
     (to / "compare.md").write_text(text, encoding="utf-8")
 
 

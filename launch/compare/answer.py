@@ -14,7 +14,7 @@ from launch.compare.events import notable_step_lines, resolved_setting_lines
 from launch.output import TableColumn, TableRow, format_table, wrap_sentences
 from trainer.reporting.numbers import format_setting, format_times
 
-UNKNOWN = "-"
+UNKNOWN_CELL = "-"
 """The cell of a number that is not known."""
 LOSS_DIFFERENCE_HEADING = "loss diff"
 MFU_HEADING = "MFU"
@@ -25,27 +25,27 @@ MAX_LISTED_VALUES = 8
 
 
 def _number_cell(value: float | None, number_format: str) -> str:
-    return UNKNOWN if value is None else format(value, number_format)
+    return UNKNOWN_CELL if value is None else format(value, number_format)
 
 
 def _rate_cell(tokens_per_s: float | None) -> str:
     """The cell of a speed in tokens/s: `12,345`, or `98.7` for a slow one."""
     if tokens_per_s is None:
-        return UNKNOWN
+        return UNKNOWN_CELL
     return format(tokens_per_s, ",.0f" if tokens_per_s >= 100 else ".1f")
 
 
 def _milliseconds_cell(seconds: float | None) -> str:
     """The cell of a time in ms: three digits below a second, whole milliseconds above."""
     if seconds is None:
-        return UNKNOWN
+        return UNKNOWN_CELL
     if seconds < 1:
         return f"{seconds * 1000:.3g}"
     return f"{seconds * 1000:,.0f}"
 
 
 def _loss_difference_cell(point: ComparedPoint) -> str:
-    return UNKNOWN if point.loss_difference is None else format_difference(point.loss_difference.largest_early)
+    return UNKNOWN_CELL if point.loss_difference is None else format_difference(point.loss_difference.largest_early)
 
 
 def _start_without_evaluation_s(point: ComparedPoint) -> float | None:
@@ -59,7 +59,7 @@ def _start_without_evaluation_s(point: ComparedPoint) -> float | None:
 def _repeats_cell(point: ComparedPoint) -> str:
     """The cell `slowest-fastest` of a point's repeats, in tokens/s; `-` for a single repeat."""
     if point.summary.spread is None:
-        return UNKNOWN
+        return UNKNOWN_CELL
     slowest, fastest = point.summary.spread
     return f"{_rate_cell(slowest)}-{_rate_cell(fastest)}"
 
@@ -69,7 +69,7 @@ class TextColumn(NamedTuple):
 
     heading: str
     cell_of: Callable[[ComparedPoint], str]
-    """The cell of a point; `UNKNOWN` if the point has no such number."""
+    """The cell of a point; `UNKNOWN_CELL` if the point has no such number."""
 
 
 class TextTable(NamedTuple):
@@ -146,7 +146,7 @@ def text_tables(comparison: Comparison) -> list[TextTable]:
 
 def _is_known_of_any(points: list[ComparedPoint], column: TextColumn) -> bool:
     """Whether any of the points has a number in the column."""
-    return any(column.cell_of(point) != UNKNOWN for point in points)
+    return any(column.cell_of(point) != UNKNOWN_CELL for point in points)
 
 
 def _left_out_headings(comparison: Comparison) -> set[str]:
@@ -165,7 +165,7 @@ def _left_out_headings(comparison: Comparison) -> set[str]:
     return headings
 
 
-def as_text(comparison: Comparison) -> str:
+def comparison_text(comparison: Comparison) -> str:
     """The comparison as text for a terminal: the tables, then the sections below them."""
     lines: list[str] = []
     for text_table in text_tables(comparison):
@@ -180,13 +180,13 @@ def as_text(comparison: Comparison) -> str:
         if lines:
             lines.append("")
         lines += format_table(columns, rows)
-    for title, sentences in sections(comparison):
+    for title, sentences in titled_sections(comparison):
         if sentences:
             lines += ["", f"{title}:", *wrap_sentences(sentences)]
     return "\n".join(lines)
 
 
-def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
+def titled_sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
     """(title, lines) of each section below the tables, in order. A section may have no lines; callers do not show it then."""
     setting_lines = []
     for setting in comparison.differences:
@@ -267,19 +267,19 @@ def _test_metric_lines(comparison: Comparison) -> list[str]:
     return sorted(lines)
 
 
-def as_markdown(comparison: Comparison, plot_links: Sequence[tuple[str, str]] = ()) -> str:
+def comparison_markdown(comparison: Comparison, plot_links: Sequence[tuple[str, str]] = ()) -> str:
     """The comparison as a Markdown page: answer, tables, sections, plots, and the run directories of each point.
 
-    `plot_links`: (title, path relative to the page) of each picture of a plot.
+    A point: the runs of one combination of settings. `plot_links`: (title, path relative to the page) of each picture of a plot.
     """
-    is_single_run = len(comparison.points) == 1
-    lines = [f"# Run {comparison.default_baseline_name}" if is_single_run else "# Comparison"]
+    is_single_point = len(comparison.points) == 1
+    lines = [f"# Run {comparison.points[0].name}" if is_single_point else "# Comparison"]
     if comparison.conclusion.sentences:
         lines += ["", " ".join(comparison.conclusion.sentences)]
         lines += _recommendation_lines(comparison.conclusion)
     for text_table in text_tables(comparison):
         lines += ["", *_markdown_table(text_table)]
-    for title, sentences in sections(comparison):
+    for title, sentences in titled_sections(comparison):
         if sentences and title != ANSWER_TITLE:  # the answer stands at the top already
             lines += ["", f"## {_capitalised(title)}", "", *(f"- {sentence}" for sentence in sentences)]
     for title, path in plot_links:
@@ -326,7 +326,7 @@ def _capitalised(title: str) -> str:
     return title[0].upper() + title[1:]
 
 
-def as_html(comparison: Comparison, *, reload_after_s: float | None = None) -> str:
+def comparison_html(comparison: Comparison, *, reload_after_s: float | None = None) -> str:
     """The comparison as one HTML file; for a comparison with a single point, the page of that run.
 
     `reload_after_s`: seconds after which a browser reloads the page; None for a page that will not change any more. Without the
@@ -338,7 +338,7 @@ def as_html(comparison: Comparison, *, reload_after_s: float | None = None) -> s
         return run_page(comparison, reload_after_s=reload_after_s)
     from launch.compare.comparison_page import comparison_page
 
-    return comparison_page(comparison, sections(comparison), reload_after_s=reload_after_s)
+    return comparison_page(comparison, titled_sections(comparison), reload_after_s=reload_after_s)
 
 
 def _markdown_row(cells: list[str]) -> str:

@@ -13,29 +13,34 @@ from launch.compare.conclusion import Conclusion
 from launch.compare.quality import RankedJobs
 
 
-def as_dict(comparison: Comparison) -> dict[str, Any]:
+def comparison_as_dict(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values, as in `compare.json`. Sizes are GiB, times seconds, speeds those of all ranks together."""
     test_documents = {point.name: point.first_repeat.record.test for point in comparison.points}
     return {
         "first": comparison.default_baseline_name,
-        "answer": _answer_as_dict(comparison.conclusion),
-        "runs": [_run_as_dict(comparison, point_index) for point_index in range(len(comparison.points))],
+        "answer": _conclusion_as_dict(comparison.conclusion),
+        "runs": [_point_as_dict(comparison, point_index) for point_index in range(len(comparison.points))],
         "notes": list(comparison.notes),
         "test_documents": test_documents,
     }
 
 
-def _answer_as_dict(conclusion: Conclusion) -> dict[str, Any]:
-    """The answer as JSON values.
+def _conclusion_as_dict(conclusion: Conclusion) -> dict[str, Any]:
+    """The answer of a comparison (its conclusion) as JSON values.
 
     - `sentences`: the answer in words.
-    - `take`: which point to take for which goal.
-    - `quality`: see `_quality_as_dict`; null if the quality of the jobs was not compared.
+    - `take`: which point to take for which goal; its `words` are the settings to paste behind `shardtune train`.
+    - `quality`: the jobs by a held-out metric, the best first; null if the quality of the jobs was not compared.
     """
     recommendations = []
-    for choice in conclusion.recommendations:
+    for recommendation in conclusion.recommendations:
         recommendations.append(
-            {"for": choice.goal, "run": choice.point.name, "why": choice.why, "words": choice.arguments}
+            {
+                "for": recommendation.goal,
+                "run": recommendation.point.name,
+                "why": recommendation.why,
+                "words": recommendation.arguments,
+            }
         )
     quality = None if conclusion.ranked is None else _quality_as_dict(conclusion.ranked)
     return {"sentences": list(conclusion.sentences), "take": recommendations, "quality": quality}
@@ -62,7 +67,7 @@ def _quality_as_dict(ranked: RankedJobs) -> dict[str, Any]:
     return {"metric": ranked.metric.name, "greater_is_better": ranked.metric.greater_is_better, "jobs": jobs}
 
 
-def _run_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
+def _point_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
     """A point as JSON values; `differing` holds its values of the settings in which the points differ."""
     point = comparison.points[point_index]
     run_dirs = point.run_dirs
@@ -78,7 +83,7 @@ def _run_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
         "reason": point.reason,
         "measured": asdict(point.measured) | asdict(point.summary),
         "against": point.baseline_name,
-        "same_job": point.is_same_job,
+        "same_job": point.is_same_job_as_baseline,
         "loss_difference": loss_difference,
         "not_comparable": [str(difference) for difference in point.identity_differences],
         "verdict": point.verdict,
@@ -86,7 +91,7 @@ def _run_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
     }
 
 
-def as_csv(comparison: Comparison) -> str:
+def comparison_csv(comparison: Comparison) -> str:
     """The comparison as CSV: a row for each point, with its measurements, then the settings in which the points differ."""
     # All rows must have the same columns: those of every metric and collective that any point has.
     metrics = comparison.held_out_metrics

@@ -29,7 +29,7 @@ from strategies.errors import ConfigError, StorageError
 if TYPE_CHECKING:
     from launch.compare.comparison import Comparison
     from launch.compare.points import PointsPlan
-    from launch.compare.settings import ComparisonRow
+    from launch.compare.settings import PointSource
 
 
 @dataclass(kw_only=True)
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
         problems.append(f"to={arguments.to}: is a file; name a directory")
 
     # With settings the command starts new runs; with directories alone it reads runs that exist.
-    rows: list[ComparisonRow] = []
+    sources: list[PointSource] = []
     if arguments.settings:
         for run in arguments.runs:
             problems.append(
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
             problems.append(
                 "--dry-run: lists points of new runs; name an axis, as in strategy=ddp,fsdp2, or leave it out"
             )
-        rows, run_problems = rows_from_arguments(arguments.runs)
+        sources, run_problems = point_sources_from_arguments(arguments.runs)
         problems += run_problems
     if problems:
         raise ConfigError(problems)
@@ -108,29 +108,26 @@ def main(argv: list[str]) -> int:
         return _compare_new_points(arguments)
     if arguments.follow:
         # The page of a comparison that was run by `compare` belongs into its directory.
-        follow_runs(rows, arguments.to or _only_comparison_dir(arguments.runs), as_json=arguments.as_json)
+        follow_runs(sources, arguments.to or _only_comparison_dir(arguments.runs), as_json=arguments.as_json)
     else:
-        print_and_write_comparison(rows, arguments.to, as_json=arguments.as_json)
+        print_and_write_comparison(sources, arguments.to, as_json=arguments.as_json)
     return 0
 
 
-def follow_runs(rows: list[ComparisonRow], output_dir: Path | None, *, as_json: bool) -> None:
+def follow_runs(sources: list[PointSource], output_dir: Path | None, *, as_json: bool) -> None:
     """Rewrite the HTML page while the runs train; when all have ended, print and write the comparison once.
 
-    The page is `compare.html` in `output_dir`. Without `output_dir` it is `report.html` in the directory of the only run. Raises
-    ConfigError for runs of W&B, and for several runs without `output_dir`; StorageError; KeyboardInterrupt after Ctrl-C.
+    `sources`: where the runs of each point are. The page is `compare.html` in `output_dir`. Without `output_dir` it is
+    `report.html` in the directory of the only run. Raises ConfigError for runs of W&B, and for several runs without `output_dir`;
+    StorageError; KeyboardInterrupt after Ctrl-C.
     """
     from launch.compare.follow import PAGE_INTERVAL_S, rewrite_page_while_runs_train
-    from launch.compare.wandb_files import is_wandb_address, is_wandb_directory
 
     run_dirs: list[Path] = []
-    for row in rows:
-        run_dirs += row.directories
-    for run_dir in run_dirs:
-        # Reading a run of W&B starts a process of wandb, or asks a server: too much for every few seconds.
-        if is_wandb_directory(run_dir) or is_wandb_address(run_dir):
-            raise ConfigError(f"--follow: {run_dir} is of W&B, which is not asked again and again; name its run.dir")
-    page_path = _page_path(rows, output_dir)
+    for source in sources:
+        run_dirs += source.directories
+    _refuse_wandb_runs(run_dirs)
+    page_path = _page_path(sources, output_dir)
     if page_path is None:
         raise ConfigError("--follow: name a directory for the page that is written again; to=reports/now")
 
@@ -140,15 +137,27 @@ def follow_runs(rows: list[ComparisonRow], output_dir: Path | None, *, as_json: 
         file=sys.stderr,
         flush=True,
     )
-    rewrite_page_while_runs_train(run_dirs, lambda reload_after_s: _write_page(rows, page_path, reload_after_s))
-    print_and_write_comparison(rows, output_dir, as_json=as_json)
+    rewrite_page_while_runs_train(run_dirs, lambda reload_after_s: _write_page(sources, page_path, reload_after_s))
+    print_and_write_comparison(sources, output_dir, as_json=as_json)
 
 
-def _page_path(rows: list[ComparisonRow], output_dir: Path | None) -> Path | None:
+def _refuse_wandb_runs(run_dirs: list[Path]) -> None:
+    """Raise ConfigError if a run is read from W&B's files or server.
+
+    Reading such a run starts a process of wandb, or asks a server: too much for every few seconds.
+    """
+    from launch.compare.wandb_files import is_wandb_address, is_wandb_directory
+
+    for run_dir in run_dirs:
+        if is_wandb_directory(run_dir) or is_wandb_address(run_dir):
+            raise ConfigError(f"--follow: {run_dir} is of W&B, which is not asked again and again; name its run.dir")
+
+
+def _page_path(sources: list[PointSource], output_dir: Path | None) -> Path | None:
     """Path of the HTML page. The first case that applies:
 
     - With `output_dir`: `compare.html` in it.
-    - For several runs: None.
+    - For several points or repeats: None.
     - For a run of W&B: None.
     - For a single run: `report.html` in its directory.
     """
@@ -157,26 +166,26 @@ def _page_path(rows: list[ComparisonRow], output_dir: Path | None) -> Path | Non
 
     if output_dir is not None:
         return output_dir / "compare.html"
-    if len(rows) != 1 or len(rows[0].directories) != 1:
+    if len(sources) != 1 or len(sources[0].directories) != 1:
         return None
-    (run_dir,) = rows[0].directories
+    (run_dir,) = sources[0].directories
     # No page into W&B's own directory: wandb would upload it with the run.
     if is_wandb_directory(run_dir) or is_wandb_address(run_dir):
         return None
     return run_dir / REPORT_FILE
 
 
-def _write_page(rows: list[ComparisonRow], page_path: Path, reload_after_s: float | None) -> None:
+def _write_page(sources: list[PointSource], page_path: Path, reload_after_s: float | None) -> None:
     """Read the runs as they are now, and write their HTML page.
 
     A browser reloads the page after `reload_after_s` seconds; None for a page that will not change any more.
     """
-    from launch.compare.answer import as_html
-    from launch.compare.comparison import compare
+    from launch.compare.answer import comparison_html
+    from launch.compare.comparison import compare_points
     from trainer.reporting.status import write_text_atomic
 
-    comparison = compare(rows, gpu_hour_price)
-    write_text_atomic(page_path, as_html(comparison, reload_after_s=reload_after_s))
+    comparison = compare_points(sources, gpu_hour_price)
+    write_text_atomic(page_path, comparison_html(comparison, reload_after_s=reload_after_s))
 
 
 def _only_comparison_dir(named_runs: list[str]) -> Path | None:
@@ -195,7 +204,7 @@ def _compare_new_points(arguments: CompareArguments) -> int:
     With `--dry-run`, only list the points.
     """
     from launch.compare.follow import PeriodicPage
-    from launch.compare.points import STOP_EXIT_CODES, plan_points, run_points
+    from launch.compare.points import STOP_EXIT_CODES, plan_points, run_planned_points
     from trainer.stopping.signals import block_signals, unblock_signals
 
     if not arguments.dry_run:
@@ -208,20 +217,20 @@ def _compare_new_points(arguments: CompareArguments) -> int:
         print(points_listing(plan, output_dir))
         return 0
     print(points_listing(plan, output_dir), file=sys.stderr, flush=True)
-    rows = plan.comparison_rows(output_dir)
+    sources = plan.point_sources(output_dir)
     periodic_page = None
     if arguments.follow:
         page_path = output_dir / "compare.html"
-        periodic_page = PeriodicPage(lambda reload_after_s: _write_page(rows, page_path, reload_after_s))
-    exit_code = run_points(plan, output_dir, periodic_page)
+        periodic_page = PeriodicPage(lambda reload_after_s: _write_page(sources, page_path, reload_after_s))
+    exit_code = run_planned_points(plan, output_dir, periodic_page)
     unblock_signals()  # from here on, a signal ends this command at once
     if exit_code in STOP_EXIT_CODES:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
 
     if arguments.follow and exit_code == 0:  # SLURM may still be running the points
-        follow_runs(rows, output_dir, as_json=arguments.as_json)
+        follow_runs(sources, output_dir, as_json=arguments.as_json)
     else:
-        print_and_write_comparison(rows, output_dir, as_json=arguments.as_json)
+        print_and_write_comparison(sources, output_dir, as_json=arguments.as_json)
     return exit_code
 
 
@@ -242,29 +251,29 @@ def points_listing(plan: PointsPlan, output_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def print_and_write_comparison(rows: list[ComparisonRow], output_dir: Path | None, *, as_json: bool) -> None:
-    """Compare the rows, print the tables (or JSON), write the files, and print which ones were written.
+def print_and_write_comparison(sources: list[PointSource], output_dir: Path | None, *, as_json: bool) -> None:
+    """Compare the points of `sources`, print the tables (or JSON), write the files, and print which ones were written.
 
-    With `output_dir`, all files go there. Without it, only a single run gets a page: `report.html` in its own directory.
-    Errors: ConfigError, StorageError.
+    With `output_dir`, all files go there. Without it, only a single run gets a page: `report.html` in its own directory. Raises
+    ConfigError if a run cannot be read, StorageError if a file of `output_dir` cannot be written.
     """
-    from launch.compare.answer import as_text
-    from launch.compare.answer_records import as_dict
-    from launch.compare.comparison import compare
+    from launch.compare.answer import comparison_text
+    from launch.compare.answer_records import comparison_as_dict
+    from launch.compare.comparison import compare_points
 
-    comparison = compare(rows, gpu_hour_price)
-    comparison_json = as_dict(comparison)
+    comparison = compare_points(sources, gpu_hour_price)
+    comparison_json = comparison_as_dict(comparison)
     written_files: list[str] = []
     run_page_path = None
     if output_dir is None:
-        run_page_path = _page_path(rows, output_dir=None)
+        run_page_path = _page_path(sources, output_dir=None)
     else:
         written_files = _write_comparison_files(comparison, comparison_json, output_dir)
 
     if as_json:
         print(json.dumps(comparison_json, indent=1, allow_nan=False), flush=True)
     else:
-        print(as_text(comparison), flush=True)
+        print(comparison_text(comparison), flush=True)
     # The page comes after the tables: writing into somebody else's directory may fail, and then the tables are there already.
     if run_page_path is not None:
         written_files = _write_run_files(comparison, run_page_path)
@@ -281,18 +290,18 @@ def _print_written_files(
 
     `explains_missing_workspace`: whether the reason for a missing W&B script is printed.
     """
-    from launch.compare.page import missing_packages
-    from launch.compare.workspace import why_no_workspace
+    from launch.compare.page import missing_packages_message
+    from launch.compare.workspace import no_workspace_reason
 
     lines = []
     if written_files:
         lines.append(f"written: {', '.join(written_files)}")
-    no_plots_reason = missing_packages(f"{page_name} with plots")
+    no_plots_reason = missing_packages_message(f"{page_name} with plots")
     if no_plots_reason:
         lines.append(no_plots_reason)
-    no_workspace_reason = why_no_workspace(comparison)
-    if no_workspace_reason and explains_missing_workspace:
-        lines += wrap_text(no_workspace_reason, 0)
+    workspace_problem = no_workspace_reason(comparison)
+    if workspace_problem and explains_missing_workspace:
+        lines += wrap_text(workspace_problem, 0)
     print("\n" + "\n".join(lines), flush=True)
 
 
@@ -301,26 +310,26 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
 
     Without the packages of the extra `report`, no plots are written, and the page has none.
     """
-    from launch.compare.answer import as_html, as_markdown
-    from launch.compare.answer_records import as_csv
-    from launch.compare.page import missing_packages, write_plot_images
-    from launch.compare.workspace import write_workspace
+    from launch.compare.answer import comparison_html, comparison_markdown
+    from launch.compare.answer_records import comparison_csv
+    from launch.compare.page import missing_packages_message, write_plot_images
+    from launch.compare.workspace import write_workspace_script
     from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY
     from trainer.reporting.status import write_text_atomic
 
     # The plots first: the Markdown page links to them.
-    plot_links = write_plot_images(comparison, output_dir) if missing_packages() is None else []
+    plot_links = write_plot_images(comparison, output_dir) if missing_packages_message() is None else []
     versioned_json = {VERSION_KEY: FILE_VERSION, **comparison_json}
-    write_text_atomic(output_dir / "compare.md", as_markdown(comparison, plot_links))
-    write_text_atomic(output_dir / "compare.csv", as_csv(comparison))
+    write_text_atomic(output_dir / "compare.md", comparison_markdown(comparison, plot_links))
+    write_text_atomic(output_dir / "compare.csv", comparison_csv(comparison))
     write_text_atomic(output_dir / "compare.json", json.dumps(versioned_json, indent=1, allow_nan=False) + "\n")
-    write_text_atomic(output_dir / "compare.html", as_html(comparison))
+    write_text_atomic(output_dir / "compare.html", comparison_html(comparison))
 
     # Only the first name has the directory: all files are in the same one.
     written_files = [str(output_dir / "compare.md"), "compare.html", "compare.csv", "compare.json"]
     if plot_links:
         written_files.append(f"plots/*.png ({len(plot_links)})")
-    workspace_file = write_workspace(comparison, output_dir)
+    workspace_file = write_workspace_script(comparison, output_dir)
     if workspace_file is not None:
         written_files.append(f"{workspace_file} (for W&B)")
     return written_files
@@ -333,13 +342,13 @@ def _write_run_files(comparison: Comparison, page_path: Path) -> list[str]:
     them. A failure is only printed, because the comparison itself has succeeded and the directory may be somebody else's.
     """
     from launch.compare.run_report import write_run_report
-    from launch.compare.workspace import write_workspace
+    from launch.compare.workspace import write_workspace_script
 
     run_dir = page_path.parent
     written_files = []
     try:
         written_files.append(str(write_run_report(run_dir, comparison)))
-        workspace_file = write_workspace(comparison, run_dir)
+        workspace_file = write_workspace_script(comparison, run_dir)
     except StorageError as error:
         print(f"{error}; to=<directory> writes elsewhere", file=sys.stderr, flush=True)
         return written_files
@@ -348,52 +357,52 @@ def _write_run_files(comparison: Comparison, page_path: Path) -> list[str]:
     return written_files
 
 
-def rows_from_arguments(arguments: list[str]) -> tuple[list[ComparisonRow], list[str]]:
-    """(rows of the runs that the arguments name, error messages for arguments that name no run or one twice)."""
+def point_sources_from_arguments(arguments: list[str]) -> tuple[list[PointSource], list[str]]:
+    """(where the runs of each point are, error messages for arguments that name no run or one twice)."""
     problems: list[str] = []
-    rows: list[ComparisonRow] = []
+    sources: list[PointSource] = []
     for argument in arguments:
         try:
-            rows += _rows_from_argument(argument)
+            sources += _point_sources_of_argument(argument)
         except ConfigError as error:
             problems += error.problems
 
     run_dirs: list[Path] = []
-    for row in rows:
-        run_dirs += row.directories
+    for source in sources:
+        run_dirs += source.directories
     # Resolved, so that a link and its target count as one run.
     counts = Counter(run_dir.resolve() for run_dir in run_dirs)
     repeated_run_dirs = {run_dir for run_dir in run_dirs if counts[run_dir.resolve()] > 1}
     problems += [f"{run_dir}: named twice; name each run once" for run_dir in sorted(repeated_run_dirs)]
-    if not rows and not problems:
+    if not sources and not problems:
         problems.append("no run directory is named; shardtune compare runs/a runs/b")
-    return rows, problems
+    return sources, problems
 
 
-def _rows_from_argument(argument: str) -> list[ComparisonRow]:
-    """The rows that one argument names. The first case that applies:
+def _point_sources_of_argument(argument: str) -> list[PointSource]:
+    """Where the runs of the points that one argument names are. The first case that applies:
 
-    - a run on W&B's server, a run directory, or W&B's own directory of a run: one row
+    - a run on W&B's server, a run directory, or W&B's own directory of a run: one point
     - a directory with a `comparison.json`: the points of that comparison
-    - a directory of run directories: a row for each
+    - a directory of run directories: a point for each
 
     Raises ConfigError if it is none of these.
     """
     from launch.compare.run_files import is_run_directory
-    from launch.compare.settings import ComparisonRow, read_comparison_file
+    from launch.compare.settings import PointSource, read_comparison_file
     from launch.compare.wandb_files import is_wandb_directory, wandb_address
 
     address = wandb_address(argument)
     if address is not None:
-        return [ComparisonRow((Path(address),))]
+        return [PointSource((Path(address),))]
     path = Path(argument).expanduser()
     if is_run_directory(path) or is_wandb_directory(path):
-        return [ComparisonRow((path,))]
-    if comparison_rows := read_comparison_file(path):
-        return comparison_rows
+        return [PointSource((path,))]
+    if sources_of_comparison := read_comparison_file(path):
+        return sources_of_comparison
     child_run_dirs = [child for child in sorted(path.glob("*"), key=_number_aware_order) if is_run_directory(child)]
     if child_run_dirs:
-        return [ComparisonRow((run_dir,)) for run_dir in child_run_dirs]
+        return [PointSource((run_dir,)) for run_dir in child_run_dirs]
 
     if not path.exists():
         raise ConfigError(f"{argument}: there is no such directory; name run directories")

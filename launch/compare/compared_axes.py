@@ -9,7 +9,7 @@ from launch.compare.names import ABSENT_VALUE, KEYS_FIRST_IN_NAME, KEYS_LEFT_OUT
 from trainer.reporting.numbers import format_setting
 
 WORLD_SIZE_KEY = "run.json world_size"
-POINT_KEY = "point"
+AXIS_OF_POINT_NAMES = "point"
 """Key of the axis of points that no setting tells apart."""
 
 
@@ -51,27 +51,26 @@ def compared_axes(
     command that started the points; empty if the runs existed already.
     """
     settings = [difference for difference in differences if _can_be_axis(difference.key)]
+    # Of two settings that tell the same points apart, the first in this order becomes the axis.
     settings.sort(key=lambda difference: _axis_order(difference.key, command_keys))
     axes: list[ComparedAxis] = []
-    combinations = [""] * len(names)  # for each point: its labels on the axes so far, joined
+    labels_so_far = [""] * len(names)  # for each point: its labels on the axes so far, joined
     for difference in settings:
         labels = tuple(_axis_label(value) for value in difference.values)
-        longer_combinations = [
-            f"{labels_so_far}\n{label}" for labels_so_far, label in zip(combinations, labels, strict=True)
-        ]
-        tells_more_points_apart = len(set(longer_combinations)) > len(set(combinations))
+        longer_labels = [f"{so_far}\n{label}" for so_far, label in zip(labels_so_far, labels, strict=True)]
+        tells_more_points_apart = len(set(longer_labels)) > len(set(labels_so_far))
         if tells_more_points_apart:
             axes.append(ComparedAxis(difference.key, labels))
-            combinations = longer_combinations
-    if len(set(combinations)) < len(names):
-        axes.append(ComparedAxis(POINT_KEY, tuple(names)))
+            labels_so_far = longer_labels
+    if len(set(labels_so_far)) < len(names):
+        axes.append(ComparedAxis(AXIS_OF_POINT_NAMES, tuple(names)))
     return axes
 
 
 def _can_be_axis(key: str) -> bool:
-    """Whether a difference with this key can be an axis: a setting that changes the run, or the world size.
+    """Whether a difference with this key can be an axis: a setting that changes the run (`optim.lr`), or the world size.
 
-    Other entries of `run.json`, and settings that only say how a run was started or what it reports, cannot.
+    Other entries of `run.json`, and settings that only say how a run was started or what it reports (`logging.*`), cannot.
     """
     if key.startswith("run.json "):
         return key == WORLD_SIZE_KEY

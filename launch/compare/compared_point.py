@@ -1,4 +1,4 @@
-"""One row of a comparison: a point with its repeats, and how its loss compares with that of its baseline."""
+"""A point of a comparison with its repeats, and how its loss compares with that of its baseline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from launch.compare.curves import IncomparableSetting, LossDifference
 from launch.compare.repeats import MeasuredPoint, RepeatsSummary
 from launch.compare.run_files import RecordedRun, RunMeasurements
-from launch.compare.settings import ComparisonRow
+from launch.compare.settings import PointSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +22,14 @@ class ComparedPoint:
     """How far the losses are from the baseline's; None without a baseline, and if the loss curves cannot be compared."""
     identity_differences: tuple[IncomparableSetting, ...]
     """Why the loss curves of the point and its baseline cannot be compared; empty if they can, or without a baseline."""
-    is_same_job: bool = False
+    is_same_job_as_baseline: bool = False
     """Whether this point trains the same job as its baseline with the same seed, so that both must have the same loss."""
     verdict: str = ""
 
     @property
-    def row(self) -> ComparisonRow:
+    def source(self) -> PointSource:
         """Where the point was read from: the directories of its repeats, or why it was refused."""
-        return self.measured_point.row
+        return self.measured_point.source
 
     @property
     def repeats(self) -> tuple[RecordedRun, ...]:
@@ -39,7 +39,7 @@ class ComparedPoint:
     @property
     def run_dirs(self) -> list[str]:
         """The run directory of each repeat; empty for a refused point, which never had one."""
-        if not self.row.directories:
+        if not self.source.directories:
             return []
         return [str(repeat.directory) for repeat in self.repeats]
 

@@ -20,7 +20,7 @@ from launch.compare.curves import (
     loss_relevant_settings,
 )
 from launch.compare.metric_meaning import keys_measured_differently
-from launch.compare.names import ABSENT_VALUE, KEYS_FIRST_IN_NAME, SettingDifference, run_names, setting_differences
+from launch.compare.names import ABSENT_VALUE, KEYS_FIRST_IN_NAME, SettingDifference, names_of_runs, setting_differences
 from launch.compare.quality import (
     SIGNIFICANCE_LEVEL,
     ComparedJob,
@@ -31,9 +31,9 @@ from launch.compare.quality import (
     quality_metric,
 )
 from launch.compare.recommendation import ranges_overlap
-from launch.compare.repeats import REFUSED, MeasuredPoint, read_repeats
+from launch.compare.repeats import REFUSED, MeasuredPoint, read_measured_point
 from launch.compare.run_files import RecordedRun, RunMeasurements
-from launch.compare.settings import ComparisonRow
+from launch.compare.settings import PointSource
 from trainer.reporting.numbers import format_metric
 from trainer.reporting.run_record import RunRecord
 
@@ -82,36 +82,38 @@ class Comparison:
         return _are_one_peak(_mfu_peaks(runs))
 
 
-def compare(
-    rows: Sequence[ComparisonRow], gpu_hour_price: Callable[[str], float | None] = lambda name: None
+def compare_points(
+    sources: Sequence[PointSource], gpu_hour_price: Callable[[str], float | None] = lambda name: None
 ) -> Comparison:
     """Read the runs of every point, compare each point with its baseline, and conclude which one to take.
 
-    `rows` say for each point where its runs are. `gpu_hour_price` maps the driver's name of a card to US dollars an hour, or None
-    if its price is not known. Raises ConfigError if a directory holds no run.
+    A point is one combination of settings; its repeats are its runs. `sources` say for each point where its runs are.
+    `gpu_hour_price` maps the driver's name of a card to US dollars an hour, or None if its price is not known. Raises
+    ConfigError if a directory holds no run.
     """
-    measured_points = [read_repeats(row, gpu_hour_price) for row in rows]
+    measured_points = [read_measured_point(source, gpu_hour_price) for source in sources]
     first_repeats = [measured.first_repeat for measured in measured_points]
     differences = setting_differences(first_repeats)
-    # A name that the row has wins over the one made from the settings that differ.
-    generated_names = run_names(first_repeats, differences)
-    names = [row.name or generated for row, generated in zip(rows, generated_names, strict=True)]
+    # The name that a source has wins over the one made from the settings that differ.
+    generated_names = names_of_runs(first_repeats, differences)
+    names = [source.name or generated for source, generated in zip(sources, generated_names, strict=True)]
 
     # The default baseline is the first point that took a step, or the first of all if none did.
     default_index = next((index for index, run in enumerate(first_repeats) if run.steps), 0)
-    points = [_compared_point(measured_points, names, index, default_index) for index in range(len(rows))]
+    default_name = names[default_index]
+    points = [_compared_point(measured_points, names, index, default_index) for index in range(len(sources))]
     context = _VerdictContext.from_points(points)
-    judged_points = []
+    points_with_verdict = []
     for point in points:
-        verdict = _point_verdict(point, context, is_default_baseline=point.name == names[default_index])
-        judged_points.append(replace(point, verdict=verdict))
+        verdict = _point_verdict(point, context, is_default_baseline=point.name == default_name)
+        points_with_verdict.append(replace(point, verdict=verdict))
     return Comparison(
-        points=tuple(judged_points),
-        default_baseline_name=names[default_index],
+        points=tuple(points_with_verdict),
+        default_baseline_name=default_name,
         differences=tuple(differences),
-        notes=tuple(_notes(measured_points, names)),
-        axes=tuple(compared_axes(names, differences, rows[0].command_keys)),
-        conclusion=conclude_comparison(judged_points, differences),
+        notes=tuple(_comparison_notes(measured_points, names)),
+        axes=tuple(compared_axes(names, differences, sources[0].command_keys)),
+        conclusion=conclude_comparison(points_with_verdict, differences),
     )
 
 
@@ -143,7 +145,7 @@ def _compared_point(
         baseline_name=names[baseline_position],
         loss_difference=None if differences else compare_losses(baseline_run, run),
         identity_differences=differences,
-        is_same_job=has_equal_settings and not differences,
+        is_same_job_as_baseline=has_equal_settings and not differences,
     )
 
 
@@ -154,7 +156,7 @@ class _VerdictContext:
     point_by_name: dict[str, ComparedPoint]
     job_by_point: dict[str, ComparedJob]
     """By name of a point that took a step: the job that the point belongs to, with all of the job's points."""
-    level: float
+    significance_level: float
     """Significance level of the test of one pair of jobs. The conclusion uses the same, so that both say the same."""
 
     @classmethod
@@ -166,8 +168,14 @@ class _VerdictContext:
             for point in job.points:
                 job_by_point[point.name] = job
         metric = quality_metric(jobs)
-        level = SIGNIFICANCE_LEVEL if metric is None else bonferroni_level(len(comparable_jobs(jobs, metric)))
-        return cls(point_by_name={point.name: point for point in points}, job_by_point=job_by_point, level=level)
+        significance_level = (
+            SIGNIFICANCE_LEVEL if metric is None else bonferroni_level(len(comparable_jobs(jobs, metric)))
+        )
+        return cls(
+            point_by_name={point.name: point for point in points},
+            job_by_point=job_by_point,
+            significance_level=significance_level,
+        )
 
 
 def _point_verdict(point: ComparedPoint, context: _VerdictContext, *, is_default_baseline: bool) -> str:
@@ -188,7 +196,9 @@ def _point_verdict(point: ComparedPoint, context: _VerdictContext, *, is_default
         clauses += _default_baseline_clauses(point)
     elif point.baseline_name is not None:
         baseline = context.point_by_name[point.baseline_name]
-        clauses.append(_loss_verdict(point) if point.is_same_job else _quality_verdict(baseline, point, context))
+        clauses.append(
+            _loss_verdict(point) if point.is_same_job_as_baseline else _quality_verdict(baseline, point, context)
+        )
         cost_clause = _speed_and_memory_clause(baseline, point)
         if cost_clause is not None:
             clauses.append(cost_clause)
@@ -249,7 +259,7 @@ def _quality_verdict(baseline: ComparedPoint, point: ComparedPoint, context: _Ve
         # Their settings and seeds are the same, but their data is not: a job with both would compare with itself.
         baseline_job = baseline_alone
         point_job = point_alone
-    difference = quality_difference(baseline_job, point_job, metric.name, context.level)
+    difference = quality_difference(baseline_job, point_job, metric.name, context.significance_level)
     if not difference.is_significant:
         judgement = "no difference shown from"
     elif (difference.relative_difference > 0) == metric.greater_is_better:
@@ -296,9 +306,15 @@ def _differing_settings_text(baseline: ComparedPoint, point: ComparedPoint) -> s
 
 
 def _single_point_verdict(point: ComparedPoint) -> str:
-    """The verdict on the only point of a comparison: how it ended, its losses and its held-out metrics."""
+    """The verdict on the only point of a comparison: how it ended, its losses and its held-out metrics.
+
+    Such as `done, 40 steps, loss 2.9 -> 2.3, eval/loss 2.87 -> 2.34`.
+    """
     measured = point.measured
-    losses = [row["loss"] for row in point.first_repeat.steps.values() if row["loss"] is not None]
+    metrics_before_training = measured.before
+    metrics_after_training = measured.after
+    step_rows = point.first_repeat.steps.values()
+    losses = [row["loss"] for row in step_rows if row["loss"] is not None]
     clauses = [point.unfinished_state or "done"]
     if measured.steps == 1:
         clauses.append("1 step")
@@ -306,10 +322,11 @@ def _single_point_verdict(point: ComparedPoint) -> str:
         clauses.append(f"{measured.steps} steps")
     if len(losses) > 1:
         clauses.append(f"loss {format_metric(losses[0])} -> {format_metric(losses[-1])}")
-    for metric, after in measured.after.items():
+    for metric, value_after in metrics_after_training.items():
         # The perplexity is exp(loss): it would say the same twice.
-        if metric in measured.before and metric != "eval/perplexity":
-            clauses.append(f"{metric} {format_metric(measured.before[metric])} -> {format_metric(after)}")
+        if metric in metrics_before_training and metric != "eval/perplexity":
+            value_before = metrics_before_training[metric]
+            clauses.append(f"{metric} {format_metric(value_before)} -> {format_metric(value_after)}")
     return ", ".join(clauses)
 
 
@@ -374,7 +391,7 @@ def _ratio_text(ratio: float) -> str:
     return f"{ratio:.0f}"
 
 
-def _notes(points: list[MeasuredPoint], names: list[str]) -> list[str]:
+def _comparison_notes(points: list[MeasuredPoint], names: list[str]) -> list[str]:
     """Caveats for the reader: what limits how far speeds, memory and losses of these points can be trusted."""
     runs: list[RecordedRun] = []
     for point in points:

@@ -93,14 +93,14 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
         return Conclusion(("No point has taken a step.",), "note", headline="No point has taken a step.")
 
     # Do points of the same job have the same loss?
-    same_job_points = [point for point in points if point.is_same_job]
+    same_job_points = [point for point in points if point.is_same_job_as_baseline]
     points_with_other_loss = [
         point
         for point in same_job_points
         if point.loss_difference is not None and not point.loss_difference.is_same_loss
     ]
     sentences = {
-        "unfinished": _unfinished_sentence(points),
+        "unfinished": _unfinished_and_diverged_sentences(points),
         "parity": _parity_sentence(same_job_points, points_with_other_loss),
         "rates": _learning_rates_sentence(points, differences),
     }
@@ -202,14 +202,15 @@ def _limited_to_best_quality(cost_sentence: str) -> str:
     return f"Of the points that are not shown to be worse: {continued}"
 
 
-def _unfinished_sentence(points: Sequence[ComparedPoint]) -> str:
-    """Which points are not done, and which diverged, so that nobody misses them in a long table; empty if all are fine.
+def _unfinished_and_diverged_sentences(points: Sequence[ComparedPoint]) -> str:
+    """Sentences on which points are not done, and which diverged, so that nobody misses them in a long table.
 
-    For example `2 of 8 points failed: a and b. 1 of 8 points diverged: c.`
+    For example `2 of 8 points failed: a and b. 1 of 8 points diverged: c.` Empty if all points are done and none diverged. A
+    point: the runs of one combination of settings.
     """
-    names_by_problem: dict[str, list[str]] = {}
+    names_by_problem: dict[str, list[str]] = {}  # the problem is a state, or `diverged`
     for point in points:
-        problem = None
+        problem: str | None = None
         if not is_done(point):
             problem = "stopped" if point.state == RunState.preempted else point.state
         elif point_has_diverged(point):
@@ -287,7 +288,9 @@ def _sentences_without_quality(jobs: Sequence[ComparedJob]) -> dict[str, str]:
 def _evidence_sentence(ranked: RankedJobs) -> str:
     """A sentence on the evidence for the order of the jobs, such as `The order by eval/loss rests on seeds.`
 
-    Empty if no difference is significant, because the sentence on quality names the evidence then.
+    The evidence may be seeds, held-out documents, and intervals of `shardtune evaluate`. Empty if no job is significantly worse
+    than the best one, because `_quality_sentence` names the evidence then. A job: all points that differ in seed and strategy
+    alone.
     """
     if not ranked.significantly_worse:
         return ""

@@ -34,7 +34,7 @@ AXIS_TITLE_BY_COST = {
 
 def comparison_plots(comparison: Comparison) -> list[PagePlot]:
     """The plots of a comparison in the order of the page; those without numbers are left out."""
-    has_same_jobs = any(point.is_same_job for point in comparison.points)
+    has_same_jobs = any(point.is_same_job_as_baseline for point in comparison.points)
     curves = [loss_plot(comparison), held_out_plot(comparison)]
     difference = difference_plot(comparison)
     # Strategies of one job are compared by the difference of their losses, so it comes first; other points by their quality.

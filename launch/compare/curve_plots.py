@@ -38,21 +38,23 @@ MAX_STEPS_OF_POINT = 400
 MIN_STEPS_OF_POINT = 20
 MAX_HELD_OUT_METRICS = 12
 """Held-out metrics in the menu, the one that decides first."""
-MAX_NOTABLE = 40
+MAX_NOTABLE_STEPS = 40
 """Steps that stood out that are drawn; a plot with more is not readable."""
 MAX_POINTS_WITH_NOTABLE = 4
 """Points of a plot up to which steps that stood out are among its rows."""
-LEAST_DIFFERENCE = 1e-9
+MIN_DRAWN_DIFFERENCE = 1e-9
 """Differences below it are drawn at it: an axis of logarithms has no zero."""
-POSITION_COLUMNS = ("point_index", "step", "tokens", "seconds")
+X_AXIS_COLUMNS = ("point_index", "step", "tokens", "seconds")
 """First columns of the data of curves: the index of the point among the drawn ones, and the position on each x axis."""
 COURSE_METRICS = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
 
 
-CLICK = "Scroll to zoom, drag to move, double-click to go back. A click on a value in the legend shows it alone."
+ZOOM_AND_CLICK_HINT = (
+    "Scroll to zoom, drag to move, double-click to go back. A click on a value in the legend shows it alone."
+)
 
 
-def drawn_steps(point: ComparedPoint, num_points: int) -> list[dict[str, Any]]:
+def thinned_step_rows(point: ComparedPoint, num_points: int) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl` of a point's first repeat that a plot draws.
 
     Each row also has `seconds`, the time of all steps up to it. Drawn are every n-th row and the last one. A plot of at most
@@ -64,7 +66,7 @@ def drawn_steps(point: ComparedPoint, num_points: int) -> list[dict[str, Any]]:
     stride = max(1, math.ceil(len(rows) / max_rows))
     notable: set[int] = set()
     if num_points <= MAX_POINTS_WITH_NOTABLE:
-        notable = {step.step for step in notable_steps(point.first_repeat)[-MAX_NOTABLE:]}
+        notable = {step.step for step in notable_steps(point.first_repeat)[-MAX_NOTABLE_STEPS:]}
     elapsed_s = accumulate(row.get("step_s") or 0.0 for row in rows)
     drawn_rows = []
     for index, (row, seconds) in enumerate(zip(rows, elapsed_s, strict=True)):
@@ -124,11 +126,11 @@ def difference_plot(comparison: Comparison) -> PagePlot | None:
         "field": "difference",
         "type": "quantitative",
         "title": "relative difference of the loss",
-        "scale": {"type": "log", "domainMin": LEAST_DIFFERENCE},
+        "scale": {"type": "log", "domainMin": MIN_DRAWN_DIFFERENCE},
         "axis": {"format": ".0e", "tickCount": 6},
     }
     y_tooltip = {"field": "difference", "type": "quantitative", "format": ".2e"}
-    data = csv_plot_data((*POSITION_COLUMNS, "difference"), rows)
+    data = csv_plot_data((*X_AXIS_COLUMNS, "difference"), rows)
     spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
     spec["layer"].append(
         {
@@ -146,13 +148,13 @@ def difference_plot(comparison: Comparison) -> PagePlot | None:
         name="difference",
         title="Difference from the first point",
         caption=f"Of the loss, from that of {compared_with}. Over the first five steps, below the dotted line counts as the "
-        f"same. What lies at {LEAST_DIFFERENCE:g} is at most that far apart.",
+        f"same. What lies at {MIN_DRAWN_DIFFERENCE:g} is at most that far apart.",
         spec=spec,
     )
 
 
 def _difference_rows(comparison: Comparison, points: Sequence[ComparedPoint]) -> list[tuple[Any, ...]]:
-    """Data rows (`POSITION_COLUMNS`, relative difference of the loss from the baseline's) of the drawn steps of `points`.
+    """Data rows (`X_AXIS_COLUMNS`, relative difference of the loss from the baseline's) of the drawn steps of `points`.
 
     Steps without a finite loss in both runs have no row.
     """
@@ -160,17 +162,18 @@ def _difference_rows(comparison: Comparison, points: Sequence[ComparedPoint]) ->
     rows = []
     for point_index, point in enumerate(points):
         baseline_steps = steps_by_name[str(point.baseline_name)]
-        for row in drawn_steps(point, len(points)):
-            baseline_loss = baseline_steps.get(row["step"], {}).get("loss")
-            if baseline_loss is not None and row["loss"] is not None:
-                difference = abs(row["loss"] - baseline_loss) / (abs(baseline_loss) or 1.0)
-                rows.append((*_position_cells(point_index, row), max(difference, LEAST_DIFFERENCE)))
+        for step_metrics in thinned_step_rows(point, len(points)):
+            loss = step_metrics["loss"]
+            baseline_loss = baseline_steps.get(step_metrics["step"], {}).get("loss")
+            if baseline_loss is not None and loss is not None:
+                difference = abs(loss - baseline_loss) / (abs(baseline_loss) or 1.0)  # absolute if the baseline's is 0
+                rows.append((*_x_axis_cells(point_index, step_metrics), max(difference, MIN_DRAWN_DIFFERENCE)))
     return rows
 
 
-def _position_cells(point_index: int, row: dict[str, Any]) -> tuple[Any, ...]:
-    """The cells of `POSITION_COLUMNS` for one of the `drawn_steps` of a point."""
-    return (point_index, row["step"], row.get("tokens"), row["seconds"])
+def _x_axis_cells(point_index: int, step_metrics: dict[str, Any]) -> tuple[Any, ...]:
+    """The cells of `X_AXIS_COLUMNS` (point, step, tokens, seconds) for one of the `thinned_step_rows` of a point."""
+    return (point_index, step_metrics["step"], step_metrics.get("tokens"), step_metrics["seconds"])
 
 
 def loss_plot(comparison: Comparison) -> PagePlot | None:
@@ -178,23 +181,23 @@ def loss_plot(comparison: Comparison) -> PagePlot | None:
     points = comparison.begun_points
     rows = []
     for point_index, point in enumerate(points):
-        for row in drawn_steps(point, len(points)):
-            if row["loss"] is not None:
-                rows.append((*_position_cells(point_index, row), row["loss"]))
+        for step_metrics in thinned_step_rows(point, len(points)):
+            if step_metrics["loss"] is not None:
+                rows.append((*_x_axis_cells(point_index, step_metrics), step_metrics["loss"]))
     if not rows:
         return None
-    data = csv_plot_data((*POSITION_COLUMNS, "loss"), rows)
+    data = csv_plot_data((*X_AXIS_COLUMNS, "loss"), rows)
     y_encoding = {"field": "loss", "type": "quantitative", "title": "training loss", "scale": {"zero": False}}
     y_tooltip = {"field": "loss", "type": "quantitative", "format": ".6f"}
     spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
-    caption = CLICK
-    if any(point.is_same_job for point in points):
+    caption = ZOOM_AND_CLICK_HINT
+    if any(point.is_same_job_as_baseline for point in points):
         caption += " Equal curves lie on each other: the differences above tell them apart."
     notable_rows = _notable_rows(points)
-    if 0 < len(notable_rows) <= MAX_NOTABLE:
+    if 0 < len(notable_rows) <= MAX_NOTABLE_STEPS:
         spec["layer"].append(_notable_layer(notable_rows))
         caption += " Dotted: steps that stood out; the pointer says what was done."
-    return PagePlot("loss", "Training loss", caption, spec)
+    return PagePlot(name="loss", title="Training loss", caption=caption, spec=spec)
 
 
 def _notable_rows(points: Sequence[ComparedPoint]) -> list[dict[str, Any]]:
@@ -204,7 +207,7 @@ def _notable_rows(points: Sequence[ComparedPoint]) -> list[dict[str, Any]]:
         notables = notable_steps(point.first_repeat)
         if not notables:
             continue
-        drawn_row_by_step = {row["step"]: row for row in drawn_steps(point, num_points=1)}
+        drawn_row_by_step = {row["step"]: row for row in thinned_step_rows(point, num_points=1)}
         for notable in notables:
             drawn_row = drawn_row_by_step.get(notable.step, {})
             rows.append(
@@ -246,7 +249,7 @@ def held_out_plot(comparison: Comparison) -> PagePlot | None:
     max_evaluations = max(2, MAX_CURVE_ROWS // max(1, len(points) * len(metrics)))
     for point_index, point in enumerate(points):
         rows += _held_out_rows(point_index, point, metrics, max_evaluations)
-    data = csv_plot_data((*POSITION_COLUMNS, "metric", "value"), rows, text_columns=("metric",))
+    data = csv_plot_data((*X_AXIS_COLUMNS, "metric", "value"), rows, text_columns=("metric",))
     y_encoding = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
     y_tooltip = {"field": "value", "type": "quantitative", "format": ".6g"}
     spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
@@ -275,7 +278,7 @@ def _held_out_menu_metrics(comparison: Comparison) -> list[str]:
 def _held_out_rows(
     point_index: int, point: ComparedPoint, metrics: Sequence[str], max_evaluations: int
 ) -> list[tuple[Any, ...]]:
-    """Data rows (`POSITION_COLUMNS`, metric, value) of the held-out `metrics` of a point.
+    """Data rows (`X_AXIS_COLUMNS`, metric, value) of the held-out `metrics` of a point.
 
     At most about `max_evaluations` evaluations are drawn: every n-th and the last.
     """
@@ -298,26 +301,32 @@ def _held_out_rows(
 
 
 def course_plot(comparison: Comparison) -> PagePlot | None:
-    """Gradient norm, learning rate or speed over training, chosen by the reader in a menu; None if no row has any of them."""
+    """Gradient norm, learning rate or speed over training, chosen by the reader in a menu; None if no step has any of them."""
     points = comparison.begun_points
     rows = []
     known_metrics: set[str] = set()
     for point_index, point in enumerate(points):
-        for row in drawn_steps(point, len(points)):
-            values = {metric: _number_or_none(row.get(metric)) for metric in COURSE_METRICS}
+        for step_metrics in thinned_step_rows(point, len(points)):
+            values = {metric: _number_or_none(step_metrics.get(metric)) for metric in COURSE_METRICS}
             known_metrics |= {metric for metric, value in values.items() if value is not None}
-            rows.append((*_position_cells(point_index, row), *values.values()))
+            rows.append((*_x_axis_cells(point_index, step_metrics), *values.values()))
     if not known_metrics:
         return None
-    data = csv_plot_data((*POSITION_COLUMNS, *COURSE_METRICS.values()), rows)
+    data = csv_plot_data((*X_AXIS_COLUMNS, *COURSE_METRICS.values()), rows)
     y_encoding = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
     y_tooltip = {"field": "value", "type": "quantitative", "format": ".6g"}
     spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip, height=240)
+    # The chosen metric becomes the field `value`, which the curve draws.
     spec["transform"] += [{"calculate": "datum[metric]", "as": "value"}, {"filter": "isValid(datum.value)"}]
     titles = [title for metric, title in COURSE_METRICS.items() if metric in known_metrics]
     menu = {"name": "metric", "value": titles[0], "bind": {"input": "select", "options": titles, "name": "metric "}}
     spec["params"].append(menu)
-    return PagePlot("course", "Gradient norm, learning rate and speed", "Choose one in the menu below the plot.", spec)
+    return PagePlot(
+        name="course",
+        title="Gradient norm, learning rate and speed",
+        caption="Choose one in the menu below the plot.",
+        spec=spec,
+    )
 
 
 def _number_or_none(value: Any) -> float | None:

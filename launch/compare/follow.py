@@ -12,7 +12,7 @@ from trainer.reporting.status import RunState
 
 PAGE_INTERVAL_S = 5.0
 """Seconds between two versions of the page; a browser reloads it as often."""
-QUIET_S = 120.0
+MAX_QUIET_S = 120.0
 """Seconds without any active run after which runs that have not begun are no longer waited for."""
 WritePage = Callable[[float | None], None]
 """Writes the page. Takes the seconds after which a browser reloads it; None for the last page."""
@@ -21,16 +21,16 @@ WritePage = Callable[[float | None], None]
 def rewrite_page_while_runs_train(run_dirs: list[Path], write_page: WritePage) -> None:
     """Call `write_page` every `PAGE_INTERVAL_S` seconds until all runs have ended; the caller writes the last version.
 
-    Runs that have not begun are waited for while another run is active, and `QUIET_S` seconds longer. On Ctrl-C a last page is
-    written and KeyboardInterrupt raised.
+    Runs that have not begun are waited for while another run is active, and `MAX_QUIET_S` seconds longer. On Ctrl-C a last page
+    is written and KeyboardInterrupt raised.
     """
     last_active_at = monotonic()
     try:
         while True:
-            any_active, any_not_begun = _any_active_or_not_begun(run_dirs)
+            any_active, any_not_begun = _are_any_active_or_not_begun(run_dirs)
             if any_active:
                 last_active_at = monotonic()
-            is_quiet = monotonic() - last_active_at > QUIET_S
+            is_quiet = monotonic() - last_active_at > MAX_QUIET_S
             if not any_active and (is_quiet or not any_not_begun):
                 return
             # A file may just be being written. Whatever is wrong for good, the comparison at the end reports.
@@ -43,8 +43,8 @@ def rewrite_page_while_runs_train(run_dirs: list[Path], write_page: WritePage) -
         raise
 
 
-def _any_active_or_not_begun(run_dirs: list[Path]) -> tuple[bool, bool]:
-    """(whether any run trains or waits in SLURM's queue, whether any has not begun)."""
+def _are_any_active_or_not_begun(run_dirs: list[Path]) -> tuple[bool, bool]:
+    """(whether any run trains or waits in SLURM's queue, whether any run has not begun)."""
     from launch.runs.queue import read_queue
     from launch.runs.status import NOT_STARTED, QUEUED, read_run_view
 

@@ -101,7 +101,7 @@ def _comparable_text(value: Any) -> str:
     return repr(value)
 
 
-def run_names(runs: list[RecordedRun], differences: list[SettingDifference]) -> list[str]:
+def names_of_runs(runs: list[RecordedRun], differences: list[SettingDifference]) -> list[str]:
     """A name for each run made of the settings that differ, such as `fsdp2-lora-lr2e-4`, in the order of the runs.
 
     A setting that would make any name longer than `MAX_NAME_LENGTH` is left out of all names. Runs that share a name then, or

@@ -25,7 +25,7 @@ IMAGE_CONFIG = {
 """How plots look as pictures: the colours of the light page, which colour-blind readers can tell apart."""
 
 
-def missing_packages(page_name: str = "compare.html") -> str | None:
+def missing_packages_message(page_name: str = "compare.html") -> str | None:
     """A message that says how to install the packages that the plots need; None if all are there."""
     missing = [package for package in REQUIRED_PACKAGES if find_spec(package) is None]
     if not missing:
@@ -33,22 +33,22 @@ def missing_packages(page_name: str = "compare.html") -> str | None:
     return f"{page_name} needs {' and '.join(missing)}: {install_command('report')}"
 
 
-def write_plot_images(comparison: Comparison, to: Path) -> list[tuple[str, str]]:
-    """Write each plot as `plots/<name>.png` into `to`; returns (title, path relative to `to`) of each.
+def write_plot_images(comparison: Comparison, output_dir: Path) -> list[tuple[str, str]]:
+    """Write each plot as `plots/<name>.png` into `output_dir`; returns (title, path relative to `output_dir`) of each.
 
-    Drawing takes seconds. Errors: StorageError.
+    Drawing takes seconds. Raises StorageError if a picture cannot be written.
     """
     from vl_convert import vegalite_to_png
 
     written = []
-    for plot in _plots(comparison):
-        path = to / "plots" / f"{plot.name}.png"
+    for plot in _plots_of_page(comparison):
+        path = output_dir / "plots" / f"{plot.name}.png"
         write_atomic(path, vegalite_to_png(json.dumps(plot.spec), scale=2, config=IMAGE_CONFIG))
         written.append((plot.title, f"plots/{plot.name}.png"))
     return written
 
 
-def _plots(comparison: Comparison) -> Sequence[PagePlot | Figure]:
+def _plots_of_page(comparison: Comparison) -> Sequence[PagePlot | Figure]:
     """The plots of the page: those of several points, or of one run."""
     if len(comparison.points) > 1:
         return comparison_plots(comparison)

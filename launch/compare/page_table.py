@@ -23,7 +23,7 @@ from trainer.pages.numbers import UNKNOWN, format_duration, format_number, forma
 from trainer.pages.pieces import PageCell, PageColumn, PageTable, Tone
 from trainer.reporting.status import RunState
 
-Best = Literal["", "smallest", "largest"]
+BestDirection = Literal["", "smallest", "largest"]
 HELD_OUT_GROUP = "held-out data"
 MAX_AXIS_COLUMNS = 6
 MAX_METRIC_COLUMNS = 5
@@ -33,19 +33,22 @@ MAX_FOLDED_CELLS = 1200
 
 
 @dataclass(frozen=True, slots=True)
-class MeasureColumn:
-    """A column of numbers: how the number of a point is read, and how it looks."""
+class Measure:
+    """A number of each point that has a column of its own: how it is read, and how it looks."""
 
     heading: str
     group: str
-    value: Callable[[ComparedPoint], float | None]
-    show: Callable[[float], str] = format_number
-    best: Best = ""
+    """The heading over several columns, such as `speed`."""
+    read_value: Callable[[ComparedPoint], float | None]
+    """The number of a point; None if it is not known."""
+    format_value: Callable[[float], str] = format_number
+    best: BestDirection = ""
+    """Which number gets the star; empty if none does."""
     unit: str = ""
     note: str = ""
 
 
-class _FilledColumn(NamedTuple):
+class _ColumnWithCells(NamedTuple):
     """A column of the page's table, with its cell for each point."""
 
     column: PageColumn
@@ -64,40 +67,45 @@ def points_table(comparison: Comparison) -> PageTable:
     other_measures = [measure for measure in measures if measure.group != HELD_OUT_GROUP]
     name_cells = [_name_cell(point) for point in points]
     state_cells = [_state_cell(point) for point in points]
-    filled_columns = [
-        _FilledColumn(PageColumn("point"), name_cells),
+    columns_with_cells = [
+        _ColumnWithCells(PageColumn("point"), name_cells),
         # The held-out metrics come right after the name, so that a phone shows the first of them without scrolling.
         *_measure_columns(held_out_measures, points),
         *_axis_columns(comparison),
         *_measure_columns(other_measures, points),
-        _FilledColumn(PageColumn("state"), state_cells),
+        _ColumnWithCells(PageColumn("state"), state_cells),
     ]
-    columns = [filled.column for filled in filled_columns]
-    cells_by_column = [filled.cells for filled in filled_columns]
+    columns = [filled.column for filled in columns_with_cells]
+    cells_by_column = [filled.cells for filled in columns_with_cells]
     rows = [list(row) for row in zip(*cells_by_column, strict=True)]
     return PageTable(columns, rows, caption="A click on a heading sorts.", id="points")
 
 
-def _axis_columns(comparison: Comparison) -> list[_FilledColumn]:
+def _axis_columns(comparison: Comparison) -> list[_ColumnWithCells]:
     """A column with the value of each point for each of the first `MAX_AXIS_COLUMNS` axes (settings in which points differ)."""
-    filled_columns = []
+    columns_with_cells = []
     for axis in comparison.axes[:MAX_AXIS_COLUMNS]:
         cells = [PageCell(label, _label_sort_value(label)) for label in axis.labels]
-        filled_columns.append(_FilledColumn(PageColumn(axis.title, group="settings"), cells))
-    return filled_columns
+        columns_with_cells.append(_ColumnWithCells(PageColumn(axis.title, group="settings"), cells))
+    return columns_with_cells
 
 
-def _measure_columns(measures: Sequence[MeasureColumn], points: Sequence[ComparedPoint]) -> list[_FilledColumn]:
-    """The columns of these measures, without those that are unknown for every point."""
-    filled_columns = []
+def _measure_columns(measures: Sequence[Measure], points: Sequence[ComparedPoint]) -> list[_ColumnWithCells]:
+    """The columns of these measures with a cell for each point, without columns that are unknown for every point."""
+    columns_with_cells = []
     for measure in measures:
-        values = [measure.value(point) if point.measured.steps else None for point in points]
+        values = []
+        for point in points:
+            has_measurements = point.measured.steps > 0
+            values.append(measure.read_value(point) if has_measurements else None)
         if all(value is None for value in values):
             continue
-        column = PageColumn(measure.heading, measure.group, measure.best, measure.unit, measure.note)
+        column = PageColumn(
+            measure.heading, group=measure.group, best=measure.best, unit=measure.unit, note=measure.note
+        )
         cells = [_measure_cell(measure, point, value) for point, value in zip(points, values, strict=True)]
-        filled_columns.append(_FilledColumn(column, cells))
-    return filled_columns
+        columns_with_cells.append(_ColumnWithCells(column, cells))
+    return columns_with_cells
 
 
 def _name_cell(point: ComparedPoint) -> PageCell:
@@ -115,7 +123,7 @@ def _label_sort_value(label: str) -> float | str:
         return label
 
 
-def _measure_cell(measure: MeasureColumn, point: ComparedPoint, value: float | None) -> PageCell:
+def _measure_cell(measure: Measure, point: ComparedPoint, value: float | None) -> PageCell:
     """The cell of a number; a dash if it is not known.
 
     In a column that marks its best cell, a point that cannot be recommended gets no value to sort by: it is never the best.
@@ -123,7 +131,7 @@ def _measure_cell(measure: MeasureColumn, point: ComparedPoint, value: float | N
     if value is None:
         return PageCell(UNKNOWN, None)
     is_ranked = not measure.best or is_recommendable(point)
-    return PageCell(measure.show(value), _sort_value(value) if is_ranked else None)
+    return PageCell(measure.format_value(value), _sort_value(value) if is_ranked else None)
 
 
 def _sort_value(value: float) -> float:
@@ -151,61 +159,142 @@ def _state_cell(point: ComparedPoint) -> PageCell:
     return PageCell(state, state, tone=tone, note=reason.removeprefix(f"{state}: "))
 
 
-def _measures(comparison: Comparison) -> list[MeasureColumn]:
+def _measures(comparison: Comparison) -> list[Measure]:
     """The numeric columns of the table of points, in order, from held-out metrics to the price.
 
     A column with a `best` marks its largest or smallest number with a star.
     """
     begun_points = comparison.begun_points
-    has_repeats = any(point.summary.repeats > 1 for point in begun_points)
     # No star if no difference is shown: it would contradict the answer.
-    speed_best: Best = "largest" if is_speed_difference_shown(begun_points) else ""
-    memory_best: Best = "smallest" if is_memory_difference_shown(begun_points) else ""
-    step_best: Best = "smallest" if speed_best else ""
-    measures = _quality_measures(comparison)
-    measures.append(
-        MeasureColumn(
-            "tokens/s",
-            "speed",
-            lambda point: point.measured.tokens_per_s,
-            _three_digits,
-            speed_best,
-            note="All ranks together, median.",
-        )
-    )
-    if has_repeats:
-        measures.append(MeasureColumn("slowest", "speed", _slowest, _three_digits, note="Of the repeats."))
-        measures.append(MeasureColumn("fastest", "speed", _fastest, _three_digits, note="Of the repeats."))
+    speed_best: BestDirection = "largest" if is_speed_difference_shown(begun_points) else ""
+    memory_best: BestDirection = "smallest" if is_memory_difference_shown(begun_points) else ""
+    step_best: BestDirection = "smallest" if speed_best else ""
     return [
-        *measures,
-        MeasureColumn(
-            "supervised/s", "speed", _supervised_per_s, _three_digits, speed_best, note="Supervised tokens a second."
+        *_quality_measures(comparison),
+        *_speed_measures(comparison, speed_best),
+        Measure(
+            "measured",
+            group="memory",
+            read_value=lambda point: point.measured.memory_gib,
+            format_value=_three_digits,
+            best=memory_best,
+            unit="GiB",
         ),
-        MeasureColumn(
-            "MFU", "speed", _mfu_reader(comparison), format_percent, speed_best, note="Share of the device's peak."
+        Measure(
+            "planned",
+            group="memory",
+            read_value=_planned_gib,
+            format_value=_three_digits,
+            unit="GiB",
+            note="Tensors, by simulation.",
         ),
-        MeasureColumn("measured", "memory", lambda point: point.measured.memory_gib, _three_digits, memory_best, "GiB"),
-        MeasureColumn("planned", "memory", _planned_gib, _three_digits, unit="GiB", note="Tensors, by simulation."),
-        MeasureColumn("step", "a step", lambda point: point.measured.step_s, format_duration, step_best),
+        *_step_measures(step_best),
+        *_once_measures(),
+        Measure(
+            "per million tokens",
+            group="price",
+            read_value=_dollars,
+            format_value=_three_digits,
+            best=step_best,
+            unit="$",
+        ),
+    ]
+
+
+def _speed_measures(comparison: Comparison, best: BestDirection) -> list[Measure]:
+    """The columns of speeds of all ranks together. The slowest and the fastest repeat have columns if a point was repeated."""
+    speed = Measure(
+        "tokens/s",
+        group="speed",
+        read_value=lambda point: point.measured.tokens_per_s,
+        format_value=_three_digits,
+        best=best,
+        note="All ranks together, median.",
+    )
+    measures = [speed]
+    if any(point.summary.repeats > 1 for point in comparison.begun_points):
+        for heading, read_value in (("slowest", _slowest), ("fastest", _fastest)):
+            measures.append(
+                Measure(
+                    heading,
+                    group="speed",
+                    read_value=read_value,
+                    format_value=_three_digits,
+                    note="Of the repeats.",
+                )
+            )
+    supervised_speed = Measure(
+        "supervised/s",
+        group="speed",
+        read_value=_supervised_per_s,
+        format_value=_three_digits,
+        best=best,
+        note="Supervised tokens a second.",
+    )
+    mfu = Measure(
+        "MFU",
+        group="speed",
+        read_value=_mfu_reader(comparison),
+        format_value=format_percent,
+        best=best,
+        note="Share of the device's peak.",
+    )
+    return [*measures, supervised_speed, mfu]
+
+
+def _step_measures(best: BestDirection) -> list[Measure]:
+    """The columns of a step: its time and the time of its parts, and what ranks exchange in it. `best`: of the time of a step."""
+    return [
+        Measure(
+            "step",
+            group="a step",
+            read_value=lambda point: point.measured.step_s,
+            format_value=format_duration,
+            best=best,
+        ),
         *(_part_measure(part) for part in (*STEP_PARTS, "rest")),
-        MeasureColumn("exchanged", "a step", _exchanged_gib, _three_digits, "smallest", "GiB"),
-        MeasureColumn(
+        Measure(
+            "exchanged",
+            group="a step",
+            read_value=_exchanged_gib,
+            format_value=_three_digits,
+            best="smallest",
+            unit="GiB",
+        ),
+        Measure(
             "exposed",
-            "a step",
-            lambda point: point.measured.exposed_s,
-            format_duration,
+            group="a step",
+            read_value=lambda point: point.measured.exposed_s,
+            format_value=format_duration,
             note="Waited for the exchange.",
         ),
-        MeasureColumn(
+    ]
+
+
+def _once_measures() -> list[Measure]:
+    """The columns of what happens once in a run: the start, and saving a checkpoint."""
+    return [
+        Measure(
             "start",
-            "once",
-            _start_without_evaluation_s,
-            format_duration,
+            group="once",
+            read_value=_start_without_evaluation_s,
+            format_value=format_duration,
             note="Until the first step, without the evaluation before it.",
         ),
-        MeasureColumn("save", "once", lambda point: point.measured.checkpoint_s, format_duration),
-        MeasureColumn("saved", "once", lambda point: point.measured.checkpoint_gib, _three_digits, "smallest", "GiB"),
-        MeasureColumn("per million tokens", "price", _dollars, _three_digits, step_best, "$"),
+        Measure(
+            "save",
+            group="once",
+            read_value=lambda point: point.measured.checkpoint_s,
+            format_value=format_duration,
+        ),
+        Measure(
+            "saved",
+            group="once",
+            read_value=lambda point: point.measured.checkpoint_gib,
+            format_value=_three_digits,
+            best="smallest",
+            unit="GiB",
+        ),
     ]
 
 
@@ -245,8 +334,14 @@ def _start_without_evaluation_s(point: ComparedPoint) -> float | None:
     return point.measured.start_s - (point.measured.evaluation_before_s or 0)
 
 
-def _part_measure(part: str) -> MeasureColumn:
-    return MeasureColumn(part, "a step", lambda point: point.summary.parts_s.get(part), format_duration)
+def _part_measure(part: str) -> Measure:
+    """The column of a part of a step, such as `forward`."""
+    return Measure(
+        part,
+        group="a step",
+        read_value=lambda point: point.summary.parts_s.get(part),
+        format_value=format_duration,
+    )
 
 
 def _mfu_reader(comparison: Comparison) -> Callable[[ComparedPoint], float | None]:
@@ -256,28 +351,41 @@ def _mfu_reader(comparison: Comparison) -> Callable[[ComparedPoint], float | Non
     return lambda point: point.measured.mfu
 
 
-def _quality_measures(comparison: Comparison) -> list[MeasureColumn]:
+def _quality_measures(comparison: Comparison) -> list[Measure]:
     """The columns about quality: held-out metrics, metrics of the test documents, training loss, and its difference.
 
     There is no difference for a single point, which has no baseline.
     """
-    metrics = held_out_names(comparison)
-    columns = []
-    judged_metrics = [metric for metric in metrics if metric.startswith(("eval/", "forgetting"))]
-    for metric in judged_metrics[:MAX_METRIC_COLUMNS]:
-        best = _best_direction(comparison, metric)
-        columns.append(
-            MeasureColumn(metric, HELD_OUT_GROUP, _metric_reader(metric), best=best, note="At the last evaluation.")
+    metrics = evaluated_metric_names(comparison)
+    measures = []
+    held_out_metrics = [metric for metric in metrics if metric.startswith(("eval/", "forgetting"))]
+    for metric in held_out_metrics[:MAX_METRIC_COLUMNS]:
+        measures.append(
+            Measure(
+                metric,
+                group=HELD_OUT_GROUP,
+                read_value=_metric_reader(metric),
+                best=_best_direction(comparison, metric),
+                note="At the last evaluation.",
+            )
         )
     test_metrics = [metric for metric in metrics if metric.startswith("test/")]
     for metric in test_metrics[:MAX_METRIC_COLUMNS]:
         note = "Of the test documents. Not marked: who chooses by them cannot measure the choice with them."
-        columns.append(MeasureColumn(metric, "test data", _metric_reader(metric), note=note))
-    columns.append(MeasureColumn("last loss", "training", lambda point: point.measured.loss))
+        measures.append(Measure(metric, group="test data", read_value=_metric_reader(metric), note=note))
+    measures.append(Measure("last loss", group="training", read_value=lambda point: point.measured.loss))
     if len(comparison.points) > 1:
-        note = "Largest relative difference over the first five steps, from the point that the verdict names."
-        columns.append(MeasureColumn("difference", "training", _largest_early_difference, format_difference, note=note))
-    return columns
+        measures.append(
+            Measure(
+                "difference",
+                group="training",
+                read_value=_largest_early_difference,
+                format_value=format_difference,
+                # The verdict is the sentence on each point, which the page has in a folded section.
+                note="Largest relative difference over the first five steps, from the point that the verdict names.",
+            )
+        )
+    return measures
 
 
 def _largest_early_difference(point: ComparedPoint) -> float | None:
@@ -289,7 +397,7 @@ def _metric_reader(metric: str) -> Callable[[ComparedPoint], float | None]:
     return lambda point: point.measured.after.get(metric)
 
 
-def _best_direction(comparison: Comparison, metric: str) -> Best:
+def _best_direction(comparison: Comparison, metric: str) -> BestDirection:
     """Which cell of a held-out metric gets the star, the largest or the smallest.
 
     None does if the name does not say which is better, if fewer than two jobs can be compared, or if no difference is
@@ -310,8 +418,11 @@ def _best_direction(comparison: Comparison, metric: str) -> Best:
     return "largest" if ranked.metric.greater_is_better else "smallest"
 
 
-def held_out_names(comparison: Comparison) -> list[str]:
-    """Names of the held-out metrics that any point has at its end, each once; that by which quality is judged comes first."""
+def evaluated_metric_names(comparison: Comparison) -> list[str]:
+    """Names of the metrics that any point has at its last evaluation, of held-out and test documents, each once.
+
+    The metric by which quality is judged comes first.
+    """
     decisive_metric = quality_metric_name(comparison.begun_points)
     names: dict[str, None] = {}  # a dict as an ordered set
     for point in comparison.begun_points:
@@ -325,7 +436,7 @@ def held_out_table(comparison: Comparison) -> PageTable | None:
     At most `MAX_FOLDED_CELLS` cells: if more metrics would not fit, the caption says how many are left out.
     """
     points: Sequence[ComparedPoint] = comparison.begun_points
-    metrics = held_out_names(comparison)
+    metrics = evaluated_metric_names(comparison)
     if not metrics:
         return None
     num_cells_of_metric = 2 * max(1, len(points))  # before and after, for each point

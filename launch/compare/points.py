@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster.array_size import refuse_large_arrays
-from launch.compare.settings import CompareConfig, ComparisonRow, setting_keys, write_comparison_file
+from launch.compare.settings import CompareConfig, PointSource, setting_keys, write_comparison_file
 from launch.config.axes import Axes, point_exclusion_flags, point_label, read_axes, set_point_name_in_trackers
 from launch.config.verb_arguments import read_setting_group
 from strategies.errors import ConfigError, NotRunOwner
@@ -41,7 +41,7 @@ class RequestedPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class RunOfPoint:
+class PlannedRun:
     """One run of a comparison: a repeat of a point."""
 
     point: RequestedPoint
@@ -81,16 +81,16 @@ class PointsPlan:
             return []
         return [f"(optim.lr={rate:g})"]
 
-    def comparison_rows(self, comparison_dir: Path) -> list[ComparisonRow]:
+    def point_sources(self, comparison_dir: Path) -> list[PointSource]:
         """The row of each point of the comparison in `comparison_dir`: the directories of its runs, or why it was refused."""
-        return [self._comparison_row(point, comparison_dir) for point in self.points]
+        return [self._point_source(point, comparison_dir) for point in self.points]
 
     def _run_dirs(self, point: RequestedPoint, comparison_dir: Path) -> tuple[Path, ...]:
         """The run directory of each repeat of a point: `ddp`, `ddp-repeat2`, `ddp-repeat3` ... below `comparison_dir`."""
         suffixes = ["", *(f"-repeat{number}" for number in range(2, self.settings.repeats + 1))]
         return tuple(comparison_dir / f"{point.name}{suffix}" for suffix in suffixes)
 
-    def _comparison_row(self, point: RequestedPoint, comparison_dir: Path) -> ComparisonRow:
+    def _point_source(self, point: RequestedPoint, comparison_dir: Path) -> PointSource:
         """The row of one point. A refused point has no run directories, but its configuration and the reasons."""
         from trainer.config.resuming import flatten_settings, settings_as_dict
 
@@ -100,7 +100,7 @@ class PointsPlan:
             config = flatten_settings(settings_as_dict(point.composed.config))
         else:
             run_dirs = self._run_dirs(point, comparison_dir)
-        return ComparisonRow(
+        return PointSource(
             directories=run_dirs,
             name=point.name,
             refused=point.refusals,
@@ -110,7 +110,7 @@ class PointsPlan:
             command_keys=setting_keys(self.arguments),
         )
 
-    def planned_runs(self, comparison_dir: Path) -> Iterator[RunOfPoint]:
+    def planned_runs(self, comparison_dir: Path) -> Iterator[PlannedRun]:
         """The runs of all points that are not refused, one for each repeat, in the order in which they are started.
 
         Every second repeat goes through the points backwards, so that no point is always the later one: a machine that gets warm
@@ -123,7 +123,7 @@ class PointsPlan:
                 # configuration.
                 composed_copy = replace(point.composed, config=deepcopy(point.composed.config))
                 run_dir = self._run_dirs(point, comparison_dir)[repeat_index]
-                yield RunOfPoint(replace(point, composed=composed_copy), run_dir)
+                yield PlannedRun(replace(point, composed=composed_copy), run_dir)
 
 
 def plan_points(arguments: list[str]) -> PointsPlan:
@@ -181,8 +181,8 @@ def _default_arguments(axes: Axes, settings: CompareConfig) -> list[str]:
     `compare.steps` is the budget, nothing is exported, and the parts of a step are timed. A setting that is on the command line
     keeps its value there. Raises ConfigError if the command line has `run.dir`, or a budget beside `compare.steps`.
     """
-    # The alternative_arguments of a setting are its arguments, one for each value: they have the same key.
-    cli_keys = {alternative_arguments[0].partition("=")[0] for alternative_arguments in axes.alternative_arguments}
+    # The arguments of a setting, one for each of its values, have the same key.
+    cli_keys = {arguments_of_setting[0].partition("=")[0] for arguments_of_setting in axes.alternative_arguments}
     budget_keys = sorted(key for key in cli_keys if key.startswith("budget."))
     problems = []
     if "run.dir" in cli_keys:
@@ -285,7 +285,7 @@ def _problem_lines(problems_by_point: dict[str, list[str]]) -> list[str]:
     return lines
 
 
-def run_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPage | None = None) -> int:
+def run_planned_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPage | None = None) -> int:
     """Run every planned run below `comparison_dir` that has not finished yet, in turn or as one SLURM job array.
 
     Writes the `config.yaml` of every run first, and `comparison.json`. `periodic_page` is rewritten while the runs train. Returns
@@ -317,7 +317,7 @@ def run_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPa
     except ConfigError as error:
         refusal = f"to={comparison_dir}: holds other runs; name another directory, or undo:"
         raise ConfigError("\n    ".join([refusal, *error.problems])) from error
-    write_comparison_file(comparison_dir, plan.comparison_rows(comparison_dir), list(plan.arguments))
+    write_comparison_file(comparison_dir, plan.point_sources(comparison_dir), list(plan.arguments))
 
     if uses_slurm and unfinished_runs:
         unblock_signals()  # a signal is no longer kept for a run that this process starts: it starts none
@@ -331,7 +331,7 @@ def run_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPa
     return _run_one_by_one(unfinished_runs, RunsProgress(len(runs), num_finished, periodic_page))
 
 
-def _run_one_by_one(runs: list[RunOfPoint], progress: RunsProgress) -> int:
+def _run_one_by_one(runs: list[PlannedRun], progress: RunsProgress) -> int:
     """Start the runs one after another, and wait for each. Further repeats of a point that failed are skipped.
 
     Returns the exit code: that of a run that was stopped, 130 after Ctrl-C between two runs, the first point's code if all

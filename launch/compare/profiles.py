@@ -10,9 +10,9 @@ from typing import Any
 
 TOP_OPERATORS = 12
 """Operators that are shown."""
-RANK_HEADINGS = ["rank", "window ms", "communication", "exposed", "idle", "peak GiB"]
+RANK_TABLE_HEADINGS = ["rank", "window ms", "communication", "exposed", "idle", "peak GiB"]
 """Headings of the table with a row for each rank."""
-OPERATOR_HEADINGS = ["operator", "ms", "share", "calls"]
+OPERATOR_TABLE_HEADINGS = ["operator", "ms", "share", "calls"]
 """Headings of the table with a row for each operator."""
 RankSummary = dict[str, Any]
 """One rank's `rank-*.summary.json`: `rank`, `steps` (first and last), `of` (`device` or `operators`), `window_s` (profiled time),
@@ -31,9 +31,9 @@ class ProfiledSteps:
     measured_on: str
     """`device` if the trace has the kernels of a GPU; `operators` if it has only those of the CPU."""
     ranks: list[list[str]]
-    """A row a rank, as `RANK_HEADINGS` names its cells."""
+    """A row a rank, as `RANK_TABLE_HEADINGS` names its cells."""
     operators: list[list[str]]
-    """A row an operator, all ranks together, as `OPERATOR_HEADINGS` names its cells.
+    """A row an operator, all ranks together, as `OPERATOR_TABLE_HEADINGS` names its cells.
 
     Each rank records those that took longest on it.
     """
@@ -84,7 +84,7 @@ def exposed_communication_s(run_dir: Path) -> float | None:
 
 
 def _operator_rows(summaries: list[RankSummary]) -> list[list[str]]:
-    """A row of cells, as `OPERATOR_HEADINGS` names them, for each of the operators that took longest, all ranks together.
+    """A row of cells, as `OPERATOR_TABLE_HEADINGS` names them, for each of the operators that took longest, all ranks together.
 
     At most `TOP_OPERATORS` rows.
     """
@@ -104,7 +104,7 @@ def _operator_rows(summaries: list[RankSummary]) -> list[list[str]]:
 
 
 def _rank_row(summary: RankSummary) -> list[str]:
-    """The cells of one rank, as `RANK_HEADINGS` names them. Shares are of the profiled time (`window_s`)."""
+    """The cells of one rank, as `RANK_TABLE_HEADINGS` names them. Shares are of the profiled time (`window_s`)."""
     window_s = summary["window_s"]
     communication, exposed, idle = (
         f"{summary[key] / (window_s or 1.0):.0%}" for key in ("communication_s", "exposed_s", "idle_s")

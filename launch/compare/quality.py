@@ -313,18 +313,18 @@ def rank_jobs_by_quality(jobs: Sequence[ComparedJob], metric: QualityMetric) -> 
     if len(comparable) < 2:
         return None
     ranked = sorted(comparable, key=lambda job: median(job.values(metric.name)), reverse=metric.greater_is_better)
-    level = bonferroni_level(len(ranked))
+    significance_level = bonferroni_level(len(ranked))
     differences: list[QualityDifference | None] = [None]  # the best job has no difference from itself
-    differences += [quality_difference(ranked[0], job, metric.name, level) for job in ranked[1:]]
+    differences += [quality_difference(ranked[0], job, metric.name, significance_level) for job in ranked[1:]]
     return RankedJobs(metric, ranked, differences)
 
 
 def quality_difference(
-    baseline: ComparedJob, job: ComparedJob, metric: str, level: float = SIGNIFICANCE_LEVEL
+    baseline: ComparedJob, job: ComparedJob, metric: str, significance_level: float = SIGNIFICANCE_LEVEL
 ) -> QualityDifference:
     """How a metric of `job` differs from that of `baseline`, with all evidence on whether chance explains it.
 
-    `level`: significance level of each two-sided test. Both jobs must have the metric.
+    `significance_level`: significance level of each two-sided test. Both jobs must have the metric.
     """
     baseline_value = median(baseline.values(metric))
     scale = abs(baseline_value) or 1.0  # if the baseline is 0, the difference is absolute
@@ -332,15 +332,17 @@ def quality_difference(
     return QualityDifference(
         relative_difference=relative_difference,
         num_seeds=max(baseline.num_seeds, job.num_seeds),
-        seed_interval=_seed_interval(baseline, job, metric, level),
-        document_interval=_document_interval(baseline, job, metric, level),
+        seed_interval=_seed_interval(baseline, job, metric, significance_level),
+        document_interval=_document_interval(baseline, job, metric, significance_level),
         report_intervals_disjoint=_report_intervals_disjoint(
             baseline, job, metric, job_is_larger=relative_difference > 0
         ),
     )
 
 
-def _seed_interval(baseline: ComparedJob, job: ComparedJob, metric: str, level: float) -> tuple[float, float] | None:
+def _seed_interval(
+    baseline: ComparedJob, job: ComparedJob, metric: str, significance_level: float
+) -> tuple[float, float] | None:
     """Confidence interval (low, high) of the relative difference of a metric between the means over the seeds of two jobs.
 
     It is that of Student's t-test with equal variances. None if both jobs have one seed, or if the seeds of a job differ by
@@ -367,12 +369,12 @@ def _seed_interval(baseline: ComparedJob, job: ComparedJob, metric: str, level: 
 
     relative_difference = (mean - baseline_mean) / scale
     standard_error = standard_deviation * math.sqrt(1 / len(baseline_values) + 1 / len(values))
-    margin = student_t_quantile(1 - level / 2, degrees_of_freedom) * standard_error
+    margin = student_t_quantile(1 - significance_level / 2, degrees_of_freedom) * standard_error
     return relative_difference - margin, relative_difference + margin
 
 
 def _document_interval(
-    baseline: ComparedJob, job: ComparedJob, metric: str, level: float
+    baseline: ComparedJob, job: ComparedJob, metric: str, significance_level: float
 ) -> tuple[float, float] | None:
     """Confidence interval (low, high) of the relative difference of a metric, from micro-batches with the same documents.
 
@@ -396,7 +398,7 @@ def _document_interval(
     baseline_total = math.fsum(baseline_sums)
     if len(pairs) < MIN_BATCHES or not baseline_total:
         return None
-    quantile = student_t_quantile(1 - level / 2, len(pairs) - 1)
+    quantile = student_t_quantile(1 - significance_level / 2, len(pairs) - 1)
     if metric == DEFAULT_METRIC:
         # Micro-batches have different numbers of tokens: the difference is one of sums, and its error that of a ratio.
         relative_difference = (math.fsum(run_sums) - baseline_total) / baseline_total

@@ -18,7 +18,7 @@ from launch.compare.run_files import (
     read_recorded_run,
     rows_after_warmup,
 )
-from launch.compare.settings import ComparisonRow
+from launch.compare.settings import PointSource
 from launch.compare.wandb_files import (
     is_wandb_address,
     is_wandb_directory,
@@ -29,7 +29,7 @@ from trainer.reporting.run_record import RunRecord
 
 REFUSED = "refused"
 MEDIAN_FIELDS = (*RATES, "start_s", "evaluation_before_s", "checkpoint_s", "exposed_s")
-"""Measurements of which a row has the median over the repeats; of memory it has the largest."""
+"""Measurements of which a point has the median over its repeats; of memory it has the largest."""
 STEP_PARTS = {"data": "data_wait_s", "forward": "forward_s", "backward": "backward_s", "optimizer": "optimizer_s"}
 """Key in `metrics.jsonl` of each part of a step that is timed."""
 
@@ -60,7 +60,7 @@ class RepeatsSummary:
 class MeasuredPoint:
     """A point as its runs measured it: the run of each repeat, and their numbers combined."""
 
-    row: ComparisonRow
+    source: PointSource
     repeats: tuple[RecordedRun, ...]
     """The runs that have a directory; for a refused point, one run without steps that holds the reasons."""
     measured: RunMeasurements
@@ -97,18 +97,20 @@ class MeasuredPoint:
         return None
 
 
-def read_repeats(row: ComparisonRow, gpu_hour_price: Callable[[str], float | None]) -> MeasuredPoint:
-    """Read the runs of a point, one for each repeat, and combine their numbers.
+def read_measured_point(source: PointSource, gpu_hour_price: Callable[[str], float | None]) -> MeasuredPoint:
+    """Read the runs of a point, one for each repeat, and combine their numbers: speed, memory, losses and price.
 
-    `gpu_hour_price` maps the driver's name of a card to US dollars an hour, or to None if its price is not known. Raises
-    ConfigError if a directory holds no run, or one of its files is damaged.
+    `source`: where the runs are, or why the point was refused. `gpu_hour_price` maps the driver's name of a card to US dollars an
+    hour, or to None if its price is not known. Raises ConfigError if a directory holds no run, or one of its files is damaged.
     """
-    runs = _read_runs(row)
-    measurements = [measure_run(run, row.warmup) for run in runs]
+    runs = _read_runs(source)
+    measurements = [measure_run(run, source.warmup) for run in runs]
     # A repeat that failed before its first step has no numbers. If no repeat has any, the first stands for all.
     begun_measurements = [measured for measured in measurements if measured.steps] or measurements[:1]
+    # The first repeat gives what is not combined, such as its held-out metrics, even if it never took a step.
     combined = _combine_repeats(measurements[0], begun_measurements)
-    # A profiler trace measures how long communication was exposed; without one it is an estimate from a single step.
+    # Exposed communication is time in which a rank only waits for other ranks. A profiler trace measures it; without one it is an
+    # estimate from a single step.
     traced_exposed_s = _median_of_known([exposed_communication_s(run.directory) for run in runs])
     if traced_exposed_s is not None:
         combined = replace(combined, exposed_s=traced_exposed_s)
@@ -118,13 +120,13 @@ def read_repeats(row: ComparisonRow, gpu_hour_price: Callable[[str], float | Non
         repeats=sum(measured.steps > 0 for measured in measurements),
         tokens_per_s_repeats=tuple(speeds),
         memory_gib_repeats=tuple(memory_peaks),
-        parts_s=_step_parts_s(runs, row.warmup, combined.step_s),
-        dollars_per_million=_dollars_per_million(row, runs[0].record, combined.tokens_per_s, gpu_hour_price),
+        parts_s=_step_parts_s(runs, source.warmup, combined.step_s),
+        dollars_per_million=_dollars_per_million(source, runs[0].record, combined.tokens_per_s, gpu_hour_price),
     )
-    return MeasuredPoint(row, runs, combined, summary)
+    return MeasuredPoint(source, runs, combined, summary)
 
 
-def _read_runs(row: ComparisonRow) -> tuple[RecordedRun, ...]:
+def _read_runs(source: PointSource) -> tuple[RecordedRun, ...]:
     """The runs of a point. The first case that applies:
 
     - The point was refused: one run without steps that stands for it.
@@ -132,10 +134,10 @@ def _read_runs(row: ComparisonRow) -> tuple[RecordedRun, ...]:
 
     Raises ConfigError if a run cannot be read.
     """
-    if row.refused:
-        return (_never_started_run(row),)
+    if source.refused:
+        return (_never_started_run(source),)
     # The first is always read, so that its error is shown. Later repeats may not have been started yet.
-    first_dir, *later_dirs = row.directories
+    first_dir, *later_dirs = source.directories
     return tuple(_read_run(directory) for directory in [first_dir, *filter(is_run_directory, later_dirs)])
 
 
@@ -165,14 +167,14 @@ def _read_run(path: Path) -> RecordedRun:
     return read_recorded_run(path)
 
 
-def _never_started_run(row: ComparisonRow) -> RecordedRun:
+def _never_started_run(source: PointSource) -> RecordedRun:
     """Stands for a refused point, which was never run: it has a configuration and the reasons, but no steps and no record."""
     return RecordedRun(
-        directory=row.directories[0] if row.directories else Path(row.name or REFUSED),
-        config=row.config,
+        directory=source.directories[0] if source.directories else Path(source.name or REFUSED),
+        config=source.config,
         identity={},
         record=RunRecord(),
-        status={"state": REFUSED, "reason": "; ".join(row.refused)},
+        status={"state": REFUSED, "reason": "; ".join(source.refused)},
         failure={},
         steps={},
         evaluations={},
@@ -202,13 +204,13 @@ def _step_parts_s(runs: tuple[RecordedRun, ...], warmup_steps: int, step_s: floa
 
 
 def _dollars_per_million(
-    row: ComparisonRow, record: RunRecord, tokens_per_s: float | None, gpu_hour_price: Callable[[str], float | None]
+    source: PointSource, record: RunRecord, tokens_per_s: float | None, gpu_hour_price: Callable[[str], float | None]
 ) -> float | None:
     """US dollars for a million tokens; None if the card's price, the speed or the number of devices is not known.
 
-    `row.price_per_hour` wins over the price of the card in the price list. `tokens_per_s` is that of all ranks together.
+    `source.price_per_hour` wins over the price of the card in the price list. `tokens_per_s` is that of all ranks together.
     """
-    price_per_hour = row.price_per_hour
+    price_per_hour = source.price_per_hour
     if price_per_hour is None and record.device_name:
         price_per_hour = gpu_hour_price(record.device_name)
     if price_per_hour is None or not tokens_per_s or not record.world_size:

@@ -44,19 +44,19 @@ def write_report_at_end(config: RunConfig, run_dir: Path | None) -> None:
         return
     if not (run_dir / "run.json").is_file():
         return  # it failed before its first step, and the page would have nothing to show
-    from launch.compare.comparison import compare
-    from launch.compare.page import missing_packages
-    from launch.compare.settings import ComparisonRow
-    from launch.compare.workspace import rewrite_array_workspace
+    from launch.compare.comparison import compare_points
+    from launch.compare.page import missing_packages_message
+    from launch.compare.settings import PointSource
+    from launch.compare.workspace import rewrite_workspace_script_of_array
     from launch.config.prices import gpu_hour_price
 
     try:
-        comparison = compare([ComparisonRow((run_dir,))], gpu_hour_price)
+        comparison = compare_points([PointSource((run_dir,))], gpu_hour_price)
         print(f"report:     {write_run_report(run_dir, comparison)}", flush=True)
-        no_plots_reason = missing_packages(f"{REPORT_FILE} with plots")
+        no_plots_reason = missing_packages_message(f"{REPORT_FILE} with plots")
         if no_plots_reason is not None:
             print(f"            {no_plots_reason}", flush=True)
-        rewrite_array_workspace(run_dir)
+        rewrite_workspace_script_of_array(run_dir)
     except ShardtuneError as error:
         print(f"no {REPORT_FILE}: {error}", file=sys.stderr, flush=True)
     except Exception as error:  # noqa: BLE001 - the run is what was asked for: it does not fail for its page

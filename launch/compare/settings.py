@@ -1,4 +1,4 @@
-"""The settings of a comparison: its rows, and `comparison.json`, which keeps them beside the runs."""
+"""The settings of a comparison: where the runs of its points are, and `comparison.json`, which keeps that beside the runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class CompareConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class ComparisonRow:
+class PointSource:
     """Where one point of a comparison is read from: the run directories of its repeats, or the reasons why it was refused."""
 
     directories: tuple[Path, ...]
@@ -59,24 +59,24 @@ def setting_keys(arguments: Sequence[str]) -> tuple[str, ...]:
     return tuple(argument.partition("=")[0] for argument in arguments)
 
 
-def write_comparison_file(comparison_dir: Path, rows: list[ComparisonRow], arguments: list[str]) -> None:
-    """Write `comparison.json` into `comparison_dir`: the arguments of the command, and a row for each point.
+def write_comparison_file(comparison_dir: Path, sources: list[PointSource], arguments: list[str]) -> None:
+    """Write `comparison.json` into `comparison_dir`: the arguments of the command, and a record of each point's source.
 
     Raises StorageError if it cannot be written.
     """
     point_records = []
-    for row in rows:
+    for source in sources:
         # Relative, so that a comparison can be moved or mounted elsewhere.
-        relative_dirs = [str(path.relative_to(comparison_dir)) for path in row.directories]
-        point_record = {**asdict(row), "directories": relative_dirs}
+        relative_dirs = [str(path.relative_to(comparison_dir)) for path in source.directories]
+        point_record = {**asdict(source), "directories": relative_dirs}
         del point_record["command_keys"]  # they follow from `words`
         point_records.append(point_record)
     record = {VERSION_KEY: FILE_VERSION, "words": arguments, "points": point_records}
     write_text_atomic(comparison_dir / COMPARISON_FILE, json.dumps(record, indent=1) + "\n")
 
 
-def read_comparison_file(comparison_dir: Path) -> list[ComparisonRow]:
-    """The rows of the comparison that was run in `comparison_dir`; empty if there is no `comparison.json`.
+def read_comparison_file(comparison_dir: Path) -> list[PointSource]:
+    """Where the runs of each point of the comparison in `comparison_dir` are; empty if there is no `comparison.json`.
 
     Raises ConfigError if the file is damaged, or a later version of shardtune wrote it.
     """
@@ -88,7 +88,7 @@ def read_comparison_file(comparison_dir: Path) -> list[ComparisonRow]:
         version_of(record)  # raises for the file of a later version
         command_keys = setting_keys(record.get("words") or [])
         return [
-            replace(_row_from_record(point_record, comparison_dir), command_keys=command_keys)
+            replace(_point_source_from_record(point_record, comparison_dir), command_keys=command_keys)
             for point_record in record["points"]
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -98,8 +98,8 @@ def read_comparison_file(comparison_dir: Path) -> list[ComparisonRow]:
         ) from error
 
 
-def _row_from_record(point_record: dict[str, Any], comparison_dir: Path) -> ComparisonRow:
-    """The row of a point from its record in `comparison.json`, whose directories are relative to `comparison_dir`."""
+def _point_source_from_record(point_record: dict[str, Any], comparison_dir: Path) -> PointSource:
+    """Where the runs of a point are, by its record in `comparison.json`, whose directories are relative to `comparison_dir`."""
     run_dirs = tuple(comparison_dir / name for name in point_record["directories"])
     refusals = tuple(point_record["refused"])
-    return ComparisonRow(**{**point_record, "directories": run_dirs, "refused": refusals})
+    return PointSource(**{**point_record, "directories": run_dirs, "refused": refusals})

@@ -18,15 +18,15 @@ SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 HEIGHT = 320
 WIDTH = 860
 """Size of a plot in pixels; a page fits the width to its window."""
-THEME_COLORS = 8
+NUM_THEME_COLORS = 8
 """Colours of the page's theme. An axis with more values has a scheme of its own."""
 LEGEND_SYMBOLS: dict[str, Spec] = {
     "strokeDash": {"symbolType": "stroke", "symbolSize": 700, "symbolStrokeWidth": 2},
     "shape": {"symbolSize": 160},
 }
 """How the legend draws a value: a piece of line long enough to show its dashes, or the mark."""
-DASHES = [[1, 0], [6, 3], [2, 2], [10, 3, 2, 3], [12, 5], [4, 1, 1, 1, 1, 1]]
-SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
+LINE_DASHES = [[1, 0], [6, 3], [2, 2], [10, 3, 2, 3], [12, 5], [4, 1, 1, 1, 1, 1]]
+MARK_SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 NAME_PIXELS = 280
 """Widest name in a legend. Vega cuts at 160 by default, and two points may differ in the end of their names alone."""
 X_AXIS_CHOICES = {"step": "steps", "tokens": "tokens", "seconds": "seconds of steps"}
@@ -135,11 +135,11 @@ def point_encoding(comparison: Comparison, *, marks_are_lines: bool) -> Spec:
         "sort": color_axis.legend_values,
         "legend": {"labelLimit": NAME_PIXELS, "symbolLimit": 40},
     }
-    if len(color_axis.legend_values) > THEME_COLORS:
+    if len(color_axis.legend_values) > NUM_THEME_COLORS:
         scheme = "viridis" if _are_numbers(color_axis.legend_values) else "tableau20"
         encoding["color"]["scale"] = {"scheme": scheme}
     channels = ["strokeDash", "shape"] if marks_are_lines else ["shape"]
-    styles_by_channel: dict[str, list[Any]] = {"strokeDash": DASHES, "shape": SHAPES}
+    styles_by_channel: dict[str, list[Any]] = {"strokeDash": LINE_DASHES, "shape": MARK_SHAPES}
     for axis_index, channel in enumerate(channels, 1):
         if axis_index < len(axes):
             axis = axes[axis_index]

@@ -47,7 +47,7 @@ def is_wandb_directory(directory: Path) -> bool:
     return RUN_DIRECTORY_REGEX.fullmatch(directory.name) is not None and any(directory.glob("*.wandb"))
 
 
-def start_directories(wandb_dir: Path) -> list[Path]:
+def wandb_start_directories(wandb_dir: Path) -> list[Path]:
     """W&B's directories of all starts of the run that `wandb_dir` belongs to, in the order of the starts."""
     match = RUN_DIRECTORY_REGEX.fullmatch(wandb_dir.name)
     assert match is not None  # `is_wandb_directory` is true of it
@@ -64,16 +64,16 @@ def read_wandb_directory(wandb_dir: Path) -> RecordedRun:
     shardtune's, its files cannot be read, or wandb is not installed.
     """
     contents = _WandbContents()
-    damage: list[str] = []
-    for start_dir in start_directories(wandb_dir):
+    damage_notes: list[str] = []
+    for start_dir in wandb_start_directories(wandb_dir):
         contents.exit_record = {}  # the end of an earlier start is not the end of the run
-        for record in _read_wandb_records(start_dir, damage):
-            contents.add(record)
+        for record in _read_wandb_records(start_dir, damage_notes):
+            contents.add_record(record)
     config = contents.config
     if contents.host is not None:
         config = {**config, "host": contents.host}
     status = _status_from_wandb(contents.exit_record, contents.summary, contents.started_at)
-    return replace(_recorded_run(wandb_dir, config, status, contents.logged_steps), unreadable_lines=len(damage))
+    return replace(_recorded_run(wandb_dir, config, status, contents.logged_steps), unreadable_lines=len(damage_notes))
 
 
 def is_wandb_address(path: Path) -> bool:
@@ -108,7 +108,7 @@ def read_from_wandb_server(address: Path) -> RecordedRun:
     fetched = fetch(entity, project, run_id)
     logged_steps = _LoggedSteps()
     for row in fetched.rows:
-        logged_steps.add(row)
+        logged_steps.add_logged_row(row)
     # The server knows a state and no exit code.
     exit_record: dict[str, Any] = {}
     if fetched.state != "running":
@@ -155,10 +155,10 @@ def _recorded_run(
     )
 
 
-def _read_wandb_records(start_dir: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
+def _read_wandb_records(start_dir: Path, damage_notes: list[str]) -> Iterator[dict[str, Any]]:
     """The records in W&B's directory of one start of a run, in order, read by a process of wandb.
 
-    Appends to `damage` a line for each damaged place that wandb skipped, and one if wandb failed after some of the records.
+    Appends to `damage_notes` a line for each damaged place that wandb skipped, and one if wandb failed after some of the records.
     Raises ConfigError if wandb is not installed, cannot read the files, or prints a record that is no JSON.
     """
     if find_spec("wandb") is None:
@@ -168,7 +168,7 @@ def _read_wandb_records(start_dir: Path, damage: list[str]) -> Iterator[dict[str
         # On a busy machine the command has ended with 1 over files that it could read a moment later.
         time.sleep(RETRY_AFTER_S)
         completed = _run_wandb_inspect(start_dir)
-    damage += [line for line in completed.stderr.splitlines() if SKIPPED_DATA_MESSAGE in line]
+    damage_notes += [line for line in completed.stderr.splitlines() if SKIPPED_DATA_MESSAGE in line]
     lines = [line for line in completed.stdout.splitlines() if line.strip()]
     for record_number, line in enumerate(lines, 1):
         try:
@@ -178,7 +178,7 @@ def _read_wandb_records(start_dir: Path, damage: list[str]) -> Iterator[dict[str
             if not is_last:
                 raise ConfigError(f"{start_dir}: record {record_number} cannot be read; leave this run out") from None
     if completed.returncode and lines:
-        damage.append("the command failed after some records, so that later ones are missing")
+        damage_notes.append("the command failed after some records, so that later ones are missing")
     elif completed.returncode:
         last_error_line = (completed.stderr.strip() or "it gives no reason").splitlines()[-1]
         raise ConfigError(f"{start_dir}: wandb cannot read its files ({last_error_line}); leave this run out")
@@ -201,7 +201,7 @@ class _LoggedSteps:
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
 
-    def add(self, logged_row: dict[str, Any]) -> None:
+    def add_logged_row(self, logged_row: dict[str, Any]) -> None:
         """Add a row of W&B: the metrics of its training step to `steps`, its held-out metrics to `evaluations`.
 
         A row without a step is ignored. The names of its metrics may be of any edition (`trainer/reporting/metric_names.py`).
@@ -247,8 +247,12 @@ class _WandbContents:
     started_at: float = 0.0
     """Unix time of the last start."""
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Add one record of W&B's files. Records of kinds that a comparison does not need are ignored."""
+    def add_record(self, record: dict[str, Any]) -> None:
+        """Add one record of W&B's files, such as {"type": "history", "history": {"item": {"train/loss": 2.3}}}.
+
+        A record of a run, a summary or an exit completes or replaces an earlier one; a history record adds what was logged at a
+        step. Other types are ignored.
+        """
         record_type = record["type"]
         if record_type == "run":
             run = record["run"]
@@ -260,7 +264,7 @@ class _WandbContents:
         elif record_type == "exit":
             self.exit_record = record["exit"]
         elif record_type == "history":
-            self.logged_steps.add(record["history"].get("item", {}))
+            self.logged_steps.add_logged_row(record["history"].get("item", {}))
 
 
 def _split_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.compare.comparison import ComparedPoint, Comparison, compare
+from launch.compare.comparison import ComparedPoint, Comparison, compare_points
 from launch.compare.curves import loss_relevant_settings
 from launch.compare.repeats import REFUSED
 from launch.compare.run_files import RecordedRun, is_run_directory
-from launch.compare.settings import ComparisonRow
+from launch.compare.settings import PointSource
 from launch.compare.wandb_files import RUN_DIRECTORY_REGEX, is_wandb_address, is_wandb_directory
 from launch.compare.workspace_script import (
     COST_PANELS,
@@ -39,7 +39,7 @@ FEWEST_OF_SEARCH = 5
 MOST_UNNAMED_AXES = 4
 """Settings without a column of their own that are shown as axes at most."""
 MOST_CELL_CHARACTERS = 60
-UNKNOWN = "-"
+UNKNOWN_CELL = "-"
 
 
 def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
@@ -47,7 +47,7 @@ def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
 
     The view and the report that it makes are called after `output_dir`, the directory into which the comparison is written.
     """
-    runs = runs_in_wandb(comparison)
+    runs = runs_logged_to_wandb(comparison)
     if not runs:
         return None
     values_by_column = _axis_values_by_column(comparison)
@@ -55,7 +55,7 @@ def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
     was_evaluated = any(point.measured.after for point in comparison.points)
     final_metric = f"final/{held_out_metric}" if was_evaluated else "final/loss"
     summary_columns = dict.fromkeys(["final/loss", final_metric, *SUMMARY_COLUMNS])  # each once
-    group_columns = [column for column, values in values_by_column.items() if _makes_groups(values, len(runs))]
+    group_columns = [column for column, values in values_by_column.items() if _groups_runs(values, len(runs))]
     return script_text(
         _question_panels(comparison, has_axes=bool(values_by_column)),
         install=install_command("workspace"),
@@ -69,7 +69,7 @@ def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
         summary=list(summary_columns),
         answer=comparison.conclusion.lines,
         verdict=[point.verdict for point in comparison.points],
-        points=_points_table(comparison, values_by_column, held_out_metric),
+        points=_points_markdown_lines(comparison, values_by_column, held_out_metric),
         max_runs=max(10, len(runs)),
         x=_x_axis_metric(runs),
         loss=_metric_names_in_wandb("loss", runs),
@@ -81,7 +81,7 @@ def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
     )
 
 
-def write_workspace(comparison: Comparison, output_dir: Path) -> str | None:
+def write_workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
     """Write the script `workspace.py` into `output_dir`, which shows the runs in W&B; returns the name of the file.
 
     If none of the runs is in W&B, nothing is written, and the result is None. Errors: StorageError.
@@ -93,26 +93,26 @@ def write_workspace(comparison: Comparison, output_dir: Path) -> str | None:
     return WORKSPACE_FILE
 
 
-def write_workspace_of_runs(run_dirs: Sequence[Path], sweep_dir: Path) -> str | None:
+def write_workspace_script_of_runs(run_dirs: Sequence[Path], sweep_dir: Path) -> str | None:
     """Write the W&B script `workspace.py` into `sweep_dir`, for those of its runs that have begun. Returns a line for people:
 
     - Where the script is and what it does, if it was written.
     - Why no script was written, if W&B has none of the runs, or after an error: the runs must not fail for this file.
     - None if no run has begun.
     """
-    rows = [ComparisonRow((run_dir,), name=run_dir.name) for run_dir in run_dirs if is_run_directory(run_dir)]
-    if not rows:
+    sources = [PointSource((run_dir,), name=run_dir.name) for run_dir in run_dirs if is_run_directory(run_dir)]
+    if not sources:
         return None
     try:
-        comparison = compare(rows)
-        if write_workspace(comparison, sweep_dir) is None:
-            return why_no_workspace(comparison)
+        comparison = compare_points(sources)
+        if write_workspace_script(comparison, sweep_dir) is None:
+            return no_workspace_reason(comparison)
     except ShardtuneError as error:
         return f"no {WORKSPACE_FILE}: {error}"
     return f"in W&B: {sweep_dir / WORKSPACE_FILE} makes a view and a report of these runs there"
 
 
-def rewrite_array_workspace(run_dir: Path) -> None:
+def rewrite_workspace_script_of_array(run_dir: Path) -> None:
     """Write the W&B script `workspace.py` of a job array anew, when the job of `run_dir`, one of its points, has ended.
 
     The submission wrote the first one, before any point had an id in W&B or a result. Does nothing outside of SLURM, where the
@@ -123,13 +123,13 @@ def rewrite_array_workspace(run_dir: Path) -> None:
     if not is_slurm_job or not (sweep_dir / WORKSPACE_FILE).is_file():
         return
     run_dirs = [path for path in sweep_dir.iterdir() if path.name.isdecimal() and is_run_directory(path)]
-    write_workspace_of_runs(sorted(run_dirs, key=lambda path: int(path.name)), sweep_dir)
+    write_workspace_script_of_runs(sorted(run_dirs, key=lambda path: int(path.name)), sweep_dir)
 
 
-def why_no_workspace(comparison: Comparison) -> str | None:
+def no_workspace_reason(comparison: Comparison) -> str | None:
     """Why W&B can show none of these runs, as a line for people; None if it has some, or if every point was refused."""
     all_refused = all(point.state == REFUSED for point in comparison.points)
-    if all_refused or runs_in_wandb(comparison):
+    if all_refused or runs_logged_to_wandb(comparison):
         return None
     return (
         "not in W&B: these runs were recorded with logging.wandb=disabled, which debug= sets too; "
@@ -137,7 +137,7 @@ def why_no_workspace(comparison: Comparison) -> str | None:
     )
 
 
-def runs_in_wandb(comparison: Comparison) -> list[RecordedRun]:
+def runs_logged_to_wandb(comparison: Comparison) -> list[RecordedRun]:
     """The runs of the comparison, with all repeats, that log to W&B."""
     runs: list[RecordedRun] = []
     for point in comparison.points:
@@ -250,7 +250,7 @@ def _configured_columns(run: RecordedRun) -> set[str]:
     return {argument.partition("=")[0] for argument in run.config.get("logging.columns") or []}
 
 
-def _makes_groups(axis_values: tuple[Any, ...], num_runs: int) -> bool:
+def _groups_runs(axis_values: tuple[Any, ...], num_runs: int) -> bool:
     """Whether the runs in W&B's table are grouped by an axis; `axis_values`: the value at each point.
 
     They are not grouped by a number that differs in each run of a search, because each group would be one run.
@@ -325,38 +325,48 @@ def _wandb_run_id(run: RecordedRun) -> str | None:
     return match["id"] if match else None
 
 
-def _points_table(
+def _points_markdown_lines(
     comparison: Comparison, values_by_column: dict[str, tuple[Any, ...]], held_out_metric: str
 ) -> list[str]:
     """The points as lines of a Markdown table: values on the axes, losses, speed, memory, price and state.
 
-    Columns that are unknown for every point are left out. `values_by_column`: see `_axis_values_by_column`.
+    Columns that are unknown for every point are left out. `values_by_column`: the settings in which the points differ, with the
+    value at each point.
     """
-    axis_headings = [column.removeprefix("config.") for column in values_by_column]
-    rows = [["run", *axis_headings, *_measured_headings(held_out_metric), "state"]]
-    for point_index, point in enumerate(comparison.points):
-        axis_cells = [format_setting(values[point_index]) for values in values_by_column.values()]
-        measured_cells = _measured_cells(point, held_out_metric)
-        rows.append([point.name, *axis_cells, *measured_cells, point.reason or point.state])
+    points = comparison.points
+    columns: list[tuple[str, list[str]]] = [("run", [point.name for point in points])]  # (heading, cells)
+    for column, values in values_by_column.items():
+        columns.append((column.removeprefix("config."), [format_setting(value) for value in values]))
+    cells_of_points = [_measured_cells(point, held_out_metric) for point in points]
+    for index, heading in enumerate(_headings_of_measured_cells(held_out_metric)):
+        columns.append((heading, [cells[index] for cells in cells_of_points]))
+    columns.append(("state", [point.reason or point.state for point in points]))
+
     known_columns = []
-    for heading, *cells in zip(*rows, strict=True):
-        if any(cell != UNKNOWN for cell in cells):
-            known_columns.append([heading, *cells])
-    lines = [f"| {' | '.join(map(markdown_cell, row))} |" for row in zip(*known_columns, strict=True)]
-    lines.insert(1, f"| {' | '.join(['---'] * len(known_columns))} |")
+    for heading, cells in columns:
+        if any(cell != UNKNOWN_CELL for cell in cells):
+            known_columns.append((heading, cells))
+    lines = [_markdown_row([heading for heading, _ in known_columns]), _markdown_row(["---"] * len(known_columns))]
+    for point_index in range(len(points)):
+        lines.append(_markdown_row([cells[point_index] for _, cells in known_columns]))
     return lines
 
 
-def _measured_headings(held_out_metric: str) -> list[str]:
+def _markdown_row(cells: list[str]) -> str:
+    """A line of a Markdown table: `| a | b |`."""
+    return f"| {' | '.join(map(markdown_cell, cells))} |"
+
+
+def _headings_of_measured_cells(held_out_metric: str) -> list[str]:
     """The headings of the columns whose cells `_measured_cells` returns."""
     return ["steps", "loss", held_out_metric, "tokens/s", "s a step", "GiB", "$/M tokens"]
 
 
 def _measured_cells(point: ComparedPoint, held_out_metric: str) -> list[str]:
-    """Cells of a point below `_measured_headings`; a dash for what is not known."""
+    """Cells of a point below `_headings_of_measured_cells`; a dash for what is not known."""
     measured = point.measured
     return [
-        str(measured.steps or UNKNOWN),
+        str(measured.steps or UNKNOWN_CELL),
         _number_cell(measured.loss, format_metric),
         _number_cell(measured.after.get(held_out_metric), format_metric),
         _number_cell(measured.tokens_per_s, "{:,.0f}".format),
@@ -367,7 +377,7 @@ def _measured_cells(point: ComparedPoint, held_out_metric: str) -> list[str]:
 
 
 def _number_cell(number: float | None, format_number: Callable[[float], str]) -> str:
-    return UNKNOWN if number is None else format_number(number)
+    return UNKNOWN_CELL if number is None else format_number(number)
 
 
 def markdown_cell(text: str) -> str:

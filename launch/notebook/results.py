@@ -49,9 +49,9 @@ class ComparisonResult:
         """One row for each run, with the columns of `compare.csv`: measurements, verdict, and settings that differ."""
         import pandas as pd
 
-        from launch.compare.answer_records import as_csv
+        from launch.compare.answer_records import comparison_csv
 
-        return pd.read_csv(io.StringIO(as_csv(self.comparison))).set_index("name")
+        return pd.read_csv(io.StringIO(comparison_csv(self.comparison))).set_index("name")
 
     def metrics(self) -> pd.DataFrame:
         """One row for each step and each evaluation of all runs, as in `Run.metrics()`, with `run` and `repeat`."""
@@ -66,9 +66,9 @@ class ComparisonResult:
         return pd.DataFrame(rows)
 
     def __str__(self) -> str:
-        from launch.compare.answer import as_text
+        from launch.compare.answer import comparison_text
 
-        return as_text(self.comparison)
+        return comparison_text(self.comparison)
 
     def _repr_html_(self) -> str:
         """The comparison as HTML for a notebook: the answer, what to take when, a table of the runs, and their losses."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.compare.comparison import compare
+from launch.compare.comparison import compare_points
 from launch.compare.run_files import RecordedRun
 from launch.compare.run_page.contents import run_cards
 from launch.compare.run_page.verdict import run_callouts, run_verdict
 from launch.compare.run_report import REPORT_FILE
-from launch.compare.settings import ComparisonRow
+from launch.compare.settings import PointSource
 from launch.config.prices import gpu_hour_price
 from launch.notebook.curve import Curve, Picture, picture, smoothed
 from launch.notebook.fragment import fragment
@@ -20,7 +20,7 @@ from trainer.pages.pieces import Callout
 def run_view(run_dir: Path) -> str:
     """A run as HTML for a notebook: verdict, cards and its losses; only a message if it has not begun or cannot be read."""
     try:
-        comparison = compare([ComparisonRow((run_dir,))], gpu_hour_price)
+        comparison = compare_points([PointSource((run_dir,))], gpu_hour_price)
     except ConfigError as error:
         return fragment(str(run_dir), lead=Callout("note", "No run to show", "; ".join(error.problems)))
     compared = comparison.points[0]

@@ -110,9 +110,9 @@ def _run_one_by_one(
 
 def _write_workspace_and_print(run_dirs: list[Path]) -> None:
     """Write the script that shows the points in W&B into their common directory, and print a line about it."""
-    from launch.compare.workspace import write_workspace_of_runs
+    from launch.compare.workspace import write_workspace_script_of_runs
     from launch.output import wrap_text
 
-    workspace_line = write_workspace_of_runs(run_dirs, run_dirs[0].parent)
+    workspace_line = write_workspace_script_of_runs(run_dirs, run_dirs[0].parent)
     if workspace_line is not None:
         print("\n".join(wrap_text(workspace_line, 0)))

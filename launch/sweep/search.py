@@ -210,7 +210,7 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
 
     Raises ConfigError, and StorageError if the journal of the search cannot be written.
     """
-    from launch.compare.workspace import write_workspace_of_runs
+    from launch.compare.workspace import write_workspace_script_of_runs
     from launch.output import wrap_text
     from launch.sweep.search_answer import search_table
 
@@ -225,7 +225,7 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
     if exit_code in STOP_EXIT_CODES:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
     trials = study.get_trials(deepcopy=False)
-    workspace_line = write_workspace_of_runs([search_dir / str(trial.number) for trial in trials], search_dir)
+    workspace_line = write_workspace_script_of_runs([search_dir / str(trial.number) for trial in trials], search_dir)
     if workspace_line is not None:  # before the table: its last line is the one to copy
         print("\n".join(wrap_text(workspace_line, 0)), file=sys.stderr, flush=True)
     print(search_table(study, search, search_dir), flush=True)

@@ -23,12 +23,12 @@ from launch.compare.run_page.figure_pieces import (
     Figure,
     Row,
     Spec,
-    drawn_steps,
     evenly_spread_rows,
     held_out_rows_of,
     position_of,
     six_digits,
     step_positions,
+    thinned_steps,
     tooltip_fields,
 )
 from launch.compare.run_page.held_out import BestStep, best_step, monitored_metric
@@ -144,7 +144,7 @@ def _training_loss_rows(run: RecordedRun, positions: dict[int, Row]) -> list[Row
         weight = smoothing_weight(share * len(loss_by_step), min_steps)
         smoothed_losses[smoothing] = smoothed(loss_by_step, weight)
     rows = []
-    for step in drawn_steps(run):
+    for step in thinned_steps(run):
         if step in loss_by_step:
             smoothed_values = {smoothing: six_digits(losses[step]) for smoothing, losses in smoothed_losses.items()}
             loss = six_digits(loss_by_step[step])
@@ -356,7 +356,7 @@ def _answer_metrics(run: RecordedRun) -> list[str]:
 def _course_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
     """Gradient norm, learning rate and speed beneath each other; None if no row has any of them."""
     strips: list[Spec] = []
-    steps = drawn_steps(run)
+    steps = thinned_steps(run)
     for metric, title in COURSE_TITLES.items():
         rows = []
         for step in steps:

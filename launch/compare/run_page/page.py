@@ -7,19 +7,19 @@ from pathlib import PurePath
 
 from launch.compare.comparison import Comparison
 from launch.compare.events import notable_steps, resolved_setting_lines
-from launch.compare.profiles import OPERATOR_HEADINGS, RANK_HEADINGS, read_profile
+from launch.compare.profiles import OPERATOR_TABLE_HEADINGS, RANK_TABLE_HEADINGS, ProfiledSteps, read_profile
 from launch.compare.run_page import contents, figures
 from launch.compare.run_page.answers import answer_pairs
-from launch.compare.run_page.rounds import shown_groups
+from launch.compare.run_page.rounds import shown_round_groups
 from launch.compare.run_page.verdict import run_callouts, run_verdict
 from strategies.extras import install_command
 from trainer.pages.pieces import PageCell, PageColumn, PageTable
 from trainer.pages.render import render
 from trainer.pages.vega import vega_script
 
-MAX_NOTABLE = 50
+MAX_NOTABLE_STEPS = 50
 """Steps that stood out which are listed: the last ones."""
-PACKAGE = "launch.compare.run_page"
+TEMPLATE_PACKAGE = "launch.compare.run_page"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +33,14 @@ class ProfileTables:
 
 
 def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> str:
-    """The HTML page of a comparison's only run; a browser reloads it after `reload_after_s` seconds."""
+    """The HTML page of a single run, the only point of `comparison`. A browser reloads it after `reload_after_s` seconds."""
     compared = comparison.points[0]
     run = compared.first_repeat
     profile = read_profile(run.directory)
-    profile_tables = None
-    if profile is not None:
-        tables = [
-            _text_table(RANK_HEADINGS, profile.ranks, "Ranks"),
-            _text_table(OPERATOR_HEADINGS, profile.operators, "Operators, all ranks"),
-        ]
-        profile_tables = ProfileTables(profile.steps, profile.measured_on == "device", profile.traces, tables)
     main_plots, folded_plots = figures.run_figures(run, compared.summary.parts_s, profile)
     notable = notable_steps(run)
     return render(
-        PACKAGE,
+        TEMPLATE_PACKAGE,
         "run.html.j2",
         name=compared.name,
         model=PurePath(run.record.base_model or "").name,
@@ -58,19 +51,32 @@ def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> 
         main_plots=main_plots,
         folded_plots=folded_plots,
         answers=answer_pairs(run),
-        rounds=shown_groups(run),
+        rounds=shown_round_groups(run),
         costs=contents.cost_table(compared),
         settings=contents.run_settings(run),
         provenance=contents.provenance_rows(run),
         links=contents.run_links(run),
-        notable=notable[-MAX_NOTABLE:],
-        notable_left_out=max(len(notable) - MAX_NOTABLE, 0),
+        notable=notable[-MAX_NOTABLE_STEPS:],
+        notable_left_out=max(len(notable) - MAX_NOTABLE_STEPS, 0),
         resolved=resolved_setting_lines(comparison),
         notes=comparison.notes,
-        profile=profile_tables,
+        profile=None if profile is None else _profile_tables(profile),
         vega_script=vega_script(),
         install_command=install_command("report"),
         reload_after_s=reload_after_s,
+    )
+
+
+def _profile_tables(profile: ProfiledSteps) -> ProfileTables:
+    """The tables of a profiled run: a row for each rank, and a row for each operator."""
+    return ProfileTables(
+        steps=profile.steps,
+        is_of_device=profile.measured_on == "device",
+        traces=profile.traces,
+        tables=[
+            _text_table(RANK_TABLE_HEADINGS, profile.ranks, "Ranks"),
+            _text_table(OPERATOR_TABLE_HEADINGS, profile.operators, "Operators, all ranks"),
+        ],
     )
 
 

@@ -43,7 +43,7 @@ class ShownGroup:
     """Answers between the best and the worst ones."""
 
 
-def shown_groups(run: RecordedRun) -> list[ShownGroup]:
+def shown_round_groups(run: RecordedRun) -> list[ShownGroup]:
     """The answers that the page shows of a run that learns from rewards: two groups each of three recorded rounds.
 
     A group is all answers to one prompt in a round. Shown are the groups with the highest and the lowest mean reward, in the

@@ -27,7 +27,7 @@ from trainer.reporting.findings import SHOWN_REMEDIES, RecordedFinding, findings
 from trainer.reporting.results import read_json
 from trainer.reporting.status import RunState
 
-HEADINGS = {
+HEADING_BY_FINDING = {
     "diverged": "The run diverged",
     "worse than before training": "The model is worse than before training",
     "overfitting": "The run overfits",
@@ -40,8 +40,10 @@ BAD_FINDINGS = {"diverged", "worse than before training"}
 """Findings after which the last weights are of no use. The others are warnings."""
 EARLY_STOPPING = "early_stopping"
 """Finding of a run that patience ended. It has a call-out about the run's course, and none among the findings."""
-SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=[\w.]+(?=$|[ ,;])")
+SETTING_WITH_VALUE_REGEX = re.compile(r"[a-z_]+(\.[a-z_]+)*=[\w.]+(?=$|[ ,;])")
 """How a remedy begins that is a setting with its value, such as `evaluation.patience=3 (stop at the best)`."""
+DETECTOR_EVENT = "challenge"
+"""The value of `event` in `events.jsonl` for a detector's finding; events of guards have another one."""
 LOWER_RATE_FACTOR = 0.1
 """The learning rate that is proposed after a divergence, as a share of the run's own."""
 
@@ -74,7 +76,7 @@ def run_verdict(run: RecordedRun) -> RunVerdict:
     if bad_finding is not None:
         description = f"{bad_finding.says[:1].upper()}{bad_finding.says[1:]}"
         text = f"{description}. {steps_text}.{_remedies_text(bad_finding)}"
-        return RunVerdict("bad", HEADINGS[bad_finding.name], text, _remedy_commands(run, bad_finding))
+        return RunVerdict("bad", HEADING_BY_FINDING[bad_finding.name], text, _remedy_commands(run, bad_finding))
     non_finite_step = first_non_finite_loss_step(run)
     if non_finite_step is not None:
         heading = f"The loss is not a number from step {non_finite_step} on"
@@ -169,7 +171,7 @@ def _finding_callouts(run: RecordedRun) -> list[Callout]:
     verdict_heading = run_verdict(run).heading
     callouts = []
     for finding in findings_in(run.record.challenges):
-        heading = HEADINGS.get(finding.name, finding.name.capitalize())
+        heading = HEADING_BY_FINDING.get(finding.name, finding.name.capitalize())
         if heading == verdict_heading or finding.name == EARLY_STOPPING:
             continue
         tone: Tone = "bad" if finding.name in BAD_FINDINGS else "warning"
@@ -199,9 +201,9 @@ def _remedy_commands(run: RecordedRun, finding: RecordedFinding) -> tuple[str, .
     for remedy in finding.remedies:
         if remedy.startswith("a lower optim.lr"):
             return (_retry_with_lower_rate_command(run),)
-        setting = SETTING.match(remedy)
+        setting = SETTING_WITH_VALUE_REGEX.match(remedy)
         if setting is not None:
-            return (_retry_command(run, "again", setting[0]),)
+            return (_train_again_command(run, setting[0], directory_suffix="again"),)
     return ()
 
 
@@ -209,10 +211,10 @@ def _retry_with_lower_rate_command(run: RecordedRun) -> str:
     """The command that trains the same with a tenth of the learning rate, or with 1e-5 if the rate is not known."""
     rate = run.config.get("optim.lr")
     lower_rate = f"{LOWER_RATE_FACTOR * rate:g}" if isinstance(rate, int | float) else "1e-5"
-    return _retry_command(run, "lower-rate", f"optim.lr={lower_rate}")
+    return _train_again_command(run, f"optim.lr={lower_rate}", directory_suffix="lower-rate")
 
 
-def _retry_command(run: RecordedRun, directory_suffix: str, *overrides: str) -> str:
+def _train_again_command(run: RecordedRun, *overrides: str, directory_suffix: str) -> str:
     """The command that trains the same but for these overrides, in the directory `<run directory>-<directory_suffix>`."""
     directory = shlex.quote(str(run.directory))
     return f"shardtune train {directory}/config.yaml run.dir={directory}-{directory_suffix} {' '.join(overrides)}"
@@ -267,7 +269,7 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
 def _leak_callouts(run: RecordedRun) -> list[Callout]:
     """A call-out for each held-out split with documents that are also in the training data, from the audit of the data."""
     audit = read_json(run.directory / run.record.data_directory / AUDIT) if run.record.data_directory else {}
-    retry_command = _retry_command(run, "clean", "data.leakage.policy=drop_train")
+    retry_command = _train_again_command(run, "data.leakage.policy=drop_train", directory_suffix="clean")
     callouts = []
     for split, leaks in (audit.get("leakage") or {}).items():
         num_documents_by_kind = leaks.get("train") or {}
@@ -346,18 +348,20 @@ def _resumed_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _outlier_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out if guards found steps that stood out, with the command that leaves such updates out if none was left out."""
-    # What a detector found has a call-out of its own.
-    outliers = [event for event in run.events if event.get("event") != "challenge"]
-    if not outliers:
+    """A call-out if guards found steps that stood out, with the command that leaves such updates out if none was left out.
+
+    The events of a run are also findings of detectors, which have call-outs of their own.
+    """
+    outlier_events = [event for event in run.events if event.get("event") != DETECTOR_EVENT]
+    if not outlier_events:
         return []
-    heading = "1 step stood out" if len(outliers) == 1 else f"{len(outliers)} steps stood out"
-    text = f"The last was step {outliers[-1]['step']}. What was done is told below."
+    heading = "1 step stood out" if len(outlier_events) == 1 else f"{len(outlier_events)} steps stood out"
+    text = f"The last was step {outlier_events[-1]['step']}. What was done is told below."
     commands: tuple[str, ...] = ()
-    were_only_noted = all(event.get("action") == Action.note for event in outliers)
+    were_only_noted = all(event.get("action") == Action.note for event in outlier_events)
     if were_only_noted:
         text += " To leave the updates of such steps out:"
-        commands = (_retry_command(run, "guarded", "guards.loss=skip", "guards.grad_norm=skip"),)
+        commands = (_train_again_command(run, "guards.loss=skip", "guards.grad_norm=skip", directory_suffix="guarded"),)
     return [Callout("note", heading, text, commands)]
 
 
@@ -386,5 +390,5 @@ def _stopped_early_callouts(run: RecordedRun) -> list[Callout]:
     else:
         text = f"The watched metric had not improved for {patience} evaluations."
         override = f"evaluation.patience={2 * int(patience or 1)}"
-    command = _retry_command(run, "longer", override)
+    command = _train_again_command(run, override, directory_suffix="longer")
     return [Callout("note", "The run stopped early", f"{text} To wait longer:", (command,))]

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.compare.answer import as_html, as_markdown, as_text, text_tables
-from launch.compare.answer_records import as_dict
-from launch.compare.comparison import compare
+from launch.compare.answer import comparison_html, comparison_markdown, comparison_text, text_tables
+from launch.compare.answer_records import comparison_as_dict
+from launch.compare.comparison import compare_points
 from launch.compare.metric_meaning import keys_measured_differently
 from launch.compare.names import setting_as_argument
 from launch.compare.page_table import points_table
 from launch.compare.run_files import RecordedRun
-from launch.compare.settings import ComparisonRow
+from launch.compare.settings import PointSource
 from trainer.reporting.run_record import RunRecord
 
 BATCHES = [10.0, 12.0, 9.0, 14.0, 11.0, 8.0, 13.0, 10.0, 12.0, 9.0]
@@ -63,9 +63,9 @@ def write_run(
     return directory
 
 
-def point(tmp_path: Path, name: str, repeats: int = 1, **run) -> ComparisonRow:
+def point(tmp_path: Path, name: str, repeats: int = 1, **run) -> PointSource:
     directories = [write_run(tmp_path / f"{name}-{number}", **run) for number in range(repeats)]
-    return ComparisonRow(tuple(directories), name, command_keys=("strategy", "tuning", "optim.lr"))
+    return PointSource(tuple(directories), name, command_keys=("strategy", "tuning", "optim.lr"))
 
 
 def test_strategies_are_held_to_parity_and_taken_for_speed_or_memory(tmp_path):
@@ -73,7 +73,7 @@ def test_strategies_are_held_to_parity_and_taken_for_speed_or_memory(tmp_path):
     rows += [
         point(tmp_path, "fsdp2", settings={"strategy.name": "fsdp2"}, losses=3.0 * (1 + 1e-7), memory=1.0, speed=50.0)
     ]
-    found = compare(rows).conclusion
+    found = compare_points(rows).conclusion
     assert found.sentences == (
         "fsdp2 has the same loss as ddp, within 1e-7.",
         "ddp is the fastest (100 tokens/s; one run each); fsdp2 takes the least memory (1 GiB).",
@@ -91,7 +91,7 @@ def test_a_strategy_with_another_loss_is_told_first_and_never_taken(tmp_path):
         point(tmp_path, "hsdp", settings={"strategy.name": "hsdp"}),
     ]
     rows += [point(tmp_path, "fsdp2", settings={"strategy.name": "fsdp2"}, losses=3.003, memory=1.0, speed=900.0)]
-    found = compare(rows).conclusion
+    found = compare_points(rows).conclusion
     assert found.tone == "bad" and found.headline == (
         "1 of 2 points that should only compute elsewhere has another loss: fsdp2 differs from ddp by 0.001 at step 5. "
         "Find out why before you use them."
@@ -106,8 +106,8 @@ def test_speeds_within_the_spread_of_repeats_are_no_difference(tmp_path):
         for number, speed in enumerate(speeds):
             run = write_run(tmp_path / f"{name}{number}", settings={"strategy.name": name}, speed=speed)
             directories.append(run)
-        rows.append(ComparisonRow(tuple(directories), name))
-    found = compare(rows).conclusion
+        rows.append(PointSource(tuple(directories), name))
+    found = compare_points(rows).conclusion
     assert found.sentences[-1] == "No difference in speed or memory shown." and not found.recommendations
     assert not any(table_best(rows, heading) for heading in ("tokens/s", "measured"))
 
@@ -118,7 +118,7 @@ def test_methods_are_ranked_by_the_held_out_loss_where_the_documents_show_it(tmp
     rows = [point(tmp_path, "full", settings={"tuning.name": "full"}, memory=8.0)]
     rows += [point(tmp_path, "lora", settings={"tuning.name": "lora"}, batches=mixed, memory=2.0, speed=300.0)]
     rows += [point(tmp_path, "ia3", settings={"tuning.name": "ia3"}, scale=1.1, memory=1.0, speed=500.0)]
-    comparison = compare(rows)
+    comparison = compare_points(rows)
     found = comparison.conclusion
     assert found.ranked is not None and found.ranked.metric.name == "eval/loss"
     assert table_best(rows, "eval/loss") == "smallest"
@@ -141,7 +141,7 @@ def test_methods_are_ranked_by_the_held_out_loss_where_the_documents_show_it(tmp
         "The order by eval/loss rests on held-out documents, with one seed each: another seed may change it."
         in found.sentences
     )
-    quality = as_dict(comparison)["answer"]["quality"]
+    quality = comparison_as_dict(comparison)["answer"]["quality"]
     assert quality["jobs"][-1]["shown_worse"] and quality["jobs"][-1]["interval"][0] > 0
 
 
@@ -149,7 +149,7 @@ def test_without_repeats_or_kept_documents_no_difference_is_shown(tmp_path):
     """As of runs from before micro-batches were kept: nothing says by how much such runs differ."""
     rows = [point(tmp_path, "full", settings={"tuning.name": "full"}, batches=None)]
     rows += [point(tmp_path, "lora", settings={"tuning.name": "lora"}, batches=None, scale=2.0)]
-    found = compare(rows).conclusion
+    found = compare_points(rows).conclusion
     assert "No difference in eval/loss shown between 2 jobs: 3.0000 to 6.0000 (nothing says how far" in found.headline
     assert "run.seed=1,2,3" in found.to_learn_more and found.tone == "note"
     assert table_best(rows, "eval/loss") == ""
@@ -161,7 +161,7 @@ def test_four_micro_batches_of_held_out_documents_show_a_large_difference(tmp_pa
     worse = [1.5 * BATCHES[0], 1.4 * BATCHES[1], 1.6 * BATCHES[2], 1.45 * BATCHES[3]]
     rows = [point(tmp_path, "full", settings={"tuning.name": "full"}, batches=BATCHES[:count])]
     rows += [point(tmp_path, "lora", settings={"tuning.name": "lora"}, batches=worse[:count])]
-    found = compare(rows).conclusion
+    found = compare_points(rows).conclusion
     assert found.headline.startswith(
         "full has the lowest eval/loss" if is_shown else "No difference in eval/loss shown"
     )
@@ -174,7 +174,7 @@ def test_seeds_say_how_far_a_job_differs_from_itself_and_strategies_do_not(tmp_p
         settings = {"tuning.name": "full", "run.seed": seed}
         rows.append(point(tmp_path, f"full{seed}", settings=settings, scale=scale, batches=None))
     rows += [point(tmp_path, "lora", settings={"tuning.name": "lora", "run.seed": 0}, scale=1.1, batches=None)]
-    ranked = compare(rows).conclusion.ranked
+    ranked = compare_points(rows).conclusion.ranked
     assert ranked is not None and len(ranked.jobs) == 2 and bool(ranked.significantly_worse) == is_shown
     alone = [
         rows[0],
@@ -182,7 +182,7 @@ def test_seeds_say_how_far_a_job_differs_from_itself_and_strategies_do_not(tmp_p
             tmp_path, "fsdp2", settings={"tuning.name": "full", "run.seed": 0, "strategy.name": "fsdp2"}, batches=None
         ),
     ]
-    ranked = compare([*alone, rows[-1]]).conclusion.ranked
+    ranked = compare_points([*alone, rows[-1]]).conclusion.ranked
     assert ranked is not None and not ranked.evidence_sources, "two strategies of one seed are no repeats"
 
 
@@ -193,8 +193,8 @@ def test_repeats_of_one_seed_are_no_evidence_of_quality_and_one_value(tmp_path):
             settings = {"tuning.name": name}
             noise = 1 + 1e-9 * number
             write_run(tmp_path / f"{name}-{number}", settings=settings, batches=None, scale=scale * noise, speed=speed)
-    rows = [ComparisonRow(tuple(tmp_path / f"{name}-{n}" for n in range(2)), name) for name in ("full", "lora")]
-    comparison = compare(rows)
+    rows = [PointSource(tuple(tmp_path / f"{name}-{n}" for n in range(2)), name) for name in ("full", "lora")]
+    comparison = compare_points(rows)
     found = comparison.conclusion
     assert found.ranked is not None and not found.ranked.significantly_worse and not found.ranked.evidence_sources
     assert [job.num_seeds for job in found.ranked.jobs] == [
@@ -217,7 +217,7 @@ def test_verdict_and_answer_rest_on_all_seeds_of_a_job(tmp_path):
                 rows.append(point(directory, f"{name}{seed}", settings=settings, batches=None, scale=own_scale))
                 identity = {"data": {"fingerprint": "same"}}
                 (rows[-1].directories[0] / "identity.json").write_text(json.dumps(identity))
-        return compare(rows)
+        return compare_points(rows)
 
     near = compared(tmp_path / "near", 0.01)
     ranked = near.conclusion.ranked
@@ -238,7 +238,7 @@ def test_parity_is_the_headline_where_quality_cannot_be_compared(tmp_path, faile
     rows = [point(tmp_path, name, settings={"strategy.name": name}, scale=None) for name in ("ddp", "fsdp2")]
     state = "failed" if failed == "lora" else "done"
     rows.append(point(tmp_path, "lora", settings={"tuning.name": "lora"}, scale=None, state=state))
-    found = compare(rows).conclusion
+    found = compare_points(rows).conclusion
     assert (found.tone, found.headline) == ("good", "fsdp2 has the same loss as ddp, to the last digit.")
     why = "Fewer than two jobs are done" if failed == "lora" else "No held-out metric was asked"
     assert any(sentence.startswith(why) for sentence in found.sentences)
@@ -246,10 +246,10 @@ def test_parity_is_the_headline_where_quality_cannot_be_compared(tmp_path, faile
 
 def test_points_that_differ_in_their_seed_alone_say_how_far_it_matters(tmp_path):
     rows = [point(tmp_path, f"seed{seed}", settings={"run.seed": seed}, scale=1 + seed / 100) for seed in (1, 2, 3)]
-    found = compare(rows).conclusion
+    found = compare_points(rows).conclusion
     assert found.headline == "One job with 3 seeds: eval/loss is 3.0300 to 3.0900." and found.ranked is None
     rows.append(point(tmp_path, "lora", settings={"tuning.name": "lora"}, state="failed"))
-    assert compare(rows).conclusion.headline == found.headline
+    assert compare_points(rows).conclusion.headline == found.headline
 
 
 def test_test_documents_decide_nothing_and_are_never_marked(tmp_path):
@@ -258,7 +258,7 @@ def test_test_documents_decide_nothing_and_are_never_marked(tmp_path):
         settings = {"tuning.name": name, "evaluation.watch": "test/loss"}
         metrics = {"test/loss": test_loss, "eval/accuracy": scale / 2, "eval/perplexity": 2 * scale}
         rows.append(point(tmp_path, name, settings=settings, scale=scale, metrics=metrics))
-    comparison = compare(rows)
+    comparison = compare_points(rows)
     assert comparison.conclusion.ranked is not None and comparison.conclusion.ranked.metric.name == "eval/loss"
     assert comparison.conclusion.recommendations[0].point.name == "full"
     assert (table_best(rows, "eval/loss"), table_best(rows, "test/loss")) == ("smallest", "")
@@ -270,7 +270,7 @@ def test_other_held_out_documents_are_not_compared(tmp_path):
     rows = [point(tmp_path, "a", settings={"optim.lr": 1e-3}), point(tmp_path, "b", settings={"optim.lr": 1e-2})]
     rows += [point(tmp_path, "c", settings={"optim.lr": 1e-4, "data.eval_path": "other.jsonl"}, scale=0.5)]
     rows += [point(tmp_path, "d", settings={"optim.lr": 1e-5, "objective.beta": 0.5}, scale=0.1)]
-    comparison = compare(rows)
+    comparison = compare_points(rows)
     assert "its eval/loss cannot be compared with that of a (other objective.beta)" in comparison.points[3].verdict
     assert comparison.conclusion.ranked is not None
     assert {job.points[0].name for job in comparison.conclusion.ranked.jobs} == {"a", "b"}
@@ -287,7 +287,7 @@ def test_failed_and_diverged_points_are_told_and_never_taken(tmp_path):
     ]
     rows += [point(tmp_path, "high", settings={"optim.lr": 3.0}, scale=0.1, speed=900.0, record=diverged)]
     rows += [point(tmp_path, "big", settings={"optim.lr": 1e-2}, state="failed", memory=0.1)]
-    comparison = compare(rows)
+    comparison = compare_points(rows)
     assert comparison.conclusion.sentences[0] == "1 of 4 points diverged: high. 1 of 4 points failed: big."
     assert {choice.point.name for choice in comparison.conclusion.recommendations} <= {"a", "b"}
     assert comparison.conclusion.ranked is not None and "high" not in comparison.conclusion.headline
@@ -307,7 +307,7 @@ def test_planned_memory_stands_beside_measured_only_where_both_mean_the_same(tmp
         for number in range(2):
             settings = {"optim.lr": 10.0**-number}
             rows.append(point(tmp_path, f"{name}{number}", settings=settings, record=receipt))
-        return "planned" in [column.heading for column in points_table(compare(rows)).columns]
+        return "planned" in [column.heading for column in points_table(compare_points(rows)).columns]
 
     assert planned_columns("gpu", "simulation of the longest micro-batch's step", "cuda")
     assert not planned_columns("cpu", "simulation of the longest micro-batch's step", "cpu")
@@ -319,11 +319,11 @@ def test_mfu_of_different_peaks_is_left_out_of_every_table(tmp_path, peak, is_sh
     rows = []
     for name, tflops in (("ddp", 100.0), ("fsdp2", peak)):
         rows.append(point(tmp_path, name, settings={"strategy.name": name}, record={"reference_tflops": tflops}))
-    comparison = compare(rows)
+    comparison = compare_points(rows)
     headings = [column.heading for column in text_tables(comparison)[0].columns]
     page_headings = [column.heading for column in points_table(comparison).columns]
     assert ("MFU" in headings, "MFU" in page_headings) == (is_shown, is_shown)
-    assert ("MFU is of different peaks" in as_text(comparison)) is not is_shown
+    assert ("MFU is of different peaks" in comparison_text(comparison)) is not is_shown
 
 
 def test_a_run_without_mfu_takes_it_from_no_other(tmp_path):
@@ -332,10 +332,10 @@ def test_a_run_without_mfu_takes_it_from_no_other(tmp_path):
     for device, tflops in (("cuda", 100.0), ("cpu", 0.1)):
         record = {"reference_tflops": tflops, "device": device}
         rows.append(point(tmp_path, device, settings={"strategy.name": device}, record=record))
-    comparison = compare(rows)
+    comparison = compare_points(rows)
     assert "MFU" in [column.heading for column in text_tables(comparison)[0].columns]
     assert "MFU" in [column.heading for column in points_table(comparison).columns]
-    assert "different peaks" not in as_text(comparison)
+    assert "different peaks" not in comparison_text(comparison)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_axes_are_in_the_order_of_the_command_and_none_follows_from_another(tmp_
         for strategy in ("ddp", "fsdp2"):
             settings = {"tuning.name": tuning, "optim.lr": rate, "strategy.name": strategy}
             rows.append(point(tmp_path, f"{strategy}-{tuning}", settings=settings))
-    comparison = compare(rows)
+    comparison = compare_points(rows)
     assert [(axis.title, axis.values) for axis in comparison.axes] == [
         ("strategy", ["ddp", "fsdp2"]),
         ("tuning", ["full", "lora"]),
@@ -369,7 +369,7 @@ def test_axes_are_in_the_order_of_the_command_and_none_follows_from_another(tmp_
     assert "1e-3 for ddp-lora" in told
     # An axis of its own says so itself.
     rows = [point(tmp_path, f"rate{rate}", settings={"optim.lr": rate}) for rate in (1e-4, 1e-3)]
-    assert not any("learning rates" in sentence for sentence in compare(rows).conclusion.sentences)
+    assert not any("learning rates" in sentence for sentence in compare_points(rows).conclusion.sentences)
 
 
 def test_the_answer_stands_in_text_markdown_and_page(tmp_path):
@@ -377,13 +377,13 @@ def test_the_answer_stands_in_text_markdown_and_page(tmp_path):
         point(tmp_path, name, settings={"strategy.name": name}, speed=speed)
         for name, speed in (("ddp", 90), ("fsdp2", 40))
     ]
-    comparison = compare(rows)
-    text, markdown = as_text(comparison), as_markdown(comparison)
+    comparison = compare_points(rows)
+    text, markdown = comparison_text(comparison), comparison_markdown(comparison)
     assert "answer:\n  fsdp2 has the same loss as ddp, to the last digit.\n" in text
     assert text.index("answer:") < text.index("verdict:")
     assert markdown.splitlines()[2].startswith("fsdp2 has the same loss as ddp")
     assert "| the most tokens/s | `ddp` | 90 tokens/s; one run each | `strategy=ddp` |" in markdown
-    page = as_html(comparison)
+    page = comparison_html(comparison)
     assert (
         page.index("fsdp2 has the same loss as ddp") < page.index('id="points"') and "<code>strategy=ddp</code>" in page
     )
@@ -416,15 +416,15 @@ def test_a_hundred_points_are_still_a_page(tmp_path):
         (run / "config.yaml").write_text(json.dumps(config))
         if number >= 88:
             (run / "status.json").write_text(json.dumps({"state": "failed", "step": 400, "reason": "out of memory"}))
-        rows.append(ComparisonRow((run,)))
-    page = as_html(compare(rows))
+        rows.append(PointSource((run,)))
+    page = comparison_html(compare_points(rows))
     assert len(page.encode()) <= 1.5e6
     assert page.count('<th scope="row"') >= 200  # the table of points, and that of held-out metrics
 
 
-def table_best(rows: list[ComparisonRow], heading: str) -> str:
+def table_best(rows: list[PointSource], heading: str) -> str:
     """How the best cell of a column of the page's table is chosen; empty for a column that has none."""
-    (column,) = [column for column in points_table(compare(rows)).columns if column.heading == heading]
+    (column,) = [column for column in points_table(compare_points(rows)).columns if column.heading == heading]
     return column.best
 
 

@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from launch.compare import page as page_module
-from launch.compare.answer import as_html
+from launch.compare.answer import comparison_html
 from launch.compare.command import print_and_write_comparison
-from launch.compare.comparison import compare
-from launch.compare.settings import ComparisonRow, read_comparison_file, write_comparison_file
-from launch.compare.workspace import workspace_script, write_workspace_of_runs
+from launch.compare.comparison import compare_points
+from launch.compare.settings import PointSource, read_comparison_file, write_comparison_file
+from launch.compare.workspace import workspace_script, write_workspace_script_of_runs
 from launch.config.prices import gpu_hour_price
 from strategies.errors import ConfigError
 from tests.launch.compare.test_conclusion import point
@@ -40,9 +40,9 @@ def rows(tmp_path):
         (run / "run.json").write_text(json.dumps({"receipt": receipt, "world_size": 2, "device": "cpu"}))
         (run / "status.json").write_text(json.dumps({"state": "done"}))
     return [
-        ComparisonRow((tmp_path / "a-ddp", tmp_path / "a-ddp-repeat2"), "a-ddp", price_per_hour=3.6),
-        ComparisonRow((tmp_path / "b",), "b"),
-        ComparisonRow((), "c", refused=("</script><b>no</b>",), config={"strategy.name": "c"}),
+        PointSource((tmp_path / "a-ddp", tmp_path / "a-ddp-repeat2"), "a-ddp", price_per_hour=3.6),
+        PointSource((tmp_path / "b",), "b"),
+        PointSource((), "c", refused=("</script><b>no</b>",), config={"strategy.name": "c"}),
     ]
 
 
@@ -52,7 +52,7 @@ def specs(text: str) -> dict[str, str]:
 
 
 def test_compare_page_makes_no_request_and_escapes_what_it_shows(rows):
-    text = as_html(compare(rows))
+    text = comparison_html(compare_points(rows))
     assert "default-src 'none'" in text and "connect-src" not in text
     html = text.split("<script>")[0]
     assert not re.findall(r"<(?:img|iframe|script[^>]*\bsrc)\b", html)
@@ -62,7 +62,7 @@ def test_compare_page_makes_no_request_and_escapes_what_it_shows(rows):
 
 
 def test_every_plot_is_drawn_with_every_point(rows):
-    drawn = specs(as_html(compare(rows)))
+    drawn = specs(comparison_html(compare_points(rows)))
     assert list(drawn) == ["difference", "loss", "held-out", "trade", "speed", "memory", "parts", "course"]
     svg = {name: vl_convert.vegalite_to_svg(spec) for name, spec in drawn.items()}
     assert svg["loss"].count('aria-roledescription="line mark"') == 2
@@ -80,8 +80,8 @@ def test_every_plot_is_drawn_with_every_point(rows):
 @pytest.mark.parametrize("count", [9, 14])
 def test_no_two_runs_share_a_colour(rows, tmp_path, count):
     long = "train-single-lora-lr0.01-global8-1rank"  # as runs that exist are named by what differs
-    several = [ComparisonRow((tmp_path / "b",), f"{long}-{number}") for number in range(count)]
-    drawn = vl_convert.vegalite_to_svg(specs(as_html(compare(several, gpu_hour_price)))["loss"])
+    several = [PointSource((tmp_path / "b",), f"{long}-{number}") for number in range(count)]
+    drawn = vl_convert.vegalite_to_svg(specs(comparison_html(compare_points(several, gpu_hour_price)))["loss"])
     colours = re.findall(r'role-legend-symbol[^>]*><path[^>]*? (?:stroke|fill)="(#\w+)"', drawn)
     assert len(colours) == len({*colours}) == count
     assert all(f">{run.name}</text>" in drawn for run in several), "a name is cut where it differs"
@@ -103,12 +103,12 @@ def on_four_axes(tmp_path):
         settings = dict(zip(AXES, values, strict=True))
         losses = 3 + 1e-7 * 10 ** (number % 4)
         several.append(point(tmp_path, "-".join(map(str, values)), settings=settings, losses=losses))
-    return compare(several)
+    return compare_points(several)
 
 
 def test_points_are_told_apart_by_colour_then_dash_then_mark(on_four_axes):
     """Colours for the first axis, dashes for the second, shapes of marks for the others together; each legend can be clicked."""
-    text = specs(as_html(on_four_axes))["loss"]
+    text = specs(comparison_html(on_four_axes))["loss"]
     drawn = vl_convert.vegalite_to_svg(text)
     looks = {}
     for label, stroke, dash in re.findall(
@@ -138,7 +138,7 @@ def test_points_are_told_apart_by_colour_then_dash_then_mark(on_four_axes):
 
 def test_differences_from_the_first_point_stand_on_a_logarithmic_axis(on_four_axes):
     """Each power of ten is as far from the next as any other."""
-    drawn = vl_convert.vegalite_to_svg(specs(as_html(on_four_axes))["difference"])
+    drawn = vl_convert.vegalite_to_svg(specs(comparison_html(on_four_axes))["difference"])
     labels = re.findall(r'translate\(-7,([\d.]+)\)"[^>]*>(1e-\d)</text>', drawn)
     heights = {label: float(height) for height, label in labels}
     assert {"1e-8", "1e-7", "1e-6", "1e-5"} <= heights.keys()
@@ -148,7 +148,7 @@ def test_differences_from_the_first_point_stand_on_a_logarithmic_axis(on_four_ax
 
 def test_compare_page_numbers_over_repeats(rows):
     """The middle of the repeats, their spread, price and parts; computed by hand here."""
-    a, b, _ = compare(rows).points
+    a, b, _ = compare_points(rows).points
     assert a.measured.tokens_per_s == 110 and a.summary.spread == (100, 120) and b.summary.spread is None
     assert a.summary.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
     assert b.summary.dollars_per_million is None
@@ -157,7 +157,7 @@ def test_compare_page_numbers_over_repeats(rows):
     )
     facts = rows[1].directories[0] / "run.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"device_name": "NVIDIA A10G"}))
-    a, b, _ = compare(rows, gpu_hour_price).points
+    a, b, _ = compare_points(rows, gpu_hour_price).points
     assert a.summary.dollars_per_million == pytest.approx(3.6 * 2 / 3600 / 110 * 1e6)
     assert b.summary.dollars_per_million == pytest.approx(gpu_hour_price("NVIDIA A10G") * 2 / 3600 / 50 * 1e6)
 
@@ -175,7 +175,7 @@ def test_compare_page_links_the_wandb_team_that_a_variable_decided(rows, recorde
     run = rows[1].directories[0]
     (run / "config.yaml").write_text("strategy: {name: b}\nlogging: {wandb: offline}\n")
     (run / "run.json").write_text(json.dumps(recorded))
-    text = workspace_script(compare([ComparisonRow((run,), "b")]), run)
+    text = workspace_script(compare_points([PointSource((run,), "b")]), run)
     assert f"ENTITY = {entity!r}" in text and "ws.Metric(\"Group\").isin(['g'])" in text
 
 
@@ -199,7 +199,7 @@ def test_compare_page_in_wandb_has_the_names_of_each_run(rows, editions, setting
         for run in row.directories:
             (run / "config.yaml").write_text(f"strategy: {{name: a}}\nlogging: {{wandb: offline, {axis}}}\n{other}\n")
             (run / "run.json").write_text(json.dumps({"metric_names": edition}))
-    script = workspace_script(compare(rows), rows[0].directories[0])
+    script = workspace_script(compare_points(rows), rows[0].directories[0])
     assert f"\nLOSS = {loss!r}\n" in script and f"\nX = {x!r}\n" in script
 
 
@@ -224,19 +224,19 @@ def trials(root, count: int) -> list:
 def test_search_in_wandb_is_grouped_by_its_choices_alone(tmp_path):
     """A number that each trial has for itself would make groups of one run."""
     run_dirs = [*trials(tmp_path / "search", 6), tmp_path / "search/not-begun"]
-    line = write_workspace_of_runs(run_dirs, tmp_path / "search")
+    line = write_workspace_script_of_runs(run_dirs, tmp_path / "search")
     assert line == f"in W&B: {tmp_path / 'search/workspace.py'} makes a view and a report of these runs there"
     script = (tmp_path / "search/workspace.py").read_text()
     assert "COLUMNS = ['tuning', 'lr']" in script and "GROUP_BY = ['tuning']" in script
     assert "BASELINE = 'id0'" in script and "FINAL = 'final/eval/accuracy'" in script
     assert "'Which settings are best?'" in script and "['id0', 'id1', 'id2', 'id3', 'id4', 'id5']" in script
     assert "'Which learns best?'" in script and "'Is it the same loss?'" not in script
-    assert write_workspace_of_runs([tmp_path / "search/not-begun"], tmp_path / "search") is None
+    assert write_workspace_script_of_runs([tmp_path / "search/not-begun"], tmp_path / "search") is None
 
 
 def test_single_run_in_wandb_has_questions_of_its_own(tmp_path, capsys):
     (run,) = trials(tmp_path / "runs", 1)
-    print_and_write_comparison([ComparisonRow((run,))], None, as_json=False)
+    print_and_write_comparison([PointSource((run,))], None, as_json=False)
     assert f"written: {run / 'report.html'}, workspace.py (for W&B)" in " ".join(capsys.readouterr().out.split())
     script = (run / "workspace.py").read_text()
     assert "'Does it learn?'" in script and "BASELINE = None" in script and "GROUP_BY = []" in script
@@ -256,7 +256,7 @@ def test_compare_page_leaves_warm_up_steps_out_of_speeds(rows):
     for row in told[:5]:
         row["tokens_per_s"] = 1.0
     (b / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
-    speeds = [compare([ComparisonRow((b,), warmup=warmup)]).points[0].measured for warmup in (0, 1, 5, 7)]
+    speeds = [compare_points([PointSource((b,), warmup=warmup)]).points[0].measured for warmup in (0, 1, 5, 7)]
     assert [found.warmup_steps for found in speeds] == [0, 1, 5, 0]  # with nothing left, all count, and a note says so
     assert [found.tokens_per_s for found in speeds] == [1.0, 1.0, 50.0, 1.0]
 
@@ -264,7 +264,7 @@ def test_compare_page_leaves_warm_up_steps_out_of_speeds(rows):
 def test_compare_page_sets_a_loss_beside_that_of_the_same_job(rows, tmp_path):
     """Strategies beside each other, methods beside the first; speed and memory beside the first of all."""
 
-    def point(name: str, tuning: str, strategy: str, factor: float) -> ComparisonRow:
+    def point(name: str, tuning: str, strategy: str, factor: float) -> PointSource:
         run = tmp_path / name
         shutil.copytree(tmp_path / "b", run)
         config = f"strategy: {{name: {strategy}}}\ntuning: {{name: {tuning}}}\nlogging: {{every_steps: 1}}\n"
@@ -272,12 +272,12 @@ def test_compare_page_sets_a_loss_beside_that_of_the_same_job(rows, tmp_path):
         told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         told = [row | {"loss": row["loss"] * factor} if "loss" in row else row for row in told]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
-        return ComparisonRow((run,), name)
+        return PointSource((run,), name)
 
     ways = [("full-ddp", "full", "ddp", 1.0), ("full-fsdp2", "full", "fsdp2", 1 + 1e-7)]
     ways += [("lora-ddp", "lora", "ddp", 1.01), ("lora-zero2", "lora", "zero2", 1.01 * (1 + 1e-7))]
-    refused = ComparisonRow((), "lora-single", refused=("no",), config={"strategy.name": "single"})
-    found = compare([refused, *(point(*way) for way in ways)])
+    refused = PointSource((), "lora-single", refused=("no",), config={"strategy.name": "single"})
+    found = compare_points([refused, *(point(*way) for way in ways)])
     assert found.default_baseline_name == "full-ddp"
     assert [run.baseline_name for run in found.points] == [None, None, "full-ddp", "full-ddp", "lora-ddp"]
     assert [run.loss_difference and run.loss_difference.is_same_loss for run in found.points] == [

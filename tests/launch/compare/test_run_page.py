@@ -8,13 +8,13 @@ import time
 import numpy as np
 import pytest
 
-from launch.compare.comparison import compare
+from launch.compare.comparison import compare_points
 from launch.compare.run_page import contents, figures, page
 from launch.compare.run_page.answers import answer_pairs
 from launch.compare.run_page.held_out import MetricChange, best_step, metric_changes
-from launch.compare.run_page.rounds import shown_groups
+from launch.compare.run_page.rounds import shown_round_groups
 from launch.compare.run_page.verdict import run_callouts, run_verdict
-from launch.compare.settings import ComparisonRow
+from launch.compare.settings import PointSource
 from tests.helpers.launching import ROOT
 from trainer.monitors.kept_answers import FILE, GENERATED, MAX_ROWS, KeptAnswer, KeptAnswers
 from trainer.reporting.results import keep_report
@@ -50,7 +50,7 @@ def run_of(directory, held_out=(3.0, 2.5, 2.0), *, status=None, steps=20, config
 
 
 def compared(directory):
-    return compare([ComparisonRow((directory,))])
+    return compare_points([PointSource((directory,))])
 
 
 def read(directory):
@@ -327,7 +327,7 @@ def test_a_long_run_is_still_a_page(tmp_path):
     text = page.run_page(compared(directory))
     assert len(text) < 1_500_000
     run = read(directory)
-    drawn = figures.drawn_steps(run)
+    drawn = figures.thinned_steps(run)
     assert drawn[-1] == steps and len(drawn) <= 2 * figures.MAX_POINTS + 1
     assert "950 earlier ones are in events.jsonl" in text
 
@@ -379,7 +379,7 @@ def test_a_run_that_learns_from_rewards_shows_its_reward_and_what_it_wrote(tmp_p
     assert drawn["reward", "held-out"] == [0, 0.25, 0.5]
     assert shown[0].spec["params"][1]["bind"]["options"][:2] == ["reward", "rewards/right/mean"]
 
-    groups = shown_groups(read(directory))
+    groups = shown_round_groups(read(directory))
     assert [group.summary for group in groups] == [
         f"step {step}, {which} prompt, mean reward {mean}: prompt {place} of step {step}"
         for step in (1, 11)

@@ -112,10 +112,10 @@ def test_a_run_that_goes_on_keeps_the_names_it_began_with(earlier):
     assert command_here(EARLIER_WORDS.split()) == 0
     assert json.loads(Path("run/run.json").read_text())["metric_names"] == 1
     ours, theirs = read_recorded_run(Path("run")), read_wandb_directory(earlier)
-    assert len(wandb_files.start_directories(earlier)) == 2
+    assert len(wandb_files.wandb_start_directories(earlier)) == 2
     assert theirs.steps == ours.steps and theirs.evaluations == ours.evaluations
     assert "epoch" not in ours.steps[2] and ours.steps[4]["epoch"] == 2.0
-    records = list(wandb_files._read_wandb_records(wandb_files.start_directories(earlier)[-1], []))
+    records = list(wandb_files._read_wandb_records(wandb_files.wandb_start_directories(earlier)[-1], []))
     names = {name for record in records if record["type"] == "history" for name in record["history"]["item"]}
     assert {"train_step", "loss", "tokens", "eval/loss"} < names and not any("train/" in name for name in names)
     axes = {each["metric"].get("step_metric") for each in records if each["type"] == "metric"}
@@ -162,7 +162,7 @@ def test_wandb_files_of_all_starts_are_one_run(monkeypatch, tmp_path):
         yield {"type": "exit", "exit": {"exit_code": 1}}
 
     monkeypatch.setattr(wandb_files, "_read_wandb_records", records)
-    assert [each.name[-8:] for each in wandb_files.start_directories(parts[0])] == ["00000-x1"] * 2
+    assert [each.name[-8:] for each in wandb_files.wandb_start_directories(parts[0])] == ["00000-x1"] * 2
     point = read_wandb_directory(parts[1])
     assert {step: row["loss"] for step, row in point.steps.items()} == {1: 3.0, 2: 2.0, 3: None}
     assert "blocks_s/worst" in point.steps[1] and not point.evaluations

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from launch.compare.comparison import compare
-from launch.compare.settings import ComparisonRow
+from launch.compare.comparison import compare_points
+from launch.compare.settings import PointSource
 from launch.notebook.curve import MAX_POINTS, Curve, picture, smoothed
 from launch.notebook.fragment import fragment
 from launch.notebook.results import ComparisonResult, EvaluationResult, PlanResult
@@ -41,7 +41,7 @@ def without_scripts(html: str) -> str:
 def compared(tmp_path):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", name="fsdp2")]
     runs.append(write_run(tmp_path / "c", name="<b>", steps=2, state="failed"))
-    return ComparisonResult(compare([ComparisonRow((run,), name=run.name) for run in runs]))
+    return ComparisonResult(compare_points([PointSource((run,), name=run.name) for run in runs]))
 
 
 def test_comparison_is_tables_and_a_view(compared):
@@ -60,8 +60,8 @@ def test_long_comparison_is_a_small_view(tmp_path):
     rows = []
     for number in range(40):
         run = write_run(tmp_path / f"run{number}", steps=400, loss=lambda step: 2 + math.sin(step * 1.7))
-        rows.append(ComparisonRow((run,), name=f"{'a long name of a run' * 3}{number}"))
-    html = without_scripts(ComparisonResult(compare(rows))._repr_html_())
+        rows.append(PointSource((run,), name=f"{'a long name of a run' * 3}{number}"))
+    html = without_scripts(ComparisonResult(compare_points(rows))._repr_html_())
     assert "16 runs are drawn" in html
 
 
